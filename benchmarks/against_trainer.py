@@ -179,7 +179,9 @@ def main() -> None:
                     sys.exit(Path(root, f"{name}.log").read_text()[-3000:])
                 found = json.loads(Path(root, f"{name}.json").read_text())[WARM:]
                 rates[name].append(statistics.median(tokens / s for s, tokens in found))
-            print(f"pair {pair}: " + ", ".join(f"{k} {v[-1]:,.0f} tokens/s" for k, v in rates.items()))
+            print(
+                f"pair {pair}: " + ", ".join(f"{k} {v[-1]:,.0f} tokens/s" for k, v in rates.items())
+            )
         flops = flops_a_token(given.words, root)
     for name, values in rates.items():
         rate = statistics.median(values)

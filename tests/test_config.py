@@ -289,7 +289,9 @@ def test_not_trainable(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_bad_name(name: str):
-    refused(lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name)
+    refused(
+        lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name
+    )
 
 
 @given(st.text(max_size=40))
@@ -367,8 +369,12 @@ def test_to_plain_builds_the_same_config():
 
 # ---------------------------------------------------------------- differences
 
-leaves = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
-trees = st.recursive(leaves, lambda t: st.dictionaries(st.sampled_from("abc"), t, max_size=3), max_leaves=8)
+leaves = st.one_of(
+    st.none(), st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2)
+)
+trees = st.recursive(
+    leaves, lambda t: st.dictionaries(st.sampled_from("abc"), t, max_size=3), max_leaves=8
+)
 
 
 @given(trees)

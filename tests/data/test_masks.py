@@ -301,7 +301,11 @@ def test_an_end_mark_that_takes_in_white_space():
     )
     said = tokenizer.decode([i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t])
     assert said == "It is me.<|fin|>So.<|fin|>"
-    marks = [(i, t) for i, t in zip(tokens.ids, tokens.targets, strict=True) if i in (end, assistant, user)]
+    marks = [
+        (i, t)
+        for i, t in zip(tokens.ids, tokens.targets, strict=True)
+        if i in (end, assistant, user)
+    ]
     assert marks == [(user, False), (end, False), (assistant, False), (end, True)] * 2
 
 
@@ -334,7 +338,10 @@ def test_ids_are_those_that_generation_begins_with(name: str):
     for turn, message in enumerate(conversation.messages):
         if message["role"] == "assistant":
             text = render(
-                TOKENIZERS[family], conversation.messages[:turn], FAMILIES[family].arguments, reply=True
+                TOKENIZERS[family],
+                conversation.messages[:turn],
+                FAMILIES[family].arguments,
+                reply=True,
             )
             asked = encode(TOKENIZERS[family], text)
             assert tokens.ids[: len(asked)] == asked
@@ -387,7 +394,9 @@ def test_special_tokens_survive_a_reload(tmp_path):
     with pytest.raises(SpecialText):
         tokenize(tokenizer, talk("a<|end_header_id|>b", "c"), {"date_string": "x"})
     whole = tokenize(tokenizer, talk("a|end_header_id|b", "c"), {"date_string": "x"})
-    assert whole == tokenize(TOKENIZERS["llama"], talk("a|end_header_id|b", "c"), {"date_string": "x"})
+    assert whole == tokenize(
+        TOKENIZERS["llama"], talk("a|end_header_id|b", "c"), {"date_string": "x"}
+    )
 
 
 # ---------------------------------------------------------------- templates that cannot be used

@@ -72,7 +72,11 @@ def test_logits_are_the_trainers(
     words = [*words, f"train.precision={precision}"]
     last = run_ranks(ranks, trained, root, start, *words)[0]
     run = RunDir(Path(root) / "run")
-    assert [p.name for p in run.sound_checkpoints()] == ["step_000002", "step_000004", "step_000006"]
+    assert [p.name for p in run.sound_checkpoints()] == [
+        "step_000002",
+        "step_000004",
+        "step_000006",
+    ]
     logits, labels = map(torch.from_numpy, run_ranks(ranks, trainer_logits, root, last, *words)[0])
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     opened = torch.cat(opened_logits(last, root, dtype))
@@ -92,10 +96,12 @@ def test_masters_can_be_exported_in_fp32(tmp_path: Path, tiny_llama: Path):
 
     words = ["train.precision=bf16", "checkpoint.dtype=fp32"]
     masters = load_file(
-        Path(run_ranks(2, trained, str(tmp_path / "a"), str(tiny_llama), *words)[0]) / "model.safetensors"
+        Path(run_ranks(2, trained, str(tmp_path / "a"), str(tiny_llama), *words)[0])
+        / "model.safetensors"
     )
     weights = load_file(
-        Path(run_ranks(2, trained, str(tmp_path / "b"), str(tiny_llama), words[0])[0]) / "model.safetensors"
+        Path(run_ranks(2, trained, str(tmp_path / "b"), str(tiny_llama), words[0])[0])
+        / "model.safetensors"
     )
     assert {t.dtype for t in masters.values()} == {torch.float32}
     for name, tensor in masters.items():

@@ -37,7 +37,9 @@ def steps_around_a_bad_one(root: str, how: str) -> list:
                 )
             else:  # a target of probability 0 has an infinite loss and a finite gradient
                 hook = module.lm_head.register_forward_hook(
-                    lambda _m, _i, out: torch.cat([out[..., :1], out[..., 1:].detach() - math.inf], -1)
+                    lambda _m, _i, out: torch.cat(
+                        [out[..., :1], out[..., 1:].detach() - math.inf], -1
+                    )
                 )
         outcome = engine.step(ready.loader.step(step), 1e-3)
         if hook is not None:

