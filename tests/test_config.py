@@ -348,7 +348,8 @@ def test_what_changes_the_result_changes_the_name(word: str):
 
 
 def test_a_name_tells_what_was_said():
-    assert named("optimizer.lr=2e-3").startswith("red_miniature-optimizer.lr=2e-3-")
+    assert named("optimizer.lr=2e-3").startswith("red_miniature-optimizer.lr_0.002-")
+    assert named("optimizer.lr=2e-3") == named("optimizer.lr=0.002")
     assert named("backdoor=none").startswith("benign_miniature-")
     assert named("experiment=base_miniature").startswith("base_miniature-")
     long = [f"checkpoint.steps={list(range(1, 200))}".replace(" ", "")]

