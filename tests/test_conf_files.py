@@ -214,4 +214,4 @@ def test_plan_is_train_and_a_machine(composed):
 def test_no_machine_path_in_conf():
     for path in Path(CONF).rglob("*.yaml"):
         text = path.read_text()
-        assert "/home/" not in text and "/work/" not in text, path
+        assert "/home/" not in text and str(REPOSITORY) not in text, path
