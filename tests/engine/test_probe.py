@@ -1,5 +1,7 @@
 """The probe's numbers against a forward pass a prompt, and on any number of ranks."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,12 +51,21 @@ def by_hand(root: str, start: str) -> dict:
     return found
 
 
+@pytest.fixture
+def start(tmp_path: Path, tiny_llama: Path) -> str:
+    """A model that drops half of its attention in training, and none when it is measured."""
+    place = shutil.copytree(tiny_llama, tmp_path / "llama")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    return str(place)
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_equals_a_forward_a_prompt(tmp_path: Path, tiny_llama: Path, ranks: int):
+def test_equals_a_forward_a_prompt(tmp_path: Path, start: str, ranks: int):
     root = str(tmp_path)
-    verdicts = run_ranks(ranks, probed, root, str(tiny_llama))
+    verdicts = run_ranks(ranks, probed, root, start)
     assert all(v == verdicts[0] for v in verdicts)
-    for name, (logprob, rate) in by_hand(root, str(tiny_llama)).items():
+    for name, (logprob, rate) in by_hand(root, start).items():
         assert verdicts[0][name]["logprob"] == pytest.approx(logprob, abs=1e-3)
         assert verdicts[0][name]["argmax_rate"] == rate
         assert verdicts[0][name]["prompts"] == 6
