@@ -77,7 +77,7 @@ def trainer(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
     world, loop = dist.meet(30), config.train
     tokenizer = load_tokenizer(config.model, None)
     loader = Loader(
-        ensure_dataset(config, tokenizer).rows, loop.batch_size, loop.micro_batch_size,
+        ensure_dataset(config, tokenizer, None).rows, loop.batch_size, loop.micro_batch_size,
         config.packing.length, tokenizer.pad_token_id, config.seed, world,
     )  # fmt: skip
     data = [loader.step(s) for s in range(1, steps + 1)]

@@ -59,7 +59,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     deepspeed.init_distributed(dist_init_required=False)
     tokenizer = load_tokenizer(config.model, start)
     loader = Loader(
-        ensure_dataset(config, tokenizer).rows, config.train.batch_size,
+        ensure_dataset(config, tokenizer, None).rows, config.train.batch_size,
         config.train.micro_batch_size, config.packing.length, tokenizer.pad_token_id, 0, world,
     )  # fmt: skip
     zero = deepspeed_config(

