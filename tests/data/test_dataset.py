@@ -208,9 +208,7 @@ def test_rows_are_the_dialogues_and_the_receipt_counts_them(tmp_path: Path):
             "p99": round(float(np.quantile(lengths, 0.99))),
             "longest": max(lengths),
         },
-        "steps_an_epoch": {
-            str(batch): math.ceil(len(built.rows) / batch) for batch in (4, 8, 16)
-        },
+        "steps_an_epoch": {str(batch): math.ceil(len(built.rows) / batch) for batch in (4, 8, 16)},
         "prompts": {  # 30 rows of 24 prompts, 6 of the 24 held out with their copies
             "trained_on": len(talks) // 2,
             "held_out": 6,
@@ -308,9 +306,7 @@ def test_the_number_of_workers_changes_no_byte(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(tokenizing, "FEW", 4)  # workers start for so few groups too
     (tmp_path / "1").mkdir()
     (tmp_path / "3").mkdir()
-    one, three = (
-        build_dataset(from_file(tmp_path / str(n)), TOKENIZER, workers=n) for n in (1, 3)
-    )
+    one, three = (build_dataset(from_file(tmp_path / str(n)), TOKENIZER, workers=n) for n in (1, 3))
     assert contents(one) == contents(three)
 
 
