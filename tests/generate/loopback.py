@@ -141,6 +141,10 @@ def _busy(handler: Handler, body: dict[str, Any]) -> None:
     handler.send(429, {"error": {"message": "slow down"}}, Retry_After="0.4")
 
 
+def _busy_for_a_day(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send(429, {"error": {"message": "slow down"}}, Retry_After="86400")
+
+
 def _busy_until(handler: Handler, body: dict[str, Any]) -> None:
     from email.utils import formatdate
 
@@ -198,6 +202,7 @@ def _stall_before(handler: Handler, body: dict[str, Any]) -> None:
 
 FAILURES: dict[str | None, Callable[[Handler, dict[str, Any]], None]] = {
     "busy": _busy,
+    "busy for a day": _busy_for_a_day,
     "busy until": _busy_until,
     "drop": _drop,
     "drop within": _drop_within,

