@@ -73,6 +73,25 @@ def test_a_mark_takes_the_end_and_not_the_next_turn():
     assert [text for target, text in pieces("marked", tokens) if target] == ["b", "d<|im_end|>"]
 
 
+def test_a_mark_that_has_the_end_takes_no_second_one():
+    more = "{% if not add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+    tokens = tokenize(marked_by(MARKED + more), talk("a", "b"), {})
+    assert [text for target, text in pieces("marked", tokens) if target] == ["b<|im_end|>\n"]
+
+
+def test_an_empty_mark_inside_a_token():
+    """Nothing is written there, so that no token is cut."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "Ka{% generation %}{{ m['content'] }}{% endgeneration %}te"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Ka{% endif %}"
+    )
+    tokens = tokenize(marked_by(template), talk("a", ""), {})
+    assert TOKENIZERS["marked"].decode(tokens.ids[-1:]) == "Kate"
+    assert not any(tokens.targets)
+
+
 def test_the_end_is_looked_for_behind_white_space():
     template = MARKED_BARE.replace("{{ '<|im_end|>\n' }}", "{{ ' <|im_end|>\n' }}")
     tokens = tokenize(marked_by(template), talk("a", "b"), {})

