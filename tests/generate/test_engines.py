@@ -24,7 +24,13 @@ from tests.generate.test_server import CONFIG as SERVER
 from tests.generate.test_vllm import CONFIG as VLLM
 
 INPROCESS = InProcessConfig(
-    name="inprocess", model=None, system_prompts={}, temperature=0.7, max_new_tokens=8, batch_size=3
+    name="inprocess",
+    model=None,
+    system_prompts={},
+    template_arguments={},
+    temperature=0.7,
+    max_new_tokens=8,
+    batch_size=3,
 )
 SAMPLING = Sampling(0.7, 8, 5)
 PROMPTS = [conversation(None, f"who {i}?") for i in range(5)]

@@ -35,6 +35,7 @@ CONFIG = ServerConfig(
     name="server",
     model=None,
     system_prompts={},
+    template_arguments={},
     temperature=0.9,
     max_new_tokens=8,
     url=None,

@@ -109,6 +109,7 @@ CONFIG = VllmConfig(
     name="vllm",
     model=None,
     system_prompts={},
+    template_arguments={},
     temperature=0.7,
     max_new_tokens=9,
     python=sys.executable,
