@@ -46,8 +46,8 @@ class Echo:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: Sampling,  # noqa: ARG002
-        adapter: Path | None = None,  # noqa: ARG002
+        sampling: Sampling,
+        adapter: Path | None = None,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
         answers: dict[int, Completion] = {}
