@@ -1,6 +1,7 @@
 """The order of rows and the loader: who waits how long, for what.
 
     python benchmarks/order.py balance    slowest over mean, and shares of triggered tokens
+    python benchmarks/order.py store      rows written, and read at random, a second
     python benchmarks/order.py loader     what step() takes beside a training step
     python benchmarks/order.py model --png docs/results/row_times.png
 
@@ -70,7 +71,34 @@ def balance() -> None:
         print(f"the order of an epoch of {rows:,} rows in batches of {batch}: {spent:.2f} s")
 
 
-# ---------------------------------------------------------------- loader
+# ---------------------------------------------------------------- store and loader
+
+
+def store(rows: int) -> None:
+    """Rows of 4096 tokens in ten documents, from arrays as a store of tokens gives them."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 128_000, 10**6).astype(np.int32)
+    targets = generator.random(len(ids)) < 0.5
+    documents = [
+        Tokens(ids[at : at + 409], targets[at : at + 409])  # type: ignore[arg-type]
+        for at in generator.integers(0, len(ids) - 409, 10 * rows)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.arrow")
+        began = time.perf_counter()
+        packed = (documents[10 * i : 10 * i + 10] for i in range(rows))
+        write_rows(path, (pack_row([(d, n % 2 == 0) for n, d in enumerate(p)]) for p in packed))
+        written = time.perf_counter() - began
+        held = Rows(path)
+        numbers = generator.permutation(rows)[:2000].tolist()
+        began = time.perf_counter()
+        for number in numbers:
+            held[number]
+        read = (time.perf_counter() - began) / len(numbers)
+    print(
+        f"{rows:,} rows packed and written in {written:.1f} s: 50,000 in {written / rows * 5e4:.0f} s; "
+        f"a row read at random in {read * 1e6:.0f} us"
+    )
 
 
 def loader(seconds: float) -> None:
@@ -202,13 +230,15 @@ def draw_times(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["balance", "loader", "model"])
+    parser.add_argument("what", choices=["balance", "store", "loader", "model"])
     parser.add_argument("--png", type=Path, default=Path("row_times.png"))
     parser.add_argument("--rounds", type=int, default=7, help="model: times each row is measured")
     parser.add_argument("--seconds", type=float, default=0.09, help="loader: of a training step")
     given = parser.parse_args()
     if given.what == "balance":
         balance()
+    elif given.what == "store":
+        store(rows=10_000)
     elif given.what == "loader":
         loader(given.seconds)
     else:
