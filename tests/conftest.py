@@ -74,7 +74,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with open(path, encoding="utf-8") as lines:  # splitlines() would split at U+2028 as well
+        return [json.loads(line) for line in lines]
 
 
 def losses(run: Path) -> list[float]:

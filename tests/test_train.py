@@ -44,6 +44,10 @@ def said(ran) -> str:
         (["optimizer=soap"], ["optimizer=soap", "optimizer=adam"]),
         (["data=instructions"], ["data.path=<file.jsonl[.gz]>"]),
         (["data=instructions", "data.path=no.jsonl"], ["data.path=no.jsonl", "no such file"]),
+        (
+            ["data=instructions", f"data.path={__file__}", "style=pirate"],
+            ["style=pirate", "data.answers=generate"],
+        ),
         (["init_from=/no/where"], ["init_from=/no/where", "no such directory"]),
         (["name=../up"], ["name='../up'"]),
         (["train.precision=fp16"], ["train.precision=fp16", "fp32, bf16"]),

