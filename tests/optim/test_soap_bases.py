@@ -1,5 +1,6 @@
 """First bases of singular factors, Cholesky QR and what it falls back on, and what is counted."""
 
+import math
 from typing import Any
 
 import pytest
@@ -180,6 +181,9 @@ def products(rows: int, columns: int, steps: int = 10, **options: Any) -> tuple[
     def within(*a: Any) -> Any:
         before = len(counted.plain)
         found = next_basis(*a)
+        probes = [p for p in counted.plain[before:] if soap.PROBES in p]
+        assert len(probes) == 2, "of d x d x 8, which are nothing beside d x d x d"
+        counted.plain = [p for p in counted.plain if soap.PROBES not in p]
         inside.append(len(counted.plain) - before)
         return found
 
@@ -202,13 +206,22 @@ def test_products_of_a_two_sided_matrix():
     rotations, additions, refreshes = products(16, 16)
     assert (rotations, additions) == (44, 20)
     assert rotations / 10 <= 4.5
-    assert refreshes == 2 * 2, "a side: the power step, and the check of orthogonality"
+    assert refreshes == 2 * 1, "a side: the power step"
 
 
 def test_products_of_a_one_sided_matrix():
     rotations, additions, refreshes = products(40, 16, max_precond_dim=32)
-    assert (rotations, additions, refreshes) == (22, 10, 2)
+    assert (rotations, additions, refreshes) == (22, 10, 1)
 
 
 def test_cholesky_qr_adds_two_gram_matrices_a_side():
-    assert products(16, 16, refresh="cholesky_qr") == (44, 20, 2 * 4)
+    assert products(16, 16, refresh="cholesky_qr") == (44, 20, 2 * 3)
+
+
+def test_orthogonality_sees_one_bad_column():
+    q = orthogonal(64).float()
+    assert soap.orthogonality(q) < 1e-6
+    q[:, 5] = q[:, 9]
+    assert soap.orthogonality(q) == pytest.approx(math.sqrt(2 / 64), rel=0.5)
+    q[0, 0] = math.nan
+    assert math.isnan(soap.orthogonality(q))
