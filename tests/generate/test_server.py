@@ -389,7 +389,8 @@ def test_ctrl_c_ends_it(loopback: Loopback) -> None:
     )
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "0\n"
+        # Which prompt's request the server took first is the threads' affair.
+        assert process.stdout.readline().strip().isdecimal()
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     finally:
