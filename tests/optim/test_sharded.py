@@ -189,27 +189,29 @@ class Counted:
                 sizes = [s for r, s in enumerate(args[3]) if r != rank]
                 self.bytes[name] += args[1].element_size() * sum(sizes)
                 assert args[1].numel() == sum(args[3]) and args[0].numel() == sum(args[2])
-            else:
-                sends = (rank != args[1]) if name == "reduce" else (rank == args[1])
-                self.bytes[name] += args[0].element_size() * args[0].numel() * sends
+            else:  # to the owner from each other rank, and from it to each
+                copies = int(rank != args[1]) if name == "reduce" else 0
+                if name == "broadcast" and rank == args[1]:
+                    copies = torch.distributed.get_world_size() - 1
+                self.bytes[name] += args[0].element_size() * args[0].numel() * copies
             return original(*args, **options)
 
         return counting
 
 
-def moved(steps: int) -> tuple[dict[str, int], int, dict[str, int]]:
-    """Bytes that left this rank in the last of `steps`, the count that the run states, the owners."""
-    run = Sharded()
+def moved(steps: int) -> tuple[list[dict[str, int]], int, dict[str, int]]:
+    """Bytes that left this rank in each of `steps`, what the run states of a step, the owners."""
+    run, seen = Sharded(), []
     for step in range(steps):
-        run.step(tensors(step))
-    with pytest.MonkeyPatch.context() as patch:
-        counted = Counted(patch)
-        run.step(tensors(steps))
-    return counted.bytes, run.optimizer.evidence.moved_bytes, run.optimizer.owners
+        with pytest.MonkeyPatch.context() as patch:
+            counted = Counted(patch)
+            run.step(tensors(step))
+        seen.append(counted.bytes)
+    return seen, run.optimizer.evidence.moved_bytes, run.optimizer.owners
 
 
-def by_formula(ranks: int, owners: dict[str, int]) -> int:
-    """docs/soap.md's 4 bytes each way for an element that another rank updates, one by one."""
+def exchanged_bytes(ranks: int, owners: dict[str, int]) -> int:
+    """docs/soap.md's 2 x 4 bytes for an element that another rank updates, one by one."""
     elements = 0
     for name in owners:
         rows, columns = SHAPES[name]
@@ -223,13 +225,23 @@ def by_formula(ranks: int, owners: dict[str, int]) -> int:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_bytes_moved_are_those_of_the_formula(ranks: int):
-    told = run_ranks(ranks, moved, 2)
-    sent = {k: sum(t[0][k] for t in told) for k in told[0][0]}
-    assert sent["all_to_all_single"] == by_formula(ranks, told[0][2])
-    factors = sum(4 * SHAPES[n][1] ** 2 for n in BY_ROWS)
-    assert sent["reduce"] == (ranks - 1) * factors
-    assert told[0][1] == sent["all_to_all_single"] + sent["reduce"]
-    assert sent["broadcast"] in (0, factors, *(4 * SHAPES[n][1] ** 2 for n in BY_ROWS))
+    """In the first call, which sends gradients only, and in two rounds of the refresh's 3 phases."""
+    told = run_ranks(ranks, moved, 7)
+    owners = told[0][2]
+    factor = {n: 4 * SHAPES[n][1] ** 2 * (ranks - 1) for n in BY_ROWS}
+    refreshed_bytes = 0
+    for step in range(7):
+        sent = {k: sum(t[0][step][k] for t in told) for k in told[0][0][step]}
+        exchanged = exchanged_bytes(ranks, owners)
+        assert sent["all_to_all_single"] == (exchanged if step else exchanged // 2), step
+        assert sent["reduce"] == sum(factor.values())
+        if step:
+            assert told[0][1] == sent["all_to_all_single"] + sent["reduce"]
+        phases = {n: i % 3 for i, n in enumerate(n for n in SHAPES if n in owners)}
+        refreshed = [n for n in BY_ROWS if not step or (step + phases[n]) % 3 == 0]
+        assert sent["broadcast"] == sum(factor[n] for n in refreshed), step
+        refreshed_bytes += sent["broadcast"] if step else 0
+    assert refreshed_bytes == 2 * sum(factor.values()), "one refresh in 3 updates"
     assert (told[0][1] == 0) == (ranks == 1)
 
 
