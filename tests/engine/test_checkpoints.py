@@ -36,7 +36,7 @@ def trained_logits(root: str, start: str, *words: str) -> list[np.ndarray]:
     with torch.no_grad():
         logits, labels = ready.engine.evaluate().forward(batch)
     facts = {**ready.facts, "step": 6, "tokens": 1}
-    background = Background(config.checkpoint.host_bytes)
+    background = Background(config.state.host_bytes)
     exporter = Exporter(ready.engine, ready.tokenizer, config.checkpoint, background)
     exporter.start(Path(root) / "exported", facts)
     background.join()

