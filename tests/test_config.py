@@ -337,6 +337,7 @@ def test_the_same_words_give_the_same_name():
         ["logger=wandb"],
         ["logger=wandb", "logger.mode=offline", "logger.project=x"],
         ["logger.tags=[a,b]"],
+        ["watch.seconds=0", "watch.beat_seconds=1"],
     ],
     ids=str,
 )
