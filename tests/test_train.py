@@ -206,7 +206,8 @@ def workers(parent: int) -> list[int]:
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="needs pgrep (procps)")
 def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
     words = [f"root={tmp_path}", *TINY, "train.steps=5000", "name=x"]
-    launcher = subprocess.Popen(torchrun(2, *words), cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(torchrun(2, *words), cwd=REPOSITORY, stderr=log)
     while launcher.poll() is None and not (tmp_path / "x/metrics.jsonl").exists():
         time.sleep(0.1)
     ranks = workers(launcher.pid)
@@ -214,6 +215,8 @@ def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
     os.kill(ranks[1], signal.SIGKILL)
     assert launcher.wait(timeout=60) != 0
     assert not [p for p in ranks if Path(f"/proc/{p}").exists()]
+    # torchrun ends the others too, but they have said it by then.
+    assert f"process {ranks[1]}) has died" in (tmp_path / "log").read_text()
 
 
 def test_a_bad_word_under_torchrun_is_said_once(tmp_path: Path):

