@@ -191,19 +191,20 @@ def test_a_matrix_without_a_gradient_keeps_its_turn(monkeypatch: pytest.MonkeyPa
     """Or the phases of those behind it would shift with what is frozen for a while."""
     weights = [torch.nn.Parameter(random(4, 4, seed=i)) for i in range(3)]
     optimizer = SOAP(weights, precondition_frequency=3, stagger=True)
-    turns: list[int] = []
+    turns: list[list[int]] = []
     refresh = soap.refresh
 
     def noted(state: Any, *rest: Any) -> None:
-        turns.extend(i for i, w in enumerate(weights) if optimizer.state[w] is state)
+        turns[-1] += [i for i, w in enumerate(weights[1:], 1) if optimizer.state[w] is state]
         refresh(state, *rest)
 
     monkeypatch.setattr(soap, "refresh", noted)
     for i in range(4):
+        turns.append([])
         for weight in weights[1:]:
             weight.grad = random(4, 4, seed=i)
         optimizer.step()
-    assert turns == [2, 1], "phases 1 and 2 of 3"
+    assert turns == [[], [2], [1], []], "phases 1 and 2 of 3, and the frozen one's is 0"
 
 
 def test_the_closure_is_called_with_gradients_and_its_loss_returned():
