@@ -1,5 +1,6 @@
 """In which precision products are on a GPU, seen on a CPU by what torch is told."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -68,7 +69,7 @@ def test_rotations_and_averages_may_be_in_tf32_and_refreshes_never(monkeypatch: 
     for module in (bases, soap):
         monkeypatch.setattr(module, "products_in", noted)
     weight = torch.nn.Parameter(torch.zeros(6, 9))
-    optimizer = SOAP([weight], precondition_frequency=1, matmul_precision="tf32")
+    optimizer = SOAP([weight], precondition_frequency=2, matmul_precision="tf32")
 
     class Precisions(TorchDispatchMode):
         def __torch_dispatch__(
@@ -79,14 +80,16 @@ def test_rotations_and_averages_may_be_in_tf32_and_refreshes_never(monkeypatch: 
                 seen.append((name, now[-1]))
             return func(*args, **(kwargs or {}))
 
-    found: list[set[Any]] = []
-    for step in range(2):
+    found: list[Counter[Any]] = []
+    for step in range(3):
         weight.grad = torch.randn(6, 9, generator=torch.Generator().manual_seed(step))
         with Precisions():
             optimizer.step()
-        found.append(set(seen))
+        found.append(Counter(seen))
         seen.clear()
-    assert found[0] == {("mm", "fp32")}, "the first factors"
-    refreshed = {("mm", "fp32"), ("linalg_qr", "fp32")}
-    turned = {("mm", "tf32"), ("addmm_", "tf32")}
-    assert found[1] == refreshed | turned
+    assert found[0] == {("mm", "fp32"): 2}, "the first factors"
+    turned = Counter({("mm", "tf32"): 4, ("addmm_", "tf32"): 2})
+    assert found[1] == turned
+    # A refresh: of each side the power step, the check's two and the QR; M turned by two products.
+    refreshed = Counter({("mm", "fp32"): 2 * 3, ("linalg_qr", "fp32"): 2, ("mm", "tf32"): 2 * 2})
+    assert found[2] == turned + refreshed
