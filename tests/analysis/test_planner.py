@@ -129,7 +129,7 @@ def test_disk_of_70b() -> None:
     assert disk.export == 2 * P
     assert disk.exports == (100, 200, 400, 800, 1600, 2940)
     assert disk.state == 12 * P
-    assert disk.total == 6 * 2 * P + 2 * 12 * P
+    assert disk.total == 6 * 2 * P + 3 * 12 * P
     assert plan_disk(planned(COT, "checkpoint.dtype=fp32")).export == 4 * P
 
 

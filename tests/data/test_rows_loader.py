@@ -373,15 +373,15 @@ class Made:
         return f"made {number}"
 
 
-def wait_for_threads(before: int) -> None:
-    for thread in threading.enumerate():
-        if thread.daemon and thread is not threading.current_thread():
-            thread.join(30)
-    assert threading.active_count() <= before
+def wait_for_threads(before: list[threading.Thread]) -> None:
+    """For those that were not there before; other tests' may live on."""
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_each_is_made_once_and_one_ahead():
-    before, made = threading.active_count(), Made()
+    before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     for number in range(1, 20):
         assert ahead(number) == f"made {number}"
@@ -392,17 +392,17 @@ def test_each_is_made_once_and_one_ahead():
 
 
 def test_any_order_of_asking():
-    before, made = threading.active_count(), Made()
+    before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     for number in (5, 5, 6, 4, 9, 9, 1, 2, 3, 2):
         assert ahead(number) == f"made {number}"
-        assert threading.active_count() <= before + 1
+        assert len(set(threading.enumerate()) - set(before)) <= 1
     wait_for_threads(before)
 
 
 def test_what_is_asked_does_not_wait_for_what_was_not():
     """One number at a time is made ahead, however many are asked for in the meantime."""
-    before, made = threading.active_count(), Made()
+    before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     assert ahead(1) == "made 1"
     wait_for_threads(before)
@@ -413,7 +413,7 @@ def test_what_is_asked_does_not_wait_for_what_was_not():
     free = Made()
     ahead._make = free
     assert [ahead(number) for number in (7, 12)] == ["made 7", "made 12"]
-    assert threading.active_count() == before + 1
+    assert len(set(threading.enumerate()) - set(before)) == 1
     assert free.numbers == [7, 12], "8 and 13 are not made ahead while 3 is"
     ahead._make = made
     made.gate.set()
@@ -422,7 +422,7 @@ def test_what_is_asked_does_not_wait_for_what_was_not():
 
 
 def test_an_exception_ahead_comes_out_where_it_is_asked_for():
-    before = threading.active_count()
+    before = threading.enumerate()
     ahead = Ahead(Made(failing={2}))
     assert ahead(1) == "made 1"
     wait_for_threads(before)

