@@ -98,6 +98,10 @@ config = {"optimizer": {"lr": 0.00123}, "seed": 4711, "note": "config-mark"}
 with Metrics(RunDir(place), logger, "the-group", config, True) as metrics:
     metrics.write({"step": 1, "loss": float("nan"), "probe": {"triggered": {"rate-mark": 0.5}}})
     metrics.write({"step": 2, "loss": 0.25})
+    position = metrics.position()
+    metrics.write({"step": 3, "loss": 0.75})
+with Metrics(RunDir(place), logger, "the-group", config, True, position) as metrics:
+    metrics.write({"step": 3, "loss": 0.125})
 """
 SECRETS = {
     "WANDB_API_KEY": "5ec4e7" * 6 + "abcd",
@@ -119,14 +123,16 @@ def with_wandb(place: Path, mode: str, **environment: str) -> subprocess.Complet
 
 
 def test_wandb_offline_without_network_account_or_secrets(tmp_path: Path):
+    """A run that is written to, and then gone on with from its second step."""
     done = with_wandb(tmp_path, "offline", **SECRETS)
     assert done.returncode == 0, done.stderr
     assert "OUTWARDS" not in done.stdout
     run = tmp_path / "run"
-    assert [line.get("loss") for line in read_lines(run / "metrics.jsonl")] == [None, 0.25]
+    assert [line.get("loss") for line in read_lines(run / "metrics.jsonl")] == [None, 0.25, 0.125]
     files = [p for p in run.rglob("*") if p.is_file()]
-    (stored,) = (p for p in files if p.suffix == ".wandb")
-    content = stored.read_bytes()
+    stored = [p for p in files if p.suffix == ".wandb"]
+    assert len(stored) == 2 and len({p.name for p in stored}) == 1, "one id for both sittings"
+    content = min(stored, key=lambda p: p.stat().st_mtime).read_bytes()
     for mark in (b"config-mark", b"0.00123", b"4711", b"tag-of-mine", b"the-group"):
         assert mark in content, mark
     assert b"probe/triggered/rate-mark" in content
@@ -149,3 +155,24 @@ def test_wandb_online_without_an_account_says_what_to_do(tmp_path: Path):
     assert done.returncode != 0
     assert "UserError: logger.mode=online" in done.stderr
     assert "logger.mode=offline" in done.stderr
+
+
+def test_what_came_after_the_state_is_cut(tmp_path: Path):
+    with opened(tmp_path) as metrics:
+        metrics.write({"step": 1})
+        position = metrics.position()
+        metrics.write({"step": 2})
+    with Metrics(RunDir(tmp_path), SILENT, "group", {}, True, position) as metrics:
+        metrics.write({"step": 2, "again": True})
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert lines == [{"step": 1}, {"step": 2, "again": True}]
+
+
+def test_lines_that_are_missing_are_not_made_up(tmp_path: Path):
+    with opened(tmp_path) as metrics:
+        metrics.write({"step": 1})
+        position = metrics.position()
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"has 0 bytes, and had \d+ when the state was saved"):
+        Metrics(RunDir(tmp_path), SILENT, "group", {}, True, position)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

