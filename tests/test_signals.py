@@ -70,10 +70,15 @@ def test_waiting_is_over_when_its_block_is():
     before = {number: signal.getsignal(number) for number in HEARD}
     try:
         signals.listen()
-        with signals.waiting():
+        with pytest.raises(Stopped, match="what was under way is done"), signals.waiting():
             os.kill(os.getpid(), signal.SIGUSR1)
             assert signals.told == signal.SIGUSR1
         assert signals.told == 0
+        with pytest.raises(ValueError, match="its own"), signals.waiting():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise ValueError("its own")
+        with signals.waiting():
+            assert signals.told == 0
         with pytest.raises(Stopped) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
         assert caught.value.status == 75 and not caught.value.together
