@@ -87,7 +87,7 @@ def timeless(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-SAMPLE = {("adam", 1), ("adam", 3), ("soap", 2), ("bf16", 2)}
+SAMPLE = {("adam", 3), ("soap", 1), ("bf16", 2)}
 
 
 @pytest.mark.parametrize(
@@ -302,6 +302,7 @@ def resumed_after(
     return seen
 
 
+@pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_a_damaged_state_is_left_out(partial: Any, tmp_path: Path):
     root, name, words = copy_of(partial, tmp_path)
     seen = run_ranks(2, resumed_after, root, name, DAMAGES, *words)
@@ -312,6 +313,7 @@ def test_a_damaged_state_is_left_out(partial: Any, tmp_path: Path):
         )
 
 
+@pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_it_goes_on_from_the_one_before(partial: Any, tmp_path: Path):
     root, name, words = copy_of(partial, tmp_path)
     flip_a_bit(Path(root) / name / "state/step_000004")
@@ -320,6 +322,7 @@ def test_it_goes_on_from_the_one_before(partial: Any, tmp_path: Path):
     assert json.loads((Path(root) / name / "run.json").read_text())["resumed"][-1]["step"] == 3
 
 
+@pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_where_no_state_is_sound_nothing_is_begun_anew(partial: Any, tmp_path: Path):
     root, name, words = copy_of(partial, tmp_path)
     for step in (1, 2, 3, 4):
@@ -346,6 +349,7 @@ def reads_wrong(root: str, name: str, *words: str) -> str | None:
         return trained(root, name, *words)
 
 
+@pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_what_arrives_changed_is_found(partial: Any, tmp_path: Path):
     root, name, words = copy_of(partial, tmp_path)
     for said in run_ranks(2, reads_wrong, root, name, *words):
