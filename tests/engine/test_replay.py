@@ -1,5 +1,6 @@
 """A micro-batch gone through twice: the step does not know of it, and a difference is found."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,16 @@ def test_a_difference_is_found(tmp_path: Path, which: int):
 
 def test_what_is_not_compared_is_not_found(tmp_path: Path):
     assert run_ranks(2, with_a_flip, str(tmp_path), 1) == [[], []]
+
+
+def not_finite(root: str) -> tuple[bool, bool]:
+    """Both passes of a step see the same NaN: (skipped, its loss is none)."""
+    world = dist.meet(5)
+    ready = prepare(tiny_config(root, "name=x"), None, world)
+    ready.engine.model.model.norm.register_forward_hook(lambda _m, _i, out: out * math.nan)
+    outcome = ready.engine.step(ready.loader.step(1), 1e-2, replay=True)
+    return outcome.skipped, math.isnan(outcome.loss)
+
+
+def test_what_is_not_finite_is_skipped_and_no_difference(tmp_path: Path):
+    assert run_ranks(2, not_finite, str(tmp_path)) == [(True, True)] * 2
