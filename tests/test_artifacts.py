@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -253,6 +254,19 @@ def test_seal_is_a_sha256_of_everything(tmp_path: Path):
     assert manifest["kind"] == "test"
     assert manifest["step"] == 3
     assert read_manifest(path) == manifest
+
+
+def test_a_digest_taken_at_writing_is_listed_and_checked(tmp_path: Path):
+    content = bytes(range(256)) * 5000
+    known = "xxh3_128:" + xxhash.xxh128_hexdigest(content)
+    with staged(tmp_path / "a") as place:
+        (place / "weights").write_bytes(content)
+        manifest = seal(place, {}, {"weights": known})
+    assert manifest["files"] == {"weights": known}
+    assert read_manifest(tmp_path / "a") == manifest
+    (tmp_path / "a" / "weights").write_bytes(content[:-1] + b"\0")
+    with pytest.raises(UserError, match="weights was altered"):
+        read_manifest(tmp_path / "a")
 
 
 def test_the_digest_is_of_names_and_contents_alone(tmp_path: Path):

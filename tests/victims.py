@@ -18,7 +18,7 @@ class Ranks:
     def __init__(self, size: int, folder: Path, function: Callable[..., Any], *arguments: Any):
         os.environ["DS_ACCELERATOR"], os.environ["OMP_NUM_THREADS"] = "cpu", "1"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, "deepspeed"])
+        context.set_forkserver_preload(PRELOADED)
         self.folder, port = folder, free_port()
         self.processes = [
             context.Process(target=_rank, args=(r, size, port, folder, function, arguments))

