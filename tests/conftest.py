@@ -44,6 +44,13 @@ def tiny_config(root: Path | str, *overrides: str) -> TrainConfig:
     return configured(compose("train", [f"root='{root}'", *TINY, *overrides]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def origin_of_ranks() -> None:
+    """Begun before any test, where some test has ranks: see tests/distributed.py."""
+    if "tests.distributed" in sys.modules:
+        sys.modules["tests.distributed"].prepare()
+
+
 def make_tiny_llama(path: Path) -> Path:
     """A foreign checkpoint of the TINY shape, made by transformers alone, with a tokenizer."""
     import torch

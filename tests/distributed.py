@@ -8,6 +8,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,15 +20,24 @@ PRELOADED = [
 ]  # fmt: skip
 
 
+def prepare() -> None:
+    """Begin the process that ranks are forked from, before anybody begins it with less in it.
+
+    There is one of its kind in a process, and tokenising has its own use for it.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["OMP_NUM_THREADS"] = "1"  # the same arithmetic on any number of ranks
+    forkserver.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+
+
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returned on each of `size` ranks; an error on any is raised here.
 
     `function` and what it takes and returns must pickle.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["OMP_NUM_THREADS"] = "1"  # the same arithmetic on any number of ranks
+    prepare()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):

