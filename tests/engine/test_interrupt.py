@@ -7,7 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ def dying(kill: Kill, victims: list[int]) -> Iterator[None]:
     def strike(moment: str, step: int) -> None:
         if (moment, step) == (kill.moment, kill.step):
             for process in sorted(victims, key=lambda p: p == os.getpid()):
-                os.kill(process, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # another rank was faster
+                    os.kill(process, signal.SIGKILL)
 
     def rows(loader: Loader, step: int) -> Any:
         now["step"] = step
