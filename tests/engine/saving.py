@@ -70,7 +70,7 @@ class Held:
 
 def states(run: RunDir, engine: Held) -> States:
     held: Any = engine
-    return States(CONFIG, run, held, 99, Background(CONFIG.host_bytes))
+    return States(CONFIG, run, held, 99, Background(CONFIG.host_bytes), {"config": "this"})
 
 
 def save(run: RunDir, step: int, value: int) -> None:

