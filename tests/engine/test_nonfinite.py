@@ -121,36 +121,38 @@ def test_a_spike_is_skipped_by_all(tmp_path: Path):
     assert run_ranks(2, around_a_spike, str(tmp_path)) == [expected] * 2
 
 
-def diverging(root: str, name: str, *words: str) -> str | None:
-    """Losses of steps 5 and 6 are not finite; what a user reads if it fails."""
+def diverging(root: str, name: str, bad: tuple[int, ...], *words: str) -> str | None:
+    """Losses of steps `bad` are not finite; what a user reads if it fails."""
     original, count = Engine.step, iter(range(1, 99))
 
     def step(engine: Engine, *arguments: Any) -> Outcome:
-        if next(count) in (5, 6):
+        if next(count) in bad:
             return Outcome(math.nan, math.nan, skipped=True)
         return original(engine, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "step", step)
         try:
-            train(tiny_config(root, f"name={name}", "train.steps=8", "train.max_skipped_steps=2",
-                              "probe.every_steps=null", "optimizer.weight_decay=0", *words))  # fmt: skip
+            least = f"train.max_skipped_steps={len(bad)}"
+            rest = ("probe.every_steps=null", "optimizer.weight_decay=0", "train.steps=8")
+            train(tiny_config(root, f"name={name}", least, *rest, *words))
         except UserError as error:
             return str(error)
     return None
 
 
-def test_a_divergence_goes_back_to_before_it(tmp_path: Path):
-    """States of 2, 4 and (while step 5 is skipped) none that counts: back to 4, and on with step 7."""
-    words = ["train.on_divergence=rollback", "state.every_steps=1", "state.keep=9"]
-    assert run_ranks(2, diverging, str(tmp_path), "x", *words) == [None] * 2
+@pytest.mark.parametrize(("bad", "keep"), [((5, 6), 9), ((5, 6, 7), 2), ((5, 6, 7), 1)])
+def test_a_divergence_goes_back_to_before_it(tmp_path: Path, bad: tuple[int, ...], keep: int):
+    """None saved while steps are skipped counts: back to 4, which stays however few are kept."""
+    words = ["train.on_divergence=rollback", "state.every_steps=1", f"state.keep={keep}"]
+    assert run_ranks(2, diverging, str(tmp_path), "x", bad, *words) == [None] * 2
     lines = read_lines(tmp_path / "x/metrics.jsonl")
     assert [line["rolled_back_to"] for line in lines if "rolled_back_to" in line] == [4]
     record = json.loads((tmp_path / "x/run.json").read_text())
-    assert (record["skipped_steps"], record["rollbacks"]) == (2, 1)
+    assert (record["skipped_steps"], record["rollbacks"]) == (len(bad), 1)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
 def test_a_rollback_without_a_state_says_so(tmp_path: Path):
-    said = run_ranks(1, diverging, str(tmp_path), "x", "train.on_divergence=rollback")[0]
+    said = run_ranks(1, diverging, str(tmp_path), "x", (5, 6), "train.on_divergence=rollback")[0]
     assert said is not None and "finds no state" in said and "state.every_steps" in said

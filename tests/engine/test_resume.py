@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,41 @@ def test_it_goes_on_from_the_one_before(partial: Any, tmp_path: Path):
     assert run_ranks(2, trained, root, name, *words) == [None] * 2
     same_run(partial[0] / "whole", Path(root) / name)
     assert json.loads((Path(root) / name / "run.json").read_text())["resumed"][-1]["step"] == 3
+
+
+@pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
+def test_a_state_of_another_run_is_refused(partial: Any, tmp_path: Path):
+    """Without run.json, which would tell; and whatever of three is another."""
+    root, name, words = copy_of(partial, tmp_path)
+    (Path(root) / name / "run.json").unlink()
+    for said in run_ranks(2, trained, root, name, *words, "seed=7"):
+        assert said is not None and "was saved by another run, with another config" in said
+    seen = run_ranks(1, resumed_as_others, root, name, *words)
+    assert seen == [["config", "data", "parent", None]]
+
+
+def resumed_as_others(root: str, name: str, *words: str) -> list[str | None]:
+    """Which difference is named where each of three is another, and none."""
+    config = tiny_config(root, f"name={name}", *WORDS, *words)
+    ready = prepare(config, None, dist.meet(5))
+    named: list[str | None] = []
+    for key in (*ready.of, None):
+        other = replace(ready, of={k: "another" if k == key else v for k, v in ready.of.items()})
+        try:
+            saver(config, RunDir.of(config), other).resume()
+            named.append(None)
+        except UserError as error:
+            named.append(str(error).split("with another ")[1].split(":")[0])
+    return named
+
+
+@pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
+def test_a_state_whose_replacing_was_cut_short_is_found(partial: Any, tmp_path: Path):
+    root, name, words = copy_of(partial, tmp_path)
+    states = Path(root) / name / "state"
+    (states / "step_000004").rename(states / ".step_000004.old")
+    assert run_ranks(2, trained, root, name, *words) == [None] * 2
+    assert json.loads((states.parent / "run.json").read_text())["resumed"][-1]["step"] == 4
 
 
 @pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
