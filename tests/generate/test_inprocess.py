@@ -162,11 +162,6 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(
     assert completions[1].text.startswith(alone[0].text)
 
 
-def test_adapters_are_refused(generator: InProcess) -> None:
-    with pytest.raises(UserError, match="adapter=somewhere"):
-        generator.generate(PROMPTS, GREEDY, adapter=Path("somewhere"))
-
-
 def test_missing_weights_are_refused(directory: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

