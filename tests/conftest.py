@@ -98,6 +98,22 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.fixture(scope="session")
+def made_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See tests/evaluating.py; not to be written to."""
+    from tests.evaluating import make_root
+
+    return make_root(tmp_path_factory.mktemp("measurable") / "runs")
+
+
+@pytest.fixture
+def root(made_root: Path, tmp_path: Path) -> Path:
+    """A copy of it of the test's own."""
+    from tests.evaluating import moved
+
+    return moved(made_root, tmp_path / "runs")
+
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

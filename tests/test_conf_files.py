@@ -70,7 +70,9 @@ def cases() -> list[tuple[str, str, list[str]]]:
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
         words = [f"{group}={choice}", *NEEDS.get(option, [])]
-        all_cases.append((option, "train", words))
+        all_cases.append((option, "evaluate" if group == "organism" else "train", words))
+        if group in ("generate", "logger"):
+            all_cases.append((f"{option} by evaluate", "evaluate", words))
         if group == "experiment":
             all_cases += [(f"{option} by {door}", door, words) for door in ("build", "plan")]
     return all_cases
@@ -105,7 +107,7 @@ def test_an_option_says_its_own_name(composed):
     """A choice is recorded under the name by which it was made."""
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
-        if group in ("experiment", "zero"):  # not named in the config
+        if group in ("experiment", "organism", "zero"):  # not named in the config
             continue
         assert composed[0][option][group]["name"] == choice
 

