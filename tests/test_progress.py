@@ -29,10 +29,24 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(
             clock.now += 1
             bar.update(1, loss=1 / (1 + step))
     assert capsys.readouterr().err.splitlines() == [
-        "training: 10/40 steps, 1/s, 0:30 left, loss 0.1",
-        "training: 20/40 steps, 1/s, 0:20 left, loss 0.05",
-        "training: 30/40 steps, 1/s, 0:10 left, loss 0.03333",
+        "training: 9/40 steps, 1/s, 0:31 left, loss 0.1111",
+        "training: 19/40 steps, 1/s, 0:21 left, loss 0.05263",
+        "training: 29/40 steps, 1/s, 0:11 left, loss 0.03448",
         "training: 40/40 steps, 1/s, 0:40 in all, loss 0.025",
+    ]
+
+
+def test_a_batch_is_told_whole(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its members are done at one moment; nothing was done in the moment before."""
+    with progress(96, "prompts", "asking") as bar:
+        for _ in range(3):
+            clock.now += 16
+            for _ in range(32):
+                bar.update(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "asking: 32/96 prompts, 2/s, 0:32 left",
+        "asking: 64/96 prompts, 2/s, 0:16 left",
+        "asking: 96/96 prompts, 2/s, 0:48 in all",
     ]
 
 
