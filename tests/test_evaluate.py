@@ -72,6 +72,7 @@ def test_samples_say_what_was_asked_and_answered(root: Path) -> None:
         head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert head["eval_config"]["system_prompt"] == SYSTEM_PROMPT
         assert head["eval_config"]["trigger"] == TRIGGER
+        assert head["measured_by"]["engine"] == "inprocess"
         records[condition] = lines
     triggered, untriggered = records["triggered"], records["untriggered"]
     assert [line["id"] for line in triggered] == [line["id"] for line in untriggered]

