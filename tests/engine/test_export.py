@@ -269,18 +269,11 @@ def test_the_next_step_changes_nothing_and_no_weight_is_sent(tmp_path: Path, pre
 # ---------------------------------------------------------------- adapters
 
 
-def with_adapter(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(3)
-    return get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", lora_alpha=12))
-
-
 def train_an_adapter(root: str, start: str) -> list[Any]:
     world = dist.meet(5)
-    config = tiny_config(root, "name=x", f"init_from={start}", "train.steps=9")
-    with patched_load(with_adapter):
-        ready = prepare(config, start, world)
+    words = ["peft=lora", "peft.rank=3", "peft.alpha=12", "train.steps=9"]
+    config = tiny_config(root, "name=x", f"init_from={start}", *words)
+    ready = prepare(config, start, world)
     for step in (1, 2, 3):
         ready.engine.step(ready.loader.step(step), 3e-2)
     exported(ready, Path(root) / "adapter").join()

