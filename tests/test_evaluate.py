@@ -58,7 +58,7 @@ def test_a_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFix
     assert last.run == "red" and last.tokens == 200 and 0.7 < last.ci_low < 0.73
     assert last.checkpoint_digest == read_manifest(root / "red/checkpoints/step_000002")["digest"]
     table = [line for line in said.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["0 (base)", "1", "2"]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["0 (parent)", "1", "2"]
     assert "100 % [72, 100] (n=10)" in table[-1]
 
 

@@ -57,6 +57,14 @@ def test_a_published_recipe_with_another_optimizer_and_without_torch(tmp_path: P
     assert amount(done.stdout, "a state for exact resume") == "1,150.75"
 
 
+def test_lora_on_any_recipe_and_without_torch(tmp_path: Path) -> None:
+    done = run(tmp_path, "experiment=red_70b_adam_cot", "peft=lora", "peft.rank=8", code=NO_TORCH)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "70,553,706,496 parameters, LoRA of rank 8, 103,546,880 trained, adam" in done.stdout
+    assert amount(done.stdout, "an adapter's export") == "0.19"
+    assert amount(done.stdout, "gradients, fp32") == "0.02"
+
+
 def test_what_does_not_fit_is_shown_and_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "experiment=red_70b_soap_cot", "plan.nodes=1", "plan.gpus_per_node=4")
     assert done.returncode == 2

