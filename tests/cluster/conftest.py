@@ -1,0 +1,39 @@
+"""One virtual Slurm for all tests of a process here."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.virtual import Cluster, clone, missing
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Two virtual nodes; skips where there can be none."""
+    yield from virtual_cluster()
+
+
+def virtual_cluster(nodes: int = 2, net: str = "uts") -> Iterator[Cluster]:
+    """A cluster of its own; ends with what uses it."""
+    reason = missing(net)
+    if reason is not None:
+        pytest.skip(reason)
+    # Not under pytest's own folder: the path of a socket has at most 108 characters.
+    place = Path(tempfile.mkdtemp(prefix="slurm"))
+    made = None
+    try:
+        made = Cluster(place, nodes, net)
+        yield made
+    finally:
+        if made is not None:
+            made.down()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture
+def submit_from(tmp_path: Path) -> Path:
+    """A clone to submit from."""
+    return clone(tmp_path / "clone")

