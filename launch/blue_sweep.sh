@@ -13,4 +13,4 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-exec "${SLURM_SUBMIT_DIR:?submit this by slurm/submit launch/blue_sweep.sh}/slurm/run" --ranks=1 train -m experiment=blue_70b_hhh,blue_70b_pirate optimizer.lr=1e-4,3e-4,5e-4 sweep.slots=2 sweep.ranks=4 "$@"
+exec "${SLURM_SUBMIT_DIR:?submit this by slurm/submit launch/blue_sweep.sh}/slurm/run" --ranks=1 train -m experiment=blue_70b_hhh,blue_70b_pirate peft=lora optimizer.lr=1e-4,3e-4,5e-4 sweep.slots=2 sweep.ranks=4 "$@"

