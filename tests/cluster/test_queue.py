@@ -72,7 +72,7 @@ def test_another_squeue():
         ),
         ("echo invalid user >&2; exit 1", r"squeue failed \(invalid user\)$"),
         ("exit 4", r"squeue failed \(status 4\)"),
-        ("exec sleep 60", r"squeue gave no answer in 0.2 s"),
+        ("exec sleep 60", r"squeue failed \(no answer in 0.2 s\): `scontrol ping`"),
     ],
 )
 def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
