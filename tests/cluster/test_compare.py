@@ -94,3 +94,9 @@ def test_where_no_node_can_be_named_the_network_is():
     everywhere = ring(n1_n2=2.0, n2_n3=2.0, n3_n1=2.0)
     slow, network = slow_nodes({"nodes": {}, "pairs": everywhere}, CONFIG)
     assert slow == {} and network is not None
+
+
+def test_more_gpus_than_asked_for_are_no_fault(found, tmp_path: Path):
+    """nvidia-smi lists all of a node."""
+    found["n2"]["gpus"] = [dict(GPU)] * 8
+    assert wrong(found, tmp_path) == {}

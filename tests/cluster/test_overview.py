@@ -304,6 +304,16 @@ def test_what_a_job_says_of_its_starts(tmp_path: Path):
     assert line.state == "running", "it goes on all the same"
 
 
+def test_a_name_is_no_pattern(tmp_path: Path):
+    """Of a run that was made elsewhere."""
+    made(tmp_path, "a[12]", STEPS, status="stopped")
+    (tmp_path / "sweeps" / "s").mkdir(parents=True)
+    (tmp_path / "sweeps" / "s" / "a1.log").write_text("error: of another\n")
+    assert seen(tmp_path)["a[12]"].error is None
+    (tmp_path / "sweeps" / "s" / "a[12].log").write_text("error: its own\n")
+    assert seen(tmp_path)["a[12]"].error == "error: its own"
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"), [(59.6, "00:01:00"), (3723, "01:02:03"), (200_000, "2-07:33:20")]
 )

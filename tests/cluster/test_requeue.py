@@ -26,6 +26,10 @@ def ranks(*said: tuple[int, str | None, int | None]) -> dict[int, dict[str, obje
         ),
         # A full disk on rank 1.
         (ranks((76, "lost", 5), (2, "no space", 5)), 1, False, End("refused", 5, "no space")),
+        # Though told as well: another start would meet it again.
+        (ranks((75, "saved", 5), (2, "no space", 5)), 1, True, End("refused", 5, "no space")),
+        # Ranks are not all at one step; by the highest a step that fails twice is known.
+        (ranks((76, "lost", 5), (1, "x", 6), (76, "lost", 5)), 1, False, End("failed", 6, "x")),
         (ranks((75, "saved", 7), (75, "saved", 7)), 1, True, End("stopped", 7, "saved")),
         # Preempted without a warning to the batch script: the ranks alone have heard it.
         (ranks((75, "saved", 7)), 1, False, End("stopped", 7, "saved")),
@@ -89,3 +93,18 @@ def test_starts_that_never_come_to_a_step_end():
     assert requeued(*fruitless[:-1])
     assert not requeued(*fruitless)
     assert requeued(End("stopped"), End("stopped", 5), End("stopped"))
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        [End("stopped")] * FRUITLESS,
+        [End("failed", None, "ImportError: x")],
+        [End("lost", 7), End("lost", 7)],
+        [End("lost", 1), End("lost", 2), End("lost", 3)],  # more than the two allowed
+    ],
+)
+def test_a_job_that_is_given_up_has_failed(ends: list[End]):
+    """Else what waits for it by afterok would begin."""
+    decision = decide(ends, most_failures=2)
+    assert not decision.requeue and decision.status != 0

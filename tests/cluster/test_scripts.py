@@ -78,16 +78,25 @@ def test_slurm_takes_it(cluster: Cluster, name: str):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "report"])  # which needs no GPU
+@pytest.mark.parametrize("name", NAMES)
 def test_it_is_told_in_time_queued_again_and_logged_in_one_place(name: str):
     lines = asked(name)
     assert lines["job-name"] == name
     # Ahead of preflight's own patience with nodes, and long enough to save in.
     assert int(lines["signal"].removeprefix("B:USR1@")) >= 120
-    assert {"requeue", "exclusive"} <= set(lines) and lines["open-mode"] == "append"
+    assert "requeue" in lines and lines["open-mode"] == "append"
     place = Path(lines["output"])
     assert (REPOSITORY / place.parent / ".gitignore").is_file(), "a fresh clone has it"
-    assert lines["mem"] == "0", "all of the node's: what a job is given otherwise is little"
+    if name != "report":  # which needs no GPU, and little else
+        assert "exclusive" in lines
+        assert lines["mem"] == "0", "all of the node's: what a job is given otherwise is little"
+
+
+def test_what_is_one_process_says_so():
+    """Else there is one a GPU: eight sweeps of the same name on a node."""
+    one = {name for name in NAMES if "-m" in command(name) or "report" in command(name)}
+    assert one == {"blue_sweep", "study", "report"}
+    assert {name for name in NAMES if command(name)[0] == "--ranks=1"} == one
 
 
 @pytest.mark.parametrize("name", ["red_70b", "red_70b_soap", "red_8b"])

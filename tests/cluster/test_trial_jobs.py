@@ -28,8 +28,9 @@ PROGRAM = (
     "    saved.touch()\n"
     "    os._exit(75)\n"
     "signal.signal(signal.SIGTERM, told)\n"
-    "print(os.environ['SLURMD_NODENAME'], 'rank', os.environ.get('RANK'), 'of', os.environ.get('WORLD_SIZE'),\n"
-    "      'goes on' if saved.exists() else 'begins', flush=True)\n"
+    "who = os.environ['SLURMD_NODENAME'], 'rank', os.environ.get('RANK'), 'of', os.environ.get('WORLD_SIZE')\n"
+    # In one piece: ranks share a log.
+    "os.write(1, ' '.join(map(str, [*who, 'goes on\\n' if saved.exists() else 'begins\\n'])).encode())\n"
     "if sys.argv[2] == 'dies': os.kill(os.getppid(), signal.SIGKILL)\n"
     "while sys.argv[2] == 'waits' and not saved.exists(): time.sleep(0.05)\n"
     "sys.exit(int(sys.argv[2]) if sys.argv[2].isdecimal() else 0)",

