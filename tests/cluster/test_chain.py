@@ -250,7 +250,7 @@ def test_the_clusters_own_values_count(place: Path):
     said = graph("c", chain(place, steps=steps).submissions())
     assert said.endswith("chain c: 14.0 node-hours at most\n")  # 2 h x (1 + 1 + 4 + 1 nodes)
     (place / "slurm/cluster.env").write_text("false\n")
-    with pytest.raises(UserError, match=r"slurm/cluster.env fails, status 1"):
+    with pytest.raises(UserError, match=r"slurm/cluster.env ended with status 1: its last"):
         chain(place)
 
 
@@ -275,6 +275,27 @@ def test_order_and_names():
         in_order({"a": step("x")})
     with pytest.raises(UserError, match="a name is letters"):
         in_order({"a b": step()})
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--dependency=afterany:99", "a chain says this itself"),
+        ("-dafterany:99", "a chain says this itself"),
+        ("--job-name=x", "a chain says this itself"),
+        ("--nodes 4", "write a flag as one word"),
+        ("--nodes=", "write a flag as one word"),
+    ],
+)
+def test_flags_that_do_not_go(flag: str, said: str):
+    with pytest.raises(UserError, match=f"chain.jobs.red: .*{said}"):
+        in_order({"red": replace(step(), flags=(flag,))})
+
+
+def test_an_array_would_do_the_same_many_times(place: Path):
+    steps = {"red": replace(step(), flags=("--array=0-1",))}
+    with pytest.raises(UserError, match=r"--array=0-1 of .*a\.sh: the jobs of an array would all"):
+        Chain("x", steps, str(place / "runs"), place, {}).submissions()
 
 
 def test_where_there_is_no_clone(tmp_path: Path):

