@@ -47,12 +47,14 @@ class Signals:
         # The signal that is waited with, or that code in between has let fall, or 0.
         self.told = 0
         self._waiting = False
+        self._ending = False  # what was under way is saved, and the process is on its way out
         self._raised_at = 0.0
         self._at_once: Callable[[], None] | None = None
         self._promise = ""
 
     def listen(self) -> None:
         """Have every signal of HEARD end the process in good order, from here on."""
+        self._ending = False
         for number in HEARD:
             signal.signal(number, self._heard)
 
@@ -79,18 +81,24 @@ class Signals:
             Stopped: the block came to its own end although there was one; what would follow does not.
         """
         self._promise, self._at_once = promise, at_once
+        self._ending = False
         self._waiting = True  # what was told before stays: libraries swallow exceptions in imports
         try:
             yield
             if self.told:
                 raise Stopped(self.told, "what was under way is done")
+        except Stopped:
+            self._ending = True
+            raise
         finally:
             self._waiting, self.told = False, 0
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if not self._waiting:
             again = self.told and time.monotonic() - self._raised_at < ECHO
-            if again and number != signal.SIGINT:  # in the middle of what the first has led to
+            # In the middle of what the first has led to. A rank that left at once now would be missed by
+            # the others, which may still be writing.
+            if (again or self._ending) and number != signal.SIGINT:
                 return
             self.told, self._raised_at = number, time.monotonic()
             raise Stopped(number)

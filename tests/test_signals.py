@@ -158,3 +158,24 @@ def test_waiting_is_over_when_its_block_is():
         signals.told = 0
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_once_its_work_is_saved_a_repeated_signal_changes_nothing():
+    """Between the end of what is under way and the door, where other ranks may still be writing."""
+    before = {number: signal.getsignal(number) for number in HEARD}
+    signals.listen()
+    try:
+        with pytest.raises(Stopped) as stopped:
+            try:
+                with signals.waiting():
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    raise Stopped(signal.SIGUSR1, "the state is saved", together=True)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.value.together
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signals.told = 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
