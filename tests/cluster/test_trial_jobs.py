@@ -126,6 +126,17 @@ def test_a_rank_for_every_row_on_as_many_nodes_as_they_need(slurm: Cluster, tmp_
     assert ranks == [f"{node} rank {i} of 4 begins" for i, node in enumerate(nodes)]
 
 
+def test_more_nodes_than_there_are_is_told(slurm: Cluster, tmp_path: Path):
+    """Slurm takes such a job, and lets it wait for ever."""
+    (job,) = started(tmp_path, {"a": "0"}, rows=8, gpus_per_node=2)
+    told = until(job.hindered)
+    assert told.startswith(f"{job} waits for "), told
+    assert job.status() is None and job.hindered() is None
+    job.stop()
+    assert statuses([job]) == [1]
+    assert f"error: {job} has ended: CANCELLED, and" in (tmp_path / "a.log").read_text()
+
+
 def test_told_to_stop_and_taken_back(slurm: Cluster, tmp_path: Path):
     """What runs saves and ends; what waits is taken out of the queue."""
     jobs = started(tmp_path, {"runs": "waits", "queued": "0"}, array_parallelism=1)

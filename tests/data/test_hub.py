@@ -161,6 +161,7 @@ def test_a_hub_that_is_not_there(tmp_path: Path):
     hub = Hub(500)
     hub.close()
     said = ask("some/set", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    assert "HTTPS_PROXY" in said and "HF_ENDPOINT" in said and "Check the id" not in said
     assert "hf download --repo-type dataset some/set" in said
     assert "HF_HUB_OFFLINE=1" in said and said.count("\n") == 0
     assert "data.source=file" in ask("no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))

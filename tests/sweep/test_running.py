@@ -215,6 +215,30 @@ def test_a_trial_that_others_were_faster_with_is_looked_at_again(
     assert said.err.startswith("error: [1/1] x failed, status 1") and "status 2" not in said.err
 
 
+class Waiting(Ended):
+    """A job that Slurm does not start at first."""
+
+    left = 2
+
+    def hindered(self) -> str | None:
+        return "job 7 waits for BadConstraints" if self.left else None
+
+    def status(self) -> int | None:  # type: ignore[override]
+        self.left -= 1
+        return None if self.left >= 0 else 1
+
+
+def test_what_hinders_a_trial_is_said_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    class One(Refused):
+        def start(self, starts: Sequence[Start]) -> list[Ended]:
+            return [Waiting(1)]
+
+    trial = Trial("x", ("name=x",), tiny_config(tmp_path, "name=x"))
+    with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
+        run_sweep("x", [trial], One(RunDir(tmp_path / "x"), ExitStack()))  # type: ignore[arg-type]
+    assert "\n[1/1] x: job 7 waits for BadConstraints\n" in capsys.readouterr().out
+
+
 class Ends(Refused):
     """An executor whose jobs say something and end at once."""
 

