@@ -102,7 +102,7 @@ def test_a_time_limit_that_is_too_short(cluster: Cluster, tmp_path: Path):
     root.mkdir()
     # Longer than one start has, of whose limit Slurm may take a minute for its warning.
     words = [
-        "optimizer.lr=1e-3,3e-3", "train.steps=2000", "train.batch_size=1", "state.every_steps=null",
+        "optimizer.lr=1e-3,3e-3", "train.steps=5000", "train.batch_size=1", "state.every_steps=null",
     ]  # fmt: skip
     assert sweep(cluster, quiet, *words, "sweep.slots=2").wait(900) == 0
     limit = ["hydra.launcher.minutes=2", "hydra.launcher.signal_delay_seconds=40"]
