@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_each_point_once(cluster: Cluster, submit_from: Path):
     )
     # W&B itself takes the line for what it is, as far as that can be asked without a network.
     dry = subprocess.run(
-        [*upload.split()[2:4], "--dry-run", *upload.split()[4:]],
+        [Path(sys.prefix) / "bin" / "wandb", "sync", "--dry-run", *upload.split()[4:]],
         capture_output=True, text=True, timeout=120, env={**cluster.environment, "HOME": str(run)},
     )  # fmt: skip
     assert dry.returncode == 0, dry.stderr
