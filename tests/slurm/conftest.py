@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.virtual import Cluster, clone, missing
+from tests.slurm.virtual import Cluster, clone, missing
 
 
 @pytest.fixture(scope="session")

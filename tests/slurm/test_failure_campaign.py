@@ -1,6 +1,6 @@
 """Everything that ends a job on a cluster, done to one: it ends by itself in the undisturbed run.
 
-pytest -m slow tests/cluster/test_failure_campaign.py -s    some 15 minutes; prints the time each case costs
+pytest -m slow tests/slurm/test_failure_campaign.py -s    some 15 minutes; prints the time each case costs
 
 Three virtual nodes with networks of their own, two for the job and one to spare.
 """
@@ -15,18 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import virtual_cluster
-from tests.cluster.test_job import (
-    RUN,
-    SCRIPT,
-    by_torchrun,
-    digest,
-    rank_of,
-    undisturbed,
-    until_step,
-)
-from tests.cluster.virtual import Cluster
-from tests.engine.test_resume import timeless
+from tests.slurm.conftest import virtual_cluster
+from tests.slurm.test_job import RUN, SCRIPT, by_torchrun, digest, rank_of, undisturbed, until_step
+from tests.slurm.virtual import Cluster
+from tests.training.test_resume import timeless
 
 assert undisturbed  # a fixture
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

