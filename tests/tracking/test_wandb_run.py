@@ -166,7 +166,7 @@ def test_a_secret_is_not_sent(red: RunDir) -> None:
 
 
 def test_the_parents_other_measurements_are_not_the_runs(red: RunDir) -> None:
-    found = [(e.step, e.value) for e in entries(red) if e.step == 0]
+    found = [(e.step, e.result.value) for e in entries(red) if e.step == 0]
     assert found == [(0, 0.05)]
 
 

