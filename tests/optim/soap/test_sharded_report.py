@@ -1,4 +1,4 @@
-"""What sharded SOAP tells: failures that stop all ranks, totals of a run, the manifest's proof."""
+"""What sharded SOAP tells: failures that stop all ranks, totals of a run, the manifest's evidence."""
 
 import json
 from typing import Any
@@ -53,7 +53,7 @@ def test_a_matrix_that_keeps_failing_stops_the_run(ranks: int, size: int):
 
 
 def reported(parts: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """Reports after so many calls each, a new process for each; the totals and the proof at the end."""
+    """Reports after so many calls each, a new process for each; the totals and the evidence at the end."""
     bases.METHODS["cholesky_qr"] = (lambda a: a * torch.nan, bases.householder_qr)
     settings = Settings(precondition_frequency=3, max_precond_dim=LIMIT, refresh="cholesky_qr")
     told, at, run = [], 0, Sharded(settings)
@@ -67,13 +67,13 @@ def reported(parts: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any], di
             run.step(tensors(step))
         at += calls
         told.append(run.optimizer.report(1e3 * (1 + run.world.rank)))
-    return told, run.optimizer.totals, run.optimizer.proof()
+    return told, run.optimizer.totals, run.optimizer.evidence()
 
 
 def test_totals_are_those_of_the_whole_run():
     ranks = run_ranks(2, reported, [3, 4, 1])
     assert ranks[0] == ranks[1]
-    told, totals, proof = ranks[0]
+    told, totals, evidence = ranks[0]
     counted = ("refreshes", "fallbacks", "failures", "first_failures")
     for key in counted:
         assert totals[key] == sum(t[key] for t in told) and isinstance(totals[key], int)
@@ -85,17 +85,17 @@ def test_totals_are_those_of_the_whole_run():
     assert totals["orthogonality"] == worst > 0
     assert all(t["share"] == t["seconds"] / 2e3 for t in told)
 
-    assert {k: proof[k] for k in (*counted, "updates", "orthogonality", "seconds")} == {
+    assert {k: evidence[k] for k in (*counted, "updates", "orthogonality", "seconds")} == {
         k: totals[k] for k in (*counted, "updates", "orthogonality", "seconds")
     }
-    assert proof["share"] == pytest.approx(totals["seconds"] / 6e3)
-    assert proof["settings"] == {
+    assert evidence["share"] == pytest.approx(totals["seconds"] / 6e3)
+    assert evidence["settings"] == {
         "lr": 1e-2, "weight_decay": [DECAY, 0.0], "stagger": True, "betas": (0.95, 0.95),
         "shampoo_beta": -1.0, "eps": 1e-8, "precondition_frequency": 3, "max_precond_dim": LIMIT,
         "refresh": "cholesky_qr", "matmul_precision": "fp32",
     }  # fmt: skip
-    assert proof["moved_bytes"] > 0 and proof["by_rows"] == 2
-    json.dumps(proof)
+    assert evidence["moved_bytes"] > 0 and evidence["by_rows"] == 2
+    json.dumps(evidence)
 
 
 def nothing_to_precondition() -> str:

