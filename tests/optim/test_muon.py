@@ -265,7 +265,7 @@ def test_every_key_reaches_the_optimizer():
     ("override", "message"),
     [
         ("lr=0", "optimizer.lr=0.0"), ("adamw_lr=-1", "optimizer.adamw_lr=-1"),
-        ("adamw_lr=.inf", "optimizer.adamw_lr=inf"), ("momentum=1", "optimizer.momentum=1"),
+        ("adamw_lr=inf", "optimizer.adamw_lr=inf"), ("momentum=1", "optimizer.momentum=1"),
         ("ns_steps=0", "optimizer.ns_steps=0"), ("ns_steps=100", "optimizer.ns_steps=100"),
         ("adjust_lr_fn=rms", "original, match_rms_adamw"),
     ],
