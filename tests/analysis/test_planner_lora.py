@@ -56,7 +56,7 @@ def adapted(a: Architecture, config: LoraConfig) -> Any:
     theirs = PeftLora(
         r=config.rank,
         lora_alpha=int(config.alpha),
-        target_modules=list(config.targets) if config.targets else "all-linear",
+        target_modules=list(config.target_modules) if config.target_modules else "all-linear",
         task_type="CAUSAL_LM",
     )
     with torch.device("meta"):
@@ -102,10 +102,14 @@ def test_the_number_for_70b() -> None:
 
 
 def test_a_name_that_is_no_layers() -> None:
-    with pytest.raises(UserError, match=r"peft\.targets has q_porj, .* q_proj, k_proj, v_proj"):
-        check_plan(planned(*LORA, "peft.targets=[k_proj,q_porj]"))
-    with pytest.raises(UserError, match=r"peft\.targets has proj, "):  # no whole part of a name
-        check_plan(planned(*LORA, "peft.targets=[proj]"))
+    with pytest.raises(
+        UserError, match=r"peft\.target_modules has q_porj, .* q_proj, k_proj, v_proj"
+    ):
+        check_plan(planned(*LORA, "peft.target_modules=[k_proj,q_porj]"))
+    with pytest.raises(
+        UserError, match=r"peft\.target_modules has proj, "
+    ):  # no whole part of a name
+        check_plan(planned(*LORA, "peft.target_modules=[proj]"))
 
 
 def test_a_rank_above_a_layers_side() -> None:
@@ -114,7 +118,7 @@ def test_a_rank_above_a_layers_side() -> None:
         UserError, match=r"peft\.rank=1025 .*k_proj .*1024 x 8192: use at most 1024"
     ):
         check_plan(planned(*LORA, "peft.rank=1025"))
-    check_plan(planned(*LORA, "peft.rank=1025", "peft.targets=[q_proj]"))
+    check_plan(planned(*LORA, "peft.rank=1025", "peft.target_modules=[q_proj]"))
 
 
 # ---------------------------------------------------------------- memory and disk
@@ -253,7 +257,7 @@ def adapted_layers(config: PlannedTrain, dtype: torch.dtype) -> Any:
     llama._attn_implementation = "sdpa"
     model = Layers(llama, a.num_hidden_layers).to(dtype)
     targets = list(
-        ours.targets
+        ours.target_modules
         or ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     )
     inject_adapter_in_model(

