@@ -287,7 +287,7 @@ def test_random_is_fair_to_every_row(tmp_path: Path):
     assert len(drawn) == 20 and all(abs(n - 50) < 31 for n in drawn.values())
 
 
-# ---------------------------------------------------------------- at the door
+# ---------------------------------------------------------------- validation
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,9 @@ def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch):
         heartbeat._gather(server, port, "secret", 3)
     thread.join()
     assert "rank 2 did not join" in told[0]
-    with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1.*watch\.seconds=0"):
+    with pytest.raises(
+        UserError, match=rf"port {port} of 127\.0\.0\.1.*heartbeat\.timeout_seconds=0"
+    ):
         heartbeat._join(["127.0.0.1"], port, "secret", 1)
 
 

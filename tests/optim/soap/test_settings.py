@@ -1,4 +1,4 @@
-"""SOAP's numbers at the door."""
+"""Bounds of SOAP's keys."""
 
 import math
 from typing import Any
@@ -22,9 +22,9 @@ def soap(key: str, value: Any) -> TrainConfig:
     [
         ("precondition_frequency", 0, "precondition_frequency=0: must be at least 1"),
         ("max_precond_dim", 0, "max_precond_dim=0: must be at least 1"),
-        ("shampoo_beta", 1.0, "shampoo_beta=1.0: must be finite and below 1"),
-        ("shampoo_beta", math.nan, "shampoo_beta=nan: must be finite and below 1"),
-        ("shampoo_beta", -math.inf, "shampoo_beta=-inf: must be finite and below 1"),
+        ("shampoo_beta", 1.0, "shampoo_beta=1.0: must be below 1"),
+        ("shampoo_beta", math.nan, "shampoo_beta=nan: must be below 1"),
+        ("shampoo_beta", -math.inf, "shampoo_beta=-inf: must be finite"),
         ("refresh", "qr", "refresh=qr"),
         ("matmul_precision", "bf16", "matmul_precision=bf16"),
         ("stagger", 3, "stagger=3"),
