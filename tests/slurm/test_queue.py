@@ -61,7 +61,7 @@ def test_an_empty_queue():
 
 
 def test_another_squeue():
-    with pytest.raises(UserError, match=r"squeue said 'JOBID PARTITION', which has 1 fields"):
+    with pytest.raises(UserError, match=r"squeue printed 'JOBID PARTITION', which has 1 fields"):
         read_jobs("JOBID PARTITION\n")
 
 
@@ -70,7 +70,7 @@ def test_another_squeue():
     [
         (
             "echo Unable to contact slurm controller >&2; exit 1",
-            r"squeue failed \(Unable to contact slurm controller\): `scontrol ping` says",
+            r"squeue failed \(Unable to contact slurm controller\): `scontrol ping` shows",
         ),
         ("echo invalid user >&2; exit 1", r"squeue failed \(invalid user\)$"),
         ("exit 4", r"squeue failed \(status 4\)"),

