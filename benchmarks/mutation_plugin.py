@@ -39,7 +39,7 @@ def pytest_collectreport(report: Any) -> None:
 
 def record_failure(report: Any) -> None:
     if report.failed:
-        text = str(report.longrepr)
+        text = str(report.longrepr).replace(os.environ["TMPDIR"], "TMPDIR")
         errors = [line for line in text.splitlines() if line.startswith("E ")]
         message = errors[0] if errors else text[-300:]
         with open(RUN["record"], "a", encoding="utf-8") as record:

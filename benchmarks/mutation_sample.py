@@ -150,7 +150,7 @@ def sample(root: Path, count: int, seed: int) -> list[Mutation]:
     quota = {name: max(1, int(share)) for name, share in exact.items()}
     for name in sorted(exact, key=lambda n: exact[n] - quota[n], reverse=True):
         quota[name] += sum(quota.values()) < count
-    drawn = []
+    drawn: list[Mutation] = []
     for name, paths in sorted(strata.items()):
         generator = random.Random(f"{seed} {name}")
         by_line = defaultdict(list)

@@ -37,7 +37,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 from mutation_sample import Mutation, sample, select
@@ -80,6 +80,8 @@ def run_tests(
     end(str(record))
     process.wait()
     failures = dict(json.loads(line) for line in record.open()) if record.exists() else {}
+    if code in (-signal.SIGTERM, -signal.SIGKILL):
+        stop(f"pytest was killed by signal {-code}; run the command again", root.parents[1])
     text = output.read_text(errors="replace")[-300:]
     shutil.rmtree(scratch, ignore_errors=True)
     if code is None:
@@ -101,6 +103,15 @@ def end(text: str) -> None:
     for process in alive(text):
         with contextlib.suppress(psutil.Error):
             process.kill()
+
+
+def stop(reason: str, folder: Path) -> NoReturn:
+    """End the command and its test runs at once, also from a worker thread."""
+    end(str(folder))
+    time.sleep(1)  # killed processes may still be writing
+    shutil.rmtree(folder, ignore_errors=True)
+    print(reason, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class Clones:
@@ -172,14 +183,8 @@ def run(arguments: argparse.Namespace) -> None:
     if {line["commit"] for line in read(arguments.results)} - {commit}:
         sys.exit(f"{arguments.results} holds results of another commit; choose another file")
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-
-        def stop(*_: Any) -> None:
-            end(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            os._exit(143)
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: stop(f"signal {number}", Path(folder)))
         clones: queue.Queue[Clones] = queue.Queue()
         for job in range(arguments.jobs):
             clones.put(Clones(Path(folder, str(job)), commit))
@@ -249,9 +254,11 @@ def show(arguments: argparse.Namespace) -> None:
 
 def score(lines: list[dict[str, Any]]) -> str:
     counts = Counter(line["status"] for line in lines)
-    rate = counts["killed"] / max(1, len(lines))
-    parts = ", ".join(f"{counts[status]} {status}" for status in ("survived", "timeout", "invalid"))
-    return f"{counts['killed']} of {len(lines)} killed ({rate:.0%}); {parts}"
+    valid = len(lines) - counts["invalid"]
+    parts = [f"{counts[status]} {status}" for status in ("survived", "timeout", "invalid")]
+    unchecked = sum(line["status"] == "killed" and not line.get("checked") for line in lines)
+    rate = f"{counts['killed']} of {valid} killed ({counts['killed'] / max(1, valid):.0%})"
+    return ", ".join([rate, *parts, f"{unchecked} kills unchecked"])
 
 
 def package(file: str) -> str:
@@ -279,7 +286,7 @@ def main() -> None:
     runner = commands.add_parser("run", parents=[sampled], help=run.__doc__)
     runner.add_argument("results", type=Path)
     runner.add_argument("--commit", default="HEAD")
-    runner.add_argument("--limit", type=float, default=240, help="CPU seconds for one mutation")
+    runner.add_argument("--limit", type=float, default=120, help="CPU seconds for one mutation")
     runner.add_argument("--jobs", type=int, default=1, help="mutations at a time")
     runner.add_argument("--check-only", action="store_true", help="only check the kills so far")
     runner.set_defaults(command=run)
