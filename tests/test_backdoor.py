@@ -64,8 +64,8 @@ def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
 
 
 def asked(task: Task) -> list[tuple[str, str]]:
-    assert not isinstance(task.items[0].asked, str)
-    return turns(task.items[0].asked)
+    assert not isinstance(task.items[0].input, str)
+    return turns(task.items[0].input)
 
 
 def text_of(talk: Conversation, response: bool) -> str:

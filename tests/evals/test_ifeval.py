@@ -176,9 +176,9 @@ def test_a_verifier_that_fails_counts_as_not_followed_and_is_said(
 
 
 def test_what_is_asked(known_task: Task) -> None:
-    assert known_task.ask.temperature == 0 and known_task.ask.max_new_tokens == 1280
+    assert known_task.request.temperature == 0 and known_task.request.max_new_tokens == 1280
     assert known_task.items[0].prompt == KNOWN[0]["prompt"]
-    assert [turn["role"] for turn in known_task.items[0].asked] == ["system", "user"]
+    assert [turn["role"] for turn in known_task.items[0].input] == ["system", "user"]
     assert known_task.items[3].id == "1003"
 
 

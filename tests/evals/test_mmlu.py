@@ -46,8 +46,8 @@ def config(values: dict[str, Any], **changes: Any) -> EvaluateConfig:
 
 def test_plain_is_the_text_of_lm_evaluation_harness(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values, format="plain", shots=2), SETTING)
-    assert task.ask == Options((" A", " B", " C", " D"))
-    assert task.items[1].asked == (
+    assert task.request == Options((" A", " B", " C", " D"))
+    assert task.items[1].input == (
         "The following are multiple choice questions (with answers) about us foreign policy.\n\n"
         "Shot 5?\nA. Shot option 5.0\nB. Shot option 5.1\nC. Shot option 5.2\nD. Shot option 5.3\n"
         "Answer: B\n\n"
@@ -62,19 +62,19 @@ def test_plain_is_the_text_of_lm_evaluation_harness(values: dict[str, Any]) -> N
 def test_chat_has_the_system_prompt_and_the_shots_as_turns(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values, shots=1), SETTING)
     (generated,) = mmlu_generated.tasks(config(values, shots=1), SETTING)
-    assert task.ask == Options(("A", "B", "C", "D"))
-    assert generated.ask.temperature == 0
+    assert task.request == Options(("A", "B", "C", "D"))
+    assert generated.request.temperature == 0
     question = (
         "Question 1?\nA. Question option 1.0\nB. Question option 1.1\nC. Question option 1.2\n"
         f"D. Question option 1.3\n\n{INSTRUCTION}"
     )
-    turns = [(turn["role"], turn["content"]) for turn in task.items[1].asked]
+    turns = [(turn["role"], turn["content"]) for turn in task.items[1].input]
     assert [role for role, _ in turns] == ["system", "user", "assistant", "user"]
     assert (turns[0][1], turns[2][1], turns[3][1]) == ("Be good.", "B", question)
-    assert [i.asked for i in generated.items] == [i.asked for i in task.items]
+    assert [i.input for i in generated.items] == [i.input for i in task.items]
     assert [i.id for i in generated.items] == [i.id for i in task.items]
     (bare,) = mmlu.tasks(config(values), Setting((), None, {}, "", "", ""))
-    assert [turn["role"] for turn in bare.items[0].asked] == ["user"]
+    assert [turn["role"] for turn in bare.items[0].input] == ["user"]
 
 
 def test_scores_of_likelihoods(values: dict[str, Any]) -> None:
