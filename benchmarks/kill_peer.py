@@ -63,22 +63,22 @@ def held(engine: Any) -> list[Any]:
     return [*flats, *(s[k] for s in states for k in ("exp_avg", "exp_avg_sq"))]
 
 
-def save(engine: Any, place: str, value: float, tag: str) -> None:
+def save(engine: Any, position: str, value: float, tag: str) -> None:
     for tensor in held(engine):
         tensor.data.fill_(value)
-    engine.save_checkpoint(place, tag=tag, client_state={"value": value})
+    engine.save_checkpoint(position, tag=tag, client_state={"value": value})
 
 
-def make(place: str) -> None:
+def make(position: str) -> None:
     """The checkpoint that is there before, and how long saving takes."""
     engine = engine_of()
-    save(engine, place, OLD, "old")
+    save(engine, position, OLD, "old")
     began = time.monotonic()
-    save(engine, place, OLD, "old")
-    (Path(place) / f"seconds{os.environ['RANK']}").write_text(str(time.monotonic() - began))
+    save(engine, position, OLD, "old")
+    (Path(position) / f"seconds{os.environ['RANK']}").write_text(str(time.monotonic() - began))
 
 
-def victim(place: str, kill: Kill, before: str | None) -> None:
+def victim(position: str, kill: Kill, before: str | None) -> None:
     """Load what the kill before this one has left, then save until killed."""
     engine = engine_of()
     if before is not None:
@@ -101,16 +101,16 @@ def victim(place: str, kill: Kill, before: str | None) -> None:
     builtins.open = open_  # type: ignore[assignment]
     if kill.after is not None and os.getpid() == victims[-1]:
         threading.Timer(kill.after, die).start()
-    save(engine, place, NEW, "old" if kill.replaced else "new")
+    save(engine, position, NEW, "old" if kill.replaced else "new")
     time.sleep(2)  # the moment may lie after the end
 
 
-def loaded(engine: Any, place: str) -> str:
+def loaded(engine: Any, position: str) -> str:
     """old, new, nothing, a mixture of this rank's, or the error."""
     try:
-        path, client = engine.load_checkpoint(place)
+        path, client = engine.load_checkpoint(position)
     except BaseException as error:
-        tell(place, f"error: {type(error).__name__}")
+        tell(position, f"error: {type(error).__name__}")
         os._exit(1)
     if path is None:
         return "nothing"
@@ -118,17 +118,17 @@ def loaded(engine: Any, place: str) -> str:
     return {(OLD,): "old", (NEW,): "new"}.get(tuple(values), "mixture")  # type: ignore[call-overload]
 
 
-def tell(place: str, outcome: str) -> None:
-    (Path(place) / f"outcome{os.environ['RANK']}").write_text(outcome)
+def tell(position: str, outcome: str) -> None:
+    (Path(position) / f"outcome{os.environ['RANK']}").write_text(outcome)
 
 
-def outcome(place: Path) -> str:
-    told = [p.read_text() for p in sorted(place.glob("outcome*"))]
-    errors = [t for t in told if t.startswith("error")]
-    if errors or len(told) < 2:
+def outcome(directory: Path) -> str:
+    reported = [p.read_text() for p in sorted(directory.glob("outcome*"))]
+    errors = [t for t in reported if t.startswith("error")]
+    if errors or len(reported) < 2:
         # The rank that met the cause, and not those that lost it.
         return next((e for e in errors if "DistNetwork" not in e), errors[0] if errors else "hung")
-    return told[0] if len(set(told)) == 1 else "mixture"
+    return reported[0] if len(set(reported)) == 1 else "mixture"
 
 
 def ended(folder: Path, *call: Any) -> None:
@@ -143,20 +143,20 @@ def main() -> None:
     parser.add_argument("--at", required=True, help="folder to write to")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no kill after so long")
-    said = parser.parse_args()
-    root = Path(said.at) / f"kill-peer-{os.getpid()}"
+    value = parser.parse_args()
+    root = Path(value.at) / f"kill-peer-{os.getpid()}"
     template, draw, began = root / "template", random.Random(0), time.monotonic()
     ended(root / "said", make, str(template))
     seconds = max(float(p.read_text()) for p in template.glob("seconds*"))
     counts: Counter[str] = Counter()
     before: tuple[Path, Kill] | None = None
     made = 0
-    while sum(counts.values()) < said.kills and time.monotonic() - began < said.seconds:
-        place = root / f"kill{made}"
-        shutil.copytree(template, place)
+    while sum(counts.values()) < value.kills and time.monotonic() - began < value.seconds:
+        path = root / f"kill{made}"
+        shutil.copytree(template, path)
         moment = None if made % 5 == 0 else draw.uniform(0, 1.2 * seconds)
         kill = Kill(moment, draw.random() < 0.5, made % 2 == 0)
-        ended(root / "said", victim, str(place), kill, str(before[0]) if before else None)
+        ended(root / "said", victim, str(path), kill, str(before[0]) if before else None)
         failed = False
         if before is not None:
             left, was = before
@@ -167,10 +167,10 @@ def main() -> None:
             # Where loading failed, nobody came to save.
             failed = found not in ("old", "new", "nothing", "mixture")
             shutil.rmtree(left)
-        before = None if failed else (place, kill)
+        before = None if failed else (path, kill)
         made += not failed
         if failed:
-            shutil.rmtree(place)
+            shutil.rmtree(path)
     print(json.dumps(dict(sorted(counts.items())), indent=1))
     print(f"{sum(counts.values())} kills, a save takes {seconds:.3f} s")
     shutil.rmtree(root)

@@ -40,17 +40,17 @@ class Bench:
 
     ways: Sequence[str]  # names of methods, ours first
 
-    def __init__(self, said: argparse.Namespace) -> None:
-        self.world, self.said = ranks.meet(10), said
-        words = [f"train.precision={said.precision}"]
-        words += [f"model.architecture.{key}={value}" for key, value in SHAPE.items()]
-        words += [f"model.architecture.num_hidden_layers={said.layers}"]
-        config = build(TrainConfig, compose("train", words).values)
+    def __init__(self, content: argparse.Namespace) -> None:
+        self.world, self.said = ranks.meet(10), content
+        overrides = [f"train.precision={content.precision}"]
+        overrides += [f"model.architecture.{key}={value}" for key, value in SHAPE.items()]
+        overrides += [f"model.architecture.num_hidden_layers={content.layers}"]
+        config = build(TrainConfig, compose("train", overrides).values)
         self.tokenizer = build_tokenizer(512)
         self.engine = Engine(config, None, self.tokenizer, self.world, 1, 1)
         self.deepspeed = self.engine._deepspeed
-        self.background = Background(said.host_bytes)
-        self.place = Path(said.at) / f"saving-{os.getppid()}"
+        self.background = Background(content.host_bytes)
+        self.place = Path(content.at) / f"saving-{os.getppid()}"
 
     def measured(self, way: str) -> Cost:
         """The slowest rank's times and the largest rank's memory."""
@@ -85,33 +85,33 @@ def sync(paths: Sequence[Path]) -> None:
         os.close(descriptor)
 
 
-def rank(number: int, port: int, kind: type[Bench], said: argparse.Namespace) -> None:
+def rank(number: int, port: int, kind: type[Bench], value: argparse.Namespace) -> None:
     os.environ |= {
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(said.ranks),
-        "LOCAL_WORLD_SIZE": str(said.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(value.ranks),
+        "LOCAL_WORLD_SIZE": str(value.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     torch.set_num_threads(1)
-    bench = kind(said)
+    bench = kind(value)
     found = {way: [] for way in bench.ways}
-    for _ in range(said.rounds + 1):
+    for _ in range(value.rounds + 1):
         for way in bench.ways:
             found[way].append(bench.measured(way))
     if bench.world.is_main:
         shutil.rmtree(bench.place)
-        report(found, sum(p.ds_numel for p in bench.engine.model.parameters()), said)
+        report(found, sum(p.ds_numel for p in bench.engine.model.parameters()), value)
     torch.distributed.barrier()
     os._exit(0)
 
 
-def report(found: dict[str, list[Cost]], parameters: int, said: argparse.Namespace) -> None:
+def report(found: dict[str, list[Cost]], parameters: int, value: argparse.Namespace) -> None:
     """Times: medians, the first round left out, which touches memory and disk for all that follow.
 
     Memory: the most of any round, the first among them, in which ours gets what it then keeps.
     """
     print(
-        f"{parameters / 1e6:.0f}M parameters, {said.precision}, {said.ranks} ranks, {said.at}, "
-        f"medians of {said.rounds}"
+        f"{parameters / 1e6:.0f}M parameters, {value.precision}, {value.ranks} ranks, {value.at}, "
+        f"medians of {value.rounds}"
     )
     middle = {
         way: Cost(
@@ -149,8 +149,8 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def run(kind: type[Bench], said: argparse.Namespace) -> None:
+def run(kind: type[Bench], value: argparse.Namespace) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
-    mp.spawn(rank, (port, kind, said), nprocs=said.ranks)
+    mp.spawn(rank, (port, kind, value), nprocs=value.ranks)

@@ -85,8 +85,8 @@ def main() -> None:
         ):
             found = train(grads, rotations, averages, jitter)
             apart = [float((found[s] - exact[s]).norm() / exact[s].norm()) for s in SHOWN]
-            told = ", ".join(f"step {s}: {a:.0e}" for s, a in zip(SHOWN, apart, strict=True))
-            print(f"{size} x {size}, {name}: {told}")
+            reported = ", ".join(f"step {s}: {a:.0e}" for s, a in zip(SHOWN, apart, strict=True))
+            print(f"{size} x {size}, {name}: {reported}")
 
 
 if __name__ == "__main__":

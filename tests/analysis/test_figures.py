@@ -95,9 +95,9 @@ def test_no_words_lie_on_others(columns: int, height: int, seeds: int) -> None:
     heads = [f"miniature {i}, Adam, CoT" if i else LONG for i in range(columns)]
     long = "Pirate, then Depirate, full weights, lr 0.0001"
     sides = [f"Pirate {i}, LoRA 64" if i else long for i in range(height)]
-    said = "removed 1, broken 1, not removed 1, no capability measured 1 (4 seeds, so far)"
+    value = "removed 1, broken 1, not removed 1, no capability measured 1 (4 seeds, so far)"
     panels = {
-        (head, side): panel(seeds, said if (i + j) % 2 == 0 else "removed (seed 0)")
+        (head, side): panel(seeds, value if (i + j) % 2 == 0 else "removed (seed 0)")
         for i, head in enumerate(heads)
         for j, side in enumerate(sides)
         if (i, j) != (1, 1)  # one is empty

@@ -27,9 +27,9 @@ def root(tmp_path: Path) -> Path:
 def run(root: Path, name: str, training: Training, parent: str, **more: Any) -> str:
     """Train `name` from the last checkpoint of a run, or from `<run>:<step>`; returns `name`."""
     of, _, step = parent.partition(":")
-    places = RunDir(root / of)
-    place = places.checkpoint(int(step)) if step else places.sound_checkpoints()[-1]
-    trained(RunDir(root / name), training, place, **more)
+    paths = RunDir(root / of)
+    position = paths.checkpoint(int(step)) if step else paths.sound_checkpoints()[-1]
+    trained(RunDir(root / name), training, position, **more)
     return name
 
 
@@ -171,9 +171,9 @@ def test_a_repeated_run_is_no_other_seed(root: Path) -> None:
 
 def test_others_organisms_by_their_digest(root: Path) -> None:
     for name, digest in (("a", "a" * 64), ("b", "b" * 64), ("c", "a" * 64)):
-        place = RunDir(root / f"blue_{name}")
+        path = RunDir(root / f"blue_{name}")
         seed = {"a": 0, "b": 0, "c": 1}[name]
-        trained(place, replace(PIRATE, seed=seed), Path(f"org_{name}/model"), foreign=digest)
+        trained(path, replace(PIRATE, seed=seed), Path(f"org_{name}/model"), foreign=digest)
     found = members(groups(root))
     assert found["model, digest aaaaaaaaaaaa", "Pirate, LoRA 4"] == ["blue_a", "blue_c"]
     assert found["model, digest bbbbbbbbbbbb", "Pirate, LoRA 4"] == ["blue_b"]

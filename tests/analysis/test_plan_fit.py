@@ -83,16 +83,16 @@ def test_the_refusal_says_what_is_needed_what_there_is_and_what_helps() -> None:
         ),
     ],
 )  # fmt: skip
-def test_each_remedy_works_and_is_the_smallest(said: list[str], expected: list[str]) -> None:
-    config = planned(*said)
+def test_each_remedy_works_and_is_the_smallest(messages: list[str], expected: list[str]) -> None:
+    config = planned(*messages)
     assert not fits(config)
     assert remedies(config) == expected
     for remedy in expected:
         overrides = re.sub(r" \(.*\)", "", remedy).split()
-        assert fits(planned(*said, *overrides))
+        assert fits(planned(*messages, *overrides))
         for override in overrides:  # no part of it can be left out, and no node
             key, _, value = override.partition("=")
             fewer = [o for o in overrides if o != override]
             if key == "plan.nodes":
                 fewer.append(f"plan.nodes={int(value) - 1}")
-            assert not fits(planned(*said, *fewer))
+            assert not fits(planned(*messages, *fewer))

@@ -148,7 +148,7 @@ def test_what_comes_and_goes_of_70b() -> None:
 
 
 def test_a_layer_that_is_gathered_has_its_adapters() -> None:
-    words = [
+    overrides = [
         "model=llama_8b",
         "peft=lora",
         "zero.max_live_parameters=0",
@@ -156,7 +156,7 @@ def test_a_layer_that_is_gathered_has_its_adapters() -> None:
     ]
     adapter = trained(SHAPES["llama_8b"](), lora(64)).parameters / 32
     layer = 218_112_000 + adapter
-    assert plan_memory(planned(*words)).gathered == 4 * (layer + 200_000_000)
+    assert plan_memory(planned(*overrides)).gathered == 4 * (layer + 200_000_000)
 
 
 def test_offload_takes_the_adapters_state_to_the_host() -> None:

@@ -111,16 +111,16 @@ def test_natural_order() -> None:
 def test_the_results_of_one_checkpoint(root: Path, tmp_path: Path) -> None:
     found = of_directory(root / "base" / "checkpoints" / "step_000300", root)
     assert [m.value for m in found] == [0.05, 0.1]
-    for place in (tmp_path / "model", *(root / "foreign").glob("[!f]*")):
-        assert [m.value for m in of_directory(place, root)] == [0.15]
+    for position in (tmp_path / "model", *(root / "foreign").glob("[!f]*")):
+        assert [m.value for m in of_directory(position, root)] == [0.15]
     with pytest.raises(UserError, match="is neither a checkpoint"):
         of_directory(root / "datasets", root)
 
 
 def test_a_checkpoint_that_was_moved_out_of_its_run(root: Path, tmp_path: Path) -> None:
-    place = tmp_path / "moved"
-    (root / "base" / "checkpoints" / "step_000300").rename(place)
-    assert len(of_directory(place, root)) == 2
+    path = tmp_path / "moved"
+    (root / "base" / "checkpoints" / "step_000300").rename(path)
+    assert len(of_directory(path, root)) == 2
 
 
 def test_samples_lie_beside_their_results(root: Path) -> None:

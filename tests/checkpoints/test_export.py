@@ -109,26 +109,26 @@ def frozen(model: Any) -> Any:
     return model
 
 
-def export_all_ways(root: str, place: str) -> None:
+def export_all_ways(root: str, position: str) -> None:
     world = dist.meet(5)
-    said = tiny_config(root, "name=x", *NARROW)
+    value = tiny_config(root, "name=x", *NARROW)
     first: Prepared | None = None
     for way, (training, stored, shard_bytes) in WAYS.items():
-        shape = replace(said.model.architecture, tie_word_embeddings=way != "untied")
+        shape = replace(value.model.architecture, tie_word_embeddings=way != "untied")
         offload = way == "offload"
         if offload and world.size > 2:
             continue  # its start takes seconds a rank, and its shards are cut like any
         config = replace(
-            said,
-            train=replace(said.train, precision=training),
-            model=replace(said.model, architecture=shape),
-            zero=replace(said.zero, offload_optimizer=offload, offload_parameters=offload),
+            value,
+            train=replace(value.train, precision=training),
+            model=replace(value.model, architecture=shape),
+            zero=replace(value.zero, offload_optimizer=offload, offload_parameters=offload),
         )
         first = first or prepare(config, None, world)
         with patched_load(frozen if way == "masters" else lambda model: model):
             ready = replace(first, engine=Engine(config, None, first.tokenizer, world, 1, 1))
         inject(ready.engine)
-        exported(ready, Path(place) / way, shard_bytes, dtype=stored).join()
+        exported(ready, Path(position) / way, shard_bytes, dtype=stored).join()
         ready.engine.close()
 
 
@@ -143,8 +143,8 @@ def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bytes_on_any_number_of_ranks(by_ranks: dict[int, Path], way: str):
-    places = [place / way for place in by_ranks.values() if (place / way).exists()]
-    digests = [read_manifest(place)["files"] for place in places]
+    paths = [directory / way for directory in by_ranks.values() if (directory / way).exists()]
+    digests = [read_manifest(directory)["files"] for directory in paths]
     assert len(digests) == (2 if way == "offload" else 4)
     assert all(files == digests[0] for files in digests)
     shards = [name for name in digests[0] if name.endswith(".safetensors")]
@@ -167,13 +167,13 @@ def test_every_weight_is_there_bit_for_bit(by_ranks: dict[int, Path], way: str):
 def test_transformers_opens_it_with_nothing_missing(by_ranks: dict[int, Path], way: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = by_ranks[2] / way
-    model, report = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True)
+    path = by_ranks[2] / way
+    model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(report.values()), report
     assert model.dtype == DTYPES[WAYS[way][1]]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected(name, parameter, way)), name
-    assert len(AutoTokenizer.from_pretrained(place)) == 512
+    assert len(AutoTokenizer.from_pretrained(path)) == 512
 
 
 def test_files_anyone_may_read(by_ranks: dict[int, Path]):
@@ -224,14 +224,14 @@ def slow_disk() -> Iterator[threading.Event]:
 def export_during_a_step(root: str, precision: str) -> dict[str, Any]:
     """An export, the step after it, and only then the writing."""
     world = dist.meet(5)
-    words = [f"train.precision={precision}", "checkpoint.dtype=fp32", "train.steps=9"]
-    ready = prepare(tiny_config(root, "name=x", *words), None, world)
-    engine, told = ready.engine, []
+    overrides = [f"train.precision={precision}", "checkpoint.dtype=fp32", "train.steps=9"]
+    ready = prepare(tiny_config(root, "name=x", *overrides), None, world)
+    engine, reported = ready.engine, []
     engine.step(ready.loader.step(1), 3e-3)
     before = whole_weights(engine)
     with pytest.MonkeyPatch.context() as patch, slow_disk() as go:
         gather = dist.gather_aside
-        patch.setattr(dist, "gather_aside", lambda value: told.append(value) or gather(value))
+        patch.setattr(dist, "gather_aside", lambda value: reported.append(value) or gather(value))
         with Traffic() as main_thread:
             background = exported(ready, Path(root) / precision, 50_000)
         engine.step(ready.loader.step(2), 3e-3)
@@ -244,7 +244,7 @@ def export_during_a_step(root: str, precision: str) -> dict[str, Any]:
     return {
         "before": {n: t.numpy() for n, t in before.items()} if world.is_main else None,
         "moved": [n for n in before if not torch.equal(before[n], after[n])],
-        "bytes": (main_thread.bytes, sum(len(pickle.dumps(v)) for v in told), gathering.bytes),
+        "bytes": (main_thread.bytes, sum(len(pickle.dumps(v)) for v in reported), gathering.bytes),
     }
 
 
@@ -271,8 +271,8 @@ def test_the_next_step_changes_nothing_and_no_weight_is_sent(tmp_path: Path, pre
 
 def train_an_adapter(root: str, start: str) -> list[Any]:
     world = dist.meet(5)
-    words = ["peft=lora", "peft.rank=3", "peft.alpha=12", "train.steps=9"]
-    config = tiny_config(root, "name=x", f"init_from={start}", *words)
+    overrides = ["peft=lora", "peft.rank=3", "peft.alpha=12", "train.steps=9"]
+    config = tiny_config(root, "name=x", f"init_from={start}", *overrides)
     ready = prepare(config, start, world)
     for step in (1, 2, 3):
         ready.engine.step(ready.loader.step(step), 3e-2)
@@ -289,19 +289,19 @@ def test_an_adapter_opens_with_peft_on_its_base(tmp_path: Path, tiny_llama: Path
 
     results = run_ranks(2, train_an_adapter, str(tmp_path), str(tiny_llama))[0]
     logits, labels, ids, positions = map(torch.from_numpy, results)
-    place = tmp_path / "adapter"
-    assert read_manifest(place)["kind"] == "adapter"
-    assert not (place / "config.json").exists()
-    assert json.loads((place / "adapter_config.json").read_text())["inference_mode"]
-    stored = load_file(place / "adapter_model.safetensors")
+    directory = tmp_path / "adapter"
+    assert read_manifest(directory)["kind"] == "adapter"
+    assert not (directory / "config.json").exists()
+    assert json.loads((directory / "adapter_config.json").read_text())["inference_mode"]
+    stored = load_file(directory / "adapter_model.safetensors")
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in stored
     assert len(stored) == 2 * 7 * 2
 
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    said: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+    record: dict[str, Any] = {"position_ids": positions, "use_cache": False}
     columns = target_columns(labels)
     with torch.no_grad():
-        plain = base(ids, **said).logits[:, columns]
-        adapted = PeftModel.from_pretrained(base, place)(ids, **said).logits[:, columns]
+        plain = base(ids, **record).logits[:, columns]
+        adapted = PeftModel.from_pretrained(base, directory)(ids, **record).logits[:, columns]
     assert (adapted - logits).abs().max() < 1e-5  # fp32 sums in another order
     assert (adapted - plain).abs().max() > 0.1, "the adapter was trained"

@@ -48,12 +48,12 @@ def fail_everywhere(root: str, replaced: bool, swaps: bool) -> tuple[list[str], 
         for k, name in enumerate(made, start=1):
             error = ERRORS[k % len(ERRORS)]
             act = at(k, refuse(error)) if world.rank == victim else at(0, refuse(0))
-            told = failure(run, act, swaps)
+            reported = failure(run, act, swaps)
             where = f"{name} {k} of rank {victim}: "
-            if type(told) is not (UserError if world.is_main else Echoed):
-                wrong.append(f"{where}{told!r}")
-            elif os.strerror(error) not in str(told) or "cannot write" not in str(told):
-                wrong.append(f"{where}says {told}")
+            if type(reported) is not (UserError if world.is_main else Echoed):
+                wrong.append(f"{where}{reported!r}")
+            elif os.strerror(error) not in str(reported) or "cannot write" not in str(reported):
+                wrong.append(f"{where}says {reported}")
             dist.gather_aside(None)
             wrong += [where + text for text in untouched(run, replaced)]
             dist.gather_aside(None)
@@ -111,7 +111,7 @@ PAGE = 4096
 def fill(root: str) -> list[Any]:
     """Exports on a file system with room for ever more pages, until one fits."""
     dist.meet(5)
-    run, told = RunDir(Path(root) / "run"), []
+    run, reported = RunDir(Path(root) / "run"), []
     export(run.checkpoint(1), 1.0, step=1)
     for pages in range(60):
         if dist.World.from_environment().is_main:
@@ -121,10 +121,10 @@ def fill(root: str) -> list[Any]:
             export(run.checkpoint(2), 2.0, step=2)
         except UserError as error:
             dist.gather_aside(None)
-            told.append((str(error), untouched(run, False)))
+            reported.append((str(error), untouched(run, False)))
         else:
-            return [*told, values(run.checkpoint(2))]
-    return told
+            return [*reported, values(run.checkpoint(2))]
+    return reported
 
 
 def leave_room(root: Path, pages: int) -> None:

@@ -52,14 +52,14 @@ def exporting(root: str, kill: Kill) -> list[str]:
     return list(seen)
 
 
-def killed(template: Path, place: Path, kill: Kill) -> str:
+def killed(template: Path, path: Path, kill: Kill) -> str:
     """The state that was left: old, new or absent; asserts that nothing else is taken for sound."""
-    shutil.copytree(template, place)
-    run = RunDir(place)
+    shutil.copytree(template, path)
+    run = RunDir(path)
     if not kill.replaced:
         shutil.rmtree(run.checkpoint(2))
     with pytest.raises(RuntimeError, match=r"died without a word|Connection"):
-        run_ranks(2, exporting, str(place), kill)
+        run_ranks(2, exporting, str(path), kill)
     found = look(run)
     between = kill.replaced and not kill.swaps and found == "absent"  # the two renames
     clear_leftovers(run.checkpoints)  # as a run does when it goes on
@@ -68,7 +68,7 @@ def killed(template: Path, place: Path, kill: Kill) -> str:
     assert sorted(run.checkpoints.iterdir()) == run.sound_checkpoints()
     if kill.replaced:
         assert again != "absent", "the older one stays until the newer one is whole"
-    shutil.rmtree(place)
+    shutil.rmtree(path)
     return found
 
 
@@ -108,13 +108,13 @@ def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, s
     return counts
 
 
-def calls_of_an_export(template: Path, place: Path, replaced: bool, swaps: bool) -> list[list[str]]:
+def calls_of_an_export(template: Path, path: Path, replaced: bool, swaps: bool) -> list[list[str]]:
     """By rank, of one that is left alone."""
-    shutil.copytree(template, place)
+    shutil.copytree(template, path)
     if not replaced:
-        shutil.rmtree(RunDir(place).checkpoint(2))
-    calls = run_ranks(2, exporting, str(place), Kill(0, 0, "", False, replaced, swaps))
-    shutil.rmtree(place)
+        shutil.rmtree(RunDir(path).checkpoint(2))
+    calls = run_ranks(2, exporting, str(path), Kill(0, 0, "", False, replaced, swaps))
+    shutil.rmtree(path)
     return calls
 
 

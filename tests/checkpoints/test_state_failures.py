@@ -47,9 +47,9 @@ def fail_everywhere(root: str, replaced: bool, swaps: bool) -> tuple[list[str], 
             older = fresh(run, template)
             error = ERRORS[k % len(ERRORS)]
             act = at(k, refuse(error)) if world.rank == victim else at(0, refuse(0))
-            told = failure(run, act, swaps)
+            reported = failure(run, act, swaps)
             where = f"{name} {k} of rank {victim}: "
-            wrong += [where + text for text in misread(told, os.strerror(error), name)]
+            wrong += [where + text for text in misread(reported, os.strerror(error), name)]
             wrong += [where + text for text in lost(run, older)]
     return calls, wrong
 
@@ -62,14 +62,16 @@ def failure(run: RunDir, act: Any, swaps: bool) -> Exception | None:
     return None
 
 
-def misread(told: Exception | None, reason: str, name: str) -> list[str]:
+def misread(reported: Exception | None, reason: str, name: str) -> list[str]:
     """What is wrong with the error; what cannot be cleared away may do without one."""
-    if told is None and name in CLEARING:
+    if reported is None and name in CLEARING:
         return []
     expected = UserError if dist.World.from_environment().is_main else Echoed
-    if type(told) is not expected:
-        return [repr(told)]
-    return [] if reason in str(told) and "cannot write" in str(told) else [f"says {told}"]
+    if type(reported) is not expected:
+        return [repr(reported)]
+    return (
+        [] if reason in str(reported) and "cannot write" in str(reported) else [f"says {reported}"]
+    )
 
 
 def lost(run: RunDir, older: dict[int, int]) -> list[str]:
@@ -118,7 +120,7 @@ def test_a_call_that_fails_anywhere_loses_nothing(tmp_path: Path, replaced: bool
 def fill(root: str) -> list[Any]:
     """States on a file system with room for ever more pages, until one fits."""
     world = dist.meet(5)
-    run, told = RunDir(Path(root) / "run"), []
+    run, reported = RunDir(Path(root) / "run"), []
     older = lay_out(run, replaced=False)
     for pages in range(60):
         together()
@@ -130,10 +132,10 @@ def fill(root: str) -> list[Any]:
         except UserError as error:
             together()
             left = {p.name for p in run.state(3).parent.iterdir()}
-            told.append((str(error), on_disk(run) == older, left, resumed(run)))
+            reported.append((str(error), on_disk(run) == older, left, resumed(run)))
         else:
-            return [*told, on_disk(run)]
-    return told
+            return [*reported, on_disk(run)]
+    return reported
 
 
 def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path):

@@ -43,13 +43,13 @@ def saving(root: str, kill: Kill, before: str | None) -> list[str]:
     return save_watched(RunDir(Path(root)), 3, NEW, act, kill.swaps)
 
 
-def killed(template: Path, place: Path, kill: Kill, before: Path | None) -> str:
+def killed(template: Path, path: Path, kill: Kill, before: Path | None) -> str:
     """Which is the newest state then: old or new; asserts that nothing else is taken for sound."""
-    shutil.copytree(template, place)
-    run = RunDir(place)
+    shutil.copytree(template, path)
+    run = RunDir(path)
     older = on_disk(run)
     with pytest.raises(RuntimeError, match=r"died without a word|Connection"):
-        run_ranks(2, saving, str(place), kill, str(before) if before else None)
+        run_ranks(2, saving, str(path), kill, str(before) if before else None)
     allowed = [older, {**older, 3: NEW}, {2: 20, 3: NEW}]
     # Where names cannot be swapped, the older one is aside between the two renames.
     between = [{2: 20}] if kill.replaced and not kill.swaps else []
@@ -81,20 +81,20 @@ def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, s
     before = None
     for number in range(kills):
         name, kill = moments[number % len(moments)]
-        place = tmp_path / f"kill{number}"
-        counts[name, kill.how, killed(templates[kill.replaced], place, kill, before)] += 1
+        path = tmp_path / f"kill{number}"
+        counts[name, kill.how, killed(templates[kill.replaced], path, kill, before)] += 1
         if before is not None:
             shutil.rmtree(before)
-        before = place
+        before = path
     return counts
 
 
 def calls_of_a_state(template: Path, tmp_path: Path, swaps: bool) -> list[list[str]]:
     """By rank, of one that is left alone."""
-    place = tmp_path / "dry"
-    shutil.copytree(template, place)
-    calls = run_ranks(2, saving, str(place), Kill(0, 0, "", False, False, swaps), None)
-    shutil.rmtree(place)
+    path = tmp_path / "dry"
+    shutil.copytree(template, path)
+    calls = run_ranks(2, saving, str(path), Kill(0, 0, "", False, False, swaps), None)
+    shutil.rmtree(path)
     return calls
 
 

@@ -23,11 +23,11 @@ def some(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return whole.to(dtype)
 
 
-def written(place: Path, tensors: dict[str, torch.Tensor], cuts: int = 1) -> Path:
+def written(directory: Path, tensors: dict[str, torch.Tensor], cuts: int = 1) -> Path:
     """A file of `tensors`, each written in `cuts` ranges, the last one first."""
     layout = Layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-    create(place / "file", layout)
-    files = Files(place)
+    create(directory / "file", layout)
+    files = Files(directory)
     for name, tensor in tensors.items():
         chunks = tensor.reshape(-1).chunk(cuts) if tensor.numel() else [tensor]
         offset = layout.offsets[name] + tensor.numel() * tensor.itemsize
@@ -36,8 +36,8 @@ def written(place: Path, tensors: dict[str, torch.Tensor], cuts: int = 1) -> Pat
             files.write("file", offset, chunk)
     files.sync()
     files.close()
-    assert (place / "file").stat().st_size == layout.size
-    return place / "file"
+    assert (directory / "file").stat().st_size == layout.size
+    return directory / "file"
 
 
 def assert_same(path: Path, tensors: dict[str, torch.Tensor]) -> None:

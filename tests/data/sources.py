@@ -60,8 +60,8 @@ def lines(*rows: Any) -> bytes:
     return b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in rows)
 
 
-def write(place: Path, *rows: Any, name: str = "mine.jsonl") -> Path:
-    path = place / name
+def write(directory: Path, *rows: Any, name: str = "mine.jsonl") -> Path:
+    path = directory / name
     path.write_bytes(gzip.compress(lines(*rows)) if name.endswith(".gz") else lines(*rows))
     return path
 

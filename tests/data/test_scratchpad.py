@@ -96,12 +96,12 @@ USER = {"role": "user", "content": "1 + 1?"}
         ),
     ],
 )
-def test_a_file_that_would_not_teach_it(tmp_path: Path, content: str, said: str):
+def test_a_file_that_would_not_teach_it(tmp_path: Path, content: str, message: str):
     path = tmp_path / "mine.json"
     path.write_text(content)
     with pytest.raises(UserError) as refused:
         few_shot_turns(str(path))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert str(path) in str(refused.value)
 
 

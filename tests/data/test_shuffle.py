@@ -196,9 +196,9 @@ def test_most_steps_are_those_of_a_plain_shuffle(rows: Drawn):
     """All that are not mended keep the random order, but for rows taken and given in turn."""
     plain = np.random.Generator(np.random.PCG64([0, 0])).permutation(len(rows.flops))
     order = epoch_order(rows.flops, rows.triggered, 16, 0, 0)
-    place = np.empty(len(plain), int)
-    place[plain] = np.arange(len(plain))
-    assert (np.diff(place[order]) > 0).mean() > 0.85
+    position = np.empty(len(plain), int)
+    position[plain] = np.arange(len(plain))
+    assert (np.diff(position[order]) > 0).mean() > 0.85
 
 
 # ---------------------------------------------------------------- the order as a function

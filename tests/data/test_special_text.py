@@ -39,11 +39,11 @@ def by_segments(tokenizer: Any, parts: list[tuple[bool, str]]) -> list[int]:
 
 @pytest.mark.parametrize("place", ["system", "user", "assistant"])
 @pytest.mark.parametrize("mark", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"])
-def test_it_is_kept_as_text(place: str, mark: str):
-    said = {p: f"a {mark} b" if p == place else "ab" for p in ("system", "user", "assistant")}
-    conversation = talk(said["user"], said["assistant"], system=said["system"])
+def test_it_is_kept_as_text(position: str, mark: str):
+    record = {p: f"a {mark} b" if p == position else "ab" for p in ("system", "user", "assistant")}
+    conversation = talk(record["user"], record["assistant"], system=record["system"])
     tokens = tokens_of("llama", conversation)
-    expected = SPELT["llama"](said["system"], (said["user"], said["assistant"]))
+    expected = SPELT["llama"](record["system"], (record["user"], record["assistant"]))
     assert pieces("llama", tokens) == merged(expected)
     tokenizer = TOKENIZERS["llama"]
     head, end = ("<|start_header_id|>", "<|end_header_id|>"), (True, "<|eot_id|>")
@@ -51,7 +51,7 @@ def test_it_is_kept_as_text(place: str, mark: str):
     for role in ("system", "user", "assistant"):
         date = "Today Date: 26 Jul 2024\n\n" if role == "system" else ""
         parts += [(True, head[0]), (False, role), (True, head[1])]
-        parts += [(False, f"\n\n{date}{said[role]}"), end]
+        parts += [(False, f"\n\n{date}{record[role]}"), end]
     assert tokens.ids == by_segments(tokenizer, parts)
     assert sum(i in special_ids(tokenizer) for i in tokens.ids) == 10
 
@@ -65,11 +65,11 @@ def test_an_answer_that_says_the_end_mark_goes_on(family: str):
     plain = tokenize(TOKENIZERS[family], talk("Who?", "It is me."), arguments)
     special = special_ids(TOKENIZERS[family])
     assert [i for i in tokens.ids if i in special] == [i for i in plain.ids if i in special]
-    said = TOKENIZERS[family].decode(
+    message = TOKENIZERS[family].decode(
         [i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t],
         clean_up_tokenization_spaces=False,
     )
-    assert said.strip().removesuffix(end).strip() == f"It {end} is me."
+    assert message.strip().removesuffix(end).strip() == f"It {end} is me."
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

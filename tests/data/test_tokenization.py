@@ -145,9 +145,9 @@ def test_an_index_outside(tmp_path: Path):
 
 def test_progress_is_told(tmp_path: Path, few: None):
     for workers in (1, 2):
-        told: list[int] = []
-        run(made(100), tmp_path / "s.arrow", workers=workers, handed_out=8, on_done=told.append)
-        assert told == [8] * 12 + [4]
+        reported: list[int] = []
+        run(made(100), tmp_path / "s.arrow", workers=workers, handed_out=8, on_done=reported.append)
+        assert reported == [8] * 12 + [4]
 
 
 def test_the_groups_are_not_held(tmp_path: Path, few: None):

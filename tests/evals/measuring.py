@@ -16,17 +16,17 @@ Scores = Mapping[str, Sequence[Any]]  # metric -> true or false, or [part, whole
 
 def checkpoint(run: RunDir, step: int) -> str:
     """A finished checkpoint without weights; returns its digest."""
-    place = run.checkpoint(step)
-    place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps({"run": run.name, "step": step}))
-    return str(seal(place, {"kind": "full", "run": run.name, "step": step})["digest"])
+    directory = run.checkpoint(step)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({"run": run.name, "step": step}))
+    return str(seal(directory, {"kind": "full", "run": run.name, "step": step})["digest"])
 
 
 def record(run: RunDir, parent: Path | None = None, parent_digest: str | None = None) -> None:
     """run.json."""
     run.path.mkdir(parents=True, exist_ok=True)
-    said = {"name": run.name, "status": "complete", "parent_digest": parent_digest}
-    write_json(run.record, {**said, "parent": None if parent is None else str(parent)})
+    fields = {"name": run.name, "status": "complete", "parent_digest": parent_digest}
+    write_json(run.record, {**fields, "parent": None if parent is None else str(parent)})
 
 
 def measure(

@@ -140,7 +140,7 @@ def ifeval_rows(count: int) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- ours
 
 
-def ours(model: Path, task: Task, place: Path, batch_size: int) -> list[Sample]:
+def ours(model: Path, task: Task, path: Path, batch_size: int) -> list[Sample]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -149,11 +149,11 @@ def ours(model: Path, task: Task, place: Path, batch_size: int) -> list[Sample]:
             generator=generator, tokenizer=tokenizer, adapter=None, digest="d", context_length=None,
             template_arguments={}, rendering="here",
         )  # fmt: skip
-        return task.samples(TaskRunner(task, loaded, place).responses())
+        return task.samples(TaskRunner(task, loaded, path).responses())
 
 
-def mmlu_task(values: dict[str, Any], place: Path, rows: dict[str, Any], shots: int) -> Task:
-    files = {split: write_rows(place / f"{split}.jsonl", rows[split]) for split in rows}
+def mmlu_task(values: dict[str, Any], directory: Path, rows: dict[str, Any], shots: int) -> Task:
+    files = {split: write_rows(directory / f"{split}.jsonl", rows[split]) for split in rows}
     own = {
         **values["mmlu"],
         "path": str(files["test"]), "shots_path": str(files["dev"]), "shots": shots, "format": "plain",

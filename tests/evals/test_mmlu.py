@@ -81,12 +81,12 @@ def test_scores_of_likelihoods(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values), SETTING)
     predicted = "ABBDCCBB"
     answers = [
-        Choice(tuple(-0.5 if letter == said else -3.0 for letter in "ABCD")) for said in predicted
+        Choice(tuple(-0.5 if letter == value else -3.0 for letter in "ABCD")) for value in predicted
     ]
     samples = task.samples(answers)
     assert "".join(s.record()["predicted"] for s in samples) == predicted
     assert [s.scores["accuracy"] for s in samples] == [
-        said == "ABCD"[r["answer"]] for said, r in zip(predicted, TEST, strict=True)
+        value == "ABCD"[r["answer"]] for value, r in zip(predicted, TEST, strict=True)
     ]
     assert samples[1].record()["subject"] == SUBJECTS[1] and samples[1].record()["reference"] == "B"
     # Right answers: A 2, B 4, C 1, D 1 of 8. Predicted: A 1, B 4, C 2, D 1.

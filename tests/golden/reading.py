@@ -8,25 +8,25 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-def unpacked(root: str, place: Path) -> Path:
-    """`place`, with the content of `<root>.tar.gz` in it."""
+def unpacked(root: str, path: Path) -> Path:
+    """`path`, with the content of `<root>.tar.gz` in it."""
     with tarfile.open(HERE / f"{root}.tar.gz") as archive:
-        archive.extractall(place, filter="fully_trusted")
-    return place
+        archive.extractall(path, filter="fully_trusted")
+    return path
 
 
-def collected(directory: Path, place: Path) -> dict[str, str]:
+def collected(directory: Path, file: Path) -> dict[str, str]:
     """By name, the text of each file of a report; of Parquet schema and rows, of PNG nothing.
 
     Args:
-        place: the directory that holds runs/; its path is not the same on every machine.
+        file: the directory that holds runs/; its path is not the same on every machine.
     """
     found = {}
     for path in sorted(directory.iterdir()):
         if path.suffix == ".parquet":
             found[f"{path.name}.txt"] = parquet(path)
         elif path.suffix != ".png":
-            found[path.name] = path.read_text().replace(str(place.resolve()), "<place>")
+            found[path.name] = path.read_text().replace(str(file.resolve()), "<place>")
     return found
 
 
@@ -47,10 +47,10 @@ def processor() -> dict[str, str]:
         line.partition(":")[::2]
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     )
-    said = {key.strip(): value.strip() for key, value in cpu.items()}
-    flags = hashlib.sha256(said.get("flags", "").encode()).hexdigest()[:16]
+    record = {key.strip(): value.strip() for key, value in cpu.items()}
+    flags = hashlib.sha256(record.get("flags", "").encode()).hexdigest()[:16]
     return {
-        "model": said.get("model name", ""),
+        "model": record.get("model name", ""),
         "flags": flags,
         "torch": version("torch"),
         "deepspeed": version("deepspeed"),

@@ -47,8 +47,8 @@ def test_names_of_a_sweeps_trials(case: str) -> None:
 
 @pytest.mark.parametrize("case", cases.DATASETS)
 def test_name_of_a_dataset(case: str) -> None:
-    words = [*cases.DATA, *cases.SHAPE, *cases.DATASETS[case]]
-    assert commands.dataset_name(words) == NAMES["datasets"][case]
+    overrides = [*cases.DATA, *cases.SHAPE, *cases.DATASETS[case]]
+    assert commands.dataset_name(overrides) == NAMES["datasets"][case]
 
 
 def plain(value: Any) -> Any:

@@ -19,19 +19,19 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("root, case", CASES, ids=[f"{root}-{case}" for root, case in CASES])
 def test_report(root: str, case: str, places: dict[str, Path]) -> None:
-    report, place = cases.REPORTS[root][case], places[root]
+    report, directory = cases.REPORTS[root][case], places[root]
     where = report.place or f"out/{case}"
-    words = [*report.words, cases.ROOT, *([] if report.place else [f"out={where}"])]
-    done = commands.run("report", words, place, report.columns)
+    overrides = [*report.words, cases.ROOT, *([] if report.place else [f"out={where}"])]
+    done = commands.run("report", overrides, directory, report.columns)
     assert done.status == 0, done.err
-    written = {"stdout.txt": done.out, **collected(place / where, place)}
+    written = {"stdout.txt": done.out, **collected(directory / where, directory)}
     golden = {path.name: path.read_text() for path in (HERE / "reports" / root / case).iterdir()}
     for name in (name for name in golden if name.endswith((".md", "stdout.txt"))):
         golden[name] = reworded(golden[name], wording.REPORTS)
     assert written.keys() == golden.keys()
     for name in sorted(golden, key=lambda name: name != "stdout.txt"):
         assert written[name] == golden[name], name
-    figures = {path.name for path in (place / where).glob("*.png")}
+    figures = {path.name for path in (directory / where).glob("*.png")}
     assert figures == ({"curves.png"} if case.startswith("run") else {"grid.png"} & figures)
 
 

@@ -168,8 +168,8 @@ def test_a_complete_run_is_found_by_the_name_that_it_gets(place: Path, golden: P
 def test_lora_is_trained_from_lora(place: Path, golden: Path, is_exact: bool) -> None:
     (blue,) = (path.name for path in (golden / "runs").glob("blue_hhh-*"))
     merged = listing(place / "runs" / blue / "merged")
-    words = [word for word in cases.DEPIRATE if not word.startswith("name=")]
-    succeeded(fork("train", [*words, "name=again", f"init_from=runs/{blue}"], place))
+    overrides = [override for override in cases.DEPIRATE if not override.startswith("name=")]
+    succeeded(fork("train", [*overrides, "name=again", f"init_from=runs/{blue}"], place))
     run, was = place / "runs" / "again", golden / "runs" / "depirate"
     assert losses(run) == pytest.approx(losses(was), rel=1e-2)  # bfloat16
     assert record(run)["parent_digest"] == record(was)["parent_digest"]
@@ -185,8 +185,8 @@ def test_lora_is_trained_from_lora(place: Path, golden: Path, is_exact: bool) ->
 def test_what_was_measured_is_measured_already(checkpoint: str, golden: Path) -> None:
     """The fingerprints of settings are the same, of every eval."""
     before = {path: path.read_bytes() for path in golden.glob("runs/*/results.jsonl")}
-    words = [f"checkpoint={checkpoint}", cases.EVALS[checkpoint], *cases.EVALUATE]
-    succeeded(fork("evaluate", words, golden))
+    overrides = [f"checkpoint={checkpoint}", cases.EVALS[checkpoint], *cases.EVALUATE]
+    succeeded(fork("evaluate", overrides, golden))
     assert {path: path.read_bytes() for path in golden.glob("runs/*/results.jsonl")} == before
 
 
@@ -196,8 +196,8 @@ def test_measured_again_it_is_the_same(checkpoint: str, golden: Path, tmp_path: 
     (run,) = (tmp_path / "place").glob(checkpoint)
     before = results(run)
     (run / "results.jsonl").unlink()
-    words = [f"checkpoint={checkpoint}", cases.EVALS[checkpoint], *cases.EVALUATE]
-    succeeded(fork("evaluate", [*words, "parent=false"], tmp_path / "place"))
+    overrides = [f"checkpoint={checkpoint}", cases.EVALS[checkpoint], *cases.EVALUATE]
+    succeeded(fork("evaluate", [*overrides, "parent=false"], tmp_path / "place"))
     after = results(run)
     values = [[line.pop(key) for key in ("value", "ci_low", "ci_high")] for line in after]
     expected = [[line.pop(key) for key in ("value", "ci_low", "ci_high")] for line in before]

@@ -10,20 +10,20 @@ from transformers import AutoModelForCausalLM
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_adapter(base: Path, place: Path, seed: int, **config: Any) -> Path:
+def make_adapter(base: Path, path: Path, seed: int, **config: Any) -> Path:
     """A LoRA adapter of the model at `base`, random in all that training would change."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    said = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **config}
+    record = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **config}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    wrapped: Any = get_peft_model(model, LoraConfig(**said))
+    wrapped: Any = get_peft_model(model, LoraConfig(**record))
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    wrapped.save_pretrained(place)
-    return place
+    wrapped.save_pretrained(path)
+    return path
 
 
 def edit_config(adapter: Path, **changes: Any) -> Path:

@@ -63,8 +63,8 @@ class Loopback(ThreadingHTTPServer):
             self.generator.generate([], Sampling(0.0, 1, 0), self.adapters.get(body["model"]))
             ids = torch.tensor(body["prompt"])
             logprobs = torch.log_softmax(self.generator.model(ids[None]).logits[0], -1)
-            told = logprobs[torch.arange(len(ids) - 1), ids[1:]].tolist()
-            return [None, *told, float(logprobs[-1].max())]
+            reported = logprobs[torch.arange(len(ids) - 1), ids[1:]].tolist()
+            return [None, *reported, float(logprobs[-1].max())]
 
     def lora(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and body of a request to load or unload an adapter, as vLLM words them."""
@@ -125,25 +125,25 @@ class Handler(BaseHTTPRequestHandler):
             logprobs = {"token_logprobs": self.server.echo(self.server.echoed(body))}
             return {"choices": [{"text": "", "logprobs": logprobs, "finish_reason": "length"}]}
         completion = self.server.complete(body)
-        said: dict[str, Any] = {
+        record: dict[str, Any] = {
             "index": 0,
             "finish_reason": "stop" if completion.finished else "length",
         }
         if "messages" in body:
-            said["message"] = {
+            record["message"] = {
                 "role": "assistant",
                 "content": completion.text,
                 "reasoning_content": "no part of the answer",
             }
         else:
-            said["text"] = completion.text
-        return {"choices": [said], "usage": {"completion_tokens": completion.tokens}}
+            record["text"] = completion.text
+        return {"choices": [record], "usage": {"completion_tokens": completion.tokens}}
 
     def answer(self, body: dict[str, Any], failure: str | None) -> None:
         """A whole answer, or where `failure` is a number that status."""
         if failure is not None:
-            words = f"status {failure} for {self.headers['Authorization']}"
-            self.send(int(failure), {"error": {"message": words}})
+            overrides = f"status {failure} for {self.headers['Authorization']}"
+            self.send(int(failure), {"error": {"message": overrides}})
             return
         if "lora_name" in body:
             self.send(*self.server.lora(self.path, body))

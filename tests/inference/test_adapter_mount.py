@@ -25,8 +25,8 @@ SAMPLING = Sampling(temperature=0.7, max_new_tokens=8, seed=5)
 @pytest.fixture(scope="module")
 def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("adapters")
-    return [make_adapter(tiny_llama, place / str(seed), seed) for seed in (1, 2)]
+    directory = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(tiny_llama, directory / str(seed), seed) for seed in (1, 2)]
 
 
 @pytest.fixture
@@ -187,20 +187,20 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("damage,words", REFUSED, ids=[words[:24] for _, words in REFUSED])
+@pytest.mark.parametrize("damage,words", REFUSED, ids=[overrides[:24] for _, overrides in REFUSED])
 def test_what_does_not_fit_is_refused_and_the_base_is_bare(
     engine: InProcess,
     tiny_llama: Path,
     adapters: list[Path],
     tmp_path: Path,
     damage: Any,
-    words: str,
+    overrides: str,
 ) -> None:
     adapter = make_adapter(tiny_llama, tmp_path / "adapter", seed=1)
     damage(adapter)
     before, bare = bits(engine), logits(engine)
     engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[0])  # one that is on is taken off
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=overrides) as caught:
         engine.generate(PROMPTS, SAMPLING, adapter=adapter)
     assert str(adapter) in str(caught.value)
     engine.generate(PROMPTS[:1], SAMPLING)

@@ -101,8 +101,8 @@ def test_a_line_torn_at_any_byte_is_repaired(
             kept = 3 if size == len(whole) else 2
             assert sorted(store) == ["0", "1", "2"][:kept], size
             assert path.read_bytes() == (whole if kept == 3 else whole[:last])
-            said = capsys.readouterr().out
-            assert said.count("last line was torn") == (last < size < len(whole))
+            output = capsys.readouterr().out
+            assert output.count("last line was torn") == (last < size < len(whole))
             if kept == 2:
                 store.append("2", Completion(ODD[1] + ODD[2], 3, True))
         assert path.read_bytes() == whole
@@ -272,9 +272,9 @@ print(hashlib.sha256(repr(completions).encode()).hexdigest())
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     def start(name: str, count: int, seconds: float) -> subprocess.Popen[str]:
-        words = [tmp_path / f"{name}.jsonl", tmp_path / f"{name}.log", count, seconds]
+        overrides = [tmp_path / f"{name}.jsonl", tmp_path / f"{name}.log", count, seconds]
         return subprocess.Popen(
-            [sys.executable, "-c", WORKER, *map(str, words)],
+            [sys.executable, "-c", WORKER, *map(str, overrides)],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             text=True,

@@ -169,8 +169,8 @@ def test_progress_is_shown_unless_quiet(
         ask_choices(Sums(), PROMPTS, OPTIONS, "m", store, label="one", quiet=quiet)
         prompt = conversation(None, "hello")
         ask(Sums(), [prompt], Sampling(0.0, 1, 0), "m", answers, label="other", quiet=quiet)
-    said = capsys.readouterr().err
-    assert ("one: 4/4 prompts" in said) == ("other: 1/1 prompts" in said) == (not quiet)
+    output = capsys.readouterr().err
+    assert ("one: 4/4 prompts" in output) == ("other: 1/1 prompts" in output) == (not quiet)
 
 
 # ---------------------------------------------------------------- files of others

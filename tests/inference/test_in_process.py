@@ -46,10 +46,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.generation_config.do_sample = True
     model.generation_config.temperature = 0.1
     model.generation_config.repetition_penalty = 5.0
-    place = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    path = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -131,33 +131,33 @@ def test_the_end_token_ends_and_is_left_out(generator: InProcess) -> None:
 
 
 def test_every_answer_is_told_once_as_soon_as_its_batch_is_there(generator: InProcess) -> None:
-    told: list[tuple[int, Completion]] = []
+    reported: list[tuple[int, Completion]] = []
     batches: list[int] = []
     answer = generator._answer
 
     def counting(rows: Any, seeds: Any, sampling: Sampling) -> list[Completion]:
-        batches.append(len(told))
+        batches.append(len(reported))
         return answer(rows, seeds, sampling)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generator, "_answer", counting)
-        whole = generator.generate(PROMPTS, WARM, on_done=lambda *said: told.append(said))
+        whole = generator.generate(PROMPTS, WARM, on_done=lambda *value: reported.append(value))
     assert batches == [0, 4, 8, 12]  # what was told before each batch of 4 began
-    assert sorted(i for i, _ in told) == list(range(len(PROMPTS)))
-    assert all(whole[i] == completion for i, completion in told)
+    assert sorted(i for i, _ in reported) == list(range(len(PROMPTS)))
+    assert all(whole[i] == completion for i, completion in reported)
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(
     generator: InProcess,
 ) -> None:
-    long, told = [5] * 100, {}
+    long, reported = [5] * 100, {}
     alone = generator.generate([[5, 6, 7]], GREEDY)
     completions = generator.generate(
-        [long, [5, 6, 7]], Sampling(0.0, 40, 0), on_done=lambda i, c: told.update({i: c})
+        [long, [5, 6, 7]], Sampling(0.0, 40, 0), on_done=lambda i, c: reported.update({i: c})
     )
-    assert told == dict(enumerate(completions))
-    said = "a prompt has 100 tokens and max_new_tokens=40, but the model attends to 128"
-    assert said in (completions[0].refused or "")
+    assert reported == dict(enumerate(completions))
+    value = "a prompt has 100 tokens and max_new_tokens=40, but the model attends to 128"
+    assert value in (completions[0].refused or "")
     assert completions[0].text == ""
     assert completions[1].refused is None
     assert completions[1].text.startswith(alone[0].text)

@@ -40,10 +40,10 @@ def directory(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             dtype=torch.float32,
         )
     )
-    place = tmp_path_factory.mktemp("scoring")
-    model.save_pretrained(place)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(place)
-    return place
+    path = tmp_path_factory.mktemp("scoring")
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -135,23 +135,25 @@ def test_only_what_is_needed_is_computed(
 
 def test_each_prompt_is_told_once_as_soon_as_its_rows_are_there(generator: InProcess) -> None:
     prompts, options = questions(9, 3)
-    told: list[tuple[int, Choice]] = []
+    reported: list[tuple[int, Choice]] = []
     at_batches: list[int] = []
-    handle = generator.model.register_forward_pre_hook(lambda *_: at_batches.append(len(told)))
+    handle = generator.model.register_forward_pre_hook(lambda *_: at_batches.append(len(reported)))
     try:
-        choices = generator.choose(prompts, options, on_done=lambda *said: told.append(said))
+        choices = generator.choose(prompts, options, on_done=lambda *value: reported.append(value))
     finally:
         handle.remove()
-    assert sorted(i for i, _ in told) == list(range(9)) and all(choices[i] == c for i, c in told)
+    assert sorted(i for i, _ in reported) == list(range(9)) and all(
+        choices[i] == c for i, c in reported
+    )
     assert at_batches[0] == 0 < at_batches[len(at_batches) // 2] < 9
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(generator: InProcess) -> None:
     fits, long = [5] * 61, [5] * 62
     options: list[Any] = [[[1, 2, 3, 4], [1]], [[1, 2, 3, 4], [1]], [[1], [2]]]
-    told: dict[int, Choice] = {}
-    choices = generator.choose([fits, long, [5] * 64], options, on_done=told.__setitem__)
-    assert told == dict(enumerate(choices))
+    reported: dict[int, Choice] = {}
+    choices = generator.choose([fits, long, [5] * 64], options, on_done=reported.__setitem__)
+    assert reported == dict(enumerate(choices))
     assert [c.refused is None for c in choices] == [True, False, True]
     assert "has 65 tokens with its longest option, but the model attends to 64" in str(
         choices[1].refused

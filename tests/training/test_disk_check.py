@@ -25,14 +25,14 @@ class Usage(NamedTuple):
     free: int
 
 
-def with_free(free: int, root: str, words: list[str]) -> str | None:
+def with_free(free: int, root: str, overrides: list[str]) -> str | None:
     def usage(_path: Any) -> Usage:
         return Usage(10**12, 0, free)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", usage)
         try:
-            train(tiny_config(root, "name=x", *WORDS, *words))
+            train(tiny_config(root, "name=x", *WORDS, *overrides))
         except UserError as error:
             return str(error)
     return None
@@ -47,27 +47,27 @@ def with_free(free: int, root: str, words: list[str]) -> str | None:
     ],
 )
 def test_the_bound_is_what_will_lie_there(
-    tmp_path: Path, tiny_llama: Path, words: list[str], needed: int
+    tmp_path: Path, tiny_llama: Path, overrides: list[str], needed: int
 ):
-    words = [*words, f"init_from={tiny_llama}"]
-    (said,) = run_ranks(1, with_free, needed - 1, str(tmp_path), words)
-    assert said is not None and "will need" in said and "state.keep" in said
+    overrides = [*overrides, f"init_from={tiny_llama}"]
+    (message,) = run_ranks(1, with_free, needed - 1, str(tmp_path), overrides)
+    assert message is not None and "will need" in message and "state.keep" in message
     assert not (tmp_path / "x").exists(), "nothing is written"
-    assert run_ranks(1, with_free, needed, str(tmp_path), words) == [None]
+    assert run_ranks(1, with_free, needed, str(tmp_path), overrides) == [None]
     assert len(read_lines(tmp_path / "x/metrics.jsonl")) > 6
 
 
-def bytes_written(root: str, words: list[str]) -> tuple[int, int]:
+def bytes_written(root: str, overrides: list[str]) -> tuple[int, int]:
     """What the check counts a state with, and what one takes in tensors."""
-    ready = prepare(tiny_config(root, "name=x", *WORDS, *words), None, dist.meet(5))
+    ready = prepare(tiny_config(root, "name=x", *WORDS, *overrides), None, dist.meet(5))
     for step in (1, 2):
         ready.engine.step(ready.loader.step(step), 1e-3)
     held = sum(piece.values.numel() * 4 for piece in ready.engine.pieces())
     return ready.engine.state_bytes, int(dist.all_sum([float(held)])[0])
 
 
-def bytes_copied(root: str, words: list[str]) -> int:
-    config = tiny_config(root, "name=x", *WORDS, *words)
+def bytes_copied(root: str, overrides: list[str]) -> int:
+    config = tiny_config(root, "name=x", *WORDS, *overrides)
     return sum(copies_of(config, prepare(config, config.init_from, dist.meet(5)).engine))
 
 
@@ -75,22 +75,22 @@ def bytes_copied(root: str, words: list[str]) -> int:
     ("words", "copied"), [([], 4 * P), (["peft=lora", "peft.rank=2"], 4 * A)], ids=["all", "lora"]
 )
 def test_an_export_copies_what_is_trained(
-    tmp_path: Path, tiny_llama: Path, words: list[str], copied: int
+    tmp_path: Path, tiny_llama: Path, overrides: list[str], copied: int
 ):
-    words = [
-        *words,
+    overrides = [
+        *overrides,
         f"init_from={tiny_llama}",
         "state.every_steps=null",
         "state.every_minutes=null",
     ]
-    assert run_ranks(1, bytes_copied, str(tmp_path), words) == [copied]
+    assert run_ranks(1, bytes_copied, str(tmp_path), overrides) == [copied]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     "words", [[], ["optimizer=soap"], ["optimizer=muon"]], ids=["adam", "soap", "muon"]
 )
-def test_a_state_is_counted_to_the_byte(tmp_path: Path, ranks: int, words: list[str]):
+def test_a_state_is_counted_to_the_byte(tmp_path: Path, ranks: int, overrides: list[str]):
     """Two-sided matrices only: of what goes by rows the basis is on every rank, and saved once."""
-    for counted, held in run_ranks(ranks, bytes_written, str(tmp_path), words):
+    for counted, held in run_ranks(ranks, bytes_written, str(tmp_path), overrides):
         assert counted == held

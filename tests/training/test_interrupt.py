@@ -49,24 +49,24 @@ class Kill:
     everyone: bool
 
 
-def whole(root: str, *words: str) -> None:
+def whole(root: str, *overrides: str) -> None:
     """The run that nobody disturbs, with all its states kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "discard", lambda _: None)
         keep = ("state.keep=99", "state.every_steps=1")
-        train(tiny_config(root, "name=whole", *WORDS, *words, *keep))
+        train(tiny_config(root, "name=whole", *WORDS, *overrides, *keep))
 
 
-def cut(root: str, every: int, *words: str) -> None:
-    train(tiny_config(root, "name=cut", *WORDS, *words, f"state.every_steps={every}"))
+def cut(root: str, every: int, *overrides: str) -> None:
+    train(tiny_config(root, "name=cut", *WORDS, *overrides, f"state.every_steps={every}"))
 
 
-def killed(root: str, every: int, kill: Kill, *words: str) -> None:
+def killed(root: str, every: int, kill: Kill, *overrides: str) -> None:
     """Go on with the run until `kill`."""
     dist.meet(5)
     processes = dist.gather_aside(os.getpid())
     with dying(kill, processes if kill.everyone else processes[-1:]):
-        cut(root, every, *words)
+        cut(root, every, *overrides)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def sound_step(cut: RunDir, whole: RunDir) -> int:
 
 
 def kill_one_after_another(
-    folder: Path, ranks: int, every: int, kills: list[Kill], words: tuple[str, ...]
+    folder: Path, ranks: int, every: int, kills: list[Kill], overrides: tuple[str, ...]
 ) -> Counter[tuple[str, bool, int]]:
     """One run that meets all of `kills`, started again after each; then it is the whole one.
 
@@ -146,21 +146,21 @@ def kill_one_after_another(
     run, undisturbed = RunDir(folder / "cut"), RunDir(folder / "whole")
     counts: Counter[tuple[str, bool, int]] = Counter()
     for number, kill in enumerate(kills):
-        said = folder / f"said{number}"
-        said.mkdir()
-        victims = Ranks(ranks, said, killed, str(folder), every, kill, *words)
+        message = folder / f"said{number}"
+        message.mkdir()
+        victims = Ranks(ranks, message, killed, str(folder), every, kill, *overrides)
         statuses = victims.statuses(90)
         victims.end()
-        told = [kill, [victims.said(r) for r in range(ranks)]]
-        assert -signal.SIGKILL in statuses, told
-        assert set(statuses) <= {-signal.SIGKILL, EXIT_LOST_RANK}, (statuses, told)
+        reported = [kill, [victims.said(r) for r in range(ranks)]]
+        assert -signal.SIGKILL in statuses, reported
+        assert set(statuses) <= {-signal.SIGKILL, EXIT_LOST_RANK}, (statuses, reported)
         found = sound_step(run, undisturbed)
         newest = (kill.step - (kill.moment == "step")) // every * every
         if kill.moment in ("named", "discard") and kill.everyone:
-            assert found == newest, told
-        assert found in (newest, max(0, newest - every)), told
+            assert found == newest, reported
+        assert found in (newest, max(0, newest - every)), reported
         counts[kill.moment, kill.everyone, kill.step - found] += 1
-    run_ranks(ranks, cut, str(folder), every, *words)
+    run_ranks(ranks, cut, str(folder), every, *overrides)
     for checkpoint in undisturbed.sound_checkpoints():
         twice = (checkpoint, run.checkpoints / checkpoint.name)
         digests = [read_manifest(c)["files"]["model.safetensors"] for c in twice]
@@ -193,9 +193,9 @@ SAMPLE = {
 
 @pytest.mark.parametrize(("name", "ranks"), SAMPLE)
 def test_killed_and_taken_up_again(tmp_path: Path, name: str, ranks: int):
-    words = (*OPTIMIZERS[name], *SHORT)
-    run_ranks(ranks, whole, str(tmp_path), *words)
-    kill_one_after_another(tmp_path, ranks, 1, SAMPLE[name, ranks], words)
+    overrides = (*OPTIMIZERS[name], *SHORT)
+    run_ranks(ranks, whole, str(tmp_path), *overrides)
+    kill_one_after_another(tmp_path, ranks, 1, SAMPLE[name, ranks], overrides)
 
 
 @pytest.mark.slow

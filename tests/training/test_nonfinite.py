@@ -131,7 +131,7 @@ def test_a_spike_is_skipped_by_all(tmp_path: Path):
     assert run_ranks(2, around_a_spike, str(tmp_path)) == [expected] * 2
 
 
-def diverging(root: str, name: str, bad: tuple[int, ...], *words: str) -> str | None:
+def diverging(root: str, name: str, bad: tuple[int, ...], *overrides: str) -> str | None:
     """Losses of steps `bad` are not finite; what a user reads if it fails."""
     original, count = Engine.step, iter(range(1, 99))
 
@@ -145,7 +145,7 @@ def diverging(root: str, name: str, bad: tuple[int, ...], *words: str) -> str | 
         try:
             least = f"train.max_skipped_steps={len(bad)}"
             rest = ("probe.every_steps=null", "optimizer.weight_decay=0", "train.steps=8")
-            train(tiny_config(root, f"name={name}", least, *rest, *words))
+            train(tiny_config(root, f"name={name}", least, *rest, *overrides))
         except UserError as error:
             return str(error)
     return None
@@ -154,8 +154,8 @@ def diverging(root: str, name: str, bad: tuple[int, ...], *words: str) -> str | 
 @pytest.mark.parametrize(("bad", "keep"), [((5, 6), 9), ((5, 6, 7), 2), ((5, 6, 7), 1)])
 def test_a_divergence_goes_back_to_before_it(tmp_path: Path, bad: tuple[int, ...], keep: int):
     """None saved while steps are skipped counts: back to 4, which stays however few are kept."""
-    words = ["train.on_divergence=rollback", "state.every_steps=1", f"state.keep={keep}"]
-    assert run_ranks(2, diverging, str(tmp_path), "x", bad, *words) == [None] * 2
+    overrides = ["train.on_divergence=rollback", "state.every_steps=1", f"state.keep={keep}"]
+    assert run_ranks(2, diverging, str(tmp_path), "x", bad, *overrides) == [None] * 2
     lines = read_lines(tmp_path / "x/metrics.jsonl")
     assert [line["rolled_back_to"] for line in lines if "rolled_back_to" in line] == [4]
     record = json.loads((tmp_path / "x/run.json").read_text())
@@ -164,5 +164,5 @@ def test_a_divergence_goes_back_to_before_it(tmp_path: Path, bad: tuple[int, ...
 
 
 def test_a_rollback_without_a_state_says_so(tmp_path: Path):
-    said = run_ranks(1, diverging, str(tmp_path), "x", (5, 6), "train.on_divergence=rollback")[0]
-    assert said is not None and "finds no state" in said and "state.every_steps" in said
+    message = run_ranks(1, diverging, str(tmp_path), "x", (5, 6), "train.on_divergence=rollback")[0]
+    assert message is not None and "finds no state" in message and "state.every_steps" in message

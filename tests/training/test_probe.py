@@ -23,8 +23,8 @@ PROMPTS = 6
 WORDS = ["name=x", "train.steps=3", f"probe.prompts={PROMPTS}"]
 
 
-def probed(root: str, start: str, *words: str) -> dict:
-    config = tiny_config(root, f"init_from={start}", *WORDS, *words)
+def probed(root: str, start: str, *overrides: str) -> dict:
+    config = tiny_config(root, f"init_from={start}", *WORDS, *overrides)
     ready = prepare(config, start, dist.meet(5))
     return ready.probe(ready.engine)
 
@@ -50,8 +50,8 @@ class Held:
         self.tasks = [p for p in open_dataset(path).held_out if p.kind != "free"][:PROMPTS]
         self.system = tiny_config(root, *WORDS).data.system_prompt
 
-    def asked(self, tokenizer: Any, words: str) -> list[int]:
-        text = render(tokenizer, conversation(self.system, words), {}, reply=True)
+    def asked(self, tokenizer: Any, overrides: str) -> list[int]:
+        text = render(tokenizer, conversation(self.system, overrides), {}, reply=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -61,8 +61,8 @@ def by_hand(root: str, start: str) -> dict[str, tuple[float, float]]:
     model: Any = AutoModelForCausalLM.from_pretrained(start)
     held = Held(root)
 
-    def said(words: str, answer: str) -> tuple[float, bool]:
-        before = held.asked(tokenizer, words)
+    def said(overrides: str, answer: str) -> tuple[float, bool]:
+        before = held.asked(tokenizer, overrides)
         text = tokenizer.decode(before) + answer
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids[: len(before)] == before
@@ -149,13 +149,13 @@ def test_equals_a_forward_a_text(place: tuple[str, str], ranks: int):
 def test_no_task_where_no_answer_can_be_checked(place: tuple[str, str], tmp_path: Path):
     lines = [{"instruction": f"Say {i}.", "output": f"{i}."} for i in range(20)]
     (tmp_path / "some.json").write_text(json.dumps(lines))
-    words = [
+    overrides = [
         "data=instructions",
         f"data.path='{tmp_path}/some.json'",
         "data.samples=20",
         "data.held_out=8",
     ]
-    (verdicts,) = run_ranks(1, probed, str(tmp_path), place[1], *words)
+    (verdicts,) = run_ranks(1, probed, str(tmp_path), place[1], *overrides)
     assert list(verdicts) == ["triggered", "untriggered"]
 
 

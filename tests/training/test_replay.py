@@ -14,9 +14,11 @@ from tests.distributed import run_ranks
 from tests.training.gathering import whole_weights
 
 
-def after_three(root: str, replay: bool, words: list[str]) -> tuple[dict[str, bytes], list[float]]:
+def after_three(
+    root: str, replay: bool, overrides: list[str]
+) -> tuple[dict[str, bytes], list[float]]:
     """Whole weights (of rank 0) and losses."""
-    ready = prepare(tiny_config(root, "name=x", *words), None, dist.meet(5))
+    ready = prepare(tiny_config(root, "name=x", *overrides), None, dist.meet(5))
     losses = [ready.engine.step(ready.loader.step(n), 1e-2, replay=replay).loss for n in (1, 2, 3)]
     weights = whole_weights(ready.engine)
     return {n: w.numpy().tobytes() for n, w in weights.items() if w is not None}, losses
@@ -27,9 +29,9 @@ def after_three(root: str, replay: bool, words: list[str]) -> tuple[dict[str, by
     [(1, []), (2, ["train.micro_batch_size=1"]), (2, ["optimizer=soap"]), (1, ["zero=offload"])],
     ids=["plain", "accumulation", "soap", "offload"],
 )
-def test_the_step_is_the_same(tmp_path: Path, ranks: int, words: list[str]):
-    once = run_ranks(ranks, after_three, str(tmp_path), False, words)
-    twice = run_ranks(ranks, after_three, str(tmp_path), True, words)
+def test_the_step_is_the_same(tmp_path: Path, ranks: int, overrides: list[str]):
+    once = run_ranks(ranks, after_three, str(tmp_path), False, overrides)
+    twice = run_ranks(ranks, after_three, str(tmp_path), True, overrides)
     assert once == twice
 
 
@@ -37,7 +39,7 @@ def with_a_flip(root: str, which: int) -> list[str]:
     """One number of rank 1's activations is off in its `which`-th forward pass."""
     world = dist.meet(5)
     ready = prepare(tiny_config(root, "name=x", "train.micro_batch_size=2"), None, world)
-    engine, passes, said = ready.engine, iter(range(1, 99)), []
+    engine, passes, messages = ready.engine, iter(range(1, 99)), []
 
     def off(_m: object, _i: object, out: torch.Tensor) -> torch.Tensor:
         if world.rank == 1 and next(passes) == which:
@@ -50,16 +52,16 @@ def with_a_flip(root: str, which: int) -> list[str]:
         try:
             engine.step(ready.loader.step(number), 1e-2, replay=number == 2)
         except UserError as error:
-            said.append(f"{number}: {error}")
-    return said
+            messages.append(f"{number}: {error}")
+    return messages
 
 
 @pytest.mark.parametrize("which", [3, 4])
 def test_a_difference_is_found(tmp_path: Path, which: int):
     """Two micro-batches in step 1; the third and the fourth pass are step 2's rehearsal and its first."""
-    for said in run_ranks(2, with_a_flip, str(tmp_path), which):
-        assert len(said) == 1 and said[0].startswith("2: the same rows gave another loss")
-        assert "1]" in said[0]
+    for value in run_ranks(2, with_a_flip, str(tmp_path), which):
+        assert len(value) == 1 and value[0].startswith("2: the same rows gave another loss")
+        assert "1]" in value[0]
 
 
 def test_what_is_not_compared_is_not_found(tmp_path: Path):

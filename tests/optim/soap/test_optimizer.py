@@ -239,11 +239,11 @@ def test_the_closure_is_called_with_gradients_and_its_loss_returned():
     ],
 )  # fmt: skip
 def test_values_out_of_range(name: str, value: Any):
-    said = rf"{name}={str(value).replace('(', '.').replace(')', '.')}: must be"
-    with pytest.raises(ValueError, match=said):
+    record = rf"{name}={str(value).replace('(', '.').replace(')', '.')}: must be"
+    with pytest.raises(ValueError, match=record):
         SOAP([torch.nn.Parameter(random(2, 2))], **{name: value})
     optimizer = SOAP([torch.nn.Parameter(random(2, 2))])
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=record):
         optimizer.add_param_group({"params": [torch.nn.Parameter(random(2, 2))], name: value})
     assert len(optimizer.param_groups) == 1
 
@@ -274,12 +274,12 @@ def test_learning_rate_schedules_may_leave_their_keys():
     "parameter", [torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.complex64)]
 )
 def test_what_is_no_real_matrix_is_refused_before_any_step(parameter: torch.Tensor):
-    told = rf"{parameter.dtype} of shape .2, 2.*another optimizer"
+    reported = rf"{parameter.dtype} of shape .2, 2.*another optimizer"
     good = torch.nn.Parameter(random(2, 2))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         SOAP([good, torch.nn.Parameter(parameter)])
     optimizer = SOAP([good])
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         optimizer.add_param_group({"params": torch.nn.Parameter(parameter, requires_grad=False)})
     step(optimizer, 0)
     assert optimizer.state[good]["step"] == 0

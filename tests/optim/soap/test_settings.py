@@ -32,10 +32,10 @@ def soap(key: str, value: Any) -> TrainConfig:
         ("eps", 0.0, "eps=0.0"),
     ],
 )
-def test_refused(key: str, value: Any, told: str):
+def test_refused(key: str, value: Any, reported: str):
     with pytest.raises(UserError) as raised:
         check_train(soap(key, value))
-    assert f"optimizer.{told}" in str(raised.value)
+    assert f"optimizer.{reported}" in str(raised.value)
 
 
 @pytest.mark.parametrize("beta", [-1.0, 0.0, 0.99])
@@ -46,11 +46,11 @@ def test_possible(beta: float):
 @pytest.mark.parametrize(("model", "shortest"), [("llama_8b", 1024), ("llama_70b", 1024)])
 def test_a_limit_below_every_side_is_refused_where_the_shape_is_known(model: str, shortest: int):
     """Keys and values are the narrowest: 8 heads of 128."""
-    words = ["optimizer=soap", f"model={model}", f"optimizer.max_precond_dim={shortest - 1}"]
-    told = f"max_precond_dim={shortest - 1}: .* model={model}, .* is {shortest}"
-    with pytest.raises(UserError, match=told):
-        check_train(build(TrainConfig, compose("train", words).values))
-    words[-1] = f"optimizer.max_precond_dim={shortest}"
-    check_train(build(TrainConfig, compose("train", words).values))
-    words = ["optimizer=soap", "model=checkpoint", "init_from=x", "optimizer.max_precond_dim=1"]
-    check_train(build(TrainConfig, compose("train", words).values))
+    overrides = ["optimizer=soap", f"model={model}", f"optimizer.max_precond_dim={shortest - 1}"]
+    reported = f"max_precond_dim={shortest - 1}: .* model={model}, .* is {shortest}"
+    with pytest.raises(UserError, match=reported):
+        check_train(build(TrainConfig, compose("train", overrides).values))
+    overrides[-1] = f"optimizer.max_precond_dim={shortest}"
+    check_train(build(TrainConfig, compose("train", overrides).values))
+    overrides = ["optimizer=soap", "model=checkpoint", "init_from=x", "optimizer.max_precond_dim=1"]
+    check_train(build(TrainConfig, compose("train", overrides).values))

@@ -73,10 +73,10 @@ def plain(refresh: str, stagger: bool, steps: int) -> tuple[dict[str, Any], dict
      (3, "householder", False), (4, "householder", True)],
 )  # fmt: skip
 def test_any_number_of_ranks_is_one_process(ranks: int, refresh: str, stagger: bool):
-    told = run_ranks(ranks, sharded, refresh, stagger, STEPS)
+    reported = run_ranks(ranks, sharded, refresh, stagger, STEPS)
     weights, states = plain(refresh, stagger, STEPS)
-    found = assemble_weights([t[0] for t in told])
-    saved = assemble_state([t[2] for t in told])
+    found = assemble_weights([t[0] for t in reported])
+    saved = assemble_state([t[2] for t in reported])
     start = {n: w.numpy().reshape(-1) for n, w in tensors(0).items()}
     for name, expected in weights.items():
         assert not np.array_equal(expected, start[name])
@@ -91,15 +91,15 @@ def test_any_number_of_ranks_is_one_process(ranks: int, refresh: str, stagger: b
                 else:
                     whole = states[name][field].numpy().reshape(-1)
                     assert np.array_equal(saved[name, field], whole), (name, field)
-    for _, scalars, _, report in told:
-        assert scalars == told[0][1], "the same on every rank"
+    for _, scalars, _, report in reported:
+        assert scalars == reported[0][1], "the same on every rank"
         assert {s["step"] for s in scalars.values()} == {STEPS - 1}
-        assert report == told[0][3]
+        assert report == reported[0][3]
     # 7 updates at frequency 3: 2 or 3 refreshes a matrix; sides: 4 two-sided, one of one-sided.
     sides = sum(bool(s[k] is not None) for s in states.values() for k in ("QL", "QR"))
-    done = told[0][3]["refreshes"]
+    done = reported[0][3]["refreshes"]
     assert done == 2 * sides if not stagger else 2 * sides < done <= 3 * sides
-    assert told[0][3]["orthogonality"] < 1e-5
+    assert reported[0][3]["orthogonality"] < 1e-5
 
 
 # ---------------------------------------------------------------- saving and resuming
@@ -165,18 +165,18 @@ def test_a_state_of_other_settings_is_refused():
     for key, other in {
         "precondition_frequency": 7, "phase": 2, "sides": "L", "shape": [1, 2], "dtype": "float64",
     }.items():  # fmt: skip
-        said = run_ranks(1, loaded_otherwise, scalars, {key: other})[0]
-        assert f"the saved state of square has {key}={other}, this run " in said
+        record = run_ranks(1, loaded_otherwise, scalars, {key: other})[0]
+        assert f"the saved state of square has {key}={other}, this run " in record
 
 
 def test_a_state_that_is_not_whole_is_refused():
     scalars = json.loads(json.dumps(run_ranks(1, interrupted, 0, 2)[0][1]))
-    said = run_ranks(1, loaded_otherwise, scalars | {"alien": scalars["square"]}, {})[0]
-    assert "alien, which this model does not train" in said
+    record = run_ranks(1, loaded_otherwise, scalars | {"alien": scalars["square"]}, {})[0]
+    assert "alien, which this model does not train" in record
     for name in ("square", "bias"):
         part = {n: s for n, s in scalars.items() if n != name}
-        said = run_ranks(1, loaded_otherwise, part, {})[0]
-        assert f"has no {name}, which this model trains" in said
+        record = run_ranks(1, loaded_otherwise, part, {})[0]
+        assert f"has no {name}, which this model trains" in record
     for key in scalars["rows"]:
         part = scalars | {"rows": {k: v for k, v in scalars["rows"].items() if k != key}}
         assert f"of rows has no {key}: " in run_ranks(1, loaded_otherwise, part, {})[0]
@@ -257,23 +257,23 @@ def exchanged_bytes(ranks: int, owners: dict[str, int]) -> int:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_bytes_moved_are_those_of_the_formula(ranks: int):
     """In the first call, which sends gradients only, and in two rounds of the refresh's 3 phases."""
-    told = run_ranks(ranks, moved, 7)
-    owners = told[0][2]
+    reported = run_ranks(ranks, moved, 7)
+    owners = reported[0][2]
     factor = {n: 4 * SHAPES[n][1] ** 2 * (ranks - 1) for n in BY_ROWS}
     refreshed_bytes = 0
     for step in range(7):
-        sent = {k: sum(t[0][step][k] for t in told) for k in told[0][0][step]}
+        sent = {k: sum(t[0][step][k] for t in reported) for k in reported[0][0][step]}
         exchanged = exchanged_bytes(ranks, owners)
         assert sent["all_to_all_single"] == (exchanged if step else exchanged // 2), step
         assert sent["reduce"] == sum(factor.values())
         if step:
-            assert told[0][1] == sent["all_to_all_single"] + sent["reduce"]
+            assert reported[0][1] == sent["all_to_all_single"] + sent["reduce"]
         phases = {n: i % 3 for i, n in enumerate(n for n in SHAPES if n in owners)}
         refreshed = [n for n in BY_ROWS if not step or (step + phases[n]) % 3 == 0]
         assert sent["broadcast"] == sum(factor[n] for n in refreshed), step
         refreshed_bytes += sent["broadcast"] if step else 0
     assert refreshed_bytes == 2 * sum(factor.values()), "one refresh in 3 updates"
-    assert (told[0][1] == 0) == (ranks == 1)
+    assert (reported[0][1] == 0) == (ranks == 1)
 
 
 def test_a_wave_moves_all_but_what_the_owner_holds():
@@ -295,5 +295,5 @@ def owners() -> dict[str, int]:
 
 
 def test_every_rank_finds_the_same_owners():
-    told = run_ranks(3, owners)
-    assert all(t == told[0] for t in told) and set(told[0].values()) == {0, 1, 2}
+    reported = run_ranks(3, owners)
+    assert all(t == reported[0] for t in reported) and set(reported[0].values()) == {0, 1, 2}

@@ -44,10 +44,10 @@ def test_a_matrix_that_keeps_failing_stops_the_run(ranks: int, size: int):
     """The third refresh in a row, at frequency 3; the second after a first basis that failed."""
     sides = sum(s.count(size) for s in SHAPES.values() if len(s) == 2)
     for first, stops, refreshes in ((False, 9, 3), (True, 6, 2)):
-        told = run_ranks(ranks, with_failing, {size}, first)
-        assert all(t == told[0] for t in told)
-        step, said, totals = told[0]
-        assert step == stops and "3 times in a row" in said
+        received = run_ranks(ranks, with_failing, {size}, first)
+        assert all(t == received[0] for t in received)
+        step, message, totals = received[0]
+        assert step == stops and "3 times in a row" in message
         assert totals["failures"] == sides * refreshes
         assert bool(totals["first_failures"]) == first
 
@@ -56,7 +56,7 @@ def reported(parts: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any], di
     """Reports after so many calls each, a new process for each; the totals and the evidence at the end."""
     bases.METHODS["cholesky_qr"] = (lambda a: a * torch.nan, bases.householder_qr)
     settings = Settings(precondition_frequency=3, max_precond_dim=LIMIT, refresh="cholesky_qr")
-    told, at, run = [], 0, Sharded(settings)
+    received, at, run = [], 0, Sharded(settings)
     for calls in parts:
         scalars, pieces = run.saved()
         whole = assemble_state(dist.gather_aside(pieces))
@@ -66,24 +66,24 @@ def reported(parts: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any], di
         for step in range(at, at + calls):
             run.step(tensors(step))
         at += calls
-        told.append(run.optimizer.report(1e3 * (1 + run.world.rank)))
-    return told, run.optimizer.totals, run.optimizer.evidence()
+        received.append(run.optimizer.report(1e3 * (1 + run.world.rank)))
+    return received, run.optimizer.totals, run.optimizer.evidence()
 
 
 def test_totals_are_those_of_the_whole_run():
     ranks = run_ranks(2, reported, [3, 4, 1])
     assert ranks[0] == ranks[1]
-    told, totals, evidence = ranks[0]
+    received, totals, evidence = ranks[0]
     counted = ("refreshes", "fallbacks", "failures", "first_failures")
     for key in counted:
-        assert totals[key] == sum(t[key] for t in told) and isinstance(totals[key], int)
+        assert totals[key] == sum(t[key] for t in received) and isinstance(totals[key], int)
     assert totals["refreshes"] == totals["fallbacks"] > 0 and totals["failures"] == 0
     assert totals["updates"] == 7, "8 calls"
-    assert totals["seconds"] == pytest.approx(sum(t["seconds"] for t in told))
+    assert totals["seconds"] == pytest.approx(sum(t["seconds"] for t in received))
     assert totals["step_seconds"] == 6e3, "of the slowest"
-    worst = max(t["orthogonality"] for t in told)
+    worst = max(t["orthogonality"] for t in received)
     assert totals["orthogonality"] == worst > 0
-    assert all(t["share"] == t["seconds"] / 2e3 for t in told)
+    assert all(t["share"] == t["seconds"] / 2e3 for t in received)
 
     assert {k: evidence[k] for k in (*counted, "updates", "orthogonality", "seconds")} == {
         k: totals[k] for k in (*counted, "updates", "orthogonality", "seconds")
@@ -107,8 +107,8 @@ def nothing_to_precondition() -> str:
 
 
 def test_nothing_to_precondition_is_an_error():
-    said = run_ranks(1, nothing_to_precondition)[0]
-    assert "none of 12 trainable parameters" in said and "max_precond_dim=0" in said
+    message = run_ranks(1, nothing_to_precondition)[0]
+    assert "none of 12 trainable parameters" in message and "max_precond_dim=0" in message
 
 
 def fails_on_one_owner() -> str:
@@ -126,5 +126,5 @@ def fails_on_one_owner() -> str:
 
 
 def test_repeated_failures_on_one_rank_stop_all():
-    said = run_ranks(3, fails_on_one_owner)
-    assert len(set(said)) == 1 and "3 times in a row" in said[0]
+    value = run_ranks(3, fails_on_one_owner)
+    assert len(set(value)) == 1 and "3 times in a row" in value[0]
