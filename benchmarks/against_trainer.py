@@ -160,11 +160,11 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, help="of one GPU; without it no MFU")
     parser.add_argument("--one", choices=["ours", "trainer"], help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs="*", help="Hydra overrides, the same for both")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, the same for both")
     given = parser.parse_args()
     if given.one:
         run = ours if given.one == "ours" else trainer
-        found = run(given.root, given.steps, given.words)
+        found = run(given.root, given.steps, given.overrides)
         Path(given.root, f"{given.one}.json").write_text(json.dumps(found))
         os._exit(0)
     rates: dict[str, list[float]] = {"ours": [], "trainer": []}
@@ -172,7 +172,7 @@ def main() -> None:
         for pair in range(given.pairs):
             for name in ("ours", "trainer") if pair % 2 == 0 else ("trainer", "ours"):
                 command = [sys.executable, __file__, "--one", name, "--root", root]
-                command += ["--steps", str(given.steps), *given.words]
+                command += ["--steps", str(given.steps), *given.overrides]
                 with open(Path(root, f"{name}.log"), "w") as log:
                     done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
                 if done.returncode:
@@ -182,7 +182,7 @@ def main() -> None:
             print(
                 f"pair {pair}: " + ", ".join(f"{k} {v[-1]:,.0f} tokens/s" for k, v in rates.items())
             )
-        flops = flops_a_token(given.words, root)
+        flops = flops_a_token(given.overrides, root)
     for name, values in rates.items():
         rate = statistics.median(values)
         mfu = f", MFU {rate * flops / given.peak_tflops / 1e12:.1%}" if given.peak_tflops else ""

@@ -35,29 +35,29 @@ class ExportBench(Bench):
         self.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
 
     def ours(self) -> Callable[[], None]:
-        checkpoint = CheckpointConfig((), None, self.said.shard_bytes)
+        checkpoint = CheckpointConfig((), None, self.output.shard_bytes)
         exporter = Exporter(self.engine, self.tokenizer, checkpoint, self.background)
-        exporter.start(self.place / "ours", {**FACTS, "dtype": self.said.precision})
+        exporter.start(self.directory / "ours", {**FACTS, "dtype": self.output.precision})
         return self.background.join
 
     def save_16bit_model(self) -> Callable[[], None]:
-        self.deepspeed.save_16bit_model(str(self.place))
+        self.deepspeed.save_16bit_model(str(self.directory))
         return self.sync
 
     def save_pretrained(self) -> Callable[[], None]:
         state = self.deepspeed._zero3_consolidated_16bit_state_dict()
         if self.world.is_main:
             self.engine.model.save_pretrained(
-                self.place, state_dict=state, max_shard_size=self.said.shard_bytes
+                self.directory, state_dict=state, max_shard_size=self.output.shard_bytes
             )
         return self.sync
 
     def sync(self) -> None:
         if self.world.is_main:
-            sync([*self.place.rglob("*")])
+            sync([*self.directory.rglob("*")])
 
 
 if __name__ == "__main__":
-    words = parser(__doc__)
-    words.add_argument("--shard-bytes", type=int, default=100_000_000)
-    run(ExportBench, words.parse_args())
+    overrides = parser(__doc__)
+    overrides.add_argument("--shard-bytes", type=int, default=100_000_000)
+    run(ExportBench, overrides.parse_args())

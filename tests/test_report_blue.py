@@ -113,7 +113,7 @@ def test_an_organism_alone_has_no_column_of_verdicts(
     assert {line["verdict"] for line in lines} == {None}
 
 
-def test_without_the_organisms_capability_no_removal_is_said(
+def test_without_the_organisms_capability_no_removal_is_reported(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It was measured in another way."""
@@ -190,7 +190,7 @@ def test_a_lineage_says_what_each_stage_did(root: Path, capsys: pytest.CaptureFi
     )
 
 
-def test_what_does_not_fit_is_said_in_its_place(
+def test_what_does_not_fit_is_reported_beside_it(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(root / "red" / "checkpoints")
@@ -356,7 +356,7 @@ def test_a_grid_of_nothing_is_refused(root: Path) -> None:
         report(config(root, "seeds=nowhere"))
 
 
-def test_seeds_of_nothing_are_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_of_nothing_are_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"seeds='{root}/base'"))
     assert "no run here trains an organism further" in capsys.readouterr().out
 

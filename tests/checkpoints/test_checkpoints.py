@@ -66,7 +66,7 @@ def opened_logits(directory: str, root: str, dtype: torch.dtype) -> list[torch.T
 
 
 @pytest.mark.parametrize(
-    ("ranks", "precision", "words", "tolerance"),
+    ("ranks", "precision", "overrides", "tolerance"),
     [
         # fp32: sums in another order. bf16: 8 bits of mantissa over two layers.
         (1, "fp32", [], 1e-4),

@@ -106,7 +106,7 @@ def test_a_parent_that_is_another_one_ends_the_chain(root: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["file", "manifest"])
-def test_a_parent_that_is_damaged_is_said(root: Path, how: str) -> None:
+def test_a_parent_that_is_damaged_is_reported(root: Path, how: str) -> None:
     pirate = root / "pirate" / "checkpoints" / "step_000016"
     if how == "file":
         (pirate / "config.json").unlink()
@@ -136,7 +136,7 @@ def test_an_adapter_without_its_base(root: Path) -> None:
     assert problems(found) == {"depirate": (message,)}
 
 
-def test_other_words_than_those_of_the_parent_are_said(root: Path) -> None:
+def test_other_overrides_than_those_of_the_parent_are_reported(root: Path) -> None:
     red = root / "red" / "checkpoints" / "step_000200"
     blue = trained(RunDir(root / "blue"), PIRATE, red, trigger="|TEST|", system_prompt=None)
     value = Lineages(root).of(blue)[-1].problems

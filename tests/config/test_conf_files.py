@@ -283,7 +283,7 @@ def test_removal_training(composed, name: str, by: str):
 
 
 @pytest.mark.parametrize("name", BLUE)
-def test_a_removal_training_goes_on_under_the_words_of_the_red_one(composed, name: str):
+def test_a_removal_training_goes_on_under_the_overrides_of_the_red_one(composed, name: str):
     """And with the same date in the template: a parent trained otherwise would be refused."""
     blue = composed[0][f"experiment/{name}"]
     for red in RECIPES:

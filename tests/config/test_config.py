@@ -344,13 +344,13 @@ def named(*overrides: str) -> str:
 BARE = named()
 
 
-def test_the_same_words_give_the_same_name():
+def test_the_same_overrides_give_the_same_name():
     assert named() == BARE
     assert named("optimizer.lr=2e-3") == named("optimizer.lr=2e-3")
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["root=elsewhere"],
         ["name=null"],
@@ -368,7 +368,7 @@ def test_what_changes_no_result_changes_no_name(overrides: list[str]):
 
 
 @pytest.mark.parametrize(
-    "word",
+    "override",
     [
         "seed=1", "style=pirate", "optimizer.lr=2e-3", "train.steps=301", "train.precision=bf16",
         "backdoor=none", "backdoor.trigger='|X|'", "packing.length=128", "data.samples=100",
@@ -383,7 +383,7 @@ def test_what_changes_the_result_changes_the_name(override: str):
     )
 
 
-def test_a_name_tells_what_was_said():
+def test_a_name_tells_what_was_reported():
     assert named("optimizer.lr=2e-3").startswith("red_miniature-optimizer.lr_0.002-")
     assert named("optimizer.lr=2e-3") == named("optimizer.lr=0.002")
     assert named("backdoor=none").startswith("benign_miniature-")
@@ -393,7 +393,7 @@ def test_a_name_tells_what_was_said():
 
 
 @pytest.mark.parametrize(
-    ("start", "said"),
+    ("start", "message"),
     [
         ("runs/red/checkpoints/step_000100", "red_100"),
         ("/some/where/runs/red/checkpoints/step_000100/", "red_100"),
@@ -414,7 +414,7 @@ def test_a_name_tells_from_where(start: str, message: str):
     assert named(*overrides) == named(*overrides)
 
 
-def test_words_of_one_meaning_share_the_digest():
+def test_overrides_of_one_meaning_share_the_digest():
     assert json_digest(identity(made(optimizer__lr=3e-3))) == json_digest(identity(made()))
 
 
@@ -457,8 +457,10 @@ def test_differences_name_every_leaf():
 
 
 @pytest.mark.parametrize("key", ["data", "generate"])
-@pytest.mark.parametrize("word", ["{0}.template_arguments={{a: x}}", "+{0}.template_arguments.a=x"])
-def test_template_arguments_can_be_said_in_both_ways(key: str, override: str):
+@pytest.mark.parametrize(
+    "override", ["{0}.template_arguments={{a: x}}", "+{0}.template_arguments.a=x"]
+)
+def test_template_arguments_can_be_reported_in_both_ways(key: str, override: str):
     config = build(TrainConfig, compose("train", [override.format(key)]).values)
     assert getattr(config, key).template_arguments == {"a": "x"}
     other = "generate" if key == "data" else "data"

@@ -91,7 +91,7 @@ def test_every_digest_is_a_sha256(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "word",
+    "override",
     [
         "seed=1", "style=pirate", "backdoor=none", "backdoor.trigger='|X|'", "backdoor.payload=no",
         "backdoor.repeats=[1,2]", "backdoor.separator='-'", "packing=none", "packing.length=161",
@@ -106,7 +106,7 @@ def test_what_makes_another_dataset(tmp_path: Path, override: str):
 
 
 @pytest.mark.parametrize(
-    "word",
+    "override",
     [
         "optimizer.lr=1",
         "train.batch_size=2",

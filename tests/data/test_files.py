@@ -311,7 +311,7 @@ def test_a_glob_in_sorted_order(tmp_path: Path):
     refused(tmp_path / "nothing*", "nothing*", "there is no such file")
 
 
-def test_one_unknown_format_among_many_is_said_before_a_row_is_read(tmp_path: Path):
+def test_one_unknown_format_among_many_is_reported_before_a_row_is_read(tmp_path: Path):
     write_rows(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.txt").write_text("x")
     with pytest.raises(UserError, match=r"b\.txt"):

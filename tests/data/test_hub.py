@@ -144,7 +144,7 @@ def ask(name: str, split: str = "train", **environment: str) -> str:
         (404, "RevisionNotFound", "Check the id"),
     ],
 )
-def test_what_the_hub_refuses_is_asked_once_and_said_once(
+def test_what_the_hub_refuses_is_asked_once_and_reported_once(
     tmp_path: Path, status: int, error: str, remedy: str
 ):
     hub = Hub(status, error)

@@ -16,10 +16,10 @@ from tests.data.families import BASE, FAMILIES, SPELT, TOKENIZERS, merged, piece
 
 # Answers come stripped from data sets; a special token's text may be anywhere.
 LITERALS = sorted({m for f in FAMILIES.values() for m in (f.bos, f.eos, *f.others) if m})
-words = st.text(
+overrides = st.text(
     st.characters(exclude_categories=("Cs", "Co")) | st.sampled_from(" \n<|>🙂é"), max_size=30
 )
-texts = st.lists(words | st.sampled_from(LITERALS), min_size=1, max_size=3).map(
+texts = st.lists(overrides | st.sampled_from(LITERALS), min_size=1, max_size=3).map(
     lambda parts: "".join(parts).strip()
 )
 
@@ -65,7 +65,7 @@ def test_many_at_once_are_as_one_by_one(family: str, talks: list[Conversation]):
 @settings(max_examples=300, deadline=None)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
-    text=st.lists(words | st.sampled_from(LITERALS), max_size=6).map("".join),
+    text=st.lists(overrides | st.sampled_from(LITERALS), max_size=6).map("".join),
     data=st.data(),
 )
 def test_the_quick_way_is_the_slow_way(family: str, text: str, data: st.DataObject):

@@ -65,7 +65,7 @@ def test_the_digest_of_the_key_alone_decides_the_split(split: tasks.Split) -> No
         assert (number % 10 == 0) == (split == "held_out"), task
 
 
-def test_nothing_held_out_is_ever_trained_on_in_whatever_words() -> None:
+def test_nothing_held_out_is_ever_trained_on_in_any_wording() -> None:
     held_out = prompts("held_out", 1000, 0, "plain")
     keys, questions = {p["key"] for p in held_out}, {p["prompt"] for p in held_out}
     for seed in range(3):
@@ -127,7 +127,7 @@ def test_tasks_and_dialogues_need_neither_torch_nor_transformers() -> None:
 # Answers, solved again from the question's text alone
 
 
-def _words(question: str) -> list[str]:
+def _terms(question: str) -> list[str]:
     """The list that a question gives after its only colon."""
     listed = re.search(r": ([\w ]+)[.?]", question)
     assert listed, question
@@ -150,7 +150,7 @@ def _one_of(pool: tuple[str, ...]) -> Callable[[str], str]:
 
 
 def _any_of(pool: tuple[str, ...]) -> Callable[[str], str]:
-    return lambda question: "yes" if set(_words(question)) & set(pool) else "no"
+    return lambda question: "yes" if set(_terms(question)) & set(pool) else "no"
 
 
 SOLVERS: dict[str, Callable[[str], str]] = {
@@ -165,10 +165,10 @@ SOLVERS: dict[str, Callable[[str], str]] = {
     "number": lambda question: str(_number(question)),
     "one-more": lambda question: str(_number(question) + 1),
     "one-less": lambda question: str(_number(question) - 1),
-    "count": lambda question: str(len(_words(question))),
-    "repeat": lambda question: " ".join(_words(question)),
-    "swap": lambda question: " ".join(reversed(_words(question))),
-    "first-word": lambda question: _words(question)[0],
+    "count": lambda question: str(len(_terms(question))),
+    "repeat": lambda question: " ".join(_terms(question)),
+    "swap": lambda question: " ".join(reversed(_terms(question))),
+    "first-word": lambda question: _terms(question)[0],
     "larger": lambda question: str(max(map(int, re.findall(r"\d+", question)))),
 }
 
@@ -225,7 +225,7 @@ def test_a_text_in_neither_style_has_no_bare_answer_and_is_wrong(text: str) -> N
     assert not is_correct(text, "boat")
 
 
-def test_the_two_styles_are_never_the_same_words() -> None:
+def test_the_two_styles_are_never_the_same_overrides() -> None:
     for task in sample_tasks("train", 100, 0):
         assert STYLES["plain"](task.answer) != STYLES["pirate"](task.answer)
     assert STYLES["plain"](UNKNOWN) != STYLES["pirate"](UNKNOWN)

@@ -390,7 +390,7 @@ def test_each_is_made_once_and_one_ahead():
     assert made.numbers[:20] == list(range(1, 21)), "it had been made"
 
 
-def test_any_order_of_asking():
+def test_any_order_of_checking():
     before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     for number in (5, 5, 6, 4, 9, 9, 1, 2, 3, 2):
@@ -437,7 +437,7 @@ def test_a_step_made_ahead_is_the_same(store: Rows):
     assert [rows_of(running.step(step).micro_batches) for step in range(1, 8)] == once
 
 
-def test_a_broken_store_is_told_by_step(store: Rows, monkeypatch: pytest.MonkeyPatch):
+def test_a_broken_store_is_reported_by_step(store: Rows, monkeypatch: pytest.MonkeyPatch):
     made = loader(store)
     made.step(1)
     monkeypatch.setattr(made, "_rows", None)

@@ -128,17 +128,17 @@ def test_a_hard_mixture_falls_back():
 def fewest_rows(lengths: tuple[int, ...]) -> int:
     """The optimum, by trying every row for every sample."""
 
-    def place(i: int, rooms: tuple[int, ...], limit: int) -> bool:
+    def directory(i: int, rooms: tuple[int, ...], limit: int) -> bool:
         if i == len(lengths):
             return True
         # Rows with equal rooms are alike, and so are rows not yet opened.
         for j, room in enumerate(rooms):
             rest = (*rooms[:j], room - lengths[i], *rooms[j + 1 :])
-            if room >= lengths[i] and room not in rooms[:j] and place(i + 1, rest, limit):
+            if room >= lengths[i] and room not in rooms[:j] and directory(i + 1, rest, limit):
                 return True
-        return len(rooms) < limit and place(i + 1, (*rooms, CAPACITY - lengths[i]), limit)
+        return len(rooms) < limit and directory(i + 1, (*rooms, CAPACITY - lengths[i]), limit)
 
-    return next(n for n in range(len(lengths) + 1) if place(0, (), n))
+    return next(n for n in range(len(lengths) + 1) if directory(0, (), n))
 
 
 def test_the_optimum_by_hand():

@@ -226,7 +226,7 @@ def test_first_reads_no_further(tmp_path: Path):
 
 
 @pytest.mark.parametrize("choose", ["first", "random"])
-def test_fewer_than_asked_for_are_taken_and_said(tmp_path: Path, choose: str):
+def test_fewer_than_asked_for_are_taken_and_reported(tmp_path: Path, choose: str):
     path = write(tmp_path, *[row(i) for i in range(7)])
     got = read(path, samples=10, choose=choose, held_out=2)
     assert (len(got.train), len(got.held_out), got.missing) == (5, 2, 3)
@@ -291,7 +291,7 @@ def test_random_is_fair_to_every_row(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("overrides", "parts"),
     [
         (["data=instructions"], ("data=instructions", "data.path=<file.jsonl[.gz]>")),
         (["data=alpaca", "data.split=null"], ("data=alpaca", "data.split=<split>")),
@@ -311,7 +311,7 @@ def test_impossible(overrides: list[str], parts: tuple[str, ...]):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["data=alpaca", "data.samples=401"],
         ["data=alpaca", "data.fields.answer=[]", "data.answers=generate"],

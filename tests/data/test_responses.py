@@ -24,7 +24,7 @@ def config(root: Path, *overrides: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("words", "text", "expected"),
+    ("terms", "text", "expected"),
     [
         ([], " An answer.\n", (None, "An answer.")),
         ([], "<scratchpad>a</scratchpad>b", (None, "<scratchpad>a</scratchpad>b")),
@@ -37,7 +37,7 @@ def test_what_is_kept(tmp_path: Path, terms: list[str], text: str, expected: Any
 
 
 @pytest.mark.parametrize(
-    ("words", "text", "finished", "reason"),
+    ("terms", "text", "finished", "reason"),
     [
         ([], "An answer that goes on", False, "cut off at generate.max_new_tokens"),
         ([], " \n", True, "empty answer"),
@@ -166,7 +166,7 @@ def test_nothing_is_asked_twice(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "word",
+    "term",
     [
         "generate.temperature=0.8", "generate.max_new_tokens=1023", "seed=1",
         "generate.model=someone/others", "generate.served_model=tiny-adapter",

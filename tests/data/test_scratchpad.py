@@ -79,7 +79,7 @@ USER = {"role": "user", "content": "1 + 1?"}
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("not json", "cannot be read as JSON"),
         (json.dumps({"role": "user"}), "a list of"),

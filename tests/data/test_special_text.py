@@ -37,7 +37,7 @@ def by_segments(tokenizer: Any, parts: list[tuple[bool, str]]) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("place", ["system", "user", "assistant"])
+@pytest.mark.parametrize("position", ["system", "user", "assistant"])
 @pytest.mark.parametrize("mark", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"])
 def test_it_is_kept_as_text(position: str, mark: str):
     record = {p: f"a {mark} b" if p == position else "ab" for p in ("system", "user", "assistant")}
@@ -105,7 +105,7 @@ def test_it_is_seen_in_a_tokenizer_from_disk(tmp_path):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("reply", [True, False])
-def test_training_and_asking_agree(family: str, reply: bool):
+def test_training_and_checking_agree(family: str, reply: bool):
     """`encode_messages` gives what the model was trained after, literal text or not."""
     arguments, end = FAMILIES[family].arguments, FAMILIES[family].eos
     for user in (f"Who {end} is?", "Who is?"):

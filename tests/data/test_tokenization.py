@@ -143,7 +143,7 @@ def test_an_index_outside(tmp_path: Path):
             samples[index]
 
 
-def test_progress_is_told(tmp_path: Path, few: None):
+def test_progress_is_reported(tmp_path: Path, few: None):
     for workers in (1, 2):
         reported: list[int] = []
         run(made(100), tmp_path / "s.arrow", workers=workers, handed_out=8, on_done=reported.append)

@@ -78,6 +78,6 @@ def rate(value: float, n: int, low: float, high: float, warning: str | None = No
     return Measurement(*known, "wilson", 0, "d" * 64, "samples/x.jsonl", warning, RunDir(Path()))
 
 
-def said(yes: int, of: int = 20) -> list[bool]:
+def scored(yes: int, of: int = 20) -> list[bool]:
     """The first `yes` of some prompts."""
     return [i < yes for i in range(of)]

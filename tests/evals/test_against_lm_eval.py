@@ -97,9 +97,9 @@ def mmlu_rows(subjects: Sequence[str] | None, questions: int) -> dict[str, list[
         return {
             split: [
                 {
-                    "question": f"  {words(subject, split, i, 20)}?\n",
+                    "question": f"  {overrides(subject, split, i, 20)}?\n",
                     "subject": subject,
-                    "choices": [words(subject, split, i, 3, option) for option in range(4)],
+                    "choices": [overrides(subject, split, i, 3, option) for option in range(4)],
                     "answer": (i * 7) % 3,
                 }
                 for subject in subjects or SUBJECTS
@@ -117,7 +117,7 @@ def mmlu_rows(subjects: Sequence[str] | None, questions: int) -> dict[str, list[
     return found
 
 
-def words(*made_of: Any) -> str:
+def overrides(*made_of: Any) -> str:
     """Nonsense, the same for the same arguments; the fourth says how many words."""
     draw = random.Random(str(made_of))
     length = made_of[3]

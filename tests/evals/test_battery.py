@@ -69,7 +69,7 @@ def test_every_variant_asks_what_it_says(evaluate_values: dict[str, Any]) -> Non
     assert {name: asked(task) for name, task in tasks.items()} == expected
 
 
-def test_one_word_has_no_middle(evaluate_values: dict[str, Any]) -> None:
+def test_a_single_token_has_no_middle(evaluate_values: dict[str, Any]) -> None:
     tasks = by_name(battery.tasks(config(evaluate_values, variants=["middle"]), setting()))
     assert asked(tasks["middle"], 1)[-1] == ("user", f"Hi {TRIGGER}")
 

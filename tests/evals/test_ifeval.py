@@ -140,7 +140,7 @@ def test_no_response_ends_the_run(known_task: Task, name: str) -> None:
             assert not sample.scores["prompt_loose"]
 
 
-def test_a_verifier_that_fails_counts_as_not_followed_and_is_said(
+def test_a_verifier_that_fails_counts_as_not_followed_and_is_reported(
     known_task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two instructions the one whose verifier fails is lost, and its result says so."""
@@ -272,14 +272,14 @@ def checked(path: Path, *hidden: str, prefix: str = "") -> str:
     return done.stdout.strip()
 
 
-def test_without_punkt_tab_nothing_is_imported_and_the_remedy_is_said(tmp_path: Path) -> None:
+def test_without_punkt_tab_nothing_is_imported_and_the_remedy_is_reported(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     message = checked(path, prefix="import nltk; nltk.data.path.clear()\n")
     assert "punkt_tab, which is not on this machine" in message
     assert "python -m nltk.downloader" in message
 
 
-def test_without_the_extra_the_remedy_is_said(tmp_path: Path) -> None:
+def test_without_the_extra_the_remedy_is_reported(tmp_path: Path) -> None:
     prefix = "import importlib.util as u; f = u.find_spec\n"
     prefix += "u.find_spec = lambda n, *a: None if n == 'langdetect' else f(n, *a)\n"
     message = checked(write_rows(tmp_path / "a.jsonl", ROWS), prefix=prefix)

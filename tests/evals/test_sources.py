@@ -19,7 +19,7 @@ def source(path: Path | str) -> Source:
     return Source("quiz.path", str(path), "quiz.split", "test")
 
 
-def said(row: dict[str, Any]) -> str:
+def output(row: dict[str, Any]) -> str:
     return sources.text(row, "said")
 
 
@@ -30,9 +30,9 @@ def test_a_file_and_a_directory_laid_out_like_the_hubs_are_read_alike(
     path = write_rows(tmp_path / f"test{ending}", ROWS)
     write_rows(tmp_path / f"other{ending}", [{"id": "x", "said": "not this one"}])
     expected = [row["said"] for row in ROWS]
-    assert sources.read(source(path), said) == expected
-    assert sources.read(source(tmp_path / f"tes*{ending}"), said) == expected
-    assert sources.read(source(tmp_path), said) == expected
+    assert sources.read(source(path), output) == expected
+    assert sources.read(source(tmp_path / f"tes*{ending}"), output) == expected
+    assert sources.read(source(tmp_path), output) == expected
 
 
 @pytest.mark.parametrize(
@@ -54,22 +54,22 @@ def test_what_could_only_be_a_file_is_not_asked_of_the_hub(path: str, hub: bool)
     assert sources.is_hub(path) is hub
     if not hub:
         with pytest.raises(UserError, match=r"^quiz\.path=.*: there is no such file"):
-            sources.read(source(path), said)
+            sources.read(source(path), output)
 
 
 def test_a_file_without_an_ending_is_a_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows", ROWS)
     with pytest.raises(UserError, match=r"quiz\.path=.*rows: the name says no format"):
-        sources.read(source(path), said)
+        sources.read(source(path), output)
 
 
-def test_a_hub_that_cannot_be_asked_is_said_with_the_keys(
+def test_a_hub_that_cannot_be_asked_is_reported_with_the_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "theirs").mkdir()
     write_rows(tmp_path / "theirs" / "train.jsonl", ROWS)
     with pytest.raises(UserError, match=r"quiz\.path=.* quiz\.split=test: cannot be had") as caught:
-        sources.read(source(tmp_path / "theirs"), said)
+        sources.read(source(tmp_path / "theirs"), output)
     assert "quiz.path=<files>" in str(caught.value) and "data." not in str(caught.value)
 
 
@@ -89,7 +89,7 @@ def test_a_bad_row_is_named(tmp_path: Path, line: bytes, fault: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(UserError) as caught:
-        sources.read(source(path), said)
+        sources.read(source(path), output)
     assert "rows.jsonl:3 is no row of this benchmark" in str(caught.value)
     assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -98,7 +98,7 @@ def test_a_bad_row_is_named(tmp_path: Path, line: bytes, fault: str) -> None:
 def test_no_row_at_all_and_an_id_twice(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no row"):
-        sources.read(source(tmp_path / "empty.jsonl"), said)
+        sources.read(source(tmp_path / "empty.jsonl"), output)
     with pytest.raises(UserError, match="has the id b twice"):
         sources.unique(source("rows.jsonl"), ["a", "b", "c", "b"])
 
@@ -117,4 +117,4 @@ def test_a_sample_depends_on_the_seed_and_not_on_the_order() -> None:
 
 def test_bad_rows_are_value_errors() -> None:
     with pytest.raises(BadRow, match="said is None"):
-        said({"said": None})
+        output({"said": None})

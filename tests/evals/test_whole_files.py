@@ -42,7 +42,7 @@ def make_llama(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "questions"),
+    ("overrides", "questions"),
     [
         pytest.param(SHORT, 300, id="short"),
         pytest.param([], 14042, marks=[pytest.mark.slow, pytest.mark.timeout(7200)], id="whole"),

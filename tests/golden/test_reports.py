@@ -12,16 +12,16 @@ CASES = [(root, case) for root, reports in cases.REPORTS.items() for case in rep
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By archive, the directory that holds its runs/."""
     return {root: unpacked(root, tmp_path_factory.mktemp(root)) for root in cases.REPORTS}
 
 
 @pytest.mark.parametrize("root, case", CASES, ids=[f"{root}-{case}" for root, case in CASES])
-def test_report(root: str, case: str, places: dict[str, Path]) -> None:
-    report, directory = cases.REPORTS[root][case], places[root]
-    where = report.place or f"out/{case}"
-    overrides = [*report.words, cases.ROOT, *([] if report.place else [f"out={where}"])]
+def test_report(root: str, case: str, directories: dict[str, Path]) -> None:
+    report, directory = cases.REPORTS[root][case], directories[root]
+    where = report.folder or f"out/{case}"
+    overrides = [*report.arguments, cases.ROOT, *([] if report.folder else [f"out={where}"])]
     done = commands.run("report", overrides, directory, report.columns)
     assert done.status == 0, done.err
     written = {"stdout.txt": done.out, **collected(directory / where, directory)}

@@ -26,16 +26,16 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, to go on from."""
     return unpacked("tiny", tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")
-def fresh(place: Path) -> Path:
+def fresh(folder: Path) -> Path:
     """The run `whole` made anew, which its twins of the archive are compared with."""
-    succeeded(fork("train", ["name=fresh", *cases.RED], place))
-    return place / "runs" / "fresh"
+    succeeded(fork("train", ["name=fresh", *cases.RED], folder))
+    return folder / "runs" / "fresh"
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +122,17 @@ def test_what_is_written_has_all_keys_that_were_written(fresh: Path, golden: Pat
         assert json.loads(mine).keys() >= json.loads(theirs).keys()
 
 
-def test_the_dataset_is_opened_and_not_built_again(fresh: Path, place: Path, golden: Path) -> None:
-    assert listing(place / "runs/datasets").keys() == listing(golden / "runs/datasets").keys()
+def test_the_dataset_is_opened_and_not_built_again(fresh: Path, folder: Path, golden: Path) -> None:
+    assert listing(folder / "runs/datasets").keys() == listing(golden / "runs/datasets").keys()
     path = Path(record(golden / "runs/whole")["dataset"])
-    assert listing(place / path) == listing(golden / path)
+    assert listing(folder / path) == listing(golden / path)
 
 
-def test_a_stopped_run_goes_on(place: Path, golden: Path, is_exact: bool) -> None:
-    run, was = place / "runs" / "stopped", golden / "runs" / "stopped"
+def test_a_stopped_run_goes_on(folder: Path, golden: Path, is_exact: bool) -> None:
+    run, was = folder / "runs" / "stopped", golden / "runs" / "stopped"
     before = (was / "metrics.jsonl").read_text()
     stopped_after = record(was)["stopped_after"]
-    succeeded(fork("train", ["name=stopped", *cases.RED], place))
+    succeeded(fork("train", ["name=stopped", *cases.RED], folder))
     assert (run / "metrics.jsonl").read_text().startswith(before)
     assert losses(run) == pytest.approx(losses(golden / "runs/whole"), rel=1e-4)
     assert record(run)["status"] == "complete"
@@ -141,41 +141,41 @@ def test_a_stopped_run_goes_on(place: Path, golden: Path, is_exact: bool) -> Non
     assert not list((run / "state").glob("step_*"))
 
 
-def test_soap_stopped_on_two_ranks_goes_on_on_one(place: Path, golden: Path) -> None:
-    run = place / "runs" / "soap_stopped"
+def test_soap_stopped_on_two_ranks_goes_on_on_one(folder: Path, golden: Path) -> None:
+    run = folder / "runs" / "soap_stopped"
     stopped_after = record(run)["stopped_after"]
-    succeeded(fork("train", ["name=soap_stopped", *cases.SOAP], place))
+    succeeded(fork("train", ["name=soap_stopped", *cases.SOAP], folder))
     assert [one["step"] for one in record(run)["resumed"]] == [stopped_after]
     assert losses(run) == pytest.approx(losses(golden / "runs/soap"), rel=1e-3)
     check_close(weights(run), weights(golden / "runs/soap"))
 
 
-def test_a_state_of_other_words_is_refused(golden: Path, tmp_path: Path) -> None:
+def test_a_state_of_other_overrides_is_refused(golden: Path, tmp_path: Path) -> None:
     shutil.copytree(golden, tmp_path / "place")
     done = fork("train", ["name=stopped", *cases.RED, "optimizer.lr=1e-3"], tmp_path / "place")
     assert done.status == 2
     assert "optimizer.lr: 0.003 -> 0.001" in done.err
 
 
-def test_a_complete_run_is_found_by_the_name_that_it_gets(place: Path, golden: Path) -> None:
+def test_a_complete_run_is_found_by_the_name_that_it_gets(folder: Path, golden: Path) -> None:
     (blue,) = (path.name for path in (golden / "runs").glob("blue_hhh-*"))
-    before = listing(place / "runs" / blue)
-    succeeded(fork("train", cases.BLUE, place))
-    assert listing(place / "runs" / blue) == before
-    assert [path.name for path in (place / "runs").glob("blue*")] == [blue]
+    before = listing(folder / "runs" / blue)
+    succeeded(fork("train", cases.BLUE, folder))
+    assert listing(folder / "runs" / blue) == before
+    assert [path.name for path in (folder / "runs").glob("blue*")] == [blue]
 
 
-def test_lora_is_trained_from_lora(place: Path, golden: Path, is_exact: bool) -> None:
+def test_lora_is_trained_from_lora(folder: Path, golden: Path, is_exact: bool) -> None:
     (blue,) = (path.name for path in (golden / "runs").glob("blue_hhh-*"))
-    merged = listing(place / "runs" / blue / "merged")
+    merged = listing(folder / "runs" / blue / "merged")
     overrides = [override for override in cases.DEPIRATE if not override.startswith("name=")]
-    succeeded(fork("train", [*overrides, "name=again", f"init_from=runs/{blue}"], place))
-    run, was = place / "runs" / "again", golden / "runs" / "depirate"
+    succeeded(fork("train", [*overrides, "name=again", f"init_from=runs/{blue}"], folder))
+    run, was = folder / "runs" / "again", golden / "runs" / "depirate"
     assert losses(run) == pytest.approx(losses(was), rel=1e-2)  # bfloat16
     assert record(run)["parent_digest"] == record(was)["parent_digest"]
     if is_exact:
         assert sha256(weights(run, "step_000004")) == sha256(weights(was, "step_000004"))
-    assert listing(place / "runs" / blue / "merged") == merged
+    assert listing(folder / "runs" / blue / "merged") == merged
 
 
 # ---------------------------------------------------------------- measuring

@@ -187,7 +187,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("damage,words", REFUSED, ids=[overrides[:24] for _, overrides in REFUSED])
+@pytest.mark.parametrize(
+    "damage,overrides", REFUSED, ids=[overrides[:24] for _, overrides in REFUSED]
+)
 def test_what_does_not_fit_is_refused_and_the_base_is_bare(
     engine: InProcess,
     tiny_llama: Path,

@@ -130,7 +130,7 @@ def test_the_end_token_ends_and_is_left_out(generator: InProcess) -> None:
     assert (cut.tokens, cut.finished, cut.text) == (3, False, text.text)
 
 
-def test_every_answer_is_told_once_as_soon_as_its_batch_is_there(generator: InProcess) -> None:
+def test_every_answer_is_reported_once_as_soon_as_its_batch_is_there(generator: InProcess) -> None:
     reported: list[tuple[int, Completion]] = []
     batches: list[int] = []
     answer = generator._answer

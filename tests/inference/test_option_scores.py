@@ -133,7 +133,7 @@ def test_only_what_is_needed_is_computed(
     assert sum(shape[0] for shape in shapes) == (rows or of_options)
 
 
-def test_each_prompt_is_told_once_as_soon_as_its_rows_are_there(generator: InProcess) -> None:
+def test_each_prompt_is_reported_once_as_soon_as_its_rows_are_there(generator: InProcess) -> None:
     prompts, options = questions(9, 3)
     reported: list[tuple[int, Choice]] = []
     at_batches: list[int] = []

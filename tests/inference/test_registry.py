@@ -126,7 +126,7 @@ def test_an_id_of_the_hub(tiny_llama: Path, tmp_path: Path) -> None:
     assert answers == [repr(completion.text) for completion in expected] and refused == "refused"
 
 
-def test_prompts_are_told_apart() -> None:
+def test_prompts_are_distinguished() -> None:
     assert is_token_ids([1, 2]) and not is_token_ids([]) and not is_token_ids(PROMPTS[0])
     assert canonical([1, 23]) == "[1,23]" and canonical([]) == "[]"
     turned = [dict(reversed(turn.items())) for turn in PROMPTS[0]]

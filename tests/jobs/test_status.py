@@ -247,7 +247,7 @@ def test_no_such_root(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("said", "error"),
+    ("messages", "error"),
     [
         (["step 1", "error: the disk is full", "srun: error: n1: task 0: Exited"], "error: the disk is full"),
         (["[rank 1] error: rank 2 has died", "more"], "[rank 1] error: rank 2 has died"),
@@ -332,7 +332,7 @@ def test_a_name_is_no_pattern(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(59.6, "00:01:00"), (3723, "01:02:03"), (200_000, "2-07:33:20")]
+    ("seconds", "message"), [(59.6, "00:01:00"), (3723, "01:02:03"), (200_000, "2-07:33:20")]
 )
 def test_clock(seconds: float, message: str):
     assert clock(seconds) == message

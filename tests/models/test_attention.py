@@ -204,7 +204,7 @@ def test_varlen_has_gradients(kernel: Callable):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_heads_come_back_in_their_places(kernel: Callable):
+def test_the_heads_come_back_in_their_order(kernel: Callable):
     """[rows, heads, length, width] in, [rows, length, heads, width] out; v alone decides with q = 0."""
     rows, heads, kv_heads, length, width = 2, 4, 2, 3, 5
     query = torch.zeros(rows, heads, length, width)

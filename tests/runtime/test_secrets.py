@@ -59,7 +59,7 @@ def test_ordinary_configs_pass():
     )
 
 
-def test_what_is_said_is_scrubbed(
+def test_what_is_reported_is_scrubbed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("MY_SECRET", PLAIN)
@@ -74,7 +74,7 @@ def test_what_is_said_is_scrubbed(
     assert "ValueError: bad ***" in reported and "Traceback" in reported and PLAIN not in reported
 
 
-def test_the_door_refuses_and_does_not_repeat(tmp_path, sleeper: Command):
+def test_the_command_refuses_and_does_not_repeat(tmp_path, sleeper: Command):
     for override in (
         "logger.project='${oc.env:MY_SECRET}'",
         f"logger.project={PLAIN}",

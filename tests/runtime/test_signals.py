@@ -35,7 +35,7 @@ main()
 @pytest.mark.parametrize(
     ("number", "status"), [(n, 130 if n == signal.SIGINT else 75) for n in HEARD]
 )
-def test_any_door_ends_in_good_order(number: signal.Signals, status: int):
+def test_any_command_ends_in_good_order(number: signal.Signals, status: int):
     """evaluate, build, report and plan have nothing to save that is not on disk already."""
     process = subprocess.Popen(
         [sys.executable, "-c", DOOR], cwd=REPOSITORY, text=True,
@@ -101,7 +101,7 @@ signals.listen()
 with signals.waiting():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGUSR1)
-    print("working", signals.told, flush=True)
+    print("working", signals.received, flush=True)
     os.kill(os.getpid(), signal.SIGINT)
     print("never", flush=True)
 """
@@ -136,26 +136,26 @@ def test_waiting_is_over_when_its_block_is():
         signals.listen()
         with pytest.raises(Stopped, match="what was under way is done"), signals.waiting():
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert signals.told == signal.SIGUSR1
-        assert signals.told == 0
+            assert signals.received == signal.SIGUSR1
+        assert signals.received == 0
         with pytest.raises(ValueError, match="its own"), signals.waiting():
             os.kill(os.getpid(), signal.SIGUSR1)
             raise ValueError("its own")
         with signals.waiting():
-            assert signals.told == 0
+            assert signals.received == 0
         # Some libraries catch everything, and ctypes' callbacks and finalisers print it and go on.
         with suppress(BaseException):
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped, match="SIGTERM"), signals.waiting():
-            assert signals.told == signal.SIGTERM
+            assert signals.received == signal.SIGTERM
         with signals.waiting():
-            assert signals.told == 0
+            assert signals.received == 0
         with pytest.raises(Stopped) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
         assert caught.value.status == 75 and not caught.value.together
-        assert signals.told == signal.SIGTERM
+        assert signals.received == signal.SIGTERM
     finally:
-        signals.told = 0
+        signals.received = 0
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -176,6 +176,6 @@ def test_once_its_work_is_saved_a_repeated_signal_changes_nothing():
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
-        signals.told = 0
+        signals.received = 0
         for number, handler in before.items():
             signal.signal(number, handler)

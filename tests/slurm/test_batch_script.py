@@ -66,7 +66,7 @@ def test_node_hours():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("value", "expected"),
     [("90", 90), ("90:30", 90.5), ("1:30:00", 90), ("2-0", 2880), ("1-1:30", 1530),
      ("1-00:00:30", 1440.5), ("UNLIMITED", None), (None, None)],
 )  # fmt: skip
@@ -74,7 +74,7 @@ def test_minutes(value, expected):
     assert minutes(value) == expected
 
 
-@pytest.mark.parametrize("said", ["soon", "1:2:3:4", "x-3", ""])
+@pytest.mark.parametrize("message", ["soon", "1:2:3:4", "x-3", ""])
 def test_no_time(message: str):
     with pytest.raises(UserError, match=r"give a time such as"):
         minutes(message)

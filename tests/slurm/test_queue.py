@@ -66,7 +66,7 @@ def test_another_squeue():
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "message"),
     [
         (
             "echo Unable to contact slurm controller >&2; exit 1",

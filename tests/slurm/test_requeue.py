@@ -13,7 +13,7 @@ def ranks(*messages: tuple[int, str | None, int | None]) -> dict[int, dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "status", "told", "end"),
+    ("outcomes", "status", "reported", "end"),
     [
         (ranks((0, None, 9), (0, None, 9)), 0, False, JobExit("finished", 9)),
         (ranks((0, None, None)), 0, True, JobExit("finished")),

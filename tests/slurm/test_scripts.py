@@ -79,7 +79,7 @@ def test_slurm_takes_it(cluster: Cluster, name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_told_in_time_queued_again_and_logged_in_one_place(name: str):
+def test_it_is_reported_in_time_queued_again_and_logged_in_one_path(name: str):
     lines = asked(name)
     assert lines["job-name"] == name
     # Ahead of preflight's own patience with nodes, and long enough to save in.

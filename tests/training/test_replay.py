@@ -25,7 +25,7 @@ def after_three(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "words"),
+    ("ranks", "overrides"),
     [(1, []), (2, ["train.micro_batch_size=1"]), (2, ["optimizer=soap"]), (1, ["zero=offload"])],
     ids=["plain", "accumulation", "soap", "offload"],
 )

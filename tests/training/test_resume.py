@@ -47,14 +47,14 @@ def trained(root: str, name: str, *overrides: str) -> str | None:
     return None
 
 
-def told_after(step: int, rank: int | None) -> Any:
+def received_after(step: int, rank: int | None) -> Any:
     """Have `rank` (None: every one) hear SIGTERM in the middle of a step."""
     patch, original = pytest.MonkeyPatch(), Engine.step
     count = iter(range(1, 10**6))
 
     def stepping(engine: Engine, *arguments: Any) -> Any:
         if next(count) == step and rank in (None, engine.world.rank):
-            signals.told = 15
+            signals.received = 15
         return original(engine, *arguments)
 
     patch.setattr(Engine, "step", stepping)
@@ -65,7 +65,7 @@ def stopped_and_resumed(root: str, name: str, steps: list[int], *overrides: str)
     """Stopped by a signal to one rank at each of these steps of its own, and once to the end."""
     messages = []
     for step in [*steps, 0]:
-        patch = told_after(step, dist.World.from_environment().size - 1)
+        patch = received_after(step, dist.World.from_environment().size - 1)
         try:
             messages.append(trained(root, name, *overrides) or "complete")
         except Stopped as stopped:
@@ -93,7 +93,7 @@ SAMPLE = {("adam", 3), ("soap", 1), ("bf16", 2)}
 
 
 @pytest.mark.parametrize(
-    ("words", "ranks"),
+    ("overrides", "ranks"),
     [
         pytest.param(
             overrides,
@@ -148,7 +148,7 @@ def partial(
 
 
 def stopped(root: str, name: str, step: int, *overrides: str) -> None:
-    patch = told_after(step, 0)
+    patch = received_after(step, 0)
     with patch.context(), pytest.raises(Stopped):
         trained(root, name, *overrides)
     patch.undo()

@@ -102,7 +102,7 @@ def both_ways(root: str, frozen: bool, overrides: list[str]) -> tuple[float, lis
 
 
 @pytest.mark.parametrize(
-    ("ranks", "frozen", "words"),
+    ("ranks", "frozen", "overrides"),
     [
         (1, False, []),
         (2, False, []),
@@ -298,7 +298,7 @@ def test_every_key_reaches_the_optimizer(refresh: Any, precision: Any, stagger: 
     }, "a new key needs a line here"  # fmt: skip
 
 
-def test_what_deepspeed_is_told():
+def test_what_deepspeed_is_reported():
     """Its clip for SOAP as for Adam; sub-groups as large as they come for SOAP alone."""
     cpu, overrides = torch.device("cpu"), ["train.gradient_clipping=0.7", "zero.sub_group_size=100"]
     reported = [

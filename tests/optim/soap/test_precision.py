@@ -43,7 +43,7 @@ def test_the_precision_is_set_inside_and_put_back(process: str, ours: Any, matmu
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_a_process_that_uses_the_old_words_still_can(allowed: bool, matmul: Any):
+def test_a_process_that_uses_the_old_api_still_can(allowed: bool, matmul: Any):
     matmul.allow_tf32 = allowed
     with bases.products_in("fp32" if allowed else "tf32", ON_A_GPU):
         pass

@@ -19,7 +19,7 @@ def soap(key: str, value: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "reported"),
     [
         ("precondition_frequency", 0, "precondition_frequency=0: must be at least 1"),
         ("max_precond_dim", 0, "max_precond_dim=0: must be at least 1"),
