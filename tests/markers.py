@@ -1,7 +1,7 @@
 """The markers `e2e` and `slurm`, given to tests by what they use, and a guard over the others.
 
 A test is e2e if its code, or that of a fixture or helper of it, refers to what starts processes. One that
-starts a process through the package is marked by hand: as long as it is not, it fails.
+starts a process through the package is marked by hand: as long as it is not, it fails in `make test-fast`.
 """
 
 import multiprocessing.process
@@ -79,7 +79,7 @@ def names_of(code: CodeType) -> Iterator[str]:
 
 
 class Guard:
-    """Fails whatever starts a process, in this process, while `running` is a test without e2e."""
+    """Fails a test without e2e, named by `running`, that starts a process from this one."""
 
     def __init__(self) -> None:
         self.running: str | None = None
