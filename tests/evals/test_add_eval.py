@@ -1,4 +1,4 @@
-"""The eval of docs/add_eval.md, added to a copy of the package as the page says, and nothing else."""
+"""The eval of docs/howto/add_eval.md, added to a copy of the package as the page says, and nothing else."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.conftest import REPOSITORY, read_lines
 from tests.evaluating import make_root
 
-PAGE = REPOSITORY / "docs/add_eval.md"
+PAGE = REPOSITORY / "docs/howto/add_eval.md"
 
 
 def added_to_a_copy(copy: Path) -> None:

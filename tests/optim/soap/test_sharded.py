@@ -242,7 +242,7 @@ def moved(steps: int) -> tuple[list[dict[str, int]], int, dict[str, int]]:
 
 
 def exchanged_bytes(ranks: int, owners: dict[str, int]) -> int:
-    """docs/soap.md's 2 x 4 bytes for an element that another rank updates, one by one."""
+    """docs/explanation/soap.md's 2 x 4 bytes for an element that another rank updates, one by one."""
     elements = 0
     for name in owners:
         rows, columns = SHAPES[name]
