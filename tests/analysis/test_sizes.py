@@ -36,10 +36,9 @@ def architecture(model: str) -> Architecture:
 
 
 def soap(max_precond_dim: int = 10000) -> SoapConfig:
-    overrides = ["optimizer=soap", f"optimizer.max_precond_dim={max_precond_dim}"]
-    optimizer = build(PlannedTrain, compose("plan", overrides).values).optimizer
+    optimizer = build(PlannedTrain, compose("plan", ["optimizer=soap"]).values).optimizer
     assert isinstance(optimizer, SoapConfig)
-    return optimizer
+    return replace(optimizer, max_precond_dim=max_precond_dim)  # 0 as well: no factors
 
 
 def adam() -> Any:

@@ -59,7 +59,7 @@ def test_costs_of_updates():
 
 
 def test_flops_of_a_matrix():
-    """docs/explanation/soap.md's products, counted by a hook in test_soap_bases.py: 4 rotations and 4 a refresh."""
+    """The products in docs/explanation/soap.md, counted in test_bases.py: 4 rotations and 4 a refresh."""
     two = flops((16, 16), True, True, 10)
     assert two.rotations == pytest.approx(4.4 * 2 * 16**3)
     assert two.averages == 2 * 2 * 16**3
