@@ -26,17 +26,15 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def message(self, rank: int) -> str:
+    def output(self, rank: int) -> str:
         path = self.folder / f"rank{rank}"
         return path.read_text() if path.exists() else ""
 
     def until(self, text: str) -> None:
         """Wait until every rank has printed `text`."""
         deadline = time.monotonic() + 120
-        while not all(text in self.message(r) for r in range(len(self.processes))):
-            assert time.monotonic() < deadline, [
-                self.message(r) for r in range(len(self.processes))
-            ]
+        while not all(text in self.output(r) for r in range(len(self.processes))):
+            assert time.monotonic() < deadline, [self.output(r) for r in range(len(self.processes))]
             time.sleep(0.02)
 
     def send(self, rank: int, number: signal.Signals) -> None:

@@ -333,8 +333,8 @@ def version(package: str) -> str:
 
 def make_reports(root: str, directory: Path) -> None:
     for case, report in cases.REPORTS[root].items():
-        where = report.folder or f"out/{case}"
-        overrides = [*report.arguments, cases.ROOT, *([] if report.folder else [f"out={where}"])]
+        where = report.directory or f"out/{case}"
+        overrides = [*report.overrides, cases.ROOT, *([] if report.directory else [f"out={where}"])]
         done = commands.run("report", overrides, directory, report.columns)
         if done.status:
             sys.exit(f"report {overrides}: {done.err}")

@@ -20,8 +20,8 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("root, case", CASES, ids=[f"{root}-{case}" for root, case in CASES])
 def test_report(root: str, case: str, directories: dict[str, Path]) -> None:
     report, directory = cases.REPORTS[root][case], directories[root]
-    where = report.folder or f"out/{case}"
-    overrides = [*report.arguments, cases.ROOT, *([] if report.folder else [f"out={where}"])]
+    where = report.directory or f"out/{case}"
+    overrides = [*report.overrides, cases.ROOT, *([] if report.directory else [f"out={where}"])]
     done = commands.run("report", overrides, directory, report.columns)
     assert done.status == 0, done.err
     written = {"stdout.txt": done.out, **collected(directory / where, directory)}

@@ -83,7 +83,7 @@ def first_slurmd_killed(cluster: Cluster, job: str) -> None:
 
 
 def kill_slurmd(cluster: Cluster, node: int) -> None:
-    path = cluster.directory / "run" / f"slurmd.{cluster.node(node)}.pid"
+    path = cluster.folder / "run" / f"slurmd.{cluster.node(node)}.pid"
     os.kill(int(path.read_text()), signal.SIGKILL)
 
 

@@ -108,14 +108,14 @@ class Sweeping:
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)
-        self.output_in = folder / f"said{time.monotonic_ns()}"
-        self.output_in.mkdir()
+        self.output_folder = folder / f"said{time.monotonic_ns()}"
+        self.output_folder.mkdir()
         self.arguments = [*self.head, f"root={folder}", *overrides]
-        self._ranks = Ranks(1, self.output_in, self.command, self.arguments)
+        self._ranks = Ranks(1, self.output_folder, self.command, self.arguments)
 
     @property
-    def message(self) -> str:
-        return self._ranks.message(0)
+    def output(self) -> str:
+        return self._ranks.output(0)
 
     @property
     def pid(self) -> int:
@@ -148,7 +148,7 @@ def swept(folder: Path, *overrides: str) -> tuple[int | None, str]:
     sweep = Sweeping(folder, *overrides)
     status = sweep.status()
     sweep.end()
-    return status, sweep.message
+    return status, sweep.output
 
 
 def processes_in(folder: Path) -> list[int]:

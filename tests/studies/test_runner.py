@@ -76,8 +76,8 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
     assert sweep.status() == 75
     sweep.end()
     assert left_in(tmp_path) == []
-    assert "[1/2] x-seed_1: interrupted, status 75" in sweep.text
-    assert "SIGTERM: the trials were signalled, and have ended; the same command" in sweep.text
+    assert "[1/2] x-seed_1: interrupted, status 75" in sweep.output
+    assert "SIGTERM: the trials were signalled, and have ended; the same command" in sweep.output
     table = SweepDir.of(tmp_path, "x").lines.read_text().splitlines()
     assert [row.split(",")[1] for row in table[1:]] == ["interrupted", "not started"]
     record = read_json(run.record)
@@ -118,10 +118,10 @@ def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
         sweep = Sweeping(tmp_path, "name=x", "train.steps=2")
         sweep.until(f"[1/1] x: waits for process {os.getpid()} on ")
         time.sleep(0.2)
-        assert "started" not in sweep.text and not run.record.exists()
+        assert "started" not in sweep.output and not run.record.exists()
     assert sweep.status() == 0
     sweep.end()
-    assert sweep.text.count("waits for") == 1 and sweep.text.count("started") == 1
+    assert sweep.output.count("waits for") == 1 and sweep.output.count("started") == 1
 
 
 def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
@@ -165,7 +165,7 @@ def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
     ranks = Ranks(1, tmp_path, stages, str(tmp_path / "runs"))
     ranks.statuses(120)
     ranks.end()
-    message = ranks.text(0)
+    message = ranks.output(0)
     assert message.index("[2/5] a: complete") < message.index("[3/5] b: started"), message
     assert "[3/5] b: complete" in message
     assert "[4/5] d: not started, for c is not complete" in message
