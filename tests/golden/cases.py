@@ -201,10 +201,6 @@ RUNS: Mapping[str, Sequence[str]] = {
         *("experiment=blue_8b_nocot_hhh", FROM, "optimizer.lr=3e-5", "peft.rank=16", "seed=2"),
     ),
 }
-# The study with one of its three seeds.
-STUDY = [
-    f"~sweep.stages.{stage}.axes.seed.{seed}" for stage in ("red", "blue") for seed in ("s1", "s2")
-]
 SWEEPS: Mapping[str, Sequence[Sequence[str]]] = {
     "demo": [
         ["experiment=blue_hhh", "name=demo", FROM, "peft=lora", "peft.rank=16"],
@@ -222,7 +218,6 @@ SWEEPS: Mapping[str, Sequence[Sequence[str]]] = {
         for lr in ("1e-5", "3e-5", "1e-4")
     ],
     "optimizers": [[f"optimizer={optimizer}"] for optimizer in ("adam", "soap")],
-    "study": [["experiment=study_miniature", *STUDY]],
 }
 DATASETS: Mapping[str, Sequence[str]] = {
     "as it is": (),

