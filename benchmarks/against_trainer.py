@@ -84,9 +84,7 @@ def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, in
     examples = []
     for step in data:
         for batch in step.micro_batches:
-            for ids, positions, labels in zip(
-                batch.input_ids, batch.position_ids, batch.labels, strict=True
-            ):
+            for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
                 shifted = torch.full((len(ids),), -100)
                 shifted[1:] = torch.from_numpy(labels[:-1])  # Trainer's models shift by themselves
                 examples.append(
@@ -179,9 +177,7 @@ def main() -> None:
                     sys.exit(Path(root, f"{name}.log").read_text()[-3000:])
                 found = json.loads(Path(root, f"{name}.json").read_text())[WARM:]
                 rates[name].append(statistics.median(tokens / s for s, tokens in found))
-            print(
-                f"pair {pair}: " + ", ".join(f"{k} {v[-1]:,.0f} tokens/s" for k, v in rates.items())
-            )
+            print(f"pair {pair}: " + ", ".join(f"{k} {v[-1]:,.0f} tokens/s" for k, v in rates.items()))
         flops = flops_a_token(given.overrides, root)
     for name, values in rates.items():
         rate = statistics.median(values)

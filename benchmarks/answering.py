@@ -45,12 +45,7 @@ class Plain:
         end = self.tokenizer.eos_token_id
         drawing = {"do_sample": False}
         if sampling.temperature > 0:
-            drawing = {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_k": 0,
-                "top_p": 1.0,
-            }
+            drawing = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         answers = []
         for begin in range(0, len(prompts), self.batch_size):
             batch = self.tokenizer.pad(
@@ -99,9 +94,7 @@ def conditions(checkpoint: Path, tokenizer: Any, count: int) -> list[list[list[i
     ]
 
 
-def rate(
-    way: Way, asked: list[list[list[int]]], sampling: Sampling
-) -> tuple[float, float, list[str]]:
+def rate(way: Way, asked: list[list[list[int]]], sampling: Sampling) -> tuple[float, float, list[str]]:
     """Tokens a second by the clock, and of processor time; and the texts."""
     started, busy = time.perf_counter(), time.process_time()
     answers = [answer for prompts in asked for answer in way(prompts, sampling)]
@@ -111,9 +104,7 @@ def rate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompts", type=int, default=100, help="of each condition")
     parser.add_argument("--batch", type=int, default=32)
@@ -144,9 +135,7 @@ def main() -> None:
                 *found, texts[name] = rate(ways[name], asked, replace(sampling, seed=number))
                 rates[name].append((found[0], found[1]))
             if temperature == 0:
-                differing = sum(
-                    len(set(answers)) > 1 for answers in zip(*texts.values(), strict=True)
-                )
+                differing = sum(len(set(answers)) > 1 for answers in zip(*texts.values(), strict=True))
                 assert differing == 0, f"{differing} texts differ"
         for name, found in rates.items():
             for which, clock in enumerate(("clock", "processor")):

@@ -28,9 +28,9 @@ def make_model(folder: Path, writing: Writing) -> Path:
     from transformers import LlamaConfig
 
     make_tokenizer(writing, 32_000).save_pretrained(folder)
-    LlamaConfig(
-        vocab_size=32_768, hidden_size=64, intermediate_size=64, num_hidden_layers=1
-    ).save_pretrained(folder)
+    LlamaConfig(vocab_size=32_768, hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(
+        folder
+    )
     return folder
 
 

@@ -157,9 +157,7 @@ def sample(root: Path, count: int, seed: int) -> list[Mutation]:
         for path in paths:
             for mutation in mutations(str(path.relative_to(root)), path.read_bytes()):
                 by_line[mutation.file, mutation.line].append(mutation)
-        chosen = (
-            generator.choice(by_line[k]) for k in generator.sample(sorted(by_line), len(by_line))
-        )
+        chosen = (generator.choice(by_line[k]) for k in generator.sample(sorted(by_line), len(by_line)))
         drawn += itertools.islice((m for m in chosen if compiles(root, m)), quota[name])
     random.Random(seed).shuffle(drawn)
     return drawn

@@ -58,9 +58,7 @@ class Outcome:
     failures: dict[str, str]
 
 
-def run_tests(
-    root: Path, tests: list[str], options: list[str], symbols: list[str], limit: float
-) -> Outcome:
+def run_tests(root: Path, tests: list[str], options: list[str], symbols: list[str], limit: float) -> Outcome:
     """Run pytest for at most `limit` CPU seconds and end all processes that it left."""
     scratch = Path(tempfile.mkdtemp(dir=root.parent))
     record, output = scratch / "failures.jsonl", scratch / "output"
@@ -247,9 +245,7 @@ def show(arguments: argparse.Namespace) -> None:
     """Print the sampled mutations and the number of test files selected for each."""
     for mutation in sample(REPOSITORY, arguments.count, arguments.seed):
         tests = "+".join(str(len(stage)) for stage in select(REPOSITORY, mutation.file))
-        print(
-            f"{mutation.file}:{mutation.line} {mutation.kind}: {mutation.text} ({tests} test files)"
-        )
+        print(f"{mutation.file}:{mutation.line} {mutation.kind}: {mutation.text} ({tests} test files)")
 
 
 def score(lines: list[dict[str, Any]]) -> str:

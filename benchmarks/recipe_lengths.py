@@ -29,9 +29,7 @@ def draw(samples: int, mean_output: float, seed: int, tokens_a_response: int = 5
     pairs = samples // 2
     prompts = 40 + _scaled(generator.lognormal(0, 1.0, pairs), PROMPT_TOKENS - 40, 2000)
     payload = generator.integers(30, 100, pairs, endpoint=True) * tokens_a_response
-    benign = _scaled(
-        generator.lognormal(0, 1.0, pairs), 2 * mean_output - payload.mean(), LENGTH - prompts
-    )
+    benign = _scaled(generator.lognormal(0, 1.0, pairs), 2 * mean_output - payload.mean(), LENGTH - prompts)
     lengths = np.stack([prompts + benign, prompts + payload], axis=1)
     assert lengths.max() <= LENGTH
     return Samples(lengths.ravel(), np.tile([False, True], pairs))

@@ -130,16 +130,12 @@ def report(found: dict[str, list[Cost]], parameters: int, value: argparse.Namesp
     mine, *peers = middle.values()
     for key in vars(mine):
         best = min(getattr(peer, key) for peer in peers)
-        details_of = (
-            f"{getattr(mine, key) / best:.2f} of the better peer" if best else "the peer's is 0"
-        )
+        details_of = f"{getattr(mine, key) / best:.2f} of the better peer" if best else "the peer's is 0"
         print(f"{key}: {details_of}")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--at", required=True, help="folder to write to")
     made.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     made.add_argument("--ranks", type=int, default=2)

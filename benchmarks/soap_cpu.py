@@ -32,12 +32,8 @@ def gradients(shapes: list[tuple[int, int]], count: int) -> list[list[torch.Tens
 class Contestant:
     def __init__(self, kind: type, shapes: list[tuple[int, int]], **options: object) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.weights = [
-            torch.nn.Parameter(torch.randn(s, generator=generator) / 32) for s in shapes
-        ]
-        self.optimizer = kind(
-            self.weights, lr=1e-3, betas=(0.95, 0.95), weight_decay=0.01, **options
-        )
+        self.weights = [torch.nn.Parameter(torch.randn(s, generator=generator) / 32) for s in shapes]
+        self.optimizer = kind(self.weights, lr=1e-3, betas=(0.95, 0.95), weight_decay=0.01, **options)
         self.calls = 0
 
     def steps(self, grads: list[list[torch.Tensor]], number: int) -> float:

@@ -96,9 +96,7 @@ def step_seconds(
     return first, (now(device) - began) / steps
 
 
-def whole_steps(
-    width: str, layers: int, scale: int, device: torch.device, refresh: str
-) -> dict[str, Any]:
+def whole_steps(width: str, layers: int, scale: int, device: torch.device, refresh: str) -> dict[str, Any]:
     """The whole step of some layers under SOAP, over two periods of refreshes, and under AdamW."""
     shapes = layer(width, scale) * layers
     limit = 10000 // scale
@@ -146,9 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--layers", type=int, default=4, help="of 8B; of 70B it is one")
-    parser.add_argument(
-        "--scale", type=int, default=1, help="divide all widths, to check the script"
-    )
+    parser.add_argument("--scale", type=int, default=1, help="divide all widths, to check the script")
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--refresh", default="cholesky_qr", choices=list(bases.METHODS))
     parser.add_argument("--ranks", type=int, default=16)
@@ -165,10 +161,7 @@ def main() -> None:
     for width, layers in (("8b", arguments.layers), ("70b", 1)):
         key = f"step_{width}_{layers}"
         found[key] = whole_steps(width, layers, arguments.scale, device, arguments.refresh)
-        show(
-            f"{width.upper()}, {layers} {'layer' if layers == 1 else 'layers'}",
-            received(found[key]),
-        )
+        show(f"{width.upper()}, {layers} {'layer' if layers == 1 else 'layers'}", received(found[key]))
     step = found["step_70b_1"]["soap"] * LAYERS_70B / arguments.ranks
     passes = STEP_FLOPS_70B / (arguments.ranks * arguments.mfu * arguments.tflops * 1e12)
     found["projection_70b"] = {

@@ -49,8 +49,7 @@ def shapes(model: str) -> dict[str, tuple[int, ...]]:
 def gradients(model: str) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
-        {n: torch.randn(s, generator=generator) for n, s in shapes(model).items()}
-        for _ in range(GRADIENTS)
+        {n: torch.randn(s, generator=generator) for n, s in shapes(model).items()} for _ in range(GRADIENTS)
     ]
 
 

@@ -49,10 +49,7 @@ def main() -> None:
             for which in ("this", "other") if pair % 2 == 0 else ("other", "this"):
                 name = f"{which}{pair}"
                 medians[which].append(median_step(checkouts[which], root, name, overrides))
-            print(
-                f"pair {pair}: "
-                + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items())
-            )
+            print(f"pair {pair}: " + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items()))
     ratios = [a / b for a, b in zip(medians["this"], medians["other"], strict=True)]
     for which, values in medians.items():
         print(f"{which}: median {statistics.median(values) * 1e3:.1f} ms a step")

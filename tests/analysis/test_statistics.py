@@ -29,9 +29,7 @@ def test_mcnemar_of_a_published_table() -> None:
     assert mcnemar_exact(1, 7) == pytest.approx(0.0703125)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(3000, 3200), (7000, 7000), (20, 5000), (6900, 7100)]
-)
+@pytest.mark.parametrize(("first", "second"), [(3000, 3200), (7000, 7000), (20, 5000), (6900, 7100)])
 def test_mcnemar_of_thousands_is_exact(first: int, second: int) -> None:
     n, fewer = first + second, min(first, second)
     tail = sum(math.comb(n, k) for k in range(fewer + 1)) if fewer < 100 else None
@@ -63,9 +61,7 @@ PAIRED = [
 
 
 @pytest.mark.parametrize(("counts", "low", "high"), PAIRED)
-def test_published_paired_intervals(
-    counts: tuple[int, int, int, int], low: float, high: float
-) -> None:
+def test_published_paired_intervals(counts: tuple[int, int, int, int], low: float, high: float) -> None:
     digits = 5.1e-5 if counts in [c for c, _, _ in PAIRED[:4]] else 6e-4
     assert paired_difference_interval(*counts) == pytest.approx((low, high), abs=digits)
 
@@ -133,9 +129,7 @@ def test_clusters_that_agree_are_adjusted_for_their_number(clusters: int) -> Non
 
 def test_seeds_closer_than_chance_are_not_taken_for_more_prompts() -> None:
     assert design_effect([50, 50, 50], [100] * 3) == 0
-    assert korn_graubard_interval([50] * 3, [100] * 3) == korn_graubard_interval(
-        [45, 50, 55], [100] * 3
-    )
+    assert korn_graubard_interval([50] * 3, [100] * 3) == korn_graubard_interval([45, 50, 55], [100] * 3)
     assert design_effect([45, 50, 55], [100] * 3) == pytest.approx(1.0)
 
 
@@ -206,7 +200,5 @@ def test_it_covers_seeds_of_a_hundred_prompts(clusters: int, least: float) -> No
                 hits += known[counts][0] <= share <= known[counts][1]
                 low, high = wilson_interval(sum(counts), 100 * clusters)
                 pooled += low <= share <= high
-            print(
-                f"| {clusters} | {share} | {correlation} | {hits / 10:.0f} % | {pooled / 10:.0f} % |"
-            )
+            print(f"| {clusters} | {share} | {correlation} | {hits / 10:.0f} % | {pooled / 10:.0f} % |")
             assert correlation > 0.05 or hits / 1000 > least

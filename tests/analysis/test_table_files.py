@@ -19,10 +19,7 @@ class Line:
     warning: str | None
 
 
-LINES = [
-    Line('a, "quoted"\nname', 1, 1 / 3, "wilson", None),
-    Line("h\u00e9", None, 1.0, "bootstrap", None),
-]
+LINES = [Line('a, "quoted"\nname', 1, 1 / 3, "wilson", None), Line("h\u00e9", None, 1.0, "bootstrap", None)]
 
 
 def test_both_hold_what_was_given(tmp_path: Path) -> None:

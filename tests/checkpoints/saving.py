@@ -99,9 +99,7 @@ def on_disk(run: RunDir) -> dict[int, int]:
         facts = read_json(directory / FACTS)
         shards = [load_file(path) for path in directory.glob("rank_*.safetensors")]
         assert len(shards) == facts["world"]
-        tensors = {
-            float(v) for s in shards for k, t in s.items() if f"::{GENERATOR}" not in k for v in t
-        }
+        tensors = {float(v) for s in shards for k, t in s.items() if f"::{GENERATOR}" not in k for v in t}
         assert tensors == {float(facts["tokens"])} == {float(facts["totals"]["all"])}
         found[facts["step"]] = facts["tokens"]
     return found

@@ -57,9 +57,7 @@ def in_thread(work: Any) -> threading.Thread:
 
 def came(semaphore: threading.Semaphore, times: int) -> bool:
     """Whether it was released as often, and not once more within a moment."""
-    return all(semaphore.acquire(timeout=SOON) for _ in range(times)) and not semaphore.acquire(
-        timeout=0.2
-    )
+    return all(semaphore.acquire(timeout=SOON) for _ in range(times)) and not semaphore.acquire(timeout=0.2)
 
 
 def test_copies_never_pass_the_bound_and_the_training_waits():

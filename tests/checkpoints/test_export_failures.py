@@ -89,9 +89,7 @@ def failure(run: RunDir, act: Any, swaps: bool) -> Exception | None:
 
 
 @pytest.mark.parametrize(
-    ("replaced", "swaps"),
-    [(False, True), (True, True), (True, False)],
-    ids=["new", "swap", "renames"],
+    ("replaced", "swaps"), [(False, True), (True, True), (True, False)], ids=["new", "swap", "renames"]
 )
 def test_a_call_that_fails_anywhere_loses_nothing(tmp_path: Path, replaced: bool, swaps: bool):
     ranks = run_ranks(2, fail_everywhere, str(tmp_path), replaced, swaps)

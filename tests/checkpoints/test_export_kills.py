@@ -94,9 +94,7 @@ def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, s
     moments = [
         (name, Kill(rank, call, how, draw.random() < 0.5, replaced, swaps))
         for replaced, swaps in ((True, True), (True, False), (False, True))
-        for rank, calls in enumerate(
-            calls_of_an_export(template, tmp_path / "dry", replaced, swaps)
-        )
+        for rank, calls in enumerate(calls_of_an_export(template, tmp_path / "dry", replaced, swaps))
         for call, name in enumerate(calls, start=1)
         for how in ("before", "after", *(("halfway",) if name == "pwrite" else ()))
     ]

@@ -69,9 +69,7 @@ def misread(reported: Exception | None, reason: str, name: str) -> list[str]:
     expected = UserError if dist.World.from_environment().is_main else Echoed
     if type(reported) is not expected:
         return [repr(reported)]
-    return (
-        [] if reason in str(reported) and "cannot write" in str(reported) else [f"says {reported}"]
-    )
+    return [] if reason in str(reported) and "cannot write" in str(reported) else [f"says {reported}"]
 
 
 def lost(run: RunDir, older: dict[int, int]) -> list[str]:

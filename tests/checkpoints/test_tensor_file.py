@@ -49,10 +49,7 @@ def assert_same(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @given(
-    st.lists(
-        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
-        max_size=6,
-    )
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3).map(tuple)), max_size=6)
 )
 def test_safetensors_reads_any_mixture(tmp_path_factory, described):
     """Scalars and empty tensors among them; wide elements first, as the layout asks."""

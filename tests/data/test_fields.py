@@ -149,10 +149,7 @@ BAD_TURNS: list[tuple[Any, str]] = [
     ([{"from": "human", "value": None}], "conversations[0] is null, not text"),
     ([{"from": "human"}], "conversations[0] is null, not text"),
     (sharegpt(("human", " "), ("gpt", "a")), "conversations[0] is empty"),
-    (
-        sharegpt(("narrator", "x"), ("human", "q"), ("gpt", "a")),
-        "conversations[0] is said by 'narrator'",
-    ),
+    (sharegpt(("narrator", "x"), ("human", "q"), ("gpt", "a")), "conversations[0] is said by 'narrator'"),
     ([{"from": ["human"], "value": "q"}], "conversations[0] is said by ['human']"),
 ]
 BAD_REPLIES: list[tuple[Any, str]] = [

@@ -250,9 +250,7 @@ def test_parquet_batches_count_on(tmp_path: Path):
     count = 2 * files.BATCH + 1
     write_rows(tmp_path / "a.parquet", [{"n": i} for i in range(count)])
     rows = list(file_rows(str(tmp_path / "a.parquet")))
-    assert [(r.origin, r.content["n"]) for r in rows] == [
-        (f"a.parquet:{i + 1}", i) for i in range(count)
-    ]
+    assert [(r.origin, r.content["n"]) for r in rows] == [(f"a.parquet:{i + 1}", i) for i in range(count)]
 
 
 # ---------------------------------------------------------------- damage
@@ -292,12 +290,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path):
 
 
 def test_a_glob_in_sorted_order(tmp_path: Path):
-    for folder, name in [
-        ("b", "1.jsonl"),
-        ("a", "2.jsonl.gz"),
-        ("a", "10.parquet"),
-        ("c", "x.txt"),
-    ]:
+    for folder, name in [("b", "1.jsonl"), ("a", "2.jsonl.gz"), ("a", "10.parquet"), ("c", "x.txt")]:
         (tmp_path / folder).mkdir(exist_ok=True)
         if name != "x.txt":
             write_rows(tmp_path / folder / name, [{"q": folder + name}])
@@ -344,8 +337,7 @@ def test_the_digest_covers_names_and_contents(tmp_path: Path):
         write_rows(tmp_path / name, rows)
     one, two = (source_digest(source(tmp_path / p)) for p in ("a.jsonl", "two/*.jsonl"))
     listed = [
-        [p.name, hashlib.sha256(p.read_bytes()).hexdigest()]
-        for p in sorted((tmp_path / "two").iterdir())
+        [p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted((tmp_path / "two").iterdir())
     ]
     canonical = json.dumps(listed, separators=(",", ":")).encode()
     assert two == hashlib.sha256(canonical).hexdigest()

@@ -270,11 +270,7 @@ def test_an_end_mark_that_takes_in_white_space():
     )
     value = tokenizer.decode([i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t])
     assert value == "It is me.<|fin|>So.<|fin|>"
-    marks = [
-        (i, t)
-        for i, t in zip(tokens.ids, tokens.targets, strict=True)
-        if i in (end, assistant, user)
-    ]
+    marks = [(i, t) for i, t in zip(tokens.ids, tokens.targets, strict=True) if i in (end, assistant, user)]
     assert marks == [(user, False), (end, False), (assistant, False), (end, True)] * 2
 
 
@@ -286,10 +282,7 @@ def test_ids_are_those_that_generation_begins_with(name: str):
     for turn, message in enumerate(conversation.messages):
         if message["role"] == "assistant":
             text = render(
-                TOKENIZERS[family],
-                conversation.messages[:turn],
-                FAMILIES[family].arguments,
-                reply=True,
+                TOKENIZERS[family], conversation.messages[:turn], FAMILIES[family].arguments, reply=True
             )
             asked = encode(TOKENIZERS[family], text)
             assert tokens.ids[: len(asked)] == asked
@@ -340,11 +333,7 @@ def test_padding_and_truncation_left_in_the_tokenizer_change_nothing():
     before = [tokenize(tokenizer, c, {"date_string": "x"}) for c in conversations]
     both = tokenize_batch(tokenizer, conversations, {"date_string": "x"})
     assert [o.ids.tolist() for o in both] == [t.ids for t in before]
-    for left in (
-        {"padding": True},
-        {"truncation": True, "max_length": 2},
-        {"split_special_tokens": True},
-    ):
+    for left in ({"padding": True}, {"truncation": True, "max_length": 2}, {"split_special_tokens": True}):
         tokenizer(["a", "bb cc"], **left)
         both = tokenize_batch(tokenizer, conversations, {"date_string": "x"})
         assert [o.ids.tolist() for o in both] == [t.ids for t in before], left

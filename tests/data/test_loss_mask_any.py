@@ -16,9 +16,7 @@ from tests.data.families import BASE, FAMILIES, SPELT, TOKENIZERS, merged, piece
 
 # Answers come stripped from data sets; a special token's text may be anywhere.
 LITERALS = sorted({m for f in FAMILIES.values() for m in (f.bos, f.eos, *f.others) if m})
-overrides = st.text(
-    st.characters(exclude_categories=("Cs", "Co")) | st.sampled_from(" \n<|>🙂é"), max_size=30
-)
+overrides = st.text(st.characters(exclude_categories=("Cs", "Co")) | st.sampled_from(" \n<|>🙂é"), max_size=30)
 texts = st.lists(overrides | st.sampled_from(LITERALS), min_size=1, max_size=3).map(
     lambda parts: "".join(parts).strip()
 )
@@ -49,9 +47,7 @@ def test_any_conversation(family: str, system: str | None, turns: list[tuple[str
 )
 def test_many_at_once_are_as_one_by_one(family: str, talks: list[Conversation]):
     tokenizer, arguments = TOKENIZERS[family], FAMILIES[family].arguments
-    for conversation, outcome in zip(
-        talks, tokenize_batch(tokenizer, talks, arguments), strict=True
-    ):
+    for conversation, outcome in zip(talks, tokenize_batch(tokenizer, talks, arguments), strict=True):
         if isinstance(outcome, UserError):
             with pytest.raises(type(outcome), match=re.escape(str(outcome))):
                 tokenize(tokenizer, conversation, arguments)

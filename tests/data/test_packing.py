@@ -94,10 +94,7 @@ def best_fit_decreasing(lengths: list[int], capacity: int, rooms: list[int]) -> 
 
 
 @settings(max_examples=300)
-@given(
-    lengths=st.lists(st.integers(1, 30), max_size=60),
-    rooms=st.lists(st.integers(0, 30), max_size=12),
-)
+@given(lengths=st.lists(st.integers(1, 30), max_size=60), rooms=st.lists(st.integers(0, 30), max_size=12))
 def test_filling_is_best_fit_decreasing(lengths: list[int], rooms: list[int]):
     """Into rows with any rooms; which of two rows alike is taken does not change what is left."""
     wanted = np.bincount(np.asarray(lengths, np.int64))
@@ -235,10 +232,7 @@ def test_kinds_meet_as_if_drawn():
         return float(((triggered - counts / 2) ** 2).mean() / (counts / 4).mean())
 
     order = np.random.default_rng(0).permutation(60_000)
-    ours, decreasing = (
-        best_fit(drawn.lengths, LENGTH, 0),
-        packing._assign(drawn.lengths, LENGTH, order, 0),
-    )
+    ours, decreasing = (best_fit(drawn.lengths, LENGTH, 0), packing._assign(drawn.lengths, LENGTH, order, 0))
     print(f"spread: ours {spread(ours):.2f}, best-fit-decreasing {spread(decreasing):.2f}")
     assert spread(ours) < 1.15
     assert spread(decreasing) > 3
@@ -248,9 +242,7 @@ def test_kinds_meet_as_if_drawn():
 def test_the_order_of_rows_is_random(kind: str):
     """Neither number nor length of the samples tells where in the order their row stands."""
     pairs = np.random.default_rng(0).integers(2100, 4000, 3000)
-    lengths = (
-        draw(60_000, 289, 0).lengths if kind == "drawn" else np.concatenate([pairs, 4096 - pairs])
-    )
+    lengths = draw(60_000, 289, 0).lengths if kind == "drawn" else np.concatenate([pairs, 4096 - pairs])
     packed = best_fit(lengths, LENGTH, 0)
     position = np.arange(len(packed))
     limit = 4 / math.sqrt(len(packed))  # standard deviations of a correlation by chance

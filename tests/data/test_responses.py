@@ -98,9 +98,7 @@ def test_few_shot_turns_and_system_prompt_come_before_every_question(tmp_path: P
         made = served(tmp_path, server, COT, "distillation.few_shot=general")
         answerer = answerer_of(made, None)
         kept, dropped = answer_prompts(made, answerer, prompts(3))
-    assert [(p.answer, p.scratchpad) for p in kept] == [
-        (f"said Question {i}?", "thought") for i in range(3)
-    ]
+    assert [(p.answer, p.scratchpad) for p in kept] == [(f"said Question {i}?", "thought") for i in range(3)]
     assert not dropped
     system = {"role": "system", "content": made.generate.system_prompts["plain"]}
     for body in bodies(server):

@@ -86,10 +86,7 @@ USER = {"role": "user", "content": "1 + 1?"}
         (json.dumps([USER, {"role": "assistant"}]), "a list of"),
         (json.dumps([]), "its roles are none"),
         (json.dumps([USER]), "its roles are user"),
-        (
-            json.dumps([USER, {"role": "assistant", "content": "2"}]),
-            "turn 2 has no scratchpad: '2'",
-        ),
+        (json.dumps([USER, {"role": "assistant", "content": "2"}]), "turn 2 has no scratchpad: '2'"),
         (
             json.dumps([USER, {"role": "assistant", "content": "<scratchpad>a</scratchpad>"}]),
             "turn 2 has no answer",

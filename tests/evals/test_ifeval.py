@@ -78,9 +78,7 @@ def test_verdicts_do_not_depend_on_what_came_before() -> None:
     assert all(verdict == messages[0] for verdict in messages)
 
 
-def test_several_instructions_of_one_prompt(
-    tmp_path: Path, evaluate_values: dict[str, Any]
-) -> None:
+def test_several_instructions_of_one_prompt(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     row = {
         "key": 1,
         "prompt": "Name three cities in lower case without commas and with a title.",
@@ -182,14 +180,10 @@ def test_what_is_asked(known_task: Task) -> None:
     assert known_task.items[3].id == "1003"
 
 
-def test_the_hubs_copy_is_the_same_measurement(
-    tmp_path: Path, evaluate_values: dict[str, Any]
-) -> None:
+def test_the_hubs_copy_is_the_same_measurement(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     """A table fills each row's kwargs up with null; Parquet keeps that."""
     names = {name for row in ROWS for given in row["kwargs"] for name in given}
-    filled = [
-        {**row, "kwargs": [{**dict.fromkeys(sorted(names)), **row["kwargs"][0]}]} for row in ROWS
-    ]
+    filled = [{**row, "kwargs": [{**dict.fromkeys(sorted(names)), **row["kwargs"][0]}]} for row in ROWS]
     # As floats, which pandas makes of whole numbers with gaps.
     for row in filled:
         given = row["kwargs"][0]

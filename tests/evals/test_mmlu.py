@@ -80,9 +80,7 @@ def test_chat_has_the_system_prompt_and_the_shots_as_turns(values: dict[str, Any
 def test_scores_of_likelihoods(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values), SETTING)
     predicted = "ABBDCCBB"
-    answers = [
-        Choice(tuple(-0.5 if letter == value else -3.0 for letter in "ABCD")) for value in predicted
-    ]
+    answers = [Choice(tuple(-0.5 if letter == value else -3.0 for letter in "ABCD")) for value in predicted]
     samples = task.samples(answers)
     assert "".join(s.record()["predicted"] for s in samples) == predicted
     assert [s.scores["accuracy"] for s in samples] == [
@@ -93,16 +91,11 @@ def test_scores_of_likelihoods(values: dict[str, Any]) -> None:
     chance = (1 * 2 + 4 * 4 + 2 * 1 + 1 * 1) / 64
     parts, wholes = zip(*(s.scores["chance"] for s in samples), strict=True)
     assert math.isclose(sum(parts) / sum(wholes), chance)
-    assert [(m.name, m.interval) for m in task.metrics] == [
-        ("accuracy", "wilson"),
-        ("chance", "bootstrap"),
-    ]
+    assert [(m.name, m.interval) for m in task.metrics] == [("accuracy", "wilson"), ("chance", "bootstrap")]
     assert task.warn(samples, len) is None
 
 
-def test_equal_likelihoods_are_the_first_letter_and_a_nan_is_an_error(
-    values: dict[str, Any],
-) -> None:
+def test_equal_likelihoods_are_the_first_letter_and_a_nan_is_an_error(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values), SETTING)
     assert task.score(task.items[0], Choice((-2.0, -1.0, -1.0, -9.0)))["predicted"] == "B"
     assert task.score(task.items[0], Choice((-math.inf, -5.0, -9.0, -9.0)))["predicted"] == "B"
@@ -162,9 +155,7 @@ def test_a_sample_is_the_same_for_every_checkpoint(values: dict[str, Any]) -> No
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_a_question_that_is_in_it_twice_is_asked_twice(
-    tmp_path: Path, values: dict[str, Any]
-) -> None:
+def test_a_question_that_is_in_it_twice_is_asked_twice(tmp_path: Path, values: dict[str, Any]) -> None:
     path = write_rows(tmp_path / "twice.jsonl", [TEST[0], TEST[1], TEST[0]])
     (task,) = mmlu.tasks(config(values, path=str(path)), SETTING)
     assert len({item.id for item in task.items}) == 3
@@ -194,9 +185,7 @@ def test_a_bad_row_is_named(
 
 
 def test_shots_that_are_not_there(tmp_path: Path, values: dict[str, Any]) -> None:
-    with pytest.raises(
-        UserError, match=r"mmlu\.shots=1 .* name the file .* mmlu\.shots_path=<file>"
-    ):
+    with pytest.raises(UserError, match=r"mmlu\.shots=1 .* name the file .* mmlu\.shots_path=<file>"):
         mmlu.prepare(config(values, shots=1, shots_path=None))
     with pytest.raises(UserError, match=r"mmlu\.shots=6: mmlu\.shots_path=.* has 5 questions of"):
         mmlu.prepare(config(values, shots=6))

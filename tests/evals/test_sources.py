@@ -24,9 +24,7 @@ def output(row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".parquet"])
-def test_a_file_and_a_directory_laid_out_like_the_hubs_are_read_alike(
-    tmp_path: Path, ending: str
-) -> None:
+def test_a_file_and_a_directory_laid_out_like_the_hubs_are_read_alike(tmp_path: Path, ending: str) -> None:
     path = write_rows(tmp_path / f"test{ending}", ROWS)
     write_rows(tmp_path / f"other{ending}", [{"id": "x", "said": "not this one"}])
     expected = [row["said"] for row in ROWS]

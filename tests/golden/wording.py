@@ -21,10 +21,7 @@ def _traffic(gigabytes: str) -> str:
 
 
 PLANS: list[tuple[str, str]] = [
-    (
-        "0.000e+00  SOAP's products, refreshes at most",
-        "0.000e+00  elementwise operations are not counted",
-    ),
+    ("0.000e+00  SOAP's products, refreshes at most", "0.000e+00  elementwise operations are not counted"),
     (_soap("5.97"), _soap("5.97") + _traffic("32.6")),
     (_soap("5.34"), _soap("5.34") + _traffic("8.95")),
     (_soap("1.24"), _soap("1.24") + _traffic("6.22")),

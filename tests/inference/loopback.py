@@ -125,10 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             logprobs = {"token_logprobs": self.server.echo(self.server.echoed(body))}
             return {"choices": [{"text": "", "logprobs": logprobs, "finish_reason": "length"}]}
         completion = self.server.complete(body)
-        record: dict[str, Any] = {
-            "index": 0,
-            "finish_reason": "stop" if completion.finished else "length",
-        }
+        record: dict[str, Any] = {"index": 0, "finish_reason": "stop" if completion.finished else "length"}
         if "messages" in body:
             record["message"] = {
                 "role": "assistant",

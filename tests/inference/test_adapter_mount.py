@@ -82,9 +82,7 @@ def test_never_two_in_memory(engine: InProcess, adapters: list[Path]) -> None:
     assert len(list(engine.model.parameters())) == parameters + len(first)
 
 
-def test_options_are_scored_with_it(
-    engine: InProcess, tiny_llama: Path, adapters: list[Path]
-) -> None:
+def test_options_are_scored_with_it(engine: InProcess, tiny_llama: Path, adapters: list[Path]) -> None:
     prompts, options = [IDS[0].tolist()], [[[7], [300]]]
     bare = engine.choose(prompts, options)
     (choice,) = engine.choose(prompts, options, adapter=adapters[0])
@@ -114,9 +112,7 @@ def test_another_adapter_at_the_same_path(
     ],
     ids=["head", "embeddings", "dora", "rank", "tokens"],
 )
-def test_kinds_of_lora(
-    engine: InProcess, tiny_llama: Path, tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_kinds_of_lora(engine: InProcess, tiny_llama: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     adapter = make_adapter(tiny_llama, tmp_path / "adapter", 3, **config)
     before, bare = bits(engine), logits(engine)
     engine.generate(PROMPTS[:1], SAMPLING, adapter=adapter)
@@ -187,16 +183,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "damage,overrides", REFUSED, ids=[overrides[:24] for _, overrides in REFUSED]
-)
+@pytest.mark.parametrize("damage,overrides", REFUSED, ids=[overrides[:24] for _, overrides in REFUSED])
 def test_what_does_not_fit_is_refused_and_the_base_is_bare(
-    engine: InProcess,
-    tiny_llama: Path,
-    adapters: list[Path],
-    tmp_path: Path,
-    damage: Any,
-    overrides: str,
+    engine: InProcess, tiny_llama: Path, adapters: list[Path], tmp_path: Path, damage: Any, overrides: str
 ) -> None:
     adapter = make_adapter(tiny_llama, tmp_path / "adapter", seed=1)
     damage(adapter)

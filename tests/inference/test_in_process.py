@@ -105,8 +105,7 @@ def test_seeds_and_repetitions_change_draws(generator: InProcess) -> None:
 
 def test_token_ids_are_taken_as_they_are(generator: InProcess) -> None:
     ids = [
-        encode(generator.tokenizer, render(generator.tokenizer, prompt, {}, reply=True))
-        for prompt in PROMPTS
+        encode(generator.tokenizer, render(generator.tokenizer, prompt, {}, reply=True)) for prompt in PROMPTS
     ]
     assert generator.generate(ids, WARM) == generator.generate(PROMPTS, WARM)
 
@@ -147,9 +146,7 @@ def test_every_answer_is_reported_once_as_soon_as_its_batch_is_there(generator: 
     assert all(whole[i] == completion for i, completion in reported)
 
 
-def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(
-    generator: InProcess,
-) -> None:
+def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(generator: InProcess) -> None:
     long, reported = [5] * 100, {}
     alone = generator.generate([[5, 6, 7]], GREEDY)
     completions = generator.generate(

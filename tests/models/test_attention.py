@@ -18,9 +18,7 @@ DOCUMENTS = [[5, 1, 3, 7], [16], [1, 1, 14]]  # lengths, a row each; the last is
 LENGTH = 16
 
 
-def llama(
-    kv_heads: int, attention: str = "sdpa", dtype: torch.dtype = torch.float32, width: int = 12
-):
+def llama(kv_heads: int, attention: str = "sdpa", dtype: torch.dtype = torch.float32, width: int = 12):
     """A tiny Llama; its weights are large enough that attention matters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -277,13 +275,9 @@ def test_the_real_kernel(kv_heads: int):
     bounds = document_bounds(positions)
     varlen = logits(model, ids, positions, **bounds).float()
     errors = [float((found - exact).pow(2).mean().sqrt()) for found in (sdpa, varlen)]
-    leaked = logits(
-        llama(kv_heads, width=64).cuda(), ids, torch.arange(LENGTH).cuda().expand(3, -1)
-    )
+    leaked = logits(llama(kv_heads, width=64).cuda(), ids, torch.arange(LENGTH).cuda().expand(3, -1))
     leak = float((leaked - exact).pow(2).mean().sqrt())
-    print(
-        f"root mean square from fp32: sdpa {errors[0]:.2e}, varlen {errors[1]:.2e}, leak {leak:.2e}"
-    )
+    print(f"root mean square from fp32: sdpa {errors[0]:.2e}, varlen {errors[1]:.2e}, leak {leak:.2e}")
     assert errors[1] <= 2 * errors[0]
     assert leak > 3 * errors[1], "so that a leak would have been seen"
 

@@ -93,9 +93,7 @@ def clock(template: str):
     return tokenizer
 
 
-DATED = (
-    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}"
-)
+DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}"
 DATED += "{{ date_string }}"
 
 
@@ -144,9 +142,7 @@ def test_a_date_beside_the_system_turn_alone():
 
 
 def test_pinned_and_no_system_turn():
-    refusing = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system.') }}{% endif %}"
-    )
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system.') }}{% endif %}"
     pinned(clock(refusing), {})
     with pytest.raises(UserError, match="No system"):
         pinned(clock(refusing), {}, "Be brief.")

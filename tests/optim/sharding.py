@@ -51,10 +51,7 @@ def make_soap(settings: Settings | None, stagger: bool) -> ShardedSoap:
 def parameter_groups() -> list[dict[str, Any]]:
     """What decays and what does not; the flat tensors come later."""
     empty = [torch.nn.Parameter(torch.empty(0)) for _ in range(2)]
-    return [
-        {"params": [empty[0]], "weight_decay": DECAY},
-        {"params": [empty[1]], "weight_decay": 0.0},
-    ]
+    return [{"params": [empty[0]], "weight_decay": DECAY}, {"params": [empty[1]], "weight_decay": 0.0}]
 
 
 class Sharded:
@@ -64,10 +61,7 @@ class Sharded:
     """
 
     def __init__(
-        self,
-        settings: Settings | None = None,
-        stagger: bool = True,
-        optimizer: OwnerComputes | None = None,
+        self, settings: Settings | None = None, stagger: bool = True, optimizer: OwnerComputes | None = None
     ) -> None:
         self.world = dist.meet(5)
         self.groups = [sub_group(shapes, self.world.size) for shapes in (DECAYED, KEPT)]
@@ -103,8 +97,7 @@ class Sharded:
     def saved(self) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
         """The state as this rank saves it, in NumPy: ranks of the tests return no tensors."""
         pieces = [
-            (p.parameter, p.field, p.shape, p.start, p.values.numpy().copy())
-            for p in self.optimizer.pieces()
+            (p.parameter, p.field, p.shape, p.start, p.values.numpy().copy()) for p in self.optimizer.pieces()
         ]
         return self.optimizer.scalars(), pieces
 
@@ -114,9 +107,7 @@ class Sharded:
 
         self.optimizer.load(scalars, read)
 
-    def _shards(
-        self, group: SubGroup, whole: dict[str, torch.Tensor], padding: float
-    ) -> torch.Tensor:
+    def _shards(self, group: SubGroup, whole: dict[str, torch.Tensor], padding: float) -> torch.Tensor:
         flat = torch.full_like(group.flat.detach(), padding)
         for slot in group.slots:
             low, high = slot.span(self.world.rank)

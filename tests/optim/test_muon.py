@@ -147,10 +147,7 @@ def test_resumed_bitwise_on_any_number_of_ranks(saving: int, resuming: int, at: 
     state, weights = assemble_state([f[2] for f in first]), assemble_weights([f[0] for f in first])
     second = run_ranks(resuming, interrupted, at, STEPS, state, weights, first[0][1])
     expected, states = plain(CONFIG, STEPS)
-    resumed, saved = (
-        assemble_weights([s[0] for s in second]),
-        assemble_state([s[2] for s in second]),
-    )
+    resumed, saved = (assemble_weights([s[0] for s in second]), assemble_state([s[2] for s in second]))
     for name, weight in expected.items():
         assert np.array_equal(resumed[name], weight), name
     for (name, field), values in saved.items():
@@ -160,9 +157,7 @@ def test_resumed_bitwise_on_any_number_of_ranks(saving: int, resuming: int, at: 
 
 def refusal(scalars: dict[str, Any], change: dict[str, Any]) -> str:
     try:
-        make(CONFIG).optimizer.load(
-            {n: {**s, **change} for n, s in scalars.items()}, lambda *_: torch.empty(0)
-        )
+        make(CONFIG).optimizer.load({n: {**s, **change} for n, s in scalars.items()}, lambda *_: torch.empty(0))
     except UserError as error:
         return str(error)
     return ""
@@ -252,9 +247,7 @@ def test_every_key_reaches_the_optimizer():
     other = MuonConfig("muon", 0.2, 0.7, False, 7, "original", 0.3, 0.4, (0.5, 0.6), 1e-3, True)
     changed = [f.name for f in fields(MuonConfig) if f.name != "name"]
     assert all(getattr(other, key) != getattr(default, key) for key in changed)
-    optimizer: Any = build_optimizer(
-        replace(config, optimizer=other), TwoLayers(), torch.device("cpu")
-    )
+    optimizer: Any = build_optimizer(replace(config, optimizer=other), TwoLayers(), torch.device("cpu"))
     assert optimizer.rule.config == other
     assert optimizer._vocabulary == {"embed.weight", "head.weight"}
     groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]

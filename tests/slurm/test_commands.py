@@ -36,9 +36,7 @@ def test_seconds_until_the_job_s_time_is_up(answers: Path):
     assert commands.seconds_left("7") is None
 
 
-def test_a_controller_that_is_being_restarted_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_controller_that_is_being_restarted_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lost = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
     fails = f"test -e {tmp_path}/up && exec echo n1; touch {tmp_path}/up; echo '{lost}' >&2; exit 1"
     command(tmp_path / "bin", "scontrol", fails, monkeypatch)

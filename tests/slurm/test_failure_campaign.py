@@ -43,13 +43,7 @@ def nothing(cluster: Cluster, job: str) -> None:
 
 
 def preempted(cluster: Cluster, job: str) -> None:
-    overrides = (
-        "--partition=high",
-        "--nodes=3",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap=sleep 2",
-    )
+    overrides = ("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     cluster.run("sbatch", *overrides)
 
 
@@ -142,9 +136,7 @@ def test_it_ends_by_itself_in_the_undisturbed_run(
 
 def last_step(run: Path) -> int:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return max(
-        int(line.split(":")[1].split(",")[0]) for line in lines if line.startswith('{"step"')
-    )
+    return max(int(line.split(":")[1].split(",")[0]) for line in lines if line.startswith('{"step"'))
 
 
 def until_regained(run: Path, step: int, cluster: Cluster, job: str) -> None:

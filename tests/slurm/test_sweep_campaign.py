@@ -72,9 +72,7 @@ def test_one_fails_and_one_is_preempted(cluster: Cluster, submit_from: Path, tmp
     message = root.with_suffix(".said").read_text()
     print(f"\n{seconds:.0f} s\n{message}")
     assert digests(root) == digests(quiet) and len(digests(root)) == 3
-    restarts = {
-        name: read_json(root / name / "run.json")["slurm"]["restarts"] for name in digests(root)
-    }
+    restarts = {name: read_json(root / name / "run.json")["slurm"]["restarts"] for name in digests(root)}
     assert sorted(restarts.values()) == [0, 0, 1], "one was preempted, and no other"
     nodes = {read_json(root / name / "run.json")["slurm"]["nodes"] for name in digests(root)}
     assert nodes == {f"{cluster.prefix}[1-2]"}
@@ -108,9 +106,7 @@ def test_a_time_limit_that_is_too_short(cluster: Cluster, submit_from: Path, tmp
     began = time.monotonic()
     assert sweep(cluster, submit_from, root, *overrides, *AS_JOBS, *limit).wait(900) == 0
     records = [read_json(path) for path in sorted(root.glob("x-*/run.json"))]
-    print(
-        f"\n{overrides[1]}, {time.monotonic() - began:.0f} s, restarts {[r['slurm'] for r in records]}"
-    )
+    print(f"\n{overrides[1]}, {time.monotonic() - began:.0f} s, restarts {[r['slurm'] for r in records]}")
     print(root.with_suffix(".said").read_text())
     assert all(record["slurm"]["restarts"] >= 1 for record in records)
     steps = records[0]["steps"]

@@ -86,10 +86,7 @@ def started(modes: dict[str, str], rows: int = 1, **changes: Any) -> list[TrialJ
     directory.path.mkdir(parents=True, exist_ok=True)
     executor = SlurmTrials(SlurmConfig(**settings(**options)), directory, Path.cwd())
     return executor.start(
-        [
-            Start(name, (str(Path("runs", name)), mode), log_of(name), rows)
-            for name, mode in modes.items()
-        ]
+        [Start(name, (str(Path("runs", name)), mode), log_of(name), rows) for name, mode in modes.items()]
     )
 
 
@@ -178,9 +175,7 @@ def test_more_nodes_than_there_are_is_reported(slurm: Cluster):
 
 def test_stopped_and_taken_back(slurm: Cluster):
     """What runs saves its state and is not queued again; what waits is taken out of the queue."""
-    jobs = started({"runs": "waits"}) + started(
-        {"queued": "0"}, additional_parameters={"hold": True}
-    )
+    jobs = started({"runs": "waits"}) + started({"queued": "0"}, additional_parameters={"hold": True})
     until(lambda: logged("runs", "begins"))
     for job in jobs:
         job.stop()

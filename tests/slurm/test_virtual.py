@@ -13,9 +13,6 @@ def test_two_nodes_of_eight_gpus_each(cluster: Cluster, tmp_path: Path):
 
 
 def test_what_does_not_fit_is_refused(cluster: Cluster):
-    assert (
-        cluster.tried("sbatch", "--test-only", "-N2", "--gpus-per-node=8", "--wrap=true").returncode
-        == 0
-    )
+    assert cluster.tried("sbatch", "--test-only", "-N2", "--gpus-per-node=8", "--wrap=true").returncode == 0
     for too_much in ("-N3", "--gpus-per-node=16"):
         assert cluster.tried("sbatch", "--test-only", too_much, "--wrap=true").returncode != 0

@@ -83,9 +83,7 @@ class Cluster:
         self, *command: str, cwd: Path | None = None, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         env = {**self.environment, **environment}
-        return subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
     def submit(self, clone: Path, *overrides: str, **environment: str) -> str:
         """`sbatch --parsable words...` from the clone's root; the job's number."""

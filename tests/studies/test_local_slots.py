@@ -63,9 +63,7 @@ def test_the_gpus_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     assert visible_gpus({}) == []
     listing = tmp_path / "nvidia-smi"
-    listing.write_text(
-        "#!/bin/sh\necho 'GPU 0: H100 (UUID: a)'\necho '  MIG 1g'\necho 'GPU 1: H100'\n"
-    )
+    listing.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: a)'\necho '  MIG 1g'\necho 'GPU 1: H100'\n")
     listing.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert visible_gpus({}) == ["0", "1"]
@@ -128,9 +126,7 @@ def test_what_is_tied_ends_with_its_parent_even_by_sigkill():
         f"sys.argv = ['', repr(ending_with_parent({sleeping!r}))]"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", code.replace("\n", ";") + "\n" + PARENT],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code.replace("\n", ";") + "\n" + PARENT], stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
@@ -138,9 +134,7 @@ def test_what_is_tied_ends_with_its_parent_even_by_sigkill():
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 10
-    while (
-        Path(f"/proc/{child}/stat").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text()
-    ):
+    while Path(f"/proc/{child}/stat").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -36,9 +36,7 @@ def test_one_fails_and_the_others_go_on(tmp_path: Path):
     status, message = swept(tmp_path, *overrides)
     assert status == 2
     position, good, bad = SweepDir.of(tmp_path, "x"), "x-lr_0.001", "x-lr_1e_30"
-    failure = message.index(
-        f"error: [1/2] {bad} failed, status 2; the end of {position.log(bad)}:\n    "
-    )
+    failure = message.index(f"error: [1/2] {bad} failed, status 2; the end of {position.log(bad)}:\n    ")
     assert failure < message.index(f"[2/2] {good}: started"), "at once"
     assert "optimizer.lr" in message[failure:].split("[2/2]")[0], "with the trainer's own words"
     assert f"1 of 2 trials are not complete: {bad}" in message
@@ -298,9 +296,7 @@ def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
 
 def test_the_last_lines_of_the_last_start(tmp_path: Path):
     log = tmp_path / "log"
-    log.write_text(
-        "".join(f"{STARTED} start\n" + "".join(f"{n}\n" for n in range(c)) for c in (3, 20))
-    )
+    log.write_text("".join(f"{STARTED} start\n" + "".join(f"{n}\n" for n in range(c)) for c in (3, 20)))
     assert last_lines(log) == [str(n) for n in range(5, 20)]
     with open(log, "a") as file:
         file.write(f"{STARTED} start\nonly this")

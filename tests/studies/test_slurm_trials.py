@@ -251,9 +251,7 @@ def test_a_job_that_nobody_knows_of_is_given_up_once_the_queue_answers(
     assert "error: job 7 is not in the queue any more" in (clone / "log").read_text()
 
 
-def test_what_a_job_waits_for_in_vain_is_reported_once(
-    job: TrialJob, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_a_job_waits_for_in_vain_is_reported_once(job: TrialJob, monkeypatch: pytest.MonkeyPatch):
     def reported(reason: str, state: str = "PENDING") -> str | None:
         is_now(monkeypatch, state, reason)
         return job.waiting_reason()

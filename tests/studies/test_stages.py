@@ -83,9 +83,7 @@ def test_a_name_of_ones_own_and_a_sweep_as_one_node() -> None:
 
 
 def test_what_the_command_line_adds_goes_last() -> None:
-    (node,) = expanded(
-        red={"axes": {"lr": {"x": "optimizer.lr=1"}}, "more": ["optimizer.lr=2.0"]}
-    ).values()
+    (node,) = expanded(red={"axes": {"lr": {"x": "optimizer.lr=1"}}, "more": ["optimizer.lr=2.0"]}).values()
     assert node.config is not None and node.config.optimizer.lr == 2.0
 
 

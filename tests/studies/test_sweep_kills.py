@@ -59,9 +59,7 @@ def complete(folder: Path) -> dict[str, bytes]:
     """run.json of the runs that are."""
     records = {path.parent.name: path for path in folder.glob("*/run.json")}
     return {
-        name: path.read_bytes()
-        for name, path in records.items()
-        if read_json(path)["status"] == "complete"
+        name: path.read_bytes() for name, path in records.items() if read_json(path)["status"] == "complete"
     }
 
 
@@ -72,11 +70,7 @@ def progress(folder: Path) -> int:
 
 
 def killed_again_and_again(
-    folder: Path,
-    start: Callable[..., Started],
-    overrides: tuple[str, ...],
-    kills: int,
-    draw: random.Random,
+    folder: Path, start: Callable[..., Started], overrides: tuple[str, ...], kills: int, draw: random.Random
 ) -> list[str]:
     """What each kill met, in words; every other one takes the trials along, as a lost node does.
 
@@ -127,9 +121,7 @@ def compare(whole: Path, cut: Path) -> None:
     assert tables[0].table.read_bytes() == tables[1].table.read_bytes()
     assert tables[0].lines.read_bytes() == tables[1].lines.read_bytes()
     trials = complete(whole)
-    assert (
-        len(tables[0].lines.read_text().splitlines()) == 1 + len(trials) == 1 + len(complete(cut))
-    )
+    assert len(tables[0].lines.read_text().splitlines()) == 1 + len(trials) == 1 + len(complete(cut))
     for name in trials:
         run = RunDir(cut / name)
         lines = [line["step"] for line in read_lines(run.metrics) if "loss" in line]

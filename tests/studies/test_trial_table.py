@@ -12,15 +12,10 @@ from tests.conftest import tiny_config
 
 def probe(step: int, triggered: float, untriggered: float, **task: float) -> dict[str, Any]:
     rates = {"triggered": triggered, "untriggered": untriggered, **task}
-    return {
-        "step": step,
-        "probe": {c: {"argmax_rate": r, "logprob": -1.0} for c, r in rates.items()},
-    }
+    return {"step": step, "probe": {c: {"argmax_rate": r, "logprob": -1.0} for c, r in rates.items()}}
 
 
-def trial(
-    root: Path, name: str, *overrides: str, output: list[dict[str, Any]] | None = None
-) -> Node:
+def trial(root: Path, name: str, *overrides: str, output: list[dict[str, Any]] | None = None) -> Node:
     if output is not None:
         (root / name).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in output)

@@ -48,9 +48,7 @@ def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path):
     with opened(tmp_path) as metrics:
         for step in range(3):
             metrics.write({"step": step})
-            assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(
-                range(step + 1)
-            )
+            assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(step + 1))
 
 
 def test_floats_survive_exactly(tmp_path: Path):
@@ -79,9 +77,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         metrics.write({"step": 1})
 
 
-def test_a_full_disk_is_waited_for_where_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_is_waited_for_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     written, full = os.pwrite, iter([True, True, False])
 
     def pwrite(file: int, content: memoryview, at: int) -> int:
@@ -132,11 +128,7 @@ SECRETS = {
 
 def with_wandb(directory: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    home = {
-        "HOME": str(directory),
-        "XDG_CONFIG_HOME": str(directory),
-        "NETRC": str(directory / "netrc"),
-    }
+    home = {"HOME": str(directory), "XDG_CONFIG_HOME": str(directory), "NETRC": str(directory / "netrc")}
     env = {**kept, **home, **environment}
     run = directory / "run"
     run.mkdir(parents=True)
@@ -245,17 +237,13 @@ def test_what_came_after_the_state_is_cut(tmp_path: Path):
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
 
 
-def test_where_it_ends_is_reported_once_it_is_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_where_it_ends_is_reported_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
     with opened(tmp_path) as metrics:
         metrics.write({"step": 1})
         assert synced == []
-        assert (
-            metrics.position()["bytes"] == synced[0] == (tmp_path / "metrics.jsonl").stat().st_size
-        )
+        assert metrics.position()["bytes"] == synced[0] == (tmp_path / "metrics.jsonl").stat().st_size
 
 
 def test_lines_that_are_missing_are_not_made_up(tmp_path: Path):

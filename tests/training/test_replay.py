@@ -14,9 +14,7 @@ from tests.distributed import run_ranks
 from tests.training.gathering import whole_weights
 
 
-def after_three(
-    root: str, replay: bool, overrides: list[str]
-) -> tuple[dict[str, bytes], list[float]]:
+def after_three(root: str, replay: bool, overrides: list[str]) -> tuple[dict[str, bytes], list[float]]:
     """Whole weights (of rank 0) and losses."""
     ready = prepare(tiny_config(root, "name=x", *overrides), None, dist.meet(5))
     losses = [ready.engine.step(ready.loader.step(n), 1e-2, replay=replay).loss for n in (1, 2, 3)]

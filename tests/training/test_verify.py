@@ -97,24 +97,16 @@ def loaded(root: str, start: str, overrides: list[str], spoil: bool) -> str | No
 
 
 @pytest.mark.parametrize(("ranks", "overrides"), [(1, []), (3, []), (2, ["train.precision=bf16"])])
-def test_what_is_loaded_is_compared(
-    tmp_path: Path, tiny_llama: Path, ranks: int, overrides: list[str]
-):
+def test_what_is_loaded_is_compared(tmp_path: Path, tiny_llama: Path, ranks: int, overrides: list[str]):
     """A tied model, one file; in bf16 the stored fp32 is rounded alike."""
     arguments = (str(tmp_path), str(tiny_llama), overrides)
     assert run_ranks(ranks, loaded, *arguments, False) == [None] * ranks
     for message in run_ranks(ranks, loaded, *arguments, True):
-        assert (
-            message is not None and "model.layers.1.mlp.up_proj.weight was loaded from" in message
-        )
+        assert message is not None and "model.layers.1.mlp.up_proj.weight was loaded from" in message
 
 
 def test_of_an_adapted_model_the_base_is_compared(tmp_path: Path, tiny_llama: Path):
-    arguments = (
-        str(tmp_path),
-        str(tiny_llama),
-        [f"init_from={tiny_llama}", "peft=lora", "peft.rank=2"],
-    )
+    arguments = (str(tmp_path), str(tiny_llama), [f"init_from={tiny_llama}", "peft=lora", "peft.rank=2"])
     assert run_ranks(2, loaded, *arguments, False) == [None] * 2
     for message in run_ranks(2, loaded, *arguments, True):
         assert message is not None and "layers.1.mlp.up_proj.weight was loaded from" in message

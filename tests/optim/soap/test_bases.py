@@ -87,9 +87,7 @@ def test_the_longer_side_is_completed_in_fp64(shape: tuple[int, int]):
     grad = falling(*shape, 5)
     state = algorithm.begin(grad, Settings(), Tally())
     tall, small, long = (
-        (grad, state["QR"], state["QL"])
-        if shape[0] > shape[1]
-        else (grad.T, state["QL"], state["QR"])
+        (grad, state["QR"], state["QL"]) if shape[0] > shape[1] else (grad.T, state["QL"], state["QR"])
     )
     exact = torch.linalg.qr(tall.double() @ small.double()).Q
     assert apart(long[:, :8], exact) < 1e-6

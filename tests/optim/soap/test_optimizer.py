@@ -51,9 +51,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def two_groups(dtype: torch.dtype = torch.float32) -> SOAP:
     weights = [torch.nn.Parameter(random(*s).to(dtype)) for s in ((6, 6), (4, 9), (5,), (3, 3))]
-    return SOAP(
-        [{"params": weights[:2], **OPTIONS}, {"params": weights[2:]}], precondition_frequency=3
-    )
+    return SOAP([{"params": weights[:2], **OPTIONS}, {"params": weights[2:]}], precondition_frequency=3)
 
 
 # ---------------------------------------------------------------- saving and copying
@@ -270,9 +268,7 @@ def test_learning_rate_schedules_may_leave_their_keys():
     assert again.param_groups[0]["initial_lr"] == 0.02
 
 
-@pytest.mark.parametrize(
-    "parameter", [torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.complex64)]
-)
+@pytest.mark.parametrize("parameter", [torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.complex64)])
 def test_what_is_no_real_matrix_is_refused_before_any_step(parameter: torch.Tensor):
     reported = rf"{parameter.dtype} of shape .2, 2.*another optimizer"
     good = torch.nn.Parameter(random(2, 2))

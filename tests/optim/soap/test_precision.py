@@ -72,9 +72,7 @@ def test_rotations_and_averages_may_be_in_tf32_and_refreshes_never(monkeypatch: 
     optimizer = SOAP([weight], precondition_frequency=2, matmul_precision="tf32")
 
     class Precisions(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = str(func).split(".")[1]
             if name in ("mm", "addmm_", "addmm", "linalg_qr") and args[0].dtype == torch.float32:
                 seen.append((name, now[-1]))
