@@ -188,7 +188,7 @@ def test_a_signal_while_it_starts(tmp_path: Path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "SIGTERM: ended; the same command takes it up again" in err and "Traceback" not in err
+    assert "SIGTERM: ended; running the same command again resumes it" in err and "Traceback" not in err
     assert not (tmp_path / "x/metrics.jsonl").exists()
 
 

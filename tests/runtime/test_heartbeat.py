@@ -386,7 +386,7 @@ def test_ctrl_c_on_all_ranks_is_no_loss(tmp_path: Path, ranks):
         run.send(rank, signal.SIGINT)
     assert run.statuses(SLACK) == [EXIT_INTERRUPTED] * 2
     message = run.output(0) + run.output(1)
-    assert "is saved; the same command takes it up again" in message
+    assert "is saved; running the same command again resumes it" in message
     assert "has died" not in message
     assert "Traceback" not in message
 

@@ -44,7 +44,7 @@ def test_any_command_ends_in_good_order(number: signal.Signals, status: int):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "closed\n")
-    assert err == f"{number.name}: ended; the same command takes it up again\n"
+    assert err == f"{number.name}: ended; running the same command again resumes it\n"
 
 
 def test_signals_while_it_ends_change_nothing(tmp_path: Path):
@@ -86,7 +86,7 @@ main()
 def test_an_error_that_a_signal_has_led_to_is_the_signal():
     done = subprocess.run([sys.executable, "-c", SWALLOWED], cwd=REPOSITORY, text=True, capture_output=True)
     assert done.returncode == 75
-    assert done.stderr == "SIGTERM: ended; the same command takes it up again\n"
+    assert done.stderr == "SIGTERM: ended; running the same command again resumes it\n"
 
 
 def test_a_second_ctrl_c_ends_at_once():
