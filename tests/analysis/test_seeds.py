@@ -58,7 +58,8 @@ def summary(training: str, **counts: list[int]) -> Summary:
         for name, each in counts.items()
     }
     seeds = max(map(len, counts.values()))
-    return Summary("miniature, Adam", training, 0.003, seeds, pooled, ["removed"] * seeds)
+    factors = {"organism": "miniature, Adam", "training": training, "lr": 0.003}
+    return Summary(factors, [], seeds, pooled, ["removed"] * seeds)
 
 
 def cells(text: str) -> list[list[list[str]]]:

