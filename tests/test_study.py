@@ -59,6 +59,7 @@ BLUE = {
 REPORT = {"command": "report", "after": ["red"]}
 
 
+@pytest.mark.e2e
 def test_a_study_is_run_and_resumed(tmp_path: Path):
     """With a run that fails: what does not depend on it goes on. Again, only what is not complete is run."""
     stages = {
@@ -98,6 +99,7 @@ def test_a_study_is_run_and_resumed(tmp_path: Path):
     assert starts(tmp_path, "s")["reds"] == before["reds"] + 1
 
 
+@pytest.mark.e2e
 def test_a_signal_ends_what_runs_and_starts_nothing(tmp_path: Path):
     stages = {"red": {**RED, "overrides": [*WORDS, "train.steps=3000"]}, "last": REPORT}
     running = Studying(tmp_path, *overrides_of(stages), "slots=1")
@@ -113,6 +115,7 @@ def test_a_signal_ends_what_runs_and_starts_nothing(tmp_path: Path):
     assert read_json(tmp_path / "s0/run.json")["status"] == "stopped"
 
 
+@pytest.mark.e2e
 def test_what_no_study_can_be(tmp_path: Path):
     for more, message in (
         (["slots=0"], "error: slots=0: must be at least 1"),
@@ -259,6 +262,7 @@ def test_overrides_for_one_stage_and_for_all():
         with_more(stages, {"blu": ()})
 
 
+@pytest.mark.e2e
 def test_where_the_queue_does_not_answer_nothing_is_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

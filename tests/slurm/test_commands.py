@@ -29,12 +29,14 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "answer"
 
 
+@pytest.mark.e2e
 def test_the_job_s_own_overrides_say_nothing_of_it(answers: Path):
     answers.write_text(JOB.format(end="Unknown"))
     assert commands.fields("7")["Restarts"] == "2"
     assert commands.is_running("7", 2) and not commands.is_running("7", 9)
 
 
+@pytest.mark.e2e
 def test_seconds_until_the_job_s_time_is_up(answers: Path):
     began = time.time()
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(began + 3600))
@@ -46,6 +48,7 @@ def test_seconds_until_the_job_s_time_is_up(answers: Path):
     assert commands.seconds_left("7") is None
 
 
+@pytest.mark.e2e
 def test_a_controller_that_is_being_restarted_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lost = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
     fails = f"test -e {tmp_path}/up && exec echo n1; touch {tmp_path}/up; echo '{lost}' >&2; exit 1"
@@ -65,6 +68,7 @@ def test_a_controller_that_is_being_restarted_is_waited_for(tmp_path: Path, monk
 # ---------------------------------------------------------------- the queue
 
 
+@pytest.mark.e2e
 def test_recorded_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     command(tmp_path, "squeue", f'echo "$@" >{tmp_path}/asked; cat {RECORDED}', monkeypatch)
     found = jobs("me")
@@ -82,6 +86,7 @@ def test_recorded_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert flags <= set((tmp_path / "asked").read_text().split())
 
 
+@pytest.mark.e2e
 def test_what_the_user_set_for_squeue_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SQUEUE_PARTITION", "debug")
     command(tmp_path, "squeue", 'env >&2; test -z "$SQUEUE_PARTITION"', monkeypatch)
@@ -109,6 +114,7 @@ def test_another_squeue():
         ("exec sleep 60", r"squeue failed \(no answer in 0.2 s\): `scontrol ping`"),
     ],
 )
+@pytest.mark.e2e
 def test_no_answer(script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(commands, "ANSWER", 0.2 if "sleep" in script else 30.0)
     command(tmp_path, "squeue", script, monkeypatch)
@@ -116,6 +122,7 @@ def test_no_answer(script: str, message: str, tmp_path: Path, monkeypatch: pytes
         jobs()
 
 
+@pytest.mark.e2e
 def test_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no squeue here"):

@@ -154,6 +154,7 @@ def test_what_is_queued_is_not_submitted_twice(slurm: Cluster, folder: Path):
 # ---------------------------------------------------------------- with an sbatch that counts
 
 
+@pytest.mark.e2e
 def test_an_sbatch_that_refuses_in_the_middle(folder: Path, monkeypatch: pytest.MonkeyPatch):
     fake_sbatch(folder, monkeypatch, refuses="blue")
     with pytest.raises(UserError) as refused:
@@ -171,6 +172,7 @@ def test_an_sbatch_that_refuses_in_the_middle(folder: Path, monkeypatch: pytest.
     assert "--dependency=afterok:2:3 " in lines[3]
 
 
+@pytest.mark.e2e
 def test_what_is_finished_is_waited_for_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Slurm forgets a job minutes after its end: what the job itself has left says that it ended well."""
     fake_sbatch(folder, monkeypatch)
@@ -188,6 +190,7 @@ def test_what_is_finished_is_waited_for_no_more(folder: Path, monkeypatch: pytes
     assert "--dependency" not in blue and "--dependency=afterok:5 " in report
 
 
+@pytest.mark.e2e
 def test_a_job_that_is_gone_without_a_trace_is_submitted_again(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
@@ -197,6 +200,7 @@ def test_a_job_that_is_gone_without_a_trace_is_submitted_again(folder, monkeypat
     assert set(states(study(folder)).values()) == {"new"}
 
 
+@pytest.mark.e2e
 def test_of_a_job_s_starts_the_last_one_counts(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
@@ -207,6 +211,7 @@ def test_of_a_job_s_starts_the_last_one_counts(folder, monkeypatch):
         assert states(study(folder))["red"] == ("finished" if how == "finished" else "new")
 
 
+@pytest.mark.e2e
 def test_several_clusters(folder, monkeypatch):
     """sbatch --parsable says which it is; a dependency takes the number alone."""
     fake_sbatch(folder, monkeypatch)
@@ -218,6 +223,7 @@ def test_several_clusters(folder, monkeypatch):
     assert "--dependency=afterok:1 " in (folder / "submitted").read_text().splitlines()[1]
 
 
+@pytest.mark.e2e
 def test_other_overrides_for_what_is_under_way(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
@@ -228,6 +234,7 @@ def test_other_overrides_for_what_is_under_way(folder, monkeypatch):
     assert states(study(folder, {"1": job("1", "FAILED")}, other))["red"] == "new"
 
 
+@pytest.mark.e2e
 def test_a_job_that_waits_for_what_has_failed(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
@@ -248,6 +255,7 @@ def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(folder, monkeypat
     assert (output.stdout, output.stderr) == ("7\n", "Welcome.\n"), "scripts of users read the number, too"
 
 
+@pytest.mark.e2e
 def test_two_at_once(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     one = study(folder).submit()
@@ -260,6 +268,7 @@ def test_two_at_once(folder, monkeypatch):
 # ---------------------------------------------------------------- dry
 
 
+@pytest.mark.e2e
 def test_the_clusters_own_values_count(folder: Path):
     (folder / "slurm/cluster.env").write_text("export SBATCH_TIMELIMIT=2:00:00\n")
     nodes = {**NODES, "blue": replace(NODES["blue"], flags=("--nodes=4",))}
@@ -321,6 +330,7 @@ def test_where_there_is_no_clone(tmp_path: Path):
         study(tmp_path)
 
 
+@pytest.mark.e2e
 def test_a_run_that_is_complete_needs_no_job(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever has trained it. What was measured of a run that is trained anew is measured again."""
     fake_sbatch(folder, monkeypatch)

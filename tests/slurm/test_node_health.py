@@ -29,12 +29,14 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program
 
 
+@pytest.mark.e2e
 def test_gpus_as_the_driver_tells_of_them(driver: Path):
     found = gpus_here()
     assert [gpu["memory_errors"] for gpu in found] == [0, 2, 0]
     assert found[0]["name"] == "NVIDIA H200" and found[0]["gib"] == pytest.approx(140.4, abs=0.01)
 
 
+@pytest.mark.e2e
 def test_a_driver_that_fails_has_none(driver: Path):
     driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert gpus_here() == []
@@ -76,6 +78,7 @@ def test_a_job_s_own_process_needs_no_library():
     assert ran.stdout.strip() == "['sleeper']", ran.stdout + ran.stderr
 
 
+@pytest.mark.e2e
 def test_room_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 

@@ -80,6 +80,7 @@ def test_cores_are_shared():
     assert threads(16, cores=8) == {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.e2e
 def test_slots_are_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
@@ -111,6 +112,7 @@ def test_slots_are_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.Monk
     }
 
 
+@pytest.mark.e2e
 def test_the_users_number_of_threads_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     directory = SweepDir(tmp_path)
@@ -160,6 +162,7 @@ def test_a_parent_that_is_gone_already():
     assert done.stdout == "run\n"
 
 
+@pytest.mark.e2e
 def test_a_kill_takes_the_ranks_along(tmp_path: Path):
     """Ranks of torchrun have sessions of their own."""
     nested = (

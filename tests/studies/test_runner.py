@@ -278,6 +278,7 @@ def test_trials_need_a_slot_and_a_rank(tmp_path: Path, override: str):
     assert status == 2 and f"{override}: must be at least 1" in message
 
 
+@pytest.mark.e2e
 def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"Say {i}", "a": f"{i}"}) + "\n" for i in range(40)))

@@ -102,6 +102,7 @@ def test_keys_that_do_nothing_any_more(clone: Path, capsys: pytest.CaptureFixtur
     assert "hydra.launcher.cluster is ignored: hydra/launcher=slots" in warnings
 
 
+@pytest.mark.e2e
 def test_what_is_submitted(clone: Path):
     changes = {
         "partition": "train", "account": "us", "qos": "low", "constraint": "h100", "minutes": 90, "nodes": 2,
@@ -139,6 +140,7 @@ def test_a_dry_run_shows_the_scripts_and_submits_nothing(clone: Path):
     assert not (clone / "submitted").exists()
 
 
+@pytest.mark.e2e
 def test_so_many_jobs_at_once(clone: Path, monkeypatch: pytest.MonkeyPatch):
     cluster = trials(clone, array_parallelism=3)
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
@@ -153,6 +155,7 @@ def test_so_many_jobs_at_once(clone: Path, monkeypatch: pytest.MonkeyPatch):
     assert cluster.room() == 2
 
 
+@pytest.mark.e2e
 def test_a_job_of_an_earlier_process_is_adopted(clone: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
     record = {"a": {"job": "7", "words": ["seed=1"]}, "b": {"job": "8", "words": ["seed=2"]}}
