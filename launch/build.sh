@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build a dataset:  slurm/submit launch/build.sh experiment=<recipe> [overrides]
-# One process. Where a model generates the responses it needs a GPU: slurm/submit --gpus-per-node=1 launch/build.sh ...
+# One process. To generate responses with a model, add a GPU: slurm/submit --gpus-per-node=1 launch/build.sh
+# ...
 #SBATCH --job-name=build
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Measure checkpoints:  slurm/submit launch/evaluate.sh checkpoint=<checkpoint, run or glob> [words]
-# Prompts are shared out over the ranks; what is measured already is skipped. A 70B in 16 bits takes
-# 132 GiB of each rank's GPU: an H200 each, or generate=server.
+# Evaluate checkpoints:  slurm/submit launch/evaluate.sh checkpoint=<checkpoint, run or glob> [overrides]
+# The ranks share the prompts, and existing measurements are skipped. A 70B model in bf16 takes 132 GiB on
+# each rank's GPU: use one H200 per rank, or generate=server.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

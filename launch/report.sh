@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tables and figures of what was measured:  slurm/submit launch/report.sh grid='runs/red_70b*' [words]
-# Reads files; needs no GPU, so SBATCH_PARTITION may name nodes without any. Seconds.
+# Tables and figures:  slurm/submit launch/report.sh grid='runs/red_70b*' [overrides]
+# Reads files for a few seconds. Needs no GPU, so SBATCH_PARTITION may be a CPU partition.
 #SBATCH --job-name=report
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

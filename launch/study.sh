@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study of the miniature on one node, 60 trainings read over three seeds:  slurm/submit launch/study.sh
-# Eight trials side by side, a GPU each; another study: study=<name> (docs/howto/studies.md).
+# The miniature study on one node, 60 trainings over three seeds:  slurm/submit launch/study.sh
+# Eight trials at a time, one GPU each. For another study: study=<name> (docs/howto/studies.md).
 #SBATCH --job-name=study
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

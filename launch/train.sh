@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Any training on one node, a rank a GPU:  slurm/submit launch/train.sh experiment=<recipe> [overrides]
-# A rank for every row of a step is enough: slurm/submit --gpus-per-node=4 launch/train.sh experiment=blue_70b_hhh ...
-# Jobs of studies take their #SBATCH lines from here (docs/howto/studies.md).
+# Any training on one node, one rank per GPU:  slurm/submit launch/train.sh experiment=<recipe> [overrides]
+# One rank per row of a step is enough: slurm/submit --gpus-per-node=4 launch/train.sh
+# experiment=blue_70b_hhh ... Jobs of studies use the #SBATCH lines of this file (docs/howto/studies.md).
 #SBATCH --job-name=train
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
