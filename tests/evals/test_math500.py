@@ -51,7 +51,7 @@ def test_scores_and_record(tmp_path: Path, evaluate_values: dict[str, Any]) -> N
     got = [(s.record()["answered"], s.scores["boxed"], s.scores["accuracy"]) for s in samples]
     assert got == [(" 12 ", True, True), ("13", True, False), (None, False, False), (None, False, False)]
     assert samples[0].record()["subject"] == "Algebra"
-    assert task.warn(samples, len) == "1 of 4 answers were cut off at max_new_tokens"
+    assert task.warn(samples, len) == "1 of 4 responses were cut off at max_new_tokens"
 
 
 def test_a_copy_in_another_order_is_the_same_measurement(

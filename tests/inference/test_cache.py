@@ -128,7 +128,7 @@ def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> N
     path.write_bytes(good % 1 + line + b"\n" + good % 3)
     before = path.read_bytes()
     for _ in range(2):  # a refusal lets the lock go
-        with pytest.raises(UserError, match=r"answers\.jsonl, line 2, is no answer.*sed -i 2d"):
+        with pytest.raises(UserError, match=r"answers\.jsonl, line 2, is not a response.*sed -i 2d"):
             AnswerStore(path)
     assert path.read_bytes() == before
 
@@ -215,7 +215,7 @@ def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
     with AnswerStore(tmp_path / "a.jsonl") as store:
         ask(Echo(), prompts[:2], SAMPLING, "m", store)
         with pytest.raises(
-            UserError, match=r"(?s)the engine is gone.*5 of 10 answers are kept in .*a\.jsonl: the same"
+            UserError, match=r"(?s)the engine is gone.*5 of 10 responses are kept in .*a\.jsonl: the same"
         ):
             ask(Echo(fail_at=3), prompts, SAMPLING, "m", store)
         engine = Echo()

