@@ -69,10 +69,10 @@ def test_a_copy_in_another_order_is_the_same_measurement(
 def test_no_such_problem_and_an_id_twice(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     path = write_rows(tmp_path / "a.jsonl", rows(["1.5"]))
     with pytest.raises(UserError, match="no problem whose answer is a whole number"):
-        math500.prepare(config(evaluate_values, path))
+        math500.load(config(evaluate_values, path))
     path = write_rows(tmp_path / "b.jsonl", rows(["1"]) * 2)
     with pytest.raises(UserError, match=r"has the id test/algebra/0\.json twice"):
-        math500.prepare(config(evaluate_values, path))
+        math500.load(config(evaluate_values, path))
 
 
 def test_the_real_ones_are_293(data_folder: Path, evaluate_values: dict[str, Any]) -> None:

