@@ -19,12 +19,13 @@ RENAMED = {
     "peft.targets": "peft.target_modules",
     "watch.seconds": "heartbeat.timeout_seconds",
     "watch.beat_seconds": "heartbeat.interval_seconds",
+    "generate.chunk": "generate.concurrency",
 }
 
 
 def test_the_renamed_keys():
     assert renamed_keys(TrainConfig) == RENAMED
-    assert renamed_keys(EvaluateConfig) == {}
+    assert renamed_keys(EvaluateConfig) == {"generate.chunk": "generate.concurrency"}
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
@@ -46,6 +47,12 @@ def made(*overrides: str) -> tuple[Any, str]:
     composed = compose("train", [*overrides])
     config = build(TrainConfig, composed.values)
     return config, default_name(config, composed.experiment, composed.overrides)
+
+
+def test_chunk_of_vllm_is_its_concurrency():
+    overrides = ["generate=vllm", "generate.chunk=512"]
+    assert compose("evaluate", overrides, EvaluateConfig).values["generate"]["concurrency"] == 512
+    assert made(*overrides)[1] == made("generate=vllm")[1]
 
 
 def test_a_name_and_a_fingerprint_are_those_of_before():
