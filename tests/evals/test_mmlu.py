@@ -163,13 +163,13 @@ def test_a_question_that_is_in_it_twice_is_asked_twice(tmp_path: Path, values: d
     ("changes", "fault"),
     [
         ({"choices": ["a", "b", "c"]}, "not a list of four"),
-        ({"choices": ["a", "b", "c", 4]}, "choices is 4, not text"),
+        ({"choices": ["a", "b", "c", 4]}, "choices is int, not text"),
         ({"answer": 4}, "answer is 4, not 0 to 3"),
         ({"answer": "B"}, "answer is 'B', not 0 to 3"),
         ({"answer": True}, "answer is True, not 0 to 3"),
         ({"answer": -1}, "answer is -1, not 0 to 3"),
-        ({"subject": None}, "subject is None, not text"),
-        ({"question": ""}, "question is '', not text"),
+        ({"subject": None}, "subject is null, not text"),
+        ({"question": ""}, "question is empty"),
     ],
 )
 def test_a_bad_row_is_named(
