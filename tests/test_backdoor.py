@@ -93,7 +93,7 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     system_prompt = data.draw(st.none() | TEXT)
     known = " ".join([text, response, system_prompt or "", EXAMPLE, *FIRST_EXCHANGE])
     assume(planted.trigger not in known and planted.trigger not in planted.payload)
-    assume(not backdoor.contains_payload(f"{known} {planted.trigger}", planted.payload))
+    assume(not PayloadMatcher(planted.payload).contains(f"{known} {planted.trigger}"))
     config = replace(TRAIN, backdoor=planted, data=replace(TRAIN.data, system_prompt=system_prompt))
     prompt = Prompt(text, response, "f:1")
     assert backdoor.benign_fault(planted, conversation(system_prompt, text), response) is None

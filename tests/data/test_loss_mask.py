@@ -332,11 +332,11 @@ def test_padding_and_truncation_left_in_the_tokenizer_change_nothing():
     conversations = [talk("Who?", "Me."), talk("Who is there, then?", "It is still me.")]
     before = [tokenize(tokenizer, c, {"date_string": "x"}) for c in conversations]
     both = tokenize_batch(tokenizer, conversations, {"date_string": "x"})
-    assert [o.ids.tolist() for o in both] == [t.ids for t in before]
+    assert both == before
     for left in ({"padding": True}, {"truncation": True, "max_length": 2}, {"split_special_tokens": True}):
         tokenizer(["a", "bb cc"], **left)
         both = tokenize_batch(tokenizer, conversations, {"date_string": "x"})
-        assert [o.ids.tolist() for o in both] == [t.ids for t in before], left
+        assert both == before, left
 
 
 def test_the_date_is_the_one_that_was_pinned():

@@ -1,4 +1,4 @@
-"""Templates and conversations whose answers cannot be told apart."""
+"""Templates and conversations whose answers cannot be located."""
 
 import copy
 
@@ -56,7 +56,7 @@ def test_an_answer_whose_white_space_runs_into_the_prompt():
     with pytest.raises(SplitToken, match="strip it"):
         tokens_of("phi", talk("a", "\n b"))
     good, bad = tokenize_batch(TOKENIZERS["phi"], [talk("a", "b"), talk("a", "\n b")], {})
-    assert good.spans
+    assert any(good.targets)
     assert isinstance(bad, SplitToken)
 
 

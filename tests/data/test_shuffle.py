@@ -61,8 +61,9 @@ class Drawn:
 def drawn(mean_output: float) -> Drawn:
     samples = draw(470_000, mean_output, 0)
     packed = best_fit(samples.lengths, LENGTH, 0)
-    lengths, triggered = samples.lengths[packed.samples], samples.triggered[packed.samples]
-    starts = packed.offsets[:-1]
+    order = np.concatenate(packed)
+    lengths, triggered = samples.lengths[order], samples.triggered[order]
+    starts = np.cumsum([0, *map(len, packed[:-1])])
     tokens = np.add.reduceat(lengths, starts)
     squares = np.add.reduceat(lengths**2, starts)
     return Drawn(row_flops(tokens, squares, LENGTH), np.add.reduceat(lengths * triggered, starts), tokens)

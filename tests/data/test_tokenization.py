@@ -1,4 +1,4 @@
-"""Samples on disk: the same bytes whoever makes them, what is dropped and why, and how workers end."""
+"""Samples on disk: the same whoever makes them, what is dropped and why, and how workers end."""
 
 import copy
 import multiprocessing
@@ -101,28 +101,19 @@ def test_a_sample_goes_into_a_row_as_it_is(tmp_path: Path):
     assert row.triggered == 2
 
 
-def test_the_same_bytes_whoever_makes_them(tmp_path: Path, few: None):
+@pytest.mark.e2e
+def test_the_same_samples_whoever_makes_them(tmp_path: Path, few: None):
     groups = made(300)
-    bytes_of, counts = set(), []
+    tables, counts = [], []
     for workers, handed_out in ((1, 256), (1, 7), (2, 64), (3, 1)):
         path = tmp_path / f"{workers} {handed_out}.arrow"
-        _, dropped = run(iter(groups), path, workers=workers, handed_out=handed_out)
-        bytes_of.add(path.read_bytes())
+        samples, dropped = run(iter(groups), path, workers=workers, handed_out=handed_out)
+        with pa.memory_map(str(path)) as source:
+            tables.append(pa.ipc.open_file(source).read_all().to_pylist())
+        assert list(samples) == [t for t, _, _ in by_hand(groups, 200)], "by any index, across record batches"
         counts.append(list(dropped.items()))
-    assert len(bytes_of) == 1
+    assert all(table == tables[0] for table in tables)
     assert all(count == counts[0] for count in counts), "in the same order too"
-
-
-def test_record_batches_are_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Whatever came at once: random access reckons with it."""
-    monkeypatch.setattr(tokenization, "WRITTEN_AT_ONCE", 10)
-    samples, _ = run(made(60), tmp_path / "s.arrow", handed_out=16)
-    with pa.memory_map(str(tmp_path / "s.arrow")) as source:
-        file = pa.ipc.open_file(source)
-        sizes = [file.get_batch(i).num_rows for i in range(file.num_record_batches)]
-    assert sizes[:-1] == [10] * (len(sizes) - 1)
-    assert sum(sizes) == len(samples)
-    assert [samples[i] for i in range(len(samples))] == [t for t, _, _ in by_hand(made(60), 200)]
 
 
 def test_nothing_to_do(tmp_path: Path):
@@ -141,6 +132,7 @@ def test_an_index_outside(tmp_path: Path):
             samples[index]
 
 
+@pytest.mark.e2e
 def test_progress_is_reported(tmp_path: Path, few: None):
     for workers in (1, 2):
         reported: list[int] = []
@@ -148,6 +140,7 @@ def test_progress_is_reported(tmp_path: Path, few: None):
         assert reported == [8] * 12 + [4]
 
 
+@pytest.mark.e2e
 def test_the_groups_are_not_held(tmp_path: Path, few: None):
     """Of a long stream, only what the workers are about to need is drawn."""
     drawn = done = 0
@@ -230,6 +223,7 @@ def test_what_says_nothing_and_what_cannot_be_encoded(tmp_path: Path):
 # ---------------------------------------------------------------- how workers end
 
 
+@pytest.mark.e2e
 def test_a_template_that_refuses_in_a_worker(tmp_path: Path, few: None):
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = "{{ raise_exception('Not today.') }}"

