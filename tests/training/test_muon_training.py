@@ -68,7 +68,7 @@ def both_ways(root: str, overrides: list[str]) -> tuple[list[str], set[int]]:
                 group["lr"] = lr * ratio
             optimizer.step()
         different += [n for n, p in weights.items() if not torch.equal(p.detach(), current[n])]
-    return different, {s["step"] for s in engine.scalars().values()}
+    return different, {s["step"] for s in engine.optimizer.scalars().values()}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_same_gradients_same_bits_as_torch(tmp_path: Path, ranks: int, overrides
 
 def state_of(engine: Any) -> bytes:
     pieces = [p.values.numpy().tobytes() for p in engine.pieces()]
-    return b"".join([*pieces, json.dumps(engine.scalars()).encode()])
+    return b"".join([*pieces, json.dumps(engine.optimizer.scalars()).encode()])
 
 
 def around_a_nan(root: str) -> list[tuple[bool, bool]]:
@@ -127,7 +127,7 @@ def steps(root: str, start: int, stop: int, scalars: Any = None, state: Any = No
         (p.parameter, p.field, p.shape, p.start, p.values.detach().numpy().copy()) for p in engine.pieces()
     ]
     weights = {n: w.numpy() for n, w in whole_weights(engine).items()}
-    return weights, engine.scalars(), pieces
+    return weights, engine.optimizer.scalars(), pieces
 
 
 def test_resumed_it_is_the_same_run(tmp_path: Path):

