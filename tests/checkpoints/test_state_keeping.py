@@ -82,7 +82,7 @@ def asked_after_a_failure(root: str) -> str:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     try:
-        return str(saver.ask(1, 0))
+        return str(saver.due(1, 0))
     except UserError as error:
         return str(error)
 
