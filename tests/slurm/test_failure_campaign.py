@@ -142,7 +142,7 @@ def last_step(run: Path) -> int:
 def until_regained(run: Path, step: int, cluster: Cluster, job: str) -> None:
     """Wait until the step that was the last one when it happened has been done again, and one more."""
     deadline = time.monotonic() + 300
-    while "going on after step" not in cluster.log(job) or last_step(run) <= step:
+    while "resuming after step" not in cluster.log(job) or last_step(run) <= step:
         assert time.monotonic() < deadline, cluster.log(job)
         time.sleep(0.1)
 

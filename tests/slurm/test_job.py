@@ -80,7 +80,7 @@ def test_two_nodes_and_a_killed_rank_give_what_torchrun_gives(
     assert digest(run) == digest(undisturbed)
     assert timeless(run) == timeless(undisturbed)
     assert "rank 1" in log and "has died" in log and "queued again: failure 1 of 10" in log
-    assert "going on after step 10" in log and log.rstrip().endswith("finished")
+    assert "resuming after step 10" in log and log.rstrip().endswith("finished")
     assert cluster.job(job)["Restarts"] == "1"
     record = json.loads((run / "run.json").read_text())
     nodes = f"{cluster.prefix}[1-2]"

@@ -133,7 +133,7 @@ def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
     first.end()
     second.end()
     logs = list((tmp_path / "sweeps").glob("*/*.log"))
-    assert sum("going on after" in log.read_text() for log in logs) == 0
+    assert sum("resuming after" in log.read_text() for log in logs) == 0
     runs = [RunDir(path.parent) for path in tmp_path.glob("*/run.json")]
     assert len(runs) == 2
     for run in runs:
