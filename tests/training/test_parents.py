@@ -27,6 +27,7 @@ from tests.conftest import losses, make_tiny_llama, tiny_config
 from tests.distributed import run_ranks
 from tests.training.test_lora import SAME
 
+pytestmark = pytest.mark.e2e  # DeepSpeed starts ninja in the first training of a process
 STEPS = 4
 BLUE = [
     "backdoor=none", "peft=lora", "peft.rank=3", f"train.steps={STEPS}", "probe.every_steps=null",
