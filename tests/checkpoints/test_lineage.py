@@ -82,7 +82,7 @@ def test_a_parent_that_is_gone_ends_the_chain(root: Path) -> None:
     assert value == "it is not on this machine" and "not known here" in what
     assert found[0].technique == "not known" and found[0].directory is None
     assert organism_index(found) is None  # it was ours: nothing says what it was
-    sits = "the base of this adapter is not on this machine"
+    sits = "the model that this adapter sits on is not on this machine"
     assert found[1].problems[0].startswith(sits)
 
 
@@ -96,7 +96,7 @@ def test_a_parent_that_is_another_one_ends_the_chain(root: Path) -> None:
     assert names(found) == [("red", None), *WHOLE[2:]]
     record = f"{red} is another one: digest {other[:12]}, recorded {recorded['digest'][:12]}"
     assert found[0].problems[0] == record and found[0].digest == recorded["digest"]
-    assert found[1].problems == (f"the base of this adapter: {record}",)
+    assert found[1].problems == (f"the model that this adapter sits on: {record}",)
 
 
 @pytest.mark.parametrize("how", ["file", "manifest"])
@@ -126,7 +126,7 @@ def test_an_adapter_without_its_base(root: Path) -> None:
     shutil.rmtree(merged)
     found = chain(root)
     assert names(found) == WHOLE
-    message = f"the base of this adapter is not on this machine: {merged}"
+    message = f"the model that this adapter sits on is not on this machine: {merged}"
     assert problems(found) == {"depirate": (message,)}
 
 
