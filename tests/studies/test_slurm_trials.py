@@ -171,7 +171,7 @@ def test_a_job_of_an_earlier_process_is_adopted(clone: Path, monkeypatch: pytest
 
 
 def entry(number: str, state: str, reason: str = "None") -> QueuedJob:
-    return QueuedJob(number, state, reason, "1:00", "1:00", "4", "", "a.sh", "a")
+    return QueuedJob(number, state, reason, "1:00", "a")
 
 
 def left(clone: Path, number: str, exit: JobExit | None, start: int = 0) -> None:
