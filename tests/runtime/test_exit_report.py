@@ -92,4 +92,4 @@ def test_it_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_that_takes_nothing_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path / "absent"))
-    exit_report.write(1, "the error that is being told")
+    exit_report.write(1, "the error that is being reported")

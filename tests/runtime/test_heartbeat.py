@@ -145,17 +145,17 @@ def test_a_failed_collective_is_explained_also_where_rank_0_saw_nothing(ranks):
     assert "Traceback" not in run.output(2)
 
 
-def a_failure_without_a_loss(ours: bool) -> None:
+def a_failure_without_a_loss(of_gloo: bool) -> None:
     world = dist.meet(5)
     heartbeat.PATIENCE = 0.5
     with heartbeat.watch(60, BEAT, world):
         time.sleep(1)
-        raise RuntimeError("gloo: Connection closed by peer" if ours else "of our own making")
+        raise RuntimeError("gloo: Connection closed by peer" if of_gloo else "of another kind")
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, ours: bool):
-    run = ranks(2, a_failure_without_a_loss, ours)
+@pytest.mark.parametrize("of_gloo", [True, False])
+def test_an_error_that_no_lost_rank_explains_is_shown_as_it_is(ranks, of_gloo: bool):
+    run = ranks(2, a_failure_without_a_loss, of_gloo)
     assert 1 in run.statuses(SLACK)  # gloo's error may be explained by the other's end
     message = run.output(0) + run.output(1)
     assert "Traceback" in message
@@ -272,7 +272,7 @@ def fails_everywhere(first: int) -> None:
     world = dist.meet(5)
     with heartbeat.watch(SECONDS, BEAT, world):
         time.sleep(0 if world.rank == first else SECONDS / 2)
-        raise UserError(f"what rank {world.rank} was told")
+        raise UserError(f"the error of rank {world.rank}")
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -280,7 +280,7 @@ def test_an_error_that_all_ranks_meet_is_reported_by_each_alone(ranks, first: in
     run = ranks(3, fails_everywhere, first)
     assert run.statuses(SECONDS + SLACK) == [1, 1, 1]  # and not EXIT_LOST_RANK
     for rank in range(3):
-        assert f"UserError: what rank {rank} was told" in run.output(rank)
+        assert f"UserError: the error of rank {rank}" in run.output(rank)
         assert not lines(run.output(rank))
 
 
@@ -344,7 +344,7 @@ def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch):
         heartbeat._join(["127.0.0.1"], port, "secret", 1)
 
 
-# ---------------------------------------------------------------- the door
+# ---------------------------------------------------------------- the command
 
 
 def train(*overrides: str) -> None:

