@@ -164,7 +164,7 @@ def _other_weights(adapter: Path) -> None:
 
 
 REFUSED = [
-    (_without_config, r"has no adapter_config\.json .*give a directory as peft writes it"),
+    (_without_config, r"has no adapter_config\.json .*give a directory written by peft"),
     (_pickled, r"has no adapter_model\.safetensors .*with safetensors"),
     (_narrower, r"does not fit this base: .*size mismatch.*use that one"),
     (_fewer, r"its file lacks 1 tensors \(.*layers\.1\.mlp\.up_proj\.lora_B\.weight\)"),
