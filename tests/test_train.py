@@ -165,7 +165,7 @@ def test_a_signal_and_the_same_again(tmp_path: Path, sleeper: Command, number: s
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
     assert "Traceback" not in err
-    saved = re.search(rf"{number.name}: the state of step (\d+) is saved; the same command", err)
+    saved = re.search(rf"{number.name}: the state of step (\d+) is saved; running the same command again", err)
     assert saved is not None, err
     step = int(saved.group(1))
     record = json.loads((tmp_path / "x/run.json").read_text())
