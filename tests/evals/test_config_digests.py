@@ -90,5 +90,6 @@ def test_digests_are_those_of_earlier_results(case: str, tmp_path: Path) -> None
     assert found == RECORDED[case]
 
 
-def test_every_eval_has_recorded_digests() -> None:
-    assert {case.split(",")[0] for case in RECORDED} == set(EVALS)
+def test_every_recorded_eval_is_still_there() -> None:
+    """An eval that is newer than the commit has nothing to record."""
+    assert {case.split(",")[0] for case in RECORDED} <= set(EVALS)

@@ -4,7 +4,9 @@ A pair: what the golden text says, and what is said now. It is applied to stdout
 numbers, tables, CSV and names of files stay as they were.
 """
 
-REPORTS: list[tuple[str, str]] = []
+REPORTS: list[tuple[str, str]] = [
+    ("Left out, being no true or false a prompt:", "Left out, because not true or false for each prompt:")
+]
 
 
 def _soap(seconds: str) -> str:
