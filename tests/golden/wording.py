@@ -8,6 +8,12 @@ REPORTS: list[tuple[str, str]] = [
     ("Left out, being no true or false a prompt:", "Left out, because not true or false for each prompt:")
 ]
 
+WARNINGS: list[tuple[str, str]] = [  # in results.jsonl
+    (" answers were cut off", " responses were cut off"),
+    (" answers gave no letter", " responses gave no letter"),
+    ("the model would write something else", "the model would generate something else"),
+]
+
 
 def _soap(seconds: str) -> str:
     """The lines of a plan with SOAP after which its traffic is printed now."""
