@@ -74,7 +74,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
     sweep.end()
     assert left_in(tmp_path) == []
     assert "[1/2] x-seed_1: interrupted, status 75" in sweep.output
-    assert "SIGTERM: the trials were signalled, and have ended; the same command" in sweep.output
+    assert "SIGTERM: the trials were signalled, and have ended; running the same command" in sweep.output
     table = SweepDir.of(tmp_path, "x").lines.read_text().splitlines()
     assert [row.split(",")[1] for row in table[1:]] == ["interrupted", "not started"]
     record = read_json(run.record)
