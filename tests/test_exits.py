@@ -14,8 +14,6 @@ import pytest
 from tests.conftest import REPOSITORY, TINY
 from tests.test_train import torchrun
 
-SHARED_MEMORY = Path("/dev/shm")
-
 
 @pytest.fixture
 def load() -> Iterator[None]:
@@ -38,15 +36,8 @@ def statuses(root: Path, count: int) -> list[int]:
     return found
 
 
-def test_nothing_stays_in_shared_memory(tmp_path: Path):
-    """DeepSpeed's buffers there outlive their processes, and fill the machine's memory."""
-    port = next(w.split("=")[1] for w in torchrun(2) if "master_port" in w)
+def test_one_of_one(tmp_path: Path, load: None):
     assert statuses(tmp_path, 1) == [0]
-    assert list(SHARED_MEMORY.glob(f"deepspeed*_{port}_*")) == []
-
-
-def test_two_of_two(tmp_path: Path, load: None):
-    assert statuses(tmp_path, 2) == [0, 0]
 
 
 @pytest.mark.slow

