@@ -4,6 +4,7 @@ A test is e2e if its code, or that of a fixture or helper of it, refers to what 
 starts a process through the package is marked by hand: as long as it is not, it fails in `make test-fast`.
 """
 
+import functools
 import multiprocessing.process
 import os
 import sys
@@ -31,10 +32,15 @@ def mark(item: pytest.Item) -> None:
     fixtures = [one for many in item._fixtureinfo.name2fixturedefs.values() for one in many]
     used: set[str] = set()
     for function in [item.function, *(fixture.func for fixture in fixtures)]:
-        used |= uses(function, set())
+        used |= used_by(function)
     for marker, names in USES.items():
         if used & names:
             item.add_marker(marker)
+
+
+@functools.cache  # parametrized tests and tests of one fixture share functions
+def used_by(function: Any) -> frozenset[str]:
+    return frozenset(uses(function, set()))
 
 
 def uses(value: Any, seen: set[int]) -> set[str]:
