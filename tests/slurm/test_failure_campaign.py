@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import virtual_cluster
-from tests.slurm.test_job import RUN, SCRIPT, by_torchrun, digest, rank_of, undisturbed, until_step
+from tests.slurm.test_job import RUN, SCRIPT, digest, rank_of, undisturbed, until_step, without_slurm
 from tests.slurm.virtual import Cluster
 from tests.training.test_resume import timeless
 
@@ -35,7 +35,7 @@ def networked() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def undisturbed_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return by_torchrun(tmp_path_factory.mktemp("long"), *LONG)
+    return without_slurm(tmp_path_factory.mktemp("long"), *LONG)
 
 
 def nothing(cluster: Cluster, job: str) -> None:
@@ -149,7 +149,7 @@ def until_regained(run: Path, step: int, cluster: Cluster, job: str) -> None:
 
 def test_its_time_limit_comes_near_twice(networked: Cluster, submit_from: Path, tmp_path: Path):
     """The warning comes 60 to 110 s after each start, and every start gains steps until it is done."""
-    expected = by_torchrun(tmp_path / "undisturbed", *LONGER)
+    expected = without_slurm(tmp_path / "undisturbed", *LONGER)
     options = ["--time=2", "--signal=B:USR1@30"]
     job = networked.submit(submit_from, *options, *SCRIPT, *LONGER)
     assert networked.until(job, within=800) == "COMPLETED", networked.log(job)

