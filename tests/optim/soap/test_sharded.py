@@ -166,7 +166,7 @@ def test_a_state_of_other_settings_is_refused():
         "precondition_frequency": 7, "phase": 2, "sides": "L", "shape": [1, 2], "dtype": "float64",
     }.items():  # fmt: skip
         record = run_ranks(1, loaded_otherwise, scalars, {key: other})[0]
-        assert f"the saved state of square has {key}={other}, this run " in record
+        assert f"the saved state of square has {key}={other}, but this run has {key}=" in record
 
 
 def test_a_state_that_is_not_whole_is_refused():
@@ -176,7 +176,7 @@ def test_a_state_that_is_not_whole_is_refused():
     for name in ("square", "bias"):
         part = {n: s for n, s in scalars.items() if n != name}
         record = run_ranks(1, loaded_otherwise, part, {})[0]
-        assert f"has no {name}, which this model trains" in record
+        assert f"lacks {name}, which this model trains" in record
     for key in scalars["rows"]:
         part = scalars | {"rows": {k: v for k, v in scalars["rows"].items() if k != key}}
         assert f"of rows has no {key}: " in run_ranks(1, loaded_otherwise, part, {})[0]
