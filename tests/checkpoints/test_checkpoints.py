@@ -35,7 +35,8 @@ def trained_logits(root: str, start: str, *overrides: str) -> list[np.ndarray]:
         ready.engine.step(ready.loader.step(step), 3e-3)
     batch = collate([ready.dataset.rows[0]], config.packing.length, 0)
     with torch.no_grad():
-        logits, labels = ready.engine.evaluate().forward(batch)
+        ready.engine.train(False)
+        logits, labels = ready.engine.forward(batch)
     facts = {**ready.facts, "step": 6, "tokens": 1}
     background = Background(config.state.host_bytes)
     exporter = Exporter(ready.engine, ready.tokenizer, config.checkpoint, background)

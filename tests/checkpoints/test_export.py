@@ -279,7 +279,8 @@ def train_an_adapter(root: str, start: str) -> list[Any]:
     exported(ready, Path(root) / "adapter").join()
     batch = collate([ready.dataset.rows[0]], config.packing.length, 0)
     with torch.no_grad():
-        logits, _ = ready.engine.evaluate().forward(batch)
+        ready.engine.train(False)
+        logits, _ = ready.engine.forward(batch)
     return [logits.numpy(), batch.labels, batch.input_ids, batch.position_ids]
 
 

@@ -135,7 +135,7 @@ def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> N
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    with AnswerStore(path), pytest.raises(UserError, match=f"being written by process {os.getpid()}"):
+    with AnswerStore(path), pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
         AnswerStore(path)
     with AnswerStore(path):
         pass

@@ -269,7 +269,9 @@ def test_values_out_of_range_are_refused(override: str, message: str):
 
 
 def test_nothing_to_orthogonalize_is_an_error():
-    with pytest.raises(UserError, match=r"none of 3 trainable parameters.*optimizer=adam"):
+    with pytest.raises(
+        UserError, match=r"no matrix to orthogonalize: all 3 trainable parameters.*optimizer=adam"
+    ):
         MuonRule(CONFIG).check({"matrix": 0, "embedding or head": 1, "vector": 2})
 
 

@@ -120,7 +120,7 @@ def test_an_error_on_one_rank_ends_the_others(ranks, victim: int):
     for rank in others:
         (line,) = lines(run.output(rank))
         assert f"rank {victim} (" in line
-        assert "ended in step 3 with an error" in line
+        assert "failed in step 3; see its own error message" in line
         assert "Traceback" not in run.output(rank)
 
 
@@ -187,11 +187,11 @@ def test_a_frozen_rank_is_named_in_time(ranks, size: int, victim: int):
     for rank in others:
         (line,) = lines(run.output(rank))
         start = f"[rank {rank}] error: rank {victim} (host {socket.gethostname()}, process "
-        assert line.startswith(f"{start}{run.pid(victim)}) has given no sign of life for 2 s;")
+        assert line.startswith(f"{start}{run.pid(victim)}) has sent no heartbeat for 2 s;")
         assert re.search(r"last seen in step \d+; this rank is in step \d+ \(the same", line)
     run.send(victim, signal.SIGCONT)
     assert run.statuses(NAMED_DEAD, victim) == [EXIT_LOST_RANK]
-    assert "have gone on without this one: it gave no sign of life" in run.output(victim)
+    assert "continued without this rank, which sent no heartbeat for" in run.output(victim)
 
 
 def test_two_frozen_together_are_named_together(ranks):
@@ -336,10 +336,10 @@ def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch):
 
     thread = threading.Thread(target=come)
     thread.start()
-    with server, pytest.raises(UserError, match=rf"rank 2 did not join .* port {port}"):
+    with server, pytest.raises(UserError, match=rf"rank 2 did not connect .* port {port}"):
         heartbeat._gather(server, port, "secret", 3)
     thread.join()
-    assert "rank 2 did not join" in reported[0]
+    assert "rank 2 did not connect" in reported[0]
     with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1.*heartbeat\.timeout_seconds=0"):
         heartbeat._join(["127.0.0.1"], port, "secret", 1)
 

@@ -35,7 +35,7 @@ def test_a_lock_tells_its_holder_and_goes_with_it(tmp_path: Path):
     assert process.stdout.readline() == "held\n"
     who = f"process {process.pid} on {os.uname().nodename}"
     assert holder(path) == who
-    with pytest.raises(UserError, match=rf"runs/x is being written by {who}"), hold(path, wait=False):
+    with pytest.raises(UserError, match=rf"runs/x is in use by {who}"), hold(path, wait=False):
         pass
     process.kill()
     process.wait()

@@ -45,5 +45,5 @@ def meet_nobody() -> str:
 
 def test_a_rank_that_never_comes():
     (message,) = run_ranks(1, meet_nobody)
-    assert "the 2 ranks have not all come to 127.0.0.1:" in message
+    assert "not all of the 2 ranks connected to 127.0.0.1:" in message
     assert "1/2 clients joined" in message

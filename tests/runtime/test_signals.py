@@ -126,7 +126,7 @@ def test_waiting_is_over_when_its_block_is():
     before = {number: signal.getsignal(number) for number in HEARD}
     try:
         signals.listen()
-        with pytest.raises(Stopped, match="what was under way is done"), signals.waiting():
+        with pytest.raises(Stopped, match="the current work is complete"), signals.waiting():
             os.kill(os.getpid(), signal.SIGUSR1)
             assert signals.received == signal.SIGUSR1
         assert signals.received == 0

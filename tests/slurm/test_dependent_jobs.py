@@ -260,7 +260,7 @@ def test_two_at_once(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     one = study(folder).submit()
     next(one)
-    with pytest.raises(UserError, match="is being written by process"):
+    with pytest.raises(UserError, match="is in use by process"):
         list(study(folder).submit())
     assert submitted(folder) == ["red"]
 

@@ -113,7 +113,7 @@ def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
     overrides = ["checkpoint.steps=[1]", "root=/proc/nowhere"]  # a file system with 0 bytes free
     job = cluster.submit(submit_from, *SCRIPT, *overrides)
     message = "\n".join(failed_at_once(cluster, job))
-    assert "error: /proc/nowhere" in message and "are free there" in message
+    assert "error: /proc/nowhere" in message and "are free: " in message
 
 
 @pytest.mark.parametrize(

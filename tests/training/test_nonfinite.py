@@ -77,7 +77,7 @@ def test_a_run_of_skipped_steps_alone_is_none():
     """Fewer than the bound, to the last step: it has trained nothing."""
     skips = Skips(loop_config(), steps=2)
     assert not skips.count(1, BAD)
-    with pytest.raises(UserError, match=r"step 2.*2 steps in a row.*what the run starts from"):
+    with pytest.raises(UserError, match=r"step 2.*2 steps in a row.*and the initial checkpoint"):
         skips.count(2, BAD)
     late = Skips(loop_config(), steps=3)
     assert [late.count(step, o) for step, o in ((1, GOOD), (2, BAD), (3, BAD))] == [False] * 3
@@ -159,4 +159,4 @@ def test_a_divergence_goes_back_to_before_it(tmp_path: Path, bad: tuple[int, ...
 
 def test_a_rollback_without_a_state_says_so(tmp_path: Path):
     message = run_ranks(1, diverging, str(tmp_path), "x", (5, 6), "train.on_divergence=rollback")[0]
-    assert message is not None and "finds no state" in message and "state.every_steps" in message
+    assert message is not None and "needs a state, and" in message and "state.every_steps" in message

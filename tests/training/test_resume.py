@@ -327,7 +327,7 @@ def test_a_state_of_another_run_is_refused(partial: Any, tmp_path: Path):
     root, name, overrides = copy_of(partial, tmp_path)
     (Path(root) / name / "run.json").unlink()
     for message in run_ranks(2, trained, root, name, *overrides, "seed=7"):
-        assert message is not None and "was saved by another run, with another config" in message
+        assert message is not None and "was saved with another config" in message
     seen = run_ranks(1, resumed_as_others, root, name, *overrides)
     assert seen == [["config", "data", "parent", None]]
 
@@ -363,7 +363,7 @@ def test_where_no_state_is_sound_nothing_is_begun_anew(partial: Any, tmp_path: P
         flip_a_bit(Path(root) / name / f"state/step_{step:06d}")
     before = (Path(root) / name / "metrics.jsonl").read_bytes()
     value = run_ranks(2, trained, root, name, *overrides)
-    assert all(s is not None and "none of the states in" in s for s in value)
+    assert all(s is not None and "no state in" in s for s in value)
     assert (Path(root) / name / "metrics.jsonl").read_bytes() == before
 
 
