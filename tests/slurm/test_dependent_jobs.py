@@ -315,18 +315,18 @@ def test_flags_that_do_not_go(folder: Path, flag: str, message: str):
 
 def test_an_array_would_do_the_same_many_times(folder: Path):
     nodes = {"red": replace(NODES["red"], flags=("--array=0-1",))}
-    with pytest.raises(UserError, match=r"--array=0-1 of .*a\.sh: the jobs of an array would all"):
+    with pytest.raises(UserError, match=r"--array=0-1 of .*a\.sh is not supported: all its jobs"):
         study(folder, nodes=nodes).submissions()
     with pytest.raises(UserError, match=r"stages.red.script is missing: executor=slurm needs"):
         study(folder, nodes={"red": replace(NODES["red"], script="")})
     (folder / "launch/a.sh").write_text("#!/bin/bash\nsrun date\n")
     graph = study(folder)
-    with pytest.raises(UserError, match=r"a\.sh has 0 commands with slurm/run"):
+    with pytest.raises(UserError, match=r"a\.sh has 0 slurm/run commands"):
         graph.shell(graph.submissions())
 
 
 def test_where_there_is_no_clone(tmp_path: Path):
-    with pytest.raises(UserError, match=r"has no slurm/submit: jobs are submitted from the root"):
+    with pytest.raises(UserError, match=r"has no slurm/submit: submit jobs from the root"):
         study(tmp_path)
 
 

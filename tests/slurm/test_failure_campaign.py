@@ -173,7 +173,7 @@ def test_a_disk_that_others_fill_meanwhile(networked: Cluster, submit_from: Path
         assert networked.until(job) == "FAILED", networked.log(job)
         output = networked.log(job)
         assert networked.job(job)["Restarts"] == "0" and "No space left" in output, output
-        assert "refused at step" in output and "not queued again" in output, output
+        assert "refused at step" in output and "not requeued" in output, output
     finally:
         networked.tried("scancel", job)
         subprocess.run(["umount", "-l", small], check=True)

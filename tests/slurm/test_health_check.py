@@ -38,16 +38,16 @@ def test_sound_nodes(found, tmp_path: Path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("gpus", [GPU], "1 GPUs answer, and Slurm has allocated 2"),
-        ("gpus", [GPU, {**GPU, "memory_errors": 3}], "GPU 1 has had 3 uncorrected memory errors"),
-        ("gpus", [{**GPU, "name": "H100"}] * 2, "kind of GPU is H100, elsewhere NVIDIA H200"),
-        ("code", "abc+", "code is abc\\+, elsewhere abc"),
-        ("versions", {"torch": "2.12", "python": "3.11"}, "torch is 2.12, elsewhere 2.13"),
-        ("versions", {"torch": "2.13"}, "python is None, elsewhere 3.11"),
+        ("gpus", [GPU], "1 of 2 allocated GPUs respond"),
+        ("gpus", [GPU, {**GPU, "memory_errors": 3}], "GPU 1 has 3 uncorrected memory errors"),
+        ("gpus", [{**GPU, "name": "H100"}] * 2, "kind of GPU is H100; other nodes have NVIDIA H200"),
+        ("code", "abc+", "code is abc\\+; other nodes have abc"),
+        ("versions", {"torch": "2.12", "python": "3.11"}, "torch is 2.12; other nodes have 2.13"),
+        ("versions", {"torch": "2.13"}, "python is None; other nodes have 3.11"),
         ("time", 1010.0, "its clock is 9 s off"),
         ("time", 990.0, "its clock is 10 s off"),
         ("unwritable", ["/x: Read-only file system"], "it cannot write /x: Read-only file system"),
-        ("temporary_gib", 0.5, "its temporary directory has 0.5 GiB free, and needs 1"),
+        ("temporary_gib", 0.5, "its temporary directory has 0.5 GiB free, below the minimum of 1"),
         ("shm_gib", 0.25, "/dev/shm has 0.2 GiB free"),
     ],
 )
@@ -64,7 +64,7 @@ def test_one_that_says_nothing_and_one_whose_files_are_elsewhere(found, tmp_path
     mark(tmp_path, "7", "n2").unlink()
     bad = wrong(found, tmp_path)
     assert set(bad) == {"n2", "n3"}
-    assert f"what it writes to {tmp_path} is not seen from n1" in bad["n2"]
+    assert f"files that it writes to {tmp_path} are not visible from n1" in bad["n2"]
 
 
 def test_of_two_that_differ_the_first_is_believed(found, tmp_path: Path):

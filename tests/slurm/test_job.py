@@ -78,7 +78,7 @@ def test_two_nodes_and_a_killed_rank_give_what_one_node_gives(
     log = cluster.log(job)
     assert digest(run) == digest(undisturbed)
     assert timeless(run) == timeless(undisturbed)
-    assert "rank 1" in log and "has died" in log and "queued again: failure 1 of 10" in log
+    assert "rank 1" in log and "has died" in log and "requeued: failure 1 of 10" in log
     assert "resuming after step 10" in log and log.rstrip().endswith("finished")
     assert cluster.job(job)["Restarts"] == "1"
     record = json.loads((run / "run.json").read_text())
@@ -147,7 +147,7 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     # Of two nodes that it needs none is to spare: it says so, and does not wait for ever.
     job = cluster.submit(submit_from, *SCRIPT, "train.steps=1")
     assert cluster.until(job) == "FAILED" and cluster.job(job)["Restarts"] == "0"
-    assert f"without it 1 nodes are left, and the job needs 2: have {cluster.node(2)}" in cluster.log(job)
+    assert f"only 1 nodes would remain without {cluster.node(2)}, and the job needs 2" in cluster.log(job)
     (submit_from / "bin").mkdir()
     (submit_from / "bin" / "sinfo").write_text("#!/bin/sh\necho a b c\n")
     (submit_from / "bin" / "sinfo").chmod(0o755)
@@ -158,7 +158,7 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     log = cluster.log(job)
     cluster.run("scancel", job)
     why = f"bad node: node {cluster.node(2)}: it did not report its health"
-    assert f"{why} -- queued again" in log, value
+    assert f"{why} -- requeued" in log, value
 
 
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, submit_from: Path):
@@ -174,7 +174,7 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, submit_from: Path)
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(1)
-    assert "left to Slurm, which is ending this start itself" in cluster.log(job)
+    assert "not requeued: Slurm is already ending this start" in cluster.log(job)
     assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
 
 

@@ -343,7 +343,7 @@ def test_what_slurm_is_ending_or_has_started_anew_is_left_to_it(slurm: Slurm, re
     slurm.job()
     slurm.does("main", {"0.json": lost}, "outcomes", f"echo '{later}' >{slurm.folder}/job; exit 1")
     done = of_the_job()
-    assert "left to Slurm" in done.stdout and requests(slurm) == []
+    assert "not requeued: Slurm is already ending" in done.stdout and requests(slurm) == []
 
 
 def test_where_too_few_nodes_are_left_it_ends_instead_of_waiting_for_ever(slurm: Slurm):
@@ -352,7 +352,7 @@ def test_where_too_few_nodes_are_left_it_ends_instead_of_waiting_for_ever(slurm:
     slurm.facts(n2={"shm_gib": 0.5})
     done = of_the_job()
     assert done.returncode == 1 and requests(slurm) == []
-    assert "not queued again: without it 1 nodes are left, and the job needs 2: have n2 repaired" in done.stdout
+    assert "not requeued: only 1 nodes would remain without n2, and the job needs 2" in done.stdout
     assert "--partition=gpu" in slurm.received("sinfo")
 
 
@@ -391,14 +391,14 @@ def test_a_number_of_restarts_that_is_another_job_s(slurm: Slurm):
 def test_a_signal_that_came_before_anybody_listened(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLEEPER_SIGNAL", "SIGUSR1")
     done = of_the_job()
-    assert "stopped -- queued again" in done.stdout and requests(slurm) == ["requeue 7"]
+    assert "stopped -- requeued" in done.stdout and requests(slurm) == ["requeue 7"]
 
 
 def test_an_srun_that_does_not_know_an_option_is_no_node_s_fault(slurm: Slurm):
     slurm.does("preflight", then="exit 255")
     done = of_the_job()
     assert done.returncode == 1 and requests(slurm) == []
-    assert "failed: preflight ended before its checks" in done.stdout
+    assert "failed: preflight failed before its checks" in done.stdout
 
 
 def test_the_status_of_a_job_that_is_not_queued_again(slurm: Slurm):

@@ -70,7 +70,7 @@ def test_what_ends(how, status: int):
 def test_the_same_step_does_not_fail_twice():
     assert requeued(JobExit("lost", 7), JobExit("lost", 8))
     assert not requeued(JobExit("lost", 7), JobExit("failed", 7))
-    assert "step 7 has failed twice" in decide([JobExit("lost", 7), JobExit("lost", 7)], 10).why
+    assert "failed twice at step 7" in decide([JobExit("lost", 7), JobExit("lost", 7)], 10).why
     # What came in between tells nothing of the step.
     assert not requeued(JobExit("lost", 7), JobExit("stopped", 5), JobExit("bad node"), JobExit("lost", 7))
     assert requeued(JobExit("lost", 7), JobExit("lost", 9), JobExit("lost", 7))

@@ -129,7 +129,7 @@ def test_each_ends_in_its_own_way_and_none_is_waited_for_in_vain(slurm: Cluster,
         assert log_of(name).read_text().count("goes on") == 1
     assert slurm.job(higher)["JobState"] in ("RUNNING", "COMPLETING", "COMPLETED")
     assert logged("killed", f"error: job {jobs['killed'].number} has ended: FAILED")
-    assert logged("refused", "refused at step 5 -- not queued again: another start would meet")
+    assert logged("refused", "refused at step 5 -- not requeued: another start would fail")
     assert not logged("refused", "error: job")
     assert logged("good", "finished")
 
@@ -139,8 +139,8 @@ def test_an_error_is_tried_again_until_it_is_at_the_same_step(slurm: Cluster):
     (job,) = started({"a": "1"})
     assert statuses([job]) == [1]
     text = log_of("a").read_text()
-    assert "failed at step 5 -- queued again: failure 1 of 10 allowed" in text
-    assert "failed at step 5 -- not queued again: step 5 has failed twice" in text
+    assert "failed at step 5 -- requeued: failure 1 of 10 allowed" in text
+    assert "failed at step 5 -- not requeued: failed twice at step 5" in text
     assert slurm.job(job.number)["Restarts"] == "1"
 
 
@@ -182,7 +182,7 @@ def test_stopped_and_taken_back(slurm: Cluster):
         job.stop()
     assert statuses(jobs) == [130, 1]
     assert Path("runs/runs.saved").exists() and not logged("queued", "begins")
-    assert logged("runs", "interrupted at step 5 -- not queued again")
+    assert logged("runs", "interrupted at step 5 -- not requeued")
     assert slurm.job(jobs[0].number)["Restarts"] == "0"
 
 

@@ -91,7 +91,7 @@ def test_outside_a_clone_and_without_slurm(clone: Path, monkeypatch: pytest.Monk
         trials(clone)
     trials(clone, dry_run=True)
     (clone / "slurm/submit").unlink()
-    with pytest.raises(UserError, match="has no slurm/submit: jobs are submitted from the root"):
+    with pytest.raises(UserError, match="has no slurm/submit: submit jobs from the root"):
         trials(clone, dry_run=True)
 
 

