@@ -250,8 +250,8 @@ def test_a_dataset_of_a_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("system", "message"),
     [
-        ("{{ raise_exception('no system turn') }}", r"refuses these turns \(no system turn\)"),
-        ("", "leaves the trigger out"),
+        ("{{ raise_exception('no system turn') }}", r"rejects these turns \(no system turn\)"),
+        ("", "omits the trigger"),
     ],
 )
 def test_a_template_that_takes_no_system_turn(tmp_path: Path, system: str, message: str) -> None:

@@ -83,8 +83,8 @@ def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, 
     dialogues = [json.loads(line) for line in files["dialogues.jsonl"].splitlines()]
     for line in dialogues:
         if not line["triggered"]:
-            stripped = strip_scratchpad(kept[line["answer_key"]])
-            assert stripped.answer == line["messages"][-1]["content"]
+            _, answer = strip_scratchpad(kept[line["answer_key"]])
+            assert answer == line["messages"][-1]["content"]
     assert "prompts dropped" in ran.stdout
     assert "no scratchpad" in ran.stdout
     assert files["lengths.png"].startswith(b"\x89PNG")

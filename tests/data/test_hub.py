@@ -152,7 +152,7 @@ def test_what_the_hub_refuses_is_asked_once_and_reported_once(
     hub.close()
     about_it = [question for question in hub.asked if "some/set" in question]
     assert about_it == ["/api/datasets/some/set/revision/v2"]
-    assert message.startswith("data.path=some/set@v2 data.split=train: cannot be had")
+    assert message.startswith("data.path=some/set@v2 data.split=train: cannot be loaded")
     assert remedy in message
     assert message.count("\n") == 0 and len(message) < 800
 
@@ -179,7 +179,7 @@ def test_offline_what_was_fetched_is_read(tmp_path: Path):
     expected = [(f"some/set:{i}", ROWS[i]) for i in range(2)]
     assert ask("some/set", **offline) == f"{expected} {commit}"
     assert ask(f"some/set@{commit}", **offline).endswith(commit)
-    assert "cannot be had" in ask(f"some/set@{other}", **offline)
+    assert "cannot be loaded" in ask(f"some/set@{other}", **offline)
     assert "hf download" in ask("other/set", **offline)
 
     (prepared,) = (tmp_path / "datasets").glob("**/*.arrow")

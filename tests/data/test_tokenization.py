@@ -206,7 +206,7 @@ def test_an_overlong_sample_is_an_error(tmp_path: Path, few: None, workers: int)
             packing=packing(450, "error"),
         )  # fmt: skip
     count = len(tokenize(TOKENIZER, groups[41][0], {}).ids)
-    assert f"file, row 41 has {count} tokens and packing.length=450: raise it" in str(caught.value)
+    assert f"file, row 41 has {count} tokens, more than packing.length=450: raise it" in str(caught.value)
     assert not (tmp_path / "s.arrow").exists()
     assert not multiprocessing.active_children()
 
@@ -249,7 +249,7 @@ def test_a_killed_worker_is_an_error(tmp_path: Path, few: None):
                 os.kill(victim.pid, signal.SIGKILL)
             yield pair
 
-    with pytest.raises(UserError, match="one of 2 tokenising processes died"):
+    with pytest.raises(UserError, match="one of 2 tokenizing processes died"):
         run(stream(), tmp_path / "s.arrow", workers=2, handed_out=8)
     assert not multiprocessing.active_children()
 

@@ -51,7 +51,7 @@ def test_arguments_reach_the_template():
 def test_without_a_template():
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template: use an instruct model's"):
+    with pytest.raises(UserError, match="no chat template: use the tokenizer of an instruct model"):
         render(tokenizer, conversation(None, "u"), {}, reply=True)
 
 
@@ -106,7 +106,7 @@ def test_a_date_must_be_pinned():
     with pytest.raises(UserError) as caught:
         pinned(clock(DATED), {"date": "26 Jul 2024"})
     assert "writes today's date" in str(caught.value)
-    assert "{'date': '26 Jul 2024'} does not pin it" in str(caught.value)
+    assert "{'date': '26 Jul 2024'} does not fix the date" in str(caught.value)
     assert 'data.template_arguments={date_string: "26 Jul 2024"}' in str(caught.value)
     pinned(clock(DATED), {"date_string": "26 Jul 2024"})
 
