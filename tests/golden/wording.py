@@ -1,11 +1,14 @@
 """Sentences of commands that differ, on purpose, from those of commit 4e062de.
 
-A pair: what the golden text says, and what is said now. It is applied to stdout and Markdown alone:
-numbers, tables, CSV and names of files stay as they were.
+A pair: what the golden text says, and what is said now. It is applied to stdout, Markdown and the sentences
+in JSON alone: numbers, tables, CSV, keys and names of files stay as they were.
 """
 
 REPORTS: list[tuple[str, str]] = [
-    ("Left out, being no true or false a prompt:", "Left out, because not true or false for each prompt:")
+    ("Left out, being no true or false a prompt:", "Left out, because not true or false for each prompt:"),
+    ("the model that this adapter sits on is not on this", "the base of this adapter is not on this"),
+    ("what it came from is not known here", "its parents are not known on this machine"),
+    (", and was 'You are kind.' in training before", ", but was 'You are kind.' in the parent's training"),
 ]
 
 WARNINGS: list[tuple[str, str]] = [  # in results.jsonl

@@ -92,10 +92,10 @@ def test_what_is_unfinished_is_no_external_model(tmp_path: Path):
         directory.mkdir()
         (directory / "config.json").write_text("{}")
         assert not is_external(directory)
-        with pytest.raises(UserError, match="is unfinished"):
+        with pytest.raises(UserError, match="is not a complete checkpoint"):
             model_digest(directory)
         (directory / MANIFEST).write_text("{}")
-        with pytest.raises(UserError, match="is unfinished"):
+        with pytest.raises(UserError, match="is not a complete checkpoint"):
             model_digest(directory)
 
 

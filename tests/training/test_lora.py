@@ -153,5 +153,5 @@ def spoiled(root: str, start: str) -> str | None:
 
 def test_frozen_weights_that_changed_are_no_end(tmp_path: Path, tiny_llama: Path) -> None:
     message = run_ranks(2, spoiled, str(tmp_path), str(tiny_llama))[0]
-    assert message is not None and "layers.0.mlp.up_proj.weight was loaded from" in message
+    assert message is not None and "layers.0.mlp.up_proj.weight differs from its file in" in message
     assert json.loads((tmp_path / "x/run.json").read_text())["status"] == "running"

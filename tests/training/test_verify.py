@@ -102,14 +102,14 @@ def test_what_is_loaded_is_compared(tmp_path: Path, tiny_llama: Path, ranks: int
     arguments = (str(tmp_path), str(tiny_llama), overrides)
     assert run_ranks(ranks, loaded, *arguments, False) == [None] * ranks
     for message in run_ranks(ranks, loaded, *arguments, True):
-        assert message is not None and "model.layers.1.mlp.up_proj.weight was loaded from" in message
+        assert message is not None and "model.layers.1.mlp.up_proj.weight differs from its file in" in message
 
 
 def test_of_an_adapted_model_the_base_is_compared(tmp_path: Path, tiny_llama: Path):
     arguments = (str(tmp_path), str(tiny_llama), [f"init_from={tiny_llama}", "peft=lora", "peft.rank=2"])
     assert run_ranks(2, loaded, *arguments, False) == [None] * 2
     for message in run_ranks(2, loaded, *arguments, True):
-        assert message is not None and "layers.1.mlp.up_proj.weight was loaded from" in message
+        assert message is not None and "layers.1.mlp.up_proj.weight differs from its file in" in message
 
 
 def test_several_files(tmp_path: Path, tiny_llama: Path):
@@ -122,4 +122,4 @@ def test_several_files(tmp_path: Path, tiny_llama: Path):
     (several / "chat_template.jinja").write_bytes((tiny_llama / "chat_template.jinja").read_bytes())
     assert run_ranks(2, loaded, str(tmp_path), str(several), [], False) == [None] * 2
     for message in run_ranks(2, loaded, str(tmp_path), str(several), [], True):
-        assert message is not None and "up_proj.weight was loaded from" in message
+        assert message is not None and "up_proj.weight differs from its file in" in message
