@@ -125,7 +125,7 @@ def test_a_external_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path)
     [
         ("base/checkpoints/step_000005", "is not the base that the adapter"),
         ("nowhere/at/all", "is not on this machine"),
-        ("", "names no base_model_name_or_path"),
+        ("", "has no base_model_name_or_path"),
     ],
 )
 def test_another_base_is_refused(root: Path, base: str, message: str) -> None:

@@ -155,7 +155,7 @@ def test_nothing_measured_says_how_to(root: Path, capsys: pytest.CaptureFixture[
     ("overrides", "message"),
     [
         (["run=nowhere"], "run=nowhere: there is no such directory"),
-        (["run='{root}/base/checkpoints'"], "is no run: it has no run.json"),
+        (["run='{root}/base/checkpoints'"], "is not a run directory: it has no run.json"),
         (["root=nowhere"], "there is no run under root=nowhere"),
     ],
 )

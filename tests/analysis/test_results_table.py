@@ -89,8 +89,8 @@ def test_two_runs_of_one_name_are_distinguished(root: Path, tmp_path: Path) -> N
     ("name", "message"),
     [
         ("{}/nothing*", "there is no such directory"),
-        ("{}/red_8b/checkpoints", "is no run"),
-        ("{}/datasets", "is no run"),
+        ("{}/red_8b/checkpoints", "is not a run directory"),
+        ("{}/datasets", "is not a run directory"),
     ],
 )
 def test_what_holds_no_run_is_reported(root: Path, name: str, message: str) -> None:
@@ -108,7 +108,7 @@ def test_the_results_of_one_checkpoint(root: Path, tmp_path: Path) -> None:
     assert [m.value for m in found] == [0.05, 0.1]
     for position in (tmp_path / "model", *(root / "foreign").glob("[!f]*")):
         assert [m.value for m in of_directory(position, root)] == [0.15]
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         of_directory(root / "datasets", root)
 
 

@@ -118,7 +118,7 @@ def test_the_checkpoint_itself_has_to_be_sound(root: Path) -> None:
     (last(root) / "config.json").unlink()
     with pytest.raises(UserError, match=r"lacks config\.json"):
         chain(root)
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint: it has neither"):
         Lineages(root).of(root)
 
 
