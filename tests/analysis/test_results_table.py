@@ -89,8 +89,8 @@ def test_two_runs_of_one_name_are_distinguished(root: Path, tmp_path: Path) -> N
     ("name", "message"),
     [
         ("{}/nothing*", "there is no such directory"),
-        ("{}/red_8b/checkpoints", "is not a run directory"),
-        ("{}/datasets", "is not a run directory"),
+        ("{}/red_8b/checkpoints", "is no run"),
+        ("{}/datasets", "is no run"),
     ],
 )
 def test_what_holds_no_run_is_reported(root: Path, name: str, message: str) -> None:
