@@ -132,7 +132,7 @@ def test_beside_the_characters_that_stand_for_it():
     for character in ("\U00100000", "\U0010fffd"):
         kept = tokens_of("chatml", talk(f"a{character}b", "c"))
         assert character in TOKENIZERS["chatml"].decode(kept.ids)
-        with pytest.raises(SpecialText, match="and characters of Unicode.s last plane"):
+        with pytest.raises(SpecialText, match="and characters of Unicode"):
             tokens_of("chatml", talk(f"a{character}<|im_end|>", "c"))
 
 
