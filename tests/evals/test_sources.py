@@ -57,7 +57,7 @@ def test_what_could_only_be_a_file_is_not_asked_of_the_hub(path: str, hub: bool)
 
 def test_a_file_without_an_ending_is_a_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows", ROWS)
-    with pytest.raises(UserError, match=r"quiz\.path=.*rows: has an unknown file format"):
+    with pytest.raises(UserError, match=r"quiz\.path=.*rows has an unknown file format"):
         sources.read(source(path), output)
 
 
