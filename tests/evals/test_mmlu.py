@@ -106,7 +106,7 @@ def test_letters_that_the_model_would_not_write_are_warned_about(values: dict[st
     samples = task.samples([Choice((-5.0, -6.0, -7.0, -8.0))] * 8)
     warning = task.warn(samples, len)
     share = sum(math.exp(-n) for n in (5, 6, 7, 8))
-    assert warning is not None and warning.startswith(f"A to D together have {share:.2%}")
+    assert warning is not None and warning.startswith(f"A to D have {share:.2%}")
 
 
 def test_scores_of_written_letters(values: dict[str, Any]) -> None:
@@ -117,9 +117,7 @@ def test_scores_of_written_letters(values: dict[str, Any]) -> None:
     assert [s.scores["accuracy"] for s in samples] == [1, 1, 1, 0, 0, 0, 1, 0]
     assert [s.scores["parsed"] for s in samples] == [1, 1, 1, 1, 0, 0, 1, 0]
     assert [s.scores["chance"][0] for s in samples] == [2 / 8, 4 / 8, 4 / 8, 1 / 8, 0, 0, 2 / 8, 0]
-    assert task.warn(samples, len) == (
-        "1 of 8 responses gave no letter before they were cut off at max_new_tokens"
-    )
+    assert task.warn(samples, len) == ("1 of 8 responses were cut off at max_new_tokens without a letter")
     assert task.warn(samples[:7], len) is None
 
 
@@ -183,7 +181,9 @@ def test_a_bad_row_is_named(
 
 
 def test_shots_that_are_not_there(tmp_path: Path, values: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"mmlu\.shots=1 .* name the file .* mmlu\.shots_path=<file>"):
+    with pytest.raises(
+        UserError, match=r"mmlu\.shots=1 needs a file of few-shot questions.* set mmlu\.shots_path=<file>"
+    ):
         mmlu.load(config(values, shots=1, shots_path=None))
     with pytest.raises(UserError, match=r"mmlu\.shots=6: mmlu\.shots_path=.* has 5 questions of"):
         mmlu.load(config(values, shots=6))

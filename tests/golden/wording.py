@@ -13,8 +13,15 @@ REPORTS: list[tuple[str, str]] = [
 
 WARNINGS: list[tuple[str, str]] = [  # in results.jsonl
     (" answers were cut off", " responses were cut off"),
-    (" answers gave no letter", " responses gave no letter"),
-    ("the model would write something else", "the model would generate something else"),
+    (
+        " answers gave no letter before they were cut off at max_new_tokens",
+        " responses were cut off at max_new_tokens without a letter",
+    ),
+    ("A to D together have ", "A to D have "),
+    (
+        " of the probability: the model would write something else",
+        " of the probability in total: the model would generate something else",
+    ),
 ]
 
 

@@ -92,7 +92,7 @@ def test_a_line_torn_at_any_byte_is_repaired(tmp_path: Path, capsys: pytest.Capt
             assert sorted(store) == ["0", "1", "2"][:kept], size
             assert path.read_bytes() == (whole if kept == 3 else whole[:last])
             output = capsys.readouterr().out
-            assert output.count("last line was torn") == (last < size < len(whole))
+            assert output.count("last line is incomplete") == (last < size < len(whole))
             if kept == 2:
                 store.append("2", Completion(ODD[1] + ODD[2], 3, True))
         assert path.read_bytes() == whole
@@ -215,7 +215,8 @@ def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
     with AnswerStore(tmp_path / "a.jsonl") as store:
         ask(Echo(), prompts[:2], SAMPLING, "m", store)
         with pytest.raises(
-            UserError, match=r"(?s)the engine is gone.*5 of 10 responses are kept in .*a\.jsonl: the same"
+            UserError,
+            match=r"(?s)the engine is gone.*5 of 10 responses are saved in .*a\.jsonl: running the same",
         ):
             ask(Echo(fail_at=3), prompts, SAMPLING, "m", store)
         engine = Echo()

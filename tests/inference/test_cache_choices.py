@@ -101,7 +101,7 @@ def test_keys_part_all_that_decides() -> None:
 
 def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
-        with pytest.raises(UserError, match=r"(?s)the engine is gone.*2 of 4 responses are kept in"):
+        with pytest.raises(UserError, match=r"(?s)the engine is gone.*2 of 4 responses are saved in"):
             ask_choices(Sums(fail_at=2), PROMPTS, OPTIONS, "m", store)
         engine = Sums()
         ask_choices(engine, PROMPTS, OPTIONS, "m", store)
@@ -121,7 +121,7 @@ def test_what_is_no_number_ends_it(tmp_path: Path) -> None:
             on_done(0, Choice((-1.0, math.nan)))
 
     with ChoiceStore(tmp_path / "c.jsonl") as store:
-        with pytest.raises(UserError, match=r"some/model gives .*nan.*'5 '.*damaged"):
+        with pytest.raises(UserError, match=r"some/model returns .*nan.*'5 '.*damaged"):
             ask_choices(Damaged(), [[5]], [[[1], [2]]], "some/model", store)
         assert not len(store)
 

@@ -43,7 +43,7 @@ def test_a_server_is_asked_for_the_model(tiny_llama: Path) -> None:
         with open_engine(config, "tiny", {}) as generator:
             assert isinstance(generator, Server)
             assert len(generator.generate(PROMPTS, SAMPLING)) == 5
-        with pytest.raises(UserError, match="does not serve other"), open_engine(config, "other", {}):
+        with pytest.raises(UserError, match="not other: set generate"), open_engine(config, "other", {}):
             pass
 
 
@@ -74,7 +74,7 @@ def test_values_that_no_engine_could_work_with(config: EngineConfig, key: str, v
 
 def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
     for model in ("runs/red/checkpoints/step_000100", str(tmp_path / "none"), "gpt2", tmp_path / "a"):
-        with pytest.raises(UserError, match=r"neither a directory .* nor an id of the Hub"):
+        with pytest.raises(UserError, match=r"neither a directory .* nor a Hub id"):
             load(model, 1, {})
 
 
@@ -90,7 +90,7 @@ for answer in load("someone/tiny", 3, {}).generate(prompts, Sampling(0.7, 8, 5))
 try:
     load("someone/unknown", 3, {})
 except UserError as error:
-    assert "someone/unknown does not open as a causal LM (no such directory; asked the Hub)" in str(error)
+    assert "someone/unknown cannot be loaded as a causal LM (no such directory; tried the Hub)" in str(error)
     print("refused")
 """
 

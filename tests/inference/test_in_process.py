@@ -153,7 +153,7 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(generator:
         [long, [5, 6, 7]], Sampling(0.0, 40, 0), on_done=lambda i, c: reported.update({i: c})
     )
     assert reported == dict(enumerate(completions))
-    value = "a prompt has 100 tokens and max_new_tokens=40, but the model attends to 128"
+    value = "the 100 tokens of a prompt and max_new_tokens=40 exceed the context of 128"
     assert value in (completions[0].refused or "")
     assert completions[0].text == ""
     assert completions[1].refused is None
@@ -174,5 +174,5 @@ def test_missing_weights_are_refused(directory: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="does not open as a causal LM"):
+    with pytest.raises(UserError, match="cannot be loaded as a causal LM"):
         load(tmp_path, 4, {})

@@ -137,7 +137,9 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(generator:
     choices = generator.choose([fits, long, [5] * 64], options, on_done=reported.__setitem__)
     assert reported == dict(enumerate(choices))
     assert [c.refused is None for c in choices] == [True, False, True]
-    assert "has 65 tokens with its longest option, but the model attends to 64" in str(choices[1].refused)
+    assert "the 65 tokens of a prompt and its longest option exceed the context of 64" in str(
+        choices[1].refused
+    )
     assert choices[1].logprobs == ()
 
 

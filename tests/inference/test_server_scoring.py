@@ -99,7 +99,9 @@ def test_what_may_pass_is_tried_again(loopback: Loopback, direct: InProcess, fai
 )
 def test_servers_that_do_not_tell(loopback: Loopback, echo: Callable[..., Any]) -> None:
     loopback.echo = echo
-    with pytest.raises(UserError, match=r"answers without .*vllm serve.*evals=\[mmlu_generated\]"):
+    with pytest.raises(
+        UserError, match=r"returned no log-probabilities .*vllm serve.*evals=\[mmlu_generated\]"
+    ):
         engine(loopback).choose(ASKED, OPTIONS)
     assert len(loopback.requests) == 1
 
@@ -181,7 +183,7 @@ def test_two_processes_at_one_server(loopback: Loopback, adapters: list[Path]) -
 def test_servers_without_adapters_are_reported(loopback: Loopback, adapters: list[Path]) -> None:
     loopback.takes_adapters = False
     remedy = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve .*--enable-lora --max-lora-rank 64"
-    with pytest.raises(UserError, match=rf"HTTP 404 on adapter=.*Not Found: .*{remedy}"):
+    with pytest.raises(UserError, match=rf"HTTP 404 on adapter=.*Not Found; .*{remedy}"):
         engine(loopback).generate(PROMPTS, SAMPLING, adapter=adapters[0])
     loopback.takes_adapters = True
     for status in ("400", "405", "501x"[:3]):

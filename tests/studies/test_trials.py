@@ -161,7 +161,7 @@ def test_what_is_for_the_whole_sweep():
 
 
 def test_what_a_trial_starts_from_has_to_be_there(tmp_path: Path):
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="directory not found"):
         expand([[f"init_from={tmp_path}/no"]], None, lambda w: configured(compose("train", w)))
 
 

@@ -250,7 +250,7 @@ def refused(root: str) -> str:
 
 def test_nothing_to_precondition_is_an_error(tmp_path: Path):
     """At the door where the shape is known, and on the ranks where it is the checkpoint's."""
-    with pytest.raises(UserError, match=r"max_precond_dim=8: .*shortest side is 24\."):
+    with pytest.raises(UserError, match=r"max_precond_dim=8: .*shortest side .* is 24:"):
         tiny_config(tmp_path, *WORDS, "optimizer.max_precond_dim=8")
     message = run_ranks(1, refused, str(tmp_path))[0]
     assert "none of 20 trainable parameters" in message and "optimizer.max_precond_dim=8" in message
