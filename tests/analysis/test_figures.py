@@ -109,7 +109,7 @@ def test_the_grid_says_what_is_where() -> None:
     }
     figure = grid_figure(["A", "B"], ["HHH SFT", "Pirate"], panels)
     empty, several, one, nothing = figure.axes
-    assert [t.get_text() for t in empty.texts] == ["no such run", "A"]
+    assert [t.get_text() for t in empty.texts] == ["no run", "A"]
     assert several.get_title(loc="left").replace("\u00a0", " ") == "broken 2, unclear 1 (3 seeds)"
     assert one.get_title(loc="left") == "removed\u00a0(seed\u00a03)".replace("\u00a0(", " (")
     assert [t.get_text() for t in nothing.texts] == ["not measured yet"]

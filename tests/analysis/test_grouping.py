@@ -61,7 +61,7 @@ def test_a_column_an_organism_and_a_row_a_technique(root: Path) -> None:
     )
     assert members(found)[RED_0, "Pirate, then Depirate, LoRA 4"] == ["red_depirate"]
     assert ("miniature, SOAP, no CoT", "Pirate, LoRA 4") not in found.groups
-    assert found.left_out == {"no organism in its chain": ["base"]}
+    assert found.left_out == {"no organism in its lineage": ["base"]}
 
 
 def test_seeds_alone_make_one_cell(root: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_repeated_run_is_no_other_seed(root: Path) -> None:
     run(root, "two", PIRATE, "red")
     found = groups(root)
     assert members(found) == {(RED_0, "Pirate, LoRA 4"): ["one"]}
-    assert found.left_out["another run repeats it"] == ["two (one)"]
+    assert found.left_out["duplicate of another run"] == ["two (one)"]
 
 
 def test_others_organisms_by_their_digest(root: Path) -> None:

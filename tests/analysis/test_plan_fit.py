@@ -47,7 +47,7 @@ def test_the_refusal_says_what_is_needed_what_there_is_and_what_helps() -> None:
     )
     with pytest.raises(UserError, match=r"722\.79 GiB of memory on each of 2 hosts, plan\.host_me"):
         check_fits(planned(COT, "zero=offload", "plan.host_memory_gib=500"))
-    with pytest.raises(UserError, match=r"more nodes do not help: lower packing\.length"):
+    with pytest.raises(UserError, match=r"more nodes do not help; lower packing\.length"):
         check_fits(planned(COT, "plan.gpu_memory_gib=20"))
 
 

@@ -174,7 +174,7 @@ def test_soap_takes_its_share_of_time() -> None:
 
 
 def test_a_shape_that_is_not_known() -> None:
-    with pytest.raises(UserError, match=r"model=checkpoint has architecture null.*model=llama_8b"):
+    with pytest.raises(UserError, match=r"model=checkpoint has architecture=null.*model=llama_8b"):
         check_plan(planned("model=checkpoint", "init_from=somewhere"))
     with pytest.raises(UserError, match=r"model.architecture.type=qwen3: .*llama"):
         check_plan(planned("model.architecture.type=qwen3"))

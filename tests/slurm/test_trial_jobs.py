@@ -128,7 +128,7 @@ def test_each_ends_in_its_own_way_and_none_is_waited_for_in_vain(slurm: Cluster,
     for name in ("preempted", "requeued"):
         assert log_of(name).read_text().count("goes on") == 1
     assert slurm.job(higher)["JobState"] in ("RUNNING", "COMPLETING", "COMPLETED")
-    assert logged("killed", f"error: job {jobs['killed'].number} has ended: FAILED")
+    assert logged("killed", f"error: job {jobs['killed'].number} ended as FAILED")
     assert logged("refused", "refused at step 5 -- not requeued: another start would fail")
     assert not logged("refused", "error: job")
     assert logged("good", "finished")
@@ -167,11 +167,11 @@ def test_more_nodes_than_there_are_is_reported(slurm: Cluster):
     """Slurm takes such a job, and lets it wait for ever."""
     (job,) = started({"a": "0"}, rows=8, gpus_per_node=2)
     reason = until(job.waiting_reason)
-    assert reason.startswith(f"{job} waits for "), reason
+    assert reason.startswith(f"{job} is pending ("), reason
     assert job.status() is None and job.waiting_reason() is None
     job.stop()
     assert statuses([job]) == [1]
-    assert logged("a", f"error: {job} has ended: CANCELLED, and")
+    assert logged("a", f"error: {job} ended as CANCELLED, without")
 
 
 def test_stopped_and_taken_back(slurm: Cluster):

@@ -51,7 +51,7 @@ def test_each_slot_has_its_own_gpus(gpus: str, count: int, ranks: int, expected:
 
 def test_too_few_gpus():
     with pytest.raises(
-        UserError, match=r"slots=3 .*ranks=2 .*need 6 GPUs, and there are 4: use sweep.slots=2$"
+        UserError, match=r"slots=3 .*ranks=2 .*needs 6 GPUs, but 4 are available: use sweep.slots=2$"
     ):
         shares("0 1 2 3".split(), 3, 2, "sweep.")
     with pytest.raises(UserError, match=r"use sweep.slots=1 and at most sweep.ranks=4$"):

