@@ -60,7 +60,7 @@ def tiny_config(root: Path | str, *overrides: str) -> TrainConfig:
 
 
 # Minutes each: begun last, one would leave the other workers idle.
-LONG = ("test_organism.py", "test_train.py", "test_exits.py", "test_whole_files.py", "test_inspect_logs.py")
+LONG = ("test_organism.py", "test_train.py", "test_whole_files.py", "test_inspect_logs.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

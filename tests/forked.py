@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.distributed import free_port, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-READ_AT_IMPORT = ("HF_", "HOME", "XDG_", "TORCH", "TRANSFORMERS", "DS_", "OMP_", "PYTHON", "LD_", "CUDA")
+READ_AT_IMPORT = ("HF_", "HOME", "XDG_", "TRANSFORMERS", "DS_", "OMP_", "PYTHON", "LD_", "CUDA")
 
 
 def _environment(changes: Mapping[str, str]) -> dict[str, str]:

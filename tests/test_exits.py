@@ -36,10 +36,6 @@ def statuses(root: Path, count: int) -> list[int]:
     return found
 
 
-def test_one_of_one(tmp_path: Path, load: None):
-    assert statuses(tmp_path, 1) == [0]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_of_twenty(tmp_path: Path, load: None):

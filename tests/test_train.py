@@ -237,7 +237,7 @@ def test_torchrun_gives_the_same_losses(tmp_path: Path, root: Path):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=3", "name=two"]
     command = torchrun(2, *overrides)
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0 and "terminate called" not in ran.stderr, ran.stderr  # see test_exits.py
     # DeepSpeed's buffers in shared memory would outlive their processes and fill the machine's memory.
     (port,) = (word.split("=")[1] for word in command if "master_port" in word)
     assert list(Path("/dev/shm").glob(f"deepspeed*_{port}_*")) == []

@@ -171,7 +171,7 @@ REFUSED = [
     (_more, r"its file has 1 unexpected tensors \(.*layers\.7"),
     (_longer_embeddings, r"its model\.embed_tokens\.weight \[520, 48\] differs from the base's \[512, 48\]"),
     (_other_weights, r"its model\.layers\.0\.mlp\.up_proj\.weight \[96, 48\] differs from the base's"),
-    (lambda a: edit_config(a, peft_type="IA3"), "has peft_type=IA3.*only LoRA.*merge it"),
+    (lambda a: edit_config(a, peft_type="IA3"), "has peft_type=IA3.*only LoRA.*merge the adapter"),
     (lambda a: edit_config(a, peft_type="NEW"), "has peft_type=NEW"),
     (lambda a: edit_config(a, r=None), "r=None: only LoRA"),
     (lambda a: edit_config(a, init_lora_weights="pissa"), "init_lora_weights=pissa"),

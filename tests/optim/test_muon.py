@@ -167,7 +167,7 @@ def test_a_state_of_another_kind_is_refused():
     scalars = run_ranks(1, interrupted, 0, 1)[0][1]
     for key, other in {"kind": "bias", "shape": [1, 2], "dtype": "float64"}.items():
         message = run_ranks(1, refusal, scalars, {key: other})[0]
-        assert f"the saved state of square has {key}={other}, this run " in message
+        assert f"the saved state of square has {key}={other}, but this run " in message
     without = {n: {k: v for k, v in s.items() if k != "kind"} for n, s in scalars.items()}
     assert "it is not one of optimizer=muon" in run_ranks(1, refusal, without, {})[0]
 
