@@ -290,7 +290,7 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
         (["compare=[a,b]", "sort=x"], "sort= applies only to run="),
         (["compare=[a]"], "compare=['a']: expected a list of 2"),
         (["table=nowhere"], "table=nowhere: directory not found"),
-        (["compare=[nowhere,b]"], "nowhere is no checkpoint"),
+        (["compare=[nowhere,b]"], "nowhere is not a checkpoint"),
     ],
 )
 def test_reports_that_are_none(tmp_path: Path, overrides: list[str], message: str) -> None:
