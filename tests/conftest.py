@@ -1,5 +1,6 @@
 """What several tests start from: a tiny Llama, configs, and one trained miniature."""
 
+import gc
 import json
 import os
 
@@ -69,6 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         markers.mark(item)
     position = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: position.get(item.path.name, len(position)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported lives on: each collection of garbage would look through a million objects
 
 
 GUARD = markers.Guard()
