@@ -13,7 +13,7 @@ from tests.conftest import Command, read_lines
 EVALS = "evals=[mmlu,mmlu_generated,ifeval,math]"
 # A CI's worth of them.
 SHORT = [
-    "mmlu.questions=300",
+    "mmlu.questions=100",
     "mmlu_generated.max_new_tokens=4",
     "ifeval.max_new_tokens=8",
     "math.max_new_tokens=8",
@@ -44,7 +44,7 @@ def make_llama(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "questions"),
     [
-        pytest.param(SHORT, 300, id="short"),
+        pytest.param(SHORT, 100, id="short"),
         pytest.param([], 14042, marks=[pytest.mark.slow, pytest.mark.timeout(7200)], id="whole"),
     ],
 )

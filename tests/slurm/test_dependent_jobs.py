@@ -230,7 +230,9 @@ def test_other_overrides_for_what_is_under_way(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
     other = {**NODES, "red": replace(NODES["red"], overrides=("other",))}
-    with pytest.raises(UserError, match=r"(?s)red was already submitted as job 1.*words: \['red'\] -> \['other'\]"):
+    with pytest.raises(
+        UserError, match=r"(?s)red was already submitted as job 1.*words: \['red'\] -> \['other'\]"
+    ):
         study(folder, {"1": job("1", "RUNNING")}, other).submissions()
     # What has failed may be tried with others.
     assert states(study(folder, {"1": job("1", "FAILED")}, other))["red"] == "new"
