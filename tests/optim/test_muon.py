@@ -169,7 +169,7 @@ def test_a_state_of_another_kind_is_refused():
         message = run_ranks(1, refusal, scalars, {key: other})[0]
         assert f"the saved state of square has {key}={other}, but this run " in message
     without = {n: {k: v for k, v in s.items() if k != "kind"} for n, s in scalars.items()}
-    assert "it is not one of optimizer=muon" in run_ranks(1, refusal, without, {})[0]
+    assert "has no kind: it is incomplete, or not of optimizer=muon" in run_ranks(1, refusal, without, {})[0]
 
 
 # ---------------------------------------------------------------- costs
