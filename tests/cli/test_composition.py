@@ -46,3 +46,9 @@ def test_what_hydra_refuses_is_refused(override: str) -> None:
     for _ in range(2):
         with pytest.raises(UserError):
             compose("train", [override])
+
+
+def test_overrides_do_not_change_what_is_kept() -> None:
+    before = compose("train", []).values
+    assert compose("train", ["optimizer.lr=7e-7"]).values["optimizer"]["lr"] == 7e-7
+    assert compose("train", []).values == before
