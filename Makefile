@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ROOT ?= runs
+# With it, every start of Python compiles torch, transformers and all else that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 # torch, and all if uv, which is faster, does not reach an index that only pip is configured for
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 

