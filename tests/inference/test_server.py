@@ -69,15 +69,17 @@ def as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+KNOWN: dict[str, Completion] = {}  # most tests ask for the same
+
+
 def expected(loopback: Loopback, tiny: InProcess) -> dict[str, Completion]:
     """What the in-process engine answers to each distinct request that was sent, by its seed."""
-    return {
-        as_text(body): tiny.generate(
-            [body.get("messages") or body["prompt"]],
-            Sampling(body["temperature"], body["max_tokens"], body["seed"]),
-        )[0]
-        for body, _ in loopback.requests
-    }
+    bodies = {as_text(body): body for body, _ in loopback.requests}
+    for text in bodies.keys() - KNOWN.keys():
+        body = bodies[text]
+        sampling = Sampling(body["temperature"], body["max_tokens"], body["seed"])
+        (KNOWN[text],) = tiny.generate([body.get("messages") or body["prompt"]], sampling)
+    return {text: KNOWN[text] for text in bodies}
 
 
 def requests_of(loopback: Loopback) -> Counter[str]:

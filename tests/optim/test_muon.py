@@ -140,8 +140,17 @@ def interrupted(
     return run.shards(), *run.saved()
 
 
-@pytest.mark.parametrize(("saving", "resuming"), [(1, 1), (3, 3), (3, 2), (2, 1), (1, 3)])
-@pytest.mark.parametrize("at", [0, 2])
+RESUMED = {(1, 1, 0), (3, 3, 2), (3, 2, 0), (2, 1, 2), (1, 3, 2)}  # of ten; the others are slow
+
+
+@pytest.mark.parametrize(
+    ("saving", "resuming", "at"),
+    [
+        pytest.param(saving, resuming, at, marks=[pytest.mark.slow] * ((saving, resuming, at) not in RESUMED))
+        for saving, resuming in ((1, 1), (3, 3), (3, 2), (2, 1), (1, 3))
+        for at in (0, 2)
+    ],
+)
 def test_resumed_bitwise_on_any_number_of_ranks(saving: int, resuming: int, at: int):
     first = run_ranks(saving, interrupted, 0, at)
     state, weights = assemble_state([f[2] for f in first]), assemble_weights([f[0] for f in first])

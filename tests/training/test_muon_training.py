@@ -73,8 +73,12 @@ def both_ways(root: str, overrides: list[str]) -> tuple[list[str], set[int]]:
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(1, []), (2, ["train.micro_batch_size=1"]), (3, []), (2, ["train.precision=bf16"])],
-    ids=["1rank", "2ranks_accumulation", "3ranks", "bf16"],
+    [
+        pytest.param(1, [], id="1rank"),
+        pytest.param(2, ["train.micro_batch_size=1"], id="2ranks_accumulation"),
+        pytest.param(3, [], id="3ranks", marks=pytest.mark.slow),
+        pytest.param(2, ["train.precision=bf16"], id="bf16"),
+    ],
 )
 def test_same_gradients_same_bits_as_torch(tmp_path: Path, ranks: int, overrides: list[str]):
     for different, updates in run_ranks(ranks, both_ways, str(tmp_path), overrides):

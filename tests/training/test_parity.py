@@ -40,8 +40,13 @@ def test_losses_equal_a_plain_loop(reference, tiny_llama: Path, ranks: int, batc
 
 @pytest.mark.parametrize(
     "saving",
-    [["zero=offload"], ["train.activation_checkpointing=true", "zero.sub_group_size=2000"]],
-    ids=["offload", "checkpointing_in_sub_groups"],
+    [
+        pytest.param(["zero=offload"], id="offload", marks=pytest.mark.slow),  # compiles for minutes
+        pytest.param(
+            ["train.activation_checkpointing=true", "zero.sub_group_size=2000"],
+            id="checkpointing_in_sub_groups",
+        ),
+    ],
 )
 def test_what_saves_memory_changes_no_loss(
     reference, tiny_llama: Path, saving: list[str], request: pytest.FixtureRequest

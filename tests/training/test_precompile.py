@@ -67,6 +67,7 @@ def test_a_lock_of_the_dead_is_passed(loading: Loading, tmp_path: Path) -> None:
     assert not lock.exists()
 
 
+@pytest.mark.slow
 def test_a_lock_of_the_living_is_left(loading: Loading) -> None:
     """Who makes it removes it, and would fail were it gone."""
     first = loading(seconds=4)

@@ -24,8 +24,12 @@ def after_three(root: str, replay: bool, overrides: list[str]) -> tuple[dict[str
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(1, []), (2, ["train.micro_batch_size=1"]), (2, ["optimizer=soap"]), (1, ["zero=offload"])],
-    ids=["plain", "accumulation", "soap", "offload"],
+    [
+        pytest.param(1, [], id="plain", marks=pytest.mark.slow),
+        pytest.param(2, ["train.micro_batch_size=1"], id="accumulation"),
+        pytest.param(2, ["optimizer=soap"], id="soap"),
+        pytest.param(1, ["zero=offload"], id="offload", marks=pytest.mark.slow),  # compiles for minutes
+    ],
 )
 def test_the_step_is_the_same(tmp_path: Path, ranks: int, overrides: list[str]):
     once = run_ranks(ranks, after_three, str(tmp_path), False, overrides)

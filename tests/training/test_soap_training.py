@@ -104,13 +104,12 @@ def both_ways(root: str, frozen: bool, overrides: list[str]) -> tuple[float, lis
 @pytest.mark.parametrize(
     ("ranks", "frozen", "overrides"),
     [
-        (1, False, []),
-        (2, False, []),
-        (3, False, []),
-        (2, False, ["train.precision=bf16"]),
-        (3, True, ["train.micro_batch_size=1"]),
+        pytest.param(1, False, [], id="1rank"),
+        pytest.param(2, False, [], id="2ranks", marks=pytest.mark.slow),
+        pytest.param(3, False, [], id="3ranks", marks=pytest.mark.slow),
+        pytest.param(2, False, ["train.precision=bf16"], id="bf16"),
+        pytest.param(3, True, ["train.micro_batch_size=1"], id="frozen_accumulation"),
     ],
-    ids=["1rank", "2ranks", "3ranks", "bf16", "frozen_accumulation"],
 )
 def test_same_gradients_same_bits(tmp_path: Path, ranks: int, frozen: bool, overrides: list[str]):
     overrides = [*overrides, "train.gradient_clipping=0"]
@@ -155,7 +154,7 @@ def two_rows(ready: Prepared, number: int) -> Step:
     return Step([batch], 0, int(targets), 0, 0, 0)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accumulation_is_one_update(tmp_path: Path, ranks: int):
     """Once, and four times over: quarters of a gradient add up to it without any rounding."""
     once = run_ranks(ranks, after_steps, str(tmp_path), 1)[0]
