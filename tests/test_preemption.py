@@ -104,8 +104,9 @@ def signalled_repeatedly(root: Path, ranks: int, times: int, seed: int) -> Count
     return counts
 
 
+@pytest.mark.slow
 def test_signals_at_random_moments(tmp_path: Path):
-    signalled_repeatedly(tmp_path, 2, 2, seed=0)
+    signalled_repeatedly(tmp_path, 2, 3, seed=0)
 
 
 @pytest.mark.slow

