@@ -152,9 +152,9 @@ def offloaded(by_ranks: dict[int, Path]) -> dict[int, Path]:
 
 
 @pytest.fixture
-def exports(way: str, request: pytest.FixtureRequest) -> dict[int, Path]:
+def exports(way: str, by_ranks: dict[int, Path], request: pytest.FixtureRequest) -> dict[int, Path]:
     """By number of ranks, the directory of the exports, where `way` is among them."""
-    found = request.getfixturevalue("offloaded" if way == "offload" else "by_ranks")
+    found = request.getfixturevalue("offloaded") if way == "offload" else by_ranks
     return {ranks: path for ranks, path in found.items() if (path / way).exists()}
 
 
