@@ -1,8 +1,8 @@
 """The markers `e2e` and `slurm`, given to tests by what they use, and a guard over the others.
 
 A test is e2e if its code, or that of a fixture or helper of it, refers to what starts processes, trains or
-opens a model. A test that
-starts a process through the package is marked by hand: as long as it is not, it fails in `make test-fast`.
+opens a model. A test that starts a process through the package is marked by hand: as long as it is not,
+it fails in `make test-fast`.
 """
 
 import functools

