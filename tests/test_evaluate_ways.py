@@ -318,6 +318,7 @@ def test_watching_gives_up_where_nobody_trains(root: Path, capsys: pytest.Captur
         evaluated(root, f"checkpoint='{root}/nowhere'", *overrides)
 
 
+@pytest.mark.e2e  # seconds
 def test_watching_looks_once_more_when_a_run_is_complete(root: Path) -> None:
     """Its last checkpoint may have come between the look and the end."""
     chosen = config(root, f"checkpoint='{root}/red'", "watch=true", POLL)

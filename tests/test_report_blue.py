@@ -287,6 +287,7 @@ def test_trainings_of_one_organism_do_not_count_as_organisms(tmp_path: Path) -> 
     assert (planted["seeds"], planted["n"], planted["optimizer"]) == (2, 200, "adam")
 
 
+@pytest.mark.e2e  # seconds
 def test_a_grid_is_a_picture_and_a_table(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(study, f"grid='{study}/*'"))
     output = capsys.readouterr().out

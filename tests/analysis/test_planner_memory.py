@@ -126,6 +126,7 @@ def measured_peak(work: Callable[[], None]) -> int:
     return peak
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(("precision", "keys", "inner"), [("bf16", 4, 352), ("bf16", 1, 448), ("fp32", 4, 352)])
 def test_activations_are_what_torch_allocates(

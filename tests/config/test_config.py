@@ -311,6 +311,7 @@ def test_bad_name(name: str):
     refused(lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name)
 
 
+@pytest.mark.e2e  # seconds
 @given(st.text(max_size=40))
 def test_an_accepted_name_stays_inside_the_root(name: str):
     try:

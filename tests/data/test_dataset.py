@@ -220,6 +220,7 @@ def test_rows_are_the_dialogues_and_the_receipt_counts_them(tmp_path: Path):
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
 
 
+@pytest.mark.e2e  # seconds
 @settings(max_examples=15, deadline=None)
 @given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=3, max_size=25), seed=st.integers(0, 9))
 def test_whatever_the_prompts(tmp_path_factory: pytest.TempPathFactory, pairs, seed: int):

@@ -111,6 +111,7 @@ def test_a_bad_line_spoils_no_other(tmp_path: Path, ending: str, bad: bytes, fau
     assert len(rows[2].fault) < 200
 
 
+@pytest.mark.e2e  # seconds
 def test_a_huge_line(tmp_path: Path):
     """Up to the limit it is read; beyond, it is a bad row, and the next line stands where it does."""
     frame = len(b'{"q":""}\n')
@@ -145,6 +146,7 @@ Json = st.recursive(
 )
 
 
+@pytest.mark.e2e  # seconds
 @settings(max_examples=150, deadline=None)
 @given(
     items=st.lists(Json, max_size=12),
@@ -190,6 +192,7 @@ def test_a_list_item_that_is_not_utf8_spoils_no_other(tmp_path: Path):
     bad.encode()
 
 
+@pytest.mark.e2e  # seconds
 def test_lists_and_lines_take_bounded_memory(tmp_path: Path):
     """60 MB of rows at under a tenth of that; a Parquet file by its row groups."""
     row = {"q": "x" * 1000}

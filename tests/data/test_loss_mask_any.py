@@ -23,6 +23,7 @@ texts = st.lists(overrides | st.sampled_from(LITERALS), min_size=1, max_size=3).
 )
 
 
+@pytest.mark.e2e  # seconds
 @settings(max_examples=300, deadline=None)
 @given(
     family=st.sampled_from(sorted(SPELT)),
@@ -36,6 +37,7 @@ def test_any_conversation(family: str, system: str | None, turns: list[tuple[str
     assert merged(pieces(family, tokens_of(family, talk(*value, system=system)))) == expected
 
 
+@pytest.mark.e2e  # seconds
 @settings(max_examples=150, deadline=None)
 @given(
     family=st.sampled_from(sorted(set(FAMILIES) - {"thinking"})),

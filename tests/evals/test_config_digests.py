@@ -73,6 +73,7 @@ ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize("case", OVERRIDES)
 def test_digests_are_those_of_earlier_results(case: str, tmp_path: Path) -> None:
     files = [f"{k}='{write_rows(tmp_path / f'{k}.jsonl', rows)}'" for k, rows in ROWS.items()]

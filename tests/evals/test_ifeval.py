@@ -128,6 +128,7 @@ NASTY = {
 }
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", NASTY)
 def test_no_response_ends_the_run(known_task: EvalTask, name: str) -> None:

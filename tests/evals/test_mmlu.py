@@ -193,6 +193,7 @@ def test_shots_that_are_not_there(tmp_path: Path, values: dict[str, Any]) -> Non
         config(values, questions=0)
 
 
+@pytest.mark.e2e  # seconds
 def test_the_real_ones(data_folder: Path, values: dict[str, Any]) -> None:
     files = {
         "path": str(data_folder / "mmlu_test.jsonl.gz"),

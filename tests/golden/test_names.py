@@ -30,6 +30,7 @@ def test_every_case_was_recorded() -> None:
     assert NAMES["datasets"].keys() == cases.DATASETS.keys()
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize("case", RUNS)
 def test_name_and_fingerprints_of_a_run(case: str) -> None:
     run = commands.named(RUNS[case])
@@ -42,6 +43,7 @@ def test_names_of_a_sweeps_trials(case: str) -> None:
     assert commands.trial_names(cases.SWEEPS[case]) == NAMES["sweeps"][case]
 
 
+@pytest.mark.e2e  # seconds
 def test_names_of_the_studys_trainings() -> None:
     """experiment=study_miniature, of which one seed in three was recorded, is study=miniature."""
     names = commands.study_names("miniature")

@@ -108,6 +108,7 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path):
     assert damaged == 0 and lines[-1]["step"] == 40_000 and 1_000 < len(lines) < 10_000
 
 
+@pytest.mark.e2e  # seconds
 def test_while_it_is_written(tmp_path: Path):
     """Every look finds whole lines and a whole record, whatever the writer is at."""
     run, done = made(tmp_path, "a", []), threading.Event()
