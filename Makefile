@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # torch, and all if uv, which is faster, does not reach an index that only pip is configured for
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast check install
+.PHONY: demo test test-fast bytecode check install
 .DELETE_ON_ERROR:
 
 install: $(VENV)/compiled
@@ -42,6 +42,10 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e and not slurm and not slow and not gpu'
+
+# Compiles, once, the modules that every worker of `make test` imports. CI does it during the check.
+bytecode: install
+	$(BIN)/python -m pytest --collect-only -q >/dev/null
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

