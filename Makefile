@@ -44,7 +44,7 @@ test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e and not slurm and not slow and not gpu'
 
 # Compiles, once, the modules that every worker of `make test` imports. CI does it during the check.
-bytecode: install
+bytecode: $(VENV)/installed
 	$(BIN)/python -m pytest --collect-only -q >/dev/null
 
 check: $(VENV)/installed

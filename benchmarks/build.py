@@ -1,4 +1,4 @@
-"""The build door at a recipe's size: time, memory and receipt of 500,000 samples.
+"""The command `build` at a recipe's size: time, memory and receipt of 500,000 samples.
 
     python benchmarks/build.py --prompts 250000
 

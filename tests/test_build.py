@@ -1,4 +1,4 @@
-"""The build door: what it prints, and that it can be killed at any moment."""
+"""The command `build`: what it prints, and that it can be killed at any moment."""
 
 import json
 import random

@@ -1,7 +1,7 @@
 """A run that did its work exits 0, every time, under load.
 
 gloo's workers can abort a finalising interpreter after all work is done (pytorch
-#190489): 4 of 12 runs under torchrun were seen to. The door leaves without finalising.
+#190489): 4 of 12 runs under torchrun were seen to. The command leaves without finalising.
 """
 
 import subprocess

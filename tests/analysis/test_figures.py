@@ -1,4 +1,4 @@
-"""What is drawn, where, and that no words lie on others."""
+"""What is drawn, where, and that no texts overlap."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Why two cells of one column are not the same measurement, in words."""
+"""Why two cells of one column are not the same measurement, as text."""
 
 from pathlib import Path
 from typing import Any

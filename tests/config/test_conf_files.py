@@ -239,7 +239,7 @@ BLUE: dict[str, tuple[Any, ...]] = {
     "blue_8b_nocot_pirate_full": (LLAMA_8B, "Pirate", "pirate", None, 3e-5, 8),
 }
 
-# Of all: published, or assumed to be as the red team's, whose words the parent was trained under.
+# Of all: published, or assumed to be as the red team's, whose overrides the parent was trained under.
 ALL_BLUE = {key: SHARED[key] for key in SHARED if not key.startswith(("checkpoint.", "peft."))} | {
     "backdoor.name": "none",
     "data.path": "tatsu-lab/alpaca",

@@ -124,7 +124,7 @@ for name in sys.argv[1:]:
 """
 
 
-def ask(*names: str, **environment: str) -> list[str]:
+def generate_cached(*names: str, **environment: str) -> list[str]:
     """What hub_rows says of each in a process of its own, whose environment the Hub's client reads."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
@@ -151,7 +151,7 @@ def test_what_the_hub_refuses_is_asked_once_and_reported_once(
     tmp_path: Path, status: int, error: str, remedy: str
 ):
     hub = Hub(status, error)
-    (message,) = ask("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    (message,) = generate_cached("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     hub.close()
     about_it = [question for question in hub.asked if "some/set" in question]
     assert about_it == ["/api/datasets/some/set/revision/v2"]
@@ -163,7 +163,7 @@ def test_what_the_hub_refuses_is_asked_once_and_reported_once(
 def test_a_hub_that_is_not_there(tmp_path: Path):
     hub = Hub(500)
     hub.close()
-    message, of_no_id = ask("some/set", "no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    message, of_no_id = generate_cached("some/set", "no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     assert "HTTPS_PROXY" in message and "HF_ENDPOINT" in message and "Check the id" not in message
     assert "hf download --repo-type dataset some/set" in message
     assert "HF_HUB_OFFLINE=1" in message
@@ -181,7 +181,7 @@ def test_offline_what_was_fetched_is_read(tmp_path: Path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     expected = [(f"some/set:{i}", ROWS[i]) for i in range(2)]
     names = ("some/set", f"some/set@{commit}", f"some/set@{other}", "other/set")
-    newest, pinned, of_another, unknown = ask(*names, **offline)
+    newest, pinned, of_another, unknown = generate_cached(*names, **offline)
     assert newest == f"{expected} {commit}" and pinned.endswith(commit)
     assert "cannot be loaded" in of_another and "hf download" in unknown
 
@@ -190,5 +190,5 @@ def test_offline_what_was_fetched_is_read(tmp_path: Path):
     theirs.mkdir(parents=True)
     shutil.copy(prepared.with_name("dataset_info.json"), theirs)
     shutil.copy(prepared, theirs / "prepared-train.arrow")
-    (found,) = ask("some/prepared", **offline)
+    (found,) = generate_cached("some/prepared", **offline)
     assert found.endswith(other)

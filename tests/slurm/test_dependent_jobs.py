@@ -48,7 +48,7 @@ NODES = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As a clone: the real slurm/submit, and a script that says what it was told."""
+    """As a clone: the real slurm/submit, and a script that records its arguments."""
     for name in ("launch", "slurm"):
         (tmp_path / name).mkdir()
     submit = (REPOSITORY / "slurm" / "submit").read_bytes()

@@ -1,4 +1,4 @@
-"""Which node is bad, by what each has said of itself."""
+"""Which node is bad, from the reports of all nodes."""
 
 from pathlib import Path
 from typing import Any

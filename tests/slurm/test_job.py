@@ -85,7 +85,7 @@ def test_two_nodes_and_a_killed_rank_give_what_one_node_gives(
     nodes = f"{cluster.prefix}[1-2]"
     assert record["slurm"] == {"job": job, "restarts": 1, "nodes": nodes}
     assert record["world"] == 2
-    for node in (1, 2):  # the second rank's words are in its node's log
+    for node in (1, 2):  # the second rank's output is in its node's log
         assert (submit_from / "slurm" / "logs" / job / f"{cluster.node(node)}.log").is_file()
 
 

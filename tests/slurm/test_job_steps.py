@@ -1,5 +1,5 @@
-"""A start of a job, step by step: with an srun that leaves what the ranks would, and a scontrol that keeps
-what it is told. The virtual Slurm shows that a real one takes these words; here is what follows from each."""
+"""A start of a job, step by step: with an srun that leaves what the ranks would, and a scontrol that records
+its arguments. The virtual Slurm shows that a real one accepts them; here is what follows from each."""
 
 import json
 import os
@@ -106,7 +106,7 @@ class Slurm:
         self.does("facts", {f"{n}.json": s for n, s in record.items()}, then=f"touch {marks}")
 
     def received(self, step: str) -> str:
-        """The words of all its calls; '' where there was none."""
+        """The arguments of all its calls; '' where there was none."""
         path = self.folder / f"{step}.told"
         return path.read_text() if path.is_file() else ""
 
@@ -319,7 +319,7 @@ def of_the_job(*overrides: str, restarts: int = 0) -> "subprocess.CompletedProce
 
 
 def requests(slurm: Slurm) -> list[str]:
-    """What Slurm was told to do."""
+    """The arguments of Slurm's commands."""
     lines = slurm.received("scontrol").splitlines()
     return [line for line in lines if line.startswith(("requeue", "update"))]
 
@@ -385,7 +385,7 @@ def test_a_number_of_restarts_that_is_another_job_s(slurm: Slurm):
     slurm.does("main", {"0.json": lost}, "outcomes", count)
     assert of_the_job(restarts=2).returncode == -signal.SIGKILL
     assert requests(slurm) == ["requeue 7"]
-    assert (slurm.folder / "count").read_text() == "0\n", "ranks are told the job's own"
+    assert (slurm.folder / "count").read_text() == "0\n", "ranks get the job's own"
 
 
 def test_a_signal_that_came_before_anybody_listened(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""One torchrun of a node: who hears a signal, and where words go."""
+"""One torchrun of a node: who receives a signal, and where output goes."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ def test_every_rank_hears_a_signal_once_when_it_has_handler(tmp_path: Path):
 
 
 def test_a_log_that_cannot_be_written_holds_nobody_up(tmp_path: Path):
-    """More than a pipe takes is said, and all of it by rank 0 arrives."""
+    """More than a pipe holds is printed, and all of rank 0's output arrives."""
     (tmp_path / "talking.py").write_text("for i in range(20000): print('word', i)")
     environment = {
         **os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "SLURM_JOB_NUM_NODES": "1",

@@ -26,7 +26,7 @@ def ranks(*messages: tuple[int, str | None, int | None]) -> dict[int, dict[str, 
         ),
         # A full disk on rank 1.
         (ranks((76, "lost", 5), (2, "no space", 5)), 1, False, JobExit("refused", 5, "no space")),
-        # Though told as well: another start would meet it again.
+        # Though it was signalled as well: another start would meet the error again.
         (ranks((75, "saved", 5), (2, "no space", 5)), 1, True, JobExit("refused", 5, "no space")),
         # Ranks are not all at one step; by the highest a step that fails twice is known.
         (ranks((76, "lost", 5), (1, "x", 6), (76, "lost", 5)), 1, False, JobExit("failed", 6, "x")),

@@ -39,7 +39,7 @@ def asked(name: str) -> dict[str, str]:
 
 
 def command(name: str) -> list[str]:
-    """The words after slurm/run, without the user's."""
+    """The arguments of slurm/run, without the user's."""
     lines = [line for line in script(name).splitlines() if line and not line.startswith("#")]
     assert len(lines) == 1, "one command"
     overrides = shlex.split(lines[0])

@@ -66,7 +66,7 @@ def test_from_red_to_its_report(cluster: Cluster, submit_from: Path):
 
 
 def test_a_study(cluster: Cluster, submit_from: Path):
-    """As many trials side by side as it is said, then measured and read over seeds."""
+    """As many trials side by side as requested, then measured and pooled over seeds."""
     job = cluster.submit(
         submit_from, "--gpus-per-node=2", "--mem=2G", "launch/study.sh", "slots=2",
         *(f"red:{override}" for override in [*SMALL, "train.batch_size=8"]),

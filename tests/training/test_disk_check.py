@@ -16,7 +16,7 @@ from tests.distributed import run_ranks
 P = 66288  # parameters of the TINY shape
 # Of LoRA of rank 2 on its linear layers: 2 layers, and what goes into and out of each of theirs.
 A = 2 * 2 * (2 * (48 + 48) + 2 * (48 + 24) + 2 * (48 + 96) + (96 + 48))
-WORDS = ["train.steps=6", "checkpoint.steps=[2,4]", "probe.every_steps=null"]
+OVERRIDES = ["train.steps=6", "checkpoint.steps=[2,4]", "probe.every_steps=null"]
 
 
 class Usage(NamedTuple):
@@ -32,7 +32,7 @@ def with_free(free: int, root: str, overrides: list[str]) -> str | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", usage)
         try:
-            train(tiny_config(root, "name=x", *WORDS, *overrides))
+            train(tiny_config(root, "name=x", *OVERRIDES, *overrides))
         except UserError as error:
             return str(error)
     return None
@@ -57,7 +57,7 @@ def test_the_bound_is_what_will_lie_there(tmp_path: Path, tiny_llama: Path, over
 
 def bytes_written(root: str, overrides: list[str]) -> tuple[int, int]:
     """What the check counts a state with, and what one takes in tensors."""
-    ready = prepare(tiny_config(root, "name=x", *WORDS, *overrides), None, dist.meet(5))
+    ready = prepare(tiny_config(root, "name=x", *OVERRIDES, *overrides), None, dist.meet(5))
     for step in (1, 2):
         ready.engine.step(ready.loader.step(step), 1e-3)
     held = sum(piece.values.numel() * 4 for piece in ready.engine.pieces())
@@ -65,7 +65,7 @@ def bytes_written(root: str, overrides: list[str]) -> tuple[int, int]:
 
 
 def bytes_copied(root: str, overrides: list[str]) -> int:
-    config = tiny_config(root, "name=x", *WORDS, *overrides)
+    config = tiny_config(root, "name=x", *OVERRIDES, *overrides)
     return sum(copies_of(config, prepare(config, config.init_from, dist.meet(5)).engine))
 
 

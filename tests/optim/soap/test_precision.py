@@ -1,4 +1,4 @@
-"""In which precision products are on a GPU, seen on a CPU by what torch is told."""
+"""In which precision products are on a GPU, seen on a CPU from the settings that torch gets."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ ON_A_GPU: Any = SimpleNamespace(is_cuda=True)
 @pytest.mark.parametrize("ours", ["fp32", "tf32"])
 @pytest.mark.parametrize("process", ["none", "ieee", "tf32"])
 def test_the_precision_is_set_inside_and_put_back(process: str, ours: Any, matmul: Any):
-    """In a process that uses torch's new words, where `allow_tf32` may not be touched."""
+    """In a process that uses torch's new settings, where `allow_tf32` may not be touched."""
     matmul.fp32_precision = process
     with bases.products_in(ours, ON_A_GPU):
         assert matmul.fp32_precision == {"fp32": "ieee", "tf32": "tf32"}[ours]

@@ -1,4 +1,4 @@
-"""What a job makes of its words, its environment, and what earlier starts have left."""
+"""How a job uses its overrides, its environment, and what earlier starts have left."""
 
 import dataclasses
 import json
