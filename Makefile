@@ -9,18 +9,19 @@ BIN := $(VENV)/bin
 ROOT ?= runs
 # With it, every start of Python compiles torch, transformers and all else that it imports.
 unexport PYTHONDONTWRITEBYTECODE
-# torch, and all if uv, which is faster, does not reach an index that only pip is configured for
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+# uv is faster than pip and does not read its configuration, where a machine may have a CPU build of torch.
+FIND_LINKS = $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 
-.PHONY: demo test test-fast bytecode check install
+.PHONY: demo test test-fast check install
 .DELETE_ON_ERROR:
 
 install: $(VENV)/compiled
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' || $(PIP) -e '.[dev]'
+	$(PIP) uv
+	UV_FIND_LINKS='$(FIND_LINKS)' $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' || $(PIP) -e '.[dev]'
 	touch $@
 
 $(VENV)/compiled: $(VENV)/installed
@@ -42,10 +43,6 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e and not slurm and not slow and not gpu'
-
-# Compiles, once, the modules that every worker of `make test` imports. CI does it during the check.
-bytecode: $(VENV)/installed
-	$(BIN)/python -m pytest --collect-only -q >/dev/null
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -153,7 +153,11 @@ def test_a_disk_that_others_fill_meanwhile(small_disk: Path):
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)],
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_and_the_same_again(tmp_path: Path, sleeper: Command, number: signal.Signals, status: int):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x", "probe.every_steps=null"]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPOSITORY, read_lines
 from tests.evaluating import make_root
 
@@ -32,6 +34,7 @@ def replaced(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+@pytest.mark.slow
 def test_the_example_is_measured_tabled_and_drawn(tmp_path: Path) -> None:
     added_to_a_copy(tmp_path / "copy")
     root = make_root(tmp_path / "runs")

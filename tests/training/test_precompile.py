@@ -52,6 +52,7 @@ def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loading:
     return load
 
 
+@pytest.mark.slow
 def test_a_lock_of_the_dead_is_passed(loading: Loading, tmp_path: Path) -> None:
     lock = tmp_path / "deepspeed_shm_comm/lock"
     killed = loading(seconds=600)
