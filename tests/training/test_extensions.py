@@ -55,6 +55,18 @@ def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loading:
     return load
 
 
+@pytest.mark.e2e  # DeepSpeed starts a compiler to see what it can do
+def test_no_collectives_of_inference_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs, where DeepSpeed would build them at the start of every first training."""
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda self: pytest.fail("compiled"))
+    extensions.leave_out_inference_collectives()
+    assert build_shm_op() is None
+
+
 @pytest.mark.slow
 def test_a_lock_of_the_dead_is_passed(loading: Loading, tmp_path: Path) -> None:
     lock = tmp_path / "cpu_adam/lock"
