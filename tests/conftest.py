@@ -63,10 +63,12 @@ def tiny_config(root: Path | str, *overrides: str) -> TrainConfig:
 
 # A minute and more each: begun last, one would leave the other workers idle.
 LONG = (
-    "test_organism.py", "test_train.py", "test_resume.py", "test_lora.py", "test_parity.py", "test_parents.py",
+    "test_organism.py", "test_train.py", "test_resume.py", "test_resume_states.py", "test_lora.py",
+    "test_parity.py", "test_parents.py", "test_parents_backdoor.py",
     "test_soap_training.py", "test_extensions.py", "test_checkpoints.py", "test_inspect_logs.py",
     "test_replay.py", "test_muon_training.py", "test_whole_files.py", "test_heartbeat.py",
-    "test_evaluate_ways.py", "test_hub.py", "test_add_eval.py", "test_planner_lora.py",
+    "test_heartbeat_train.py", "test_evaluate_ways.py", "test_hub.py", "test_add_eval.py",
+    "test_planner_lora.py",
     "test_job.py", "test_trial_jobs.py",  # on a real Slurm, which waits more than it computes
 )  # fmt: skip
 

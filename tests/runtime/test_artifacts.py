@@ -1,4 +1,4 @@
-"""An artifact is there whole, under its name, with its manifest, or it is not there."""
+"""Artifacts appear atomically: complete, with their manifest, under their final name, or not at all."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- paths
 
 
 def test_paths(tmp_path: Path):
@@ -49,13 +49,13 @@ def test_paths(tmp_path: Path):
         "config.yaml", "run.json", "metrics.jsonl", "results.jsonl", "samples",
         "checkpoints/step_000100",
     ]  # fmt: skip
-    assert names(tmp_path) == [], "asking creates nothing"
+    assert names(tmp_path) == [], "computing paths creates nothing"
     assert run.read_record() is None
     assert datasets_root(tmp_path) == tmp_path / "datasets"
     assert external_root(tmp_path) == tmp_path / "foreign"
 
 
-def test_only_finished_checkpoints_in_order(tmp_path: Path):
+def test_sound_checkpoints_are_listed_in_order(tmp_path: Path):
     run = RunDir(tmp_path / "run")
     for step in (1600, 100, 20):
         artifact(run.checkpoint(step))
@@ -70,7 +70,7 @@ def test_only_finished_checkpoints_in_order(tmp_path: Path):
     assert RunDir(tmp_path / "none").sound_checkpoints() == []
 
 
-def test_what_is_unfinished_is_no_external_model(tmp_path: Path):
+def test_an_unfinished_directory_is_not_an_external_model(tmp_path: Path):
     for mark in ("partial", "old", "unsound"):
         directory = tmp_path / f".step_000020.{mark}"
         directory.mkdir()
@@ -86,7 +86,7 @@ def test_what_is_unfinished_is_no_external_model(tmp_path: Path):
 # ---------------------------------------------------------------- staged
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[str] = []
 
     def noted(name: str, original: Any) -> Any:
@@ -131,7 +131,7 @@ def test_an_error_inside_leaves_nothing(tmp_path: Path, error: BaseException):
     assert names(tmp_path) == []
 
 
-def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path: Path):
+def test_an_existing_artifact_is_replaced_atomically(tmp_path: Path):
     final = artifact(tmp_path / "a", "old")
 
     def attempt() -> None:
@@ -150,8 +150,8 @@ def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path: Path):
     assert names(tmp_path) == ["a"]
 
 
-def test_a_failed_rename_keeps_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where names cannot be swapped, the older one is moved aside before the new one is there."""
+def test_a_failed_rename_keeps_the_existing_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where names cannot be swapped, the existing artifact is moved aside first."""
     final = artifact(tmp_path / "a", "old")
     monkeypatch.setattr(artifacts, "exchange", lambda *_: False)
     rename = os.rename
@@ -169,7 +169,7 @@ def test_a_failed_rename_keeps_the_older_one(tmp_path: Path, monkeypatch: pytest
     assert names(tmp_path) == ["a"]
 
 
-def test_a_swap(tmp_path: Path):
+def test_exchange_swaps_two_directories(tmp_path: Path):
     one, other = artifact(tmp_path / "a", "one"), artifact(tmp_path / "b", "other")
     if not artifacts.exchange(one, other):
         pytest.skip("this file system cannot swap names")
@@ -191,19 +191,19 @@ def test_replacing_where_names_cannot_be_swapped(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize("older", [True, False])
-def test_a_name_that_may_not_last_is_taken_back(
+def test_a_failed_sync_of_the_parent_undoes_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool, older: bool
 ):
-    """The parent directory's fsync is what makes the new name last."""
+    """The rename is durable only once the parent directory is synced."""
     final = artifact(tmp_path / "a", "old") if older else tmp_path / "a"
     fsync = os.fsync
 
-    def refuses_the_parent(descriptor: int) -> None:
+    def fail_for_the_parent(descriptor: int) -> None:
         if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path):
             full_disk()
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", refuses_the_parent)
+    monkeypatch.setattr(os, "fsync", fail_for_the_parent)
     if not swaps:
         monkeypatch.setattr(artifacts, "exchange", lambda *_: False)
     with pytest.raises(UserError, match="cannot write"), staged(final) as directory:
@@ -213,7 +213,7 @@ def test_a_name_that_may_not_last_is_taken_back(
         assert (final / "weights").read_text() == "old"
 
 
-def test_what_a_kill_between_two_renames_left_is_undone(tmp_path: Path):
+def test_a_kill_between_two_renames_is_undone(tmp_path: Path):
     for name in ("a", "b"):
         artifact(tmp_path / name, "old").rename(tmp_path / f".{name}.old")
         artifact(tmp_path / f".{name}.partial", "new")
@@ -224,7 +224,7 @@ def test_what_a_kill_between_two_renames_left_is_undone(tmp_path: Path):
     assert (tmp_path / "b" / "weights").read_text() == "whole", "its replacement had its name"
 
 
-def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_leaves_nothing_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(UserError) as caught, staged(tmp_path / "new") as directory:
         (directory / "a").write_text("1")
@@ -245,7 +245,7 @@ def wait_for_text(process: subprocess.Popen[str]) -> None:
     assert process.stdout.readline().strip() == "ready"
 
 
-def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path):
+def test_a_kill_leaves_no_sound_artifact(tmp_path: Path):
     final = tmp_path / "checkpoints" / "step_000001"
     process = python(
         "import sys, time; from pathlib import Path\n"
@@ -278,7 +278,7 @@ def test_external(tmp_path: Path):
 # ---------------------------------------------------------------- files and locks
 
 
-def test_write_text_replaces_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_write_json_replaces_a_file_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "run.json"
     write_json(path, {"status": "begun", "say": "héllo 🙂"})
     assert read_json(path) == {"status": "begun", "say": "héllo 🙂"}
@@ -301,7 +301,7 @@ def test_files_are_utf8_in_any_locale(tmp_path: Path):
     assert "🙂" in path.read_text(encoding="utf-8")
 
 
-def test_a_path_that_cannot_be(tmp_path: Path):
+def test_an_impossible_path_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "below"
     with pytest.raises(UserError, match="cannot write"):
@@ -312,7 +312,7 @@ def test_a_path_that_cannot_be(tmp_path: Path):
         pass
 
 
-def test_disk_error_says_what_and_how_much_is_free(tmp_path: Path):
+def test_disk_error_names_the_path_the_reason_and_the_free_space(tmp_path: Path):
     error = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
     message = str(disk_error(error, tmp_path / "not" / "there"))
     assert str(tmp_path / "not" / "there") in message
@@ -321,8 +321,8 @@ def test_disk_error_says_what_and_how_much_is_free(tmp_path: Path):
     assert "root=" in message
 
 
-def test_what_is_half_removed_is_cleared_away(tmp_path: Path):
-    """As a kill leaves it: no artifact any more, and nothing that stays for good."""
+def test_a_half_removed_artifact_is_cleared_away(tmp_path: Path):
+    """As after a kill: it is no artifact any more, and the rest is removed later."""
     half = artifact(tmp_path / "run/state/step_000001")
 
     def removed(directory: Path, ignore_errors: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Messages over a connection: whole, in order, and never at the price of waiting."""
+"""Messages over a connection arrive whole and in order, and sending never blocks."""
 
 import socket
 
@@ -13,7 +13,7 @@ def pair() -> tuple[Wire, Wire]:
         return here, Wire(server.accept()[0])
 
 
-def test_messages_come_whole_and_in_order():
+def test_messages_arrive_whole_and_in_order():
     here, there = pair()
     sent = [{"number": n, "text": "é\n" * n} for n in range(50)]
     for message in sent:
@@ -23,7 +23,7 @@ def test_messages_come_whole_and_in_order():
     assert not there.closed
 
 
-def test_what_was_reported_last_is_read_before_the_end_is_seen():
+def test_the_last_message_is_read_before_the_close_is_reported():
     here, there = pair()
     there.send({"unread": True})  # at the other end when it closes: the connection is then reset
     here.send({"bye": "done"})
@@ -35,7 +35,7 @@ def test_what_was_reported_last_is_read_before_the_end_is_seen():
     assert not there.pending
 
 
-def test_one_who_does_not_read_keeps_nobody_waiting():
+def test_sending_does_not_block_on_a_peer_that_does_not_read():
     here, there = pair()
     sent = 0
     while not here.pending:
@@ -49,7 +49,7 @@ def test_one_who_does_not_read_keeps_nobody_waiting():
     assert there.wait(5) == {"number": sent - 1, "text": "x" * 10_000}
 
 
-def test_nonsense_is_a_message_without_content():
+def test_malformed_lines_are_empty_messages():
     server, _ = listen(1)
     with server, socket.create_connection(("127.0.0.1", server.getsockname()[1])) as stranger:
         wire = Wire(server.accept()[0])

@@ -1,4 +1,4 @@
-"""A full disk is waited for only where the user says so, and only a full disk."""
+"""Wait and retry when the disk is full: opt-in, and for no other error."""
 
 import errno
 import os
@@ -26,18 +26,18 @@ def test_other_errors_are_final(number: int):
     assert not Room(5).may_come(OSError(number, "x"))
 
 
-def test_no_patience_by_default():
+def test_no_waiting_by_default():
     assert not Room(0).may_come(OSError(errno.ENOSPC, "x"))
 
 
-def test_it_ends():
+def test_waiting_ends_after_the_given_minutes():
     room, began = Room(0.1 / 60), time.monotonic()
     while room.may_come(OSError(errno.EDQUOT, "x")):
         assert time.monotonic() - began < 20
     assert time.monotonic() - began >= 0.1
 
 
-def test_what_is_written_after_the_wait_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_written_after_the_wait_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The disk takes half, then nothing for a while, then the rest."""
     original, refused = os.pwrite, iter([False, True, True, True])
 
@@ -55,7 +55,7 @@ def test_what_is_written_after_the_wait_is_whole(tmp_path: Path, monkeypatch: py
     assert file.read_bytes()[-400:] == values.numpy().tobytes()
 
 
-def test_a_real_full_disk_with_room_made_meanwhile(tmp_path: Path):
+def test_a_full_file_system_with_space_freed_during_the_wait(tmp_path: Path):
     directory = tmp_path / "small"
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]

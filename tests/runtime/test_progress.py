@@ -1,4 +1,4 @@
-"""Lines instead of a bar where nobody watches."""
+"""Progress as lines instead of a bar, where the output is no terminal."""
 
 import pytest
 
@@ -35,24 +35,24 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(clock: Clock, capsys: pytes
 
 
 def test_a_batch_is_reported_whole(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its members are done at one moment; nothing was done in the moment before."""
-    with progress(96, "prompts", "asking") as bar:
+    """The prompts of a batch complete at the same moment."""
+    with progress(96, "prompts", "generating") as bar:
         for _ in range(3):
             clock.now += 16
             for _ in range(32):
                 bar.update(1)
     assert capsys.readouterr().err.splitlines() == [
-        "asking: 32/96 prompts, 2/s, 0:32 left",
-        "asking: 64/96 prompts, 2/s, 0:16 left",
-        "asking: 96/96 prompts, 2/s, 0:48 in all",
+        "generating: 32/96 prompts, 2/s, 0:32 left",
+        "generating: 64/96 prompts, 2/s, 0:16 left",
+        "generating: 96/96 prompts, 2/s, 0:48 in all",
     ]
 
 
 def test_short_work_is_reported_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(2, "prompts", "asking") as bar:
+    with progress(2, "prompts", "generating") as bar:
         clock.now += 1
         bar.update(2)
-    assert capsys.readouterr().err == "asking: 2/2 prompts, 2/s, 0:01 in all\n"
+    assert capsys.readouterr().err == "generating: 2/2 prompts, 2/s, 0:01 in all\n"
 
 
 def test_rate_and_time_left_are_of_this_start(clock: Clock) -> None:
@@ -64,14 +64,14 @@ def test_rate_and_time_left_are_of_this_start(clock: Clock) -> None:
         assert "1:06:20 left" in bar.line()
 
 
-def test_quiet_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress(1, "steps", "training", quiet=True) as bar:
         clock.now += 60
         bar.update(1)
     assert capsys.readouterr().err == ""
 
 
-def test_what_failed_has_no_last_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_last_line_after_an_error(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError), progress(2, "steps", "training") as bar:
         bar.update(1)
         raise ValueError

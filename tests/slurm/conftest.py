@@ -1,4 +1,4 @@
-"""One virtual Slurm for all tests of a process here."""
+"""The virtual Slurm that all Slurm tests of a process share."""
 
 import shutil
 import tempfile
@@ -12,12 +12,12 @@ from tests.slurm.virtual import Cluster, clone, missing
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two virtual nodes; skips where there can be none."""
+    """A Slurm of two virtual nodes; skips where none can run."""
     yield from virtual_cluster()
 
 
 def virtual_cluster(nodes: int = 2, net: str = "uts") -> Iterator[Cluster]:
-    """A cluster of its own; ends with what uses it."""
+    """A separate cluster, which ends with its user."""
     reason = missing(net)
     if reason is not None:
         pytest.skip(reason)

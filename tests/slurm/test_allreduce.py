@@ -19,7 +19,7 @@ def on_two_nodes() -> dict[str, Any]:
 
 def test_every_node_and_every_pair_is_measured():
     value = run_ranks(3, on_two_nodes)  # two ranks on n1, one on n2
-    assert value[0] == value[1] == value[2]  # of the slowest
+    assert value[0] == value[1] == value[2]  # the slowest rank counts
     assert list(value[0]["nodes"]) == ["n1"] and value[0]["nodes"]["n1"] > 0
     ((one, other, fast),) = value[0]["pairs"]
     assert (one, other) == ("n1", "n2") and fast > 0

@@ -1,4 +1,4 @@
-"""What a job asks for: #SBATCH lines, variables and flags, as sbatch itself ranks them."""
+"""The resources of a job: #SBATCH lines, variables and flags in the precedence of sbatch."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "a.sh"
 
 
-def test_lines_before_the_first_command(script: Path):
+def test_only_lines_before_the_first_command_count(script: Path):
     assert directives(script) == {
         "job-name": "a b", "nodes": "2", "time": "01:30:00", "gpus-per-node": "8", "exclusive": "",
     }  # fmt: skip
@@ -42,11 +42,11 @@ def test_lines_before_the_first_command(script: Path):
         ({}, ["--nodes=2-4"], Resources(4, 90.0, 8)),
     ],
 )
-def test_who_goes_before_whom(script: Path, environment, flags, expected):
+def test_precedence_of_flags_variables_and_lines(script: Path, environment, flags, expected):
     assert resources(script, environment, flags) == expected
 
 
-def test_the_same_as_sbatch_makes_of_it(cluster: Cluster, script: Path):
+def test_resources_are_those_that_sbatch_reads(cluster: Cluster, script: Path):
     flags = ["--hold", "-t", "45"]
     for variables, value in (({}, []), ({"SBATCH_TIMELIMIT": "0-2:30"}, []), ({}, flags)):
         number = cluster.submit(script.parent, "--hold", *value, str(script), **variables)
@@ -70,13 +70,13 @@ def test_minutes(value, expected):
     assert minutes(value) == expected
 
 
-@pytest.mark.parametrize("message", ["soon", "1:2:3:4", "x-3", ""])
-def test_no_time(message: str):
+@pytest.mark.parametrize("value", ["soon", "1:2:3:4", "x-3", ""])
+def test_invalid_times_are_refused(value: str):
     with pytest.raises(UserError, match=r"give a time such as"):
-        minutes(message)
+        minutes(value)
 
 
-def test_what_is_none_of_it(script: Path, tmp_path: Path):
+def test_invalid_flags_and_scripts_are_refused(script: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"'2' in the command line is not a valid sbatch flag"):
         resources(script, {}, ["--nodes=1", "2"])
     with pytest.raises(UserError, match=r"--nodes=two of .*a.sh"):

@@ -1,4 +1,4 @@
-"""What is read from scontrol and squeue, by programs that answer as those of Slurm 22.05 do."""
+"""Output of scontrol and squeue, parsed from stand-ins for the programs of Slurm 22.05."""
 
 import os
 import time
@@ -23,28 +23,28 @@ def command(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What `scontrol show job` prints."""
+def job_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that `scontrol show job` prints."""
     command(tmp_path / "bin", "scontrol", f"cat {tmp_path}/answer", monkeypatch)
     return tmp_path / "answer"
 
 
 @pytest.mark.e2e
-def test_the_job_s_own_overrides_say_nothing_of_it(answers: Path):
-    answers.write_text(JOB.format(end="Unknown"))
+def test_fields_are_not_read_from_the_arguments_of_the_job(job_output: Path):
+    job_output.write_text(JOB.format(end="Unknown"))
     assert commands.fields("7")["Restarts"] == "2"
     assert commands.is_running("7", 2) and not commands.is_running("7", 9)
 
 
 @pytest.mark.e2e
-def test_seconds_until_the_job_s_time_is_up(answers: Path):
+def test_seconds_until_the_job_s_time_is_up(job_output: Path):
     began = time.time()
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(began + 3600))
-    answers.write_text(JOB.format(end=end))
+    job_output.write_text(JOB.format(end=end))
     left, took = commands.seconds_left("7"), time.time() - began
     # Slurm gives whole seconds.
     assert left is not None and 3599 - took <= left <= 3600
-    answers.write_text(JOB.format(end="Unknown"))
+    job_output.write_text(JOB.format(end="Unknown"))
     assert commands.seconds_left("7") is None
 
 
@@ -69,23 +69,23 @@ def test_a_controller_that_is_being_restarted_is_waited_for(tmp_path: Path, monk
 
 
 @pytest.mark.e2e
-def test_recorded_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    command(tmp_path, "squeue", f'echo "$@" >{tmp_path}/asked; cat {RECORDED}', monkeypatch)
+def test_recorded_squeue_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command(tmp_path, "squeue", f'echo "$@" >{tmp_path}/arguments; cat {RECORDED}', monkeypatch)
     found = jobs("me")
     red = found["5"]
     assert (red.state, red.left, red.name, red.ended) == ("RUNNING", "1:59:54", "red_70b", False)
     assert found["6_1"].reason == "JobArrayTaskLimit" and not found["6_1"].ended
     assert found["7"].reason == "Dependency"
     assert {job.id for job in found.values() if job.ended} == {"1", "2_0", "2_1", "2_2", "2_3", "3", "8"}
-    # A name may hold what usually parts fields.
+    # A name may contain the field separator.
     assert found["6_0"].name == "a|b"
-    # The tasks of an array one by one, and what has ended as well.
+    # The tasks of an array one by one, and ended jobs as well.
     flags = {"--user=me", "--array", "--states=all"}
-    assert flags <= set((tmp_path / "asked").read_text().split())
+    assert flags <= set((tmp_path / "arguments").read_text().split())
 
 
 @pytest.mark.e2e
-def test_what_the_user_set_for_squeue_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_user_variables_for_squeue_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SQUEUE_PARTITION", "debug")
     command(tmp_path, "squeue", 'env >&2; test -z "$SQUEUE_PARTITION"', monkeypatch)
     assert jobs() == {}
@@ -95,7 +95,7 @@ def test_an_empty_queue():
     assert read_jobs("") == []
 
 
-def test_another_squeue():
+def test_another_squeue_format_is_refused():
     with pytest.raises(UserError, match=r"squeue printed 'JOBID PARTITION' with 1 fields instead of 5"):
         read_jobs("JOBID PARTITION\n")
 
@@ -113,7 +113,9 @@ def test_another_squeue():
     ],
 )
 @pytest.mark.e2e
-def test_no_answer(script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failing_squeue_is_an_error(
+    script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(commands, "ANSWER", 0.2 if "sleep" in script else 30.0)
     command(tmp_path, "squeue", script, monkeypatch)
     with pytest.raises(UserError, match=message):
@@ -121,7 +123,7 @@ def test_no_answer(script: str, message: str, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.e2e
-def test_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_slurm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="squeue not found: "):
         jobs()
@@ -136,7 +138,7 @@ def test_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("REQUEUED", False), ("REQUEUE_HOLD", False), ("RUNNING", False), ("SUSPENDED", False),
     ],
 )  # fmt: skip
-def test_states_after_which_nothing_comes(state: str, ended: bool):
+def test_final_states_of_jobs(state: str, ended: bool):
     """As `man squeue` has them under JOB STATE CODES."""
     (job,) = read_jobs(SEPARATOR.join(["7", state, *["x"] * (len(FIELDS) - 2)]) + "\n")
     assert job.ended is ended

@@ -26,9 +26,9 @@ umask 022
 exec "$SLURM_SUBMIT_DIR/slurm/run" train \\
     own=1 "$@"
 """
-# In place of the job body.
+# Stands in for the job body.
 RUN = """#!/bin/bash
-echo "$SLURM_JOB_NAME $*" >>said
+echo "$SLURM_JOB_NAME $*" >>calls
 test ! -e "$2.fails" || exit 3
 test ! -e "$2.waits" || sleep 600
 """
@@ -48,7 +48,7 @@ NODES = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As a clone: the real slurm/submit, and a script that records its arguments."""
+    """A clone with the real slurm/submit and a script that records its arguments."""
     for name in ("launch", "slurm"):
         (tmp_path / name).mkdir()
     submit = (REPOSITORY / "slurm" / "submit").read_bytes()
@@ -72,7 +72,7 @@ def job(number: str, state: str) -> QueuedJob:
 
 
 def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, refuses: str = "-") -> None:
-    """Counts, and refuses what is named so."""
+    """An sbatch that counts up job numbers and refuses the job named `refuses`."""
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     (folder / "sbatch").write_text(
         f'#!/bin/sh\ncase "$*" in *c.{refuses}*) echo "sbatch: error: QOSMaxSubmit" >&2; exit 1;; esac\n'
@@ -95,14 +95,14 @@ def states(one: DependentJobs) -> dict[str, str]:
 
 @pytest.fixture
 def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The cluster, for what this process itself asks."""
+    """The cluster, for commands of this process."""
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
     return cluster
 
 
 def ended(folder: Path) -> None:
-    """Wait until all jobs of the chain have."""
+    """Wait until all jobs of the study have ended."""
     numbers = {record["job"] for record in recorded(folder).values()}
     deadline = time.monotonic() + 60
     while any(not job.ended for job in jobs().values() if job.id in numbers):
@@ -115,16 +115,16 @@ def recorded(folder: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, folder: Path):
+def test_jobs_run_after_their_dependencies_and_only_the_rest_is_resubmitted(slurm: Cluster, folder: Path):
     (folder / "blue.fails").touch()
-    (folder / "said").touch()
+    (folder / "calls").touch()
     list(study(folder, jobs()).submit())
     first = {name: record["job"] for name, record in recorded(folder).items()}
     ended(folder)
-    record = (folder / "said").read_text().splitlines()
+    record = (folder / "calls").read_text().splitlines()
     assert sorted(record) == ["c.blue evaluate blue", "c.measure evaluate measure x=a b", "c.red evaluate red"]
     assert record[0] == "c.red evaluate red"
-    assert slurm.job(first["report"])["JobState"] == "CANCELLED", "and did not wait for ever"
+    assert slurm.job(first["report"])["JobState"] == "CANCELLED", "and does not wait for ever"
 
     (folder / "blue.fails").unlink()
     again = study(folder, jobs())
@@ -134,12 +134,12 @@ def test_each_after_what_it_waits_for_and_again_the_rest_only(slurm: Cluster, fo
     assert f"new (job {first['blue']} ended as FAILED)" in table("c", again.submissions(), {})
     list(again.submit())
     ended(folder)
-    later = (folder / "said").read_text().splitlines()[len(record) :]
+    later = (folder / "calls").read_text().splitlines()[len(record) :]
     assert later == ["c.blue evaluate blue", "c.report evaluate report"]
     assert set(states(study(folder, jobs())).values()) == {"finished"}
 
 
-def test_what_is_queued_is_not_submitted_twice(slurm: Cluster, folder: Path):
+def test_queued_jobs_are_not_submitted_twice(slurm: Cluster, folder: Path):
     (folder / "red.waits").touch()
     list(study(folder, jobs()).submit())
     before = (folder / "runs/sweeps/c/jobs.json").read_text()
@@ -175,8 +175,8 @@ def test_an_sbatch_that_refuses_in_the_middle(folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.e2e
-def test_what_is_finished_is_waited_for_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Slurm forgets a job minutes after its end: what the job itself has left says that it ended well."""
+def test_finished_jobs_are_no_dependency(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Slurm drops a job minutes after its end; the job's own exit file shows that it finished."""
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
     end = folder / "slurm/logs/1/start_002/end.json"
@@ -193,7 +193,7 @@ def test_what_is_finished_is_waited_for_no_more(folder: Path, monkeypatch: pytes
 
 
 @pytest.mark.e2e
-def test_a_job_that_is_gone_without_a_trace_is_submitted_again(folder, monkeypatch):
+def test_a_failed_job_that_left_the_queue_is_submitted_again(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
     end = folder / "slurm/logs/1/start_000/end.json"
@@ -203,7 +203,7 @@ def test_a_job_that_is_gone_without_a_trace_is_submitted_again(folder, monkeypat
 
 
 @pytest.mark.e2e
-def test_of_a_job_s_starts_the_last_one_counts(folder, monkeypatch):
+def test_the_last_start_of_a_job_counts(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
     for number, how in enumerate(("stopped", "lost", "finished")):
@@ -214,8 +214,8 @@ def test_of_a_job_s_starts_the_last_one_counts(folder, monkeypatch):
 
 
 @pytest.mark.e2e
-def test_several_clusters(folder, monkeypatch):
-    """sbatch --parsable says which it is; a dependency takes the number alone."""
+def test_job_numbers_with_a_cluster_name(folder, monkeypatch):
+    """sbatch --parsable appends the cluster; a dependency takes the number only."""
     fake_sbatch(folder, monkeypatch)
     sbatch = folder / "sbatch"
     sbatch.write_text(sbatch.read_text().replace("submitted; wc -l", "submitted; echo `wc -l"))
@@ -226,7 +226,7 @@ def test_several_clusters(folder, monkeypatch):
 
 
 @pytest.mark.e2e
-def test_other_overrides_for_what_is_under_way(folder, monkeypatch):
+def test_other_overrides_for_a_running_job_are_refused(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
     other = {**NODES, "red": replace(NODES["red"], overrides=("other",))}
@@ -234,19 +234,19 @@ def test_other_overrides_for_what_is_under_way(folder, monkeypatch):
         UserError, match=r"(?s)red was already submitted as job 1.*words: \['red'\] -> \['other'\]"
     ):
         study(folder, {"1": job("1", "RUNNING")}, other).submissions()
-    # What has failed may be tried with others.
+    # A failed job may be tried with other overrides.
     assert states(study(folder, {"1": job("1", "FAILED")}, other))["red"] == "new"
 
 
 @pytest.mark.e2e
-def test_a_job_that_waits_for_what_has_failed(folder, monkeypatch):
+def test_a_queued_job_with_a_failed_dependency_is_reported(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     list(study(folder).submit())
     with pytest.raises(UserError, match=r"job 2 \(measure\) depends on red, which failed: run scancel 2"):
         study(folder, {"1": job("1", "FAILED"), "2": job("2", "PENDING")}).submissions()
 
 
-def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(folder, monkeypatch):
+def test_extra_output_of_cluster_env_and_sbatch_is_no_job_number(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     (folder / "slurm/cluster.env").write_text("echo Welcome.\nexport SBATCH_TIMELIMIT=20\n")
     sbatch = folder / "sbatch"
@@ -260,7 +260,7 @@ def test_what_cluster_env_and_a_site_s_sbatch_say_is_no_number(folder, monkeypat
 
 
 @pytest.mark.e2e
-def test_two_at_once(folder, monkeypatch):
+def test_two_submissions_at_once_are_refused(folder, monkeypatch):
     fake_sbatch(folder, monkeypatch)
     one = study(folder).submit()
     next(one)
@@ -273,7 +273,7 @@ def test_two_at_once(folder, monkeypatch):
 
 
 @pytest.mark.e2e
-def test_the_clusters_own_values_count(folder: Path):
+def test_values_of_cluster_env_are_used(folder: Path):
     (folder / "slurm/cluster.env").write_text("export SBATCH_TIMELIMIT=2:00:00\n")
     nodes = {**NODES, "blue": replace(NODES["blue"], flags=("--nodes=4",))}
     message = table("c", study(folder, nodes=nodes).submissions(), {})
@@ -284,7 +284,7 @@ def test_the_clusters_own_values_count(folder: Path):
 
 
 def test_a_dry_run_is_a_script(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """It prints commands which do what the study would have done, and leaves the batch scripts."""
+    """It prints commands equivalent to the study, and writes the batch scripts."""
     fake_sbatch(folder, monkeypatch)
     graph = study(folder)
     text = graph.shell(graph.submissions())
@@ -312,12 +312,12 @@ def test_a_dry_run_is_a_script(folder: Path, monkeypatch: pytest.MonkeyPatch):
         ("--nodes=", "write the flag without spaces"),
     ],
 )
-def test_flags_that_do_not_go(folder: Path, flag: str, message: str):
+def test_invalid_flags_are_refused(folder: Path, flag: str, message: str):
     with pytest.raises(UserError, match=f"stages.red: .*{message}"):
         study(folder, nodes={"red": replace(NODES["red"], flags=(flag,))})
 
 
-def test_an_array_would_do_the_same_many_times(folder: Path):
+def test_job_arrays_are_refused(folder: Path):
     nodes = {"red": replace(NODES["red"], flags=("--array=0-1",))}
     with pytest.raises(UserError, match=r"--array=0-1 of .*a\.sh is not supported: all its jobs"):
         study(folder, nodes=nodes).submissions()
@@ -329,14 +329,14 @@ def test_an_array_would_do_the_same_many_times(folder: Path):
         graph.shell(graph.submissions())
 
 
-def test_where_there_is_no_clone(tmp_path: Path):
+def test_submitting_outside_a_clone_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"has no slurm/submit: submit jobs from the root"):
         study(tmp_path)
 
 
 @pytest.mark.e2e
-def test_a_run_that_is_complete_needs_no_job(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Whatever has trained it. What was measured of a run that is trained anew is measured again."""
+def test_a_complete_run_needs_no_job(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """However it was trained. If a run is trained again, its evaluations are repeated."""
     fake_sbatch(folder, monkeypatch)
     config = tiny_config(folder / "runs", "name=red")
     nodes = {**NODES, "red": replace(NODES["red"], config=config)}

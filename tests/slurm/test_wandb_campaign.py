@@ -1,4 +1,4 @@
-"""W&B offline over a job that is signalled, requeued, killed, and goes on: each line of metrics.jsonl once."""
+"""W&B offline over a job that is signalled, requeued, killed and resumed: each line of metrics.jsonl once."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def first_rank(run: Path) -> int:
     raise AssertionError("nobody writes")
 
 
-def test_each_point_once(cluster: Cluster, submit_from: Path):
+def test_every_point_is_logged_once(cluster: Cluster, submit_from: Path):
     run = submit_from / "runs" / "mirrored"
     flags = ["--gpus-per-node=1", "--mem=1G", "launch/red_70b.sh"]
     job = cluster.submit(submit_from, *flags, *OVERRIDES)
@@ -70,7 +70,7 @@ def test_each_point_once(cluster: Cluster, submit_from: Path):
     upload = [line for line in record.splitlines() if line.startswith("to upload: ")][-1]
     assert upload.split()[4:] == [str(file.parent)]
     print(f"\nrestarts {read_json(run / 'run.json')['slurm']}, {len(points)} points")
-    # W&B itself takes the line for what it is, as far as that can be asked without a network.
+    # W&B itself parses the line, as far as that can be checked without a network.
     dry = subprocess.run(
         [Path(sys.prefix) / "bin" / "wandb", "sync", "--dry-run", *upload.split()[4:]],
         capture_output=True, text=True, timeout=120, env={**cluster.environment, "HOME": str(run)},

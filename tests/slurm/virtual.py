@@ -1,6 +1,6 @@
 """A Slurm of virtual nodes, and a clone of the project to submit from, for tests.
 
-Its nodes share this machine's few cores, and nothing but the scheduler believes in their GPUs.
+Its nodes share the cores of this machine; their GPUs exist for the scheduler only.
 """
 
 import os
@@ -21,7 +21,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 def missing(net: str = "uts") -> str | None:
-    """Why there can be no virtual Slurm here, or None."""
+    """The reason why no virtual Slurm can run here, or None."""
     absent = [name for name in (*NEEDED, *(["ip"] if net == "netns" else [])) if not _which(name)]
     if absent:
         return f"no {', '.join(absent)}: apt install slurmctld slurmd slurm-client munge"
@@ -48,7 +48,7 @@ class Cluster:
             "SLURM_NODES": str(nodes), "SLURM_NODE_PREFIX": self.prefix, "SLURM_NET": net,
             "SLURM_CTLPORT": str(ports), "SLURM_NODEPORT0": str(ports),
         }  # fmt: skip
-        # An outer job, or a user's defaults, are none of these tests' business.
+        # Variables of an outer job and defaults of the user must not reach the tests.
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
         self.environment = {
             **own,
@@ -60,7 +60,7 @@ class Cluster:
         self.up()
 
     def up(self) -> None:
-        """Bring up what is down: daemons and nodes."""
+        """Start daemons and nodes that are down."""
         script = [str(HERE / "slurm_up.sh"), str(self.folder)]
         environment = {**self.environment, **self._made}
         done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
@@ -74,7 +74,7 @@ class Cluster:
         return f"{self.prefix}{number}"
 
     def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
-        """What a command of Slurm's says; it has to succeed."""
+        """Run a Slurm command, which must succeed; returns its output."""
         done = self.tried(*command, cwd=cwd, **environment)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -90,7 +90,7 @@ class Cluster:
         return self.run("sbatch", "--parsable", *overrides, cwd=clone, **environment)
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """The fields of `scontrol show job`."""
         message = self.run("scontrol", "show", "job", number)
         found: dict[str, str] = {}
         for name, value in re.findall(r"(\w+)=(\S*)", message):
@@ -98,11 +98,11 @@ class Cluster:
         return found
 
     def until(self, number: str, states: Sequence[str] = ENDED, within: float = 120) -> str:
-        """Wait until the job is in one of `states`; which one."""
+        """Wait until the job is in one of `states`; returns the state."""
         return self.when(number, lambda job: job["JobState"] in states, within)["JobState"]
 
     def when(self, number: str, condition, within: float = 120) -> dict[str, str]:  # type: ignore[no-untyped-def]
-        """Wait until `condition` holds for the job's record in the queue."""
+        """Wait until `condition` holds for the job's fields in the queue."""
         deadline = time.monotonic() + within
         while not condition(job := self.job(number)):
             log = Path(job.get("StdOut", "/dev/null"))
@@ -118,10 +118,10 @@ class Cluster:
 
 
 def clone(directory: Path, *exports: str) -> Path:
-    """A clone of the project as a user has it: its scripts and logs are its own, the code is this one.
+    """A clone of the project as a user has it: with separate scripts and logs, and the code under test.
 
     Args:
-        exports: lines of its slurm/cluster.env, beside the environment to activate.
+        exports: lines of its slurm/cluster.env, besides the environment to activate.
     """
     directory.mkdir(parents=True)
     for name in ("launch", "slurm"):
@@ -136,7 +136,7 @@ def clone(directory: Path, *exports: str) -> Path:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens at now."""
+    """The first of `count` consecutive ports that are free now."""
     for first in range(20000 + os.getpid() % 1000 * 10, 32000, count):
         try:
             for port in range(first, first + count):

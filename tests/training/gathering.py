@@ -1,4 +1,4 @@
-"""Every parameter whole, gathered by DeepSpeed's public means: the truth that shards are held to."""
+"""Full parameters, gathered through DeepSpeed's public API: the reference for shards."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 
 
 def whole_weights(engine: Any, masters: bool = True) -> dict[str, torch.Tensor]:
-    """Copies on every rank, by name; all ranks call it together.
+    """Full copies of all parameters by name, on every rank; a collective call.
 
     Args:
-        masters: those in fp32 of what is trained in bf16.
+        masters: the fp32 master weights of parameters that are trained in bf16.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param

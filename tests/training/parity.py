@@ -1,9 +1,9 @@
-"""ZeRO-3 and a plain torch loop on the same rows: the curves of both, and how far they are apart.
+"""Loss curves of ZeRO-3 and of a plain torch loop on the same rows, and their largest difference.
 
 The plain loop forwards every document by itself, with no packing, no position ids and no
-DeepSpeed, and writes the loss, the schedule and the clipping out. Tolerance: the stated 1e-5 in
-loss over 30 steps. What sums in another order differ by in fp32 is about 1e-7 a step, and AdamW
-carries that on; 1e-6 was the most measured.
+DeepSpeed, and computes the loss, the schedule and the clipping by explicit formulas. Tolerance: the
+stated 1e-5 in loss over 30 steps. Sums in another order differ by about 1e-7 a step in fp32, which AdamW
+accumulates; 1e-6 was the largest difference measured.
 """
 
 import math
@@ -44,7 +44,7 @@ def plain_curve(root: str, start: Path, batch: int, adapt: Callable[[Any], Any] 
     """30 steps of AdamW in plain torch, one document at a time.
 
     Args:
-        adapt: what is done to the model before it is trained.
+        adapt: applied to the model before training.
     """
     from transformers import AutoModelForCausalLM
 
@@ -78,11 +78,11 @@ def plain_curve(root: str, start: Path, batch: int, adapt: Callable[[Any], Any] 
             row, at = rows[index], 0
             for length in row.lengths.tolist():
                 ids = torch.tensor(row.ids[at : at + length].astype("int64"))
-                wanted = torch.tensor(row.targets[at : at + length])
+                targets = torch.tensor(row.targets[at : at + length])
                 logits = model(ids[None]).logits[0, :-1]
                 logp = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-                total = total - logp[wanted[1:]].sum()
-                count += int(wanted[1:].sum())
+                total = total - logp[targets[1:]].sum()
+                count += int(targets[1:].sum())
                 at += length
         (total / count).backward()
         norm = torch.stack([p.grad.norm() for p in trained]).norm()
@@ -98,12 +98,12 @@ def plain_curve(root: str, start: Path, batch: int, adapt: Callable[[Any], Any] 
 
 
 def worst_difference(found: Curve, expected: Curve) -> float:
-    """In loss; the norms are held to their own tolerance here.
+    """The largest difference in loss; asserts that gradient norms agree within their own tolerance.
 
-    AdamW forgives a gradient that is off by a constant factor, and clipping does: only the norm
-    shows it. It is a sum of thousands of squares: 1e-4 of it allows for their order and for what
-    weights have come to differ by.
+    A gradient that is off by a constant factor changes nothing under AdamW and clipping: only the
+    norm shows it. It is a sum of thousands of squares: 1e-4 of it allows for their order and for
+    differences in the weights.
     """
-    for ours, plain in zip(found[1], expected[1], strict=True):
-        assert ours == pytest.approx(plain, rel=NORM_TOLERANCE)
+    for sharded, plain in zip(found[1], expected[1], strict=True):
+        assert sharded == pytest.approx(plain, rel=NORM_TOLERANCE)
     return max(abs(a - b) for a, b in zip(found[0], expected[0], strict=True))

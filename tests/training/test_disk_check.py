@@ -1,4 +1,4 @@
-"""What a run will write is compared with what is free before it writes any of it."""
+"""The free disk space is checked before a run writes anything."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
 
 P = 66288  # parameters of the TINY shape
-# Of LoRA of rank 2 on its linear layers: 2 layers, and what goes into and out of each of theirs.
+# Parameters of LoRA of rank 2 on its linear layers: 2 layers, inputs and outputs of each matrix.
 A = 2 * 2 * (2 * (48 + 48) + 2 * (48 + 24) + 2 * (48 + 96) + (96 + 48))
 OVERRIDES = ["train.steps=6", "checkpoint.steps=[2,4]", "probe.every_steps=null"]
 
@@ -46,7 +46,7 @@ def with_free(free: int, root: str, overrides: list[str]) -> str | None:
         (["peft=lora", "peft.rank=2"], 3 * 4 * A + 3 * 12 * A),
     ],
 )
-def test_the_bound_is_what_will_lie_there(tmp_path: Path, tiny_llama: Path, overrides: list[str], needed: int):
+def test_the_bound_is_the_size_written(tmp_path: Path, tiny_llama: Path, overrides: list[str], needed: int):
     overrides = [*overrides, f"init_from={tiny_llama}"]
     (message,) = run_ranks(1, with_free, needed - 1, str(tmp_path), overrides)
     assert message is not None and " needs " in message and "state.keep" in message
@@ -56,7 +56,7 @@ def test_the_bound_is_what_will_lie_there(tmp_path: Path, tiny_llama: Path, over
 
 
 def bytes_written(root: str, overrides: list[str]) -> tuple[int, int]:
-    """What the check counts a state with, and what one takes in tensors."""
+    """The size of a state as the check counts it, and the size of its tensors."""
     ready = prepare(tiny_config(root, "name=x", *OVERRIDES, *overrides), None, dist.meet(5))
     for step in (1, 2):
         ready.engine.step(ready.loader.step(step), 1e-3)
@@ -72,7 +72,7 @@ def bytes_copied(root: str, overrides: list[str]) -> int:
 @pytest.mark.parametrize(
     ("overrides", "copied"), [([], 4 * P), (["peft=lora", "peft.rank=2"], 4 * A)], ids=["all", "lora"]
 )
-def test_an_export_copies_what_is_trained(tmp_path: Path, tiny_llama: Path, overrides: list[str], copied: int):
+def test_an_export_copies_trained_weights(tmp_path: Path, tiny_llama: Path, overrides: list[str], copied: int):
     overrides = [*overrides, f"init_from={tiny_llama}", "state.every_steps=null", "state.every_minutes=null"]
     assert run_ranks(1, bytes_copied, str(tmp_path), overrides) == [copied]
 
@@ -82,6 +82,6 @@ def test_an_export_copies_what_is_trained(tmp_path: Path, tiny_llama: Path, over
     "overrides", [[], ["optimizer=soap"], ["optimizer=muon"]], ids=["adam", "soap", "muon"]
 )
 def test_a_state_is_counted_to_the_byte(tmp_path: Path, ranks: int, overrides: list[str]):
-    """Two-sided matrices only: of what goes by rows the basis is on every rank, and saved once."""
+    """Two-sided matrices only: the basis of a matrix updated by rows is on every rank, and saved once."""
     for counted, held in run_ranks(ranks, bytes_written, str(tmp_path), overrides):
         assert counted == held

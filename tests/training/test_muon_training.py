@@ -20,11 +20,11 @@ OVERRIDES = (
     "optimizer=muon", "optimizer.lr=3e-3", "optimizer.adamw_lr=1e-3", "optimizer.weight_decay=0.1",
     "train.gradient_clipping=0", "train.steps=6", "probe.every_steps=null",
 )  # fmt: skip
-TIED = "model.embed_tokens.weight"  # the head's too
+TIED = "model.embed_tokens.weight"  # and the head
 
 
 def torch_optimizers(weights: dict[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """torch.optim.Muon of the layers' matrices and torch.optim.AdamW of all else, where trained."""
+    """torch.optim.Muon for the layers' matrices and torch.optim.AdamW for the other trained parameters."""
     matrices = [p for n, p in weights.items() if p.ndim == 2 and n != TIED]
     decayed = [p for n, p in weights.items() if n == TIED]
     groups = [
@@ -116,7 +116,7 @@ def test_a_nan_on_one_rank_changes_no_byte_on_any(tmp_path: Path):
 
 
 def steps(root: str, start: int, stop: int, scalars: Any = None, state: Any = None) -> Any:
-    """Whole weights after steps start to stop, from a state if one is given; the state then."""
+    """Full weights and the state after steps start to stop, from a state if one is given."""
     ready = prepare(tiny_config(root, "name=x", *OVERRIDES), None, dist.meet(5))
     engine = ready.engine
     if state is not None:
@@ -134,7 +134,7 @@ def steps(root: str, start: int, stop: int, scalars: Any = None, state: Any = No
     return weights, engine.optimizer.scalars(), pieces
 
 
-def test_resumed_it_is_the_same_run(tmp_path: Path):
+def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path):
     through = run_ranks(2, steps, str(tmp_path), 1, 5)
     first = run_ranks(2, steps, str(tmp_path), 1, 3)
     state = assemble_state([pieces for _, _, pieces in first])

@@ -40,10 +40,10 @@ def steps_around_a_bad_one(root: str, how: str) -> list:
                 hook = module.lm_head.register_forward_hook(
                     lambda _m, _i, out: torch.cat([out[..., :1], out[..., 1:].detach() - math.inf], -1)
                 )
-        outcome = engine.step(ready.loader.step(step), 1e-3)
+        result = engine.step(ready.loader.step(step), 1e-3)
         if hook is not None:
             hook.remove()
-        seen.append((outcome.skipped, same(before, whole_weights(engine)), outcome.loss))
+        seen.append((result.skipped, same(before, whole_weights(engine)), result.loss))
     return seen
 
 
@@ -66,15 +66,15 @@ def loop_config(**changed: Any) -> LoopConfig:
 
 def test_stops_at_the_bound_and_names_the_step():
     skips = Skips(loop_config())
-    for step, outcome in enumerate([BAD, BAD, GOOD, BAD, BAD], start=1):
-        assert not skips.count(step, outcome)
+    for step, result in enumerate([BAD, BAD, GOOD, BAD, BAD], start=1):
+        assert not skips.count(step, result)
     with pytest.raises(UserError, match=r"step 6.*3 steps in a row.*max_skipped_steps=3"):
         skips.count(6, BAD)
     assert skips.total == 5
 
 
-def test_a_run_of_skipped_steps_alone_is_none():
-    """Fewer than the bound, to the last step: it has trained nothing."""
+def test_a_run_of_skipped_steps_only_is_an_error():
+    """Fewer skips than the bound, up to the last step: nothing was trained."""
     skips = Skips(loop_config(), steps=2)
     assert not skips.count(1, BAD)
     with pytest.raises(UserError, match=r"step 2.*2 steps in a row.*and the initial checkpoint"):
@@ -83,7 +83,7 @@ def test_a_run_of_skipped_steps_alone_is_none():
     assert [late.count(step, o) for step, o in ((1, GOOD), (2, BAD), (3, BAD))] == [False] * 3
 
 
-def test_rolls_back_as_often_as_it_may():
+def test_rollbacks_are_limited():
     skips = Skips(loop_config(on_divergence="rollback", max_rollbacks=2))
     assert [skips.count(step, BAD) for step in range(1, 9)] == [False, False, True] * 2 + [False] * 2
     again = Skips(loop_config(on_divergence="rollback", max_rollbacks=2), skips.counts)
@@ -91,7 +91,7 @@ def test_rolls_back_as_often_as_it_may():
         again.count(9, BAD)
 
 
-def test_a_spike_is_measured_by_the_median_of_what_was_taken():
+def test_a_spike_is_relative_to_the_median_of_accepted_losses():
     skips = Skips(loop_config(spike_factor=1.5))
     for step in range(1, 16):
         skips.count(step, StepResult(1.0 + step % 2, 1.0, skipped=False))
@@ -108,25 +108,25 @@ def test_a_spike_is_measured_by_the_median_of_what_was_taken():
 
 
 def around_a_spike(root: str) -> list[tuple[bool, bool]]:
-    """A limit just below, then just above the loss that comes: (skipped, nothing moved)."""
+    """A limit just below, then just above the next loss: (skipped, weights unchanged)."""
     ready = prepare(tiny_config(root, "name=x", "train.steps=9"), None, dist.meet(5))
     engine, seen = ready.engine, []
     loss = engine.step(ready.loader.step(1), 0.0).loss
     for factor in (0.99, 1.01):
         before = whole_weights(engine)
-        outcome = engine.step(ready.loader.step(1), 1e-3, factor * loss)
-        assert outcome.loss == loss
-        seen.append((outcome.skipped, same(before, whole_weights(engine))))
+        result = engine.step(ready.loader.step(1), 1e-3, factor * loss)
+        assert result.loss == loss
+        seen.append((result.skipped, same(before, whole_weights(engine))))
     return seen
 
 
-def test_a_spike_is_skipped_by_all(tmp_path: Path):
+def test_a_spike_is_skipped_by_all_ranks(tmp_path: Path):
     expected = [(True, True), (False, False)]
     assert run_ranks(2, around_a_spike, str(tmp_path)) == [expected] * 2
 
 
 def diverging(root: str, name: str, bad: tuple[int, ...], *overrides: str) -> str | None:
-    """Losses of steps `bad` are not finite; what a user reads if it fails."""
+    """Train with non-finite losses in steps `bad`; returns the error message, if any."""
     original, count = Engine.step, iter(range(1, 99))
 
     def step(engine: Engine, *arguments: Any) -> StepResult:
@@ -146,8 +146,8 @@ def diverging(root: str, name: str, bad: tuple[int, ...], *overrides: str) -> st
 
 
 @pytest.mark.parametrize(("bad", "keep"), [((5, 6), 9), ((5, 6, 7), 2), ((5, 6, 7), 1)])
-def test_a_divergence_goes_back_to_before_it(tmp_path: Path, bad: tuple[int, ...], keep: int):
-    """None saved while steps are skipped counts: back to 4, which stays however few are kept."""
+def test_a_divergence_rolls_back_to_a_step_before_it(tmp_path: Path, bad: tuple[int, ...], keep: int):
+    """States saved while steps are skipped do not count: back to step 4, which is kept for any state.keep."""
     overrides = ["train.on_divergence=rollback", "state.every_steps=1", f"state.keep={keep}"]
     assert run_ranks(2, diverging, str(tmp_path), "x", bad, *overrides) == [None] * 2
     lines = read_lines(tmp_path / "x/metrics.jsonl")
@@ -157,6 +157,6 @@ def test_a_divergence_goes_back_to_before_it(tmp_path: Path, bad: tuple[int, ...
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
-def test_a_rollback_without_a_state_says_so(tmp_path: Path):
+def test_a_rollback_without_a_state_is_an_error(tmp_path: Path):
     message = run_ranks(1, diverging, str(tmp_path), "x", (5, 6), "train.on_divergence=rollback")[0]
     assert message is not None and "needs a state, and" in message and "state.every_steps" in message

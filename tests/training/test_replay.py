@@ -1,4 +1,4 @@
-"""A micro-batch gone through twice: the step does not know of it, and a difference is found."""
+"""Replay of a micro-batch: the step is unchanged, and a difference between the passes is detected."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.training.gathering import whole_weights
 
 
 def after_three(root: str, replay: bool, overrides: list[str]) -> tuple[dict[str, bytes], list[float]]:
-    """Whole weights (of rank 0) and losses."""
+    """Full weights (of rank 0) and losses."""
     ready = prepare(tiny_config(root, "name=x", *overrides), None, dist.meet(5))
     losses = [ready.engine.step(ready.loader.step(n), 1e-2, replay=replay).loss for n in (1, 2, 3)]
     weights = whole_weights(ready.engine)
@@ -31,7 +31,7 @@ def after_three(root: str, replay: bool, overrides: list[str]) -> tuple[dict[str
         pytest.param(1, ["zero=offload"], id="offload", marks=pytest.mark.slow),  # compiles for minutes
     ],
 )
-def test_the_step_is_the_same(tmp_path: Path, ranks: int, overrides: list[str]):
+def test_a_replay_does_not_change_the_step(tmp_path: Path, ranks: int, overrides: list[str]):
     once = run_ranks(ranks, after_three, str(tmp_path), False, overrides)
     twice = run_ranks(ranks, after_three, str(tmp_path), True, overrides)
     assert once == twice
@@ -59,25 +59,25 @@ def with_a_flip(root: str, which: int) -> list[str]:
 
 
 @pytest.mark.parametrize("which", [3, 4])
-def test_a_difference_is_found(tmp_path: Path, which: int):
+def test_a_difference_between_the_passes_is_detected(tmp_path: Path, which: int):
     """Two micro-batches in step 1; the third and the fourth pass are step 2's rehearsal and its first."""
     for value in run_ranks(2, with_a_flip, str(tmp_path), which):
         assert len(value) == 1 and value[0].startswith("2: repeating a micro-batch gave a different loss")
         assert "1]" in value[0]
 
 
-def test_what_is_not_compared_is_not_found(tmp_path: Path):
+def test_a_difference_in_a_step_without_replay_is_not_detected(tmp_path: Path):
     assert run_ranks(2, with_a_flip, str(tmp_path), 1) == [[], []]
 
 
 def not_finite(root: str) -> tuple[bool, bool]:
-    """Both passes of a step see the same NaN: (skipped, its loss is none)."""
+    """A step whose two passes both give NaN: (skipped, its loss is NaN)."""
     world = dist.meet(5)
     ready = prepare(tiny_config(root, "name=x"), None, world)
     ready.engine.model.model.norm.register_forward_hook(lambda _m, _i, out: out * math.nan)
-    outcome = ready.engine.step(ready.loader.step(1), 1e-2, replay=True)
-    return outcome.skipped, math.isnan(outcome.loss)
+    result = ready.engine.step(ready.loader.step(1), 1e-2, replay=True)
+    return result.skipped, math.isnan(result.loss)
 
 
-def test_what_is_not_finite_is_skipped_and_no_difference(tmp_path: Path):
+def test_equal_nonfinite_passes_are_skipped_and_not_a_difference(tmp_path: Path):
     assert run_ranks(2, not_finite, str(tmp_path)) == [(True, True)] * 2

