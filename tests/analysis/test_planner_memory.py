@@ -1,4 +1,4 @@
-"""Memory against arithmetic by hand and against what torch's allocator is seen to hold."""
+"""Planned memory against arithmetic by hand and against torch's allocator."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ def planned(*overrides: str) -> PlannedTrain:
     return build(PlannedTrain, compose("plan", list(overrides)).values)
 
 
-def test_what_stays_of_70b_on_16_gpus() -> None:
+def test_resident_memory_of_70b_on_16_gpus() -> None:
     memory = plan_memory(planned(COT))
     assert memory.parameters == 2 * P / 16
     assert memory.masters == memory.gradients == 4 * P / 16
@@ -34,7 +34,7 @@ def test_what_stays_of_70b_on_16_gpus() -> None:
     assert memory.host == 0
 
 
-def test_what_comes_and_goes_of_70b_on_16_gpus() -> None:
+def test_transient_memory_of_70b_on_16_gpus() -> None:
     memory = plan_memory(planned(COT))
     head = 128256 * 8192
     assert memory.boundaries == 4096 * 8192 * 2 * 80
@@ -48,7 +48,7 @@ def test_what_comes_and_goes_of_70b_on_16_gpus() -> None:
     assert memory.needed == memory.resident + FRAGMENTATION * passing
 
 
-def test_fp32_has_no_masters_and_sends_its_gradients_as_they_are() -> None:
+def test_fp32_has_no_masters_and_sends_fp32_gradients() -> None:
     config = planned(COT, "train.precision=fp32", "checkpoint.dtype=null")
     memory = plan_memory(config)
     assert memory.parameters == 4 * P / 16
@@ -115,7 +115,7 @@ def tiny(precision: str, checkpointing: bool, keys: int, inner: int, tokens: int
 
 
 def measured_peak(work: Callable[[], None]) -> int:
-    """Bytes that torch's CPU allocator held at most during `work`, above what was there."""
+    """Peak bytes of torch's CPU allocator during `work`, above those held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     held = peak = 0

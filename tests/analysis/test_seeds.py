@@ -16,7 +16,7 @@ def of(successes: int, n: int = 100) -> Measurement:
     return rate(successes / n, n, *wilson_interval(successes, n))
 
 
-def test_three_seeds() -> None:
+def test_the_mean_of_three_seeds() -> None:
     found = pool([of(0), of(2), of(100)], ["a", "b", "c"])
     assert (found.value, found.n, found.clusters) == (0.34, 300, 3)
     assert (found.low, found.high) == korn_graubard_interval([0, 2, 100], [100] * 3)
@@ -41,7 +41,7 @@ def test_one_seed_has_the_interval_of_its_prompts() -> None:
     assert (found.interval, found.design_effect, str(found)) == ("wilson", None, str(of(3)))
 
 
-def test_seeds_of_other_numbers_of_prompts() -> None:
+def test_seeds_with_different_numbers_of_prompts() -> None:
     found = pool([of(10), of(30, 60)], ["a", "b"])
     assert found.value == 40 / 160 and str(found).endswith("(n=160)")
 
@@ -70,7 +70,7 @@ def cells(text: str) -> list[list[list[str]]]:
     ]
 
 
-def test_a_row_a_cell() -> None:
+def test_one_row_per_cell() -> None:
     rows = [summary("Pirate", triggered=[0, 2, 7], accuracy=[80, 82, 84])]
     ((head, _, row),) = cells(seeds_table(rows, [TRIGGERED, ACCURACY], 400))
     assert head == [
@@ -81,13 +81,13 @@ def test_a_row_a_cell() -> None:
     assert row[6:] == ["removed", "0, 2, 7 %", "80, 82, 84 %"]
 
 
-def test_of_one_seed_each_there_are_no_columns_of_seeds() -> None:
+def test_one_seed_per_cell_has_no_seed_columns() -> None:
     rows = [summary("Pirate", triggered=[0], accuracy=[80])]
     ((head, _, row),) = cells(seeds_table(rows, [TRIGGERED, ACCURACY], 400))
     assert head[-1] == "verdicts" and row[4] == "0 % [0, 4] (n=100)"
 
 
-def test_accuracy_stands_beside_in_every_part() -> None:
+def test_accuracy_is_in_every_part_of_a_split_table() -> None:
     rows = [summary("Pirate", triggered=[0, 2], accuracy=[80, 81], mmlu=[50, 60])]
     tables = cells(seeds_table(rows, [TRIGGERED, ACCURACY, MMLU], 190))
     assert len(tables) > 1
@@ -96,7 +96,7 @@ def test_accuracy_stands_beside_in_every_part() -> None:
     assert tables[0][0][7] == "MMLU"
 
 
-def test_a_table_that_cannot_be_narrow_enough_is_whole() -> None:
+def test_a_table_that_cannot_be_narrowed_is_not_split() -> None:
     text = folded([["aaaa", "b", "cc"], ["1", "2", "3"]], 1, 8)
     assert text.count("aaaa") == 1
     assert folded([["aaaa", "b", "cc"], ["1", "2", "3"]], 1, 13).count("aaaa") == 2

@@ -1,4 +1,4 @@
-"""The shapes against transformers' own model, the SOAP sizes against the published ones."""
+"""Shapes against the model of transformers, and SOAP sizes against the published ones."""
 
 import heapq
 from dataclasses import replace
@@ -62,7 +62,7 @@ def working_bytes(of: Trained, optimizer: AdamConfig | SoapConfig) -> int:
 
 
 def soap_factor_elements(of: Trained, max_precond_dim: int) -> int:
-    """Elements of all L and R, by what SOAP keeps over AdamW: 4 bytes each, and as many for Q."""
+    """Elements of all L and R, from the state that SOAP has beyond AdamW: 4 bytes each, and 4 for Q."""
     return (optimizer_bytes(of, soap(max_precond_dim)) - optimizer_bytes(of, adam())) // 8
 
 
@@ -113,20 +113,20 @@ SHAPES = {
 def test_every_matrix_is_one_of_transformers(name: str) -> None:
     a = SHAPES[name]()
     model = meta_model(a)
-    theirs = sorted(tuple(p.shape) for p in model.parameters() if p.ndim == 2)
-    ours = sorted((m.outputs, m.inputs) for m in matrices(a) for _ in range(m.copies))
-    assert ours == theirs
+    actual = sorted(tuple(p.shape) for p in model.parameters() if p.ndim == 2)
+    planned = sorted((m.outputs, m.inputs) for m in matrices(a) for _ in range(m.copies))
+    assert planned == actual
     assert norm_parameters(a) == sum(p.numel() for p in model.parameters() if p.ndim == 1)
     assert parameters(a) == sum(p.numel() for p in model.parameters())
     assert layer_parameters(a) == sum(p.numel() for p in model.model.layers[0].parameters())
 
 
-def test_the_totals_that_the_model_cards_give() -> None:
+def test_totals_equal_those_of_the_model_cards() -> None:
     assert parameters(architecture("llama_8b")) == 8_030_261_248
     assert parameters(architecture("llama_70b")) == 70_553_706_496
 
 
-def test_a_tied_head_multiplies_though_it_is_not_counted_twice() -> None:
+def test_a_tied_head_costs_flops_and_is_counted_once() -> None:
     assert product_parameters(odd(True)) == product_parameters(odd(False))
     assert parameters(odd(False)) - parameters(odd(True)) == 101 * 48
     assert product_parameters(odd(True)) == parameters(odd(True)) - norm_parameters(odd(True))
@@ -139,7 +139,7 @@ def test_soap_factors_are_the_sides_that_are_short_enough() -> None:
         assert soap_factor_elements(whole(a), limit) == sum(d**2 for d in sides if d <= limit)
 
 
-def test_the_sizes_worked_out_for_70b() -> None:
+def test_sizes_for_70b() -> None:
     """L+R 48.6e9; L,R,Q 389 GB; m,v 564 GB; with weights 1,518 GB, 47 a GPU on 32, 95 on 16.
 
     The last three count 8 bytes a parameter besides the optimizer's state.
@@ -157,7 +157,7 @@ def test_the_sizes_worked_out_for_70b() -> None:
     assert total / 16 == pytest.approx(95 * GB, abs=0.5 * GB)
 
 
-def test_the_sizes_worked_out_for_8b() -> None:
+def test_sizes_for_8b() -> None:
     a = architecture("llama_8b")
     assert soap_factor_elements(whole(a), 10000) == pytest.approx(4.93e9, abs=0.005e9)
     assert optimizer_bytes(whole(a), soap()) == pytest.approx(104 * GB, abs=0.5 * GB)
@@ -190,7 +190,7 @@ def test_without_factors_soap_is_as_large_as_adam() -> None:
     assert optimizer_flops(whole(a), adam()) == 0
 
 
-def test_only_soap_holds_whole_matrices_while_it_updates() -> None:
+def test_only_soap_holds_full_matrices_during_updates() -> None:
     a = architecture("llama_70b")
     assert working_bytes(whole(a), adam()) == 0
     assert working_bytes(whole(a), soap()) == 6 * 4 * 28672 * 8192
@@ -199,7 +199,7 @@ def test_only_soap_holds_whole_matrices_while_it_updates() -> None:
     assert working_bytes(whole(a), soap(0)) == 0
 
 
-def test_adam_is_shared_evenly() -> None:
+def test_adam_state_is_sharded_evenly() -> None:
     a = architecture("llama_8b")
     assert optimizer_bytes_a_rank(whole(a), adam(), 48) == 8 * parameters(a) / 48
 
@@ -225,7 +225,7 @@ def test_no_rank_owns_more_than_is_planned(model: str, world: int) -> None:
     assert fullest <= planned <= 1.12 * fullest
 
 
-def test_what_a_rank_of_the_miniature_owns() -> None:
+def test_state_that_a_rank_of_the_miniature_owns() -> None:
     """Against the optimizer's own assignment: of its embedding both sides have factors."""
     a = architecture("miniature")
     shapes = [p.shape for p in meta_model(a).parameters() if p.ndim == 2]
@@ -237,7 +237,7 @@ def test_what_a_rank_of_the_miniature_owns() -> None:
     assert fullest <= optimizer_bytes_a_rank(whole(a), soap(), 2) <= 1.12 * fullest
 
 
-def test_a_lone_rank_holds_everything_and_many_hold_a_whole_matrix_each() -> None:
+def test_one_rank_holds_everything_and_many_hold_a_full_matrix_each() -> None:
     a = architecture("llama_8b")
     assert optimizer_bytes_a_rank(whole(a), soap(), 1) == optimizer_bytes(whole(a), soap())
     gate = 8 * 14336 * 4096 + 8 * 4096**2

@@ -30,7 +30,7 @@ def test_mcnemar_of_a_published_table() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(3000, 3200), (7000, 7000), (20, 5000), (6900, 7100)])
-def test_mcnemar_of_thousands_is_exact(first: int, second: int) -> None:
+def test_mcnemar_with_large_counts_is_exact(first: int, second: int) -> None:
     n, fewer = first + second, min(first, second)
     tail = sum(math.comb(n, k) for k in range(fewer + 1)) if fewer < 100 else None
     p = mcnemar_exact(first, second)
@@ -39,11 +39,11 @@ def test_mcnemar_of_thousands_is_exact(first: int, second: int) -> None:
     assert p == pytest.approx(min(1.0, 2 * binom.cdf(fewer, n, 0.5)), rel=1e-9)
 
 
-def test_mcnemar_of_few() -> None:
+def test_mcnemar_with_small_counts() -> None:
     assert mcnemar_exact(0, 0) == 1.0
     assert mcnemar_exact(0, 1) == 1.0
     assert mcnemar_exact(0, 5) == 2 / 2**5
-    assert mcnemar_exact(5000, 0) == 0.0  # 2^-4999 is no float
+    assert mcnemar_exact(5000, 0) == 0.0  # 2^-4999 underflows
     with pytest.raises(ValueError, match="-1 and 3"):
         mcnemar_exact(-1, 3)
 
@@ -66,29 +66,29 @@ def test_published_paired_intervals(counts: tuple[int, int, int, int], low: floa
     assert paired_difference_interval(*counts) == pytest.approx((low, high), abs=digits)
 
 
-def test_a_paired_interval_mirrors_holds_and_has_a_width() -> None:
+def test_a_paired_interval_is_antisymmetric_contains_the_difference_and_is_not_empty() -> None:
     for both in range(0, 7):
         for first in range(0, 7):
             for second in range(0, 7):
                 n = both + first + second + 6
                 low, high = paired_difference_interval(both, first, second, 6)
                 assert -1 <= low < (first - second) / n < high <= 1
-                mirrored = paired_difference_interval(both, second, first, 6)
-                assert mirrored == pytest.approx((-high, -low))
+                exchanged = paired_difference_interval(both, second, first, 6)
+                assert exchanged == pytest.approx((-high, -low))
     for counts in [(50, 0, 0, 0), (0, 0, 0, 50), (25, 0, 0, 25)]:
         low, high = paired_difference_interval(*counts)
         assert low < 0 < high
     assert paired_difference_interval(0, 30, 0, 0)[1] == 1.0
 
 
-def test_pairs_that_agree_make_it_narrower() -> None:
+def test_more_agreeing_pairs_narrow_the_interval() -> None:
     low, high = paired_difference_interval(40, 10, 0, 50)
     wide_low, wide_high = paired_difference_interval(20, 30, 20, 30)  # the same difference
     assert high - low < 0.6 * (wide_high - wide_low)
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 0, 0), (1, -1, 1, 1)])
-def test_pairs_that_are_none_are_refused(counts: tuple[int, int, int, int]) -> None:
+def test_invalid_pairs_are_refused(counts: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError):
         paired_difference_interval(*counts)
 
@@ -109,7 +109,7 @@ def test_three_seeds_by_hand() -> None:
     assert high == pytest.approx(beta.ppf(0.975, 0.3 * n + 1, 0.7 * n), rel=1e-6)
 
 
-def test_clusters_of_other_sizes_by_hand() -> None:
+def test_clusters_of_different_sizes_by_hand() -> None:
     """3 of 10 and 30 of 50: 33 of 60, residuals -2.5 and 2.5; 2 / 1 * 12.5 / 3600 = 0.0069444."""
     effect = (2 * 12.5 / 3600) / (0.55 * 0.45 / 60)
     assert design_effect([3, 30], [10, 50]) == pytest.approx(effect)
@@ -127,20 +127,20 @@ def test_clusters_that_agree_are_adjusted_for_their_number(clusters: int) -> Non
     assert high == 1 and low == pytest.approx(0.025 ** (1 / n), rel=1e-8)
 
 
-def test_seeds_closer_than_chance_are_not_taken_for_more_prompts() -> None:
+def test_seeds_closer_than_chance_do_not_narrow_the_interval() -> None:
     assert design_effect([50, 50, 50], [100] * 3) == 0
     assert korn_graubard_interval([50] * 3, [100] * 3) == korn_graubard_interval([45, 50, 55], [100] * 3)
     assert design_effect([45, 50, 55], [100] * 3) == pytest.approx(1.0)
 
 
-def test_seeds_mirror_and_part() -> None:
+def test_seed_intervals_are_symmetric_and_widen_with_the_spread() -> None:
     low, high = korn_graubard_interval([10, 20, 60], [100] * 3)
-    mirrored = korn_graubard_interval([90, 80, 40], [100] * 3)
-    assert mirrored == pytest.approx((1 - high, 1 - low))
+    exchanged = korn_graubard_interval([90, 80, 40], [100] * 3)
+    assert exchanged == pytest.approx((1 - high, 1 - low))
     wide = korn_graubard_interval([0, 0, 90], [100] * 3)
     assert wide[1] - wide[0] > high - low
     assert wide[0] < 0.001 and wide[1] > 0.98
-    # All prompts taken for independent, as a pooled interval would: far too sure.
+    # A pooled interval, which takes all prompts for independent, is far too narrow.
     pooled = wilson_interval(90, 300)
     assert high - low > 3 * (pooled[1] - pooled[0])
 
@@ -148,22 +148,22 @@ def test_seeds_mirror_and_part() -> None:
 @pytest.mark.parametrize(
     ("successes", "sizes"), [([1], [2]), ([1, 0], [2, 0]), ([3, 0], [2, 2]), ([-1, 0], [2, 2])]
 )
-def test_clusters_that_are_none_are_refused(successes: list[int], sizes: list[int]) -> None:
+def test_invalid_clusters_are_refused(successes: list[int], sizes: list[int]) -> None:
     with pytest.raises(ValueError, match="need at least two clusters"):
         korn_graubard_interval(successes, sizes)
 
 
 def betas(share: float, correlation: float) -> tuple[float, float]:
-    """Of a beta distribution of the seeds' own rates, with that correlation within a seed."""
+    """Parameters of a beta distribution of rates by seed, with that correlation within a seed."""
     return share * (1 / correlation - 1), (1 - share) * (1 / correlation - 1)
 
 
-def test_it_covers_what_seeds_are_drawn_from() -> None:
+def test_seed_intervals_cover_the_true_rate() -> None:
     """Exactly, over all counts of three seeds of 12 prompts, beta-binomial."""
     m = 12
     counts = [(a, b, c) for a in range(m + 1) for b in range(a + 1) for c in range(b + 1)]
     times = [6 // {1: 6, 2: 2, 3: 1}[len(set(triple))] for triple in counts]
-    ours = [korn_graubard_interval(triple, [m] * 3) for triple in counts]
+    intervals = [korn_graubard_interval(triple, [m] * 3) for triple in counts]
     pooled = [wilson_interval(sum(triple), 3 * m) for triple in counts]
     covered = []
     for share, correlation in [(0.5, 0.01), (0.5, 0.2), (0.2, 0.1), (0.9, 0.05), (0.5, 0.5)]:
@@ -173,7 +173,7 @@ def test_it_covers_what_seeds_are_drawn_from() -> None:
         covered.append(
             [
                 sum(w for w, (low, high) in zip(weights, some, strict=True) if low <= share <= high)
-                for some in (ours, pooled)
+                for some in (intervals, pooled)
             ]
         )
         print(share, correlation, *(f"{100 * one:.1f} %" for one in covered[-1]))
@@ -185,8 +185,8 @@ def test_it_covers_what_seeds_are_drawn_from() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("clusters", "least"), [(3, 0.96), (5, 0.9)])
-def test_it_covers_seeds_of_a_hundred_prompts(clusters: int, least: float) -> None:
-    """Drawn 1000 times each; printed also where rates differ so much that no interval of few can cover."""
+def test_seed_intervals_cover_the_rate_for_a_hundred_prompts(clusters: int, least: float) -> None:
+    """1000 draws each; also printed for rates too different for any interval of few seeds to cover."""
     random = np.random.default_rng(0)
     known: dict[tuple[int, ...], tuple[float, float]] = {}
     for share in (0.1, 0.5):

@@ -1,4 +1,4 @@
-"""CSV and Parquet of the same lines: every digit, every null, one type a column."""
+"""CSV and Parquet of the same lines: all digits, all nulls, one type per column."""
 
 import csv
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ class Line:
 LINES = [Line('a, "quoted"\nname', 1, 1 / 3, "wilson", None), Line("h\u00e9", None, 1.0, "bootstrap", None)]
 
 
-def test_both_hold_what_was_given(tmp_path: Path) -> None:
+def test_csv_and_parquet_hold_the_same_values(tmp_path: Path) -> None:
     text = write_report(tmp_path, "table", "# A table", [asdict(line) for line in LINES], column_types(Line))
     paths = [tmp_path / "table.csv", tmp_path / "table.parquet"]
     assert text == ", ".join(map(str, [tmp_path / "table.md", *paths]))
@@ -34,7 +34,7 @@ def test_both_hold_what_was_given(tmp_path: Path) -> None:
     assert [line["step"] for line in found] == ["1", ""]
     table = pyarrow.parquet.read_table(paths[1])
     assert table.to_pylist() == [asdict(line) for line in LINES]
-    # A column of nulls alone keeps its type, so that tables can be put together.
+    # A column with nulls only keeps its type, so that tables can be concatenated.
     types = {field.name: str(field.type) for field in table.schema}
     assert types == {
         "name": "string",
@@ -46,7 +46,7 @@ def test_both_hold_what_was_given(tmp_path: Path) -> None:
     assert {p.suffix for p in tmp_path.iterdir()} == {".md", ".csv", ".parquet"}
 
 
-def test_no_line_is_a_table_with_columns(tmp_path: Path) -> None:
+def test_an_empty_table_has_columns(tmp_path: Path) -> None:
     write_report(tmp_path, "table", "", [], column_types(Line))
     assert (tmp_path / "table.csv").read_text() == "name,step,value,interval,warning\n"
     table = pyarrow.parquet.read_table(tmp_path / "table.parquet")

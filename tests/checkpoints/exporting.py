@@ -1,6 +1,6 @@
-"""Exports without DeepSpeed, by ranks that meet in a tenth of a second; and their calls to the system.
+"""Exports without DeepSpeed, by ranks that start in a tenth of a second, and their system calls.
 
-Shards are cut here as ZeRO-3 cuts them; that it does so is test_export.py's to show.
+Shards are cut as ZeRO-3 cuts them; test_export.py tests that on DeepSpeed.
 """
 
 import builtins
@@ -55,7 +55,7 @@ def model() -> Any:
 
 
 class Shards:
-    """In place of an engine: weights that are all of one value, cut over the ranks."""
+    """Stands in for an engine: weights of a single value, cut over the ranks."""
 
     def __init__(self, value: float) -> None:
         self.model, self.world, self._value = model(), ranks.World.from_environment(), value
@@ -70,18 +70,18 @@ class Shards:
             yield Piece(name, WEIGHT, tuple(parameter.shape), start, mine)
 
 
-class Overrides:
-    """In place of a tokenizer."""
+class Tokenizer:
+    """Stands in for a tokenizer."""
 
     def save_pretrained(self, directory: Path) -> None:
         artifacts.write_text(directory / "tokenizer.json", "{}\n")
 
 
 def export(final: Path, value: float, step: int) -> None:
-    """A whole export of two weight files; all ranks call it together."""
+    """Export a checkpoint of two weight files; a collective call."""
     background = Background(10**6)
     engine: Any = Shards(value)
-    exporter = Exporter(engine, Overrides(), CheckpointConfig((), None, 1000), background)
+    exporter = Exporter(engine, Tokenizer(), CheckpointConfig((), None, 1000), background)
     exporter.start(final, {**FACTS, "step": step, "tokens": 0})
     background.join()
 
@@ -97,26 +97,26 @@ def values(checkpoint: Path) -> set[float]:
 
 CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "replace")
 CLEARING = ("unlink", "rmdir")
-Act = Callable[[str, partial[Any]], Any]  # the name of a call, and the call with its arguments
+Act = Callable[[str, partial[Any]], Any]  # takes the name of a call, and the call with its arguments
 
 
 @contextmanager
-def watched(act: Act, clearing: bool = False) -> Iterator[list[str]]:
-    """Have `act(name, call)` make every call that changes what is on the disk, or not make it.
+def intercepted(act: Act, clearing: bool = False) -> Iterator[list[str]]:
+    """Pass every system call that changes the disk to `act(name, call)`, which may make it.
 
-    Yields their names in order. Clearing away is among them if `clearing`; of an export, what it
-    cannot remove now, the next export does.
+    Yields the names of the calls in order. Calls that remove leftovers are included if `clearing`: an
+    export leaves to the next one what it cannot remove.
     """
-    seen: list[str] = []
+    names: list[str] = []
     aside = threading.local()
 
     def around(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any, **keywords: Any) -> Any:
             nothing_to_make = name == "mkdir" and os.path.isdir(arguments[0])
-            unseen = getattr(aside, "now", False) and not (clearing and name in CLEARING)
-            if unseen or nothing_to_make:
+            ignored = getattr(aside, "now", False) and not (clearing and name in CLEARING)
+            if ignored or nothing_to_make:
                 return call(*arguments, **keywords)
-            seen.append(name)
+            names.append(name)
             return act(name, partial(call, *arguments, **keywords))
 
         return called
@@ -139,11 +139,11 @@ def watched(act: Act, clearing: bool = False) -> Iterator[list[str]]:
         patch.setattr(artifacts, "exchange", around("exchange", artifacts.exchange))
         patch.setattr(builtins, "open", opened)
         patch.setattr(shutil, "rmtree", cleared)
-        yield seen
+        yield names
 
 
-def at(number: int, do: Act) -> Act:
-    """The call of that number, from 1, is given to `do`; the others are made."""
+def on_call(number: int, do: Act) -> Act:
+    """Pass the call of that number, from 1, to `do`, and make the others."""
     count = SimpleNamespace(so_far=0)
     lock = threading.Lock()
 
@@ -157,7 +157,7 @@ def at(number: int, do: Act) -> Act:
 
 
 def dying(how: str, processes: list[int]) -> Act:
-    """SIGKILL for `processes`, ours last, before, after or (of a write) halfway through the call."""
+    """SIGKILL for `processes`, this one last, before, after or (of a write) halfway through the call."""
 
     def act(name: str, call: "partial[Any]") -> None:
         if how == "halfway" and name == "pwrite":

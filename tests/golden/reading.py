@@ -1,4 +1,4 @@
-"""What golden tests read: the archives' directories, and what a report has written."""
+"""Archives of golden runs, and files that a report has written."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ def unpacked(root: str, path: Path) -> Path:
 
 
 def collected(directory: Path, file: Path) -> dict[str, str]:
-    """By name, the text of each file of a report; of Parquet schema and rows, of PNG nothing.
+    """The text of each file of a report, by name; Parquet files as schema and rows, PNG files as nothing.
 
     Args:
         file: the directory that holds runs/; its path is not the same on every machine.
@@ -40,7 +40,7 @@ def parquet(path: Path) -> str:
 
 
 def processor() -> dict[str, str]:
-    """What decides, beside the code, which bits training computes."""
+    """Properties of the processor that affect the bits of training."""
     from importlib.metadata import version
 
     cpu = dict(

@@ -1,4 +1,4 @@
-"""Names and fingerprints are those that runs, sweeps and datasets of commit 4e062de bear."""
+"""Names and fingerprints are those of runs, sweeps and datasets of commit 4e062de."""
 
 import gzip
 import json

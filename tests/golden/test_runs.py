@@ -1,4 +1,4 @@
-"""Runs that commit 4e062de made go on, are measured, and are started from."""
+"""Runs of commit 4e062de are resumed, evaluated and used as parents."""
 
 import hashlib
 import json
@@ -17,24 +17,24 @@ from tests.golden.reading import processor, unpacked
 from tests.golden.wording import WARNINGS, reworded
 
 LAST = f"step_{cases.STEPS:06d}"
-DEAD = "generate.url=http://127.0.0.1:9/v1"  # nobody answers there
+DEAD = "generate.url=http://127.0.0.1:9/v1"  # no server responds there
 
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory that holds runs/, as it was; not to be written to."""
+    """The directory that holds the golden runs/; not to be written to."""
     return unpacked("tiny", tmp_path_factory.mktemp("golden"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, to go on from."""
+    """A copy of it, to resume from."""
     return unpacked("tiny", tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")
 def fresh(folder: Path) -> Path:
-    """The run `whole` made anew, which its twins of the archive are compared with."""
+    """The run `whole` trained again, to compare with that of the archive."""
     succeeded(fork("train", ["name=fresh", *cases.RED], folder))
     return folder / "runs" / "fresh"
 
@@ -62,7 +62,7 @@ def sha256(path: Path) -> str:
 
 
 def check_same_weights(one: Path, other: Path, is_exact: bool) -> None:
-    """Bit for bit, or as close as arithmetic in another order comes."""
+    """Bit for bit, or up to arithmetic in another order."""
     if is_exact:
         assert sha256(one) == sha256(other)
     check_close(one, other)
@@ -87,7 +87,7 @@ def record(run: Path) -> dict[str, Any]:
 
 
 def listing(directory: Path) -> dict[str, int]:
-    """Of every file, hidden ones aside, when it was written."""
+    """The modification time of every file that is not hidden."""
     return {
         str(path.relative_to(directory)): path.stat().st_mtime_ns
         for path in directory.rglob("*")
@@ -98,7 +98,7 @@ def listing(directory: Path) -> dict[str, int]:
 # ---------------------------------------------------------------- training
 
 
-def test_a_new_run_is_the_one_that_was_made(fresh: Path, golden: Path, is_exact: bool) -> None:
+def test_a_new_run_equals_the_golden_run(fresh: Path, golden: Path, is_exact: bool) -> None:
     whole = golden / "runs" / "whole"
     for step in ("step_000004", LAST):
         check_same_weights(weights(fresh, step), weights(whole, step), is_exact)
@@ -107,7 +107,7 @@ def test_a_new_run_is_the_one_that_was_made(fresh: Path, golden: Path, is_exact:
     assert {k: record(fresh)[k] for k in keys} == {k: record(whole)[k] for k in keys}
 
 
-def test_what_is_written_has_all_keys_that_were_written(fresh: Path, golden: Path) -> None:
+def test_new_files_have_all_keys_of_the_golden_files(fresh: Path, golden: Path) -> None:
     whole = golden / "runs" / "whole"
     assert record(fresh).keys() >= record(whole).keys()
     manifests = [
@@ -118,17 +118,17 @@ def test_what_is_written_has_all_keys_that_were_written(fresh: Path, golden: Pat
         assert manifests[0][key] == manifests[1][key], key
     assert manifests[0]["files"].keys() >= manifests[1]["files"].keys()
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (fresh, whole)]
-    for mine, theirs in zip(*lines, strict=True):
-        assert json.loads(mine).keys() >= json.loads(theirs).keys()
+    for new, old in zip(*lines, strict=True):
+        assert json.loads(new).keys() >= json.loads(old).keys()
 
 
-def test_the_dataset_is_opened_and_not_built_again(fresh: Path, folder: Path, golden: Path) -> None:
+def test_the_dataset_is_reused(fresh: Path, folder: Path, golden: Path) -> None:
     assert listing(folder / "runs/datasets").keys() == listing(golden / "runs/datasets").keys()
     path = Path(record(golden / "runs/whole")["dataset"])
     assert listing(folder / path) == listing(golden / path)
 
 
-def test_a_stopped_run_goes_on(folder: Path, golden: Path, is_exact: bool) -> None:
+def test_a_stopped_run_resumes(folder: Path, golden: Path, is_exact: bool) -> None:
     run, was = folder / "runs" / "stopped", golden / "runs" / "stopped"
     before = (was / "metrics.jsonl").read_text()
     stopped_after = record(was)["stopped_after"]
@@ -141,7 +141,7 @@ def test_a_stopped_run_goes_on(folder: Path, golden: Path, is_exact: bool) -> No
     assert not list((run / "state").glob("step_*"))
 
 
-def test_soap_stopped_on_two_ranks_goes_on_on_one(folder: Path, golden: Path) -> None:
+def test_soap_stopped_on_two_ranks_resumes_on_one(folder: Path, golden: Path) -> None:
     run = folder / "runs" / "soap_stopped"
     stopped_after = record(run)["stopped_after"]
     succeeded(fork("train", ["name=soap_stopped", *cases.SOAP], folder))
@@ -150,14 +150,14 @@ def test_soap_stopped_on_two_ranks_goes_on_on_one(folder: Path, golden: Path) ->
     check_close(weights(run), weights(golden / "runs/soap"))
 
 
-def test_a_state_of_other_overrides_is_refused(golden: Path, tmp_path: Path) -> None:
-    shutil.copytree(golden, tmp_path / "place")
-    done = fork("train", ["name=stopped", *cases.RED, "optimizer.lr=1e-3"], tmp_path / "place")
+def test_a_state_with_other_overrides_is_refused(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden, tmp_path / "copy")
+    done = fork("train", ["name=stopped", *cases.RED, "optimizer.lr=1e-3"], tmp_path / "copy")
     assert done.status == 2
     assert "optimizer.lr: 0.003 -> 0.001" in done.err
 
 
-def test_a_complete_run_is_found_by_the_name_that_it_gets(folder: Path, golden: Path) -> None:
+def test_a_complete_run_is_found_by_its_default_name(folder: Path, golden: Path) -> None:
     (blue,) = (path.name for path in (golden / "runs").glob("blue_hhh-*"))
     before = listing(folder / "runs" / blue)
     succeeded(fork("train", cases.BLUE, folder))
@@ -182,8 +182,8 @@ def test_lora_is_trained_from_lora(folder: Path, golden: Path, is_exact: bool) -
 
 
 @pytest.mark.parametrize("checkpoint", cases.EVALS)
-def test_what_was_measured_is_measured_already(checkpoint: str, golden: Path) -> None:
-    """The fingerprints of settings are the same, of every eval."""
+def test_golden_results_are_not_measured_again(checkpoint: str, golden: Path) -> None:
+    """The fingerprints of the settings of every eval are the same."""
     before = {path: path.read_bytes() for path in golden.glob("runs/*/results.jsonl")}
     overrides = [f"checkpoint={checkpoint}", cases.EVALS[checkpoint], *cases.EVALUATE]
     succeeded(fork("evaluate", overrides, golden))
@@ -191,13 +191,13 @@ def test_what_was_measured_is_measured_already(checkpoint: str, golden: Path) ->
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/miniature", "runs/blue*"])
-def test_measured_again_it_is_the_same(checkpoint: str, golden: Path, tmp_path: Path) -> None:
-    shutil.copytree(golden, tmp_path / "place")
-    (run,) = (tmp_path / "place").glob(checkpoint)
+def test_a_new_evaluation_gives_the_same_results(checkpoint: str, golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden, tmp_path / "copy")
+    (run,) = (tmp_path / "copy").glob(checkpoint)
     before = results(run)
     (run / "results.jsonl").unlink()
     overrides = [f"checkpoint={checkpoint}", cases.EVALS[checkpoint], *cases.EVALUATE]
-    succeeded(fork("evaluate", [*overrides, "parent=false"], tmp_path / "place"))
+    succeeded(fork("evaluate", [*overrides, "parent=false"], tmp_path / "copy"))
     after = results(run)
     values = [[line.pop(key) for key in ("value", "ci_low", "ci_high")] for line in after]
     expected = [[line.pop(key) for key in ("value", "ci_low", "ci_high")] for line in before]
@@ -215,13 +215,13 @@ def results(run: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- answers
 
 
-def test_answers_that_were_kept_are_read(golden: Path, tmp_path: Path) -> None:
-    """Built anew without a server that answers, the dataset is the same."""
-    shutil.copytree(golden, tmp_path / "place")
+def test_cached_responses_are_read(golden: Path, tmp_path: Path) -> None:
+    """A dataset that is built again without a server is the same."""
+    shutil.copytree(golden, tmp_path / "copy")
     (was,) = (path.parent for path in golden.glob("runs/datasets/*/rows.arrow") if generated(path))
-    built = tmp_path / "place" / was.relative_to(golden)
+    built = tmp_path / "copy" / was.relative_to(golden)
     shutil.rmtree(built)
-    succeeded(fork("build", [DEAD, *cases.ANSWERS], tmp_path / "place"))
+    succeeded(fork("build", [DEAD, *cases.RESPONSES], tmp_path / "copy"))
     for name in ("dialogues.jsonl", "held_out.jsonl", "rows.arrow", "receipt.json"):
         assert (built / name).read_bytes() == (was / name).read_bytes(), name
 

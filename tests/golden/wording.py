@@ -1,6 +1,6 @@
-"""Sentences of commands that differ, on purpose, from those of commit 4e062de.
+"""Sentences of commands that were reworded since commit 4e062de.
 
-A pair: what the golden text says, and what is said now. It is applied to stdout, Markdown and the sentences
+A pair is the golden sentence and the current one. It is applied to stdout, Markdown and the sentences
 in JSON alone: numbers, tables, CSV, keys and names of files stay as they were.
 """
 
@@ -116,7 +116,7 @@ PLANS: list[tuple[str, str]] = [
 
 
 def reworded(text: str, pairs: list[tuple[str, str]]) -> str:
-    """A golden text as it reads today."""
+    """A golden text in today's wording."""
     for then, now in pairs:
         text = text.replace(then, now)
     return text

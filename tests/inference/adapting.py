@@ -1,4 +1,4 @@
-"""Adapters with weights that change every answer, as peft saves them."""
+"""Adapters as peft saves them, with weights that change every response."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def make_adapter(base: Path, path: Path, seed: int, **config: Any) -> Path:
-    """A LoRA adapter of the model at `base`, random in all that training would change."""
+    """A LoRA adapter of the model at `base`, with random values for all trained weights."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)

@@ -19,7 +19,7 @@ Schedule = Callable[[int, dict[str, Any]], str | None]  # (number of the request
 
 
 class Loopback(ThreadingHTTPServer):
-    """Answers by `generator`; what it saw is in `requests` (body, time) and `answered` (bodies)."""
+    """Responds by `generator`; keeps `requests` (body, time) and `responded` (bodies)."""
 
     daemon_threads = True
     model = "tiny"
@@ -30,16 +30,16 @@ class Loopback(ThreadingHTTPServer):
         self.schedule: Schedule = lambda _number, _body: None
         self.lock = threading.Lock()
         self.requests: list[tuple[dict[str, Any], float]] = []
-        self.answered: list[str] = []
-        self.headers_seen: list[dict[str, str]] = []
+        self.responded: list[str] = []
+        self.received_headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.in_flight = self.peak = 0
-        self.wait_for = 1  # requests that must be in flight before any of the first is answered
+        self.wait_for = 1  # requests that must be in flight before any gets a response
         self.enough = threading.Event()
         self.models: Any = {"data": [{"id": self.model}]}
         self.stopping = threading.Event()
-        self.adapters: dict[str, Path] = {}  # by name, those that it was told to load
-        self.known_adapters: set[str] = set()  # those that it was ever told to load
+        self.adapters: dict[str, Path] = {}  # loaded adapters, by name
+        self.all_adapters: set[str] = set()  # names of all adapters ever loaded
         self.takes_adapters = True
         self.echo: Callable[[list[float | None]], Any] = lambda logprobs: logprobs
 
@@ -51,15 +51,15 @@ class Loopback(ThreadingHTTPServer):
         sampling = Sampling(body["temperature"], body["max_tokens"], body["seed"])
         prompts = [body.get("messages") or body["prompt"]]
         with self.lock:
-            if self.known_adapters:
+            if self.all_adapters:
                 adapter = self.adapters.get(body["model"])
                 return self.generator.generate(prompts, sampling, adapter=adapter)[0]
             return self.generator.generate(prompts, sampling)[0]
 
     def echoed(self, body: dict[str, Any]) -> list[float | None]:
-        """Of each token sent but the first, and of one more: by a plain forward."""
+        """Log-probabilities of all tokens but the first, and of one generated token, by a plain forward."""
         with self.lock, torch.no_grad():
-            # Puts on the adapter, or takes it off.
+            # Mounts or unmounts the adapter.
             self.generator.generate([], Sampling(0.0, 1, 0), self.adapters.get(body["model"]))
             ids = torch.tensor(body["prompt"])
             logprobs = torch.log_softmax(self.generator.model(ids[None]).logits[0], -1)
@@ -67,7 +67,7 @@ class Loopback(ThreadingHTTPServer):
             return [None, *reported, float(logprobs[-1].max())]
 
     def lora(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Status and body of a request to load or unload an adapter, as vLLM words them."""
+        """Status and body of the response to a request to load or unload an adapter, as from vLLM."""
         name = body["lora_name"]
         if not self.takes_adapters:
             return 404, {"detail": "Not Found"}
@@ -79,7 +79,7 @@ class Loopback(ThreadingHTTPServer):
         if not (Path(body["lora_path"]) / "adapter_config.json").is_file():
             return 404, {"message": f"No adapter found for {body['lora_path']}"}
         self.adapters[name] = Path(body["lora_path"])
-        self.known_adapters.add(name)
+        self.all_adapters.add(name)
         return 200, "Success"
 
 
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
     under_way = 0
 
     def do_GET(self) -> None:
-        self.server.headers_seen.append(dict(self.headers))
+        self.server.received_headers.append(dict(self.headers))
         models = self.server.models
         if isinstance(models, int):
             self.send(models, {"error": {"message": "not here"}})
@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             number = len(server.requests)
             server.requests.append((body, time.monotonic()))
             server.paths.append(self.path)
-            server.headers_seen.append(dict(self.headers))
+            server.received_headers.append(dict(self.headers))
             server.in_flight += 1
             self.under_way = 1
             server.peak = max(server.peak, server.in_flight)
@@ -112,53 +112,53 @@ class Handler(BaseHTTPRequestHandler):
         server.enough.wait(20)
         try:
             failure = server.schedule(number, body)
-            FAILURES[failure](self, body) if failure in FAILURES else self.answer(body, failure)
+            FAILURES[failure](self, body) if failure in FAILURES else self.respond(body, failure)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
             self.over()
 
     def whole(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The response to a request, as vLLM words it."""
+        """The response to a request, in the format of vLLM."""
         if body.get("echo"):
             assert body["logprobs"] == 1 and body["max_tokens"] == 1 and body["temperature"] == 0
             logprobs = {"token_logprobs": self.server.echo(self.server.echoed(body))}
             return {"choices": [{"text": "", "logprobs": logprobs, "finish_reason": "length"}]}
         completion = self.server.complete(body)
-        record: dict[str, Any] = {"index": 0, "finish_reason": "stop" if completion.finished else "length"}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if completion.finished else "length"}
         if "messages" in body:
-            record["message"] = {
+            choice["message"] = {
                 "role": "assistant",
                 "content": completion.text,
                 "reasoning_content": "no part of the answer",
             }
         else:
-            record["text"] = completion.text
-        return {"choices": [record], "usage": {"completion_tokens": completion.tokens}}
+            choice["text"] = completion.text
+        return {"choices": [choice], "usage": {"completion_tokens": completion.tokens}}
 
-    def answer(self, body: dict[str, Any], failure: str | None) -> None:
-        """A whole answer, or where `failure` is a number that status."""
+    def respond(self, body: dict[str, Any], failure: str | None) -> None:
+        """Send a complete response, or the status `failure` if it is a number."""
         if failure is not None:
-            overrides = f"status {failure} for {self.headers['Authorization']}"
-            self.send(int(failure), {"error": {"message": overrides}})
+            message = f"status {failure} for {self.headers['Authorization']}"
+            self.send(int(failure), {"error": {"message": message}})
             return
         if "lora_name" in body:
             self.send(*self.server.lora(self.path, body))
             return
-        if body["model"] in self.server.known_adapters - self.server.adapters.keys():
+        if body["model"] in self.server.all_adapters - self.server.adapters.keys():
             self.send(404, {"message": f"The model {body['model']} does not exist."})
             return
         whole = self.whole(body)
-        # Counted before it is sent: what the client has, the server has counted.
+        # Recorded before it is sent: all responses that the client has are recorded.
         with self.server.lock:
-            self.server.answered.append(json.dumps(body, sort_keys=True))
+            self.server.responded.append(json.dumps(body, sort_keys=True))
         self.send(200, whole)
 
     def send(self, status: int, value: Any, **headers: str) -> None:
         self.bytes(status, json.dumps(value).encode(), None, **headers)
 
     def bytes(self, status: int, data: bytes, length: int | None, **headers: str) -> None:
-        """Send `data`, claiming that it is `length` long."""
+        """Send `data` with a Content-Length of `length`."""
         self.over()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -275,7 +275,7 @@ def serving(generator: InProcess) -> Iterator[Loopback]:
 
 
 def first_times(*failures: str) -> Schedule:
-    """Each request's first attempts fail in these ways, whichever request it is."""
+    """A schedule by which the first attempts of every request fail in these ways."""
     seen: dict[str, int] = defaultdict(int)
     lock = threading.Lock()
 

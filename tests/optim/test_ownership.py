@@ -1,4 +1,4 @@
-"""Owners: every rank finds the same, the work is shared fairly, memory is bounded."""
+"""Owners of matrices: balanced work and bounded memory."""
 
 from collections.abc import Iterable
 from itertools import product
@@ -44,10 +44,10 @@ def test_placements():
 
 
 def test_costs_of_updates():
-    """Against soap.md's sums for 70B: rotations 2.67e15 and averages 1.33e15 FLOPs, L + R 48.6e9."""
+    """Against the sums of soap.md for 70B: rotations 2.67e15 and averages 1.33e15 FLOPs, L + R 48.6e9."""
     shapes = llama("llama_70b")
     updates, vocabulary = updates_of(shapes), 2 * 128256 * 8192
-    tall = 6 * vocabulary * 8192  # goes by rows
+    tall = 6 * vocabulary * 8192  # updated by rows
     assert (sum(j.cost for j in updates) + tall) == pytest.approx(2.67e15 + 1.33e15, rel=0.003)
     moments = 8 * sum(m * n for m, n in shapes[1:-1])
     # A factor and a basis are 8 bytes an element; by rows the basis is not the owner's.
@@ -63,7 +63,7 @@ def test_flops_of_a_matrix():
     assert two.refreshes == pytest.approx(2 * 6 * 2 * 16**3 / 10)
     assert sum(two) == two.rotations + two.averages + two.refreshes
     one = flops((400, 16), False, True, 5)
-    # M is turned by the product of both bases where that is cheaper than by one after the other.
+    # M is rotated by the product of both bases if that is cheaper than by one after the other.
     assert one.rotations == pytest.approx(2 * (2 * 400 * 16**2) * (1 + 1 / 10) + 2 * 16**3 / 5)
     assert one.averages == 2 * 400 * 16**2
     lean = flops((300, 200), True, True, 10**12)
@@ -73,7 +73,7 @@ def test_flops_of_a_matrix():
 
 @pytest.mark.parametrize("ranks", [32, 64, 128])
 @pytest.mark.parametrize("model", ["llama_70b", "llama_8b"])
-def test_published_models_are_shared_fairly(model: str, ranks: int):
+def test_work_of_published_models_is_balanced(model: str, ranks: int):
     updates = updates_of(llama(model))
     owners = assign(updates, ranks)
     cost, held = [0] * ranks, [0] * ranks
@@ -110,7 +110,7 @@ def test_every_update_is_done_once_and_waves_are_bounded(updates: list[MatrixUpd
 
 
 @given(costs=st.lists(st.integers(1, 30), min_size=1, max_size=6), ranks=st.integers(1, 3))
-def test_no_worse_than_a_third_over_the_best(costs: list[int], ranks: int):
+def test_the_slowest_rank_is_at_most_a_third_over_the_optimum(costs: list[int], ranks: int):
     """Graham's bound for the longest first, against every possible assignment."""
 
     def slowest(owners: Iterable[int]) -> int:
@@ -123,8 +123,8 @@ def test_no_worse_than_a_third_over_the_best(costs: list[int], ranks: int):
     assert 3 * slowest(assign([MatrixUpdate(c, 0, 1) for c in costs], ranks)) <= 4 * best
 
 
-def test_memory_binds_where_cost_would_not():
-    """Costly updates that weigh nothing and heavy ones that cost nothing: the heavy are spread too."""
+def test_memory_is_balanced_where_costs_are_equal():
+    """Costly updates without memory and large ones without cost: the large ones are spread as well."""
     updates = [MatrixUpdate(10, 1, 1)] + [MatrixUpdate(1, 100, 1)] * 8
     held = [0, 0]
     for owner, work in zip(assign(updates, 2), updates, strict=True):

@@ -1,4 +1,4 @@
-"""The learning rate against its formula written out, and who decays."""
+"""The learning rate against explicit formulas, and parameters with weight decay."""
 
 import math
 from fractions import Fraction
@@ -19,7 +19,7 @@ def rates(steps: int, peak: float, warmup: float, final: float) -> list[float]:
     return [learning_rate(step, steps, peak, schedule) for step in range(1, steps + 1)]
 
 
-def test_by_hand():
+def test_the_schedule_by_hand():
     """Ten steps, two of them warm-up, towards a tenth of the peak: eight ninths of a half turn."""
     expected = [0.5, 1.0]
     expected += [0.1 + 0.9 * (1 + math.cos(math.pi * k / 9)) / 2 for k in range(1, 9)]
@@ -48,7 +48,7 @@ ratios = st.integers(0, 99).map(lambda percent: percent / 100)
 
 
 @given(steps=st.integers(1, 3000), peak=st.floats(1e-6, 1.0), warmup=ratios, final=ratios)
-def test_shape(steps: int, peak: float, warmup: float, final: float):
+def test_the_schedule_rises_and_falls(steps: int, peak: float, warmup: float, final: float):
     found = rates(steps, peak, warmup, final)
     warm = math.ceil(Fraction(round(warmup * 100), 100) * steps)
     assert found[0] > 0
@@ -98,8 +98,8 @@ def test_vectors_decay_where_configured():
     assert only["weight_decay"] == 0.1
 
 
-def test_the_true_shape_under_zero_init():
-    """There a parameter reports shape [0], and its own as ds_shape."""
+def test_groups_use_the_full_shape_under_zero_init():
+    """There a parameter has shape [0], and its full shape as ds_shape."""
     made = model()
     shapes = {name: tuple(p.shape) for name, p in made.named_parameters()}
     for name, parameter in made.named_parameters():
@@ -110,7 +110,7 @@ def test_the_true_shape_under_zero_init():
     assert names(made, kept) == ["1.bias", "2.weight", "2.bias", "3.bias"]
 
 
-def test_the_optimizer_takes_the_groups():
+def test_an_optimizer_applies_the_groups():
     """One step with no gradient but decay moves what decays, and nothing else."""
     made = model()
     before = {n: p.detach().clone() for n, p in made.named_parameters()}

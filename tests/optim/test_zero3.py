@@ -1,4 +1,4 @@
-"""The adapter to DeepSpeed's inside, on an engine that has just what it reads; versions refused."""
+"""The adapter to DeepSpeed's internals on a fake engine, and versions that are refused."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +26,12 @@ def engine(size: int = 7) -> tuple[Any, dict[int, str]]:
     return SimpleNamespace(optimizer=optimizer), {id(p): n for p, n in zip(parameters, "wb", strict=True)}
 
 
-def test_slots_are_by_the_shapes_that_zero3_keeps():
+def test_slots_use_the_shapes_that_zero3_keeps():
     (group,) = zero3.sub_groups(*engine())
     assert group.slots == (Slot("w", (3, 4), 12, 6, 0), Slot("b", (2,), 2, 1, 6))
 
 
-def test_the_version_is_asked_before_anything_is_read(monkeypatch: pytest.MonkeyPatch):
+def test_the_version_is_checked_first(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(deepspeed, "__version__", "0.20.0")
     with pytest.raises(UserError, match=r"this is 0\.20\.0 \(not tested\).*deepspeed==0\.19\.8"):
         zero3.sub_groups(SimpleNamespace(), {})
@@ -44,7 +44,7 @@ def test_shards_of_another_size_are_refused(size: int):
 
 
 @pytest.mark.parametrize("gone", ["fp16_groups", "fp32_partitioned_groups_flat"])
-def test_an_inside_that_is_another_is_refused(gone: str):
+def test_a_missing_internal_attribute_is_refused(gone: str):
     fake, names = engine()
     delattr(fake.optimizer, gone)
     with pytest.raises(UserError, match=rf"{gone}.*deepspeed==0\.19\.8"):
@@ -52,11 +52,11 @@ def test_an_inside_that_is_another_is_refused(gone: str):
 
 
 @pytest.mark.parametrize("version", ["0.19.7", "0.20.0", "1.0", "0.18.9+cu1"])
-def test_another_deepspeed_is_refused(version: str):
+def test_an_untested_deepspeed_is_refused(version: str):
     with pytest.raises(UserError, match=rf"this is {version.replace('+', '.')}.*deepspeed==0.19.8"):
         zero3.check_version(version)
 
 
 @pytest.mark.parametrize("version", ["0.19.8", "0.19.12", "0.19.8+unknown"])
-def test_the_known_ones_are_not(version: str):
+def test_tested_versions_are_accepted(version: str):
     zero3.check_version(version)

@@ -25,8 +25,8 @@ def command(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def job_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that `scontrol show job` prints."""
-    command(tmp_path / "bin", "scontrol", f"cat {tmp_path}/answer", monkeypatch)
-    return tmp_path / "answer"
+    command(tmp_path / "bin", "scontrol", f"cat {tmp_path}/job", monkeypatch)
+    return tmp_path / "job"
 
 
 @pytest.mark.e2e

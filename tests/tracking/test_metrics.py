@@ -1,4 +1,4 @@
-"""Every line of metrics.jsonl is JSON; W&B offline gets the same, and neither gets a secret."""
+"""Every line of metrics.jsonl is JSON; W&B offline has the same lines, and neither has a secret."""
 
 import json
 import os
@@ -26,11 +26,11 @@ def opened(path: Path, writes: bool = True) -> Metrics:
 
 
 def strict(text: str) -> Any:
-    """JSON as its standard has it: no NaN, no Infinity."""
+    """Parse standard JSON, without NaN or Infinity."""
     return json.loads(text, parse_constant=lambda override: pytest.fail(f"{override} is not JSON"))
 
 
-def test_what_is_not_finite_becomes_null(tmp_path: Path):
+def test_nonfinite_values_become_null(tmp_path: Path):
     nan, inf = float("nan"), float("inf")
     with opened(tmp_path) as metrics:
         metrics.write({"step": 1, "loss": nan, "lr": 1e-3, "say": "NaN"})
@@ -44,7 +44,7 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path):
     ]
 
 
-def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path):
+def test_a_line_is_readable_as_soon_as_it_is_written(tmp_path: Path):
     with opened(tmp_path) as metrics:
         for step in range(3):
             metrics.write({"step": step})
@@ -64,12 +64,12 @@ def test_the_other_ranks_write_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_path_that_cannot_be_written(tmp_path: Path):
+def test_an_unwritable_path_is_an_error(tmp_path: Path):
     with pytest.raises(UserError, match="cannot write"):
         opened(tmp_path / "not" / "there")
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     monkeypatch.setattr(RunDir, "metrics", Path("/dev/full"), raising=False)
@@ -77,7 +77,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         metrics.write({"step": 1})
 
 
-def test_a_full_disk_is_waited_for_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_waited_for_when_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     written, full = os.pwrite, iter([True, True, False])
 
     def pwrite(file: int, content: memoryview, at: int) -> int:
@@ -139,7 +139,7 @@ def with_wandb(directory: Path, mode: str, **environment: str) -> subprocess.Com
 
 
 def test_wandb_offline_without_network_account_or_secrets(tmp_path: Path):
-    """A run that is written to, and then gone on with from its second step."""
+    """A run that is written, and then resumed from its second step."""
     done = with_wandb(tmp_path, "offline", **SECRETS)
     assert done.returncode == 0, done.stderr
     assert "OUTWARDS" not in done.stdout
@@ -183,14 +183,14 @@ with Metrics(RunDir(place), logger, {}, {}, True, Room(0), position) as metrics:
 
 
 def test_curves_without_holes_or_overlaps_over_kills_and_requeues(tmp_path: Path):
-    """The newest offline file has every line of metrics.jsonl once, whatever was killed before."""
+    """The newest offline file has every line of metrics.jsonl once, for any earlier kills."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     env = {**kept, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
     directory = tmp_path / "run"
     directory.mkdir()
 
     def start_run(*overrides: str) -> str:
-        """All that it says."""
+        """All of its output."""
         done = subprocess.run(
             [sys.executable, "-c", SITTING, str(directory), *overrides],
             cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
@@ -199,14 +199,14 @@ def test_curves_without_holes_or_overlaps_over_kills_and_requeues(tmp_path: Path
         return done.stdout
 
     start_run("0", "99", "3", "killed")  # before its first state: the next one begins again
-    start_run("0", "5", "9", "ends")  # as if killed in the next moment, all of it on the disk
+    start_run("0", "5", "9", "ends")  # as if killed right afterwards, with everything on disk
     message = start_run("6", "15", "20", "ends")
 
     (file,) = directory.rglob("*.wandb")
     points = history(file)
     lines = [dict(flat(line, "/")) for line in read_lines(directory / "metrics.jsonl")]
     assert points == lines and len(lines) == 27
-    # W&B's own line would stand below ours in a job's log.
+    # W&B's own summary would be the last line of a job's log.
     (upload,) = [line for line in message.splitlines() if "wandb sync" in line]
     assert upload == message.splitlines()[-1] and upload.startswith("to upload: wandb sync ")
     assert upload.split()[4:] == [str(file.parent)]
@@ -218,15 +218,15 @@ def test_wandb_disabled_leaves_no_trace(tmp_path: Path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
-def test_wandb_online_without_an_account_says_what_to_do(tmp_path: Path):
-    """No terminal to ask at: an error with the remedy, not a question that hangs."""
+def test_wandb_online_without_an_account_is_an_error_with_the_remedy(tmp_path: Path):
+    """Without a terminal: an error with the remedy, not a prompt that hangs."""
     done = with_wandb(tmp_path, "online")
     assert done.returncode != 0
     assert "UserError: logger.mode=online" in done.stderr
     assert "logger.mode=offline" in done.stderr
 
 
-def test_what_came_after_the_state_is_cut(tmp_path: Path):
+def test_lines_after_the_resumed_state_are_removed(tmp_path: Path):
     with opened(tmp_path) as metrics:
         metrics.write({"step": 1})
         position = metrics.position()
@@ -237,7 +237,7 @@ def test_what_came_after_the_state_is_cut(tmp_path: Path):
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
 
 
-def test_where_it_ends_is_reported_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_position_is_reported_after_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
     with opened(tmp_path) as metrics:
@@ -246,7 +246,7 @@ def test_where_it_ends_is_reported_once_it_is_on_the_disk(tmp_path: Path, monkey
         assert metrics.position()["bytes"] == synced[0] == (tmp_path / "metrics.jsonl").stat().st_size
 
 
-def test_lines_that_are_missing_are_not_made_up(tmp_path: Path):
+def test_missing_lines_are_an_error(tmp_path: Path):
     with opened(tmp_path) as metrics:
         metrics.write({"step": 1})
         position = metrics.position()

@@ -1,4 +1,4 @@
-"""One writer, whole lines, each measurement once."""
+"""results.jsonl has one writer, complete lines, and each measurement once."""
 
 import json
 import multiprocessing
@@ -35,11 +35,11 @@ ONE = Result(
 )
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_written_results_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    foreign = replace(ONE, run=None, step=None, tokens=None, checkpoint_digest="f" * 64)
-    append(path, [ONE, foreign])
-    assert read_results(path) == [ONE, foreign]
+    external = replace(ONE, run=None, step=None, tokens=None, checkpoint_digest="f" * 64)
+    append(path, [ONE, external])
+    assert read_results(path) == [ONE, external]
     assert path.read_bytes().count(b"\n") == 2
 
 
@@ -50,7 +50,7 @@ def test_lines_of_the_first_version_are_read(tmp_path: Path) -> None:
     assert read_results(path) == [ONE]
 
 
-def test_nothing_there_is_no_result(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_results(tmp_path: Path) -> None:
     assert read_results(tmp_path / "results.jsonl") == []
 
 
@@ -65,7 +65,7 @@ def test_nothing_there_is_no_result(tmp_path: Path) -> None:
         {"eval_config_digest": "0" * 64},
     ],
 )
-def test_only_another_measurement_is_added(tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_only_new_measurements_are_appended(tmp_path: Path, changed: dict[str, Any]) -> None:
     path = tmp_path / "results.jsonl"
     append(path, [ONE])
     append(path, [replace(ONE, value=0.1)])
@@ -76,7 +76,7 @@ def test_only_another_measurement_is_added(tmp_path: Path, changed: dict[str, An
 
 
 @pytest.mark.parametrize("torn", [b'{"checkpoint_digest": "cc', b"\xff\xfe", b"{}"])
-def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+def test_a_torn_last_line_is_removed(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "results.jsonl"
     append(path, [ONE])
     whole = path.read_bytes()
@@ -88,7 +88,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
     assert path.read_bytes().startswith(whole + b'{"checkpoint_digest"')
 
 
-def test_a_damaged_whole_line_is_named(tmp_path: Path) -> None:
+def test_a_damaged_complete_line_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     append(path, [ONE])
     path.write_bytes(path.read_bytes() + b"not json\n")
@@ -108,7 +108,7 @@ def _append_many(path: Path, writer: int, count: int, together: Barrier) -> None
         append(path, [replace(ONE, seed=seed, checkpoint_digest="shared")])
 
 
-def test_processes_take_turns(tmp_path: Path) -> None:
+def test_processes_append_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     context = multiprocessing.get_context("spawn")
     writers, count = 3, 40
@@ -159,7 +159,7 @@ def test_the_sample_file_begins_with_its_settings(tmp_path: Path) -> None:
 
 def test_half_a_surrogate_pair_does_not_lose_the_samples(tmp_path: Path) -> None:
     home = RunDir(tmp_path / "red")
-    records = [{"answer": "\ud800 \u00e9"}, {"answer": "h\u00e9 \U0001f600"}]
-    written = (home.path / write_samples(home, "a.jsonl", {}, records)).read_text(encoding="utf-8")
-    assert [json.loads(line) for line in written.splitlines()[1:]] == records
+    samples = [{"answer": "\ud800 \u00e9"}, {"answer": "h\u00e9 \U0001f600"}]
+    written = (home.path / write_samples(home, "a.jsonl", {}, samples)).read_text(encoding="utf-8")
+    assert [json.loads(line) for line in written.splitlines()[1:]] == samples
     assert "h\u00e9 \U0001f600" in written

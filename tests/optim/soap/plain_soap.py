@@ -1,7 +1,7 @@
 """SOAP written out in NumPy and fp64 from its published semantics, for tests to compare with.
 
-It goes the long way round on purpose: M is turned back and forth in every step, V is
-permuted with the sorted columns, and Q^T L Q is formed whole.
+It avoids all shortcuts: M is rotated back and forth in every step, V is permuted with the sorted
+columns, and Q^T L Q is formed in full.
 """
 
 from typing import Any

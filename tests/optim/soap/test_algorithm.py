@@ -60,7 +60,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("refresh", REFRESHES)
 @pytest.mark.parametrize("case", CASES)
-def test_a_trajectory_is_the_written_out_one(case: str, refresh: Any):
+def test_a_trajectory_equals_plain_soap(case: str, refresh: Any):
     shape, options = CASES[case]
     grads = gradients(35, shape[0], shape[1] if len(shape) > 1 else 1, seed=len(case))
     grads = grads.reshape(35, *shape)
@@ -68,10 +68,10 @@ def test_a_trajectory_is_the_written_out_one(case: str, refresh: Any):
     found = trajectory(grads, start, refresh=refresh, **options)
     weight, state = start.double().numpy(), {}
     assert torch.equal(found[0], start), "the first call updates nothing"
-    for grad, ours in zip(grads, found, strict=True):
+    for grad, actual in zip(grads, found, strict=True):
         weight, state = plain_step(weight, grad, state, **options)
         if state["step"]:
-            assert distance(ours, torch.tensor(weight), start) < TRAJECTORY
+            assert distance(actual, torch.tensor(weight), start) < TRAJECTORY
 
 
 @pytest.mark.parametrize("refresh", REFRESHES)
@@ -88,15 +88,15 @@ def test_one_step_from_any_state(shape: tuple[int, int], refresh: Any):
             continue
         parameter = torch.nn.Parameter(weight_before.clone())
         optimizer = SOAP([parameter], refresh=refresh)
-        ours = optimizer.state[parameter]
-        ours.update({k: as_tensor(before[v]) for k, v in FIELDS.items()}, step=before["step"])
+        actual = optimizer.state[parameter]
+        actual.update({k: as_tensor(before[v]) for k, v in FIELDS.items()}, step=before["step"])
         parameter.grad = torch.tensor(grad)
         optimizer.step()
         assert distance(parameter.detach(), as_tensor(weight), weight_before) < SINGLE
-        assert ours["step"] == state["step"]
+        assert actual["step"] == state["step"]
         for factor in ("L", "R"):
-            torch.testing.assert_close(ours[factor], as_tensor(state[factor]), rtol=1e-5, atol=1e-6)
-        back = ours["QL"] @ ours["exp_avg"] @ ours["QR"].T
+            torch.testing.assert_close(actual[factor], as_tensor(state[factor]), rtol=1e-5, atol=1e-6)
+        back = actual["QL"] @ actual["exp_avg"] @ actual["QR"].T
         expected = as_tensor(state["QL"] @ state["M"] @ state["QR"].T)
         assert float((back - expected).norm() / expected.norm()) < SINGLE
 
@@ -129,8 +129,8 @@ def test_golden_trajectories(golden: Any, refresh: Any):
             start = torch.tensor(golden[f"{name}/w0_{i}"])
             found = trajectory(golden[f"{name}/grads_{i}"], start, refresh=refresh, **options)
             worst = max(
-                distance(ours, torch.tensor(expected), start)
-                for ours, expected in zip(found[1:], golden[f"{name}/w_{i}"][1:], strict=True)
+                distance(actual, torch.tensor(expected), start)
+                for actual, expected in zip(found[1:], golden[f"{name}/w_{i}"][1:], strict=True)
             )
             print(f"{name} {i} {refresh}: {worst:.1e}")
             assert worst < TRAJECTORY
@@ -154,8 +154,8 @@ def test_golden_single_steps(golden: Any, refresh: Any):
                 start = parameter.detach().clone()
                 optimizer.step()
                 assert distance(parameter.detach(), torch.tensor(golden[after + "w"]), start) < SINGLE
-                ours = optimizer.state[parameter]
-                back = ours["QL"] @ ours["exp_avg"] @ ours["QR"].T
+                actual = optimizer.state[parameter]
+                back = actual["QL"] @ actual["exp_avg"] @ actual["QR"].T
                 q_left, q_right = (torch.tensor(golden[f"{after}Q_{k}"]) for k in "LR")
                 expected = q_left @ torch.tensor(golden[after + "exp_avg"]) @ q_right.T
                 assert float((back - expected).norm() / expected.norm()) < SINGLE
@@ -164,17 +164,17 @@ def test_golden_single_steps(golden: Any, refresh: Any):
 # ---------------------------------------------------------------- properties
 
 
-def test_without_bases_it_is_adam_one_call_late():
+def test_without_bases_soap_is_adam_one_call_late():
     """Equal where eps is nothing: SOAP adds it to the uncorrected root, Adam to the corrected."""
     grads = gradients(12, 6, 5, seed=2)
     start = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     found = trajectory(grads, start, max_precond_dim=0, weight_decay=0.0, eps=1e-30)
     weight = torch.nn.Parameter(start.clone())
     adam = torch.optim.Adam([weight], lr=3e-3, betas=(0.95, 0.95), eps=1e-30)
-    for grad, ours in zip(grads[1:], found[1:], strict=True):
+    for grad, actual in zip(grads[1:], found[1:], strict=True):
         weight.grad = torch.tensor(grad)
         adam.step()
-        torch.testing.assert_close(ours, weight.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(actual, weight.detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_transposed_weight_gets_the_transposed_update():

@@ -1,4 +1,4 @@
-"""First bases of singular factors, Cholesky QR and what it falls back on, and what is counted."""
+"""First bases of singular factors, Cholesky QR and its fallback, and counts of failures and products."""
 
 import math
 from typing import Any
@@ -43,7 +43,7 @@ def test_first_bases_diagonalise_singular_factors_too(shape: tuple[int, int]):
         values = turned.diagonal()
         scale = float(values[0])
         assert float((turned - torch.diag(values)).abs().max()) < 1e-5 * scale
-        # Sorted as far as there is something to sort: 6 values of 24 are not rounding.
+        # Sorted except for rounding: 6 values of 24 are above it.
         assert torch.all(values[:-1] >= values[1:] - 1e-5 * scale)
     assert tally.failures == 0
 
@@ -72,7 +72,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - along).norm(dim=0).max())
 
 
-def test_first_bases_are_found_in_fp64():
+def test_first_bases_are_computed_in_fp64():
     """Eigenvalues over 5 decades: fp32 turns the last vectors by 1e-7 / 1e-5, fp64 only rounds them."""
     factor = steep(12, 5)
     exact = torch.linalg.eigh(factor.double()).eigenvectors.flip(1)
@@ -103,7 +103,7 @@ def not_a_number(a: torch.Tensor, **_: Any) -> Any:
     return torch.return_types.linalg_qr((nan, nan))
 
 
-def test_a_first_basis_that_is_not_found_is_the_identity(monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_first_basis_is_the_identity(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.linalg, "eigh", refuse)
     tally = Tally()
     state = algorithm.begin(random(4, 4), Settings(), tally)
@@ -113,7 +113,7 @@ def test_a_first_basis_that_is_not_found_is_the_identity(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("qr", [refuse, not_a_number])
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
-def test_a_completed_side_that_is_not_found_is_the_identity(
+def test_a_failed_completed_side_is_the_identity(
     shape: tuple[int, int], qr: Any, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.linalg, "qr", qr)
@@ -124,7 +124,7 @@ def test_a_completed_side_that_is_not_found_is_the_identity(
     assert (tally.first_failures, state["failures"]) == (1, 1)
 
 
-def test_a_failed_first_basis_is_the_first_of_those_that_stop(monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_first_basis_counts_towards_the_bound(monkeypatch: pytest.MonkeyPatch):
     weight = torch.nn.Parameter(random(4, 4))
     optimizer = SOAP([weight], precondition_frequency=1)
     with monkeypatch.context() as patched:
@@ -158,7 +158,7 @@ def test_a_steep_spectrum_is_refreshed_by_either_method(refresh: Any):
 
 
 @pytest.mark.parametrize(("stretched", "taken"), [(1e-5, True), (2e-4, False), (1e-2, False)])
-def test_what_counts_as_orthogonal(stretched: float, taken: bool, monkeypatch: pytest.MonkeyPatch):
+def test_the_bound_of_orthogonality(stretched: float, taken: bool, monkeypatch: pytest.MonkeyPatch):
     """Q (1 + s): Q^T Q - I is 2 s, and the bound 1e-4."""
 
     def long(a: torch.Tensor) -> torch.Tensor:
@@ -309,7 +309,7 @@ def test_cholesky_qr_adds_two_gram_matrices_a_side():
     assert products(16, 16, refresh="cholesky_qr") == (44, 20, 2 * 3)
 
 
-def test_orthogonality_sees_one_bad_column():
+def test_one_bad_column_is_not_orthogonal():
     q = orthogonal(64).float()
     assert bases.orthogonality(q) < 1e-6
     q[:, 5] = q[:, 9]

@@ -1,4 +1,4 @@
-"""SOAP as an optimizer among torch's: its options and groups, what it refuses, saving and copying."""
+"""SOAP as a torch optimizer: options, groups, refusals, saving and copying."""
 
 import copy
 import io
@@ -26,10 +26,10 @@ def step(optimizer: SOAP, seed: int) -> None:
 
 def same(a: SOAP, b: SOAP) -> bool:
     """Weights and states, bit for bit, in groups of the same options."""
-    for ours, theirs in zip(a.param_groups, b.param_groups, strict=True):
-        if any(ours[k] != theirs[k] for k in a.defaults):
+    for left, right in zip(a.param_groups, b.param_groups, strict=True):
+        if any(left[k] != right[k] for k in a.defaults):
             return False
-        for p, q in zip(ours["params"], theirs["params"], strict=True):
+        for p, q in zip(left["params"], right["params"], strict=True):
             if not torch.equal(p, q) or a.state[p].keys() != b.state[q].keys():
                 return False
             for key, value in a.state[p].items():
@@ -58,97 +58,97 @@ def two_groups(dtype: torch.dtype = torch.float32) -> SOAP:
 
 
 def saved_and_loaded(dtype: torch.dtype, steps: int) -> tuple[SOAP, SOAP]:
-    ours = two_groups(dtype)
+    saved = two_groups(dtype)
     for i in range(steps):
-        step(ours, i)
+        step(saved, i)
     file = io.BytesIO()
-    torch.save(ours.state_dict(), file)
+    torch.save(saved.state_dict(), file)
     file.seek(0)
-    theirs = two_groups(dtype)
+    loaded = two_groups(dtype)
     with torch.no_grad():
-        for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):
+        for a, b in zip(saved.param_groups, loaded.param_groups, strict=True):
             for p, q in zip(a["params"], b["params"], strict=True):
                 q.copy_(p)
-    theirs.load_state_dict(torch.load(file, weights_only=True))
-    return ours, theirs
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    return saved, loaded
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_saved_state_goes_on_bitwise_whatever_the_weights_are_in(dtype: torch.dtype):
+def test_a_loaded_state_continues_bitwise_for_any_dtype(dtype: torch.dtype):
     for steps in (0, 1, 4):
-        ours, theirs = saved_and_loaded(dtype, steps)
-        assert same(ours, theirs)
+        saved, loaded = saved_and_loaded(dtype, steps)
+        assert same(saved, loaded)
         for i in range(steps, steps + 4):
-            step(ours, i)
-            step(theirs, i)
-        assert same(ours, theirs)
-        tensors = [v for s in theirs.state.values() for v in s.values() if torch.is_tensor(v)]
+            step(saved, i)
+            step(loaded, i)
+        assert same(saved, loaded)
+        tensors = [v for s in loaded.state.values() for v in s.values() if torch.is_tensor(v)]
         assert tensors and all(t.dtype == torch.float32 for t in tensors)
 
 
 def test_a_loaded_state_is_a_copy():
-    ours, theirs = two_groups(), two_groups()
-    step(ours, 0)
-    step(ours, 1)
-    theirs.load_state_dict(ours.state_dict())
-    before = copy.deepcopy(ours.state_dict()["state"])
-    step(theirs, 2)
-    for number, state in ours.state_dict()["state"].items():
+    saved, loaded = two_groups(), two_groups()
+    step(saved, 0)
+    step(saved, 1)
+    loaded.load_state_dict(saved.state_dict())
+    before = copy.deepcopy(saved.state_dict()["state"])
+    step(loaded, 2)
+    for number, state in saved.state_dict()["state"].items():
         for key, value in state.items():
             if torch.is_tensor(value):
                 assert torch.equal(value, before[number][key]), key
 
 
-def test_a_hook_that_changes_the_state_is_heeded():
-    ours, theirs = two_groups(torch.bfloat16), two_groups(torch.bfloat16)
-    step(ours, 0)
+def test_a_hook_may_change_the_loaded_state():
+    saved, loaded = two_groups(torch.bfloat16), two_groups(torch.bfloat16)
+    step(saved, 0)
 
     def doubled(_: Any, given: dict[str, Any]) -> dict[str, Any]:
         state = {n: {**s, "exp_avg_sq": s["exp_avg_sq"] + 2} for n, s in given["state"].items()}
         return {**given, "state": state}
 
     seen: list[torch.dtype] = []
-    theirs.register_load_state_dict_pre_hook(doubled)
-    theirs.register_load_state_dict_post_hook(
+    loaded.register_load_state_dict_pre_hook(doubled)
+    loaded.register_load_state_dict_post_hook(
         lambda o: seen.extend(s["exp_avg_sq"].dtype for s in o.state.values())
     )
-    theirs.load_state_dict(ours.state_dict())
+    loaded.load_state_dict(saved.state_dict())
     assert seen == [torch.float32] * 4
-    assert all(bool((s["exp_avg_sq"] == 2).all()) for s in theirs.state.values())
+    assert all(bool((s["exp_avg_sq"] == 2).all()) for s in loaded.state.values())
 
 
-def test_options_are_saved_and_what_lacks_them_is_refused():
-    ours, theirs = two_groups(), two_groups()
-    theirs.param_groups[0]["betas"] = (0.1, 0.2)
-    saved = ours.state_dict()
-    theirs.load_state_dict(saved)
-    assert theirs.param_groups[0]["betas"] == OPTIONS["betas"]
-    step(ours, 0)
+def test_options_are_saved_and_a_state_without_them_is_refused():
+    optimizer, loaded = two_groups(), two_groups()
+    loaded.param_groups[0]["betas"] = (0.1, 0.2)
+    saved = optimizer.state_dict()
+    loaded.load_state_dict(saved)
+    assert loaded.param_groups[0]["betas"] == OPTIONS["betas"]
+    step(optimizer, 0)
     del saved["param_groups"][1]["eps"]
     with pytest.raises(ValueError, match=r"lacks the SOAP options \['eps'\]"):
-        ours.load_state_dict(saved)
-    step(ours, 1)
+        optimizer.load_state_dict(saved)
+    step(optimizer, 1)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copied_optimizer_goes_on_bitwise(copied: Any):
-    ours = two_groups()
+def test_a_copied_optimizer_continues_bitwise(copied: Any):
+    original = two_groups()
     for i in range(4):
-        step(ours, i)
-    theirs = copied(ours)
-    assert theirs.tally == ours.tally and theirs.tally.refreshes > 0
+        step(original, i)
+    copy_ = copied(original)
+    assert copy_.tally == original.tally and copy_.tally.refreshes > 0
     for i in range(4, 8):
-        step(ours, i)
-        step(theirs, i)
-    assert same(ours, theirs) and theirs.tally == ours.tally
-    first = ours.param_groups[0]["params"][0]
-    assert first is not theirs.param_groups[0]["params"][0]
+        step(original, i)
+        step(copy_, i)
+    assert same(original, copy_) and copy_.tally == original.tally
+    first = original.param_groups[0]["params"][0]
+    assert first is not copy_.param_groups[0]["params"][0]
 
 
 # ---------------------------------------------------------------- options of a group
 
 
-def test_groups_differ_as_two_optimizers_do():
+def test_groups_are_independent_optimizers():
     together = two_groups()
     weights = [[p.detach().clone() for p in g["params"]] for g in together.param_groups]
     weights = [[torch.nn.Parameter(w) for w in group] for group in weights]
@@ -156,15 +156,15 @@ def test_groups_differ_as_two_optimizers_do():
     for i in range(7):
         step(together, i)
         for group, optimizer in zip(together.param_groups, apart, strict=True):
-            theirs = optimizer.param_groups[0]["params"]
-            for p, q in zip(group["params"], theirs, strict=True):
+            expected = optimizer.param_groups[0]["params"]
+            for p, q in zip(group["params"], expected, strict=True):
                 q.grad = p.grad.clone()
             optimizer.step()
-            assert all(torch.equal(p, q) for p, q in zip(group["params"], theirs, strict=True))
+            assert all(torch.equal(p, q) for p, q in zip(group["params"], expected, strict=True))
 
 
 @pytest.mark.parametrize(("name", "value"), OPTIONS.items())
-def test_every_option_of_a_group_is_heeded(name: str, value: Any):
+def test_every_option_of_a_group_is_used(name: str, value: Any):
     found = []
     for options in ({}, {name: value}):
         weights = [torch.nn.Parameter(random(7, 5, seed=i)) for i in range(2)]
@@ -176,7 +176,7 @@ def test_every_option_of_a_group_is_heeded(name: str, value: Any):
     assert not torch.equal(found[0], found[1])
 
 
-def test_an_option_that_is_changed_later_is_heeded():
+def test_an_option_that_is_changed_later_is_used():
     optimizer = two_groups()
     step(optimizer, 0)
     optimizer.param_groups[1]["precondition_frequency"] = 1
@@ -186,7 +186,7 @@ def test_an_option_that_is_changed_later_is_heeded():
 
 
 def test_a_matrix_without_a_gradient_keeps_its_turn(monkeypatch: pytest.MonkeyPatch):
-    """Or the phases of those behind it would shift with what is frozen for a while."""
+    """Otherwise the phases of later matrices would shift while it is frozen."""
     weights = [torch.nn.Parameter(random(4, 4, seed=i)) for i in range(3)]
     optimizer = SOAP(weights, precondition_frequency=3, stagger=True)
     turns: list[list[int]] = []
@@ -236,7 +236,7 @@ def test_the_closure_is_called_with_gradients_and_its_loss_returned():
         ("refresh", "foo"), ("matmul_precision", "bf16"),
     ],
 )  # fmt: skip
-def test_values_out_of_range(name: str, value: Any):
+def test_values_out_of_range_are_refused(name: str, value: Any):
     record = rf"{name}={str(value).replace('(', '.').replace(')', '.')}: must be"
     with pytest.raises(ValueError, match=record):
         SOAP([torch.nn.Parameter(random(2, 2))], **{name: value})
@@ -246,21 +246,21 @@ def test_values_out_of_range(name: str, value: Any):
     assert len(optimizer.param_groups) == 1
 
 
-def test_the_ends_of_the_ranges_are_possible():
+def test_the_ends_of_the_ranges_are_accepted():
     SOAP(
         [torch.nn.Parameter(random(2, 2))], lr=0.0, betas=(0.0, 0.0), shampoo_beta=0.0, eps=0.0,
         weight_decay=0.0, precondition_frequency=1, max_precond_dim=0,
     )  # fmt: skip
 
 
-def test_an_unknown_option_of_a_group():
+def test_an_unknown_option_of_a_group_is_refused():
     with pytest.raises(
         ValueError, match=r"unknown SOAP options \['beta', 'foreach'\] .*; the options are .*'betas'"
     ):
         SOAP([{"params": [torch.nn.Parameter(random(2, 2))], "beta": 0.9, "foreach": True}])
 
 
-def test_learning_rate_schedules_may_leave_their_keys():
+def test_keys_of_learning_rate_schedules_are_accepted():
     optimizer = two_groups()
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     step(optimizer, 0)
@@ -271,7 +271,7 @@ def test_learning_rate_schedules_may_leave_their_keys():
 
 
 @pytest.mark.parametrize("parameter", [torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.complex64)])
-def test_what_is_no_real_matrix_is_refused_before_any_step(parameter: torch.Tensor):
+def test_unsupported_parameters_are_refused_before_any_step(parameter: torch.Tensor):
     reported = rf"{parameter.dtype} of shape .2, 2.*another optimizer"
     good = torch.nn.Parameter(random(2, 2))
     with pytest.raises(ValueError, match=reported):

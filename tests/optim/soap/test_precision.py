@@ -1,4 +1,4 @@
-"""In which precision products are on a GPU, seen on a CPU from the settings that torch gets."""
+"""Precision of matrix products on a GPU, tested on a CPU by the settings that torch gets."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -26,24 +26,24 @@ def matmul() -> Iterator[Any]:
 ON_A_GPU: Any = SimpleNamespace(is_cuda=True)
 
 
-@pytest.mark.parametrize("ours", ["fp32", "tf32"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
 @pytest.mark.parametrize("process", ["none", "ieee", "tf32"])
-def test_the_precision_is_set_inside_and_put_back(process: str, ours: Any, matmul: Any):
+def test_the_precision_is_set_and_restored(process: str, precision: Any, matmul: Any):
     """In a process that uses torch's new settings, where `allow_tf32` may not be touched."""
     matmul.fp32_precision = process
-    with bases.products_in(ours, ON_A_GPU):
-        assert matmul.fp32_precision == {"fp32": "ieee", "tf32": "tf32"}[ours]
+    with bases.products_in(precision, ON_A_GPU):
+        assert matmul.fp32_precision == {"fp32": "ieee", "tf32": "tf32"}[precision]
         with bases.products_in("fp32", ON_A_GPU):
             assert matmul.fp32_precision == "ieee"
-        assert matmul.fp32_precision == {"fp32": "ieee", "tf32": "tf32"}[ours]
+        assert matmul.fp32_precision == {"fp32": "ieee", "tf32": "tf32"}[precision]
     assert matmul.fp32_precision == process
-    with pytest.raises(KeyError), bases.products_in(ours, ON_A_GPU):
+    with pytest.raises(KeyError), bases.products_in(precision, ON_A_GPU):
         raise KeyError
     assert matmul.fp32_precision == process
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_a_process_that_uses_the_old_api_still_can(allowed: bool, matmul: Any):
+def test_the_old_api_of_torch_remains_usable(allowed: bool, matmul: Any):
     matmul.allow_tf32 = allowed
     with bases.products_in("fp32" if allowed else "tf32", ON_A_GPU):
         pass

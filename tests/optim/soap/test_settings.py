@@ -1,4 +1,4 @@
-"""Bounds of SOAP's keys."""
+"""Bounds of SOAP's config keys."""
 
 import math
 from typing import Any
@@ -32,19 +32,19 @@ def soap(key: str, value: Any) -> TrainConfig:
         ("eps", 0.0, "eps=0.0"),
     ],
 )
-def test_refused(key: str, value: Any, reported: str):
+def test_values_out_of_range_are_refused(key: str, value: Any, reported: str):
     with pytest.raises(UserError) as raised:
         check_train(soap(key, value))
     assert f"optimizer.{reported}" in str(raised.value)
 
 
 @pytest.mark.parametrize("beta", [-1.0, 0.0, 0.99])
-def test_possible(beta: float):
+def test_values_in_range_are_accepted(beta: float):
     check_train(soap("shampoo_beta", beta))
 
 
 @pytest.mark.parametrize(("model", "shortest"), [("llama_8b", 1024), ("llama_70b", 1024)])
-def test_a_limit_below_every_side_is_refused_where_the_shape_is_known(model: str, shortest: int):
+def test_a_limit_below_every_side_is_refused_for_a_known_shape(model: str, shortest: int):
     """Keys and values are the narrowest: 8 heads of 128."""
     overrides = ["optimizer=soap", f"model={model}", f"optimizer.max_precond_dim={shortest - 1}"]
     reported = f"max_precond_dim={shortest - 1}: .* model={model} is {shortest}"

@@ -1,7 +1,7 @@
 """SOAP on shards against SOAP of one process, on 1 to 4 ranks with the same gradients.
 
-Owned matrices, vectors and what has no bases are bitwise the same whatever the ranks. By rows, the
-factor is a sum of the ranks' parts, in another order: rounding of fp32, 1e-5 of the update.
+Owned matrices, vectors and parameters without bases are bitwise the same on any number of ranks. By
+rows, the factor is a sum of the ranks' parts, in another order: rounding of fp32, 1e-5 of the update.
 """
 
 import json
@@ -47,7 +47,7 @@ def sharded(refresh: str, stagger: bool, steps: int) -> tuple[Any, ...]:
 
 
 def plain(refresh: str, stagger: bool, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The whole weights and states of one process."""
+    """Full weights and states of one process."""
     torch.set_num_threads(1)
     weights = {n: torch.nn.Parameter(w) for n, w in tensors(0).items()}
     optimizer = SOAP(
@@ -72,7 +72,7 @@ def plain(refresh: str, stagger: bool, steps: int) -> tuple[dict[str, Any], dict
     [(1, "householder", True), (2, "householder", True), (3, "cholesky_qr", True),
      (3, "householder", False), (4, "householder", True)],
 )  # fmt: skip
-def test_any_number_of_ranks_is_one_process(ranks: int, refresh: str, stagger: bool):
+def test_any_number_of_ranks_equals_one_process(ranks: int, refresh: str, stagger: bool):
     reported = run_ranks(ranks, sharded, refresh, stagger, STEPS)
     weights, states = plain(refresh, stagger, STEPS)
     found = assemble_weights([t[0] for t in reported])
@@ -133,7 +133,7 @@ def test_resumed_at_any_phase_bitwise(at: int, ranks: int):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_four_ranks_go_on_as_fewer(ranks: int):
+def test_a_state_of_four_ranks_resumes_on_fewer(ranks: int):
     through = run_ranks(4, interrupted, 0, STEPS)
     first = run_ranks(4, interrupted, 0, 4)
     state, weights = assemble_state([f[2] for f in first]), assemble_weights([f[0] for f in first])
@@ -160,7 +160,7 @@ def loaded_otherwise(scalars: dict[str, Any], change: dict[str, Any]) -> str:
     return ""
 
 
-def test_a_state_of_other_settings_is_refused():
+def test_a_state_with_other_settings_is_refused():
     scalars = run_ranks(1, interrupted, 0, 2)[0][1]
     for key, other in {
         "precondition_frequency": 7, "phase": 2, "sides": "L", "shape": [1, 2], "dtype": "float64",
@@ -169,7 +169,7 @@ def test_a_state_of_other_settings_is_refused():
         assert f"the saved state of square has {key}={other}, but this run has {key}=" in record
 
 
-def test_a_state_that_is_not_whole_is_refused():
+def test_an_incomplete_state_is_refused():
     scalars = json.loads(json.dumps(run_ranks(1, interrupted, 0, 2)[0][1]))
     record = run_ranks(1, loaded_otherwise, scalars | {"alien": scalars["square"]}, {})[0]
     assert "alien, which this model does not train" in record
@@ -183,7 +183,7 @@ def test_a_state_that_is_not_whole_is_refused():
 
 
 def stepped_after_loading(state: dict[tuple[str, str], np.ndarray], scalars: Any) -> bool:
-    """Whether two steps leave alone what was loaded."""
+    """Whether two steps leave the loaded state unchanged."""
     run, kept = Sharded(), {k: v.copy() for k, v in state.items()}
 
     def read(parameter: str, field: str, start: int, stop: int) -> torch.Tensor:
@@ -195,7 +195,7 @@ def stepped_after_loading(state: dict[tuple[str, str], np.ndarray], scalars: Any
     return all(np.array_equal(kept[k], state[k]) for k in kept)
 
 
-def test_what_was_loaded_is_a_copy():
+def test_a_loaded_state_is_a_copy():
     first = run_ranks(1, interrupted, 0, 4)[0]
     assert run_ranks(1, stepped_after_loading, assemble_state([first[2]]), first[1]) == [True]
 
@@ -231,7 +231,7 @@ class Counted:
 
 
 def moved(steps: int) -> tuple[list[dict[str, int]], int, dict[str, int]]:
-    """Bytes that left this rank in each of `steps`, what the run states of a step, the owners."""
+    """Bytes that left this rank in each of `steps`, the bytes of a step that SOAP reports, the owners."""
     run, seen = Sharded(), []
     for step in range(steps):
         with pytest.MonkeyPatch.context() as patch:
@@ -276,7 +276,7 @@ def test_bytes_moved_are_those_of_the_formula(ranks: int):
     assert (reported[0][1] == 0) == (ranks == 1)
 
 
-def test_a_wave_moves_all_but_what_the_owner_holds():
+def test_a_wave_moves_all_blocks_that_the_owner_lacks():
     slot = Slot("w", (5, 4), 20, 7, 0)  # ranks hold 7, 7 and 6
     assert moved_elements([[], [whole(slot)], []]) == 13
     blocks = row_blocks(slot, 3)  # rows 0-1, 2-3, 4: by their first elements 0 4 | 8 12 | 16
@@ -294,6 +294,6 @@ def owners() -> dict[str, int]:
     return Sharded().optimizer.owners
 
 
-def test_every_rank_finds_the_same_owners():
+def test_every_rank_computes_the_same_owners():
     reported = run_ranks(3, owners)
     assert all(t == reported[0] for t in reported) and set(reported[0].values()) == {0, 1, 2}

@@ -1,4 +1,4 @@
-"""What sharded SOAP tells: failures that stop all ranks, totals of a run, the manifest's evidence."""
+"""Reports of sharded SOAP: failures that stop all ranks, totals of a run, and evidence in the manifest."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ from tests.optim.sharding import DECAY, LIMIT, SHAPES, Sharded, assemble_state, 
 
 
 def with_failing(sizes: set[int], first: bool) -> tuple[int, str, dict[str, Any]]:
-    """At which step the run stops where bases of these sizes are not found; its totals then."""
+    """The step at which a run stops if bases of these sizes fail, and its totals then."""
     eigh = torch.linalg.eigh
 
     def refusing(a: torch.Tensor) -> Any:
@@ -38,7 +38,7 @@ def with_failing(sizes: set[int], first: bool) -> tuple[int, str, dict[str, Any]
     return -1, "", run.optimizer.totals
 
 
-@pytest.mark.parametrize("size", [6, 13])  # of what goes by rows, and of two owned matrices
+@pytest.mark.parametrize("size", [6, 13])  # of a matrix updated by rows, and of two owned matrices
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_matrix_that_keeps_failing_stops_the_run(ranks: int, size: int):
     """The third refresh in a row, at frequency 3; the second after a first basis that failed."""
@@ -53,7 +53,7 @@ def test_a_matrix_that_keeps_failing_stops_the_run(ranks: int, size: int):
 
 
 def reported(parts: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """Reports after so many calls each, a new process for each; the totals and the evidence at the end."""
+    """Reports after each of `parts` calls, each in a new process; totals and evidence at the end."""
     bases.METHODS["cholesky_qr"] = (lambda a: a * torch.nan, bases.householder_qr)
     settings = Settings(precondition_frequency=3, max_precond_dim=LIMIT, refresh="cholesky_qr")
     received, at, run = [], 0, Sharded(settings)
@@ -112,7 +112,7 @@ def test_nothing_to_precondition_is_an_error():
 
 
 def fails_on_one_owner() -> str:
-    """The decompositions of rank 1 fail; every rank must hear of it and stop together."""
+    """The decompositions of rank 1 fail; all ranks must stop together."""
     run = Sharded()
     if run.world.rank == 1:
         bases.METHODS["householder"] = (lambda a: a * torch.nan,)
