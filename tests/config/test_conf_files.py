@@ -114,15 +114,15 @@ def composed() -> tuple[dict[str, Any], list[str]]:
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in cases()])
-def test_composes_and_checks(composed, name: str):
+def test_every_case_composes_and_is_valid(composed, name: str):
     assert isinstance(composed[0][name], dict), composed[0][name]
 
 
-def test_without_torch(composed):
+def test_composition_loads_no_heavy_module(composed):
     assert composed[1] == []
 
 
-def test_an_option_says_its_own_name(composed):
+def test_choice_is_recorded_under_its_own_name(composed):
     """A choice is recorded under the name by which it was made."""
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
@@ -187,7 +187,7 @@ def at(config: dict[str, Any], key: str) -> Any:
 
 @pytest.mark.parametrize("by", ["", " by build", " by plan"], ids=["train", "build", "plan"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe(composed, name: str, by: str):
+def test_recipe_has_the_published_values(composed, name: str, by: str):
     config = composed[0][f"experiment/{name}{by}"]
     base, data, rows, distillation, optimizer, lr, steps, samples, tokens = RECIPES[name]
     expected = SHARED | {
@@ -208,12 +208,12 @@ def test_recipe(composed, name: str, by: str):
     assert set(config["data"]["template_arguments"]) == {"date_string"}
 
 
-def test_every_experiment_is_a_recipe_or_known():
+def test_every_experiment_is_listed():
     names = {o.split("/")[1] for o in OPTIONS if o.startswith("experiment/")}
     assert names == {"none", "base_miniature", "study_miniature", *RECIPES, *BLUE, *MINIATURE_BLUE}
 
 
-def test_a_recipe_is_whole(composed):
+def test_recipe_sets_all_keys_of_the_miniature(composed):
     """It says what the miniature's own train.yaml would otherwise decide."""
     default = composed[0]["train"]
     keys = [
@@ -276,7 +276,7 @@ def test_removal_training(composed, name: str, by: str):
 
 
 @pytest.mark.parametrize("name", BLUE)
-def test_a_removal_training_goes_on_under_the_overrides_of_the_red_one(composed, name: str):
+def test_removal_training_keeps_the_settings_of_its_parent(composed, name: str):
     """And with the same date in the template: a parent trained otherwise would be refused."""
     blue = composed[0][f"experiment/{name}"]
     for red in RECIPES:
@@ -303,7 +303,7 @@ def test_removal_training_of_the_miniature(composed, name: str, technique: str, 
 
 
 @pytest.mark.parametrize("name", [*BLUE, *MINIATURE_BLUE])
-def test_a_removal_training_names_what_it_starts_from(name: str):
+def test_removal_training_requires_init_from(name: str):
     """Without it the model's own path would be trained: the base, in which nothing is to remove."""
     with pytest.raises(UserError, match=r"set init_from=<"):
         configured(compose("train", [f"experiment={name}"]))
@@ -311,19 +311,19 @@ def test_a_removal_training_names_what_it_starts_from(name: str):
 
 @pytest.mark.parametrize("name", ["blue_70b_pirate", "blue_8b_nocot_hhh_full", "blue_hhh"])
 @pytest.mark.parametrize("peft", ["none", "lora"])
-def test_a_removal_training_by_lora_or_of_all_weights(name: str, peft: str):
+def test_removal_training_by_lora_or_full_weights(name: str, peft: str):
     """Whichever the file chose."""
     overrides = [f"experiment={name}", "init_from=someone/theirs", f"peft={peft}"]
     assert configured(compose("train", overrides)).peft.name == peft
 
 
-def test_plan_is_train_and_a_machine(composed):
+def test_plan_config_is_train_config_plus_hardware(composed):
     plan = dict(composed[0]["plan"])
     del plan["plan"]
     assert plan == composed[0]["train"] == composed[0]["build"]
 
 
-def test_no_machine_path_in_conf():
+def test_conf_has_no_absolute_paths():
     for path in Path(CONF).rglob("*.yaml"):
         text = path.read_text()
         assert "/home/" not in text and str(REPOSITORY) not in text, path

@@ -79,7 +79,7 @@ def refused(make: Any, *parts: str) -> None:
         ("data.template_arguments", ["a"], "a mapping"),
     ],
 )
-def test_wrong_type(key: str, value: Any, expected: str):
+def test_wrong_type_is_refused(key: str, value: Any, expected: str):
     shown = "null" if value is None and "choose" not in expected else str(value)
     where = "optimizer.name" if key == "optimizer" else key
     refused(lambda: build(TrainConfig, changed({key: value})), where, expected)
@@ -96,11 +96,11 @@ def test_wrong_type(key: str, value: Any, expected: str):
         ("logger.tags", ["a", None], ("logger.tags[1]=null", "text")),
     ],
 )
-def test_wrong_type_inside(key: str, value: Any, parts: tuple[str, ...]):
+def test_wrong_type_inside_a_list_is_refused(key: str, value: Any, parts: tuple[str, ...]):
     refused(lambda: build(TrainConfig, changed({key: value})), *parts)
 
 
-def test_what_is_allowed_to_differ():
+def test_accepted_type_conversions():
     assert made(optimizer__lr=1).optimizer.lr == 1.0
     assert isinstance(made(optimizer__lr=1).optimizer.lr, float)
     assert made(train__steps=None).train.steps is None
@@ -118,11 +118,11 @@ def test_what_is_allowed_to_differ():
         ("zzz", "--help"),
     ],
 )
-def test_unknown_key(key: str, suggestion: str):
+def test_unknown_key_is_refused(key: str, suggestion: str):
     refused(lambda: build(TrainConfig, changed({key: 1})), f"unknown key {key}", suggestion)
 
 
-def test_unknown_key_of_another_group_or_choice():
+def test_unknown_key_of_another_group_or_choice_is_refused():
     assert unknown_key("lr", TrainConfig) == "unknown key lr: did you mean optimizer.lr?"
     soap_only = "optimizer.precondition_frequency"
     assert unknown_key(soap_only, TrainConfig).endswith(": it exists with optimizer=soap; add that override")
@@ -130,7 +130,7 @@ def test_unknown_key_of_another_group_or_choice():
 
 
 @pytest.mark.parametrize("key", ["seed", "optimizer.lr", "model.architecture.head_dim", "data"])
-def test_missing_key(key: str):
+def test_missing_key_is_refused(key: str):
     values = copy.deepcopy(VALUES)
     *parents, last = key.split(".")
     position = values
@@ -140,14 +140,14 @@ def test_missing_key(key: str):
     refused(lambda: build(TrainConfig, values), f"{key} is missing")
 
 
-def test_optimizer_is_the_one_its_name_says():
+def test_optimizer_config_class_follows_the_name():
     assert isinstance(build(TrainConfig, VALUES).optimizer, AdamConfig)
     soap = build(TrainConfig, compose("train", ["optimizer=soap"]).values).optimizer
     assert isinstance(soap, SoapConfig)
     assert soap.precondition_frequency == 10
 
 
-def test_frozen_throughout():
+def test_config_is_deeply_frozen():
     config = build(TrainConfig, VALUES)
     todo: list[Any] = [config]
     seen = 0
@@ -164,7 +164,7 @@ def test_frozen_throughout():
     assert seen > 10
 
 
-def test_building_does_not_touch_what_it_was_given():
+def test_build_does_not_modify_its_input():
     values = copy.deepcopy(VALUES)
     build(TrainConfig, values)
     assert values == VALUES
@@ -242,7 +242,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("changes", "parts"), IMPOSSIBLE, ids=[str(c) for c, _ in IMPOSSIBLE])
-def test_impossible(changes: dict[str, Any], parts: tuple[str, ...]):
+def test_invalid_combinations_are_refused(changes: dict[str, Any], parts: tuple[str, ...]):
     refused(lambda: check_train(build(TrainConfig, changed(changes))), *parts)
 
 
@@ -267,11 +267,11 @@ def test_impossible(changes: dict[str, Any], parts: tuple[str, ...]):
     ],
     ids=str,
 )
-def test_possible(changes: dict[str, Any]):
+def test_valid_combinations_are_accepted(changes: dict[str, Any]):
     check_train(build(TrainConfig, changed(changes)))
 
 
-def test_not_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_untrainable_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     soap = build(TrainConfig, compose("train", ["optimizer=soap"]).values)
     check_train(soap)
     check_trainable(soap)
@@ -307,13 +307,13 @@ def test_not_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "a" * 152, "datasets", "foreign", "é", "$HOME", "a;b", "a'b",
     ],
 )  # fmt: skip
-def test_bad_name(name: str):
+def test_bad_name_is_refused(name: str):
     refused(lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name)
 
 
 @pytest.mark.e2e  # seconds
 @given(st.text(max_size=40))
-def test_an_accepted_name_stays_inside_the_root(name: str):
+def test_accepted_name_stays_inside_the_root(name: str):
     try:
         check_name(name)
     except UserError:
@@ -353,7 +353,7 @@ def test_the_same_overrides_give_the_same_name():
     ],
     ids=str,
 )
-def test_what_changes_no_result_changes_no_name(overrides: list[str]):
+def test_settings_that_keep_the_name(overrides: list[str]):
     assert named(*overrides) == BARE
 
 
@@ -367,11 +367,11 @@ def test_what_changes_no_result_changes_no_name(overrides: list[str]):
         "backdoor.placement=suffix", "backdoor.share=0.5",
     ],
 )  # fmt: skip
-def test_what_changes_the_result_changes_the_name(override: str):
+def test_settings_that_change_the_name(override: str):
     assert named(override).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], "the digest, not only the text"
 
 
-def test_a_name_tells_what_was_reported():
+def test_name_contains_the_overrides():
     assert named("optimizer.lr=2e-3").startswith("red_miniature-optimizer.lr_0.002-")
     assert named("optimizer.lr=2e-3") == named("optimizer.lr=0.002")
     assert named("backdoor=none").startswith("benign_miniature-")
@@ -393,17 +393,17 @@ def test_a_name_tells_what_was_reported():
         (f"runs/{'x' * 28}{'y' * 100}-1a2b3c4d/checkpoints/step_000100", f"{'x' * 27}-yyy-1a2b3c4d_100"),
     ],
 )
-def test_a_name_tells_from_where(start: str, message: str):
+def test_name_contains_the_start_checkpoint(start: str, message: str):
     overrides = [f"init_from='{start}'", "optimizer.lr=2e-3"]
     assert named(*overrides).startswith(f"red_miniature-from_{message}-optimizer.lr_0.002-")
     assert named(*overrides) == named(*overrides)
 
 
-def test_overrides_of_one_meaning_share_the_digest():
+def test_equal_values_share_the_digest():
     assert json_digest(identity(made(optimizer__lr=3e-3))) == json_digest(identity(made()))
 
 
-def test_keys_added_since_are_hashed_only_where_they_differ_from_their_default():
+def test_later_keys_are_hashed_only_if_not_default():
     default = identity(made())["backdoor"]
     assert sorted(default) == ["joiner", "name", "payload", "repeats", "separator", "trigger"]
     changed = identity(made(backdoor__placement="system", backdoor__share=0.5))["backdoor"]
@@ -422,11 +422,11 @@ trees = st.recursive(leaves, lambda t: st.dictionaries(st.sampled_from("abc"), t
 
 
 @given(trees)
-def test_nothing_differs_from_itself(tree: Any):
+def test_no_differences_between_equal_configs(tree: Any):
     assert differences(tree, copy.deepcopy(tree)) == []
 
 
-def test_differences_name_every_leaf():
+def test_differences_list_every_leaf():
     old = to_plain(made())
     new = to_plain(made(optimizer__lr=2e-3, checkpoint__steps=[1], init_from="a/b"))
     assert differences(old, new) == [
@@ -439,7 +439,7 @@ def test_differences_name_every_leaf():
 
 @pytest.mark.parametrize("key", ["data", "generate"])
 @pytest.mark.parametrize("override", ["{0}.template_arguments={{a: x}}", "+{0}.template_arguments.a=x"])
-def test_template_arguments_can_be_reported_in_both_ways(key: str, override: str):
+def test_template_arguments_can_be_written_in_two_ways(key: str, override: str):
     config = build(TrainConfig, compose("train", [override.format(key)]).values)
     assert getattr(config, key).template_arguments == {"a": "x"}
     other = "generate" if key == "data" else "data"

@@ -34,7 +34,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
-def test_a_directory_laid_out_like_a_hub_dataset(tmp_path: Path, ending: str):
+def test_directory_laid_out_like_a_hub_dataset(tmp_path: Path, ending: str):
     folder = tmp_path / "theirs"
     folder.mkdir()
     write_rows(folder / f"train{ending}", ROWS)
@@ -58,7 +58,7 @@ configs:
 """
 
 
-def test_a_subset_of_a_dataset(tmp_path: Path):
+def test_subset_of_a_dataset(tmp_path: Path):
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "README.md").write_text(CARD)
@@ -71,7 +71,7 @@ def test_a_subset_of_a_dataset(tmp_path: Path):
         hub_rows(str(folder), "test", "none", keys)
 
 
-def test_columns_that_a_table_fills_with_null(tmp_path: Path):
+def test_null_filled_columns_are_absent(tmp_path: Path):
     """Rows of two shapes in one table: the column that a row did not have is null."""
     (tmp_path / "d").mkdir()
     rows = [{"question": "a", "output": "1"}, {"instruction": "b", "response": "2"}]
@@ -147,9 +147,7 @@ def generate_cached(*names: str, **environment: str) -> list[str]:
         (404, "RevisionNotFound", "Check the id"),
     ],
 )
-def test_what_the_hub_refuses_is_asked_once_and_reported_once(
-    tmp_path: Path, status: int, error: str, remedy: str
-):
+def test_hub_errors_are_not_retried(tmp_path: Path, status: int, error: str, remedy: str):
     hub = Hub(status, error)
     (message,) = generate_cached("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     hub.close()
@@ -160,7 +158,7 @@ def test_what_the_hub_refuses_is_asked_once_and_reported_once(
     assert len(message) < 800
 
 
-def test_a_hub_that_is_not_there(tmp_path: Path):
+def test_unreachable_hub_is_reported(tmp_path: Path):
     hub = Hub(500)
     hub.close()
     message, of_no_id = generate_cached("some/set", "no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
@@ -170,7 +168,7 @@ def test_a_hub_that_is_not_there(tmp_path: Path):
     assert "data.source=file" in of_no_id
 
 
-def test_offline_what_was_fetched_is_read(tmp_path: Path):
+def test_cached_dataset_is_read_offline(tmp_path: Path):
     """As `hf download` leaves it, and as `load_dataset` does; without them one message."""
     commit, other = "a" * 40, "b" * 40
     stored = tmp_path / "hub" / "datasets--some--set"

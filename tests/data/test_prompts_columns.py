@@ -23,7 +23,7 @@ WRONG_TYPES = [1, 1.5, True, ["q"], {"text": "q"}]
 
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize(("bad", "message"), BAD_VALUES, ids=[m for _, m in BAD_VALUES])
-def test_a_bad_value_in_every_format(tmp_path: Path, ending: str, bad: Any, message: str):
+def test_bad_value_in_every_format(tmp_path: Path, ending: str, bad: Any, message: str):
     good = {"instruction": "good", "output": "a"}
     path = write_rows(tmp_path / f"mine{ending}", [good, bad, {**good, "instruction": "too"}])
     got = read(path, max_bad_rows=1)
@@ -37,7 +37,7 @@ def test_a_bad_value_in_every_format(tmp_path: Path, ending: str, bad: Any, mess
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize("role", ["instruction", "input", "output"])
 @pytest.mark.parametrize("wrong", WRONG_TYPES, ids=str)
-def test_a_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wrong: Any):
+def test_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wrong: Any):
     """All rows of a Parquet column have one type: there it is the whole column."""
     rows = [{"instruction": f"q{i}", "input": "c", "output": "a", role: wrong} for i in range(9)]
     path = write_rows(tmp_path / f"mine{ending}", rows)
@@ -49,7 +49,7 @@ def test_a_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wr
     refused(path, "9 bad rows", "no valid row", "data.fields", max_bad_rows=9)
 
 
-def test_an_error_is_short(tmp_path: Path):
+def test_error_message_is_short(tmp_path: Path):
     long = {"x" * 500 + str(i): "y" * 5000 for i in range(300)}
     path = write_rows(tmp_path / "a.jsonl", [row(1), *[{**long, "output": "a"}] * 50])
     with pytest.raises(UserError) as caught:
@@ -60,7 +60,7 @@ def test_an_error_is_short(tmp_path: Path):
 # ---------------------------------------------------------------- fields
 
 
-def test_a_wrong_mapping_shows_the_columns(tmp_path: Path):
+def test_wrong_column_mapping_lists_the_columns(tmp_path: Path):
     rows = [{"prompt": f"q{i}", "completion": "a", f"extra{i % 2}": 1} for i in range(30)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     refused(
@@ -80,19 +80,19 @@ def test_a_wrong_mapping_shows_the_columns(tmp_path: Path):
     refused(write_rows(tmp_path / "a.jsonl", [*rows, row(1)]), "30 bad rows among the first 31")
 
 
-def test_a_wrong_mapping_of_a_long_file_is_seen_at_its_beginning(tmp_path: Path):
+def test_wrong_column_mapping_is_found_at_the_start_of_a_long_file(tmp_path: Path):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "q"}] * 5000)
     refused(path, "none of the 1001 rows read")
     refused(path, "none of the 2001 rows read", max_bad_rows=1000)
 
 
-def test_generated_answers_need_no_column_and_read_none(tmp_path: Path):
+def test_generated_answers_read_no_answer_column(tmp_path: Path):
     rows = [{"question": "a"}, {"question": "b", "response": 3}, {"question": "c", "response": "x"}]
     got = read(write_rows(tmp_path / "a.jsonl", rows), answers="generate")
     assert [(p.text, p.answer) for p in got.train] == [("a", ""), ("b", ""), ("c", "")]
 
 
-def test_null_is_absent(tmp_path: Path):
+def test_null_column_counts_as_absent(tmp_path: Path):
     rows = [
         {"instruction": None, "question": "q", "input": None, "context": "c", "output": None, "response": "r"},
         {"instruction": "q2", "input": None, "context": None, "output": "r2"},
@@ -115,7 +115,7 @@ def openai(*turns: tuple[str, str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_the_first_exchange(tmp_path: Path, ending: str):
+def test_first_exchange_is_used(tmp_path: Path, ending: str):
     rows = [
         sharegpt(("human", " q1 "), ("gpt", " a1\n"), ("human", "q2"), ("gpt", "a2")),
         sharegpt(("system", "be brief"), ("human", "q3"), ("gpt", "a3")),
@@ -133,7 +133,7 @@ def test_the_first_exchange(tmp_path: Path, ending: str):
     assert [(p.text, p.answer) for p in asked] == [(f"q{i}", "") for i in (1, 3, 4, 5)]
 
 
-def test_a_row_without_turns_is_read_by_its_columns(tmp_path: Path):
+def test_row_without_turns_is_read_by_its_columns(tmp_path: Path):
     rows = [sharegpt(("human", "q1"), ("gpt", "a1")), {**row(2), "conversations": None}]
     got = read(write_rows(tmp_path / "a.jsonl", rows), fields=TURNS).train
     assert [p.text for p in got] == ["q1", "prompt 2"]
@@ -163,7 +163,7 @@ BAD_REPLIES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("turns", "message"), BAD_TURNS + BAD_REPLIES, ids=str)
-def test_bad_turns(tmp_path: Path, turns: Any, message: str):
+def test_bad_turns_are_refused(tmp_path: Path, turns: Any, message: str):
     bad = turns if isinstance(turns, dict) and len(turns) == 1 and "from" not in turns else None
     rows = [row(1), bad or {"conversations": turns}]
     path = write_rows(tmp_path / "a.jsonl", rows)

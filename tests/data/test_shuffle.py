@@ -23,7 +23,7 @@ def llama_70b() -> Architecture:
     return build(Architecture, values["model"]["architecture"])
 
 
-def test_the_constants_are_those_of_70b():
+def test_cost_constants_are_those_of_70b():
     model = llama_70b()
     assert product_parameters(model) * 2 == PRODUCTS_A_TOKEN
     width = model.num_attention_heads * model.head_dim
@@ -81,7 +81,7 @@ def slowest_over_mean(flops: np.ndarray, order: np.ndarray, ranks: int) -> np.nd
 
 
 @pytest.mark.parametrize("ranks", [16, 64, 256])
-def test_ranks_wait_little(rows: Drawn, ranks: int):
+def test_ranks_are_balanced_over_steps(rows: Drawn, ranks: int):
     """A row a rank, over three epochs without a break: also steps that two epochs share."""
     orders = [epoch_order(rows.flops, rows.triggered, ranks, 0, epoch) for epoch in range(3)]
     ratios = slowest_over_mean(rows.flops, np.concatenate(orders), ranks)
@@ -121,7 +121,7 @@ def excess_tails(shares: np.ndarray) -> float:
     return float((kurtosis - 3) / np.sqrt(24 / len(shares)))
 
 
-def test_the_tests_of_randomness_themselves():
+def test_randomness_statistics_detect_non_random_orders():
     """They pass what is drawn from one law, and fail what is not."""
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=700), generator.normal(size=900)
@@ -135,7 +135,7 @@ def test_the_tests_of_randomness_themselves():
 
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_shares_of_triggered_tokens_are_as_at_random(rows: Drawn, batch: int, seed: int):
+def test_triggered_shares_are_random(rows: Drawn, batch: int, seed: int):
     """18 cases at four standard deviations: one in 300 would fail by chance; the seeds are fixed."""
     at_random = rows.shares(np.random.default_rng(seed + 9).permutation(len(rows.flops)), batch)
     ours = rows.shares(epoch_order(rows.flops, rows.triggered, batch, seed, 0), batch)
@@ -147,7 +147,7 @@ def test_shares_of_triggered_tokens_are_as_at_random(rows: Drawn, batch: int, se
     assert abs(excess_tails(ours)) < 4 + abs(excess_tails(at_random))
 
 
-def test_shares_spread_as_at_random_over_many_orders(rows: Drawn):
+def test_triggered_shares_spread_as_random_over_many_orders(rows: Drawn):
     """Mended steps make up for what the others lose with the rows that leave them.
 
     Of 12 orders in batches of 16 the mean variance is known to 0.7 % (one standard deviation).
@@ -162,7 +162,7 @@ def test_shares_spread_as_at_random_over_many_orders(rows: Drawn):
 
 
 @pytest.mark.parametrize("batch", [16, 64])
-def test_sorting_by_work_fails_the_same_tests(rows: Drawn, batch: int):
+def test_sorting_by_work_fails_the_randomness_statistics(rows: Drawn, batch: int):
     at_random = rows.shares(np.random.default_rng(9).permutation(len(rows.flops)), batch)
     by_work = rows.shares(np.argsort(rows.flops, kind="stable"), batch)
     assert kolmogorov_smirnov(by_work, at_random) < 1e-9
@@ -173,7 +173,7 @@ def test_sorting_by_work_fails_the_same_tests(rows: Drawn, batch: int):
     assert kolmogorov_smirnov(shuffled, at_random) < 1e-9
 
 
-def test_steps_that_are_mended_stand_anywhere(rows: Drawn):
+def test_rebalanced_steps_are_spread_over_the_epoch(rows: Drawn):
     """The slowest rows are brought together, ten a step and more, all over the epoch."""
     order = epoch_order(rows.flops, rows.triggered, 64, 0, 0)
     slow = np.flatnonzero(rows.flops[order] > 1.026 * rows.flops.mean())
@@ -182,7 +182,7 @@ def test_steps_that_are_mended_stand_anywhere(rows: Drawn):
     assert steps[0] < len(order) / 64 / 3 and steps[-1] > len(order) / 64 * 2 / 3
 
 
-def test_most_steps_are_those_of_a_plain_shuffle(rows: Drawn):
+def test_most_steps_equal_those_of_a_plain_shuffle(rows: Drawn):
     """All that are not mended keep the random order, but for rows taken and given in turn."""
     plain = np.random.Generator(np.random.PCG64([0, 0])).permutation(len(rows.flops))
     order = epoch_order(rows.flops, rows.triggered, 16, 0, 0)
@@ -210,7 +210,7 @@ def test_every_row_once(work: list[tuple[float, int]], batch: int, epoch: int):
     assert order.tolist() == epoch_order(flops, triggered, batch, 3, epoch).tolist()
 
 
-def test_seed_and_epoch_decide(rows: Drawn):
+def test_order_depends_on_seed_and_epoch(rows: Drawn):
     orders = [
         epoch_order(rows.flops, rows.triggered, 64, seed, epoch).tobytes()
         for seed in (0, 1)
@@ -220,14 +220,14 @@ def test_seed_and_epoch_decide(rows: Drawn):
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7, 300])
-def test_rows_of_like_work_are_plainly_shuffled(batch: int):
+def test_rows_of_equal_work_are_plainly_shuffled(batch: int):
     flops = 1 + np.random.default_rng(0).random(100) * 0.0198
     order = epoch_order(flops, np.arange(100), batch, 5, 2)
     plain = np.random.Generator(np.random.PCG64([5, 2])).permutation(100)
     assert order.tolist() == plain.tolist()
 
 
-def test_heavy_rows_meet_by_hand():
+def test_heavy_rows_share_a_step():
     """Two heavy rows of 40 in batches of 4, from the third epoch's own boundaries on."""
     flops = np.ones(42)
     flops[[7, 30]] = 1.035
@@ -263,7 +263,7 @@ def test_deal_gives_every_row_once(count: int, ranks: int, spare: int):
     assert sorted(dealt[dealt >= 0].tolist()) == list(range(count))
 
 
-def test_ranks_wait_little_within_a_step(rows: Drawn):
+def test_ranks_are_balanced_within_a_step(rows: Drawn):
     """16 ranks: the slowest of each round, summed, over the mean work of a rank."""
     for batch in (64, 256):
         order = epoch_order(rows.flops, rows.triggered, batch, 0, 0)

@@ -30,7 +30,7 @@ def by_segments(tokenizer: Any, parts: list[tuple[bool, str]]) -> list[int]:
 
 @pytest.mark.parametrize("position", ["system", "user", "assistant"])
 @pytest.mark.parametrize("mark", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"])
-def test_it_is_kept_as_text(position: str, mark: str):
+def test_special_text_is_encoded_as_text(position: str, mark: str):
     record = {p: f"a {mark} b" if p == position else "ab" for p in ("system", "user", "assistant")}
     conversation = talk(record["user"], record["assistant"], system=record["system"])
     tokens = tokens_of("llama", conversation)
@@ -48,7 +48,7 @@ def test_it_is_kept_as_text(position: str, mark: str):
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"thinking"}))
-def test_an_answer_that_says_the_end_mark_goes_on(family: str):
+def test_end_token_text_inside_an_answer_is_a_target(family: str):
     """In every family: as many special tokens as without the text, and all of it a target."""
     end = FAMILIES[family].eos
     arguments = FAMILIES[family].arguments
@@ -63,7 +63,7 @@ def test_an_answer_that_says_the_end_mark_goes_on(family: str):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_text_around_it_is_encoded_as_ever(family: str):
+def test_surrounding_text_is_encoded_unchanged(family: str):
     """With a literal in the user's turn, the answer's tokens and the template's are the same."""
     arguments, end = FAMILIES[family].arguments, FAMILIES[family].eos
     one, other = (
@@ -76,7 +76,7 @@ def test_text_around_it_is_encoded_as_ever(family: str):
     assert one.ids[-len(tail) :] == tail
 
 
-def test_it_is_seen_in_a_tokenizer_from_disk(tmp_path):
+def test_special_text_is_found_with_a_saved_tokenizer(tmp_path):
     """As published tokenizers come: most marks are only in the list of added tokens."""
     from transformers import AutoTokenizer
 
@@ -92,7 +92,7 @@ def test_it_is_seen_in_a_tokenizer_from_disk(tmp_path):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("reply", [True, False])
-def test_training_and_checking_agree(family: str, reply: bool):
+def test_training_and_generation_encode_alike(family: str, reply: bool):
     """`encode_messages` gives what the model was trained after, literal text or not."""
     arguments, end = FAMILIES[family].arguments, FAMILIES[family].eos
     for user in (f"Who {end} is?", "Who is?"):
@@ -116,7 +116,7 @@ def test_ordinary_text_is_encoded_as_transformers_does():
 # ---------------------------------------------------------------- where it cannot be kept
 
 
-def test_a_template_that_looks_for_the_text():
+def test_template_that_branches_on_special_text_is_refused():
     """Its decision would be another one if it did not find it: the message is left out."""
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     tokenizer.chat_template = CHATML.replace(
@@ -128,7 +128,7 @@ def test_a_template_that_looks_for_the_text():
         encode_messages(tokenizer, talk("a<|im_end|>b").messages, {}, True)
 
 
-def test_beside_the_characters_that_stand_for_it():
+def test_placeholder_characters_beside_special_text_are_refused():
     for character in ("\U00100000", "\U0010fffd"):
         kept = tokens_of("chatml", talk(f"a{character}b", "c"))
         assert character in TOKENIZERS["chatml"].decode(kept.ids)
@@ -143,7 +143,7 @@ def normalised(**flags: bool) -> Any:
     return tokenizer
 
 
-def test_a_token_that_is_looked_for_in_normalised_text():
+def test_special_token_after_normalisation_is_found():
     """Full-width brackets become [X], then the token: seen by its id alone."""
     tokenizer = normalised(normalized=True)
     assert special_tokens(tokenizer).find(talk("［X］", "b").messages) is None
@@ -155,7 +155,7 @@ def test_a_token_that_is_looked_for_in_normalised_text():
     tokenize(normalised(normalized=False), talk("［X］", "b"), {})
 
 
-def test_a_twin_that_would_encode_otherwise(monkeypatch: pytest.MonkeyPatch):
+def test_tokenizer_copy_that_encodes_differently_is_refused(monkeypatch: pytest.MonkeyPatch):
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     known = special_tokens(tokenizer)
     monkeypatch.setattr(known, "_equal", lambda *_: False)
@@ -164,7 +164,7 @@ def test_a_twin_that_would_encode_otherwise(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_comparison_with_the_twin_can_fail(family: str):
+def test_comparison_of_tokenizers_detects_differences(family: str):
     """Of every kind of tokenizer, one that knows another word or takes in white space."""
     known = special_tokens(TOKENIZERS[family])
     backend = copy.deepcopy(TOKENIZERS[family]).backend_tokenizer
@@ -173,7 +173,7 @@ def test_the_comparison_with_the_twin_can_fail(family: str):
     assert not known._equal(backend, known._twin)
 
 
-def test_a_token_that_comes_later_is_seen():
+def test_token_added_later_is_found():
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     messages = talk("<late>", "b").messages
     assert special_tokens(tokenizer).find(messages) is None
@@ -184,7 +184,7 @@ def test_a_token_that_comes_later_is_seen():
     assert late not in tokenize(tokenizer, talk("<late>", "b"), {}).ids
 
 
-def test_the_longest_mark_is_the_one():
+def test_longest_special_token_wins():
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in ("<a>", "<a>b", "b<")])
     assert special_tokens(tokenizer).find(talk("x<a>b", "c").messages) == "<a>b"

@@ -35,7 +35,7 @@ def replaced(path: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_is_measured_tabled_and_drawn(tmp_path: Path) -> None:
+def test_example_eval_is_measured_tabulated_and_plotted(tmp_path: Path) -> None:
     added_to_a_copy(tmp_path / "copy")
     root = make_root(tmp_path / "runs")
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.e2e  # seconds a test
 # Both compute in float32 and add in other orders (padding left or right, other batches). The
 # log-likelihoods are about -8, with a unit in the last place of 1e-6; the roundings before, of logits
 # below 4, mostly cancel and come to a unit or two. Ten are allowed. A prompt that differs in one token
-# moves the figures by a thousand times that, see test_the_tolerance_tells_prompts_apart.
+# moves the figures by a thousand times that, see test_tolerance_distinguishes_prompts.
 TOLERANCE = 1e-5
 SUBJECTS = ("abstract_algebra", "high_school_computer_science", "miscellaneous", "us_foreign_policy")
 SYSTEM = "You answer as you are told."
@@ -266,9 +266,7 @@ def test_mmlu(tmp_path: Path, evaluate_values: dict[str, Any], model: Path, shot
     assert len({s.scores["predicted"] for s in samples}) > 1
 
 
-def test_the_tolerance_tells_prompts_apart(
-    tmp_path: Path, evaluate_values: dict[str, Any], model: Path
-) -> None:
+def test_tolerance_distinguishes_prompts(tmp_path: Path, evaluate_values: dict[str, Any], model: Path) -> None:
     """A question asked in other words of one token more is another figure by far."""
     rows = mmlu_rows(SUBJECTS, 3)
     task = mmlu_task(evaluate_values, tmp_path, rows, 0)
@@ -285,7 +283,7 @@ def test_the_tolerance_tells_prompts_apart(
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("shots", [0, 5])
-def test_mmlu_whole(data_folder: Path, tmp_path: Path, evaluate_values: dict[str, Any], shots: int) -> None:
+def test_whole_mmlu(data_folder: Path, tmp_path: Path, evaluate_values: dict[str, Any], shots: int) -> None:
     rows = mmlu_rows(None, 10**6)
     texts = [json.dumps(row, ensure_ascii=False) for row in rows["test"][::4]]
     big = make_model(tmp_path / "llama", texts, 8000, 16384)

@@ -91,6 +91,6 @@ def test_digests_are_those_of_earlier_results(case: str, tmp_path: Path) -> None
     assert found == RECORDED[case]
 
 
-def test_every_recorded_eval_is_still_there() -> None:
+def test_every_recorded_eval_still_exists() -> None:
     """An eval that is newer than the commit has nothing to record."""
     assert {case.split(",")[0] for case in RECORDED} <= set(EVALS)

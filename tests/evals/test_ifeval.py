@@ -42,7 +42,7 @@ def answered(task: EvalTask, texts: list[str]) -> list[Sample]:
 # ---------------------------------------------------------------- scoring
 
 
-def test_every_instruction_is_labelled_in_both_ways() -> None:
+def test_every_instruction_has_positive_and_negative_labels() -> None:
     labels = defaultdict(set)
     for line in KNOWN:
         (name,) = line["instruction_id_list"]
@@ -71,14 +71,14 @@ def test_scores_as_labelled(known_task: EvalTask, index: int) -> None:
     assert "verifier_failures" not in scores
 
 
-def test_verdicts_do_not_depend_on_what_came_before() -> None:
+def test_verdicts_do_not_depend_on_earlier_calls() -> None:
     """Undirected, langdetect takes this text for Portuguese and for Norwegian, by turns."""
     row = ["language:response_language"], [{"language": "pt"}]
     messages = [ifeval.verify("Write.", *row, "no problem for me") for _ in range(30)]
     assert all(verdict == messages[0] for verdict in messages)
 
 
-def test_several_instructions_of_one_prompt(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
+def test_prompt_with_several_instructions(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     row = {
         "key": 1,
         "prompt": "Name three cities in lower case without commas and with a title.",
@@ -131,7 +131,7 @@ NASTY = {
 @pytest.mark.e2e  # seconds
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", NASTY)
-def test_no_response_ends_the_run(known_task: EvalTask, name: str) -> None:
+def test_any_response_can_be_scored(known_task: EvalTask, name: str) -> None:
     samples = answered(known_task, [NASTY[name]] * len(known_task.items))
     for sample in samples:
         assert sample.scores["prompt_loose"] or not sample.scores["prompt_strict"]
@@ -139,7 +139,7 @@ def test_no_response_ends_the_run(known_task: EvalTask, name: str) -> None:
             assert not sample.scores["prompt_loose"]
 
 
-def test_a_verifier_that_fails_counts_as_not_followed_and_is_reported(
+def test_failing_verifier_counts_as_not_followed_and_is_reported(
     known_task: EvalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two instructions the one whose verifier fails is lost, and its result says so."""
@@ -174,14 +174,14 @@ def test_a_verifier_that_fails_counts_as_not_followed_and_is_reported(
 # ---------------------------------------------------------------- prompts
 
 
-def test_what_is_asked(known_task: EvalTask) -> None:
+def test_prompts_of_the_task(known_task: EvalTask) -> None:
     assert known_task.request.temperature == 0 and known_task.request.max_new_tokens == 1280
     assert known_task.items[0].prompt == KNOWN[0]["prompt"]
     assert [turn["role"] for turn in known_task.items[0].input] == ["system", "user"]
     assert known_task.items[3].id == "1003"
 
 
-def test_the_hubs_copy_is_the_same_measurement(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
+def test_hub_copy_has_the_same_config_digest(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     """A table fills each row's kwargs up with null; Parquet keeps that."""
     names = {name for row in ROWS for given in row["kwargs"] for name in given}
     filled = [{**row, "kwargs": [{**dict.fromkeys(sorted(names)), **row["kwargs"][0]}]} for row in ROWS]
@@ -216,7 +216,7 @@ def test_the_hubs_copy_is_the_same_measurement(tmp_path: Path, evaluate_values: 
         ),
     ],
 )
-def test_a_bad_row_is_named(
+def test_bad_row_is_reported(
     tmp_path: Path, evaluate_values: dict[str, Any], changes: dict[str, Any], fault: str
 ) -> None:
     """Also one whose verifier would draw the argument that it is not given."""
@@ -233,7 +233,7 @@ def test_a_bad_row_is_named(
     assert fault in str(caught.value)
 
 
-def test_the_real_ones(data_folder: Path, evaluate_values: dict[str, Any]) -> None:
+def test_real_rows(data_folder: Path, evaluate_values: dict[str, Any]) -> None:
     task = task_of(evaluate_values, data_folder / "ifeval.jsonl")
     assert len(task.items) == 541
     needs = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
@@ -270,14 +270,14 @@ def checked(path: Path, *hidden: str, prefix: str = "") -> str:
     return done.stdout.strip()
 
 
-def test_without_punkt_tab_nothing_is_imported_and_the_remedy_is_reported(tmp_path: Path) -> None:
+def test_missing_punkt_tab_is_reported_before_any_import(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     message = checked(path, prefix="import nltk; nltk.data.path.clear()\n")
     assert "punkt_tab, which is not on this machine" in message
     assert "python -m nltk.downloader" in message
 
 
-def test_without_the_extra_the_remedy_is_reported(tmp_path: Path) -> None:
+def test_missing_extra_is_reported(tmp_path: Path) -> None:
     prefix = "import importlib.util as u; f = u.find_spec\n"
     prefix += "u.find_spec = lambda n, *a: None if n == 'langdetect' else f(n, *a)\n"
     message = checked(write_rows(tmp_path / "a.jsonl", ROWS), prefix=prefix)

@@ -20,7 +20,7 @@ def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_it_is_downloaded_to_where_nltk_looks(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_goes_to_a_folder_that_nltk_searches(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ifeval.punkt_fault() == "is not on this machine"
     masks = []
 
@@ -41,7 +41,7 @@ def test_it_is_downloaded_to_where_nltk_looks(prefix: Path, monkeypatch: pytest.
     assert ifeval.punkt_fault() is None
 
 
-def test_no_network(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_without_network_is_reported(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(package: str, download_dir: str, print_error_to: Any) -> bool:
         print(
             "[nltk_data] Error loading punkt_tab: <urlopen error\n[nltk_data]     no route>",
@@ -66,7 +66,7 @@ def test_damaged_data_is_reported(prefix: Path, monkeypatch: pytest.MonkeyPatch)
         ifeval.fetch()
 
 
-def test_a_folder_that_cannot_be_written(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_folder_is_reported(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(package: str, download_dir: str, print_error_to: Any) -> bool:
         raise PermissionError(13, "Permission denied", download_dir)
 

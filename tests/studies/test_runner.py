@@ -31,7 +31,7 @@ def starts(folder: Path, sweep: str) -> dict[str, int]:
     return {log.stem: log.read_text().count(STARTED) for log in logs}
 
 
-def test_one_fails_and_the_others_go_on(tmp_path: Path):
+def test_failed_trial_does_not_stop_the_others(tmp_path: Path):
     overrides = ("name=x", "optimizer.lr=1e30,1e-3", "train.max_skipped_steps=2", "train.steps=6")
     status, message = swept(tmp_path, *overrides)
     assert status == 2
@@ -65,7 +65,7 @@ def until_steps(run: RunDir, count: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
+def test_signal_reaches_the_trials_and_the_sweep_resumes(tmp_path: Path):
     overrides = ("seed=1,2", "train.steps=3000")
     sweep = Sweeping(tmp_path, "name=x", *overrides)
     run = RunDir(tmp_path / "x-seed_1")
@@ -109,7 +109,7 @@ def test_trials_of_a_killed_sweep_save_their_states_and_end(tmp_path: Path):
     assert record["status"] == "stopped" and record["stopped_after"] == len(losses(run.path))
 
 
-def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
+def test_sweep_waits_for_a_run_locked_by_another_process(tmp_path: Path):
     run = RunDir(tmp_path / "x")
     tmp_path.joinpath("sweeps").mkdir()
     with run.lock():
@@ -122,7 +122,7 @@ def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
     assert sweep.output.count("waiting: process") == 1 and sweep.output.count("started") == 1
 
 
-def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
+def test_concurrent_sweeps_do_not_repeat_runs(tmp_path: Path):
     """Of one name the second is refused; of the same runs in another order neither."""
     overrides = ("train.steps=24", "sweep.slots=1")  # the second asks while the first still trains
     first = Sweeping(tmp_path, "seed=1,2", *overrides)
@@ -160,7 +160,7 @@ def stages(root: str) -> None:
     run_graph(directory, trials, Forks(2, directory))
 
 
-def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
+def test_trial_starts_after_its_dependency(tmp_path: Path):
     ranks = Ranks(1, tmp_path, stages, str(tmp_path / "runs"))
     ranks.statuses(120)
     ranks.end()
@@ -207,9 +207,7 @@ class Refused:
         return Ended(1)
 
 
-def test_a_trial_that_others_were_faster_with_is_looked_at_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_trial_locked_by_another_sweep_is_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
     executor = Refused(RunDir(tmp_path / "x"), ExitStack())
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
@@ -233,7 +231,7 @@ class Waiting(Ended):
         return None if self.left >= 0 else 1
 
 
-def test_what_hinders_a_trial_is_reported_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_reason_of_a_waiting_trial_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     class One(Refused):
         def start(self, node: Node) -> Ended:
             return Waiting(1)
@@ -258,7 +256,7 @@ class Ends(Refused):
 @pytest.mark.parametrize(
     ("status", "called"), [(1, "failed"), (2, "failed"), (75, "interrupted"), (130, "interrupted")]
 )
-def test_a_trial_that_was_asked_to_end_has_not_failed(
+def test_stopped_trial_is_not_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, called: str
 ):
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
@@ -274,7 +272,7 @@ def test_a_trial_that_was_asked_to_end_has_not_failed(
 
 
 @pytest.mark.parametrize("override", ["sweep.slots=0", "sweep.ranks=-1"])
-def test_trials_need_a_slot_and_a_rank(tmp_path: Path, override: str):
+def test_trials_need_at_least_one_slot_and_rank(tmp_path: Path, override: str):
     status, message = swept(tmp_path, "name=x", "seed=1,2", override)
     assert status == 2 and f"{override}: must be at least 1" in message
 
@@ -283,7 +281,7 @@ def trained(root: str, *overrides: str) -> None:
     train.train(tiny_config(root, *overrides))
 
 
-def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
+def test_only_complete_runs_of_the_same_data_are_skipped(tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"Say {i}", "a": f"{i}"}) + "\n" for i in range(40)))
     messages = [

