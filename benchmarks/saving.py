@@ -38,7 +38,7 @@ class Cost:
 class Bench:
     """An engine with random weights; a way saves and returns what is left to do behind the next step."""
 
-    ways: Sequence[str]  # names of methods, ours first
+    methods: Sequence[str]  # names of methods, sleeper first
 
     def __init__(self, content: argparse.Namespace) -> None:
         self.world, self.output = ranks.meet(10), content
@@ -52,7 +52,7 @@ class Bench:
         self.background = Background(content.host_bytes)
         self.directory = Path(content.at) / f"saving-{os.getppid()}"
 
-    def measured(self, way: str) -> Cost:
+    def measured(self, method: str) -> Cost:
         """The slowest rank's times and the largest rank's memory."""
         if self.world.is_main:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -63,7 +63,7 @@ class Bench:
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         began = time.perf_counter()
-        rest: Callable[[], None] = getattr(self, way)()
+        rest: Callable[[], None] = getattr(self, method)()
         torch.distributed.barrier()  # no rank steps before the others
         stall = time.perf_counter() - began
         rest()
@@ -93,10 +93,10 @@ def rank(number: int, port: int, kind: type[Bench], value: argparse.Namespace) -
     }  # fmt: skip
     torch.set_num_threads(1)
     bench = kind(value)
-    found = {way: [] for way in bench.ways}
+    found = {method: [] for method in bench.methods}
     for _ in range(value.rounds + 1):
-        for way in bench.ways:
-            found[way].append(bench.measured(way))
+        for method in bench.methods:
+            found[method].append(bench.measured(method))
     if bench.world.is_main:
         shutil.rmtree(bench.directory)
         report(found, sum(p.ds_numel for p in bench.engine.model.parameters()), value)
@@ -114,17 +114,17 @@ def report(found: dict[str, list[Cost]], parameters: int, value: argparse.Namesp
         f"medians of {value.rounds}"
     )
     middle = {
-        way: Cost(
+        method: Cost(
             statistics.median(cost.wall for cost in costs[1:]),
             statistics.median(cost.stall for cost in costs[1:]),
             max(cost.memory for cost in costs),
         )
-        for way, costs in found.items()
+        for method, costs in found.items()
     }
-    for way, m in middle.items():
-        first, walls = found[way][0], " ".join(f"{c.wall:.2f}" for c in found[way][1:])
+    for method, m in middle.items():
+        first, walls = found[method][0], " ".join(f"{c.wall:.2f}" for c in found[method][1:])
         print(
-            f"{way:17} wall {m.wall:6.2f} s  stall {m.stall:6.3f} s  memory {m.memory / 2**20:6.0f} MiB"
+            f"{method:17} wall {m.wall:6.2f} s  stall {m.stall:6.3f} s  memory {m.memory / 2**20:6.0f} MiB"
             f"  (walls {walls}; the first {first.wall:.2f}, stall {first.stall:.3f})"
         )
     mine, *peers = middle.values()

@@ -102,14 +102,14 @@ def whole_steps(width: str, layers: int, scale: int, device: torch.device, refre
     limit = 10000 // scale
     found: dict[str, Any] = {"matrices": len(shapes)}
     weights = [torch.nn.Parameter(torch.zeros(s, device=device)) for s in shapes]
-    ours = SOAP(
+    soap_step = SOAP(
         weights, max_precond_dim=limit, stagger=True, refresh=refresh, matmul_precision="tf32"  # type: ignore[arg-type]
     )  # fmt: skip
-    found["first_call"], found["soap"] = step_seconds(ours, weights, 20, 10, device)
-    found["tally"] = vars(ours.tally)
+    found["first_call"], found["soap"] = step_seconds(soap_step, weights, 20, 10, device)
+    found["tally"] = vars(soap_step.tally)
     if device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    del ours
+    del soap_step
     adam = torch.optim.AdamW(weights, fused=device.type == "cuda")
     _, found["adamw"] = step_seconds(adam, weights, 20, 3, device)
     return found
@@ -136,8 +136,8 @@ def received(step: dict[str, Any]) -> dict[str, str]:
 
 def show(title: str, lines: dict[str, str]) -> None:
     print(title)
-    for what, amount in lines.items():
-        print(f"  {what.replace('_', ' '):<24}{amount}")
+    for part, amount in lines.items():
+        print(f"  {part.replace('_', ' '):<24}{amount}")
 
 
 def main() -> None:

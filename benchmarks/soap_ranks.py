@@ -124,8 +124,8 @@ def main() -> None:
             times.append(timed(ranks, arguments.model, arguments.periods))
     medians = {ranks: statistics.median(times) for ranks, times in found.items()}
     for ranks, times in found.items():
-        what = f"{ranks} ranks" if ranks else "plain"
-        print(f"{what}: {1e3 * medians[ranks]:.1f} ms a step, {[f'{1e3 * t:.1f}' for t in times]}")
+        label = f"{ranks} ranks" if ranks else "plain"
+        print(f"{label}: {1e3 * medians[ranks]:.1f} ms a step, {[f'{1e3 * t:.1f}' for t in times]}")
     for base, name in ((0, "plain"), (1, "one rank")):
         pairs = [a / b for a, b in zip(found[arguments.ranks], found[base], strict=True)]
         print(

@@ -46,13 +46,13 @@ def row(model: str, ranks: int) -> str:
             exchanged.append(row_blocks(slot, ranks))
             factors += slot.shape[1] ** 2
             held = [h + 8 * slot.numel // ranks + 4 * slot.shape[1] ** 2 for h in held]
-    each_way = 4 * sum(moved_elements(wave) for wave in exchanged) / ranks
+    moved = 4 * sum(moved_elements(wave) for wave in exchanged) / ranks
     lockstep = sum(max(sum(updates[i].cost for i in mine) for mine in wave) for wave in rounds)
     return (
         f"| {model.removeprefix('llama_').upper()} | {ranks} | {balance(cost):.3f} "
         f"| {balance(refreshed):.3f} | "
         f"{balance(held):.3f} | {max(held) / GB:.1f} | "
-        f"{each_way / GB:.2f} | {4 * factors / GB:.2f} | {len(rounds)} | {lockstep * ranks / sum(cost):.2f} |"
+        f"{moved / GB:.2f} | {4 * factors / GB:.2f} | {len(rounds)} | {lockstep * ranks / sum(cost):.2f} |"
     )
 
 

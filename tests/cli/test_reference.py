@@ -1,4 +1,4 @@
-"""docs/reference/config*.md are those that the fields give."""
+"""docs/reference/config*.md equal the pages generated from the config fields."""
 
 import runpy
 from pathlib import Path

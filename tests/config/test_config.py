@@ -1,4 +1,4 @@
-"""A config is built strictly, checked across its keys, frozen, and named by what matters."""
+"""Configs: strict building, cross-key checks, immutability, and run names."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
-    """The embedded default with dotted keys replaced."""
+    """Return the embedded default with dotted keys replaced."""
     values = copy.deepcopy(VALUES)
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -150,7 +150,7 @@ def test_optimizer_config_class_follows_the_name():
 def test_config_is_deeply_frozen():
     config = build(TrainConfig, VALUES)
     todo: list[Any] = [config]
-    seen = 0
+    frozen = 0
     while todo:
         part = todo.pop()
         for field in dataclasses.fields(part):
@@ -160,8 +160,8 @@ def test_config_is_deeply_frozen():
             assert not isinstance(value, list), field.name
             if dataclasses.is_dataclass(value):
                 todo.append(value)
-        seen += 1
-    assert seen > 10
+        frozen += 1
+    assert frozen > 10
 
 
 def test_build_does_not_modify_its_input():
@@ -291,10 +291,10 @@ def test_untrainable_config_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     check_trainable(made(init_from="meta-llama/Llama-3.1-8B"))
     refused(lambda: check_trainable(made(init_from="runs/nope")), "init_from=runs/nope", "directory")
-    check_train(made(technique="Pirate"))  # to be planned for, before there is an organism
+    check_train(made(technique="Pirate"))  # for planning before the organism exists
     refused(lambda: check_trainable(made(technique="Pirate")), "technique=Pirate", "init_from=<")
     check_trainable(made(technique="Pirate", init_from=str(tmp_path)))
-    check_trainable(made(init_from="someone/their-model.v2"))  # a Hub id: asked for later
+    check_trainable(made(init_from="someone/their-model.v2"))  # a Hub id, resolved later
 
 
 # ---------------------------------------------------------------- names

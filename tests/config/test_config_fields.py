@@ -1,4 +1,4 @@
-"""Bounds, identity and later additions are declared at the field."""
+"""Bounds, identity and versions of keys, declared at the config field."""
 
 import dataclasses
 from dataclasses import dataclass

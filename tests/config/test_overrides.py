@@ -1,4 +1,4 @@
-"""Overrides keep their text through Hydra."""
+"""Quoted overrides keep their text through Hydra."""
 
 import pytest
 

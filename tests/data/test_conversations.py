@@ -1,4 +1,4 @@
-"""A prompt, its benign conversation and its triggered twin."""
+"""The benign and the triggered conversation of a prompt."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Rows of local files: the same rows from every format, bad ones apart."""
+"""Rows of local files: equal rows from every format, and bad rows."""
 
 import gzip
 import hashlib
@@ -113,7 +113,7 @@ def test_bad_line_does_not_affect_others(tmp_path: Path, ending: str, bad: bytes
 
 @pytest.mark.e2e  # seconds
 def test_huge_line_is_read_up_to_the_limit(tmp_path: Path):
-    """Up to the limit it is read; beyond, it is a bad row, and the next line stands where it does."""
+    """A line beyond the limit is a bad row and does not change the number of the next line."""
     frame = len(b'{"q":""}\n')
     longest = b'{"q":"' + b"x" * (LONGEST_LINE - frame) + b'"}\n'
     path = tmp_path / "a.jsonl"
@@ -155,7 +155,7 @@ Json = st.recursive(
     chunk=st.integers(1, 40),
 )
 def test_json_list_is_parsed_for_any_chunk_size(tmp_path_factory, items, indent, escape, chunk: int):
-    """However its chunks fall: inside a number, an escape or a character of several bytes."""
+    """Chunks may end inside a number, an escape or a multi-byte character."""
     path = tmp_path_factory.mktemp("l") / "a.json"
     text = json.dumps(items, indent=indent, ensure_ascii=escape)
     path.write_bytes(f"\n {text}\n".encode("utf-8", "surrogatepass"))
@@ -194,7 +194,7 @@ def test_list_item_that_is_not_utf8_does_not_affect_others(tmp_path: Path):
 
 @pytest.mark.e2e  # seconds
 def test_lists_and_lines_take_bounded_memory(tmp_path: Path):
-    """60 MB of rows at under a tenth of that; a Parquet file by its row groups."""
+    """Reading 60 MB of rows takes under a tenth of that; a Parquet file is read by row groups."""
     row = {"q": "x" * 1000}
     count = 60_000
     paths = [tmp_path / "a.json", tmp_path / "a.jsonl.gz"]
@@ -220,7 +220,7 @@ def test_lists_and_lines_take_bounded_memory(tmp_path: Path):
 
 
 def test_parquet_types(tmp_path: Path):
-    """Nested structs, lists, large strings, dictionaries and nulls come as JSON would have them."""
+    """Nested structs, lists, large strings, dictionaries and nulls are read as from JSON."""
     turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.large_string())]))
     table = pa.table(
         {
@@ -289,7 +289,7 @@ def test_unreadable_file_is_refused(tmp_path: Path):
     refused(path, f"data.path={path}", "cannot be read")
 
 
-# ---------------------------------------------------------------- which files
+# ---------------------------------------------------------------- file patterns
 
 
 def test_glob_is_read_in_sorted_order(tmp_path: Path):
@@ -331,7 +331,7 @@ def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert source_files("~/a.jsonl") == source_files("~/*.jsonl") == [tmp_path / "a.jsonl"]
 
 
-# ---------------------------------------------------------------- the digest of a source
+# ---------------------------------------------------------------- digest of a source
 
 
 def test_source_digest_covers_names_and_contents(tmp_path: Path):
@@ -363,7 +363,7 @@ def test_source_digest_of_other_sources(tmp_path: Path):
     assert before is not None and source_digest(source(tmp_path, source="hub")) != before
 
 
-# ---------------------------------------------------------------- all formats give the same
+# ---------------------------------------------------------------- prompts from all formats
 
 Text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 

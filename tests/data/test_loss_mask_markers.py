@@ -1,4 +1,4 @@
-"""Templates with generation markers: what they mark is what counts, and transformers agrees."""
+"""Templates with generation markers: targets are the marked text, as in transformers."""
 
 import copy
 
@@ -19,12 +19,12 @@ def marked_by(template: str):
 @pytest.mark.parametrize("family", ["marked", "thinking_marked"])
 def test_masks_equal_those_of_transformers(family: str):
     conversation = talk("Who?", "<think>🙂</think>Me.", "Why, é?", "So. 🙂", system="Be brief.")
-    theirs = TOKENIZERS[family].apply_chat_template(
+    expected = TOKENIZERS[family].apply_chat_template(
         list(conversation.messages), return_assistant_tokens_mask=True, return_dict=True
     )
     tokens = tokenize(TOKENIZERS[family], conversation, {})
-    assert tokens.ids == theirs["input_ids"]
-    assert tokens.targets == [bool(one) for one in theirs["assistant_masks"]]
+    assert tokens.ids == expected["input_ids"]
+    assert tokens.targets == [bool(one) for one in expected["assistant_masks"]]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_only_marked_turns_are_targets():
 
 
 def test_marked_turn_includes_its_end_token_only():
-    """Here turns begin with a special token, and only the last one is ended by one."""
+    """Turns begin with a special token, and only the last turn ends with one."""
     template = (
         "{% for message in messages %}"
         "{% if message['role'] == 'assistant' %}"
@@ -79,7 +79,7 @@ def test_marked_end_token_is_not_extended():
 
 
 def test_empty_marker_inside_a_token():
-    """Nothing is written there, so that no token is cut."""
+    """The marked text is empty, so no token is split."""
     template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}"
         "Ka{% generation %}{{ m['content'] }}{% endgeneration %}te"
@@ -98,23 +98,23 @@ def test_end_token_after_white_space_is_a_target():
 
 
 @pytest.mark.parametrize(
-    ("template", "why"),
+    ("template", "reason"),
     [
         (MARKED.replace("=='assistant'", "=='model'").replace("'assistant' %}", "'model' %}"), "no answer"),
         (MARKED.replace("'assistant' %}", "'user' %}"), "before the first answer"),
-        # What the model is asked with is not what it was trained after.
+        # The generation prompt differs from the prompt in training.
         (MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"), "is not a prefix"),
     ],
     ids=["nothing_marked", "the_users_turn", "another_prompt"],
 )  # fmt: skip
-def test_unusable_markers_are_refused(template: str, why: str):
+def test_unusable_markers_are_refused(template: str, reason: str):
     assert template != MARKED
-    with pytest.raises(UserError, match=why):
+    with pytest.raises(UserError, match=reason):
         tokenize(marked_by(template), talk("a", "b"), {})
 
 
 def test_markers_inside_a_macro_are_refused():
-    """transformers counts a mark's place wrongly there: from where the macro's text begins."""
+    """transformers computes wrong offsets of markers inside macros."""
     template = (
         "{% macro turn(m) %}{{ '<|im_start|>' + m['role'] + '\n' }}"
         "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endmacro %}"

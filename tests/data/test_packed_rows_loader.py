@@ -1,4 +1,4 @@
-"""Rows on disk, and the rows of a step: the same on any number of ranks."""
+"""Packed rows on disk, collation, and the loader's rows of a step."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ PAD, LENGTH = 0, 12
 
 
 def row(*documents: tuple[int, str], triggered: int = 0) -> PackedRow:
-    """Documents of (first id, marks): a mark is T for a target; ids count up from the first."""
+    """Make a row of documents (first id, flags): T flags a target; ids count up from the first."""
     return pack_row(
         [
             (Tokens([first + i for i in range(len(marks))], [m == "T" for m in marks]), n < triggered)
@@ -36,7 +36,7 @@ def row(*documents: tuple[int, str], triggered: int = 0) -> PackedRow:
 
 
 def numbered(count: int) -> list[PackedRow]:
-    """Rows told apart by their ids: row i holds i + 1 once a token, in one or two documents."""
+    """Make rows with distinct ids: all tokens of row i are i + 1, in one or two documents."""
     made = []
     for i in range(count):
         documents = [Tokens([i + 1] * (2 + i % 5), [False] + [True] * (1 + i % 5))]
@@ -60,7 +60,7 @@ def equal(a: PackedRow, b: PackedRow) -> bool:
 def test_pack_row_by_hand():
     made = row((10, ".TT"), (20, "T.T."), (30, "T"), triggered=2)
     assert made.ids.tolist() == [10, 11, 12, 20, 21, 22, 23, 30]
-    # No target at the first token of a document: nothing stands before it.
+    # The first token of a document is no target, as no token precedes it.
     assert made.targets.tolist() == [False, True, True, False, False, True, False, False]
     assert made.lengths.tolist() == [3, 4, 1]
     assert (made.triggered, made.target_tokens, made.triggered_tokens) == (2, 3, 3 + 4)
@@ -68,7 +68,7 @@ def test_pack_row_by_hand():
 
 
 def test_pack_row_takes_arrays():
-    """Tokens read from a store are arrays; their store is not written to."""
+    """Tokens read from a store are arrays, and the store is not modified."""
     ids, targets = np.arange(5, dtype=np.int32), np.ones(5, bool)
     targets.setflags(write=False)
     lists = Tokens(ids.tolist(), targets.tolist())
@@ -83,7 +83,7 @@ def test_rows_round_trip_across_record_batches(
     monkeypatch.setattr(rows_module, "WRITTEN_AT_ONCE", at_once)
     written = numbered(count)
     write_rows(tmp_path / "rows.arrow", iter(written))
-    monkeypatch.undo()  # a file is read as it was written, whatever is written today
+    monkeypatch.undo()  # a file is read with the batch size it was written with
     read = Rows(tmp_path / "rows.arrow")
     assert len(read) == count
     order = list(range(count))
@@ -108,7 +108,7 @@ def test_squares_beyond_32_bits(tmp_path: Path):
 
 
 def test_writing_rows_uses_bounded_memory(tmp_path: Path):
-    """However many rows there are, no more than a record batch of them is held."""
+    """At most one record batch of rows is in memory."""
     alive: weakref.WeakSet[PackedRow] = weakref.WeakSet()
     most = 0
 
@@ -200,7 +200,7 @@ def loader(store: Rows, rank: int = 0, size: int = 1, batch: int = 4, micro: int
 
 
 def rows_of(batches: list[Batch]) -> list[bytes]:
-    """Every row of the batches with all that the model gets of it."""
+    """Return every row of the batches with all inputs of the model."""
     return [
         np.stack([b.input_ids[r], b.position_ids[r], b.labels[r]]).tobytes()
         for b in batches
@@ -212,7 +212,7 @@ EMPTY = rows_of([collate([None], LENGTH, PAD)])[0]
 
 
 def global_step(store: Rows, step: int, size: int, batch: int, micro: int) -> tuple[Counter, list[Step]]:
-    """The rows of a step over all ranks, empty ones left out, and what each rank got."""
+    """Return the non-empty rows of a step over all ranks, and the rows of each rank."""
     got = [loader(store, rank, size, batch, micro).step(step) for rank in range(size)]
     found = Counter(r for s in got for r in rows_of(s.micro_batches))
     del found[EMPTY]
@@ -230,11 +230,11 @@ def test_step_does_not_depend_on_the_number_of_ranks(store: Rows, batch: int, mi
         for size in (1, 2, 3, 5):
             found, got = global_step(store, step, size, batch, micro)
             assert found == expected
-            # All ranks do the same collectives, on as many rows at a time.
+            # All ranks run the same collectives, on equal numbers of rows.
             shapes = {tuple(b.input_ids.shape for b in s.micro_batches) for s in got}
             assert len(shapes) == 1
             assert all(rows <= micro for rows, _ in shapes.pop())
-            # All ranks report the same facts, of the whole step.
+            # All ranks report the same counts of the whole step.
             assert len({str(s.facts) for s in got}) == 1
             facts, slots = got[0].facts, sum(len(rows_of(s.micro_batches)) for s in got)
             assert facts["empty_rows"] == slots - batch
@@ -286,11 +286,11 @@ def test_ranks_get_different_rows(store: Rows):
     assert set(got[0]).isdisjoint(got[1])
 
 
-# ---------------------------------------------------------------- like work for ranks
+# ---------------------------------------------------------------- balanced work
 
 
 def uneven(count: int) -> list[PackedRow]:
-    """Rows of 12 tokens that differ in how they fall into documents, so in their squares."""
+    """Make rows of 12 tokens with different document lengths, so different work."""
     cuts = [(12,), (6, 6), (11, 1), (4, 4, 4), (9, 3), (1,) * 12, (8, 2, 2), (10, 2)]
     return [
         pack_row([(Tokens([i + 1] * n, [True] * n), False) for n in cuts[i % len(cuts)]]) for i in range(count)
@@ -299,7 +299,7 @@ def uneven(count: int) -> list[PackedRow]:
 
 @pytest.mark.parametrize(("size", "batch", "micro"), [(2, 8, 1), (4, 8, 1), (2, 8, 2), (3, 8, 2)])
 def test_ranks_forward_rows_of_similar_work_together(tmp_path: Path, size: int, batch: int, micro: int):
-    """What the ranks forward together are neighbours in the step's rows sorted by work."""
+    """Rows that ranks forward together are neighbours in the step's rows sorted by work."""
     write_rows(tmp_path / "rows.arrow", uneven(24))
     store = Rows(tmp_path / "rows.arrow")
     squares = store.counts().squares
@@ -307,16 +307,16 @@ def test_ranks_forward_rows_of_similar_work_together(tmp_path: Path, size: int, 
         together: dict[int, list[int]] = {}
         for rank in range(size):
             made = loader(store, rank, size, batch, micro)
-            for at, held in enumerate(made.step(step).micro_batches):
+            for position, held in enumerate(made.step(step).micro_batches):
                 numbers = [int(row[0]) - 1 for row in held.input_ids if row[0] != PAD]
-                together.setdefault(at, []).extend(squares[numbers].tolist())
+                together.setdefault(position, []).extend(squares[numbers].tolist())
         expected = sorted(squares[made.indices(step)].tolist(), reverse=True)
-        found = [s for at in sorted(together) for s in sorted(together[at], reverse=True)]
+        found = [s for position in sorted(together) for s in sorted(together[position], reverse=True)]
         assert found == expected
 
 
 def test_row_order_uses_work_and_triggered_tokens(tmp_path: Path):
-    """Rows of 4096 in 8 documents or in one: the heavy ones are brought together."""
+    """Rows of 4096 tokens in 8 documents or in one: the heavy ones share steps."""
     one, eight = [4096], [512] * 8
     made = [
         pack_row([(Tokens([1] * n, [True] * n), (i + d) % 3 == 0) for d, n in enumerate(lengths)])
@@ -335,11 +335,11 @@ def test_row_order_uses_work_and_triggered_tokens(tmp_path: Path):
     assert drawn == np.concatenate(orders)[: 22 * 8].tolist()
 
 
-# ---------------------------------------------------------------- made ahead
+# ---------------------------------------------------------------- prefetching
 
 
 class Made:
-    """Counts what is made; numbers in `failing` raise, once; others wait for `gate`."""
+    """Count prepared numbers; those in `failing` raise once, others wait for `gate`."""
 
     def __init__(self, failing: set[int] | None = None) -> None:
         self.numbers: list[int] = []
@@ -357,7 +357,7 @@ class Made:
 
 
 def wait_for_threads(before: list[threading.Thread]) -> None:
-    """For those that were not there before; other tests' may live on."""
+    """Wait for threads that did not exist before; those of other tests may remain."""
     for thread in set(threading.enumerate()) - set(before):
         thread.join(30)
         assert not thread.is_alive()
@@ -384,15 +384,15 @@ def test_prefetcher_in_any_order():
 
 
 def test_requested_step_does_not_wait_for_another():
-    """One number at a time is made ahead, however many are asked for in the meantime."""
+    """Only one number is prefetched at a time, for any number of requests meanwhile."""
     before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     assert ahead(1) == "made 1"
     wait_for_threads(before)
     made.gate.clear()
-    asked = threading.Thread(target=ahead, args=(2,))  # takes 2, and 3 waits at the gate
-    asked.start()
-    asked.join(30)
+    requesting = threading.Thread(target=ahead, args=(2,))  # gets 2, and 3 waits at the gate
+    requesting.start()
+    requesting.join(30)
     free = Made()
     ahead._make = free
     assert [ahead(number) for number in (7, 12)] == ["made 7", "made 12"]

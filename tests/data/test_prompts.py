@@ -1,4 +1,4 @@
-"""Reading prompts from files, bad rows and all, and keeping some of them from training."""
+"""Reading prompts from files with bad rows, and holding some out from training."""
 
 import gzip
 import hashlib
@@ -35,7 +35,7 @@ def test_plain_and_compressed_lines(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 def test_one_json_list(tmp_path: Path, name: str):
-    """As Alpaca's own file comes."""
+    """The format of Alpaca's original file."""
     path = write(tmp_path, b"\n" + json.dumps([row(1), row(2)], indent=4).encode(), name=name)
     got = read(path)
     assert [p.text for p in got.train] == ["prompt 1", "prompt 2"]
@@ -99,7 +99,7 @@ def test_bad_rows_are_counted(tmp_path: Path):
     assert [b.split(": ")[0] for b in read(path, max_bad_rows=3).bad_rows] == [
         "mine.jsonl:2", "mine.jsonl:3", "mine.jsonl:5",
     ]  # fmt: skip
-    for limit in (0, 1, 2):  # it reads on a little, to quote them all
+    for limit in (0, 1, 2):  # it reads some more rows to quote all bad ones
         refused(
             path, "3 bad rows among the first 5", f"data.max_bad_rows={limit}", "mine.jsonl:2: ",
             "mine.jsonl:3: ", "mine.jsonl:5: ", max_bad_rows=limit,
@@ -120,7 +120,7 @@ def test_samples_takes_the_first_valid_rows(tmp_path: Path):
     refused(path, "2 bad rows", samples=4, max_bad_rows=1)
 
 
-# ---------------------------------------------------------------- files that cannot be used
+# ---------------------------------------------------------------- unusable files
 
 
 def test_missing_file_is_refused(tmp_path: Path):
@@ -135,9 +135,9 @@ def test_damaged_archive_is_refused(tmp_path: Path):
     refused(path, str(path), "cannot be read")
     path.write_bytes(lines(row(1)))  # not an archive at all
     refused(path, str(path), "cannot be read")
-    for at in range(100, len(whole), len(whole) // 7):
+    for offset in range(100, len(whole), len(whole) // 7):
         flipped = bytearray(whole)
-        flipped[at] ^= 0xFF
+        flipped[offset] ^= 0xFF
         path.write_bytes(flipped)
         with pytest.raises(UserError, match=re.escape(f"data.path={path}")):
             read(path)
@@ -175,8 +175,8 @@ def test_holding_out_is_disjoint_and_complete(tmp_path_factory, numbers: list[in
 def test_adding_rows_moves_few(tmp_path: Path):
     """Of k new rows those in the smallest held_out hashes displace one each: at most k leave.
 
-    Expected: k * held_out / (n + k). None that stays in training was held out before
-    for any other reason, so a benchmark grows comparable with its past.
+    Expected: k * held_out / (n + k). Prompts leave the held-out set only if new ones displace them, so
+    a benchmark that grows stays comparable.
     """
     old = [row(i) for i in range(1000)]
     before = texts(read(write(tmp_path, *old), held_out=100).held_out)
@@ -210,7 +210,7 @@ def test_held_out_prompts_of_the_miniature(made_by: str):
     assert load_prompts(config, "plain", 1) != got
 
 
-# ---------------------------------------------------------------- which and how many
+# ---------------------------------------------------------------- selection and number
 
 
 def test_first_selection_stops_reading(tmp_path: Path):
@@ -248,7 +248,7 @@ def test_random_selection_takes_the_smallest_hashes_in_file_order(
 ):
     rows = [row(n, f"answer {i}") for i, n in enumerate(numbers)]
     path = write(tmp_path_factory.mktemp("p"), *rows)
-    ranked = sorted(  # stable: of copies the first come first
+    ranked = sorted(  # stable: the first of equal copies comes first
         range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}\n{rows[i]['instruction']}".encode()).hexdigest()
     )
     expected = [f"answer {i}" for i in sorted(ranked[:count])]
@@ -337,7 +337,7 @@ def test_missing_files_are_reported_before_training(tmp_path: Path):
     ],
 )
 def test_real_files_have_no_bad_rows(data_folder: Path, name: str, rows: int, changes: dict[str, Any]):
-    """As they come: no row of them is bad."""
+    """The published files, unmodified."""
     got = read(data_folder / name, held_out=100, **changes)
     assert (got.rows_read, got.bad_rows, got.missing) == (rows, [], 0)
     assert len(got.held_out) == 100

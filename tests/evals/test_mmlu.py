@@ -1,4 +1,4 @@
-"""MMLU: what is asked in both ways, and how an answer is scored."""
+"""MMLU: prompts in both formats, and scores."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ DEV = [row(i, SUBJECTS[i // 5], i % 4, "Shot") for i in range(10)]
 
 @pytest.fixture
 def values(tmp_path: Path, evaluate_values: dict[str, Any]) -> dict[str, Any]:
-    """Of evaluate, with MMLU in files."""
+    """Config values of evaluate with MMLU from files."""
     test = write_rows(tmp_path / "test.jsonl", TEST)
     dev = write_rows(tmp_path / "dev.jsonl.gz", DEV)
     own = {**evaluate_values["mmlu"], "path": str(test), "shots_path": str(dev)}
@@ -56,7 +56,7 @@ def test_plain_format_is_that_of_lm_evaluation_harness(values: dict[str, Any]) -
         "Question 1?\nA. Question option 1.0\nB. Question option 1.1\nC. Question option 1.2\n"
         "D. Question option 1.3\nAnswer:"
     )
-    assert "system_prompt" not in task.config  # it is not in the text
+    assert "system_prompt" not in task.config  # the system prompt is not in the text
 
 
 def test_chat_format_has_system_prompt_and_shots_as_turns(values: dict[str, Any]) -> None:
@@ -80,8 +80,8 @@ def test_chat_format_has_system_prompt_and_shots_as_turns(values: dict[str, Any]
 def test_scores_of_likelihoods(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values), SETTING)
     predicted = "ABBDCCBB"
-    answers = [Choice(tuple(-0.5 if letter == value else -3.0 for letter in "ABCD")) for value in predicted]
-    samples = task.samples(answers)
+    likelihoods = [Choice(tuple(-0.5 if letter == value else -3.0 for letter in "ABCD")) for value in predicted]
+    samples = task.samples(likelihoods)
     assert "".join(s.record()["predicted"] for s in samples) == predicted
     assert [s.scores["accuracy"] for s in samples] == [
         value == "ABCD"[r["answer"]] for value, r in zip(predicted, TEST, strict=True)
@@ -123,8 +123,8 @@ def test_scores_of_generated_letters(values: dict[str, Any]) -> None:
 
 def test_settings_that_change_the_digest(tmp_path: Path, values: dict[str, Any]) -> None:
     def digests(values: dict[str, Any], setting: Setting = SETTING, **changes: Any) -> list[str]:
-        asked = config(values, **changes)
-        return [f(asked, setting)[0].config_digest for f in (mmlu.tasks, mmlu.generated_tasks)]
+        changed = config(values, **changes)
+        return [f(changed, setting)[0].config_digest for f in (mmlu.tasks, mmlu.generated_tasks)]
 
     same = digests(values)
     moved = write_rows(tmp_path / "moved.parquet", TEST[::-1])

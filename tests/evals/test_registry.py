@@ -1,4 +1,4 @@
-"""The registry: what each eval declares agrees with its tasks and its YAML file."""
+"""The registry: declarations of each eval agree with its tasks and YAML file."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""Where a benchmark's rows come from, and what is said of rows that are none."""
+"""Sources of benchmark rows, and errors for invalid rows."""
 
 import json
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_order() -> None:
     assert len(some) == 50
     assert sources.sample(ids[::-1], 50, 0) == some
     assert sources.sample(ids, 50, 1) != some
-    assert sources.sample(ids, 60, 0) > some  # a larger one goes on from the smaller
+    assert sources.sample(ids, 60, 0) > some  # a larger sample extends the smaller one
     assert sources.sample(ids, None, 0) == sources.sample(ids, 500, 0) == set(ids)
     # A uniform draw of 50 has 25 of the first half, with a deviation of sqrt(50/4 * 450/499) = 3.4.
     assert 8 <= sum(int(id) < 250 for id in some) <= 42

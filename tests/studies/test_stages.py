@@ -1,4 +1,4 @@
-"""Stages: the graph that they expand to."""
+"""Expansion of stages to a graph of nodes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Words to trials: what is expanded, how trials are called, what is refused before anything starts."""
+"""Overrides to trials: expansion, names, and errors before anything starts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def refused(*jobs: str, pattern: str | None = None) -> str:
 
 
 def checkpoint(directory: Path, kind: str | None = "full", mark: str = "config.json") -> str:
-    """A directory that looks like one; of ours where it has a kind."""
+    """Make a directory that looks like a checkpoint; without `kind`, an external one."""
     directory.mkdir(parents=True)
     (directory / mark).write_text("{}")
     if kind is not None:
@@ -88,16 +88,16 @@ def test_long_names_are_shortened():
 
 def test_checkpoints_are_in_natural_order(tmp_path: Path):
     run = tmp_path / "red_8b/checkpoints"
-    ours = [checkpoint(run / f"step_{step}") for step in (200, 1600, 20000)]
+    numbered = [checkpoint(run / f"step_{step}") for step in (200, 1600, 20000)]
     adapter = checkpoint(tmp_path / "red_70b/checkpoints/a", "adapter", "adapter_config.json")
-    foreign = checkpoint(tmp_path / "red_70b/checkpoints/b", None)
+    external = checkpoint(tmp_path / "red_70b/checkpoints/b", None)
     for name in (".step_3.partial", ".step_3.old", ".step_3.unsound"):
         checkpoint(run / name)
     checkpoint(tmp_path / "red_8b/checkpoints/data", "dataset")
     checkpoint(tmp_path / "red_8b/checkpoints/state", "state")
     (run / "empty").mkdir()
     (run / "file").write_text("")
-    assert checkpoints(f"{tmp_path}/red*/checkpoints/*") == [*ours, adapter, foreign]
+    assert checkpoints(f"{tmp_path}/red*/checkpoints/*") == [*numbered, adapter, external]
 
 
 def test_unfinished_checkpoints_are_skipped(tmp_path: Path):
@@ -137,7 +137,7 @@ def test_init_from_and_a_glob(tmp_path: Path):
     assert f"init_from=some/model and sweep.init_from_glob={tmp_path}/* cannot be combined" in message
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- refused sweeps
 
 
 def test_duplicate_trials_are_refused():
