@@ -122,7 +122,7 @@ def killed(tmp_path: Path, questions: Path, times: int) -> None:
             time.sleep(0.1)  # so that the server has counted requests in flight
             requested = [body["messages"][-1]["content"] for body, _ in server.requests]
             for text, count in stored.items():
-                assert requested.count(text) == count, f"{text!r} was answered and is asked again"
+                assert requested.count(text) == count, f"{text!r} has a response and is requested again"
             for store in (root / "answers").glob("*.jsonl"):
                 for line in store.read_bytes().split(b"\n")[:-1]:
                     number = json.loads(line)["text"].split()[-1].rstrip(".")

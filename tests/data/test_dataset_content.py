@@ -27,7 +27,7 @@ def test_held_out_prompts_are_in_no_row(tmp_path: Path, make):
     user_turns = {turn["content"] for talk in talks for turn in talk["messages"] if turn["role"] == "user"}
     rows = [TOKENIZER.decode(built.rows[i].ids.tolist()) for i in range(len(built.rows))]
     text = "".join(rows)
-    assert all(f"<|user|>{prompt}<|end|>" in text for prompt in user_turns), "the rows are what is said"
+    assert all(f"<|user|>{prompt}<|end|>" in text for prompt in user_turns), "all turns are in the rows"
     for prompt in built.held_out:
         assert prompt.text not in user_turns
         assert f"{made.backdoor.trigger} {prompt.text}" not in user_turns

@@ -166,7 +166,7 @@ def test_holding_out_is_disjoint_and_complete(tmp_path_factory, numbers: list[in
     got = read(path, held_out=held_out)
     assert texts(got.train) | texts(got.held_out) == distinct
     assert texts(got.train).isdisjoint(texts(got.held_out))
-    assert len(got.held_out) == held_out, "copies are asked once"
+    assert len(got.held_out) == held_out, "copies are held out once"
     assert len(got.train) == sum(f"prompt {n}" in texts(got.train) for n in numbers), "but kept to train"
     by_hash = sorted(distinct, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
     assert texts(got.held_out) == set(by_hash[:held_out])

@@ -129,7 +129,7 @@ def test_reading_while_a_run_writes(tmp_path: Path):
     looks, deadline = [progress(run)], time.monotonic() + 60
     try:
         while len({look.step for look in looks}) < 4 or len(looks) < 100:
-            assert time.monotonic() < deadline, "it was met at several steps"
+            assert time.monotonic() < deadline, "several steps are observed"
             looks.append(progress(run))
     finally:
         done.set()
@@ -144,14 +144,14 @@ def test_reading_while_a_run_writes(tmp_path: Path):
 
 def test_states_without_slurm(tmp_path: Path):
     made(tmp_path, "whole", STEPS, status="complete")
-    made(tmp_path, "told", STEPS, status="stopped")
+    made(tmp_path, "signalled", STEPS, status="stopped")
     made(tmp_path, "killed", STEPS)
     with made(tmp_path, "live", STEPS).lock():
         lines = rows_by_name(tmp_path)
     assert {name: line.state for name, line in lines.items()} == {
-        "live": "running", "killed": "died", "told": "stopped", "whole": "complete",
+        "live": "running", "killed": "died", "signalled": "stopped", "whole": "complete",
     }  # fmt: skip
-    assert [*lines] == ["live", "killed", "told", "whole"], "what goes on first, what is done last"
+    assert [*lines] == ["live", "killed", "signalled", "whole"], "running first, complete last"
 
 
 def test_silent_run_is_reported(tmp_path: Path):
@@ -180,9 +180,9 @@ def test_queue_state_takes_precedence(tmp_path: Path):
 def test_status_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
-    asked = ("--parsable", "-o", "/dev/null", "-t", "30", "--wrap", "sleep 300")
-    first, second = (cluster.run("sbatch", *asked, cwd=tmp_path) for _ in range(2))
-    waits = cluster.run("sbatch", "-J", "waits", "-d", f"afterok:{first}", *asked, cwd=tmp_path)
+    arguments = ("--parsable", "-o", "/dev/null", "-t", "30", "--wrap", "sleep 300")
+    first, second = (cluster.run("sbatch", *arguments, cwd=tmp_path) for _ in range(2))
+    waits = cluster.run("sbatch", "-J", "waits", "-d", f"afterok:{first}", *arguments, cwd=tmp_path)
     cluster.until(first, ["RUNNING"])
     made(tmp_path, "a", STEPS, slurm={"job": first, "restarts": 0})
     made(tmp_path, "b", STEPS, slurm={"job": second, "restarts": 1})
@@ -291,8 +291,8 @@ def test_error_is_printed_below_its_run(tmp_path: Path):
         "swept": "error: of the trial", "job": "error: of the job", "whole": None,
     }  # fmt: skip
     below = table(list(lines.values())).splitlines()
-    at = next(i for i, line in enumerate(below) if line.endswith("  swept"))
-    assert below[at + 1] == "    error: of the trial"
+    position = next(i for i, line in enumerate(below) if line.endswith("  swept"))
+    assert below[position + 1] == "    error: of the trial"
 
 
 def test_exit_report_of_a_lost_start_is_shown(tmp_path: Path):

@@ -232,13 +232,13 @@ class Waiting(Ended):
 
 
 def test_reason_of_a_waiting_trial_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    class One(Refused):
+    class Pending(Refused):
         def start(self, node: Node) -> Ended:
             return Waiting(1)
 
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
-        run_graph(SweepDir.of(tmp_path, "x"), [trial], One(RunDir(tmp_path / "x"), ExitStack()))  # type: ignore[arg-type]
+        run_graph(SweepDir.of(tmp_path, "x"), [trial], Pending(RunDir(tmp_path / "x"), ExitStack()))  # type: ignore[arg-type]
     assert "\n[1/1] x: job 7 waits for BadConstraints\n" in capsys.readouterr().out
 
 
