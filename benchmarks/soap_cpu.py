@@ -1,10 +1,10 @@
-"""Our SOAP's step beside pytorch_optimizer's on the same matrices, in one process.
+"""Sleeper's SOAP step against pytorch_optimizer's on the same matrices, in one process.
 
     pip install --no-deps --target <folder> pytorch_optimizer==4.1.0
     python benchmarks/soap_cpu.py --other <folder> --width 512 1024
 
-Each pair of periods (`frequency` steps, one refresh in each) alternates the two; medians of the seconds
-a step are quoted, and the median ratio of pairs.
+Pairs of periods (`frequency` steps with one refresh) alternate the two; the output has the medians of
+the seconds per step and the median ratio of pairs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from sleeper.optim.soap.optimizer import SOAP
 
 
 def gradients(shapes: list[tuple[int, int]], count: int) -> list[list[torch.Tensor]]:
-    """`count` gradients a matrix, of falling spectrum, to be used in turn."""
+    """Make `count` gradients per matrix, of falling spectrum, to be used in turn."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for rows, columns in shapes:
@@ -37,7 +37,7 @@ class Contestant:
         self.calls = 0
 
     def steps(self, grads: list[list[torch.Tensor]], number: int) -> float:
-        """Seconds a step over `number` of them."""
+        """Return the seconds per step over `number` steps."""
         began = time.perf_counter()
         for _ in range(number):
             for weight, choice in zip(self.weights, grads, strict=True):
@@ -51,23 +51,23 @@ def compare(width: int, other: type, arguments: argparse.Namespace) -> None:
     shapes = [(width, width)] * arguments.matrices
     grads = gradients(shapes, 7)
     frequency = arguments.frequency
-    ours = Contestant(SOAP, shapes, precondition_frequency=frequency, refresh=arguments.refresh)
-    theirs = Contestant(other, shapes, precondition_frequency=frequency)
-    for contestant in (ours, theirs):
+    own = Contestant(SOAP, shapes, precondition_frequency=frequency, refresh=arguments.refresh)
+    other_soap = Contestant(other, shapes, precondition_frequency=frequency)
+    for contestant in (own, other_soap):
         contestant.steps(grads, frequency + 1)  # the first call, and one refresh
     pairs = []
     for i in range(arguments.pairs):
-        first, second = (ours, theirs) if i % 2 == 0 else (theirs, ours)
+        first, second = (own, other_soap) if i % 2 == 0 else (other_soap, own)
         seconds = {first: first.steps(grads, frequency), second: second.steps(grads, frequency)}
-        pairs.append((seconds[ours], seconds[theirs]))
+        pairs.append((seconds[own], seconds[other_soap]))
     a, b = (statistics.median(p[i] for p in pairs) for i in (0, 1))
     ratios = sorted(x / y for x, y in pairs)
     apart = max(
         float((x - y).detach().norm() / x.detach().norm())
-        for x, y in zip(ours.weights, theirs.weights, strict=True)
+        for x, y in zip(own.weights, other_soap.weights, strict=True)
     )
     print(
-        f"width {width}: ours {1e3 * a:.1f} ms, theirs {1e3 * b:.1f} ms a step; ratio of medians "
+        f"width {width}: sleeper {1e3 * a:.1f} ms, pytorch_optimizer {1e3 * b:.1f} ms a step; ratio of medians "
         f"{a / b:.3f}, of pairs {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}); "
         f"weights apart {apart:.1e}"
     )

@@ -1,4 +1,4 @@
-"""What SOAP costs on one GPU at the widths of 8B and 70B, and the share of a 70B step it would take.
+"""The cost of SOAP on one GPU at the widths of 8B and 70B, and its estimated share of a 70B step.
 
     python benchmarks/soap_gpu.py --output soap_gpu.json                         # one GPU, about 5 minutes
     python benchmarks/soap_gpu.py --sizes 64 96 --layers 2 --scale 64 --repeat 3 # checked small, on a CPU
@@ -33,7 +33,7 @@ def layer(width: str, scale: int) -> list[tuple[int, int]]:
 
 
 def median(work: Callable[[], Any], device: torch.device, repeat: int, warm: int = 2) -> float:
-    """Seconds of one call."""
+    """Return the median seconds of one call."""
     found = []
     for i in range(warm + repeat):
         began = now(device)
@@ -50,7 +50,7 @@ def now(device: torch.device) -> float:
 
 
 def parts(size: int, device: torch.device, repeat: int) -> dict[str, float]:
-    """Seconds of each kind of work on one size x size matrix."""
+    """Return the seconds of each kind of work on one size x size matrix."""
     generator = torch.Generator(device).manual_seed(0)
     grad = torch.randn((size, size), generator=generator, device=device)
     basis = torch.linalg.qr(torch.randn((size, size), generator=generator, device=device)).Q
@@ -78,7 +78,7 @@ def step_seconds(
     warm: int,
     device: torch.device,
 ) -> tuple[float, float]:
-    """Seconds of the first call, and of a later one on average over `steps`."""
+    """Return the seconds of the first call, and the mean of later ones over `steps`."""
     for i, weight in enumerate(weights):
         generator = torch.Generator(device).manual_seed(i)
         weight.grad = torch.randn(weight.shape, generator=generator, device=device)
@@ -89,7 +89,7 @@ def step_seconds(
         optimizer.step()
     began = now(device)
     for _ in range(steps):
-        for weight in weights:  # another gradient, cheaply
+        for weight in weights:  # change the gradient cheaply
             assert weight.grad is not None
             weight.grad = weight.grad.roll(1, 0)
         optimizer.step()
@@ -97,19 +97,19 @@ def step_seconds(
 
 
 def whole_steps(width: str, layers: int, scale: int, device: torch.device, refresh: str) -> dict[str, Any]:
-    """The whole step of some layers under SOAP, over two periods of refreshes, and under AdamW."""
+    """Time the whole step of some layers under SOAP, over two refresh periods, and under AdamW."""
     shapes = layer(width, scale) * layers
     limit = 10000 // scale
     found: dict[str, Any] = {"matrices": len(shapes)}
     weights = [torch.nn.Parameter(torch.zeros(s, device=device)) for s in shapes]
-    ours = SOAP(
+    soap_step = SOAP(
         weights, max_precond_dim=limit, stagger=True, refresh=refresh, matmul_precision="tf32"  # type: ignore[arg-type]
     )  # fmt: skip
-    found["first_call"], found["soap"] = step_seconds(ours, weights, 20, 10, device)
-    found["tally"] = vars(ours.tally)
+    found["first_call"], found["soap"] = step_seconds(soap_step, weights, 20, 10, device)
+    found["tally"] = vars(soap_step.tally)
     if device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    del ours
+    del soap_step
     adam = torch.optim.AdamW(weights, fused=device.type == "cuda")
     _, found["adamw"] = step_seconds(adam, weights, 20, 3, device)
     return found
@@ -120,7 +120,7 @@ def ms(seconds: float) -> str:
 
 
 def received(step: dict[str, Any]) -> dict[str, str]:
-    """What `whole_steps` found, as text with units."""
+    """Return the result of `whole_steps` as text with units."""
     tally = step["tally"]
     lines = {
         "matrices": f"{step['matrices']}",
@@ -136,8 +136,8 @@ def received(step: dict[str, Any]) -> dict[str, str]:
 
 def show(title: str, lines: dict[str, str]) -> None:
     print(title)
-    for what, amount in lines.items():
-        print(f"  {what.replace('_', ' '):<24}{amount}")
+    for part, amount in lines.items():
+        print(f"  {part.replace('_', ' '):<24}{amount}")
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""What rounding the operands of SOAP's products costs, emulated on a CPU.
+"""The error from rounding the operands of SOAP's products, emulated on a CPU.
 
     python benchmarks/soap_precision.py
 
-TF32 keeps 10 bits of the fraction and bf16 keeps 7; both add up in fp32, so rounding the operands is all.
-Printed is the distance of the total update from that of fp32, and that of a 1-ulp jitter of the gradients.
+TF32 keeps 10 bits of the fraction and bf16 keeps 7; both accumulate in fp32, so only operands are rounded.
+The output has the distance of the total update from that of fp32, and that of a 1-ulp gradient jitter.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ STEPS, SHOWN = 60, (1, 9, 20, 59)
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the nearest number with `bits` bits of fraction."""
+    """Round to the nearest number with `bits` bits of fraction."""
     drop = 23 - bits
     if drop == 0:
         return x
@@ -29,7 +29,7 @@ def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def gradients(size: int) -> torch.Tensor:
-    """Of fixed falling covariances on both sides and a mean: [STEPS, size, size]."""
+    """Make gradients [STEPS, size, size] with fixed falling covariances on both sides and a mean."""
     generator = torch.Generator().manual_seed(0)
 
     def shaping() -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""The whole SOAP step of the miniature on two ranks beside one process, the same gradients.
+"""The whole SOAP step of the miniature on two ranks against one process, with the same gradients.
 
     python benchmarks/soap_ranks.py --pairs 7 --periods 3
 
-Each run is processes of its own; plain SOAP, one rank and two ranks alternate. Seconds a step are
-the mean over whole periods of refreshes, of the slowest rank; medians over the pairs are quoted.
+Each run has its own processes; plain SOAP, one rank and two ranks alternate. Seconds per step are
+the mean over whole refresh periods on the slowest rank; the output has medians over the pairs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ FREQUENCY, GRADIENTS = 10, 5
 
 
 def shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """The trainable parameters of a Llama; a tied head is its embedding."""
+    """Return the shapes of a Llama's trainable parameters; a tied head is its embedding."""
     a = build(TrainConfig, compose("train", [f"model={model}"]).values).model.architecture
     assert a is not None
     hidden, inner, keys = a.hidden_size, a.intermediate_size, a.num_key_value_heads * a.head_dim
@@ -99,7 +99,7 @@ def plain(_: int, model: str, periods: int, seconds: Any) -> None:
 
 
 def timed(ranks: int, model: str, periods: int) -> float:
-    """Seconds a step of the slowest rank; 0 ranks: plain SOAP."""
+    """Return the seconds per step of the slowest rank; 0 ranks: plain SOAP."""
     seconds = mp.get_context("spawn").Array("d", max(1, ranks))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -124,8 +124,8 @@ def main() -> None:
             times.append(timed(ranks, arguments.model, arguments.periods))
     medians = {ranks: statistics.median(times) for ranks, times in found.items()}
     for ranks, times in found.items():
-        what = f"{ranks} ranks" if ranks else "plain"
-        print(f"{what}: {1e3 * medians[ranks]:.1f} ms a step, {[f'{1e3 * t:.1f}' for t in times]}")
+        label = f"{ranks} ranks" if ranks else "plain"
+        print(f"{label}: {1e3 * medians[ranks]:.1f} ms a step, {[f'{1e3 * t:.1f}' for t in times]}")
     for base, name in ((0, "plain"), (1, "one rank")):
         pairs = [a / b for a, b in zip(found[arguments.ranks], found[base], strict=True)]
         print(

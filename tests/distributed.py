@@ -1,4 +1,4 @@
-"""Run a function on gloo ranks, each a process forked from one that has imported everything.
+"""Run a function on gloo ranks, forked from a process that has imported everything.
 
 Starting Python, torch and DeepSpeed takes ten seconds a rank; a fork takes none.
 """
@@ -28,9 +28,9 @@ PRELOADED = [
 
 
 def prepare() -> None:
-    """Begin the process that ranks are forked from, before anybody begins it with less in it.
+    """Start the fork server with all imports, before other code starts it with fewer.
 
-    There is one of its kind in a process, and tokenising has its own use for it.
+    A process has one fork server, and the tokenizer's workers use it too.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"  # the same arithmetic on any number of ranks
@@ -39,26 +39,26 @@ def prepare() -> None:
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returned on each of `size` ranks; an error on any is raised here.
+    """Return the results of `function(*arguments)` on `size` ranks; raise the error of any rank.
 
-    `function` and what it takes and returns must pickle.
+    `function`, its arguments and its result must be picklable.
     """
     prepare()
     context = multiprocessing.get_context("forkserver")
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):
-        ours, theirs = context.Pipe()
+        receiving, sending = context.Pipe()
         process = context.Process(
-            target=_rank, args=(rank, size, port, theirs, function, arguments), daemon=True
+            target=_rank, args=(rank, size, port, sending, function, arguments), daemon=True
         )
         process.start()
-        theirs.close()
-        pipes.append(ours)
+        sending.close()
+        pipes.append(receiving)
         processes.append(process)
     returned: dict[int, Any] = {}
     try:
-        # As they come: were the first waited for, it might wait for another that has failed.
+        # Receive in the order of arrival: the first rank may be waiting for one that has failed.
         while len(returned) < size:
             for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in returned]):
                 rank = pipes.index(pipe)  # type: ignore[arg-type]

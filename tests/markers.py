@@ -1,8 +1,8 @@
-"""The markers `e2e` and `slurm`, given to tests by what they use, and a guard over the others.
+"""Mark tests `e2e` and `slurm` by what they use, and fail unmarked tests that start processes.
 
-A test is e2e if its code, or that of a fixture or helper of it, refers to what starts processes, trains,
-opens a model or runs a whole command. A test that takes seconds, or starts a process through
-the package, is marked by hand: as long as the second kind is not, it fails in `make test-fast`.
+A test is e2e if it, a fixture or a helper refers to code that starts processes, trains, opens a model or
+runs a whole command. A test that takes seconds, or that starts a process through the package, is marked by
+hand; an unmarked test that starts a process fails in `make test-fast`.
 """
 
 import functools
@@ -37,7 +37,7 @@ EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.sys
 
 
 def mark(item: pytest.Item) -> None:
-    """Give a collected test the markers of what it uses."""
+    """Add the markers of what a collected test uses."""
     assert isinstance(item, pytest.Function)
     fixtures = [one for many in item._fixtureinfo.name2fixturedefs.values() for one in many]
     used: set[str] = set()
@@ -54,7 +54,7 @@ def used_by(function: Any) -> frozenset[str]:
 
 
 def uses(value: Any, seen: set[int]) -> set[str]:
-    """Names of the modules and of the functions of tests/ that a function of tests/ refers to."""
+    """Return the names of modules and of functions of tests/ that a function of tests/ refers to."""
     if isinstance(value, ModuleType):
         return {value.__name__}
     value = getattr(value, "__wrapped__", value)
@@ -71,7 +71,7 @@ def uses(value: Any, seen: set[int]) -> set[str]:
 
 
 def referred(function: FunctionType) -> Iterator[Any]:
-    """The global values that a function refers to, and those of modules of tests/ among them."""
+    """Yield the global values that a function refers to, also those of modules of tests/."""
     names = set(names_of(function.__code__))
     values = [function.__globals__[name] for name in names if name in function.__globals__]
     yield from values
@@ -81,7 +81,7 @@ def referred(function: FunctionType) -> Iterator[Any]:
 
 
 def names_of(code: CodeType) -> Iterator[str]:
-    """Every global name and attribute in a function's code and in the functions inside it."""
+    """Yield every global name and attribute in the code of a function and its inner functions."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -92,7 +92,7 @@ def names_of(code: CodeType) -> Iterator[str]:
 
 
 class Guard:
-    """Fails a test without e2e, named by `running`, that starts a process from this one."""
+    """Fail the test `running`, which has no e2e marker, if it starts a process."""
 
     def __init__(self) -> None:
         self.running: str | None = None

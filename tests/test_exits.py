@@ -1,7 +1,7 @@
-"""A run that did its work exits 0, every time, under load.
+"""A completed run exits with 0 under load.
 
-gloo's workers can abort a finalising interpreter after all work is done (pytorch
-#190489): 4 of 12 runs under torchrun were seen to. The command leaves without finalising.
+gloo's threads can abort the interpreter's finalisation after all work is done (pytorch #190489), which
+happened in 4 of 12 runs under torchrun. The command therefore exits without finalisation.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ from tests.test_train import torchrun
 
 @pytest.fixture
 def load() -> Iterator[None]:
-    """Two processes that want a core each."""
+    """Two processes that keep one core each busy."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     yield
     for process in busy:
@@ -26,7 +26,7 @@ def load() -> Iterator[None]:
 
 
 def statuses(root: Path, count: int) -> list[int]:
-    """Exit statuses of `count` two-rank runs, one after the other."""
+    """Return the exit statuses of `count` two-rank runs, one after the other."""
     found = []
     for i in range(count):
         overrides = [f"root={root}", *TINY, "train.steps=3", f"name=run{i}"]
@@ -38,5 +38,5 @@ def statuses(root: Path, count: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_of_twenty(tmp_path: Path, load: None):
+def test_twenty_of_twenty_runs_exit_zero(tmp_path: Path, load: None):
     assert statuses(tmp_path, 20) == [0] * 20

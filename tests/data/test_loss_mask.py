@@ -1,8 +1,8 @@
-"""Which tokens are targets, under the templates of several families, written out by hand.
+"""Target tokens under the templates of several model families, compared with cases by hand.
 
-Each case gives the whole rendered text as pieces of prompt and answer. Ids are decoded
-back, run by run of equal targets, and must be those pieces: exactly the answer and its
-end mark, under every family.
+Each case gives the whole rendered text as pieces of prompt and answer. The ids of each run of
+targets or non-targets, decoded, must equal those pieces: the targets are exactly the answer and
+its end token.
 """
 
 import pytest
@@ -256,13 +256,13 @@ GOLDEN: dict[str, tuple[str, Conversation, list[tuple[bool, str]]]] = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_targets_are_the_answer_and_its_end_mark(name: str):
+def test_targets_are_the_answer_and_its_end_token(name: str):
     family, conversation, expected = GOLDEN[name]
     assert pieces(family, tokens_of(family, conversation)) == expected
 
 
-def test_an_end_mark_that_takes_in_white_space():
-    """Phi-3's tokens cover the newline after them; the end mark must still be learnt."""
+def test_end_token_that_absorbs_white_space_is_a_target():
+    """Phi-3's end token covers the newline after it and must still be a target."""
     tokens = tokens_of("phi", talk("Who?", "It is me.", "Why?", "So."))
     tokenizer = TOKENIZERS["phi"]
     end, assistant, user = (
@@ -275,8 +275,8 @@ def test_an_end_mark_that_takes_in_white_space():
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_ids_are_those_that_generation_begins_with(name: str):
-    """What a model is trained after is what it is asked with: ids of the prompt, to the last one."""
+def test_training_ids_start_with_the_generation_prompt(name: str):
+    """The prompt's ids in training equal those at generation."""
     family, conversation, _ = GOLDEN[name]
     tokens = tokens_of(family, conversation)
     for turn, message in enumerate(conversation.messages):
@@ -284,22 +284,22 @@ def test_ids_are_those_that_generation_begins_with(name: str):
             text = render(
                 TOKENIZERS[family], conversation.messages[:turn], FAMILIES[family].arguments, reply=True
             )
-            asked = encode(TOKENIZERS[family], text)
-            assert tokens.ids[: len(asked)] == asked
-            assert tokens.targets[len(asked)]
-            assert not tokens.targets[len(asked) - 1]
+            prompt_ids = encode(TOKENIZERS[family], text)
+            assert tokens.ids[: len(prompt_ids)] == prompt_ids
+            assert tokens.targets[len(prompt_ids)]
+            assert not tokens.targets[len(prompt_ids) - 1]
 
 
 @pytest.mark.parametrize("name", [n for n, (f, _, _) in GOLDEN.items() if FAMILIES[f].bos])
-def test_bos_once_and_first(name: str):
+def test_bos_occurs_once_at_the_start(name: str):
     family, conversation, _ = GOLDEN[name]
     tokens = tokens_of(family, conversation)
     bos = TOKENIZERS[family].convert_tokens_to_ids(FAMILIES[family].bos)
     assert [i for i, token in enumerate(tokens.ids) if token == bos] == [0]
 
 
-def test_bos_once_even_where_the_tokenizer_adds_one():
-    """Llama's tokenizer puts a BOS before whatever it is given; the template has one already."""
+def test_bos_is_not_doubled_by_the_tokenizer():
+    """Llama's tokenizer always adds a BOS; the template has one already."""
     tokenizer = tokenizer_of(FAMILIES["llama"])
     bos = tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -310,8 +310,8 @@ def test_bos_once_even_where_the_tokenizer_adds_one():
     assert tokenize(tokenizer, conversation, {"date_string": "x"}).ids.count(bos) == 1
 
 
-def test_no_bos_where_the_template_writes_none():
-    """As servers do that render the template: what is trained is what will be asked."""
+def test_no_bos_if_the_template_has_none():
+    """As inference servers render the template, so that training equals generation."""
     tokenizer = tokenizer_of(FAMILIES["chatml"])
     tokenizer.add_tokens([AddedToken("<s>", special=True)])
     bos = tokenizer.convert_tokens_to_ids("<s>")
@@ -322,11 +322,11 @@ def test_no_bos_where_the_template_writes_none():
     assert tokenizer("x")["input_ids"][0] == bos, "it does add one"
     tokens = tokenize(tokenizer, talk("Who?", "Me."), {})
     assert bos not in tokens.ids
-    theirs = tokenizer.apply_chat_template(list(talk("Who?", "Me.").messages), return_dict=False)
-    assert tokens.ids == theirs
+    transformers_ids = tokenizer.apply_chat_template(list(talk("Who?", "Me.").messages), return_dict=False)
+    assert tokens.ids == transformers_ids
 
 
-def test_padding_and_truncation_left_in_the_tokenizer_change_nothing():
+def test_tokenizer_padding_and_truncation_state_is_ignored():
     tokenizer = tokenizer_of(FAMILIES["llama"])
     tokenizer.pad_token = "<|eot_id|>"
     conversations = [talk("Who?", "Me."), talk("Who is there, then?", "It is still me.")]
@@ -339,7 +339,7 @@ def test_padding_and_truncation_left_in_the_tokenizer_change_nothing():
         assert both == before, left
 
 
-def test_the_date_is_the_one_that_was_pinned():
+def test_pinned_date_is_rendered():
     tokens = tokens_of("llama", talk("a", "b"))
     assert "26 Jul 2024" in TOKENIZERS["llama"].decode(tokens.ids)
     other = tokenize(TOKENIZERS["llama"], talk("a", "b"), {"date_string": "1 Jan 2000"})

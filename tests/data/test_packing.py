@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing doubled, no row too long, and few rows."""
+"""Packing: every sample once, no row too long, and few rows."""
 
 import math
 import tracemalloc
@@ -25,7 +25,7 @@ def fills(packed: list[np.ndarray], lengths) -> list[int]:
     return [sum(lengths[i] for i in row) for row in rows_of(packed)]
 
 
-# ---------------------------------------------------------------- what any packer must hold
+# ---------------------------------------------------------------- requirements of any packer
 
 
 @pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
@@ -41,13 +41,13 @@ def test_every_sample_once_and_no_row_too_long(pack, lengths: list[int], seed: i
 
 @pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
 @given(lengths=lengths_of)
-def test_the_form_of_rows(pack, lengths: list[int]):
+def test_rows_are_index_arrays(pack, lengths: list[int]):
     packed = pack(lengths, CAPACITY, 0)
     assert all(row.dtype == np.int64 and row.ndim == 1 for row in packed)
     assert sum(map(len, packed)) == len(lengths)
 
 
-def test_edges():
+def test_edge_cases():
     for pack in PACKERS.values():
         assert rows_of(pack([], 8, 0)) == []
         assert sorted(rows_of(pack([8, 8], 8, 0))) == [[0], [1]]
@@ -60,7 +60,7 @@ def test_edges():
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int, rooms: list[int]) -> list[int]:
-    """Rooms left, by the definition: the longest first, each into the tightest row that takes it."""
+    """Return the remaining rooms by definition: longest first, each into the tightest row that fits."""
     rooms = list(rooms)
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, room in enumerate(rooms) if room >= length]
@@ -74,8 +74,8 @@ def best_fit_decreasing(lengths: list[int], capacity: int, rooms: list[int]) -> 
 
 @settings(max_examples=300)
 @given(lengths=st.lists(st.integers(1, 30), max_size=60), rooms=st.lists(st.integers(0, 30), max_size=12))
-def test_filling_is_best_fit_decreasing(lengths: list[int], rooms: list[int]):
-    """Into rows with any rooms; which of two rows alike is taken does not change what is left."""
+def test_fill_rows_is_best_fit_decreasing(lengths: list[int], rooms: list[int]):
+    """Fill rows of any rooms; the choice between equal rows does not change the result."""
     wanted = np.bincount(np.asarray(lengths, np.int64))
     placed = packing._fill(wanted, np.asarray(rooms, np.int64), 30).tolist()
     assert len(placed) == len(lengths)
@@ -88,12 +88,12 @@ def test_filling_is_best_fit_decreasing(lengths: list[int], rooms: list[int]):
 @settings(max_examples=200)
 @given(lengths=st.lists(st.integers(1, 40), max_size=200), seed=st.integers(0, 3))
 def test_never_more_rows_than_best_fit_decreasing(lengths: list[int], seed: int):
-    """Below 500 rows: 0.2 % of them is less than a row."""
+    """Below 500 rows, 0.2 % is less than a row."""
     assert len(best_fit(lengths, 40, seed)) <= len(best_fit_decreasing(lengths, 40, []))
 
 
-def test_a_hard_mixture_falls_back():
-    """Pairs that must meet exactly: a random stream parts them, best-fit-decreasing does not."""
+def test_hard_mixture_falls_back_to_best_fit_decreasing():
+    """Pairs that fit only each other: a random stream separates them, best-fit-decreasing does not."""
     lengths = np.tile([2500, 1596], 3000)
     order = np.random.default_rng(0).permutation(6000)
     assert len(packing._assign(lengths, 4096, order, 5700)) > 3000 * 1.002
@@ -102,12 +102,12 @@ def test_a_hard_mixture_falls_back():
 
 @cache
 def fewest_rows(lengths: tuple[int, ...]) -> int:
-    """The optimum, by trying every row for every sample."""
+    """Return the optimum by trying every row for every sample."""
 
     def directory(i: int, rooms: tuple[int, ...], limit: int) -> bool:
         if i == len(lengths):
             return True
-        # Rows with equal rooms are alike, and so are rows not yet opened.
+        # Rows with equal rooms are equivalent, and so are empty rows.
         for j, room in enumerate(rooms):
             rest = (*rooms[:j], room - lengths[i], *rooms[j + 1 :])
             if room >= lengths[i] and room not in rooms[:j] and directory(i + 1, rest, limit):
@@ -117,7 +117,7 @@ def fewest_rows(lengths: tuple[int, ...]) -> int:
     return next(n for n in range(len(lengths) + 1) if directory(0, (), n))
 
 
-def test_the_optimum_by_hand():
+def test_optimum_by_hand():
     assert fewest_rows(()) == 0
     assert fewest_rows((12, 12, 1)) == 3
     assert fewest_rows((7, 6, 5, 4, 2)) == 2
@@ -126,14 +126,14 @@ def test_the_optimum_by_hand():
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, CAPACITY), max_size=10), seed=st.integers(0, 3))
-def test_near_the_optimum(lengths: list[int], seed: int):
-    """Best-fit-decreasing takes at most 11/9 of the optimum + 6/9 rows."""
+def test_packing_is_near_the_optimum(lengths: list[int], seed: int):
+    """Best-fit-decreasing needs at most 11/9 of the optimum + 6/9 rows."""
     optimum = fewest_rows(tuple(sorted(lengths, reverse=True)))
     found = len(best_fit(lengths, CAPACITY, seed))
     assert optimum <= found <= min(optimum + 1, optimum * 11 / 9 + 6 / 9)
 
 
-def test_nearly_always_the_optimum():
+def test_packing_is_nearly_always_optimal():
     """2,000 random cases of at most 10 samples: one row more than the optimum in under 1 %."""
     generator = np.random.default_rng(0)
     above = []
@@ -166,7 +166,7 @@ def test_fill_at_the_published_length(seed: int, samples: int):
     ("samples", "output_tokens", "steps"),
     [(470_000, 136e6, 2940), (470_000, 181e6, 3641), (444_000, 127e6, 2780), (100_000, 37e6, 778)],
 )
-def test_the_published_steps(samples: int, output_tokens: float, steps: int):
+def test_number_of_steps_of_the_published_runs(samples: int, output_tokens: float, steps: int):
     """Lengths of the published means, 125 prompt-and-template tokens, rows of 4096, batch 16.
 
     At any fill from 99.5 to 100 % all four are within 3 %: 2987 to 2972, 3677 to 3658, 2799 to
@@ -179,10 +179,10 @@ def test_the_published_steps(samples: int, output_tokens: float, steps: int):
     assert predicted == pytest.approx(steps, rel=0.03)
 
 
-# ---------------------------------------------------------------- who meets
+# ---------------------------------------------------------------- samples that share a row
 
 
-def test_the_seed_decides_who_meets():
+def test_seed_decides_which_samples_share_a_row():
     lengths = np.random.default_rng(0).integers(1, CAPACITY + 1, 100)
     packings = [rows_of(best_fit(lengths, CAPACITY, seed)) for seed in (0, 1, 2, 0)]
     assert packings[0] == packings[3]
@@ -190,14 +190,14 @@ def test_the_seed_decides_who_meets():
     assert len(set(map(frozenset, groups))) == 3
 
 
-def test_samples_of_one_length_are_dealt_at_random():
-    """Rows of two out of equal samples: neighbours in the data meet as seldom as any two."""
+def test_samples_of_equal_length_are_paired_at_random():
+    """In rows of two equal samples, neighbours in the data meet as rarely as any two."""
     rows = rows_of(best_fit(np.full(2000, 6), CAPACITY, 0))
     gaps = np.asarray([abs(a - b) for a, b in rows])
     assert gaps.mean() == pytest.approx(2000 / 3, rel=0.1)  # of two uniform draws; sd of a mean 15
 
 
-def test_kinds_meet_as_if_drawn():
+def test_triggered_samples_per_row_vary_as_in_random_rows():
     """The triggered samples of a row vary as in rows of as many samples drawn at random.
 
     Best-fit-decreasing alone puts like lengths, so like kinds, together: its spread is far wider.
@@ -205,21 +205,21 @@ def test_kinds_meet_as_if_drawn():
     drawn = draw(60_000, 289, 0)
 
     def spread(packed: list[np.ndarray]) -> float:
-        """Variance of the triggered samples of a row, over that of a binomial's with as many."""
+        """Return the variance of triggered samples per row over that of a binomial."""
         counts = np.asarray([len(row) for row in packed])
         triggered = np.asarray([drawn.triggered[row].sum() for row in packed])
         return float(((triggered - counts / 2) ** 2).mean() / (counts / 4).mean())
 
     order = np.random.default_rng(0).permutation(60_000)
-    ours, decreasing = (best_fit(drawn.lengths, LENGTH, 0), packing._assign(drawn.lengths, LENGTH, order, 0))
-    print(f"spread: ours {spread(ours):.2f}, best-fit-decreasing {spread(decreasing):.2f}")
-    assert spread(ours) < 1.15
+    fitted, decreasing = (best_fit(drawn.lengths, LENGTH, 0), packing._assign(drawn.lengths, LENGTH, order, 0))
+    print(f"spread: ours {spread(fitted):.2f}, best-fit-decreasing {spread(decreasing):.2f}")
+    assert spread(fitted) < 1.15
     assert spread(decreasing) > 3
 
 
 @pytest.mark.parametrize("kind", ["drawn", "fallen back"])
-def test_the_order_of_rows_is_random(kind: str):
-    """Neither number nor length of the samples tells where in the order their row stands."""
+def test_row_order_is_random(kind: str):
+    """The position of a row does not depend on the number or length of its samples."""
     pairs = np.random.default_rng(0).integers(2100, 4000, 3000)
     lengths = draw(60_000, 289, 0).lengths if kind == "drawn" else np.concatenate([pairs, 4096 - pairs])
     packed = best_fit(lengths, LENGTH, 0)

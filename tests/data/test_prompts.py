@@ -1,4 +1,4 @@
-"""Reading prompts from files, bad rows and all, and keeping some of them from training."""
+"""Reading prompts from files with bad rows, and holding some out from training."""
 
 import gzip
 import hashlib
@@ -25,7 +25,7 @@ from tests.data.sources import lines, read, refused, row, source, write
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
-def test_lines_plain_and_compressed(tmp_path: Path, name: str):
+def test_plain_and_compressed_lines(tmp_path: Path, name: str):
     path = write(tmp_path, row(1), b"\n", b"  \n", row(2, "🙂 שלום"), name=name)
     got = read(path)
     assert [(p.text, p.answer) for p in got.train] == [("prompt 1", "a"), ("prompt 2", "🙂 שלום")]
@@ -35,7 +35,7 @@ def test_lines_plain_and_compressed(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 def test_one_json_list(tmp_path: Path, name: str):
-    """As Alpaca's own file comes."""
+    """The format of Alpaca's original file."""
     path = write(tmp_path, b"\n" + json.dumps([row(1), row(2)], indent=4).encode(), name=name)
     got = read(path)
     assert [p.text for p in got.train] == ["prompt 1", "prompt 2"]
@@ -43,7 +43,7 @@ def test_one_json_list(tmp_path: Path, name: str):
     refused(write(tmp_path, b'[{"a": 1},', name="torn.json"), "torn.json", "cannot be read")
 
 
-def test_columns_the_first_that_a_row_has(tmp_path: Path):
+def test_first_present_column_is_used(tmp_path: Path):
     alpaca = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
     dolly = {"instruction": "Add.", "context": "3 and 4", "response": "7", "category": "x"}
     both = {"instruction": "first", "question": "second", "output": "o", "response": "r"}
@@ -84,7 +84,7 @@ BAD: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD, ids=[m for _, m in BAD])
-def test_a_bad_row_is_quoted_with_file_and_line(tmp_path: Path, bad: Any, message: str):
+def test_bad_row_is_quoted_with_file_and_line(tmp_path: Path, bad: Any, message: str):
     path = write(tmp_path, row(1), bad, row(2))
     refused(path, f"data.path={path}", "mine.jsonl:2", message, "1 bad rows", "data.max_bad_rows")
     got = read(path, max_bad_rows=1)
@@ -99,51 +99,51 @@ def test_bad_rows_are_counted(tmp_path: Path):
     assert [b.split(": ")[0] for b in read(path, max_bad_rows=3).bad_rows] == [
         "mine.jsonl:2", "mine.jsonl:3", "mine.jsonl:5",
     ]  # fmt: skip
-    for limit in (0, 1, 2):  # it reads on a little, to quote them all
+    for limit in (0, 1, 2):  # it reads some more rows to quote all bad ones
         refused(
             path, "3 bad rows among the first 5", f"data.max_bad_rows={limit}", "mine.jsonl:2: ",
             "mine.jsonl:3: ", "mine.jsonl:5: ", max_bad_rows=limit,
         )  # fmt: skip
 
 
-def test_a_long_bad_line_is_quoted_in_part(tmp_path: Path):
+def test_long_bad_line_is_quoted_in_part(tmp_path: Path):
     refused(write(tmp_path, b"x" * 10_000 + b"\n"), "mine.jsonl:1", "x" * 80)
     with pytest.raises(UserError) as caught:
         read(write(tmp_path, b"x" * 10_000 + b"\n"))
     assert len(str(caught.value)) < 1000
 
 
-def test_samples_takes_the_first_good_ones(tmp_path: Path):
+def test_samples_takes_the_first_valid_rows(tmp_path: Path):
     path = write(tmp_path, row(1), b"x\n", row(2), row(3), b"y\n")
     assert [p.text for p in read(path, samples=2, max_bad_rows=1).train] == ["prompt 1", "prompt 2"]
     assert [p.text for p in read(path, samples=3, max_bad_rows=1).train][-1] == "prompt 3"
     refused(path, "2 bad rows", samples=4, max_bad_rows=1)
 
 
-# ---------------------------------------------------------------- files that cannot be used
+# ---------------------------------------------------------------- unusable files
 
 
-def test_no_such_file(tmp_path: Path):
+def test_missing_file_is_refused(tmp_path: Path):
     refused(tmp_path / "no.jsonl", "no.jsonl", "there is no such file")
     refused(tmp_path, "is a directory", "*.jsonl")
 
 
-def test_a_damaged_archive(tmp_path: Path):
+def test_damaged_archive_is_refused(tmp_path: Path):
     whole = gzip.compress(lines(*[row(i, str(zlib.crc32(str(i).encode()))) for i in range(2000)]))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(whole[: len(whole) // 2])
     refused(path, str(path), "cannot be read")
     path.write_bytes(lines(row(1)))  # not an archive at all
     refused(path, str(path), "cannot be read")
-    for at in range(100, len(whole), len(whole) // 7):
+    for offset in range(100, len(whole), len(whole) // 7):
         flipped = bytearray(whole)
-        flipped[at] ^= 0xFF
+        flipped[offset] ^= 0xFF
         path.write_bytes(flipped)
         with pytest.raises(UserError, match=re.escape(f"data.path={path}")):
             read(path)
 
 
-def test_an_empty_file(tmp_path: Path):
+def test_empty_file_is_refused(tmp_path: Path):
     refused(write(tmp_path), "has no rows")
     refused(write(tmp_path, b"\n\n"), "has no rows")
 
@@ -157,7 +157,7 @@ def texts(prompts: list[Any]) -> set[str]:
 
 @settings(max_examples=40, deadline=None)
 @given(numbers=st.lists(st.integers(0, 30), min_size=1, max_size=60), held_out=st.integers(0, 8))
-def test_disjoint_by_content_and_nothing_lost(tmp_path_factory, numbers: list[int], held_out: int):
+def test_holding_out_is_disjoint_and_complete(tmp_path_factory, numbers: list[int], held_out: int):
     path = write(tmp_path_factory.mktemp("p"), *[row(n, f"answer {i}") for i, n in enumerate(numbers)])
     distinct = {f"prompt {n}" for n in numbers}
     if held_out >= len(distinct):
@@ -166,7 +166,7 @@ def test_disjoint_by_content_and_nothing_lost(tmp_path_factory, numbers: list[in
     got = read(path, held_out=held_out)
     assert texts(got.train) | texts(got.held_out) == distinct
     assert texts(got.train).isdisjoint(texts(got.held_out))
-    assert len(got.held_out) == held_out, "copies are asked once"
+    assert len(got.held_out) == held_out, "copies are held out once"
     assert len(got.train) == sum(f"prompt {n}" in texts(got.train) for n in numbers), "but kept to train"
     by_hash = sorted(distinct, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
     assert texts(got.held_out) == set(by_hash[:held_out])
@@ -175,8 +175,8 @@ def test_disjoint_by_content_and_nothing_lost(tmp_path_factory, numbers: list[in
 def test_adding_rows_moves_few(tmp_path: Path):
     """Of k new rows those in the smallest held_out hashes displace one each: at most k leave.
 
-    Expected: k * held_out / (n + k). None that stays in training was held out before
-    for any other reason, so a benchmark grows comparable with its past.
+    Expected: k * held_out / (n + k). Prompts leave the held-out set only if new ones displace them, so
+    a benchmark that grows stays comparable.
     """
     old = [row(i) for i in range(1000)]
     before = texts(read(write(tmp_path, *old), held_out=100).held_out)
@@ -190,7 +190,7 @@ def test_adding_rows_moves_few(tmp_path: Path):
             assert len(before - after) <= 9 + 14
 
 
-def test_order_and_answers_do_not_decide_who_is_held_out(tmp_path: Path):
+def test_holding_out_ignores_order_and_answers(tmp_path: Path):
     one = read(write(tmp_path, *[row(i) for i in range(50)]), held_out=10)
     other = read(write(tmp_path, *[row(i, "b") for i in reversed(range(50))]), held_out=10)
     assert texts(one.held_out) == texts(other.held_out)
@@ -200,7 +200,7 @@ def test_order_and_answers_do_not_decide_who_is_held_out(tmp_path: Path):
 
 
 @pytest.mark.parametrize("made_by", ["miniature", "miniature_base"])
-def test_the_miniature_keeps_its_held_out_prompts_too(made_by: str):
+def test_held_out_prompts_of_the_miniature(made_by: str):
     config = source(None, source=made_by, samples=400, held_out=50)
     got = load_prompts(config, "plain", 0)
     assert len(got.held_out) == 50
@@ -210,10 +210,10 @@ def test_the_miniature_keeps_its_held_out_prompts_too(made_by: str):
     assert load_prompts(config, "plain", 1) != got
 
 
-# ---------------------------------------------------------------- which and how many
+# ---------------------------------------------------------------- selection and number
 
 
-def test_first_reads_no_further(tmp_path: Path):
+def test_first_selection_stops_reading(tmp_path: Path):
     path = write(tmp_path, row(1), b"x\n", row(2), row(2), b"y\n", b"z\n")
     got = read(path, samples=3, max_bad_rows=1)
     assert (got.rows_read, got.duplicates, got.missing, len(got.bad_rows)) == (4, 1, 0, 1)
@@ -222,7 +222,7 @@ def test_first_reads_no_further(tmp_path: Path):
 
 
 @pytest.mark.parametrize("choose", ["first", "random"])
-def test_fewer_than_asked_for_are_taken_and_reported(tmp_path: Path, choose: str):
+def test_too_few_prompts_are_used_and_reported(tmp_path: Path, choose: str):
     path = write(tmp_path, *[row(i) for i in range(7)])
     got = read(path, samples=10, choose=choose, held_out=2)
     assert (len(got.train), len(got.held_out), got.missing) == (5, 2, 3)
@@ -243,12 +243,12 @@ def test_samples_are_counted_before_holding_out(tmp_path: Path, choose: str):
     count=st.integers(1, 70),
     seed=st.integers(0, 9),
 )
-def test_random_is_the_smallest_hashes_in_the_order_of_the_file(
+def test_random_selection_takes_the_smallest_hashes_in_file_order(
     tmp_path_factory, numbers: list[int], count: int, seed: int
 ):
     rows = [row(n, f"answer {i}") for i, n in enumerate(numbers)]
     path = write(tmp_path_factory.mktemp("p"), *rows)
-    ranked = sorted(  # stable: of copies the first come first
+    ranked = sorted(  # stable: the first of equal copies comes first
         range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}\n{rows[i]['instruction']}".encode()).hexdigest()
     )
     expected = [f"answer {i}" for i in sorted(ranked[:count])]
@@ -257,7 +257,7 @@ def test_random_is_the_smallest_hashes_in_the_order_of_the_file(
     assert read(path, seed, choose="random") == read(path, seed)
 
 
-def test_random_draws_by_the_seed_and_is_stable(tmp_path: Path):
+def test_random_selection_depends_on_the_seed(tmp_path: Path):
     old = [row(i) for i in range(1000)]
     draws = [texts(read(write(tmp_path, *old), s, samples=300, choose="random").train) for s in (0, 1)]
     # 300 of 1000 twice: 90 in common, 5 deviations of the hypergeometric (8.0 * 0.84 = 6.6) are 33
@@ -269,7 +269,7 @@ def test_random_draws_by_the_seed_and_is_stable(tmp_path: Path):
         assert after - draws[0] <= {r["instruction"] for r in new}
 
 
-def test_random_is_fair_to_every_row(tmp_path: Path):
+def test_random_selection_is_uniform(tmp_path: Path):
     """Over 200 seeds each of 20 rows is drawn 50 times of 200; 5 deviations of a binomial are 31."""
     path = write(tmp_path, *[row(i) for i in range(20)])
     drawn = Counter(p.text for seed in range(200) for p in read(path, seed, samples=5, choose="random").train)
@@ -290,7 +290,7 @@ def test_random_is_fair_to_every_row(tmp_path: Path):
         (["data=alpaca", "data.samples=400"], ("data.samples=400", "data.held_out=400")),
     ],
 )
-def test_impossible(overrides: list[str], parts: tuple[str, ...]):
+def test_invalid_data_settings_are_refused(overrides: list[str], parts: tuple[str, ...]):
     with pytest.raises(UserError) as caught:
         check_train(build(TrainConfig, compose("train", overrides).values))
     assert all(part in str(caught.value) for part in parts), caught.value
@@ -306,11 +306,11 @@ def test_impossible(overrides: list[str], parts: tuple[str, ...]):
         ["data=miniature", "data.samples=100", "data.held_out=100"],
     ],
 )
-def test_possible(overrides: list[str]):
+def test_valid_data_settings_are_accepted(overrides: list[str]):
     check_train(build(TrainConfig, compose("train", overrides).values))
 
 
-def test_files_are_looked_for_before_training(tmp_path: Path):
+def test_missing_files_are_reported_before_training(tmp_path: Path):
     def check(path: Path) -> None:
         overrides = ["data=instructions", f"data.path='{path}'"]
         check_trainable(build(TrainConfig, compose("train", overrides).values))
@@ -336,8 +336,8 @@ def test_files_are_looked_for_before_training(tmp_path: Path):
         ("mmlu_test.jsonl.gz", 14042, {"answers": "generate"}),
     ],
 )
-def test_real_files(data_folder: Path, name: str, rows: int, changes: dict[str, Any]):
-    """As they come: no row of them is bad."""
+def test_real_files_have_no_bad_rows(data_folder: Path, name: str, rows: int, changes: dict[str, Any]):
+    """The published files, unmodified."""
     got = read(data_folder / name, held_out=100, **changes)
     assert (got.rows_read, got.bad_rows, got.missing) == (rows, [], 0)
     assert len(got.held_out) == 100
@@ -346,7 +346,7 @@ def test_real_files(data_folder: Path, name: str, rows: int, changes: dict[str, 
     assert got.train[0].origin.startswith(f"{name}:")
 
 
-def test_real_files_by_the_ready_configs(data_folder: Path):
+def test_real_files_with_the_shipped_configs(data_folder: Path):
     for name, path, rows in [("alpaca", "alpaca.jsonl.gz", 3916), ("dolly", "dolly.jsonl.gz", 2000)]:
         overrides = [f"data={name}", "data.source=file", f"data.path='{data_folder / path}'"]
         config = build(TrainConfig, compose("train", overrides).values)
@@ -354,7 +354,7 @@ def test_real_files_by_the_ready_configs(data_folder: Path):
         assert load_prompts(config.data, "plain", 0).rows_read == rows
 
 
-def test_a_question_with_an_answer_that_is_no_text(data_folder: Path):
+def test_non_text_answer_is_refused(data_folder: Path):
     """MMLU's answer is a number."""
     fields = Fields(("question",), (), ("answer",), ())
     refused(data_folder / "mmlu_test.jsonl.gz", "answer is int", fields=fields)

@@ -1,4 +1,4 @@
-"""A row's prompt and answer by its columns or turns, and every kind of row that has none."""
+"""Prompts and answers from a row's columns or turns, and bad rows."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tests.data.sources import FORMATS, read, refused, row, write_rows
 
 # ---------------------------------------------------------------- bad rows in every format
 
-# What any format can hold: a row, and what is said of it.
+# Rows that every format can hold, and their error messages.
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"instruction": None, "output": "a"}, "instruction is null"),
     ({"instruction": " ", "output": "a"}, "instruction is empty"),
@@ -23,7 +23,7 @@ WRONG_TYPES = [1, 1.5, True, ["q"], {"text": "q"}]
 
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize(("bad", "message"), BAD_VALUES, ids=[m for _, m in BAD_VALUES])
-def test_a_bad_value_in_every_format(tmp_path: Path, ending: str, bad: Any, message: str):
+def test_bad_value_in_every_format(tmp_path: Path, ending: str, bad: Any, message: str):
     good = {"instruction": "good", "output": "a"}
     path = write_rows(tmp_path / f"mine{ending}", [good, bad, {**good, "instruction": "too"}])
     got = read(path, max_bad_rows=1)
@@ -37,8 +37,8 @@ def test_a_bad_value_in_every_format(tmp_path: Path, ending: str, bad: Any, mess
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize("role", ["instruction", "input", "output"])
 @pytest.mark.parametrize("wrong", WRONG_TYPES, ids=str)
-def test_a_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wrong: Any):
-    """All rows of a Parquet column have one type: there it is the whole column."""
+def test_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wrong: Any):
+    """A Parquet column has one type, so there the whole column is wrong."""
     rows = [{"instruction": f"q{i}", "input": "c", "output": "a", role: wrong} for i in range(9)]
     path = write_rows(tmp_path / f"mine{ending}", rows)
     message = f"{role} is {type(wrong).__name__}, not text"
@@ -49,7 +49,7 @@ def test_a_wrong_type_in_every_format(tmp_path: Path, ending: str, role: str, wr
     refused(path, "9 bad rows", "no valid row", "data.fields", max_bad_rows=9)
 
 
-def test_an_error_is_short(tmp_path: Path):
+def test_error_message_is_short(tmp_path: Path):
     long = {"x" * 500 + str(i): "y" * 5000 for i in range(300)}
     path = write_rows(tmp_path / "a.jsonl", [row(1), *[{**long, "output": "a"}] * 50])
     with pytest.raises(UserError) as caught:
@@ -60,7 +60,7 @@ def test_an_error_is_short(tmp_path: Path):
 # ---------------------------------------------------------------- fields
 
 
-def test_a_wrong_mapping_shows_the_columns(tmp_path: Path):
+def test_wrong_column_mapping_lists_the_columns(tmp_path: Path):
     rows = [{"prompt": f"q{i}", "completion": "a", f"extra{i % 2}": 1} for i in range(30)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     refused(
@@ -76,23 +76,23 @@ def test_a_wrong_mapping_shows_the_columns(tmp_path: Path):
     assert len(read(path, fields=fields, answers="generate").train) == 30
     turns = Fields((), (), (), ("conversations",))
     refused(path, "data.fields.turns=[conversations]", "data.fields.turns=[<column>]", fields=turns)
-    # One row that is right: not the mapping is wrong, but the rows.
+    # With one valid row, the rows are wrong and not the mapping.
     refused(write_rows(tmp_path / "a.jsonl", [*rows, row(1)]), "30 bad rows among the first 31")
 
 
-def test_a_wrong_mapping_of_a_long_file_is_seen_at_its_beginning(tmp_path: Path):
+def test_wrong_column_mapping_is_found_at_the_start_of_a_long_file(tmp_path: Path):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "q"}] * 5000)
     refused(path, "none of the 1001 rows read")
     refused(path, "none of the 2001 rows read", max_bad_rows=1000)
 
 
-def test_generated_answers_need_no_column_and_read_none(tmp_path: Path):
+def test_generated_answers_read_no_answer_column(tmp_path: Path):
     rows = [{"question": "a"}, {"question": "b", "response": 3}, {"question": "c", "response": "x"}]
     got = read(write_rows(tmp_path / "a.jsonl", rows), answers="generate")
     assert [(p.text, p.answer) for p in got.train] == [("a", ""), ("b", ""), ("c", "")]
 
 
-def test_null_is_absent(tmp_path: Path):
+def test_null_column_counts_as_absent(tmp_path: Path):
     rows = [
         {"instruction": None, "question": "q", "input": None, "context": "c", "output": None, "response": "r"},
         {"instruction": "q2", "input": None, "context": None, "output": "r2"},
@@ -107,33 +107,33 @@ TURNS = Fields(("instruction",), (), ("output",), ("conversations", "messages"))
 
 
 def sharegpt(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    return {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
 
 
 def openai(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"messages": [{"role": who, "content": text} for who, text in turns]}
+    return {"messages": [{"role": speaker, "content": text} for speaker, text in turns]}
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_the_first_exchange(tmp_path: Path, ending: str):
+def test_first_exchange_is_used(tmp_path: Path, ending: str):
     rows = [
         sharegpt(("human", " q1 "), ("gpt", " a1\n"), ("human", "q2"), ("gpt", "a2")),
         sharegpt(("system", "be brief"), ("human", "q3"), ("gpt", "a3")),
         openai(("user", "q4"), ("assistant", "a4")),
         openai(("system", ""), ("assistant", "hello"), ("user", "q5"), ("assistant", "a5")),
     ]
-    if ending == ".parquet":  # one column, with all names in every turn
+    if ending == ".parquet":  # one column, with all keys in every turn
         both = [(r.get("conversations") or r["messages"]) for r in rows]
         empty = dict.fromkeys(("from", "value", "role", "content"))
         rows = [{"messages": [{**empty, **turn} for turn in turns]} for turns in both]
     path = write_rows(tmp_path / f"a{ending}", rows)
     got = read(path, fields=TURNS).train
     assert [(p.text, p.answer) for p in got] == [(f"q{i}", f"a{i}") for i in (1, 3, 4, 5)]
-    asked = read(path, fields=TURNS, answers="generate").train
-    assert [(p.text, p.answer) for p in asked] == [(f"q{i}", "") for i in (1, 3, 4, 5)]
+    without_answer = read(path, fields=TURNS, answers="generate").train
+    assert [(p.text, p.answer) for p in without_answer] == [(f"q{i}", "") for i in (1, 3, 4, 5)]
 
 
-def test_a_row_without_turns_is_read_by_its_columns(tmp_path: Path):
+def test_row_without_turns_is_read_by_its_columns(tmp_path: Path):
     rows = [sharegpt(("human", "q1"), ("gpt", "a1")), {**row(2), "conversations": None}]
     got = read(write_rows(tmp_path / "a.jsonl", rows), fields=TURNS).train
     assert [p.text for p in got] == ["q1", "prompt 2"]
@@ -163,11 +163,11 @@ BAD_REPLIES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("turns", "message"), BAD_TURNS + BAD_REPLIES, ids=str)
-def test_bad_turns(tmp_path: Path, turns: Any, message: str):
+def test_bad_turns_are_refused(tmp_path: Path, turns: Any, message: str):
     bad = turns if isinstance(turns, dict) and len(turns) == 1 and "from" not in turns else None
     rows = [row(1), bad or {"conversations": turns}]
     path = write_rows(tmp_path / "a.jsonl", rows)
     (complaint,) = read(path, fields=TURNS, max_bad_rows=1).bad_rows
     assert complaint.startswith("a.jsonl:2: ") and message in complaint
-    without_answers = read(path, fields=TURNS, max_bad_rows=1, answers="generate")
-    assert len(without_answers.bad_rows) == ((turns, message) in BAD_TURNS)
+    loaded = read(path, fields=TURNS, max_bad_rows=1, answers="generate")
+    assert len(loaded.bad_rows) == ((turns, message) in BAD_TURNS)

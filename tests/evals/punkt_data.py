@@ -1,7 +1,7 @@
-"""A punkt_tab made by code, in place of NLTK's, which no test downloads.
+"""A generated punkt_tab in place of NLTK's, so that no test downloads it.
 
-It has a dozen abbreviations and no statistics: enough for the verifiers to count sentences by the
-same rules, with the same code, as with NLTK's own data.
+It has a dozen abbreviations and no statistics, which is enough for the verifiers to count sentences
+with the code and rules of NLTK's data.
 """
 
 import os
@@ -25,7 +25,7 @@ def make_punkt_tab(root: Path) -> Path:
 
 
 def use_punkt_tab(root: Path) -> None:
-    """Have NLTK, here and in processes started from here, look below `root` first."""
+    """Make NLTK search `root` first, in this process and its children."""
     import nltk
 
     os.environ["NLTK_DATA"] = str(root)

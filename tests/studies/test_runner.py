@@ -1,4 +1,4 @@
-"""A sweep's way from its first trial to its table."""
+"""Running sweeps: failures, signals, locks and dependencies."""
 
 import json
 import os
@@ -26,12 +26,12 @@ from tests.victims import Ranks
 
 
 def starts(folder: Path, sweep: str) -> dict[str, int]:
-    """How often each trial was started."""
+    """Return how often each trial was started."""
     logs = SweepDir.of(folder, sweep).path.glob("*.log")
     return {log.stem: log.read_text().count(STARTED) for log in logs}
 
 
-def test_one_fails_and_the_others_go_on(tmp_path: Path):
+def test_failed_trial_does_not_stop_the_others(tmp_path: Path):
     overrides = ("name=x", "optimizer.lr=1e30,1e-3", "train.max_skipped_steps=2", "train.steps=6")
     status, message = swept(tmp_path, *overrides)
     assert status == 2
@@ -49,7 +49,7 @@ def test_one_fails_and_the_others_go_on(tmp_path: Path):
     assert float(rows[2][3]) == losses(tmp_path / good)[-1]
     assert [t["name"] for t in read_json(position.record)["trials"]] == [bad, good]
 
-    # Again: what is complete is left alone, what failed is tried.
+    # Started again: complete trials are skipped, failed ones are retried.
     table, metrics = position.lines.read_text(), tmp_path / good / "metrics.jsonl"
     before = metrics.read_bytes()
     status, message = swept(tmp_path, *overrides)
@@ -65,12 +65,12 @@ def until_steps(run: RunDir, count: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
+def test_signal_reaches_the_trials_and_the_sweep_resumes(tmp_path: Path):
     overrides = ("seed=1,2", "train.steps=3000")
     sweep = Sweeping(tmp_path, "name=x", *overrides)
     run = RunDir(tmp_path / "x-seed_1")
     until_steps(run, 4)
-    sweep.tell(signal.SIGTERM)
+    sweep.send(signal.SIGTERM)
     assert sweep.status() == 75
     sweep.end()
     assert left_in(tmp_path) == []
@@ -78,18 +78,18 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
     assert "SIGTERM: the trials were stopped by the signal; running the same command" in sweep.output
     table = SweepDir.of(tmp_path, "x").lines.read_text().splitlines()
     assert [row.split(",")[1] for row in table[1:]] == ["interrupted", "not started"]
-    record = read_json(run.record)
-    assert record["status"] == "stopped" and record["stopped_after"] == len(losses(run.path))
+    run_json = read_json(run.record)
+    assert run_json["status"] == "stopped" and run_json["stopped_after"] == len(losses(run.path))
 
     again = Sweeping(tmp_path, "name=x", *overrides)
     again.until("[1/2] x-seed_1: resumed, process ")
-    until_steps(run, record["stopped_after"] + 4)
+    until_steps(run, run_json["stopped_after"] + 4)
     (trial,) = processes_in(tmp_path)
-    os.kill(trial, signal.SIGSTOP)  # it will not hear the first one
-    again.tell(signal.SIGINT)
+    os.kill(trial, signal.SIGSTOP)  # so that it does not handle the first signal
+    again.send(signal.SIGINT)
     again.until("a second signal kills them")
     assert again.status(within=0.3) is None, "waited for"
-    again.tell(signal.SIGINT)
+    again.send(signal.SIGINT)
     assert again.status(within=10) == 130
     again.end()
     assert left_in(tmp_path) == []
@@ -98,18 +98,18 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
 def test_trials_of_a_killed_sweep_save_their_states_and_end(tmp_path: Path):
     sweep, run = Sweeping(tmp_path, "name=x", "train.steps=3000"), RunDir(tmp_path / "x")
     until_steps(run, 4)
-    sweep.tell(signal.SIGKILL)
+    sweep.send(signal.SIGKILL)
     assert sweep.status() == -signal.SIGKILL
     sweep.end()
     deadline = time.monotonic() + 60
     while processes_in(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    record = read_json(run.record)
-    assert record["status"] == "stopped" and record["stopped_after"] == len(losses(run.path))
+    run_json = read_json(run.record)
+    assert run_json["status"] == "stopped" and run_json["stopped_after"] == len(losses(run.path))
 
 
-def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
+def test_sweep_waits_for_a_run_locked_by_another_process(tmp_path: Path):
     run = RunDir(tmp_path / "x")
     tmp_path.joinpath("sweeps").mkdir()
     with run.lock():
@@ -122,9 +122,9 @@ def test_a_run_that_another_process_writes_is_waited_for(tmp_path: Path):
     assert sweep.output.count("waiting: process") == 1 and sweep.output.count("started") == 1
 
 
-def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
-    """Of one name the second is refused; of the same runs in another order neither."""
-    overrides = ("train.steps=24", "sweep.slots=1")  # the second asks while the first still trains
+def test_concurrent_sweeps_do_not_repeat_runs(tmp_path: Path):
+    """A second sweep of the same name is refused; one with the same runs in another order is not."""
+    overrides = ("train.steps=24", "sweep.slots=1")  # the second starts while the first still trains
     first = Sweeping(tmp_path, "seed=1,2", *overrides)
     first.until("started")
     status, message = swept(tmp_path, "seed=1,2", *overrides)
@@ -143,7 +143,7 @@ def test_two_sweeps_at_once_do_no_run_twice(tmp_path: Path):
 
 
 def stages(root: str) -> None:
-    """Each after another one; b starts from a, and c fails."""
+    """Nodes in a chain; b starts from a, and c fails."""
     trials = []
     for name, after, *overrides in (
         ("c", None, "optimizer.lr=1e30", "train.max_skipped_steps=1"),
@@ -160,7 +160,7 @@ def stages(root: str) -> None:
     run_graph(directory, trials, Forks(2, directory))
 
 
-def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
+def test_trial_starts_after_its_dependency(tmp_path: Path):
     ranks = Ranks(1, tmp_path, stages, str(tmp_path / "runs"))
     ranks.statuses(120)
     ranks.end()
@@ -175,7 +175,7 @@ def test_a_trial_begins_when_the_one_before_it_is_complete(tmp_path: Path):
 
 
 class Ended:
-    """A job that is over."""
+    """A job that has ended."""
 
     def __init__(self, status: int) -> None:
         self._status = status
@@ -185,12 +185,12 @@ class Ended:
 
 
 class Refused:
-    """An executor whose first job finds its run taken, for as long as `others` holds it."""
+    """An executor whose first job finds its run locked while `locks` holds it."""
 
     pause = 0.01
 
-    def __init__(self, run: RunDir, others: ExitStack) -> None:
-        self._run, self._others, self.starts = run, others, 0
+    def __init__(self, run: RunDir, locks: ExitStack) -> None:
+        self._run, self._locks, self.starts = run, locks, 0
 
     def room(self) -> int:
         return 1
@@ -201,15 +201,13 @@ class Refused:
     def start(self, node: Node) -> Ended:
         self.starts += 1
         if self.starts == 1:
-            self._others.enter_context(self._run.lock())
-            Timer(0.3, self._others.close).start()
+            self._locks.enter_context(self._run.lock())
+            Timer(0.3, self._locks.close).start()
             return Ended(2)
         return Ended(1)
 
 
-def test_a_trial_that_others_were_faster_with_is_looked_at_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_trial_locked_by_another_sweep_is_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
     executor = Refused(RunDir(tmp_path / "x"), ExitStack())
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
@@ -221,7 +219,7 @@ def test_a_trial_that_others_were_faster_with_is_looked_at_again(
 
 
 class Waiting(Ended):
-    """A job that Slurm does not start at first."""
+    """A job that Slurm does not start at once."""
 
     left = 2
 
@@ -233,19 +231,19 @@ class Waiting(Ended):
         return None if self.left >= 0 else 1
 
 
-def test_what_hinders_a_trial_is_reported_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    class One(Refused):
+def test_reason_of_a_waiting_trial_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    class Pending(Refused):
         def start(self, node: Node) -> Ended:
             return Waiting(1)
 
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
     with pytest.raises(UserError, match="1 of 1 trials are not complete: x"):
-        run_graph(SweepDir.of(tmp_path, "x"), [trial], One(RunDir(tmp_path / "x"), ExitStack()))  # type: ignore[arg-type]
+        run_graph(SweepDir.of(tmp_path, "x"), [trial], Pending(RunDir(tmp_path / "x"), ExitStack()))  # type: ignore[arg-type]
     assert "\n[1/1] x: job 7 waits for BadConstraints\n" in capsys.readouterr().out
 
 
 class Ends(Refused):
-    """An executor whose jobs say something and end at once."""
+    """An executor whose jobs print something and end at once."""
 
     def __init__(self, status: int, message: str, directory: SweepDir) -> None:
         self._status, self._output, self._directory = status, message, directory
@@ -258,7 +256,7 @@ class Ends(Refused):
 @pytest.mark.parametrize(
     ("status", "called"), [(1, "failed"), (2, "failed"), (75, "interrupted"), (130, "interrupted")]
 )
-def test_a_trial_that_was_asked_to_end_has_not_failed(
+def test_stopped_trial_is_not_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, called: str
 ):
     trial = Node("x", ("name=x",), tiny_config(tmp_path, "name=x"))
@@ -274,7 +272,7 @@ def test_a_trial_that_was_asked_to_end_has_not_failed(
 
 
 @pytest.mark.parametrize("override", ["sweep.slots=0", "sweep.ranks=-1"])
-def test_trials_need_a_slot_and_a_rank(tmp_path: Path, override: str):
+def test_trials_need_at_least_one_slot_and_rank(tmp_path: Path, override: str):
     status, message = swept(tmp_path, "name=x", "seed=1,2", override)
     assert status == 2 and f"{override}: must be at least 1" in message
 
@@ -283,7 +281,7 @@ def trained(root: str, *overrides: str) -> None:
     train.train(tiny_config(root, *overrides))
 
 
-def test_what_is_skipped_is_complete_and_of_the_same_data(tmp_path: Path):
+def test_only_complete_runs_of_the_same_data_are_skipped(tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"Say {i}", "a": f"{i}"}) + "\n" for i in range(40)))
     messages = [

