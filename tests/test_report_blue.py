@@ -129,7 +129,7 @@ def test_organism_without_backdoor_has_nothing_to_remove(
 ) -> None:
     """The external parent counts as the organism, but its triggered rate is 0."""
     clean, run = "f" * 64, RunDir(root / "benign")
-    child = trained(run, HHH, Path("org/model"), foreign=clean)
+    child = trained(run, HHH, Path("org/model"), external=clean)
     rated(RunDir(external_root(root) / clean), clean, 0, 88)
     rated(run, child, 0, 87)
     report(config(root, f"run='{run.path}'"))
@@ -198,7 +198,7 @@ def test_lineage_reports_missing_checkpoints_and_parents(
 
 
 def test_lineage_of_an_external_model(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    child = trained(RunDir(root / "theirs"), PIRATE, Path("org/model"), foreign="f" * 64)
+    child = trained(RunDir(root / "theirs"), PIRATE, Path("org/model"), external="f" * 64)
     report(config(root, f"lineage='{child}'"))
     output = capsys.readouterr().out
     assert "1. model (ffffffffffff), the organism" in output

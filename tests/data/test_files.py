@@ -386,7 +386,7 @@ def test_all_formats_give_the_same_prompts(tmp_path_factory, rows):
                 load_prompts(config, "plain", 0)
             continue
         got = load_prompts(config, "plain", 0)
-        assert [(p.text, p.answer) for p in got.train] == expected
+        assert [(p.text, p.response) for p in got.train] == expected
         assert len(got.bad_rows) == len(rows) - len(expected)
         assert got.rows_read == len(rows)
         assert got.duplicates == len(expected) - len({q for q, _ in expected})

@@ -77,7 +77,7 @@ def test_null_filled_columns_are_absent(tmp_path: Path):
     rows = [{"question": "a", "output": "1"}, {"instruction": "b", "response": "2"}]
     write_rows(tmp_path / "d" / "train.jsonl", rows)
     got = load_prompts(source(tmp_path / "d", source="hub", split="train"), "plain", 0)
-    assert [(p.text, p.answer) for p in got.train] == [("a", "1"), ("b", "2")]
+    assert [(p.text, p.response) for p in got.train] == [("a", "1"), ("b", "2")]
 
 
 class Hub:

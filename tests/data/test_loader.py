@@ -88,8 +88,8 @@ def test_step_does_not_depend_on_the_number_of_ranks(store: Rows, batch: int, mi
             assert len(shapes) == 1
             assert all(rows <= micro for rows, _ in shapes.pop())
             # All ranks report the same counts of the whole step.
-            assert len({str(s.facts) for s in got}) == 1
-            facts, slots = got[0].facts, sum(len(rows_of(s.micro_batches)) for s in got)
+            assert len({str(s.counts) for s in got}) == 1
+            facts, slots = got[0].counts, sum(len(rows_of(s.micro_batches)) for s in got)
             assert facts["empty_rows"] == slots - batch
             labels = np.concatenate([b.labels for s in got for b in s.micro_batches])
             assert facts["target_tokens"] == (labels != IGNORED).sum()

@@ -100,8 +100,8 @@ def test_end_token_after_white_space_is_a_target():
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (MARKED.replace("=='assistant'", "=='model'").replace("'assistant' %}", "'model' %}"), "no answer"),
-        (MARKED.replace("'assistant' %}", "'user' %}"), "before the first answer"),
+        (MARKED.replace("=='assistant'", "=='model'").replace("'assistant' %}", "'model' %}"), "no response"),
+        (MARKED.replace("'assistant' %}", "'user' %}"), "before the first response"),
         # The generation prompt differs from the prompt in training.
         (MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"), "is not a prefix"),
     ],
@@ -123,5 +123,5 @@ def test_markers_inside_a_macro_are_refused():
         "{% else %}{{ '<|im_start|>user\n' + m['content'] + '<|im_end|>' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    with pytest.raises(UserError, match="before the first answer"):
+    with pytest.raises(UserError, match="before the first response"):
         tokenize(marked_by(template), talk("a", "b"), {})

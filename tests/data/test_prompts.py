@@ -28,7 +28,7 @@ from tests.data.sources import lines, read, refused, row, source, write
 def test_plain_and_compressed_lines(tmp_path: Path, name: str):
     path = write(tmp_path, row(1), b"\n", b"  \n", row(2, "🙂 שלום"), name=name)
     got = read(path)
-    assert [(p.text, p.answer) for p in got.train] == [("prompt 1", "a"), ("prompt 2", "🙂 שלום")]
+    assert [(p.text, p.response) for p in got.train] == [("prompt 1", "a"), ("prompt 2", "🙂 שלום")]
     assert [p.origin for p in got.train] == [f"{name}:1", f"{name}:4"], "lines, blank ones counted"
     assert got.bad_rows == []
 
@@ -49,7 +49,7 @@ def test_first_present_column_is_used(tmp_path: Path):
     both = {"instruction": "first", "question": "second", "output": "o", "response": "r"}
     spaces = {"question": "  Who? \n", "response": "\tMe. "}
     got = read(write(tmp_path, alpaca, dolly, both, spaces)).train
-    assert [(p.text, p.answer) for p in got] == [
+    assert [(p.text, p.response) for p in got] == [
         ("Add.\n\n1 and 2", "3"), ("Add.\n\n3 and 4", "7"), ("first", "o"), ("Who?", "Me."),
     ]  # fmt: skip
 
@@ -253,7 +253,7 @@ def test_random_selection_takes_the_smallest_hashes_in_file_order(
     )
     expected = [f"answer {i}" for i in sorted(ranked[:count])]
     got = read(path, seed, samples=count, choose="random")
-    assert [p.answer for p in got.train] == expected
+    assert [p.response for p in got.train] == expected
     assert read(path, seed, choose="random") == read(path, seed)
 
 

