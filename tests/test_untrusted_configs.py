@@ -23,12 +23,12 @@ LOGGING = (
 CASES: dict[str, tuple[dict[str, str], list[str], str]] = {
     "callback": (
         {"experiment/other.yaml": f"{GLOBAL}hydra: {{callbacks: {{a: {COPY}}}}}"},
-        ["experiment=other"],
+        ["+experiment=other"],
         "callbacks",
     ),
     "callback in a package": (
         {"experiment/other.yaml": f"# @package hydra.callbacks.a\n_target_: shutil.copyfile\ndst: {RAN}"},
-        ["experiment=other"],
+        ["+experiment=other"],
         "callbacks",
     ),
     "callback of a group": (
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[dict[str, str], list[str], str]] = {
             "hydra/callbacks/a.yaml": f"a: {COPY}",
             "experiment/other.yaml": f"{GLOBAL}defaults: [{{override /hydra/callbacks: a}}]",
         },
-        ["experiment=other"],
+        ["+experiment=other"],
         "callbacks",
     ),
     "callback through a package": (
@@ -44,32 +44,32 @@ CASES: dict[str, tuple[dict[str, str], list[str], str]] = {
             "peft/other.yaml": f"a: {COPY}",
             "experiment/other.yaml": f"{GLOBAL}defaults: [{{/peft@hydra.callbacks: other}}]",
         },
-        ["experiment=other"],
+        ["+experiment=other"],
         "callbacks",
     ),
     "callback by interpolation": (
         {"experiment/other.yaml": f"{GLOBAL}x: {{a: {COPY}}}\nhydra: {{callbacks: '${{x}}'}}"},
-        ["experiment=other"],
+        ["+experiment=other"],
         "callbacks",
     ),
     "environment": (
         {"experiment/other.yaml": f"{GLOBAL}hydra: {{job: {{env_set: {{LD_PRELOAD: x}}}}}}"},
-        ["experiment=other"],
+        ["+experiment=other"],
         r"job\.env_set\.LD_PRELOAD",
     ),
     "copied environment": (
         {"experiment/other.yaml": f"{GLOBAL}hydra: {{job: {{env_copy: [NO_SUCH_VARIABLE]}}}}"},
-        ["experiment=other"],
+        ["+experiment=other"],
         r"job\.env_copy",
     ),
     "log handler": (
         {"experiment/other.yaml": f"{GLOBAL}hydra: {{job_logging: {LOGGING}}}"},
-        ["experiment=other"],
+        ["+experiment=other"],
         "job_logging",
     ),
     "launcher": (
         {"experiment/other.yaml": f"{GLOBAL}hydra: {{launcher: {{setup: ['touch {RAN}']}}}}"},
-        ["experiment=other"],
+        ["+experiment=other", "hydra/launcher=slurm"],
         r"launcher\.setup",
     ),
     "sweeper": (
@@ -77,22 +77,22 @@ CASES: dict[str, tuple[dict[str, str], list[str], str]] = {
             "hydra/sweeper/other.yaml": f"_target_: pathlib.Path\n_args_: [{RAN}]",
             "experiment/other.yaml": f"{GLOBAL}defaults: [{{override /hydra/sweeper: other}}]",
         },
-        ["experiment=other", "-m"],
+        ["+experiment=other", "-m"],
         r"sweeper\.",
     ),
     "settings of a sweep's jobs": (
         {"experiment/other.yaml": f"{GLOBAL}hydra: {{sweeper: {{params: {{hydra.output_subdir: x}}}}}}"},
-        ["experiment=other", "-m"],
+        ["+experiment=other", "-m"],
         r"sweeper\.params",
     ),
     "directory": (
         {"experiment/other.yaml": f"{GLOBAL}hydra: {{run: {{dir: {RAN}}}, output_subdir: x}}"},
-        ["experiment=other"],
+        ["+experiment=other"],
         "output_subdir",
     ),
     "help": (
         {"experiment/other.yaml": f"{GLOBAL}hydra: {{callbacks: {{a: {COPY}}}}}"},
-        ["experiment=other", "--cfg", "job"],
+        ["+experiment=other", "--cfg", "job"],
         "callbacks",
     ),
     "search path": (
@@ -126,7 +126,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
 
     def run(*arguments: str) -> list[Any]:
         configs: list[Any] = []
-        hydra_app.run("train", configs.append, arguments)
+        hydra_app.run("jobs", configs.append, arguments)
         return configs
 
     return run
@@ -147,7 +147,7 @@ def test_a_file_outside_of_conf_is_checked_without_a_flag(composed: Any, tmp_pat
     written(tmp_path, {"other.yaml": f"{GLOBAL}hydra: {{callbacks: {{a: {COPY}}}}}"})
     up = "../" * len((conf_directory() / "experiment").parts)
     with pytest.raises(UserError, match=r"hydra\.callbacks"):
-        composed(f"experiment={up}{str(tmp_path / 'other').lstrip('/')}")
+        composed(f"+experiment={up}{str(tmp_path / 'other').lstrip('/')}")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_file_without_settings_of_hydra_is_composed(composed: Any, tmp_path: P
     directory = written(
         tmp_path / "mine", {"experiment/other.yaml": f"{GLOBAL}seed: 7\nhydra: {{verbose: false}}"}
     )
-    (config,) = composed("--config-dir", str(directory), "experiment=other", "hydra.job.name=x")
+    (config,) = composed("--config-dir", str(directory), "+experiment=other", "hydra.job.name=x")
     assert config.seed == 7
 
 
@@ -189,7 +189,7 @@ def test_a_file_that_is_no_mapping_is_one_line(composed: Any, tmp_path: Path, co
     path = written(tmp_path / "mine", {"experiment/other.yaml": ""}) / "experiment/other.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError), translate_hydra_errors(TrainConfig):
-        composed("--config-dir", str(tmp_path / "mine"), "experiment=other")
+        composed("--config-dir", str(tmp_path / "mine"), "+experiment=other")
 
 
 @pytest.mark.parametrize(

