@@ -116,7 +116,7 @@ def test_another_squeue_format_is_refused():
 def test_a_failing_squeue_is_an_error(
     script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(commands, "ANSWER", 0.2 if "sleep" in script else 30.0)
+    monkeypatch.setattr(commands, "CALL_TIMEOUT", 0.2 if "sleep" in script else 30.0)
     command(tmp_path, "squeue", script, monkeypatch)
     with pytest.raises(UserError, match=message):
         jobs()
