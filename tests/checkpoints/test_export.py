@@ -335,7 +335,8 @@ def test_a_model_card_shows_names_of_others_as_text() -> None:
     card = model_card(manifest)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head.keys() == {"library_name", "base_model", "pipeline_tag", "tags"} and "license" not in head
-    assert "\x1b" not in card and "](" not in card and "\n# heading" not in card
+    body = card.split("---\n")[2]
+    assert "\x1b" not in card and "](" not in body and "\n# heading" not in body
     plain = model_card(
         {**manifest, **dict.fromkeys(("run", "parent", "base_model", "planted_by"), "runs/a_b/c")}
     )
