@@ -1,4 +1,4 @@
-"""The configs of a checkpoint are written for every model that transformers opens, or the run does not start."""
+"""The configs of a checkpoint are written for every model that opens, or the run does not start."""
 
 import json
 from pathlib import Path
