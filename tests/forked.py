@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -85,7 +86,8 @@ class Forked:
         return [open(self._folder / name) for name in ("out", "err")]
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it has ended, as for `subprocess.Popen`
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self._process.kill()

