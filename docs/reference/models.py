@@ -41,6 +41,9 @@ training. *not tried*: this machine cannot.
 LoRA adapts no weights of experts and no routers: of Qwen3-MoE, Mixtral and gpt-oss, the attention. Of a model
 of text and images, transformers opens the whole (Gemma 3) or the language model (Llama 4, Qwen3.5), which alone
 is then trained and exported; one that it does not open as a causal LM (Mistral 3, Qwen2.5-VL) is refused.
+
+To add a family, add its config to `tests/models/families.py` and its template to
+`tests/training/family_support.py`, and run the command with its name.
 """
 
 Rows = dict[str, dict[str, str]]  # family -> column -> `pass`, or another outcome and its reason
