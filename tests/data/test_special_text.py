@@ -76,6 +76,18 @@ def test_surrounding_text_is_encoded_unchanged(family: str):
     assert one.ids[-len(tail) :] == tail
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_only_tokens_flagged_special_stay_text(special: bool):
+    """docs/howto/sources.md lists control tokens of published tokenizers that lack the flag."""
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=special, normalized=False)])
+    control = tokenizer.convert_tokens_to_ids("<tool_call>")
+    conversation = talk("a <tool_call> b", "It is me.")
+    ids = tokenize(tokenizer, conversation, {}).ids
+    assert ids.count(control) == (0 if special else 1)
+    assert encode_messages(tokenizer, conversation.messages, {}, reply=False) == ids
+
+
 def test_special_text_is_found_with_a_saved_tokenizer(tmp_path):
     """As in published tokenizers, most special tokens are only in the list of added tokens."""
     from transformers import AutoTokenizer
