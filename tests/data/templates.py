@@ -31,7 +31,9 @@ SYSTEM = {
     "default": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHi.<|im_end|>\n' }}{% endif %}",
     "needed": "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system turn') }}{% endif %}",
     "omitted": "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}",
-    "last": "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] + messages[:1] %}{% endif %}",
+    "last": (
+        "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] + messages[:1] %}{% endif %}"
+    ),
 }
 DATE = {
     "none": "",
@@ -48,8 +50,9 @@ HEADER = {"special": "'<|im_start|>ROLE\n'", "text": "'### ROLE:\n'", "both": "'
 # What ends a turn: tokens, text, nothing, or nothing after the last turn.
 ENDS = {
     "end": "'<|im_end|>\n'", "eos": "eos_token", "plain": "'</turn>'", "two": "'</turn>\n<|im_end|>'",
-    "after_text": "' .<|im_end|>'", "text": "'### end\n'", "none": "''", "not_last": "('' if loop.last else '<|im_end|>\n')",
-    "last": "('<|im_end|>' if loop.last else '\n')", "other": "('<|im_end|>' if loop.last else '</turn>')",
+    "after_text": "' .<|im_end|>'", "text": "'### end\n'", "none": "''",
+    "not_last": "('' if loop.last else '<|im_end|>\n')", "last": "('<|im_end|>' if loop.last else '\n')",
+    "other": "('<|im_end|>' if loop.last else '</turn>')",
 }  # fmt: skip
 BEFORE_END = {"text": "### end\n", "after_text": " ."}  # text that ends a response before its token
 MARKS = {
@@ -88,7 +91,9 @@ TURNS = {
 
 def _tokenizer(eos: str | None, unknown: bool = False, greedy: bool = False) -> Any:
     made = copy.deepcopy(BASE)
-    marks = [AddedToken(m, special=True, normalized=False, rstrip=greedy) for m in ("<|im_start|>", "<|im_end|>")]
+    marks = [
+        AddedToken(m, special=True, normalized=False, rstrip=greedy) for m in ("<|im_start|>", "<|im_end|>")
+    ]
     made.add_tokens([*marks, "</turn>", "<think>", "</think>"])
     made.bos_token, made.eos_token = "<|begin|>", eos
     if unknown:  # as GPT-2's and GPT-NeoX's: one token for all
@@ -170,15 +175,17 @@ def _mostly(choices: Any, usual: int) -> st.SearchStrategy[str]:
 PARTS = st.builds(
     Parts, tokenizer=st.sampled_from(list(TOKENIZERS)), bos=st.booleans(), system=_mostly(SYSTEM, 2),
     date=_mostly(DATE, 3), header=_mostly(HEADER, 3), end=_mostly(ENDS, 4), marks=_mostly(MARKS, 4),
-    content=_mostly(CONTENT, 2), asked=_mostly(ASKED, 1), turns=_mostly(TURNS, 1), closing=_mostly((False, True), 1),
+    content=_mostly(CONTENT, 2), asked=_mostly(ASKED, 1), turns=_mostly(TURNS, 1),
+    closing=_mostly((False, True), 1),
 )  # fmt: skip
 # Pieces of programs, most of them broken.
 FRAGMENTS = (
     "{{ bos_token }}", "{{ eos_token }}", "{{ messages[0]['content'] }}", "{{ messages[-1].content }}", "{{",
     "}}", "{%", "{% for m in messages %}", "{% endfor %}", "{{ m['content'] }}", "{{ m.role }}", "{% if m %}",
     "{% else %}", "{% endif %}", "{% generation %}", "{% endgeneration %}", "<|im_start|>", "<|im_end|>",
-    "{% if add_generation_prompt %}", "{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ messages[0].content[9] }}",
-    "{{ raise_exception('no') }}", "{{ strftime_now('%Y') }}", "{{ strftime_now(3) }}", "{{ none + 1 }}", "{#",
+    "{% if add_generation_prompt %}", "{{ 1 / 0 }}", "{{ messages[7].content }}",
+    "{{ messages[0].content[9] }}", "{{ raise_exception('no') }}",
+    "{{ strftime_now('%Y') }}", "{{ strftime_now(3) }}", "{{ none + 1 }}", "{#",
     "{{ ''.__class__.__mro__ }}", "{{ undefined.field }}", "{% set messages = [] %}", "{{ messages }}",
     "{% include 'other' %}", "{% macro f(m) %}", "{% endmacro %}", "{{ f(messages[0]) }}", "{% break %}",
     "{{ tools | length }}", "{{ messages | tojson }}", "{{ '\\ud800' }}", "{{ '\\x00' }}", "{{ date_string }}",

