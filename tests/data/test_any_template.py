@@ -164,6 +164,7 @@ def test_any_template(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(max_examples=3000, phases=PHASES)
 @any_template
 def test_many_random_templates(
