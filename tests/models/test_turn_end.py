@@ -141,6 +141,11 @@ def test_a_template_for_one_exchange_is_accepted() -> None:
     check_turn_end(changed("chatml", single), {}, None)
 
 
+def test_a_template_that_omits_responses_has_no_end() -> None:
+    only_users = "{% set messages = messages | selectattr('role', 'eq', 'user') | list %}"
+    assert texts(changed("chatml", only_users + CHATML)) == []
+
+
 def test_no_template_has_no_end() -> None:
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
     tokenizer.chat_template = None
