@@ -161,6 +161,8 @@ class Parts:
             content = content.split("</think>")[-1]
         if self.content == "always_thought" or (self.content == "thought" and last):
             content = THINKING + content
+        if self.marks == "late":
+            content = THINKING + content
         asked = {"open": "<think>\n", "thought": THINKING}.get(self.asked, "")
         if self.asked == "switch" and arguments.get("enable_thinking") is False:
             asked = THINKING
