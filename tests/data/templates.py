@@ -4,7 +4,6 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -202,7 +201,7 @@ class Replay(torch.nn.Module):
     def __init__(self, ids: Sequence[int], eos: int | None) -> None:
         super().__init__()
         self.ids, self.device = list(ids), torch.device("cpu")
-        self.config = SimpleNamespace(max_position_embeddings=None)
+        self.config = transformers.PretrainedConfig()
         self.generation_config = transformers.GenerationConfig(eos_token_id=eos)
 
     def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
